@@ -1,0 +1,82 @@
+// Python binding of the CPU kernels: addresses in, messages out. Shapes and dtypes are the caller's business
+// (fastclip/backends/cpu.py); this file knows neither torch nor numpy.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../fastclip.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(int status) {
+  switch (status) {
+    case FASTCLIP_OK:
+      return;
+    case FASTCLIP_OUT_OF_MEMORY:
+      throw std::bad_alloc();
+    case FASTCLIP_UNSUPPORTED_ISA:
+      throw std::invalid_argument("fastclip: this processor or build has no such instruction set");
+    default:
+      throw std::runtime_error("fastclip: the native code refused its arguments (status " + std::to_string(status) +
+                               ")");
+  }
+}
+
+fastclip_fwd_side fwd_side(uintptr_t factor, uintptr_t label, uintptr_t neg_max, uintptr_t neg_sum, uintptr_t pos,
+                           uintptr_t pos_max, uintptr_t pos_sum) {
+  return {pointer<const float>(factor), pointer<const int32_t>(label), pointer<double>(neg_max),
+          pointer<double>(neg_sum),     pointer<double>(pos),          pointer<double>(pos_max),
+          pointer<double>(pos_sum)};
+}
+
+fastclip_bwd_side bwd_side(uintptr_t factor, uintptr_t inv_norm, uintptr_t label, uintptr_t neg, uintptr_t d_neg,
+                           uintptr_t d_pos, uintptr_t pos_lse, uintptr_t d_pos_lse) {
+  return {pointer<const float>(factor), pointer<const float>(inv_norm), pointer<const int32_t>(label),
+          pointer<const float>(neg),    pointer<const float>(d_neg),    pointer<const float>(d_pos),
+          pointer<const float>(pos_lse), pointer<const float>(d_pos_lse)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "fastclip's native CPU kernels (csrc/cpu). Internal: use fastclip.contrastive_loss.";
+
+  py::class_<fastclip_block>(m, "Block")
+      .def(py::init([](uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0,
+                       int64_t offset) {
+             return fastclip_block{pointer<float>(dot), row_stride, M, N, i0, j0, offset};
+           }),
+           py::kw_only(), py::arg("dot"), py::arg("row_stride"), py::arg("M"), py::arg("N"), py::arg("i0"),
+           py::arg("j0"), py::arg("offset"));
+  py::class_<fastclip_fwd_side>(m, "FwdSide")
+      .def(py::init(&fwd_side), py::kw_only(), py::arg("factor"), py::arg("label"), py::arg("neg_max"),
+           py::arg("neg_sum"), py::arg("pos"), py::arg("pos_max"), py::arg("pos_sum"));
+  py::class_<fastclip_bwd_side>(m, "BwdSide")
+      .def(py::init(&bwd_side), py::kw_only(), py::arg("factor"), py::arg("inv_norm"), py::arg("label"),
+           py::arg("neg"), py::arg("d_neg"), py::arg("d_pos"), py::arg("pos_lse"), py::arg("d_pos_lse"));
+
+  m.def(
+      "contrastive_fwd",
+      [](const fastclip_block& block, const fastclip_fwd_side& image, const fastclip_fwd_side& text, int num_threads) {
+        check(fastclip_cpu_contrastive_fwd(&block, &image, &text, num_threads));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "contrastive_bwd",
+      [](const fastclip_block& block, const fastclip_bwd_side& image, const fastclip_bwd_side& text, int num_threads) {
+        double d_scale = 0.0;
+        check(fastclip_cpu_contrastive_bwd(&block, &image, &text, &d_scale, num_threads));
+        return d_scale;
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("select_isa", [](const char* name) { check(fastclip_cpu_select_isa(name)); });
+  m.def("isa", &fastclip_cpu_isa);
+}

@@ -1,0 +1,131 @@
+// Backward tile kernel: turns one tile of dot products into the weights of the two gradient products, in place.
+//
+// Math      G_ij = d_neg_i 2^(z_ij - neg_i) + d_neg_j 2^(z_ij - neg_j)                           negatives
+//           G_ij = d_pos_i + d_pos_j + d_pos_lse_i 2^(z_ij - pos_lse_i) + (column likewise)      positives
+//           dot_ij <- r_i G_ij c_j;  d_scale += sum_ij r_i G_ij c_j dot_ij
+// Program   one pass over the tile
+// Traffic   reads and writes 4 M N bytes once
+// Precision fp32; one exponential a logit where the log-sum-exps of the tile lie within 2^48, else two; d_scale is
+//           summed over a row in fp32 and over rows in fp64. z never exceeds its log-sum-exps, so nothing overflows
+// Ragged    lanes beyond the last column are neither read nor written
+// Order     rows from first to last, lanes by halving: bitwise repeatable
+#pragma once
+
+#include "tile_common.h"
+
+namespace {
+
+using fastclip::BwdSide;
+
+// What a weight d 2^(z - lse) is made of. An empty set has no z, and contributes 0.
+struct Term {
+  float d;
+  float lse;
+  float relative_to(float offset) const { return d == 0.0f ? 0.0f : d * exp2(offset - lse); }
+};
+inline Term term(const float* d, const float* lse, int64_t k) {
+  return lse[k] == kNegInf ? Term{0.0f, 0.0f} : Term{d[k], lse[k]};
+}
+
+// Weight of the negatives in row i, before r_i c_j.
+struct OneExp {  // E (a_i + b_j)
+  const float* b;
+  Simd::F offset, a;
+  template <class Lanes>
+  Simd::F operator()(int64_t j, Lanes lanes, Simd::F z) const {
+    return Simd::mul(exp2(Simd::sub(z, offset)), Simd::add(a, load(lanes, b + j)));
+  }
+};
+
+struct TwoExp {
+  const float *d, *lse;  // of the columns
+  Simd::F d_row, lse_row;
+  template <class Lanes>
+  Simd::F operator()(int64_t j, Lanes lanes, Simd::F z) const {
+    const Simd::F in_col = exp2(Simd::sub(z, load(lanes, lse + j)));
+    return Simd::fma(d_row, exp2(Simd::sub(z, lse_row)), Simd::mul(load(lanes, d + j), in_col));
+  }
+};
+
+// One row. `positive(j, lanes, kept, z, g)` puts the positives' weights in place of what the negatives' formula gave.
+template <class Keep, class Negative, class Positive>
+float bwd_row(int64_t N, float* dot, float row_factor, float row_inv_norm, const BwdSide& text, const Keep& keep_i,
+              const Negative& negative, const Positive& positive) {
+  const Simd::F factor = Simd::set1(row_factor), inv_norm = Simd::set1(row_inv_norm), zero = Simd::set1(0.0f);
+  Simd::F d_scale = zero;
+  for_columns(N, [&](int64_t j, auto lanes) {
+    const Simd::F x = load(lanes, dot + j);
+    const Simd::F z = Simd::mul(Simd::mul(x, factor), load(lanes, text.factor + j));
+    const Simd::Mask kept = keep_i(j, mask_of(lanes));
+    Simd::F g = Simd::select(kept, negative(j, lanes, z), zero);
+    g = positive(j, lanes, kept, z, g);
+    const Simd::F weight = Simd::mul(Simd::mul(g, inv_norm), load(lanes, text.inv_norm + j));
+    d_scale = Simd::fma(weight, x, d_scale);
+    store(lanes, dot + j, weight);
+  });
+  return reduce_add(d_scale);
+}
+
+template <class Row>
+double bwd_rows(const Tile& t, const BwdSide& image, const BwdSide& text, const Row& row) {
+  double d_scale = 0.0;
+  const Spread s = spread(image.neg, t.M, text.neg, t.N);
+  const float offset = s.top == kNegInf ? 0.0f : s.top;
+  float col_d[kTileN], col_lse[kTileN];
+  for (int64_t j = 0; j < t.N; ++j) {
+    const Term c = term(text.d_neg, text.neg, j);
+    col_d[j] = s.close ? c.relative_to(offset) : c.d;
+    col_lse[j] = c.lse;
+  }
+  for (int64_t i = 0; i < t.M; ++i) {
+    const Term r = term(image.d_neg, image.neg, i);
+    if (s.close) {
+      d_scale += row(i, OneExp{col_d, Simd::set1(offset), Simd::set1(r.relative_to(offset))});
+    } else {
+      d_scale += row(i, TwoExp{col_d, col_lse, Simd::set1(r.d), Simd::set1(r.lse)});
+    }
+  }
+  return d_scale;
+}
+
+double contrastive_bwd_tile(const Tile& t, const BwdSide& image, const BwdSide& text) {
+  if (image.label == nullptr) {
+    const OffDiagonal keep{t.positive};
+    return bwd_rows(t, image, text, [&](int64_t i, const auto& negative) {
+      float* dot = t.dot + i * t.row_stride;
+      const int64_t j = t.positive + i;
+      const bool here = j >= 0 && j < t.N;
+      const float dot_j = here ? dot[j] : 0.0f;
+      const auto untouched = [](int64_t, auto, Simd::Mask, Simd::F, Simd::F g) { return g; };
+      double d_scale =
+          bwd_row(t.N, dot, image.factor[i], image.inv_norm[i], text, keep.row(i), negative, untouched);
+      if (here) {
+        dot[j] = (image.d_pos[i] + text.d_pos[j]) * image.inv_norm[i] * text.inv_norm[j];
+        d_scale += static_cast<double>(dot[j]) * dot_j;
+      }
+      return d_scale;
+    });
+  }
+  float col_d[kTileN], col_lse[kTileN];
+  for (int64_t j = 0; j < t.N; ++j) {
+    const Term c = term(text.d_pos_lse, text.pos_lse, j);
+    col_d[j] = c.d, col_lse[j] = c.lse;
+  }
+  const OtherLabel keep{{image.label, text.label, 0}};
+  return bwd_rows(t, image, text, [&](int64_t i, const auto& negative) {
+    const Term r = term(image.d_pos_lse, image.pos_lse, i);
+    const TwoExp softmax{col_d, col_lse, Simd::set1(r.d), Simd::set1(r.lse)};
+    const Simd::F d_row = Simd::set1(image.d_pos[i]);
+    const auto positive = [&](int64_t j, auto lanes, Simd::Mask kept, Simd::F z, Simd::F g) {
+      const Simd::Mask same = Simd::and_not(mask_of(lanes), kept);
+      if (!Simd::any(same)) return g;
+      const Simd::F d_pos = Simd::add(d_row, load(lanes, text.d_pos + j));
+      return Simd::select(same, Simd::add(d_pos, softmax(j, lanes, z)), g);
+    };
+    float* dot = t.dot + i * t.row_stride;
+    return static_cast<double>(
+        bwd_row(t.N, dot, image.factor[i], image.inv_norm[i], text, keep.row(i), negative, positive));
+  });
+}
+
+}  // namespace

@@ -1,0 +1,177 @@
+// The CPU backend's entry points: a block of logits is cut into tiles, threads take tiles, partial results are
+// combined in tile order, so that no result depends on the number of threads.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "../fastclip.h"
+#include "thread_pool.h"
+#include "tile.h"
+
+namespace fastclip {
+namespace {
+
+const TileKernels* best_kernels() {
+#ifdef FASTCLIP_X86
+  if (__builtin_cpu_supports("avx512f")) return &kTileAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kTileAvx2;
+#endif
+  return &kTilePortable;
+}
+
+std::atomic<const TileKernels*>& selected_kernels() {
+  static std::atomic<const TileKernels*> kernels{best_kernels()};
+  return kernels;
+}
+
+struct Grid {  // of the tiles of a block
+  int64_t M, N;
+  explicit Grid(const fastclip_block& b) : M((b.M + kTileM - 1) / kTileM), N((b.N + kTileN - 1) / kTileN) {}
+  int64_t size() const { return M * N; }
+};
+
+Tile tile_at(const fastclip_block& b, int64_t i, int64_t j) {
+  return {b.dot + i * b.row_stride + j,   b.row_stride, std::min(kTileM, b.M - i), std::min(kTileN, b.N - j),
+          b.i0 + i + b.offset - b.j0 - j};
+}
+
+bool valid(const fastclip_block* b) {
+  return b != nullptr && b->dot != nullptr && b->M > 0 && b->N > 0 && b->row_stride >= b->N && b->i0 >= 0 && b->j0 >= 0;
+}
+
+// One side's partial results of a block: `tiles` rows of `size` numbers each, a row per tile across.
+struct Partials {
+  int64_t size, tiles, sets;
+  std::vector<float> values;
+  Partials(int64_t size, int64_t tiles, bool labels)
+      : size(size), tiles(tiles), sets(labels ? 5 : 3), values(static_cast<size_t>(size * tiles * sets)) {}
+  float* at(int64_t set, int64_t tile, int64_t k) { return values.data() + (set * tiles + tile) * size + k; }
+  FwdSide side(const fastclip_fwd_side& all, int64_t begin, int64_t tile, int64_t k) {
+    FwdSide s{};
+    s.factor = all.factor + begin + k;
+    s.neg = {at(0, tile, k), at(1, tile, k)};
+    s.pos_z = at(2, tile, k);
+    if (all.label != nullptr) {
+      s.label = all.label + begin + k;
+      s.pos = {at(3, tile, k), at(4, tile, k)};
+    }
+    return s;
+  }
+};
+
+void add_log_sum(double* max, double* sum, double new_max, double new_sum) {
+  if (new_sum == 0.0) return;  // empty
+  if (*sum == 0.0) {
+    *max = new_max, *sum = new_sum;
+    return;
+  }
+  const double top = *max > new_max ? *max : new_max;
+  *sum = *sum * std::exp2(*max - top) + new_sum * std::exp2(new_max - top);
+  *max = top;
+}
+
+void reduce(Partials& partials, const fastclip_fwd_side& side, int64_t begin, int64_t k) {
+  const int64_t at = begin + k;
+  for (int64_t tile = 0; tile < partials.tiles; ++tile) {
+    add_log_sum(side.neg_max + at, side.neg_sum + at, *partials.at(0, tile, k), *partials.at(1, tile, k));
+    side.pos[at] += *partials.at(2, tile, k);
+    if (side.label != nullptr)
+      add_log_sum(side.pos_max + at, side.pos_sum + at, *partials.at(3, tile, k), *partials.at(4, tile, k));
+  }
+}
+
+void fwd(const fastclip_block& b, const fastclip_fwd_side& image, const fastclip_fwd_side& text, int num_threads) {
+  const TileKernels& kernels = *selected_kernels().load();
+  const Grid grid(b);
+  const bool labels = image.label != nullptr;
+  Partials rows(b.M, grid.N, labels), cols(b.N, grid.M, labels);
+  auto tile = [&](int64_t index) {
+    const int64_t tile_i = index / grid.N, tile_j = index % grid.N, i = tile_i * kTileM, j = tile_j * kTileN;
+    kernels.fwd(tile_at(b, i, j), rows.side(image, b.i0, tile_j, i), cols.side(text, b.j0, tile_i, j));
+  };
+  parallel_for(grid.size(), num_threads, tile);
+
+  constexpr int64_t kReduce = 256;  // rows or columns a task
+  const int64_t row_tasks = (b.M + kReduce - 1) / kReduce, col_tasks = (b.N + kReduce - 1) / kReduce;
+  auto combine = [&](int64_t index) {
+    const bool row = index < row_tasks;
+    Partials& partials = row ? rows : cols;
+    const int64_t begin = (row ? index : index - row_tasks) * kReduce;
+    for (int64_t k = begin; k < std::min(begin + kReduce, partials.size); ++k)
+      reduce(partials, row ? image : text, row ? b.i0 : b.j0, k);
+  };
+  parallel_for(row_tasks + col_tasks, num_threads, combine);
+}
+
+BwdSide bwd_side(const fastclip_bwd_side& s, int64_t k) {
+  const auto at = [k](auto* p) { return p == nullptr ? nullptr : p + k; };
+  return {at(s.factor), at(s.inv_norm), at(s.label),   at(s.neg),
+          at(s.d_neg),  at(s.d_pos),    at(s.pos_lse), at(s.d_pos_lse)};
+}
+
+double bwd(const fastclip_block& b, const fastclip_bwd_side& image, const fastclip_bwd_side& text, int num_threads) {
+  const TileKernels& kernels = *selected_kernels().load();
+  const Grid grid(b);
+  std::vector<double> d_scale(static_cast<size_t>(grid.size()));
+  auto tile = [&](int64_t index) {
+    const int64_t i = index / grid.N * kTileM, j = index % grid.N * kTileN;
+    d_scale[index] = kernels.bwd(tile_at(b, i, j), bwd_side(image, b.i0 + i), bwd_side(text, b.j0 + j));
+  };
+  parallel_for(grid.size(), num_threads, tile);
+  double total = 0.0;
+  for (double part : d_scale) total += part;
+  return total;
+}
+
+}  // namespace
+}  // namespace fastclip
+
+extern "C" {
+
+int fastclip_cpu_contrastive_fwd(const fastclip_block* block, const fastclip_fwd_side* image,
+                                 const fastclip_fwd_side* text, int num_threads) {
+  if (!fastclip::valid(block) || image == nullptr || text == nullptr) return FASTCLIP_INVALID_ARGUMENT;
+  if ((image->label == nullptr) != (text->label == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
+  try {
+    fastclip::fwd(*block, *image, *text, num_threads);
+  } catch (const std::bad_alloc&) {
+    return FASTCLIP_OUT_OF_MEMORY;
+  }
+  return FASTCLIP_OK;
+}
+
+int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd_side* image,
+                                 const fastclip_bwd_side* text, double* d_scale, int num_threads) {
+  if (!fastclip::valid(block) || image == nullptr || text == nullptr || d_scale == nullptr)
+    return FASTCLIP_INVALID_ARGUMENT;
+  if ((image->label == nullptr) != (text->label == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
+  try {
+    *d_scale = fastclip::bwd(*block, *image, *text, num_threads);
+  } catch (const std::bad_alloc&) {
+    return FASTCLIP_OUT_OF_MEMORY;
+  }
+  return FASTCLIP_OK;
+}
+
+int fastclip_cpu_select_isa(const char* name) {
+  using fastclip::TileKernels;
+  if (name == nullptr) return FASTCLIP_INVALID_ARGUMENT;
+  const TileKernels* chosen = nullptr;
+  if (std::strcmp(name, "auto") == 0) chosen = fastclip::best_kernels();
+  if (std::strcmp(name, "portable") == 0) chosen = &fastclip::kTilePortable;
+#ifdef FASTCLIP_X86
+  if (std::strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    chosen = &fastclip::kTileAvx2;
+  if (std::strcmp(name, "avx512") == 0 && __builtin_cpu_supports("avx512f")) chosen = &fastclip::kTileAvx512;
+#endif
+  if (chosen == nullptr) return FASTCLIP_UNSUPPORTED_ISA;
+  fastclip::selected_kernels().store(chosen);
+  return FASTCLIP_OK;
+}
+
+const char* fastclip_cpu_isa(void) { return fastclip::selected_kernels().load()->name; }
+
+}  // extern "C"

@@ -1,0 +1,109 @@
+#include "thread_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define FASTCLIP_HAS_FORK 1
+#endif
+
+namespace fastclip {
+namespace {
+
+class ThreadPool {
+ public:
+  // Only one caller at a time; try_run says whether this one got the workers.
+  bool try_run(int64_t count, int num_threads, void (*task)(void*, int64_t), void* context) {
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    if (!owner.owns_lock()) return false;
+    int helpers;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      helpers = grow(num_threads - 1);
+      task_ = task;
+      context_ = context;
+      count_ = count;
+      next_.store(0, std::memory_order_relaxed);
+      seats_ = helpers;
+      running_ = helpers;
+      ++round_;
+    }
+    if (helpers > 0) wake_.notify_all();
+    work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    running_ -= seats_;  // workers that have not woken yet are not waited for
+    seats_ = 0;
+    done_.wait(lock, [this] { return running_ == 0; });
+    return true;
+  }
+
+ private:
+  int grow(int wanted) {  // with mutex_ held; fewer threads than asked for is no error
+    try {
+      while (size_ < wanted) {
+        std::thread([this] { serve(); }).detach();
+        ++size_;
+      }
+    } catch (const std::system_error&) {
+    }
+    return std::min(wanted, size_);
+  }
+
+  void work() {
+    for (int64_t index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) task_(context_, index);
+  }
+
+  void serve() {
+    uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return round_ != seen && seats_ > 0; });
+      seen = round_;
+      --seats_;
+      lock.unlock();
+      work();
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex owner_, mutex_;
+  std::condition_variable wake_, done_;
+  std::atomic<int64_t> next_{0};
+  void (*task_)(void*, int64_t) = nullptr;
+  void* context_ = nullptr;
+  int64_t count_ = 0;
+  int size_ = 0, seats_ = 0, running_ = 0;
+  uint64_t round_ = 0;
+};
+
+// Never destroyed: its threads may outlive static destructors. After fork the child has none of them and locks in an
+// unknown state, so it starts a new pool and leaks the old one.
+std::atomic<ThreadPool*> g_pool{nullptr};
+
+ThreadPool& pool() {
+  static const bool once = [] {
+    g_pool.store(new ThreadPool);
+#ifdef FASTCLIP_HAS_FORK
+    pthread_atfork(nullptr, nullptr, [] { g_pool.store(new ThreadPool); });
+#endif
+    return true;
+  }();
+  (void)once;
+  return *g_pool.load();
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int num_threads, void (*task)(void*, int64_t), void* context) {
+  const int threads = static_cast<int>(std::min<int64_t>(num_threads, count));
+  if (threads > 1 && pool().try_run(count, threads, task, context)) return;
+  for (int64_t index = 0; index < count; ++index) task(context, index);
+}
+
+}  // namespace fastclip

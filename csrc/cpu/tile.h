@@ -1,0 +1,55 @@
+// What a tile of logits is, and the entry points that each instruction set provides for it.
+#pragma once
+
+#include <cstdint>
+
+namespace fastclip {
+
+constexpr int64_t kTileM = 64;   // rows of a tile: bounds the length of its fp32 column sums
+constexpr int64_t kTileN = 512;  // columns: their maxima, sums and factors stay in the first-level cache
+
+// A tile of at most kTileM x kTileN logits. Pointers are at its first row and column.
+struct Tile {
+  float* dot;
+  int64_t row_stride;
+  int64_t M, N;
+  int64_t positive;  // without labels: the column, in the tile, of row 0's positive; it may lie outside
+};
+
+struct LogSum {  // log2-sum-exp2 of a set of z = max + log2(sum); sum = 0 where the set is empty
+  float* max;
+  float* sum;
+};
+
+struct FwdSide {
+  const float* factor;
+  const int32_t* label;
+  LogSum neg;
+  LogSum pos;     // with labels
+  float* pos_z;   // sum of z over the positives
+};
+
+struct BwdSide {  // as fastclip_bwd_side
+  const float* factor;
+  const float* inv_norm;
+  const int32_t* label;
+  const float* neg;
+  const float* d_neg;
+  const float* d_pos;
+  const float* pos_lse;
+  const float* d_pos_lse;
+};
+
+struct TileKernels {
+  const char* name;
+  void (*fwd)(const Tile&, const FwdSide& image, const FwdSide& text);
+  double (*bwd)(const Tile&, const BwdSide& image, const BwdSide& text);  // returns the tile's part of d_scale
+};
+
+extern const TileKernels kTilePortable;
+#ifdef FASTCLIP_X86
+extern const TileKernels kTileAvx2;
+extern const TileKernels kTileAvx512;
+#endif
+
+}  // namespace fastclip

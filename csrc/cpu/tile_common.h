@@ -1,0 +1,118 @@
+// The vector pieces both tile kernels share. Included once by each instruction set's file, after its simd_*.h.
+//
+// Everything is in an unnamed namespace and nothing comes from the standard library's templates: code compiled for
+// AVX-512 must not be merged by the linker with code that older processors run.
+#pragma once
+
+#include "tile.h"
+
+namespace {
+
+using fastclip::kTileM;
+using fastclip::kTileN;
+using fastclip::Tile;
+
+constexpr float kNegInf = -__builtin_huge_valf();
+
+// One offset serves a whole tile when all its log-sum-exps lie within this many powers of two: every exponential
+// above 2^kExp2Floor is then kept, which for each row and column is all above 2^-52 of its largest.
+constexpr float kOffsetSpread = 48.0f;
+constexpr float kExp2Floor = -100.0f;
+
+// 2^x, relative error 8e-8; 0 below kExp2Floor; NaN stays NaN.
+inline Simd::F exp2(Simd::F x) {
+  const Simd::F n = Simd::round(x);
+  const Simd::F f = Simd::sub(x, n);
+  Simd::F p = Simd::set1(1.534581243e-04f);
+  p = Simd::fma(p, f, Simd::set1(1.339993090e-03f));
+  p = Simd::fma(p, f, Simd::set1(9.618489072e-03f));
+  p = Simd::fma(p, f, Simd::set1(5.550328642e-02f));
+  p = Simd::fma(p, f, Simd::set1(2.402264625e-01f));
+  p = Simd::fma(p, f, Simd::set1(6.931471825e-01f));
+  p = Simd::fma(p, f, Simd::set1(1.0f));
+  return Simd::scale_or_zero(p, n, x, kExp2Floor);
+}
+
+inline float exp2(float x) {
+  float out[Simd::kLanes];
+  Simd::store(out, exp2(Simd::set1(x)));
+  return out[0];
+}
+
+inline float max(float a, float b) { return a > b ? a : b; }
+
+inline float reduce_max(Simd::F x) {
+  float lane[Simd::kLanes];
+  Simd::store(lane, x);
+  for (int64_t width = Simd::kLanes / 2; width > 0; width /= 2)
+    for (int64_t k = 0; k < width; ++k) lane[k] = max(lane[k], lane[k + width]);
+  return lane[0];
+}
+
+inline float reduce_add(Simd::F x) {
+  float lane[Simd::kLanes];
+  Simd::store(lane, x);
+  for (int64_t width = Simd::kLanes / 2; width > 0; width /= 2)
+    for (int64_t k = 0; k < width; ++k) lane[k] += lane[k + width];
+  return lane[0];
+}
+
+// Every lane is inside the row: the tag that turns masked loads and stores into plain ones.
+struct Full {};
+inline Simd::F load(Full, const float* p) { return Simd::load(p); }
+inline Simd::F load(Simd::Mask m, const float* p) { return Simd::load(m, p); }
+inline void store(Full, float* p, Simd::F x) { Simd::store(p, x); }
+inline void store(Simd::Mask m, float* p, Simd::F x) { Simd::store(m, p, x); }
+inline Simd::Mask mask_of(Full) { return Simd::all(); }
+inline Simd::Mask mask_of(Simd::Mask m) { return m; }
+
+// body(j, lanes) for every vector of a row of N columns.
+template <class Body>
+inline void for_columns(int64_t N, Body body) {
+  int64_t j = 0;
+  for (; j + Simd::kLanes <= N; j += Simd::kLanes) body(j, Full{});
+  if (j < N) body(j, Simd::first(N - j));
+}
+
+// Which logits of row i a pass takes: keep.row(i)(j, lanes) is a mask.
+struct OffDiagonal {  // negatives without labels
+  int64_t positive;
+  OffDiagonal row(int64_t i) const { return {positive + i}; }
+  Simd::Mask operator()(int64_t j, Simd::Mask lanes) const {
+    const int64_t lane = positive - j;
+    return lane >= 0 && lane < Simd::kLanes ? Simd::without(lanes, lane) : lanes;
+  }
+};
+
+struct SameLabel {  // positives with labels
+  const int32_t *image, *text;
+  int32_t label;
+  SameLabel row(int64_t i) const { return {image, text, image[i]}; }
+  Simd::Mask operator()(int64_t j, Simd::Mask lanes) const { return Simd::equal(lanes, text + j, label); }
+};
+
+struct OtherLabel {  // negatives with labels
+  SameLabel same;
+  OtherLabel row(int64_t i) const { return {same.row(i)}; }
+  Simd::Mask operator()(int64_t j, Simd::Mask lanes) const { return Simd::and_not(lanes, same(j, lanes)); }
+};
+
+// A finite maximum and whether every element above -inf lies within kOffsetSpread of it (false with NaN or +inf).
+struct Spread {
+  float top = kNegInf;
+  bool close = true;
+};
+
+inline Spread spread(const float* a, int64_t size_a, const float* b, int64_t size_b) {
+  Spread s;
+  for (int64_t k = 0; k < size_a; ++k) s.top = max(s.top, a[k]);
+  for (int64_t k = 0; k < size_b; ++k) s.top = max(s.top, b[k]);
+  const auto check = [&](const float* x, int64_t size) {
+    for (int64_t k = 0; k < size; ++k) s.close &= (x[k] == kNegInf) | (s.top - x[k] <= kOffsetSpread);
+  };
+  check(a, size_a);
+  check(b, size_b);
+  return s;
+}
+
+}  // namespace

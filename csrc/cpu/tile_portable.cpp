@@ -1,0 +1,9 @@
+#include "simd_portable.h"
+// clang-format off: the vector type comes first
+#include "contrastive_bwd_tile.h"
+#include "contrastive_fwd_tile.h"
+// clang-format on
+
+namespace fastclip {
+extern const TileKernels kTilePortable{"portable", contrastive_fwd_tile, contrastive_bwd_tile};
+}  // namespace fastclip

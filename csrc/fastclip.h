@@ -1,0 +1,71 @@
+/* The one C interface of fastclip's native code.
+ *
+ * Plain pointers, sizes, strides and error codes: no torch, no Python, no exceptions across it. The binding turns
+ * codes into messages. Sizes: M images, N texts; i, j their indices. Strides and offsets count elements.
+ */
+#ifndef FASTCLIP_H
+#define FASTCLIP_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum fastclip_status {
+  FASTCLIP_OK = 0,
+  FASTCLIP_INVALID_ARGUMENT = 1,
+  FASTCLIP_OUT_OF_MEMORY = 2,
+  FASTCLIP_UNSUPPORTED_ISA = 3,
+} fastclip_status;
+
+/* A block of the M_all x N_all logits, at row i0 and column j0, as dot products <I_i, T_j> in fp32. */
+typedef struct fastclip_block {
+  float* dot;         /* (M, N), rows `row_stride` apart */
+  int64_t row_stride; /* >= N */
+  int64_t M, N;       /* size of the block */
+  int64_t i0, j0;     /* its first row and column in the whole problem: every array below is indexed from them */
+  int64_t offset;     /* without labels, row i's one positive is column i + offset */
+} fastclip_block;
+
+/* One side of the forward problem, images (M_all) or texts (N_all). z_ij = dot_ij image.factor_i text.factor_j.
+ * The running sums are read and updated; start them at -inf (maxima) and 0 (sums). log2-sum-exp2 = max + log2(sum). */
+typedef struct fastclip_fwd_side {
+  const float* factor;  /* scale and inverse norm, and log2(e) on one side: z comes out in units of log 2 */
+  const int32_t* label; /* NULL on both sides when there are no labels */
+  double* neg_max;      /* over the negatives */
+  double* neg_sum;
+  double* pos;     /* sum of z over the positives, in units of log 2 */
+  double* pos_max; /* over the positives; NULL without labels */
+  double* pos_sum;
+} fastclip_fwd_side;
+
+/* One side of the backward problem. A log2-sum-exp2 of -inf says that the set is empty. */
+typedef struct fastclip_bwd_side {
+  const float* factor;    /* as in the forward */
+  const float* inv_norm;  /* what multiplies the feature, 1 when not normalised */
+  const int32_t* label;   /* NULL on both sides when there are no labels */
+  const float* neg;       /* log2-sum-exp2 over the negatives */
+  const float* d_neg;     /* dL/d neg in natural units */
+  const float* d_pos;     /* dL/d pos */
+  const float* pos_lse;   /* log2-sum-exp2 over the positives; NULL without labels */
+  const float* d_pos_lse; /* NULL without labels */
+} fastclip_bwd_side;
+
+/* Fold one block into the running statistics of both sides. Reads the block, does not change it. */
+int fastclip_cpu_contrastive_fwd(const fastclip_block* block, const fastclip_fwd_side* image,
+                                 const fastclip_fwd_side* text, int num_threads);
+
+/* Overwrite one block of dot products with r_i G_ij c_j, and set *d_scale to sum_ij r_i G_ij c_j dot_ij. */
+int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd_side* image,
+                                 const fastclip_bwd_side* text, double* d_scale, int num_threads);
+
+/* "avx512", "avx2" or "portable"; "auto" picks the best that this processor runs. Applies to the whole process. */
+int fastclip_cpu_select_isa(const char* name);
+const char* fastclip_cpu_isa(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FASTCLIP_H */

@@ -1,0 +1,57 @@
+"""The backends and the choice between them.
+
+Each backend is a module with the same three functions:
+
+``missing()``
+    None when the backend can run on this machine, else the reason why not.
+``refuses(image)``
+    None when the backend serves features of this device and dtype, else the reason why not.
+``contrastive_fwd(...)``, ``contrastive_bwd(...)``
+    the operation; `reference.py` states it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from fastclip import _env
+from fastclip.backends import cpu, reference
+
+__all__ = ["backends", "check_name", "pick"]
+
+# In order of preference: the first that serves the features is what backend=None means.
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+
+
+def backends() -> dict[str, str]:
+    """Every backend of this version: ``"available"``, or the reason why it is not.
+
+    ``available`` says that the backend runs on this machine; which devices and dtypes each one serves is in its
+    documentation, and an explicit ``backend=`` that cannot serve a tensor says why.
+    """
+    return {name: module.missing() or "available" for name, module in _BACKENDS.items()}
+
+
+def check_name(name: str | None) -> None:
+    """Raise ValueError unless `name` is a backend or None."""
+    if name is not None and name not in _BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown; this version of fastclip has {', '.join(map(repr, _BACKENDS))}")
+
+
+def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
+    """The named backend, or the best for features like `image`.
+
+    An explicit name (the argument, else FASTCLIP_BACKEND) that cannot serve raises RuntimeError and says why; an
+    automatic choice falls through to the next.
+    """
+    name = name or _env.backend()
+    check_name(name)
+    if name is not None:
+        module = _BACKENDS[name]
+        reason = module.missing() or module.refuses(image)
+        if reason:
+            raise RuntimeError(f"backend={name!r} cannot serve this call: {reason}")
+        return name, module
+    return next((n, m) for n, m in _BACKENDS.items() if not (m.missing() or m.refuses(image)))

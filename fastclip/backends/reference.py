@@ -1,0 +1,117 @@
+"""The operation in dense torch: what every other backend is compared with.
+
+Differentiable twice, any device, any floating dtype (16-bit features are computed in fp32), M x N memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["EPS", "contrastive_bwd", "contrastive_fwd", "inv_norms", "missing", "refuses"]
+
+EPS = 1e-12  # lower bound of a norm, as in torch.nn.functional.normalize
+
+
+def missing() -> str | None:
+    return None
+
+
+def refuses(image: Tensor) -> str | None:
+    return None
+
+
+def inv_norms(x: Tensor, normalize: bool) -> Tensor:
+    """1 / max(norm, EPS) of every row (M, D) -> (M,), or ones; fp32, for fp64 features fp64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if not normalize:
+        return torch.ones(x.shape[0], dtype=dtype, device=x.device)
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp_min(EPS).reciprocal().to(dtype)
+
+
+def _positive(M: int, N: int, labels: tuple[Tensor, Tensor] | None, offset: int, device: torch.device) -> Tensor:
+    if labels is not None:
+        return labels[0][:, None] == labels[1]
+    return torch.arange(M, device=device)[:, None] + offset == torch.arange(N, device=device)
+
+
+def _logsumexp(z: Tensor, keep: Tensor, dim: int) -> Tensor:
+    """log-sum-exp of the kept z; -inf, with gradient 0, where none is."""
+    z = z.masked_fill(~keep, -torch.inf)
+    some = keep.any(dim)
+    top = torch.where(some, z.detach().amax(dim), 0.0)
+    total = (z - top.unsqueeze(dim)).exp().sum(dim)
+    return torch.where(some, torch.where(some, total, 1.0).log() + top, -torch.inf)
+
+
+def _softmax_weights(z: Tensor, lse: Tensor, d: Tensor, dim: int) -> Tensor:
+    """d exp(z - lse), 0 for empty sets."""
+    some = lse > -torch.inf
+    some |= lse.isnan()
+    return torch.where(some, d, 0.0).unsqueeze(dim) * (z - torch.where(some, lse, 0.0).unsqueeze(dim)).exp()
+
+
+def contrastive_fwd(
+    image: Tensor, text: Tensor, scale: Tensor, labels: tuple[Tensor, Tensor] | None, offset: int, normalize: bool
+) -> tuple[Tensor, ...]:
+    """Row and column statistics of z_ij = scale r_i c_j <image_i, text_j>.
+
+    image (M, D), text (N, D), scale () -> row_neg (M,), col_neg (N,): log-sum-exp over the negatives, -inf when
+    there are none; row_pos (M,), col_pos (N,): sum over the positives, 0 when there are none; row_pos_lse (M,),
+    col_pos_lse (N,): log-sum-exp over the positives, of size 0 without labels; r (M,), c (N,): `inv_norms`.
+
+    labels (M,), (N,) int32: pairs with equal labels are positives. Without, column i + offset is row i's positive.
+    """
+    r, c = inv_norms(image, normalize), inv_norms(text, normalize)
+    z = scale.to(r.dtype) * (r[:, None] * image.to(r.dtype)) @ (c[:, None] * text.to(c.dtype)).T
+    positive = _positive(*z.shape, labels, offset, z.device)
+    negative = ~positive
+    z_positive = torch.where(positive, z, 0.0)
+    if labels is None:
+        row_pos_lse, col_pos_lse = r.new_empty(0), r.new_empty(0)
+    else:
+        row_pos_lse, col_pos_lse = _logsumexp(z, positive, 1), _logsumexp(z, positive, 0)
+    row_neg, col_neg = _logsumexp(z, negative, 1), _logsumexp(z, negative, 0)
+    return row_neg, col_neg, z_positive.sum(1), z_positive.sum(0), row_pos_lse, col_pos_lse, r, c
+
+
+def contrastive_bwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    labels: tuple[Tensor, Tensor] | None,
+    offset: int,
+    normalize: bool,
+    stats: list[Tensor],
+    grads: list[Tensor],
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of image (M, D), text (N, D) and scale (), each None where `needs` says so.
+
+    `stats` are the eight outputs of `contrastive_fwd`, `grads` the loss's derivatives by the first six.
+    """
+    row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, r, c = stats
+    d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = grads
+    u, v = r[:, None] * image.to(r.dtype), c[:, None] * text.to(c.dtype)
+    s = scale.to(r.dtype)
+    cosine = u @ v.T
+    z = s * cosine
+    positive = _positive(*z.shape, labels, offset, z.device)
+    at_negatives = _softmax_weights(z, row_neg, d_row_neg, 1) + _softmax_weights(z, col_neg, d_col_neg, 0)
+    at_positives = d_row_pos[:, None] + d_col_pos
+    if labels is not None:
+        at_positives = at_positives + _softmax_weights(z, row_pos_lse, d_row_pos_lse, 1)
+        at_positives = at_positives + _softmax_weights(z, col_pos_lse, d_col_pos_lse, 0)
+    g = torch.where(positive, at_positives, at_negatives)
+
+    def through_norm(d_unit: Tensor, unit: Tensor, inv_norm: Tensor) -> Tensor:
+        if not normalize:
+            return d_unit
+        along = torch.where(inv_norm * EPS < 1, (unit * d_unit).sum(1), 0.0)  # a clamped norm is a constant
+        return inv_norm[:, None] * (d_unit - along[:, None] * unit)
+
+    return (
+        through_norm(s * (g @ v), u, r).to(image.dtype) if needs[0] else None,
+        through_norm(s * (g.T @ u), v, c).to(text.dtype) if needs[1] else None,
+        (g * cosine).sum().to(scale.dtype) if needs[2] else None,
+    )

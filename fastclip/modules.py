@@ -1,0 +1,58 @@
+"""The loss as a module with open_clip's constructor and forward: one import line changes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastclip.loss import contrastive_loss
+
+__all__ = ["ClipLoss"]
+
+
+class ClipLoss(nn.Module):
+    """Drop-in for ``open_clip.loss.ClipLoss`` (3.3): same constructor, forward and ``output_dict``.
+
+    Like open_clip's it takes features that are already normalised, and never normalises them. ``cache_labels`` and
+    ``use_horovod`` have nothing to do here: there is no label tensor to cache, and ``world_size > 1`` raises
+    NotImplementedError until the loss over several processes lands.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if world_size > 1:
+            raise NotImplementedError(
+                f"ClipLoss(world_size={world_size}): the loss over several processes is not in this version yet"
+            )
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """image_features, text_features (N, D), already normalised; logit_scale already exponentiated.
+
+        Returns the scalar loss, or ``{"contrastive_loss": loss}`` with ``output_dict``. A ``logit_bias`` shifts all
+        logits alike, which a softmax does not see: the loss is the same and its gradient is 0.
+        """
+        loss = contrastive_loss(image_features, text_features, logit_scale, normalize=False)
+        assert isinstance(loss, Tensor)
+        if logit_bias is not None:
+            loss = loss + 0.0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
