@@ -29,7 +29,7 @@ typedef struct fastclip_block {
 } fastclip_block;
 
 /* One side of the forward problem, images (M_all) or texts (N_all). z_ij = dot_ij image.factor_i text.factor_j.
- * The running sums are read and updated; start them at -inf (maxima) and 0 (sums). log2-sum-exp2 = max + log2(sum). */
+ * The running sums are read and updated, and start at 0; log2-sum-exp2 = max + log2(sum). */
 typedef struct fastclip_fwd_side {
   const float* factor;  /* scale and inverse norm, and log2(e) on one side: z comes out in units of log 2 */
   const int32_t* label; /* NULL on both sides when there are no labels */
@@ -63,6 +63,11 @@ int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd
 /* "avx512", "avx2" or "portable"; "auto" picks the best that this processor runs. Applies to the whole process. */
 int fastclip_cpu_select_isa(const char* name);
 const char* fastclip_cpu_isa(void);
+
+/* "borrowed": threads of the OpenMP runtime that the process has loaded (the default); "pool": threads of our own, also
+ * where no such runtime is found and after fork. Applies to the whole process; results are the same. */
+int fastclip_cpu_select_threads(const char* name);
+const char* fastclip_cpu_threads(void);
 
 #ifdef __cplusplus
 }

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.backends import check_name
-from fastclip.backends.reference import EPS
+from fastclip._backends import check_name
+from fastclip._backends.reference import EPS
 from fastclip.labels import match_labels
 from fastclip.ops import autocast_dtype, autocast_features, contrastive_statistics
 

@@ -2,7 +2,7 @@
 
 The forward returns statistics of z_ij = scale r_i c_j <image_i, text_j>; the loss is made of them in torch
 (`fastclip/loss.py`), so torch's autograd supplies the derivatives by each statistic and the backward op turns them
-into gradients of the features and the scale. `backends/reference.py` states both functions.
+into gradients of the features and the scale. `_backends/reference.py` states both functions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip.backends import pick, reference
+from fastclip._backends import pick, reference
 
 __all__ = ["Statistics", "autocast_dtype", "autocast_features", "contrastive_statistics"]
 

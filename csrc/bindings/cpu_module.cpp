@@ -1,5 +1,5 @@
 // Python binding of the CPU kernels: addresses in, messages out. Shapes and dtypes are the caller's business
-// (fastclip/backends/cpu.py); this file knows neither torch nor numpy.
+// (fastclip/_backends/cpu.py); this file knows neither torch nor numpy.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -79,4 +79,6 @@ PYBIND11_MODULE(_cpu, m) {
       py::call_guard<py::gil_scoped_release>());
   m.def("select_isa", [](const char* name) { check(fastclip_cpu_select_isa(name)); });
   m.def("isa", &fastclip_cpu_isa);
+  m.def("select_threads", [](const char* name) { check(fastclip_cpu_select_threads(name)); });
+  m.def("threads", &fastclip_cpu_threads);
 }

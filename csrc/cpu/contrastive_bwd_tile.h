@@ -17,6 +17,28 @@ namespace {
 
 using fastclip::BwdSide;
 
+// One offset serves a whole tile when all its log-sum-exps lie within this many powers of two: weights that are dropped
+// below 2^kExp2Floor are then less than 2^-52 of their row's and column's largest.
+constexpr float kOffsetSpread = 48.0f;
+
+// A finite maximum and whether every element above -inf lies within kOffsetSpread of it (false with NaN or +inf).
+struct Spread {
+  float top = kNegInf;
+  bool close = true;
+};
+
+inline Spread spread(const float* a, int64_t size_a, const float* b, int64_t size_b) {
+  Spread s;
+  for (int64_t k = 0; k < size_a; ++k) s.top = max(s.top, a[k]);
+  for (int64_t k = 0; k < size_b; ++k) s.top = max(s.top, b[k]);
+  const auto check = [&](const float* x, int64_t size) {
+    for (int64_t k = 0; k < size; ++k) s.close &= (x[k] == kNegInf) | (s.top - x[k] <= kOffsetSpread);
+  };
+  check(a, size_a);
+  check(b, size_b);
+  return s;
+}
+
 // What a weight d 2^(z - lse) is made of. An empty set has no z, and contributes 0.
 struct Term {
   float d;

@@ -174,4 +174,20 @@ int fastclip_cpu_select_isa(const char* name) {
 
 const char* fastclip_cpu_isa(void) { return fastclip::selected_kernels().load()->name; }
 
+int fastclip_cpu_select_threads(const char* name) {
+  if (name == nullptr) return FASTCLIP_INVALID_ARGUMENT;
+  if (std::strcmp(name, "borrowed") == 0) {
+    fastclip::use_threads(fastclip::Threads::kBorrowed);
+  } else if (std::strcmp(name, "pool") == 0) {
+    fastclip::use_threads(fastclip::Threads::kPool);
+  } else {
+    return FASTCLIP_INVALID_ARGUMENT;
+  }
+  return FASTCLIP_OK;
+}
+
+const char* fastclip_cpu_threads(void) {
+  return fastclip::threads_in_use() == fastclip::Threads::kBorrowed ? "borrowed" : "pool";
+}
+
 }  // extern "C"

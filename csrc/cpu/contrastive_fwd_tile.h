@@ -2,10 +2,11 @@
 //
 // Math      neg_i = log2 sum_{j negative} 2^z_ij, z_ij = dot_ij f_i f_j (units of log 2), likewise over i for columns;
 //           pos_i = sum_{j positive} z_ij; with labels also the log2-sum-exp2 over the positives
-// Program   two passes over a tile that fits the second-level cache: maxima, then exponentials
+// Program   one pass over a tile that fits the second-level cache; three where its guard fails
 // Traffic   reads 4 M N bytes from memory once; writes 8 bytes a row and a column of the tile
-// Precision fp32; exponentials relative to a maximum of the tile, or of each row and column where the tile's rows
-//           and columns lie more than 2^48 apart: right for any logits, no bound on them is assumed
+// Precision fp32; one exponential a logit, relative to the maximum of the tile's first row, serves rows and columns;
+//           checked afterwards, and done again relative to every row's and column's own maximum where the tile's
+//           logits lie too far apart: right for any logits, no bound on them is assumed
 // Ragged    lanes beyond the last column are masked out of every sum
 // Order     rows from first to last, lanes by halving: bitwise repeatable
 #pragma once
@@ -17,62 +18,93 @@ namespace {
 using fastclip::FwdSide;
 using fastclip::LogSum;
 
+// What a sum of exponentials relative to one offset must lie between: terms below kExp2Floor were dropped, which is
+// then less than 2^-52 of the sum each.
+constexpr float kSmallestSum = 0x1p-48f;
+constexpr float kLargestSum = 0x1p120f;
+
+// z of one vector of row i.
+struct Logits {
+  const float *dot, *col_factor;
+  Simd::F row_factor;
+  Logits(const Tile& t, const FwdSide& image, const FwdSide& text, int64_t i)
+      : dot(t.dot + i * t.row_stride), col_factor(text.factor), row_factor(Simd::set1(image.factor[i])) {}
+  template <class Lanes>
+  Simd::F operator()(int64_t j, Lanes lanes) const {
+    return Simd::mul(Simd::mul(load(lanes, dot + j), row_factor), load(lanes, col_factor + j));
+  }
+};
+
+template <class Keep, class ColMax>
+float row_maximum(int64_t N, const Logits& logits, const Keep& keep_i, const ColMax& into_columns) {
+  const Simd::F minus_inf = Simd::set1(kNegInf);
+  Simd::F top = minus_inf;
+  for_columns(N, [&](int64_t j, auto lanes) {
+    const Simd::F z = Simd::select(keep_i(j, mask_of(lanes)), logits(j, lanes), minus_inf);
+    top = Simd::max(top, z);
+    into_columns(j, lanes, z);
+  });
+  return reduce_max(top);
+}
+
+// Sums relative to one offset for the whole tile. False when an offset so far from some row's or column's maximum may
+// have cost it digits (or a set is empty, or something is not finite): then the result is not to be used.
 template <class Keep>
-void log_sums(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row, LogSum col) {
+bool one_exponential(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row,
+                     LogSum col) {
+  const auto ignore = [](int64_t, auto, Simd::F) {};
+  const float guess = row_maximum(t.N, Logits(t, image, text, 0), keep.row(0), ignore);
+  const Simd::F offset = Simd::set1(guess), zero = Simd::set1(0.0f);
+  for (int64_t j = 0; j < t.N; ++j) col.max[j] = guess, col.sum[j] = 0.0f;
+  bool good = true;
+  for (int64_t i = 0; i < t.M; ++i) {
+    const Logits logits(t, image, text, i);
+    const auto keep_i = keep.row(i);
+    Simd::F sum = zero;
+    for_columns(t.N, [&](int64_t j, auto lanes) {
+      const Simd::F e = Simd::select(keep_i(j, mask_of(lanes)), exp2(Simd::sub(logits(j, lanes), offset)), zero);
+      sum = Simd::add(sum, e);
+      store(lanes, col.sum + j, Simd::add(load(lanes, col.sum + j), e));
+    });
+    row.max[i] = guess;
+    row.sum[i] = reduce_add(sum);
+    good &= row.sum[i] >= kSmallestSum && row.sum[i] <= kLargestSum;
+  }
+  for (int64_t j = 0; j < t.N; ++j) good &= col.sum[j] >= kSmallestSum && col.sum[j] <= kLargestSum;
+  return good;
+}
+
+// Sums relative to the maximum of each row and of each column: right for any logits.
+template <class Keep>
+void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row,
+                      LogSum col) {
+  const auto finite = [](float x) { return x == kNegInf ? 0.0f : x; };  // an empty set's offset must not give NaN
   for (int64_t j = 0; j < t.N; ++j) col.max[j] = kNegInf, col.sum[j] = 0.0f;
   for (int64_t i = 0; i < t.M; ++i) {
-    const float* dot = t.dot + i * t.row_stride;
-    const auto keep_i = keep.row(i);
-    const Simd::F factor = Simd::set1(image.factor[i]), minus_inf = Simd::set1(kNegInf);
-    Simd::F top = minus_inf;
-    for_columns(t.N, [&](int64_t j, auto lanes) {
-      Simd::F z = Simd::mul(Simd::mul(load(lanes, dot + j), factor), load(lanes, text.factor + j));
-      z = Simd::select(keep_i(j, mask_of(lanes)), z, minus_inf);
-      top = Simd::max(top, z);
+    row.max[i] = finite(row_maximum(t.N, Logits(t, image, text, i), keep.row(i), [&](int64_t j, auto lanes, Simd::F z) {
       store(lanes, col.max + j, Simd::max(load(lanes, col.max + j), z));
-    });
-    row.max[i] = reduce_max(top);
+    }));
   }
-
-  const Spread s = spread(row.max, t.M, col.max, t.N);
-  const auto finite_offset = [](float* x, int64_t size) {  // an empty set's offset must not make NaN of its neighbours
-    for (int64_t k = 0; k < size; ++k) x[k] = x[k] == kNegInf ? 0.0f : x[k];
-  };
-  if (s.close) {
-    for (int64_t i = 0; i < t.M; ++i) row.max[i] = s.top;
-    for (int64_t j = 0; j < t.N; ++j) col.max[j] = s.top;
-  }
-  finite_offset(row.max, t.M);
-  finite_offset(col.max, t.N);
-
+  for (int64_t j = 0; j < t.N; ++j) col.max[j] = finite(col.max[j]);
   for (int64_t i = 0; i < t.M; ++i) {
-    const float* dot = t.dot + i * t.row_stride;
+    const Logits logits(t, image, text, i);
     const auto keep_i = keep.row(i);
-    const Simd::F factor = Simd::set1(image.factor[i]), zero = Simd::set1(0.0f), offset = Simd::set1(row.max[i]);
+    const Simd::F offset = Simd::set1(row.max[i]), zero = Simd::set1(0.0f);
     Simd::F sum = zero;
-    const auto add = [&](int64_t j, auto lanes, Simd::F in_row, Simd::F in_col) {
-      sum = Simd::add(sum, in_row);
-      store(lanes, col.sum + j, Simd::add(load(lanes, col.sum + j), in_col));
-    };
-    const auto z_at = [&](int64_t j, auto lanes) {
-      return Simd::mul(Simd::mul(load(lanes, dot + j), factor), load(lanes, text.factor + j));
-    };
-    if (s.close) {
-      for_columns(t.N, [&](int64_t j, auto lanes) {
-        const Simd::F e = exp2(Simd::sub(z_at(j, lanes), offset));
-        const Simd::F kept = Simd::select(keep_i(j, mask_of(lanes)), e, zero);
-        add(j, lanes, kept, kept);
-      });
-    } else {
-      for_columns(t.N, [&](int64_t j, auto lanes) {
-        const Simd::F z = z_at(j, lanes);
-        const Simd::Mask kept = keep_i(j, mask_of(lanes));
-        const Simd::F in_row = exp2(Simd::sub(z, offset)), in_col = exp2(Simd::sub(z, load(lanes, col.max + j)));
-        add(j, lanes, Simd::select(kept, in_row, zero), Simd::select(kept, in_col, zero));
-      });
-    }
+    for_columns(t.N, [&](int64_t j, auto lanes) {
+      const Simd::F z = logits(j, lanes);
+      const Simd::Mask kept = keep_i(j, mask_of(lanes));
+      const Simd::F in_col = exp2(Simd::sub(z, load(lanes, col.max + j)));
+      sum = Simd::add(sum, Simd::select(kept, exp2(Simd::sub(z, offset)), zero));
+      store(lanes, col.sum + j, Simd::add(load(lanes, col.sum + j), Simd::select(kept, in_col, zero)));
+    });
     row.sum[i] = reduce_add(sum);
   }
+}
+
+template <class Keep>
+void log_sums(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row, LogSum col) {
+  if (!one_exponential(t, image, text, keep, row, col)) two_exponentials(t, image, text, keep, row, col);
 }
 
 void clear(LogSum x, int64_t size) {
@@ -85,17 +117,16 @@ bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, con
   bool found = false;
   for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = 0.0f;
   for (int64_t i = 0; i < t.M; ++i) {
-    const float* dot = t.dot + i * t.row_stride;
+    const Logits logits(t, image, text, i);
     const auto keep_i = keep.row(i);
-    const Simd::F factor = Simd::set1(image.factor[i]), zero = Simd::set1(0.0f);
+    const Simd::F zero = Simd::set1(0.0f);
     Simd::F sum = zero;
     bool found_i = false;
     for_columns(t.N, [&](int64_t j, auto lanes) {
       const Simd::Mask kept = keep_i(j, mask_of(lanes));
       if (!Simd::any(kept)) return;
       found_i = true;
-      Simd::F z = Simd::mul(Simd::mul(load(lanes, dot + j), factor), load(lanes, text.factor + j));
-      z = Simd::select(kept, z, zero);
+      const Simd::F z = Simd::select(kept, logits(j, lanes), zero);
       sum = Simd::add(sum, z);
       store(lanes, text.pos_z + j, Simd::add(load(lanes, text.pos_z + j), z));
     });

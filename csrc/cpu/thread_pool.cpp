@@ -8,8 +8,9 @@
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
-#define FASTCLIP_HAS_FORK 1
+#define FASTCLIP_POSIX 1
 #endif
 
 namespace fastclip {
@@ -85,24 +86,64 @@ class ThreadPool {
 // Never destroyed: its threads may outlive static destructors. After fork the child has none of them and locks in an
 // unknown state, so it starts a new pool and leaks the old one.
 std::atomic<ThreadPool*> g_pool{nullptr};
+std::atomic<bool> g_forked{false};
+std::atomic<Threads> g_threads{Threads::kBorrowed};
 
-ThreadPool& pool() {
+void start() {
   static const bool once = [] {
     g_pool.store(new ThreadPool);
-#ifdef FASTCLIP_HAS_FORK
-    pthread_atfork(nullptr, nullptr, [] { g_pool.store(new ThreadPool); });
+#ifdef FASTCLIP_POSIX
+    pthread_atfork(nullptr, nullptr, [] {
+      g_pool.store(new ThreadPool);
+      g_forked.store(true);
+    });
 #endif
     return true;
   }();
   (void)once;
-  return *g_pool.load();
 }
+
+// The entry point of the OpenMP runtime that torch has loaded, by its stable GNU name (LLVM's and Intel's runtimes
+// offer it too), or null. Nothing links an OpenMP runtime. After fork that runtime's threads are gone, and it hangs.
+using GompParallel = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
+
+GompParallel borrowed_runtime() {
+#ifdef FASTCLIP_POSIX
+  static const auto entry = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (g_threads.load() == Threads::kBorrowed && !g_forked.load()) return entry;
+#endif
+  return nullptr;
+}
+
+struct Job {
+  void (*task)(void*, int64_t);
+  void* context;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+};
 
 }  // namespace
 
+void use_threads(Threads threads) { g_threads.store(threads); }
+
+Threads threads_in_use() { return borrowed_runtime() != nullptr ? Threads::kBorrowed : Threads::kPool; }
+
 void parallel_for(int64_t count, int num_threads, void (*task)(void*, int64_t), void* context) {
   const int threads = static_cast<int>(std::min<int64_t>(num_threads, count));
-  if (threads > 1 && pool().try_run(count, threads, task, context)) return;
+  if (threads > 1) {
+    start();
+    if (const GompParallel gomp_parallel = borrowed_runtime()) {
+      Job job{task, context, count};
+      const auto body = [](void* data) {
+        Job& j = *static_cast<Job*>(data);
+        for (int64_t index; (index = j.next.fetch_add(1, std::memory_order_relaxed)) < j.count;)
+          j.task(j.context, index);
+      };
+      gomp_parallel(body, &job, static_cast<unsigned>(threads), 0);
+      return;
+    }
+    if (g_pool.load()->try_run(count, threads, task, context)) return;
+  }
   for (int64_t index = 0; index < count; ++index) task(context, index);
 }
 

@@ -14,9 +14,7 @@ using fastclip::Tile;
 
 constexpr float kNegInf = -__builtin_huge_valf();
 
-// One offset serves a whole tile when all its log-sum-exps lie within this many powers of two: every exponential
-// above 2^kExp2Floor is then kept, which for each row and column is all above 2^-52 of its largest.
-constexpr float kOffsetSpread = 48.0f;
+// Exponentials below 2^kExp2Floor are 0: no subnormal numbers, which are slow.
 constexpr float kExp2Floor = -100.0f;
 
 // 2^x, relative error 8e-8; 0 below kExp2Floor; NaN stays NaN.
@@ -96,23 +94,5 @@ struct OtherLabel {  // negatives with labels
   OtherLabel row(int64_t i) const { return {same.row(i)}; }
   Simd::Mask operator()(int64_t j, Simd::Mask lanes) const { return Simd::and_not(lanes, same(j, lanes)); }
 };
-
-// A finite maximum and whether every element above -inf lies within kOffsetSpread of it (false with NaN or +inf).
-struct Spread {
-  float top = kNegInf;
-  bool close = true;
-};
-
-inline Spread spread(const float* a, int64_t size_a, const float* b, int64_t size_b) {
-  Spread s;
-  for (int64_t k = 0; k < size_a; ++k) s.top = max(s.top, a[k]);
-  for (int64_t k = 0; k < size_b; ++k) s.top = max(s.top, b[k]);
-  const auto check = [&](const float* x, int64_t size) {
-    for (int64_t k = 0; k < size; ++k) s.close &= (x[k] == kNegInf) | (s.top - x[k] <= kOffsetSpread);
-  };
-  check(a, size_a);
-  check(b, size_b);
-  return s;
-}
 
 }  // namespace

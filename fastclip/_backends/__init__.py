@@ -17,7 +17,7 @@ from types import ModuleType
 from torch import Tensor
 
 from fastclip import _env
-from fastclip.backends import cpu, reference
+from fastclip._backends import cpu, reference
 
 __all__ = ["backends", "check_name", "pick"]
 
