@@ -73,9 +73,9 @@ def contrastive_loss(
     scale = _scale_tensor(logit_scale, image_features)
     image, text, scale = autocast_features(image_features, text_features, scale)
     matched = None if image_labels is None or text_labels is None else match_labels(image_labels, text_labels)
-    if matched is not None and image.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool(matched.image_count.any()):
-            raise ValueError("no image label equals a text label: the batch has no positive pair")
+    checked = image.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would cost a wait
+    if matched is not None and checked and not bool(matched.image_count.any()):
+        raise ValueError("no image label equals a text label: the batch has no positive pair")
 
     stats = contrastive_statistics(
         image, text, scale, matched.ids if matched else None, normalize=normalize, backend=backend

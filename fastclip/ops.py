@@ -158,9 +158,12 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             "pass backend='reference' to contrastive_loss"
         )
     with torch.enable_grad():
-        problem = (image, text, scale, _pair(image_labels, text_labels), *ctx.options)
-        stats = list(reference.contrastive_fwd(*problem))
-        out = reference.contrastive_bwd(*problem, stats, upstream, [True, True, True])
+        offset, normalize = ctx.options
+        labels = _pair(image_labels, text_labels)
+        stats = list(reference.contrastive_fwd(image, text, scale, labels, offset, normalize))
+        out = reference.contrastive_bwd(
+            image, text, scale, labels, offset, normalize, stats, upstream, [True, True, True]
+        )
         used = [(o, d) for o, d, need in zip(out, grads, ctx.needs) if need and o is not None and d is not None]
         wanted = [x for x in (image, text, scale, *upstream) if x.requires_grad]
         found = iter(
@@ -205,5 +208,7 @@ def contrastive_statistics(
     The inverse norms it returns carry no gradient.
     """
     image_labels, text_labels = labels or (None, None)
-    out = torch.ops.fastclip.contrastive_fwd(image, text, scale, image_labels, text_labels, offset, normalize, backend)
-    return Statistics(*out[:6], out[6].detach(), out[7].detach())
+    out: tuple[Tensor, ...] = torch.ops.fastclip.contrastive_fwd(
+        image, text, scale, image_labels, text_labels, offset, normalize, backend
+    )
+    return Statistics._make((*out[:6], out[6].detach(), out[7].detach()))

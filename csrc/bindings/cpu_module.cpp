@@ -39,8 +39,8 @@ fastclip_fwd_side fwd_side(uintptr_t factor, uintptr_t label, uintptr_t neg_max,
 
 fastclip_bwd_side bwd_side(uintptr_t factor, uintptr_t inv_norm, uintptr_t label, uintptr_t neg, uintptr_t d_neg,
                            uintptr_t d_pos, uintptr_t pos_lse, uintptr_t d_pos_lse) {
-  return {pointer<const float>(factor), pointer<const float>(inv_norm), pointer<const int32_t>(label),
-          pointer<const float>(neg),    pointer<const float>(d_neg),    pointer<const float>(d_pos),
+  return {pointer<const float>(factor),  pointer<const float>(inv_norm), pointer<const int32_t>(label),
+          pointer<const float>(neg),     pointer<const float>(d_neg),    pointer<const float>(d_pos),
           pointer<const float>(pos_lse), pointer<const float>(d_pos_lse)};
 }
 
@@ -50,18 +50,18 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastclip's native CPU kernels (csrc/cpu). Internal: use fastclip.contrastive_loss.";
 
   py::class_<fastclip_block>(m, "Block")
-      .def(py::init([](uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0,
-                       int64_t offset) {
-             return fastclip_block{pointer<float>(dot), row_stride, M, N, i0, j0, offset};
-           }),
-           py::kw_only(), py::arg("dot"), py::arg("row_stride"), py::arg("M"), py::arg("N"), py::arg("i0"),
-           py::arg("j0"), py::arg("offset"));
+      .def(
+          py::init([](uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0, int64_t offset) {
+            return fastclip_block{pointer<float>(dot), row_stride, M, N, i0, j0, offset};
+          }),
+          py::kw_only(), py::arg("dot"), py::arg("row_stride"), py::arg("M"), py::arg("N"), py::arg("i0"),
+          py::arg("j0"), py::arg("offset"));
   py::class_<fastclip_fwd_side>(m, "FwdSide")
       .def(py::init(&fwd_side), py::kw_only(), py::arg("factor"), py::arg("label"), py::arg("neg_max"),
            py::arg("neg_sum"), py::arg("pos"), py::arg("pos_max"), py::arg("pos_sum"));
   py::class_<fastclip_bwd_side>(m, "BwdSide")
-      .def(py::init(&bwd_side), py::kw_only(), py::arg("factor"), py::arg("inv_norm"), py::arg("label"),
-           py::arg("neg"), py::arg("d_neg"), py::arg("d_pos"), py::arg("pos_lse"), py::arg("d_pos_lse"));
+      .def(py::init(&bwd_side), py::kw_only(), py::arg("factor"), py::arg("inv_norm"), py::arg("label"), py::arg("neg"),
+           py::arg("d_neg"), py::arg("d_pos"), py::arg("pos_lse"), py::arg("d_pos_lse"));
 
   m.def(
       "contrastive_fwd",

@@ -119,8 +119,7 @@ double contrastive_bwd_tile(const Tile& t, const BwdSide& image, const BwdSide& 
       const bool here = j >= 0 && j < t.N;
       const float dot_j = here ? dot[j] : 0.0f;
       const auto untouched = [](int64_t, auto, Simd::Mask, Simd::F, Simd::F g) { return g; };
-      double d_scale =
-          bwd_row(t.N, dot, image.factor[i], image.inv_norm[i], text, keep.row(i), negative, untouched);
+      double d_scale = bwd_row(t.N, dot, image.factor[i], image.inv_norm[i], text, keep.row(i), negative, untouched);
       if (here) {
         dot[j] = (image.d_pos[i] + text.d_pos[j]) * image.inv_norm[i] * text.inv_norm[j];
         d_scale += static_cast<double>(dot[j]) * dot_j;

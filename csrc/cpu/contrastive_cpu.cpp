@@ -34,7 +34,7 @@ struct Grid {  // of the tiles of a block
 };
 
 Tile tile_at(const fastclip_block& b, int64_t i, int64_t j) {
-  return {b.dot + i * b.row_stride + j,   b.row_stride, std::min(kTileM, b.M - i), std::min(kTileN, b.N - j),
+  return {b.dot + i * b.row_stride + j, b.row_stride, std::min(kTileM, b.M - i), std::min(kTileN, b.N - j),
           b.i0 + i + b.offset - b.j0 - j};
 }
 

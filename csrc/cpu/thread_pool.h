@@ -1,5 +1,5 @@
-// Threads for the tiles of a block: those of the OpenMP runtime that torch has already loaded, found at run time, else a
-// small pool of our own. Never a second OpenMP runtime. After a matrix product torch's threads spin for some
+// Threads for the tiles of a block: those of the OpenMP runtime that torch has already loaded, found at run time, else
+// a small pool of our own. Never a second OpenMP runtime. After a matrix product torch's threads spin for some
 // milliseconds; a pool of our own would share the cores with them, which costs a pass half its speed.
 #pragma once
 
@@ -20,8 +20,7 @@ void parallel_for(int64_t count, int num_threads, void (*task)(void* context, in
 
 template <class Task>
 void parallel_for(int64_t count, int num_threads, Task& task) {
-  parallel_for(
-      count, num_threads, [](void* context, int64_t index) { (*static_cast<Task*>(context))(index); }, &task);
+  parallel_for(count, num_threads, [](void* context, int64_t index) { (*static_cast<Task*>(context))(index); }, &task);
 }
 
 }  // namespace fastclip

@@ -1,7 +1,7 @@
 """The CPU backend: blocks of logits by torch.mm into one reused buffer, then one native pass a block (csrc/cpu).
 
-The block is bounded by FASTCLIP_WORKSPACE_MB; nothing M x N exists. Features in fp32 are used where they lie; 16-bit
-ones become fp32, text once and images block by block.
+The block is bounded by FASTCLIP_WORKSPACE_MB; nothing M x N exists. Features in fp32 are used where they lie, 16-bit
+ones become fp32 block by block.
 """
 
 from __future__ import annotations
@@ -72,17 +72,23 @@ class _Features:
     """One side's rows as the products see them: fp32, `inv_norm` still to be multiplied in."""
 
     def __init__(self, x: Tensor, inv_norm: Tensor, normalize: bool) -> None:
-        self.inv_norm = inv_norm  # what the kernels multiply a dot product with
+        self.inv_norm = inv_norm.float().contiguous()  # what the kernels multiply a dot product with
         self.outer = None  # what remains of 1 / norm when the products get unit rows
         if normalize and x.numel() and inv_norm.amin() * _LARGE_NORM < 1:
             x = (x.double() * inv_norm.double()[:, None]).float()
-            self.outer, self.inv_norm = inv_norm, torch.ones_like(inv_norm)
+            self.outer, self.inv_norm = inv_norm, torch.ones_like(self.inv_norm)
         # Where the norm was clamped it is a constant, and the gradient is not projected.
         self.projection = torch.where(inv_norm * EPS < 1, self.inv_norm.square(), 0.0) if normalize else None
         self.x = x if 1 in x.stride() or x.numel() == 0 else x.contiguous()
+        self.block: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.x[start:stop].float()
+        """fp32 rows, to be used before the next call: 16-bit ones share one buffer."""
+        if self.x.dtype == torch.float32:
+            return self.x[start:stop]
+        if self.block is None or self.block.shape[0] < stop - start:
+            self.block = torch.empty(stop - start, self.x.shape[1])
+        return self.block[: stop - start].copy_(self.x[start:stop])
 
     def finish(self, raw: Tensor, start: int, stop: int, factor: float, out: Tensor) -> None:
         """out = factor (raw - u <u, raw>), u the unit rows; raw (stop - start, D) fp32 is overwritten."""
@@ -115,9 +121,11 @@ class _Plan:
     def __init__(self, image: _Features, text: _Features) -> None:
         self.image, self.text = image, text
         self.M, self.N = image.x.shape[0], text.x.shape[0]
-        floats = max(_env.workspace_bytes() // 4, 64 * 64)
-        self.block_n = min(self.N, max(floats // min(_BLOCK_M, self.M), 64))
-        self.block_m = min(self.M, max(floats // self.block_n, 1))
+        floats = _env.workspace_bytes() // 4
+        self.block_m = min(self.M, _BLOCK_M, max(floats // 256, 64))
+        # 16-bit features take fp32 copies of the block's rows (and room for d_image) out of the same workspace
+        copied = 0 if image.x.dtype == torch.float32 else image.x.shape[1]
+        self.block_n = min(self.N, max((floats - 2 * self.block_m * copied) // (self.block_m + copied), 64))
         self.buffer = _buffer(self.block_m * self.block_n)
 
     def row_blocks(self) -> Iterator[tuple[int, int]]:
@@ -138,6 +146,12 @@ def _pointer(x: Tensor | None) -> int:
 def _block(dot: Tensor, i0: int, j0: int, offset: int) -> Any:
     M, N = dot.shape
     return _native.Block(dot=dot.data_ptr(), row_stride=dot.stride(0), M=M, N=N, i0=i0, j0=j0, offset=offset)
+
+
+def _int32(labels: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    if labels is None:
+        return None, None
+    return labels[0].int().contiguous(), labels[1].int().contiguous()
 
 
 def _factors(image: _Features, text: _Features, scale: float) -> tuple[Tensor, Tensor]:
@@ -174,15 +188,14 @@ def contrastive_fwd(
     """As `reference.contrastive_fwd`."""
     r, c = _inv_norms(image, normalize), _inv_norms(text, normalize)
     plan = _Plan(_Features(image, r, normalize), _Features(text, c, normalize))
-    image_label, text_label = labels or (None, None)
+    image_label, text_label = _int32(labels)
     image_factor, text_factor = _factors(plan.image, plan.text, float(scale))
     rows, cols = _State(image_factor, image_label), _State(text_factor, text_label)
     threads = torch.get_num_threads()
-    all_texts = plan.text.rows(0, plan.N)
     for i0, i1 in plan.row_blocks():
         images = plan.image.rows(i0, i1)
         for j0, j1 in plan.column_blocks():
-            dot = plan.dots(images, all_texts[j0:j1])
+            dot = plan.dots(images, plan.text.rows(j0, j1))
             _native.contrastive_fwd(_block(dot, i0, j0, offset), rows.native, cols.native, threads)
     row_neg, row_pos, row_pos_lse = rows.results()
     col_neg, col_pos, col_pos_lse = cols.results()
@@ -239,7 +252,7 @@ def contrastive_bwd(
     """As `reference.contrastive_bwd`."""
     row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, r, c = stats
     plan = _Plan(_Features(image, r, normalize), _Features(text, c, normalize))
-    image_label, text_label = labels or (None, None)
+    image_label, text_label = _int32(labels)
     s, gain = float(scale), _gain(grads)
     image_factor, text_factor = _factors(plan.image, plan.text, s)
     row_grads, col_grads = (grads[0], grads[2], grads[4]), (grads[1], grads[3], grads[5])
@@ -252,15 +265,15 @@ def contrastive_bwd(
     # fp32 gradients are accumulated where they are returned
     raw_text = d_text if d_text is None or d_text.dtype == torch.float32 else torch.empty(plan.N, D)
     threads = torch.get_num_threads()
-    all_texts = plan.text.rows(0, plan.N)
+    raw_block = None if d_image is None or d_image.dtype == torch.float32 else torch.empty(plan.block_m, D)
     d_scale = 0.0
     for i0, i1 in plan.row_blocks():
         images = plan.image.rows(i0, i1)
         raw_image = None
         if d_image is not None:
-            raw_image = d_image[i0:i1] if d_image.dtype == torch.float32 else torch.empty(i1 - i0, D)
+            raw_image = d_image[i0:i1] if raw_block is None else raw_block[: i1 - i0]
         for j0, j1 in plan.column_blocks():
-            texts = all_texts[j0:j1]
+            texts = plan.text.rows(j0, j1)
             weights = plan.dots(images, texts)
             d_scale += _native.contrastive_bwd(_block(weights, i0, j0, offset), rows.native, cols.native, threads)
             if raw_image is not None:

@@ -29,10 +29,12 @@ def inv_norms(x: Tensor, normalize: bool) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp_min(EPS).reciprocal().to(dtype)
 
 
-def _positive(M: int, N: int, labels: tuple[Tensor, Tensor] | None, offset: int, device: torch.device) -> Tensor:
+def _positive(z: Tensor, labels: tuple[Tensor, Tensor] | None, offset: int) -> Tensor:
+    """Which pairs of z (M, N) are positives, bool (M, N)."""
     if labels is not None:
         return labels[0][:, None] == labels[1]
-    return torch.arange(M, device=device)[:, None] + offset == torch.arange(N, device=device)
+    i, j = (torch.arange(size, device=z.device) for size in z.shape)
+    return i[:, None] + offset == j
 
 
 def _logsumexp(z: Tensor, keep: Tensor, dim: int) -> Tensor:
@@ -64,7 +66,7 @@ def contrastive_fwd(
     """
     r, c = inv_norms(image, normalize), inv_norms(text, normalize)
     z = scale.to(r.dtype) * (r[:, None] * image.to(r.dtype)) @ (c[:, None] * text.to(c.dtype)).T
-    positive = _positive(*z.shape, labels, offset, z.device)
+    positive = _positive(z, labels, offset)
     negative = ~positive
     z_positive = torch.where(positive, z, 0.0)
     if labels is None:
@@ -96,7 +98,7 @@ def contrastive_bwd(
     s = scale.to(r.dtype)
     cosine = u @ v.T
     z = s * cosine
-    positive = _positive(*z.shape, labels, offset, z.device)
+    positive = _positive(z, labels, offset)
     at_negatives = _softmax_weights(z, row_neg, d_row_neg, 1) + _softmax_weights(z, col_neg, d_col_neg, 0)
     at_positives = d_row_pos[:, None] + d_col_pos
     if labels is not None:

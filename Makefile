@@ -1,0 +1,36 @@
+# Every target makes the virtual environment it needs. PYTHON chooses the interpreter (3.10 or newer), VENV the folder.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.installed-train ## train on handwritten digits, print zero-shot accuracy, draw runs/digits/digits.png
+	$(BIN)/python examples/train_digits.py
+
+test: lint ## everything that needs no GPU
+	$(BIN)/python -m pytest -q --durations=15
+
+lint: $(VENV)/.installed-dev ## linters and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/.installed-dev ## what lint would ask for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: $(VENV)/.installed-dev ## rows go to benchmarks/results
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -q
+
+$(VENV)/.installed-%: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastclip/*.so fastclip/_build_report.txt

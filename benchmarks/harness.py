@@ -1,0 +1,150 @@
+"""One harness for every benchmark: paired rounds, one row a provider, rows in a CSV.
+
+A round runs every provider once, one after the other, and each figure that compares two of them is the median of the
+rounds' ratios: the machine's speed may drift between rounds, hardly within one.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastclip
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: `mode` is forward, backward or both; sizes and dtype of the features."""
+
+    mode: str
+    N: int
+    D: int
+    dtype: str
+
+    @property
+    def flops(self) -> float:
+        """On the 8 N^2 D basis: two products of 2 N^2 D in the forward pass's share of the four are one."""
+        return {"forward": 2, "backward": 6, "both": 8}[self.mode] * float(self.N) ** 2 * self.D
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`prepare()` is not timed and returns the step that is."""
+
+    name: str
+    prepare: Callable[[], Step]
+
+
+@dataclass
+class Timings:
+    """Seconds of every round, by provider."""
+
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+
+    def time(self, provider: Provider) -> None:
+        step = provider.prepare()
+        start = time.perf_counter()
+        step()
+        self.rounds.setdefault(provider.name, []).append(time.perf_counter() - start)
+
+    def ratio(self, name: str, other: str) -> float:
+        """How many times as fast as `other`."""
+        return statistics.median(b / a for a, b in zip(self.rounds[name], self.rounds[other], strict=True))
+
+
+def _quantile(values: list[float], q: float) -> float:
+    ordered = sorted(values)
+    return ordered[round(q * (len(ordered) - 1))]
+
+
+def rows(case: Case, timings: Timings, *, floor: str, peer: str, peak_mib: dict[str, float]) -> list[dict[str, Any]]:
+    """One row a provider; see `benchmarks/README.md` for the columns."""
+    out = []
+    for name, seconds in timings.rounds.items():
+        median = statistics.median(seconds)
+        out.append(
+            {
+                **asdict(case),
+                "provider": name,
+                "rounds": len(seconds),
+                "median_ms": round(median * 1e3, 3),
+                "p20_ms": round(_quantile(seconds, 0.2) * 1e3, 3),
+                "p80_ms": round(_quantile(seconds, 0.8) * 1e3, 3),
+                "tflops": round(case.flops / median / 1e12, 4),
+                "floor_percent": round(100 * timings.ratio(name, floor), 1),
+                f"speedup_over_{peer}": round(timings.ratio(name, peer), 3),
+                "peak_mib": peak_mib.get(name, ""),
+            }
+        )
+    return out
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+
+
+def machine() -> dict[str, Any]:
+    """What every row says of where it was measured."""
+    from fastclip._backends import cpu
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "machine": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "isa": cpu._native.isa() if cpu.missing() is None else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastclip": fastclip.__version__,
+        "open_clip": _version("open_clip_torch"),
+    }
+
+
+def append(path: Path, new: list[dict[str, Any]]) -> None:
+    """Add rows to a CSV, whose columns never change."""
+    about = machine()
+    columns = [*new[0], *about]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        if header != columns:
+            raise ValueError(f"{path} has other columns ({', '.join(header)}): move it away")
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if fresh:
+            writer.writeheader()
+        writer.writerows({**row, **about} for row in new)
