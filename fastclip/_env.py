@@ -2,7 +2,7 @@
 
 FASTCLIP_BACKEND       backend to use where `backend=` is not given, e.g. ``cpu`` or ``reference``
 FASTCLIP_CPU_ISA       ``avx512``, ``avx2`` or ``portable`` in place of the best that the processor runs
-FASTCLIP_WORKSPACE_MB  bound on the CPU backend's buffer of logits, in MiB (32)
+FASTCLIP_WORKSPACE_MB  bound on the CPU backend's buffer of logits, in MiB (64)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def cpu_isa() -> str:
 
 
 def workspace_bytes() -> int:
-    text = os.environ.get("FASTCLIP_WORKSPACE_MB") or "32"
+    text = os.environ.get("FASTCLIP_WORKSPACE_MB") or "64"
     try:
         megabytes = float(text)
     except ValueError:

@@ -10,7 +10,6 @@ import importlib
 import importlib.resources
 import math
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ __all__ = ["contrastive_bwd", "contrastive_fwd", "missing", "refuses"]
 
 _LOG2E, _LN2 = math.log2(math.e), math.log(2)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_BLOCK_M = 2048  # rows of a block where the workspace allows: shorter products are slower
+_BLOCK_M = 4096  # rows of a block, where the workspace allows: short products are slow
 _LARGE_NORM = 2.0**40  # norms beyond it could overflow the fp32 product of two unnormalised rows
 
 _native: Any = None
@@ -54,9 +53,8 @@ def refuses(image: Tensor) -> str | None:
     return None
 
 
-def _blocks(size: int, block: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, size, block):
-        yield start, min(start + block, size)
+def _blocks(size: int, block: int) -> list[tuple[int, int]]:
+    return [(start, min(start + block, size)) for start in range(0, size, block)]
 
 
 def _inv_norms(x: Tensor, normalize: bool) -> Tensor:
@@ -103,16 +101,35 @@ class _Features:
             out.copy_(raw)
 
 
-_workspace = threading.local()
+class _Workspace(threading.local):
+    """This thread's buffer of logits, kept between calls: fresh pages cost more than a pass over them (8 ms for 32
+    MiB), and the block that a forward pass leaves in it needs no second product in the backward pass that follows.
+    """
+
+    buffer: Tensor | None = None
+    # Whose block of dot products the buffer holds, and which one. A forward pass is known by its inverse norms, which
+    # it made itself: while this reference lives, no other tensor can be at their address.
+    owner: Tensor | None = None
+    block: tuple[int, int, int, int] | None = None
+
+    def reserve(self, size: int) -> Tensor:
+        if self.buffer is None or self.buffer.numel() < size or self.buffer.numel() * 4 > _env.workspace_bytes():
+            self.forget()
+            self.buffer = None  # freed before the new one is made
+            self.buffer = torch.empty(size)
+        return self.buffer
+
+    def keep(self, owner: Tensor, block: tuple[int, int, int, int]) -> None:
+        self.owner, self.block = owner, block
+
+    def forget(self) -> None:
+        self.owner = self.block = None
+
+    def holds(self, owner: Tensor, block: tuple[int, int, int, int]) -> bool:
+        return self.owner is not None and self.owner.data_ptr() == owner.data_ptr() and self.block == block
 
 
-def _buffer(size: int) -> Tensor:
-    """This thread's workspace, kept between calls: fresh pages cost more than a pass over them (8 ms for 32 MiB)."""
-    buffer: Tensor | None = getattr(_workspace, "buffer", None)
-    if buffer is None or buffer.numel() < size or buffer.numel() * 4 > _env.workspace_bytes():
-        _workspace.buffer = None  # freed before the new one is made
-        buffer = _workspace.buffer = torch.empty(size)
-    return buffer
+_workspace = _Workspace()
 
 
 class _Plan:
@@ -122,21 +139,27 @@ class _Plan:
         self.image, self.text = image, text
         self.M, self.N = image.x.shape[0], text.x.shape[0]
         floats = _env.workspace_bytes() // 4
-        self.block_m = min(self.M, _BLOCK_M, max(floats // 256, 64))
-        # 16-bit features take fp32 copies of the block's rows (and room for d_image) out of the same workspace
         copied = 0 if image.x.dtype == torch.float32 else image.x.shape[1]
+        # 16-bit features need fp32 room out of the same workspace: d_text, the block's rows and their d_image
+        floats -= min(self.N * copied, floats // 2)
+        self.block_m = min(self.M, _BLOCK_M, max(floats // 256, 64))
         self.block_n = min(self.N, max((floats - 2 * self.block_m * copied) // (self.block_m + copied), 64))
-        self.buffer = _buffer(self.block_m * self.block_n)
+        self.buffer = _workspace.reserve(self.block_m * self.block_n)
 
-    def row_blocks(self) -> Iterator[tuple[int, int]]:
+    def row_blocks(self) -> list[tuple[int, int]]:
         return _blocks(self.M, self.block_m)
 
-    def column_blocks(self) -> Iterator[tuple[int, int]]:
+    def column_blocks(self) -> list[tuple[int, int]]:
         return _blocks(self.N, self.block_n)
 
-    def dots(self, image_rows: Tensor, text_rows: Tensor) -> Tensor:
-        M, N = image_rows.shape[0], text_rows.shape[0]
-        return torch.mm(image_rows, text_rows.T, out=self.buffer[: M * N].view(M, N))
+    def dots(self, image_rows: Tensor, text_rows: Tensor, block: tuple[int, int, int, int], owner: Tensor) -> Tensor:
+        """<I_i, T_j> of a block (i0, i1, j0, j1) of the forward pass `owner`, computed unless the buffer has it."""
+        i0, i1, j0, j1 = block
+        dot = self.buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
+        if not _workspace.holds(owner, block):
+            _workspace.forget()
+            torch.mm(image_rows, text_rows.T, out=dot)
+        return dot
 
 
 def _pointer(x: Tensor | None) -> int:
@@ -195,8 +218,9 @@ def contrastive_fwd(
     for i0, i1 in plan.row_blocks():
         images = plan.image.rows(i0, i1)
         for j0, j1 in plan.column_blocks():
-            dot = plan.dots(images, plan.text.rows(j0, j1))
+            dot = plan.dots(images, plan.text.rows(j0, j1), (i0, i1, j0, j1), r)
             _native.contrastive_fwd(_block(dot, i0, j0, offset), rows.native, cols.native, threads)
+            _workspace.keep(r, (i0, i1, j0, j1))
     row_neg, row_pos, row_pos_lse = rows.results()
     col_neg, col_pos, col_pos_lse = cols.results()
     return row_neg, col_neg, row_pos, col_pos, row_pos_lse, col_pos_lse, r, c
@@ -267,20 +291,22 @@ def contrastive_bwd(
     threads = torch.get_num_threads()
     raw_block = None if d_image is None or d_image.dtype == torch.float32 else torch.empty(plan.block_m, D)
     d_scale = 0.0
-    for i0, i1 in plan.row_blocks():
+    # The blocks in the opposite order of the forward pass, whose last one may still be in the workspace
+    for i, (i0, i1) in enumerate(reversed(plan.row_blocks())):
         images = plan.image.rows(i0, i1)
         raw_image = None
         if d_image is not None:
             raw_image = d_image[i0:i1] if raw_block is None else raw_block[: i1 - i0]
-        for j0, j1 in plan.column_blocks():
+        for j, (j0, j1) in enumerate(reversed(plan.column_blocks())):
             texts = plan.text.rows(j0, j1)
-            weights = plan.dots(images, texts)
+            weights = plan.dots(images, texts, (i0, i1, j0, j1), r)
+            _workspace.forget()
             d_scale += _native.contrastive_bwd(_block(weights, i0, j0, offset), rows.native, cols.native, threads)
             if raw_image is not None:
-                torch.addmm(raw_image, weights, texts, beta=min(j0, 1), out=raw_image)
+                torch.addmm(raw_image, weights, texts, beta=min(j, 1), out=raw_image)
             if raw_text is not None:
                 rows_of_text = raw_text[j0:j1]
-                torch.addmm(rows_of_text, weights.T, images, beta=min(i0, 1), out=rows_of_text)
+                torch.addmm(rows_of_text, weights.T, images, beta=min(i, 1), out=rows_of_text)
         if d_image is not None and raw_image is not None:
             plan.image.finish(raw_image, i0, i1, s / gain, d_image[i0:i1])
     if d_text is not None and raw_text is not None:
