@@ -89,10 +89,13 @@ def contrastive_loss(
         stats.col_neg, stats.col_pos, stats.col_pos_lse, col_count, smoothing=label_smoothing, mean_logit=col_mean
     )
     if reduction == "none":
-        return row_loss, col_loss
-    if reduction == "sum":
-        return image_weight * row_loss.sum() + (1 - image_weight) * col_loss.sum()
-    return image_weight * _mean(row_loss, row_count) + (1 - image_weight) * _mean(col_loss, col_count)
+        return row_loss.to(scale.dtype), col_loss.to(scale.dtype)
+    row_total, col_total = (
+        (row_loss.sum(), col_loss.sum())
+        if reduction == "sum"
+        else (_mean(row_loss, row_count), _mean(col_loss, col_count))
+    )
+    return (image_weight * row_total + (1 - image_weight) * col_total).to(scale.dtype)
 
 
 def direction_loss(

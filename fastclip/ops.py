@@ -82,10 +82,11 @@ def _fwd_fake(
     normalize: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    dtype = torch.promote_types(image.dtype, torch.float32)
     M, N = image.shape[0], text.shape[0]
     M_pos, N_pos = (0, 0) if image_labels is None else (M, N)
-    return tuple(image.new_empty(size, dtype=dtype) for size in (M, N, M, N, M_pos, N_pos, M, N))
+    wide = reference.wide_dtype(image.device)
+    stats = (image.new_empty(size, dtype=wide) for size in (M, N, M, N, M_pos, N_pos))
+    return *stats, *(image.new_empty(size, dtype=torch.promote_types(image.dtype, torch.float32)) for size in (M, N))
 
 
 @torch.library.impl("fastclip::contrastive_bwd", "default")

@@ -54,8 +54,8 @@ struct OneExp {  // E (a_i + b_j)
   const float* b;
   Simd::F offset, a;
   template <class Lanes>
-  Simd::F operator()(int64_t j, Lanes lanes, Simd::F z) const {
-    return Simd::mul(exp2(Simd::sub(z, offset)), Simd::add(a, load(lanes, b + j)));
+  Simd::F operator()(int64_t j, Lanes lanes, const Logits& logits) const {
+    return Simd::mul(exp2(logits.minus(j, lanes, offset)), Simd::add(a, load(lanes, b + j)));
   }
 };
 
@@ -63,24 +63,25 @@ struct TwoExp {
   const float *d, *lse;  // of the columns
   Simd::F d_row, lse_row;
   template <class Lanes>
-  Simd::F operator()(int64_t j, Lanes lanes, Simd::F z) const {
-    const Simd::F in_col = exp2(Simd::sub(z, load(lanes, lse + j)));
-    return Simd::fma(d_row, exp2(Simd::sub(z, lse_row)), Simd::mul(load(lanes, d + j), in_col));
+  Simd::F operator()(int64_t j, Lanes lanes, const Logits& logits) const {
+    const Simd::F in_row = exp2(logits.minus(j, lanes, lse_row));
+    const Simd::F in_col = exp2(logits.minus(j, lanes, load(lanes, lse + j)));
+    return Simd::fma(d_row, in_row, Simd::mul(load(lanes, d + j), in_col));
   }
 };
 
-// One row. `positive(j, lanes, kept, z, g)` puts the positives' weights in place of what the negatives' formula gave.
+// Row i. `positive(j, lanes, kept, g)` puts the positives' weights in place of what the negatives' formula gave.
 template <class Keep, class Negative, class Positive>
-float bwd_row(int64_t N, float* dot, float row_factor, float row_inv_norm, const BwdSide& text, const Keep& keep_i,
+float bwd_row(const Tile& t, const BwdSide& image, const BwdSide& text, int64_t i, const Keep& keep_i,
               const Negative& negative, const Positive& positive) {
-  const Simd::F factor = Simd::set1(row_factor), inv_norm = Simd::set1(row_inv_norm), zero = Simd::set1(0.0f);
+  float* dot = t.dot + i * t.row_stride;
+  const Logits logits(t, image, text, i);
+  const Simd::F inv_norm = Simd::set1(image.inv_norm[i]), zero = Simd::set1(0.0f);
   Simd::F d_scale = zero;
-  for_columns(N, [&](int64_t j, auto lanes) {
+  for_columns(t.N, [&](int64_t j, auto lanes) {
     const Simd::F x = load(lanes, dot + j);
-    const Simd::F z = Simd::mul(Simd::mul(x, factor), load(lanes, text.factor + j));
     const Simd::Mask kept = keep_i(j, mask_of(lanes));
-    Simd::F g = Simd::select(kept, negative(j, lanes, z), zero);
-    g = positive(j, lanes, kept, z, g);
+    const Simd::F g = positive(j, lanes, kept, Simd::select(kept, negative(j, lanes, logits), zero));
     const Simd::F weight = Simd::mul(Simd::mul(g, inv_norm), load(lanes, text.inv_norm + j));
     d_scale = Simd::fma(weight, x, d_scale);
     store(lanes, dot + j, weight);
@@ -118,8 +119,8 @@ double contrastive_bwd_tile(const Tile& t, const BwdSide& image, const BwdSide& 
       const int64_t j = t.positive + i;
       const bool here = j >= 0 && j < t.N;
       const float dot_j = here ? dot[j] : 0.0f;
-      const auto untouched = [](int64_t, auto, Simd::Mask, Simd::F, Simd::F g) { return g; };
-      double d_scale = bwd_row(t.N, dot, image.factor[i], image.inv_norm[i], text, keep.row(i), negative, untouched);
+      const auto untouched = [](int64_t, auto, Simd::Mask, Simd::F g) { return g; };
+      double d_scale = bwd_row(t, image, text, i, keep.row(i), negative, untouched);
       if (here) {
         dot[j] = (image.d_pos[i] + text.d_pos[j]) * image.inv_norm[i] * text.inv_norm[j];
         d_scale += static_cast<double>(dot[j]) * dot_j;
@@ -137,15 +138,14 @@ double contrastive_bwd_tile(const Tile& t, const BwdSide& image, const BwdSide& 
     const Term r = term(image.d_pos_lse, image.pos_lse, i);
     const TwoExp softmax{col_d, col_lse, Simd::set1(r.d), Simd::set1(r.lse)};
     const Simd::F d_row = Simd::set1(image.d_pos[i]);
-    const auto positive = [&](int64_t j, auto lanes, Simd::Mask kept, Simd::F z, Simd::F g) {
+    const Logits logits(t, image, text, i);
+    const auto positive = [&](int64_t j, auto lanes, Simd::Mask kept, Simd::F g) {
       const Simd::Mask same = Simd::and_not(mask_of(lanes), kept);
       if (!Simd::any(same)) return g;
       const Simd::F d_pos = Simd::add(d_row, load(lanes, text.d_pos + j));
-      return Simd::select(same, Simd::add(d_pos, softmax(j, lanes, z)), g);
+      return Simd::select(same, Simd::add(d_pos, softmax(j, lanes, logits)), g);
     };
-    float* dot = t.dot + i * t.row_stride;
-    return static_cast<double>(
-        bwd_row(t.N, dot, image.factor[i], image.inv_norm[i], text, keep.row(i), negative, positive));
+    return static_cast<double>(bwd_row(t, image, text, i, keep.row(i), negative, positive));
   });
 }
 

@@ -44,25 +44,25 @@ bool valid(const fastclip_block* b) {
 
 // One side's partial results of a block: `tiles` rows of `size` numbers each, a row per tile across.
 struct Partials {
-  int64_t size, tiles, sets;
-  std::vector<float> values;
+  int64_t size, tiles;
+  std::vector<float> log_sums;  // maxima and sums of the negatives, with labels of the positives too
+  std::vector<double> pos;
   Partials(int64_t size, int64_t tiles, bool labels)
-      : size(size), tiles(tiles), sets(labels ? 5 : 3), values(static_cast<size_t>(size * tiles * sets)) {}
-  float* at(int64_t set, int64_t tile, int64_t k) { return values.data() + (set * tiles + tile) * size + k; }
+      : size(size), tiles(tiles), log_sums((labels ? 4 : 2) * size * tiles), pos(size * tiles) {}
+  LogSum log_sum(int64_t set, int64_t tile, int64_t k) {
+    float* max = log_sums.data() + (2 * set * tiles + tile) * size + k;
+    return {max, max + tiles * size};
+  }
+  double* pos_at(int64_t tile, int64_t k) { return pos.data() + tile * size + k; }
   FwdSide side(const fastclip_fwd_side& all, int64_t begin, int64_t tile, int64_t k) {
-    FwdSide s{};
-    s.factor = all.factor + begin + k;
-    s.neg = {at(0, tile, k), at(1, tile, k)};
-    s.pos_z = at(2, tile, k);
-    if (all.label != nullptr) {
-      s.label = all.label + begin + k;
-      s.pos = {at(3, tile, k), at(4, tile, k)};
-    }
-    return s;
+    const bool labels = all.label != nullptr;
+    return {all.factor + begin + k, labels ? all.label + begin + k : nullptr, log_sum(0, tile, k),
+            labels ? log_sum(1, tile, k) : LogSum{}, pos_at(tile, k)};
   }
 };
 
-void add_log_sum(double* max, double* sum, double new_max, double new_sum) {
+void add_log_sum(double* max, double* sum, LogSum part) {
+  const double new_max = *part.max, new_sum = *part.sum;
   if (new_sum == 0.0) return;  // empty
   if (*sum == 0.0) {
     *max = new_max, *sum = new_sum;
@@ -76,10 +76,9 @@ void add_log_sum(double* max, double* sum, double new_max, double new_sum) {
 void reduce(Partials& partials, const fastclip_fwd_side& side, int64_t begin, int64_t k) {
   const int64_t at = begin + k;
   for (int64_t tile = 0; tile < partials.tiles; ++tile) {
-    add_log_sum(side.neg_max + at, side.neg_sum + at, *partials.at(0, tile, k), *partials.at(1, tile, k));
-    side.pos[at] += *partials.at(2, tile, k);
-    if (side.label != nullptr)
-      add_log_sum(side.pos_max + at, side.pos_sum + at, *partials.at(3, tile, k), *partials.at(4, tile, k));
+    add_log_sum(side.neg_max + at, side.neg_sum + at, partials.log_sum(0, tile, k));
+    side.pos[at] += *partials.pos_at(tile, k);
+    if (side.label != nullptr) add_log_sum(side.pos_max + at, side.pos_sum + at, partials.log_sum(1, tile, k));
   }
 }
 

@@ -23,18 +23,6 @@ using fastclip::LogSum;
 constexpr float kSmallestSum = 0x1p-48f;
 constexpr float kLargestSum = 0x1p120f;
 
-// z of one vector of row i.
-struct Logits {
-  const float *dot, *col_factor;
-  Simd::F row_factor;
-  Logits(const Tile& t, const FwdSide& image, const FwdSide& text, int64_t i)
-      : dot(t.dot + i * t.row_stride), col_factor(text.factor), row_factor(Simd::set1(image.factor[i])) {}
-  template <class Lanes>
-  Simd::F operator()(int64_t j, Lanes lanes) const {
-    return Simd::mul(Simd::mul(load(lanes, dot + j), row_factor), load(lanes, col_factor + j));
-  }
-};
-
 template <class Keep, class ColMax>
 float row_maximum(int64_t N, const Logits& logits, const Keep& keep_i, const ColMax& into_columns) {
   const Simd::F minus_inf = Simd::set1(kNegInf);
@@ -62,7 +50,7 @@ bool one_exponential(const Tile& t, const FwdSide& image, const FwdSide& text, c
     const auto keep_i = keep.row(i);
     Simd::F sum = zero;
     for_columns(t.N, [&](int64_t j, auto lanes) {
-      const Simd::F e = Simd::select(keep_i(j, mask_of(lanes)), exp2(Simd::sub(logits(j, lanes), offset)), zero);
+      const Simd::F e = Simd::select(keep_i(j, mask_of(lanes)), exp2(logits.minus(j, lanes, offset)), zero);
       sum = Simd::add(sum, e);
       store(lanes, col.sum + j, Simd::add(load(lanes, col.sum + j), e));
     });
@@ -92,10 +80,10 @@ void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, 
     const Simd::F offset = Simd::set1(row.max[i]), zero = Simd::set1(0.0f);
     Simd::F sum = zero;
     for_columns(t.N, [&](int64_t j, auto lanes) {
-      const Simd::F z = logits(j, lanes);
       const Simd::Mask kept = keep_i(j, mask_of(lanes));
-      const Simd::F in_col = exp2(Simd::sub(z, load(lanes, col.max + j)));
-      sum = Simd::add(sum, Simd::select(kept, exp2(Simd::sub(z, offset)), zero));
+      const Simd::F in_row = exp2(logits.minus(j, lanes, offset));
+      const Simd::F in_col = exp2(logits.minus(j, lanes, load(lanes, col.max + j)));
+      sum = Simd::add(sum, Simd::select(kept, in_row, zero));
       store(lanes, col.sum + j, Simd::add(load(lanes, col.sum + j), Simd::select(kept, in_col, zero)));
     });
     row.sum[i] = reduce_add(sum);
@@ -115,7 +103,8 @@ void clear(LogSum x, int64_t size) {
 template <class Keep>
 bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep) {
   bool found = false;
-  for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = 0.0f;
+  float col_sum[kTileN];
+  for (int64_t j = 0; j < t.N; ++j) col_sum[j] = 0.0f;
   for (int64_t i = 0; i < t.M; ++i) {
     const Logits logits(t, image, text, i);
     const auto keep_i = keep.row(i);
@@ -128,23 +117,25 @@ bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, con
       found_i = true;
       const Simd::F z = Simd::select(kept, logits(j, lanes), zero);
       sum = Simd::add(sum, z);
-      store(lanes, text.pos_z + j, Simd::add(load(lanes, text.pos_z + j), z));
+      store(lanes, col_sum + j, Simd::add(load(lanes, col_sum + j), z));
     });
-    image.pos_z[i] = found_i ? reduce_add(sum) : 0.0f;
+    image.pos_z[i] = found_i ? static_cast<double>(reduce_add(sum)) : 0.0;
     found |= found_i;
   }
+  for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = static_cast<double>(col_sum[j]);
   return found;
 }
 
 void contrastive_fwd_tile(const Tile& t, const FwdSide& image, const FwdSide& text) {
   if (image.label == nullptr) {
     log_sums(t, image, text, OffDiagonal{t.positive}, image.neg, text.neg);
-    for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = 0.0f;
+    for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = 0.0;
     for (int64_t i = 0; i < t.M; ++i) {
       const int64_t j = t.positive + i;
-      image.pos_z[i] = 0.0f;
+      image.pos_z[i] = 0.0;
       if (j < 0 || j >= t.N) continue;
-      image.pos_z[i] = text.pos_z[j] = t.dot[i * t.row_stride + j] * image.factor[i] * text.factor[j];
+      const float half = t.dot[i * t.row_stride + j] * image.factor[i];  // rounded as the negatives' z is
+      image.pos_z[i] = text.pos_z[j] = static_cast<double>(half) * text.factor[j];
     }
     return;
   }

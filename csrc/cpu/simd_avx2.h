@@ -38,11 +38,12 @@ struct Simd {
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
 
   static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F scale_or_zero(F p, F n, F x, float floor) {
-    const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  static F scale_or_zero(F p, F n, F x, float floor) {  // above 2^127: larger than that, infinite or NaN
+    const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_min_ps(n, set1(128.0f))), 23);
     const F scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift));
     const F keep = _mm256_cmp_ps(x, set1(floor), _CMP_NLT_UQ);
     return _mm256_and_ps(keep, select(_mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)), p, scaled));

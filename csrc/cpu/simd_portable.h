@@ -82,6 +82,9 @@ struct Simd {
   static F fma(F a, F b, F c) {
     return floats([&](int k) { return a.v[k] * b.v[k] + c.v[k]; });
   }
+  static F fms(F a, F b, F c) {
+    return floats([&](int k) { return a.v[k] * b.v[k] - c.v[k]; });
+  }
   static F max(F a, F b) {  // b where either is NaN, as the x86 instruction
     return floats([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; });
   }
@@ -92,7 +95,7 @@ struct Simd {
   static F scale_or_zero(F p, F n, F x, float floor) {
     return floats([&](int k) {
       if (x.v[k] < floor) return 0.0f;
-      if (!(n.v[k] <= 127.0f)) return p.v[k] * x.v[k];  // NaN stays; past the range of z - log-sum-exp
+      if (!(n.v[k] <= 127.0f)) return p.v[k] * __builtin_huge_valf();  // NaN stays
       const float power = bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v[k]) + 127) << 23);
       return p.v[k] * power;
     });

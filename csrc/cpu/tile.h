@@ -25,8 +25,8 @@ struct FwdSide {
   const float* factor;
   const int32_t* label;
   LogSum neg;
-  LogSum pos;    // with labels
-  float* pos_z;  // sum of z over the positives
+  LogSum pos;     // with labels
+  double* pos_z;  // sum of z over the positives
 };
 
 struct BwdSide {  // as fastclip_bwd_side

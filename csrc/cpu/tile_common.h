@@ -72,6 +72,31 @@ inline void for_columns(int64_t N, Body body) {
   if (j < N) body(j, Simd::first(N - j));
 }
 
+// The logits of row i, z in units of log 2.
+struct Logits {
+  const float *dot, *col_factor;
+  Simd::F row_factor;
+  template <class Side>
+  Logits(const Tile& t, const Side& image, const Side& text, int64_t i)
+      : dot(t.dot + i * t.row_stride), col_factor(text.factor), row_factor(Simd::set1(image.factor[i])) {}
+
+  template <class Lanes>
+  Simd::F operator()(int64_t j, Lanes lanes) const {
+    return Simd::mul(half(j, lanes), load(lanes, col_factor + j));
+  }
+  // z - offset, rounded once where there is FMA: the digits of a small difference of large numbers.
+  template <class Lanes>
+  Simd::F minus(int64_t j, Lanes lanes, Simd::F offset) const {
+    return Simd::fms(half(j, lanes), load(lanes, col_factor + j), offset);
+  }
+
+ private:
+  template <class Lanes>
+  Simd::F half(int64_t j, Lanes lanes) const {
+    return Simd::mul(load(lanes, dot + j), row_factor);
+  }
+};
+
 // Which logits of row i a pass takes: keep.row(i)(j, lanes) is a mask.
 struct OffDiagonal {  // negatives without labels
   int64_t positive;

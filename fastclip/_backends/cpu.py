@@ -194,15 +194,11 @@ class _State:
         self.native = _native.FwdSide(factor=factor.data_ptr(), label=_pointer(label), **pointers)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """neg, pos, pos_lse: fp32, natural units."""
-
-        def natural(x: Tensor) -> Tensor:
-            return (x * _LN2).float()
-
-        neg = natural(self.neg_max + self.neg_sum.log2())
+        """neg, pos, pos_lse: fp64, natural units."""
+        neg = (self.neg_max + self.neg_sum.log2()) * _LN2
         if not self.has_labels:
-            return neg, natural(self.pos), neg.new_empty(0)
-        return neg, natural(self.pos), natural(self.pos_max + self.pos_sum.log2())
+            return neg, self.pos * _LN2, neg.new_empty(0)
+        return neg, self.pos * _LN2, (self.pos_max + self.pos_sum.log2()) * _LN2
 
 
 def contrastive_fwd(
@@ -239,18 +235,22 @@ class _Weights:
         grads: tuple[Tensor, Tensor, Tensor],
         gain: float,
     ) -> None:
-        d_neg, d_pos, d_pos_lse = ((d * gain).float().contiguous() for d in grads)
-        self.tensors: dict[str, Tensor | None] = {
-            "factor": factor,
-            "inv_norm": inv_norm,
-            "label": label,
-            "neg": (neg.double() * _LOG2E).float(),
-            "d_neg": d_neg,
-            "d_pos": d_pos,
-            "pos_lse": None if label is None else (pos_lse.double() * _LOG2E).float(),
-            "d_pos_lse": None if label is None else d_pos_lse,
-        }
+        d_neg, d_pos, d_pos_lse = (d * gain for d in grads)
+        self.tensors: dict[str, Tensor | None] = {"factor": factor, "inv_norm": inv_norm, "label": label}
+        self.tensors["neg"], self.tensors["d_neg"] = _exact_weight(neg, d_neg)
+        self.tensors["d_pos"] = d_pos.float().contiguous()
+        self.tensors["pos_lse"], self.tensors["d_pos_lse"] = (
+            (None, None) if label is None else _exact_weight(pos_lse, d_pos_lse)
+        )
         self.native = _native.BwdSide(**{name: _pointer(x) for name, x in self.tensors.items()})
+
+
+def _exact_weight(lse: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 (lse, d) in units of log 2 with the same d exp(z - lse): what rounding takes from lse goes into d."""
+    exact = lse.double() * _LOG2E
+    rounded = exact.float()
+    lost = torch.where(rounded.isfinite(), exact - rounded, 0.0)
+    return rounded, (d.double() * torch.exp2(-lost)).float()
 
 
 def _gain(grads: list[Tensor]) -> float:

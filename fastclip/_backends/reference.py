@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["EPS", "contrastive_bwd", "contrastive_fwd", "inv_norms", "missing", "refuses"]
+__all__ = ["EPS", "contrastive_bwd", "contrastive_fwd", "inv_norms", "missing", "refuses", "wide_dtype"]
 
 EPS = 1e-12  # lower bound of a norm, as in torch.nn.functional.normalize
 
@@ -21,12 +21,17 @@ def refuses(image: Tensor) -> str | None:
     return None
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def inv_norms(x: Tensor, normalize: bool) -> Tensor:
     """1 / max(norm, EPS) of every row (M, D) -> (M,), or ones; fp32, for fp64 features fp64."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not normalize:
         return torch.ones(x.shape[0], dtype=dtype, device=x.device)
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp_min(EPS).reciprocal().to(dtype)
+    return torch.linalg.vector_norm(x, dim=1, dtype=wide_dtype(x.device)).clamp_min(EPS).reciprocal().to(dtype)
 
 
 def _positive(z: Tensor, labels: tuple[Tensor, Tensor] | None, offset: int) -> Tensor:
@@ -62,6 +67,8 @@ def contrastive_fwd(
     there are none; row_pos (M,), col_pos (N,): sum over the positives, 0 when there are none; row_pos_lse (M,),
     col_pos_lse (N,): log-sum-exp over the positives, of size 0 without labels; r (M,), c (N,): `inv_norms`.
 
+    The statistics are of `wide_dtype`: their differences make the loss, and at 100 a float32 has lost 4e-6.
+
     labels (M,), (N,) int32: pairs with equal labels are positives. Without, column i + offset is row i's positive.
     """
     r, c = inv_norms(image, normalize), inv_norms(text, normalize)
@@ -74,7 +81,8 @@ def contrastive_fwd(
     else:
         row_pos_lse, col_pos_lse = _logsumexp(z, positive, 1), _logsumexp(z, positive, 0)
     row_neg, col_neg = _logsumexp(z, negative, 1), _logsumexp(z, negative, 0)
-    return row_neg, col_neg, z_positive.sum(1), z_positive.sum(0), row_pos_lse, col_pos_lse, r, c
+    stats = (row_neg, col_neg, z_positive.sum(1), z_positive.sum(0), row_pos_lse, col_pos_lse)
+    return *(x.to(wide_dtype(x.device)) for x in stats), r, c
 
 
 def contrastive_bwd(
@@ -92,8 +100,8 @@ def contrastive_bwd(
 
     `stats` are the eight outputs of `contrastive_fwd`, `grads` the loss's derivatives by the first six.
     """
-    row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, r, c = stats
-    d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = grads
+    row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, r, c = (x.to(stats[-1].dtype) for x in stats)
+    d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = (d.to(r.dtype) for d in grads)
     u, v = r[:, None] * image.to(r.dtype), c[:, None] * text.to(c.dtype)
     s = scale.to(r.dtype)
     cosine = u @ v.T
