@@ -151,14 +151,17 @@ def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Second derivatives, on the reference: both functions again in torch, so that autograd sees through them."""
-    image, text, scale, image_labels, text_labels, *upstream = ctx.saved_tensors
-    name, _ = pick(ctx.backend, image)
+    name, _ = pick(ctx.backend, ctx.saved_tensors[0])
     if name != "reference":
         raise RuntimeError(
             f"backend={name!r} has no second derivatives (create_graph=True was used through the loss); "
             "pass backend='reference' to contrastive_loss"
         )
     with torch.enable_grad():
+        image, text, scale, image_labels, text_labels, *upstream = ctx.saved_tensors
+        # Views, so that the derivatives below stop here: the upstream gradients depend on the features themselves
+        inputs = [x.view_as(x) for x in (image, text, scale, *upstream)]
+        image, text, scale, *upstream = inputs
         offset, normalize = ctx.options
         labels = _pair(image_labels, text_labels)
         stats = list(reference.contrastive_fwd(image, text, scale, labels, offset, normalize))
@@ -166,13 +169,16 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             image, text, scale, labels, offset, normalize, stats, upstream, [True, True, True]
         )
         used = [(o, d) for o, d, need in zip(out, grads, ctx.needs) if need and o is not None and d is not None]
-        wanted = [x for x in (image, text, scale, *upstream) if x.requires_grad]
         found = iter(
             torch.autograd.grad(
-                [o for o, _ in used], wanted, [d for _, d in used], allow_unused=True, create_graph=True
+                [o for o, _ in used],
+                [x for x in inputs if x.requires_grad],
+                [d for _, d in used],
+                allow_unused=True,
+                create_graph=True,
             )
         )
-        second = [next(found) if x.requires_grad else None for x in (image, text, scale, *upstream)]
+        second = [next(found) if x.requires_grad else None for x in inputs]
     # `stats` get nothing: they were recomputed from the features above, so their part is in the features' gradient
     return *second[:3], None, None, None, None, None, [None] * ctx.stats, second[3:], None
 
