@@ -215,7 +215,7 @@ def contrastive_statistics(
     The inverse norms it returns carry no gradient.
     """
     image_labels, text_labels = labels or (None, None)
-    out: tuple[Tensor, ...] = torch.ops.fastclip.contrastive_fwd(
+    row_neg, col_neg, row_pos, col_pos, row_pos_lse, col_pos_lse, r, c = torch.ops.fastclip.contrastive_fwd(
         image, text, scale, image_labels, text_labels, offset, normalize, backend
     )
-    return Statistics._make((*out[:6], out[6].detach(), out[7].detach()))
+    return Statistics(row_neg, col_neg, row_pos, col_pos, row_pos_lse, col_pos_lse, r.detach(), c.detach())
