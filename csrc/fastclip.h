@@ -28,12 +28,14 @@ typedef struct fastclip_block {
   int64_t offset;     /* without labels, row i's one positive is column i + offset */
 } fastclip_block;
 
-/* One side of the forward problem, images (M_all) or texts (N_all). z_ij = dot_ij image.factor_i text.factor_j.
+/* One side of the forward problem, images (M_all) or texts (N_all).
+ * z_ij = dot_ij (image.factor_i + image.factor_low_i) text.factor_j.
  * The running sums are read and updated, and start at 0; log2-sum-exp2 = max + log2(sum). */
 typedef struct fastclip_fwd_side {
-  const float* factor;  /* scale and inverse norm, and log2(e) on one side: z comes out in units of log 2 */
-  const int32_t* label; /* NULL on both sides when there are no labels */
-  double* neg_max;      /* over the negatives */
+  const float* factor;     /* inverse norm; images: also scale and log2(e), so that z comes out in units of log 2 */
+  const float* factor_low; /* images: what rounding took from factor. Texts: NULL */
+  const int32_t* label;    /* NULL on both sides when there are no labels */
+  double* neg_max;         /* over the negatives */
   double* neg_sum;
   double* pos;     /* sum of z over the positives, in units of log 2 */
   double* pos_max; /* over the positives; NULL without labels */
@@ -42,14 +44,15 @@ typedef struct fastclip_fwd_side {
 
 /* One side of the backward problem. A log2-sum-exp2 of -inf says that the set is empty. */
 typedef struct fastclip_bwd_side {
-  const float* factor;    /* as in the forward */
-  const float* inv_norm;  /* what multiplies the feature, 1 when not normalised */
-  const int32_t* label;   /* NULL on both sides when there are no labels */
-  const float* neg;       /* log2-sum-exp2 over the negatives */
-  const float* d_neg;     /* dL/d neg in natural units */
-  const float* d_pos;     /* dL/d pos */
-  const float* pos_lse;   /* log2-sum-exp2 over the positives; NULL without labels */
-  const float* d_pos_lse; /* NULL without labels */
+  const float* factor;     /* as in the forward */
+  const float* factor_low; /* as in the forward */
+  const float* inv_norm;   /* what multiplies the feature, 1 when not normalised */
+  const int32_t* label;    /* NULL on both sides when there are no labels */
+  const float* neg;        /* log2-sum-exp2 over the negatives */
+  const float* d_neg;      /* dL/d neg in natural units */
+  const float* d_pos;      /* dL/d pos */
+  const float* pos_lse;    /* log2-sum-exp2 over the positives; NULL without labels */
+  const float* d_pos_lse;  /* NULL without labels */
 } fastclip_bwd_side;
 
 /* Fold one block into the running statistics of both sides. Reads the block, does not change it. */

@@ -36,7 +36,9 @@ def _source(folder: Path) -> Path:
 
 def _wheel(source: Path, output: Path, **environment: str) -> Path:
     """Built as pip builds it for a user, in an environment of its own."""
-    done = _run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", output, source, cwd=output.parent, **environment)
+    done = _run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", output, source, cwd=output.parent, **environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = output.glob("*.whl")
     return wheel

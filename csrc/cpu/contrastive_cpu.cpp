@@ -56,8 +56,13 @@ struct Partials {
   double* pos_at(int64_t tile, int64_t k) { return pos.data() + tile * size + k; }
   FwdSide side(const fastclip_fwd_side& all, int64_t begin, int64_t tile, int64_t k) {
     const bool labels = all.label != nullptr;
-    return {all.factor + begin + k, labels ? all.label + begin + k : nullptr, log_sum(0, tile, k),
-            labels ? log_sum(1, tile, k) : LogSum{}, pos_at(tile, k)};
+    const float* low = all.factor_low == nullptr ? nullptr : all.factor_low + begin + k;
+    return {all.factor + begin + k,
+            low,
+            labels ? all.label + begin + k : nullptr,
+            log_sum(0, tile, k),
+            labels ? log_sum(1, tile, k) : LogSum{},
+            pos_at(tile, k)};
   }
 };
 
@@ -107,8 +112,8 @@ void fwd(const fastclip_block& b, const fastclip_fwd_side& image, const fastclip
 
 BwdSide bwd_side(const fastclip_bwd_side& s, int64_t k) {
   const auto at = [k](auto* p) { return p == nullptr ? nullptr : p + k; };
-  return {at(s.factor), at(s.inv_norm), at(s.label),   at(s.neg),
-          at(s.d_neg),  at(s.d_pos),    at(s.pos_lse), at(s.d_pos_lse)};
+  return {at(s.factor), at(s.factor_low), at(s.inv_norm), at(s.label),    at(s.neg),
+          at(s.d_neg),  at(s.d_pos),      at(s.pos_lse),  at(s.d_pos_lse)};
 }
 
 double bwd(const fastclip_block& b, const fastclip_bwd_side& image, const fastclip_bwd_side& text, int num_threads) {

@@ -99,30 +99,28 @@ void clear(LogSum x, int64_t size) {
   for (int64_t k = 0; k < size; ++k) x.max[k] = x.sum[k] = 0.0f;
 }
 
-// Sum of z over the positives; false where the tile has none.
-template <class Keep>
-bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep) {
+double exact_logit(const Tile& t, const FwdSide& image, const FwdSide& text, int64_t i, int64_t j) {
+  const double factor = static_cast<double>(image.factor[i]) + image.factor_low[i];
+  return t.dot[i * t.row_stride + j] * factor * text.factor[j];
+}
+
+// Sum of z over the positives, in fp64; false where the tile has none.
+bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, const SameLabel& same) {
   bool found = false;
-  float col_sum[kTileN];
-  for (int64_t j = 0; j < t.N; ++j) col_sum[j] = 0.0f;
+  for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = 0.0;
   for (int64_t i = 0; i < t.M; ++i) {
-    const Logits logits(t, image, text, i);
-    const auto keep_i = keep.row(i);
-    const Simd::F zero = Simd::set1(0.0f);
-    Simd::F sum = zero;
-    bool found_i = false;
+    const SameLabel same_i = same.row(i);
+    double sum = 0.0;
     for_columns(t.N, [&](int64_t j, auto lanes) {
-      const Simd::Mask kept = keep_i(j, mask_of(lanes));
-      if (!Simd::any(kept)) return;
-      found_i = true;
-      const Simd::F z = Simd::select(kept, logits(j, lanes), zero);
-      sum = Simd::add(sum, z);
-      store(lanes, col_sum + j, Simd::add(load(lanes, col_sum + j), z));
+      for (uint32_t bits = Simd::bits(same_i(j, mask_of(lanes))); bits != 0; bits &= bits - 1) {
+        const int64_t k = j + __builtin_ctz(bits);
+        const double z = exact_logit(t, image, text, i, k);
+        sum += z, text.pos_z[k] += z;
+        found = true;
+      }
     });
-    image.pos_z[i] = found_i ? static_cast<double>(reduce_add(sum)) : 0.0;
-    found |= found_i;
+    image.pos_z[i] = sum;
   }
-  for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = static_cast<double>(col_sum[j]);
   return found;
 }
 
@@ -134,8 +132,7 @@ void contrastive_fwd_tile(const Tile& t, const FwdSide& image, const FwdSide& te
       const int64_t j = t.positive + i;
       image.pos_z[i] = 0.0;
       if (j < 0 || j >= t.N) continue;
-      const float half = t.dot[i * t.row_stride + j] * image.factor[i];  // rounded as the negatives' z is
-      image.pos_z[i] = text.pos_z[j] = static_cast<double>(half) * text.factor[j];
+      image.pos_z[i] = text.pos_z[j] = exact_logit(t, image, text, i, j);
     }
     return;
   }

@@ -22,6 +22,7 @@ struct Simd {
   }
   static Mask and_not(Mask m, Mask drop) { return _mm256_andnot_si256(drop, m); }
   static bool any(Mask m) { return !_mm256_testz_si256(m, m); }
+  static uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(m))); }
   static Mask equal(Mask m, const int32_t* p, int32_t value) {
     const __m256i loaded = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), m);
     return _mm256_and_si256(m, _mm256_cmpeq_epi32(loaded, _mm256_set1_epi32(value)));

@@ -17,6 +17,7 @@ struct Simd {
   static Mask without(Mask m, int64_t lane) { return static_cast<Mask>(m & ~(1u << lane)); }
   static Mask and_not(Mask m, Mask drop) { return static_cast<Mask>(m & ~drop); }
   static bool any(Mask m) { return m != 0; }
+  static uint32_t bits(Mask m) { return m; }
   static Mask equal(Mask m, const int32_t* p, int32_t value) {
     return _mm512_mask_cmpeq_epi32_mask(m, _mm512_maskz_loadu_epi32(m, p), _mm512_set1_epi32(value));
   }

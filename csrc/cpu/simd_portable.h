@@ -48,6 +48,11 @@ struct Simd {
       if (lane) return true;
     return false;
   }
+  static uint32_t bits(Mask m) {
+    uint32_t out = 0;
+    for (int k = 0; k < kLanes; ++k) out |= static_cast<uint32_t>(m.v[k]) << k;
+    return out;
+  }
   static Mask equal(Mask m, const int32_t* p, int32_t value) {
     return mask([&](int k) { return m.v[k] && p[k] == value; });
   }

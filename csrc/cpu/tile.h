@@ -23,6 +23,7 @@ struct LogSum {  // log2-sum-exp2 of a set of z = max + log2(sum); sum = 0 where
 
 struct FwdSide {
   const float* factor;
+  const float* factor_low;
   const int32_t* label;
   LogSum neg;
   LogSum pos;     // with labels
@@ -31,6 +32,7 @@ struct FwdSide {
 
 struct BwdSide {  // as fastclip_bwd_side
   const float* factor;
+  const float* factor_low;
   const float* inv_norm;
   const int32_t* label;
   const float* neg;

@@ -75,10 +75,13 @@ inline void for_columns(int64_t N, Body body) {
 // The logits of row i, z in units of log 2.
 struct Logits {
   const float *dot, *col_factor;
-  Simd::F row_factor;
+  Simd::F row_factor, row_factor_low;
   template <class Side>
   Logits(const Tile& t, const Side& image, const Side& text, int64_t i)
-      : dot(t.dot + i * t.row_stride), col_factor(text.factor), row_factor(Simd::set1(image.factor[i])) {}
+      : dot(t.dot + i * t.row_stride),
+        col_factor(text.factor),
+        row_factor(Simd::set1(image.factor[i])),
+        row_factor_low(Simd::set1(image.factor_low[i])) {}
 
   template <class Lanes>
   Simd::F operator()(int64_t j, Lanes lanes) const {
@@ -93,7 +96,8 @@ struct Logits {
  private:
   template <class Lanes>
   Simd::F half(int64_t j, Lanes lanes) const {
-    return Simd::mul(load(lanes, dot + j), row_factor);
+    const Simd::F x = load(lanes, dot + j);
+    return Simd::fma(x, row_factor, Simd::mul(x, row_factor_low));
   }
 };
 

@@ -177,21 +177,26 @@ def _int32(labels: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor 
     return labels[0].int().contiguous(), labels[1].int().contiguous()
 
 
-def _factors(image: _Features, text: _Features, scale: float) -> tuple[Tensor, Tensor]:
-    """z in units of log 2 is dot times these: (M,) with the scale and log2 e, (N,)."""
-    return (image.inv_norm.double() * (scale * _LOG2E)).float(), text.inv_norm
+def _factors(image: _Features, text: _Features, scale: float) -> tuple[dict[str, Tensor | None], ...]:
+    """z in units of log 2 is dot times these: (M,) with the scale and log2 e, and what rounding took from it; (N,).
+
+    Scale and log2 e rounded would shift logits of 1,000 by 3e-5, all in the same direction.
+    """
+    exact = image.inv_norm.double() * (scale * _LOG2E)
+    high = exact.float()
+    low = torch.where(high.isfinite(), exact - high, 0.0).float()
+    return {"factor": high, "factor_low": low}, {"factor": text.inv_norm, "factor_low": None}
 
 
 class _State:
     """Running statistics of one side: fp64, in units of log 2."""
 
-    def __init__(self, factor: Tensor, label: Tensor | None) -> None:
+    def __init__(self, size: int, factors: dict[str, Tensor | None], label: Tensor | None) -> None:
         self.has_labels = label is not None
-        size = factor.shape[0]
         self.neg_max, self.neg_sum, self.pos, self.pos_max, self.pos_sum = torch.zeros(5, size, dtype=torch.float64)
         names = ("neg_max", "neg_sum", "pos", "pos_max", "pos_sum")
-        pointers = {name: getattr(self, name).data_ptr() for name in names}
-        self.native = _native.FwdSide(factor=factor.data_ptr(), label=_pointer(label), **pointers)
+        tensors = {**factors, "label": label, **{name: getattr(self, name) for name in names}}
+        self.native = _native.FwdSide(**{name: _pointer(x) for name, x in tensors.items()})
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """neg, pos, pos_lse: fp64, natural units."""
@@ -208,8 +213,8 @@ def contrastive_fwd(
     r, c = _inv_norms(image, normalize), _inv_norms(text, normalize)
     plan = _Plan(_Features(image, r, normalize), _Features(text, c, normalize))
     image_label, text_label = _int32(labels)
-    image_factor, text_factor = _factors(plan.image, plan.text, float(scale))
-    rows, cols = _State(image_factor, image_label), _State(text_factor, text_label)
+    image_factors, text_factors = _factors(plan.image, plan.text, float(scale))
+    rows, cols = _State(plan.M, image_factors, image_label), _State(plan.N, text_factors, text_label)
     threads = torch.get_num_threads()
     for i0, i1 in plan.row_blocks():
         images = plan.image.rows(i0, i1)
@@ -227,7 +232,7 @@ class _Weights:
 
     def __init__(
         self,
-        factor: Tensor,
+        factors: dict[str, Tensor | None],
         inv_norm: Tensor,
         label: Tensor | None,
         neg: Tensor,
@@ -236,7 +241,7 @@ class _Weights:
         gain: float,
     ) -> None:
         d_neg, d_pos, d_pos_lse = (d * gain for d in grads)
-        self.tensors: dict[str, Tensor | None] = {"factor": factor, "inv_norm": inv_norm, "label": label}
+        self.tensors: dict[str, Tensor | None] = {**factors, "inv_norm": inv_norm, "label": label}
         self.tensors["neg"], self.tensors["d_neg"] = _exact_weight(neg, d_neg)
         self.tensors["d_pos"] = d_pos.float().contiguous()
         self.tensors["pos_lse"], self.tensors["d_pos_lse"] = (
@@ -278,10 +283,10 @@ def contrastive_bwd(
     plan = _Plan(_Features(image, r, normalize), _Features(text, c, normalize))
     image_label, text_label = _int32(labels)
     s, gain = float(scale), _gain(grads)
-    image_factor, text_factor = _factors(plan.image, plan.text, s)
+    image_factors, text_factors = _factors(plan.image, plan.text, s)
     row_grads, col_grads = (grads[0], grads[2], grads[4]), (grads[1], grads[3], grads[5])
-    rows = _Weights(image_factor, plan.image.inv_norm, image_label, row_neg, row_pos_lse, row_grads, gain)
-    cols = _Weights(text_factor, plan.text.inv_norm, text_label, col_neg, col_pos_lse, col_grads, gain)
+    rows = _Weights(image_factors, plan.image.inv_norm, image_label, row_neg, row_pos_lse, row_grads, gain)
+    cols = _Weights(text_factors, plan.text.inv_norm, text_label, col_neg, col_pos_lse, col_grads, gain)
 
     D = image.shape[1]
     d_image = image.new_empty(image.shape) if needs[0] else None
