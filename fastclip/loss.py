@@ -152,48 +152,48 @@ def _describe(name: str, x: Tensor) -> str:
 
 
 def _check_features(image: Tensor, text: Tensor, image_labels: Tensor | None, text_labels: Tensor | None) -> None:
-    named = {"image_features": image, "text_features": text}
-    for name, x in named.items():
+    for name, x in (("image_features", image), ("text_features", text)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    both = " and ".join(_describe(name, x) for name, x in named.items())
+
+    def both() -> str:  # only for errors: under torch.compile the shapes may be symbols
+        return f"{_describe('image_features', image)} and {_describe('text_features', text)}"
+
     if not (image.is_floating_point() and text.is_floating_point()):
-        raise TypeError(f"features must be floating tensors: {both}")
+        raise TypeError(f"features must be floating tensors: {both()}")
     if image.dtype not in _DTYPES or text.dtype not in _DTYPES:
-        raise TypeError(f"features must be float32, bfloat16, float16 or float64: {both}")
+        raise TypeError(f"features must be float32, bfloat16, float16 or float64: {both()}")
     if image.dtype != text.dtype and autocast_dtype(image) != autocast_dtype(text):
-        raise TypeError(f"features must have one dtype: {both}")
+        raise TypeError(f"features must have one dtype: {both()}")
     if image.device != text.device:
-        raise ValueError(f"features must be on one device: {both}")
+        raise ValueError(f"features must be on one device: {both()}")
     if image.dim() != 2 or text.dim() != 2:
-        raise ValueError(f"features must be matrices (batch, D): {both}")
+        raise ValueError(f"features must be matrices (batch, D): {both()}")
     if image.shape[1] != text.shape[1]:
-        raise ValueError(f"features must have the same D: {both}")
-    if 0 in image.shape or 0 in text.shape:
-        raise ValueError(f"features must not be empty: {both}")
-    _check_labels(image, text, image_labels, text_labels, both)
-
-
-def _check_labels(
-    image: Tensor, text: Tensor, image_labels: Tensor | None, text_labels: Tensor | None, both: str
-) -> None:
+        raise ValueError(f"features must have the same D: {both()}")
+    if image.shape[0] == 0 or text.shape[0] == 0 or image.shape[1] == 0:
+        raise ValueError(f"features must not be empty: {both()}")
     if image_labels is None and text_labels is None:
         if image.shape[0] != text.shape[0]:
-            raise ValueError(f"without labels there must be as many texts as images: {both}")
+            raise ValueError(f"without labels there must be as many texts as images: {both()}")
         return
     if image_labels is None or text_labels is None:
         missing = "image_labels" if image_labels is None else "text_labels"
         raise ValueError(f"{missing} is missing: give image_labels and text_labels, or neither")
-    for side, x, labels in (("image", image, image_labels), ("text", text, text_labels)):
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"{side}_labels must be a torch.Tensor, got {type(labels).__name__}")
-        if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise TypeError(f"{side}_labels must be integers: {_describe(side + '_labels', labels)}")
-        if labels.shape != x.shape[:1] or labels.device != x.device:
-            raise ValueError(
-                f"{side}_labels must hold one label a row: {_describe(side + '_labels', labels)} for "
-                f"{_describe(side + '_features', x)}"
-            )
+    _check_labels("image", image, image_labels)
+    _check_labels("text", text, text_labels)
+
+
+def _check_labels(side: str, x: Tensor, labels: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{side}_labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{side}_labels must be integers: {_describe(side + '_labels', labels)}")
+    if labels.dim() != 1 or labels.shape[0] != x.shape[0] or labels.device != x.device:
+        raise ValueError(
+            f"{side}_labels must hold one label a row: {_describe(side + '_labels', labels)} for "
+            f"{_describe(side + '_features', x)}"
+        )
 
 
 def _check_options(
