@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from promises import LOSS, check, dense_direction, direction, pairs, poisoned, truth
@@ -23,6 +25,16 @@ SHAPES = [
     (96, 96, 1376),  # ALIGN
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """What torch.empty returns is filled with NaN: an output that is not written is seen."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def random_labels(M: int, N: int, classes: int) -> tuple[Tensor, Tensor]:
