@@ -160,15 +160,15 @@ def test_reductions_agree_with_truth() -> None:
     torch.testing.assert_close(total, (0.3 * row.sum() + 0.7 * col.sum()).float(), rtol=LOSS, atol=0)
 
 
-def test_upstream_gradient_scales() -> None:
-    """From fp16 loss scaling to the 1e-30 of a mean over very many: the weights neither overflow nor flush."""
-    image, text = pairs(70, 70, 16)
+@pytest.mark.parametrize(("factor", "size"), [(-3.0, 1.0), (65536.0, 1.0), (1e25, 1.0), (1e-30, 1.0), (1e-37, 1e-6)])
+def test_upstream_gradient_scales(factor: float, size: float) -> None:
+    """From fp16 loss scaling to the subnormal weights of a mean over very many: they neither overflow nor flush."""
+    image, text = (size * x for x in pairs(70, 70, 16))
     expected = truth(image, text, 14.3)
-    for factor in (-3.0, 65536.0, 1e25, 1e-30):
-        a = image.clone().requires_grad_()
-        fastclip.contrastive_loss(a, text, 14.3).backward(torch.tensor(factor))
-        error = (a.grad.double() / factor - expected.d_image).norm() / expected.d_image.norm()
-        assert error < 3e-6, factor
+    image.requires_grad_()
+    fastclip.contrastive_loss(image, text, 14.3).backward(torch.tensor(factor))
+    error = (image.grad.double() / factor - expected.d_image).norm() / expected.d_image.norm()
+    assert error < 3e-6
 
 
 def test_extreme_norms_finite_and_accurate() -> None:
@@ -189,6 +189,17 @@ def test_zero_rows_finite(dtype: torch.dtype) -> None:
     if dtype != torch.float16:  # 14.3 / 1e-12 is no float16, as with torch.nn.functional.normalize
         assert a.grad.isfinite().all() and b.grad.isfinite().all()
     assert s.grad.isfinite()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_norm_below_the_bound_is_a_constant(backend: str) -> None:
+    """As in torch.nn.functional.normalize: no projection of the gradient there."""
+    image, text = pairs(20, 20, 8)
+    image[3] *= 1e-14
+    expected = truth(image, text, 14.3).d_image[3]
+    image.requires_grad_()
+    fastclip.contrastive_loss(image, text, 14.3, backend=backend).backward()
+    assert (image.grad[3].double() - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -1,0 +1,1 @@
+"""Training of image and text towers with the contrastive loss."""
