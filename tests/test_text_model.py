@@ -126,8 +126,8 @@ def test_clip_features_have_unit_length_and_the_scale_is_exponentiated() -> None
     assert image_features.shape == (5, OUTPUT_DIM) and text_features.shape == (7, OUTPUT_DIM)
     for features in (image_features, text_features):
         torch.testing.assert_close(features.norm(dim=1), torch.ones(len(features)))
-    assert float(scale) == pytest.approx(1 / 0.07)
-    assert float(model.logit_scale) == pytest.approx(math.log(1 / 0.07))
+    assert scale.item() == pytest.approx(1 / 0.07)
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     raw = model.encode_image(images)
     torch.testing.assert_close(raw / raw.norm(dim=1, keepdim=True), image_features)
     assert not torch.allclose(raw, image_features)

@@ -36,6 +36,7 @@ TEXTS = {
     "right to left": "صورة قطة תמונה של חתול",
     "newer letters": "\u1e9e \U0001e900 \ua7d0 \U00011f04 \u0c5d\u0cdd",  # symbols to an older Unicode
     "entities": "&lt;b&gt;black &amp;amp; white&lt;/b&gt; &#39;s &eacute; &nbsp;",
+    "entities escaped twice": "<b> &amp;amp; &amp;eacute; </b>",  # ftfy leaves entities beside tags alone
     "control characters": "null\x00 bell\x07 \u200bzero\u200dwidth\ufeff",
     "special tokens": "<start_of_text> a <END_OF_TEXT>b!<end_of_text>!!<start_of_text>",
     "repeats": "a" * 300,

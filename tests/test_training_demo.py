@@ -151,7 +151,7 @@ def test_training_clamps_the_scale(model: CLIP, batches: Iterator[Batch]) -> Non
     with torch.no_grad():
         model.logit_scale.fill_(6.0)
     train(model, batches, steps=1, progress=False)
-    assert float(model.logit_scale.exp()) == pytest.approx(100)
+    assert model.logit_scale.exp().item() == pytest.approx(100)
 
 
 def test_training_decays_matrices_only(model: CLIP, batches: Iterator[Batch]) -> None:
@@ -165,12 +165,12 @@ def test_training_decays_matrices_only(model: CLIP, batches: Iterator[Batch]) ->
 
 
 def test_training_clips_gradients_only_if_asked(model: CLIP, batches: Iterator[Batch]) -> None:
-    batch, start = next(batches), float(model.logit_scale)
+    batch, start = next(batches), model.logit_scale.item()
 
     def moved(max_grad_norm: float | None) -> float:
         trained = copy.deepcopy(model)
         train(trained, [batch], steps=1, warmup_steps=1, max_grad_norm=max_grad_norm, progress=False)
-        return abs(float(trained.logit_scale) - start)
+        return abs(trained.logit_scale.item() - start)
 
     assert moved(1e-13) < 1e-6  # AdamW's epsilon outweighs such a gradient
     assert moved(None) == pytest.approx(1e-3, rel=0.01)  # its first step is the learning rate
@@ -221,11 +221,11 @@ def run_example(name: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_demo_reaches_95_percent_and_draws(tmp_path: Path) -> None:
-    result = run_example("train_digits.py", "--output", str(tmp_path))
+    result = run_example("train_digits.py", "--steps", "300", "--output", str(tmp_path))  # a quarter less, for time
     assert result.returncode == 0, result.stdout + result.stderr
     top1 = re.search(r"zero-shot top-1 on 360 held-out digits: ([\d.]+) %", result.stdout)
     assert top1 and float(top1[1]) >= 95
-    assert "loss served by backend" in result.stdout and "400/400" in result.stderr  # the progress bar
+    assert "loss served by backend" in result.stdout and "300/300" in result.stderr  # the progress bar
     picture = (tmp_path / "digits.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 

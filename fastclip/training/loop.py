@@ -62,7 +62,8 @@ def train(
     if steps < 1:
         raise ValueError(f"steps must be positive, got {steps}")
     device = model.logit_scale.device
-    optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)
+    groups = _parameter_groups(model, weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
     losses: list[float] = []
     served = ""
     start = time.perf_counter()
