@@ -117,14 +117,14 @@ def _commit() -> str:
 
 def machine() -> dict[str, Any]:
     """What every row says of where it was measured."""
-    from fastclip._backends import cpu
+    from fastclip._backends.cpu import native
 
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "machine": f"{_cpu_name()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
-        "isa": cpu._native.isa() if cpu.missing() is None else "none",
+        "isa": native.module.isa() if native.missing() is None else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastclip": fastclip.__version__,

@@ -25,7 +25,8 @@ typedef struct fastclip_block {
   int64_t row_stride; /* >= N */
   int64_t M, N;       /* size of the block */
   int64_t i0, j0;     /* its first row and column in the whole problem: every array below is indexed from them */
-  int64_t offset;     /* without labels, row i's one positive is column i + offset */
+  int64_t offset;     /* row i's own column is i + offset: without labels its one positive */
+  int exclude_self;   /* with labels: a row's own column is neither a positive nor a negative */
 } fastclip_block;
 
 /* One side of the forward problem, images (M_all) or texts (N_all).
@@ -40,6 +41,8 @@ typedef struct fastclip_fwd_side {
   double* pos;     /* sum of z over the positives, in units of log 2 */
   double* pos_max; /* over the positives; NULL without labels */
   double* pos_sum;
+  float* neg_top; /* largest z over the negatives, in units of log 2, starting at -inf; NULL when not wanted */
+  float* pos_top; /* over the positives; NULL when not wanted, and without labels, where it is pos */
 } fastclip_fwd_side;
 
 /* One side of the backward problem. A log2-sum-exp2 of -inf says that the set is empty. */
@@ -55,6 +58,19 @@ typedef struct fastclip_bwd_side {
   const float* d_pos_lse;  /* NULL without labels */
 } fastclip_bwd_side;
 
+/* One side of the sigmoid loss: z_ij = dot_ij (image.factor_i + image.factor_low_i) text.factor_j + bias. */
+typedef struct fastclip_sigmoid_side {
+  const float* factor;     /* inverse norm; images: also scale */
+  const float* factor_low; /* images: what rounding took from factor. Texts: NULL */
+  const float* inv_norm;   /* what multiplies the feature, 1 when not normalised */
+} fastclip_sigmoid_side;
+
+typedef struct fastclip_sigmoid_sums {
+  double loss;    /* sum_ij softplus(z_ij), of -z_ij at the positives */
+  double d_scale; /* sum_ij r_i G_ij c_j dot_ij */
+  double d_bias;  /* sum_ij G_ij */
+} fastclip_sigmoid_sums;
+
 /* Fold one block into the running statistics of both sides. Reads the block, does not change it. */
 int fastclip_cpu_contrastive_fwd(const fastclip_block* block, const fastclip_fwd_side* image,
                                  const fastclip_fwd_side* text, int num_threads);
@@ -62,6 +78,12 @@ int fastclip_cpu_contrastive_fwd(const fastclip_block* block, const fastclip_fwd
 /* Overwrite one block of dot products with r_i G_ij c_j, and set *d_scale to sum_ij r_i G_ij c_j dot_ij. */
 int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd_side* image,
                                  const fastclip_bwd_side* text, double* d_scale, int num_threads);
+
+/* Add one block of the sigmoid loss to *sums. The positive of row i is column i + offset. With `gradients` the block is
+ * overwritten with r_i G_ij c_j, G = d loss / d z; without, it is left as it is and only sums->loss counts. */
+int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const fastclip_sigmoid_side* image,
+                             const fastclip_sigmoid_side* text, float bias, int gradients, fastclip_sigmoid_sums* sums,
+                             int num_threads);
 
 /* "avx512", "avx2" or "portable"; "auto" picks the best that this processor runs. Applies to the whole process. */
 int fastclip_cpu_select_isa(const char* name);

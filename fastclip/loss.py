@@ -1,21 +1,19 @@
-"""The contrastive loss: checks, and the few lines of torch that make a loss of the statistics."""
+"""The contrastive loss: the few lines of torch that make a loss of the statistics."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip._backends import check_name
 from fastclip._backends.reference import EPS
+from fastclip.checks import check_features, check_group, check_labels, check_reduction, check_share, scalar
 from fastclip.labels import match_labels
-from fastclip.ops import autocast_dtype, autocast_features, contrastive_statistics
+from fastclip.ops import Statistics, autocast_features, contrastive_statistics
 
-__all__ = ["contrastive_loss", "direction_loss", "mean_logits"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+__all__ = ["Batch", "contrastive_loss", "direction_losses", "prepare"]
 
 
 def contrastive_loss(
@@ -26,6 +24,7 @@ def contrastive_loss(
     normalize: bool = True,
     image_labels: Tensor | None = None,
     text_labels: Tensor | None = None,
+    exclude_self: bool = False,
     image_weight: float = 0.5,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -50,6 +49,9 @@ def contrastive_loss(
         image_labels, text_labels: int64, (M,) and (N,). Every pair with equal labels is a positive, and the loss of
             a row is the mean of -log softmax over its positives (UniCL, Yang et al. 2022, equation 3; Florence).
             Rows and columns without a positive are left out.
+        exclude_self: with labels, pair (i, i) is neither a positive nor a negative: for features against themselves,
+            ``contrastive_loss(x, x, s, image_labels=y, text_labels=y, exclude_self=True)``, where y numbers the image
+            that each view was made of (SimCLR, Chen et al. 2020) or its class (SupCon, Khosla et al. 2020, L_out).
         image_weight: w in [0, 1], the weight of image -> text (ConVIRT, Zhang et al. 2020: 0.75). ALIGN's sum of both
             directions is twice the default mean.
         label_smoothing: eps in [0, 1]: targets (1 - eps) / n on a row's n positives plus eps / N on all (ALIGN: 0.1).
@@ -68,34 +70,91 @@ def contrastive_loss(
         RuntimeError: an explicit backend that cannot serve.
         NotImplementedError: ``group`` is given.
     """
-    _check_features(image_features, text_features, image_labels, text_labels)
-    _check_options(image_weight, label_smoothing, reduction, group, comm, backend)
-    scale = _scale_tensor(logit_scale, image_features)
-    image, text, scale = autocast_features(image_features, text_features, scale)
-    matched = None if image_labels is None or text_labels is None else match_labels(image_labels, text_labels)
-    checked = image.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would cost a wait
-    if matched is not None and checked and not bool(matched.image_count.any()):
-        raise ValueError("no image label equals a text label: the batch has no positive pair")
-
-    stats = contrastive_statistics(
-        image, text, scale, matched.ids if matched else None, normalize=normalize, backend=backend
+    check_share("image_weight", image_weight)
+    check_reduction(reduction, ("mean", "sum", "none"))
+    check_group(group, comm)
+    batch = prepare(
+        image_features,
+        text_features,
+        logit_scale,
+        normalize=normalize,
+        image_labels=image_labels,
+        text_labels=text_labels,
+        exclude_self=exclude_self,
+        label_smoothing=label_smoothing,
+        backend=backend,
     )
-    row_mean, col_mean = mean_logits(image, text, scale, normalize) if label_smoothing else (None, None)
-    row_count, col_count = (matched.image_count, matched.text_count) if matched else (None, None)
-    row_loss = direction_loss(
-        stats.row_neg, stats.row_pos, stats.row_pos_lse, row_count, smoothing=label_smoothing, mean_logit=row_mean
-    )
-    col_loss = direction_loss(
-        stats.col_neg, stats.col_pos, stats.col_pos_lse, col_count, smoothing=label_smoothing, mean_logit=col_mean
-    )
+    stats = contrastive_statistics(batch.image, batch.text, batch.scale, batch.ids, **batch.options)
+    row_loss, col_loss = direction_losses(batch, stats)
+    dtype = batch.scale.dtype
     if reduction == "none":
-        return row_loss.to(scale.dtype), col_loss.to(scale.dtype)
+        return row_loss.to(dtype), col_loss.to(dtype)
     row_total, col_total = (
         (row_loss.sum(), col_loss.sum())
         if reduction == "sum"
-        else (_mean(row_loss, row_count), _mean(col_loss, col_count))
+        else (_mean(row_loss, batch.row_count), _mean(col_loss, batch.col_count))
     )
-    return (image_weight * row_total + (1 - image_weight) * col_total).to(scale.dtype)
+    return (image_weight * row_total + (1 - image_weight) * col_total).to(dtype)
+
+
+class Batch(NamedTuple):
+    """A checked problem: what the ops are called with, and what its loss is made with."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    ids: tuple[Tensor, Tensor] | None  # labels, as small numbers
+    options: dict[str, Any]  # of the ops
+    label_smoothing: float
+    row_count: Tensor | None  # positives of every row and column; None: one each
+    col_count: Tensor | None
+
+
+def prepare(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    normalize: bool,
+    image_labels: Tensor | None,
+    text_labels: Tensor | None,
+    exclude_self: bool,
+    label_smoothing: float,
+    backend: str | None,
+) -> Batch:
+    """Checks; autocast; labels as small numbers, and how many positives each row and column has."""
+    paired = exclude_self or (image_labels is None and text_labels is None)
+    check_features(image_features, text_features, paired=paired, backend=backend)
+    check_labels(image_features, text_features, image_labels, text_labels, exclude_self)
+    check_share("label_smoothing", label_smoothing)
+    scale = scalar("logit_scale", logit_scale, image_features)
+    image, text, scale = autocast_features(image_features, text_features, scale)
+    options = {"exclude_self": exclude_self, "normalize": normalize, "backend": backend}
+    if image_labels is None or text_labels is None:
+        return Batch(image, text, scale, None, options, label_smoothing, None, None)
+    ids, row_count, col_count = match_labels(image_labels, text_labels)
+    if exclude_self:
+        own = (image_labels == text_labels).long()
+        row_count, col_count = row_count - own, col_count - own
+    # elsewhere it would cost a wait
+    if image.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(row_count.any()):
+        besides = " besides its own" if exclude_self else ""
+        raise ValueError(f"no image label equals a text label{besides}: the batch has no positive pair")
+    return Batch(image, text, scale, ids, options, label_smoothing, row_count, col_count)
+
+
+def direction_losses(batch: Batch, stats: Statistics) -> tuple[Tensor, Tensor]:
+    """Loss of every image (M,) and of every text (N,)."""
+    row_mean, col_mean = mean_logits(batch) if batch.label_smoothing else (None, None)
+    eps = batch.label_smoothing
+    return (
+        direction_loss(
+            stats.row_neg, stats.row_pos, stats.row_pos_lse, batch.row_count, smoothing=eps, mean_logit=row_mean
+        ),
+        direction_loss(
+            stats.col_neg, stats.col_pos, stats.col_pos_lse, batch.col_count, smoothing=eps, mean_logit=col_mean
+        ),
+    )
 
 
 def direction_loss(
@@ -130,8 +189,10 @@ def direction_loss(
     return torch.where(some, loss, 0.0)
 
 
-def mean_logits(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def mean_logits(batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean of each row (M,) and of each column (N,) of the logits, through the mean features: O((M + N) D)."""
+    image, text, scale = batch[:3]
+    normalize = batch.options["normalize"]
 
     def unit_factor(x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(x, dim=1).clamp_min(EPS).reciprocal() if normalize else x.new_ones(len(x))
@@ -139,89 +200,14 @@ def mean_logits(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> 
     with torch.autocast(image.device.type, enabled=False):
         image, text = image.to(scale.dtype), text.to(scale.dtype)
         r, c = unit_factor(image), unit_factor(text)
-        mean_image, mean_text = r @ image / len(image), c @ text / len(text)
-        return scale * r * (image @ mean_text), scale * c * (text @ mean_image)
+        row_mean = r * (image @ (c @ text / len(text)))
+        col_mean = c * (text @ (r @ image / len(image)))
+        if batch.options["exclude_self"]:  # the mean of the others
+            N = len(text)
+            own = r * c * torch.linalg.vecdot(image, text)
+            row_mean, col_mean = ((N * mean - own) / max(N - 1, 1) for mean in (row_mean, col_mean))
+        return scale * row_mean, scale * col_mean
 
 
 def _mean(loss: Tensor, count: Tensor | None) -> Tensor:
     return loss.mean() if count is None else loss.sum() / (count > 0).sum().clamp_min(1)
-
-
-def _describe(name: str, x: Tensor) -> str:
-    return f"{name} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
-
-
-def _check_features(image: Tensor, text: Tensor, image_labels: Tensor | None, text_labels: Tensor | None) -> None:
-    for name, x in (("image_features", image), ("text_features", text)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-
-    def both() -> str:  # only for errors: under torch.compile the shapes may be symbols
-        return f"{_describe('image_features', image)} and {_describe('text_features', text)}"
-
-    if not (image.is_floating_point() and text.is_floating_point()):
-        raise TypeError(f"features must be floating tensors: {both()}")
-    if image.dtype not in _DTYPES or text.dtype not in _DTYPES:
-        raise TypeError(f"features must be float32, bfloat16, float16 or float64: {both()}")
-    if image.dtype != text.dtype and autocast_dtype(image) != autocast_dtype(text):
-        raise TypeError(f"features must have one dtype: {both()}")
-    if image.device != text.device:
-        raise ValueError(f"features must be on one device: {both()}")
-    if image.dim() != 2 or text.dim() != 2:
-        raise ValueError(f"features must be matrices (batch, D): {both()}")
-    if image.shape[1] != text.shape[1]:
-        raise ValueError(f"features must have the same D: {both()}")
-    if image.shape[0] == 0 or text.shape[0] == 0 or image.shape[1] == 0:
-        raise ValueError(f"features must not be empty: {both()}")
-    if image_labels is None and text_labels is None:
-        if image.shape[0] != text.shape[0]:
-            raise ValueError(f"without labels there must be as many texts as images: {both()}")
-        return
-    if image_labels is None or text_labels is None:
-        missing = "image_labels" if image_labels is None else "text_labels"
-        raise ValueError(f"{missing} is missing: give image_labels and text_labels, or neither")
-    _check_labels("image", image, image_labels)
-    _check_labels("text", text, text_labels)
-
-
-def _check_labels(side: str, x: Tensor, labels: Tensor) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{side}_labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"{side}_labels must be integers: {_describe(side + '_labels', labels)}")
-    if labels.dim() != 1 or labels.shape[0] != x.shape[0] or labels.device != x.device:
-        raise ValueError(
-            f"{side}_labels must hold one label a row: {_describe(side + '_labels', labels)} for "
-            f"{_describe(side + '_features', x)}"
-        )
-
-
-def _check_options(
-    image_weight: float, label_smoothing: float, reduction: str, group: Any, comm: str, backend: str | None
-) -> None:
-    for name, value in (("image_weight", image_weight), ("label_smoothing", label_smoothing)):
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if comm not in ("gather", "ring"):
-        raise ValueError(f"comm must be 'gather' or 'ring', got {comm!r}")
-    check_name(backend)
-    if group is not None:
-        raise NotImplementedError(
-            "group= (one loss over the shards of several processes) is not in this version yet; without it the loss "
-            "sees the features of this process only"
-        )
-
-
-def _scale_tensor(logit_scale: float | Tensor, image: Tensor) -> Tensor:
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    if not isinstance(logit_scale, Tensor):
-        if not isinstance(logit_scale, (int, float)):
-            raise TypeError(f"logit_scale must be a number or a torch.Tensor, got {type(logit_scale).__name__}")
-        return torch.full((), logit_scale, dtype=dtype, device=image.device)
-    if logit_scale.is_complex():
-        raise TypeError(f"logit_scale must be real: {_describe('logit_scale', logit_scale)}")
-    if logit_scale.numel() != 1:
-        raise ValueError(f"logit_scale must have one element: {_describe('logit_scale', logit_scale)}")
-    return logit_scale.reshape(()).to(device=image.device, dtype=dtype)

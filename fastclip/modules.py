@@ -1,12 +1,13 @@
-"""The loss as a module with open_clip's constructor and forward: one import line changes."""
+"""The losses as modules with open_clip's constructors and forwards: one import line changes."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from fastclip.loss import contrastive_loss
+from fastclip.sigmoid import sigmoid_loss
 
-__all__ = ["ClipLoss"]
+__all__ = ["ClipLoss", "SigLipLoss"]
 
 
 class ClipLoss(nn.Module):
@@ -27,10 +28,7 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ) -> None:
         super().__init__()
-        if world_size > 1:
-            raise NotImplementedError(
-                f"ClipLoss(world_size={world_size}): the loss over several processes is not in this version yet"
-            )
+        _check_world_size(self, world_size)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -56,3 +54,61 @@ class ClipLoss(nn.Module):
         if logit_bias is not None:
             loss = loss + 0.0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    """Drop-in for ``open_clip.loss.SigLipLoss`` (3.3): same constructor, forward and ``output_dict``.
+
+    Like open_clip's it takes features that are already normalised, and never normalises them. ``dist_impl`` ("bidir",
+    "shift", "reduce", "gather") and ``chunk_size`` choose between ways to the same loss: they are accepted, and the
+    fused path, which is all of them at once, is taken. ``world_size > 1`` raises NotImplementedError until the loss
+    over several processes lands.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_world_size(self, world_size)
+        self.dist_impl = dist_impl or "bidir"
+        if self.dist_impl not in _DIST_IMPLS:
+            raise ValueError(f"dist_impl must be one of {', '.join(map(repr, _DIST_IMPLS))}, got {dist_impl!r}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """image_features, text_features (N, D), already normalised; logit_scale already exponentiated; logit_bias a
+        number, a tensor of one element, or None for 0.
+
+        Returns the scalar loss, or ``{"contrastive_loss": loss}`` with ``output_dict``.
+        """
+        bias = 0.0 if logit_bias is None else logit_bias
+        loss = sigmoid_loss(image_features, text_features, logit_scale, bias, normalize=False)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+_DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+
+
+def _check_world_size(module: nn.Module, world_size: int) -> None:
+    if world_size > 1:
+        raise NotImplementedError(
+            f"{type(module).__name__}(world_size={world_size}): the loss over several processes is not in this version "
+            "yet"
+        )

@@ -10,7 +10,7 @@ from promises import LOSS, check, dense_direction, direction, pairs, poisoned, t
 from torch import Tensor
 
 import fastclip
-from fastclip._backends import cpu
+from fastclip._backends.cpu import native
 
 # (M, N, D) by regime of the kernels: tiles are 64 x 512 logits, vectors 16 or 8 columns
 SHAPES = [
@@ -69,18 +69,18 @@ def test_loss_and_gradients_accurate(dtype: torch.dtype, shape: tuple[int, int, 
 @pytest.mark.parametrize("scale", [14.3, 100.0])
 def test_every_instruction_set_accurate(isa: str, labels: bool, scale: float) -> None:
     try:
-        cpu._native.select_isa(isa)
+        native.module.select_isa(isa)
     except ValueError:
         pytest.skip(f"this processor has no {isa}")
     try:
-        assert cpu._native.isa() == isa
+        assert native.module.isa() == isa
         image, text = pairs(130, 517, 24) if labels else pairs(517, 517, 24)
         y = random_labels(130, 517, 40) if labels else None
         check(cpu_loss(labels=y), image, text, scale, labels=y)
         spread = torch.logspace(-1, 1.5, len(image))[:, None]
         check(cpu_loss(labels=y, normalize=False), image * spread / 5, text / 5, 30.0, labels=y, normalize=False)
     finally:
-        cpu._native.select_isa("auto")
+        native.module.select_isa("auto")
 
 
 @pytest.mark.parametrize(("noise", "loss"), [(0.12, 1e-9), (0.06, 1e-20)])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastclip
 from fastclip._backends import cpu
+from fastclip._backends.cpu import blocks, contrastive, native
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def restore() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     if cpu.missing() is None:
-        cpu._native.select_threads("borrowed")
+        native.module.select_threads("borrowed")
 
 
 def run(image: Tensor, text: Tensor, scale: float = 14.3, **options: object) -> tuple[Tensor, ...]:
@@ -44,15 +45,15 @@ def test_native_code_is_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fastclip.backends()["cpu"] == "available"
     monkeypatch.delenv("FASTCLIP_BACKEND", raising=False)
     calls = []
-    native = cpu._native
+    real = native.module
 
     class Spy:
         def __getattr__(self, name: str) -> object:
             if name in ("contrastive_fwd", "contrastive_bwd"):
                 calls.append(name)
-            return getattr(native, name)
+            return getattr(real, name)
 
-    monkeypatch.setattr(cpu, "_native", Spy())
+    monkeypatch.setattr(native, "module", Spy())
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         calls.clear()
         image, text = (x.to(dtype).requires_grad_() for x in pairs(8, 8, 4))
@@ -132,14 +133,15 @@ def block_results(threads: int) -> tuple[Tensor, ...]:
         {"factor": torch.full((M,), 2.0), "factor_low": torch.zeros(M)},
         {"factor": torch.ones(N), "factor_low": None},
     )
-    rows, cols = cpu._State(M, factors[0], label[0]), cpu._State(N, factors[1], label[1])
-    cpu._native.contrastive_fwd(cpu._block(dot, 0, 0, 0), rows.native, cols.native, threads)
+    rows, cols = contrastive._State(M, factors[0], label[0]), contrastive._State(N, factors[1], label[1])
+    block = blocks.native_block(dot, blocks.Block(0, M, 0, N), offset=0)
+    native.module.contrastive_fwd(block, rows.native, cols.native, threads)
     sides = []
     for size, side, y, state in ((M, factors[0], label[0], rows), (N, factors[1], label[1], cols)):
         neg, _, pos_lse = state.results()
         d = torch.linspace(0.1, 1.0, size)
-        sides.append(cpu._Weights(side, torch.ones(size), y, neg, pos_lse, (d, -d, d), 1.0))
-    d_scale = cpu._native.contrastive_bwd(cpu._block(dot, 0, 0, 0), sides[0].native, sides[1].native, threads)
+        sides.append(contrastive._Weights(side, torch.ones(size), y, neg, pos_lse, (d, -d, d), 1.0))
+    d_scale = native.module.contrastive_bwd(block, sides[0].native, sides[1].native, threads)
     return *rows.results(), *cols.results(), dot, torch.tensor(d_scale, dtype=torch.float64)
 
 
@@ -147,8 +149,8 @@ def test_native_passes_bitwise_equal_over_thread_counts() -> None:
     """The library's matrix products are not, on most machines: this is the part that is ours."""
     first = block_results(1)
     for kind in ("borrowed", "pool"):
-        cpu._native.select_threads(kind)
-        assert cpu._native.threads() == kind
+        native.module.select_threads(kind)
+        assert native.module.threads() == kind
         for threads in (2, 3, 8):
             for _ in range(10):
                 assert_same(first, block_results(threads))
@@ -168,7 +170,7 @@ def test_threads_of_python_do_not_disturb_each_other() -> None:
     problems = [tuple(x * (k + 1) for x in pairs(300 + k, 300 + k, 16, seed=k)) for k in range(4)]
     expected = [run(*problem) for problem in problems]
     for kind in ("borrowed", "pool"):
-        cpu._native.select_threads(kind)
+        native.module.select_threads(kind)
         found: dict[int, list[tuple[Tensor, ...]]] = {k: [] for k in range(4)}
 
         def work(k: int, found: dict[int, list[tuple[Tensor, ...]]] = found) -> None:
@@ -191,13 +193,13 @@ def test_threads_of_python_do_not_disturb_each_other() -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["borrowed", "pool"])
 def test_native_passes_work_after_fork(kind: str) -> None:
-    cpu._native.select_threads(kind)
+    native.module.select_threads(kind)
     expected = block_results(2)  # the parent's threads exist before the fork
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # torch's own threads do not survive a fork; ours are asked for below
         same = all(torch.equal(a, b) for a, b in zip(expected, block_results(2)))
-        os._exit(0 if same and cpu._native.threads() == "pool" else 1)
+        os._exit(0 if same and native.module.threads() == "pool" else 1)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -240,7 +242,7 @@ def test_kept_block_saves_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
         products.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(cpu.torch, "mm", mm)
+    monkeypatch.setattr(torch, "mm", mm)
     run(*pairs(300, 300, 16))
     assert len(products) == 1
     products.clear()
@@ -253,5 +255,5 @@ def test_workspace_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> No
     for megabytes in (8, 1):
         monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", str(megabytes))
         run(*pairs(3000, 3000, 8))
-        assert cpu._workspace.buffer is not None
-        assert cpu._workspace.buffer.numel() * 4 <= megabytes * 2**20
+        assert blocks.workspace.buffer is not None
+        assert blocks.workspace.buffer.numel() * 4 <= megabytes * 2**20

@@ -36,7 +36,7 @@ def test_ops_pass_opcheck(backend: str, labels: bool, dtype: torch.dtype) -> Non
         backend = None  # the automatic choice: float64 goes to the reference
     given = problem(dtype)
     y = (torch.arange(20, dtype=torch.int32) % 7, torch.arange(20, dtype=torch.int32) % 5) if labels else (None, None)
-    options = (0, True, backend)
+    options = (0, False, True, backend)
     torch.library.opcheck(torch.ops.fastclip.contrastive_fwd, (*given, *y, *options))
     detached = tuple(x.detach() for x in given)
     stats = torch.ops.fastclip.contrastive_fwd(*detached, *y, *options)
@@ -50,7 +50,7 @@ def test_ops_pass_opcheck(backend: str, labels: bool, dtype: torch.dtype) -> Non
 def test_offset_moves_the_positives(offset: int, backend: str) -> None:
     image, text = pairs(20, 30, 8)
     ones = torch.tensor(2.0)
-    out = torch.ops.fastclip.contrastive_fwd(image, text, ones, None, None, offset, False, backend)
+    out = torch.ops.fastclip.contrastive_fwd(image, text, ones, None, None, offset, False, False, backend)
     z = 2.0 * (image.double() @ text.double().T)
     positive = torch.arange(20)[:, None] + offset == torch.arange(30)
     negative = z.masked_fill(positive, -torch.inf)
@@ -63,7 +63,7 @@ def test_offset_moves_the_positives(offset: int, backend: str) -> None:
 def test_empty_sets_are_minus_infinity(backend: str) -> None:
     image, text = pairs(3, 2, 4)
     y = torch.tensor([7, 7, 1], dtype=torch.int32), torch.tensor([7, 7], dtype=torch.int32)
-    out = torch.ops.fastclip.contrastive_fwd(image, text, torch.tensor(2.0), *y, 0, True, backend)
+    out = torch.ops.fastclip.contrastive_fwd(image, text, torch.tensor(2.0), *y, 0, False, True, backend)
     row_neg, col_neg, row_pos, _, row_pos_lse, col_pos_lse = out[:6]
     assert (row_neg == -torch.inf).tolist() == [True, True, False]  # the first two rows have positives only
     assert (row_pos_lse == -torch.inf).tolist() == [False, False, True]

@@ -143,7 +143,8 @@ def test_missing_native_module_is_a_reason() -> None:
 
 
 def test_environment_chooses_instruction_set() -> None:
-    code = "import fastclip; from fastclip._backends import cpu; print(fastclip.backends()['cpu'], cpu._native.isa())"
+    code = "import fastclip; from fastclip._backends.cpu import native; "
+    code += " print(fastclip.backends()['cpu'], native.module.isa())"
     assert python(code, FASTCLIP_CPU_ISA="portable") == "available portable"
     assert python(code, FASTCLIP_CPU_ISA="mmx").startswith("FASTCLIP_CPU_ISA='mmx' is not one that this processor runs")
 

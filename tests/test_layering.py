@@ -19,13 +19,15 @@ LAYERS = (
     {"training", "evaluation", "search"},
     {"data", "models"},
     {"modules"},
-    {"loss"},
+    {"multiview", "stats"},
+    {"loss", "sigmoid"},
+    {"checks"},
     {"ops", "labels"},
     {"_backends"},
     {"_cpu", "_env", "_version"},
 )
 # What `import fastclip` loads: torch and the standard library only.
-CORE = {"__init__", "modules", "loss", "ops", "labels", "_backends", "_env", "_version"}
+CORE = {part for layer in LAYERS[3:] for part in layer} | {"__init__"}
 
 
 def rank(part: str) -> int:

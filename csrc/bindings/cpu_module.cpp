@@ -1,7 +1,9 @@
 // Python binding of the CPU kernels: addresses in, messages out. Shapes and dtypes are the caller's business
 // (fastclip/_backends/cpu.py); this file knows neither torch nor numpy.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -31,10 +33,12 @@ void check(int status) {
 }
 
 fastclip_fwd_side fwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t label, uintptr_t neg_max,
-                           uintptr_t neg_sum, uintptr_t pos, uintptr_t pos_max, uintptr_t pos_sum) {
+                           uintptr_t neg_sum, uintptr_t pos, uintptr_t pos_max, uintptr_t pos_sum, uintptr_t neg_top,
+                           uintptr_t pos_top) {
   return {pointer<const float>(factor), pointer<const float>(factor_low), pointer<const int32_t>(label),
           pointer<double>(neg_max),     pointer<double>(neg_sum),         pointer<double>(pos),
-          pointer<double>(pos_max),     pointer<double>(pos_sum)};
+          pointer<double>(pos_max),     pointer<double>(pos_sum),         pointer<float>(neg_top),
+          pointer<float>(pos_top)};
 }
 
 fastclip_bwd_side bwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t inv_norm, uintptr_t label, uintptr_t neg,
@@ -50,19 +54,27 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastclip's native CPU kernels (csrc/cpu). Internal: use fastclip.contrastive_loss.";
 
   py::class_<fastclip_block>(m, "Block")
-      .def(
-          py::init([](uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0, int64_t offset) {
-            return fastclip_block{pointer<float>(dot), row_stride, M, N, i0, j0, offset};
-          }),
-          py::kw_only(), py::arg("dot"), py::arg("row_stride"), py::arg("M"), py::arg("N"), py::arg("i0"),
-          py::arg("j0"), py::arg("offset"));
+      .def(py::init([](uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0, int64_t offset,
+                       bool exclude_self) {
+             return fastclip_block{pointer<float>(dot), row_stride, M, N, i0, j0, offset, exclude_self};
+           }),
+           py::kw_only(), py::arg("dot"), py::arg("row_stride"), py::arg("M"), py::arg("N"), py::arg("i0"),
+           py::arg("j0"), py::arg("offset"), py::arg("exclude_self"));
   py::class_<fastclip_fwd_side>(m, "FwdSide")
       .def(py::init(&fwd_side), py::kw_only(), py::arg("factor"), py::arg("factor_low"), py::arg("label"),
-           py::arg("neg_max"), py::arg("neg_sum"), py::arg("pos"), py::arg("pos_max"), py::arg("pos_sum"));
+           py::arg("neg_max"), py::arg("neg_sum"), py::arg("pos"), py::arg("pos_max"), py::arg("pos_sum"),
+           py::arg("neg_top"), py::arg("pos_top"));
   py::class_<fastclip_bwd_side>(m, "BwdSide")
       .def(py::init(&bwd_side), py::kw_only(), py::arg("factor"), py::arg("factor_low"), py::arg("inv_norm"),
            py::arg("label"), py::arg("neg"), py::arg("d_neg"), py::arg("d_pos"), py::arg("pos_lse"),
            py::arg("d_pos_lse"));
+
+  py::class_<fastclip_sigmoid_side>(m, "SigmoidSide")
+      .def(py::init([](uintptr_t factor, uintptr_t factor_low, uintptr_t inv_norm) {
+             return fastclip_sigmoid_side{pointer<const float>(factor), pointer<const float>(factor_low),
+                                          pointer<const float>(inv_norm)};
+           }),
+           py::kw_only(), py::arg("factor"), py::arg("factor_low"), py::arg("inv_norm"));
 
   m.def(
       "contrastive_fwd",
@@ -76,6 +88,15 @@ PYBIND11_MODULE(_cpu, m) {
         double d_scale = 0.0;
         check(fastclip_cpu_contrastive_bwd(&block, &image, &text, &d_scale, num_threads));
         return d_scale;
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "sigmoid_fwd",  // (loss, d_scale, d_bias) of the block
+      [](const fastclip_block& block, const fastclip_sigmoid_side& image, const fastclip_sigmoid_side& text, float bias,
+         bool gradients, int num_threads) {
+        fastclip_sigmoid_sums sums{};
+        check(fastclip_cpu_sigmoid_fwd(&block, &image, &text, bias, gradients, &sums, num_threads));
+        return std::array<double, 3>{sums.loss, sums.d_scale, sums.d_bias};
       },
       py::call_guard<py::gil_scoped_release>());
   m.def("select_isa", [](const char* name) { check(fastclip_cpu_select_isa(name)); });

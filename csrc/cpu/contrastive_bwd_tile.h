@@ -2,7 +2,7 @@
 //
 // Math      G_ij = d_neg_i 2^(z_ij - neg_i) + d_neg_j 2^(z_ij - neg_j)                           negatives
 //           G_ij = d_pos_i + d_pos_j + d_pos_lse_i 2^(z_ij - pos_lse_i) + (column likewise)      positives
-//           dot_ij <- r_i G_ij c_j;  d_scale += sum_ij r_i G_ij c_j dot_ij
+//           0 for pairs that are neither; dot_ij <- r_i G_ij c_j;  d_scale += sum_ij r_i G_ij c_j dot_ij
 // Program   one pass over the tile
 // Traffic   reads and writes 4 M N bytes once
 // Precision fp32; one exponential a logit where the log-sum-exps of the tile lie within 2^48, else two; d_scale is
@@ -70,7 +70,7 @@ struct TwoExp {
   }
 };
 
-// Row i. `positive(j, lanes, kept, g)` puts the positives' weights in place of what the negatives' formula gave.
+// Row i. `positive(j, lanes, g)` puts the positives' weights in place of what the negatives' formula gave.
 template <class Keep, class Negative, class Positive>
 float bwd_row(const Tile& t, const BwdSide& image, const BwdSide& text, int64_t i, const Keep& keep_i,
               const Negative& negative, const Positive& positive) {
@@ -81,7 +81,7 @@ float bwd_row(const Tile& t, const BwdSide& image, const BwdSide& text, int64_t 
   for_columns(t.N, [&](int64_t j, auto lanes) {
     const Simd::F x = load(lanes, dot + j);
     const Simd::Mask kept = keep_i(j, mask_of(lanes));
-    const Simd::F g = positive(j, lanes, kept, Simd::select(kept, negative(j, lanes, logits), zero));
+    const Simd::F g = positive(j, lanes, Simd::select(kept, negative(j, lanes, logits), zero));
     const Simd::F weight = Simd::mul(Simd::mul(g, inv_norm), load(lanes, text.inv_norm + j));
     d_scale = Simd::fma(weight, x, d_scale);
     store(lanes, dot + j, weight);
@@ -111,15 +111,39 @@ double bwd_rows(const Tile& t, const BwdSide& image, const BwdSide& text, const 
   return d_scale;
 }
 
+template <class Same, class Other>
+double labelled_bwd_tile(const Tile& t, const BwdSide& image, const BwdSide& text, const Same& same,
+                         const Other& other) {
+  float col_d[kTileN], col_lse[kTileN];
+  for (int64_t j = 0; j < t.N; ++j) {
+    const Term c = term(text.d_pos_lse, text.pos_lse, j);
+    col_d[j] = c.d, col_lse[j] = c.lse;
+  }
+  return bwd_rows(t, image, text, [&](int64_t i, const auto& negative) {
+    const Term r = term(image.d_pos_lse, image.pos_lse, i);
+    const TwoExp softmax{col_d, col_lse, Simd::set1(r.d), Simd::set1(r.lse)};
+    const Simd::F d_row = Simd::set1(image.d_pos[i]);
+    const Logits logits(t, image, text, i);
+    const Same same_i = same.row(i);
+    const auto positive = [&](int64_t j, auto lanes, Simd::F g) {
+      const Simd::Mask here = same_i(j, mask_of(lanes));
+      if (!Simd::any(here)) return g;
+      const Simd::F d_pos = Simd::add(d_row, load(lanes, text.d_pos + j));
+      return Simd::select(here, Simd::add(d_pos, softmax(j, lanes, logits)), g);
+    };
+    return static_cast<double>(bwd_row(t, image, text, i, other.row(i), negative, positive));
+  });
+}
+
 double contrastive_bwd_tile(const Tile& t, const BwdSide& image, const BwdSide& text) {
   if (image.label == nullptr) {
-    const OffDiagonal keep{t.positive};
+    const NotOwn keep{t.own};
     return bwd_rows(t, image, text, [&](int64_t i, const auto& negative) {
       float* dot = t.dot + i * t.row_stride;
-      const int64_t j = t.positive + i;
+      const int64_t j = t.own + i;
       const bool here = j >= 0 && j < t.N;
       const float dot_j = here ? dot[j] : 0.0f;
-      const auto untouched = [](int64_t, auto, Simd::Mask, Simd::F g) { return g; };
+      const auto untouched = [](int64_t, auto, Simd::F g) { return g; };
       double d_scale = bwd_row(t, image, text, i, keep.row(i), negative, untouched);
       if (here) {
         dot[j] = (image.d_pos[i] + text.d_pos[j]) * image.inv_norm[i] * text.inv_norm[j];
@@ -128,25 +152,11 @@ double contrastive_bwd_tile(const Tile& t, const BwdSide& image, const BwdSide& 
       return d_scale;
     });
   }
-  float col_d[kTileN], col_lse[kTileN];
-  for (int64_t j = 0; j < t.N; ++j) {
-    const Term c = term(text.d_pos_lse, text.pos_lse, j);
-    col_d[j] = c.d, col_lse[j] = c.lse;
-  }
-  const OtherLabel keep{{image.label, text.label, 0}};
-  return bwd_rows(t, image, text, [&](int64_t i, const auto& negative) {
-    const Term r = term(image.d_pos_lse, image.pos_lse, i);
-    const TwoExp softmax{col_d, col_lse, Simd::set1(r.d), Simd::set1(r.lse)};
-    const Simd::F d_row = Simd::set1(image.d_pos[i]);
-    const Logits logits(t, image, text, i);
-    const auto positive = [&](int64_t j, auto lanes, Simd::Mask kept, Simd::F g) {
-      const Simd::Mask same = Simd::and_not(mask_of(lanes), kept);
-      if (!Simd::any(same)) return g;
-      const Simd::F d_pos = Simd::add(d_row, load(lanes, text.d_pos + j));
-      return Simd::select(same, Simd::add(d_pos, softmax(j, lanes, logits)), g);
-    };
-    return static_cast<double>(bwd_row(t, image, text, i, keep.row(i), negative, positive));
-  });
+  const SameLabel same{image.label, text.label, 0};
+  const OtherLabel other{same};
+  if (!t.exclude_self) return labelled_bwd_tile(t, image, text, same, other);
+  const NotOwn not_own{t.own};
+  return labelled_bwd_tile(t, image, text, Both<SameLabel>{same, not_own}, Both<OtherLabel>{other, not_own});
 }
 
 }  // namespace

@@ -2,7 +2,8 @@
 //
 // Math      neg_i = log2 sum_{j negative} 2^z_ij, z_ij = dot_ij f_i f_j (units of log 2), likewise over i for columns;
 //           pos_i = sum_{j positive} z_ij; with labels also the log2-sum-exp2 over the positives
-// Program   one pass over a tile that fits the second-level cache; three where its guard fails
+// Program   one pass over a tile that fits the second-level cache; three where its guard fails; one more for the
+//           largest z of every row and column, where they are wanted
 // Traffic   reads 4 M N bytes from memory once; writes 8 bytes a row and a column of the tile
 // Precision fp32; one exponential a logit, relative to the maximum of the tile's first row, serves rows and columns;
 //           checked afterwards, and done again relative to every row's and column's own maximum where the tile's
@@ -62,18 +63,26 @@ bool one_exponential(const Tile& t, const FwdSide& image, const FwdSide& text, c
   return good;
 }
 
+// Largest z of every row and column, -inf where none is kept.
+template <class Keep>
+void maxima(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, float* row_top,
+            float* col_top) {
+  for (int64_t j = 0; j < t.N; ++j) col_top[j] = kNegInf;
+  for (int64_t i = 0; i < t.M; ++i) {
+    row_top[i] = row_maximum(t.N, Logits(t, image, text, i), keep.row(i), [&](int64_t j, auto lanes, Simd::F z) {
+      store(lanes, col_top + j, Simd::max(load(lanes, col_top + j), z));
+    });
+  }
+}
+
 // Sums relative to the maximum of each row and of each column: right for any logits.
 template <class Keep>
 void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row,
                       LogSum col) {
   const auto finite = [](float x) { return x == kNegInf ? 0.0f : x; };  // an empty set's offset must not give NaN
-  for (int64_t j = 0; j < t.N; ++j) col.max[j] = kNegInf, col.sum[j] = 0.0f;
-  for (int64_t i = 0; i < t.M; ++i) {
-    row.max[i] = finite(row_maximum(t.N, Logits(t, image, text, i), keep.row(i), [&](int64_t j, auto lanes, Simd::F z) {
-      store(lanes, col.max + j, Simd::max(load(lanes, col.max + j), z));
-    }));
-  }
-  for (int64_t j = 0; j < t.N; ++j) col.max[j] = finite(col.max[j]);
+  maxima(t, image, text, keep, row.max, col.max);
+  for (int64_t i = 0; i < t.M; ++i) row.max[i] = finite(row.max[i]);
+  for (int64_t j = 0; j < t.N; ++j) col.max[j] = finite(col.max[j]), col.sum[j] = 0.0f;
   for (int64_t i = 0; i < t.M; ++i) {
     const Logits logits(t, image, text, i);
     const auto keep_i = keep.row(i);
@@ -105,11 +114,12 @@ double exact_logit(const Tile& t, const FwdSide& image, const FwdSide& text, int
 }
 
 // Sum of z over the positives, in fp64; false where the tile has none.
-bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, const SameLabel& same) {
+template <class Same>
+bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, const Same& same) {
   bool found = false;
   for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = 0.0;
   for (int64_t i = 0; i < t.M; ++i) {
-    const SameLabel same_i = same.row(i);
+    const Same same_i = same.row(i);
     double sum = 0.0;
     for_columns(t.N, [&](int64_t j, auto lanes) {
       for (uint32_t bits = Simd::bits(same_i(j, mask_of(lanes))); bits != 0; bits &= bits - 1) {
@@ -124,12 +134,29 @@ bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, con
   return found;
 }
 
+template <class Same, class Other>
+void labelled_tile(const Tile& t, const FwdSide& image, const FwdSide& text, const Same& same, const Other& other) {
+  log_sums(t, image, text, other, image.neg, text.neg);
+  if (positive_sums(t, image, text, same)) {
+    log_sums(t, image, text, same, image.pos, text.pos);
+  } else {
+    clear(image.pos, t.M);
+    clear(text.pos, t.N);
+  }
+  if (image.neg_top != nullptr) {
+    maxima(t, image, text, other, image.neg_top, text.neg_top);
+    maxima(t, image, text, same, image.pos_top, text.pos_top);
+  }
+}
+
 void contrastive_fwd_tile(const Tile& t, const FwdSide& image, const FwdSide& text) {
+  const NotOwn not_own{t.own};
   if (image.label == nullptr) {
-    log_sums(t, image, text, OffDiagonal{t.positive}, image.neg, text.neg);
+    log_sums(t, image, text, not_own, image.neg, text.neg);
+    if (image.neg_top != nullptr) maxima(t, image, text, not_own, image.neg_top, text.neg_top);
     for (int64_t j = 0; j < t.N; ++j) text.pos_z[j] = 0.0;
     for (int64_t i = 0; i < t.M; ++i) {
-      const int64_t j = t.positive + i;
+      const int64_t j = t.own + i;
       image.pos_z[i] = 0.0;
       if (j < 0 || j >= t.N) continue;
       image.pos_z[i] = text.pos_z[j] = exact_logit(t, image, text, i, j);
@@ -137,12 +164,11 @@ void contrastive_fwd_tile(const Tile& t, const FwdSide& image, const FwdSide& te
     return;
   }
   const SameLabel same{image.label, text.label, 0};
-  log_sums(t, image, text, OtherLabel{same}, image.neg, text.neg);
-  if (positive_sums(t, image, text, same)) {
-    log_sums(t, image, text, same, image.pos, text.pos);
+  const OtherLabel other{same};
+  if (t.exclude_self) {
+    labelled_tile(t, image, text, Both<SameLabel>{same, not_own}, Both<OtherLabel>{other, not_own});
   } else {
-    clear(image.pos, t.M);
-    clear(text.pos, t.N);
+    labelled_tile(t, image, text, same, other);
   }
 }
 

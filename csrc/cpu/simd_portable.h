@@ -84,6 +84,9 @@ struct Simd {
   static F mul(F a, F b) {
     return floats([&](int k) { return a.v[k] * b.v[k]; });
   }
+  static F div(F a, F b) {
+    return floats([&](int k) { return a.v[k] / b.v[k]; });
+  }
   static F fma(F a, F b, F c) {
     return floats([&](int k) { return a.v[k] * b.v[k] + c.v[k]; });
   }
@@ -92,6 +95,10 @@ struct Simd {
   }
   static F max(F a, F b) {  // b where either is NaN, as the x86 instruction
     return floats([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; });
+  }
+
+  static Mask not_negative(F x) {
+    return mask([&](int k) { return x.v[k] >= 0.0f; });
   }
 
   static F round(F x) {  // adding and taking away 1.5 2^23 rounds to nearest for abs(x) < 2^22

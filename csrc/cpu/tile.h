@@ -13,7 +13,8 @@ struct Tile {
   float* dot;
   int64_t row_stride;
   int64_t M, N;
-  int64_t positive;  // without labels: the column, in the tile, of row 0's positive; it may lie outside
+  int64_t own;        // the column, in the tile, of row 0's own pair; it may lie outside
+  bool exclude_self;  // with labels: own pairs are neither positives nor negatives
 };
 
 struct LogSum {  // log2-sum-exp2 of a set of z = max + log2(sum); sum = 0 where the set is empty
@@ -26,8 +27,10 @@ struct FwdSide {
   const float* factor_low;
   const int32_t* label;
   LogSum neg;
-  LogSum pos;     // with labels
-  double* pos_z;  // sum of z over the positives
+  LogSum pos;      // with labels
+  double* pos_z;   // sum of z over the positives
+  float* neg_top;  // largest z over the negatives, -inf where there are none; or null
+  float* pos_top;  // with labels
 };
 
 struct BwdSide {  // as fastclip_bwd_side
@@ -42,10 +45,21 @@ struct BwdSide {  // as fastclip_bwd_side
   const float* d_pos_lse;
 };
 
+struct SigmoidSide {  // as fastclip_sigmoid_side
+  const float* factor;
+  const float* factor_low;
+  const float* inv_norm;
+};
+
+struct SigmoidSums {
+  double loss = 0.0, d_scale = 0.0, d_bias = 0.0;
+};
+
 struct TileKernels {
   const char* name;
   void (*fwd)(const Tile&, const FwdSide& image, const FwdSide& text);
   double (*bwd)(const Tile&, const BwdSide& image, const BwdSide& text);  // returns the tile's part of d_scale
+  SigmoidSums (*sigmoid)(const Tile&, const SigmoidSide& image, const SigmoidSide& text, float bias, bool gradients);
 };
 
 extern const TileKernels kTilePortable;

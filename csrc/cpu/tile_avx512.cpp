@@ -2,8 +2,9 @@
 // clang-format off: the vector type comes first
 #include "contrastive_bwd_tile.h"
 #include "contrastive_fwd_tile.h"
+#include "sigmoid_fwd_tile.h"
 // clang-format on
 
 namespace fastclip {
-extern const TileKernels kTileAvx512{"avx512", contrastive_fwd_tile, contrastive_bwd_tile};
+extern const TileKernels kTileAvx512{"avx512", contrastive_fwd_tile, contrastive_bwd_tile, sigmoid_fwd_tile};
 }  // namespace fastclip

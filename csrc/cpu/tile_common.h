@@ -17,10 +17,8 @@ constexpr float kNegInf = -__builtin_huge_valf();
 // Exponentials below 2^kExp2Floor are 0: no subnormal numbers, which are slow.
 constexpr float kExp2Floor = -100.0f;
 
-// 2^x, relative error 8e-8; 0 below kExp2Floor; NaN stays NaN.
-inline Simd::F exp2(Simd::F x) {
-  const Simd::F n = Simd::round(x);
-  const Simd::F f = Simd::sub(x, n);
+// 2^(n + f), n whole and abs(f) <= 1/2 about, relative error 8e-8; 0 where x, their rounded sum, is below kExp2Floor.
+inline Simd::F exp2_of_parts(Simd::F n, Simd::F f, Simd::F x) {
   Simd::F p = Simd::set1(1.534581243e-04f);
   p = Simd::fma(p, f, Simd::set1(1.339993090e-03f));
   p = Simd::fma(p, f, Simd::set1(9.618489072e-03f));
@@ -29,6 +27,12 @@ inline Simd::F exp2(Simd::F x) {
   p = Simd::fma(p, f, Simd::set1(6.931471825e-01f));
   p = Simd::fma(p, f, Simd::set1(1.0f));
   return Simd::scale_or_zero(p, n, x, kExp2Floor);
+}
+
+// 2^x; NaN stays NaN.
+inline Simd::F exp2(Simd::F x) {
+  const Simd::F n = Simd::round(x);
+  return exp2_of_parts(n, Simd::sub(x, n), x);
 }
 
 inline float exp2(float x) {
@@ -102,11 +106,11 @@ struct Logits {
 };
 
 // Which logits of row i a pass takes: keep.row(i)(j, lanes) is a mask.
-struct OffDiagonal {  // negatives without labels
-  int64_t positive;
-  OffDiagonal row(int64_t i) const { return {positive + i}; }
+struct NotOwn {  // negatives without labels
+  int64_t own;
+  NotOwn row(int64_t i) const { return {own + i}; }
   Simd::Mask operator()(int64_t j, Simd::Mask lanes) const {
-    const int64_t lane = positive - j;
+    const int64_t lane = own - j;
     return lane >= 0 && lane < Simd::kLanes ? Simd::without(lanes, lane) : lanes;
   }
 };
@@ -122,6 +126,14 @@ struct OtherLabel {  // negatives with labels
   SameLabel same;
   OtherLabel row(int64_t i) const { return {same.row(i)}; }
   Simd::Mask operator()(int64_t j, Simd::Mask lanes) const { return Simd::and_not(lanes, same(j, lanes)); }
+};
+
+template <class Keep>
+struct Both {  // one policy and NotOwn
+  Keep keep;
+  NotOwn not_own;
+  Both row(int64_t i) const { return {keep.row(i), not_own.row(i)}; }
+  Simd::Mask operator()(int64_t j, Simd::Mask lanes) const { return keep(j, not_own(j, lanes)); }
 };
 
 }  // namespace

@@ -1,13 +1,13 @@
 """The backends and the choice between them.
 
-Each backend is a module with the same three functions:
+Each backend is a module with the same functions:
 
 ``missing()``
     None when the backend can run on this machine, else the reason why not.
 ``refuses(image)``
     None when the backend serves features of this device and dtype, else the reason why not.
-``contrastive_fwd(...)``, ``contrastive_bwd(...)``
-    the operation; `reference.py` states it.
+``contrastive_fwd(...)``, ``contrastive_bwd(...)``, ``sigmoid_fwd(...)``
+    the operations on a `Problem`; `reference.py` states them.
 """
 
 from __future__ import annotations

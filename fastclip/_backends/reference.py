@@ -1,4 +1,4 @@
-"""The operation in dense torch: what every other backend is compared with.
+"""The losses in dense torch: what every other backend is compared with.
 
 Differentiable twice, any device, any floating dtype (16-bit features are computed in fp32), M x N memory.
 """
@@ -6,9 +6,12 @@ Differentiable twice, any device, any floating dtype (16-bit features are comput
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EPS", "contrastive_bwd", "contrastive_fwd", "inv_norms", "missing", "refuses", "wide_dtype"]
+from fastclip._backends.problem import Problem
+
+__all__ = ["EPS", "contrastive_bwd", "contrastive_fwd", "inv_norms", "missing", "refuses", "sigmoid_fwd", "wide_dtype"]
 
 EPS = 1e-12  # lower bound of a norm, as in torch.nn.functional.normalize
 
@@ -34,12 +37,19 @@ def inv_norms(x: Tensor, normalize: bool) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1, dtype=wide_dtype(x.device)).clamp_min(EPS).reciprocal().to(dtype)
 
 
-def _positive(z: Tensor, labels: tuple[Tensor, Tensor] | None, offset: int) -> Tensor:
-    """Which pairs of z (M, N) are positives, bool (M, N)."""
-    if labels is not None:
-        return labels[0][:, None] == labels[1]
+def _own(z: Tensor, offset: int) -> Tensor:
+    """Every row's own pair, bool (M, N)."""
     i, j = (torch.arange(size, device=z.device) for size in z.shape)
     return i[:, None] + offset == j
+
+
+def _positive_and_negative(z: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
+    """Which pairs of z (M, N) are positives, and which negatives: bool (M, N) each."""
+    own = _own(z, p.offset)
+    if p.labels is None:
+        return own, ~own
+    positive = p.labels[0][:, None] == p.labels[1]
+    return (positive & ~own, ~positive & ~own) if p.exclude_self else (positive, ~positive)
 
 
 def _logsumexp(z: Tensor, keep: Tensor, dim: int) -> Tensor:
@@ -58,70 +68,91 @@ def _softmax_weights(z: Tensor, lse: Tensor, d: Tensor, dim: int) -> Tensor:
     return torch.where(some, d, 0.0).unsqueeze(dim) * (z - torch.where(some, lse, 0.0).unsqueeze(dim)).exp()
 
 
-def contrastive_fwd(
-    image: Tensor, text: Tensor, scale: Tensor, labels: tuple[Tensor, Tensor] | None, offset: int, normalize: bool
-) -> tuple[Tensor, ...]:
-    """Row and column statistics of z_ij = scale r_i c_j <image_i, text_j>.
+def _through_norm(d_unit: Tensor, unit: Tensor, inv_norm: Tensor, normalize: bool) -> Tensor:
+    """Gradient of the features from that of their unit rows."""
+    if not normalize:
+        return d_unit
+    along = torch.where(inv_norm * EPS < 1, (unit * d_unit).sum(1), 0.0)  # a clamped norm is a constant
+    return inv_norm[:, None] * (d_unit - along[:, None] * unit)
 
-    image (M, D), text (N, D), scale () -> row_neg (M,), col_neg (N,): log-sum-exp over the negatives, -inf when
-    there are none; row_pos (M,), col_pos (N,): sum over the positives, 0 when there are none; row_pos_lse (M,),
-    col_pos_lse (N,): log-sum-exp over the positives, of size 0 without labels; r (M,), c (N,): `inv_norms`.
+
+def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
+    """Row and column statistics of the logits.
+
+    row_neg (M,), col_neg (N,): log-sum-exp over the negatives, -inf when there are none; row_pos (M,), col_pos (N,):
+    sum over the positives, 0 when there are none; row_pos_lse (M,), col_pos_lse (N,): log-sum-exp over the positives,
+    of size 0 without labels; r (M,), c (N,): `inv_norms`. With `maxima` four more: the largest negative of every row
+    (M,) and column (N,), and the largest positive likewise, -inf where there are none.
 
     The statistics are of `wide_dtype`: their differences make the loss, and at 100 a float32 has lost 4e-6.
-
-    labels (M,), (N,) int32: pairs with equal labels are positives. Without, column i + offset is row i's positive.
     """
-    r, c = inv_norms(image, normalize), inv_norms(text, normalize)
-    z = scale.to(r.dtype) * (r[:, None] * image.to(r.dtype)) @ (c[:, None] * text.to(c.dtype)).T
-    positive = _positive(z, labels, offset)
-    negative = ~positive
+    r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
+    z = p.scale.to(r.dtype) * (r[:, None] * p.image.to(r.dtype)) @ (c[:, None] * p.text.to(c.dtype)).T
+    positive, negative = _positive_and_negative(z, p)
     z_positive = torch.where(positive, z, 0.0)
-    if labels is None:
+    if p.labels is None:
         row_pos_lse, col_pos_lse = r.new_empty(0), r.new_empty(0)
     else:
         row_pos_lse, col_pos_lse = _logsumexp(z, positive, 1), _logsumexp(z, positive, 0)
     row_neg, col_neg = _logsumexp(z, negative, 1), _logsumexp(z, negative, 0)
     stats = (row_neg, col_neg, z_positive.sum(1), z_positive.sum(0), row_pos_lse, col_pos_lse)
-    return *(x.to(wide_dtype(x.device)) for x in stats), r, c
+    wide = wide_dtype(z.device)
+    tops = [z.masked_fill(~keep, -torch.inf).amax(dim) for keep in (negative, positive) for dim in (1, 0) if maxima]
+    return *(x.to(wide) for x in stats), r, c, *(x.to(wide) for x in tops)
 
 
 def contrastive_bwd(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    labels: tuple[Tensor, Tensor] | None,
-    offset: int,
-    normalize: bool,
-    stats: list[Tensor],
-    grads: list[Tensor],
-    needs: list[bool],
+    p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of image (M, D), text (N, D) and scale (), each None where `needs` says so.
 
-    `stats` are the eight outputs of `contrastive_fwd`, `grads` the loss's derivatives by the first six.
+    `stats` are the first eight outputs of `contrastive_fwd`, `grads` the loss's derivatives by the first six.
     """
-    row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, r, c = (x.to(stats[-1].dtype) for x in stats)
+    row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, r, c = (x.to(stats[7].dtype) for x in stats)
     d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = (d.to(r.dtype) for d in grads)
-    u, v = r[:, None] * image.to(r.dtype), c[:, None] * text.to(c.dtype)
-    s = scale.to(r.dtype)
+    u, v = r[:, None] * p.image.to(r.dtype), c[:, None] * p.text.to(c.dtype)
+    s = p.scale.to(r.dtype)
     cosine = u @ v.T
     z = s * cosine
-    positive = _positive(z, labels, offset)
+    positive, negative = _positive_and_negative(z, p)
     at_negatives = _softmax_weights(z, row_neg, d_row_neg, 1) + _softmax_weights(z, col_neg, d_col_neg, 0)
     at_positives = d_row_pos[:, None] + d_col_pos
-    if labels is not None:
+    if p.labels is not None:
         at_positives = at_positives + _softmax_weights(z, row_pos_lse, d_row_pos_lse, 1)
         at_positives = at_positives + _softmax_weights(z, col_pos_lse, d_col_pos_lse, 0)
-    g = torch.where(positive, at_positives, at_negatives)
-
-    def through_norm(d_unit: Tensor, unit: Tensor, inv_norm: Tensor) -> Tensor:
-        if not normalize:
-            return d_unit
-        along = torch.where(inv_norm * EPS < 1, (unit * d_unit).sum(1), 0.0)  # a clamped norm is a constant
-        return inv_norm[:, None] * (d_unit - along[:, None] * unit)
-
+    g = torch.where(positive, at_positives, torch.where(negative, at_negatives, 0.0))
     return (
-        through_norm(s * (g @ v), u, r).to(image.dtype) if needs[0] else None,
-        through_norm(s * (g.T @ u), v, c).to(text.dtype) if needs[1] else None,
-        (g * cosine).sum().to(scale.dtype) if needs[2] else None,
+        _through_norm(s * (g @ v), u, r, p.normalize).to(p.image.dtype) if needs[0] else None,
+        _through_norm(s * (g.T @ u), v, c, p.normalize).to(p.text.dtype) if needs[1] else None,
+        (g * cosine).sum().to(p.scale.dtype) if needs[2] else None,
     )
+
+
+def sigmoid_fwd(p: Problem, bias: Tensor, needs: list[bool]) -> tuple[Tensor | None, ...]:
+    """sum_ij softplus(-+(z_ij + bias)), () of `wide_dtype`, and its gradients by image, text, scale and bias ().
+
+    Each gradient is None where `needs` says so; those of float16 features are float32, which the gradients of a mean
+    over many pairs need: the caller rounds what it returns.
+    """
+    r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
+    u, v = r[:, None] * p.image.to(r.dtype), c[:, None] * p.text.to(c.dtype)
+    s = p.scale.to(r.dtype)
+    cosine = u @ v.T
+    z = s * cosine + bias.to(r.dtype)
+    sign = torch.where(_own(z, p.offset), -1.0, 1.0).to(z.dtype)
+    loss = -F.logsigmoid(-sign * z).sum(dtype=wide_dtype(z.device))
+    if not any(needs):
+        return loss, None, None, None, None
+    g = sign * torch.sigmoid(sign * z)
+    return (
+        loss,
+        _through_norm(s * (g @ v), u, r, p.normalize).to(saved_dtype(p.image)) if needs[0] else None,
+        _through_norm(s * (g.T @ u), v, c, p.normalize).to(saved_dtype(p.text)) if needs[1] else None,
+        (g * cosine).sum().to(p.scale.dtype) if needs[2] else None,
+        g.sum().to(bias.dtype) if needs[3] else None,
+    )
+
+
+def saved_dtype(x: Tensor) -> torch.dtype:
+    """Of a gradient that waits for its upstream factor: a float16 would flush or overflow before it."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype

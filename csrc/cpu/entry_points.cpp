@@ -34,8 +34,8 @@ struct Grid {  // of the tiles of a block
 };
 
 Tile tile_at(const fastclip_block& b, int64_t i, int64_t j) {
-  return {b.dot + i * b.row_stride + j, b.row_stride, std::min(kTileM, b.M - i), std::min(kTileN, b.N - j),
-          b.i0 + i + b.offset - b.j0 - j};
+  return {b.dot + i * b.row_stride + j,   b.row_stride,       std::min(kTileM, b.M - i), std::min(kTileN, b.N - j),
+          b.i0 + i + b.offset - b.j0 - j, b.exclude_self != 0};
 }
 
 bool valid(const fastclip_block* b) {
@@ -47,13 +47,19 @@ struct Partials {
   int64_t size, tiles;
   std::vector<float> log_sums;  // maxima and sums of the negatives, with labels of the positives too
   std::vector<double> pos;
-  Partials(int64_t size, int64_t tiles, bool labels)
-      : size(size), tiles(tiles), log_sums((labels ? 4 : 2) * size * tiles), pos(size * tiles) {}
+  std::vector<float> tops;  // where they are wanted: of the negatives, with labels of the positives too
+  Partials(int64_t size, int64_t tiles, const fastclip_fwd_side& side)
+      : size(size),
+        tiles(tiles),
+        log_sums((side.label != nullptr ? 4 : 2) * size * tiles),
+        pos(size * tiles),
+        tops(side.neg_top == nullptr ? 0 : (side.label != nullptr ? 2 : 1) * size * tiles) {}
   LogSum log_sum(int64_t set, int64_t tile, int64_t k) {
     float* max = log_sums.data() + (2 * set * tiles + tile) * size + k;
     return {max, max + tiles * size};
   }
   double* pos_at(int64_t tile, int64_t k) { return pos.data() + tile * size + k; }
+  float* top(int64_t set, int64_t tile, int64_t k) { return tops.data() + (set * tiles + tile) * size + k; }
   FwdSide side(const fastclip_fwd_side& all, int64_t begin, int64_t tile, int64_t k) {
     const bool labels = all.label != nullptr;
     const float* low = all.factor_low == nullptr ? nullptr : all.factor_low + begin + k;
@@ -62,7 +68,9 @@ struct Partials {
             labels ? all.label + begin + k : nullptr,
             log_sum(0, tile, k),
             labels ? log_sum(1, tile, k) : LogSum{},
-            pos_at(tile, k)};
+            pos_at(tile, k),
+            all.neg_top != nullptr ? top(0, tile, k) : nullptr,
+            all.neg_top != nullptr && labels ? top(1, tile, k) : nullptr};
   }
 };
 
@@ -84,14 +92,16 @@ void reduce(Partials& partials, const fastclip_fwd_side& side, int64_t begin, in
     add_log_sum(side.neg_max + at, side.neg_sum + at, partials.log_sum(0, tile, k));
     side.pos[at] += *partials.pos_at(tile, k);
     if (side.label != nullptr) add_log_sum(side.pos_max + at, side.pos_sum + at, partials.log_sum(1, tile, k));
+    if (side.neg_top == nullptr) continue;
+    side.neg_top[at] = std::max(side.neg_top[at], *partials.top(0, tile, k));
+    if (side.label != nullptr) side.pos_top[at] = std::max(side.pos_top[at], *partials.top(1, tile, k));
   }
 }
 
 void fwd(const fastclip_block& b, const fastclip_fwd_side& image, const fastclip_fwd_side& text, int num_threads) {
   const TileKernels& kernels = *selected_kernels().load();
   const Grid grid(b);
-  const bool labels = image.label != nullptr;
-  Partials rows(b.M, grid.N, labels), cols(b.N, grid.M, labels);
+  Partials rows(b.M, grid.N, image), cols(b.N, grid.M, text);
   auto tile = [&](int64_t index) {
     const int64_t tile_i = index / grid.N, tile_j = index % grid.N, i = tile_i * kTileM, j = tile_j * kTileN;
     kernels.fwd(tile_at(b, i, j), rows.side(image, b.i0, tile_j, i), cols.side(text, b.j0, tile_i, j));
@@ -116,6 +126,23 @@ BwdSide bwd_side(const fastclip_bwd_side& s, int64_t k) {
           at(s.d_neg),  at(s.d_pos),      at(s.pos_lse),  at(s.d_pos_lse)};
 }
 
+void sigmoid_fwd(const fastclip_block& b, const fastclip_sigmoid_side& image, const fastclip_sigmoid_side& text,
+                 float bias, bool gradients, fastclip_sigmoid_sums* sums, int num_threads) {
+  const TileKernels& kernels = *selected_kernels().load();
+  const Grid grid(b);
+  std::vector<SigmoidSums> parts(static_cast<size_t>(grid.size()));
+  const auto side = [](const fastclip_sigmoid_side& all, int64_t k) {
+    return SigmoidSide{all.factor + k, all.factor_low == nullptr ? nullptr : all.factor_low + k, all.inv_norm + k};
+  };
+  auto tile = [&](int64_t index) {
+    const int64_t i = index / grid.N * kTileM, j = index % grid.N * kTileN;
+    parts[index] = kernels.sigmoid(tile_at(b, i, j), side(image, b.i0 + i), side(text, b.j0 + j), bias, gradients);
+  };
+  parallel_for(grid.size(), num_threads, tile);
+  for (const SigmoidSums& part : parts)
+    sums->loss += part.loss, sums->d_scale += part.d_scale, sums->d_bias += part.d_bias;
+}
+
 double bwd(const fastclip_block& b, const fastclip_bwd_side& image, const fastclip_bwd_side& text, int num_threads) {
   const TileKernels& kernels = *selected_kernels().load();
   const Grid grid(b);
@@ -130,6 +157,16 @@ double bwd(const fastclip_block& b, const fastclip_bwd_side& image, const fastcl
   return total;
 }
 
+template <class Work>
+int guarded(const Work& work) {  // no exception leaves the C interface
+  try {
+    work();
+  } catch (const std::bad_alloc&) {
+    return FASTCLIP_OUT_OF_MEMORY;
+  }
+  return FASTCLIP_OK;
+}
+
 }  // namespace
 }  // namespace fastclip
 
@@ -139,12 +176,8 @@ int fastclip_cpu_contrastive_fwd(const fastclip_block* block, const fastclip_fwd
                                  const fastclip_fwd_side* text, int num_threads) {
   if (!fastclip::valid(block) || image == nullptr || text == nullptr) return FASTCLIP_INVALID_ARGUMENT;
   if ((image->label == nullptr) != (text->label == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
-  try {
-    fastclip::fwd(*block, *image, *text, num_threads);
-  } catch (const std::bad_alloc&) {
-    return FASTCLIP_OUT_OF_MEMORY;
-  }
-  return FASTCLIP_OK;
+  if ((image->neg_top == nullptr) != (text->neg_top == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
+  return fastclip::guarded([&] { fastclip::fwd(*block, *image, *text, num_threads); });
 }
 
 int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd_side* image,
@@ -152,12 +185,16 @@ int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd
   if (!fastclip::valid(block) || image == nullptr || text == nullptr || d_scale == nullptr)
     return FASTCLIP_INVALID_ARGUMENT;
   if ((image->label == nullptr) != (text->label == nullptr)) return FASTCLIP_INVALID_ARGUMENT;
-  try {
-    *d_scale = fastclip::bwd(*block, *image, *text, num_threads);
-  } catch (const std::bad_alloc&) {
-    return FASTCLIP_OUT_OF_MEMORY;
-  }
-  return FASTCLIP_OK;
+  return fastclip::guarded([&] { *d_scale = fastclip::bwd(*block, *image, *text, num_threads); });
+}
+
+int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const fastclip_sigmoid_side* image,
+                             const fastclip_sigmoid_side* text, float bias, int gradients, fastclip_sigmoid_sums* sums,
+                             int num_threads) {
+  if (!fastclip::valid(block) || image == nullptr || text == nullptr || sums == nullptr)
+    return FASTCLIP_INVALID_ARGUMENT;
+  return fastclip::guarded(
+      [&] { fastclip::sigmoid_fwd(*block, *image, *text, bias, gradients != 0, sums, num_threads); });
 }
 
 int fastclip_cpu_select_isa(const char* name) {

@@ -1,0 +1,107 @@
+// Sigmoid-loss tile kernel: adds up one tile of the loss and turns the tile into the weights of the two gradient
+// products, in place.
+//
+// Math      x_ij = z_ij for negatives, -z_ij for the positive, z_ij = dot_ij f_i f_j + bias (natural units)
+//           loss = sum_ij softplus(x_ij), softplus(x) = max(x, 0) + log1p(t), t = exp(-abs(x))
+//           G_ij = d loss / d z_ij = +-sigmoid(x_ij), sigmoid(x) = (x >= 0 ? 1 : t) / (1 + t)
+//           dot_ij <- r_i G_ij c_j;  d_scale = sum_ij r_i G_ij c_j dot_ij;  d_bias = sum_ij G_ij
+// Program   one pass over the tile; positives, at most one a row, on their own in fp64
+// Traffic   reads 4 M N bytes once; with gradients writes them once
+// Precision fp32; log1p(t) = t P(t), never log(1 + t): a loss keeps its digits down to 2^-100 a pair. Sums over a row
+// in
+//           fp32, over rows in fp64
+// Ragged    lanes beyond the last column are neither read nor written, and masked out of the sums
+// Order     rows from first to last, lanes by halving: bitwise repeatable
+#pragma once
+
+#include <math.h>
+
+#include "tile_common.h"
+
+namespace {
+
+using fastclip::SigmoidSide;
+using fastclip::SigmoidSums;
+
+struct Softplus {
+  Simd::F value, derivative;
+};
+
+// exp(x) for x <= 0: x log2(e) in two parts, so that the digits of a large x are not lost before the exponential.
+inline Simd::F exp_of_negative(Simd::F x) {
+  const Simd::F log2e = Simd::set1(1.44269502e+00f), log2e_low = Simd::set1(1.92596303e-08f);
+  const Simd::F y = Simd::mul(x, log2e);
+  const Simd::F lost = Simd::fma(x, log2e_low, Simd::fms(x, log2e, y));
+  const Simd::F n = Simd::round(y);
+  return exp2_of_parts(n, Simd::add(Simd::sub(y, n), lost), y);
+}
+
+inline Softplus softplus(Simd::F x) {
+  const Simd::F zero = Simd::set1(0.0f), one = Simd::set1(1.0f);
+  const Simd::F t = exp_of_negative(Simd::sub(zero, Simd::max(x, Simd::sub(zero, x))));  // exp(-abs(x))
+  Simd::F p = Simd::set1(-3.243645187e-03f);
+  p = Simd::fma(p, t, Simd::set1(1.984974928e-02f));
+  p = Simd::fma(p, t, Simd::set1(-5.695631355e-02f));
+  p = Simd::fma(p, t, Simd::set1(1.060332805e-01f));
+  p = Simd::fma(p, t, Simd::set1(-1.530539989e-01f));
+  p = Simd::fma(p, t, Simd::set1(1.967587173e-01f));
+  p = Simd::fma(p, t, Simd::set1(-2.495412081e-01f));
+  p = Simd::fma(p, t, Simd::set1(3.332996070e-01f));
+  p = Simd::fma(p, t, Simd::set1(-4.999990165e-01f));
+  p = Simd::fma(p, t, one);
+  return {Simd::fma(p, t, Simd::max(x, zero)),
+          Simd::div(Simd::select(Simd::not_negative(x), one, t), Simd::add(one, t))};
+}
+
+// Row i as if it had negatives only, but for `kept`.
+template <bool kGradients>
+SigmoidSums sigmoid_row(const Tile& t, const SigmoidSide& image, const SigmoidSide& text, float bias, int64_t i,
+                        const NotOwn& kept_i) {
+  float* dot = t.dot + i * t.row_stride;
+  const Logits logits(t, image, text, i);
+  const Simd::F zero = Simd::set1(0.0f), minus_bias = Simd::set1(-bias), inv_norm = Simd::set1(image.inv_norm[i]);
+  Simd::F loss = zero, d_scale = zero, d_bias = zero;
+  for_columns(t.N, [&](int64_t j, auto lanes) {
+    const Simd::Mask kept = kept_i(j, mask_of(lanes));
+    const Softplus s = softplus(logits.minus(j, lanes, minus_bias));
+    loss = Simd::add(loss, Simd::select(kept, s.value, zero));
+    if (kGradients) {
+      const Simd::F g = Simd::select(kept, s.derivative, zero);
+      const Simd::F weight = Simd::mul(Simd::mul(g, inv_norm), load(lanes, text.inv_norm + j));
+      d_scale = Simd::fma(weight, load(lanes, dot + j), d_scale);
+      d_bias = Simd::add(d_bias, g);
+      store(lanes, dot + j, weight);
+    }
+  });
+  return {reduce_add(loss), reduce_add(d_scale), reduce_add(d_bias)};
+}
+
+template <bool kGradients>
+SigmoidSums sigmoid_rows(const Tile& t, const SigmoidSide& image, const SigmoidSide& text, float bias) {
+  SigmoidSums sums;
+  for (int64_t i = 0; i < t.M; ++i) {
+    float* dot = t.dot + i * t.row_stride;
+    const int64_t j = t.own + i;
+    const bool here = j >= 0 && j < t.N;
+    const double dot_j = here ? dot[j] : 0.0;
+    const SigmoidSums row = sigmoid_row<kGradients>(t, image, text, bias, i, NotOwn{j});
+    sums.loss += row.loss, sums.d_scale += row.d_scale, sums.d_bias += row.d_bias;
+    if (!here) continue;
+    const double factor = static_cast<double>(image.factor[i]) + image.factor_low[i];
+    const double x = -(dot_j * factor * text.factor[j] + bias), e = exp(-fabs(x));
+    sums.loss += (x < 0.0 ? 0.0 : x) + log1p(e);
+    if (!kGradients) continue;
+    const double g = -(x < 0.0 ? e : 1.0) / (1.0 + e);
+    dot[j] = static_cast<float>(g * image.inv_norm[i] * text.inv_norm[j]);
+    sums.d_scale += dot[j] * dot_j;
+    sums.d_bias += g;
+  }
+  return sums;
+}
+
+SigmoidSums sigmoid_fwd_tile(const Tile& t, const SigmoidSide& image, const SigmoidSide& text, float bias,
+                             bool gradients) {
+  return gradients ? sigmoid_rows<true>(t, image, text, bias) : sigmoid_rows<false>(t, image, text, bias);
+}
+
+}  // namespace

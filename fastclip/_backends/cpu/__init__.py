@@ -1,0 +1,22 @@
+"""The CPU backend: blocks of logits by torch.mm into one reused buffer, then one native pass a block (csrc/cpu)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastclip._backends.cpu.contrastive import contrastive_bwd, contrastive_fwd
+from fastclip._backends.cpu.native import missing
+from fastclip._backends.cpu.sigmoid import sigmoid_fwd
+
+__all__ = ["contrastive_bwd", "contrastive_fwd", "missing", "refuses", "sigmoid_fwd"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuses(image: Tensor) -> str | None:
+    if image.device.type != "cpu":
+        return f"it serves CPU tensors, not {image.device.type}"
+    if image.dtype not in _DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
+    return None

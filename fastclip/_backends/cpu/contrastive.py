@@ -1,0 +1,142 @@
+"""The contrastive statistics and their gradients; see `reference.py` for what they are."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastclip._backends.cpu import native
+from fastclip._backends.cpu.blocks import Block, Plan, factors, inv_norms, native_block, workspace
+from fastclip._backends.problem import Problem
+
+__all__ = ["contrastive_bwd", "contrastive_fwd"]
+
+_LOG2E, _LN2 = math.log2(math.e), math.log(2)
+
+
+def _int32(labels: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    if labels is None:
+        return None, None
+    return labels[0].int().contiguous(), labels[1].int().contiguous()
+
+
+class _State:
+    """Running statistics of one side: fp64, in units of log 2."""
+
+    def __init__(
+        self, size: int, factors: dict[str, Tensor | None], label: Tensor | None, maxima: bool = False
+    ) -> None:
+        self.has_labels = label is not None
+        self.neg_max, self.neg_sum, self.pos, self.pos_max, self.pos_sum = torch.zeros(5, size, dtype=torch.float64)
+        names = ("neg_max", "neg_sum", "pos", "pos_max", "pos_sum")
+        tensors = {**factors, "label": label, **{name: getattr(self, name) for name in names}}
+        tops = torch.full((2, size if maxima else 0), -torch.inf)
+        self.neg_top, self.pos_top = tops
+        tensors["neg_top"] = self.neg_top if maxima else None
+        tensors["pos_top"] = self.pos_top if maxima and self.has_labels else None
+        self.native = native.module.FwdSide(**{name: native.address(x) for name, x in tensors.items()})
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """neg, pos, pos_lse: fp64, natural units."""
+        neg = (self.neg_max + self.neg_sum.log2()) * _LN2
+        if not self.has_labels:
+            return neg, self.pos * _LN2, neg.new_empty(0)
+        return neg, self.pos * _LN2, (self.pos_max + self.pos_sum.log2()) * _LN2
+
+    def maxima(self, offset: int, across: int) -> tuple[Tensor, Tensor]:
+        """Largest negative and largest positive: fp64, natural units, -inf where there are none.
+
+        Without labels k's positive is number k + offset of the `across` on the other side.
+        """
+        pos_top = self.pos_top
+        if not self.has_labels:
+            own = torch.arange(len(self.pos)) + offset
+            pos_top = torch.where((own >= 0) & (own < across), self.pos, -torch.inf)
+        return self.neg_top.double() * _LN2, pos_top.double() * _LN2
+
+
+def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
+    """As `reference.contrastive_fwd`."""
+    r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
+    plan = Plan(p, r, c)
+    image_label, text_label = _int32(p.labels)
+    image_factors, text_factors = factors(plan.image, plan.text, float(p.scale) * _LOG2E)
+    rows = _State(plan.M, image_factors, image_label, maxima)
+    cols = _State(plan.N, text_factors, text_label, maxima)
+    threads = torch.get_num_threads()
+    for block, dot in plan.forward():
+        native_dot = native_block(dot, block, p.offset, p.exclude_self)
+        native.module.contrastive_fwd(native_dot, rows.native, cols.native, threads)
+        workspace.keep(r, block)
+    row_neg, row_pos, row_pos_lse = rows.results()
+    col_neg, col_pos, col_pos_lse = cols.results()
+    tops = (x for pair in zip(rows.maxima(p.offset, plan.N), cols.maxima(-p.offset, plan.M)) for x in pair)
+    return row_neg, col_neg, row_pos, col_pos, row_pos_lse, col_pos_lse, r, c, *(tops if maxima else ())
+
+
+class _Weights:
+    """What the backward pass needs of one side, fp32, log-sum-exps in units of log 2."""
+
+    def __init__(
+        self,
+        factors: dict[str, Tensor | None],
+        inv_norm: Tensor,
+        label: Tensor | None,
+        neg: Tensor,
+        pos_lse: Tensor,
+        grads: tuple[Tensor, Tensor, Tensor],
+        gain: float,
+    ) -> None:
+        d_neg, d_pos, d_pos_lse = (d * gain for d in grads)
+        self.tensors: dict[str, Tensor | None] = {**factors, "inv_norm": inv_norm, "label": label}
+        self.tensors["neg"], self.tensors["d_neg"] = _exact_weight(neg, d_neg)
+        self.tensors["d_pos"] = d_pos.float().contiguous()
+        self.tensors["pos_lse"], self.tensors["d_pos_lse"] = (
+            (None, None) if label is None else _exact_weight(pos_lse, d_pos_lse)
+        )
+        self.native = native.module.BwdSide(**{name: native.address(x) for name, x in self.tensors.items()})
+
+
+def _exact_weight(lse: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 (lse, d) in units of log 2 with the same d exp(z - lse): what rounding takes from lse goes into d."""
+    exact = lse.double() * _LOG2E
+    rounded = exact.float()
+    lost = torch.where(rounded.isfinite(), exact - rounded, 0.0)
+    return rounded, (d.double() * torch.exp2(-lost)).float()
+
+
+def _gain(grads: list[Tensor]) -> float:
+    """A power of two that brings the largest upstream gradient near 1, so that a confident loss's weights, 1e-30 and
+    less, neither flush to zero nor slow the products down as subnormals."""
+    largest = max((float(d.abs().amax()) for d in grads if d.numel()), default=0.0)
+    if not math.isfinite(largest) or largest == 0.0:
+        return 1.0
+    return 2.0 ** -math.frexp(largest)[1]
+
+
+def contrastive_bwd(
+    p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `reference.contrastive_bwd`."""
+    row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, r, c = stats
+    plan = Plan(p, r, c)
+    image_label, text_label = _int32(p.labels)
+    s, gain = float(p.scale), _gain(grads)
+    image_factors, text_factors = factors(plan.image, plan.text, s * _LOG2E)
+    row_grads, col_grads = (grads[0], grads[2], grads[4]), (grads[1], grads[3], grads[5])
+    rows = _Weights(image_factors, plan.image.inv_norm, image_label, row_neg, row_pos_lse, row_grads, gain)
+    cols = _Weights(text_factors, plan.text.inv_norm, text_label, col_neg, col_pos_lse, col_grads, gain)
+    threads = torch.get_num_threads()
+    d_scale = 0.0
+
+    def weigh(block: Block, dot: Tensor) -> None:
+        nonlocal d_scale
+        native_dot = native_block(dot, block, p.offset, p.exclude_self)
+        d_scale += native.module.contrastive_bwd(native_dot, rows.native, cols.native, threads)
+
+    d_image = p.image.new_empty(p.image.shape) if needs[0] else None
+    d_text = p.text.new_empty(p.text.shape) if needs[1] else None
+    plan.backward(weigh, s / gain, d_image, d_text, owner=r)
+    return d_image, d_text, p.scale.new_tensor(d_scale / gain) if needs[2] else None

@@ -1,0 +1,82 @@
+"""The contrastive loss over more than two views."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastclip.checks import describe
+from fastclip.loss import contrastive_loss
+
+__all__ = ["multiview_loss"]
+
+
+def multiview_loss(
+    views: Sequence[Tensor] | Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
+    *,
+    core: int | None = None,
+    labels: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The contrastive loss summed over pairs of views, not divided by their number.
+
+    All pairs i < j, or with ``core`` the core view against each of the others (CMC, Tian et al. 2020, section 3.2:
+    full graph and core view).
+
+    Args:
+        views: two or more features (N, D), of one dtype and device; row i of each belongs to the same sample. A
+            tensor (V, N, D) is taken as V views.
+        logit_scale: as in `contrastive_loss`.
+        core: index of the core view, which then takes the part of the images.
+        labels: integers (N,), shared by all views: every pair with equal labels is a positive.
+        options: of `contrastive_loss`: ``normalize``, ``image_weight``, ``label_smoothing``, ``reduction`` ("mean" or
+            "sum"), ``backend``.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: fewer than two views, views of different shape, a core view that does not exist, and what
+            `contrastive_loss` raises.
+        TypeError: views that are not tensors, and what `contrastive_loss` raises.
+    """
+    views = _check_views(views)
+    for name in ("image_labels", "text_labels", "exclude_self"):
+        if name in options:
+            raise TypeError(f"multiview_loss takes labels=, one for every row of every view, not {name}=")
+    if options.get("reduction") == "none":
+        raise ValueError("multiview_loss sums over views: reduction must be 'mean' or 'sum', got 'none'")
+    if core is None:
+        pairs = [(i, j) for i in range(len(views)) for j in range(i + 1, len(views))]
+    else:
+        core = operator.index(core)
+        if not 0 <= core < len(views):
+            raise ValueError(f"core must be the index of one of {len(views)} views, got {core}")
+        pairs = [(core, j) for j in range(len(views)) if j != core]
+    losses = [
+        contrastive_loss(views[i], views[j], logit_scale, image_labels=labels, text_labels=labels, **options)
+        for i, j in pairs
+    ]
+    total: Tensor = torch.stack(losses).sum()  # type: ignore[arg-type]
+    return total
+
+
+def _check_views(views: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
+    if isinstance(views, Tensor):
+        if views.dim() != 3:
+            raise ValueError(f"one tensor of views must be (V, N, D): {describe('views', views)}")
+        views = views.unbind(0)
+    for k, x in enumerate(views):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"views[{k}] must be a torch.Tensor, got {type(x).__name__}")
+        if x.shape != views[0].shape or x.dtype != views[0].dtype or x.device != views[0].device:
+            both = f"{describe('views[0]', views[0])} and {describe(f'views[{k}]', x)}"
+            raise ValueError(f"views must have one shape, dtype and device: {both}")
+    if len(views) < 2:
+        raise ValueError(f"multiview_loss needs at least two views, got {len(views)}")
+    return views

@@ -1,0 +1,22 @@
+"""What torch.autocast asks of the losses: features in its dtype, scale and bias in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["autocast_dtype", "autocast_features"]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that torch.autocast, where it is on, wants `x` in; fp64 is left alone as torch's own ops do."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def autocast_features(image: Tensor, text: Tensor, *scalars: Tensor) -> tuple[Tensor, ...]:
+    """Both features in autocast's dtype; scalars stay in fp32 (fp64 beside fp64 features)."""
+    image, text = image.to(autocast_dtype(image)), text.to(autocast_dtype(text))
+    return image, text, *(x.to(torch.promote_types(image.dtype, torch.float32)) for x in scalars)

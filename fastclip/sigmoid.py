@@ -1,0 +1,61 @@
+"""The sigmoid loss of SigLIP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastclip.checks import check_features, check_group, check_reduction, scalar
+from fastclip.ops import autocast_features, sigmoid_sum
+
+__all__ = ["sigmoid_loss"]
+
+
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    group: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Pairwise sigmoid loss over the N x N similarities of images and texts, never stored.
+
+    -sum_ij logsigmoid(+-(logit_scale <image_i, text_j> + logit_bias)) / N, plus at the pairs i = j and minus at all
+    others (SigLIP, Zhai et al. 2023, section 3.2), of the normalised features unless ``normalize=False``.
+
+    Where gradients are wanted they are computed with the loss, in the same pass: between forward and backward the
+    graph holds one gradient as large as the features, of float16 features in float32.
+
+    Args:
+        image_features, text_features: (N, D), float32, bfloat16, float16 or float64, on one device. Text i belongs to
+            image i.
+        logit_scale: what multiplies the cosines, already exponentiated (SigLIP starts at 10): a number, or a tensor of
+            one element (its gradient is computed).
+        logit_bias: what is added to every logit (SigLIP starts at -10): likewise.
+        normalize: divide each row by its norm (at least 1e-12, so that zero rows stay finite), with gradient.
+        reduction: "mean", the sum over all pairs divided by N as in SigLIP; or "sum".
+        group: for a loss over the shards of several processes; not in this version yet.
+        backend: a name from `fastclip.backends()`; None takes the best that serves these features.
+
+    Returns:
+        A scalar; float32, for float64 features float64.
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit.
+        TypeError: features that are not floating tensors of one dtype.
+        RuntimeError: an explicit backend that cannot serve.
+        NotImplementedError: ``group`` is given.
+    """
+    check_reduction(reduction, ("mean", "sum"))
+    check_group(group)
+    check_features(image_features, text_features, paired=True, backend=backend)
+    scale = scalar("logit_scale", logit_scale, image_features)
+    bias = scalar("logit_bias", logit_bias, image_features)
+    image, text, scale, bias = autocast_features(image_features, text_features, scale, bias)
+    total = sigmoid_sum(image, text, scale, bias, normalize=normalize, backend=backend)
+    return (total / image.shape[0] if reduction == "mean" else total).to(scale.dtype)
