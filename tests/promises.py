@@ -32,109 +32,131 @@ class Truth:
     d_image_sum: Tensor
     d_text_sum: Tensor
     d_scale_sum: Tensor
+    d_bias: Tensor | None = None  # of the sigmoid loss
+    d_bias_sum: Tensor | None = None
 
 
 def _positives(M: int, N: int, labels: tuple[Tensor, Tensor] | None) -> Tensor:
     return torch.eye(M, N, dtype=torch.bool) if labels is None else labels[0][:, None] == labels[1]
 
 
-def direction(z: Tensor, positive: Tensor, smoothing: float) -> Tensor:
+def direction(z: Tensor, positive: Tensor, smoothing: float, left_out: Tensor) -> Tensor:
     """Loss of every row of z with a positive: softplus keeps the digits of a small loss, in any dtype."""
     some = positive.any(1)
-    z, positive = z[some], positive[some]
-    count = positive.sum(1)
+    z, positive, left_out = z[some], positive[some], left_out[some]
+    count, others = positive.sum(1), (~left_out).sum(1)
     low = torch.finfo(z.dtype).min / 4
-    neg, pos = z.masked_fill(positive, low).logsumexp(1), z.masked_fill(~positive, low).logsumexp(1)
-    mean_pos = torch.where(positive, z, 0).sum(1) / count
+    neg = z.masked_fill(positive | left_out, low).logsumexp(1)
+    pos = z.masked_fill(~positive, low).logsumexp(1)
+    mean_pos, mean = torch.where(positive, z, 0).sum(1) / count, torch.where(left_out, 0, z).sum(1) / others
     gap = torch.where(count > 1, pos - mean_pos, 0)
-    return F.softplus(neg - pos) + gap + smoothing * (mean_pos - z.mean(1))
+    return F.softplus(neg - pos) + gap + smoothing * (mean_pos - mean)
 
 
-def dense_direction(z: Tensor, positive: Tensor, smoothing: float) -> Tensor:
+def dense_direction(z: Tensor, positive: Tensor, smoothing: float, left_out: Tensor) -> Tensor:
     """The same by torch's cross-entropy with probabilities as targets: what people write, and the base line."""
     some = positive.any(1)
-    z, positive = z[some], positive[some]
-    target = (1 - smoothing) * positive.to(z.dtype) / positive.sum(1, keepdim=True) + smoothing / z.shape[1]
-    return F.cross_entropy(z, target, reduction="none")
+    z, positive, left_out = z[some], positive[some], left_out[some]
+    target = (1 - smoothing) * positive.to(z.dtype) / positive.sum(1, keepdim=True)
+    target = target + smoothing * (~left_out).to(z.dtype) / (~left_out).sum(1, keepdim=True)
+    return F.cross_entropy(z.masked_fill(left_out, torch.finfo(z.dtype).min / 4), target, reduction="none")
 
 
 def loss_of(
-    z: Tensor, labels: tuple[Tensor, Tensor] | None, image_weight: float, smoothing: float, formula: Any
+    z: Tensor,
+    formula: Any,
+    labels: tuple[Tensor, Tensor] | None = None,
+    image_weight: float = 0.5,
+    label_smoothing: float = 0.0,
+    exclude_self: bool = False,
 ) -> Tensor:
-    positive = _positives(*z.shape, labels)
-    row, col = formula(z, positive, smoothing), formula(z.T, positive.T, smoothing)
+    """The contrastive loss of logits z (M, N)."""
+    left_out = torch.eye(*z.shape, dtype=torch.bool) & exclude_self
+    positive = _positives(*z.shape, labels) & ~left_out
+    row = formula(z, positive, label_smoothing, left_out)
+    col = formula(z.T, positive.T, label_smoothing, left_out.T)
     return image_weight * row.mean() + (1 - image_weight) * col.mean()
 
 
+def sigmoid_loss_of(z: Tensor) -> Tensor:
+    """SigLIP's loss of logits z (N, N), the bias in them."""
+    return -F.logsigmoid((2 * torch.eye(*z.shape, dtype=z.dtype) - 1) * z).sum() / len(z)
+
+
 def truth(
-    image: Tensor,
-    text: Tensor,
-    scale: float,
-    *,
-    normalize: bool = True,
-    labels: tuple[Tensor, Tensor] | None = None,
-    image_weight: float = 0.5,
-    label_smoothing: float = 0.0,
+    image: Tensor, text: Tensor, scale: float, *, normalize: bool = True, bias: float | None = None, **options: Any
 ) -> Truth:
-    """The loss of the given (rounded) features and all gradients in fp64."""
+    """The loss of the given (rounded) features and all gradients in fp64: the sigmoid loss if it has a bias."""
     image, text = (x.detach().double().requires_grad_() for x in (image, text))
     s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    b = torch.tensor(bias or 0.0, dtype=torch.float64, requires_grad=True)
     u, v = (F.normalize(x, dim=1) if normalize else x for x in (image, text))
     cosine = u @ v.T
-    z = s * cosine
-    loss = loss_of(z, labels, image_weight, label_smoothing, direction)
-    g, d_image, d_text, d_scale = torch.autograd.grad(loss, (z, image, text, s))
+    z = s * cosine + b
+    loss = loss_of(z, direction, **options) if bias is None else sigmoid_loss_of(z)
+    g, d_image, d_text, d_scale, d_bias = torch.autograd.grad(loss, (z, image, text, s, b))
     r, c = (1 / x.norm(dim=1).clamp_min(1e-12) if normalize else x.new_ones(len(x)) for x in (image, text))
     with torch.no_grad():
         sums = abs(scale) * r[:, None] * (g.abs() @ v.abs()), abs(scale) * c[:, None] * (g.abs().T @ u.abs())
-        return Truth(loss.detach(), d_image, d_text, d_scale, *sums, (g * cosine).abs().sum())
+        found = Truth(loss.detach(), d_image, d_text, d_scale, *sums, (g * cosine).abs().sum())
+        if bias is not None:
+            found.d_bias, found.d_bias_sum = d_bias, g.abs().sum()
+        return found
 
 
 def dense(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    *,
-    normalize: bool = True,
-    labels: tuple[Tensor, Tensor] | None = None,
-    image_weight: float = 0.5,
-    label_smoothing: float = 0.0,
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None, *, normalize: bool = True, **options: Any
 ) -> Tensor:
     """Dense torch in the features' own dtype."""
     u, v = (F.normalize(x, dim=1) if normalize else x for x in (image, text))
     z = scale.to(u.dtype) * u @ v.T
-    return loss_of(z, labels, image_weight, label_smoothing, dense_direction)
+    return loss_of(z, dense_direction, **options) if bias is None else sigmoid_loss_of(z + bias.to(u.dtype))
 
 
-def leaves(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def leaves(image: Tensor, text: Tensor, *scalars: float) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(image.dtype, torch.float32)
     copies = tuple(x.detach().clone().requires_grad_() for x in (image, text))
-    return *copies, torch.tensor(scale, dtype=dtype, requires_grad=True)
+    return *copies, *(torch.tensor(x, dtype=dtype, requires_grad=True) for x in scalars)
 
 
-def check(loss: Any, image: Tensor, text: Tensor, scale: float, *, base_line: bool = True, **options: Any) -> Truth:
+def check(
+    loss: Any,
+    image: Tensor,
+    text: Tensor,
+    scale: float,
+    *,
+    bias: float | None = None,
+    base_line: bool = True,
+    **options: Any,
+) -> Truth:
     """`loss(image, text, scale)` and its gradients against the truth (gate B) and against dense torch (gate A).
 
-    Gate A is for tensors only; scalars swing too much from seed to seed. It is left out where dense torch has no
-    digits at all to compare with.
+    With a bias it is the sigmoid loss, `loss(image, text, scale, bias)`. Gate A is for tensors only; scalars swing too
+    much from seed to seed. It is left out where dense torch has no digits at all to compare with.
     """
-    expected = truth(image, text, scale, **options)
-    given = leaves(image, text, scale)
+    expected = truth(image, text, scale, bias=bias, **options)
+    scalars = (scale,) if bias is None else (scale, bias)
+    names = ("d_image", "d_text", "d_scale", "d_bias")[: 2 + len(scalars)]
+    given = leaves(image, text, *scalars)
     value = loss(*given)
-    found = dict(zip(("d_image", "d_text", "d_scale"), torch.autograd.grad(value, given)))
+    found = dict(zip(names, torch.autograd.grad(value, given)))
     value = value.detach()
     size = max(abs(scale), 1.0) if options.get("label_smoothing") else 0.0  # there a difference of means is added
     error = abs(float(value) - float(expected.loss))
-    assert error <= LOSS * float(expected.loss) + FP32_SUM * size, f"loss {float(value)}, truth {float(expected.loss)}"
+    smallest = torch.finfo(value.dtype).tiny
+    assert error <= LOSS * float(expected.loss) + FP32_SUM * size + smallest, (
+        f"loss {float(value)}, truth {float(expected.loss)}"
+    )
 
-    d_scale_error = abs(float(found["d_scale"]) - float(expected.d_scale))
-    budget = SCALE_GRADIENT * abs(float(expected.d_scale))
-    budget += max(FP32_SUM, unit_roundoff(image.dtype)) * float(expected.d_scale_sum)
-    assert d_scale_error <= budget, f"d_scale {float(found['d_scale'])}, truth {float(expected.d_scale)}"
+    for name in names[2:]:
+        true, true_sum = getattr(expected, name), getattr(expected, name + "_sum")
+        budget = SCALE_GRADIENT * abs(float(true)) + max(FP32_SUM, unit_roundoff(image.dtype)) * float(true_sum)
+        budget += smallest
+        assert abs(float(found[name]) - float(true)) <= budget, f"{name} {float(found[name])}, truth {float(true)}"
 
     base = dict.fromkeys(found)
     if base_line:
-        others = leaves(image, text, scale)
+        others = leaves(image, text, *scalars)
         base = dict(zip(found, torch.autograd.grad(dense(*others, **options), others)))
     for name in ("d_image", "d_text"):
         _check_gradient(name, found[name], getattr(expected, name), getattr(expected, name + "_sum"), base[name])
@@ -148,7 +170,7 @@ def _check_gradient(name: str, ours: Tensor, expected: Tensor, sums: Tensor, bas
         torch.finfo(ours.dtype).tiny * torch.finfo(ours.dtype).eps / 2 * ours.numel() ** 0.5
     )  # float16 flushes below 6e-8
     if ours.dtype == torch.float32:
-        budget = FP32_GRADIENT * expected.norm() + FP32_SUM * sums.norm()
+        budget = FP32_GRADIENT * expected.norm() + FP32_SUM * sums.norm() + subnormal
     else:
         budget = unit_roundoff(ours.dtype) * sums.norm() + subnormal
     worst = tuple(int(k) for k in torch.unravel_index((ours.double() - expected).abs().argmax(), ours.shape))

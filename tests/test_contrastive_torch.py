@@ -98,7 +98,9 @@ def test_compiles_with_changing_batch() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
-def test_autocast_rounds_features_and_not_the_scale(options: dict[str, float]) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_rounds_features_and_not_the_scale(options: dict[str, float], backend: str) -> None:
+    options = {**options, "backend": backend}
     image, text, _ = problem()
     scale = torch.tensor(14.2857, requires_grad=True)
     rounded = image.detach().bfloat16().requires_grad_(), text.detach().bfloat16().requires_grad_()

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_dtype", "autocast_features"]
+__all__ = ["autocast_dtype", "autocast_features", "without_autocast"]
+
+_Result = TypeVar("_Result")
+
+
+def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """The ops' insides keep the dtypes they chose: autocast would round an fp32 product of theirs."""
+
+    @functools.wraps(function)
+    def wrapped(image: Tensor, *args: Any) -> _Result:
+        if not torch.is_autocast_enabled(image.device.type):
+            return function(image, *args)
+        with torch.autocast(image.device.type, enabled=False):
+            return function(image, *args)
+
+    return wrapped
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastclip._backends import pick, reference
 from fastclip._backends.problem import Problem
+from fastclip.ops.autocast import without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
 
 __all__ = ["Statistics", "TopLogits", "contrastive_maxima", "contrastive_statistics"]
@@ -67,6 +68,7 @@ def _problem(args: tuple[Any, ...]) -> tuple[Problem, str | None]:
 
 
 @torch.library.impl("fastclip::contrastive_fwd", "default")
+@without_autocast
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
     p, backend = _problem(args)
     out: tuple[Tensor, ...] = pick(backend, p.image)[1].contrastive_fwd(p)
@@ -84,6 +86,7 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.impl("fastclip::contrastive_maxima", "default")
+@without_autocast
 def _maxima(*args: Any) -> tuple[Tensor, ...]:
     p, backend = _problem(args)
     out: tuple[Tensor, ...] = pick(backend, p.image)[1].contrastive_fwd(p, maxima=True)
@@ -97,6 +100,7 @@ def _maxima_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.impl("fastclip::contrastive_bwd", "default")
+@without_autocast
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
     p, backend = _problem(args[:_PROBLEM_SIZE])
     out = pick(backend, p.image)[1].contrastive_bwd(p, *args[_PROBLEM_SIZE:])
@@ -136,7 +140,7 @@ def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Second derivatives, on the reference: both functions again in torch, so that autograd sees through them."""
     check_second_derivatives("contrastive_loss", ctx.options[-1], ctx.saved_tensors[0])
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
         image, text, scale, image_labels, text_labels, *upstream = ctx.saved_tensors
         # Views, so that the derivatives below stop here: the upstream gradients depend on the features themselves
         inputs = [x.view_as(x) for x in (image, text, scale, *upstream)]

@@ -1,7 +1,7 @@
-"""``fastclip::sigmoid_fwd`` as a torch op: the sum over all pairs and, where wanted, its gradients in the same pass.
+"""``fastclip::sigmoid_fwd`` and ``fastclip::sigmoid_bwd`` as torch ops.
 
-Three products of the features serve loss and gradients together; the backward only multiplies what the forward kept.
-`_backends/reference.py` states the function.
+The forward returns the sum over all pairs and, where they are wanted, its gradients, which share three products of the
+features with it; the backward multiplies them with the loss's own. `_backends/reference.py` states the function.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from torch import Tensor
 
 from fastclip._backends import pick, reference
 from fastclip._backends.problem import Problem
+from fastclip.ops.autocast import without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
 
 __all__ = ["sigmoid_sum"]
 
+_PROBLEM = (
+    "Tensor image, Tensor text, Tensor scale, Tensor bias, int offset, bool normalize, str? backend, bool[] needs"
+)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+torch.library.define("fastclip::sigmoid_fwd", f"({_PROBLEM}) -> ({', '.join(['Tensor'] * 5)})", tags=_TAGS)
 torch.library.define(
-    "fastclip::sigmoid_fwd",
-    "(Tensor image, Tensor text, Tensor scale, Tensor bias, int offset, bool normalize, bool[] needs, str? backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    "fastclip::sigmoid_bwd", f"({_PROBLEM}, Tensor[] kept, Tensor d_loss) -> ({', '.join(['Tensor'] * 4)})", tags=_TAGS
 )
 
 
@@ -30,77 +33,83 @@ def _problem(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize:
 
 
 @torch.library.impl("fastclip::sigmoid_fwd", "default")
-def _fwd(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    offset: int,
-    normalize: bool,
-    needs: list[bool],
-    backend: str | None,
-) -> tuple[Tensor, ...]:
+@without_autocast
+def _fwd(*args: Any) -> tuple[Tensor, ...]:
+    image, text, scale, bias, offset, normalize, backend, needs = args
     loss, *grads = pick(backend, image)[1].sigmoid_fwd(_problem(image, text, scale, offset, normalize), bias, needs)
     return loss, *(image.new_empty(0) if d is None else d.contiguous() for d in grads)
 
 
 @torch.library.register_fake("fastclip::sigmoid_fwd")
-def _fwd_fake(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    offset: int,
-    normalize: bool,
-    needs: list[bool],
-    backend: str | None,
-) -> tuple[Tensor, ...]:
+def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, _, _, _, needs = args
+    image = inputs[0]
     grads = (
         x.new_empty(x.shape, dtype=reference.saved_dtype(x)) if need else image.new_empty(0)
-        for x, need in zip((image, text, scale, bias), needs)
+        for x, need in zip(inputs, needs)
     )
     return image.new_empty((), dtype=reference.wide_dtype(image.device)), *grads
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, offset, normalize, needs, backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.options, ctx.needs, ctx.backend = (offset, normalize), needs, backend
+@torch.library.impl("fastclip::sigmoid_bwd", "default")
+@without_autocast
+def _bwd(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, _, _, _, needs, kept, d_loss = args
+
+    def gradient(x: Tensor, d: Tensor) -> Tensor:
+        factor = d_loss.to(torch.promote_types(d.dtype, torch.float32))
+        return (d * factor).to(x.dtype)  # factor is a scalar: a bfloat16 product is rounded once
+
+    return tuple(gradient(x, d) if need else d_loss.new_empty(0) for x, d, need in zip(inputs, kept, needs))
 
 
-def _backward(ctx: Any, d_loss: Tensor | None, *d_grads: Tensor | None) -> tuple[Any, ...]:
+@torch.library.register_fake("fastclip::sigmoid_bwd")
+def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, _, _, _, needs, _, d_loss = args
+    return tuple(x.new_empty(x.shape) if need else d_loss.new_empty(0) for x, need in zip(inputs, needs))
+
+
+def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])  # whoever differentiates twice comes through sigmoid_bwd
+    ctx.options, ctx.needs = inputs[4:7], inputs[7]
+
+
+def _fwd_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-    missed = [need for need, had in zip(ctx.needs_input_grad[:4], ctx.needs) if need and not had]
-    if missed:
+    needs = list(ctx.needs_input_grad[:4])
+    if any(need and not had for need, had in zip(needs, ctx.needs)):
         raise RuntimeError("fastclip::sigmoid_fwd was called with needs= that leave out a gradient now asked for")
-    if any(d is not None for d, had in zip(d_grads, ctx.needs) if had):  # somebody differentiates the gradients
-        return *_second(ctx, inputs, (d_loss, *d_grads)), None, None, None, None
-    if d_loss is None:
-        return (None,) * 8
-    return (
-        *(
-            (d * d_loss.to(d.dtype if d.dtype != torch.bfloat16 else torch.float32)).to(x.dtype) if need else None
-            for d, x, need in zip(kept, inputs, ctx.needs_input_grad)
-        ),
-        None,
-        None,
-        None,
-        None,
-    )
+    out = torch.ops.fastclip.sigmoid_bwd(*inputs, *ctx.options, needs, list(kept), d_loss)
+    return *(d if need else None for d, need in zip(out, needs)), None, None, None, None
 
 
-def _second(ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    check_second_derivatives("sigmoid_loss", ctx.backend, saved[0])
-    with torch.enable_grad():
+torch.library.register_autograd("fastclip::sigmoid_fwd", _fwd_backward, setup_context=_save_fwd)
+
+
+def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *problem, needs, kept, d_loss = inputs
+    ctx.save_for_backward(*problem[:4], d_loss)
+    ctx.options, ctx.needs, ctx.kept = problem[4:], needs, len(kept)
+
+
+def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Second derivatives, on the reference: the forward again in torch, so that autograd sees through it."""
+    *saved, d_loss = ctx.saved_tensors
+    offset, normalize, backend = ctx.options
+    check_second_derivatives("sigmoid_loss", backend, saved[0])
+    with torch.enable_grad(), torch.autocast(saved[0].device.type, enabled=False):
         # Views, so that the derivatives stop here
-        inputs = [x.view_as(x) for x in saved]
-        image, text, scale, bias = inputs
-        out = reference.sigmoid_fwd(_problem(image, text, scale, *ctx.options), bias, list(ctx.needs))
-        return vector_jacobian(out, grads, inputs)
+        image, text, scale, bias, factor = (x.view_as(x) for x in (*saved, d_loss))
+        p = _problem(image, text, scale, offset, normalize)
+        _, *kept = reference.sigmoid_fwd(p, bias, list(ctx.needs))
+        out = [None if d is None else factor.to(d.dtype) * d for d in kept]
+        *second, d_factor = vector_jacobian(out, grads, (image, text, scale, bias, factor))
+    # `kept` get nothing: they were recomputed from the features above
+    return *second, None, None, None, None, [None] * ctx.kept, d_factor
 
 
-torch.library.register_autograd("fastclip::sigmoid_fwd", _backward, setup_context=_save)
+torch.library.register_autograd("fastclip::sigmoid_bwd", _bwd_backward, setup_context=_save_bwd)
 
 
 def sigmoid_sum(
@@ -116,5 +125,5 @@ def sigmoid_sum(
     """sum_ij softplus(-+(z_ij + bias)), (); minus at the positives, column i + offset of row i. Differentiable."""
     tensors = image, text, scale, bias
     needs = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
-    loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, offset, normalize, needs, backend)[0]
+    loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, offset, normalize, backend, needs)[0]
     return loss
