@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastclip.checks import check_features, check_group, check_reduction, scalar
-from fastclip.ops import autocast_features, sigmoid_sum
+from fastclip.ops import autocast_features, sigmoid_pairs
 
 __all__ = ["sigmoid_loss"]
 
@@ -57,5 +57,6 @@ def sigmoid_loss(
     scale = scalar("logit_scale", logit_scale, image_features)
     bias = scalar("logit_bias", logit_bias, image_features)
     image, text, scale, bias = autocast_features(image_features, text_features, scale, bias)
-    total = sigmoid_sum(image, text, scale, bias, normalize=normalize, backend=backend)
-    return (total / image.shape[0] if reduction == "mean" else total).to(scale.dtype)
+    divisor = image.shape[0] if reduction == "mean" else 1
+    loss = sigmoid_pairs(image, text, scale, bias, divisor=divisor, normalize=normalize, backend=backend)
+    return loss.to(scale.dtype)

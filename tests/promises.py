@@ -15,6 +15,7 @@ SCALE_GRADIENT = 1e-4  # relative
 DENSE_FACTOR = 2.0  # never worse than this times the dense formula in the same dtype
 PEAK_MIB = 100  # beyond inputs and their gradients, at N = 16,384
 FP32_SUM = 2.0**-21  # a few roundings of a sum of products, relative to the sum of their magnitudes
+COLLAPSED = 4.0  # times as much where all features are one: equal terms round in one direction
 FP32_MEAN = 2.0**-18  # likewise of label smoothing's means over all rows
 
 
@@ -141,12 +142,14 @@ def check(
     *,
     bias: float | None = None,
     base_line: bool = True,
+    slack: float = 1.0,
     **options: Any,
 ) -> Truth:
     """`loss(image, text, scale)` and its gradients against the truth (gate B) and against dense torch (gate A).
 
     With a bias it is the sigmoid loss, `loss(image, text, scale, bias)`. Gate A is for tensors only; scalars swing too
-    much from seed to seed. It is left out where dense torch has no digits at all to compare with.
+    much from seed to seed. It is left out where dense torch has no digits at all to compare with. `slack` widens
+    FP32_SUM.
     """
     expected = truth(image, text, scale, bias=bias, **options)
     scalars = (scale,) if bias is None else (scale, bias)
@@ -164,7 +167,7 @@ def check(
 
     for name in names[2:]:
         true, true_sum = getattr(expected, name), getattr(expected, name + "_sum")
-        budget = SCALE_GRADIENT * abs(float(true)) + max(FP32_SUM, unit_roundoff(image.dtype)) * float(true_sum)
+        budget = SCALE_GRADIENT * abs(float(true)) + max(slack * FP32_SUM, unit_roundoff(image.dtype)) * float(true_sum)
         budget += smallest
         assert abs(float(found[name]) - float(true)) <= budget, f"{name} {float(found[name])}, truth {float(true)}"
 
@@ -173,18 +176,18 @@ def check(
         others = leaves(image, text, *scalars)
         base = dict(zip(found, torch.autograd.grad(dense(*others, **options), others)))
     for name in ("d_image", "d_text"):
-        _check_gradient(name, found[name], getattr(expected, name), getattr(expected, name + "_sum"), base[name])
+        _check_gradient(name, found[name], getattr(expected, name), getattr(expected, name + "_sum"), base[name], slack)
     return expected
 
 
-def _check_gradient(name: str, ours: Tensor, expected: Tensor, sums: Tensor, base: Tensor | None) -> None:
+def _check_gradient(name: str, ours: Tensor, expected: Tensor, sums: Tensor, base: Tensor | None, slack: float) -> None:
     assert ours.isfinite().all(), f"{name} is not finite"
     error = (ours.double() - expected).norm()
     subnormal = (
         torch.finfo(ours.dtype).tiny * torch.finfo(ours.dtype).eps * ours.numel() ** 0.5
     )  # float16 flushes below 6e-8
     if ours.dtype == torch.float32:
-        budget = FP32_GRADIENT * expected.norm() + FP32_SUM * sums.norm() + subnormal
+        budget = FP32_GRADIENT * expected.norm() + slack * FP32_SUM * sums.norm() + subnormal
     else:
         budget = unit_roundoff(ours.dtype) * sums.norm() + subnormal
     worst = tuple(int(k) for k in torch.unravel_index((ours.double() - expected).abs().argmax(), ours.shape))

@@ -128,11 +128,10 @@ def contrastive_bwd(
     )
 
 
-def sigmoid_fwd(p: Problem, bias: Tensor, needs: list[bool]) -> tuple[Tensor | None, ...]:
-    """sum_ij softplus(-+(z_ij + bias)), () of `wide_dtype`, and its gradients by image, text, scale and bias ().
+def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
+    """sum_ij softplus(-+(z_ij + bias)) / divisor, () of `wide_dtype`, and its gradients by image, text, scale, bias ().
 
-    Each gradient is None where `needs` says so; those of float16 features are float32, which the gradients of a mean
-    over many pairs need: the caller rounds what it returns.
+    Each gradient is None where `needs` says so, and of `saved_dtype`.
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
     u, v = r[:, None] * p.image.to(r.dtype), c[:, None] * p.text.to(c.dtype)
@@ -140,10 +139,10 @@ def sigmoid_fwd(p: Problem, bias: Tensor, needs: list[bool]) -> tuple[Tensor | N
     cosine = u @ v.T
     z = s * cosine + bias.to(r.dtype)
     sign = torch.where(_own(z, p.offset), -1.0, 1.0).to(z.dtype)
-    loss = -F.logsigmoid(-sign * z).sum(dtype=wide_dtype(z.device))
+    loss = -F.logsigmoid(-sign * z).sum(dtype=wide_dtype(z.device)) / divisor
     if not any(needs):
         return loss, None, None, None, None
-    g = sign * torch.sigmoid(sign * z)
+    g = sign * torch.sigmoid(sign * z) / divisor
     return (
         loss,
         _through_norm(s * (g @ v), u, r, p.normalize).to(saved_dtype(p.image)) if needs[0] else None,
@@ -154,5 +153,5 @@ def sigmoid_fwd(p: Problem, bias: Tensor, needs: list[bool]) -> tuple[Tensor | N
 
 
 def saved_dtype(x: Tensor) -> torch.dtype:
-    """Of a gradient that waits for its upstream factor: a float16 would flush or overflow before it."""
+    """Of a gradient that waits for the loss's own: a float16 would flush to zero before a gradient scaler's factor."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype

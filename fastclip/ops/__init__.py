@@ -2,7 +2,7 @@
 
 from fastclip.ops.autocast import autocast_dtype, autocast_features
 from fastclip.ops.contrastive import Statistics, TopLogits, contrastive_maxima, contrastive_statistics
-from fastclip.ops.sigmoid import sigmoid_sum
+from fastclip.ops.sigmoid import sigmoid_pairs
 
 __all__ = [
     "Statistics",
@@ -11,5 +11,5 @@ __all__ = [
     "autocast_features",
     "contrastive_maxima",
     "contrastive_statistics",
-    "sigmoid_sum",
+    "sigmoid_pairs",
 ]

@@ -1,7 +1,7 @@
 """``fastclip::sigmoid_fwd`` and ``fastclip::sigmoid_bwd`` as torch ops.
 
-The forward returns the sum over all pairs and, where they are wanted, its gradients, which share three products of the
-features with it; the backward multiplies them with the loss's own. `_backends/reference.py` states the function.
+The forward returns the loss and, where they are wanted, its gradients: three products of the features serve both. The
+backward multiplies them with the gradient of the loss. `_backends/reference.py` states the function.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
 
-__all__ = ["sigmoid_sum"]
+__all__ = ["sigmoid_pairs"]
 
 _PROBLEM = (
-    "Tensor image, Tensor text, Tensor scale, Tensor bias, int offset, bool normalize, str? backend, bool[] needs"
+    "Tensor image, Tensor text, Tensor scale, Tensor bias, SymInt divisor, int offset, bool normalize, str? backend, "
+    "bool[] needs"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 torch.library.define("fastclip::sigmoid_fwd", f"({_PROBLEM}) -> ({', '.join(['Tensor'] * 5)})", tags=_TAGS)
@@ -35,14 +36,15 @@ def _problem(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize:
 @torch.library.impl("fastclip::sigmoid_fwd", "default")
 @without_autocast
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    image, text, scale, bias, offset, normalize, backend, needs = args
-    loss, *grads = pick(backend, image)[1].sigmoid_fwd(_problem(image, text, scale, offset, normalize), bias, needs)
+    image, text, scale, bias, divisor, offset, normalize, backend, needs = args
+    p = _problem(image, text, scale, offset, normalize)
+    loss, *grads = pick(backend, image)[1].sigmoid_fwd(p, bias, divisor, needs)
     return loss, *(image.new_empty(0) if d is None else d.contiguous() for d in grads)
 
 
 @torch.library.register_fake("fastclip::sigmoid_fwd")
 def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, _, _, _, needs = args
+    *inputs, _, _, _, _, needs = args
     image = inputs[0]
     grads = (
         x.new_empty(x.shape, dtype=reference.saved_dtype(x)) if need else image.new_empty(0)
@@ -54,7 +56,7 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 @torch.library.impl("fastclip::sigmoid_bwd", "default")
 @without_autocast
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, _, _, _, needs, kept, d_loss = args
+    *inputs, _, _, _, _, needs, kept, d_loss = args
 
     def gradient(x: Tensor, d: Tensor) -> Tensor:
         factor = d_loss.to(torch.promote_types(d.dtype, torch.float32))
@@ -65,14 +67,14 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("fastclip::sigmoid_bwd")
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, _, _, _, needs, _, d_loss = args
+    *inputs, _, _, _, _, needs, _, d_loss = args
     return tuple(x.new_empty(x.shape) if need else d_loss.new_empty(0) for x, need in zip(inputs, needs))
 
 
 def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])  # whoever differentiates twice comes through sigmoid_bwd
-    ctx.options, ctx.needs = inputs[4:7], inputs[7]
+    ctx.options, ctx.needs = inputs[4:8], inputs[8]
 
 
 def _fwd_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
@@ -81,7 +83,7 @@ def _fwd_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...
     if any(need and not had for need, had in zip(needs, ctx.needs)):
         raise RuntimeError("fastclip::sigmoid_fwd was called with needs= that leave out a gradient now asked for")
     out = torch.ops.fastclip.sigmoid_bwd(*inputs, *ctx.options, needs, list(kept), d_loss)
-    return *(d if need else None for d, need in zip(out, needs)), None, None, None, None
+    return *(d if need else None for d, need in zip(out, needs)), *[None] * 5
 
 
 torch.library.register_autograd("fastclip::sigmoid_fwd", _fwd_backward, setup_context=_save_fwd)
@@ -96,34 +98,38 @@ def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Second derivatives, on the reference: the forward again in torch, so that autograd sees through it."""
     *saved, d_loss = ctx.saved_tensors
-    offset, normalize, backend = ctx.options
+    divisor, offset, normalize, backend = ctx.options
     check_second_derivatives("sigmoid_loss", backend, saved[0])
     with torch.enable_grad(), torch.autocast(saved[0].device.type, enabled=False):
         # Views, so that the derivatives stop here
         image, text, scale, bias, factor = (x.view_as(x) for x in (*saved, d_loss))
         p = _problem(image, text, scale, offset, normalize)
-        _, *kept = reference.sigmoid_fwd(p, bias, list(ctx.needs))
+        _, *kept = reference.sigmoid_fwd(p, bias, divisor, list(ctx.needs))
         out = [None if d is None else factor.to(d.dtype) * d for d in kept]
         *second, d_factor = vector_jacobian(out, grads, (image, text, scale, bias, factor))
     # `kept` get nothing: they were recomputed from the features above
-    return *second, None, None, None, None, [None] * ctx.kept, d_factor
+    return *second, *[None] * 5, [None] * ctx.kept, d_factor
 
 
 torch.library.register_autograd("fastclip::sigmoid_bwd", _bwd_backward, setup_context=_save_bwd)
 
 
-def sigmoid_sum(
+def sigmoid_pairs(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
     bias: Tensor,
     *,
+    divisor: int = 1,
     offset: int = 0,
     normalize: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """sum_ij softplus(-+(z_ij + bias)), (); minus at the positives, column i + offset of row i. Differentiable."""
+    """sum_ij softplus(-+(z_ij + bias)) / divisor, (); minus at the positives, column i + offset of row i.
+
+    Differentiable. The divisor is in the gradients before they are rounded to 16-bit features' dtype.
+    """
     tensors = image, text, scale, bias
     needs = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
-    loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, offset, normalize, backend, needs)[0]
+    loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, divisor, offset, normalize, backend, needs)[0]
     return loss

@@ -180,15 +180,24 @@ class Plan:
             weigh(block, weights)
             if d_image is not None:
                 raw_image = d_image[i0:i1] if raw_rows is None else raw_rows[: i1 - i0]
-                torch.addmm(raw_image, weights, texts, beta=int(j1 < self.N), out=raw_image)
+                _add_product(raw_image, weights, texts, keep=j1 < self.N)
                 if j0 == 0:
                     self.image.finish(raw_image, i0, i1, factor, d_image[i0:i1])
             if raw_text is not None:
-                rows_of_text = raw_text[j0:j1]
-                torch.addmm(rows_of_text, weights.T, images, beta=int(i1 < self.M), out=rows_of_text)
+                _add_product(raw_text[j0:j1], weights.T, images, keep=i1 < self.M)
         if d_text is not None and raw_text is not None:
             for j0, j1 in _cuts(self.N, _BLOCK_M):
                 self.text.finish(raw_text[j0:j1], j0, j1, factor, d_text[j0:j1])
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+    """out = a b, added to what was there if `keep`."""
+    if b.shape[1] == 1:
+        # MKL's matrix-vector product adds thousands of terms one after the other; its matrix product does not
+        product = torch.mm(a, b.expand(-1, 2))[:, :1]
+        torch.add(out, product, out=out) if keep else out.copy_(product)
+    else:
+        torch.addmm(out, a, b, beta=int(keep), out=out)
 
 
 def native_block(dot: Tensor, block: Block, offset: int, exclude_self: bool = False) -> Any:

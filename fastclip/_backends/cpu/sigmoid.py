@@ -13,7 +13,7 @@ from fastclip._backends.reference import saved_dtype
 __all__ = ["sigmoid_fwd"]
 
 
-def sigmoid_fwd(p: Problem, bias: Tensor, needs: list[bool]) -> tuple[Tensor | None, ...]:
+def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
     """As `reference.sigmoid_fwd`: three products with gradients of the features, one without."""
     plan = Plan(p, inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize))
     s, b = float(p.scale), float(bias)
@@ -32,8 +32,8 @@ def sigmoid_fwd(p: Problem, bias: Tensor, needs: list[bool]) -> tuple[Tensor | N
 
     d_image = p.image.new_empty(p.image.shape, dtype=saved_dtype(p.image)) if needs[0] else None
     d_text = p.text.new_empty(p.text.shape, dtype=saved_dtype(p.text)) if needs[1] else None
-    plan.backward(weigh, s, d_image, d_text)
-    loss, d_scale, d_bias = sums
+    plan.backward(weigh, s / divisor, d_image, d_text)
+    loss, d_scale, d_bias = (x / divisor for x in sums)
     return (
         torch.tensor(loss, dtype=torch.float64),
         d_image,
