@@ -188,13 +188,54 @@ def test_clip_loss_equals_open_clip(bias: float | None, output_dict: bool) -> No
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_clip_loss_over_processes_is_not_yet() -> None:
-    with pytest.raises(NotImplementedError, match="world_size=4"):
+def test_losses_over_processes_are_not_yet() -> None:
+    with pytest.raises(NotImplementedError, match=r"ClipLoss\(world_size=4\)"):
         fastclip.ClipLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=4)
+    with pytest.raises(NotImplementedError, match=r"SigLipLoss\(world_size=4\)"):
+        fastclip.SigLipLoss(rank=0, world_size=4)
 
 
-def test_clip_loss_has_no_state() -> None:
-    assert not fastclip.ClipLoss().state_dict()
+def test_modules_have_no_state() -> None:
+    assert not fastclip.ClipLoss().state_dict() and not fastclip.SigLipLoss().state_dict()
+
+
+def test_siglip_loss_has_open_clip_signature() -> None:
+    ours = signature(fastclip.SigLipLoss.__init__)
+    theirs = signature(open_clip.loss.SigLipLoss.__init__)
+    assert ours == theirs or ours == [*theirs, ("chunk_size", None)]
+    assert signature(fastclip.SigLipLoss.forward) == signature(open_clip.loss.SigLipLoss.forward)
+
+
+def test_siglip_loss_takes_every_way_to_the_same_loss() -> None:
+    expected = fastclip.SigLipLoss()(IMAGE, TEXT, 10.0, -10.0)
+    for options in ({"dist_impl": name} for name in ("bidir", "shift", "reduce", "gather")):
+        assert torch.equal(fastclip.SigLipLoss(**options)(IMAGE, TEXT, 10.0, -10.0), expected)
+    assert torch.equal(fastclip.SigLipLoss(chunk_size=2)(IMAGE, TEXT, 10.0, -10.0), expected)
+    with pytest.raises(ValueError, match="dist_impl must be one of 'bidir', 'shift', 'reduce', 'gather', got 'ring'"):
+        fastclip.SigLipLoss(dist_impl="ring")
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        fastclip.SigLipLoss(chunk_size=0)
+
+
+SIGMOID_ERRORS = {
+    "N": (IMAGE, TEXT[:3], {}, ValueError, "as many texts as images: " + both("4, 8", "3, 8")),
+    "dtypes": (IMAGE, TEXT.double(), {}, TypeError, both("4, 8", "4, 8", "float32", "float64")),
+    "several biases": (IMAGE, TEXT, {"logit_bias": torch.ones(2)}, ValueError, r"one element: logit_bias \(2,\)"),
+    "bias of text": (IMAGE, TEXT, {"logit_bias": "-10"}, TypeError, "logit_bias must be a number"),
+    "several scales": (IMAGE, TEXT, {"logit_scale": torch.ones(2)}, ValueError, r"one element: logit_scale \(2,\)"),
+    "reduction": (IMAGE, TEXT, {"reduction": "none"}, ValueError, "'mean' or 'sum', got 'none'"),
+    "backend": (IMAGE, TEXT, {"backend": "tpu"}, ValueError, "'tpu' is unknown; .*'cpu', 'reference'"),
+    "group": (IMAGE, TEXT, {"group": object()}, NotImplementedError, "group= .* not in this version yet"),
+    "cpu float64": (IMAGE.double(), TEXT.double(), {"backend": "cpu"}, RuntimeError, "cannot serve .* not float64"),
+}
+
+
+@pytest.mark.parametrize("name", SIGMOID_ERRORS)
+def test_sigmoid_misfit_raises_before_any_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text, options, error, message = SIGMOID_ERRORS[name]
+    monkeypatch.setattr(cpu, "sigmoid_fwd", lambda *_: pytest.fail("the kernels were called"))
+    with pytest.raises(error, match=message):
+        fastclip.sigmoid_loss(image, text, **{"logit_scale": 10.0, "logit_bias": -10.0, **options})
 
 
 def test_numpy_float_is_a_scale() -> None:
