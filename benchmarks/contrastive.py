@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import open_clip.loss
 import torch
@@ -14,9 +18,40 @@ from benchmarks.harness import Case, Provider, Step
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# The same class with the same arguments: what a user changes is the import.
-LOSSES: dict[str, Loss] = {"fastclip": fastclip.ClipLoss(), "open_clip": open_clip.loss.ClipLoss()}
 PEER, FLOOR = "open_clip", "floor"
+
+
+def linear_cross_entropy(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """torch's own fused loss, a call for each direction: the other modality's features are the linear weight."""
+    labels = torch.arange(image.shape[0])
+    options = torch.nn.LinearCrossEntropyOptions()  # torch's own choice of chunks and precision
+    by_image = F.linear_cross_entropy(scale * image, text, labels, options=options)
+    by_text = F.linear_cross_entropy(scale * text, image, labels, options=options)
+    return (by_image + by_text) / 2
+
+
+def _losses() -> dict[str, Loss]:
+    """What this machine can run, in the order of a round."""
+    losses: dict[str, Loss] = {PEER: open_clip.loss.ClipLoss()}
+    if shutil.which(os.environ.get("CXX", "g++")):  # what torch.compile compiles with
+        # fullgraph: what cannot be compiled is an error, not a loss that runs uncompiled
+        losses["open_clip_compiled"] = torch.compile(open_clip.loss.ClipLoss(), fullgraph=True, dynamic=False)
+    if hasattr(F, "linear_cross_entropy"):  # newer than the oldest torch that fastclip supports
+        losses["linear_cross_entropy"] = linear_cross_entropy
+    # The same class with the same arguments as open_clip's: what a user changes is the import
+    losses["fastclip"] = fastclip.ClipLoss()
+    return losses
+
+
+LOSSES = _losses()
+
+# Compiled anew for every shape
+COMPILED = frozenset({"open_clip_compiled"})
+# Both directions' N x N logits and their gradients are in memory at once
+DENSE = frozenset({"open_clip", "open_clip_compiled"})
+# Gradients are computed in the forward pass, from which no halves can be told apart: `forward` would time nearly
+# everything, and `backward` a multiplication by the upstream gradient
+WHOLE_STEP_ONLY = frozenset({"linear_cross_entropy"})
 
 
 def features(N: int, D: int, dtype: str) -> tuple[Tensor, Tensor]:
@@ -28,8 +63,26 @@ def features(N: int, D: int, dtype: str) -> tuple[Tensor, Tensor]:
     return image, text
 
 
-def setup(case: Case) -> list[Provider]:
-    """The floor and every loss on the same features, checked against each other first."""
+def named(names: str | None) -> list[str]:
+    """The providers of a list separated by commas; all of them without one. ValueError where one cannot run here."""
+    wanted = names.split(",") if names else list(LOSSES)
+    if unknown := sorted(set(wanted) - set(LOSSES)):
+        raise ValueError(f"no provider {', '.join(unknown)} here, only {', '.join(LOSSES)}")
+    return wanted
+
+
+def selected(case: Case, wanted: Iterable[str], available: float) -> dict[str, Loss]:
+    """The losses among `wanted` that mean something in this mode and fit into `available` bytes."""
+    names = set(wanted)
+    if case.mode != "both":
+        names -= WHOLE_STEP_ONLY
+    if _dense_bytes(case) + _floor_bytes(case) > available:
+        names -= DENSE
+    return {name: loss for name, loss in LOSSES.items() if name in names}
+
+
+def setup(case: Case, wanted: Iterable[str] = tuple(LOSSES)) -> list[Provider]:
+    """The floor and every selected loss on the same features, checked against each other first."""
     image, text = features(case.N, case.D, case.dtype)
     scale = torch.tensor(20.0, requires_grad=True)
     leaves = (image, text, scale)
@@ -44,21 +97,48 @@ def setup(case: Case) -> list[Provider]:
             return lambda: (loss(*leaves), None)[1]
         return lambda: loss(*leaves).backward()
 
-    _check(leaves, case)
-    providers = [Provider(name, lambda loss=loss: prepare(loss)) for name, loss in LOSSES.items()]
+    torch.compiler.reset()  # a compiled loss keeps eight shapes at most
+    available = available_bytes()
+    losses = selected(case, wanted, available)
+    check(leaves, losses)
+    providers = [Provider(name, lambda loss=loss: prepare(loss)) for name, loss in losses.items()]
+    if _floor_bytes(case) > available:
+        return providers
     return [Provider(FLOOR, _floor(image.detach().float(), text.detach().float(), case.mode)), *providers]
 
 
-def _check(leaves: tuple[Tensor, Tensor, Tensor], case: Case) -> None:
-    """Same value and same gradients, to what the dtype allows; N is cut where dense memory would not do."""
+def check(leaves: tuple[Tensor, Tensor, Tensor], losses: dict[str, Loss]) -> None:
+    """Same value and gradients as open_clip, to what the dtype allows; N is cut where dense memory would not do."""
     few = tuple(x[:1024].detach().requires_grad_() if x.dim() else x for x in leaves)
-    found = {name: loss(*few) for name, loss in LOSSES.items()}
-    rtol = 1e-4 if case.dtype == "float32" else 2e-2
-    torch.testing.assert_close(found["fastclip"].float(), found[PEER].float(), rtol=rtol, atol=0)
-    ours, theirs = (torch.autograd.grad(found[name], few) for name in ("fastclip", PEER))
-    for x, y in zip(ours, theirs):
-        error = (x.double() - y.double()).norm() / y.double().norm()
-        assert error < 5 * rtol, f"gradients differ by {error:.1e}"
+    rtol = 1e-4 if leaves[0].dtype == torch.float32 else 2e-2
+    expected = LOSSES[PEER](*few)
+    theirs = torch.autograd.grad(expected, few)
+    for name, loss in losses.items():
+        found = loss(*few)
+        torch.testing.assert_close(
+            found.float(), expected.float(), rtol=rtol, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        for x, y in zip(torch.autograd.grad(found, few), theirs):
+            error = (x.double() - y.double()).norm() / y.double().norm()
+            assert error < 5 * rtol, f"{name}: gradients differ by {error:.1e}"
+
+
+def available_bytes() -> float:
+    """Memory that can be had without swapping; unlimited where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return float(line.split()[1]) * 1024
+    return math.inf
+
+
+def _dense_bytes(case: Case) -> float:
+    """Logits and their gradients in both directions, and a quarter for what comes and goes beside them."""
+    return 1.25 * 4 * case.N**2 * getattr(torch, case.dtype).itemsize
+
+
+def _floor_bytes(case: Case) -> float:
+    return 2 * case.N**2 * 4
 
 
 def _floor(image: Tensor, text: Tensor, mode: str) -> Callable[[], Step]:

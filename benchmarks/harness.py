@@ -61,9 +61,12 @@ class Timings:
         step()
         self.rounds.setdefault(provider.name, []).append(time.perf_counter() - start)
 
-    def ratio(self, name: str, other: str) -> float:
-        """How many times as fast as `other`."""
-        return statistics.median(b / a for a, b in zip(self.rounds[name], self.rounds[other], strict=True))
+    def ratio(self, name: str, other: str, digits: int, unit: float = 1.0) -> float | str:
+        """How many times as fast as `other`, in units of 1 / `unit`; nothing where `other` was not run."""
+        if other not in self.rounds:
+            return ""
+        ratios = (b / a for a, b in zip(self.rounds[name], self.rounds[other], strict=True))
+        return round(unit * statistics.median(ratios), digits)
 
 
 def _quantile(values: list[float], q: float) -> float:
@@ -85,8 +88,8 @@ def rows(case: Case, timings: Timings, *, floor: str, peer: str, peak_mib: dict[
                 "p20_ms": round(_quantile(seconds, 0.2) * 1e3, 3),
                 "p80_ms": round(_quantile(seconds, 0.8) * 1e3, 3),
                 "tflops": round(case.flops / median / 1e12, 4),
-                "floor_percent": round(100 * timings.ratio(name, floor), 1),
-                f"speedup_over_{peer}": round(timings.ratio(name, peer), 3),
+                "floor_percent": timings.ratio(name, floor, 1, unit=100),
+                f"speedup_over_{peer}": timings.ratio(name, peer, 3),
                 "peak_mib": peak_mib.get(name, ""),
             }
         )
