@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench plot clean
 
 demo: $(VENV)/.installed-train ## train on handwritten digits, print zero-shot accuracy, draw runs/digits/digits.png
 	$(BIN)/python examples/train_digits.py
@@ -26,6 +26,10 @@ format: $(VENV)/.installed-dev ## what lint would ask for
 
 bench: $(VENV)/.installed-dev ## rows go to benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -q
+
+plot: $(VENV)/.installed-dev ## benchmarks/results/contrastive_cpu.png from the rows, and the README's table
+	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.plot --table
 
 $(VENV)/.installed-%: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
