@@ -1,0 +1,172 @@
+"""The benchmark itself: its providers agree, it runs, and the figure and the table say what the rows say."""
+
+from __future__ import annotations
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("open_clip", reason="open_clip, which the benchmark compares with, is not installed")
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark, which the benchmark runs in, is not installed")
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
+
+from benchmarks import contrastive, plot  # noqa: E402
+from benchmarks.harness import Case, Timings, append, rows  # noqa: E402
+
+N, D = 64, 512  # D is the benchmark's: what is compiled here is not compiled again there
+
+# Two sizes and dtypes. open_clip has no row at N = 2048, so that nothing can be compared with it there; the first row
+# of fastclip is measured again further down.
+ROWS = """
+forward, 1024, float32,  fastclip,  1.0,  90.0, 3.0,
+both,    1024, float32,  fastclip,  99.0, 11.0, 1.11, 99.0
+both,    1024, float32,  floor,     18.0, 100.0, 2.2,
+both,    1024, float32,  open_clip, 40.0, 45.0, 1.0,  32.4
+both,    1024, float32,  fastclip,  20.0, 90.0, 2.0,  8.6
+both,    2048, float32,  fastclip,  1234.5, ,   ,     16.2
+both,    1024, bfloat16, fastclip,  25.0, 80.0, 5.0,
+both,    1024, bfloat16, open_clip, 125.0, 16.0, 1.0,
+"""
+ABOUT = {"date": "2026-01-02", "machine": "abacus, 2 cores", "threads": "2", "isa": "beads"}
+ABOUT |= {"torch": "2.8.0", "fastclip": "0.0.1", "open_clip": "3.3.0"}
+
+
+def write(path: Path, text: str = ROWS) -> Path:
+    columns = ["mode", "N", "dtype", "provider", "median_ms", "floor_percent", plot.SPEED, plot.PEAK]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, "D", *ABOUT])
+        writer.writeheader()
+        for line in text.strip().splitlines():
+            cells = (cell.strip() for cell in line.split(","))
+            writer.writerow({**dict(zip(columns, cells, strict=True)), "D": "512", **ABOUT})
+    return path
+
+
+def run_module(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_table_says_what_the_last_rows_say(tmp_path: Path) -> None:
+    lines = plot.table(plot.read(write(tmp_path / "rows.csv"))).splitlines()
+    assert lines[2:] == ["| 1,024 | 20.0 | 2.00 | 90 | 9 / 32 |", "| 2,048 | 1,234.5 | - | - | 16 / - |"]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_figure_shows_the_last_rows_and_leaves_gaps(tmp_path: Path, monkeypatch) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot", reason="matplotlib, which draws the figure, is not installed")
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    output = tmp_path / "made" / "figure.png"
+    plot.draw(plot.read(write(tmp_path / "rows.csv")), output)
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+    (figure,) = drawn
+    speed, peak, speed_bf16, peak_bf16 = figure.axes
+    shown = {line.get_label(): list(line.get_ydata()) for line in speed.get_lines()}
+    assert list(shown) == ["fastclip", "open_clip", plot.LABELS["floor"]]
+    assert shown["fastclip"][0] == 2.0 and math.isnan(shown["fastclip"][1])
+    assert list(peak.get_lines()[0].get_ydata()) == [8.6, 16.2]
+    assert speed_bf16.get_lines()[0].get_ydata()[0] == 5.0
+    assert peak_bf16.get_yscale() == "linear"  # nothing was measured
+    assert all(text in figure.get_suptitle() for text in ("abacus, 2 cores", "threads: 2", "torch 2.8.0", "D = 512"))
+
+
+def test_plot_from_the_command_line(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "rows.csv"))
+    table = run_module("benchmarks.plot", "--rows", path, "--table")
+    assert table.returncode == 0 and "| 1,024 | 20.0 |" in table.stdout, table.stderr
+    missing = run_module("benchmarks.plot", "--rows", str(tmp_path / "none.csv"))
+    assert missing.returncode == 2 and "none.csv is not there" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_plot_refuses_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("mode,N,speed\nboth,8,1\n")
+    with pytest.raises(ValueError, match=r"no columns D, dtype, provider.*not rows"):
+        plot.read(path)
+    with pytest.raises(ValueError, match="no rows of mode both"):
+        plot.read(write(path, "forward, 1024, float32, fastclip, 1.0, 90.0, 3.0,"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("provider", contrastive.LOSSES)
+def test_provider_agrees_with_open_clip(provider: str, dtype: str) -> None:
+    leaves = (*contrastive.features(N, D, dtype), torch.tensor(20.0, requires_grad=True))
+    contrastive.check(leaves, {provider: contrastive.LOSSES[provider]})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_check_sees_wrong_losses(dtype: str) -> None:
+    right = contrastive.LOSSES[contrastive.PEER]
+    leaves = (*contrastive.features(N, D, dtype), torch.tensor(20.0, requires_grad=True))
+    with pytest.raises(AssertionError, match="value is off"):
+        contrastive.check(leaves, {"value is off": lambda image, text, scale: 1.1 * right(image, text, scale)})
+    with pytest.raises(AssertionError, match="one direction"):
+        contrastive.check(
+            leaves,
+            {"one direction": lambda image, text, scale: right(image, text.detach(), scale) + 0 * text.sum()},
+        )
+
+
+def test_providers_are_those_that_can_run() -> None:
+    assert ("linear_cross_entropy" in contrastive.LOSSES) == hasattr(F, "linear_cross_entropy")
+    assert contrastive.named(None) == list(contrastive.LOSSES)
+    assert contrastive.named("fastclip") == ["fastclip"]
+    with pytest.raises(ValueError, match="no provider clipfast here"):
+        contrastive.named("fastclip,clipfast")
+
+    everything, room = tuple(contrastive.LOSSES), 1e12
+    assert tuple(contrastive.selected(Case("both", N, D, "float32"), everything, room)) == everything
+    for mode in ("forward", "backward"):
+        found = set(contrastive.selected(Case(mode, N, D, "float32"), everything, room))
+        assert found == set(everything) - contrastive.WHOLE_STEP_ONLY
+    # five times 4 N^2 bytes for the dense logits and their gradients, twice for the floor
+    case = Case("both", 1000, D, "float32")
+    assert not set(contrastive.selected(case, everything, 27e6)) & contrastive.DENSE
+    assert contrastive.PEER in contrastive.selected(case, everything, 29e6)
+
+
+def test_rows_leave_out_what_was_not_run(tmp_path: Path) -> None:
+    timings = Timings({"fastclip": [0.25, 0.5, 1.0]})
+    (row,) = rows(Case("both", N, D, "float32"), timings, floor="floor", peer="open_clip", peak_mib={})
+    assert row["median_ms"] == 500 and row["floor_percent"] == row["speedup_over_open_clip"] == row["peak_mib"] == ""
+    append(tmp_path / "rows.csv", [row])
+    assert plot.table(plot.read(tmp_path / "rows.csv")).splitlines()[-1] == "| 64 | 500.0 | - | - | - / - |"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux only")
+def test_peak_memory_is_the_step_alone() -> None:
+    from benchmarks.peak_memory import measure_in_child
+
+    # At N = 1024 a matrix of float32 logits is 4 MiB. open_clip has four of them at once; 4 MiB more for code that is
+    # loaded on the way. Kept pages, or anything else counted in, would be far beyond.
+    assert 16 - 0.5 <= measure_in_child("open_clip", 1024, 128, "float32") <= 16 + 4
+
+
+def test_benchmark_leaves_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    options = ["--sizes", str(N), "--rows", str(path), "--no-peak", "--providers", ",".join(contrastive.LOSSES)]
+    options += ["--benchmark-enable", "--benchmark-only"]
+    done = run_module("pytest", "benchmarks", "-q", "-p", "no:cacheprovider", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    for mode in ("forward", "backward", "both"):
+        expected = {"floor", *contrastive.selected(Case(mode, N, D, "float32"), contrastive.LOSSES, 1e12)}
+        for dtype in ("float32", "bfloat16"):
+            chosen = [row for row in found if (row["mode"], row["dtype"]) == (mode, dtype)]
+            assert sorted(row["provider"] for row in chosen) == sorted(expected)
+    for row in found:
+        assert row["N"] == str(N) and int(row["rounds"]) == 25 and row["torch"] == torch.__version__
+        assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+        assert float(row["speedup_over_open_clip"]) > 0 and row["peak_mib"] == ""
+    assert len(plot.table(plot.read(path)).splitlines()) == 3
