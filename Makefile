@@ -27,9 +27,11 @@ format: $(VENV)/.installed-dev ## what lint would ask for
 bench: $(VENV)/.installed-dev ## rows go to benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -q
 
-plot: $(VENV)/.installed-dev ## benchmarks/results/contrastive_cpu.png from the rows, and the README's table
-	$(BIN)/python -m benchmarks.plot
-	$(BIN)/python -m benchmarks.plot --table
+plot: $(VENV)/.installed-dev ## benchmarks/results/cpu_*.png from the rows, and the README's tables
+	$(BIN)/python -m benchmarks.plot --loss softmax
+	$(BIN)/python -m benchmarks.plot --loss sigmoid
+	$(BIN)/python -m benchmarks.plot --loss softmax --table
+	$(BIN)/python -m benchmarks.plot --loss sigmoid --table
 
 $(VENV)/.installed-%: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

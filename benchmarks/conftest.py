@@ -9,7 +9,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastclip benchmarks")
-    group.addoption("--rows", type=Path, default=RESULTS / "contrastive_cpu.csv", help="CSV that rows are added to")
+    group.addoption("--rows", type=Path, default=RESULTS / "cpu.csv", help="CSV that rows are added to")
     group.addoption("--sizes", default="1024,2048,4096,8192,16384", help="batch sizes N")
     group.addoption("--providers", help="losses to run, separated by commas (default: all that can run here)")
     group.addoption("--no-peak", action="store_true", help="do not measure peak memory")

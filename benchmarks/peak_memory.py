@@ -1,6 +1,6 @@
 """Peak memory of one forward and backward pass in a process of its own: prints MiB beyond inputs and gradients.
 
-python -m benchmarks.peak_memory --provider fastclip --N 4096 --D 512 --dtype float32
+python -m benchmarks.peak_memory --loss softmax --provider fastclip --N 4096 --D 512 --dtype float32
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+from torch import ones_like
 
-from benchmarks.contrastive import COMPILED, LOSSES, features
+from benchmarks.harness import Case
+from benchmarks.losses import COMPILED, LOSSES, leaves_of
 
 
 def _status(name: str) -> float:
@@ -33,36 +34,36 @@ def _return_what_is_freed() -> None:
         mallopt(mmap_threshold, 1 << 16)
 
 
-def measure(provider: str, N: int, D: int, dtype: str) -> float:
+def measure(loss: str, provider: str, N: int, D: int, dtype: str) -> float:
     """MiB of peak memory beyond the features and their gradients, in this process."""
     _return_what_is_freed()
-    loss = LOSSES[provider]
-    scale = torch.tensor(20.0, requires_grad=True)
+    function = LOSSES[loss][provider]
     # The small one loads libraries and starts threads. A loss that is compiled for its shape runs there once before it
     # is measured; the others meet N only then, so that a buffer kept between steps counts.
     for size in (8, N, N) if provider in COMPILED else (8, N):
-        image, text = features(size, D, dtype)
-        image.grad, text.grad = torch.ones_like(image), torch.ones_like(text)  # touched: part of the base line
+        image, text, *scalars = leaves_of(Case(loss, "both", size, D, dtype))
+        image.grad, text.grad = ones_like(image), ones_like(text)  # touched: part of the base line
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from now
         before = _status("VmRSS")
         image.grad = text.grad = None
-        loss(image, text, scale).backward()
+        function(image, text, *scalars).backward()
         peak = _status("VmHWM") - before
     return peak
 
 
-def measure_in_child(provider: str, N: int, D: int, dtype: str) -> float:
+def measure_in_child(case: Case, provider: str) -> float:
     """`measure` in a fresh process: a peak is of the process's whole life."""
-    command = [sys.executable, "-m", "benchmarks.peak_memory", "--provider", provider]
-    command += ["--N", str(N), "--D", str(D), "--dtype", dtype]
+    command = [sys.executable, "-m", "benchmarks.peak_memory", "--loss", case.loss, "--provider", provider]
+    command += ["--N", str(case.N), "--D", str(case.D), "--dtype", case.dtype]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     return round(float(done.stdout), 1)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--provider", choices=LOSSES, required=True)
+    parser.add_argument("--loss", choices=LOSSES, default="softmax")
+    parser.add_argument("--provider", required=True)
     parser.add_argument("--N", type=int, required=True)
     parser.add_argument("--D", type=int, required=True)
     parser.add_argument("--dtype", required=True)

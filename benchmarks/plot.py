@@ -1,7 +1,7 @@
 """Draws the benchmark's figure, or prints the README's table, from its rows alone.
 
 python -m benchmarks.plot
-python -m benchmarks.plot --table
+python -m benchmarks.plot --loss sigmoid --table
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 SPEED, PEAK = "speedup_over_open_clip", "peak_mib"
-COLUMNS = ["mode", "N", "D", "dtype", "provider", "median_ms", "floor_percent", SPEED, PEAK]
+COLUMNS = ["loss", "mode", "N", "D", "dtype", "provider", "median_ms", "floor_percent", SPEED, PEAK]
 MACHINE_COLUMNS = ["date", "machine", "threads", "isa", "torch", "fastclip", "open_clip"]
 
 # Colours that the colour-blind tell apart (Okabe and Ito, 2008); the floor is a bound, not a peer
@@ -29,20 +29,23 @@ LABELS = {
     "floor": "matrix products alone",
 }
 
+TITLES = {"softmax": "CLIP's contrastive loss", "sigmoid": "SigLIP's sigmoid loss"}
+
 Row = dict[str, str]
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of mode `both`; of several for the same case and provider the last in the file."""
+def read(path: Path, loss: str = "softmax") -> list[Row]:
+    """The rows of a loss in mode `both`; of several for the same case and provider the last in the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: `make bench` writes it")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if missing := [name for name in COLUMNS + MACHINE_COLUMNS if name not in (reader.fieldnames or [])]:
-            raise ValueError(f"{path} has no columns {', '.join(missing)}: not rows of the contrastive benchmark")
-        last = {(row["N"], row["dtype"], row["provider"]): row for row in reader if row["mode"] == "both"}
+            raise ValueError(f"{path} has no columns {', '.join(missing)}: not rows of the benchmark")
+        wanted = [row for row in reader if (row["loss"], row["mode"]) == (loss, "both")]
+        last = {(row["N"], row["dtype"], row["provider"]): row for row in wanted}
     if not last:
-        raise ValueError(f"{path} has no rows of mode both")
+        raise ValueError(f"{path} has no rows of the {loss} loss in mode both")
     return sorted(last.values(), key=lambda row: int(row["N"]))
 
 
@@ -103,7 +106,7 @@ def draw(rows: list[Row], output: Path) -> None:
     figure.align_ylabels()
     for panel in panels[-1]:
         panel.set_xlabel("batch size N")
-    title = f"CLIP's contrastive loss, forward and backward, D = {_all(rows, 'D')}"
+    title = f"{TITLES[rows[0]['loss']]}, forward and backward, D = {_all(rows, 'D')}"
     figure.suptitle(f"{title}\n{_about(rows)}", fontsize=10.5, linespacing=1.4)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -132,18 +135,19 @@ def table(rows: list[Row], dtype: str = "float32") -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=RESULTS / "contrastive_cpu.csv", help="CSV of the benchmark")
-    parser.add_argument("--output", type=Path, help="figure (default: beside the rows, .png)")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "cpu.csv", help="CSV of the benchmark")
+    parser.add_argument("--loss", choices=TITLES, default="softmax")
+    parser.add_argument("--output", type=Path, help="figure (default: beside the rows, named after rows and loss)")
     parser.add_argument("--table", action="store_true", help="print the table for float32 instead of drawing")
     arguments = parser.parse_args()
     try:
-        rows = read(arguments.rows)
+        rows = read(arguments.rows, arguments.loss)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     if arguments.table:
         print(table(rows))
         return
-    output = arguments.output or arguments.rows.with_suffix(".png")
+    output = arguments.output or arguments.rows.with_name(f"{arguments.rows.stem}_{arguments.loss}.png")
     draw(rows, output)
     print(output)
 

@@ -18,7 +18,7 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark, which the benc
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import contrastive, plot  # noqa: E402
+from benchmarks import losses, plot  # noqa: E402
 from benchmarks.harness import Case, Timings, append, rows  # noqa: E402
 
 N, D = 64, 512  # D is the benchmark's: what is compiled here is not compiled again there
@@ -42,11 +42,11 @@ ABOUT |= {"torch": "2.8.0", "fastclip": "0.0.1", "open_clip": "3.3.0"}
 def write(path: Path, text: str = ROWS) -> Path:
     columns = ["mode", "N", "dtype", "provider", "median_ms", "floor_percent", plot.SPEED, plot.PEAK]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, "D", *ABOUT])
+        writer = csv.DictWriter(file, ["loss", *columns, "D", *ABOUT])
         writer.writeheader()
         for line in text.strip().splitlines():
             cells = (cell.strip() for cell in line.split(","))
-            writer.writerow({**dict(zip(columns, cells, strict=True)), "D": "512", **ABOUT})
+            writer.writerow({**dict(zip(columns, cells, strict=True)), "loss": "softmax", "D": "512", **ABOUT})
     return path
 
 
@@ -91,53 +91,57 @@ def test_plot_from_the_command_line(tmp_path: Path) -> None:
 def test_plot_refuses_other_files(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("mode,N,speed\nboth,8,1\n")
-    with pytest.raises(ValueError, match=r"no columns D, dtype, provider.*not rows"):
+    with pytest.raises(ValueError, match=r"no columns loss, D, dtype, provider.*not rows"):
         plot.read(path)
-    with pytest.raises(ValueError, match="no rows of mode both"):
+    with pytest.raises(ValueError, match="no rows of the softmax loss in mode both"):
         plot.read(write(path, "forward, 1024, float32, fastclip, 1.0, 90.0, 3.0,"))
 
 
+PROVIDERS = [(loss, name) for loss, providers in losses.LOSSES.items() for name in providers]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("provider", contrastive.LOSSES)
-def test_provider_agrees_with_open_clip(provider: str, dtype: str) -> None:
-    leaves = (*contrastive.features(N, D, dtype), torch.tensor(20.0, requires_grad=True))
-    contrastive.check(leaves, {provider: contrastive.LOSSES[provider]})
+@pytest.mark.parametrize(("loss", "provider"), PROVIDERS)
+def test_provider_agrees_with_open_clip(loss: str, provider: str, dtype: str) -> None:
+    found = losses.LOSSES[loss]
+    losses.check(losses.leaves_of(Case(loss, "both", N, D, dtype)), {provider: found[provider]}, found[losses.PEER])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_check_sees_wrong_losses(dtype: str) -> None:
-    right = contrastive.LOSSES[contrastive.PEER]
-    leaves = (*contrastive.features(N, D, dtype), torch.tensor(20.0, requires_grad=True))
+    right = losses.LOSSES["softmax"][losses.PEER]
+    leaves = losses.leaves_of(Case("softmax", "both", N, D, dtype))
     with pytest.raises(AssertionError, match="value is off"):
-        contrastive.check(leaves, {"value is off": lambda image, text, scale: 1.1 * right(image, text, scale)})
+        losses.check(leaves, {"value is off": lambda image, text, scale: 1.1 * right(image, text, scale)}, right)
     with pytest.raises(AssertionError, match="one direction"):
-        contrastive.check(
+        losses.check(
             leaves,
             {"one direction": lambda image, text, scale: right(image, text.detach(), scale) + 0 * text.sum()},
+            right,
         )
 
 
 def test_providers_are_those_that_can_run() -> None:
-    assert ("linear_cross_entropy" in contrastive.LOSSES) == hasattr(F, "linear_cross_entropy")
-    assert contrastive.named(None) == list(contrastive.LOSSES)
-    assert contrastive.named("fastclip") == ["fastclip"]
+    assert ("linear_cross_entropy" in losses.LOSSES["softmax"]) == hasattr(F, "linear_cross_entropy")
+    assert losses.named(None) == list(losses.LOSSES["softmax"])
+    assert losses.named("fastclip") == ["fastclip"]
     with pytest.raises(ValueError, match="no provider clipfast here"):
-        contrastive.named("fastclip,clipfast")
+        losses.named("fastclip,clipfast")
 
-    everything, room = tuple(contrastive.LOSSES), 1e12
-    assert tuple(contrastive.selected(Case("both", N, D, "float32"), everything, room)) == everything
+    everything, room = tuple(losses.LOSSES["softmax"]), 1e12
+    assert tuple(losses.selected(Case("softmax", "both", N, D, "float32"), everything, room)) == everything
     for mode in ("forward", "backward"):
-        found = set(contrastive.selected(Case(mode, N, D, "float32"), everything, room))
-        assert found == set(everything) - contrastive.WHOLE_STEP_ONLY
+        found = set(losses.selected(Case("softmax", mode, N, D, "float32"), everything, room))
+        assert found == set(everything) - losses.WHOLE_STEP_ONLY
     # five times 4 N^2 bytes for the dense logits and their gradients, twice for the floor
-    case = Case("both", 1000, D, "float32")
-    assert not set(contrastive.selected(case, everything, 27e6)) & contrastive.DENSE
-    assert contrastive.PEER in contrastive.selected(case, everything, 29e6)
+    case = Case("softmax", "both", 1000, D, "float32")
+    assert not set(losses.selected(case, everything, 27e6)) & losses.DENSE
+    assert losses.PEER in losses.selected(case, everything, 29e6)
 
 
 def test_rows_leave_out_what_was_not_run(tmp_path: Path) -> None:
     timings = Timings({"fastclip": [0.25, 0.5, 1.0]})
-    (row,) = rows(Case("both", N, D, "float32"), timings, floor="floor", peer="open_clip", peak_mib={})
+    (row,) = rows(Case("softmax", "both", N, D, "float32"), timings, floor="floor", peer="open_clip", peak_mib={})
     assert row["median_ms"] == 500 and row["floor_percent"] == row["speedup_over_open_clip"] == row["peak_mib"] == ""
     append(tmp_path / "rows.csv", [row])
     assert plot.table(plot.read(tmp_path / "rows.csv")).splitlines()[-1] == "| 64 | 500.0 | - | - | - / - |"
@@ -149,24 +153,24 @@ def test_peak_memory_is_the_step_alone() -> None:
 
     # At N = 1024 a matrix of float32 logits is 4 MiB. open_clip has four of them at once; 4 MiB more for code that is
     # loaded on the way. Kept pages, or anything else counted in, would be far beyond.
-    assert 16 - 0.5 <= measure_in_child("open_clip", 1024, 128, "float32") <= 16 + 4
+    assert 16 - 0.5 <= measure_in_child(Case("softmax", "both", 1024, 128, "float32"), "open_clip") <= 16 + 4
 
 
 def test_benchmark_leaves_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    options = ["--sizes", str(N), "--rows", str(path), "--no-peak", "--providers", ",".join(contrastive.LOSSES)]
-    options += ["--benchmark-enable", "--benchmark-only"]
+    options = ["--sizes", str(N), "--rows", str(path), "--no-peak", "--benchmark-enable", "--benchmark-only"]
     done = run_module("pytest", "benchmarks", "-q", "-p", "no:cacheprovider", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     with path.open(newline="") as file:
         found = list(csv.DictReader(file))
-    for mode in ("forward", "backward", "both"):
-        expected = {"floor", *contrastive.selected(Case(mode, N, D, "float32"), contrastive.LOSSES, 1e12)}
-        for dtype in ("float32", "bfloat16"):
-            chosen = [row for row in found if (row["mode"], row["dtype"]) == (mode, dtype)]
-            assert sorted(row["provider"] for row in chosen) == sorted(expected)
+    for loss, modes in losses.MODES.items():
+        for mode in modes:
+            wanted = losses.selected(Case(loss, mode, N, D, "float32"), losses.named(None), 1e12)
+            for dtype in ("float32", "bfloat16"):
+                chosen = [row for row in found if (row["loss"], row["mode"], row["dtype"]) == (loss, mode, dtype)]
+                assert sorted(row["provider"] for row in chosen) == sorted({"floor", *wanted})
+        assert len(plot.table(plot.read(path, loss)).splitlines()) == 3
     for row in found:
         assert row["N"] == str(N) and int(row["rounds"]) == 25 and row["torch"] == torch.__version__
         assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
         assert float(row["speedup_over_open_clip"]) > 0 and row["peak_mib"] == ""
-    assert len(plot.table(plot.read(path)).splitlines()) == 3

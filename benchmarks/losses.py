@@ -1,4 +1,4 @@
-"""What the contrastive benchmark runs: features, losses of the providers, and the matrix products nobody can avoid."""
+"""What the benchmark runs: features, losses of the providers, and the matrix products nobody can avoid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import fastclip
 from benchmarks.harness import Case, Provider, Step
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]  # image, text, scale and, of the sigmoid loss, bias
 
 PEER, FLOOR = "open_clip", "floor"
 
@@ -30,20 +30,23 @@ def linear_cross_entropy(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (by_image + by_text) / 2
 
 
-def _losses() -> dict[str, Loss]:
+def _losses(name: str) -> dict[str, Loss]:
     """What this machine can run, in the order of a round."""
-    losses: dict[str, Loss] = {PEER: open_clip.loss.ClipLoss()}
+    theirs, ours = getattr(open_clip.loss, name), getattr(fastclip, name)
+    losses: dict[str, Loss] = {PEER: theirs()}
     if shutil.which(os.environ.get("CXX", "g++")):  # what torch.compile compiles with
         # fullgraph: what cannot be compiled is an error, not a loss that runs uncompiled
-        losses["open_clip_compiled"] = torch.compile(open_clip.loss.ClipLoss(), fullgraph=True, dynamic=False)
-    if hasattr(F, "linear_cross_entropy"):  # newer than the oldest torch that fastclip supports
+        losses["open_clip_compiled"] = torch.compile(theirs(), fullgraph=True, dynamic=False)
+    if name == "ClipLoss" and hasattr(F, "linear_cross_entropy"):  # newer than the oldest torch that fastclip supports
         losses["linear_cross_entropy"] = linear_cross_entropy
     # The same class with the same arguments as open_clip's: what a user changes is the import
-    losses["fastclip"] = fastclip.ClipLoss()
+    losses["fastclip"] = ours()
     return losses
 
 
-LOSSES = _losses()
+LOSSES = {"softmax": _losses("ClipLoss"), "sigmoid": _losses("SigLipLoss")}
+SCALARS = {"softmax": (20.0,), "sigmoid": (10.0, -10.0)}  # scale, and bias
+MODES = {"softmax": ("forward", "backward", "both"), "sigmoid": ("both",)}
 
 # Compiled anew for every shape
 COMPILED = frozenset({"open_clip_compiled"})
@@ -65,9 +68,10 @@ def features(N: int, D: int, dtype: str) -> tuple[Tensor, Tensor]:
 
 def named(names: str | None) -> list[str]:
     """The providers of a list separated by commas; all of them without one. ValueError where one cannot run here."""
-    wanted = names.split(",") if names else list(LOSSES)
-    if unknown := sorted(set(wanted) - set(LOSSES)):
-        raise ValueError(f"no provider {', '.join(unknown)} here, only {', '.join(LOSSES)}")
+    known = list(dict.fromkeys(name for losses in LOSSES.values() for name in losses))
+    wanted = names.split(",") if names else known
+    if unknown := sorted(set(wanted) - set(known)):
+        raise ValueError(f"no provider {', '.join(unknown)} here, only {', '.join(known)}")
     return wanted
 
 
@@ -78,14 +82,19 @@ def selected(case: Case, wanted: Iterable[str], available: float) -> dict[str, L
         names -= WHOLE_STEP_ONLY
     if _dense_bytes(case) + _floor_bytes(case) > available:
         names -= DENSE
-    return {name: loss for name, loss in LOSSES.items() if name in names}
+    return {name: loss for name, loss in LOSSES[case.loss].items() if name in names}
 
 
-def setup(case: Case, wanted: Iterable[str] = tuple(LOSSES)) -> list[Provider]:
+def leaves_of(case: Case) -> tuple[Tensor, ...]:
+    """Image and text features, scale and, of the sigmoid loss, bias."""
+    scalars = (torch.tensor(value, requires_grad=True) for value in SCALARS[case.loss])
+    return *features(case.N, case.D, case.dtype), *scalars
+
+
+def setup(case: Case, wanted: Iterable[str]) -> list[Provider]:
     """The floor and every selected loss on the same features, checked against each other first."""
-    image, text = features(case.N, case.D, case.dtype)
-    scale = torch.tensor(20.0, requires_grad=True)
-    leaves = (image, text, scale)
+    leaves = leaves_of(case)
+    image, text = leaves[:2]
 
     def prepare(loss: Loss) -> Step:
         for x in leaves:
@@ -100,18 +109,18 @@ def setup(case: Case, wanted: Iterable[str] = tuple(LOSSES)) -> list[Provider]:
     torch.compiler.reset()  # a compiled loss keeps eight shapes at most
     available = available_bytes()
     losses = selected(case, wanted, available)
-    check(leaves, losses)
+    check(leaves, losses, LOSSES[case.loss][PEER])
     providers = [Provider(name, lambda loss=loss: prepare(loss)) for name, loss in losses.items()]
     if _floor_bytes(case) > available:
         return providers
-    return [Provider(FLOOR, _floor(image.detach().float(), text.detach().float(), case.mode)), *providers]
+    return [Provider(FLOOR, _floor(image.detach().float(), text.detach().float(), case)), *providers]
 
 
-def check(leaves: tuple[Tensor, Tensor, Tensor], losses: dict[str, Loss]) -> None:
-    """Same value and gradients as open_clip, to what the dtype allows; N is cut where dense memory would not do."""
+def check(leaves: tuple[Tensor, ...], losses: dict[str, Loss], peer: Loss) -> None:
+    """Same value and gradients as `peer`, to what the dtype allows; N is cut where dense memory would not do."""
     few = tuple(x[:1024].detach().requires_grad_() if x.dim() else x for x in leaves)
     rtol = 1e-4 if leaves[0].dtype == torch.float32 else 2e-2
-    expected = LOSSES[PEER](*few)
+    expected = peer(*few)
     theirs = torch.autograd.grad(expected, few)
     for name, loss in losses.items():
         found = loss(*few)
@@ -141,18 +150,17 @@ def _floor_bytes(case: Case) -> float:
     return 2 * case.N**2 * 4
 
 
-def _floor(image: Tensor, text: Tensor, mode: str) -> Callable[[], Step]:
-    """One product of 2 N^2 D operations forward, three backward, in fp32 (what the CPU backend multiplies in), into
-    memory that is already there."""
+def _floor(image: Tensor, text: Tensor, case: Case) -> Callable[[], Step]:
+    """The products of 2 N^2 D operations that cannot be avoided, in fp32 (what the CPU backend multiplies in), into
+    memory that is already there: logits, twice where the backward pass makes them again, and the gradients."""
     N, D = image.shape
     logits, weights = torch.empty(N, N), torch.randn(N, N)
     d_image, d_text = torch.empty(N, D), torch.empty(N, D)
 
     def step() -> None:
-        if mode != "backward":
+        for _ in range(1 if case.mode == "forward" else case.products - 2):
             torch.mm(image, text.T, out=logits)
-        if mode != "forward":
-            torch.mm(image, text.T, out=logits)
+        if case.mode != "forward":
             torch.mm(weights, text, out=d_image)
             torch.mm(weights.T, image, out=d_text)
 

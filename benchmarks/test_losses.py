@@ -1,11 +1,11 @@
-"""The fused loss against its peers and against the matrix products alone, on this machine's CPU."""
+"""The fused losses against its peers and against the matrix products alone, on this machine's CPU."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.contrastive import FLOOR, PEER, named, setup
 from benchmarks.harness import Case, Timings, append, rows
+from benchmarks.losses import FLOOR, MODES, PEER, named, setup
 from benchmarks.peak_memory import measure_in_child
 
 D = 512
@@ -20,9 +20,9 @@ def wanted(request) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["forward", "backward", "both"])
-def test_contrastive_speed(benchmark, request, wanted: list[str], mode: str, N: int, dtype: str) -> None:
-    case = Case(mode, N, D, dtype)
+@pytest.mark.parametrize(("loss", "mode"), [(loss, mode) for loss, modes in MODES.items() for mode in modes])
+def test_speed(benchmark, request, wanted: list[str], loss: str, mode: str, N: int, dtype: str) -> None:
+    case = Case(loss, mode, N, D, dtype)
     providers = setup(case, wanted)
     if {provider.name for provider in providers} <= {FLOOR}:
         pytest.skip(f"none of {', '.join(wanted)} is for this mode and fits into memory")
@@ -45,7 +45,7 @@ def test_contrastive_speed(benchmark, request, wanted: list[str], mode: str, N: 
     peak = {}
     if mode == "both" and not request.config.getoption("no_peak"):
         losses = [provider.name for provider in providers if provider.name != FLOOR]
-        peak = {name: measure_in_child(name, N, D, dtype) for name in losses}
+        peak = {name: measure_in_child(case, name) for name in losses}
     new = rows(case, timings, floor=FLOOR, peer=PEER, peak_mib=peak)
     benchmark.extra_info.update({row["provider"]: row for row in new})
     append(request.config.getoption("rows"), new)
