@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -222,3 +223,18 @@ def poisoned(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     inside = frame[1:-1, 1:-2]
     inside.copy_(x)
     return inside
+
+
+def counted_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The operations of every matrix product from now on, 2 M N D each."""
+    operations: list[int] = []
+    for name in ("mm", "addmm"):
+        real = getattr(torch, name)
+
+        def counted(*args: Tensor, real: Any = real, **kwargs: Any) -> Tensor:
+            a, b = args[-2:]
+            operations.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(torch, name, counted)
+    return operations

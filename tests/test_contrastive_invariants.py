@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from promises import pairs
+from promises import counted_products, pairs
 from torch import Tensor
 
 import fastclip
@@ -234,21 +234,20 @@ def test_kept_block_is_the_forward_pass_own(monkeypatch: pytest.MonkeyPatch, meg
         assert_same(found, expected[k][1:3])
 
 
-def test_kept_block_saves_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    products = []
-    real = torch.mm
-
-    def mm(*args: Tensor, **kwargs: Tensor) -> Tensor:
-        products.append(1)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "mm", mm)
-    run(*pairs(300, 300, 16))
-    assert len(products) == 1
-    products.clear()
-    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.3")  # 300 x 262 logits: two blocks, one of them kept
-    run(*pairs(300, 300, 16))
-    assert len(products) == 3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("megabytes", "most"), [("0.05", 8), ("64", 6)])
+def test_work_is_four_products_at_most(
+    monkeypatch: pytest.MonkeyPatch, megabytes: str, most: int, dtype: torch.dtype
+) -> None:
+    """8 M N D operations, in however many blocks; 6 where the forward pass leaves its only block in the workspace."""
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", megabytes)
+    image, text = (x.to(dtype) for x in pairs(700, 700, 16))
+    operations = counted_products(monkeypatch)
+    y = torch.arange(700) % 300
+    for options in ({}, {"image_labels": y, "text_labels": y, "label_smoothing": 0.1}):
+        operations.clear()
+        run(image, text, **options)
+        assert 6 * 700 * 700 * 16 <= sum(operations) <= most * 700 * 700 * 16
 
 
 def test_workspace_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,17 @@ def test_import_needs_torch_only() -> None:
     assert new - set(sys.stdlib_module_names) - {"fastclip", "torch"} == set()
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="loaded libraries are read from Linux's /proc")
+def test_no_second_openmp_runtime_is_loaded() -> None:
+    code = (
+        "import re, torch; x = torch.randn(300, 8)\n"
+        "loaded = lambda: set(re.findall(r'/\\S*(?:gomp|iomp|omp)\\S*[.]so\\S*', open('/proc/self/maps').read()))\n"
+        "torch.mm(x, x.T); before = loaded(); import fastclip; fastclip.contrastive_loss(x, x)\n"
+        "print(fastclip.backends()['cpu'], *sorted(loaded() - before))"
+    )
+    assert python(code) == "available"
+
+
 def test_version_is_the_installed_one() -> None:
     from importlib.metadata import version
 

@@ -7,7 +7,7 @@ import itertools
 import open_clip.loss
 import pytest
 import torch
-from promises import check, leaves, pairs, poisoned, truth
+from promises import check, counted_products, leaves, pairs, poisoned, truth
 from torch import Tensor
 
 import fastclip
@@ -197,16 +197,7 @@ def test_sigmoid_every_subset_of_gradients(needed: tuple[int, ...]) -> None:
 
 def test_sigmoid_work_is_three_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """6 M N D with gradients, all of it in the forward pass; 2 M N D without."""
-    operations = []
-    for name in ("mm", "addmm"):
-        real = getattr(torch, name)
-
-        def counted(*args: Tensor, real=real, **kwargs: object) -> Tensor:
-            a, b = args[-2:]
-            operations.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(torch, name, counted)
+    operations = counted_products(monkeypatch)
     given = problem(N=40)
     loss = fastclip.sigmoid_loss(*given)
     assert sum(operations) == 6 * 40 * 40 * 8
