@@ -1,0 +1,332 @@
+// Tests of the native CPU code through its C interface alone, to be run under sanitizers; CMakeLists.txt registers each
+// group. `test_cpu [group ...]` runs some groups, without arguments all.
+#include <cstring>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "../cpu/thread_pool.h"
+#include "contrastive.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#define FASTCLIP_POSIX 1
+#endif
+
+namespace {
+
+// Tiles are 64 x 512, vectors 8 or 16 columns: both edges of each.
+constexpr std::pair<int64_t, int64_t> kShapes[] = {{1, 1},    {1, 3},    {7, 5},    {63, 511}, {64, 512},
+                                                   {65, 513}, {3, 1030}, {130, 31}, {129, 17}};
+
+template <class Body>
+void for_each_isa(const Body& body) {
+  for (const char* isa : {"avx512", "avx2", "portable"}) {
+    if (fastclip_cpu_select_isa(isa) != FASTCLIP_OK) {
+      std::printf("  skipped: this processor or build has no %s\n", isa);
+      continue;
+    }
+    CHECK(std::strcmp(fastclip_cpu_isa(), isa) == 0, "%s runs", fastclip_cpu_isa());
+    const int before = g_failures;
+    body();
+    if (g_failures != before) std::fprintf(stderr, "  with %s\n", isa);
+  }
+  CHECK(fastclip_cpu_select_isa("auto") == FASTCLIP_OK, "auto");
+}
+
+void check_contrastive(const ContrastiveCase& c) { ContrastiveRun(c).check(); }
+
+void contrastive() {
+  for_each_isa([] {
+    for (const auto& [M, N] : kShapes)
+      for (bool labels : {false, true})
+        for (bool maxima : {false, true}) {
+          ContrastiveCase c{M, N, labels};
+          c.maxima = maxima;
+          check_contrastive(c);
+          c.exclude_self = true;  // means nothing without labels
+          check_contrastive(c);
+        }
+  });
+}
+
+void logits_far_apart() {  // one exponential a logit does not do: the repair
+  for_each_isa([] {
+    for (double scale : {200.0, 900.0})
+      for (bool labels : {false, true}) {
+        ContrastiveCase c{66, 530, labels};
+        c.scale = scale;
+        check_contrastive(c);
+      }
+    ContrastiveCase c{66, 530};
+    c.rows_far_apart = true;
+    check_contrastive(c);
+  });
+}
+
+void offsets_and_blocks() {
+  for (int64_t offset : {-70, -3, 0, 5, 600, 10000})
+    for (bool labels : {false, true})
+      for (int64_t block : {int64_t{1} << 20, int64_t{50}}) {
+        ContrastiveCase c{70, 570, labels, /*exclude_self=*/true};
+        c.offset = offset, c.block_m = block, c.block_n = 7 * block;
+        check_contrastive(c);
+      }
+}
+
+void bitwise_over_threads() {
+  for (const char* kind : {"borrowed", "pool"}) {
+    CHECK(fastclip_cpu_select_threads(kind) == FASTCLIP_OK, "%s", kind);
+    for (bool labels : {false, true}) {
+      ContrastiveCase c{300, 1100, labels};
+      c.threads = 1;
+      ContrastiveRun first(c);
+      first.run();
+      for (int threads : {2, 3, 8}) {
+        c.threads = threads;
+        ContrastiveRun other(c);
+        other.run();
+        CHECK(first.equals(other), "%d threads, %s", threads, kind);
+      }
+    }
+  }
+}
+
+void nan_stays() {
+  for_each_isa([] {
+    for (bool labels : {false, true}) {
+      ContrastiveCase c{66, 530, labels};
+      ContrastiveRun run(c);
+      run.dot.at(65, 529) = std::nanf("");
+      run.run();
+      CHECK(std::isnan(run.image.neg_sum[65] + run.image.pos[65] + run.image.neg_max[65]), "row");
+      CHECK(std::isnan(run.text.neg_sum[529] + run.text.pos[529] + run.text.neg_max[529]), "column");
+      CHECK(std::isnan(run.weights.at(65, 529)), "weight");
+      CHECK(std::isnan(run.d_scale), "d_scale %g", run.d_scale);
+      CHECK(std::isfinite(run.image.neg_sum[64]) && std::isfinite(run.text.neg_sum[0]), "others are NaN too");
+    }
+  });
+}
+
+// The sigmoid loss of one block.
+struct SigmoidRun {
+  Matrix dot, out;
+  std::vector<float> row, row_low, row_norm, col, col_norm;
+  double bias;
+  int64_t offset;
+  fastclip_sigmoid_sums sums{};
+
+  SigmoidRun(int64_t M, int64_t N, double scale, double bias, int64_t offset)
+      : dot(M, N), out(dot), bias(bias), offset(offset) {
+    Random random;
+    for (int64_t i = 0; i < M; ++i) {
+      for (int64_t j = 0; j < N; ++j) dot.at(i, j) = static_cast<float>(random.uniform(-1.0, 1.0));
+      const double exact = scale * random.uniform(0.9, 1.0);
+      row.push_back(static_cast<float>(exact));
+      row_low.push_back(static_cast<float>(exact - row.back()));
+      row_norm.push_back(static_cast<float>(random.uniform(0.1, 2.0)));
+    }
+    for (int64_t j = 0; j < N; ++j) {
+      col.push_back(static_cast<float>(random.uniform(0.9, 1.0)));
+      col_norm.push_back(static_cast<float>(random.uniform(0.1, 2.0)));
+    }
+    for (auto* x : {&row, &row_low, &row_norm, &col, &col_norm}) x->shrink_to_fit();
+  }
+
+  void run(bool gradients, int threads) {
+    out = dot;
+    sums = {};
+    const fastclip_block block{out.data.data(), out.stride, out.M, out.N, 0, 0, offset, 0};
+    const fastclip_sigmoid_side image{row.data(), row_low.data(), row_norm.data()};
+    const fastclip_sigmoid_side text{col.data(), nullptr, col_norm.data()};
+    const int status =
+        fastclip_cpu_sigmoid_fwd(&block, &image, &text, static_cast<float>(bias), gradients, &sums, threads);
+    CHECK(status == FASTCLIP_OK, "status %d", status);
+    out.check_gaps();
+  }
+
+  void check(double scale) {
+    run(true, 2);
+    double loss = 0.0, d_scale = 0.0, d_scale_sum = 0.0, d_bias = 0.0, d_bias_sum = 0.0;
+    const double tolerance = 2e-6 + 2e-7 * (scale + std::fabs(bias));
+    for (int64_t i = 0; i < dot.M; ++i)
+      for (int64_t j = 0; j < dot.N; ++j) {
+        const double z = dot.at(i, j) * (static_cast<double>(row[i]) + row_low[i]) * col[j] + bias;
+        const double x = i + offset == j ? -z : z, t = std::exp(-std::fabs(x));
+        const double g = (i + offset == j ? -1.0 : 1.0) * (x >= 0 ? 1.0 : t) / (1.0 + t);
+        const double weight = g * row_norm[i] * col_norm[j];
+        loss += std::max(x, 0.0) + std::log1p(t);
+        d_scale += weight * dot.at(i, j), d_scale_sum += std::fabs(weight * dot.at(i, j));
+        d_bias += g, d_bias_sum += std::fabs(g);
+        CHECK(std::fabs(out.at(i, j) - weight) <= tolerance * std::fabs(weight) + 1e-29,
+              "weight (%lld, %lld): %.9g, expected %.9g", static_cast<long long>(i), static_cast<long long>(j),
+              out.at(i, j), weight);
+      }
+    const double relative = std::min(tolerance, 1e-5);
+    CHECK(std::fabs(sums.loss - loss) <= relative * loss, "loss %.12g, expected %.12g", sums.loss, loss);
+    CHECK(std::fabs(sums.d_scale - d_scale) <= tolerance * d_scale_sum, "d_scale %.9g %.9g", sums.d_scale, d_scale);
+    CHECK(std::fabs(sums.d_bias - d_bias) <= tolerance * d_bias_sum, "d_bias %.9g %.9g", sums.d_bias, d_bias);
+
+    const double with_gradients = sums.loss;
+    run(false, 3);
+    CHECK(sums.loss == with_gradients, "loss %.17g without gradients, %.17g with", sums.loss, with_gradients);
+    CHECK(out.data == dot.data, "the block was changed without gradients");
+  }
+};
+
+void sigmoid() {
+  for_each_isa([] {
+    for (const auto& [M, N] : kShapes) SigmoidRun(M, N, 10.0, -10.0, 0).check(10.0);
+    SigmoidRun(66, 530, 5.0, -45.0, 3).check(5.0);  // a loss of 1e-18 a pair, and positives of 45
+    SigmoidRun(66, 530, 5.0, 45.0, 10000).check(5.0);
+    SigmoidRun(66, 530, 10.0, 0.0, -5).check(10.0);
+  });
+  SigmoidRun first(300, 1100, 10.0, -9.0, 0);
+  first.run(true, 1);
+  for (int threads : {2, 3, 8}) {
+    SigmoidRun other(300, 1100, 10.0, -9.0, 0);
+    other.run(true, threads);
+    CHECK(other.out.data == first.out.data && std::memcmp(&other.sums, &first.sums, sizeof first.sums) == 0,
+          "%d threads", threads);
+  }
+}
+
+void threads() {
+  CHECK(fastclip_cpu_select_threads("pool") == FASTCLIP_OK, "pool");
+  for (int64_t count : {0, 1, 2, 1000}) {
+    std::vector<int> hits(static_cast<size_t>(count), 0);
+    auto task = [&](int64_t index) { ++hits[static_cast<size_t>(index)]; };
+    fastclip::parallel_for(count, 4, task);
+    for (int hit : hits) CHECK(hit == 1, "an index ran %d times", hit);
+  }
+  ContrastiveCase c{130, 1100, true};
+  ContrastiveRun expected(c);
+  expected.run();
+  std::vector<std::thread> callers;
+  std::vector<int> wrong(4, 0);
+  for (size_t k = 0; k < wrong.size(); ++k)
+    callers.emplace_back([&, k] {
+      for (int round = 0; round < 5; ++round) {
+        ContrastiveRun mine(c);
+        mine.run();
+        wrong[k] += !mine.equals(expected);
+      }
+    });
+  for (std::thread& caller : callers) caller.join();
+  for (int count : wrong) CHECK(count == 0, "%d runs beside others differ", count);
+}
+
+void after_fork() {
+#if defined(FASTCLIP_POSIX) && !defined(__SANITIZE_THREAD__)  // which does not follow threads into a child
+  CHECK(fastclip_cpu_select_threads("pool") == FASTCLIP_OK, "pool");
+  ContrastiveCase c{130, 1100, true};
+  ContrastiveRun expected(c);
+  expected.run();  // the parent's workers exist before the fork
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(60);  // a hang becomes a failure
+    ContrastiveRun mine(c);
+    mine.run();
+    _exit(mine.equals(expected) ? 0 : 1);
+  }
+  int status = -1;
+  CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0, "child: %d", status);
+#else
+  std::printf("  skipped: no fork here\n");
+#endif
+}
+
+void rows_beyond_2_to_the_31() {
+#if defined(FASTCLIP_POSIX) && defined(MAP_NORESERVE) && !defined(__SANITIZE_THREAD__)  // its shadow would be 34 GB
+  constexpr int64_t kStride = (int64_t{1} << 30) + 64, kRows = 3, kColumns = 20;
+  constexpr size_t kBytes = (kStride * (kRows - 1) + kColumns) * sizeof(float);
+  void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) {
+    std::printf("  skipped: the system does not lend %zu bytes of address space\n", kBytes);
+    return;
+  }
+  float* far = static_cast<float*>(memory);  // only the touched pages exist
+  ContrastiveCase c{kRows, kColumns};
+  ContrastiveRun expected(c), run(c);
+  expected.run();
+  for (int64_t i = 0; i < kRows; ++i) std::memcpy(far + i * kStride, &run.dot.at(i, 0), kColumns * sizeof(float));
+  const fastclip_block block{far, kStride, kRows, kColumns, 0, 0, 0, 0};
+  const fastclip_fwd_side f_image = run.image.fwd(c, true), f_text = run.text.fwd(c, false);
+  CHECK(fastclip_cpu_contrastive_fwd(&block, &f_image, &f_text, 1) == FASTCLIP_OK, "forward");
+  const fastclip_bwd_side b_image = run.image.bwd(c, true), b_text = run.text.bwd(c, false);
+  CHECK(fastclip_cpu_contrastive_bwd(&block, &b_image, &b_text, &run.d_scale, 1) == FASTCLIP_OK, "backward");
+  for (int64_t i = 0; i < kRows; ++i) std::memcpy(&run.weights.at(i, 0), far + i * kStride, kColumns * sizeof(float));
+  CHECK(run.equals(expected), "rows far apart give other results");
+  munmap(memory, kBytes);
+#else
+  std::printf("  skipped: no sparse memory here\n");
+#endif
+}
+
+void invalid_arguments() {
+  ContrastiveCase c{4, 5, true};
+  ContrastiveRun run(c);
+  const fastclip_fwd_side f_image = run.image.fwd(c, true), f_text = run.text.fwd(c, false);
+  const fastclip_block good{run.dot.data.data(), run.dot.stride, 4, 5, 0, 0, 0, 0};
+  const auto fwd = [&](fastclip_block block) { return fastclip_cpu_contrastive_fwd(&block, &f_image, &f_text, 1); };
+  const auto with = [&](auto member, auto value) {
+    fastclip_block block = good;
+    block.*member = value;
+    return block;
+  };
+  constexpr int kInvalid = FASTCLIP_INVALID_ARGUMENT;
+  CHECK(fwd(good) == FASTCLIP_OK, "good");
+  CHECK(fwd(with(&fastclip_block::dot, static_cast<float*>(nullptr))) == kInvalid, "no dots");
+  CHECK(fwd(with(&fastclip_block::M, int64_t{0})) == kInvalid, "M");
+  CHECK(fwd(with(&fastclip_block::N, int64_t{-1})) == kInvalid, "N");
+  CHECK(fwd(with(&fastclip_block::row_stride, int64_t{4})) == kInvalid, "row_stride");
+  CHECK(fwd(with(&fastclip_block::i0, int64_t{-1})) == kInvalid, "i0");
+  CHECK(fastclip_cpu_contrastive_fwd(nullptr, &f_image, &f_text, 1) == kInvalid, "no block");
+  CHECK(fastclip_cpu_contrastive_fwd(&good, nullptr, &f_text, 1) == kInvalid, "no images");
+  fastclip_fwd_side one = f_text;
+  one.label = nullptr;
+  CHECK(fastclip_cpu_contrastive_fwd(&good, &f_image, &one, 1) == kInvalid, "labels on one side");
+  one = f_text, one.neg_top = nullptr;
+  CHECK(fastclip_cpu_contrastive_fwd(&good, &f_image, &one, 1) == kInvalid, "maxima on one side");
+  const fastclip_bwd_side b_image = run.image.bwd(c, true), b_text = run.text.bwd(c, false);
+  CHECK(fastclip_cpu_contrastive_bwd(&good, &b_image, &b_text, nullptr, 1) == kInvalid, "no d_scale");
+  fastclip_sigmoid_sums sums{};
+  CHECK(fastclip_cpu_sigmoid_fwd(&good, nullptr, nullptr, 0.0f, 1, &sums, 1) == kInvalid, "no sides");
+  CHECK(fastclip_cpu_select_isa("mmx") == FASTCLIP_UNSUPPORTED_ISA, "mmx");
+  CHECK(fastclip_cpu_select_isa(nullptr) == kInvalid, "no name");
+  CHECK(fastclip_cpu_select_threads("many") == kInvalid, "many");
+}
+
+struct Group {
+  const char* name;
+  void (*run)();
+};
+constexpr Group kGroups[] = {{"contrastive", contrastive},
+                             {"logits_far_apart", logits_far_apart},
+                             {"offsets_and_blocks", offsets_and_blocks},
+                             {"bitwise_over_threads", bitwise_over_threads},
+                             {"nan_stays", nan_stays},
+                             {"sigmoid", sigmoid},
+                             {"threads", threads},
+                             {"after_fork", after_fork},
+                             {"rows_beyond_2_to_the_31", rows_beyond_2_to_the_31},
+                             {"invalid_arguments", invalid_arguments}};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int ran = 0;
+  for (const Group& group : kGroups) {
+    bool wanted = argc == 1;
+    for (int k = 1; k < argc; ++k) wanted |= std::string(argv[k]) == group.name;
+    if (!wanted) continue;
+    const int before = g_failures;
+    group.run();
+    ++ran;
+    std::printf("%s %s\n", g_failures == before ? "ok    " : "FAILED", group.name);
+  }
+  if (ran == 0) std::fprintf(stderr, "no such group\n");
+  return g_failures != 0 || ran == 0 ? 1 : 0;
+}
