@@ -55,7 +55,7 @@ PROMISES: dict[str, list[Promise]] = {
             "loss within 1e-5, gradients within 3e-5 (fp32) or one rounding (16-bit), never worse than twice dense torch",
             (f"{ACCURACY}::test_loss_and_gradients_accurate",),
             (
-                Break("a coefficient of exp2", "csrc/cpu/tile_common.h", "5.550328642e-02f", "5.551328642e-02f"),
+                Break("a coefficient of exp2", "csrc/cpu/tile_common.h", "5.550328642e-02f", "5.560328642e-02f"),
                 Break("sign of d_scale", CONTRASTIVE, "new_tensor(d_scale / gain)", "new_tensor(-d_scale / gain)"),
                 Break("log-sum-exps rounded to fp32", CONTRASTIVE, "torch.where(rounded.isfinite(), exact - rounded, 0.0)", "torch.zeros_like(exact)"),
                 Break("normalised 16-bit features are rounded again", BLOCKS, "rows.copy_(self.x[start:stop])", "rows.copy_((self.x[start:stop].float() * self.inv_norm[start:stop, None]).to(self.x.dtype)).div_(self.inv_norm[start:stop, None])"),
