@@ -79,10 +79,11 @@ void maxima(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep
 template <class Keep>
 void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row,
                       LogSum col) {
-  const auto finite = [](float x) { return x == kNegInf ? 0.0f : x; };  // an empty set's offset must not give NaN
+  // An empty set's offset must not give NaN. An infinite one must: a product that FMA does not round would miss it.
+  const auto offset_of = [](float top) { return top == kNegInf ? 0.0f : top == -kNegInf ? top - top : top; };
   maxima(t, image, text, keep, row.max, col.max);
-  for (int64_t i = 0; i < t.M; ++i) row.max[i] = finite(row.max[i]);
-  for (int64_t j = 0; j < t.N; ++j) col.max[j] = finite(col.max[j]), col.sum[j] = 0.0f;
+  for (int64_t i = 0; i < t.M; ++i) row.max[i] = offset_of(row.max[i]);
+  for (int64_t j = 0; j < t.N; ++j) col.max[j] = offset_of(col.max[j]), col.sum[j] = 0.0f;
   for (int64_t i = 0; i < t.M; ++i) {
     const Logits logits(t, image, text, i);
     const auto keep_i = keep.row(i);

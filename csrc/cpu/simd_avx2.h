@@ -50,7 +50,7 @@ struct Simd {
     const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_min_ps(n, set1(128.0f))), 23);
     const F scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift));
     const F keep = _mm256_cmp_ps(x, set1(floor), _CMP_NLT_UQ);
-    return _mm256_and_ps(keep, select(_mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)), p, scaled));
+    return _mm256_and_ps(keep, select(_mm256_castps_si256(_mm256_cmp_ps(p, p, _CMP_UNORD_Q)), p, scaled));
   }
 };
 

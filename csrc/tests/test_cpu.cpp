@@ -94,19 +94,24 @@ void bitwise_over_threads() {
   }
 }
 
-void nan_stays() {
+void nan_and_infinity_stay() {
   for_each_isa([] {
-    for (bool labels : {false, true}) {
-      ContrastiveCase c{66, 530, labels};
-      ContrastiveRun run(c);
-      run.dot.at(65, 529) = std::nanf("");
-      run.run();
-      CHECK(std::isnan(run.image.neg_sum[65] + run.image.pos[65] + run.image.neg_max[65]), "row");
-      CHECK(std::isnan(run.text.neg_sum[529] + run.text.pos[529] + run.text.neg_max[529]), "column");
-      CHECK(std::isnan(run.weights.at(65, 529)), "weight");
-      CHECK(std::isnan(run.d_scale), "d_scale %g", run.d_scale);
-      CHECK(std::isfinite(run.image.neg_sum[64]) && std::isfinite(run.text.neg_sum[0]), "others are NaN too");
-    }
+    for (float value : {std::nanf(""), HUGE_VALF, 3e38f})  // the last one becomes infinite as a logit
+      for (bool labels : {false, true}) {
+        if (labels && !std::isnan(value)) continue;  // the sum of positives is a double, and finite
+        ContrastiveCase c{66, 530, labels};
+        ContrastiveRun run(c);
+        run.dot.at(65, 529) = value;
+        run.run();
+        const auto stays = [](const ContrastiveSide& side, size_t k) {
+          return !std::isfinite(side.neg_max[k] + std::log2(side.neg_sum[k]) + side.pos[k]);
+        };
+        CHECK(stays(run.image, 65), "row, %g", value);
+        CHECK(stays(run.text, 529), "column, %g", value);
+        CHECK(!std::isfinite(run.weights.at(65, 529)), "weight %g, %g", run.weights.at(65, 529), value);
+        CHECK(!std::isfinite(run.d_scale), "d_scale %g, %g", run.d_scale, value);
+        CHECK(!stays(run.image, 64) && !stays(run.text, 0), "others are not finite either, %g", value);
+      }
   });
 }
 
@@ -307,7 +312,7 @@ constexpr Group kGroups[] = {{"contrastive", contrastive},
                              {"logits_far_apart", logits_far_apart},
                              {"offsets_and_blocks", offsets_and_blocks},
                              {"bitwise_over_threads", bitwise_over_threads},
-                             {"nan_stays", nan_stays},
+                             {"nan_and_infinity_stay", nan_and_infinity_stay},
                              {"sigmoid", sigmoid},
                              {"threads", threads},
                              {"after_fork", after_fork},
