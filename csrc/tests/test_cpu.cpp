@@ -243,28 +243,35 @@ void after_fork() {
 #endif
 }
 
-void rows_beyond_2_to_the_31() {
 #if defined(FASTCLIP_POSIX) && defined(MAP_NORESERVE) && !defined(__SANITIZE_THREAD__)  // its shadow would be 34 GB
-  constexpr int64_t kStride = (int64_t{1} << 30) + 64, kRows = 3, kColumns = 20;
-  constexpr size_t kBytes = (kStride * (kRows - 1) + kColumns) * sizeof(float);
-  void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+void rows_far_apart(int64_t rows, int64_t stride) {
+  constexpr int64_t kColumns = 20;
+  const size_t bytes = static_cast<size_t>(stride * (rows - 1) + kColumns) * sizeof(float);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
-    std::printf("  skipped: the system does not lend %zu bytes of address space\n", kBytes);
+    std::printf("  skipped: the system does not lend %zu bytes of address space\n", bytes);
     return;
   }
   float* far = static_cast<float*>(memory);  // only the touched pages exist
-  ContrastiveCase c{kRows, kColumns};
+  ContrastiveCase c{rows, kColumns};
   ContrastiveRun expected(c), run(c);
   expected.run();
-  for (int64_t i = 0; i < kRows; ++i) std::memcpy(far + i * kStride, &run.dot.at(i, 0), kColumns * sizeof(float));
-  const fastclip_block block{far, kStride, kRows, kColumns, 0, 0, 0, 0};
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(far + i * stride, &run.dot.at(i, 0), kColumns * sizeof(float));
+  const fastclip_block block{far, stride, rows, kColumns, 0, 0, 0, 0};
   const fastclip_fwd_side f_image = run.image.fwd(c, true), f_text = run.text.fwd(c, false);
   CHECK(fastclip_cpu_contrastive_fwd(&block, &f_image, &f_text, 1) == FASTCLIP_OK, "forward");
   const fastclip_bwd_side b_image = run.image.bwd(c, true), b_text = run.text.bwd(c, false);
   CHECK(fastclip_cpu_contrastive_bwd(&block, &b_image, &b_text, &run.d_scale, 1) == FASTCLIP_OK, "backward");
-  for (int64_t i = 0; i < kRows; ++i) std::memcpy(&run.weights.at(i, 0), far + i * kStride, kColumns * sizeof(float));
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(&run.weights.at(i, 0), far + i * stride, kColumns * sizeof(float));
   CHECK(run.equals(expected), "rows far apart give other results");
-  munmap(memory, kBytes);
+  munmap(memory, bytes);
+}
+#endif
+
+void rows_beyond_2_to_the_31() {
+#if defined(FASTCLIP_POSIX) && defined(MAP_NORESERVE) && !defined(__SANITIZE_THREAD__)
+  rows_far_apart(3, (int64_t{1} << 30) + 64);   // the rows of one tile
+  rows_far_apart(66, (int64_t{1} << 25) + 64);  // the second tile
 #else
   std::printf("  skipped: no sparse memory here\n");
 #endif
