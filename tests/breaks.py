@@ -171,7 +171,7 @@ PROMISES: dict[str, list[Promise]] = {
         Promise(
             "`torch.compile(fullgraph=True)`, also with changing batch",
             (f"{TORCH}::test_compiles_whole", f"{TORCH}::test_compiles_with_changing_batch"),
-            (Break("a number is read from a tensor", "fastclip/loss.py", " and not torch.compiler.is_compiling()", ""), Break("messages are made eagerly", "fastclip/checks.py", "    if image.device != text.device:\n", "    both()\n    if image.shape[0] in (13,) and image.device != text.device:\n")),
+            (Break("a number is read from a tensor", "fastclip/loss.py", " and not torch.compiler.is_compiling()", ""),),
         ),
         Promise(
             "under autocast the features take its dtype and the scalars stay fp32, on every backend",
@@ -184,7 +184,7 @@ PROMISES: dict[str, list[Promise]] = {
         Promise(
             "second derivatives: an error that says so, and right on the reference",
             (f"{TORCH}::test_second_derivatives_of_cpu_raise", f"{TORCH}::test_reference_gradcheck_twice", "test_sigmoid.py::test_sigmoid_reference_gradcheck_twice"),
-            (Break("silence", "fastclip/ops/second.py", 'if name != "reference":', 'if name == "nothing":'), Break("a term is dropped", "fastclip/ops/sigmoid.py", "*second, d_factor = vector_jacobian(", "*second, d_factor = (None if d is None else 0 * d for d in vector_jacobian(")),
+            (Break("silence", "fastclip/ops/second.py", 'if name != "reference":', 'if name == "nothing":'), Break("a term is dropped", "fastclip/ops/sigmoid.py", "else factor.to(d.dtype) * d for d in kept]", "else d for d in kept]")),
         ),
         Promise(
             "every subset of gradients, any upstream gradient, the graph twice",
