@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -80,7 +80,10 @@ class CMakeBuild(build_ext):
             raise BuildError(f"`{words[0]} {words[1]}` failed ({why})")
 
 
+# triton_kernels is installed inside the package: triton-lang ships a package of the bare name
 setup(
+    packages=[*find_packages(include=["fastclip*"]), "fastclip.triton_kernels"],
+    package_dir={"fastclip.triton_kernels": "triton_kernels"},
     ext_modules=[Extension("fastclip._cpu", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -2,7 +2,7 @@
 
 FASTCLIP_BACKEND       backend to use where `backend=` is not given, e.g. ``cpu`` or ``reference``
 FASTCLIP_CPU_ISA       ``avx512``, ``avx2`` or ``portable`` in place of the best that the processor runs
-FASTCLIP_WORKSPACE_MB  bound on the CPU backend's buffer of logits, in MiB (64)
+FASTCLIP_WORKSPACE_MB  bound on a backend's buffers of logits, in MiB (64 on a CPU, 1024 on a GPU)
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ def cpu_isa() -> str:
     return os.environ.get("FASTCLIP_CPU_ISA") or "auto"
 
 
-def workspace_bytes() -> int:
-    text = os.environ.get("FASTCLIP_WORKSPACE_MB") or "64"
+def workspace_bytes(default: int = 64) -> int:
+    """`default` in MiB."""
+    text = os.environ.get("FASTCLIP_WORKSPACE_MB") or str(default)
     try:
         megabytes = float(text)
     except ValueError:

@@ -4,8 +4,9 @@ Each backend is a module with the same functions:
 
 ``missing()``
     None when the backend can run on this machine, else the reason why not.
-``refuses(image)``
-    None when the backend serves features of this device and dtype, else the reason why not.
+``refuses(image, named)``
+    None when the backend serves features of this device and dtype, else the reason why not; `named` when the caller
+    asked for this very backend.
 ``contrastive_fwd(...)``, ``contrastive_bwd(...)``, ``sigmoid_fwd(...)``
     the operations on a `Problem`; `reference.py` states them.
 """
@@ -17,12 +18,12 @@ from types import ModuleType
 from torch import Tensor
 
 from fastclip import _env
-from fastclip._backends import cpu, reference
+from fastclip._backends import cpu, reference, triton
 
 __all__ = ["backends", "check_name", "pick"]
 
 # In order of preference: the first that serves the features is what backend=None means.
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
 
 
 def backends() -> dict[str, str]:
@@ -50,8 +51,8 @@ def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
     check_name(name)
     if name is not None:
         module = _BACKENDS[name]
-        reason = module.missing() or module.refuses(image)
+        reason = module.missing() or module.refuses(image, named=True)
         if reason:
             raise RuntimeError(f"backend={name!r} cannot serve this call: {reason}")
         return name, module
-    return next((n, m) for n, m in _BACKENDS.items() if not (m.missing() or m.refuses(image)))
+    return next((n, m) for n, m in _BACKENDS.items() if not (m.missing() or m.refuses(image, named=False)))

@@ -20,7 +20,7 @@ def missing() -> str | None:
     return None
 
 
-def refuses(image: Tensor) -> str | None:
+def refuses(image: Tensor, named: bool) -> str | None:
     return None
 
 

@@ -14,7 +14,7 @@ __all__ = ["contrastive_bwd", "contrastive_fwd", "missing", "refuses", "sigmoid_
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refuses(image: Tensor) -> str | None:
+def refuses(image: Tensor, named: bool) -> str | None:
     if image.device.type != "cpu":
         return f"it serves CPU tensors, not {image.device.type}"
     if image.dtype not in _DTYPES:

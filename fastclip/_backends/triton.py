@@ -1,0 +1,106 @@
+"""The Triton backend: any recent GPU, and under TRITON_INTERPRET=1 the CPU; the kernels are in `triton_kernels/`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastclip._backends.problem import Problem
+from fastclip._backends.reference import saved_dtype
+
+__all__ = ["contrastive_bwd", "contrastive_fwd", "missing", "refuses", "sigmoid_fwd"]
+
+_OLDEST = (3, 6)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _import_error() -> str | None:
+    """Why Triton cannot be used at all."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        version = importlib.import_module("triton").__version__
+        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+            return f"it needs Triton {'.'.join(map(str, _OLDEST))} or newer, this is {version}"
+        importlib.import_module("fastclip.triton_kernels.launch")
+    except Exception as error:  # whatever an installation that is not whole raises
+        return f"Triton does not load ({type(error).__name__}: {error})"
+    return None
+
+
+def _interpreting() -> bool:
+    return bool(importlib.import_module("fastclip.triton_kernels.launch").interpreting())
+
+
+@functools.cache
+def _old_gpu() -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return f"it needs compute capability 8.0 or newer, {torch.cuda.get_device_name()} has less"
+    return None
+
+
+def missing() -> str | None:
+    if reason := _import_error():
+        return reason
+    if _interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return _old_gpu()
+
+
+def refuses(image: Tensor, named: bool) -> str | None:
+    if image.dtype not in _DTYPES:
+        return f"it serves float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
+    if not _interpreting():
+        return None if image.device.type == "cuda" else f"it serves GPU tensors, not {image.device.type}"
+    if not named:
+        return "the interpreter is for looking at the kernels: it serves who asks for it by name"
+    if image.device.type != "cpu":
+        return f"TRITON_INTERPRET=1 is set: it serves CPU tensors, not {image.device.type}"
+    if image.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 with TRITON_INTERPRET=1"
+    return None
+
+
+def _kernels(name: str) -> Any:
+    return getattr(importlib.import_module(f"fastclip.triton_kernels.{name}"), name)
+
+
+def _on_device(function: Any) -> Any:
+    """Kernels start on the current device: make it the features'."""
+
+    @functools.wraps(function)
+    def wrapped(p: Problem, *args: Any, **options: Any) -> Any:
+        if p.image.device.type != "cuda":
+            return function(p, *args, **options)
+        with torch.cuda.device(p.image.device):
+            return function(p, *args, **options)
+
+    return wrapped
+
+
+@_on_device
+def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
+    """As `reference.contrastive_fwd`."""
+    return _kernels("contrastive_fwd")(*p, maxima=maxima)
+
+
+@_on_device
+def contrastive_bwd(
+    p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `reference.contrastive_bwd`."""
+    return _kernels("contrastive_bwd")(*p, stats, grads, needs)
+
+
+@_on_device
+def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
+    """As `reference.sigmoid_fwd`."""
+    return _kernels("sigmoid_fwd")(*p[:3], p.offset, p.normalize, bias, divisor, needs, saved_dtype(p.image))

@@ -1,0 +1,407 @@
+"""Gradients of the contrastive statistics: weights of a block of logits, which `gradients.py` multiplies out."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastclip.triton_kernels.features import BELOW, EPS, Features, high_bit
+from fastclip.triton_kernels.gradients import FACTOR, OUT, OWN, PROJECT, Gradients
+from fastclip.triton_kernels.launch import choose, launch, output_argument, processors, tile_arguments
+from fastclip.triton_kernels.tile import (
+    GAIN,
+    INF,
+    LOG2E,
+    OFFSET2,
+    REPAIR,
+    SCALE,
+    dot_tile,
+    load_vector,
+    scaled,
+    store_tile,
+    tile_position,
+)
+
+__all__ = ["contrastive_bwd"]
+
+# More planes of the vectors: of the negatives the weight for the shared offset, and weight and log2-sum-exp for a
+# repair; with labels the labels (int32 bits) and the same of the positives. OWN is d_pos there.
+_NEG, _NEG_EXACT, _NEG_LSE2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
+_LABEL, _POS, _POS_EXACT, _POS_LSE2 = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
+
+_LOWEST = tl.constexpr(132.0)  # a log-sum-exp so far below the largest may have lost terms
+_BLOCK = 1024  # rows of a program of the vectors' kernels
+
+
+@triton.jit
+def _largest(x_ptr, k, some):
+    return tl.max(tl.load(x_ptr + k, mask=some, other=-INF), 0)
+
+
+@triton.jit
+def _magnitude(x_ptr, k, some):
+    """Largest magnitude; NaN where one is NaN or infinite."""
+    x = tl.abs(tl.load(x_ptr + k, mask=some, other=0.0))
+    return tl.max(tl.where(x < INF, x, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def contrastive_bwd_bounds_kernel(
+    row_neg_ptr,
+    row_pos_lse_ptr,
+    d_row_neg_ptr,
+    d_row_pos_ptr,
+    d_row_pos_lse_ptr,
+    d_col_neg_ptr,
+    d_col_pos_ptr,
+    d_col_pos_lse_ptr,
+    bounds_ptr,  # (2, programs) fp64
+    constants_ptr,
+    scale_ptr,
+    M,
+    N,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Largest log-sum-exp of the rows and largest finite upstream gradient, of every BLOCK rows and columns."""
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    k = block * BLOCK + tl.arange(0, BLOCK)
+    rows, cols = k < M, k < N
+    top = _largest(row_neg_ptr, k, rows)
+    size = tl.maximum(_magnitude(d_row_neg_ptr, k, rows), _magnitude(d_row_pos_ptr, k, rows))
+    size = tl.maximum(size, tl.maximum(_magnitude(d_col_neg_ptr, k, cols), _magnitude(d_col_pos_ptr, k, cols)))
+    if LABELS:
+        top = tl.maximum(top, _largest(row_pos_lse_ptr, k, rows))
+        size = tl.maximum(size, _magnitude(d_row_pos_lse_ptr, k, rows))
+        size = tl.maximum(size, _magnitude(d_col_pos_lse_ptr, k, cols))
+    tl.store(bounds_ptr + block, top)
+    tl.store(bounds_ptr + blocks + block, size)
+    if block == 0:
+        tl.store(constants_ptr + SCALE, tl.load(scale_ptr).to(tl.float32))
+        tl.store(constants_ptr + REPAIR, 0.0)
+
+
+@triton.jit
+def _weights_of(lse, d, offset2, lowest, constants_ptr, vec_ptrs, vec_plane, some, PLANE: tl.constexpr):
+    """Three planes from log-sum-exps and their scaled derivatives, fp64; asks for a repair where one is too low."""
+    lse2 = lse * LOG2E
+    empty = lse == -INF
+    wanted = some & (empty == 0) & ((d != 0) | (lse != lse))
+    if tl.max((wanted & ((lse >= lowest) == 0)).to(tl.int32), 0) != 0:
+        tl.store(constants_ptr + REPAIR, 1.0)  # by several programs, all the same
+    weight = d * tl.exp2(offset2.to(tl.float64) - lse2)
+    tl.store(vec_ptrs + PLANE * vec_plane, tl.where(wanted, weight, 0.0).to(tl.float32), mask=some)
+    # What rounding takes from the log-sum-exp goes into the weight
+    rounded = tl.where(empty, 0.0, lse2).to(tl.float32)
+    lost = tl.where(tl.abs(rounded) < INF, rounded.to(tl.float64) - lse2, 0.0)
+    exact = tl.where(wanted, d * tl.exp2(lost), 0.0)
+    tl.store(vec_ptrs + (PLANE + 1) * vec_plane, exact.to(tl.float32), mask=some)
+    tl.store(vec_ptrs + (PLANE + 2) * vec_plane, rounded, mask=some)
+
+
+@triton.jit(do_not_specialize=["size", "other_size", "offset", "blocks"])
+def contrastive_bwd_vectors_kernel(
+    neg_ptr,  # (size,) fp64, as all statistics and their derivatives
+    pos_lse_ptr,
+    d_neg_ptr,
+    d_pos_ptr,
+    d_pos_lse_ptr,
+    d_other_pos_ptr,  # (other_size,)
+    inv_ptr,  # (size,) fp32
+    factor_ptr,  # (size,) fp32
+    label_ptr,  # (size,) int32
+    vec_ptr,  # (planes, size)
+    bounds_ptr,  # (2, blocks)
+    constants_ptr,
+    size,
+    other_size,
+    offset,
+    blocks,
+    NORMALIZE: tl.constexpr,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The vectors of one side from its statistics and their derivatives.
+
+    Math      gain = 2^k with 2^15 > gain r_i |G_ij| c_j for fp16 features; weight_k = gain d_k exp(offset - lse_k), 0 for an empty set,
+              offset = the largest row's log-sum-exp - 70: no logit lies above it, no exponential overflows
+    Program   BLOCK rows; every one finds the bounds anew from those of the blocks
+    Precision fp64, rounded to fp32 once
+    """
+    top, largest = tl.full((BLOCK,), -INF, tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for b0 in range(0, blocks, BLOCK):
+        b = b0 + tl.arange(0, BLOCK)
+        top = tl.maximum(top, tl.load(bounds_ptr + b, mask=b < blocks, other=-INF))
+        largest = tl.maximum(largest, tl.load(bounds_ptr + blocks + b, mask=b < blocks, other=0.0))
+    bound = tl.max(top, 0)
+    bound = tl.where(bound == -INF, 0.0, bound)
+    offset2 = ((bound - BELOW) * LOG2E).to(tl.float32)
+    # |G| is at most four derivatives, each at most twice its power of two; factors of fp16 features are below 2
+    gain = 1024.0 / high_bit(tl.minimum(tl.maximum(tl.max(largest, 0), 1e-34), 1e34))
+    if tl.program_id(0) == 0:
+        tl.store(constants_ptr + OFFSET2, offset2)
+        tl.store(constants_ptr + GAIN, gain.to(tl.float32))
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    some = k < size
+    vec_ptrs = vec_ptr + k
+    plane = size.to(tl.int64)
+    inv = tl.load(inv_ptr + k, mask=some, other=0.0)
+    factor = tl.load(factor_ptr + k, mask=some, other=1.0)
+    tl.store(vec_ptrs + FACTOR * plane, factor, mask=some)
+    out = tl.load(constants_ptr + SCALE).to(tl.float64) * (inv.to(tl.float64) / factor.to(tl.float64)) / gain
+    tl.store(vec_ptrs + OUT * plane, out.to(tl.float32), mask=some)
+    project = tl.zeros_like(factor)
+    if NORMALIZE:  # where the norm was clamped it is a constant
+        project = tl.where(inv * EPS < 1.0, factor * factor, 0.0)
+    tl.store(vec_ptrs + PROJECT * plane, project, mask=some)
+    own_weight = tl.load(d_pos_ptr + k, mask=some, other=0.0)
+    d_neg = tl.load(d_neg_ptr + k, mask=some, other=0.0) * gain
+    lowest = bound - _LOWEST
+    neg = tl.load(neg_ptr + k, mask=some, other=0.0)
+    _weights_of(neg, d_neg, offset2, lowest, constants_ptr, vec_ptrs, plane, some, _NEG)
+    if LABELS:
+        tl.store(vec_ptrs + _LABEL * plane, tl.load(label_ptr + k, mask=some, other=0).to(tl.float32, bitcast=True), mask=some)
+        d_pos_lse = tl.load(d_pos_lse_ptr + k, mask=some, other=0.0) * gain
+        pos_lse = tl.load(pos_lse_ptr + k, mask=some, other=0.0)
+        _weights_of(pos_lse, d_pos_lse, offset2, lowest, constants_ptr, vec_ptrs, plane, some, _POS)
+    else:
+        own = k + offset
+        own_weight += tl.load(d_other_pos_ptr + own, mask=some & (own >= 0) & (own < other_size), other=0.0)
+    tl.store(vec_ptrs + OWN * plane, (own_weight * gain).to(tl.float32), mask=some)
+
+
+@triton.jit
+def _plane(vec_ptr, plane: tl.constexpr, plane_stride, k0, k, size):
+    return load_vector(vec_ptr + plane * plane_stride.to(tl.int64), k0, k, size)
+
+
+@triton.jit
+def _weights_tile(
+    tile, image, text, image_row_stride, text_row_stride, row_vec_ptr, col_vec_ptr, row_plane, col_plane,
+    constants_ptr, weights, weights_row_stride, part_ptr, M, N, D, offset,
+    LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    m, n = tile_position(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    i0, j0 = m * BLOCK_M, n * BLOCK_N
+    dot = dot_tile(
+        image, text, image_row_stride, text_row_stride, i0, j0, M, N, D,
+        BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTOR, EVEN_K, PRECISION,
+    )  # fmt: skip
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_factor = _plane(row_vec_ptr, FACTOR, row_plane, i0, i, M)
+    col_factor = _plane(col_vec_ptr, FACTOR, col_plane, j0, j, N)[None, :]
+    inside = j[None, :] < N - j0
+    own = j[None, :] - i[:, None] == i0 + offset - j0
+    if LABELS:
+        row_label = _plane(row_vec_ptr, _LABEL, row_plane, i0, i, M).to(tl.int32, bitcast=True)
+        col_label = _plane(col_vec_ptr, _LABEL, col_plane, j0, j, N).to(tl.int32, bitcast=True)
+        positive = row_label[:, None] == col_label[None, :]
+        if EXCLUDE_SELF:
+            inside = inside & (own == 0)
+    else:
+        inside = inside & (own == 0)
+    z2 = dot * col_factor
+    row_scale = scaled(row_factor, constants_ptr)
+    if EXACT:
+        z2 = tl.where(inside & (i < M - i0)[:, None], z2 * row_scale[:, None], -INF)
+        row_d, row_lse2 = (_plane(row_vec_ptr, _NEG_EXACT, row_plane, i0, i, M)[:, None],
+                           _plane(row_vec_ptr, _NEG_LSE2, row_plane, i0, i, M)[:, None])  # fmt: skip
+        col_d, col_lse2 = (_plane(col_vec_ptr, _NEG_EXACT, col_plane, j0, j, N)[None, :],
+                           _plane(col_vec_ptr, _NEG_LSE2, col_plane, j0, j, N)[None, :])  # fmt: skip
+        if LABELS:
+            row_d = tl.where(positive, _plane(row_vec_ptr, _POS_EXACT, row_plane, i0, i, M)[:, None], row_d)
+            row_lse2 = tl.where(positive, _plane(row_vec_ptr, _POS_LSE2, row_plane, i0, i, M)[:, None], row_lse2)
+            col_d = tl.where(positive, _plane(col_vec_ptr, _POS_EXACT, col_plane, j0, j, N)[None, :], col_d)
+            col_lse2 = tl.where(positive, _plane(col_vec_ptr, _POS_LSE2, col_plane, j0, j, N)[None, :], col_lse2)
+        # an empty set has weight 0 and any log-sum-exp: its exponential must not overflow
+        g = tl.where(row_d == 0, 0.0, row_d * tl.exp2(z2 - row_lse2))
+        g += tl.where(col_d == 0, 0.0, col_d * tl.exp2(z2 - col_lse2))
+    else:
+        # an infinite offset takes the rows beyond M out, for nothing
+        offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
+        g = tl.exp2(tl.fma(z2, tl.broadcast_to(row_scale[:, None], z2.shape), -offset2[:, None]))
+        if not LABELS:  # a positive's may be infinite: out before it meets a weight
+            g = tl.where(inside, g, 0.0)
+        row_weight = _plane(row_vec_ptr, _NEG, row_plane, i0, i, M)[:, None]
+        col_weight = _plane(col_vec_ptr, _NEG, col_plane, j0, j, N)[None, :]
+        if LABELS:
+            row_weight = tl.where(positive, _plane(row_vec_ptr, _POS, row_plane, i0, i, M)[:, None], row_weight)
+            col_weight = tl.where(positive, _plane(col_vec_ptr, _POS, col_plane, j0, j, N)[None, :], col_weight)
+        g *= row_weight + col_weight
+    if LABELS:
+        sums = (_plane(row_vec_ptr, OWN, row_plane, i0, i, M)[:, None]
+                + _plane(col_vec_ptr, OWN, col_plane, j0, j, N)[None, :])  # fmt: skip
+        g = tl.where(inside, g + tl.where(positive, sums, 0.0), 0.0)
+    g *= row_factor[:, None] * col_factor
+    tl.store(part_ptr + tile, tl.sum(tl.sum(g * dot, 1), 0))
+    store_tile(weights, weights_row_stride, i0, j0, g, BLOCK_M, BLOCK_N, DESCRIPTOR)
+
+
+@triton.jit(do_not_specialize=["row_plane", "col_plane", "M", "N", "offset"])
+def contrastive_bwd_kernel(
+    image,  # (M, D), a pointer or a tensor descriptor
+    text,  # (N, D)
+    image_row_stride,
+    text_row_stride,
+    row_vec_ptr,  # (planes, row_plane)
+    col_vec_ptr,  # (planes, col_plane)
+    row_plane,
+    col_plane,
+    constants_ptr,
+    weights,  # (M, N) padded to whole tiles, in the features' dtype
+    weights_row_stride,
+    part_ptr,  # (tiles,) fp32
+    M,
+    N,
+    D,
+    offset,
+    LABELS: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Weights r_i G_ij c_j of a block of logits, for the products with the features; the logits are never stored.
+
+    Math      E = 2^(z2 - offset2), one exponential a logit; negatives G = E (a_i + b_j); positives with labels
+              G = d_pos_i + d_pos_j + E (a'_i + b'_j), without 0: the finish adds them, unrounded;
+              part = sum r_i G_ij c_j <image_i, text_j>, from the unrounded G
+    Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows; none where the device asked for a repair
+    Traffic   reads image and text once per tile column and row, writes the weights once
+    Precision products in the input dtype, the rest in fp32; weights rounded once to the features' dtype
+    Ragged    rows >= M and columns >= N become 0
+    Order     one partial sum of d_scale a tile: bitwise repeatable
+    """
+    if tl.load(constants_ptr + REPAIR) == 0:
+        _weights_tile(
+            tl.program_id(0), image, text, image_row_stride, text_row_stride, row_vec_ptr, col_vec_ptr, row_plane,
+            col_plane, constants_ptr, weights, weights_row_stride, part_ptr, M, N, D, offset, LABELS, EXCLUDE_SELF,
+            False, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTOR, EVEN_K, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["row_plane", "col_plane", "M", "N", "offset"])
+def contrastive_bwd_repair_kernel(
+    image,
+    text,
+    image_row_stride,
+    text_row_stride,
+    row_vec_ptr,
+    col_vec_ptr,
+    row_plane,
+    col_plane,
+    constants_ptr,  # REPAIR: 0 returns at once
+    weights,
+    weights_row_stride,
+    part_ptr,
+    M,
+    N,
+    D,
+    offset,
+    LABELS: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same weights where one offset cannot serve all logits: d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j).
+
+    Program   persistent, tiles in steps of the grid; returns at once unless the device asked for a repair
+    Everything else as in `contrastive_bwd_kernel`; two exponentials a logit.
+    """
+    if tl.load(constants_ptr + REPAIR) != 0:
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _weights_tile(
+                tile, image, text, image_row_stride, text_row_stride, row_vec_ptr, col_vec_ptr, row_plane,
+                col_plane, constants_ptr, weights, weights_row_stride, part_ptr, M, N, D, offset, LABELS,
+                EXCLUDE_SELF, True, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTOR, EVEN_K, PRECISION,
+            )  # fmt: skip
+
+
+def contrastive_bwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    labels: tuple[Tensor, Tensor] | None,
+    offset: int,
+    exclude_self: bool,
+    normalize: bool,
+    stats: list[Tensor],
+    grads: list[Tensor],
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As the reference's `contrastive_bwd`: 6 M N D operations, in blocks of weights that fit into the workspace."""
+    has_labels = labels is not None
+    row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, row_inv, col_inv = (x.contiguous() for x in stats)
+    d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = (d.contiguous() for d in grads)
+    rows, cols = Features.of(image, row_inv, normalize), Features.of(text, col_inv, normalize)
+    M, N, D = len(image), len(text), image.shape[1]
+    row_label, col_label = labels if labels is not None else (row_inv, col_inv)
+    blocks = triton.cdiv(max(M, N), _BLOCK)
+    bounds = image.new_empty(2, blocks, dtype=torch.float64)
+    constants = image.new_empty(4, dtype=torch.float32)
+    launch(
+        contrastive_bwd_bounds_kernel,
+        blocks,
+        *(row_neg, row_pos_lse, d_row_neg, d_row_pos, d_row_pos_lse, d_col_neg, d_col_pos, d_col_pos_lse),
+        *(bounds, constants, scale, M, N),
+        LABELS=has_labels,
+        BLOCK=_BLOCK,
+    )
+    planes = 11 if has_labels else 7
+    row_vec, col_vec = (image.new_empty(planes, size, dtype=torch.float32) for size in (M, N))
+    row_grads, col_grads = (d_row_neg, d_row_pos, d_row_pos_lse), (d_col_neg, d_col_pos, d_col_pos_lse)
+    for neg, pos_lse, d, d_other_pos, inv, factor, label, vec, size, other, shift in (
+        (row_neg, row_pos_lse, row_grads, d_col_pos, row_inv, rows.factor, row_label, row_vec, M, N, offset),
+        (col_neg, col_pos_lse, col_grads, d_row_pos, col_inv, cols.factor, col_label, col_vec, N, M, -offset),
+    ):
+        launch(
+            contrastive_bwd_vectors_kernel,
+            triton.cdiv(size, _BLOCK),
+            *(neg, pos_lse, *d, d_other_pos, inv, factor, label, vec, bounds, constants, size, other, shift, blocks),
+            NORMALIZE=normalize,
+            LABELS=has_labels,
+            BLOCK=_BLOCK,
+        )
+    gradients = Gradients(rows, cols, D)
+    fast, exact = (choose(name, rows.x, has_labels) for name in ("contrastive_bwd", "contrastive_bwd_repair"))
+    tiles = gradients.count_tiles(fast, exact)
+    part = image.new_zeros(tiles + gradients.finish_parts, dtype=torch.float32)
+    done = 0
+
+    def weigh(i0: int, i1: int, j0: int, j1: int, weights: Tensor) -> None:
+        nonlocal done
+        for tile, kernel in ((fast, contrastive_bwd_kernel), (exact, contrastive_bwd_repair_kernel)):
+            x, y = rows.x[i0:i1], cols.x[j0:j1]
+            operands, options = tile_arguments(tile, x, y)
+            count = triton.cdiv(i1 - i0, tile.BLOCK_M) * triton.cdiv(j1 - j0, tile.BLOCK_N)
+            launch(
+                kernel,
+                min(count, processors(image.device)) if tile is exact else count,
+                *(*operands, row_vec[:, i0:], col_vec[:, j0:], M, N, constants),
+                *(output_argument(tile, weights, x), weights.stride(0), part[done:]),
+                *(i1 - i0, j1 - j0, x.shape[1], offset + i0 - j0),
+                LABELS=has_labels,
+                EXCLUDE_SELF=exclude_self,
+                **options,
+            )
+        done += gradients.tiles(i1 - i0, j1 - j0, fast, exact)
+
+    d_image = torch.empty_like(image, memory_format=torch.contiguous_format) if needs[0] else None
+    d_text = torch.empty_like(text, memory_format=torch.contiguous_format) if needs[1] else None
+    gradients.compute(weigh, row_vec, col_vec, None if has_labels else offset, part[tiles:], d_image, d_text)
+    d_scale = (part.sum(dtype=torch.float64) / constants[GAIN.value]).to(scale.dtype) if needs[2] else None
+    return d_image, d_text, d_scale

@@ -1,0 +1,405 @@
+"""Row and column statistics of the logits.
+
+Planes of partial sums, and of what they are reduced to: the log-sum-exp over the negatives; with labels that over the
+positives and the positives' sum; with MAXIMA the largest negative, and with labels the largest positive.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastclip.triton_kernels.features import Features, norms
+from fastclip.triton_kernels.launch import choose, chunks, launch, processors, tile_arguments, workspace_bytes
+from fastclip.triton_kernels.tile import INF, LN2, OFFSET2, REPAIR, dot_tile, load_vector, scaled, tile_position
+
+__all__ = ["contrastive_fwd"]
+
+_SMALLEST = tl.constexpr(2.0**-126)
+_SAFE_SUM = tl.constexpr(math.exp(-62))
+_REDUCED = 128  # rows or columns of a program of the reduction
+
+
+@triton.jit
+def _sums(e, keep):
+    """Row sums and column sums of the kept exponentials."""
+    e = tl.where(keep, e, 0.0)
+    return tl.sum(e, 1), tl.sum(e, 0)
+
+
+@triton.jit
+def _safe(top):
+    """`top`, or 0 where it is -inf: the exponent of nothing."""
+    return tl.where(top == -INF, 0.0, top)
+
+
+@triton.jit
+def _exact_sums(z2, keep):
+    """log2 of the same sums without an offset, from the largest of every row and column; and those."""
+    z2 = tl.where(keep, z2, -INF)
+    row_top, col_top = tl.max(z2, 1), tl.max(z2, 0)
+    row = tl.sum(tl.exp2(z2 - _safe(row_top)[:, None]), 1)
+    col = tl.sum(tl.exp2(z2 - _safe(col_top)[None, :]), 0)
+    return _safe(row_top) + tl.log2(row), _safe(col_top) + tl.log2(col), row_top, col_top
+
+
+@triton.jit
+def _store(row_part_ptr, col_part_ptr, plane: tl.constexpr, row, col, m, n, i, j, tiles_m, tiles_n, M, N):
+    """Partial results of tile (m, n): rows in [planes, tiles_n, M], columns in [planes, tiles_m, N]."""
+    tl.store(row_part_ptr + (plane * tiles_n + n).to(tl.int64) * M + i, row, mask=i < M)
+    tl.store(col_part_ptr + (plane * tiles_m + m).to(tl.int64) * N + j, col, mask=j < N)
+
+
+@triton.jit
+def _statistics_tile(
+    tile,
+    image,
+    text,
+    image_row_stride,
+    text_row_stride,
+    row_factor_ptr,
+    col_factor_ptr,
+    row_label_ptr,
+    col_label_ptr,
+    constants_ptr,
+    row_part_ptr,
+    col_part_ptr,
+    M,
+    N,
+    D,
+    offset,
+    LABELS: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    EXACT: tl.constexpr,
+    MAXIMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    m, n = tile_position(tile, tiles_m, tiles_n, GROUP)
+    i0, j0 = m * BLOCK_M, n * BLOCK_N
+    dot = dot_tile(
+        image, text, image_row_stride, text_row_stride, i0, j0, M, N, D,
+        BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTOR, EVEN_K, PRECISION,
+    )  # fmt: skip
+    li, lj = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    i, j = i0 + li, j0 + lj
+    row_factor = scaled(load_vector(row_factor_ptr, i0, li, M), constants_ptr)
+    col_factor = load_vector(col_factor_ptr, j0, lj, N)
+    z2 = dot * col_factor[None, :]
+    inside = lj[None, :] < N - j0
+    if EXACT:
+        z2 = z2 * row_factor[:, None]
+        inside = inside & (li < M - i0)[:, None]
+    else:
+        # an infinite offset takes the rows beyond M out of the sums, for nothing
+        offset2 = tl.where(li < M - i0, tl.load(constants_ptr + OFFSET2), INF)
+        e = tl.exp2(tl.fma(z2, tl.broadcast_to(row_factor[:, None], z2.shape), -offset2[:, None]))
+        if LABELS:  # what flushes to zero must not look like an empty set
+            e = tl.maximum(e, tl.where(li < M - i0, _SMALLEST, 0.0)[:, None], propagate_nan=tl.PropagateNan.ALL)
+    own = lj[None, :] - li[:, None] == i0 + offset - j0
+    if LABELS:
+        row_label = load_vector(row_label_ptr, i0, li, M)
+        col_label = load_vector(col_label_ptr, j0, lj, N)
+        same = row_label[:, None] == col_label[None, :]
+        if EXCLUDE_SELF:
+            inside = inside & (own == 0)
+        negative, positive = inside & (same == 0), inside & same
+    else:
+        negative = inside & (own == 0)
+    if EXACT:
+        row, col, row_top, col_top = _exact_sums(z2, negative)
+        _store(row_part_ptr, col_part_ptr, 0, row, col, m, n, i, j, tiles_m, tiles_n, M, N)
+        if MAXIMA:
+            _store(row_part_ptr, col_part_ptr, 3 if LABELS else 1, row_top, col_top, m, n, i, j, tiles_m, tiles_n, M, N)
+    else:
+        row, col = _sums(e, negative)
+        _store(row_part_ptr, col_part_ptr, 0, row, col, m, n, i, j, tiles_m, tiles_n, M, N)
+    if LABELS:
+        if EXACT:
+            row, col, row_top, col_top = _exact_sums(z2, positive)
+            if MAXIMA:
+                _store(row_part_ptr, col_part_ptr, 4, row_top, col_top, m, n, i, j, tiles_m, tiles_n, M, N)
+        else:
+            row, col = _sums(e, positive)
+        _store(row_part_ptr, col_part_ptr, 1, row, col, m, n, i, j, tiles_m, tiles_n, M, N)
+        if not EXACT:
+            positive = positive & (li < M - i0)[:, None]
+            z2 = z2 * row_factor[:, None]
+        z2 = tl.where(positive, z2, 0.0)
+        _store(row_part_ptr, col_part_ptr, 2, tl.sum(z2, 1), tl.sum(z2, 0), m, n, i, j, tiles_m, tiles_n, M, N)
+
+
+@triton.jit(do_not_specialize=["M", "N", "offset"])
+def contrastive_fwd_kernel(
+    image,  # (M, D), a pointer or a tensor descriptor
+    text,  # (N, D)
+    image_row_stride,
+    text_row_stride,
+    row_factor_ptr,  # (M,) fp32
+    col_factor_ptr,  # (N,) fp32
+    row_label_ptr,  # (M,) int32; not read without LABELS
+    col_label_ptr,  # (N,) int32
+    constants_ptr,  # SCALE, OFFSET2, ...
+    row_part_ptr,  # (planes, tiles_n, M)
+    col_part_ptr,  # (planes, tiles_m, N)
+    M,
+    N,
+    D,
+    offset,  # row i's own column is i + offset
+    LABELS: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums of one exponential a logit, of every tile's rows and columns; the logits are never stored.
+
+    Math      row_i += sum_j 2^(z2_ij - offset2), col_j += sum_i of the same, over negatives and over positives;
+              z2 = log2(e) s r_i c_j <image_i, text_j>
+    Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows that reuse L2
+    Traffic   reads image and text once per tile column and row; writes 4 planes (M tiles_n + N tiles_m) bytes
+    Precision products in the input dtype, accumulation and exponentials in fp32, base 2
+    Ragged    rows >= M and columns >= N are masked out of the sums; the D tail loads as 0
+    Order     partial sums are stored apart and added in tile order by the next kernel: bitwise repeatable
+    """
+    _statistics_tile(
+        tl.program_id(0), image, text, image_row_stride, text_row_stride, row_factor_ptr, col_factor_ptr, row_label_ptr, col_label_ptr,
+        constants_ptr, row_part_ptr, col_part_ptr, M, N, D, offset, LABELS, EXCLUDE_SELF, False, False,
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTOR, EVEN_K, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "N", "offset"])
+def contrastive_fwd_repair_kernel(
+    image,
+    text,
+    image_row_stride,
+    text_row_stride,
+    row_factor_ptr,
+    col_factor_ptr,
+    row_label_ptr,
+    col_label_ptr,
+    constants_ptr,  # REPAIR: 0 returns at once
+    row_part_ptr,
+    col_part_ptr,
+    M,
+    N,
+    D,
+    offset,
+    LABELS: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    MAXIMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same statistics where one offset cannot serve all logits: log2 of the sums, from each tile's own maxima.
+
+    Program   persistent, tiles in steps of the grid; returns at once unless the device asked for a repair
+    Everything else as in `contrastive_fwd_kernel`, whose partial sums it overwrites; two exponentials a logit.
+    """
+    if tl.load(constants_ptr + REPAIR) != 0:
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _statistics_tile(
+                tile, image, text, image_row_stride, text_row_stride, row_factor_ptr, col_factor_ptr, row_label_ptr, col_label_ptr,
+                constants_ptr, row_part_ptr, col_part_ptr, M, N, D, offset, LABELS, EXCLUDE_SELF, True, MAXIMA,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTOR, EVEN_K, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _reduce(
+    part_ptr, out_ptr, out_plane, constants_ptr, tiles, size, k0, alone, first, last,
+    LABELS: tl.constexpr, EXACT: tl.constexpr, MAXIMA: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One side's partial results (planes, tiles, size) -> out (planes, out_plane) fp64, from element k0."""
+    k = k0 + tl.arange(0, BLOCK)
+    some = k < size
+    offset2 = tl.load(constants_ptr + OFFSET2).to(tl.float64)
+    for plane in tl.static_range((3 if LABELS else 1) + ((2 if LABELS else 1) if MAXIMA else 0)):
+        is_sum, is_top = LABELS and plane == 2, plane >= (3 if LABELS else 1)
+        out_ptrs = out_ptr + plane * out_plane + k
+        before = tl.load(out_ptrs, mask=some & (first == 0), other=0.0 if is_sum or not EXACT else -INF)
+        top = tl.where(some & (first != 0), -INF, before) if EXACT and not is_sum else before
+        total = tl.zeros((BLOCK,), tl.float64)
+        ptrs = part_ptr + plane * tiles.to(tl.int64) * size + k[None, :]
+        if EXACT and not is_sum:
+            for t0 in range(0, tiles, TILES):
+                t = t0 + tl.arange(0, TILES)[:, None]
+                part = tl.load(ptrs + t.to(tl.int64) * size, mask=some[None, :] & (t < tiles), other=-INF)
+                top = tl.maximum(top, tl.max(part, 0).to(tl.float64))
+        if not is_top:
+            safe = tl.where(top == -INF, 0.0, top)
+            for t0 in range(0, tiles, TILES):
+                t = t0 + tl.arange(0, TILES)[:, None]
+                mask = some[None, :] & (t < tiles)
+                if EXACT and not is_sum:
+                    part = tl.load(ptrs + t.to(tl.int64) * size, mask=mask, other=-INF)
+                    total += tl.sum(tl.exp2(part.to(tl.float64) - safe[None, :]), 0)
+                else:
+                    total += tl.sum(tl.load(ptrs + t.to(tl.int64) * size, mask=mask, other=0.0).to(tl.float64), 0)
+            if EXACT and not is_sum:
+                total = tl.log2(total + tl.exp2(before - safe)) + safe
+            else:
+                total += before
+        if is_top:
+            total = top
+        if last != 0:
+            if not EXACT and not is_sum:
+                # Empty sets are known: with labels their sum is 0 exactly, without there is one pair and it is its own
+                empty = (total == 0) if LABELS else (k == alone)
+                if tl.max((some & (empty == 0) & ((total >= _SAFE_SUM) == 0)).to(tl.int32), 0) != 0:
+                    tl.store(constants_ptr + REPAIR, 1.0)  # by several programs, all the same
+                total = tl.log2(total) + offset2
+            total = total * LN2
+        tl.store(out_ptrs, total, mask=some)
+
+
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n", "M", "N", "row_out_plane", "col_out_plane", "offset", "first", "last"])
+def contrastive_fwd_reduce_kernel(
+    row_part_ptr,  # (planes, tiles_n, M) fp32
+    col_part_ptr,  # (planes, tiles_m, N) fp32
+    row_out_ptr,  # (planes, row_out_plane) fp64
+    col_out_ptr,  # (planes, col_out_plane) fp64
+    row_out_plane,
+    col_out_plane,
+    constants_ptr,
+    tiles_m,
+    tiles_n,
+    M,
+    N,
+    offset,
+    first,  # 1 on the first panel of rows: nothing to add to
+    last,  # 1 on the last: columns are complete
+    LABELS: tl.constexpr,
+    EXACT: tl.constexpr,
+    MAXIMA: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Partial sums of a panel of rows -> log-sum-exps, natural units, fp64; asks for a repair where they are not good.
+
+    Math      row_i = log sum_tiles part + offset; EXACT: parts are log2 of sums
+    Program   BLOCK rows, or columns
+    Traffic   reads every partial sum once (EXACT: twice)
+    Precision fp64. A sum of 2^(z2 - offset2) is good from e^-62 on: smaller ones may have lost terms that flushed
+    Ragged    rows and columns beyond M and N are not read
+    Order     tiles from first to last, panels from first to last: bitwise repeatable
+    """
+    block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
+    wanted = True
+    if EXACT:
+        wanted = tl.load(constants_ptr + REPAIR) != 0
+    if wanted:
+        if block < blocks:
+            alone = tl.where(N == 1, -offset, -1)
+            _reduce(
+                row_part_ptr, row_out_ptr, row_out_plane, constants_ptr, tiles_n, M, block * BLOCK, alone, 1, 1,
+                LABELS, EXACT, MAXIMA, BLOCK, TILES,
+            )  # fmt: skip
+        else:
+            alone = tl.where((M == 1) & (first != 0) & (last != 0), offset, -1)
+            _reduce(
+                col_part_ptr, col_out_ptr, col_out_plane, constants_ptr, tiles_m, N, (block - blocks) * BLOCK, alone,
+                first, last, LABELS, EXACT, MAXIMA, BLOCK, TILES,
+            )  # fmt: skip
+
+
+def contrastive_fwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    labels: tuple[Tensor, Tensor] | None,
+    offset: int,
+    exclude_self: bool,
+    normalize: bool,
+    maxima: bool = False,
+) -> tuple[Tensor, ...]:
+    """As the reference's `contrastive_fwd`: 2 M N D operations, five launches for each panel of rows but the first's
+    norms, no host synchronisation.
+
+    Columns of one problem share one exponential's offset; where that cannot serve them the device starts a repair.
+    """
+    has_labels = labels is not None
+    n = norms(image, text, scale, offset, normalize, has_labels)
+    rows, cols = Features.of(image, n.row_inv, normalize), Features.of(text, n.col_inv, normalize)
+    M, N = len(rows.x), len(cols.x)
+    planes = (5 if maxima else 3) if has_labels else (2 if maxima else 1)
+    row_out, col_out = (image.new_empty(planes, size, dtype=torch.float64) for size in (M, N))
+    row_label, col_label = (x.int() for x in labels) if labels is not None else (n.row_inv, n.col_inv)
+    if maxima:
+        n.constants[REPAIR.value] = 1.0
+    fast = choose("contrastive_fwd", rows.x, has_labels)
+    exact = choose("contrastive_fwd_repair", rows.x, has_labels)
+    # The partial sums of a panel of rows fit into the workspace
+    tiles = [(-(-M // tile.BLOCK_M), -(-N // tile.BLOCK_N)) for tile in (fast, exact)]
+    row_bytes = max(4 * planes * (n_tiles + N / tile.BLOCK_M) for (_, n_tiles), tile in zip(tiles, (fast, exact)))
+    step = max(fast.BLOCK_M, exact.BLOCK_M)
+    panel = min(max(int(workspace_bytes(image.device) / row_bytes) // step, 1) * step, M)
+    tiles = [(-(-panel // tile.BLOCK_M), -(-N // tile.BLOCK_N)) for tile in (fast, exact)]
+    row_part = image.new_empty(planes * max(n_tiles * panel for _, n_tiles in tiles), dtype=torch.float32)
+    col_part = image.new_empty(planes * max(m_tiles * N for m_tiles, _ in tiles), dtype=torch.float32)
+
+    for tile in (exact,) if maxima else (fast, exact):
+        repair = tile is exact
+        flags = {"LABELS": has_labels, "MAXIMA": maxima} if repair else {"LABELS": has_labels}
+        for i0, i1 in chunks(M, panel):
+            x = rows.x[i0:i1]
+            tiles_m, tiles_n = triton.cdiv(i1 - i0, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)
+            operands, options = tile_arguments(tile, x, cols.x)
+            launch(
+                contrastive_fwd_repair_kernel if repair else contrastive_fwd_kernel,
+                min(tiles_m * tiles_n, processors(image.device)) if repair else tiles_m * tiles_n,
+                *operands,
+                *(rows.factor[i0:i1], cols.factor, row_label[i0:i1], col_label, n.constants, row_part, col_part),
+                *(i1 - i0, N, x.shape[1], offset + i0),
+                EXCLUDE_SELF=exclude_self,
+                **flags,
+                **options,
+            )
+            launch(
+                contrastive_fwd_reduce_kernel,
+                triton.cdiv(i1 - i0, _REDUCED) + triton.cdiv(N, _REDUCED),
+                *(row_part, col_part, row_out[:, i0:], col_out, M, N, n.constants, tiles_m, tiles_n),
+                *(i1 - i0, N, offset + i0, int(i0 == 0), int(i1 == M)),
+                LABELS=has_labels,
+                EXACT=repair,
+                MAXIMA=maxima,
+                BLOCK=_REDUCED,
+                TILES=8,
+            )
+    # results must not share memory
+    row, col = ([x.clone() for x in out] if planes > 1 else [out[0]] for out in (row_out, col_out))
+    if has_labels:
+        stats = row[0], col[0], row[2], col[2], row[1], col[1], n.row_inv, n.col_inv
+        return (*stats, row[3], col[3], row[4], col[4]) if maxima else stats
+    empty = n.row_pos.new_empty(0)
+    stats = row[0], col[0], n.row_pos, n.col_pos, empty, empty.clone(), n.row_inv, n.col_inv
+    if not maxima:
+        return stats
+    return *stats, row[1], col[1], _where_own(n.row_pos, offset, N), _where_own(n.col_pos, -offset, M)
+
+
+def _where_own(pos: Tensor, offset: int, across: int) -> Tensor:
+    """The positives' logits, -inf where there is none: k's own is number k + offset of the `across`."""
+    own = torch.arange(len(pos), device=pos.device) + offset
+    return torch.where((own >= 0) & (own < across), pos, -torch.inf)

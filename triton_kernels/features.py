@@ -1,0 +1,232 @@
+"""What every pass needs of the features: inverse norms, the positives' logits, rows that the products can take.
+
+Rows that the products cannot take as they lie are copied: float16 and float32 rows times the power of two that brings
+their norm into (1/2, 1], so that neither their products nor the stored weights overflow or flush; rows that are not
+aligned to 16 bytes are laid out anew. Normalised 16-bit features are never formed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastclip.triton_kernels.launch import launch
+from fastclip.triton_kernels.tile import INF, LOG2E, OFFSET2, REPAIR, SCALE
+
+__all__ = ["Features", "norms"]
+
+EPS = tl.constexpr(1e-12)  # lower bound of a norm, as in torch.nn.functional.normalize
+BELOW = tl.constexpr(70.0)  # the exponentials' offset lies this far below the largest logit there can be
+
+
+@triton.jit
+def _inverse(squares, NORMALIZE: tl.constexpr):
+    """1 / max(norm, EPS) in fp32, or 1; NaN stays."""
+    if NORMALIZE:
+        norm = tl.sqrt(squares)
+        return (1.0 / tl.where(norm < EPS, EPS, norm)).to(tl.float32)
+    else:
+        return tl.where(squares == squares, 1.0, squares).to(tl.float32)
+
+
+@triton.jit
+def _norms(
+    x_ptr, y_ptr, x_row_stride, y_row_stride, inv_ptr, pos_ptr, scale_ptr, k0, size, other_size, D, offset,
+    NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One side's inverse norms and positive logits, from row k0; the largest norm of a unit row among them."""
+    k = k0 + tl.arange(0, BLOCK)
+    own = k + offset
+    some, has = k < size, (k < size) & (own >= 0) & (own < other_size)
+    x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
+    y_ptrs = y_ptr + tl.where(has, own, 0).to(tl.int64)[:, None] * y_row_stride
+    # fp64: squares of fp32 neither overflow nor flush
+    xx, yy, xy = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)[None, :]
+        x = tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0).to(tl.float64)
+        xx += tl.sum(x * x, 1)
+        if not LABELS:
+            y = tl.load(y_ptrs + d, mask=has[:, None] & (d < D), other=0.0).to(tl.float64)
+            yy += tl.sum(y * y, 1)
+            xy += tl.sum(x * y, 1)
+    inv = _inverse(xx, NORMALIZE)
+    tl.store(inv_ptr + k, inv, mask=some)
+    if not LABELS:
+        z = tl.load(scale_ptr).to(tl.float64) * inv.to(tl.float64) * _inverse(yy, NORMALIZE).to(tl.float64) * xy
+        tl.store(pos_ptr + k, tl.where(has, z, 0.0), mask=some)
+    return tl.max((tl.sqrt(xx) * inv.to(tl.float64)).to(tl.float32), 0)
+
+
+@triton.jit
+def _set_constants(constants_ptr, scale, top):
+    """Constants of a forward pass from the scale and the largest product of two unit rows' norms."""
+    tl.store(constants_ptr + SCALE, scale)
+    tl.store(constants_ptr + OFFSET2, (tl.abs(scale) * top - BELOW) * LOG2E)
+    tl.store(constants_ptr + REPAIR, 0.0)
+
+
+@triton.jit(do_not_specialize=["M", "N", "offset"])
+def norms_kernel(
+    image_ptr,  # (M, D)
+    text_ptr,  # (N, D)
+    image_row_stride,
+    text_row_stride,
+    row_inv_ptr,  # (M,) fp32
+    col_inv_ptr,  # (N,) fp32
+    row_pos_ptr,  # (M,) fp64; not written with LABELS
+    col_pos_ptr,  # (N,) fp64
+    top_ptr,  # (programs,) fp32
+    constants_ptr,
+    scale_ptr,
+    M,
+    N,
+    D,
+    offset,
+    NORMALIZE: tl.constexpr,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Inverse norms of all rows and, without labels, the logits of the positives.
+
+    Math      r_i = 1 / max(norm image_i, 1e-12), or 1; row_pos_i = s r_i c_j <image_i, text_j>, j = i + offset;
+              columns mirrored; top = largest r_i norm_i of the program's rows
+    Program   BLOCK rows of images, or of texts; the first writes the constants, where r_i norm_i is at most 1
+    Traffic   reads every row twice (its own, and as its partner's positive)
+    Precision fp64
+    Ragged    rows beyond the last and the D tail load as 0
+    Order     one program a row: bitwise repeatable
+    """
+    block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
+    if block < blocks:
+        top = _norms(
+            image_ptr, text_ptr, image_row_stride, text_row_stride, row_inv_ptr, row_pos_ptr, scale_ptr,
+            block * BLOCK, M, N, D, offset, NORMALIZE, LABELS, BLOCK, BLOCK_D,
+        )  # fmt: skip
+    else:
+        top = _norms(
+            text_ptr, image_ptr, text_row_stride, image_row_stride, col_inv_ptr, col_pos_ptr, scale_ptr,
+            (block - blocks) * BLOCK, N, M, D, -offset, NORMALIZE, LABELS, BLOCK, BLOCK_D,
+        )  # fmt: skip
+    if NORMALIZE:
+        if block == 0:
+            _set_constants(constants_ptr, tl.load(scale_ptr).to(tl.float32), 1.0)
+    else:
+        tl.store(top_ptr + block, top)
+
+
+@triton.jit(do_not_specialize=["rows", "cols"])
+def bound_kernel(top_ptr, constants_ptr, scale_ptr, rows, cols, BLOCK: tl.constexpr):
+    """Constants from the largest norms of (rows + cols) programs of `norms_kernel`. One program."""
+    k = tl.arange(0, BLOCK)
+    row_top, col_top = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for k0 in range(0, rows, BLOCK):
+        row_top = tl.maximum(row_top, tl.load(top_ptr + k0 + k, mask=k0 + k < rows, other=0.0))
+    for k0 in range(0, cols, BLOCK):
+        col_top = tl.maximum(col_top, tl.load(top_ptr + rows + k0 + k, mask=k0 + k < cols, other=0.0))
+    _set_constants(constants_ptr, tl.load(scale_ptr).to(tl.float32), tl.max(row_top, 0) * tl.max(col_top, 0))
+
+
+@triton.jit
+def high_bit(x):
+    """The power of two at or below a positive fp64; 1 where it is not finite or 0."""
+    power = (x.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+    return tl.where((power > 0) & (power < INF), power, 1.0)
+
+
+@triton.jit(do_not_specialize=["size", "D", "x_row_stride", "out_row_stride"])
+def copy_rows_kernel(
+    x_ptr,  # (size, D)
+    x_row_stride,
+    inv_ptr,  # (size,) fp32
+    out_ptr,  # (size, out_row_stride): the columns beyond D become 0
+    out_row_stride,
+    factor_ptr,  # (size,) fp32
+    size,
+    D,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows times the power of two in their inverse norm, and what remains of it: factor = inv / 2^e in [1, 2).
+
+    Program   BLOCK rows
+    Precision exact, but for elements 2^-24 below the row's norm, which may flush in fp16
+    """
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    some = k < size
+    inv = tl.load(inv_ptr + k, mask=some, other=1.0)
+    power = high_bit(inv.to(tl.float64))
+    tl.store(factor_ptr + k, (inv.to(tl.float64) / power).to(tl.float32), mask=some)
+    x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
+    out_ptrs = out_ptr + k.to(tl.int64)[:, None] * out_row_stride
+    for d0 in range(0, out_row_stride, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)[None, :]
+        x = tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0)
+        x = (x.to(tl.float64) * power[:, None]).to(x.dtype)
+        tl.store(out_ptrs + d, x, mask=some[:, None] & (d < out_row_stride))
+
+
+_ROWS, _COLUMNS = 8, 256  # of a program of the kernels above, at a time
+
+
+class Features(NamedTuple):
+    """One side's rows as the products see them, factor still to be multiplied in."""
+
+    x: Tensor  # (size, D), or more columns of zeros
+    factor: Tensor  # (size,) fp32
+
+    @staticmethod
+    def of(x: Tensor, inv: Tensor, normalize: bool) -> Features:
+        """From features (size, D) and their inverse norms (size,) fp32."""
+        aligned = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+        aligned &= x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+        if aligned and not (normalize and x.dtype != torch.bfloat16):
+            return Features(x, inv)
+        size, D = x.shape
+        out = x.new_empty(size, -(-D // 8) * 8)
+        factor = torch.empty_like(inv)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        launch(
+            copy_rows_kernel,
+            triton.cdiv(size, _ROWS),
+            *(x, x.stride(0), inv, out, out.stride(0), factor, size, D),
+            BLOCK=_ROWS,
+            BLOCK_D=_COLUMNS,
+        )
+        return Features(out, factor)
+
+
+class Norms(NamedTuple):
+    row_inv: Tensor  # (M,) fp32
+    col_inv: Tensor  # (N,) fp32
+    row_pos: Tensor  # (M,) fp64: the positive's logit, 0 where there is none; nothing with labels
+    col_pos: Tensor  # (N,) fp64
+    constants: Tensor
+
+
+def norms(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize: bool, labels: bool) -> Norms:
+    """One launch, for normalised features; one more where the bound on the logits has to be found."""
+    M, D = image.shape
+    N = text.shape[0]
+    image, text = (x if x.stride(1) == 1 else x.contiguous() for x in (image, text))
+    rows, cols = triton.cdiv(M, _ROWS), triton.cdiv(N, _ROWS)
+    row_inv, col_inv, top, constants = (image.new_empty(n, dtype=torch.float32) for n in (M, N, rows + cols, 4))
+    row_pos, col_pos = (image.new_empty(n, dtype=torch.float64) for n in ((0, 0) if labels else (M, N)))
+    launch(
+        norms_kernel,
+        rows + cols,
+        *(image, text, image.stride(0), text.stride(0), row_inv, col_inv, row_pos, col_pos, top, constants, scale),
+        *(M, N, D, offset),
+        NORMALIZE=normalize,
+        LABELS=labels,
+        BLOCK=_ROWS,
+        BLOCK_D=_COLUMNS,
+    )
+    if not normalize:
+        launch(bound_kernel, 1, top, constants, scale, rows, cols, BLOCK=1024)
+    return Norms(row_inv, col_inv, row_pos, col_pos, constants)

@@ -1,0 +1,156 @@
+"""How the kernels are launched: configurations, the choice of memory accesses, workspace and matrix products."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastclip import _env
+
+__all__ = ["Config", "addmm", "choose", "chunks", "interpreting", "launch", "output_argument", "processors", "tile_arguments"]
+
+_WORKSPACE_MB = 1024  # of a GPU, unless FASTCLIP_WORKSPACE_MB says otherwise
+
+_DEFAULT_PROCESSORS = 132  # where no GPU says: an H100's
+
+
+class Config(NamedTuple):
+    """A tile of (BLOCK_M, BLOCK_N) logits, BLOCK_K features at a time, by so many warps and pipeline stages."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+# By kernel, chip, features' dtype and whether there are labels; none spills registers (tests/test_triton_compiled.py).
+CONFIGS = {
+    ("contrastive_fwd", "hopper", "fp16", False): Config(128, 128, 64, 4, 3),
+    ("contrastive_fwd", "hopper", "fp16", True): Config(128, 64, 64, 4, 3),
+    ("contrastive_fwd", "hopper", "fp32", False): Config(128, 128, 32, 8, 3),
+    ("contrastive_fwd", "hopper", "fp32", True): Config(128, 64, 32, 8, 3),
+    ("contrastive_fwd", "other", "fp16", False): Config(128, 128, 32, 8, 3),
+    ("contrastive_fwd", "other", "fp16", True): Config(128, 64, 32, 8, 3),
+    ("contrastive_fwd", "other", "fp32", False): Config(128, 64, 32, 8, 3),
+    ("contrastive_fwd", "other", "fp32", True): Config(64, 64, 32, 8, 3),
+    ("contrastive_fwd_repair", "hopper", "fp16", False): Config(128, 128, 64, 8, 3),
+    ("contrastive_fwd_repair", "hopper", "fp16", True): Config(128, 64, 64, 8, 3),
+    ("contrastive_fwd_repair", "hopper", "fp32", False): Config(128, 64, 32, 8, 3),
+    ("contrastive_fwd_repair", "hopper", "fp32", True): Config(64, 64, 32, 8, 3),
+    ("contrastive_fwd_repair", "other", "fp16", False): Config(128, 64, 32, 8, 3),
+    ("contrastive_fwd_repair", "other", "fp16", True): Config(128, 64, 32, 8, 3),
+    ("contrastive_fwd_repair", "other", "fp32", False): Config(64, 64, 32, 8, 3),
+    ("contrastive_fwd_repair", "other", "fp32", True): Config(64, 64, 32, 8, 3),
+    ("contrastive_bwd", "hopper", "fp16", False): Config(128, 128, 64, 8, 3),
+    ("contrastive_bwd", "hopper", "fp16", True): Config(128, 64, 64, 8, 3),
+    ("contrastive_bwd", "hopper", "fp32", False): Config(128, 64, 32, 8, 3),
+    ("contrastive_bwd", "hopper", "fp32", True): Config(64, 64, 32, 8, 3),
+    ("contrastive_bwd", "other", "fp16", False): Config(128, 64, 32, 8, 3),
+    ("contrastive_bwd", "other", "fp16", True): Config(128, 64, 32, 8, 3),
+    ("contrastive_bwd", "other", "fp32", False): Config(64, 64, 32, 8, 3),
+    ("contrastive_bwd", "other", "fp32", True): Config(64, 64, 32, 8, 3),
+    ("contrastive_bwd_repair", "hopper", "fp16", False): Config(128, 128, 64, 8, 3),
+    ("contrastive_bwd_repair", "hopper", "fp16", True): Config(128, 64, 64, 8, 3),
+    ("contrastive_bwd_repair", "hopper", "fp32", False): Config(128, 64, 32, 8, 3),
+    ("contrastive_bwd_repair", "hopper", "fp32", True): Config(64, 64, 32, 8, 3),
+    ("contrastive_bwd_repair", "other", "fp16", False): Config(128, 64, 32, 8, 3),
+    ("contrastive_bwd_repair", "other", "fp16", True): Config(128, 64, 32, 8, 3),
+    ("contrastive_bwd_repair", "other", "fp32", False): Config(64, 64, 32, 8, 3),
+    ("contrastive_bwd_repair", "other", "fp32", True): Config(64, 64, 32, 8, 3),
+    ("sigmoid_fwd", "hopper", "fp16", False): Config(128, 128, 64, 8, 3),
+    ("sigmoid_fwd", "hopper", "fp32", False): Config(128, 64, 32, 8, 3),
+    ("sigmoid_fwd", "other", "fp16", False): Config(128, 64, 32, 8, 3),
+    ("sigmoid_fwd", "other", "fp32", False): Config(64, 64, 32, 8, 3),
+}
+
+
+def interpreting() -> bool:
+    """TRITON_INTERPRET=1: the kernels run as Python on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
+    """Every kernel of this package starts here."""
+    kernel[(grid,)](*args, **options)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU; (0, 0) of everything else."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def uses_descriptors(x: Tensor) -> bool:
+    """Hopper's tensor memory accelerator; elsewhere pointers spill less or it does not exist."""
+    return capability(x.device)[0] == 9
+
+
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _DEFAULT_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def output_argument(tile: Config, out: Tensor, features: Tensor) -> Any:
+    """What a tile kernel for these features writes its tiles to."""
+    return TensorDescriptor.from_tensor(out, [tile.BLOCK_M, tile.BLOCK_N]) if uses_descriptors(features) else out
+
+
+def workspace_bytes(device: torch.device) -> int:
+    return _env.workspace_bytes(_WORKSPACE_MB)
+
+
+def choose(kernel: str, x: Tensor, labels: bool) -> Config:
+    """The configuration of a tile kernel for features like `x`."""
+    chip = "hopper" if capability(x.device)[0] == 9 else "other"
+    return CONFIGS[kernel, chip, "fp32" if x.dtype == torch.float32 else "fp16", labels]
+
+
+def tile_arguments(tile: Config, image: Tensor, text: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first arguments of a tile kernel, features and their strides; and its options."""
+    descriptor = uses_descriptors(image)
+    strides = image.stride(0), text.stride(0)
+    D = image.shape[1]
+    options = {
+        **tile._asdict(),
+        "GROUP": 8,
+        "DESCRIPTOR": descriptor,
+        "EVEN_K": D % tile.BLOCK_K == 0,
+        "PRECISION": precision(image),
+    }
+    if descriptor:
+        image, text = (
+            TensorDescriptor.from_tensor(x, [rows, tile.BLOCK_K])
+            for x, rows in ((image, tile.BLOCK_M), (text, tile.BLOCK_N))
+        )
+    return (image, text, *strides), options
+
+
+def precision(x: Tensor) -> str:
+    """How a product of fp32 tiles is computed: as torch's own matrix products are asked to, else without loss."""
+    if x.dtype != torch.float32 or x.device.type != "cuda":
+        return "ieee"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def addmm(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+    """out = a b in fp32, added to what was there if `keep`, by the library."""
+    if a.dtype != torch.float32 and out.device.type == "cuda":
+        if keep:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+        return
+    torch.addmm(out, a.float(), b.float(), beta=int(keep), out=out)
+
+
+def chunks(size: int, length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + length, size)) for start in range(0, size, length)]

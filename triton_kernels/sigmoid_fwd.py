@@ -1,0 +1,227 @@
+"""The sigmoid loss with its gradients in one pass over the logits; see the reference's `sigmoid_fwd`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastclip.triton_kernels.features import BELOW, EPS, Features, high_bit, norms
+from fastclip.triton_kernels.gradients import FACTOR, OUT, OWN, PROJECT, Gradients
+from fastclip.triton_kernels.launch import choose, launch, output_argument, tile_arguments
+from fastclip.triton_kernels.tile import (
+    GAIN,
+    LN2,
+    LOG2E,
+    OFFSET2,
+    SCALE,
+    dot_tile,
+    load_vector,
+    store_tile,
+    tile_position,
+)
+
+__all__ = ["sigmoid_fwd"]
+
+_BLOCK = 1024  # rows of a program of the vectors' kernel
+
+
+@triton.jit
+def _log1p_of_small(t):
+    """log(1 + t) for t in [0, 1] as t P(t), relative error 2e-7: log would lose all digits of a solved pair."""
+    p = tl.fma(tl.full(t.shape, 0.00523268431, tl.float32), t, -0.0295051988)
+    p = tl.fma(p, t, 0.0782258883)
+    p = tl.fma(p, t, -0.136632398)
+    p = tl.fma(p, t, 0.191060036)
+    p = tl.fma(p, t, -0.24842982)
+    p = tl.fma(p, t, 0.333190978)
+    p = tl.fma(p, t, -0.499994934)
+    return t * tl.fma(p, t, 0.99999994)
+
+
+@triton.jit(do_not_specialize=["size", "other_size", "offset", "parts", "first"])
+def sigmoid_vectors_kernel(
+    pos_ptr,  # (size,) fp64: the own pair's logit, without the bias
+    inv_ptr,  # (size,) fp32
+    factor_ptr,  # (size,) fp32
+    vec_ptr,  # (planes, size): FACTOR, OWN, OUT, PROJECT
+    constants_ptr,
+    bias_ptr,
+    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias; from `first`, not written without SUMS
+    size,
+    other_size,
+    offset,
+    parts,
+    first,
+    NORMALIZE: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The vectors of one side, and the own pairs' share of the loss and of d_bias.
+
+    Math      x = -(z + b): loss softplus(x), weight -gain sigmoid(x);  gain = 2^k with 2^14 > gain |G| everywhere,
+              from the bound on the logits: also a solved batch's weights are fp16 numbers
+    Program   BLOCK rows
+    Precision fp64
+    """
+    bias = tl.load(bias_ptr).to(tl.float64)
+    scale = tl.load(constants_ptr + SCALE).to(tl.float64)
+    bound = tl.load(constants_ptr + OFFSET2).to(tl.float64) * LN2 + BELOW
+    largest = tl.exp(tl.minimum(tl.maximum(bound + bias, -70.0), 0.0))
+    gain = 4096.0 / high_bit(largest)
+    if tl.program_id(0) == 0:
+        tl.store(constants_ptr + GAIN, gain.to(tl.float32))
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    some = k < size
+    inv = tl.load(inv_ptr + k, mask=some, other=0.0)
+    factor = tl.load(factor_ptr + k, mask=some, other=1.0)
+    plane = size.to(tl.int64)
+    tl.store(vec_ptr + FACTOR * plane + k, factor, mask=some)
+    out = scale * (inv.to(tl.float64) / factor.to(tl.float64)) / gain
+    tl.store(vec_ptr + OUT * plane + k, out.to(tl.float32), mask=some)
+    project = tl.zeros_like(factor)
+    if NORMALIZE:  # where the norm was clamped it is a constant
+        project = tl.where(inv * EPS < 1.0, factor * factor, 0.0)
+    tl.store(vec_ptr + PROJECT * plane + k, project, mask=some)
+    has = some & (k + offset >= 0) & (k + offset < other_size)
+    x = -(tl.load(pos_ptr + k, mask=some, other=0.0) + bias)
+    t = tl.exp(-tl.abs(x))
+    sigmoid = tl.where(has, tl.where(x >= 0, 1.0, t) / (1.0 + t), 0.0)
+    tl.store(vec_ptr + OWN * plane + k, (-gain * sigmoid).to(tl.float32), mask=some)
+    if SUMS:
+        above = 1.0 + t
+        log1p = tl.where(above == 1.0, t, tl.log(above) * (t / tl.where(above == 1.0, 1.0, above - 1.0)))
+        loss = tl.where(has, tl.where(x > 0, x, 0.0) + log1p + 0.0 * x, 0.0)
+        at = first + tl.program_id(0)
+        tl.store(part_ptr + at, tl.sum(loss, 0))
+        tl.store(part_ptr + 2 * parts.to(tl.int64) + at, -tl.sum(sigmoid, 0))
+
+
+@triton.jit(do_not_specialize=["row_plane", "col_plane", "parts", "M", "N", "offset"])
+def sigmoid_fwd_kernel(
+    image,  # (M, D), a pointer or a tensor descriptor
+    text,  # (N, D)
+    image_row_stride,
+    text_row_stride,
+    row_vec_ptr,  # (planes, row_plane)
+    col_vec_ptr,  # (planes, col_plane)
+    constants_ptr,
+    bias_ptr,
+    weights,  # (M, N) padded to whole tiles, in the features' dtype; not written without GRADIENTS
+    weights_row_stride,
+    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias of every tile
+    parts,
+    M,
+    N,
+    D,
+    offset,
+    GRADIENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Losses of a block of pairs and the weights r_i G_ij c_j of their gradients; the logits are never stored.
+
+    Math      x = z + b, t = exp(-abs(x)): loss max(x, 0) + log1p(t), G = sigmoid(x) = (x >= 0 ? 1 : t) / (1 + t);
+              own pairs 0: they are added from their fp64 logits, and in the finish
+    Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows that reuse L2
+    Traffic   reads image and text once per tile column and row, writes the weights once
+    Precision products in the input dtype, the rest in fp32; weights rounded once to the features' dtype
+    Ragged    rows >= M and columns >= N are left out of the sums
+    Order     partial sums of every tile: bitwise repeatable
+    """
+    tile = tl.program_id(0)
+    m, n = tile_position(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    i0, j0 = m * BLOCK_M, n * BLOCK_N
+    dot = dot_tile(
+        image, text, image_row_stride, text_row_stride, i0, j0, M, N, D,
+        BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTOR, EVEN_K, PRECISION,
+    )  # fmt: skip
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_factor = load_vector(row_vec_ptr, i0, i, M)
+    col_factor = load_vector(col_vec_ptr, j0, j, N)[None, :]
+    scale = tl.load(constants_ptr + SCALE).to(tl.float64)
+    row_scale = (row_factor.to(tl.float64) * scale).to(tl.float32)[:, None]
+    inside = (i < M - i0)[:, None] & (j < N - j0)[None, :] & (j[None, :] - i[:, None] != i0 + offset - j0)
+    x = dot * col_factor
+    bias = tl.full(x.shape, 0.0, tl.float32) + tl.load(bias_ptr).to(tl.float32)
+    x = tl.fma(x, tl.broadcast_to(row_scale, x.shape), bias)
+    t = tl.exp2(-tl.abs(x) * LOG2E)
+    loss = tl.where(inside, tl.where(x > 0, x, 0.0) + _log1p_of_small(t), 0.0)
+    tl.store(part_ptr + tile, tl.sum(tl.sum(loss, 1), 0).to(tl.float64))
+    if GRADIENTS:
+        g = tl.where(inside, tl.where(x >= 0, 1.0, t) / (1.0 + t), 0.0)
+        tl.store(part_ptr + 2 * parts.to(tl.int64) + tile, tl.sum(tl.sum(g, 1), 0).to(tl.float64))
+        g *= row_factor[:, None] * col_factor * tl.load(constants_ptr + GAIN)
+        tl.store(part_ptr + parts.to(tl.int64) + tile, tl.sum(tl.sum(g * dot, 1), 0).to(tl.float64))
+        store_tile(weights, weights_row_stride, i0, j0, g, BLOCK_M, BLOCK_N, DESCRIPTOR)
+
+
+def sigmoid_fwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    offset: int,
+    normalize: bool,
+    bias: Tensor,
+    divisor: int,
+    needs: list[bool],
+    saved_dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """As the reference's `sigmoid_fwd`: 6 M N D operations with gradients of the features, 2 without."""
+    n = norms(image, text, scale, offset, normalize, False)
+    rows, cols = Features.of(image, n.row_inv, normalize), Features.of(text, n.col_inv, normalize)
+    M, N, D = len(image), len(text), image.shape[1]
+    gradients = Gradients(rows, cols, D)
+    tile = choose("sigmoid_fwd", rows.x, False)
+    tiles = gradients.count_tiles(tile)
+    parts = tiles + max(gradients.finish_parts, triton.cdiv(M, _BLOCK))
+    part = image.new_zeros(3, parts, dtype=torch.float64)
+    row_vec, col_vec = (image.new_empty(4, size, dtype=torch.float32) for size in (M, N))
+    for pos, inv, factor, vec, size, other, shift in (
+        (n.row_pos, n.row_inv, rows.factor, row_vec, M, N, offset),
+        (n.col_pos, n.col_inv, cols.factor, col_vec, N, M, -offset),
+    ):
+        launch(
+            sigmoid_vectors_kernel,
+            triton.cdiv(size, _BLOCK),
+            *(pos, inv, factor, vec, n.constants, bias, part, size, other, shift, parts, tiles),
+            NORMALIZE=normalize,
+            SUMS=vec is row_vec,
+            BLOCK=_BLOCK,
+        )
+    done = 0
+
+    def weigh(i0: int, i1: int, j0: int, j1: int, weights: Tensor) -> None:
+        nonlocal done
+        x, y = rows.x[i0:i1], cols.x[j0:j1]
+        operands, options = tile_arguments(tile, x, y)
+        launch(
+            sigmoid_fwd_kernel,
+            triton.cdiv(i1 - i0, tile.BLOCK_M) * triton.cdiv(j1 - j0, tile.BLOCK_N),
+            *(*operands, row_vec[:, i0:], col_vec[:, j0:], n.constants, bias),
+            *(output_argument(tile, weights, x), weights.stride(0), part[:, done:], parts),
+            *(i1 - i0, j1 - j0, x.shape[1], offset + i0 - j0),
+            GRADIENTS=any(needs),
+            **options,
+        )
+        done += gradients.tiles(i1 - i0, j1 - j0, tile)
+
+    d_image, d_text = (
+        torch.empty(x.shape, dtype=saved_dtype, device=x.device) if need else None for x, need in zip((image, text), needs)
+    )
+    own = offset if any(needs[:3]) else None
+    gradients.compute(weigh, row_vec, col_vec, own, part[1, tiles:], d_image, d_text, 1.0 / divisor)
+    loss, d_scale, d_bias = part.sum(1) / divisor
+    return (
+        loss,
+        d_image,
+        d_text,
+        (d_scale / n.constants[GAIN.value]).to(scale.dtype) if needs[2] else None,
+        d_bias.to(bias.dtype) if needs[3] else None,
+    )
