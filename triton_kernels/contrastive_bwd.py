@@ -18,6 +18,7 @@ from fastclip.triton_kernels.tile import (
     REPAIR,
     SCALE,
     dot_tile,
+    halves,
     load_vector,
     scaled,
     store_tile,
@@ -178,11 +179,100 @@ def _plane(vec_ptr, plane: tl.constexpr, plane_stride, k0, k, size):
 
 
 @triton.jit
+def _weigh(
+    dot, row_vec_ptr, col_vec_ptr, row_plane, col_plane, constants_ptr, weights, weights_row_stride, i0, j0,
+    M, N, offset, LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Stores the weights of dot products (BLOCK_M, BLOCK_N) from (i0, j0) on; returns their rows' share of d_scale."""
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_factor = _plane(row_vec_ptr, FACTOR, row_plane, i0, i, M)
+    col_factor = _plane(col_vec_ptr, FACTOR, col_plane, j0, j, N)[None, :]
+    row_scale = scaled(row_factor, constants_ptr)
+    inside = j[None, :] < N - j0
+    own = j[None, :] - i[:, None] == i0 + offset - j0
+    if LABELS:
+        row_label = _plane(row_vec_ptr, _LABEL, row_plane, i0, i, M).to(tl.int32, bitcast=True)
+        col_label = _plane(col_vec_ptr, _LABEL, col_plane, j0, j, N).to(tl.int32, bitcast=True)
+        positive = row_label[:, None] == col_label[None, :]
+    if EXCLUDE_SELF or not LABELS:
+        inside = inside & (own == 0)
+    dot *= col_factor
+    z2 = dot
+    if EXACT:
+        z2 = tl.where(inside & (i < M - i0)[:, None], z2 * row_scale[:, None], -INF)
+        g = tl.zeros_like(z2)
+        for side in tl.static_range(2):
+            if side == 0:
+                d = _plane(row_vec_ptr, _NEG_EXACT, row_plane, i0, i, M)[:, None]
+                lse2 = _plane(row_vec_ptr, _NEG_LSE2, row_plane, i0, i, M)[:, None]
+            else:
+                d = _plane(col_vec_ptr, _NEG_EXACT, col_plane, j0, j, N)[None, :]
+                lse2 = _plane(col_vec_ptr, _NEG_LSE2, col_plane, j0, j, N)[None, :]
+            if LABELS:
+                if side == 0:
+                    d = tl.where(positive, _plane(row_vec_ptr, _POS_EXACT, row_plane, i0, i, M)[:, None], d)
+                    lse2 = tl.where(positive, _plane(row_vec_ptr, _POS_LSE2, row_plane, i0, i, M)[:, None], lse2)
+                else:
+                    d = tl.where(positive, _plane(col_vec_ptr, _POS_EXACT, col_plane, j0, j, N)[None, :], d)
+                    lse2 = tl.where(positive, _plane(col_vec_ptr, _POS_LSE2, col_plane, j0, j, N)[None, :], lse2)
+            # an empty set has weight 0 and any log-sum-exp: its exponential must not overflow
+            g += tl.where(d == 0, 0.0, d * tl.exp2(z2 - lse2))
+    else:
+        # an infinite offset takes the rows beyond M out, for nothing
+        offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
+        g = tl.exp2(tl.fma(z2, tl.broadcast_to(row_scale[:, None], z2.shape), -offset2[:, None]))
+        if not LABELS:  # a positive's may be infinite: out before it meets a weight
+            first = i0 + offset - j0  # own column of the first row
+            if ((first > -BLOCK_M) & (first < BLOCK_N)) | (N - j0 < BLOCK_N):
+                g = tl.where(inside, g, 0.0)
+        row_weight = _plane(row_vec_ptr, _NEG, row_plane, i0, i, M)[:, None]
+        col_weight = _plane(col_vec_ptr, _NEG, col_plane, j0, j, N)[None, :]
+        if LABELS:
+            row_weight = tl.where(positive, _plane(row_vec_ptr, _POS, row_plane, i0, i, M)[:, None], row_weight)
+            col_weight = tl.where(positive, _plane(col_vec_ptr, _POS, col_plane, j0, j, N)[None, :], col_weight)
+        g *= row_weight + col_weight
+    if LABELS:
+        row_own = _plane(row_vec_ptr, OWN, row_plane, i0, i, M)[:, None]
+        col_own = _plane(col_vec_ptr, OWN, col_plane, j0, j, N)[None, :]
+        g = tl.where(inside, g + tl.where(positive, row_own + col_own, 0.0), 0.0)
+    g *= row_factor[:, None]
+    part = tl.sum(g * dot, 1)
+    store_tile(weights, weights_row_stride, i0, j0, g * col_factor, BLOCK_M, BLOCK_N, DESCRIPTOR)
+    return part
+
+
+@triton.jit
+def _weigh_split(
+    dot, row_vec_ptr, col_vec_ptr, row_plane, col_plane, constants_ptr, weights, weights_row_stride, i0, j0,
+    M, N, offset, LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTOR: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The same in SPLIT parts one after the other: the temporaries of the others need no registers."""
+    if SPLIT == 1:
+        return _weigh(
+            dot, row_vec_ptr, col_vec_ptr, row_plane, col_plane, constants_ptr, weights, weights_row_stride, i0, j0,
+            M, N, offset, LABELS, EXCLUDE_SELF, EXACT, BLOCK_M, BLOCK_N, DESCRIPTOR,
+        )  # fmt: skip
+    else:
+        left, right = halves(dot, BLOCK_M, BLOCK_N)
+        part = _weigh_split(
+            left, row_vec_ptr, col_vec_ptr, row_plane, col_plane, constants_ptr, weights, weights_row_stride, i0, j0,
+            M, N, offset, LABELS, EXCLUDE_SELF, EXACT, BLOCK_M, BLOCK_N // 2, DESCRIPTOR, SPLIT // 2,
+        )  # fmt: skip
+        return part + _weigh_split(
+            right, row_vec_ptr, col_vec_ptr, row_plane, col_plane, constants_ptr, weights, weights_row_stride, i0,
+            j0 + BLOCK_N // 2, M, N, offset, LABELS, EXCLUDE_SELF, EXACT, BLOCK_M, BLOCK_N // 2, DESCRIPTOR,
+            SPLIT // 2,
+        )  # fmt: skip
+
+
+@triton.jit
 def _weights_tile(
     tile, image, text, image_row_stride, text_row_stride, row_vec_ptr, col_vec_ptr, row_plane, col_plane,
     constants_ptr, weights, weights_row_stride, part_ptr, M, N, D, offset,
     LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     m, n = tile_position(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
@@ -191,54 +281,11 @@ def _weights_tile(
         image, text, image_row_stride, text_row_stride, i0, j0, M, N, D,
         BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTOR, EVEN_K, PRECISION,
     )  # fmt: skip
-    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    row_factor = _plane(row_vec_ptr, FACTOR, row_plane, i0, i, M)
-    col_factor = _plane(col_vec_ptr, FACTOR, col_plane, j0, j, N)[None, :]
-    inside = j[None, :] < N - j0
-    own = j[None, :] - i[:, None] == i0 + offset - j0
-    if LABELS:
-        row_label = _plane(row_vec_ptr, _LABEL, row_plane, i0, i, M).to(tl.int32, bitcast=True)
-        col_label = _plane(col_vec_ptr, _LABEL, col_plane, j0, j, N).to(tl.int32, bitcast=True)
-        positive = row_label[:, None] == col_label[None, :]
-        if EXCLUDE_SELF:
-            inside = inside & (own == 0)
-    else:
-        inside = inside & (own == 0)
-    z2 = dot * col_factor
-    row_scale = scaled(row_factor, constants_ptr)
-    if EXACT:
-        z2 = tl.where(inside & (i < M - i0)[:, None], z2 * row_scale[:, None], -INF)
-        row_d, row_lse2 = (_plane(row_vec_ptr, _NEG_EXACT, row_plane, i0, i, M)[:, None],
-                           _plane(row_vec_ptr, _NEG_LSE2, row_plane, i0, i, M)[:, None])  # fmt: skip
-        col_d, col_lse2 = (_plane(col_vec_ptr, _NEG_EXACT, col_plane, j0, j, N)[None, :],
-                           _plane(col_vec_ptr, _NEG_LSE2, col_plane, j0, j, N)[None, :])  # fmt: skip
-        if LABELS:
-            row_d = tl.where(positive, _plane(row_vec_ptr, _POS_EXACT, row_plane, i0, i, M)[:, None], row_d)
-            row_lse2 = tl.where(positive, _plane(row_vec_ptr, _POS_LSE2, row_plane, i0, i, M)[:, None], row_lse2)
-            col_d = tl.where(positive, _plane(col_vec_ptr, _POS_EXACT, col_plane, j0, j, N)[None, :], col_d)
-            col_lse2 = tl.where(positive, _plane(col_vec_ptr, _POS_LSE2, col_plane, j0, j, N)[None, :], col_lse2)
-        # an empty set has weight 0 and any log-sum-exp: its exponential must not overflow
-        g = tl.where(row_d == 0, 0.0, row_d * tl.exp2(z2 - row_lse2))
-        g += tl.where(col_d == 0, 0.0, col_d * tl.exp2(z2 - col_lse2))
-    else:
-        # an infinite offset takes the rows beyond M out, for nothing
-        offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
-        g = tl.exp2(tl.fma(z2, tl.broadcast_to(row_scale[:, None], z2.shape), -offset2[:, None]))
-        if not LABELS:  # a positive's may be infinite: out before it meets a weight
-            g = tl.where(inside, g, 0.0)
-        row_weight = _plane(row_vec_ptr, _NEG, row_plane, i0, i, M)[:, None]
-        col_weight = _plane(col_vec_ptr, _NEG, col_plane, j0, j, N)[None, :]
-        if LABELS:
-            row_weight = tl.where(positive, _plane(row_vec_ptr, _POS, row_plane, i0, i, M)[:, None], row_weight)
-            col_weight = tl.where(positive, _plane(col_vec_ptr, _POS, col_plane, j0, j, N)[None, :], col_weight)
-        g *= row_weight + col_weight
-    if LABELS:
-        sums = (_plane(row_vec_ptr, OWN, row_plane, i0, i, M)[:, None]
-                + _plane(col_vec_ptr, OWN, col_plane, j0, j, N)[None, :])  # fmt: skip
-        g = tl.where(inside, g + tl.where(positive, sums, 0.0), 0.0)
-    g *= row_factor[:, None] * col_factor
-    tl.store(part_ptr + tile, tl.sum(tl.sum(g * dot, 1), 0))
-    store_tile(weights, weights_row_stride, i0, j0, g, BLOCK_M, BLOCK_N, DESCRIPTOR)
+    part = _weigh_split(
+        dot, row_vec_ptr, col_vec_ptr, row_plane, col_plane, constants_ptr, weights, weights_row_stride, i0, j0,
+        M, N, offset, LABELS, EXCLUDE_SELF, EXACT, BLOCK_M, BLOCK_N, DESCRIPTOR, SPLIT,
+    )  # fmt: skip
+    tl.store(part_ptr + tile, tl.sum(part, 0))
 
 
 @triton.jit(do_not_specialize=["row_plane", "col_plane", "M", "N", "offset"])
@@ -268,6 +315,7 @@ def contrastive_bwd_kernel(
     DESCRIPTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr = 1,
 ):
     """Weights r_i G_ij c_j of a block of logits, for the products with the features; the logits are never stored.
 
@@ -284,7 +332,7 @@ def contrastive_bwd_kernel(
         _weights_tile(
             tl.program_id(0), image, text, image_row_stride, text_row_stride, row_vec_ptr, col_vec_ptr, row_plane,
             col_plane, constants_ptr, weights, weights_row_stride, part_ptr, M, N, D, offset, LABELS, EXCLUDE_SELF,
-            False, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTOR, EVEN_K, PRECISION,
+            False, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SPLIT, DESCRIPTOR, EVEN_K, PRECISION,
         )  # fmt: skip
 
 
@@ -315,6 +363,7 @@ def contrastive_bwd_repair_kernel(
     DESCRIPTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr = 1,
 ):
     """The same weights where one offset cannot serve all logits: d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j).
 
@@ -327,7 +376,7 @@ def contrastive_bwd_repair_kernel(
             _weights_tile(
                 tile, image, text, image_row_stride, text_row_stride, row_vec_ptr, col_vec_ptr, row_plane,
                 col_plane, constants_ptr, weights, weights_row_stride, part_ptr, M, N, D, offset, LABELS,
-                EXCLUDE_SELF, True, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTOR, EVEN_K, PRECISION,
+                EXCLUDE_SELF, True, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SPLIT, DESCRIPTOR, EVEN_K, PRECISION,
             )  # fmt: skip
 
 

@@ -122,7 +122,13 @@ def _statistics_tile(
         if MAXIMA:
             _store(row_part_ptr, col_part_ptr, 3 if LABELS else 1, row_top, col_top, m, n, i, j, tiles_m, tiles_n, M, N)
     else:
-        row, col = _sums(e, negative)
+        if LABELS:
+            row, col = _sums(e, negative)
+        else:
+            first = i0 + offset - j0  # own column of the first row
+            if ((first > -BLOCK_M) & (first < BLOCK_N)) | (N - j0 < BLOCK_N):
+                e = tl.where(negative, e, 0.0)
+            row, col = tl.sum(e, 1), tl.sum(e, 0)
         _store(row_part_ptr, col_part_ptr, 0, row, col, m, n, i, j, tiles_m, tiles_n, M, N)
     if LABELS:
         if EXACT:

@@ -26,6 +26,7 @@ class Config(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    SPLIT: int = 1  # parts of a tile that the epilogue works on one after the other
 
 
 # By kernel, chip, features' dtype and whether there are labels; none spills registers (tests/test_triton_compiled.py).
@@ -46,25 +47,25 @@ CONFIGS = {
     ("contrastive_fwd_repair", "other", "fp16", True): Config(128, 64, 32, 8, 3),
     ("contrastive_fwd_repair", "other", "fp32", False): Config(64, 64, 32, 8, 3),
     ("contrastive_fwd_repair", "other", "fp32", True): Config(64, 64, 32, 8, 3),
-    ("contrastive_bwd", "hopper", "fp16", False): Config(128, 128, 64, 8, 3),
-    ("contrastive_bwd", "hopper", "fp16", True): Config(128, 64, 64, 8, 3),
-    ("contrastive_bwd", "hopper", "fp32", False): Config(128, 64, 32, 8, 3),
-    ("contrastive_bwd", "hopper", "fp32", True): Config(64, 64, 32, 8, 3),
-    ("contrastive_bwd", "other", "fp16", False): Config(128, 64, 32, 8, 3),
-    ("contrastive_bwd", "other", "fp16", True): Config(128, 64, 32, 8, 3),
-    ("contrastive_bwd", "other", "fp32", False): Config(64, 64, 32, 8, 3),
+    ("contrastive_bwd", "hopper", "fp16", False): Config(128, 128, 64, 4, 3, SPLIT=4),
+    ("contrastive_bwd", "hopper", "fp16", True): Config(128, 64, 64, 4, 3, SPLIT=2),
+    ("contrastive_bwd", "hopper", "fp32", False): Config(128, 128, 32, 8, 3, SPLIT=4),
+    ("contrastive_bwd", "hopper", "fp32", True): Config(128, 64, 32, 8, 3),
+    ("contrastive_bwd", "other", "fp16", False): Config(128, 128, 32, 8, 3, SPLIT=4),
+    ("contrastive_bwd", "other", "fp16", True): Config(128, 64, 32, 8, 3, SPLIT=2),
+    ("contrastive_bwd", "other", "fp32", False): Config(128, 64, 32, 8, 3, SPLIT=2),
     ("contrastive_bwd", "other", "fp32", True): Config(64, 64, 32, 8, 3),
-    ("contrastive_bwd_repair", "hopper", "fp16", False): Config(128, 128, 64, 8, 3),
-    ("contrastive_bwd_repair", "hopper", "fp16", True): Config(128, 64, 64, 8, 3),
-    ("contrastive_bwd_repair", "hopper", "fp32", False): Config(128, 64, 32, 8, 3),
+    ("contrastive_bwd_repair", "hopper", "fp16", False): Config(128, 128, 64, 8, 3, SPLIT=4),
+    ("contrastive_bwd_repair", "hopper", "fp16", True): Config(128, 64, 64, 8, 3, SPLIT=2),
+    ("contrastive_bwd_repair", "hopper", "fp32", False): Config(128, 64, 32, 8, 3, SPLIT=2),
     ("contrastive_bwd_repair", "hopper", "fp32", True): Config(64, 64, 32, 8, 3),
-    ("contrastive_bwd_repair", "other", "fp16", False): Config(128, 64, 32, 8, 3),
-    ("contrastive_bwd_repair", "other", "fp16", True): Config(128, 64, 32, 8, 3),
+    ("contrastive_bwd_repair", "other", "fp16", False): Config(128, 64, 32, 8, 3, SPLIT=2),
+    ("contrastive_bwd_repair", "other", "fp16", True): Config(128, 64, 32, 8, 3, SPLIT=2),
     ("contrastive_bwd_repair", "other", "fp32", False): Config(64, 64, 32, 8, 3),
     ("contrastive_bwd_repair", "other", "fp32", True): Config(64, 64, 32, 8, 3),
-    ("sigmoid_fwd", "hopper", "fp16", False): Config(128, 128, 64, 8, 3),
+    ("sigmoid_fwd", "hopper", "fp16", False): Config(128, 128, 64, 8, 3, SPLIT=2),
     ("sigmoid_fwd", "hopper", "fp32", False): Config(128, 64, 32, 8, 3),
-    ("sigmoid_fwd", "other", "fp16", False): Config(128, 64, 32, 8, 3),
+    ("sigmoid_fwd", "other", "fp16", False): Config(128, 64, 32, 8, 3, SPLIT=2),
     ("sigmoid_fwd", "other", "fp32", False): Config(64, 64, 32, 8, 3),
 }
 
@@ -99,7 +100,7 @@ def processors(device: torch.device) -> int:
 
 def output_argument(tile: Config, out: Tensor, features: Tensor) -> Any:
     """What a tile kernel for these features writes its tiles to."""
-    return TensorDescriptor.from_tensor(out, [tile.BLOCK_M, tile.BLOCK_N]) if uses_descriptors(features) else out
+    return TensorDescriptor.from_tensor(out, [tile.BLOCK_M, tile.BLOCK_N // tile.SPLIT]) if uses_descriptors(features) else out
 
 
 def workspace_bytes(device: torch.device) -> int:
@@ -118,11 +119,11 @@ def tile_arguments(tile: Config, image: Tensor, text: Tensor) -> tuple[tuple[Any
     strides = image.stride(0), text.stride(0)
     D = image.shape[1]
     options = {
-        **tile._asdict(),
+        **{name: value for name, value in tile._asdict().items() if name != "SPLIT" or value > 1},
         "GROUP": 8,
         "DESCRIPTOR": descriptor,
         "EVEN_K": D % tile.BLOCK_K == 0,
-        "PRECISION": precision(image),
+        "PRECISION": fp32_products() if image.dtype == torch.float32 else "ieee",
     }
     if descriptor:
         image, text = (
@@ -132,13 +133,11 @@ def tile_arguments(tile: Config, image: Tensor, text: Tensor) -> tuple[tuple[Any
     return (image, text, *strides), options
 
 
-def precision(x: Tensor) -> str:
-    """How a product of fp32 tiles is computed: as torch's own matrix products are asked to, else without loss."""
-    if x.dtype != torch.float32 or x.device.type != "cuda":
+def fp32_products() -> str:
+    """How products of fp32 tiles are computed: as torch's own matrix products are asked to, else without loss."""
+    if not torch.cuda.is_available() or torch.version.hip:
         return "ieee"
-    if torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee" if torch.version.hip else "tf32x3"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:

@@ -17,6 +17,7 @@ from fastclip.triton_kernels.tile import (
     OFFSET2,
     SCALE,
     dot_tile,
+    halves,
     load_vector,
     store_tile,
     tile_position,
@@ -98,14 +99,67 @@ def sigmoid_vectors_kernel(
         tl.store(part_ptr + 2 * parts.to(tl.int64) + at, -tl.sum(sigmoid, 0))
 
 
-@triton.jit(do_not_specialize=["row_plane", "col_plane", "parts", "M", "N", "offset"])
+@triton.jit
+def _pairs(
+    dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0, j0, M, N, offset,
+    GRADIENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Stores the weights of dot products (BLOCK_M, BLOCK_N) from (i0, j0) on; returns their rows' share of loss,
+    d_scale and d_bias."""
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_factor = load_vector(row_vec_ptr, i0, i, M)
+    col_factor = load_vector(col_vec_ptr, j0, j, N)[None, :]
+    scale = tl.load(constants_ptr + SCALE).to(tl.float64)
+    row_scale = (row_factor.to(tl.float64) * scale).to(tl.float32)[:, None]
+    inside = (i < M - i0)[:, None] & (j < N - j0)[None, :] & (j[None, :] - i[:, None] != i0 + offset - j0)
+    x = dot * col_factor
+    bias = tl.full(x.shape, 0.0, tl.float32) + tl.load(bias_ptr).to(tl.float32)
+    x = tl.fma(x, tl.broadcast_to(row_scale, x.shape), bias)
+    t = tl.exp2(-tl.abs(x) * LOG2E)
+    loss = tl.sum(tl.where(inside, tl.where(x > 0, x, 0.0) + _log1p_of_small(t), 0.0), 1)
+    if GRADIENTS:
+        g = tl.where(inside, tl.where(x >= 0, 1.0, t) / (1.0 + t), 0.0)
+        d_bias = tl.sum(g, 1)
+        g *= (row_factor * tl.load(constants_ptr + GAIN))[:, None] * col_factor
+        store_tile(weights, weights_row_stride, i0, j0, g, BLOCK_M, BLOCK_N, DESCRIPTOR)
+        return loss, tl.sum(g * dot, 1), d_bias
+    else:
+        return loss, loss, loss
+
+
+@triton.jit
+def _pairs_split(
+    dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0, j0, M, N, offset,
+    GRADIENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The same in SPLIT parts one after the other."""
+    if SPLIT == 1:
+        return _pairs(
+            dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0, j0, M, N, offset,
+            GRADIENTS, BLOCK_M, BLOCK_N, DESCRIPTOR,
+        )  # fmt: skip
+    else:
+        left, right = halves(dot, BLOCK_M, BLOCK_N)
+        loss, d_scale, d_bias = _pairs_split(
+            left, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0, j0, M, N, offset,
+            GRADIENTS, BLOCK_M, BLOCK_N // 2, DESCRIPTOR, SPLIT // 2,
+        )  # fmt: skip
+        more_loss, more_d_scale, more_d_bias = _pairs_split(
+            right, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0,
+            j0 + BLOCK_N // 2, M, N, offset, GRADIENTS, BLOCK_M, BLOCK_N // 2, DESCRIPTOR, SPLIT // 2,
+        )  # fmt: skip
+        return loss + more_loss, d_scale + more_d_scale, d_bias + more_d_bias
+
+
+@triton.jit(do_not_specialize=["parts", "M", "N", "offset"])
 def sigmoid_fwd_kernel(
     image,  # (M, D), a pointer or a tensor descriptor
     text,  # (N, D)
     image_row_stride,
     text_row_stride,
-    row_vec_ptr,  # (planes, row_plane)
-    col_vec_ptr,  # (planes, col_plane)
+    row_vec_ptr,  # (M,) fp32: FACTOR
+    col_vec_ptr,  # (N,) fp32
     constants_ptr,
     bias_ptr,
     weights,  # (M, N) padded to whole tiles, in the features' dtype; not written without GRADIENTS
@@ -124,6 +178,7 @@ def sigmoid_fwd_kernel(
     DESCRIPTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr = 1,
 ):
     """Losses of a block of pairs and the weights r_i G_ij c_j of their gradients; the logits are never stored.
 
@@ -142,24 +197,15 @@ def sigmoid_fwd_kernel(
         image, text, image_row_stride, text_row_stride, i0, j0, M, N, D,
         BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTOR, EVEN_K, PRECISION,
     )  # fmt: skip
-    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    row_factor = load_vector(row_vec_ptr, i0, i, M)
-    col_factor = load_vector(col_vec_ptr, j0, j, N)[None, :]
-    scale = tl.load(constants_ptr + SCALE).to(tl.float64)
-    row_scale = (row_factor.to(tl.float64) * scale).to(tl.float32)[:, None]
-    inside = (i < M - i0)[:, None] & (j < N - j0)[None, :] & (j[None, :] - i[:, None] != i0 + offset - j0)
-    x = dot * col_factor
-    bias = tl.full(x.shape, 0.0, tl.float32) + tl.load(bias_ptr).to(tl.float32)
-    x = tl.fma(x, tl.broadcast_to(row_scale, x.shape), bias)
-    t = tl.exp2(-tl.abs(x) * LOG2E)
-    loss = tl.where(inside, tl.where(x > 0, x, 0.0) + _log1p_of_small(t), 0.0)
-    tl.store(part_ptr + tile, tl.sum(tl.sum(loss, 1), 0).to(tl.float64))
+    loss, d_scale, d_bias = _pairs_split(
+        dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0, j0, M, N, offset,
+        GRADIENTS, BLOCK_M, BLOCK_N, DESCRIPTOR, SPLIT,
+    )  # fmt: skip
+    plane = parts.to(tl.int64)
+    tl.store(part_ptr + tile, tl.sum(loss, 0).to(tl.float64))
     if GRADIENTS:
-        g = tl.where(inside, tl.where(x >= 0, 1.0, t) / (1.0 + t), 0.0)
-        tl.store(part_ptr + 2 * parts.to(tl.int64) + tile, tl.sum(tl.sum(g, 1), 0).to(tl.float64))
-        g *= row_factor[:, None] * col_factor * tl.load(constants_ptr + GAIN)
-        tl.store(part_ptr + parts.to(tl.int64) + tile, tl.sum(tl.sum(g * dot, 1), 0).to(tl.float64))
-        store_tile(weights, weights_row_stride, i0, j0, g, BLOCK_M, BLOCK_N, DESCRIPTOR)
+        tl.store(part_ptr + plane + tile, tl.sum(d_scale, 0).to(tl.float64))
+        tl.store(part_ptr + 2 * plane + tile, tl.sum(d_bias, 0).to(tl.float64))
 
 
 def sigmoid_fwd(

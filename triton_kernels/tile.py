@@ -69,6 +69,12 @@ def dot_tile(
 
 
 @triton.jit
+def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right half of a tile: an epilogue in parts keeps the temporaries of one part in registers, not of all."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def load_vector(ptr, k0, k, size):
     """Elements k0 + k of a vector (size,); 0 beyond it."""
     return tl.load(ptr + k0 + k, mask=k < size - k0, other=0)
