@@ -7,17 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclip.triton_kernels.features import BELOW, EPS, Features, high_bit
+from fastclip.triton_kernels.features import EPS, Features, high_bit, set_constants
 from fastclip.triton_kernels.gradients import FACTOR, OUT, OWN, PROJECT, Gradients
 from fastclip.triton_kernels.launch import choose, launch, output_argument, processors, tile_arguments
 from fastclip.triton_kernels.tile import (
     GAIN,
     INF,
+    LN2,
     LOG2E,
     OFFSET2,
     REPAIR,
     SCALE,
     dot_tile,
+    exact_logits2,
     halves,
     load_vector,
     scaled,
@@ -32,13 +34,8 @@ __all__ = ["contrastive_bwd"]
 _NEG, _NEG_EXACT, _NEG_LSE2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 _LABEL, _POS, _POS_EXACT, _POS_LSE2 = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
 
-_LOWEST = tl.constexpr(132.0)  # a log-sum-exp so far below the largest may have lost terms
+_LOWEST = tl.constexpr(-62.0)  # a log-sum-exp so far below the offset may have lost terms
 _BLOCK = 1024  # rows of a program of the vectors' kernels
-
-
-@triton.jit
-def _largest(x_ptr, k, some):
-    return tl.max(tl.load(x_ptr + k, mask=some, other=-INF), 0)
 
 
 @triton.jit
@@ -49,39 +46,29 @@ def _magnitude(x_ptr, k, some):
 
 
 @triton.jit(do_not_specialize=["M", "N"])
-def contrastive_bwd_bounds_kernel(
-    row_neg_ptr,
-    row_pos_lse_ptr,
+def contrastive_bwd_largest_kernel(
     d_row_neg_ptr,
     d_row_pos_ptr,
     d_row_pos_lse_ptr,
     d_col_neg_ptr,
     d_col_pos_ptr,
     d_col_pos_lse_ptr,
-    bounds_ptr,  # (2, programs) fp64
-    constants_ptr,
-    scale_ptr,
+    largest_ptr,  # (programs,) fp64
     M,
     N,
     LABELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Largest log-sum-exp of the rows and largest finite upstream gradient, of every BLOCK rows and columns."""
-    block, blocks = tl.program_id(0), tl.num_programs(0)
+    """Largest finite upstream gradient of every BLOCK rows and columns."""
+    block = tl.program_id(0)
     k = block * BLOCK + tl.arange(0, BLOCK)
     rows, cols = k < M, k < N
-    top = _largest(row_neg_ptr, k, rows)
     size = tl.maximum(_magnitude(d_row_neg_ptr, k, rows), _magnitude(d_row_pos_ptr, k, rows))
     size = tl.maximum(size, tl.maximum(_magnitude(d_col_neg_ptr, k, cols), _magnitude(d_col_pos_ptr, k, cols)))
     if LABELS:
-        top = tl.maximum(top, _largest(row_pos_lse_ptr, k, rows))
         size = tl.maximum(size, _magnitude(d_row_pos_lse_ptr, k, rows))
         size = tl.maximum(size, _magnitude(d_col_pos_lse_ptr, k, cols))
-    tl.store(bounds_ptr + block, top)
-    tl.store(bounds_ptr + blocks + block, size)
-    if block == 0:
-        tl.store(constants_ptr + SCALE, tl.load(scale_ptr).to(tl.float32))
-        tl.store(constants_ptr + REPAIR, 0.0)
+    tl.store(largest_ptr + block, size)
 
 
 @triton.jit
@@ -102,7 +89,7 @@ def _weights_of(lse, d, offset2, lowest, constants_ptr, vec_ptrs, vec_plane, som
     tl.store(vec_ptrs + (PLANE + 2) * vec_plane, rounded, mask=some)
 
 
-@triton.jit(do_not_specialize=["size", "other_size", "offset", "blocks"])
+@triton.jit(do_not_specialize=["size", "other_size", "own_offset", "blocks"])
 def contrastive_bwd_vectors_kernel(
     neg_ptr,  # (size,) fp64, as all statistics and their derivatives
     pos_lse_ptr,
@@ -114,11 +101,11 @@ def contrastive_bwd_vectors_kernel(
     factor_ptr,  # (size,) fp32
     label_ptr,  # (size,) int32
     vec_ptr,  # (planes, size)
-    bounds_ptr,  # (2, blocks)
+    largest_ptr,  # (blocks,)
     constants_ptr,
     size,
     other_size,
-    offset,
+    own_offset,
     blocks,
     NORMALIZE: tl.constexpr,
     LABELS: tl.constexpr,
@@ -126,23 +113,18 @@ def contrastive_bwd_vectors_kernel(
 ):
     """The vectors of one side from its statistics and their derivatives.
 
-    Math      gain = 2^k with 2^15 > gain r_i |G_ij| c_j for fp16 features; weight_k = gain d_k exp(offset - lse_k), 0 for an empty set,
-              offset = the largest row's log-sum-exp - 70: no logit lies above it, no exponential overflows
-    Program   BLOCK rows; every one finds the bounds anew from those of the blocks
+    Math      gain = 2^k with 2^15 > gain r_i |G_ij| c_j for fp16 features; weight_k = gain d_k exp(offset - lse_k), 0 for an empty set
+    Program   BLOCK rows; every one finds the largest derivative anew from those of the blocks
     Precision fp64, rounded to fp32 once
     """
-    top, largest = tl.full((BLOCK,), -INF, tl.float64), tl.zeros((BLOCK,), tl.float64)
+    largest = tl.zeros((BLOCK,), tl.float64)
     for b0 in range(0, blocks, BLOCK):
         b = b0 + tl.arange(0, BLOCK)
-        top = tl.maximum(top, tl.load(bounds_ptr + b, mask=b < blocks, other=-INF))
-        largest = tl.maximum(largest, tl.load(bounds_ptr + blocks + b, mask=b < blocks, other=0.0))
-    bound = tl.max(top, 0)
-    bound = tl.where(bound == -INF, 0.0, bound)
-    offset2 = ((bound - BELOW) * LOG2E).to(tl.float32)
+        largest = tl.maximum(largest, tl.load(largest_ptr + b, mask=b < blocks, other=0.0))
+    offset2 = tl.load(constants_ptr + OFFSET2)
     # |G| is at most four derivatives, each at most twice its power of two; factors of fp16 features are below 2
     gain = 1024.0 / high_bit(tl.minimum(tl.maximum(tl.max(largest, 0), 1e-34), 1e34))
     if tl.program_id(0) == 0:
-        tl.store(constants_ptr + OFFSET2, offset2)
         tl.store(constants_ptr + GAIN, gain.to(tl.float32))
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     some = k < size
@@ -155,11 +137,11 @@ def contrastive_bwd_vectors_kernel(
     tl.store(vec_ptrs + OUT * plane, out.to(tl.float32), mask=some)
     project = tl.zeros_like(factor)
     if NORMALIZE:  # where the norm was clamped it is a constant
-        project = tl.where(inv * EPS < 1.0, factor * factor, 0.0)
+        project = tl.where(inv * EPS < 1.0, 1.0, project)
     tl.store(vec_ptrs + PROJECT * plane, project, mask=some)
     own_weight = tl.load(d_pos_ptr + k, mask=some, other=0.0)
     d_neg = tl.load(d_neg_ptr + k, mask=some, other=0.0) * gain
-    lowest = bound - _LOWEST
+    lowest = offset2.to(tl.float64) * LN2 + _LOWEST
     neg = tl.load(neg_ptr + k, mask=some, other=0.0)
     _weights_of(neg, d_neg, offset2, lowest, constants_ptr, vec_ptrs, plane, some, _NEG)
     if LABELS:
@@ -168,7 +150,7 @@ def contrastive_bwd_vectors_kernel(
         pos_lse = tl.load(pos_lse_ptr + k, mask=some, other=0.0)
         _weights_of(pos_lse, d_pos_lse, offset2, lowest, constants_ptr, vec_ptrs, plane, some, _POS)
     else:
-        own = k + offset
+        own = k + own_offset
         own_weight += tl.load(d_other_pos_ptr + own, mask=some & (own >= 0) & (own < other_size), other=0.0)
     tl.store(vec_ptrs + OWN * plane, (own_weight * gain).to(tl.float32), mask=some)
 
@@ -188,7 +170,7 @@ def _weigh(
     i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     row_factor = _plane(row_vec_ptr, FACTOR, row_plane, i0, i, M)
     col_factor = _plane(col_vec_ptr, FACTOR, col_plane, j0, j, N)[None, :]
-    row_scale = scaled(row_factor, constants_ptr)
+    row_scale, row_rest = scaled(row_factor, constants_ptr)
     inside = j[None, :] < N - j0
     own = j[None, :] - i[:, None] == i0 + offset - j0
     if LABELS:
@@ -197,10 +179,9 @@ def _weigh(
         positive = row_label[:, None] == col_label[None, :]
     if EXCLUDE_SELF or not LABELS:
         inside = inside & (own == 0)
-    dot *= col_factor
-    z2 = dot
     if EXACT:
-        z2 = tl.where(inside & (i < M - i0)[:, None], z2 * row_scale[:, None], -INF)
+        z2, rest2 = exact_logits2(dot, col_factor, row_scale, row_rest)
+        z2 = tl.where(inside & (i < M - i0)[:, None], z2, -INF)
         g = tl.zeros_like(z2)
         for side in tl.static_range(2):
             if side == 0:
@@ -217,11 +198,11 @@ def _weigh(
                     d = tl.where(positive, _plane(col_vec_ptr, _POS_EXACT, col_plane, j0, j, N)[None, :], d)
                     lse2 = tl.where(positive, _plane(col_vec_ptr, _POS_LSE2, col_plane, j0, j, N)[None, :], lse2)
             # an empty set has weight 0 and any log-sum-exp: its exponential must not overflow
-            g += tl.where(d == 0, 0.0, d * tl.exp2(z2 - lse2))
+            g += tl.where(d == 0, 0.0, d * tl.exp2(z2 - lse2 + rest2))
     else:
         # an infinite offset takes the rows beyond M out, for nothing
         offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
-        g = tl.exp2(tl.fma(z2, tl.broadcast_to(row_scale[:, None], z2.shape), -offset2[:, None]))
+        g = tl.exp2(tl.fma(dot * col_factor, tl.broadcast_to(row_scale[:, None], dot.shape), -offset2[:, None]))
         if not LABELS:  # a positive's may be infinite: out before it meets a weight
             first = i0 + offset - j0  # own column of the first row
             if ((first > -BLOCK_M) & (first < BLOCK_N)) | (N - j0 < BLOCK_N):
@@ -237,7 +218,7 @@ def _weigh(
         col_own = _plane(col_vec_ptr, OWN, col_plane, j0, j, N)[None, :]
         g = tl.where(inside, g + tl.where(positive, row_own + col_own, 0.0), 0.0)
     g *= row_factor[:, None]
-    part = tl.sum(g * dot, 1)
+    part = tl.sum(g * (dot * col_factor), 1)
     store_tile(weights, weights_row_stride, i0, j0, g * col_factor, BLOCK_M, BLOCK_N, DESCRIPTOR)
     return part
 
@@ -400,13 +381,13 @@ def contrastive_bwd(
     M, N, D = len(image), len(text), image.shape[1]
     row_label, col_label = labels if labels is not None else (row_inv, col_inv)
     blocks = triton.cdiv(max(M, N), _BLOCK)
-    bounds = image.new_empty(2, blocks, dtype=torch.float64)
-    constants = image.new_empty(4, dtype=torch.float32)
+    largest = image.new_empty(blocks, dtype=torch.float64)
+    # The forward pass's constants: with the same offset its exponentials are the same, and weights sum to 1
+    constants = set_constants(image, text, scale, normalize)
     launch(
-        contrastive_bwd_bounds_kernel,
+        contrastive_bwd_largest_kernel,
         blocks,
-        *(row_neg, row_pos_lse, d_row_neg, d_row_pos, d_row_pos_lse, d_col_neg, d_col_pos, d_col_pos_lse),
-        *(bounds, constants, scale, M, N),
+        *(d_row_neg, d_row_pos, d_row_pos_lse, d_col_neg, d_col_pos, d_col_pos_lse, largest, M, N),
         LABELS=has_labels,
         BLOCK=_BLOCK,
     )
@@ -420,7 +401,7 @@ def contrastive_bwd(
         launch(
             contrastive_bwd_vectors_kernel,
             triton.cdiv(size, _BLOCK),
-            *(neg, pos_lse, *d, d_other_pos, inv, factor, label, vec, bounds, constants, size, other, shift, blocks),
+            *(neg, pos_lse, *d, d_other_pos, inv, factor, label, vec, largest, constants, size, other, shift, blocks),
             NORMALIZE=normalize,
             LABELS=has_labels,
             BLOCK=_BLOCK,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastclip.triton_kernels.features import Features, norms
 from fastclip.triton_kernels.launch import choose, chunks, launch, processors, tile_arguments, workspace_bytes
-from fastclip.triton_kernels.tile import INF, LN2, OFFSET2, REPAIR, dot_tile, load_vector, scaled, tile_position
+from fastclip.triton_kernels.tile import INF, LN2, OFFSET2, REPAIR, dot_tile, exact_logits2, load_vector, scaled, tile_position
 
 __all__ = ["contrastive_fwd"]
 
@@ -38,13 +38,14 @@ def _safe(top):
 
 
 @triton.jit
-def _exact_sums(z2, keep):
-    """log2 of the same sums without an offset, from the largest of every row and column; and those."""
+def _exact_sums(z2, rest2, keep):
+    """log2 of the same sums without an offset, fp64, from the largest of every row and column; and those."""
     z2 = tl.where(keep, z2, -INF)
     row_top, col_top = tl.max(z2, 1), tl.max(z2, 0)
-    row = tl.sum(tl.exp2(z2 - _safe(row_top)[:, None]), 1)
-    col = tl.sum(tl.exp2(z2 - _safe(col_top)[None, :]), 0)
-    return _safe(row_top) + tl.log2(row), _safe(col_top) + tl.log2(col), row_top, col_top
+    row_safe, col_safe = _safe(row_top), _safe(col_top)
+    row = tl.log2(tl.sum(tl.exp2(z2 - row_safe[:, None] + rest2), 1))
+    col = tl.log2(tl.sum(tl.exp2(z2 - col_safe[None, :] + rest2), 0))
+    return row_safe.to(tl.float64) + row, col_safe.to(tl.float64) + col, row_top, col_top
 
 
 @triton.jit
@@ -93,17 +94,17 @@ def _statistics_tile(
     )  # fmt: skip
     li, lj = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     i, j = i0 + li, j0 + lj
-    row_factor = scaled(load_vector(row_factor_ptr, i0, li, M), constants_ptr)
+    row_scale, row_rest = scaled(load_vector(row_factor_ptr, i0, li, M), constants_ptr)
     col_factor = load_vector(col_factor_ptr, j0, lj, N)
-    z2 = dot * col_factor[None, :]
     inside = lj[None, :] < N - j0
     if EXACT:
-        z2 = z2 * row_factor[:, None]
+        z2, rest2 = exact_logits2(dot, col_factor[None, :], row_scale, row_rest)
         inside = inside & (li < M - i0)[:, None]
     else:
+        z2 = dot * col_factor[None, :]
         # an infinite offset takes the rows beyond M out of the sums, for nothing
         offset2 = tl.where(li < M - i0, tl.load(constants_ptr + OFFSET2), INF)
-        e = tl.exp2(tl.fma(z2, tl.broadcast_to(row_factor[:, None], z2.shape), -offset2[:, None]))
+        e = tl.exp2(tl.fma(z2, tl.broadcast_to(row_scale[:, None], z2.shape), -offset2[:, None]))
         if LABELS:  # what flushes to zero must not look like an empty set
             e = tl.maximum(e, tl.where(li < M - i0, _SMALLEST, 0.0)[:, None], propagate_nan=tl.PropagateNan.ALL)
     own = lj[None, :] - li[:, None] == i0 + offset - j0
@@ -117,7 +118,7 @@ def _statistics_tile(
     else:
         negative = inside & (own == 0)
     if EXACT:
-        row, col, row_top, col_top = _exact_sums(z2, negative)
+        row, col, row_top, col_top = _exact_sums(z2, rest2, negative)
         _store(row_part_ptr, col_part_ptr, 0, row, col, m, n, i, j, tiles_m, tiles_n, M, N)
         if MAXIMA:
             _store(row_part_ptr, col_part_ptr, 3 if LABELS else 1, row_top, col_top, m, n, i, j, tiles_m, tiles_n, M, N)
@@ -132,7 +133,7 @@ def _statistics_tile(
         _store(row_part_ptr, col_part_ptr, 0, row, col, m, n, i, j, tiles_m, tiles_n, M, N)
     if LABELS:
         if EXACT:
-            row, col, row_top, col_top = _exact_sums(z2, positive)
+            row, col, row_top, col_top = _exact_sums(z2, rest2, positive)
             if MAXIMA:
                 _store(row_part_ptr, col_part_ptr, 4, row_top, col_top, m, n, i, j, tiles_m, tiles_n, M, N)
         else:
@@ -140,7 +141,7 @@ def _statistics_tile(
         _store(row_part_ptr, col_part_ptr, 1, row, col, m, n, i, j, tiles_m, tiles_n, M, N)
         if not EXACT:
             positive = positive & (li < M - i0)[:, None]
-            z2 = z2 * row_factor[:, None]
+            z2 *= row_scale[:, None]
         z2 = tl.where(positive, z2, 0.0)
         _store(row_part_ptr, col_part_ptr, 2, tl.sum(z2, 1), tl.sum(z2, 0), m, n, i, j, tiles_m, tiles_n, M, N)
 
@@ -282,8 +283,8 @@ def _reduce(
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles_n", "M", "N", "row_out_plane", "col_out_plane", "offset", "first", "last"])
 def contrastive_fwd_reduce_kernel(
-    row_part_ptr,  # (planes, tiles_n, M) fp32
-    col_part_ptr,  # (planes, tiles_m, N) fp32
+    row_part_ptr,  # (planes, tiles_n, M) fp32, EXACT fp64
+    col_part_ptr,  # (planes, tiles_m, N) fp32, EXACT fp64
     row_out_ptr,  # (planes, row_out_plane) fp64
     col_out_ptr,  # (planes, col_out_plane) fp64
     row_out_plane,
@@ -358,15 +359,16 @@ def contrastive_fwd(
     exact = choose("contrastive_fwd_repair", rows.x, has_labels)
     # The partial sums of a panel of rows fit into the workspace
     tiles = [(-(-M // tile.BLOCK_M), -(-N // tile.BLOCK_N)) for tile in (fast, exact)]
-    row_bytes = max(4 * planes * (n_tiles + N / tile.BLOCK_M) for (_, n_tiles), tile in zip(tiles, (fast, exact)))
+    row_bytes = 8 * planes * max(n_tiles + N / tile.BLOCK_M for (_, n_tiles), tile in zip(tiles, (fast, exact)))
     step = max(fast.BLOCK_M, exact.BLOCK_M)
     panel = min(max(int(workspace_bytes(image.device) / row_bytes) // step, 1) * step, M)
     tiles = [(-(-panel // tile.BLOCK_M), -(-N // tile.BLOCK_N)) for tile in (fast, exact)]
-    row_part = image.new_empty(planes * max(n_tiles * panel for _, n_tiles in tiles), dtype=torch.float32)
-    col_part = image.new_empty(planes * max(m_tiles * N for m_tiles, _ in tiles), dtype=torch.float32)
+    row_part = image.new_empty(planes * max(n_tiles * panel for _, n_tiles in tiles), dtype=torch.float64)
+    col_part = image.new_empty(planes * max(m_tiles * N for m_tiles, _ in tiles), dtype=torch.float64)
 
     for tile in (exact,) if maxima else (fast, exact):
         repair = tile is exact
+        parts = (row_part, col_part) if repair else (row_part.view(torch.float32), col_part.view(torch.float32))
         flags = {"LABELS": has_labels, "MAXIMA": maxima} if repair else {"LABELS": has_labels}
         for i0, i1 in chunks(M, panel):
             x = rows.x[i0:i1]
@@ -376,7 +378,7 @@ def contrastive_fwd(
                 contrastive_fwd_repair_kernel if repair else contrastive_fwd_kernel,
                 min(tiles_m * tiles_n, processors(image.device)) if repair else tiles_m * tiles_n,
                 *operands,
-                *(rows.factor[i0:i1], cols.factor, row_label[i0:i1], col_label, n.constants, row_part, col_part),
+                *(rows.factor[i0:i1], cols.factor, row_label[i0:i1], col_label, n.constants, *parts),
                 *(i1 - i0, N, x.shape[1], offset + i0),
                 EXCLUDE_SELF=exclude_self,
                 **flags,
@@ -385,7 +387,7 @@ def contrastive_fwd(
             launch(
                 contrastive_fwd_reduce_kernel,
                 triton.cdiv(i1 - i0, _REDUCED) + triton.cdiv(N, _REDUCED),
-                *(row_part, col_part, row_out[:, i0:], col_out, M, N, n.constants, tiles_m, tiles_n),
+                *(*parts, row_out[:, i0:], col_out, M, N, n.constants, tiles_m, tiles_n),
                 *(i1 - i0, N, offset + i0, int(i0 == 0), int(i1 == M)),
                 LABELS=has_labels,
                 EXACT=repair,

@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastclip.triton_kernels.launch import launch
-from fastclip.triton_kernels.tile import INF, LOG2E, OFFSET2, REPAIR, SCALE
+from fastclip.triton_kernels.tile import BOUND, CONSTANTS, INF, LOG2E, OFFSET2, REPAIR, SCALE
 
-__all__ = ["Features", "norms"]
+__all__ = ["Features", "norms", "set_constants"]
 
 EPS = tl.constexpr(1e-12)  # lower bound of a norm, as in torch.nn.functional.normalize
-BELOW = tl.constexpr(70.0)  # the exponentials' offset lies this far below the largest logit there can be
+REACH = tl.constexpr(70.0)  # exponentials, and sums of a million of them, do not overflow so far above their offset
 
 
 @triton.jit
@@ -64,9 +64,14 @@ def _norms(
 
 @triton.jit
 def _set_constants(constants_ptr, scale, top):
-    """Constants of a forward pass from the scale and the largest product of two unit rows' norms."""
+    """Constants of a forward pass from the scale and the largest product of two unit rows' norms.
+
+    The offset is 0 where that reaches all logits: the further an exponent is from 0, the more digits it loses.
+    """
     tl.store(constants_ptr + SCALE, scale)
-    tl.store(constants_ptr + OFFSET2, (tl.abs(scale) * top - BELOW) * LOG2E)
+    bound = tl.abs(scale) * top
+    tl.store(constants_ptr + BOUND, bound)
+    tl.store(constants_ptr + OFFSET2, tl.where(bound <= REACH, 0.0, bound - REACH) * LOG2E)
     tl.store(constants_ptr + REPAIR, 0.0)
 
 
@@ -118,6 +123,12 @@ def norms_kernel(
             _set_constants(constants_ptr, tl.load(scale_ptr).to(tl.float32), 1.0)
     else:
         tl.store(top_ptr + block, top)
+
+
+@triton.jit
+def unit_constants_kernel(constants_ptr, scale_ptr):
+    """Constants of normalised features."""
+    _set_constants(constants_ptr, tl.load(scale_ptr).to(tl.float32), 1.0)
 
 
 @triton.jit(do_not_specialize=["rows", "cols"])
@@ -209,13 +220,22 @@ class Norms(NamedTuple):
     constants: Tensor
 
 
+def set_constants(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> Tensor:
+    """Constants alone, as `norms` sets them."""
+    if not normalize:
+        return norms(image, text, scale, 0, normalize, labels=True).constants
+    constants = image.new_empty(CONSTANTS, dtype=torch.float32)
+    launch(unit_constants_kernel, 1, constants, scale)
+    return constants
+
+
 def norms(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize: bool, labels: bool) -> Norms:
     """One launch, for normalised features; one more where the bound on the logits has to be found."""
     M, D = image.shape
     N = text.shape[0]
     image, text = (x if x.stride(1) == 1 else x.contiguous() for x in (image, text))
     rows, cols = triton.cdiv(M, _ROWS), triton.cdiv(N, _ROWS)
-    row_inv, col_inv, top, constants = (image.new_empty(n, dtype=torch.float32) for n in (M, N, rows + cols, 4))
+    row_inv, col_inv, top, constants = (image.new_empty(n, dtype=torch.float32) for n in (M, N, rows + cols, CONSTANTS))
     row_pos, col_pos = (image.new_empty(n, dtype=torch.float64) for n in ((0, 0) if labels else (M, N)))
     launch(
         norms_kernel,

@@ -18,8 +18,8 @@ from fastclip.triton_kernels.launch import Config, addmm, chunks, launch, proces
 
 __all__ = ["ALIGNMENT", "Gradients"]
 
-# Planes: what a dot product is multiplied with; of the own pair the weight; of the result the factor and the
-# projection (factor^2, or 0 where the norm is a constant)
+# Planes: what a dot product is multiplied with; of the own pair the weight; of the result the factor, and whether it
+# is projected (1, or 0 where the norm is a constant)
 FACTOR, OWN, OUT, PROJECT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 ALIGNMENT = 128  # every tile divides it: a block of weights padded to it is written without masks
@@ -74,7 +74,7 @@ def finish_kernel(
     raw_ptrs = raw_ptr + k.to(tl.int64)[:, None] * raw_row_stride
     x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
     other_ptrs = other_ptr + own.to(tl.int64)[:, None] * other_row_stride
-    along, dot = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    along, dot, squares = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
         x = tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0).to(tl.float32)
@@ -86,10 +86,13 @@ def finish_kernel(
             dot += tl.sum(x * y, 1)
             g += weight[:, None] * y
         along += tl.sum(x * g, 1)
+        squares += tl.sum(x * x, 1)
     if SCALE_GRADIENT:
         tl.store(part_ptr + tl.program_id(0), tl.sum(weight * dot, 0))
     if WRITE:
-        along *= tl.load(vec_ptr + PROJECT * vec_plane + k, mask=some, other=0.0)
+        # <u, g> u from these very rows: the rounded inverse norm would leave more of g along u
+        project = tl.load(vec_ptr + PROJECT * vec_plane + k, mask=some, other=0.0)
+        along = tl.where(project != 0, along / tl.where(project != 0, squares, 1.0), 0.0)
         factor = gain * tl.load(vec_ptr + OUT * vec_plane + k, mask=some, other=0.0)
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)[None, :]

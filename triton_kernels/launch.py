@@ -70,6 +70,9 @@ CONFIGS = {
 }
 
 
+_INTERPRETED = Config(128, 128, 64, 4, 1, SPLIT=2)  # large: a step of the interpreter costs the same for any tile
+
+
 def interpreting() -> bool:
     """TRITON_INTERPRET=1: the kernels run as Python on the CPU."""
     return bool(triton.knobs.runtime.interpret)
@@ -109,6 +112,8 @@ def workspace_bytes(device: torch.device) -> int:
 
 def choose(kernel: str, x: Tensor, labels: bool) -> Config:
     """The configuration of a tile kernel for features like `x`."""
+    if x.device.type == "cpu" and capability(x.device) == (0, 0):
+        return _INTERPRETED
     chip = "hopper" if capability(x.device)[0] == 9 else "other"
     return CONFIGS[kernel, chip, "fp32" if x.dtype == torch.float32 else "fp16", labels]
 

@@ -7,14 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclip.triton_kernels.features import BELOW, EPS, Features, high_bit, norms
+from fastclip.triton_kernels.features import EPS, Features, high_bit, norms
 from fastclip.triton_kernels.gradients import FACTOR, OUT, OWN, PROJECT, Gradients
 from fastclip.triton_kernels.launch import choose, launch, output_argument, tile_arguments
 from fastclip.triton_kernels.tile import (
+    BOUND,
     GAIN,
-    LN2,
     LOG2E,
-    OFFSET2,
     SCALE,
     dot_tile,
     halves,
@@ -68,7 +67,7 @@ def sigmoid_vectors_kernel(
     """
     bias = tl.load(bias_ptr).to(tl.float64)
     scale = tl.load(constants_ptr + SCALE).to(tl.float64)
-    bound = tl.load(constants_ptr + OFFSET2).to(tl.float64) * LN2 + BELOW
+    bound = tl.load(constants_ptr + BOUND).to(tl.float64)
     largest = tl.exp(tl.minimum(tl.maximum(bound + bias, -70.0), 0.0))
     gain = 4096.0 / high_bit(largest)
     if tl.program_id(0) == 0:
@@ -83,7 +82,7 @@ def sigmoid_vectors_kernel(
     tl.store(vec_ptr + OUT * plane + k, out.to(tl.float32), mask=some)
     project = tl.zeros_like(factor)
     if NORMALIZE:  # where the norm was clamped it is a constant
-        project = tl.where(inv * EPS < 1.0, factor * factor, 0.0)
+        project = tl.where(inv * EPS < 1.0, 1.0, project)
     tl.store(vec_ptr + PROJECT * plane + k, project, mask=some)
     has = some & (k + offset >= 0) & (k + offset < other_size)
     x = -(tl.load(pos_ptr + k, mask=some, other=0.0) + bias)

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 
 # What the device decides about a problem, fp32
-SCALE, OFFSET2, REPAIR, GAIN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+SCALE, BOUND, OFFSET2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+REPAIR, GAIN = tl.constexpr(3), tl.constexpr(4)
+CONSTANTS = 5
 
 INF = tl.constexpr(float("inf"))
 LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
@@ -82,8 +84,20 @@ def load_vector(ptr, k0, k, size):
 
 @triton.jit
 def scaled(factor, constants_ptr):
-    """factor s log2(e), rounded once: an error of the scale would shift all logits in one direction."""
-    return (factor.to(tl.float64) * tl.load(constants_ptr + SCALE).to(tl.float64) * LOG2E).to(tl.float32)
+    """factor s log2(e), rounded once, and what rounding took from it: an error of the scale shifts all logits alike."""
+    exact = factor.to(tl.float64) * tl.load(constants_ptr + SCALE).to(tl.float64) * LOG2E
+    rounded = exact.to(tl.float32)
+    return rounded, tl.where(tl.abs(rounded) < INF, exact - rounded.to(tl.float64), 0.0).to(tl.float32)
+
+
+@triton.jit
+def exact_logits2(dot, col_factor, row_scale, row_rest):
+    """log2(e) z, and what rounding took from it: what a repair needs, whose logits are thousands."""
+    dot *= col_factor
+    row_scale = tl.broadcast_to(row_scale[:, None], dot.shape)
+    z2 = dot * row_scale
+    rest2 = tl.fma(dot, row_scale, -z2) + dot * row_rest[:, None]
+    return z2, tl.where(tl.abs(z2) < INF, rest2, 0.0)
 
 
 @triton.jit
