@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 SIZES = {
     "cpu": [(N, 512) for N in (1024, 2048, 4096, 8192, 16384)],
     "cuda": [(8192, 512), (32768, 512), (65536, 768), (131072, 1024)],
@@ -15,10 +17,10 @@ def parse_sizes(text: str | None, device: str) -> list[tuple[int, int]]:
         return SIZES[device]
     sizes = []
     for word in text.split(","):
-        N, _, D = word.partition("x")
-        if not (N.isdecimal() and (D or "512").isdecimal() and int(N) > 0 and int(D or 512) > 0):
+        found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", word)
+        if not found:
             raise ValueError(f"size {word!r} is not N or NxD, as in 1024 or 4096x768")
-        sizes.append((int(N), int(D or 512)))
+        sizes.append((int(found[1]), int(found[2] or 512)))
     return sizes
 
 

@@ -21,7 +21,10 @@ COMPILED = frozenset(name for name, peer in PEERS.items() if peer.compiled)
 DENSE = frozenset(name for name, peer in PEERS.items() if peer.dense)
 WHOLE_STEP_ONLY = frozenset(name for name, peer in PEERS.items() if peer.whole_step_only)
 # On a GPU every backend that has one is a provider of its own
-OURS: dict[str, dict[str, str | None]] = {"cpu": {"fastclip": None}, "cuda": {"fastclip_triton": "triton", "fastclip_cuda": "cuda"}}
+OURS: dict[str, dict[str, str | None]] = {
+    "cpu": {"fastclip": None},
+    "cuda": {"fastclip_triton": "triton", "fastclip_cuda": "cuda"},
+}
 
 
 class CheckFailed(AssertionError):
