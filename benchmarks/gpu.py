@@ -8,6 +8,7 @@ import math
 import platform
 import statistics
 import subprocess
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -136,49 +137,55 @@ class Gpu:
         }
 
 
-def _nvidia_smi(field: str) -> list[str]:
-    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None) if torch.cuda.is_available() else None
-    which = ["--id", f"GPU-{uuid}"] if uuid else []
-    return ["nvidia-smi", *which, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
-
-
-def query(field: str) -> list[str]:
+def query(fields: str) -> list[str]:
     """The cells that nvidia-smi answers with; none where it is not there."""
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None) if torch.cuda.is_available() else None
+    which = [f"--id=GPU-{str(uuid).removeprefix('GPU-')}"] if uuid else []
+    command = ["nvidia-smi", *which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(_nvidia_smi(field), capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [cell.strip() for cell in done.stdout.splitlines()[0].split(",")] if done.returncode == 0 else []
+    lines = done.stdout.splitlines()
+    return [cell.strip() for cell in lines[0].split(",")] if done.returncode == 0 and lines else []
 
 
 class Clocks:
-    """Clocks of the SMs and of the memory in MHz, five times a second while this context is open; medians."""
+    """Clocks of the SMs and of the memory in MHz, read every few hundred milliseconds while this context is open;
+    medians."""
 
-    def __init__(self) -> None:
-        self.sm_mhz: float | str = ""
-        self.memory_mhz: float | str = ""
-        self._process: subprocess.Popen[str] | None = None
+    def __init__(self, seconds: float = 0.2) -> None:
+        self.seconds = seconds
+        self.samples: list[tuple[float, float]] = []
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def sm_mhz(self) -> float | str:
+        return statistics.median(sm for sm, _ in self.samples) if self.samples else ""
+
+    @property
+    def memory_mhz(self) -> float | str:
+        return statistics.median(memory for _, memory in self.samples) if self.samples else ""
 
     def __enter__(self) -> Clocks:
-        command = [*_nvidia_smi("clocks.sm,clocks.mem"), "--loop-ms=200"]
-        try:
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        except OSError:
-            self._process = None
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self.read(self._process.communicate()[0])
+        self._closed.set()
+        self._thread.join()
 
-    def read(self, text: str) -> None:
-        """Medians of lines like `1980, 2619`; what is no number does not count."""
-        cells = [line.split(",") for line in text.splitlines()]
-        samples = [tuple(float(x) for x in c) for c in cells if len(c) == 2 and all(_is_number(x) for x in c)]
-        if samples:
-            self.sm_mhz, self.memory_mhz = (statistics.median(column) for column in zip(*samples))
+    def _watch(self) -> None:
+        while True:
+            self.read()
+            if self._closed.wait(self.seconds):
+                return
 
-
-def _is_number(text: str) -> bool:
-    return text.strip().replace(".", "", 1).isdigit()
+    def read(self) -> None:
+        """Adds a sample; what is no number does not count."""
+        try:
+            sm, memory = map(float, query("clocks.sm,clocks.mem"))
+        except ValueError:
+            return
+        self.samples.append((sm, memory))

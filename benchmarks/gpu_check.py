@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import hashlib
 import os
 import signal
 import subprocess
@@ -82,21 +84,24 @@ def _own(name: str) -> bool:
     return name.startswith("fastclip")
 
 
+@functools.cache
 def runnable(loss: str) -> list[str]:
-    """The providers that load on this machine."""
-    from benchmarks.losses import found, names
-
-    return list(found(loss, "cuda", names(loss, "cuda"))[0])
+    """The providers that load on this machine, found by a child: some take GPU memory when they are imported."""
+    script = "from benchmarks.losses import found, names; import sys; loss = sys.argv[1]"
+    script += "; print('\\n', *found(loss, 'cuda', names(loss, 'cuda'))[0])"
+    done = subprocess.run([sys.executable, "-c", script, loss], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the providers of {loss} do not load:\n{done.stderr}")
+    return done.stdout.splitlines()[-1].split()
 
 
 def code_state() -> str:
-    """Names the code under test: what is committed, and how the checkout differs from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout
-
-    trees = [git("rev-parse", f"HEAD:{folder}").strip() for folder in CODE]
-    return " ".join(trees) + git("diff", "HEAD", "--", *CODE)
+    """A hash of everything in CODE that is not built."""
+    state = hashlib.sha256()
+    for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*")):
+        if path.is_file() and path.suffix not in (".pyc", ".so"):
+            state.update(f"{path.relative_to(ROOT)}\n{path.stat().st_size}\n".encode() + path.read_bytes())
+    return state.hexdigest()
 
 
 def run_limited(command: list[str], seconds: float) -> int | None:

@@ -39,7 +39,7 @@ def ours(backend: str | None, loss: str) -> Loss:
     reason = fastclip.backends().get(backend, "not in this version")
     if reason != "available":
         raise Unavailable(f"not available: {reason}")
-    function = {"softmax": fastclip.contrastive_loss, "sigmoid": fastclip.sigmoid_loss}[loss]
+    function: Loss = {"softmax": fastclip.contrastive_loss, "sigmoid": fastclip.sigmoid_loss}[loss]
     return functools.partial(function, normalize=False, backend=backend)
 
 

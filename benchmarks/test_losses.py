@@ -80,6 +80,7 @@ def on_cpu(benchmark, case: Case, wanted: list[str], path: Path, peak: bool) -> 
 
 
 def on_gpu(benchmark, gpu: Gpu, case: Case, wanted: list[str], path: Path) -> None:
+    about = gpu.about()
     try:
         lined = line_up(case, wanted, gpu)
         timings = GuardedTimings(clock=gpu.clock, attempt=gpu.attempt)
@@ -87,10 +88,10 @@ def on_gpu(benchmark, gpu: Gpu, case: Case, wanted: list[str], path: Path) -> No
         with Clocks() as clocks:
             run_rounds(benchmark, timings, lined.providers, rounds)
     except DeviceLost as error:
-        append(path, [status_row(case, *error.args)], gpu.about())
+        append(path, [status_row(case, *error.args)], about)
         pytest.exit(f"{error.args[0]}: {error.args[1]}; nothing more runs in this process", returncode=1)
     new = gpu_rows(case, lined, timings, gpu, clocks)
-    append(path, new, gpu.about())
+    append(path, new, about)
     for row in new:
         if row["provider"] in OURS["cuda"]:
             assert not row["status"] or row["status"].startswith("not available"), f"{row['provider']}: {row['status']}"

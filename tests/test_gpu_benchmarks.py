@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,7 +18,7 @@ pytest.importorskip("open_clip", reason="open_clip, which the benchmark compares
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import cases, gpu_case, losses, peers, truth  # noqa: E402
+from benchmarks import cases, gpu, gpu_case, losses, peers, plot, truth  # noqa: E402
 from benchmarks.gpu import Clocks, DeviceLost, Gpu  # noqa: E402
 from benchmarks.harness import Case, append, machine, wall_clock  # noqa: E402
 from benchmarks.peers import PEERS, Peer, Unavailable  # noqa: E402
@@ -356,12 +357,21 @@ def test_inputs_rotate_past_the_cache() -> None:
     assert not torch.equal(sets[0][0], sets[1][0])
 
 
-def test_clocks_are_medians_of_what_was_read() -> None:
+def test_clocks_are_medians_of_what_was_read(monkeypatch) -> None:
+    answers = iter([["1980", "2619"], ["1900", "2619"], ["[N/A]", "2619"], [], ["1755", "1593"]])
+    monkeypatch.setattr(gpu, "query", lambda fields: next(answers, ["1000", "1000"]))
     clocks = Clocks()
-    clocks.read("1980, 2619\n1900, 2619\n[N/A], 2619\n1755, 1593\n17")
+    for _ in range(5):
+        clocks.read()
     assert (clocks.sm_mhz, clocks.memory_mhz) == (1900, 2619)
-    clocks = Clocks()
-    clocks.read("")
+    with Clocks(seconds=0.001) as clocks:
+        end = time.monotonic() + 20
+        while len(clocks.samples) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert len(clocks.samples) >= 3 and clocks.sm_mhz == 1000 and not clocks._thread.is_alive()
+    monkeypatch.setattr(gpu, "query", lambda fields: [])  # no nvidia-smi
+    with Clocks() as clocks:
+        pass
     assert (clocks.sm_mhz, clocks.memory_mhz) == ("", "")
 
 
@@ -372,3 +382,32 @@ def test_cpu_rows_keep_their_columns(tmp_path: Path) -> None:
         copy = tmp_path / "cpu.csv"
         copy.write_text(",".join(stored) + "\n")
         append(copy, [gpu_case.status_row(Case("softmax", "both", N, D, "bfloat16"), "memeff", "x")], {"gpu": "y"})
+
+
+def test_table_and_figure_of_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "cuda.csv"
+    about = {**Pretended().about(), "date": "", "driver": "575.1", "cuda": "13.0", "triton": "3.8.0"}
+    about |= {"torch": "2.14.1", "fastclip": "0.1.0", "open_clip": "3.3.0"}
+    for N, D, name, ms, percent in (
+        (8192, 512, "floor", 0.5, 100),
+        (8192, 512, "fastclip_triton", 0.66, 75.7),
+        (131072, 1024, "fastclip_triton", 1234.5, 80.4),
+        (131072, 1024, "memeff", 2000, 50),
+    ):
+        row = gpu_case.status_row(Case("softmax", "both", N, D, "bfloat16"), name, "")
+        append(path, [{**row, "median_ms": ms, "floor_percent": percent, "speedup_over_open_clip": 2.0}], about)
+    append(
+        path, [gpu_case.status_row(Case("softmax", "both", 8192, 512, "bfloat16"), "inf_cl", "not installed")], about
+    )
+    rows = plot.read(path)
+    assert plot.gpu_table(rows).splitlines() == [
+        "| N | D | `fastclip_triton`, ms | `inf_cl`, ms | `memeff`, ms | `floor`, ms |",
+        "|---:|---:|---:|---:|---:|---:|",
+        "| 8,192 | 512 | 0.66 (76 %) |  |  | 0.50 |",
+        "| 131,072 | 1,024 | 1,234.50 (80 %) |  | 2,000.00 |  |",
+    ]
+    assert "pretended, driver 575.1, CUDA 13.0, triton 3.8.0" in plot._about(rows)
+    assert plot._all(rows, "D") == "512 / 1024"
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the figure, is not installed")
+    plot.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -51,13 +51,15 @@ def test_parts_are_the_tests_and_every_case() -> None:
 
 def test_a_part_selects_its_case_alone(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark, which the benchmark runs in, is not installed")
-    with_gpu = "import sys, torch, pytest; torch.cuda.is_available = lambda: True; sys.exit(pytest.main(sys.argv[1:]))"
-    for part in parts([(64, 32)])[1:]:
-        words = part.command(tmp_path / "rows.csv", ["open_clip"])[4:]
-        command = [sys.executable, "-c", with_gpu, *words, "-q", "--collect-only", "-p", "no:cacheprovider"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        found = [line for line in done.stdout.splitlines() if "::" in line]
-        assert found == [f"benchmarks/test_losses.py::test_speed[64x32-bfloat16-{part.loss}-{part.mode}]"], done.stdout
+    cases = parts([(64, 32)])[1:]
+    words = [part.command(tmp_path / "rows.csv", ["open_clip"])[3:] for part in cases]  # without `python -m pytest`
+    listing = ["--collect-only", "-p", "no:cacheprovider"]
+    with_gpu = "import pytest, torch; torch.cuda.is_available = lambda: True"
+    run = f"{with_gpu}; [pytest.main([*words, *{listing}]) for words in {words}]"
+    done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    ids = [f"64x32-bfloat16-{part.loss}-{part.mode}" for part in cases]
+    assert found == [f"benchmarks/test_losses.py::test_speed[{name}]" for name in ids], done.stdout + done.stderr
 
 
 def test_a_case_is_done_when_everyone_has_a_row(tmp_path: Path) -> None:
@@ -109,6 +111,28 @@ def test_tests_run_again_when_the_code_has_changed(tmp_path: Path, monkeypatch) 
     assert results == ["failed with exit code 1", "no test is marked gpu", "done", "done"]
     monkeypatch.setattr(gpu_check, "code_state", lambda: "second")
     assert found.todo(Part("tests")) == ["tests"]
+
+
+def test_code_is_all_that_is_not_built(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    kernel = tmp_path / "csrc" / "cuda" / "kernel.cu"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("a")
+    states = [gpu_check.code_state()]
+    for path in (kernel, kernel.with_name("other.cu")):
+        path.write_text("b")
+        states.append(gpu_check.code_state())
+    assert len(set(states)) == 3
+    (tmp_path / "fastclip").mkdir()
+    for other in ("README.md", "fastclip/_cpu.so"):
+        (tmp_path / other).write_text("c")
+    assert gpu_check.code_state() == states[-1]
+
+
+def test_runnable_are_those_that_load() -> None:
+    found = gpu_check.runnable("sigmoid")
+    assert "open_clip" in found and set(found) <= set(losses.names("sigmoid", "cuda"))
+    assert found == list(losses.found("sigmoid", "cuda", losses.names("sigmoid", "cuda"))[0])
 
 
 def test_exit_codes(tmp_path: Path, capsys) -> None:
@@ -174,7 +198,7 @@ def test_the_extra_is_the_peers() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_machine_without_gpu_is_told_so() -> None:
-    for words in (["pytest", "benchmarks", "--device", "cuda"], ["benchmarks.gpu_check"]):
+    for words in (["pytest", "benchmarks", "--device", "cuda", "-p", "no:cacheprovider"], ["benchmarks.gpu_check"]):
         done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode in (2, 4) and "torch finds no GPU here" in done.stderr
         assert "Traceback" not in done.stderr
