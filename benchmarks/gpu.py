@@ -67,12 +67,10 @@ class Gpu:
         return start.elapsed_time(end) / 1e3
 
     def copy_gbs(self) -> float | str:
-        """GB/s of large copies since the last call, read and written."""
+        """GB/s of the copies before the steps, read and written; median."""
         if not self.copy_seconds:
             return ""
-        median = statistics.median(self.copy_seconds)
-        self.copy_seconds.clear()
-        return round(2 * self._source.nbytes / median / 1e9, 1)
+        return round(2 * self._source.nbytes / statistics.median(self.copy_seconds) / 1e9, 1)
 
     def l2_bytes(self) -> int:
         return torch.cuda.get_device_properties(self.device).L2_cache_size

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +40,8 @@ def ours(backend: str | None, loss: str) -> Loss:
     reason = fastclip.backends().get(backend, "not in this version")
     if reason != "available":
         raise Unavailable(f"not available: {reason}")
-    function: Loss = {"softmax": fastclip.contrastive_loss, "sigmoid": fastclip.sigmoid_loss}[loss]
-    return functools.partial(function, normalize=False, backend=backend)
+    functions: dict[str, Callable[..., Any]] = {"softmax": fastclip.contrastive_loss, "sigmoid": fastclip.sigmoid_loss}
+    return functools.partial(functions[loss], normalize=False, backend=backend)
 
 
 def names(loss: str, device: str) -> list[str]:

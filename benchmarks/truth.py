@@ -16,8 +16,8 @@ def truth(loss: str, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The loss, and its gradients with respect to image (N, D), text (N, D), scale and, of the sigmoid loss, bias."""
     image, text, *scalars = (x.detach().float() for x in leaves)
     rows = max(1, BLOCK_BYTES // (4 * image.shape[0]))
-    function: Callable[..., tuple[Tensor, ...]] = {"softmax": _softmax, "sigmoid": _sigmoid}[loss]
-    return function(image, text, rows, *scalars)
+    functions: dict[str, Callable[..., tuple[Tensor, ...]]] = {"softmax": _softmax, "sigmoid": _sigmoid}
+    return functions[loss](image, text, rows, *scalars)
 
 
 def _softmax(image: Tensor, text: Tensor, rows: int, scale: Tensor) -> tuple[Tensor, ...]:

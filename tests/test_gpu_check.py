@@ -73,6 +73,11 @@ def test_a_case_is_done_when_everyone_has_a_row(tmp_path: Path) -> None:
     assert missing(PART, path, RUNNABLE) == RUNNABLE  # fastclip's failure is no result
     write(path, {"fastclip_triton": ""})
     assert missing(PART, path, RUNNABLE) == []
+    write(path, {"memeff": "not installed"})
+    assert missing(PART, path, ["open_clip", "fastclip_triton"]) == []
+    assert missing(PART, path, RUNNABLE) == RUNNABLE  # it has been installed since
+    write(path, {"memeff": "error: x"})
+    assert missing(PART, path, RUNNABLE) == []
     assert missing(PART, path, [*RUNNABLE, "fastclip_cuda"]) == [*RUNNABLE, "fastclip_cuda"]
 
 
