@@ -1,11 +1,12 @@
-# Every target makes the virtual environment it needs. PYTHON chooses the interpreter (3.10 or newer), VENV the folder.
+# Every target makes the virtual environment it needs. PYTHON chooses the interpreter (3.10 or newer), VENV the folder,
+# GPU_CHECK options of gpu-check, such as `--minutes 9` or `--list`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
-.PHONY: demo test lint format bench plot clean
+.PHONY: demo test lint format bench gpu-check plot clean
 
 demo: $(VENV)/.installed-train ## train on handwritten digits, print zero-shot accuracy, draw runs/digits/digits.png
 	$(BIN)/python examples/train_digits.py
@@ -26,6 +27,9 @@ format: $(VENV)/.installed-dev ## what lint would ask for
 
 bench: $(VENV)/.installed-dev ## rows go to benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -q
+
+gpu-check: $(VENV)/.installed-dev $(VENV)/.installed-bench-gpu ## tests and benchmark on this GPU; call it again to go on
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
 
 plot: $(VENV)/.installed-dev ## benchmarks/results/cpu_*.png from the rows, and the README's tables
 	$(BIN)/python -m benchmarks.plot --loss softmax

@@ -15,13 +15,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastclip
+from benchmarks.peers import version
 
 Step = Callable[[], None]
 
@@ -50,10 +50,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """`prepare()` is not timed and returns the step that is."""
+    """`prepare()` is not timed and returns the step that is; what counts is `times` as long as the step takes."""
 
     name: str
     prepare: Callable[[], Step]
+    times: float = 1.0
+
+
+def wall_clock(step: Step) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 @dataclass
@@ -61,12 +69,11 @@ class Timings:
     """Seconds of every round, by provider."""
 
     rounds: dict[str, list[float]] = field(default_factory=dict)
+    clock: Callable[[Step], float] = wall_clock
 
     def time(self, provider: Provider) -> None:
-        step = provider.prepare()
-        start = time.perf_counter()
-        step()
-        self.rounds.setdefault(provider.name, []).append(time.perf_counter() - start)
+        seconds = self.clock(provider.prepare())
+        self.rounds.setdefault(provider.name, []).append(provider.times * seconds)
 
     def ratio(self, name: str, other: str, digits: int, unit: float = 1.0) -> float | str:
         """How many times as fast as `other`, in units of 1 / `unit`; nothing where `other` was not run."""
@@ -103,13 +110,6 @@ def rows(case: Case, timings: Timings, *, floor: str, peer: str, peak_mib: dict[
     return out
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
 def _cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
@@ -117,12 +117,15 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What is checked out, and whether anything but rows has changed since."""
+
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    changes = git("status", "--porcelain", "-uno", "--", ":(top)", ":(top,exclude)benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
 
 
 def machine() -> dict[str, Any]:
@@ -131,20 +134,20 @@ def machine() -> dict[str, Any]:
 
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": f"{_cpu_name()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "isa": native.module.isa() if native.missing() is None else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastclip": fastclip.__version__,
-        "open_clip": _version("open_clip_torch"),
+        "open_clip": version("open_clip_torch"),
     }
 
 
-def append(path: Path, new: list[dict[str, Any]]) -> None:
-    """Add rows to a CSV, whose columns never change."""
-    about = machine()
+def append(path: Path, new: list[dict[str, Any]], about: dict[str, Any] | None = None) -> None:
+    """Add rows to a CSV, whose columns never change; `about` where they were measured, `machine()` without it."""
+    about = about or machine()
     columns = [*new[0], *about]
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():

@@ -1,116 +1,135 @@
-"""What the benchmark runs: features, losses of the providers, and the matrix products nobody can avoid."""
+"""What the benchmark runs: features, the providers' losses, their check, and on a CPU the products nobody can avoid."""
 
 from __future__ import annotations
 
+import functools
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import open_clip.loss
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip
 from benchmarks.harness import Case, Provider, Step
-
-Loss = Callable[..., Tensor]  # image, text, scale and, of the sigmoid loss, bias
+from benchmarks.peers import CONSTANT_SCALE, PEERS, SCALARS, Loss, Unavailable, build
 
 PEER, FLOOR = "open_clip", "floor"
-
-
-def linear_cross_entropy(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """torch's own fused loss, a call for each direction: the other modality's features are the linear weight."""
-    labels = torch.arange(image.shape[0])
-    options = torch.nn.LinearCrossEntropyOptions()  # torch's own choice of chunks and precision
-    by_image = F.linear_cross_entropy(scale * image, text, labels, options=options)
-    by_text = F.linear_cross_entropy(scale * text, image, labels, options=options)
-    return (by_image + by_text) / 2
-
-
-def _losses(name: str) -> dict[str, Loss]:
-    """What this machine can run, in the order of a round."""
-    theirs, ours = getattr(open_clip.loss, name), getattr(fastclip, name)
-    losses: dict[str, Loss] = {PEER: theirs()}
-    if shutil.which(os.environ.get("CXX", "g++")):  # what torch.compile compiles with
-        # fullgraph: what cannot be compiled is an error, not a loss that runs uncompiled
-        losses["open_clip_compiled"] = torch.compile(theirs(), fullgraph=True, dynamic=False)
-    if name == "ClipLoss" and hasattr(F, "linear_cross_entropy"):  # newer than the oldest torch that fastclip supports
-        losses["linear_cross_entropy"] = linear_cross_entropy
-    # The same class with the same arguments as open_clip's: what a user changes is the import
-    losses["fastclip"] = ours()
-    return losses
-
-
-LOSSES = {"softmax": _losses("ClipLoss"), "sigmoid": _losses("SigLipLoss")}
-SCALARS = {"softmax": (20.0,), "sigmoid": (10.0, -10.0)}  # scale, and bias
 MODES = {"softmax": ("forward", "backward", "both"), "sigmoid": ("both",)}
+COMPILED = frozenset(name for name, peer in PEERS.items() if peer.compiled)
+DENSE = frozenset(name for name, peer in PEERS.items() if peer.dense)
+WHOLE_STEP_ONLY = frozenset(name for name, peer in PEERS.items() if peer.whole_step_only)
+# On a GPU every backend that has one is a provider of its own
+OURS: dict[str, dict[str, str | None]] = {
+    "cpu": {"fastclip": None},
+    "cuda": {"fastclip_triton": "triton", "fastclip_cuda": "cuda"},
+}
 
-# Compiled anew for every shape
-COMPILED = frozenset({"open_clip_compiled"})
-# Both directions' N x N logits and their gradients are in memory at once
-DENSE = frozenset({"open_clip", "open_clip_compiled"})
-# Gradients are computed in the forward pass, from which no halves can be told apart: `forward` would time nearly
-# everything, and `backward` a multiplication by the upstream gradient
-WHOLE_STEP_ONLY = frozenset({"linear_cross_entropy"})
+
+class CheckFailed(AssertionError):
+    """A provider's value or gradients are not the loss's."""
 
 
-def features(N: int, D: int, dtype: str) -> tuple[Tensor, Tensor]:
+def ours(backend: str | None, loss: str) -> Loss:
+    """fastclip on a GPU backend; without one the same class with the same arguments as open_clip's: what a user changes
+    is the import."""
+    if backend is None:
+        return {"softmax": fastclip.ClipLoss, "sigmoid": fastclip.SigLipLoss}[loss]()
+    reason = fastclip.backends().get(backend, "not in this version")
+    if reason != "available":
+        raise Unavailable(f"not available: {reason}")
+    functions: dict[str, Callable[..., Any]] = {"softmax": fastclip.contrastive_loss, "sigmoid": fastclip.sigmoid_loss}
+    return functools.partial(functions[loss], normalize=False, backend=backend)
+
+
+def names(loss: str, device: str) -> list[str]:
+    """Every provider that this loss may have on this kind of device, in the order of a round."""
+    peers = [name for name, peer in PEERS.items() if loss in peer.build and not (peer.gpu_only and device == "cpu")]
+    return [*peers, *OURS[device]]
+
+
+def found(loss: str, device: str, wanted: Iterable[str]) -> tuple[dict[str, Loss], dict[str, str]]:
+    """Those of `wanted` that can run here, and why the others cannot."""
+    losses: dict[str, Loss] = {}
+    status: dict[str, str] = {}
+    for name in names(loss, device):
+        if name in set(wanted):
+            try:
+                losses[name] = build(name, loss) if name in PEERS else ours(OURS[device][name], loss)
+            except Unavailable as reason:
+                status[name] = str(reason)
+    return losses, status
+
+
+LOSSES = {loss: found(loss, "cpu", names(loss, "cpu"))[0] for loss in MODES}
+
+
+def features(N: int, D: int, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
     """Normalised features (N, D), each text as far from its image as in training; leaves that want a gradient."""
-    generator = torch.Generator().manual_seed(N)
-    image = F.normalize(torch.randn(N, D, generator=generator), dim=1)
-    text = F.normalize(image + 3.0 * F.normalize(torch.randn(N, D, generator=generator), dim=1), dim=1)
+    generator = torch.Generator(device).manual_seed(N + seed)
+
+    def directions() -> Tensor:
+        return F.normalize(torch.randn(N, D, generator=generator, device=device), dim=1)
+
+    image = directions()
+    text = F.normalize(image + 3.0 * directions(), dim=1)
     image, text = (x.to(getattr(torch, dtype)).requires_grad_() for x in (image, text))
     return image, text
 
 
-def named(names: str | None) -> list[str]:
-    """The providers of a list separated by commas; all of them without one. ValueError where one cannot run here."""
-    known = list(dict.fromkeys(name for losses in LOSSES.values() for name in losses))
-    wanted = names.split(",") if names else known
-    if unknown := sorted(set(wanted) - set(known)):
+def named(wanted: str | None, device: str = "cpu") -> list[str]:
+    """The providers of a list separated by commas; all of them without one. ValueError where one is not for here."""
+    if device == "cpu":
+        known = list(dict.fromkeys(name for losses in LOSSES.values() for name in losses))
+    else:
+        known = list(dict.fromkeys(name for loss in MODES for name in names(loss, device)))
+    chosen = wanted.split(",") if wanted else known
+    if unknown := sorted(set(chosen) - set(known)):
         raise ValueError(f"no provider {', '.join(unknown)} here, only {', '.join(known)}")
-    return wanted
+    return chosen
+
+
+def fitting(case: Case, wanted: Iterable[str], available: float) -> list[str]:
+    """Those of `wanted` that mean something in this mode and fit into `available` bytes."""
+    chosen = [name for name in wanted if case.mode == "both" or name not in WHOLE_STEP_ONLY]
+    return [name for name in chosen if name not in DENSE or dense_bytes(case) <= available]
 
 
 def selected(case: Case, wanted: Iterable[str], available: float) -> dict[str, Loss]:
-    """The losses among `wanted` that mean something in this mode and fit into `available` bytes."""
-    names = set(wanted)
-    if case.mode != "both":
-        names -= WHOLE_STEP_ONLY
-    if _dense_bytes(case) + _floor_bytes(case) > available:
-        names -= DENSE
-    return {name: loss for name, loss in LOSSES[case.loss].items() if name in names}
+    """The losses among `wanted` that a CPU runs in this mode with `available` bytes, the floor's among them."""
+    chosen = set(fitting(case, wanted, available - _floor_bytes(case)))
+    return {name: loss for name, loss in LOSSES[case.loss].items() if name in chosen}
 
 
-def leaves_of(case: Case) -> tuple[Tensor, ...]:
+def leaves_of(case: Case, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ...]:
     """Image and text features, scale and, of the sigmoid loss, bias."""
-    scalars = (torch.tensor(value, requires_grad=True) for value in SCALARS[case.loss])
-    return *features(case.N, case.D, case.dtype), *scalars
+    scalars = (torch.tensor(value, device=device, requires_grad=True) for value in SCALARS[case.loss])
+    return *features(case.N, case.D, case.dtype, device, seed), *scalars
+
+
+def step_of(case: Case, loss: Loss, leaves: tuple[Tensor, ...]) -> Step:
+    """What is timed; a forward pass that it starts from is run here."""
+    for x in leaves:
+        x.grad = None
+    if case.mode == "backward":
+        value = loss(*leaves)
+        return lambda: value.backward()
+    if case.mode == "forward":
+        return lambda: (loss(*leaves), None)[1]
+    return lambda: loss(*leaves).backward()
 
 
 def setup(case: Case, wanted: Iterable[str]) -> list[Provider]:
-    """The floor and every selected loss on the same features, checked against each other first."""
+    """On a CPU: the floor and every selected loss on the same features, checked against each other first."""
     leaves = leaves_of(case)
     image, text = leaves[:2]
-
-    def prepare(loss: Loss) -> Step:
-        for x in leaves:
-            x.grad = None
-        if case.mode == "backward":
-            value = loss(*leaves)
-            return lambda: value.backward()
-        if case.mode == "forward":
-            return lambda: (loss(*leaves), None)[1]
-        return lambda: loss(*leaves).backward()
-
     torch.compiler.reset()  # a compiled loss keeps eight shapes at most
     available = available_bytes()
     losses = selected(case, wanted, available)
     check(leaves, losses, LOSSES[case.loss][PEER])
-    providers = [Provider(name, lambda loss=loss: prepare(loss)) for name, loss in losses.items()]
+    providers = [Provider(name, functools.partial(step_of, case, loss, leaves)) for name, loss in losses.items()]
     if _floor_bytes(case) > available:
         return providers
     return [Provider(FLOOR, _floor(image.detach().float(), text.detach().float(), case)), *providers]
@@ -119,17 +138,29 @@ def setup(case: Case, wanted: Iterable[str]) -> list[Provider]:
 def check(leaves: tuple[Tensor, ...], losses: dict[str, Loss], peer: Loss) -> None:
     """Same value and gradients as `peer`, to what the dtype allows; N is cut where dense memory would not do."""
     few = tuple(x[:1024].detach().requires_grad_() if x.dim() else x for x in leaves)
-    rtol = 1e-4 if leaves[0].dtype == torch.float32 else 2e-2
-    expected = peer(*few)
-    theirs = torch.autograd.grad(expected, few)
+    value = peer(*few)
+    expected = (value.detach(), *torch.autograd.grad(value, few))
     for name, loss in losses.items():
-        found = loss(*few)
-        torch.testing.assert_close(
-            found.float(), expected.float(), rtol=rtol, atol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
-        for x, y in zip(torch.autograd.grad(found, few), theirs):
-            error = (x.double() - y.double()).norm() / y.double().norm()
-            assert error < 5 * rtol, f"{name}: gradients differ by {error:.1e}"
+        check_one(name, loss, few, expected)
+
+
+def check_one(name: str, loss: Loss, leaves: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """CheckFailed unless value and gradients are `expected`, to what the leaves' dtype allows."""
+    rtol = 1e-4 if leaves[0].dtype == torch.float32 else 2e-2
+    value = loss(*leaves)
+    if name in CONSTANT_SCALE:
+        leaves, expected = leaves[:2], expected[:3]
+    gradients = torch.autograd.grad(value, leaves)
+    errors = [_relative_error(x, y) for x, y in zip((value.detach(), *gradients), expected, strict=True)]
+    limits = [rtol] + [5 * rtol] * len(gradients)
+    if not all(error <= limit for error, limit in zip(errors, limits, strict=True)):  # NaN fails too
+        what = ["loss", "d_image", "d_text", "d_scale", "d_bias"]
+        parts = (f"{x} {error:.1e}" for x, error in zip(what, errors))
+        raise CheckFailed(f"{name}: relative errors {', '.join(parts)}")
+
+
+def _relative_error(x: Tensor, y: Tensor) -> float:
+    return (torch.dist(x.float(), y.float()) / y.float().norm()).item()
 
 
 def available_bytes() -> float:
@@ -141,7 +172,7 @@ def available_bytes() -> float:
     return math.inf
 
 
-def _dense_bytes(case: Case) -> float:
+def dense_bytes(case: Case) -> float:
     """Logits and their gradients in both directions, and a quarter for what comes and goes beside them."""
     return 1.25 * 4 * case.N**2 * getattr(torch, case.dtype).itemsize
 

@@ -13,14 +13,22 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 SPEED, PEAK = "speedup_over_open_clip", "peak_mib"
 COLUMNS = ["loss", "mode", "N", "D", "dtype", "provider", "median_ms", "floor_percent", SPEED, PEAK]
-MACHINE_COLUMNS = ["date", "machine", "threads", "isa", "torch", "fastclip", "open_clip"]
+VERSIONS = ["torch", "fastclip", "open_clip"]
+CPU_COLUMNS = ["date", "machine", "threads", "isa", *VERSIONS]
+GPU_COLUMNS = ["date", "gpu", "driver", "cuda", "triton", *VERSIONS]
 
 # Colours that the colour-blind tell apart (Okabe and Ito, 2008); the floor is a bound, not a peer
 STYLES: dict[str, dict[str, str]] = {
     "fastclip": {"color": "#D55E00", "marker": "o"},
+    "fastclip_cuda": {"color": "#D55E00", "marker": "o"},
+    "fastclip_triton": {"color": "#E69F00", "marker": "v"},
     "open_clip": {"color": "#0072B2", "marker": "s"},
     "open_clip_compiled": {"color": "#56B4E9", "marker": "^"},
     "linear_cross_entropy": {"color": "#009E73", "marker": "D"},
+    "cut_cross_entropy": {"color": "#CC79A7", "marker": "P"},
+    "inf_cl": {"color": "#F0E442", "marker": "X"},
+    "memeff": {"color": "#000000", "marker": "*"},
+    "siglip_kernel": {"color": "#CC79A7", "marker": "P"},
     "floor": {"color": "#777777", "linestyle": "--"},
 }
 LABELS = {
@@ -40,7 +48,9 @@ def read(path: Path, loss: str = "softmax") -> list[Row]:
         raise FileNotFoundError(f"{path} is not there: `make bench` writes it")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if missing := [name for name in COLUMNS + MACHINE_COLUMNS if name not in (reader.fieldnames or [])]:
+        found = reader.fieldnames or []
+        about = GPU_COLUMNS if "gpu" in found else CPU_COLUMNS
+        if missing := [name for name in COLUMNS + about if name not in found]:
             raise ValueError(f"{path} has no columns {', '.join(missing)}: not rows of the benchmark")
         wanted = [row for row in reader if (row["loss"], row["mode"]) == (loss, "both")]
         last = {(row["N"], row["dtype"], row["provider"]): row for row in wanted}
@@ -54,12 +64,17 @@ def _number(row: Row | None, column: str) -> float:
 
 
 def _all(rows: list[Row], column: str) -> str:
-    return " / ".join(sorted({row[column] for row in rows if row[column]}))
+    values = {row[column] for row in rows if row[column]}
+    return " / ".join(sorted(values, key=lambda value: (len(value), value) if value.isdecimal() else (0, value)))
 
 
 def _about(rows: list[Row]) -> str:
-    versions = ", ".join(f"{name} {_all(rows, name)}" for name in ("torch", "fastclip", "open_clip"))
-    machine = f"{_all(rows, 'machine')}, threads: {_all(rows, 'threads')}, {_all(rows, 'isa')}"
+    versions = ", ".join(f"{name} {_all(rows, name)}" for name in VERSIONS)
+    if "gpu" in rows[0]:
+        machine = f"{_all(rows, 'gpu')}, driver {_all(rows, 'driver')}, CUDA {_all(rows, 'cuda')}"
+        machine += f", triton {_all(rows, 'triton')}"
+    else:
+        machine = f"{_all(rows, 'machine')}, threads: {_all(rows, 'threads')}, {_all(rows, 'isa')}"
     return f"{machine}\n{versions}; {_all(rows, 'date')}"
 
 
@@ -133,19 +148,39 @@ def table(rows: list[Row], dtype: str = "float32") -> str:
     return "\n".join(lines)
 
 
+def gpu_table(rows: list[Row]) -> str:
+    """Markdown: a line for each (N, D), a column for each provider: ms, and per cent of the floor of fastclip's. What
+    has not been measured stays blank."""
+    present = {row["provider"] for row in rows}
+    providers = [name for name in STYLES if name in present]
+    found = {(int(row["N"]), int(row["D"]), row["provider"]): row for row in rows}
+
+    def cell(N: int, D: int, provider: str) -> str:
+        row = found.get((N, D, provider))
+        if not row or not row["median_ms"]:
+            return ""
+        share = f" ({float(row['floor_percent']):.0f} %)" if provider.startswith("fastclip") else ""
+        return f"{float(row['median_ms']):,.2f}{share}"
+
+    lines = [f"| N | D | {' | '.join(f'`{name}`, ms' for name in providers)} |", "|---:" * (len(providers) + 2) + "|"]
+    for N, D in sorted({(N, D) for N, D, _ in found}):
+        lines.append(f"| {N:,} | {D:,} | {' | '.join(cell(N, D, name) for name in providers)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=RESULTS / "cpu.csv", help="CSV of the benchmark")
     parser.add_argument("--loss", choices=TITLES, default="softmax")
     parser.add_argument("--output", type=Path, help="figure (default: beside the rows, named after rows and loss)")
-    parser.add_argument("--table", action="store_true", help="print the table for float32 instead of drawing")
+    parser.add_argument("--table", action="store_true", help="print the table (a CPU's: float32) instead of drawing")
     arguments = parser.parse_args()
     try:
         rows = read(arguments.rows, arguments.loss)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     if arguments.table:
-        print(table(rows))
+        print(gpu_table(rows) if "gpu" in rows[0] else table(rows))
         return
     output = arguments.output or arguments.rows.with_name(f"{arguments.rows.stem}_{arguments.loss}.png")
     draw(rows, output)

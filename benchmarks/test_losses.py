@@ -1,34 +1,51 @@
-"""The fused losses against its peers and against the matrix products alone, on this machine's CPU."""
+"""The fused losses against its peers and against the matrix products alone, on this machine's CPU or GPU."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.harness import Case, Timings, append, rows
-from benchmarks.losses import FLOOR, MODES, PEER, named, setup
+from benchmarks.gpu import Clocks, DeviceLost, Gpu
+from benchmarks.gpu_case import GuardedTimings, gpu_rows, line_up, rounds_for, status_row
+from benchmarks.harness import Case, Provider, Timings, append, rows
+from benchmarks.losses import FLOOR, MODES, OURS, PEER, named, setup
 from benchmarks.peak_memory import measure_in_child
-
-D = 512
 
 
 @pytest.fixture
-def wanted(request) -> list[str]:
+def wanted(request, device: str) -> list[str]:
     try:
-        return named(request.config.getoption("providers"))
+        return named(request.config.getoption("providers"), device)
     except ValueError as error:  # once, not once for every case
         pytest.exit(f"--providers: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.fixture
+def gpu(device: str) -> Gpu | None:
+    return Gpu() if device == "cuda" else None
+
+
 @pytest.mark.parametrize(("loss", "mode"), [(loss, mode) for loss, modes in MODES.items() for mode in modes])
-def test_speed(benchmark, request, wanted: list[str], loss: str, mode: str, N: int, dtype: str) -> None:
-    case = Case(loss, mode, N, D, dtype)
-    providers = setup(case, wanted)
-    if {provider.name for provider in providers} <= {FLOOR}:
-        pytest.skip(f"none of {', '.join(wanted)} is for this mode and fits into memory")
-    for provider in providers:
-        provider.prepare()()
-    timings = Timings()
+def test_speed(
+    benchmark,
+    request,
+    gpu: Gpu | None,
+    path: Path,
+    wanted: list[str],
+    loss: str,
+    mode: str,
+    size: tuple[int, int],
+    dtype: str,
+) -> None:
+    case = Case(loss, mode, *size, dtype)
+    if gpu is not None:
+        on_gpu(benchmark, gpu, case, wanted, path)
+    else:
+        on_cpu(benchmark, case, wanted, path, peak=not request.config.getoption("no_peak"))
+
+
+def run_rounds(benchmark, timings: Timings, providers: list[Provider], rounds: int) -> None:
     *others, last = providers
 
     def one_round() -> tuple[tuple, dict]:
@@ -40,12 +57,41 @@ def test_speed(benchmark, request, wanted: list[str], loss: str, mode: str, N: i
     def timed() -> None:
         timings.time(last)
 
-    benchmark.pedantic(timed, setup=one_round, rounds=25 if N <= 2048 else 11 if N <= 4096 else 5 if N <= 8192 else 3)
+    benchmark.pedantic(timed, setup=one_round, rounds=rounds)
 
-    peak = {}
-    if mode == "both" and not request.config.getoption("no_peak"):
+
+def on_cpu(benchmark, case: Case, wanted: list[str], path: Path, peak: bool) -> None:
+    N = case.N
+    providers = setup(case, wanted)
+    if {provider.name for provider in providers} <= {FLOOR}:
+        pytest.skip(f"none of {', '.join(wanted)} is for this mode and fits into memory")
+    for provider in providers:
+        provider.prepare()()
+    timings = Timings()
+    run_rounds(benchmark, timings, providers, 25 if N <= 2048 else 11 if N <= 4096 else 5 if N <= 8192 else 3)
+
+    peaks = {}
+    if case.mode == "both" and peak:
         losses = [provider.name for provider in providers if provider.name != FLOOR]
-        peak = {name: measure_in_child(case, name) for name in losses}
-    new = rows(case, timings, floor=FLOOR, peer=PEER, peak_mib=peak)
+        peaks = {name: measure_in_child(case, name) for name in losses}
+    new = rows(case, timings, floor=FLOOR, peer=PEER, peak_mib=peaks)
     benchmark.extra_info.update({row["provider"]: row for row in new})
-    append(request.config.getoption("rows"), new)
+    append(path, new)
+
+
+def on_gpu(benchmark, gpu: Gpu, case: Case, wanted: list[str], path: Path) -> None:
+    about = gpu.about()
+    try:
+        lined = line_up(case, wanted, gpu)
+        timings = GuardedTimings(clock=gpu.clock, attempt=gpu.attempt)
+        rounds = rounds_for(case, timings, lined.providers)
+        with Clocks() as clocks:
+            run_rounds(benchmark, timings, lined.providers, rounds)
+    except DeviceLost as error:
+        append(path, [status_row(case, *error.args)], about)
+        pytest.exit(f"{error.args[0]}: {error.args[1]}; nothing more runs in this process", returncode=1)
+    new = gpu_rows(case, lined, timings, gpu, clocks)
+    append(path, new, about)
+    for row in new:
+        if row["provider"] in OURS["cuda"]:
+            assert not row["status"] or row["status"].startswith("not available"), f"{row['provider']}: {row['status']}"

@@ -158,7 +158,8 @@ def test_peak_memory_is_the_step_alone() -> None:
 
 def test_benchmark_leaves_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    options = ["--sizes", str(N), "--rows", str(path), "--no-peak", "--benchmark-enable", "--benchmark-only"]
+    options = ["--device", "cpu", "--sizes", str(N), "--rows", str(path), "--no-peak"]
+    options += ["--benchmark-enable", "--benchmark-only"]
     done = run_module("pytest", "benchmarks", "-q", "-p", "no:cacheprovider", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     with path.open(newline="") as file:

@@ -1,0 +1,28 @@
+"""Which sizes and dtypes are measured where."""
+
+from __future__ import annotations
+
+import re
+
+SIZES = {
+    "cpu": [(N, 512) for N in (1024, 2048, 4096, 8192, 16384)],
+    "cuda": [(8192, 512), (32768, 512), (65536, 768), (131072, 1024)],
+}
+DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}
+
+
+def parse_sizes(text: str | None, device: str) -> list[tuple[int, int]]:
+    """`1024,4096x768` as pairs (N, D), D = 512 where it is not said; the device's own without a text."""
+    if not text:
+        return SIZES[device]
+    sizes = []
+    for word in text.split(","):
+        found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", word)
+        if not found:
+            raise ValueError(f"size {word!r} is not N or NxD, as in 1024 or 4096x768")
+        sizes.append((int(found[1]), int(found[2] or 512)))
+    return sizes
+
+
+def size_name(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

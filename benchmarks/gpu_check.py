@@ -1,0 +1,207 @@
+"""Everything that needs a GPU, in parts of under ten minutes: the tests marked `gpu`, then the benchmark case by case.
+
+python -m benchmarks.gpu_check --list
+python -m benchmarks.gpu_check --minutes 9
+
+Each part is a process of its own. A part that is done is not run again: the tests when they passed on the same code,
+a case when every provider that can run here has its row. So stop it whenever you like and call it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.cases import DTYPES, SIZES, parse_sizes, size_name
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 570.0  # a part's
+NO_TESTS = 5  # pytest's exit code
+CODE = ("fastclip", "triton_kernels", "csrc", "tests")  # what the tests' result depends on
+TRANSIENT = ("not installed", "not available")  # a row with such a status may have figures tomorrow
+LOST = "device lost"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tests (no loss), or a case of the benchmark."""
+
+    name: str
+    loss: str = ""
+    mode: str = ""
+    size: tuple[int, int] = (0, 0)
+
+    def command(self, rows: Path, providers: list[str]) -> list[str]:
+        pytest = [sys.executable, "-m", "pytest", "-q"]
+        if not self.loss:
+            return [*pytest, "-m", "gpu", "tests", "-x"]
+        options = ["--device", "cuda", "--sizes", size_name(self.size), "--providers", ",".join(providers)]
+        case = ["-k", f"{self.loss} and {self.mode}", "--benchmark-enable", "--benchmark-only"]
+        return [*pytest, "benchmarks", *case, *options, "--rows", str(rows)]
+
+
+def parts(sizes: list[tuple[int, int]] = SIZES["cuda"]) -> list[Part]:
+    """The tests; whole steps of every size, which the tables show; then the halves of a step."""
+    out = [Part("tests")]
+    for loss, mode in (("softmax", "both"), ("sigmoid", "both"), ("softmax", "forward"), ("softmax", "backward")):
+        out += [Part(f"{loss}-{mode}-{size_name(size)}", loss, mode, size) for size in sizes]
+    return out
+
+
+def statuses(part: Part, rows: Path) -> dict[str, str]:
+    """Of the case's providers that have a row: why it has no figures, or nothing; the last row counts."""
+    if not rows.exists():
+        return {}
+    with rows.open(newline="") as file:
+        case = (part.loss, part.mode, *map(str, part.size), DTYPES["cuda"][0])
+        found = [
+            row for row in csv.DictReader(file) if case == tuple(row[x] for x in ("loss", "mode", "N", "D", "dtype"))
+        ]
+    return {row["provider"]: row["status"] for row in found}
+
+
+def missing(part: Part, rows: Path, runnable: list[str]) -> list[str]:
+    """What a run of this part takes: every provider, paired, where one has no row that counts. fastclip's own failure
+    is no such row; a peer that broke the GPU is not run again."""
+    seen = statuses(part, rows)
+    count = {name for name, status in seen.items() if not status.startswith(TRANSIENT) and not (status and _own(name))}
+    if not set(runnable) - count:
+        return []
+    return [name for name in runnable if _own(name) or not seen.get(name, "").startswith(LOST)]
+
+
+def _own(name: str) -> bool:
+    return name.startswith("fastclip")
+
+
+@functools.cache
+def runnable(loss: str) -> list[str]:
+    """The providers that load on this machine, found by a child: some take GPU memory when they are imported."""
+    script = "from benchmarks.losses import found, names; import sys; loss = sys.argv[1]"
+    script += "; print('\\n', *found(loss, 'cuda', names(loss, 'cuda'))[0])"
+    done = subprocess.run([sys.executable, "-c", script, loss], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the providers of {loss} do not load:\n{done.stderr}")
+    return done.stdout.splitlines()[-1].split()
+
+
+def code_state() -> str:
+    """A hash of everything in CODE that is not built."""
+    state = hashlib.sha256()
+    for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*")):
+        if path.is_file() and path.suffix not in (".pyc", ".so"):
+            state.update(f"{path.relative_to(ROOT)}\n{path.stat().st_size}\n".encode() + path.read_bytes())
+    return state.hexdigest()
+
+
+def run_limited(command: list[str], seconds: float) -> int | None:
+    """Exit code; None where it took longer, and then the process and what it started are ended."""
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        return process.wait(max(seconds, 0.1))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@dataclass
+class Checklist:
+    """Runs parts and remembers what is done: cases by their rows, the tests by a marker."""
+
+    rows: Path
+    marker: Path
+    providers: Callable[[str], list[str]] = runnable
+    run: Callable[[list[str], float], int | None] = run_limited
+
+    def todo(self, part: Part) -> list[str]:
+        """What is left of a part: the word `tests`, or providers."""
+        if part.loss:
+            return missing(part, self.rows, self.providers(part.loss))
+        return [] if self.marker.exists() and self.marker.read_text() == code_state() else ["tests"]
+
+    def do(self, part: Part, seconds: float) -> str:
+        """Runs what is left of a part; `done`, or what went wrong. Goes on without a provider that broke the GPU."""
+        end = time.monotonic() + seconds
+        while todo := self.todo(part):
+            before, state = self._lost(part), code_state()
+            code = self.run(part.command(self.rows, todo), end - time.monotonic())
+            if code is None:
+                return f"took more than {seconds:.0f} s"
+            if not part.loss and code == 0:
+                self.marker.parent.mkdir(parents=True, exist_ok=True)
+                self.marker.write_text(state)
+            elif not part.loss and code == NO_TESTS:
+                return "no test is marked gpu"
+            elif code == 0 and self.todo(part):
+                return "left no row for " + ", ".join(self.todo(part))
+            elif code and not self._lost(part) - before:
+                return f"failed with exit code {code}"
+        return "done"
+
+    def _lost(self, part: Part) -> set[str]:
+        """Peers that broke the GPU."""
+        seen = statuses(part, self.rows)
+        return {name for name, status in seen.items() if status.startswith(LOST) and not _own(name)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
+    parser.add_argument("--minutes", type=float, help="start nothing and end everything after so many minutes")
+    parser.add_argument("--sizes", help="NxD, separated by commas")
+    parser.add_argument("--rows", type=Path, default=ROOT / "benchmarks" / "results" / "cuda.csv")
+    parser.add_argument("--marker", type=Path, default=ROOT / "runs" / "gpu_check" / "tests_passed")
+    arguments = parser.parse_args()
+    try:
+        chosen = parts(parse_sizes(arguments.sizes, "cuda"))
+    except ValueError as error:
+        parser.error(f"--sizes: {error}")
+    checklist = Checklist(arguments.rows.absolute(), arguments.marker)
+    if arguments.list:
+        for part in chosen:
+            print(f"{part.name:32s} {'left' if checklist.todo(part) else 'done'}")
+        return 0
+
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("torch finds no GPU here")
+    end = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
+    return check(checklist, chosen, end)
+
+
+def check(checklist: Checklist, chosen: list[Part], end: float) -> int:
+    """Runs every part until time is up: 0 when all are done, 1 when one went wrong, 3 when some are left. Failing tests
+    are the end: what is wrong is not timed."""
+    wrong = left = 0
+    for part in chosen:
+        remaining = end - time.monotonic()
+        if remaining <= 0:
+            left += bool(checklist.todo(part))
+            continue
+        result = checklist.do(part, min(SECONDS, remaining))
+        print(f"{part.name:32s} {result}", flush=True)
+        if result.startswith("took more") and remaining < SECONDS:
+            left += 1  # it had less time than is its own
+        elif result not in ("done", "no test is marked gpu"):
+            wrong += 1
+            if not part.loss:
+                return 1
+    return 1 if wrong else 3 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
