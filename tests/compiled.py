@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import triton
+from fastclip.triton_kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastclip.triton_kernels import launch
+from fastclip._backends import triton as triton_backend
+from fastclip._backends.problem import Problem
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-class Machine(NamedTuple):
-    """A kernel's machine code in figures."""
-
-    kernel: str
-    variant: str
-    registers: int
-    stack: int
-    local: int
-    shared: int
-    sass: str
-
-    def count(self, instruction: str) -> int:
-        return len(re.findall(rf"\b{instruction}\b", self.sass))
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "MUFU.EX2", "LDL", "STL")
 
 
 class _NoDevice:
@@ -57,11 +49,12 @@ class _NoDevice:
 
 
 def _variant(options: dict[str, Any]) -> str:
-    flags = [name for name, value in options.items() if value is True]
-    return " ".join([*(str(options[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in options), *flags])
+    sizes = [str(options[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in options]
+    return " ".join([*sizes, *(name for name, value in options.items() if value is True)])
 
 
-def _read(name: str, variant: str, compiled: Any) -> Machine:
+def _read(compiled: Any) -> dict[str, int]:
+    """Figures of a kernel's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -72,24 +65,27 @@ def _read(name: str, variant: str, compiled: Any) -> Machine:
         usage, sass = dump("-res-usage"), dump("-sass")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
-    registers, stack, local = map(int, found.groups())
-    return Machine(name, variant, registers, stack, local, compiled.metadata.shared, sass)
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", sass)) for name in INSTRUCTIONS}
+    return {**dict(zip(("registers", "stack", "local"), map(int, found.groups()))), **counts}
 
 
 @contextmanager
-def compiling(capability: int) -> Iterator[list[Machine]]:
-    """Inside, CPU tensors are taken for those of a GPU of this compute capability (90 for 9.0), and kernels are compiled
-    in place of launched; what they came to is in the list."""
-    found: dict[tuple[str, str, str], Machine] = {}
-    machines: list[Machine] = []
+def compiling(capability: int) -> Iterator[list[dict[str, Any]]]:
+    """Inside, CPU tensors are taken for those of a GPU of this compute capability (90 for 9.0), and kernels are
+    compiled in place of launched; what they came to is in the list."""
+    seen: set[str] = set()
+    machines: list[dict[str, Any]] = []
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **options)
-        key = self.__name__, _variant(options), compiled.hash
-        if key not in found:
-            found[key] = _read(self.__name__, _variant(options), compiled)
-            machines.append(found[key])
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            first = getattr(args[0], "base", args[0])
+            about = {"kernel": self.__name__, "variant": _variant(options), "dtype": str(first.dtype)[6:]}
+            about["DESCRIPTOR"] = bool(options.get("DESCRIPTOR"))
+            sizes = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared}
+            machines.append({**about, **sizes, **_read(compiled)})
         return compiled
 
     with pytest.MonkeyPatch.context() as patch:
@@ -98,3 +94,37 @@ def compiling(capability: int) -> Iterator[list[Machine]]:
         patch.setattr(launch, "fp32_products", lambda: "tf32x3")
         patch.setattr(driver, "_active", _NoDevice(capability))
         yield machines
+
+
+def launch_everything(D: int, dtype: torch.dtype, labels: bool, exclude_self: bool, normalize: bool) -> None:
+    """One call of each operation; inside `compiling` that compiles all it would launch."""
+    M, N = 256, 384
+    y = (torch.zeros(M, dtype=torch.int32), torch.zeros(N, dtype=torch.int32)) if labels else None
+    image, text = torch.zeros(M, D, dtype=dtype), torch.zeros(N, D, dtype=dtype)
+    p = Problem(image, text, torch.tensor(1.0), y, 0, exclude_self, normalize)
+    triton_backend.contrastive_fwd(p)
+    triton_backend.contrastive_fwd(p, maxima=True)
+    stats = [torch.zeros(size, dtype=torch.float64) for size in (M, N) * 3]
+    triton_backend.contrastive_bwd(p, [*stats, torch.ones(M), torch.ones(N)], stats, [True] * 3)
+    if not labels:
+        triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [True] * 4)
+        triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [False] * 4)
+
+
+def main(chip: int, what: str = "everything") -> None:
+    with compiling(chip) as machines:
+        if what == "spilling":
+            launch.CONFIGS["contrastive_bwd", "hopper", "fp16", False] = launch.Config(128, 128, 64, 4, 3)
+            launch_everything(512, torch.bfloat16, False, False, True)
+        else:
+            for dtype in (torch.bfloat16, torch.float32):
+                launch_everything(512, dtype, False, False, True)
+                launch_everything(512, dtype, True, False, True)
+            launch_everything(512, torch.bfloat16, True, True, True)
+            launch_everything(512, torch.float16, False, False, False)
+            launch_everything(59, torch.bfloat16, False, False, True)
+    json.dump(machines, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])

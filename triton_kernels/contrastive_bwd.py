@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastclip.triton_kernels.features import EPS, Features, high_bit, set_constants
 from fastclip.triton_kernels.gradients import FACTOR, OUT, OWN, PROJECT, Gradients
 from fastclip.triton_kernels.launch import choose, launch, output_argument, processors, tile_arguments
@@ -26,6 +24,7 @@ from fastclip.triton_kernels.tile import (
     store_tile,
     tile_position,
 )
+from torch import Tensor
 
 __all__ = ["contrastive_bwd"]
 
@@ -113,7 +112,8 @@ def contrastive_bwd_vectors_kernel(
 ):
     """The vectors of one side from its statistics and their derivatives.
 
-    Math      gain = 2^k with 2^15 > gain r_i |G_ij| c_j for fp16 features; weight_k = gain d_k exp(offset - lse_k), 0 for an empty set
+    Math      gain = 2^k with 2^15 > gain r_i |G_ij| c_j for fp16 features;
+              weight_k = gain d_k exp(offset - lse_k), 0 for an empty set
     Program   BLOCK rows; every one finds the largest derivative anew from those of the blocks
     Precision fp64, rounded to fp32 once
     """
@@ -145,7 +145,11 @@ def contrastive_bwd_vectors_kernel(
     neg = tl.load(neg_ptr + k, mask=some, other=0.0)
     _weights_of(neg, d_neg, offset2, lowest, constants_ptr, vec_ptrs, plane, some, _NEG)
     if LABELS:
-        tl.store(vec_ptrs + _LABEL * plane, tl.load(label_ptr + k, mask=some, other=0).to(tl.float32, bitcast=True), mask=some)
+        tl.store(
+            vec_ptrs + _LABEL * plane,
+            tl.load(label_ptr + k, mask=some, other=0).to(tl.float32, bitcast=True),
+            mask=some,
+        )
         d_pos_lse = tl.load(d_pos_lse_ptr + k, mask=some, other=0.0) * gain
         pos_lse = tl.load(pos_lse_ptr + k, mask=some, other=0.0)
         _weights_of(pos_lse, d_pos_lse, offset2, lowest, constants_ptr, vec_ptrs, plane, some, _POS)
@@ -414,13 +418,14 @@ def contrastive_bwd(
 
     def weigh(i0: int, i1: int, j0: int, j1: int, weights: Tensor) -> None:
         nonlocal done
-        for tile, kernel in ((fast, contrastive_bwd_kernel), (exact, contrastive_bwd_repair_kernel)):
+        for repair in (False, True):
+            tile = exact if repair else fast
             x, y = rows.x[i0:i1], cols.x[j0:j1]
             operands, options = tile_arguments(tile, x, y)
             count = triton.cdiv(i1 - i0, tile.BLOCK_M) * triton.cdiv(j1 - j0, tile.BLOCK_N)
             launch(
-                kernel,
-                min(count, processors(image.device)) if tile is exact else count,
+                contrastive_bwd_repair_kernel if repair else contrastive_bwd_kernel,
+                min(count, processors(image.device)) if repair else count,
                 *(*operands, row_vec[:, i0:], col_vec[:, j0:], M, N, constants),
                 *(output_argument(tile, weights, x), weights.stride(0), part[done:]),
                 *(i1 - i0, j1 - j0, x.shape[1], offset + i0 - j0),

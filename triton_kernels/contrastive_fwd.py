@@ -11,11 +11,20 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastclip.triton_kernels.features import Features, norms
 from fastclip.triton_kernels.launch import choose, chunks, launch, processors, tile_arguments, workspace_bytes
-from fastclip.triton_kernels.tile import INF, LN2, OFFSET2, REPAIR, dot_tile, exact_logits2, load_vector, scaled, tile_position
+from fastclip.triton_kernels.tile import (
+    INF,
+    LN2,
+    OFFSET2,
+    REPAIR,
+    dot_tile,
+    exact_logits2,
+    load_vector,
+    scaled,
+    tile_position,
+)
+from torch import Tensor
 
 __all__ = ["contrastive_fwd"]
 
@@ -139,11 +148,16 @@ def _statistics_tile(
         else:
             row, col = _sums(e, positive)
         _store(row_part_ptr, col_part_ptr, 1, row, col, m, n, i, j, tiles_m, tiles_n, M, N)
-        if not EXACT:
+        if EXACT:
+            rest2 = tl.where(positive, rest2, 0.0)
+            row, col = tl.sum(rest2, 1).to(tl.float64), tl.sum(rest2, 0).to(tl.float64)
+        else:
             positive = positive & (li < M - i0)[:, None]
             z2 *= row_scale[:, None]
+            row, col = 0.0, 0.0
         z2 = tl.where(positive, z2, 0.0)
-        _store(row_part_ptr, col_part_ptr, 2, tl.sum(z2, 1), tl.sum(z2, 0), m, n, i, j, tiles_m, tiles_n, M, N)
+        row, col = row + tl.sum(z2, 1), col + tl.sum(z2, 0)
+        _store(row_part_ptr, col_part_ptr, 2, row, col, m, n, i, j, tiles_m, tiles_n, M, N)
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
@@ -184,8 +198,9 @@ def contrastive_fwd_kernel(
     Order     partial sums are stored apart and added in tile order by the next kernel: bitwise repeatable
     """
     _statistics_tile(
-        tl.program_id(0), image, text, image_row_stride, text_row_stride, row_factor_ptr, col_factor_ptr, row_label_ptr, col_label_ptr,
-        constants_ptr, row_part_ptr, col_part_ptr, M, N, D, offset, LABELS, EXCLUDE_SELF, False, False,
+        tl.program_id(0), image, text, image_row_stride, text_row_stride, row_factor_ptr, col_factor_ptr,
+        row_label_ptr, col_label_ptr, constants_ptr, row_part_ptr, col_part_ptr, M, N, D, offset,
+        LABELS, EXCLUDE_SELF, False, False,
         BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTOR, EVEN_K, PRECISION,
     )  # fmt: skip
 
@@ -227,8 +242,9 @@ def contrastive_fwd_repair_kernel(
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
             _statistics_tile(
-                tile, image, text, image_row_stride, text_row_stride, row_factor_ptr, col_factor_ptr, row_label_ptr, col_label_ptr,
-                constants_ptr, row_part_ptr, col_part_ptr, M, N, D, offset, LABELS, EXCLUDE_SELF, True, MAXIMA,
+                tile, image, text, image_row_stride, text_row_stride, row_factor_ptr, col_factor_ptr,
+                row_label_ptr, col_label_ptr, constants_ptr, row_part_ptr, col_part_ptr, M, N, D, offset,
+                LABELS, EXCLUDE_SELF, True, MAXIMA,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTOR, EVEN_K, PRECISION,
             )  # fmt: skip
 
@@ -281,7 +297,9 @@ def _reduce(
         tl.store(out_ptrs, total, mask=some)
 
 
-@triton.jit(do_not_specialize=["tiles_m", "tiles_n", "M", "N", "row_out_plane", "col_out_plane", "offset", "first", "last"])
+@triton.jit(
+    do_not_specialize=["tiles_m", "tiles_n", "M", "N", "row_out_plane", "col_out_plane", "offset", "first", "last"]
+)
 def contrastive_fwd_reduce_kernel(
     row_part_ptr,  # (planes, tiles_n, M) fp32, EXACT fp64
     col_part_ptr,  # (planes, tiles_m, N) fp32, EXACT fp64
@@ -366,8 +384,8 @@ def contrastive_fwd(
     row_part = image.new_empty(planes * max(n_tiles * panel for _, n_tiles in tiles), dtype=torch.float64)
     col_part = image.new_empty(planes * max(m_tiles * N for m_tiles, _ in tiles), dtype=torch.float64)
 
-    for tile in (exact,) if maxima else (fast, exact):
-        repair = tile is exact
+    for repair in (True,) if maxima else (False, True):
+        tile = exact if repair else fast
         parts = (row_part, col_part) if repair else (row_part.view(torch.float32), col_part.view(torch.float32))
         flags = {"LABELS": has_labels, "MAXIMA": maxima} if repair else {"LABELS": has_labels}
         for i0, i1 in chunks(M, panel):

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastclip.triton_kernels.launch import launch
 from fastclip.triton_kernels.tile import BOUND, CONSTANTS, INF, LOG2E, OFFSET2, REPAIR, SCALE
+from torch import Tensor
 
 __all__ = ["Features", "norms", "set_constants"]
 

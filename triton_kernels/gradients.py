@@ -11,10 +11,9 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastclip.triton_kernels.features import Features
 from fastclip.triton_kernels.launch import Config, addmm, chunks, launch, processors, workspace_bytes
+from torch import Tensor
 
 __all__ = ["ALIGNMENT", "Gradients"]
 
@@ -148,7 +147,8 @@ class Gradients:
         d_text: Tensor | None,
         factor: float = 1.0,
     ) -> None:
-        """d_image (M, D), d_text (N, D), times `factor`, from the weights r_i G_ij c_j that ``weigh(i0, i1, j0, j1, weights)`` stores.
+        """d_image (M, D), d_text (N, D), times `factor`, from the weights r_i G_ij c_j that ``weigh(i0, i1, j0, j1,
+        weights)`` stores.
 
         offset: of the own pairs, whose weights are in the vectors and not among the stored; None when there are none.
         scale_part (finish_parts,): the own pairs' share of d_scale.

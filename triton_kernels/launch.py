@@ -11,7 +11,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastclip import _env
 
-__all__ = ["Config", "addmm", "choose", "chunks", "interpreting", "launch", "output_argument", "processors", "tile_arguments"]
+__all__ = [
+    "Config",
+    "addmm",
+    "choose",
+    "chunks",
+    "interpreting",
+    "launch",
+    "output_argument",
+    "processors",
+    "tile_arguments",
+]
 
 _WORKSPACE_MB = 1024  # of a GPU, unless FASTCLIP_WORKSPACE_MB says otherwise
 
@@ -40,7 +50,7 @@ CONFIGS = {
     ("contrastive_fwd", "other", "fp32", False): Config(128, 64, 32, 8, 3),
     ("contrastive_fwd", "other", "fp32", True): Config(64, 64, 32, 8, 3),
     ("contrastive_fwd_repair", "hopper", "fp16", False): Config(128, 128, 64, 8, 3),
-    ("contrastive_fwd_repair", "hopper", "fp16", True): Config(128, 64, 64, 8, 3),
+    ("contrastive_fwd_repair", "hopper", "fp16", True): Config(64, 64, 64, 4, 3),
     ("contrastive_fwd_repair", "hopper", "fp32", False): Config(128, 64, 32, 8, 3),
     ("contrastive_fwd_repair", "hopper", "fp32", True): Config(64, 64, 32, 8, 3),
     ("contrastive_fwd_repair", "other", "fp16", False): Config(128, 64, 32, 8, 3),
@@ -63,7 +73,7 @@ CONFIGS = {
     ("contrastive_bwd_repair", "other", "fp16", True): Config(128, 64, 32, 8, 3, SPLIT=2),
     ("contrastive_bwd_repair", "other", "fp32", False): Config(64, 64, 32, 8, 3),
     ("contrastive_bwd_repair", "other", "fp32", True): Config(64, 64, 32, 8, 3),
-    ("sigmoid_fwd", "hopper", "fp16", False): Config(128, 128, 64, 8, 3, SPLIT=2),
+    ("sigmoid_fwd", "hopper", "fp16", False): Config(128, 128, 64, 8, 3, SPLIT=4),
     ("sigmoid_fwd", "hopper", "fp32", False): Config(128, 64, 32, 8, 3),
     ("sigmoid_fwd", "other", "fp16", False): Config(128, 64, 32, 8, 3, SPLIT=2),
     ("sigmoid_fwd", "other", "fp32", False): Config(64, 64, 32, 8, 3),
@@ -103,7 +113,11 @@ def processors(device: torch.device) -> int:
 
 def output_argument(tile: Config, out: Tensor, features: Tensor) -> Any:
     """What a tile kernel for these features writes its tiles to."""
-    return TensorDescriptor.from_tensor(out, [tile.BLOCK_M, tile.BLOCK_N // tile.SPLIT]) if uses_descriptors(features) else out
+    return (
+        TensorDescriptor.from_tensor(out, [tile.BLOCK_M, tile.BLOCK_N // tile.SPLIT])
+        if uses_descriptors(features)
+        else out
+    )
 
 
 def workspace_bytes(device: torch.device) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastclip.triton_kernels.features import EPS, Features, high_bit, norms
 from fastclip.triton_kernels.gradients import FACTOR, OUT, OWN, PROJECT, Gradients
 from fastclip.triton_kernels.launch import choose, launch, output_argument, tile_arguments
@@ -21,6 +19,7 @@ from fastclip.triton_kernels.tile import (
     store_tile,
     tile_position,
 )
+from torch import Tensor
 
 __all__ = ["sigmoid_fwd"]
 
@@ -258,7 +257,8 @@ def sigmoid_fwd(
         done += gradients.tiles(i1 - i0, j1 - j0, tile)
 
     d_image, d_text = (
-        torch.empty(x.shape, dtype=saved_dtype, device=x.device) if need else None for x, need in zip((image, text), needs)
+        torch.empty(x.shape, dtype=saved_dtype, device=x.device) if need else None
+        for x, need in zip((image, text), needs)
     )
     own = offset if any(needs[:3]) else None
     gradients.compute(weigh, row_vec, col_vec, own, part[1, tiles:], d_image, d_text, 1.0 / divisor)

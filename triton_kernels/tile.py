@@ -72,7 +72,7 @@ def dot_tile(
 
 @triton.jit
 def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Left and right half of a tile: an epilogue in parts keeps the temporaries of one part in registers, not of all."""
+    """Left and right half of a tile: an epilogue in parts needs registers for one part's temporaries, not for all."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
