@@ -41,6 +41,7 @@ CONTRASTIVE, SIGMOID = "fastclip/_backends/cpu/contrastive.py", "fastclip/_backe
 FWD_TILE, BWD_TILE = "csrc/cpu/contrastive_fwd_tile.h", "csrc/cpu/contrastive_bwd_tile.h"
 ACCURACY, INVARIANTS = "test_contrastive_accuracy.py", "test_contrastive_invariants.py"
 TORCH, INTERFACE = "test_contrastive_torch.py", "test_interface.py"
+TRITON, COMPILED, KERNELS = "test_triton.py", "test_triton_compiled.py", "triton_kernels/"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {
@@ -241,6 +242,28 @@ PROMISES: dict[str, list[Promise]] = {
             ),
         ),
     ],
+    "Triton backend": [
+        Promise(
+            "loss and gradients as on a CPU, on fp32 and fp16, over shapes, labels, offsets, layouts and both ways of reading",
+            (f"{TRITON}::test_loss_and_gradients_accurate", f"{TRITON}::test_both_accesses_accurate", f"{TRITON}::test_labels_accurate", f"{TRITON}::test_offset_of_a_shard", f"{TRITON}::test_layouts"),
+            (
+                Break("columns beyond N count", KERNELS + "contrastive_fwd.py", "inside = lj[None, :] < N - j0", "inside = lj[None, :] < N - j0 + 1"),
+                Break("rows beyond M count", KERNELS + "contrastive_fwd.py", "offset2 = tl.where(li < M - i0, tl.load(constants_ptr + OFFSET2), INF)", "offset2 = tl.load(constants_ptr + OFFSET2) + 0.0 * li"),
+                Break("masked tiles only where the diagonal starts", KERNELS + "contrastive_bwd.py", "(first > -BLOCK_M) & (first < BLOCK_N)", "(first >= 0) & (first < BLOCK_N)"),
+                Break("an offset of the wrong sign", KERNELS + "contrastive_bwd.py", "row_inv, rows.factor, row_label, row_vec, M, N, offset)", "row_inv, rows.factor, row_label, row_vec, M, N, -offset)"),
+                Break("the second part of a tile takes the first one's columns", KERNELS + "contrastive_bwd.py", "            j0 + BLOCK_N // 2, M, N, offset,", "            j0, M, N, offset,"),
+            ),
+        ),
+        Promise("right where one exponential cannot serve all logits, forward and backward, and the device alone decides", (f"{TRITON}::test_repair_met_by_nature", f"{TRITON}::test_repair_forced", f"{TRITON}::test_repair_of_opposite_features"), (Break("no forward repair", KERNELS + "contrastive_fwd.py", "((total >= _SAFE_SUM) == 0)", "(total < 0)"), Break("no backward repair", KERNELS + "contrastive_bwd.py", "wanted & ((lse >= lowest) == 0)", "wanted & (lse != lse)"))),
+        Promise("ordinary batches need no repair", (f"{TRITON}::test_repair_not_needed_for_ordinary_batches",), (Break("always", KERNELS + "features.py", "    tl.store(constants_ptr + REPAIR, 0.0)", "    tl.store(constants_ptr + REPAIR, 1.0)"),)),
+        Promise("a bounded workspace: row panels forward, row chunks and column blocks backward", (f"{TRITON}::test_panels_and_blocks", f"{TRITON}::test_workspace_bounded"), (Break("panels forget the ones before", KERNELS + "contrastive_fwd.py", "mask=some & (first == 0), other=0.0 if", "mask=some & (first == 2), other=0.0 if"), Break("chunks overwrite", KERNELS + "gradients.py", "x[i0:i1], keep=i0 > 0)", "x[i0:i1], keep=False)"), Break("all rows at once", KERNELS + "gradients.py", "self.block_m = min(_padded(self.M), max(rows, ALIGNMENT))", "self.block_m = _padded(self.M)"))),
+        Promise("fp16 weights neither flush nor overflow, whatever the norms; zero rows spoil no other", (f"{TRITON}::test_fp16_weights_do_not_flush", f"{TRITON}::test_zero_rows_finite", f"{TRITON}::test_extreme_norms_finite_and_accurate"), (Break("no gain", KERNELS + "contrastive_bwd.py", "    gain = 1024.0 / high_bit(", "    gain = 1.0 + 0.0 * high_bit("), Break("rows as they are", KERNELS + "features.py", "if aligned and not (normalize and x.dtype != torch.bfloat16):", "if aligned or x.shape[1] % 8 == 0:"))),
+        Promise("rows beyond 2^31 elements", (f"{TRITON}::test_rows_beyond_2_to_the_31",), (Break("32-bit base", KERNELS + "tile.py", "image + i0.to(tl.int64) * image_row_stride", "image + i0 * image_row_stride"),)),
+        Promise("8 M N D operations, four launches after the norms forward, five before the products backward", (f"{TRITON}::test_work_and_launches",), (Break("one more product", KERNELS + "gradients.py", "                if raw_text is not None:\n                    addmm", "                torch.mm(block, self.text.x[j0:j1])\n                if raw_text is not None:\n                    addmm"),)),
+        Promise("the sigmoid loss on the same tiles, digits kept when solved, 6 M N D with gradients", (f"{TRITON}::test_sigmoid_accurate", f"{TRITON}::test_sigmoid_of_a_solved_batch_keeps_digits", f"{TRITON}::test_sigmoid_without_gradients_multiplies_once"), (Break("log of 1 + t", KERNELS + "sigmoid_fwd.py", "    return t * tl.fma(p, t, 0.99999994)", "    return tl.log(1.0 + t)"),)),
+        Promise("no configuration spills registers, Hopper's use wgmma, one exponential a logit", (f"{COMPILED}::test_no_kernel_spills", f"{COMPILED}::test_tensor_cores", f"{COMPILED}::test_one_exponential_a_logit", f"{COMPILED}::test_every_configuration_is_compiled"), (Break("no parts", KERNELS + "launch.py", "Config(128, 128, 64, 4, 3, SPLIT=4)", "Config(128, 128, 64, 4, 3)"),)),
+        Promise("the interpreter refuses bfloat16, and serves who asks by name", (f"{TRITON}::test_interpreter_serves_by_name_only",), (Break("bfloat16 too", "fastclip/_backends/triton.py", "if image.dtype == torch.bfloat16:", "if image.dtype == torch.complex64:"),)),
+    ],
 }
 # fmt: on
 
@@ -288,6 +311,8 @@ def try_break(one: Break, tests: tuple[str, ...], folder: Path) -> str:
     shutil.rmtree(copy, ignore_errors=True)
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", "*.egg-info", ".*_cache")
     shutil.copytree(ROOT, copy, ignore=ignored)
+    # beside an editable installation the copy's own kernels must be found first
+    (copy / "fastclip" / "triton_kernels").symlink_to(copy / "triton_kernels")
     path = copy / one.file
     path.write_text(path.read_text().replace(one.old, one.new))
     if (one.file.startswith("csrc/") or one.file == "CMakeLists.txt") and (error := build(copy, folder / "build")):

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TRACKED = ("csrc", "fastclip", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+TRACKED = (
+    *("csrc", "fastclip", "triton_kernels"),
+    *("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"),
+)
 
 
 def _run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -66,6 +69,7 @@ def test_wheel_has_native_module_and_nothing_else(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("fastclip/_cpu.") for name in names)
     assert "fastclip/py.typed" in names
+    assert "fastclip/triton_kernels/contrastive_fwd.py" in names
     assert {name.split("/")[0] for name in names} == {"fastclip", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     where, cpu, loss = _use(tmp_path / "site")

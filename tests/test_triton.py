@@ -6,6 +6,9 @@ wrongly, and the backend refuses it there.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +27,7 @@ pytest.importorskip("triton")
 from fastclip.triton_kernels import contrastive_bwd, contrastive_fwd, launch, sigmoid_fwd
 from fastclip.triton_kernels.tile import CONSTANTS, REPAIR
 
+from fastclip import triton_kernels
 from fastclip._backends import triton as backend
 
 if backend.missing():
@@ -476,6 +480,24 @@ def test_sigmoid_without_gradients_multiplies_once(monkeypatch: pytest.MonkeyPat
     assert launches.names.count("sigmoid_fwd_kernel") == 1 and operations == []
     sigmoid_of()(image.requires_grad_(), text.requires_grad_(), torch.tensor(10.0), torch.tensor(-10.0))
     assert operations == [2 * 128 * 128 * 32] * 2
+
+
+def test_old_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernels, "TRITON", "3.5.1")
+    backend._import_error.cache_clear()
+    try:
+        assert fastclip.backends()["triton"] == "it needs Triton 3.6 or newer, this is 3.5.1"
+        with pytest.raises(RuntimeError, match=r"cannot serve this call: it needs Triton 3\.6 or newer"):
+            fastclip.contrastive_loss(torch.eye(4), torch.eye(4), backend="triton")
+    finally:
+        backend._import_error.cache_clear()
+
+
+def test_without_a_gpu_there_is_a_reason() -> None:
+    code = "import fastclip; print(fastclip.backends()['triton'])"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU")
 
 
 @pytest.mark.skipif(GPU, reason="what the interpreter does not serve")

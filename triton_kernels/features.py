@@ -181,7 +181,7 @@ def copy_rows_kernel(
         tl.store(out_ptrs + d, x, mask=some[:, None] & (d < out_row_stride))
 
 
-_ROWS, _COLUMNS = 8, 256  # of a program of the kernels above, at a time
+_ROWS, _COLUMNS = 8, 128  # of a program of the kernels above, at a time
 
 
 class Features(NamedTuple):

@@ -15,8 +15,11 @@ from fastclip._backends.reference import saved_dtype
 
 __all__ = ["contrastive_bwd", "contrastive_fwd", "missing", "refuses", "sigmoid_fwd"]
 
-_OLDEST = (3, 6)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 @functools.cache
@@ -25,9 +28,9 @@ def _import_error() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     try:
-        version = importlib.import_module("triton").__version__
-        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
-            return f"it needs Triton {'.'.join(map(str, _OLDEST))} or newer, this is {version}"
+        kernels = importlib.import_module("fastclip.triton_kernels")
+        if _number(kernels.TRITON) < _number(kernels.OLDEST):
+            return f"it needs Triton {kernels.OLDEST} or newer, this is {kernels.TRITON}"
         importlib.import_module("fastclip.triton_kernels.launch")
     except Exception as error:  # whatever an installation that is not whole raises
         return f"Triton does not load ({type(error).__name__}: {error})"
@@ -69,10 +72,6 @@ def refuses(image: Tensor, named: bool) -> str | None:
     return None
 
 
-def _kernels(name: str) -> Any:
-    return getattr(importlib.import_module(f"fastclip.triton_kernels.{name}"), name)
-
-
 def _on_device(function: Any) -> Any:
     """Kernels start on the current device: make it the features'."""
 
@@ -89,7 +88,8 @@ def _on_device(function: Any) -> Any:
 @_on_device
 def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
     """As `reference.contrastive_fwd`."""
-    return _kernels("contrastive_fwd")(*p, maxima=maxima)
+    launcher = importlib.import_module("fastclip.triton_kernels.contrastive_fwd")
+    return launcher.contrastive_fwd(*p, maxima=maxima)
 
 
 @_on_device
@@ -97,10 +97,13 @@ def contrastive_bwd(
     p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.contrastive_bwd`."""
-    return _kernels("contrastive_bwd")(*p, stats, grads, needs)
+    launcher = importlib.import_module("fastclip.triton_kernels.contrastive_bwd")
+    return launcher.contrastive_bwd(*p, stats, grads, needs)
 
 
 @_on_device
 def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
     """As `reference.sigmoid_fwd`."""
-    return _kernels("sigmoid_fwd")(*p[:3], p.offset, p.normalize, bias, divisor, needs, saved_dtype(p.image))
+    launcher = importlib.import_module("fastclip.triton_kernels.sigmoid_fwd")
+    options = p.offset, p.normalize, bias, divisor, needs, saved_dtype(p.image)
+    return launcher.sigmoid_fwd(p.image, p.text, p.scale, *options)
