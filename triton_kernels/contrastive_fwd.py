@@ -379,7 +379,7 @@ def contrastive_fwd(
     tiles = [(-(-M // tile.BLOCK_M), -(-N // tile.BLOCK_N)) for tile in (fast, exact)]
     row_bytes = 8 * planes * max(n_tiles + N / tile.BLOCK_M for (_, n_tiles), tile in zip(tiles, (fast, exact)))
     step = max(fast.BLOCK_M, exact.BLOCK_M)
-    panel = min(max(int(workspace_bytes(image.device) / row_bytes) // step, 1) * step, M)
+    panel = min(max(int(workspace_bytes() / row_bytes) // step, 1) * step, M)
     tiles = [(-(-panel // tile.BLOCK_M), -(-N // tile.BLOCK_N)) for tile in (fast, exact)]
     row_part = image.new_empty(planes * max(n_tiles * panel for _, n_tiles in tiles), dtype=torch.float64)
     col_part = image.new_empty(planes * max(m_tiles * N for m_tiles, _ in tiles), dtype=torch.float64)

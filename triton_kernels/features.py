@@ -149,7 +149,7 @@ def high_bit(x):
     return tl.where((power > 0) & (power < INF), power, 1.0)
 
 
-@triton.jit(do_not_specialize=["size", "D", "x_row_stride", "out_row_stride"])
+@triton.jit(do_not_specialize=["size"])
 def copy_rows_kernel(
     x_ptr,  # (size, D)
     x_row_stride,

@@ -26,7 +26,7 @@ _LONGEST_SUM = 65536  # terms in one chain of additions: tensor cores truncate
 _ROWS, _COLUMNS = 4, 256  # of a program of the finish, at a time
 
 
-@triton.jit(do_not_specialize=["vec_plane", "other_plane", "size", "other_size", "D", "offset"])
+@triton.jit(do_not_specialize=["vec_plane", "other_plane", "size", "other_size", "offset"])
 def finish_kernel(
     raw_ptr,  # (size, raw_row_stride) fp32: sum_j G_kj r_k c_j other_j
     x_ptr,  # (size, D)
@@ -115,7 +115,7 @@ class Gradients:
         self.image, self.text, self.D = image, text, D
         x = image.x
         self.M, self.N = len(image.x), len(text.x)
-        weights = workspace_bytes(x.device) // x.element_size()
+        weights = workspace_bytes() // x.element_size()
         self.block_n = min(_padded(self.N), _LONGEST_SUM, max(weights // ALIGNMENT // ALIGNMENT, 1) * ALIGNMENT)
         # The product with the texts fills whole waves of processors with its tiles of 128 x 256
         wave = max(processors(x.device) // -(-D // 256), 1) * ALIGNMENT

@@ -120,7 +120,7 @@ def output_argument(tile: Config, out: Tensor, features: Tensor) -> Any:
     )
 
 
-def workspace_bytes(device: torch.device) -> int:
+def workspace_bytes() -> int:
     return _env.workspace_bytes(_WORKSPACE_MB)
 
 
@@ -142,6 +142,7 @@ def tile_arguments(tile: Config, image: Tensor, text: Tensor) -> tuple[tuple[Any
         "GROUP": 8,
         "DESCRIPTOR": descriptor,
         "EVEN_K": D % tile.BLOCK_K == 0,
+        "enable_fp_fusion": True,  # said, because Triton's default is about to change
         "PRECISION": fp32_products() if image.dtype == torch.float32 else "ieee",
     }
     if descriptor:
