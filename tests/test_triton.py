@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from promises import check, counted_products, pairs, poisoned, truth
 from test_contrastive_accuracy import LABELS, random_labels
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 import fastclip
 from fastclip._backends import reference
 from fastclip._backends.problem import Problem
-from fastclip.ops import contrastive_statistics
+from fastclip.ops import contrastive_maxima, contrastive_statistics
 
 pytest.importorskip("triton")
 from fastclip.triton_kernels import contrastive_bwd, contrastive_fwd, launch, sigmoid_fwd
@@ -404,6 +405,34 @@ def test_layouts(layout: str, normalize: bool, accesses: str) -> None:
     ours = fastclip.contrastive_loss(x, y, 3.0, normalize=normalize, backend="triton")
     dense = fastclip.contrastive_loss(image, text, 3.0, normalize=normalize, backend="reference")
     torch.testing.assert_close(ours.cpu(), dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("D", [6, 12, 100])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_side_aligned(dtype: torch.dtype, which: int, normalize: bool, D: int) -> None:
+    """One side lies as the products want it, the other does not."""
+    sides = [x.to(dtype) for x in pairs(9, 9, D)]
+    sides[which] = F.pad(sides[which], (0, 16 - D % 8), value=torch.nan)[:, :D]
+    sides[1 - which] = torch.cat([torch.zeros(1, dtype=dtype), sides[1 - which].flatten()])[1:].view(9, D)
+    check(triton_loss(normalize=normalize), *sides, 0.5, normalize=normalize)
+
+
+def test_largest_logits_of_nan_are_nan() -> None:
+    image, text = (x.to(DEVICE) for x in pairs(9, 9, 8))
+    text[4, 2] = torch.nan
+    _, top = contrastive_maxima(image, text, torch.tensor(3.0, device=DEVICE), backend="triton")
+    assert top.row_neg.isnan().tolist() == [i != 4 for i in range(9)]
+    assert top.col_neg.isnan().tolist() == [j == 4 for j in range(9)]
+
+
+def test_strided_labels() -> None:
+    image, text = (x.to(DEVICE) for x in pairs(30, 30, 8))
+    y = torch.randint(0, 9, (60,), dtype=torch.int32, device=DEVICE)[::2]
+    p = Problem(image, text, torch.tensor(3.0, device=DEVICE), (y, y.flip(0)), 0, False, True)
+    for a, b in zip(backend.contrastive_fwd(p), reference.contrastive_fwd(p)):
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_beyond_2_to_the_31() -> None:

@@ -383,7 +383,7 @@ def contrastive_bwd(
     d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = (d.contiguous() for d in grads)
     rows, cols = Features.of(image, row_inv, normalize), Features.of(text, col_inv, normalize)
     M, N, D = len(image), len(text), image.shape[1]
-    row_label, col_label = labels if labels is not None else (row_inv, col_inv)
+    row_label, col_label = (x.int().contiguous() for x in labels) if labels is not None else (row_inv, col_inv)
     blocks = triton.cdiv(max(M, N), _BLOCK)
     largest = image.new_empty(blocks, dtype=torch.float64)
     # The forward pass's constants: with the same offset its exponentials are the same, and weights sum to 1

@@ -54,6 +54,8 @@ def _exact_sums(z2, rest2, keep):
     row_safe, col_safe = _safe(row_top), _safe(col_top)
     row = tl.log2(tl.sum(tl.exp2(z2 - row_safe[:, None] + rest2), 1))
     col = tl.log2(tl.sum(tl.exp2(z2 - col_safe[None, :] + rest2), 0))
+    # tl.max passes over NaN, the sums do not
+    row_top, col_top = tl.where(row != row, row, row_top), tl.where(col != col, col, col_top)
     return row_safe.to(tl.float64) + row, col_safe.to(tl.float64) + col, row_top, col_top
 
 
@@ -263,13 +265,15 @@ def _reduce(
         out_ptrs = out_ptr + plane * out_plane + k
         before = tl.load(out_ptrs, mask=some & (first == 0), other=0.0 if is_sum or not EXACT else -INF)
         top = tl.where(some & (first != 0), -INF, before) if EXACT and not is_sum else before
-        total = tl.zeros((BLOCK,), tl.float64)
+        total, lost = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int32)
+        lost += (before != before).to(tl.int32)
         ptrs = part_ptr + plane * tiles.to(tl.int64) * size + k[None, :]
         if EXACT and not is_sum:
             for t0 in range(0, tiles, TILES):
                 t = t0 + tl.arange(0, TILES)[:, None]
                 part = tl.load(ptrs + t.to(tl.int64) * size, mask=some[None, :] & (t < tiles), other=-INF)
                 top = tl.maximum(top, tl.max(part, 0).to(tl.float64))
+                lost |= tl.max((part != part).to(tl.int32), 0)
         if not is_top:
             safe = tl.where(top == -INF, 0.0, top)
             for t0 in range(0, tiles, TILES):
@@ -285,7 +289,7 @@ def _reduce(
             else:
                 total += before
         if is_top:
-            total = top
+            total = tl.where(lost != 0, float("nan"), top)
         if last != 0:
             if not EXACT and not is_sum:
                 # Empty sets are known: with labels their sum is 0 exactly, without there is one pair and it is its own
@@ -370,7 +374,7 @@ def contrastive_fwd(
     M, N = len(rows.x), len(cols.x)
     planes = (5 if maxima else 3) if has_labels else (2 if maxima else 1)
     row_out, col_out = (image.new_empty(planes, size, dtype=torch.float64) for size in (M, N))
-    row_label, col_label = (x.int() for x in labels) if labels is not None else (n.row_inv, n.col_inv)
+    row_label, col_label = (x.int().contiguous() for x in labels) if labels is not None else (n.row_inv, n.col_inv)
     if maxima:
         n.constants[REPAIR.value] = 1.0
     fast = choose("contrastive_fwd", rows.x, has_labels)

@@ -195,6 +195,7 @@ class Features(NamedTuple):
         """From features (size, D) and their inverse norms (size,) fp32."""
         aligned = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
         aligned &= x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+        aligned &= x.shape[1] % 8 == 0  # or both sides are copied: the products need as many columns of both
         if aligned and not (normalize and x.dtype != torch.bfloat16):
             return Features(x, inv)
         size, D = x.shape

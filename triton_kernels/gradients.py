@@ -146,17 +146,18 @@ class Gradients:
         d_image: Tensor | None,
         d_text: Tensor | None,
         factor: float = 1.0,
+        stored: bool = True,
     ) -> None:
         """d_image (M, D), d_text (N, D), times `factor`, from the weights r_i G_ij c_j that ``weigh(i0, i1, j0, j1,
         weights)`` stores.
 
         offset: of the own pairs, whose weights are in the vectors and not among the stored; None when there are none.
-        scale_part (finish_parts,): the own pairs' share of d_scale.
+        scale_part (finish_parts,): the own pairs' share of d_scale. stored: `weigh` does store weights.
         """
         x = self.image.x
-        weights = x.new_empty(self.block_m, self.block_n)
+        weights = x.new_empty((self.block_m, self.block_n) if stored else (ALIGNMENT, ALIGNMENT))
         raw_text = None if d_text is None else x.new_empty(self.N, x.shape[1], dtype=torch.float32)
-        raw_image = x.new_empty(self.block_m, x.shape[1], dtype=torch.float32)
+        raw_image = x.new_empty(0 if d_image is None else self.block_m, x.shape[1], dtype=torch.float32)
         for i0, i1 in chunks(self.M, self.block_m):
             for j0, j1 in chunks(self.N, self.block_n):
                 weigh(i0, i1, j0, j1, weights)

@@ -23,6 +23,7 @@ __all__ = [
     "tile_arguments",
 ]
 
+_OLD_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)  # adds to the operands' dtype only
 _WORKSPACE_MB = 1024  # of a GPU, unless FASTCLIP_WORKSPACE_MB says otherwise
 
 _DEFAULT_PROCESSORS = 132  # where no GPU says: an H100's
@@ -157,13 +158,18 @@ def fp32_products() -> str:
     """How products of fp32 tiles are computed: as torch's own matrix products are asked to, else without loss."""
     if not torch.cuda.is_available() or torch.version.hip:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    asked = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if asked is None:  # an older torch; where there is the new setting, the old one raises once that was used
+        asked = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if asked == "tf32" else "tf32x3"
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
     """out = a b in fp32, added to what was there if `keep`, by the library."""
-    if a.dtype != torch.float32 and out.device.type == "cuda":
-        if keep:
+    if a.dtype != torch.float32 and out.device.type == "cuda" and torch.version.hip is None:
+        if keep and _OLD_TORCH:
+            out.add_(torch.mm(a, b, out_dtype=torch.float32))
+        elif keep:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         else:
             torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -54,21 +54,23 @@ def sigmoid_vectors_kernel(
     parts,
     first,
     NORMALIZE: tl.constexpr,
+    HALF: tl.constexpr,
     SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The vectors of one side, and the own pairs' share of the loss and of d_bias.
 
-    Math      x = -(z + b): loss softplus(x), weight -gain sigmoid(x);  gain = 2^k with 2^14 > gain |G| everywhere,
-              from the bound on the logits: also a solved batch's weights are fp16 numbers
+    Math      x = -(z + b): loss softplus(x), weight -gain sigmoid(x);  gain = 2^k with 2^14 > gain |G| everywhere
+              for fp16 features, from the bound on the logits: also a solved batch's weights are fp16 numbers; else 1
     Program   BLOCK rows
     Precision fp64
     """
     bias = tl.load(bias_ptr).to(tl.float64)
     scale = tl.load(constants_ptr + SCALE).to(tl.float64)
     bound = tl.load(constants_ptr + BOUND).to(tl.float64)
-    largest = tl.exp(tl.minimum(tl.maximum(bound + bias, -70.0), 0.0))
-    gain = 4096.0 / high_bit(largest)
+    gain = bound * 0.0 + 1.0
+    if HALF:
+        gain = 4096.0 / high_bit(tl.exp(tl.minimum(tl.maximum(bound + bias, -70.0), 0.0)))
     if tl.program_id(0) == 0:
         tl.store(constants_ptr + GAIN, gain.to(tl.float32))
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -236,6 +238,7 @@ def sigmoid_fwd(
             triton.cdiv(size, _BLOCK),
             *(pos, inv, factor, vec, n.constants, bias, part, size, other, shift, parts, tiles),
             NORMALIZE=normalize,
+            HALF=image.dtype == torch.float16,
             SUMS=vec is row_vec,
             BLOCK=_BLOCK,
         )
@@ -261,7 +264,7 @@ def sigmoid_fwd(
         for x, need in zip((image, text), needs)
     )
     own = offset if any(needs[:3]) else None
-    gradients.compute(weigh, row_vec, col_vec, own, part[1, tiles:], d_image, d_text, 1.0 / divisor)
+    gradients.compute(weigh, row_vec, col_vec, own, part[1, tiles:], d_image, d_text, 1.0 / divisor, any(needs))
     loss, d_scale, d_bias = part.sum(1) / divisor
     return (
         loss,

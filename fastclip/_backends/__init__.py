@@ -55,4 +55,4 @@ def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
         if reason:
             raise RuntimeError(f"backend={name!r} cannot serve this call: {reason}")
         return name, module
-    return next((n, m) for n, m in _BACKENDS.items() if not (m.missing() or m.refuses(image, named=False)))
+    return next((n, m) for n, m in _BACKENDS.items() if not (m.refuses(image, named=False) or m.missing()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 @functools.cache
@@ -42,9 +43,9 @@ def _interpreting() -> bool:
 
 
 @functools.cache
-def _old_gpu() -> str | None:
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"it needs compute capability 8.0 or newer, {torch.cuda.get_device_name()} has less"
+def _old_gpu(index: int) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return f"it needs compute capability 8.0 or newer, {torch.cuda.get_device_name(index)} has less"
     return None
 
 
@@ -55,16 +56,20 @@ def missing() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    return _old_gpu()
+    return None
 
 
 def refuses(image: Tensor, named: bool) -> str | None:
     if image.dtype not in _DTYPES:
         return f"it serves float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
+    if image.device.type == "cpu" and not named:  # without a look at the GPU: a forked worker must not touch it
+        return "it serves GPU tensors, not cpu; its interpreter, which is for looking, serves who asks for it by name"
+    if reason := _import_error():
+        return reason
     if not _interpreting():
-        return None if image.device.type == "cuda" else f"it serves GPU tensors, not {image.device.type}"
-    if not named:
-        return "the interpreter is for looking at the kernels: it serves who asks for it by name"
+        if image.device.type != "cuda":
+            return f"it serves GPU tensors, not {image.device.type}"
+        return _old_gpu(image.get_device())
     if image.device.type != "cpu":
         return f"TRITON_INTERPRET=1 is set: it serves CPU tensors, not {image.device.type}"
     if image.dtype == torch.bfloat16:
