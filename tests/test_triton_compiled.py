@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 COMPILED = Path(__file__).parent / "compiled.py"
+PATH = os.pathsep.join([str(COMPILED.parent.parent), str(COMPILED.parent)])  # this checkout's package first
 TILES = {
     "contrastive_fwd_kernel",
     "contrastive_fwd_repair_kernel",
@@ -32,7 +33,11 @@ TWO_AT_ONCE = {"contrastive_fwd_kernel", "contrastive_bwd_kernel"}
 @pytest.fixture(scope="module")
 def machines() -> dict[int, list[dict[str, Any]]]:
     """In processes of their own: here the kernels may be the interpreter's."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(COMPILED.parent)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([str(COMPILED.parent.parent), str(COMPILED.parent)]),
+    }
     running = {
         chip: subprocess.Popen(
             [sys.executable, str(COMPILED), str(chip)], stdout=subprocess.PIPE, text=True, env=environment
@@ -97,7 +102,11 @@ def test_two_programs_a_multiprocessor(machines: dict[int, list[dict[str, Any]]]
 
 def test_a_spill_is_found() -> None:
     """The reading itself: a configuration known to spill (registers for a tile of 128 x 256 in four warps)."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(COMPILED.parent)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([str(COMPILED.parent.parent), str(COMPILED.parent)]),
+    }
     done = subprocess.run(
         [sys.executable, str(COMPILED), "90", "spilling"], capture_output=True, text=True, env=environment, check=True
     )
