@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.features import EPS, Features, high_bit, set_constants
-from fastclip.triton_kernels.gradients import FACTOR, OUT, OWN, PROJECT, Gradients
+from fastclip.triton_kernels.features import Features, high_bit, set_constants
+from fastclip.triton_kernels.gradients import FACTOR, OWN, Gradients, store_factors
 from fastclip.triton_kernels.launch import choose, launch, output_argument, processors, tile_arguments
 from fastclip.triton_kernels.tile import (
     GAIN,
@@ -15,7 +15,6 @@ from fastclip.triton_kernels.tile import (
     LOG2E,
     OFFSET2,
     REPAIR,
-    SCALE,
     dot_tile,
     exact_logits2,
     halves,
@@ -130,15 +129,7 @@ def contrastive_bwd_vectors_kernel(
     some = k < size
     vec_ptrs = vec_ptr + k
     plane = size.to(tl.int64)
-    inv = tl.load(inv_ptr + k, mask=some, other=0.0)
-    factor = tl.load(factor_ptr + k, mask=some, other=1.0)
-    tl.store(vec_ptrs + FACTOR * plane, factor, mask=some)
-    out = tl.load(constants_ptr + SCALE).to(tl.float64) * (inv.to(tl.float64) / factor.to(tl.float64)) / gain
-    tl.store(vec_ptrs + OUT * plane, out.to(tl.float32), mask=some)
-    project = tl.zeros_like(factor)
-    if NORMALIZE:  # where the norm was clamped it is a constant
-        project = tl.where(inv * EPS < 1.0, 1.0, project)
-    tl.store(vec_ptrs + PROJECT * plane, project, mask=some)
+    store_factors(vec_ptrs, plane, inv_ptr + k, factor_ptr + k, constants_ptr, gain, some, NORMALIZE)
     own_weight = tl.load(d_pos_ptr + k, mask=some, other=0.0)
     d_neg = tl.load(d_neg_ptr + k, mask=some, other=0.0) * gain
     lowest = offset2.to(tl.float64) * LN2 + _LOWEST

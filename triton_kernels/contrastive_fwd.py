@@ -363,8 +363,8 @@ def contrastive_fwd(
     normalize: bool,
     maxima: bool = False,
 ) -> tuple[Tensor, ...]:
-    """As the reference's `contrastive_fwd`: 2 M N D operations, five launches for each panel of rows but the first's
-    norms, no host synchronisation.
+    """As the reference's `contrastive_fwd`: 2 M N D operations; norms once, then four launches a panel of rows; no
+    host synchronisation.
 
     Columns of one problem share one exponential's offset; where that cannot serve them the device starts a repair.
     """

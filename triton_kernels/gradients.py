@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.features import Features
+from fastclip.triton_kernels.features import EPS, Features
 from fastclip.triton_kernels.launch import Config, addmm, chunks, launch, processors, workspace_bytes
+from fastclip.triton_kernels.tile import SCALE
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "Gradients"]
+__all__ = ["ALIGNMENT", "OWN", "FACTOR", "Gradients", "store_factors"]
 
 # Planes: what a dot product is multiplied with; of the own pair the weight; of the result the factor, and whether it
 # is projected (1, or 0 where the norm is a constant)
@@ -24,6 +25,20 @@ FACTOR, OWN, OUT, PROJECT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), t
 ALIGNMENT = 128  # every tile divides it: a block of weights padded to it is written without masks
 _LONGEST_SUM = 65536  # terms in one chain of additions: tensor cores truncate
 _ROWS, _COLUMNS = 4, 256  # of a program of the finish, at a time
+
+
+@triton.jit
+def store_factors(vec_ptrs, plane, inv_ptrs, factor_ptrs, constants_ptr, gain, some, NORMALIZE: tl.constexpr):
+    """FACTOR, OUT and PROJECT of some rows, from their inverse norms and factors; gain is undone by OUT."""
+    inv = tl.load(inv_ptrs, mask=some, other=0.0)
+    factor = tl.load(factor_ptrs, mask=some, other=1.0)
+    tl.store(vec_ptrs + FACTOR * plane, factor, mask=some)
+    out = tl.load(constants_ptr + SCALE).to(tl.float64) * (inv.to(tl.float64) / factor.to(tl.float64)) / gain
+    tl.store(vec_ptrs + OUT * plane, out.to(tl.float32), mask=some)
+    project = tl.zeros_like(factor)
+    if NORMALIZE:  # where the norm was clamped it is a constant
+        project = tl.where(inv * EPS < 1.0, 1.0, project)
+    tl.store(vec_ptrs + PROJECT * plane, project, mask=some)
 
 
 @triton.jit(do_not_specialize=["vec_plane", "other_plane", "size", "other_size", "offset"])

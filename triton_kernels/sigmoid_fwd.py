@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.features import EPS, Features, high_bit, norms
-from fastclip.triton_kernels.gradients import FACTOR, OUT, OWN, PROJECT, Gradients
+from fastclip.triton_kernels.features import Features, high_bit, norms
+from fastclip.triton_kernels.gradients import OWN, Gradients, store_factors
 from fastclip.triton_kernels.launch import choose, launch, output_argument, tile_arguments
 from fastclip.triton_kernels.tile import (
     BOUND,
@@ -66,7 +66,6 @@ def sigmoid_vectors_kernel(
     Precision fp64
     """
     bias = tl.load(bias_ptr).to(tl.float64)
-    scale = tl.load(constants_ptr + SCALE).to(tl.float64)
     bound = tl.load(constants_ptr + BOUND).to(tl.float64)
     gain = bound * 0.0 + 1.0
     if HALF:
@@ -75,16 +74,8 @@ def sigmoid_vectors_kernel(
         tl.store(constants_ptr + GAIN, gain.to(tl.float32))
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     some = k < size
-    inv = tl.load(inv_ptr + k, mask=some, other=0.0)
-    factor = tl.load(factor_ptr + k, mask=some, other=1.0)
     plane = size.to(tl.int64)
-    tl.store(vec_ptr + FACTOR * plane + k, factor, mask=some)
-    out = scale * (inv.to(tl.float64) / factor.to(tl.float64)) / gain
-    tl.store(vec_ptr + OUT * plane + k, out.to(tl.float32), mask=some)
-    project = tl.zeros_like(factor)
-    if NORMALIZE:  # where the norm was clamped it is a constant
-        project = tl.where(inv * EPS < 1.0, 1.0, project)
-    tl.store(vec_ptr + PROJECT * plane + k, project, mask=some)
+    store_factors(vec_ptr + k, plane, inv_ptr + k, factor_ptr + k, constants_ptr, gain, some, NORMALIZE)
     has = some & (k + offset >= 0) & (k + offset < other_size)
     x = -(tl.load(pos_ptr + k, mask=some, other=0.0) + bias)
     t = tl.exp(-tl.abs(x))
