@@ -17,6 +17,8 @@ typedef enum fastclip_status {
   FASTCLIP_INVALID_ARGUMENT = 1,
   FASTCLIP_OUT_OF_MEMORY = 2,
   FASTCLIP_UNSUPPORTED_ISA = 3,
+  FASTCLIP_NO_DRIVER = 4,     /* no NVIDIA driver, or one that is too old for this build */
+  FASTCLIP_CUDA_ERROR = 1000, /* and above: FASTCLIP_CUDA_ERROR + cudaError_t */
 } fastclip_status;
 
 /* A block of the M_all x N_all logits, at row i0 and column j0, as dot products <I_i, T_j> in fp32. */
@@ -93,6 +95,86 @@ const char* fastclip_cpu_isa(void);
  * where no such runtime is found and after fork. Applies to the whole process; results are the same. */
 int fastclip_cpu_select_threads(const char* name);
 const char* fastclip_cpu_threads(void);
+
+/* ---- Hopper (sm_90a): every pointer below is a device pointer ----
+ *
+ * Nothing synchronises, prints or allocates: all calls can be captured in a CUDA graph. They start on `stream` of the
+ * current device. */
+
+typedef enum fastclip_dtype { FASTCLIP_BF16 = 0, FASTCLIP_FP16 = 1 } fastclip_dtype;
+
+/* What the device decides about a problem, floats: the same numbers as in triton_kernels/tile.py. */
+enum {
+  FASTCLIP_SCALE = 0,
+  FASTCLIP_OFFSET2 = 2, /* subtracted from every exponent, in units of log 2 */
+  FASTCLIP_REPAIR = 3,  /* not 0: the one offset does not serve; the weights' kernel returns at once */
+  FASTCLIP_GAIN = 4,    /* a power of two in the stored weights */
+};
+
+/* A block of logits z_ij = scale r_i c_j <I_i, T_j>; r, c: `factor` of the sides below. */
+typedef struct fastclip_cuda_block {
+  const void *image, *text;                  /* (M, D), (N, D), of `dtype`, aligned to 16 bytes */
+  int64_t image_row_stride, text_row_stride; /* multiples of 8 */
+  int64_t M, N, D;
+  int64_t offset;   /* row i's own column is i + offset */
+  int exclude_self; /* with labels: a row's own column is neither a positive nor a negative */
+  int dtype;        /* fastclip_dtype */
+  int tile_n;       /* FASTCLIP_CUDA_TILE_N..., or FASTCLIP_CUDA_TILE_N_SMALL for problems that have few tiles */
+  int processors;   /* multiprocessors of the device */
+  const float* constants;
+  void* stream;
+} fastclip_cuda_block;
+
+/* One side of the forward problem, images or texts (their size is M or N, the other one's tiles across).
+ * Planes of `part`: sums of 2^(log2(e) z - offset2) over the negatives; with labels, over the positives; and of
+ * log2(e) z over the positives. Every slot is written. */
+typedef struct fastclip_cuda_fwd_side {
+  const float* factor;  /* (size,) */
+  const int32_t* label; /* (size,); NULL on both sides when there are no labels */
+  float* part;          /* (1 or 3, tiles across, size) */
+} fastclip_cuda_fwd_side;
+
+/* One side of the backward problem, each (size,). */
+typedef struct fastclip_cuda_bwd_side {
+  const float* factor;
+  const float* neg;     /* what multiplies a negative's 2^(log2(e) z - offset2), gain included */
+  const int32_t* label; /* NULL on both sides when there are no labels, as the next two */
+  const float* pos;     /* the same of a positive */
+  const float* own;     /* and what is added to it */
+} fastclip_cuda_bwd_side;
+
+/* Rows and columns of a tile: rows have ceil(N / tile_n) partial sums, columns ceil(M / FASTCLIP_CUDA_TILE_M). */
+enum {
+  FASTCLIP_CUDA_TILE_M = 128,
+  FASTCLIP_CUDA_TILE_N = 192,
+  FASTCLIP_CUDA_TILE_N_LABELS = 128, /* of the forward problem with labels */
+  FASTCLIP_CUDA_TILE_N_SMALL = 64,
+};
+
+/* Partial sums of one exponential a logit. */
+int fastclip_cuda_contrastive_fwd(const fastclip_cuda_block* block, const fastclip_cuda_fwd_side* image,
+                                  const fastclip_cuda_fwd_side* text);
+
+/* weights (M, N) = gain r_i G_ij c_j in the features' dtype, 0 at the own pairs when there are no labels;
+ * scale_part (tiles,) = sum_ij gain r_i G_ij c_j <I_i, T_j> of every tile, from the unrounded weights.
+ * weights: aligned to 16 bytes, weights_row_stride a multiple of 8 from N on. */
+int fastclip_cuda_contrastive_bwd(const fastclip_cuda_block* block, const fastclip_cuda_bwd_side* image,
+                                  const fastclip_cuda_bwd_side* text, void* weights, int64_t weights_row_stride,
+                                  float* scale_part);
+
+/* The sigmoid loss's pairs but the own ones: part (3, part_row_stride) gets loss, gain d_scale and d_bias of every
+ * tile, weights (M, N) the weights; both of the latter only with `gradients`. */
+int fastclip_cuda_sigmoid_fwd(const fastclip_cuda_block* block, const float* image_factor, const float* text_factor,
+                              const float* bias, int gradients, void* weights, int64_t weights_row_stride, double* part,
+                              int64_t part_row_stride);
+
+/* The version of CUDA that the driver serves, 1000 major + 10 minor; 0 where there is none. And what this was built
+ * with. */
+int fastclip_cuda_driver(void);
+int fastclip_cuda_runtime(void);
+
+/* The name of a status from FASTCLIP_CUDA_ERROR on. */
+const char* fastclip_cuda_error_name(int status);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,89 @@
+// Weights gain r_i G_ij c_j of a block of logits, for the products with the features; the logits are never stored.
+//
+//   Math      E = 2^(z2 - offset2), one exponential a logit: negatives G = E (a_i + b_j); positives with labels
+//             G = E (a'_i + b'_j) + own_i + own_j, without 0: the finish adds them, unrounded
+//   Traffic   writes 2 M N bytes
+//   Precision fp32, weights rounded once to the features' dtype; the tile's share of d_scale from the unrounded ones
+#include "launch.cuh"
+
+namespace fastclip {
+namespace {
+
+template <bool kHalf_, int kBlockN_, bool kLabels_>
+struct Weights {
+  static constexpr bool kHalf = kHalf_, kLabels = kLabels_, kStores = true, kSkipsRepairs = true;
+  static constexpr int kBlockN = kBlockN_, kStages = 4, kSums = 1, kSumsN = 1;
+  enum { kFactor, kNeg, kLabel, kPos, kOwn, kScaled };
+  static constexpr int kRowVectors = kScaled + 1, kColVectors = kLabels ? kScaled : kLabel;
+
+  template <class Vectors>
+  static __device__ __forceinline__ void load(const Side& side, int k, bool some, Vectors& vectors, int slot) {
+    vectors[kFactor][slot] = some ? side.factor[k] : 0.f;
+    vectors[kNeg][slot] = some ? side.neg[k] : 0.f;
+    if constexpr (kLabels) {
+      vectors[kLabel][slot] = some ? as_float(side.label[k]) : 0.f;
+      vectors[kPos][slot] = some ? side.pos[k] : 0.f;
+      vectors[kOwn][slot] = some ? side.own[k] : 0.f;
+    }
+  }
+
+  static __device__ __forceinline__ void load_row(const Params& p, int i, Scratch<Weights>& s, int k) {
+    load(p.row, i, i < p.M, s.row, k);
+    s.row[kScaled][k] = i < p.M ? scaled2(p.row.factor[i], p.constants) : 0.f;
+  }
+
+  static __device__ __forceinline__ void load_col(const Params& p, int j, Scratch<Weights>& s, int k) {
+    load(p.col, j, j < p.N, s.col, k);
+  }
+
+  template <bool kMask>
+  static __device__ __forceinline__ void finish(const float (&acc)[kHalves][kBlockN / 2], const Epilogue<Weights>& t) {
+    const float offset2 = __ldg(t.p.constants + FASTCLIP_OFFSET2);
+    const Mask mask = t.mask();
+    float d_scale = 0.f;
+    const auto weigh = [&](int half, int h, int c, float (&weights)[2]) {
+      const float factor = t.row(kFactor, half, h), neg = t.row(kNeg, half, h), scaled = t.row(kScaled, half, h);
+      const float2 col_factors = t.cols(kFactor, c), col_negs = t.cols(kNeg, c);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float col_factor = e ? col_factors.y : col_factors.x;
+        const float dot = acc[half][4 * c + 2 * h + e] * col_factor;
+        float g = exp2_fast(fmaf(dot, scaled, -offset2)), weight = neg + (e ? col_negs.y : col_negs.x);
+        if constexpr (kLabels) {
+          const float2 labels = t.cols(kLabel, c), col_pos = t.cols(kPos, c), col_own = t.cols(kOwn, c);
+          const bool same = as_int(t.row(kLabel, half, h)) == as_int(e ? labels.y : labels.x);
+          weight = same ? t.row(kPos, half, h) + (e ? col_pos.y : col_pos.x) : weight;
+          g = fmaf(g, weight, same ? t.row(kOwn, half, h) + (e ? col_own.y : col_own.x) : 0.f);
+          if (kMask && (mask.outside(half, h, c, e) || (t.p.exclude_self && mask.own(half, h, c, e)))) g = 0.f;
+        } else {
+          g *= weight;
+          if (kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e))) g = 0.f;  // also an infinite one
+        }
+        g *= factor;
+        d_scale = fmaf(g, dot, d_scale);
+        weights[e] = g * col_factor;
+      }
+    };
+    store_weights(t, weigh, [&] { publish_sum(t, 0, d_scale); });
+    if (t.at.thread == 0 && t.tile.m < t.p.tiles_m) t.p.scale_part[t.index()] = published_sum(t, 0);
+  }
+};
+
+}  // namespace
+}  // namespace fastclip
+
+extern "C" int fastclip_cuda_contrastive_bwd(const fastclip_cuda_block* block, const fastclip_cuda_bwd_side* image,
+                                             const fastclip_cuda_bwd_side* text, void* weights,
+                                             int64_t weights_row_stride, float* scale_part) {
+  using namespace fastclip;
+  if (!image || !text || !image->factor || !text->factor || !image->neg || !text->neg || !scale_part ||
+      !image->label != !text->label)
+    return FASTCLIP_INVALID_ARGUMENT;
+  if (image->label && (!image->pos || !text->pos || !image->own || !text->own)) return FASTCLIP_INVALID_ARGUMENT;
+  Params p = {};
+  p.row = {image->factor, image->neg, image->pos, image->own, image->label, nullptr};
+  p.col = {text->factor, text->neg, text->pos, text->own, text->label, nullptr};
+  p.scale_part = scale_part;
+  return image->label ? launch<Weights, FASTCLIP_CUDA_TILE_N, true>(block, p, weights, weights_row_stride)
+                      : launch<Weights, FASTCLIP_CUDA_TILE_N, false>(block, p, weights, weights_row_stride);
+}

@@ -1,0 +1,40 @@
+// From the C interface to a launch of the tile kernel.
+#pragma once
+#include "tile.cuh"
+
+namespace fastclip {
+
+struct alignas(128) Maps {
+  CUtensorMap image, text, weights;
+};
+
+// Checks the block, fills in what all kernels need, and makes the tensor maps; weights may be NULL.
+int prepare(const fastclip_cuda_block* block, Params* p, Maps* maps, void* weights, int64_t weights_row_stride);
+
+// Starts a kernel with the maps and parameters on as many clusters as there are pairs of tiles, or multiprocessors.
+int start(const void* kernel, int smem_bytes, const fastclip_cuda_block& block, Maps& maps, Params& p);
+
+template <class Op>
+int launch_op(const fastclip_cuda_block& block, Maps& maps, Params& p) {
+  constexpr int kBytes = sizeof(Smem<Op>) + 1024;  // to align it
+  static_assert(kBytes <= 227 * 1024, "shared memory of a multiprocessor");
+  return start(reinterpret_cast<const void*>(&tile_kernel<Op>), kBytes, block, maps, p);
+}
+
+// The kernel for the block's dtype and tile: kWide columns, or 64 for problems that have few tiles.
+template <template <bool, int, bool> class Op, int kWide, bool kOption>
+int launch(const fastclip_cuda_block* block, Params& p, void* weights = nullptr, int64_t weights_row_stride = 0) {
+  constexpr int kSmall = FASTCLIP_CUDA_TILE_N_SMALL;
+  Maps maps;
+  if (Op<false, kSmall, kOption>::kStores && !weights) return FASTCLIP_INVALID_ARGUMENT;
+  if (const int error = prepare(block, &p, &maps, weights, weights_row_stride)) return error;
+  const bool half = block->dtype == FASTCLIP_FP16;
+  if (block->tile_n == FASTCLIP_CUDA_TILE_N_SMALL)
+    return half ? launch_op<Op<true, kSmall, kOption>>(*block, maps, p)
+                : launch_op<Op<false, kSmall, kOption>>(*block, maps, p);
+  if (block->tile_n != kWide) return FASTCLIP_INVALID_ARGUMENT;
+  return half ? launch_op<Op<true, kWide, kOption>>(*block, maps, p)
+              : launch_op<Op<false, kWide, kOption>>(*block, maps, p);
+}
+
+}  // namespace fastclip

@@ -1,0 +1,311 @@
+// A persistent kernel over tiles (kBlockM, kBlockN) of the logits: the products here, what becomes of them in an `Op`
+// (contrastive_fwd.cu, contrastive_bwd.cu, sigmoid_fwd.cu). M images, N texts, D features; i, j count rows and columns.
+//
+//   Program   one CTA a multiprocessor: a producer warp issues TMA loads, two consumer warpgroups take tiles in turn
+//             ("pingpong"): while one multiplies the other does its epilogue. Two CTAs of a cluster own vertically
+//             adjacent tiles; each loads one half of the text block for both (multicast)
+//   Traffic   image and text once per tile column and pair of tile rows, in bands of rows that stay in L2
+//   Precision products in the features' dtype, accumulation in fp32
+//   Ragged    rows >= M, columns >= N and the D tail load as 0; tiles at the edge and on the diagonal are masked
+//   Order     every partial sum has its own slot, nothing is atomic: bitwise repeatable
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "../fastclip.h"
+#ifdef FASTCLIP_EMULATE
+#include "../tests/emulate_sm90.h"
+#else
+#include "sm90_ptx.cuh"
+#endif
+
+namespace fastclip {
+
+using namespace sm90;
+
+constexpr int kBlockM = FASTCLIP_CUDA_TILE_M, kBlockK = 64, kHalves = kBlockM / 64;  // wgmma computes 64 rows
+constexpr int kCluster = 2;                                                          // CTAs that share a text block
+constexpr int kBand = 8;  // pairs of tile rows that are walked column by column: 2048 image rows stay in L2
+constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
+static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "registers of a multiprocessor");
+constexpr float kLog2e = 1.44269504f, kSmallest = 0x1p-126f;
+
+struct Side {
+  const float *factor, *neg, *pos, *own;  // as in fastclip.h
+  const int32_t* label;
+  float* part;
+};
+
+struct Params {
+  const float *constants, *bias;
+  Side row, col;
+  float* scale_part;
+  double* part;
+  int64_t offset, part_row_stride;
+  int M, N, k_blocks, tiles_m, tiles_n, pairs;  // pairs of vertically adjacent tiles
+  int exclude_self;
+};
+
+struct Tile {
+  int m, n, i0, j0;  // indices and first element
+};
+
+// Accumulator [half][4 c + 2 h + e] of a thread is element (64 half + 8 h + row, 8 c + e + col) of the tile.
+struct Place {
+  int thread, warp, lane, row, col;
+};
+
+constexpr int kNone = 1 << 20;  // `diagonal` of a tile without own pairs
+
+// Which elements of a tile at the edge or on the diagonal do not count; all but three numbers are known to the
+// compiler.
+struct Mask {
+  int diagonal, rows, cols;
+  __device__ __forceinline__ bool own(int half, int h, int c, int e) const {
+    return 8 * c + e - 64 * half - 8 * h == diagonal;
+  }
+  __device__ __forceinline__ bool outside(int half, int h, int c, int e) const {
+    return 64 * half + 8 * h >= rows || 8 * c + e >= cols;
+  }
+};
+
+// What a consumer warpgroup keeps of a tile: vectors of its rows and columns, and sums of its four warps.
+template <class Op>
+struct Scratch {
+  alignas(16) float row[Op::kRowVectors][kBlockM];
+  alignas(16) float col[Op::kColVectors][Op::kBlockN];
+  alignas(16) float sums[Op::kSums][4][Op::kSumsN];
+};
+
+// Stored weights on their way: a piece is 64 rows of 64 two-byte values.
+template <class Op>
+struct Stores {
+  static constexpr int kPieceBytes = 64 * 128, kPieces = kHalves * Op::kBlockN / 64;
+  static constexpr int kBuffers = kPieces % 3 == 0 ? 3 : 2;  // the pieces of a tile use each equally often
+  static_assert(kPieces % kBuffers == 0, "a buffer must not be written again before kBuffers - 1 others");
+  unsigned char piece[Op::kStores ? kBuffers : 1][Op::kStores ? kPieceBytes : 16];
+};
+
+template <class Op>
+struct Smem {
+  static constexpr int kImageBytes = kBlockM * kBlockK * 2, kTextBytes = Op::kBlockN * kBlockK * 2;
+  static constexpr int kStageBytes = kImageBytes + kTextBytes;
+  unsigned char stage[Op::kStages][kStageBytes];  // rows of 128 bytes, 128-byte swizzle: aligned to 1024 bytes
+  Stores<Op> stores[2];
+  Scratch<Op> scratch[2];
+  uint64_t full[Op::kStages], empty[Op::kStages];
+};
+
+template <class Op>
+struct Epilogue {
+  const Params& p;
+  Tile tile;
+  Place at;
+  int diagonal;  // the own column of the tile's first row, relative to the tile; kNone when it has no own pair
+  bool masked;   // some elements do not count
+  Scratch<Op>& scratch;
+  Stores<Op>& stores;
+  const CUtensorMap* weights_map;
+  int barrier;  // named barrier of the warpgroup
+
+  __device__ __forceinline__ Mask mask() const {
+    return {diagonal + at.row - at.col, p.M - tile.i0 - at.row, p.N - tile.j0 - at.col};
+  }
+  __device__ __forceinline__ float row(int vector, int half, int h) const {
+    return scratch.row[vector][64 * half + 8 * h + at.row];
+  }
+  __device__ __forceinline__ float2 cols(int vector, int c) const {
+    return *reinterpret_cast<const float2*>(&scratch.col[vector][8 * c + at.col]);
+  }
+  __device__ __forceinline__ int index() const { return tile.m * p.tiles_n + tile.n; }
+  __device__ __forceinline__ void sync() const { named_sync(barrier, 128); }
+};
+
+// factor s log2(e), rounded once: an error of the scale shifts all logits alike.
+__device__ __forceinline__ float scaled2(float factor, const float* constants) {
+  return static_cast<float>(static_cast<double>(factor) * __ldg(constants + FASTCLIP_SCALE) * 1.4426950408889634);
+}
+
+// Two values summed over the lanes that differ in one bit, one shuffle: lanes with the bit clear get the sum of low.
+__device__ __forceinline__ float exchange(float low, float high, int bit, int lane) {
+  const bool upper = lane & bit;
+  return (upper ? high : low) + __shfl_xor_sync(0xffffffff, upper ? low : high, bit);
+}
+
+// Sum over the warpgroup, in thread 0: [k] of each warp is in scratch.sums[k][warp][0] after the next barrier.
+template <class Op>
+__device__ __forceinline__ void publish_sum(const Epilogue<Op>& t, int k, float sum) {
+#pragma unroll
+  for (int bit = 16; bit > 0; bit >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, bit);
+  if (t.at.lane == 0) t.scratch.sums[k][t.at.warp][0] = sum;
+}
+
+template <class Op>
+__device__ __forceinline__ float published_sum(const Epilogue<Op>& t, int k) {
+  const auto& sums = t.scratch.sums[k];
+  return (sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]);
+}
+
+// Stores the tile's weights; weigh(half, h, c, weights) computes two neighbours in a row, at the end() of the tile its
+// sums are published.
+template <class Op, class Weigh, class End>
+__device__ __forceinline__ void store_weights(const Epilogue<Op>& t, const Weigh& weigh, const End& end) {
+  using S = Stores<Op>;
+  // Where this lane writes its row of a matrix: row lane % 16 of the warp's 16; chunk xor row % 8 is the swizzle.
+  const int row = 128 * (16 * t.at.warp + (t.at.lane & 15)), chunk = t.at.lane >> 4, swizzle = t.at.lane & 7;
+#pragma unroll
+  for (int piece = 0; piece < S::kPieces; ++piece) {
+    const int block = piece / kHalves, half = piece % kHalves, buffer = piece % S::kBuffers;
+    const uint32_t dst = smem_address(t.stores.piece[buffer]) + row;
+#pragma unroll
+    for (int c = 0; c < 8; c += 2) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        float weights[2];
+        weigh(half, k & 1, 8 * block + c + (k >> 1), weights);
+        packed[k] = pack<Op::kHalf>(weights[0], weights[1]);
+      }
+      store_matrix_x4(dst + (((c + chunk) ^ swizzle) << 4), packed);
+    }
+    if (piece == S::kPieces - 1) end();
+    // One barrier a piece: at most kBuffers - 2 earlier stores may still be reading when the next buffer is written.
+    tma_store_fence();
+    if (t.at.thread == 0) tma_store_wait_read<S::kBuffers - 2>();
+    t.sync();
+    if (t.at.thread == 0) {
+      const int x = t.tile.j0 + 64 * block, y = t.tile.i0 + 64 * half;
+      if (x < t.p.N && y < t.p.M) tma_store(t.weights_map, t.stores.piece[buffer], x, y);
+      tma_store_commit();
+    }
+  }
+}
+
+// ---- kernel ----
+
+__device__ __forceinline__ Tile tile_at(const Params& p, int block_n, int pair, int rank) {
+  const int pair_rows = (p.tiles_m + kCluster - 1) / kCluster, band = kBand * p.tiles_n;
+  const int first = pair / band * kBand, height = min(kBand, pair_rows - first), inside = pair % band;
+  const int m = (first + inside % height) * kCluster + rank, n = inside / height;
+  return {m, n, m * kBlockM, n * block_n};
+}
+
+template <int kAcc>
+__device__ __forceinline__ void hold(float (&acc)[kHalves][kAcc]) {
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half)
+#pragma unroll
+    for (int k = 0; k < kAcc; ++k) pin(acc[half][k]);
+}
+
+template <class Op>
+__device__ __forceinline__ void produce(const Params& p, Smem<Op>& s, const CUtensorMap& image_map,
+                                        const CUtensorMap& text_map, int cluster, int clusters, int count, int rank) {
+  constexpr int kShare = Op::kBlockN / kCluster;  // rows of the text block that this CTA loads for both
+  int stage = 0;
+  uint32_t parity = 1;  // a fresh barrier counts as released
+  for (int k = 0; k < count; ++k) {
+    const Tile tile = tile_at(p, Op::kBlockN, cluster + k * clusters, rank);
+#pragma unroll 1
+    for (int block = 0; block < p.k_blocks; ++block) {
+      mbarrier_wait(&s.empty[stage], parity);
+      mbarrier_expect(&s.full[stage], Smem<Op>::kStageBytes);
+      tma_load(s.stage[stage], &image_map, &s.full[stage], block * kBlockK, tile.i0);
+      tma_load_multicast(s.stage[stage] + Smem<Op>::kImageBytes + rank * (Smem<Op>::kTextBytes / kCluster), &text_map,
+                         &s.full[stage], block * kBlockK, tile.j0 + rank * kShare, (1 << kCluster) - 1);
+      if (++stage == Op::kStages) stage = 0, parity ^= 1;
+    }
+  }
+}
+
+template <class Op>
+__device__ __forceinline__ void consume(const Params& p, Smem<Op>& s, const CUtensorMap& weights_map, int cluster,
+                                        int clusters, int count, int rank, int mine) {
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  const Place at = {thread, thread / 32, lane, 16 * (thread / 32) + lane / 4, 2 * (lane % 4)};
+  // Named barriers: 1 and 2 are the warpgroups' turns at the tensor cores, 3 and 4 are theirs alone; 0 is __syncthreads
+  const int turn = 1 + mine, other_turn = 2 - mine;
+  if (mine == 1) named_arrive(other_turn, 256);  // the first turn belongs to consumer 0
+
+  for (int k = mine; k < count; k += 2) {
+    const Tile tile = tile_at(p, Op::kBlockN, cluster + k * clusters, rank);
+    Scratch<Op>& scratch = s.scratch[mine];
+    // The tile's vectors: nobody of this warpgroup still reads the last tile's, and the turn's barrier publishes them
+    Op::load_row(p, tile.i0 + thread, scratch, thread);
+    for (int j = thread; j < Op::kBlockN; j += 128) Op::load_col(p, tile.j0 + j, scratch, j);
+
+    float acc[kHalves][Op::kBlockN / 2];
+    // The CTA's k blocks are numbered through; the other consumer's are skipped
+    const uint32_t step = static_cast<uint32_t>(k) * p.k_blocks;
+    int stage = step % Op::kStages, last = 0;
+    uint32_t parity = step / Op::kStages & 1;
+    named_sync(turn, 256);
+    hold(acc);
+#pragma unroll 1
+    for (int block = 0; block < p.k_blocks; ++block) {
+      mbarrier_wait(&s.full[stage], parity);
+      const uint32_t address = smem_address(s.stage[stage]);
+      const uint64_t a = operand(address), b = operand(address + Smem<Op>::kImageBytes);
+      wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < kBlockK / 16; ++kk)
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half)
+          wgmma<Op::kHalf>(acc[half], a + half * (64 * 128 / 16) + kk * 2, b + kk * 2, kk > 0 || block > 0);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (block > 0 && lane < kCluster) mbarrier_arrive_in(&s.empty[last], lane);
+      last = stage;
+      if (++stage == Op::kStages) stage = 0, parity ^= 1;
+    }
+    if (k + 1 < count) named_arrive(other_turn, 256);
+    wgmma_wait<0>();
+    hold(acc);
+    if (lane < kCluster) mbarrier_arrive_in(&s.empty[last], lane);
+
+    const int64_t own = p.offset + tile.i0 - tile.j0;
+    const int diagonal = own > -kBlockM && own < Op::kBlockN ? static_cast<int>(own) : kNone;
+    const bool edge = tile.i0 + kBlockM > p.M || tile.j0 + Op::kBlockN > p.N;
+    const bool masked = edge || (diagonal != kNone && (!Op::kLabels || p.exclude_self));
+    const Epilogue<Op> epilogue = {p, tile, at, diagonal, masked, scratch, s.stores[mine], &weights_map, 3 + mine};
+    if (masked)
+      Op::template finish<true>(acc, epilogue);
+    else
+      Op::template finish<false>(acc, epilogue);
+  }
+  if (Op::kStores && thread == 0) tma_store_wait_all();
+}
+
+template <class Op>
+__global__ void __launch_bounds__(kThreads, 1)
+    tile_kernel(const __grid_constant__ CUtensorMap image_map, const __grid_constant__ CUtensorMap text_map,
+                const __grid_constant__ CUtensorMap weights_map, const __grid_constant__ Params p) {
+  if (Op::kSkipsRepairs && __ldg(p.constants + FASTCLIP_REPAIR) != 0) return;
+  unsigned char* raw = dynamic_smem();
+  // the same place in both CTAs of a cluster
+  Smem<Op>& s = *reinterpret_cast<Smem<Op>*>(raw + (1024 - smem_address(raw) % 1024) % 1024);
+  const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0), rank = cluster_rank();
+  const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
+  const int count = (p.pairs - cluster + clusters - 1) / clusters;  // pairs cluster, cluster + clusters, ...
+
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < Op::kStages; ++k) {
+      mbarrier_init(&s.full[k], 1);              // the producer's expect, then the bytes of both multicasts
+      mbarrier_init(&s.empty[k], 4 * kCluster);  // the consuming warps here and in the other CTA
+    }
+    mbarrier_init_fence();
+  }
+  cluster_sync();
+  if (group == 0) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) produce<Op>(p, s, image_map, text_map, cluster, clusters, count, rank);
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume<Op>(p, s, weights_map, cluster, clusters, count, rank, group - 1);
+  }
+  cluster_sync();  // the other CTA may still arrive on barriers here
+}
+
+}  // namespace fastclip

@@ -1,0 +1,143 @@
+// Runs the Hopper kernels on a CPU behind the CUDA run-time functions that csrc/cuda calls; see emulate_sm90.h.
+#include "emulate_sm90.h"
+
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+#include "../cuda/tile.cuh"
+
+namespace sm90 {
+
+Fiber* fiber;
+std::vector<Block>* cluster_blocks;
+std::vector<std::function<void()>> loads;
+unsigned grid_size;
+Named cluster_barrier;
+
+namespace {
+
+ucontext_t scheduler;
+std::mt19937 dice;
+std::function<void()> body;
+
+void start() {
+  body();
+  fiber->done = true;
+  swapcontext(static_cast<ucontext_t*>(fiber->context), &scheduler);
+}
+
+// Whatever can still move: threads in random order, TMA loads at random times.
+void run_cluster(unsigned first, unsigned size, unsigned threads, size_t smem) {
+  constexpr size_t kStack = 96 * 1024;
+  std::vector<Block> blocks(size);
+  std::vector<std::vector<unsigned char>> memory(size, std::vector<unsigned char>(smem + 1024, 0xff));  // 0xffff: NaN
+  std::vector<Fiber> fibers(static_cast<size_t>(size) * threads);
+  std::vector<ucontext_t> contexts(fibers.size());
+  std::vector<unsigned char> stacks(fibers.size() * kStack);
+  cluster_blocks = &blocks, cluster_barrier = {}, loads.clear();
+  for (unsigned b = 0; b < size; ++b) {
+    blocks[b].smem = memory[b].data(), blocks[b].size = static_cast<uint32_t>(smem);
+    blocks[b].index = first + b, blocks[b].rank = b;
+    blocks[b].warps.resize(threads / 32), blocks[b].dirty.resize(smem / 4 + 1);
+    for (unsigned t = 0; t < threads; ++t) {
+      const size_t k = static_cast<size_t>(b) * threads + t;
+      fibers[k].block = &blocks[b], fibers[k].thread = t, fibers[k].context = &contexts[k];
+      getcontext(&contexts[k]);
+      contexts[k].uc_stack.ss_sp = stacks.data() + k * kStack, contexts[k].uc_stack.ss_size = kStack;
+      makecontext(&contexts[k], start, 0);
+    }
+  }
+  std::vector<size_t> order(fibers.size());
+  for (size_t k = 0; k < order.size(); ++k) order[k] = k;
+  for (size_t left = fibers.size(); left > 0;) {
+    std::shuffle(order.begin(), order.end(), dice);
+    bool moved = false;
+    for (size_t k : order) {
+      Fiber& f = fibers[k];
+      if (f.done || (f.ready && !f.ready())) continue;
+      f.ready = nullptr, fiber = &f, moved = true;
+      swapcontext(&scheduler, &contexts[k]);
+      left -= f.done;
+    }
+    if (!loads.empty() && (dice() % 2 || !moved)) {
+      std::swap(loads[dice() % loads.size()], loads.back());
+      const auto load = std::move(loads.back());
+      loads.pop_back(), load(), moved = true;
+    }
+    if (!moved) fail("a deadlock");
+  }
+  for (Fiber& f : fibers)
+    if (!f.groups.empty() || !f.open.empty() || !f.stores.empty()) fail("work that nobody waited for");
+  for (Block& b : blocks)
+    for (Named& n : b.named)
+      if (n.arrived) fail("arrivals at a named barrier that nobody waited for");
+}
+
+CUresult encode(CUtensorMap* out, CUtensorMapDataType, cuuint32_t, void* data, const cuuint64_t* sizes,
+                const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  const Map map = {static_cast<unsigned char*>(data), static_cast<int64_t>(sizes[1]), static_cast<int64_t>(sizes[0]),
+                   static_cast<int64_t>(strides[0]),  static_cast<int>(box[1]),       static_cast<int>(box[0])};
+  std::memcpy(out, &map, sizeof map);
+  return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+void fail(const char* what) {
+  std::fprintf(stderr, "emulated kernel: %s\n", what);
+  std::abort();
+}
+
+void wait_until(std::function<bool()> ready) {
+  if (ready()) return;
+  fiber->ready = std::move(ready);
+  swapcontext(static_cast<ucontext_t*>(fiber->context), &scheduler);
+}
+
+void maybe_yield() {
+  if (dice() % 8) return;
+  swapcontext(static_cast<ucontext_t*>(fiber->context), &scheduler);
+}
+
+}  // namespace sm90
+
+extern "C" {
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  *function = reinterpret_cast<void*>(&sm90::encode), *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+const char* cudaGetErrorName(cudaError_t) { return "an error"; }
+
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+
+// Several schedules of one launch: FASTCLIP_EMULATE_SEED chooses which.
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+  using namespace fastclip;
+  const char* seed = std::getenv("FASTCLIP_EMULATE_SEED");
+  sm90::dice.seed(seed ? static_cast<unsigned>(std::atoi(seed)) : 1);
+  const unsigned size = config->attrs[0].val.clusterDim.x;
+  sm90::grid_size = config->gridDim.x;
+  const auto kernel =
+      reinterpret_cast<void (*)(CUtensorMap, CUtensorMap, CUtensorMap, Params)>(const_cast<void*>(function));
+
+  sm90::body = [=] {
+    kernel(*static_cast<CUtensorMap*>(args[0]), *static_cast<CUtensorMap*>(args[1]),
+           *static_cast<CUtensorMap*>(args[2]), *static_cast<Params*>(args[3]));
+  };
+  for (unsigned b = 0; b < config->gridDim.x; b += size)
+    sm90::run_cluster(b, size, config->blockDim.x, config->dynamicSmemBytes);
+  return cudaSuccess;
+}
+
+}  // extern "C"
