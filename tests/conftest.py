@@ -1,10 +1,57 @@
-"""Where there is no GPU the Triton kernels run in Triton's interpreter, on the CPU."""
+"""Where there is no GPU Triton's kernels run in its interpreter and Hopper's in csrc/tests' emulator, on the CPU."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What torch.empty returns is filled with NaN: an output that is not written is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The CUDA backend serves the CPU."""
+    import emulated
+
+    from fastclip._backends import cuda
+
+    try:
+        module = emulated.module()
+    except emulated.Missing as missing:
+        pytest.skip(str(missing))
+    monkeypatch.setattr(cuda, "_module", module)
+    monkeypatch.setattr(cuda, "_not_loaded", None)
+    return module
+
+
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> Any:
+    """Of a test that is parametrised indirectly with `kernels.KINDS`."""
+    import fastclip
+
+    if request.param.backend == "cuda" and not torch.cuda.is_available():
+        request.getfixturevalue("emulated_cuda")
+    if (state := fastclip.backends()[request.param.backend]) != "available":
+        pytest.skip(f"{request.param.backend}: {state}")
+    return request.param
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from kernels import Launches
+
+    return Launches(monkeypatch)

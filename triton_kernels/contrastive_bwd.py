@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from fastclip.triton_kernels.features import Features, high_bit, set_constants
 from fastclip.triton_kernels.gradients import FACTOR, OWN, Gradients, store_factors
-from fastclip.triton_kernels.launch import choose, launch, output_argument, processors, tile_arguments
+from fastclip.triton_kernels.launch import BwdSide, Tiles, choose, launch, output_argument, processors, tile_arguments
 from fastclip.triton_kernels.tile import (
     GAIN,
     INF,
@@ -356,6 +356,14 @@ def contrastive_bwd_repair_kernel(
             )  # fmt: skip
 
 
+def _side(vec: Tensor, labels: bool) -> BwdSide:
+    """Of vectors (planes, size)."""
+    if not labels:
+        return BwdSide(vec[FACTOR.value], vec[_NEG.value])
+    label = vec[_LABEL.value].view(torch.int32)
+    return BwdSide(vec[FACTOR.value], vec[_NEG.value], label, vec[_POS.value], vec[OWN.value])
+
+
 def contrastive_bwd(
     image: Tensor,
     text: Tensor,
@@ -367,8 +375,10 @@ def contrastive_bwd(
     stats: list[Tensor],
     grads: list[Tensor],
     needs: list[bool],
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As the reference's `contrastive_bwd`: 6 M N D operations, in blocks of weights that fit into the workspace."""
+    """As the reference's `contrastive_bwd`: 6 M N D operations, in blocks of weights that fit into the workspace.
+    `tiles`: other kernels for the weights."""
     has_labels = labels is not None
     row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, row_inv, col_inv = (x.contiguous() for x in stats)
     d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = (d.contiguous() for d in grads)
@@ -403,8 +413,10 @@ def contrastive_bwd(
         )
     gradients = Gradients(rows, cols, D)
     fast, exact = (choose(name, rows.x, has_labels) for name in ("contrastive_bwd", "contrastive_bwd_repair"))
-    tiles = gradients.count_tiles(fast, exact)
-    part = image.new_zeros(tiles + gradients.finish_parts, dtype=torch.float32)
+    if tiles:
+        fast = tiles.config("contrastive_bwd", *gradients.block, has_labels)
+    parts = gradients.count_tiles(fast, exact)
+    part = image.new_zeros(parts + gradients.finish_parts, dtype=torch.float32)
     done = 0
 
     def weigh(i0: int, i1: int, j0: int, j1: int, weights: Tensor) -> None:
@@ -412,6 +424,11 @@ def contrastive_bwd(
         for repair in (False, True):
             tile = exact if repair else fast
             x, y = rows.x[i0:i1], cols.x[j0:j1]
+            if tiles and not repair:
+                sides = _side(row_vec[:, i0:], has_labels), _side(col_vec[:, j0:], has_labels)
+                at = offset + i0 - j0
+                tiles.contrastive_bwd(tile, x, y, *sides, constants, at, exclude_self, weights, part[done:])
+                continue
             operands, options = tile_arguments(tile, x, y)
             count = triton.cdiv(i1 - i0, tile.BLOCK_M) * triton.cdiv(j1 - j0, tile.BLOCK_N)
             launch(
@@ -428,6 +445,6 @@ def contrastive_bwd(
 
     d_image = torch.empty_like(image, memory_format=torch.contiguous_format) if needs[0] else None
     d_text = torch.empty_like(text, memory_format=torch.contiguous_format) if needs[1] else None
-    gradients.compute(weigh, row_vec, col_vec, None if has_labels else offset, part[tiles:], d_image, d_text)
+    gradients.compute(weigh, row_vec, col_vec, None if has_labels else offset, part[parts:], d_image, d_text)
     d_scale = (part.sum(dtype=torch.float64) / constants[GAIN.value]).to(scale.dtype) if needs[2] else None
     return d_image, d_text, d_scale

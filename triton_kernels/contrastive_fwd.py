@@ -12,7 +12,16 @@ import torch
 import triton
 import triton.language as tl
 from fastclip.triton_kernels.features import Features, norms
-from fastclip.triton_kernels.launch import choose, chunks, launch, processors, tile_arguments, workspace_bytes
+from fastclip.triton_kernels.launch import (
+    FwdSide,
+    Tiles,
+    choose,
+    chunks,
+    launch,
+    processors,
+    tile_arguments,
+    workspace_bytes,
+)
 from fastclip.triton_kernels.tile import (
     INF,
     LN2,
@@ -362,9 +371,10 @@ def contrastive_fwd(
     exclude_self: bool,
     normalize: bool,
     maxima: bool = False,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, ...]:
     """As the reference's `contrastive_fwd`: 2 M N D operations; norms once, then four launches a panel of rows; no
-    host synchronisation.
+    host synchronisation. `tiles`: other kernels for the partial sums.
 
     Columns of one problem share one exponential's offset; where that cannot serve them the device starts a repair.
     """
@@ -377,16 +387,15 @@ def contrastive_fwd(
     row_label, col_label = (x.int().contiguous() for x in labels) if labels is not None else (n.row_inv, n.col_inv)
     if maxima:
         n.constants[REPAIR.value] = 1.0
-    fast = choose("contrastive_fwd", rows.x, has_labels)
+    fast = tiles.config("contrastive_fwd", M, N, has_labels) if tiles else choose("contrastive_fwd", rows.x, has_labels)
     exact = choose("contrastive_fwd_repair", rows.x, has_labels)
     # The partial sums of a panel of rows fit into the workspace
-    tiles = [(-(-M // tile.BLOCK_M), -(-N // tile.BLOCK_N)) for tile in (fast, exact)]
-    row_bytes = 8 * planes * max(n_tiles + N / tile.BLOCK_M for (_, n_tiles), tile in zip(tiles, (fast, exact)))
+    row_bytes = 8 * planes * max(-(-N // tile.BLOCK_N) + N / tile.BLOCK_M for tile in (fast, exact))
     step = max(fast.BLOCK_M, exact.BLOCK_M)
     panel = min(max(int(workspace_bytes() / row_bytes) // step, 1) * step, M)
-    tiles = [(-(-panel // tile.BLOCK_M), -(-N // tile.BLOCK_N)) for tile in (fast, exact)]
-    row_part = image.new_empty(planes * max(n_tiles * panel for _, n_tiles in tiles), dtype=torch.float64)
-    col_part = image.new_empty(planes * max(m_tiles * N for m_tiles, _ in tiles), dtype=torch.float64)
+    across = max(-(-N // tile.BLOCK_N) for tile in (fast, exact)), max(-(-panel // t.BLOCK_M) for t in (fast, exact))
+    row_part = image.new_empty(planes * across[0] * panel, dtype=torch.float64)
+    col_part = image.new_empty(planes * across[1] * N, dtype=torch.float64)
 
     for repair in (True,) if maxima else (False, True):
         tile = exact if repair else fast
@@ -395,17 +404,26 @@ def contrastive_fwd(
         for i0, i1 in chunks(M, panel):
             x = rows.x[i0:i1]
             tiles_m, tiles_n = triton.cdiv(i1 - i0, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)
-            operands, options = tile_arguments(tile, x, cols.x)
-            launch(
-                contrastive_fwd_repair_kernel if repair else contrastive_fwd_kernel,
-                min(tiles_m * tiles_n, processors(image.device)) if repair else tiles_m * tiles_n,
-                *operands,
-                *(rows.factor[i0:i1], cols.factor, row_label[i0:i1], col_label, n.constants, *parts),
-                *(i1 - i0, N, x.shape[1], offset + i0),
-                EXCLUDE_SELF=exclude_self,
-                **flags,
-                **options,
-            )
+            if tiles and not repair:
+                sides = (
+                    FwdSide(factor, label if has_labels else None, part)
+                    for factor, label, part in zip(
+                        (rows.factor[i0:i1], cols.factor), (row_label[i0:i1], col_label), parts
+                    )
+                )
+                tiles.contrastive_fwd(tile, x, cols.x, *sides, n.constants, offset + i0, exclude_self)
+            else:
+                operands, options = tile_arguments(tile, x, cols.x)
+                launch(
+                    contrastive_fwd_repair_kernel if repair else contrastive_fwd_kernel,
+                    min(tiles_m * tiles_n, processors(image.device)) if repair else tiles_m * tiles_n,
+                    *operands,
+                    *(rows.factor[i0:i1], cols.factor, row_label[i0:i1], col_label, n.constants, *parts),
+                    *(i1 - i0, N, x.shape[1], offset + i0),
+                    EXCLUDE_SELF=exclude_self,
+                    **flags,
+                    **options,
+                )
             launch(
                 contrastive_fwd_reduce_kernel,
                 triton.cdiv(i1 - i0, _REDUCED) + triton.cdiv(N, _REDUCED),

@@ -33,6 +33,12 @@ def _inverse(squares, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
+def _wide(x):
+    """fp64, by way of fp32: Triton's interpreter knows no other way from bfloat16."""
+    return x.to(tl.float32).to(tl.float64)
+
+
+@triton.jit
 def _norms(
     x_ptr, y_ptr, x_row_stride, y_row_stride, inv_ptr, pos_ptr, scale_ptr, k0, size, other_size, D, offset,
     NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -47,10 +53,10 @@ def _norms(
     xx, yy, xy = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
-        x = tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0).to(tl.float64)
+        x = _wide(tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0))
         xx += tl.sum(x * x, 1)
         if not LABELS:
-            y = tl.load(y_ptrs + d, mask=has[:, None] & (d < D), other=0.0).to(tl.float64)
+            y = _wide(tl.load(y_ptrs + d, mask=has[:, None] & (d < D), other=0.0))
             yy += tl.sum(y * y, 1)
             xy += tl.sum(x * y, 1)
     inv = _inverse(xx, NORMALIZE)
@@ -177,7 +183,7 @@ def copy_rows_kernel(
     for d0 in range(0, out_row_stride, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
         x = tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0)
-        x = (x.to(tl.float64) * power[:, None]).to(x.dtype)
+        x = (_wide(x) * power[:, None]).to(tl.float32).to(x.dtype)
         tl.store(out_ptrs + d, x, mask=some[:, None] & (d < out_row_stride))
 
 

@@ -148,6 +148,11 @@ class Gradients:
         return sum(self.tiles(i1 - i0, j1 - j0, *kinds) for i0, i1 in rows for j0, j1 in columns)
 
     @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of the largest block."""
+        return min(self.block_m, self.M), min(self.block_n, self.N)
+
+    @property
     def finish_parts(self) -> int:
         return -(-self.M // _ROWS)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -13,6 +13,7 @@ from fastclip import _env
 
 __all__ = [
     "Config",
+    "Tiles",
     "addmm",
     "choose",
     "chunks",
@@ -38,6 +39,48 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     SPLIT: int = 1  # parts of a tile that the epilogue works on one after the other
+
+
+class Tiles(Protocol):
+    """Tile kernels of another make: a launcher that is handed them starts them in place of its own, repairs apart.
+
+    x (M, D), y (N, D): features of the block, 16-bit; the vectors are its rows' and columns'; see the kernels here.
+    """
+
+    def config(self, kernel: str, M: int, N: int, labels: bool) -> Config: ...
+
+    def contrastive_fwd(
+        self, tile: Config, x: Tensor, y: Tensor, row: FwdSide, col: FwdSide, constants: Tensor, offset: int,
+        exclude_self: bool,
+    ) -> None: ...  # fmt: skip
+
+    def contrastive_bwd(
+        self, tile: Config, x: Tensor, y: Tensor, row: BwdSide, col: BwdSide, constants: Tensor, offset: int,
+        exclude_self: bool, weights: Tensor, part: Tensor,
+    ) -> None: ...  # fmt: skip
+
+    def sigmoid_fwd(
+        self, tile: Config, x: Tensor, y: Tensor, row_factor: Tensor, col_factor: Tensor, constants: Tensor,
+        offset: int, bias: Tensor, weights: Tensor | None, part: Tensor,
+    ) -> None: ...  # fmt: skip
+
+
+class FwdSide(NamedTuple):
+    """One side of a block: what `Tiles.contrastive_fwd` reads and writes."""
+
+    factor: Tensor  # (size,) fp32
+    label: Tensor | None  # (size,) int32
+    part: Tensor  # (planes, tiles across, size) fp32
+
+
+class BwdSide(NamedTuple):
+    """One side of a block: what `Tiles.contrastive_bwd` reads; the last three with labels."""
+
+    factor: Tensor  # (size,) fp32, as all
+    neg: Tensor
+    label: Tensor | None = None  # int32
+    pos: Tensor | None = None
+    own: Tensor | None = None
 
 
 # By kernel, chip, features' dtype and whether there are labels; none spills registers (tests/test_triton_compiled.py).

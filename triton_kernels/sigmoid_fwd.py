@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 from fastclip.triton_kernels.features import Features, high_bit, norms
-from fastclip.triton_kernels.gradients import OWN, Gradients, store_factors
-from fastclip.triton_kernels.launch import choose, launch, output_argument, tile_arguments
+from fastclip.triton_kernels.gradients import FACTOR, OWN, Gradients, store_factors
+from fastclip.triton_kernels.launch import Tiles, choose, launch, output_argument, tile_arguments
 from fastclip.triton_kernels.tile import (
     BOUND,
     GAIN,
@@ -209,15 +209,19 @@ def sigmoid_fwd(
     divisor: int,
     needs: list[bool],
     saved_dtype: torch.dtype,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """As the reference's `sigmoid_fwd`: 6 M N D operations with gradients of the features, 2 without."""
+    """As the reference's `sigmoid_fwd`: 6 M N D operations with gradients of the features, 2 without. `tiles`: other
+    kernels for the pairs."""
     n = norms(image, text, scale, offset, normalize, False)
     rows, cols = Features.of(image, n.row_inv, normalize), Features.of(text, n.col_inv, normalize)
     M, N, D = len(image), len(text), image.shape[1]
     gradients = Gradients(rows, cols, D)
     tile = choose("sigmoid_fwd", rows.x, False)
-    tiles = gradients.count_tiles(tile)
-    parts = tiles + max(gradients.finish_parts, triton.cdiv(M, _BLOCK))
+    if tiles:
+        tile = tiles.config("sigmoid_fwd", *gradients.block, False)
+    tile_parts = gradients.count_tiles(tile)
+    parts = tile_parts + max(gradients.finish_parts, triton.cdiv(M, _BLOCK))
     part = image.new_zeros(3, parts, dtype=torch.float64)
     row_vec, col_vec = (image.new_empty(4, size, dtype=torch.float32) for size in (M, N))
     for pos, inv, factor, vec, size, other, shift in (
@@ -227,7 +231,7 @@ def sigmoid_fwd(
         launch(
             sigmoid_vectors_kernel,
             triton.cdiv(size, _BLOCK),
-            *(pos, inv, factor, vec, n.constants, bias, part, size, other, shift, parts, tiles),
+            *(pos, inv, factor, vec, n.constants, bias, part, size, other, shift, parts, tile_parts),
             NORMALIZE=normalize,
             HALF=image.dtype == torch.float16,
             SUMS=vec is row_vec,
@@ -238,16 +242,23 @@ def sigmoid_fwd(
     def weigh(i0: int, i1: int, j0: int, j1: int, weights: Tensor) -> None:
         nonlocal done
         x, y = rows.x[i0:i1], cols.x[j0:j1]
-        operands, options = tile_arguments(tile, x, y)
-        launch(
-            sigmoid_fwd_kernel,
-            triton.cdiv(i1 - i0, tile.BLOCK_M) * triton.cdiv(j1 - j0, tile.BLOCK_N),
-            *(*operands, row_vec[:, i0:], col_vec[:, j0:], n.constants, bias),
-            *(output_argument(tile, weights, x), weights.stride(0), part[:, done:], parts),
-            *(i1 - i0, j1 - j0, x.shape[1], offset + i0 - j0),
-            GRADIENTS=any(needs),
-            **options,
-        )
+        if tiles:
+            factors = row_vec[FACTOR.value, i0:], col_vec[FACTOR.value, j0:]
+            at = offset + i0 - j0
+            tiles.sigmoid_fwd(
+                tile, x, y, *factors, n.constants, at, bias, weights if any(needs) else None, part[:, done:]
+            )
+        else:
+            operands, options = tile_arguments(tile, x, y)
+            launch(
+                sigmoid_fwd_kernel,
+                triton.cdiv(i1 - i0, tile.BLOCK_M) * triton.cdiv(j1 - j0, tile.BLOCK_N),
+                *(*operands, row_vec[:, i0:], col_vec[:, j0:], n.constants, bias),
+                *(output_argument(tile, weights, x), weights.stride(0), part[:, done:], parts),
+                *(i1 - i0, j1 - j0, x.shape[1], offset + i0 - j0),
+                GRADIENTS=any(needs),
+                **options,
+            )
         done += gradients.tiles(i1 - i0, j1 - j0, tile)
 
     d_image, d_text = (
@@ -255,7 +266,7 @@ def sigmoid_fwd(
         for x, need in zip((image, text), needs)
     )
     own = offset if any(needs[:3]) else None
-    gradients.compute(weigh, row_vec, col_vec, own, part[1, tiles:], d_image, d_text, 1.0 / divisor, any(needs))
+    gradients.compute(weigh, row_vec, col_vec, own, part[1, tile_parts:], d_image, d_text, 1.0 / divisor, any(needs))
     loss, d_scale, d_bias = part.sum(1) / divisor
     return (
         loss,

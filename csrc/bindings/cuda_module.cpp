@@ -89,6 +89,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("RUNTIME") = fastclip_cuda_runtime();
   m.attr("COMPILER") = FASTCLIP_CUDA_COMPILER;
   m.attr("ARCHS") = FASTCLIP_CUDA_ARCHS;
+#ifdef FASTCLIP_EMULATE
+  m.attr("EMULATED") = true;  // csrc/tests/emulate_sm90.h: for tests
+#else
+  m.attr("EMULATED") = false;
+#endif
   m.attr("TILE_M") = static_cast<int>(FASTCLIP_CUDA_TILE_M);
   m.attr("TILE_N") = static_cast<int>(FASTCLIP_CUDA_TILE_N);
   m.attr("TILE_N_LABELS") = static_cast<int>(FASTCLIP_CUDA_TILE_N_LABELS);

@@ -283,15 +283,17 @@ inline uint16_t narrow(float x, bool half) {
   return bits;
 }
 inline float widen(uint16_t bits, bool half) {
-  if (half) {
-    _Float16 h;
-    std::memcpy(&h, &bits, 2);
-    return static_cast<float>(h);
-  }
-  const uint32_t u = static_cast<uint32_t>(bits) << 16;
-  float x;
-  std::memcpy(&x, &u, 4);
-  return x;
+  if (!half) return as_float(static_cast<int32_t>(static_cast<uint32_t>(bits) << 16));
+  static const std::vector<float> all = [] {
+    std::vector<float> values(65536);
+    for (unsigned k = 0; k < values.size(); ++k) {
+      const uint16_t u = static_cast<uint16_t>(k);
+      _Float16 h;
+      std::memcpy(&h, &u, 2), values[k] = static_cast<float>(h);
+    }
+    return values;
+  }();
+  return all[bits];
 }
 template <bool kHalf>
 uint32_t pack(float low, float high) {
@@ -303,13 +305,15 @@ uint32_t pack(float low, float high) {
 inline uint64_t operand(uint32_t address) {
   return (uint64_t{1} << 62) | (uint64_t{1024 / 16} << 32) | (uint64_t{1} << 16) | ((address & 0x3ffff) >> 4);
 }
-// Element (row, k) of a K-major operand as the PTX manual reads the descriptor; the swizzle acts on address bits.
-inline float operand_at(uint64_t desc, int row, int k, bool half) {
+// Row of a K-major operand as the PTX manual reads the descriptor; the swizzle acts on address bits, 16 bytes at a
+// time.
+inline void operand_row(uint64_t desc, int row, bool half, float (&values)[16]) {
   if (desc >> 62 != 1 || (desc >> 49 & 7) != 0) fail("a descriptor of another kind");
   const uint32_t start = (desc & 0x3fff) << 4, group = (desc >> 32 & 0x3fff) << 4;
-  uint16_t bits;
-  std::memcpy(&bits, at_address(block(), swizzle_128(start + row / 8 * group + row % 8 * 128 + k * 2)), 2);
-  return widen(bits, half);
+  uint16_t bits[16];
+  for (uint32_t k = 0; k < 2; ++k)
+    std::memcpy(bits + 8 * k, at_address(block(), swizzle_128(start + row / 8 * group + row % 8 * 128 + k * 16)), 16);
+  for (int k = 0; k < 16; ++k) values[k] = widen(bits[k], half);
 }
 inline void wgmma_fence() { fiber->fenced = true; }
 inline void pin(float&) { fiber->fenced = false; }  // other instructions touch the accumulators
@@ -320,11 +324,10 @@ void wgmma_wait() {
     for (const Gemm& g : fiber->groups.front()) {
       const int t = static_cast<int>(fiber->thread % 128);
       float a[2][16], b[16];
-      for (int h = 0; h < 2; ++h)
-        for (int k = 0; k < 16; ++k) a[h][k] = operand_at(g.a, 16 * (t / 32) + t % 32 / 4 + 8 * h, k, g.half);
+      for (int h = 0; h < 2; ++h) operand_row(g.a, 16 * (t / 32) + t % 32 / 4 + 8 * h, g.half, a[h]);
       for (int i = 0; i < g.n; i += 4)
         for (int e = 0; e < 2; ++e) {
-          for (int k = 0; k < 16; ++k) b[k] = operand_at(g.b, 8 * (i / 4) + 2 * (t % 4) + e, k, g.half);
+          operand_row(g.b, 8 * (i / 4) + 2 * (t % 4) + e, g.half, b);
           for (int h = 0; h < 2; ++h) {
             double sum = g.accumulate ? g.d[i + 2 * h + e] : 0;
             for (int k = 0; k < 16; ++k) sum += a[h][k] * static_cast<double>(b[k]);

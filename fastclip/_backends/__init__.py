@@ -18,12 +18,12 @@ from types import ModuleType
 from torch import Tensor
 
 from fastclip import _env
-from fastclip._backends import cpu, reference, triton
+from fastclip._backends import cpu, cuda, reference, triton
 
 __all__ = ["backends", "check_name", "pick"]
 
 # In order of preference: the first that serves the features is what backend=None means.
-_BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
 
 
 def backends() -> dict[str, str]:

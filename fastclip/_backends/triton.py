@@ -24,7 +24,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 @functools.cache
-def _import_error() -> str | None:
+def import_error() -> str | None:
     """Why Triton cannot be used at all."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -50,7 +50,7 @@ def _old_gpu(index: int) -> str | None:
 
 
 def missing() -> str | None:
-    if reason := _import_error():
+    if reason := import_error():
         return reason
     if _interpreting():
         return None
@@ -64,7 +64,7 @@ def refuses(image: Tensor, named: bool) -> str | None:
         return f"it serves float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
     if image.device.type == "cpu" and not named:  # without a look at the GPU: a forked worker must not touch it
         return "it serves GPU tensors, not cpu; its interpreter, which is for looking, serves who asks for it by name"
-    if reason := _import_error():
+    if reason := import_error():
         return reason
     if not _interpreting():
         if image.device.type != "cuda":
@@ -77,7 +77,7 @@ def refuses(image: Tensor, named: bool) -> str | None:
     return None
 
 
-def _on_device(function: Any) -> Any:
+def on_device(function: Any) -> Any:
     """Kernels start on the current device: make it the features'."""
 
     @functools.wraps(function)
@@ -90,14 +90,14 @@ def _on_device(function: Any) -> Any:
     return wrapped
 
 
-@_on_device
+@on_device
 def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
     """As `reference.contrastive_fwd`."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_fwd")
     return launcher.contrastive_fwd(*p, maxima=maxima)
 
 
-@_on_device
+@on_device
 def contrastive_bwd(
     p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -106,7 +106,7 @@ def contrastive_bwd(
     return launcher.contrastive_bwd(*p, stats, grads, needs)
 
 
-@_on_device
+@on_device
 def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
     """As `reference.sigmoid_fwd`."""
     launcher = importlib.import_module("fastclip.triton_kernels.sigmoid_fwd")

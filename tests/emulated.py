@@ -1,0 +1,91 @@
+"""The native CUDA module with its kernels run on a CPU (csrc/tests/emulate_sm90.h), built once for the sources as they are."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+# cmake, ctest and ninja may be installed beside Python, whose environment need not be activated
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+class Missing(Exception):
+    pass
+
+
+def cuda_headers() -> Path:
+    """The folder of cuda.h: the toolkit's, or that of the wheels that torch brings."""
+    nvcc = shutil.which("nvcc")
+    folders = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parent.parent]
+    candidates = [Path(folder) / "include" for folder in folders if folder]
+    candidates += Path(sysconfig.get_path("purelib")).glob("nvidia/*/include")
+    for folder in candidates:
+        if (folder / "cuda.h").is_file() and (folder / "cuda_runtime.h").is_file():
+            return folder
+    raise Missing("the CUDA headers are not installed")
+
+
+def _sources() -> list[Path]:
+    return sorted(
+        path for folder in ("csrc", "csrc/cuda", "csrc/tests", "csrc/bindings") for path in (ROOT / folder).glob("*.*")
+    )
+
+
+def build(target: str) -> Path:
+    """`_cuda` (the module) or `test_cuda` (a program); raises Missing where something to build it with is."""
+    if COMPILER is None or shutil.which("cmake", path=PATH) is None:
+        raise Missing("cmake or a C++ compiler is not installed")
+    import pybind11
+
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "FASTCLIP_BUILD_CPU": "OFF",
+        "FASTCLIP_EMULATE_CUDA": "ON",
+        "FASTCLIP_CUDA_HEADERS": cuda_headers(),
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    digest = hashlib.sha256(repr((sys.version, sorted(map(str, options.items())))).encode())
+    for path in [ROOT / "CMakeLists.txt", *_sources()]:
+        digest.update(path.read_bytes())
+    name = "emulated-" + digest.hexdigest()[:16]
+    suffix = "" if target == "test_cuda" else str(sysconfig.get_config_var("EXT_SUFFIX"))
+    built = ROOT / "build" / name / (target + suffix)
+    if built.is_file():
+        return built
+    built.parent.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=built.parent.parent) as folder:
+        generator = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
+        words = ["cmake", "-S", ROOT, "-B", folder, *generator, *(f"-D{k}={v}" for k, v in options.items())]
+        for command in (words, ["cmake", "--build", folder, "--parallel", "2"]):
+            done = subprocess.run(
+                [str(word) for word in command], capture_output=True, text=True, env=os.environ | {"PATH": PATH}
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "warning:" not in done.stdout, done.stdout
+        built.parent.mkdir(exist_ok=True)
+        for path in [*Path(folder).glob("_cuda.*.so"), Path(folder) / "test_cuda"]:
+            os.replace(path, built.parent / path.name)  # another process may be building the same
+    return built
+
+
+@functools.cache
+def module() -> Any:
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(build("_cuda")))
+    spec = importlib.util.spec_from_file_location("_cuda", loader=loader)
+    assert spec is not None
+    loaded = importlib.util.module_from_spec(spec)
+    loader.exec_module(loaded)
+    return loaded
