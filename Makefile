@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 
 .PHONY: demo test lint format bench gpu-check plot clean
 
@@ -43,4 +43,4 @@ $(VENV)/.installed-%: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info fastclip/*.so fastclip/_build_report.txt
+	rm -rf $(VENV) build *.egg-info fastclip/*.so fastclip/_*_build_report.txt

@@ -1,13 +1,14 @@
 """Builds the native modules with CMake; everything else is in pyproject.toml.
 
-The package works without them, slower. FASTCLIP_BUILD_CPU: unset tries, and where it fails leaves the reason for
-`fastclip.backends()` to tell; 1 fails the installation; 0 does not try.
+The package works without them, slower. FASTCLIP_BUILD_CPU and FASTCLIP_BUILD_CUDA: unset tries, and where it fails
+leaves the reason for `fastclip.backends()` to tell; 1 fails the installation; 0 does not try.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,51 +18,79 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-REPORT = "_build_report.txt"  # in the installed package: why there is no native module
-
-
-class BuildError(Exception):
-    pass
-
-
-def wanted() -> str:
-    choice = os.environ.get("FASTCLIP_BUILD_CPU", "")
+WANTED = {kind: os.environ.get(f"FASTCLIP_BUILD_{kind}", "") for kind in ("CPU", "CUDA")}
+for kind, choice in WANTED.items():
     if choice not in ("", "0", "1"):
-        raise SystemExit(f"FASTCLIP_BUILD_CPU must be 0, 1 or unset, got {choice!r}")
-    return choice
+        raise SystemExit(f"FASTCLIP_BUILD_{kind} must be 0, 1 or unset, got {choice!r}")
+
+
+class BuildError(Exception): ...
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    names = (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc")
+    nvcc = next((found for name in names if name and (found := shutil.which(name))), None)
+    if nvcc is None:
+        raise BuildError("nvcc was not found (PATH, CUDACXX, CUDA_HOME)")
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+)\.(\d+)", told)
+    if version is None or (int(version[1]), int(version[2])) < (12, 3):
+        raise BuildError(f"nvcc 12.3 or newer is needed, {nvcc} is {version[0] if version else 'of no known release'}")
+    return nvcc
 
 
 class CMakeBuild(build_ext):
     """Runs CMake once an extension; a failure is a report, not an error, unless the build was asked for."""
 
-    def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # an editable installation is imported from the source folder
-        package = ROOT / "fastclip" if getattr(self, "editable_mode", False) else target.parent
-        (package / REPORT).unlink(missing_ok=True)
-        try:
-            if wanted() == "0":
-                raise BuildError("FASTCLIP_BUILD_CPU=0 was set when the package was built")
-            self.run_cmake(target.parent)
-        except BuildError as error:
-            if wanted() == "1":
-                raise
-            logging.getLogger(__name__).warning("fastclip: the native CPU module was not built: %s", error)
-            (package / REPORT).write_text(f"{error}\n")
-            for stale in package.glob(f"{target.name.split('.')[0]}.*"):
-                stale.unlink()
+    def files(self, folder: Path, ext: Extension) -> tuple[Path, Path]:
+        """The module, and the report why there is none: one of them exists."""
+        module = Path(self.get_ext_filename(ext.name)).name
+        return folder / module, folder / f"{module.split('.')[0]}_build_report.txt"
 
-    def run_cmake(self, output: Path) -> None:
+    def deliver(self, ext: Extension, source: Path, target: Path) -> None:
+        """In place of what was there, by renaming: a process that has loaded the old module keeps it."""
+        target.mkdir(parents=True, exist_ok=True)
+        for built, place in zip(self.files(source, ext), self.files(target, ext)):
+            if built.exists():
+                temporary = place.with_name(f".{place.name}.{os.getpid()}")
+                shutil.copy(built, temporary)
+                os.replace(temporary, place)
+            else:
+                place.unlink(missing_ok=True)
+
+    def build_extension(self, ext: Extension) -> None:
+        kind = ext.name.removeprefix("fastclip._").upper()
+        build = Path(self.build_temp).resolve() / kind.lower()  # of its own: a failure costs no other module
+        output = build / "output"
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        try:
+            if WANTED[kind] == "0":
+                raise BuildError(f"FASTCLIP_BUILD_{kind}=0 was set when the package was built")
+            self.run_cmake(kind, build, output)
+        except BuildError as error:
+            if WANTED[kind] == "1":
+                raise
+            logging.getLogger(__name__).warning("fastclip: the native %s module was not built: %s", kind, error)
+            self.files(output, ext)[1].write_text(f"{error}\n")
+        self.deliver(ext, output, Path(self.build_lib, "fastclip"))
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            self.deliver(ext, Path(self.build_lib, "fastclip"), ROOT / "fastclip")
+
+    def run_cmake(self, kind: str, build: Path, output: Path) -> None:
+        options = {f"FASTCLIP_BUILD_{other}": "ON" if other == kind else "OFF" for other in WANTED}
+        if kind == "CUDA":
+            options["CMAKE_CUDA_COMPILER"] = find_nvcc()
         if shutil.which("cmake") is None:
             raise BuildError("cmake was not found")
-        build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
         import pybind11  # a build requirement: absent when setup.py is only asked for metadata
 
-        options = {
+        options |= {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(output),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
@@ -84,6 +113,6 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["fastclip*"]), "fastclip.triton_kernels"],
     package_dir={"fastclip.triton_kernels": "triton_kernels"},
-    ext_modules=[Extension("fastclip._cpu", sources=[], optional=True)],
+    ext_modules=[Extension(f"fastclip._{kind}", sources=[], optional=True) for kind in ("cpu", "cuda")],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -48,8 +48,8 @@ PROMISES: dict[str, list[Promise]] = {
     "Layers": [
         Promise("imports go one way, and `import fastclip` needs torch only", ("test_layering.py::test_module_keeps_to_its_layer",), (Break("labels import the trainer", "fastclip/labels.py", "import torch\n", "import fastclip.training\n"),)),
         Promise("no torch or Python header below the binding", ("test_layering.py::test_native_code_is_free_of_frameworks",), (Break("a header", "csrc/cpu/tile.h", "#pragma once\n", "#pragma once\n#if 0\n#include <Python.h>\n#endif\n"),)),
-        Promise("a missing native module is a reason in `backends()`, not an import error", (f"{INTERFACE}::test_missing_native_module_is_a_reason",), (Break("not caught", "fastclip/_backends/cpu/native.py", "except ImportError as", "except KeyError as"),)),
-        Promise("the package installs without a compiler and says what was missing", ("test_packaging.py::test_package_works_without_compiler",), (Break("the build is required", "setup.py", '            if wanted() == "1":', '            if wanted() != "0":'),)),
+        Promise("a missing native module is a reason in `backends()`, not an import error", (f"{INTERFACE}::test_missing_native_module_is_a_reason",), (Break("not caught", "fastclip/_backends/native.py", "except ImportError as", "except KeyError as"),)),
+        Promise("the package installs without a compiler and says what was missing", ("test_packaging.py::test_package_works_without_compiler",), (Break("the build is required", "setup.py", '            if WANTED[kind] == "1":', '            if WANTED[kind] != "0":'),)),
     ],
     "Numbers": [
         Promise(

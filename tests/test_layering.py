@@ -25,7 +25,7 @@ LAYERS = (
     {"ops", "labels"},
     {"_backends"},
     {"triton_kernels"},
-    {"_cpu", "_env", "_version"},
+    {"_cpu", "_cuda", "_env", "_version"},
 )
 # What `import fastclip` loads: torch and the standard library only.
 ALLOWED = {"triton_kernels": {"torch", "triton"}}  # which only the Triton backend imports, when it is asked

@@ -30,7 +30,7 @@ def _source(folder: Path) -> Path:
     for name in TRACKED:
         path = ROOT / name
         if path.is_dir():
-            ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build_report.txt")
+            ignored = shutil.ignore_patterns("*.so", "__pycache__", "_*_build_report.txt")
             shutil.copytree(path, folder / name, ignore=ignored)
         else:
             shutil.copy(path, folder / name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastclip._backends.cpu import native
 from fastclip._backends.cpu.blocks import Block, Plan, factors, inv_norms, native_block, workspace
+from fastclip._backends.native import address
 from fastclip._backends.problem import Problem
 
 __all__ = ["contrastive_bwd", "contrastive_fwd"]
@@ -36,7 +37,7 @@ class _State:
         self.neg_top, self.pos_top = tops
         tensors["neg_top"] = self.neg_top if maxima else None
         tensors["pos_top"] = self.pos_top if maxima and self.has_labels else None
-        self.native = native.module.FwdSide(**{name: native.address(x) for name, x in tensors.items()})
+        self.native = native.module.FwdSide(**{name: address(x) for name, x in tensors.items()})
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """neg, pos, pos_lse: fp64, natural units."""
@@ -96,7 +97,7 @@ class _Weights:
         self.tensors["pos_lse"], self.tensors["d_pos_lse"] = (
             (None, None) if label is None else _exact_weight(pos_lse, d_pos_lse)
         )
-        self.native = native.module.BwdSide(**{name: native.address(x) for name, x in self.tensors.items()})
+        self.native = native.module.BwdSide(**{name: address(x) for name, x in self.tensors.items()})
 
 
 def _exact_weight(lse: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

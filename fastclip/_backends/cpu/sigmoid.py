@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastclip._backends.cpu import native
 from fastclip._backends.cpu.blocks import Block, Plan, factors, inv_norms, native_block
+from fastclip._backends.native import address
 from fastclip._backends.problem import Problem
 from fastclip._backends.reference import saved_dtype
 
@@ -19,9 +20,7 @@ def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tu
     s, b = float(p.scale), float(bias)
     image, text = factors(plan.image, plan.text, s)
     image["inv_norm"], text["inv_norm"] = plan.image.inv_norm, plan.text.inv_norm
-    sides = [
-        native.module.SigmoidSide(**{name: native.address(x) for name, x in side.items()}) for side in (image, text)
-    ]
+    sides = [native.module.SigmoidSide(**{name: address(x) for name, x in side.items()}) for side in (image, text)]
     threads = torch.get_num_threads()
     sums = [0.0, 0.0, 0.0]  # loss, d_scale, d_bias
 
