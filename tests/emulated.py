@@ -1,4 +1,4 @@
-"""The native CUDA module with its kernels run on a CPU (csrc/tests/emulate_sm90.h), built once for the sources as they are."""
+"""The native CUDA module, its kernels run on a CPU (csrc/tests/emulate_sm90.h); built once a state of the sources."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def uneven(M: int, N: int, D: int = 16) -> tuple[Tensor, Tensor]:
 
 
 class Launches:
-    """Kernels launched, the CUDA backend's tiles under their Triton twins' names; and whether a repair was asked for."""
+    """Kernels launched, the CUDA backend's tiles under their Triton twins' names; whether a repair was asked for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
