@@ -1,6 +1,6 @@
 """fastclip: the contrastive losses of CLIP-like training as a kernel package."""
 
-from fastclip._backends import backends
+from fastclip._backends import backends, build_info
 from fastclip._version import __version__
 from fastclip.loss import contrastive_loss
 from fastclip.modules import ClipLoss, SigLipLoss
@@ -14,6 +14,7 @@ __all__ = [
     "SigLipLoss",
     "__version__",
     "backends",
+    "build_info",
     "contrastive_loss",
     "contrastive_stats",
     "multiview_loss",

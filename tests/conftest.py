@@ -26,6 +26,7 @@ def poisoned_memory() -> Iterator[None]:
 def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The CUDA backend serves the CPU."""
     import emulated
+    import interpreter
 
     from fastclip._backends import cuda
 
@@ -33,6 +34,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
         module = emulated.module()
     except emulated.Missing as missing:
         pytest.skip(str(missing))
+    interpreter.mend_bfloat16(monkeypatch)
     monkeypatch.setattr(cuda, "_module", module)
     monkeypatch.setattr(cuda, "_not_loaded", None)
     return module

@@ -22,7 +22,7 @@ from fastclip.triton_kernels.tile import CONSTANTS, REPAIR
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-TRITON_DTYPES = [torch.float32, torch.float16]  # bfloat16 is test_gpu.py's: the interpreter multiplies it wrongly
+TRITON_DTYPES = [torch.float32, torch.float16]  # bfloat16 is test_gpu.py's: the backend refuses it in the interpreter
 CUDA_DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -55,10 +55,9 @@ class Kind(NamedTuple):
 
 
 KINDS = [Kind("triton", dtype) for dtype in TRITON_DTYPES] + [Kind("cuda", dtype) for dtype in CUDA_DTYPES]
-# Repairs are Triton's in both backends: not in bfloat16 without a GPU
-REPAIRED_KINDS = [kind for kind in KINDS if GPU or kind.dtype != torch.bfloat16]
-WIDE_KINDS = [kind for kind in KINDS if kind.dtype != torch.float16]  # whose numbers reach as far as fp32's
 FP16_KINDS = [kind for kind in KINDS if kind.dtype == torch.float16]
+WIDE_KINDS = [kind for kind in KINDS if kind.dtype != torch.float16]  # whose numbers reach as far as fp32's
+FP32_KINDS = [kind for kind in KINDS if kind.dtype == torch.float32]
 
 
 def kept(x: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ from promises import check, pairs, poisoned
 from torch import Tensor
 
 import fastclip
+from fastclip._backends import cuda, pick, triton
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
 ]
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -29,7 +30,15 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def backend(request: pytest.FixtureRequest) -> str:
     if (state := fastclip.backends().get(request.param)) != "available":
         pytest.skip(f"{request.param}: {state}")
+    dtype = request.node.callspec.params.get("dtype", torch.bfloat16)
+    if reason := refusal(request.param, dtype):
+        pytest.skip(f"{request.param}: {reason}")
     return str(request.param)
+
+
+def refusal(backend: str, dtype: torch.dtype) -> str | None:
+    """Why the backend does not serve this GPU and dtype."""
+    return {"triton": triton, "cuda": cuda}[backend].refuses(torch.empty(1, 1, dtype=dtype, device="cuda"), named=True)
 
 
 def loss_of(backend: str, **options: Any) -> Callable[..., Tensor]:
@@ -193,7 +202,39 @@ def test_compiled_and_autocast(backend: str) -> None:
     with torch.autocast("cuda", torch.bfloat16):
         under = loss()
         assert torch.equal(torch.compile(loss, fullgraph=True)().detach(), under.detach())
-    assert 0 < abs(float(under) - float(loss())) < 1e-2
+    wide = fastclip.contrastive_loss(image, text, 20.0, backend="triton")
+    assert 0 < abs(float(under) - float(wide)) < 1e-2
+
+
+@pytest.mark.parametrize("options", [{}, {"labels": True}, {"bias": -10.0}], ids=str)
+@pytest.mark.parametrize("N", [129, 1500, 8192])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_triton_and_cuda_agree(dtype: torch.dtype, N: int, options: dict[str, Any]) -> None:
+    """Both round a gradient once: they differ by no more than two such roundings, and their losses by fp32's."""
+    if (state := fastclip.backends()["cuda"]) != "available" or (state := str(refusal("cuda", dtype))) != "None":
+        pytest.skip(f"cuda: {state}")
+
+    def run(backend: str) -> list[Tensor]:
+        inputs = features(N, 512, dtype)
+        y = torch.arange(N, device="cuda") * 7 % (N // 2)
+        if bias := options.get("bias"):
+            loss = fastclip.sigmoid_loss(*inputs, 10.0, bias, backend=backend)
+        else:
+            labels = {"image_labels": y, "text_labels": y} if "labels" in options else {}
+            loss = fastclip.contrastive_loss(*inputs, 20.0, backend=backend, **labels)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    (loss, *gradients), (other_loss, *others) = run("triton"), run("cuda")
+    assert abs(float(loss) / float(other_loss) - 1) < 2e-5
+    for a, b in zip(gradients, others):
+        assert (a.double() - b.double()).norm() <= torch.finfo(dtype).eps * a.double().norm()
+
+
+def test_auto_takes_cuda_on_hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0) or fastclip.backends()["cuda"] != "available":
+        pytest.skip("this GPU is no Hopper, or the module was not built")
+    image, _ = features(300, 64, torch.bfloat16)
+    assert pick(None, image)[0] == "cuda" and pick(None, image.float())[0] == "triton"
 
 
 CASE = """

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from fastclip import _env
 from fastclip._backends import cpu, cuda, reference, triton
+from fastclip._version import __version__
 
-__all__ = ["backends", "check_name", "pick"]
+__all__ = ["backends", "build_info", "check_name", "pick"]
 
 # In order of preference: the first that serves the features is what backend=None means.
 _BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
@@ -33,6 +35,21 @@ def backends() -> dict[str, str]:
     documentation, and an explicit ``backend=`` that cannot serve a tensor says why.
     """
     return {name: module.missing() or "available" for name, module in _BACKENDS.items()}
+
+
+def build_info() -> dict[str, str]:
+    """What this installation is made of, for reports of faults: versions, and how the native modules were built.
+
+    Keys ``fastclip``, ``torch``, ``triton`` (versions, "" where there is none), ``cpu`` (the instruction set in use),
+    ``cuda`` (nvcc's version and the architecture); the last two say why where there is no module.
+    """
+    return {
+        "fastclip": __version__,
+        "torch": torch.__version__,
+        "triton": triton.version(),
+        "cpu": cpu.missing() or cpu.build(),
+        "cuda": cuda.build(),
+    }
 
 
 def check_name(name: str | None) -> None:

@@ -1,6 +1,6 @@
 """The CUDA backend: Hopper's own tile kernels (csrc/cuda), all but O((M + N) D) of the work.
 
-Norms, reductions, repairs and the finish are the Triton backend's, whose launchers start these tiles in place of theirs.
+Norms, reductions, repairs and the finish are the Triton backend's: its launchers start these tiles in place of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _module, _not_loaded = load("_cuda")
 
 
-def build() -> dict[str, str]:
-    """What the native module was built with; empty where there is none."""
-    return {} if _module is None else {"nvcc": _module.COMPILER, "arch": _module.ARCHS}
+def build() -> str:
+    """nvcc's version and the architecture, or why there is no module."""
+    return _not_loaded or f"nvcc {_module.COMPILER}, {_module.ARCHS}"
 
 
 def _version(cuda: int) -> str:

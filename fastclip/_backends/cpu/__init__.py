@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastclip._backends.cpu.contrastive import contrastive_bwd, contrastive_fwd
-from fastclip._backends.cpu.native import missing
+from fastclip._backends.cpu.native import build, missing
 from fastclip._backends.cpu.sigmoid import sigmoid_fwd
 
-__all__ = ["contrastive_bwd", "contrastive_fwd", "missing", "refuses", "sigmoid_fwd"]
+__all__ = ["build", "contrastive_bwd", "contrastive_fwd", "missing", "refuses", "sigmoid_fwd"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastclip import _env
 from fastclip._backends.native import load
 
-__all__ = ["missing", "module"]
+__all__ = ["build", "missing", "module"]
 
 module, _missing = load("_cpu")
 if module is not None:
@@ -17,3 +17,8 @@ if module is not None:
 
 def missing() -> str | None:
     return _missing
+
+
+def build() -> str:
+    """The instruction set in use; of a loaded module."""
+    return str(module.isa())
