@@ -50,6 +50,20 @@ PROMISES: dict[str, list[Promise]] = {
         Promise("no torch or Python header below the binding", ("test_layering.py::test_native_code_is_free_of_frameworks",), (Break("a header", "csrc/cpu/tile.h", "#pragma once\n", "#pragma once\n#if 0\n#include <Python.h>\n#endif\n"),)),
         Promise("a missing native module is a reason in `backends()`, not an import error", (f"{INTERFACE}::test_missing_native_module_is_a_reason",), (Break("not caught", "fastclip/_backends/native.py", "except ImportError as", "except KeyError as"),)),
         Promise("the package installs without a compiler and says what was missing", ("test_packaging.py::test_package_works_without_compiler",), (Break("the build is required", "setup.py", '            if WANTED[kind] == "1":', '            if WANTED[kind] != "0":'),)),
+        Promise(
+            "likewise without nvcc or with an old one; a CUDA build that fails costs no CPU module",
+            ("test_packaging.py::test_package_works_without_nvcc", "test_packaging.py::test_old_nvcc_is_told", "test_packaging.py::test_cuda_that_does_not_compile_costs_no_cpu_module"),
+            (
+                Break("any nvcc will do", "setup.py", "(int(version[1]), int(version[2])) < (12, 3)", "not version"),
+                Break("CUDA's report is the CPU's", "setup.py", "f\"{module.split('.')[0]}_build_report.txt\"", '"_cpu_build_report.txt"'),
+            ),
+        ),
+        Promise(
+            "the CUDA module loads without a driver and beside any CUDA runtime",
+            ("test_packaging.py::test_cuda_module_loads_without_driver",),
+            (Break("a shared runtime", "CMakeLists.txt", "CMAKE_CUDA_RUNTIME_LIBRARY Static", "CMAKE_CUDA_RUNTIME_LIBRARY Shared"),),
+        ),
+        Promise("rebuilding in place leaves the module that a process has loaded", ("test_packaging.py::test_rebuilding_in_place_leaves_the_loaded_module",), (Break("written over", "setup.py", "os.replace(temporary, place)", "place.write_bytes(temporary.read_bytes())"),)),
     ],
     "Numbers": [
         Promise(
@@ -285,8 +299,8 @@ def document() -> str:
     return "\n".join(lines) + "\n"
 
 
-def build(copy: Path, folder: Path) -> str | None:
-    """Rebuild the native module of the copy; what the compiler said where it fails."""
+def build(copy: Path, folder: Path, kind: str) -> str | None:
+    """Rebuild the native module of the copy for the CPU or CUDA; what the compiler said where it fails."""
     pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
     configure = [
         "cmake",
@@ -296,12 +310,13 @@ def build(copy: Path, folder: Path) -> str | None:
         folder,
         f"-Dpybind11_DIR={pybind11}",
         f"-DPython_EXECUTABLE={sys.executable}",
+        *(f"-DFASTCLIP_BUILD_{other}={'ON' if other == kind else 'OFF'}" for other in ("CPU", "CUDA")),
     ]
     for command in (configure, ["cmake", "--build", folder]):
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": PATH})
         if done.returncode:
             return done.stdout[-800:] + done.stderr[-800:]
-    for module in folder.glob("_cpu.*"):
+    for module in folder.glob(f"_{kind.lower()}.*"):
         shutil.copy(module, copy / "fastclip")
     return None
 
@@ -311,13 +326,18 @@ def try_break(one: Break, tests: tuple[str, ...], folder: Path) -> str:
     copy = folder / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", "*.egg-info", ".*_cache")
-    shutil.copytree(ROOT, copy, ignore=ignored)
+    # without the times of the files: what the last break changed must be compiled again
+    shutil.copytree(ROOT, copy, ignore=ignored, copy_function=shutil.copy)
     # beside an editable installation the copy's own kernels must be found first
     (copy / "fastclip" / "triton_kernels").symlink_to(copy / "triton_kernels")
     path = copy / one.file
     path.write_text(path.read_text().replace(one.old, one.new))
-    if (one.file.startswith("csrc/") or one.file == "CMakeLists.txt") and (error := build(copy, folder / "build")):
-        return f"NOT BUILT: {error}"
+    kind = "CUDA" if "cuda" in one.file else "CPU"
+    if one.file.startswith("csrc/") or one.file == "CMakeLists.txt":
+        if kind == "CUDA" and shutil.which("nvcc", path=PATH) is None:
+            print(f"{one.what}: nvcc was not found, {one.file} is not compiled")
+        elif error := build(copy, folder / kind, kind):
+            return f"NOT BUILT: {error}"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests)]
     environment = os.environ | {"PYTHONPATH": str(copy)}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What pip installs: a wheel with the native module, and a working package where there is no compiler."""
+"""What pip installs: a wheel with the native modules, and a working package where there is no compiler for them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,12 +18,31 @@ TRACKED = (
     *("csrc", "fastclip", "triton_kernels"),
     *("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"),
 )
+NOT_FOUND = "nvcc was not found (PATH, CUDACXX, CUDA_HOME)"
+NVCC = (os.environ.get("CUDACXX", ""), f"{os.environ.get('CUDA_HOME', '/nonexistent')}/bin/nvcc", "nvcc")
+needs_nvcc = pytest.mark.skipif(not any(map(shutil.which, NVCC)), reason=NOT_FOUND)
 
 
 def _run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Without the CUDA module, whose build takes long, unless the environment says otherwise."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTCLIP_BUILD_CPU", "CXX")}
     words = [str(word) for word in command]
-    return subprocess.run(words, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
+    environment = inherited | {"FASTCLIP_BUILD_CUDA": "0"} | environment
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def _without_nvcc(folder: Path) -> dict[str, str]:
+    """An environment that has no nvcc, and everything that lies beside it."""
+    path = os.environ["PATH"].split(os.pathsep)
+    for k, name in enumerate(path):
+        if shutil.which("nvcc", path=name):
+            links = folder / str(k)
+            links.mkdir(parents=True)
+            for file in Path(name).iterdir():
+                if file.name != "nvcc":
+                    (links / file.name).symlink_to(file)
+            path[k] = str(links)
+    return {"PATH": os.pathsep.join(path), "CUDACXX": "/nonexistent/nvcc", "CUDA_HOME": "/nonexistent"}
 
 
 def _source(folder: Path) -> Path:
@@ -48,11 +69,13 @@ def _wheel(source: Path, output: Path, **environment: str) -> Path:
 
 
 def _use(folder: Path) -> list[str]:
-    """What a user of the unpacked wheel sees: where it was imported from, the reason or "available", and a loss."""
+    """What a user of the unpacked wheel sees: where it was imported from, "available" or why there is no CPU backend,
+    why there is no CUDA module, and a loss."""
     # an editable installation of the repository would step in for modules that the wheel lacks
     code = (
         "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in repr(finder)]; "
         "import fastclip, torch; x = torch.eye(4); print(fastclip.__file__); print(fastclip.backends()['cpu']); "
+        "from fastclip._backends.native import load; print(load('_cuda')[1]); "
         "print(round(fastclip.contrastive_loss(x, x, 1.0).item(), 4))"
     )
     done = _run(sys.executable, "-c", code, cwd=folder, PYTHONPATH=str(folder))
@@ -63,8 +86,15 @@ def _use(folder: Path) -> list[str]:
 EXPECTED_LOSS = "0.7437"  # log(e + 3) - 1
 
 
-def test_wheel_has_native_module_and_nothing_else(tmp_path: Path) -> None:
-    wheel = _wheel(_source(tmp_path / "source"), tmp_path / "wheels", FASTCLIP_BUILD_CPU="1")
+@pytest.fixture(scope="module")
+def wheel_without_nvcc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("without_nvcc")
+    environment = _without_nvcc(folder / "path") | {"FASTCLIP_BUILD_CPU": "1", "FASTCLIP_BUILD_CUDA": ""}
+    return _wheel(_source(folder / "source"), folder / "wheels", **environment)
+
+
+def test_wheel_has_native_module_and_nothing_else(wheel_without_nvcc: Path, tmp_path: Path) -> None:
+    wheel = wheel_without_nvcc
     assert wheel.name.startswith("fastclip_kernels-")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("fastclip/_cpu.") for name in names)
@@ -72,7 +102,7 @@ def test_wheel_has_native_module_and_nothing_else(tmp_path: Path) -> None:
     assert "fastclip/triton_kernels/contrastive_fwd.py" in names
     assert {name.split("/")[0] for name in names} == {"fastclip", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    where, cpu, loss = _use(tmp_path / "site")
+    where, cpu, _, loss = _use(tmp_path / "site")
     assert where.startswith(str(tmp_path / "site"))
     assert (cpu, loss) == ("available", EXPECTED_LOSS)
 
@@ -80,18 +110,108 @@ def test_wheel_has_native_module_and_nothing_else(tmp_path: Path) -> None:
 def test_package_works_without_compiler(tmp_path: Path) -> None:
     wheel = _wheel(_source(tmp_path / "source"), tmp_path / "wheels", CXX="/nonexistent/c++")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    _, cpu, loss = _use(tmp_path / "site")
+    _, cpu, cuda, loss = _use(tmp_path / "site")
     assert cpu == "the native module was not built: `cmake -S` failed (no C++ compiler was found)"
+    assert cuda == "the native module was not built: FASTCLIP_BUILD_CUDA=0 was set when the package was built"
     assert loss == EXPECTED_LOSS
 
 
-@pytest.mark.parametrize(("choice", "message"), [("1", "no C++ compiler was found"), ("yes", "must be 0, 1 or unset")])
-def test_build_that_was_asked_for_fails_loudly(tmp_path: Path, choice: str, message: str) -> None:
+def test_package_works_without_nvcc(wheel_without_nvcc: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel_without_nvcc).extractall(tmp_path / "site")
+    _, cpu, cuda, loss = _use(tmp_path / "site")
+    assert cuda == f"the native module was not built: {NOT_FOUND}"
+    assert (cpu, loss) == ("available", EXPECTED_LOSS)
+
+
+@pytest.mark.parametrize("variable", ["CUDACXX", "CUDA_HOME"])
+def test_old_nvcc_is_told(variable: str, tmp_path: Path) -> None:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.2, V12.2.140\n")
+    nvcc.chmod(0o755)
+    environment = _without_nvcc(tmp_path / "path") | {"FASTCLIP_BUILD_CPU": "0", "FASTCLIP_BUILD_CUDA": ""}
+    environment |= {variable: str(nvcc if variable == "CUDACXX" else nvcc.parent.parent)}
+    wheel = _wheel(_source(tmp_path / "source"), tmp_path / "wheels", **environment)
+    report = zipfile.ZipFile(wheel).read("fastclip/_cuda_build_report.txt").decode()
+    assert report == f"nvcc 12.3 or newer is needed, {nvcc} is release 12.2\n"
+
+
+@needs_nvcc
+def test_cuda_module_loads_without_driver(tmp_path: Path) -> None:
+    environment = {"FASTCLIP_BUILD_CPU": "0", "FASTCLIP_BUILD_CUDA": "1"}
+    wheel = _wheel(_source(tmp_path / "source"), tmp_path / "wheels", **environment)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "fastclip/_cuda_build_report.txt" not in names
+    (name,) = (name for name in names if name.startswith("fastclip/_cuda."))
+    module = Path(zipfile.ZipFile(wheel).extract(name, tmp_path))  # alone: with no torch, which loads CUDA's libraries
+    needed = _run("readelf", "-d", module, cwd=tmp_path).stdout
+    assert "libc.so" in needed and "libcuda" not in needed
+    done = _run(sys.executable, "-c", "import _cuda; print(_cuda.__file__)", cwd=module.parent)
+    assert done.stdout.strip() == str(module), done.stderr
+
+
+@needs_nvcc
+def test_cuda_that_does_not_compile_costs_no_cpu_module(tmp_path: Path) -> None:
     source = _source(tmp_path / "source")
-    environment = {"CXX": "/nonexistent/c++", "FASTCLIP_BUILD_CPU": choice}
+    for path in (source / "csrc" / "cuda").glob("*.cu"):
+        path.write_text("#error not today\n")
+    zipfile.ZipFile(_wheel(source, tmp_path / "wheels", FASTCLIP_BUILD_CUDA="")).extractall(tmp_path / "site")
+    _, cpu, cuda, loss = _use(tmp_path / "site")
+    assert cuda.startswith("the native module was not built: `cmake --build` failed (") and "not today" in cuda
+    assert (cpu, loss) == ("available", EXPECTED_LOSS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "message"),
+    [
+        ("CPU", "1", "no C++ compiler was found"),
+        ("CPU", "yes", "FASTCLIP_BUILD_CPU must be 0, 1 or unset"),
+        ("CUDA", "1", NOT_FOUND),
+        ("CUDA", "yes", "FASTCLIP_BUILD_CUDA must be 0, 1 or unset"),
+    ],
+)
+def test_build_that_was_asked_for_fails_loudly(tmp_path: Path, kind: str, choice: str, message: str) -> None:
+    source = _source(tmp_path / "source")
+    environment = _without_nvcc(tmp_path / "path") | {"CXX": "/nonexistent/c++", f"FASTCLIP_BUILD_{kind}": choice}
     done = _run(sys.executable, "-m", "pip", "wheel", "--no-deps", source, cwd=tmp_path, **environment)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
+
+
+def test_rebuilding_in_place_leaves_the_loaded_module(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    package = _source(tmp_path / "source") / "fastclip"
+    cpu, cuda = (package / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_cpu", "_cuda"))
+    cmake = tmp_path / "bin" / "cmake"
+    cmake.parent.mkdir()
+    cmake.write_text(
+        "#!/bin/sh\nfor word; do case $word in -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=*) "
+        f"printf new > ${{word#*=}}/{cpu.name};; esac; done\n"
+    )
+    cmake.chmod(0o755)
+    for path in (cpu, cuda, package / "_cpu_build_report.txt"):
+        path.write_text("old")
+    with cpu.open() as loaded:
+        path = os.pathsep.join([str(cmake.parent), os.environ["PATH"]])
+        done = _run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=package.parent, PATH=path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (loaded.read(), cpu.read_text()) == ("old", "new")
+    assert {path.name for path in package.glob("*_c[pu]*")} == {cpu.name, "_cuda_build_report.txt"}
+
+
+def test_source_distribution_has_the_native_sources(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    source = _source(tmp_path / "source")
+    for name in ("kernel.cu", "kernel.cuh"):
+        (source / "csrc" / "cuda").mkdir(exist_ok=True)
+        (source / "csrc" / "cuda" / name).touch()
+    done = _run(sys.executable, "setup.py", "sdist", "--dist-dir", tmp_path, cwd=source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    expected = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()}
+    assert expected <= names
 
 
 def test_setup_imports_no_torch_and_is_short() -> None:
