@@ -40,7 +40,7 @@ void run_cluster(unsigned first, unsigned size, unsigned threads, size_t smem) {
   cluster_blocks = &blocks, cluster_barrier = {}, loads.clear();
   for (unsigned b = 0; b < size; ++b) {
     blocks[b].smem = memory[b].data(), blocks[b].size = static_cast<uint32_t>(smem);
-    blocks[b].index = first + b, blocks[b].rank = b;
+    blocks[b].index = first + b, blocks[b].rank = b, blocks[b].running = threads;
     blocks[b].warps.resize(threads / 32), blocks[b].dirty.resize(smem / 4 + 1);
     for (unsigned t = 0; t < threads; ++t) {
       const size_t k = static_cast<size_t>(b) * threads + t;
@@ -60,7 +60,7 @@ void run_cluster(unsigned first, unsigned size, unsigned threads, size_t smem) {
       if (f.done || (f.ready && !f.ready())) continue;
       f.ready = nullptr, fiber = &f, moved = true;
       swapcontext(&scheduler, &contexts[k]);
-      left -= f.done;
+      left -= f.done, f.block->running -= f.done;
     }
     if (!loads.empty() && (dice() % 2 || !moved)) {
       std::swap(loads[dice() % loads.size()], loads.back());

@@ -31,7 +31,7 @@ struct Named {
 struct Block {
   unsigned char* smem;
   uint32_t size;
-  unsigned index, rank;
+  unsigned index, rank, running;  // threads that have not left
   std::vector<Warp> warps;
   Named named[16];
   bool unfenced_barriers = false;    // initialised, not yet visible to the cluster
@@ -108,6 +108,10 @@ inline unsigned char* at_address(Block& b, uint32_t address) {
   if (address < kBase || address >= kBase + b.size) fail("an address outside shared memory");
   return b.smem + (address - kBase);
 }
+inline Block& present(Block& b) {  // shared memory of a CTA that has left belongs to another one
+  if (b.running == 0) fail("a CTA that has left is written to");
+  return b;
+}
 inline uint32_t cluster_rank() { return block().rank; }
 
 // ---- barriers ----
@@ -147,7 +151,7 @@ inline void mbarrier_expect(uint64_t* p, uint32_t bytes) {
   barrier_arrive(barrier_of(p));
 }
 inline void mbarrier_arrive_in(uint64_t* p, uint32_t rank) {
-  barrier_arrive(barrier_of(at_address((*cluster_blocks)[rank], smem_address(p))));
+  barrier_arrive(barrier_of(at_address(present((*cluster_blocks)[rank]), smem_address(p))));
 }
 inline void mbarrier_wait(uint64_t* p, uint32_t parity) {
   wait_until([p, parity] { return barrier_of(p).phase != parity; });
@@ -159,6 +163,7 @@ inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 7 &
 
 inline void load_box(const Map* map, const std::vector<Block*>& blocks, uint32_t dst, uint32_t bar, int x, int y) {
   for (Block* b : blocks) {
+    present(*b);
     for (int r = 0; r < map->box_rows; ++r)
       for (int c = 0; c < map->box_cols; ++c) {
         uint16_t value = 0;
