@@ -32,7 +32,8 @@ void check(int status) {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "fastclip's Hopper kernels (csrc/cuda). Internal: use fastclip.contrastive_loss.";
 
-  py::class_<fastclip_cuda_block>(m, "Block")
+  // module_local: the emulated module of the tests binds the same structs in the same process
+  py::class_<fastclip_cuda_block>(m, "Block", py::module_local())
       .def(py::init([](uintptr_t image, uintptr_t text, int64_t image_row_stride, int64_t text_row_stride, int64_t M,
                        int64_t N, int64_t D, int64_t offset, bool exclude_self, bool half, int tile_n, int processors,
                        uintptr_t constants, uintptr_t stream) {
@@ -54,13 +55,13 @@ PYBIND11_MODULE(_cuda, m) {
            py::kw_only(), py::arg("image"), py::arg("text"), py::arg("image_row_stride"), py::arg("text_row_stride"),
            py::arg("M"), py::arg("N"), py::arg("D"), py::arg("offset"), py::arg("exclude_self"), py::arg("half"),
            py::arg("tile_n"), py::arg("processors"), py::arg("constants"), py::arg("stream"));
-  py::class_<fastclip_cuda_fwd_side>(m, "FwdSide")
+  py::class_<fastclip_cuda_fwd_side>(m, "FwdSide", py::module_local())
       .def(py::init([](uintptr_t factor, uintptr_t label, uintptr_t part) {
              return fastclip_cuda_fwd_side{pointer<const float>(factor), pointer<const int32_t>(label),
                                            pointer<float>(part)};
            }),
            py::kw_only(), py::arg("factor"), py::arg("label"), py::arg("part"));
-  py::class_<fastclip_cuda_bwd_side>(m, "BwdSide")
+  py::class_<fastclip_cuda_bwd_side>(m, "BwdSide", py::module_local())
       .def(py::init([](uintptr_t factor, uintptr_t neg, uintptr_t label, uintptr_t pos, uintptr_t own) {
              return fastclip_cuda_bwd_side{pointer<const float>(factor), pointer<const float>(neg),
                                            pointer<const int32_t>(label), pointer<const float>(pos),
