@@ -95,7 +95,8 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        self.call("cmake", "-S", ROOT, "-B", build, *generator, *(f"-D{k}={v}" for k, v in options.items()))
+        # fresh: pip's build environment, where ninja may be, is another every time
+        self.call("cmake", "-S", ROOT, "-B", build, "--fresh", *generator, *(f"-D{k}={v}" for k, v in options.items()))
         self.call("cmake", "--build", build, "--config", options["CMAKE_BUILD_TYPE"])
 
     def call(self, *command: object) -> None:
@@ -103,7 +104,7 @@ class CMakeBuild(build_ext):
         done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.announce(done.stdout, level=2)
         if done.returncode:
-            errors = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
+            errors = [line.strip() for line in done.stdout.replace(":\n", ": ").splitlines() if "error" in line.lower()]
             compiler = next((line for line in errors if "CMAKE_CXX_COMPILER" in line), None)
             why = "no C++ compiler was found" if compiler else " ".join(errors[:3]) or "see pip install -v"
             raise BuildError(f"`{words[0]} {words[1]}` failed ({why})")

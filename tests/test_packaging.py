@@ -90,7 +90,11 @@ EXPECTED_LOSS = "0.7437"  # log(e + 3) - 1
 def wheel_without_nvcc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("without_nvcc")
     environment = _without_nvcc(folder / "path") | {"FASTCLIP_BUILD_CPU": "1", "FASTCLIP_BUILD_CUDA": ""}
-    return _wheel(_source(folder / "source"), folder / "wheels", **environment)
+    source = _source(folder / "source")
+    # a build that failed in the same folder costs nothing later
+    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", source)
+    assert _run(*command, cwd=folder, **environment, CXX="/nonexistent/c++").returncode != 0
+    return _wheel(source, folder / "wheels", **environment)
 
 
 def test_wheel_has_native_module_and_nothing_else(wheel_without_nvcc: Path, tmp_path: Path) -> None:
