@@ -27,6 +27,11 @@ from benchmarks.cases import DTYPES, SIZES, parse_sizes, size_name
 ROOT = Path(__file__).parent.parent
 SECONDS = 570.0  # a part's
 NO_TESTS = 5  # pytest's exit code
+TESTS = {  # each in less than SECONDS; first what everything else rests on
+    "tests-tiles": ("tests/test_cuda.py",),
+    "tests-kernels": ("tests/test_kernels.py", "tests/test_kernels_sigmoid.py", "tests/test_triton.py"),
+    "tests-gpu": ("tests/test_gpu.py",),
+}
 CODE = ("fastclip", "triton_kernels", "csrc", "tests")  # what the tests' result depends on
 TRANSIENT = ("not installed", "not available")  # a row with such a status may have figures tomorrow
 LOST = "device lost"
@@ -34,7 +39,7 @@ LOST = "device lost"
 
 @dataclass(frozen=True)
 class Part:
-    """The tests (no loss), or a case of the benchmark."""
+    """Tests (no loss), or a case of the benchmark."""
 
     name: str
     loss: str = ""
@@ -44,7 +49,7 @@ class Part:
     def command(self, rows: Path, providers: list[str]) -> list[str]:
         pytest = [sys.executable, "-m", "pytest", "-q"]
         if not self.loss:
-            return [*pytest, "-m", "gpu", "tests", "-x"]
+            return [*pytest, "-m", "gpu", *TESTS[self.name], "-x"]
         options = ["--device", "cuda", "--sizes", size_name(self.size), "--providers", ",".join(providers)]
         case = ["-k", f"{self.loss} and {self.mode}", "--benchmark-enable", "--benchmark-only"]
         return [*pytest, "benchmarks", *case, *options, "--rows", str(rows)]
@@ -52,7 +57,7 @@ class Part:
 
 def parts(sizes: list[tuple[int, int]] = SIZES["cuda"]) -> list[Part]:
     """The tests; whole steps of every size, which the tables show; then the halves of a step."""
-    out = [Part("tests")]
+    out = [Part(name) for name in TESTS]
     for loss, mode in (("softmax", "both"), ("sigmoid", "both"), ("softmax", "forward"), ("softmax", "backward")):
         out += [Part(f"{loss}-{mode}-{size_name(size)}", loss, mode, size) for size in sizes]
     return out
@@ -122,7 +127,7 @@ class Checklist:
     """Runs parts and remembers what is done: cases by their rows, the tests by a marker."""
 
     rows: Path
-    marker: Path
+    markers: Path  # a folder with a file for the tests that passed
     providers: Callable[[str], list[str]] = runnable
     run: Callable[[list[str], float], int | None] = run_limited
 
@@ -130,7 +135,8 @@ class Checklist:
         """What is left of a part: the word `tests`, or providers."""
         if part.loss:
             return missing(part, self.rows, self.providers(part.loss))
-        return [] if self.marker.exists() and self.marker.read_text() == code_state() else ["tests"]
+        marker = self.markers / part.name
+        return [] if marker.exists() and marker.read_text() == code_state() else ["tests"]
 
     def do(self, part: Part, seconds: float) -> str:
         """Runs what is left of a part; `done`, or what went wrong. Goes on without a provider that broke the GPU."""
@@ -141,8 +147,8 @@ class Checklist:
             if code is None:
                 return f"took more than {seconds:.0f} s"
             if not part.loss and code == 0:
-                self.marker.parent.mkdir(parents=True, exist_ok=True)
-                self.marker.write_text(state)
+                self.markers.mkdir(parents=True, exist_ok=True)
+                (self.markers / part.name).write_text(state)
             elif not part.loss and code == NO_TESTS:
                 return "no test is marked gpu"
             elif code == 0 and self.todo(part):
@@ -163,13 +169,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="start nothing and end everything after so many minutes")
     parser.add_argument("--sizes", help="NxD, separated by commas")
     parser.add_argument("--rows", type=Path, default=ROOT / "benchmarks" / "results" / "cuda.csv")
-    parser.add_argument("--marker", type=Path, default=ROOT / "runs" / "gpu_check" / "tests_passed")
+    parser.add_argument("--markers", type=Path, default=ROOT / "runs" / "gpu_check")
     arguments = parser.parse_args()
     try:
         chosen = parts(parse_sizes(arguments.sizes, "cuda"))
     except ValueError as error:
         parser.error(f"--sizes: {error}")
-    checklist = Checklist(arguments.rows.absolute(), arguments.marker)
+    checklist = Checklist(arguments.rows.absolute(), arguments.markers)
     if arguments.list:
         for part in chosen:
             print(f"{part.name:32s} {'left' if checklist.todo(part) else 'done'}")

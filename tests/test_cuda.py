@@ -1,7 +1,7 @@
-"""Hopper's tile kernels, one at a time, against fp64, in csrc/tests' emulator; and what the CUDA backend refuses.
+"""Hopper's tile kernels, one at a time, against fp64; and what the CUDA backend refuses.
 
-The emulator runs the threads of a cluster in random order and does asynchronous work as late as its waits allow.
-test_kernels.py runs the same tiles under the launchers.
+On a Hopper GPU, or without a GPU in csrc/tests' emulator, which runs the threads of a cluster in random order and does
+asynchronous work as late as its waits allow. test_kernels.py runs the same tiles under the launchers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import emulated
@@ -22,8 +23,25 @@ from fastclip._backends import cuda, pick, triton
 pytest.importorskip("triton")
 from fastclip.triton_kernels.launch import BwdSide, FwdSide
 from fastclip.triton_kernels.tile import CONSTANTS, GAIN, OFFSET2, REPAIR, SCALE
+from kernels import DEVICE, GPU
 
-pytestmark = pytest.mark.usefixtures("emulated_cuda")
+pytestmark = [pytest.mark.usefixtures("hopper"), *([pytest.mark.gpu] if GPU else [])]
+
+
+@pytest.fixture
+def hopper(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A device for everything that a test makes."""
+    if GPU:
+        reason = fastclip.backends()["cuda"]
+        if reason != "available" or (reason := cuda.refuses(torch.empty(1, dtype=torch.float16, device="cuda"), True)):
+            pytest.skip(f"cuda: {reason}")
+    else:
+        request.getfixturevalue("emulated_cuda")
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
 LOG2E = math.log2(math.e)
 NAN = float("nan")
 
@@ -67,7 +85,7 @@ class Case(NamedTuple):
 
     @staticmethod
     def of(M: int, N: int, D: int, offset: int, scale: float, tile_n: int, dtype: torch.dtype) -> Case:
-        generator = torch.Generator().manual_seed(M + N + D)
+        generator = torch.Generator(DEVICE).manual_seed(M + N + D)
         sides = []
         for size in (M, N):
             frame = torch.full((size, -(-D // 8) * 8 + 16), NAN, dtype=dtype)
@@ -103,12 +121,12 @@ class Case(NamedTuple):
 
 
 def labels_of(M: int, N: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(M)
+    generator = torch.Generator(DEVICE).manual_seed(M)
     return tuple(torch.randint(-3, 12, (size,), generator=generator, dtype=torch.int32) for size in (M, N))
 
 
 def tiles(processors: int = 4) -> Any:
-    found = cuda._Tiles(torch.device("cpu"))
+    found = cuda._Tiles(torch.device(DEVICE))
     found.processors = processors
     return found
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import gpu_check, losses  # noqa: E402
-from benchmarks.gpu_check import Checklist, Part, missing, parts, run_limited  # noqa: E402
+from benchmarks.gpu_check import TESTS, Checklist, Part, missing, parts, run_limited  # noqa: E402
 from benchmarks.peers import PEERS  # noqa: E402
 
 PART = Part("softmax-both-64x32", "softmax", "both", (64, 32))
@@ -42,16 +42,23 @@ def checklist(tmp_path: Path, run) -> Checklist:
 
 def test_parts_are_the_tests_and_every_case() -> None:
     names = [part.name for part in parts()]
-    assert names[:2] == ["tests", "softmax-both-8192x512"] and len(names) == len(set(names)) == 1 + 4 * 4
-    cases = {(part.loss, part.mode) for part in parts()[1:]}
+    assert names[:4] == [*TESTS, "softmax-both-8192x512"] and len(names) == len(set(names)) == 3 + 4 * 4
+    cases = {(part.loss, part.mode) for part in parts()[len(TESTS) :]}
     assert cases == {(loss, mode) for loss, modes in losses.MODES.items() for mode in modes}
-    assert parts()[0].command(Path("rows.csv"), [])[1:] == ["-m", "pytest", "-q", "-m", "gpu", "tests", "-x"]
+    command = ["-m", "pytest", "-q", "-m", "gpu", "tests/test_cuda.py", "-x"]
+    assert parts()[0].command(Path("rows.csv"), [])[1:] == command
+    marked = {
+        f"tests/{path.name}"
+        for path in Path(__file__).parent.glob("test_*.py")
+        if "pytest.mark.gpu" in path.read_text()
+    }
+    assert {name for names in TESTS.values() for name in names} == marked - {f"tests/{Path(__file__).name}"}
     assert gpu_check.SECONDS < 600
 
 
 def test_a_part_selects_its_case_alone(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark, which the benchmark runs in, is not installed")
-    cases = parts([(64, 32)])[1:]
+    cases = parts([(64, 32)])[len(TESTS) :]
     words = [part.command(tmp_path / "rows.csv", ["open_clip"])[3:] for part in cases]  # without `python -m pytest`
     listing = ["--collect-only", "-p", "no:cacheprovider"]
     with_gpu = "import pytest, torch; torch.cuda.is_available = lambda: True"
@@ -112,10 +119,10 @@ def test_tests_run_again_when_the_code_has_changed(tmp_path: Path, monkeypatch) 
     codes = iter([1, gpu_check.NO_TESTS, 0])
     monkeypatch.setattr(gpu_check, "code_state", lambda: "first")
     found = checklist(tmp_path, lambda command, seconds: next(codes))
-    results = [found.do(Part("tests"), 60) for _ in range(4)]  # the fourth runs nothing
+    results = [found.do(Part("tests-gpu"), 60) for _ in range(4)]  # the fourth runs nothing
     assert results == ["failed with exit code 1", "no test is marked gpu", "done", "done"]
     monkeypatch.setattr(gpu_check, "code_state", lambda: "second")
-    assert found.todo(Part("tests")) == ["tests"]
+    assert found.todo(Part("tests-gpu")) == ["tests"]
 
 
 def test_code_is_all_that_is_not_built(tmp_path: Path, monkeypatch) -> None:
@@ -142,7 +149,7 @@ def test_runnable_are_those_that_load() -> None:
 
 def test_exit_codes(tmp_path: Path, capsys) -> None:
     def run_all(code: int | None, end: float) -> int:
-        return gpu_check.check(checklist(tmp_path, lambda command, seconds: code), [Part("tests"), PART], end)
+        return gpu_check.check(checklist(tmp_path, lambda command, seconds: code), [Part("tests-gpu"), PART], end)
 
     later = time.monotonic() + 10_000
     assert run_all(1, later) == 1
@@ -179,12 +186,12 @@ def test_a_part_ends_in_time(tmp_path: Path) -> None:
 def test_list_says_what_is_left(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     write(path, dict.fromkeys(losses.names("sigmoid", "cuda"), ""), Part("", "sigmoid", "both", (64, 32)))
-    options = ["--list", "--sizes", "64x32", "--rows", str(path), "--marker", str(tmp_path / "marker")]
+    options = ["--list", "--sizes", "64x32", "--rows", str(path), "--markers", str(tmp_path / "markers")]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_check", *options], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert [line.split() for line in done.stdout.splitlines()] == [
-        ["tests", "left"],
+        *([name, "left"] for name in TESTS),
         ["softmax-both-64x32", "left"],
         ["sigmoid-both-64x32", "done"],
         ["softmax-forward-64x32", "left"],

@@ -52,12 +52,14 @@ void run_cluster(unsigned first, unsigned size, unsigned threads, size_t smem) {
   }
   std::vector<size_t> order(fibers.size());
   for (size_t k = 0; k < order.size(); ++k) order[k] = k;
+  unsigned asleep = 0, rounds = 0;  // a CTA that falls behind, and for how long
   for (size_t left = fibers.size(); left > 0;) {
+    if (rounds == 0 && dice() % 128 == 0) asleep = dice() % size, rounds = dice() % 1024;
     std::shuffle(order.begin(), order.end(), dice);
     bool moved = false;
     for (size_t k : order) {
       Fiber& f = fibers[k];
-      if (f.done || (f.ready && !f.ready())) continue;
+      if (f.done || (rounds > 0 && f.block->rank == asleep) || (f.ready && !f.ready())) continue;
       f.ready = nullptr, fiber = &f, moved = true;
       swapcontext(&scheduler, &contexts[k]);
       left -= f.done, f.block->running -= f.done;
@@ -67,7 +69,8 @@ void run_cluster(unsigned first, unsigned size, unsigned threads, size_t smem) {
       const auto load = std::move(loads.back());
       loads.pop_back(), load(), moved = true;
     }
-    if (!moved) fail("a deadlock");
+    if (!moved && rounds == 0) fail("a deadlock");
+    rounds = moved && rounds > 0 ? rounds - 1 : 0;
   }
   for (Fiber& f : fibers)
     if (!f.groups.empty() || !f.open.empty() || !f.stores.empty()) fail("work that nobody waited for");
