@@ -56,7 +56,8 @@ CASES = [
     (260, 1200, 40, 700, -14.0, 192),  # a negative scale
     (256, 384, 136, 100000, 0.0, 192),  # no positive in range, scale 0
     (385, 200, 328, 64, 14.3, 64),
-    (129, 130, 64, -128, 14.3, 64),  # the diagonal touches a tile's corner
+    (129, 200, 64, 191, 14.3, 192),  # the diagonal touches a tile's corner, the other corner
+    (129, 200, 64, -127, 14.3, 192),
     (700, 65, 64, -3, 14.3, 64),
 ]
 LABELLED = [

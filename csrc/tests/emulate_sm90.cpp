@@ -52,14 +52,20 @@ void run_cluster(unsigned first, unsigned size, unsigned threads, size_t smem) {
   }
   std::vector<size_t> order(fibers.size());
   for (size_t k = 0; k < order.size(); ++k) order[k] = k;
-  unsigned asleep = 0, rounds = 0;  // a CTA that falls behind, and for how long
+  unsigned asleep = 0, warp = 0, rounds = 0;  // a CTA or a warp of it that falls behind, and for how long
   for (size_t left = fibers.size(); left > 0;) {
-    if (rounds == 0 && dice() % 128 == 0) asleep = dice() % size, rounds = dice() % 1024;
+    if (rounds == 0 && dice() % 64 == 0) {
+      asleep = dice() % size, warp = dice() % (2 * threads / 32);  // from threads / 32 on: all of them
+      rounds = dice() % (warp < threads / 32 ? 64 : 1024);
+    }
+    const auto sleeps = [&](const Fiber& f) {
+      return rounds > 0 && f.block->rank == asleep && (warp >= threads / 32 || f.thread / 32 == warp);
+    };
     std::shuffle(order.begin(), order.end(), dice);
     bool moved = false;
     for (size_t k : order) {
       Fiber& f = fibers[k];
-      if (f.done || (rounds > 0 && f.block->rank == asleep) || (f.ready && !f.ready())) continue;
+      if (f.done || sleeps(f) || (f.ready && !f.ready())) continue;
       f.ready = nullptr, fiber = &f, moved = true;
       swapcontext(&scheduler, &contexts[k]);
       left -= f.done, f.block->running -= f.done;
