@@ -403,7 +403,7 @@ def test_preferred_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton, "refuses", lambda image, named: None)
         assert pick(None, Pretended(dtype))[0] == expected
     monkeypatch.undo()
-    assert pick(None, torch.eye(4, dtype=torch.bfloat16))[0] == "cpu"
+    assert pick(None, torch.eye(4, dtype=torch.bfloat16, device="cpu"))[0] == "cpu"
 
 
 WITHOUT_A_DRIVER = """
