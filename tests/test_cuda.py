@@ -367,6 +367,26 @@ def test_backend_says_why_not(monkeypatch: pytest.MonkeyPatch, driver: int, reas
         cuda._driver_reason.cache_clear()
 
 
+def test_machine_without_hopper_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known as soon as something else has looked at the GPUs: asking must not."""
+    capabilities = [(8, 0), (12, 0)]
+    monkeypatch.setattr(cuda, "_module", Built(13000))
+    for name, answer in [("is_available", True), ("is_initialized", False), ("device_count", 2)]:
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    found = []
+    for initialized, second in [(False, (12, 0)), (True, (12, 0)), (True, (9, 0))]:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda initialized=initialized: initialized)
+        capabilities[1] = second
+        cuda._driver_reason.cache_clear()
+        cuda._other_gpu.cache_clear()
+        found.append(fastclip.backends()["cuda"])
+    cuda._driver_reason.cache_clear()
+    cuda._other_gpu.cache_clear()
+    assert found == ["available", "it is for Hopper (compute capability 9.0), not GPU 0", "available"]
+
+
 def test_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "import_error", lambda: "the package triton is not installed")
     assert fastclip.backends()["cuda"] == "its small kernels are Triton's, and the package triton is not installed"

@@ -51,7 +51,12 @@ def missing() -> str | None:
         return None
     if reason := _driver_reason():
         return reason
-    return None if torch.cuda.is_available() else "torch sees no GPU"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.cuda.is_initialized():  # else a look at the GPUs would keep forked processes from using them
+        reasons = [_other_gpu(index) for index in range(torch.cuda.device_count())]
+        return reasons[0] if all(reasons) else None
+    return None
 
 
 @functools.cache
