@@ -70,7 +70,7 @@ struct Sigmoid {
       store_weights(t, weigh, publish);
     } else {
 #pragma unroll
-      for (int c = 0; c < kBlockN / 8; ++c) {
+      for (int c = 0; c < kBlockN / 8; ++c)  // outside: the other way round it spills
 #pragma unroll
         for (int half = 0; half < kHalves; ++half)
 #pragma unroll
@@ -78,8 +78,6 @@ struct Sigmoid {
             float weights[2];
             weigh(half, h, c, weights);
           }
-        __syncwarp();  // keeps the compiler from starting all columns at once, which spills
-      }
       publish();
       t.sync();
     }
