@@ -1,8 +1,7 @@
 // Partial row and column sums of one exponential a logit; the logits are never stored.
 //
-//   Math      z2_ij = log2(e) s r_i c_j <I_i, T_j>, E = 2^(z2 - offset2): row and column sums of E over the negatives;
-//   with
-//             labels, of E and of z2 over the positives, too
+//   Math      z2_ij = log2(e) s r_i c_j <I_i, T_j>, E = 2^(z2 - offset2): row and column sums of E over the negatives,
+//             with labels also of E and of z2 over the positives
 //   Traffic   writes 4 planes (M tiles_n + N tiles_m) bytes
 #include "launch.cuh"
 

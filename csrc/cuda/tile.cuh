@@ -104,7 +104,6 @@ struct Epilogue {
   Tile tile;
   Place at;
   int diagonal;  // the own column of the tile's first row, relative to the tile; kNone when it has no own pair
-  bool masked;   // some elements do not count
   Scratch<Op>& scratch;
   Stores<Op>& stores;
   const CUtensorMap* weights_map;
@@ -269,7 +268,7 @@ __device__ __forceinline__ void consume(const Params& p, Smem<Op>& s, const CUte
     const int diagonal = own > -kBlockM && own < Op::kBlockN ? static_cast<int>(own) : kNone;
     const bool edge = tile.i0 + kBlockM > p.M || tile.j0 + Op::kBlockN > p.N;
     const bool masked = edge || (diagonal != kNone && (!Op::kLabels || p.exclude_self));
-    const Epilogue<Op> epilogue = {p, tile, at, diagonal, masked, scratch, s.stores[mine], &weights_map, 3 + mine};
+    const Epilogue<Op> epilogue = {p, tile, at, diagonal, scratch, s.stores[mine], &weights_map, 3 + mine};
     if (masked)
       Op::template finish<true>(acc, epilogue);
     else
