@@ -35,8 +35,8 @@ def find_nvcc() -> str:
         raise BuildError("nvcc was not found (PATH, CUDACXX, CUDA_HOME)")
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     version = re.search(r"release (\d+)\.(\d+)", told)
-    if version is None or (int(version[1]), int(version[2])) < (12, 3):
-        raise BuildError(f"nvcc 12.3 or newer is needed, {nvcc} is {version[0] if version else 'of no known release'}")
+    if version is None or (int(version[1]), int(version[2])) < (12, 5):
+        raise BuildError(f"nvcc 12.5 or newer is needed, {nvcc} is {version[0] if version else 'of no known release'}")
     return nvcc
 
 

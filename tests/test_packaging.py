@@ -131,13 +131,13 @@ def test_package_works_without_nvcc(wheel_without_nvcc: Path, tmp_path: Path) ->
 def test_old_nvcc_is_told(variable: str, tmp_path: Path) -> None:
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.2, V12.2.140\n")
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.99\n")
     nvcc.chmod(0o755)
     environment = _without_nvcc(tmp_path / "path") | {"FASTCLIP_BUILD_CPU": "0", "FASTCLIP_BUILD_CUDA": ""}
     environment |= {variable: str(nvcc if variable == "CUDACXX" else nvcc.parent.parent)}
     wheel = _wheel(_source(tmp_path / "source"), tmp_path / "wheels", **environment)
     report = zipfile.ZipFile(wheel).read("fastclip/_cuda_build_report.txt").decode()
-    assert report == f"nvcc 12.3 or newer is needed, {nvcc} is release 12.2\n"
+    assert report == f"nvcc 12.5 or newer is needed, {nvcc} is release 12.4\n"
 
 
 @needs_nvcc
