@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # cmake may be beside Python
+from native_build import PATH, ROOT
+
 DOCUMENT = ROOT / "docs" / "promises.md"
 
 

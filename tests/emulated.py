@@ -8,17 +8,14 @@ import importlib.machinery
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-# cmake, ctest and ninja may be installed beside Python, whose environment need not be activated
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+import native_build
+from native_build import ROOT
 
 
 class Missing(Exception):
@@ -45,8 +42,8 @@ def _sources() -> list[Path]:
 
 def build(target: str) -> Path:
     """`_cuda` (the module) or `test_cuda` (a program); raises Missing where something to build it with is."""
-    if COMPILER is None or shutil.which("cmake", path=PATH) is None:
-        raise Missing("cmake or a C++ compiler is not installed")
+    if not native_build.CAN_BUILD:
+        raise Missing(native_build.REASON)
     import pybind11
 
     options = {
@@ -67,14 +64,8 @@ def build(target: str) -> Path:
         return built
     built.parent.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=built.parent.parent) as folder:
-        generator = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
-        words = ["cmake", "-S", ROOT, "-B", folder, *generator, *(f"-D{k}={v}" for k, v in options.items())]
-        for command in (words, ["cmake", "--build", folder, "--parallel", "2"]):
-            done = subprocess.run(
-                [str(word) for word in command], capture_output=True, text=True, env=os.environ | {"PATH": PATH}
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert "warning:" not in done.stdout, done.stdout
+        log = native_build.build(ROOT, Path(folder), **options)
+        assert "warning:" not in log, log
         built.parent.mkdir(exist_ok=True)
         for path in [*Path(folder).glob("_cuda.*.so"), Path(folder) / "test_cuda"]:
             os.replace(path, built.parent / path.name)  # another process may be building the same

@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 from fastclip.triton_kernels.launch import BwdSide, FwdSide
 from fastclip.triton_kernels.tile import CONSTANTS, GAIN, OFFSET2, REPAIR, SCALE
 from kernels import DEVICE, GPU
+from native_build import ROOT
 
 pytestmark = [pytest.mark.usefixtures("hopper"), *([pytest.mark.gpu] if GPU else [])]
 
@@ -451,7 +452,7 @@ print(fastclip.build_info()["cuda"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 def test_module_without_a_driver() -> None:
     """What the package was built with loads, and every entry says why it does nothing."""
-    done = subprocess.run([sys.executable, "-c", WITHOUT_A_DRIVER], capture_output=True, text=True, cwd=emulated.ROOT)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_A_DRIVER], capture_output=True, text=True, cwd=ROOT)
     if "NOT BUILT" in done.stderr:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr

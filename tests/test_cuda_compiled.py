@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from emulated import PATH, ROOT
+from native_build import CAN_BUILD, ROOT, build
 
 pytest.importorskip("triton")  # whose wheel holds the disassembler
 from compiled import CUOBJDUMP
@@ -19,9 +18,7 @@ from compiled import CUOBJDUMP
 NVCC = shutil.which("nvcc")
 pytestmark = [
     pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        NVCC is None or shutil.which("cmake", path=PATH) is None, reason="nvcc or cmake is not installed"
-    ),
+    pytest.mark.skipif(NVCC is None or not CAN_BUILD, reason="nvcc, cmake or a C++ compiler is not installed"),
 ]
 KERNEL = re.compile(r"(Statistics|Weights|Sigmoid)ILb([01])ELi(\d+)ELb([01])E")
 # (kernel, fp16, columns of a tile, labels or gradients): every one that the C interface can start
@@ -45,15 +42,8 @@ def _kernel(text: str) -> tuple[str, str, int, str] | None:
 
 
 def _compile(source: Path, folder: Path) -> Machine:
-    options = ["-DFASTCLIP_BUILD_PYTHON=OFF", "-DFASTCLIP_BUILD_CPU=OFF", "-DFASTCLIP_BUILD_CUDA=ON"]
-    options += ["-DCMAKE_CUDA_FLAGS=-Xptxas -v", f"-DCMAKE_CUDA_COMPILER={NVCC}"]
-    options += ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
-    log = ""
-    configure = ["cmake", "-S", str(source), "-B", str(folder), *options]
-    for command in (configure, ["cmake", "--build", str(folder), "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": PATH})
-        log = done.stdout + done.stderr
-        assert done.returncode == 0, log
+    chosen = {"FASTCLIP_BUILD_PYTHON": "OFF", "FASTCLIP_BUILD_CPU": "OFF", "FASTCLIP_BUILD_CUDA": "ON"}
+    log = build(source, folder, **chosen, CMAKE_CUDA_FLAGS="-Xptxas -v", CMAKE_CUDA_COMPILER=NVCC)
     report = {}
     for part in log.split("Compiling entry function")[1:]:
         if (kernel := _kernel(part)) is not None:

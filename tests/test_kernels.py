@@ -5,8 +5,6 @@ On a GPU, or without one in Triton's interpreter and csrc/tests' emulator of Hop
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,11 +35,8 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
-@pytest.mark.parametrize(
-    ("shape", "scale"),
-    [*itertools.product(SHAPES, [14.3, 100.0]), *itertools.product([(150, 150, 72)], [0.0, -5.0])],
-    ids=str,
-)
+@pytest.mark.parametrize("scale", [0.0, 14.3, 100.0, -5.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_and_gradients_accurate(kind: Kind, shape: tuple[int, int, int], scale: float) -> None:
     image, text = kind.pairs(*shape)
     check(kind.loss(), image, text, scale)
@@ -123,12 +118,8 @@ def test_repair_not_needed_for_ordinary_batches(kind: Kind, launches: Launches) 
     assert launches.repaired == [False] * 6
 
 
-@pytest.mark.parametrize(
-    ("normalize", "kind"),
-    [*itertools.product([True], KINDS), *itertools.product([False], FP16_KINDS)],
-    ids=str,
-    indirect=["kind"],
-)
+@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
 def test_panels_and_blocks(
     monkeypatch: pytest.MonkeyPatch, launches: Launches, labels: bool, normalize: bool, kind: Kind
@@ -150,9 +141,10 @@ def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
     kind.loss()(*(x.requires_grad_() for x in kind.pairs(400, 400, 8)), torch.tensor(5.0)).backward()
     for name in ("contrastive_fwd_kernel", "contrastive_bwd_kernel"):
+        assert launches.tensors(name)
         for tensors in launches.tensors(name):
-            sizes = [x.untyped_storage().nbytes() for x in tensors if x.dim() != 2 or len(x) != 400]
-            assert sum(sizes) < 2**18 if "fwd" in name else max(sizes) <= 2**17
+            sizes = sorted(x.untyped_storage().nbytes() for x in tensors)
+            assert sum(sizes[-2:] if "fwd" in name else sizes[-1:]) <= 2**17
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
@@ -274,8 +266,9 @@ def test_norm_below_the_bound_is_a_constant(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
-@pytest.mark.parametrize(("value", "place"), [(torch.nan, 0), (torch.inf, 129), (-torch.inf, 64)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("place", [0, 129])
 def test_nan_and_inf_propagate(kind: Kind, value: float, normalize: bool, place: int) -> None:
     image, text = kind.pairs(130, 130, 8)
     image[place, 2] = value

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from kernels import GPU, KINDS, Kind, Launches, uneven
@@ -13,17 +11,8 @@ pytestmark = [pytest.mark.usefixtures("poisoned_memory"), *([pytest.mark.gpu] if
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
-@pytest.mark.parametrize(
-    ("shape", "scale", "bias"),
-    [
-        *itertools.product([(1, 8), (7, 3), (129, 59), (300, 72)], [10.0], [-10.0]),
-        ((1, 8), 100.0, -60.0),
-        ((129, 59), 100.0, -60.0),
-        ((129, 59), 0.0, -3.0),
-        ((129, 59), -5.0, 2.0),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (100.0, -60.0), (0.0, -3.0), (-5.0, 2.0)])
+@pytest.mark.parametrize("shape", [(1, 8), (7, 3), (129, 59), (300, 72)], ids=str)
 def test_sigmoid_accurate(kind: Kind, shape: tuple[int, int], scale: float, bias: float) -> None:
     N, D = shape
     image, text = kind.pairs(N, N, D)

@@ -8,15 +8,11 @@
 #include <string>
 
 #include "../fastclip.h"
+#include "address.h"
 
 namespace py = pybind11;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void check(int status) {
   switch (status) {

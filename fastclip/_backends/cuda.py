@@ -15,7 +15,6 @@ from torch import Tensor
 from fastclip._backends import triton
 from fastclip._backends.native import address, load
 from fastclip._backends.problem import Problem
-from fastclip._backends.reference import saved_dtype
 
 __all__ = ["build", "contrastive_bwd", "contrastive_fwd", "missing", "refuses", "sigmoid_fwd"]
 
@@ -156,25 +155,18 @@ def _addresses(side: Any) -> dict[str, int]:
     return {name: address(x) for name, x in side._asdict().items()}
 
 
-@triton.on_device
 def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
     """As `reference.contrastive_fwd`."""
-    launcher = importlib.import_module("fastclip.triton_kernels.contrastive_fwd")
-    return launcher.contrastive_fwd(*p, maxima=maxima, tiles=_Tiles(p.image.device))
+    return triton.contrastive_fwd(p, maxima, tiles=_Tiles(p.image.device))
 
 
-@triton.on_device
 def contrastive_bwd(
     p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.contrastive_bwd`."""
-    launcher = importlib.import_module("fastclip.triton_kernels.contrastive_bwd")
-    return launcher.contrastive_bwd(*p, stats, grads, needs, tiles=_Tiles(p.image.device))
+    return triton.contrastive_bwd(p, stats, grads, needs, tiles=_Tiles(p.image.device))
 
 
-@triton.on_device
 def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
     """As `reference.sigmoid_fwd`."""
-    launcher = importlib.import_module("fastclip.triton_kernels.sigmoid_fwd")
-    options = p.offset, p.normalize, bias, divisor, needs, saved_dtype(p.image)
-    return launcher.sigmoid_fwd(p.image, p.text, p.scale, *options, tiles=_Tiles(p.image.device))
+    return triton.sigmoid_fwd(p, bias, divisor, needs, tiles=_Tiles(p.image.device))

@@ -86,7 +86,7 @@ def refuses(image: Tensor, named: bool) -> str | None:
     return None
 
 
-def on_device(function: Any) -> Any:
+def _on_device(function: Any) -> Any:
     """Kernels start on the current device: make it the features'."""
 
     @functools.wraps(function)
@@ -99,25 +99,27 @@ def on_device(function: Any) -> Any:
     return wrapped
 
 
-@on_device
-def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
-    """As `reference.contrastive_fwd`."""
+@_on_device
+def contrastive_fwd(p: Problem, maxima: bool = False, tiles: Any = None) -> tuple[Tensor, ...]:
+    """As `reference.contrastive_fwd`; `tiles` (`triton_kernels.launch.Tiles`) in place of Triton's."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_fwd")
-    return launcher.contrastive_fwd(*p, maxima=maxima)
+    return launcher.contrastive_fwd(*p, maxima=maxima, tiles=tiles)
 
 
-@on_device
+@_on_device
 def contrastive_bwd(
-    p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool]
+    p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool], tiles: Any = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference.contrastive_bwd`."""
+    """As `reference.contrastive_bwd`; `tiles` likewise."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_bwd")
-    return launcher.contrastive_bwd(*p, stats, grads, needs)
+    return launcher.contrastive_bwd(*p, stats, grads, needs, tiles=tiles)
 
 
-@on_device
-def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
-    """As `reference.sigmoid_fwd`."""
+@_on_device
+def sigmoid_fwd(
+    p: Problem, bias: Tensor, divisor: int, needs: list[bool], tiles: Any = None
+) -> tuple[Tensor | None, ...]:
+    """As `reference.sigmoid_fwd`; `tiles` likewise."""
     launcher = importlib.import_module("fastclip.triton_kernels.sigmoid_fwd")
     options = p.offset, p.normalize, bias, divisor, needs, saved_dtype(p.image)
-    return launcher.sigmoid_fwd(p.image, p.text, p.scale, *options)
+    return launcher.sigmoid_fwd(p.image, p.text, p.scale, *options, tiles=tiles)
