@@ -25,8 +25,7 @@ import fastclip
 from fastclip.data.batch import Batch
 from fastclip.data.digits import CLASS_NAMES, TEMPLATES, Digits, digit_batches, load_digits
 from fastclip.evaluation.zero_shot import class_embeddings, zero_shot_accuracy, zero_shot_similarities
-from fastclip.models.clip import vit_tiny
-from fastclip.models.tokenizer import ClipTokenizer
+from fastclip.models import create_model, get_tokenizer
 from fastclip.training.loop import train
 
 REQUIRED_TOP1 = 0.95
@@ -37,8 +36,8 @@ IMAGES_PER_CLASS = 2  # in the picture
 def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
-    tokenize = ClipTokenizer(context_length=CONTEXT_LENGTH)
-    model = vit_tiny(context_length=CONTEXT_LENGTH)
+    tokenize = get_tokenizer(args.model, context_length=CONTEXT_LENGTH)
+    model = create_model(args.model, context_length=CONTEXT_LENGTH)
     train_digits, held_out = load_digits()
 
     def batches() -> Iterable[Batch]:
@@ -67,6 +66,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small CLIP on handwritten digits and draw what it learned.")
+    parser.add_argument("--model", default="ViT-tiny", help="a name of fastclip.list_models() (default %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default %(default)s, 18 epochs)")
     parser.add_argument("--batch-size", type=int, default=64, help="images and captions a step (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default %(default)s)")

@@ -26,7 +26,7 @@ pytest.importorskip("tqdm", reason="tqdm, which the demo needs, is not installed
 from fastclip.data.batch import Batch
 from fastclip.data.digits import CLASS_NAMES, TEMPLATES, Digits, digit_batches, load_digits
 from fastclip.evaluation.zero_shot import class_embeddings, zero_shot_accuracy
-from fastclip.models.clip import CLIP, vit_tiny
+from fastclip.models import DualEncoder, create_model
 from fastclip.models.tokenizer import ClipTokenizer
 from fastclip.training.loop import History, train, warmup_cosine
 
@@ -45,9 +45,9 @@ def digits() -> tuple[Digits, Digits]:
 
 
 @pytest.fixture
-def model() -> CLIP:
+def model() -> DualEncoder:
     torch.manual_seed(0)
-    return vit_tiny(context_length=CONTEXT_LENGTH)
+    return create_model("ViT-tiny", context_length=CONTEXT_LENGTH)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def batches(digits: tuple[Digits, Digits], tokenize: ClipTokenizer) -> Iterator[
 
 def test_digits_split_is_fixed_stratified_and_disjoint(digits: tuple[Digits, Digits]) -> None:
     train_digits, held_out = digits
-    assert train_digits.images.shape == (1437, 1, 32, 32) and held_out.images.shape == (360, 1, 32, 32)
+    assert train_digits.images.shape == (1437, 3, 32, 32) and held_out.images.shape == (360, 3, 32, 32)
     assert train_digits.images.dtype == torch.float32 and train_digits.labels.dtype == torch.int64
     assert float(held_out.images.min()) == -1 and float(held_out.images.max()) == 1
     share = held_out.labels.bincount() / (held_out.labels.bincount() + train_digits.labels.bincount())
@@ -80,7 +80,7 @@ def test_batches_are_functions_of_the_seed(digits: tuple[Digits, Digits], tokeni
 
 
 def test_batches_pair_images_with_captions_of_their_digit(tokenize: ClipTokenizer) -> None:
-    ten = Digits(torch.rand(10, 1, 32, 32), torch.arange(10))
+    ten = Digits(torch.rand(10, 3, 32, 32), torch.arange(10))
     batches = digit_batches(ten, tokenize, batch_size=5, seed=0)
     captions = {tuple(tokenize(t.format(name))[0].tolist()): c for c, name in enumerate(CLASS_NAMES) for t in TEMPLATES}
     used = set()
@@ -90,7 +90,7 @@ def test_batches_pair_images_with_captions_of_their_digit(tokenize: ClipTokenize
         for batch in epoch:
             assert [captions[tuple(ids.tolist())] for ids in batch.ids] == batch.text_labels.tolist()
             assert torch.equal(batch.image_labels, batch.text_labels)
-            assert batch.images.shape == (5, 1, 32, 32)
+            assert batch.images.shape == (5, 3, 32, 32)
             used |= {tuple(ids.tolist()) for ids in batch.ids}
     assert used == set(captions)
     with pytest.raises(ValueError, match="batch_size"):
@@ -110,14 +110,14 @@ def test_training_repeats_bit_by_bit(digits: tuple[Digits, Digits], tokenize: Cl
     def run(seed: int) -> list[float]:
         torch.manual_seed(seed)
         batches = digit_batches(digits[0], tokenize, batch_size=32, seed=seed)
-        return train(vit_tiny(context_length=CONTEXT_LENGTH), batches, steps=5, progress=False).losses
+        return train(create_model("ViT-tiny", context_length=CONTEXT_LENGTH), batches, steps=5, progress=False).losses
 
     once = run(0)
     assert len(once) == 5 and once == run(0)
     assert once != run(1)
 
 
-def test_training_loss_is_the_dense_one_with_labels(model: CLIP, batches: Iterator[Batch]) -> None:
+def test_training_loss_is_the_dense_one_with_labels(model: DualEncoder, batches: Iterator[Batch]) -> None:
     batch = next(batches)
     with torch.no_grad():
         images, texts, scale = model.double()(batch.images.double(), batch.ids)
@@ -131,7 +131,7 @@ def test_training_loss_is_the_dense_one_with_labels(model: CLIP, batches: Iterat
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_training_stops_before_the_update_of_a_non_finite_loss(
-    model: CLIP, batches: Iterator[Batch], value: float
+    model: DualEncoder, batches: Iterator[Batch], value: float
 ) -> None:
     before: dict[str, Tensor] = {}
 
@@ -148,14 +148,14 @@ def test_training_stops_before_the_update_of_a_non_finite_loss(
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
-def test_training_clamps_the_scale(model: CLIP, batches: Iterator[Batch]) -> None:
+def test_training_clamps_the_scale(model: DualEncoder, batches: Iterator[Batch]) -> None:
     with torch.no_grad():
         model.logit_scale.fill_(6.0)
     train(model, batches, steps=1, progress=False)
     assert model.logit_scale.exp().item() == pytest.approx(100)
 
 
-def test_training_decays_matrices_only(model: CLIP, batches: Iterator[Batch]) -> None:
+def test_training_decays_matrices_only(model: DualEncoder, batches: Iterator[Batch]) -> None:
     before = copy.deepcopy(model.state_dict())
     # A gradient clipped to 1e-13 moves nothing beside AdamW's epsilon: what is left is the decay by 0.1 * 0.5.
     options = {"learning_rate": 0.1, "weight_decay": 0.5, "max_grad_norm": 1e-13}
@@ -165,7 +165,7 @@ def test_training_decays_matrices_only(model: CLIP, batches: Iterator[Batch]) ->
         assert torch.allclose(x, expected, rtol=1e-5, atol=1e-6), name
 
 
-def test_training_clips_gradients_only_if_asked(model: CLIP, batches: Iterator[Batch]) -> None:
+def test_training_clips_gradients_only_if_asked(model: DualEncoder, batches: Iterator[Batch]) -> None:
     batch, start = next(batches), model.logit_scale.item()
 
     def moved(max_grad_norm: float | None) -> float:
@@ -177,7 +177,7 @@ def test_training_clips_gradients_only_if_asked(model: CLIP, batches: Iterator[B
     assert moved(None) == pytest.approx(1e-3, rel=0.01)  # its first step is the learning rate
 
 
-def test_training_names_its_backend_and_refuses_what_it_cannot_do(model: CLIP, batches: Iterator[Batch]) -> None:
+def test_training_names_its_backend_and_refuses_what_it_cannot_do(model: DualEncoder, batches: Iterator[Batch]) -> None:
     assert train(model, batches, steps=1, backend="reference", progress=False).backend == "reference"
     assert not model.training
     with pytest.raises(ValueError, match="'abacus' is unknown"):
@@ -188,7 +188,7 @@ def test_training_names_its_backend_and_refuses_what_it_cannot_do(model: CLIP, b
         train(model, batches, steps=0, progress=False)
 
 
-def test_training_takes_no_batch_too_many(model: CLIP, batches: Iterator[Batch]) -> None:
+def test_training_takes_no_batch_too_many(model: DualEncoder, batches: Iterator[Batch]) -> None:
     supply = iter([next(batches), next(batches), next(batches)])
     assert isinstance(train(model, supply, steps=2, progress=False), History)
     assert len(list(supply)) == 1
@@ -204,7 +204,7 @@ def test_warmup_cosine_rises_and_falls() -> None:
 
 def test_zero_shot_averages_templates_and_counts_hits() -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.0, 4.0], [0.0, 2.0], [-3.0, 0.0]])  # two captions each of two classes
-    model = CLIP(nn.Flatten(), nn.Sequential(nn.Embedding.from_pretrained(vectors), nn.Flatten()))
+    model = DualEncoder(nn.Flatten(), nn.Sequential(nn.Embedding.from_pretrained(vectors), nn.Flatten()))
     order = ["a up", "the up", "a left", "the left"]
     classes = class_embeddings(
         model, lambda texts: torch.tensor([[order.index(t)] for t in texts]), ["up", "left"], ["a {}", "the {}"]

@@ -28,7 +28,7 @@ _SPLIT_SEED = 0
 
 
 class Digits(NamedTuple):
-    images: Tensor  # (B, 1, 32, 32) float32 in [-1, 1], white ink
+    images: Tensor  # (B, 3, 32, 32) float32 in [-1, 1], white ink, three equal channels
     labels: Tensor  # (B,) int64, 0 to 9
 
 
@@ -40,7 +40,7 @@ def load_digits() -> tuple[Digits, Digits]:
     """
     pixels, targets = load_sklearn_digits(return_X_y=True)
     small = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1  # levels are 0 to 16
-    images = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+    images = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
     labels = torch.from_numpy(targets).long()
     train, held_out = train_test_split(range(len(labels)), test_size=0.2, stratify=targets, random_state=_SPLIT_SEED)
     return Digits(images[train], labels[train]), Digits(images[held_out], labels[held_out])
@@ -74,7 +74,7 @@ def digit_batches(
 
 
 def _jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """images (B, 1, H, W) turned by up to 11 degrees, zoomed by up to 10 % and shifted by up to 5 % of their size."""
+    """images (B, C, H, W) turned by up to 11 degrees, zoomed by up to 10 % and shifted by up to 5 % of their size."""
     turn, zoom, right, down = 2 * torch.rand(4, len(images), generator=generator) - 1
     turn, zoom = 0.2 * turn, 1 + 0.1 * zoom
     cos, sin = zoom * turn.cos(), zoom * turn.sin()

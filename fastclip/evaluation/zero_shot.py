@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.models.clip import CLIP
+from fastclip.models.dual_encoder import DualEncoder
 
 __all__ = ["class_embeddings", "zero_shot_accuracy", "zero_shot_similarities"]
 
 
 @torch.no_grad()
 def class_embeddings(
-    model: CLIP, tokenize: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
+    model: DualEncoder, tokenize: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
     """One unit vector a class, (C, D): the mean of the normalised features of its captions, normalised again.
 
@@ -31,14 +31,16 @@ def class_embeddings(
 
 
 @torch.no_grad()
-def zero_shot_similarities(model: CLIP, images: Tensor, classes: Tensor, *, batch_size: int = 256) -> Tensor:
+def zero_shot_similarities(model: DualEncoder, images: Tensor, classes: Tensor, *, batch_size: int = 256) -> Tensor:
     """Cosines (B, C) of images (B, C, H, W) and class embeddings (C, D)."""
     device = model.logit_scale.device
     features = [model.encode_image(chunk.to(device), normalize=True) for chunk in images.split(batch_size)]
     return torch.cat(features) @ classes.T
 
 
-def zero_shot_accuracy(model: CLIP, images: Tensor, labels: Tensor, classes: Tensor, *, batch_size: int = 256) -> float:
+def zero_shot_accuracy(
+    model: DualEncoder, images: Tensor, labels: Tensor, classes: Tensor, *, batch_size: int = 256
+) -> float:
     """Share, 0 to 1, of the images (B, C, H, W) whose most similar class (C, D) is their label (B,)."""
     similarities = zero_shot_similarities(model, images, classes, batch_size=batch_size)
     return float((similarities.argmax(dim=1) == labels.to(similarities.device)).float().mean())

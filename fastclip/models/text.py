@@ -9,7 +9,9 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
+from timm.layers import QuickGELU
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastclip.models.tokenizer import CONTEXT_LENGTH
 
@@ -62,12 +64,8 @@ class TextTransformer(nn.Module):
         x = self.ln_final(x[torch.arange(len(ids), device=ids.device), end])
         return x @ self.text_projection
 
-
-class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.transformer.grad_checkpointing = enable
 
 
 class _Transformer(nn.Module):
@@ -75,10 +73,14 @@ class _Transformer(nn.Module):
         super().__init__()
         added_std = (2 * layers * width) ** -0.5  # 2 * layers terms are added to the residual stream
         self.resblocks = nn.ModuleList(_Block(width, heads, added_std, quick_gelu) for _ in range(layers))
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.resblocks:
-            x = block(x)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return x
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fastclip._backends import pick
 from fastclip.data.batch import Batch
 from fastclip.loss import contrastive_loss
-from fastclip.models.clip import CLIP, MAX_LOG_SCALE
+from fastclip.models.dual_encoder import MAX_LOG_SCALE, DualEncoder
 
 __all__ = ["History", "train", "warmup_cosine"]
 
@@ -31,7 +31,7 @@ class History(NamedTuple):
 
 
 def train(
-    model: CLIP,
+    model: DualEncoder,
     batches: Iterable[Batch],
     *,
     steps: int,

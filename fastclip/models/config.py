@@ -1,0 +1,279 @@
+"""A model's configuration: one small JSON file a model, in the folder ``configs``, to copy and change.
+
+The names are open_clip's (``embed_dim``, ``vision_cfg``, ``text_cfg``, ``quick_gelu`` ...), so that its files for
+ResNets and ViTs are read as they are; what it has no name for (``tower``, CoSwin, BERT, ``train_cfg``) is ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+__all__ = [
+    "BertConfig",
+    "CLIPTextConfig",
+    "CoSwinConfig",
+    "EfficientNetConfig",
+    "ModelConfig",
+    "PreprocessConfig",
+    "ResNetConfig",
+    "TrainConfig",
+    "ViTConfig",
+    "config_path",
+    "list_models",
+    "load_config",
+]
+
+FOLDER = Path(__file__).parent / "configs"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Vision Transformer with a LayerNorm before its blocks (Radford et al. 2021)."""
+
+    layers: int
+    width: int
+    patch_size: int  # pixels
+    image_size: int = 224  # pixels, of a square
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.0  # rate of the last block, from 0 in the first
+    tower: str = "vit"
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """ResNet with a stem of three convolutions, anti-aliased strides and attention pooling (Radford et al. 2021)."""
+
+    layers: tuple[int, ...]  # bottleneck blocks a stage
+    width: int  # of the stem; the last stage has 32 times as many channels
+    image_size: int = 224
+    head_width: int = 64
+    tower: str = "resnet"
+
+
+@dataclass(frozen=True)
+class EfficientNetConfig:
+    """EfficientNet of timm, without the head's 1 x 1 convolution (Jia et al. 2021)."""
+
+    timm_model_name: str
+    image_size: int
+    drop_path: float = 0.0
+    # Block numbers whose strided convolution pads both sides alike; the others pad right and below. Hugging Face's
+    # AlignModel pads so. None pads as TensorFlow does ("same"), by the size of each input.
+    depthwise_padding: tuple[int, ...] | None = None
+    tower: str = "efficientnet"
+
+
+@dataclass(frozen=True)
+class CoSwinConfig:
+    """Swin with convolutions in place of patch embedding and merging (Yuan et al. 2021)."""
+
+    layers: tuple[int, ...]  # blocks a stage
+    width: int  # of the first stage, doubled in each
+    image_size: int = 224
+    head_width: int = 32
+    window_size: int = 7
+    drop_path: float = 0.0
+    tower: str = "coswin"
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """CLIP's causal Transformer behind its byte-pair tokenizer (Radford et al. 2021)."""
+
+    width: int
+    heads: int
+    layers: int
+    context_length: int = 77  # tokens
+    vocab_size: int = 49408
+    tower: str = "clip"
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """BERT behind a WordPiece tokenizer, read at [CLS] (Jia et al. 2021)."""
+
+    width: int
+    heads: int
+    layers: int
+    vocabulary: str  # file beside the configuration, or a name in Hugging Face's cache
+    vocab_size: int = 30522
+    context_length: int = 64  # tokens a text
+    max_positions: int = 512  # rows of the position embedding
+    dropout: float = 0.1
+    tower: str = "bert"
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """From a picture to the tower's input; the defaults are CLIP's and open_clip's."""
+
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of the channels, 0 to 1
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: str = "bicubic"
+    resize_size: int | None = None  # shorter side before the centre crop, pixels; None is the image size
+    train_crop: str = "resized"  # "resized": a random part of 90 to 100 %; "flipped": a random crop, mirrored or not
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the model was trained by its authors, where it differs from CLIP."""
+
+    loss: str = "clip"
+    label_smoothing: float = 0.0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.2
+    learning_rate: float = 5e-4
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model of this package, as its JSON file has it."""
+
+    embed_dim: int  # D of the features
+    vision_cfg: ViTConfig | ResNetConfig | EfficientNetConfig | CoSwinConfig
+    text_cfg: CLIPTextConfig | BertConfig
+    quick_gelu: bool = False  # x sigmoid(1.702 x) in place of GELU: OpenAI's weights
+    init_logit_scale: float = math.log(1 / 0.07)  # a logarithm
+    init_logit_bias: float | None = None  # for the sigmoid loss (SigLIP: -10)
+    preprocess_cfg: PreprocessConfig = field(default_factory=PreprocessConfig)
+    train_cfg: TrainConfig = field(default_factory=TrainConfig)
+    comment: str = ""
+    folder: Path | None = field(default=None, compare=False)  # where the file lies, for the files it names
+
+    def with_changes(
+        self,
+        *,
+        image_size: int | None = None,
+        context_length: int | None = None,
+        quick_gelu: bool | None = None,
+        init_logit_scale: float | None = None,
+        init_logit_bias: float | None = None,
+    ) -> ModelConfig:
+        """This configuration with every value that is not None in place of its own."""
+        changed: dict[str, Any] = {
+            "quick_gelu": quick_gelu,
+            "init_logit_scale": init_logit_scale,
+            "init_logit_bias": init_logit_bias,
+        }
+        if image_size is not None:
+            changed["vision_cfg"] = replace(self.vision_cfg, image_size=image_size)
+            if (old := self.preprocess_cfg.resize_size) is not None:  # the share that is cropped stays
+                resize_size = round(old * image_size / self.vision_cfg.image_size)
+                changed["preprocess_cfg"] = replace(self.preprocess_cfg, resize_size=resize_size)
+        if context_length is not None:
+            changed["text_cfg"] = replace(self.text_cfg, context_length=context_length)
+        return replace(self, **{name: value for name, value in changed.items() if value is not None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a configuration file holds."""
+        values = asdict(self)
+        del values["folder"]
+        return {name: value for name, value in values.items() if value not in (None, "")}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, where: str, folder: Path | None = None) -> ModelConfig:
+        """The inverse of `to_dict`; `where` names the source in errors.
+
+        Raises:
+            ValueError: a name is unknown or missing, or a value has another type, or the sizes do not fit.
+        """
+        values = {**values, "folder": folder}
+        for name, kinds in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
+            part = _mapping(values.get(name, {}), f"{where}: {name}")
+            kind = part.get("tower") or ("resnet" if isinstance(part.get("layers"), list) else next(iter(kinds)))
+            if kind not in kinds:
+                raise ValueError(f"{where}: {name}: tower must be one of {sorted(kinds)}, got {kind!r}")
+            values[name] = _build(kinds[kind], part, f"{where}: {name}")
+        values["preprocess_cfg"] = _build(
+            PreprocessConfig, values.get("preprocess_cfg", {}), f"{where}: preprocess_cfg"
+        )
+        values["train_cfg"] = _build(TrainConfig, values.get("train_cfg", {}), f"{where}: train_cfg")
+        return _build(cls, values, where)
+
+
+_VISION = {"vit": ViTConfig, "resnet": ResNetConfig, "efficientnet": EfficientNetConfig, "coswin": CoSwinConfig}
+_TEXT = {"clip": CLIPTextConfig, "bert": BertConfig}
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` knows, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def config_path(name: str) -> Path:
+    """The configuration file of a model's name, or the path of one (``path/to/config.json``).
+
+    Raises:
+        ValueError: no model has this name.
+        FileNotFoundError: a path that does not exist.
+    """
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"the configuration {name} does not exist")
+        return path
+    path = FOLDER / f"{name.replace('/', '-')}.json"  # OpenAI writes ViT-B/32
+    if not path.is_file():
+        close = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see fastclip.list_models()"
+        raise ValueError(f"no model is called {name!r}: {hint} A path to a configuration ends in .json")
+    return path
+
+
+def load_config(name: str) -> ModelConfig:
+    """The configuration of a model's name, or of a path to a JSON file; errors as in `config_path` and `from_dict`."""
+    path = config_path(name)
+    return ModelConfig.from_dict(read_json(path), where=str(path), folder=path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError with the file's name where it holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return _mapping(values, str(path))
+
+
+def _mapping(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be an object of names and values, got {values!r}")
+    return values
+
+
+def _build(cls: type[_T], values: dict[str, Any], where: str) -> _T:
+    """A dataclass of `values`; null is the default."""
+    values = {name: value for name, value in _mapping(values, where).items() if value is not None}
+    hints = get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(
+            f"{where}: unknown {', '.join(unknown)}; known are {', '.join(sorted(set(known) - {'folder'}))}"
+        )
+    missing = [f.name for f in known.values() if f.default is f.default_factory is MISSING and f.name not in values]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} must be given")
+    return cls(**{name: _typed(value, hints[name], f"{where}: {name}") for name, value in values.items()})
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint` has it: lists become tuples, integers floats where a float is meant."""
+    options = [option for option in get_args(hint) or (hint,) if option is not type(None)]
+    if tuple in (getattr(option, "__origin__", None) for option in (hint, *options)):
+        element = float if "float" in str(hint) else int
+        if isinstance(value, list | tuple) and all(isinstance(x, element | int) for x in value):
+            return tuple(element(x) for x in value)
+        raise ValueError(f"{where} must be a list of {element.__name__}, got {value!r}")
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, tuple(options)) or (isinstance(value, bool) and bool not in options):
+        names = " or ".join(option.__name__ for option in options)
+        raise ValueError(f"{where} must be {names}, got {value!r}")
+    return value

@@ -1,0 +1,151 @@
+"""The model: an image tower and a text tower that meet in one embedding space."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastclip.models.config import BertConfig, ModelConfig
+
+__all__ = ["DualEncoder", "MAX_LOG_SCALE"]
+
+MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: the logits are scaled by 100 at most
+
+
+class DualEncoder(nn.Module):
+    """Radford et al. 2021, figure 3; made by `fastclip.create_model`.
+
+    State dict keys: ``visual.``, ``text.``, ``logit_scale`` and, for the sigmoid loss, ``logit_bias``. The scale is
+    stored as its logarithm.
+
+    Args:
+        visual: images (B, 3, H, W) -> features (B, D).
+        text: token ids (B, L) -> features (B, D) of the same D.
+        config: what both were made from; `save_pretrained` needs it.
+        init_logit_scale: a logarithm.
+        init_logit_bias: given, the model carries ``logit_bias`` (SigLIP: -10, with a scale of log 10).
+    """
+
+    logit_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        text: nn.Module,
+        *,
+        config: ModelConfig | None = None,
+        init_logit_scale: float = math.log(1 / 0.07),
+        init_logit_bias: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.visual = visual
+        self.text = text
+        self.config = config
+        self.logit_scale = nn.Parameter(torch.tensor(init_logit_scale))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(init_logit_bias))
+        self._locked: set[str] = set()
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """images (B, 3, H, W) float -> features (B, D), of unit length with ``normalize``."""
+        features = self.visual(images)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, ids: Tensor, normalize: bool = False) -> Tensor:
+        """Token ids (B, L) -> features (B, D), of unit length with ``normalize``."""
+        features = self.text(ids)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        """Normalised image features (M, D), normalised text features (N, D), the exponentiated logit scale.
+
+        A model with ``logit_bias`` returns it fourth, as open_clip's: what comes out is what the loss takes.
+        """
+        image_features = self.encode_image(images, normalize=True)
+        text_features = self.encode_text(ids, normalize=True)
+        if self.logit_bias is not None:
+            return image_features, text_features, self.logit_scale.exp(), self.logit_bias
+        return image_features, text_features, self.logit_scale.exp()
+
+    def lock_image_tower(self) -> None:
+        """Freeze the image tower (LiT, Zhai et al. 2022): no gradients, and eval mode whatever `train` asks for.
+
+        In eval mode no BatchNorm statistics move and nothing is dropped out.
+        """
+        self._lock("visual")
+
+    def lock_text_tower(self) -> None:
+        """Freeze the text tower, as `lock_image_tower` does the other."""
+        self._lock("text")
+
+    def _lock(self, name: str) -> None:
+        self._locked.add(name)
+        self.get_submodule(name).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        super().train(mode)
+        for name in self._locked:
+            self.get_submodule(name).eval()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep the blocks' inputs only and compute them again in the backward pass: less memory, a third more time."""
+        for tower in (self.visual, self.text):
+            tower.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json`` (and a vocabulary of its own) into `folder`.
+
+        `create_model(pretrained=folder)` and `DualEncoder.from_pretrained(folder)` read them.
+        """
+        from safetensors.torch import save_file
+
+        if self.config is None:
+            raise ValueError("this model was made without a configuration, which save_pretrained has to write")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = self.config.to_dict()
+        if isinstance(self.config.text_cfg, BertConfig) and self.config.folder is not None:
+            vocabulary = self.config.folder / self.config.text_cfg.vocabulary
+            if vocabulary.is_file():
+                if vocabulary.resolve() != (folder / "vocab.txt").resolve():
+                    copyfile(vocabulary, folder / "vocab.txt")
+                values["text_cfg"]["vocabulary"] = "vocab.txt"
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        text = json.dumps({"model_type": "fastclip", **values}, indent=2)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> DualEncoder:
+        """The model of a folder that `save_pretrained` wrote, or of a repository ``owner/name`` on Hugging Face's hub.
+
+        Any other folder that `create_model(pretrained=)` reads will do; `options` are its options.
+        """
+        from fastclip.models.factory import create_model
+
+        path = Path(source)
+        if not path.exists():
+            from huggingface_hub import snapshot_download
+
+            patterns = ["*.json", "*.safetensors", "vocab.txt"]
+            path = Path(snapshot_download(str(source), allow_patterns=patterns))
+        return create_model(pretrained=path, **options)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to ``owner/name`` on Hugging Face's hub; returns its address."""
+        from tempfile import TemporaryDirectory
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="fastclip model"))

@@ -1,0 +1,269 @@
+"""Models, tokenizers and transforms by name, path or checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from torch import Tensor, nn
+from torchvision.transforms import Compose
+
+from fastclip.models.bert import BertText
+from fastclip.models.checkpoint import Checkpoint, read_checkpoint, read_config
+from fastclip.models.config import (
+    BertConfig,
+    CoSwinConfig,
+    EfficientNetConfig,
+    ModelConfig,
+    ResNetConfig,
+    load_config,
+)
+from fastclip.models.conversion import Mapped, map_names
+from fastclip.models.coswin import coswin
+from fastclip.models.dual_encoder import DualEncoder
+from fastclip.models.image_towers import efficientnet, resnet, vit
+from fastclip.models.text import TextTransformer
+from fastclip.models.tokenizer import ClipTokenizer
+from fastclip.models.transforms import image_transform
+from fastclip.models.wordpiece import BertTokenizer
+
+__all__ = ["build_model", "create_model", "create_model_and_transforms", "get_tokenizer", "load_image_transform"]
+
+logger = logging.getLogger(__name__)
+_SHOWN = 20  # names of each kind in an error
+
+
+def create_model(
+    name: str | None = None,
+    pretrained: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+    context_length: int | None = None,
+    init_logit_scale: float | None = None,
+    init_logit_bias: float | None = None,
+) -> DualEncoder:
+    """An image-text model, in training mode, in float32.
+
+    Args:
+        name: one of `list_models`, or the path of a configuration ending in ``.json``. May be left out when
+            `pretrained` is a folder that holds its configuration.
+        pretrained: path of a checkpoint: a file of OpenAI (TorchScript archive or state dict) or open_clip (.pt,
+            .safetensors), or a folder of Hugging Face (CLIPModel, AlignModel), open_clip or `save_pretrained`. Without,
+            weights are drawn from torch's global generator as the authors of the model drew them.
+        device: "meta" makes no weights at all.
+        image_size: pixels, in place of the configuration's; position embeddings are interpolated, and that is logged.
+        context_length: tokens a text, likewise.
+        init_logit_scale: a logarithm, in place of the configuration's (SigLIP: log 10).
+        init_logit_bias: given, the model carries ``logit_bias`` for the sigmoid loss (SigLIP: -10).
+
+    Raises:
+        ValueError: the name is unknown; the configuration or the checkpoint does not fit, with the names of missing,
+            unexpected and mis-shaped parameters; activations contradict each other.
+        FileNotFoundError: a path does not exist.
+    """
+    config, checkpoint = _resolve(name, pretrained)
+    config = config.with_changes(
+        image_size=image_size,
+        context_length=context_length,
+        init_logit_scale=init_logit_scale,
+        init_logit_bias=init_logit_bias,
+    )
+    if checkpoint is not None and "logit_bias" in checkpoint.tensors and config.init_logit_bias is None:
+        config = replace(config, init_logit_bias=0.0)  # it is read in a moment
+    model = build_model(config, device=device)
+    if checkpoint is not None:
+        added = {"logit_bias"} if init_logit_bias is not None else set()
+        _load(model, checkpoint, name or str(pretrained), may_miss=added)
+    return model
+
+
+def create_model_and_transforms(
+    name: str | None = None, pretrained: str | Path | None = None, **options: object
+) -> tuple[DualEncoder, Compose, Compose]:
+    """A model with its transforms for training and for evaluation, as open_clip's; `options` are `create_model`'s."""
+    model = create_model(name, pretrained, **options)  # type: ignore[arg-type]
+    assert model.config is not None
+    return model, image_transform(model.config, train=True), image_transform(model.config)
+
+
+def get_tokenizer(
+    name: str, *, context_length: int | None = None, vocabulary: str | Path | None = None
+) -> ClipTokenizer | BertTokenizer:
+    """The tokenizer of a model: texts -> ids (B, context_length).
+
+    Args:
+        name: as `create_model`'s, or a folder with a configuration.
+        context_length: tokens a text, in place of the configuration's.
+        vocabulary: of BERT: a ``vocab.txt``, a folder, or a name in Hugging Face's cache.
+
+    Raises:
+        ImportError: open_clip_torch, which holds CLIP's vocabulary, is not installed.
+        FileNotFoundError: BERT's vocabulary is neither a file nor in the cache.
+    """
+    config = _named_config(name)
+    text = config.text_cfg
+    length = context_length or text.context_length
+    if not isinstance(text, BertConfig):
+        if vocabulary is not None:
+            raise ValueError(f"{name} has CLIP's tokenizer, whose vocabulary is fixed")
+        return ClipTokenizer(context_length=length)
+    beside = config.folder / text.vocabulary if config.folder is not None else None
+    tokenizer = BertTokenizer(
+        vocabulary or (beside if beside is not None and beside.is_file() else text.vocabulary), context_length=length
+    )
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ValueError(f"the vocabulary has {tokenizer.vocab_size} tokens, {name} has {text.vocab_size}")
+    return tokenizer
+
+
+def load_image_transform(name: str, train: bool = False) -> Compose:
+    """PIL image -> (3, S, S) float32 for the model of this name, or of a folder with a configuration."""
+    return image_transform(_named_config(name), train=train)
+
+
+def build_model(config: ModelConfig, *, device: torch.device | str = "cpu") -> DualEncoder:
+    """A model of `config` with new weights."""
+    image = config.vision_cfg
+    with torch.device(device):
+        visual: nn.Module
+        if isinstance(image, ResNetConfig):
+            visual = resnet(image, config.embed_dim)
+        elif isinstance(image, EfficientNetConfig):
+            visual = efficientnet(image, config.embed_dim)
+        elif isinstance(image, CoSwinConfig):
+            visual = coswin(image, config.embed_dim)
+        else:
+            visual = vit(image, config.embed_dim, quick_gelu=config.quick_gelu)
+        return DualEncoder(
+            visual,
+            _text_tower(config),
+            config=config,
+            init_logit_scale=config.init_logit_scale,
+            init_logit_bias=config.init_logit_bias,
+        )
+
+
+def _text_tower(config: ModelConfig) -> nn.Module:
+    text = config.text_cfg
+    if isinstance(text, BertConfig):
+        return BertText(text, config.embed_dim)
+    return TextTransformer(
+        width=text.width,
+        layers=text.layers,
+        heads=text.heads,
+        output_dim=config.embed_dim,
+        context_length=text.context_length,
+        vocab_size=text.vocab_size,
+        quick_gelu=config.quick_gelu,
+    )
+
+
+def _named_config(name: str) -> ModelConfig:
+    if Path(name).is_dir():
+        config = read_config(Path(name))
+        if config is None:
+            raise FileNotFoundError(f"the folder {name} holds neither config.json nor open_clip_config.json")
+        return config
+    return load_config(name)
+
+
+def _resolve(name: str | None, pretrained: str | Path | None) -> tuple[ModelConfig, Checkpoint | None]:
+    """The configuration that name and checkpoint agree on."""
+    if name is not None and pretrained is None and Path(name).is_dir():
+        name, pretrained = None, name
+    if pretrained is None:
+        if name is None:
+            raise ValueError("create_model needs a name or pretrained=")
+        return load_config(name), None
+    config = None if name is None else load_config(name)
+    checkpoint = read_checkpoint(pretrained)
+    theirs = checkpoint.config
+    if config is None:
+        if theirs is None:
+            raise ValueError(
+                f"{pretrained} holds no configuration: name the model, as in create_model('ViT-B-32', ...)"
+            )
+        return theirs, checkpoint
+    if checkpoint.quick_gelu is not None and checkpoint.quick_gelu != config.quick_gelu:
+        if theirs is not None:
+            kinds = {True: "QuickGELU", False: "GELU"}
+            raise ValueError(
+                f"{pretrained} was trained with {kinds[theirs.quick_gelu]}, {name} means {kinds[config.quick_gelu]}: "
+                f"{'append' if theirs.quick_gelu else 'leave out'} -quickgelu"
+            )
+        logger.warning("%s is OpenAI's, which means QuickGELU: %s is made with it", pretrained, name)
+        config = replace(config, quick_gelu=True)
+    image, their_image = config.vision_cfg, None if theirs is None else theirs.vision_cfg
+    if isinstance(image, EfficientNetConfig) and isinstance(their_image, EfficientNetConfig):
+        config = replace(config, vision_cfg=replace(image, depthwise_padding=their_image.depthwise_padding))
+    return config, checkpoint
+
+
+def _load(model: DualEncoder, checkpoint: Checkpoint, name: str, *, may_miss: set[str]) -> None:
+    """Fill `model` from a checkpoint that fits it whole."""
+    assert model.config is not None
+    state = model.state_dict()
+    mapped = map_names(state, model.config, checkpoint.form)
+    known = {theirs for m in mapped for theirs in m.theirs}
+    missing = [t for m in mapped if m.ours not in may_miss for t in m.theirs if t not in checkpoint.tensors]
+    unexpected = [t for t in checkpoint.tensors if t not in known]
+    tensors, shapes = _fit(model, checkpoint.tensors, mapped)
+    if missing or unexpected or shapes:
+        found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        told = "; ".join(_list(kind, names) for kind, names in found.items() if names)
+        raise ValueError(f"the checkpoint {checkpoint.path} does not fit {name}: {told}")
+    model.load_state_dict(tensors, strict=not may_miss)
+
+
+def _list(kind: str, names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{more}"
+
+
+def _fit(model: DualEncoder, theirs: dict[str, Tensor], mapped: list[Mapped]) -> tuple[dict[str, Tensor], list[str]]:
+    """Their tensors under our names, position embeddings interpolated; and those of another shape, in words."""
+    state = model.state_dict()
+    tensors, shapes = {}, []
+    for m in mapped:
+        parts, wanted = [theirs[name] for name in m.theirs if name in theirs], state[m.ours].shape
+        if len(parts) < len(m.theirs):
+            continue  # missing
+        try:
+            tensor: Tensor | None = m.layout.read(parts)
+        except (RuntimeError, IndexError):  # a shape that the layout cannot come from
+            tensor = None
+        if tensor is not None and tensor.shape != wanted:
+            resized = _resize(model, m.ours, tensor, wanted)
+            if resized is not None:
+                logger.warning("%s interpolated from %s to %s", m.ours, tuple(tensor.shape), tuple(wanted))
+            tensor = resized
+        if tensor is None:
+            found = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(m.theirs, parts))
+            shapes.append(f"{found} for {tuple(wanted)}")
+        else:
+            tensors[m.ours] = tensor
+    return tensors, shapes
+
+
+def _resize(model: DualEncoder, name: str, tensor: Tensor, wanted: torch.Size) -> Tensor | None:
+    """A position embedding for another resolution or length; None for anything else."""
+    if tensor.dim() != len(wanted) or tensor.shape[-1] != wanted[-1]:
+        return None
+    tensor = tensor.float()
+    if name in ("visual.pos_embed", "visual.head.pos_embed"):  # (1 or none, class token and places, width)
+        places, side = tensor.shape[-2] - 1, round((wanted[-2] - 1) ** 0.5)
+        if round(places**0.5) ** 2 != places:
+            return None
+        flat = tensor.reshape(1, -1, wanted[-1])
+        return resample_abs_pos_embed(flat, [side, side], num_prefix_tokens=1).reshape(wanted)
+    if name.endswith("relative_position_bias_table"):
+        window = model.visual.get_submodule(name.removeprefix("visual.").rpartition(".")[0]).window_size
+        return resize_rel_pos_bias_table(tensor, new_window_size=window, new_bias_shape=tuple(wanted))
+    if name in ("text.positional_embedding", "text.bert.embeddings.position_embeddings.weight"):
+        return F.interpolate(tensor.T[None], size=wanted[0], mode="linear", align_corners=False)[0].T
+    return None

@@ -1,0 +1,234 @@
+"""Configurations of Hugging Face's CLIPModel and AlignModel, in both directions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastclip.models.config import (
+    BertConfig,
+    CLIPTextConfig,
+    EfficientNetConfig,
+    ModelConfig,
+    PreprocessConfig,
+    ViTConfig,
+    read_json,
+)
+
+__all__ = ["config_from_huggingface", "write_huggingface_config"]
+
+# Width and depth of EfficientNet's family, relative to B0 (Tan and Le 2019; L2: Xie et al. 2020).
+_EFFICIENTNETS = {
+    (1.0, 1.0): "b0",
+    (1.0, 1.1): "b1",
+    (1.1, 1.2): "b2",
+    (1.2, 1.4): "b3",
+    (1.4, 1.8): "b4",
+    (1.6, 2.2): "b5",
+    (1.8, 2.6): "b6",
+    (2.0, 3.1): "b7",
+    (2.2, 3.6): "b8",
+    (4.3, 5.3): "l2",
+}
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
+    """Our configuration of the folder of a CLIPModel (`kind` "clip") or an AlignModel ("align").
+
+    Raises:
+        ValueError: another kind, or sizes and activations that our towers do not have.
+    """
+    import transformers
+
+    if kind == "clip":
+        return _from_clip(transformers.CLIPConfig.from_pretrained(folder), folder)
+    if kind == "align":
+        return _from_align(transformers.AlignConfig.from_pretrained(folder), folder)
+    raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is none of 'fastclip', 'clip' and 'align'")
+
+
+def _from_clip(theirs: Any, folder: Path) -> ModelConfig:
+    image, text = theirs.vision_config, theirs.text_config
+    where = folder / "config.json"
+    activations = {image.hidden_act, text.hidden_act}
+    if len(activations) > 1 or not activations <= {"gelu", "quick_gelu"}:
+        raise ValueError(f"{where}: hidden_act must be gelu or quick_gelu, the same in both towers, got {activations}")
+    for part in (image, text):
+        if part.layer_norm_eps != 1e-5:
+            raise ValueError(f"{where}: layer_norm_eps must be 1e-5, got {part.layer_norm_eps}")
+    if text.intermediate_size != 4 * text.hidden_size:
+        raise ValueError(
+            f"{where}: the text tower must be 4 times as wide inside its MLPs, got {text.intermediate_size}"
+        )
+    return ModelConfig(
+        embed_dim=theirs.projection_dim,
+        quick_gelu=activations == {"quick_gelu"},
+        vision_cfg=ViTConfig(
+            layers=image.num_hidden_layers,
+            width=image.hidden_size,
+            patch_size=image.patch_size,
+            image_size=image.image_size,
+            head_width=image.hidden_size // image.num_attention_heads,
+            mlp_ratio=image.intermediate_size / image.hidden_size,
+        ),
+        text_cfg=CLIPTextConfig(
+            width=text.hidden_size,
+            heads=text.num_attention_heads,
+            layers=text.num_hidden_layers,
+            context_length=text.max_position_embeddings,
+            vocab_size=text.vocab_size,
+        ),
+        preprocess_cfg=_preprocess(folder),
+        folder=folder,
+    )
+
+
+def _from_align(theirs: Any, folder: Path) -> ModelConfig:
+    import transformers
+
+    image, text = theirs.vision_config, theirs.text_config
+    where = folder / "config.json"
+    name = _EFFICIENTNETS.get((image.width_coefficient, image.depth_coefficient))
+    usual = transformers.AlignVisionConfig()
+    shapes = ("in_channels", "out_channels", "kernel_sizes", "strides", "num_block_repeats", "expand_ratios")
+    if name is None or any(list(getattr(image, s)) != list(getattr(usual, s)) for s in shapes):
+        raise ValueError(f"{where}: the image tower is none of EfficientNet-B0 to B8 and L2")
+    if image.hidden_act not in ("swish", "silu") or image.pooling_type != "mean" or text.hidden_act != "gelu":
+        raise ValueError(f"{where}: activations must be swish and gelu and the pooling mean")
+    if text.intermediate_size != 4 * text.hidden_size:
+        raise ValueError(
+            f"{where}: the text tower must be 4 times as wide inside its MLPs, got {text.intermediate_size}"
+        )
+    preprocessor = folder / "preprocessor_config.json"
+    crop = read_json(preprocessor).get("crop_size", {}).get("height") if preprocessor.is_file() else None
+    return ModelConfig(
+        embed_dim=theirs.projection_dim,
+        init_logit_scale=0.0,
+        vision_cfg=EfficientNetConfig(
+            timm_model_name=f"tf_efficientnet_{name}",
+            image_size=crop or 289,  # their configuration's image_size is not that of the training
+            depthwise_padding=tuple(image.depthwise_padding),
+        ),
+        text_cfg=BertConfig(
+            width=text.hidden_size,
+            heads=text.num_attention_heads,
+            layers=text.num_hidden_layers,
+            vocabulary="vocab.txt" if (folder / "vocab.txt").is_file() else "bert-base-uncased",
+            vocab_size=text.vocab_size,
+            context_length=min(64, text.max_position_embeddings),
+            max_positions=text.max_position_embeddings,
+            dropout=text.hidden_dropout_prob,
+        ),
+        preprocess_cfg=_preprocess(folder, align=True),
+        folder=folder,
+    )
+
+
+def _preprocess(folder: Path, *, align: bool = False) -> PreprocessConfig:
+    half = (0.5, 0.5, 0.5)
+    usual = PreprocessConfig()
+    if align:
+        usual = PreprocessConfig(half, half, interpolation="bilinear", resize_size=346, train_crop="flipped")
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return usual
+    values = read_json(path)
+    mean, std = usual.mean, usual.std
+    if values.get("do_normalize", True) and "image_mean" in values:
+        mean, std = tuple(values["image_mean"]), tuple(values["image_std"])
+        if values.get("rescale_offset"):  # the values before it are in [-1, 1]
+            mean, std = tuple((1 + m) / 2 for m in mean), tuple(s / 2 for s in std)
+    size = values.get("size")
+    size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+    crop = values.get("crop_size", size)
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    interpolation = _RESAMPLE.get(values.get("resample", -1), usual.interpolation)
+    resize_size = size if size != crop else None
+    return PreprocessConfig(mean, std, interpolation, resize_size, usual.train_crop)
+
+
+def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
+    """``config.json`` and ``preprocessor_config.json`` of a CLIPModel or an AlignModel."""
+    import transformers
+
+    image, text = config.vision_cfg, config.text_cfg
+    if isinstance(image, ViTConfig) and isinstance(text, CLIPTextConfig):
+        activation = "quick_gelu" if config.quick_gelu else "gelu"
+        theirs: Any = transformers.CLIPConfig(
+            projection_dim=config.embed_dim,
+            text_config={
+                "hidden_size": text.width,
+                "intermediate_size": 4 * text.width,
+                "num_hidden_layers": text.layers,
+                "num_attention_heads": text.heads,
+                "max_position_embeddings": text.context_length,
+                "vocab_size": text.vocab_size,
+                "hidden_act": activation,
+                "projection_dim": config.embed_dim,
+                # the last two of CLIP's vocabulary, whatever its size
+                "bos_token_id": text.vocab_size - 2,
+                "eos_token_id": text.vocab_size - 1,
+            },
+            vision_config={
+                "hidden_size": image.width,
+                "intermediate_size": int(image.mlp_ratio * image.width),
+                "num_hidden_layers": image.layers,
+                "num_attention_heads": image.width // image.head_width,
+                "image_size": image.image_size,
+                "patch_size": image.patch_size,
+                "hidden_act": activation,
+                "projection_dim": config.embed_dim,
+            },
+        )
+        theirs.architectures = ["CLIPModel"]
+        kind = "CLIPImageProcessor"
+    else:
+        assert isinstance(image, EfficientNetConfig) and isinstance(text, BertConfig)
+        names = {f"tf_efficientnet_{name}": sizes for sizes, name in _EFFICIENTNETS.items()}
+        width, depth = names[image.timm_model_name]
+        theirs = transformers.AlignConfig(
+            projection_dim=config.embed_dim,
+            text_config={
+                "hidden_size": text.width,
+                "intermediate_size": 4 * text.width,
+                "num_hidden_layers": text.layers,
+                "num_attention_heads": text.heads,
+                "max_position_embeddings": text.max_positions,
+                "vocab_size": text.vocab_size,
+                "hidden_dropout_prob": text.dropout,
+                "attention_probs_dropout_prob": text.dropout,
+            },
+            vision_config={
+                "width_coefficient": width,
+                "depth_coefficient": depth,
+                "depthwise_padding": list(image.depthwise_padding or ()),
+                "hidden_dim": int(1280 * width),
+                "image_size": image.image_size,
+            },
+        )
+        theirs.architectures = ["AlignModel"]
+        kind = "EfficientNetImageProcessor"
+    theirs.save_pretrained(folder)
+    options = asdict(config.preprocess_cfg)
+    size = image.image_size
+    resize = {"height": options["resize_size"], "width": options["resize_size"]} if options["resize_size"] else None
+    numbers = {name: number for number, name in _RESAMPLE.items()}
+    values = {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "size": resize or {"shortest_edge": size},
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "resample": numbers[options["interpolation"]],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "rescale_offset": False,
+        "do_normalize": True,
+        "image_mean": list(options["mean"]),
+        "image_std": list(options["std"]),
+        "do_convert_rgb": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

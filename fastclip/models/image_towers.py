@@ -1,0 +1,117 @@
+"""CLIP's and ALIGN's image towers, from timm's parts, initialised as their authors did."""
+
+from __future__ import annotations
+
+import timm
+import torch.nn.functional as F
+from timm.layers import QuickGELU
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from timm.models.efficientnet import EfficientNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from fastclip.models.config import EfficientNetConfig, ResNetConfig, ViTConfig
+
+__all__ = ["efficientnet", "resnet", "vit"]
+
+
+def vit(config: ViTConfig, embed_dim: int, *, quick_gelu: bool) -> nn.Module:
+    """CLIP's ViT: images (B, 3, H, W) -> (B, embed_dim), the class token behind a projection without bias."""
+    width = config.width
+    if width % config.head_width:
+        raise ValueError(f"width must be a multiple of head_width, got {width} and {config.head_width}")
+    if config.image_size % config.patch_size:
+        raise ValueError(f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}")
+    tower = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=width,
+        depth=config.layers,
+        num_heads=width // config.head_width,
+        mlp_ratio=config.mlp_ratio,
+        drop_path_rate=config.drop_path,
+        pre_norm=True,
+        norm_layer=nn.LayerNorm,
+        act_layer=QuickGELU if quick_gelu else nn.GELU,
+        num_classes=0,
+        weight_init="skip",
+    )
+    tower.head = nn.Linear(width, embed_dim, bias=False)
+    # The authors' code: what multiplies the residual stream from outside has the scale of width ** -0.5, attention
+    # starts as torch's, all else as torch's layers.
+    for outer in (tower.cls_token, tower.pos_embed, tower.head.weight):
+        assert outer is not None
+        nn.init.normal_(outer, std=width**-0.5)
+    for block in tower.blocks:
+        nn.init.xavier_uniform_(block.attn.qkv.weight)
+        nn.init.zeros_(block.attn.qkv.bias)
+        nn.init.zeros_(block.attn.proj.bias)
+    return tower
+
+
+def resnet(config: ResNetConfig, embed_dim: int) -> nn.Module:
+    """CLIP's ResNet: images (B, 3, H, W) -> (B, embed_dim) through attention pooling."""
+    width = config.width
+    stages = tuple(
+        ByoBlockCfg(type="bottle", d=depth, c=4 * width * 2**stage, s=1 if stage == 0 else 2, br=0.25)
+        for stage, depth in enumerate(config.layers)
+    )
+    parts = ByoModelCfg(
+        blocks=stages,
+        stem_type="",
+        stem_chs=(width // 2, width // 2, width),
+        stem_pool="avg2",
+        downsample="avg",
+        aa_layer="avg",
+        head_type="attn_abs",
+    )
+    tower = ByobNet(parts, num_classes=embed_dim, img_size=config.image_size)
+    for module in tower.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    for stage in tower.stages:
+        for block in stage:
+            nn.init.zeros_(block.conv3_1x1.bn.weight)  # a block starts as the identity
+    pool = tower.head
+    for linear in (pool.q, pool.k, pool.v, pool.proj):
+        linear.reset_parameters()
+        nn.init.normal_(linear.weight, std=pool.in_features**-0.5)
+    nn.init.normal_(pool.pos_embed, std=pool.in_features**-0.5)
+    return tower
+
+
+def efficientnet(config: EfficientNetConfig, embed_dim: int) -> nn.Module:
+    """ALIGN's: images (B, 3, H, W) -> (B, embed_dim), the mean over places of the last block's features."""
+    tower = timm.create_model(config.timm_model_name, num_classes=0, drop_path_rate=config.drop_path)
+    if not isinstance(tower, EfficientNet):
+        raise ValueError(f"timm_model_name {config.timm_model_name!r} is not an EfficientNet")
+    width = tower.conv_head.in_channels
+    if width != embed_dim:
+        raise ValueError(
+            f"{config.timm_model_name} has {width} features before its head, which ALIGN takes as they are: "
+            f"embed_dim must be {width}, got {embed_dim}"
+        )
+    tower.conv_head, tower.bn2 = nn.Identity(), nn.Identity()
+    tower.num_features = tower.head_hidden_size = width
+    if config.depthwise_padding is not None:
+        tower.conv_stem = _PaddedConv2d(tower.conv_stem, both_sides=False)
+        for number, block in enumerate(block for stage in tower.blocks for block in stage):
+            if block.conv_dw.stride == (2, 2):
+                block.conv_dw = _PaddedConv2d(block.conv_dw, both_sides=number in config.depthwise_padding)
+    return tower
+
+
+class _PaddedConv2d(nn.Conv2d):
+    """`conv` with k // 2 zeros right and below, and as many or one less on the other sides, whatever the input."""
+
+    def __init__(self, conv: nn.Conv2d, *, both_sides: bool) -> None:
+        size = conv.kernel_size[0]
+        super().__init__(
+            conv.in_channels, conv.out_channels, size, conv.stride[0], groups=conv.groups, bias=conv.bias is not None
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        before, after = (size // 2 if both_sides else size // 2 - 1), size // 2
+        self.sides = (before, after, before, after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, self.sides))

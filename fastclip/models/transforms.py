@@ -1,0 +1,46 @@
+"""Pictures to the image tower's input, with torchvision; CLIP's are open_clip's."""
+
+from __future__ import annotations
+
+from PIL import Image
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    InterpolationMode,
+    Normalize,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    Resize,
+    ToTensor,
+)
+
+from fastclip.models.config import ModelConfig
+
+__all__ = ["image_transform"]
+
+
+def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
+    """PIL image of any mode -> (3, S, S) float32, normalised.
+
+    For evaluation the shorter side is resized and the centre cropped. For training CLIP takes a random part of 90 to
+    100 % of the area (open_clip's), ALIGN a random crop of the resized image, mirrored or not (Jia et al. 2021, 5.1).
+    """
+    options, size = config.preprocess_cfg, config.vision_cfg.image_size
+    interpolation = InterpolationMode(options.interpolation)
+    resize_size = options.resize_size or size
+    if resize_size < size:
+        raise ValueError(f"resize_size {resize_size} is under image_size {size}")
+    if not train:
+        crops = [Resize(resize_size, interpolation), CenterCrop(size)]
+    elif options.train_crop == "resized":
+        crops = [RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=interpolation)]
+    elif options.train_crop == "flipped":
+        crops = [Resize(resize_size, interpolation), RandomCrop(size), RandomHorizontalFlip()]
+    else:
+        raise ValueError(f"train_crop must be 'resized' or 'flipped', got {options.train_crop!r}")
+    return Compose([*crops, _to_rgb, ToTensor(), Normalize(options.mean, options.std)])
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")

@@ -1,0 +1,62 @@
+"""BERT's tokenizer, through transformers, from a local vocabulary or Hugging Face's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastclip.models.bert import PAD_ID
+
+__all__ = ["BertTokenizer"]
+
+
+class BertTokenizer:
+    """Texts to WordPiece ids (Devlin et al. 2019): [CLS] words [SEP], then [PAD].
+
+    Args:
+        vocabulary: a ``vocab.txt``, a folder of a tokenizer, or a name in Hugging Face's cache (``bert-base-uncased``).
+            Nothing is downloaded.
+        context_length: tokens a text, at least 2; longer texts are cut, and end in [SEP] all the same.
+
+    Raises:
+        FileNotFoundError: neither a file nor in the cache.
+    """
+
+    def __init__(self, vocabulary: str | Path, *, context_length: int) -> None:
+        if context_length < 2:
+            raise ValueError(f"context_length must hold the start and the end token, got {context_length}")
+        self.context_length = context_length
+        self._tokenizer = _load(vocabulary)
+        if self._tokenizer.pad_token_id != PAD_ID:
+            raise ValueError(f"{vocabulary}: [PAD] must be token {PAD_ID}, is {self._tokenizer.pad_token_id}")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokenizer)
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """One text or B of them -> token ids (B, context_length), int64."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return torch.empty(0, self.context_length, dtype=torch.int64)
+        ids = self._tokenizer(texts, padding="max_length", truncation=True, max_length=self.context_length)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+
+def _load(vocabulary: str | Path):  # type: ignore[no-untyped-def]  # a transformers tokenizer
+    import transformers
+
+    path = Path(vocabulary)
+    if path.is_file():
+        return transformers.BertTokenizerFast(vocab=str(path), do_lower_case=True)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(vocabulary), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"BERT's vocabulary {str(vocabulary)!r} is neither a file nor in Hugging Face's cache. Where there is a "
+            f"network, `hf download {vocabulary}` fetches it; get_tokenizer(name, vocabulary='path/to/vocab.txt') "
+            "reads a file"
+        ) from error
