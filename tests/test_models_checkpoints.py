@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 import fastclip
 from fastclip.cli import main
 from fastclip.models import DualEncoder
-from fastclip.models.conversion import map_names
+from fastclip.models.conversion import map_names, to_form
 
 BUDGET = 1e-5  # DESIGN: outputs equal the originals on the same weights
 TINY_CLIP = {
@@ -77,8 +77,8 @@ class AsOpenClip:
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
-        align = model.config.model_type == "align"
-        self.logit_scale = -model.temperature.log() if align else model.logit_scale
+        self.align = model.config.model_type == "align"
+        self.logit_scale = -model.temperature.log() if self.align else model.logit_scale
 
     def eval(self) -> AsOpenClip:
         return self
@@ -87,7 +87,8 @@ class AsOpenClip:
         return self.model.get_image_features(pixel_values=x).pooler_output
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        return self.model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids)).pooler_output
+        mask = (ids != 0).long() if self.align else torch.ones_like(ids)  # CLIP's is causal
+        return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
 
 
 # A ResNet, a ViT of each activation, and the models for CPUs, which open_clip builds from our files.
@@ -132,10 +133,8 @@ def test_open_clip_forms(name: str, target: str, tmp_path: Path) -> None:
 def test_wrapped_state_dicts(prefix: str, inside: str | None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = fastclip.create_model("ViT-tiny")
-    mapped = map_names(model.state_dict(), model.config, "open_clip")  # type: ignore[arg-type]
-    assert mapped
-    main_state = {prefix + key: x for key, x in model.state_dict().items()}
-    torch.save(main_state if inside is None else {"epoch": 1, inside: main_state}, tmp_path / "x.pt")
+    state = {prefix + key: x for key, x in model.state_dict().items()}
+    torch.save(state if inside is None else {"epoch": 1, inside: state}, tmp_path / "x.pt")
     again = fastclip.create_model("ViT-tiny", pretrained=tmp_path / "x.pt")
     assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
 
@@ -145,8 +144,6 @@ def openai_state() -> tuple[DualEncoder, dict[str, Tensor]]:
     torch.manual_seed(0)
     theirs = scatter(fastclip.create_model("ViT-tiny"))
     assert isinstance(theirs, DualEncoder) and theirs.config is not None
-    from fastclip.models.conversion import to_form
-
     state = to_form(theirs.state_dict(), map_names(theirs.state_dict(), theirs.config, "open_clip"))
     facts = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
     return theirs, {**{key: x.half() for key, x in state.items()}, **{k: torch.tensor(v) for k, v in facts.items()}}
@@ -389,9 +386,9 @@ def test_checkpoint_that_does_not_fit_names_the_parameters(tmp_path: Path) -> No
         "visual.class_embedding (4,) for (1, 1, 128)",
     ):
         assert part in str(error.value), str(error.value)
-    with pytest.raises(ValueError, match=r"does not fit RN-tiny: \d+ missing: visual\.conv1\.weight.* and \d+ more"):
+    with pytest.raises(ValueError, match=r"does not fit RN-tiny: \d+ missing: visual\.bn1\.weight.* and \d+ more"):
         fastclip.create_model("RN-tiny", pretrained=tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="holds no configuration: name the model too"):
+    with pytest.raises(ValueError, match="holds no configuration: name the model"):
         fastclip.create_model(pretrained=tmp_path / "x.pt")
 
 
@@ -421,12 +418,11 @@ def test_no_pickle_runs(where: str, tmp_path: Path) -> None:
     else:
         torch.save(state, path, _use_new_zipfile_serialization=where == "file")
     with pytest.raises(
-        ValueError, match="more than tensors|no whole safetensors|damaged or no checkpoint|was not read"
+        ValueError, match=r"more than tensors|no whole safetensors|damaged or no checkpoint|was not read"
     ):
         fastclip.create_model("ViT-tiny", pretrained=path)
     assert not canary.exists()
-    with pytest.raises(AttributeError):  # the canary sings: the same bytes, unpickled
-        pickle.loads(pickle.dumps(Hostile(canary))).no_such
+    pickle.loads(pickle.dumps(Hostile(canary)))  # the canary sings: such bytes, unpickled
     assert canary.exists()
 
 

@@ -39,7 +39,8 @@ class BertTokenizer:
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """One text or B of them -> token ids (B, context_length), int64."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = [texts] if isinstance(texts, str) else texts
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair has no UTF-8
         if not texts:
             return torch.empty(0, self.context_length, dtype=torch.int64)
         ids = self._tokenizer(texts, padding="max_length", truncation=True, max_length=self.context_length)["input_ids"]
