@@ -386,6 +386,11 @@ def test_checkpoint_that_does_not_fit_names_the_parameters(tmp_path: Path) -> No
         "visual.class_embedding (4,) for (1, 1, 128)",
     ):
         assert part in str(error.value), str(error.value)
+    state = torch.load(tmp_path / "x.pt", weights_only=True)
+    del state["visual.proj"]
+    torch.save(state, tmp_path / "partial.pt")
+    with pytest.raises(ValueError, match=r"partial\.pt does not fit ViT-tiny: 1 missing: visual\.proj$"):
+        fastclip.create_model("ViT-tiny", pretrained=tmp_path / "partial.pt")
     with pytest.raises(ValueError, match=r"does not fit RN-tiny: \d+ missing: visual\.bn1\.weight.* and \d+ more"):
         fastclip.create_model("RN-tiny", pretrained=tmp_path / "x.pt")
     with pytest.raises(ValueError, match="holds no configuration: name the model"):

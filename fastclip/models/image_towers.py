@@ -69,10 +69,7 @@ def resnet(config: ResNetConfig, embed_dim: int) -> nn.Module:
     for module in tower.modules():
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()
-    for stage in tower.stages:
-        for block in stage:
-            nn.init.zeros_(block.conv3_1x1.bn.weight)  # a block starts as the identity
-    pool = tower.head
+    pool = tower.head  # that a block starts as the identity is timm's way, too
     for linear in (pool.q, pool.k, pool.v, pool.proj):
         linear.reset_parameters()
         nn.init.normal_(linear.weight, std=pool.in_features**-0.5)
