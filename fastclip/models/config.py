@@ -152,16 +152,11 @@ class ModelConfig:
         *,
         image_size: int | None = None,
         context_length: int | None = None,
-        quick_gelu: bool | None = None,
         init_logit_scale: float | None = None,
         init_logit_bias: float | None = None,
     ) -> ModelConfig:
         """This configuration with every value that is not None in place of its own."""
-        changed: dict[str, Any] = {
-            "quick_gelu": quick_gelu,
-            "init_logit_scale": init_logit_scale,
-            "init_logit_bias": init_logit_bias,
-        }
+        changed: dict[str, Any] = {"init_logit_scale": init_logit_scale, "init_logit_bias": init_logit_bias}
         if image_size is not None:
             changed["vision_cfg"] = replace(self.vision_cfg, image_size=image_size)
             if (old := self.preprocess_cfg.resize_size) is not None:  # the share that is cropped stays
@@ -240,6 +235,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     return _mapping(values, str(path))
+
+
+def write_json(values: dict[str, Any], path: Path) -> None:
+    """What `read_json` reads, for people too."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

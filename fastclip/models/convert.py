@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastclip.models.config import EfficientNetConfig, ModelConfig
+from fastclip.models.config import EfficientNetConfig, ModelConfig, write_json
 from fastclip.models.conversion import map_names, to_form
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.huggingface import write_huggingface_config
@@ -56,8 +55,7 @@ def convert(model: DualEncoder, target: str | Path, *, form: str) -> None:
         _write(tensors, target)
     elif form == "open_clip":
         _write(tensors, target / "open_clip_model.safetensors")
-        text = json.dumps(_open_clip_config(config), indent=2)
-        (target / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
+        write_json(_open_clip_config(config), target / "open_clip_config.json")
     else:
         if isinstance(image, EfficientNetConfig):  # AlignModel has BERT's pooler, and uses it for nothing
             width = tensors["text_model.embeddings.LayerNorm.weight"].numel()

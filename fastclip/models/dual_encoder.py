@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from shutil import copyfile
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastclip.models.config import BertConfig, ModelConfig
+from fastclip.models.config import BertConfig, ModelConfig, write_json
 
 __all__ = ["DualEncoder", "MAX_LOG_SCALE"]
 
@@ -119,8 +118,7 @@ class DualEncoder(nn.Module):
                 values["text_cfg"]["vocabulary"] = "vocab.txt"
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        text = json.dumps({"model_type": "fastclip", **values}, indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_json({"model_type": "fastclip", **values}, folder / "config.json")
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> DualEncoder:

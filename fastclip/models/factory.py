@@ -212,7 +212,7 @@ def _load(model: DualEncoder, checkpoint: Checkpoint, name: str, *, may_miss: se
     known = {theirs for m in mapped for theirs in m.theirs}
     missing = [t for m in mapped if m.ours not in may_miss for t in m.theirs if t not in checkpoint.tensors]
     unexpected = [t for t in checkpoint.tensors if t not in known]
-    tensors, shapes = _fit(model, checkpoint.tensors, mapped)
+    tensors, shapes = _fit(model, state, checkpoint.tensors, mapped)
     if missing or unexpected or shapes:
         found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
         told = "; ".join(_list(kind, names) for kind, names in found.items() if names)
@@ -225,9 +225,10 @@ def _list(kind: str, names: list[str]) -> str:
     return f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{more}"
 
 
-def _fit(model: DualEncoder, theirs: dict[str, Tensor], mapped: list[Mapped]) -> tuple[dict[str, Tensor], list[str]]:
+def _fit(
+    model: DualEncoder, state: dict[str, Tensor], theirs: dict[str, Tensor], mapped: list[Mapped]
+) -> tuple[dict[str, Tensor], list[str]]:
     """Their tensors under our names, position embeddings interpolated; and those of another shape, in words."""
-    state = model.state_dict()
     tensors, shapes = {}, []
     for m in mapped:
         parts, wanted = [theirs[name] for name in m.theirs if name in theirs], state[m.ours].shape

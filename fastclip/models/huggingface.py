@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from fastclip.models.config import (
     PreprocessConfig,
     ViTConfig,
     read_json,
+    write_json,
 )
 
 __all__ = ["config_from_huggingface", "write_huggingface_config"]
@@ -50,8 +49,19 @@ def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
     raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is none of 'fastclip', 'clip' and 'align'")
 
 
+def _text_config(theirs: Any, folder: Path) -> Any:
+    """That of a CLIPModel or an AlignModel; in our text towers the MLPs are 4 times as wide as the stream."""
+    text = theirs.text_config
+    if text.intermediate_size != 4 * text.hidden_size:
+        raise ValueError(
+            f"{folder / 'config.json'}: the text tower must be 4 times as wide inside its MLPs, "
+            f"got {text.intermediate_size}"
+        )
+    return text
+
+
 def _from_clip(theirs: Any, folder: Path) -> ModelConfig:
-    image, text = theirs.vision_config, theirs.text_config
+    image, text = theirs.vision_config, _text_config(theirs, folder)
     where = folder / "config.json"
     activations = {image.hidden_act, text.hidden_act}
     if len(activations) > 1 or not activations <= {"gelu", "quick_gelu"}:
@@ -59,10 +69,6 @@ def _from_clip(theirs: Any, folder: Path) -> ModelConfig:
     for part in (image, text):
         if part.layer_norm_eps != 1e-5:
             raise ValueError(f"{where}: layer_norm_eps must be 1e-5, got {part.layer_norm_eps}")
-    if text.intermediate_size != 4 * text.hidden_size:
-        raise ValueError(
-            f"{where}: the text tower must be 4 times as wide inside its MLPs, got {text.intermediate_size}"
-        )
     return ModelConfig(
         embed_dim=theirs.projection_dim,
         quick_gelu=activations == {"quick_gelu"},
@@ -89,7 +95,7 @@ def _from_clip(theirs: Any, folder: Path) -> ModelConfig:
 def _from_align(theirs: Any, folder: Path) -> ModelConfig:
     import transformers
 
-    image, text = theirs.vision_config, theirs.text_config
+    image, text = theirs.vision_config, _text_config(theirs, folder)
     where = folder / "config.json"
     name = _EFFICIENTNETS.get((image.width_coefficient, image.depth_coefficient))
     usual = transformers.AlignVisionConfig()
@@ -98,10 +104,6 @@ def _from_align(theirs: Any, folder: Path) -> ModelConfig:
         raise ValueError(f"{where}: the image tower is none of EfficientNet-B0 to B8 and L2")
     if image.hidden_act not in ("swish", "silu") or image.pooling_type != "mean" or text.hidden_act != "gelu":
         raise ValueError(f"{where}: activations must be swish and gelu and the pooling mean")
-    if text.intermediate_size != 4 * text.hidden_size:
-        raise ValueError(
-            f"{where}: the text tower must be 4 times as wide inside its MLPs, got {text.intermediate_size}"
-        )
     preprocessor = folder / "preprocessor_config.json"
     crop = read_json(preprocessor).get("crop_size", {}).get("height") if preprocessor.is_file() else None
     return ModelConfig(
@@ -155,17 +157,20 @@ def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
     import transformers
 
     image, text = config.vision_cfg, config.text_cfg
+    text_sizes = {
+        "hidden_size": text.width,
+        "intermediate_size": 4 * text.width,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "vocab_size": text.vocab_size,
+    }
     if isinstance(image, ViTConfig) and isinstance(text, CLIPTextConfig):
         activation = "quick_gelu" if config.quick_gelu else "gelu"
         theirs: Any = transformers.CLIPConfig(
             projection_dim=config.embed_dim,
             text_config={
-                "hidden_size": text.width,
-                "intermediate_size": 4 * text.width,
-                "num_hidden_layers": text.layers,
-                "num_attention_heads": text.heads,
+                **text_sizes,
                 "max_position_embeddings": text.context_length,
-                "vocab_size": text.vocab_size,
                 "hidden_act": activation,
                 "projection_dim": config.embed_dim,
                 # the last two of CLIP's vocabulary, whatever its size
@@ -192,12 +197,8 @@ def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
         theirs = transformers.AlignConfig(
             projection_dim=config.embed_dim,
             text_config={
-                "hidden_size": text.width,
-                "intermediate_size": 4 * text.width,
-                "num_hidden_layers": text.layers,
-                "num_attention_heads": text.heads,
+                **text_sizes,
                 "max_position_embeddings": text.max_positions,
-                "vocab_size": text.vocab_size,
                 "hidden_dropout_prob": text.dropout,
                 "attention_probs_dropout_prob": text.dropout,
             },
@@ -212,9 +213,8 @@ def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
         theirs.architectures = ["AlignModel"]
         kind = "EfficientNetImageProcessor"
     theirs.save_pretrained(folder)
-    options = asdict(config.preprocess_cfg)
-    size = image.image_size
-    resize = {"height": options["resize_size"], "width": options["resize_size"]} if options["resize_size"] else None
+    options, size = config.preprocess_cfg, image.image_size
+    resize = {"height": options.resize_size, "width": options.resize_size} if options.resize_size else None
     numbers = {name: number for number, name in _RESAMPLE.items()}
     values = {
         "image_processor_type": kind,
@@ -222,13 +222,13 @@ def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
         "size": resize or {"shortest_edge": size},
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
-        "resample": numbers[options["interpolation"]],
+        "resample": numbers[options.interpolation],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "rescale_offset": False,
         "do_normalize": True,
-        "image_mean": list(options["mean"]),
-        "image_std": list(options["std"]),
+        "image_mean": list(options.mean),
+        "image_std": list(options.std),
         "do_convert_rgb": True,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(values, folder / "preprocessor_config.json")
