@@ -157,7 +157,8 @@ int fastclip_cuda_contrastive_fwd(const fastclip_cuda_block* block, const fastcl
 
 /* weights (M, N) = gain r_i G_ij c_j in the features' dtype, 0 at the own pairs when there are no labels;
  * scale_part (tiles,) = sum_ij gain r_i G_ij c_j <I_i, T_j> of every tile, from the unrounded weights.
- * weights: aligned to 16 bytes, weights_row_stride a multiple of 8 from N on. */
+ * weights: aligned to 16 bytes, weights_row_stride a multiple of 8 from N on; what lies between column N and the next
+ * multiple of 8 becomes 0. */
 int fastclip_cuda_contrastive_bwd(const fastclip_cuda_block* block, const fastclip_cuda_bwd_side* image,
                                   const fastclip_cuda_bwd_side* text, void* weights, int64_t weights_row_stride,
                                   float* scale_part);

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from promises import pairs, poisoned
+from promises import TENSOR_CORES, pairs, poisoned
 from torch import Tensor
 
 import fastclip
@@ -49,6 +49,10 @@ class Kind(NamedTuple):
             return function(*inputs, backend=self.backend, **options).to("cpu")
 
         return loss
+
+    def logit_error(self, scale: float, D: int) -> float:
+        """Of a positive's logit that is summed by tensor cores, as with labels."""
+        return scale * D * TENSOR_CORES if GPU and self.dtype != torch.float32 else 0.0
 
     def tolerance(self, fp32: float, half: float) -> float:
         return fp32 if self.dtype == torch.float32 else half * (8 if self.dtype == torch.bfloat16 else 1)

@@ -193,13 +193,20 @@ def test_exponentials_that_flush_are_no_empty_set() -> None:
         assert torch.equal(side.part[0, 0] > 0, (~same).any(axis)) and torch.equal(side.part[1, 0] > 0, same.any(axis))
 
 
+def framed(M: int, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for weights (M, N) in a frame of NaN, and what of the frame must stay: the TMA writes 16 bytes at a time."""
+    width = -(-N // 8) * 8
+    frame = torch.full((M, width + 8), NAN, dtype=dtype)
+    return frame[:, :N], frame[:, width:]
+
+
 def weights_of(p: Case, sides: list[BwdSide], exclude_self: bool, processors: int = 4) -> tuple[Tensor, Tensor]:
     M, N = p.z.shape
-    frame = torch.full((M, -(-N // 8) * 8 + 8), NAN, dtype=p.x.dtype)
+    weights, beyond = framed(M, N, p.x.dtype)
     part = torch.full((-(-M // p.tile.BLOCK_M) * -(-N // p.tile.BLOCK_N) + 1,), NAN)
-    tiles(processors).contrastive_bwd(p.tile, p.x, p.y, *sides, p.constants, p.offset, exclude_self, frame[:, :N], part)
-    assert frame[:, N:].isnan().all() and part[-1].isnan(), "written outside"
-    return frame[:, :N], part[:-1]
+    tiles(processors).contrastive_bwd(p.tile, p.x, p.y, *sides, p.constants, p.offset, exclude_self, weights, part)
+    assert beyond.isnan().all() and part[-1].isnan(), "written outside"
+    return weights, part[:-1]
 
 
 def assert_weights(p: Case, ours: Tensor, part: Tensor, g: Tensor) -> None:
@@ -278,11 +285,11 @@ def test_sigmoid(dtype: torch.dtype, case: tuple[Any, ...], gradients: bool) -> 
     p = Case.of(*case, dtype)
     M, N = p.z.shape
     bias = torch.tensor(-4.0)
-    frame = torch.full((M, -(-N // 8) * 8 + 8), NAN, dtype=dtype)
+    weights, beyond = framed(M, N, dtype)
     count = -(-M // p.tile.BLOCK_M) * -(-N // p.tile.BLOCK_N)
     part = torch.full((3, count + 2), NAN, dtype=torch.float64)
-    weights = frame[:, :N] if gradients else None
-    tiles().sigmoid_fwd(p.tile, p.x, p.y, p.row_factor, p.col_factor, p.constants, p.offset, bias, weights, part[:, 1:])
+    stored = weights if gradients else None
+    tiles().sigmoid_fwd(p.tile, p.x, p.y, p.row_factor, p.col_factor, p.constants, p.offset, bias, stored, part[:, 1:])
     assert part[:, 0].isnan().all() and part[:, -1].isnan().all()
     z = p.z - 4.0
     loss = torch.nn.functional.softplus(z).masked_fill(p.own, 0)
@@ -290,10 +297,10 @@ def test_sigmoid(dtype: torch.dtype, case: tuple[Any, ...], gradients: bool) -> 
     if gradients:
         sigmoid = z.sigmoid().masked_fill(p.own, 0)
         assert_close(part[2, 1:-1].sum(), sigmoid.sum(), sigmoid.sum() + 1e-30)
-        assert frame[:, N:].isnan().all()
-        assert_weights(p, frame[:, :N], part[1, 1:-1], 1024.0 * sigmoid)
+        assert beyond.isnan().all()
+        assert_weights(p, weights, part[1, 1:-1], 1024.0 * sigmoid)
     else:
-        assert part[1:].isnan().all() and frame.isnan().all()
+        assert part[1:].isnan().all() and weights.isnan().all()
 
 
 @pytest.mark.parametrize("processors", [2, 3, 132])

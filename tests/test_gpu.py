@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from promises import check, pairs, poisoned
+from promises import LOSS, TENSOR_CORES, check, pairs, poisoned
 from torch import Tensor
 
 import fastclip
@@ -93,14 +93,17 @@ def features(N: int, D: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
 
 
 def truth_by_rows(image: Tensor, text: Tensor, scale: float, sample: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and d_image of the sampled rows, in fp64, a block of logits at a time."""
+    """The loss, and d_image of the sampled rows, in fp64, a block of logits at a time; of a million rows the
+    log-sum-exps, which are minutes otherwise, in fp32."""
     u, v = (F.normalize(x.detach().double(), dim=1) for x in (image, text))
     N = len(u)
     block = max(2**27 // N, 1)
     lses = [[], []]
     for a, b, out in ((u, v, lses[0]), (v, u, lses[1])):
+        if N >= 2**20:
+            a, b = a.float(), b.float()
         for rows in a.split(block):
-            out.append((scale * rows @ b.T).logsumexp(1))
+            out.append((scale * rows @ b.T).logsumexp(1).double())
     row, col = (torch.cat(x) for x in lses)
     own = scale * (u * v).sum(1)
     loss = 0.5 * ((row - own).mean() + (col - own).mean())
@@ -124,7 +127,7 @@ def test_large_batches_accurate(backend: str, N: int, D: int, dtype: torch.dtype
     loss.backward()
     sample = torch.randint(0, N, (64,), device="cuda")
     true, d_image = truth_by_rows(image, text, 20.0, sample)
-    assert abs(float(loss) / float(true) - 1) < 1e-5 + 20 * D * 2**-29
+    assert abs(float(loss) / float(true) - 1) < LOSS + 20 * D * TENSOR_CORES
     error = (image.grad[sample].double() - d_image).norm() / d_image.norm()
     assert error < (1e-4 if dtype == torch.float32 else 2e-2), f"relative error {error:.1e}"
 

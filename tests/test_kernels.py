@@ -66,7 +66,9 @@ def test_self_pairs_accurate(kind: Kind) -> None:
 def test_confident_loss_keeps_digits(kind: Kind, noise: float, loss: float, labels: bool) -> None:
     image, text = kind.pairs(300, 300, 256, aligned=1.0, noise=noise)
     y = (torch.arange(300) * 7 % 300,) * 2 if labels else None
-    found = check(kind.loss(labels=y), image, text, 28.0 if loss > 1e-12 else 66.0, labels=y, base_line=False)
+    scale = 28.0 if loss > 1e-12 else 66.0
+    logit_error = kind.logit_error(scale, 256) if labels else 0.0
+    found = check(kind.loss(labels=y), image, text, scale, labels=y, base_line=False, logit_error=logit_error)
     assert loss / 1e4 < float(found.loss) < loss * 1e1, "the case no longer tests what its name says"
 
 

@@ -83,6 +83,7 @@ void run_cluster(unsigned first, unsigned size, unsigned threads, size_t smem) {
   for (Block& b : blocks)
     for (Named& n : b.named)
       if (n.arrived) fail("arrivals at a named barrier that nobody waited for");
+  cluster_blocks = nullptr;
 }
 
 CUresult encode(CUtensorMap* out, CUtensorMapDataType, cuuint32_t, void* data, const cuuint64_t* sizes,

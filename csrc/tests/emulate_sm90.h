@@ -197,7 +197,8 @@ inline void tma_store_finish(size_t pending) {
         for (int c = 0; c < s.map->box_cols; ++c) {
           const uint32_t src = swizzle_128(s.src + r * 128 + c * 2);
           if (block().dirty[(src - kBase) / 4]) fail("a TMA store reads what was written without a fence");
-          if (s.y + r < s.map->rows && s.x + c < s.map->cols)
+          const int64_t cols = (s.map->cols + 7) / 8 * 8;  // the last 16 bytes of a row are written whole
+          if (s.y + r < s.map->rows && s.x + c < cols)
             std::memcpy(s.map->data + (s.y + r) * s.map->row_bytes + (s.x + c) * 2, at_address(block(), src), 2);
         }
 }
