@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fastclip._backends import check_name
+from fastclip._backends import check_name, pick
 from fastclip.ops import autocast_dtype
 
-__all__ = ["check_features", "check_group", "check_labels", "check_reduction", "check_share", "describe", "scalar"]
+__all__ = ["check_backend", "check_features", "check_labels", "check_reduction", "check_share", "describe", "scalar"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -19,8 +17,10 @@ def describe(name: str, x: Tensor) -> str:
     return f"{name} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
 
-def check_features(image: Tensor, text: Tensor, *, paired: bool, backend: str | None) -> None:
-    """Two matrices of one floating dtype, device and D; when `paired`, with as many rows."""
+def check_features(
+    image: Tensor, text: Tensor, *, paired: bool, backend: str | None, may_be_empty: bool = False
+) -> None:
+    """Two matrices of one floating dtype, device and D; when `paired`, with as many rows; a shard `may_be_empty`."""
     check_name(backend)
     for name, x in (("image_features", image), ("text_features", text)):
         if not isinstance(x, Tensor):
@@ -41,7 +41,7 @@ def check_features(image: Tensor, text: Tensor, *, paired: bool, backend: str | 
         raise ValueError(f"features must be matrices (batch, D): {both()}")
     if image.shape[1] != text.shape[1]:
         raise ValueError(f"features must have the same D: {both()}")
-    if image.shape[0] == 0 or text.shape[0] == 0 or image.shape[1] == 0:
+    if image.shape[1] == 0 or (not may_be_empty and (image.shape[0] == 0 or text.shape[0] == 0)):
         raise ValueError(f"features must not be empty: {both()}")
     if paired and image.shape[0] != text.shape[0]:
         raise ValueError(f"there must be as many texts as images: {both()}")
@@ -80,14 +80,9 @@ def check_reduction(reduction: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"reduction must be {names}, got {reduction!r}")
 
 
-def check_group(group: Any, comm: str = "gather") -> None:
-    if comm not in ("gather", "ring"):
-        raise ValueError(f"comm must be 'gather' or 'ring', got {comm!r}")
-    if group is not None:
-        raise NotImplementedError(
-            "group= (one loss over the shards of several processes) is not in this version yet; without it the loss "
-            "sees the features of this process only"
-        )
+def check_backend(backend: str | None, image: Tensor) -> None:
+    """RuntimeError where an explicit backend cannot serve features like `image`."""
+    pick(backend, image)
 
 
 def scalar(name: str, value: float | Tensor, image: Tensor) -> Tensor:

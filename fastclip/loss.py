@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip._backends.reference import EPS
-from fastclip.checks import check_features, check_group, check_labels, check_reduction, check_share, scalar
+from fastclip.checks import check_backend, check_features, check_labels, check_reduction, check_share, scalar
+from fastclip.distributed import (
+    Shards,
+    check_group,
+    gather_rows,
+    meet,
+    reported,
+    sharded_statistics,
+    sum_over_ranks,
+)
 from fastclip.labels import match_labels
 from fastclip.ops import Statistics, autocast_features, contrastive_statistics
 
@@ -57,22 +66,38 @@ def contrastive_loss(
         label_smoothing: eps in [0, 1]: targets (1 - eps) / n on a row's n positives plus eps / N on all (ALIGN: 0.1).
         reduction: "mean"; "sum", w sum_i + (1 - w) sum_j; or "none", the pair (per image (M,), per text (N,)),
             unweighted.
-        group, comm, equal_shards: for a loss over the shards of several processes; not in this version yet.
+        group: a `torch.distributed` process group (``torch.distributed.group.WORLD``) or one-dimensional device mesh.
+            The features and labels are this rank's shard of the batch; shards may be of different sizes, or empty, and
+            without labels image i of a rank belongs to its text i. See below for what is returned.
+        comm: "gather": every rank holds all texts, N x D, and sends one gather and one reduce-scatter of them. "ring":
+            texts pass from rank to rank while the block before computes: a rank holds two shards of them.
+        equal_shards: promises that all shards are of one size and all options the same, which is else exchanged
+            before every call and waited for: for CUDA graphs and ``torch.compile(fullgraph=True)``.
         backend: a name from `fastclip.backends()`; None takes the best that serves these features.
 
     Returns:
         A scalar, or with "none" two vectors; float32, for float64 features float64.
 
+        With ``group`` rank r of W returns L_r = W (w sum of its images' losses / M + (1 - w) sum of its texts' / N), M
+        and N the whole batch's counts, and is differentiated by the sum of all L_r: the mean over ranks that DDP or
+        FSDP take of the gradients, of the encoders and of logit_scale, is exactly the gradient of the whole batch's
+        mean loss. That loss, to be logged, is the mean of L_r: ``torch.distributed.all_reduce(value, ReduceOp.AVG)`` of
+        a detached copy (with gloo SUM, divided by W). "sum" gives W times the rank's own sums, "none" the losses of its
+        own images and texts.
+
     Raises:
         ValueError: shapes, devices, options or labels that do not fit, or no positive pair at all (that last one on
             a CPU outside torch.compile; elsewhere the loss is 0).
         TypeError: features that are not floating tensors of one dtype, labels that are not integers.
-        RuntimeError: an explicit backend that cannot serve.
-        NotImplementedError: ``group`` is given.
+        RuntimeError: an explicit backend that cannot serve; a group without torch.distributed.
+
+    With ``group`` a rank whose arguments do not fit raises its own error and every other rank a ValueError that tells
+    it; where ranks disagree in D, dtype, scale or options, all raise.
     """
-    check_share("image_weight", image_weight)
-    check_reduction(reduction, ("mean", "sum", "none"))
-    check_group(group, comm)
+    group = check_group(group, comm)
+    with reported(group, equal_shards):
+        check_share("image_weight", image_weight)
+        check_reduction(reduction, ("mean", "sum", "none"))
     batch = prepare(
         image_features,
         text_features,
@@ -82,19 +107,33 @@ def contrastive_loss(
         text_labels=text_labels,
         exclude_self=exclude_self,
         label_smoothing=label_smoothing,
+        group=group,
+        agreed={"function": "contrastive_loss", "image_weight": image_weight, "reduction": reduction, "comm": comm},
+        equal_shards=equal_shards,
         backend=backend,
     )
-    stats = contrastive_statistics(batch.image, batch.text, batch.scale, batch.ids, **batch.options)
+    problem = batch.image, batch.text, batch.scale, batch.ids
+    if batch.shards is None:
+        stats = contrastive_statistics(*problem, **batch.options)
+    else:
+        stats = sharded_statistics(*problem, batch.shards, comm, **batch.options)
     row_loss, col_loss = direction_losses(batch, stats)
     dtype = batch.scale.dtype
     if reduction == "none":
         return row_loss.to(dtype), col_loss.to(dtype)
-    row_total, col_total = (
-        (row_loss.sum(), col_loss.sum())
-        if reduction == "sum"
-        else (_mean(row_loss, batch.row_count), _mean(col_loss, batch.col_count))
-    )
-    return (image_weight * row_total + (1 - image_weight) * col_total).to(dtype)
+    row_total, col_total = row_loss.sum(), col_loss.sum()
+    if reduction == "mean":
+        row_total, col_total = row_total / batch.row_total, col_total / batch.col_total
+    total = image_weight * row_total + (1 - image_weight) * col_total
+    return (total if batch.shards is None else batch.shards.ranks * total).to(dtype)
+
+
+class _Positives(NamedTuple):
+    ids: tuple[Tensor, Tensor] | None
+    row_count: Tensor | None
+    col_count: Tensor | None
+    row_total: int | Tensor
+    col_total: int | Tensor
 
 
 class Batch(NamedTuple):
@@ -103,11 +142,14 @@ class Batch(NamedTuple):
     image: Tensor
     text: Tensor
     scale: Tensor
-    ids: tuple[Tensor, Tensor] | None  # labels, as small numbers
     options: dict[str, Any]  # of the ops
     label_smoothing: float
+    shards: Shards | None  # where there is more of the batch than these features
+    ids: tuple[Tensor, Tensor] | None  # labels, as small numbers; with shards of this rank's images and of all texts
     row_count: Tensor | None  # positives of every row and column; None: one each
     col_count: Tensor | None
+    row_total: int | Tensor  # rows and columns with a positive, on all ranks
+    col_total: int | Tensor
 
 
 def prepare(
@@ -120,27 +162,58 @@ def prepare(
     text_labels: Tensor | None,
     exclude_self: bool,
     label_smoothing: float,
+    group: Any,
+    agreed: dict[str, Any],
+    equal_shards: bool,
     backend: str | None,
 ) -> Batch:
-    """Checks; autocast; labels as small numbers, and how many positives each row and column has."""
-    paired = exclude_self or (image_labels is None and text_labels is None)
-    check_features(image_features, text_features, paired=paired, backend=backend)
-    check_labels(image_features, text_features, image_labels, text_labels, exclude_self)
-    check_share("label_smoothing", label_smoothing)
-    scale = scalar("logit_scale", logit_scale, image_features)
-    image, text, scale = autocast_features(image_features, text_features, scale)
+    """Checks; autocast; agreement of the ranks; labels as small numbers, and the positives of each row and column.
+
+    agreed: what else the ranks of `group` must have in common.
+    """
+    with reported(group, equal_shards):
+        paired = exclude_self or (image_labels is None and text_labels is None)
+        check_features(image_features, text_features, paired=paired, backend=backend, may_be_empty=group is not None)
+        check_labels(image_features, text_features, image_labels, text_labels, exclude_self)
+        check_share("label_smoothing", label_smoothing)
+        scale = scalar("logit_scale", logit_scale, image_features)
+        image, text, scale = autocast_features(image_features, text_features, scale)
+        if group is not None:
+            check_backend(backend, image)
+    shards = None
+    if group is not None:
+        own = {"normalize": normalize, "exclude_self": exclude_self, "label_smoothing": label_smoothing}
+        own["labels"] = image_labels is not None
+        shards = meet(group, image, text, {"logit_scale": scale}, {**agreed, **own}, equal_shards)
+    positives = _Positives(None, None, None, *batch_size(image, text, shards))
+    if image_labels is not None and text_labels is not None:
+        positives = _match(image_labels, text_labels, exclude_self, shards)
     options = {"exclude_self": exclude_self, "normalize": normalize, "backend": backend}
-    if image_labels is None or text_labels is None:
-        return Batch(image, text, scale, None, options, label_smoothing, None, None)
-    ids, row_count, col_count = match_labels(image_labels, text_labels)
+    return Batch(image, text, scale, options, label_smoothing, shards, *positives)
+
+
+def batch_size(image: Tensor, text: Tensor, shards: Shards | None) -> tuple[int, int]:
+    """Images and texts of the whole batch."""
+    return (image.shape[0], text.shape[0]) if shards is None else (sum(shards.images), sum(shards.texts))
+
+
+def _match(image_labels: Tensor, text_labels: Tensor, exclude_self: bool, shards: Shards | None) -> _Positives:
+    if shards is not None:
+        image_labels = gather_rows(image_labels.long(), shards.images, shards.group)
+        text_labels = gather_rows(text_labels.long(), shards.texts, shards.group)
+    (image_ids, text_ids), row_count, col_count = match_labels(image_labels, text_labels)
     if exclude_self:
         own = (image_labels == text_labels).long()
         row_count, col_count = row_count - own, col_count - own
     # elsewhere it would cost a wait
-    if image.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(row_count.any()):
+    if image_labels.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(row_count.any()):
         besides = " besides its own" if exclude_self else ""
         raise ValueError(f"no image label equals a text label{besides}: the batch has no positive pair")
-    return Batch(image, text, scale, ids, options, label_smoothing, row_count, col_count)
+    totals = ((count > 0).sum().clamp_min(1) for count in (row_count, col_count))
+    if shards is not None:
+        image_ids, row_count = image_ids[shards.own_images], row_count[shards.own_images]
+        col_count = col_count[shards.own_texts]
+    return _Positives((image_ids, text_ids), row_count, col_count, *totals)
 
 
 def direction_losses(batch: Batch, stats: Statistics) -> tuple[Tensor, Tensor]:
@@ -192,7 +265,8 @@ def direction_loss(
 def mean_logits(batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean of each row (M,) and of each column (N,) of the logits, through the mean features: O((M + N) D)."""
     image, text, scale = batch[:3]
-    normalize = batch.options["normalize"]
+    normalize, shards = batch.options["normalize"], batch.shards
+    M, N = batch_size(image, text, shards)
 
     def unit_factor(x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(x, dim=1).clamp_min(EPS).reciprocal() if normalize else x.new_ones(len(x))
@@ -200,14 +274,12 @@ def mean_logits(batch: Batch) -> tuple[Tensor, Tensor]:
     with torch.autocast(image.device.type, enabled=False):
         image, text = image.to(scale.dtype), text.to(scale.dtype)
         r, c = unit_factor(image), unit_factor(text)
-        row_mean = r * (image @ (c @ text / len(text)))
-        col_mean = c * (text @ (r @ image / len(image)))
+        image_sum, text_sum = r @ image, c @ text
+        if shards is not None:
+            image_sum, text_sum = sum_over_ranks(torch.stack([image_sum, text_sum]), shards.group)
+        image_mean, text_mean = image_sum / M, text_sum / N
+        row_mean, col_mean = r * (image @ text_mean), c * (text @ image_mean)
         if batch.options["exclude_self"]:  # the mean of the others
-            N = len(text)
             own = r * c * torch.linalg.vecdot(image, text)
             row_mean, col_mean = ((N * mean - own) / max(N - 1, 1) for mean in (row_mean, col_mean))
         return scale * row_mean, scale * col_mean
-
-
-def _mean(loss: Tensor, count: Tensor | None) -> Tensor:
-    return loss.mean() if count is None else loss.sum() / (count > 0).sum().clamp_min(1)

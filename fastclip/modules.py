@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastclip.loss import contrastive_loss
@@ -13,9 +16,18 @@ __all__ = ["ClipLoss", "SigLipLoss"]
 class ClipLoss(nn.Module):
     """Drop-in for ``open_clip.loss.ClipLoss`` (3.3): same constructor, forward and ``output_dict``.
 
-    Like open_clip's it takes features that are already normalised, and never normalises them. ``cache_labels`` and
-    ``use_horovod`` have nothing to do here: there is no label tensor to cache, and ``world_size > 1`` raises
-    NotImplementedError until the loss over several processes lands.
+    Like open_clip's it takes features that are already normalised, and never normalises them. ``cache_labels`` has
+    nothing to do here: there is no label tensor to cache.
+
+    With ``world_size > 1`` it is the loss over all ranks of `torch.distributed`'s default group, whose rank and size
+    the arguments must be, always with exact gradients: `contrastive_loss` with ``group``, whatever ``local_loss`` and
+    ``gather_with_grad`` say. That is open_clip's ``local_loss=True, gather_with_grad=True`` in value and gradients: a
+    rank's value is its own images' and texts' mean loss, and the mean over ranks is the batch's.
+
+    open_clip's default flags differ: there every rank returns the batch's loss, and features have gradients on their
+    own rank only, so that after DDP's mean the encoders' gradient is 1 / world_size of the batch's, while logit_scale's
+    is whole. A learning rate or a clipping threshold that was tuned for that, with an optimiser that sees a gradient's
+    size (SGD; not AdamW), has to be looked at again.
     """
 
     def __init__(
@@ -28,7 +40,8 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ) -> None:
         super().__init__()
-        _check_world_size(self, world_size)
+        if use_horovod:
+            raise ValueError("use_horovod=True: Horovod is not supported, torch.distributed is (torchrun)")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -49,7 +62,8 @@ class ClipLoss(nn.Module):
         Returns the scalar loss, or ``{"contrastive_loss": loss}`` with ``output_dict``. A ``logit_bias`` shifts all
         logits alike, which a softmax does not see: the loss is the same and its gradient is 0.
         """
-        loss = contrastive_loss(image_features, text_features, logit_scale, normalize=False)
+        group = _world(self.rank, self.world_size)
+        loss = contrastive_loss(image_features, text_features, logit_scale, normalize=False, group=group)
         assert isinstance(loss, Tensor)
         if logit_bias is not None:
             loss = loss + 0.0 * logit_bias.sum()
@@ -61,8 +75,9 @@ class SigLipLoss(nn.Module):
 
     Like open_clip's it takes features that are already normalised, and never normalises them. ``dist_impl`` ("bidir",
     "shift", "reduce", "gather") and ``chunk_size`` choose between ways to the same loss: they are accepted, and the
-    fused path, which is all of them at once, is taken. ``world_size > 1`` raises NotImplementedError until the loss
-    over several processes lands.
+    fused path, which is all of them at once, is taken. With ``world_size > 1`` it is the loss over all ranks of
+    `torch.distributed`'s default group, as open_clip's: `sigmoid_loss` with ``group``; "bidir" and "shift", which pass
+    texts from rank to rank, take ``comm="ring"``.
     """
 
     def __init__(
@@ -74,7 +89,6 @@ class SigLipLoss(nn.Module):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        _check_world_size(self, world_size)
         self.dist_impl = dist_impl or "bidir"
         if self.dist_impl not in _DIST_IMPLS:
             raise ValueError(f"dist_impl must be one of {', '.join(map(repr, _DIST_IMPLS))}, got {dist_impl!r}")
@@ -99,16 +113,24 @@ class SigLipLoss(nn.Module):
         Returns the scalar loss, or ``{"contrastive_loss": loss}`` with ``output_dict``.
         """
         bias = 0.0 if logit_bias is None else logit_bias
-        loss = sigmoid_loss(image_features, text_features, logit_scale, bias, normalize=False)
+        group = _world(self.rank, self.world_size)
+        comm = "ring" if self.dist_impl in ("bidir", "shift") else "gather"
+        loss = sigmoid_loss(image_features, text_features, logit_scale, bias, normalize=False, group=group, comm=comm)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 _DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
-def _check_world_size(module: nn.Module, world_size: int) -> None:
-    if world_size > 1:
-        raise NotImplementedError(
-            f"{type(module).__name__}(world_size={world_size}): the loss over several processes is not in this version "
-            "yet"
+def _world(rank: int, world_size: int) -> Any:
+    """The default process group, or None for one process."""
+    if world_size == 1:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(f"world_size={world_size} needs torch.distributed: call init_process_group before the loss")
+    if (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
+        raise ValueError(
+            f"rank={rank}, world_size={world_size} are not those of torch.distributed's default group: "
+            f"{dist.get_rank()}, {dist.get_world_size()}"
         )
+    return dist.group.WORLD

@@ -35,7 +35,7 @@ def multiview_loss(
         core: index of the core view, which then takes the part of the images.
         labels: integers (N,), shared by all views: every pair with equal labels is a positive.
         options: of `contrastive_loss`: ``normalize``, ``image_weight``, ``label_smoothing``, ``reduction`` ("mean" or
-            "sum"), ``backend``.
+            "sum"), ``group``, ``comm``, ``equal_shards``, ``backend``.
 
     Returns:
         A scalar.

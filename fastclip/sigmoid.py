@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastclip.checks import check_features, check_group, check_reduction, scalar
+from fastclip.checks import check_backend, check_features, check_reduction, scalar
+from fastclip.distributed import check_group, gather_rows, meet, reported, ring_sigmoid_pairs
 from fastclip.ops import autocast_features, sigmoid_pairs
 
 __all__ = ["sigmoid_loss"]
@@ -21,6 +22,8 @@ def sigmoid_loss(
     normalize: bool = True,
     reduction: str = "mean",
     group: Any = None,
+    comm: str = "gather",
+    equal_shards: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Pairwise sigmoid loss over the N x N similarities of images and texts, never stored.
@@ -39,7 +42,9 @@ def sigmoid_loss(
         logit_bias: what is added to every logit (SigLIP starts at -10): likewise.
         normalize: divide each row by its norm (at least 1e-12, so that zero rows stay finite), with gradient.
         reduction: "mean", the sum over all pairs divided by N as in SigLIP; or "sum".
-        group: for a loss over the shards of several processes; not in this version yet.
+        group, comm, equal_shards: the loss over the shards of several processes, as in `contrastive_loss`: a rank
+            returns the sum over its images' pairs with all texts, divided by the mean number of images of a rank
+            ("sum": times the ranks).
         backend: a name from `fastclip.backends()`; None takes the best that serves these features.
 
     Returns:
@@ -48,15 +53,31 @@ def sigmoid_loss(
     Raises:
         ValueError: shapes, devices or options that do not fit.
         TypeError: features that are not floating tensors of one dtype.
-        RuntimeError: an explicit backend that cannot serve.
-        NotImplementedError: ``group`` is given.
+        RuntimeError: an explicit backend that cannot serve; a group without torch.distributed.
     """
-    check_reduction(reduction, ("mean", "sum"))
-    check_group(group)
-    check_features(image_features, text_features, paired=True, backend=backend)
-    scale = scalar("logit_scale", logit_scale, image_features)
-    bias = scalar("logit_bias", logit_bias, image_features)
-    image, text, scale, bias = autocast_features(image_features, text_features, scale, bias)
-    divisor = image.shape[0] if reduction == "mean" else 1
-    loss = sigmoid_pairs(image, text, scale, bias, divisor=divisor, normalize=normalize, backend=backend)
-    return loss.to(scale.dtype)
+    group = check_group(group, comm)
+    with reported(group, equal_shards):
+        check_reduction(reduction, ("mean", "sum"))
+        check_features(image_features, text_features, paired=True, backend=backend, may_be_empty=group is not None)
+        scale = scalar("logit_scale", logit_scale, image_features)
+        bias = scalar("logit_bias", logit_bias, image_features)
+        image, text, scale, bias = autocast_features(image_features, text_features, scale, bias)
+        if group is not None:
+            check_backend(backend, image)
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
+    if group is None:
+        divisor = image.shape[0] if reduction == "mean" else 1
+        return sigmoid_pairs(image, text, scale, bias, divisor=divisor, **options).to(scale.dtype)
+    agreed = {"function": "sigmoid_loss", "reduction": reduction, "comm": comm, "normalize": normalize}
+    scalars = {"logit_scale": scale, "logit_bias": bias}
+    shards = meet(group, image, text, scalars, agreed, equal_shards)
+    N, ranks = sum(shards.texts), shards.ranks
+    # The divisor of the gradients before they are rounded, and what remains of ranks / N
+    divisor, factor = (1, ranks) if reduction == "sum" else (N, ranks) if N % ranks else (N // ranks, 1)
+    options["divisor"] = divisor
+    if comm == "ring":
+        loss = ring_sigmoid_pairs(image, text, scale, bias, sizes=shards.texts, group=shards.group, **options)
+    else:
+        texts = gather_rows(text, shards.texts, shards.group)
+        loss = sigmoid_pairs(image, texts, scale, bias, offset=shards.own_texts.start, **options)
+    return (factor * loss).to(scale.dtype)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip.checks import check_group
+from fastclip.distributed import check_group, largest_over_ranks, sharded_maxima
 from fastclip.loss import Batch, direction_losses, prepare
 from fastclip.ops import contrastive_maxima
 
@@ -38,11 +38,13 @@ def contrastive_stats(
     exclude_self: bool = False,
     label_smoothing: float = 0.0,
     group: Any = None,
+    equal_shards: bool = False,
     backend: str | None = None,
 ) -> ContrastiveStats:
     """Log-sum-exps, losses and in-batch top-1 of both directions, in one pass over logits that are never stored.
 
-    Arguments and errors are those of `contrastive_loss`. A tie is a miss: an image whose largest negative comes within
+    Arguments and errors are those of `contrastive_loss`; with ``group`` the results are those of this rank's images and
+    texts in the whole batch. A tie is a miss: an image whose largest negative comes within
     2^-20 |logit_scale| |image| max |text| of its largest positive (normalised: 2^-20 |logit_scale|) has no hit, so
     that a batch with the same text twice, or a collapsed model, scores the same whichever way rounding goes. Rows
     without a positive have loss 0 and no hit; rows that are not finite have no hit.
@@ -51,7 +53,7 @@ def contrastive_stats(
         `ContrastiveStats`: row_lse (M,), col_lse (N,), row_loss (M,), col_loss (N,), float32 (for float64 features
         float64); row_hit (M,), col_hit (N,), bool. ``row_hit.float().mean()`` is the in-batch image -> text accuracy.
     """
-    check_group(group)
+    group = check_group(group, "gather")
     with torch.no_grad():
         batch = prepare(
             image_features,
@@ -62,9 +64,16 @@ def contrastive_stats(
             text_labels=text_labels,
             exclude_self=exclude_self,
             label_smoothing=label_smoothing,
+            group=group,
+            agreed={"function": "contrastive_stats"},
+            equal_shards=equal_shards,
             backend=backend,
         )
-        stats, top = contrastive_maxima(batch.image, batch.text, batch.scale, batch.ids, **batch.options)
+        problem = batch.image, batch.text, batch.scale, batch.ids
+        if batch.shards is None:
+            stats, top = contrastive_maxima(*problem, **batch.options)
+        else:
+            stats, top = sharded_maxima(*problem, batch.shards, **batch.options)
         row_loss, col_loss = direction_losses(batch, stats)
         row_tie, col_tie = _ties(batch)
         dtype = batch.scale.dtype
@@ -91,4 +100,8 @@ def _ties(batch: Batch) -> tuple[Tensor, Tensor]:
         both = scale.abs() * _TIE
         return both, both
     row, col = (torch.linalg.vector_norm(x, dim=1, dtype=scale.dtype) for x in (image, text))
-    return scale.abs() * _TIE * row * col.amax(), scale.abs() * _TIE * col * row.amax()
+    if batch.shards is None:
+        row_top, col_top = row.amax(), col.amax()
+    else:
+        row_top, col_top = (largest_over_ranks(x, batch.shards) for x in (row, col))
+    return scale.abs() * _TIE * row * col_top, scale.abs() * _TIE * col * row_top

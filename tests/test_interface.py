@@ -47,7 +47,7 @@ ERRORS = {
     "reduction": (IMAGE, TEXT, {"reduction": "median"}, ValueError, "'mean', 'sum' or 'none', got 'median'"),
     "comm": (IMAGE, TEXT, {"comm": "tree"}, ValueError, "'gather' or 'ring', got 'tree'"),
     "backend": (IMAGE, TEXT, {"backend": "tpu"}, ValueError, "'tpu' is unknown; .*'cpu', 'reference'"),
-    "group": (IMAGE, TEXT, {"group": object()}, NotImplementedError, "group= .* not in this version yet"),
+    "group": (IMAGE, TEXT, {"group": object()}, RuntimeError, "group= needs torch.distributed: call init_process"),
     "one label": (IMAGE, TEXT, {"text_labels": torch.arange(4)}, ValueError, "image_labels is missing"),
     "label dtype": (
         IMAGE,
@@ -199,11 +199,15 @@ def test_clip_loss_equals_open_clip(bias: float | None, output_dict: bool) -> No
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_losses_over_processes_are_not_yet() -> None:
-    with pytest.raises(NotImplementedError, match=r"ClipLoss\(world_size=4\)"):
-        fastclip.ClipLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=4)
-    with pytest.raises(NotImplementedError, match=r"SigLipLoss\(world_size=4\)"):
-        fastclip.SigLipLoss(rank=0, world_size=4)
+def test_modules_over_processes_need_them() -> None:
+    for module, scalars in (
+        (fastclip.ClipLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=4), (10.0,)),
+        (fastclip.SigLipLoss(rank=0, world_size=4), (10.0, -10.0)),
+    ):
+        with pytest.raises(RuntimeError, match=r"world_size=4 needs torch\.distributed: call init_process_group"):
+            module(IMAGE, TEXT, *scalars)
+    with pytest.raises(ValueError, match="Horovod is not supported"):
+        fastclip.ClipLoss(use_horovod=True)
 
 
 def test_modules_have_no_state() -> None:
@@ -236,7 +240,7 @@ SIGMOID_ERRORS = {
     "several scales": (IMAGE, TEXT, {"logit_scale": torch.ones(2)}, ValueError, r"one element: logit_scale \(2,\)"),
     "reduction": (IMAGE, TEXT, {"reduction": "none"}, ValueError, "'mean' or 'sum', got 'none'"),
     "backend": (IMAGE, TEXT, {"backend": "tpu"}, ValueError, "'tpu' is unknown; .*'cpu', 'reference'"),
-    "group": (IMAGE, TEXT, {"group": object()}, NotImplementedError, "group= .* not in this version yet"),
+    "group": (IMAGE, TEXT, {"group": object()}, RuntimeError, "group= needs torch.distributed: call init_process"),
     "cpu float64": (IMAGE.double(), TEXT.double(), {"backend": "cpu"}, RuntimeError, "cannot serve .* not float64"),
 }
 

@@ -21,7 +21,7 @@ LAYERS = (
     {"modules"},
     {"multiview", "stats"},
     {"loss", "sigmoid"},
-    {"checks"},
+    {"checks", "distributed"},
     {"ops", "labels"},
     {"_backends"},
     {"triton_kernels"},

@@ -1,7 +1,13 @@
 """The torch ops of the losses: schema, fake, autograd, autocast."""
 
 from fastclip.ops.autocast import autocast_dtype, autocast_features
-from fastclip.ops.contrastive import Statistics, TopLogits, contrastive_maxima, contrastive_statistics
+from fastclip.ops.contrastive import (
+    Statistics,
+    TopLogits,
+    contrastive_maxima,
+    contrastive_statistics,
+    merge_logsumexp,
+)
 from fastclip.ops.sigmoid import sigmoid_pairs
 
 __all__ = [
@@ -11,5 +17,6 @@ __all__ = [
     "autocast_features",
     "contrastive_maxima",
     "contrastive_statistics",
+    "merge_logsumexp",
     "sigmoid_pairs",
 ]

@@ -38,7 +38,12 @@ def _problem(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize:
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
     image, text, scale, bias, divisor, offset, normalize, backend, needs = args
     p = _problem(image, text, scale, offset, normalize)
-    loss, *grads = pick(backend, image)[1].sigmoid_fwd(p, bias, divisor, needs)
+    if image.shape[0] == 0 or text.shape[0] == 0:  # an empty shard's block: no backend is asked
+        loss = image.new_zeros((), dtype=reference.wide_dtype(image.device))
+        zeros = (x.new_zeros(x.shape, dtype=reference.saved_dtype(x)) for x in (image, text, scale, bias))
+        grads = [x if need else None for x, need in zip(zeros, needs)]
+    else:
+        loss, *grads = pick(backend, image)[1].sigmoid_fwd(p, bias, divisor, needs)
     return loss, *(image.new_empty(0) if d is None else d.contiguous() for d in grads)
 
 

@@ -1,0 +1,151 @@
+"""The collectives of the sharded losses as torch ops, differentiable any number of times.
+
+`sizes` are the rows of every rank. Each op's backward is the adjoint collective: what a rank computes is differentiated
+by the sum of all ranks' losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["all_gather", "exchange_columns", "gather_rows", "resolve", "sum_over_ranks"]
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def resolve(group: str) -> Any:
+    """The process group of a name."""
+    c10d: Any = dist.distributed_c10d
+    return c10d._resolve_process_group(group)
+
+
+def _named(*names: str) -> Callable[..., Any]:
+    """The first that torch has: newer ones have other names, and warn of the old."""
+    return next((getattr(dist, name) for name in names if hasattr(dist, name)), lambda *_, **__: None)
+
+
+all_gather = _named("all_gather_single", "all_gather_into_tensor")
+_reduce_scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, rows - len(x))) if len(x) < rows else x.contiguous()
+
+
+def _gather(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    """(sizes[rank], ...) -> (sum(sizes), ...); what is sent is padded to the largest shard."""
+    most = max(sizes)
+    out = x.new_empty(len(sizes) * most, *x.shape[1:])
+    all_gather(out, _padded(x, most), group=resolve(group))
+    if min(sizes) == most:
+        return out
+    return torch.cat([shard[:size] for shard, size in zip(out.split(most) if most else [], sizes)])
+
+
+def _reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    """(sum(sizes), ...) -> (sizes[rank], ...), summed over the ranks.
+
+    NCCL reduces and scatters in the dtype of x; elsewhere the shards are sent and summed by their owner, in rank order
+    and fp32.
+    """
+    pg = resolve(group)
+    own = sizes[dist.get_rank(pg)]
+    if dist.get_backend(pg) == "nccl" and x.is_floating_point():
+        most = max(sizes)
+        shards = [_padded(shard, most) for shard in x.split(list(sizes))]
+        out = x.new_empty(most, *x.shape[1:])
+        _reduce_scatter(out, torch.cat(shards) if min(sizes) < most else x.contiguous(), group=pg)
+        return out[:own].clone() if own < most else out
+    parts = x.new_empty(len(sizes) * own, *x.shape[1:])
+    dist.all_to_all_single(parts, x.contiguous(), [own] * len(sizes), list(sizes), group=pg)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return parts.view(len(sizes), own, *x.shape[1:]).sum(0, dtype=wide).to(x.dtype)
+
+
+def _exchange(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    """(planes, sum(sizes)) -> (ranks, planes, sizes[rank]): every rank's values at the columns of this one."""
+    pg = resolve(group)
+    own, W = sizes[dist.get_rank(pg)], len(sizes)
+    out = x.new_empty(W * own, len(x))
+    dist.all_to_all_single(out, x.T.contiguous(), [own] * W, list(sizes), group=pg)
+    return out.view(W, own, len(x)).transpose(1, 2).contiguous()
+
+
+def _give_back(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    """The adjoint of `_exchange`: (ranks, planes, sizes[rank]) -> (planes, sum(sizes))."""
+    W, planes, own = x.shape
+    out = x.new_empty(sum(sizes), planes)
+    sent = x.transpose(1, 2).reshape(W * own, planes)
+    dist.all_to_all_single(out, sent, list(sizes), [own] * W, group=resolve(group))
+    return out.T.contiguous()
+
+
+def _all_reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=resolve(group))
+    return out
+
+
+def _own_size(sizes: Sequence[int], group: str) -> int:
+    return sizes[dist.get_rank(resolve(group))]
+
+
+_Collective = Callable[[Tensor, Sequence[int], str], Tensor]
+
+
+def _define(name: str, adjoint: str, run: _Collective, fake: _Collective) -> None:
+    op = f"fastclip::{name}"
+    torch.library.define(op, "(Tensor x, SymInt[] sizes, str group) -> Tensor", tags=_TAGS)
+    torch.library.impl(op, "default", run)
+    torch.library.register_fake(op, fake)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.sizes, ctx.group = inputs
+
+    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
+        return getattr(torch.ops.fastclip, adjoint)(d.contiguous(), ctx.sizes, ctx.group), None, None
+
+    torch.library.register_autograd(op, backward, setup_context=save)
+
+
+_define("gather_rows", "reduce_rows", _gather, lambda x, sizes, group: x.new_empty(sum(sizes), *x.shape[1:]))
+_define(
+    "reduce_rows",
+    "gather_rows",
+    _reduce,
+    lambda x, sizes, group: x.new_empty(_own_size(sizes, group), *x.shape[1:]),
+)
+_define(
+    "exchange_columns",
+    "give_back_columns",
+    _exchange,
+    lambda x, sizes, group: x.new_empty(len(sizes), len(x), _own_size(sizes, group)),
+)
+_define(
+    "give_back_columns",
+    "exchange_columns",
+    _give_back,
+    lambda x, sizes, group: x.new_empty(x.shape[1], sum(sizes)),
+)
+_define("sum_over_ranks", "sum_over_ranks", _all_reduce, lambda x, sizes, group: torch.empty_like(x).contiguous())
+
+
+def gather_rows(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    """Rows (sizes[rank], ...) of every rank, in order: (sum(sizes), ...). The gradient is summed over the ranks."""
+    return torch.ops.fastclip.gather_rows(x, sizes, group)
+
+
+def exchange_columns(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    """(planes, sum(sizes)) -> (ranks, planes, sizes[rank]): every rank's values at the columns of this one."""
+    return torch.ops.fastclip.exchange_columns(x, sizes, group)
+
+
+def sum_over_ranks(x: Tensor, group: str) -> Tensor:
+    """The sum on every rank. Its gradient is the sum of all ranks' gradients."""
+    return torch.ops.fastclip.sum_over_ranks(x, [], group)
