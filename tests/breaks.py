@@ -47,6 +47,7 @@ CUDA, CUDA_COMPILED, TILE = "test_cuda.py", "test_cuda_compiled.py", "csrc/cuda/
 FWD_CU, BWD_CU, SIGMOID_CU = "csrc/cuda/contrastive_fwd.cu", "csrc/cuda/contrastive_bwd.cu", "csrc/cuda/sigmoid_fwd.cu"
 MODELS, CHECKPOINTS, PREPROCESS = "test_models.py", "test_models_checkpoints.py", "test_models_preprocess.py"
 REFUSED = "test_models_refused.py"
+DISTRIBUTED, PARTS = "test_distributed.py", "fastclip/distributed/"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {
@@ -260,6 +261,47 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("log-sum-exp without the positive", "fastclip/stats.py", "return torch.logaddexp(neg, torch.where(top_pos == -torch.inf, -torch.inf, pos))", "return neg"),
             ),
         ),
+    ],
+    "Many processes": [
+        Promise(
+            "the ranks' mean is one process's loss, and so are all gradients, in both forms: equal, unequal and empty shards, labels across ranks, smoothing",
+            (f"{DISTRIBUTED}::test_exact_in_fp64", f"{DISTRIBUTED}::test_loss_and_gradients_accurate"),
+            (
+                Break("ranks: a share is not multiplied by the ranks", "fastclip/loss.py", "batch.shards.ranks * total", "total"),
+                Break("ranks: every shard starts at the first text", PARTS + "statistics.py", "offset=shards.own_texts.start, **options)\n    return _own", "offset=0, **options)\n    return _own"),
+                Break("ranks: a column is its owner's rows", PARTS + "statistics.py", "return stats._replace(col_neg=merge_logsumexp(col_neg),", "return stats._replace(col_neg=stats.col_neg[own],"),
+                Break("ranks: texts' gradients are not summed", PARTS + "collectives.py", ".sum(0, dtype=wide)", "[dist.get_rank(pg)]"),
+                Break("ranks: smoothing's means are a rank's own", "fastclip/loss.py", "sum_over_ranks(torch.stack([image_sum, text_sum]), shards.group)", "image_sum, text_sum"),
+                Break("ranks: positives of a rank's own texts only", "fastclip/loss.py", "text_labels = gather_rows(text_labels.long(), shards.texts, shards.group)", "text_labels = gather_rows(image_labels[shards.own_images] + 1, shards.images, shards.group)"),
+                Break("ranks: padding stays", PARTS + "collectives.py", "torch.cat([shard[:size] for", "torch.cat([shard[-size:] for"),
+            ),
+        ),
+        Promise(
+            "DDP's mean of the gradients trains as one process, encoders and logit_scale alike",
+            (f"{DISTRIBUTED}::test_training_with_ddp_is_the_single_process",),
+            (Break("ranks: only own texts have gradients", PARTS + "collectives.py", "return getattr(torch.ops.fastclip, adjoint)(d.contiguous(), ctx.sizes, ctx.group), None, None", "return (d / len(ctx.sizes) if adjoint == 'reduce_rows' and 0 else getattr(torch.ops.fastclip, adjoint)(d.contiguous() / 2, ctx.sizes, ctx.group)), None, None"),),
+        ),
+        Promise(
+            "the ring holds a few shards of texts and gradients, and ranks that fall behind change no bit",
+            (f"{DISTRIBUTED}::test_ring_holds_few_texts", f"{DISTRIBUTED}::test_bits_do_not_depend"),
+            (
+                Break("ranks: the ring keeps every block", PARTS + "ring.py", "        block = text.contiguous()\n", "        block, self.kept = text.contiguous(), []\n"),
+                Break("ranks: a block is used before it is here", PARTS + "ring.py", "            for work in works:\n                work.wait()\n            block", "            block"),
+                Break("ranks: sums are read before they are here", PARTS + "ring.py", "        for work in self.works:\n            work.wait()\n        self.works", "        self.works"),
+            ),
+        ),
+        Promise("a rank multiplies its share, 8 M N D / W operations", (f"{DISTRIBUTED}::test_a_rank_multiplies_its_share",), (Break("ranks: a block is computed twice", PARTS + "ring.py", "        of_block = _block_problem(ring, owner, block, problem)\n        found", "        of_block = _block_problem(ring, owner, block, problem)\n        torch.ops.fastclip.contrastive_fwd(*of_block)\n        found"),)),
+        Promise(
+            "ranks that disagree, or whose arguments are wrong, are an error on every rank within seconds; so is a rank that dies",
+            (f"{DISTRIBUTED}::test_ranks_that_disagree_raise_everywhere", f"{DISTRIBUTED}::test_a_rank_that_dies_is_an_error_of_the_others"),
+            (
+                Break("ranks: scales may differ", PARTS + "agreement.py", "    where |= {name: len(_FIELDS) + k for k, name in enumerate(scalars)}\n", ""),
+                Break("ranks: gradients may differ", PARTS + "agreement.py", '{**options, "requires_grad": gradients}', "dict(options)"),
+                Break("ranks: a refusal stays on its rank", PARTS + "agreement.py", "        if line[0]:", "        if line[0] and k == rank:"),
+            ),
+        ),
+        Promise("`ClipLoss` and `SigLipLoss` are open_clip's with local_loss and gather_with_grad, and every dist_impl", (f"{DISTRIBUTED}::test_modules_are_open_clips", f"{DISTRIBUTED}::test_modules_refuse_another_world"), (Break("ranks: the modules see one rank", "fastclip/modules.py", "    return dist.group.WORLD", "    return None"),)),
+        Promise("the ring and 16-bit shards have no second derivatives, and say so; the gather form on the reference has", (f"{DISTRIBUTED}::test_second_derivatives_on_the_reference",), (Break("ranks: the ring has wrong ones", PARTS + "ring.py", "out = torch.ops.fastclip.ring_sigmoid_bwd(*inputs, needs, list(kept), d_loss)", "out = torch.ops.fastclip.sigmoid_bwd(*inputs, 1, 0, True, 'reference', needs, list(kept), d_loss)"),)),
     ],
     "Triton backend": [
         Promise(

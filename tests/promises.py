@@ -180,13 +180,13 @@ def check(
         base = dict(zip(found, torch.autograd.grad(dense(*others, **options), others)))
     roundings = 2 if options.get("label_smoothing") else 1  # its gradient is rounded apart, and added
     for name in ("d_image", "d_text"):
-        _check_gradient(
+        check_gradient(
             name, found[name], getattr(expected, name), getattr(expected, name + "_sum"), base[name], slack, roundings
         )
     return expected
 
 
-def _check_gradient(
+def check_gradient(
     name: str, ours: Tensor, expected: Tensor, sums: Tensor, base: Tensor | None, slack: float, roundings: int
 ) -> None:
     assert ours.isfinite().all(), f"{name} is not finite"

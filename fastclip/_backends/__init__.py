@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fastclip import _env
 from fastclip._backends import cpu, cuda, reference, triton
+from fastclip._backends.problem import Problem
 from fastclip._version import __version__
 
-__all__ = ["backends", "build_info", "check_name", "pick"]
+__all__ = ["backends", "build_info", "check_name", "pick", "serving"]
 
 # In order of preference: the first that serves the features is what backend=None means.
 _BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
@@ -73,3 +74,10 @@ def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
             raise RuntimeError(f"backend={name!r} cannot serve this call: {reason}")
         return name, module
     return next((n, m) for n, m in _BACKENDS.items() if not (m.refuses(image, named=False) or m.missing()))
+
+
+def serving(name: str | None, p: Problem) -> ModuleType:
+    """What computes a problem: `pick`'s choice, but the reference where an empty shard leaves nothing to compute."""
+    if p.image.shape[0] == 0 or p.text.shape[0] == 0:
+        return reference
+    return pick(name, p.image)[1]

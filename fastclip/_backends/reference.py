@@ -52,11 +52,16 @@ def _positive_and_negative(z: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
     return (positive & ~own, ~positive & ~own) if p.exclude_self else (positive, ~positive)
 
 
+def _largest(z: Tensor, dim: int) -> Tensor:
+    """-inf over an empty dimension."""
+    return z.amax(dim) if z.shape[dim] else z.new_full((z.shape[1 - dim],), -torch.inf)
+
+
 def _logsumexp(z: Tensor, keep: Tensor, dim: int) -> Tensor:
     """log-sum-exp of the kept z; -inf, with gradient 0, where none is."""
     z = z.masked_fill(~keep, -torch.inf)
     some = keep.any(dim)
-    top = torch.where(some, z.detach().amax(dim), 0.0)
+    top = torch.where(some, _largest(z.detach(), dim), 0.0)
     total = (z - top.unsqueeze(dim)).exp().sum(dim)
     return torch.where(some, torch.where(some, total, 1.0).log() + top, -torch.inf)
 
@@ -97,7 +102,8 @@ def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
     row_neg, col_neg = _logsumexp(z, negative, 1), _logsumexp(z, negative, 0)
     stats = (row_neg, col_neg, z_positive.sum(1), z_positive.sum(0), row_pos_lse, col_pos_lse)
     wide = wide_dtype(z.device)
-    tops = [z.masked_fill(~keep, -torch.inf).amax(dim) for keep in (negative, positive) for dim in (1, 0) if maxima]
+    of_both = ((z.masked_fill(~keep, -torch.inf), dim) for keep in (negative, positive) for dim in (1, 0))
+    tops = [_largest(x, dim) for x, dim in of_both] if maxima else []
     return *(x.to(wide) for x in stats), r, c, *(x.to(wide) for x in tops)
 
 

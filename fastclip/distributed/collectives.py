@@ -81,7 +81,7 @@ def _give_back(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     """The adjoint of `_exchange`: (ranks, planes, sizes[rank]) -> (planes, sum(sizes))."""
     W, planes, own = x.shape
     out = x.new_empty(sum(sizes), planes)
-    sent = x.transpose(1, 2).reshape(W * own, planes)
+    sent = x.transpose(1, 2).reshape(W * own, planes).contiguous()
     dist.all_to_all_single(out, sent, list(sizes), [own] * W, group=resolve(group))
     return out.T.contiguous()
 

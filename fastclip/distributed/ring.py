@@ -59,7 +59,7 @@ class Ring:
             yield self.owner(step), block
             for work in works:
                 work.wait()
-            block = following
+            block, works = following, []
 
 
 class Sums:
@@ -74,6 +74,7 @@ class Sums:
     def _arrived(self) -> Tensor | None:
         for work in self.works:
             work.wait()
+        self.works, self.sent = [], None
         return self.arriving
 
     def add(self, share: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip._backends import pick, reference
+from fastclip._backends import reference, serving
 from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
@@ -67,29 +67,11 @@ def _problem(args: tuple[Any, ...]) -> tuple[Problem, str | None]:
     return Problem(image, text, scale, labels, offset, exclude_self, normalize), backend
 
 
-def _has_no_pairs(p: Problem) -> bool:
-    """An empty shard's block of the logits: no backend is asked."""
-    return p.image.shape[0] == 0 or p.text.shape[0] == 0
-
-
-def _statistics_of_nothing(p: Problem) -> tuple[Tensor, ...]:
-    wide = reference.wide_dtype(p.image.device)
-    sizes = p.image.shape[0], p.text.shape[0]
-    of_labels = (0, 0) if p.labels is None else sizes
-    neg, pos, pos_lse = (
-        [p.image.new_full((size,), value, dtype=wide) for size in kind]
-        for kind, value in ((sizes, -torch.inf), (sizes, 0.0), (of_labels, -torch.inf))
-    )
-    return *neg, *pos, *pos_lse, *(reference.inv_norms(x, p.normalize) for x in (p.image, p.text))
-
-
 @torch.library.impl("fastclip::contrastive_fwd", "default")
 @without_autocast
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
     p, backend = _problem(args)
-    if _has_no_pairs(p):
-        return _statistics_of_nothing(p)
-    out: tuple[Tensor, ...] = pick(backend, p.image)[1].contrastive_fwd(p)
+    out: tuple[Tensor, ...] = serving(backend, p).contrastive_fwd(p)
     return out
 
 
@@ -107,10 +89,7 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 @without_autocast
 def _maxima(*args: Any) -> tuple[Tensor, ...]:
     p, backend = _problem(args)
-    if _has_no_pairs(p):
-        stats = _statistics_of_nothing(p)
-        return *stats, *(torch.full_like(x, -torch.inf) for x in stats[:4])
-    out: tuple[Tensor, ...] = pick(backend, p.image)[1].contrastive_fwd(p, maxima=True)
+    out: tuple[Tensor, ...] = serving(backend, p).contrastive_fwd(p, maxima=True)
     return out
 
 
@@ -124,9 +103,7 @@ def _maxima_fake(*args: Any) -> tuple[Tensor, ...]:
 @without_autocast
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
     p, backend = _problem(args[:_PROBLEM_SIZE])
-    if _has_no_pairs(p):
-        return tuple(x.new_zeros(x.shape) if need else p.image.new_empty(0) for x, need in zip(p[:3], args[-1]))
-    out = pick(backend, p.image)[1].contrastive_bwd(p, *args[_PROBLEM_SIZE:])
+    out = serving(backend, p).contrastive_bwd(p, *args[_PROBLEM_SIZE:])
     return tuple(p.image.new_empty(0) if d is None else d.contiguous() for d in out)
 
 

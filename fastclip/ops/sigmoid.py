@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip._backends import pick, reference
+from fastclip._backends import reference, serving
 from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
@@ -38,12 +38,7 @@ def _problem(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize:
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
     image, text, scale, bias, divisor, offset, normalize, backend, needs = args
     p = _problem(image, text, scale, offset, normalize)
-    if image.shape[0] == 0 or text.shape[0] == 0:  # an empty shard's block: no backend is asked
-        loss = image.new_zeros((), dtype=reference.wide_dtype(image.device))
-        zeros = (x.new_zeros(x.shape, dtype=reference.saved_dtype(x)) for x in (image, text, scale, bias))
-        grads = [x if need else None for x, need in zip(zeros, needs)]
-    else:
-        loss, *grads = pick(backend, image)[1].sigmoid_fwd(p, bias, divisor, needs)
+    loss, *grads = serving(backend, p).sigmoid_fwd(p, bias, divisor, needs)
     return loss, *(image.new_empty(0) if d is None else d.contiguous() for d in grads)
 
 
