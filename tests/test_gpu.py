@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from promises import LOSS, TENSOR_CORES, check, pairs, poisoned
 from torch import Tensor
@@ -267,3 +269,40 @@ def test_compute_sanitizer(backend: str, sanitizer: str, tool: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.fixture
+def nccl(tmp_path: Path) -> Iterator[Any]:
+    """A group of one rank: what a single GPU can show of NCCL's collectives."""
+    if not dist.is_nccl_available():
+        pytest.skip("this torch has no NCCL")
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"labels": True, "label_smoothing": 0.1}, {"bias": -10.0}], ids=str)
+@pytest.mark.parametrize("comm", ["gather", "ring"])
+def test_group_of_one_is_the_loss_without(backend: str, nccl: Any, comm: str, options: dict[str, Any]) -> None:
+    """And with equal_shards=True there is nothing that the host waits for."""
+    inputs = [*features(1000, 256, torch.bfloat16), torch.tensor(10.0, device="cuda", requires_grad=True)]
+    options, function = dict(options), fastclip.contrastive_loss
+    if options.pop("labels", False):
+        options |= dict.fromkeys(("image_labels", "text_labels"), torch.arange(1000, device="cuda") % 300)
+    if "bias" in options:
+        inputs.append(torch.tensor(options.pop("bias"), device="cuda"))
+        function = fastclip.sigmoid_loss
+
+    def run(**more: Any) -> list[Tensor]:
+        loss = function(*inputs, backend=backend, **options, **more)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs[:3])]
+
+    one = run()
+    for more in ({}, {"equal_shards": True}):
+        for ours, true in zip(run(group=nccl, comm=comm, **more), one):
+            torch.testing.assert_close(ours, true, rtol=1e-2 if ours.dim() else 1e-6, atol=1e-7)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(group=nccl, comm=comm, equal_shards=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
