@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 from fastclip.triton_kernels.features import Features, high_bit, set_constants
 from fastclip.triton_kernels.gradients import FACTOR, OWN, Gradients, store_factors
-from fastclip.triton_kernels.launch import BwdSide, Tiles, choose, launch, output_argument, processors, tile_arguments
+from fastclip.triton_kernels.launch import (
+    BwdSide,
+    Tiles,
+    cdiv,
+    choose,
+    launch,
+    output_argument,
+    processors,
+    tile_arguments,
+)
 from fastclip.triton_kernels.tile import (
     GAIN,
     INF,
@@ -385,7 +394,7 @@ def contrastive_bwd(
     rows, cols = Features.of(image, row_inv, normalize), Features.of(text, col_inv, normalize)
     M, N, D = len(image), len(text), image.shape[1]
     row_label, col_label = (x.int().contiguous() for x in labels) if labels is not None else (row_inv, col_inv)
-    blocks = triton.cdiv(max(M, N), _BLOCK)
+    blocks = cdiv(max(M, N), _BLOCK)
     largest = image.new_empty(blocks, dtype=torch.float64)
     # The forward pass's constants: with the same offset its exponentials are the same, and weights sum to 1
     constants = set_constants(image, text, scale, normalize)
@@ -405,7 +414,7 @@ def contrastive_bwd(
     ):
         launch(
             contrastive_bwd_vectors_kernel,
-            triton.cdiv(size, _BLOCK),
+            cdiv(size, _BLOCK),
             *(neg, pos_lse, *d, d_other_pos, inv, factor, label, vec, largest, constants, size, other, shift, blocks),
             NORMALIZE=normalize,
             LABELS=has_labels,
@@ -430,7 +439,7 @@ def contrastive_bwd(
                 tiles.contrastive_bwd(tile, x, y, *sides, constants, at, exclude_self, weights, part[done:])
                 continue
             operands, options = tile_arguments(tile, x, y)
-            count = triton.cdiv(i1 - i0, tile.BLOCK_M) * triton.cdiv(j1 - j0, tile.BLOCK_N)
+            count = cdiv(i1 - i0, tile.BLOCK_M) * cdiv(j1 - j0, tile.BLOCK_N)
             launch(
                 contrastive_bwd_repair_kernel if repair else contrastive_bwd_kernel,
                 min(count, processors(image.device)) if repair else count,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.launch import launch
+from fastclip.triton_kernels.launch import cdiv, launch
 from fastclip.triton_kernels.tile import BOUND, CONSTANTS, INF, LOG2E, OFFSET2, REPAIR, SCALE
 from torch import Tensor
 
@@ -210,7 +210,7 @@ class Features(NamedTuple):
         x = x if x.stride(1) == 1 else x.contiguous()
         launch(
             copy_rows_kernel,
-            triton.cdiv(size, _ROWS),
+            cdiv(size, _ROWS),
             *(x, x.stride(0), inv, out, out.stride(0), factor, size, D),
             BLOCK=_ROWS,
             BLOCK_D=_COLUMNS,
@@ -240,7 +240,7 @@ def norms(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize: bo
     M, D = image.shape
     N = text.shape[0]
     image, text = (x if x.stride(1) == 1 else x.contiguous() for x in (image, text))
-    rows, cols = triton.cdiv(M, _ROWS), triton.cdiv(N, _ROWS)
+    rows, cols = cdiv(M, _ROWS), cdiv(N, _ROWS)
     row_inv, col_inv, top, constants = (image.new_empty(n, dtype=torch.float32) for n in (M, N, rows + cols, CONSTANTS))
     row_pos, col_pos = (image.new_empty(n, dtype=torch.float64) for n in ((0, 0) if labels else (M, N)))
     launch(

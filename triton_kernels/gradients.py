@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from fastclip.triton_kernels.features import EPS, Features
-from fastclip.triton_kernels.launch import Config, addmm, chunks, launch, processors, workspace_bytes
+from fastclip.triton_kernels.launch import Config, addmm, cdiv, chunks, launch, processors, workspace_bytes
 from fastclip.triton_kernels.tile import SCALE
 from torch import Tensor
 
@@ -208,7 +208,7 @@ class Gradients:
         shift = 0 if offset is None else k0 + (offset if images else -offset)
         launch(
             finish_kernel,
-            triton.cdiv(k1 - k0, _ROWS),
+            cdiv(k1 - k0, _ROWS),
             *(raw, x[k0:k1], other, raw.stride(0), x.stride(0), other.stride(0)),
             *(vec[:, k0:], other_vec, vec.stride(0), other_vec.stride(0)),
             *(raw if out is None else out[k0:k1], raw if part is None else part[k0 // _ROWS :]),
