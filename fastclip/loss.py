@@ -94,7 +94,7 @@ def contrastive_loss(
         if reduction == "sum"
         else (_mean(row_loss, batch.row_count), _mean(col_loss, batch.col_count))
     )
-    return (image_weight * row_total + (1 - image_weight) * col_total).to(dtype)
+    return torch.lerp(col_total, row_total, image_weight).to(dtype)
 
 
 class Batch(NamedTuple):
@@ -176,13 +176,13 @@ def direction_loss(
     positive is its own formula: there q is pos exactly, and the difference would lose half the digits.
     """
     if count is None:
-        loss = -F.logsigmoid(pos - neg)
+        loss = _softplus(neg - pos)
         return loss if mean_logit is None else loss + smoothing * (pos - mean_logit)
     some, one = count > 0, count == 1
     mean_pos = pos / count.clamp_min(1)
     # Rows without a positive are given inputs of gradient 0 before softplus: its gradient at -inf - -inf is NaN.
     q = torch.where(some, torch.where(one, pos, pos_lse), 0.0)
-    loss = -F.logsigmoid(q - torch.where(some, neg, -torch.inf))
+    loss = _softplus(torch.where(some, neg, -torch.inf) - q)
     loss = loss + torch.where(count > 1, torch.where(some, pos_lse, 0.0) - mean_pos, 0.0)
     if mean_logit is not None:
         loss = loss + smoothing * (mean_pos - mean_logit)
@@ -207,6 +207,11 @@ def mean_logits(batch: Batch) -> tuple[Tensor, Tensor]:
             own = r * c * torch.linalg.vecdot(image, text)
             row_mean, col_mean = ((N * mean - own) / max(N - 1, 1) for mean in (row_mean, col_mean))
         return scale * row_mean, scale * col_mean
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp x), which torch's default takes for x already from 20 on."""
+    return F.softplus(x, threshold=64)
 
 
 def _mean(loss: Tensor, count: Tensor | None) -> Tensor:

@@ -162,6 +162,8 @@ def _kind(x: Any) -> Any:
         return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, *x.block_shape
+    if isinstance(x, tuple):
+        return (*map(_kind, x),)
     return type(x)
 
 

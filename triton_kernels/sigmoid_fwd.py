@@ -75,7 +75,8 @@ def sigmoid_vectors_kernel(
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     some = k < size
     plane = size.to(tl.int64)
-    store_factors(vec_ptr + k, plane, inv_ptr + k, factor_ptr + k, constants_ptr, gain, some, NORMALIZE)
+    scale = tl.load(constants_ptr + SCALE)
+    store_factors(vec_ptr + k, plane, inv_ptr + k, factor_ptr + k, scale, gain, some, NORMALIZE)
     has = some & (k + offset >= 0) & (k + offset < other_size)
     x = -(tl.load(pos_ptr + k, mask=some, other=0.0) + bias)
     t = tl.exp(-tl.abs(x))
