@@ -44,6 +44,8 @@ from torch import Tensor
 
 __all__ = ["contrastive_bwd"]
 
+_PARTS = 4096  # of d_scale, at a time
+
 
 @triton.jit
 def _plane(vec_ptr, plane: tl.constexpr, plane_stride, k0, k, size):
@@ -251,6 +253,17 @@ def contrastive_bwd_repair_kernel(
             )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["parts"])
+def scale_gradient_kernel(part_ptr, constants_ptr, out_ptr, parts, BLOCK: tl.constexpr):
+    """d_scale from its (parts,) shares. One program; fp64, in a fixed order."""
+    k = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for k0 in range(0, parts, BLOCK):
+        total += tl.load(part_ptr + k0 + k, mask=k0 + k < parts, other=0.0).to(tl.float64)
+    total = tl.sum(total, 0) / tl.load(constants_ptr + GAIN).to(tl.float64)
+    tl.store(out_ptr, total.to(out_ptr.dtype.element_ty))
+
+
 def _side(vec: Tensor, labels: bool) -> BwdSide:
     """Of vectors (planes, size)."""
     if not labels:
@@ -278,13 +291,13 @@ def contrastive_bwd(
     row_inv, col_inv = (x.contiguous() for x in stats[6:])
     rows, cols = Features.of(image, row_inv, normalize), Features.of(text, col_inv, normalize)
     M, N, D = len(image), len(text), image.shape[1]
-    row_vec, col_vec, constants = vectors(rows, cols, scale, labels, offset, normalize, stats, grads)
     gradients = Gradients(rows, cols, D)
     fast, exact = (choose(name, rows.x, has_labels) for name in ("contrastive_bwd", "contrastive_bwd_repair"))
     if tiles:
         fast = tiles.config("contrastive_bwd", *gradients.block, has_labels)
     parts = gradients.count_tiles(fast, exact)
-    part = image.new_zeros(parts + gradients.finish_parts, dtype=torch.float32)
+    part = image.new_empty(parts + gradients.finish_parts, dtype=torch.float32)
+    row_vec, col_vec, constants = vectors(rows, cols, scale, labels, offset, normalize, stats, grads, part)
     done = 0
 
     def weigh(i0: int, i1: int, j0: int, j1: int, weights: Tensor) -> None:
@@ -316,5 +329,5 @@ def contrastive_bwd(
     gradients.compute(weigh, row_vec, col_vec, None if has_labels else offset, part[parts:], d_image, d_text)
     d_scale = torch.empty_like(scale) if needs[2] else None
     if d_scale is not None:
-        torch.div(part.sum(dtype=torch.float64), constants[GAIN.value], out=d_scale)
+        launch(scale_gradient_kernel, 1, part, constants, d_scale, len(part), BLOCK=_PARTS, num_warps=8)
     return d_image, d_text, d_scale

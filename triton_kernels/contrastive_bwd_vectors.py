@@ -144,7 +144,7 @@ def _vectors(
     tl.store(vec_ptrs + OWN * plane, (own_weight * gain).to(tl.float32), mask=some)
 
 
-@triton.jit(do_not_specialize=["M", "N", "offset", "rows", "cols"])
+@triton.jit(do_not_specialize=["M", "N", "offset", "rows", "cols", "parts"])
 def contrastive_bwd_vectors_kernel(
     row,
     col,
@@ -152,11 +152,13 @@ def contrastive_bwd_vectors_kernel(
     largest_ptr,
     constants_ptr,
     scale_ptr,
+    part_ptr,  # (parts,) fp32, which the kernels to come leave gaps in: becomes 0
     M,
     N,
     offset,
     rows,
     cols,
+    parts,
     NORMALIZE: tl.constexpr,
     LABELS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -180,6 +182,9 @@ def contrastive_bwd_vectors_kernel(
     gain = 1024.0 / high_bit(tl.minimum(tl.maximum(tl.max(largest, 0), 1e-34), 1e34))
     if tl.program_id(0) == 0:
         tl.store(constants_ptr + GAIN, gain.to(tl.float32))
+    for p0 in range(tl.program_id(0) * BLOCK, parts, tl.num_programs(0) * BLOCK):
+        p = p0 + tl.arange(0, BLOCK)
+        tl.store(part_ptr + p, 0.0, mask=p < parts)
     block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
     if block < blocks:
         _vectors(
@@ -201,9 +206,12 @@ def vectors(
     normalize: bool,
     stats: list[Tensor],
     grads: list[Tensor],
+    part: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors of the rows (planes, M) and of the columns (planes, N), and the constants; `rows`, `cols`: the features,
-    the rest as in `contrastive_bwd`."""
+    """Vectors of the rows (planes, M) and of the columns (planes, N), and the constants.
+
+    rows, cols: the features. part: the shares of d_scale, to become 0. The rest as in `contrastive_bwd`.
+    """
     has_labels = labels is not None
     M, N = len(rows.x), len(cols.x)
     row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, row_inv, col_inv = (x.contiguous() for x in stats)
@@ -229,7 +237,7 @@ def vectors(
     launch(
         contrastive_bwd_vectors_kernel,
         cdiv(M, _BLOCK) + cdiv(N, _BLOCK),
-        *(row, col, top, largest, constants, scale, M, N, offset, *counts),
+        *(row, col, top, largest, constants, scale, part, M, N, offset, *counts, len(part)),
         **flags,
         BLOCK=_BLOCK,
     )
