@@ -96,4 +96,4 @@ def scalar(name: str, value: float | Tensor, image: Tensor) -> Tensor:
         raise TypeError(f"{name} must be real: {describe(name, value)}")
     if value.numel() != 1:
         raise ValueError(f"{name} must have one element: {describe(name, value)}")
-    return value.reshape(()).to(device=image.device, dtype=dtype)
+    return (value.reshape(()) if value.dim() else value).to(device=image.device, dtype=dtype)

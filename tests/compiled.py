@@ -81,12 +81,12 @@ def compiling(capability: int) -> Iterator[list[dict[str, Any]]]:
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         if compiled.hash not in seen:
             seen.add(compiled.hash)
-            first = getattr(args[0], "base", args[0])
+            first = args[0][0] if isinstance(args[0], tuple) else getattr(args[0], "base", args[0])
             about = {"kernel": self.__name__, "variant": _variant(options), "dtype": str(first.dtype)[6:]}
             about["DESCRIPTOR"] = bool(options.get("DESCRIPTOR"))
             sizes = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared}
             machines.append({**about, **sizes, **_read(compiled)})
-        return compiled
+        return None  # not to be launched the next time
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)

@@ -17,7 +17,7 @@ import fastclip
 from fastclip._backends import cuda
 
 pytest.importorskip("triton")
-from fastclip.triton_kernels import contrastive_bwd, contrastive_fwd, launch, sigmoid_fwd
+from fastclip.triton_kernels import contrastive_bwd, contrastive_bwd_vectors, contrastive_fwd, launch, sigmoid_fwd
 from fastclip.triton_kernels.tile import CONSTANTS, REPAIR
 
 GPU = torch.cuda.is_available()
@@ -89,7 +89,7 @@ class Launches:
             real(kernel, grid, *args, **options)
             self.note(kernel.fn.__name__, args)
 
-        for module in (contrastive_fwd, contrastive_bwd, sigmoid_fwd):
+        for module in (contrastive_fwd, contrastive_bwd, contrastive_bwd_vectors, sigmoid_fwd):
             monkeypatch.setattr(module, "launch", watched)
         for name in ("contrastive_fwd", "contrastive_bwd", "sigmoid_fwd"):
             monkeypatch.setattr(cuda._Tiles, name, self._watch(f"{name}_kernel", getattr(cuda._Tiles, name)))

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from fastclip.triton_kernels import contrastive_bwd, contrastive_fwd, launch
+from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd, launch
 from kernels import DEVICE, GPU, Kind, Launches, uneven
 from promises import check, pairs, poisoned
 from test_contrastive_accuracy import random_labels
@@ -60,7 +60,7 @@ def test_repair_forced(
 ) -> None:
     """What the repair computes is right for ordinary batches too: the guards are set so that none passes."""
     monkeypatch.setattr(contrastive_fwd, "_SAFE_SUM", torch.inf)
-    monkeypatch.setattr(contrastive_bwd, "_LOWEST", torch.inf)
+    monkeypatch.setattr(contrastive_bwd_vectors, "_LOWEST", torch.inf)
     M, N = (100, 140) if labels else (140, 140)
     image, text = (poisoned(x, dtype) for x in pairs(M, N, 40))
     y = random_labels(M, N, 40) if labels else None

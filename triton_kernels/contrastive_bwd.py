@@ -5,14 +5,31 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.features import Features, high_bit, set_constants
-from fastclip.triton_kernels.gradients import FACTOR, OWN, Gradients, store_factors
-from fastclip.triton_kernels.launch import BwdSide, Tiles, choose, launch, output_argument, processors, tile_arguments
+from fastclip.triton_kernels.contrastive_bwd_vectors import (
+    LABEL,
+    NEG,
+    NEG_EXACT,
+    NEG_LSE2,
+    POS,
+    POS_EXACT,
+    POS_LSE2,
+    vectors,
+)
+from fastclip.triton_kernels.features import Features
+from fastclip.triton_kernels.gradients import FACTOR, OWN, Gradients
+from fastclip.triton_kernels.launch import (
+    BwdSide,
+    Tiles,
+    cdiv,
+    choose,
+    launch,
+    output_argument,
+    processors,
+    tile_arguments,
+)
 from fastclip.triton_kernels.tile import (
     GAIN,
     INF,
-    LN2,
-    LOG2E,
     OFFSET2,
     REPAIR,
     dot_tile,
@@ -27,127 +44,7 @@ from torch import Tensor
 
 __all__ = ["contrastive_bwd"]
 
-# More planes of the vectors: of the negatives the weight for the shared offset, and weight and log2-sum-exp for a
-# repair; with labels the labels (int32 bits) and the same of the positives. OWN is d_pos there.
-_NEG, _NEG_EXACT, _NEG_LSE2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
-_LABEL, _POS, _POS_EXACT, _POS_LSE2 = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
-
-_LOWEST = tl.constexpr(-62.0)  # a log-sum-exp so far below the offset may have lost terms
-_BLOCK = 1024  # rows of a program of the vectors' kernels
-
-
-@triton.jit
-def _magnitude(x_ptr, k, some):
-    """Largest magnitude; NaN where one is NaN or infinite."""
-    x = tl.abs(tl.load(x_ptr + k, mask=some, other=0.0))
-    return tl.max(tl.where(x < INF, x, 0.0), 0)
-
-
-@triton.jit(do_not_specialize=["M", "N"])
-def contrastive_bwd_largest_kernel(
-    d_row_neg_ptr,
-    d_row_pos_ptr,
-    d_row_pos_lse_ptr,
-    d_col_neg_ptr,
-    d_col_pos_ptr,
-    d_col_pos_lse_ptr,
-    largest_ptr,  # (programs,) fp64
-    M,
-    N,
-    LABELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Largest finite upstream gradient of every BLOCK rows and columns."""
-    block = tl.program_id(0)
-    k = block * BLOCK + tl.arange(0, BLOCK)
-    rows, cols = k < M, k < N
-    size = tl.maximum(_magnitude(d_row_neg_ptr, k, rows), _magnitude(d_row_pos_ptr, k, rows))
-    size = tl.maximum(size, tl.maximum(_magnitude(d_col_neg_ptr, k, cols), _magnitude(d_col_pos_ptr, k, cols)))
-    if LABELS:
-        size = tl.maximum(size, _magnitude(d_row_pos_lse_ptr, k, rows))
-        size = tl.maximum(size, _magnitude(d_col_pos_lse_ptr, k, cols))
-    tl.store(largest_ptr + block, size)
-
-
-@triton.jit
-def _weights_of(lse, d, offset2, lowest, constants_ptr, vec_ptrs, vec_plane, some, PLANE: tl.constexpr):
-    """Three planes from log-sum-exps and their scaled derivatives, fp64; asks for a repair where one is too low."""
-    lse2 = lse * LOG2E
-    empty = lse == -INF
-    wanted = some & (empty == 0) & ((d != 0) | (lse != lse))
-    if tl.max((wanted & ((lse >= lowest) == 0)).to(tl.int32), 0) != 0:
-        tl.store(constants_ptr + REPAIR, 1.0)  # by several programs, all the same
-    weight = d * tl.exp2(offset2.to(tl.float64) - lse2)
-    tl.store(vec_ptrs + PLANE * vec_plane, tl.where(wanted, weight, 0.0).to(tl.float32), mask=some)
-    # What rounding takes from the log-sum-exp goes into the weight
-    rounded = tl.where(empty, 0.0, lse2).to(tl.float32)
-    lost = tl.where(tl.abs(rounded) < INF, rounded.to(tl.float64) - lse2, 0.0)
-    exact = tl.where(wanted, d * tl.exp2(lost), 0.0)
-    tl.store(vec_ptrs + (PLANE + 1) * vec_plane, exact.to(tl.float32), mask=some)
-    tl.store(vec_ptrs + (PLANE + 2) * vec_plane, rounded, mask=some)
-
-
-@triton.jit(do_not_specialize=["size", "other_size", "own_offset", "blocks"])
-def contrastive_bwd_vectors_kernel(
-    neg_ptr,  # (size,) fp64, as all statistics and their derivatives
-    pos_lse_ptr,
-    d_neg_ptr,
-    d_pos_ptr,
-    d_pos_lse_ptr,
-    d_other_pos_ptr,  # (other_size,)
-    inv_ptr,  # (size,) fp32
-    factor_ptr,  # (size,) fp32
-    label_ptr,  # (size,) int32
-    vec_ptr,  # (planes, size)
-    largest_ptr,  # (blocks,)
-    constants_ptr,
-    size,
-    other_size,
-    own_offset,
-    blocks,
-    NORMALIZE: tl.constexpr,
-    LABELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The vectors of one side from its statistics and their derivatives.
-
-    Math      gain = 2^k with 2^15 > gain r_i |G_ij| c_j for fp16 features;
-              weight_k = gain d_k exp(offset - lse_k), 0 for an empty set
-    Program   BLOCK rows; every one finds the largest derivative anew from those of the blocks
-    Precision fp64, rounded to fp32 once
-    """
-    largest = tl.zeros((BLOCK,), tl.float64)
-    for b0 in range(0, blocks, BLOCK):
-        b = b0 + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(largest_ptr + b, mask=b < blocks, other=0.0))
-    offset2 = tl.load(constants_ptr + OFFSET2)
-    # |G| is at most four derivatives, each at most twice its power of two; factors of fp16 features are below 2
-    gain = 1024.0 / high_bit(tl.minimum(tl.maximum(tl.max(largest, 0), 1e-34), 1e34))
-    if tl.program_id(0) == 0:
-        tl.store(constants_ptr + GAIN, gain.to(tl.float32))
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    some = k < size
-    vec_ptrs = vec_ptr + k
-    plane = size.to(tl.int64)
-    store_factors(vec_ptrs, plane, inv_ptr + k, factor_ptr + k, constants_ptr, gain, some, NORMALIZE)
-    own_weight = tl.load(d_pos_ptr + k, mask=some, other=0.0)
-    d_neg = tl.load(d_neg_ptr + k, mask=some, other=0.0) * gain
-    lowest = offset2.to(tl.float64) * LN2 + _LOWEST
-    neg = tl.load(neg_ptr + k, mask=some, other=0.0)
-    _weights_of(neg, d_neg, offset2, lowest, constants_ptr, vec_ptrs, plane, some, _NEG)
-    if LABELS:
-        tl.store(
-            vec_ptrs + _LABEL * plane,
-            tl.load(label_ptr + k, mask=some, other=0).to(tl.float32, bitcast=True),
-            mask=some,
-        )
-        d_pos_lse = tl.load(d_pos_lse_ptr + k, mask=some, other=0.0) * gain
-        pos_lse = tl.load(pos_lse_ptr + k, mask=some, other=0.0)
-        _weights_of(pos_lse, d_pos_lse, offset2, lowest, constants_ptr, vec_ptrs, plane, some, _POS)
-    else:
-        own = k + own_offset
-        own_weight += tl.load(d_other_pos_ptr + own, mask=some & (own >= 0) & (own < other_size), other=0.0)
-    tl.store(vec_ptrs + OWN * plane, (own_weight * gain).to(tl.float32), mask=some)
+_PARTS = 4096  # of d_scale, at a time
 
 
 @triton.jit
@@ -169,8 +66,8 @@ def _weigh(
     inside = j[None, :] < N - j0
     own = j[None, :] - i[:, None] == i0 + offset - j0
     if LABELS:
-        row_label = _plane(row_vec_ptr, _LABEL, row_plane, i0, i, M).to(tl.int32, bitcast=True)
-        col_label = _plane(col_vec_ptr, _LABEL, col_plane, j0, j, N).to(tl.int32, bitcast=True)
+        row_label = _plane(row_vec_ptr, LABEL, row_plane, i0, i, M).to(tl.int32, bitcast=True)
+        col_label = _plane(col_vec_ptr, LABEL, col_plane, j0, j, N).to(tl.int32, bitcast=True)
         positive = row_label[:, None] == col_label[None, :]
     if EXCLUDE_SELF or not LABELS:
         inside = inside & (own == 0)
@@ -180,18 +77,18 @@ def _weigh(
         g = tl.zeros_like(z2)
         for side in tl.static_range(2):
             if side == 0:
-                d = _plane(row_vec_ptr, _NEG_EXACT, row_plane, i0, i, M)[:, None]
-                lse2 = _plane(row_vec_ptr, _NEG_LSE2, row_plane, i0, i, M)[:, None]
+                d = _plane(row_vec_ptr, NEG_EXACT, row_plane, i0, i, M)[:, None]
+                lse2 = _plane(row_vec_ptr, NEG_LSE2, row_plane, i0, i, M)[:, None]
             else:
-                d = _plane(col_vec_ptr, _NEG_EXACT, col_plane, j0, j, N)[None, :]
-                lse2 = _plane(col_vec_ptr, _NEG_LSE2, col_plane, j0, j, N)[None, :]
+                d = _plane(col_vec_ptr, NEG_EXACT, col_plane, j0, j, N)[None, :]
+                lse2 = _plane(col_vec_ptr, NEG_LSE2, col_plane, j0, j, N)[None, :]
             if LABELS:
                 if side == 0:
-                    d = tl.where(positive, _plane(row_vec_ptr, _POS_EXACT, row_plane, i0, i, M)[:, None], d)
-                    lse2 = tl.where(positive, _plane(row_vec_ptr, _POS_LSE2, row_plane, i0, i, M)[:, None], lse2)
+                    d = tl.where(positive, _plane(row_vec_ptr, POS_EXACT, row_plane, i0, i, M)[:, None], d)
+                    lse2 = tl.where(positive, _plane(row_vec_ptr, POS_LSE2, row_plane, i0, i, M)[:, None], lse2)
                 else:
-                    d = tl.where(positive, _plane(col_vec_ptr, _POS_EXACT, col_plane, j0, j, N)[None, :], d)
-                    lse2 = tl.where(positive, _plane(col_vec_ptr, _POS_LSE2, col_plane, j0, j, N)[None, :], lse2)
+                    d = tl.where(positive, _plane(col_vec_ptr, POS_EXACT, col_plane, j0, j, N)[None, :], d)
+                    lse2 = tl.where(positive, _plane(col_vec_ptr, POS_LSE2, col_plane, j0, j, N)[None, :], lse2)
             # an empty set has weight 0 and any log-sum-exp: its exponential must not overflow
             g += tl.where(d == 0, 0.0, d * tl.exp2(z2 - lse2 + rest2))
     else:
@@ -202,11 +99,11 @@ def _weigh(
             first = i0 + offset - j0  # own column of the first row
             if ((first > -BLOCK_M) & (first < BLOCK_N)) | (N - j0 < BLOCK_N):
                 g = tl.where(inside, g, 0.0)
-        row_weight = _plane(row_vec_ptr, _NEG, row_plane, i0, i, M)[:, None]
-        col_weight = _plane(col_vec_ptr, _NEG, col_plane, j0, j, N)[None, :]
+        row_weight = _plane(row_vec_ptr, NEG, row_plane, i0, i, M)[:, None]
+        col_weight = _plane(col_vec_ptr, NEG, col_plane, j0, j, N)[None, :]
         if LABELS:
-            row_weight = tl.where(positive, _plane(row_vec_ptr, _POS, row_plane, i0, i, M)[:, None], row_weight)
-            col_weight = tl.where(positive, _plane(col_vec_ptr, _POS, col_plane, j0, j, N)[None, :], col_weight)
+            row_weight = tl.where(positive, _plane(row_vec_ptr, POS, row_plane, i0, i, M)[:, None], row_weight)
+            col_weight = tl.where(positive, _plane(col_vec_ptr, POS, col_plane, j0, j, N)[None, :], col_weight)
         g *= row_weight + col_weight
     if LABELS:
         row_own = _plane(row_vec_ptr, OWN, row_plane, i0, i, M)[:, None]
@@ -356,12 +253,23 @@ def contrastive_bwd_repair_kernel(
             )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["parts"])
+def scale_gradient_kernel(part_ptr, constants_ptr, out_ptr, parts, BLOCK: tl.constexpr):
+    """d_scale from its (parts,) shares. One program; fp64, in a fixed order."""
+    k = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for k0 in range(0, parts, BLOCK):
+        total += tl.load(part_ptr + k0 + k, mask=k0 + k < parts, other=0.0).to(tl.float64)
+    total = tl.sum(total, 0) / tl.load(constants_ptr + GAIN).to(tl.float64)
+    tl.store(out_ptr, total.to(out_ptr.dtype.element_ty))
+
+
 def _side(vec: Tensor, labels: bool) -> BwdSide:
     """Of vectors (planes, size)."""
     if not labels:
-        return BwdSide(vec[FACTOR.value], vec[_NEG.value])
-    label = vec[_LABEL.value].view(torch.int32)
-    return BwdSide(vec[FACTOR.value], vec[_NEG.value], label, vec[_POS.value], vec[OWN.value])
+        return BwdSide(vec[FACTOR.value], vec[NEG.value])
+    label = vec[LABEL.value].view(torch.int32)
+    return BwdSide(vec[FACTOR.value], vec[NEG.value], label, vec[POS.value], vec[OWN.value])
 
 
 def contrastive_bwd(
@@ -380,43 +288,16 @@ def contrastive_bwd(
     """As the reference's `contrastive_bwd`: 6 M N D operations, in blocks of weights that fit into the workspace.
     `tiles`: other kernels for the weights."""
     has_labels = labels is not None
-    row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, row_inv, col_inv = (x.contiguous() for x in stats)
-    d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = (d.contiguous() for d in grads)
+    row_inv, col_inv = (x.contiguous() for x in stats[6:])
     rows, cols = Features.of(image, row_inv, normalize), Features.of(text, col_inv, normalize)
     M, N, D = len(image), len(text), image.shape[1]
-    row_label, col_label = (x.int().contiguous() for x in labels) if labels is not None else (row_inv, col_inv)
-    blocks = triton.cdiv(max(M, N), _BLOCK)
-    largest = image.new_empty(blocks, dtype=torch.float64)
-    # The forward pass's constants: with the same offset its exponentials are the same, and weights sum to 1
-    constants = set_constants(image, text, scale, normalize)
-    launch(
-        contrastive_bwd_largest_kernel,
-        blocks,
-        *(d_row_neg, d_row_pos, d_row_pos_lse, d_col_neg, d_col_pos, d_col_pos_lse, largest, M, N),
-        LABELS=has_labels,
-        BLOCK=_BLOCK,
-    )
-    planes = 11 if has_labels else 7
-    row_vec, col_vec = (image.new_empty(planes, size, dtype=torch.float32) for size in (M, N))
-    row_grads, col_grads = (d_row_neg, d_row_pos, d_row_pos_lse), (d_col_neg, d_col_pos, d_col_pos_lse)
-    for neg, pos_lse, d, d_other_pos, inv, factor, label, vec, size, other, shift in (
-        (row_neg, row_pos_lse, row_grads, d_col_pos, row_inv, rows.factor, row_label, row_vec, M, N, offset),
-        (col_neg, col_pos_lse, col_grads, d_row_pos, col_inv, cols.factor, col_label, col_vec, N, M, -offset),
-    ):
-        launch(
-            contrastive_bwd_vectors_kernel,
-            triton.cdiv(size, _BLOCK),
-            *(neg, pos_lse, *d, d_other_pos, inv, factor, label, vec, largest, constants, size, other, shift, blocks),
-            NORMALIZE=normalize,
-            LABELS=has_labels,
-            BLOCK=_BLOCK,
-        )
     gradients = Gradients(rows, cols, D)
     fast, exact = (choose(name, rows.x, has_labels) for name in ("contrastive_bwd", "contrastive_bwd_repair"))
     if tiles:
         fast = tiles.config("contrastive_bwd", *gradients.block, has_labels)
     parts = gradients.count_tiles(fast, exact)
-    part = image.new_zeros(parts + gradients.finish_parts, dtype=torch.float32)
+    part = image.new_empty(parts + gradients.finish_parts, dtype=torch.float32)
+    row_vec, col_vec, constants = vectors(rows, cols, scale, labels, offset, normalize, stats, grads, part)
     done = 0
 
     def weigh(i0: int, i1: int, j0: int, j1: int, weights: Tensor) -> None:
@@ -430,7 +311,7 @@ def contrastive_bwd(
                 tiles.contrastive_bwd(tile, x, y, *sides, constants, at, exclude_self, weights, part[done:])
                 continue
             operands, options = tile_arguments(tile, x, y)
-            count = triton.cdiv(i1 - i0, tile.BLOCK_M) * triton.cdiv(j1 - j0, tile.BLOCK_N)
+            count = cdiv(i1 - i0, tile.BLOCK_M) * cdiv(j1 - j0, tile.BLOCK_N)
             launch(
                 contrastive_bwd_repair_kernel if repair else contrastive_bwd_kernel,
                 min(count, processors(image.device)) if repair else count,
@@ -446,5 +327,7 @@ def contrastive_bwd(
     d_image = torch.empty_like(image, memory_format=torch.contiguous_format) if needs[0] else None
     d_text = torch.empty_like(text, memory_format=torch.contiguous_format) if needs[1] else None
     gradients.compute(weigh, row_vec, col_vec, None if has_labels else offset, part[parts:], d_image, d_text)
-    d_scale = (part.sum(dtype=torch.float64) / constants[GAIN.value]).to(scale.dtype) if needs[2] else None
+    d_scale = torch.empty_like(scale) if needs[2] else None
+    if d_scale is not None:
+        launch(scale_gradient_kernel, 1, part, constants, d_scale, len(part), BLOCK=_PARTS, num_warps=8)
     return d_image, d_text, d_scale

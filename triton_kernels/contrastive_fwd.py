@@ -15,6 +15,7 @@ from fastclip.triton_kernels.features import Features, norms
 from fastclip.triton_kernels.launch import (
     FwdSide,
     Tiles,
+    cdiv,
     choose,
     chunks,
     launch,
@@ -403,7 +404,7 @@ def contrastive_fwd(
         flags = {"LABELS": has_labels, "MAXIMA": maxima} if repair else {"LABELS": has_labels}
         for i0, i1 in chunks(M, panel):
             x = rows.x[i0:i1]
-            tiles_m, tiles_n = triton.cdiv(i1 - i0, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)
+            tiles_m, tiles_n = cdiv(i1 - i0, tile.BLOCK_M), cdiv(N, tile.BLOCK_N)
             if tiles and not repair:
                 sides = (
                     FwdSide(factor, label if has_labels else None, part)
@@ -426,7 +427,7 @@ def contrastive_fwd(
                 )
             launch(
                 contrastive_fwd_reduce_kernel,
-                triton.cdiv(i1 - i0, _REDUCED) + triton.cdiv(N, _REDUCED),
+                cdiv(i1 - i0, _REDUCED) + cdiv(N, _REDUCED),
                 *(*parts, row_out[:, i0:], col_out, M, N, n.constants, tiles_m, tiles_n),
                 *(i1 - i0, N, offset + i0, int(i0 == 0), int(i1 == M)),
                 LABELS=has_labels,

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.launch import launch
+from fastclip.triton_kernels.launch import cdiv, launch
 from fastclip.triton_kernels.tile import BOUND, CONSTANTS, INF, LOG2E, OFFSET2, REPAIR, SCALE
 from torch import Tensor
 
-__all__ = ["Features", "norms", "set_constants"]
+__all__ = ["Features", "bound_of", "high_bit", "largest_norm", "norms", "set_constants"]
 
 EPS = tl.constexpr(1e-12)  # lower bound of a norm, as in torch.nn.functional.normalize
 REACH = tl.constexpr(70.0)  # exponentials, and sums of a million of them, do not overflow so far above their offset
@@ -68,16 +68,45 @@ def _norms(
 
 
 @triton.jit
-def _set_constants(constants_ptr, scale, top):
-    """Constants of a forward pass from the scale and the largest product of two unit rows' norms.
+def largest_norm(
+    x_ptr, x_row_stride, inv_ptr, k, some, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Of the unit rows k, as `norms_kernel` finds it."""
+    x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
+    xx = tl.zeros((BLOCK,), tl.float64)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)[None, :]
+        x = _wide(tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0))
+        xx += tl.sum(x * x, 1)
+    inv = tl.load(inv_ptr + k, mask=some, other=0.0)
+    return tl.max((tl.sqrt(xx) * inv.to(tl.float64)).to(tl.float32), 0)
 
-    The offset is 0 where that reaches all logits: the further an exponent is from 0, the more digits it loses.
-    """
-    tl.store(constants_ptr + SCALE, scale)
-    bound = tl.abs(scale) * top
-    tl.store(constants_ptr + BOUND, bound)
-    tl.store(constants_ptr + OFFSET2, tl.where(bound <= REACH, 0.0, bound - REACH) * LOG2E)
-    tl.store(constants_ptr + REPAIR, 0.0)
+
+@triton.jit
+def bound_of(scale, top_ptr, rows, cols, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Bound on the logits; where rows are no unit rows from the largest norms of (rows + cols) programs."""
+    top = 1.0
+    if not NORMALIZE:
+        k = tl.arange(0, BLOCK)
+        row_top, col_top = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for k0 in range(0, rows, BLOCK):
+            row_top = tl.maximum(row_top, tl.load(top_ptr + k0 + k, mask=k0 + k < rows, other=0.0))
+        for k0 in range(0, cols, BLOCK):
+            col_top = tl.maximum(col_top, tl.load(top_ptr + rows + k0 + k, mask=k0 + k < cols, other=0.0))
+        top = tl.max(row_top, 0) * tl.max(col_top, 0)
+    return tl.abs(scale) * top
+
+
+@triton.jit
+def set_constants(constants_ptr, scale, bound, store):
+    """Stores the constants of a bound, if `store`; returns the offset: 0 where that reaches all logits, because the
+    further an exponent is from 0, the more digits it loses."""
+    offset2 = tl.where(bound <= REACH, 0.0, bound - REACH) * LOG2E
+    if store:
+        tl.store(constants_ptr + SCALE, scale)
+        tl.store(constants_ptr + BOUND, bound)
+        tl.store(constants_ptr + OFFSET2, offset2)
+    return offset2
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
@@ -124,28 +153,19 @@ def norms_kernel(
             (block - blocks) * BLOCK, N, M, D, -offset, NORMALIZE, LABELS, BLOCK, BLOCK_D,
         )  # fmt: skip
     if NORMALIZE:
-        if block == 0:
-            _set_constants(constants_ptr, tl.load(scale_ptr).to(tl.float32), 1.0)
+        scale = tl.load(scale_ptr).to(tl.float32)
+        set_constants(constants_ptr, scale, bound_of(scale, top_ptr, 0, 0, NORMALIZE, BLOCK), block == 0)
     else:
         tl.store(top_ptr + block, top)
-
-
-@triton.jit
-def unit_constants_kernel(constants_ptr, scale_ptr):
-    """Constants of normalised features."""
-    _set_constants(constants_ptr, tl.load(scale_ptr).to(tl.float32), 1.0)
+    if block == 0:
+        tl.store(constants_ptr + REPAIR, 0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "cols"])
 def bound_kernel(top_ptr, constants_ptr, scale_ptr, rows, cols, BLOCK: tl.constexpr):
     """Constants from the largest norms of (rows + cols) programs of `norms_kernel`. One program."""
-    k = tl.arange(0, BLOCK)
-    row_top, col_top = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for k0 in range(0, rows, BLOCK):
-        row_top = tl.maximum(row_top, tl.load(top_ptr + k0 + k, mask=k0 + k < rows, other=0.0))
-    for k0 in range(0, cols, BLOCK):
-        col_top = tl.maximum(col_top, tl.load(top_ptr + rows + k0 + k, mask=k0 + k < cols, other=0.0))
-    _set_constants(constants_ptr, tl.load(scale_ptr).to(tl.float32), tl.max(row_top, 0) * tl.max(col_top, 0))
+    scale = tl.load(scale_ptr).to(tl.float32)
+    set_constants(constants_ptr, scale, bound_of(scale, top_ptr, rows, cols, False, BLOCK), True)
 
 
 @triton.jit
@@ -210,7 +230,7 @@ class Features(NamedTuple):
         x = x if x.stride(1) == 1 else x.contiguous()
         launch(
             copy_rows_kernel,
-            triton.cdiv(size, _ROWS),
+            cdiv(size, _ROWS),
             *(x, x.stride(0), inv, out, out.stride(0), factor, size, D),
             BLOCK=_ROWS,
             BLOCK_D=_COLUMNS,
@@ -226,21 +246,12 @@ class Norms(NamedTuple):
     constants: Tensor
 
 
-def set_constants(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> Tensor:
-    """Constants alone, as `norms` sets them."""
-    if not normalize:
-        return norms(image, text, scale, 0, normalize, labels=True).constants
-    constants = image.new_empty(CONSTANTS, dtype=torch.float32)
-    launch(unit_constants_kernel, 1, constants, scale)
-    return constants
-
-
 def norms(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize: bool, labels: bool) -> Norms:
     """One launch, for normalised features; one more where the bound on the logits has to be found."""
     M, D = image.shape
     N = text.shape[0]
     image, text = (x if x.stride(1) == 1 else x.contiguous() for x in (image, text))
-    rows, cols = triton.cdiv(M, _ROWS), triton.cdiv(N, _ROWS)
+    rows, cols = cdiv(M, _ROWS), cdiv(N, _ROWS)
     row_inv, col_inv, top, constants = (image.new_empty(n, dtype=torch.float32) for n in (M, N, rows + cols, CONSTANTS))
     row_pos, col_pos = (image.new_empty(n, dtype=torch.float64) for n in ((0, 0) if labels else (M, N)))
     launch(

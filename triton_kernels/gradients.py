@@ -7,13 +7,13 @@ among them as int32 bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastclip.triton_kernels.features import EPS, Features
-from fastclip.triton_kernels.launch import Config, addmm, chunks, launch, processors, workspace_bytes
-from fastclip.triton_kernels.tile import SCALE
+from fastclip.triton_kernels.launch import Config, addmm, cdiv, chunks, launch, processors, workspace_bytes
 from torch import Tensor
 
 __all__ = ["ALIGNMENT", "OWN", "FACTOR", "Gradients", "store_factors"]
@@ -28,12 +28,12 @@ _ROWS, _COLUMNS = 4, 256  # of a program of the finish, at a time
 
 
 @triton.jit
-def store_factors(vec_ptrs, plane, inv_ptrs, factor_ptrs, constants_ptr, gain, some, NORMALIZE: tl.constexpr):
+def store_factors(vec_ptrs, plane, inv_ptrs, factor_ptrs, scale, gain, some, NORMALIZE: tl.constexpr):
     """FACTOR, OUT and PROJECT of some rows, from their inverse norms and factors; gain is undone by OUT."""
     inv = tl.load(inv_ptrs, mask=some, other=0.0)
     factor = tl.load(factor_ptrs, mask=some, other=1.0)
     tl.store(vec_ptrs + FACTOR * plane, factor, mask=some)
-    out = tl.load(constants_ptr + SCALE).to(tl.float64) * (inv.to(tl.float64) / factor.to(tl.float64)) / gain
+    out = scale.to(tl.float64) * (inv.to(tl.float64) / factor.to(tl.float64)) / gain
     tl.store(vec_ptrs + OUT * plane, out.to(tl.float32), mask=some)
     project = tl.zeros_like(factor)
     if NORMALIZE:  # where the norm was clamped it is a constant
@@ -41,53 +41,26 @@ def store_factors(vec_ptrs, plane, inv_ptrs, factor_ptrs, constants_ptr, gain, s
     tl.store(vec_ptrs + PROJECT * plane, project, mask=some)
 
 
-@triton.jit(do_not_specialize=["vec_plane", "other_plane", "size", "other_size", "offset"])
-def finish_kernel(
-    raw_ptr,  # (size, raw_row_stride) fp32: sum_j G_kj r_k c_j other_j
-    x_ptr,  # (size, D)
-    other_ptr,  # (other_size, D)
-    raw_row_stride,
-    x_row_stride,
-    other_row_stride,
-    vec_ptr,  # (planes, vec_plane): FACTOR, OWN, OUT, PROJECT
-    other_vec_ptr,  # (planes, other_plane): FACTOR
-    vec_plane,
-    other_plane,
-    out_ptr,  # (size, D); not written without WRITE
-    part_ptr,  # (programs,): their share of d_scale; not written without SCALE_GRADIENT
-    size,
-    other_size,
-    D,
-    offset,
-    gain,
-    HAS_OWN: tl.constexpr,
-    WRITE: tl.constexpr,
-    SCALE_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Adds the own pairs to the sums of the others, projects, scales and casts.
-
-    Math      g = raw + own_k r_k c_j other_j, j = k + offset;  out = s (g - u <u, g>) r_k / (what raw has of it)
-    Program   BLOCK rows, twice over D
-    Traffic   reads raw, x, other twice, writes out
-    Precision fp32; the own pair's weight, the largest of a row, was never rounded to the features' dtype
-    Ragged    rows beyond the last and the D tail load as 0
-    Order     one program a row: bitwise repeatable
-    """
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    some = k < size
+@triton.jit
+def _finish(
+    side, other, raw_row_stride, x_row_stride, other_row_stride, k0, l0, size, plane, other_plane, D, offset, gain,
+    HAS_OWN: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows l0 and on of the `size` that `side.raw` has, which are the side's from k0 on; their share of d_scale."""
+    rows = l0 + tl.arange(0, BLOCK)
+    some = rows < size
+    k = k0 + rows
     own = k + offset
-    has = some & (own >= 0) & (own < other_size)
+    has = some & (own >= 0) & (own < other_plane)
     own = tl.where(has, own, 0)
     weight = tl.zeros((BLOCK,), tl.float32)
     if HAS_OWN:
-        weight = tl.load(vec_ptr + FACTOR * vec_plane + k, mask=some, other=0.0)
-        weight *= tl.load(vec_ptr + OWN * vec_plane + k, mask=some, other=0.0)
-        weight *= tl.load(other_vec_ptr + FACTOR * other_plane + own, mask=has, other=0.0)
-    raw_ptrs = raw_ptr + k.to(tl.int64)[:, None] * raw_row_stride
-    x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
-    other_ptrs = other_ptr + own.to(tl.int64)[:, None] * other_row_stride
+        weight = tl.load(side.vec + FACTOR * plane + k, mask=some, other=0.0)
+        weight *= tl.load(side.vec + OWN * plane + k, mask=some, other=0.0)
+        weight *= tl.load(other.vec + FACTOR * other_plane + own, mask=has, other=0.0)
+    raw_ptrs = side.raw + rows.to(tl.int64)[:, None] * raw_row_stride
+    x_ptrs = side.x + k.to(tl.int64)[:, None] * x_row_stride
+    other_ptrs = other.x + own.to(tl.int64)[:, None] * other_row_stride
     along, dot, squares = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
@@ -101,13 +74,11 @@ def finish_kernel(
             g += weight[:, None] * y
         along += tl.sum(x * g, 1)
         squares += tl.sum(x * x, 1)
-    if SCALE_GRADIENT:
-        tl.store(part_ptr + tl.program_id(0), tl.sum(weight * dot, 0))
     if WRITE:
         # <u, g> u from these very rows: the rounded inverse norm would leave more of g along u
-        project = tl.load(vec_ptr + PROJECT * vec_plane + k, mask=some, other=0.0)
+        project = tl.load(side.vec + PROJECT * plane + k, mask=some, other=0.0)
         along = tl.where(project != 0, along / tl.where(project != 0, squares, 1.0), 0.0)
-        factor = gain * tl.load(vec_ptr + OUT * vec_plane + k, mask=some, other=0.0)
+        factor = gain * tl.load(side.vec + OUT * plane + k, mask=some, other=0.0)
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)[None, :]
             x = tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0).to(tl.float32)
@@ -115,8 +86,62 @@ def finish_kernel(
             if HAS_OWN:
                 g += weight[:, None] * tl.load(other_ptrs + d, mask=has[:, None] & (d < D), other=0.0).to(tl.float32)
             g = factor[:, None] * (g - along[:, None] * x)
-            out_ptrs = out_ptr + k.to(tl.int64)[:, None] * D + d
-            tl.store(out_ptrs, g.to(out_ptr.dtype.element_ty), mask=some[:, None] & (d < D))
+            out_ptrs = side.out + k.to(tl.int64)[:, None] * D + d
+            tl.store(out_ptrs, g.to(side.out.dtype.element_ty), mask=some[:, None] & (d < D))
+    return tl.sum(weight * dot, 0)
+
+
+@triton.jit(do_not_specialize=["i0", "rows", "M", "N", "offset"])
+def finish_kernel(
+    row,  # a `_Side`; raw (rows, raw_row_stride) is of the images from i0 on
+    col,
+    raw_row_stride,
+    image_row_stride,
+    text_row_stride,
+    part_ptr,  # (programs of images,): their share of d_scale; written with HAS_OWN
+    i0,
+    rows,
+    M,
+    N,
+    D,
+    offset,
+    gain,
+    HAS_OWN: tl.constexpr,
+    WRITE_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds the own pairs to the sums of the others, projects, scales and casts.
+
+    Math      g_k = raw_k + own_k r_k c_j other_j, j = k + offset;  out = s (g - u <u, g>) r_k / (what raw has of it)
+    Program   BLOCK of `rows` images, or after them of all texts; twice over D
+    Traffic   reads raw, x, other twice, writes out
+    Precision fp32; the own pair's weight, the largest of a row, was never rounded to the features' dtype
+    Ragged    rows beyond the last and the D tail load as 0
+    Order     one program a row: bitwise repeatable
+    """
+    block, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK)
+    if block < blocks:
+        d_scale = _finish(
+            row, col, raw_row_stride, image_row_stride, text_row_stride, i0, block * BLOCK, rows, M, N, D, offset,
+            gain, HAS_OWN, WRITE_ROWS, BLOCK, BLOCK_D,
+        )  # fmt: skip
+        if HAS_OWN:
+            tl.store(part_ptr + block, d_scale)
+    else:
+        _finish(
+            col, row, raw_row_stride, text_row_stride, image_row_stride, 0, (block - blocks) * BLOCK, N, N, M, D,
+            -offset, gain, HAS_OWN, True, BLOCK, BLOCK_D,
+        )  # fmt: skip
+
+
+class _Side(NamedTuple):
+    """One side of the finish."""
+
+    raw: Tensor  # (rows, raw_row_stride) fp32: sum_j G_kj r_k c_j other_j
+    x: Tensor  # (size, D)
+    vec: Tensor  # (planes, size): FACTOR, OWN, OUT, PROJECT
+    out: Tensor  # (size, D)
 
 
 def _padded(size: int) -> int:
@@ -178,6 +203,10 @@ class Gradients:
         weights = x.new_empty((self.block_m, self.block_n) if stored else (ALIGNMENT, ALIGNMENT))
         raw_text = None if d_text is None else x.new_empty(self.N, x.shape[1], dtype=torch.float32)
         raw_image = x.new_empty(0 if d_image is None else self.block_m, x.shape[1], dtype=torch.float32)
+        row = _Side(raw_image, x, row_vec, raw_image if d_image is None else d_image)
+        col = _Side(*(raw_image, self.text.x, col_vec, raw_image))
+        if raw_text is not None and d_text is not None:
+            col = col._replace(raw=raw_text, out=d_text)
         for i0, i1 in chunks(self.M, self.block_m):
             for j0, j1 in chunks(self.N, self.block_n):
                 weigh(i0, i1, j0, j1, weights)
@@ -186,36 +215,16 @@ class Gradients:
                     addmm(raw_image[: i1 - i0], block, self.text.x[j0:j1], keep=j0 > 0)
                 if raw_text is not None:
                     addmm(raw_text[j0:j1], block.T, x[i0:i1], keep=i0 > 0)
-            if d_image is not None or offset is not None:
-                self._finish(raw_image, True, row_vec, col_vec, i0, i1, offset, scale_part, d_image, factor)
-        if raw_text is not None:
-            self._finish(raw_text, False, col_vec, row_vec, 0, self.N, offset, None, d_text, factor)
-
-    def _finish(
-        self,
-        raw: Tensor,
-        images: bool,
-        vec: Tensor,
-        other_vec: Tensor,
-        k0: int,
-        k1: int,
-        offset: int | None,
-        part: Tensor | None,
-        out: Tensor | None,
-        factor: float,
-    ) -> None:
-        x, other = (self.image.x, self.text.x) if images else (self.text.x, self.image.x)
-        shift = 0 if offset is None else k0 + (offset if images else -offset)
-        launch(
-            finish_kernel,
-            triton.cdiv(k1 - k0, _ROWS),
-            *(raw, x[k0:k1], other, raw.stride(0), x.stride(0), other.stride(0)),
-            *(vec[:, k0:], other_vec, vec.stride(0), other_vec.stride(0)),
-            *(raw if out is None else out[k0:k1], raw if part is None else part[k0 // _ROWS :]),
-            *(k1 - k0, len(other), self.D, shift, factor),
-            HAS_OWN=offset is not None,
-            WRITE=out is not None,
-            SCALE_GRADIENT=part is not None,
-            BLOCK=_ROWS,
-            BLOCK_D=_COLUMNS,
-        )
+            rows = i1 - i0 if d_image is not None or offset is not None else 0
+            cols = self.N if d_text is not None and i1 == self.M else 0  # the last chunk completes the texts
+            if rows or cols:
+                launch(
+                    finish_kernel,
+                    cdiv(rows, _ROWS) + cdiv(cols, _ROWS),
+                    *(row, col, raw_image.stride(0), x.stride(0), self.text.x.stride(0), scale_part[i0 // _ROWS :]),
+                    *(i0, rows, self.M, self.N, self.D, offset or 0, factor),
+                    HAS_OWN=offset is not None,
+                    WRITE_ROWS=d_image is not None,
+                    BLOCK=_ROWS,
+                    BLOCK_D=_COLUMNS,
+                )

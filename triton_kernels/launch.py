@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ __all__ = [
     "Config",
     "Tiles",
     "addmm",
+    "cdiv",
     "choose",
     "chunks",
     "interpreting",
@@ -132,11 +134,40 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # kernels, and their last arguments
+
+
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
-    """Every kernel of this package starts here."""
-    kernel[(grid,)](*args, **options)
+    """Every kernel of this package starts here.
+
+    Triton's own way from arguments to a compiled kernel costs more than the launch: once for each kind of arguments.
+    """
+    if interpreting() or torch.version.hip:  # on AMD the kind includes how far a tensor's memory reaches
+        kernel[(grid,)](*args, **options)
+        return
+    device = triton.runtime.driver.active.get_current_device()
+    key = (kernel.fn, device, *options.values(), *map(_kind, args))
+    if found := _compiled.get(key):
+        compiled, constants = found
+        compiled[grid, 1, 1](*args, *constants)
+    elif compiled := kernel[(grid,)](*args, **options):
+        _compiled[key] = compiled, tuple(options.get(p.name, p.default) for p in kernel.params[len(args) :])
 
 
+def _kind(x: Any) -> Any:
+    """What a kernel is compiled for, of a run-time argument: its type, its alignment, whether it is 1."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, int):
+        return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
+    if isinstance(x, TensorDescriptor):
+        return x.base.dtype, *x.block_shape
+    if isinstance(x, tuple):
+        return (*map(_kind, x),)
+    return type(x)
+
+
+@functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of an NVIDIA GPU; (0, 0) of everything else."""
     if device.type != "cuda" or torch.version.hip:
@@ -149,6 +180,7 @@ def uses_descriptors(x: Tensor) -> bool:
     return capability(x.device)[0] == 9
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _DEFAULT_PROCESSORS
@@ -180,21 +212,26 @@ def tile_arguments(tile: Config, image: Tensor, text: Tensor) -> tuple[tuple[Any
     """The first arguments of a tile kernel, features and their strides; and its options."""
     descriptor = uses_descriptors(image)
     strides = image.stride(0), text.stride(0)
-    D = image.shape[1]
-    options = {
-        **{name: value for name, value in tile._asdict().items() if name != "SPLIT" or value > 1},
-        "GROUP": 8,
-        "DESCRIPTOR": descriptor,
-        "EVEN_K": D % tile.BLOCK_K == 0,
-        "enable_fp_fusion": True,  # said, because Triton's default is about to change
-        "PRECISION": fp32_products() if image.dtype == torch.float32 else "ieee",
-    }
+    precision = fp32_products() if image.dtype == torch.float32 else "ieee"
+    options = _tile_options(tile, descriptor, image.shape[1] % tile.BLOCK_K == 0, precision)
     if descriptor:
         image, text = (
             TensorDescriptor.from_tensor(x, [rows, tile.BLOCK_K])
             for x, rows in ((image, tile.BLOCK_M), (text, tile.BLOCK_N))
         )
     return (image, text, *strides), options
+
+
+@functools.cache
+def _tile_options(tile: Config, descriptor: bool, even_k: bool, precision: str) -> dict[str, Any]:
+    return {
+        **{name: value for name, value in tile._asdict().items() if name != "SPLIT" or value > 1},
+        "GROUP": 8,
+        "DESCRIPTOR": descriptor,
+        "EVEN_K": even_k,
+        "enable_fp_fusion": True,  # said, because Triton's default is about to change
+        "PRECISION": precision,
+    }
 
 
 def fp32_products() -> str:
@@ -218,6 +255,11 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
         return
     torch.addmm(out, a.float(), b.float(), beta=int(keep), out=out)
+
+
+def cdiv(size: int, length: int) -> int:
+    """triton.cdiv, which is made for kernels and slow outside of them."""
+    return -(-size // length)
 
 
 def chunks(size: int, length: int) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from fastclip.triton_kernels.features import Features, high_bit, norms
 from fastclip.triton_kernels.gradients import FACTOR, OWN, Gradients, store_factors
-from fastclip.triton_kernels.launch import Tiles, choose, launch, output_argument, tile_arguments
+from fastclip.triton_kernels.launch import Tiles, cdiv, choose, launch, output_argument, tile_arguments
 from fastclip.triton_kernels.tile import (
     BOUND,
     GAIN,
@@ -75,7 +75,8 @@ def sigmoid_vectors_kernel(
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     some = k < size
     plane = size.to(tl.int64)
-    store_factors(vec_ptr + k, plane, inv_ptr + k, factor_ptr + k, constants_ptr, gain, some, NORMALIZE)
+    scale = tl.load(constants_ptr + SCALE)
+    store_factors(vec_ptr + k, plane, inv_ptr + k, factor_ptr + k, scale, gain, some, NORMALIZE)
     has = some & (k + offset >= 0) & (k + offset < other_size)
     x = -(tl.load(pos_ptr + k, mask=some, other=0.0) + bias)
     t = tl.exp(-tl.abs(x))
@@ -221,7 +222,7 @@ def sigmoid_fwd(
     if tiles:
         tile = tiles.config("sigmoid_fwd", *gradients.block, False)
     tile_parts = gradients.count_tiles(tile)
-    parts = tile_parts + max(gradients.finish_parts, triton.cdiv(M, _BLOCK))
+    parts = tile_parts + max(gradients.finish_parts, cdiv(M, _BLOCK))
     part = image.new_zeros(3, parts, dtype=torch.float64)
     row_vec, col_vec = (image.new_empty(4, size, dtype=torch.float32) for size in (M, N))
     for pos, inv, factor, vec, size, other, shift in (
@@ -230,7 +231,7 @@ def sigmoid_fwd(
     ):
         launch(
             sigmoid_vectors_kernel,
-            triton.cdiv(size, _BLOCK),
+            cdiv(size, _BLOCK),
             *(pos, inv, factor, vec, n.constants, bias, part, size, other, shift, parts, tile_parts),
             NORMALIZE=normalize,
             HALF=image.dtype == torch.float16,
@@ -252,7 +253,7 @@ def sigmoid_fwd(
             operands, options = tile_arguments(tile, x, y)
             launch(
                 sigmoid_fwd_kernel,
-                triton.cdiv(i1 - i0, tile.BLOCK_M) * triton.cdiv(j1 - j0, tile.BLOCK_N),
+                cdiv(i1 - i0, tile.BLOCK_M) * cdiv(j1 - j0, tile.BLOCK_N),
                 *(*operands, row_vec[:, i0:], col_vec[:, j0:], n.constants, bias),
                 *(output_argument(tile, weights, x), weights.stride(0), part[:, done:], parts),
                 *(i1 - i0, j1 - j0, x.shape[1], offset + i0 - j0),

@@ -91,7 +91,7 @@ def _on_device(function: Any) -> Any:
 
     @functools.wraps(function)
     def wrapped(p: Problem, *args: Any, **options: Any) -> Any:
-        if p.image.device.type != "cuda":
+        if p.image.device.type != "cuda" or p.image.get_device() == torch.cuda.current_device():
             return function(p, *args, **options)
         with torch.cuda.device(p.image.device):
             return function(p, *args, **options)

@@ -116,12 +116,14 @@ def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], *output)
     ctx.options = inputs[5:]
 
 
 def _fwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    problem, stats = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors
+    problem, stats = saved[:5], saved[5:]
     needs = list(ctx.needs_input_grad[:3])
     upstream = [torch.zeros_like(x) if d is None else d for x, d in zip(stats[:6], grads)]
     out = torch.ops.fastclip.contrastive_bwd(*problem, *ctx.options, list(stats), upstream, needs)

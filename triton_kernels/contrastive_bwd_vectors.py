@@ -1,0 +1,244 @@
+"""What the weights are made of: the vectors of both sides, from the statistics and the loss's derivatives by them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastclip.triton_kernels.features import Features, bound_of, high_bit, largest_norm, set_constants
+from fastclip.triton_kernels.gradients import OWN, store_factors
+from fastclip.triton_kernels.launch import cdiv, launch
+from fastclip.triton_kernels.tile import CONSTANTS, GAIN, INF, LN2, LOG2E, REPAIR
+from torch import Tensor
+
+__all__ = ["LABEL", "NEG", "NEG_EXACT", "NEG_LSE2", "POS", "POS_EXACT", "POS_LSE2", "vectors"]
+
+# More planes of the vectors: of the negatives the weight for the shared offset, and weight and log2-sum-exp for a
+# repair; with labels the labels (int32 bits) and the same of the positives. OWN is d_pos there.
+NEG, NEG_EXACT, NEG_LSE2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
+LABEL, POS, POS_EXACT, POS_LSE2 = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
+
+_LOWEST = tl.constexpr(-62.0)  # a log-sum-exp so far below the offset may have lost terms
+_BLOCK = 1024  # rows of a program of the vectors' kernels
+_ROWS, _COLUMNS = 8, 128  # where it reads features, at a time
+
+
+@triton.jit
+def _magnitude(x_ptr, k, some):
+    """Largest magnitude; NaN where one is NaN or infinite."""
+    x = tl.abs(tl.load(x_ptr + k, mask=some, other=0.0))
+    return tl.max(tl.where(x < INF, x, 0.0), 0)
+
+
+class _Side(NamedTuple):
+    """One side of the problem: what its vectors are made of, and the vectors. Statistics and derivatives are fp64."""
+
+    neg: Tensor  # (size,)
+    pos_lse: Tensor  # of size 0 without labels
+    d_neg: Tensor
+    d_pos: Tensor
+    d_pos_lse: Tensor
+    inv: Tensor  # fp32
+    factor: Tensor  # fp32
+    label: Tensor  # int32; not read without labels
+    vec: Tensor  # (planes, size) fp32
+
+
+@triton.jit
+def _largest(
+    x_ptr, x_row_stride, side, top_ptr, largest_ptr, k0, size, D,
+    NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Of one side's rows from k0 on."""
+    k = k0 + tl.arange(0, BLOCK)
+    some = k < size
+    largest = tl.maximum(_magnitude(side.d_neg, k, some), _magnitude(side.d_pos, k, some))
+    if LABELS:
+        largest = tl.maximum(largest, _magnitude(side.d_pos_lse, k, some))
+    tl.store(largest_ptr, largest)
+    if not NORMALIZE:
+        tl.store(top_ptr, largest_norm(x_ptr, x_row_stride, side.inv, k, some, D, BLOCK, BLOCK_D))
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def contrastive_bwd_largest_kernel(
+    image_ptr,  # (M, D)
+    text_ptr,  # (N, D)
+    image_row_stride,
+    text_row_stride,
+    row,
+    col,
+    top_ptr,  # (programs,) fp32; not written with NORMALIZE
+    largest_ptr,  # (programs,) fp64
+    constants_ptr,
+    M,
+    N,
+    D,
+    NORMALIZE: tl.constexpr,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of every BLOCK images or texts the largest finite derivative and, unless all are unit rows, the largest norm."""
+    block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
+    top_ptr, largest_ptr = top_ptr + block, largest_ptr + block
+    if block < blocks:
+        _largest(
+            image_ptr, image_row_stride, row, top_ptr, largest_ptr, block * BLOCK, M, D,
+            NORMALIZE, LABELS, BLOCK, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _largest(
+            text_ptr, text_row_stride, col, top_ptr, largest_ptr, (block - blocks) * BLOCK, N, D,
+            NORMALIZE, LABELS, BLOCK, BLOCK_D,
+        )  # fmt: skip
+    if block == 0:
+        tl.store(constants_ptr + REPAIR, 0.0)
+
+
+@triton.jit
+def _weights_of(lse, d, offset2, lowest, constants_ptr, vec_ptrs, vec_plane, some, PLANE: tl.constexpr):
+    """Three planes from log-sum-exps and their scaled derivatives, fp64; asks for a repair where one is too low."""
+    lse2 = lse * LOG2E
+    empty = lse == -INF
+    wanted = some & (empty == 0) & ((d != 0) | (lse != lse))
+    if tl.max((wanted & ((lse >= lowest) == 0)).to(tl.int32), 0) != 0:
+        tl.store(constants_ptr + REPAIR, 1.0)  # by several programs, all the same
+    weight = d * tl.exp2(offset2.to(tl.float64) - lse2)
+    tl.store(vec_ptrs + PLANE * vec_plane, tl.where(wanted, weight, 0.0).to(tl.float32), mask=some)
+    # What rounding takes from the log-sum-exp goes into the weight
+    rounded = tl.where(empty, 0.0, lse2).to(tl.float32)
+    lost = tl.where(tl.abs(rounded) < INF, rounded.to(tl.float64) - lse2, 0.0)
+    exact = tl.where(wanted, d * tl.exp2(lost), 0.0)
+    tl.store(vec_ptrs + (PLANE + 1) * vec_plane, exact.to(tl.float32), mask=some)
+    tl.store(vec_ptrs + (PLANE + 2) * vec_plane, rounded, mask=some)
+
+
+@triton.jit
+def _vectors(
+    side, other, constants_ptr, scale, offset2, gain, k0, size, other_size, own_offset,
+    NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one side's rows from k0 on."""
+    k = k0 + tl.arange(0, BLOCK)
+    some = k < size
+    vec_ptrs = side.vec + k
+    plane = size.to(tl.int64)
+    store_factors(vec_ptrs, plane, side.inv + k, side.factor + k, scale, gain, some, NORMALIZE)
+    own_weight = tl.load(side.d_pos + k, mask=some, other=0.0)
+    d_neg = tl.load(side.d_neg + k, mask=some, other=0.0) * gain
+    lowest = offset2.to(tl.float64) * LN2 + _LOWEST
+    neg = tl.load(side.neg + k, mask=some, other=0.0)
+    _weights_of(neg, d_neg, offset2, lowest, constants_ptr, vec_ptrs, plane, some, NEG)
+    if LABELS:
+        label = tl.load(side.label + k, mask=some, other=0)
+        tl.store(vec_ptrs + LABEL * plane, label.to(tl.float32, bitcast=True), mask=some)
+        d_pos_lse = tl.load(side.d_pos_lse + k, mask=some, other=0.0) * gain
+        pos_lse = tl.load(side.pos_lse + k, mask=some, other=0.0)
+        _weights_of(pos_lse, d_pos_lse, offset2, lowest, constants_ptr, vec_ptrs, plane, some, POS)
+    else:
+        own = k + own_offset
+        own_weight += tl.load(other.d_pos + own, mask=some & (own >= 0) & (own < other_size), other=0.0)
+    tl.store(vec_ptrs + OWN * plane, (own_weight * gain).to(tl.float32), mask=some)
+
+
+@triton.jit(do_not_specialize=["M", "N", "offset", "rows", "cols", "parts"])
+def contrastive_bwd_vectors_kernel(
+    row,
+    col,
+    top_ptr,  # (rows + cols,), as below: of every program of the kernel above
+    largest_ptr,
+    constants_ptr,
+    scale_ptr,
+    part_ptr,  # (parts,) fp32, which the kernels to come leave gaps in: becomes 0
+    M,
+    N,
+    offset,
+    rows,
+    cols,
+    parts,
+    NORMALIZE: tl.constexpr,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The vectors of both sides from their statistics and their derivatives.
+
+    Math      gain = 2^k with 2^15 > gain r_i |G_ij| c_j for fp16 features;
+              weight_k = gain d_k exp(offset - lse_k), 0 for an empty set
+    Program   BLOCK rows; every one finds the constants anew: the offset is the forward pass's, so that its
+              exponentials are the same and weights sum to 1
+    Precision fp64, rounded to fp32 once
+    """
+    scale = tl.load(scale_ptr).to(tl.float32)
+    bound = bound_of(scale, top_ptr, rows, cols, NORMALIZE, BLOCK)
+    offset2 = set_constants(constants_ptr, scale, bound, tl.program_id(0) == 0)
+    largest = tl.zeros((BLOCK,), tl.float64)
+    for b0 in range(0, rows + cols, BLOCK):
+        b = b0 + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(largest_ptr + b, mask=b < rows + cols, other=0.0))
+    # |G| is at most four derivatives, each at most twice its power of two; factors of fp16 features are below 2
+    gain = 1024.0 / high_bit(tl.minimum(tl.maximum(tl.max(largest, 0), 1e-34), 1e34))
+    if tl.program_id(0) == 0:
+        tl.store(constants_ptr + GAIN, gain.to(tl.float32))
+    for p0 in range(tl.program_id(0) * BLOCK, parts, tl.num_programs(0) * BLOCK):
+        p = p0 + tl.arange(0, BLOCK)
+        tl.store(part_ptr + p, 0.0, mask=p < parts)
+    block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
+    if block < blocks:
+        _vectors(
+            row, col, constants_ptr, scale, offset2, gain, block * BLOCK, M, N, offset, NORMALIZE, LABELS, BLOCK
+        )  # fmt: skip
+    else:
+        _vectors(
+            col, row, constants_ptr, scale, offset2, gain, (block - blocks) * BLOCK, N, M, -offset,
+            NORMALIZE, LABELS, BLOCK,
+        )  # fmt: skip
+
+
+def vectors(
+    rows: Features,
+    cols: Features,
+    scale: Tensor,
+    labels: tuple[Tensor, Tensor] | None,
+    offset: int,
+    normalize: bool,
+    stats: list[Tensor],
+    grads: list[Tensor],
+    part: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors of the rows (planes, M) and of the columns (planes, N), and the constants.
+
+    rows, cols: the features. part: the shares of d_scale, to become 0. The rest as in `contrastive_bwd`.
+    """
+    has_labels = labels is not None
+    M, N = len(rows.x), len(cols.x)
+    row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, row_inv, col_inv = (x.contiguous() for x in stats)
+    row_grads, col_grads = ([d.contiguous() for d in grads[side::2]] for side in (0, 1))
+    row_label, col_label = (x.int().contiguous() for x in labels) if labels is not None else (row_inv, col_inv)
+    planes = 11 if has_labels else 7
+    row_vec, col_vec = (rows.x.new_empty(planes, size, dtype=torch.float32) for size in (M, N))
+    row = _Side(row_neg, row_pos_lse, *row_grads, row_inv, rows.factor, row_label, row_vec)
+    col = _Side(col_neg, col_pos_lse, *col_grads, col_inv, cols.factor, col_label, col_vec)
+    block = _BLOCK if normalize else _ROWS
+    counts = cdiv(M, block), cdiv(N, block)
+    top, constants = (rows.x.new_empty(n, dtype=torch.float32) for n in (sum(counts), CONSTANTS))
+    largest = rows.x.new_empty(sum(counts), dtype=torch.float64)
+    flags = {"NORMALIZE": normalize, "LABELS": has_labels}
+    launch(
+        contrastive_bwd_largest_kernel,
+        sum(counts),
+        *(rows.x, cols.x, rows.x.stride(0), cols.x.stride(0), row, col, top, largest, constants, M, N, rows.x.shape[1]),
+        **flags,
+        BLOCK=block,
+        BLOCK_D=_COLUMNS,
+    )
+    launch(
+        contrastive_bwd_vectors_kernel,
+        cdiv(M, _BLOCK) + cdiv(N, _BLOCK),
+        *(row, col, top, largest, constants, scale, part, M, N, offset, *counts, len(part)),
+        **flags,
+        BLOCK=_BLOCK,
+    )
+    return row_vec, col_vec, constants
