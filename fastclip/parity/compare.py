@@ -42,6 +42,7 @@ class Row(NamedTuple):
     case: str
     errors: dict[str, float]
     budgets: dict[str, float]
+    raised: str = ""  # in place of a loss
 
     @property
     def ok(self) -> bool:
@@ -66,9 +67,9 @@ def compare(settings: Settings, device: torch.device) -> list[Row]:
             true = truths.get((case.name, dtype)) or truth(case, dtype, device)
             truths[case.name, dtype] = true
             for form, whose, loss in _losses(case, backend, dtype, device):
-                errors = _errors(case, dtype, device, true, loss)
+                errors, raised = _errors(case, dtype, device, true, loss)
                 budgets = _budgets(case, dtype, device, true, backend)
-                rows.append(Row(form, whose, str(dtype).removeprefix("torch."), case.name, errors, budgets))
+                rows.append(Row(form, whose, str(dtype).removeprefix("torch."), case.name, errors, budgets, raised))
     order = [*_FORMS, *_MODULES]
     return sorted(rows, key=lambda row: order.index(row.form))
 
@@ -131,40 +132,51 @@ def _open_clip() -> Any:
     return None
 
 
-def _errors(case: Case, dtype: torch.dtype, device: torch.device, true: Truth, loss: _Loss) -> dict[str, float]:
-    """Relative errors of all ranks' loss and gradients together.
+def _errors(
+    case: Case, dtype: torch.dtype, device: torch.device, true: Truth, loss: _Loss
+) -> tuple[dict[str, float], str]:
+    """Relative errors of all ranks' loss and gradients together: NaN, and why, where a rank raised.
 
     Rank r of W returns L_r, whose mean over ranks is the loss, and is differentiated by the sum of all L_r: the mean of
     the scalars' gradients is the truth, and a feature's gradient W times the truth. With reduction="none" it returns
     the losses of its own rows, and nothing is multiplied by W.
     """
-    rank, ranks, M = dist.get_rank(), dist.get_world_size(), len(case.image)
+    rank, raised = dist.get_rank(), ""
     own = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in (case.images, case.texts)]
+    try:
+        shares = _shares(case, own, dtype, device, true, loss)
+    except Exception as error:  # one on every rank is a row that fails; of one rank alone the others time out
+        shares = torch.full((1 + len(true.grads),), torch.nan, dtype=torch.float64, device=device)
+        raised = f"{type(error).__name__}: {error}".splitlines()[0]
+    dist.all_reduce(shares)
+    errors = [shares[0].sqrt() if true.loss.dim() else (shares[0] - true.loss).abs(), *shares[1:3].sqrt()]
+    errors += [(total - t).abs() for total, t in zip(shares[3:], true.grads[2:])]
+    return {k: float(x / t.norm()) for k, x, t in zip(_COLUMNS, errors, (true.loss, *true.grads))}, raised
+
+
+def _shares(case: Case, own: list[slice], dtype: torch.dtype, device: torch.device, true: Truth, loss: _Loss) -> Tensor:
+    """This rank's share of the loss, of the squared errors of image and text, and of the scalars' gradients.
+
+    With reduction="none" of the squared errors of the losses.
+    """
     image, text = (x[k].to(device, dtype).requires_grad_() for x, k in zip((case.image, case.text), own))
     wide = torch.promote_types(dtype, torch.float32)
     scalars = [torch.tensor(x, dtype=wide, device=device, requires_grad=True) for x in case.scalars]
     labels = () if case.labels is None else tuple(y[k].to(device) for y, k in zip(case.labels, own))
-
     value = loss(image, text, labels, *scalars)
-    single, factor, upstream = not isinstance(value, tuple), ranks, true.upstream
-    if not single:
-        value, factor, upstream = torch.cat(value), 1, _own_rows(true.upstream, M, own)
-    d_image, d_text, *d_scalars = torch.autograd.grad(value, (image, text, *scalars), upstream.to(value.dtype))
-    value = value.detach().double()
-    squares = [
-        (d / factor - t[k]).square().sum() for d, t, k in zip((d_image.double(), d_text.double()), true.grads, own)
-    ]
-    of_loss = value / factor if single else (value - _own_rows(true.loss, M, own)).square().sum()
-    sums = torch.stack([of_loss, *squares, *(d.double() / factor for d in d_scalars)])
-    dist.all_reduce(sums)
-
-    errors = [(sums[0] - true.loss).abs() if single else sums[0].sqrt(), *sums[1:3].sqrt()]
-    errors += [(total - t).abs() for total, t in zip(sums[3:], true.grads[2:])]
-    return {name: float(error / t.norm()) for name, error, t in zip(_COLUMNS, errors, (true.loss, *true.grads))}
+    factor, upstream = dist.get_world_size(), true.upstream
+    if isinstance(value, tuple):
+        value, factor, upstream = torch.cat(value), 1, _own_rows(true.upstream, case, own)
+    found = value, *torch.autograd.grad(value, (image, text, *scalars), upstream.to(value.dtype))
+    value, *grads = (x.detach().double() / factor for x in found)
+    squares = [(d - t[k]).square().sum() for d, t, k in zip(grads, true.grads, own)]
+    of_loss = (value - _own_rows(true.loss, case, own)).square().sum() if value.dim() else value
+    return torch.stack([of_loss, *squares, *grads[2:]])
 
 
-def _own_rows(x: Tensor, M: int, own: list[slice]) -> Tensor:
-    """Of values of all M images, and of all texts behind them, this rank's."""
+def _own_rows(x: Tensor, case: Case, own: list[slice]) -> Tensor:
+    """Of values of all images, and of all texts behind them, this rank's."""
+    M = len(case.image)
     return torch.cat([x[:M][own[0]], x[M:][own[1]]])
 
 
@@ -198,6 +210,6 @@ def table(rows: list[Row]) -> str:
     lines = [head]
     for row in rows:
         cells = [f"{row.errors[k]:.1e}/{row.budgets[k]:.1e}" if k in row.errors else "" for k in _COLUMNS]
-        lines.append([*row[:4], *cells, "ok" if row.ok else "FAIL"])
+        lines.append([*row[:4], *cells, "ok" if row.ok else f"FAIL  {row.raised}"])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
