@@ -129,6 +129,7 @@ def test_status_is_whether_a_row_failed(
     ("args", "message"),
     [
         ("--batch 1", "--batch must be at least 4, got 1"),
+        ("--dim 1", "--dim must be at least 2, got 1"),
         ("--nproc 0", "--nproc must be at least 1, got 0"),
         ("--nproc -1", "--nproc must be at least 1, got -1"),
         ("--backend fast", "backend='fast' is unknown"),

@@ -68,7 +68,7 @@ def compare(settings: Settings, device: torch.device) -> list[Row]:
             truths[case.name, dtype] = true
             for form, whose, loss in _losses(case, backend, dtype, device):
                 errors, raised = _errors(case, dtype, device, true, loss)
-                budgets = _budgets(case, dtype, device, true, backend)
+                budgets = _budgets(case, dtype, device, true, form, backend)
                 rows.append(Row(form, whose, str(dtype).removeprefix("torch."), case.name, errors, budgets, raised))
     order = [*_FORMS, *_MODULES]
     return sorted(rows, key=lambda row: order.index(row.form))
@@ -180,7 +180,9 @@ def _own_rows(x: Tensor, case: Case, own: list[slice]) -> Tensor:
     return torch.cat([x[:M][own[0]], x[M:][own[1]]])
 
 
-def _budgets(case: Case, dtype: torch.dtype, device: torch.device, true: Truth, backend: str) -> dict[str, float]:
+def _budgets(
+    case: Case, dtype: torch.dtype, device: torch.device, true: Truth, form: str, backend: str
+) -> dict[str, float]:
     """What is promised, relative: (of the value, of the sum of magnitudes it is made of)."""
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     on_gpu, smoothed = device.type == "cuda", bool(case.options.get("label_smoothing"))
@@ -190,9 +192,11 @@ def _budgets(case: Case, dtype: torch.dtype, device: torch.device, true: Truth, 
     elif dtype == torch.float32:
         tf32 = on_gpu and backend == "triton"
         loss, image, text = _LOSS, *[(_TF32_GRADIENT if tf32 else _GRADIENT, FP32_SUMS)] * 2
-    else:  # one rounding; of label smoothing's share another; NCCL adds the texts' gradients in their dtype
-        loss, roundings = _LOSS, 1 + smoothed
-        image, text = (0.0, roundings * eps / 2), (0.0, (roundings + (dist.get_world_size() - 1) * on_gpu) * eps / 2)
+    else:  # one rounding, of label smoothing's part another; in sums over ranks of each share, with NCCL of each sum
+        loss, ranks, ring = _LOSS, dist.get_world_size(), form.startswith("ring")
+        for_images = 1 + smoothed + (ring and ranks > 1)
+        for_texts = 1 + smoothed + (ranks - 1 if on_gpu and not ring else ranks > 1)
+        image, text = (0.0, for_images * eps / 2), (0.0, for_texts * eps / 2)
         if on_gpu and backend != "reference":
             loss += _TENSOR_CORES * case.scalars[0] * case.image.shape[1]
     if smoothed and dtype != torch.float64:

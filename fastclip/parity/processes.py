@@ -53,7 +53,7 @@ def run(
         OSError: processes that were killed, or did not find each other.
     """
     launched = _env.launched()
-    for name, value, least in (("nproc", 1 if nproc is None else nproc, 1), ("batch", batch, 4), ("dim", dim, 1)):
+    for name, value, least in (("nproc", 1 if nproc is None else nproc, 1), ("batch", batch, 4), ("dim", dim, 2)):
         if value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
     if nproc and launched and nproc != launched.ranks:
