@@ -28,7 +28,7 @@ CASES = {
     "normalize=False",
     "sigmoid",
 }
-UNEQUAL = {"unequal shards", "sigmoid, unequal shards"}
+UNEQUAL = {"unequal shards", "labels, unequal shards", "sigmoid, unequal shards"}
 BROKEN = """
 import sys
 from fastclip.parity import compare

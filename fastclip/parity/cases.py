@@ -73,7 +73,9 @@ def cases(ranks: int, batch: int, dim: int, seed: int) -> list[Case]:
         Case("sigmoid", *features(same, same), {}, scalars=SIGMOID),
     ]
     if ranks > 1:
+        y = torch.arange(sum(uneven)) % classes, (torch.arange(sum(uneven)) + classes // 4) % (classes + 1)
         found.append(Case("unequal shards", *features(uneven, uneven), {}))
+        found.append(Case("labels, unequal shards", *features(uneven, uneven), {}, y))
         found.append(Case("sigmoid, unequal shards", *features(uneven, uneven), {}, scalars=SIGMOID))
     return found
 
