@@ -3,13 +3,16 @@
 FASTCLIP_BACKEND       backend to use where `backend=` is not given, e.g. ``cpu`` or ``reference``
 FASTCLIP_CPU_ISA       ``avx512``, ``avx2`` or ``portable`` in place of the best that the processor runs
 FASTCLIP_WORKSPACE_MB  bound on a backend's buffers of logits, in MiB (64 on a CPU, 1024 on a GPU)
+
+torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say that a command is one of several processes.
 """
 
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
-__all__ = ["backend", "cpu_isa", "workspace_bytes"]
+__all__ = ["Launched", "backend", "cpu_isa", "launched", "workspace_bytes"]
 
 
 def backend() -> str | None:
@@ -30,3 +33,25 @@ def workspace_bytes(default: int = 64) -> int:
     if not 0 < megabytes < 2**20:
         raise ValueError(f"FASTCLIP_WORKSPACE_MB must be a number of MiB above 0, got {text!r}")
     return int(megabytes * 2**20)
+
+
+class Launched(NamedTuple):
+    """A process among those that a launcher has started; local ones are those of this machine."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    local_ranks: int
+
+
+def launched() -> Launched | None:
+    """None unless RANK and WORLD_SIZE are set; without their local kin all processes are taken to be on one machine."""
+    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
+        return None
+    found: dict[str, int] = {}
+    for name, default in (("RANK", ""), ("WORLD_SIZE", ""), ("LOCAL_RANK", "RANK"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
+        text = os.environ.get(name) or str(found[default])
+        if not text.isdecimal():
+            raise ValueError(f"{name} must be a number, got {text!r}")
+        found[name] = int(text)
+    return Launched(*found.values())

@@ -1,0 +1,219 @@
+"""Every form, backend and dtype on every case, against the truth and what is promised."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastclip._backends import backends, pick
+from fastclip.loss import contrastive_loss
+from fastclip.modules import ClipLoss
+from fastclip.parity.cases import FP32_SUMS, Case, Truth, cases, truth
+from fastclip.sigmoid import sigmoid_loss
+
+__all__ = ["Row", "Settings", "compare", "table"]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FORMS = {"gather": ("gather", False), "ring": ("ring", False)}
+_FORMS |= {f"{name}, equal_shards": (name, True) for name in ("gather", "ring")}
+_MODULES = ("ClipLoss", "open_clip's ClipLoss")
+_COLUMNS = ("loss", "d_image", "d_text", "d_scale", "d_bias")
+# What the package promises, relative; sums: to the sum of magnitudes that a gradient is made of
+_LOSS, _GRADIENT, _TF32_GRADIENT, _SCALE_GRADIENT, _FP64 = 1e-5, 3e-5, 1e-4, 1e-4, 1e-12
+_FP64_SUMS = 2.0**-50
+_TENSOR_CORES = 2.0**-27  # of a logit, times scale and D: their sums truncate
+
+_Loss = Callable[..., Any]
+
+
+class Row(NamedTuple):
+    """One comparison: relative errors (Frobenius, of the whole batch) and what is promised, by `_COLUMNS`."""
+
+    form: str
+    backend: str
+    dtype: str
+    case: str
+    errors: dict[str, float]
+    budgets: dict[str, float]
+    raised: str = ""  # in place of a loss
+
+    @property
+    def ok(self) -> bool:
+        return all(error <= self.budgets[name] for name, error in self.errors.items())  # NaN is not
+
+
+class Settings(NamedTuple):
+    batch: int
+    dim: int
+    seed: int
+    backend: str | None
+    device: str
+
+
+def compare(settings: Settings, device: torch.device) -> list[Row]:
+    """All comparisons of the default process group, on every rank."""
+    rows = []
+    batches = cases(dist.get_world_size(), settings.batch, settings.dim, settings.seed)
+    truths: dict[tuple[str, torch.dtype], Truth] = {}
+    for backend, dtype in _served(settings, device):
+        for case in batches:
+            true = truths.get((case.name, dtype)) or truth(case, dtype, device)
+            truths[case.name, dtype] = true
+            for form, whose, loss in _losses(case, backend, dtype, device):
+                errors, raised = _errors(case, dtype, device, true, loss)
+                budgets = _budgets(case, dtype, device, true, form, backend)
+                rows.append(Row(form, whose, str(dtype).removeprefix("torch."), case.name, errors, budgets, raised))
+    order = [*_FORMS, *_MODULES]
+    return sorted(rows, key=lambda row: order.index(row.form))
+
+
+def _served(settings: Settings, device: torch.device) -> Iterator[tuple[str, torch.dtype]]:
+    """Backends that run here, with the dtypes each serves."""
+    for name, state in backends().items():
+        for dtype in _DTYPES if state == "available" and settings.backend in (None, name) else ():
+            try:
+                pick(name, torch.empty(1, settings.dim, dtype=dtype, device=device))
+            except RuntimeError:
+                continue
+            yield name, dtype
+
+
+def _losses(case: Case, backend: str, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, str, _Loss]]:
+    """(form, backend, the loss of this rank's image, text, labels and scalars)."""
+    for form, (comm, equal_shards) in _FORMS.items():
+        if case.equal or not equal_shards:
+            options = {"group": dist.group.WORLD, "comm": comm, "equal_shards": equal_shards, "backend": backend}
+            yield form, backend, _function(case, options)
+    if case.name != "normalize=False" or pick(None, torch.empty(1, 1, dtype=dtype, device=device))[0] != backend:
+        return
+    modules = [(_MODULES[0], backend, ClipLoss)]
+    if dtype.itemsize >= 4 and (peer := _open_clip()) is not None:  # it rounds its logits to the features' dtype
+        modules.append((_MODULES[1], "-", peer))
+    for form, whose, module in modules:
+        yield form, whose, _of_module(module(True, True, rank=dist.get_rank(), world_size=dist.get_world_size()))
+
+
+def _function(case: Case, sharded: dict[str, Any]) -> _Loss:
+    def loss(image: Tensor, text: Tensor, labels: tuple[Tensor, ...], *scalars: Tensor) -> Any:
+        named: dict[str, Any] = {**case.options, **sharded}
+        if len(scalars) == 2:
+            return sigmoid_loss(image, text, scalars[0], scalars[1], **named)
+        named |= zip(("image_labels", "text_labels"), labels)
+        return contrastive_loss(image, text, scalars[0], **named)
+
+    return loss
+
+
+def _of_module(module: Any) -> _Loss:
+    def loss(image: Tensor, text: Tensor, labels: tuple[Tensor, ...], *scalars: Tensor) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # names of collectives that torch has renamed
+            return module(image, text, *scalars)
+
+    return loss
+
+
+def _open_clip() -> Any:
+    """open_clip's ClipLoss, or None; from its file alone: the package imports all of its models."""
+    package = importlib.util.find_spec("open_clip")
+    for folder in (package and package.submodule_search_locations) or ():
+        spec = importlib.util.spec_from_file_location("open_clip_loss", Path(folder) / "loss.py")
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module.ClipLoss
+    return None
+
+
+def _errors(
+    case: Case, dtype: torch.dtype, device: torch.device, true: Truth, loss: _Loss
+) -> tuple[dict[str, float], str]:
+    """Relative errors of all ranks' loss and gradients together: NaN, and why, where a rank raised.
+
+    Rank r of W returns L_r, whose mean over ranks is the loss, and is differentiated by the sum of all L_r: the mean of
+    the scalars' gradients is the truth, and a feature's gradient W times the truth. With reduction="none" it returns
+    the losses of its own rows, and nothing is multiplied by W.
+    """
+    rank, raised = dist.get_rank(), ""
+    own = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in (case.images, case.texts)]
+    try:
+        shares = _shares(case, own, dtype, device, true, loss)
+    except Exception as error:  # one on every rank is a row that fails; of one rank alone the others time out
+        shares = torch.full((1 + len(true.grads),), torch.nan, dtype=torch.float64, device=device)
+        raised = f"{type(error).__name__}: {error}".splitlines()[0]
+    dist.all_reduce(shares)
+    errors = [shares[0].sqrt() if true.loss.dim() else (shares[0] - true.loss).abs(), *shares[1:3].sqrt()]
+    errors += [(total - t).abs() for total, t in zip(shares[3:], true.grads[2:])]
+    return {k: float(x / t.norm()) for k, x, t in zip(_COLUMNS, errors, (true.loss, *true.grads))}, raised
+
+
+def _shares(case: Case, own: list[slice], dtype: torch.dtype, device: torch.device, true: Truth, loss: _Loss) -> Tensor:
+    """This rank's share of the loss, of the squared errors of image and text, and of the scalars' gradients.
+
+    With reduction="none" of the squared errors of the losses.
+    """
+    image, text = (x[k].to(device, dtype).requires_grad_() for x, k in zip((case.image, case.text), own))
+    wide = torch.promote_types(dtype, torch.float32)
+    scalars = [torch.tensor(x, dtype=wide, device=device, requires_grad=True) for x in case.scalars]
+    labels = () if case.labels is None else tuple(y[k].to(device) for y, k in zip(case.labels, own))
+    value = loss(image, text, labels, *scalars)
+    factor, upstream = dist.get_world_size(), true.upstream
+    if isinstance(value, tuple):
+        value, factor, upstream = torch.cat(value), 1, _own_rows(true.upstream, case, own)
+    found = value, *torch.autograd.grad(value, (image, text, *scalars), upstream.to(value.dtype))
+    value, *grads = (x.detach().double() / factor for x in found)
+    squares = [(d - t[k]).square().sum() for d, t, k in zip(grads, true.grads, own)]
+    of_loss = (value - _own_rows(true.loss, case, own)).square().sum() if value.dim() else value
+    return torch.stack([of_loss, *squares, *grads[2:]])
+
+
+def _own_rows(x: Tensor, case: Case, own: list[slice]) -> Tensor:
+    """Of values of all images, and of all texts behind them, this rank's."""
+    M = len(case.image)
+    return torch.cat([x[:M][own[0]], x[M:][own[1]]])
+
+
+def _budgets(
+    case: Case, dtype: torch.dtype, device: torch.device, true: Truth, form: str, backend: str
+) -> dict[str, float]:
+    """What is promised, relative: (of the value, of the sum of magnitudes it is made of)."""
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    on_gpu, smoothed = device.type == "cuda", bool(case.options.get("label_smoothing"))
+    scalar = (_SCALE_GRADIENT, FP32_SUMS)
+    if dtype == torch.float64:
+        loss, image, text, scalar = _FP64, *[(_FP64, _FP64_SUMS)] * 3
+    elif dtype == torch.float32:
+        tf32 = on_gpu and backend == "triton"
+        loss, image, text = _LOSS, *[(_TF32_GRADIENT if tf32 else _GRADIENT, FP32_SUMS)] * 2
+    else:  # one rounding, of label smoothing's part another; in sums over ranks of each share, with NCCL of each sum
+        loss, ranks, ring = _LOSS, dist.get_world_size(), form.startswith("ring")
+        for_images = 1 + smoothed + (ring and ranks > 1)
+        for_texts = 1 + smoothed + (ranks - 1 if on_gpu and not ring else ranks > 1)
+        image, text = (0.0, for_images * eps / 2), (0.0, for_texts * eps / 2)
+        if on_gpu and backend != "reference":
+            loss += _TENSOR_CORES * case.scalars[0] * case.image.shape[1]
+    if smoothed and dtype != torch.float64:
+        loss += FP32_SUMS * case.scalars[0] / float(true.loss)
+    budgets = [loss]
+    for (of_value, of_sums), grad, sums in zip((image, text, scalar, scalar), true.grads, true.sums):
+        flushed = tiny * eps * grad.numel() ** 0.5 if grad.dim() else 0.0  # what float16 cannot hold
+        budgets.append(of_value + (of_sums * float(sums.norm()) + flushed) / float(grad.norm()))
+    return dict(zip(_COLUMNS, budgets))
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned columns: every error beside what is promised."""
+    head = ["form", "backend", "dtype", "case", *(f"{name}/promised" for name in _COLUMNS), ""]
+    lines = [head]
+    for row in rows:
+        cells = [f"{row.errors[k]:.1e}/{row.budgets[k]:.1e}" if k in row.errors else "" for k in _COLUMNS]
+        lines.append([*row[:4], *cells, "ok" if row.ok else f"FAIL  {row.raised}"])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

@@ -1,0 +1,113 @@
+"""The processes of a comparison: started here, or by torchrun."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from fastclip import _env
+from fastclip._backends import backends, check_name
+from fastclip.parity.compare import Row, Settings, compare
+
+__all__ = ["Report", "run"]
+
+_TIMEOUT = timedelta(seconds=120)  # of the rendezvous, and of every collective
+_c10d: Any = dist
+_mp: Any = torch.multiprocessing
+
+
+class Report(NamedTuple):
+    about: str
+    rows: list[Row]
+
+
+def run(
+    *,
+    nproc: int | None = None,
+    batch: int = 64,
+    dim: int = 64,
+    seed: int = 0,
+    backend: str | None = None,
+    device: str | None = None,
+) -> Report:
+    """Compares every form, backend and dtype that can run here; starts the processes, or is one of torchrun's.
+
+    Args:
+        nproc: processes; None for 2, or as many as there are under torchrun (RANK and WORLD_SIZE in the environment).
+        batch: images of a process.
+        backend: one of `fastclip.backends()` in place of all.
+        device: "cpu" (gloo) or "cuda" (NCCL, one GPU a process); None for GPUs where there are enough.
+
+    Returns:
+        The report; under torchrun without rows on all ranks but 0.
+
+    Raises:
+        ValueError: options that do not fit this machine.
+        OSError: processes that were killed, or did not find each other.
+    """
+    launched = _env.launched()
+    for name, value, least in (("nproc", 1 if nproc is None else nproc, 1), ("batch", batch, 4), ("dim", dim, 2)):
+        if value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if nproc and launched and nproc != launched.ranks:
+        raise ValueError(f"--nproc {nproc}, but the launcher started {launched.ranks} processes (WORLD_SIZE)")
+    ranks = launched.ranks if launched else nproc or 2
+    check_name(backend)
+    if backend and (state := backends()[backend]) != "available":
+        raise ValueError(f"--backend {backend} cannot run here: {state}")
+    local = launched.local_ranks if launched else ranks
+    device = device or ("cuda" if torch.cuda.device_count() >= local else "cpu")
+    if device == "cuda" and torch.cuda.device_count() < local:
+        raise ValueError(
+            f"--device cuda needs a GPU for each of {local} processes, torch sees {torch.cuda.device_count()}"
+        )
+    settings = Settings(batch, dim, seed, backend, device)
+    about = f"{ranks} process{'es' * (ranks > 1)} on {device}, {batch} images each, D = {dim}, seed {seed}"
+    rows = _member(*launched[:3], settings, None) if launched else _start(ranks, settings)
+    if not rows:
+        raise ValueError(f"--backend {backend} serves no features on {device}")
+    return Report(about, rows if launched is None or launched.rank == 0 else [])
+
+
+def _start(ranks: int, settings: Settings) -> list[Row]:
+    """Rows of `ranks` processes on this machine; they meet in a file: no port, no firewall."""
+    with tempfile.TemporaryDirectory(prefix="fastclip-parity-") as folder:
+        try:
+            _mp.start_processes(_spawned, (ranks, settings, folder), nprocs=ranks, daemon=True, start_method="spawn")
+        except _mp.ProcessExitedException as error:
+            raise ChildProcessError(f"a process was ended from outside (out of memory?): {error}") from error
+        except _mp.ProcessRaisedException as error:
+            last = str(error).strip().splitlines()[-1]
+            if last.startswith(("torch.distributed.DistNetworkError", "torch.distributed.DistStoreError")):
+                raise ConnectionError(f"the processes did not find each other: {last}") from error
+            raise
+        return [Row(*row) for row in json.loads((Path(folder) / "rows.json").read_text())]
+
+
+def _spawned(rank: int, ranks: int, settings: Settings, folder: str) -> None:
+    torch.set_num_threads(max(torch.get_num_threads() // ranks, 1))
+    rows = _member(rank, ranks, rank, settings, folder)
+    if rank == 0:
+        (Path(folder) / "rows.json").write_text(json.dumps(rows))
+
+
+def _member(rank: int, ranks: int, local_rank: int, settings: Settings, folder: str | None) -> list[Row]:
+    """What a rank does; all return the same rows. folder: where they meet; None: as the launcher says."""
+    device = torch.device("cuda", local_rank) if settings.device == "cuda" else torch.device("cpu")
+    where: dict[str, Any] = {"init_method": "env://"}
+    if folder is not None:
+        where = {"store": _c10d.FileStore(f"{folder}/store", ranks), "rank": rank, "world_size": ranks}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, **where)
+    try:
+        return compare(settings, device)
+    finally:
+        dist.destroy_process_group()
