@@ -16,8 +16,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -66,11 +67,10 @@ class Competitor:
     scale: Callable[[int], float] = lambda W: 1.0
 
 
-def ours(comm: str, equal_shards: bool = False) -> Loss:
+def _ours(comm: str) -> Loss:
     import fastclip
 
-    options = {"normalize": False, "group": dist.group.WORLD, "comm": comm, "equal_shards": equal_shards}
-    return lambda image, text, scale: fastclip.contrastive_loss(image, text, scale, **options)
+    return cast(Loss, partial(fastclip.contrastive_loss, normalize=False, group=dist.group.WORLD, comm=comm))
 
 
 def _open_clip(**flags: bool) -> Loss:
@@ -96,8 +96,8 @@ def _inf_cl() -> Loss:
 
 PEER = "open_clip_local"
 COMPETITORS = {
-    "fastclip_gather": Competitor(lambda: ours("gather")),
-    "fastclip_ring": Competitor(lambda: ours("ring")),
+    "fastclip_gather": Competitor(lambda: _ours("gather")),
+    "fastclip_ring": Competitor(lambda: _ours("ring")),
     "open_clip": Competitor(_open_clip, "1/W of the encoders'", encoders=lambda W: 1 / W),
     PEER: Competitor(lambda: _open_clip(local_loss=True, gather_with_grad=True)),
     # all_reduce of the scale's gradient, and DDP takes the mean of it
@@ -159,8 +159,8 @@ def _count(name: str, loss: Loss, case: Case, own: tuple[Tensor, ...], expected:
     check(name, case, value, own, expected)
     everyone: list[Any] = [None] * case.W
     dist.all_gather_object(everyone, (forward, backward))
-    most = max(everyone, key=lambda counts: counts[0].sent + counts[1].sent)
-    return Result(*most, [])
+    forward, backward = max(everyone, key=lambda counts: counts[0].sent + counts[1].sent)
+    return Result(forward, backward, [])
 
 
 def _largest(value: float) -> float:
@@ -281,12 +281,13 @@ def main() -> None:
     arguments = parser.parse_args()
     for W in map(int, arguments.ranks.split(",")):
         case = Case(W, arguments.local, arguments.D, arguments.dtype)
+        load = round(os.getloadavg()[0], 1)  # others may be using the machine
         results = launch(case, COMPETITORS, arguments.rounds)
         for name, result in results.items():
             if arguments.peak and not result.status:
                 result.peak_mib = launch(case, [name], peak=True)[name].peak_mib
         found = rows(case, results)
-        append(arguments.rows, found, {**machine(), "threads": 1, "inf_cl": version("inf-cl")})
+        append(arguments.rows, found, {"load": load, **machine(), "threads": 1, "inf_cl": version("inf-cl")})
         for row in found:
             print(*(row[key] for key in list(row) if key not in ("local_N", "D", "gradient", "rounds")), sep="\t")
 

@@ -1,166 +1,207 @@
-"""A model, on paper, of the loss on 8 to 1,024 GPUs: time of a step, its parts, and memory a rank.
+"""Draws and prints the model of the loss on many GPUs; the model itself is `scaling_model.py`.
 
 python -m benchmarks.scaling            draws docs/scaling.png
 python -m benchmarks.scaling --tables   prints the tables of docs/scaling.md
-
-Nothing here was measured on several GPUs. What was measured on one is marked; docs/scaling.md has the sources.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import argparse
+from pathlib import Path
+from typing import Any
 
-# One H200, 2026-11-27, torch 2.11, bf16, commit bdd9d24, forward and backward at M = N = 32,768, on the 8 M N D basis.
-# Measured; the rows are to appear in results/cuda.csv. D = 512 is held back by the host (its kernels alone: 640e12).
-RATE = {512: 481e12, 768: 599e12, 1024: 635e12}
-GEMM = 700e12  # a large product: 670 to 740 measured
-# What the rest of a GPU does: assumed
-MEMORY = 4.0e12  # bytes/s of 4.8e12 on paper
-PROCESSORS, TILE = 132, (128, 192)  # of the CUDA kernels
-CALL = 100e-6  # s of launches of one block's forward and backward pass, 14 kernels and their host side
-WORKSPACE = 2**30  # bytes, FASTCLIP_WORKSPACE_MB
-# Links: assumed from what others report (docs/scaling.md)
-NODE = 8  # GPUs
-BUS_NODE, BUS = 360e9, 350e9  # bytes/s a rank of a collective inside one node, and over several
-NIC, NVLINK = 46e9, 360e9  # bytes/s from one GPU to one other
-HOP_NODE, HOP, BASE = 3.4e-6, 14e-6, 8.4e-6  # s: NCCL's own model of its ring (Simple protocol)
-BF16, FP32, STATISTIC = 2, 4, 8  # bytes; log-sum-exps travel in fp64
-AGREEMENT = 472  # bytes that each rank tells each other before a call; equal_shards=True does without
-# Bytes of the n x N logits that open_clip's two cross-entropies read and write (counted in the ops that run, bf16
-# features, no autocast; under autocast 84), and holds at once
-LOGIT_TRAFFIC, LOGIT_MEMORY = 36, 8
-# Bytes an element of texts: the finish of a gradient (write, read twice, features twice, store); each further chunk of
-# rows adds to it; in the ring also the sums in fp32, and the images' for every block
-FINISH, CHUNK, RING_FINISH = 18, 8, 64
-CHUNK_ROWS = 8192
+from benchmarks.scaling_model import FORMS, WORKSPACE, Time, gathered, memory, time
 
-FORMS = ("fastclip_gather", "fastclip_ring", "open_clip_local")
+FIGURE = Path(__file__).parent.parent / "docs" / "scaling.png"
+BATCHES = tuple(2**k for k in (15, 17, 19, 20, 21, 22))
+RANKS = (8, 64, 256, 1024)
+SMALL = 1024  # pairs on a rank, below which the products no longer set the time
+GPU_BYTES = 141e9
+# Operations a sample, forward: open_clip's docs/model_profile.csv. Backward costs twice as much
+MODELS = {"ViT-L/14": (175.33e9, 768), "ViT-B/32": (14.78e9, 512)}
+ENCODERS = 400e12  # operations/s, 40 % of 989e12 on paper: assumed
+
+COLORS = {"fastclip_gather": "#D55E00", "fastclip_ring": "#E69F00", "open_clip_local": "#0072B2"}
+LABELS = {"open_clip_local": "open_clip (exact flags)"}
+PARTS = {
+    "products": ("products", "#777777"),
+    "memory": ("memory traffic", "#CC79A7"),
+    "launches": ("launches", "#F0E442"),
+    "gather": ("gather", "#56B4E9"),
+    "reduce_scatter": ("reduce-scatter", "#0072B2"),
+    "messages": ("messages not hidden", "#009E73"),
+    "columns": ("log-sum-exps", "#000000"),
+}
 
 
-def sent(form: str, W: int, n: int, D: int, size: int) -> tuple[float, float]:
-    """Bytes that a rank sends forward and backward, features of `size` bytes; see counting.py for what counts."""
-    own = n * D
-    columns = (W - 1) * n * STATISTIC  # of the log-sum-exps to the columns' owners, and of their gradients back
-    if form == "fastclip_gather":
-        there = (W - 1) * own * size + columns
-        return there + (W - 1) * AGREEMENT, there
-    if form == "fastclip_ring":
-        there = (W - 1) * own * size + columns
-        return there + (W - 1) * AGREEMENT, there + W * own * FP32
-    if form == "open_clip_local":
-        return 2 * (W - 1) * own * size, 2 * (W - 1) * own * size
-    if form == "open_clip":
-        return 2 * (W - 1) * own * size, 0
-    assert form == "inf_cl"
-    scale = 2 * 2 * (W - 1) / W * FP32
-    return 2 * (W - 1) * own * FP32, 2 * (2 * W - 1) * own * FP32 + scale
+def batch(N: int) -> str:
+    return f"{N >> 20}M" if N >= 2**20 else f"{N >> 10}k"
 
 
-@dataclass(frozen=True)
-class Time:
-    """Seconds of a step's parts on one rank; what is hidden behind other parts does not count."""
-
-    products: float
-    memory: float = 0.0  # beyond what the measured rate has in it
-    launches: float = 0.0
-    gather: float = 0.0
-    reduce_scatter: float = 0.0
-    messages: float = 0.0  # of the ring, not hidden
-    columns: float = 0.0  # log-sum-exps
-
-    @property
-    def exposed(self) -> float:
-        """Communication that nothing hides."""
-        return self.gather + self.reduce_scatter + self.messages + self.columns
-
-    @property
-    def total(self) -> float:
-        return self.products + self.memory + self.launches + self.exposed
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---:"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def waves(rows: int, columns: int) -> float:
-    """Share of the processors' time in which they have a tile."""
-    tiles = math.ceil(rows / TILE[0]) * math.ceil(columns / TILE[1])
-    return tiles / (math.ceil(tiles / PROCESSORS) * PROCESSORS)
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}"
 
 
-def collective(W: int, total_bytes: float) -> float:
-    """Seconds of an all_gather or reduce_scatter of `total_bytes` over all ranks: NCCL's ring."""
-    nodes = math.ceil(W / NODE)
-    latency = BASE + (W - nodes) * HOP_NODE + (nodes - 1) * HOP
-    return latency + (W - 1) / W * total_bytes / (BUS if nodes > 1 else BUS_NODE)
+def time_table(D: int) -> str:
+    """ms of gather / ring / open_clip; a dash where its memory exceeds the GPU's, a star where shards are small."""
+
+    def cell(W: int, N: int) -> str:
+        fits = (memory(form, W, N, D) < GPU_BYTES for form in FORMS)
+        ms = [_number(1e3 * time(form, W, N, D).total) if fit else "-" for form, fit in zip(FORMS, fits)]
+        return " / ".join(ms) + ("\\*" if N // W < SMALL else "")
+
+    return _table(["N", *(f"W = {W:,}" for W in RANKS)], [[batch(N), *(cell(W, N) for W in RANKS)] for N in BATCHES])
 
 
-def message(W: int, size: float) -> float:
-    """Seconds from one rank to the next; the slowest of them sets a ring's pace."""
-    return BASE + (HOP + size / NIC if W > NODE else HOP_NODE + size / NVLINK)
+def parts_table(N: int, D: int) -> str:
+    lines = []
+    for form in FORMS:
+        for W in RANKS[1:]:
+            t = time(form, W, N, D)
+            cells = [t.products, t.memory, t.launches, t.gather, t.reduce_scatter, t.messages, t.columns, t.total]
+            lines.append([f"`{form}`", f"{W:,}", *(_number(1e3 * x) for x in cells)])
+    names = [name for name, _ in PARTS.values()]
+    return _table(["form", "W", *names, "total"], lines)
 
 
-def columns(W: int, N: int) -> float:
-    """Seconds of both exchanges of log-sum-exps: all_to_all, N values a rank."""
-    outside = max(W - NODE, 0) / W
-    return 2 * (BASE + HOP + W * 1e-6 + N * STATISTIC * (outside / NIC + (1 - outside) / NVLINK))
+def memory_table() -> str:
+    """GiB a rank."""
+    columns = [("fastclip_gather", 64, D) for D in (512, 768, 1024)]
+    columns += [("fastclip_ring", W, 768) for W in (64, 256)] + [("open_clip_local", W, 768) for W in (64, 256, 1024)]
+    head = [f"`{form}`, W = {W:,}, D = {D:,}" for form, W, D in columns]
+    lines = [[batch(N), *(_number(memory(form, W, N, D) / 2**30) for form, W, D in columns)] for N in BATCHES]
+    return _table(["N", *head], lines)
 
 
-def time_gather(W: int, N: int, D: int) -> Time:
-    n = N // W
-    texts = float(N) * D
-    return Time(
-        products=8 * n * texts / RATE[D] / waves(n, N),
-        memory=(FINISH + CHUNK * (math.ceil(n / CHUNK_ROWS) - 1)) * texts / MEMORY,
-        launches=CALL,
-        gather=collective(W, texts * BF16),
-        reduce_scatter=collective(W, texts * BF16),
-        columns=columns(W, N),
-    )
+def ratio_table(D: int) -> str:
+    """Time of the ring over that of the gather, by pairs on a rank."""
+    ranks = (8, 16, 64, 256, 1024)
+
+    def cell(W: int, n: int) -> str:
+        ring, gather = (time(form, W, n * W, D).total for form in ("fastclip_ring", "fastclip_gather"))
+        return f"{ring / gather:.2f}" if n * W <= BATCHES[-1] else ""
+
+    sizes = (1024, 2048, 4096, 8192, 16384, 65536)
+    lines = [[f"{n:,}", *(cell(W, n) for W in ranks)] for n in sizes]
+    return _table(["pairs a rank", *(f"W = {W:,}" for W in ranks)], lines)
 
 
-def time_ring(W: int, N: int, D: int) -> Time:
-    """Every step computes a block while the next texts, and the sums of the block before, are on their way."""
-    n = N // W
-    block = float(n) * D
-    product = 2 * n * block / RATE[D] / waves(n, n)
-    memory = (RING_FINISH + CHUNK * (math.ceil(n / CHUNK_ROWS) - 1)) * block / MEMORY
-    forward, backward = product + CALL / 3, 3 * product + memory + CALL * 2 / 3
-    text, sums = message(W, block * BF16), message(W, block * FP32)
-    hidden_steps = (W - 1) * (max(text - forward, 0) + max(text + sums - backward, 0))
-    return Time(
-        products=W * 4 * product,
-        memory=W * memory,
-        launches=W * CALL,
-        messages=hidden_steps + sums,  # the last sums go home
-        columns=columns(W, N),
-    )
+def limit_table() -> str:
+    """Largest N whose gather stays within a budget, the workspace included."""
+    budgets, widths = (4, 8, 16, 32), (512, 768, 1024)
+
+    def cell(budget: int, D: int) -> str:
+        return f"{(budget * 2**30 - WORKSPACE) / gathered(1, D) / 2**20:.2f}M"
+
+    lines = [[f"{budget} GiB", *(cell(budget, D) for D in widths)] for budget in budgets]
+    return _table(["budget a rank", *(f"D = {D:,}" for D in widths)], lines)
 
 
-def time_open_clip(W: int, N: int, D: int) -> Time:
-    """Both modalities gathered, dense logits twice; copies of the gathered lists are left out."""
-    n = N // W
-    features = float(N) * D
-    return Time(
-        products=12 * n * features / GEMM / waves(n, N),
-        memory=LOGIT_TRAFFIC * float(n) * N / MEMORY,
-        launches=CALL,
-        gather=2 * collective(W, features * BF16),
-        reduce_scatter=2 * collective(W, features * BF16),
-    )
+def share(model: str, form: str, W: int, N: int) -> float:
+    """Of the loss in a training step that is encoders, forward and backward, and loss."""
+    operations, D = MODELS[model]
+    loss = time(form, W, N, D).total
+    return loss / (loss + N / W * 3 * operations / ENCODERS)
 
 
-def time(form: str, W: int, N: int, D: int) -> Time:
-    """Of forward and backward pass of the loss."""
-    return {"fastclip_gather": time_gather, "fastclip_ring": time_ring, "open_clip_local": time_open_clip}[form](
-        W, N, D
-    )
+def share_table() -> str:
+    """Per cent, gather / open_clip."""
+
+    def cell(model: str, W: int, N: int) -> str:
+        D = MODELS[model][1]
+        forms = ("fastclip_gather", "open_clip_local")
+        shares = (f"{100 * share(model, form, W, N):.1f}" for form in forms)
+        return " / ".join(x if memory(form, W, N, D) < GPU_BYTES else "-" for form, x in zip(forms, shares))
+
+    ranks = (64, 256, 1024)
+    head = ["N", *(f"{model}, W = {W:,}" for model in MODELS for W in ranks)]
+    return _table(head, [[batch(N), *(cell(model, W, N) for model in MODELS for W in ranks)] for N in BATCHES])
 
 
-def memory(form: str, W: int, N: int, D: int) -> float:
-    """Bytes a rank beyond its own features and their gradients."""
-    n, texts = N // W, float(N) * D
-    statistics = 80.0 * N  # log-sum-exps, factors and their gradients
-    if form == "fastclip_gather":  # texts, their gradient in fp32 and rounded
-        return texts * (BF16 + FP32 + BF16) + min(WORKSPACE, BF16 * float(n) * N) + statistics
-    if form == "fastclip_ring":  # blocks here and coming, sums here and coming, shares, raw sums, images' sum
-        return texts / W * (2 * BF16 + 2 * FP32 + 2 * FP32 + FP32 + 2 * FP32) + min(WORKSPACE, BF16 * n**2) + statistics
-    assert form == "open_clip_local"  # both modalities and their gradients, as lists and as one
-    return 2 * texts * 2 * 2 * BF16 + LOGIT_MEMORY * float(n) * N
+def tables() -> dict[str, str]:
+    return {
+        "time": time_table(768),
+        "parts": parts_table(2**20, 768),
+        "memory": memory_table(),
+        "ratio": ratio_table(768),
+        "limit": limit_table(),
+        "share": share_table(),
+    }
+
+
+def _draw_time(axes: Any, N: int, D: int) -> None:
+    ranks = [2**k for k in range(3, 11)]
+    for form in FORMS:
+        ms = [1e3 * time(form, W, N, D).total for W in ranks]
+        axes.plot(ranks, ms, "o-", color=COLORS[form], label=LABELS.get(form, form), markersize=4)
+    alone = [1e3 * time(FORMS[0], W, N, D).products for W in ranks]
+    axes.plot(ranks, alone, "--", color="#777777", label="fastclip's products alone")
+    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="ms", title=f"time of the loss, N = {batch(N)}, D = {D}")
+    axes.set_xticks(ranks, [str(W) for W in ranks])
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+def _draw_parts(axes: Any, N: int, D: int) -> None:
+    bars = [(form, W) for W in RANKS[1:] for form in FORMS[:2]]
+    found: list[Time] = [time(form, W, N, D) for form, W in bars]
+    bottom = [0.0] * len(bars)
+    for part, (label, color) in PARTS.items():
+        heights = [1e3 * getattr(t, part) for t in found]
+        axes.bar(range(len(bars)), heights, bottom=bottom, color=color, label=label)
+        bottom = [a + b for a, b in zip(bottom, heights)]
+    axes.set_xticks(range(len(bars)), [f"{form.removeprefix('fastclip_')}\n{W}" for form, W in bars])
+    axes.set(ylabel="ms", title=f"parts of the time, N = {batch(N)}, D = {D}")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+
+
+def _draw_memory(axes: Any, W: int, D: int) -> None:
+    sizes = [2**k for k in range(15, 23)]
+    for form in FORMS:
+        gib = [memory(form, W, N, D) / 2**30 for N in sizes]
+        axes.plot(sizes, gib, "o-", color=COLORS[form], markersize=4)
+    axes.axhline(GPU_BYTES / 2**30, color="#777777", linestyle="--")
+    axes.annotate("an H200", (sizes[0], GPU_BYTES / 2**30 * 0.7), color="#777777", fontsize=9, va="top")
+    axes.set(xscale="log", yscale="log", xlabel="batch N", ylabel="GiB a rank", title=f"memory, W = {W}, D = {D}")
+    axes.set_xticks(sizes[::2], [batch(N) for N in sizes[::2]])
+
+
+def draw(output: Path, N: int = 2**20, D: int = 768, W: int = 256) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (times, parts, memories) = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    _draw_time(times, N, D)
+    _draw_parts(parts, N, D)
+    _draw_memory(memories, W, D)
+    for axes in (times, parts, memories):
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("A model: rates of one H200 and link speeds; nothing was measured on several GPUs", fontsize=11)
+    figure.savefig(output, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=FIGURE)
+    parser.add_argument("--tables", action="store_true", help="print the tables instead of drawing")
+    arguments = parser.parse_args()
+    if arguments.tables:
+        print("\n\n".join(tables().values()))
+        return
+    draw(arguments.output)
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

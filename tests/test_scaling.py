@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import scaling  # noqa: E402
+from benchmarks import scaling_model as model  # noqa: E402
 from benchmarks.distributed import COMPETITORS, PEER, Case, launch, rows  # noqa: E402
 
 
@@ -30,7 +31,33 @@ def test_counts_are_the_models() -> None:
         if found["inf_cl_ring"]["status"] and name == "inf_cl":  # not installed
             continue
         row = found[name]
-        expected = scaling.sent(name, case.W, case.local_N, case.D, 2)
+        expected = model.sent(name, case.W, case.local_N, case.D, 2)
         assert (row["forward_bytes"], row["backward_bytes"]) == pytest.approx(expected, abs=1), name
         assert row["operations_8NND_W"] == pytest.approx(units), name
     assert found["fastclip_gather"]["calls"] == 5
+
+
+def test_document_has_the_scripts_tables() -> None:
+    document = (ROOT / "docs" / "scaling.md").read_text()
+    for name, table in scaling.tables().items():
+        assert table in document, f"{name}: run python -m benchmarks.scaling --tables"
+
+
+@pytest.mark.parametrize("W", scaling.RANKS)
+@pytest.mark.parametrize("N", scaling.BATCHES)
+def test_model_stays_within_its_rates(W: int, N: int) -> None:
+    """No form computes faster than its measured rate, and what is hidden is not counted twice."""
+    for form in model.FORMS:
+        for D, rate in model.RATE.items():
+            t = model.time(form, W, N, D)
+            operations, best = (12, model.GEMM) if form == PEER else (8, rate)
+            assert t.products >= operations * N**2 * D / W / best
+            assert min(t.memory, t.launches, t.exposed) >= 0
+    assert model.memory("fastclip_ring", W, N, 768) < model.memory("fastclip_gather", W, N, 768)
+
+
+def test_figure_is_drawn_and_small(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the figure, is not installed")
+    scaling.draw(tmp_path / "scaling.png")
+    for figure in (tmp_path / "scaling.png", scaling.FIGURE):
+        assert figure.stat().st_size < 120_000
