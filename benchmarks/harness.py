@@ -83,7 +83,7 @@ class Timings:
         return round(unit * statistics.median(ratios), digits)
 
 
-def _quantile(values: list[float], q: float) -> float:
+def quantile(values: list[float], q: float) -> float:
     ordered = sorted(values)
     return ordered[round(q * (len(ordered) - 1))]
 
@@ -99,8 +99,8 @@ def rows(case: Case, timings: Timings, *, floor: str, peer: str, peak_mib: dict[
                 "provider": name,
                 "rounds": len(seconds),
                 "median_ms": round(median * 1e3, 3),
-                "p20_ms": round(_quantile(seconds, 0.2) * 1e3, 3),
-                "p80_ms": round(_quantile(seconds, 0.8) * 1e3, 3),
+                "p20_ms": round(quantile(seconds, 0.2) * 1e3, 3),
+                "p80_ms": round(quantile(seconds, 0.8) * 1e3, 3),
                 "tflops": round(case.flops / median / 1e12, 4),
                 "floor_percent": timings.ratio(name, floor, 1, unit=100),
                 f"speedup_over_{peer}": timings.ratio(name, peer, 3),

@@ -10,12 +10,15 @@ import ctypes
 import gc
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from torch import ones_like
+from torch import Tensor, ones_like
 
 from benchmarks.harness import Case
 from benchmarks.losses import COMPILED, LOSSES, leaves_of
+from benchmarks.peers import Loss
 
 
 def _status(name: str) -> float:
@@ -25,7 +28,7 @@ def _status(name: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {name}: peak memory is measured on Linux only")
 
 
-def _return_what_is_freed() -> None:
+def return_what_is_freed() -> None:
     """Give every larger block pages of its own. malloc would keep freed ones for itself, more or fewer of them from run
     to run, and the next step would take as much less.
     """
@@ -34,21 +37,30 @@ def _return_what_is_freed() -> None:
         mallopt(mmap_threshold, 1 << 16)
 
 
+def peak_of(step: Callable[[], None]) -> float:
+    """MiB of the highest peak during a step beyond what is there before."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from now
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _step(function: Loss, image: Tensor, text: Tensor, *scalars: Tensor) -> None:
+    image.grad = text.grad = None
+    function(image, text, *scalars).backward()
+
+
 def measure(loss: str, provider: str, N: int, D: int, dtype: str) -> float:
     """MiB of peak memory beyond the features and their gradients, in this process."""
-    _return_what_is_freed()
+    return_what_is_freed()
     function = LOSSES[loss][provider]
     # The small one loads libraries and starts threads. A loss that is compiled for its shape runs there once before it
     # is measured; the others meet N only then, so that a buffer kept between steps counts.
     for size in (8, N, N) if provider in COMPILED else (8, N):
         image, text, *scalars = leaves_of(Case(loss, "both", size, D, dtype))
         image.grad, text.grad = ones_like(image), ones_like(text)  # touched: part of the base line
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from now
-        before = _status("VmRSS")
-        image.grad = text.grad = None
-        function(image, text, *scalars).backward()
-        peak = _status("VmHWM") - before
+        peak = peak_of(partial(_step, function, image, text, *scalars))
     return peak
 
 

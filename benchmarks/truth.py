@@ -1,4 +1,4 @@
-"""Value and gradients of both losses in fp32, rows by rows: right at sizes where no dense loss fits."""
+"""Value and gradients of both losses, rows by rows, in fp32 or fp64: right at sizes where no dense loss fits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ BLOCK_BYTES = 1 << 30  # of one block of logits
 
 
 @torch.no_grad()
-def truth(loss: str, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The loss, and its gradients with respect to image (N, D), text (N, D), scale and, of the sigmoid loss, bias."""
-    image, text, *scalars = (x.detach().float() for x in leaves)
+def truth(loss: str, leaves: tuple[Tensor, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """The loss, and its gradients with respect to image (N, D), text (N, D), scale and, of the sigmoid loss, bias, all
+    computed in `dtype`."""
+    image, text, *scalars = (x.detach().to(dtype) for x in leaves)
     rows = max(1, BLOCK_BYTES // (4 * image.shape[0]))
     functions: dict[str, Callable[..., tuple[Tensor, ...]]] = {"softmax": _softmax, "sigmoid": _sigmoid}
     return functions[loss](image, text, rows, *scalars)
