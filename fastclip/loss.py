@@ -12,6 +12,7 @@ from fastclip._backends.reference import EPS
 from fastclip.checks import check_backend, check_features, check_labels, check_reduction, check_share, scalar
 from fastclip.distributed import (
     Shards,
+    check_comm,
     check_group,
     gather_rows,
     meet,
@@ -94,8 +95,9 @@ def contrastive_loss(
     With ``group`` a rank whose arguments do not fit raises its own error and every other rank a ValueError that tells
     it; where ranks disagree in D, dtype, scale or options, all raise.
     """
-    group = check_group(group, comm)
+    group = check_group(group)
     with reported(group, equal_shards):
+        check_comm(comm)
         check_share("image_weight", image_weight)
         check_reduction(reduction, ("mean", "sum", "none"))
     batch = prepare(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastclip.checks import describe
+from fastclip.distributed import check_group, reported
 from fastclip.loss import contrastive_loss
 
 __all__ = ["multiview_loss"]
@@ -45,6 +46,18 @@ def multiview_loss(
             `contrastive_loss` raises.
         TypeError: views that are not tensors, and what `contrastive_loss` raises.
     """
+    with reported(check_group(options.get("group")), options.get("equal_shards", False)):
+        pairs = _check(views, core, options)
+    losses = [
+        contrastive_loss(views[i], views[j], logit_scale, image_labels=labels, text_labels=labels, **options)
+        for i, j in pairs
+    ]
+    total: Tensor = torch.stack(losses).sum()  # type: ignore[arg-type]
+    return total
+
+
+def _check(views: Sequence[Tensor] | Tensor, core: int | None, options: dict[str, Any]) -> list[tuple[int, int]]:
+    """The pairs of views."""
     views = _check_views(views)
     for name in ("image_labels", "text_labels", "exclude_self"):
         if name in options:
@@ -52,18 +65,11 @@ def multiview_loss(
     if options.get("reduction") == "none":
         raise ValueError("multiview_loss sums over views: reduction must be 'mean' or 'sum', got 'none'")
     if core is None:
-        pairs = [(i, j) for i in range(len(views)) for j in range(i + 1, len(views))]
-    else:
-        core = operator.index(core)
-        if not 0 <= core < len(views):
-            raise ValueError(f"core must be the index of one of {len(views)} views, got {core}")
-        pairs = [(core, j) for j in range(len(views)) if j != core]
-    losses = [
-        contrastive_loss(views[i], views[j], logit_scale, image_labels=labels, text_labels=labels, **options)
-        for i, j in pairs
-    ]
-    total: Tensor = torch.stack(losses).sum()  # type: ignore[arg-type]
-    return total
+        return [(i, j) for i in range(len(views)) for j in range(i + 1, len(views))]
+    core = operator.index(core)
+    if not 0 <= core < len(views):
+        raise ValueError(f"core must be the index of one of {len(views)} views, got {core}")
+    return [(core, j) for j in range(len(views)) if j != core]
 
 
 def _check_views(views: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:

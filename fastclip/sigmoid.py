@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastclip.checks import check_backend, check_features, check_reduction, scalar
-from fastclip.distributed import check_group, gather_rows, meet, reported, ring_sigmoid_pairs
+from fastclip.distributed import check_comm, check_group, gather_rows, meet, reported, ring_sigmoid_pairs
 from fastclip.ops import autocast_features, sigmoid_pairs
 
 __all__ = ["sigmoid_loss"]
@@ -55,8 +55,9 @@ def sigmoid_loss(
         TypeError: features that are not floating tensors of one dtype.
         RuntimeError: an explicit backend that cannot serve; a group without torch.distributed.
     """
-    group = check_group(group, comm)
+    group = check_group(group)
     with reported(group, equal_shards):
+        check_comm(comm)
         check_reduction(reduction, ("mean", "sum"))
         check_features(image_features, text_features, paired=True, backend=backend, may_be_empty=group is not None)
         scale = scalar("logit_scale", logit_scale, image_features)

@@ -53,7 +53,7 @@ def contrastive_stats(
         `ContrastiveStats`: row_lse (M,), col_lse (N,), row_loss (M,), col_loss (N,), float32 (for float64 features
         float64); row_hit (M,), col_hit (N,), bool. ``row_hit.float().mean()`` is the in-batch image -> text accuracy.
     """
-    group = check_group(group, "gather")
+    group = check_group(group)
     with torch.no_grad():
         batch = prepare(
             image_features,

@@ -308,6 +308,12 @@ class Rank:
             start = time.monotonic()
             error = refused(fastclip.contrastive_loss, *args, group=self.group, **options)
             found[name] = error, time.monotonic() - start
+        views = x, y, x[:3] if odd else x
+        found["views"] = refused(fastclip.multiview_loss, views, 5.0, group=self.group), 0.0
+        found["comm of its own"] = (
+            refused(fastclip.contrastive_loss, x, y, 5.0, group=self.group, comm="tree" if odd else "ring"),
+            0.0,
+        )
         found["function"] = (
             refused(
                 *((fastclip.sigmoid_loss, x, y, 5.0, 0.0) if odd else (fastclip.contrastive_loss, x, y, 5.0)),

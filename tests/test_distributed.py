@@ -261,10 +261,13 @@ REFUSED = {
     "pairs": "there must be as many texts as images: image_features (4, 8) float32 on cpu and text_features (3, 8)",
     "image_weight": "image_weight must be in [0, 1], got 2.0",
     "backend": "backend='cuda' cannot serve this call",
+    "views": "views must have one shape, dtype and device: views[0] (4, 8) float32 on cpu and views[2] (3, 8)",
+    "comm of its own": "comm must be 'gather' or 'ring', got 'tree'",
     "empty": "features must not be empty: no rank has an image",
     "no positive": "no image label equals a text label",
 }
-OWN = {"pairs": "ValueError", "image_weight": "ValueError", "backend": "RuntimeError"}  # arguments wrong by themselves
+# Arguments that are wrong by themselves
+OWN = dict.fromkeys(("pairs", "image_weight", "views", "comm of its own"), "ValueError") | {"backend": "RuntimeError"}
 
 
 @pytest.mark.parametrize("case", REFUSED)

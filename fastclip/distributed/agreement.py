@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastclip.distributed.collectives import all_gather, resolve
 
-__all__ = ["Shards", "check_group", "meet", "reported"]
+__all__ = ["Shards", "check_comm", "check_group", "meet", "reported"]
 
 _FIELDS = ("refused", "images", "texts", "D", "dtype")  # of a rank's row, in front of scalars, options and message
 _SCALARS, _OPTIONS = 2, 12
@@ -51,13 +51,16 @@ def _own(sizes: list[int], rank: int) -> slice:
     return slice(first, first + sizes[rank])
 
 
-def check_group(group: Any, comm: str) -> Any:
+def check_comm(comm: str) -> None:
+    if comm not in ("gather", "ring"):
+        raise ValueError(f"comm must be 'gather' or 'ring', got {comm!r}")
+
+
+def check_group(group: Any) -> Any:
     """The process group, or None. ValueError, TypeError or RuntimeError where it cannot be one.
 
     A one-dimensional `torch.distributed.device_mesh.DeviceMesh` stands for its group.
     """
-    if comm not in ("gather", "ring"):
-        raise ValueError(f"comm must be 'gather' or 'ring', got {comm!r}")
     if group is None:
         return None
     if not (dist.is_available() and dist.is_initialized()):
@@ -151,10 +154,11 @@ def _hash(value: Any) -> int:
 def _table(row: Tensor, group: Any) -> list[list[int]]:
     """The rows of all ranks, on the host."""
     pg = resolve(group.group_name)
-    if dist.get_backend(pg) == "nccl" and row.device.type == "cpu":
-        row = row.cuda()
-    elif dist.get_backend(pg) == "gloo":
+    backend = dist.get_backend(pg)
+    if backend == "gloo":
         row = row.cpu()
+    elif backend == "nccl":
+        row = row.cuda()
     out = row.new_empty(group.size() * len(row))
     all_gather(out, row, group=pg)
     return out.view(group.size(), len(row)).tolist()

@@ -51,12 +51,12 @@ def _gather(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
 def _reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     """(sum(sizes), ...) -> (sizes[rank], ...), summed over the ranks.
 
-    NCCL reduces and scatters in the dtype of x; elsewhere the shards are sent and summed by their owner, in rank order
+    On a GPU NCCL reduces and scatters in the dtype of x; gloo sends the shards, and their owner sums them in rank order
     and fp32.
     """
     pg = resolve(group)
     own = sizes[dist.get_rank(pg)]
-    if dist.get_backend(pg) == "nccl" and x.is_floating_point():
+    if x.device.type != "cpu" and dist.get_backend(pg) != "gloo":
         most = max(sizes)
         shards = [_padded(shard, most) for shard in x.split(list(sizes))]
         out = x.new_empty(most, *x.shape[1:])

@@ -1,7 +1,7 @@
 """The ring form: texts go from rank to rank while the block before them computes; no rank ever holds all of them.
 
 In step k rank r has the texts of rank r - k, and the next ones are on their way; the texts' gradients travel behind
-them, each rank adds its share, and end at their owner. A rank holds two blocks of texts, and of gradients, at a time.
+them, each rank adds its share, and end at their owner. A rank holds a few blocks of texts and gradients, whatever W is.
 Other than in the gather form, where one collective moves them, 16-bit features' gradients travel in fp32: every step
 would round them.
 """
@@ -160,11 +160,12 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     d_scale = torch.zeros_like(scale)
     for owner, block in ring.blocks(text):
         columns = ring.columns(owner)
-        # Images' statistics first: even positions are theirs. Their norms as a copy: a backend may know the original
-        # from the forward pass, whose last block had other texts
-        stats_of_block = [x if k % 2 == 0 else x[columns] if len(x) else x for k, x in enumerate(stats)]
+        # Images' and texts' in turn. The images' norms as a copy: a backend may know the original from the forward,
+        # whose last block had other texts
+        stats_of_block, grads_of_block = (
+            [x[columns] if k % 2 and len(x) else x for k, x in enumerate(of_all)] for of_all in (stats, grads)
+        )
         stats_of_block[6] = stats_of_block[6].clone()
-        grads_of_block = [x if k % 2 == 0 else x[columns] if len(x) else x for k, x in enumerate(grads)]
         of_block = _block_problem(ring, owner, block, problem)
         shares = torch.ops.fastclip.contrastive_bwd(*of_block, stats_of_block, grads_of_block, needs)
         if d_image is not None:
