@@ -7,12 +7,14 @@ python -m benchmarks.scaling --tables   prints the tables of docs/scaling.md
 from __future__ import annotations
 
 import argparse
+import csv
 from pathlib import Path
 from typing import Any
 
 from benchmarks.scaling_model import FORMS, WORKSPACE, Time, gathered, memory, time
 
 FIGURE = Path(__file__).parent.parent / "docs" / "scaling.png"
+ROWS = Path(__file__).parent / "results" / "distributed.csv"
 BATCHES = tuple(2**k for k in (15, 17, 19, 20, 21, 22))
 RANKS = (8, 64, 256, 1024)
 SMALL = 1024  # pairs on a rank, below which the products no longer set the time
@@ -123,6 +125,22 @@ def share_table() -> str:
     return _table(head, [[batch(N), *(cell(model, W, N) for model in MODELS for W in ranks)] for N in BATCHES])
 
 
+def gloo_table(path: Path = ROWS, W: int = 4) -> str:
+    """What was counted and timed on the processes of one machine; of several rows for a case the last."""
+    with path.open(newline="") as file:
+        last = {(row["provider"], row["dtype"]): row for row in csv.DictReader(file) if row["W"] == str(W)}
+    lines = []
+    for name in dict.fromkeys(name for name, _ in last):
+        row, narrow = last[name, "float32"], last[name, "bfloat16"]
+        sent = [f"{int(x[f'{way}_bytes']) / 2**20:.1f}" for x in (row, narrow) for way in ("forward", "backward")]
+        units = f"{float(row['operations_8NND_W']):.2f}"
+        keys = {"peak_mib": 0, "median_ms": 0, "speedup_over_open_clip_local": 2}
+        measured = [f"{float(row[key]):,.{digits}f}" if row[key] else "-" for key, digits in keys.items()]
+        lines.append([f"`{name}`", row["gradient"], *sent, units, *measured])
+    head = ["", "gradient", "MiB forward", "backward", "bf16: forward", "backward"]
+    return _table([*head, "products, 8 N^2 D / W", "peak MiB", "ms", "times as fast"], lines)
+
+
 def tables() -> dict[str, str]:
     return {
         "time": time_table(768),
@@ -131,6 +149,7 @@ def tables() -> dict[str, str]:
         "ratio": ratio_table(768),
         "limit": limit_table(),
         "share": share_table(),
+        "gloo": gloo_table(),
     }
 
 
