@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# One H200, 2026-11-27, torch 2.11, bf16, commit bdd9d24, forward and backward at M = N = 32,768, on the 8 M N D basis.
-# Measured; the rows are to appear in results/cuda.csv. D = 512 is held back by the host (its kernels alone: 640e12).
-RATE = {512: 481e12, 768: 599e12, 1024: 635e12}
-GEMM = 700e12  # a large product: 670 to 740 measured
+# One H200, 2026-11-27, torch 2.11, bf16, forward and backward on the 8 M N D basis. Measured: at N = 32,768 x 512 and
+# 65,536 x 768 (results/cuda.csv), and at 32,768 x 1,024 before a step's GPU operations were halved (docs/kernels.md).
+RATE = {512: 651e12, 768: 730e12, 1024: 635e12}
+GEMM = 734e12  # a large product: 734 to 809 measured in the same runs
 # What the rest of a GPU does: assumed
 MEMORY = 4.0e12  # bytes/s of 4.8e12 on paper
 PROCESSORS, TILE = 132, (128, 192)  # of the CUDA kernels
@@ -111,7 +111,7 @@ def time_gather(W: int, N: int, D: int) -> Time:
         memory,
         launches=max(CALL - products - memory, 0),
         gather=collective(W, texts * BF16),
-        reduce_scatter=collective(W, texts * BF16),
+        reduce_scatter=collective(W, texts * FP32),  # by NCCL; gloo, which is counted, sends the shares as they are
         columns=columns(W, N),
     )
 
@@ -155,7 +155,7 @@ def time(form: str, W: int, N: int, D: int) -> Time:
 
 
 def gathered(N: int, D: int) -> float:
-    """Bytes of all texts, and of their gradient in fp32 and rounded; log-sum-exps, factors, their gradients."""
+    """Bytes of all texts, and of their gradient rounded and in fp32; log-sum-exps, factors, their gradients."""
     return N * (float(D) * (BF16 + FP32 + BF16) + STATISTICS)
 
 

@@ -51,20 +51,20 @@ def _gather(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
 def _reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     """(sum(sizes), ...) -> (sizes[rank], ...), summed over the ranks.
 
-    On a GPU NCCL reduces and scatters in the dtype of x; gloo sends the shards, and their owner sums them in rank order
-    and fp32.
+    NCCL adds on the way, in fp32: in 16 bits it would round at every rank, and of a thousand shares most would be lost.
+    gloo sends the shares, which their owner sums in rank order and fp32.
     """
     pg = resolve(group)
-    own = sizes[dist.get_rank(pg)]
+    own, most = sizes[dist.get_rank(pg)], max(sizes)
+    wide = torch.promote_types(x.dtype, torch.float32)
     if x.device.type != "cpu" and dist.get_backend(pg) != "gloo":
-        most = max(sizes)
-        shards = [_padded(shard, most) for shard in x.split(list(sizes))]
-        out = x.new_empty(most, *x.shape[1:])
-        _reduce_scatter(out, torch.cat(shards) if min(sizes) < most else x.contiguous(), group=pg)
-        return out[:own].clone() if own < most else out
+        if min(sizes) < most:
+            x = torch.cat([_padded(shard, most) for shard in x.split(list(sizes))])
+        out = x.new_empty(most, *x.shape[1:], dtype=wide)
+        _reduce_scatter(out, x.to(wide).contiguous(), group=pg)
+        return out[:own].to(x.dtype, copy=True)
     parts = x.new_empty(len(sizes) * own, *x.shape[1:])
     dist.all_to_all_single(parts, x.contiguous(), [own] * len(sizes), list(sizes), group=pg)
-    wide = torch.promote_types(x.dtype, torch.float32)
     return parts.view(len(sizes), own, *x.shape[1:]).sum(0, dtype=wide).to(x.dtype)
 
 
