@@ -192,10 +192,10 @@ def _budgets(
     elif dtype == torch.float32:
         tf32 = on_gpu and backend == "triton"
         loss, image, text = _LOSS, *[(_TF32_GRADIENT if tf32 else _GRADIENT, FP32_SUMS)] * 2
-    else:  # one rounding, of label smoothing's part another; in sums over ranks of each share, with NCCL of each sum
+    else:  # one rounding, of label smoothing's part another, and one of every share in sums over ranks
         loss, ranks, ring = _LOSS, dist.get_world_size(), form.startswith("ring")
         for_images = 1 + smoothed + (ring and ranks > 1)
-        for_texts = 1 + smoothed + (ranks - 1 if on_gpu and not ring else ranks > 1)
+        for_texts = 1 + smoothed + (ranks > 1)
         image, text = (0.0, for_images * eps / 2), (0.0, for_texts * eps / 2)
         if on_gpu and backend != "reference":
             loss += _TENSOR_CORES * case.scalars[0] * case.image.shape[1]
