@@ -27,10 +27,12 @@ from benchmarks.cases import DTYPES, SIZES, parse_sizes, size_name
 ROOT = Path(__file__).parent.parent
 SECONDS = 570.0  # a part's
 NO_TESTS = 5  # pytest's exit code
-TESTS = {  # each in less than SECONDS; first what everything else rests on
+TESTS = {  # pytest's arguments, each in less than SECONDS; first what everything else rests on
     "tests-tiles": ("tests/test_cuda.py",),
     "tests-kernels": ("tests/test_kernels.py", "tests/test_kernels_sigmoid.py", "tests/test_triton.py"),
-    "tests-gpu": ("tests/test_gpu.py",),
+    "tests-gpu": ("tests/test_gpu.py", "-k", "not large and not sanitizer"),
+    "tests-gpu-large": ("tests/test_gpu.py", "-k", "large"),  # whose truth takes minutes
+    "tests-gpu-sanitizer": ("tests/test_gpu.py", "-k", "sanitizer"),
 }
 CODE = ("fastclip", "triton_kernels", "csrc", "tests")  # what the tests' result depends on
 TRANSIENT = ("not installed", "not available")  # a row with such a status may have figures tomorrow
