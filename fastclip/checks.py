@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastclip import _env
 from fastclip._backends import check_name, pick
 from fastclip.ops import autocast_dtype
 
@@ -81,8 +82,10 @@ def check_reduction(reduction: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_backend(backend: str | None, image: Tensor) -> None:
-    """RuntimeError where an explicit backend cannot serve features like `image`."""
+    """What a backend would raise: RuntimeError where an explicit one cannot serve features like `image`, ValueError for
+    a workspace that is no number."""
     pick(backend, image)
+    _env.workspace_bytes()
 
 
 def scalar(name: str, value: float | Tensor, image: Tensor) -> Tensor:

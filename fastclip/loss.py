@@ -69,9 +69,11 @@ def contrastive_loss(
             unweighted.
         group: a `torch.distributed` process group (``torch.distributed.group.WORLD``) or one-dimensional device mesh.
             The features and labels are this rank's shard of the batch; shards may be of different sizes, or empty, and
-            without labels image i of a rank belongs to its text i. See below for what is returned.
+            without labels image i of a rank belongs to its text i. An empty shard's features require gradients where
+            the others' do. See below for what is returned. Call ``init_process_group`` first: before it WORLD is None,
+            which is this process alone.
         comm: "gather": every rank holds all texts, N x D, and sends one gather and one reduce-scatter of them. "ring":
-            texts pass from rank to rank while the block before computes: a rank holds two shards of them.
+            texts pass from rank to rank while the block before computes: a rank holds a few shards of them.
         equal_shards: promises that all shards are of one size and all options the same, which is else exchanged
             before every call and waited for: for CUDA graphs and ``torch.compile(fullgraph=True)``.
         backend: a name from `fastclip.backends()`; None takes the best that serves these features.
@@ -93,10 +95,11 @@ def contrastive_loss(
         RuntimeError: an explicit backend that cannot serve; a group without torch.distributed.
 
     With ``group`` a rank whose arguments do not fit raises its own error and every other rank a ValueError that tells
-    it; where ranks disagree in D, dtype, scale or options, all raise.
+    it; where ranks disagree in D, dtype, scale or options, all raise. With ``equal_shards`` nobody tells the others,
+    who wait until the group's timeout.
     """
     group = check_group(group)
-    with reported(group, equal_shards):
+    with reported(group, equal_shards, image_features):
         check_comm(comm)
         check_share("image_weight", image_weight)
         check_reduction(reduction, ("mean", "sum", "none"))
@@ -110,7 +113,12 @@ def contrastive_loss(
         exclude_self=exclude_self,
         label_smoothing=label_smoothing,
         group=group,
-        agreed={"function": "contrastive_loss", "image_weight": image_weight, "reduction": reduction, "comm": comm},
+        agreed={
+            "function": "contrastive_loss",
+            "image_weight": float(image_weight),
+            "reduction": reduction,
+            "comm": comm,
+        },
         equal_shards=equal_shards,
         backend=backend,
     )
@@ -177,9 +185,10 @@ def prepare(
 
     agreed: what else the ranks of `group` must have in common.
     """
-    with reported(group, equal_shards):
+    with reported(group, equal_shards, image_features):
         paired = exclude_self or (image_labels is None and text_labels is None)
-        check_features(image_features, text_features, paired=paired, backend=backend, may_be_empty=group is not None)
+        some = group is None or equal_shards  # else a rank may have none
+        check_features(image_features, text_features, paired=paired, backend=backend, may_be_empty=not some)
         check_labels(image_features, text_features, image_labels, text_labels, exclude_self)
         check_share("label_smoothing", label_smoothing)
         scale = scalar("logit_scale", logit_scale, image_features)
@@ -188,7 +197,7 @@ def prepare(
             check_backend(backend, image)
     shards = None
     if group is not None:
-        own = {"normalize": normalize, "exclude_self": exclude_self, "label_smoothing": label_smoothing}
+        own = {"normalize": normalize, "exclude_self": exclude_self, "label_smoothing": float(label_smoothing)}
         own["labels"] = image_labels is not None
         shards = meet(group, image, text, {"logit_scale": scale}, {**agreed, **own}, equal_shards)
     positives = _Positives(None, None, None, *batch_size(image, text, shards))
@@ -206,7 +215,7 @@ def batch_size(image: Tensor, text: Tensor, shards: Shards | None) -> tuple[int,
 def _match(image_labels: Tensor, text_labels: Tensor, exclude_self: bool, shards: Shards | None) -> _Positives:
     if shards is not None:
         image_labels = gather_rows(image_labels.long(), shards.images, shards.group)
-        text_labels = gather_rows(text_labels.long(), shards.texts, shards.group)
+        text_labels = gather_rows(text_labels.long(), shards.texts, shards.group, after=image_labels)
     (image_ids, text_ids), row_count, col_count = match_labels(image_labels, text_labels)
     if exclude_self:
         own = (image_labels == text_labels).long()
@@ -224,7 +233,9 @@ def _match(image_labels: Tensor, text_labels: Tensor, exclude_self: bool, shards
 
 def direction_losses(batch: Batch, stats: Statistics) -> tuple[Tensor, Tensor]:
     """Loss of every image (M,) and of every text (N,)."""
-    row_mean, col_mean = mean_logits(batch) if batch.label_smoothing else (None, None)
+    row_mean = col_mean = None
+    if batch.label_smoothing:
+        row_mean, col_mean, stats = mean_logits(batch, stats)
     eps = batch.label_smoothing
     return (
         direction_loss(
@@ -268,8 +279,11 @@ def direction_loss(
     return torch.where(some, loss, 0.0)
 
 
-def mean_logits(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean of each row (M,) and of each column (N,) of the logits, through the mean features: O((M + N) D)."""
+def mean_logits(batch: Batch, stats: Statistics) -> tuple[Tensor, Tensor, Statistics]:
+    """Mean of each row (M,) and of each column (N,) of the logits, through the mean features: O((M + N) D).
+
+    And the statistics, with shards those to go on with: the ranks' sums come after their exchange.
+    """
     image, text, scale = batch[:3]
     normalize, shards = batch.options["normalize"], batch.shards
     M, N = batch_size(image, text, shards)
@@ -282,13 +296,14 @@ def mean_logits(batch: Batch) -> tuple[Tensor, Tensor]:
         r, c = unit_factor(image), unit_factor(text)
         image_sum, text_sum = r @ image, c @ text
         if shards is not None:
-            image_sum, text_sum = sum_over_ranks(torch.stack([image_sum, text_sum]), shards.group)
+            sums, col_neg = sum_over_ranks(torch.stack([image_sum, text_sum]), stats.col_neg, shards.group)
+            (image_sum, text_sum), stats = sums, stats._replace(col_neg=col_neg)
         image_mean, text_mean = image_sum / M, text_sum / N
         row_mean, col_mean = r * (image @ text_mean), c * (text @ image_mean)
         if batch.options["exclude_self"]:  # the mean of the others
             own = r * c * torch.linalg.vecdot(image, text)
             row_mean, col_mean = ((N * mean - own) / max(N - 1, 1) for mean in (row_mean, col_mean))
-        return scale * row_mean, scale * col_mean
+        return scale * row_mean, scale * col_mean, stats
 
 
 def _softplus(x: Tensor) -> Tensor:

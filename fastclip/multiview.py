@@ -46,7 +46,8 @@ def multiview_loss(
             `contrastive_loss` raises.
         TypeError: views that are not tensors, and what `contrastive_loss` raises.
     """
-    with reported(check_group(options.get("group")), options.get("equal_shards", False)):
+    some = views if isinstance(views, Tensor) else next(iter(views), None)
+    with reported(check_group(options.get("group")), options.get("equal_shards", False), some):
         pairs = _check(views, core, options)
     losses = [
         contrastive_loss(views[i], views[j], logit_scale, image_labels=labels, text_labels=labels, **options)

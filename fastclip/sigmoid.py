@@ -56,10 +56,11 @@ def sigmoid_loss(
         RuntimeError: an explicit backend that cannot serve; a group without torch.distributed.
     """
     group = check_group(group)
-    with reported(group, equal_shards):
+    with reported(group, equal_shards, image_features):
         check_comm(comm)
         check_reduction(reduction, ("mean", "sum"))
-        check_features(image_features, text_features, paired=True, backend=backend, may_be_empty=group is not None)
+        some = group is None or equal_shards  # else a rank may have none
+        check_features(image_features, text_features, paired=True, backend=backend, may_be_empty=not some)
         scale = scalar("logit_scale", logit_scale, image_features)
         bias = scalar("logit_bias", logit_bias, image_features)
         image, text, scale, bias = autocast_features(image_features, text_features, scale, bias)

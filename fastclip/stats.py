@@ -44,9 +44,9 @@ def contrastive_stats(
     """Log-sum-exps, losses and in-batch top-1 of both directions, in one pass over logits that are never stored.
 
     Arguments and errors are those of `contrastive_loss`; with ``group`` the results are those of this rank's images and
-    texts in the whole batch. A tie is a miss: an image whose largest negative comes within
-    2^-20 |logit_scale| |image| max |text| of its largest positive (normalised: 2^-20 |logit_scale|) has no hit, so
-    that a batch with the same text twice, or a collapsed model, scores the same whichever way rounding goes. Rows
+    texts in the whole batch, for which all texts are gathered. A tie is a miss: an image whose largest negative comes
+    within 2^-20 |logit_scale| |image| max |text| of its largest positive (normalised: 2^-20 |logit_scale|) has no hit,
+    so that a batch with the same text twice, or a collapsed model, scores the same whichever way rounding goes. Rows
     without a positive have loss 0 and no hit; rows that are not finite have no hit.
 
     Returns:

@@ -265,21 +265,23 @@ PROMISES: dict[str, list[Promise]] = {
     "Many processes": [
         Promise(
             "the ranks' mean is one process's loss, and so are all gradients, in both forms: equal, unequal and empty shards, labels across ranks, smoothing",
-            (f"{DISTRIBUTED}::test_exact_in_fp64", f"{DISTRIBUTED}::test_loss_and_gradients_accurate"),
+            (f"{DISTRIBUTED}::test_exact_in_fp64", f"{DISTRIBUTED}::test_loss_and_gradients_accurate", f"{DISTRIBUTED}::test_groups", f"{DISTRIBUTED}::test_added_on_the_way"),
             (
                 Break("ranks: a share is not multiplied by the ranks", "fastclip/loss.py", "batch.shards.ranks * total", "total"),
                 Break("ranks: every shard starts at the first text", PARTS + "statistics.py", "offset=shards.own_texts.start, **options)\n    return _own", "offset=0, **options)\n    return _own"),
                 Break("ranks: a column is its owner's rows", PARTS + "statistics.py", "return stats._replace(col_neg=merge_logsumexp(col_neg),", "return stats._replace(col_neg=stats.col_neg[own],"),
                 Break("ranks: texts' gradients are not summed", PARTS + "collectives.py", ".sum(0, dtype=wide)", "[dist.get_rank(pg)]"),
-                Break("ranks: smoothing's means are a rank's own", "fastclip/loss.py", "sum_over_ranks(torch.stack([image_sum, text_sum]), shards.group)", "image_sum, text_sum"),
-                Break("ranks: positives of a rank's own texts only", "fastclip/loss.py", "text_labels = gather_rows(text_labels.long(), shards.texts, shards.group)", "text_labels = gather_rows(image_labels[shards.own_images] + 1, shards.images, shards.group)"),
+                Break("ranks: smoothing's means are a rank's own", "fastclip/loss.py", "(image_sum, text_sum), stats = sums, stats._replace(col_neg=col_neg)", "stats = stats._replace(col_neg=col_neg)"),
+                Break("ranks: positives of a rank's own texts only", "fastclip/loss.py", "text_labels = gather_rows(text_labels.long(), shards.texts, shards.group, after=image_labels)", "text_labels = gather_rows(image_labels[shards.own_images] + 1, shards.images, shards.group)"),
+                Break("ranks: a group's ranks are the world's", PARTS + "ring.py", "received, group=self.group, group_peer=", "received, group=self.group, peer="),
+                Break("ranks: NCCL's padding stays", PARTS + "collectives.py", "return out[:own].to(x.dtype, copy=True)", "return out[most - own :].to(x.dtype, copy=True)"),
                 Break("ranks: padding stays", PARTS + "collectives.py", "torch.cat([shard[:size] for", "torch.cat([shard[-size:] for"),
             ),
         ),
         Promise(
             "DDP's mean of the gradients trains as one process, encoders and logit_scale alike",
             (f"{DISTRIBUTED}::test_training_with_ddp_is_the_single_process",),
-            (Break("ranks: what travelled back is halved", PARTS + "collectives.py", "(d.contiguous(), ctx.sizes, ctx.group), None, None", "(d.contiguous() / 2, ctx.sizes, ctx.group), None, None"),),
+            (Break("ranks: what travelled back is halved", PARTS + "collectives.py", "adjoint)(d.contiguous(), ctx.sizes", "adjoint)(d.contiguous() / 2, ctx.sizes"),),
         ),
         Promise(
             "the ring holds a few shards of texts and gradients, and ranks that fall behind change no bit",
@@ -290,6 +292,7 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("ranks: sums are read before they are here", PARTS + "ring.py", "        for work in self.works:\n            work.wait()\n        self.works", "        self.works"),
             ),
         ),
+        Promise("compiled ranks call their collectives in the uncompiled order, whatever their number of graphs", (f"{DISTRIBUTED}::test_compiled_order",), (Break("ranks: nothing orders the sums", "fastclip/loss.py", "sums, col_neg = sum_over_ranks(torch.stack([image_sum, text_sum]), stats.col_neg, shards.group)", "sums, col_neg = sum_over_ranks(torch.stack([image_sum, text_sum]), image_sum, shards.group)[0], stats.col_neg"), Break("ranks: a graph for each of a rank's places", "fastclip/ops/contrastive.py", "Tensor? text_labels, SymInt offset", "Tensor? text_labels, int offset"))),
         Promise("a rank multiplies its share, 8 M N D / W operations", (f"{DISTRIBUTED}::test_a_rank_multiplies_its_share",), (Break("ranks: a block is computed twice", PARTS + "ring.py", "        of_block = _block_problem(ring, owner, block, problem)\n        found", "        of_block = _block_problem(ring, owner, block, problem)\n        torch.ops.fastclip.contrastive_fwd(*of_block)\n        found"),)),
         Promise(
             "ranks that disagree, or whose arguments are wrong, are an error on every rank within seconds; so is a rank that dies",

@@ -29,7 +29,7 @@ from promises import counted_products, pairs
 from torch import Tensor
 
 import fastclip
-from fastclip.distributed import ring
+from fastclip.distributed import collectives, ring
 
 try:
     import open_clip.loss as open_clip_loss  # before the fork: it takes seconds
@@ -227,17 +227,60 @@ class Rank:
             found.append([*plain, *self.compiled_once(batch, comm, True), *self.compiled_once(batch, comm, False)])
         return found
 
-    def compiled_once(self, batch: Batch, comm: str, whole: bool) -> list[Tensor]:
+    def compiled_once(self, batch: Batch, comm: str, whole: bool, backend: str = "aot_eager") -> list[Tensor]:
         """In one graph with equal_shards=True; without it a graph before the exchange and one after."""
         names = ("contrastive_loss", "sigmoid_loss")
         real = [getattr(fastclip, name) for name in names]
         try:
             for name, function in zip(names, real):
-                setattr(fastclip, name, torch.compile(function, fullgraph=whole, backend="aot_eager"))
+                setattr(fastclip, name, torch.compile(function, fullgraph=whole, backend=backend))
             return sharded(batch, self.group, comm=comm, equal_shards=whole)
         finally:
             for name, function in zip(names, real):
                 setattr(fastclip, name, function)
+
+    def compiled_order(self) -> list[Any]:
+        """The collectives of a step as they are written and as inductor orders them; graphs for four sizes."""
+        called: list[str] = []
+
+        def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **options: (called.append(f"{name} {args[0].dtype}"), real(*args, **options))[1]
+
+        batch, orders = self.batch("equal", "labels smoothed"), []
+        torch._dynamo.reset()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collectives, "all_gather", watched("all_gather", collectives.all_gather))
+            for name in ("all_to_all_single", "all_reduce"):
+                patch.setattr(dist, name, watched(name, getattr(dist, name)))
+            sharded(batch, self.group, equal_shards=True)
+            orders.append(list(called))
+            called.clear()
+            self.compiled_once(batch, "gather", True, "inductor")
+            orders.append(list(called))
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(fastclip.contrastive_loss, fullgraph=True, backend="eager")
+        for size in (6, 8, 10, 12):
+            image, text = torch.randn(2, size, 8).unbind(0)
+            compiled(image, text, SCALE, group=self.group, equal_shards=True, label_smoothing=0.1)
+        return [*orders, torch._dynamo.utils.counters["stats"]["unique_graphs"]]
+
+    def added_on_the_way(self) -> list[list[Tensor]]:
+        """Pairs: texts' gradients as gloo's are summed, and as NCCL sums them."""
+        found = []
+        for shards, dtype in (("unequal", "float32"), ("equal", "float32"), ("unequal", "bfloat16")):
+            batch = self.batch(shards, "labels", dtype)
+            plain = sharded(batch, self.group)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(collectives, "_adds_on_the_way", lambda pg, x: True)
+                found.append([plain[2], sharded(batch, self.group)[2]])
+        return found
+
+    def empty_batches(self) -> list[str]:
+        """Where equal shards are promised nobody else can have a row."""
+        nothing = torch.randn(2, 0, 8).unbind(0)
+        losses = [(fastclip.contrastive_loss, ()), (fastclip.sigmoid_loss, (0.0,))]
+        return [refused(f, *nothing, SCALE, *bias, group=self.group, equal_shards=True) for f, bias in losses]
 
     def autocast(self) -> list[Tensor]:
         batch = self.batch("equal", "plain")
@@ -300,13 +343,17 @@ class Rank:
             "pairs": ((x, y[:3] if odd else y, 5.0), {}),
             "image_weight": ((x, y, 5.0), {"image_weight": 2.0 if odd else 0.5}),
             "backend": ((x, y, 5.0), {"backend": "cuda" if odd else None}),
+            "workspace": ((x, y, 5.0), {}),
             "empty": ((x[:0], y[:0], 5.0), {}),
             "no positive": ((x, y, 5.0), {**labels, "text_labels": torch.arange(4) + 10}),
         }
         found = {}
         for name, (args, options) in cases.items():
             start = time.monotonic()
-            error = refused(fastclip.contrastive_loss, *args, group=self.group, **options)
+            with pytest.MonkeyPatch.context() as patch:
+                if name == "workspace" and odd:
+                    patch.setenv("FASTCLIP_WORKSPACE_MB", "lots")
+                error = refused(fastclip.contrastive_loss, *args, group=self.group, **options)
             found[name] = error, time.monotonic() - start
         views = x, y, x[:3] if odd else x
         found["views"] = refused(fastclip.multiview_loss, views, 5.0, group=self.group), 0.0
@@ -323,15 +370,26 @@ class Rank:
         )
         return found
 
-    def groups(self) -> list[str]:
+    def groups(self) -> list[Any]:
         """Part of the ranks; a mesh; what is no group."""
+        others = dist.new_group(list(range(1, self.W)))  # whose ranks are not the world's
+        part = [None, None]
+        if self.rank:
+            batch = Batch("unequal", "labels", "float64", self.W - 1, self.rank - 1)
+            part = [sharded(batch, others, comm=comm) for comm in COMMS]
         alone = dist.new_group([0])
         batch = self.batch("equal", "plain")
         of_one = sharded(Batch("equal", "plain", "float32", 1), alone)[0] if self.rank == 0 else None
         told = str(float(of_one)) if of_one is not None else refused(sharded, batch, alone)
         mesh = dist.device_mesh.init_device_mesh("cpu", (self.W,))
         same = torch.equal(sharded(batch, mesh)[0], sharded(batch, self.group)[0])
-        return [told, str(same), refused(sharded, batch, "world"), refused(sharded, batch, self.group, comm="tree")]
+        return [
+            part,
+            told,
+            str(same),
+            refused(sharded, batch, "world"),
+            refused(sharded, batch, self.group, comm="tree"),
+        ]
 
 
 class Alive:
@@ -385,7 +443,7 @@ def samples(step: int, W: int) -> Tensor:
 
 CASES = [name for name in vars(Rank) if not name.startswith("_") and name not in ("batch", "compiled_once")]
 # Compiling takes seconds; with one rank nothing travels, and nobody disagrees
-WORLDS = {"compiled": [2], "refusals": [2, 3, 4], "delays": [2, 3, 4], "groups": [2, 3, 4]}
+WORLDS = {"compiled": [2], "compiled_order": [2], "refusals": [2, 3, 4], "delays": [2, 3, 4], "groups": [2, 3, 4]}
 FAULT_SECONDS = 2.0  # the group's timeout where a rank ends or stops
 
 

@@ -140,7 +140,8 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # kernels, a
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
     """Every kernel of this package starts here.
 
-    Triton's own way from arguments to a compiled kernel costs more than the launch: once for each kind of arguments.
+    Triton's own way from arguments to a compiled kernel costs more than the launch: once for each kind of arguments,
+    and its hooks before a run are called then only.
     """
     if interpreting() or torch.version.hip:  # on AMD the kind includes how far a tensor's memory reaches
         kernel[(grid,)](*args, **options)

@@ -80,7 +80,7 @@ def check_group(group: Any) -> Any:
 
 
 @contextmanager
-def reported(group: Any, equal_shards: bool) -> Iterator[None]:
+def reported(group: Any, equal_shards: bool, features: Any) -> Iterator[None]:
     """Checks of this rank's arguments: their errors reach the other ranks, which wait for it in `meet`."""
     try:
         yield
@@ -90,7 +90,7 @@ def reported(group: Any, equal_shards: bool) -> Iterator[None]:
             row[0] = 1
             text = f"{type(error).__name__}: {error}".encode()[: 8 * _MESSAGE].ljust(8 * _MESSAGE, b"\0")
             row[-_MESSAGE:] = [int.from_bytes(text[k : k + 8], "little", signed=True) for k in range(0, len(text), 8)]
-            _table(torch.tensor(row), group)
+            _table(torch.tensor(row), group, features)
         raise
 
 
@@ -111,7 +111,8 @@ def meet(
         shards = Shards(group.group_name, rank, [image.shape[0]] * ranks, [text.shape[0]] * ranks)
     else:
         # Which tensors have gradients decides which collectives the backward pass has
-        gradients = tuple(torch.is_grad_enabled() and x.requires_grad for x in (image, text, *scalars.values()))
+        inputs = {"image_features": image, "text_features": text, **scalars}
+        gradients = {name: torch.is_grad_enabled() and x.requires_grad for name, x in inputs.items()}
         shards = _meet(group, image, text, dict(scalars), {**options, "requires_grad": gradients})
     return shards
 
@@ -125,7 +126,7 @@ def _meet(group: Any, image: Tensor, text: Tensor, scalars: dict[str, Tensor], o
     row = row.to(image.device)
     if bits:
         row[len(fields) : len(fields) + len(bits)] = torch.cat(bits)
-    table = _table(row, group)
+    table = _table(row, group, image)
     _check_refusals(table, group.rank())
     where = {name: len(_FIELDS) + _SCALARS + k for k, name in enumerate(options)}
     where |= {"features' D": 3, "features' dtype": 4}
@@ -133,7 +134,7 @@ def _meet(group: Any, image: Tensor, text: Tensor, scalars: dict[str, Tensor], o
     shown = {
         "features' D": str,
         "features' dtype": lambda code: str(_DTYPES[code]).removeprefix("torch."),
-        **{name: lambda code: f"{torch.tensor(code).view(torch.float64).item():.9g}" for name in scalars},
+        **{name: lambda code: repr(torch.tensor(code).view(torch.float64).item()) for name in scalars},
     }
     for name, k in where.items():
         _check_same(name, [line[k] for line in table], shown.get(name), options.get(name), group.rank())
@@ -151,17 +152,38 @@ def _hash(value: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little", signed=True)
 
 
-def _table(row: Tensor, group: Any) -> list[list[int]]:
-    """The rows of all ranks, on the host."""
-    pg = resolve(group.group_name)
-    backend = dist.get_backend(pg)
-    if backend == "gloo":
-        row = row.cpu()
-    elif backend == "nccl":
-        row = row.cuda()
-    out = row.new_empty(group.size() * len(row))
+torch.library.define(
+    "fastclip::table_of_ranks",
+    "(Tensor row, Tensor? features, str group) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("fastclip::table_of_ranks", "default")
+def _table_of_ranks(row: Tensor, features: Tensor | None, group: str) -> Tensor:
+    """Rows (size,) of all ranks (ranks, size), on the CPU. They travel on the kind of device that the group decides,
+    not a rank's features, which may be the wrong ones; on their very device where that is of this kind."""
+    pg = resolve(group)
+    c10d: Any = dist.distributed_c10d
+    device = torch.device(c10d._get_object_coll_device(pg))
+    if features is not None and features.device.type == device.type:
+        device = features.device
+    row = row.to(device)
+    out = row.new_empty(dist.get_world_size(pg) * len(row))
     all_gather(out, row, group=pg)
-    return out.view(group.size(), len(row)).tolist()
+    return out.view(-1, len(row)).to("cpu", copy=True)
+
+
+@torch.library.register_fake("fastclip::table_of_ranks")
+def _(row: Tensor, features: Tensor | None, group: str) -> Tensor:
+    return row.new_empty(dist.get_world_size(resolve(group)), row.shape[0], device="cpu")
+
+
+def _table(row: Tensor, group: Any, features: Any) -> list[list[int]]:
+    """The rows of all ranks."""
+    features = features if isinstance(features, Tensor) else None
+    table: list[list[int]] = torch.ops.fastclip.table_of_ranks(row, features, group.group_name).tolist()
+    return table
 
 
 def _check_refusals(table: list[list[int]], rank: int) -> None:

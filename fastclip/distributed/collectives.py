@@ -2,6 +2,9 @@
 
 `sizes` are the rows of every rank. Each op's backward is the adjoint collective: what a rank computes is differentiated
 by the sum of all ranks' losses.
+
+Ranks whose collectives come in another order hang. A compiler may move what does not depend on each other, on one rank
+and not on the next: so whatever comes first is an input, `after`, of what comes next, forward and backward.
 """
 
 from __future__ import annotations
@@ -27,7 +30,11 @@ def resolve(group: str) -> Any:
 
 def _named(*names: str) -> Callable[..., Any]:
     """The first that torch has: newer ones have other names, and warn of the old."""
-    return next((getattr(dist, name) for name in names if hasattr(dist, name)), lambda *_, **__: None)
+
+    def none(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"this torch.distributed has none of {', '.join(names)}")
+
+    return next((getattr(dist, name) for name in names if hasattr(dist, name)), none)
 
 
 all_gather = _named("all_gather_single", "all_gather_into_tensor")
@@ -38,7 +45,7 @@ def _padded(x: Tensor, rows: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, rows - len(x))) if len(x) < rows else x.contiguous()
 
 
-def _gather(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+def _gather(x: Tensor, sizes: Sequence[int], group: str, after: Tensor | None = None) -> Tensor:
     """(sizes[rank], ...) -> (sum(sizes), ...); what is sent is padded to the largest shard."""
     most = max(sizes)
     out = x.new_empty(len(sizes) * most, *x.shape[1:])
@@ -46,6 +53,10 @@ def _gather(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     if min(sizes) == most:
         return out
     return torch.cat([shard[:size] for shard, size in zip(out.split(most) if most else [], sizes)])
+
+
+def _adds_on_the_way(pg: Any, x: Tensor) -> bool:
+    return x.device.type != "cpu" and dist.get_backend(pg) != "gloo"
 
 
 def _reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
@@ -57,7 +68,7 @@ def _reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     pg = resolve(group)
     own, most = sizes[dist.get_rank(pg)], max(sizes)
     wide = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type != "cpu" and dist.get_backend(pg) != "gloo":
+    if _adds_on_the_way(pg, x):
         if min(sizes) < most:
             x = torch.cat([_padded(shard, most) for shard in x.split(list(sizes))])
         out = x.new_empty(most, *x.shape[1:], dtype=wide)
@@ -86,35 +97,42 @@ def _give_back(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     return out.T.contiguous()
 
 
-def _all_reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+def _all_reduce(x: Tensor, after: Tensor, group: str) -> tuple[Tensor, Tensor]:
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=resolve(group))
-    return out
+    return out, after.clone(memory_format=torch.contiguous_format)
 
 
 def _own_size(sizes: Sequence[int], group: str) -> int:
     return sizes[dist.get_rank(resolve(group))]
 
 
-_Collective = Callable[[Tensor, Sequence[int], str], Tensor]
+_Collective = Callable[..., Tensor]
 
 
-def _define(name: str, adjoint: str, run: _Collective, fake: _Collective) -> None:
+def _define(name: str, adjoint: str, run: _Collective, fake: _Collective, more: str = "") -> None:
     op = f"fastclip::{name}"
-    torch.library.define(op, "(Tensor x, SymInt[] sizes, str group) -> Tensor", tags=_TAGS)
+    torch.library.define(op, f"(Tensor x, SymInt[] sizes, str group{more}) -> Tensor", tags=_TAGS)
     torch.library.impl(op, "default", run)
     torch.library.register_fake(op, fake)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.sizes, ctx.group = inputs
+        _, ctx.sizes, ctx.group, *ctx.more = inputs
 
     def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
-        return getattr(torch.ops.fastclip, adjoint)(d.contiguous(), ctx.sizes, ctx.group), None, None
+        d_x = getattr(torch.ops.fastclip, adjoint)(d.contiguous(), ctx.sizes, ctx.group)
+        return d_x, None, None, *[None] * len(ctx.more)
 
     torch.library.register_autograd(op, backward, setup_context=save)
 
 
-_define("gather_rows", "reduce_rows", _gather, lambda x, sizes, group: x.new_empty(sum(sizes), *x.shape[1:]))
+_define(
+    "gather_rows",
+    "reduce_rows",
+    _gather,
+    lambda x, sizes, group, after=None: x.new_empty(sum(sizes), *x.shape[1:]),
+    ", Tensor? after=None",
+)
 _define(
     "reduce_rows",
     "gather_rows",
@@ -133,12 +151,28 @@ _define(
     _give_back,
     lambda x, sizes, group: x.new_empty(x.shape[1], sum(sizes)),
 )
-_define("sum_over_ranks", "sum_over_ranks", _all_reduce, lambda x, sizes, group: torch.empty_like(x).contiguous())
+torch.library.define("fastclip::sum_over_ranks", "(Tensor x, Tensor after, str group) -> (Tensor, Tensor)", tags=_TAGS)
+torch.library.impl("fastclip::sum_over_ranks", "default", _all_reduce)
+torch.library.register_fake(
+    "fastclip::sum_over_ranks", lambda x, after, group: (x.new_empty(x.shape), after.new_empty(after.shape))
+)
 
 
-def gather_rows(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+def _save_group(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.group = inputs[-1]
+
+
+def _sum_backward(ctx: Any, d: Tensor, d_after: Tensor) -> tuple[Any, ...]:
+    """`after` came first, so its gradient goes on when this one is there."""
+    return *torch.ops.fastclip.sum_over_ranks(d, d_after, ctx.group), None
+
+
+torch.library.register_autograd("fastclip::sum_over_ranks", _sum_backward, setup_context=_save_group)
+
+
+def gather_rows(x: Tensor, sizes: Sequence[int], group: str, after: Tensor | None = None) -> Tensor:
     """Rows (sizes[rank], ...) of every rank, in order: (sum(sizes), ...). The gradient is summed over the ranks."""
-    return torch.ops.fastclip.gather_rows(x, sizes, group)
+    return torch.ops.fastclip.gather_rows(x, sizes, group, after)
 
 
 def exchange_columns(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
@@ -146,6 +180,7 @@ def exchange_columns(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     return torch.ops.fastclip.exchange_columns(x, sizes, group)
 
 
-def sum_over_ranks(x: Tensor, group: str) -> Tensor:
-    """The sum on every rank. Its gradient is the sum of all ranks' gradients."""
-    return torch.ops.fastclip.sum_over_ranks(x, [], group)
+def sum_over_ranks(x: Tensor, after: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """The sum on every rank, whose gradient is the sum of all ranks' gradients; and `after`, to go on with."""
+    out: tuple[Tensor, Tensor] = torch.ops.fastclip.sum_over_ranks(x, after, group)
+    return out

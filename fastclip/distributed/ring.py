@@ -1,9 +1,8 @@
 """The ring form: texts go from rank to rank while the block before them computes; no rank ever holds all of them.
 
 In step k rank r has the texts of rank r - k, and the next ones are on their way; the texts' gradients travel behind
-them, each rank adds its share, and end at their owner. A rank holds a few blocks of texts and gradients, whatever W is.
-Other than in the gather form, where one collective moves them, 16-bit features' gradients travel in fp32: every step
-would round them.
+them, each rank adds its share, and end at their owner, in fp32 where features are of 16 bits: every step would round
+them. A rank holds a few blocks of texts and gradients, whatever W is.
 """
 
 from __future__ import annotations
@@ -29,6 +28,11 @@ class Ring:
         self.sizes, self.group = list(sizes), resolve(group)
         self.rank, self.ranks = dist.get_rank(self.group), len(sizes)
         self.first = [sum(self.sizes[:k]) for k in range(self.ranks)]
+
+    def open(self, text: Tensor) -> None:
+        """NCCL's first call in a group must be of all its ranks: those without texts exchange nothing."""
+        if min(self.sizes) == 0:
+            dist.all_reduce(text.new_zeros(1, dtype=torch.float32), group=self.group)
 
     def owner(self, step: int) -> int:
         """Whose texts are here in a step."""
@@ -123,10 +127,12 @@ def _fwd(*args: Any) -> tuple[Tensor, ...]:
     """As `fastclip::contrastive_fwd` of this rank's images and the texts of all ranks."""
     *problem, sizes, group = args
     ring = Ring(sizes, group)
+    ring.open(args[1])
     found: list[Any] = [None] * ring.ranks
     for owner, block in ring.blocks(args[1]):
         of_block = _block_problem(ring, owner, block, problem)
         found[owner] = Statistics(*torch.ops.fastclip.contrastive_fwd(*of_block))
+        del block, of_block  # not kept while the next is worked on
 
     def rows(name: str) -> Tensor:
         return torch.stack([getattr(stats, name) for stats in found])
@@ -174,6 +180,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
             sums.add(shares[1].to(wide))
         if needs[2]:
             d_scale += shares[2]
+        del block, of_block, shares
     nothing = image.new_empty(0)
     return (
         nothing if d_image is None else d_image.to(image.dtype),
@@ -246,6 +253,7 @@ def _sigmoid_fwd(*args: Any) -> tuple[Tensor, ...]:
     """As `fastclip::sigmoid_fwd` of this rank's images and the texts of all ranks; d_text (N, D) of its own texts."""
     image, text, scale, bias, divisor, normalize, backend, sizes, group, needs = args
     ring = Ring(sizes, group)
+    ring.open(text)
     sums = Sums(ring)
     totals: list[Tensor] = []
     for owner, block in ring.blocks(text):
@@ -256,6 +264,7 @@ def _sigmoid_fwd(*args: Any) -> tuple[Tensor, ...]:
             sums.add(d_text)
         others = [loss, d_image, d_scale, d_bias]
         totals = [total + share for total, share in zip(totals, others)] if totals else others
+        del block, shares, d_image, d_text, others
     loss, d_image, d_scale, d_bias = totals
     kept = reference.saved_dtype(image)
     d_text = sums.own().to(kept) if needs[1] else image

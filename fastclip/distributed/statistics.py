@@ -32,7 +32,7 @@ def sharded_statistics(
     if comm == "ring":
         stats = ring_statistics(image, text, scale, ids, sizes=shards.texts, group=shards.group, **options)
     else:
-        texts = gather_rows(text, shards.texts, shards.group)
+        texts = gather_rows(text, shards.texts, shards.group, after=None if ids is None else ids[1])
         stats = contrastive_statistics(image, texts, scale, ids, offset=shards.own_texts.start, **options)
     return _own_columns(stats, shards)
 
@@ -41,7 +41,7 @@ def sharded_maxima(
     image: Tensor, text: Tensor, scale: Tensor, ids: _Ids, shards: Shards, **options: Any
 ) -> tuple[Statistics, TopLogits]:
     """The same statistics and the largest logits with them, without gradient."""
-    texts = gather_rows(text, shards.texts, shards.group)
+    texts = gather_rows(text, shards.texts, shards.group, after=None if ids is None else ids[1])
     stats, top = contrastive_maxima(image, texts, scale, ids, offset=shards.own_texts.start, **options)
     columns = exchange_columns(torch.stack([top.col_neg, top.col_pos]), shards.texts, shards.group)
     col_neg, col_pos = columns.amax(0)

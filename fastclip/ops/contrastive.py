@@ -20,7 +20,7 @@ from fastclip.ops.second import check_second_derivatives, vector_jacobian
 __all__ = ["Statistics", "TopLogits", "contrastive_maxima", "contrastive_statistics", "merge_logsumexp"]
 
 _PROBLEM = (
-    "Tensor image, Tensor text, Tensor scale, Tensor? image_labels, Tensor? text_labels, int offset, "
+    "Tensor image, Tensor text, Tensor scale, Tensor? image_labels, Tensor? text_labels, SymInt offset, "
     "bool exclude_self, bool normalize, str? backend"
 )
 

@@ -19,8 +19,8 @@ from fastclip.ops.second import check_second_derivatives, vector_jacobian
 __all__ = ["sigmoid_pairs"]
 
 _PROBLEM = (
-    "Tensor image, Tensor text, Tensor scale, Tensor bias, SymInt divisor, int offset, bool normalize, str? backend, "
-    "bool[] needs"
+    "Tensor image, Tensor text, Tensor scale, Tensor bias, SymInt divisor, SymInt offset, bool normalize, "
+    "str? backend, bool[] needs"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 torch.library.define("fastclip::sigmoid_fwd", f"({_PROBLEM}) -> ({', '.join(['Tensor'] * 5)})", tags=_TAGS)
