@@ -415,6 +415,20 @@ PROMISES: dict[str, list[Promise]] = {
         Promise("a locked tower stays as it is, BatchNorm included", (f"{MODELS}::test_locked_tower_stays_as_it_is",), (Break("encoder: locked statistics move", "fastclip/models/dual_encoder.py", "        for name in self._locked:\n            self.get_submodule(name).eval()\n        return self", "        return self"),)),
         Promise("gradient checkpointing keeps less and changes no gradient", (f"{MODELS}::test_checkpointed_gradients_are_the_same",), (Break("encoder: one tower only", "fastclip/models/dual_encoder.py", "for tower in (self.visual, self.text):", "for tower in (self.text,):"),)),
     ],
+    "Training": [
+        Promise(
+            "the cached step has the one-shot step's gradients, temperature included; dropout, autocast and buffers as in one pass",
+            ("test_cached_step.py::test_gradients_are_the_one_shot_steps", "test_cached_step.py::test_dropout_is_replayed", "test_cached_step.py::test_autocast", "test_cached_step.py::test_batch_norm_is_a_micro_batchs_and_its_statistics_move_once"),
+            (
+                Break("cached: the temperature counts in every micro-batch", "fastclip/training/cached.py", "[x.grad for x in rest if last]", "[x.grad for x in rest]"),
+                Break("cached: other masks in the second pass", "fastclip/training/cached.py", "            torch.set_rng_state(cpu_state)\n", ""),
+                Break("cached: autocast's weights without gradient", "fastclip/training/cached.py", "    torch.clear_autocast_cache()\n", ""),
+                Break("cached: statistics move twice", "fastclip/training/cached.py", "            x.copy_(kept)", "            pass"),
+            ),
+        ),
+        Promise("it keeps one micro-batch's graph at a time", ("test_cached_step.py::test_one_graph_at_a_time",), (Break("cached: the first pass has graphs", "fastclip/training/cached.py", "with torch.no_grad(), _no_exchange(modules):", "with _no_exchange(modules):"),)),
+        Promise("DDP exchanges gradients once a step, whatever each rank's micro-batches are", ("test_cached_step.py::test_ddp_exchanges_once",), (Break("cached: every micro-batch is exchanged", "fastclip/training/cached.py", "with nullcontext() if last else _no_exchange(modules):", "with nullcontext():"),)),
+    ],
 }
 # fmt: on
 

@@ -1,0 +1,149 @@
+"""Gradient caching: a step over a batch whose activations do not fit, with the one-shot step's gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+__all__ = ["cached_step"]
+
+_Forward = Callable[..., Sequence[Tensor]]
+
+
+def cached_step(
+    forward: _Forward,
+    micro_batches: Iterable[Sequence[Any]],
+    loss: Callable[..., Tensor],
+    *,
+    modules: Sequence[nn.Module] | None = None,
+    keep_on: torch.device | str | None = None,
+    grad_scaler: Any = None,
+) -> Tensor:
+    """Gradients of one loss over many micro-batches, with the activations of one (GradCache, Gao et al. 2021).
+
+    All micro-batches are embedded without a graph; the loss of all features together is differentiated once, as far as
+    the features; then every micro-batch is embedded again, with the random numbers of the first time, and
+    back-propagated from its features' gradients. Gradients are added to ``.grad`` as by ``loss.backward()``; the caller
+    zeroes, clips and steps. They are those of one pass over the whole batch, temperature included; two forward passes
+    are their price.
+
+        loss = cached_step(model, zip(images.split(64), ids.split(64)), lambda i, t, s: contrastive_loss(i, t, s))
+
+    Args:
+        forward: called as ``forward(*micro_batch)``, a model or a function. Returns the features first, each (size, D)
+            of this micro-batch, two or more; then what the loss takes besides and is the same for every micro-batch,
+            tensors (): the scale, already exponentiated, a bias. `DualEncoder` and open_clip's models are such.
+        micro_batches: the arguments of each call; their sizes may differ.
+        loss: called once, as ``loss(*all features, *the rest)``, features (N, D) in the order of the micro-batches.
+            Returns a tensor (). With ``group=`` it is the loss over all ranks.
+        modules: what `forward` runs; needed where it is a function around DistributedDataParallel or FSDP, whose
+            gradients are exchanged in the last micro-batch only, or around a model with buffers that a pass changes.
+            Default: `forward`, where it is a module.
+        keep_on: the device where features wait and the loss is computed; default: where they are.
+        grad_scaler: a ``torch.amp.GradScaler`` whose scale the gradients get.
+
+    Returns:
+        The loss, detached, not scaled.
+
+    Raises:
+        ValueError: no micro-batches, or `forward` or `loss` returns something else.
+
+    Dropout and drop path are the same in both passes: the states of torch's generators, of the CPU and of the GPUs that
+    the arguments are on, are replayed; those of Python and numpy are not. Buffers are changed once. BatchNorm
+    normalises with the statistics of a micro-batch, as in gradient accumulation: there, and only there, the gradients
+    are not those of one pass over the whole batch. Under `torch.autocast` both passes are.
+    """
+    batches = [tuple(batch) for batch in micro_batches]
+    if not batches:
+        raise ValueError("cached_step needs at least one micro-batch")
+    if modules is None:
+        modules = [forward] if isinstance(forward, nn.Module) else []
+
+    states, found = [], []
+    with torch.no_grad(), _no_exchange(modules):
+        for batch in batches:
+            states.append((torch.get_rng_state(), *get_device_states(*batch)))
+            found.append(_checked(forward(*batch)))
+    # autocast keeps the weights it has cast, and these know no gradient
+    torch.clear_autocast_cache()
+
+    count = sum(x.dim() == 2 for x in found[0])
+    device = found[0][0].device if keep_on is None else torch.device(keep_on)
+    features = [torch.cat([outputs[k].to(device) for outputs in found]).requires_grad_() for k in range(count)]
+    rest = [x.detach().to(device).requires_grad_(x.is_floating_point()) for x in found[0][count:]]
+    sizes = [len(outputs[0]) for outputs in found]
+    del found
+    value = loss(*features, *rest)
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        raise ValueError(f"loss must return a tensor (), got {_told(value)}")
+    (value if grad_scaler is None else grad_scaler.scale(value)).backward()
+
+    gradients = [None if x.grad is None else x.grad.split(sizes) for x in features]
+    with _kept_buffers(modules):
+        for k, batch in enumerate(batches):
+            last = k == len(batches) - 1
+            cpu_state, *device_states = states[k]
+            torch.set_rng_state(cpu_state)
+            set_device_states(*device_states)
+            with nullcontext() if last else _no_exchange(modules):
+                outputs = _checked(forward(*batch))
+                upstream = [None if d is None else d[k] for d in gradients] + [x.grad for x in rest if last]
+                pairs = [(x, d) for x, d in zip(outputs, upstream) if x.requires_grad and d is not None]
+                if pairs:
+                    torch.autograd.backward([x for x, _ in pairs], [d.to(x.device) for x, d in pairs])
+    return value.detach()
+
+
+def _checked(outputs: Any) -> tuple[Tensor, ...]:
+    """Features, and what comes after them."""
+    if isinstance(outputs, (tuple, list)) and all(isinstance(x, Tensor) for x in outputs):
+        dims = [x.dim() for x in outputs]
+        count = dims.count(2)
+        if count >= 2 and dims == [2] * count + [0] * (len(dims) - count):
+            return tuple(outputs)
+    raise ValueError(f"forward must return features (size, D), two or more, and then tensors (), got {_told(outputs)}")
+
+
+def _told(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"a tensor {tuple(x.shape)}"
+    return f"({', '.join(map(_told, x))})" if isinstance(x, (tuple, list)) else type(x).__name__
+
+
+@contextmanager
+def _no_exchange(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """DistributedDataParallel and FSDP leave gradients where they are."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_left_alone(module))
+        yield
+
+
+@contextmanager
+def _left_alone(module: nn.Module) -> Iterator[None]:
+    no_sync = getattr(module, "no_sync", None)  # DistributedDataParallel, FSDP
+    switch = getattr(module, "set_requires_gradient_sync", None)  # FSDP2
+    if switch is not None:
+        switch(False)
+    try:
+        with nullcontext() if no_sync is None else no_sync():
+            yield
+    finally:
+        if switch is not None:
+            switch(True)
+
+
+@contextmanager
+def _kept_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """What a second pass does to buffers, BatchNorm's running statistics, is undone."""
+    buffers = [x for module in modules for x in module.buffers()]
+    before = [x.clone() for x in buffers]
+    yield
+    with torch.no_grad():
+        for x, kept in zip(buffers, before):
+            x.copy_(kept)
