@@ -233,17 +233,15 @@ def _match(image_labels: Tensor, text_labels: Tensor, exclude_self: bool, shards
 
 def direction_losses(batch: Batch, stats: Statistics) -> tuple[Tensor, Tensor]:
     """Loss of every image (M,) and of every text (N,)."""
-    row_mean = col_mean = None
+    row_mean, col_mean, col_neg = None, None, stats.col_neg
     if batch.label_smoothing:
-        row_mean, col_mean, stats = mean_logits(batch, stats)
+        row_mean, col_mean, col_neg = mean_logits(batch, col_neg)
     eps = batch.label_smoothing
     return (
         direction_loss(
             stats.row_neg, stats.row_pos, stats.row_pos_lse, batch.row_count, smoothing=eps, mean_logit=row_mean
         ),
-        direction_loss(
-            stats.col_neg, stats.col_pos, stats.col_pos_lse, batch.col_count, smoothing=eps, mean_logit=col_mean
-        ),
+        direction_loss(col_neg, stats.col_pos, stats.col_pos_lse, batch.col_count, smoothing=eps, mean_logit=col_mean),
     )
 
 
@@ -279,12 +277,12 @@ def direction_loss(
     return torch.where(some, loss, 0.0)
 
 
-def mean_logits(batch: Batch, stats: Statistics) -> tuple[Tensor, Tensor, Statistics]:
+def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of each row (M,) and of each column (N,) of the logits, through the mean features: O((M + N) D).
 
-    And the statistics, with shards those to go on with: the ranks' sums come after their exchange.
+    And `after`, to go on with: what the ranks have exchanged before their sums here.
     """
-    image, text, scale = batch[:3]
+    image, text, scale = batch.image, batch.text, batch.scale
     normalize, shards = batch.options["normalize"], batch.shards
     M, N = batch_size(image, text, shards)
 
@@ -296,14 +294,14 @@ def mean_logits(batch: Batch, stats: Statistics) -> tuple[Tensor, Tensor, Statis
         r, c = unit_factor(image), unit_factor(text)
         image_sum, text_sum = r @ image, c @ text
         if shards is not None:
-            sums, col_neg = sum_over_ranks(torch.stack([image_sum, text_sum]), stats.col_neg, shards.group)
-            (image_sum, text_sum), stats = sums, stats._replace(col_neg=col_neg)
+            sums, after = sum_over_ranks(torch.stack([image_sum, text_sum]), after, shards.group)
+            image_sum, text_sum = sums
         image_mean, text_mean = image_sum / M, text_sum / N
         row_mean, col_mean = r * (image @ text_mean), c * (text @ image_mean)
         if batch.options["exclude_self"]:  # the mean of the others
             own = r * c * torch.linalg.vecdot(image, text)
             row_mean, col_mean = ((N * mean - own) / max(N - 1, 1) for mean in (row_mean, col_mean))
-        return scale * row_mean, scale * col_mean, stats
+        return scale * row_mean, scale * col_mean, after
 
 
 def _softplus(x: Tensor) -> Tensor:

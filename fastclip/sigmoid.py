@@ -73,13 +73,10 @@ def sigmoid_loss(
     agreed = {"function": "sigmoid_loss", "reduction": reduction, "comm": comm, "normalize": normalize}
     scalars = {"logit_scale": scale, "logit_bias": bias}
     shards = meet(group, image, text, scalars, agreed, equal_shards)
-    N, ranks = sum(shards.texts), shards.ranks
-    # The divisor of the gradients before they are rounded, and what remains of ranks / N
-    divisor, factor = (1, ranks) if reduction == "sum" else (N, ranks) if N % ranks else (N // ranks, 1)
-    options["divisor"] = divisor
+    options["divisor"] = sum(shards.texts) if reduction == "mean" else 1
     if comm == "ring":
         loss = ring_sigmoid_pairs(image, text, scale, bias, sizes=shards.texts, group=shards.group, **options)
     else:
         texts = gather_rows(text, shards.texts, shards.group)
         loss = sigmoid_pairs(image, texts, scale, bias, offset=shards.own_texts.start, **options)
-    return (factor * loss).to(scale.dtype)
+    return (shards.ranks * loss).to(scale.dtype)

@@ -95,7 +95,7 @@ def _all(neg: Tensor, pos: Tensor, top_pos: Tensor) -> Tensor:
 
 def _ties(batch: Batch) -> tuple[Tensor, Tensor]:
     """How far apart the largest logits of a row (M,) and of a column (N,) must be to be told apart."""
-    image, text, scale = batch[:3]
+    image, text, scale = batch.image, batch.text, batch.scale
     if batch.options["normalize"]:
         both = scale.abs() * _TIE
         return both, both

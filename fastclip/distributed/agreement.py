@@ -29,26 +29,17 @@ class Shards(NamedTuple):
 
     group: str  # its name
     rank: int
+    ranks: int
     images: list[int]  # of every rank
     texts: list[int]
-
-    @property
-    def ranks(self) -> int:
-        return len(self.images)
-
-    @property
-    def own_images(self) -> slice:
-        """Where this rank's images are among all."""
-        return _own(self.images, self.rank)
-
-    @property
-    def own_texts(self) -> slice:
-        return _own(self.texts, self.rank)
+    own_images: slice  # where this rank's are among all
+    own_texts: slice
 
 
-def _own(sizes: list[int], rank: int) -> slice:
-    first = sum(sizes[:rank])
-    return slice(first, first + sizes[rank])
+def _shards(group: Any, images: list[int], texts: list[int]) -> Shards:
+    rank = group.rank()
+    own = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in (images, texts)]
+    return Shards(group.group_name, rank, group.size(), images, texts, own[0], own[1])
 
 
 def check_comm(comm: str) -> None:
@@ -106,87 +97,95 @@ def meet(
 
     scalars: tensors (), which must be the same on every rank; options: whatever else must.
     """
-    rank, ranks = group.rank(), group.size()
     if equal_shards:
-        shards = Shards(group.group_name, rank, [image.shape[0]] * ranks, [text.shape[0]] * ranks)
-    else:
-        # Which tensors have gradients decides which collectives the backward pass has
-        inputs = {"image_features": image, "text_features": text, **scalars}
-        gradients = {name: torch.is_grad_enabled() and x.requires_grad for name, x in inputs.items()}
-        shards = _meet(group, image, text, dict(scalars), {**options, "requires_grad": gradients})
-    return shards
+        return _shards(group, [image.shape[0]] * group.size(), [text.shape[0]] * group.size())
+    # Which tensors have gradients decides which collectives the backward pass has
+    inputs = {"image_features": image, "text_features": text, **scalars}
+    gradients = {name: torch.is_grad_enabled() and x.requires_grad for name, x in inputs.items()}
+    values = [repr(value) for value in (*options.values(), gradients)]
+    names = list(scalars), [*options, "requires_grad"]
+    sizes = torch.ops.fastclip.agree(image, text, list(scalars.values()), *names, values, group.group_name)
+    images, texts = sizes.tolist()
+    return _shards(group, images, texts)
 
 
-def _meet(group: Any, image: Tensor, text: Tensor, scalars: dict[str, Tensor], options: dict[str, Any]) -> Shards:
-    assert len(scalars) <= _SCALARS and len(options) <= _OPTIONS
+# An op, so that no compiler looks into it
+torch.library.define(
+    "fastclip::agree",
+    "(Tensor image, Tensor text, Tensor[] scalars, str[] scalar_names, str[] names, str[] values, str group) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("fastclip::agree", "default")
+def _agree(
+    image: Tensor,
+    text: Tensor,
+    scalars: list[Tensor],
+    scalar_names: list[str],
+    names: list[str],
+    values: list[str],
+    group: str,
+) -> Tensor:
+    """Images and texts of every rank (2, ranks), on the CPU. values: the options `names`, as text."""
+    assert len(scalars) <= _SCALARS and len(names) <= _OPTIONS
     fields = [0, image.shape[0], text.shape[0], image.shape[1], _DTYPES.index(image.dtype)]
-    hashes = [_hash(value) for value in options.values()] + [0] * (_OPTIONS - len(options))
-    bits = [x.detach().double().reshape(1).view(torch.int64) for x in scalars.values()]
-    row = torch.tensor([*fields, *[0] * _SCALARS, *hashes, *[0] * _MESSAGE])
-    row = row.to(image.device)
-    if bits:
+    hashes = [_hash(value) for value in values] + [0] * (_OPTIONS - len(values))
+    row = torch.tensor([*fields, *[0] * _SCALARS, *hashes, *[0] * _MESSAGE]).to(image.device)
+    if scalars:
+        bits = [x.double().reshape(1).view(torch.int64) for x in scalars]
         row[len(fields) : len(fields) + len(bits)] = torch.cat(bits)
-    table = _table(row, group, image)
-    _check_refusals(table, group.rank())
-    where = {name: len(_FIELDS) + _SCALARS + k for k, name in enumerate(options)}
-    where |= {"features' D": 3, "features' dtype": 4}
-    where |= {name: len(_FIELDS) + k for k, name in enumerate(scalars)}
+    pg = resolve(group)
+    table, rank = _table(row, pg, image), dist.get_rank(pg)
+    _check_refusals(table)
+    for k, name in enumerate(names):
+        _check_same(name, [line[len(_FIELDS) + _SCALARS + k] for line in table], None, values[k], rank)
     shown = {
-        "features' D": str,
-        "features' dtype": lambda code: str(_DTYPES[code]).removeprefix("torch."),
-        **{name: lambda code: repr(torch.tensor(code).view(torch.float64).item()) for name in scalars},
+        "D": ("features' D", str),
+        "dtype": ("features' dtype", lambda code: str(_DTYPES[code]).removeprefix("torch.")),
     }
-    for name, k in where.items():
-        _check_same(name, [line[k] for line in table], shown.get(name), options.get(name), group.rank())
-    images, texts = ([line[k] for line in table] for k in (1, 2))
-    if sum(images) == 0 or sum(texts) == 0:
+    for field, (name, show) in shown.items():
+        _check_same(name, [line[_FIELDS.index(field)] for line in table], show, None, rank)
+    for k, name in enumerate(scalar_names):
+        _check_same(name, [line[len(_FIELDS) + k] for line in table], _as_number, None, rank)
+    sizes = [[line[_FIELDS.index(side)] for line in table] for side in ("images", "texts")]
+    if not all(map(sum, sizes)):
         raise ValueError("features must not be empty: no rank has an image, or no rank has a text")
-    return Shards(group.group_name, group.rank(), images, texts)
+    return torch.tensor(sizes)
+
+
+@torch.library.register_fake("fastclip::agree")
+def _(*args: Any) -> Tensor:
+    return torch.empty(2, dist.get_world_size(resolve(args[-1])), dtype=torch.int64)
+
+
+def _as_number(bits: int) -> str:
+    return repr(torch.tensor(bits).view(torch.float64).item())
 
 
 def _width() -> int:
     return len(_FIELDS) + _SCALARS + _OPTIONS + _MESSAGE
 
 
-def _hash(value: Any) -> int:
-    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little", signed=True)
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
-torch.library.define(
-    "fastclip::table_of_ranks",
-    "(Tensor row, Tensor? features, str group) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.impl("fastclip::table_of_ranks", "default")
-def _table_of_ranks(row: Tensor, features: Tensor | None, group: str) -> Tensor:
-    """Rows (size,) of all ranks (ranks, size), on the CPU. They travel on the kind of device that the group decides,
-    not a rank's features, which may be the wrong ones; on their very device where that is of this kind."""
-    pg = resolve(group)
+def _table(row: Tensor, pg: Any, features: Any) -> list[list[int]]:
+    """Rows (size,) of all ranks. They travel on the kind of device that the group decides, not a rank's features, which
+    may be the wrong ones; on their very device where that is of this kind."""
     c10d: Any = dist.distributed_c10d
     device = torch.device(c10d._get_object_coll_device(pg))
-    if features is not None and features.device.type == device.type:
+    if isinstance(features, Tensor) and features.device.type == device.type:
         device = features.device
     row = row.to(device)
     out = row.new_empty(dist.get_world_size(pg) * len(row))
     all_gather(out, row, group=pg)
-    return out.view(-1, len(row)).to("cpu", copy=True)
-
-
-@torch.library.register_fake("fastclip::table_of_ranks")
-def _(row: Tensor, features: Tensor | None, group: str) -> Tensor:
-    return row.new_empty(dist.get_world_size(resolve(group)), row.shape[0], device="cpu")
-
-
-def _table(row: Tensor, group: Any, features: Any) -> list[list[int]]:
-    """The rows of all ranks."""
-    features = features if isinstance(features, Tensor) else None
-    table: list[list[int]] = torch.ops.fastclip.table_of_ranks(row, features, group.group_name).tolist()
+    table: list[list[int]] = out.view(-1, len(row)).tolist()
     return table
 
 
-def _check_refusals(table: list[list[int]], rank: int) -> None:
+def _check_refusals(table: list[list[int]]) -> None:
     for k, line in enumerate(table):
         if line[0]:
             text = b"".join(number.to_bytes(8, "little", signed=True) for number in line[-_MESSAGE:]).rstrip(b"\0")
@@ -198,7 +197,7 @@ def _check_same(name: str, values: list[int], show: Any, mine: Any, rank: int) -
         return
     if show is None:
         others = [k for k, value in enumerate(values) if value != values[rank]]
-        told = f"{mine!r} on this rank ({rank}), another value on rank {', '.join(map(str, others))}"
+        told = f"{mine} on this rank ({rank}), another value on rank {', '.join(map(str, others))}"
     else:
         told = ", ".join(f"{show(value)} on rank {k}" for k, value in enumerate(values))
     raise ValueError(f"the ranks of the group disagree in {name}: {told}")

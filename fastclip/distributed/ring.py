@@ -238,7 +238,8 @@ def ring_statistics(
     *stats, r, c = torch.ops.fastclip.ring_fwd(
         image, text, scale, *(ids or (None, None)), exclude_self, normalize, backend, sizes, group
     )
-    return Statistics._make((*stats, r.detach(), c.detach()))
+    stats += r.detach(), c.detach()
+    return Statistics(*stats)
 
 
 _SIGMOID = (

@@ -45,7 +45,7 @@ def sharded_maxima(
     stats, top = contrastive_maxima(image, texts, scale, ids, offset=shards.own_texts.start, **options)
     columns = exchange_columns(torch.stack([top.col_neg, top.col_pos]), shards.texts, shards.group)
     col_neg, col_pos = columns.amax(0)
-    return _own_columns(stats, shards), top._replace(col_neg=col_neg, col_pos=col_pos)
+    return _own_columns(stats, shards), TopLogits(top.row_neg, col_neg, top.row_pos, col_pos)
 
 
 def largest_over_ranks(x: Tensor, shards: Shards) -> Tensor:
@@ -57,15 +57,14 @@ def largest_over_ranks(x: Tensor, shards: Shards) -> Tensor:
 def _own_columns(stats: Statistics, shards: Shards) -> Statistics:
     """Columns of this rank's texts from every rank's partial statistics of them."""
     own = shards.own_texts
-    inv_norm = stats.text_inv_norm[own]
     if not stats.col_pos_lse.shape[0]:  # one positive each, in its owner's rows
         (col_neg,) = exchange_columns(stats.col_neg[None], shards.texts, shards.group).unbind(1)
-        return stats._replace(col_neg=merge_logsumexp(col_neg), col_pos=stats.col_pos[own], text_inv_norm=inv_norm)
-    partial = torch.stack([stats.col_neg, stats.col_pos, stats.col_pos_lse])
-    col_neg, col_pos, col_pos_lse = exchange_columns(partial, shards.texts, shards.group).unbind(1)
-    return stats._replace(
-        col_neg=merge_logsumexp(col_neg),
-        col_pos=col_pos.sum(0),
-        col_pos_lse=merge_logsumexp(col_pos_lse),
-        text_inv_norm=inv_norm,
-    )
+        columns = merge_logsumexp(col_neg), stats.col_pos[own], stats.col_pos_lse
+    else:
+        partial = torch.stack([stats.col_neg, stats.col_pos, stats.col_pos_lse])
+        col_neg, col_pos, col_pos_lse = exchange_columns(partial, shards.texts, shards.group).unbind(1)
+        columns = merge_logsumexp(col_neg), col_pos.sum(0), merge_logsumexp(col_pos_lse)
+    col_neg, col_pos, col_pos_lse = columns
+    rows = stats.row_neg, stats.row_pos, stats.row_pos_lse
+    norms = stats.image_inv_norm, stats.text_inv_norm[own]
+    return Statistics(rows[0], col_neg, rows[1], col_pos, rows[2], col_pos_lse, *norms)

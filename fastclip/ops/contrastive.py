@@ -175,7 +175,8 @@ def contrastive_statistics(
     *stats, r, c = torch.ops.fastclip.contrastive_fwd(
         image, text, scale, *(labels or (None, None)), offset, exclude_self, normalize, backend
     )
-    return Statistics._make((*stats, r.detach(), c.detach()))
+    stats += r.detach(), c.detach()
+    return Statistics(*stats)
 
 
 def contrastive_maxima(
@@ -194,7 +195,7 @@ def contrastive_maxima(
         out = torch.ops.fastclip.contrastive_maxima(
             image, text, scale, *(labels or (None, None)), offset, exclude_self, normalize, backend
         )
-    return Statistics._make(out[:8]), TopLogits._make(out[8:])
+    return Statistics(*out[:8]), TopLogits(*out[8:])
 
 
 def merge_logsumexp(partial: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def cached_step(
         for batch in batches:
             states.append((torch.get_rng_state(), *get_device_states(*batch)))
             found.append(_checked(forward(*batch)))
-    # autocast keeps the weights it has cast, and these know no gradient
+    # older torch's autocast keeps the weights it has cast here, which know no gradient
     torch.clear_autocast_cache()
 
     count = sum(x.dim() == 2 for x in found[0])
