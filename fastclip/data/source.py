@@ -1,0 +1,36 @@
+"""What every kind of data is to a loader: pictures and captions that are read by number."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from PIL import Image
+
+__all__ = ["Record", "Source"]
+
+
+class Record(NamedTuple):
+    """A picture with the captions that belong to it."""
+
+    image: Image.Image  # of any mode
+    captions: tuple[str, ...]  # at least one
+    key: str  # what messages call it: a path, or a shard and its member
+    label: int | None = None  # its class, a place in `Source.class_names`, where there are classes
+
+
+class Source(Protocol):
+    """Samples of a data set by number; cheap to copy into worker processes."""
+
+    spec: str  # as the user wrote it
+    class_names: tuple[str, ...]  # () where samples have no class
+    templates: tuple[str, ...]  # captions of a class, with ``{}`` in place of its name; () without classes
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Read from disk at each call; what cannot be read raises OSError or ValueError that names the sample."""
+        ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Those of `self[index]`, without reading its picture."""
+        ...
