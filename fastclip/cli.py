@@ -14,11 +14,14 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 1 for what the user can mend, said on stderr, and what fails."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, args.words = parser.parse_known_args(argv)
+    if args.words and args.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(args.words)}")
     logging.basicConfig(level=logging.WARNING, format="fastclip: %(message)s")
     try:
         return args.run(args) or 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"fastclip {args.command}: {error}", file=sys.stderr)
         return 1
 
@@ -29,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_convert(commands.add_parser("convert", help="write a checkpoint in open_clip's, Hugging Face's or our form"))
     _add_parity(commands.add_parser("parity", help="compare the losses of several processes with those of one"))
+    train = commands.add_parser("train", help="train an image-text model", add_help=False)  # has a parser of its own
+    train.set_defaults(run=_train)
     models = commands.add_parser("models", help="list the models by name")
     models.set_defaults(run=_models)
     return parser
@@ -79,6 +84,22 @@ def _parity(args: argparse.Namespace) -> int:
     failed = sum(not row.ok for row in rows)
     print(f"{about}: relative error / promised\n\n{parity.table(rows)}\n\n{len(rows)} comparisons, {failed} failed")
     return int(failed > 0)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from fastclip._env import launched
+    from fastclip.training.options import parse_options
+
+    options = parse_options(args.words)
+    from fastclip.training.trainer import train
+
+    process = launched()
+    first = process is None or process.rank == 0
+    logging.getLogger("fastclip").setLevel(logging.INFO if first else logging.ERROR)
+    run = train(options)
+    if first:
+        print(f"{run.folder}: {run.steps} steps, of which {len(run.losses)} in {run.seconds:.1f} s, by {run.backend!r}")
+        print("  ".join(f"{name} {value:.4g}" for name, value in {"loss": run.losses[-1], **run.validation}.items()))
 
 
 def _models(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Zero-shot classification: an image gets the class whose captions it is closest to.
 
-The model is used in the mode it is in: call ``model.eval()`` first (`fastclip.training.loop.train` ends with it).
+The model is used in the mode it is in: call ``model.eval()`` first.
 """
 
 from __future__ import annotations

@@ -61,13 +61,15 @@ class DualEncoder(nn.Module):
         features = self.text(ids)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, ids: Tensor, normalize: bool = True) -> tuple[Tensor, ...]:
         """Normalised image features (M, D), normalised text features (N, D), the exponentiated logit scale.
 
-        A model with ``logit_bias`` returns it fourth, as open_clip's: what comes out is what the loss takes.
+        A model with ``logit_bias`` returns it fourth, as open_clip's: what comes out is what the loss takes. Without
+        ``normalize`` features are of the length and dtype that the towers give them, bfloat16 under autocast: fastclip's
+        losses normalise without rounding once more.
         """
-        image_features = self.encode_image(images, normalize=True)
-        text_features = self.encode_text(ids, normalize=True)
+        image_features = self.encode_image(images, normalize=normalize)
+        text_features = self.encode_text(ids, normalize=normalize)
         if self.logit_bias is not None:
             return image_features, text_features, self.logit_scale.exp(), self.logit_bias
         return image_features, text_features, self.logit_scale.exp()

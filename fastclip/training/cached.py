@@ -42,7 +42,8 @@ def cached_step(
         loss: called once, as ``loss(*all features, *the rest)``, features (N, D) in the order of the micro-batches.
             Returns a tensor (). With ``group=`` it is the loss over all ranks.
         modules: what `forward` runs; needed where it is a function around DistributedDataParallel or FSDP, whose
-            gradients are exchanged in the last micro-batch only, or around a model with buffers that a pass changes.
+            gradients are exchanged in the last micro-batch only, around a model with buffers that a pass changes, or
+            around one that draws random numbers on a GPU where the arguments are not.
             Default: `forward`, where it is a module.
         keep_on: the device where features wait and the loss is computed; default: where they are.
         grad_scaler: a ``torch.amp.GradScaler`` whose scale the gradients get.
@@ -54,7 +55,7 @@ def cached_step(
         ValueError: no micro-batches, or `forward` or `loss` returns something else.
 
     Dropout and drop path are the same in both passes: the states of torch's generators, of the CPU and of the GPUs that
-    the arguments are on, are replayed; those of Python and numpy are not. Buffers are changed once. BatchNorm
+    the arguments or the modules are on, are replayed; those of Python and numpy are not. Buffers are changed once. BatchNorm
     normalises with the statistics of a micro-batch, as in gradient accumulation: there, and only there, the gradients
     are not those of one pass over the whole batch. Under `torch.autocast` both passes are.
     """
@@ -64,10 +65,11 @@ def cached_step(
     if modules is None:
         modules = [forward] if isinstance(forward, nn.Module) else []
 
+    anywhere = [torch.empty(0, device=d) for d in {p.device for module in modules for p in module.parameters()}]
     states, found = [], []
     with torch.no_grad(), _no_exchange(modules):
         for batch in batches:
-            states.append((torch.get_rng_state(), *get_device_states(*batch)))
+            states.append((torch.get_rng_state(), *get_device_states(*batch, *anywhere)))
             found.append(_checked(forward(*batch)))
     # older torch's autocast keeps the weights it has cast here, which know no gradient
     torch.clear_autocast_cache()

@@ -1,0 +1,98 @@
+"""Where a run tells how it goes: metrics.jsonl, TensorBoard, Weights & Biases, a bar or lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["Metrics", "Progress", "cut_metrics"]
+
+logger = logging.getLogger(__name__)
+_PAUSE = 5.0  # seconds between plain lines
+
+
+class Metrics:
+    """Numbers of a step to every place that keeps them; the process of rank 0 has one.
+
+    Args:
+        folder: gets metrics.jsonl, one object a line, and TensorBoard's events in ``tensorboard/``.
+        options: of the run, for Weights & Biases.
+        wandb: the project there, None for none; the run is called as the folder.
+    """
+
+    def __init__(self, folder: Path, *, options: dict[str, Any], wandb: str | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._wandb = _wandb_run(wandb, folder, options) if wandb else None
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """`values` after `step` updates; a name is grouped by its part before the slash."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def cut_metrics(file: Path, step: int) -> None:
+    """Drop the lines after `step`, which a resumed run writes again; a line cut in half by a crash goes, too."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            break
+        if values["step"] <= step:
+            kept.append(line)
+    file.write_text("".join(kept), encoding="utf-8")
+
+
+class Progress:
+    """A bar where stderr is a terminal, elsewhere lines in the log, seconds apart; silent on ranks other than 0."""
+
+    def __init__(self, *, first: int, steps: int, shown: bool) -> None:
+        self._steps, self._shown = steps, shown
+        bar = shown and sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=first, desc="training", unit="step") if bar else None
+        self._next_line = 0.0
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """After a logged step."""
+        if self._bar is not None:
+            self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "samples_per_second")})
+        elif self._shown and (time.monotonic() >= self._next_line or step == self._steps):
+            self._next_line = time.monotonic() + _PAUSE
+            logger.info("step %d of %d: %s", step, self._steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    def moved(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _wandb_run(project: str, folder: Path, options: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("--wandb needs wandb, which is not installed: pip install wandb", name="wandb") from error
+    return wandb.init(project=project, name=folder.name, dir=str(folder), config=options, resume="allow")

@@ -1,0 +1,104 @@
+"""Optimisers, the learning rate's schedule, gradient norms, the moving average of weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+__all__ = ["MovingAverage", "build_optimizer", "clip_gradients", "parameter_groups", "warmup_cosine"]
+
+
+def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
+    """Factor on the learning rate at `step` (from 0): linear up to 1, then half a cosine towards 0 at `steps`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and convolutions decay; vectors (biases, gains, the class token) and numbers (scale and bias of the
+    logits) do not (Radford et al. 2021, section 2.5).
+
+    Numbers have a group of their own: FSDP does not shard them, and an optimiser takes a group's tensors together.
+    """
+    found: list[list[nn.Parameter]] = [[], [], []]
+    for p in model.parameters():
+        if p.requires_grad:
+            found[0 if sum(size > 1 for size in p.shape) >= 2 else 1 if p.dim() else 2].append(p)
+    return [
+        {"params": params, "weight_decay": decay}
+        for params, decay in zip(found, (weight_decay, 0.0, 0.0))
+        if params
+    ]
+
+
+def build_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.98),
+    eps: float = 1e-6,
+) -> torch.optim.Optimizer:
+    """adamw, fused; or lamb (You et al. 2020, ALIGN's), timm's, which leaves clipping to `clip_gradients`."""
+    groups = parameter_groups(model, weight_decay)
+    if name == "lamb":
+        from timm.optim.lamb import Lamb
+
+        return Lamb(groups, lr=lr, betas=betas, eps=eps, max_grad_norm=None)
+    if name != "adamw":
+        raise ValueError(f"no optimiser is called {name!r}: adamw, lamb")
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The norm () of all gradients together, before they are scaled down to `max_norm`; None leaves them alone.
+
+    Of sharded parameters (FSDP2) it is that of the whole gradient, on every rank.
+    """
+    with_gradient = [p for p in parameters if p.grad is not None]
+    kinds = [[p for p in with_gradient if isinstance(p.grad, DTensor) is sharded] for sharded in (False, True)]
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
+    if max_norm is not None:
+        for kind in kinds:
+            if kind:
+                nn.utils.clip_grads_with_norm_(kind, max_norm, total)
+    return total
+
+
+class MovingAverage:
+    """Of a model's weights: average = decay average + (1 - decay) weight after every update (EMA).
+
+    The decay of update n is at most (1 + n) / (10 + n), so that a young average forgets its random start. Buffers are
+    not averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self.averages = [p.detach().clone() for p in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for average, p in zip(self.averages, self._parameters):
+            average.lerp_(p, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Weights become averages and averages weights; a second call undoes it."""
+        for average, p in zip(self.averages, self._parameters):
+            kept = p.detach().clone()
+            p.copy_(average)
+            average.copy_(kept)

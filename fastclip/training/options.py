@@ -1,0 +1,215 @@
+"""The options of a training run: one dataclass, filled by YAML files and by the command line.
+
+Imports nothing heavy, so that ``fastclip train --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+__all__ = ["LOSSES", "TrainOptions", "parse_options", "read_options", "write_options"]
+
+Loss = Literal["clip", "unicl", "align", "convirt", "siglip"]
+LOSSES: tuple[str, ...] = get_args(Loss)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train an image-text model."""
+
+    data: str
+    """Training pairs: `digits`, a .csv or .tsv of filepath and title, a folder of pictures with captions, or tar shards
+    such as `shards/{0000..0099}.tar`."""
+    model: str
+    """A name of `fastclip models`, or the path of a configuration ending in .json."""
+    output: str
+    """Folder of the run: metrics.jsonl, TensorBoard events, config.yaml, checkpoints/ and at the end model/."""
+    val_data: str | None = None
+    """Pairs to validate on, as --data; `digits` holds a fifth of its images out."""
+    pretrained: str | None = None
+    """Checkpoint to start from: what `fastclip.create_model(pretrained=)` reads."""
+    image_size: int | None = None
+    """Pixels, in place of the model's."""
+    context_length: int | None = None
+    """Tokens a caption, in place of the model's."""
+
+    loss: Loss | None = None
+    """clip; unicl: pairs of one label are all positives; align: smoothed, both directions summed; convirt: weighted
+    directions, fixed temperature; siglip: the pairwise sigmoid loss. The model's own where it is not given."""
+    label_smoothing: float | None = None
+    """0 to 1; the model's own, for align 0.1."""
+    image_weight: float | None = None
+    """Weight of image -> text, 0 to 1; 0.5, for convirt 0.75."""
+    comm: Literal["gather", "ring"] = "gather"
+    """How the loss meets the texts of other processes: all at once, or passed around."""
+    backend: str | None = None
+    """Of the loss, a name of `fastclip.backends()`; the best available."""
+
+    batch_size: int = 256
+    """Pairs a step over all processes. More than there are data: drawn from consecutive epochs."""
+    micro_batch: int | None = None
+    """Pairs of a process whose activations are kept at a time; fewer than its share of the batch: gradient caching, the
+    same gradients for a second forward pass. All at once where it is not given."""
+    epochs: int = 32
+    """Passes over the data; --max-steps overrides it."""
+    max_steps: int | None = None
+    """Length of the schedule."""
+    stop_after: int | None = None
+    """Steps of this call: ends early, with a checkpoint from which --resume goes on."""
+
+    optimizer: Literal["adamw", "lamb"] | None = None
+    """The model's own: ALIGN's is LAMB, all others' AdamW."""
+    lr: float | None = None
+    """Learning rate at the end of the warm-up; the model's own, for CLIP 5e-4."""
+    warmup: int | None = None
+    """Steps from 0 to --lr, a cosine to 0 follows; 2,000, or a tenth of the steps if that is less."""
+    weight_decay: float | None = None
+    """Of matrices; biases, norms and the scale have none. The model's own, for CLIP 0.2."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Of the moving averages of gradients and their squares."""
+    eps: float = 1e-6
+    """Added to the denominator of a step."""
+    max_grad_norm: float | None = 1.0
+    """A longer gradient is scaled down to this norm; None leaves it alone."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, such as 0.9999, which is then what is validated and saved as model/."""
+    lock_image: bool = False
+    """Freeze the image tower (LiT)."""
+    lock_text: bool = False
+    """Freeze the text tower."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; weights, loss and optimiser stay fp32."""
+    grad_checkpointing: bool = False
+    """Keep the blocks' inputs only: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile the model."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: every process holds the model, or a shard of it (FSDP2)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU for each process where there are enough."""
+    features_on: Literal["device", "cpu"] = "device"
+    """Where features wait for the loss under gradient caching; cpu also computes it there."""
+    deterministic: bool = False
+    """Only deterministic kernels on a GPU; a CPU repeats a run bit for bit without it."""
+
+    seed: int = 0
+    """Of weights, order of data, augmentation and dropout."""
+    workers: int = 2
+    """Processes that load data, for each training process."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    save_every: int | None = None
+    """Steps between checkpoints; one is always written at the end."""
+    val_every: int | None = None
+    """Steps between validations; with --val-data one is always made at the end."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well."""
+    resume: str | None = None
+    """`auto`: go on from the newest checkpoint of --output, or begin; or the path of a checkpoint or a run."""
+
+    def __post_init__(self) -> None:
+        """ValueError for a value that no run can have."""
+        for name in _AT_LEAST_ONE:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{flag(name)} must be at least 1, got {value}")
+        for name in ("seed", "workers", "warmup", "weight_decay"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{flag(name)} must not be negative, got {value}")
+        for name in ("lr", "eps", "max_grad_norm"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{flag(name)} must be above 0, got {value}")
+        for name in ("label_smoothing", "image_weight", "ema"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                raise ValueError(f"{flag(name)} must be between 0 and 1, got {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"--betas must be at least 0 and below 1, got {self.betas}")
+        if self.lock_image and self.lock_text:
+            raise ValueError("--lock-image and --lock-text together leave nothing to train")
+        if self.val_every is not None and self.val_data is None:
+            raise ValueError("--val-every needs --val-data")
+
+
+_AT_LEAST_ONE = (
+    *("batch_size", "micro_batch", "epochs", "max_steps", "stop_after"),
+    *("log_every", "save_every", "val_every", "image_size", "context_length"),
+)
+
+
+def flag(name: str) -> str:
+    """batch_size -> --batch-size"""
+    return "--" + name.replace("_", "-")
+
+
+def parse_options(argv: Sequence[str]) -> TrainOptions:
+    """Options of a command line; ``--config FILE`` (more than once, if you like) gives values that others replace.
+
+    Ends the process, as argparse does, for ``--help`` and with status 2 for what is not an option.
+    """
+    import tyro
+
+    given, files = [], []
+    words = iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            path = word.partition("=")[2] or next(words, "")
+            if not path:
+                raise ValueError("--config needs the path of a YAML file")
+            files.append(Path(path))
+        else:
+            given.append(word)
+    from_files = [word for path in files for word in _as_words(_read_yaml(path), path)]
+    return tyro.cli(
+        TrainOptions,
+        prog="fastclip train",
+        description="Train an image-text model, alone or as one of torchrun's processes. --config FILE.yaml reads options "
+        "from a file, such as the config.yaml of another run; those of the command line come first.",
+        args=[*from_files, *given],
+    )
+
+
+def read_options(path: Path) -> TrainOptions:
+    """Options of a YAML file that `write_options` wrote."""
+    return parse_options(_as_words(_read_yaml(path), path))
+
+
+def write_options(options: TrainOptions, path: Path) -> None:
+    import yaml
+
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold names and values, such as `batch_size: 256`")
+    return values
+
+
+def _as_words(values: dict[str, Any], path: Path) -> list[str]:
+    """What a user would have typed; null is the default."""
+    known = [f.name for f in fields(TrainOptions)]
+    words: list[str] = []
+    for written, value in values.items():
+        name = str(written).replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {close[0]}?" if close else f"; options are {', '.join(known)}"
+            raise ValueError(f"{path}: there is no option {written}{hint}")
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif isinstance(value, list):
+            words += [flag(name), *map(str, value)]
+        elif value is not None or name == "max_grad_norm":
+            words += [flag(name), str(value)]
+    return words

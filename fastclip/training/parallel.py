@@ -1,0 +1,116 @@
+"""One process, or one of torchrun's: the device, the process group, and the model on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastclip import _env
+from fastclip.models.dual_encoder import DualEncoder
+
+__all__ = ["World", "joined", "mean_over_ranks", "reduce_unsharded", "wrap"]
+
+_c10d: Any = dist
+
+
+class World(NamedTuple):
+    """This process among all of a run."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    group: Any  # process group, or None alone
+
+
+@contextmanager
+def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+    """The processes that torchrun started (NCCL on GPUs, gloo on CPUs), or this one alone.
+
+    A group that exists already is used and left as it is.
+
+    Args:
+        device: "cpu"; "cuda"; "auto", a GPU for each process of this machine where there are enough.
+        timeout: of the rendezvous and of every collective; a process that is lost ends the others after it.
+
+    Raises:
+        ValueError: "cuda" without a GPU for each process.
+    """
+    launched = _env.launched()
+    local_rank, local_ranks = (launched.local_rank, launched.local_ranks) if launched else (0, 1)
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus < local_ranks:
+        raise ValueError(f"--device cuda needs a GPU for each of {local_ranks} processes, torch sees {gpus}")
+    if device == "cpu" or gpus < local_ranks:
+        where = torch.device("cpu")
+    else:
+        where = torch.device("cuda", local_rank)
+        torch.cuda.set_device(where)
+    begun = launched is not None and not dist.is_initialized()
+    if begun:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        group = _c10d.group.WORLD if dist.is_initialized() else None
+        yield World(*((dist.get_rank(), dist.get_world_size()) if group else (0, 1)), where, group)
+    finally:
+        if begun:
+            dist.destroy_process_group()
+
+
+def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
+    """What to call in place of `model`: the same on every rank with gradients averaged over them.
+
+    ddp: DistributedDataParallel around it. fsdp: its blocks, and what is left of it, are sharded in place (FSDP2); scale
+    and bias of the logits, numbers, stay whole, and `reduce_unsharded` averages their gradients.
+    """
+    if world.group is None:
+        return model
+    if parallel == "ddp":
+        ids = [world.device] if world.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(world.device.type, (world.ranks,))
+    numbers = {p for p in model.parameters() if p.dim() == 0}
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=numbers)
+    for name in ("encode_image", "encode_text"):
+        register_fsdp_forward_method(model, name)
+    return model
+
+
+def reduce_unsharded(model: nn.Module, world: World) -> None:
+    """Average over the ranks the gradients that `wrap`'s FSDP leaves alone."""
+    for p in model.parameters():
+        if p.dim() == 0 and p.grad is not None:
+            p.grad.copy_(mean_over_ranks(p.grad, world))
+
+
+def mean_over_ranks(value: Tensor, world: World) -> Tensor:
+    """The same on every rank, summed in fp64."""
+    if world.group is None:
+        return value
+    total = value.detach().double()
+    dist.all_reduce(total, group=world.group)
+    return (total / world.ranks).to(value.dtype)
+
+
+def _blocks(model: DualEncoder) -> Iterator[nn.Module]:
+    """The parts that are gathered one after the other: members of the towers' outermost lists."""
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1:
+                yield from (member for member in child if any(p.requires_grad for p in member.parameters()))
+            else:
+                yield from walk(child)
+
+    for tower in (model.visual, model.text):
+        yield from walk(tower)

@@ -1,0 +1,157 @@
+"""One update of a model from the micro-batches of a process, and what stops a run before a bad one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastclip.data.batch import Batch
+from fastclip.data.order import mix
+from fastclip.models.dual_encoder import MAX_LOG_SCALE, DualEncoder
+from fastclip.stats import contrastive_stats
+from fastclip.training.cached import cached_step
+from fastclip.training.losses import NamedLoss
+from fastclip.training.optim import MovingAverage, clip_gradients
+from fastclip.training.parallel import World, mean_over_ranks, reduce_unsharded
+
+__all__ = ["StepReport", "Stepper", "seed_step"]
+
+_SHOWN = 10  # names in an error
+
+
+class StepReport(NamedTuple):
+    """Of the batch of all processes; the same on every rank."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    image_top1: float | None  # share of the images whose most similar text of the batch is theirs
+    text_top1: float | None
+
+
+class Stepper:
+    """Updates of one model.
+
+    Args:
+        model: the model itself.
+        wrapped: what `fastclip.training.parallel.wrap` made of it.
+        loss: over the group of `world`.
+        ema: moved after each update.
+        autocast: the dtype that the towers compute in; None is the weights' own.
+        keep_on: as `cached_step`'s.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        wrapped: nn.Module,
+        loss: NamedLoss,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        *,
+        ema: MovingAverage | None = None,
+        max_grad_norm: float | None = None,
+        autocast: torch.dtype | None = None,
+        keep_on: torch.device | str | None = None,
+    ) -> None:
+        self.model, self.wrapped, self.loss, self.optimizer, self.world = model, wrapped, loss, optimizer, world
+        self.ema, self.max_grad_norm, self.autocast, self.keep_on = ema, max_grad_norm, autocast, keep_on
+
+    def step(self, batches: Sequence[Batch], *, step: int, accuracy: bool = False) -> StepReport:
+        """One update from this rank's micro-batches; `step` (from 0) is for messages.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite, with step and samples; the weights are as before.
+        """
+        labels = torch.cat([batch.labels for batch in batches])
+        features: tuple[Tensor, ...] = ()
+
+        def forward(images: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+            device = self.world.device
+            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                return self.wrapped(
+                    images.to(device, non_blocking=True), ids.to(device, non_blocking=True), normalize=False
+                )
+
+        def loss(image: Tensor, text: Tensor, *scale_and_bias: Tensor) -> Tensor:
+            nonlocal features
+            features = image.detach(), text.detach(), scale_and_bias[0].detach()
+            return self.loss.function(image, text, labels.to(image.device), *scale_and_bias)
+
+        self.optimizer.zero_grad()
+        if len(batches) == 1:
+            value = loss(*forward(batches[0].images, batches[0].ids))
+            value.backward()
+        else:
+            pairs = [(batch.images, batch.ids) for batch in batches]
+            value = cached_step(forward, pairs, loss, modules=[self.wrapped], keep_on=self.keep_on)
+        whole = float(mean_over_ranks(value.detach(), self.world))
+        if not math.isfinite(whole):
+            raise FloatingPointError(self._told(f"the loss of step {step} is {whole}", batches, features))
+        if self.wrapped is self.model:  # FSDP, or alone
+            reduce_unsharded(self.model, self.world)
+        norm = float(clip_gradients(self.model.parameters(), self.max_grad_norm))
+        if not math.isfinite(norm):
+            raise FloatingPointError(self._told(f"the gradient of step {step} is {norm}", batches, features))
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
+        if self.ema is not None:
+            self.ema.update()
+        return StepReport(whole, norm, *(self._accuracy(labels, *features) if accuracy else (None, None)))
+
+    def _accuracy(self, labels: Tensor, image: Tensor, text: Tensor, scale: Tensor) -> tuple[float, float]:
+        labels = labels.to(image.device)
+        pairs = {"image_labels": labels, "text_labels": labels} if self.loss.with_labels else {}
+        stats = contrastive_stats(image, text, scale, group=self.world.group, **pairs)
+        shares = torch.stack([stats.row_hit.double().mean(), stats.col_hit.double().mean()])
+        image_top1, text_top1 = mean_over_ranks(shares, self.world).tolist()
+        return image_top1, text_top1
+
+    def _told(self, what: str, batches: Sequence[Batch], features: tuple[Tensor, ...]) -> str:
+        """`what`, and the samples or weights that did it, of all ranks."""
+        keys = [key for batch in batches for key in batch.keys]
+
+        def named(tensors: Sequence[Tensor]) -> list[str]:
+            finite = torch.cat([x.detach().flatten(1).isfinite().all(dim=1).cpu() for x in tensors])
+            return [key for key, is_finite in zip(keys, finite.tolist()) if not is_finite]
+
+        gradients = what.startswith("the gradient")
+        weights = [name for name, p in self.model.named_parameters() if not _finite(p)]
+        found = {
+            "pixels that are not finite, of": named([batch.images for batch in batches]),
+            "weights that are not finite, of": weights,
+            "image features that are not finite, of": named(features[:1]),
+            "text features that are not finite, of": named(features[1:2]),
+            "gradients that are not finite, of": [
+                name for name, p in self.model.named_parameters() if gradients and p.grad is not None and not _finite(p.grad)
+            ],
+        }
+        everyone = [found]
+        if self.world.group is not None:
+            everyone = [{}] * self.world.ranks
+            dist.all_gather_object(everyone, found, group=self.world.group)
+        for cause in found:
+            names = list(dict.fromkeys(name for ranks in everyone for name in ranks[cause]))
+            if names:
+                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                return f"{what}; training stopped before its update: {cause} {', '.join(names[:_SHOWN])}{more}"
+        first, last = keys[0], keys[-1]
+        return (
+            f"{what}; training stopped before its update: all features are finite, with a logit scale of "
+            f"{float(features[2]):.4g}; the batch began with {first} and ended with {last}"
+        )
+
+
+def _finite(x: Tensor) -> bool:
+    local = x.to_local() if hasattr(x, "to_local") else x
+    return bool(local.isfinite().all())
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout of a step is a function of these: a resumed run draws what the other would have drawn."""
+    torch.manual_seed(mix(seed, step, rank, 0))

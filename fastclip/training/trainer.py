@@ -1,0 +1,362 @@
+"""A training run from its options to the saved model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from fastclip._backends import pick
+from fastclip._version import __version__
+from fastclip.data.loader import training_batches
+from fastclip.data.order import Order
+from fastclip.data.source import Source
+from fastclip.data.spec import open_source
+from fastclip.evaluation.validate import validate
+from fastclip.models.config import ModelConfig, load_config
+from fastclip.models.dual_encoder import DualEncoder
+from fastclip.models.factory import build_model, create_model, get_tokenizer
+from fastclip.models.transforms import image_transform
+from fastclip.training.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from fastclip.training.losses import NamedLoss, named_loss
+from fastclip.training.metrics import Metrics, Progress, cut_metrics
+from fastclip.training.optim import MovingAverage, build_optimizer, warmup_cosine
+from fastclip.training.options import TrainOptions, flag, write_options
+from fastclip.training.parallel import World, joined, wrap
+from fastclip.training.step import StepReport, Stepper, seed_step
+
+__all__ = ["Run", "train"]
+
+logger = logging.getLogger(__name__)
+_VALIDATION_BATCH = 256
+_MAY_CHANGE = ("output", "resume", "stop_after", "workers", "log_every", "save_every", "val_every", "wandb")
+
+
+class Run(NamedTuple):
+    """What a run leaves."""
+
+    folder: Path
+    steps: int  # updates made, those before a resume included
+    losses: list[float]  # of every step of this call
+    validation: dict[str, float]  # the last one; empty without validation data
+    seconds: float  # of all steps of this call, data included
+    backend: str  # that served the loss, a name of `fastclip.backends()`
+
+
+def train(options: TrainOptions) -> Run:
+    """Train as `options` say, alone or as one of torchrun's processes; the same options give the same losses.
+
+    Raises:
+        ValueError: options, data, model and checkpoint do not fit together.
+        OSError: a file cannot be read or written.
+        FloatingPointError: loss or gradient is not finite; the update was not made.
+    """
+    with joined(options.device) as world:
+        return _Trainer(options, world).run()
+
+
+def resolve(options: TrainOptions, config: ModelConfig) -> TrainOptions:
+    """`options` with the model's own values in place of None, where the length of the data does not matter."""
+    own = config.train_cfg
+    loss = options.loss or own.loss
+    smoothing = own.label_smoothing if loss == own.loss else 0.1 * (loss == "align")
+    found: dict[str, Any] = {
+        "loss": loss,
+        "label_smoothing": smoothing,
+        "optimizer": own.optimizer,
+        "lr": own.learning_rate,
+        "weight_decay": own.weight_decay,
+    }
+    return replace(options, **{name: value for name, value in found.items() if getattr(options, name) is None})
+
+
+class _Trainer:
+    """Everything that a run holds, made in the order in which it is needed."""
+
+    def __init__(self, options: TrainOptions, world: World) -> None:
+        config = load_config(options.model)
+        options = resolve(options, config)
+        self.world, self.folder = world, Path(options.output)
+        self._check(options)
+        torch.use_deterministic_algorithms(options.deterministic)
+
+        self.source = open_source(options.data)
+        self.order = Order(len(self.source), options.batch_size, options.seed)
+        self.steps = options.max_steps or self.order.steps(options.epochs)
+        warmup = min(2000, self.steps // 10) if options.warmup is None else options.warmup
+        self.options = replace(options, max_steps=self.steps, warmup=warmup)
+        self.val_source = None if options.val_data is None else open_source(options.val_data, held_out=True)
+
+        self.backend = self._backend()
+        self.loss = self._loss()
+        self.model = self._model()
+        assert self.model.config is not None
+        self.config = self.model.config
+        self.tokenize = get_tokenizer(options.model, context_length=options.context_length)
+        self.wrapped = wrap(self.model, world, options.parallel)
+        assert options.optimizer is not None and options.lr is not None and options.weight_decay is not None
+        self.optimizer = build_optimizer(
+            options.optimizer,
+            self.model,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            betas=options.betas,
+            eps=options.eps,
+        )
+        self.ema = None if options.ema is None else MovingAverage(self.model, options.ema)
+        self.validation: dict[str, float] = {}
+
+    def _check(self, options: TrainOptions) -> None:
+        ranks = self.world.ranks
+        if options.batch_size < ranks:
+            raise ValueError(f"--batch-size {options.batch_size} leaves nothing for some of {ranks} processes")
+        if options.features_on == "cpu" and self.world.device.type == "cuda" and ranks > 1:
+            raise ValueError("--features-on cpu is for one process: NCCL takes no features from the host")
+        if options.resume is None and (self.folder / "metrics.jsonl").exists():
+            raise ValueError(
+                f"--output {self.folder} holds a run: --resume auto goes on with it, another folder begins a new one"
+            )
+
+    def _backend(self) -> str:
+        options, where = self.options, self.world.device if self.options.features_on == "device" else "cpu"
+        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+        try:
+            name, _ = pick(options.backend, torch.empty(2, 2, device=where, dtype=dtype))
+        except RuntimeError as error:
+            raise ValueError(f"--backend: {error}") from error
+        logger.info("the %s loss is served by backend %r", options.loss, name)
+        return name
+
+    def _loss(self) -> NamedLoss:
+        options = self.options
+        assert options.loss is not None and options.label_smoothing is not None
+        return named_loss(
+            options.loss,
+            label_smoothing=options.label_smoothing,
+            image_weight=options.image_weight,
+            group=self.world.group,
+            comm=options.comm,
+            equal_shards=options.batch_size % self.world.ranks == 0,
+            backend=options.backend,
+        )
+
+    def _model(self) -> DualEncoder:
+        options, loss = self.options, self.loss
+        torch.manual_seed(options.seed)
+        model = create_model(
+            options.model,
+            options.pretrained,
+            image_size=options.image_size,
+            context_length=options.context_length,
+            init_logit_scale=loss.init_logit_scale,
+            init_logit_bias=loss.init_logit_bias,
+        )
+        if loss.fixed_scale:
+            assert loss.init_logit_scale is not None
+            model.logit_scale.requires_grad_(False).fill_(loss.init_logit_scale)
+        if model.logit_bias is not None:  # DDP waits for gradients that no loss gives
+            model.logit_bias.requires_grad_(loss.init_logit_bias is not None)
+        if options.lock_image:
+            model.lock_image_tower()
+        if options.lock_text:
+            model.lock_text_tower()
+        model.set_grad_checkpointing(options.grad_checkpointing)
+        if options.compile:
+            model.compile()
+        return model.to(self.world.device)
+
+    def run(self) -> Run:
+        options, world = self.options, self.world
+        first = self._resume()
+        last = self.steps if options.stop_after is None else min(self.steps, first + options.stop_after)
+        if len(self.source) < options.batch_size and not self.loss.with_labels:
+            logger.warning(
+                "a batch of %d from %d samples repeats some, and the %s loss takes repeats for negatives: "
+                "--loss unicl takes them for positives",
+                *(options.batch_size, len(self.source), options.loss),
+            )
+        metrics = self._open_metrics()
+        progress = Progress(first=first, steps=self.steps, shown=world.rank == 0)
+        losses: list[float] = []
+        start = time.perf_counter()
+        try:
+            for done, report in self._updates(first, last, metrics, progress):
+                losses.append(report.loss)
+                ends = done == last
+                if self.val_source is not None and (_due(done, options.val_every) or (ends and done == self.steps)):
+                    self._validate(done, metrics, progress)
+                if ends or _due(done, options.save_every):
+                    self._save(done)
+        finally:
+            progress.close()
+            if metrics is not None:
+                metrics.close()
+        if last == self.steps:
+            self._save_model()
+        return Run(self.folder, last, losses, self.validation, time.perf_counter() - start, self.backend)
+
+    def _updates(
+        self, first: int, last: int, metrics: Metrics | None, progress: Progress
+    ) -> Iterator[tuple[int, StepReport]]:
+        """Each update, logged: the number of updates so far, and its report."""
+        options, world = self.options, self.world
+        stepper = Stepper(
+            self.model,
+            self.wrapped,
+            self.loss,
+            self.optimizer,
+            world,
+            ema=self.ema,
+            max_grad_norm=options.max_grad_norm,
+            autocast=torch.bfloat16 if options.precision == "bf16" else None,
+            keep_on="cpu" if options.features_on == "cpu" else None,
+        )
+        batches = training_batches(
+            self.source,
+            image_transform(self.config, train=True),
+            self.tokenize,
+            batch_size=options.batch_size,
+            micro_batch=options.micro_batch,
+            seed=options.seed,
+            first_step=first,
+            last_step=last,
+            rank=world.rank,
+            ranks=world.ranks,
+            workers=options.workers,
+            pin_memory=world.device.type == "cuda",
+        )
+        assert options.lr is not None and options.warmup is not None
+        waited, since, steps_since = 0.0, time.perf_counter(), 0
+        for step in range(first, last):
+            begin = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - begin
+            self.model.train()
+            lr = options.lr * warmup_cosine(step, warmup_steps=options.warmup, steps=self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            seed_step(options.seed, step, world.rank)
+            logged = (step + 1) % options.log_every == 0 or step + 1 == last
+            report = stepper.step(batch, step=step, accuracy=logged)
+            steps_since += 1
+            if logged:
+                seconds = time.perf_counter() - since
+                values = {
+                    "loss": report.loss,
+                    "lr": lr,
+                    "logit_scale": float(self.model.logit_scale.detach().exp()),
+                    "grad_norm": report.grad_norm,
+                    "image_top1": report.image_top1,
+                    "text_top1": report.text_top1,
+                    "epoch": self.order.position(step)[0],
+                    "samples_per_second": steps_since * options.batch_size / seconds,
+                    "data_wait": waited / seconds,
+                }
+                if metrics is not None:
+                    metrics.write(step + 1, values)
+                progress.show(step + 1, values)
+                waited, since, steps_since = 0.0, time.perf_counter(), 0
+            progress.moved()
+            yield step + 1, report
+
+    def _resume(self) -> int:
+        """Updates that a checkpoint holds; 0 for a new run. Prepares the folder."""
+        path = find_checkpoint(self.options.resume, self.folder) if self.options.resume else None
+        if self.world.group is not None:  # all have looked before rank 0 writes
+            paths = [path]
+            dist.broadcast_object_list(paths, src=0)
+            path = paths[0]
+        first = 0
+        if path is not None:
+            first = load_checkpoint(path, self.model, self.optimizer, ema=self.ema)
+            logger.info("goes on from %s, after %d steps", path, first)
+            for change in _changes(read_state(path)["options"], asdict(self.options)):
+                logger.warning("changed since %s: %s", path, change)
+            if first >= self.steps:
+                raise ValueError(f"{path} has made {first} steps, and the schedule has {self.steps}: nothing is left")
+        if self.world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            cut_metrics(self.folder / "metrics.jsonl", first)
+            write_options(self.options, self.folder / "config.yaml")
+        return first
+
+    def _open_metrics(self) -> Metrics | None:
+        if self.world.rank:
+            return None
+        return Metrics(self.folder, options=asdict(self.options), wandb=self.options.wandb)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model has its moving average's weights, where there is one."""
+        if self.ema is not None:
+            self.ema.swap()
+        try:
+            yield
+        finally:
+            if self.ema is not None:
+                self.ema.swap()
+
+    def _validate(self, done: int, metrics: Metrics | None, progress: Progress) -> None:
+        assert self.val_source is not None
+        dtype = torch.bfloat16 if self.options.precision == "bf16" else None
+        with self._averaged(), torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
+            self.validation = validate(
+                self.model,
+                self.val_source,
+                image_transform(self.config),
+                self.tokenize,
+                batch_size=self.options.micro_batch or _VALIDATION_BATCH,
+                workers=self.options.workers,
+                group=self.world.group,
+            )
+        if metrics is not None:
+            metrics.write(done, {f"val/{name}": value for name, value in self.validation.items()})
+        progress.show(done, self.validation)
+
+    def _save(self, done: int) -> None:
+        about = {"options": asdict(self.options), "fastclip": __version__, "torch": torch.__version__}
+        save_checkpoint(
+            self.folder / "checkpoints",
+            self.model,
+            self.optimizer,
+            step=done,
+            about=about,
+            ema=self.ema,
+            writes=self.world.rank == 0,
+        )
+
+    def _save_model(self) -> None:
+        with self._averaged():
+            state = get_model_state_dict(
+                self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            )
+        if self.world.rank == 0:
+            whole = build_model(self.config, device="meta")
+            whole.load_state_dict(state, assign=True)
+            whole.save_pretrained(self.folder / "model")
+
+
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Options that are not as they were, of those that a run depends on."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return [
+        f"{flag(name)} was {before.get(name)}, is {plain(value)}"
+        for name, value in now.items()
+        if name not in _MAY_CHANGE and before.get(name) != plain(value)
+    ]
