@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["MovingAverage", "build_optimizer", "clip_gradients", "parameter_groups", "warmup_cosine"]
+__all__ = ["MovingAverage", "build_optimizer", "clip_gradients", "gradient_norm", "parameter_groups", "warmup_cosine"]
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
@@ -58,21 +58,24 @@ def build_optimizer(
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """The norm () of all gradients together, before they are scaled down to `max_norm`; None leaves them alone.
-
-    Of sharded parameters (FSDP2) it is that of the whole gradient, on every rank.
-    """
-    with_gradient = [p for p in parameters if p.grad is not None]
-    kinds = [[p for p in with_gradient if isinstance(p.grad, DTensor) is sharded] for sharded in (False, True)]
-    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm () of all gradients together; of sharded parameters (FSDP2) that of the whole, on every rank."""
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in _kinds(parameters)]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total = torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
-    if max_norm is not None:
-        for kind in kinds:
-            if kind:
-                nn.utils.clip_grads_with_norm_(kind, max_norm, total)
-    return total
+    return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Scale all gradients, whose `norm` is known, down to `max_norm` where they are longer."""
+    for kind in _kinds(parameters):
+        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+
+
+def _kinds(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those with gradients, plain and sharded ones apart: torch takes no mixture."""
+    found = [p for p in parameters if p.grad is not None]
+    kinds = [[p for p in found if isinstance(p.grad, DTensor) is sharded] for sharded in (False, True)]
+    return [kind for kind in kinds if kind]
 
 
 class MovingAverage:

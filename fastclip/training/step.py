@@ -16,7 +16,7 @@ from fastclip.models.dual_encoder import MAX_LOG_SCALE, DualEncoder
 from fastclip.stats import contrastive_stats
 from fastclip.training.cached import cached_step
 from fastclip.training.losses import NamedLoss
-from fastclip.training.optim import MovingAverage, clip_gradients
+from fastclip.training.optim import MovingAverage, clip_gradients, gradient_norm
 from fastclip.training.parallel import World, mean_over_ranks, reduce_unsharded
 
 __all__ = ["StepReport", "Stepper", "seed_step"]
@@ -94,15 +94,17 @@ class Stepper:
             raise FloatingPointError(self._told(f"the loss of step {step} is {whole}", batches, features))
         if self.wrapped is self.model:  # FSDP, or alone
             reduce_unsharded(self.model, self.world)
-        norm = float(clip_gradients(self.model.parameters(), self.max_grad_norm))
-        if not math.isfinite(norm):
-            raise FloatingPointError(self._told(f"the gradient of step {step} is {norm}", batches, features))
+        norm = gradient_norm(self.model.parameters())
+        if not norm.isfinite():
+            raise FloatingPointError(self._told(f"the gradient of step {step} is {norm.item()}", batches, features))
+        if self.max_grad_norm is not None:
+            clip_gradients(self.model.parameters(), self.max_grad_norm, norm)
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
         if self.ema is not None:
             self.ema.update()
-        return StepReport(whole, norm, *(self._accuracy(labels, *features) if accuracy else (None, None)))
+        return StepReport(whole, norm.item(), *(self._accuracy(labels, *features) if accuracy else (None, None)))
 
     def _accuracy(self, labels: Tensor, image: Tensor, text: Tensor, scale: Tensor) -> tuple[float, float]:
         labels = labels.to(image.device)

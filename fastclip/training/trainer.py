@@ -121,7 +121,8 @@ class _Trainer:
             raise ValueError(f"--batch-size {options.batch_size} leaves nothing for some of {ranks} processes")
         if options.features_on == "cpu" and self.world.device.type == "cuda" and ranks > 1:
             raise ValueError("--features-on cpu is for one process: NCCL takes no features from the host")
-        if options.resume is None and (self.folder / "metrics.jsonl").exists():
+        file = self.folder / "metrics.jsonl"
+        if options.resume is None and file.is_file() and file.stat().st_size:  # a run that made no step left none
             raise ValueError(
                 f"--output {self.folder} holds a run: --resume auto goes on with it, another folder begins a new one"
             )
