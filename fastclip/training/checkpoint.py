@@ -62,7 +62,7 @@ def save_checkpoint(
         groups = [{k: v.item() if isinstance(v, Tensor) else v for k, v in g.items()} for g in found["param_groups"]]
     if ema is not None:
         ema.swap()
-        tensors["ema"] = _model_state(model)
+        tensors["ema"] = {name: x.clone() for name, x in _model_state(model).items()}  # else they swap, too
         ema.swap()
         about = {**about, "ema_updates": ema.updates}
     if not writes:
@@ -71,7 +71,7 @@ def save_checkpoint(
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
     for name, values in tensors.items():
-        save_file({k: v.detach().contiguous().clone() for k, v in values.items()}, half / f"{name}.safetensors")
+        save_file({k: v.detach().contiguous() for k, v in values.items()}, half / f"{name}.safetensors")
     (half / "state.json").write_text(json.dumps({"step": step, **about, "param_groups": groups}, indent=1) + "\n")
     shutil.rmtree(path, ignore_errors=True)
     half.rename(path)

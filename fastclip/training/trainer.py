@@ -170,7 +170,8 @@ class _Trainer:
             model.lock_image_tower()
         if options.lock_text:
             model.lock_text_tower()
-        model.set_grad_checkpointing(options.grad_checkpointing)
+        if options.grad_checkpointing:
+            model.set_grad_checkpointing()
         if options.compile:
             model.compile()
         return model.to(self.world.device)
@@ -337,13 +338,11 @@ class _Trainer:
 
     def _save_model(self) -> None:
         with self._averaged():
-            state = get_model_state_dict(
-                self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-            )
-        if self.world.rank == 0:
-            whole = build_model(self.config, device="meta")
-            whole.load_state_dict(state, assign=True)
-            whole.save_pretrained(self.folder / "model")
+            state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if self.world.rank == 0:
+                whole = build_model(self.config, device="meta")
+                whole.load_state_dict(state, assign=True)
+                whole.save_pretrained(self.folder / "model")
 
 
 def _due(done: int, every: int | None) -> bool:
