@@ -1,0 +1,279 @@
+"""Time and memory of a training step against the batch size, beside open_clip's trainer; rows in results/training.csv.
+
+    python -m benchmarks.training --model ViT-tiny --batches 256/256,1024/256,4096/256 --rounds 5
+    python -m benchmarks.training --model ViT-tiny --batches 32768/256 --rounds 1 --providers fastclip
+
+A batch is SIZE/MICRO: micro-batches of MICRO pairs. Both start from the same weights and take the same random batch,
+which is in memory; the first losses are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Timings, append, machine, quantile
+from benchmarks.peak_memory import peak_of, return_what_is_freed
+from fastclip.data.batch import Batch
+from fastclip.models import DualEncoder, create_model
+from fastclip.models.convert import convert
+from fastclip.training.losses import NamedLoss, named_loss
+from fastclip.training.optim import build_optimizer
+from fastclip.training.parallel import World
+from fastclip.training.step import Stepper
+
+RESULTS = Path(__file__).parent / "results" / "training.csv"
+PEER = "open_clip"
+LR, DECAY, BETAS, EPS = 5e-4, 0.2, (0.9, 0.98), 1e-6
+AGREE = 1e-4  # relative, of the losses of two implementations of the encoders
+
+Step = Callable[[], float]  # -> the loss
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    precision: str  # fp32, bf16
+    batch_size: int
+    micro_batch: int
+
+
+@dataclass
+class Shares:
+    """Seconds that the loss took, forward and backward, in each step."""
+
+    seconds: list[float]
+
+    def timed(self, loss: NamedLoss) -> NamedLoss:
+        def function(image: Tensor, text: Tensor, *rest: Tensor) -> Tensor:
+            start = time.perf_counter()
+            image, text = image.view_as(image), text.view_as(text)  # their gradients are the last thing it computes
+            ends: list[float] = []
+            for x in (image, text):
+                x.register_hook(lambda d: ends.append(time.perf_counter()))
+            value = loss.function(image, text, *rest)
+            value.register_hook(lambda d: ends.append(time.perf_counter()))
+            self._finish = lambda: self.seconds.append(max(ends) - start)
+            return value
+
+        return loss._replace(function=function)
+
+    def finish(self) -> None:
+        self._finish()
+
+
+def batch_of(case: Case, model: DualEncoder) -> Batch:
+    """Random pixels and words, each text of another length, as captions are."""
+    config = model.config
+    assert config is not None
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(case.batch_size, 3, *(2 * (config.vision_cfg.image_size,)), generator=generator)
+    length, vocabulary = config.text_cfg.context_length, config.text_cfg.vocab_size
+    ids = torch.randint(1, vocabulary - 1, (case.batch_size, length), generator=generator)
+    end = torch.randint(2, length, (case.batch_size, 1), generator=generator)
+    place = torch.arange(length)
+    ids = torch.where(place < end, ids, 0).masked_fill_(place == end, vocabulary - 1)
+    return Batch(images, ids, torch.arange(case.batch_size), tuple(map(str, range(case.batch_size))))
+
+
+def ours(case: Case, model: DualEncoder, whole: Batch, shares: Shares | None = None) -> Step:
+    """As `fastclip train` does it, accuracy of every step included."""
+    loss = named_loss("clip")
+    stepper = Stepper(
+        model,
+        model,
+        loss if shares is None else shares.timed(loss),
+        build_optimizer("adamw", model, lr=LR, weight_decay=DECAY, betas=BETAS, eps=EPS),
+        World(0, 1, torch.device("cpu"), None),
+        max_grad_norm=1.0,
+        autocast=torch.bfloat16 if case.precision == "bf16" else None,
+    )
+    pieces = [
+        Batch(*(x[k : k + case.micro_batch] for x in whole)) for k in range(0, case.batch_size, case.micro_batch)
+    ]
+
+    def step() -> float:
+        model.train()
+        value = stepper.step(pieces, step=0, accuracy=True).loss
+        if shares is not None:
+            shares.finish()
+        return value
+
+    return step
+
+
+def theirs(case: Case, model: DualEncoder, whole: Batch) -> Step:
+    """open_clip_train's `train_one_epoch` over one step, `accum_freq` its micro-batches."""
+    import open_clip
+    from open_clip.loss import ClipLoss
+    from open_clip_train.train import train_one_epoch
+
+    with TemporaryDirectory() as folder:
+        config = model.config
+        assert config is not None
+        convert(model, Path(folder) / "weights.pt", form="open_clip")
+        image, text = config.vision_cfg, config.text_cfg
+        tower = {name: getattr(image, name) for name in ("layers", "width", "image_size", "head_width")}
+        if hasattr(image, "patch_size"):
+            tower["patch_size"] = image.patch_size
+        words = {name: getattr(text, name) for name in ("context_length", "vocab_size", "width", "heads", "layers")}
+        peer = open_clip.CLIP(config.embed_dim, vision_cfg=tower, text_cfg=words, output_dict=True)
+        open_clip.load_checkpoint(peer, str(Path(folder) / "weights.pt"))
+    gain = [p for name, p in peer.named_parameters() if p.ndim < 2 or "logit_scale" in name]
+    rest = [p for name, p in peer.named_parameters() if not (p.ndim < 2 or "logit_scale" in name)]
+    groups = [{"params": gain, "weight_decay": 0.0}, {"params": rest, "weight_decay": DECAY}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
+    pieces = [(whole.images[k : k + case.micro_batch], whole.ids[k : k + case.micro_batch]) for k in range(0, case.batch_size, case.micro_batch)]
+
+    class Loader(list):  # type: ignore[type-arg]
+        num_batches, num_samples = len(pieces), case.batch_size
+
+    loader = Loader(pieces)
+    losses: list[float] = []
+
+    class Loss(ClipLoss):  # type: ignore[misc]
+        def forward(self, *args: Any, **options: Any) -> Any:
+            found = super().forward(*args, **options)
+            losses.append(found["contrastive_loss"].item())
+            return found
+
+    arguments = SimpleNamespace(
+        device="cpu",
+        precision="fp32" if case.precision == "fp32" else "amp_bf16",
+        distill=False,
+        accum_freq=len(pieces),
+        skip_scheduler=True,
+        horovod=False,
+        grad_clip_norm=1.0,
+        log_every_n_steps=1,
+        rank=0,
+        local_rank=0,
+        log_local=False,
+        batch_size=case.micro_batch,
+        world_size=1,
+        wandb=False,
+    )
+    data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
+    loss = Loss()
+
+    def step() -> float:
+        losses.clear()
+        train_one_epoch(peer, data, loss, 0, optimizer, None, None, None, arguments)
+        return losses[0]
+
+    return step
+
+
+PROVIDERS = {"fastclip": ours, PEER: theirs}
+
+
+def build(case: Case, provider: str, shares: Shares | None = None) -> Step:
+    torch.manual_seed(0)
+    model = create_model(case.model)
+    whole = batch_of(case, model)
+    return ours(case, model, whole, shares) if provider == "fastclip" else theirs(case, model, whole)
+
+
+def measure(case: Case, names: list[str], rounds: int) -> tuple[Timings, Shares]:
+    """Rounds in which each takes a turn, after one step that is not timed and whose losses are compared."""
+    shares = Shares([])
+    steps = {name: build(case, name, shares if name == "fastclip" else None) for name in names}
+    first = {name: step() for name, step in steps.items()}
+    if len(set(first)) > 1 and abs(first["fastclip"] - first[PEER]) > AGREE * first[PEER]:
+        raise RuntimeError(f"the first losses differ: {first}")
+    shares.seconds.clear()
+    timings = Timings()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            timings.rounds.setdefault(name, []).append(time.perf_counter() - start)
+    return timings, shares
+
+
+def peak(case: Case, provider: str) -> float:
+    """MiB of a step beyond the model, its gradients and optimiser's states, and the batch; in this process."""
+    return_what_is_freed()
+    step = build(case, provider)
+    small = build(Case(case.model, case.precision, 2 * case.micro_batch, case.micro_batch), provider)
+    small()  # loads libraries, starts threads
+    del small
+    small_case = Case(case.model, case.precision, 8, 4)
+    build(small_case, provider)()
+    return peak_of(lambda: [step()] and None)
+
+
+def peak_in_child(case: Case, provider: str) -> float:
+    words = ["--model", case.model, "--precision", case.precision]
+    words += ["--batches", f"{case.batch_size}/{case.micro_batch}", "--peak-of", provider]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training", *words],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    return round(float(done.stdout.splitlines()[-1]), 1)
+
+
+def rows(case: Case, timings: Timings, shares: Shares, peaks: dict[str, float]) -> list[dict[str, Any]]:
+    out = []
+    for name, seconds in timings.rounds.items():
+        share = [100 * a / b for a, b in zip(shares.seconds, seconds)] if name == "fastclip" else []
+        median = statistics.median(seconds)
+        out.append(
+            {
+                **asdict(case),
+                "provider": name,
+                "rounds": len(seconds),
+                "median_s": round(median, 4),
+                "p20_s": round(quantile(seconds, 0.2), 4),
+                "p80_s": round(quantile(seconds, 0.8), 4),
+                "samples_per_second": round(case.batch_size / median, 1),
+                f"speedup_over_{PEER}": timings.ratio(name, PEER, 3),
+                "loss_percent": round(statistics.median(share), 2) if share else "",
+                "peak_mib": peaks.get(name, ""),
+            }
+        )
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-tiny")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--batches", default="256/256,1024/256,4096/256", help="SIZE/MICRO, separated by commas")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--providers", default="fastclip,open_clip")
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.disable(logging.INFO)  # open_clip's trainer tells every step
+    names = arguments.providers.split(",")
+    for size, _, micro in (batch.partition("/") for batch in arguments.batches.split(",")):
+        case = Case(arguments.model, arguments.precision, int(size), int(micro or size))
+        if arguments.peak_of:
+            print(peak(case, arguments.peak_of))
+            continue
+        peaks = {name: peak_in_child(case, name) for name in names}
+        found = rows(case, *measure(case, names, arguments.rounds), peaks)
+        append(arguments.rows, found, machine())
+        for row in found:
+            print(*row.values(), sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main()
