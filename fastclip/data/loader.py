@@ -223,9 +223,8 @@ def _leave_group(worker: int) -> None:
 
 
 def _own_batch(batch: Batch) -> Batch:
-    return Batch(
-        _own(batch.images), _own(batch.ids), _own(batch.labels), tuple(batch.keys)
-    )  # pinning may make it a list
+    images, ids, labels, keys = batch
+    return Batch(_own(images), _own(ids), _own(labels), tuple(keys))  # pinning may make a list of the keys
 
 
 def _own(tensor: Tensor) -> Tensor:
