@@ -4,15 +4,18 @@ FASTCLIP_BACKEND       backend to use where `backend=` is not given, e.g. ``cpu`
 FASTCLIP_CPU_ISA       ``avx512``, ``avx2`` or ``portable`` in place of the best that the processor runs
 FASTCLIP_WORKSPACE_MB  bound on a backend's buffers of logits, in MiB (64 on a CPU, 1024 on a GPU)
 
+TOKENIZERS_PARALLELISM is off in the processes that read data.
 torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say that a command is one of several processes.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-__all__ = ["Launched", "backend", "cpu_isa", "launched", "workspace_bytes"]
+__all__ = ["Launched", "backend", "cpu_isa", "launched", "tokenizers_without_threads", "workspace_bytes"]
 
 
 def backend() -> str | None:
@@ -55,3 +58,22 @@ def launched() -> Launched | None:
             raise ValueError(f"{name} must be a number, got {text!r}")
         found[name] = int(text)
     return Launched(*found.values())
+
+
+@contextmanager
+def tokenizers_without_threads() -> Iterator[None]:
+    """Processes that start inside use the `tokenizers` library without threads.
+
+    After a fork its threads are gone: it warns on stderr, once a process, or waits for them for ever where the user
+    has switched them on.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -10,9 +10,9 @@ __all__ = ["Batch"]
 
 
 class Batch(NamedTuple):
-    """Images and texts, each with a label; every image and text of equal labels belong together."""
+    """B pictures, each with one of its captions; every picture and caption of equal labels belong together."""
 
-    images: Tensor  # (M, C, H, W) float32
-    ids: Tensor  # (N, L) int64, token ids
-    image_labels: Tensor  # (M,) int64
-    text_labels: Tensor  # (N,) int64
+    images: Tensor  # (B, 3, H, W) float32
+    ids: Tensor  # (B, L) int64, token ids
+    labels: Tensor  # (B,) int64, not negative
+    keys: tuple[str, ...]  # B of them, what messages call the samples

@@ -1,0 +1,73 @@
+"""Pictures in a folder, each with a file of its captions beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastclip.data.picture import PICTURE_SUFFIXES, json_captions, read_picture, text_captions
+from fastclip.data.source import Record
+from fastclip.data.strings import Strings
+
+__all__ = ["Folder", "pictures"]
+
+
+def pictures(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Relative path of every picture under `folder`, sorted in each folder, and whether captions lie beside it.
+
+    What is hidden, and links to folders, are left out.
+    """
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        beside = set(files)
+        for name in sorted(files):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in PICTURE_SUFFIXES and not name.startswith("."):
+                told = not beside.isdisjoint((f"{stem}.txt", f"{stem}.json"))
+                yield os.path.relpath(os.path.join(path, name), folder), told
+
+
+class Folder:
+    """Every picture under a folder: ``a/1.jpg`` with ``a/1.txt``, one caption a line, or ``a/1.json`` with "caption".
+
+    A .txt goes before a .json; that is what img2dataset writes as files. Both are read when the sample is.
+
+    Raises:
+        ValueError: there is no picture, or some have no captions; the message counts them and names the first.
+    """
+
+    class_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+        self._folder = Path(spec)
+        found = list(pictures(self._folder))
+        untold = [name for name, told in found if not told]
+        if untold:
+            first = self._folder / untold[0]
+            raise ValueError(
+                f"{spec}: {len(untold)} of {len(found)} pictures have no caption, first {first}: "
+                f"{first.with_suffix('.txt').name} or {first.with_suffix('.json').name} must lie beside it"
+            )
+        if not found:
+            raise ValueError(f"{spec}: the folder holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        self._names = Strings(name for name, _ in found)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Record:
+        path = self._folder / self._names[index]
+        return Record(read_picture(path, str(path)), self.captions(index), str(path))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        path = self._folder / self._names[index]
+        text = path.with_suffix(".txt")
+        try:
+            if text.exists():
+                return text_captions(text.read_bytes(), str(path), lines=True)
+            return json_captions(path.with_suffix(".json").read_bytes(), str(path))
+        except OSError as error:
+            raise OSError(f"{path}: its caption file: {error.strerror}") from error
