@@ -1,24 +1,29 @@
-"""fastclip: the contrastive losses of CLIP-like training as a kernel package."""
+"""fastclip: the contrastive losses of CLIP-like training as a kernel package.
 
+The losses are imported with the package where torch already is, and else, like all other names, when they are first
+asked for: the command line need not wait for torch. A program that was exported with the ops and runs without a name of
+this package needs ``import torch`` before it, or ``import fastclip.ops``.
+"""
+
+import sys
 from typing import TYPE_CHECKING, Any
 
-from fastclip._backends import backends, build_info
+from fastclip._lazy import lazy_names
 from fastclip._version import __version__
-from fastclip.loss import contrastive_loss
-from fastclip.modules import ClipLoss, SigLipLoss
-from fastclip.multiview import multiview_loss
-from fastclip.sigmoid import sigmoid_loss
-from fastclip.stats import ContrastiveStats, contrastive_stats
+
+# Where torch is loaded its registered ops have to be there as well, and torch.compile meets no name it has to import.
+if TYPE_CHECKING or "torch" in sys.modules:
+    from fastclip._backends import backends, build_info
+    from fastclip.loss import contrastive_loss
+    from fastclip.modules import ClipLoss, SigLipLoss
+    from fastclip.multiview import multiview_loss
+    from fastclip.sigmoid import sigmoid_loss
+    from fastclip.stats import ContrastiveStats, contrastive_stats
 
 if TYPE_CHECKING:
-    from fastclip.models import (
-        DualEncoder,
-        create_model,
-        create_model_and_transforms,
-        get_tokenizer,
-        list_models,
-        load_image_transform,
-    )
+    from fastclip.models.config import list_models
+    from fastclip.models.dual_encoder import DualEncoder
+    from fastclip.models.factory import create_model, create_model_and_transforms, get_tokenizer, load_image_transform
 
 __all__ = [
     "ClipLoss",
@@ -39,26 +44,35 @@ __all__ = [
     "sigmoid_loss",
 ]
 
-# The encoders need timm and transformers, which the losses do not: they are imported when they are asked for.
-_MODELS = (
-    "DualEncoder",
-    "create_model",
-    "create_model_and_transforms",
-    "get_tokenizer",
-    "list_models",
-    "load_image_transform",
-)
+_LAZY = {
+    "ClipLoss": "fastclip.modules",
+    "ContrastiveStats": "fastclip.stats",
+    "DualEncoder": "fastclip.models.dual_encoder",
+    "SigLipLoss": "fastclip.modules",
+    "backends": "fastclip._backends",
+    "build_info": "fastclip._backends",
+    "contrastive_loss": "fastclip.loss",
+    "contrastive_stats": "fastclip.stats",
+    "create_model": "fastclip.models.factory",
+    "create_model_and_transforms": "fastclip.models.factory",
+    "get_tokenizer": "fastclip.models.factory",
+    "list_models": "fastclip.models.config",
+    "load_image_transform": "fastclip.models.factory",
+    "multiview_loss": "fastclip.multiview",
+    "sigmoid_loss": "fastclip.sigmoid",
+}
+_find = lazy_names(globals(), _LAZY)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODELS:
-        raise AttributeError(f"module 'fastclip' has no attribute {name!r}")
     try:
-        from fastclip import models
+        return _find(name)
     except ImportError as error:
+        if not _LAZY[name].startswith("fastclip.models."):
+            raise
+        # The encoders need timm and transformers, which the losses do not.
         what = f"fastclip.{name} needs {error.name or error}, which is not installed"
         raise ImportError(f"{what}: pip install '.[models]' in the clone", name=error.name) from error
-    return getattr(models, name)
 
 
 def __dir__() -> list[str]:

@@ -25,9 +25,9 @@ LAYERS = (
     {"ops", "labels"},
     {"_backends"},
     {"triton_kernels"},
-    {"_cpu", "_cuda", "_env", "_version"},
+    {"_cpu", "_cuda", "_env", "_lazy", "_version"},
 )
-# What `import fastclip` loads: torch and the standard library only.
+# What the losses load, with `import fastclip` or when they are first asked for: torch and the standard library only.
 ALLOWED = {"triton_kernels": {"torch", "triton"}}  # which only the Triton backend imports, when it is asked
 CORE = {part for layer in LAYERS[3:] for part in layer} | {"__init__"}
 
@@ -47,9 +47,16 @@ def imports(source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the layer"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
-            assert isinstance(node.args[0], ast.Constant)
-            yield node.args[0].value
+        elif isinstance(node, ast.Call) and "import_module" in (_called(node), getattr(node.func, "attr", "")):
+            if ast.unparse(node.args[0]) != "modules[name]":  # that of _lazy.py, whose tables are read below
+                assert isinstance(node.args[0], ast.Constant)
+                yield node.args[0].value
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_LAZY":
+            yield from ast.literal_eval(node.value).values()
+
+
+def _called(node: ast.Call) -> str:
+    return getattr(node.func, "id", "")
 
 
 def faults(part: str, source: str) -> list[str]:
@@ -70,7 +77,7 @@ def faults(part: str, source: str) -> list[str]:
         if rest and part not in ("__init__",) and top == "fastclip" and rest[0] == "__init__":
             found.append(f"{part} imports the package itself")
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print" and part != "cli":
+        if isinstance(node, ast.Call) and _called(node) == "print" and part != "cli":
             found.append(f"{part} prints: a library logs")
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") and part != "_env":
             found.append(f"{part} reads the environment: _env does")
@@ -97,7 +104,9 @@ def test_module_keeps_to_its_layer(path: Path) -> None:
         ("ops", "from fastclip.loss import contrastive_loss", "ops imports fastclip.loss"),
         ("_backends", "import fastclip.ops", "_backends imports fastclip.ops"),
         ("models", "def f():\n    from fastclip import training", "models imports fastclip.training"),
+        ("models", "_LAZY = {'train': 'fastclip.training.loop'}", "models imports fastclip.training.loop"),
         ("loss", "import timm", "needs torch only"),
+        ("loss", "from importlib import import_module\nimport_module('timm')", "needs torch only"),
         ("_backends", "import triton", "needs torch only"),
         ("triton_kernels", "from fastclip._backends import cpu", "triton_kernels imports fastclip._backends"),
         ("training", "print(1)", "prints"),

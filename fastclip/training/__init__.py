@@ -1,6 +1,8 @@
 """Training of image and text towers with the contrastive loss."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastclip._lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastclip.training.cached import cached_step
@@ -9,17 +11,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "TrainOptions", "cached_step", "train"]
 
+_LAZY = {
+    "Run": "fastclip.training.trainer",
+    "TrainOptions": "fastclip.training.options",
+    "cached_step": "fastclip.training.cached",
+    "train": "fastclip.training.trainer",
+}
+__getattr__ = lazy_names(globals(), _LAZY)
 
-def __getattr__(name: str) -> Any:
-    # Imported when they are asked for: `fastclip train --help` does without torch, cached_step without timm.
-    if name == "cached_step":
-        from fastclip.training.cached import cached_step as found
-    elif name == "TrainOptions":
-        from fastclip.training.options import TrainOptions as found
-    elif name in ("Run", "train"):
-        from fastclip.training import trainer
 
-        return getattr(trainer, name)
-    else:
-        raise AttributeError(f"module 'fastclip.training' has no attribute {name!r}")
-    return found
+def __dir__() -> list[str]:
+    return __all__
