@@ -101,9 +101,7 @@ def ours(case: Case, model: DualEncoder, whole: Batch, shares: Shares | None = N
         max_grad_norm=1.0,
         autocast=torch.bfloat16 if case.precision == "bf16" else None,
     )
-    pieces = [
-        Batch(*(x[k : k + case.micro_batch] for x in whole)) for k in range(0, case.batch_size, case.micro_batch)
-    ]
+    pieces = [Batch(*(x[k : k + case.micro_batch] for x in whole)) for k in range(0, case.batch_size, case.micro_batch)]
 
     def step() -> float:
         model.train()
@@ -136,7 +134,10 @@ def theirs(case: Case, model: DualEncoder, whole: Batch) -> Step:
     rest = [p for name, p in peer.named_parameters() if not (p.ndim < 2 or "logit_scale" in name)]
     groups = [{"params": gain, "weight_decay": 0.0}, {"params": rest, "weight_decay": DECAY}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
-    pieces = [(whole.images[k : k + case.micro_batch], whole.ids[k : k + case.micro_batch]) for k in range(0, case.batch_size, case.micro_batch)]
+    pieces = [
+        (whole.images[k : k + case.micro_batch], whole.ids[k : k + case.micro_batch])
+        for k in range(0, case.batch_size, case.micro_batch)
+    ]
 
     class Loader(list):  # type: ignore[type-arg]
         num_batches, num_samples = len(pieces), case.batch_size

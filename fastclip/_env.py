@@ -60,6 +60,11 @@ def launched() -> Launched | None:
     return Launched(*found.values())
 
 
+def deterministic_cublas() -> None:
+    """cuBLAS repeats a product bit for bit; before the first one of the process, and a user's own value stays."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def tokenizers_without_threads() -> Iterator[None]:
     """Processes that start inside use the `tokenizers` library without threads.

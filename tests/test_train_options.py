@@ -79,7 +79,13 @@ def test_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) ->
     [
         *(("batch_size", 0), ("micro_batch", 0), ("epochs", -1), ("max_steps", 0), ("stop_after", 0)),
         *(("log_every", 0), ("save_every", 0), ("workers", -1), ("warmup", -1), ("lr", 0.0), ("lr", float("nan"))),
-        *(("max_grad_norm", -1.0), ("ema", 1.5), ("label_smoothing", -0.1), ("image_weight", 2.0), ("betas", (0.9, 1.0))),
+        *(
+            ("max_grad_norm", -1.0),
+            ("ema", 1.5),
+            ("label_smoothing", -0.1),
+            ("image_weight", 2.0),
+            ("betas", (0.9, 1.0)),
+        ),
     ],
 )
 def test_values_that_no_run_can_have_are_refused(name: str, value: object) -> None:

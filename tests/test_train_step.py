@@ -208,7 +208,9 @@ def test_losses_are_those_of_the_papers(loss: str) -> None:
     model = tiny(init_logit_scale=spec.init_logit_scale, init_logit_bias=spec.init_logit_bias)
     expected = float(dense(loss, model, batch()).detach())
     optimizer = build_optimizer("adamw", model, lr=1e-3, weight_decay=0.1)
-    assert Stepper(model, model, spec, optimizer, ALONE).step([batch()], step=0).loss == pytest.approx(expected, rel=1e-5)
+    assert Stepper(model, model, spec, optimizer, ALONE).step([batch()], step=0).loss == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_accuracy_is_that_of_the_batch() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,16 +85,19 @@ def test_run_leaves_all_its_files(tmp_path: Path) -> None:
     assert all(line.keys() == METRICS for line in steps)
     validations = [line for line in lines(run) if "loss" not in line]
     assert [line["step"] for line in validations] == [2, 4]
-    assert {f"val/{k}": v for k, v in run.validation.items()} == {k: v for k, v in validations[1].items() if k != "step"}
+    assert {f"val/{k}": v for k, v in run.validation.items()} == {
+        k: v for k, v in validations[1].items() if k != "step"
+    }
     assert 0 <= run.validation["zero_shot_top1"] <= 1
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
     events = list((tmp_path / "tensorboard").iterdir())
     assert len(events) == 1 and b"train/loss" in events[0].read_bytes() and b"val/" in events[0].read_bytes()
     found = read_options(tmp_path / "config.yaml")
     assert (found.optimizer, found.lr, found.max_steps, found.warmup) == ("adamw", 5e-4, 4, 0)
-    assert found == dataclasses.replace(options(tmp_path, val_data="digits", val_every=2, save_every=3), **{
-        name: getattr(found, name) for name in ("optimizer", "lr", "warmup", "weight_decay", "label_smoothing")
-    })
+    assert found == dataclasses.replace(
+        options(tmp_path, val_data="digits", val_every=2, save_every=3),
+        **{name: getattr(found, name) for name in ("optimizer", "lr", "warmup", "weight_decay", "label_smoothing")},
+    )
 
 
 def test_saved_model_is_the_one_that_was_validated(tmp_path: Path) -> None:
@@ -151,7 +155,10 @@ def test_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
     rest = train(options(tmp_path / "b", resume="auto", workers=1, log_every=1, **changed))
     assert rest.steps == 9 and begun.losses + rest.losses == whole.losses
     assert_same_model(rest, whole)
-    timeless = [[{k: v for k, v in x.items() if k not in ("samples_per_second", "data_wait")} for x in lines(r)] for r in (whole, rest)]
+    timeless = [
+        [{k: v for k, v in x.items() if k not in ("samples_per_second", "data_wait")} for x in lines(r)]
+        for r in (whole, rest)
+    ]
     assert timeless[0] == timeless[1]
     elsewhere = train(options(tmp_path / "c", resume=str(tmp_path / "b" / "checkpoints" / "step-00000004"), **changed))
     assert elsewhere.losses == rest.losses
@@ -219,10 +226,22 @@ def test_compiled_model_has_the_same_losses(tmp_path: Path) -> None:
 def test_batch_larger_than_the_data_warns_once_where_repeats_are_negatives(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(options(tmp_path / "a", batch_size=1500, micro_batch=500, max_steps=2, loss="clip", model="align-tiny", context_length=None))
+    train(
+        options(
+            tmp_path / "a",
+            batch_size=1500,
+            micro_batch=500,
+            max_steps=2,
+            loss="clip",
+            model="align-tiny",
+            context_length=None,
+        )
+    )
     assert [r.levelno for r in caplog.records if "repeats some" in r.message] == [logging.WARNING]
     caplog.clear()
-    run = train(options(tmp_path / "b", batch_size=1500, micro_batch=500, max_steps=1, model="align-tiny", context_length=None))
+    run = train(
+        options(tmp_path / "b", batch_size=1500, micro_batch=500, max_steps=1, model="align-tiny", context_length=None)
+    )
     assert "repeats some" not in caplog.text
     assert lines(run)[0]["epoch"] == 0
 
@@ -241,6 +260,28 @@ def test_options_that_fit_nothing_here_are_refused(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cuda needs a GPU"):
             train(options(tmp_path / "a", device="cuda"))
+
+
+def test_weights_and_biases_gets_the_metrics_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Process:
+        def log(self, values: dict[str, float], step: int) -> None:
+            told.append((step, values["loss"]))
+
+        def finish(self) -> None:
+            told.append("finished")
+
+    def init(**settings: Any) -> Process:
+        told.append((settings["project"], settings["name"], settings["config"]["batch_size"]))
+        return Process()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    run = train(options(tmp_path / "mine", max_steps=2, wandb="our-project"))
+    assert told == [("our-project", "mine", B), (1, run.losses[0]), (2, run.losses[1]), "finished"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        train(options(tmp_path / "other", wandb="our-project"))
 
 
 def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -266,6 +307,30 @@ def test_command_trains_and_says_how_it_went(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[2] for name in ("run", "again")]
     assert json.loads(metrics[0])["loss"] == json.loads(metrics[1])["loss"]
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
+def test_command_shows_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    import fcntl
+    import struct
+    import termios
+
+    ours, its = os.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # rows, columns
+    call = "import sys; from fastclip.cli import main; sys.exit(main())"
+    words = ["train", "--data", "digits", "--model", "ViT-tiny", "--context-length", "16", "--workers", "0"]
+    words += ["--batch-size", "16", "--max-steps", "2", "--output", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-c", call, *words], stdout=subprocess.DEVNULL, stderr=its)
+    os.close(its)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:  # Linux: the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, shown
+    assert b"2/2" in shown and b"loss=" in shown and b"step 2 of 2" not in shown
 
 
 def test_command_that_fails_says_why_in_a_line(tmp_path: Path) -> None:

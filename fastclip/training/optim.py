@@ -31,9 +31,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         if p.requires_grad:
             found[0 if sum(size > 1 for size in p.shape) >= 2 else 1 if p.dim() else 2].append(p)
     return [
-        {"params": params, "weight_decay": decay}
-        for params, decay in zip(found, (weight_decay, 0.0, 0.0))
-        if params
+        {"params": params, "weight_decay": decay} for params, decay in zip(found, (weight_decay, 0.0, 0.0)) if params
     ]
 
 

@@ -130,7 +130,9 @@ class Stepper:
             "image features that are not finite, of": named(features[:1]),
             "text features that are not finite, of": named(features[1:2]),
             "gradients that are not finite, of": [
-                name for name, p in self.model.named_parameters() if gradients and p.grad is not None and not _finite(p.grad)
+                name
+                for name, p in self.model.named_parameters()
+                if gradients and p.grad is not None and not _finite(p.grad)
             ],
         }
         everyone = [found]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from fastclip import _env
 from fastclip._backends import pick
 from fastclip._version import __version__
 from fastclip.data.loader import training_batches
@@ -87,7 +88,10 @@ class _Trainer:
         options = resolve(options, config)
         self.world, self.folder = world, Path(options.output)
         self._check(options)
-        torch.use_deterministic_algorithms(options.deterministic)
+        if options.deterministic:
+            _env.deterministic_cublas()
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
         self.source = open_source(options.data)
         self.order = Order(len(self.source), options.batch_size, options.seed)
@@ -268,7 +272,9 @@ class _Trainer:
                 progress.show(step + 1, values)
                 waited, since, steps_since = 0.0, time.perf_counter(), 0
             progress.moved()
+            pause = time.perf_counter()
             yield step + 1, report
+            since += time.perf_counter() - pause  # validation and checkpoints are no part of the throughput
 
     def _resume(self) -> int:
         """Updates that a checkpoint holds; 0 for a new run. Prepares the folder."""
