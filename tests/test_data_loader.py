@@ -23,6 +23,7 @@ pytest.importorskip("torchvision", reason="torchvision, whose random crops are t
 from PIL import Image
 from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
+from fastclip import _env
 from fastclip.data import Batch, Record, evaluation_batches, open_source, training_batches
 
 CROP = Compose([RandomResizedCrop(6), RandomHorizontalFlip(), ToTensor()])
@@ -208,9 +209,9 @@ def test_labels_without_classes_tell_first_captions_apart() -> None:
     assert by_caption[0] == {3679321338066202065}  # the same on every machine and in every version
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_takes_every_sample_once_and_ranks_stay_in_step(workers: int) -> None:
-    for size, ranks, batch_size in ((13, 1, 4), (13, 2, 4), (13, 5, 2), (2, 3, 5), (12, 3, 4)):
+def test_evaluation_takes_every_sample_once_and_ranks_stay_in_step() -> None:
+    cases = ((13, 1, 4, 0), (13, 2, 4, 2), (13, 5, 2, 0), (2, 3, 5, 0), (12, 3, 4, 0))
+    for size, ranks, batch_size, workers in cases:
         source = Gradients(size, labels=True)
         found, shapes = [], []
         for rank in range(ranks):
@@ -358,14 +359,24 @@ for step in training_batches(open_source(sys.argv[1]), ToTensor(), tokenize, bat
 """
 
 
-@pytest.mark.parametrize("setting", [None, "true"])
-def test_tokenizers_neither_warn_nor_hang_in_workers(tmp_path: Path, setting: str | None) -> None:
+def test_tokenizers_neither_warn_nor_hang_in_workers(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a caption\n")
-    environment = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
-    environment |= {} if setting is None else {"TOKENIZERS_PARALLELISM": setting}
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, "-c", _WITH_TOKENIZERS, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "tokenizers" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("setting", [None, "true"])
+def test_setting_of_tokenizers_is_put_back(monkeypatch: pytest.MonkeyPatch, setting: str | None) -> None:
+    name = "TOKENIZERS_PARALLELISM"
+    monkeypatch.delenv(name, raising=False)
+    if setting is not None:
+        monkeypatch.setenv(name, setting)
+    with pytest.raises(KeyError), _env.tokenizers_without_threads():
+        assert os.environ[name] == "false"
+        raise KeyError
+    assert os.environ.get(name) == setting

@@ -70,7 +70,7 @@ class Order:
         place, end = step * self.batch_size + start, step * self.batch_size + stop
         while place < end:
             epoch, row = divmod(place, self.epoch_length)
-            indices = self._permutation(epoch)[row : min(row + end - place, self.epoch_length)].tolist()
+            indices = self._permutation(epoch)[row : row + end - place].tolist()
             drawn += [Draw(epoch, index) for index in indices]
             place += len(indices)
         return drawn
