@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastclip.models.dual_encoder import DualEncoder
 
-__all__ = ["class_embeddings", "zero_shot_accuracy", "zero_shot_similarities"]
+__all__ = ["class_embeddings", "mean_directions", "zero_shot_accuracy", "zero_shot_similarities"]
 
 
 @torch.no_grad()
@@ -27,7 +27,12 @@ def class_embeddings(
     device = model.logit_scale.device
     captions = [template.format(name) for name in class_names for template in templates]
     features = model.encode_text(tokenize(captions).to(device), normalize=True)
-    return F.normalize(features.view(len(class_names), len(templates), -1).mean(dim=1), dim=-1)
+    return mean_directions(features.view(len(class_names), len(templates), -1))
+
+
+def mean_directions(features: Tensor) -> Tensor:
+    """(C, T, D) -> unit vectors (C, D): the means of unit vectors, made unit vectors again."""
+    return F.normalize(features.mean(dim=1), dim=-1)
 
 
 @torch.no_grad()

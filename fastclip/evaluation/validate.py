@@ -1,0 +1,184 @@
+"""What a training run looks at every so often: zero-shot accuracy and retrieval on samples that are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastclip.data.source import Record, Source
+from fastclip.distributed import check_group, gather_rows
+from fastclip.evaluation.retrieval import best_ranks, recall, retrieval_recalls, unit_rows
+from fastclip.evaluation.zero_shot import mean_directions
+
+__all__ = ["validate"]
+
+
+@torch.no_grad()
+def validate(
+    model: Any,
+    source: Source,
+    transform: Callable[[Any], Tensor],
+    tokenize: Callable[[list[str]], Tensor],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    group: Any = None,
+    max_samples: int | None = None,
+) -> dict[str, float]:
+    """Metrics of a model on a source; every value is between 0 and 1, and the same on every rank.
+
+    ``zero_shot_top1``, and with ten classes or more ``zero_shot_top5``, where the source has classes: the share of the
+    pictures whose class is among the first K, each class being the mean of its captions (`class_embeddings`); a tie
+    counts against the model. ``image_retrieval_recall@K`` and ``text_retrieval_recall@K`` for K = 1, 5, 10
+    (`retrieval_recalls`): captions of the same text are one text, which belongs to every picture that has it.
+
+    The model computes in eval mode and without gradients; afterwards every module is in the mode it was in, and torch's
+    random numbers go on as if nothing had been. Autocast is the caller's: call it inside.
+
+    Args:
+        model: has ``encode_image``, images (B, 3, H, W) -> features (B, D), ``encode_text``, token ids (B, L) ->
+            features (B, D), and ``logit_scale``, on whose device it computes; a `DualEncoder`, or what wraps one.
+        source: one of at least one sample.
+        transform: a picture -> (3, H, W) float32, without chance.
+        tokenize: B texts -> token ids (B, L).
+        batch_size: pictures, or captions, of a rank at a time.
+        workers: processes that read pictures; 0 reads in this one.
+        group: process group; every rank calls with the same source and encodes its share, in as many batches as the
+            others. None: this process does it all.
+        max_samples: at most so many, evenly spread over the source.
+
+    Raises:
+        ValueError: an empty source, options that are not positive.
+        OSError, ValueError: a sample that cannot be read.
+    """
+    from fastclip.data.loader import evaluation_batches
+
+    for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not len(source):
+        raise ValueError(f"{source.spec}: no samples to validate on")
+    group = check_group(group)
+    rank, ranks = _place(group)
+    if max_samples is not None and max_samples < len(source):
+        source = _Spread(source, max_samples)
+    texts = _texts_of(source)
+    with _undisturbed(model):
+        batches = evaluation_batches(source, transform, batch_size=batch_size, rank=rank, ranks=ranks, workers=workers)
+        image_features, labels = _image_features(model, batches, len(source), group)
+        text_features = _text_features(model, tokenize, texts.texts, batch_size, group)
+    metrics = retrieval_recalls(image_features, text_features[: texts.captions], texts.pairs)
+    if texts.classes and bool((labels >= 0).any()):
+        prompts = text_features[texts.classes].unflatten(0, (len(source.class_names), -1))
+        metrics = _zero_shot(image_features, labels, mean_directions(prompts)) | metrics
+    return _of_first_rank(metrics, labels.device, group)
+
+
+class _Texts(NamedTuple):
+    """The texts of a source, each once: the captions in the order of their first picture, then what classes add."""
+
+    texts: list[str]
+    captions: int  # how many of them
+    pairs: Tensor  # (P, 2) int64, picture and caption
+    classes: list[int]  # where the captions of every class are, of one class after the other
+
+
+def _texts_of(source: Source) -> _Texts:
+    numbers: dict[str, int] = {}
+    pairs = [(i, numbers.setdefault(text, len(numbers))) for i in range(len(source)) for text in source.captions(i)]
+    captions = len(numbers)
+    prompts = [template.format(name) for name in source.class_names for template in source.templates]
+    classes = [numbers.setdefault(text, len(numbers)) for text in prompts]
+    return _Texts(list(numbers), captions, torch.tensor(pairs), classes)
+
+
+class _Spread:
+    """Some samples of a source, evenly spread over it."""
+
+    def __init__(self, source: Source, size: int) -> None:
+        self.source, self.size = source, size
+        self.spec, self.class_names, self.templates = source.spec, source.class_names, source.templates
+
+    def __len__(self) -> int:
+        return self.size
+
+    def _index(self, index: int) -> int:
+        return index * len(self.source) // self.size
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self._index(index)]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(self._index(index))
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Eval mode inside; afterwards every module's mode and torch's random numbers are what they were."""
+    device = model.logit_scale.device
+    modes = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _place(group: Any) -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (0, 1) if group is None else (group.rank(), group.size())
+
+
+def _image_features(
+    model: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], size: int, group: Any
+) -> tuple[Tensor, Tensor]:
+    """Unit vectors (size, D) and labels (size,), -1 without, of all samples in order; batches of this rank's."""
+    device = model.logit_scale.device
+    features, labels = [], []
+    for images, _, found in batches:
+        features.append(unit_rows(model.encode_image(images.to(device))))
+        labels.append(found.to(device))
+    return _in_order(torch.cat(features), size, group), _in_order(torch.cat(labels), size, group)
+
+
+def _text_features(
+    model: Any, tokenize: Callable[[list[str]], Tensor], texts: Sequence[str], batch_size: int, group: Any
+) -> Tensor:
+    """Unit vectors (N, D)."""
+    device = model.logit_scale.device
+    rank, ranks = _place(group)
+    share = -(-len(texts) // ranks)
+    own = [texts[i % len(texts)] for i in range(rank, share * ranks, ranks)]  # as many on every rank
+    chunks = (own[start : start + batch_size] for start in range(0, share, batch_size))
+    features = [unit_rows(model.encode_text(tokenize(chunk).to(device))) for chunk in chunks]
+    return _in_order(torch.cat(features), len(texts), group)
+
+
+def _in_order(own: Tensor, size: int, group: Any) -> Tensor:
+    """Rows of every rank, which has r, r + ranks, ... and some padding at the end -> the `size` rows in order."""
+    if group is None:
+        return own
+    every = gather_rows(own, [len(own)] * group.size(), group.group_name)
+    return every.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(0, 1)[:size]
+
+
+def _zero_shot(image_features: Tensor, labels: Tensor, classes: Tensor) -> dict[str, float]:
+    some = (labels >= 0).nonzero()
+    ranks = best_ranks(image_features, classes, torch.cat([some, labels[some]], dim=1))
+    return {f"zero_shot_top{k}": recall(ranks, k) for k in ((1, 5) if len(classes) >= 10 else (1,))}
+
+
+def _of_first_rank(metrics: dict[str, float], device: torch.device, group: Any) -> dict[str, float]:
+    """The first rank's values: those of another kind of processor may differ in a last digit."""
+    if group is None:
+        return metrics
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
+    dist.broadcast(values, group=group, group_src=0)
+    return dict(zip(metrics, values.tolist()))
