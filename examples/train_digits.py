@@ -108,7 +108,7 @@ def least_loss(options: TrainOptions) -> float:
     source, steps = open_source(options.data), options.max_steps or 0
     every = torch.tensor([source[k].label for k in range(len(source))])
     order = Order(len(source), options.batch_size, options.seed)
-    batches = [every[[draw.index for draw in order.draws(k, 0, options.batch_size)]] for k in range(steps)]
+    batches = [every[[draw.sample for draw in order.draws(k, 0, options.batch_size)]] for k in range(steps)]
     return float(torch.stack([x.bincount()[x].log().mean() for x in batches]).mean())
 
 

@@ -15,9 +15,10 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 1 for what the user can mend, said on stderr, and what fails."""
     parser = _parser()
-    args, args.words = parser.parse_known_args(argv)
-    if args.words and args.command != "train":
-        parser.error(f"unrecognized arguments: {' '.join(args.words)}")
+    args, words = parser.parse_known_args(argv)
+    args.words = words  # of a command with a parser of its own
+    if words and args.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
     logging.basicConfig(level=logging.WARNING, format="fastclip: %(message)s")
     try:
         return args.run(args) or 0

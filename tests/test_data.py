@@ -19,7 +19,7 @@ pytest.importorskip("braceexpand", reason="braceexpand, which shards are named w
 from PIL import Image
 
 from fastclip.data import Source, open_source
-from fastclip.data.digits import CLASS_NAMES, TEMPLATES, load_digits
+from fastclip.data.digits import CLASS_NAMES, TEMPLATES
 
 
 def picture(shade: int, suffix: str = ".png", *, exif: Image.Exif | None = None) -> bytes:
@@ -66,17 +66,31 @@ def captions(source: Source) -> list[tuple[str, ...]]:
 # --- digits
 
 
-def test_digits_are_load_digits_with_its_captions() -> None:
-    for held_out, expected in zip((False, True), load_digits(), strict=True):
+def test_digits_split_is_fixed_stratified_and_disjoint() -> None:
+    train, held_out = open_source("digits"), open_source("digits", held_out=True)
+    assert len(train) == 1437 and len(held_out) == 360
+    counts = [np.bincount([source[k].label for k in range(len(source))]) for source in (train, held_out)]
+    share = counts[1] / (counts[0] + counts[1])
+    assert len(share) == 10 and np.abs(share - 0.2).max() < 0.005
+    seen = {train[k].image.tobytes() for k in range(len(train))}
+    assert not any(held_out[k].image.tobytes() in seen for k in range(len(held_out)))
+    assert [held_out[k].label for k in range(12)] == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
+
+
+def test_digits_are_pictures_of_sklearns_with_their_captions() -> None:
+    from sklearn.datasets import load_digits
+
+    pixels = load_digits().images / 16 * 255
+    for held_out in (False, True):
         source = open_source("digits", held_out=held_out)
-        assert len(source) == len(expected.labels)
         assert (source.class_names, source.templates, source.spec) == (CLASS_NAMES, TEMPLATES, "digits")
         for index in (0, 7, len(source) - 1):
             record = source[index]
             assert record.image.mode == "RGB" and record.image.size == (32, 32)
-            pixels = np.asarray(record.image, np.float32).transpose(2, 0, 1) / 127.5 - 1
-            assert np.abs(pixels - expected.images[index].numpy()).max() <= 0.5 / 127.5 + 1e-6  # rounded to 8 bits
-            assert record.label == int(expected.labels[index])
+            found, original = np.asarray(record.image, np.float64), pixels[int(record.key[-4:])]
+            assert (found[..., 0] == found[..., 1]).all() and (found[..., 0] == found[..., 2]).all()
+            blocks = found[..., 0].reshape(8, 4, 8, 4).mean((1, 3))  # enlarged: a block has its pixel's level or so
+            assert np.corrcoef(blocks.flatten(), original.flatten())[0, 1] > 0.95
             name = CLASS_NAMES[record.label]
             assert record.captions == source.captions(index) == tuple(t.format(name) for t in TEMPLATES)
 

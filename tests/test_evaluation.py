@@ -5,10 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -152,28 +150,6 @@ def test_recalls_of_what_does_not_fit_raise(changed: dict[str, Any], message: st
     arguments = {"image_features": torch.ones(2, 4), "text_features": torch.ones(3, 4), "pairs": torch.tensor([[0, 2]])}
     with pytest.raises(ValueError, match=message):
         retrieval_recalls(**(arguments | changed))
-
-
-def stand_in(
-    source: Any, transform: Any, *, batch_size: int, rank: int = 0, ranks: int = 1, workers: int = 0
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """`fastclip.data.loader.evaluation_batches`, drawing random numbers besides."""
-    share = -(-len(source) // ranks)
-    indices = list(range(rank, len(source), ranks))
-    indices += [-1] * (share - len(indices))
-    for start in range(0, share, batch_size):
-        torch.rand(1)
-        chunk = indices[start : start + batch_size]
-        records = [source[max(i, 0)] for i in chunk]
-        labels = [-1 if i < 0 or record.label is None else record.label for i, record in zip(chunk, records)]
-        yield torch.stack([transform(record.image) for record in records]), torch.tensor(chunk), torch.tensor(labels)
-
-
-@pytest.fixture(autouse=True)
-def loader(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("fastclip.data.loader")
-    module.evaluation_batches = stand_in
-    monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 class Pictures:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastclip.data.loader import evaluation_batches
 from fastclip.data.source import Record, Source
 from fastclip.distributed import check_group, gather_rows
 from fastclip.evaluation.retrieval import best_ranks, recall, retrieval_recalls, unit_rows
@@ -56,8 +57,6 @@ def validate(
         ValueError: an empty source, options that are not positive.
         OSError, ValueError: a sample that cannot be read.
     """
-    from fastclip.data.loader import evaluation_batches
-
     for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -65,8 +65,8 @@ class DualEncoder(nn.Module):
         """Normalised image features (M, D), normalised text features (N, D), the exponentiated logit scale.
 
         A model with ``logit_bias`` returns it fourth, as open_clip's: what comes out is what the loss takes. Without
-        ``normalize`` features are of the length and dtype that the towers give them, bfloat16 under autocast: fastclip's
-        losses normalise without rounding once more.
+        ``normalize`` features are of the length and dtype that the towers give them, bfloat16 under autocast:
+        fastclip's losses normalise without rounding once more.
         """
         image_features = self.encode_image(images, normalize=normalize)
         text_features = self.encode_text(ids, normalize=normalize)

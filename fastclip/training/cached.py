@@ -55,9 +55,9 @@ def cached_step(
         ValueError: no micro-batches, or `forward` or `loss` returns something else.
 
     Dropout and drop path are the same in both passes: the states of torch's generators, of the CPU and of the GPUs that
-    the arguments or the modules are on, are replayed; those of Python and numpy are not. Buffers are changed once. BatchNorm
-    normalises with the statistics of a micro-batch, as in gradient accumulation: there, and only there, the gradients
-    are not those of one pass over the whole batch. Under `torch.autocast` both passes are.
+    the arguments or the modules are on, are replayed; those of Python and numpy are not. Buffers are changed once.
+    BatchNorm normalises with the statistics of a micro-batch, as in gradient accumulation: there, and only there, the
+    gradients are not those of one pass over the whole batch. Under `torch.autocast` both passes are.
     """
     batches = [tuple(batch) for batch in micro_batches]
     if not batches:

@@ -52,9 +52,9 @@ def save_checkpoint(
         about: what else `read_state` is to return; numbers, strings, lists.
     """
     path = folder / f"step-{step:08d}"
-    tensors = {"model": _model_state(model), "optimizer": {}}
+    tensors: dict[str, dict[str, Tensor]] = {"model": _model_state(model), "optimizer": {}}
     groups = []
-    found = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    found: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
     if writes:
         for name, state in found["state"].items():
             for key, value in state.items():
@@ -136,11 +136,12 @@ def find_checkpoint(resume: str, output: Path) -> Path | None:
 
 
 def _model_state(model: nn.Module) -> dict[str, Tensor]:
-    return get_model_state_dict(model, options=_WHOLE)
+    found: Any = get_model_state_dict(model, options=_WHOLE)  # annotated for nested ones as well
+    return found
 
 
 def _set_model_state(model: nn.Module, file: Path) -> None:
-    tensors = load_file(file)
+    tensors: Any = load_file(file)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = sorted(expected.keys() ^ tensors.keys()) or [n for n, x in tensors.items() if x.shape != expected[n]]
     if wrong:

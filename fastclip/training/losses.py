@@ -46,7 +46,7 @@ def named_loss(
     shared: dict[str, Any] = {"group": group, "comm": comm, "equal_shards": equal_shards, "backend": backend}
 
     def contrastive(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-        pairs = {"image_labels": labels, "text_labels": labels} if name == "unicl" else {}
+        pairs: dict[str, Any] = {"image_labels": labels, "text_labels": labels} if name == "unicl" else {}
         weight = (0.75 if name == "convirt" else 0.5) if image_weight is None else image_weight
         value = contrastive_loss(
             image, text, scale, label_smoothing=label_smoothing, image_weight=weight, **pairs, **shared

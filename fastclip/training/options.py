@@ -166,8 +166,8 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
     return tyro.cli(
         TrainOptions,
         prog="fastclip train",
-        description="Train an image-text model, alone or as one of torchrun's processes. --config FILE.yaml reads options "
-        "from a file, such as the config.yaml of another run; those of the command line come first.",
+        description="Train an image-text model, alone or as one of torchrun's processes. --config FILE.yaml reads "
+        "options from a file, such as the config.yaml of another run; those of the command line come first.",
         args=[*from_files, *given],
     )
 

@@ -65,8 +65,8 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
 def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
     """What to call in place of `model`: the same on every rank with gradients averaged over them.
 
-    ddp: DistributedDataParallel around it. fsdp: its blocks, and what is left of it, are sharded in place (FSDP2); scale
-    and bias of the logits, numbers, stay whole, and `reduce_unsharded` averages their gradients.
+    ddp: DistributedDataParallel around it. fsdp: its blocks, and what is left of it, are sharded in place (FSDP2);
+    scale and bias of the logits, numbers, stay whole, and `reduce_unsharded` averages their gradients.
     """
     if world.group is None:
         return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -108,7 +108,7 @@ class Stepper:
 
     def _accuracy(self, labels: Tensor, image: Tensor, text: Tensor, scale: Tensor) -> tuple[float, float]:
         labels = labels.to(image.device)
-        pairs = {"image_labels": labels, "text_labels": labels} if self.loss.with_labels else {}
+        pairs: dict[str, Any] = {"image_labels": labels, "text_labels": labels} if self.loss.with_labels else {}
         stats = contrastive_stats(image, text, scale, group=self.world.group, **pairs)
         shares = torch.stack([stats.row_hit.double().mean(), stats.col_hit.double().mean()])
         image_top1, text_top1 = mean_over_ranks(shares, self.world).tolist()

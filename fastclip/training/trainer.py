@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fastclip import _env
@@ -20,7 +19,6 @@ from fastclip._backends import pick
 from fastclip._version import __version__
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
-from fastclip.data.source import Source
 from fastclip.data.spec import open_source
 from fastclip.evaluation.validate import validate
 from fastclip.models.config import ModelConfig, load_config
@@ -33,7 +31,7 @@ from fastclip.training.metrics import Metrics, Progress, cut_metrics
 from fastclip.training.optim import MovingAverage, build_optimizer, warmup_cosine
 from fastclip.training.options import TrainOptions, flag, write_options
 from fastclip.training.parallel import World, joined, wrap
-from fastclip.training.step import StepReport, Stepper, seed_step
+from fastclip.training.step import Stepper, StepReport, seed_step
 
 __all__ = ["Run", "train"]
 
@@ -261,8 +259,8 @@ class _Trainer:
                     "lr": lr,
                     "logit_scale": float(self.model.logit_scale.detach().exp()),
                     "grad_norm": report.grad_norm,
-                    "image_top1": report.image_top1,
-                    "text_top1": report.text_top1,
+                    "image_top1": report.image_top1 or 0.0,
+                    "text_top1": report.text_top1 or 0.0,
                     "epoch": self.order.position(step)[0],
                     "samples_per_second": steps_since * options.batch_size / seconds,
                     "data_wait": waited / seconds,
