@@ -16,8 +16,13 @@ import torch
 import torch.distributed as dist
 from promises import LOSS
 
-for needed in ("timm", "open_clip", "tokenizers", "sklearn", "tqdm", "tyro", "tensorboard"):
-    pytest.importorskip(needed, reason=f"{needed}, which the trainer needs, is not installed")
+pytest.importorskip("timm", reason="timm, which the trainer needs, is not installed")
+pytest.importorskip("open_clip", reason="open_clip, which the trainer needs, is not installed")
+pytest.importorskip("tokenizers", reason="tokenizers, which the trainer needs, is not installed")
+pytest.importorskip("sklearn", reason="sklearn, which the trainer needs, is not installed")
+pytest.importorskip("tqdm", reason="tqdm, which the trainer needs, is not installed")
+pytest.importorskip("tyro", reason="tyro, which the trainer needs, is not installed")
+pytest.importorskip("tensorboard", reason="tensorboard, which the trainer needs, is not installed")
 
 from fastclip.models import create_model
 from fastclip.training import TrainOptions, train

@@ -12,8 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-for needed in ("timm", "open_clip", "tokenizers", "sklearn", "matplotlib", "tqdm", "tyro", "tensorboard"):
-    pytest.importorskip(needed, reason=f"{needed}, which the demo needs, is not installed")
+pytest.importorskip("timm", reason="timm, which the demo needs, is not installed")
+pytest.importorskip("open_clip", reason="open_clip, which the demo needs, is not installed")
+pytest.importorskip("tokenizers", reason="tokenizers, which the demo needs, is not installed")
+pytest.importorskip("sklearn", reason="sklearn, which the demo needs, is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib, which the demo needs, is not installed")
+pytest.importorskip("tqdm", reason="tqdm, which the demo needs, is not installed")
+pytest.importorskip("tyro", reason="tyro, which the demo needs, is not installed")
+pytest.importorskip("tensorboard", reason="tensorboard, which the demo needs, is not installed")
 
 from fastclip.evaluation.zero_shot import class_embeddings, zero_shot_accuracy
 from fastclip.models import DualEncoder
