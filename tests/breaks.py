@@ -91,7 +91,7 @@ def try_break(one: Break, tests: tuple[str, ...], folder: Path) -> str:
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return "MISSED"
-    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR tests/"))]
     if failed:
         return f"caught by {failed[0]}"
     return "caught by a crash" if done.returncode < 0 else f"NOT RUN: {(done.stdout + done.stderr)[-800:]}"

@@ -127,6 +127,9 @@ def test_align_transforms() -> None:
     top = round((346 - 289) / 2)
     torch.testing.assert_close(evaluate(image), pixels[:, top : top + 289, top : top + 289], atol=1e-6, rtol=0)
     assert first in (top, top - 1)
+    wide = picture(500, 300)  # 346 x 346 whatever the picture's sides are
+    square = evaluate(wide.resize((346, 346), Image.Resampling.BILINEAR))
+    torch.testing.assert_close(evaluate(wide), square, atol=1e-6, rtol=0)
     torch.manual_seed(0)
     crops = [train(image) for _ in range(8)]
     windows = {x[0, 0, 0].item() for x in crops}

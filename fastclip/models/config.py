@@ -117,7 +117,8 @@ class PreprocessConfig:
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of the channels, 0 to 1
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: str = "bicubic"
-    resize_size: int | None = None  # shorter side before the centre crop, pixels; None is the image size
+    resize_size: int | None = None  # pixels, before the centre crop; None is the image size
+    resize_mode: str = "shortest"  # "shortest": of the shorter side; "squash": of both
     train_crop: str = "resized"  # "resized": a random part of 90 to 100 %; "flipped": a random crop, mirrored or not
 
 

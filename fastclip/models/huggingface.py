@@ -133,7 +133,7 @@ def _preprocess(folder: Path, *, align: bool = False) -> PreprocessConfig:
     half = (0.5, 0.5, 0.5)
     usual = PreprocessConfig()
     if align:
-        usual = PreprocessConfig(half, half, interpolation="bilinear", resize_size=346, train_crop="flipped")
+        usual = PreprocessConfig(half, half, "bilinear", resize_size=346, resize_mode="squash", train_crop="flipped")
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return usual
@@ -144,12 +144,15 @@ def _preprocess(folder: Path, *, align: bool = False) -> PreprocessConfig:
         if values.get("rescale_offset"):  # the values before it are in [-1, 1]
             mean, std = tuple((1 + m) / 2 for m in mean), tuple(s / 2 for s in std)
     size = values.get("size")
+    mode = usual.resize_mode
+    if isinstance(size, dict):
+        mode = "shortest" if "shortest_edge" in size else "squash"
     size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
     crop = values.get("crop_size", size)
     crop = crop.get("height") if isinstance(crop, dict) else crop
     interpolation = _RESAMPLE.get(values.get("resample", -1), usual.interpolation)
     resize_size = size if size != crop else None
-    return PreprocessConfig(mean, std, interpolation, resize_size, usual.train_crop)
+    return PreprocessConfig(mean, std, interpolation, resize_size, mode, usual.train_crop)
 
 
 def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
@@ -214,12 +217,13 @@ def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
         kind = "EfficientNetImageProcessor"
     theirs.save_pretrained(folder)
     options, size = config.preprocess_cfg, image.image_size
-    resize = {"height": options.resize_size, "width": options.resize_size} if options.resize_size else None
+    side = options.resize_size or size
+    resize = {"height": side, "width": side} if options.resize_mode == "squash" else {"shortest_edge": side}
     numbers = {name: number for number, name in _RESAMPLE.items()}
     values = {
         "image_processor_type": kind,
         "do_resize": True,
-        "size": resize or {"shortest_edge": size},
+        "size": resize,
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
         "resample": numbers[options.interpolation],

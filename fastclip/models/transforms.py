@@ -23,20 +23,24 @@ __all__ = ["image_transform"]
 def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
     """PIL image of any mode -> (3, S, S) float32, normalised.
 
-    For evaluation the shorter side is resized and the centre cropped. For training CLIP takes a random part of 90 to
-    100 % of the area (open_clip's), ALIGN a random crop of the resized image, mirrored or not (Jia et al. 2021, 5.1).
+    For evaluation the image is resized, CLIP's by its shorter side and ALIGN's to a square, and the centre cropped. For
+    training CLIP takes a random part of 90 to 100 % of the area (open_clip's), ALIGN a random crop of the resized
+    image, mirrored or not (Jia et al. 2021, section 5.1).
     """
     options, size = config.preprocess_cfg, config.vision_cfg.image_size
     interpolation = InterpolationMode(options.interpolation)
     resize_size = options.resize_size or size
     if resize_size < size:
         raise ValueError(f"resize_size {resize_size} is under image_size {size}")
+    if options.resize_mode not in ("shortest", "squash"):
+        raise ValueError(f"resize_mode must be 'shortest' or 'squash', got {options.resize_mode!r}")
+    resize = Resize(resize_size if options.resize_mode == "shortest" else (resize_size, resize_size), interpolation)
     if not train:
-        crops = [Resize(resize_size, interpolation), CenterCrop(size)]
+        crops = [resize, CenterCrop(size)]
     elif options.train_crop == "resized":
         crops = [RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=interpolation)]
     elif options.train_crop == "flipped":
-        crops = [Resize(resize_size, interpolation), RandomCrop(size), RandomHorizontalFlip()]
+        crops = [resize, RandomCrop(size), RandomHorizontalFlip()]
     else:
         raise ValueError(f"train_crop must be 'resized' or 'flipped', got {options.train_crop!r}")
     return Compose([*crops, _to_rgb, ToTensor(), Normalize(options.mean, options.std)])

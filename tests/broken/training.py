@@ -36,7 +36,7 @@ PROMISES: dict[str, list[Promise]] = {
             (f"{RANKS}::test_two_ranks_train_as_one", f"{RANKS}::test_checkpoint_fits_every_number_of_ranks"),
             (
                 Break("trainer: the scale's gradient is a rank's own", f"{TRAINING}parallel.py", "p.grad.copy_(mean_over_ranks(p.grad, world))", "pass"),
-                Break("trainer: the norm is a shard's", f"{TRAINING}optim.py", "[norm.full_tensor() if", "[norm.to_local() if"),
+                Break("trainer: the norm is a shard's", f"{TRAINING}optim.py", "get_total_norm([p.grad for p in kind if", "get_total_norm([getattr(p.grad, '_local_tensor', p.grad) for p in kind if"),
                 Break("trainer: a rank's own loss is told", f"{TRAINING}step.py", "float(mean_over_ranks(value.detach(), self.world))", "float(value.detach())"),
             ),
         ),
