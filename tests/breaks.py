@@ -17,15 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from broken import Break, Promise, distributed, gpus, losses, models, training
+from broken import Break, Promise, data, distributed, gpus, losses, models, training
 from native_build import PATH, ROOT
 
 DOCUMENT = ROOT / "docs" / "promises.md"
 
 
-PROMISES: dict[str, list[Promise]] = {
-    name: promises for part in (losses, distributed, gpus, models, training) for name, promises in part.PROMISES.items()
-}
+PARTS = (losses, distributed, gpus, models, data, training)
+PROMISES: dict[str, list[Promise]] = {name: found for part in PARTS for name, found in part.PROMISES.items()}
 
 
 def document() -> str:

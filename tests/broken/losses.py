@@ -20,6 +20,16 @@ CUDA = "test_cuda.py"
 PROMISES: dict[str, list[Promise]] = {
     "Layers": [
         Promise("imports go one way, and `import fastclip` needs torch only", ("test_layering.py::test_module_keeps_to_its_layer",), (Break("labels import the trainer", "fastclip/labels.py", "import torch\n", "import fastclip.training\n"),)),
+        Promise(
+            "`import fastclip` and the command line load no torch until a name needs it, and its ops where torch is loaded",
+            ("test_lazy.py::test_import_loads_the_standard_library_only", "test_lazy.py::test_help_answers_in_half_a_second", "test_lazy.py::test_ops_are_there_where_torch_came_first", "test_lazy.py::test_command_answers_without_torch", "test_lazy.py::test_missing_package_is_named"),
+            (
+                Break("lazy: the ops come later", "fastclip/__init__.py", '"torch" in sys.modules:', "False:"),
+                Break("lazy: not at all", "fastclip/__init__.py", '"torch" in sys.modules:', "True:"),
+                Break("lazy: no word of what is not installed", "fastclip/__init__.py", 'if not _LAZY[name].startswith("fastclip.models."):', "if True:"),
+                Break("lazy: models load torch", "fastclip/models/__init__.py", "\nif TYPE_CHECKING:", "\nimport fastclip.models.factory\nif TYPE_CHECKING:"),
+            ),
+        ),
         Promise("no torch or Python header below the binding", ("test_layering.py::test_native_code_is_free_of_frameworks",), (Break("a header", "csrc/cpu/tile.h", "#pragma once\n", "#pragma once\n#if 0\n#include <Python.h>\n#endif\n"),)),
         Promise("a missing native module is a reason in `backends()`, not an import error", (f"{INTERFACE}::test_missing_native_module_is_a_reason",), (Break("not caught", "fastclip/_backends/native.py", "except ImportError as", "except KeyError as"),)),
         Promise("the package installs without a compiler and says what was missing", ("test_packaging.py::test_package_works_without_compiler",), (Break("the build is required", "setup.py", '            if WANTED[kind] == "1":', '            if WANTED[kind] != "0":'),)),

@@ -1,4 +1,4 @@
-"""Data, the trainer and what it reports."""
+"""The trainer."""
 
 from __future__ import annotations
 
