@@ -7,14 +7,17 @@ from fastclip._lazy import lazy_names
 if TYPE_CHECKING:
     from fastclip.training.cached import cached_step
     from fastclip.training.options import TrainOptions
+    from fastclip.training.planning import Plan, plan
     from fastclip.training.trainer import Run, train
 
-__all__ = ["Run", "TrainOptions", "cached_step", "train"]
+__all__ = ["Plan", "Run", "TrainOptions", "cached_step", "plan", "train"]
 
 _LAZY = {
+    "Plan": "fastclip.training.planning",
     "Run": "fastclip.training.trainer",
     "TrainOptions": "fastclip.training.options",
     "cached_step": "fastclip.training.cached",
+    "plan": "fastclip.training.planning",
     "train": "fastclip.training.trainer",
 }
 __getattr__ = lazy_names(globals(), _LAZY)

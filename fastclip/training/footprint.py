@@ -1,0 +1,230 @@
+"""Memory of a forward and a backward pass, found by running them on tensors that have sizes but no contents."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastclip.models.dual_encoder import DualEncoder
+
+__all__ = ["Footprint", "footprint"]
+
+_PAIRS = (16, 32)  # any two: every tensor's size is affine in the pairs
+
+
+class Moment(NamedTuple):
+    """Live bytes after an operation: fixed + pairs * pair, and gradients of parameters that have arrived by then."""
+
+    fixed: int
+    pair: int
+    gradients: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of the towers' forward and backward pass over so many pairs.
+
+    Activations and all temporary tensors, the last features among them, autocast's copies of the weights, a weight's
+    gradient until it is added to the others. Not parameters, their gradients, inputs, the features' gradients.
+    """
+
+    moments: tuple[Moment, ...] = field(repr=False)
+    between: Moment  # the passes
+    dim: int  # D of the features
+    feature_size: int  # bytes of an element
+
+    def peak(self, pairs: int, share: float = 0.0) -> int:
+        """The highest point; with `share` of every parameter's gradient, from when it is there."""
+        return max(m.fixed + pairs * m.pair + int(share * m.gradients) for m in self.moments)
+
+    def kept(self, pairs: int) -> int:
+        """What waits for the features' gradients after the forward pass."""
+        return self.between.fixed + pairs * self.between.pair
+
+
+def footprint(
+    model: DualEncoder, *, image_size: int, context_length: int, precision: str = "fp32", device: str = "cuda"
+) -> Footprint:
+    """One step of `model`, in training mode, as it is: checkpointed, frozen or not. Nothing is computed or allocated.
+
+    Two steps run, whose operations are the same and differ in sizes only. So bytes after each are known for every
+    number of pairs, and their maximum, which another operation may hold for other numbers, is exact.
+
+    Args:
+        model: on any device, "meta" too; left as it was.
+        image_size: pixels, of a square.
+        context_length: tokens a text.
+        precision: "fp32", or "bf16": autocast.
+        device: "cpu", or "cuda": attention and dropout save what a GPU's kernels do. Either way the operations are the
+            CPU's: autograd runs no backward pass on a GPU that is not there. Scratch inside kernels is not seen.
+
+    Raises:
+        ValueError: the operations depend on the number of pairs.
+    """
+    small, large = (_run(model, pairs, image_size, context_length, precision, device) for pairs in _PAIRS)
+    if len(small.history) != len(large.history):
+        raise ValueError(
+            f"the model runs other operations for {_PAIRS[1]} pairs than for {_PAIRS[0]}: its memory cannot be planned"
+        )
+    moments = [_moment(*both) for both in zip(small.history, large.history)]
+    image = small.features[0]
+    return Footprint(_highest(moments), _moment(small.between, large.between), image.shape[1], image.element_size())
+
+
+def _moment(small: tuple[int, int], large: tuple[int, int]) -> Moment:
+    pair = (large[0] - small[0]) // (_PAIRS[1] - _PAIRS[0])
+    return Moment(small[0] - _PAIRS[0] * pair, pair, small[1])
+
+
+def _highest(moments: list[Moment]) -> tuple[Moment, ...]:
+    """Those that no other with the same gradients exceeds for every number of pairs."""
+    found: dict[int, list[Moment]] = {}
+    for m in sorted(moments, key=lambda m: (m.pair, m.fixed), reverse=True):
+        kept = found.setdefault(m.gradients, [])
+        if not kept or m.fixed > kept[-1].fixed:
+            kept.append(m)
+    return tuple(m for kept in found.values() for m in kept)
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that are still referred to, by Python or by autograd.
+
+    known: storages of these tensors do not count; gradients: nor of these, but it is noted when they are added to.
+    """
+
+    def __init__(self, known: list[Tensor], gradients: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+        self.arrived = 0  # bytes of the gradients that have been added to
+        self.history: list[tuple[int, int]] = []  # both, after each operation
+        self._sizes: dict[int, int] = {}
+        self._known = {id(storage): storage for x in [*known, *gradients] if (storage := x.untyped_storage())}
+        self._awaited = {id(x.untyped_storage()) for x in gradients}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        storages = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for storage in storages:
+            self._add(storage)
+        self.history.append((self.bytes, self.arrived))
+        for storage in storages:  # what has been added is free by the next operation, and not counted twice
+            if id(storage) in self._awaited:
+                self._awaited.remove(id(storage))
+                self.arrived += storage.nbytes()
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key not in self._sizes and key not in self._known:
+            self._sizes[key] = storage.nbytes()
+            self.bytes += storage.nbytes()
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.bytes -= self._sizes.pop(key)
+
+
+class _Step(nn.Module):
+    """Forward and backward in one call, in which `functional_call` can replace the parameters: checkpointed blocks run
+    again in the backward pass."""
+
+    features: tuple[Tensor, Tensor]  # the trainer keeps them, too
+    between: tuple[int, int]  # the passes, as in `_Live.history`
+
+    def __init__(self, model: DualEncoder, precision: str) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+
+    def forward(self, images: Tensor, ids: Tensor, live: _Live) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+            features = self.model.encode_image(images), self.model.encode_text(ids)
+        self.between = live.bytes, live.arrived
+        self.features = features[0].detach(), features[1].detach()
+        with_gradient = [x for x in features if x.requires_grad]
+        if with_gradient:
+            gradients = tuple(x.new_zeros(()).expand_as(x) for x in with_gradient)
+            # torch.autograd.backward would leave `_GPU` for what runs again in the backward pass
+            torch.autograd.Variable._execution_engine.run_backward(
+                tuple(with_gradient), gradients, False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
+
+
+class _Found(NamedTuple):
+    history: list[tuple[int, int]]
+    between: tuple[int, int]
+    features: tuple[Tensor, Tensor]
+
+
+def _run(model: DualEncoder, pairs: int, image_size: int, context_length: int, precision: str, device: str) -> _Found:
+    step = _Step(model, precision)
+    with FakeTensorMode(allow_non_fake_inputs=True), _training(model):
+        weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in step.named_parameters()}
+        buffers = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in step.named_buffers()}
+        for name, p in step.named_parameters():
+            if p.requires_grad:
+                weights[name].requires_grad_().grad = torch.empty(p.shape, dtype=p.dtype)  # what is added to
+        images = torch.empty(pairs, 3, image_size, image_size)
+        ids = torch.empty(pairs, context_length, dtype=torch.int64)
+        gradients = [x.grad for x in weights.values() if x.grad is not None]
+        live = _Live([*weights.values(), *buffers.values(), images, ids], gradients)
+        with _GPU() if device == "cuda" else nullcontext(), live:
+            torch.func.functional_call(step, {**weights, **buffers}, (images, ids, live))
+    return _Found(live.history, step.between, step.features)
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    was = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+class _GPU(TorchFunctionMode):
+    """What a GPU's kernels save for the backward pass, on the CPU: of attention nothing of the size of its matrix,
+    whatever mask, bias and dropout it has, where the CPU stores it for some; of dropout a mask of bytes.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        if func is F.dropout:
+            return _dropout(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):  # this op is not one that autocast knows
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    if attn_mask is not None:
+        shape = *query.shape[:-1], key.shape[-2]
+        attn_mask = attn_mask.to(query.dtype).expand(shape)
+    memory_efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    saves = any(x.requires_grad for x in (query, key, value))
+    return memory_efficient(query, key, value, attn_mask, saves, dropout_p, is_causal, scale=options.get("scale"))[0]
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
