@@ -83,7 +83,8 @@ def read_config(folder: Path) -> ModelConfig | None:
         values = read_json(path)
         merged = {**values.get("model_cfg", {})}
         preprocess = values.get("preprocess_cfg", {})
-        merged["preprocess_cfg"] = {k: preprocess[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in preprocess}
+        taken = ("mean", "std", "interpolation", "resize_mode")
+        merged["preprocess_cfg"] = {name: preprocess[name] for name in taken if name in preprocess}
         return ModelConfig.from_dict(merged, where=str(path), folder=folder)
     if not (path := folder / "config.json").is_file():
         return None
