@@ -246,6 +246,23 @@ def test_model_is_left_as_it_was() -> None:
         assert torch.equal(x, state[name]), name
 
 
+def test_forked_process_can_train_after_a_plan() -> None:
+    """Autograd has started no thread; in a process of its own, whose first backward pass is the plan's."""
+    code = """
+import multiprocessing, torch
+from fastclip import create_model
+from fastclip.training import plan
+plan(create_model("ViT-tiny", device="meta"), batch_size=8)
+backward = torch.ones(1, requires_grad=True).sum().backward
+child = multiprocessing.get_context("fork").Process(target=backward)
+child.start()
+child.join()
+raise SystemExit(child.exitcode)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_model_of_other_operations_is_refused() -> None:
     model = create_model("ViT-tiny", device="meta")
     encode = model.text.forward

@@ -72,6 +72,9 @@ def footprint(
     Raises:
         ValueError: the operations depend on the number of pairs.
     """
+    # Tensors without contents bring a device that is not there, for which autograd's first backward pass in a process
+    # would start a thread; and where autograd has threads, a forked process cannot run a backward pass.
+    torch.zeros(1, requires_grad=True).sum().backward()
     small, large = (_run(model, pairs, image_size, context_length, precision, device) for pairs in _PAIRS)
     if len(small.history) != len(large.history):
         raise ValueError(
