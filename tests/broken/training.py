@@ -5,7 +5,7 @@ from __future__ import annotations
 from broken import Break, Promise
 
 STEP, RUN, RANKS, OPTIONS = "test_train_step.py", "test_trainer.py", "test_train_ranks.py", "test_train_options.py"
-TRAINING = "fastclip/training/"
+TRAINING, PLAN = "fastclip/training/", "test_plan.py"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {
@@ -63,6 +63,26 @@ PROMISES: dict[str, list[Promise]] = {
         Promise("what is saved as model/ is what was validated, the moving average where there is one", (f"{RUN}::test_saved_model_is_the_one_that_was_validated", f"{RUN}::test_average_is_what_is_saved"), (Break("trainer: the weights themselves are saved", f"{TRAINING}trainer.py", "        with self._averaged():\n            state", "        if True:\n            state"),)),
         Promise("matrices decay, and nothing else", (f"{STEP}::test_matrices_decay_and_nothing_else", f"{STEP}::test_update_decays_matrices_only"), (Break("trainer: the class token decays", f"{TRAINING}optim.py", "sum(size > 1 for size in p.shape) >= 2", "p.dim() >= 2"),)),
         Promise("the command line wins over files, and `--help` needs no torch", (f"{OPTIONS}::test_options_of_files_yield_to_later_files_and_to_the_command_line", f"{OPTIONS}::test_help_names_every_option_and_loads_no_torch"), (Break("trainer: files win", f"{TRAINING}options.py", "args=[*from_files, *given]", "args=[*given, *from_files]"), Break("trainer: options import torch", f"{TRAINING}options.py", "import difflib\n", "import difflib\n\nimport torch  # noqa: F401\n"))),
+    ],
+    "Plan": [
+        Promise(
+            "`fastclip plan` is within 15 % of the memory that measured steps take, and allocates nothing",
+            (f"{PLAN}::test_plan_is_what_a_step_takes", f"{PLAN}::test_footprint_of_one_layer_is_counted_by_hand", f"{PLAN}::test_footprint_is_exact_for_other_batches", f"{PLAN}::test_bf16_and_checkpointing_make_activations_smaller"),
+            (
+                Break("plan: what dies is not forgotten", f"{TRAINING}footprint.py", "        self.bytes -= self._sizes.pop(key)", "        self._sizes.pop(key)"),
+                Break("plan: DDP's buckets are forgotten", f"{TRAINING}planning.py", "return self.gradients if self._ddp and self.cached else 0", "return 0"),
+                Break("plan: bf16 is forgotten", f"{TRAINING}footprint.py", 'enabled=self.precision == "bf16"', "enabled=False"),
+            ),
+        ),
+        Promise(
+            "the largest micro-batch fits and one more pair does not; states, shards and the loss are counted as they are",
+            (f"{PLAN}::test_largest_micro_batch_is_the_largest", f"{PLAN}::test_states_are_of_the_models_parameters", f"{PLAN}::test_fsdp_holds_a_share", f"{PLAN}::test_loss_is_that_of_the_scaling_model"),
+            (
+                Break("plan: one pair too many", f"{TRAINING}planning.py", "        return low\n", "        return high\n"),
+                Break("plan: AdamW has one state", f"{TRAINING}planning.py", '"adamw": 2', '"adamw": 1'),
+                Break("plan: log-sum-exps are forgotten", f"{TRAINING}planning.py", "held = texts * (2 * size + _FP32)", "held = texts * 2 * size"),
+            ),
+        ),
     ],
 }
 # fmt: on
