@@ -193,7 +193,8 @@ def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog:
 def test_checkpoint_holds_no_pickle_and_says_what_it_is(tmp_path: Path) -> None:
     train(options(tmp_path, max_steps=1))
     path = tmp_path / "checkpoints" / "step-00000001"
-    assert sorted(file.name for file in path.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    names = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(file.name for file in path.iterdir()) == names
     state = read_state(path)
     assert state["step"] == 1 and state["options"]["data"] == "digits" and state["param_groups"]
 

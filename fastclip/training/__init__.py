@@ -7,11 +7,13 @@ from fastclip._lazy import lazy_names
 if TYPE_CHECKING:
     from fastclip.training.cached import cached_step
     from fastclip.training.options import TrainOptions
+    from fastclip.training.signals import Interrupted
     from fastclip.training.trainer import Run, train
 
-__all__ = ["Run", "TrainOptions", "cached_step", "train"]
+__all__ = ["Interrupted", "Run", "TrainOptions", "cached_step", "train"]
 
 _LAZY = {
+    "Interrupted": "fastclip.training.signals",
     "Run": "fastclip.training.trainer",
     "TrainOptions": "fastclip.training.options",
     "cached_step": "fastclip.training.cached",
