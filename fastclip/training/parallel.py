@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fastclip import _env
 from fastclip.models.dual_encoder import DualEncoder
+from fastclip.training.meeting import meeting
 
 __all__ = ["World", "joined", "mean_over_ranks", "one_for_all", "reduce_unsharded", "wrap"]
 
@@ -55,8 +57,12 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
         torch.cuda.set_device(where)
     begun = launched is not None and not dist.is_initialized()
     try:
-        if begun:
-            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timeout)
+        if begun and launched is not None:
+            store = _env.agent_store()
+            found: dict[str, Any] = {"rank": launched.rank, "world_size": launched.ranks}
+            if store is not None:
+                found["store"] = meeting(store, launched.rank, launched.ranks, timeout)
+            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timeout, **found)
         group = _c10d.group.WORLD if dist.is_initialized() else None
         yield World(*((dist.get_rank(), dist.get_world_size()) if group else (0, 1)), where, group)
     except RuntimeError as error:
@@ -64,8 +70,7 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
             raise
         seconds = timeout.total_seconds()
         raise ConnectionError(
-            "another process of this run is lost, or did not answer for "
-            f"{seconds:g} s (--timeout): {str(error).strip().splitlines()[0]}"
+            f"another process of this run is lost, or did not answer for {seconds:g} s (--timeout): {_words(error)}"
         ) from error
     finally:
         if begun and dist.is_initialized():
@@ -95,6 +100,12 @@ def one_for_all(world: World) -> Iterator[None]:
             raise {"OSError": OSError, "ValueError": ValueError}.get(name, RuntimeError)(message)
     if error is not None:
         raise error
+
+
+def _words(error: RuntimeError) -> str:
+    """Of gloo's message what happened, without where in its sources and what to do about it."""
+    line = str(error).strip().splitlines()[0]
+    return re.sub(r"^\[[^\]]*\.\w+:\d+\] ", "", line).partition(". This is typically")[0]
 
 
 def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
