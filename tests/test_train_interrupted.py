@@ -227,7 +227,7 @@ def test_run_on_a_full_disk_says_so_in_a_line(tmp_path: Path) -> None:
 
     def fails() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
-        os.dup2(os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = (tmp_path / "stderr").open("w", buffering=1)
         raise SystemExit(main(["train", *WORDS, "--output", str(tmp_path / "run"), "--resume", "auto"]))
 
     assert ended(forked(fails, tmp_path / "said")) == 1

@@ -150,6 +150,9 @@ def test_models_have_their_authors_recipe(tmp_path: Path) -> None:
     assert found.lr == 1e-3 and len(run.losses) == 2
 
 
+@pytest.mark.fault(
+    "a stop in mid-epoch, other workers after it", "the numbers of a run that never stopped, bit for bit"
+)
 def test_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
     changed = {"max_steps": 9, "ema": 0.9, "model": "align-tiny", "context_length": None, "batch_size": 400}
     whole = train(options(tmp_path / "a", **changed))
@@ -169,6 +172,9 @@ def test_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
     assert elsewhere.losses == rest.losses
 
 
+@pytest.mark.fault(
+    "resuming with other options", "they are named before it goes on; another model or optimiser is refused"
+)
 def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(options(tmp_path / "a", stop_after=2))
     with pytest.raises(ValueError, match="holds a run: --resume auto"):

@@ -5,16 +5,17 @@ from __future__ import annotations
 import secrets
 import time
 from datetime import timedelta
+from typing import Any
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import TCPStore
+import torch.distributed as dist
 
 __all__ = ["meeting"]
 
+_c10d: Any = dist
 _PAUSE = 0.02  # seconds between looks
 
 
-def meeting(address: tuple[str, int], rank: int, ranks: int, timeout: timedelta) -> Store:
+def meeting(address: tuple[str, int], rank: int, ranks: int, timeout: timedelta) -> Any:
     """A store that no other start of the run has used, over the one of torchrun's agent at `address` (host, port).
 
     torchrun keeps one store through its restarts, in which the addresses of dead processes stand (torch 2.14;
@@ -24,12 +25,12 @@ def meeting(address: tuple[str, int], rank: int, ranks: int, timeout: timedelta)
     Raises:
         ConnectionError: the ranks are not complete within `timeout`.
     """
-    store = TCPStore(*address, is_master=False, timeout=timeout)
+    store = _c10d.TCPStore(*address, is_master=False, timeout=timeout)
     name = _lead(store, ranks, timeout) if rank == 0 else _follow(store, rank)
-    return PrefixStore(f"fastclip/{name}", store)
+    return _c10d.PrefixStore(f"fastclip/{name}", store)
 
 
-def _lead(store: Store, ranks: int, timeout: timedelta) -> str:
+def _lead(store: Any, ranks: int, timeout: timedelta) -> str:
     name, end = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     absent = list(range(1, ranks))
     while absent := [rank for rank in absent if not store.check([f"fastclip/{name}/here/{rank}"])]:
@@ -42,9 +43,9 @@ def _lead(store: Store, ranks: int, timeout: timedelta) -> str:
     return name
 
 
-def _follow(store: Store, rank: int) -> str:
+def _follow(store: Any, rank: int) -> str:
     word = secrets.token_hex(8)
     store.set(f"fastclip/ask/{rank}", word)
-    name = store.get(f"fastclip/answer/{word}").decode()  # waits
+    name = str(store.get(f"fastclip/answer/{word}").decode())  # waits
     store.set(f"fastclip/{name}/here/{rank}", "")
     return name
