@@ -32,7 +32,7 @@ from fastclip.training.checkpoint import (
     take_snapshot,
     write_snapshot,
 )
-from fastclip.training.durable import new_folder, write_text
+from fastclip.training.durable import check_manifest, new_folder, write_text
 from fastclip.training.optim import MovingAverage
 from fastclip.training.saver import Saver
 
@@ -154,6 +154,8 @@ def test_death_at_every_file_operation_leaves_a_whole_checkpoint(tmp_path: Path,
         assert found is not None
         assert loaded(found) in ([(3, 3), (3, 33)] if again else [(2, 2), (3, 33)])
         assert not any(name.startswith(".") for name in names(folder))
+        for path in folder.iterdir():
+            check_manifest(path)  # none is half written or half removed under its name
         if status == 0:
             assert operation > 15 and loaded(found) == (3, 33) and names(folder) == ["step-00000002", "step-00000003"]
             return

@@ -183,6 +183,7 @@ def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog:
     assert "--lr was 0.0005, is 0.001" in caplog.text and "--batch-size" not in caplog.text
     with pytest.raises(ValueError, match=r"is of another model: .*differ"):
         train(options(tmp_path / "b", resume=str(tmp_path / "a"), model="RN-tiny"))
+    assert "--model was ViT-tiny, is RN-tiny" in caplog.text  # before it is tried
     with pytest.raises(ValueError, match="optimiser"):
         train(options(tmp_path / "b", resume=str(tmp_path / "a"), optimizer="lamb"))
     with pytest.raises(ValueError, match="without --ema"):
