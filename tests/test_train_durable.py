@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import random
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -351,3 +353,19 @@ def test_saver_writes_one_at_a_time_and_keeps_no_error_to_itself(background: boo
         saver.start(fails)
         raise FloatingPointError("loss")
     assert isinstance(caught.value.__cause__, FloatingPointError)
+
+
+def test_folder_that_cannot_be_flushed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems refuse it for folders; a file's error is one."""
+    flush, answer = os.fsync, errno.EINVAL
+
+    def refuses_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(answer, os.strerror(answer))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", refuses_folders)
+    write_text(tmp_path / "text", "x")
+    answer = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_text(tmp_path / "text", "y")

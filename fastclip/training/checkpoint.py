@@ -93,7 +93,7 @@ def take_snapshot(
             for key, value in state.items():
                 tensors["optimizer"][f"{name}|{key}"] = torch.as_tensor(value)
         groups = [{k: v.item() if isinstance(v, Tensor) else v for k, v in g.items()} for g in found["param_groups"]]
-    live = _storages(model, optimizer)
+    live = _storages(model, optimizer) if writes else set()
     tensors = {file: {name: _own(x, live) for name, x in values.items()} for file, values in tensors.items()}
     if ema is not None:
         ema.swap()
@@ -132,7 +132,7 @@ def _check_space(folder: Path, snapshot: Snapshot) -> None:
 
 
 def _what_failed(path: Path, snapshot: Snapshot, error: Exception) -> str:
-    found = f"the checkpoint {path} was not written: {error.strerror if isinstance(error, OSError) else error}. "
+    found = f"the checkpoint {path} was not written: {getattr(error, 'strerror', None) or error}. "
     found += f"It needs {snapshot.size:,} bytes"
     with suppress(OSError):
         found += f", and its disk has {shutil.disk_usage(path.parent).free:,} free"

@@ -6,6 +6,7 @@ replaced waits meanwhile as ``.NAME.old``.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -125,12 +126,15 @@ def _make(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """To the disk: a file's bytes, or the names in a folder (which Windows does by itself)."""
+    """To the disk: a file's bytes, or the names in a folder, where the system can."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # of folders some network file systems say that there is nothing to do
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(handle)
 

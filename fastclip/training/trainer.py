@@ -227,11 +227,14 @@ class _Trainer:
         return Run(self.folder, last, losses, self.validation, time.perf_counter() - start, self.backend)
 
     def _after(self, done: int, ends: bool, status: int, metrics: Metrics | None, progress: Progress) -> None:
-        """Of update `done`, after which a process wants to end where `status` is not 0: validation and checkpoints."""
+        """Of update `done`, after which a process wants to end where `status` is not 0: validation and checkpoints.
+
+        A run that has made its last step ends as ever.
+        """
         options = self.options
         if status == FAILED:
             self._wait_for_saver()
-        stops = status and not ends
+        stops = status and done < self.steps
         if stops:  # at once: who sent the signal may not wait for long
             self._save(done, metrics)
         if self.val_source is not None and (_due(done, options.val_every) or (ends and done == self.steps)):
