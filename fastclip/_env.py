@@ -5,7 +5,8 @@ FASTCLIP_CPU_ISA       ``avx512``, ``avx2`` or ``portable`` in place of the best
 FASTCLIP_WORKSPACE_MB  bound on a backend's buffers of logits, in MiB (64 on a CPU, 1024 on a GPU)
 
 TOKENIZERS_PARALLELISM is off in the processes that read data.
-torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say that a command is one of several processes.
+torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say that a command is one of several processes,
+MASTER_ADDR, MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE where they meet.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-__all__ = ["Launched", "backend", "cpu_isa", "launched", "tokenizers_without_threads", "workspace_bytes"]
+__all__ = ["Launched", "agent_store", "backend", "cpu_isa", "launched", "tokenizers_without_threads", "workspace_bytes"]
 
 
 def backend() -> str | None:
@@ -58,6 +59,13 @@ def launched() -> Launched | None:
             raise ValueError(f"{name} must be a number, got {text!r}")
         found[name] = int(text)
     return Launched(*found.values())
+
+
+def agent_store() -> tuple[str, int] | None:
+    """Host and port of the store that torchrun itself keeps; None where rank 0 keeps one."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def deterministic_cublas() -> None:

@@ -101,7 +101,8 @@ def _train(args: argparse.Namespace) -> None:
     run = train(options)
     if first:
         print(f"{run.folder}: {run.steps} steps, of which {len(run.losses)} in {run.seconds:.1f} s, by {run.backend!r}")
-        print("  ".join(f"{name} {value:.4g}" for name, value in {"loss": run.losses[-1], **run.validation}.items()))
+        found = {"loss": run.losses[-1], **run.validation} if run.losses else {}
+        print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

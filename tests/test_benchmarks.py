@@ -175,3 +175,17 @@ def test_benchmark_leaves_rows(tmp_path: Path) -> None:
         assert row["N"] == str(N) and int(row["rounds"]) == 25 and row["torch"] == torch.__version__
         assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
         assert float(row["speedup_over_open_clip"]) > 0 and row["peak_mib"] == ""
+
+
+def test_checkpoints_leave_rows(tmp_path: Path) -> None:
+    for name in ("timm", "sklearn", "tqdm", "tyro", "tensorboard"):
+        pytest.importorskip(name, reason=f"{name}, which the trainer needs, is not installed")
+    path = tmp_path / "rows.csv"
+    small = ["--batch-size", "8", "--steps", "2", "--save-every", "1", "--rounds", "1", "--folder", str(tmp_path)]
+    done = run_module("benchmarks.checkpoints", *small, "--rows", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["kind"] for row in found] == ["none", "background", "at once"]
+    assert found[0]["extra_ms_a_step"] == "0.0" and all(float(row["median_ms"]) > 0 for row in found)
+    assert all(float(row["checkpoint_mib"]) > 20 for row in found)

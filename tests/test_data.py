@@ -168,6 +168,7 @@ def test_table_paths_are_relative_to_here_then_to_the_table(tmp_path: Path, monk
     assert [shade(source, k) for k in range(3)] == [1, 3, 1]
 
 
+@pytest.mark.fault("a damaged table", "its file and line are named")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -232,6 +233,7 @@ def test_folder_has_every_picture_with_its_captions(tmp_path: Path) -> None:
     assert [shade(source, k) for k in range(len(source))] == pytest.approx([1, 60, 80, 3, 4], abs=8)  # lossy
 
 
+@pytest.mark.fault("pictures without captions", "counted, the first is named")
 def test_folder_without_captions_counts_and_names_the_first(tmp_path: Path) -> None:
     for k in range(5):
         (tmp_path / f"{k}.png").write_bytes(picture(k))
@@ -241,6 +243,7 @@ def test_folder_without_captions_counts_and_names_the_first(tmp_path: Path) -> N
         open_source(str(tmp_path))
 
 
+@pytest.mark.fault("an empty or damaged caption file", "its picture is named")
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -314,6 +317,7 @@ def test_shards_are_used_once(tmp_path: Path) -> None:
     assert len(open_source(str(tmp_path / "{00000,*}.tar"))) == 4
 
 
+@pytest.mark.fault("missing shards", "they are named")
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -332,6 +336,7 @@ def test_shards_that_are_missing_are_named(
         open_source(spec)
 
 
+@pytest.mark.fault("a shard without pictures or captions, or with two of one name", "the shard is named")
 def test_shards_fault_names_the_shard(tmp_path: Path) -> None:
     def refused(members: dict[str, bytes], message: str) -> None:
         path = write_tar(tmp_path / "bad.tar", members)
@@ -348,6 +353,7 @@ def test_shards_fault_names_the_shard(tmp_path: Path) -> None:
     refused({"a.txt": b"", "a.TXT": b"", "a.jpg": b""}, "a: two members are its txt")
 
 
+@pytest.mark.fault("a shard that is cut off, empty or no tar file", "the shard is named")
 def test_shards_that_are_cut_off_or_garbage_are_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.txt": b"a", "a.bmp": b"x" * 100_000})
     whole = path.read_bytes()
@@ -379,6 +385,7 @@ def faulty_picture(kind: str, data: bytes, folder: Path) -> tuple[Source, str]:
     return open_source(str(folder / "t.csv")), "2.png"
 
 
+@pytest.mark.fault("a damaged picture, HTML in its place", "its file is named")
 @pytest.mark.parametrize("kind", ["table", "folder", "shards"])
 @pytest.mark.parametrize(
     ("data", "reason"),
@@ -408,6 +415,7 @@ def test_picture_is_turned_as_its_exif_says(tmp_path: Path, kind: str) -> None:
     assert record.image.getexif().get(0x0112, 1) == 1
 
 
+@pytest.mark.fault("a picture that has gone since the start", "its file is named")
 def test_picture_that_has_gone_is_named(tmp_path: Path) -> None:
     source, key = faulty_picture("folder", picture(0), tmp_path)
     (tmp_path / "2.png").unlink()

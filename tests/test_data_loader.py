@@ -251,6 +251,7 @@ def broken_shards(tmp_path: Path) -> Path:
     return tmp_path / "00001.tar"
 
 
+@pytest.mark.fault("a damaged picture in a worker", "one line that names it, no tracebacks")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_picture_is_named_in_one_line(broken_shards: Path, workers: int) -> None:
     pytest.importorskip("braceexpand", reason="braceexpand, which shards are named with, is not installed")
@@ -278,6 +279,7 @@ def test_missing_picture_is_an_os_error(tmp_path: Path, workers: int) -> None:
         next(batches)
 
 
+@pytest.mark.fault("a transform that fails", "the sample is named")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_failing_transform_names_the_sample(workers: int) -> None:
     def fail(image: Image.Image) -> Tensor:
@@ -287,6 +289,7 @@ def test_failing_transform_names_the_sample(workers: int) -> None:
         next(evaluation_batches(Gradients(), fail, batch_size=2, workers=workers))
 
 
+@pytest.mark.fault("kill -9 of a worker", "an error, no hang")
 def test_killed_worker_is_torchs_error() -> None:
     def die(image: Image.Image) -> Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -296,6 +299,7 @@ def test_killed_worker_is_torchs_error() -> None:
         next(evaluation_batches(Gradients(), die, batch_size=2, workers=1))
 
 
+@pytest.mark.fault("Ctrl-C while workers read", "the trainer alone decides what ends")
 def test_workers_are_outside_the_callers_process_group() -> None:
     def group(image: Image.Image) -> Tensor:
         return torch.full((3, 1, 1), float(os.getpgrp()))

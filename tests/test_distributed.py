@@ -290,6 +290,7 @@ OWN = dict.fromkeys(("pairs", "image_weight", "views", "comm of its own", "works
 OWN["backend"] = "RuntimeError"
 
 
+@pytest.mark.fault("ranks whose arguments disagree or are wrong", "every rank raises, none hangs")
 @pytest.mark.parametrize("case", REFUSED)
 def test_ranks_that_disagree_raise_everywhere(case: str, several: int) -> None:
     for rank, of_rank in enumerate(ranks(several)):
@@ -324,6 +325,7 @@ def test_groups(several: int) -> None:
         assert comm == "ValueError: comm must be 'gather' or 'ring', got 'tree'"
 
 
+@pytest.mark.fault("a rank that ends or stands still in the loss", "an error on the others within the group's timeout")
 @pytest.mark.parametrize("fault", ["ends", "stops"])
 def test_a_rank_that_dies_is_an_error_of_the_others(fault: str) -> None:
     """Ended in the middle of the ring, and stopped before a gather: within the group's timeout."""

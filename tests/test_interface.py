@@ -131,6 +131,7 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.fault("a native module that is missing", "a reason in `backends()`, no import error")
 def test_missing_native_module_is_a_reason() -> None:
     code = (
         "import sys; sys.modules['fastclip._cpu'] = None; import fastclip, torch; x = torch.eye(4); "

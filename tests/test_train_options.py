@@ -47,6 +47,7 @@ def test_options_survive_their_file(tmp_path: Path) -> None:
         output="x",
         val_data="null",
         max_grad_norm=None,
+        keep=None,
         betas=(0.5, 0.75),
         eps=1e-12,
         lock_text=True,
@@ -82,6 +83,8 @@ def test_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) ->
         *(
             ("max_grad_norm", -1.0),
             ("ema", 1.5),
+            ("keep", 0),
+            ("timeout", 0.0),
             ("label_smoothing", -0.1),
             ("image_weight", 2.0),
             ("betas", (0.9, 1.0)),

@@ -109,6 +109,7 @@ def test_two_ranks_train_as_one(folder: Path, name: str, tmp_path: Path) -> None
     assert validation["zero_shot_top1"] == pytest.approx(alone.validation["zero_shot_top1"], abs=0.02)
 
 
+@pytest.mark.fault("a resume with another number of processes, DDP for FSDP2", "the same losses to rounding")
 @pytest.mark.parametrize("name", ["fsdp as ddp", "ddp as fsdp"])
 def test_checkpoint_fits_every_number_of_ranks(folder: Path, name: str, tmp_path: Path) -> None:
     losses, _ = of_rank(folder, name, 0)

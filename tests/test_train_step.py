@@ -231,6 +231,7 @@ def test_scale_is_clamped() -> None:
     assert model.logit_scale.exp().item() == pytest.approx(100)
 
 
+@pytest.mark.fault("pixels that are not finite", "the run ends before the update and names step and samples")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("size", [B, 5])
 def test_pixels_that_are_not_finite_stop_before_the_update(value: float, size: int) -> None:
@@ -248,6 +249,7 @@ def test_pixels_that_are_not_finite_stop_before_the_update(value: float, size: i
     assert math.isfinite(one.step([batch()], step=1).loss)  # nothing is left of it
 
 
+@pytest.mark.fault("weights or features that are not finite", "the run ends before the update and names them")
 def test_weights_and_features_that_are_not_finite_are_named() -> None:
     model = tiny()
     with torch.no_grad():
@@ -262,6 +264,7 @@ def test_weights_and_features_that_are_not_finite_are_named() -> None:
         stepper(model).step(cut(whole, 4), step=4)
 
 
+@pytest.mark.fault("a gradient that is not finite", "the run ends before the update and names the weights")
 def test_gradient_that_is_not_finite_stops_before_the_update() -> None:
     model = tiny()
     before = weights(model)
@@ -271,6 +274,7 @@ def test_gradient_that_is_not_finite_stops_before_the_update() -> None:
     assert_same(model, before)
 
 
+@pytest.mark.fault("a loss that overflows", "the run ends before the update and tells the scale")
 def test_loss_that_overflows_tells_the_scale() -> None:
     model = tiny()
     model.logit_scale.requires_grad_(False).fill_(200.0)

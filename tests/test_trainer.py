@@ -150,6 +150,9 @@ def test_models_have_their_authors_recipe(tmp_path: Path) -> None:
     assert found.lr == 1e-3 and len(run.losses) == 2
 
 
+@pytest.mark.fault(
+    "a stop in mid-epoch, other workers after it", "the numbers of a run that never stopped, bit for bit"
+)
 def test_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
     changed = {"max_steps": 9, "ema": 0.9, "model": "align-tiny", "context_length": None, "batch_size": 400}
     whole = train(options(tmp_path / "a", **changed))
@@ -169,6 +172,9 @@ def test_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
     assert elsewhere.losses == rest.losses
 
 
+@pytest.mark.fault(
+    "resuming with other options", "they are named before it goes on; another model or optimiser is refused"
+)
 def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(options(tmp_path / "a", stop_after=2))
     with pytest.raises(ValueError, match="holds a run: --resume auto"):
@@ -177,6 +183,7 @@ def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog:
     assert "--lr was 0.0005, is 0.001" in caplog.text and "--batch-size" not in caplog.text
     with pytest.raises(ValueError, match=r"is of another model: .*differ"):
         train(options(tmp_path / "b", resume=str(tmp_path / "a"), model="RN-tiny"))
+    assert "--model was ViT-tiny, is RN-tiny" in caplog.text  # before it is tried
     with pytest.raises(ValueError, match="optimiser"):
         train(options(tmp_path / "b", resume=str(tmp_path / "a"), optimizer="lamb"))
     with pytest.raises(ValueError, match="without --ema"):
@@ -193,7 +200,8 @@ def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog:
 def test_checkpoint_holds_no_pickle_and_says_what_it_is(tmp_path: Path) -> None:
     train(options(tmp_path, max_steps=1))
     path = tmp_path / "checkpoints" / "step-00000001"
-    assert sorted(file.name for file in path.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    names = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(file.name for file in path.iterdir()) == names
     state = read_state(path)
     assert state["step"] == 1 and state["options"]["data"] == "digits" and state["param_groups"]
 

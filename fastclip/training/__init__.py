@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from fastclip.training.cached import cached_step
     from fastclip.training.options import TrainOptions
     from fastclip.training.planning import Plan, plan
+    from fastclip.training.signals import Interrupted
     from fastclip.training.trainer import Run, train
 
-__all__ = ["Plan", "Run", "TrainOptions", "cached_step", "plan", "train"]
+__all__ = ["Interrupted", "Plan", "Run", "TrainOptions", "cached_step", "plan", "train"]
 
 _LAZY = {
+    "Interrupted": "fastclip.training.signals",
     "Plan": "fastclip.training.planning",
     "Run": "fastclip.training.trainer",
     "TrainOptions": "fastclip.training.options",

@@ -1,22 +1,29 @@
-"""Checkpoints of a run: whole state dicts in safetensors, whatever the number of processes, and a JSON file.
+"""Checkpoints of a run: whole state dicts in safetensors, whatever the number of processes, and JSON files.
 
     checkpoints/step-00000400/model.safetensors       parameters and buffers, by name
                               optimizer.safetensors   PARAMETER|STATE, such as visual.head.weight|exp_avg
                               ema.safetensors         with --ema
                               state.json              step, options, the optimiser's groups
+                              manifest.json           bytes and SHA-256 of the others, checked when a run goes on
 
-A folder is written under another name first and then renamed. No pickle is written or read.
+A folder is written under another name first and then renamed (`fastclip.training.durable`). No pickle is written or
+read, and no random state: dropout and augmentation are functions of the seed, the step and the sample.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -26,17 +33,44 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
+from fastclip.training.durable import check_manifest, mend_folders, new_folder, remove_folder, write_manifest
 from fastclip.training.optim import MovingAverage
 
-__all__ = ["find_checkpoint", "latest_checkpoint", "load_checkpoint", "read_state", "save_checkpoint"]
+__all__ = [
+    "Snapshot",
+    "find_checkpoint",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "mend_checkpoints",
+    "read_state",
+    "set_aside",
+    "take_snapshot",
+    "write_snapshot",
+]
 
+logger = logging.getLogger(__name__)
+_NAMES = 256  # bytes, of a tensor in its file's header
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-def save_checkpoint(
-    folder: Path,
+class Snapshot(NamedTuple):
+    """What a checkpoint will hold, in memory of its own: training may go on while it is written."""
+
+    step: int  # updates made
+    tensors: dict[str, dict[str, Tensor]]  # by file
+    state: dict[str, Any]  # state.json
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk, with a little for names."""
+        tensors = [x for values in self.tensors.values() for x in values.values()]
+        return sum(x.numel() * x.element_size() + _NAMES for x in tensors) + len(json.dumps(self.state)) + _NAMES
+
+
+def take_snapshot(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
@@ -44,14 +78,13 @@ def save_checkpoint(
     about: dict[str, Any],
     ema: MovingAverage | None = None,
     writes: bool = True,
-) -> Path:
-    """Write ``folder/step-...``; called on every rank, one of which `writes`. Returns its path.
+) -> Snapshot | None:
+    """Called on every rank, one of which `writes`; the others get None.
 
     Args:
         step: updates made.
         about: what else `read_state` is to return; numbers, strings, lists.
     """
-    path = folder / f"step-{step:08d}"
     tensors: dict[str, dict[str, Tensor]] = {"model": _model_state(model), "optimizer": {}}
     groups = []
     found: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
@@ -60,22 +93,57 @@ def save_checkpoint(
             for key, value in state.items():
                 tensors["optimizer"][f"{name}|{key}"] = torch.as_tensor(value)
         groups = [{k: v.item() if isinstance(v, Tensor) else v for k, v in g.items()} for g in found["param_groups"]]
+    live = _storages(model, optimizer) if writes else set()
+    tensors = {file: {name: _own(x, live) for name, x in values.items()} for file, values in tensors.items()}
     if ema is not None:
         ema.swap()
-        tensors["ema"] = {name: x.clone() for name, x in _model_state(model).items()}  # else they swap, too
+        tensors["ema"] = {name: _own(x, live) for name, x in _model_state(model).items()}  # else they swap, too
         ema.swap()
         about = {**about, "ema_updates": ema.updates}
-    if not writes:
-        return path
-    half = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
-    for name, values in tensors.items():
-        save_file({k: v.detach().contiguous() for k, v in values.items()}, half / f"{name}.safetensors")
-    (half / "state.json").write_text(json.dumps({"step": step, **about, "param_groups": groups}, indent=1) + "\n")
-    shutil.rmtree(path, ignore_errors=True)
-    half.rename(path)
+    return Snapshot(step, tensors, {"step": step, **about, "param_groups": groups}) if writes else None
+
+
+def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int | None = None) -> Path:
+    """Write ``folder/step-...`` and return it; then, not before, remove all but the `keep` newest.
+
+    Raises:
+        OSError: it does not fit on the disk, with the bytes that it needs; what was there before is untouched.
+    """
+    path = folder / f"step-{snapshot.step:08d}"
+    try:
+        with new_folder(path) as half:
+            _check_space(half, snapshot)
+            for name, values in snapshot.tensors.items():
+                save_file(values, half / f"{name}.safetensors")
+            (half / "state.json").write_text(json.dumps(snapshot.state, indent=1) + "\n")
+            write_manifest(half)
+    except (OSError, SafetensorError) as error:
+        raise OSError(_what_failed(path, snapshot, error)) from error
+    if keep is not None:
+        for older in _by_step(folder)[:-keep]:
+            remove_folder(older)
     return path
+
+
+def _check_space(folder: Path, snapshot: Snapshot) -> None:
+    disk = shutil.disk_usage(folder)
+    if disk.total > 0 and disk.free < snapshot.size:  # some network file systems say 0
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _what_failed(path: Path, snapshot: Snapshot, error: Exception) -> str:
+    found = f"the checkpoint {path} was not written: {getattr(error, 'strerror', None) or error}. "
+    found += f"It needs {snapshot.size:,} bytes"
+    with suppress(OSError):
+        found += f", and its disk has {shutil.disk_usage(path.parent).free:,} free"
+    with suppress(ImportError):  # Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit != resource.RLIM_INFINITY:
+            found += f"; no file may have more than {limit:,} (ulimit -f)"
+    older = [other for other in _by_step(path.parent) if other != path]
+    return found + (f"; {older[-1].name} stands" if older else "; there was none before")
 
 
 def load_checkpoint(
@@ -95,7 +163,7 @@ def load_checkpoint(
         ema.updates = state["ema_updates"]
     _set_model_state(model, path / "model.safetensors")
     values: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(path / "optimizer.safetensors").items():
+    for name, tensor in _read_tensors(path / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition("|")
         values.setdefault(parameter, {})[key] = tensor
     whole = {"state": values, "param_groups": state["param_groups"]}
@@ -107,7 +175,7 @@ def load_checkpoint(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was told about the run, and the step."""
+    """What `take_snapshot` was told about the run, and the step."""
     try:
         return json.loads((path / "state.json").read_text())
     except FileNotFoundError as error:
@@ -115,19 +183,41 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The one of most steps in a ``checkpoints`` folder."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
-    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    """The one of most steps in a ``checkpoints`` folder whose manifest holds; a warning names each that is passed over.
+
+    Raises:
+        ValueError: there are some, and all are damaged.
+    """
+    found = _by_step(folder)
+    problems = []
+    for path in reversed(found):
+        try:
+            check_manifest(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            logger.warning("%s: the checkpoint before it is used, %s", problem, path.name)
+        return path
+    if problems:
+        raise ValueError(f"{folder} holds no checkpoint that is whole: {'; '.join(problems)}")
+    return None
 
 
 def find_checkpoint(resume: str, output: Path) -> Path | None:
-    """What ``--resume`` means: None is a new run."""
+    """What ``--resume`` means, its files read and checked; None is a new run.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is damaged, with the file; of a run the newest that is whole is taken, if there is one.
+    """
     if resume == "auto":
         return latest_checkpoint(output / "checkpoints")
     path = Path(resume)
     if not path.is_dir():
         raise FileNotFoundError(f"--resume {resume}: there is no such folder")
-    if (path / "state.json").is_file():
+    if (path / "state.json").is_file() or _NAME.fullmatch(path.name):
+        check_manifest(path)
         return path
     found = latest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if found is None:
@@ -135,13 +225,59 @@ def find_checkpoint(resume: str, output: Path) -> Path | None:
     return found
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Before a run goes on after `step`: rename later checkpoints, to ``aside-step-...``.
+
+    They are damaged, or of steps that are about to be made anew.
+    """
+    for path in _by_step(folder):
+        if _step(path) > step:
+            aside = path.with_name(f"aside-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            logger.warning("%s is after step %d, at which this run begins: it is called %s now", path, step, aside.name)
+
+
+def mend_checkpoints(folder: Path) -> None:
+    """Remove what a process left that died while it wrote one of the checkpoints in `folder`."""
+    mend_folders(folder, "step-*")
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _by_step(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _storages(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[int]:
+    """Where tensors live that training changes in place."""
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *states]
+    locals_ = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    return {x.untyped_storage().data_ptr() for x in locals_}
+
+
+def _own(x: Tensor, live: set[int]) -> Tensor:
+    x = x.detach().contiguous()
+    return x.clone() if x.untyped_storage().data_ptr() in live else x
+
+
 def _model_state(model: nn.Module) -> dict[str, Tensor]:
     found: Any = get_model_state_dict(model, options=_WHOLE)  # annotated for nested ones as well
     return found
 
 
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file: {error}") from error
+
+
 def _set_model_state(model: nn.Module, file: Path) -> None:
-    tensors: Any = load_file(file)
+    tensors: Any = _read_tensors(file)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = sorted(expected.keys() ^ tensors.keys()) or [n for n, x in tensors.items() if x.shape != expected[n]]
     if wrong:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from fastclip.training.durable import write_text
 
 __all__ = ["Metrics", "Progress", "cut_metrics"]
 
@@ -42,6 +45,10 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
+    def flush(self) -> None:
+        """To the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
         self._board.close()
@@ -61,7 +68,7 @@ def cut_metrics(file: Path, step: int) -> None:
             break
         if values["step"] <= step:
             kept.append(line)
-    file.write_text("".join(kept), encoding="utf-8")
+    write_text(file, "".join(kept))
 
 
 class Progress:

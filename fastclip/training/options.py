@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fastclip.training.durable import write_text
+
 __all__ = ["LOSSES", "TrainOptions", "parse_options", "read_options", "write_options"]
 
 Loss = Literal["clip", "unicl", "align", "convirt", "siglip"]
@@ -105,8 +107,14 @@ class TrainOptions:
     """Steps between lines of metrics.jsonl."""
     save_every: int | None = None
     """Steps between checkpoints; one is always written at the end."""
+    keep: int | None = 3
+    """Checkpoints that stay, the newest; the others are removed when the next one is written. None keeps all."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy in memory."""
     val_every: int | None = None
     """Steps between validations; with --val-data one is always made at the end."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others: when one is lost or stands still, the rest ends after them."""
     wandb: str | None = None
     """Project of Weights & Biases to log to as well."""
     resume: str | None = None
@@ -120,7 +128,7 @@ class TrainOptions:
         for name in ("seed", "workers", "warmup", "weight_decay"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{flag(name)} must not be negative, got {value}")
-        for name in ("lr", "eps", "max_grad_norm"):
+        for name in ("lr", "eps", "max_grad_norm", "timeout"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{flag(name)} must be above 0, got {value}")
         for name in ("label_smoothing", "image_weight", "ema"):
@@ -136,7 +144,7 @@ class TrainOptions:
 
 _AT_LEAST_ONE = (
     *("batch_size", "micro_batch", "epochs", "max_steps", "stop_after"),
-    *("log_every", "save_every", "val_every", "image_size", "context_length"),
+    *("log_every", "save_every", "keep", "val_every", "image_size", "context_length"),
 )
 
 
@@ -181,7 +189,7 @@ def write_options(options: TrainOptions, path: Path) -> None:
     import yaml
 
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -210,6 +218,6 @@ def _as_words(values: dict[str, Any], path: Path) -> list[str]:
             words.append(flag(name) if value else flag(f"no_{name}"))
         elif isinstance(value, list):
             words += [flag(name), *map(str, value)]
-        elif value is not None or name == "max_grad_norm":
+        elif value is not None or name in ("max_grad_norm", "keep"):
             words += [flag(name), str(value)]
     return words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from fastclip import _env
 from fastclip.models.dual_encoder import DualEncoder
+from fastclip.training.meeting import meeting
 
-__all__ = ["World", "joined", "mean_over_ranks", "reduce_unsharded", "wrap"]
+__all__ = ["World", "joined", "mean_over_ranks", "one_for_all", "reduce_unsharded", "wrap"]
 
 _c10d: Any = dist
+_LOST = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
 
 class World(NamedTuple):
@@ -40,6 +43,7 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
 
     Raises:
         ValueError: "cuda" without a GPU for each process.
+        ConnectionError: another process is lost or has not answered; whatever was collective inside failed for it.
     """
     launched = _env.launched()
     local_rank, local_ranks = (launched.local_rank, launched.local_ranks) if launched else (0, 1)
@@ -52,14 +56,56 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
     begun = launched is not None and not dist.is_initialized()
-    if begun:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timeout)
     try:
+        if begun and launched is not None:
+            store = _env.agent_store()
+            found: dict[str, Any] = {"rank": launched.rank, "world_size": launched.ranks}
+            if store is not None:
+                found["store"] = meeting(store, launched.rank, launched.ranks, timeout)
+            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timeout, **found)
         group = _c10d.group.WORLD if dist.is_initialized() else None
         yield World(*((dist.get_rank(), dist.get_world_size()) if group else (0, 1)), where, group)
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        seconds = timeout.total_seconds()
+        raise ConnectionError(
+            f"another process of this run is lost, or did not answer for {seconds:g} s (--timeout): {_words(error)}"
+        ) from error
     finally:
-        if begun:
+        if begun and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """What NCCL and the rendezvous raise has a class; gloo's errors are told by their words alone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
+
+
+@contextmanager
+def one_for_all(world: World) -> Iterator[None]:
+    """What fails inside on one rank is raised on every one, which would wait for it otherwise."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if world.group is not None:
+        told: list[Any] = [None] * world.ranks
+        kind = OSError if isinstance(error, OSError) else ValueError if isinstance(error, ValueError) else RuntimeError
+        mine = None if error is None else (kind.__name__, f"{error} (on rank {world.rank})")
+        dist.all_gather_object(told, mine, group=world.group)
+        if error is None and any(told):
+            name, message = next(one for one in told if one)
+            raise {"OSError": OSError, "ValueError": ValueError}.get(name, RuntimeError)(message)
+    if error is not None:
+        raise error
+
+
+def _words(error: RuntimeError) -> str:
+    """Of gloo's message what happened, without where in its sources and what to do about it."""
+    line = str(error).strip().splitlines()[0]
+    return re.sub(r"^\[[^\]]*\.\w+:\d+\] ", "", line).partition(". This is typically")[0]
 
 
 def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:

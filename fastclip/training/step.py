@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,12 @@ from fastclip.training.cached import cached_step
 from fastclip.training.losses import NamedLoss
 from fastclip.training.optim import MovingAverage, clip_gradients, gradient_norm
 from fastclip.training.parallel import World, mean_over_ranks, reduce_unsharded
+from fastclip.training.signals import STATUSES
 
-__all__ = ["StepReport", "Stepper", "seed_step"]
+__all__ = ["FAILED", "StepReport", "Stepper", "seed_step"]
 
+FAILED = 1  # exit status of a process whose checkpoint was not written
+_STATUSES = (FAILED, *STATUSES)
 _SHOWN = 10  # names in an error
 
 
@@ -31,6 +34,7 @@ class StepReport(NamedTuple):
     grad_norm: float  # before clipping
     image_top1: float | None  # share of the images whose most similar text of the batch is theirs
     text_top1: float | None
+    status: int = 0  # exit status with which a process wants to end, else 0
 
 
 class Stepper:
@@ -61,8 +65,18 @@ class Stepper:
         self.model, self.wrapped, self.loss, self.optimizer, self.world = model, wrapped, loss, optimizer, world
         self.ema, self.max_grad_norm, self.autocast, self.keep_on = ema, max_grad_norm, autocast, keep_on
 
-    def step(self, batches: Sequence[Batch], *, step: int, accuracy: bool = False) -> StepReport:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        accuracy: bool = False,
+        status: Callable[[], int] = lambda: 0,
+    ) -> StepReport:
         """One update from this rank's micro-batches; `step` (from 0) is for messages.
+
+        `status` is called once, after the gradients are computed: the exit status with which this process wants to
+        end, 0 for none. All ranks report the same.
 
         Raises:
             FloatingPointError: loss or gradient is not finite, with step and samples; the weights are as before.
@@ -89,7 +103,11 @@ class Stepper:
         else:
             pairs = [(batch.images, batch.ids) for batch in batches]
             value = cached_step(forward, pairs, loss, modules=[self.wrapped], keep_on=self.keep_on)
-        whole = float(mean_over_ranks(value.detach(), self.world))
+        own = status()
+        told = torch.tensor([own == one for one in _STATUSES], dtype=torch.float64, device=value.device)
+        shared = mean_over_ranks(torch.cat([value.detach().double().view(1), told]), self.world)  # one exchange
+        whole = float(shared[0].to(value.dtype))
+        agreed = next((one for one, share in zip(_STATUSES, shared[1:].tolist()) if share), 0)
         if not math.isfinite(whole):
             raise FloatingPointError(self._told(f"the loss of step {step} is {whole}", batches, features))
         if self.wrapped is self.model:  # FSDP, or alone
@@ -104,7 +122,8 @@ class Stepper:
             self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
         if self.ema is not None:
             self.ema.update()
-        return StepReport(whole, norm.item(), *(self._accuracy(labels, *features) if accuracy else (None, None)))
+        image_top1, text_top1 = self._accuracy(labels, *features) if accuracy else (None, None)
+        return StepReport(whole, norm.item(), image_top1, text_top1, agreed)
 
     def _accuracy(self, labels: Tensor, image: Tensor, text: Tensor, scale: Tensor) -> tuple[float, float]:
         labels = labels.to(image.device)

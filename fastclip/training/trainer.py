@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,19 +26,33 @@ from fastclip.models.config import ModelConfig, load_config
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.factory import build_model, create_model, get_tokenizer
 from fastclip.models.transforms import image_transform
-from fastclip.training.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from fastclip.training.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    mend_checkpoints,
+    read_state,
+    set_aside,
+    take_snapshot,
+    write_snapshot,
+)
+from fastclip.training.durable import mend_folders, new_folder
 from fastclip.training.losses import NamedLoss, named_loss
 from fastclip.training.metrics import Metrics, Progress, cut_metrics
 from fastclip.training.optim import MovingAverage, build_optimizer, warmup_cosine
 from fastclip.training.options import TrainOptions, flag, write_options
-from fastclip.training.parallel import World, joined, wrap
-from fastclip.training.step import Stepper, StepReport, seed_step
+from fastclip.training.parallel import World, joined, one_for_all, wrap
+from fastclip.training.saver import Saver
+from fastclip.training.signals import Interrupted, Signals
+from fastclip.training.step import FAILED, Stepper, StepReport, seed_step
 
 __all__ = ["Run", "train"]
 
 logger = logging.getLogger(__name__)
 _VALIDATION_BATCH = 256
-_MAY_CHANGE = ("output", "resume", "stop_after", "workers", "log_every", "save_every", "val_every", "wandb")
+_MAY_CHANGE = (
+    *("output", "resume", "stop_after", "workers", "log_every", "save_every", "keep", "async_save", "val_every"),
+    *("timeout", "wandb"),
+)
 
 
 class Run(NamedTuple):
@@ -56,10 +71,12 @@ def train(options: TrainOptions) -> Run:
 
     Raises:
         ValueError: options, data, model and checkpoint do not fit together.
-        OSError: a file cannot be read or written.
+        OSError: a file cannot be read or written; of its kind ConnectionError, another process is lost.
         FloatingPointError: loss or gradient is not finite; the update was not made.
+        Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written; a SystemExit, of status 143 or 130. A second
+            signal ends the process at once. In another thread than the main one signals are left alone.
     """
-    with joined(options.device) as world:
+    with joined(options.device, timeout=timedelta(seconds=options.timeout)) as world:
         return _Trainer(options, world).run()
 
 
@@ -116,6 +133,8 @@ class _Trainer:
         )
         self.ema = None if options.ema is None else MovingAverage(self.model, options.ema)
         self.validation: dict[str, float] = {}
+        self.saver = Saver(background=options.async_save)
+        self.signals = Signals()
 
     def _check(self, options: TrainOptions) -> None:
         ranks = self.world.ranks
@@ -188,18 +207,17 @@ class _Trainer:
                 "--loss unicl takes them for positives",
                 *(options.batch_size, len(self.source), options.loss),
             )
-        metrics = self._open_metrics()
+        with one_for_all(world):
+            metrics = self._open_metrics()
         progress = Progress(first=first, steps=self.steps, shown=world.rank == 0)
         losses: list[float] = []
         start = time.perf_counter()
         try:
-            for done, report in self._updates(first, last, metrics, progress):
-                losses.append(report.loss)
-                ends = done == last
-                if self.val_source is not None and (_due(done, options.val_every) or (ends and done == self.steps)):
-                    self._validate(done, metrics, progress)
-                if ends or _due(done, options.save_every):
-                    self._save(done)
+            with self.signals.watched(), self.saver:  # in this order: what is being written ends, or a second signal
+                for done, report in self._updates(first, last, metrics, progress):
+                    losses.append(report.loss)
+                    self._after(done, done == last, report.status, metrics, progress)
+                self._wait_for_saver()
         finally:
             progress.close()
             if metrics is not None:
@@ -207,6 +225,30 @@ class _Trainer:
         if last == self.steps:
             self._save_model()
         return Run(self.folder, last, losses, self.validation, time.perf_counter() - start, self.backend)
+
+    def _after(self, done: int, ends: bool, status: int, metrics: Metrics | None, progress: Progress) -> None:
+        """Of update `done`, after which a process wants to end where `status` is not 0: validation and checkpoints.
+
+        A run that has made its last step ends as ever.
+        """
+        options = self.options
+        if status == FAILED:
+            self._wait_for_saver()
+        stops = status and done < self.steps
+        if stops:  # at once: who sent the signal may not wait for long
+            self._save(done, metrics)
+        if self.val_source is not None and (_due(done, options.val_every) or (ends and done == self.steps)):
+            self._validate(done, metrics, progress)
+        if not stops and (ends or _due(done, options.save_every)):
+            self._save(done, metrics)
+        if stops:
+            self._wait_for_saver()
+            logger.warning("stopped by a signal after step %d, with a checkpoint: --resume auto goes on", done)
+            raise Interrupted(status, done)
+
+    def _wait_for_saver(self) -> None:
+        with one_for_all(self.world):
+            self.saver.wait()
 
     def _updates(
         self, first: int, last: int, metrics: Metrics | None, progress: Progress
@@ -250,7 +292,7 @@ class _Trainer:
                 group["lr"] = lr
             seed_step(options.seed, step, world.rank)
             logged = (step + 1) % options.log_every == 0 or step + 1 == last
-            report = stepper.step(batch, step=step, accuracy=logged)
+            report = stepper.step(batch, step=step, accuracy=logged, status=self._status)
             steps_since += 1
             if logged:
                 seconds = time.perf_counter() - since
@@ -276,24 +318,38 @@ class _Trainer:
 
     def _resume(self) -> int:
         """Updates that a checkpoint holds; 0 for a new run. Prepares the folder."""
-        path = find_checkpoint(self.options.resume, self.folder) if self.options.resume else None
-        if self.world.group is not None:  # all have looked before rank 0 writes
-            paths = [path]
-            dist.broadcast_object_list(paths, src=0)
-            path = paths[0]
+        checkpoints, model = self.folder / "checkpoints", self.folder / "model"
+        found: list[Any] = [None, False]  # the checkpoint; whether model/ is there, or not this run's to write
+        with one_for_all(self.world):  # all have looked before rank 0 writes
+            if self.world.rank == 0:
+                mend_checkpoints(checkpoints)
+                mend_folders(self.folder, model.name)
+                path = find_checkpoint(self.options.resume, self.folder) if self.options.resume else None
+                own = path is not None and path.parent.resolve() == checkpoints.resolve()
+                found = [path, model.exists() or not own]
+        if self.world.group is not None:
+            dist.broadcast_object_list(found, src=0)
+        path, ended = found  # a run may have died between its last checkpoint and model/
         first = 0
         if path is not None:
+            state = read_state(path)
+            for change in _changes(state["options"], asdict(self.options)):
+                logger.warning("changed since %s: %s", path, change)
             first = load_checkpoint(path, self.model, self.optimizer, ema=self.ema)
             logger.info("goes on from %s, after %d steps", path, first)
-            for change in _changes(read_state(path)["options"], asdict(self.options)):
-                logger.warning("changed since %s: %s", path, change)
-            if first >= self.steps:
+            if first > self.steps or (first == self.steps and ended):
                 raise ValueError(f"{path} has made {first} steps, and the schedule has {self.steps}: nothing is left")
-        if self.world.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            cut_metrics(self.folder / "metrics.jsonl", first)
-            write_options(self.options, self.folder / "config.yaml")
+        with one_for_all(self.world):
+            if self.world.rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                set_aside(checkpoints, first)
+                cut_metrics(self.folder / "metrics.jsonl", first)
+                write_options(self.options, self.folder / "config.yaml")
         return first
+
+    def _status(self) -> int:
+        """With which this process wants to end; 0: it does not."""
+        return FAILED if self.saver.failed else self.signals.status
 
     def _open_metrics(self) -> Metrics | None:
         if self.world.rank:
@@ -328,25 +384,26 @@ class _Trainer:
             metrics.write(done, {f"val/{name}": value for name, value in self.validation.items()})
         progress.show(done, self.validation)
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, metrics: Metrics | None) -> None:
+        with one_for_all(self.world):
+            self.saver.wait()  # before the next copy: there is one at a time
+            if metrics is not None:
+                metrics.flush()
         about = {"options": asdict(self.options), "fastclip": __version__, "torch": torch.__version__}
-        save_checkpoint(
-            self.folder / "checkpoints",
-            self.model,
-            self.optimizer,
-            step=done,
-            about=about,
-            ema=self.ema,
-            writes=self.world.rank == 0,
-        )
+        writes = self.world.rank == 0
+        found = take_snapshot(self.model, self.optimizer, step=done, about=about, ema=self.ema, writes=writes)
+        if found is not None:
+            self.saver.start(write_snapshot, self.folder / "checkpoints", found, keep=self.options.keep)
 
     def _save_model(self) -> None:
         with self._averaged():
             state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-            if self.world.rank == 0:
-                whole = build_model(self.config, device="meta")
-                whole.load_state_dict(state, assign=True)
-                whole.save_pretrained(self.folder / "model")
+            with one_for_all(self.world):
+                if self.world.rank == 0:
+                    whole = build_model(self.config, device="meta")
+                    whole.load_state_dict(state, assign=True)
+                    with new_folder(self.folder / "model") as half:
+                        whole.save_pretrained(half)
 
 
 def _due(done: int, every: int | None) -> bool:

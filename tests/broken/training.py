@@ -5,7 +5,8 @@ from __future__ import annotations
 from broken import Break, Promise
 
 STEP, RUN, RANKS, OPTIONS = "test_train_step.py", "test_trainer.py", "test_train_ranks.py", "test_train_options.py"
-TRAINING, PLAN = "fastclip/training/", "test_plan.py"
+DURABLE, INTERRUPTED = "test_train_durable.py", "test_train_interrupted.py"
+TRAINING = "fastclip/training/"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {
@@ -37,7 +38,7 @@ PROMISES: dict[str, list[Promise]] = {
             (
                 Break("trainer: the scale's gradient is a rank's own", f"{TRAINING}parallel.py", "p.grad.copy_(mean_over_ranks(p.grad, world))", "pass"),
                 Break("trainer: the norm is a shard's", f"{TRAINING}optim.py", "get_total_norm([p.grad for p in kind if", "get_total_norm([getattr(p.grad, '_local_tensor', p.grad) for p in kind if"),
-                Break("trainer: a rank's own loss is told", f"{TRAINING}step.py", "float(mean_over_ranks(value.detach(), self.world))", "float(value.detach())"),
+                Break("trainer: a rank's own loss is told", f"{TRAINING}step.py", "whole = float(shared[0].to(value.dtype))", "whole = float(value.detach())"),
             ),
         ),
         Promise(
@@ -64,25 +65,81 @@ PROMISES: dict[str, list[Promise]] = {
         Promise("matrices decay, and nothing else", (f"{STEP}::test_matrices_decay_and_nothing_else", f"{STEP}::test_update_decays_matrices_only"), (Break("trainer: the class token decays", f"{TRAINING}optim.py", "sum(size > 1 for size in p.shape) >= 2", "p.dim() >= 2"),)),
         Promise("the command line wins over files, and `--help` needs no torch", (f"{OPTIONS}::test_options_of_files_yield_to_later_files_and_to_the_command_line", f"{OPTIONS}::test_help_names_every_option_and_loads_no_torch"), (Break("trainer: files win", f"{TRAINING}options.py", "args=[*from_files, *given]", "args=[*given, *from_files]"), Break("trainer: options import torch", f"{TRAINING}options.py", "import difflib\n", "import difflib\n\nimport torch  # noqa: F401\n"))),
     ],
-    "Plan": [
+    "Machines that die": [
         Promise(
-            "`fastclip plan` is within 15 % of the memory that measured steps take, and allocates nothing",
-            (f"{PLAN}::test_plan_is_what_a_step_takes", f"{PLAN}::test_footprint_of_one_layer_is_counted_by_hand", f"{PLAN}::test_footprint_is_exact_for_other_batches", f"{PLAN}::test_bf16_and_checkpointing_make_activations_smaller"),
+            "kill -9 at any moment of saving, and death after any file operation, leave whole checkpoints: the last or the next",
+            (f"{DURABLE}::test_death_at_every_file_operation_leaves_a_whole_checkpoint", f"{DURABLE}::test_kill_leaves_the_last_checkpoint_or_the_next"),
             (
-                Break("plan: what dies is not forgotten", f"{TRAINING}footprint.py", "        self.bytes -= self._sizes.pop(key)", "        self._sizes.pop(key)"),
-                Break("plan: DDP's buckets are forgotten", f"{TRAINING}planning.py", "return self.gradients if self._ddp and self.cached else 0", "return 0"),
-                Break("plan: bf16 is forgotten", f"{TRAINING}footprint.py", 'enabled=self.precision == "bf16"', "enabled=False"),
+                Break("machines: the old one goes before the new one is in its place", f"{TRAINING}durable.py", "            os.rename(path, old)\n", "            shutil.rmtree(path)\n"),
+                Break("machines: what waited is not brought back", f"{TRAINING}durable.py", "        _bring_back(path)\n        shutil", "        shutil"),
+                Break("machines: old ones are removed file by file", f"{TRAINING}durable.py", "    os.rename(path, gone)\n", "    shutil.rmtree(path)\n"),
+                Break("machines: files appear one by one", f"{TRAINING}durable.py", "    half.mkdir()\n    try:\n        yield half\n", "    half.mkdir()\n    try:\n        path.mkdir(exist_ok=True)\n        yield half\n"),
             ),
         ),
         Promise(
-            "the largest micro-batch fits and one more pair does not; states, shards and the loss are counted as they are",
-            (f"{PLAN}::test_largest_micro_batch_is_the_largest", f"{PLAN}::test_states_are_of_the_models_parameters", f"{PLAN}::test_fsdp_holds_a_share", f"{PLAN}::test_loss_is_that_of_the_scaling_model"),
+            "a flipped byte, a cut or a missing file in a checkpoint is found and named, and the one before is used; no pickle runs",
+            (f"{DURABLE}::test_damage_is_found_and_the_one_before_is_used", f"{DURABLE}::test_no_pickle_runs_when_a_checkpoint_is_read"),
             (
-                Break("plan: one pair too many", f"{TRAINING}planning.py", "        return low\n", "        return high\n"),
-                Break("plan: AdamW has one state", f"{TRAINING}planning.py", '"adamw": 2', '"adamw": 1'),
-                Break("plan: log-sum-exps are forgotten", f"{TRAINING}planning.py", "held = texts * (2 * size + _FP32)", "held = texts * 2 * size"),
+                Break("machines: only sizes are compared", f"{TRAINING}durable.py", "if _sha256(file) != digest:", "if _sha256(file) == digest[1:]:"),
+                Break("machines: a missing file is not missed", f"{TRAINING}durable.py", '            raise ValueError(f"{file} is missing")', "            continue"),
+                Break("machines: the newest or nothing", f"{TRAINING}checkpoint.py", "            problems.append(str(error))\n            continue", "            raise"),
+                Break("machines: a pickle is read", f"{TRAINING}checkpoint.py", "        return load_file(file)\n", '        return __import__("pickle").loads(file.read_bytes())\n'),
             ),
         ),
+        Promise(
+            "old checkpoints go when the new one is there, not before; those of a later step than a run begins at are set aside",
+            (f"{DURABLE}::test_old_checkpoints_go_after_the_new_one_is_there", f"{DURABLE}::test_checkpoints_of_a_later_step_are_set_aside"),
+            (
+                Break("machines: room is made first", f"{TRAINING}checkpoint.py", '    path = folder / f"step-{snapshot.step:08d}"\n', '    path = folder / f"step-{snapshot.step:08d}"\n    for older in _by_step(folder):\n        remove_folder(older)\n'),
+                Break("machines: later checkpoints stay", f"{TRAINING}checkpoint.py", "if _step(path) > step:", "if _step(path) < 0:"),
+            ),
+        ),
+        Promise(
+            "a full disk: the bytes needed are told, in one line, and the old checkpoint stands",
+            (f"{DURABLE}::test_full_disk_says_how_many_bytes_were_needed", f"{DURABLE}::test_space_is_looked_at_before_writing", f"{INTERRUPTED}::test_run_on_a_full_disk_says_so_in_a_line"),
+            (
+                Break("machines: the space is not looked at", f"{TRAINING}checkpoint.py", "disk.free < snapshot.size:", "disk.free < 0:"),
+                Break("machines: safetensors' error is not the disk's", f"{TRAINING}checkpoint.py", "except (OSError, SafetensorError) as error:", "except OSError as error:"),
+            ),
+        ),
+        Promise(
+            "checkpoints are written while training goes on and change no number; one that fails ends the run at its next step, on every rank",
+            (f"{DURABLE}::test_training_goes_on_beside_a_snapshot_and_does_not_change_it", f"{DURABLE}::test_saver_writes_one_at_a_time_and_keeps_no_error_to_itself", f"{INTERRUPTED}::test_saving_in_the_background_changes_no_number", f"{INTERRUPTED}::test_run_whose_checkpoint_fails_ends_with_its_error", f"{INTERRUPTED}::test_checkpoint_that_fails_on_one_rank_ends_all"),
+            (
+                Break("machines: a snapshot is the weights themselves", f"{TRAINING}checkpoint.py", "return x.clone() if", "return x if"),
+                Break("machines: two are written at a time", f"{TRAINING}saver.py", "        self.wait()\n        if self._pool is None:", "        if self._pool is None:"),
+                Break("machines: nobody asks whether it failed", f"{TRAINING}trainer.py", "return FAILED if self.saver.failed else", "return"),
+            ),
+        ),
+        Promise(
+            "SIGTERM and Ctrl-C: a checkpoint after the step, on which all ranks agree, and status 143 or 130; a second one ends the process at once",
+            (f"{INTERRUPTED}::test_interrupted_run_raises_and_restores_the_handlers", f"{INTERRUPTED}::test_second_signal_ends_the_process_at_once", f"{INTERRUPTED}::test_signal_to_one_rank_ends_all_after_the_same_step", f"{INTERRUPTED}::test_signal_ends_a_command_with_a_checkpoint", f"{INTERRUPTED}::test_torchrun_passes_a_signal_on"),
+            (
+                Break("machines: a validation that was due is left out", f"{TRAINING}trainer.py", "        if self.val_source is not None and (_due(", "        if not stops and self.val_source is not None and (_due("),
+                Break("machines: the handlers stay", f"{TRAINING}signals.py", "for number, handler in before.items():", "for number, handler in ():"),
+                Break("machines: a launcher's echo is a second signal", f"{TRAINING}signals.py", "self._since > _ECHO:", "self._since >= 0:"),
+                Break("machines: the second signal is noted, too", f"{TRAINING}signals.py", "elif time.monotonic()", "elif 0 > time.monotonic()"),
+                Break("machines: every rank minds its own signals", f"{TRAINING}step.py", "zip(_STATUSES, shared[1:].tolist())", "zip(_STATUSES, told.tolist())"),
+            ),
+        ),
+        Promise(
+            "a run that is killed again and again ends with the numbers and weights of one that never stopped, its model/ included",
+            (f"{INTERRUPTED}::test_run_that_died_before_its_model_writes_it", f"{INTERRUPTED}::test_run_goes_on_from_the_checkpoint_before_a_damaged_one", f"{INTERRUPTED}::test_run_killed_again_and_again_is_the_run_that_never_stopped"),
+            (
+                Break("machines: nothing is left after the last checkpoint", f"{TRAINING}trainer.py", "(first == self.steps and ended)", "first == self.steps"),
+                Break("machines: the optimiser begins anew", f"{TRAINING}checkpoint.py", 'whole = {"state": values,', 'whole = {"state": {k: {s: x * 0 for s, x in v.items()} for k, v in values.items()},'),
+            ),
+        ),
+        Promise(
+            "a rank that is lost or stands still ends the others within `--timeout`, saying so; torchrun's restart resumes by itself",
+            (f"{INTERRUPTED}::test_damaged_checkpoint_ends_all_ranks", f"{INTERRUPTED}::test_ranks_meet_where_no_dead_rank_has_been", f"{INTERRUPTED}::test_lost_rank_ends_the_others", f"{INTERRUPTED}::test_torchrun_restarts_a_run_whose_rank_was_killed"),
+            (
+                Break("machines: an error stays on its rank", f"{TRAINING}parallel.py", "if error is None and any(told):", "if error is None and not told:"),
+                Break("machines: gloo's errors are not known", f"{TRAINING}parallel.py", "or any(word in str(error) for word in _LOST)", ""),
+                Break("machines: ranks meet where the dead ones did", f"{TRAINING}meeting.py", 'PrefixStore(f"fastclip/{name}", store)', 'PrefixStore("fastclip", store)'),
+            ),
+        ),
+        Promise("docs/reliability.md is what the tests' markers say", ("test_reliability.py::test_document_is_what_the_markers_say",), (Break("machines: the document has drifted", "docs/reliability.md", "| kill -9 at any moment of saving |", "| kill -9 at some moment of saving |"),)),
     ],
 }
 # fmt: on

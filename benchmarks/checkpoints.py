@@ -1,0 +1,92 @@
+"""What a checkpoint costs a training step, written at once or in the background; rows in results/checkpoints.csv.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.checkpoints --model ViT-tiny --save-every 1,10 --rounds 5
+
+A round is a run of every kind, one after the other, from the same weights over the same data: without checkpoints
+(one at the end, which is not timed by itself), with them in the background, with them at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.harness import Timings, append, quantile
+from fastclip.training import TrainOptions, train
+
+RESULTS = Path(__file__).parent / "results" / "checkpoints.csv"
+KINDS = ("none", "background", "at once")
+
+
+def seconds_a_step(options: TrainOptions, kind: str, save_every: int) -> tuple[float, int]:
+    """Wall clock of the whole loop, the last write included, and the bytes of a checkpoint."""
+    with TemporaryDirectory(dir=options.output) as folder:
+        every = None if kind == "none" else save_every
+        run = train(replace(options, output=folder, save_every=every, async_save=kind != "at once"))
+        last = max((run.folder / "checkpoints").glob("step-*"))
+        return run.seconds / run.steps, sum(file.stat().st_size for file in last.iterdir())
+
+
+def measure(options: TrainOptions, save_every: int, rounds: int) -> list[dict[str, Any]]:
+    timings, size = Timings(), 0
+    seconds_a_step(replace(options, max_steps=2), "background", 1)  # what is paid once
+    for _ in range(rounds):
+        for kind in KINDS:
+            seconds, size = seconds_a_step(options, kind, save_every)
+            timings.rounds.setdefault(kind, []).append(seconds)
+    found = []
+    for kind, seconds in timings.rounds.items():
+        extra = [a - b for a, b in zip(seconds, timings.rounds["none"], strict=True)]
+        found.append(
+            {
+                "model": options.model,
+                "batch_size": options.batch_size,
+                "steps": options.max_steps,
+                "save_every": save_every,
+                "kind": kind,
+                "checkpoint_mib": round(size / 2**20, 1),
+                "rounds": rounds,
+                "median_ms": round(statistics.median(seconds) * 1e3, 2),
+                "p20_ms": round(quantile(seconds, 0.2) * 1e3, 2),
+                "p80_ms": round(quantile(seconds, 0.8) * 1e3, 2),
+                "extra_ms_a_step": round(statistics.median(extra) * 1e3, 2),
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-tiny")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20, help="of a run")
+    parser.add_argument("--save-every", default="1,10", help="steps between checkpoints, several with commas")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", default=".", help="on the disk that is to be measured")
+    parser.add_argument("--rows", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    logging.getLogger("fastclip").setLevel(logging.ERROR)
+    options = TrainOptions(
+        data="digits",
+        model=arguments.model,
+        output=arguments.folder,
+        context_length=16,
+        loss="unicl",
+        batch_size=arguments.batch_size,
+        max_steps=arguments.steps,
+        workers=0,
+    )
+    for save_every in map(int, arguments.save_every.split(",")):
+        found = measure(options, save_every, arguments.rounds)
+        append(arguments.rows, found)
+        for row in found:
+            print(*row.values(), sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Files and folders that are whole or not there, whenever the process dies or the machine stops.
+
+Everything is written beside its place, as ``.NAME.tmp``, flushed to the disk (fsync) and then renamed. A folder that is
+replaced waits meanwhile as ``.NAME.old``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["check_manifest", "mend_folders", "new_folder", "remove_folder", "write_manifest", "write_text"]
+
+MANIFEST = "manifest.json"
+_CHUNK = 2**20  # bytes hashed at a time
+
+
+def write_text(path: Path, text: str) -> None:
+    """`path` holds either what it held, or all of `text`."""
+    half = _beside(path, "tmp")
+    try:
+        half.write_text(text, encoding="utf-8")
+        _flush(half)
+        os.replace(half, path)
+    except BaseException:
+        half.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill in the place of `path`, which becomes it when all went well, and is removed otherwise."""
+    half, old = _beside(path, "tmp"), _beside(path, "old")
+    shutil.rmtree(half, ignore_errors=True)
+    _make(path.parent)
+    half.mkdir()
+    try:
+        yield half
+        for inside in (*half.rglob("*"), half):
+            _flush(inside)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        os.rename(half, path)
+        _flush(path.parent)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        _bring_back(old)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """At no moment half of it is there under its name."""
+    gone = _beside(path, "tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def mend_folders(parent: Path, names: str) -> None:
+    """Tidy up after a process that died while it wrote or removed folders of `names`, such as ``step-*``."""
+    for path in parent.glob(f".{names}.old"):
+        _bring_back(path)
+        shutil.rmtree(path, ignore_errors=True)
+    for path in parent.glob(f".{names}.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_manifest(folder: Path) -> None:
+    """manifest.json: size and SHA-256 of every file of `folder`, read back from it."""
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def check_manifest(folder: Path) -> None:
+    """Reads every file once.
+
+    Raises:
+        ValueError: a file is missing, has another size or another byte, with its name; or there is no manifest.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise ValueError(f"{folder} is not a checkpoint, or not a whole one: it holds no {MANIFEST}")
+    try:
+        files = {name: (int(has["bytes"]), str(has["sha256"])) for name, has in _read(manifest)["files"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{manifest} is damaged: {error}") from error
+    for name, (size, digest) in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        if (found := file.stat().st_size) != size:
+            raise ValueError(f"{file} is damaged: it has {found:,} bytes, and was written with {size:,}")
+        if _sha256(file) != digest:
+            raise ValueError(f"{file} is damaged: its SHA-256 is not the one it was written with")
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def _bring_back(old: Path) -> None:
+    path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+
+
+def _make(folder: Path) -> None:
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a file's bytes, or the names in a folder, where the system can."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # of folders some network file systems say that there is nothing to do
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sha256(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()

@@ -1,0 +1,69 @@
+"""What goes wrong, what fastclip then does, and the test that holds it: docs/reliability.md, from the tests' markers.
+
+    python tests/reliability.py --write    the document anew; without, it is printed
+
+A row is a test's `@pytest.mark.fault(what, promise)`; the tests are read, not imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+TESTS = Path(__file__).parent
+DOCUMENT = TESTS.parent / "docs" / "reliability.md"
+# The part of a test's file's name that puts its rows into a section; the last is for all others.
+SECTIONS = {"test_data": "Data", "test_train": "Training", "": "Losses and statistics"}
+
+
+class Fault(NamedTuple):
+    what: str
+    promise: str
+    test: str  # file::function
+
+
+def faults(file: Path) -> list[Fault]:
+    """In the order of the file. ValueError for a marker that is not two strings."""
+    found = []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        for decorator in node.decorator_list:
+            if not (isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.fault"):
+                continue
+            try:
+                what, promise = (ast.literal_eval(argument) for argument in decorator.args)
+            except ValueError as error:
+                raise ValueError(f"{file.name}::{node.name}: a fault is two strings, what and promise") from error
+            found.append(Fault(what, promise, f"{file.name}::{node.name}"))
+    return found
+
+
+def document() -> str:
+    lines = [
+        "# Reliability",
+        "",
+        "What goes wrong, what fastclip then does, and the test that makes it go wrong. `python tests/reliability.py",
+        "--write` makes this file from the tests' markers, and a test compares them.",
+    ]
+    found = [fault for file in sorted(TESTS.glob("test_*.py")) for fault in faults(file)]
+    for prefix, section in SECTIONS.items():
+        rows = [f for f in found if next(p for p in SECTIONS if f.test.startswith(p)) == prefix]
+        lines += ["", f"## {section}", "", "| fault | what happens | test |", "|---|---|---|"]
+        lines += [f"| {fault.what} | {fault.promise} | `{fault.test}` |" for fault in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/reliability.md")
+    if parser.parse_args().write:
+        DOCUMENT.write_text(document(), encoding="utf-8")
+    else:
+        print(document(), end="")
+
+
+if __name__ == "__main__":
+    main()
