@@ -115,6 +115,9 @@ class _Spread:
     def captions(self, index: int) -> tuple[str, ...]:
         return self.source.captions(self._index(index))
 
+    def key(self, index: int) -> str:
+        return self.source.key(self._index(index))
+
 
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:

@@ -20,6 +20,7 @@ from fastclip._version import __version__
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.spec import open_source
+from fastclip.data.workers import naming_dead_workers
 from fastclip.evaluation.validate import validate
 from fastclip.models.config import ModelConfig, load_config
 from fastclip.models.dual_encoder import DualEncoder
@@ -31,13 +32,14 @@ from fastclip.training.metrics import Metrics, Progress, cut_metrics
 from fastclip.training.optim import MovingAverage, build_optimizer, warmup_cosine
 from fastclip.training.options import TrainOptions, flag, write_options
 from fastclip.training.parallel import World, joined, wrap
+from fastclip.training.skipped import Skipped
 from fastclip.training.step import Stepper, StepReport, seed_step
 
 __all__ = ["Run", "train"]
 
 logger = logging.getLogger(__name__)
 _VALIDATION_BATCH = 256
-_MAY_CHANGE = ("output", "resume", "stop_after", "workers", "log_every", "save_every", "val_every", "wandb")
+_MAY_CHANGE = ("output", "resume", "stop_after", "workers", "log_every", "save_every", "val_every", "max_bad", "wandb")
 
 
 class Run(NamedTuple):
@@ -55,11 +57,11 @@ def train(options: TrainOptions) -> Run:
     """Train as `options` say, alone or as one of torchrun's processes; the same options give the same losses.
 
     Raises:
-        ValueError: options, data, model and checkpoint do not fit together.
-        OSError: a file cannot be read or written.
+        ValueError: options, data, model and checkpoint do not fit together, or too many samples cannot be used.
+        OSError: a file cannot be read or written, or a process that reads data was killed.
         FloatingPointError: loss or gradient is not finite; the update was not made.
     """
-    with joined(options.device) as world:
+    with joined(options.device) as world, naming_dead_workers():
         return _Trainer(options, world).run()
 
 
@@ -93,6 +95,7 @@ class _Trainer:
 
         self.source = open_source(options.data)
         self.order = Order(len(self.source), options.batch_size, options.seed)
+        self.skipped = Skipped(self.order, options.max_bad, world)
         self.steps = options.max_steps or self.order.steps(options.epochs)
         warmup = min(2000, self.steps // 10) if options.warmup is None else options.warmup
         self.options = replace(options, max_steps=self.steps, warmup=warmup)
@@ -204,6 +207,8 @@ class _Trainer:
             progress.close()
             if metrics is not None:
                 metrics.close()
+        if self.skipped.tally.total:
+            logger.warning(self.skipped.told(last * options.batch_size))
         if last == self.steps:
             self._save_model()
         return Run(self.folder, last, losses, self.validation, time.perf_counter() - start, self.backend)
@@ -244,6 +249,7 @@ class _Trainer:
             begin = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - begin
+            self.skipped.count(batch, step)
             self.model.train()
             lr = options.lr * warmup_cosine(step, warmup_steps=options.warmup, steps=self.steps)
             for group in self.optimizer.param_groups:
@@ -261,6 +267,7 @@ class _Trainer:
                     "grad_norm": report.grad_norm,
                     "image_top1": report.image_top1 or 0.0,
                     "text_top1": report.text_top1 or 0.0,
+                    "skipped": self.skipped.tally.total,
                     "epoch": self.order.position(step)[0],
                     "samples_per_second": steps_since * options.batch_size / seconds,
                     "data_wait": waited / seconds,
@@ -285,7 +292,9 @@ class _Trainer:
         if path is not None:
             first = load_checkpoint(path, self.model, self.optimizer, ema=self.ema)
             logger.info("goes on from %s, after %d steps", path, first)
-            for change in _changes(read_state(path)["options"], asdict(self.options)):
+            state = read_state(path)
+            self.skipped.load(state["skipped"])
+            for change in _changes(state["options"], asdict(self.options)):
                 logger.warning("changed since %s: %s", path, change)
             if first >= self.steps:
                 raise ValueError(f"{path} has made {first} steps, and the schedule has {self.steps}: nothing is left")
@@ -329,7 +338,12 @@ class _Trainer:
         progress.show(done, self.validation)
 
     def _save(self, done: int) -> None:
-        about = {"options": asdict(self.options), "fastclip": __version__, "torch": torch.__version__}
+        about = {
+            "options": asdict(self.options),
+            "skipped": self.skipped.state(),
+            "fastclip": __version__,
+            "torch": torch.__version__,
+        }
         save_checkpoint(
             self.folder / "checkpoints",
             self.model,
