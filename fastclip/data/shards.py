@@ -105,7 +105,7 @@ class Shards:
             return text_captions(text, key, lines=False)
         if (data := self._read(index, 2)) is not None:
             return json_captions(data, key)
-        if self._places[index, 0, 1] == _NONE:
+        if self._read(index, 0) is None:
             raise BadSample("duplicate member", key, "the shard has this sample twice, of which the first counts")
         raise BadSample("no caption", key, f"it has no caption: {_WANTED}")
 
