@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 __all__ = ["BadSample", "Fault", "Tally"]
@@ -53,9 +53,22 @@ class Tally:
                 keys.append(fault.key)
         return new
 
+    def merge(self, counts: Mapping[str, int], keys: Mapping[str, Sequence[str]]) -> None:
+        """Add another tally's `counts` and `keys`."""
+        for cause, count in counts.items():
+            self.counts[cause] = self.counts.get(cause, 0) + count
+            known = self.keys.setdefault(cause, [])
+            known += [key for key in keys[cause] if key not in known][: _SHOWN - len(known)]
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """Causes with their counts, the most frequent first."""
+        return iter(sorted(self.counts.items(), key=lambda item: -item[1]))
+
     def __str__(self) -> str:
         """``3 not an image (a.jpg, b.jpg, c.jpg ...), 1 no caption (d.jpg)``, the most frequent first."""
-        return ", ".join(
-            f"{self.counts[cause]:,} {cause} ({', '.join(self.keys[cause])}{' ...' * (self.counts[cause] > _SHOWN)})"
-            for cause in sorted(self.counts, key=lambda cause: -self.counts[cause])
-        )
+        told = []
+        for cause, count in self:
+            keys = self.keys[cause]
+            more = " ..." if len(keys) == _SHOWN < count else ""
+            told.append(f"{count:,} {cause} ({', '.join(keys)}{more})")
+        return ", ".join(told)

@@ -59,7 +59,7 @@ class Skipped:
         return {"counts": self.tally.counts, "keys": self.tally.keys}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.tally.counts, self.tally.keys = state["counts"], state["keys"]
+        self.tally.merge(state["counts"], state["keys"])
 
 
 def too_many(bad: int, drawn: int, epoch_length: int, max_bad: float) -> bool:
