@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -22,6 +23,7 @@ from PIL import Image, ImageFile
 
 from fastclip.data import Batch, Source, evaluation_batches, open_source, training_batches
 from fastclip.data.faults import BadSample, Fault, Tally
+from fastclip.data.picture import read_picture
 from fastclip.data.workers import naming_dead_workers
 
 
@@ -92,7 +94,10 @@ def test_files_that_cannot_be_read_have_their_cause(tmp_path: Path, monkeypatch:
     write_folder(tmp_path, 2)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "t.csv").write_text("filepath,title\n000.png,x\ngone.png,x\nfolder.png,x\n001.png,x\n002.png,\n")
+    with (tmp_path / "t.csv").open("a") as file:
+        file.write(f"{'x' * 5000}.png,x\n")  # a name that no file can have
     source = open_source(str(tmp_path / "t.csv"))
+    assert fault(source, 5).cause == "missing file"
     assert fault(source, 1).cause == "missing file" and fault(source, 2).cause == "unreadable file"
     assert fault(source, 4).cause == "empty caption"  # of a picture that is not looked for
     opened = Path.open
@@ -106,6 +111,15 @@ def test_files_that_cannot_be_read_have_their_cause(tmp_path: Path, monkeypatch:
     found = fault(source, 3)
     assert (found.cause, found.reason) == ("unreadable file", "Permission denied")
     assert source[0].captions == ("x",)
+
+    class BadDisk(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    for file in (BadDisk(), Path("/a\0b.png")):
+        with pytest.raises(BadSample, match=r"^a: (.*Input/output error|.*null)") as caught:
+            read_picture(file, "a")
+        assert caught.value.fault.cause == "unreadable file"
 
 
 def test_kind_of_a_picture_is_not_its_name(tmp_path: Path) -> None:

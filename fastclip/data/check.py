@@ -33,7 +33,7 @@ class Report(NamedTuple):
 
     @property
     def bad_share(self) -> float:
-        return self.faults.total / self.samples
+        return self.faults.total / max(1, self.samples)
 
 
 def check_source(

@@ -37,11 +37,12 @@ def read_picture(file: Path | BinaryIO, key: str) -> Image.Image:
     """
     if isinstance(file, Path):
         try:
-            with file.open("rb") as opened:
-                return read_picture(opened, key)
-        except OSError as error:
+            opened = file.open("rb")
+        except (OSError, ValueError) as error:  # ValueError: a name that holds a zero
             cause = "missing file" if isinstance(error, FileNotFoundError) else "unreadable file"
-            raise BadSample(cause, key, error.strerror or str(error)) from error
+            raise BadSample(cause, key, getattr(error, "strerror", None) or str(error)) from error
+        with opened:
+            return read_picture(opened, key)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata, a line on stderr for each
@@ -57,6 +58,8 @@ def read_picture(file: Path | BinaryIO, key: str) -> Image.Image:
         raise BadSample("not an image", key, "not a picture that can be read: its format is not known") from error
     except Exception as error:  # Pillow's readers raise what their parsers happen to meet, struct.error for instance
         cause = "truncated image" if "truncated" in str(error).lower() else "damaged image"
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not Pillow's
+            cause = "unreadable file"
         raise BadSample(cause, key, f"not a picture that can be read: {error}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,10 +67,10 @@ class Table:
     def file(self, index: int) -> Path:
         """The picture's, from here or from the table's folder; BadSample where there is none."""
         path = Path(self._files[index])
-        if path.is_absolute() or path.exists():
+        if path.is_absolute() or os.path.exists(path):  # which takes names that are too long for the system
             return path
         beside = Path(self.spec).parent / path
-        if not beside.exists():
+        if not os.path.exists(beside):
             where = f"no such file, neither from here nor from the folder of {self.spec}"
             raise BadSample("missing file", self.key(index), where)
         return beside

@@ -31,6 +31,8 @@ class Watch:
     """
 
     def __init__(self, source: Source, workers: int, patience: float = 60.0) -> None:
+        if not patience > 0:
+            raise ValueError(f"patience must be above 0, got {patience}")
         self.source, self.workers, self.patience = source, workers, patience
         self._words: Any = RawArray("q", _WORDS * max(1, workers))
 
