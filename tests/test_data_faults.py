@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import struct
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -175,11 +176,21 @@ def test_first_frame_of_an_animation_counts(tmp_path: Path) -> None:
     assert [source[k].image.convert("RGB").getpixel((3, 3)) for k in range(2)] == [(255, 0, 0)] * 2
 
 
-def test_damaged_exif_is_passed_over_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_damaged_exif_is_passed_over_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
     data = [picture(50, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05" + tail) for tail in (b"", b"\xff" * 30)]
     data.append(picture(50, "JPEG", exif=b"Exif\0\0nothing of the kind"))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter
+    data.append(picture(50, "JPEG", exif=turned))
     source = open_source(str(write_folder(tmp_path, 0, [(image, b"x") for image in data])))
-    assert [source[k].image.size for k in range(3)] == [(16, 8)] * 3
+
+    def fail(self: Image.Exif) -> bytes:  # as it does for a value that does not fit its type
+        raise struct.error("ushort format requires 0 <= number <= 65535")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    assert [source[k].image.size for k in range(4)] == [(16, 8)] * 3 + [(8, 16)]
     assert not recwarn.list
 
 
