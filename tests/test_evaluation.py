@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fastclip
+from fastclip.data.faults import BadSample
 from fastclip.data.source import Record
 from fastclip.evaluation import retrieval
 from fastclip.evaluation.retrieval import retrieval_recalls
@@ -176,7 +177,41 @@ class Pictures:
     def __getitem__(self, index: int) -> Record:
         label = self.label(index) if self.labelled and self.class_names else None
         colour = tuple((index * p + 60 * self.label(index)) % 256 for p in (31, 57, 5))
-        return Record(Image.new("RGB", (4, 4), colour), self.captions(index), str(index), label)
+        return Record(Image.new("RGB", (4, 4), colour), self.captions(index), self.key(index), label)
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+
+class Faulty(Pictures):
+    """Every fifth of its pictures cannot be read, nor can every seventh caption."""
+
+    def __getitem__(self, index: int) -> Record:
+        if index % 5 == 0:
+            raise BadSample("not an image", self.key(index), "it is none")
+        return super().__getitem__(index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if index % 7 == 3:
+            raise BadSample("no caption", self.key(index), "it has none")
+        return super().captions(index)
+
+
+class Part(Pictures):
+    """Those of `Faulty` that can be used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = [k for k in range(self.size) if k % 5 and k % 7 != 3]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Record:
+        return Pictures()[self.places[index]]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return Pictures().captions(self.places[index])
 
 
 def transform(image: Image.Image) -> Tensor:
@@ -325,7 +360,7 @@ def test_validation_of_nothing_raises(source: Pictures, options: dict[str, int],
         validate(Pair(), source, transform, tokenize, **options)
 
 
-SOURCES = (Pictures(), Pictures(2), Pictures(1, 0), Pictures(classes=4))
+SOURCES = (Pictures(), Pictures(2), Pictures(1, 0), Pictures(classes=4), Faulty())
 
 
 def work(rank: int, W: int, folder: Path) -> None:
@@ -344,6 +379,14 @@ def work(rank: int, W: int, folder: Path) -> None:
     torch.save((found, calls), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def test_samples_that_cannot_be_used_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    part = Part()
+    assert validate(Pair(), Faulty(), transform, tokenize) == validate(Pair(), part, transform, tokenize)
+    left = 37 - len(part)
+    told = f"pictures: {left} of 37 samples cannot be used and are left out; this process met 8 not an image (0, 5"
+    assert [record.getMessage()[: len(told)] for record in caplog.records] == [told]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")

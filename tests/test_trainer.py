@@ -34,7 +34,7 @@ from fastclip.training.options import read_options
 B = 24
 METRICS = {
     *("step", "loss", "lr", "logit_scale", "grad_norm", "image_top1", "text_top1"),
-    *("epoch", "samples_per_second", "data_wait"),
+    *("skipped", "epoch", "samples_per_second", "data_wait"),
 }
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastclip.data.faults import Fault
+
 __all__ = ["Batch"]
 
 
@@ -16,3 +18,4 @@ class Batch(NamedTuple):
     ids: Tensor  # (B, L) int64, token ids
     labels: Tensor  # (B,) int64, not negative
     keys: tuple[str, ...]  # B of them, what messages call the samples
+    skipped: tuple[Fault, ...] = ()  # of the samples that could not be used, in whose places are others

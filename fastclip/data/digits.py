@@ -53,7 +53,10 @@ class DigitsSource:
 
     def __getitem__(self, index: int) -> Record:
         image = Image.fromarray(self._pixels[index]).convert("RGB")
-        return Record(image, self.captions(index), f"digits/{self._numbers[index]:04d}", self._labels[index])
+        return Record(image, self.captions(index), self.key(index), self._labels[index])
 
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(template.format(CLASS_NAMES[self._labels[index]]) for template in TEMPLATES)
+
+    def key(self, index: int) -> str:
+        return f"digits/{self._numbers[index]:04d}"

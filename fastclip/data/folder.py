@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastclip.data.faults import BadSample
 from fastclip.data.picture import PICTURE_SUFFIXES, json_captions, read_picture, text_captions
 from fastclip.data.source import Record
 from fastclip.data.strings import Strings
@@ -34,7 +35,7 @@ class Folder:
     A .txt goes before a .json; that is what img2dataset writes as files. Both are read when the sample is.
 
     Raises:
-        ValueError: there is no picture, or some have no captions; the message counts them and names the first.
+        ValueError: there is no picture, or none with captions; the message counts them and names the first.
     """
 
     class_names: tuple[str, ...] = ()
@@ -44,30 +45,39 @@ class Folder:
         self.spec = spec
         self._folder = Path(spec)
         found = list(pictures(self._folder))
-        untold = [name for name, told in found if not told]
-        if untold:
-            first = self._folder / untold[0]
-            raise ValueError(
-                f"{spec}: {len(untold)} of {len(found)} pictures have no caption, first {first}: "
-                f"{first.with_suffix('.txt').name} or {first.with_suffix('.json').name} must lie beside it"
-            )
         if not found:
             raise ValueError(f"{spec}: the folder holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        if not any(told for _, told in found):
+            first = self._folder / found[0][0]
+            raise ValueError(f"{spec}: none of {len(found)} pictures has a caption, first {first}: {_wanted(first)}")
         self._names = Strings(name for name, _ in found)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Record:
-        path = self._folder / self._names[index]
-        return Record(read_picture(path, str(path)), self.captions(index), str(path))
+        captions, path = self.captions(index), self.file(index)
+        return Record(read_picture(path, str(path)), captions, str(path))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        path = self._folder / self._names[index]
+        path = self.file(index)
         text = path.with_suffix(".txt")
         try:
             if text.exists():
                 return text_captions(text.read_bytes(), str(path), lines=True)
             return json_captions(path.with_suffix(".json").read_bytes(), str(path))
+        except FileNotFoundError as error:
+            raise BadSample("no caption", str(path), f"it has no caption: {_wanted(path)}") from error
         except OSError as error:
-            raise OSError(f"{path}: its caption file: {error.strerror}") from error
+            raise BadSample("unreadable file", str(path), f"its caption file: {error.strerror}") from error
+
+    def key(self, index: int) -> str:
+        return str(self.file(index))
+
+    def file(self, index: int) -> Path:
+        """The picture's."""
+        return self._folder / self._names[index]
+
+
+def _wanted(path: Path) -> str:
+    return f"{path.with_suffix('.txt').name} or {path.with_suffix('.json').name} must lie beside it"

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from fastclip import _env
 from fastclip.data.batch import Batch
+from fastclip.data.faults import BadSample, Fault, Tally
 from fastclip.data.order import Draw, Order, mix
 from fastclip.data.source import Record, Source
+from fastclip.data.watch import Watch
+from fastclip.data.workers import load, own
 
 __all__ = ["evaluation_batches", "training_batches"]
 
 Transform = Callable[[Image.Image], Tensor]  # -> (3, H, W) float32
 Tokenize = Callable[[list[str]], Tensor]  # B texts -> (B, L) int64
 
-# Micro-batches that workers hold ready at most: each takes three of the files that a process may have open, often
-# 1,024.
-_READY = 128
+_TRIES = 100  # samples that are tried in a row where one cannot be used
 
 
 def training_batches(
@@ -45,6 +41,7 @@ def training_batches(
     ranks: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    patience: float = 60.0,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of every step from `first_step` to `last_step` - 1.
 
@@ -52,6 +49,9 @@ def training_batches(
     picture, are functions of the seed, the epoch and the sample alone: the ranks' batches together are bit by bit the
     same for any number of ranks and workers and any `micro_batch`, and a run that goes on at `first_step` gets what it
     would have got. The caller's random numbers (torch, numpy, random) are left as they were.
+
+    In place of a sample that cannot be used there is another one, which is a function of the same three: batches keep
+    their sizes, and `Batch.skipped` says what is wrong with the sample that was drawn.
 
     A label is the sample's class, or a hash of its first caption where there are no classes: equal captions, and
     repeats of a sample, belong together.
@@ -66,11 +66,12 @@ def training_batches(
         workers: processes that read ahead, up to about one step; they live as long as the iterator. With 0 the caller
             reads.
         pin_memory: put the tensors into memory from which a GPU copies fast.
+        patience: seconds without a batch after which the log names the workers that read, and what.
 
     Raises:
-        ValueError: a number is out of range; or, while iterating, a picture or caption is damaged, with its key.
-        OSError: while iterating, a file cannot be read, with its key.
-        RuntimeError: while iterating, a worker was killed; from torch.
+        ValueError: a number is out of range; or, while iterating, 100 samples in a row cannot be used.
+        OSError, ValueError: while iterating, what the samples are read from cannot be, such as a shard; it is named.
+        ChildProcessError: while iterating, a worker was killed.
     """
     _check(rank=rank, ranks=ranks, workers=workers)
     if not 0 <= first_step <= last_step:
@@ -84,19 +85,29 @@ def training_batches(
     order = Order(len(source), batch_size, seed)
     rows = [(a, min(a + size, stop)) for a in range(start, stop, size)]
     pieces = (order.draws(step, *piece) for step in range(first_step, last_step) for piece in rows)
-    samples = _Training(source, transform, tokenize, seed)
-    loaded = _load(samples, pieces, workers, ready=len(rows), pin_memory=pin_memory)
-    return ([_own_batch(next(loaded)) for _ in rows] for _ in range(first_step, last_step))
+    watch = Watch(source, workers, patience)
+    loaded = load(_Training(watch, transform, tokenize, seed), pieces, watch, ready=len(rows), pin_memory=pin_memory)
+    return ([_own(next(loaded)) for _ in rows] for _ in range(first_step, last_step))
 
 
 def evaluation_batches(
-    source: Source, transform: Transform, *, batch_size: int, rank: int = 0, ranks: int = 1, workers: int = 0
+    source: Source,
+    transform: Transform,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+    skipped: Tally | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every sample once over the ranks: images (B, 3, H, W), their indices (B,) int64 and labels (B,) int64.
 
     Rank r takes the indices r, r + ranks, ... in this order. Every rank yields the same number of batches, of the same
     sizes, so that collectives stay in step: where its samples are fewer, sample 0 is added with index -1. Labels are
-    -1 where there are no classes. Raises as `training_batches`.
+    -1 where there are no classes. Raises as `training_batches`, and BadSample for a sample that cannot be used.
+
+    Args:
+        skipped: counts such samples; there is then another one in its place, with index -1 and label -1.
     """
     _check(rank=rank, ranks=ranks, workers=workers)
     if batch_size < 1 or not len(source):
@@ -105,37 +116,76 @@ def evaluation_batches(
     indices = list(range(rank, len(source), ranks))
     indices += [-1] * (share - len(indices))
     pieces = (indices[a : a + batch_size] for a in range(0, share, batch_size))
-    loaded = _load(_Evaluation(source, transform), pieces, workers)
-    return ((_own(images), _own(found), _own(labels)) for images, found, labels in loaded)
+    watch = Watch(source, workers)
+    loaded = load(_Evaluation(watch, transform, strict=skipped is None), pieces, watch)
+
+    def counted(images: Tensor, found: Tensor, labels: Tensor, faults: list[Fault]) -> tuple[Tensor, Tensor, Tensor]:
+        if skipped is not None:
+            skipped.add(faults)
+        return own(images), own(found), own(labels)
+
+    return (counted(*batch) for batch in loaded)
 
 
 class _Training(Dataset[Batch]):
-    def __init__(self, source: Source, transform: Transform, tokenize: Tokenize, seed: int) -> None:
-        self._source, self._transform, self._tokenize, self._seed = source, transform, tokenize, seed
+    def __init__(self, watch: Watch, transform: Transform, tokenize: Tokenize, seed: int) -> None:
+        self._watch, self._transform, self._tokenize, self._seed = watch, transform, tokenize, seed
 
     def __getitem__(self, draws: Sequence[Draw]) -> Batch:
-        images, captions, labels, keys = [], [], [], []
+        images, captions, labels, keys, skipped = [], [], [], [], []
         for draw in draws:
-            record = self._source[draw.sample]
-            seed = mix(self._seed, draw.epoch, draw.sample)
-            images.append(_transformed(self._transform, record, seed))
+            record, image, seed, faults = _usable(self._watch, self._transform, self._candidates(draw))
+            images.append(image)
             captions.append(record.captions[mix(seed, 1) % len(record.captions)])  # not one of the transform's numbers
             labels.append(_text_label(record.captions[0]) if record.label is None else record.label)
             keys.append(record.key)
-        return Batch(torch.stack(images), self._tokenize(captions), torch.tensor(labels), tuple(keys))
+            skipped += faults[:1]  # those that were tried in its place are counted in their own turn
+        ids = self._tokenize(captions)
+        return Batch(torch.stack(images), ids, torch.tensor(labels), tuple(keys), tuple(skipped))
+
+    def _candidates(self, draw: Draw) -> Iterator[tuple[int, int]]:
+        """The sample that was drawn, then any others, each with the seed of what is done with it."""
+        yield draw.sample, mix(self._seed, draw.epoch, draw.sample)
+        for attempt in range(1, _TRIES):
+            seed = mix(self._seed, draw.epoch, draw.sample, attempt)
+            yield mix(seed, 2) % len(self._watch.source), seed
 
 
-class _Evaluation(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    def __init__(self, source: Source, transform: Transform) -> None:
-        self._source, self._transform = source, transform
+class _Evaluation(Dataset[tuple[Tensor, Tensor, Tensor, tuple[Fault, ...]]]):
+    def __init__(self, watch: Watch, transform: Transform, *, strict: bool) -> None:
+        self._watch, self._transform, self._strict = watch, transform, strict
 
-    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        images, labels = [], []
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, tuple[Fault, ...]]:
+        images, found, labels, skipped = [], [], [], []
         for index in indices:
-            record = self._source[max(index, 0)]
-            images.append(_transformed(self._transform, record, mix(max(index, 0))))
-            labels.append(-1 if record.label is None or index < 0 else record.label)
-        return torch.stack(images), torch.tensor(indices), torch.tensor(labels)
+            record, image, _, faults = _usable(self._watch, self._transform, self._candidates(max(index, 0)))
+            used = index if not faults else -1
+            images.append(image)
+            found.append(used)
+            labels.append(-1 if record.label is None or used < 0 else record.label)
+            skipped += faults[: index >= 0]
+        return torch.stack(images), torch.tensor(found), torch.tensor(labels), tuple(skipped)
+
+    def _candidates(self, index: int) -> Iterator[tuple[int, int]]:
+        for attempt in range(1 if self._strict else _TRIES):
+            sample = (index + attempt) % len(self._watch.source)
+            yield sample, mix(sample)
+
+
+def _usable(
+    watch: Watch, transform: Transform, candidates: Iterable[tuple[int, int]]
+) -> tuple[Record, Tensor, int, list[Fault]]:
+    """The first sample that can be used, transformed; its seed; and what is wrong with those before it."""
+    faults: list[Fault] = []
+    for sample, seed in candidates:
+        try:
+            record = watch.read(sample)
+            return record, _transformed(transform, record, seed), seed, faults
+        except BadSample as bad:
+            faults.append(bad.fault)
+    if len(faults) == 1:
+        raise BadSample(*faults[0])
+    raise ValueError(f"{watch.source.spec}: {len(faults)} samples in a row cannot be used: {Tally(faults)}")
 
 
 def _transformed(transform: Transform, record: Record, seed: int) -> Tensor:
@@ -146,18 +196,8 @@ def _transformed(transform: Transform, record: Record, seed: int) -> Tensor:
     try:
         return transform(record.image)
     except Exception as error:
-        raise ValueError(f"{record.key}: the transform failed: {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
+        what = f"the transform failed: {type(error).__name__}: {error}"
+        raise BadSample("failed transform", record.key, what) from error
 
 
 def _text_label(text: str) -> int:
@@ -166,70 +206,9 @@ def _text_label(text: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class _Failure(NamedTuple):
-    """An error on its way out of a worker: raised there, DataLoader would bury its message in tracebacks."""
-
-    kind: type[Exception]
-    message: str
-
-
-class _Worker(Dataset[Any]):
-    """Answers a list of draws or indices with their batch, or with what failed."""
-
-    def __init__(self, samples: Dataset[Any]) -> None:
-        self._samples = samples
-
-    def __getitem__(self, piece: Any) -> Any:
-        try:
-            with _random_states_kept():
-                return self._samples[piece]
-        except (OSError, ValueError) as error:
-            return _Failure(OSError if isinstance(error, OSError) else ValueError, str(error))
-
-
-def _load(
-    samples: Dataset[Any], pieces: Iterator[Any], workers: int, *, ready: int = 1, pin_memory: bool = False
-) -> Iterator[Any]:
-    """samples[piece] of every piece, in order; workers have about `ready` of them ready."""
-    loader: DataLoader[Any] = DataLoader(
-        _Worker(samples),
-        sampler=pieces,
-        batch_size=None,  # a piece is a batch
-        collate_fn=_same,
-        num_workers=workers,
-        prefetch_factor=max(2, -(-min(ready, _READY) // workers)) if workers else None,
-        # forked workers share the source's memory, and the transform may be any function; Python 3.14 would not fork
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        worker_init_fn=_leave_group,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # else it draws from the caller's
-    )
-    with _env.tokenizers_without_threads():
-        loaded = iter(loader)  # starts the workers
-    for found in loaded:
-        if isinstance(found, _Failure):
-            raise found.kind(found.message)
-        yield found
-
-
-def _same(found: Any) -> Any:
-    return found
-
-
-def _leave_group(worker: int) -> None:
-    """Ctrl-C, and the SIGTERM of torchrun or a scheduler, go to a group of processes: the trainer decides what ends."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-
-
-def _own_batch(batch: Batch) -> Batch:
-    images, ids, labels, keys = batch
-    return Batch(_own(images), _own(ids), _own(labels), tuple(keys))  # pinning may make a list of the keys
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """Out of memory shared with a worker, of which every tensor keeps a file open."""
-    return tensor.clone() if tensor.is_shared() else tensor
+def _own(batch: Batch) -> Batch:
+    images, ids, labels, keys, skipped = batch  # pinning may make lists of tuples
+    return Batch(own(images), own(ids), own(labels), tuple(keys), tuple(Fault(*fault) for fault in skipped))
 
 
 def _check(*, rank: int, ranks: int, workers: int) -> None:

@@ -28,9 +28,18 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """Read from disk at each call; what cannot be read raises OSError or ValueError that names the sample."""
+        """Read from disk at each call.
+
+        Raises:
+            BadSample: this sample cannot be used; others can.
+            OSError, ValueError: what they are read from cannot be used, with its name.
+        """
         ...
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Those of `self[index]`, without reading its picture."""
+        """Those of `self[index]`, without reading its picture. Raises as that does."""
+        ...
+
+    def key(self, index: int) -> str:
+        """That of `self[index]`, without reading anything."""
         ...

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastclip.data.faults import BadSample
 from fastclip.data.picture import read_picture
 from fastclip.data.source import Record
 from fastclip.data.strings import Strings
@@ -29,7 +31,8 @@ class Table:
 
     Raises:
         OSError: the table cannot be read.
-        ValueError: a column is missing, or a row lacks a path or a caption; the message names the file and the line.
+        ValueError: a column is missing, or a row lacks a path, or no row has a caption; the message names the file and
+            the line.
     """
 
     class_names: tuple[str, ...] = ()
@@ -43,22 +46,34 @@ class Table:
             self._captions.append(caption)
         if not len(self._files):
             raise ValueError(f"{spec}: the table has a header and no rows")
+        if not any(self._captions[index] for index in range(len(self))):
+            raise ValueError(f"{spec}: all {len(self)} captions are empty")
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Record:
-        key = self._files[index]
-        path = Path(key)
-        if not path.exists() and not path.is_absolute():
-            beside = Path(self.spec).parent / path
-            if not beside.exists():
-                raise OSError(f"{key}: no such file, neither from here nor from the folder of {self.spec}")
-            path = beside
-        return Record(read_picture(path, key), self.captions(index), key)
+        captions = self.captions(index)
+        return Record(read_picture(self.file(index), self.key(index)), captions, self.key(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
+        if not self._captions[index]:
+            raise BadSample("empty caption", self.key(index), "its caption is empty")
         return (self._captions[index],)
+
+    def key(self, index: int) -> str:
+        return self._files[index]
+
+    def file(self, index: int) -> Path:
+        """The picture's, from here or from the table's folder; BadSample where there is none."""
+        path = Path(self._files[index])
+        if path.is_absolute() or os.path.exists(path):  # which takes names that are too long for the system
+            return path
+        beside = Path(self.spec).parent / path
+        if not os.path.exists(beside):
+            where = f"no such file, neither from here nor from the folder of {self.spec}"
+            raise BadSample("missing file", self.key(index), where)
+        return beside
 
 
 def _rows(spec: str) -> Iterator[tuple[str, str]]:
@@ -85,8 +100,8 @@ def _checked(row: list[str], width: int, image: int, caption: int, where: str) -
     if len(row) != width:
         raise ValueError(f"{where}: {len(row)} fields, the header has {width}")
     path, text = row[image].strip(), row[caption].strip()
-    if not path or not text:
-        raise ValueError(f"{where}: the {'caption' if path else 'path'} is empty")
+    if not path:
+        raise ValueError(f"{where}: the path is empty")
     return path, text
 
 

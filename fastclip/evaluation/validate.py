@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastclip.data.faults import Tally
 from fastclip.data.loader import evaluation_batches
 from fastclip.data.source import Record, Source
 from fastclip.distributed import check_group, gather_rows
@@ -17,6 +19,8 @@ from fastclip.evaluation.retrieval import best_ranks, recall, retrieval_recalls,
 from fastclip.evaluation.zero_shot import mean_directions
 
 __all__ = ["validate"]
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -36,7 +40,8 @@ def validate(
     ``zero_shot_top1``, and with ten classes or more ``zero_shot_top5``, where the source has classes: the share of the
     pictures whose class is among the first K, each class being the mean of its captions (`class_embeddings`); a tie
     counts against the model. ``image_retrieval_recall@K`` and ``text_retrieval_recall@K`` for K = 1, 5, 10
-    (`retrieval_recalls`): captions of the same text are one text, which belongs to every picture that has it.
+    (`retrieval_recalls`): captions of the same text are one text, which belongs to every picture that has it. A sample
+    that cannot be used is left out, and the log says how many are.
 
     The model computes in eval mode and without gradients; afterwards every module is in the mode it was in, and torch's
     random numbers go on as if nothing had been. Autocast is the caller's: call it inside.
@@ -55,7 +60,7 @@ def validate(
 
     Raises:
         ValueError: an empty source, options that are not positive.
-        OSError, ValueError: a sample that cannot be read.
+        OSError, ValueError: what the samples are read from cannot be, or 100 samples in a row cannot be used.
     """
     for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
         if value is not None and value < 1:
@@ -66,10 +71,16 @@ def validate(
     rank, ranks = _place(group)
     if max_samples is not None and max_samples < len(source):
         source = _Spread(source, max_samples)
-    texts = _texts_of(source)
+    skipped = Tally()
     with _undisturbed(model):
-        batches = evaluation_batches(source, transform, batch_size=batch_size, rank=rank, ranks=ranks, workers=workers)
-        image_features, labels = _image_features(model, batches, len(source), group)
+        batches = evaluation_batches(
+            source, transform, batch_size=batch_size, rank=rank, ranks=ranks, workers=workers, skipped=skipped
+        )
+        image_features, labels, kept = _image_features(model, batches, len(source), group)
+        if len(kept) < len(source):
+            message = "%s: %d of %d samples cannot be used and are left out; this process met %s"
+            logger.warning(message, source.spec, len(source) - len(kept), len(source), skipped)
+        texts = _texts_of(source, kept)
         text_features = _text_features(model, tokenize, texts.texts, batch_size, group)
     metrics = retrieval_recalls(image_features, text_features[: texts.captions], texts.pairs)
     if texts.classes and bool((labels >= 0).any()):
@@ -87,9 +98,10 @@ class _Texts(NamedTuple):
     classes: list[int]  # where the captions of every class are, of one class after the other
 
 
-def _texts_of(source: Source) -> _Texts:
+def _texts_of(source: Source, kept: list[int]) -> _Texts:
+    """Those of the samples `kept`, whose pictures are counted from 0."""
     numbers: dict[str, int] = {}
-    pairs = [(i, numbers.setdefault(text, len(numbers))) for i in range(len(source)) for text in source.captions(i)]
+    pairs = [(i, numbers.setdefault(text, len(numbers))) for i, k in enumerate(kept) for text in source.captions(k)]
     captions = len(numbers)
     prompts = [template.format(name) for name in source.class_names for template in source.templates]
     classes = [numbers.setdefault(text, len(numbers)) for text in prompts]
@@ -115,6 +127,9 @@ class _Spread:
     def captions(self, index: int) -> tuple[str, ...]:
         return self.source.captions(self._index(index))
 
+    def key(self, index: int) -> str:
+        return self.source.key(self._index(index))
+
 
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
@@ -137,14 +152,18 @@ def _place(group: Any) -> tuple[int, int]:
 
 def _image_features(
     model: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], size: int, group: Any
-) -> tuple[Tensor, Tensor]:
-    """Unit vectors (size, D) and labels (size,), -1 without, of all samples in order; batches of this rank's."""
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Unit vectors (K, D), labels (K,), -1 without, and indices of the `size` samples in order, without those that
+    cannot be used; batches of this rank's."""
     device = model.logit_scale.device
-    features, labels = [], []
-    for images, _, found in batches:
+    features, labels, indices = [], [], []
+    for images, found, classes in batches:
         features.append(unit_rows(model.encode_image(images.to(device))))
-        labels.append(found.to(device))
-    return _in_order(torch.cat(features), size, group), _in_order(torch.cat(labels), size, group)
+        labels.append(classes.to(device))
+        indices.append(found.to(device))
+    whole, classes, found = (_in_order(torch.cat(parts), size, group) for parts in (features, labels, indices))
+    used = found >= 0
+    return whole[used], classes[used], used.nonzero().flatten().tolist()
 
 
 def _text_features(

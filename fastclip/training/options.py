@@ -58,6 +58,8 @@ class TrainOptions:
     same gradients for a second forward pass. All at once where it is not given."""
     epochs: int = 32
     """Passes over the data; --max-steps overrides it."""
+    max_bad: float = 0.01
+    """The largest share of samples that cannot be used, 0 to 1: others take their places, above it the run stops."""
     max_steps: int | None = None
     """Length of the schedule."""
     stop_after: int | None = None
@@ -131,7 +133,7 @@ class TrainOptions:
         for name in ("lr", "eps", "max_grad_norm", "timeout"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{flag(name)} must be above 0, got {value}")
-        for name in ("label_smoothing", "image_weight", "ema"):
+        for name in ("label_smoothing", "image_weight", "ema", "max_bad"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise ValueError(f"{flag(name)} must be between 0 and 1, got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -21,6 +21,7 @@ from fastclip._version import __version__
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.spec import open_source
+from fastclip.data.workers import naming_dead_workers
 from fastclip.evaluation.validate import validate
 from fastclip.models.config import ModelConfig, load_config
 from fastclip.models.dual_encoder import DualEncoder
@@ -43,6 +44,7 @@ from fastclip.training.options import TrainOptions, flag, write_options
 from fastclip.training.parallel import World, joined, one_for_all, wrap
 from fastclip.training.saver import Saver
 from fastclip.training.signals import Interrupted, Signals
+from fastclip.training.skipped import Skipped
 from fastclip.training.step import FAILED, Stepper, StepReport, seed_step
 
 __all__ = ["Run", "train"]
@@ -51,7 +53,7 @@ logger = logging.getLogger(__name__)
 _VALIDATION_BATCH = 256
 _MAY_CHANGE = (
     *("output", "resume", "stop_after", "workers", "log_every", "save_every", "keep", "async_save", "val_every"),
-    *("timeout", "wandb"),
+    *("max_bad", "timeout", "wandb"),
 )
 
 
@@ -70,13 +72,14 @@ def train(options: TrainOptions) -> Run:
     """Train as `options` say, alone or as one of torchrun's processes; the same options give the same losses.
 
     Raises:
-        ValueError: options, data, model and checkpoint do not fit together.
-        OSError: a file cannot be read or written; of its kind ConnectionError, another process is lost.
+        ValueError: options, data, model and checkpoint do not fit together, or too many samples cannot be used.
+        OSError: a file cannot be read or written, or a process that reads data was killed; of its kind ConnectionError,
+            another process is lost.
         FloatingPointError: loss or gradient is not finite; the update was not made.
         Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written; a SystemExit, of status 143 or 130. A second
             signal ends the process at once. In another thread than the main one signals are left alone.
     """
-    with joined(options.device, timeout=timedelta(seconds=options.timeout)) as world:
+    with joined(options.device, timeout=timedelta(seconds=options.timeout)) as world, naming_dead_workers():
         return _Trainer(options, world).run()
 
 
@@ -110,6 +113,7 @@ class _Trainer:
 
         self.source = open_source(options.data)
         self.order = Order(len(self.source), options.batch_size, options.seed)
+        self.skipped = Skipped(self.order, options.max_bad, world)
         self.steps = options.max_steps or self.order.steps(options.epochs)
         warmup = min(2000, self.steps // 10) if options.warmup is None else options.warmup
         self.options = replace(options, max_steps=self.steps, warmup=warmup)
@@ -222,6 +226,8 @@ class _Trainer:
             progress.close()
             if metrics is not None:
                 metrics.close()
+        if self.skipped.tally.total:
+            logger.warning(self.skipped.told(last * options.batch_size))
         if last == self.steps:
             self._save_model()
         return Run(self.folder, last, losses, self.validation, time.perf_counter() - start, self.backend)
@@ -286,6 +292,7 @@ class _Trainer:
             begin = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - begin
+            self.skipped.count(batch, step)
             self.model.train()
             lr = options.lr * warmup_cosine(step, warmup_steps=options.warmup, steps=self.steps)
             for group in self.optimizer.param_groups:
@@ -303,6 +310,7 @@ class _Trainer:
                     "grad_norm": report.grad_norm,
                     "image_top1": report.image_top1 or 0.0,
                     "text_top1": report.text_top1 or 0.0,
+                    "skipped": self.skipped.tally.total,
                     "epoch": self.order.position(step)[0],
                     "samples_per_second": steps_since * options.batch_size / seconds,
                     "data_wait": waited / seconds,
@@ -337,6 +345,7 @@ class _Trainer:
                 logger.warning("changed since %s: %s", path, change)
             first = load_checkpoint(path, self.model, self.optimizer, ema=self.ema)
             logger.info("goes on from %s, after %d steps", path, first)
+            self.skipped.load(state["skipped"])
             if first > self.steps or (first == self.steps and ended):
                 raise ValueError(f"{path} has made {first} steps, and the schedule has {self.steps}: nothing is left")
         with one_for_all(self.world):
@@ -389,7 +398,12 @@ class _Trainer:
             self.saver.wait()  # before the next copy: there is one at a time
             if metrics is not None:
                 metrics.flush()
-        about = {"options": asdict(self.options), "fastclip": __version__, "torch": torch.__version__}
+        about = {
+            "options": asdict(self.options),
+            "skipped": self.skipped.state(),
+            "fastclip": __version__,
+            "torch": torch.__version__,
+        }
         writes = self.world.rank == 0
         found = take_snapshot(self.model, self.optimizer, step=done, about=about, ema=self.ema, writes=writes)
         if found is not None:

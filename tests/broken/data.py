@@ -5,6 +5,7 @@ from __future__ import annotations
 from broken import Break, Promise
 
 DATA, ORDER, LOADER, EVALUATION = "test_data.py", "test_data_order.py", "test_data_loader.py", "test_evaluation.py"
+FAULTS, CHECK, RUNS = "test_data_faults.py", "test_data_check.py", "test_train_faults.py"
 FOLDER, RETRIEVAL, VALIDATE = "fastclip/data/", "fastclip/evaluation/retrieval.py", "fastclip/evaluation/validate.py"
 
 # fmt: off
@@ -27,7 +28,7 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("data: crops go on from sample to sample", f"{FOLDER}loader.py", "    torch.default_generator.manual_seed(seed)\n", ""),
                 Break("data: unequal shares lose their rest", f"{FOLDER}loader.py", "start, stop = rank * batch_size // ranks, (rank + 1) * batch_size // ranks", "start, stop = rank * (batch_size // ranks), (rank + 1) * (batch_size // ranks)"),
                 Break("data: every epoch crops alike", f"{FOLDER}loader.py", "mix(self._seed, draw.epoch, draw.sample)", "mix(self._seed, draw.sample)"),
-                Break("data: Python's generator is left seeded", f"{FOLDER}loader.py", "        random.setstate(states[2])\n", ""),
+                Break("data: Python's generator is left seeded", f"{FOLDER}workers.py", "        random.setstate(states[2])\n", ""),
                 Break("data: a resumed run begins with the first step's", f"{FOLDER}loader.py", "for step in range(first_step, last_step) for piece", "for step in range(last_step - first_step) for piece"),
             ),
         ),
@@ -36,9 +37,9 @@ PROMISES: dict[str, list[Promise]] = {
             "what cannot be read is named in one line: sample, file and row, folder, shard",
             (f"{LOADER}::test_broken_picture_is_named_in_one_line", f"{DATA}::test_damaged_picture_is_named", f"{DATA}::test_table_fault_names_file_and_line", f"{DATA}::test_folder_without_captions_counts_and_names_the_first", f"{DATA}::test_shards_that_are_missing_are_named", f"{DATA}::test_shards_that_are_cut_off_or_garbage_are_named"),
             (
-                Break("data: a worker's traceback", f"{FOLDER}loader.py", "except (OSError, ValueError) as error:", "except KeyError as error:"),
+                Break("data: a worker's traceback", f"{FOLDER}workers.py", "except (OSError, ValueError) as error:", "except KeyError as error:"),
                 Break("data: an open quote swallows rows", f"{FOLDER}table.py", "delimiter=separator, strict=True)", "delimiter=separator)"),
-                Break("data: pictures without captions are passed over", f"{FOLDER}folder.py", "if untold:", "if len(untold) == len(found) > 0:"),
+                Break("data: pictures without captions are passed over", f"{FOLDER}folder.py", "if not any(told for _, told in found):", "if False:"),
                 Break("data: missing shards are passed over", f"{FOLDER}shards.py", "missing += [] if paths else [name]", "missing += []"),
                 Break("data: a shard that was cut off is read", f"{FOLDER}shards.py", "if len(data) < size:", "if len(data) < 0:"),
             ),
@@ -48,8 +49,76 @@ PROMISES: dict[str, list[Promise]] = {
             (f"{LOADER}::test_tokenizers_neither_warn_nor_hang_in_workers", f"{LOADER}::test_batches_hold_no_file_open", f"{LOADER}::test_workers_are_outside_the_callers_process_group"),
             (
                 Break("data: the tokenizers' threads are awaited", "fastclip/_env.py", '    os.environ[name] = "false"\n', ""),
-                Break("data: batches stay in shared memory", f"{FOLDER}loader.py", "return tensor.clone() if tensor.is_shared() else tensor", "return tensor"),
-                Break("data: Ctrl-C ends the workers", f"{FOLDER}loader.py", "os.setpgrp()", "pass"),
+                Break("data: batches stay in shared memory", f"{FOLDER}workers.py", "return tensor.clone() if tensor.is_shared() else tensor", "return tensor"),
+                Break("data: Ctrl-C ends the workers", f"{FOLDER}workers.py", "os.setpgrp()", "pass"),
+            ),
+        ),
+        Promise(
+            "a sample that cannot be used has a cause and a name, a fault for a fault; a picture that is too large is refused from its header, and no file starts a program",
+            (f"{FAULTS}::test_picture_fault_has_its_cause", f"{FAULTS}::test_large_picture_is_refused_from_its_header", f"{FAULTS}::test_files_that_cannot_be_read_have_their_cause", f"{FAULTS}::test_caption_fault_has_its_cause"),
+            (
+                Break("faults: large pictures are decoded", f"{FOLDER}picture.py", '            warnings.simplefilter("error", Image.DecompressionBombWarning)\n', ""),
+                Break("faults: Ghostscript reads a picture", f"{FOLDER}picture.py", "Image.open(file, formats=_formats())", "Image.open(file)"),
+                Break("faults: all damage is called one", f"{FOLDER}picture.py", 'cause = "truncated image" if "truncated" in', 'cause = "truncated image" if "" in'),
+                Break("faults: an empty caption is one", f"{FOLDER}table.py", "        if not self._captions[index]:\n            raise BadSample", "        if index < 0:\n            raise BadSample"),
+                Break("faults: no permission is a missing file", f"{FOLDER}picture.py", 'else "unreadable file"', 'else "missing file"'),
+            ),
+        ),
+        Promise(
+            "every mode of a picture becomes colours, more than 8 bits scaled; of an animation the first frame; damaged EXIF is passed over, a wrong suffix too",
+            (f"{FAULTS}::test_every_mode_becomes_colours", f"{FAULTS}::test_first_frame_of_an_animation_counts", f"{FAULTS}::test_damaged_exif_is_passed_over_without_a_word", f"{FAULTS}::test_kind_of_a_picture_is_not_its_name"),
+            (
+                Break("faults: 16 bits are cut off at 255", f"{FOLDER}picture.py", "return _eight_bits(image)", "return image"),
+                Break("faults: damaged EXIF is a damaged picture", f"{FOLDER}picture.py", "with suppress(Exception):", "with suppress(KeyError):"),
+            ),
+        ),
+        Promise(
+            "a shard that is cut off is used as far as it goes and named; the first of a repeated member counts; one that holds nothing stops the run by name; nothing is written, no pipe is run",
+            (f"{FAULTS}::test_shard_cut_in_half_is_used_as_far_as_it_goes", f"{FAULTS}::test_first_of_a_repeated_member_counts", f"{FAULTS}::test_shard_that_holds_nothing_stops_by_name", f"{FAULTS}::test_names_that_lead_elsewhere_write_nothing", f"{FAULTS}::test_pipe_is_never_run"),
+            (
+                Break("faults: the last of a repeated member counts", f"{FOLDER}shards.py", "                        repeated[match[1]] = {}\n                        continue\n", "                        repeated[match[1]] = {}\n"),
+                Break("faults: a cut picture is read", f"{FOLDER}shards.py", "member.size if whole else _CUT", "member.size"),
+                Break("faults: a shard that ends in a header is whole", f"{FOLDER}shards.py", 'broken = "" if _ends_well(path, tar.offset) else', 'broken = "" if tar else'),
+            ),
+        ),
+        Promise(
+            "a bad sample is replaced by a function of seed, epoch and sample, and counted once an epoch: batches keep their sizes and are the same bits however read",
+            (f"{FAULTS}::test_bad_samples_are_replaced_and_batches_keep_their_size", f"{FAULTS}::test_replacements_are_the_same_however_read", f"{FAULTS}::test_source_that_gives_nothing_stops_with_causes_and_names"),
+            (
+                Break("faults: every epoch has the same replacements", f"{FOLDER}loader.py", "seed = mix(self._seed, draw.epoch, draw.sample, attempt)", "seed = mix(self._seed, draw.sample, attempt)"),
+                Break("faults: what is tried in its place counts, too", f"{FOLDER}loader.py", "skipped += faults[:1]", "skipped += faults"),
+                Break("faults: replacements are drawn by whoever reads", f"{FOLDER}loader.py", "yield mix(seed, 2) % len(self._watch.source), seed", "yield random.SystemRandom().randrange(len(self._watch.source)), seed"),
+                Break("faults: one more try for ever", f"{FOLDER}loader.py", "_TRIES = 100", "_TRIES = 10**9"),
+            ),
+        ),
+        Promise(
+            "a run shows what it skipped by cause, goes on counting after a resume, and stops above --max-bad, on all ranks at once, with a line that names files",
+            (f"{RUNS}::test_skipped_samples_are_counted_by_cause_and_shown", f"{RUNS}::test_resumed_run_goes_on_counting", f"{RUNS}::test_run_stops_when_too_many_samples_are_bad", f"{RUNS}::test_share_is_exact_at_the_end_of_an_epoch_and_beyond_chance_before", f"{RUNS}::test_all_ranks_count_together_and_stop_together", f"{RUNS}::test_command_stops_with_a_line_that_names_files"),
+            (
+                Break("faults: a resumed run counts from 0", "fastclip/training/trainer.py", '            self.skipped.load(state["skipped"])\n', ""),
+                Break("faults: chance stops a run", "fastclip/training/skipped.py", "expected + 4 * math.sqrt(expected) + 4)", "expected)"),
+                Break("faults: a rank counts its own", "fastclip/training/skipped.py", "for found in everyone for fault in found", "for found in everyone[:1] for fault in found"),
+                Break("faults: only chance is looked at", "fastclip/training/skipped.py", "return bad > at_the_end or (max_bad", "return bool(at_the_end) and (max_bad"),
+            ),
+        ),
+        Promise(
+            "a worker that is stuck is named with what it reads, and again; one that the system kills ends the run with a line, wherever torch notices",
+            (f"{FAULTS}::test_stuck_worker_is_named_with_what_it_reads", f"{FAULTS}::test_no_alarm_while_batches_come", f"{FAULTS}::test_death_of_a_worker_is_an_error_of_one_line", f"{LOADER}::test_killed_worker_is_named_with_what_it_read", f"{RUNS}::test_killed_worker_ends_the_run_with_a_line"),
+            (
+                Break("faults: a worker notes nothing", f"{FOLDER}watch.py", "        self._note(index + 1)\n", ""),
+                Break("faults: the alarm speaks once", f"{FOLDER}watch.py", "now - max(since, told) >= patience", "told == 0.0 and now - since >= patience"),
+                Break("faults: the caller's time counts", f"{FOLDER}watch.py", "        finally:\n            self._since = None", "        finally:\n            pass"),
+                Break("faults: torch's own words on a death", f"{FOLDER}workers.py", "                raise death from error\n            if found", "                raise\n            if found"),
+            ),
+        ),
+        Promise(
+            "`fastclip data check` counts every sample once; what `data pack` writes is read as its source is, and is the same bytes after an interruption anywhere",
+            (f"{CHECK}::test_check_counts_everything_once", f"{CHECK}::test_command_check_prints_a_table_and_fails_above_the_share", f"{CHECK}::test_packed_source_is_read_again_as_it_was", f"{CHECK}::test_interrupted_pack_goes_on_to_the_same_bytes", f"{CHECK}::test_pack_touches_no_other_shards", f"{CHECK}::test_shards_have_img2datasets_layout"),
+            (
+                Break("pack: several captions and a .txt", f"{FOLDER}pack.py", "    if not rest:  #", "    if first:  #"),
+                Break("pack: a shard appears before it is whole", f"{FOLDER}pack.py", 'output / f"{shard:05d}.tar.tmp", output', 'output / f"{shard:05d}.tar", output'),
+                Break("pack: other options, the same folder", f"{FOLDER}pack.py", "    if before != about:", "    if before is None:"),
+                Break("check: always well", "fastclip/cli.py", "return int(found.bad_share > args.max_bad)", "return 0"),
             ),
         ),
         Promise("pictures are turned as their EXIF says", (f"{DATA}::test_picture_is_turned_as_its_exif_says",), (Break("data: as the camera was held", f"{FOLDER}picture.py", "ImageOps.exif_transpose(image, in_place=True)", "pass"),)),
@@ -64,6 +133,7 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("evaluation: everything at once", RETRIEVAL, "chunk or max(1, _CHUNK // max(1, len(items)))", "chunk or max(1, len(queries))"),
             ),
         ),
+        Promise("validation leaves out samples that cannot be used, and says how many", (f"{EVALUATION}::test_samples_that_cannot_be_used_are_left_out_and_counted",), (Break("evaluation: another sample stands for a bad one", f"{FOLDER}loader.py", "used = index if not faults else -1", "used = index"),)),
         Promise(
             "validation is the same on any number of ranks, and leaves model and random numbers as they were",
             (f"{EVALUATION}::test_ranks_have_the_single_process_metrics", f"{EVALUATION}::test_validation_leaves_no_trace", f"{EVALUATION}::test_validation_is_that_of_the_definition"),

@@ -1,0 +1,109 @@
+"""A data set read from end to end: how much of it there is, what is wrong with it, and how fast it is read."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from fastclip.data.faults import BadSample, Fault, Tally
+from fastclip.data.source import Source
+from fastclip.data.watch import Watch
+from fastclip.data.workers import load, naming_dead_workers
+
+__all__ = ["Report", "check_source"]
+
+_PIECE = 16  # samples that a worker reads at a time
+
+
+class Report(NamedTuple):
+    """What was found in a source."""
+
+    samples: int  # that were read
+    usable: int
+    captions: int  # of the usable ones
+    faults: Tally
+    pixels: tuple[tuple[int, int], ...]  # width and height of the smallest, the median and the largest; () without any
+    seconds: float
+
+    @property
+    def bad_share(self) -> float:
+        return self.faults.total / max(1, self.samples)
+
+
+def check_source(
+    source: Source,
+    *,
+    workers: int = 0,
+    max_samples: int | None = None,
+    transform: Callable[[Image.Image], Any] | None = None,
+) -> Report:
+    """Read every sample once, in order.
+
+    Args:
+        workers: processes that read; with 0 the caller does.
+        max_samples: at most so many, evenly spread over the source.
+        transform: applied to every picture, for the time that it takes.
+
+    Raises:
+        ValueError: `max_samples` or `workers` is out of range.
+        OSError, ValueError: what the samples are read from cannot be, such as a shard; it is named.
+        ChildProcessError: a worker was killed.
+    """
+    if workers < 0 or (max_samples is not None and max_samples < 1):
+        raise ValueError(f"workers must not be negative and max_samples at least 1, got {workers} and {max_samples}")
+    size = len(source)
+    count = size if max_samples is None else min(size, max_samples)
+    pieces = ([k * size // count for k in range(a, min(a + _PIECE, count))] for a in range(0, count, _PIECE))
+    watch = Watch(source, workers)
+    faults, captions, widths, heights = Tally(), 0, array("q"), array("q")
+    begin = time.perf_counter()
+    with naming_dead_workers():
+        for piece in load(_Check(watch, transform), pieces, watch):
+            for found in piece:
+                if isinstance(found, Fault):
+                    faults.add([found])
+                else:
+                    captions += found.captions
+                    widths.append(found.width)
+                    heights.append(found.height)
+    seconds = time.perf_counter() - begin
+    return Report(count, len(widths), captions, faults, _sizes(widths, heights), seconds)
+
+
+class _Sample(NamedTuple):
+    captions: int
+    width: int
+    height: int
+
+
+class _Check(Dataset[list[Any]]):
+    def __init__(self, watch: Watch, transform: Callable[[Image.Image], Any] | None) -> None:
+        self._watch, self._transform = watch, transform
+
+    def __getitem__(self, indices: Sequence[int]) -> list[_Sample | Fault]:
+        return [self._found(index) for index in indices]
+
+    def _found(self, index: int) -> _Sample | Fault:
+        try:
+            record = self._watch.read(index)
+        except BadSample as bad:
+            return bad.fault
+        if self._transform is not None:
+            try:
+                self._transform(record.image)
+            except Exception as error:  # whatever the transform meets
+                return Fault("failed transform", record.key, f"the transform failed: {type(error).__name__}: {error}")
+        return _Sample(len(record.captions), *record.image.size)
+
+
+def _sizes(widths: array[int], heights: array[int]) -> tuple[tuple[int, int], ...]:
+    if not widths:
+        return ()
+    order = np.argsort(np.array(widths) * np.array(heights), kind="stable")
+    return tuple((widths[k], heights[k]) for k in (order[0], order[len(order) // 2], order[-1]))

@@ -1,0 +1,187 @@
+"""Pictures and captions written as tar shards in img2dataset's layout."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from fastclip.data.faults import BadSample, Fault, Tally
+from fastclip.data.source import Record, Source
+from fastclip.data.watch import Watch
+from fastclip.data.workers import load, naming_dead_workers
+
+__all__ = ["Packed", "pack_source"]
+
+_PIECE = 16  # samples that a worker reads at a time
+_KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # whose files are copied as they are
+
+
+class Packed(NamedTuple):
+    """What `pack_source` leaves."""
+
+    shards: int  # with samples in them
+    samples: int
+    faults: Tally
+    kept: int  # shards that an earlier call had finished
+
+
+def pack_source(
+    source: Source,
+    output: Path,
+    *,
+    samples_per_shard: int = 10_000,
+    image_size: int | None = None,
+    quality: int = 95,
+    workers: int = 0,
+) -> Packed:
+    """Write ``00000.tar`` ... with a picture, a .json and a .txt of the caption for each sample of `source`.
+
+    JPEG, PNG and WebP files are copied byte by byte, other pictures become PNG. The .json holds "caption", a string, or
+    of several a list (there is no .txt then, which readers would take for the only one), "key", "width" and "height" of
+    the upright picture, "original", its path, and "label" where it has one: the shards are read as the source is.
+    Samples that cannot be used are left out; ``00000_stats.json`` counts them by cause. A shard appears under its name
+    when it is whole: the same call goes on where one that was interrupted stopped, and the result is the same, byte by
+    byte.
+
+    Args:
+        image_size: pictures whose shorter side is longer are resized to it, and are JPEG then.
+        quality: of those, 1 to 95.
+        workers: processes that read.
+
+    Raises:
+        ValueError: an option is out of range, `output` holds shards of another source or with other options, or no
+            sample can be used.
+        OSError: a file cannot be read or written.
+        ChildProcessError: a worker was killed.
+    """
+    if samples_per_shard < 1 or (image_size is not None and image_size < 1) or not 1 <= quality <= 95 or workers < 0:
+        raise ValueError(
+            "samples_per_shard and image_size must be at least 1, quality from 1 to 95, workers not negative; got "
+            f"{samples_per_shard}, {image_size}, {quality} and {workers}"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    about = {"source": source.spec, "samples": len(source), "samples_per_shard": samples_per_shard}
+    about |= {"image_size": image_size, "quality": quality if image_size else None}
+    samples, shards, kept, faults = 0, 0, 0, Tally()
+    watch = Watch(source, workers)
+    for shard, start in enumerate(range(0, len(source), samples_per_shard)):
+        stats = _finished(output, shard, about)
+        if stats is None:
+            indices = range(start, min(start + samples_per_shard, len(source)))
+            pieces = (indices[a : a + _PIECE] for a in range(0, len(indices), _PIECE))
+            with naming_dead_workers():
+                loaded = load(_Encoded(watch, image_size, quality), pieces, watch)
+                stats = _write(output, shard, len(str(samples_per_shard - 1)), loaded, about)
+        else:
+            kept += 1
+        faults.merge(stats["failures"], stats["failed"])
+        samples += stats["successes"]
+        shards += stats["successes"] > 0
+    if not samples:
+        raise ValueError(f"{source.spec}: none of {len(source)} samples can be used: {faults}")
+    return Packed(shards, samples, faults, kept)
+
+
+class _Sample(NamedTuple):
+    suffix: str
+    data: bytes  # of the picture's file
+    captions: tuple[str, ...]
+    about: dict[str, Any]
+
+
+class _Encoded(Dataset[list[Any]]):
+    def __init__(self, watch: Watch, image_size: int | None, quality: int) -> None:
+        self._watch, self._image_size, self._quality = watch, image_size, quality
+
+    def __getitem__(self, indices: Sequence[int]) -> list[_Sample | Fault]:
+        return [self._sample(index) for index in indices]
+
+    def _sample(self, index: int) -> _Sample | Fault:
+        try:
+            record = self._watch.read(index)
+            suffix, data, size = self._file(index, record)
+        except BadSample as bad:
+            return bad.fault
+        about = {"width": size[0], "height": size[1], "original": record.key}
+        if record.label is not None:
+            about["label"] = record.label
+        return _Sample(suffix, data, record.captions, about)
+
+    def _file(self, index: int, record: Record) -> tuple[str, bytes, tuple[int, int]]:
+        image, file = record.image, io.BytesIO()
+        if self._image_size is not None and min(image.size) > self._image_size:
+            ratio = self._image_size / min(image.size)
+            size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
+            image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=self._quality)
+            return ".jpg", file.getvalue(), size
+        path = getattr(self._watch.source, "file", None)
+        if path is not None:
+            data = path(index).read_bytes()
+            with Image.open(io.BytesIO(data)) as original:
+                if original.format in _KEPT:
+                    return _KEPT[original.format], data, image.size
+        colours = image if image.mode in ("1", "L", "LA", "RGB", "RGBA") else image.convert("RGB")
+        colours.save(file, "PNG")
+        return ".png", file.getvalue(), image.size
+
+
+def _write(output: Path, shard: int, digits: int, loaded: Iterator[list[Any]], about: dict[str, Any]) -> dict[str, Any]:
+    """One shard and its stats, which are returned."""
+    half, target = output / f"{shard:05d}.tar.tmp", output / f"{shard:05d}.tar"
+    faults, number, written = Tally(), 0, 0
+    with half.open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for found in (found for piece in loaded for found in piece):
+            if isinstance(found, Fault):
+                faults.add([found])
+            else:
+                _add(tar, f"{shard:05d}{number:0{digits}d}", found)
+                written += 1
+            number += 1
+    stats = {**about, "shard": shard, "count": number, "successes": written, "bytes": half.stat().st_size}
+    stats |= {"failures": faults.counts, "failed": faults.keys}
+    name = output / f"{shard:05d}_stats.json"
+    name.with_suffix(".tmp").write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
+    name.with_suffix(".tmp").replace(name)  # before the shard: one without stats is not ours
+    if written:
+        half.replace(target)
+    else:  # a shard without samples would end a run
+        half.unlink()
+    return stats
+
+
+def _add(tar: tarfile.TarFile, key: str, sample: _Sample) -> None:
+    first, rest = sample.captions[0], sample.captions[1:]
+    text = json.dumps({"caption": list(sample.captions) if rest else first, "key": key, **sample.about})
+    members = {sample.suffix: sample.data, ".json": text.encode()}
+    if not rest:  # a reader that finds a .txt reads nothing else
+        members[".txt"] = first.encode("utf-8", "surrogatepass")
+    for suffix, data in members.items():
+        info = tarfile.TarInfo(key + suffix)  # without times and owners: the same bytes every time
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+
+
+def _finished(output: Path, shard: int, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The stats of a shard that is whole; None where it has to be written."""
+    name, tar = output / f"{shard:05d}_stats.json", output / f"{shard:05d}.tar"
+    if not name.is_file():
+        if tar.exists():
+            raise ValueError(f"{tar} was not written by this command: take another folder")
+        return None
+    try:
+        stats = json.loads(name.read_text(encoding="utf-8"))
+        before = {key: stats[key] for key in about}
+        whole = not stats["successes"] or (tar.is_file() and tar.stat().st_size == stats["bytes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name} is not what this command writes: {error}") from error
+    if before != about:
+        changed = ", ".join(f"{key} was {before[key]}, is {about[key]}" for key in about if before[key] != about[key])
+        raise ValueError(f"{output} holds shards of another call: {changed}")
+    return stats if whole else None

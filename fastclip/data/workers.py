@@ -1,0 +1,153 @@
+"""Processes that read ahead: how they are started, and what is said when one fails, dies or is stuck."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastclip import _env
+from fastclip.data.watch import Alarm, Watch
+
+__all__ = ["load", "naming_dead_workers", "own"]
+
+# Micro-batches that workers hold ready at most: each takes three of the files that a process may have open, often
+# 1,024.
+_READY = 128
+
+
+def load(
+    samples: Dataset[Any], pieces: Iterator[Any], watch: Watch, *, ready: int = 1, pin_memory: bool = False
+) -> Iterator[Any]:
+    """samples[piece] of every piece, in order; workers, as many as `watch` has, hold about `ready` of them ready.
+
+    Raises:
+        OSError, ValueError: as `samples` does, with its message.
+        ChildProcessError: a worker was killed or ended by itself.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Worker(samples, watch),
+        sampler=pieces,
+        batch_size=None,  # a piece is a batch
+        collate_fn=_same,
+        num_workers=watch.workers,
+        prefetch_factor=max(2, -(-min(ready, _READY) // watch.workers)) if watch.workers else None,
+        # forked workers share the source's memory, and the transform may be any function; Python 3.14 would not fork
+        multiprocessing_context="fork" if watch.workers and sys.platform == "linux" else None,
+        worker_init_fn=_leave_group,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else it draws from the caller's
+    )
+    with _env.tokenizers_without_threads():
+        loaded = iter(loader)  # starts the workers
+    with Alarm(watch) as alarm:
+        while True:
+            try:
+                with alarm.waiting():
+                    found = next(loaded, _END)
+            except RuntimeError as error:
+                if (death := _death(error, watch, getattr(loaded, "_workers", ()))) is None:
+                    raise
+                raise death from error
+            if found is _END:
+                return
+            if isinstance(found, _Failure):
+                raise found.kind(found.message)
+            yield found
+
+
+def own(tensor: Tensor) -> Tensor:
+    """Out of memory shared with a worker, of which every tensor keeps a file open."""
+    return tensor.clone() if tensor.is_shared() else tensor
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """What torch raises at any place of the caller when a worker dies becomes ChildProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (death := _death(error)) is None:
+            raise
+        raise death from error
+
+
+_END = object()
+
+
+class _Failure(NamedTuple):
+    """An error on its way out of a worker: raised there, DataLoader would bury its message in tracebacks."""
+
+    kind: type[Exception]
+    message: str
+
+
+class _Worker(Dataset[Any]):
+    """Answers a list of draws or indices with their batch, or with what failed."""
+
+    def __init__(self, samples: Dataset[Any], watch: Watch) -> None:
+        self._samples, self._watch = samples, watch
+
+    def __getitem__(self, piece: Any) -> Any:
+        try:
+            with _random_states_kept():
+                return self._samples[piece]
+        except (OSError, ValueError) as error:
+            return _Failure(OSError if isinstance(error, OSError) else ValueError, str(error))
+        finally:
+            self._watch.rest()
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _same(found: Any) -> Any:
+    return found
+
+
+def _leave_group(worker: int) -> None:
+    """Ctrl-C, and the SIGTERM of torchrun or a scheduler, go to a group of processes: the trainer decides what ends."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+# What torch says, from a signal handler at any place of the parent, or from `next`.
+_DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: (?P<signal>[^.]+)|exited)")
+
+
+def _death(error: RuntimeError, watch: Watch | None = None, processes: Sequence[Any] = ()) -> ChildProcessError | None:
+    """What to raise in place of torch's `error`; None where no worker died."""
+    found = _DEATH.search(str(error))
+    if found is None:
+        return None
+    how = f"was killed by the system ({found['signal']})" if found["signal"] else "ended"
+    who, what = "a data worker", ""
+    for number, process in enumerate(processes):
+        if process.exitcode:  # None: alive
+            who = f"data worker {number} (pid {process.pid})"
+            what = "" if watch is None else watch.told(number)
+            if process.exitcode < 0:
+                how = f"was killed by the system ({signal.strsignal(-process.exitcode)})"
+            else:
+                how = f"ended with exit status {process.exitcode}"
+            break
+    hint = {"Killed": ": out of memory? Fewer workers take less", "Bus error": ": is /dev/shm full?"}
+    return ChildProcessError(f"{who} {how}{next((text for word, text in hint.items() if word in how), '')}{what}")
