@@ -16,7 +16,7 @@ from fastclip import _env
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.training.meeting import meeting
 
-__all__ = ["World", "joined", "mean_over_ranks", "one_for_all", "reduce_unsharded", "wrap"]
+__all__ = ["World", "fsdp_blocks", "joined", "mean_over_ranks", "one_for_all", "reduce_unsharded", "wrap"]
 
 _c10d: Any = dist
 _LOST = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
@@ -124,7 +124,7 @@ def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
 
     mesh = init_device_mesh(world.device.type, (world.ranks,))
     numbers = {p for p in model.parameters() if p.dim() == 0}
-    for block in _blocks(model):
+    for block in fsdp_blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=numbers)
     for name in ("encode_image", "encode_text"):
@@ -148,8 +148,8 @@ def mean_over_ranks(value: Tensor, world: World) -> Tensor:
     return (total / world.ranks).to(value.dtype)
 
 
-def _blocks(model: DualEncoder) -> Iterator[nn.Module]:
-    """The parts that are gathered one after the other: members of the towers' outermost lists."""
+def fsdp_blocks(model: DualEncoder) -> Iterator[nn.Module]:
+    """What FSDP gathers one after the other: members of the towers' outermost lists that are trained."""
 
     def walk(module: nn.Module) -> Iterator[nn.Module]:
         for child in module.children():

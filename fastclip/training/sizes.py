@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from fastclip.models.dual_encoder import DualEncoder
+from fastclip.training.parallel import fsdp_blocks
 
 __all__ = ["Sizes", "sizes_of"]
 
@@ -26,7 +27,7 @@ class Sizes:
 
 def sizes_of(model: DualEncoder) -> Sizes:
     parameters = list(model.parameters())
-    blocks = list(_blocks(model))
+    blocks = list(fsdp_blocks(model))
     in_blocks = {id(p) for block in blocks for p in block.parameters()}
     rest = [p for p in parameters if id(p) not in in_blocks]
     return Sizes(
@@ -42,16 +43,3 @@ def sizes_of(model: DualEncoder) -> Sizes:
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
-
-def _blocks(model: DualEncoder) -> Iterator[nn.Module]:
-    """What FSDP gathers one after the other: members of the towers' outermost lists that are trained."""
-
-    def walk(module: nn.Module) -> Iterator[nn.Module]:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1:
-                yield from (member for member in child if any(p.requires_grad for p in member.parameters()))
-            else:
-                yield from walk(child)
-
-    for tower in (model.visual, model.text):
-        yield from walk(tower)
