@@ -155,14 +155,14 @@ def test_command_stops_with_a_line_that_names_files(tmp_path: Path, capfd: pytes
 
 
 def test_killed_worker_ends_the_run_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Folder.__getitem__
+    captions = Folder.captions
 
     def killed(self: Folder, index: int) -> Any:
         if index == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, index)
+        return captions(self, index)
 
-    monkeypatch.setattr(Folder, "__getitem__", killed)
+    monkeypatch.setattr(Folder, "captions", killed)
     data = write_folder(tmp_path / "data", 12)
     with pytest.raises(ChildProcessError, match=r"data worker.*killed by the system \(Killed\): out of memory\?"):
         train(options(data, tmp_path / "run", workers=1))
