@@ -97,7 +97,7 @@ def test_run_stops_when_too_many_samples_are_bad(tmp_path: Path) -> None:
         train(options(data, tmp_path / "run", max_bad=0.16))
     assert len(counts(tmp_path / "run")) < 4  # that there are too many is certain when the fourth is met
     train(options(data, tmp_path / "fine", max_bad=0.17, max_steps=4))
-    with pytest.raises(ValueError, match=r"more than --max-bad 0: 1 of"):
+    with pytest.raises(ValueError, match=r"more than --max-bad 0: \d of"):
         train(options(data, tmp_path / "none", max_bad=0.0))
     with pytest.raises(ValueError, match="--max-bad must be between 0 and 1"):
         options(data, tmp_path / "x", max_bad=1.5)
@@ -155,14 +155,14 @@ def test_command_stops_with_a_line_that_names_files(tmp_path: Path, capfd: pytes
 
 
 def test_killed_worker_ends_the_run_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Folder.__getitem__
+    captions = Folder.captions
 
     def killed(self: Folder, index: int) -> Any:
         if index == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, index)
+        return captions(self, index)
 
-    monkeypatch.setattr(Folder, "__getitem__", killed)
+    monkeypatch.setattr(Folder, "captions", killed)
     data = write_folder(tmp_path / "data", 12)
     with pytest.raises(ChildProcessError, match=r"data worker.*killed by the system \(Killed\): out of memory\?"):
         train(options(data, tmp_path / "run", workers=1))

@@ -56,7 +56,11 @@ class Skipped:
         return f"{self.tally.total:,} of {drawn:,} samples drawn ({share:.2%}) cannot be used: {self.tally}"
 
     def state(self) -> dict[str, Any]:
-        return {"counts": self.tally.counts, "keys": self.tally.keys}
+        """A copy, for a checkpoint."""
+        return {
+            "counts": dict(self.tally.counts),
+            "keys": {cause: list(keys) for cause, keys in self.tally.keys.items()},
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self.tally.merge(state["counts"], state["keys"])
