@@ -347,6 +347,21 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path, number: signal.S
     assert ended(pid) == -number
 
 
+def test_shards_are_saved_in_the_background_as_they_were(tmp_path: Path) -> None:
+    """FSDP2: what is written while training goes on has the bytes of what is written at once."""
+    for name, at_once in (("background", False), ("at once", True)):
+        changed = {"parallel": "fsdp", "keep": None, "ema": 0.9, "max_steps": 3, "async_save": not at_once}
+        pids = start_ranks(tmp_path, lambda rank: trainer.train(options(tmp_path / name, **changed)))  # noqa: B023
+        assert [ended(pid) for pid in pids] == [0, 0]
+    for step in range(1, 4):
+        for file in ("model", "optimizer", "ema"):
+            one, other = (
+                tmp_path / name / "checkpoints" / f"step-{step:08d}" / f"{file}.safetensors"
+                for name in ("background", "at once")
+            )
+            assert one.read_bytes() == other.read_bytes(), f"{file} of step {step}"
+
+
 @pytest.mark.fault("SIGTERM to one rank of several", "all end after the same step, with one checkpoint and status 143")
 def test_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path, whole: trainer.Run) -> None:
     folder = tmp_path / "run"
