@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ def seconds_a_step(options: TrainOptions, kind: str, save_every: int) -> tuple[f
 
 
 def measure(options: TrainOptions, save_every: int, rounds: int) -> list[dict[str, Any]]:
-    timings, size = Timings(), 0
+    timings, size, load = Timings(), 0, os.getloadavg()[0]
     seconds_a_step(replace(options, max_steps=2), "background", 1)  # what is paid once
     for _ in range(rounds):
         for kind in KINDS:
@@ -55,6 +56,7 @@ def measure(options: TrainOptions, save_every: int, rounds: int) -> list[dict[st
                 "p20_ms": round(quantile(seconds, 0.2) * 1e3, 2),
                 "p80_ms": round(quantile(seconds, 0.8) * 1e3, 2),
                 "extra_ms_a_step": round(statistics.median(extra) * 1e3, 2),
+                "load": round(load, 1),
             }
         )
     return found

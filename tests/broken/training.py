@@ -104,7 +104,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "checkpoints are written while training goes on and change no number; one that fails ends the run at its next step, on every rank",
-            (f"{DURABLE}::test_training_goes_on_beside_a_snapshot_and_does_not_change_it", f"{DURABLE}::test_saver_writes_one_at_a_time_and_keeps_no_error_to_itself", f"{INTERRUPTED}::test_saving_in_the_background_changes_no_number", f"{INTERRUPTED}::test_run_whose_checkpoint_fails_ends_with_its_error", f"{INTERRUPTED}::test_checkpoint_that_fails_on_one_rank_ends_all"),
+            (f"{DURABLE}::test_training_goes_on_beside_a_snapshot_and_does_not_change_it", f"{DURABLE}::test_saver_writes_one_at_a_time_and_keeps_no_error_to_itself", f"{INTERRUPTED}::test_saving_in_the_background_changes_no_number", f"{INTERRUPTED}::test_shards_are_saved_in_the_background_as_they_were", f"{INTERRUPTED}::test_run_whose_checkpoint_fails_ends_with_its_error", f"{INTERRUPTED}::test_checkpoint_that_fails_on_one_rank_ends_all"),
             (
                 Break("machines: a snapshot is the weights themselves", f"{TRAINING}checkpoint.py", "return x.clone() if", "return x if"),
                 Break("machines: two are written at a time", f"{TRAINING}saver.py", "        self.wait()\n        if self._pool is None:", "        if self._pool is None:"),
