@@ -59,8 +59,12 @@ class Folder:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Record:
+        return self.read(index)
+
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        """As `fastclip.data.source.read_sample`."""
         path = self._folder / self._names[index]
-        return Record(read_picture(path, str(path)), self.captions(index), str(path))
+        return Record(read_picture(path, str(path), min_side=min_side), self.captions(index), str(path))
 
     def captions(self, index: int) -> tuple[str, ...]:
         path = self._folder / self._names[index]

@@ -15,8 +15,12 @@ PICTURE_SUFFIXES = frozenset(
 )
 
 
-def read_picture(file: Path | BinaryIO, key: str) -> Image.Image:
+def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None) -> Image.Image:
     """The picture, of any mode, all its pixels read and turned upright as its EXIF data say.
+
+    Args:
+        min_side: a JPEG at least twice, four or eight times as large may be decoded at a half, a quarter or an eighth
+            of its size, with a shorter side of no less than this. Its decoder then computes fewer pixels.
 
     Raises:
         OSError: the file cannot be opened.
@@ -25,11 +29,13 @@ def read_picture(file: Path | BinaryIO, key: str) -> Image.Image:
     if isinstance(file, Path):
         try:
             with file.open("rb") as opened:
-                return read_picture(opened, key)
+                return read_picture(opened, key, min_side=min_side)
         except OSError as error:
             raise OSError(f"{key}: {error.strerror}") from error
     try:
         with Image.open(file) as image:
+            if min_side is not None and image.format == "JPEG":
+                image.draft(None, (min_side, min_side))
             image.load()  # a file that ends too early is found here
             ImageOps.exif_transpose(image, in_place=True)
             return image

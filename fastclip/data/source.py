@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-__all__ = ["Record", "Source"]
+__all__ = ["Record", "Source", "read_sample"]
 
 
 class Record(NamedTuple):
@@ -34,3 +34,13 @@ class Source(Protocol):
     def captions(self, index: int) -> tuple[str, ...]:
         """Those of `self[index]`, without reading its picture."""
         ...
+
+
+def read_sample(source: Source, index: int, *, min_side: int | None = None) -> Record:
+    """`source[index]`, its picture perhaps smaller where the source has a method ``read(index, min_side=)``.
+
+    Args:
+        min_side: pixels that the picture's shorter side must keep, as far as it has so many; None is the whole picture.
+    """
+    read = getattr(source, "read", None)
+    return source[index] if read is None else read(index, min_side=min_side)

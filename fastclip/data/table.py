@@ -48,6 +48,10 @@ class Table:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Record:
+        return self.read(index)
+
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        """As `fastclip.data.source.read_sample`."""
         key = self._files[index]
         path = Path(key)
         if not path.exists() and not path.is_absolute():
@@ -55,7 +59,7 @@ class Table:
             if not beside.exists():
                 raise OSError(f"{key}: no such file, neither from here nor from the folder of {self.spec}")
             path = beside
-        return Record(read_picture(path, key), self.captions(index), key)
+        return Record(read_picture(path, key, min_side=min_side), self.captions(index), key)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return (self._captions[index],)
