@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastclip import _env
 from fastclip.data.batch import Batch
+from fastclip.data.mixture import Mixture
 from fastclip.data.order import Draw, Order, mix
-from fastclip.data.source import Record, Source
+from fastclip.data.source import Record, Source, read_sample
 
 __all__ = ["evaluation_batches", "training_batches"]
 
@@ -45,6 +46,7 @@ def training_batches(
     ranks: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    min_side: int | None = None,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of every step from `first_step` to `last_step` - 1.
 
@@ -66,6 +68,8 @@ def training_batches(
         workers: processes that read ahead, up to about one step; they live as long as the iterator. With 0 the caller
             reads.
         pin_memory: put the tensors into memory from which a GPU copies fast.
+        min_side: what `transform` makes of a picture's shorter side, in pixels: a JPEG of at least twice that may be
+            decoded at a fraction of its size. None decodes whole pictures.
 
     Raises:
         ValueError: a number is out of range; or, while iterating, a picture or caption is damaged, with its key.
@@ -84,7 +88,7 @@ def training_batches(
     order = Order(len(source), batch_size, seed)
     rows = [(a, min(a + size, stop)) for a in range(start, stop, size)]
     pieces = (order.draws(step, *piece) for step in range(first_step, last_step) for piece in rows)
-    samples = _Training(source, transform, tokenize, seed)
+    samples = _Training(source, transform, tokenize, seed, min_side)
     loaded = _load(samples, pieces, workers, ready=len(rows), pin_memory=pin_memory)
     return ([_own_batch(next(loaded)) for _ in rows] for _ in range(first_step, last_step))
 
@@ -110,19 +114,27 @@ def evaluation_batches(
 
 
 class _Training(Dataset[Batch]):
-    def __init__(self, source: Source, transform: Transform, tokenize: Tokenize, seed: int) -> None:
-        self._source, self._transform, self._tokenize, self._seed = source, transform, tokenize, seed
+    def __init__(
+        self, source: Source, transform: Transform, tokenize: Tokenize, seed: int, min_side: int | None
+    ) -> None:
+        self._source, self._transform, self._tokenize = source, transform, tokenize
+        self._seed, self._min_side = seed, min_side
 
     def __getitem__(self, draws: Sequence[Draw]) -> Batch:
         images, captions, labels, keys = [], [], [], []
         for draw in draws:
-            record = self._source[draw.sample]
+            record = self._read(draw)
             seed = mix(self._seed, draw.epoch, draw.sample)
             images.append(_transformed(self._transform, record, seed))
             captions.append(record.captions[mix(seed, 1) % len(record.captions)])  # not one of the transform's numbers
             labels.append(_text_label(record.captions[0]) if record.label is None else record.label)
             keys.append(record.key)
         return Batch(torch.stack(images), self._tokenize(captions), torch.tensor(labels), tuple(keys))
+
+    def _read(self, draw: Draw) -> Record:
+        if isinstance(self._source, Mixture):
+            return self._source.read(draw.sample, epoch=draw.epoch, min_side=self._min_side)
+        return read_sample(self._source, draw.sample, min_side=self._min_side)
 
 
 class _Evaluation(Dataset[tuple[Tensor, Tensor, Tensor]]):
