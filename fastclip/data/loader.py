@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastclip import _env
 from fastclip.data.batch import Batch
@@ -129,7 +129,8 @@ class _Training(Dataset[Batch]):
             captions.append(record.captions[mix(seed, 1) % len(record.captions)])  # not one of the transform's numbers
             labels.append(_text_label(record.captions[0]) if record.label is None else record.label)
             keys.append(record.key)
-        return Batch(torch.stack(images), self._tokenize(captions), torch.tensor(labels), tuple(keys))
+        # a stack that a worker makes in the memory it shares, else it would be copied there
+        return Batch(default_collate(images), self._tokenize(captions), torch.tensor(labels), tuple(keys))
 
     def _read(self, draw: Draw) -> Record:
         if isinstance(self._source, Mixture):
@@ -147,7 +148,7 @@ class _Evaluation(Dataset[tuple[Tensor, Tensor, Tensor]]):
             record = self._source[max(index, 0)]
             images.append(_transformed(self._transform, record, mix(max(index, 0))))
             labels.append(-1 if record.label is None or index < 0 else record.label)
-        return torch.stack(images), torch.tensor(indices), torch.tensor(labels)
+        return default_collate(images), torch.tensor(indices), torch.tensor(labels)
 
 
 def _transformed(transform: Transform, record: Record, seed: int) -> Tensor:
