@@ -85,14 +85,13 @@ class Shards:
         """As `fastclip.data.source.read_sample`."""
         key = self._key(index)
         picture, caption = self._members(index, ("picture", "caption"))
-        return Record(read_picture(io.BytesIO(picture), key, min_side=min_side), self._told(index, caption), key)
+        return Record(read_picture(io.BytesIO(picture), key, min_side=min_side), self._told(index, caption, key), key)
 
     def captions(self, index: int) -> tuple[str, ...]:
         (caption,) = self._members(index, ("caption",))
-        return self._told(index, caption)
+        return self._told(index, caption, self._key(index))
 
-    def _told(self, index: int, caption: bytes) -> tuple[str, ...]:
-        key = self._key(index)
+    def _told(self, index: int, caption: bytes, key: str) -> tuple[str, ...]:
         return json_captions(caption, key) if self._rows["json"][index] else text_captions(caption, key, lines=False)
 
     def _shard(self, index: int) -> int:
