@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("PIL", reason="Pillow, which pictures are read with, is not installed")
 pytest.importorskip("datasets", reason="datasets, of Hugging Face, is not installed")
@@ -17,7 +18,7 @@ pytest.importorskip("datasets", reason="datasets, of Hugging Face, is not instal
 import datasets
 from PIL import Image
 
-from fastclip.data import BadSample, Source, open_source
+from fastclip.data import BadSample, Source, open_source, training_batches
 
 
 def picture(shade: int) -> dict[str, Any]:
@@ -115,6 +116,23 @@ def test_hub_source_goes_to_another_process(tmp_path: Path) -> None:
     source = open_source(saved(tmp_path / "d", {"image": [picture(3)], "text": ["x"]}))
     copied = pickle.loads(pickle.dumps(source))
     assert copied[0][1:] == source[0][1:] and copied[0].image.tobytes() == source[0].image.tobytes()
+
+
+def test_hub_rows_are_read_by_workers(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="torchvision, whose transform is used, is not installed")
+    from torchvision.transforms import ToTensor
+
+    rows = {"image": [picture(k) for k in range(8)], "text": [str(k) for k in range(8)]}
+    source = open_source(saved(tmp_path / "d", rows))
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[int(text)] for text in texts])
+
+    steps = training_batches(source, ToTensor(), tokenize, batch_size=4, last_step=2, workers=2)
+    batches = [batch for (batch,) in steps]
+    assert sorted(torch.cat([batch.ids for batch in batches]).flatten().tolist()) == list(range(8))
+    for batch in batches:
+        assert (batch.images[:, 0, 0, 0] * 255).round().int().tolist() == batch.ids.flatten().tolist()
 
 
 @pytest.mark.parametrize(

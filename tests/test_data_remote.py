@@ -21,6 +21,7 @@ pytest.importorskip("fsspec", reason="fsspec, which URLs are read with, is not i
 import fsspec
 from PIL import Image
 
+from fastclip import _env
 from fastclip.data import open_source
 
 
@@ -142,6 +143,13 @@ def test_file_urls_are_not_copied(tmp_path: Path, cache: Path) -> None:
     for pattern in ("{0..1}", "*"):
         assert shades(f"file://{tmp_path}/{pattern}.tar") == [0, 1]
     assert not (cache / "shards").exists()
+
+
+def test_cache_folder_is_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTCLIP_CACHE", raising=False)
+    assert _env.cache_folder() == Path.home() / ".cache" / "fastclip"
+    monkeypatch.setenv("FASTCLIP_CACHE", "~/elsewhere")
+    assert _env.cache_folder() == Path.home() / "elsewhere"
 
 
 class _Server(SimpleHTTPRequestHandler):

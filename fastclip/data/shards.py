@@ -96,19 +96,19 @@ class Shards:
     def read(self, index: int, *, min_side: int | None = None) -> Record:
         """As `fastclip.data.source.read_sample`."""
         picture, caption = self._members(index, ("picture", "caption"))
-        captions, key = self._told(index, caption), self.key(index)
+        key = self.key(index)
+        captions = self._told(index, caption, key)
         return Record(read_picture(io.BytesIO(picture), key, min_side=min_side), captions, key)
 
     def captions(self, index: int) -> tuple[str, ...]:
         (caption,) = self._members(index, ("caption",))
-        return self._told(index, caption)
+        return self._told(index, caption, self.key(index))
 
     def picture_bytes(self, index: int) -> bytes:
         """As `fastclip.data.source.picture_bytes`."""
         return self._members(index, ("picture",))[0]
 
-    def _told(self, index: int, caption: bytes) -> tuple[str, ...]:
-        key = self.key(index)
+    def _told(self, index: int, caption: bytes, key: str) -> tuple[str, ...]:
         if self._rows["state"][index] == JSON:
             return json_captions(caption, key)
         return text_captions(caption, key, lines=False)

@@ -60,10 +60,7 @@ class Watch:
         _, what, epoch, since = self._words[_WORDS * worker : _WORDS * (worker + 1)]
         if not what:
             return ""
-        if isinstance(self.source, Mixture):
-            key = self.source.key(what - 1, epoch=epoch)
-        else:
-            key = self.source.key(what - 1)
+        key = self.source.key(what - 1, epoch=epoch) if isinstance(self.source, Mixture) else self.source.key(what - 1)
         return f", reading {key} for {(time.monotonic_ns() - since) / 1e9:.0f} s"
 
     def stuck(self) -> str:
