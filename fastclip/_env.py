@@ -1,6 +1,7 @@
 """Every environment variable the package reads.
 
 FASTCLIP_BACKEND       backend to use where `backend=` is not given, e.g. ``cpu`` or ``reference``
+FASTCLIP_CACHE         folder of copied remote shards, and of indices that cannot lie beside theirs (~/.cache/fastclip)
 FASTCLIP_CPU_ISA       ``avx512``, ``avx2`` or ``portable`` in place of the best that the processor runs
 FASTCLIP_WORKSPACE_MB  bound on a backend's buffers of logits, in MiB (64 on a CPU, 1024 on a GPU)
 
@@ -14,13 +15,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Launched", "agent_store", "backend", "cpu_isa", "launched", "tokenizers_without_threads", "workspace_bytes"]
+__all__ = [
+    "Launched",
+    "agent_store",
+    "backend",
+    "cache_folder",
+    "cpu_isa",
+    "launched",
+    "tokenizers_without_threads",
+    "workspace_bytes",
+]
 
 
 def backend() -> str | None:
     return os.environ.get("FASTCLIP_BACKEND") or None
+
+
+def cache_folder() -> Path:
+    """May not exist yet."""
+    return Path(os.environ.get("FASTCLIP_CACHE") or "~/.cache/fastclip").expanduser()
 
 
 def cpu_isa() -> str:

@@ -106,7 +106,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     pack.add_argument("--quality", type=int, default=95, help="of the JPEGs that resizing makes (95)")
     pack.set_defaults(run=_pack_data)
     for action in (check, pack):
-        action.add_argument("spec", metavar="SPEC", help="digits, a .csv or .tsv file, a folder, or tar shards")
+        action.add_argument("spec", metavar="SPEC", help="as of fastclip train --data")
         action.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read (2)")
 
 

@@ -112,22 +112,47 @@ def test_command_check_prepares_pictures_as_training_does(tmp_path: Path, capsys
 # --- pack
 
 
-@pytest.mark.parametrize("kind", ["folder", "table", "digits"])
-def test_packed_source_is_read_again_as_it_was(tmp_path: Path, kind: str) -> None:
+def other_kind(folder: Path, kind: str) -> Source:
+    """The files of `pictures` in `folder`/data as another kind of source."""
+    files = sorted((folder / "data").iterdir())
+    if kind == "table":
+        rows = "".join(f"data/{k:03d}.png,caption {k}\n" for k in range(9))
+        (folder / "t.csv").write_text("filepath,title\n" + rows)
+        return open_source(str(folder / "t.csv"))
+    if kind == "hub":
+        datasets = pytest.importorskip("datasets", reason="datasets, of Hugging Face, is not installed")
+        images = [{"bytes": path.read_bytes(), "path": None} for path in files if path.suffix == ".png"]
+        texts = [None if k == 4 else f"caption {k}" for k in range(len(images))]
+        table = datasets.Dataset.from_dict({"image": images, "text": texts})
+        table.cast_column("image", datasets.Image()).save_to_disk(str(folder / "hub"))
+        return open_source(f"hf:{folder / 'hub'}")
+    path = write_tar(folder / "x.tar", [(path.name, path.read_bytes()) for path in files])
+    if kind == "remote":
+        fsspec = pytest.importorskip("fsspec", reason="fsspec, which URLs are read with, is not installed")
+        fsspec.filesystem("memory").pipe("/packed/x.tar", path.read_bytes())
+        return open_source("memory://packed/x.tar")
+    return open_source(str(path) if kind == "shards" else f"{folder / 'data'}::2*{path}")
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "shards", "mixture", "hub", "remote", "digits"])
+def test_packed_source_is_read_again_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "cache"))
     if kind == "digits":
         pytest.importorskip("sklearn", reason="sklearn, which the digits come with, is not installed")
         source = open_source("digits", held_out=True)
     else:
         source = pictures(tmp_path / "data")
-    if kind == "table":
-        rows = "".join(f"data/{k:03d}.png,caption {k}\n" for k in range(9))
-        (tmp_path / "t.csv").write_text("filepath,title\n" + rows)
-        source = open_source(str(tmp_path / "t.csv"))
+    if kind not in ("folder", "digits"):
+        source = other_kind(tmp_path, kind)
+        assert check_source(source).usable == len(usable(source)) < len(source)
     packed = pack_source(source, tmp_path / "shards", samples_per_shard=100, workers=1)
     again = open_source(str(tmp_path / "shards"))
     assert usable(again) == usable(source) and len(again) == packed.samples
     assert packed.shards == (4 if kind == "digits" else 1) and packed.kept == 0
     assert packed.samples + packed.faults.total == len(source)
+    if kind != "digits":  # which lie in no files
+        with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
+            assert tar.extractfile("0000000.jpg").read() == (tmp_path / "data" / "000.png").read_bytes()
 
 
 def test_shards_have_img2datasets_layout(tmp_path: Path) -> None:
@@ -165,6 +190,7 @@ def test_pictures_are_resized_when_asked(tmp_path: Path) -> None:
     assert usable(again)[1] == usable(open_source(str(data)))[1]
 
 
+@pytest.mark.fault("`fastclip data pack` interrupted anywhere", "the same call goes on, to the same bytes")
 def test_interrupted_pack_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = pictures(tmp_path / "data")
     options = {"samples_per_shard": 2}

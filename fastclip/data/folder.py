@@ -56,11 +56,15 @@ class Folder:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Record:
-        captions, path = self.captions(index), self.file(index)
-        return Record(read_picture(path, str(path)), captions, str(path))
+        return self.read(index)
+
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        """As `fastclip.data.source.read_sample`."""
+        captions, path = self.captions(index), self._file(index)
+        return Record(read_picture(path, str(path), min_side=min_side), captions, str(path))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        path = self.file(index)
+        path = self._file(index)
         text = path.with_suffix(".txt")
         try:
             if text.exists():
@@ -72,9 +76,13 @@ class Folder:
             raise BadSample("unreadable file", str(path), f"its caption file: {error.strerror}") from error
 
     def key(self, index: int) -> str:
-        return str(self.file(index))
+        return str(self._file(index))
 
-    def file(self, index: int) -> Path:
+    def picture_bytes(self, index: int) -> bytes:
+        """As `fastclip.data.source.picture_bytes`."""
+        return self._file(index).read_bytes()
+
+    def _file(self, index: int) -> Path:
         """The picture's."""
         return self._folder / self._names[index]
 

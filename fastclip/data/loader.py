@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from fastclip.data.batch import Batch
 from fastclip.data.faults import BadSample, Fault, Tally
@@ -41,6 +41,7 @@ def training_batches(
     ranks: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    min_side: int | None = None,
     patience: float = 60.0,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of every step from `first_step` to `last_step` - 1.
@@ -66,6 +67,8 @@ def training_batches(
         workers: processes that read ahead, up to about one step; they live as long as the iterator. With 0 the caller
             reads.
         pin_memory: put the tensors into memory from which a GPU copies fast.
+        min_side: what `transform` makes of a picture's shorter side, in pixels: a JPEG of at least twice that may be
+            decoded at a fraction of its size. None decodes whole pictures.
         patience: seconds without a batch after which the log names the workers that read, and what.
 
     Raises:
@@ -86,7 +89,8 @@ def training_batches(
     rows = [(a, min(a + size, stop)) for a in range(start, stop, size)]
     pieces = (order.draws(step, *piece) for step in range(first_step, last_step) for piece in rows)
     watch = Watch(source, workers, patience)
-    loaded = load(_Training(watch, transform, tokenize, seed), pieces, watch, ready=len(rows), pin_memory=pin_memory)
+    samples = _Training(watch, transform, tokenize, seed, min_side)
+    loaded = load(samples, pieces, watch, ready=len(rows), pin_memory=pin_memory)
     return ([_own(next(loaded)) for _ in rows] for _ in range(first_step, last_step))
 
 
@@ -128,20 +132,25 @@ def evaluation_batches(
 
 
 class _Training(Dataset[Batch]):
-    def __init__(self, watch: Watch, transform: Transform, tokenize: Tokenize, seed: int) -> None:
-        self._watch, self._transform, self._tokenize, self._seed = watch, transform, tokenize, seed
+    def __init__(self, watch: Watch, transform: Transform, tokenize: Tokenize, seed: int, min_side: int | None) -> None:
+        self._watch, self._transform, self._tokenize = watch, transform, tokenize
+        self._seed, self._min_side = seed, min_side
 
     def __getitem__(self, draws: Sequence[Draw]) -> Batch:
         images, captions, labels, keys, skipped = [], [], [], [], []
         for draw in draws:
-            record, image, seed, faults = _usable(self._watch, self._transform, self._candidates(draw))
+            candidates = self._candidates(draw)
+            record, image, seed, faults = _usable(
+                self._watch, self._transform, candidates, epoch=draw.epoch, min_side=self._min_side
+            )
             images.append(image)
             captions.append(record.captions[mix(seed, 1) % len(record.captions)])  # not one of the transform's numbers
             labels.append(_text_label(record.captions[0]) if record.label is None else record.label)
             keys.append(record.key)
             skipped += faults[:1]  # those that were tried in its place are counted in their own turn
         ids = self._tokenize(captions)
-        return Batch(torch.stack(images), ids, torch.tensor(labels), tuple(keys), tuple(skipped))
+        # a stack that a worker makes in the memory it shares, else it would be copied there
+        return Batch(default_collate(images), ids, torch.tensor(labels), tuple(keys), tuple(skipped))
 
     def _candidates(self, draw: Draw) -> Iterator[tuple[int, int]]:
         """The sample that was drawn, then any others, each with the seed of what is done with it."""
@@ -164,7 +173,7 @@ class _Evaluation(Dataset[tuple[Tensor, Tensor, Tensor, tuple[Fault, ...]]]):
             found.append(used)
             labels.append(-1 if record.label is None or used < 0 else record.label)
             skipped += faults[: index >= 0]
-        return torch.stack(images), torch.tensor(found), torch.tensor(labels), tuple(skipped)
+        return default_collate(images), torch.tensor(found), torch.tensor(labels), tuple(skipped)
 
     def _candidates(self, index: int) -> Iterator[tuple[int, int]]:
         for attempt in range(1 if self._strict else _TRIES):
@@ -173,13 +182,18 @@ class _Evaluation(Dataset[tuple[Tensor, Tensor, Tensor, tuple[Fault, ...]]]):
 
 
 def _usable(
-    watch: Watch, transform: Transform, candidates: Iterable[tuple[int, int]]
+    watch: Watch,
+    transform: Transform,
+    candidates: Iterable[tuple[int, int]],
+    *,
+    epoch: int = 0,
+    min_side: int | None = None,
 ) -> tuple[Record, Tensor, int, list[Fault]]:
     """The first sample that can be used, transformed; its seed; and what is wrong with those before it."""
     faults: list[Fault] = []
     for sample, seed in candidates:
         try:
-            record = watch.read(sample)
+            record = watch.read(sample, epoch=epoch, min_side=min_side)
             return record, _transformed(transform, record, seed), seed, faults
         except BadSample as bad:
             faults.append(bad.fault)

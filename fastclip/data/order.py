@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from fastclip.data.permutation import Permutation, mix
 
 __all__ = ["Draw", "Order", "mix"]
 
@@ -21,17 +21,12 @@ class Draw(NamedTuple):
     sample: int  # its index in the source
 
 
-def mix(*parts: int) -> int:
-    """64 bits that any change of a part changes; the same on every machine."""
-    text = "/".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
 class Order:
     """Which samples every step takes, from the first to the last, whoever reads them.
 
-    Each epoch is a permutation of the samples. With a batch up to the size of the data an epoch is as many whole
-    batches as fit, and the rest of its permutation is left out; a larger batch takes samples of consecutive epochs.
+    Each epoch is a `Permutation` of the samples, of which nothing is stored. With a batch up to the size of the data an
+    epoch is as many whole batches as fit, and the rest of its permutation is left out; a larger batch takes samples of
+    consecutive epochs.
 
     Args:
         size: number of samples, positive.
@@ -70,11 +65,11 @@ class Order:
         place, end = step * self.batch_size + start, step * self.batch_size + stop
         while place < end:
             epoch, row = divmod(place, self.epoch_length)
-            indices = self._permutation(epoch)[row : row + end - place].tolist()
+            places = np.arange(row, min(row + end - place, self.epoch_length))
+            indices = self._permutation(epoch)(places).tolist()
             drawn += [Draw(epoch, index) for index in indices]
             place += len(indices)
         return drawn
 
-    def _permute(self, epoch: int) -> Tensor:
-        """(size,) int64."""
-        return torch.randperm(self.size, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+    def _permute(self, epoch: int) -> Permutation:
+        return Permutation(self.size, mix(self.seed, epoch))

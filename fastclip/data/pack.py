@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fastclip.data.faults import BadSample, Fault, Tally
-from fastclip.data.source import Record, Source
+from fastclip.data.source import Record, Source, picture_bytes
 from fastclip.data.watch import Watch
 from fastclip.data.workers import load, naming_dead_workers
 
@@ -45,10 +45,10 @@ def pack_source(
 
     JPEG, PNG and WebP files are copied byte by byte, other pictures become PNG. The .json holds "caption", a string, or
     of several a list (there is no .txt then, which readers would take for the only one), "key", "width" and "height" of
-    the upright picture, "original", its path, and "label" where it has one: the shards are read as the source is.
-    Samples that cannot be used are left out; ``00000_stats.json`` counts them by cause. A shard appears under its name
-    when it is whole: the same call goes on where one that was interrupted stopped, and the result is the same, byte by
-    byte.
+    the upright picture, "original", its path, and "label" where it has one: the shards are read as the source is. Of a
+    mixture they hold what its first epoch draws. Samples that cannot be used are left out; ``00000_stats.json`` counts
+    them by cause. A shard appears under its name when it is whole: the same call goes on where one that was interrupted
+    stopped, and the result is the same, byte by byte.
 
     Args:
         image_size: pictures whose shorter side is longer are resized to it, and are JPEG then.
@@ -121,9 +121,7 @@ class _Encoded(Dataset[list[Any]]):
             size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
             image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=self._quality)
             return ".jpg", file.getvalue(), size
-        path = getattr(self._watch.source, "file", None)
-        if path is not None:
-            data = path(index).read_bytes()
+        if (data := picture_bytes(self._watch.source, index)) is not None:
             with Image.open(io.BytesIO(data)) as original:
                 if original.format in _KEPT:
                     return _KEPT[original.format], data, image.size

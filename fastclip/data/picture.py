@@ -23,7 +23,7 @@ PICTURE_SUFFIXES = frozenset(
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA")
 
 
-def read_picture(file: Path | BinaryIO, key: str) -> Image.Image:
+def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None) -> Image.Image:
     """The picture, all its pixels read and turned upright as its EXIF data say; of an animation the first.
 
     Its mode is the file's, which ``convert("RGB")`` turns into colours: transparency is dropped, as open_clip does. The
@@ -31,6 +31,10 @@ def read_picture(file: Path | BinaryIO, key: str) -> Image.Image:
     other whole numbers and floats by the smallest of 1 (floats), 255, 65,535 and 2^31 - 1 that holds the largest.
 
     A picture of more than Pillow's ``Image.MAX_IMAGE_PIXELS``, 89 million, is refused from its header.
+
+    Args:
+        min_side: a JPEG at least twice, four or eight times as large may be decoded at a half, a quarter or an eighth
+            of its size, with a shorter side of no less than this. Its decoder then computes fewer pixels.
 
     Raises:
         BadSample: the file cannot be opened, or holds no picture, or one that is damaged or too large; with `key`.
@@ -42,12 +46,14 @@ def read_picture(file: Path | BinaryIO, key: str) -> Image.Image:
             cause = "missing file" if isinstance(error, FileNotFoundError) else "unreadable file"
             raise BadSample(cause, key, getattr(error, "strerror", None) or str(error)) from error
         with opened:
-            return read_picture(opened, key)
+            return read_picture(opened, key, min_side=min_side)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata, a line on stderr for each
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=_formats()) as image:
+                if min_side is not None and image.format == "JPEG":
+                    image.draft(None, (min_side, min_side))
                 image.load()  # a file that ends too early is found here
                 with suppress(Exception):  # EXIF data may be damaged in as many ways as pictures
                     ImageOps.exif_transpose(image, in_place=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-__all__ = ["Record", "Source"]
+__all__ = ["Record", "Source", "picture_bytes", "read_sample"]
 
 
 class Record(NamedTuple):
@@ -43,3 +43,22 @@ class Source(Protocol):
     def key(self, index: int) -> str:
         """That of `self[index]`, without reading anything."""
         ...
+
+
+def read_sample(source: Source, index: int, *, min_side: int | None = None) -> Record:
+    """`source[index]`, its picture perhaps smaller where the source has a method ``read(index, min_side=)``.
+
+    Args:
+        min_side: pixels that the picture's shorter side must keep, as far as it has so many; None is the whole picture.
+    """
+    read = getattr(source, "read", None)
+    return source[index] if read is None else read(index, min_side=min_side)
+
+
+def picture_bytes(source: Source, index: int) -> bytes | None:
+    """The picture of `source[index]` as its file has it; None where the source has no method ``picture_bytes(index)``.
+
+    Raises as `source[index]` does where the file cannot be read.
+    """
+    read = getattr(source, "picture_bytes", None)
+    return None if read is None else read(index)

@@ -53,8 +53,12 @@ class Table:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Record:
-        captions = self.captions(index)
-        return Record(read_picture(self.file(index), self.key(index)), captions, self.key(index))
+        return self.read(index)
+
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        """As `fastclip.data.source.read_sample`."""
+        captions, key = self.captions(index), self.key(index)
+        return Record(read_picture(self._file(index), key, min_side=min_side), captions, key)
 
     def captions(self, index: int) -> tuple[str, ...]:
         if not self._captions[index]:
@@ -64,7 +68,11 @@ class Table:
     def key(self, index: int) -> str:
         return self._files[index]
 
-    def file(self, index: int) -> Path:
+    def picture_bytes(self, index: int) -> bytes:
+        """As `fastclip.data.source.picture_bytes`."""
+        return self._file(index).read_bytes()
+
+    def _file(self, index: int) -> Path:
         """The picture's, from here or from the table's folder; BadSample where there is none."""
         path = Path(self._files[index])
         if path.is_absolute() or os.path.exists(path):  # which takes names that are too long for the system

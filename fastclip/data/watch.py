@@ -14,12 +14,15 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from fastclip.data.source import Record, Source
+from fastclip.data.mixture import Mixture
+from fastclip.data.source import Record, Source, read_sample
 
 __all__ = ["Alarm", "Watch"]
 
 logger = logging.getLogger(__name__)
-_WORDS = 3  # of a worker: its pid; the sample it reads, plus 1, or 0; since when, in ns of the monotonic clock
+_WORDS = (
+    4  # of a worker: its pid; the sample it reads, plus 1, or 0; the epoch; since when, in ns of the monotonic clock
+)
 
 
 class Watch:
@@ -36,25 +39,29 @@ class Watch:
         self.source, self.workers, self.patience = source, workers, patience
         self._words: Any = RawArray("q", _WORDS * max(1, workers))
 
-    def read(self, index: int) -> Record:
-        self._note(index + 1)
-        return self.source[index]
+    def read(self, index: int, *, epoch: int = 0, min_side: int | None = None) -> Record:
+        """As `fastclip.data.source.read_sample`; of a mixture what `index` is in this epoch."""
+        self._note(index + 1, epoch)
+        if isinstance(self.source, Mixture):
+            return self.source.read(index, epoch=epoch, min_side=min_side)
+        return read_sample(self.source, index, min_side=min_side)
 
     def rest(self) -> None:
         """The reader is done with what it was asked for."""
         self._note(0)
 
-    def _note(self, what: int) -> None:
+    def _note(self, what: int, epoch: int = 0) -> None:
         info = get_worker_info()
         start = _WORDS * (0 if info is None else info.id)
-        self._words[start : start + _WORDS] = [os.getpid(), what, time.monotonic_ns()]
+        self._words[start : start + _WORDS] = [os.getpid(), what, epoch, time.monotonic_ns()]
 
     def told(self, worker: int) -> str:
         """``, reading KEY for 61 s``; nothing of a worker that rests."""
-        _, what, since = self._words[_WORDS * worker : _WORDS * (worker + 1)]
+        _, what, epoch, since = self._words[_WORDS * worker : _WORDS * (worker + 1)]
         if not what:
             return ""
-        return f", reading {self.source.key(what - 1)} for {(time.monotonic_ns() - since) / 1e9:.0f} s"
+        key = self.source.key(what - 1, epoch=epoch) if isinstance(self.source, Mixture) else self.source.key(what - 1)
+        return f", reading {key} for {(time.monotonic_ns() - since) / 1e9:.0f} s"
 
     def stuck(self) -> str:
         """Every worker that reads, and what."""

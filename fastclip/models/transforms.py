@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from PIL import Image
 from torchvision.transforms import (
     CenterCrop,
@@ -17,7 +19,9 @@ from torchvision.transforms import (
 
 from fastclip.models.config import ModelConfig
 
-__all__ = ["image_transform"]
+__all__ = ["image_transform", "training_side"]
+
+_AREA = (0.9, 1.0)  # of open_clip's random part
 
 
 def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
@@ -38,12 +42,20 @@ def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
     if not train:
         crops = [resize, CenterCrop(size)]
     elif options.train_crop == "resized":
-        crops = [RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=interpolation)]
+        crops = [RandomResizedCrop(size, scale=_AREA, interpolation=interpolation)]
     elif options.train_crop == "flipped":
         crops = [resize, RandomCrop(size), RandomHorizontalFlip()]
     else:
         raise ValueError(f"train_crop must be 'resized' or 'flipped', got {options.train_crop!r}")
     return Compose([*crops, _to_rgb, ToTensor(), Normalize(options.mean, options.std)])
+
+
+def training_side(config: ModelConfig) -> int:
+    """Pixels of a picture's shorter side that training takes: with so many, no crop of it is enlarged."""
+    options, size = config.preprocess_cfg, config.vision_cfg.image_size
+    if options.train_crop == "resized":
+        return math.ceil(size / _AREA[0])  # a part inside the picture keeps so much of either side
+    return options.resize_size or size
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -42,4 +42,3 @@ def sizes_of(model: DualEncoder) -> Sizes:
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
-

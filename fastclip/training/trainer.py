@@ -26,7 +26,7 @@ from fastclip.evaluation.validate import validate
 from fastclip.models.config import ModelConfig, load_config
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.factory import build_model, create_model, get_tokenizer
-from fastclip.models.transforms import image_transform
+from fastclip.models.transforms import image_transform, training_side
 from fastclip.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -285,6 +285,7 @@ class _Trainer:
             ranks=world.ranks,
             workers=options.workers,
             pin_memory=world.device.type == "cuda",
+            min_side=training_side(self.config),
         )
         assert options.lr is not None and options.warmup is not None
         waited, since, steps_since = 0.0, time.perf_counter(), 0

@@ -1,0 +1,128 @@
+"""Data sets of Hugging Face's `datasets` library."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from fastclip.data.faults import BadSample
+from fastclip.data.picture import read_picture
+from fastclip.data.source import Record
+from fastclip.data.table import CAPTION_COLUMNS, IMAGE_COLUMNS
+
+__all__ = ["HubSource"]
+
+_CAPTIONS = (*CAPTION_COLUMNS, "captions")
+_LABEL = "label"
+_TEMPLATES = ("a photo of a {}",)
+
+
+class HubSource:
+    """One sample a row of ``hf:NAME`` or ``hf:NAME:SPLIT``; the split is train where none is named.
+
+    NAME is what ``datasets.load_dataset`` takes, a data set of the Hub or a local folder, or the folder of
+    ``save_to_disk``. Pictures are in the first column of pictures, or in one with a name of `Table`'s columns; captions
+    in `title`, `caption`, `text` or `captions`, strings or lists of strings. A column `label` of class names gives the
+    classes, and captions ("a photo of a NAME") where there are none.
+
+    Raises:
+        ValueError: a column or the split is missing, or `datasets` cannot make sense of the data.
+        OSError: there is no such data set, or it cannot be read.
+    """
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+        name, _, split = spec.removeprefix("hf:").partition(":")
+        rows = _load(name, split or "train", spec)
+        self._image, self._caption = _columns(rows.features, spec)
+        label = rows.features.get(_LABEL)
+        self._label = _LABEL if isinstance(label, datasets.ClassLabel) else None
+        self.class_names: tuple[str, ...] = tuple(label.names) if self._label else ()
+        self.templates: tuple[str, ...] = _TEMPLATES if self._label else ()
+        if self._caption is None and self._label is None:
+            raise ValueError(f"{spec}: no column of captions ({', '.join(_CAPTIONS)}) {_has(rows.features)}")
+        told = [column for column in (self._caption, self._label) if column is not None]
+        self._texts = rows.select_columns(told)
+        rows = rows.select_columns([self._image, *told])
+        self._rows = rows.cast_column(self._image, datasets.Image(decode=False))  # read_picture names what fails
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read(index)
+
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        """As `fastclip.data.source.read_sample`."""
+        key, row = self.key(index), self._rows[index]
+        captions, data = self._told(row, key), row[self._image]
+        if data is None:
+            raise BadSample("no image", key, "there is no picture")
+        file = Path(data["path"]) if data["bytes"] is None else io.BytesIO(data["bytes"])
+        label = None if self._label is None else row[self._label]
+        return Record(read_picture(file, key, min_side=min_side), captions, key, None if label == -1 else label)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._told(self._texts[index], self.key(index))
+
+    def key(self, index: int) -> str:
+        return f"{self.spec}, row {index}"
+
+    def picture_bytes(self, index: int) -> bytes:
+        """As `fastclip.data.source.picture_bytes`."""
+        data = self._rows[index][self._image]
+        return Path(data["path"]).read_bytes() if data["bytes"] is None else data["bytes"]
+
+    def _told(self, row: dict[str, Any], key: str) -> tuple[str, ...]:
+        if self._caption is not None:
+            found = row[self._caption]
+            texts = [text for text in (found if isinstance(found, list) else [found]) if text is not None]
+        elif row[_LABEL] in (None, -1):
+            texts = []
+        else:
+            texts = [template.format(self.class_names[row[_LABEL]]) for template in self.templates]
+        if not all(isinstance(text, str) for text in texts):
+            what = f"{self._caption} must be a string or a list of strings, is {found!r}"
+            raise BadSample("damaged caption", key, what)
+        if not texts:
+            raise BadSample("no caption", key, "it has no caption")
+        given = tuple(text.strip() for text in texts if text.strip())
+        if not given:
+            raise BadSample("empty caption", key, "its caption is empty")
+        return given
+
+
+def _load(name: str, split: str, spec: str) -> Any:
+    """A `datasets.Dataset`."""
+    folder = Path(name)
+    try:
+        if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            return datasets.load_dataset(name, split=split)
+        found = datasets.load_from_disk(name)
+    except OSError as error:
+        raise OSError(f"{spec}: {error}") from error
+    except Exception as error:  # what its readers meet
+        raise ValueError(f"{spec}: {error}") from error
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split not in found:
+        raise ValueError(f"{spec}: there is no split {split}; splits are {', '.join(map(str, found))}")
+    return found[split]
+
+
+def _columns(features: Any, spec: str) -> tuple[str, str | None]:
+    """Of pictures and of captions."""
+    lower = {name.lower(): name for name in reversed(features)}
+    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    image = next((lower[name] for name in IMAGE_COLUMNS if name in lower), None)
+    if not pictures and image is None:
+        raise ValueError(f"{spec}: no column of pictures {_has(features)}")
+    caption = next((lower[name] for name in _CAPTIONS if name in lower), None)
+    return pictures[0] if pictures else str(image), caption
+
+
+def _has(features: Any) -> str:
+    return f"among {', '.join(features)}"

@@ -1,0 +1,91 @@
+"""Several sources as one, each drawn more or less often."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
+
+from fastclip.data.source import Record, Source, picture_bytes, read_sample
+
+__all__ = ["Mixture"]
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class Mixture:
+    """Sources joined; an epoch draws round(weight size) samples of each.
+
+    With a whole weight an epoch draws every sample of a source so many times. With a fraction it draws some, evenly
+    spread over the source, and the next epoch goes on where it ended: every sample has been drawn before one is drawn
+    once more. What is drawn is a function of the epoch and the index; `mixture[index]` is that of epoch 0.
+
+    Classes are the sources' where all have the same, else there are none.
+
+    Args:
+        spec: as the user wrote it.
+        sources: not empty.
+        weights: the mean number of times that an epoch draws a sample of the source, one a source, positive.
+
+    Raises:
+        ValueError: a source is so small, or its weight, that nothing of it would be drawn.
+    """
+
+    def __init__(self, spec: str, sources: Sequence[Source], weights: Sequence[Fraction]) -> None:
+        self.spec, self._sources = spec, tuple(sources)
+        self._draws = [round(weight * len(source)) for source, weight in zip(sources, weights, strict=True)]
+        for source, weight, draws in zip(sources, weights, self._draws):
+            if draws < 1:
+                raise ValueError(f"{source.spec}: {float(weight):g} times its {len(source)} samples are none")
+        self._ends = list(accumulate(self._draws))
+        self._strides = [
+            _stride(len(source)) if draws % len(source) else 1 for source, draws in zip(sources, self._draws)
+        ]
+        first = sources[0]
+        self._with_classes = all(source.class_names == first.class_names for source in sources)
+        self.class_names = first.class_names if self._with_classes else ()
+        self.templates = first.templates if self._with_classes else ()
+
+    def __len__(self) -> int:
+        """Samples that an epoch draws."""
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read(index)
+
+    def read(self, index: int, *, epoch: int = 0, min_side: int | None = None) -> Record:
+        """As `fastclip.data.source.read_sample`, in any epoch."""
+        source, sample = self._locate(epoch, index)
+        record = read_sample(source, sample, min_side=min_side)
+        return record if self._with_classes else record._replace(label=None)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        source, sample = self._locate(0, index)
+        return source.captions(sample)
+
+    def key(self, index: int, *, epoch: int = 0) -> str:
+        source, sample = self._locate(epoch, index)
+        return source.key(sample)
+
+    def picture_bytes(self, index: int) -> bytes | None:
+        """As `fastclip.data.source.picture_bytes`."""
+        source, sample = self._locate(0, index)
+        return picture_bytes(source, sample)
+
+    def _locate(self, epoch: int, index: int) -> tuple[Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} of {len(self)}")
+        part = bisect_right(self._ends, index)
+        source, draws = self._sources[part], self._draws[part]
+        turn = epoch * draws + index - (self._ends[part] - draws)  # among all draws from the source, of all epochs
+        return source, turn * self._strides[part] % len(source)
+
+
+def _stride(size: int) -> int:
+    """A step that comes to every one of `size` places in turn, and is far from those before: the golden section's."""
+    stride = max(1, round(_GOLDEN * size))
+    while math.gcd(stride, size) > 1:
+        stride += 1
+    return stride

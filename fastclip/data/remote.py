@@ -1,0 +1,124 @@
+"""Shards behind URLs, which are copied once and then read as files."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+from braceexpand import braceexpand
+from filelock import FileLock
+
+from fastclip import _env
+
+__all__ = ["local_copies", "shard_urls"]
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 8
+
+
+def shard_urls(pattern: str) -> list[str]:
+    """URLs of a URL, a brace pattern (``s3://bucket/{00000..00009}.tar``), or one with ``*`` where it can be listed.
+
+    Raises:
+        ValueError: no URL of a .tar, a pattern of https, or one that nothing fits.
+        ImportError: a library that fsspec needs for this kind of URL is not installed.
+        OSError: it cannot be listed.
+    """
+    try:
+        names = list(braceexpand(pattern))
+    except ValueError as error:
+        raise ValueError(f"{pattern}: {error}") from error
+    found: list[str] = []
+    for name in names:
+        if not urlsplit(name).path.endswith(".tar"):
+            raise ValueError(f"{name}: of URLs only tar shards are read, whose names end in .tar")
+        found += _listed(name) if "*" in name else [name]
+    return list(dict.fromkeys(found))
+
+
+def _listed(pattern: str) -> list[str]:
+    if urlsplit(pattern).scheme in ("http", "https"):
+        raise ValueError(f"{pattern}: a web server does not list its files: name them, as in {{00000..00009}}.tar")
+    system, path = _file_system(pattern)
+    try:
+        found = sorted(system.unstrip_protocol(name) for name in system.glob(path))
+    except Exception as error:  # every kind of storage has its own
+        raise OSError(f"{pattern}: cannot be listed: {type(error).__name__}: {error}") from error
+    if not found:
+        raise ValueError(f"no such shards: {pattern}")
+    return found
+
+
+def local_copies(urls: list[str]) -> list[str]:
+    """Paths of the copies, in order; what is not in `fastclip._env.cache_folder()` is copied there.
+
+    A copy is made under another name and renamed when it has the size that the server tells. Processes that start at
+    once wait for each other. A copy whose size is no longer the server's is made anew; one of a server that does not
+    answer is used as it is. Files of ``file://`` are not copied.
+
+    Raises:
+        OSError: a URL cannot be read, or the disk is full; the message names it.
+        ImportError: a library that fsspec needs for this kind of URL is not installed.
+    """
+    with ThreadPoolExecutor(min(_THREADS, len(urls)) or 1) as pool:
+        futures = [pool.submit(_local_copy, url) for url in urls]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _local_copy(url: str) -> str:
+    system, path = _file_system(url)
+    if "file" in _protocols(system):
+        return str(path)
+    digest = hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+    copy = _env.cache_folder() / "shards" / digest / PurePosixPath(urlsplit(url).path).name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(copy.with_name(f"{copy.name}.lock")):
+        have = copy.stat().st_size if copy.exists() else None
+        try:
+            size = system.info(path).get("size")
+            if have is None or size not in (None, have):
+                _copy(system, path, copy, size)
+        except Exception as error:  # every kind of storage has its own
+            if have is None or isinstance(error, _Short):
+                raise OSError(f"{url}: cannot be copied: {type(error).__name__.lstrip('_')}: {error}") from error
+            logger.warning("%s cannot be reached, its copy %s is used: %s", url, copy, error)
+    return str(copy)
+
+
+class _Short(Exception):
+    """Fewer bytes came, or more, than were told."""
+
+
+def _copy(system: Any, path: str, copy: Path, size: int | None) -> None:
+    half = copy.with_name(f".{copy.name}.{os.getpid()}")
+    try:
+        system.get_file(path, str(half))
+        if size is not None and half.stat().st_size != size:
+            raise _Short(f"{half.stat().st_size} of {size} bytes came")
+        half.replace(copy)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ImportError(f"{url}: {error}", name=error.name) from error
+    except Exception as error:
+        raise ValueError(f"{url}: {error}") from error
+
+
+def _protocols(system: Any) -> tuple[str, ...]:
+    return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
