@@ -7,6 +7,7 @@ import multiprocessing
 import re
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -190,7 +191,13 @@ def test_remote_shard_is_copied_by_one_of_several_processes(memory: object, tmp_
         from fastclip.data import remote
 
         copy, copied = remote._copy, []
-        remote._copy = lambda *rest: (copied.append(1), copy(*rest))
+
+        def slowly(*rest: object) -> None:
+            copied.append(1)
+            time.sleep(1)  # the others come meanwhile
+            copy(*rest)
+
+        remote._copy = slowly
         start.wait(60)
         answers.put((shades("memory://s/{0,1}.tar"), len(copied)))
 

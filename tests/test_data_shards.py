@@ -169,6 +169,25 @@ def test_index_is_not_needed_on_disk(tmp_path: Path, scans: list[str], monkeypat
     assert shades(path) == shades(path) == [0, 1, 2] and len(scans) == 2
 
 
+def test_index_has_its_name_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shard(tmp_path / "x.tar")
+    replaced = []
+
+    def replace(half: Path, file: Path) -> Path:
+        assert half != file and not file.exists()
+        found = shard_index._load(half, shard_index.stamp_of(path.stat()))
+        assert found is not None and len(found.rows) == 3
+        replaced.append(half.name)
+        os.replace(half, file)
+        return file
+
+    monkeypatch.setattr(Path, "replace", replace)
+    for _ in range(2):
+        assert shades(path) == [0, 1, 2]
+        (tmp_path / "x.tar.fastclip-index").unlink()
+    assert len(set(replaced)) == 2  # no two processes write one file
+
+
 def test_index_made_by_several_processes_at_once_is_whole(tmp_path: Path) -> None:
     for k in range(12):
         write_shard(tmp_path / f"{k:02d}.tar", 4, first=4 * k)

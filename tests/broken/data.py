@@ -138,12 +138,13 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "a shard is gone through once in its life; its index is made anew when the file changes or the index is damaged, and is written whole, by any number of processes at once",
-            (f"{SHARDS}::test_index_is_made_once", f"{SHARDS}::test_index_is_made_anew_for_another_file", f"{SHARDS}::test_index_that_is_damaged_is_made_anew", f"{SHARDS}::test_index_is_in_the_cache_folder_where_none_can_lie_beside_the_shard", f"{SHARDS}::test_index_made_by_several_processes_at_once_is_whole", f"{SHARDS}::test_members_are_those_of_tarfile"),
+            (f"{SHARDS}::test_index_is_made_once", f"{SHARDS}::test_index_is_made_anew_for_another_file", f"{SHARDS}::test_index_that_is_damaged_is_made_anew", f"{SHARDS}::test_index_is_in_the_cache_folder_where_none_can_lie_beside_the_shard", f"{SHARDS}::test_index_has_its_name_when_it_is_whole", f"{SHARDS}::test_index_made_by_several_processes_at_once_is_whole", f"{SHARDS}::test_members_are_those_of_tarfile"),
             (
                 Break("index: never kept", f"{FOLDER}shard_index.py", "        half.replace(file)\n", "        half.unlink()\n"),
                 Break("index: that of an older file", f"{FOLDER}shard_index.py", "(_MAGIC, stamp, len(content))", "(_MAGIC, Stamp(size, mtime_ns), len(content))"),
                 Break("index: damage is not seen", f"{FOLDER}shard_index.py", " or zlib.crc32(content) != checksum", ""),
                 Break("index: no cache folder", f"{FOLDER}shard_index.py", 'Path(f"{path}.fastclip-index"), _cached(path)', '(Path(f"{path}.fastclip-index"),)'),
+                Break("index: written in its place", f"{FOLDER}shard_index.py", 'half = file.with_name(f".{file.name}.{os.getpid()}-{random.SystemRandom().getrandbits(32):08x}")', "half = file"),
                 Break("index: all write one temporary file", f"{FOLDER}shard_index.py", "{os.getpid()}-{random.SystemRandom().getrandbits(32):08x}", "half"),
                 Break("index: a long name is what its header holds", f"{FOLDER}tar_index.py", "_HARMLESS.fullmatch(file.read(size)) is None", "file.read(size) is None"),
             ),
