@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -273,9 +274,10 @@ def main() -> None:
         if arguments.peak_of:
             print(peak(case, arguments.peak_of))
             continue
+        load = round(os.getloadavg()[0], 1)  # others may be using the machine
         peaks = {name: peak_in_child(case, name) for name in names}
         found = rows(case, *measure(case, names, arguments.rounds), peaks)
-        append(arguments.rows, found, machine())
+        append(arguments.rows, found, {"load": load, **machine()})
         for row in found:
             print(*row.values(), sep="\t", flush=True)
 
