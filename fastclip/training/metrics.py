@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from fastclip.training.durable import write_text
 
-__all__ = ["Metrics", "Progress", "cut_metrics"]
+__all__ = ["Meter", "Metrics", "Progress", "cut_metrics"]
 
 logger = logging.getLogger(__name__)
 _PAUSE = 5.0  # seconds between plain lines
@@ -69,6 +71,41 @@ def cut_metrics(file: Path, step: int) -> None:
         if values["step"] <= step:
             kept.append(line)
     write_text(file, "".join(kept))
+
+
+class Meter:
+    """Throughput between two readings."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._begin()
+
+    def _begin(self) -> None:
+        self._waited, self._steps, self._since = 0.0, 0, time.perf_counter()
+
+    def stepped(self) -> None:
+        self._steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside takes no time."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """Samples a second, and the share of the time that was waited for data; begins anew."""
+        seconds = time.perf_counter() - self._since
+        found = {"samples_per_second": self._steps * self._batch_size / seconds, "data_wait": self._waited / seconds}
+        self._begin()
+        return found
 
 
 class Progress:

@@ -16,17 +16,17 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fastclip import _env
-from fastclip._backends import pick
 from fastclip._version import __version__
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.spec import open_source
 from fastclip.data.workers import naming_dead_workers
 from fastclip.evaluation.validate import validate
-from fastclip.models.config import ModelConfig, load_config
-from fastclip.models.dual_encoder import DualEncoder
-from fastclip.models.factory import build_model, create_model, get_tokenizer
+from fastclip.models.config import load_config
+from fastclip.models.factory import build_model as empty_model
+from fastclip.models.factory import get_tokenizer
 from fastclip.models.transforms import image_transform, training_side
+from fastclip.training.building import build_loss, build_model, resolve, served_by
 from fastclip.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -37,8 +37,7 @@ from fastclip.training.checkpoint import (
     write_snapshot,
 )
 from fastclip.training.durable import mend_folders, new_folder
-from fastclip.training.losses import NamedLoss, named_loss
-from fastclip.training.metrics import Metrics, Progress, cut_metrics
+from fastclip.training.metrics import Meter, Metrics, Progress, cut_metrics
 from fastclip.training.optim import MovingAverage, build_optimizer, warmup_cosine
 from fastclip.training.options import TrainOptions, flag, write_options
 from fastclip.training.parallel import World, joined, one_for_all, wrap
@@ -83,21 +82,6 @@ def train(options: TrainOptions) -> Run:
         return _Trainer(options, world).run()
 
 
-def resolve(options: TrainOptions, config: ModelConfig) -> TrainOptions:
-    """`options` with the model's own values in place of None, where the length of the data does not matter."""
-    own = config.train_cfg
-    loss = options.loss or own.loss
-    smoothing = own.label_smoothing if loss == own.loss else 0.1 * (loss == "align")
-    found: dict[str, Any] = {
-        "loss": loss,
-        "label_smoothing": smoothing,
-        "optimizer": own.optimizer,
-        "lr": own.learning_rate,
-        "weight_decay": own.weight_decay,
-    }
-    return replace(options, **{name: value for name, value in found.items() if getattr(options, name) is None})
-
-
 class _Trainer:
     """Everything that a run holds, made in the order in which it is needed."""
 
@@ -119,9 +103,9 @@ class _Trainer:
         self.options = replace(options, max_steps=self.steps, warmup=warmup)
         self.val_source = None if options.val_data is None else open_source(options.val_data, held_out=True)
 
-        self.backend = self._backend()
-        self.loss = self._loss()
-        self.model = self._model()
+        self.backend = served_by(self.options, world.device)
+        self.loss = build_loss(self.options, world)
+        self.model = build_model(self.options, self.loss, world.device)
         assert self.model.config is not None
         self.config = self.model.config
         self.tokenize = get_tokenizer(options.model, context_length=options.context_length)
@@ -151,55 +135,6 @@ class _Trainer:
             raise ValueError(
                 f"--output {self.folder} holds a run: --resume auto goes on with it, another folder begins a new one"
             )
-
-    def _backend(self) -> str:
-        options, where = self.options, self.world.device if self.options.features_on == "device" else "cpu"
-        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-        try:
-            name, _ = pick(options.backend, torch.empty(2, 2, device=where, dtype=dtype))
-        except RuntimeError as error:
-            raise ValueError(f"--backend: {error}") from error
-        logger.info("the %s loss is served by backend %r", options.loss, name)
-        return name
-
-    def _loss(self) -> NamedLoss:
-        options = self.options
-        assert options.loss is not None and options.label_smoothing is not None
-        return named_loss(
-            options.loss,
-            label_smoothing=options.label_smoothing,
-            image_weight=options.image_weight,
-            group=self.world.group,
-            comm=options.comm,
-            equal_shards=options.batch_size % self.world.ranks == 0,
-            backend=options.backend,
-        )
-
-    def _model(self) -> DualEncoder:
-        options, loss = self.options, self.loss
-        torch.manual_seed(options.seed)
-        model = create_model(
-            options.model,
-            options.pretrained,
-            image_size=options.image_size,
-            context_length=options.context_length,
-            init_logit_scale=loss.init_logit_scale,
-            init_logit_bias=loss.init_logit_bias,
-        )
-        if loss.fixed_scale:
-            assert loss.init_logit_scale is not None
-            model.logit_scale.requires_grad_(False).fill_(loss.init_logit_scale)
-        if model.logit_bias is not None:  # DDP waits for gradients that no loss gives
-            model.logit_bias.requires_grad_(loss.init_logit_bias is not None)
-        if options.lock_image:
-            model.lock_image_tower()
-        if options.lock_text:
-            model.lock_text_tower()
-        if options.grad_checkpointing:
-            model.set_grad_checkpointing()
-        if options.compile:
-            model.compile()
-        return model.to(self.world.device)
 
     def run(self) -> Run:
         options, world = self.options, self.world
@@ -288,11 +223,10 @@ class _Trainer:
             min_side=training_side(self.config),
         )
         assert options.lr is not None and options.warmup is not None
-        waited, since, steps_since = 0.0, time.perf_counter(), 0
+        meter = Meter(options.batch_size)
         for step in range(first, last):
-            begin = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - begin
+            with meter.waiting():
+                batch = next(batches)
             self.skipped.count(batch, step)
             self.model.train()
             lr = options.lr * warmup_cosine(step, warmup_steps=options.warmup, steps=self.steps)
@@ -301,9 +235,8 @@ class _Trainer:
             seed_step(options.seed, step, world.rank)
             logged = (step + 1) % options.log_every == 0 or step + 1 == last
             report = stepper.step(batch, step=step, accuracy=logged, status=self._status)
-            steps_since += 1
+            meter.stepped()
             if logged:
-                seconds = time.perf_counter() - since
                 values = {
                     "loss": report.loss,
                     "lr": lr,
@@ -313,17 +246,14 @@ class _Trainer:
                     "text_top1": report.text_top1 or 0.0,
                     "skipped": self.skipped.tally.total,
                     "epoch": self.order.position(step)[0],
-                    "samples_per_second": steps_since * options.batch_size / seconds,
-                    "data_wait": waited / seconds,
+                    **meter.read(),
                 }
                 if metrics is not None:
                     metrics.write(step + 1, values)
                 progress.show(step + 1, values)
-                waited, since, steps_since = 0.0, time.perf_counter(), 0
             progress.moved()
-            pause = time.perf_counter()
-            yield step + 1, report
-            since += time.perf_counter() - pause  # validation and checkpoints are no part of the throughput
+            with meter.paused():  # validation and checkpoints are no part of the throughput
+                yield step + 1, report
 
     def _resume(self) -> int:
         """Updates that a checkpoint holds; 0 for a new run. Prepares the folder."""
@@ -415,7 +345,7 @@ class _Trainer:
             state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             with one_for_all(self.world):
                 if self.world.rank == 0:
-                    whole = build_model(self.config, device="meta")
+                    whole = empty_model(self.config, device="meta")
                     whole.load_state_dict(state, assign=True)
                     with new_folder(self.folder / "model") as half:
                         whole.save_pretrained(half)

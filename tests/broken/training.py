@@ -51,7 +51,7 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("trainer: changes are not named", f"{TRAINING}trainer.py", "for change in _changes(", "for change in () and _changes("),
             ),
         ),
-        Promise("the same options repeat a run bit for bit, with other workers too", (f"{RUN}::test_run_repeats_bit_by_bit",), (Break("trainer: weights from whatever was drawn before", f"{TRAINING}trainer.py", "        torch.manual_seed(options.seed)\n", ""),)),
+        Promise("the same options repeat a run bit for bit, with other workers too", (f"{RUN}::test_run_repeats_bit_by_bit",), (Break("trainer: weights from whatever was drawn before", f"{TRAINING}building.py", "    torch.manual_seed(options.seed)\n", ""),)),
         Promise(
             "a loss or gradient that is not finite ends a run before the update and names step and samples",
             (f"{STEP}::test_pixels_that_are_not_finite_stop_before_the_update", f"{STEP}::test_gradient_that_is_not_finite_stops_before_the_update", f"{STEP}::test_weights_and_features_that_are_not_finite_are_named"),
