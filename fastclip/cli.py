@@ -133,7 +133,13 @@ def _check_data(args: argparse.Namespace) -> int:
         "speed": f"{found.samples / found.seconds:,.0f} samples/s, {args.workers} workers, {found.seconds:.1f} s",
     }
     print("\n".join(f"{name:<18}{text}" for name, text in rows.items()))
-    return int(found.bad_share > args.max_bad)
+    if found.bad_share > args.max_bad:
+        print(
+            f"fastclip data: {found.bad_share:.2%} cannot be used, more than --max-bad {args.max_bad:g}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
 
 
 def _pack_data(args: argparse.Namespace) -> None:

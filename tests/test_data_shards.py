@@ -301,3 +301,25 @@ def test_shard_that_has_gone_is_named(tmp_path: Path) -> None:
         source[2]
     with pytest.raises(IndexError):
         source[3]
+
+
+def test_picture_and_its_mask_are_one_sample(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for k in range(2):
+            for suffix, data in (("jpg", picture(k, "jpeg")), ("png", picture(200)), ("txt", b"a caption")):
+                info = tarfile.TarInfo(f"{k}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    source = open_source(str(tmp_path / "x.tar"))
+    assert [source[k].image.getpixel((3, 3)) for k in range(len(source))] == [0, 1]  # the first of its key counts
+
+
+def test_reads_of_a_few_bytes_are_put_together() -> None:
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(min(size, 7) if size is not None and size > 0 else size)
+
+    data = bytes(range(200))
+    assert tar_index.read_exactly(Slow(data), 150) == data[:150]
+    assert tar_index.read_exactly(Slow(data), 300) == data
+    assert tar_index.read_exactly(Slow(data), 0) == b""

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from faulty import HTML, picture, write_folder
+from PIL import Image
 
 pytest.importorskip("timm", reason="timm, which the trainer needs, is not installed")
 pytest.importorskip("open_clip", reason="open_clip, which the trainer needs, is not installed")
@@ -112,6 +113,8 @@ def test_share_is_exact_at_the_end_of_an_epoch_and_beyond_chance_before() -> Non
     assert not too_many(20, 100, 10**6, 0.1) and too_many(28, 100, 10**6, 0.1)  # 10 expected, 3 or so by chance
     assert not too_many(5, 6, 5, 1.0) and not too_many(10**6, 10**6, 10**9, 1.0)
     assert too_many(1, 1, 10**6, 0.0)
+    # an epoch of whole batches leaves samples out: 9 bad ones of 1,000 are no 1 %, if all are among 512 that are drawn
+    assert not too_many(9, 512, 512, 0.01, size=1000) and too_many(11, 512, 512, 0.01, size=1000)
 
 
 def work(rank: int, folder: Path) -> None:
@@ -171,3 +174,21 @@ def test_killed_worker_ends_the_run_with_a_line(tmp_path: Path, monkeypatch: pyt
     data = write_folder(tmp_path / "data", 12)
     with pytest.raises(ChildProcessError, match=r"data worker.*killed by the system \(Killed\): out of memory\?"):
         train(options(data, tmp_path / "run", workers=1))
+
+
+def test_data_that_changed_since_the_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_folder(tmp_path / "data", 12)
+    train(options(data, tmp_path / "run", stop_after=1))
+    write_folder(data, 14)
+    train(options(data, tmp_path / "run", resume="auto", stop_after=1))
+    assert "the data had 12 samples and have 14" in caplog.text
+
+
+def test_memory_that_is_missing_is_no_fault_of_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    data = write_folder(tmp_path / "data", 6)
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(MemoryError):
+        train(options(data, tmp_path / "run"))

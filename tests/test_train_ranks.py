@@ -132,3 +132,27 @@ def test_torchrun_starts_the_command(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     alone = train(options(tmp_path / "alone", val_data=None, max_steps=2))
     assert_near([line["loss"] for line in lines], alone.losses)
+
+
+def _sees(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W)
+    table = folder / f"{rank}.csv"
+    table.write_text("filepath,title\n" + "a.png,x\n" * (30 + rank))
+    try:
+        train(options(folder / "run", data=str(table), val_data=None))
+    except ValueError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.fault("processes that see different data", "all of them raise and tell what each sees")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
+def test_ranks_that_see_different_data_are_told(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_sees, args=(rank, tmp_path)) for rank in range(W)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(W)]
+    assert all("different data: rank 0 30 samples from a.png, rank 1 31 samples from a.png" in line for line in told)

@@ -97,6 +97,8 @@ class _Check(Dataset[list[Any]]):
         if self._transform is not None:
             try:
                 self._transform(record.image)
+            except MemoryError:
+                raise
             except Exception as error:  # whatever the transform meets
                 return Fault("failed transform", record.key, f"the transform failed: {type(error).__name__}: {error}")
         return _Sample(len(record.captions), *record.image.size)

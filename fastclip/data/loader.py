@@ -177,7 +177,7 @@ class _Evaluation(Dataset[tuple[Tensor, Tensor, Tensor, tuple[Fault, ...]]]):
 
     def _candidates(self, index: int) -> Iterator[tuple[int, int]]:
         for attempt in range(1 if self._strict else _TRIES):
-            sample = (index + attempt) % len(self._watch.source)
+            sample = mix(index, attempt) % len(self._watch.source) if attempt else index
             yield sample, mix(sample)
 
 
@@ -209,6 +209,8 @@ def _transformed(transform: Transform, record: Record, seed: int) -> Tensor:
     random.seed(seed)
     try:
         return transform(record.image)
+    except MemoryError:  # the machine's fault, not the sample's
+        raise
     except Exception as error:
         what = f"the transform failed: {type(error).__name__}: {error}"
         raise BadSample("failed transform", record.key, what) from error

@@ -62,6 +62,8 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
         raise BadSample("image too large", key, f"the image is too large: {error}") from error
     except UnidentifiedImageError as error:  # its text shows the file object, of which a reader knows nothing
         raise BadSample("not an image", key, "not a picture that can be read: its format is not known") from error
+    except MemoryError:  # the machine's fault, not the picture's
+        raise
     except Exception as error:  # Pillow's readers raise what their parsers happen to meet, struct.error for instance
         cause = "truncated image" if "truncated" in str(error).lower() else "damaged image"
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not Pillow's

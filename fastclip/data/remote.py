@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -101,7 +100,8 @@ class _Short(Exception):
 
 
 def _copy(system: Any, path: str, copy: Path, size: int | None) -> None:
-    half = copy.with_name(f".{copy.name}.{os.getpid()}")
+    half = copy.with_name(f".{copy.name}.part")  # one process at a time copies; what a killed one left is written over
+    logger.info("copies %s, %s bytes, to %s", path, "?" if size is None else f"{size:,}", copy)
     try:
         system.get_file(path, str(half))
         if size is not None and half.stat().st_size != size:

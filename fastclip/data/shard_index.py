@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from fastclip import _env
 from fastclip.data.picture import PICTURE_SUFFIXES
-from fastclip.data.tar_index import BLOCK, Member, tar_members
+from fastclip.data.tar_index import BLOCK, Member, read_exactly, tar_members
 
 __all__ = [
     "CUT",
@@ -60,7 +60,7 @@ TEXT, JSON, UNTOLD, REPEATED, CUT = range(5)
 WANTED = "a .txt or a .json of the same name must lie in the shard"
 
 _HEAD = struct.Struct("<8sqqqqqI")  # magic, the shard's size and time, bytes of rows, keys and damage, CRC-32 of them
-_MAGIC = b"fcindex2"
+_MAGIC = b"fcindex3"
 _THREADS = 16  # they wait for the disk, or for the network behind it
 
 
@@ -201,23 +201,24 @@ def _build(shard: BinaryIO, name: str) -> tuple[Rows, bytes, str]:
 
 def _header_crc(shard: BinaryIO, member: Member) -> int:
     shard.seek(member.header)
-    return zlib.crc32(shard.read(BLOCK))
+    return zlib.crc32(read_exactly(shard, BLOCK))
 
 
 def _samples(members: Sequence[Member], end: int) -> list[_Sample]:
-    """Every key with a picture, in order; then one more for each that has a picture or a caption twice."""
+    """Every key with a picture, in order; then one more for each that has a member of one name twice."""
     groups: dict[str, dict[str, Member]] = {}
     repeated: dict[str, _Sample] = {}
     for member in members:
         if (match := _MEMBER.match(member.name)) is None:
             continue
         key, kind = match[1], match[2].lower()
-        kind = "picture" if kind in PICTURE_SUFFIXES else kind
         group = groups.setdefault(key, {})
-        if kind in group and kind in ("picture", ".txt", ".json"):
-            repeated[key] = _Sample(key, REPEATED)
-        else:
+        if kind not in group:
             group[kind] = member
+            if kind in PICTURE_SUFFIXES:  # of a .jpg and the .png of its mask the one that comes first
+                group.setdefault("picture", member)
+        elif kind in PICTURE_SUFFIXES or kind in (".txt", ".json"):
+            repeated[key] = _Sample(key, REPEATED)
     samples = {key: _sample(key, group, end) for key, group in groups.items() if "picture" in group}
     return [*samples.values(), *(sample for key, sample in repeated.items() if key in samples)]
 

@@ -18,7 +18,7 @@ from fastclip.data.faults import BadSample
 from fastclip.data.picture import json_captions, read_picture, text_captions
 from fastclip.data.shard_index import CUT, JSON, REPEATED, UNTOLD, WANTED, index_shards, stamp_of
 from fastclip.data.source import Record
-from fastclip.data.tar_index import BLOCK
+from fastclip.data.tar_index import BLOCK, read_exactly
 
 __all__ = ["Shards", "shard_paths"]
 
@@ -137,7 +137,7 @@ class Shards:
                 same = stamp_of(os.fstat(file.fileno())) == self._stamps[shard]
                 for kind in kinds if same else ():
                     file.seek(int(row[f"{kind}_block"]) * BLOCK)
-                    data = file.read(BLOCK + int(row[f"{kind}_size"]))
+                    data = read_exactly(file, BLOCK + int(row[f"{kind}_size"]))
                     same &= len(data) == BLOCK + row[f"{kind}_size"] and zlib.crc32(data[:BLOCK]) == row[f"{kind}_crc"]
                     found.append(data[BLOCK:])
         except OSError as error:

@@ -56,12 +56,21 @@ def tar_members(file: BinaryIO) -> Members:
         return _any_members(file)
 
 
+def read_exactly(file: BinaryIO, size: int) -> bytes:
+    """`size` bytes, fewer only at the file's end: one read may return less than there is, on some file systems."""
+    parts, left = [], size
+    while left and (part := file.read(left)):
+        parts.append(part)
+        left -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def _plain_members(file: BinaryIO) -> Iterator[Member]:
     end = file.seek(0, io.SEEK_END)
     place = 0
     while True:
         file.seek(place)
-        header = file.read(BLOCK)
+        header = read_exactly(file, BLOCK)
         if len(header) < BLOCK:
             raise _Doubt
         if header[0] == 0:
@@ -74,7 +83,7 @@ def _plain_members(file: BinaryIO) -> Iterator[Member]:
         if kind in _REGULAR:
             yield Member(_name(header), place, size)
         elif kind == _EXTENDED:
-            if size > 16 * BLOCK or _HARMLESS.fullmatch(file.read(size)) is None:
+            if size > 16 * BLOCK or _HARMLESS.fullmatch(read_exactly(file, size)) is None:
                 raise _Doubt
         elif kind != _FOLDER or size:
             raise _Doubt

@@ -66,7 +66,7 @@ def best_ranks(queries: Tensor, items: Tensor, pairs: Tensor, *, chunk: int | No
     """How many items that do not belong to a query are at least as similar to it as the best that does, (Q,) int64.
 
     -1 for a query to which nothing belongs. Similarity is the cosine in float32 (float64 for such features), whatever
-    autocast is on. What is not finite ranks last.
+    autocast is on. What is not finite counts against the model: a query ranks last, an item before what belongs.
 
     Args:
         queries, items: (Q, D) and (N, D).

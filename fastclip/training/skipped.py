@@ -48,7 +48,7 @@ class Skipped:
         for fault in self.tally.add(fault for found in everyone for fault in found):
             logger.warning("skipped, %s: %s: %s", fault.cause, fault.key, fault.reason)
         drawn = (step + 1) * self._order.batch_size
-        if too_many(self.tally.total, drawn, self._order.epoch_length, self._max_bad):
+        if too_many(self.tally.total, drawn, self._order.epoch_length, self._max_bad, size=self._order.size):
             raise ValueError(f"more than --max-bad {self._max_bad:g}: {self.told(drawn)}")
 
     def told(self, drawn: int) -> str:
@@ -66,11 +66,11 @@ class Skipped:
         self.tally.merge(state["counts"], state["keys"])
 
 
-def too_many(bad: int, drawn: int, epoch_length: int, max_bad: float) -> bool:
-    """Whether a share above `max_bad` is certain at the end of this epoch, or a smaller one would be most unlikely.
+def too_many(bad: int, drawn: int, epoch_length: int, max_bad: float, *, size: int | None = None) -> bool:
+    """Whether a share above `max_bad` of the data is certain, or a smaller one would be most unlikely.
 
-    An epoch draws every sample once: at its end the share is that of the data.
+    An epoch draws `epoch_length` of `size` samples, each once: more bad ones than the data may have are too many.
     """
-    at_the_end = max_bad * math.ceil(drawn / epoch_length) * epoch_length
+    at_the_end = max_bad * math.ceil(drawn / epoch_length) * (size or epoch_length)
     expected = max_bad * drawn
     return bad > at_the_end or (max_bad < 1 and bad > expected + 4 * math.sqrt(expected) + 4)  # 4 standard deviations

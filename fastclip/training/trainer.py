@@ -96,6 +96,7 @@ class _Trainer:
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
         self.source = open_source(options.data)
+        self._check_same_data()
         self.order = Order(len(self.source), options.batch_size, options.seed)
         self.skipped = Skipped(self.order, options.max_bad, world)
         self.steps = options.max_steps or self.order.steps(options.epochs)
@@ -135,6 +136,17 @@ class _Trainer:
             raise ValueError(
                 f"--output {self.folder} holds a run: --resume auto goes on with it, another folder begins a new one"
             )
+
+    def _check_same_data(self) -> None:
+        """All ranks have opened the same samples, as far as their number, the first and the last tell."""
+        if self.world.group is None:
+            return
+        size = len(self.source)
+        told: list[Any] = [None] * self.world.ranks
+        dist.all_gather_object(told, (size, self.source.key(0), self.source.key(size - 1)), group=self.world.group)
+        if len(set(told)) > 1:
+            seen = ", ".join(f"rank {rank} {one[0]:,} samples from {one[1]}" for rank, one in enumerate(told))
+            raise ValueError(f"--data {self.source.spec}: the processes see different data: {seen}")
 
     def run(self) -> Run:
         options, world = self.options, self.world
@@ -274,6 +286,11 @@ class _Trainer:
             state = read_state(path)
             for change in _changes(state["options"], asdict(self.options)):
                 logger.warning("changed since %s: %s", path, change)
+            if (samples := state["samples"]) != len(self.source):
+                logger.warning(
+                    "changed since %s: the data had %d samples and have %d, which come in another order",
+                    *(path, samples, len(self.source)),
+                )
             first = load_checkpoint(path, self.model, self.optimizer, ema=self.ema)
             logger.info("goes on from %s, after %d steps", path, first)
             self.skipped.load(state["skipped"])
@@ -331,6 +348,7 @@ class _Trainer:
                 metrics.flush()
         about = {
             "options": asdict(self.options),
+            "samples": len(self.source),
             "skipped": self.skipped.state(),
             "fastclip": __version__,
             "torch": torch.__version__,

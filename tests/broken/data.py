@@ -208,6 +208,14 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("hub: the first caption of a list", f"{FOLDER}hub.py", "(found if isinstance(found, list) else [found])", "(found[:1] if isinstance(found, list) else [found])"),
             ),
         ),
+        Promise(
+            "a picture and its mask are one sample; a read that returns less is read on",
+            ("test_data_shards.py::test_picture_and_its_mask_are_one_sample", "test_data_shards.py::test_reads_of_a_few_bytes_are_put_together"),
+            (
+                Break("data: a mask is a second picture", f"{FOLDER}shard_index.py", "key, kind = match[1], match[2].lower()\n", 'key, kind = match[1], match[2].lower()\n        kind = ".jpg" if kind in PICTURE_SUFFIXES else kind\n'),
+                Break("data: one read is all", f"{FOLDER}tar_index.py", "    while left and (part := file.read(left)):", "    if left and (part := file.read(left)):"),
+            ),
+        ),
         Promise("pictures are turned as their EXIF says", (f"{DATA}::test_picture_is_turned_as_its_exif_says",), (Break("data: as the camera was held", f"{FOLDER}picture.py", "ImageOps.exif_transpose(image, in_place=True)", "pass"),)),
     ],
     "Evaluation": [

@@ -51,6 +51,14 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("trainer: changes are not named", f"{TRAINING}trainer.py", "for change in _changes(", "for change in () and _changes("),
             ),
         ),
+        Promise(
+            "processes that see different data raise, and a run is told when its data changed since the checkpoint",
+            (f"{RANKS}::test_ranks_that_see_different_data_are_told", "test_train_faults.py::test_data_that_changed_since_the_checkpoint_is_told"),
+            (
+                Break("trainer: every rank has data of its own", f"{TRAINING}trainer.py", "if len(set(told)) > 1:", "if len(told) < 1:"),
+                Break("trainer: other data in silence", f"{TRAINING}trainer.py", 'if (samples := state["samples"]) != len(self.source):', 'if (samples := state["samples"]) < 0:'),
+            ),
+        ),
         Promise("the same options repeat a run bit for bit, with other workers too", (f"{RUN}::test_run_repeats_bit_by_bit",), (Break("trainer: weights from whatever was drawn before", f"{TRAINING}building.py", "    torch.manual_seed(options.seed)\n", ""),)),
         Promise(
             "a loss or gradient that is not finite ends a run before the update and names step and samples",
