@@ -51,10 +51,18 @@ def test_options_survive_their_file(tmp_path: Path) -> None:
         betas=(0.5, 0.75),
         eps=1e-12,
         lock_text=True,
-        resume="auto",
     )
     write_options(options, tmp_path / "config.yaml")
     assert read_options(tmp_path / "config.yaml") == options
+
+
+def test_files_leave_out_what_is_of_one_call_and_epochs_replace_their_steps(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    write_options(TrainOptions(*LEAST[1::2], max_steps=70, warmup=7, resume="auto", stop_after=3), file)
+    options = read_options(file)
+    assert (options.max_steps, options.warmup, options.resume, options.stop_after) == (70, 7, None, None)
+    options = parse_options(["--config", str(file), "--epochs", "5"])
+    assert (options.epochs, options.max_steps, options.warmup) == (5, None, None)
 
 
 @pytest.mark.parametrize(

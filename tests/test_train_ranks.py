@@ -33,7 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "ddp, micro-batches, ring": {"micro_batch": 5, "comm": "ring", "loss": "siglip"},
     "ddp, unequal shards": {"batch_size": 25, "micro_batch": 7},
+    "ddp, one rank without caching, locked": {"batch_size": 25, "micro_batch": 12, "lock_image": True},
     "fsdp": {"parallel": "fsdp"},
+    "fsdp, averaged, validated": {"parallel": "fsdp", "ema": 0.9, "val_every": 2},
     "fsdp, micro-batches": {"parallel": "fsdp", "micro_batch": 5, "ema": 0.9, "max_grad_norm": 0.5},
     "fsdp, lamb": {"parallel": "fsdp", "optimizer": "lamb", "lr": 1e-3, "grad_checkpointing": True},
     "fsdp, locked": {"parallel": "fsdp", "lock_image": True, "micro_batch": 5},
@@ -51,6 +53,7 @@ def options(folder: Path, **changed: Any) -> TrainOptions:
         "batch_size": 24,
         "max_steps": STEPS,
         "workers": 0,
+        "device": "cpu",
     }
     return TrainOptions(**{**values, **changed})
 
@@ -66,6 +69,12 @@ def work(rank: int, folder: Path) -> None:
         changed = {"parallel": other, "resume": str(folder / name), "max_steps": STEPS + 2}
         run = train(options(folder / f"{name} as {other}", **changed))
         (folder / f"{name} as {other} {rank}.json").write_text(json.dumps([run.losses, run.validation]))
+    run = train(options(folder / "statistics", model="RN-tiny", max_steps=2))
+    (folder / f"statistics {rank}.json").write_text(json.dumps([run.losses, run.validation]))
+    try:
+        train(options(folder / "counts", parallel="fsdp", batch_size=25, micro_batch=12))
+    except ValueError as error:
+        (folder / f"counts {rank}.json").write_text(json.dumps(str(error)))
     dist.destroy_process_group()
 
 
@@ -115,6 +124,25 @@ def test_checkpoint_fits_every_number_of_ranks(folder: Path, name: str, tmp_path
     losses, _ = of_rank(folder, name, 0)
     resumed = {"resume": str(folder / name.split()[0]), "max_steps": STEPS + 2}
     assert_near(losses, train(options(tmp_path, **resumed)).losses)
+
+
+def test_model_with_statistics_is_validated_as_it_is_saved(folder: Path) -> None:
+    """BatchNorm's statistics are rank 0's, in validation too."""
+    from fastclip.data.spec import open_source
+    from fastclip.evaluation.validate import validate
+    from fastclip.models import get_tokenizer, load_image_transform
+
+    found = [of_rank(folder, "statistics", rank) for rank in range(W)]
+    assert found[0] == found[1]
+    name = str(folder / "statistics" / "model")
+    model = create_model(pretrained=name).eval()
+    again = validate(model, open_source("digits", held_out=True), load_image_transform(name), get_tokenizer(name))
+    assert again == pytest.approx(found[0][1], abs=0.02)
+
+
+def test_fsdp_with_unequal_numbers_of_micro_batches_is_refused(folder: Path) -> None:
+    told = {of_rank(folder, "counts", rank) for rank in range(W)}
+    assert len(told) == 1 and "in micro-batches of 12 makes 1 or 2" in told.pop()
 
 
 def test_torchrun_starts_the_command(tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ def test_unknown_optimiser_and_loss_are_named() -> None:
         named_loss("info")
     with pytest.raises(ValueError, match="no label smoothing"):
         named_loss("siglip", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="no image_weight"):
+        named_loss("siglip", image_weight=0.0)
 
 
 def test_gradients_are_clipped_to_the_norm_that_is_told() -> None:

@@ -57,6 +57,7 @@ def options(folder: Path, **changed: Any) -> TrainOptions:
         "batch_size": B,
         "max_steps": 4,
         "workers": 0,
+        "device": "cpu",
     }
     return TrainOptions(**{**values, **changed})
 
@@ -197,6 +198,14 @@ def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog:
     assert len(train(options(tmp_path / "c", resume="auto", max_steps=1)).losses) == 1  # nothing there: a new run
 
 
+def test_resumed_run_has_the_optimisers_options_it_is_given(tmp_path: Path) -> None:
+    train(options(tmp_path, stop_after=1))
+    train(options(tmp_path, resume="auto", stop_after=1, weight_decay=0.7, betas=(0.5, 0.75), eps=1e-3))
+    groups = read_state(tmp_path / "checkpoints" / "step-00000002")["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.7, 0.0}
+    assert all(group["betas"] == [0.5, 0.75] and group["eps"] == 1e-3 for group in groups)
+
+
 def test_checkpoint_holds_no_pickle_and_says_what_it_is(tmp_path: Path) -> None:
     train(options(tmp_path, max_steps=1))
     path = tmp_path / "checkpoints" / "step-00000001"
@@ -264,6 +273,7 @@ def test_options_that_fit_nothing_here_are_refused(tmp_path: Path) -> None:
         ({"model": "ViT-tinny"}, "did you mean 'ViT-tiny'"),
         ({"data": "nowhere.csv"}, r"nowhere\.csv"),
         ({"backend": "abacus"}, "'abacus' is unknown"),
+        ({"features_on": "cpu"}, "needs a --micro-batch"),
         ({"loss": "siglip", "label_smoothing": 0.1}, "no label smoothing"),
         ({"pretrained": "nowhere.pt"}, r"nowhere\.pt"),
     ):

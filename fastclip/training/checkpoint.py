@@ -167,10 +167,13 @@ def load_checkpoint(
         parameter, _, key = name.rpartition("|")
         values.setdefault(parameter, {})[key] = tensor
     whole = {"state": values, "param_groups": state["param_groups"]}
+    asked = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
     try:
         set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(full_state_dict=True))
     except (KeyError, RuntimeError, AssertionError) as error:
         raise ValueError(f"{path} was written with another optimiser, or other frozen parameters: {error}") from error
+    for group, options in zip(optimizer.param_groups, asked):  # of this run, should they have changed
+        group.update(options)
     return int(state["step"])
 
 

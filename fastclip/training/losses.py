@@ -58,9 +58,8 @@ def named_loss(
         return sigmoid_loss(image, text, scale, bias, **shared)
 
     if name == "siglip":  # Zhai et al. 2023, section 3.2
-        for option, value in (("label smoothing", label_smoothing), ("image_weight", image_weight)):
-            if value:
-                raise ValueError(f"the siglip loss has no {option}")
+        if label_smoothing or image_weight is not None:
+            raise ValueError(f"the siglip loss has no {'label smoothing' if label_smoothing else 'image_weight'}")
         return NamedLoss(sigmoid, math.log(10), -10.0, fixed_scale=False, with_labels=False)
     if name == "convirt":  # Zhang et al. 2020: temperature 0.1, not learned
         return NamedLoss(contrastive, math.log(10), None, fixed_scale=True, with_labels=False)

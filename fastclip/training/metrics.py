@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -28,15 +29,16 @@ class Metrics:
     Args:
         folder: gets metrics.jsonl, one object a line, and TensorBoard's events in ``tensorboard/``.
         options: of the run, for Weights & Biases.
-        wandb: the project there, None for none; the run is called as the folder.
+        wandb: the project there, None for none; the run is called as the folder, and goes on where this one does.
+        first: updates made before; what TensorBoard has of later ones is hidden.
     """
 
-    def __init__(self, folder: Path, *, options: dict[str, Any], wandb: str | None = None) -> None:
+    def __init__(self, folder: Path, *, options: dict[str, Any], wandb: str | None = None, first: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._wandb = _wandb_run(wandb, folder, options) if wandb else None
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """`values` after `step` updates; a name is grouped by its part before the slash."""
@@ -139,4 +141,8 @@ def _wandb_run(project: str, folder: Path, options: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise ImportError("--wandb needs wandb, which is not installed: pip install wandb", name="wandb") from error
-    return wandb.init(project=project, name=folder.name, dir=str(folder), config=options, resume="allow")
+    file = folder / "wandb-id"
+    if not file.exists():
+        write_text(file, secrets.token_hex(8))
+    run = file.read_text(encoding="utf-8")
+    return wandb.init(project=project, name=folder.name, dir=str(folder), config=options, id=run, resume="allow")

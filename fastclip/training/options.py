@@ -173,7 +173,11 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
             files.append(Path(path))
         else:
             given.append(word)
-    from_files = [word for path in files for word in _as_words(_read_yaml(path), path)]
+    values = [_read_yaml(path) for path in files]
+    if any(word.partition("=")[0] == "--epochs" for word in given):  # a run's file has what came of its epochs
+        came = ("max_steps", "warmup", "max-steps")
+        values = [{name: value for name, value in one.items() if name not in came} for one in values]
+    from_files = [word for one, path in zip(values, files) for word in _as_words(one, path)]
     return tyro.cli(
         TrainOptions,
         prog="fastclip train",
@@ -189,9 +193,11 @@ def read_options(path: Path) -> TrainOptions:
 
 
 def write_options(options: TrainOptions, path: Path) -> None:
+    """All but those of one call, ``resume`` and ``stop_after``."""
     import yaml
 
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+    values = {name: value for name, value in values.items() if name not in ("resume", "stop_after")}
     write_text(path, yaml.safe_dump(values, sort_keys=False))
 
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastclip import _env
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.training.meeting import meeting
 
-__all__ = ["World", "fsdp_blocks", "joined", "mean_over_ranks", "one_for_all", "reduce_unsharded", "wrap"]
+__all__ = ["World", "fsdp_blocks", "joined", "mean_over_ranks", "one_for_all", "reduce_unsharded", "reshard", "wrap"]
 
 _c10d: Any = dist
 _LOST = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
@@ -50,7 +51,10 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
     gpus = torch.cuda.device_count()
     if device == "cuda" and gpus < local_ranks:
         raise ValueError(f"--device cuda needs a GPU for each of {local_ranks} processes, torch sees {gpus}")
-    if device == "cpu" or gpus < local_ranks:
+    if dist.is_initialized() and launched is None:  # the caller has chosen
+        nccl = device != "cpu" and dist.get_backend() == "nccl"
+        where = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+    elif device == "cpu" or gpus < local_ranks:
         where = torch.device("cpu")
     else:
         where = torch.device("cuda", local_rank)
@@ -130,6 +134,13 @@ def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
     for name in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, name)
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what FSDP2 keeps gathered after a pass without a backward: the next one gathers it anew."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def reduce_unsharded(model: nn.Module, world: World) -> None:

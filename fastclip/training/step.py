@@ -47,6 +47,8 @@ class Stepper:
         ema: moved after each update.
         autocast: the dtype that the towers compute in; None is the weights' own.
         keep_on: as `cached_step`'s.
+        cached: `cached_step` for a single micro-batch, too, because other ranks have more: their features then require
+            gradients alike.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class Stepper:
         max_grad_norm: float | None = None,
         autocast: torch.dtype | None = None,
         keep_on: torch.device | str | None = None,
+        cached: bool = False,
     ) -> None:
         self.model, self.wrapped, self.loss, self.optimizer, self.world = model, wrapped, loss, optimizer, world
         self.ema, self.max_grad_norm, self.autocast, self.keep_on = ema, max_grad_norm, autocast, keep_on
+        self.cached = cached
 
     def step(
         self,
@@ -97,7 +101,7 @@ class Stepper:
             return self.loss.function(image, text, labels.to(image.device), *scale_and_bias)
 
         self.optimizer.zero_grad()
-        if len(batches) == 1:
+        if len(batches) == 1 and not self.cached:
             value = loss(*forward(batches[0].images, batches[0].ids))
             value.backward()
         else:

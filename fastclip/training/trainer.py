@@ -40,7 +40,7 @@ from fastclip.training.durable import mend_folders, new_folder
 from fastclip.training.metrics import Meter, Metrics, Progress, cut_metrics
 from fastclip.training.optim import MovingAverage, build_optimizer, warmup_cosine
 from fastclip.training.options import TrainOptions, flag, write_options
-from fastclip.training.parallel import World, joined, one_for_all, wrap
+from fastclip.training.parallel import World, joined, one_for_all, reshard, wrap
 from fastclip.training.saver import Saver
 from fastclip.training.signals import Interrupted, Signals
 from fastclip.training.skipped import Skipped
@@ -126,11 +126,20 @@ class _Trainer:
         self.signals = Signals()
 
     def _check(self, options: TrainOptions) -> None:
-        ranks = self.world.ranks
-        if options.batch_size < ranks:
-            raise ValueError(f"--batch-size {options.batch_size} leaves nothing for some of {ranks} processes")
-        if options.features_on == "cpu" and self.world.device.type == "cuda" and ranks > 1:
-            raise ValueError("--features-on cpu is for one process: NCCL takes no features from the host")
+        B, K, ranks = options.batch_size, options.micro_batch, self.world.ranks
+        if ranks > B:
+            raise ValueError(f"--batch-size {B} leaves nothing for some of {ranks} processes")
+        if options.features_on == "cpu":
+            if self.world.device.type == "cuda" and self.world.group is not None:
+                raise ValueError("--features-on cpu is for one process: NCCL takes no features from the host")
+            if not _is_cached(options, ranks):
+                raise ValueError("--features-on cpu is of gradient caching: it needs a --micro-batch below the batch")
+        counts = {-(-((r + 1) * B // ranks - r * B // ranks) // (K or B)) for r in range(ranks)}
+        if options.parallel == "fsdp" and len(counts) > 1:  # each micro-batch gathers parameters, on all processes
+            raise ValueError(
+                f"--parallel fsdp needs as many micro-batches on every process: --batch-size {B} over {ranks} of them "
+                f"in micro-batches of {K} makes {' or '.join(map(str, sorted(counts)))}"
+            )
         file = self.folder / "metrics.jsonl"
         if options.resume is None and file.is_file() and file.stat().st_size:  # a run that made no step left none
             raise ValueError(
@@ -159,7 +168,7 @@ class _Trainer:
                 *(options.batch_size, len(self.source), options.loss),
             )
         with one_for_all(world):
-            metrics = self._open_metrics()
+            metrics = self._open_metrics(first)
         progress = Progress(first=first, steps=self.steps, shown=world.rank == 0)
         losses: list[float] = []
         start = time.perf_counter()
@@ -218,6 +227,7 @@ class _Trainer:
             max_grad_norm=options.max_grad_norm,
             autocast=torch.bfloat16 if options.precision == "bf16" else None,
             keep_on="cpu" if options.features_on == "cpu" else None,
+            cached=_is_cached(options, world.ranks),
         )
         batches = training_batches(
             self.source,
@@ -308,25 +318,31 @@ class _Trainer:
         """With which this process wants to end; 0: it does not."""
         return FAILED if self.saver.failed else self.signals.status
 
-    def _open_metrics(self) -> Metrics | None:
+    def _open_metrics(self, first: int) -> Metrics | None:
         if self.world.rank:
             return None
-        return Metrics(self.folder, options=asdict(self.options), wandb=self.options.wandb)
+        return Metrics(self.folder, options=asdict(self.options), wandb=self.options.wandb, first=first)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """The model has its moving average's weights, where there is one."""
-        if self.ema is not None:
-            self.ema.swap()
+        if self.ema is None:
+            yield
+            return
+        self.ema.swap()
+        reshard(self.model)
         try:
             yield
         finally:
-            if self.ema is not None:
-                self.ema.swap()
+            self.ema.swap()
+            reshard(self.model)
 
     def _validate(self, done: int, metrics: Metrics | None, progress: Progress) -> None:
         assert self.val_source is not None
         dtype = torch.bfloat16 if self.options.precision == "bf16" else None
+        if self.world.group is not None:  # BatchNorm's statistics are every rank's own, and rank 0's are what is saved
+            for x in self.model.buffers():
+                dist.broadcast(x, src=0, group=self.world.group)
         with self._averaged(), torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
             self.validation = validate(
                 self.model,
@@ -367,6 +383,11 @@ class _Trainer:
                     whole.load_state_dict(state, assign=True)
                     with new_folder(self.folder / "model") as half:
                         whole.save_pretrained(half)
+
+
+def _is_cached(options: TrainOptions, ranks: int) -> bool:
+    """Gradient caching: somebody's share is more than a micro-batch."""
+    return options.micro_batch is not None and options.micro_batch < -(-options.batch_size // ranks)
 
 
 def _due(done: int, every: int | None) -> bool:

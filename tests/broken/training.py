@@ -38,13 +38,16 @@ PROMISES: dict[str, list[Promise]] = {
             (
                 Break("trainer: the scale's gradient is a rank's own", f"{TRAINING}parallel.py", "p.grad.copy_(mean_over_ranks(p.grad, world))", "pass"),
                 Break("trainer: the norm is a shard's", f"{TRAINING}optim.py", "get_total_norm([p.grad for p in kind if", "get_total_norm([getattr(p.grad, '_local_tensor', p.grad) for p in kind if"),
+                Break("trainer: FSDP keeps the averages it gathered", f"{TRAINING}parallel.py", "            module.reshard()", "            pass"),
+                Break("trainer: one rank of two caches", f"{TRAINING}step.py", "if len(batches) == 1 and not self.cached:", "if len(batches) == 1:"),
                 Break("trainer: a rank's own loss is told", f"{TRAINING}step.py", "whole = float(shared[0].to(value.dtype))", "whole = float(value.detach())"),
             ),
         ),
         Promise(
             "a resumed run has the losses of one that never stopped, bit for bit, and its metrics; other options are named",
-            (f"{RUN}::test_resumed_run_is_the_run_that_never_stopped", f"{RUN}::test_resume_names_what_changed_and_what_does_not_fit"),
+            (f"{RUN}::test_resumed_run_is_the_run_that_never_stopped", f"{RUN}::test_resumed_run_has_the_optimisers_options_it_is_given", f"{RUN}::test_resume_names_what_changed_and_what_does_not_fit"),
             (
+                Break("trainer: the checkpoint's weight decay stays", f"{TRAINING}checkpoint.py", "        group.update(options)\n", "        pass\n"),
                 Break("trainer: dropout goes on where it was", f"{TRAINING}trainer.py", "            seed_step(options.seed, step, world.rank)\n", ""),
                 Break("trainer: the average begins anew", f"{TRAINING}checkpoint.py", '        ema.updates = state["ema_updates"]\n', ""),
                 Break("trainer: lines after the checkpoint stay", f"{TRAINING}metrics.py", 'if values["step"] <= step:', "if values:"),
