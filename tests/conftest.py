@@ -19,6 +19,15 @@ def same_numbers() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices as small as these tests' cost several times more on two busy cores than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """What torch.empty returns is filled with NaN: an output that is not written is seen."""

@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,7 @@ CPU = torch.device("cpu")
 BAD = [(HTML, b"x"), (picture(), None), (HTML, b"y"), (picture(), b" ")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small cost several times more on two busy cores than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def options(data: Path, folder: Path, **changed: Any) -> TrainOptions:

@@ -20,9 +20,8 @@ from fastclip.data.source import Record, Source, read_sample
 __all__ = ["Alarm", "Watch"]
 
 logger = logging.getLogger(__name__)
-_WORDS = (
-    4  # of a worker: its pid; the sample it reads, plus 1, or 0; the epoch; since when, in ns of the monotonic clock
-)
+# Of a worker: its pid; the sample it reads, plus 1, or 0; the epoch; since when, in ns of the monotonic clock.
+_WORDS = 4
 
 
 class Watch:

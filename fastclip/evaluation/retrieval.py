@@ -10,9 +10,8 @@ from torch import Tensor
 
 __all__ = ["best_ranks", "recall", "retrieval_recalls", "unit_rows"]
 
-_TIE = (
-    2.0**-20
-)  # cosines nearer than that are alike: rounding decides which is larger (as in fastclip.contrastive_stats)
+# Cosines nearer than that are alike: rounding decides which is larger (as in fastclip.contrastive_stats).
+_TIE = 2.0**-20
 _CHUNK = 2**24  # similarities at a time, 64 MiB of float32
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "mend_checkpoints",
+    "model_state",
     "read_state",
     "set_aside",
     "take_snapshot",
@@ -85,7 +86,7 @@ def take_snapshot(
         step: updates made.
         about: what else `read_state` is to return; numbers, strings, lists.
     """
-    tensors: dict[str, dict[str, Tensor]] = {"model": _model_state(model), "optimizer": {}}
+    tensors: dict[str, dict[str, Tensor]] = {"model": model_state(model), "optimizer": {}}
     groups = []
     found: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
     if writes:
@@ -97,7 +98,7 @@ def take_snapshot(
     tensors = {file: {name: _own(x, live) for name, x in values.items()} for file, values in tensors.items()}
     if ema is not None:
         ema.swap()
-        tensors["ema"] = {name: _own(x, live) for name, x in _model_state(model).items()}  # else they swap, too
+        tensors["ema"] = {name: _own(x, live) for name, x in model_state(model).items()}  # else they swap, too
         ema.swap()
         about = {**about, "ema_updates": ema.updates}
     return Snapshot(step, tensors, {"step": step, **about, "param_groups": groups}) if writes else None
@@ -267,7 +268,8 @@ def _own(x: Tensor, live: set[int]) -> Tensor:
     return x.clone() if x.untyped_storage().data_ptr() in live else x
 
 
-def _model_state(model: nn.Module) -> dict[str, Tensor]:
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, whole, on the host; on a CPU the model's own. Called on every rank."""
     found: Any = get_model_state_dict(model, options=_WHOLE)  # annotated for nested ones as well
     return found
 

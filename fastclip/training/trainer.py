@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fastclip import _env
 from fastclip._version import __version__
@@ -31,6 +30,7 @@ from fastclip.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     mend_checkpoints,
+    model_state,
     read_state,
     set_aside,
     take_snapshot,
@@ -376,7 +376,7 @@ class _Trainer:
 
     def _save_model(self) -> None:
         with self._averaged():
-            state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            state = model_state(self.model)
             with one_for_all(self.world):
                 if self.world.rank == 0:
                     whole = empty_model(self.config, device="meta")
