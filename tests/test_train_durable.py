@@ -23,6 +23,7 @@ pytest.importorskip("safetensors", reason="safetensors, which the trainer needs,
 
 from safetensors.torch import load_file, save_file
 
+from fastclip.durable import check_manifest, new_folder, write_text
 from fastclip.training import checkpoint
 from fastclip.training.checkpoint import (
     Snapshot,
@@ -34,7 +35,6 @@ from fastclip.training.checkpoint import (
     take_snapshot,
     write_snapshot,
 )
-from fastclip.training.durable import check_manifest, new_folder, write_text
 from fastclip.training.optim import MovingAverage
 from fastclip.training.saver import Saver
 

@@ -32,10 +32,10 @@ pytest.importorskip("tensorboard", reason="tensorboard, which the trainer needs,
 if not hasattr(os, "fork"):
     pytest.skip("the processes that die are forked", allow_module_level=True)
 
+from fastclip.durable import check_manifest
 from fastclip.models import create_model
 from fastclip.training import Interrupted, TrainOptions, trainer
 from fastclip.training.checkpoint import latest_checkpoint, read_state
-from fastclip.training.durable import check_manifest
 from fastclip.training.meeting import meeting
 from fastclip.training.signals import Signals
 

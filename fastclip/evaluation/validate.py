@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastclip.data.faults import Tally
 from fastclip.data.loader import evaluation_batches
-from fastclip.data.source import Record, Source
+from fastclip.data.source import Source
+from fastclip.data.subset import Subset
 from fastclip.distributed import check_group, gather_rows
 from fastclip.evaluation.retrieval import best_ranks, recall, retrieval_recalls, unit_rows
 from fastclip.evaluation.zero_shot import mean_directions
@@ -70,7 +71,7 @@ def validate(
     group = check_group(group)
     rank, ranks = _place(group)
     if max_samples is not None and max_samples < len(source):
-        source = _Spread(source, max_samples)
+        source = Subset(source, [i * len(source) // max_samples for i in range(max_samples)])
     skipped = Tally()
     with _undisturbed(model):
         batches = evaluation_batches(
@@ -106,29 +107,6 @@ def _texts_of(source: Source, kept: list[int]) -> _Texts:
     prompts = [template.format(name) for name in source.class_names for template in source.templates]
     classes = [numbers.setdefault(text, len(numbers)) for text in prompts]
     return _Texts(list(numbers), captions, torch.tensor(pairs), classes)
-
-
-class _Spread:
-    """Some samples of a source, evenly spread over it."""
-
-    def __init__(self, source: Source, size: int) -> None:
-        self.source, self.size = source, size
-        self.spec, self.class_names, self.templates = source.spec, source.class_names, source.templates
-
-    def __len__(self) -> int:
-        return self.size
-
-    def _index(self, index: int) -> int:
-        return index * len(self.source) // self.size
-
-    def __getitem__(self, index: int) -> Record:
-        return self.source[self._index(index)]
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self.source.captions(self._index(index))
-
-    def key(self, index: int) -> str:
-        return self.source.key(self._index(index))
 
 
 @contextmanager

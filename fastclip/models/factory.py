@@ -31,7 +31,14 @@ from fastclip.models.tokenizer import ClipTokenizer
 from fastclip.models.transforms import image_transform
 from fastclip.models.wordpiece import BertTokenizer
 
-__all__ = ["build_model", "create_model", "create_model_and_transforms", "get_tokenizer", "load_image_transform"]
+__all__ = [
+    "build_model",
+    "create_model",
+    "create_model_and_transforms",
+    "get_tokenizer",
+    "load_image_transform",
+    "tokenizer_of",
+]
 
 logger = logging.getLogger(__name__)
 _SHOWN = 20  # names of each kind in an error
@@ -105,7 +112,13 @@ def get_tokenizer(
         ImportError: open_clip_torch, which holds CLIP's vocabulary, is not installed.
         FileNotFoundError: BERT's vocabulary is neither a file nor in the cache.
     """
-    config = _named_config(name)
+    return tokenizer_of(_named_config(name), name, context_length=context_length, vocabulary=vocabulary)
+
+
+def tokenizer_of(
+    config: ModelConfig, name: str, *, context_length: int | None = None, vocabulary: str | Path | None = None
+) -> ClipTokenizer | BertTokenizer:
+    """As `get_tokenizer`, of a configuration that messages call `name`."""
     text = config.text_cfg
     length = context_length or text.context_length
     if not isinstance(text, BertConfig):

@@ -6,7 +6,7 @@
                               state.json              step, options, the optimiser's groups
                               manifest.json           bytes and SHA-256 of the others, checked when a run goes on
 
-A folder is written under another name first and then renamed (`fastclip.training.durable`). No pickle is written or
+A folder is written under another name first and then renamed (`fastclip.durable`). No pickle is written or
 read, and no random state: dropout and augmentation are functions of the seed, the step and the sample.
 """
 
@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from fastclip.training.durable import check_manifest, mend_folders, new_folder, remove_folder, write_manifest
+from fastclip.durable import check_manifest, mend_folders, new_folder, remove_folder, write_manifest
 from fastclip.training.optim import MovingAverage
 
 __all__ = [

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastclip.training.durable import write_text
+from fastclip.durable import write_text
 
 __all__ = ["Meter", "Metrics", "Progress", "cut_metrics"]
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fastclip.training.durable import write_text
+from fastclip.durable import write_text
 
 __all__ = ["LOSSES", "TrainOptions", "parse_options", "read_options", "write_options"]
 

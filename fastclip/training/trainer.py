@@ -20,6 +20,7 @@ from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.spec import open_source
 from fastclip.data.workers import naming_dead_workers
+from fastclip.durable import mend_folders, new_folder
 from fastclip.evaluation.validate import validate
 from fastclip.models.config import load_config
 from fastclip.models.factory import build_model as empty_model
@@ -36,7 +37,6 @@ from fastclip.training.checkpoint import (
     take_snapshot,
     write_snapshot,
 )
-from fastclip.training.durable import mend_folders, new_folder
 from fastclip.training.metrics import Meter, Metrics, Progress, cut_metrics
 from fastclip.training.optim import MovingAverage, build_optimizer, warmup_cosine
 from fastclip.training.options import TrainOptions, flag, write_options

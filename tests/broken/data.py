@@ -124,7 +124,7 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("pack: pictures of a mixture become PNG", f"{FOLDER}mixture.py", "return picture_bytes(source, sample)", "return None"),
                 Break("pack: a shard appears before it is whole", f"{FOLDER}pack.py", 'output / f"{shard:05d}.tar.tmp", output', 'output / f"{shard:05d}.tar", output'),
                 Break("pack: other options, the same folder", f"{FOLDER}pack.py", "    if before != about:", "    if before is None:"),
-                Break("check: always well", "fastclip/cli.py", "if found.bad_share > args.max_bad:", "if found.bad_share > 2:"),
+                Break("check: always well", "fastclip/cli/data.py", "if found.bad_share > args.max_bad:", "if found.bad_share > 2:"),
             ),
         ),
         Promise(

@@ -16,7 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_manifest", "mend_folders", "new_folder", "remove_folder", "write_manifest", "write_text"]
+__all__ = [
+    "check_manifest",
+    "mend_folders",
+    "new_folder",
+    "remove_folder",
+    "write_bytes",
+    "write_manifest",
+    "write_text",
+]
 
 MANIFEST = "manifest.json"
 _CHUNK = 2**20  # bytes hashed at a time
@@ -24,9 +32,14 @@ _CHUNK = 2**20  # bytes hashed at a time
 
 def write_text(path: Path, text: str) -> None:
     """`path` holds either what it held, or all of `text`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`path` holds either what it held, or all of `data`."""
     half = _beside(path, "tmp")
     try:
-        half.write_text(text, encoding="utf-8")
+        half.write_bytes(data)
         _flush(half)
         os.replace(half, path)
     except BaseException:

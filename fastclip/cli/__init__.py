@@ -1,0 +1,53 @@
+"""The ``fastclip`` command, one module a subcommand. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from fastclip._version import __version__
+from fastclip.cli import convert, data, models, parity, plan, train
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "train": (train, "train an image-text model"),
+    "plan": (plan, "predict the memory of a training step, and the largest micro-batch"),
+    "data": (data, "check a data set, or pack one into tar shards"),
+    "models": (models, "list the models by name"),
+    "convert": (convert, "write a checkpoint in open_clip's, Hugging Face's or our form"),
+    "parity": (parity, "compare the losses of several processes with those of one"),
+}
+_OWN_PARSER = ("train",)  # these read their words, --help too, themselves
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status: 1 for what the user can mend, said on stderr, and what fails."""
+    parser = _parser()
+    args, words = parser.parse_known_args(argv)
+    args.words = words  # of a command with a parser of its own
+    if words and args.command not in _OWN_PARSER:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    logging.basicConfig(level=logging.WARNING, format="fastclip: %(message)s")
+    try:
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has enough, as in `fastclip models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's end would complain
+        return 0
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"fastclip {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastclip", description="Contrastive image-text models.")
+    parser.add_argument("--version", action="version", version=f"fastclip {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, told) in _COMMANDS.items():
+        module.add(commands.add_parser(name, help=told, add_help=name not in _OWN_PARSER))
+    return parser

@@ -1,0 +1,75 @@
+"""``fastclip data``: check a data set, or pack it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+__all__ = ["add"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What `fastclip train --data SPEC` would read."
+    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = commands.add_parser("check", help="read everything once: counts, faults by cause, samples a second")
+    check.add_argument("--max-samples", type=int, metavar="N", help="at most so many, evenly spread over the data")
+    check.add_argument("--model", help="prepare the pictures for this model, as training does")
+    check.add_argument(
+        "--max-bad", type=float, default=0.01, help="exit status 1 if a larger share of samples cannot be used (0.01)"
+    )
+    check.set_defaults(run=_check_data)
+    pack = commands.add_parser("pack", help="write tar shards in img2dataset's layout; the same call again goes on")
+    pack.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
+    pack.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="(10000)")
+    pack.add_argument("--image-size", type=int, metavar="N", help="resize pictures whose shorter side is longer")
+    pack.add_argument("--quality", type=int, default=95, help="of the JPEGs that resizing makes (95)")
+    pack.set_defaults(run=_pack_data)
+    for action in (check, pack):
+        action.add_argument("spec", metavar="SPEC", help="as of fastclip train --data")
+        action.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read (2)")
+
+
+def _check_data(args: argparse.Namespace) -> int:
+    from fastclip.data.check import check_source
+    from fastclip.data.spec import open_source
+
+    transform = None
+    if args.model is not None:
+        from fastclip.models.config import load_config
+        from fastclip.models.transforms import image_transform
+
+        transform = image_transform(load_config(args.model), train=True)
+    source = open_source(args.spec)
+    found = check_source(source, workers=args.workers, max_samples=args.max_samples, transform=transform)
+    rows = {
+        "samples": f"{found.samples:,} of {len(source):,}" if found.samples < len(source) else f"{found.samples:,}",
+        "usable": f"{found.usable:,} ({found.usable / found.samples:.2%}), with {found.captions:,} captions",
+        **{f"- {cause}": f"{n:,}, first {', '.join(found.faults.keys[cause])}" for cause, n in found.faults},
+        "pixels": ", ".join(
+            f"{name} {width} x {height}"
+            for name, (width, height) in zip(("smallest", "median", "largest"), found.pixels)
+        ),
+        "speed": f"{found.samples / found.seconds:,.0f} samples/s, {args.workers} workers, {found.seconds:.1f} s",
+    }
+    print("\n".join(f"{name:<18}{text}" for name, text in rows.items()))
+    if found.bad_share > args.max_bad:
+        print(
+            f"fastclip data: {found.bad_share:.2%} cannot be used, more than --max-bad {args.max_bad:g}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _pack_data(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from fastclip.data.pack import pack_source
+    from fastclip.data.spec import open_source
+
+    options = {name: getattr(args, name) for name in ("samples_per_shard", "image_size", "quality", "workers")}
+    packed = pack_source(open_source(args.spec), Path(args.output), **options)
+    kept = f", {packed.kept} of which were there" if packed.kept else ""
+    print(f"wrote {args.output}: {packed.samples:,} samples in {packed.shards:,} shards{kept}")
+    if packed.faults.total:
+        print(f"left out: {packed.faults}")

@@ -1,0 +1,29 @@
+"""``fastclip train``, whose options a parser of its own reads."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+__all__ = ["add"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from fastclip._env import launched
+    from fastclip.training.options import parse_options
+
+    options = parse_options(args.words)
+    from fastclip.training.trainer import train
+
+    process = launched()
+    first = process is None or process.rank == 0
+    logging.getLogger("fastclip").setLevel(logging.INFO if first else logging.ERROR)
+    run = train(options)
+    if first:
+        print(f"{run.folder}: {run.steps} steps, of which {len(run.losses)} in {run.seconds:.1f} s, by {run.backend!r}")
+        found = {"loss": run.losses[-1], **run.validation} if run.losses else {}
+        print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))

@@ -1,0 +1,41 @@
+"""Some samples of a source, as a source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastclip.data.source import Record, Source, picture_bytes, read_sample
+
+__all__ = ["Subset"]
+
+
+class Subset:
+    """The samples of `source` at `indices`, in this order; `subset.indices[i]` is where sample i comes from.
+
+    Raises:
+        IndexError: while reading, an index that is not below the subset's length.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, indices
+        self.spec, self.class_names, self.templates = source.spec, source.class_names, source.templates
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self.indices[index]]
+
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        """As `fastclip.data.source.read_sample`."""
+        return read_sample(self.source, self.indices[index], min_side=min_side)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(self.indices[index])
+
+    def key(self, index: int) -> str:
+        return self.source.key(self.indices[index])
+
+    def picture_bytes(self, index: int) -> bytes | None:
+        """As `fastclip.data.source.picture_bytes`."""
+        return picture_bytes(self.source, self.indices[index])

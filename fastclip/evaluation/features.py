@@ -1,0 +1,162 @@
+"""Unit vectors of a whole data set, written down as they are computed: whoever stops it goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fastclip import _env
+from fastclip.data.faults import Tally
+from fastclip.data.loader import evaluation_batches
+from fastclip.data.source import Source
+from fastclip.data.subset import Subset
+from fastclip.durable import remove_folder, write_bytes
+from fastclip.evaluation.progress import Progress
+from fastclip.models.embedder import Embedder
+
+__all__ = ["FeatureStore", "ImageFeatures", "image_features", "text_features"]
+
+logger = logging.getLogger(__name__)
+_PART = 4096  # samples of a file
+
+
+class ImageFeatures(NamedTuple):
+    """Of the samples that can be used, in the order of the source."""
+
+    features: Tensor  # (K, D) float32, unit vectors
+    labels: Tensor  # (K,) int64, places in the source's `class_names`, -1 without
+    indices: Tensor  # (K,) int64, which samples of the source they are
+
+
+class FeatureStore:
+    """A folder of what is computed so far, for one model and one list of inputs; parts appear whole or not at all.
+
+    It is a means to go on, no cache: `clear` it when the result is there. What `keys` name is taken to be as it was;
+    where a picture was replaced in between under its name, clear it first.
+
+    Args:
+        embedder: whose identity the folder is named after.
+        keys: all that else the result depends on, such as the names of the pictures, in their order.
+        folder: where the store's folder is made; default: FASTCLIP_CACHE.
+    """
+
+    def __init__(self, embedder: Embedder, keys: Sequence[str], *, folder: Path | None = None) -> None:
+        digest = hashlib.blake2b(embedder.identity.encode(), digest_size=16)
+        for key in keys:
+            digest.update(key.encode("utf-8", "surrogatepass") + b"\0")
+        self.folder = (folder or _env.cache_folder() / "features") / digest.hexdigest()
+
+    def parts(self) -> list[dict[str, Tensor]]:
+        """Those there are from the first one on, without a gap; a damaged one ends them."""
+        found: list[dict[str, Tensor]] = []
+        while (file := self._file(len(found))).is_file():
+            try:
+                found.append(load_file(file))
+            except (SafetensorError, OSError) as error:
+                logger.warning("%s is damaged (%s) and computed again", file, error)
+                break
+        return found
+
+    def add(self, number: int, part: dict[str, Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(self._file(number), save(part))
+
+    def clear(self) -> None:
+        """Nothing is left of it."""
+        if self.folder.is_dir():
+            remove_folder(self.folder)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"part-{number:06d}.safetensors"
+
+
+def image_features(
+    embedder: Embedder,
+    source: Source,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    store: FeatureStore | None = None,
+    progress: bool = False,
+) -> ImageFeatures:
+    """Every picture of a source as a unit vector; those that cannot be used are left out, and the log counts them.
+
+    Args:
+        batch_size: pictures at a time.
+        workers: processes that read pictures; 0 reads in this one.
+        store: what it holds is not computed again, and it gets every few thousand pictures that are.
+        progress: show how far it is, on stderr.
+
+    Raises:
+        ValueError: an empty source or batch, or no picture can be used.
+        OSError, ValueError: what the samples are read from cannot be, or 100 samples in a row cannot be used.
+    """
+    parts = store.parts() if store is not None else []
+    size, done = len(source), min(len(source), sum(len(part["used"]) for part in parts))
+    if done:
+        logger.info("%s: %d of %d pictures are embedded already", source.spec, done, size)
+    skipped = Tally()
+    batches: Iterator[tuple[Tensor, Tensor, Tensor]] = iter(())
+    if done < size or not size:
+        rest = Subset(source, range(done, size))
+        batches = evaluation_batches(rest, embedder.transform, batch_size=batch_size, workers=workers, skipped=skipped)
+    waiting: list[dict[str, Tensor]] = []
+
+    def put_away() -> None:
+        if waiting:
+            part = {name: torch.cat([piece[name] for piece in waiting]) for name in waiting[0]}
+            if store is not None:
+                store.add(len(parts), part)
+            parts.append(part)
+            waiting.clear()
+
+    with Progress(f"pictures of {source.spec}", size, done=done, shown=progress) as bar:
+        for images, found, labels in batches:
+            waiting.append({"features": embedder.embed_images(images), "labels": labels, "used": found >= 0})
+            bar.moved(len(found))
+            if sum(len(piece["used"]) for piece in waiting) >= _PART:
+                put_away()
+        put_away()
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    used = whole["used"]
+    if not bool(used.all()):
+        bad = int((~used).sum())
+        met = f"; met now: {skipped}" if skipped.total else ""
+        logger.warning("%s: %d of %d pictures cannot be used and are left out%s", source.spec, bad, size, met)
+        if bad == size:
+            raise ValueError(f"{source.spec}: none of {size} pictures can be used")
+    return ImageFeatures(whole["features"][used], whole["labels"][used], used.nonzero().flatten())
+
+
+def text_features(
+    embedder: Embedder,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 256,
+    store: FeatureStore | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """N texts as unit vectors (N, D), in order; options as `image_features`'."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+    parts = store.parts() if store is not None else []
+    done = sum(len(part["features"]) for part in parts)
+    with Progress("texts", len(texts), done=done, unit="text", shown=progress) as bar:
+        for start in range(done, len(texts), _PART):
+            found = []
+            for first in range(start, min(start + _PART, len(texts)), batch_size):
+                chunk = texts[first : min(first + batch_size, start + _PART)]
+                found.append(embedder.embed_texts(chunk, batch_size=batch_size))
+                bar.moved(len(chunk))
+            parts.append({"features": torch.cat(found)})
+            if store is not None:
+                store.add(len(parts) - 1, parts[-1])
+    return torch.cat([part["features"] for part in parts]) if parts else embedder.embed_texts([])

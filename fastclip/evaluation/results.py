@@ -1,0 +1,64 @@
+"""Results as JSON in the form of CLIP_benchmark, and as tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastclip.durable import write_text
+
+__all__ = ["result", "table", "write_results"]
+
+
+def result(
+    *, dataset: str, task: str, model: str, pretrained: str, metrics: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """One result as CLIP_benchmark (LAION, ``clip_benchmark/cli.py``) writes it.
+
+    Args:
+        task: ``zeroshot_classification``, ``zeroshot_retrieval``, ``linear_probe`` ...
+        metrics: by CLIP_benchmark's names.
+        more: what it has no key for.
+    """
+    return {
+        "dataset": dataset,
+        "model": model,
+        "pretrained": pretrained,
+        "task": task,
+        "metrics": dict(metrics),
+        **more,
+    }
+
+
+def write_results(path: str | Path, results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """One result as an object, several as a list; numbers that are not finite become null, which JSON has."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): _finite(inside) for name, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inside) for inside in value]
+    return value
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns side by side, the first to the left, the others to the right; floats with one digit, None as a dash."""
+    cells = [[_cell(value) for value in row] for row in (head, *rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
+    lines = [
+        "  ".join(x.ljust(w) if k == 0 else x.rjust(w) for k, (x, w) in enumerate(zip(row, widths))) for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,138 @@
+"""A model with all that its inputs need: pictures and texts in, unit vectors out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fastclip.models.dual_encoder import DualEncoder
+from fastclip.models.factory import create_model, tokenizer_of
+from fastclip.models.transforms import image_transform
+
+__all__ = ["Embedder", "load_embedder"]
+
+
+class Embedder:
+    """Embeds pictures and texts with one model, in eval mode and without gradients.
+
+    Args:
+        model: is put into eval mode.
+        tokenize: B texts -> token ids (B, L).
+        transform: a picture of any mode -> (3, H, W) float32; default: the model's own for evaluation.
+        precision: "fp32", or "bf16", which is autocast.
+        name: what results call the model.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        tokenize: Callable[[list[str]], Tensor],
+        *,
+        transform: Callable[[Image.Image], Tensor] | None = None,
+        precision: str = "fp32",
+        name: str = "",
+    ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        if transform is None:
+            assert model.config is not None, "a model without a configuration needs transform="
+            transform = image_transform(model.config)
+        self.model, self.tokenize, self.transform = model.eval(), tokenize, transform
+        self.precision, self.name = precision, name
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) float32, on any device -> unit vectors (B, D), float32 on the CPU."""
+        with self._autocast():
+            features = self.model.encode_image(images.to(self.device, non_blocking=True))
+        return _unit(features)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """B texts -> unit vectors (B, D), float32 on the CPU; `batch_size` texts at a time."""
+        found = []
+        for start in range(0, len(texts), batch_size):
+            ids = self.tokenize(list(texts[start : start + batch_size])).to(self.device)
+            with self._autocast():
+                found.append(_unit(self.model.encode_text(ids)))
+        return torch.cat(found) if found else torch.empty(0, self.dim)
+
+    @cached_property
+    def dim(self) -> int:
+        """D, the length of the vectors."""
+        assert self.model.config is not None
+        return self.model.config.embed_dim
+
+    @cached_property
+    def identity(self) -> str:
+        """32 hexadecimal digits that differ where weights, configuration (the transform's included), tokenizer or
+        precision do: what is embedded with another model must not be compared. Reads all weights."""
+        assert self.model.config is not None
+        config = replace(self.model.config, folder=None)  # wherever it lies
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((config, type(self.tokenize).__name__, self.precision)).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def load_embedder(
+    checkpoint: str | Path,
+    *,
+    model: str | None = None,
+    device: torch.device | str | None = None,
+    precision: str | None = None,
+    vocabulary: str | Path | None = None,
+) -> Embedder:
+    """The embedder of a checkpoint.
+
+    Args:
+        checkpoint: as `create_model`'s ``pretrained``; also the folder of a run of ``fastclip train``, whose ``model/``
+            is meant.
+        model: name of the model, where the checkpoint does not hold its configuration.
+        device: default: a GPU where there is one.
+        precision: "fp32" or "bf16"; default: bf16 on a GPU, else fp32.
+        vocabulary: as `get_tokenizer`'s.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `create_model` and `get_tokenizer` do.
+    """
+    path = Path(checkpoint)
+    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
+        if not (path / "model").is_dir():
+            raise FileNotFoundError(
+                f"the run {path} has not ended and holds no model/; name one of its checkpoints and the model: "
+                f"{path}/checkpoints/step-..., --model NAME"
+            )
+        path = path / "model"
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = create_model(model, path, device=device)
+    assert made.config is not None
+    tokenize = tokenizer_of(made.config, model or str(path), vocabulary=vocabulary)
+    if precision is None:
+        precision = "bf16" if made.logit_scale.device.type == "cuda" else "fp32"
+    return Embedder(made, tokenize, precision=precision, name=model or str(checkpoint))
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1).cpu()
