@@ -1,0 +1,41 @@
+"""Options of the commands that embed pictures or texts with a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastclip.models.embedder import Embedder
+
+__all__ = ["add_embedder_options", "add_reading_options", "embedder_of"]
+
+
+def add_embedder_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it computes; for `embedder_of`."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="folder of a run, its model/, or a checkpoint of OpenAI, open_clip or Hugging Face",
+    )
+    parser.add_argument("--model", help="name of the model, where the checkpoint does not hold its configuration")
+    parser.add_argument("--vocabulary", metavar="PATH", help="of BERT, where it does not lie beside the checkpoint")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, else fp32")
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """How pictures are read."""
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="pictures at a time (256)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read pictures (2)")
+
+
+def embedder_of(args: argparse.Namespace) -> Embedder:
+    """From here on the log says how far the command is."""
+    from fastclip.models.embedder import load_embedder
+
+    logging.getLogger("fastclip").setLevel(logging.INFO)
+    names = ("model", "device", "precision", "vocabulary")
+    return load_embedder(args.checkpoint, **{name: getattr(args, name) for name in names})
