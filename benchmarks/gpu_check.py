@@ -1,4 +1,5 @@
-"""Everything that needs a GPU, in parts of under ten minutes: the tests marked `gpu`, then the benchmark case by case.
+"""Everything that needs a GPU, in parts of under ten minutes: the tests marked `gpu`, then the benchmark of the losses
+case by case, and of training steps.
 
 python -m benchmarks.gpu_check --list
 python -m benchmarks.gpu_check --minutes 9
@@ -31,10 +32,11 @@ TESTS = {  # pytest's arguments, each in less than SECONDS; first what everythin
     "tests-tiles": ("tests/test_cuda.py",),
     "tests-kernels": ("tests/test_kernels.py", "tests/test_kernels_sigmoid.py", "tests/test_triton.py"),
     "tests-gpu": ("tests/test_gpu.py", "-k", "not large and not sanitizer"),
-    "tests-gpu-training": ("tests/test_gpu_training.py",),
+    "tests-gpu-training": ("tests/test_gpu_training.py", "tests/test_gpu_evaluation.py"),
     "tests-gpu-large": ("tests/test_gpu.py", "-k", "large"),  # whose truth takes minutes
     "tests-gpu-sanitizer": ("tests/test_gpu.py", "-k", "sanitizer"),
 }
+TRAINING = ("--model", "ViT-B-32", "--precision", "bf16", "--batches", "32768/1024", "--rounds", "3")
 CODE = ("fastclip", "triton_kernels", "csrc", "tests")  # what the tests' result depends on
 TRANSIENT = ("not installed", "not available")  # a row with such a status may have figures tomorrow
 LOST = "device lost"
@@ -42,7 +44,7 @@ LOST = "device lost"
 
 @dataclass(frozen=True)
 class Part:
-    """Tests (no loss), or a case of the benchmark."""
+    """Tests, training steps, or (where there is a loss) a case of the benchmark."""
 
     name: str
     loss: str = ""
@@ -50,6 +52,9 @@ class Part:
     size: tuple[int, int] = (0, 0)
 
     def command(self, rows: Path, providers: list[str]) -> list[str]:
+        if self.name == "training":
+            rows = rows.with_name("training.csv")
+            return [sys.executable, "-m", "benchmarks.training", "--device", "cuda", *TRAINING, "--rows", str(rows)]
         pytest = [sys.executable, "-m", "pytest", "-q"]
         if not self.loss:
             return [*pytest, "-m", "gpu", *TESTS[self.name], "-x"]
@@ -59,9 +64,11 @@ class Part:
 
 
 def parts(sizes: list[tuple[int, int]] = SIZES["cuda"]) -> list[Part]:
-    """The tests; whole steps of every size, which the tables show; then the halves of a step."""
+    """The tests; whole steps of every size, which the tables show; training steps; then the halves of a step."""
     out = [Part(name) for name in TESTS]
     for loss, mode in (("softmax", "both"), ("sigmoid", "both"), ("softmax", "forward"), ("softmax", "backward")):
+        if mode == "forward":
+            out.append(Part("training"))
         out += [Part(f"{loss}-{mode}-{size_name(size)}", loss, mode, size) for size in sizes]
     return out
 

@@ -2,9 +2,11 @@
 
     python -m benchmarks.training --model ViT-tiny --batches 256/256,1024/256,4096/256 --rounds 5
     python -m benchmarks.training --model ViT-tiny --batches 32768/256 --rounds 1 --providers fastclip
+    python -m benchmarks.training --model ViT-B-32 --precision bf16 --batches 32768/1024 --rounds 3 --device cuda
 
 A batch is SIZE/MICRO: micro-batches of MICRO pairs. Both start from the same weights and take the same random batch,
-which is in memory; the first losses are compared before anything is timed.
+which is in the host's memory (pinned, for a GPU); of more than 4,096 pictures it holds each several times, with other
+texts. The first losses are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -38,8 +40,10 @@ from fastclip.training.step import Stepper
 
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 PEER = "open_clip"
+POOL = 4096  # different pictures at most
 LR, DECAY, BETAS, EPS = 5e-4, 0.2, (0.9, 0.98), 1e-6
 AGREE = 1e-4  # relative, of the losses of two implementations of the encoders
+AGREE_BF16 = 1e-2
 
 Step = Callable[[], float]  # -> the loss
 
@@ -50,24 +54,26 @@ class Case:
     precision: str  # fp32, bf16
     batch_size: int
     micro_batch: int
+    device: str = "cpu"
 
 
-@dataclass
 class Shares:
     """Seconds that the loss took, forward and backward, in each step."""
 
-    seconds: list[float]
+    def __init__(self, device: str) -> None:
+        self.seconds: list[float] = []
+        self._gpu = device == "cuda"
 
     def timed(self, loss: NamedLoss) -> NamedLoss:
         def function(image: Tensor, text: Tensor, *rest: Tensor) -> Tensor:
-            start = time.perf_counter()
+            start = self._now()
             image, text = image.view_as(image), text.view_as(text)  # their gradients are the last thing it computes
-            ends: list[float] = []
+            ends: list[Any] = []
             for x in (image, text):
-                x.register_hook(lambda d: ends.append(time.perf_counter()))
+                x.register_hook(lambda d: ends.append(self._now()))
             value = loss.function(image, text, *rest)
-            value.register_hook(lambda d: ends.append(time.perf_counter()))
-            self._finish = lambda: self.seconds.append(max(ends) - start)
+            value.register_hook(lambda d: ends.append(self._now()))
+            self._finish = lambda: self.seconds.append(max(self._between(start, end) for end in ends))
             return value
 
         return loss._replace(function=function)
@@ -75,34 +81,55 @@ class Shares:
     def finish(self) -> None:
         self._finish()
 
+    def _now(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-def batch_of(case: Case, model: DualEncoder) -> Batch:
-    """Random pixels and words, each text of another length, as captions are."""
+    def _between(self, start: Any, end: Any) -> float:
+        if not self._gpu:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def pieces_of(case: Case, model: DualEncoder) -> list[Batch]:
+    """Micro-batches of random pixels and words, each text of another length, as captions are."""
     config = model.config
     assert config is not None
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(case.batch_size, 3, *(2 * (config.vision_cfg.image_size,)), generator=generator)
+    pictures = min(case.batch_size, POOL // case.micro_batch * case.micro_batch or case.micro_batch)
+    images = torch.randn(pictures, 3, *(2 * (config.vision_cfg.image_size,)), generator=generator)
     length, vocabulary = config.text_cfg.context_length, config.text_cfg.vocab_size
     ids = torch.randint(1, vocabulary - 1, (case.batch_size, length), generator=generator)
     end = torch.randint(2, length, (case.batch_size, 1), generator=generator)
     place = torch.arange(length)
     ids = torch.where(place < end, ids, 0).masked_fill_(place == end, vocabulary - 1)
-    return Batch(images, ids, torch.arange(case.batch_size), tuple(map(str, range(case.batch_size))))
+    if case.device == "cuda":
+        images, ids = images.pin_memory(), ids.pin_memory()
+    labels, keys = torch.arange(case.batch_size), tuple(map(str, range(case.batch_size)))
+    return [
+        Batch(images[k % pictures : k % pictures + (k1 - k)], ids[k:k1], labels[k:k1], keys[k:k1])
+        for k in range(0, case.batch_size, case.micro_batch)
+        for k1 in [min(k + case.micro_batch, case.batch_size)]
+    ]
 
 
-def ours(case: Case, model: DualEncoder, whole: Batch, shares: Shares | None = None) -> Step:
+def ours(case: Case, model: DualEncoder, pieces: list[Batch], shares: Shares | None = None) -> Step:
     """As `fastclip train` does it, accuracy of every step included."""
     loss = named_loss("clip")
+    model.to(case.device)
     stepper = Stepper(
         model,
         model,
         loss if shares is None else shares.timed(loss),
         build_optimizer("adamw", model, lr=LR, weight_decay=DECAY, betas=BETAS, eps=EPS),
-        World(0, 1, torch.device("cpu"), None),
+        World(0, 1, torch.device(case.device), None),
         max_grad_norm=1.0,
         autocast=torch.bfloat16 if case.precision == "bf16" else None,
     )
-    pieces = [Batch(*(x[k : k + case.micro_batch] for x in whole)) for k in range(0, case.batch_size, case.micro_batch)]
 
     def step() -> float:
         model.train()
@@ -114,7 +141,7 @@ def ours(case: Case, model: DualEncoder, whole: Batch, shares: Shares | None = N
     return step
 
 
-def theirs(case: Case, model: DualEncoder, whole: Batch) -> Step:
+def theirs(case: Case, model: DualEncoder, pieces: list[Batch]) -> Step:
     """open_clip_train's `train_one_epoch` over one step, `accum_freq` its micro-batches."""
     import open_clip
     from open_clip.loss import ClipLoss
@@ -131,19 +158,16 @@ def theirs(case: Case, model: DualEncoder, whole: Batch) -> Step:
         words = {name: getattr(text, name) for name in ("context_length", "vocab_size", "width", "heads", "layers")}
         peer = open_clip.CLIP(config.embed_dim, vision_cfg=tower, text_cfg=words, output_dict=True)
         open_clip.load_checkpoint(peer, str(Path(folder) / "weights.pt"))
+    peer.to(case.device)
     gain = [p for name, p in peer.named_parameters() if p.ndim < 2 or "logit_scale" in name]
     rest = [p for name, p in peer.named_parameters() if not (p.ndim < 2 or "logit_scale" in name)]
     groups = [{"params": gain, "weight_decay": 0.0}, {"params": rest, "weight_decay": DECAY}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
-    pieces = [
-        (whole.images[k : k + case.micro_batch], whole.ids[k : k + case.micro_batch])
-        for k in range(0, case.batch_size, case.micro_batch)
-    ]
 
     class Loader(list):  # type: ignore[type-arg]
         num_batches, num_samples = len(pieces), case.batch_size
 
-    loader = Loader(pieces)
+    loader = Loader((piece.images, piece.ids) for piece in pieces)
     losses: list[float] = []
 
     class Loss(ClipLoss):  # type: ignore[misc]
@@ -153,7 +177,7 @@ def theirs(case: Case, model: DualEncoder, whole: Batch) -> Step:
             return found
 
     arguments = SimpleNamespace(
-        device="cpu",
+        device=case.device,
         precision="fp32" if case.precision == "fp32" else "amp_bf16",
         distill=False,
         accum_freq=len(pieces),
@@ -185,17 +209,20 @@ PROVIDERS = {"fastclip": ours, PEER: theirs}
 def build(case: Case, provider: str, shares: Shares | None = None) -> Step:
     torch.manual_seed(0)
     model = create_model(case.model)
-    whole = batch_of(case, model)
-    return ours(case, model, whole, shares) if provider == "fastclip" else theirs(case, model, whole)
+    pieces = pieces_of(case, model)
+    return ours(case, model, pieces, shares) if provider == "fastclip" else theirs(case, model, pieces)
 
 
-def measure(case: Case, names: list[str], rounds: int) -> tuple[Timings, Shares]:
-    """Rounds in which each takes a turn, after one step that is not timed and whose losses are compared."""
-    shares = Shares([])
+def measure(case: Case, names: list[str], rounds: int) -> tuple[Timings, Shares, dict[str, float]]:
+    """Rounds in which each takes a turn, after one step that is not timed and whose losses are compared; and, of a GPU,
+    the peak memory of one more."""
+    shares = Shares(case.device)
     steps = {name: build(case, name, shares if name == "fastclip" else None) for name in names}
     first = {name: step() for name, step in steps.items()}
-    if len(set(first)) > 1 and abs(first["fastclip"] - first[PEER]) > AGREE * first[PEER]:
+    agree = AGREE if case.precision == "fp32" else AGREE_BF16
+    if len(set(first)) > 1 and abs(first["fastclip"] - first[PEER]) > agree * first[PEER]:
         raise RuntimeError(f"the first losses differ: {first}")
+    peaks = {name: peak_on_gpu(step) for name, step in steps.items()} if case.device == "cuda" else {}
     shares.seconds.clear()
     timings = Timings()
     for _ in range(rounds):
@@ -203,18 +230,25 @@ def measure(case: Case, names: list[str], rounds: int) -> tuple[Timings, Shares]
             start = time.perf_counter()
             step()
             timings.rounds.setdefault(name, []).append(time.perf_counter() - start)
-    return timings, shares
+    return timings, shares, peaks
+
+
+def peak_on_gpu(step: Step) -> float:
+    """MiB of a step beyond what is allocated between steps: models, gradients, optimisers' states."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
 def peak(case: Case, provider: str) -> float:
     """MiB of a step beyond the model, its gradients and optimiser's states, and the batch; in this process."""
     return_what_is_freed()
     step = build(case, provider)
-    small = build(Case(case.model, case.precision, 2 * case.micro_batch, case.micro_batch), provider)
+    small = build(replace(case, batch_size=2 * case.micro_batch), provider)
     small()  # loads libraries, starts threads
     del small
-    small_case = Case(case.model, case.precision, 8, 4)
-    build(small_case, provider)()
+    build(replace(case, batch_size=8, micro_batch=4), provider)()
     return peak_of(lambda: void(step()))
 
 
@@ -242,7 +276,7 @@ def rows(case: Case, timings: Timings, shares: Shares, peaks: dict[str, float]) 
         median = statistics.median(seconds)
         out.append(
             {
-                **asdict(case),
+                **{name: value for name, value in asdict(case).items() if name != "device"},
                 "provider": name,
                 "rounds": len(seconds),
                 "median_s": round(median, 4),
@@ -257,11 +291,18 @@ def rows(case: Case, timings: Timings, shares: Shares, peaks: dict[str, float]) 
     return out
 
 
+def about(device: str) -> dict[str, Any]:
+    """The machine, whose name is its GPU's where that is what was measured."""
+    found = machine()
+    return found if device == "cpu" else {**found, "machine": f"{torch.cuda.get_device_name()}; {found['machine']}"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-tiny")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--batches", default="256/256,1024/256,4096/256", help="SIZE/MICRO, separated by commas")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--providers", default="fastclip,open_clip")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV")
@@ -270,14 +311,15 @@ def main() -> None:
     logging.disable(logging.INFO)  # open_clip's trainer tells every step
     names = arguments.providers.split(",")
     for size, _, micro in (batch.partition("/") for batch in arguments.batches.split(",")):
-        case = Case(arguments.model, arguments.precision, int(size), int(micro or size))
+        case = Case(arguments.model, arguments.precision, int(size), int(micro or size), arguments.device)
         if arguments.peak_of:
             print(peak(case, arguments.peak_of))
             continue
         load = round(os.getloadavg()[0], 1)  # others may be using the machine
-        peaks = {name: peak_in_child(case, name) for name in names}
-        found = rows(case, *measure(case, names, arguments.rounds), peaks)
-        append(arguments.rows, found, {"load": load, **machine()})
+        peaks = {name: peak_in_child(case, name) for name in names} if case.device == "cpu" else {}
+        timings, shares, on_gpu = measure(case, names, arguments.rounds)
+        found = rows(case, timings, shares, peaks | on_gpu)
+        append(arguments.rows, found, {"load": load, **about(case.device)})
         for row in found:
             print(*row.values(), sep="\t", flush=True)
 
