@@ -110,8 +110,8 @@ def compared_sets(found: Mapping[str, float]) -> list[str]:
 def plot(path: str | Path, found: Mapping[str, float], *, name: str) -> None:
     """A PNG of the model's and the published top-1: on ImageNet, and its mean over the shifted sets.
 
-    The axes are logit ones, on which the accuracies of ImageNet's models lie on a line (Taori et al. 2020); a model that
-    loses nothing lies on y = x. 0 and 100 % have no place on them: what is nearer to these than 0.1 is drawn there.
+    The axes are logit ones, on which the accuracies of ImageNet's models lie on a line (Taori et al. 2020); a model
+    that loses nothing lies on y = x. 0 and 100 % have no place on them: what is nearer to these than 0.1 is drawn there.
 
     Args:
         found: top-1 in per cent by names of `SETS`.
