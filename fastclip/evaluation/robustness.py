@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SETS", "DataSet", "accuracies", "compared_sets", "mean_drop", "plot", "points_of", "robustness"]
 
-_LEAST = 0.1  # per cent, where the plot ends
+_LEAST = 0.001  # accuracy at which the plot ends
 
 
 class DataSet(NamedTuple):
@@ -111,7 +111,7 @@ def plot(path: str | Path, found: Mapping[str, float], *, name: str) -> None:
     """A PNG of the model's and the published top-1: on ImageNet, and its mean over the shifted sets.
 
     The axes are logit ones, on which the accuracies of ImageNet's models lie on a line (Taori et al. 2020); a model
-    that loses nothing lies on y = x. 0 and 100 % have no place on them: what is nearer to these than 0.1 is drawn there.
+    that loses nothing lies on y = x. What lies below 0.1 % or above 99.9 % is drawn there.
 
     Args:
         found: top-1 in per cent by names of `SETS`.
@@ -157,7 +157,7 @@ def points_of(found: Mapping[str, float], sets: Sequence[str], *, name: str) -> 
 
 
 def _inside(percent: float) -> float:
-    return min(max(percent, _LEAST), 100 - _LEAST) / 100
+    return min(max(percent / 100, _LEAST), 1 - _LEAST)
 
 
 def _axes(axes: Axes, values: Sequence[float]) -> None:
