@@ -17,6 +17,8 @@ from PIL import Image
 
 from fastclip.data import imagenet
 from fastclip.data.classes import ClassFolder, open_labelled
+from fastclip.data.faults import BadSample
+from fastclip.data.spec import open_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")  # ImageNet's first
@@ -124,11 +126,14 @@ def test_subsets_have_their_200_classes(name: str, tmp_path: Path, caplog: pytes
 def test_class_names_of_a_file(tmp_path: Path) -> None:
     root = folders(tmp_path / "set", ("n99999999", "10", "b"))
     file = tmp_path / "names.txt"
-    file.write_text("ten\n\nbee \nunknown\n")
+    file.write_text("ten\nbee \nunknown\n\n")
     source = open_labelled(root, classes=str(file))
     assert source.class_names == ("ten", "bee", "unknown")  # 10, b, n99999999
     file.write_text("ten\nbee\n")
     with pytest.raises(ValueError, match=r"has 2 names, and .*set 3 classes"):
+        open_labelled(root, classes=str(file))
+    file.write_text("ten\n\nunknown\n")
+    with pytest.raises(ValueError, match="line 2: a class without a name"):
         open_labelled(root, classes=str(file))
     file.write_text("\n".join("abcdefghij"))
     assert open_labelled("digits", classes=str(file)).class_names == tuple("abcdefghij")
@@ -165,3 +170,30 @@ def test_data_without_classes_are_refused(tmp_path: Path) -> None:
     table.write_text("filepath,title\na.png,a caption\n")
     with pytest.raises(ValueError, match="have no classes"):
         open_labelled(str(table))
+
+
+def test_shards_are_clip_benchmarks(tmp_path: Path) -> None:
+    """Its layout of data sets as tar files: KEY.cls, and the names and templates in the folder above."""
+    webdataset = pytest.importorskip("webdataset", reason="webdataset, which writes them, is not installed")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "classnames.txt").write_text("ant\nred fox\nzebra\n")
+    shards = str(tmp_path / "test")
+    with webdataset.TarWriter(str(tmp_path / "test" / "0.tar")) as writer:
+        for k, label in enumerate((2, 0, 1, 3)):
+            writer.write({"__key__": f"s{k}", "png": Image.new("RGB", (4, 4)), "cls": label})
+    source = open_labelled(shards)
+    assert source.class_names == ("ant", "red fox", "zebra") and source.templates == ("a photo of a {}",)
+    assert [source[i].label for i in range(3)] == [2, 0, 1] and source.captions(2) == ("a photo of a red fox",)
+    with pytest.raises(BadSample, match="must hold a number below 3, holds b'3'"):
+        _ = source[3]
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}\n")
+    assert open_labelled(shards).templates == ("a {}", "the {}")
+    (tmp_path / "classnames.txt").unlink()
+    with pytest.raises(ValueError, match=r"no captions and no classnames.txt beside the shards"):
+        open_labelled(shards)
+    with webdataset.TarWriter(str(tmp_path / "test" / "1.tar")) as writer:
+        writer.write({"__key__": "s9", "png": Image.new("RGB", (4, 4)), "txt": "a caption"})
+    source = open_source(shards)  # captions without classes
+    assert source.class_names == () and source.captions(4) == ("a caption",)
+    with pytest.raises(BadSample, match="no caption"):
+        source.captions(0)

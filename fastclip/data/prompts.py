@@ -36,16 +36,20 @@ def read_templates(name: str) -> tuple[str, ...]:
 
 
 def read_class_names(name: str) -> tuple[str, ...]:
-    """One a line of a file in UTF-8; empty lines count for nothing.
+    """One a line of a file in UTF-8, perhaps with empty lines at its end.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds none.
+        ValueError: it holds none, or an empty line before the last, which is named.
     """
-    names = tuple(line for line in _lines(name, "class names") if line)
+    names = _lines(name, "class names")
+    while names and not names[-1]:
+        names.pop()
+    if "" in names:
+        raise ValueError(f"{name}, line {names.index('') + 1}: a class without a name")
     if not names:
         raise ValueError(f"{name} holds no class name")
-    return names
+    return tuple(names)
 
 
 def _lines(name: str, what: str) -> list[str]:

@@ -129,12 +129,11 @@ def plot(path: str | Path, found: Mapping[str, float], *, name: str) -> None:
     figure = Figure(figsize=(6.4, 6.0), layout="constrained")
     axes = figure.subplots()
     points = points_of(found, sets, name=name)
-    _axes(axes, [value for point in points.values() for value in point])
+    _axes(axes, [_inside(value) for point in points.values() for value in point])
     for label, (x, y) in points.items():
-        own = label == name
-        axes.plot(
-            x, y, "*" if own else "o", markersize=14 if own else 8, label=f"{label}: {100 * x:.1f}, {100 * y:.1f}"
-        )
+        marker, size = ("*", 14) if label == name else ("o", 8)
+        told = f"{label}: {100 * x:.1f}, {100 * y:.1f}"
+        axes.plot(_inside(x), _inside(y), marker, markersize=size, label=told)
     titles = ", ".join(SETS[one].title for one in sets)
     axes.set_ylabel(f"mean zero-shot top-1 on {titles} (%)", wrap=True)
     axes.set_xlabel("zero-shot top-1 on ImageNet (%)")
@@ -149,15 +148,16 @@ def plot(path: str | Path, found: Mapping[str, float], *, name: str) -> None:
 def points_of(found: Mapping[str, float], sets: Sequence[str], *, name: str) -> dict[str, tuple[float, float]]:
     """By model x on ImageNet and y, the mean over `sets`, as shares; of those published that have all of `sets`."""
     points = {}
-    for label, known in {**{f"{one} (published)": of for one, of in ZERO_SHOT.items()}, name: found}.items():
+    published = {f"{system} (published)": known for system, known in ZERO_SHOT.items()}
+    for label, known in {**published, name: found}.items():
         mean = _mean(known, sets)
         if mean is not None and "imagenet1k" in known:
-            points[label] = _inside(known["imagenet1k"]), _inside(mean)
+            points[label] = known["imagenet1k"] / 100, mean / 100
     return points
 
 
-def _inside(percent: float) -> float:
-    return min(max(percent / 100, _LEAST), 1 - _LEAST)
+def _inside(share: float) -> float:
+    return min(max(share, _LEAST), 1 - _LEAST)
 
 
 def _axes(axes: Axes, values: Sequence[float]) -> None:
