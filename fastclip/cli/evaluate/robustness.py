@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 __all__ = ["add"]
 
 _OPTIONS = {  # of the data sets, by their names in fastclip.evaluation.robustness.SETS
-    "imagenet1k": "--imagenet",
-    "imagenetv2": "--imagenet-v2",
-    "imagenet-r": "--imagenet-r",
-    "imagenet-a": "--imagenet-a",
-    "imagenet_sketch": "--imagenet-sketch",
+    "imagenet1k": ("--imagenet", "the validation pictures, val/n01440764/ ..."),
+    "imagenetv2": ("--imagenet-v2", "matched frequency, folders 0 to 999"),
+    "imagenet-r": ("--imagenet-r", "renditions, 200 classes"),
+    "imagenet-a": ("--imagenet-a", "natural adversarial examples, 200 classes"),
+    "imagenet_sketch": ("--imagenet-sketch", "black and white sketches"),
 }
 
 
@@ -27,8 +27,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "Zero-shot top-1 on ImageNet and its variants, each a folder of class folders called by WordNet id (of "
         "ImageNet-V2 by class number), beside published results. -R and -A are classified among their own 200 classes."
     )
-    for name, option in _OPTIONS.items():
-        parser.add_argument(option, dest=name, metavar="DIR")
+    for name, (option, told) in _OPTIONS.items():
+        parser.add_argument(option, dest=name, metavar="DIR", help=told)
     add_templates_option(parser, default="openai")
     parser.add_argument("--plot", metavar="FILE", help="PNG: ImageNet against the mean of the others; needs --imagenet")
     parser.set_defaults(run=_run)
@@ -41,7 +41,7 @@ def _run(args: argparse.Namespace) -> None:
 
     folders = {name: folder for name in _OPTIONS if (folder := getattr(args, name)) is not None}
     if not folders:
-        raise ValueError(f"name the folder of a data set: {', '.join(_OPTIONS.values())}")
+        raise ValueError(f"name the folder of a data set: {', '.join(option for option, _ in _OPTIONS.values())}")
     if args.plot and ("imagenet1k" not in folders or len(folders) < 2):
         raise ValueError("--plot needs --imagenet and at least one other set")
     stores: list[FeatureStore] = []
