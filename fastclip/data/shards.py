@@ -59,9 +59,9 @@ class Shards:
     A .txt holds one caption and goes before a .json, and that before a ``KEY.cls``, which holds the number of a class;
     other members are ignored. Names of classes, and templates of their captions, are read as CLIP_benchmark writes them
     from ``classnames.txt`` and ``zeroshot_classification_templates.txt`` in the folder of the first shard or the one
-    above it. Every shard is gone through once in its
-    life, for the places of its members (`fastclip.data.shard_index`); then samples are read from it at random, and
-    nothing is unpacked on the disk. The places take about 40 bytes of memory a sample, which worker processes share.
+    above it. Every shard is gone through once in its life, for the places of its members
+    (`fastclip.data.shard_index`); then samples are read from it at random, and nothing is unpacked on the disk. The
+    places take about 40 bytes of memory a sample, which worker processes share.
 
     Where a key has a member twice the first one counts, and a sample that cannot be used stands for the second. So does
     one for a picture without a caption, or of which the end of the shard is missing: a shard that is cut off is used as
