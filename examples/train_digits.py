@@ -28,7 +28,8 @@ from fastclip.data.digits import CLASS_NAMES, TEMPLATES
 from fastclip.data.order import Order
 from fastclip.data.source import Record, Source
 from fastclip.data.spec import open_source
-from fastclip.evaluation.zero_shot import class_embeddings, zero_shot_similarities
+from fastclip.evaluation.zero_shot import class_embeddings
+from fastclip.models.embedder import load_embedder
 from fastclip.training import TrainOptions, train
 
 REQUIRED_TOP1 = 0.95
@@ -97,10 +98,9 @@ def pick_records(source: Source) -> list[Record]:
 
 def similarities_of(records: list[Record], folder: Path) -> Tensor:
     """Cosines (B, 10) of the images and one caption a digit, by the model that the run has left."""
-    model, _, transform = fastclip.create_model_and_transforms(pretrained=folder)
-    model.eval()
-    captions = class_embeddings(model, fastclip.get_tokenizer(str(folder)), CLASS_NAMES, TEMPLATES[:1])
-    return zero_shot_similarities(model, torch.stack([transform(x.image) for x in records]), captions)
+    embedder = load_embedder(folder)
+    images = embedder.embed_images(torch.stack([embedder.transform(x.image) for x in records]))
+    return images @ class_embeddings(embedder, CLASS_NAMES, TEMPLATES[:1]).T
 
 
 def least_loss(options: TrainOptions) -> float:

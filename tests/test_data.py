@@ -345,7 +345,7 @@ def test_shards_fault_names_the_shard(tmp_path: Path) -> None:
     refused({}, "the shard holds no pictures")
     refused({"a.txt": b"x"}, "the shard holds no pictures")
     refused(
-        {"a.txt": b"x", "b.png": b"", "b.cls": b"1", "c.jpg": b""},
+        {"a.txt": b"x", "b.png": b"", "b.seg": b"1", "c.jpg": b""},
         "none of 2 pictures has a caption, first b",
     )
 

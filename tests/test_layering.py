@@ -25,7 +25,7 @@ LAYERS = (
     {"ops", "labels"},
     {"_backends"},
     {"triton_kernels"},
-    {"_cpu", "_cuda", "_env", "_lazy", "_version", "durable"},
+    {"_cpu", "_cuda", "_env", "_lazy", "_version", "durable", "installed"},
 )
 # What the losses load, with `import fastclip` or when they are first asked for: torch and the standard library only.
 ALLOWED = {"triton_kernels": {"torch", "triton"}}  # which only the Triton backend imports, when it is asked

@@ -14,7 +14,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
 from open_clip.tokenizer import SimpleTokenizer
 
-from fastclip.models import tokenizer as tokenizer_module
+from fastclip import installed
 from fastclip.models.tokenizer import ClipTokenizer
 
 TEXTS = {
@@ -123,6 +123,6 @@ def test_tokenizer_does_not_import_open_clip() -> None:
 
 
 def test_tokenizer_without_open_clip_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install open_clip_torch"):
         ClipTokenizer()

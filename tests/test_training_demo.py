@@ -1,4 +1,4 @@
-"""The zero-shot figure, and the examples as a user runs them."""
+"""The examples as a user runs them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 pytest.importorskip("timm", reason="timm, which the demo needs, is not installed")
 pytest.importorskip("open_clip", reason="open_clip, which the demo needs, is not installed")
@@ -21,25 +19,7 @@ pytest.importorskip("tqdm", reason="tqdm, which the demo needs, is not installed
 pytest.importorskip("tyro", reason="tyro, which the demo needs, is not installed")
 pytest.importorskip("tensorboard", reason="tensorboard, which the demo needs, is not installed")
 
-from fastclip.evaluation.zero_shot import class_embeddings, zero_shot_accuracy
-from fastclip.models import DualEncoder
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def test_zero_shot_averages_templates_and_counts_hits() -> None:
-    vectors = torch.tensor([[1.0, 0.0], [0.0, 4.0], [0.0, 2.0], [-3.0, 0.0]])  # two captions each of two classes
-    model = DualEncoder(nn.Flatten(), nn.Sequential(nn.Embedding.from_pretrained(vectors), nn.Flatten()))
-    order = ["a up", "the up", "a left", "the left"]
-    classes = class_embeddings(
-        model, lambda texts: torch.tensor([[order.index(t)] for t in texts]), ["up", "left"], ["a {}", "the {}"]
-    )
-    half = 0.5**0.5
-    torch.testing.assert_close(classes, torch.tensor([[half, half], [-half, half]]))
-    images = torch.tensor([[3.0, 1.0], [1.0, 9.0], [-1.0, 2.0], [-5.0, 0.1]]).view(4, 1, 1, 2)
-    labels = torch.tensor([0, 0, 1, 0])
-    assert zero_shot_accuracy(model, images, labels, classes) == 0.75
-    assert zero_shot_accuracy(model, images, labels, classes, batch_size=3) == 0.75
 
 
 def run_example(name: str, *options: str) -> subprocess.CompletedProcess[str]:

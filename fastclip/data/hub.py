@@ -10,14 +10,13 @@ import datasets
 
 from fastclip.data.faults import BadSample
 from fastclip.data.picture import read_picture
-from fastclip.data.source import Record
+from fastclip.data.source import PLAIN_TEMPLATES, Record
 from fastclip.data.table import CAPTION_COLUMNS, IMAGE_COLUMNS
 
 __all__ = ["HubSource"]
 
 _CAPTIONS = (*CAPTION_COLUMNS, "captions")
 _LABEL = "label"
-_TEMPLATES = ("a photo of a {}",)
 
 
 class HubSource:
@@ -41,7 +40,7 @@ class HubSource:
         label = rows.features.get(_LABEL)
         self._label = _LABEL if isinstance(label, datasets.ClassLabel) else None
         self.class_names: tuple[str, ...] = tuple(label.names) if self._label else ()
-        self.templates: tuple[str, ...] = _TEMPLATES if self._label else ()
+        self.templates: tuple[str, ...] = PLAIN_TEMPLATES if self._label else ()
         if self._caption is None and self._label is None:
             raise ValueError(f"{spec}: no column of captions ({', '.join(_CAPTIONS)}) {_has(rows.features)}")
         told = [column for column in (self._caption, self._label) if column is not None]

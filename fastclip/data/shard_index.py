@@ -32,6 +32,7 @@ from fastclip.data.picture import PICTURE_SUFFIXES
 from fastclip.data.tar_index import BLOCK, Member, read_exactly, tar_members
 
 __all__ = [
+    "CLASS",
     "CUT",
     "JSON",
     "REPEATED",
@@ -55,12 +56,14 @@ _MEMBER = re.compile(r"^((?:.*/|)[^./]+)(\.[^/]*)$", re.DOTALL)
 _MEMBERS = [(f"{member}_{what}", "<u4") for member in ("picture", "caption") for what in ("block", "size", "crc")]
 ROW = np.dtype([*_MEMBERS, ("key_end", "<u4"), ("state", "u1")])
 Rows = npt.NDArray[Any]
-# States: the caption is a text, or JSON; or there is none; it is the second of its key; the shard ends before it does.
-TEXT, JSON, UNTOLD, REPEATED, CUT = range(5)
-WANTED = "a .txt or a .json of the same name must lie in the shard"
+# States: the caption is a text, or JSON, or a class; or there is none; it is the second of its key; the shard ends
+# before it does.
+TEXT, JSON, CLASS, UNTOLD, REPEATED, CUT = range(6)
+_CAPTIONS = {".txt": TEXT, ".json": JSON, ".cls": CLASS}  # members that tell the caption, the first there is
+WANTED = "a .txt, a .json or a .cls of the same name must lie in the shard"
 
 _HEAD = struct.Struct("<8sqqqqqI")  # magic, the shard's size and time, bytes of rows, keys and damage, CRC-32 of them
-_MAGIC = b"fcindex3"
+_MAGIC = b"fcindex4"
 _THREADS = 16  # they wait for the disk, or for the network behind it
 
 
@@ -217,19 +220,18 @@ def _samples(members: Sequence[Member], end: int) -> list[_Sample]:
             group[kind] = member
             if kind in PICTURE_SUFFIXES:  # of a .jpg and the .png of its mask the one that comes first
                 group.setdefault("picture", member)
-        elif kind in PICTURE_SUFFIXES or kind in (".txt", ".json"):
+        elif kind in PICTURE_SUFFIXES or kind in _CAPTIONS:
             repeated[key] = _Sample(key, REPEATED)
     samples = {key: _sample(key, group, end) for key, group in groups.items() if "picture" in group}
     return [*samples.values(), *(sample for key, sample in repeated.items() if key in samples)]
 
 
 def _sample(key: str, group: dict[str, Member], end: int) -> _Sample:
-    picture, caption = group["picture"], group.get(".txt") or group.get(".json")
+    kind = next((kind for kind in _CAPTIONS if kind in group), None)
+    picture, caption = group["picture"], None if kind is None else group[kind]
     if any(member.header + BLOCK + member.size > end for member in (picture, caption) if member is not None):
         return _Sample(key, CUT)
-    if caption is None:
-        return _Sample(key, UNTOLD)
-    return _Sample(key, TEXT if ".txt" in group else JSON, picture, caption)
+    return _Sample(key, UNTOLD) if kind is None else _Sample(key, _CAPTIONS[kind], picture, caption)
 
 
 def _damage(samples: Sequence[_Sample], broken: str, name: str) -> str:

@@ -16,8 +16,9 @@ from braceexpand import braceexpand
 
 from fastclip.data.faults import BadSample
 from fastclip.data.picture import json_captions, read_picture, text_captions
-from fastclip.data.shard_index import CUT, JSON, REPEATED, UNTOLD, WANTED, index_shards, stamp_of
-from fastclip.data.source import Record
+from fastclip.data.prompts import read_class_names, read_templates
+from fastclip.data.shard_index import CLASS, CUT, JSON, REPEATED, TEXT, UNTOLD, WANTED, index_shards, stamp_of
+from fastclip.data.source import PLAIN_TEMPLATES, Record
 from fastclip.data.tar_index import BLOCK, read_exactly
 
 __all__ = ["Shards", "shard_paths"]
@@ -55,9 +56,12 @@ def shard_paths(pattern: str) -> list[str]:
 class Shards:
     """Samples of tar files: members ``KEY.jpg`` (or .png, .webp ...) with ``KEY.txt`` or ``KEY.json`` with "caption".
 
-    A .txt holds one caption and goes before a .json; other members are ignored. Every shard is gone through once in its
-    life, for the places of its members (`fastclip.data.shard_index`); then samples are read from it at random, and
-    nothing is unpacked on the disk. The places take about 40 bytes of memory a sample, which worker processes share.
+    A .txt holds one caption and goes before a .json, and that before a ``KEY.cls``, which holds the number of a class;
+    other members are ignored. Names of classes, and templates of their captions, are read as CLIP_benchmark writes them
+    from ``classnames.txt`` and ``zeroshot_classification_templates.txt`` in the folder of the first shard or the one
+    above it. Every shard is gone through once in its life, for the places of its members
+    (`fastclip.data.shard_index`); then samples are read from it at random, and nothing is unpacked on the disk. The
+    places take about 40 bytes of memory a sample, which worker processes share.
 
     Where a key has a member twice the first one counts, and a sample that cannot be used stands for the second. So does
     one for a picture without a caption, or of which the end of the shard is missing: a shard that is cut off is used as
@@ -70,12 +74,10 @@ class Shards:
 
     Raises:
         OSError: a shard cannot be opened.
-        ValueError: it is no tar file, or holds no pictures, or none that can be used; it is named. Later too, where a
-            sample is read from a shard that has changed since.
+        ValueError: it is no tar file, or holds no pictures, or none that can be used; it is named. There are
+            classes, no captions, and no names of the classes. Later too, where a sample is read from a shard that has
+            changed since.
     """
-
-    class_names: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
 
     def __init__(self, spec: str, paths: Sequence[str], names: Sequence[str] | None = None) -> None:
         self.spec = spec
@@ -86,6 +88,16 @@ class Shards:
         self._keys = b"".join(index.keys for index in indices)
         self._ends = list(accumulate(len(index.rows) for index in indices))  # of every shard, in `_rows`
         self._key_ends = list(accumulate(len(index.keys) for index in indices))  # in `_keys`
+        self.class_names: tuple[str, ...] = ()
+        self.templates: tuple[str, ...] = ()
+        if bool((classed := self._rows["state"] == CLASS).any()):
+            self.class_names, self.templates = _classes(Path(paths[0]).parent)
+            if not self.class_names:
+                if not bool(np.isin(self._rows["state"], (TEXT, JSON)).any()):
+                    raise ValueError(
+                        f"{spec}: pictures with classes, no captions and no classnames.txt beside the shards"
+                    )
+                self._rows["state"][classed] = UNTOLD
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -98,7 +110,8 @@ class Shards:
         picture, caption = self._members(index, ("picture", "caption"))
         key = self.key(index)
         captions = self._told(index, caption, key)
-        return Record(read_picture(io.BytesIO(picture), key, min_side=min_side), captions, key)
+        label = self._label(caption, key) if self._rows["state"][index] == CLASS else None
+        return Record(read_picture(io.BytesIO(picture), key, min_side=min_side), captions, key, label)
 
     def captions(self, index: int) -> tuple[str, ...]:
         (caption,) = self._members(index, ("caption",))
@@ -111,7 +124,17 @@ class Shards:
     def _told(self, index: int, caption: bytes, key: str) -> tuple[str, ...]:
         if self._rows["state"][index] == JSON:
             return json_captions(caption, key)
+        if self._rows["state"][index] == CLASS:
+            name = self.class_names[self._label(caption, key)]
+            return tuple(template.format(name) for template in self.templates)
         return text_captions(caption, key, lines=False)
+
+    def _label(self, data: bytes, key: str) -> int:
+        text = data.strip()
+        if not text.isdigit() or int(text) >= len(self.class_names):
+            what = f"its .cls must hold a number below {len(self.class_names)}, holds {text[:20]!r}"
+            raise BadSample("damaged class", key, what)
+        return int(text)
 
     def _shard(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -145,3 +168,13 @@ class Shards:
         if not same:
             raise ValueError(f"{self.key(index)}: the shard has changed since it was opened")
         return found
+
+
+def _classes(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of classes and templates, of the shards in `folder`; () where there are no names."""
+    for place in (folder, folder.parent):
+        names, templates = place / "classnames.txt", place / "zeroshot_classification_templates.txt"
+        if names.is_file():
+            own = read_templates(str(templates)) if templates.is_file() else PLAIN_TEMPLATES
+            return read_class_names(str(names)), own
+    return (), ()

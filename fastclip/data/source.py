@@ -6,7 +6,9 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-__all__ = ["Record", "Source", "picture_bytes", "read_sample"]
+__all__ = ["PLAIN_TEMPLATES", "Record", "Source", "picture_bytes", "read_sample"]
+
+PLAIN_TEMPLATES = ("a photo of a {}",)  # of sources with classes and no templates of their own
 
 
 class Record(NamedTuple):

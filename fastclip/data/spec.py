@@ -14,7 +14,7 @@ from fastclip.data.mixture import Mixture
 from fastclip.data.source import Source
 from fastclip.data.table import Table
 
-__all__ = ["open_source"]
+__all__ = ["holds_shards", "open_source"]
 
 _KINDS = """what it may be:
   digits               handwritten digits with captions, which come with scikit-learn
@@ -51,6 +51,11 @@ def open_source(spec: str, *, held_out: bool = False) -> Source:
     return sources[0] if weights == [1] else Mixture(spec, sources, weights)
 
 
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder's data are its tar files."""
+    return next(pictures(folder), None) is None and any(folder.glob("*.tar"))
+
+
 def _weighted(part: str) -> tuple[Fraction, str]:
     match = _WEIGHTED.fullmatch(part)
     if match is None or glob.glob(part, recursive=True):
@@ -75,9 +80,7 @@ def _open(spec: str, held_out: bool) -> Source:
     if path.suffix.lower() in (".csv", ".tsv") and not path.is_dir():
         return Table(spec)
     if spec and path.is_dir():
-        if next(pictures(path), None) is None and any(path.glob("*.tar")):
-            return _shards(spec)
-        return Folder(spec)
+        return _shards(spec) if holds_shards(path) else Folder(spec)
     raise ValueError(f"{_reason(spec)}; {_KINDS}")
 
 

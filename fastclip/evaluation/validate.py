@@ -16,8 +16,8 @@ from fastclip.data.loader import evaluation_batches
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
 from fastclip.distributed import check_group, gather_rows
-from fastclip.evaluation.retrieval import best_ranks, recall, retrieval_recalls, unit_rows
-from fastclip.evaluation.zero_shot import mean_directions
+from fastclip.evaluation.classification import class_ranks, mean_directions
+from fastclip.evaluation.retrieval import recall, retrieval_recalls, unit_rows
 
 __all__ = ["validate"]
 
@@ -86,7 +86,7 @@ def validate(
     metrics = retrieval_recalls(image_features, text_features[: texts.captions], texts.pairs)
     if texts.classes and bool((labels >= 0).any()):
         prompts = text_features[texts.classes].unflatten(0, (len(source.class_names), -1))
-        metrics = _zero_shot(image_features, labels, mean_directions(prompts)) | metrics
+        metrics = _zero_shot(image_features, labels, mean_directions(prompts), source.class_names) | metrics
     return _of_first_rank(metrics, labels.device, group)
 
 
@@ -165,9 +165,9 @@ def _in_order(own: Tensor, size: int, group: Any) -> Tensor:
     return every.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(0, 1)[:size]
 
 
-def _zero_shot(image_features: Tensor, labels: Tensor, classes: Tensor) -> dict[str, float]:
-    some = (labels >= 0).nonzero()
-    ranks = best_ranks(image_features, classes, torch.cat([some, labels[some]], dim=1))
+def _zero_shot(image_features: Tensor, labels: Tensor, classes: Tensor, class_names: Sequence[str]) -> dict[str, float]:
+    some = labels >= 0
+    ranks = class_ranks(image_features[some], classes, labels[some], class_names)
     return {f"zero_shot_top{k}": recall(ranks, k) for k in ((1, 5) if len(classes) >= 10 else (1,))}
 
 

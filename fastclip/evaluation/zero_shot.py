@@ -1,51 +1,140 @@
-"""Zero-shot classification: an image gets the class whose captions it is closest to.
-
-The model is used in the mode it is in: call ``model.eval()`` first.
-"""
+"""Zero-shot classification: a picture gets the class whose captions it is closest to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.models.dual_encoder import DualEncoder
+from fastclip.data.prompts import read_templates
+from fastclip.data.source import PLAIN_TEMPLATES, Source
+from fastclip.evaluation.classification import (
+    class_ranks,
+    classification_metrics,
+    confusion,
+    mean_directions,
+    predicted_classes,
+)
+from fastclip.evaluation.features import FeatureStore, image_features, text_features
+from fastclip.evaluation.results import result
+from fastclip.models.embedder import Embedder
 
-__all__ = ["class_embeddings", "mean_directions", "zero_shot_accuracy", "zero_shot_similarities"]
+__all__ = ["ZeroShot", "class_accuracies", "class_embeddings", "templates_for", "zero_shot"]
+
+logger = logging.getLogger(__name__)
+_CONFUSED = 3  # of a class, those that are told
 
 
-@torch.no_grad()
-def class_embeddings(
-    model: DualEncoder, tokenize: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
-) -> Tensor:
-    """One unit vector a class, (C, D): the mean of the normalised features of its captions, normalised again.
+class ZeroShot(NamedTuple):
+    """What a model takes the pictures of a source for; of the K that can be used and have a class."""
 
-    Radford et al. 2021, section 3.1.4. ``templates`` hold ``{}`` in place of the class name.
+    result: dict[str, Any]  # as `fastclip.evaluation.results.result`
+    labels: Tensor  # (K,) int64, places in the source's `class_names`
+    predictions: Tensor  # (K,) int64
+    indices: Tensor  # (K,) int64, which samples of the source they are
+
+
+def zero_shot(
+    embedder: Embedder,
+    source: Source,
+    *,
+    templates: Sequence[str],
+    classes: Tensor | None = None,
+    dataset: str | None = None,
+    pretrained: str = "",
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+    stores: list[FeatureStore] | None = None,
+) -> ZeroShot:
+    """Classify the pictures of a source by captions of its classes (Radford et al. 2021, section 3.1).
+
+    Args:
+        templates: captions with ``{}`` in place of a class name.
+        classes: (C, D), the `class_embeddings`; default: they are computed.
+        dataset, pretrained: what the result calls the source and the weights.
+        batch_size, workers, progress: as `fastclip.evaluation.features.image_features`'s.
+        stores: gets what is kept to go on after a stop; clear them when the result is written.
+
+    Raises:
+        ValueError: no classes, or no picture has one; as `image_features` does.
     """
-    device = model.logit_scale.device
-    captions = [template.format(name) for name in class_names for template in templates]
-    features = model.encode_text(tokenize(captions).to(device), normalize=True)
-    return mean_directions(features.view(len(class_names), len(templates), -1))
+    names = source.class_names
+    if not names:
+        raise ValueError(f"{source.spec}: these data have no classes")
+    if classes is None:
+        classes = class_embeddings(embedder, names, templates, stores=stores, progress=progress)
+    store = None
+    if stores is not None:
+        store = FeatureStore(embedder, [*names, *(source.key(index) for index in range(len(source)))])
+        stores.append(store)
+    found = image_features(embedder, source, batch_size=batch_size, workers=workers, store=store, progress=progress)
+    some = found.labels >= 0
+    if not bool(some.any()):
+        raise ValueError(f"{source.spec}: none of the pictures has a class")
+    if missing := int((~some).sum()):
+        logger.warning("%s: %d pictures without a class are left out", source.spec, missing)
+    features, labels, indices = (part[some] for part in found)
+    ranks = class_ranks(features, classes, labels, names)
+    told = result(
+        dataset=source.spec if dataset is None else dataset,
+        task="zeroshot_classification",
+        model=embedder.name,
+        pretrained=pretrained,
+        metrics=classification_metrics(ranks, labels, len(names)),
+        templates=len(templates),
+        classes=len(names),
+        images=len(labels),
+        skipped=len(source) - len(labels),
+    )
+    return ZeroShot(told, labels, predicted_classes(features, classes, labels, ranks, names), indices)
 
 
-def mean_directions(features: Tensor) -> Tensor:
-    """(C, T, D) -> unit vectors (C, D): the means of unit vectors, made unit vectors again."""
-    return F.normalize(features.mean(dim=1), dim=-1)
+def templates_for(source: Source, name: str | None = None) -> tuple[str, ...]:
+    """`read_templates` of `name`; default: the source's own, or CLIP's 80 where it has none, or just the plain one."""
+    if name is None and source.templates not in ((), PLAIN_TEMPLATES):
+        return source.templates
+    return read_templates(name or "openai")
 
 
-@torch.no_grad()
-def zero_shot_similarities(model: DualEncoder, images: Tensor, classes: Tensor, *, batch_size: int = 256) -> Tensor:
-    """Cosines (B, C) of images (B, C, H, W) and class embeddings (C, D)."""
-    device = model.logit_scale.device
-    features = [model.encode_image(chunk.to(device), normalize=True) for chunk in images.split(batch_size)]
-    return torch.cat(features) @ classes.T
+def class_embeddings(
+    embedder: Embedder,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    stores: list[FeatureStore] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """One unit vector a class, (C, D): the mean of the unit vectors of its captions, made one again.
+
+    Radford et al. 2021, section 3.1.4. Classes of the same name have the same bits.
+
+    Args:
+        templates: captions with ``{}`` in place of the class name.
+        stores, progress: as `zero_shot`'s.
+    """
+    names = {name: place for place, name in enumerate(dict.fromkeys(class_names))}
+    captions = [template.format(name) for name in names for template in templates]
+    store = None
+    if stores is not None:
+        store = FeatureStore(embedder, captions)
+        stores.append(store)
+    features = text_features(embedder, captions, store=store, progress=progress)
+    means = mean_directions(features.unflatten(0, (len(names), len(templates))))
+    return means[[names[name] for name in class_names]]
 
 
-def zero_shot_accuracy(
-    model: DualEncoder, images: Tensor, labels: Tensor, classes: Tensor, *, batch_size: int = 256
-) -> float:
-    """Share, 0 to 1, of the images (B, C, H, W) whose most similar class (C, D) is their label (B,)."""
-    similarities = zero_shot_similarities(model, images, classes, batch_size=batch_size)
-    return float((similarities.argmax(dim=1) == labels.to(similarities.device)).float().mean())
+def class_accuracies(found: ZeroShot, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Of every class its name, pictures, ``acc1``, None without pictures, and what they are most often taken for."""
+    matrix = confusion(found.labels, found.predictions, len(class_names))
+    rows = []
+    for place, (name, row) in enumerate(zip(class_names, matrix)):
+        pictures = int(row.sum())
+        acc1 = int(row[place]) / pictures if pictures else None
+        row[place] = 0
+        counts, others = row.topk(min(_CONFUSED, len(row)))
+        taken = [{"name": class_names[k], "images": n} for n, k in zip(counts.tolist(), others.tolist()) if n]
+        rows.append({"name": name, "images": pictures, "acc1": acc1, "taken_for": taken})
+    return rows

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import html
-from importlib.util import find_spec
 from pathlib import Path
 
 import ftfy
@@ -15,6 +14,8 @@ import regex
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+
+from fastclip.installed import installed_file
 
 __all__ = ["CONTEXT_LENGTH", "ClipTokenizer", "vocabulary_path"]
 
@@ -32,15 +33,7 @@ _WORD = regex.compile(
 
 def vocabulary_path() -> Path:
     """Path of CLIP's merges inside the installed open_clip_torch; ImportError when it is not installed."""
-    spec = find_spec("open_clip")  # finds the package, runs none of it
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = Path(folder) / _VOCABULARY_FILE
-        if path.is_file():
-            return path
-    raise ImportError(
-        f"CLIP's vocabulary {_VOCABULARY_FILE} is read from the open_clip_torch package, which is not installed: "
-        "pip install open_clip_torch"
-    )
+    return installed_file("open_clip", _VOCABULARY_FILE, what="CLIP's vocabulary", install="open_clip_torch")
 
 
 class ClipTokenizer:

@@ -6,10 +6,14 @@ import argparse
 from types import ModuleType
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options
+from fastclip.cli.evaluate import robustness, zeroshot
 
 __all__ = ["add"]
 
-_TASKS: dict[str, tuple[ModuleType, str]] = {}
+_TASKS: dict[str, tuple[ModuleType, str]] = {
+    "zeroshot": (zeroshot, "classify by captions of the classes"),
+    "robustness": (robustness, "ImageNet and -V2, -R, -A, -Sketch with one zero-shot head"),
+}
 
 
 def add(parser: argparse.ArgumentParser) -> None:

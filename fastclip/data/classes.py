@@ -1,0 +1,171 @@
+"""Pictures with a class each: in a folder a class, or of any kind of data that has classes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastclip.data import imagenet
+from fastclip.data.folder import pictures
+from fastclip.data.picture import read_picture
+from fastclip.data.prompts import read_class_names
+from fastclip.data.source import PLAIN_TEMPLATES, Record, Source
+from fastclip.data.spec import holds_shards, open_source
+from fastclip.data.strings import Strings
+
+__all__ = ["ClassFolder", "open_labelled"]
+
+logger = logging.getLogger(__name__)
+_WORDNET_ID = re.compile(r"n\d{8}")
+_SPLITS = {"test", "train", "training", "val", "valid", "validation"}
+_SHOWN = 5  # names in a message
+
+
+def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = True) -> Source:
+    """Samples with classes: a `ClassFolder`, or what else `open_source` reads that has classes.
+
+    Args:
+        classes: their names: a file of one a line, or one of `fastclip.data.imagenet.SETS`; default: the data's own.
+            They go with the data's classes in order, of a folder with its sorted folders, numbers by value.
+        held_out: as `open_source`'s.
+
+    Raises:
+        OSError, ValueError, ImportError: as `open_source`, `ClassFolder` and `read_class_names` do; also where the
+            data have no classes, or another number of them.
+    """
+    names = classes if classes is None or classes in imagenet.SETS else read_class_names(classes)
+    path = Path(spec)
+    if spec and spec != "digits" and path.is_dir() and not holds_shards(path):
+        return ClassFolder(spec, classes=names)
+    source = open_source(spec, held_out=held_out)
+    if not source.class_names:
+        raise ValueError(f"{spec}: these data have no classes; {_LAYOUT}")
+    if names is not None:
+        names = imagenet.class_names(names) if isinstance(names, str) else names
+        _check_number(names, str(classes), len(source.class_names), spec)
+        source.class_names = names
+    return source
+
+
+_LAYOUT = "digits, hf: with a column `label` and FOLDER/CLASS/PICTURE have"
+
+
+class ClassFolder:
+    """Every picture of ``FOLDER/CLASS/``, at any depth, with the class of its folder; torchvision's `ImageFolder`.
+
+    Class names are the folders', sorted, with blanks for underscores. Folders that are called by WordNet ids are
+    classes of ImageNet, in the order of their numbers, with the names that CLIP has for them; so are 1,000 folders 0 to
+    999, as ImageNet-V2 has them. What is hidden is left out, and links to folders of classes are followed. The captions
+    of a picture are its class's.
+
+    Args:
+        classes: names, one a folder, in the order of the sorted folders, numbers by value; or one of
+            `fastclip.data.imagenet.SETS`, whose classes all count, whether they have a folder or not.
+
+    Raises:
+        OSError: the folder cannot be read.
+        ValueError: there are no class folders, or less than two classes; folders without pictures; folders that are
+            not among `classes`, or unknown WordNet ids, by name; another number of names.
+        ImportError: timm or open_clip_torch, which know ImageNet's classes, is not installed.
+    """
+
+    templates: tuple[str, ...] = PLAIN_TEMPLATES
+
+    def __init__(self, spec: str, *, classes: str | Sequence[str] | None = None) -> None:
+        self.spec = spec
+        self._folder = Path(spec)
+        folders = _class_folders(self._folder)
+        self.class_names, places = _classes(spec, folders, classes)
+        if len(self.class_names) < 2:
+            raise ValueError(f"{spec}: there is one class, {folders[0]}: nothing to tell apart")
+        self._names, self._labels, empty = Strings(), array("i"), []
+        for folder, place in zip(folders, places, strict=True):
+            before = len(self._names)
+            for name, _ in pictures(self._folder / folder):
+                self._names.append(os.path.join(folder, name))
+            self._labels.extend([place] * (len(self._names) - before))
+            empty += [folder] if len(self._names) == before else []
+        if empty:
+            raise ValueError(f"{spec}: folders without pictures: {_some(empty)}")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read(index)
+
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        """As `fastclip.data.source.read_sample`."""
+        key = self.key(index)
+        image = read_picture(Path(key), key, min_side=min_side)
+        return Record(image, self.captions(index), key, self._labels[index])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        name = self.class_names[self._labels[index]]
+        return tuple(template.format(name) for template in self.templates)
+
+    def key(self, index: int) -> str:
+        return str(self._folder / self._names[index])
+
+    def picture_bytes(self, index: int) -> bytes:
+        """As `fastclip.data.source.picture_bytes`."""
+        return Path(self.key(index)).read_bytes()
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Names, sorted as text, or by value where all are numbers."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    wanted = f"pictures must lie in a folder a class: {folder}/CLASS/PICTURE"
+    if not names:
+        flat = sum(1 for _ in pictures(folder))
+        raise ValueError(f"{folder}: {f'{flat} pictures and ' if flat else ''}no class folders; {wanted}")
+    if set(names) <= _SPLITS:
+        raise ValueError(f"{folder} holds {', '.join(names)}, which are no classes: name one of these folders")
+    return sorted(names, key=int) if all(map(_is_number, names)) else names
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
+
+
+def _classes(
+    spec: str, folders: Sequence[str], classes: str | Sequence[str] | None
+) -> tuple[tuple[str, ...], Sequence[int]]:
+    """Class names, and the place of every folder's among them."""
+    if classes is None and {*folders} == {*map(str, range(1000))}:
+        classes = "imagenet"
+    if isinstance(classes, str):
+        places = _places(spec, folders, classes)
+        names = imagenet.class_names(classes)
+        if missing := len(names) - len({*places}):
+            logger.warning("%s: %d of %d classes of %s have no folder", spec, missing, len(names), classes)
+        return names, places
+    every = range(len(folders))
+    if classes is not None:
+        _check_number(classes, "the list of class names", len(folders), spec)
+        return tuple(classes), every
+    if any(map(_WORDNET_ID.fullmatch, folders)):
+        names = imagenet.class_names("imagenet")
+        return tuple(names[place] for place in _places(spec, folders, "imagenet")), every
+    return tuple(folder.replace("_", " ") for folder in folders), every
+
+
+def _places(spec: str, folders: Sequence[str], name: str) -> list[int]:
+    places = imagenet.folder_places(name)
+    if unknown := [folder for folder in folders if folder not in places]:
+        raise ValueError(f"{spec}: {len(unknown)} of {len(folders)} folders are no classes of {name}: {_some(unknown)}")
+    return [places[folder] for folder in folders]
+
+
+def _check_number(names: Sequence[str], what: str, number: int, spec: str) -> None:
+    if len(names) != number:
+        raise ValueError(f"{what} has {len(names)} names, and {spec} {number} classes")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")

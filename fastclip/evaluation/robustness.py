@@ -1,0 +1,175 @@
+"""Robustness: one zero-shot head on ImageNet and on pictures of its classes that were taken, or drawn, otherwise."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastclip.data.classes import ClassFolder
+from fastclip.data.prompts import read_templates
+from fastclip.durable import write_bytes
+from fastclip.evaluation.features import FeatureStore
+from fastclip.evaluation.published import ZERO_SHOT
+from fastclip.evaluation.zero_shot import class_embeddings, zero_shot
+from fastclip.models.embedder import Embedder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["SETS", "DataSet", "accuracies", "compared_sets", "mean_drop", "plot", "points_of", "robustness"]
+
+_LEAST = 0.001  # accuracy at which the plot ends
+
+
+class DataSet(NamedTuple):
+    title: str
+    classes: str  # those its pictures are classified among, one of `fastclip.data.imagenet.SETS`
+    source: str
+
+
+# By CLIP_benchmark's names; ImageNet first, then the shifted sets.
+SETS = {
+    "imagenet1k": DataSet("ImageNet", "imagenet", "Russakovsky et al. 2015, the validation pictures"),
+    "imagenetv2": DataSet("ImageNet-V2", "imagenet", "Recht et al. 2019, matched frequency"),
+    "imagenet-r": DataSet("ImageNet-R", "imagenet-r", "Hendrycks et al. 2021, renditions"),
+    "imagenet-a": DataSet("ImageNet-A", "imagenet-a", "Hendrycks et al. 2021, natural adversarial examples"),
+    "imagenet_sketch": DataSet("ImageNet-Sketch", "imagenet", "Wang et al. 2019"),
+}
+
+
+def robustness(
+    embedder: Embedder,
+    folders: Mapping[str, str],
+    *,
+    templates: Sequence[str] | None = None,
+    pretrained: str = "",
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+    stores: list[FeatureStore] | None = None,
+) -> list[dict[str, Any]]:
+    """Zero-shot results on ImageNet and its variants, in the order of `SETS`; a class is embedded once for all of them.
+
+    Args:
+        folders: of class folders, by names of `SETS`; -R and -A are classified among their own 200 classes.
+        templates: default: CLIP's 80.
+        pretrained, batch_size, workers, progress, stores: as `zero_shot`'s.
+
+    Raises:
+        ValueError: no folder, or one that is none of its set; it is named, before anything is computed.
+    """
+    if not folders:
+        raise ValueError("no data set: name the folder of at least one")
+    sources = {name: ClassFolder(folders[name], classes=one.classes) for name, one in SETS.items() if name in folders}
+    templates = read_templates("openai") if templates is None else templates
+    names = list(dict.fromkeys(name for source in sources.values() for name in source.class_names))
+    classes = class_embeddings(embedder, names, templates, stores=stores, progress=progress)
+    places = {name: place for place, name in enumerate(names)}
+    return [
+        zero_shot(
+            embedder,
+            source,
+            templates=templates,
+            classes=classes[[places[class_name] for class_name in source.class_names]],
+            dataset=name,
+            pretrained=pretrained,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+            stores=stores,
+        ).result
+        for name, source in sources.items()
+    ]
+
+
+def accuracies(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Top-1 in per cent by the name of the data set."""
+    return {one["dataset"]: 100 * one["metrics"]["acc1"] for one in results}
+
+
+def _mean(found: Mapping[str, float], sets: Sequence[str]) -> float | None:
+    """Mean over `sets`; None where there are none, or one is missing."""
+    return sum(found[name] for name in sets) / len(sets) if sets and all(name in found for name in sets) else None
+
+
+def mean_drop(found: Mapping[str, float], sets: Sequence[str]) -> float | None:
+    """Top-1 on ImageNet less its mean over `sets`, in points; None where one is missing."""
+    mean = _mean(found, sets)
+    return None if mean is None or "imagenet1k" not in found else found["imagenet1k"] - mean
+
+
+def compared_sets(found: Mapping[str, float]) -> list[str]:
+    """The shifted sets over which a mean is comparable: those evaluated on for which there are published results, or
+    else, all that were evaluated on."""
+    shifted = [name for name in SETS if name in found and name != "imagenet1k"]
+    return [name for name in shifted if any(name in known for known in ZERO_SHOT.values())] or shifted
+
+
+def plot(path: str | Path, found: Mapping[str, float], *, name: str) -> None:
+    """A PNG of the model's and the published top-1: on ImageNet, and its mean over the shifted sets.
+
+    The axes are logit ones, on which the accuracies of ImageNet's models lie on a line (Taori et al. 2020); a model
+    that loses nothing lies on y = x. What lies below 0.1 % or above 99.9 % is drawn there.
+
+    Args:
+        found: top-1 in per cent by names of `SETS`.
+        name: of the model.
+
+    Raises:
+        ValueError: none on ImageNet, or on no other set.
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    sets = compared_sets(found)
+    if mean_drop(found, sets) is None:
+        raise ValueError("the plot needs ImageNet and at least one other set")
+    figure = Figure(figsize=(6.4, 6.0), layout="constrained")
+    axes = figure.subplots()
+    points = points_of(found, sets, name=name)
+    _axes(axes, [_inside(value) for point in points.values() for value in point])
+    for label, (x, y) in points.items():
+        marker, size = ("*", 14) if label == name else ("o", 8)
+        told = f"{label}: {100 * x:.1f}, {100 * y:.1f}"
+        axes.plot(_inside(x), _inside(y), marker, markersize=size, label=told)
+    titles = ", ".join(SETS[one].title for one in sets)
+    axes.set_ylabel(f"mean zero-shot top-1 on {titles} (%)", wrap=True)
+    axes.set_xlabel("zero-shot top-1 on ImageNet (%)")
+    axes.legend(loc="upper left")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, drawn.getvalue())
+
+
+def points_of(found: Mapping[str, float], sets: Sequence[str], *, name: str) -> dict[str, tuple[float, float]]:
+    """By model x on ImageNet and y, the mean over `sets`, as shares; of those published that have all of `sets`."""
+    points = {}
+    published = {f"{system} (published)": known for system, known in ZERO_SHOT.items()}
+    for label, known in {**published, name: found}.items():
+        mean = _mean(known, sets)
+        if mean is not None and "imagenet1k" in known:
+            points[label] = known["imagenet1k"] / 100, mean / 100
+    return points
+
+
+def _inside(share: float) -> float:
+    return min(max(share, _LEAST), 1 - _LEAST)
+
+
+def _axes(axes: Axes, values: Sequence[float]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    ticks = [0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999]
+    lower = max((tick for tick in ticks if tick < min(values)), default=ticks[0])
+    upper = min((tick for tick in ticks if tick > max(values)), default=ticks[-1])
+    axes.set(xscale="logit", yscale="logit", xlim=(lower, upper), ylim=(lower, upper), aspect="equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    axes.plot([lower, upper], [lower, upper], "--", color="grey", label="nothing lost: y = x")
+    axes.grid(alpha=0.3)

@@ -1,0 +1,26 @@
+"""Data files of installed packages, found without importing them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+__all__ = ["installed_file"]
+
+
+def installed_file(package: str, name: str, *, what: str, install: str) -> Path:
+    """Path of the file `name` of a package.
+
+    Args:
+        what: the file's content, for the message.
+        install: what pip calls the package.
+
+    Raises:
+        ImportError: it is not installed, or has no such file.
+    """
+    spec = find_spec(package)  # runs nothing of it
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / name
+        if path.is_file():
+            return path
+    raise ImportError(f"{what} {name} is read from {install}, which is not installed: pip install {install}")
