@@ -28,12 +28,12 @@ def is_split_file(spec: str) -> bool:
 class Karpathy:
     """One picture a sample, with its captions: ``dataset_coco.json:test``, or several splits, ``:train+restval``.
 
-    The files ``dataset_coco.json``, ``dataset_flickr30k.json`` and ``dataset_flickr8k.json`` of Karpathy and Fei-Fei 2015: an
-    object with "images", each with "filename", "split", "sentences" (a list of objects with "raw") and perhaps
-    "filepath", the folder of the file. COCO's usual training split is train+restval.
+    The files ``dataset_coco.json``, ``dataset_flickr30k.json`` and ``dataset_flickr8k.json`` of Karpathy and Fei-Fei
+    2015: an object with "images", each with "filename", "split", "sentences" (a list of objects with "raw") and perhaps
+    "filepath", a folder such as val2014. COCO's usual training split is train+restval.
 
-    The pictures lie beside the file, or in ``images/`` or ``DATASET-images/`` there, or in another folder, which is then
-    part of the spec, ``dataset_coco.json:test:/data/coco``; in its folder "filepath", or without it.
+    The pictures lie beside the file, or in ``images/`` or ``DATASET-images/`` there, or in another folder, which is
+    then part of the spec, ``dataset_coco.json:test:/data/coco``; and there in the folder "filepath", or without it.
 
     Attributes:
         dataset: "coco" or "flickr30k", as the file says; "" where it does not.
@@ -131,4 +131,4 @@ def _root(
                 return root, deep
     where = " or ".join(map(str, folders))
     name = f"{file}:{'+'.join(dict.fromkeys(image['split'] for image in images))}:FOLDER"
-    raise ValueError(f"{spec}: none of {len(images):,} pictures is in {where}, first {images[0]['filename']}; {name}")
+    raise ValueError(f"{spec}: none of {len(images):,} pictures is in {where}, first {images[0]['filename']}; name their folder: {name}")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip.evaluation.progress import Progress
+
 __all__ = ["best_ranks", "recall", "recalls", "retrieval_ranks", "retrieval_recalls", "top_items", "unit_rows"]
 
 # Cosines nearer than that are alike: rounding decides which is larger (as in fastclip.contrastive_stats).
@@ -80,13 +82,13 @@ def best_ranks(queries: Tensor, items: Tensor, pairs: Tensor, *, chunk: int | No
 
 
 def retrieval_ranks(
-    image_features: Tensor, text_features: Tensor, pairs: Tensor, *, chunk: int | None = None
+    image_features: Tensor, text_features: Tensor, pairs: Tensor, *, chunk: int | None = None, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`best_ranks` of the images among the texts (M,), and of the texts among the images (N,), in one pass.
 
-    Arguments as of `retrieval_recalls`.
+    Arguments as of `retrieval_recalls`; `progress` shows how far it is, on stderr.
     """
-    of_images, of_texts = _ranks(image_features, text_features, pairs, chunk, sides=2)
+    of_images, of_texts = _ranks(image_features, text_features, pairs, chunk, sides=2, progress=progress)
     return of_images, of_texts
 
 
@@ -129,7 +131,9 @@ def _keys(similarities: Tensor, first: int) -> Tensor:
 
 
 @torch.no_grad()
-def _ranks(queries: Tensor, items: Tensor, pairs: Tensor, chunk: int | None, *, sides: int) -> list[Tensor]:
+def _ranks(
+    queries: Tensor, items: Tensor, pairs: Tensor, chunk: int | None, *, sides: int, progress: bool = False
+) -> list[Tensor]:
     """`best_ranks` of the queries, and with two `sides` those of the items too."""
     _check(queries, items, pairs, chunk)
     side, sizes = _side(queries, chunk), (len(queries), len(items))[:sides]
@@ -144,11 +148,13 @@ def _ranks(queries: Tensor, items: Tensor, pairs: Tensor, chunk: int | None, *, 
             for k, size in enumerate(sizes)
         ]
         nearer = [torch.zeros(size, dtype=torch.int64, device=own.device) for size in sizes]
-        for tile in tiles:
-            similarities = tile.similarities()
-            similarities[tile.own] = -torch.inf
-            for k, rows in enumerate((tile.rows, tile.columns)[:sides]):
-                nearer[k][rows] += _nearer(similarities, best[k][rows], 1 - k)
+        with Progress("similarities", len(queries) * len(items), unit="pair", shown=progress) as bar:
+            for tile in tiles:
+                similarities = tile.similarities()
+                similarities[tile.own] = -torch.inf
+                for k, rows in enumerate((tile.rows, tile.columns)[:sides]):
+                    nearer[k][rows] += _nearer(similarities, best[k][rows], 1 - k)
+                bar.moved(similarities.numel())
     last = (len(items), len(queries))
     return [
         count.where(top > -torch.inf, torch.where(top.isnan(), last[k], -1))

@@ -6,10 +6,14 @@ import argparse
 from types import ModuleType
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options
+from fastclip.cli.evaluate import compose, retrieval
 
 __all__ = ["add"]
 
-_TASKS: dict[str, tuple[ModuleType, str]] = {}
+_TASKS: dict[str, tuple[ModuleType, str]] = {
+    "retrieval": (retrieval, "captions by pictures and pictures by captions: recall at 1, 5 and 10"),
+    "compose": (compose, "pictures by a picture and words, added and subtracted"),
+}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
