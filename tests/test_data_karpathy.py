@@ -53,7 +53,9 @@ def test_split_has_its_pictures_and_captions(tmp_path: Path, place: str) -> None
 def test_pictures_of_another_folder(tmp_path: Path) -> None:
     names = write_crops(tmp_path / "elsewhere" / "val2014")
     file = split_file(tmp_path / "dataset_coco.json", images(names, filepath="val2014"), "coco")
-    with pytest.raises(ValueError, match=r"none of 6 pictures is in .*, first china3.jpg; name their folder: .*:FOLDER"):
+    with pytest.raises(
+        ValueError, match=r"none of 6 pictures is in .*, first china3.jpg; name their folder: .*:FOLDER"
+    ):
         open_source(f"{file}:test")
     source = open_source(f"{file}:test:{tmp_path / 'elsewhere'}")
     assert source.key(0) == str(tmp_path / "elsewhere" / "val2014" / "china3.jpg")
@@ -92,7 +94,7 @@ def test_picture_that_is_missing_or_has_no_caption_is_a_fault(tmp_path: Path) ->
     skipped = Tally()
     (batch,) = evaluation_batches(source, lambda image: torch.zeros(3, 2, 2), batch_size=4, skipped=skipped)
     assert batch[1].tolist() == [0, -1, 2, -1]
-    assert dict(skipped) == {"no caption": 1, "missing file": 1}
+    assert skipped.counts == {"no caption": 1, "missing file": 1}
 
 
 IMAGE = {"filename": "a.jpg", "split": "test", "sentences": [{"raw": "a"}]}

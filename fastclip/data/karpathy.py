@@ -131,4 +131,6 @@ def _root(
                 return root, deep
     where = " or ".join(map(str, folders))
     name = f"{file}:{'+'.join(dict.fromkeys(image['split'] for image in images))}:FOLDER"
-    raise ValueError(f"{spec}: none of {len(images):,} pictures is in {where}, first {images[0]['filename']}; name their folder: {name}")
+    raise ValueError(
+        f"{spec}: none of {len(images):,} pictures is in {where}, first {images[0]['filename']}; name their folder: {name}"
+    )
