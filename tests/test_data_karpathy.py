@@ -121,5 +121,5 @@ def test_what_is_no_split_raises(tmp_path: Path, content: Any, spec: str, messag
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=message):
         open_source(f"{file}{spec}")
-    with pytest.raises(FileNotFoundError, match="gone.json"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.json"):
         open_source(f"{tmp_path}/gone.json:test")

@@ -107,7 +107,7 @@ QUERIES = [
         "images/flower2.jpg - flower + 0.5:a house => images/china0.jpg",
         {"flower2.jpg": 1, "flower": -1, "a house": 0.5},
         "china0.jpg",
-    ),  # fmt: skip  # noqa: E501
+    ),
     ("images/flower11.jpg + 3:china5.jpg - china6.jpg", {"flower11.jpg": 1, "china5.jpg": 3, "china6.jpg": -1}, None),
     ("a temple", {"a temple": 1}, None),
     ('"china3.jpg" => china3.jpg', {"china3": 0}, "china3.jpg"),
@@ -159,7 +159,7 @@ def test_names_of_several_pictures_and_of_unreadable_ones(embedder: Embedder, tm
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         for name in ("1.png", "2.png"):
-            Image.new("RGB", (8, 8), folder == "a" and "red" or "blue").save(tmp_path / folder / name)
+            Image.new("RGB", (8, 8), "red" if folder == "a" else "blue").save(tmp_path / folder / name)
             (tmp_path / folder / name).with_suffix(".txt").write_text("one colour")
     (tmp_path / "b" / "2.png").write_bytes(b"no picture")
     source = open_source(str(tmp_path))

@@ -300,14 +300,14 @@ def test_both_directions_of_one_pass_are_those_of_two(chunk: int | None) -> None
 
 
 def test_memory_does_not_grow_with_the_product() -> None:
-    """Of 40,000 texts and 8,000 images all similarities are 1.2 GiB of float32."""
+    """Of 25,000 texts and 5,000 images all similarities are 480 MiB of float32."""
     code = """
 import resource, torch
 from fastclip.evaluation.retrieval import retrieval_recalls, top_items
 torch.set_num_threads(1)
-image = torch.randn(8_000, 8)
-text = image.repeat_interleave(5, 0) + 0.1 * torch.randn(40_000, 8)
-pairs = torch.stack([torch.arange(40_000) // 5, torch.arange(40_000)], 1)
+image = torch.randn(5_000, 8)
+text = image.repeat_interleave(5, 0) + 0.1 * torch.randn(25_000, 8)
+pairs = torch.stack([torch.arange(25_000) // 5, torch.arange(25_000)], 1)
 retrieval_recalls(image[:2000], text[:10000], pairs[:10000])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = retrieval_recalls(image, text, pairs)
@@ -317,7 +317,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, foun
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown, recall = map(float, done.stdout.split())
-    assert grown < 120 and 0.05 < recall < 1  # MiB
+    assert grown < 100 and 0.05 < recall < 1  # MiB
 
 
 def test_no_captions_at_all_is_said() -> None:

@@ -129,8 +129,8 @@ def _root(
         for deep in (True, False):
             if any((root / _name(image, deep)).exists() for image in images):
                 return root, deep
-    where = " or ".join(map(str, folders))
+    where, first = " or ".join(map(str, folders)), images[0]["filename"]
     name = f"{file}:{'+'.join(dict.fromkeys(image['split'] for image in images))}:FOLDER"
     raise ValueError(
-        f"{spec}: none of {len(images):,} pictures is in {where}, first {images[0]['filename']}; name their folder: {name}"
+        f"{spec}: none of {len(images):,} pictures is in {where}, first {first}; name their folder: {name}"
     )

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,10 +172,10 @@ def compose(
     answers = []
     for query, target in zip(queries, targets):
         meanings = [terms[term] for term in query.terms]
-        with _naming(query):
-            vector = combine(
-                torch.stack([vectors[meaning] for meaning in meanings]), [term.weight for term in query.terms]
-            )
+        try:
+            vector = combine(torch.stack([vectors[meaning] for meaning in meanings]), [t.weight for t in query.terms])
+        except ValueError as error:
+            raise ValueError(f"{query.line}: {error}") from error
         own = [used[meaning] for meaning in meanings if isinstance(meaning, int)]
         answers.append(_answer(query, vector, images.features, own, None if target is None else used[target], top))
     ranks = torch.tensor([answer.rank for answer in answers if answer.rank is not None])
@@ -249,11 +248,3 @@ class _Meanings:
         if len(ends) > 1:
             raise ValueError(f"{name} is the name of {len(ends)} pictures: write more of its path")
         return ends[0] if ends else None
-
-
-@contextmanager
-def _naming(query: Query) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{query.line}: {error}") from error
