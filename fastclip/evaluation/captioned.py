@@ -147,8 +147,9 @@ def evaluate_retrieval(
     else:
         texts, features = [text for _, text in owners], features[numbers]
         pairs = torch.stack([torch.tensor([i for i, _ in owners]), torch.arange(len(owners))], 1)
-    compared = (x.to(embedder.device) for x in (images.features, features))  # a GPU does this too
-    of_images, of_texts = (ranks.cpu() for ranks in retrieval_ranks(*compared, pairs, progress=progress))
+    device = embedder.device  # a GPU compares too
+    ranks = retrieval_ranks(images.features.to(device), features.to(device), pairs, progress=progress)
+    of_images, of_texts = (way.cpu() for way in ranks)
     return Retrieval(
         metrics=recalls(of_images, of_texts),
         keys=[found.source.key(k) for k in used],
