@@ -17,13 +17,27 @@ import sys
 import tempfile
 from pathlib import Path
 
-from broken import Break, Promise, data, distributed, gpus, losses, models, plan, training, zeroshot
+from broken import (
+    Break,
+    Promise,
+    data,
+    distributed,
+    gpus,
+    losses,
+    models,
+    plan,
+    probe,
+    report,
+    retrieval,
+    training,
+    zeroshot,
+)
 from native_build import PATH, ROOT
 
 DOCUMENT = ROOT / "docs" / "promises.md"
 
 
-PARTS = (losses, distributed, gpus, models, data, training, plan, zeroshot)
+PARTS = (losses, distributed, gpus, models, data, training, plan, zeroshot, retrieval, probe, report)
 PROMISES: dict[str, list[Promise]] = {name: found for part in PARTS for name, found in part.PROMISES.items()}
 
 

@@ -119,12 +119,12 @@ def test_what_is_not_finite_is_no_hit(bad: str) -> None:
 
 def test_similarities_are_never_all_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    real = retrieval._block_ranks
-    monkeypatch.setattr(retrieval, "_block_ranks", lambda z, *own: sizes.append(z.numel()) or real(z, *own))
-    monkeypatch.setattr(retrieval, "_CHUNK", 1000)
+    real = retrieval._Tile.similarities
+    monkeypatch.setattr(retrieval._Tile, "similarities", lambda tile: sizes.append(real(tile).numel()) or real(tile))
+    monkeypatch.setitem(retrieval._SIDES, "cpu", 30)
     image, text, pairs = captioned(M=90)
     assert retrieval_recalls(image, text, torch.tensor(pairs), ks=KS) == by_loops(image, text, pairs)
-    assert max(sizes) <= 1000 and sum(sizes) == 2 * len(image) * len(text)
+    assert max(sizes) == 30 * 30 and len(sizes) == 9 + 3 * 9  # those with pairs, then all
 
 
 def test_autocast_does_not_reach_the_similarities() -> None:

@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from fastclip.data.folder import Folder, pictures
+from fastclip.data.karpathy import Karpathy, is_split_file
 from fastclip.data.mixture import Mixture
 from fastclip.data.source import Source
 from fastclip.data.table import Table
@@ -19,6 +20,7 @@ __all__ = ["holds_shards", "open_source"]
 _KINDS = """what it may be:
   digits               handwritten digits with captions, which come with scikit-learn
   pairs.csv, .tsv      a table of pictures and captions, columns filepath and title
+  dataset_coco.json:test  a split of Karpathy's files of COCO and Flickr30K; train+restval, and :FOLDER of the pictures
   folder               pictures, each with its captions in a .txt or .json file of the same name; or tar shards
   shards/*.tar         tar shards of img2dataset or webdataset; a path, a glob or shards/{00000..00009}.tar
   s3://x/{00..09}.tar  the same behind a URL that fsspec reads; they are copied to a cache folder first
@@ -29,9 +31,9 @@ _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.+)", re.DOTALL)
 
 
 def open_source(spec: str, *, held_out: bool = False) -> Source:
-    """The samples of `spec`: ``digits``, a .csv or .tsv file, a folder, .tar files or URLs of them, ``hf:NAME``, or
-    several of these, joined by ``::`` and each perhaps with a weight before it, ``2*A::0.5*B``; `Table` and its kin say
-    more.
+    """The samples of `spec`: ``digits``, a .csv or .tsv file, a split of a .json file, a folder, .tar files or URLs of
+    them, ``hf:NAME``, or several of these, joined by ``::`` and each perhaps with a weight before it, ``2*A::0.5*B``;
+    `Table` and its kin say more.
 
     A folder that is called digits is ``./digits``. A folder that holds tar files and no pictures is its shards. What is
     the name of a file, or a glob that finds some, has no weight: ``0*.tar``.
@@ -79,6 +81,8 @@ def _open(spec: str, held_out: bool) -> Source:
         return _shards(spec)
     if path.suffix.lower() in (".csv", ".tsv") and not path.is_dir():
         return Table(spec)
+    if is_split_file(spec) and not path.is_dir():
+        return Karpathy(spec)
     if spec and path.is_dir():
         return _shards(spec) if holds_shards(path) else Folder(spec)
     raise ValueError(f"{_reason(spec)}; {_KINDS}")

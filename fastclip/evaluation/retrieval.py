@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["best_ranks", "recall", "retrieval_recalls", "unit_rows"]
+from fastclip.evaluation.progress import Progress
+
+__all__ = ["best_ranks", "recall", "recalls", "retrieval_ranks", "retrieval_recalls", "top_items", "unit_rows"]
 
 # Cosines nearer than that are alike: rounding decides which is larger (as in fastclip.contrastive_stats).
 _TIE = 2.0**-20
-_CHUNK = 2**24  # similarities at a time, 64 MiB of float32
+_SIDES = {"cpu": 1024}  # of a tile of similarities: 4 MiB of float32, which a core's cache holds
+_SIDE = 4096  # of one on a GPU, which wants larger ones
 
 
 def retrieval_recalls(
@@ -39,7 +43,7 @@ def retrieval_recalls(
         text_features: (N, D).
         pairs: (P, 2) int64, the (image, text) that belong together.
         ks: each at least 1; may be larger than M and N.
-        chunk: queries at a time; as many as 64 MiB hold.
+        chunk: sides of the tiles in which similarities are computed; default: 1,024 on a CPU, 4,096 on a GPU.
 
     Raises:
         ValueError: shapes, a K or a chunk below 1, no pair, or a pair of what is not there.
@@ -48,8 +52,11 @@ def retrieval_recalls(
         raise ValueError(f"ks must be at least 1, got {tuple(ks)}")
     if not len(pairs):
         raise ValueError("pairs is empty: no text belongs to an image")
-    of_images = best_ranks(image_features, text_features, pairs, chunk=chunk)
-    of_texts = best_ranks(text_features, image_features, pairs.flip(1), chunk=chunk)
+    return recalls(*retrieval_ranks(image_features, text_features, pairs, chunk=chunk), ks=ks)
+
+
+def recalls(of_images: Tensor, of_texts: Tensor, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """`retrieval_recalls` of the ranks that `retrieval_ranks` found."""
     found = {f"image_retrieval_recall@{k}": recall(of_texts, k) for k in ks}
     return found | {f"text_retrieval_recall@{k}": recall(of_images, k) for k in ks}
 
@@ -60,7 +67,6 @@ def recall(ranks: Tensor, k: int) -> float:
     return int(((ranks >= 0) & (ranks < k)).sum()) / some
 
 
-@torch.no_grad()
 def best_ranks(queries: Tensor, items: Tensor, pairs: Tensor, *, chunk: int | None = None) -> Tensor:
     """How many items that do not belong to a query are at least as similar to it as the best that does, (Q,) int64.
 
@@ -70,30 +76,138 @@ def best_ranks(queries: Tensor, items: Tensor, pairs: Tensor, *, chunk: int | No
     Args:
         queries, items: (Q, D) and (N, D).
         pairs: (P, 2) int64, the (query, item) that belong together.
-        chunk: queries at a time; as many as 64 MiB hold.
+        chunk: as of `retrieval_recalls`.
     """
+    return _ranks(queries, items, pairs, chunk, sides=1)[0]
+
+
+def retrieval_ranks(
+    image_features: Tensor, text_features: Tensor, pairs: Tensor, *, chunk: int | None = None, progress: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`best_ranks` of the images among the texts (M,), and of the texts among the images (N,), in one pass.
+
+    Arguments as of `retrieval_recalls`; `progress` shows how far it is, on stderr.
+    """
+    of_images, of_texts = _ranks(image_features, text_features, pairs, chunk, sides=2, progress=progress)
+    return of_images, of_texts
+
+
+@torch.no_grad()
+def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """The K items most similar to each query: cosines (Q, K) and indices (Q, K) int64, the best first.
+
+    Among equal cosines the lower index leads; what is not finite comes last. No Q x N matrix is stored.
+
+    Args:
+        queries, items: (Q, D) and (N, D), as of `best_ranks`; compared in float32.
+        k: at least 1; K is the smaller of it and N.
+        chunk: as of `retrieval_recalls`.
+    """
+    _check(queries, items, torch.empty(0, 2, dtype=torch.int64), chunk)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    side = _side(queries, chunk)
+    found = torch.empty(len(queries), min(k, len(items)), dtype=torch.int64, device=queries.device)
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, items = unit_rows(queries).float(), unit_rows(items).float()
+        for i in range(0, len(queries), side):
+            best = found[i : i + side, :0]
+            for j in range(0, len(items), side):
+                block = items[j : j + side]
+                keys = _keys(queries[i : i + side] @ block.T, j)
+                keys = torch.cat([best, keys.topk(min(k, len(block)), dim=1).values], dim=1)
+                best = keys.topk(min(k, keys.shape[1]), dim=1).values
+            found[i : i + side] = best
+    bits = (found >> 32).int()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32), 0xFFFFFFFF - (found & 0xFFFFFFFF)
+
+
+def _keys(similarities: Tensor, first: int) -> Tensor:
+    """(B, N) float32 of the items from `first` on -> int64 of the same order, lower indices before higher ones."""
+    bits = (similarities.nan_to_num(-torch.inf) + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # as floats are, read as integers
+    indices = torch.arange(first, first + similarities.shape[1], device=similarities.device)
+    return (ordered << 32) | (0xFFFFFFFF - indices)
+
+
+@torch.no_grad()
+def _ranks(
+    queries: Tensor, items: Tensor, pairs: Tensor, chunk: int | None, *, sides: int, progress: bool = False
+) -> list[Tensor]:
+    """`best_ranks` of the queries, and with two `sides` those of the items too."""
     _check(queries, items, pairs, chunk)
-    rows = chunk or max(1, _CHUNK // max(1, len(items)))
-    pairs = pairs.to(queries.device)
-    query, item = pairs[pairs[:, 0].argsort()].T.contiguous()
-    starts = torch.arange(0, len(queries), rows, device=query.device)
-    shares = torch.searchsorted(query, starts).tolist()[1:]  # of the sorted pairs, where each block's begin
-    ranks = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
+    side, sizes = _side(queries, chunk), (len(queries), len(items))[:sides]
     with torch.autocast(queries.device.type, enabled=False):
         queries, items = unit_rows(queries), unit_rows(items)
-        blocks = zip(starts.tolist(), queries.split(rows), query.tensor_split(shares), item.tensor_split(shares))
-        for start, block, own_query, own_item in blocks:
-            ranks[start : start + rows] = _block_ranks(block @ items.T, own_query - start, own_item)
-    return ranks
+        tiles = _Tiles(queries, items, pairs.to(queries.device), side)
+        own = queries.new_empty(len(pairs))
+        for tile in tiles.with_pairs():
+            own[tile.pairs] = tile.similarities()[tile.own]  # of the product they are compared in, TF32's for instance
+        best = [
+            own.new_full((size,), -torch.inf).scatter_reduce_(0, tiles.pairs[k], own, "amax")
+            for k, size in enumerate(sizes)
+        ]
+        nearer = [torch.zeros(size, dtype=torch.int64, device=own.device) for size in sizes]
+        with Progress("similarities", len(queries) * len(items), unit="pair", shown=progress) as bar:
+            for tile in tiles:
+                similarities = tile.similarities()
+                similarities[tile.own] = -torch.inf
+                for k, rows in enumerate((tile.rows, tile.columns)[:sides]):
+                    nearer[k][rows] += _nearer(similarities, best[k][rows], 1 - k)
+                bar.moved(similarities.numel())
+    last = (len(items), len(queries))
+    return [
+        count.where(top > -torch.inf, torch.where(top.isnan(), last[k], -1))
+        for k, (count, top) in enumerate(zip(nearer, best))
+    ]
 
 
-def _block_ranks(similarities: Tensor, query: Tensor, item: Tensor) -> Tensor:
-    """`best_ranks` of the rows of similarities (B, N), which are written over; query, item (P,): their pairs."""
-    best = similarities.new_full((len(similarities),), -torch.inf)
-    best.scatter_reduce_(0, query, similarities[query, item], "amax")
-    similarities[query, item] = -torch.inf
-    nearer = (~(similarities < best[:, None] - _TIE)).sum(1)  # so written that NaN is nearer
-    return nearer.where(best > -torch.inf, torch.where(best.isnan(), similarities.shape[1], -1))
+def _nearer(similarities: Tensor, best: Tensor, dim: int) -> Tensor:
+    """How many along `dim` are no further than `best`; NaN is near."""
+    further = similarities < (best - _TIE).unsqueeze(dim)
+    return similarities.shape[dim] - further.view(torch.uint8).sum(dim, dtype=torch.int32)
+
+
+class _Tile(NamedTuple):
+    queries: Tensor  # of the tile
+    items: Tensor
+    rows: slice
+    columns: slice
+    pairs: slice  # of the sorted pairs, those in the tile
+    own: tuple[Tensor, Tensor]  # where they are in it
+
+    def similarities(self) -> Tensor:
+        return self.queries @ self.items.T
+
+
+class _Tiles:
+    """Of the similarities of queries and items; `pairs` are sorted by tile, (2, P)."""
+
+    def __init__(self, queries: Tensor, items: Tensor, pairs: Tensor, side: int) -> None:
+        self._queries, self._items, self._side = queries, items, side
+        self._across = -(-len(items) // side)
+        tile = pairs[:, 0] // side * self._across + pairs[:, 1] // side
+        tile, order = tile.sort()
+        self.pairs = pairs[order].T.contiguous()
+        count = -(-len(queries) // side) * self._across
+        self._ends = torch.searchsorted(tile, torch.arange(count + 1, device=tile.device)).tolist()
+
+    def __iter__(self) -> Iterator[_Tile]:
+        return map(self._tile, range(len(self._ends) - 1))
+
+    def with_pairs(self) -> Iterator[_Tile]:
+        return (self._tile(k) for k in range(len(self._ends) - 1) if self._ends[k] < self._ends[k + 1])
+
+    def _tile(self, number: int) -> _Tile:
+        i, j = (place * self._side for place in divmod(number, self._across))
+        rows, columns = slice(i, i + self._side), slice(j, j + self._side)
+        pairs = slice(*self._ends[number : number + 2])
+        query, item = self.pairs[:, pairs]
+        return _Tile(self._queries[rows], self._items[columns], rows, columns, pairs, (query - i, item - j))
+
+
+def _side(x: Tensor, chunk: int | None) -> int:
+    return chunk or _SIDES.get(x.device.type, _SIDE)
 
 
 def unit_rows(x: Tensor) -> Tensor:

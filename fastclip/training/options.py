@@ -24,9 +24,9 @@ class TrainOptions:
     """Train an image-text model."""
 
     data: str
-    """Training pairs: `digits`, a .csv or .tsv of filepath and title, a folder of pictures with captions, tar shards
-    such as `shards/{0000..0099}.tar` or a URL of them, `hf:NAME`; or several of these, joined by `::`, with weights as
-    in `2*A::0.5*B`."""
+    """Training pairs: `digits`, a .csv or .tsv of filepath and title, `dataset_coco.json:train+restval`, a folder of
+    pictures with captions, tar shards such as `shards/{0000..0099}.tar` or a URL of them, `hf:NAME`; or several of
+    these, joined by `::`, with weights as in `2*A::0.5*B`."""
     model: str
     """A name of `fastclip models`, or the path of a configuration ending in .json."""
     output: str

@@ -224,8 +224,8 @@ PROMISES: dict[str, list[Promise]] = {
             (f"{EVALUATION}::test_recalls_are_those_of_the_definition", f"{EVALUATION}::test_collapsed_model_has_no_hit", f"{EVALUATION}::test_what_is_not_finite_is_no_hit", f"{EVALUATION}::test_similarities_are_never_all_stored"),
             (
                 Break("evaluation: the worst positive counts", RETRIEVAL, '"amax"', '"amin"'),
-                Break("evaluation: a tie is a hit", RETRIEVAL, "(~(similarities < best[:, None] - _TIE))", "(similarities > best[:, None] + _TIE)"),
-                Break("evaluation: everything at once", RETRIEVAL, "chunk or max(1, _CHUNK // max(1, len(items)))", "chunk or max(1, len(queries))"),
+                Break("evaluation: a tie is a hit", RETRIEVAL, "similarities < (best - _TIE).unsqueeze(dim)", "~(similarities > (best + _TIE).unsqueeze(dim))"),
+                Break("evaluation: everything at once", RETRIEVAL, "return chunk or _SIDES.get(x.device.type, _SIDE)", "return chunk or 2**20"),
             ),
         ),
         Promise("validation leaves out samples that cannot be used, and says how many", (f"{EVALUATION}::test_samples_that_cannot_be_used_are_left_out_and_counted",), (Break("evaluation: another sample stands for a bad one", f"{FOLDER}loader.py", "used = index if not faults else -1", "used = index"),)),

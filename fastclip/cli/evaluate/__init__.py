@@ -6,13 +6,16 @@ import argparse
 from types import ModuleType
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options
-from fastclip.cli.evaluate import robustness, zeroshot
+from fastclip.cli.evaluate import compose, probe, retrieval, robustness, zeroshot
 
 __all__ = ["add"]
 
 _TASKS: dict[str, tuple[ModuleType, str]] = {
     "zeroshot": (zeroshot, "classify by captions of the classes"),
     "robustness": (robustness, "ImageNet and -V2, -R, -A, -Sketch with one zero-shot head"),
+    "retrieval": (retrieval, "captions by pictures and pictures by captions: recall at 1, 5 and 10"),
+    "compose": (compose, "pictures by a picture and words, added and subtracted"),
+    "probe": (probe, "logistic regression on image features"),
 }
 
 

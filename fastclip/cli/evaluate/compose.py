@@ -1,0 +1,66 @@
+"""``fastclip eval compose``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fastclip.cli.embedding import embedder_of
+
+__all__ = ["add"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Pictures by a picture and words, added and subtracted, as in ALIGN's paper."
+    parser.add_argument("--data", required=True, metavar="SPEC", help="pictures to search, as fastclip train --data")
+    parser.add_argument(
+        "--queries",
+        required=True,
+        metavar="FILE",
+        help='one a line: bus.jpg + "at night" - 0.5:rain; with a picture that should be found: ... => target.jpg',
+    )
+    parser.add_argument("--top", type=int, default=10, metavar="K", help="pictures of a query (10)")
+    parser.add_argument("--sheet", metavar="PNG", help="the pictures found, a row a query, of the first 50 queries")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from fastclip.data.spec import open_source
+    from fastclip.evaluation.compose import compose, read_queries
+    from fastclip.evaluation.results import result, table, write_results
+    from fastclip.evaluation.sheet import write_sheet
+
+    queries = read_queries(args.queries)
+    source = open_source(args.data, held_out=True)
+    embedder = embedder_of(args)
+    found = compose(
+        embedder, source, queries, top=args.top, batch_size=args.batch_size, workers=args.workers, progress=True
+    )
+    answers: list[dict[str, Any]] = []
+    for answer in found.answers:
+        pictures = [{"key": found.source.key(place), "score": score} for place, score in answer.found]
+        rank = None if answer.rank is None else answer.rank + 1
+        answers.append({"query": answer.query.line, "rank": rank, "pictures": pictures})
+        print(answer.query.line)
+        print("".join(f"  {picture['score']:.3f}  {picture['key']}\n" for picture in pictures), end="")
+    print(f"{len(found.source):,} images, {len(answers):,} queries, {found.skipped:,} images cannot be used")
+    if found.metrics:
+        row = [embedder.name, *(100 * value for value in found.metrics.values())]
+        print(table(("", "R@1", "R@5", "R@10"), [row]))
+    if args.output:
+        counts = {"images": len(found.source), "skipped": found.skipped, "queries": answers}
+        write_results(
+            args.output,
+            result(
+                dataset=source.spec,
+                task="composed_retrieval",
+                model=embedder.name,
+                pretrained=args.checkpoint,
+                metrics=found.metrics,
+                **counts,
+            ),
+        )
+    if args.sheet:
+        write_sheet(args.sheet, found)
+    for store in found.stores:
+        store.clear()

@@ -1,0 +1,136 @@
+"""Karpathy's splits of Flickr30K and COCO, on which retrieval is reported: pictures with several captions each."""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastclip.data.faults import BadSample
+from fastclip.data.picture import read_picture
+from fastclip.data.source import Record
+from fastclip.data.strings import Strings
+
+__all__ = ["Karpathy", "is_split_file"]
+
+_SPEC = re.compile(r"(?P<file>.+?\.json)(?::(?P<splits>[^:]*)(?::(?P<folder>.+))?)?", re.DOTALL | re.IGNORECASE)
+
+
+def is_split_file(spec: str) -> bool:
+    """Whether it has the form of a `Karpathy`'s spec."""
+    return _SPEC.fullmatch(spec) is not None
+
+
+class Karpathy:
+    """One picture a sample, with its captions: ``dataset_coco.json:test``, or several splits, ``:train+restval``.
+
+    The files ``dataset_coco.json``, ``dataset_flickr30k.json`` and ``dataset_flickr8k.json`` of Karpathy and Fei-Fei
+    2015: an object with "images", each with "filename", "split", "sentences" (a list of objects with "raw") and perhaps
+    "filepath", a folder such as val2014. COCO's usual training split is train+restval.
+
+    The pictures lie beside the file, or in ``images/`` or ``DATASET-images/`` there, or in another folder, which is
+    then part of the spec, ``dataset_coco.json:test:/data/coco``; and there in the folder "filepath", or without it.
+
+    Attributes:
+        dataset: "coco" or "flickr30k", as the file says; "" where it does not.
+        splits: those that were asked for.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such file, or has no such split, or none is named, or there are no pictures.
+    """
+
+    class_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    def __init__(self, spec: str) -> None:
+        match = _SPEC.fullmatch(spec)
+        assert match is not None, spec
+        self.spec, file = spec, Path(match["file"])
+        whole = _load(file)
+        images, self.dataset = whole["images"], str(whole.get("dataset") or "")
+        counts = Counter(image["split"] for image in images)
+        self.splits = tuple((match["splits"] or "").split("+"))
+        if unknown := [split for split in self.splits if split not in counts]:
+            told = f"there is no split {unknown[0]!r}" if unknown[0] else f"name a split, as in {file}:test"
+            raise ValueError(f"{spec}: {told}; {file} has {', '.join(f'{name} ({n:,})' for name, n in counts.items())}")
+        images = [image for image in images if image["split"] in self.splits]
+        self._root, deep = _root(spec, file, match["folder"], self.dataset, images)
+        self._names, self._captions, self._ends = Strings(), Strings(), array("q", [0])
+        for image in images:
+            self._names.append(_name(image, deep))
+            for sentence in image["sentences"]:
+                if text := sentence["raw"].strip():
+                    self._captions.append(text)
+            self._ends.append(len(self._captions))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read(index)
+
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        """As `fastclip.data.source.read_sample`."""
+        captions, key = self.captions(index), self.key(index)
+        return Record(read_picture(Path(key), key, min_side=min_side), captions, key)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        key, start, end = self.key(index), self._ends[index], self._ends[index + 1]
+        if start == end:
+            raise BadSample("no caption", key, "it has no caption")
+        return tuple(self._captions[place] for place in range(start, end))
+
+    def key(self, index: int) -> str:
+        return str(self._root / self._names[index])
+
+    def picture_bytes(self, index: int) -> bytes:
+        """As `fastclip.data.source.picture_bytes`."""
+        return Path(self.key(index)).read_bytes()
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """The object in it, of whose images the keys that are used are there."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    images = found.get("images") if isinstance(found, dict) else None
+    if not isinstance(images, list) or not images:
+        raise ValueError(f'{file} is none of Karpathy\'s split files: it has no list "images"')
+    for number, image in enumerate(images):
+        try:
+            texts = (image["filename"], image["split"], image.get("filepath", ""))
+            sentences = [sentence["raw"] for sentence in image["sentences"]]
+            good = all(isinstance(text, str) for text in (*texts, *sentences))
+        except (AttributeError, KeyError, TypeError):
+            good = False
+        if not good:
+            wanted = '"filename", "split" and "sentences", a list of objects with "raw"'
+            raise ValueError(f"{file} is none of Karpathy's split files: its image {number} must have {wanted}")
+    return dict(found)
+
+
+def _name(image: dict[str, Any], deep: bool) -> str:
+    return f"{image['filepath']}/{image['filename']}" if deep and image.get("filepath") else image["filename"]
+
+
+def _root(
+    spec: str, file: Path, folder: str | None, dataset: str, images: Sequence[dict[str, Any]]
+) -> tuple[Path, bool]:
+    """The first folder that holds a picture, and whether they are in its folders "filepath"."""
+    beside = (file.parent, file.parent / "images", file.parent / f"{dataset}-images")
+    folders = beside if folder is None else (Path(folder),)
+    for root in folders:
+        for deep in (True, False):
+            if any((root / _name(image, deep)).exists() for image in images):
+                return root, deep
+    where, first = " or ".join(map(str, folders)), images[0]["filename"]
+    name = f"{file}:{'+'.join(dict.fromkeys(image['split'] for image in images))}:FOLDER"
+    raise ValueError(
+        f"{spec}: none of {len(images):,} pictures is in {where}, first {first}; name their folder: {name}"
+    )
