@@ -6,10 +6,13 @@ import argparse
 from types import ModuleType
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options
+from fastclip.cli.evaluate import probe
 
 __all__ = ["add"]
 
-_TASKS: dict[str, tuple[ModuleType, str]] = {}
+_TASKS: dict[str, tuple[ModuleType, str]] = {
+    "probe": (probe, "logistic regression on image features"),
+}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
