@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from fastclip._version import __version__
-from fastclip.cli import convert, data, evaluate, models, parity, plan, train
+from fastclip.cli import convert, data, evaluate, finetune, models, parity, plan, train
 
 __all__ = ["main"]
 
 _COMMANDS = {
     "train": (train, "train an image-text model"),
+    "finetune": (finetune, "fine-tune the image tower as a classifier"),
     "plan": (plan, "predict the memory of a training step, and the largest micro-batch"),
     "eval": (evaluate, "zero-shot, robustness, retrieval, probes: what a model is worth"),
     "data": (data, "check a data set, or pack one into tar shards"),

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-__all__ = ["interpolate"]
+from fastclip.data.source import Source
+from fastclip.evaluation.accuracy import classifier_accuracies
+from fastclip.evaluation.results import write_results
+
+if TYPE_CHECKING:
+    from fastclip.training.finetune import Finetuned
+
+__all__ = ["ensemble_accuracies", "interpolate"]
 
 
 @torch.no_grad()
@@ -27,3 +37,34 @@ def interpolate(zero_shot: Mapping[str, Tensor], tuned: Mapping[str, Tensor], al
     if alpha in (0, 1):
         return dict(tuned if alpha else zero_shot)
     return {name: a.lerp(tuned[name], alpha) if a.is_floating_point() else tuned[name] for name, a in zero_shot.items()}
+
+
+def ensemble_accuracies(
+    run: Finetuned,
+    source: Source,
+    alphas: Sequence[float],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> dict[float, dict[str, float]]:
+    """`classifier_accuracies` for each alpha; the classifier has the last one's weights then.
+
+    They are kept in ``evaluations.json`` of the run's folder as they come: what a stopped call found is not computed
+    again. Raises as `classifier_accuracies` does.
+    """
+    assert run.complete
+    file, asked = run.folder / "evaluations.json", {"data": source.spec, "pictures": len(source)}
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = kept.get("alphas", {}) if {**kept, **asked} == kept else {}
+    for alpha in alphas:
+        run.mix(alpha)
+        if str(alpha) not in found:
+            found[str(alpha)] = classifier_accuracies(
+                *(run.classifier, run.embedder, source), batch_size=batch_size, workers=workers, progress=progress
+            )
+            write_results(file, {**asked, "alphas": found})
+    return {
+        alpha: {name: math.nan if value is None else value for name, value in found[str(alpha)].items()}
+        for alpha in alphas
+    }

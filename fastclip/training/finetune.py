@@ -1,9 +1,9 @@
 """Fine-tuning of an image tower with a linear head that begins as the zero-shot classifier.
 
-    OUTPUT/finetune.json        what the run depends on: another run refuses the folder
-           metrics.jsonl        a line a logged step; TensorBoard's events beside it
-           checkpoints/         from which the same call goes on
-           model/               image-text model with the tuned image tower, head.safetensors, classes.json
+OUTPUT/finetune.json        what the run depends on: another run refuses the folder
+       metrics.jsonl        a line a logged step; TensorBoard's events beside it
+       checkpoints/         from which the same call goes on
+       model/               image-text model with the tuned image tower, head.safetensors, classes.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +94,7 @@ class Finetuned(NamedTuple):
     """What `finetune` made; the classifier, and the embedder's image tower with it, has the tuned weights."""
 
     folder: Path
+    embedder: Embedder
     steps: int  # made, those of earlier calls included
     losses: list[float]  # of this call's steps
     classifier: ImageClassifier
@@ -104,11 +105,12 @@ class Finetuned(NamedTuple):
     def mix(self, alpha: float) -> None:
         """Give the classifier the weights that `interpolate` makes of the two."""
         self.classifier.load_state_dict(interpolate(self.zero_shot, self.tuned, alpha))
+        vars(self.embedder).pop("identity", None)  # it is another model now
 
-    def save(self, embedder: Embedder) -> Path:
+    def save(self) -> Path:
         """Write ``model/`` with the weights that the classifier has."""
         with new_folder(self.folder / "model") as half:
-            save_classifier(self.classifier, embedder.model, half)
+            save_classifier(self.classifier, self.embedder.model, half)
         return self.folder / "model"
 
 
@@ -214,15 +216,18 @@ class _Run:
                         self._save(done, metrics)
                     if stops:
                         self.saver.wait()
-                        logger.warning("stopped by a signal after step %d, with a checkpoint: the same call goes on", done)
+                        logger.warning("stopped by a signal after step %d, with a checkpoint: again, it goes on", done)
                         raise Interrupted(self.signals.status, done)
         finally:
             progress.close()
             metrics.close()
         if self.skipped.tally.total:
             logger.warning(self.skipped.told(last * self.options.batch_size))
-        tuned = self._state()
-        return Finetuned(self.folder, last, losses, self.classifier, self.zero_shot, tuned, last == self.steps)
+        vars(self.embedder).pop("identity", None)  # it is another model now
+        whole = last == self.steps
+        return Finetuned(
+            self.folder, self.embedder, last, losses, self.classifier, self.zero_shot, self._state(), whole
+        )
 
     def _resume(self) -> int:
         """Updates that a checkpoint holds; 0 for a new run."""
@@ -302,7 +307,7 @@ class _Run:
             )
         norm = gradient_norm(self.classifier.parameters())
         if not norm.isfinite():
-            raise FloatingPointError(f"the gradient of step {step} is {norm.item()}; training stopped before its update")
+            raise FloatingPointError(f"the gradient of step {step} is {norm}; training stopped before its update")
         clip_gradients(self.classifier.parameters(), self.options.max_grad_norm, norm)
         self.optimizer.step()
         return loss, norm.item(), hits / self.options.batch_size
