@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from fastclip.cli.embedding import add_embedder_options
 
@@ -98,7 +99,7 @@ def _finetune(args: argparse.Namespace) -> None:
 
 def _tell(
     args: argparse.Namespace,
-    found: dict[float, dict[str, float]],
+    found: dict[float, dict[str, Any]],
     reference: str | None,
     published: dict[str, float],
     saved: float,
@@ -125,7 +126,7 @@ def _tell(
     write_results(Path(args.output) / "results.json", results)
     told = {0.0: "0 (zero-shot)", 1.0: "1 (fine-tuned)"}
     rows = [
-        [told.get(alpha, f"{alpha:g}"), *(None if v != v else 100 * v for v in metrics.values())]
+        [told.get(alpha, f"{alpha:g}"), *(None if v is None else 100 * v for v in metrics.values())]
         for alpha, metrics in found.items()
     ]
     print(table(["alpha", *found[1.0]], rows))

@@ -1,9 +1,8 @@
-"""Accuracy of classifiers: shares of pictures, and means over classes."""
+"""Accuracy of classifiers that give every class a score."""
 
 from __future__ import annotations
 
 import logging
-import math
 
 import torch
 from torch import Tensor
@@ -11,41 +10,23 @@ from torch import Tensor
 from fastclip.data.faults import Tally
 from fastclip.data.loader import evaluation_batches
 from fastclip.data.source import Source
+from fastclip.evaluation.classification import classification_metrics
 from fastclip.evaluation.progress import Progress
 from fastclip.models.classifier import ImageClassifier
 from fastclip.models.embedder import Embedder
 
-__all__ = ["accuracies", "class_ranks", "classifier_accuracies"]
+__all__ = ["classifier_accuracies", "score_ranks"]
 
 logger = logging.getLogger(__name__)
 
 
-def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+def score_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """How many other classes score at least as high as a picture's own, (N,) int64; scores (N, C), labels (N,) int64.
 
     So a tie, and what is not a number, counts against the model.
     """
     own = scores.gather(1, labels[:, None])
     return (~(scores < own)).sum(1) - 1
-
-
-def accuracies(ranks: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
-    """``acc1``, ``acc5`` and ``mean_per_class_recall``, 0 to 1, the names of CLIP_benchmark.
-
-    acc5 is NaN where there are five classes or fewer. The mean is over the classes that have pictures.
-
-    Args:
-        ranks, labels: (N,), of `class_ranks`.
-        classes: C, their number.
-    """
-    hits = (ranks == 0).double()
-    counts = torch.bincount(labels, minlength=classes)
-    recalls = torch.bincount(labels, weights=hits, minlength=classes)[counts > 0] / counts[counts > 0]
-    return {
-        "acc1": float(hits.mean()),
-        "acc5": float((ranks < 5).double().mean()) if classes > 5 else math.nan,
-        "mean_per_class_recall": float(recalls.mean()),
-    }
 
 
 @torch.no_grad()
@@ -57,8 +38,8 @@ def classifier_accuracies(
     batch_size: int = 256,
     workers: int = 0,
     progress: bool = False,
-) -> dict[str, float]:
-    """`accuracies` of a classifier on the pictures of a source that can be used and have a class.
+) -> dict[str, float | None]:
+    """`classification_metrics` of a classifier on the pictures of a source that can be used and have a class.
 
     Args:
         classifier: is put into eval mode.
@@ -80,7 +61,7 @@ def classifier_accuracies(
             some = classes >= 0
             with torch.autocast(device.type, torch.bfloat16, enabled=embedder.precision == "bf16"):
                 scores = classifier(images.to(device))
-            ranks.append(class_ranks(scores.cpu()[some], classes[some]))
+            ranks.append(score_ranks(scores.cpu()[some], classes[some]))
             labels.append(classes[some])
     whole = torch.cat(labels)
     if len(whole) < len(source):
@@ -89,4 +70,4 @@ def classifier_accuracies(
         )
     if not len(whole):
         raise ValueError(f"{source.spec}: none of {len(source)} pictures can be used")
-    return accuracies(torch.cat(ranks), whole, len(source.class_names))
+    return classification_metrics(torch.cat(ranks), whole, len(source.class_names))

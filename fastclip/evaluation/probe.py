@@ -17,7 +17,8 @@ from timm.models.byobnet import ByobNet
 from torch import Tensor
 
 from fastclip.data.source import Source
-from fastclip.evaluation.accuracy import accuracies, class_ranks
+from fastclip.evaluation.accuracy import score_ranks
+from fastclip.evaluation.classification import classification_metrics
 from fastclip.evaluation.features import FeatureStore, image_features
 from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
@@ -95,14 +96,13 @@ def linear_probe(
     sources = [source for source in (train, test, val) if source is not None]
     _check_classes(sources)
     if features == "tower":
-        taken = {"transform": embedder.transform, "precision": embedder.precision, "name": embedder.name}
+        taken: Any = {"transform": embedder.transform, "precision": embedder.precision, "name": embedder.name}
         embedder = TowerEmbedder(embedder.model, embedder.tokenize, **taken)
     keys = [[features, *map(source.key, range(len(source)))] for source in sources]
     _warn_of_shared(sources, keys)
     stores = [FeatureStore(embedder, own) for own in keys] if resume else []
     found = []
-    for k, source in enumerate(sources):
-        store = stores[k] if resume else None
+    for source, store in zip(sources, stores or [None] * len(sources)):
         read = image_features(embedder, source, batch_size=batch_size, workers=workers, store=store, progress=progress)
         found.append(_labelled(source, read.features, read.labels))
     (x, y), (x_test, y_test) = found[:2]
@@ -112,7 +112,7 @@ def linear_probe(
 
     def fit(penalty: float) -> tuple[float, bool]:
         classifier, converged = _fit(x, y, penalty)
-        return _accuracies(classifier, x_val, y_val, classes)[metric], converged
+        return _metrics(classifier, x_val, y_val, classes)[metric], converged
 
     if resume:
         stores.append(FeatureStore(embedder, [f"fits {metric} {seed}", *(key for own in keys for key in own)]))
@@ -125,20 +125,10 @@ def linear_probe(
         logger.warning("%d of %d fits of the sweep ended after 1,000 iterations", fits.unconverged, len(tried))
     if not converged:
         logger.warning("the probe itself (lambda %g) ended after 1,000 iterations", penalty)
-    return Probe(
-        {
-            **{f"lp_{name}": value for name, value in _accuracies(classifier, x_test, y_test, classes).items()},
-            "weight_decay": penalty,
-            "epochs": None,  # L-BFGS has none
-            "seed": seed,
-            "fewshot_k": -1,
-            "normalized": features == "embedding",
-        },
-        tried,
-        fits.unconverged,
-        converged,
-        stores,
-    )
+    metrics = {f"lp_{name}": value for name, value in _metrics(classifier, x_test, y_test, classes).items()}
+    metrics |= {"weight_decay": penalty, "epochs": None}  # L-BFGS has none
+    metrics |= {"seed": seed, "fewshot_k": -1, "normalized": features == "embedding"}
+    return Probe(metrics, tried, fits.unconverged, converged, stores)
 
 
 def sweep(score: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
@@ -201,21 +191,22 @@ def _fit(x: Any, y: Any, penalty: float) -> tuple[LogisticRegression, bool]:
     return classifier, len(others) == len(caught)
 
 
-def _accuracies(classifier: LogisticRegression, x: Any, y: Any, classes: int) -> dict[str, float]:
-    """`accuracies`; a class that the classifier has not met scores below all others."""
+def _metrics(classifier: LogisticRegression, x: Any, y: Any, classes: int) -> dict[str, Any]:
+    """`classification_metrics`; a class that the classifier has not met scores below all others."""
     found = torch.from_numpy(classifier.decision_function(x))
     if found.dim() == 1:  # of two classes scikit-learn gives one column, the second's
         found = torch.stack([-found, found], dim=1)
     scores = torch.full((len(found), classes), -math.inf, dtype=found.dtype)
     scores[:, torch.from_numpy(classifier.classes_)] = found
     labels = torch.from_numpy(y)
-    return accuracies(class_ranks(scores, labels), labels, classes)
+    return classification_metrics(score_ranks(scores, labels), labels, classes)
 
 
 def _split(source: Source, x: Any, y: Any, seed: int) -> tuple[Any, Any, Any, Any]:
     """Four fifths and one fifth of x and of y."""
     try:
-        return tuple(train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed))  # type: ignore[return-value]
+        x, x_val, y, y_val = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
+        return x, x_val, y, y_val
     except ValueError as error:
         raise ValueError(f"{source.spec}: no validation split can be made, give one: {error}") from error
 

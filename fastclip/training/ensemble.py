@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,7 @@ def ensemble_accuracies(
     batch_size: int = 256,
     workers: int = 0,
     progress: bool = False,
-) -> dict[float, dict[str, float]]:
+) -> dict[float, dict[str, float | None]]:
     """`classifier_accuracies` for each alpha; the classifier has the last one's weights then.
 
     They are kept in ``evaluations.json`` of the run's folder as they come: what a stopped call found is not computed
@@ -64,7 +63,4 @@ def ensemble_accuracies(
                 *(run.classifier, run.embedder, source), batch_size=batch_size, workers=workers, progress=progress
             )
             write_results(file, {**asked, "alphas": found})
-    return {
-        alpha: {name: math.nan if value is None else value for name, value in found[str(alpha)].items()}
-        for alpha in alphas
-    }
+    return {alpha: found[str(alpha)] for alpha in alphas}

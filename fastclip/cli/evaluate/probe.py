@@ -69,7 +69,7 @@ def _probe(args: argparse.Namespace) -> None:
         store.clear()
     names = ("acc1", "acc5", "mean_per_class_recall")
     values = [probe.metrics[f"lp_{name}"] for name in names]
-    print(table([args.test_data, *names], [["linear probe", *(None if v != v else 100 * v for v in values)]]))
+    print(table([args.test_data, *names], [["linear probe", *(None if v is None else 100 * v for v in values)]]))
     print(f"lambda {probe.metrics['weight_decay']:.3g}, of {len(probe.sweep)} tried")
     if reference is not None:
         rows = {"linear probe": 100 * probe.metrics[f"lp_{metric}"], **published}
