@@ -219,6 +219,14 @@ def test_folder_of_something_else_is_refused(whole: Finetuned, digits: Subset, t
             FinetuneOptions(**wrong)  # type: ignore[arg-type]
 
 
+def test_several_processes_are_refused(digits: Subset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="in one process, and torchrun has started 2"):
+        run(tmp_path / "run", digits)
+    assert not (tmp_path / "run").exists()
+
+
 class Unlabelled(Subset):
     def read(self, index: int, *, min_side: int | None = None) -> Record:
         return super().read(index, min_side=min_side)._replace(label=None if index == 7 else 1)

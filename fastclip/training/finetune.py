@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip import _env
 from fastclip.data.batch import Batch
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
@@ -142,12 +143,15 @@ def finetune(
         templates: of the captions that make the head; default: the source's own, else "a photo of a {}."
 
     Raises:
-        ValueError: `source` has no classes, or too many pictures cannot be used; `output` holds something else.
+        ValueError: `source` has no classes, or too many pictures cannot be used; `output` holds something else; torchrun
+            has started several processes.
         FloatingPointError: loss or gradient is not finite; the update was not made.
         Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written.
     """
     if not source.class_names:
         raise ValueError(f"{source.spec} has no classes")
+    if (process := _env.launched()) is not None and process.ranks > 1:
+        raise ValueError(f"fine-tuning runs in one process, and torchrun has started {process.ranks}")
     templates = tuple(templates) or source.templates or ("a photo of a {}.",)
     with naming_dead_workers():
         return _Run(embedder, source, options or FinetuneOptions(), Path(output), templates).run()
