@@ -102,7 +102,8 @@ def linear_probe(
     _warn_of_shared(sources, keys)
     stores = [FeatureStore(embedder, own) for own in keys] if resume else []
     found = []
-    for source, store in zip(sources, stores or [None] * len(sources)):
+    for k, source in enumerate(sources):
+        store = stores[k] if resume else None
         read = image_features(embedder, source, batch_size=batch_size, workers=workers, store=store, progress=progress)
         found.append(_labelled(source, read.features, read.labels))
     (x, y), (x_test, y_test) = found[:2]

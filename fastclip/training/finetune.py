@@ -143,8 +143,8 @@ def finetune(
         templates: of the captions that make the head; default: the source's own, else "a photo of a {}."
 
     Raises:
-        ValueError: `source` has no classes, or too many pictures cannot be used; `output` holds something else; torchrun
-            has started several processes.
+        ValueError: `source` has no classes, or too many pictures cannot be used; `output` holds something else; several
+            processes were started.
         FloatingPointError: loss or gradient is not finite; the update was not made.
         Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written.
     """
