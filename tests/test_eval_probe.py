@@ -138,12 +138,12 @@ def of_classes(source: Source, classes: set[int], size: int) -> Subset:
 
 def test_class_that_was_not_trained_on_is_missed(embedder: Embedder) -> None:
     train, test = open_source("digits"), open_source("digits", held_out=True)
-    seen, both = of_classes(train, {0, 1, 2}, 120), of_classes(test, {0, 1, 9}, 60)
+    seen, both = of_classes(train, {1, 2, 6}, 120), of_classes(test, {1, 6, 9}, 60)
     found = linear_probe(embedder, seen, both)
     share = sum(both[i].label == 9 for i in range(len(both))) / len(both)
     assert 0.9 * (1 - share) < found.metrics["lp_acc1"] <= 1 - share
     assert found.metrics["lp_mean_per_class_recall"] <= 2 / 3 + 1e-9
-    two = linear_probe(embedder, of_classes(train, {0, 1}, 80), of_classes(test, {0, 1}, 40))
+    two = linear_probe(embedder, of_classes(train, {3, 7}, 80), of_classes(test, {3, 7}, 40))
     assert two.metrics["lp_acc1"] > 0.9
 
 
