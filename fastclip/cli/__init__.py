@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from fastclip._version import __version__
-from fastclip.cli import convert, data, evaluate, models, parity, plan, train
+from fastclip.cli import convert, data, evaluate, finetune, models, parity, plan, train
 
 __all__ = ["main"]
 
 _COMMANDS = {
     "train": (train, "train an image-text model"),
+    "finetune": (finetune, "fine-tune the image tower as a classifier"),
     "plan": (plan, "predict the memory of a training step, and the largest micro-batch"),
     "eval": (evaluate, "zero-shot, robustness, retrieval, probes: what a model is worth"),
     "data": (data, "check a data set, or pack one into tar shards"),
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = args.run(args) or 0
         sys.stdout.flush()
         return status
+    except KeyboardInterrupt:
+        print(f"fastclip {args.command}: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # whoever reads has enough, as in `fastclip models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's end would complain
         return 0

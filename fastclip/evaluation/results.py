@@ -37,7 +37,7 @@ def write_results(path: str | Path, results: Mapping[str, Any] | Sequence[Mappin
     """One result as an object, several as a list; numbers that are not finite become null, which JSON has."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,240 @@
+"""Linear probes: what a logistic regression makes of a model's image features."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from timm.models.byobnet import ByobNet
+from torch import Tensor
+
+from fastclip.data.source import Source
+from fastclip.evaluation.accuracy import score_ranks
+from fastclip.evaluation.classification import classification_metrics
+from fastclip.evaluation.features import FeatureStore, image_features
+from fastclip.evaluation.progress import Progress
+from fastclip.models.embedder import Embedder
+
+__all__ = ["Probe", "TowerEmbedder", "linear_probe", "sweep"]
+
+logger = logging.getLogger(__name__)
+_PER_DECADE, _DECADES = 8, 6  # values of the penalty: 10 ** -6 to 10 ** 6
+_ITERATIONS = 1000
+_FITS = 16  # at most: 7 of the coarse grid, 2 at each of 4 halvings, and the last
+
+
+class Probe(NamedTuple):
+    """What `linear_probe` found."""
+
+    metrics: dict[str, Any]  # by CLIP_benchmark's names (``metrics/linear_probe.py``)
+    sweep: list[tuple[float, float]]  # lambda and its score on the validation split, in the order in which they came
+    unconverged: int  # fits of the sweep that ended after 1,000 iterations
+    converged: bool  # the last fit, which is what is reported
+    stores: list[FeatureStore]  # to clear when the result is kept
+
+
+class TowerEmbedder(Embedder):
+    """Embeds pictures as the features that the image tower projects into the embedding space, not normalised.
+
+    ViT's class token and CoSwin's mean before their projection ("I_f", Radford et al. 2021, figure 3). ResNet's
+    attention pooling and ALIGN's EfficientNet have no projection: theirs are what `encode_image` returns.
+    """
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) float32 -> (B, width) float32 on the CPU."""
+        tower: Any = self.model.visual
+        images = images.to(self.device, non_blocking=True)
+        with self._autocast():
+            if isinstance(tower, ByobNet):
+                return tower(images).float().cpu()
+            return tower.forward_head(tower.forward_features(images), pre_logits=True).float().cpu()
+
+
+def linear_probe(
+    embedder: Embedder,
+    train: Source,
+    test: Source,
+    *,
+    val: Source | None = None,
+    features: Literal["tower", "embedding"] = "tower",
+    metric: Literal["acc1", "mean_per_class_recall"] = "acc1",
+    seed: int = 0,
+    batch_size: int = 256,
+    workers: int = 0,
+    resume: bool = False,
+    progress: bool = False,
+) -> Probe:
+    """Logistic regression on image features, as Radford et al. 2021, appendix A.3, do it.
+
+    scikit-learn's L-BFGS with at most 1,000 iterations minimises the summed cross entropy + lambda / 2 |W|^2, so
+    C = 1 / lambda; the bias is not penalised. `sweep` finds lambda on the validation split; the reported classifier is
+    fitted on train and validation together. Features enter as float64, in which L-BFGS converges for small lambdas.
+
+    Args:
+        val: default: a fifth of `train`, every class's share alike, drawn by `seed`.
+        features: "tower", as the paper's; or "embedding", the unit vectors, as CLIP_benchmark's.
+        metric: that lambda is chosen by.
+        batch_size, workers: of reading pictures.
+        resume: what a call with the same inputs left in FASTCLIP_CACHE, pictures and fits, is not computed again;
+            `Probe.stores` is what to clear.
+        progress: show how far it is, on stderr.
+
+    Raises:
+        ValueError: sources without classes or with different ones, a class too small to split, features that are not
+            finite.
+        OSError, ValueError: what the samples are read from cannot be.
+    """
+    sources = [source for source in (train, test, val) if source is not None]
+    _check_classes(sources)
+    if features == "tower":
+        taken: Any = {"transform": embedder.transform, "precision": embedder.precision, "name": embedder.name}
+        embedder = TowerEmbedder(embedder.model, embedder.tokenize, **taken)
+    keys = [[features, *map(source.key, range(len(source)))] for source in sources]
+    _warn_of_shared(sources, keys)
+    stores = [FeatureStore(embedder, own) for own in keys] if resume else []
+    found = []
+    for k, source in enumerate(sources):
+        store = stores[k] if resume else None
+        read = image_features(embedder, source, batch_size=batch_size, workers=workers, store=store, progress=progress)
+        found.append(_labelled(source, read.features, read.labels))
+    (x, y), (x_test, y_test) = found[:2]
+    x, x_val, y, y_val = _split(train, x, y, seed) if val is None else (x, found[2][0], y, found[2][1])
+
+    classes = len(train.class_names)
+
+    def fit(penalty: float) -> tuple[float, bool]:
+        classifier, converged = _fit(x, y, penalty)
+        return _metrics(classifier, x_val, y_val, classes)[metric], converged
+
+    if resume:
+        stores.append(FeatureStore(embedder, [f"fits {metric} {seed}", *(key for own in keys for key in own)]))
+    with Progress("L-BFGS fits", _FITS, unit="fit", shown=progress) as bar:
+        fits = _Fits(fit, stores[-1] if resume else None, bar)
+        penalty, tried = sweep(fits)
+        classifier, converged = _fit(np.concatenate([x, x_val]), np.concatenate([y, y_val]), penalty)
+        bar.moved()
+    if fits.unconverged:
+        logger.warning("%d of %d fits of the sweep ended after 1,000 iterations", fits.unconverged, len(tried))
+    if not converged:
+        logger.warning("the probe itself (lambda %g) ended after 1,000 iterations", penalty)
+    metrics = {f"lp_{name}": value for name, value in _metrics(classifier, x_test, y_test, classes).items()}
+    metrics |= {"weight_decay": penalty, "epochs": None}  # L-BFGS has none
+    metrics |= {"seed": seed, "fewshot_k": -1, "normalized": features == "embedding"}
+    return Probe(metrics, tried, fits.unconverged, converged, stores)
+
+
+def sweep(score: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
+    """The lambda of the highest `score`, and all that were tried, each with its score.
+
+    Radford et al. 2021, appendix A.3: from 1e-6, 1e-4 ... 1e6, then the interval around the peak is halved until its
+    values are eighths of a decade. Of equal scores the middle one's lambda counts: on a plateau neither end is better.
+    """
+    found: dict[int, float] = {}
+    last = _PER_DECADE * _DECADES  # lambda = 10 ** (k / 8), k from -last to last
+
+    def peak(candidates: Sequence[int]) -> int:
+        for k in candidates:
+            if k not in found:
+                found[k] = score(10 ** (k / _PER_DECADE))
+        highest = [k for k in candidates if found[k] == max(found[k] for k in candidates)]
+        return highest[len(highest) // 2]
+
+    width = 2 * _PER_DECADE
+    best = peak(range(-last, last + 1, width))
+    while width := width // 2:
+        best = peak([k for k in (best - width, best, best + width) if abs(k) <= last])
+    return 10 ** (best / _PER_DECADE), [(10 ** (k / _PER_DECADE), value) for k, value in found.items()]
+
+
+class _Fits:
+    """lambda -> score by `fit`, which also tells whether it converged; what `store` holds, in its order, is not fitted
+    again."""
+
+    def __init__(self, fit: Callable[[float], tuple[float, bool]], store: FeatureStore | None, bar: Progress) -> None:
+        self._fit, self._store, self._bar = fit, store, bar
+        self._done = store.parts() if store is not None else []
+        self.unconverged = self._number = 0
+        if self._done:
+            logger.info("%d fits are there already", len(self._done))
+
+    def __call__(self, penalty: float) -> float:
+        if self._number < len(self._done):
+            part = self._done[self._number]
+        else:
+            value, converged = self._fit(penalty)
+            part = {"score": torch.tensor(value, dtype=torch.float64), "converged": torch.tensor(converged)}
+            if self._store is not None:
+                self._store.add(self._number, part)
+        self._bar.moved()
+        self._number += 1
+        self.unconverged += not part["converged"]
+        return float(part["score"])
+
+
+def _fit(x: Any, y: Any, penalty: float) -> tuple[LogisticRegression, bool]:
+    """The classifier, and whether L-BFGS converged."""
+    classifier = LogisticRegression(C=1 / penalty, max_iter=_ITERATIONS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        classifier.fit(x, y)
+    others = [one for one in caught if not issubclass(one.category, ConvergenceWarning)]
+    for one in others:
+        logger.warning("scikit-learn: %s", one.message)
+    return classifier, len(others) == len(caught)
+
+
+def _metrics(classifier: LogisticRegression, x: Any, y: Any, classes: int) -> dict[str, Any]:
+    """`classification_metrics`; a class that the classifier has not met scores below all others."""
+    found = torch.from_numpy(classifier.decision_function(x))
+    if found.dim() == 1:  # of two classes scikit-learn gives one column, the second's
+        found = torch.stack([-found, found], dim=1)
+    scores = torch.full((len(found), classes), -math.inf, dtype=found.dtype)
+    scores[:, torch.from_numpy(classifier.classes_)] = found
+    labels = torch.from_numpy(y)
+    return classification_metrics(score_ranks(scores, labels), labels, classes)
+
+
+def _split(source: Source, x: Any, y: Any, seed: int) -> tuple[Any, Any, Any, Any]:
+    """Four fifths and one fifth of x and of y."""
+    try:
+        x, x_val, y, y_val = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
+        return x, x_val, y, y_val
+    except ValueError as error:
+        raise ValueError(f"{source.spec}: no validation split can be made, give one: {error}") from error
+
+
+def _labelled(source: Source, features: Tensor, labels: Tensor) -> tuple[Any, Any]:
+    """Those that have a class: (K, D) float64 and (K,) int64."""
+    some = labels >= 0
+    if not bool(some.all()):
+        logger.warning("%s: %d pictures have no class and are left out", source.spec, int((~some).sum()))
+    if not bool(features[some].isfinite().all()):
+        raise ValueError(f"{source.spec}: the model's features are not finite")
+    return features[some].double().numpy(), labels[some].numpy()
+
+
+def _check_classes(sources: Sequence[Source]) -> None:
+    for source in sources:
+        if not source.class_names:
+            raise ValueError(f"{source.spec} has no classes")
+        if other := sorted(set(source.class_names) ^ set(sources[0].class_names)):
+            raise ValueError(f"{sources[0].spec} and {source.spec} differ in classes: {', '.join(other[:5])}")
+        if source.class_names != sources[0].class_names:
+            raise ValueError(f"{sources[0].spec} and {source.spec} have the same classes in another order")
+
+
+def _warn_of_shared(sources: Sequence[Source], keys: Sequence[Sequence[str]]) -> None:
+    """Train, test and perhaps validation: what is tested on must be new."""
+    test = set(keys[1][1:])
+    for k in (0, 2)[: len(sources) - 1]:
+        if shared := len(test.intersection(keys[k][1:])):
+            logger.warning("%d pictures of %s are in %s, too", shared, sources[1].spec, sources[k].spec)

@@ -1,0 +1,97 @@
+"""An image tower with a linear head over named classes, as fine-tuning makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastclip.models.config import read_json, write_json
+from fastclip.models.dual_encoder import DualEncoder
+
+__all__ = ["ImageClassifier", "load_classifier", "save_classifier"]
+
+_HEAD, _CLASSES = "head.safetensors", "classes.json"
+
+
+class ImageClassifier(nn.Module):
+    """images (B, 3, H, W) -> logits (B, C), float32: W u + b of the image tower's unit vectors u.
+
+    With the class embeddings times the logit scale as W and b = 0 it is the zero-shot classifier (Wortsman et al. 2022,
+    "Robust fine-tuning of zero-shot models", section 2). The head computes in float32 whatever autocast is on: bfloat16
+    has steps of 0.5 at logits of 100.
+
+    Args:
+        visual: images (B, 3, H, W) -> features (B, D).
+        weight: (C, D), of the head; it is copied.
+        class_names: C of them.
+        freeze_image: the tower gets no gradients and stays in eval mode.
+    """
+
+    def __init__(
+        self, visual: nn.Module, weight: Tensor, class_names: Sequence[str], *, freeze_image: bool = False
+    ) -> None:
+        super().__init__()
+        classes, width = weight.shape
+        assert classes == len(class_names)
+        self.visual = visual
+        self.head = nn.Linear(width, classes, device=weight.device)
+        with torch.no_grad():
+            self.head.weight.copy_(weight)
+            self.head.bias.zero_()
+        self.class_names = tuple(class_names)
+        self.freeze_image = freeze_image
+        visual.requires_grad_(not freeze_image)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.visual(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.head(F.normalize(features.float(), dim=-1))
+
+    def train(self, mode: bool = True) -> ImageClassifier:
+        super().train(mode)
+        if self.freeze_image:
+            self.visual.eval()
+        return self
+
+
+def save_classifier(classifier: ImageClassifier, model: DualEncoder, folder: Path) -> None:
+    """Write `model`, whose image tower is the classifier's, as `DualEncoder.save_pretrained` does, and the head beside.
+
+    ``head.safetensors`` holds ``weight`` (C, D) and ``bias`` (C,); ``classes.json`` the C names.
+    """
+    from safetensors.torch import save_file
+
+    assert model.visual is classifier.visual
+    model.save_pretrained(folder)
+    head = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.head.state_dict().items()}
+    save_file(head, folder / _HEAD)
+    write_json({"class_names": list(classifier.class_names)}, folder / _CLASSES)
+
+
+def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -> ImageClassifier:
+    """The classifier of a folder that `save_classifier` wrote, in eval mode.
+
+    Raises:
+        FileNotFoundError: the folder holds no classifier.
+        ValueError: its files do not fit together.
+    """
+    from safetensors.torch import load_file
+
+    from fastclip.models.factory import create_model
+
+    folder = Path(folder)
+    if not (folder / _HEAD).is_file():
+        raise FileNotFoundError(f"{folder} holds no classifier: there is no {_HEAD}")
+    names, head = read_json(folder / _CLASSES)["class_names"], load_file(folder / _HEAD, device=str(device))
+    model = create_model(pretrained=folder, device=device)
+    assert model.config is not None
+    shape, wanted = tuple(head["weight"].shape), (len(names), model.config.embed_dim)
+    if shape != wanted:
+        raise ValueError(f"{folder}: the head is {shape}; its classes and the model's features make it {wanted}")
+    classifier = ImageClassifier(model.visual, head["weight"], names)
+    classifier.head.load_state_dict(head)
+    return classifier.eval()
