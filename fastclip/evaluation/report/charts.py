@@ -64,7 +64,7 @@ def charts_of(series: Mapping[str, Series]) -> list[Chart]:
     """A chart for every metric that has a number, in `_TITLES`' order; skipped samples only where there are some."""
     known = {name for names in _TITLES.values() for name in names}
     titles = _TITLES | {name: {name: name} for name in series if name not in known and name not in _NO_CHART}
-    last = max((float(one.steps.max()) for one in series.values()), default=1.0)
+    last = max((1.0, *(float(one.steps.max()) for one in series.values())))
     found = []
     for title, names in titles.items():
         some = {name: series[name] for name in names if name in series and np.isfinite(series[name].values).any()}
@@ -73,12 +73,12 @@ def charts_of(series: Mapping[str, Series]) -> list[Chart]:
     return found
 
 
-def short(value: float) -> str:
-    """Four digits at most: 0.9944, 12.5k, 1e-05."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"
-    return f"{value:.4g}"
+def short(value: float, digits: int = 4) -> str:
+    """0.9944, 12.5k, 1e-05"""
+    for least, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / size:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
 
 
 class _Points(NamedTuple):
@@ -117,8 +117,8 @@ def _chart(title: str, series: Mapping[str, Series], names: Mapping[str, str], l
     return Chart(
         title,
         curves,
-        [(round(x(step), 1), short(step)) for step in x_ticks],
-        [(round(float(y(value)), 1), short(value)) for value in ticks],
+        [(round(x(step), 1), short(step, 6)) for step in x_ticks],
+        [(round(float(y(value)), 1), short(value, 6)) for value in ticks],
         last,
         ", ".join(told),
     )

@@ -97,7 +97,6 @@ def render(context: dict[str, Any]) -> str:
     page = Environment(
         loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page.filters["short"] = charts.short
     script = (_PAGE / "script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = Markup((_PAGE / "style.css").read_text(encoding="utf-8"))

@@ -89,7 +89,7 @@ def _read_metrics(file: Path) -> tuple[dict[str, Series], int]:
         for line in lines:
             try:
                 values = json.loads(line)
-                step = float(values.pop("step"))
+                step = int(values.pop("step"))
             except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
                 unread += bool(line.strip())
                 continue
