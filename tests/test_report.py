@@ -119,8 +119,20 @@ def pairs(tmp_path: Path) -> Path:
         stem = f'{k}"><img src=x onerror=alert(3)>'
         pixels = np.random.default_rng(k).integers(0, 256, (40, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{stem}.png")
-        (folder / f"{stem}.txt").write_text(f"{HOSTILE} {k}")
+        (folder / f"{stem}.txt").write_text(f"{HOSTILE} {k} " + 200 * "x")
     return folder
+
+
+@pytest.fixture
+def hostile(run: Path, pairs: Path, tmp_path: Path) -> Path:
+    """A page of a run, data and results whose every text is."""
+    folder = tmp_path / 'run"><img src=x onerror=alert(4)>'
+    shutil.copytree(run, folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 45, HOSTILE: 1.0}) + "\n")
+    results = tmp_path / "results.json"
+    write_results(results, result(dataset=HOSTILE, task="t", model=HOSTILE, pretrained="p", metrics={HOSTILE: 0.5}))
+    return write_report(folder, tmp_path / "x.html", data=str(pairs), results=[results], device="cpu")
 
 
 def last_validation(run: Path) -> dict[str, float]:
@@ -224,18 +236,12 @@ def test_best_and_worst_are_those_of_loops() -> None:
         assert rest == ([] if one.place <= 5 else [(own, one.place, True)])
 
 
-def test_text_of_data_is_no_markup(run: Path, pairs: Path, tmp_path: Path) -> None:
-    folder = tmp_path / 'run"><img src=x onerror=alert(4)>'
-    shutil.copytree(run, folder)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 45, HOSTILE: 1.0}) + "\n")
-    results = tmp_path / "results.json"
-    write_results(results, result(dataset=HOSTILE, task="t", model=HOSTILE, pretrained="p", metrics={HOSTILE: 0.5}))
-    page = read(write_report(folder, tmp_path / "x.html", data=str(pairs), results=[results], device="cpu"))
+def test_text_of_data_is_no_markup(hostile: Path) -> None:
+    page = read(hostile)
     scripts = [words for words in page.words[""] if "addEventListener" in words]
     assert len(page.all("script")) == len(scripts) == 1
     assert all(image["src"].startswith("data:image/") and "onerror" not in image for image in page.all("img"))
-    assert folder.name in page.words[""]
+    assert 'run"><img src=x onerror=alert(4)>' in page.words[""]
     assert sum(HOSTILE in words for words in page.words["text-to-image"]) == 8
     for section in ("curves", "image-to-text", "results"):
         assert any(HOSTILE in words for words in page.words[section]), section
@@ -373,21 +379,22 @@ def test_command_writes_the_page_and_says_where(run: Path, tmp_path: Path, capsy
     assert "config.yaml is not YAML" in capsys.readouterr().err
 
 
-def test_browser_loads_nothing_and_nothing_sticks_out(report: Path) -> None:
+def test_browser_loads_nothing_and_nothing_sticks_out(report: Path, hostile: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright, which drives a browser, is not installed")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         pytest.skip("there is no Chromium")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for width in (400, 1200):
+        for page, width in ((report, 400), (report, 1200), (hostile, 400)):
             view = browser.new_page(viewport={"width": width, "height": 800})
             told: list[str] = []
             view.on("console", lambda message, told=told: told.append(message.text))
             view.on("pageerror", lambda error, told=told: told.append(str(error)))
             view.on("request", lambda request, told=told: told.append(request.url))
-            view.goto(report.as_uri())
-            assert [url for url in told if not url.startswith("data:")] == [report.as_uri()]
+            view.on("dialog", lambda dialog, told=told: (told.append(dialog.message), dialog.dismiss()))
+            view.goto(page.as_uri())
+            assert [url for url in told if not url.startswith("data:")] == [page.as_uri()]
             assert view.evaluate("document.documentElement.scrollWidth") <= width
             assert view.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
             view.locator("figure svg").first.hover()

@@ -12,7 +12,7 @@ from PIL import Image
 __all__ = ["heat_map", "thumbnail"]
 
 _SIDE = 160  # pixels, twice what the page shows
-_COLOUR = (79, 70, 229)  # the page's --accent
+_COLOUR = (99, 92, 242)  # to be seen on white and on black
 
 
 def thumbnail(image: Image.Image) -> str:
