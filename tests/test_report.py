@@ -342,7 +342,9 @@ def test_results_stand_beside_each_other(tmp_path: Path) -> None:
     write_results(files[0], result(model="m", metrics={"acc1": 0.5, "acc5": float("nan"), "per_class": [1]}, **common))
     write_results(files[1], [result(model=m, metrics={"acc1": v}, **common) for m, v in (("m", 0.25), ("n", 0.125))])
     found = read_results(files)
-    assert [column[:2] for column in found["columns"]] == [("a.json", "m"), ("b.json", "m"), ("b.json", "n")]
+    assert [column[:2] for column in found["columns"]] == [
+        (str(files[k]), m) for k, m in ((0, "m"), (1, "m"), (1, "n"))
+    ]
     assert found["rows"] == [(("zeroshot_classification", "digits", "acc1"), [0.5, 0.25, 0.125])]
     files[0].write_text("{")
     with pytest.raises(ValueError, match=r"a\.json is not JSON"):

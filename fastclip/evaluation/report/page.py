@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -137,7 +138,12 @@ def _embedder(
     name = model or run.options["model"]
     weights = path / "ema.safetensors"
     sizes = {size: run.options.get(size) for size in ("image_size", "context_length")}
-    made = create_model(name, weights if weights.is_file() else path, device=device or "cpu", **sizes)
+    made = create_model(
+        name,
+        weights if weights.is_file() else path,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        **sizes,
+    )
     assert made.config is not None
     tokenize = tokenizer_of(made.config, name, vocabulary=vocabulary)
     return Embedder(made, tokenize, precision=precision or "fp32", name=str(path))

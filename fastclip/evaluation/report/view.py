@@ -34,20 +34,18 @@ class Figure(NamedTuple):
 
 def about_run(run: RunRecord) -> dict[str, Any]:
     """Of all sections that need no model."""
-    planned = run.options.get("max_steps")
     return {
         "run": run,
         "name": run.folder.resolve().name,
-        "planned": planned,
-        "figures": _figures(run, planned),
+        "figures": _figures(run),
         "charts": charts_of(run.series),
         "made": datetime.now(),
         "version": __version__,
     }
 
 
-def _figures(run: RunRecord, planned: int | None) -> list[Figure]:
-    found = []
+def _figures(run: RunRecord) -> list[Figure]:
+    found, planned = [], run.options.get("max_steps")
     if (loss := run.series.get("loss")) is not None:
         found.append(Figure("loss", short(loss.values[-1]), f"at step {loss.steps[-1]:,.0f}"))
     for name in _BEST:
@@ -149,7 +147,7 @@ def read_results(paths: Sequence[Path]) -> dict[str, Any]:
         for one in found if isinstance(found, list) else [found]:
             if not isinstance(one, Mapping) or not isinstance(one.get("metrics"), Mapping):
                 raise ValueError(f'{path} holds no results of an evaluation: objects with "metrics"')
-            column = (path.name, str(one.get("model", "")), str(one.get("pretrained", "")))
+            column = (str(path), str(one.get("model", "")), str(one.get("pretrained", "")))
             columns[column] = None
             for name, value in one["metrics"].items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
