@@ -98,7 +98,7 @@ class Texts(NamedTuple):
 def metrics_of(image_features: Tensor, labels: Tensor, text_features: Tensor, texts: Texts) -> dict[str, float]:
     """`validate`'s, of unit vectors (M, D), classes (M,), -1 without, and the unit vectors (N, D) of `texts`."""
     metrics = retrieval_recalls(image_features, text_features[: texts.captions], texts.pairs)
-    if len(texts.classes) and bool((labels >= 0).any()):
+    if texts.classes.numel() and bool((labels >= 0).any()):
         metrics = _zero_shot(image_features, labels, mean_directions(text_features[texts.classes])) | metrics
     return metrics
 

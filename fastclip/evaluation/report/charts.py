@@ -147,8 +147,8 @@ def _curve(name: str, points: _Points, place: _Points) -> Curve:
     if (points.high > points.low).any():
         for a, b in stretches:
             there, back = slice(a, b), slice(b - 1, a - 1 if a else None, -1)
-            outline = (np.concatenate([place.steps[s] for s in (there, back)]),)
-            band += _path(*outline, np.concatenate([place.high[there], place.low[back]])) + "Z"
+            around = np.concatenate([place.steps[there], place.steps[back]])
+            band += _path(around, np.concatenate([place.high[there], place.low[back]])) + "Z"
     dotted = stretches if len(points.steps) <= _DOTTED else [(a, b) for a, b in stretches if b == a + 1]
     dots = [(round(float(place.steps[k]), 1), round(float(place.means[k]), 1)) for a, b in dotted for k in range(a, b)]
     read = [(float(step), float(f"{value:.5g}")) for step, value in zip(points.steps, points.means) if value == value]

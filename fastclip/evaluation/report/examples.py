@@ -99,7 +99,7 @@ def examine(
 
 def _confusion(images: ImageFeatures, features: Tensor, texts: Texts) -> Confusion | None:
     some = images.labels >= 0
-    if not len(texts.classes) or not bool(some.any()):
+    if not texts.classes.numel() or not bool(some.any()):
         return None
     classes, labels = mean_directions(features[texts.classes]), images.labels[some]
     predictions = _predictions(images.features[some], labels, classes)
