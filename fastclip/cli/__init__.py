@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fastclip._version import __version__
-from fastclip.cli import convert, data, evaluate, finetune, models, parity, plan, train
+from fastclip.cli import convert, data, evaluate, finetune, models, parity, plan, report, train
 
 __all__ = ["main"]
 
@@ -18,6 +18,7 @@ _COMMANDS = {
     "finetune": (finetune, "fine-tune the image tower as a classifier"),
     "plan": (plan, "predict the memory of a training step, and the largest micro-batch"),
     "eval": (evaluate, "zero-shot, robustness, retrieval, probes: what a model is worth"),
+    "report": (report, "write a run as an HTML page: curves, confused classes, best and worst retrievals"),
     "data": (data, "check a data set, or pack one into tar shards"),
     "models": (models, "list the models by name"),
     "convert": (convert, "write a checkpoint in open_clip's, Hugging Face's or our form"),

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 __all__ = ["add_embedder_options", "add_reading_options", "embedder_of"]
 
 
-def add_embedder_options(parser: argparse.ArgumentParser) -> None:
+def add_embedder_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Which model, and how it computes; for `embedder_of`."""
     parser.add_argument(
         "--checkpoint",
-        required=True,
+        required=required,
         metavar="PATH",
         help="folder of a run, its model/, or a checkpoint of OpenAI, open_clip or Hugging Face",
     )

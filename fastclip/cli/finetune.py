@@ -39,7 +39,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         "call again goes on where it was stopped. Defaults: Wortsman et al. 2022 (WiSE-FT)."
     )
     add_embedder_options(parser)
-    parser.add_argument("--data", required=True, metavar="SPEC", help="pictures with classes: a folder of class folders, digits, hf: ...")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SPEC",
+        help="pictures with classes: class folders, digits, ...",
+    )
     parser.add_argument("--val-data", metavar="SPEC", help="to evaluate on at the end; digits is the held-out fifth")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run: model/, results.json, ...")
     parser.add_argument(
@@ -125,10 +130,7 @@ def _tell(
     ]
     write_results(Path(args.output) / "results.json", results)
     told = {0.0: "0 (zero-shot)", 1.0: "1 (fine-tuned)"}
-    rows = [
-        [told.get(alpha, f"{alpha:g}"), *map(percent, metrics.values())]
-        for alpha, metrics in found.items()
-    ]
+    rows = [[told.get(alpha, f"{alpha:g}"), *map(percent, metrics.values())] for alpha, metrics in found.items()]
     print(table(["alpha", *found[1.0]], rows))
     if reference is not None:
         metric = "mean_per_class_recall" if reference in MEAN_PER_CLASS else "acc1"

@@ -19,7 +19,7 @@ from fastclip.distributed import check_group, gather_rows
 from fastclip.evaluation.classification import class_ranks, mean_directions
 from fastclip.evaluation.retrieval import recall, retrieval_recalls, unit_rows
 
-__all__ = ["validate"]
+__all__ = ["Texts", "metrics_of", "texts_of", "validate"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,32 +81,38 @@ def validate(
         if len(kept) < len(source):
             message = "%s: %d of %d samples cannot be used and are left out; this process met %s"
             logger.warning(message, source.spec, len(source) - len(kept), len(source), skipped)
-        texts = _texts_of(source, kept)
+        texts = texts_of(source, kept)
         text_features = _text_features(model, tokenize, texts.texts, batch_size, group)
-    metrics = retrieval_recalls(image_features, text_features[: texts.captions], texts.pairs)
-    if texts.classes and bool((labels >= 0).any()):
-        prompts = text_features[texts.classes].unflatten(0, (len(source.class_names), -1))
-        metrics = _zero_shot(image_features, labels, mean_directions(prompts), source.class_names) | metrics
-    return _of_first_rank(metrics, labels.device, group)
+    return _of_first_rank(metrics_of(image_features, labels, text_features, texts), labels.device, group)
 
 
-class _Texts(NamedTuple):
+class Texts(NamedTuple):
     """The texts of a source, each once: the captions in the order of their first picture, then what classes add."""
 
     texts: list[str]
     captions: int  # how many of them
     pairs: Tensor  # (P, 2) int64, picture and caption
-    classes: list[int]  # where the captions of every class are, of one class after the other
+    classes: Tensor  # (C, T) int64, where the captions of every class are
+    class_names: tuple[str, ...]
 
 
-def _texts_of(source: Source, kept: list[int]) -> _Texts:
+def metrics_of(image_features: Tensor, labels: Tensor, text_features: Tensor, texts: Texts) -> dict[str, float]:
+    """`validate`'s, of unit vectors (M, D), classes (M,), -1 without, and the unit vectors (N, D) of `texts`."""
+    metrics = retrieval_recalls(image_features, text_features[: texts.captions], texts.pairs)
+    if texts.classes.numel() and bool((labels >= 0).any()):
+        classes = mean_directions(text_features[texts.classes])
+        metrics = _zero_shot(image_features, labels, classes, texts.class_names) | metrics
+    return metrics
+
+
+def texts_of(source: Source, kept: list[int]) -> Texts:
     """Those of the samples `kept`, whose pictures are counted from 0."""
     numbers: dict[str, int] = {}
     pairs = [(i, numbers.setdefault(text, len(numbers))) for i, k in enumerate(kept) for text in source.captions(k)]
     captions = len(numbers)
-    prompts = [template.format(name) for name in source.class_names for template in source.templates]
-    classes = [numbers.setdefault(text, len(numbers)) for text in prompts]
-    return _Texts(list(numbers), captions, torch.tensor(pairs), classes)
+    prompts = [[template.format(name) for template in source.templates] for name in source.class_names]
+    classes = [[numbers.setdefault(text, len(numbers)) for text in own] for own in prompts]
+    return Texts(list(numbers), captions, torch.tensor(pairs), torch.tensor(classes), source.class_names)
 
 
 @contextmanager

@@ -14,7 +14,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Logistic regression on image features (L-BFGS), its L2 penalty swept on a validation split, as CLIP's paper."
     )
-    parser.add_argument("--data", required=True, metavar="SPEC", help="pictures with classes to fit: a folder of class folders, digits, hf: ...")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SPEC",
+        help="pictures with classes to fit: class folders, digits, ...",
+    )
     parser.add_argument("--val-data", metavar="SPEC", help="to choose the penalty on; default: a fifth of --data")
     parser.add_argument("--test-data", required=True, metavar="SPEC", help="to report on; digits is the held-out fifth")
     parser.add_argument(

@@ -1,0 +1,149 @@
+"""The page: one HTML file that holds its pictures, style and script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from fastclip.data.source import Source
+from fastclip.data.spec import open_source
+from fastclip.data.subset import Subset
+from fastclip.durable import write_bytes
+from fastclip.evaluation.report import charts
+from fastclip.evaluation.report.examples import examine
+from fastclip.evaluation.report.run import RunRecord, read_run
+from fastclip.evaluation.report.view import about_run, of_examined, read_results
+from fastclip.models.embedder import Embedder, load_embedder
+from fastclip.models.factory import create_model, tokenizer_of
+
+__all__ = ["write_report"]
+
+logger = logging.getLogger(__name__)
+_PAGE = Path(__file__).parent / "page"
+
+
+def write_report(
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    data: str | None = None,
+    checkpoint: str | Path | None = None,
+    model: str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    vocabulary: str | Path | None = None,
+    results: Sequence[str | Path] = (),
+    max_samples: int = 5000,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> Path:
+    """Write one HTML file that needs no other, and return its path: key figures, curves, confused classes, retrievals.
+
+    What needs a model is left out, and the page says why: for a run that has not ended, unless a checkpoint is named,
+    and for one without validation data, or whose data cannot be read here.
+
+    Args:
+        folder: of a run of ``fastclip train``.
+        output: default: report.html in it.
+        data: as ``--val-data``; default: the run's own.
+        checkpoint: as `load_embedder`'s; also ``checkpoints/step-...`` of this run, with the moving average of its
+            weights where it has one. Default: the run's model/.
+        model, device, vocabulary: as `load_embedder`'s.
+        precision: "fp32" or "bf16"; default: the run's.
+        results: JSON files of ``fastclip eval`` or CLIP_benchmark, shown beside each other.
+        max_samples: of the data, evenly spread.
+        batch_size: pictures, or texts, at a time.
+        workers: processes that read pictures; 0 reads in this one.
+        progress: show how far it is, on stderr.
+
+    Raises:
+        OSError, ValueError: the folder holds no run, or data, checkpoint or results are not in order; by name.
+    """
+    if max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+    run = read_run(folder)
+    context = about_run(run) | {"results": read_results([Path(path) for path in results])}
+    source, reason = _source(run, data, checkpoint)
+    if source is None:
+        context |= {"seen": None, "reason": reason}
+    else:
+        size = len(source)
+        if size > max_samples:
+            source = Subset(source, [i * size // max_samples for i in range(max_samples)])
+        embedder = _embedder(run, checkpoint, model, device, precision or run.options.get("precision"), vocabulary)
+        found = examine(embedder, source, batch_size=batch_size, workers=workers, resumable=True, progress=progress)
+        same = data is None and checkpoint is None and size <= max_samples
+        seen = of_examined(source, found, run, same=same)
+        context |= {"seen": seen | {"size": size, "embedder": embedder}, "reason": ""}
+    path = run.folder / "report.html" if output is None else Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, render(context).encode("utf-8", "replace"))  # names of files may hold what UTF-8 cannot
+    return path
+
+
+def render(context: dict[str, Any]) -> str:
+    """The page of `about_run`'s and `of_examined`'s names. All that is put into it is escaped.
+
+    A Content-Security-Policy keeps it from loading anything, and from running any script but its own.
+    """
+    page = Environment(
+        loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    script = (_PAGE / "script.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = Markup((_PAGE / "style.css").read_text(encoding="utf-8"))
+    return page.get_template("report.html").render(
+        context, frame=charts, script=Markup(script), script_digest=digest, style=style
+    )
+
+
+def _source(run: RunRecord, data: str | None, checkpoint: str | Path | None) -> tuple[Source | None, str]:
+    """The data to look at, or why there are none."""
+    if checkpoint is None and not run.ended:
+        return None, "The run has not ended, so there is no model to look at yet; --checkpoint names one."
+    if data is not None:
+        return open_source(data, held_out=True), ""
+    spec = run.options.get("val_data")
+    if spec is None:
+        return None, "The run has no validation data; --data names some."
+    try:
+        return open_source(spec, held_out=True), ""
+    except (OSError, ValueError, ImportError) as error:  # such as a run that was copied from another machine
+        logger.warning("the validation data cannot be read: %s", error)
+        reason = str(error).split("; what it may be:")[0]
+        return None, f"The validation data cannot be read: {reason}. --data names others."
+
+
+def _embedder(
+    run: RunRecord,
+    checkpoint: str | Path | None,
+    model: str | None,
+    device: str | None,
+    precision: str | None,
+    vocabulary: str | Path | None,
+) -> Embedder:
+    path = run.folder / "model" if checkpoint is None else Path(checkpoint)
+    if not (path / "state.json").is_file():
+        return load_embedder(path, model=model, device=device, precision=precision, vocabulary=vocabulary)
+    # A checkpoint of training has no configuration, the run has.
+    name = model or run.options["model"]
+    weights = path / "ema.safetensors"
+    sizes = {size: run.options.get(size) for size in ("image_size", "context_length")}
+    made = create_model(
+        name,
+        weights if weights.is_file() else path,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        **sizes,
+    )
+    assert made.config is not None
+    tokenize = tokenizer_of(made.config, name, vocabulary=vocabulary)
+    return Embedder(made, tokenize, precision=precision or "fp32", name=str(path))

@@ -1,0 +1,37 @@
+"""Pictures as URLs that hold them."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = ["heat_map", "thumbnail"]
+
+_SIDE = 160  # pixels, twice what the page shows
+_COLOUR = (99, 92, 242)  # to be seen on white and on black
+
+
+def thumbnail(image: Image.Image) -> str:
+    """A picture of any mode, at most 160 pixels wide and high."""
+    small = image.convert("RGB")
+    small.thumbnail((_SIDE, _SIDE))
+    return _url(small, "JPEG", quality=85)
+
+
+def heat_map(counts: NDArray[np.int64]) -> str:
+    """The shares of each row, (C, C), as a pixel of one colour each, the more opaque the more."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    opacity = np.sqrt(shares)  # rare confusions are to be seen, too
+    colour = Image.new("RGB", counts.shape[::-1], _COLOUR)
+    colour.putalpha(Image.fromarray((255 * opacity).round().astype(np.uint8)))
+    return _url(colour, "PNG", optimize=True)
+
+
+def _url(image: Image.Image, kind: str, **options: object) -> str:
+    held = io.BytesIO()
+    image.save(held, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(held.getvalue()).decode()}"

@@ -1,0 +1,114 @@
+"""What lies in the folder of a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from array import array
+from dataclasses import MISSING, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from fastclip.training.options import TrainOptions
+
+__all__ = ["RunRecord", "Series", "read_run"]
+
+logger = logging.getLogger(__name__)
+
+
+class Series(NamedTuple):
+    """One metric."""
+
+    steps: NDArray[np.float64]  # (P,), updates made
+    values: NDArray[np.float64]  # (P,), NaN where there is no number
+
+
+class RunRecord(NamedTuple):
+    """What a run has left so far."""
+
+    folder: Path
+    options: dict[str, Any]
+    changed: dict[str, Any]  # those options that are not `TrainOptions`' defaults
+    series: dict[str, Series]  # by metric, as metrics.jsonl calls it
+    unread: int  # lines of metrics.jsonl that cannot be read
+    ended: bool  # the whole schedule is done, and model/ is there
+    written: datetime  # the last line of metrics.jsonl, in local time
+    versions: dict[str, str]  # of what it was trained with; empty without a checkpoint
+
+    @property
+    def steps(self) -> int:
+        """Updates made, as far as they are logged."""
+        return int(max((series.steps[-1] for series in self.series.values()), default=0))
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Options and metrics of a run of ``fastclip train``, also of one that goes on or was killed.
+
+    A line of metrics that is cut off or no JSON is left out and counted.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: config.yaml is damaged.
+    """
+    folder = Path(folder)
+    config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
+    for file in (config, metrics):
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} is not a run of fastclip train: it holds no {file.name}")
+    try:
+        options = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} is not YAML: {error}") from error
+    if not isinstance(options, dict) or not {"data", "model"} <= options.keys():
+        raise ValueError(f"{config} must hold the options of a run, such as `model: ViT-B-32`")
+    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(TrainOptions)}
+    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    series, unread = _read_metrics(metrics)
+    return RunRecord(
+        folder=folder,
+        options=options,
+        changed={name: value for name, value in options.items() if value != defaults.get(name)},
+        series=series,
+        unread=unread,
+        ended=(folder / "model").is_dir(),
+        written=datetime.fromtimestamp(metrics.stat().st_mtime),
+        versions=_versions(folder),
+    )
+
+
+def _read_metrics(file: Path) -> tuple[dict[str, Series], int]:
+    """The numbers by name, and how many lines hold none."""
+    found: dict[str, tuple[array[float], array[float]]] = {}  # 16 bytes a number: a run may have millions
+    unread = 0
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                values = json.loads(line)
+                step = int(values.pop("step"))
+            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+                unread += bool(line.strip())
+                continue
+            for name, value in values.items():
+                if isinstance(value, (int, float)) or value is None:
+                    steps, numbers = found.setdefault(name, (array("d"), array("d")))
+                    steps.append(step)
+                    numbers.append(float("nan") if value is None else value)
+    if unread:
+        logger.warning("%s: %d lines cannot be read and are left out", file, unread)
+    return {name: Series(*map(np.asarray, pair)) for name, pair in found.items()}, unread
+
+
+def _versions(folder: Path) -> dict[str, str]:
+    """As the newest checkpoint has them."""
+    for file in sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True):
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+            return {name: str(state[name]) for name in ("fastclip", "torch") if name in state}
+        except (ValueError, OSError, TypeError):
+            continue
+    return {}

@@ -1,0 +1,157 @@
+"""What the page shows, as plain values that its template puts in their places."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastclip._version import __version__
+from fastclip.data.source import Source
+from fastclip.evaluation.report.charts import charts_of, short
+from fastclip.evaluation.report.examples import Confusion, Examined, Example
+from fastclip.evaluation.report.pictures import heat_map, thumbnail
+from fastclip.evaluation.report.run import RunRecord, Series
+
+__all__ = ["about_run", "of_examined", "read_results"]
+
+_NUMBERED = 30  # classes; the matrix of more has no numbers
+_MOST_TEXT = 300  # characters of a text
+_BEST = ("zero_shot_top1", "image_retrieval_recall@1", "text_retrieval_recall@1")
+
+
+class Figure(NamedTuple):
+    """A key figure."""
+
+    name: str
+    value: str
+    told: str
+
+
+def about_run(run: RunRecord) -> dict[str, Any]:
+    """Of all sections that need no model."""
+    return {
+        "run": run,
+        "name": run.folder.resolve().name,
+        "figures": _figures(run),
+        "charts": charts_of(run.series),
+        "made": datetime.now(),
+        "version": __version__,
+    }
+
+
+def _figures(run: RunRecord) -> list[Figure]:
+    found, planned = [], run.options.get("max_steps")
+    if (loss := run.series.get("loss")) is not None:
+        found.append(Figure("loss", short(loss.values[-1]), f"at step {loss.steps[-1]:,.0f}"))
+    for name in _BEST:
+        series = run.series.get(f"val/{name}")
+        if series is not None and np.isfinite(series.values).any():
+            best = int(np.nanargmax(series.values))
+            told = f"best, at step {series.steps[best]:,.0f}; last {series.values[-1]:.4f}"
+            found.append(Figure(_in_words(name), f"{series.values[best]:.4f}", told))
+    found.append(Figure("steps", f"{run.steps:,}", f"of {planned:,}" if planned else ""))
+    if (speed := _median(run.series.get("samples_per_second"))) is not None:
+        wait = _median(run.series.get("data_wait"))
+        told = "" if wait is None else f"{wait:.0%} of the time waiting for data"
+        found.append(Figure("samples a second", f"{speed:,.0f}", told))
+    if (skipped := run.series.get("skipped")) is not None and skipped.values[-1] > 0:
+        found.append(Figure("skipped samples", f"{skipped.values[-1]:,.0f}", "that could not be used"))
+    return found
+
+
+def _median(series: Series | None) -> float | None:
+    return None if series is None or not np.isfinite(series.values).any() else float(np.nanmedian(series.values))
+
+
+def _in_words(metric: str) -> str:
+    """zero_shot_top1 -> zero-shot top-1; image_retrieval_recall@1 -> text → image recall@1"""
+    words = {"zero_shot_top": "zero-shot top-", "image_retrieval_": "text → image ", "text_retrieval_": "image → text "}
+    for start, told in words.items():
+        metric = metric.replace(start, told)
+    return metric
+
+
+def of_examined(source: Source, found: Examined, run: RunRecord, *, same: bool) -> dict[str, Any]:
+    """Of the sections that need a model.
+
+    Args:
+        same: `source` and model are those of the run's last validation, whose numbers are then shown, too.
+    """
+    last = {name: run.series[f"val/{name}"] for name in found.metrics if same and f"val/{name}" in run.series}
+    step = max((series.steps[-1] for series in last.values()), default=0)
+    pictures: dict[int, dict[str, str]] = {}
+
+    def picture(number: int) -> dict[str, str]:
+        if number not in pictures:
+            record = source[found.kept[number]]
+            pictures[number] = {"url": thumbnail(record.image), "key": record.key}
+        return pictures[number]
+
+    def text(number: int) -> str:
+        whole = found.texts[number]
+        return whole if len(whole) <= _MOST_TEXT else whole[:_MOST_TEXT] + "…"
+
+    def told(examples: Sequence[Example], query: Any, item: Any) -> list[dict[str, Any]]:
+        return [
+            {"query": query(one.query), "place": one.place, "hits": [(hit, item(hit.item)) for hit in one.hits]}
+            for one in examples
+        ]
+
+    return {
+        "spec": source.spec,
+        "pictures": len(found.kept),
+        "captions": found.captions,
+        "step": int(step),
+        "metrics": [
+            (_in_words(name), value, float(last[name].values[-1]) if name in last else None)
+            for name, value in found.metrics.items()
+        ],
+        "confusion": None if found.confusion is None else _matrix(found.confusion, source.class_names),
+        "of_texts": [told(examples, text, picture) for examples in found.of_texts],
+        "of_images": [told(examples, picture, text) for examples in found.of_images],
+    }
+
+
+def _matrix(found: Confusion, names: Sequence[str]) -> dict[str, Any]:
+    counts = found.counts
+    rows: list[Any] = []
+    if counts is not None and len(names) <= _NUMBERED:
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        rows = [(name, list(zip(own.tolist(), share.tolist()))) for name, own, share in zip(names, counts, shares)]
+    return {
+        "names": names,
+        "rows": rows,
+        "map": heat_map(counts) if counts is not None and not rows else None,
+        "pairs": [(names[i], names[j], count, share) for i, j, count, share in found.pairs],
+    }
+
+
+def read_results(paths: Sequence[Path]) -> dict[str, Any]:
+    """JSON of results in CLIP_benchmark's form, a file and model a column, a metric that is a number a row.
+
+    Raises:
+        OSError, ValueError: a file cannot be read or holds no results, with its name.
+    """
+    columns: dict[tuple[str, str, str], None] = {}
+    rows: dict[tuple[str, str, str], dict[tuple[str, str, str], float]] = {}
+    for path in paths:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        for one in found if isinstance(found, list) else [found]:
+            if not isinstance(one, Mapping) or not isinstance(one.get("metrics"), Mapping):
+                raise ValueError(f'{path} holds no results of an evaluation: objects with "metrics"')
+            column = (str(path), str(one.get("model", "")), str(one.get("pretrained", "")))
+            columns[column] = None
+            for name, value in one["metrics"].items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    row = (str(one.get("task", "")), str(one.get("dataset", "")), name)
+                    rows.setdefault(row, {})[column] = value
+    ordered = sorted(rows)
+    return {"columns": list(columns), "rows": [(row, [rows[row].get(column) for column in columns]) for row in ordered]}

@@ -1,0 +1,58 @@
+"""The HTML report of a run."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+REPORT, TESTS, CHARTS = "fastclip/evaluation/report/", "test_report.py", "test_report_charts.py"
+
+# fmt: off
+PROMISES: dict[str, list[Promise]] = {
+    "Report": [
+        Promise(
+            "the report's numbers are those of the run's last validation; the confusion matrix says what the accuracy says, ties included",
+            (f"{TESTS}::test_numbers_are_those_of_the_last_validation", f"{TESTS}::test_most_confused_are_those_of_loops", f"{TESTS}::test_checkpoint_of_a_run_is_looked_at_as_it_is_validated"),
+            (
+                Break("report: rows are predictions", f"{REPORT}examples.py", "confusion(labels, predictions, len(classes))", "confusion(predictions, labels, len(classes))"),
+                Break("report: classes and what they are taken for change places", f"{REPORT}examples.py", "torch.stack([labels, predictions], dim=1)", "torch.stack([predictions, labels], dim=1)"),
+                Break("report: a checkpoint's weights in place of their average", f"{REPORT}page.py", "weights if weights.is_file() else path", "path"),
+            ),
+        ),
+        Promise(
+            "best and worst retrievals are those of the ranks, with what belongs to a query however far behind",
+            (f"{TESTS}::test_best_and_worst_are_those_of_loops",),
+            (
+                Break("report: the best are called the worst", f"{REPORT}examples.py", "order[shown:][-shown:][::-1]", "order[shown:][:shown]"),
+                Break("report: what is right is left out behind the fifth", f"{REPORT}examples.py", "if not any(hit.right for hit in hits):", "if False:"),
+                Break("report: the first pair in place of the best", f"{REPORT}examples.py", 'cosines, "amax")', 'cosines, "amin")'),
+            ),
+        ),
+        Promise(
+            "the page is one file: it loads nothing, runs no script but its own, and text of data, file names and results is text",
+            (f"{TESTS}::test_text_of_data_is_no_markup", f"{TESTS}::test_page_needs_nothing_else", f"{TESTS}::test_page_has_every_section_and_is_well_formed", f"{TESTS}::test_browser_loads_nothing_and_nothing_sticks_out"),
+            (
+                Break("report: nothing is escaped", f"{REPORT}page.py", "autoescape=True", "autoescape=False"),
+                Break("report: a style sheet from elsewhere", f"{REPORT}page/report.html", '<link rel="icon" href="data:,">', '<link rel="stylesheet" href="style.css">'),
+                Break("report: a tag stays open", f"{REPORT}page/report.html", "<footer>fastclip {{ version }}", "<footer><b>fastclip {{ version }}"),
+            ),
+        ),
+        Promise(
+            "a run that was killed has a report: half a line is counted, NaN is a gap; data that are not there are named",
+            (f"{TESTS}::test_run_that_has_not_ended_has_its_curves", f"{TESTS}::test_data_that_are_not_there", f"{CHARTS}::test_gap_where_there_is_no_number"),
+            (
+                Break("report: half a line ends it", f"{REPORT}run.py", "except (ValueError, TypeError, AttributeError, KeyError, RecursionError):", "except KeyError:"),
+                Break("report: a gap is drawn over", f"{REPORT}charts.py", "stretches = list(_stretches(np.isfinite(points.means)))", "stretches = [(0, len(points.means))]"),
+                Break("report: a data set asked for may be missing", f"{REPORT}page.py", "    if data is not None:\n", "    if False:\n"),
+            ),
+        ),
+        Promise(
+            "long curves are drawn of means with the range of all values; large data are sampled evenly, which the page says",
+            (f"{CHARTS}::test_long_curves_keep_their_extremes", f"{CHARTS}::test_points_lie_where_the_ticks_say", f"{TESTS}::test_large_data_are_sampled_evenly_and_the_page_says_so"),
+            (
+                Break("report: extremes are lost", f"{REPORT}charts.py", "(own.mean(), some.mean(), some.min(), some.max())", "(own.mean(), some.mean(), some.mean(), some.max())"),
+                Break("report: the first samples only", f"{REPORT}page.py", "[i * size // max_samples for i in range(max_samples)]", "list(range(max_samples))"),
+            ),
+        ),
+    ],
+}
+# fmt: on
