@@ -33,8 +33,8 @@ def open_source(spec: str, *, held_out: bool = False) -> Source:
     several of these, joined by ``::`` and each perhaps with a weight before it, ``2*A::0.5*B``; `Table` and its kin say
     more.
 
-    A folder that is called digits is ``./digits``. A folder that holds tar files and no pictures is its shards. What is
-    the name of a file, or a glob that finds some, has no weight: ``0*.tar``.
+    A folder that is called digits is ``./digits``. A folder that holds tar files, and no pictures with captions, is its
+    shards. What is the name of a file, or a glob that finds some, has no weight: ``0*.tar``.
 
     Args:
         held_out: of the digits, the fifth that is kept from training; the other kinds have no such part, and are whole.
@@ -75,7 +75,7 @@ def _open(spec: str, held_out: bool) -> Source:
     if path.suffix.lower() in (".csv", ".tsv") and not path.is_dir():
         return Table(spec)
     if spec and path.is_dir():
-        if next(pictures(path), None) is None and any(path.glob("*.tar")):
+        if any(path.glob("*.tar")) and not any(told for _, told in pictures(path)):
             return _shards(spec)
         return Folder(spec)
     raise ValueError(f"{_reason(spec)}; {_KINDS}")
