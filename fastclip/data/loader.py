@@ -141,9 +141,7 @@ class PairBatch(NamedTuple):
     faults: list[Fault]  # of the others
 
 
-def pair_batches(
-    source: Source, transform: Transform, *, batch_size: int, workers: int = 0
-) -> Iterator[PairBatch]:
+def pair_batches(source: Source, transform: Transform, *, batch_size: int, workers: int = 0) -> Iterator[PairBatch]:
     """Every sample once, in order, `batch_size` at a time. Raises as `training_batches`."""
     _check(rank=0, ranks=1, workers=workers)
     if batch_size < 1 or not len(source):

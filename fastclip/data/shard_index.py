@@ -50,9 +50,12 @@ logger = logging.getLogger(__name__)
 # webdataset's: folders and all before the first dot of the name are the key. A name that begins with a dot has none.
 _MEMBER = re.compile(r"^((?:.*/|)[^./]+)(\.[^/]*)$", re.DOTALL)
 
-# A sample: of its picture and its caption the block (of 512 bytes) of the header, the bytes of the data and the CRC-32
-# of the header, 0 where it cannot be used; where its key ends among those of the shard; its state. 29 bytes.
-_MEMBERS = [(f"{member}_{what}", "<u4") for member in ("picture", "caption") for what in ("block", "size", "crc")]
+# A sample: of its picture, its caption and its .json the block (of 512 bytes) of the header, the bytes of the data and
+# the CRC-32 of the header, 0 where there is none, or it cannot be used; where its key ends among those of the shard; its
+# state. 41 bytes.
+_MEMBERS = [
+    (f"{member}_{what}", "<u4") for member in ("picture", "caption", "json") for what in ("block", "size", "crc")
+]
 ROW = np.dtype([*_MEMBERS, ("key_end", "<u4"), ("state", "u1")])
 Rows = npt.NDArray[Any]
 # States: the caption is a text, or JSON; or there is none; it is the second of its key; the shard ends before it does.
@@ -60,7 +63,7 @@ TEXT, JSON, UNTOLD, REPEATED, CUT = range(5)
 WANTED = "a .txt or a .json of the same name must lie in the shard"
 
 _HEAD = struct.Struct("<8sqqqqqI")  # magic, the shard's size and time, bytes of rows, keys and damage, CRC-32 of them
-_MAGIC = b"fcindex3"
+_MAGIC = b"fcindex4"
 _THREADS = 16  # they wait for the disk, or for the network behind it
 
 
@@ -173,6 +176,7 @@ class _Sample(NamedTuple):
     state: int
     picture: Member | None = None  # both are there where it can be used
     caption: Member | None = None
+    json: Member | None = None
 
 
 def _build(shard: BinaryIO, name: str) -> tuple[Rows, bytes, str]:
@@ -188,7 +192,7 @@ def _build(shard: BinaryIO, name: str) -> tuple[Rows, bytes, str]:
     rows, keys = np.zeros(len(samples), ROW), [os.fsencode(sample.key) for sample in samples]
     rows["key_end"] = list(accumulate(map(len, keys)))
     rows["state"] = [sample.state for sample in samples]
-    for kind in ("picture", "caption"):
+    for kind in ("picture", "caption", "json"):
         places = [(row, member) for row, sample in enumerate(samples) if (member := getattr(sample, kind)) is not None]
         if large := next((member for _, member in places if member.size >= 2**31), None):
             raise ValueError(f"{name}: {large.name} has {large.size} bytes")
@@ -224,12 +228,15 @@ def _samples(members: Sequence[Member], end: int) -> list[_Sample]:
 
 
 def _sample(key: str, group: dict[str, Member], end: int) -> _Sample:
-    picture, caption = group["picture"], group.get(".txt") or group.get(".json")
+    picture, told = group["picture"], group.get(".json")
+    caption = group.get(".txt") or told
     if any(member.header + BLOCK + member.size > end for member in (picture, caption) if member is not None):
         return _Sample(key, CUT)
     if caption is None:
         return _Sample(key, UNTOLD)
-    return _Sample(key, TEXT if ".txt" in group else JSON, picture, caption)
+    if told is not None and told.header + BLOCK + told.size > end:
+        told = None
+    return _Sample(key, TEXT if ".txt" in group else JSON, picture, caption, told)
 
 
 def _damage(samples: Sequence[_Sample], broken: str, name: str) -> str:

@@ -38,8 +38,8 @@ def near_duplicates(
         near_to = np.full(len(rows), -1)
         for vectors, place in zip(kept, places):
             near = rows @ vectors.T >= threshold
-            new = (near_to < 0) & near.any(1).cpu().numpy()
-            near_to[new] = place[near.to(torch.uint8).argmax(1).cpu().numpy()[new]]
+            new = np.flatnonzero((near_to < 0) & near.any(1).cpu().numpy())
+            near_to[new] = place[near.cpu().numpy()[new].argmax(1)]
         near_each_other = (rows @ rows.T >= threshold).cpu().numpy()
         for i in range(len(rows)):
             if near_to[i] < 0:

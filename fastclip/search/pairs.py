@@ -41,7 +41,7 @@ def embed_pairs(
     workers: int = 0,
     progress: bool = False,
 ) -> None:
-    """Fill `store` up: a part has what `keep` makes of its pairs, and "used", (n,) bool of its samples; see `faults_of`.
+    """Fill `store` up: a part has what `keep` makes of its pairs, "used", (n,) bool of its samples, and "faults".
 
     A part is made of whole batches, so that going on gives the bits of a run without a stop.
 
