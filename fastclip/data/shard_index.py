@@ -51,8 +51,8 @@ logger = logging.getLogger(__name__)
 _MEMBER = re.compile(r"^((?:.*/|)[^./]+)(\.[^/]*)$", re.DOTALL)
 
 # A sample: of its picture, its caption and its .json the block (of 512 bytes) of the header, the bytes of the data and
-# the CRC-32 of the header, 0 where there is none, or it cannot be used; where its key ends among those of the shard; its
-# state. 41 bytes.
+# the CRC-32 of the header, 0 where there is none, or it cannot be used; where its key ends among those of the shard;
+# its state. 41 bytes.
 _MEMBERS = [
     (f"{member}_{what}", "<u4") for member in ("picture", "caption", "json") for what in ("block", "size", "crc")
 ]

@@ -77,10 +77,10 @@ def embed_source(
     claim(output, {**options, "dtype": dtype, "samples_per_file": samples_per_file}, result="*/*_emb_*.npy")
     for name in ("img_emb", "text_emb", "metadata"):
         (output / name).mkdir(exist_ok=True)
-    files = -(-len(source) // samples_per_file)
-    digits = int(math.log10(max(files, 1))) + 1
-    samples, kept, faults = 0, 0, Tally()
-    for number in range(files):
+    total = -(-len(source) // samples_per_file)
+    digits = int(math.log10(max(total, 1))) + 1
+    files, samples, kept, faults = 0, 0, 0, Tally()
+    for number in range(total):
         start = number * samples_per_file
         part, name = Subset(source, range(start, min(start + samples_per_file, len(source)))), f"{number:0{digits}d}"
         table = output / "metadata" / f"metadata_{name}.parquet"
@@ -90,12 +90,16 @@ def embed_source(
             store = FeatureStore(embedder, map(part.key, range(len(part))), folder=output / _PARTS)
             reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
             embed_pairs(embedder, part, store, partial(_kept_of, dtype=_DTYPES[dtype]), first_caption=True, **reading)
+            found = faults_of(store)
+            if found.total == len(part):  # embedding_reader cannot read a file without rows
+                faults.merge(found.counts, found.keys)
+                continue
             for kind in ("img", "text"):
                 _write_vectors(output / f"{kind}_emb" / f"{kind}_emb_{name}.npy", store, kind, (embedder.dim, dtype))
-            _write_table(table, part, store)
+            _write_table(table, part, store, found)
             store.clear()
         stats = json.loads(pq.read_schema(table).metadata[b"fastclip"])
-        samples += stats["successes"]
+        files, samples = files + 1, samples + stats["successes"]
         faults.merge(stats["failures"], stats["failed"])
     shutil.rmtree(output / _PARTS, ignore_errors=True)
     if not samples:
@@ -121,8 +125,7 @@ def _write_vectors(file: Path, store: FeatureStore, kind: str, of: tuple[int, st
             out.write(part[kind].numpy().tobytes())
 
 
-def _write_table(file: Path, source: Source, store: FeatureStore) -> None:
-    faults = faults_of(store)
+def _write_table(file: Path, source: Source, store: FeatureStore, faults: Tally) -> None:
     stats: dict[str, Any] = {"count": len(source), "successes": len(source) - faults.total}
     stats |= {"failures": faults.counts, "failed": faults.keys}
     columns = [("image_path", pa.string()), ("caption", pa.string())]

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from fastclip.data.source import Record, Source
 from fastclip.data.subset import Subset
 from fastclip.durable import new_file
 from fastclip.evaluation.features import FeatureStore
+from fastclip.evaluation.progress import Progress
 from fastclip.evaluation.results import write_results
 from fastclip.models.embedder import Embedder
 from fastclip.search.claim import claim
@@ -34,13 +34,14 @@ __all__ = ["filter_source"]
 
 logger = logging.getLogger(__name__)
 # What became of a sample, as similarities.parquet says it.
-STATES = ("unusable", "similarity is not finite", "scored", "below threshold", "near duplicate", "kept")
-_UNUSABLE, _NOT_FINITE, _SCORED, _BELOW, _DUPLICATE, _KEPT = range(len(STATES))
+_STATES = ("unusable", "similarity is not finite", "scored", "below threshold", "near duplicate", "kept")
+_UNUSABLE, _NOT_FINITE, _SCORED, _BELOW, _DUPLICATE, _KEPT = range(len(_STATES))
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _THRESHOLDS = (0.15, 0.2, 0.25, 0.28, 0.3, 0.35)  # LAION-400M's is 0.3, LAION-5B's 0.28 for English
 _ROWS = 100_000  # of the table at a time
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
+States = npt.NDArray[np.int8]
 
 
 def filter_source(
@@ -81,8 +82,8 @@ def filter_source(
         OSError, ChildProcessError: as `pack_source`.
     """
     _check(threshold, dedup, samples_per_shard)
-    names = chain(["filter", str(dedup is not None)], map(source.key, range(len(source))))
-    store = FeatureStore(embedder, names, folder=scores or output / "scores")
+    computed = (scores or output / "scores") / ("similarities" if dedup is None else "similarities-and-images")
+    store = FeatureStore(embedder, map(source.key, range(len(source))), folder=computed)
     options = {"source": source.spec, "samples": len(source), "model": embedder.name, "identity": embedder.identity}
     options |= {"names": store.folder.name, "threshold": threshold, "dedup": dedup}
     if threshold is not None:
@@ -94,7 +95,9 @@ def filter_source(
     found = _scores(store)
     table = output / "similarities.parquet"
     if (states := _decided(table, options)) is None:
-        states, near_to = _decide(found, store, threshold, dedup, str(embedder.device))
+        states, near_to = _decide(found, threshold)
+        if dedup is not None:
+            _drop_duplicates(states, near_to, store, dedup, embedder.device, progress)
         _write_table(table, source, found, states, near_to, options)
     summary = options | _summary(found, states, store)
     _draw(output / "histogram.png", found.similarities, threshold)
@@ -182,38 +185,42 @@ def _scores(store: FeatureStore) -> _Scores:
     return _Scores(begins, flat, best)
 
 
-def _decide(
-    found: _Scores, store: FeatureStore, threshold: float | None, dedup: float | None, device: str
-) -> tuple[npt.NDArray[np.int8], Integers]:
-    """The state of every sample, and the one that it is nearly a duplicate of, or -1."""
+def _decide(found: _Scores, threshold: float | None) -> tuple[States, Integers]:
+    """The state of every sample, duplicates apart, and -1 for each: the one that it is nearly a duplicate of."""
     states, near_to = np.full(len(found.best), _SCORED, np.int8), np.full(len(found.best), -1)
     states[np.isnan(found.best)] = _NOT_FINITE
     states[np.diff(found.begins) == 0] = _UNUSABLE
-    if threshold is None:
-        return states, near_to
-    scored, above = states == _SCORED, found.best >= np.float32(threshold)
-    states[scored] = np.where(above[scored], _KEPT, _BELOW)
-    if dedup is not None:
-        kept = np.flatnonzero(above)
-        place = near_duplicates(_images(store, above), dedup, device=device)
-        states[kept[place >= 0]] = _DUPLICATE
-        near_to[kept[place >= 0]] = kept[place[place >= 0]]
+    if threshold is not None:
+        states[states == _SCORED] = _BELOW
+        states[found.best >= np.float32(threshold)] = _KEPT
     return states, near_to
 
 
-def _images(store: FeatureStore, wanted: npt.NDArray[np.bool_]) -> Iterator[Tensor]:
-    start = 0
-    for part in store.walk("used", "images"):
-        used = part["used"]
-        yield part["images"][wanted[start : start + len(used)][used.numpy()]]
-        start += len(used)
+def _drop_duplicates(
+    states: States, near_to: Integers, store: FeatureStore, dedup: float, device: torch.device, progress: bool
+) -> None:
+    kept = np.flatnonzero(states == _KEPT)
+
+    def images() -> Iterator[Tensor]:
+        start = 0
+        with Progress("near duplicates", len(kept), shown=progress) as bar:
+            for part in store.walk("used", "images"):
+                used = part["used"].numpy()
+                found = part["images"][states[start : start + len(used)][used] == _KEPT]
+                start += len(used)
+                yield found
+                bar.moved(len(found))
+
+    place = near_duplicates(images(), dedup, device=device)
+    again = place >= 0
+    states[kept[again]], near_to[kept[again]] = _DUPLICATE, kept[place[again]]
 
 
 def _write_table(
     file: Path,
     source: Source,
     found: _Scores,
-    states: npt.NDArray[np.int8],
+    states: States,
     near_to: Integers,
     options: dict[str, Any],
 ) -> None:
@@ -224,7 +231,7 @@ def _write_table(
         for start in range(0, len(states), _ROWS):
             rows = range(start, min(start + _ROWS, len(states)))
             of = near_to[rows.start : rows.stop].tolist()
-            state = pa.DictionaryArray.from_arrays(pa.array(states[rows.start : rows.stop]), pa.array(STATES))
+            state = pa.DictionaryArray.from_arrays(pa.array(states[rows.start : rows.stop]), pa.array(_STATES))
             arrays = [
                 pa.array([_utf8(source.key(k)) for k in rows]),
                 pa.array(found.best[rows.start : rows.stop], from_pandas=True),  # NaN is null
@@ -234,12 +241,12 @@ def _write_table(
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
-def _decided(file: Path, options: dict[str, Any]) -> npt.NDArray[np.int8] | None:
+def _decided(file: Path, options: dict[str, Any]) -> States | None:
     """The states that an earlier call with these options has written."""
     if not file.is_file() or json.loads((pq.read_schema(file).metadata or {}).get(b"fastclip", b"0")) != options:
         return None
     told = pq.read_table(file, columns=["state"])["state"].combine_chunks().to_numpy(zero_copy_only=False)
-    numbers = {state: number for number, state in enumerate(STATES)}
+    numbers = {state: number for number, state in enumerate(_STATES)}
     return np.array([numbers[state] for state in told], np.int8)
 
 
@@ -248,9 +255,9 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _summary(found: _Scores, states: npt.NDArray[np.int8], store: FeatureStore) -> dict[str, Any]:
+def _summary(found: _Scores, states: States, store: FeatureStore) -> dict[str, Any]:
     finite = found.similarities[np.isfinite(found.similarities)]
-    counts = {state: int((states == number).sum()) for number, state in enumerate(STATES)}
+    counts = {state: int((states == number).sum()) for number, state in enumerate(_STATES)}
     similarity: dict[str, Any] = {
         "captions": len(finite),
         "mean": float(finite.mean(dtype=np.float64)) if len(finite) else math.nan,

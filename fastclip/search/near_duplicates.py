@@ -20,9 +20,9 @@ def near_duplicates(
 ) -> npt.NDArray[np.int64]:
     """Go through unit vectors in order and drop each whose cosine with one that was kept is `threshold` or more.
 
-    Exact: every vector is compared with all that were kept before it, in float32, about K^2 D multiplications for K
-    kept ones of D numbers. 100,000 of 512 take a minute on 16 cores, a million two hours there and a few minutes on a
-    GPU. Memory: the kept vectors, 4 K D bytes, and 200 MiB.
+    Exact: every vector is compared with all that were kept before it, in float32, about K^2 D operations for K kept
+    ones of D numbers. 20,000 of 512 take 5 s on one core, and 50 times as many take 2,500 times as long. Memory, that
+    of `device`: the kept vectors, 4 K D bytes, and some 200 MiB.
 
     Args:
         features: (k, D) float32 each, one after the other.
