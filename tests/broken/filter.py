@@ -49,7 +49,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "`fastclip filter` and `fastclip embed`, killed anywhere: the same call goes on, to the same bytes",
-            (f"{FILTER}::test_killed_search_commands_go_on_to_the_same_bytes",),
+            (f"{FILTER}::test_killed_search_commands_go_on_to_the_same_bytes", f"{EMBED}::test_rows_are_the_vectors_of_every_sample"),
             (
                 Break("embed: the table comes first", f"{FOLDER}embed.py", '            for kind in ("img", "text"):\n', '            _write_table(table, part, store, found)\n            for kind in ("img", "text"):\n'),
                 Break("embed: parts stay", f"{FOLDER}embed.py", "    shutil.rmtree(output / _PARTS, ignore_errors=True)\n", ""),
