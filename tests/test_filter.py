@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from interrupted_search import DEDUP
-from PIL import Image
 from pictures import real_pictures
+from PIL import Image
 from torch import Tensor
 
 from fastclip import cli
@@ -143,7 +143,10 @@ def test_real_pictures_keep_their_bytes_and_what_is_known_of_them(embedder: Embe
     summary = filter_source(embedder, source, tmp_path / "out", threshold=-1, workers=1, batch_size=4)
     assert summary["counts"] == {"unusable": 4, "kept": 5}
     assert {cause: of["count"] for cause, of in summary["causes"].items()} == {
-        **{"not an image": 1, "truncated image": 1, "no caption": 1, "empty caption": 1}
+        "not an image": 1,
+        "truncated image": 1,
+        "no caption": 1,
+        "empty caption": 1,
     }
     assert summary["causes"]["no caption"]["first"] == [str(tmp_path / "data" / "mute.png")]
     found = {Path(sample["original"]).name: sample for sample in told(tmp_path / "out")}

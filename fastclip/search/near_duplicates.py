@@ -39,7 +39,7 @@ def near_duplicates(
         for vectors, place in zip(kept, places):
             near = rows @ vectors.T >= threshold
             new = np.flatnonzero((near_to < 0) & near.any(1).cpu().numpy())
-            near_to[new] = place[near.cpu().numpy()[new].argmax(1)]
+            near_to[new] = place[near[torch.from_numpy(new)].cpu().numpy().argmax(1)]
         near_each_other = (rows @ rows.T >= threshold).cpu().numpy()
         for i in range(len(rows)):
             if near_to[i] < 0:
