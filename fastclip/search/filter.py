@@ -141,8 +141,8 @@ class _Kept(Subset):
     def fields(self, index: int) -> dict[str, Any]:
         similarities = self._similarities(index)
         above = similarities[similarities >= self._threshold].tolist()
-        several = {"similarities": above} if len(above) > 1 else {}
-        return {**super().fields(index), "similarity": max(above), **several}
+        known = {k: v for k, v in super().fields(index).items() if k != "similarities"}  # of data filtered before
+        return {**known, "similarity": max(above)} | ({"similarities": above} if len(above) > 1 else {})
 
     def _above(self, index: int, captions: tuple[str, ...]) -> tuple[str, ...]:
         similarities = self._similarities(index)
