@@ -19,6 +19,7 @@ from typing import Any
 __all__ = [
     "check_manifest",
     "mend_folders",
+    "new_file",
     "new_folder",
     "remove_folder",
     "write_bytes",
@@ -37,9 +38,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """`path` holds either what it held, or all of `data`."""
+    with new_file(path) as half:
+        half.write_bytes(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name to write under, whose file takes the place of `path` when all went well, and is removed otherwise."""
     half = _beside(path, "tmp")
     try:
-        half.write_bytes(data)
+        yield half
         _flush(half)
         os.replace(half, path)
     except BaseException:

@@ -22,6 +22,7 @@ from broken import (
     Promise,
     data,
     distributed,
+    filter,
     gpus,
     losses,
     models,
@@ -37,7 +38,7 @@ from native_build import PATH, ROOT
 DOCUMENT = ROOT / "docs" / "promises.md"
 
 
-PARTS = (losses, distributed, gpus, models, data, training, plan, zeroshot, retrieval, probe, report)
+PARTS = (losses, distributed, gpus, models, data, training, plan, zeroshot, retrieval, probe, report, filter)
 PROMISES: dict[str, list[Promise]] = {name: found for part in PARTS for name, found in part.PROMISES.items()}
 
 

@@ -15,7 +15,12 @@ from typing import NamedTuple
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "reliability.md"
 # The part of a test's file's name that puts its rows into a section; the last is for all others.
-SECTIONS = {"test_data": "Data", "test_train": "Training", "": "Losses and statistics"}
+SECTIONS = {
+    "test_data": "Data",
+    "test_filter": "Filtering and embedding",
+    "test_train": "Training",
+    "": "Losses and statistics",
+}
 
 
 class Fault(NamedTuple):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fastclip._version import __version__
-from fastclip.cli import convert, data, evaluate, finetune, models, parity, plan, report, train
+from fastclip.cli import convert, data, embed, evaluate, filter, finetune, models, parity, plan, report, train
 
 __all__ = ["main"]
 
@@ -20,6 +20,8 @@ _COMMANDS = {
     "eval": (evaluate, "zero-shot, robustness, retrieval, probes: what a model is worth"),
     "report": (report, "write a run as an HTML page: curves, confused classes, best and worst retrievals"),
     "data": (data, "check a data set, or pack one into tar shards"),
+    "filter": (filter, "keep the samples of a data set whose picture and caption agree, without near duplicates"),
+    "embed": (embed, "write a data set as vectors, in clip-retrieval's layout"),
     "models": (models, "list the models by name"),
     "convert": (convert, "write a checkpoint in open_clip's, Hugging Face's or our form"),
     "parity": (parity, "compare the losses of several processes with those of one"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fastclip.data.faults import BadSample
-from fastclip.data.picture import PICTURE_SUFFIXES, json_captions, read_picture, text_captions
+from fastclip.data.picture import PICTURE_SUFFIXES, json_captions, json_fields, read_picture, text_captions
 from fastclip.data.source import Record
 from fastclip.data.strings import Strings
 
@@ -81,6 +82,13 @@ class Folder:
     def picture_bytes(self, index: int) -> bytes:
         """As `fastclip.data.source.picture_bytes`."""
         return self._file(index).read_bytes()
+
+    def fields(self, index: int) -> dict[str, Any]:
+        """As `fastclip.data.source.sample_fields`."""
+        try:
+            return json_fields(self._file(index).with_suffix(".json").read_bytes())
+        except OSError:
+            return {}
 
     def _file(self, index: int) -> Path:
         """The picture's."""

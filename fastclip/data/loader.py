@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from fastclip.data.source import Record, Source
 from fastclip.data.watch import Watch
 from fastclip.data.workers import load, own
 
-__all__ = ["evaluation_batches", "training_batches"]
+__all__ = ["PairBatch", "evaluation_batches", "pair_batches", "training_batches"]
 
 Transform = Callable[[Image.Image], Tensor]  # -> (3, H, W) float32
 Tokenize = Callable[[list[str]], Tensor]  # B texts -> (B, L) int64
@@ -131,6 +132,26 @@ def evaluation_batches(
     return (counted(*batch) for batch in loaded)
 
 
+class PairBatch(NamedTuple):
+    """Samples in a row, and of the B among them that can be used picture and captions."""
+
+    images: Tensor | None  # (B, 3, H, W) float32; None where B is 0
+    captions: list[tuple[str, ...]]  # B
+    used: list[bool]  # of all samples
+    faults: list[Fault]  # of the others
+
+
+def pair_batches(source: Source, transform: Transform, *, batch_size: int, workers: int = 0) -> Iterator[PairBatch]:
+    """Every sample once, in order, `batch_size` at a time. Raises as `training_batches`."""
+    _check(rank=0, ranks=1, workers=workers)
+    if batch_size < 1 or not len(source):
+        raise ValueError(f"batch_size must be positive and data not empty, got {batch_size} of {len(source)} samples")
+    pieces = (range(a, min(a + batch_size, len(source))) for a in range(0, len(source), batch_size))
+    watch = Watch(source, workers)
+    loaded = load(_Pairs(watch, transform), pieces, watch)
+    return (batch._replace(images=None if batch.images is None else own(batch.images)) for batch in loaded)
+
+
 class _Training(Dataset[Batch]):
     def __init__(self, watch: Watch, transform: Transform, tokenize: Tokenize, seed: int, min_side: int | None) -> None:
         self._watch, self._transform, self._tokenize = watch, transform, tokenize
@@ -179,6 +200,25 @@ class _Evaluation(Dataset[tuple[Tensor, Tensor, Tensor, tuple[Fault, ...]]]):
         for attempt in range(1 if self._strict else _TRIES):
             sample = mix(index, attempt) % len(self._watch.source) if attempt else index
             yield sample, mix(sample)
+
+
+class _Pairs(Dataset[PairBatch]):
+    def __init__(self, watch: Watch, transform: Transform) -> None:
+        self._watch, self._transform = watch, transform
+
+    def __getitem__(self, indices: Sequence[int]) -> PairBatch:
+        images, captions, used, faults = [], [], [], []
+        for index in indices:
+            try:
+                record, image, *_ = _usable(self._watch, self._transform, [(index, mix(index))])
+            except BadSample as bad:
+                faults.append(bad.fault)
+                used.append(False)
+                continue
+            images.append(image)
+            captions.append(record.captions)
+            used.append(True)
+        return PairBatch(default_collate(images) if images else None, captions, used, faults)
 
 
 def _usable(

@@ -7,8 +7,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
+from typing import Any
 
-from fastclip.data.source import Record, Source, picture_bytes, read_sample
+from fastclip.data.source import Record, Source, picture_bytes, read_sample, sample_fields
 
 __all__ = ["Mixture"]
 
@@ -73,6 +74,11 @@ class Mixture:
         """As `fastclip.data.source.picture_bytes`."""
         source, sample = self._locate(0, index)
         return picture_bytes(source, sample)
+
+    def fields(self, index: int) -> dict[str, Any]:
+        """As `fastclip.data.source.sample_fields`."""
+        source, sample = self._locate(0, index)
+        return sample_fields(source, sample)
 
     def _locate(self, epoch: int, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fastclip.data.faults import BadSample, Fault, Tally
-from fastclip.data.source import Record, Source, picture_bytes
+from fastclip.data.source import Record, Source, picture_bytes, sample_fields
 from fastclip.data.watch import Watch
 from fastclip.data.workers import load, naming_dead_workers
 
 __all__ = ["Packed", "pack_source"]
+
+logger = logging.getLogger(__name__)
 
 _PIECE = 16  # samples that a worker reads at a time
 _KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # whose files are copied as they are
@@ -45,10 +48,10 @@ def pack_source(
 
     JPEG, PNG and WebP files are copied byte by byte, other pictures become PNG. The .json holds "caption", a string, or
     of several a list (there is no .txt then, which readers would take for the only one), "key", "width" and "height" of
-    the upright picture, "original", its path, and "label" where it has one: the shards are read as the source is. Of a
-    mixture they hold what its first epoch draws. Samples that cannot be used are left out; ``00000_stats.json`` counts
-    them by cause. A shard appears under its name when it is whole: the same call goes on where one that was interrupted
-    stopped, and the result is the same, byte by byte.
+    the upright picture, "original", its path, "label" where it has one, and what else `sample_fields` tells: the shards
+    are read as the source is. Of a mixture they hold what its first epoch draws. Samples that cannot be used are left
+    out; ``00000_stats.json`` counts them by cause. A shard appears under its name when it is whole: the same call goes
+    on where one that was interrupted stopped, and the result is the same, byte by byte.
 
     Args:
         image_size: pictures whose shorter side is longer are resized to it, and are JPEG then.
@@ -79,6 +82,7 @@ def pack_source(
             with naming_dead_workers():
                 loaded = load(_Encoded(watch, image_size, quality), pieces, watch)
                 stats = _write(output, shard, len(str(samples_per_shard - 1)), loaded, about)
+            logger.info("%s: shard %05d, %d of %d samples", output, shard, indices.stop, len(source))
         else:
             kept += 1
         faults.merge(stats["failures"], stats["failed"])
@@ -109,7 +113,8 @@ class _Encoded(Dataset[list[Any]]):
             suffix, data, size = self._file(index, record)
         except BadSample as bad:
             return bad.fault
-        about = {"width": size[0], "height": size[1], "original": record.key}
+        about = {k: v for k, v in sample_fields(self._watch.source, index).items() if k not in ("caption", "key")}
+        about |= {"width": size[0], "height": size[1], "original": record.key}
         if record.label is not None:
             about["label"] = record.label
         return _Sample(suffix, data, record.captions, about)

@@ -7,14 +7,14 @@ import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastclip.data.faults import BadSample
 
-__all__ = ["PICTURE_SUFFIXES", "json_captions", "read_picture", "text_captions"]
+__all__ = ["PICTURE_SUFFIXES", "json_captions", "json_fields", "read_picture", "text_captions"]
 
 PICTURE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -116,6 +116,15 @@ def json_captions(data: bytes, key: str) -> tuple[str, ...]:
         what = f'"caption" in its JSON file must be a string or a list of strings, is {caption!r}'
         raise BadSample("damaged caption", key, what)
     return _given(captions, key)
+
+
+def json_fields(data: bytes) -> dict[str, Any]:
+    """Of a JSON object all but "caption"; nothing of what is none."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return {name: value for name, value in found.items() if name != "caption"} if isinstance(found, dict) else {}
 
 
 def _given(captions: list[str], key: str) -> tuple[str, ...]:

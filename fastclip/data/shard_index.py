@@ -51,9 +51,12 @@ logger = logging.getLogger(__name__)
 # webdataset's: folders and all before the first dot of the name are the key. A name that begins with a dot has none.
 _MEMBER = re.compile(r"^((?:.*/|)[^./]+)(\.[^/]*)$", re.DOTALL)
 
-# A sample: of its picture and its caption the block (of 512 bytes) of the header, the bytes of the data and the CRC-32
-# of the header, 0 where it cannot be used; where its key ends among those of the shard; its state. 29 bytes.
-_MEMBERS = [(f"{member}_{what}", "<u4") for member in ("picture", "caption") for what in ("block", "size", "crc")]
+# A sample: of its picture, its caption and its .json the block (of 512 bytes) of the header, the bytes of the data and
+# the CRC-32 of the header, 0 where there is none, or it cannot be used; where its key ends among those of the shard;
+# its state. 41 bytes.
+_MEMBERS = [
+    (f"{member}_{what}", "<u4") for member in ("picture", "caption", "json") for what in ("block", "size", "crc")
+]
 ROW = np.dtype([*_MEMBERS, ("key_end", "<u4"), ("state", "u1")])
 Rows = npt.NDArray[Any]
 # States: the caption is a text, or JSON, or a class; or there is none; it is the second of its key; the shard ends
@@ -176,6 +179,7 @@ class _Sample(NamedTuple):
     state: int
     picture: Member | None = None  # both are there where it can be used
     caption: Member | None = None
+    json: Member | None = None
 
 
 def _build(shard: BinaryIO, name: str) -> tuple[Rows, bytes, str]:
@@ -191,7 +195,7 @@ def _build(shard: BinaryIO, name: str) -> tuple[Rows, bytes, str]:
     rows, keys = np.zeros(len(samples), ROW), [os.fsencode(sample.key) for sample in samples]
     rows["key_end"] = list(accumulate(map(len, keys)))
     rows["state"] = [sample.state for sample in samples]
-    for kind in ("picture", "caption"):
+    for kind in ("picture", "caption", "json"):
         places = [(row, member) for row, sample in enumerate(samples) if (member := getattr(sample, kind)) is not None]
         if large := next((member for _, member in places if member.size >= 2**31), None):
             raise ValueError(f"{name}: {large.name} has {large.size} bytes")
@@ -228,10 +232,14 @@ def _samples(members: Sequence[Member], end: int) -> list[_Sample]:
 
 def _sample(key: str, group: dict[str, Member], end: int) -> _Sample:
     kind = next((kind for kind in _CAPTIONS if kind in group), None)
-    picture, caption = group["picture"], None if kind is None else group[kind]
+    picture, caption, told = group["picture"], None if kind is None else group[kind], group.get(".json")
     if any(member.header + BLOCK + member.size > end for member in (picture, caption) if member is not None):
         return _Sample(key, CUT)
-    return _Sample(key, UNTOLD) if kind is None else _Sample(key, _CAPTIONS[kind], picture, caption)
+    if kind is None:
+        return _Sample(key, UNTOLD)
+    if told is not None and told.header + BLOCK + told.size > end:
+        told = None
+    return _Sample(key, _CAPTIONS[kind], picture, caption, told)
 
 
 def _damage(samples: Sequence[_Sample], broken: str, name: str) -> str:

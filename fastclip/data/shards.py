@@ -10,12 +10,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
 
 from fastclip.data.faults import BadSample
-from fastclip.data.picture import json_captions, read_picture, text_captions
+from fastclip.data.picture import json_captions, json_fields, read_picture, text_captions
 from fastclip.data.prompts import read_class_names, read_templates
 from fastclip.data.shard_index import CLASS, CUT, JSON, REPEATED, TEXT, UNTOLD, WANTED, index_shards, stamp_of
 from fastclip.data.source import PLAIN_TEMPLATES, Record
@@ -61,7 +62,7 @@ class Shards:
     from ``classnames.txt`` and ``zeroshot_classification_templates.txt`` in the folder of the first shard or the one
     above it. Every shard is gone through once in its life, for the places of its members
     (`fastclip.data.shard_index`); then samples are read from it at random, and nothing is unpacked on the disk. The
-    places take about 40 bytes of memory a sample, which worker processes share.
+    places take about 50 bytes of memory a sample, which worker processes share.
 
     Where a key has a member twice the first one counts, and a sample that cannot be used stands for the second. So does
     one for a picture without a caption, or of which the end of the shard is missing: a shard that is cut off is used as
@@ -120,6 +121,11 @@ class Shards:
     def picture_bytes(self, index: int) -> bytes:
         """As `fastclip.data.source.picture_bytes`."""
         return self._members(index, ("picture",))[0]
+
+    def fields(self, index: int) -> dict[str, Any]:
+        """As `fastclip.data.source.sample_fields`, of the sample's .json."""
+        self._shard(index)  # which an index may be out of
+        return json_fields(self._members(index, ("json",))[0]) if self._rows["json_size"][index] else {}
 
     def _told(self, index: int, caption: bytes, key: str) -> tuple[str, ...]:
         if self._rows["state"][index] == JSON:

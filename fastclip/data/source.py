@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
-__all__ = ["PLAIN_TEMPLATES", "Record", "Source", "picture_bytes", "read_sample"]
+__all__ = ["PLAIN_TEMPLATES", "Record", "Source", "picture_bytes", "read_sample", "sample_fields"]
 
 PLAIN_TEMPLATES = ("a photo of a {}",)  # of sources with classes and no templates of their own
 
@@ -64,3 +64,9 @@ def picture_bytes(source: Source, index: int) -> bytes | None:
     """
     read = getattr(source, "picture_bytes", None)
     return None if read is None else read(index)
+
+
+def sample_fields(source: Source, index: int) -> dict[str, Any]:
+    """What else is known of `source[index]`, for its JSON; nothing where the source has no method ``fields(index)``."""
+    read = getattr(source, "fields", None)
+    return {} if read is None else read(index)

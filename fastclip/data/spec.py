@@ -35,8 +35,8 @@ def open_source(spec: str, *, held_out: bool = False) -> Source:
     them, ``hf:NAME``, or several of these, joined by ``::`` and each perhaps with a weight before it, ``2*A::0.5*B``;
     `Table` and its kin say more.
 
-    A folder that is called digits is ``./digits``. A folder that holds tar files and no pictures is its shards. What is
-    the name of a file, or a glob that finds some, has no weight: ``0*.tar``.
+    A folder that is called digits is ``./digits``. A folder that holds tar files, and no pictures with captions, is its
+    shards. What is the name of a file, or a glob that finds some, has no weight: ``0*.tar``.
 
     Args:
         held_out: of the digits, the fifth that is kept from training; the other kinds have no such part, and are whole.
@@ -54,8 +54,8 @@ def open_source(spec: str, *, held_out: bool = False) -> Source:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder's data are its tar files."""
-    return next(pictures(folder), None) is None and any(folder.glob("*.tar"))
+    """Whether a folder's data are its tar files: no picture beside them has captions, and none lies in a folder."""
+    return any(folder.glob("*.tar")) and not any(told or os.path.dirname(name) for name, told in pictures(folder))
 
 
 def _weighted(part: str) -> tuple[Fraction, str]:

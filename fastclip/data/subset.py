@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from fastclip.data.source import Record, Source, picture_bytes, read_sample
+from fastclip.data.source import Record, Source, picture_bytes, read_sample, sample_fields
 
 __all__ = ["Subset"]
 
@@ -39,3 +40,7 @@ class Subset:
     def picture_bytes(self, index: int) -> bytes | None:
         """As `fastclip.data.source.picture_bytes`."""
         return picture_bytes(self.source, self.indices[index])
+
+    def fields(self, index: int) -> dict[str, Any]:
+        """As `fastclip.data.source.sample_fields`."""
+        return sample_fields(self.source, self.indices[index])

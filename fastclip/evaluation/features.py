@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from fastclip import _env
@@ -48,7 +48,7 @@ class FeatureStore:
         folder: where the store's folder is made; default: FASTCLIP_CACHE.
     """
 
-    def __init__(self, embedder: Embedder, keys: Sequence[str], *, folder: Path | None = None) -> None:
+    def __init__(self, embedder: Embedder, keys: Iterable[str], *, folder: Path | None = None) -> None:
         digest = hashlib.blake2b(embedder.identity.encode(), digest_size=16)
         for key in keys:
             digest.update(key.encode("utf-8", "surrogatepass") + b"\0")
@@ -56,14 +56,20 @@ class FeatureStore:
 
     def parts(self) -> list[dict[str, Tensor]]:
         """Those there are from the first one on, without a gap; a damaged one ends them."""
-        found: list[dict[str, Tensor]] = []
-        while (file := self._file(len(found))).is_file():
+        return list(self.walk())
+
+    def walk(self, *names: str) -> Iterator[dict[str, Tensor]]:
+        """`parts`, one at a time; of each the tensors of these names, or all."""
+        number = 0
+        while (file := self._file(number)).is_file():
             try:
-                found.append(load_file(file))
+                with safe_open(file, "pt") as opened:
+                    part = {name: opened.get_tensor(name) for name in names or opened.keys()}
             except (SafetensorError, OSError) as error:
                 logger.warning("%s is damaged (%s) and computed again", file, error)
-                break
-        return found
+                return
+            yield part
+            number += 1
 
     def add(self, number: int, part: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,54 @@
+"""``fastclip filter``: keep the pairs whose picture and caption agree."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastclip.cli.embedding import add_embedder_options, add_reading_options, embedder_of
+
+__all__ = ["add"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write the samples whose caption has a cosine of THRESHOLD or more with the picture as tar shards in "
+        "img2dataset's layout, with a histogram and counts. The same call again goes on."
+    )
+    parser.add_argument("--data", required=True, metavar="SPEC", help="as of fastclip train --data")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the shards, counts and histogram")
+    parser.add_argument(
+        "--threshold", type=float, metavar="COSINE", help="such as 0.3; without it nothing but the similarities"
+    )
+    parser.add_argument(
+        "--dedup", type=float, metavar="COSINE", help="drop a picture that is so near to one before it, such as 0.95"
+    )
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="(10000)")
+    parser.add_argument(
+        "--scores", metavar="DIR", help="what is computed, to be used with other thresholds (OUTPUT/scores)"
+    )
+    add_embedder_options(parser)
+    add_reading_options(parser)
+    parser.set_defaults(run=_filter)
+
+
+def _filter(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from fastclip.data.spec import open_source
+    from fastclip.evaluation.results import table
+    from fastclip.search.filter import filter_source
+
+    source = open_source(args.data)
+    options = {
+        name: getattr(args, name) for name in ("threshold", "dedup", "samples_per_shard", "batch_size", "workers")
+    }
+    scores = None if args.scores is None else Path(args.scores)
+    found = filter_source(embedder_of(args), source, Path(args.output), scores=scores, progress=True, **options)
+    share = 100 / len(source)
+    rows = [[state, count, count * share] for state, count in found["counts"].items()]
+    for cause, of in found["causes"].items():
+        rows.insert(1, [f"- {cause}", of["count"], of["count"] * share])
+    print(table(["samples", "number", "%"], [["read", len(source), 100.0], *rows]))
+    if args.threshold is None:
+        at = found["samples_at_or_above"]
+        print(table(["similarity at least", "number", "%"], [[t, count, count * share] for t, count in at.items()]))

@@ -1,0 +1,1 @@
+"""Use a model: search pictures, filter and embed data sets."""

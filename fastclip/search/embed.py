@@ -1,0 +1,146 @@
+"""A data set as vectors in files, in the layout of clip-retrieval."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from fastclip.data.faults import Tally
+from fastclip.data.source import Source
+from fastclip.data.subset import Subset
+from fastclip.durable import new_file
+from fastclip.evaluation.features import FeatureStore
+from fastclip.models.embedder import Embedder
+from fastclip.search.claim import claim
+from fastclip.search.pairs import Pairs, embed_pairs, faults_of
+
+__all__ = ["Embedded", "embed_source"]
+
+_PARTS = ".parts"
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+class Embedded(NamedTuple):
+    """What `embed_source` leaves."""
+
+    files: int  # of each of the three kinds
+    samples: int
+    faults: Tally
+    kept: int  # files that an earlier call had finished
+
+
+def embed_source(
+    embedder: Embedder,
+    source: Source,
+    output: Path,
+    *,
+    dtype: str = "float16",
+    samples_per_file: int = 1_000_000,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> Embedded:
+    """Unit vectors of pictures and captions, as ``clip-retrieval inference`` writes them (its ``writer.py``).
+
+    ``img_emb/img_emb_K.npy`` and ``text_emb/text_emb_K.npy``, (n, D) of `dtype`, and ``metadata/metadata_K.parquet``
+    with the columns "image_path", the key of the sample, and "caption", for the samples from K `samples_per_file` on.
+    Row i of the three belongs together. K has leading zeros as clip-retrieval's: its digits are those of the number of
+    files. Of several captions the first counts. Samples that cannot be used are in none of the three.
+
+    A file appears when it is whole, the .parquet last. The same call goes on where one that was interrupted stopped,
+    and the result is the same, byte by byte. What is not yet in a file lies in ``.parts``. One process does all.
+
+    Args:
+        dtype: "float16", clip-retrieval's, or "float32".
+        batch_size, workers, progress: as `fastclip.evaluation.features.image_features`.
+
+    Raises:
+        ValueError: an option is out of range, `output` is that of another call, or no sample can be used.
+        OSError, ChildProcessError: as `embed_pairs`.
+    """
+    if dtype not in _DTYPES or samples_per_file < 1:
+        raise ValueError(
+            f"dtype must be float16 or float32, samples_per_file at least 1, got {dtype} and {samples_per_file}"
+        )
+    options = {"source": source.spec, "samples": len(source), "model": embedder.name, "identity": embedder.identity}
+    claim(output, {**options, "dtype": dtype, "samples_per_file": samples_per_file}, result="*/*_emb_*.npy")
+    for name in ("img_emb", "text_emb", "metadata"):
+        (output / name).mkdir(exist_ok=True)
+    total = -(-len(source) // samples_per_file)
+    digits = int(math.log10(max(total, 1))) + 1
+    files, samples, kept, faults = 0, 0, 0, Tally()
+    for number in range(total):
+        start = number * samples_per_file
+        part, name = Subset(source, range(start, min(start + samples_per_file, len(source)))), f"{number:0{digits}d}"
+        table = output / "metadata" / f"metadata_{name}.parquet"
+        if table.is_file():
+            kept += 1
+        else:
+            store = FeatureStore(embedder, map(part.key, range(len(part))), folder=output / _PARTS)
+            reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
+            embed_pairs(embedder, part, store, partial(_kept_of, dtype=_DTYPES[dtype]), first_caption=True, **reading)
+            found = faults_of(store)
+            if found.total == len(part):  # embedding_reader cannot read a file without rows
+                faults.merge(found.counts, found.keys)
+                continue
+            for kind in ("img", "text"):
+                _write_vectors(output / f"{kind}_emb" / f"{kind}_emb_{name}.npy", store, kind, (embedder.dim, dtype))
+            _write_table(table, part, store, found)
+            store.clear()
+        stats = json.loads(pq.read_schema(table).metadata[b"fastclip"])
+        files, samples = files + 1, samples + stats["successes"]
+        faults.merge(stats["failures"], stats["failed"])
+    shutil.rmtree(output / _PARTS, ignore_errors=True)
+    if not samples:
+        raise ValueError(f"{source.spec}: none of {len(source)} samples can be used: {faults}")
+    return Embedded(files, samples, faults, kept)
+
+
+def _kept_of(pairs: Pairs, dtype: torch.dtype) -> dict[str, Tensor]:
+    texts = [caption.encode("utf-8", "backslashreplace") for (caption,) in pairs.captions]
+    data = torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy())
+    lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
+    return {"img": pairs.images.to(dtype), "text": pairs.texts.to(dtype), "captions": data, "lengths": lengths}
+
+
+def _write_vectors(file: Path, store: FeatureStore, kind: str, of: tuple[int, str]) -> None:
+    """A .npy file, a part at a time."""
+    dim, dtype = of
+    rows = sum(int(part["used"].sum()) for part in store.walk("used"))
+    head = {"shape": (rows, dim), "fortran_order": False, "descr": np.lib.format.dtype_to_descr(np.dtype(dtype))}
+    with new_file(file) as half, half.open("wb") as out:
+        np.lib.format.write_array_header_1_0(out, head)
+        for part in store.walk(kind):
+            out.write(part[kind].numpy().tobytes())
+
+
+def _write_table(file: Path, source: Source, store: FeatureStore, faults: Tally) -> None:
+    stats: dict[str, Any] = {"count": len(source), "successes": len(source) - faults.total}
+    stats |= {"failures": faults.counts, "failed": faults.keys}
+    columns = [("image_path", pa.string()), ("caption", pa.string())]
+    schema = pa.schema(columns, metadata={"fastclip": json.dumps(stats)})
+    with new_file(file) as half, pq.ParquetWriter(half, schema) as writer:
+        start = 0
+        for part in store.walk("used", "captions", "lengths"):
+            keys = [source.key(start + k) for k in part["used"].nonzero().flatten().tolist()]
+            paths = [key.encode("utf-8", "backslashreplace").decode() for key in keys]
+            writer.write_table(pa.table([paths, list(_captions(part))], schema=schema))
+            start += len(part["used"])
+
+
+def _captions(part: dict[str, Tensor]) -> Iterator[str]:
+    data, start = part["captions"].numpy().tobytes(), 0
+    for length in part["lengths"].tolist():
+        yield data[start : start + length].decode()
+        start += length

@@ -1,0 +1,97 @@
+"""Pictures and captions of a data set as unit vectors, a part at a time: whoever stops it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastclip.data.faults import Tally
+from fastclip.data.loader import PairBatch, pair_batches
+from fastclip.data.source import Source
+from fastclip.data.subset import Subset
+from fastclip.evaluation.features import FeatureStore
+from fastclip.evaluation.progress import Progress
+from fastclip.models.embedder import Embedder
+
+__all__ = ["Pairs", "embed_pairs", "faults_of"]
+
+_PART = 4096  # samples of a part, about
+
+
+class Pairs(NamedTuple):
+    """Of samples in a row those that can be used."""
+
+    images: Tensor  # (K, D) float32, unit vectors
+    captions: list[tuple[str, ...]]  # K
+    texts: Tensor  # (T, D) float32, unit vectors of all captions, one after the other
+
+
+def embed_pairs(
+    embedder: Embedder,
+    source: Source,
+    store: FeatureStore,
+    keep: Callable[[Pairs], dict[str, Tensor]],
+    *,
+    first_caption: bool = False,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> None:
+    """Fill `store` up: a part has what `keep` makes of its pairs, "used", (n,) bool of its samples, and "faults".
+
+    A part is made of whole batches, so that going on gives the bits of a run without a stop.
+
+    Args:
+        first_caption: of several captions take the first, not all.
+        batch_size, workers, progress: as `fastclip.evaluation.features.image_features`.
+
+    Raises:
+        ValueError: an empty source or batch.
+        OSError, ValueError: what the samples are read from cannot be.
+        ChildProcessError: a worker was killed.
+    """
+    lengths = [len(part["used"]) for part in store.walk("used")]
+    done, size = sum(lengths), len(source)
+    if lengths and done >= size:
+        return
+    rest = Subset(source, range(done, size))
+    batches = pair_batches(rest, embedder.transform, batch_size=batch_size, workers=workers)
+    number, waiting, used, faults = len(lengths), list[Pairs](), list[bool](), Tally()
+    with Progress(f"pictures of {source.spec}", size, done=done, shown=progress) as bar:
+        for batch in batches:
+            waiting.append(_embedded(embedder, batch, first_caption, batch_size))
+            used += batch.used
+            faults.add(batch.faults)
+            bar.moved(len(batch.used))
+            done += len(batch.used)
+            if len(used) >= _PART or done == size:
+                told = json.dumps([faults.counts, faults.keys]).encode()
+                part = {"used": torch.tensor(used), "faults": torch.frombuffer(bytearray(told), dtype=torch.uint8)}
+                store.add(number, part | keep(_joined(waiting)))
+                number, waiting, used, faults = number + 1, [], [], Tally()
+
+
+def faults_of(store: FeatureStore) -> Tally:
+    """What is wrong with the samples that cannot be used."""
+    faults = Tally()
+    for part in store.walk("faults"):
+        faults.merge(*json.loads(part["faults"].numpy().tobytes()))
+    return faults
+
+
+def _embedded(embedder: Embedder, batch: PairBatch, first_caption: bool, batch_size: int) -> Pairs:
+    if batch.images is None:
+        nothing = torch.empty(0, embedder.dim)
+        return Pairs(nothing, [], nothing)
+    captions = [texts[:1] for texts in batch.captions] if first_caption else batch.captions
+    texts = [text for several in captions for text in several]
+    return Pairs(embedder.embed_images(batch.images), captions, embedder.embed_texts(texts, batch_size=batch_size))
+
+
+def _joined(several: list[Pairs]) -> Pairs:
+    captions = [texts for pairs in several for texts in pairs.captions]
+    return Pairs(torch.cat([p.images for p in several]), captions, torch.cat([p.texts for p in several]))

@@ -1,0 +1,86 @@
+"""Run `filter_source` and `embed_source` in processes that are killed at every step, each going on where the last died.
+
+python interrupted_search.py FOLDER: FOLDER/data is the source, FOLDER/TASK-whole the result of one run without a stop,
+FOLDER/TASK-killed that of many with one; prints the number of kills of each task.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastclip.data.spec import open_source
+from fastclip.models import create_model
+from fastclip.models.embedder import Embedder
+from fastclip.models.tokenizer import ClipTokenizer
+from fastclip.search import pairs
+from fastclip.search.embed import embed_source
+from fastclip.search.filter import filter_source
+
+THRESHOLD, DEDUP = 0.0, 0.999
+
+
+def dying_at_the_second(real: Callable[..., Any]) -> Callable[..., Any]:
+    """Files appear by being renamed: one that is new may, before the next the process is killed."""
+    count = 0
+
+    def rename(half: Any, target: Any) -> Any:
+        nonlocal count
+        count += not os.path.exists(target)
+        if count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(half, target)
+
+    return rename
+
+
+def run(task: str, embedder: Embedder, source: Any, output: Path) -> None:
+    if task == "filter":
+        options = {"threshold": THRESHOLD, "dedup": DEDUP, "samples_per_shard": 10}
+        filter_source(embedder, source, output, batch_size=8, **options)
+    else:
+        embed_source(embedder, source, output, samples_per_file=22, batch_size=8)
+
+
+def child(work: Callable[[], None]) -> int:
+    """The status of a process that does it."""
+    if pid := os.fork():
+        return os.waitpid(pid, 0)[1]
+    try:
+        work()
+    except BaseException as error:
+        print(error, file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    pairs._PART = 16
+    source = open_source(str(folder / "data"))
+    torch.manual_seed(0)
+    embedder = Embedder(create_model("ViT-tiny"), ClipTokenizer(), name="ViT-tiny")
+    for task in ("filter", "embed"):
+
+        def killed(task: str = task) -> None:
+            os.replace = os.rename = dying_at_the_second(os.replace)
+            Path.replace = lambda self, target: os.replace(self, target)
+            run(task, embedder, source, folder / f"{task}-killed")
+
+        kills = 0
+        while (status := child(killed)) and kills < 100:
+            assert os.WTERMSIG(status) == signal.SIGKILL, status
+            kills += 1
+        assert child(lambda task=task: run(task, embedder, source, folder / f"{task}-whole")) == 0
+        print(task, kills)
+
+
+if __name__ == "__main__":
+    main()
