@@ -1,0 +1,1 @@
+"""Search the pictures of a folder by text, by picture, or by a mixture of these."""

@@ -1,0 +1,214 @@
+"""What is known of the pictures of a disk, in SQLite: which content each file has, and the unit vector of each content.
+
+A content is known by a hash of its bytes and stays when its last file is gone, 2 KB at 512 numbers: what was moved, or
+comes back with a disk, is not embedded again. Paths are bytes, as the system has them; folders end without a slash.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Index", "Pictures", "Seen"]
+
+Vector = npt.NDArray[np.float32]
+
+_APPLICATION = 0x66636C70  # "fclp"
+_VERSION = 1
+_PATIENCE = 60.0  # seconds that a process waits for another one's transaction
+# A row of 512 numbers fills half a page of SQLite's usual 4 KiB, and its other half would be lost.
+_PAGE = 16384
+_MAPPED = 2**40
+_TABLES = """
+CREATE TABLE contents (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, vector BLOB, fault TEXT,
+                       CHECK ((vector IS NULL) != (fault IS NULL)));
+CREATE TABLE files (path BLOB PRIMARY KEY, stamp TEXT, content INTEGER NOT NULL REFERENCES contents) WITHOUT ROWID;
+CREATE INDEX files_of_content ON files (content);
+CREATE TABLE texts (text BLOB PRIMARY KEY, vector BLOB NOT NULL);
+"""
+_INSIDE = "path >= ? AND path < ?"  # of a folder: see _range
+
+
+class Seen(NamedTuple):
+    """A file that was read; a content that is new has a vector or a fault."""
+
+    path: bytes
+    stamp: str | None  # of the file's state; None where it may yet change unseen
+    digest: bytes
+    vector: Vector | None = None
+    fault: str | None = None
+
+
+class Pictures(NamedTuple):
+    """N files of a folder, by path, that share M contents."""
+
+    paths: list[bytes]
+    rows: npt.NDArray[np.int64]  # (N,) of `vectors`
+    contents: npt.NDArray[np.int64]  # (M,) their ids, rising
+    vectors: Vector  # (M, D) unit vectors
+
+
+class Index:
+    """One model's index; every method is a transaction of its own.
+
+    It may be used by several processes at once, and by several threads one after the other.
+
+    Raises:
+        ValueError: the file is no such index, or that of another version; it is named.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._connection = sqlite3.connect(file, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+        try:
+            self._run(f"PRAGMA page_size = {_PAGE}")  # counts only before the first table
+            self._run(f"PRAGMA mmap_size = {_MAPPED}")
+            if self._number("PRAGMA user_version") == 0:
+                self._make()
+            marks = self._number("PRAGMA application_id"), self._number("PRAGMA user_version")
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise ValueError(f"{file} cannot be used as a search index ({error}); remove it to begin anew") from error
+        if marks != (_APPLICATION, _VERSION):
+            self.close()
+            raise ValueError(f"{file} is the search index of another version; remove it to begin anew")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def stamps(self, folder: bytes) -> dict[bytes, str | None]:
+        """Of all files under a folder."""
+        return dict(self._run(f"SELECT path, stamp FROM files WHERE {_INSIDE}", _range(folder)))
+
+    def digests(self) -> dict[bytes, str | None]:
+        """Of all contents, and why they cannot be used, where it is so."""
+        return dict(self._run("SELECT digest, fault FROM contents"))
+
+    def add(self, seen: Sequence[Seen]) -> None:
+        """All of these or, where the process dies, none."""
+        with self._writing():
+            for one in seen:
+                if one.vector is not None or one.fault is not None:
+                    vector = None if one.vector is None else one.vector.astype("<f4").tobytes()
+                    row = (one.digest, vector, one.fault)  # a process beside this one may have been first
+                    self._run("INSERT OR IGNORE INTO contents (digest, vector, fault) VALUES (?, ?, ?)", row)
+                self._run(
+                    "INSERT OR REPLACE INTO files SELECT ?, ?, id FROM contents WHERE digest = ?",
+                    (one.path, one.stamp, one.digest),
+                )
+
+    def remove(self, paths: Iterable[bytes]) -> None:
+        with self._writing():
+            self._connection.executemany("DELETE FROM files WHERE path = ?", ((path,) for path in paths))
+
+    def faults(self, folder: bytes) -> list[tuple[bytes, str]]:
+        """Files under a folder whose content cannot be used, by path, and why."""
+        known = "SELECT path, fault FROM files JOIN contents ON id = content"
+        return list(self._run(f"{known} WHERE {_INSIDE} AND fault IS NOT NULL ORDER BY path", _range(folder)))
+
+    def count(self, folder: bytes) -> int:
+        """Contents under a folder that have vectors."""
+        return self._number(f"SELECT COUNT(*) FROM contents WHERE {_USED}", _range(folder))
+
+    def paths(self, folder: bytes) -> list[tuple[bytes, int]]:
+        """Files under a folder that can be used, by path, and their contents' ids."""
+        known = "SELECT path, content FROM files JOIN contents ON id = content"
+        return list(self._run(f"{known} WHERE {_INSIDE} AND fault IS NULL ORDER BY path", _range(folder)))
+
+    def pictures(self, folder: bytes) -> Pictures:
+        with self._reading():  # two statements, one state
+            files = self.paths(folder)
+            vectors, contents = self._vectors(folder, len({content for _, content in files}))
+        rows = np.searchsorted(contents, np.fromiter((content for _, content in files), np.int64, len(files)))
+        return Pictures([path for path, _ in files], rows, contents, vectors)
+
+    def vectors_after(self, content: int) -> Iterator[tuple[int, Vector]]:
+        """Contents of a higher id, rising, with their vectors."""
+        for number, data in self._run(
+            "SELECT id, vector FROM contents WHERE id > ? AND vector IS NOT NULL ORDER BY id", (content,)
+        ):
+            yield number, np.frombuffer(data, "<f4")
+
+    def vector_of(self, content: int) -> Vector | None:
+        return self._vector("SELECT vector FROM contents WHERE id = ?", content)
+
+    def vector_of_digest(self, digest: bytes) -> Vector | None:
+        return self._vector("SELECT vector FROM contents WHERE digest = ?", digest)
+
+    def vector_of_text(self, text: str) -> Vector | None:
+        return self._vector("SELECT vector FROM texts WHERE text = ?", _bytes(text))
+
+    def keep_text(self, text: str, vector: Vector) -> None:
+        with self._writing():
+            self._run("INSERT OR REPLACE INTO texts VALUES (?, ?)", (_bytes(text), vector.astype("<f4").tobytes()))
+
+    def changes(self) -> int:
+        """Differs from what it was where another process has written since; changes of this one do not count."""
+        return self._number("PRAGMA data_version")
+
+    def _make(self) -> None:
+        with self._writing():
+            if self._number("PRAGMA user_version") == 0:  # else a process beside this one was first
+                for statement in _TABLES.split(";")[:-1]:
+                    self._run(statement)
+                self._run(f"PRAGMA application_id = {_APPLICATION}")
+                self._run(f"PRAGMA user_version = {_VERSION}")
+
+    def _vectors(self, folder: bytes, size: int) -> tuple[Vector, npt.NDArray[np.int64]]:
+        """(M, D) and the ids (M,), in the order in which they lie on the disk."""
+        contents, vectors = np.empty(size, np.int64), np.empty((size, 0), np.float32)
+        into, width = memoryview(b""), 0
+        found = self._run(f"SELECT id, vector FROM contents WHERE {_USED} ORDER BY id", _range(folder))
+        for row, (number, data) in enumerate(found):
+            if row == 0:
+                width = len(data)
+                vectors = np.empty((size, width // 4), "<f4")
+                into = vectors.data.cast("B")
+            contents[row] = number
+            into[row * width : (row + 1) * width] = data
+        return vectors, contents
+
+    def _vector(self, query: str, key: object) -> Vector | None:
+        row = self._run(query, (key,)).fetchone()
+        return None if row is None or row[0] is None else np.frombuffer(row[0], "<f4")
+
+    def _number(self, query: str, values: Sequence[object] = ()) -> int:
+        return int(self._run(query, values).fetchone()[0])
+
+    def _run(self, query: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        return self._connection.execute(query, values)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._run("BEGIN IMMEDIATE")  # waits for its turn here, and not in the middle
+        with self._connection:
+            yield
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        self._run("BEGIN")
+        with self._connection:
+            yield
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # what stands on a command line need not be UTF-8
+
+
+_USED = f"vector IS NOT NULL AND id IN (SELECT content FROM files WHERE {_INSIDE})"
+
+
+def _range(folder: bytes) -> tuple[bytes, bytes]:
+    """What lies under a folder: from its name with "/" up to its name with the next byte."""
+    start = folder.rstrip(b"/\\") + _SLASH
+    return start, start[:-1] + bytes([start[-1] + 1])
+
+
+_SLASH = b"\\" if str(Path("a/b"))[1] == "\\" else b"/"
