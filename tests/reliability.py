@@ -15,7 +15,7 @@ from typing import NamedTuple
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "reliability.md"
 # The part of a test's file's name that puts its rows into a section; the last is for all others.
-SECTIONS = {"test_data": "Data", "test_train": "Training", "": "Losses and statistics"}
+SECTIONS = {"test_data": "Data", "test_train": "Training", "test_search": "Search", "": "Losses and statistics"}
 
 
 class Fault(NamedTuple):

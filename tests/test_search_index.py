@@ -105,6 +105,7 @@ def test_unchanged_pictures_are_not_opened(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("how", ["replaced", "written"])
+@pytest.mark.fault("a picture replaced by one of the same size and time", "it is embedded anew")
 def test_change_of_the_same_size_and_time_is_seen(tmp_path: Path, how: str) -> None:
     """The time of writing may be set back, as `cp -p` does; that of the change of state may not."""
     photo = tmp_path / "photos" / "a.bmp"
@@ -135,6 +136,7 @@ def test_file_that_is_new_is_looked_at_again(tmp_path: Path, monkeypatch: pytest
     check(searched, [photo])
 
 
+@pytest.mark.fault("a picture that is written while it is indexed", "it is named and read next time")
 def test_file_that_changes_while_it_is_read_is_left_for_the_next_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -153,6 +155,10 @@ def test_file_that_changes_while_it_is_read_is_left_for_the_next_time(
     check(searched, [photo])
 
 
+@pytest.mark.fault(
+    "a damaged, oversized or false picture in a searched folder",
+    "it is named once, with the reason, and left out until it changes",
+)
 def test_what_cannot_be_read_is_listed_and_not_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "photos"
     good = draw(folder / "good.png", 1)
@@ -177,6 +183,7 @@ def test_what_cannot_be_read_is_listed_and_not_tried_again(tmp_path: Path, caplo
     check(searched, [good, folder / "page.jpg"])
 
 
+@pytest.mark.fault("a picture that the disk does not give", "it is named and tried again next time")
 def test_fault_of_the_disk_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(2)]
     searched, real = engine(tmp_path), scan.read_picture
@@ -239,6 +246,7 @@ def test_folders_are_apart_and_share_what_is_known(tmp_path: Path) -> None:
     assert counts(engine(tmp_path, model))[0] == 3
 
 
+@pytest.mark.fault("a disk that is not there", "an error; its index is kept")
 def test_folder_that_is_gone_empties_no_index(tmp_path: Path) -> None:
     photo = draw(tmp_path / "photos" / "a.png", 1)
     searched = engine(tmp_path)
@@ -276,6 +284,7 @@ def test_any_file_name_is_indexed_and_found(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "no database", "SQLite format 3\0" + "x" * 5000])
+@pytest.mark.fault("a damaged search index", "it is named")
 def test_file_that_is_no_index_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "cache" / "search" / "colours.sqlite3"
     file.parent.mkdir(parents=True)
@@ -357,6 +366,7 @@ def test_kill_leaves_an_index_that_goes_on(tmp_path: Path) -> None:
 
 
 @forks
+@pytest.mark.fault("several processes index a folder at once", "one index, as of one of them")
 def test_processes_that_index_at_once_agree(tmp_path: Path) -> None:
     photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(60)]
     pids = [forked(lambda: void(engine(tmp_path).update(batch_size=2, workers=2))) for _ in range(4)]
@@ -379,6 +389,7 @@ def test_pictures_that_another_process_adds_are_found(tmp_path: Path) -> None:
     check(searched, [photo])
 
 
+@pytest.mark.fault("Ctrl-C while pictures are indexed", "what is embedded is kept")
 def test_interrupted_indexing_keeps_what_is_embedded(tmp_path: Path) -> None:
     class Stopped(Colours):
         def embed_images(self, images: object) -> object:  # type: ignore[override]

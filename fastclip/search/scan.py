@@ -79,7 +79,6 @@ def update_index(
     if batch_size < 1 or workers < 1:
         raise ValueError(f"batch_size and workers must be positive, got {batch_size} and {workers}")
     start = time.monotonic()
-    os.scandir(folder).close()  # a folder that is gone, such as a disk that is not there, is an error, and not empty
     before = index.stamps(folder)
     found = Update()
     changed, gone = [], set(before)
