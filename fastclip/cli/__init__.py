@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fastclip._version import __version__
-from fastclip.cli import convert, data, evaluate, models, parity, plan, search, train
+from fastclip.cli import convert, data, evaluate, models, parity, plan, search, serve, train
 
 __all__ = ["main"]
 
@@ -18,6 +18,7 @@ _COMMANDS = {
     "plan": (plan, "predict the memory of a training step, and the largest micro-batch"),
     "eval": (evaluate, "zero-shot, robustness, retrieval, probes: what a model is worth"),
     "search": (search, "find pictures of a folder by text, by picture, or by a mixture of these"),
+    "serve": (serve, "search a folder on a web page of this machine"),
     "data": (data, "check a data set, or pack one into tar shards"),
     "models": (models, "list the models by name"),
     "convert": (convert, "write a checkpoint in open_clip's, Hugging Face's or our form"),

@@ -30,6 +30,7 @@ _EXACT = 1_000_000  # contents up to which every vector is gone through
 class Found(NamedTuple):
     path: str
     score: float
+    content: int = -1  # its number in the index, which stays
 
 
 class SearchEngine:
@@ -109,7 +110,18 @@ class SearchEngine:
             self._load()
             assert self._pictures is not None
             pairs = top(self._pictures, query, count) if self._approximate is None else self._nearest(query, count)
-        return [Found(os.fsdecode(path), score) for path, score in pairs]
+        return [Found(os.fsdecode(path), score, content) for path, score, content in pairs]
+
+    def path_of(self, content: int) -> str | None:
+        """A file of this content that can be found; None where there is none."""
+        with self._lock:
+            self._load()
+            assert self._pictures is not None
+            row = int(np.searchsorted(self._pictures.contents, content))
+            if row == len(self._pictures.contents) or self._pictures.contents[row] != content:
+                return None
+            places = np.flatnonzero(self._pictures.rows == row)
+            return os.fsdecode(self._pictures.paths[places[0]]) if len(places) else None
 
     def picture_vector(self, file: BinaryIO, key: str) -> Vector:
         """Of a picture (D,), from the index where its content is there.
@@ -170,7 +182,7 @@ class SearchEngine:
                 found = found._replace(paths=[found.paths[place] for place in kept], rows=found.rows[kept])
             self._pictures = found
 
-    def _nearest(self, query: Vector, count: int) -> list[tuple[bytes, float]]:
+    def _nearest(self, query: Vector, count: int) -> list[tuple[bytes, float, int]]:
         """Through the graph, which holds other folders' contents too: more of them until enough are of this one."""
         assert self._approximate is not None and self._pictures is not None
         pictures, asked = self._pictures, count

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastclip.data.picture import PICTURE_SUFFIXES
 
-__all__ = ["Term", "combine", "parse_query"]
+__all__ = ["Term", "combine", "parse_query", "parse_texts"]
 
 _OPERATOR = re.compile(r"(?<!\S)([+-])(?!\S)")  # a word of its own: "semi-trailer" is a word
 _WEIGHTED = re.compile(r"(\d+\.?\d*|\.\d+):(.+)", re.DOTALL)
@@ -42,12 +42,14 @@ def parse_query(query: str, *, add: Sequence[str] = (), subtract: Sequence[str] 
     Raises:
         ValueError: a term is empty, or the file that it names is not there.
     """
-    pieces = ["", "+", query] if _is_file(query) else ["", "+", *_OPERATOR.split(query)]
-    if len(pieces) > 3 and not pieces[2].strip():  # it begins with an operator
-        del pieces[1:3]
-    signed = [(1 if sign == "+" else -1, text) for sign, text in zip(pieces[1::2], pieces[2::2])]
+    signed = [(1, query)] if _is_file(query) else _signed(query)
     signed += [(1, text) for text in add] + [(-1, text) for text in subtract]
-    return [_term(sign, text.strip(), query) for sign, text in signed]
+    return [_picture(_term(sign, text, query)) for sign, text in signed]
+
+
+def parse_texts(query: str) -> list[Term]:
+    """As `parse_query`, all terms being texts: of who may not name files."""
+    return [_term(sign, text, query) for sign, text in _signed(query)]
 
 
 def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]) -> npt.NDArray[np.float32]:
@@ -57,20 +59,32 @@ def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]
     return np.sum(terms, axis=0).astype(np.float32)
 
 
+def _signed(query: str) -> list[tuple[int, str]]:
+    """Texts with the signs before them; the first is added where it has none."""
+    first, *pieces = _OPERATOR.split(query)
+    pieces = pieces if pieces and not first.strip() else ["+", first, *pieces]
+    return [(1 if sign == "+" else -1, text) for sign, text in zip(pieces[::2], pieces[1::2])]
+
+
 def _term(sign: int, text: str, query: str) -> Term:
-    weight = 1.0
+    weight, text = 1.0, text.strip()
     if match := _WEIGHTED.fullmatch(text):
         weight, text = float(match[1]), match[2].strip()
     if not text:
         raise ValueError(f"the query {query!r} has an empty term")
-    if re.match("https?://", text):
-        raise ValueError(f"{text}: a picture to search by must be a file; save it first")
-    if not (_PATH.match(text) or Path(text).suffix.lower() in PICTURE_SUFFIXES):
-        return Term(sign * weight, text)
-    path = Path(text.removeprefix("file://")).expanduser()
+    return Term(sign * weight, text)
+
+
+def _picture(term: Term) -> Term:
+    """The term, as a picture where its text is the path of one."""
+    if re.match("https?://", term.text):
+        raise ValueError(f"{term.text}: a picture to search by must be a file; save it first")
+    if not (_PATH.match(term.text) or Path(term.text).suffix.lower() in PICTURE_SUFFIXES):
+        return term
+    path = Path(term.text.removeprefix("file://")).expanduser()
     if not path.is_file():
-        raise ValueError(f"there is no picture {text} to search by")
-    return Term(sign * weight, path=path)
+        raise ValueError(f"there is no picture {term.text} to search by")
+    return Term(term.weight, path=path)
 
 
 def _is_file(query: str) -> bool:

@@ -9,8 +9,11 @@ from fastclip.search.index import Pictures, Vector
 __all__ = ["top"]
 
 
-def top(pictures: Pictures, query: Vector, count: int) -> list[tuple[bytes, float]]:
-    """The `count` files of the highest scores <query, vector>, the highest first; of equal scores the first by path."""
+def top(pictures: Pictures, query: Vector, count: int) -> list[tuple[bytes, float, int]]:
+    """The `count` files of the highest scores <query, vector>, with these and the ids of their contents.
+
+    The highest is the first, and of equal scores the first by path.
+    """
     if not pictures.paths or count < 1:
         return []
     scores = (pictures.vectors @ query)[pictures.rows]
@@ -19,4 +22,5 @@ def top(pictures: Pictures, query: Vector, count: int) -> list[tuple[bytes, floa
         least = np.partition(scores, len(scores) - count)[len(scores) - count]
         places = np.flatnonzero(scores >= least)  # more than `count` where some are equal
     best = places[np.lexsort((places, -scores[places]))][:count]
-    return [(pictures.paths[place], float(scores[place])) for place in best]
+    contents = pictures.contents[pictures.rows[best]]
+    return [(pictures.paths[k], float(scores[k]), int(content)) for k, content in zip(best, contents)]

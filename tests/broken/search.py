@@ -28,7 +28,7 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("search: what is subtracted is added", f"{FOLDER}query.py", '(1 if sign == "+" else -1, text)', "(1, text)"),
                 Break("search: the sum is scaled to length 1", f"{FOLDER}query.py", "    return np.sum(terms, axis=0).astype(np.float32)", "    total = np.sum(terms, axis=0)\n    return (total / np.linalg.norm(total)).astype(np.float32)"),
                 Break("search: hyphens subtract", f"{FOLDER}query.py", r'r"(?<!\S)([+-])(?!\S)"', 'r"([+-])"'),
-                Break("search: a file's name is a mixture", f"{FOLDER}query.py", 'pieces = ["", "+", query] if _is_file(query) else', 'pieces = ["", "+", query] if False else'),
+                Break("search: a file's name is a mixture", f"{FOLDER}query.py", "[(1, query)] if _is_file(query) else", "[(1, query)] if False else"),
             ),
         ),
         Promise(
