@@ -127,12 +127,11 @@ def test_file_that_is_new_is_looked_at_again(tmp_path: Path, monkeypatch: pytest
     """Two changes within a tick of the clock leave the same times."""
     photo = draw(tmp_path / "photos" / "a.bmp", 1)
     monkeypatch.setattr(scan, "_SETTLED", 10**12)
-    searched, times = engine(tmp_path), scan._times
+    monkeypatch.setattr(scan, "_times", lambda state: (1, 1, 1))
+    searched = engine(tmp_path)
     searched.update()
     draw(photo, 2)
-    monkeypatch.setattr(scan, "_times", lambda state: (1, 1, 1))
     assert counts(searched) == (1, 1, 0, 0)
-    monkeypatch.setattr(scan, "_times", times)
     check(searched, [photo])
 
 
@@ -339,16 +338,23 @@ def test_kill_leaves_an_index_that_goes_on(tmp_path: Path) -> None:
     known: dict[bytes, bytes] = {}
     grown = 0
 
-    def index_for_ever(first: int) -> None:
+    def index_for_ever(first: int, told: int) -> None:
         logging.disable()
         for k in range(first, first + 10**6):  # a picture is changed, one renamed, one removed while it goes on
             engine(tmp_path).update(batch_size=3, workers=2)
+            if k > first:
+                os.write(told, b".")
             draw(photos[k % size], k)
             photos[k % size].rename(tmp_path / "photos" / f"renamed {k % 5}.png")
             photos[(k + 2) % size].unlink(missing_ok=True)
 
     for trial in range(TRIALS):
-        pid = forked(lambda first=1000 * (trial + 1): index_for_ever(first))
+        reads, writes = os.pipe()
+        pid = forked(lambda first=1000 * (trial + 1), told=writes: index_for_ever(first, told))
+        os.close(writes)
+        if trial % 2:  # else it may not have come to anything, on a machine that is busy
+            assert os.read(reads, 1) == b"."
+        os.close(reads)
         time.sleep(moments.uniform(0, 0.08))
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL

@@ -92,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _check(self) -> None:
         """Pages of the web may not reach what is here through the browser of who sits here: neither by a name that they
         let point at this address (DNS rebinding), nor by requests or pictures of their own."""
-        port = self.server.server_address[1]
+        port = self.connection.getsockname()[1]
         hosts = {f"{name}:{port}" for name in (_LOOPBACK, "localhost")}
         origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
         if self.headers.get("Host") not in hosts:

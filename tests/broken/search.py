@@ -5,6 +5,7 @@ from __future__ import annotations
 from broken import Break, Promise
 
 QUERY, INDEX, SEARCH = "test_search_query.py", "test_search_index.py", "test_search.py"
+SERVE = "test_serve.py"
 FOLDER = "fastclip/search/"
 
 # fmt: off
@@ -39,7 +40,7 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("search: all files are opened each time", f"{FOLDER}scan.py", "if before.get(path) != stamp or stamp is None:", "if True:"),
                 Break("search: only size and time of writing count", f"{FOLDER}scan.py", "return state.st_size, state.st_mtime_ns, state.st_ctime_ns", "return state.st_size, state.st_mtime_ns, 0"),
                 Break("search: times of a new file are trusted", f"{FOLDER}scan.py", "< _SETTLED:", "< 0:"),
-                Break("search: deleted pictures are found", f"{FOLDER}scan.py", "        index.remove(gone)\n", ""),
+                Break("search: deleted pictures are found", f"{FOLDER}scan.py", "        index.remove(gone)\n", "        pass\n"),
                 Break("search: faults of the disk are the picture's", f"{FOLDER}scan.py", "            raise bad.__cause__ from bad\n", "            pass\n"),
             ),
         ),
@@ -61,6 +62,19 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("search: excluded pictures are found", f"{FOLDER}engine.py", "for place, path in enumerate(found.paths) if not left_out(path)]", "for place, path in enumerate(found.paths)]"),
                 Break("search: a checkpoint is known by its name", f"{FOLDER}model.py", "(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns)", "(name,)"),
                 Break("search: the precision is not compared", f"{FOLDER}model.py", 'told["precision"] != loaded.precision', "False"),
+            ),
+        ),
+        Promise(
+            "the page is served to this machine and to itself alone, and nothing but the pictures of its folder; a browser finds by text, click and drop what the engine finds",
+            (f"{SERVE}::test_pages_of_the_web_are_refused", f"{SERVE}::test_nothing_outside_the_folder_is_served", f"{SERVE}::test_what_is_not_there_is_not_served", f"{SERVE}::test_only_the_loopback_address_is_bound", f"{SERVE}::test_dropped_picture_that_cannot_be_used_is_refused", f"{SERVE}::test_results_are_those_of_the_engine", f"{SERVE}::test_page_searches_by_text_by_click_and_by_drop"),
+            (
+                Break("served: every host is this one", f"{FOLDER}serve.py", 'if self.headers.get("Host") not in hosts:', "if False:"),
+                Break("served: every page may ask", f"{FOLDER}serve.py", 'if site not in ("none", "same-origin") or origin', "if origin"),
+                Break("served: to the whole network", f"{FOLDER}serve.py", '_LOOPBACK = "127.0.0.1"', '_LOOPBACK = "0.0.0.0"'),
+                Break("served: links lead outside", f"{FOLDER}serve.py", "if path is None or not os.path.realpath(path)", "if path is None or not path"),
+                Break("served: a text names a file", f"{FOLDER}serve.py", "import Term, parse_texts\n", "import Term, parse_query as parse_texts\n"),
+                Break("served: a dropped picture of any length", f"{FOLDER}serve.py", "if int(length) > _UPLOAD:", "if False:"),
+                Break("served: the page does not take what is dropped", f"{FOLDER}page.html", "ondrop =", "ondropped ="),
             ),
         ),
         Promise("what is known needs no model: neither torch nor the weights are loaded", (f"{SEARCH}::test_what_is_known_needs_no_model_and_no_torch",), (Break("search: texts are forgotten", f"{FOLDER}engine.py", "            self._index.keep_text(text, vector)\n", ""),)),
