@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("PIL", reason="pillow, which pictures are read with, is not installed")
 pytest.importorskip("tqdm", reason="tqdm, which shows the progress, is not installed")
+import torch
 from colours import Colours, draw, picture_vector, text_vector
 from PIL import Image
 
@@ -200,6 +201,26 @@ def test_fault_of_the_disk_is_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
     check(searched, photos)
 
 
+@pytest.mark.fault(
+    "a picture of which the model makes NaN", "it is named and left out: it would be found by every search"
+)
+def test_numbers_that_are_not_finite_are_never_found(tmp_path: Path) -> None:
+    class Overflowing(Colours):
+        def embed_images(self, images: torch.Tensor) -> torch.Tensor:
+            found = super().embed_images(images)
+            return torch.where(images.mean((1, 2, 3))[:, None] == 1, torch.nan, found)
+
+    photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(4)]
+    Image.new("RGB", (5, 5), "white").save(tmp_path / "photos" / "white.png")
+    searched = engine(tmp_path, Overflowing())
+    done = searched.update()
+    assert [Path(path).name for path, _ in done.skipped] == ["white.png"] and "finite" in done.skipped[0][1]
+    assert (done.embedded, len(searched.faults())) == (4, 1)
+    check(searched, photos)
+    with pytest.raises(ValueError, match="the query has no finite vector"):
+        searched.find([Term(float("inf"), "a"), Term(float("-inf"), "a")])
+
+
 def test_model_that_cannot_be_loaded_is_no_fault_of_the_pictures(tmp_path: Path) -> None:
     class Broken(Colours):
         @property
@@ -294,6 +315,26 @@ def test_file_that_is_no_index_is_named(tmp_path: Path, text: str) -> None:
         engine(tmp_path)
 
 
+@pytest.mark.fault("a full disk while pictures are indexed", "the index is named; what it held it holds")
+def test_disk_that_is_full_and_pages_that_are_damaged_are_named(tmp_path: Path) -> None:
+    for k in range(300):
+        draw(tmp_path / "photos" / f"{k}.png", k)
+    searched = engine(tmp_path)
+    index = searched._index
+    index._run(f"PRAGMA max_page_count = {index._number('PRAGMA page_count')}")
+    with pytest.raises(OSError, match=r"colours\.sqlite3: database or disk is full"):
+        searched.update()
+    index._run("PRAGMA max_page_count = 1000000")
+    assert counts(searched)[0] == 300 and len(searched.find(QUERY, 1000)) == 300
+    searched.close()
+    size = index.file.stat().st_size
+    with index.file.open("r+b") as file:
+        file.seek(16384)
+        file.write(b"x" * (size - 16384))
+    with pytest.raises(ValueError, match=r"colours\.sqlite3 cannot be used .* remove it"):
+        engine(tmp_path).update()
+
+
 def test_index_of_another_version_is_left_alone(tmp_path: Path) -> None:
     searched = engine(tmp_path)
     file = searched._index.file
@@ -385,6 +426,16 @@ def test_processes_that_index_at_once_agree(tmp_path: Path) -> None:
 
 def void(_: object) -> None:
     pass
+
+
+def test_picture_that_is_asked_through_a_link_is_not_found(tmp_path: Path) -> None:
+    photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(3)]
+    link = tmp_path / "photos" / "link.png"
+    link.symlink_to(photos[0])
+    searched = engine(tmp_path)
+    searched.update()
+    assert {one.path for one in searched.find([Term(1.0, path=link)])} == set(map(str, photos[1:]))
+    assert {one.path for one in searched.find([Term(1.0, path=photos[0])])} == {*map(str, photos[1:]), str(link)}
 
 
 def test_pictures_that_another_process_adds_are_found(tmp_path: Path) -> None:

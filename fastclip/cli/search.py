@@ -81,8 +81,8 @@ def update(engine: SearchEngine, args: argparse.Namespace) -> None:
         speed = f", {done.embedded / done.seconds:,.0f} a second" if done.embedded else ""
         told = f"{done.embedded:,} embedded{speed}; {done.known:,} moved, copied or touched; {done.removed:,} gone"
         print(f"fastclip: {engine.folder}: {done.files:,} pictures, {told}", file=sys.stderr)
-    if unusable := len(engine.faults()) - len(done.skipped):
-        print(f"fastclip: {max(unusable, 0):,} more pictures cannot be used, as before", file=sys.stderr)
+    if known := {path for path, _ in engine.faults()} - {path for path, _ in done.skipped}:
+        print(f"fastclip: {len(known):,} pictures cannot be used, as before", file=sys.stderr)
 
 
 def _search(args: argparse.Namespace) -> int:
@@ -92,6 +92,8 @@ def _search(args: argparse.Namespace) -> int:
         raise ValueError(f"--top must be positive, got {args.top}")
     if args.preview and not sys.stderr.isatty():
         raise ValueError("--preview needs a terminal; --sheet FILE writes a picture")
+    if args.sheet and not args.sheet.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+        raise ValueError(f"--sheet must end in .png, .jpg or .webp, got {args.sheet}")
     terms = parse_query(args.query, add=args.add, subtract=args.subtract)
     engine = engine_of(args)
     try:

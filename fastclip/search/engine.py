@@ -96,7 +96,11 @@ class SearchEngine:
         Raises:
             ValueError: a picture of the query cannot be read.
         """
-        asked = {os.path.realpath(term.path) for term in terms if term.path is not None}
+        paths = [term.path for term in terms if term.path is not None]
+        asked = {
+            os.path.join(os.path.realpath(path.parent), path.name) for path in paths
+        }  # a link is a file of its own
+        asked |= {os.path.realpath(path) for path in paths}
         found = self.find_vector(self.query_vector(terms), count + len(asked))
         return [one for one in found if one.path not in asked][:count]
 
@@ -106,6 +110,9 @@ class SearchEngine:
         return combine(vectors, [term.weight for term in terms])
 
     def find_vector(self, query: Vector, count: int = 10) -> list[Found]:
+        """As `find`. ValueError where a number of the query is not finite."""
+        if not np.isfinite(query).all():
+            raise ValueError("the query has no finite vector: is a weight too large, or the model damaged?")
         with self._lock:
             self._load()
             assert self._pictures is not None

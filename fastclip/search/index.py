@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -60,36 +60,36 @@ class Index:
     It may be used by several processes at once, and by several threads one after the other.
 
     Raises:
-        ValueError: the file is no such index, or that of another version; it is named.
+        ValueError: the file is no such index, is damaged, or that of another version; it is named. Methods too.
+        OSError: it cannot be read or written, or another process has been writing for a minute; it is named. Likewise.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(file, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+        with self._named():
+            self._connection = sqlite3.connect(file, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
         try:
             self._run(f"PRAGMA page_size = {_PAGE}")  # counts only before the first table
             self._run(f"PRAGMA mmap_size = {_MAPPED}")
             if self._number("PRAGMA user_version") == 0:
                 self._make()
-            marks = self._number("PRAGMA application_id"), self._number("PRAGMA user_version")
-        except sqlite3.DatabaseError as error:
+            if (self._number("PRAGMA application_id"), self._number("PRAGMA user_version")) != (_APPLICATION, _VERSION):
+                raise ValueError(f"{file} is the search index of another version; remove it to begin anew")
+        except BaseException:
             self.close()
-            raise ValueError(f"{file} cannot be used as a search index ({error}); remove it to begin anew") from error
-        if marks != (_APPLICATION, _VERSION):
-            self.close()
-            raise ValueError(f"{file} is the search index of another version; remove it to begin anew")
+            raise
 
     def close(self) -> None:
         self._connection.close()
 
     def stamps(self, folder: bytes) -> dict[bytes, str | None]:
         """Of all files under a folder."""
-        return dict(self._run(f"SELECT path, stamp FROM files WHERE {_INSIDE}", _range(folder)))
+        return dict(self._rows(f"SELECT path, stamp FROM files WHERE {_INSIDE}", _range(folder)))
 
     def digests(self) -> dict[bytes, str | None]:
         """Of all contents, and why they cannot be used, where it is so."""
-        return dict(self._run("SELECT digest, fault FROM contents"))
+        return dict(self._rows("SELECT digest, fault FROM contents"))
 
     def add(self, seen: Sequence[Seen]) -> None:
         """All of these or, where the process dies, none."""
@@ -106,12 +106,13 @@ class Index:
 
     def remove(self, paths: Iterable[bytes]) -> None:
         with self._writing():
-            self._connection.executemany("DELETE FROM files WHERE path = ?", ((path,) for path in paths))
+            for path in paths:
+                self._run("DELETE FROM files WHERE path = ?", (path,))
 
     def faults(self, folder: bytes) -> list[tuple[bytes, str]]:
         """Files under a folder whose content cannot be used, by path, and why."""
         known = "SELECT path, fault FROM files JOIN contents ON id = content"
-        return list(self._run(f"{known} WHERE {_INSIDE} AND fault IS NOT NULL ORDER BY path", _range(folder)))
+        return list(self._rows(f"{known} WHERE {_INSIDE} AND fault IS NOT NULL ORDER BY path", _range(folder)))
 
     def count(self, folder: bytes) -> int:
         """Contents under a folder that have vectors."""
@@ -120,7 +121,7 @@ class Index:
     def paths(self, folder: bytes) -> list[tuple[bytes, int]]:
         """Files under a folder that can be used, by path, and their contents' ids."""
         known = "SELECT path, content FROM files JOIN contents ON id = content"
-        return list(self._run(f"{known} WHERE {_INSIDE} AND fault IS NULL ORDER BY path", _range(folder)))
+        return list(self._rows(f"{known} WHERE {_INSIDE} AND fault IS NULL ORDER BY path", _range(folder)))
 
     def pictures(self, folder: bytes) -> Pictures:
         with self._reading():  # two statements, one state
@@ -131,7 +132,7 @@ class Index:
 
     def vectors_after(self, content: int) -> Iterator[tuple[int, Vector]]:
         """Contents of a higher id, rising, with their vectors."""
-        for number, data in self._run(
+        for number, data in self._rows(
             "SELECT id, vector FROM contents WHERE id > ? AND vector IS NOT NULL ORDER BY id", (content,)
         ):
             yield number, np.frombuffer(data, "<f4")
@@ -165,7 +166,7 @@ class Index:
         """(M, D) and the ids (M,), in the order in which they lie on the disk."""
         contents, vectors = np.empty(size, np.int64), np.empty((size, 0), np.float32)
         into, width = memoryview(b""), 0
-        found = self._run(f"SELECT id, vector FROM contents WHERE {_USED} ORDER BY id", _range(folder))
+        found = self._rows(f"SELECT id, vector FROM contents WHERE {_USED} ORDER BY id", _range(folder))
         for row, (number, data) in enumerate(found):
             if row == 0:
                 width = len(data)
@@ -176,26 +177,45 @@ class Index:
         return vectors, contents
 
     def _vector(self, query: str, key: object) -> Vector | None:
-        row = self._run(query, (key,)).fetchone()
-        return None if row is None or row[0] is None else np.frombuffer(row[0], "<f4")
+        row = next(self._rows(query, (key,)), (None,))
+        return None if row[0] is None else np.frombuffer(row[0], "<f4")
 
     def _number(self, query: str, values: Sequence[object] = ()) -> int:
-        return int(self._run(query, values).fetchone()[0])
+        return int(next(self._rows(query, values))[0])
 
-    def _run(self, query: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
-        return self._connection.execute(query, values)
+    def _rows(self, query: str, values: Sequence[object] = ()) -> Iterator[Any]:
+        with self._named():
+            yield from self._connection.execute(query, values)
+
+    def _run(self, query: str, values: Sequence[object] = ()) -> None:
+        with self._named():
+            self._connection.execute(query, values)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        self._run("BEGIN IMMEDIATE")  # waits for its turn here, and not in the middle
-        with self._connection:
+    def _writing(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+        self._run(begin)  # waits for its turn here, and not in the middle
+        try:
             yield
+            self._run("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._connection.rollback()
+            raise
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return self._writing("BEGIN")
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        self._run("BEGIN")
-        with self._connection:
+    def _named(self) -> Iterator[None]:
+        """Errors of SQLite as those that the class promises."""
+        try:
             yield
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{self.file}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise ValueError(
+                f"{self.file} cannot be used as a search index ({error}); remove it to begin anew"
+            ) from error
 
 
 def _bytes(text: str) -> bytes:

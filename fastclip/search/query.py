@@ -55,8 +55,9 @@ def parse_texts(query: str) -> list[Term]:
 def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]) -> npt.NDArray[np.float32]:
     """The weighted sum of unit vectors, which is not scaled to length 1, as rclip's: a score is the weighted sum of the
     terms' cosines."""
-    terms = [weight * vector.astype(np.float64) for vector, weight in zip(vectors, weights)]
-    return np.sum(terms, axis=0).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):  # a weight may be as large as one likes
+        terms = [weight * vector.astype(np.float64) for vector, weight in zip(vectors, weights)]
+        return np.sum(terms, axis=0).astype(np.float32)
 
 
 def _signed(query: str) -> list[tuple[int, str]]:

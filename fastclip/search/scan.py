@@ -14,6 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 from fastclip.data.faults import BadSample
 from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
 from fastclip.search.index import Index, Seen
@@ -102,11 +104,9 @@ def excluded(folder: bytes, exclude: Collection[str]) -> Callable[[bytes], bool]
     """Whether a file lies in a folder of one of these names, somewhere between `folder` and the file."""
     if not exclude:
         return lambda path: False
+    slash = rb"[/\\]" if os.sep == "\\" else b"/"
     names = b"|".join(re.escape(os.fsencode(name)) for name in exclude)
-    found, start = (
-        re.compile(rb"[/\\](?:%b)[/\\]" % names if os.sep == "\\" else b"/(?:%b)/" % names),
-        len(folder.rstrip(b"/")),
-    )
+    found, start = re.compile(slash + b"(?:" + names + b")" + slash), len(folder.rstrip(b"/"))
     return lambda path: found.search(path, start) is not None
 
 
@@ -170,38 +170,42 @@ def _add(
     known = index.digests()
     loading = threading.Lock()
     rows: list[_Read] = []
+    unread: list[bytes] = []
 
     def transform() -> Transform:
         with loading:
             return embedder().transform
 
     def put_away() -> None:
-        images = [row.image for row in rows if row.image is not None]
-        vectors = iter(_embedded(embedder(), images)) if images else iter(())
-        seen = [row.seen if row.image is None else row.seen._replace(vector=next(vectors)) for row in rows]
+        seen = _embedded(embedder, rows)
+        for row, one in zip(rows, seen):
+            found.embedded += one.vector is not None
+            found.known += row.image is None and one.fault is None
+            if one.fault is not None:
+                skip(one.path, one.fault)
         index.add(seen)
         known.update((one.digest, one.fault) for one in seen)
-        found.embedded += len(images)
         bar.moved(len(rows))
         rows.clear()
 
+    def skip(path: bytes, reason: str) -> None:
+        found.skipped.append((os.fsdecode(path), reason))
+        logger.warning("skipped: %s: %s", *found.skipped[-1])
+
     with Progress("pictures", len(paths), shown=progress) as bar:
         for row in _ahead(lambda path: _read(path, known, transform), paths, workers, 2 * batch_size + workers):
-            reason = row.unread or row.seen.fault
-            if reason is not None:
-                name = os.fsdecode(row.seen.path)
-                found.skipped.append((name, reason))
-                logger.warning("skipped: %s: %s", name, reason)
             if row.unread is not None:
+                skip(row.seen.path, row.unread)
+                unread.append(row.seen.path)
                 bar.moved()
-                index.remove([row.seen.path])  # what was known of it no longer holds
                 continue
-            found.known += row.image is None and reason is None
             rows.append(row)
             if sum(one.image is not None for one in rows) >= batch_size or len(rows) >= _ROWS:
                 put_away()
         if rows:
             put_away()
+    if unread:
+        index.remove(unread)  # what was known of them no longer holds
 
 
 def _read(path: bytes, known: Mapping[bytes, str | None], transform: Callable[[], Transform]) -> _Read:
@@ -245,10 +249,23 @@ def _decoded(file: BinaryIO, key: str, transform: Transform) -> tuple[Tensor | N
         return None, f"the transform failed: {type(error).__name__}: {error}"
 
 
-def _embedded(embedder: Embedder, images: list[Tensor]) -> Any:
+def _embedded(embedder: Callable[[], Embedder], rows: list[_Read]) -> list[Seen]:
+    """The rows, those with pictures having their vectors."""
+    images = [row.image for row in rows if row.image is not None]
+    if not images:
+        return [row.seen for row in rows]
     import torch
 
-    return embedder.embed_images(torch.stack(images)).numpy()
+    vectors = iter(embedder().embed_images(torch.stack(images)).numpy())
+    seen = []
+    for row in rows:
+        if row.image is None:
+            seen.append(row.seen)
+        elif np.isfinite(vector := next(vectors)).all():
+            seen.append(row.seen._replace(vector=vector))
+        else:  # it would be the best of every search
+            seen.append(row.seen._replace(fault="the model makes no finite numbers of it"))
+    return seen
 
 
 def _ahead(work: Callable[[bytes], _Read], paths: Iterable[bytes], workers: int, ahead: int) -> Iterator[_Read]:
