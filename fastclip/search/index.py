@@ -115,8 +115,8 @@ class Index:
         return list(self._rows(f"{known} WHERE {_INSIDE} AND fault IS NOT NULL ORDER BY path", _range(folder)))
 
     def count(self, folder: bytes) -> int:
-        """Contents under a folder that have vectors."""
-        return self._number(f"SELECT COUNT(*) FROM contents WHERE {_USED}", _range(folder))
+        """Files under a folder."""
+        return self._number(f"SELECT COUNT(*) FROM files WHERE {_INSIDE}", _range(folder))
 
     def paths(self, folder: bytes) -> list[tuple[bytes, int]]:
         """Files under a folder that can be used, by path, and their contents' ids."""
@@ -124,11 +124,14 @@ class Index:
         return list(self._rows(f"{known} WHERE {_INSIDE} AND fault IS NULL ORDER BY path", _range(folder)))
 
     def pictures(self, folder: bytes) -> Pictures:
+        """Those under a folder that can be used."""
         with self._reading():  # two statements, one state
-            files = self.paths(folder)
-            vectors, contents = self._vectors(folder, len({content for _, content in files}))
-        rows = np.searchsorted(contents, np.fromiter((content for _, content in files), np.int64, len(files)))
-        return Pictures([path for path, _ in files], rows, contents, vectors)
+            files = list(self._rows(f"SELECT path, content FROM files WHERE {_INSIDE} ORDER BY path", _range(folder)))
+            ids = np.fromiter((content for _, content in files), np.int64, len(files))
+            contents, vectors = self._vectors(folder, len(np.unique(ids)))
+        usable = np.isin(ids, contents)
+        paths = [path for (path, _), used in zip(files, usable.tolist()) if used]
+        return Pictures(paths, np.searchsorted(contents, ids[usable]), contents, vectors)
 
     def vectors_after(self, content: int) -> Iterator[tuple[int, Vector]]:
         """Contents of a higher id, rising, with their vectors."""
@@ -162,19 +165,19 @@ class Index:
                 self._run(f"PRAGMA application_id = {_APPLICATION}")
                 self._run(f"PRAGMA user_version = {_VERSION}")
 
-    def _vectors(self, folder: bytes, size: int) -> tuple[Vector, npt.NDArray[np.int64]]:
-        """(M, D) and the ids (M,), in the order in which they lie on the disk."""
-        contents, vectors = np.empty(size, np.int64), np.empty((size, 0), np.float32)
-        into, width = memoryview(b""), 0
+    def _vectors(self, folder: bytes, most: int) -> tuple[npt.NDArray[np.int64], Vector]:
+        """Ids (M,) and vectors (M, D) of a folder, in the order in which they lie on the disk; M is at most `most`."""
+        contents, vectors = np.empty(most, np.int64), np.empty((0, 0), np.float32)
+        into, width, row = memoryview(b""), 0, 0
         found = self._rows(f"SELECT id, vector FROM contents WHERE {_USED} ORDER BY id", _range(folder))
-        for row, (number, data) in enumerate(found):
-            if row == 0:
+        for row, (number, data) in enumerate(found, 1):
+            if row == 1:
                 width = len(data)
-                vectors = np.empty((size, width // 4), "<f4")
+                vectors = np.empty((most, width // 4), "<f4")
                 into = vectors.data.cast("B")
-            contents[row] = number
-            into[row * width : (row + 1) * width] = data
-        return vectors, contents
+            contents[row - 1] = number
+            into[(row - 1) * width : row * width] = data
+        return contents[:row], vectors[:row]
 
     def _vector(self, query: str, key: object) -> Vector | None:
         row = next(self._rows(query, (key,)), (None,))
