@@ -388,6 +388,8 @@ def test_query_that_is_a_large_picture_is_refused_from_its_header(tmp_path: Path
     searched = SearchEngine(Colours(), tmp_path, indices=tmp_path / "cache")
     with pytest.raises(ValueError, match=r"huge\.png: the image is too large"):
         searched.find([Term(1.0, path=tmp_path / "huge.png")])
+    with pytest.raises(ValueError, match=r"gone\.png: No such file"):
+        searched.find([Term(1.0, path=tmp_path / "gone.png")])
 
 
 @pytest.mark.skipif(find_spec("pillow_heif") is None, reason="pillow-heif, which reads HEIC, is not installed")

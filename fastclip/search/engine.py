@@ -13,13 +13,12 @@ import numpy as np
 
 from fastclip import _env
 from fastclip.data.faults import BadSample
-from fastclip.data.picture import read_picture
 from fastclip.search.approximate import Approximate
 from fastclip.search.index import Index, Pictures, Vector
 from fastclip.search.model import Model
 from fastclip.search.query import Term, combine
 from fastclip.search.rank import top
-from fastclip.search.scan import EXCLUDED, Update, digest_of, excluded, update_index
+from fastclip.search.scan import EXCLUDED, Update, digest_of, excluded, prepared, update_index
 
 __all__ = ["Found", "SearchEngine"]
 
@@ -88,7 +87,9 @@ class SearchEngine:
     def faults(self) -> list[tuple[str, str]]:
         """Files that cannot be used, and why."""
         left_out = excluded(self._bytes, self._exclude)
-        return [(os.fsdecode(path), fault) for path, fault in self._index.faults(self._bytes) if not left_out(path)]
+        with self._lock:
+            found = self._index.faults(self._bytes)
+        return [(os.fsdecode(path), fault) for path, fault in found if not left_out(path)]
 
     def find(self, terms: Sequence[Term], count: int = 10) -> list[Found]:
         """The `count` files of the highest scores; pictures of the query are not among them.
@@ -97,9 +98,8 @@ class SearchEngine:
             ValueError: a picture of the query cannot be read.
         """
         paths = [term.path for term in terms if term.path is not None]
-        asked = {
-            os.path.join(os.path.realpath(path.parent), path.name) for path in paths
-        }  # a link is a file of its own
+        # a link and what it leads to are two files
+        asked = {os.path.join(os.path.realpath(path.parent), path.name) for path in paths}
         asked |= {os.path.realpath(path) for path in paths}
         found = self.find_vector(self.query_vector(terms), count + len(asked))
         return [one for one in found if one.path not in asked][:count]
@@ -142,11 +142,14 @@ class SearchEngine:
             return known
         import torch
 
-        file.seek(0)
-        picture = read_picture(file, key)
         with self._lock:
             embedder = self._model.embedder
-            return embedder.embed_images(torch.stack([embedder.transform(picture)]))[0].numpy()
+        file.seek(0)
+        image, fault = prepared(file, key, embedder.transform)
+        if image is None:
+            raise BadSample("unusable picture", key, fault or "")
+        with self._lock:
+            return embedder.embed_images(torch.stack([image]))[0].numpy()
 
     def _text(self, text: str) -> Vector:
         with self._lock:
@@ -158,10 +161,11 @@ class SearchEngine:
 
     def _file(self, path: Path) -> Vector:
         try:
-            with path.open("rb") as file:
-                return self.picture_vector(file, str(path))
+            opened = path.open("rb")
         except OSError as error:
             raise BadSample("unreadable file", str(path), error.strerror or str(error)) from error
+        with opened as file:
+            return self.picture_vector(file, str(path))
 
     def _load(self) -> None:
         """What is searched, where it has changed."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Transform = Callable[[Any], Tensor]
 
-__all__ = ["EXCLUDED", "Update", "digest_of", "excluded", "update_index"]
+__all__ = ["EXCLUDED", "Update", "digest_of", "excluded", "prepared", "update_index"]
 
 logger = logging.getLogger(__name__)
 EXCLUDED = ("@eaDir", "node_modules", ".git")  # as rclip leaves out
@@ -222,7 +222,7 @@ def _read(path: bytes, known: Mapping[bytes, str | None], transform: Callable[[]
     prepare = transform()  # what fails here is no fault of the file
     try:
         with open(path, "rb") as file:
-            image, fault = _decoded(file, os.fsdecode(path), prepare)
+            image, fault = prepared(file, os.fsdecode(path), prepare)
             after = os.fstat(file.fileno())
     except OSError as error:
         return _Read(nothing, None, error.strerror or str(error))
@@ -233,8 +233,8 @@ def _read(path: bytes, known: Mapping[bytes, str | None], transform: Callable[[]
     return _Read(seen._replace(fault=fault), image)
 
 
-def _decoded(file: BinaryIO, key: str, transform: Transform) -> tuple[Tensor | None, str | None]:
-    """The picture, or why it cannot be used."""
+def prepared(file: BinaryIO, key: str, transform: Transform) -> tuple[Tensor | None, str | None]:
+    """The picture for a model, or why it cannot be used. OSError where the disk does not give it."""
     try:
         picture = read_picture(file, key)
     except BadSample as bad:
