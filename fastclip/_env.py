@@ -8,6 +8,7 @@ FASTCLIP_WORKSPACE_MB  bound on a backend's buffers of logits, in MiB (64 on a C
 TOKENIZERS_PARALLELISM is off in the processes that read data.
 torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say that a command is one of several processes,
 MASTER_ADDR, MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE where they meet.
+TERM, TERM_PROGRAM, KITTY_WINDOW_ID and KONSOLE_VERSION say which pictures a terminal shows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = [
     "cache_folder",
     "cpu_isa",
     "launched",
+    "terminal_protocol",
     "tokenizers_without_threads",
     "workspace_bytes",
 ]
@@ -87,6 +89,18 @@ def agent_store() -> tuple[str, int] | None:
 def deterministic_cublas() -> None:
     """cuBLAS repeats a product bit for bit; before the first one of the process, and a user's own value stays."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def terminal_protocol() -> str:
+    """How the terminal shows pixels: "kitty", "iterm", or "" where it is not known that it does."""
+    term, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
+    if term.startswith(("screen", "tmux")):  # the terminal behind it is not known
+        return ""
+    if os.environ.get("KITTY_WINDOW_ID") or term in ("xterm-kitty", "xterm-ghostty") or program == "ghostty":
+        return "kitty"
+    if program in ("iTerm.app", "WezTerm", "mintty") or os.environ.get("KONSOLE_VERSION", "0") >= "220400":
+        return "iterm"
+    return ""
 
 
 @contextmanager

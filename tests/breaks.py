@@ -30,6 +30,7 @@ from broken import (
     probe,
     report,
     retrieval,
+    search,
     training,
     zeroshot,
 )
@@ -38,7 +39,7 @@ from native_build import PATH, ROOT
 DOCUMENT = ROOT / "docs" / "promises.md"
 
 
-PARTS = (losses, distributed, gpus, models, data, training, plan, zeroshot, retrieval, probe, report, filter)
+PARTS = (losses, distributed, gpus, models, data, training, plan, zeroshot, retrieval, probe, report, search, filter)
 PROMISES: dict[str, list[Promise]] = {name: found for part in PARTS for name, found in part.PROMISES.items()}
 
 

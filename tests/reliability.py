@@ -18,6 +18,7 @@ DOCUMENT = TESTS.parent / "docs" / "reliability.md"
 SECTIONS = {
     "test_data": "Data",
     "test_filter": "Filtering and embedding",
+    "test_search": "Search",
     "test_train": "Training",
     "": "Losses and statistics",
 }

@@ -9,7 +9,21 @@ import sys
 from collections.abc import Sequence
 
 from fastclip._version import __version__
-from fastclip.cli import convert, data, embed, evaluate, filter, finetune, models, parity, plan, report, train
+from fastclip.cli import (
+    convert,
+    data,
+    embed,
+    evaluate,
+    filter,
+    finetune,
+    models,
+    parity,
+    plan,
+    report,
+    search,
+    serve,
+    train,
+)
 
 __all__ = ["main"]
 
@@ -19,6 +33,8 @@ _COMMANDS = {
     "plan": (plan, "predict the memory of a training step, and the largest micro-batch"),
     "eval": (evaluate, "zero-shot, robustness, retrieval, probes: what a model is worth"),
     "report": (report, "write a run as an HTML page: curves, confused classes, best and worst retrievals"),
+    "search": (search, "find pictures of a folder by text, by picture, or by a mixture of these"),
+    "serve": (serve, "search a folder on a web page of this machine"),
     "data": (data, "check a data set, or pack one into tar shards"),
     "filter": (filter, "keep the samples of a data set whose picture and caption agree, without near duplicates"),
     "embed": (embed, "write a data set as vectors, in clip-retrieval's layout"),

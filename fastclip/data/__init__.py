@@ -1,11 +1,16 @@
 """Data sets as batches of images, captions and labels."""
 
-from fastclip.data.batch import Batch
-from fastclip.data.faults import BadSample, Fault
-from fastclip.data.loader import evaluation_batches, training_batches
-from fastclip.data.order import Order
-from fastclip.data.source import Record, Source
-from fastclip.data.spec import open_source
+from typing import TYPE_CHECKING
+
+from fastclip._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastclip.data.batch import Batch
+    from fastclip.data.faults import BadSample, Fault
+    from fastclip.data.loader import evaluation_batches, training_batches
+    from fastclip.data.order import Order
+    from fastclip.data.source import Record, Source
+    from fastclip.data.spec import open_source
 
 __all__ = [
     "BadSample",
@@ -18,3 +23,20 @@ __all__ = [
     "open_source",
     "training_batches",
 ]
+
+_LAZY = {
+    "BadSample": "fastclip.data.faults",
+    "Batch": "fastclip.data.batch",
+    "Fault": "fastclip.data.faults",
+    "Order": "fastclip.data.order",
+    "Record": "fastclip.data.source",
+    "Source": "fastclip.data.source",
+    "evaluation_batches": "fastclip.data.loader",
+    "open_source": "fastclip.data.spec",
+    "training_batches": "fastclip.data.loader",
+}
+__getattr__ = lazy_names(globals(), _LAZY)
+
+
+def __dir__() -> list[str]:
+    return __all__

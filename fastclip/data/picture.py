@@ -6,6 +6,7 @@ import json
 import warnings
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,11 +17,12 @@ from fastclip.data.faults import BadSample
 
 __all__ = ["PICTURE_SUFFIXES", "json_captions", "json_fields", "read_picture", "text_captions"]
 
+_HEIF = find_spec("pillow_heif") is not None
 PICTURE_SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
+    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+) | frozenset((".heic", ".heif") if _HEIF else ())
 # What a file is read as, whatever its name says. Others that Pillow knows start a program (EPS) or are rare.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA", "HEIF")
 
 
 def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None) -> Image.Image:
@@ -74,6 +76,10 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
+    if _HEIF:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     return tuple(name for name in _FORMATS if name in Image.OPEN)  # a build of Pillow may lack some
 
 

@@ -1,1 +1,23 @@
-"""Use a model: search pictures, filter and embed data sets."""
+"""Use a model: search the pictures of a folder, filter and embed data sets."""
+
+from typing import TYPE_CHECKING
+
+from fastclip._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastclip.search.engine import SearchEngine
+    from fastclip.search.model import CheckpointModel
+    from fastclip.search.query import parse_query
+
+__all__ = ["CheckpointModel", "SearchEngine", "parse_query"]
+
+_LAZY = {
+    "CheckpointModel": "fastclip.search.model",
+    "SearchEngine": "fastclip.search.engine",
+    "parse_query": "fastclip.search.query",
+}
+__getattr__ = lazy_names(globals(), _LAZY)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,140 @@
+"""Seconds of `fastclip search`: a query, the start of the command, and indexing; rows in results/search.csv.
+
+    python -m benchmarks.search --pictures 100000 --dim 512 --rounds 9
+
+| what | |
+|---|---|
+| `query` | the 10 best of vectors that are in memory |
+| `read` | the vectors of a folder from its index |
+| `start` | the whole command with `-n`, start to end, for a text that was searched for before |
+| `index` | JPEGs of 512 x 384 read, embedded with `--model` (random weights) and written into an index |
+
+Before a query is timed, its results are compared with those of double precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.data import Case, jpeg
+from benchmarks.harness import Step, append, machine, quantile, wall_clock
+from benchmarks.peers import version
+from fastclip.models import create_model
+from fastclip.search.engine import SearchEngine
+from fastclip.search.index import Seen
+from fastclip.search.model import CheckpointModel
+from fastclip.search.rank import top
+
+RESULTS = Path(__file__).parent / "results" / "search.csv"
+TEXT = "a red car"
+COMMAND = "import sys; from fastclip.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def unit_vectors(count: int, dim: int) -> np.ndarray:
+    found = np.random.default_rng(0).standard_normal((count, dim), np.float32)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def check(engine: SearchEngine, vectors: np.ndarray, query: np.ndarray) -> None:
+    scores = vectors.astype(np.float64) @ query
+    expected = [f"{place:07d}.jpg" for place in np.argsort(-scores)[:10]]
+    found = [os.path.basename(one.path) for one in engine.find_vector(query, 10)]
+    if found != expected:
+        raise RuntimeError(f"found {found} instead of {expected}")
+
+
+def row(what: str, pictures: int, dim: int, seconds: list[float]) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    return {
+        "what": what,
+        "pictures": pictures,
+        "dim": dim,
+        "rounds": len(seconds),
+        "median_s": round(median, 5),
+        "p20_s": round(quantile(seconds, 0.2), 5),
+        "p80_s": round(quantile(seconds, 0.8), 5),
+        "pictures_per_second": round(pictures / median, 1),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def searching(folder: Path, pictures: int, dim: int, rounds: int) -> list[dict[str, Any]]:
+    """Over vectors that no model has made: what is asked for is remembered as a text."""
+    checkpoint, photos = folder / "tiny", folder / "photos"
+    create_model("ViT-tiny").save_pretrained(checkpoint)
+    photos.mkdir()
+    engine = SearchEngine(CheckpointModel(checkpoint, device="cpu", folder=folder), photos, indices=folder)
+    vectors, inside = unit_vectors(pictures, dim), os.fsencode(engine.folder)
+    rows = (Seen(inside + b"/%07d.jpg" % k, "", b"%020d" % k, vectors[k]) for k in range(pictures))
+    engine._index.add(list(rows))
+    query = vectors[0] + vectors[1]
+    engine._index.keep_text(TEXT, query)
+    check(engine, vectors, query)
+    known = engine._index.pictures(inside)
+    words = ["search", TEXT, str(photos), "-n", "--checkpoint", str(checkpoint), "--device", "cpu"]
+    environment = os.environ | {"FASTCLIP_CACHE": str(folder)}
+
+    def start() -> None:
+        done = subprocess.run([sys.executable, "-c", COMMAND, *words], env=environment, capture_output=True, check=True)
+        assert done.stdout.count(b"\n") == 10, done
+
+    steps: dict[str, Step] = {
+        "query": lambda: void(top(known, query, 10)),
+        "read": lambda: void(engine._index.pictures(inside)),
+        "start": start,
+    }
+    return [row(what, pictures, dim, [wall_clock(step) for _ in range(rounds)]) for what, step in steps.items()]
+
+
+def indexing(folder: Path, pictures: int, model: str, workers: int, rounds: int) -> dict[str, Any]:
+    checkpoint, photos = folder / model, folder / "jpegs"
+    create_model(model).save_pretrained(checkpoint)
+    photos.mkdir()
+    generator = np.random.default_rng(0)
+    for k in range(pictures):
+        (photos / f"{k}.jpg").write_bytes(jpeg(Case(512, 384, 0, 0, 0, 0), generator))
+    known = CheckpointModel(checkpoint, device="cpu", folder=folder)
+    dim, seconds = known.embedder.dim, []
+    for k in range(rounds):
+        engine = SearchEngine(known, photos, indices=folder / str(k))
+        seconds.append(wall_clock(lambda engine=engine: void(engine.update(workers=workers))))
+        assert len(engine.find_vector(np.zeros(dim, np.float32), pictures + 1)) == pictures
+    return row(f"index {model}", pictures, dim, seconds)
+
+
+def void(_: object) -> None:
+    pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=100_000, help="of query, read and start")
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--jpegs", type=int, default=256, help="of index")
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read pictures")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        found = searching(Path(name), arguments.pictures, arguments.dim, arguments.rounds)
+        options = {name: getattr(arguments, name) for name in ("model", "workers")}
+        found.append(indexing(Path(name), arguments.jpegs, rounds=max(1, arguments.rounds // 3), **options))
+    append(arguments.rows, found, machine() | {"numpy": np.__version__, "pillow": version("pillow")})
+    for one in found:
+        print(*one.values(), sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""``fastclip search``: pictures of a folder by text, by picture, or by a mixture of these."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from fastclip.cli.embedding import add_embedder_options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastclip.search.engine import Found, SearchEngine
+
+__all__ = ["add", "add_index_options", "engine_of", "update"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Print the pictures of a folder that are most like QUERY, a line each: score, tab, path. The folder is indexed "
+        "first, and what is indexed is not read again."
+    )
+    parser.add_argument(
+        "query",
+        metavar="QUERY",
+        help='text, the path of a picture, or a mixture: "2:dog + ./beach.jpg - night"',
+    )
+    parser.add_argument("--add", action="append", default=[], metavar="QUERY", help="one more text or picture")
+    parser.add_argument("--subtract", action="append", default=[], metavar="QUERY", help="one that is subtracted")
+    parser.add_argument("-t", "--top", type=int, default=10, metavar="N", help="pictures that are printed (10)")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("-f", "--filepath-only", action="store_true", help="print paths without scores")
+    shown.add_argument("--json", action="store_true", help='print a list of {"path": ..., "score": ...}')
+    parser.add_argument("-p", "--preview", action="store_true", help="show the pictures in the terminal (stderr)")
+    parser.add_argument("--sheet", metavar="FILE", help="write the pictures side by side into FILE, a .png or .jpg")
+    add_index_options(parser)
+    parser.set_defaults(run=_search)
+
+
+def add_index_options(parser: argparse.ArgumentParser) -> None:
+    """Which folder, with which model, and how it is indexed; for `engine_of` and `update`."""
+    parser.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="(the current one)")
+    add_embedder_options(parser)
+    parser.add_argument(
+        "--exclude-dir",
+        action="append",
+        metavar="NAME",
+        help="folders of this name are left out, in place of @eaDir, node_modules and .git",
+    )
+    parser.add_argument("-n", "--no-indexing", action="store_true", help="search what is indexed already")
+    parser.add_argument(
+        "-b", "--batch-size", type=int, default=64, metavar="N", help="pictures embedded at a time (64)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that read pictures; default: one a core")
+
+
+def engine_of(args: argparse.Namespace) -> SearchEngine:
+    """From here on the log says how far the command is."""
+    from fastclip.search.engine import SearchEngine
+    from fastclip.search.model import CheckpointModel
+    from fastclip.search.scan import EXCLUDED
+
+    logging.getLogger("fastclip").setLevel(logging.INFO)
+    options = {name: getattr(args, name) for name in ("model", "device", "precision", "vocabulary")}
+    model = CheckpointModel(args.checkpoint, **options)
+    return SearchEngine(model, args.folder, exclude=EXCLUDED if args.exclude_dir is None else args.exclude_dir)
+
+
+def update(engine: SearchEngine, args: argparse.Namespace) -> None:
+    """Unless --no-indexing is given; says what was done."""
+    if args.no_indexing:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    done = engine.update(
+        batch_size=args.batch_size, workers=cores if args.workers is None else args.workers, progress=True
+    )
+    if done.embedded or done.known or done.removed:
+        speed = f", {done.embedded / done.seconds:,.0f} a second" if done.embedded else ""
+        told = f"{done.embedded:,} embedded{speed}; {done.known:,} moved, copied or touched; {done.removed:,} gone"
+        print(f"fastclip: {engine.folder}: {done.files:,} pictures, {told}", file=sys.stderr)
+    if known := {path for path, _ in engine.faults()} - {path for path, _ in done.skipped}:
+        print(f"fastclip: {len(known):,} pictures cannot be used, as before", file=sys.stderr)
+
+
+def _search(args: argparse.Namespace) -> int:
+    from fastclip.search.query import parse_query
+
+    if args.top < 1:
+        raise ValueError(f"--top must be positive, got {args.top}")
+    if args.preview and not sys.stderr.isatty():
+        raise ValueError("--preview needs a terminal; --sheet FILE writes a picture")
+    if args.sheet and not args.sheet.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+        raise ValueError(f"--sheet must end in .png, .jpg or .webp, got {args.sheet}")
+    terms = parse_query(args.query, add=args.add, subtract=args.subtract)
+    engine = engine_of(args)
+    try:
+        update(engine, args)
+        found = engine.find(terms, args.top)
+    except KeyboardInterrupt:
+        print("fastclip search: stopped; what is indexed is kept", file=sys.stderr)
+        return 130
+    if not found:
+        print(f"fastclip search: no pictures of {engine.folder} are indexed", file=sys.stderr)
+    _print(found, args)
+    return 0
+
+
+def _print(found: Sequence[Found], args: argparse.Namespace) -> None:
+    if args.json:
+        import json
+
+        print(json.dumps([{"path": one.path, "score": round(one.score, 6)} for one in found], indent=1))
+    else:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be UTF-8
+        for one in found:
+            print(one.path if args.filepath_only else f"{one.score:.4f}\t{one.path}")
+    if not found or not (args.preview or args.sheet):
+        return
+    from fastclip.search.sheet import contact_sheet, terminal_picture
+
+    sheet = contact_sheet(found)
+    if args.sheet:
+        sheet.save(args.sheet)
+    if args.preview:
+        import shutil
+
+        from fastclip import _env
+
+        columns = min(shutil.get_terminal_size().columns, 120)
+        sys.stderr.write(terminal_picture(sheet, protocol=_env.terminal_protocol(), columns=columns))

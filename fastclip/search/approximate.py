@@ -1,0 +1,130 @@
+"""Nearest neighbours among more vectors than are gone through for every query: usearch's HNSW graph beside the index.
+
+Malkov and Yashunin 2016, arXiv:1603.09320. Contents are never changed nor removed, so the graph only grows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastclip.durable import write_text
+from fastclip.search.index import Index, Vector
+
+__all__ = ["Approximate"]
+
+logger = logging.getLogger(__name__)
+_BLOCK = 65536  # vectors read at a time
+_QUERIES, _NEIGHBOURS = 100, 10  # that recall is measured with
+_EXPANSION = 256  # candidates of a search: slower, and finds more
+
+
+class Approximate:
+    """The graph of all contents of an index, brought up to date when it is opened.
+
+    `recall` is the share of the 10 nearest contents, by exact computation, that it finds for 100 vectors of the index;
+    measured whenever it has grown.
+
+    Raises:
+        ImportError: usearch is not installed.
+    """
+
+    def __init__(self, index: Index) -> None:
+        try:
+            from usearch.index import Index as Graph
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "so many pictures are searched through usearch, which is not installed: pip install usearch",
+                name=error.name,
+            ) from error
+        self._index = index
+        self._file, self._told = (index.file.with_suffix(suffix) for suffix in (".usearch", ".usearch.json"))
+        self._graph, self.recall, last = self._read(Graph)
+        if (grown := self._grow(Graph, last)) is not None:
+            self.recall = self._measured()
+            self._write(grown)
+
+    def __len__(self) -> int:
+        return 0 if self._graph is None else len(self._graph)
+
+    def nearest(self, query: Vector, count: int) -> list[int]:
+        """Ids of contents of about the highest <query, vector>, in no order to rely on."""
+        if self._graph is None:
+            return []
+        return [int(key) for key in self._graph.search(query.astype(np.float32), min(count, len(self))).keys]
+
+    def _read(self, graph: Any) -> tuple[Any, float, int]:
+        """The graph of before, its recall and its last content; nothing where it is not there or not whole."""
+        try:
+            told = json.loads(self._told.read_text(encoding="utf-8"))
+            found = graph.restore(str(self._file)) if self._file.is_file() else None
+            if found is not None and len(found) == int(told["size"]):
+                found.expansion_search = _EXPANSION
+                return found, float(told["recall"]), int(told["last"])
+            logger.warning("%s is not what was written and is made anew", self._file)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            logger.warning("%s cannot be read (%s) and is made anew", self._file, error)
+        return None, 1.0, 0
+
+    def _grow(self, graph: Any, last: int) -> int | None:
+        """The last content that was added, None where there was nothing to add."""
+        added = None
+        for keys, vectors in _blocks(self._index, last):
+            if self._graph is None:
+                self._graph = graph(ndim=vectors.shape[1], metric="ip", dtype="f16", expansion_search=_EXPANSION)
+            self._graph.add(keys, vectors)
+            added = int(keys[-1])
+            logger.info("%s: %d vectors", self._file.name, len(self._graph))
+        return added
+
+    def _measured(self) -> float:
+        """Against a pass over all vectors."""
+        queries = self._sample()
+        best = np.full((len(queries), _NEIGHBOURS), -np.inf, np.float32)
+        ids = np.full(best.shape, -1, np.int64)
+        for keys, vectors in _blocks(self._index, 0):
+            scores = np.concatenate([best, queries @ vectors.T], axis=1)
+            names = np.concatenate([ids, np.broadcast_to(keys, (len(queries), len(keys)))], axis=1)
+            kept = np.argpartition(-scores, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
+            best, ids = np.take_along_axis(scores, kept, 1), np.take_along_axis(names, kept, 1)
+        true = [set(row[row >= 0].tolist()) for row in ids]
+        hits = [len(true[k] & set(self.nearest(query, len(true[k])))) for k, query in enumerate(queries)]
+        return sum(hits) / sum(map(len, true))
+
+    def _sample(self) -> Vector:
+        """Every so-manieth vector."""
+        pause = max(1, len(self) // _QUERIES)
+        rows = (vector for k, (_, vector) in enumerate(self._index.vectors_after(0)) if k % pause == 0)
+        return np.stack([next(rows) for _ in range(min(_QUERIES, len(self)))])
+
+    def _write(self, last: int) -> None:
+        half = Path(f"{self._file}.tmp{os.getpid()}")
+        try:
+            self._graph.save(str(half))
+            self._told.unlink(missing_ok=True)  # the graph is made anew where the two do not belong together
+            os.replace(half, self._file)
+        finally:
+            half.unlink(missing_ok=True)
+        told = {"size": len(self._graph), "last": last, "recall": round(self.recall, 4)}
+        write_text(self._told, json.dumps(told) + "\n")
+
+
+def _blocks(index: Index, after: int) -> Iterator[tuple[npt.NDArray[np.int64], Vector]]:
+    keys, vectors = [], []
+    for key, vector in index.vectors_after(after):
+        keys.append(key)
+        vectors.append(vector)
+        if len(keys) == _BLOCK:
+            yield np.array(keys), np.stack(vectors)
+            keys, vectors = [], []
+    if keys:
+        yield np.array(keys), np.stack(vectors)

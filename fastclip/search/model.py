@@ -1,0 +1,108 @@
+"""The model of a search, which is loaded when something must be embedded, and not before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastclip import _env
+from fastclip._version import __version__
+from fastclip.durable import write_text
+
+if TYPE_CHECKING:
+    from fastclip.models.embedder import Embedder
+
+__all__ = ["CheckpointModel", "Model"]
+
+logger = logging.getLogger(__name__)
+
+
+class Model(Protocol):
+    """Where vectors come from."""
+
+    @property
+    def identity(self) -> str:
+        """Vectors may be compared where it is the same; fit for a file's name."""
+        ...
+
+    @property
+    def embedder(self) -> Embedder: ...
+
+
+class CheckpointModel:
+    """A checkpoint; its identity, for which all weights must be read, is remembered for as long as its files stay.
+
+    Args:
+        checkpoint: this and the options as `load_embedder`'s.
+        folder: what is remembered lies there; default: FASTCLIP_CACHE.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint. The rest, when it is loaded, as `load_embedder`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        model: str | None = None,
+        device: str | None = None,
+        precision: str | None = None,
+        vocabulary: str | Path | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._checkpoint = Path(checkpoint)
+        if not self._checkpoint.exists():
+            raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
+        self._options: dict[str, Any] = {"model": model, "device": device, "precision": precision}
+        self._options["vocabulary"] = vocabulary
+        mark = [__version__, sorted((k, str(v)) for k, v in self._options.items()), _states(self._checkpoint)]
+        if vocabulary is not None:
+            mark.append(_states(Path(vocabulary)))
+        name = hashlib.blake2b(json.dumps(mark).encode(), digest_size=16).hexdigest()
+        self._remembered = (folder or _env.cache_folder()) / "search" / "checkpoints" / f"{name}.json"
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        from fastclip.models.embedder import load_embedder
+
+        logger.info("loading %s", self._checkpoint)
+        loaded = load_embedder(self._checkpoint, **self._options)
+        if (told := self._memory) is not None and told["precision"] != loaded.precision:
+            self._remembered.unlink(missing_ok=True)  # the default depends on the machine's GPU
+            raise ValueError(
+                f"{self._checkpoint} computes in {loaded.precision} now and did in {told['precision']} before: "
+                f"run this again for an index in {loaded.precision}, or give the precision"
+            )
+        return loaded
+
+    @cached_property
+    def identity(self) -> str:
+        if self._memory is not None:
+            return self._memory["identity"]
+        loaded = self.embedder
+        words = (loaded.identity, str(self._options["vocabulary"] or ""))  # which an embedder's identity leaves out
+        found = loaded.identity if not words[1] else hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
+        self._remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self._remembered, json.dumps({"identity": found, "precision": loaded.precision}) + "\n")
+        return found
+
+    @cached_property
+    def _memory(self) -> dict[str, str] | None:
+        try:
+            told = json.loads(self._remembered.read_text(encoding="utf-8"))
+            return {"identity": str(told["identity"]), "precision": str(told["precision"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def _states(path: Path) -> list[Any]:
+    """Of a file, or of all files of a folder: name, size and time."""
+    found = [os.path.realpath(path)]
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    states = [(str(file), file.stat()) for file in files if file.exists()]
+    return [found, [(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for name, state in states]]

@@ -1,0 +1,285 @@
+"""Bring an index up to date with a folder: what is new or changed is read on all cores and embedded in batches."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from fastclip.data.faults import BadSample
+from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
+from fastclip.search.index import Index, Seen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastclip.models.embedder import Embedder
+
+    Transform = Callable[[Any], Tensor]
+
+__all__ = ["EXCLUDED", "Update", "digest_of", "excluded", "prepared", "update_index"]
+
+logger = logging.getLogger(__name__)
+EXCLUDED = ("@eaDir", "node_modules", ".git")  # as rclip leaves out
+_CHUNK = 2**20  # bytes hashed at a time
+_SETTLED = 2 * 10**9  # ns after which a change of a file shows in its times, whatever the disk
+_ROWS = 4096  # of a transaction, where little is to be embedded
+
+
+@dataclass
+class Update:
+    """What a scan found; files that were as they had been are in `files` only."""
+
+    files: int = 0
+    embedded: int = 0
+    known: int = 0  # new or renamed files, or changed ones, of a content that had been embedded
+    removed: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # path and reason, met now
+    seconds: float = 0.0
+
+
+class _Read(NamedTuple):
+    seen: Seen
+    image: Tensor | None  # of a content that is new and can be used
+    unread: str | None = None  # why nothing is known of the content: it is read again next time
+
+
+def update_index(
+    index: Index,
+    folder: bytes,
+    embedder: Callable[[], Embedder],
+    *,
+    exclude: Collection[str] = EXCLUDED,
+    batch_size: int = 64,
+    workers: int = 1,
+    progress: bool = False,
+) -> Update:
+    """Afterwards the index has the pictures under `folder` as they are, but for folders that are left out.
+
+    It can be stopped at any moment, a kill included: what was embedded is kept.
+
+    Args:
+        folder: absolute.
+        embedder: called when the first picture is to be embedded.
+        exclude: names of folders.
+        workers: threads that read and decode; Pillow's decoders and torch run beside each other.
+
+    Raises:
+        FileNotFoundError, PermissionError: `folder` cannot be listed.
+        ValueError: batch_size or workers is not positive.
+    """
+    if batch_size < 1 or workers < 1:
+        raise ValueError(f"batch_size and workers must be positive, got {batch_size} and {workers}")
+    start = time.monotonic()
+    before = index.stamps(folder)
+    found = Update()
+    changed, gone = [], set(before)
+    for path, stamp in _walk(folder, exclude):
+        found.files += 1
+        gone.discard(path)
+        if before.get(path) != stamp or stamp is None:
+            changed.append(path)
+    left_out = excluded(folder, exclude)
+    gone = {path for path in gone if not left_out(path)}
+    if gone:
+        index.remove(gone)
+    found.removed = len(gone)
+    if changed:
+        _add(index, changed, embedder, found, batch_size=batch_size, workers=workers, progress=progress)
+    found.seconds = time.monotonic() - start
+    return found
+
+
+def excluded(folder: bytes, exclude: Collection[str]) -> Callable[[bytes], bool]:
+    """Whether a file lies in a folder of one of these names, somewhere between `folder` and the file."""
+    if not exclude:
+        return lambda path: False
+    slash = rb"[/\\]" if os.sep == "\\" else b"/"
+    names = b"|".join(re.escape(os.fsencode(name)) for name in exclude)
+    found, start = re.compile(slash + b"(?:" + names + b")" + slash), len(folder.rstrip(b"/"))
+    return lambda path: found.search(path, start) is not None
+
+
+def digest_of(file: BinaryIO) -> bytes:
+    """20 bytes that differ where contents do."""
+    found = hashlib.blake2b(digest_size=20)
+    while chunk := file.read(_CHUNK):
+        found.update(chunk)
+    return found.digest()
+
+
+def _walk(folder: bytes, exclude: Collection[str]) -> Iterator[tuple[bytes, str | None]]:
+    """Pictures and their stamps. Links to folders are not followed, which may lead round in circles."""
+    names = {os.fsencode(name) for name in exclude}
+    folders = [folder]
+    while folders:
+        here = folders.pop()
+        try:
+            with os.scandir(here) as entries:
+                inside = list(entries)
+        except OSError as error:
+            if here == folder:
+                raise
+            logger.warning("skipped: %s: %s", os.fsdecode(here), error.strerror)
+            continue
+        for entry in inside:
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    folders += [entry.path] if entry.name not in names else []
+                elif os.path.splitext(os.fsdecode(entry.name))[1].lower() in PICTURE_SUFFIXES and entry.is_file():
+                    yield entry.path, _stamp(os.stat(entry.path))
+            except OSError as error:
+                logger.warning("skipped: %s: %s", os.fsdecode(entry.path), error.strerror)
+
+
+def _stamp(state: os.stat_result) -> str | None:
+    """Differs from what it was where the file has been written to, or another has been put in its place; None of a file
+    so new that a further change may not show."""
+    now = time.time_ns()
+    if min(abs(now - state.st_mtime_ns), abs(now - state.st_ctime_ns)) < _SETTLED:
+        return None
+    return " ".join(map(str, _times(state)))
+
+
+def _times(state: os.stat_result) -> tuple[int, int, int]:
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def _add(
+    index: Index,
+    paths: list[bytes],
+    embedder: Callable[[], Embedder],
+    found: Update,
+    *,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+) -> None:
+    from fastclip.evaluation.progress import Progress
+
+    known = index.digests()
+    loading = threading.Lock()
+    rows: list[_Read] = []
+    unread: list[bytes] = []
+
+    def transform() -> Transform:
+        with loading:
+            return embedder().transform
+
+    def put_away() -> None:
+        seen = _embedded(embedder, rows)
+        for row, one in zip(rows, seen):
+            found.embedded += one.vector is not None
+            found.known += row.image is None and one.fault is None
+            if one.fault is not None:
+                skip(one.path, one.fault)
+        index.add(seen)
+        known.update((one.digest, one.fault) for one in seen)
+        bar.moved(len(rows))
+        rows.clear()
+
+    def skip(path: bytes, reason: str) -> None:
+        found.skipped.append((os.fsdecode(path), reason))
+        logger.warning("skipped: %s: %s", *found.skipped[-1])
+
+    with Progress("pictures", len(paths), shown=progress) as bar:
+        for row in _ahead(lambda path: _read(path, known, transform), paths, workers, 2 * batch_size + workers):
+            if row.unread is not None:
+                skip(row.seen.path, row.unread)
+                unread.append(row.seen.path)
+                bar.moved()
+                continue
+            rows.append(row)
+            if sum(one.image is not None for one in rows) >= batch_size or len(rows) >= _ROWS:
+                put_away()
+        if rows:
+            put_away()
+    if unread:
+        index.remove(unread)  # what was known of them no longer holds
+
+
+def _read(path: bytes, known: Mapping[bytes, str | None], transform: Callable[[], Transform]) -> _Read:
+    """In a thread."""
+    nothing = Seen(path, None, b"")
+    try:
+        with open(path, "rb") as file:
+            state = os.fstat(file.fileno())
+            seen = Seen(path, _stamp(state), digest_of(file))
+    except OSError as error:
+        return _Read(nothing, None, error.strerror or str(error))
+    if seen.digest in known:
+        return _Read(seen._replace(fault=known[seen.digest]), None)
+    prepare = transform()  # what fails here is no fault of the file
+    try:
+        with open(path, "rb") as file:
+            image, fault = prepared(file, os.fsdecode(path), prepare)
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        return _Read(nothing, None, error.strerror or str(error))
+    except MemoryError:
+        return _Read(nothing, None, "there is not enough memory for it")
+    if _times(state) != _times(after):
+        return _Read(nothing, None, "it changed while it was read")
+    return _Read(seen._replace(fault=fault), image)
+
+
+def prepared(file: BinaryIO, key: str, transform: Transform) -> tuple[Tensor | None, str | None]:
+    """The picture for a model, or why it cannot be used. OSError where the disk does not give it."""
+    try:
+        picture = read_picture(file, key)
+    except BadSample as bad:
+        if bad.fault.cause == "unreadable file" and isinstance(bad.__cause__, OSError):  # the disk's fault
+            raise bad.__cause__ from bad
+        return None, bad.fault.reason
+    try:
+        return transform(picture), None
+    except MemoryError:
+        raise
+    except Exception as error:  # of a strip 1 pixel high, say
+        return None, f"the transform failed: {type(error).__name__}: {error}"
+
+
+def _embedded(embedder: Callable[[], Embedder], rows: list[_Read]) -> list[Seen]:
+    """The rows, those with pictures having their vectors."""
+    images = [row.image for row in rows if row.image is not None]
+    if not images:
+        return [row.seen for row in rows]
+    import torch
+
+    vectors = iter(embedder().embed_images(torch.stack(images)).numpy())
+    seen = []
+    for row in rows:
+        if row.image is None:
+            seen.append(row.seen)
+        elif np.isfinite(vector := next(vectors)).all():
+            seen.append(row.seen._replace(vector=vector))
+        else:  # it would be the best of every search
+            seen.append(row.seen._replace(fault="the model makes no finite numbers of it"))
+    return seen
+
+
+def _ahead(work: Callable[[bytes], _Read], paths: Iterable[bytes], workers: int, ahead: int) -> Iterator[_Read]:
+    """work(path) of every path, in order; `ahead` of them are begun before they are asked for."""
+    rest = iter(paths)
+    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
+        waiting: deque[Future[_Read]] = deque()
+        try:
+            while True:
+                while len(waiting) < ahead and (path := next(rest, None)) is not None:
+                    waiting.append(pool.submit(work, path))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

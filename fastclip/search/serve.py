@@ -1,0 +1,181 @@
+"""A web page on this machine for searching a folder: text, a click on a picture, or one that is dropped on the page.
+
+What is served are the page, results, and pictures of the folder, which are named by the numbers of their contents and
+always encoded anew: no name of a file is ever taken from a request, and no file is passed on as it is.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import threading
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from fastclip.data.faults import BadSample
+from fastclip.search.engine import Found, SearchEngine
+from fastclip.search.query import Term, parse_texts
+from fastclip.search.sheet import thumbnail
+
+__all__ = ["make_server"]
+
+logger = logging.getLogger(__name__)
+_LOOPBACK = "127.0.0.1"
+_UPLOAD = 32 * 2**20  # bytes of a picture that is dropped
+_SIDES = {"small": 320, "large": 1600}  # pixels
+_COUNT, _MOST = 60, 500  # results
+_DECODERS = 4  # large pictures that are decoded at a time, whatever the browser asks for at once
+_POLICY = (  # the page's own script and style stand in it
+    "default-src 'none'; img-src 'self' data:; connect-src 'self'; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"
+)
+
+
+def make_server(engine: SearchEngine, *, port: int = 0) -> ThreadingHTTPServer:
+    """A server on the loopback address, for its ``serve_forever``; `server_port` is its port, any free one for 0.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    return ThreadingHTTPServer((_LOOPBACK, port), partial(_Handler, engine, threading.Semaphore(_DECODERS)))
+
+
+class _Refused(Exception):
+    def __init__(self, status: HTTPStatus, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_version, sys_version = "fastclip", ""
+    timeout = 60  # seconds that a connection may rest
+
+    def __init__(self, engine: SearchEngine, decoding: threading.Semaphore, *rest: Any) -> None:
+        self._engine, self._decoding = engine, decoding
+        super().__init__(*rest)
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        options = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        routes = {"/": self._page, "/search": self._text, "/like": self._like, "/picture": self._picture}
+        self._answer(routes.get(url.path), options)
+
+    def do_POST(self) -> None:
+        url = urlsplit(self.path)
+        self._answer(self._dropped if url.path == "/search" else None, {})
+
+    def _answer(self, route: Any, options: dict[str, str]) -> None:
+        try:
+            self._check()
+            if route is None:
+                raise _Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+            kind, data = route(options)
+            self._send(HTTPStatus.OK, kind, data)
+        except _Refused as refused:
+            self.close_connection = True  # what was sent with the request may not have been read
+            self._send_error(refused.status, str(refused))
+        except ValueError as error:
+            self._send_error(HTTPStatus.BAD_REQUEST, str(error))
+        except ConnectionError:  # the browser has gone on
+            self.close_connection = True
+        except Exception as error:  # a bug, or a disk that fails: the server goes on
+            logger.exception("%s", self.path)
+            self._send_error(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
+
+    def _check(self) -> None:
+        """Pages of the web may not reach what is here through the browser of who sits here: neither by a name that they
+        let point at this address (DNS rebinding), nor by requests or pictures of their own."""
+        port = self.connection.getsockname()[1]
+        hosts = {f"{name}:{port}" for name in (_LOOPBACK, "localhost")}
+        origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
+        if self.headers.get("Host") not in hosts:
+            raise _Refused(HTTPStatus.FORBIDDEN, "this is served to this machine only")
+        if site not in ("none", "same-origin") or origin not in (None, *(f"http://{host}" for host in hosts)):
+            raise _Refused(HTTPStatus.FORBIDDEN, "this is served to its own page only")
+
+    def _page(self, options: dict[str, str]) -> tuple[str, bytes]:
+        page = (files("fastclip.search") / "page.html").read_bytes()
+        return "text/html; charset=utf-8", page
+
+    def _text(self, options: dict[str, str]) -> tuple[str, bytes]:
+        return self._results(self._engine.find(parse_texts(options.get("q", "")), _count(options)))
+
+    def _like(self, options: dict[str, str]) -> tuple[str, bytes]:
+        path = self._path(options)
+        return self._results(self._engine.find([Term(1.0, path=path)], _count(options)))
+
+    def _dropped(self, options: dict[str, str]) -> tuple[str, bytes]:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "a picture is sent with its length")
+        if int(length) > _UPLOAD:
+            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a picture may have {_UPLOAD // 2**20} MiB")
+        data = self.rfile.read(int(length))
+        with self._decoding:
+            vector = self._engine.picture_vector(io.BytesIO(data), "this picture")
+        return self._results(self._engine.find_vector(vector, _COUNT))
+
+    def _picture(self, options: dict[str, str]) -> tuple[str, bytes]:
+        side = _SIDES.get(options.get("size", "small"))
+        if side is None:
+            raise ValueError(f"size must be one of {', '.join(_SIDES)}")
+        path = self._path(options)
+        try:
+            with self._decoding:
+                picture = thumbnail(path, side)
+        except BadSample as bad:
+            raise _Refused(HTTPStatus.NOT_FOUND, bad.fault.reason) from bad
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=85)
+        return "image/jpeg", file.getvalue()
+
+    def _path(self, options: dict[str, str]) -> Path:
+        """Of the picture with this number, if it lies in the folder: a link there may lead elsewhere."""
+        number = options.get("id", "")
+        path = self._engine.path_of(int(number)) if number.isascii() and number.isdecimal() else None
+        if path is None or not os.path.realpath(path).startswith(os.path.join(self._engine.folder, "")):
+            raise _Refused(HTTPStatus.NOT_FOUND, "there is no such picture")
+        return Path(path)
+
+    def _results(self, found: list[Found]) -> tuple[str, bytes]:
+        within = len(os.path.join(self._engine.folder, ""))
+        told = [
+            {"id": one.content, "name": one.path[within:].encode("utf-8", "replace").decode(), "score": one.score}
+            for one in found
+        ]
+        return "application/json", json.dumps(told).encode()
+
+    def _send_error(self, status: HTTPStatus, reason: str) -> None:
+        try:
+            self._send(status, "text/plain; charset=utf-8", reason.encode("utf-8", "replace"))
+        except ConnectionError:
+            self.close_connection = True
+
+    def _send(self, status: HTTPStatus, kind: str, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Cache-Control", "no-store")  # another folder's page may have the same address next
+        self.send_header("Content-Security-Policy", _POLICY)
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)
+
+
+def _count(options: dict[str, str]) -> int:
+    count = options.get("n", str(_COUNT))
+    if not (count.isascii() and count.isdecimal() and 0 < int(count) <= _MOST):
+        raise ValueError(f"n must be from 1 to {_MOST}")
+    return int(count)

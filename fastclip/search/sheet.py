@@ -1,0 +1,76 @@
+"""What was found, as one picture, and a picture as what a terminal shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from fastclip.data.faults import BadSample
+from fastclip.data.picture import read_picture
+from fastclip.search.engine import Found
+
+__all__ = ["contact_sheet", "terminal_picture", "thumbnail"]
+
+_SIDE, _MARGIN, _LABEL = 224, 8, 32  # pixels: of a tile, around it, and below it
+_CHUNK = 4096  # characters of an escape sequence of kitty
+
+
+def thumbnail(path: Path, side: int) -> Image.Image:
+    """The picture in RGB, its longer side no more than `side` pixels. Raises BadSample as `read_picture`."""
+    picture = read_picture(path, str(path), min_side=side).convert("RGB")
+    picture.thumbnail((side, side))
+    return picture
+
+
+def contact_sheet(found: Sequence[Found], *, columns: int = 5) -> Image.Image:
+    """Rows of pictures with their places, scores and names; grey where a picture cannot be read any more."""
+    columns = max(1, min(columns, len(found)))
+    wide, high = _SIDE + 2 * _MARGIN, _SIDE + 2 * _MARGIN + _LABEL
+    sheet = Image.new("RGB", (columns * wide, -(-len(found) // columns) * high), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for place, one in enumerate(found):
+        left, upper = place % columns * wide + _MARGIN, place // columns * high + _MARGIN
+        try:
+            tile = thumbnail(Path(one.path), _SIDE)
+        except BadSample:
+            tile = Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
+        sheet.paste(tile, (left + (_SIDE - tile.width) // 2, upper + (_SIDE - tile.height) // 2))
+        name = Path(one.path).name.encode("utf-8", "replace").decode()
+        for line, text in enumerate((f"{place + 1}   {one.score:.4f}", name)):
+            while len(text) > 1 and draw.textlength(text, font) > _SIDE:
+                text = text[:-2] + "…"
+            draw.text((left, upper + _SIDE + 2 + 14 * line), text, "black", font)
+    return sheet
+
+
+def terminal_picture(picture: Image.Image, *, protocol: str, columns: int) -> str:
+    """What shows a picture at no more than so many columns.
+
+    Args:
+        protocol: "iterm" or "kitty", of terminals that show pixels; "" for two pixels a character, in 24-bit colours.
+    """
+    if protocol:
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        data = base64.b64encode(file.getvalue()).decode()
+        if protocol == "iterm":
+            width = f"width={columns}" if picture.width > 8 * columns else f"width={picture.width}px"
+            return f"\x1b]1337;File=inline=1;size={file.tell()};{width};preserveAspectRatio=1:{data}\a\n"
+        chunks = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
+        told = [f"a=T,f=100,c={columns},m={int(len(chunks) > 1)}"] if picture.width > 8 * columns else []
+        told = told or [f"a=T,f=100,m={int(len(chunks) > 1)}"]
+        told += [f"m={int(k < len(chunks) - 1)}" for k in range(1, len(chunks))]
+        return "".join(f"\x1b_G{keys};{chunk}\x1b\\" for keys, chunk in zip(told, chunks)) + "\n"
+    columns = min(columns, picture.width)
+    small = picture.resize((columns, max(2, round(picture.height * columns / picture.width) // 2 * 2)))
+    pixels = np.asarray(small)
+    lines = []
+    for upper, lower in zip(pixels[::2].tolist(), pixels[1::2].tolist()):
+        cells = (f"\x1b[38;2;{a[0]};{a[1]};{a[2]}m\x1b[48;2;{b[0]};{b[1]};{b[2]}m\u2580" for a, b in zip(upper, lower))
+        lines.append("".join(cells) + "\x1b[0m\n")
+    return "".join(lines)

@@ -1,0 +1,71 @@
+"""A model that is a formula: what pictures are like by their mean colours, for tests of search."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+DIM = 6
+
+
+class Colours:
+    """In the places of an embedder and of its model; counts what it embeds."""
+
+    def __init__(self, identity: str = "colours") -> None:
+        self.identity, self.pictures, self.texts, self.loaded = identity, 0, 0, 0
+
+    @property
+    def embedder(self) -> Any:
+        self.loaded += 1
+        return self
+
+    @property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        return prepared
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        self.pictures += len(images)
+        return torch.from_numpy(np.stack([unit_of(image) for image in images]))
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        self.texts += len(texts)
+        return torch.from_numpy(np.stack([text_vector(text) for text in texts]))
+
+
+def prepared(picture: Image.Image) -> Tensor:
+    pixels = np.array(picture.convert("RGB").resize((8, 8)), np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def unit_of(image: Tensor) -> Any:
+    pixels = image.numpy().astype(np.float64)
+    return _unit(np.concatenate([pixels.mean((1, 2)), pixels.std((1, 2)) + 0.01]))
+
+
+def text_vector(text: str) -> Any:
+    seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return _unit(np.random.default_rng(seed).standard_normal(DIM))
+
+
+def picture_vector(path: Path) -> Any:
+    return unit_of(prepared(Image.open(path)))
+
+
+def _unit(vector: Any) -> Any:
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+def draw(path: Path, seed: int) -> Path:
+    """A picture like no other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    pixels[..., seed % 3] //= 2 + seed % 5
+    Image.fromarray(pixels).save(path)
+    return path
