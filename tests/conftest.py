@@ -24,7 +24,13 @@ def one_thread() -> Iterator[None]:
     """Matrices as small as these tests' cost several times more on two busy cores than on one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    try:
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn, whose BLAS is another
+    except ImportError:
+        yield
+    else:
+        with threadpool_limits(1):
+            yield
     torch.set_num_threads(threads)
 
 

@@ -268,8 +268,7 @@ def test_command_goes_on_after_a_stop(
         return real(self, images)
 
     monkeypatch.setattr(Embedder, "embed_images", counted)
-    with pytest.raises(KeyboardInterrupt):
-        command(checkpoint, *words, tmp_path / "r.json")
+    assert command(checkpoint, *words, tmp_path / "r.json") == 130  # as a shell has it after Ctrl-C
     assert not (tmp_path / "r.json").exists() and calls[0] == 6
     with caplog.at_level(logging.INFO, "fastclip"):
         assert command(checkpoint, *words, tmp_path / "r.json") == 0

@@ -342,4 +342,4 @@ def test_command_saves_the_average_and_goes_on(
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())) == 11
     (tmp_path / "templates").write_text("a digit\n")
     assert main(line) == 1
-    assert "not 'a digit'" in capsys.readouterr().err
+    assert "line 1: 'a digit' must hold {} once" in capsys.readouterr().err
