@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fastclip._version import __version__
-from fastclip.cli import convert, data, evaluate, models, parity, plan, train
+from fastclip.cli import bench, convert, data, doctor, evaluate, models, parity, plan, train
 
 __all__ = ["main"]
 
@@ -20,6 +20,8 @@ _COMMANDS = {
     "data": (data, "check a data set, or pack one into tar shards"),
     "models": (models, "list the models by name"),
     "convert": (convert, "write a checkpoint in open_clip's, Hugging Face's or our form"),
+    "doctor": (doctor, "what is installed, what runs here and why not, and what to do about it"),
+    "bench": (bench, "time the losses on this machine beside open_clip's and the dense formula"),
     "parity": (parity, "compare the losses of several processes with those of one"),
 }
 _OWN_PARSER = ("train",)  # these read their words, --help too, themselves
