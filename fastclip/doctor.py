@@ -165,7 +165,7 @@ def _machine() -> Iterator[Finding]:
         advice = f"OMP_NUM_THREADS={whole}: this process may use {cores:g} cores, more threads wait for each other"
     elif threads < whole and "OMP_NUM_THREADS" in _env.in_effect():
         note = "unset OMP_NUM_THREADS, which keeps torch from the other cores"
-    value = f"{machine.processor()}; {cores:g} of {os.cpu_count()} cores, torch uses {threads}"
+    value = f"{machine.processor()}; {cores:g} of {os.cpu_count()} cores, torch's threads: {threads}"
     yield Finding("machine", "processor", value, "warning" if advice else "", advice or note)
 
     memory, limit = machine.memory_bytes(), machine.container_bytes()

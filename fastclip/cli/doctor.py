@@ -51,10 +51,12 @@ def _text(found: Diagnosis) -> str:
         if finding.advice:
             lines.append(f"{'':<20}what to do: {finding.advice}")
     failed = sum(not row.ok for row in found.tests)
-    warned = sum(finding.state == "warning" for finding in found.findings)
+    faults, warned = (sum(finding.state == state for finding in found.findings) for state in ("fault", "warning"))
     lines += ["", "losses on a small batch, relative error / promised", table(found.tests), ""]
-    if failed:
-        lines.append("what to do: report these lines with the output of fastclip doctor --json FILE\n")
+    if faults:
+        lines.append("what to do: mend first what is marked X\n")
+    elif failed:
+        lines.append("what to do: report this as a fault of fastclip, with the file that --json writes\n")
     state = "usable" if found.usable else "NOT usable"
-    lines.append(f"{state}: {len(found.tests)} comparisons, {failed} failed; {warned} warnings")
+    lines.append(f"{state}: {len(found.tests)} comparisons, {failed} failed; faults: {faults}, warnings: {warned}")
     return "\n".join(lines).lstrip("\n")
