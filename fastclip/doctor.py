@@ -86,8 +86,13 @@ def _gpus() -> Iterator[Finding]:
     if torch.cuda.is_available():
         driver = "".join(f", driver {text}" for text in machine.nvidia_smi("driver_version"))
         for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            free, total = torch.cuda.mem_get_info(index)
+            try:
+                properties = torch.cuda.get_device_properties(index)
+                free, total = torch.cuda.mem_get_info(index)
+            except RuntimeError as error:  # a process that has it for itself, or no memory left for one more
+                told = str(error).splitlines()[0]
+                yield Finding("GPUs", f"cuda:{index}", told, "warning", "CUDA_VISIBLE_DEVICES chooses other GPUs")
+                continue
             about = f"{properties.name}, compute capability {properties.major}.{properties.minor}{driver}"
             yield Finding("GPUs", f"cuda:{index}", f"{about}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
         return

@@ -94,6 +94,15 @@ def test_dense_losses_that_do_not_fit_say_so(monkeypatch: pytest.MonkeyPatch) ->
     assert "does not fit" in bench.table(measured)
 
 
+def test_out_of_memory_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*leaves: object) -> None:
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setitem(run.DENSE, "softmax", full)
+    rows = providers(small()[0])
+    assert rows["dense"]["status"] == "out of memory" and rows["fastclip_cpu"]["median_ms"] > 0
+
+
 def test_nothing_but_the_reference_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "backends", lambda: {"cpu": "not built", "reference": "available"})
     monkeypatch.setattr(run, "available_bytes", lambda: 0.0)
@@ -117,7 +126,7 @@ def test_options_that_cannot_be(words, told, monkeypatch, capsys) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_bench_on_a_gpu() -> None:
     (measured,) = small(sizes=[512], dim=64, device="cuda")
     rows = providers(measured)

@@ -121,6 +121,18 @@ def test_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.state == ""
 
 
+def test_gpu_that_cannot_be_used_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(index: int) -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", busy)
+    monkeypatch.setattr(machine, "nvidia_smi", lambda fields: ["580.1"])
+    (found,) = doctor._gpus()
+    assert found.state == "warning" and found.value.endswith("busy or unavailable")
+
+
 def test_small_containers_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in (("shared_memory_bytes", 64 * 2**20), ("open_files", 256), ("container_bytes", 3.5 * 2**30)):
         monkeypatch.setattr(machine, name, lambda value=value: value)

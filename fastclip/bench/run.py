@@ -97,18 +97,20 @@ def _rows(case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
         if name in (PEER, FORMULA) and case.dense_bytes > _available(device):
             status[name] = f"does not fit: {case.dense_bytes / 2**30:,.1f} GiB"
             continue
+        prepare = functools.partial(step_of, case, loss, leaves)
         try:
             check_one(name, loss, leaves, expected)
+            if device == "cuda":
+                peak_mib[name] = _peak_mib(loss, leaves)
+            prepare()()  # warm
         except CheckFailed as error:
             if name.startswith("fastclip"):
                 raise FloatingPointError(f"N = {case.N}, {case.dtype}: {error}") from error
             status[name] = f"check failed: {error}"
-            continue
-        prepare = functools.partial(step_of, case, loss, leaves)
-        if device == "cuda":
-            peak_mib[name] = _peak_mib(loss, leaves)
-        prepare()()  # warm
-        providers.append(Provider(name, prepare))
+        except torch.OutOfMemoryError:
+            status[name] = "out of memory"
+        else:
+            providers.append(Provider(name, prepare))
     if not any(provider.name.startswith("fastclip") for provider in providers):
         status["fastclip"] = f"no backend but the reference serves {case.dtype} on this device: see fastclip doctor"
     timings = Timings(clock=_gpu_clock() if device == "cuda" else wall_clock)

@@ -43,7 +43,7 @@ PROMISES: dict[str, list[Promise]] = {
             "benchmarks/REPORT.md is made of the rows alone; of several rows of a case the last counts; every row names its run",
             (f"{REPORT}::test_report_is_that_of_the_rows", f"{REPORT}::test_last_row_of_a_case_counts", f"{REPORT}::test_what_was_not_measured_is_said", f"{REPORT}::test_every_row_names_its_run"),
             (
-                Break("report: edited by hand", "benchmarks/REPORT.md", "| 65,536 x 768 | 39.0 |", "| 65,536 x 768 | 29.0 |"),
+                Break("report: edited by hand", "benchmarks/REPORT.md", "Made from the rows in", "Made by hand from the rows in"),
                 Break("report: the first row of a case counts", "benchmarks/report.py", "for k, row in enumerate(found)}", "for k, row in reversed(list(enumerate(found)))}"),
                 Break("report: a status is a dash", "benchmarks/plot.py", '(row or {}).get("status") or "-"', '"-"'),
             ),
