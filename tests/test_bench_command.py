@@ -127,9 +127,17 @@ def test_options_that_cannot_be(words, told, monkeypatch, capsys) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-def test_bench_on_a_gpu() -> None:
-    (measured,) = small(sizes=[512], dim=64, device="cuda")
-    rows = providers(measured)
-    ours = [row for name, row in rows.items() if name.startswith("fastclip_")]
-    assert ours and all(row["median_ms"] > 0 and row["peak_mib"] > 0 for row in [*ours, rows["dense"]])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_bench_on_a_gpu(loss: str) -> None:
+    (measured,) = small(loss=loss, sizes=[512], dim=64, device="cuda")
+    ours = [row for name, row in providers(measured).items() if name.startswith("fastclip_")]
+    assert ours and all(row["median_ms"] > 0 and row["peak_mib"] > 0 for row in ours)
     assert measured.about["gpu"] == torch.cuda.get_device_name()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_doctor_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0, capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert torch.cuda.get_device_name() in out and "float32 on cuda" in out

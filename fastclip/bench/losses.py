@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastclip.bench.harness import Case, Step
 
-__all__ = ["DENSE", "SCALARS", "CheckFailed", "Loss", "check_one", "leaves_of", "step_of"]
+__all__ = ["DENSE", "SCALARS", "CheckFailed", "Loss", "check_one", "features", "leaves_of", "step_of"]
 
 Loss = Callable[..., Tensor]  # image, text, scale and, of the sigmoid loss, bias
 
