@@ -19,7 +19,7 @@ REPORT = Path(__file__).parent / "REPORT.md"
 DEVICES = {"cpu": ("On a CPU", "fastclip"), "cuda": ("On a GPU", "fastclip_cuda")}
 # What a row says of where it was measured; every distinct combination is a run
 MACHINE = ("gpu", "machine", "threads", "isa", "driver", "cuda")
-VERSIONS = ("python", "torch", "triton", "fastclip", "open_clip", "webdataset", "pillow", "inf_cl")
+VERSIONS = ("python", "torch", "triton", "fastclip", "open_clip", "webdataset", "numpy", "pillow", "inf_cl")
 
 HEAD = """# Benchmark report
 
@@ -111,6 +111,22 @@ SECTIONS = {
             "load": "load",
         },
     ),
+    "search": Section(
+        "Search",
+        "`fastclip search`: a query, the reading of an index, the whole command, and the indexing of JPEGs.",
+        ("what", "pictures", "dim"),
+        {
+            "what": "what",
+            "pictures": "pictures",
+            "dim": "D",
+            "median_s": "s",
+            "p20_s": "p20",
+            "p80_s": "p80",
+            "pictures_per_second": "pictures/s",
+            "rounds": "rounds",
+            "load": "load",
+        },
+    ),
 }
 LOSS_COLUMNS = {
     "N": "N",
@@ -150,7 +166,7 @@ def _cell(text: str) -> str:
         return text or "-"
     if text.isdecimal() or abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
 def rows_table(rows: Iterable[Row], columns: dict[str, str], runs: Runs) -> str:
