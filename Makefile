@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 
-.PHONY: demo test lint format bench gpu-check plot clean
+.PHONY: demo test lint format bench gpu-check report clean
 
 demo: $(VENV)/.installed-train ## train on handwritten digits, print zero-shot accuracy, draw runs/digits/digits.png
 	$(BIN)/python examples/train_digits.py
@@ -31,11 +31,8 @@ bench: $(VENV)/.installed-dev ## rows go to benchmarks/results
 gpu-check: $(VENV)/.installed-dev $(VENV)/.installed-bench-gpu ## tests and benchmark on this GPU; call it again to go on
 	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
 
-plot: $(VENV)/.installed-dev ## benchmarks/results/cpu_*.png from the rows, and the README's tables
-	$(BIN)/python -m benchmarks.plot --loss softmax
-	$(BIN)/python -m benchmarks.plot --loss sigmoid
-	$(BIN)/python -m benchmarks.plot --loss softmax --table
-	$(BIN)/python -m benchmarks.plot --loss sigmoid --table
+report: $(VENV)/.installed-dev ## benchmarks/REPORT.md and benchmarks/results/*.png from the rows
+	$(BIN)/python -m benchmarks.report
 
 $(VENV)/.installed-%: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from benchmarks.counting import Counts, counted
 from benchmarks.harness import Timings, append, machine, quantile
-from benchmarks.losses import CheckFailed, features
 from benchmarks.peak_memory import peak_of, return_what_is_freed
-from benchmarks.peers import SCALARS, Loss, Unavailable, version
-from benchmarks.truth import truth
+from benchmarks.peers import Unavailable
+from fastclip.bench.losses import SCALARS, CheckFailed, Loss, features
+from fastclip.bench.truth import truth
+from fastclip.machine import version
 
 RESULTS = Path(__file__).parent / "results" / "distributed.csv"
 EXACT = "exact"

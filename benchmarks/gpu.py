@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import math
-import platform
 import statistics
-import subprocess
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastclip
 from benchmarks.harness import Step, commit
-from benchmarks.peers import describe, version
+from benchmarks.peers import describe
+from fastclip.machine import about_gpu, nvidia_smi
 
 GEMM_SIZE = 8192  # rows, columns and depth of the large product
 COPY_BYTES = 1 << 29  # far beyond every L2
@@ -120,32 +117,7 @@ class Gpu:
 
     def about(self) -> dict[str, Any]:
         """What every row says of where it was measured, clocks and ceilings aside."""
-        driver = query("driver_version")
-        return {
-            "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "gpu": torch.cuda.get_device_name(),
-            "driver": driver[0] if driver else "",
-            "cuda": torch.version.cuda or "",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": version("triton"),
-            "fastclip": fastclip.__version__,
-            "open_clip": version("open_clip_torch"),
-        }
-
-
-def query(fields: str) -> list[str]:
-    """The cells that nvidia-smi answers with; none where it is not there."""
-    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None) if torch.cuda.is_available() else None
-    which = [f"--id=GPU-{str(uuid).removeprefix('GPU-')}"] if uuid else []
-    command = ["nvidia-smi", *which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = done.stdout.splitlines()
-    return [cell.strip() for cell in lines[0].split(",")] if done.returncode == 0 and lines else []
+        return about_gpu(commit())
 
 
 class Clocks:
@@ -183,7 +155,7 @@ class Clocks:
     def read(self) -> None:
         """Adds a sample; what is no number does not count."""
         try:
-            sm, memory = map(float, query("clocks.sm,clocks.mem"))
+            sm, memory = map(float, nvidia_smi("clocks.sm,clocks.mem"))
         except ValueError:
             return
         self.samples.append((sm, memory))

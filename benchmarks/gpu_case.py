@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.gpu import Clocks, Gpu
 from benchmarks.harness import Case, Provider, Step, Timings, rows
-from benchmarks.losses import FLOOR, PEER, check_one, dense_bytes, fitting, found, leaves_of, names, step_of
+from benchmarks.losses import FLOOR, PEER, check_one, fitting, found, leaves_of, names, step_of
 from benchmarks.peers import PEERS, Loss, version
-from benchmarks.truth import truth
+from fastclip.bench.truth import truth
 
 SECONDS = 120.0  # of a case's rounds, three at least
 
@@ -83,7 +83,7 @@ def line_up(case: Case, wanted: Iterable[str], gpu: Gpu) -> LineUp:
     expected = truth(case.loss, sets[0])
     for name in fitting(case, losses, float("inf")):
         if not fitting(case, [name], gpu.available_bytes()):
-            out.status[name] = f"does not fit: {dense_bytes(case) / 2**30:.0f} GiB"
+            out.status[name] = f"does not fit: {case.dense_bytes / 2**30:.0f} GiB"
             continue
         peak: list[float] = []
         prepare = _rotating(case, losses[name], sets)

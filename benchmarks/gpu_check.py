@@ -32,7 +32,7 @@ TESTS = {  # pytest's arguments, each in less than SECONDS; first what everythin
     "tests-tiles": ("tests/test_cuda.py",),
     "tests-kernels": ("tests/test_kernels.py", "tests/test_kernels_sigmoid.py", "tests/test_triton.py"),
     "tests-gpu": ("tests/test_gpu.py", "-k", "not large and not sanitizer"),
-    "tests-gpu-training": ("tests/test_gpu_training.py", "tests/test_gpu_evaluation.py"),
+    "tests-gpu-training": ("tests/test_gpu_training.py", "tests/test_gpu_evaluation.py", "tests/test_bench_command.py"),
     "tests-gpu-large": ("tests/test_gpu.py", "-k", "large"),  # whose truth takes minutes
     "tests-gpu-sanitizer": ("tests/test_gpu.py", "-k", "sanitizer"),
 }

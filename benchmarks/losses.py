@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import fastclip
+import fastclip.bench.losses
 from benchmarks.harness import Case, Provider, Step
-from benchmarks.peers import CONSTANT_SCALE, PEERS, SCALARS, Loss, Unavailable, build
+from benchmarks.peers import CONSTANT_SCALE, PEERS, Loss, Unavailable, build
+from fastclip.bench.losses import CheckFailed, leaves_of, step_of
+from fastclip.machine import available_bytes
+
+__all__ = ["CheckFailed", "check", "check_one", "fitting", "found", "leaves_of", "named", "names", "setup", "step_of"]
 
 PEER, FLOOR = "open_clip", "floor"
 MODES = {"softmax": ("forward", "backward", "both"), "sigmoid": ("both",)}
@@ -26,10 +27,6 @@ OURS: dict[str, dict[str, str | None]] = {
     "cpu": {"fastclip": None},
     "cuda": {"fastclip_triton": "triton", "fastclip_cuda": "cuda"},
 }
-
-
-class CheckFailed(AssertionError):
-    """A provider's value or gradients are not the loss's."""
 
 
 def ours(backend: str | None, loss: str) -> Loss:
@@ -66,19 +63,6 @@ def found(loss: str, device: str, wanted: Iterable[str]) -> tuple[dict[str, Loss
 LOSSES = {loss: found(loss, "cpu", names(loss, "cpu"))[0] for loss in MODES}
 
 
-def features(N: int, D: int, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Normalised features (N, D), each text as far from its image as in training; leaves that want a gradient."""
-    generator = torch.Generator(device).manual_seed(N + seed)
-
-    def directions() -> Tensor:
-        return F.normalize(torch.randn(N, D, generator=generator, device=device), dim=1)
-
-    image = directions()
-    text = F.normalize(image + 3.0 * directions(), dim=1)
-    image, text = (x.to(getattr(torch, dtype)).requires_grad_() for x in (image, text))
-    return image, text
-
-
 def named(wanted: str | None, device: str = "cpu") -> list[str]:
     """The providers of a list separated by commas; all of them without one. ValueError where one is not for here."""
     if device == "cpu":
@@ -94,31 +78,13 @@ def named(wanted: str | None, device: str = "cpu") -> list[str]:
 def fitting(case: Case, wanted: Iterable[str], available: float) -> list[str]:
     """Those of `wanted` that mean something in this mode and fit into `available` bytes."""
     chosen = [name for name in wanted if case.mode == "both" or name not in WHOLE_STEP_ONLY]
-    return [name for name in chosen if name not in DENSE or dense_bytes(case) <= available]
+    return [name for name in chosen if name not in DENSE or case.dense_bytes <= available]
 
 
 def selected(case: Case, wanted: Iterable[str], available: float) -> dict[str, Loss]:
     """The losses among `wanted` that a CPU runs in this mode with `available` bytes, the floor's among them."""
     chosen = set(fitting(case, wanted, available - _floor_bytes(case)))
     return {name: loss for name, loss in LOSSES[case.loss].items() if name in chosen}
-
-
-def leaves_of(case: Case, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ...]:
-    """Image and text features, scale and, of the sigmoid loss, bias."""
-    scalars = (torch.tensor(value, device=device, requires_grad=True) for value in SCALARS[case.loss])
-    return *features(case.N, case.D, case.dtype, device, seed), *scalars
-
-
-def step_of(case: Case, loss: Loss, leaves: tuple[Tensor, ...]) -> Step:
-    """What is timed; a forward pass that it starts from is run here."""
-    for x in leaves:
-        x.grad = None
-    if case.mode == "backward":
-        value = loss(*leaves)
-        return lambda: value.backward()
-    if case.mode == "forward":
-        return lambda: (loss(*leaves), None)[1]
-    return lambda: loss(*leaves).backward()
 
 
 def setup(case: Case, wanted: Iterable[str]) -> list[Provider]:
@@ -146,35 +112,7 @@ def check(leaves: tuple[Tensor, ...], losses: dict[str, Loss], peer: Loss) -> No
 
 def check_one(name: str, loss: Loss, leaves: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """CheckFailed unless value and gradients are `expected`, to what the leaves' dtype allows."""
-    rtol = 1e-4 if leaves[0].dtype == torch.float32 else 2e-2
-    value = loss(*leaves)
-    if name in CONSTANT_SCALE:
-        leaves, expected = leaves[:2], expected[:3]
-    gradients = torch.autograd.grad(value, leaves)
-    errors = [_relative_error(x, y) for x, y in zip((value.detach(), *gradients), expected, strict=True)]
-    limits = [rtol] + [5 * rtol] * len(gradients)
-    if not all(error <= limit for error, limit in zip(errors, limits, strict=True)):  # NaN fails too
-        what = ["loss", "d_image", "d_text", "d_scale", "d_bias"]
-        parts = (f"{x} {error:.1e}" for x, error in zip(what, errors))
-        raise CheckFailed(f"{name}: relative errors {', '.join(parts)}")
-
-
-def _relative_error(x: Tensor, y: Tensor) -> float:
-    return (torch.dist(x.float(), y.float()) / y.float().norm()).item()
-
-
-def available_bytes() -> float:
-    """Memory that can be had without swapping; unlimited where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
-        if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) * 1024
-    return math.inf
-
-
-def dense_bytes(case: Case) -> float:
-    """Logits and their gradients in both directions, and a quarter for what comes and goes beside them."""
-    return 1.25 * 4 * case.N**2 * getattr(torch, case.dtype).itemsize
+    fastclip.bench.losses.check_one(name, loss, leaves, expected[:3] if name in CONSTANT_SCALE else expected)
 
 
 def _floor_bytes(case: Case) -> float:

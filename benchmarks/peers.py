@@ -5,7 +5,6 @@ All of them take normalised features and mean what `open_clip.loss` means by the
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable
@@ -15,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Loss = Callable[..., Tensor]  # image, text, scale and, of the sigmoid loss, bias
-
-SCALARS = {"softmax": (20.0,), "sigmoid": (10.0, -10.0)}  # scale, and bias
+from fastclip.bench.losses import SCALARS, Loss
+from fastclip.machine import version
 
 
 class Unavailable(Exception):
@@ -118,14 +116,6 @@ PEERS = {
     "siglip_kernel": Peer("siglip-kernel", {"sigmoid": _siglip_kernel}, gpu_only=True, whole_step_only=True),
 }
 CONSTANT_SCALE = frozenset({"memeff"})  # no gradient of the scale
-
-
-def version(package: str) -> str:
-    """Of an installed distribution; empty where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def build(name: str, loss: str) -> Loss:

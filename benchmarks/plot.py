@@ -1,23 +1,21 @@
-"""Draws the benchmark's figure, or prints the README's table, from its rows alone.
-
-python -m benchmarks.plot
-python -m benchmarks.plot --loss sigmoid --table
-"""
+"""The losses' figures and tables from the benchmark's rows alone; benchmarks/report.py asks for them."""
 
 from __future__ import annotations
 
-import argparse
 import csv
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-SPEED, PEAK = "speedup_over_open_clip", "peak_mib"
-COLUMNS = ["loss", "mode", "N", "D", "dtype", "provider", "median_ms", "floor_percent", SPEED, PEAK]
+SPEED, SHARE, PEAK = "speedup_over_open_clip", "floor_percent", "peak_mib"
+COLUMNS = ["loss", "mode", "N", "D", "dtype", "provider", "median_ms", SHARE, SPEED, PEAK]
 VERSIONS = ["torch", "fastclip", "open_clip"]
 CPU_COLUMNS = ["date", "machine", "threads", "isa", *VERSIONS]
 GPU_COLUMNS = ["date", "gpu", "driver", "cuda", "triton", *VERSIONS]
 
-# Colours that the colour-blind tell apart (Okabe and Ito, 2008); the floor is a bound, not a peer
+# Colours that the colour-blind tell apart (Okabe and Ito, 2008; Tol, 2021); the floor is a bound, not a peer
 STYLES: dict[str, dict[str, str]] = {
     "fastclip": {"color": "#D55E00", "marker": "o"},
     "fastclip_cuda": {"color": "#D55E00", "marker": "o"},
@@ -26,7 +24,7 @@ STYLES: dict[str, dict[str, str]] = {
     "open_clip_compiled": {"color": "#56B4E9", "marker": "^"},
     "linear_cross_entropy": {"color": "#009E73", "marker": "D"},
     "cut_cross_entropy": {"color": "#CC79A7", "marker": "P"},
-    "inf_cl": {"color": "#F0E442", "marker": "X"},
+    "inf_cl": {"color": "#882255", "marker": "X"},
     "memeff": {"color": "#000000", "marker": "*"},
     "siglip_kernel": {"color": "#CC79A7", "marker": "P"},
     "floor": {"color": "#777777", "linestyle": "--"},
@@ -53,10 +51,10 @@ def read(path: Path, loss: str = "softmax") -> list[Row]:
         if missing := [name for name in COLUMNS + about if name not in found]:
             raise ValueError(f"{path} has no columns {', '.join(missing)}: not rows of the benchmark")
         wanted = [row for row in reader if (row["loss"], row["mode"]) == (loss, "both")]
-        last = {(row["N"], row["dtype"], row["provider"]): row for row in wanted}
+        last = {(row["N"], row["D"], row["dtype"], row["provider"]): row for row in wanted}
     if not last:
         raise ValueError(f"{path} has no rows of the {loss} loss in mode both")
-    return sorted(last.values(), key=lambda row: int(row["N"]))
+    return sorted(last.values(), key=lambda row: (int(row["N"]), int(row["D"])))
 
 
 def _number(row: Row | None, column: str) -> float:
@@ -64,7 +62,7 @@ def _number(row: Row | None, column: str) -> float:
 
 
 def _all(rows: list[Row], column: str) -> str:
-    values = {row[column] for row in rows if row[column]}
+    values = {row[column] for row in rows if row.get(column)}
     return " / ".join(sorted(values, key=lambda value: (len(value), value) if value.isdecimal() else (0, value)))
 
 
@@ -75,76 +73,114 @@ def _about(rows: list[Row]) -> str:
         machine += f", triton {_all(rows, 'triton')}"
     else:
         machine = f"{_all(rows, 'machine')}, threads: {_all(rows, 'threads')}, {_all(rows, 'isa')}"
-    return f"{machine}\n{versions}; {_all(rows, 'date')}"
+    return f"{machine}\n{versions}; {_all(rows, 'date')}, commit {_all(rows, 'commit')}"
 
 
 def draw(rows: list[Row], output: Path) -> None:
-    """Speed and peak memory against N, a row of panels for each dtype."""
+    """Speed, share of the floor and peak memory against N, a line of panels for each dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     dtypes = sorted({row["dtype"] for row in rows}, key=lambda dtype: (dtype != "float32", dtype))
-    sizes = sorted({int(row["N"]) for row in rows})
     present = {row["provider"] for row in rows}
     providers = [name for name in STYLES if name in present] + sorted(present - set(STYLES))
-    found = {(row["N"], row["dtype"], row["provider"]): row for row in rows}
 
-    figure, panels = plt.subplots(
-        len(dtypes), 2, figsize=(10, 1.9 + 3 * len(dtypes)), sharex=True, squeeze=False, layout="constrained"
+    figure, lines = plt.subplots(
+        len(dtypes), 3, figsize=(13, 1.9 + 2.9 * len(dtypes)), sharex=True, squeeze=False, layout="constrained"
     )
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-    for (speed, peak), dtype in zip(panels, dtypes):
-        for name in providers:
-            style = {"marker": "", "linestyle": "-", "linewidth": 1.8, "markersize": 5.5, **STYLES.get(name, {})}
-            cells = [found.get((str(N), dtype, name)) for N in sizes]
-            speed.plot(sizes, [_number(cell, SPEED) for cell in cells], label=LABELS.get(name, name), **style)
-            if name != "floor":  # has no step of its own to measure
-                peak.plot(sizes, [_number(cell, PEAK) for cell in cells], **style)
-        speed.set_title(f"{dtype}: speed (higher is better)", fontsize=11)
-        peak.set_title(f"{dtype}: peak memory (lower is better)", fontsize=11)
-        speed.set_ylabel("times as fast as open_clip")
-        speed.set_ylim(bottom=0)
-        peak.set_ylabel("MiB beyond features and gradients")
-        if any(_number(row, PEAK) > 0 for row in rows if row["dtype"] == dtype):  # a log axis wants something to show
+    for (speed, share, peak), dtype in zip(lines, dtypes):
+        found = {(int(row["N"]), row["provider"]): row for row in rows if row["dtype"] == dtype}
+        for panel, column in ((speed, SPEED), (share, SHARE), (peak, PEAK)):
+            for name in providers:
+                _line(panel, found, name, column)
+        speed.set(title=f"{dtype}: speed (higher is better)", ylabel="times as fast as open_clip", ylim=(0, None))
+        share.set(
+            title=f"{dtype}: share of the floor (higher is better)", ylabel="% of the floor's speed", ylim=(0, None)
+        )
+        peak.set(title=f"{dtype}: peak memory (lower is better)", ylabel="MiB beyond features and gradients")
+        if any(_number(row, PEAK) > 0 for row in found.values()):  # a log axis wants something to show
             peak.set_yscale("log")
-            peak.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        for panel in (speed, peak):
-            panel.set_xscale("log", base=2)
-            panel.xaxis.set_major_locator(FixedLocator(sizes))
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            panel.xaxis.set_minor_locator(NullLocator())
-            panel.grid(color="#dddddd", linewidth=0.7)
-            panel.spines[["top", "right"]].set_visible(False)
+            peak.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    for panel in lines.flat:
+        _dress(panel, sorted({(int(row["N"]), int(row["D"])) for row in rows}))
     figure.align_ylabels()
-    for panel in panels[-1]:
-        panel.set_xlabel("batch size N")
     title = f"{TITLES[rows[0]['loss']]}, forward and backward, D = {_all(rows, 'D')}"
     figure.suptitle(f"{title}\n{_about(rows)}", fontsize=10.5, linespacing=1.4)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
+    _save(figure, output)
     plt.close(figure)
 
 
-def table(rows: list[Row], dtype: str = "float32") -> str:
-    """Markdown: fastclip beside open_clip, a line for each N. A dash is what has not been measured."""
-    found = {(int(row["N"]), row["provider"]): row for row in rows if row["dtype"] == dtype}
+def _line(panel: Any, found: dict[tuple[int, str], Row], name: str, column: str) -> None:
+    """A provider's figures; hollow where it is only known that they do not fit."""
+    if name == "floor" and column == PEAK:
+        return  # has no step of its own to measure
+    style = {"marker": "", "linestyle": "-", "linewidth": 1.8, "markersize": 5.5, **STYLES.get(name, {})}
+    sizes = sorted({N for N, _ in found})
+    cells = [found.get((N, name)) for N in sizes]
+    panel.plot(sizes, [_number(cell, column) for cell in cells], label=LABELS.get(name, name), **style)
+    for N, cell in zip(sizes, cells):
+        needed = re.fullmatch(r"does not fit: (\d+) GiB", (cell or {}).get("status", ""))
+        if needed and column == PEAK:
+            mib = 1024 * int(needed[1])
+            panel.plot([N], [mib], color=style["color"], marker=style["marker"], markersize=7, fillstyle="none")
+            panel.annotate(
+                "does not fit", (N, mib), (-8, 0), textcoords="offset points", ha="right", va="center", size=8
+            )
+
+
+def _dress(panel: Any, sizes: list[tuple[int, int]]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    widths = {D for _, D in sizes}
+    labels = [f"{N:,}" + (f"\nD = {D:,}" if len(widths) > 1 else "") for N, D in sizes]
+    panel.set_xscale("log", base=2)
+    panel.set_xticks([N for N, _ in sizes], labels)
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.title.set_fontsize(11)
+    panel.grid(color="#dddddd", linewidth=0.7)
+    panel.spines[["top", "right"]].set_visible(False)
+    if panel.get_subplotspec().is_last_row():
+        panel.set_xlabel("batch size N")
+
+
+def _save(figure: Any, output: Path) -> None:
+    """With a palette of 64 colours, a third of the bytes."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    whole = BytesIO()
+    figure.savefig(whole, dpi=110)
+    Image.open(whole).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(output, optimize=True)
+
+
+def table(rows: list[Row], dtype: str = "float32", ours: str = "fastclip", sizes: Iterable[int] = ()) -> str:
+    """Markdown: fastclip beside open_clip, a line for each N of the rows and of `sizes`. A dash is what has not been
+    measured."""
+    chosen = [row for row in rows if row["dtype"] == dtype]
+    found = {(int(row["N"]), row["provider"]): row for row in chosen}
+    width = {int(row["N"]): row["D"] for row in chosen}
+    several = len(set(width.values())) > 1
 
     def cell(N: int, provider: str, column: str, digits: int) -> str:
-        value = _number(found.get((N, provider)), column)
-        return "-" if value != value else f"{value:,.{digits}f}"
+        row = found.get((N, provider))
+        value = _number(row, column)
+        return (row or {}).get("status") or "-" if value != value else f"{value:,.{digits}f}"
 
     lines = [
         "| N | fastclip, ms | times as fast as open_clip | % of the floor | peak MiB, fastclip / open_clip |",
         "|---:|---:|---:|---:|---:|",
     ]
-    for N in sorted({N for N, _ in found}):
-        ours = [cell(N, "fastclip", *which) for which in (("median_ms", 1), (SPEED, 2), ("floor_percent", 0))]
-        peaks = " / ".join(cell(N, name, PEAK, 0) for name in ("fastclip", "open_clip"))
-        lines.append(f"| {N:,} | {' | '.join(ours)} | {peaks} |")
+    for N in sorted({*width, *sizes}):
+        cells = [cell(N, ours, *which) for which in (("median_ms", 1), (SPEED, 2), (SHARE, 0))]
+        peaks = " / ".join(cell(N, name, PEAK, 0) for name in (ours, "open_clip"))
+        size = f"{N:,} x {int(width[N]):,}" if several and N in width else f"{N:,}"
+        lines.append(f"| {size} | {' | '.join(cells)} | {peaks} |")
     return "\n".join(lines)
 
 
@@ -166,26 +202,3 @@ def gpu_table(rows: list[Row]) -> str:
     for N, D in sorted({(N, D) for N, D, _ in found}):
         lines.append(f"| {N:,} | {D:,} | {' | '.join(cell(N, D, name) for name in providers)} |")
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=RESULTS / "cpu.csv", help="CSV of the benchmark")
-    parser.add_argument("--loss", choices=TITLES, default="softmax")
-    parser.add_argument("--output", type=Path, help="figure (default: beside the rows, named after rows and loss)")
-    parser.add_argument("--table", action="store_true", help="print the table (a CPU's: float32) instead of drawing")
-    arguments = parser.parse_args()
-    try:
-        rows = read(arguments.rows, arguments.loss)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
-    if arguments.table:
-        print(gpu_table(rows) if "gpu" in rows[0] else table(rows))
-        return
-    output = arguments.output or arguments.rows.with_name(f"{arguments.rows.stem}_{arguments.loss}.png")
-    draw(rows, output)
-    print(output)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ TOKENIZERS_PARALLELISM is off in the processes that read data.
 torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say that a command is one of several processes,
 MASTER_ADDR, MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE where they meet.
 TERM, TERM_PROGRAM, KITTY_WINDOW_ID and KONSOLE_VERSION say which pictures a terminal shows.
+`fastclip doctor` shows those that are set of ours and of Triton's, OpenMP's and CUDA's.
 """
 
 from __future__ import annotations
@@ -25,11 +26,23 @@ __all__ = [
     "backend",
     "cache_folder",
     "cpu_isa",
+    "in_effect",
     "launched",
     "terminal_protocol",
     "tokenizers_without_threads",
     "workspace_bytes",
 ]
+
+
+OWN = ("FASTCLIP_BACKEND", "FASTCLIP_CACHE", "FASTCLIP_CPU_ISA", "FASTCLIP_WORKSPACE_MB")
+OF_BUILDS = ("FASTCLIP_BUILD_CPU", "FASTCLIP_BUILD_CUDA", "FASTCLIP_CUDA_ARCHS")
+_OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+
+
+def in_effect() -> dict[str, str]:
+    """Variables that are set and change what the package does: all that begin as ours, and some of its libraries'."""
+    names = [name for name in sorted(os.environ) if name.startswith("FASTCLIP_") or name in _OF_OTHERS]
+    return {name: os.environ[name] for name in names if os.environ[name]}
 
 
 def backend() -> str | None:

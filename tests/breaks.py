@@ -22,6 +22,7 @@ from broken import (
     Promise,
     data,
     distributed,
+    doctor,
     filter,
     gpus,
     losses,
@@ -39,7 +40,22 @@ from native_build import PATH, ROOT
 DOCUMENT = ROOT / "docs" / "promises.md"
 
 
-PARTS = (losses, distributed, gpus, models, data, training, plan, zeroshot, retrieval, probe, report, search, filter)
+PARTS = (
+    losses,
+    distributed,
+    gpus,
+    models,
+    data,
+    training,
+    plan,
+    zeroshot,
+    retrieval,
+    probe,
+    report,
+    search,
+    filter,
+    doctor,
+)
 PROMISES: dict[str, list[Promise]] = {name: found for part in PARTS for name, found in part.PROMISES.items()}
 
 

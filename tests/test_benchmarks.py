@@ -1,4 +1,4 @@
-"""The benchmark itself: its providers agree, it runs, and the figure and the table say what the rows say."""
+"""The benchmark itself: its providers agree, it runs, and a figure and a table say what the rows say."""
 
 from __future__ import annotations
 
@@ -69,21 +69,22 @@ def test_figure_shows_the_last_rows_and_leaves_gaps(tmp_path: Path, monkeypatch)
     assert output.read_bytes().startswith(b"\x89PNG")
 
     (figure,) = drawn
-    speed, peak, speed_bf16, peak_bf16 = figure.axes
+    speed, share, peak, speed_bf16, _, peak_bf16 = figure.axes
     shown = {line.get_label(): list(line.get_ydata()) for line in speed.get_lines()}
     assert list(shown) == ["fastclip", "open_clip", plot.LABELS["floor"]]
     assert shown["fastclip"][0] == 2.0 and math.isnan(shown["fastclip"][1])
+    assert share.get_lines()[1].get_ydata()[0] == 45.0
     assert list(peak.get_lines()[0].get_ydata()) == [8.6, 16.2]
     assert speed_bf16.get_lines()[0].get_ydata()[0] == 5.0
     assert peak_bf16.get_yscale() == "linear"  # nothing was measured
     assert all(text in figure.get_suptitle() for text in ("abacus, 2 cores", "threads: 2", "torch 2.8.0", "D = 512"))
 
 
-def test_plot_from_the_command_line(tmp_path: Path) -> None:
+def test_table_from_the_command_line(tmp_path: Path) -> None:
     path = str(write(tmp_path / "rows.csv"))
-    table = run_module("benchmarks.plot", "--rows", path, "--table")
+    table = run_module("benchmarks.report", "--rows", path, "--table", "softmax")
     assert table.returncode == 0 and "| 1,024 | 20.0 |" in table.stdout, table.stderr
-    missing = run_module("benchmarks.plot", "--rows", str(tmp_path / "none.csv"))
+    missing = run_module("benchmarks.report", "--rows", str(tmp_path / "none.csv"), "--table", "softmax")
     assert missing.returncode == 2 and "none.csv is not there" in missing.stderr
     assert "Traceback" not in missing.stderr
 

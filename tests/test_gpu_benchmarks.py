@@ -18,10 +18,11 @@ pytest.importorskip("open_clip", reason="open_clip, which the benchmark compares
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import cases, gpu, gpu_case, losses, peers, plot, truth  # noqa: E402
+from benchmarks import cases, gpu, gpu_case, losses, peers, plot  # noqa: E402
 from benchmarks.gpu import Clocks, DeviceLost, Gpu  # noqa: E402
 from benchmarks.harness import Case, append, machine, wall_clock  # noqa: E402
 from benchmarks.peers import PEERS, Peer, Unavailable  # noqa: E402
+from fastclip.bench import truth  # noqa: E402
 
 N, D = 64, 32
 FIGURES = ["rounds", "median_ms", "p20_ms", "p80_ms", "tflops", "floor_percent", "speedup_over_open_clip", "peak_mib"]
@@ -359,7 +360,7 @@ def test_inputs_rotate_past_the_cache() -> None:
 
 def test_clocks_are_medians_of_what_was_read(monkeypatch) -> None:
     answers = iter([["1980", "2619"], ["1900", "2619"], ["[N/A]", "2619"], [], ["1755", "1593"]])
-    monkeypatch.setattr(gpu, "query", lambda fields: next(answers, ["1000", "1000"]))
+    monkeypatch.setattr(gpu, "nvidia_smi", lambda fields: next(answers, ["1000", "1000"]))
     clocks = Clocks()
     for _ in range(5):
         clocks.read()
@@ -369,7 +370,7 @@ def test_clocks_are_medians_of_what_was_read(monkeypatch) -> None:
         while len(clocks.samples) < 3 and time.monotonic() < end:
             time.sleep(0.01)
     assert len(clocks.samples) >= 3 and clocks.sm_mhz == 1000 and not clocks._thread.is_alive()
-    monkeypatch.setattr(gpu, "query", lambda fields: [])  # no nvidia-smi
+    monkeypatch.setattr(gpu, "nvidia_smi", lambda fields: [])  # no nvidia-smi
     with Clocks() as clocks:
         pass
     assert (clocks.sm_mhz, clocks.memory_mhz) == ("", "")

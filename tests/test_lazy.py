@@ -32,7 +32,9 @@ def test_import_loads_the_standard_library_only() -> None:
     assert new - set(sys.stdlib_module_names) == {"fastclip"}
 
 
-@pytest.mark.parametrize("line", ["--help", "--version", "models", "convert --help", "parity --help"])
+@pytest.mark.parametrize(
+    "line", ["--help", "--version", "models", "convert --help", "parity --help", "doctor --help", "bench --help"]
+)
 def test_command_answers_without_torch(line: str) -> None:
     code = f"import sys; from fastclip.cli import main\ntry:\n    main({line.split()})\nexcept SystemExit as end:\n"
     code += f"    assert not end.code\nprint('loaded:', *({SLOW} & sys.modules.keys()))"

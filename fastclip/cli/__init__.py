@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from fastclip._version import __version__
 from fastclip.cli import (
+    bench,
     convert,
     data,
+    doctor,
     embed,
     evaluate,
     filter,
@@ -40,6 +42,8 @@ _COMMANDS = {
     "embed": (embed, "write a data set as vectors, in clip-retrieval's layout"),
     "models": (models, "list the models by name"),
     "convert": (convert, "write a checkpoint in open_clip's, Hugging Face's or our form"),
+    "doctor": (doctor, "what is installed, what runs here and why not, and what to do about it"),
+    "bench": (bench, "time the losses on this machine beside open_clip's and the dense formula"),
     "parity": (parity, "compare the losses of several processes with those of one"),
 }
 _OWN_PARSER = ("train",)  # these read their words, --help too, themselves

@@ -18,12 +18,13 @@ from fastclip.modules import ClipLoss
 from fastclip.parity.cases import FP32_SUMS, Case, Truth, cases, truth
 from fastclip.sigmoid import sigmoid_loss
 
-__all__ = ["Row", "Settings", "compare", "table"]
+__all__ = ["Row", "Settings", "alone", "compare", "open_clip_loss", "table"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FORMS = {"gather": ("gather", False), "ring": ("ring", False)}
 _FORMS |= {f"{name}, equal_shards": (name, True) for name in ("gather", "ring")}
 _MODULES = ("ClipLoss", "open_clip's ClipLoss")
+_ALONE = ("plain", "sigmoid")
 _COLUMNS = ("loss", "d_image", "d_text", "d_scale", "d_bias")
 # What the package promises, relative; sums: to the sum of magnitudes that a gradient is made of
 _LOSS, _GRADIENT, _TF32_GRADIENT, _SCALE_GRADIENT, _FP64 = 1e-5, 3e-5, 1e-4, 1e-4, 1e-12
@@ -74,6 +75,22 @@ def compare(settings: Settings, device: torch.device) -> list[Row]:
     return sorted(rows, key=lambda row: order.index(row.form))
 
 
+def alone(device: torch.device, *, batch: int = 136, dim: int = 64, seed: int = 0) -> list[Row]:
+    """Both losses on one batch in this process, without a process group, on every backend and dtype of the device.
+
+    batch: a little more than a tile of 128 rows.
+    """
+    rows = []
+    batches = [case for case in cases(1, batch, dim, seed) if case.name in _ALONE]
+    for backend, dtype in _served(Settings(batch, dim, seed, None, device.type), device):
+        for case in batches:
+            true = truth(case, dtype, device)
+            errors, raised = _errors(case, dtype, device, true, _function(case, {"backend": backend}))
+            budgets = _budgets(case, dtype, device, true, "", backend)
+            rows.append(Row("-", backend, str(dtype).removeprefix("torch."), case.name, errors, budgets, raised))
+    return rows
+
+
 def _served(settings: Settings, device: torch.device) -> Iterator[tuple[str, torch.dtype]]:
     """Backends that run here, with the dtypes each serves."""
     for name, state in backends().items():
@@ -94,7 +111,9 @@ def _losses(case: Case, backend: str, dtype: torch.dtype, device: torch.device) 
     if case.name != "normalize=False" or pick(None, torch.empty(1, 1, dtype=dtype, device=device))[0] != backend:
         return
     modules = [(_MODULES[0], backend, ClipLoss)]
-    if dtype.itemsize >= 4 and (peer := _open_clip()) is not None:  # it rounds its logits to the features' dtype
+    if (
+        dtype.itemsize >= 4 and (peer := open_clip_loss("ClipLoss")) is not None
+    ):  # it rounds its logits to the features' dtype
         modules.append((_MODULES[1], "-", peer))
     for form, whose, module in modules:
         yield form, whose, _of_module(module(True, True, rank=dist.get_rank(), world_size=dist.get_world_size()))
@@ -120,15 +139,15 @@ def _of_module(module: Any) -> _Loss:
     return loss
 
 
-def _open_clip() -> Any:
-    """open_clip's ClipLoss, or None; from its file alone: the package imports all of its models."""
+def open_clip_loss(name: str) -> Any:
+    """A class of open_clip.loss, or None; from its file alone: the package imports all of its models."""
     package = importlib.util.find_spec("open_clip")
     for folder in (package and package.submodule_search_locations) or ():
         spec = importlib.util.spec_from_file_location("open_clip_loss", Path(folder) / "loss.py")
         if spec is not None and spec.loader is not None:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            return module.ClipLoss
+            return getattr(module, name)
     return None
 
 
@@ -141,14 +160,15 @@ def _errors(
     the scalars' gradients is the truth, and a feature's gradient W times the truth. With reduction="none" it returns
     the losses of its own rows, and nothing is multiplied by W.
     """
-    rank, raised = dist.get_rank(), ""
+    (rank, _), raised = _place(), ""
     own = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in (case.images, case.texts)]
     try:
         shares = _shares(case, own, dtype, device, true, loss)
     except Exception as error:  # one on every rank is a row that fails; of one rank alone the others time out
         shares = torch.full((1 + len(true.grads),), torch.nan, dtype=torch.float64, device=device)
         raised = f"{type(error).__name__}: {error}".splitlines()[0]
-    dist.all_reduce(shares)
+    if dist.is_initialized():
+        dist.all_reduce(shares)
     errors = [shares[0].sqrt() if true.loss.dim() else (shares[0] - true.loss).abs(), *shares[1:3].sqrt()]
     errors += [(total - t).abs() for total, t in zip(shares[3:], true.grads[2:])]
     return {k: float(x / t.norm()) for k, x, t in zip(_COLUMNS, errors, (true.loss, *true.grads))}, raised
@@ -164,7 +184,7 @@ def _shares(case: Case, own: list[slice], dtype: torch.dtype, device: torch.devi
     scalars = [torch.tensor(x, dtype=wide, device=device, requires_grad=True) for x in case.scalars]
     labels = () if case.labels is None else tuple(y[k].to(device) for y, k in zip(case.labels, own))
     value = loss(image, text, labels, *scalars)
-    factor, upstream = dist.get_world_size(), true.upstream
+    factor, upstream = _place()[1], true.upstream
     if isinstance(value, tuple):
         value, factor, upstream = torch.cat(value), 1, _own_rows(true.upstream, case, own)
     found = value, *torch.autograd.grad(value, (image, text, *scalars), upstream.to(value.dtype))
@@ -172,6 +192,11 @@ def _shares(case: Case, own: list[slice], dtype: torch.dtype, device: torch.devi
     squares = [(d - t[k]).square().sum() for d, t, k in zip(grads, true.grads, own)]
     of_loss = (value - _own_rows(true.loss, case, own)).square().sum() if value.dim() else value
     return torch.stack([of_loss, *squares, *grads[2:]])
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _own_rows(x: Tensor, case: Case, own: list[slice]) -> Tensor:
@@ -193,7 +218,7 @@ def _budgets(
         tf32 = on_gpu and backend == "triton"
         loss, image, text = _LOSS, *[(_TF32_GRADIENT if tf32 else _GRADIENT, FP32_SUMS)] * 2
     else:  # one rounding, of label smoothing's part another, and one of every share in sums over ranks
-        loss, ranks, ring = _LOSS, dist.get_world_size(), form.startswith("ring")
+        loss, ranks, ring = _LOSS, _place()[1], form.startswith("ring")
         for_images = 1 + smoothed + (ring and ranks > 1)
         for_texts = 1 + smoothed + (ranks > 1)
         image, text = (0.0, for_images * eps / 2), (0.0, for_texts * eps / 2)

@@ -1,0 +1,184 @@
+"""fastclip's losses on every backend, open_clip's and the dense formula: checked against one truth, then timed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastclip._backends import backends, pick
+from fastclip.bench.harness import Case, Provider, Step, Timings, rows, wall_clock
+from fastclip.bench.losses import DENSE, CheckFailed, Loss, check_one, leaves_of, step_of
+from fastclip.bench.truth import truth
+from fastclip.loss import contrastive_loss
+from fastclip.machine import about_cpu, about_gpu, available_bytes
+from fastclip.parity.compare import open_clip_loss
+from fastclip.sigmoid import sigmoid_loss
+
+__all__ = ["Measured", "measure", "table"]
+
+PEER, FORMULA = "open_clip", "dense"
+SIZES = {"cpu": (1024, 2048, 4096), "cuda": (8192, 32768, 65536)}
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+_FLUSHED_BYTES = 1 << 28  # beyond every L2
+
+
+class Measured(NamedTuple):
+    """One batch size; `rows` as in benchmarks/README.md, with a `status` of those that did not run."""
+
+    case: Case
+    rows: list[dict[str, Any]]
+    about: dict[str, Any]
+
+
+def measure(
+    *,
+    loss: str = "softmax",
+    sizes: Sequence[int] | None = None,
+    dim: int = 512,
+    dtype: str | None = None,
+    device: str | None = None,
+    rounds: int = 7,
+) -> Iterator[Measured]:
+    """Times forward and backward together; a batch size at a time, as soon as it is known.
+
+    Args:
+        loss: "softmax" or "sigmoid".
+        sizes: pairs of a batch; None for the device's own.
+        dtype: "float32", "bfloat16" or "float16"; None for bfloat16 on a GPU, else float32.
+        device: "cpu" or "cuda"; None for a GPU where there is one.
+
+    Raises:
+        ValueError: options that cannot be, or a GPU that is not there.
+        FloatingPointError: a loss of ours that is not the truth.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sizes, dtype = sizes or SIZES[device], dtype or DTYPES[device]
+    for name, value in (("--sizes", min(sizes)), ("--D", dim), ("--rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU (`fastclip doctor` says more)")
+    for N in sizes:
+        case = Case(loss, "both", N, dim, dtype)
+        yield Measured(case, _rows(case, device, rounds), about_gpu() if device == "cuda" else about_cpu())
+
+
+def _losses(case: Case, device: str) -> dict[str, Loss]:
+    """By provider: ours on each backend that serves these features, and what they are compared with."""
+    found: dict[str, Loss] = {FORMULA: DENSE[case.loss]}
+    if (peer := open_clip_loss({"softmax": "ClipLoss", "sigmoid": "SigLipLoss"}[case.loss])) is not None:
+        found[PEER] = peer()
+    function: Any = {"softmax": contrastive_loss, "sigmoid": sigmoid_loss}[case.loss]
+    features = torch.empty(1, case.D, dtype=getattr(torch, case.dtype), device=device)
+    for name, state in backends().items():
+        # the reference is the dense formula, and Triton's interpreter on a CPU is to be looked at
+        if state != "available" or name == "reference" or (device == "cpu") != (name == "cpu"):
+            continue
+        try:
+            pick(name, features)
+        except RuntimeError:
+            continue
+        found[f"fastclip_{name}"] = functools.partial(function, normalize=False, backend=name)
+    return found
+
+
+def _rows(case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
+    leaves = leaves_of(case, device)
+    expected = truth(case.loss, leaves)
+    status: dict[str, str] = {}
+    peak_mib: dict[str, float] = {}
+    providers = []
+    for name, loss in _losses(case, device).items():
+        if name in (PEER, FORMULA) and case.dense_bytes > _available(device):
+            status[name] = f"does not fit: {case.dense_bytes / 2**30:,.1f} GiB"
+            continue
+        prepare = functools.partial(step_of, case, loss, leaves)
+        try:
+            check_one(name, loss, leaves, expected)
+            if device == "cuda":
+                peak_mib[name] = _peak_mib(loss, leaves)
+            prepare()()  # warm
+        except CheckFailed as error:
+            if name.startswith("fastclip"):
+                raise FloatingPointError(f"N = {case.N}, {case.dtype}: {error}") from error
+            status[name] = f"check failed: {error}"
+        except torch.OutOfMemoryError:
+            status[name] = "out of memory"
+        else:
+            providers.append(Provider(name, prepare))
+    if not any(provider.name.startswith("fastclip") for provider in providers):
+        status["fastclip"] = f"no backend but the reference serves {case.dtype} on this device: see fastclip doctor"
+    timings = Timings(clock=_gpu_clock() if device == "cuda" else wall_clock)
+    for _ in range(rounds):
+        for provider in providers:
+            timings.time(provider)
+    found = [{**row, "status": ""} for row in rows(case, timings, floor="", peer=PEER, peak_mib=peak_mib)]
+    blank = {**dict.fromkeys(rows(case, Timings({"": [1.0]}), floor="", peer=PEER, peak_mib={})[0], ""), "status": ""}
+    return found + [{**blank, **asdict(case), "provider": name, "status": text} for name, text in status.items()]
+
+
+def _available(device: str) -> float:
+    if device == "cpu":
+        return available_bytes()
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch keeps some for the next tensor
+
+
+def _peak_mib(loss: Loss, leaves: tuple[Tensor, ...]) -> float:
+    """MiB at the worst moment of a step on the GPU beyond features and gradients."""
+    for x in leaves:
+        x.grad = torch.ones_like(x)  # part of the base line
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for x in leaves:
+        x.grad = None
+    loss(*leaves).backward()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def _gpu_clock() -> Any:
+    """Seconds of a step between events. The copy before it empties the L2 and lets the host run ahead, as the encoders
+    do in training."""
+    source, target = (torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
+
+    def clock(step: Step) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        target.copy_(source)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def table(measured: Measured, *, head: bool = True) -> str:
+    """Aligned lines, those of the comparison first; times as fast as open_clip, or as the dense formula without it."""
+    found = {row["provider"]: row for row in measured.rows}
+    base = next((name for name in (PEER, FORMULA) if found.get(name, {}).get("median_ms")), None)
+    lines = [("N", "loss on", "ms", "p20 to p80", f"x {base or PEER}", "peak MiB")] if head else []
+    for name, row in found.items():
+        if row["status"]:
+            cells = ("", row["status"], "", "")
+        else:
+            ratio = row[f"speedup_over_{PEER}"] or (found[base]["median_ms"] / row["median_ms"] if base else None)
+            times = f"{ratio:.2f}" if ratio else ""
+            peak = f"{row['peak_mib']:,.0f}" if row["peak_mib"] != "" else ""
+            cells = (f"{row['median_ms']:,.2f}", f"{row['p20_ms']:,.2f} to {row['p80_ms']:,.2f}", times, peak)
+        lines.append((f"{measured.case.N:,}", name, *cells))
+    widths = (7, 17, 11, 21, 12, 9)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if k == 1 else cell.rjust(width) for k, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    ).rstrip()

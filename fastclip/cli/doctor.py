@@ -1,0 +1,62 @@
+"""``fastclip doctor``"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastclip.doctor import Diagnosis
+
+__all__ = ["add"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Versions, GPUs, backends and why one does not run, what serves which features, environment, memory, extras; "
+        "then both losses on every backend against float64. Under what can be improved stands what to do. Exit status "
+        "1 when the losses do not run or a promise is broken. On a GPU the first call waits for Triton's compiler."
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the same there, for a report of a fault")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from fastclip.doctor import diagnose
+    from fastclip.durable import write_text
+
+    found = diagnose()
+    print(_text(found))
+    if args.json:
+        tests = [{**row._asdict(), "ok": row.ok} for row in found.tests]
+        told = {"usable": found.usable, "findings": [x._asdict() for x in found.findings], "tests": tests}
+        write_text(Path(args.json), json.dumps(told, indent=1) + "\n")
+    return int(not found.usable)
+
+
+def _text(found: Diagnosis) -> str:
+    from fastclip.parity import table
+
+    lines: list[str] = []
+    section = None
+    for finding in found.findings:
+        if finding.section != section:
+            section = finding.section
+            lines += ["", section]
+        mark = {"": " ", "warning": "!", "fault": "X"}[finding.state]
+        lines.append(f"{mark} {finding.name:<18}{finding.value}")
+        if finding.advice:
+            lines.append(f"{'':<20}what to do: {finding.advice}")
+    failed = sum(not row.ok for row in found.tests)
+    faults, warned = (sum(finding.state == state for finding in found.findings) for state in ("fault", "warning"))
+    lines += ["", "losses on a small batch, relative error / promised", table(found.tests), ""]
+    if faults:
+        lines.append("what to do: mend first what is marked X\n")
+    elif failed:
+        lines.append("what to do: report this as a fault of fastclip, with the file that --json writes\n")
+    state = "usable" if found.usable else "NOT usable"
+    lines.append(f"{state}: {len(found.tests)} comparisons, {failed} failed; faults: {faults}, warnings: {warned}")
+    return "\n".join(lines).lstrip("\n")

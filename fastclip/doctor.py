@@ -1,0 +1,240 @@
+"""What is installed here, what runs and why not, and what to do about it: what `fastclip doctor` prints."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from fastclip import _env, machine
+from fastclip._backends import backends, build_info, pick
+from fastclip.parity.compare import Row, alone
+
+__all__ = ["Diagnosis", "Finding", "diagnose"]
+
+DISTRIBUTION = "fastclip-kernels"
+EXTRAS = {
+    "models": "encoders, tokenizers, checkpoints",
+    "train": "fastclip train, eval and data",
+    "search": "fastclip search",
+    "hf": "data sets of the datasets library",
+    "remote": "data behind https://",
+}
+_LIBRARIES = {
+    "open_clip": "open_clip_torch",
+    "timm": "timm",
+    "transformers": "transformers",
+    "torchvision": "torchvision",
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GIB, _LEAST_FILES = 2**30, 1024
+_ANOTHER_BUILD = "install again from the clone with the compiler there: pip install --force-reinstall --no-deps ."
+
+
+class Finding(NamedTuple):
+    """`state`: "" for what is as it should be or may stay so, "warning", or "fault": the losses do not run."""
+
+    section: str
+    name: str
+    value: str
+    state: str = ""
+    advice: str = ""
+
+
+class Diagnosis(NamedTuple):
+    findings: list[Finding]
+    tests: list[Row]  # both losses on every backend and dtype against float64
+
+    @property
+    def usable(self) -> bool:
+        return all(row.ok for row in self.tests) and all(finding.state != "fault" for finding in self.findings)
+
+
+def diagnose() -> Diagnosis:
+    """Looks at this machine and installation, and runs every backend on one small batch.
+
+    A few seconds; more where Triton compiles its kernels for this GPU for the first time.
+    """
+    parts = (_versions, _gpus, _backends, _served, _environment, _machine, _extras)
+    findings = [finding for part in parts for finding in part()]
+    return Diagnosis(findings, [row for device in _devices() for row in alone(device)])
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+
+def _versions() -> Iterator[Finding]:
+    built = build_info()
+    found = {"fastclip": built["fastclip"], "python": platform.python_version(), "torch": built["torch"]}
+    found |= {"triton": built["triton"]} | {name: machine.version(package) for name, package in _LIBRARIES.items()}
+    found |= {"torch's CUDA": torch.version.cuda or "", "torch's ROCm": torch.version.hip or ""}
+    found |= {"native CPU": built["cpu"], "native CUDA": built["cuda"], "system": platform.platform()}
+    for name, text in found.items():
+        yield Finding("versions", name, text or "none")
+
+
+def _gpus() -> Iterator[Finding]:
+    if torch.cuda.is_available():
+        driver = "".join(f", driver {text}" for text in machine.nvidia_smi("driver_version"))
+        for index in range(torch.cuda.device_count()):
+            try:
+                properties = torch.cuda.get_device_properties(index)
+                free, total = torch.cuda.mem_get_info(index)
+            except RuntimeError as error:  # a process that has it for itself, or no memory left for one more
+                told = str(error).splitlines()[0]
+                yield Finding("GPUs", f"cuda:{index}", told, "warning", "CUDA_VISIBLE_DEVICES chooses other GPUs")
+                continue
+            about = f"{properties.name}, compute capability {properties.major}.{properties.minor}{driver}"
+            yield Finding("GPUs", f"cuda:{index}", f"{about}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
+        return
+    there = machine.nvidia_smi("name,driver_version")
+    if not there:
+        yield Finding("GPUs", "none", "the losses run on the CPU")
+        return
+    seen = f"torch sees none, nvidia-smi lists {there[0]}, driver {there[-1]}"
+    if torch.version.cuda is None:
+        advice = "install torch's build for CUDA: this one is for CPUs only"
+    else:
+        advice = f"a driver for CUDA {torch.version.cuda}, or torch for an older CUDA; look at CUDA_VISIBLE_DEVICES too"
+    yield Finding("GPUs", "none", seen, "warning", advice)
+
+
+def _backends() -> Iterator[Finding]:
+    capabilities = [torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())]
+    nvidia = torch.version.cuda is not None and torch.cuda.is_available()
+    for name, state in backends().items():
+        advice = ""
+        if state != "available":
+            if name == "cpu":
+                advice = (
+                    "unset FASTCLIP_CPU_ISA" if "FASTCLIP_CPU_ISA" in state else f"a C++ compiler; {_ANOTHER_BUILD}"
+                )
+            elif name == "triton" and capabilities and "not installed" in state:
+                advice = "pip install triton"
+            elif name == "cuda" and nvidia and (9, 0) in capabilities and "not built" in state:
+                advice = f"nvcc on the PATH; {_ANOTHER_BUILD}"
+            elif name == "cuda" and nvidia and (9, 0) in capabilities and "driver serves" in state:
+                advice = "a newer NVIDIA driver"
+        yield Finding("backends", name, state, "warning" if advice else "", advice)
+
+
+def _served() -> Iterator[Finding]:
+    for device in _devices():
+        for dtype in _DTYPES:
+            name = f"{str(dtype).removeprefix('torch.')} on {device.type}"
+            try:
+                chosen = pick(None, torch.empty(1, 1, dtype=dtype, device=device))[0]
+            except RuntimeError as error:  # FASTCLIP_BACKEND names one that refuses
+                yield Finding("served by", name, str(error), "warning", "unset FASTCLIP_BACKEND")
+                continue
+            except ValueError as error:
+                yield Finding("served by", name, str(error), "fault", "unset FASTCLIP_BACKEND")
+                return
+            if chosen != "reference" or _env.backend() == "reference":
+                yield Finding("served by", name, chosen)
+                continue
+            dense = "reference: the N x N similarities are stored"
+            yield Finding("served by", name, dense, "warning", "see the backends above: a fused one is missing")
+
+
+def _environment() -> Iterator[Finding]:
+    for name, value in _env.in_effect().items():
+        state = advice = ""
+        if name.startswith("FASTCLIP_") and name not in _env.OWN + _env.OF_BUILDS:
+            close = difflib.get_close_matches(name, _env.OWN, 1)
+            state, advice = "warning", f"fastclip does not read it{'; is ' + close[0] + ' meant?' if close else ''}"
+        elif name == "TRITON_INTERPRET" and value != "0":
+            state, advice = "warning", "unset it: Triton's kernels run as Python on the CPU, to be looked at"
+        elif name == "FASTCLIP_WORKSPACE_MB":
+            try:
+                _env.workspace_bytes()
+            except ValueError as error:
+                state, advice = "fault", str(error)
+        yield Finding("environment", name, value, state, advice)
+
+
+def _machine() -> Iterator[Finding]:
+    cores, threads = machine.usable_cores(), torch.get_num_threads()
+    whole = max(1, math.floor(cores))
+    advice = note = ""
+    if threads > math.ceil(cores):
+        advice = f"OMP_NUM_THREADS={whole}: this process may use {cores:g} cores, more threads wait for each other"
+    elif threads < whole and "OMP_NUM_THREADS" in _env.in_effect():
+        note = "unset OMP_NUM_THREADS, which keeps torch from the other cores"
+    value = f"{machine.processor()}; {cores:g} of {os.cpu_count()} cores, torch's threads: {threads}"
+    yield Finding("machine", "processor", value, "warning" if advice else "", advice or note)
+
+    memory, limit = machine.memory_bytes(), machine.container_bytes()
+    allowed = f", of which this container may use {limit / _GIB:.1f} GiB" if limit < memory else ""
+    yield Finding("machine", "memory", f"{memory / _GIB:.1f} GiB{allowed}, {machine.available_bytes() / _GIB:.1f} free")
+
+    if (shared := machine.shared_memory_bytes()) is not None:
+        advice = "docker run --shm-size=8g (or --ipc=host), or --workers 0: data loaders die where it is full"
+        small = shared < _GIB
+        yield Finding("machine", "/dev/shm", f"{shared / _GIB:.2f} GiB", *(("warning", advice) if small else ()))
+    if (files := machine.open_files()) is not None:
+        small = files < _LEAST_FILES
+        advice = "ulimit -n 65536: workers of data loaders send batches through open files"
+        yield Finding("machine", "open files", f"{files:,}", *(("warning", advice) if small else ()))
+    yield _cache()
+
+
+def _cache() -> Finding:
+    folder = _env.cache_folder()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    value = f"{folder}, {free / _GIB:.1f} GiB free"
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        return Finding(
+            "machine", "cache", f"{value}; not writable", "warning", "FASTCLIP_CACHE=a folder you may write to"
+        )
+    if free < _GIB:
+        return Finding("machine", "cache", value, "warning", "FASTCLIP_CACHE=a folder on a disk with more room")
+    return Finding("machine", "cache", value)
+
+
+def _extras() -> Iterator[Finding]:
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(
+            "extras", DISTRIBUTION, "not installed: these are its bare sources", "", "pip install . in the clone"
+        )
+        return
+    for extra, what in EXTRAS.items():
+        lacking = sorted(set(_lacking(lines, extra)))
+        advice = f"for {what}: pip install '.[{extra}]' in the clone" if lacking else ""
+        yield Finding("extras", extra, f"lacks {', '.join(lacking)}" if lacking else "installed", "", advice)
+
+
+def _lacking(lines: list[str], extra: str) -> Iterator[str]:
+    """Packages of an extra, and of those it names, that are missing or of a version that it does not take."""
+    for line in lines:
+        wanted, _, marker = line.partition(";")
+        if not re.search(rf"""extra == ['"]{extra}['"]""", marker):
+            continue
+        name, others, bounds = re.fullmatch(r"\s*([\w.-]+)(?:\[([^\]]*)\])?\s*\(?([^)]*?)\)?\s*", wanted).groups()  # type: ignore[union-attr]
+        if others:
+            for other in others.split(","):
+                yield from _lacking(lines, other.strip())
+        elif not (have := machine.version(name)):
+            yield name
+        elif not _fits(have, bounds):
+            yield f"{name}{bounds} (not {have})"
+
+
+def _fits(have: str, bounds: str) -> bool:
+    def numbers(version: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", version)[:3]]
+
+    least, below = (re.search(rf"(?:^|,){sign}([\d.]+)", bounds.replace(" ", "")) for sign in (">=", "<"))
+    return not (least and numbers(have) < numbers(least[1])) and not (below and numbers(have) >= numbers(below[1]))

@@ -1,0 +1,162 @@
+"""What this machine is, and what it lets a process have."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastclip._backends.cpu import native
+from fastclip._version import __version__
+
+__all__ = [
+    "about_cpu",
+    "about_gpu",
+    "available_bytes",
+    "container_bytes",
+    "memory_bytes",
+    "nvidia_smi",
+    "open_files",
+    "shared_memory_bytes",
+    "usable_cores",
+    "version",
+]
+
+_CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def version(distribution: str) -> str:
+    """Of an installed distribution; empty where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def processor() -> str:
+    """Its model's name."""
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def about_cpu(commit: str = "") -> dict[str, Any]:
+    """What a row of figures from a CPU says of where it was measured; `commit` of the sources, where there is one."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "isa": native.build() if native.missing() is None else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastclip": __version__,
+        "open_clip": version("open_clip_torch"),
+    }
+
+
+def about_gpu(commit: str = "") -> dict[str, Any]:
+    """Likewise from the current GPU."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "gpu": torch.cuda.get_device_name(),
+        "driver": (nvidia_smi("driver_version") or [""])[0],
+        "cuda": torch.version.cuda or "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "fastclip": __version__,
+        "open_clip": version("open_clip_torch"),
+    }
+
+
+def nvidia_smi(fields: str) -> list[str]:
+    """The cells that nvidia-smi answers with for torch's first GPU; none where it is not there."""
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None) if torch.cuda.is_available() else None
+    which = [f"--id=GPU-{str(uuid).removeprefix('GPU-')}"] if uuid else []
+    command = ["nvidia-smi", *which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = done.stdout.splitlines()
+    return [cell.strip() for cell in lines[0].split(",")] if done.returncode == 0 and lines else []
+
+
+def usable_cores() -> float:
+    """Cores this process may keep busy: the machine's, less what its affinity or its container leaves out."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    cores: float = len(affinity(0)) if affinity else os.cpu_count() or 1
+    for text in _limits("cpu.max", "", ""):
+        quota, period = text.split()
+        if quota != "max":
+            cores = min(cores, int(quota) / int(period))
+    return cores
+
+
+def memory_bytes() -> float:
+    """The machine's memory; infinite where the system does not say."""
+    return _meminfo("MemTotal")
+
+
+def container_bytes() -> float:
+    """Memory that this process's control groups allow; infinite without a limit."""
+    limits = (text for text in _limits("memory.max", "memory", "memory.limit_in_bytes") if text.isdecimal())
+    return min((int(text) for text in limits if int(text) < 2**60), default=math.inf)  # v1's "no limit" is 2^63 or so
+
+
+def available_bytes() -> float:
+    """Memory that can be had without swapping; infinite where the system does not say."""
+    return min(_meminfo("MemAvailable"), container_bytes())
+
+
+def shared_memory_bytes() -> int | None:
+    """Size of /dev/shm, through which data loaders send batches; None where there is none."""
+    return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
+
+
+def open_files() -> int | None:
+    """Files that this process may hold open; None where that is not limited."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _meminfo(name: str) -> float:
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith(f"{name}:"):
+            return float(line.split()[1]) * 1024
+    return math.inf
+
+
+def _limits(v2: str, controller: str, v1: str) -> Iterator[str]:
+    """What a file of the control groups around this process says: `v2`, and of a controller in version 1 `v1`."""
+    for line in _lines(_OWN_GROUPS):
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", controller):
+            continue
+        base, name = (_CGROUPS / controller, v1) if controllers else (_CGROUPS, v2)
+        inner = Path(path.lstrip("/"))
+        for folder in (inner, *inner.parents):  # the last of them is base itself
+            yield from _lines(base / folder / name)[:1]

@@ -1,0 +1,184 @@
+"""`fastclip doctor`: what it says of a machine, and that it sees losses that are wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastclip import _env, doctor, machine
+from fastclip.cli import main
+from fastclip.doctor import Finding
+from fastclip.parity import compare
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU, nothing set, and of the backends those that compute on a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in _env.in_effect():
+        monkeypatch.delenv(name)
+    there = {name: state for name, state in compare.backends().items() if name in ("cpu", "reference")}
+    monkeypatch.setattr(compare, "backends", lambda: there)
+
+
+def findings(part: Any) -> dict[str, Finding]:
+    return {finding.name: finding for finding in part()}
+
+
+def test_doctor_needs_torch_alone(tmp_path: Path) -> None:
+    """A process in which nothing else can be imported, on a machine as it is."""
+    code = "import sys; sys.modules.update(dict.fromkeys(['timm', 'transformers', 'open_clip', 'PIL', 'sklearn']))\n"
+    code += "from fastclip.cli import main\nsys.exit(main(['doctor', '--json', 'told.json']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert re.fullmatch(r"usable: \d+ comparisons, 0 failed; faults: 0, warnings: \d+", last)
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["usable"] and f"usable: {len(told['tests'])} comparisons" in last
+    assert {"versions", "GPUs", "backends", "served by", "machine", "extras"} <= {
+        x["section"] for x in told["findings"]
+    }
+    assert all(test["ok"] and test["errors"]["loss"] <= test["budgets"]["loss"] for test in told["tests"])
+
+
+@pytest.mark.parametrize("name", ["contrastive_loss", "sigmoid_loss"])
+def test_wrong_loss_is_seen(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = getattr(compare, name)
+    monkeypatch.setattr(compare, name, lambda *args, **options: 1.0001 * right(*args, **options))
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL" in out and "what to do: report this as a fault of fastclip" in out and "NOT usable" in out
+
+
+def test_every_backend_and_dtype_is_tested() -> None:
+    rows = compare.alone(torch.device("cpu"))
+    tested = {(row.backend, row.dtype, row.case) for row in rows}
+    names = [name for name, state in compare.backends().items() if state == "available"]
+    expected = {
+        (name, dtype, case) for name in names for dtype in ("float32", "bfloat16", "float16") for case in compare._ALONE
+    }
+    assert expected | {("reference", "float64", case) for case in compare._ALONE} == tested
+    assert all(row.ok for row in rows)
+
+
+def test_variables_are_shown_and_misspelt_ones_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FASTCLIP_BACKEN": "cpu", "FASTCLIP_CACHE": "/x", "TRITON_INTERPRET": "1"}.items():
+        monkeypatch.setenv(name, value)
+    found = findings(doctor._environment)
+    assert found["FASTCLIP_CACHE"] == ("environment", "FASTCLIP_CACHE", "/x", "", "")
+    assert found["FASTCLIP_BACKEN"].state == "warning"
+    assert found["FASTCLIP_BACKEN"].advice == "fastclip does not read it; is FASTCLIP_BACKEND meant?"
+    assert found["TRITON_INTERPRET"].state == "warning" and found["TRITON_INTERPRET"].advice.startswith("unset it")
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "much")
+    assert findings(doctor._environment)["FASTCLIP_WORKSPACE_MB"].state == "fault"
+
+
+def test_every_variable_that_is_read_is_known() -> None:
+    read = set(re.findall(r'environ\.get\("(FASTCLIP_\w+)"\)', Path(_env.__file__).read_text()))
+    assert len(read) > 3 and read == set(_env.OWN)
+
+
+def test_unknown_backend_is_a_fault(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FASTCLIP_BACKEND", "warp")
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "what to do: unset FASTCLIP_BACKEND" in out and "what to do: mend first what is marked X" in out
+    monkeypatch.setenv("FASTCLIP_BACKEND", "cuda")
+    (found, *_) = doctor._served()
+    assert found.state == "warning" and "cannot serve" in found.value
+
+
+def test_dense_service_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "pick", lambda name, image: ("reference", None))
+    assert {found.state for found in doctor._served()} == {"warning"}
+    reason = "the native module was not built: `cmake -S` failed (no C++ compiler was found)"
+    monkeypatch.setattr(doctor, "backends", lambda: {"cuda": "no driver", "cpu": reason, "reference": "available"})
+    found = findings(doctor._backends)
+    assert found["cpu"].state == "warning" and found["cpu"].advice.startswith("a C++ compiler; install again")
+    assert found["cuda"].state == found["cuda"].advice == ""  # without a GPU nothing can be done
+
+
+def test_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "nvidia_smi", lambda fields: ["NVIDIA H100", "535.1"])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (found,) = doctor._gpus()
+    assert found.state == "warning" and "NVIDIA H100, driver 535.1" in found.value and "build for CUDA" in found.advice
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (found,) = doctor._gpus()
+    assert "a driver for CUDA 13.0" in found.advice
+    monkeypatch.setattr(machine, "nvidia_smi", lambda fields: [])
+    (found,) = doctor._gpus()
+    assert found.state == ""
+
+
+def test_gpu_that_cannot_be_used_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(index: int) -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", busy)
+    monkeypatch.setattr(machine, "nvidia_smi", lambda fields: ["580.1"])
+    (found,) = doctor._gpus()
+    assert found.state == "warning" and found.value.endswith("busy or unavailable")
+
+
+def test_small_containers_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (("shared_memory_bytes", 64 * 2**20), ("open_files", 256), ("container_bytes", 3.5 * 2**30)):
+        monkeypatch.setattr(machine, name, lambda value=value: value)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 1.5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "not" / "yet"))
+    found = findings(doctor._machine)
+    assert "--shm-size" in found["/dev/shm"].advice and found["/dev/shm"].value == "0.06 GiB"
+    assert "ulimit -n" in found["open files"].advice
+    assert "this container may use 3.5 GiB" in found["memory"].value
+    assert found["processor"].advice.startswith("OMP_NUM_THREADS=1: this process may use 1.5 cores")
+    assert [f.state for f in found.values()] == ["warning", "", "warning", "warning", ""]
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    assert doctor._cache().state == "warning"
+
+
+def test_limits_are_those_of_all_groups_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own, root = tmp_path / "own", tmp_path / "cgroup"
+    monkeypatch.setattr(machine, "_OWN_GROUPS", own)
+    monkeypatch.setattr(machine, "_CGROUPS", root)
+    assert machine.container_bytes() == math.inf  # no control groups
+    (root / "pod" / "inner").mkdir(parents=True)
+    own.write_text("0::/pod/inner\n")
+    (root / "pod" / "memory.max").write_text("1073741824\n")
+    (root / "pod" / "inner" / "memory.max").write_text("max\n")
+    (root / "pod" / "inner" / "cpu.max").write_text("50000 100000\n")
+    assert machine.container_bytes() == machine.available_bytes() == 2**30
+    assert machine.usable_cores() == 0.5
+    own.write_text("4:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n")
+    (root / "memory").mkdir()
+    (root / "memory" / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    assert machine.container_bytes() == math.inf
+    (root / "memory" / "memory.limit_in_bytes").write_text(f"{2**29}\n")
+    assert machine.container_bytes() == 2**29
+
+
+def test_lacking_extras_are_named_with_the_line_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["torch>=2.8", "timm>=1.0.20; extra == 'models'", 'transformers<6,>=5; extra == "models"']
+    lines += ["pillow; extra == 'models'", "fastclip-kernels[models]; extra == 'train'", "tqdm; extra == 'train'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: lines)
+    versions = {"timm": "1.0.9", "transformers": "5.24.0", "pillow": "13.0"}
+    monkeypatch.setattr(machine, "version", lambda name: versions.get(name, ""))
+    found = findings(doctor._extras)
+    assert found["models"].value == "lacks timm>=1.0.20 (not 1.0.9)"
+    assert found["train"].value == "lacks timm>=1.0.20 (not 1.0.9), tqdm"
+    assert "pip install '.[train]' in the clone" in found["train"].advice
+    assert found["hf"].value == "installed"
+    versions |= {"timm": "1.1", "transformers": "6.0", "tqdm": "4"}
+    assert findings(doctor._extras)["train"].value == "lacks transformers<6,>=5 (not 6.0)"
