@@ -15,7 +15,7 @@ import pytest
 import fastclip
 
 PACKAGE = Path(fastclip.__file__).parent
-LAZY = ("fastclip", "fastclip.models", "fastclip.training")
+LAZY = ("fastclip", "fastclip.integrations", "fastclip.models", "fastclip.training")
 SLOW = {"torch", "numpy", "timm", "transformers", "open_clip"}
 
 
