@@ -15,9 +15,7 @@ import open_clip.loss
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers.models.align import modeling_align  # noqa: F401: before the fork
 from transformers.models.clip.modeling_clip import CLIPConfig, CLIPModel
-from transformers.models.siglip import modeling_siglip  # noqa: F401
 
 from fastclip.integrations import patch_open_clip, patch_transformers, unpatch
 
@@ -97,6 +95,8 @@ def work(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    patch_transformers()  # imports all models
+    unpatch()
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(rank, sys.argv[1])) for rank in range(2)]
     for process in processes:

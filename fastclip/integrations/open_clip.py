@@ -27,7 +27,8 @@ def patch_open_clip() -> None:
     """Let ``open_clip.loss.ClipLoss`` and ``SigLipLoss`` compute fastclip's losses, wherever they were imported to.
 
     The forward of both classes is replaced, so that ``open_clip.create_loss``, ``open_clip_train`` and instances that
-    are there already need no change. Values and gradients stay open_clip's, up to rounding:
+    are there already need no change. Values and gradients stay open_clip's, up to rounding
+    (``logit_scale``'s after the mean over processes that DDP takes):
 
     - with ``world_size > 1`` a ``ClipLoss`` is replaced where ``local_loss`` and ``gather_with_grad`` are both set
       (``--local-loss --gather-with-grad``). Other flags make other gradients, or another value on each rank, than

@@ -79,8 +79,8 @@ def _kinds() -> tuple[_Kind, ...]:
     ends = {"bos_token_id": 0, "eos_token_id": 7, "pad_token_id": 1}
     undropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0}
     one_block: dict[str, Any] = {key: [1] for key in ("strides", "num_block_repeats", "expand_ratios")}
-    one_block |= {"kernel_sizes": [3], "in_channels": [32], "out_channels": [8], "width_coefficient": 1.0, "depth_coefficient": 1.0}
-    one_block |= {"image_size": 4, "hidden_dim": 8, "drop_connect_rate": 0.0}
+    one_block |= {"kernel_sizes": [3], "in_channels": [32], "out_channels": [8], "hidden_dim": 8, "image_size": 4}
+    one_block |= {"width_coefficient": 1.0, "depth_coefficient": 1.0, "drop_connect_rate": 0.0}
     return (
         _Kind(
             clip.CLIPModel,
