@@ -17,13 +17,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from broken import Break, Promise, data, distributed, gpus, losses, models, plan, training
+from broken import Break, Promise, data, distributed, gpus, integrations, losses, models, plan, training
 from native_build import PATH, ROOT
 
 DOCUMENT = ROOT / "docs" / "promises.md"
 
 
-PARTS = (losses, distributed, gpus, models, data, training, plan)
+PARTS = (losses, distributed, gpus, models, data, training, plan, integrations)
 PROMISES: dict[str, list[Promise]] = {name: found for part in PARTS for name, found in part.PROMISES.items()}
 
 

@@ -21,9 +21,7 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
     """What it prints."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     inherited = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, env=inherited | environment, cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, env=inherited | environment, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -89,7 +89,9 @@ def model_of(name: str) -> Any:
 def batch(count: int = N) -> dict[str, Any]:
     ids = torch.randint(2, 19, (count, 4))
     ids[:, -1] = 19
-    return {"input_ids": ids, "pixel_values": torch.randn(count, 3, 8, 8), "attention_mask": torch.ones_like(ids)}
+    mask = torch.ones_like(ids)
+    mask[::2, 1] = 0
+    return {"input_ids": ids, "pixel_values": torch.randn(count, 3, 8, 8), "attention_mask": mask}
 
 
 def loss_and_gradients(model: Any, inputs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
@@ -387,23 +389,29 @@ def test_unknown_version_is_refused(package: str, version: str, monkeypatch: pyt
     assert all(vars(owner)["forward"] is forward for owner, forward in zip(PATCHED, ORIGINALS))
 
 
+CHANGES = {"loss": lambda loss: 2 * loss, "gradients": lambda loss: 2 * loss - loss.detach()}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("owner", PATCHED, ids=lambda owner: owner.__name__)
-def test_class_that_computes_something_else_is_refused(owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a package of a known version does after a patch of somebody else's."""
+def test_class_that_computes_something_else_is_refused(
+    owner: Any, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a known version does after a patch of somebody else's."""
     forward = owner.forward
 
-    def doubled(self: Any, *args: Any, return_loss: Any = None, **kwargs: Any) -> Any:
+    def changed(self: Any, *args: Any, return_loss: Any = None, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs, **({"return_loss": True} if return_loss else {}))
         if isinstance(output, Tensor):
-            return 2 * output
-        output.loss = 2 * output.loss
+            return change(output)
+        output.loss = change(output.loss)
         return output
 
     with monkeypatch.context() as patches:
-        patches.setattr(owner, "forward", doubled)
+        patches.setattr(owner, "forward", changed)
         with pytest.raises(RuntimeError, match=rf"{owner.__name__}.forward.* is not the function it is known as"):
             (patch_open_clip if owner.__module__ == "open_clip.loss" else patch_transformers)()
-        assert vars(owner)["forward"] is doubled
+        assert vars(owner)["forward"] is changed
     assert all(vars(owner)["forward"] is forward for owner, forward in zip(PATCHED, ORIGINALS))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastclip.integrations.patching import check_same_loss, check_version, original, replace
@@ -134,7 +135,9 @@ def _forward(kind: _Kind, dense: Callable[..., Any], **options: Any) -> Callable
 
 
 def _resolved(options: dict[str, Any]) -> dict[str, Any]:
-    return options | {"group": torch.distributed.group.WORLD} if options.get("group") == "world" else options
+    if options.get("group") != "world":
+        return options
+    return options | {"group": dist.group.WORLD if dist.is_available() else None}
 
 
 def _encode(
