@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_same_loss", "check_version", "replace", "unpatch"]
+__all__ = ["check_same_loss", "check_version", "original", "replace", "unpatch"]
 
 _RELATIVE = 1e-9  # of losses and gradients, in float64
 _originals: dict[str, dict[type, Callable[..., Any]]] = {}  # by package

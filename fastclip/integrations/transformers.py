@@ -25,10 +25,10 @@ def patch_transformers(*, group: Any = None) -> None:
     """Let ``CLIPModel``, ``SiglipModel`` and ``AlignModel`` of transformers train with fastclip's losses.
 
     The part of their forward that forms the logits is replaced where a model is in training mode and is called with
-    ``return_loss=True``, as the `Trainer` does. There ``loss`` is that of transformers up to rounding, float32 where a
-    model is in 16 bits, and its gradients too; no N x N matrix is made, and ``logits_per_image`` and
-    ``logits_per_text`` are None: the tuple of ``return_dict=False`` is without them. In evaluation mode, or without
-    ``return_loss``, everything is as before, the logits included.
+    ``return_loss=True``, which the `Trainer` passes on from the data collator. There ``loss`` and its gradients are
+    those of transformers up to rounding (the loss float32 where a model is in 16 bits), no N x N matrix is made, and
+    ``logits_per_image`` and ``logits_per_text`` are None: the tuple of ``return_dict=False`` is without them. In
+    evaluation mode, or without ``return_loss``, everything is as before, the logits included.
 
     Under DDP transformers' loss is each process's own, over its own pairs, and so it is here by default.
 
