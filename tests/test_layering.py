@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fastclip"
 # A module may import from its own layer and from those below it, never from above.
 LAYERS = (
     {"cli"},
-    {"training", "evaluation", "search", "parity", "bench", "doctor", "machine"},
+    {"training", "evaluation", "search", "parity", "integrations", "bench", "doctor", "machine"},
     {"data", "models"},
     {"modules"},
     {"multiview", "stats"},

@@ -15,7 +15,7 @@ import pytest
 import fastclip
 
 PACKAGE = Path(fastclip.__file__).parent
-LAZY = ("fastclip", "fastclip.data", "fastclip.models", "fastclip.search", "fastclip.training")
+LAZY = ("fastclip", "fastclip.integrations", "fastclip.data", "fastclip.models", "fastclip.search", "fastclip.training")
 SLOW = {"torch", "numpy", "timm", "transformers", "open_clip"}
 
 

@@ -1,0 +1,216 @@
+"""The losses of Hugging Face's CLIP, SigLIP and ALIGN, computed by fastclip's."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastclip.integrations.patching import check_same_loss, check_version, original, replace
+from fastclip.loss import contrastive_loss
+from fastclip.sigmoid import sigmoid_loss
+
+__all__ = ["patch_transformers"]
+
+_PACKAGE = "transformers"
+_OLDEST, _NEWEST = (5, 0), (5, 24)
+
+
+def patch_transformers(*, group: Any = None) -> None:
+    """Let ``CLIPModel``, ``SiglipModel`` and ``AlignModel`` of transformers train with fastclip's losses.
+
+    The part of their forward that forms the logits is replaced where a model is in training mode and is called with
+    ``return_loss=True``, which the `Trainer` passes on from the data collator. There ``loss`` and its gradients are
+    those of transformers up to rounding (the loss float32 where a model is in 16 bits), no N x N matrix is made, and
+    ``logits_per_image`` and ``logits_per_text`` are None: the tuple of ``return_dict=False`` is without them. In
+    evaluation mode, or without ``return_loss``, everything is as before, the logits included.
+
+    Under DDP transformers' loss is each process's own, over its own pairs, and so it is here by default.
+
+    Models of other classes (``Siglip2Model``, ``ChineseCLIPModel``, ``VisionTextDualEncoderModel``, ...) are left
+    alone. So is a model whose forward was wrapped as an attribute of its own before: call this before
+    `Trainer` or accelerate prepare it. `fastclip.integrations.unpatch` undoes it; a second call changes the group.
+
+    Args:
+        group: a process group, or "world" for that of all processes, found when the loss is computed (one process
+            without `torch.distributed`): the loss is the one over the pairs of all its processes, as
+            `fastclip.contrastive_loss` and `sigmoid_loss` return it with ``group``: a process's value is its share, and
+            the mean that DDP takes of the gradients is the whole batch's.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: a group that is a string other than "world".
+        RuntimeError: a version of transformers that is not known, or a forward that is not its own; nothing is
+            replaced.
+    """
+    from transformers import __version__ as version
+
+    if isinstance(group, str) and group != "world":
+        raise ValueError(f'group must be a process group, "world" or None, got {group!r}')
+    check_version(_PACKAGE, version, _OLDEST, _NEWEST, "call fastclip's losses where you train")
+    forwards = {}
+    for kind in _kinds():
+        dense = original(_PACKAGE, kind.model)
+        _check(kind, dense)
+        forwards[kind.model] = _forward(kind, dense, group=group)
+    replace(_PACKAGE, forwards)
+
+
+class _Kind(NamedTuple):
+    model: Any  # the class
+    output: Any  # class of what its forward returns
+    encode: Callable[..., tuple[Any, Any, Tensor, Tensor]]  # outputs and embeddings of images, of texts
+    loss: Callable[..., Tensor]  # (model, normalised images, texts, **options)
+    tiny: Any  # a configuration, without dropout
+
+
+def _kinds() -> tuple[_Kind, ...]:
+    from transformers.models.align import modeling_align as align
+    from transformers.models.clip import modeling_clip as clip
+    from transformers.models.siglip import modeling_siglip as siglip
+
+    width: dict[str, Any] = {"hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1, "num_hidden_layers": 1}
+    words: dict[str, Any] = {**width, "vocab_size": 8, "max_position_embeddings": 4}
+    pixels: dict[str, Any] = {**width, "image_size": 4, "patch_size": 2}
+    ends = {"bos_token_id": 0, "eos_token_id": 7, "pad_token_id": 1}
+    undropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0}
+    one_block: dict[str, Any] = {key: [1] for key in ("strides", "num_block_repeats", "expand_ratios")}
+    one_block |= {"kernel_sizes": [3], "in_channels": [32], "out_channels": [8], "hidden_dim": 8, "image_size": 4}
+    one_block |= {"width_coefficient": 1.0, "depth_coefficient": 1.0, "drop_connect_rate": 0.0}
+    return (
+        _Kind(
+            clip.CLIPModel,
+            clip.CLIPOutput,
+            _encode,
+            _clip_loss,
+            clip.CLIPConfig(text_config=words | ends, vision_config=pixels, projection_dim=4),
+        ),
+        _Kind(
+            siglip.SiglipModel,
+            siglip.SiglipOutput,
+            _encode,
+            _siglip_loss,
+            siglip.SiglipConfig(text_config=words | ends, vision_config=pixels),
+        ),
+        _Kind(
+            align.AlignModel,
+            align.AlignOutput,
+            _encode_align,
+            _align_loss,
+            align.AlignConfig(text_config=words | undropped, vision_config=one_block, projection_dim=8),
+        ),
+    )
+
+
+def _forward(kind: _Kind, dense: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """The new forward: `dense` is the one before; options are of the loss."""
+    from transformers.utils.generic import can_return_tuple
+
+    @can_return_tuple
+    def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
+        image_output, text_output, image, text = kind.encode(self, *args, **kwargs)
+        image = image / image.norm(dim=-1, keepdim=True)
+        text = text / text.norm(dim=-1, keepdim=True)
+        return kind.output(
+            loss=kind.loss(self, image.to(text.device), text, **_resolved(options)),
+            image_embeds=image,
+            text_embeds=text,
+            vision_model_output=image_output,
+            text_model_output=text_output,
+        )
+
+    position = [*inspect.signature(dense).parameters].index("return_loss") - 1  # without self
+
+    @functools.wraps(dense)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = args[position] if len(args) > position else kwargs.get("return_loss")
+        return (fused if wanted and self.training else dense)(self, *args, **kwargs)
+
+    return forward
+
+
+def _resolved(options: dict[str, Any]) -> dict[str, Any]:
+    if options.get("group") != "world":
+        return options
+    return options | {"group": dist.group.WORLD if dist.is_available() else None}
+
+
+def _encode(
+    self: Any,
+    input_ids: Any = None,
+    pixel_values: Any = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    return_loss: Any = None,
+    interpolate_pos_encoding: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, Any, Tensor, Tensor]:
+    image = self.get_image_features(
+        pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+    )
+    text = self.get_text_features(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+    )
+    return image, text, image.pooler_output, text.pooler_output
+
+
+def _encode_align(
+    self: Any,
+    input_ids: Any = None,
+    pixel_values: Any = None,
+    attention_mask: Any = None,
+    token_type_ids: Any = None,
+    position_ids: Any = None,
+    inputs_embeds: Any = None,
+    return_loss: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, Any, Tensor, Tensor]:
+    image = self.vision_model(pixel_values=pixel_values, **kwargs)
+    text = self.text_model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        token_type_ids=token_type_ids,
+        position_ids=position_ids,
+        inputs_embeds=inputs_embeds,
+        **kwargs,
+    )
+    return image, text, image[1], self.text_projection(text[0][:, 0, :])
+
+
+def _clip_loss(self: Any, image: Tensor, text: Tensor, **options: Any) -> Any:
+    scale = self.logit_scale.exp().to(text.device)
+    return contrastive_loss(image, text, scale, normalize=False, **options)
+
+
+def _siglip_loss(self: Any, image: Tensor, text: Tensor, **options: Any) -> Any:
+    scale, bias = self.logit_scale.to(text.device).exp(), self.logit_bias.to(text.device)
+    return sigmoid_loss(image, text, scale, bias, normalize=False, **options)
+
+
+def _align_loss(self: Any, image: Tensor, text: Tensor, **options: Any) -> Any:
+    """The mean of both directions, as in transformers; the paper has their sum."""
+    scale = 1 / self.temperature
+    return contrastive_loss(image, text, scale, normalize=False, label_smoothing=0.1, **options)
+
+
+def _check(kind: _Kind, dense: Callable[..., Any]) -> None:
+    """Both forwards of a model of a few numbers, drawn as they come, on a few more."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        model = kind.model(kind.tiny).double().train()
+        batch = {
+            "pixel_values": torch.randn(3, 3, 4, 4, dtype=torch.float64),
+            "input_ids": torch.tensor([[2, 3, 7], [3, 4, 7], [4, 5, 7]]),
+            "return_loss": True,
+        }
+        fused = _forward(kind, dense, backend="reference")
+        check_same_loss(
+            f"{kind.model.__name__}.forward of transformers",
+            lambda: dense(model, **batch).loss,
+            lambda: fused(model, **batch).loss,
+            [x for x in model.parameters() if x.requires_grad],
+        )
