@@ -31,21 +31,25 @@ MANIFEST = "manifest.json"
 _CHUNK = 2**20  # bytes hashed at a time
 
 
-def write_text(path: Path, text: str) -> None:
-    """`path` holds either what it held, or all of `text`."""
-    write_bytes(path, text.encode("utf-8"))
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """`path` holds either what it held, or all of `text`; `shared` as of `new_file`."""
+    write_bytes(path, text.encode("utf-8"), shared=shared)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """`path` holds either what it held, or all of `data`."""
-    with new_file(path) as half:
+def write_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:
+    """`path` holds either what it held, or all of `data`; `shared` as of `new_file`."""
+    with new_file(path, shared=shared) as half:
         half.write_bytes(data)
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A name to write under, whose file takes the place of `path` when all went well, and is removed otherwise."""
-    half = _beside(path, "tmp")
+def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A name to write under, whose file takes the place of `path` when all went well, and is removed otherwise.
+
+    Args:
+        shared: other processes may write `path` at the same time. One that is killed then leaves its half behind.
+    """
+    half = _beside(path, f"{os.getpid()}.tmp" if shared else "tmp")
     try:
         yield half
         _flush(half)

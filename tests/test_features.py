@@ -153,7 +153,7 @@ def test_embedder_of_a_checkpoint_is_the_model(embedder: Embedder, tmp_path: Pat
         assert loaded.identity == embedder.identity and loaded.name == str(path)
         assert torch.equal(loaded.embed_texts(["a cat"]), embedder.embed_texts(["a cat"]))
     (tmp_path / "run" / "model").rename(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match=r"has not ended.*--model NAME"):
+    with pytest.raises(FileNotFoundError, match=r"has not ended.*checkpoints/step-"):
         load_embedder(tmp_path / "run", device="cpu")
 
 
@@ -168,3 +168,68 @@ def test_results_are_json_whatever_the_numbers(tmp_path: Path) -> None:
         "ours          12.3",
         "a longer one     -",
     ]
+
+
+def test_what_took_a_minute_is_kept(embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few they are: on a CPU a large model takes a second a picture."""
+    monkeypatch.setattr(features, "_SECONDS", 0.0)
+    source, texts = Subset(open_source("digits", held_out=True), range(12)), [f"a photo of {k}" for k in range(9)]
+    pictures, captions = (FeatureStore(embedder, [name], folder=tmp_path) for name in ("pictures", "texts"))
+    with pytest.raises(Stopped):
+        image_features(stopping(embedder, 3), source, batch_size=3, store=pictures)
+    with pytest.raises(Stopped):
+        text_features(stopping(embedder, 3), texts, batch_size=2, store=captions)
+    assert sum(len(part["used"]) for part in pictures.parts()) == 9
+    assert sum(len(part["features"]) for part in captions.parts()) == 6
+    whole = image_features(embedder, source, batch_size=3)
+    assert torch.equal(image_features(embedder, source, batch_size=3, store=pictures).features, whole.features)
+    torch.testing.assert_close(
+        text_features(embedder, texts, batch_size=2, store=captions), embedder.embed_texts(texts)
+    )
+
+
+def test_names_in_another_folder_are_others(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = FeatureStore(embedder, ["a.jpg"], folder=tmp_path).folder
+    monkeypatch.chdir(tmp_path)
+    assert FeatureStore(embedder, ["a.jpg"], folder=tmp_path).folder != here
+
+
+def test_store_that_another_process_clears_is_no_error(embedder: Embedder, tmp_path: Path) -> None:
+    ours, theirs = (FeatureStore(embedder, ["a"], folder=tmp_path / "new") for _ in range(2))
+    ours.add(0, {"features": torch.ones(1, 2)})
+    theirs.clear()
+    ours.clear()
+    ours.add(1, {"features": torch.ones(1, 2)})  # a gap: what is left is not taken for the beginning
+    assert not theirs.parts()
+
+
+def test_checkpoint_of_a_run_is_what_the_run_would_save(tmp_path: Path) -> None:
+    """Its own sizes, the moving average of its weights, and no name needed."""
+    pytest.importorskip("tyro", reason="tyro, which the trainer reads its options with, is not installed")
+    pytest.importorskip("tensorboard", reason="tensorboard, which the trainer writes to, is not installed")
+    from fastclip.training import TrainOptions, train
+
+    values: dict[str, Any] = {"data": "digits", "model": "ViT-tiny", "context_length": 16, "workers": 0}
+    values |= {"batch_size": 64, "max_steps": 3, "ema": 0.5, "device": "cpu", "output": str(tmp_path / "run")}
+    train(TrainOptions(**values))
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    found, saved = (load_embedder(path, device="cpu") for path in (checkpoint, tmp_path / "run"))
+    assert found.identity == saved.identity and found.tokenize(["a"]).shape == (1, 16)
+
+    train(TrainOptions(**{**values, "max_steps": 9, "stop_after": 1, "resume": "auto"}))
+    with pytest.raises(FileNotFoundError, match="has not ended"):  # model/ was that of step 3
+        load_embedder(tmp_path / "run", device="cpu")
+    assert load_embedder(tmp_path / "run" / "aside-model", device="cpu").identity == saved.identity
+
+
+def test_other_vocabulary_is_another_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers, which BERT's tokenizer comes from, is not installed")
+    create_model("align-tiny").save_pretrained(tmp_path)
+    (vocabulary,) = tmp_path.glob("*vocab*")
+    before = load_embedder(tmp_path, device="cpu").identity
+    words = vocabulary.read_text().splitlines()
+    words[-1], words[-2] = words[-2], words[-1]
+    vocabulary.write_text("\n".join(words) + "\n")
+    assert load_embedder(tmp_path, device="cpu").identity != before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -100,7 +99,7 @@ def picture_features(
 ) -> tuple[ImageFeatures, FeatureStore]:
     """`image_features` of the source, `options` being that function's, with a store of its own in `folder`."""
     names = [source.key(k) for k in range(len(source))]
-    store = FeatureStore(embedder, ["pictures", os.getcwd(), source.spec, *names], folder=folder)
+    store = FeatureStore(embedder, ["pictures", source.spec, *names], folder=folder)
     return image_features(embedder, source, store=store, **options), store
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +29,7 @@ from fastclip.models.embedder import Embedder
 __all__ = ["FeatureStore", "ImageFeatures", "image_features", "text_features"]
 
 logger = logging.getLogger(__name__)
-_PART = 4096  # samples of a file
+_PART, _SECONDS = 4096, 60.0  # samples of a file, and what they take, at most
 
 
 class ImageFeatures(NamedTuple):
@@ -40,7 +44,8 @@ class FeatureStore:
     """A folder of what is computed so far, for one model and one list of inputs; parts appear whole or not at all.
 
     It is a means to go on, no cache: `clear` it when the result is there. What `keys` name is taken to be as it was;
-    where a picture was replaced in between under its name, clear it first.
+    where a picture was replaced in between under its name, clear it first. Names in another working directory are other
+    names.
 
     Args:
         embedder: whose identity the folder is named after.
@@ -50,7 +55,7 @@ class FeatureStore:
 
     def __init__(self, embedder: Embedder, keys: Iterable[str], *, folder: Path | None = None) -> None:
         digest = hashlib.blake2b(embedder.identity.encode(), digest_size=16)
-        for key in keys:
+        for key in chain([os.getcwd()], keys):
             digest.update(key.encode("utf-8", "surrogatepass") + b"\0")
         self.folder = (folder or _env.cache_folder() / "features") / digest.hexdigest()
 
@@ -72,12 +77,15 @@ class FeatureStore:
             number += 1
 
     def add(self, number: int, part: dict[str, Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self._file(number), save(part))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(self._file(number), save(part), shared=True)
+        except FileNotFoundError:  # another process has the whole result, and has cleared the store
+            logger.debug("%s is gone", self.folder)
 
     def clear(self) -> None:
         """Nothing is left of it."""
-        if self.folder.is_dir():
+        with suppress(FileNotFoundError):  # another process did it
             remove_folder(self.folder)
 
     def _file(self, number: int) -> Path:
@@ -115,8 +123,11 @@ def image_features(
         rest = Subset(source, range(done, size))
         batches = evaluation_batches(rest, embedder.transform, batch_size=batch_size, workers=workers, skipped=skipped)
     waiting: list[dict[str, Tensor]] = []
+    begun = time.monotonic()
 
     def put_away() -> None:
+        nonlocal begun
+        begun = time.monotonic()
         if waiting:
             part = {name: torch.cat([piece[name] for piece in waiting]) for name in waiting[0]}
             if store is not None:
@@ -128,18 +139,19 @@ def image_features(
         for images, found, labels in batches:
             waiting.append({"features": embedder.embed_images(images), "labels": labels, "used": found >= 0})
             bar.moved(len(found))
-            if sum(len(piece["used"]) for piece in waiting) >= _PART:
+            whole = sum(len(piece["used"]) for piece in waiting) >= _PART
+            if whole or time.monotonic() - begun > _SECONDS:
                 put_away()
         put_away()
-    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    used = whole["used"]
+    every = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    used = every["used"]
     if not bool(used.all()):
         bad = int((~used).sum())
         met = f"; met now: {skipped}" if skipped.total else ""
         logger.warning("%s: %d of %d pictures cannot be used and are left out%s", source.spec, bad, size, met)
         if bad == size:
             raise ValueError(f"{source.spec}: none of {size} pictures can be used")
-    return ImageFeatures(whole["features"][used], whole["labels"][used], used.nonzero().flatten())
+    return ImageFeatures(every["features"][used], every["labels"][used], used.nonzero().flatten())
 
 
 def text_features(
@@ -155,12 +167,15 @@ def text_features(
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     parts = store.parts() if store is not None else []
     done = sum(len(part["features"]) for part in parts)
+    if done:
+        logger.info("%d of %d texts are embedded already", done, len(texts))
     with Progress("texts", len(texts), done=done, unit="text", shown=progress) as bar:
-        for start in range(done, len(texts), _PART):
-            found = []
-            for first in range(start, min(start + _PART, len(texts)), batch_size):
-                chunk = texts[first : min(first + batch_size, start + _PART)]
+        while done < len(texts):
+            found, end, begun = [], min(done + _PART, len(texts)), time.monotonic()
+            while done < end and not (found and time.monotonic() - begun > _SECONDS):
+                chunk = texts[done : min(done + batch_size, end)]
                 found.append(embedder.embed_texts(chunk, batch_size=batch_size))
+                done += len(chunk)
                 bar.moved(len(chunk))
             parts.append({"features": torch.cat(found)})
             if store is not None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from fastclip.models.config import read_json
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.factory import create_model, tokenizer_of
 from fastclip.models.transforms import image_transform
@@ -83,7 +84,8 @@ class Embedder:
         assert self.model.config is not None
         config = replace(self.model.config, folder=None)  # wherever it lies
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((config, type(self.tokenize).__name__, self.precision)).encode())
+        tokenizer = getattr(self.tokenize, "identity", type(self.tokenize).__name__)
+        digest.update(repr((config, tokenizer, self.precision)).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -107,7 +109,7 @@ def load_embedder(
 
     Args:
         checkpoint: as `create_model`'s ``pretrained``; also the folder of a run of ``fastclip train``, whose ``model/``
-            is meant.
+            is meant, or one of its ``checkpoints/step-...``, with the moving average of the weights where it has one.
         model: name of the model, where the checkpoint does not hold its configuration.
         device: default: a GPU where there is one.
         precision: "fp32" or "bf16"; default: bf16 on a GPU, else fp32.
@@ -116,19 +118,25 @@ def load_embedder(
     Raises:
         FileNotFoundError, ValueError, ImportError: as `create_model` and `get_tokenizer` do.
     """
-    path = Path(checkpoint)
+    path, sizes = Path(checkpoint), {}
     if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
         if not (path / "model").is_dir():
             raise FileNotFoundError(
-                f"the run {path} has not ended and holds no model/; name one of its checkpoints and the model: "
-                f"{path}/checkpoints/step-..., --model NAME"
+                f"the run {path} has not ended and holds no model/; name one of its checkpoints: "
+                f"{path}/checkpoints/step-..."
             )
         path = path / "model"
+    weights, name = path, model
+    if (path / "state.json").is_file():  # a checkpoint of training, beside which no configuration lies
+        options = read_json(path / "state.json").get("options", {})
+        name = model or options.get("model")
+        sizes = {size: options.get(size) for size in ("image_size", "context_length")}
+        weights = path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = create_model(model, path, device=device)
+    made = create_model(name, weights, device=device, **sizes)
     assert made.config is not None
-    tokenize = tokenizer_of(made.config, model or str(path), vocabulary=vocabulary)
+    tokenize = tokenizer_of(made.config, name or str(path), vocabulary=vocabulary)
     if precision is None:
         precision = "bf16" if made.logit_scale.device.type == "cuda" else "fp32"
     return Embedder(made, tokenize, precision=precision, name=model or str(checkpoint))

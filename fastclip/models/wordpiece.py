@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,12 @@ class BertTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self._tokenizer)
+
+    @property
+    def identity(self) -> str:
+        """Another one where texts may have other ids: of the vocabulary and the length."""
+        words = sorted(self._tokenizer.get_vocab().items())
+        return hashlib.blake2b(repr((self.context_length, words)).encode(), digest_size=16).hexdigest()
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """One text or B of them -> token ids (B, context_length), int64."""

@@ -115,7 +115,7 @@ class Approximate:
         finally:
             half.unlink(missing_ok=True)
         told = {"size": len(self._graph), "last": last, "recall": round(self.recall, 4)}
-        write_text(self._told, json.dumps(told) + "\n")
+        write_text(self._told, json.dumps(told) + "\n", shared=True)
 
 
 def _blocks(index: Index, after: int) -> Iterator[tuple[npt.NDArray[np.int64], Vector]]:

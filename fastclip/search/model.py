@@ -85,11 +85,10 @@ class CheckpointModel:
         if self._memory is not None:
             return self._memory["identity"]
         loaded = self.embedder
-        words = (loaded.identity, str(self._options["vocabulary"] or ""))  # which an embedder's identity leaves out
-        found = loaded.identity if not words[1] else hashlib.blake2b(repr(words).encode(), digest_size=16).hexdigest()
         self._remembered.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self._remembered, json.dumps({"identity": found, "precision": loaded.precision}) + "\n")
-        return found
+        told = json.dumps({"identity": loaded.identity, "precision": loaded.precision})
+        write_text(self._remembered, told + "\n", shared=True)
+        return loaded.identity
 
     @cached_property
     def _memory(self) -> dict[str, str] | None:

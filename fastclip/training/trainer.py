@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -310,6 +311,11 @@ class _Trainer:
             if self.world.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 set_aside(checkpoints, first)
+                if path is not None and model.exists():  # of an earlier step of this run, which is about to go on
+                    aside = model.with_name(f"aside-{model.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    model.rename(aside)
+                    logger.warning("the run goes on, and %s is called %s now", model, aside.name)
                 cut_metrics(self.folder / "metrics.jsonl", first)
                 write_options(self.options, self.folder / "config.yaml")
         return first

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -21,8 +20,7 @@ from fastclip.evaluation.report import charts
 from fastclip.evaluation.report.examples import examine
 from fastclip.evaluation.report.run import RunRecord, read_run
 from fastclip.evaluation.report.view import about_run, of_examined, read_results
-from fastclip.models.embedder import Embedder, load_embedder
-from fastclip.models.factory import create_model, tokenizer_of
+from fastclip.models.embedder import load_embedder
 
 __all__ = ["write_report"]
 
@@ -55,8 +53,7 @@ def write_report(
         folder: of a run of ``fastclip train``.
         output: default: report.html in it.
         data: as ``--val-data``; default: the run's own.
-        checkpoint: as `load_embedder`'s; also ``checkpoints/step-...`` of this run, with the moving average of its
-            weights where it has one. Default: the run's model/.
+        checkpoint: as `load_embedder`'s; default: the run's model/.
         model, device, vocabulary: as `load_embedder`'s.
         precision: "fp32" or "bf16"; default: the run's.
         results: JSON files of ``fastclip eval`` or CLIP_benchmark, shown beside each other.
@@ -79,7 +76,13 @@ def write_report(
         size = len(source)
         if size > max_samples:
             source = Subset(source, [i * size // max_samples for i in range(max_samples)])
-        embedder = _embedder(run, checkpoint, model, device, precision or run.options.get("precision"), vocabulary)
+        embedder = load_embedder(
+            run.folder / "model" if checkpoint is None else checkpoint,
+            model=model,
+            device=device,
+            precision=precision or run.options.get("precision"),
+            vocabulary=vocabulary,
+        )
         found = examine(embedder, source, batch_size=batch_size, workers=workers, resumable=True, progress=progress)
         same = data is None and checkpoint is None and size <= max_samples
         seen = of_examined(source, found, run, same=same)
@@ -121,29 +124,3 @@ def _source(run: RunRecord, data: str | None, checkpoint: str | Path | None) -> 
         logger.warning("the validation data cannot be read: %s", error)
         reason = str(error).split("; what it may be:")[0]
         return None, f"The validation data cannot be read: {reason}. --data names others."
-
-
-def _embedder(
-    run: RunRecord,
-    checkpoint: str | Path | None,
-    model: str | None,
-    device: str | None,
-    precision: str | None,
-    vocabulary: str | Path | None,
-) -> Embedder:
-    path = run.folder / "model" if checkpoint is None else Path(checkpoint)
-    if not (path / "state.json").is_file():
-        return load_embedder(path, model=model, device=device, precision=precision, vocabulary=vocabulary)
-    # A checkpoint of training has no configuration, the run has.
-    name = model or run.options["model"]
-    weights = path / "ema.safetensors"
-    sizes = {size: run.options.get(size) for size in ("image_size", "context_length")}
-    made = create_model(
-        name,
-        weights if weights.is_file() else path,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        **sizes,
-    )
-    assert made.config is not None
-    tokenize = tokenizer_of(made.config, name, vocabulary=vocabulary)
-    return Embedder(made, tokenize, precision=precision or "fp32", name=str(path))
