@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -11,8 +12,13 @@ from typing import Any
 
 import pytest
 
-for package in ("open_clip", "sklearn", "timm", "transformers", "tyro", "usearch", "yaml"):
-    pytest.importorskip(package, reason=f"{package}, which the pages use, is not installed")
+pytest.importorskip("open_clip", reason="open_clip, which the pages use, is not installed")
+pytest.importorskip("sklearn", reason="sklearn, which the pages use, is not installed")
+pytest.importorskip("timm", reason="timm, which the pages use, is not installed")
+pytest.importorskip("transformers", reason="transformers, which the pages use, is not installed")
+pytest.importorskip("tyro", reason="tyro, which the pages use, is not installed")
+pytest.importorskip("usearch", reason="usearch, which the pages use, is not installed")
+pytest.importorskip("yaml", reason="yaml, which the pages use, is not installed")
 
 import torch
 from pages import PAGES, ROOT, anchors, blocks, commands, links, name
@@ -64,6 +70,7 @@ def reader(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, A
         "logit_scale": torch.tensor(14.3),
         "pairs": torch.arange(64)[:, None].expand(64, 2),
     }
+    # a page that fails in its middle leaves other packages patched
     if (integrations := sys.modules.get("fastclip.integrations")) is not None:
         integrations.unpatch()
 
@@ -156,3 +163,18 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_map() -> None:
     mapped = {target.partition("#")[0] for target in links(ROOT / "docs" / "index.md")}
     assert {page.name for page in PAGES if page.parent.name == "docs"} <= mapped | {"index.md"}
+
+
+def test_site_builds(tmp_path: Path) -> None:
+    """With --strict: a page that is not in mkdocs.yml, or a link or anchor that is not there, is an error."""
+    for package in ("mkdocs", "material"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in PAGES:
+        path = page.relative_to(ROOT).with_suffix("")
+        folder = path.parent if path.name in ("README", "index") else path
+        html = (tmp_path / "site" / folder / "index.html").read_text(encoding="utf-8")
+        tables = re.findall(r"^\|[ :|]*-[ :|-]+\|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert html.count("<table>") == len(tables), f"{name(page)}: a table is not one on the site"
