@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 
-.PHONY: demo test lint format bench gpu-check report clean
+.PHONY: demo test lint format bench gpu-check report docs clean
 
 demo: $(VENV)/.installed-train ## train on handwritten digits, print zero-shot accuracy, draw runs/digits/digits.png
 	$(BIN)/python examples/train_digits.py
@@ -34,10 +34,13 @@ gpu-check: $(VENV)/.installed-dev $(VENV)/.installed-bench-gpu ## tests and benc
 report: $(VENV)/.installed-dev ## benchmarks/REPORT.md and benchmarks/results/*.png from the rows
 	$(BIN)/python -m benchmarks.report
 
+docs: $(VENV)/.installed-docs ## the documentation as pages in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 $(VENV)/.installed-%: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info fastclip/*.so fastclip/_*_build_report.txt
+	rm -rf $(VENV) build site *.egg-info fastclip/*.so fastclip/_*_build_report.txt

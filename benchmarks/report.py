@@ -23,7 +23,7 @@ VERSIONS = ("python", "torch", "triton", "fastclip", "open_clip", "webdataset", 
 
 HEAD = """# Benchmark report
 
-Made from the rows in [results](results) by `make report`; do not edit. What is measured, and how, is in
+Made from the rows in `benchmarks/results` by `make report`; do not edit. What is measured, and how, is in
 [README.md](README.md). A dash is what has not been measured, and the last column of a table is the number of the run
 ([below](#runs)): machine, versions, date and commit. Of several rows of one case the last counts. Comparisons are
 medians of the rounds' ratios; the floor is the matrix products that cannot be avoided.

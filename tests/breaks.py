@@ -23,6 +23,7 @@ from broken import (
     data,
     distributed,
     doctor,
+    documents,
     filter,
     gpus,
     integrations,
@@ -57,6 +58,7 @@ PARTS = (
     search,
     filter,
     doctor,
+    documents,
 )
 PROMISES: dict[str, list[Promise]] = {name: found for part in PARTS for name, found in part.PROMISES.items()}
 

@@ -54,6 +54,12 @@ def test_help_answers_in_half_a_second() -> None:
     assert statistics.median(seconds) < 0.5
 
 
+def test_losses_import_in_a_fifth_of_a_second_beside_torch() -> None:
+    code = "import time, torch; start = time.perf_counter(); import fastclip; fastclip.contrastive_loss; "
+    code += "print(time.perf_counter() - start)"
+    assert min(float(python(code)) for _ in range(3)) < 0.2
+
+
 @pytest.mark.parametrize("package", LAZY)
 def test_type_checkers_see_every_lazy_name(package: str) -> None:
     """The table, the imports that only type checkers follow, and __all__ are one list."""

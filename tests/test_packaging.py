@@ -112,6 +112,61 @@ def test_wheel_has_native_module_and_nothing_else(wheel_without_nvcc: Path, tmp_
     assert (cpu, loss) == ("available", EXPECTED_LOSS)
 
 
+@pytest.fixture(scope="module")
+def users_python(wheel_without_nvcc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an empty environment with the wheel in it; torch and the rest are this environment's."""
+    folder = tmp_path_factory.mktemp("user")
+    made = _run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    assert made.returncode == 0, made.stderr
+    python = folder / "bin" / "python"
+    install = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
+    done = _run(*install, wheel_without_nvcc, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (site,) = folder.glob("lib/python*/site-packages")
+    # after the wheel; the .pth files there, of an editable installation too, are not read a second time
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def test_installed_wheel_serves_a_user(users_python: Path) -> None:
+    code = """
+import importlib.metadata, pathlib, sys
+import fastclip, torch
+package, environment = pathlib.Path(fastclip.__file__).parent, pathlib.Path(sys.prefix)
+assert package.is_relative_to(environment), package
+assert fastclip.backends()["cpu"] == "available"
+image, text = torch.randn(2, 16, 8, requires_grad=True), torch.randn(2, 16, 8)
+loss = fastclip.contrastive_loss(image[0], text[0], 10.0)
+loss.backward()
+truth = fastclip.contrastive_loss(image[0].double(), text[0].double(), 10.0)
+assert abs(loss - truth) < 1e-5 and image.grad[0].norm() > 0
+assert (package / "py.typed").is_file()
+about = importlib.metadata.metadata("fastclip-kernels")
+assert about["License-Expression"] == "Apache-2.0" and about.get_all("License-File") == ["LICENSE"]
+assert about["Version"] == fastclip.__version__ and about["Description-Content-Type"] == "text/markdown"
+licence = next(file for file in importlib.metadata.files("fastclip-kernels") if file.name == "LICENSE")
+assert "Apache License" in licence.read_text()
+"""
+    done = _run(users_python, "-I", "-c", code, cwd=Path("/"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_installed_wheel_has_every_file_of_the_package(users_python: Path) -> None:
+    (installed,) = users_python.parent.parent.glob("lib/python*/site-packages/fastclip")
+    built = ("__pycache__", ".so", "_build_report.txt")
+    for folder, place in ((ROOT / "fastclip", installed), (ROOT / "triton_kernels", installed / "triton_kernels")):
+        names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        names = {name for name in names if not any(word in str(name) for word in built)}
+        assert names and not [str(name) for name in names if not (place / name).is_file()]
+
+
+@pytest.mark.parametrize(("words", "expected"), [("--version", "fastclip "), ("models", "ViT-B-32"), ("doctor", "cpu")])
+def test_installed_command_runs(users_python: Path, words: str, expected: str) -> None:
+    done = _run(users_python.with_name("fastclip"), words, cwd=Path("/"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert expected in done.stdout
+
+
 def test_package_works_without_compiler(tmp_path: Path) -> None:
     wheel = _wheel(_source(tmp_path / "source"), tmp_path / "wheels", CXX="/nonexistent/c++")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
