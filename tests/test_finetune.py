@@ -333,6 +333,7 @@ def test_command_saves_the_average_and_goes_on(
     told = capsys.readouterr().out
     assert "alpha 0.5" in told and "0 (zero-shot)" in told and "Florence fine-tuned" in told
     found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert not (tmp_path / "run" / "evaluations.json").exists()  # the data may be mended before the next call
     assert [one["alpha"] for one in found] == [0.0, 0.5, 1.0]
     assert set(found[1]["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"}
     read, embedder = load_classifier(tmp_path / "run" / "model"), load_embedder(tmp_path / "run", device="cpu")

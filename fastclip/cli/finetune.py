@@ -114,6 +114,7 @@ def _tell(
 
     from fastclip.evaluation.published import MEAN_PER_CLASS
     from fastclip.evaluation.results import result, table, write_results
+    from fastclip.training.ensemble import forget_accuracies
 
     results = [
         result(
@@ -129,6 +130,7 @@ def _tell(
         for alpha, metrics in found.items()
     ]
     write_results(Path(args.output) / "results.json", results)
+    forget_accuracies(args.output)
     told = {0.0: "0 (zero-shot)", 1.0: "1 (fine-tuned)"}
     rows = [[told.get(alpha, f"{alpha:g}"), *map(percent, metrics.values())] for alpha, metrics in found.items()]
     print(table(["alpha", *found[1.0]], rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,9 @@ from fastclip.evaluation.results import write_results
 if TYPE_CHECKING:
     from fastclip.training.finetune import Finetuned
 
-__all__ = ["ensemble_accuracies", "interpolate"]
+__all__ = ["ensemble_accuracies", "forget_accuracies", "interpolate"]
+
+_KEPT = "evaluations.json"
 
 
 @torch.no_grad()
@@ -50,10 +53,10 @@ def ensemble_accuracies(
     """`classifier_accuracies` for each alpha; the classifier has the last one's weights then.
 
     They are kept in ``evaluations.json`` of the run's folder as they come: what a stopped call found is not computed
-    again. Raises as `classifier_accuracies` does.
+    again, until `forget_accuracies`. Raises as `classifier_accuracies` does.
     """
     assert run.complete
-    file, asked = run.folder / "evaluations.json", {"data": source.spec, "pictures": len(source)}
+    file, asked = run.folder / _KEPT, {"data": source.spec, "pictures": len(source)}
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     found = kept.get("alphas", {}) if {**kept, **asked} == kept else {}
     for alpha in alphas:
@@ -64,3 +67,8 @@ def ensemble_accuracies(
             )
             write_results(file, {**asked, "alphas": found})
     return {alpha: found[str(alpha)] for alpha in alphas}
+
+
+def forget_accuracies(folder: str | Path) -> None:
+    """When the result is written: the next call looks at the data anew."""
+    (Path(folder) / _KEPT).unlink(missing_ok=True)
