@@ -171,7 +171,8 @@ def text_features(
         logger.info("%d of %d texts are embedded already", done, len(texts))
     with Progress("texts", len(texts), done=done, unit="text", shown=progress) as bar:
         while done < len(texts):
-            found, end, begun = [], min(done + _PART, len(texts)), time.monotonic()
+            found: list[Tensor] = []
+            end, begun = min(done + _PART, len(texts)), time.monotonic()
             while done < end and not (found and time.monotonic() - begun > _SECONDS):
                 chunk = texts[done : min(done + batch_size, end)]
                 found.append(embedder.embed_texts(chunk, batch_size=batch_size))
