@@ -11,11 +11,10 @@ PROMISES: dict[str, list[Promise]] = {
     "Report": [
         Promise(
             "the report's numbers are those of the run's last validation; the confusion matrix says what the accuracy says, ties included",
-            (f"{TESTS}::test_numbers_are_those_of_the_last_validation", f"{TESTS}::test_most_confused_are_those_of_loops", f"{TESTS}::test_checkpoint_of_a_run_is_looked_at_as_it_is_validated"),
+            (f"{TESTS}::test_numbers_are_those_of_the_last_validation", f"{TESTS}::test_most_confused_are_those_of_loops"),
             (
                 Break("report: rows are predictions", f"{REPORT}examples.py", "confusion(labels, predictions, len(classes))", "confusion(predictions, labels, len(classes))"),
                 Break("report: classes and what they are taken for change places", f"{REPORT}examples.py", "torch.stack([labels, predictions], dim=1)", "torch.stack([predictions, labels], dim=1)"),
-                Break("report: a checkpoint's weights in place of their average", f"{REPORT}page.py", "weights if weights.is_file() else path", "path"),
             ),
         ),
         Promise(
