@@ -178,7 +178,9 @@ def test_templates_are_the_sources_where_it_has_some(tmp_path: Path) -> None:
     source = open_labelled("digits")
     assert templates_for(source) == source.templates and len(templates_for(source, "openai")) == 80
     plain = open_labelled(str(class_folder(tmp_path, ("cat", "dog"))))
-    assert len(templates_for(plain)) == 80
+    assert plain.captions(0) == ("a photo of a cat",) and len(templates_for(plain)) == 80
+    plain.templates = ("a photo of a {}",)  # the data's own, though it says what captions are without any
+    assert templates_for(plain) == plain.templates == templates_for(Subset(plain, [0]))
 
 
 def class_folder(folder: Path, names: tuple[str, ...], each: int = 2) -> Path:

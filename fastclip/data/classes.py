@@ -13,7 +13,7 @@ from fastclip.data import imagenet
 from fastclip.data.folder import pictures
 from fastclip.data.picture import read_picture
 from fastclip.data.prompts import read_class_names
-from fastclip.data.source import PLAIN_TEMPLATES, Record, Source
+from fastclip.data.source import Record, Source, class_captions
 from fastclip.data.spec import holds_shards, open_source
 from fastclip.data.strings import Strings
 
@@ -73,7 +73,7 @@ class ClassFolder:
         ImportError: timm or open_clip_torch, which know ImageNet's classes, is not installed.
     """
 
-    templates: tuple[str, ...] = PLAIN_TEMPLATES
+    templates: tuple[str, ...] = ()
 
     def __init__(self, spec: str, *, classes: str | Sequence[str] | None = None) -> None:
         self.spec = spec
@@ -105,8 +105,7 @@ class ClassFolder:
         return Record(image, self.captions(index), key, self._labels[index])
 
     def captions(self, index: int) -> tuple[str, ...]:
-        name = self.class_names[self._labels[index]]
-        return tuple(template.format(name) for template in self.templates)
+        return class_captions(self.class_names[self._labels[index]], self.templates)
 
     def key(self, index: int) -> str:
         return str(self._folder / self._names[index])

@@ -19,7 +19,7 @@ from fastclip.data.faults import BadSample
 from fastclip.data.picture import json_captions, json_fields, read_picture, text_captions
 from fastclip.data.prompts import read_class_names, read_templates
 from fastclip.data.shard_index import CLASS, CUT, JSON, REPEATED, TEXT, UNTOLD, WANTED, index_shards, stamp_of
-from fastclip.data.source import PLAIN_TEMPLATES, Record
+from fastclip.data.source import Record, class_captions
 from fastclip.data.tar_index import BLOCK, read_exactly
 
 __all__ = ["Shards", "shard_paths"]
@@ -131,8 +131,7 @@ class Shards:
         if self._rows["state"][index] == JSON:
             return json_captions(caption, key)
         if self._rows["state"][index] == CLASS:
-            name = self.class_names[self._label(caption, key)]
-            return tuple(template.format(name) for template in self.templates)
+            return class_captions(self.class_names[self._label(caption, key)], self.templates)
         return text_captions(caption, key, lines=False)
 
     def _label(self, data: bytes, key: str) -> int:
@@ -181,6 +180,5 @@ def _classes(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for place in (folder, folder.parent):
         names, templates = place / "classnames.txt", place / "zeroshot_classification_templates.txt"
         if names.is_file():
-            own = read_templates(str(templates)) if templates.is_file() else PLAIN_TEMPLATES
-            return read_class_names(str(names)), own
+            return read_class_names(str(names)), read_templates(str(templates)) if templates.is_file() else ()
     return (), ()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastclip.data.prompts import read_templates
-from fastclip.data.source import PLAIN_TEMPLATES, Source
+from fastclip.data.source import Source
 from fastclip.evaluation.classification import (
     class_ranks,
     classification_metrics,
@@ -93,8 +93,8 @@ def zero_shot(
 
 
 def templates_for(source: Source, name: str | None = None) -> tuple[str, ...]:
-    """`read_templates` of `name`; default: the source's own, or CLIP's 80 where it has none, or just the plain one."""
-    if name is None and source.templates not in ((), PLAIN_TEMPLATES):
+    """`read_templates` of `name`; default: the source's own, or CLIP's 80 where it has none."""
+    if name is None and source.templates:
         return source.templates
     return read_templates(name or "openai")
 

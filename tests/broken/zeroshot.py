@@ -31,6 +31,7 @@ PROMISES: dict[str, list[Promise]] = {
             ),
         ),
         Promise("prompt templates are CLIP's, or a file's, each with one place for the name", (f"{ZERO_SHOT}::test_templates_are_open_clips_or_of_a_file",), (Break("zero-shot: templates without a place", "fastclip/data/prompts.py", 'template.count("{}") != 1', 'template.count("{}") > 1'),)),
+        Promise("the data's own templates count, whatever they are, and CLIP's 80 where there are none", (f"{ZERO_SHOT}::test_templates_are_the_sources_where_it_has_some",), (Break("zero-shot: a plain template of the data gives way", "fastclip/evaluation/zero_shot.py", "if name is None and source.templates:", "if name is None and len(source.templates) > 1:"),)),
         Promise(
             "class folders are torchvision's, ImageNet's classes by WordNet id or number, with CLIP's names in order",
             (f"{CLASSES}::test_folder_is_torchvisions", f"{CLASSES}::test_numbers_are_classes_by_number", f"{CLASSES}::test_wordnet_ids_get_clips_names_in_order", f"{CLASSES}::test_folder_that_is_not_in_order_is_refused"),
