@@ -41,17 +41,21 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
     path = Path(spec)
     if spec and spec != "digits" and path.is_dir() and not holds_shards(path):
         return ClassFolder(spec, classes=names)
-    source = open_source(spec, held_out=held_out)
+    if isinstance(names, str):
+        names = imagenet.class_names(names)
+    source = open_source(spec, held_out=held_out, class_names=names or ())
     if not source.class_names:
         raise ValueError(f"{spec}: these data have no classes; {_LAYOUT}")
     if names is not None:
-        names = imagenet.class_names(names) if isinstance(names, str) else names
         _check_number(names, str(classes), len(source.class_names), spec)
         source.class_names = names
     return source
 
 
-_LAYOUT = "digits, hf: with a column `label` and FOLDER/CLASS/PICTURE have"
+_LAYOUT = (
+    "digits, hf: with a column `label`, FOLDER/CLASS/PICTURE and shards with KEY.cls have; "
+    "a KEY.txt or KEY.json beside it goes before KEY.cls, and must not be there"
+)
 
 
 class ClassFolder:

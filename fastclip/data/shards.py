@@ -72,6 +72,7 @@ class Shards:
         spec: as the user wrote it.
         paths: of the shards, in order.
         names: what messages call them, in place of `paths`.
+        class_names: of the classes, where there is no classnames.txt.
 
     Raises:
         OSError: a shard cannot be opened.
@@ -80,7 +81,14 @@ class Shards:
             changed since.
     """
 
-    def __init__(self, spec: str, paths: Sequence[str], names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        spec: str,
+        paths: Sequence[str],
+        names: Sequence[str] | None = None,
+        *,
+        class_names: Sequence[str] = (),
+    ) -> None:
         self.spec = spec
         self._paths, self._names = tuple(paths), tuple(names or paths)
         indices = index_shards(self._paths, self._names)
@@ -92,7 +100,7 @@ class Shards:
         self.class_names: tuple[str, ...] = ()
         self.templates: tuple[str, ...] = ()
         if bool((classed := self._rows["state"] == CLASS).any()):
-            self.class_names, self.templates = _classes(Path(paths[0]).parent)
+            self.class_names, self.templates = _classes(Path(paths[0]).parent, class_names)
             if not self.class_names:
                 if not bool(np.isin(self._rows["state"], (TEXT, JSON)).any()):
                     raise ValueError(
@@ -175,10 +183,11 @@ class Shards:
         return found
 
 
-def _classes(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of classes and templates, of the shards in `folder`; () where there are no names."""
+def _classes(folder: Path, class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of classes, `class_names` where no file has them, and templates, of the shards in `folder`; () without."""
     for place in (folder, folder.parent):
         names, templates = place / "classnames.txt", place / "zeroshot_classification_templates.txt"
-        if names.is_file():
-            return read_class_names(str(names)), read_templates(str(templates)) if templates.is_file() else ()
-    return (), ()
+        if names.is_file() or (class_names and templates.is_file()):
+            found = read_class_names(str(names)) if names.is_file() else tuple(class_names)
+            return found, read_templates(str(templates)) if templates.is_file() else ()
+    return tuple(class_names), ()

@@ -43,7 +43,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise("ImageNet-R and -A are classified among their own 200 classes, and a folder of another set is refused", (f"{ROBUSTNESS}::test_every_set_is_classified_among_its_own_classes", f"{CLASSES}::test_subsets_have_their_200_classes"), (Break("robustness: -R among all classes", "fastclip/evaluation/robustness.py", 'DataSet("ImageNet-R", "imagenet-r"', 'DataSet("ImageNet-R", "imagenet"'), Break("robustness: -A has -R's classes", "fastclip/data/imagenet.py", '"imagenet-a": "imagenet_a_indices.txt"', '"imagenet-a": "imagenet_r_indices.txt"'))),
         Promise("a model and the published ones are compared over the same sets", (f"{ROBUSTNESS}::test_means_are_over_the_same_sets_for_all",), (Break("robustness: a mean over what there is", "fastclip/evaluation/robustness.py", "if any(name in known for known in ZERO_SHOT.values())] or shifted", "] or shifted"),)),
-        Promise("shards of CLIP_benchmark have its classes and templates", (f"{CLASSES}::test_shards_are_clip_benchmarks",), (Break("class shards: a label beyond the names", "fastclip/data/shards.py", "if not text.isdigit() or int(text) >= len(self.class_names):", "if not text.isdigit():"),)),
+        Promise("shards of CLIP_benchmark have its classes and templates, or those that are named", (f"{CLASSES}::test_shards_are_clip_benchmarks",), (Break("class shards: names that are given are lost", "fastclip/data/classes.py", "class_names=names or ()", "class_names=()"), Break("class shards: a label beyond the names", "fastclip/data/shards.py", "if not text.isdigit() or int(text) >= len(self.class_names):", "if not text.isdigit():"),)),
     ],
 }
 # fmt: on
