@@ -331,6 +331,18 @@ def test_results_stand_beside_each_other(tmp_path: Path) -> None:
         read_results(files)
 
 
+def test_results_that_differ_in_alpha_or_nothing_have_a_column_each(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"dataset": "digits", "task": "finetuned_classification", "model": "m", "pretrained": "x"}
+    mixed = [result(metrics={"acc1": alpha / 2}, alpha=alpha, **common) for alpha in (0.0, 0.3, 1.0)]
+    write_results(tmp_path / "a.json", [*mixed, *(result(metrics={"acc1": 0.25}, **common) for _ in range(3))])
+    found = read_results([tmp_path / "a.json"])
+    assert [column[2] for column in found["columns"]] == [
+        *("x, alpha 0.0", "x, alpha 0.3", "x, alpha 1.0"),
+        *("x", "x (2)", "x (3)"),
+    ]
+    assert [values for _, values in found["rows"]] == [[0.0, 0.15, 0.5, 0.25, 0.25, 0.25]]
+
+
 def decoded(url: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
 
