@@ -117,7 +117,7 @@ def _tell(
 
     results = [
         result(
-            dataset=reference or args.val_data,
+            dataset=args.reference or args.val_data,
             task="finetuned_classification",
             model=args.model or str(args.checkpoint),
             pretrained=str(args.checkpoint),

@@ -17,11 +17,11 @@ from fastclip.data.source import Record, Source, class_captions
 from fastclip.data.spec import holds_shards, open_source
 from fastclip.data.strings import Strings
 
-__all__ = ["ClassFolder", "open_labelled"]
+__all__ = ["SPLITS", "ClassFolder", "open_labelled"]
 
 logger = logging.getLogger(__name__)
 _WORDNET_ID = re.compile(r"n\d{8}")
-_SPLITS = {"test", "train", "training", "val", "valid", "validation"}
+SPLITS = {"test", "train", "training", "val", "valid", "validation"}  # what folders of parts of a data set are called
 _SHOWN = 5  # names in a message
 
 
@@ -127,7 +127,7 @@ def _class_folders(folder: Path) -> list[str]:
     if not names:
         flat = sum(1 for _ in pictures(folder))
         raise ValueError(f"{folder}: {f'{flat} pictures and ' if flat else ''}no class folders; {wanted}")
-    if set(names) <= _SPLITS:
+    if set(names) <= SPLITS:
         raise ValueError(f"{folder} holds {', '.join(names)}, which are no classes: name one of these folders")
     return sorted(names, key=int) if all(map(_is_number, names)) else names
 

@@ -38,7 +38,7 @@ PROMISES: dict[str, list[Promise]] = {
             (
                 Break("class folders: numbers sorted as text", "fastclip/data/classes.py", "    places = imagenet.folder_places(name)\n", "    places = {folder: place for place, folder in enumerate(sorted(imagenet.folder_places(name)))}\n"),
                 Break("class folders: underscores stay", "fastclip/data/classes.py", 'folder.replace("_", " ")', "folder"),
-                Break("class folders: splits are classes", "fastclip/data/classes.py", "if set(names) <= _SPLITS:", "if False:"),
+                Break("class folders: splits are classes", "fastclip/data/classes.py", "if set(names) <= SPLITS:", "if False:"),
             ),
         ),
         Promise("ImageNet-R and -A are classified among their own 200 classes, and a folder of another set is refused", (f"{ROBUSTNESS}::test_every_set_is_classified_among_its_own_classes", f"{CLASSES}::test_subsets_have_their_200_classes"), (Break("robustness: -R among all classes", "fastclip/evaluation/robustness.py", 'DataSet("ImageNet-R", "imagenet-r"', 'DataSet("ImageNet-R", "imagenet"'), Break("robustness: -A has -R's classes", "fastclip/data/imagenet.py", '"imagenet-a": "imagenet_a_indices.txt"', '"imagenet-a": "imagenet_r_indices.txt"'))),
