@@ -29,7 +29,7 @@ PROMISES: dict[str, list[Promise]] = {
             ("test_features.py::test_results_are_json_whatever_the_numbers",),
             (
                 Break("results: NaN in lines of JSON", "fastclip/evaluation/results.py", "json.dumps(_finite(row), allow_nan=False)", "json.dumps(row)"),
-                Break("results: half of the lines take the place of all", "fastclip/evaluation/results.py", "with new_file(path) as half, half.open(", "with path as half, half.open("),
+                Break("results: half of the lines take the place of all", "fastclip/evaluation/results.py", "with new_file(path) as half, half.open(", 'with __import__("contextlib").nullcontext(path) as half, half.open('),
             ),
         ),
         Promise("an evaluation that was stopped goes on to the same result, and leaves nothing when it is written", (f"{RETRIEVAL}::test_stopped_evaluation_goes_on", f"{RETRIEVAL}::test_metrics_are_those_of_clip_benchmark"), (Break("retrieval: from the start", CAPTIONED, "return image_features(embedder, source, store=store, **options), store", "return image_features(embedder, source, **options), store"), Break("retrieval: features stay", COMMAND, "        store.clear()\n", "        pass\n"))),

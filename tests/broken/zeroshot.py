@@ -21,6 +21,14 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("zero-shot: rows of the confusion are predictions", "fastclip/evaluation/classification.py", "(labels * classes + predictions)", "(predictions * classes + labels)"),
             ),
         ),
+        Promise(
+            "details tell of every class its accuracy and what it is taken for most, of any number of classes",
+            (f"{ZERO_SHOT}::test_details_tell_what_a_class_is_taken_for", f"{ZERO_SHOT}::test_details_of_many_classes_need_no_matrix_of_them"),
+            (
+                Break("details: the least confused", "fastclip/evaluation/zero_shot.py", "descending=True", "descending=False"),
+                Break("details: a class and what it is taken for change places", "fastclip/evaluation/zero_shot.py", "torch.stack([found.labels, found.predictions], 1)", "torch.stack([found.predictions, found.labels], 1)"),
+            ),
+        ),
         Promise("zero-shot classes of one name are told apart as by an argmax", (f"{ZERO_SHOT}::test_classes_of_one_name_are_an_argmaxs",), (Break("zero-shot: both namesakes are hits", "fastclip/evaluation/classification.py", "return ranks + ((same >= 0) & (same < labels[:, None])).sum(1)", "return ranks"),)),
         Promise(
             "an interrupted evaluation goes on to the same result, and leaves nothing behind",
