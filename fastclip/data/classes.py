@@ -64,7 +64,7 @@ class ClassFolder:
     Class names are the folders', sorted, with blanks for underscores. Folders that are called by WordNet ids are
     classes of ImageNet, in the order of their numbers, with the names that CLIP has for them; so are 1,000 folders 0 to
     999, as ImageNet-V2 has them. What is hidden is left out, and links to folders of classes are followed. The captions
-    of a picture are its class's.
+    of a picture are its class's. `folders` are the names of the class folders, sorted.
 
     Args:
         classes: names, one a folder, in the order of the sorted folders, numbers by value; or one of
@@ -82,7 +82,7 @@ class ClassFolder:
     def __init__(self, spec: str, *, classes: str | Sequence[str] | None = None) -> None:
         self.spec = spec
         self._folder = Path(spec)
-        folders = _class_folders(self._folder)
+        self.folders = folders = _class_folders(self._folder)
         self.class_names, places = _classes(spec, folders, classes)
         if len(self.class_names) < 2:
             raise ValueError(f"{spec}: there is one class, {folders[0]}: nothing to tell apart")
