@@ -310,7 +310,26 @@ def test_report_goes_on_where_it_was_stopped(embedder: Embedder, cache: Path, mo
     monkeypatch.setattr(type(embedder), "embed_images", stop)
     found = examine(embedder, source, resumable=True)
     assert found.metrics == expected.metrics and found.of_texts == expected.of_texts
+    assert len(found.stores) == 2 and expected.stores == ()
+    for store in found.stores:
+        store.clear()
     assert not any((cache / "features").iterdir()), "nothing is left"
+
+
+def test_what_is_embedded_is_kept_until_the_page_is_written(
+    run: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastclip.evaluation.report.page.write_bytes", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(run, tmp_path / "x.html", max_samples=40, device="cpu")
+    assert len(list((cache / "features").iterdir())) == 2
+    monkeypatch.setattr(Embedder, "embed_images", stop)
+    write_report(run, tmp_path / "x.html", max_samples=40, device="cpu")
+    assert not any((cache / "features").iterdir())
 
 
 def test_results_stand_beside_each_other(tmp_path: Path) -> None:

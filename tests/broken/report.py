@@ -46,6 +46,14 @@ PROMISES: dict[str, list[Promise]] = {
             ),
         ),
         Promise(
+            "what a report has embedded is kept until its page is written, and then removed",
+            (f"{TESTS}::test_what_is_embedded_is_kept_until_the_page_is_written", f"{TESTS}::test_report_goes_on_where_it_was_stopped"),
+            (
+                Break("report: what is embedded is removed before the page is written", f"{REPORT}view.py", '    """Of the sections that need a model.\n', '    for store in found.stores:\n        store.clear()\n    """Of the sections that need a model.\n'),
+                Break("report: what is embedded stays", f"{REPORT}page.py", "        store.clear()", "        pass"),
+            ),
+        ),
+        Promise(
             "results that stand beside each other are all shown, those of one file that differ in alpha with it",
             (f"{TESTS}::test_results_that_differ_in_alpha_or_nothing_have_a_column_each",),
             (
