@@ -182,7 +182,7 @@ def test_shards_are_clip_benchmarks(tmp_path: Path) -> None:
         for k, label in enumerate((2, 0, 1, 3)):
             writer.write({"__key__": f"s{k}", "png": Image.new("RGB", (4, 4)), "cls": label})
     source = open_labelled(shards)
-    assert source.class_names == ("ant", "red fox", "zebra") and source.templates == ("a photo of a {}",)
+    assert source.class_names == ("ant", "red fox", "zebra") and source.templates == ()
     assert [source[i].label for i in range(3)] == [2, 0, 1] and source.captions(2) == ("a photo of a red fox",)
     with pytest.raises(BadSample, match="must hold a number below 3, holds b'3'"):
         _ = source[3]
@@ -191,9 +191,23 @@ def test_shards_are_clip_benchmarks(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").unlink()
     with pytest.raises(ValueError, match=r"no captions and no classnames.txt beside the shards"):
         open_labelled(shards)
+    (tmp_path / "names").write_text("a\nb\nc\n")
+    named = open_labelled(shards, classes=str(tmp_path / "names"))
+    assert (named.class_names, named[0].label) == (("a", "b", "c"), 2) and named.captions(0) == ("a c", "the c")
+    assert len(open_labelled(shards, classes="imagenet-r").class_names) == 200
     with webdataset.TarWriter(str(tmp_path / "test" / "1.tar")) as writer:
         writer.write({"__key__": "s9", "png": Image.new("RGB", (4, 4)), "txt": "a caption"})
     source = open_source(shards)  # captions without classes
     assert source.class_names == () and source.captions(4) == ("a caption",)
     with pytest.raises(BadSample, match="no caption"):
         source.captions(0)
+
+
+def test_shards_whose_captions_hide_their_classes_are_told(tmp_path: Path) -> None:
+    """As timm's ImageNet: beside KEY.cls a KEY.json, in which captions are looked for."""
+    webdataset = pytest.importorskip("webdataset", reason="webdataset, which writes them, is not installed")
+    (tmp_path / "classnames.txt").write_text("ant\nred fox\n")
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        writer.write({"__key__": "a", "png": Image.new("RGB", (4, 4)), "cls": 1, "json": {"label": 1}})
+    with pytest.raises(ValueError, match=r"shards with KEY\.cls have; a KEY\.txt or KEY\.json beside it goes before"):
+        open_labelled(str(tmp_path / "0.tar"))

@@ -72,7 +72,7 @@ def test_hub_class_labels_are_classes(tmp_path: Path) -> None:
     names = datasets.ClassLabel(names=["cat", "dog"])
     rows = {"image": [picture(3), picture(7), picture(9)], "label": [1, 0, -1], "text": ["x", "y", "z"]}
     source = open_source(saved(tmp_path / "d", rows, label=names))
-    assert source.class_names == ("cat", "dog") and source.templates == ("a photo of a {}",)
+    assert source.class_names == ("cat", "dog") and source.templates == ()
     assert [source[k].label for k in range(3)] == [1, 0, None] and captions(source) == [("x",), ("y",), ("z",)]
     del rows["text"]
     source = open_source(saved(tmp_path / "e", rows, label=names))

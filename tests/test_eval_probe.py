@@ -243,6 +243,24 @@ def test_command_writes_clip_benchmarks_keys(
     assert "no published numbers of 'pest'" in capsys.readouterr().err
 
 
+def test_result_is_called_by_its_folder(
+    embedder: Embedder, digits: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder's name shows published numbers, and does not say what the data are."""
+    monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "cache"))
+    embedder.model.save_pretrained(tmp_path / "model")
+    for k in range(16):
+        folder = tmp_path / "pets" / ("train" if k < 8 else "test") / "ab"[k % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        digits["train"][k].image.save(folder / f"{k}.png")
+    test = str(tmp_path / "pets" / "test")
+    line = ["eval", "probe", "--checkpoint", str(tmp_path / "model"), "--workers", "0", "--device", "cpu"]
+    line += ["--data", str(tmp_path / "pets" / "train"), "--val-data", test, "--test-data", test]
+    assert main([*line, "--output", str(tmp_path / "r.json")]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["dataset"], found["metric"]) == (test, "mean_per_class_recall")
+
+
 def test_published_numbers_are_by_name() -> None:
     assert top1("food101") == {
         "CLIP": 93.8,
@@ -253,4 +271,6 @@ def test_published_numbers_are_by_name() -> None:
     }
     assert set(top1("dtd")) == set(TOP1) - {"ALIGN fine-tuned"}
     assert [len(values) for values in TOP1.values()] == [12, 12, 12, 4, 12]
-    assert top1_dataset("/data/Food101/test") == "food101" and top1_dataset("digits") is None
+    assert top1_dataset("/data/Food101/test") == top1_dataset("food101/") == "food101"
+    for path in ("digits", "cars/scans", "pets/mine/test", "/imagenet/food101/10", ".", ""):
+        assert top1_dataset(path) is None

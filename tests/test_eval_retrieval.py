@@ -254,7 +254,7 @@ def test_stopped_evaluation_goes_on(
 
 
 def test_details_are_those_of_brute_force(embedder: Embedder, checkpoint: Path, split: Path) -> None:
-    file = split.parent / "details.jsonl"
+    file = split.parent / "new" / "details.jsonl"
     evaluated(checkpoint, f"{split}:test", split.parent / "r.json", "--details", str(file))
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["of"] for line in lines] == ["caption"] * 132 + ["picture"] * 24

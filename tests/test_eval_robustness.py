@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,20 @@ def test_means_are_over_the_same_sets_for_all() -> None:
         robustness.compared_sets(only) == ["imagenet_sketch"] and robustness.mean_drop(only, ["imagenet_sketch"]) == 50
     )
     assert robustness.mean_drop({"imagenet-a": 1.0}, ["imagenet-a"]) is None
+
+
+@pytest.mark.parametrize("other", ["imagenet-r", "imagenet-a"])
+def test_folder_of_another_set_is_refused(embedder: Embedder, other: str, tmp_path: Path) -> None:
+    for label in AMONG[other]:
+        (tmp_path / imagenet.wordnet_ids()[label]).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / imagenet.wordnet_ids()[label] / "0.png")
+    for name in ("imagenet1k", "imagenetv2", "imagenet_sketch"):
+        with pytest.raises(ValueError, match=f"classes are those of {robustness.SETS[other].title}, and it is named"):
+            robustness.robustness(embedder, {other: str(tmp_path), name: str(tmp_path)}, templates=TEMPLATES)
+    (found,) = robustness.robustness(embedder, {other: str(tmp_path)}, templates=TEMPLATES)
+    shutil.rmtree(tmp_path / imagenet.wordnet_ids()[AMONG[other][0]])  # some of ImageNet's classes, which may be
+    (part,) = robustness.robustness(embedder, {"imagenet1k": str(tmp_path)}, templates=TEMPLATES)
+    assert (found["classes"], found["images"], part["classes"], part["images"]) == (200, 200, 1000, 199)
 
 
 @pytest.mark.parametrize("found", [{"imagenet1k": 0.0, "imagenet-a": 100.0}, {"imagenet1k": 76.2, "imagenetv2": 70.1}])

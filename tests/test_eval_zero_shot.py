@@ -29,7 +29,7 @@ from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
 from fastclip.evaluation import classification, features
 from fastclip.evaluation.classification import class_ranks, classification_metrics, confusion, predicted_classes
-from fastclip.evaluation.zero_shot import class_accuracies, class_embeddings, templates_for, zero_shot
+from fastclip.evaluation.zero_shot import ZeroShot, class_accuracies, class_embeddings, templates_for, zero_shot
 from fastclip.models import create_model
 from fastclip.models.embedder import Embedder
 from fastclip.models.tokenizer import ClipTokenizer
@@ -178,7 +178,9 @@ def test_templates_are_the_sources_where_it_has_some(tmp_path: Path) -> None:
     source = open_labelled("digits")
     assert templates_for(source) == source.templates and len(templates_for(source, "openai")) == 80
     plain = open_labelled(str(class_folder(tmp_path, ("cat", "dog"))))
-    assert len(templates_for(plain)) == 80
+    assert plain.captions(0) == ("a photo of a cat",) and len(templates_for(plain)) == 80
+    plain.templates = ("a photo of a {}",)  # the data's own, though it says what captions are without any
+    assert templates_for(plain) == plain.templates == templates_for(Subset(plain, [0]))
 
 
 def class_folder(folder: Path, names: tuple[str, ...], each: int = 2) -> Path:
@@ -222,6 +224,18 @@ def test_details_tell_what_a_class_is_taken_for(embedder: Embedder) -> None:
         for taken in row["taken_for"]:
             assert taken["images"] == matrix[k, source.class_names.index(taken["name"])] > 0
             assert taken["name"] != row["name"]
+        others = sorted([int(n) for i, n in enumerate(matrix[k]) if i != k and n], reverse=True)
+        assert [taken["images"] for taken in row["taken_for"]] == others[:3]
+
+
+def test_details_of_many_classes_need_no_matrix_of_them() -> None:
+    names = [str(k) for k in range(10**6)]  # of which a matrix would have 8 TB
+    labels, predictions = torch.tensor([7, 7, 7, 7, 10**6 - 1]), torch.tensor([9, 8, 9, 7, 0])
+    rows = class_accuracies(ZeroShot({}, labels, predictions, torch.arange(5)), names)
+    taken = [{"name": "9", "images": 2}, {"name": "8", "images": 1}]
+    assert rows[7] == {"name": "7", "images": 4, "acc1": 0.25, "taken_for": taken}
+    assert rows[-1] == {"name": "999999", "images": 1, "acc1": 0.0, "taken_for": [{"name": "0", "images": 1}]}
+    assert rows[8] == {"name": "8", "images": 0, "acc1": None, "taken_for": []} and len(rows) == 10**6
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
 from fastclip.evaluation import features
 from fastclip.evaluation.features import FeatureStore, image_features, text_features
-from fastclip.evaluation.results import result, table, write_results
+from fastclip.evaluation.results import result, table, write_lines, write_results
 from fastclip.models import create_model
 from fastclip.models.embedder import Embedder, load_embedder
 from fastclip.models.tokenizer import ClipTokenizer
@@ -162,6 +162,11 @@ def test_results_are_json_whatever_the_numbers(tmp_path: Path) -> None:
         dataset="d", task="zeroshot_classification", model="m", pretrained="p", metrics={"acc1": float("nan")}
     )
     write_results(tmp_path / "new" / "r.json", found)
+    write_lines(file := tmp_path / "other" / "r.jsonl", ({"x": value} for value in (float("-inf"), float("nan"), 0.5)))
+    assert file.read_text() == '{"x": null}\n{"x": null}\n{"x": 0.5}\n'
+    with pytest.raises(ZeroDivisionError):
+        write_lines(file, ({"x": 1 / k} for k in (1, 0)))
+    assert file.read_text().startswith('{"x": null}\n') and list(file.parent.iterdir()) == [file]
     assert '"acc1": null' in (tmp_path / "new" / "r.json").read_text()
     assert table(["model", "R@1"], [["ours", 12.34], ["a longer one", None]]).splitlines() == [
         "model          R@1",

@@ -341,6 +341,10 @@ def test_command_saves_the_average_and_goes_on(
     assert classifier_accuracies(read, embedder, held_out) == found[1]["metrics"]
     assert main([*line, "--wise-ft", "sweep"]) == 0
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())) == 11
+    unseen = [*line[:5], *line[7:], "--output", str(tmp_path / "other")]
+    for more, told in ((["--wise-ft", "sweep"], "--wise-ft sweep"), (["--reference", "cifar10"], "--reference")):
+        assert main([*unseen, *more]) == 1 and f"{told} needs --val-data" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
     (tmp_path / "templates").write_text("a digit\n")
     assert main(line) == 1
     assert "line 1: 'a digit' must hold {} once" in capsys.readouterr().err

@@ -310,7 +310,26 @@ def test_report_goes_on_where_it_was_stopped(embedder: Embedder, cache: Path, mo
     monkeypatch.setattr(type(embedder), "embed_images", stop)
     found = examine(embedder, source, resumable=True)
     assert found.metrics == expected.metrics and found.of_texts == expected.of_texts
+    assert len(found.stores) == 2 and expected.stores == ()
+    for store in found.stores:
+        store.clear()
     assert not any((cache / "features").iterdir()), "nothing is left"
+
+
+def test_what_is_embedded_is_kept_until_the_page_is_written(
+    run: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastclip.evaluation.report.page.write_bytes", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(run, tmp_path / "x.html", max_samples=40, device="cpu")
+    assert len(list((cache / "features").iterdir())) == 2
+    monkeypatch.setattr(Embedder, "embed_images", stop)
+    write_report(run, tmp_path / "x.html", max_samples=40, device="cpu")
+    assert not any((cache / "features").iterdir())
 
 
 def test_results_stand_beside_each_other(tmp_path: Path) -> None:
@@ -329,6 +348,18 @@ def test_results_stand_beside_each_other(tmp_path: Path) -> None:
     files[0].write_text("[1]")
     with pytest.raises(ValueError, match=r"a\.json holds no results"):
         read_results(files)
+
+
+def test_results_that_differ_in_alpha_or_nothing_have_a_column_each(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"dataset": "digits", "task": "finetuned_classification", "model": "m", "pretrained": "x"}
+    mixed = [result(metrics={"acc1": alpha / 2}, alpha=alpha, **common) for alpha in (0.0, 0.3, 1.0)]
+    write_results(tmp_path / "a.json", [*mixed, *(result(metrics={"acc1": 0.25}, **common) for _ in range(3))])
+    found = read_results([tmp_path / "a.json"])
+    assert [column[2] for column in found["columns"]] == [
+        *("x, alpha 0.0", "x, alpha 0.3", "x, alpha 1.0"),
+        *("x", "x (2)", "x (3)"),
+    ]
+    assert [values for _, values in found["rows"]] == [[0.0, 0.15, 0.5, 0.25, 0.25, 0.25]]
 
 
 def decoded(url: str) -> Image.Image:

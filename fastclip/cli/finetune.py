@@ -79,6 +79,9 @@ def _finetune(args: argparse.Namespace) -> None:
     from fastclip.training.ensemble import ensemble_accuracies
     from fastclip.training.finetune import FinetuneOptions, finetune
 
+    if not args.val_data and (args.reference or args.wise_ft == "sweep"):
+        told = "--reference" if args.reference else "--wise-ft sweep"
+        raise ValueError(f"{told} needs --val-data, to evaluate on")
     names = [*(name for name, *_ in _NUMBERS), *(name for name, _ in _FLAGS)]
     options = FinetuneOptions(**{name: value for name in names if (value := getattr(args, name)) is not None})
     reference = args.reference or top1_dataset(args.val_data or "")
@@ -118,7 +121,7 @@ def _tell(
 
     results = [
         result(
-            dataset=reference or args.val_data,
+            dataset=args.reference or args.val_data,
             task="finetuned_classification",
             model=args.model or str(args.checkpoint),
             pretrained=str(args.checkpoint),

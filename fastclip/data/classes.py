@@ -13,15 +13,15 @@ from fastclip.data import imagenet
 from fastclip.data.folder import pictures
 from fastclip.data.picture import read_picture
 from fastclip.data.prompts import read_class_names
-from fastclip.data.source import PLAIN_TEMPLATES, Record, Source
+from fastclip.data.source import Record, Source, class_captions
 from fastclip.data.spec import holds_shards, open_source
 from fastclip.data.strings import Strings
 
-__all__ = ["ClassFolder", "open_labelled"]
+__all__ = ["SPLITS", "ClassFolder", "open_labelled"]
 
 logger = logging.getLogger(__name__)
 _WORDNET_ID = re.compile(r"n\d{8}")
-_SPLITS = {"test", "train", "training", "val", "valid", "validation"}
+SPLITS = {"test", "train", "training", "val", "valid", "validation"}  # what folders of parts of a data set are called
 _SHOWN = 5  # names in a message
 
 
@@ -41,17 +41,21 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
     path = Path(spec)
     if spec and spec != "digits" and path.is_dir() and not holds_shards(path):
         return ClassFolder(spec, classes=names)
-    source = open_source(spec, held_out=held_out)
+    if isinstance(names, str):
+        names = imagenet.class_names(names)
+    source = open_source(spec, held_out=held_out, class_names=names or ())
     if not source.class_names:
         raise ValueError(f"{spec}: these data have no classes; {_LAYOUT}")
     if names is not None:
-        names = imagenet.class_names(names) if isinstance(names, str) else names
         _check_number(names, str(classes), len(source.class_names), spec)
         source.class_names = names
     return source
 
 
-_LAYOUT = "digits, hf: with a column `label` and FOLDER/CLASS/PICTURE have"
+_LAYOUT = (
+    "digits, hf: with a column `label`, FOLDER/CLASS/PICTURE and shards with KEY.cls have; "
+    "a KEY.txt or KEY.json beside it goes before KEY.cls, and must not be there"
+)
 
 
 class ClassFolder:
@@ -60,7 +64,7 @@ class ClassFolder:
     Class names are the folders', sorted, with blanks for underscores. Folders that are called by WordNet ids are
     classes of ImageNet, in the order of their numbers, with the names that CLIP has for them; so are 1,000 folders 0 to
     999, as ImageNet-V2 has them. What is hidden is left out, and links to folders of classes are followed. The captions
-    of a picture are its class's.
+    of a picture are its class's. `folders` are the names of the class folders, sorted.
 
     Args:
         classes: names, one a folder, in the order of the sorted folders, numbers by value; or one of
@@ -73,12 +77,12 @@ class ClassFolder:
         ImportError: timm or open_clip_torch, which know ImageNet's classes, is not installed.
     """
 
-    templates: tuple[str, ...] = PLAIN_TEMPLATES
+    templates: tuple[str, ...] = ()
 
     def __init__(self, spec: str, *, classes: str | Sequence[str] | None = None) -> None:
         self.spec = spec
         self._folder = Path(spec)
-        folders = _class_folders(self._folder)
+        self.folders = folders = _class_folders(self._folder)
         self.class_names, places = _classes(spec, folders, classes)
         if len(self.class_names) < 2:
             raise ValueError(f"{spec}: there is one class, {folders[0]}: nothing to tell apart")
@@ -105,8 +109,7 @@ class ClassFolder:
         return Record(image, self.captions(index), key, self._labels[index])
 
     def captions(self, index: int) -> tuple[str, ...]:
-        name = self.class_names[self._labels[index]]
-        return tuple(template.format(name) for template in self.templates)
+        return class_captions(self.class_names[self._labels[index]], self.templates)
 
     def key(self, index: int) -> str:
         return str(self._folder / self._names[index])
@@ -124,7 +127,7 @@ def _class_folders(folder: Path) -> list[str]:
     if not names:
         flat = sum(1 for _ in pictures(folder))
         raise ValueError(f"{folder}: {f'{flat} pictures and ' if flat else ''}no class folders; {wanted}")
-    if set(names) <= _SPLITS:
+    if set(names) <= SPLITS:
         raise ValueError(f"{folder} holds {', '.join(names)}, which are no classes: name one of these folders")
     return sorted(names, key=int) if all(map(_is_number, names)) else names
 

@@ -10,7 +10,7 @@ import datasets
 
 from fastclip.data.faults import BadSample
 from fastclip.data.picture import read_picture
-from fastclip.data.source import PLAIN_TEMPLATES, Record
+from fastclip.data.source import Record, class_captions
 from fastclip.data.table import CAPTION_COLUMNS, IMAGE_COLUMNS
 
 __all__ = ["HubSource"]
@@ -32,6 +32,8 @@ class HubSource:
         OSError: there is no such data set, or it cannot be read.
     """
 
+    templates: tuple[str, ...] = ()
+
     def __init__(self, spec: str) -> None:
         self.spec = spec
         name, _, split = spec.removeprefix("hf:").partition(":")
@@ -40,7 +42,6 @@ class HubSource:
         label = rows.features.get(_LABEL)
         self._label = _LABEL if isinstance(label, datasets.ClassLabel) else None
         self.class_names: tuple[str, ...] = tuple(label.names) if self._label else ()
-        self.templates: tuple[str, ...] = PLAIN_TEMPLATES if self._label else ()
         if self._caption is None and self._label is None:
             raise ValueError(f"{spec}: no column of captions ({', '.join(_CAPTIONS)}) {_has(rows.features)}")
         told = [column for column in (self._caption, self._label) if column is not None]
@@ -82,7 +83,7 @@ class HubSource:
         elif row[_LABEL] in (None, -1):
             texts = []
         else:
-            texts = [template.format(self.class_names[row[_LABEL]]) for template in self.templates]
+            texts = list(class_captions(self.class_names[row[_LABEL]], self.templates))
         if not all(isinstance(text, str) for text in texts):
             what = f"{self._caption} must be a string or a list of strings, is {found!r}"
             raise BadSample("damaged caption", key, what)

@@ -19,7 +19,7 @@ from fastclip.data.faults import BadSample
 from fastclip.data.picture import json_captions, json_fields, read_picture, text_captions
 from fastclip.data.prompts import read_class_names, read_templates
 from fastclip.data.shard_index import CLASS, CUT, JSON, REPEATED, TEXT, UNTOLD, WANTED, index_shards, stamp_of
-from fastclip.data.source import PLAIN_TEMPLATES, Record
+from fastclip.data.source import Record, class_captions
 from fastclip.data.tar_index import BLOCK, read_exactly
 
 __all__ = ["Shards", "shard_paths"]
@@ -72,6 +72,7 @@ class Shards:
         spec: as the user wrote it.
         paths: of the shards, in order.
         names: what messages call them, in place of `paths`.
+        class_names: of the classes, where there is no classnames.txt.
 
     Raises:
         OSError: a shard cannot be opened.
@@ -80,7 +81,14 @@ class Shards:
             changed since.
     """
 
-    def __init__(self, spec: str, paths: Sequence[str], names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        spec: str,
+        paths: Sequence[str],
+        names: Sequence[str] | None = None,
+        *,
+        class_names: Sequence[str] = (),
+    ) -> None:
         self.spec = spec
         self._paths, self._names = tuple(paths), tuple(names or paths)
         indices = index_shards(self._paths, self._names)
@@ -92,7 +100,7 @@ class Shards:
         self.class_names: tuple[str, ...] = ()
         self.templates: tuple[str, ...] = ()
         if bool((classed := self._rows["state"] == CLASS).any()):
-            self.class_names, self.templates = _classes(Path(paths[0]).parent)
+            self.class_names, self.templates = _classes(Path(paths[0]).parent, class_names)
             if not self.class_names:
                 if not bool(np.isin(self._rows["state"], (TEXT, JSON)).any()):
                     raise ValueError(
@@ -131,8 +139,7 @@ class Shards:
         if self._rows["state"][index] == JSON:
             return json_captions(caption, key)
         if self._rows["state"][index] == CLASS:
-            name = self.class_names[self._label(caption, key)]
-            return tuple(template.format(name) for template in self.templates)
+            return class_captions(self.class_names[self._label(caption, key)], self.templates)
         return text_captions(caption, key, lines=False)
 
     def _label(self, data: bytes, key: str) -> int:
@@ -176,11 +183,11 @@ class Shards:
         return found
 
 
-def _classes(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of classes and templates, of the shards in `folder`; () where there are no names."""
+def _classes(folder: Path, class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of classes, `class_names` where no file has them, and templates, of the shards in `folder`; () without."""
     for place in (folder, folder.parent):
         names, templates = place / "classnames.txt", place / "zeroshot_classification_templates.txt"
-        if names.is_file():
-            own = read_templates(str(templates)) if templates.is_file() else PLAIN_TEMPLATES
-            return read_class_names(str(names)), own
-    return (), ()
+        if names.is_file() or (class_names and templates.is_file()):
+            found = read_class_names(str(names)) if names.is_file() else tuple(class_names)
+            return found, read_templates(str(templates)) if templates.is_file() else ()
+    return tuple(class_names), ()

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
-__all__ = ["PLAIN_TEMPLATES", "Record", "Source", "picture_bytes", "read_sample", "sample_fields"]
+__all__ = ["Record", "Source", "class_captions", "picture_bytes", "read_sample", "sample_fields"]
 
-PLAIN_TEMPLATES = ("a photo of a {}",)  # of sources with classes and no templates of their own
+_PLAIN = ("a photo of a {}",)  # where data with classes have no templates of their own
 
 
 class Record(NamedTuple):
@@ -25,7 +25,7 @@ class Source(Protocol):
 
     spec: str  # as the user wrote it
     class_names: tuple[str, ...]  # () where samples have no class
-    templates: tuple[str, ...]  # captions of a class, with ``{}`` in place of its name; () without classes
+    templates: tuple[str, ...]  # the data's own captions of a class, ``{}`` in place of its name; () where it has none
 
     def __len__(self) -> int: ...
 
@@ -45,6 +45,11 @@ class Source(Protocol):
     def key(self, index: int) -> str:
         """That of `self[index]`, without reading anything."""
         ...
+
+
+def class_captions(name: str, templates: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the class `name`, by `Source.templates`; "a photo of a NAME" where there are none."""
+    return tuple(template.format(name) for template in templates or _PLAIN)
 
 
 def read_sample(source: Source, index: int, *, min_side: int | None = None) -> Record:

@@ -6,6 +6,7 @@ import difflib
 import glob
 import os
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,7 +31,7 @@ _KINDS = """what it may be:
 _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.+)", re.DOTALL)
 
 
-def open_source(spec: str, *, held_out: bool = False) -> Source:
+def open_source(spec: str, *, held_out: bool = False, class_names: Sequence[str] = ()) -> Source:
     """The samples of `spec`: ``digits``, a .csv or .tsv file, a split of a .json file, a folder, .tar files or URLs of
     them, ``hf:NAME``, or several of these, joined by ``::`` and each perhaps with a weight before it, ``2*A::0.5*B``;
     `Table` and its kin say more.
@@ -40,6 +41,7 @@ def open_source(spec: str, *, held_out: bool = False) -> Source:
 
     Args:
         held_out: of the digits, the fifth that is kept from training; the other kinds have no such part, and are whole.
+        class_names: of shards with classes that have no classnames.txt.
 
     Raises:
         OSError: a file cannot be read.
@@ -48,7 +50,7 @@ def open_source(spec: str, *, held_out: bool = False) -> Source:
     """
     parts = [spec] if os.path.exists(spec) else spec.split("::")
     weighted = [_weighted(part) for part in parts]
-    sources = [_open(part, held_out) for _, part in weighted]
+    sources = [_open(part, held_out, class_names) for _, part in weighted]
     weights = [weight for weight, _ in weighted]
     return sources[0] if weights == [1] else Mixture(spec, sources, weights)
 
@@ -67,24 +69,24 @@ def _weighted(part: str) -> tuple[Fraction, str]:
     return weight, match[2]
 
 
-def _open(spec: str, held_out: bool) -> Source:
+def _open(spec: str, held_out: bool, class_names: Sequence[str]) -> Source:
     path = Path(spec)
     if spec == "digits":
         return _digits(held_out)
     if spec.startswith("pipe:"):
         raise ValueError(f"{spec}: commands are not run; give the URL itself, such as s3://bucket/{{00000..00009}}.tar")
     if "://" in spec:
-        return _remote(spec)
+        return _remote(spec, class_names)
     if spec.startswith("hf:"):
         return _hub(spec)
     if spec.endswith(".tar") and not path.is_dir():
-        return _shards(spec)
+        return _shards(spec, class_names)
     if path.suffix.lower() in (".csv", ".tsv") and not path.is_dir():
         return Table(spec)
     if is_split_file(spec) and not path.is_dir():
         return Karpathy(spec)
     if spec and path.is_dir():
-        return _shards(spec) if holds_shards(path) else Folder(spec)
+        return _shards(spec, class_names) if holds_shards(path) else Folder(spec)
     raise ValueError(f"{_reason(spec)}; {_KINDS}")
 
 
@@ -96,23 +98,24 @@ def _digits(held_out: bool) -> Source:
     return DigitsSource(held_out=held_out)
 
 
-def _shards(spec: str) -> Source:
+def _shards(spec: str, class_names: Sequence[str]) -> Source:
     try:
         from fastclip.data.shards import Shards, shard_paths
     except ModuleNotFoundError as error:
         raise ImportError(f"tar shards need {error.name}, which is not installed", name=error.name) from error
     folder = Path(spec)
-    return Shards(spec, sorted(map(str, folder.glob("*.tar"))) if folder.is_dir() else shard_paths(spec))
+    paths = sorted(map(str, folder.glob("*.tar"))) if folder.is_dir() else shard_paths(spec)
+    return Shards(spec, paths, class_names=class_names)
 
 
-def _remote(spec: str) -> Source:
+def _remote(spec: str, class_names: Sequence[str]) -> Source:
     try:
         from fastclip.data.remote import local_copies, shard_urls
         from fastclip.data.shards import Shards
     except ModuleNotFoundError as error:
         raise ImportError(f"shards behind URLs need {error.name}, which is not installed", name=error.name) from error
     urls = shard_urls(spec)
-    return Shards(spec, local_copies(urls), urls)
+    return Shards(spec, local_copies(urls), urls, class_names=class_names)
 
 
 def _hub(spec: str) -> Source:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastclip.data.classes import SPLITS
+
 __all__ = ["MEAN_PER_CLASS", "RETRIEVAL", "TOP1", "ZERO_SHOT", "top1", "top1_dataset"]
 
 # Zero-shot top-1, by CLIP_benchmark's names: table 4 of Jia et al. 2021, for Florence table 1 of Yuan et al. 2021.
@@ -44,8 +46,8 @@ _DATASETS = (
     *("voc2007", "dtd", "pets", "caltech101", "flowers", "imagenet"),
 )
 
-# Classification, by system and data set. "CLIP" and "Florence" are zero-shot; what the tables call fine-tuned is a
-# linear probe for CLIP (table 10 of its paper) and, ImageNet aside, for Florence, and the whole model for ALIGN.
+# Classification, by system and data set. "CLIP" and "Florence" are zero-shot; what the tables call fine-tuned is for
+# CLIP its linear probe (table 10 of its paper).
 TOP1: dict[str, dict[str, float]] = {
     name: {dataset: value for dataset, value in zip(_DATASETS, values) if value is not None}
     for name, values in {
@@ -69,5 +71,7 @@ def top1(dataset: str) -> dict[str, float]:
 
 
 def top1_dataset(path: str) -> str | None:
-    """Which of `TOP1`'s a folder is called after, itself or one that it lies in."""
-    return next((part.lower() for part in reversed(Path(path).parts) if part.lower() in _DATASETS), None)
+    """Which of `TOP1`'s a folder is called after, itself or, where it is a split such as test/, the one it lies in."""
+    folder = Path(path)
+    name = (folder.parent if folder.name.lower() in SPLITS else folder).name.lower()
+    return name if name in _DATASETS else None

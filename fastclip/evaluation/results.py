@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastclip.durable import write_text
+from fastclip.durable import new_file, write_text
 
-__all__ = ["result", "table", "write_results"]
+__all__ = ["result", "table", "write_lines", "write_results"]
 
 
 def result(
@@ -38,6 +38,14 @@ def write_results(path: str | Path, results: Mapping[str, Any] | Sequence[Mappin
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
+
+
+def write_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines, one at a time, and the file whole or not at all; numbers as in `write_results`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as half, half.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
 
 
 def _finite(value: Any) -> Any:

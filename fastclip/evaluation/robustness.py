@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastclip.data import imagenet
 from fastclip.data.classes import ClassFolder
 from fastclip.data.prompts import read_templates
 from fastclip.durable import write_bytes
@@ -58,11 +59,14 @@ def robustness(
         pretrained, batch_size, workers, progress, stores: as `zero_shot`'s.
 
     Raises:
-        ValueError: no folder, or one that is none of its set; it is named, before anything is computed.
+        ValueError: no folder, or one with classes that its set has not, or with exactly those of -R or -A in the place
+            of another set; it is named, before anything is computed.
     """
     if not folders:
         raise ValueError("no data set: name the folder of at least one")
     sources = {name: ClassFolder(folders[name], classes=one.classes) for name, one in SETS.items() if name in folders}
+    for name, source in sources.items():
+        _check_set(name, source)
     templates = read_templates("openai") if templates is None else templates
     names = list(dict.fromkeys(name for source in sources.values() for name in source.class_names))
     classes = class_embeddings(embedder, names, templates, stores=stores, progress=progress)
@@ -82,6 +86,15 @@ def robustness(
         ).result
         for name, source in sources.items()
     ]
+
+
+def _check_set(name: str, source: ClassFolder) -> None:
+    """Of ImageNet some classes alone may be evaluated on, but 200 that are all of -R or -A are a mistaken folder."""
+    for other in ("imagenet-r", "imagenet-a"):
+        if name != other and {*source.folders} == imagenet.folder_places(other).keys():
+            raise ValueError(
+                f"{source.spec}: its classes are those of {SETS[other].title}, and it is named as {SETS[name].title}"
+            )
 
 
 def accuracies(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastclip.data.faults import Tally
 from fastclip.data.loader import evaluation_batches
-from fastclip.data.source import Source
+from fastclip.data.source import Source, class_captions
 from fastclip.data.subset import Subset
 from fastclip.distributed import check_group, gather_rows
 from fastclip.evaluation.classification import class_ranks, mean_directions
@@ -110,7 +110,7 @@ def texts_of(source: Source, kept: list[int]) -> Texts:
     numbers: dict[str, int] = {}
     pairs = [(i, numbers.setdefault(text, len(numbers))) for i, k in enumerate(kept) for text in source.captions(k)]
     captions = len(numbers)
-    prompts = [[template.format(name) for template in source.templates] for name in source.class_names]
+    prompts = [class_captions(name, source.templates) for name in source.class_names]
     classes = [[numbers.setdefault(text, len(numbers)) for text in own] for own in prompts]
     return Texts(list(numbers), captions, torch.tensor(pairs), torch.tensor(classes), source.class_names)
 

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastclip.data.prompts import read_templates
-from fastclip.data.source import PLAIN_TEMPLATES, Source
+from fastclip.data.source import Source
 from fastclip.evaluation.classification import (
     class_ranks,
     classification_metrics,
-    confusion,
     mean_directions,
     predicted_classes,
 )
@@ -93,8 +93,8 @@ def zero_shot(
 
 
 def templates_for(source: Source, name: str | None = None) -> tuple[str, ...]:
-    """`read_templates` of `name`; default: the source's own, or CLIP's 80 where it has none, or just the plain one."""
-    if name is None and source.templates not in ((), PLAIN_TEMPLATES):
+    """`read_templates` of `name`; default: the source's own, or CLIP's 80 where it has none."""
+    if name is None and source.templates:
         return source.templates
     return read_templates(name or "openai")
 
@@ -128,13 +128,16 @@ def class_embeddings(
 
 def class_accuracies(found: ZeroShot, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Of every class its name, pictures, ``acc1``, None without pictures, and what they are most often taken for."""
-    matrix = confusion(found.labels, found.predictions, len(class_names))
-    rows = []
-    for place, (name, row) in enumerate(zip(class_names, matrix)):
-        pictures = int(row.sum())
-        acc1 = int(row[place]) / pictures if pictures else None
-        row[place] = 0
-        counts, others = row.topk(min(_CONFUSED, len(row)))
-        taken = [{"name": class_names[k], "images": n} for n, k in zip(counts.tolist(), others.tolist()) if n]
-        rows.append({"name": name, "images": pictures, "acc1": acc1, "taken_for": taken})
-    return rows
+    right = found.labels == found.predictions
+    pictures = found.labels.bincount(minlength=len(class_names)).tolist()
+    hits = found.labels[right].bincount(minlength=len(class_names)).tolist()
+    taken: list[list[dict[str, Any]]] = [[] for _ in class_names]
+    wrong, counts = torch.stack([found.labels, found.predictions], 1)[~right].unique(dim=0, return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    for (place, other), images in zip(wrong[order].tolist(), counts[order].tolist()):
+        if len(taken[place]) < _CONFUSED:
+            taken[place].append({"name": class_names[other], "images": images})
+    return [
+        {"name": name, "images": n, "acc1": hit / n if n else None, "taken_for": own}
+        for name, n, hit, own in zip(class_names, pictures, hits, taken, strict=True)
+    ]

@@ -38,6 +38,15 @@ PROMISES: dict[str, list[Promise]] = {
             ),
         ),
         Promise(
+            "published numbers are shown for the data set that a folder is called after, and no other; results are called as the data",
+            (f"{TEST_PROBE}::test_published_numbers_are_by_name", f"{TEST_PROBE}::test_result_is_called_by_its_folder", f"{TEST_TUNE}::test_command_saves_the_average_and_goes_on"),
+            (
+                Break("probe: a data set by a folder above it", "fastclip/evaluation/published.py", "if folder.name.lower() in SPLITS else", "if folder.name not in _DATASETS else"),
+                Break("fine-tuning: what nothing is evaluated for is let pass", "fastclip/cli/finetune.py", "if not args.val_data and (", "if False and ("),
+                Break("probe: the result is called after the folder's name", "fastclip/cli/evaluate/probe.py", "dataset=args.reference or args.test_data", "dataset=reference or args.test_data"),
+            ),
+        ),
+        Promise(
             "fine-tuning begins as the zero-shot classifier and makes the steps of a plain loop, the head in float32",
             (f"{TEST_TUNE}::test_it_begins_as_the_zero_shot_classifier", f"{TEST_TUNE}::test_steps_are_those_of_a_plain_loop", f"{TEST_TUNE}::test_head_computes_in_float32_under_autocast", f"{TEST_TUNE}::test_micro_batches_give_the_same_steps"),
             (

@@ -45,6 +45,22 @@ PROMISES: dict[str, list[Promise]] = {
             ),
         ),
         Promise(
+            "what a report has embedded is kept until its page is written, and then removed",
+            (f"{TESTS}::test_what_is_embedded_is_kept_until_the_page_is_written", f"{TESTS}::test_report_goes_on_where_it_was_stopped"),
+            (
+                Break("report: what is embedded is removed before the page is written", f"{REPORT}view.py", '    """Of the sections that need a model.\n', '    for store in found.stores:\n        store.clear()\n    """Of the sections that need a model.\n'),
+                Break("report: what is embedded stays", f"{REPORT}page.py", "        store.clear()", "        pass"),
+            ),
+        ),
+        Promise(
+            "results that stand beside each other are all shown, those of one file that differ in alpha with it",
+            (f"{TESTS}::test_results_that_differ_in_alpha_or_nothing_have_a_column_each",),
+            (
+                Break("report: columns without alpha", f"{REPORT}view.py", 'if "alpha" in one else ""', 'if False else ""'),
+                Break("report: the last result takes the place of others", f"{REPORT}view.py", "while any(column in rows.get(row, ()) for row in values):", "while False:"),
+            ),
+        ),
+        Promise(
             "long curves are drawn of means with the range of all values; large data are sampled evenly, which the page says",
             (f"{CHARTS}::test_long_curves_keep_their_extremes", f"{CHARTS}::test_points_lie_where_the_ticks_say", f"{TESTS}::test_large_data_are_sampled_evenly_and_the_page_says_so"),
             (

@@ -57,7 +57,7 @@ def _probe(args: argparse.Namespace) -> None:
         write_results(
             args.output,
             result(
-                dataset=reference or args.test_data,
+                dataset=args.reference or args.test_data,
                 task="linear_probe",
                 model=embedder.name,
                 pretrained=str(args.checkpoint),

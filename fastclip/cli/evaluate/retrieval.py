@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 from fastclip.cli.embedding import embedder_of
@@ -37,10 +35,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from fastclip.data.spec import open_source
-    from fastclip.durable import write_text
     from fastclip.evaluation.captioned import evaluate_retrieval
     from fastclip.evaluation.published import RETRIEVAL
-    from fastclip.evaluation.results import result, table, write_results
+    from fastclip.evaluation.results import result, table, write_lines, write_results
 
     source = open_source(args.data, held_out=True)
     embedder = embedder_of(args)
@@ -77,8 +74,7 @@ def _run(args: argparse.Namespace) -> None:
             ),
         )
     if args.details:
-        lines = (json.dumps(line) + "\n" for line in found.details())
-        write_text(Path(args.details), "".join(lines))
+        write_lines(args.details, found.details())
     for store in found.stores:
         store.clear()
 

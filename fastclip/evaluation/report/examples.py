@@ -57,6 +57,7 @@ class Examined(NamedTuple):
     confusion: Confusion | None  # None without classes
     of_texts: tuple[list[Example], list[Example]]  # best and worst, pictures found for texts
     of_images: tuple[list[Example], list[Example]]  # likewise texts for pictures
+    stores: tuple[FeatureStore, ...]  # to `clear` when all is written
 
 
 def examine(
@@ -71,7 +72,7 @@ def examine(
     """Embed a source and look at it; options and errors as `image_features`'.
 
     Args:
-        resumable: keep what is embedded in FASTCLIP_CACHE until all is, and go on from what is there.
+        resumable: keep what is embedded in FASTCLIP_CACHE, in `Examined.stores`, and go on from what is there.
     """
     pictures = FeatureStore(embedder, [source.spec, *map(source.key, range(len(source)))]) if resumable else None
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
@@ -81,7 +82,7 @@ def examine(
     captions = FeatureStore(embedder, ["texts", *texts.texts]) if resumable else None
     features = text_features(embedder, texts.texts, store=captions, **options)
     own = features[: texts.captions]
-    found = Examined(
+    return Examined(
         metrics=metrics_of(images.features, images.labels, features, texts),
         kept=kept,
         texts=texts.texts,
@@ -89,11 +90,8 @@ def examine(
         confusion=_confusion(images, features, texts),
         of_texts=_best_and_worst(own, images.features, texts.pairs.flip(1)),
         of_images=_best_and_worst(images.features, own, texts.pairs),
+        stores=tuple(store for store in (pictures, captions) if store is not None),
     )
-    for store in (pictures, captions):
-        if store is not None:
-            store.clear()
-    return found
 
 
 def _confusion(images: ImageFeatures, features: Tensor, texts: Texts) -> Confusion | None:

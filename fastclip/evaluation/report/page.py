@@ -90,6 +90,8 @@ def write_report(
     path = run.folder / "report.html" if output is None else Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, render(context).encode("utf-8", "replace"))  # names of files may hold what UTF-8 cannot
+    for store in () if source is None else found.stores:
+        store.clear()
     return path
 
 

@@ -132,7 +132,10 @@ def _matrix(found: Confusion, names: Sequence[str]) -> dict[str, Any]:
 
 
 def read_results(paths: Sequence[Path]) -> dict[str, Any]:
-    """JSON of results in CLIP_benchmark's form, a file and model a column, a metric that is a number a row.
+    """JSON of results in CLIP_benchmark's form, a metric that is a number a row.
+
+    A column is a file, model and weights, fine-tuned ones with their alpha. Results of which a cell is taken are
+    numbered, and have a column of their own.
 
     Raises:
         OSError, ValueError: a file cannot be read or holds no results, with its name.
@@ -147,11 +150,18 @@ def read_results(paths: Sequence[Path]) -> dict[str, Any]:
         for one in found if isinstance(found, list) else [found]:
             if not isinstance(one, Mapping) or not isinstance(one.get("metrics"), Mapping):
                 raise ValueError(f'{path} holds no results of an evaluation: objects with "metrics"')
-            column = (str(path), str(one.get("model", "")), str(one.get("pretrained", "")))
+            values = {
+                (str(one.get("task", "")), str(one.get("dataset", "")), name): value
+                for name, value in one["metrics"].items()
+                if isinstance(value, (int, float)) and not isinstance(value, bool)
+            }
+            weights = str(one.get("pretrained", "")) + (f", alpha {one['alpha']}" if "alpha" in one else "")
+            column, number = (str(path), str(one.get("model", "")), weights), 1
+            while any(column in rows.get(row, ()) for row in values):
+                number += 1
+                column = (*column[:2], f"{weights} ({number})")
             columns[column] = None
-            for name, value in one["metrics"].items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    row = (str(one.get("task", "")), str(one.get("dataset", "")), name)
-                    rows.setdefault(row, {})[column] = value
+            for row, value in values.items():
+                rows.setdefault(row, {})[column] = value
     ordered = sorted(rows)
     return {"columns": list(columns), "rows": [(row, [rows[row].get(column) for column in columns]) for row in ordered]}
