@@ -137,6 +137,25 @@ def test_similarities_are_computed_once_for_all_thresholds(
         filter_source(embedder, Subset(digits, range(1, 60)), tmp_path / "b", scores=tmp_path / "a" / "scores")
 
 
+def test_scores_are_those_of_the_captions_and_the_place(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, shade in (("a", 40), ("b", 200)):
+        (tmp_path / place).mkdir()
+        picture = np.random.default_rng(shade).integers(0, shade, (40, 40, 3), np.uint8)
+        Image.fromarray(picture).save(tmp_path / place / "x.png")
+    options: dict[str, Any] = {"scores": tmp_path / "scores", "batch_size": BATCH}
+    found = []
+    for place, caption in (("a", "a red car"), ("a", "the sea at night"), ("b", "a red car")):
+        monkeypatch.chdir(tmp_path / place)
+        Path("t.csv").write_text(f"filepath,title\nx.png,{caption}\n")
+        source = open_source("t.csv")
+        summary = filter_source(embedder, source, tmp_path / f"{len(found)}", **options)
+        assert summary["similarity"]["mean"] == pytest.approx(similarities(embedder, source)[0][0], abs=1e-6)
+        found.append(summary["similarity"]["mean"])
+    assert len(set(found)) == 3
+
+
 def test_real_pictures_keep_their_bytes_and_what_is_known_of_them(embedder: Embedder, tmp_path: Path) -> None:
     source = open_source(str(real_pictures(tmp_path / "data")))
     pack_source(source, tmp_path / "packed")

@@ -28,7 +28,7 @@ from fastclip.evaluation.results import write_results
 from fastclip.models.embedder import Embedder
 from fastclip.search.claim import claim
 from fastclip.search.near_duplicates import near_duplicates
-from fastclip.search.pairs import Pairs, embed_pairs, faults_of
+from fastclip.search.pairs import Pairs, embed_pairs, faults_of, names_of
 
 __all__ = ["filter_source"]
 
@@ -83,7 +83,7 @@ def filter_source(
     """
     _check(threshold, dedup, samples_per_shard)
     computed = (scores or output / "scores") / ("similarities" if dedup is None else "similarities-and-images")
-    store = FeatureStore(embedder, map(source.key, range(len(source))), folder=computed)
+    store = FeatureStore(embedder, names_of(source), folder=computed)
     options = {"source": source.spec, "samples": len(source), "model": embedder.name, "identity": embedder.identity}
     options |= {"names": store.folder.name, "threshold": threshold, "dedup": dedup}
     if threshold is not None:
