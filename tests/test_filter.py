@@ -35,6 +35,7 @@ from fastclip.models import create_model
 from fastclip.models.embedder import Embedder
 from fastclip.models.tokenizer import ClipTokenizer
 from fastclip.search import near_duplicates as near
+from fastclip.search.embed import embed_source
 from fastclip.search.filter import filter_source
 from fastclip.search.near_duplicates import near_duplicates
 
@@ -275,6 +276,50 @@ def test_filter_touches_no_other_call(embedder: Embedder, digits: Source, tmp_pa
     for name, value in (("threshold", 1.5), ("dedup", 0.0), ("samples_per_shard", 0), ("threshold", float("nan"))):
         with pytest.raises(ValueError, match=f"{name} must be"):
             filter_source(embedder, digits, tmp_path / "d", **{name: value})
+
+
+def test_scores_that_are_computed_anew_meet_no_result_of_before(embedder: Embedder, tmp_path: Path) -> None:
+    source = open_source(str(real_pictures(tmp_path / "data")))
+    scored = [value for values in similarities(embedder, source) for value in values]
+    options: dict[str, Any] = {"threshold": between(scored, 0.5), "batch_size": BATCH, "scores": tmp_path / "scores"}
+    filter_source(embedder, source, tmp_path / "out", **options)
+    assert filter_source(embedder, source, tmp_path / "out", **options)["counts"]["kept"] > 0
+    before = files(tmp_path / "out")
+    names = [path for path in (tmp_path / "data").iterdir() if path.name in ("hopper.jpg", "flower.jpg", "logo.png")]
+    for path, data in zip(names, [path.read_bytes() for path in (*names[1:], names[0])]):
+        path.write_bytes(data)
+    shutil.rmtree(tmp_path / "scores")
+    with pytest.raises(ValueError, match=r"_stats\.json is of other similarities than those there are now: remove "):
+        filter_source(embedder, source, tmp_path / "out", **options)
+    assert files(tmp_path / "out") == before
+    for path in (*(tmp_path / "out").glob("*.tar"), *(tmp_path / "out").glob("*_stats.json")):
+        path.unlink()  # and a table that is left does not count
+    filter_source(embedder, source, tmp_path / "out", **options)
+    filter_source(embedder, source, tmp_path / "new", **options)
+    assert files(tmp_path / "out") == files(tmp_path / "new")
+
+
+def test_result_is_left_alone_by_a_call_without_a_threshold(
+    embedder: Embedder, digits: Source, tmp_path: Path
+) -> None:
+    filter_source(embedder, digits, tmp_path, threshold=0.1, batch_size=BATCH)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"is that of another call: threshold was 0\.1, is None; take another"):
+        filter_source(embedder, digits, tmp_path, batch_size=BATCH)
+    assert files(tmp_path) == before
+
+
+def test_model_may_be_called_otherwise(
+    embedder: Embedder, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filter_source(embedder, digits, tmp_path / "a", threshold=0.1, batch_size=BATCH)
+    embed_source(embedder, digits, tmp_path / "b")
+    before = {**files(tmp_path / "a"), **files(tmp_path / "b")}
+    monkeypatch.setattr(embedder, "name", "runs/../ViT-tiny")
+    summary = filter_source(embedder, digits, tmp_path / "a", threshold=0.1, batch_size=BATCH)
+    assert summary["model"] == "runs/../ViT-tiny" and embed_source(embedder, digits, tmp_path / "b").kept == 1
+    after = {**files(tmp_path / "a"), **files(tmp_path / "b")}
+    assert {name for name in before if before[name] != after[name]} == {"summary.json"}
 
 
 def test_command_filters_and_goes_on(embedder: Embedder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
