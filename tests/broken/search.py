@@ -56,12 +56,13 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "models and folders are kept apart; folders that are left out are neither read nor found",
-            (f"{INDEX}::test_index_of_another_model_is_kept_apart", f"{INDEX}::test_folders_are_apart_and_share_what_is_known", f"{INDEX}::test_excluded_folders_are_neither_read_nor_found_nor_forgotten", f"{SEARCH}::test_checkpoint_that_changed_is_another_model", f"{SEARCH}::test_default_precision_of_another_machine_is_refused"),
+            (f"{INDEX}::test_index_of_another_model_is_kept_apart", f"{INDEX}::test_folders_are_apart_and_share_what_is_known", f"{INDEX}::test_excluded_folders_are_neither_read_nor_found_nor_forgotten", f"{SEARCH}::test_checkpoint_that_changed_is_another_model", f"{SEARCH}::test_weights_behind_a_link_are_noticed", f"{SEARCH}::test_default_precision_of_another_machine_is_refused"),
             (
                 Break("search: one index for all models", f"{FOLDER}engine.py", 'f"{model.identity}.sqlite3"', '"all.sqlite3"'),
                 Break("search: a folder has its namesakes' pictures", f"{FOLDER}index.py", 'start = folder.rstrip(b"/\\\\") + _SLASH', "start = folder"),
                 Break("search: excluded pictures are found", f"{FOLDER}engine.py", "for place, path in enumerate(found.paths) if not left_out(path)]", "for place, path in enumerate(found.paths)]"),
                 Break("search: a checkpoint is known by its name", f"{FOLDER}model.py", "(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns)", "(name,)"),
+                Break("search: a linked folder is not looked into", f"{FOLDER}model.py", "followlinks=True", "followlinks=False"),
                 Break("search: the precision is not compared", f"{FOLDER}model.py", 'told["precision"] != loaded.precision', "False"),
             ),
         ),
