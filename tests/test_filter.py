@@ -228,6 +228,14 @@ def test_near_duplicates_are_those_of_comparing_all(monkeypatch: pytest.MonkeyPa
     assert near_duplicates([], 0.9).tolist() == []
 
 
+def test_equal_vectors_are_duplicates_at_1() -> None:
+    vectors = F.normalize(torch.randn(200, 512), dim=1)
+    assert not all(float(vector @ vector) >= 1 for vector in vectors)
+    assert near_duplicates([vectors, vectors], 1.0).tolist() == [-1] * 200 + list(range(200))
+    other = F.normalize(vectors + 2e-3 * F.normalize(torch.randn(200, 512), dim=1), dim=1)  # cosines of 0.999998
+    assert near_duplicates([vectors, other], 1.0).tolist() == [-1] * 400
+
+
 def test_first_of_near_duplicates_stays(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
     expected = similarities(embedder, digits)
     threshold = between([max(values) for values in expected], 0.7)

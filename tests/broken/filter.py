@@ -23,10 +23,11 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "near duplicates are those of comparing every picture with all that were kept before it; the first stays",
-            (f"{FILTER}::test_near_duplicates_are_those_of_comparing_all", f"{FILTER}::test_first_of_near_duplicates_stays"),
+            (f"{FILTER}::test_near_duplicates_are_those_of_comparing_all", f"{FILTER}::test_first_of_near_duplicates_stays", f"{FILTER}::test_equal_vectors_are_duplicates_at_1"),
             (
                 Break("duplicates: only within a block", f"{FOLDER}near_duplicates.py", "near_to[new] = place[", "place["),
                 Break("duplicates: of a dropped one", f"{FOLDER}near_duplicates.py", "            if near_to[i] < 0:", "            if True:"),
+                Break("duplicates: equal pictures are below 1", f"{FOLDER}near_duplicates.py", "    threshold = min(threshold, _SAME)\n", ""),
                 Break("duplicates: the last stays", f"{FOLDER}near_duplicates.py", "argmax(1)]", "argmin(1)]"),
             ),
         ),
