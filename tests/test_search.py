@@ -172,7 +172,7 @@ def test_checkpoint_that_changed_is_another_model(
 
 def test_weights_behind_a_link_are_noticed(tmp_path: Path) -> None:
     create_model("ViT-tiny").save_pretrained(tmp_path / "weights")
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "model").symlink_to(tmp_path / "weights")
     (tmp_path / "run" / "latest").symlink_to(tmp_path / "run")  # round in a circle
     first = CheckpointModel(tmp_path / "run", device="cpu").identity

@@ -183,6 +183,32 @@ def test_what_cannot_be_read_is_listed_and_not_tried_again(tmp_path: Path, caplo
     check(searched, [good, folder / "page.jpg"])
 
 
+def test_what_another_reader_could_not_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = [draw(tmp_path / folder / f"{k}.png", k) for k, folder in enumerate(["photos", "photos", "other"])]
+    real = scan.read_picture
+
+    def older(file: object, key: str) -> Image.Image:
+        if key != str(photos[0]):
+            raise BadSample("not an image", key, "its format is not known")
+        return real(file, key)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(scan, "read_picture", older)
+    searched, other = engine(tmp_path), engine(tmp_path, folder="other")
+    assert counts(searched) == (2, 1, 0, 0) and counts(other) == (1, 0, 0, 0)
+    monkeypatch.setattr(scan, "read_picture", real)
+    assert counts(searched) == (2, 0, 0, 0) and len(searched.faults()) == 1
+    connection = sqlite3.connect(searched._index.file)
+    connection.execute("DROP TABLE reader")  # as in an index of before
+    connection.close()
+    assert counts(searched) == (2, 1, 0, 0) and searched.faults() == []
+    assert counts(other) == (1, 1, 0, 0)
+    check(searched, photos[:2])
+    (tmp_path / "photos" / "page.png").write_text("<html>")
+    assert len(searched.update().skipped) == 1 and not searched.update().skipped
+    monkeypatch.setattr(scan, "_reader", lambda: "Pillow 99")
+    assert len(searched.update().skipped) == 1 and not searched.update().skipped
+
+
 @pytest.mark.fault("a picture that the disk does not give", "it is named and tried again next time")
 def test_fault_of_the_disk_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(2)]

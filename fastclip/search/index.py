@@ -32,6 +32,7 @@ CREATE TABLE files (path BLOB PRIMARY KEY, stamp TEXT, content INTEGER NOT NULL 
 CREATE INDEX files_of_content ON files (content);
 CREATE TABLE texts (text BLOB PRIMARY KEY, vector BLOB NOT NULL);
 """
+_READER = "CREATE TABLE IF NOT EXISTS reader (name TEXT NOT NULL)"  # which indices of before may not have
 _INSIDE = "path >= ? AND path < ?"  # of a folder: see _range
 
 
@@ -108,6 +109,19 @@ class Index:
         with self._writing():
             for path in paths:
                 self._run("DELETE FROM files WHERE path = ?", (path,))
+
+    def forget_faults(self, reader: str) -> None:
+        """Those that another reader of pictures than this one has found, which this one may not find: files and contents
+        are as those never seen."""
+        if self._number("SELECT COUNT(*) FROM sqlite_master WHERE name = 'reader'"):
+            if [name for (name,) in self._rows("SELECT name FROM reader")] == [reader]:
+                return
+        with self._writing():
+            self._run(_READER)
+            self._run("DELETE FROM files WHERE content IN (SELECT id FROM contents WHERE fault IS NOT NULL)")
+            self._run("DELETE FROM contents WHERE fault IS NOT NULL")
+            self._run("DELETE FROM reader")
+            self._run("INSERT INTO reader VALUES (?)", (reader,))
 
     def faults(self, folder: bytes) -> list[tuple[bytes, str]]:
         """Files under a folder whose content cannot be used, by path, and why."""
