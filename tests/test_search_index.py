@@ -23,7 +23,7 @@ from colours import Colours, draw, picture_vector, text_vector
 from PIL import Image
 
 from fastclip.data.faults import BadSample
-from fastclip.search import scan
+from fastclip.search import index, scan
 from fastclip.search.engine import SearchEngine
 from fastclip.search.query import Term
 
@@ -470,6 +470,23 @@ def test_pictures_that_another_process_adds_are_found(tmp_path: Path) -> None:
     photo = draw(tmp_path / "photos" / "a.png", 1)
     engine(tmp_path).update()
     check(searched, [photo])
+
+
+def test_others_may_write_while_vectors_are_gone_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for k in range(8):
+        draw(tmp_path / "photos" / f"{k}.png", k)
+    engine(tmp_path).update()
+    monkeypatch.setattr(index, "_PATIENCE", 0.1)
+    monkeypatch.setattr(index, "_AT_ONCE", 3)
+    read, written = (index.Index(tmp_path / "cache" / "search" / "colours.sqlite3") for _ in range(2))
+    found = []
+    for content, vector in read.vectors_after(1):
+        found.append(content)
+        assert np.array_equal(vector, read.vector_of(content))
+        written.keep_text(f"{content}", vector)
+    assert found == list(range(2, 9))
+    read.close()
+    written.close()
 
 
 @pytest.mark.fault("Ctrl-C while pictures are indexed", "what is embedded is kept")

@@ -24,6 +24,7 @@ _VERSION = 1
 _PATIENCE = 60.0  # seconds that a process waits for another one's transaction
 # A row of 512 numbers fills half a page of SQLite's usual 4 KiB, and its other half would be lost.
 _PAGE = 16384
+_AT_ONCE = 65536  # vectors that are read at a time, as long as no other process can write
 _MAPPED = 2**40
 _TABLES = """
 CREATE TABLE contents (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, vector BLOB, fault TEXT,
@@ -148,11 +149,11 @@ class Index:
         return Pictures(paths, np.searchsorted(contents, ids[usable]), contents, vectors)
 
     def vectors_after(self, content: int) -> Iterator[tuple[int, Vector]]:
-        """Contents of a higher id, rising, with their vectors."""
-        for number, data in self._rows(
-            "SELECT id, vector FROM contents WHERE id > ? AND vector IS NOT NULL ORDER BY id", (content,)
-        ):
-            yield number, np.frombuffer(data, "<f4")
+        """Contents of a higher id, rising, with their vectors. Other processes may write in between."""
+        query = "SELECT id, vector FROM contents WHERE id > ? AND vector IS NOT NULL ORDER BY id LIMIT ?"
+        while rows := list(self._rows(query, (content, _AT_ONCE))):
+            for content, data in rows:
+                yield content, np.frombuffer(data, "<f4")
 
     def vector_of(self, content: int) -> Vector | None:
         return self._vector("SELECT vector FROM contents WHERE id = ?", content)

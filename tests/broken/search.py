@@ -48,10 +48,11 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "indexing can be killed at any moment and by any means: what is embedded is kept, the next run goes on; processes may index at once",
-            (f"{INDEX}::test_kill_leaves_an_index_that_goes_on", f"{INDEX}::test_processes_that_index_at_once_agree", f"{INDEX}::test_interrupted_indexing_keeps_what_is_embedded", f"{INDEX}::test_folder_that_is_gone_empties_no_index"),
+            (f"{INDEX}::test_kill_leaves_an_index_that_goes_on", f"{INDEX}::test_processes_that_index_at_once_agree", f"{INDEX}::test_others_may_write_while_vectors_are_gone_through", f"{INDEX}::test_interrupted_indexing_keeps_what_is_embedded", f"{INDEX}::test_folder_that_is_gone_empties_no_index"),
             (
                 Break("search: one transaction for all", f"{FOLDER}scan.py", ">= batch_size or len(rows) >= _ROWS:", ">= 10**9:"),
                 Break("search: the other process's content is an error", f"{FOLDER}index.py", "INSERT OR IGNORE INTO contents", "INSERT INTO contents"),
+                Break("search: nobody may write while vectors are gone through", f"{FOLDER}index.py", "while rows := list(self._rows(query, (content, _AT_ONCE))):", "for rows in [self._rows(query, (content, -1))]:"),
                 Break("search: a disk that is gone is empty", f"{FOLDER}scan.py", "            if here == folder:\n                raise\n", ""),
             ),
         ),
