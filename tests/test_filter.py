@@ -307,9 +307,7 @@ def test_scores_that_are_computed_anew_meet_no_result_of_before(embedder: Embedd
     assert files(tmp_path / "out") == files(tmp_path / "new")
 
 
-def test_result_is_left_alone_by_a_call_without_a_threshold(
-    embedder: Embedder, digits: Source, tmp_path: Path
-) -> None:
+def test_result_is_left_alone_by_a_call_without_a_threshold(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
     filter_source(embedder, digits, tmp_path, threshold=0.1, batch_size=BATCH)
     before = files(tmp_path)
     with pytest.raises(ValueError, match=r"is that of another call: threshold was 0\.1, is None; take another"):

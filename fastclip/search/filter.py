@@ -79,7 +79,8 @@ def filter_source(
         What summary.json holds: options, "counts" of samples, "causes" of those that cannot be used, "similarity".
 
     Raises:
-        ValueError: an option is out of range, `output` is that of another call or of other similarities, or nothing is kept.
+        ValueError: an option is out of range, `output` is that of another call or of other similarities, or nothing is
+            kept.
         OSError, ChildProcessError: as `pack_source`.
     """
     _check(threshold, dedup, samples_per_shard)

@@ -112,11 +112,10 @@ class Index:
                 self._run("DELETE FROM files WHERE path = ?", (path,))
 
     def forget_faults(self, reader: str) -> None:
-        """Those that another reader of pictures than this one has found, which this one may not find: files and contents
-        are as those never seen."""
-        if self._number("SELECT COUNT(*) FROM sqlite_master WHERE name = 'reader'"):
-            if [name for (name,) in self._rows("SELECT name FROM reader")] == [reader]:
-                return
+        """Those that another reader of pictures has found, and this one may not: the files are as those never seen."""
+        told = self._number("SELECT COUNT(*) FROM sqlite_master WHERE name = 'reader'")
+        if told and list(self._rows("SELECT name FROM reader")) == [(reader,)]:
+            return
         with self._writing():
             self._run(_READER)
             self._run("DELETE FROM files WHERE content IN (SELECT id FROM contents WHERE fault IS NOT NULL)")

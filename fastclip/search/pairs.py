@@ -77,8 +77,8 @@ def embed_pairs(
 
 
 def names_of(source: Source) -> Iterator[str]:
-    """What the vectors depend on beside the model, for a `FeatureStore`: where the source is, and of every sample the key
-    and the captions, one sample at a time. Pictures are taken to be what they were."""
+    """What the vectors depend on beside the model, for a `FeatureStore`: where the source is, and the key and captions of
+    every sample, one at a time. Pictures are taken to be what they were."""
     yield os.path.join(os.getcwd(), source.spec)
     for index in range(len(source)):
         try:
