@@ -77,7 +77,7 @@ def embed_pairs(
 
 
 def names_of(source: Source) -> Iterator[str]:
-    """What the vectors depend on beside the model, for a `FeatureStore`: where the source is, and the key and captions of
+    """What vectors depend on beside the model, for a `FeatureStore`: where the source is, and the key and captions of
     every sample, one at a time. Pictures are taken to be what they were."""
     yield os.path.join(os.getcwd(), source.spec)
     for index in range(len(source)):
