@@ -19,6 +19,7 @@ GPU_COLUMNS = ["date", "gpu", "driver", "cuda", "triton", *VERSIONS]
 STYLES: dict[str, dict[str, str]] = {
     "fastclip": {"color": "#D55E00", "marker": "o"},
     "fastclip_cuda": {"color": "#D55E00", "marker": "o"},
+    "fastclip_cpu": {"color": "#D55E00", "marker": "o"},
     "fastclip_triton": {"color": "#E69F00", "marker": "v"},
     "open_clip": {"color": "#0072B2", "marker": "s"},
     "open_clip_compiled": {"color": "#56B4E9", "marker": "^"},
@@ -27,6 +28,7 @@ STYLES: dict[str, dict[str, str]] = {
     "inf_cl": {"color": "#882255", "marker": "X"},
     "memeff": {"color": "#000000", "marker": "*"},
     "siglip_kernel": {"color": "#CC79A7", "marker": "P"},
+    "dense": {"color": "#999999", "marker": "x"},
     "floor": {"color": "#777777", "linestyle": "--"},
 }
 LABELS = {
@@ -124,9 +126,9 @@ def _line(panel: Any, found: dict[tuple[int, str], Row], name: str, column: str)
     cells = [found.get((N, name)) for N in sizes]
     panel.plot(sizes, [_number(cell, column) for cell in cells], label=LABELS.get(name, name), **style)
     for N, cell in zip(sizes, cells):
-        needed = re.fullmatch(r"does not fit: (\d+) GiB", (cell or {}).get("status", ""))
+        needed = re.fullmatch(r"does not fit: ([\d.,]+) GiB", (cell or {}).get("status", ""))
         if needed and column == PEAK:
-            mib = 1024 * int(needed[1])
+            mib = 1024 * float(needed[1].replace(",", ""))
             panel.plot([N], [mib], color=style["color"], marker=style["marker"], markersize=7, fillstyle="none")
             panel.annotate(
                 "does not fit", (N, mib), (-8, 0), textcoords="offset points", ha="right", va="center", size=8
@@ -161,8 +163,10 @@ def _save(figure: Any, output: Path) -> None:
 
 def table(rows: list[Row], dtype: str = "float32", ours: str = "fastclip", sizes: Iterable[int] = ()) -> str:
     """Markdown: fastclip beside open_clip, a line for each N of the rows and of `sizes`. A dash is what has not been
-    measured."""
+    measured. fastclip's rows are those of `ours` or, as `fastclip bench` writes, of its backend on a CPU."""
     chosen = [row for row in rows if row["dtype"] == dtype]
+    if not any(row["provider"] == ours for row in chosen):
+        ours = "fastclip_cpu"
     found = {(int(row["N"]), row["provider"]): row for row in chosen}
     width = {int(row["N"]): row["D"] for row in chosen}
     several = len(set(width.values())) > 1
@@ -195,7 +199,8 @@ def gpu_table(rows: list[Row]) -> str:
         row = found.get((N, D, provider))
         if not row or not row["median_ms"]:
             return ""
-        share = f" ({float(row['floor_percent']):.0f} %)" if provider.startswith("fastclip") else ""
+        told = provider.startswith("fastclip") and row["floor_percent"]  # which rows of `fastclip bench` have not
+        share = f" ({float(row['floor_percent']):.0f} %)" if told else ""
         return f"{float(row['median_ms']):,.2f}{share}"
 
     lines = [f"| N | D | {' | '.join(f'`{name}`, ms' for name in providers)} |", "|---:" * (len(providers) + 2) + "|"]

@@ -44,14 +44,35 @@ def test_rows_are_the_benchmarks(loss: str, tmp_path: Path, capsys: pytest.Captu
     assert sum("fastclip_cpu" in line for line in out.splitlines()) == 2
 
 
-def test_report_draws_these_rows(tmp_path: Path) -> None:
+def test_report_draws_these_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("open_clip", reason="open_clip, which is compared with, is not installed")
     sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
     from benchmarks import plot
 
     path = tmp_path / "rows.csv"
     assert main(["bench", *SMALL, "--output", str(path)]) == 0
-    assert len(plot.table(plot.read(path), ours="fastclip_cpu").splitlines()) == 4
+    monkeypatch.setattr(run, "available_bytes", lambda: 0.0)
+    monkeypatch.setattr(run.Case, "dense_bytes", 1234.5 * 2**30)
+    assert main(["bench", *SMALL[:2], "--sizes", "128", *SMALL[4:], "--output", str(path)]) == 0
+    lines = plot.table(plot.read(path)).splitlines()
+    assert len(lines) == 5 and all(float(line.split("|")[2]) > 0 for line in lines[2:])
+    rows = [row | {"gpu": "a GPU"} for row in plot.read(path)]
+    assert len(plot.gpu_table(rows).splitlines()) == 5  # no share of a floor that was not measured
+    plt = pytest.importorskip("matplotlib.pyplot", reason="matplotlib, which draws the figure, is not installed")
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    plot.draw(plot.read(path), tmp_path / "figure.png")
+    assert [text.xy for text in drawn[0].axes[2].texts] == [(128, 1234.5 * 1024)] * 2  # the formula's and open_clip's
+
+
+def test_file_of_other_columns_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "_rows", lambda *_: pytest.fail("it was measured"))
+    path = tmp_path / "cpu.csv"
+    path.write_bytes((ROOT / "benchmarks" / "results" / "cpu.csv").read_bytes())
+    assert main(["bench", *SMALL, "--output", str(path)]) == 1
+    assert "cpu.csv has other columns" in capsys.readouterr().err
 
 
 def test_figures_are_medians_of_interleaved_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +84,8 @@ def test_figures_are_medians_of_interleaved_rounds(monkeypatch: pytest.MonkeyPat
     assert [rows[name]["median_ms"] for name in ("dense", "open_clip", "fastclip_cpu")] == [5, 10, 4]
     assert [rows[name]["speedup_over_open_clip"] for name in ("dense", "open_clip", "fastclip_cpu")] == [2.0, 1.0, 4.0]
     head, *lines = bench.table(measured).splitlines()
-    assert "x open_clip" in head and lines[-1].split() == ["64", "fastclip_cpu", "4.00", "2.00", "to", "100.00", "4.00"]
+    assert head.split()[-1] == "open_clip"
+    assert lines[-1].split() == ["64", "fastclip_cpu", "4.00", "2.00", "to", "100.00", "4.00"]
 
 
 def test_without_open_clip_the_formula_is_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +137,7 @@ def test_nothing_but_the_reference_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     [
         (["--sizes", "1k"], "--sizes 1k: numbers of pairs separated by commas"),
         (["--sizes", "0"], "--sizes must be at least 1, got 0"),
+        (["--sizes", "8,1"], "--sizes 1: a batch of one pair has loss 0: nothing to time"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--device", "cuda"], "torch sees no GPU"),
     ],

@@ -125,6 +125,20 @@ def test_embed_touches_no_other_call(embedder: Embedder, digits: Source, tmp_pat
             embed_source(embedder, digits, tmp_path / "b", **options)
 
 
+def test_edited_captions_are_another_call(embedder: Embedder, tmp_path: Path) -> None:
+    data = real_pictures(tmp_path / "data")
+    rows = [f"{name},{caption}" for name, caption in (("hopper.jpg", "an officer"), ("flower.jpg", "a flower"))]
+    for text in ("an officer", "an admiral"):
+        (data / "t.csv").write_text("\n".join(["filepath,title", *rows]).replace("an officer", text) + "\n")
+        source = open_source(str(data / "t.csv"))
+        if text == "an officer":
+            embed_source(embedder, source, tmp_path / "out")
+            before = read(tmp_path / "out", "0")[2]
+    with pytest.raises(ValueError, match=r"is that of another call: names was \w+, is \w+; take another folder"):
+        embed_source(embedder, source, tmp_path / "out")
+    assert read(tmp_path / "out", "0")[2] == before
+
+
 def test_command_embeds_and_goes_on(embedder: Embedder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     embedder.model.save_pretrained(tmp_path / "model")
     real_pictures(tmp_path / "data")

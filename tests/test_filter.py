@@ -35,6 +35,7 @@ from fastclip.models import create_model
 from fastclip.models.embedder import Embedder
 from fastclip.models.tokenizer import ClipTokenizer
 from fastclip.search import near_duplicates as near
+from fastclip.search.embed import embed_source
 from fastclip.search.filter import filter_source
 from fastclip.search.near_duplicates import near_duplicates
 
@@ -137,6 +138,25 @@ def test_similarities_are_computed_once_for_all_thresholds(
         filter_source(embedder, Subset(digits, range(1, 60)), tmp_path / "b", scores=tmp_path / "a" / "scores")
 
 
+def test_scores_are_those_of_the_captions_and_the_place(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, shade in (("a", 40), ("b", 200)):
+        (tmp_path / place).mkdir()
+        picture = np.random.default_rng(shade).integers(0, shade, (40, 40, 3), np.uint8)
+        Image.fromarray(picture).save(tmp_path / place / "x.png")
+    options: dict[str, Any] = {"scores": tmp_path / "scores", "batch_size": BATCH}
+    found = []
+    for place, caption in (("a", "a red car"), ("a", "the sea at night"), ("b", "a red car")):
+        monkeypatch.chdir(tmp_path / place)
+        Path("t.csv").write_text(f"filepath,title\nx.png,{caption}\n")
+        source = open_source("t.csv")
+        summary = filter_source(embedder, source, tmp_path / f"{len(found)}", **options)
+        assert summary["similarity"]["mean"] == pytest.approx(similarities(embedder, source)[0][0], abs=1e-6)
+        found.append(summary["similarity"]["mean"])
+    assert len(set(found)) == 3
+
+
 def test_real_pictures_keep_their_bytes_and_what_is_known_of_them(embedder: Embedder, tmp_path: Path) -> None:
     source = open_source(str(real_pictures(tmp_path / "data")))
     pack_source(source, tmp_path / "packed")
@@ -208,6 +228,14 @@ def test_near_duplicates_are_those_of_comparing_all(monkeypatch: pytest.MonkeyPa
     assert near_duplicates([], 0.9).tolist() == []
 
 
+def test_equal_vectors_are_duplicates_at_1() -> None:
+    vectors = F.normalize(torch.randn(200, 512), dim=1)
+    assert not all(float(vector @ vector) >= 1 for vector in vectors)
+    assert near_duplicates([vectors, vectors], 1.0).tolist() == [-1] * 200 + list(range(200))
+    other = F.normalize(vectors + 2e-3 * F.normalize(torch.randn(200, 512), dim=1), dim=1)  # cosines of 0.999998
+    assert near_duplicates([vectors, other], 1.0).tolist() == [-1] * 400
+
+
 def test_first_of_near_duplicates_stays(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
     expected = similarities(embedder, digits)
     threshold = between([max(values) for values in expected], 0.7)
@@ -256,6 +284,48 @@ def test_filter_touches_no_other_call(embedder: Embedder, digits: Source, tmp_pa
     for name, value in (("threshold", 1.5), ("dedup", 0.0), ("samples_per_shard", 0), ("threshold", float("nan"))):
         with pytest.raises(ValueError, match=f"{name} must be"):
             filter_source(embedder, digits, tmp_path / "d", **{name: value})
+
+
+def test_scores_that_are_computed_anew_meet_no_result_of_before(embedder: Embedder, tmp_path: Path) -> None:
+    source = open_source(str(real_pictures(tmp_path / "data")))
+    scored = [value for values in similarities(embedder, source) for value in values]
+    options: dict[str, Any] = {"threshold": between(scored, 0.5), "batch_size": BATCH, "scores": tmp_path / "scores"}
+    filter_source(embedder, source, tmp_path / "out", **options)
+    assert filter_source(embedder, source, tmp_path / "out", **options)["counts"]["kept"] > 0
+    before = files(tmp_path / "out")
+    names = [path for path in (tmp_path / "data").iterdir() if path.name in ("hopper.jpg", "flower.jpg", "logo.png")]
+    for path, data in zip(names, [path.read_bytes() for path in (*names[1:], names[0])]):
+        path.write_bytes(data)
+    shutil.rmtree(tmp_path / "scores")
+    with pytest.raises(ValueError, match=r"_stats\.json is of other similarities than those there are now: remove "):
+        filter_source(embedder, source, tmp_path / "out", **options)
+    assert files(tmp_path / "out") == before
+    for path in (*(tmp_path / "out").glob("*.tar"), *(tmp_path / "out").glob("*_stats.json")):
+        path.unlink()  # and a table that is left does not count
+    filter_source(embedder, source, tmp_path / "out", **options)
+    filter_source(embedder, source, tmp_path / "new", **options)
+    assert files(tmp_path / "out") == files(tmp_path / "new")
+
+
+def test_result_is_left_alone_by_a_call_without_a_threshold(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
+    filter_source(embedder, digits, tmp_path, threshold=0.1, batch_size=BATCH)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"is that of another call: threshold was 0\.1, is None; take another"):
+        filter_source(embedder, digits, tmp_path, batch_size=BATCH)
+    assert files(tmp_path) == before
+
+
+def test_model_may_be_called_otherwise(
+    embedder: Embedder, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filter_source(embedder, digits, tmp_path / "a", threshold=0.1, batch_size=BATCH)
+    embed_source(embedder, digits, tmp_path / "b")
+    before = {**files(tmp_path / "a"), **files(tmp_path / "b")}
+    monkeypatch.setattr(embedder, "name", "runs/../ViT-tiny")
+    summary = filter_source(embedder, digits, tmp_path / "a", threshold=0.1, batch_size=BATCH)
+    assert summary["model"] == "runs/../ViT-tiny" and embed_source(embedder, digits, tmp_path / "b").kept == 1
+    after = {**files(tmp_path / "a"), **files(tmp_path / "b")}
+    assert {name for name in before if before[name] != after[name]} == {"summary.json"}
 
 
 def test_command_filters_and_goes_on(embedder: Embedder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,6 +170,16 @@ def test_checkpoint_that_changed_is_another_model(
         CheckpointModel("nowhere")
 
 
+def test_weights_behind_a_link_are_noticed(tmp_path: Path) -> None:
+    create_model("ViT-tiny").save_pretrained(tmp_path / "weights")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "weights")
+    (tmp_path / "run" / "latest").symlink_to(tmp_path / "run")  # round in a circle
+    first = CheckpointModel(tmp_path / "run", device="cpu").identity
+    create_model("ViT-tiny").save_pretrained(tmp_path / "weights")
+    assert CheckpointModel(tmp_path / "run", device="cpu").identity != first
+
+
 def test_default_precision_of_another_machine_is_refused(
     checkpoint: Path, caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from colours import Colours, draw, picture_vector, text_vector
 from PIL import Image
 
 from fastclip.data.faults import BadSample
-from fastclip.search import scan
+from fastclip.search import index, scan
 from fastclip.search.engine import SearchEngine
 from fastclip.search.query import Term
 
@@ -181,6 +181,32 @@ def test_what_cannot_be_read_is_listed_and_not_tried_again(tmp_path: Path, caplo
     draw(folder / "page.jpg", 3)
     assert counts(searched) == (6, 1, 0, 0) and model.pictures == 2
     check(searched, [good, folder / "page.jpg"])
+
+
+def test_what_another_reader_could_not_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = [draw(tmp_path / folder / f"{k}.png", k) for k, folder in enumerate(["photos", "photos", "other"])]
+    real = scan.read_picture
+
+    def older(file: object, key: str) -> Image.Image:
+        if key != str(photos[0]):
+            raise BadSample("not an image", key, "its format is not known")
+        return real(file, key)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(scan, "read_picture", older)
+    searched, other = engine(tmp_path), engine(tmp_path, folder="other")
+    assert counts(searched) == (2, 1, 0, 0) and counts(other) == (1, 0, 0, 0)
+    monkeypatch.setattr(scan, "read_picture", real)
+    assert counts(searched) == (2, 0, 0, 0) and len(searched.faults()) == 1
+    connection = sqlite3.connect(searched._index.file)
+    connection.execute("DROP TABLE reader")  # as in an index of before
+    connection.close()
+    assert counts(searched) == (2, 1, 0, 0) and searched.faults() == []
+    assert counts(other) == (1, 1, 0, 0)
+    check(searched, photos[:2])
+    (tmp_path / "photos" / "page.png").write_text("<html>")
+    assert len(searched.update().skipped) == 1 and not searched.update().skipped
+    monkeypatch.setattr(scan, "_reader", lambda: "Pillow 99")
+    assert len(searched.update().skipped) == 1 and not searched.update().skipped
 
 
 @pytest.mark.fault("a picture that the disk does not give", "it is named and tried again next time")
@@ -444,6 +470,23 @@ def test_pictures_that_another_process_adds_are_found(tmp_path: Path) -> None:
     photo = draw(tmp_path / "photos" / "a.png", 1)
     engine(tmp_path).update()
     check(searched, [photo])
+
+
+def test_others_may_write_while_vectors_are_gone_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for k in range(8):
+        draw(tmp_path / "photos" / f"{k}.png", k)
+    engine(tmp_path).update()
+    monkeypatch.setattr(index, "_PATIENCE", 0.1)
+    monkeypatch.setattr(index, "_AT_ONCE", 3)
+    read, written = (index.Index(tmp_path / "cache" / "search" / "colours.sqlite3") for _ in range(2))
+    found = []
+    for content, vector in read.vectors_after(1):
+        found.append(content)
+        assert np.array_equal(vector, read.vector_of(content))
+        written.keep_text(f"{content}", vector)
+    assert found == list(range(2, 9))
+    read.close()
+    written.close()
 
 
 @pytest.mark.fault("Ctrl-C while pictures are indexed", "what is embedded is kept")

@@ -151,6 +151,18 @@ def test_nothing_outside_the_folder_is_served(served: Served) -> None:
     assert numbers.count(200) == 20  # of 22 contents in the index
 
 
+def test_picture_that_a_link_outside_equals_is_served(served: Served) -> None:
+    folder = Path(served.engine.folder)
+    copy = Path(shutil.copy(served.secret, folder / "zz copy.png"))  # behind link.png by name
+    served.engine.update()
+    try:
+        (one,) = (one for one in served.json("/search?q=x") if one["name"] == copy.name)
+        assert served.ask(f"/picture?id={one['id']}")[0] == 200
+    finally:
+        copy.unlink()
+        served.engine.update()
+
+
 @pytest.mark.parametrize(
     "headers",
     [
@@ -174,6 +186,25 @@ def test_pages_of_the_web_are_refused(served: Served, headers: dict[str, str]) -
         "Sec_Fetch_Site": "same-origin",
     }
     assert served.ask("/search?q=a", **own)[0] == 200
+
+
+def test_port_of_http_may_be_left_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert served.ask("/", Host="localhost")[0] == 403
+    monkeypatch.setattr(served.server, "server_port", 80)
+    for host in ("localhost", "127.0.0.1", "localhost:80"):
+        assert served.ask("/", Host=host, Origin=f"http://{host}")[0] == 200
+    assert served.ask("/", Host="evil.example")[0] == 403
+
+
+@pytest.mark.fault("an upload that stalls", "its connection is closed; the server goes on")
+def test_upload_that_stalls_is_dropped(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(serve._Handler, "timeout", 0.1)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as line:
+        line.sendall(f"POST /search HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\nContent-Length: 9\r\n\r\nx".encode())
+        assert line.makefile("rb").read() == b""
+    assert "Traceback" not in caplog.text and served.ask("/")[0] == 200
 
 
 def test_only_the_loopback_address_is_bound(served: Served) -> None:

@@ -1,5 +1,5 @@
 """The losses timed on this machine: what `fastclip bench` prints."""
 
-from fastclip.bench.run import Measured, measure, table
+from fastclip.bench.run import Measured, columns, measure, table
 
-__all__ = ["Measured", "measure", "table"]
+__all__ = ["Measured", "columns", "measure", "table"]

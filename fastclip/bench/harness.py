@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Case", "Provider", "Step", "Timings", "append", "quantile", "rows", "wall_clock"]
+__all__ = ["Case", "Provider", "Step", "Timings", "append", "check_columns", "quantile", "rows", "wall_clock"]
 
 Step = Callable[[], Any]
 
@@ -111,15 +111,20 @@ def rows(case: Case, timings: Timings, *, floor: str, peer: str, peak_mib: dict[
     return out
 
 
-def append(path: Path, new: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Add rows to a CSV, whose columns never change; `about` where they were measured. ValueError for another file."""
-    columns = [*new[0], *about]
-    path.parent.mkdir(parents=True, exist_ok=True)
+def check_columns(path: Path, columns: list[str]) -> None:
+    """ValueError where the CSV is there and has others."""
     if path.exists():
         with path.open(newline="") as file:
             header = next(csv.reader(file), [])
         if header != columns:
             raise ValueError(f"{path} has other columns ({', '.join(header)}): move it away")
+
+
+def append(path: Path, new: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Add rows to a CSV, whose columns never change; `about` where they were measured. ValueError for another file."""
+    columns = [*new[0], *about]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_columns(path, columns)
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns)

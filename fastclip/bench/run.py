@@ -19,7 +19,7 @@ from fastclip.machine import about_cpu, about_gpu, available_bytes
 from fastclip.parity.compare import open_clip_loss
 from fastclip.sigmoid import sigmoid_loss
 
-__all__ = ["Measured", "measure", "table"]
+__all__ = ["Measured", "columns", "measure", "table"]
 
 PEER, FORMULA = "open_clip", "dense"
 SIZES = {"cpu": (1024, 2048, 4096), "cuda": (8192, 32768, 65536)}
@@ -56,16 +56,38 @@ def measure(
         ValueError: options that cannot be, or a GPU that is not there.
         FloatingPointError: a loss of ours that is not the truth.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(device)
     sizes, dtype = sizes or SIZES[device], dtype or DTYPES[device]
     for name, value in (("--sizes", min(sizes)), ("--D", dim), ("--rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU (`fastclip doctor` says more)")
+    if loss == "softmax" and min(sizes) == 1:
+        raise ValueError("--sizes 1: a batch of one pair has loss 0: nothing to time")
     for N in sizes:
         case = Case(loss, "both", N, dim, dtype)
-        yield Measured(case, _rows(case, device, rounds), about_gpu() if device == "cuda" else about_cpu())
+        yield Measured(case, _rows(case, device, rounds), _about(device))
+
+
+def columns(device: str | None = None) -> list[str]:
+    """Of `measure`'s rows with what is known of the machine, in a CSV. ValueError as `measure`."""
+    return [*_blank(Case("softmax", "both", 1, 1, "float32")), *_about(_device(device))]
+
+
+def _device(device: str | None) -> str:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU (`fastclip doctor` says more)")
+    return device
+
+
+def _about(device: str) -> dict[str, Any]:
+    return about_gpu() if device == "cuda" else about_cpu()
+
+
+def _blank(case: Case) -> dict[str, Any]:
+    """A row without figures."""
+    (row,) = rows(case, Timings({"": [1.0]}), floor="", peer=PEER, peak_mib={})
+    return {**dict.fromkeys(row, ""), **asdict(case), "status": ""}
 
 
 def _losses(case: Case, device: str) -> dict[str, Loss]:
@@ -118,8 +140,7 @@ def _rows(case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
         for provider in providers:
             timings.time(provider)
     found = [{**row, "status": ""} for row in rows(case, timings, floor="", peer=PEER, peak_mib=peak_mib)]
-    blank = {**dict.fromkeys(rows(case, Timings({"": [1.0]}), floor="", peer=PEER, peak_mib={})[0], ""), "status": ""}
-    return found + [{**blank, **asdict(case), "provider": name, "status": text} for name, text in status.items()]
+    return found + [{**_blank(case), "provider": name, "status": text} for name, text in status.items()]
 
 
 def _available(device: str) -> float:
@@ -175,7 +196,7 @@ def table(measured: Measured, *, head: bool = True) -> str:
             peak = f"{row['peak_mib']:,.0f}" if row["peak_mib"] != "" else ""
             cells = (f"{row['median_ms']:,.2f}", f"{row['p20_ms']:,.2f} to {row['p80_ms']:,.2f}", times, peak)
         lines.append((f"{measured.case.N:,}", name, *cells))
-    widths = (7, 17, 11, 21, 12, 9)
+    widths = (7, 17, 11, 21, 12) + ((9,) if "gpu" in measured.about else ())  # no peak is measured on a CPU
     return "\n".join(
         "  ".join(
             cell.ljust(width) if k == 1 else cell.rjust(width) for k, (cell, width) in enumerate(zip(line, widths))

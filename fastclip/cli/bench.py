@@ -19,16 +19,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(float32; GPU: bfloat16)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="(7)")
-    parser.add_argument("--output", metavar="FILE", help="add rows to a CSV, columns as in benchmarks/README.md")
+    parser.add_argument("--output", metavar="FILE", help="add rows to a CSV, columns as benchmarks/README.md says")
     parser.set_defaults(run=_bench)
 
 
 def _bench(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from fastclip.bench import measure, table
-    from fastclip.bench.harness import append
+    from fastclip.bench import columns, measure, table
+    from fastclip.bench.harness import append, check_columns
 
+    if args.output:
+        check_columns(Path(args.output), columns(args.device))  # and not after the first size
     options = {name: getattr(args, name) for name in ("loss", "dim", "dtype", "device", "rounds")}
     for k, found in enumerate(measure(sizes=_sizes(args.sizes), **options)):
         if k == 0:

@@ -20,7 +20,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, metavar="COSINE", help="such as 0.3; without it nothing but the similarities"
     )
     parser.add_argument(
-        "--dedup", type=float, metavar="COSINE", help="drop a picture that is so near to one before it, such as 0.95"
+        "--dedup",
+        type=float,
+        metavar="COSINE",
+        help="drop a picture so near to one before it, such as 0.95; 1: the same",
     )
     parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="(10000)")
     parser.add_argument(

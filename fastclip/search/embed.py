@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from fastclip.durable import new_file
 from fastclip.evaluation.features import FeatureStore
 from fastclip.models.embedder import Embedder
 from fastclip.search.claim import claim
-from fastclip.search.pairs import Pairs, embed_pairs, faults_of
+from fastclip.search.pairs import Pairs, embed_pairs, faults_of, names_of
 
 __all__ = ["Embedded", "embed_source"]
 
@@ -73,7 +74,8 @@ def embed_source(
         raise ValueError(
             f"dtype must be float16 or float32, samples_per_file at least 1, got {dtype} and {samples_per_file}"
         )
-    options = {"source": source.spec, "samples": len(source), "model": embedder.name, "identity": embedder.identity}
+    options: dict[str, Any] = {"source": source.spec, "samples": len(source), "identity": embedder.identity}
+    options["names"] = names = FeatureStore(embedder, names_of(source), folder=output).folder.name
     claim(output, {**options, "dtype": dtype, "samples_per_file": samples_per_file}, result="*/*_emb_*.npy")
     for name in ("img_emb", "text_emb", "metadata"):
         (output / name).mkdir(exist_ok=True)
@@ -87,7 +89,7 @@ def embed_source(
         if table.is_file():
             kept += 1
         else:
-            store = FeatureStore(embedder, map(part.key, range(len(part))), folder=output / _PARTS)
+            store = FeatureStore(embedder, chain([names], map(part.key, range(len(part)))), folder=output / _PARTS)
             reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
             embed_pairs(embedder, part, store, partial(_kept_of, dtype=_DTYPES[dtype]), first_caption=True, **reading)
             found = faults_of(store)

@@ -119,16 +119,16 @@ class SearchEngine:
             pairs = top(self._pictures, query, count) if self._approximate is None else self._nearest(query, count)
         return [Found(os.fsdecode(path), score, content) for path, score, content in pairs]
 
-    def path_of(self, content: int) -> str | None:
-        """A file of this content that can be found; None where there is none."""
+    def paths_of(self, content: int) -> list[str]:
+        """The files of this content that can be found."""
         with self._lock:
             self._load()
             assert self._pictures is not None
             row = int(np.searchsorted(self._pictures.contents, content))
             if row == len(self._pictures.contents) or self._pictures.contents[row] != content:
-                return None
+                return []
             places = np.flatnonzero(self._pictures.rows == row)
-            return os.fsdecode(self._pictures.paths[places[0]]) if len(places) else None
+            return [os.fsdecode(self._pictures.paths[place]) for place in places]
 
     def picture_vector(self, file: BinaryIO, key: str) -> Vector:
         """Of a picture (D,), from the index where its content is there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from fastclip.evaluation.results import write_results
 from fastclip.models.embedder import Embedder
 from fastclip.search.claim import claim
 from fastclip.search.near_duplicates import near_duplicates
-from fastclip.search.pairs import Pairs, embed_pairs, faults_of
+from fastclip.search.pairs import Pairs, embed_pairs, faults_of, names_of
 
 __all__ = ["filter_source"]
 
@@ -78,28 +79,31 @@ def filter_source(
         What summary.json holds: options, "counts" of samples, "causes" of those that cannot be used, "similarity".
 
     Raises:
-        ValueError: an option is out of range, `output` is that of another call, or nothing is kept.
+        ValueError: an option is out of range, `output` is that of another call or of other similarities, or nothing is
+            kept.
         OSError, ChildProcessError: as `pack_source`.
     """
     _check(threshold, dedup, samples_per_shard)
     computed = (scores or output / "scores") / ("similarities" if dedup is None else "similarities-and-images")
-    store = FeatureStore(embedder, map(source.key, range(len(source))), folder=computed)
-    options = {"source": source.spec, "samples": len(source), "model": embedder.name, "identity": embedder.identity}
+    store = FeatureStore(embedder, names_of(source), folder=computed)
+    options: dict[str, Any] = {"source": source.spec, "samples": len(source), "identity": embedder.identity}
     options |= {"names": store.folder.name, "threshold": threshold, "dedup": dedup}
-    if threshold is not None:
+    if threshold is not None or (output / "options.json").is_file():
         claim(output, {**options, "samples_per_shard": samples_per_shard}, result="*.tar")
     output.mkdir(parents=True, exist_ok=True)
 
     keep = partial(_kept_of, images=dedup is not None)
     embed_pairs(embedder, source, store, keep, batch_size=batch_size, workers=workers, progress=progress)
     found = _scores(store)
-    table = output / "similarities.parquet"
-    if (states := _decided(table, options)) is None:
+    table, of = output / "similarities.parquet", {**options, "scores": _digest(found)}
+    if (states := _decided(table, of)) is None:
+        if (old := next(output.glob("*_stats.json"), None)) is not None:
+            raise ValueError(f"{old} is of other similarities than those there are now: remove {output}")
         states, near_to = _decide(found, threshold)
         if dedup is not None:
             _drop_duplicates(states, near_to, store, dedup, embedder.device, progress)
-        _write_table(table, source, found, states, near_to, options)
-    summary = options | _summary(found, states, store)
+        _write_table(table, source, found, states, near_to, of)
+    summary = options | {"model": embedder.name} | _summary(found, states, store)
     _draw(output / "histogram.png", found.similarities, threshold)
     write_results(output / "summary.json", summary)
     if threshold is not None:
@@ -183,6 +187,10 @@ def _scores(store: FeatureStore) -> _Scores:
     if len(flat):
         best[number > 0] = np.fmax.reduceat(flat, begins[:-1][number > 0])
     return _Scores(begins, flat, best)
+
+
+def _digest(found: _Scores) -> str:
+    return hashlib.blake2b(found.begins.tobytes() + found.similarities.tobytes(), digest_size=16).hexdigest()
 
 
 def _decide(found: _Scores, threshold: float | None) -> tuple[States, Integers]:

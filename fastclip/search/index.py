@@ -24,6 +24,7 @@ _VERSION = 1
 _PATIENCE = 60.0  # seconds that a process waits for another one's transaction
 # A row of 512 numbers fills half a page of SQLite's usual 4 KiB, and its other half would be lost.
 _PAGE = 16384
+_AT_ONCE = 65536  # vectors that are read at a time, as long as no other process can write
 _MAPPED = 2**40
 _TABLES = """
 CREATE TABLE contents (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, vector BLOB, fault TEXT,
@@ -32,6 +33,7 @@ CREATE TABLE files (path BLOB PRIMARY KEY, stamp TEXT, content INTEGER NOT NULL 
 CREATE INDEX files_of_content ON files (content);
 CREATE TABLE texts (text BLOB PRIMARY KEY, vector BLOB NOT NULL);
 """
+_READER = "CREATE TABLE IF NOT EXISTS reader (name TEXT NOT NULL)"  # which indices of before may not have
 _INSIDE = "path >= ? AND path < ?"  # of a folder: see _range
 
 
@@ -109,6 +111,18 @@ class Index:
             for path in paths:
                 self._run("DELETE FROM files WHERE path = ?", (path,))
 
+    def forget_faults(self, reader: str) -> None:
+        """Those that another reader of pictures has found, and this one may not: the files are as those never seen."""
+        told = self._number("SELECT COUNT(*) FROM sqlite_master WHERE name = 'reader'")
+        if told and list(self._rows("SELECT name FROM reader")) == [(reader,)]:
+            return
+        with self._writing():
+            self._run(_READER)
+            self._run("DELETE FROM files WHERE content IN (SELECT id FROM contents WHERE fault IS NOT NULL)")
+            self._run("DELETE FROM contents WHERE fault IS NOT NULL")
+            self._run("DELETE FROM reader")
+            self._run("INSERT INTO reader VALUES (?)", (reader,))
+
     def faults(self, folder: bytes) -> list[tuple[bytes, str]]:
         """Files under a folder whose content cannot be used, by path, and why."""
         known = "SELECT path, fault FROM files JOIN contents ON id = content"
@@ -134,11 +148,11 @@ class Index:
         return Pictures(paths, np.searchsorted(contents, ids[usable]), contents, vectors)
 
     def vectors_after(self, content: int) -> Iterator[tuple[int, Vector]]:
-        """Contents of a higher id, rising, with their vectors."""
-        for number, data in self._rows(
-            "SELECT id, vector FROM contents WHERE id > ? AND vector IS NOT NULL ORDER BY id", (content,)
-        ):
-            yield number, np.frombuffer(data, "<f4")
+        """Contents of a higher id, rising, with their vectors. Other processes may write in between."""
+        query = "SELECT id, vector FROM contents WHERE id > ? AND vector IS NOT NULL ORDER BY id LIMIT ?"
+        while rows := list(self._rows(query, (content, _AT_ONCE))):
+            for content, data in rows:
+                yield content, np.frombuffer(data, "<f4")
 
     def vector_of(self, content: int) -> Vector | None:
         return self._vector("SELECT vector FROM contents WHERE id = ?", content)

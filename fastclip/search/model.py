@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -102,6 +103,18 @@ class CheckpointModel:
 def _states(path: Path) -> list[Any]:
     """Of a file, or of all files of a folder: name, size and time."""
     found = [os.path.realpath(path)]
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = sorted(_files(path)) if path.is_dir() else [path]
     states = [(str(file), file.stat()) for file in files if file.exists()]
     return [found, [(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for name, state in states]]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """With those of folders that links lead to, each folder once: links may lead round in circles."""
+    met = set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(place)) in met:
+            folders.clear()
+        else:
+            met.add(real)
+            yield from (Path(place, name) for name in names)

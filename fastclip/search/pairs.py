@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastclip.data.faults import Tally
+from fastclip.data.faults import BadSample, Tally
 from fastclip.data.loader import PairBatch, pair_batches
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
@@ -17,7 +18,7 @@ from fastclip.evaluation.features import FeatureStore
 from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
 
-__all__ = ["Pairs", "embed_pairs", "faults_of"]
+__all__ = ["Pairs", "embed_pairs", "faults_of", "names_of"]
 
 _PART = 4096  # samples of a part, about
 
@@ -73,6 +74,18 @@ def embed_pairs(
                 part = {"used": torch.tensor(used), "faults": torch.frombuffer(bytearray(told), dtype=torch.uint8)}
                 store.add(number, part | keep(_joined(waiting)))
                 number, waiting, used, faults = number + 1, [], [], Tally()
+
+
+def names_of(source: Source) -> Iterator[str]:
+    """What vectors depend on beside the model, for a `FeatureStore`: where the source is, and the key and captions of
+    every sample, one at a time. Pictures are taken to be what they were."""
+    yield os.path.join(os.getcwd(), source.spec)
+    for index in range(len(source)):
+        try:
+            captions = source.captions(index)
+        except BadSample:
+            captions = ()
+        yield json.dumps((source.key(index), *captions))
 
 
 def faults_of(store: FeatureStore) -> Tally:

@@ -11,10 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
+import PIL
 
 from fastclip.data.faults import BadSample
 from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
@@ -81,6 +85,7 @@ def update_index(
     if batch_size < 1 or workers < 1:
         raise ValueError(f"batch_size and workers must be positive, got {batch_size} and {workers}")
     start = time.monotonic()
+    index.forget_faults(_reader())
     before = index.stamps(folder)
     found = Update()
     changed, gone = [], set(before)
@@ -116,6 +121,15 @@ def digest_of(file: BinaryIO) -> bytes:
     while chunk := file.read(_CHUNK):
         found.update(chunk)
     return found.digest()
+
+
+@cache
+def _reader() -> str:
+    """What decides which pictures can be read."""
+    found = f"Pillow {PIL.__version__}"
+    with suppress(PackageNotFoundError):
+        found += f", pillow-heif {version('pillow-heif')}"
+    return found
 
 
 def _walk(folder: bytes, exclude: Collection[str]) -> Iterator[tuple[bytes, str | None]]:

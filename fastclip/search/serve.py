@@ -32,6 +32,7 @@ _UPLOAD = 32 * 2**20  # bytes of a picture that is dropped
 _SIDES = {"small": 320, "large": 1600}  # pixels
 _COUNT, _MOST = 60, 500  # results
 _DECODERS = 4  # large pictures that are decoded at a time, whatever the browser asks for at once
+_GONE = (ConnectionError, TimeoutError)  # the browser has gone on, or says no more
 _POLICY = (  # the page's own script and style stand in it
     "default-src 'none'; img-src 'self' data:; connect-src 'self'; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"
@@ -55,6 +56,7 @@ class _Refused(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "fastclip", ""
+    server: ThreadingHTTPServer
     timeout = 60  # seconds that a connection may rest
 
     def __init__(self, engine: SearchEngine, decoding: threading.Semaphore, *rest: Any) -> None:
@@ -83,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_error(refused.status, str(refused))
         except ValueError as error:
             self._send_error(HTTPStatus.BAD_REQUEST, str(error))
-        except ConnectionError:  # the browser has gone on
+        except _GONE:
             self.close_connection = True
         except Exception as error:  # a bug, or a disk that fails: the server goes on
             logger.exception("%s", self.path)
@@ -92,8 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _check(self) -> None:
         """Pages of the web may not reach what is here through the browser of who sits here: neither by a name that they
         let point at this address (DNS rebinding), nor by requests or pictures of their own."""
-        port = self.connection.getsockname()[1]
-        hosts = {f"{name}:{port}" for name in (_LOOPBACK, "localhost")}
+        port, names = self.server.server_port, {_LOOPBACK, "localhost"}
+        hosts = {f"{name}:{port}" for name in names} | (names if port == 80 else set())  # which browsers leave out
         origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
         if self.headers.get("Host") not in hosts:
             raise _Refused(HTTPStatus.FORBIDDEN, "this is served to this machine only")
@@ -138,9 +140,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _path(self, options: dict[str, str]) -> Path:
         """Of the picture with this number, if it lies in the folder: a link there may lead elsewhere."""
-        number = options.get("id", "")
-        path = self._engine.path_of(int(number)) if number.isascii() and number.isdecimal() else None
-        if path is None or not os.path.realpath(path).startswith(os.path.join(self._engine.folder, "")):
+        number, folder = options.get("id", ""), os.path.join(self._engine.folder, "")
+        paths = self._engine.paths_of(int(number)) if number.isascii() and number.isdecimal() else []
+        path = next((path for path in paths if os.path.realpath(path).startswith(folder)), None)
+        if path is None:
             raise _Refused(HTTPStatus.NOT_FOUND, "there is no such picture")
         return Path(path)
 
@@ -155,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_error(self, status: HTTPStatus, reason: str) -> None:
         try:
             self._send(status, "text/plain; charset=utf-8", reason.encode("utf-8", "replace"))
-        except ConnectionError:
+        except _GONE:
             self.close_connection = True
 
     def _send(self, status: HTTPStatus, kind: str, data: bytes) -> None:
