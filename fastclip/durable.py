@@ -19,6 +19,7 @@ from typing import Any
 __all__ = [
     "check_manifest",
     "mend_folders",
+    "mend_files",
     "new_file",
     "new_folder",
     "remove_folder",
@@ -47,7 +48,8 @@ def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A name to write under, whose file takes the place of `path` when all went well, and is removed otherwise.
 
     Args:
-        shared: other processes may write `path` at the same time. One that is killed then leaves its half behind.
+        shared: other processes may write `path` at the same time. One that is killed then leaves its half behind, for
+            `mend_files`.
     """
     half = _beside(path, f"{os.getpid()}.tmp" if shared else "tmp")
     try:
@@ -58,6 +60,25 @@ def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
         half.unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def mend_files(folder: Path) -> None:
+    """Remove what processes left that died while they wrote `shared` files of `folder`."""
+    for half in folder.glob(".*.*.tmp"):
+        pid = half.name.split(".")[-2]
+        if pid.isdecimal() and not _alive(int(pid)):
+            half.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    """Of this machine's processes; where nobody can say, it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +240,14 @@ def test_other_vocabulary_is_another_model(tmp_path: Path) -> None:
     words[-1], words[-2] = words[-2], words[-1]
     vocabulary.write_text("\n".join(words) + "\n")
     assert load_embedder(tmp_path, device="cpu").identity != before
+
+
+def test_half_of_a_process_that_died_is_removed(embedder: Embedder, tmp_path: Path) -> None:
+    store = FeatureStore(embedder, ["a"], folder=tmp_path)
+    store.add(0, {"features": torch.ones(1, 2)})
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    ours, theirs = (store.folder / f".part-000001.safetensors.{pid}.tmp" for pid in (os.getpid(), dead.pid))
+    ours.touch()
+    theirs.touch()
+    assert len(store.parts()) == 1 and ours.exists() and not theirs.exists()

@@ -22,7 +22,7 @@ from fastclip.data.faults import Tally
 from fastclip.data.loader import evaluation_batches
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
-from fastclip.durable import remove_folder, write_bytes
+from fastclip.durable import mend_files, remove_folder, write_bytes
 from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
 
@@ -65,6 +65,7 @@ class FeatureStore:
 
     def walk(self, *names: str) -> Iterator[dict[str, Tensor]]:
         """`parts`, one at a time; of each the tensors of these names, or all."""
+        mend_files(self.folder)
         number = 0
         while (file := self._file(number)).is_file():
             try:
