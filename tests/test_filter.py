@@ -155,6 +155,25 @@ def test_scores_are_those_of_the_captions_and_the_place(
         assert summary["similarity"]["mean"] == pytest.approx(similarities(embedder, source)[0][0], abs=1e-6)
         found.append(summary["similarity"]["mean"])
     assert len(set(found)) == 3
+    options |= {"threshold": -1}
+    for place in "ab":
+        (tmp_path / place / "t.csv").write_text("filepath,title\nx.png,a red car\n")
+    monkeypatch.chdir(tmp_path / "a")
+    filter_source(embedder, open_source("t.csv"), tmp_path / "out", **options)
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"is that of another call: names was \w+, is \w+; take another"):
+        filter_source(embedder, open_source("t.csv"), tmp_path / "out", **options)
+
+
+def test_another_working_directory_is_no_other_call(
+    embedder: Embedder, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        filter_source(embedder, digits, tmp_path / "filtered", threshold=0.1, batch_size=BATCH)
+        kept = embed_source(embedder, digits, tmp_path / "embedded").kept
+    assert kept == 1
 
 
 def test_real_pictures_keep_their_bytes_and_what_is_known_of_them(embedder: Embedder, tmp_path: Path) -> None:

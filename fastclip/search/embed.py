@@ -75,7 +75,7 @@ def embed_source(
             f"dtype must be float16 or float32, samples_per_file at least 1, got {dtype} and {samples_per_file}"
         )
     options: dict[str, Any] = {"source": source.spec, "samples": len(source), "identity": embedder.identity}
-    options["names"] = names = FeatureStore(embedder, names_of(source), folder=output).folder.name
+    options["names"] = names = names_of(source)
     claim(output, {**options, "dtype": dtype, "samples_per_file": samples_per_file}, result="*/*_emb_*.npy")
     for name in ("img_emb", "text_emb", "metadata"):
         (output / name).mkdir(exist_ok=True)

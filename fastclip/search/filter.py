@@ -85,9 +85,10 @@ def filter_source(
     """
     _check(threshold, dedup, samples_per_shard)
     computed = (scores or output / "scores") / ("similarities" if dedup is None else "similarities-and-images")
-    store = FeatureStore(embedder, names_of(source), folder=computed)
+    names = names_of(source)
+    store = FeatureStore(embedder, [names], folder=computed)
     options: dict[str, Any] = {"source": source.spec, "samples": len(source), "identity": embedder.identity}
-    options |= {"names": store.folder.name, "threshold": threshold, "dedup": dedup}
+    options |= {"names": names, "threshold": threshold, "dedup": dedup}
     if threshold is not None or (output / "options.json").is_file():
         claim(output, {**options, "samples_per_shard": samples_per_shard}, result="*.tar")
     output.mkdir(parents=True, exist_ok=True)

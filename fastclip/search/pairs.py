@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -76,16 +77,17 @@ def embed_pairs(
                 number, waiting, used, faults = number + 1, [], [], Tally()
 
 
-def names_of(source: Source) -> Iterator[str]:
-    """What vectors depend on beside the model, for a `FeatureStore`: where the source is, and the key and captions of
-    every sample, one at a time. Pictures are taken to be what they were."""
-    yield os.path.join(os.getcwd(), source.spec)
+def names_of(source: Source) -> str:
+    """A digest of what vectors depend on beside the model, for a `FeatureStore`: where the source is, and the key and
+    captions of every sample. Pictures are taken to be what they were."""
+    digest = hashlib.blake2b(os.path.join(os.getcwd(), source.spec).encode("utf-8", "surrogatepass"), digest_size=16)
     for index in range(len(source)):
         try:
             captions = source.captions(index)
         except BadSample:
             captions = ()
-        yield json.dumps((source.key(index), *captions))
+        digest.update(json.dumps((source.key(index), *captions)).encode())
+    return digest.hexdigest()
 
 
 def faults_of(store: FeatureStore) -> Tally:

@@ -44,9 +44,9 @@ PROMISES: dict[str, list[Promise]] = {
             "another threshold costs no more embedding; a folder of another call is left alone",
             (f"{FILTER}::test_similarities_are_computed_once_for_all_thresholds", f"{FILTER}::test_scores_are_those_of_the_captions_and_the_place", f"{FILTER}::test_filter_touches_no_other_call", f"{EMBED}::test_edited_captions_are_another_call", f"{FILTER}::test_scores_that_are_computed_anew_meet_no_result_of_before", f"{FILTER}::test_result_is_left_alone_by_a_call_without_a_threshold", f"{FILTER}::test_model_may_be_called_otherwise", f"{EMBED}::test_embed_touches_no_other_call"),
             (
-                Break("filter: other samples, the same similarities", f"{FOLDER}filter.py", "names_of(source)", "[]"),
-                Break("filter: other captions, the same similarities", f"{FOLDER}pairs.py", "json.dumps((source.key(index), *captions))", "source.key(index)"),
-                Break("filter: another folder's data, the same similarities", f"{FOLDER}pairs.py", "    yield os.path.join(os.getcwd(), source.spec)\n", ""),
+                Break("filter: other samples, the same similarities", f"{FOLDER}filter.py", "[names]", "[]"),
+                Break("filter: other captions, the same similarities", f"{FOLDER}pairs.py", "json.dumps((source.key(index), *captions)).encode()", "source.key(index).encode()"),
+                Break("filter: another folder's data, the same similarities", f"{FOLDER}pairs.py", 'os.path.join(os.getcwd(), source.spec).encode("utf-8", "surrogatepass")', 'b""'),
                 Break("filter: a table of other similarities", f"{FOLDER}filter.py", ', "scores": _digest(found)}', "}"),
                 Break("filter: shards of other similarities", f"{FOLDER}filter.py", 'if (old := next(output.glob("*_stats.json"), None)) is not None:', "if False:"),
                 Break("filter: without a threshold over another's result", f"{FOLDER}filter.py", ' or (output / "options.json").is_file():', ":"),
