@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from fastclip.search.engine import SearchEngine
+from fastclip.search.query import Term
+
 DIM = 6
+QUERY = [Term(1.0, "anything")]
 
 
 class Colours:
@@ -69,3 +74,21 @@ def draw(path: Path, seed: int) -> Path:
     pixels[..., seed % 3] //= 2 + seed % 5
     Image.fromarray(pixels).save(path)
     return path
+
+
+def engine(tmp_path: Path, model: Colours | None = None, folder: str = "photos", **options: object) -> SearchEngine:
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    return SearchEngine(model or Colours(), tmp_path / folder, indices=tmp_path / "cache", **options)  # type: ignore[arg-type]
+
+
+def counts(searched: SearchEngine, **options: int) -> tuple[int, int, int, int]:
+    done = searched.update(**options)
+    return done.files, done.embedded, done.known, done.removed
+
+
+def check(searched: SearchEngine, photos: list[Path]) -> None:
+    """What is found is these files, with scores by the formula."""
+    found = {one.path: one.score for one in searched.find(QUERY, 1000)}
+    assert found.keys() == {str(photo) for photo in photos}
+    for photo in photos:
+        assert found[str(photo)] == pytest.approx(float(text_vector("anything") @ picture_vector(photo)), abs=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from broken import Break, Promise
 
 QUERY, INDEX, SEARCH = "test_search_query.py", "test_search_index.py", "test_search.py"
+PROCESSES = "test_search_processes.py"
 SERVE = "test_serve.py"
 FOLDER = "fastclip/search/"
 
@@ -48,7 +49,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "indexing can be killed at any moment and by any means: what is embedded is kept, the next run goes on; processes may index at once",
-            (f"{INDEX}::test_kill_leaves_an_index_that_goes_on", f"{INDEX}::test_processes_that_index_at_once_agree", f"{INDEX}::test_others_may_write_while_vectors_are_gone_through", f"{INDEX}::test_interrupted_indexing_keeps_what_is_embedded", f"{INDEX}::test_folder_that_is_gone_empties_no_index"),
+            (f"{PROCESSES}::test_kill_leaves_an_index_that_goes_on", f"{PROCESSES}::test_processes_that_index_at_once_agree", f"{PROCESSES}::test_others_may_write_while_vectors_are_gone_through", f"{PROCESSES}::test_interrupted_indexing_keeps_what_is_embedded", f"{INDEX}::test_folder_that_is_gone_empties_no_index"),
             (
                 Break("search: one transaction for all", f"{FOLDER}scan.py", ">= batch_size or len(rows) >= _ROWS:", ">= 10**9:"),
                 Break("search: the other process's content is an error", f"{FOLDER}index.py", "INSERT OR IGNORE INTO contents", "INSERT INTO contents"),
