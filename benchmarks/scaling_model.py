@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# One H200, 2026-11-27, torch 2.11, bf16, forward and backward on the 8 M N D basis: the last rows of results/cuda.csv, at
-# N = 32,768 x 512, 65,536 x 768 and 131,072 x 1,024.
+# One H200, 2026-11-27, torch 2.11, bf16, forward and backward on the 8 M N D basis: the last rows of results/cuda.csv,
+# at N = 32,768 x 512, 65,536 x 768 and 131,072 x 1,024.
 RATE = {512: 605e12, 768: 677e12, 1024: 664e12}
 GEMM = 734e12  # a large product: 734 to 809 measured in the same runs
 # What the rest of a GPU does: assumed
