@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,28 @@ def one_thread() -> Iterator[None]:
         with threadpool_limits(1):
             yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Any:
+    """ViT-tiny, whose random weights are the same in every module, with its tokenizer."""
+    from fastclip.models import create_model
+    from fastclip.models.embedder import Embedder
+    from fastclip.models.tokenizer import ClipTokenizer
+
+    torch.manual_seed(0)
+    return Embedder(create_model("ViT-tiny"), ClipTokenizer(), name="ViT-tiny")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same model."""
+    from fastclip.models import create_model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    create_model("ViT-tiny").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ pytest.importorskip("sklearn", reason="scikit-learn, which the digits come with,
 pytest.importorskip("matplotlib", reason="matplotlib, with which some pictures come, is not installed")
 pytest.importorskip("pyarrow", reason="pyarrow, which writes the table, is not installed")
 import pyarrow.parquet as pq
-import torch
 from faulty import HTML, write_folder
 from pictures import FILES, real_pictures
 
@@ -21,19 +20,11 @@ from fastclip import cli
 from fastclip.data.source import Source
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
-from fastclip.models import create_model
 from fastclip.models.embedder import Embedder
-from fastclip.models.tokenizer import ClipTokenizer
 from fastclip.search import pairs
 from fastclip.search.embed import embed_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    torch.manual_seed(0)
-    return Embedder(create_model("ViT-tiny"), ClipTokenizer(), name="ViT-tiny")
 
 
 @pytest.fixture(scope="module")

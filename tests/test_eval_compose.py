@@ -18,18 +18,9 @@ from PIL import Image
 from fastclip.cli import main
 from fastclip.data import Source, open_source
 from fastclip.evaluation.compose import Query, Term, combine, compose, parse_query, read_queries
-from fastclip.models import create_model
 from fastclip.models.embedder import Embedder, load_embedder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    create_model("ViT-tiny").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -40,12 +40,6 @@ TOWERS = ("ViT-tiny", "RN-tiny", "align-tiny", "florence-tiny")
 
 
 @pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    torch.manual_seed(0)
-    return Embedder(create_model("ViT-tiny"), ClipTokenizer(), name="ViT-tiny")
-
-
-@pytest.fixture(scope="module")
 def digits() -> dict[str, Source]:
     train, test = open_source("digits"), open_source("digits", held_out=True)
     parts = {"train": range(300), "val": range(300, 420)}

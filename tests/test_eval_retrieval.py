@@ -27,20 +27,11 @@ from fastclip.evaluation import features
 from fastclip.evaluation.captioned import by_picture, evaluate_retrieval
 from fastclip.evaluation.published import RETRIEVAL
 from fastclip.evaluation.retrieval import best_ranks, retrieval_ranks, retrieval_recalls, top_items
-from fastclip.models import create_model
 from fastclip.models.embedder import Embedder, load_embedder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 KEYS = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    create_model("ViT-tiny").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -30,17 +30,9 @@ from fastclip.data.subset import Subset
 from fastclip.evaluation import classification, features
 from fastclip.evaluation.classification import class_ranks, classification_metrics, confusion, predicted_classes
 from fastclip.evaluation.zero_shot import ZeroShot, class_accuracies, class_embeddings, templates_for, zero_shot
-from fastclip.models import create_model
 from fastclip.models.embedder import Embedder
-from fastclip.models.tokenizer import ClipTokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    torch.manual_seed(0)
-    return Embedder(create_model("ViT-tiny"), ClipTokenizer(), name="ViT-tiny")
 
 
 def digits(count: int = 150) -> Source:

@@ -24,15 +24,8 @@ from fastclip.evaluation.features import FeatureStore, image_features, text_feat
 from fastclip.evaluation.results import result, table, write_lines, write_results
 from fastclip.models import create_model
 from fastclip.models.embedder import Embedder, load_embedder
-from fastclip.models.tokenizer import ClipTokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    torch.manual_seed(0)
-    return Embedder(create_model("ViT-tiny"), ClipTokenizer(), name="ViT-tiny")
 
 
 class Stopped(Exception):

@@ -31,9 +31,7 @@ from fastclip.data.pack import pack_source
 from fastclip.data.source import Source
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
-from fastclip.models import create_model
 from fastclip.models.embedder import Embedder
-from fastclip.models.tokenizer import ClipTokenizer
 from fastclip.search import near_duplicates as near
 from fastclip.search.embed import embed_source
 from fastclip.search.filter import filter_source
@@ -41,12 +39,6 @@ from fastclip.search.near_duplicates import near_duplicates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = 16
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    torch.manual_seed(0)
-    return Embedder(create_model("ViT-tiny"), ClipTokenizer(), name="ViT-tiny")
 
 
 @pytest.fixture(scope="module")

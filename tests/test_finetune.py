@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import forks
 
 pytest.importorskip("torchvision", reason="torchvision, which pictures are prepared with, is missing")
 pytest.importorskip("sklearn", reason="scikit-learn, which the digits come with, is not installed")
@@ -149,7 +150,7 @@ def test_micro_batches_give_the_same_steps(whole: Finetuned, digits: Subset, tmp
     assert run(tmp_path / "run", digits, micro_batch=10).losses == pytest.approx(whole.losses, rel=1e-4)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that dies is forked")
+@forks
 def test_killed_run_goes_on_to_the_same_bits(whole: Finetuned, digits: Subset, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     pid = os.fork()

@@ -8,7 +8,6 @@ import random
 import signal
 import sqlite3
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,11 @@ import pytest
 pytest.importorskip("PIL", reason="pillow, which pictures are read with, is not installed")
 pytest.importorskip("tqdm", reason="tqdm, which shows the progress, is not installed")
 from colours import QUERY, Colours, check, counts, draw, engine
+from forks import forked, forks
 
 from fastclip.search import index, scan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that dies is forked")
 TRIALS = 100
 
 
@@ -72,20 +71,6 @@ def test_index_of_another_version_is_left_alone(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(ValueError, match=r"colours\.sqlite3 is the search index of another version"):
         engine(tmp_path)
-
-
-def forked(work: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-    return pid
 
 
 def stored(tmp_path: Path) -> dict[bytes, bytes]:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ import torch
 pytest.importorskip("timm", reason="timm, which the trainer needs, is not installed")
 pytest.importorskip("safetensors", reason="safetensors, which the trainer needs, is not installed")
 
+from forks import forked, forks
 from safetensors.torch import load_file, save_file
 
 from fastclip.durable import check_manifest, new_folder, write_text
@@ -39,7 +39,6 @@ from fastclip.training.optim import MovingAverage
 from fastclip.training.saver import Saver
 
 TRIALS = 100
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that dies is forked")
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -58,21 +57,6 @@ def loaded(path: Path) -> tuple[int, float]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def forked(work: Callable[[], None]) -> int:
-    """The pid of a child in which `work` runs; it ends with status 0 after it, with 1 where it raises."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-    return pid
 
 
 @forks

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastclip.durable import write_text
+from fastclip.durable import new_file, write_text
 from fastclip.search.index import Index, Vector
 
 __all__ = ["Approximate"]
@@ -101,19 +99,15 @@ class Approximate:
         return sum(hits) / sum(map(len, true))
 
     def _sample(self) -> Vector:
-        """Every so-manieth vector."""
+        """Vectors evenly spread over the index."""
         pause = max(1, len(self) // _QUERIES)
         rows = (vector for k, (_, vector) in enumerate(self._index.vectors_after(0)) if k % pause == 0)
         return np.stack([next(rows) for _ in range(min(_QUERIES, len(self)))])
 
     def _write(self, last: int) -> None:
-        half = Path(f"{self._file}.tmp{os.getpid()}")
-        try:
+        with new_file(self._file, shared=True) as half:
             self._graph.save(str(half))
             self._told.unlink(missing_ok=True)  # the graph is made anew where the two do not belong together
-            os.replace(half, self._file)
-        finally:
-            half.unlink(missing_ok=True)
         told = {"size": len(self._graph), "last": last, "recall": round(self.recall, 4)}
         write_text(self._told, json.dumps(told) + "\n", shared=True)
 
