@@ -150,3 +150,17 @@ for name in ('create_model', 'contrastive_loss'):
     assert int(names) > 10
     assert models == "fastclip.create_model needs torch, which is not installed: pip install '.[models]' in the clone"
     assert losses == "import of torch halted; None in sys.modules"
+
+
+@pytest.mark.parametrize(
+    ("line", "package", "extra"),
+    [
+        ("train --data digits --model ViT-tiny --output x", "tyro", "train"),
+        ("filter --data digits --checkpoint x --output x", "pyarrow", "search"),
+    ],
+)
+def test_command_says_which_extra_it_needs(line: str, package: str, extra: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from fastclip.cli import main; sys.exit(main({line.split()}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert package in done.stderr and f"pip install '.[{extra}]'" in done.stderr

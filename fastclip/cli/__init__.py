@@ -46,6 +46,7 @@ _COMMANDS = {
     "bench": (bench, "time the losses on this machine beside open_clip's and the dense formula"),
     "parity": (parity, "compare the losses of several processes with those of one"),
 }
+_OF_SEARCH = ("search", "serve", "filter", "embed")  # what these need is the extra search, else train
 _OWN_PARSER = ("train",)  # these read their words, --help too, themselves
 
 
@@ -68,8 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's end would complain
         return 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"fastclip {args.command}: {error}", file=sys.stderr)
+        print(f"fastclip {args.command}: {error}{_advice(args.command, error)}", file=sys.stderr)
         return 1
+
+
+def _advice(command: str, error: Exception) -> str:
+    """Which extra brings a package that is not installed."""
+    if not (isinstance(error, ModuleNotFoundError) or str(error).endswith("is not installed")):
+        return ""
+    extra = "search" if command in _OF_SEARCH else "train"
+    return f"; pip install '.[{extra}]' in the clone brings what this command needs"
 
 
 def _parser() -> argparse.ArgumentParser:
