@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from fastclip.cli.search import add_index_options, engine_of, update
@@ -32,5 +33,7 @@ def _serve(args: argparse.Namespace) -> int:
             print("fastclip serve: Ctrl-C ends it", file=sys.stderr)
             server.serve_forever()
         except KeyboardInterrupt:
-            return 130
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)  # a request's thread that is in torch at the interpreter's end would abort the process
     return 0
