@@ -29,12 +29,20 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 570.0  # a part's
 NO_TESTS = 5  # pytest's exit code
 TESTS = {  # pytest's arguments, each in less than SECONDS; first what everything else rests on
-    "tests-tiles": ("tests/test_cuda.py",),
-    "tests-kernels": ("tests/test_kernels.py", "tests/test_kernels_sigmoid.py", "tests/test_triton.py"),
-    "tests-gpu": ("tests/test_gpu.py", "-k", "not large and not sanitizer"),
-    "tests-gpu-training": ("tests/test_gpu_training.py", "tests/test_gpu_evaluation.py", "tests/test_bench_command.py"),
-    "tests-gpu-large": ("tests/test_gpu.py", "-k", "large"),  # whose truth takes minutes
-    "tests-gpu-sanitizer": ("tests/test_gpu.py", "-k", "sanitizer"),
+    "tests-tiles": ("tests/backends/test_cuda.py",),
+    "tests-kernels": (
+        "tests/backends/test_kernels.py",
+        "tests/backends/test_kernels_sigmoid.py",
+        "tests/backends/test_triton.py",
+    ),
+    "tests-gpu": ("tests/backends/test_gpu.py", "-k", "not large and not sanitizer"),
+    "tests-gpu-training": (
+        "tests/training/test_gpu.py",
+        "tests/evaluation/test_gpu.py",
+        "tests/package/test_bench_command.py",
+    ),
+    "tests-gpu-large": ("tests/backends/test_gpu.py", "-k", "large"),  # whose truth takes minutes
+    "tests-gpu-sanitizer": ("tests/backends/test_gpu.py", "-k", "sanitizer"),
 }
 TRAINING = ("--model", "ViT-B-32", "--precision", "bf16", "--batches", "32768/1024", "--rounds", "3")
 CODE = ("fastclip", "triton_kernels", "csrc", "tests")  # what the tests' result depends on

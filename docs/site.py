@@ -7,7 +7,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-PARTS = ("*.md", "docs/*.md", "docs/*.png", "benchmarks/*.md", "benchmarks/results/*", "examples/*.py", "tests/*.py")
+PARTS = ("*.md", "docs/*.md", "docs/*.png", "benchmarks/*.md", "benchmarks/results/*", "examples/*.py", "tests/**/*.py")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -38,7 +38,8 @@ from broken import (
     training,
     zeroshot,
 )
-from native_build import PATH, ROOT
+from support import ROOT
+from support.native_build import PATH
 
 DOCUMENT = ROOT / "docs" / "promises.md"
 

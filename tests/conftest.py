@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+pytest.register_assert_rewrite("support")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
@@ -69,10 +70,8 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture
 def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The CUDA backend serves the CPU."""
-    import emulated
-    import interpreter
-
     from fastclip._backends import cuda
+    from support import emulated, interpreter
 
     try:
         module = emulated.module()
@@ -98,6 +97,6 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from kernels import Launches
+    from support.kernels import Launches
 
     return Launches(monkeypatch)

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "reliability.md"
-# The part of a test's file's name that puts its rows into a section; the last is for all others.
+# How the path of a test's file begins whose rows stand in a section; the last is for all others.
 SECTIONS = {
-    "test_data": "Data",
-    "test_filter": "Filtering and embedding",
-    "test_search": "Search",
-    "test_train": "Training",
+    "data/": "Data",
+    "search/test_filter": "Filtering and embedding",
+    "search/": "Search",
+    "training/": "Training",
     "": "Losses and statistics",
 }
 
@@ -43,7 +43,7 @@ def faults(file: Path) -> list[Fault]:
                 what, promise = (ast.literal_eval(argument) for argument in decorator.args)
             except ValueError as error:
                 raise ValueError(f"{file.name}::{node.name}: a fault is two strings, what and promise") from error
-            found.append(Fault(what, promise, f"{file.name}::{node.name}"))
+            found.append(Fault(what, promise, f"{file.relative_to(TESTS)}::{node.name}"))
     return found
 
 
@@ -54,7 +54,7 @@ def document() -> str:
         "What goes wrong, what fastclip then does, and the test that makes it go wrong. `python tests/reliability.py",
         "--write` makes this file from the tests' markers, and a test compares them.",
     ]
-    found = [fault for file in sorted(TESTS.glob("test_*.py")) for fault in faults(file)]
+    found = [fault for file in sorted(TESTS.rglob("test_*.py")) for fault in faults(file)]
     for prefix, section in SECTIONS.items():
         rows = [f for f in found if next(p for p in SECTIONS if f.test.startswith(p)) == prefix]
         lines += ["", f"## {section}", "", "| fault | what happens | test |", "|---|---|---|"]

@@ -85,7 +85,8 @@ class BwdSide(NamedTuple):
     own: Tensor | None = None
 
 
-# By kernel, chip, features' dtype and whether there are labels; none spills registers (tests/test_triton_compiled.py).
+# By kernel, chip, features' dtype and whether there are labels; none spills
+# registers (tests/backends/test_triton_compiled.py).
 CONFIGS = {
     ("contrastive_fwd", "hopper", "fp16", False): Config(128, 128, 64, 4, 3),
     ("contrastive_fwd", "hopper", "fp16", True): Config(128, 64, 64, 4, 3),

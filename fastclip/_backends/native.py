@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["address", "load"]
 
-_IMPORT = {  # written out: tests/test_layering.py reads what is imported from the source
+_IMPORT = {  # written out: tests/package/test_layering.py reads what is imported from the source
     "_cpu": lambda: importlib.import_module("fastclip._cpu"),
     "_cuda": lambda: importlib.import_module("fastclip._cuda"),
 }

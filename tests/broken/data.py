@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-DATA, ORDER, LOADER, EVALUATION = "test_data.py", "test_data_order.py", "test_data_loader.py", "test_evaluation.py"
-FAULTS, CHECK, RUNS = "test_data_faults.py", "test_data_check.py", "test_train_faults.py"
-SHARDS, MIXTURE, REMOTE = "test_data_shards.py", "test_data_mixture.py", "test_data_remote.py"
-SHUFFLE, SCALED, HUB = "test_data_permutation.py", "test_data_scaled.py", "test_data_hub.py"
+DATA, ORDER, LOADER, EVALUATION = (
+    "data/test_sources.py",
+    "data/test_order.py",
+    "data/test_loader.py",
+    "evaluation/test_validation.py",
+)
+FAULTS, CHECK, RUNS = "data/test_faults.py", "data/test_check.py", "training/test_faults.py"
+SHARDS, MIXTURE, REMOTE = "data/test_shards.py", "data/test_mixture.py", "data/test_remote.py"
+SHUFFLE, SCALED, HUB = "data/test_permutation.py", "data/test_scaled.py", "data/test_hub.py"
 FOLDER, RETRIEVAL, VALIDATE = "fastclip/data/", "fastclip/evaluation/retrieval.py", "fastclip/evaluation/validate.py"
 
 # fmt: off
@@ -210,7 +215,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "a picture and its mask are one sample; a read that returns less is read on",
-            ("test_data_shards.py::test_picture_and_its_mask_are_one_sample", "test_data_shards.py::test_reads_of_a_few_bytes_are_put_together"),
+            ("data/test_shards.py::test_picture_and_its_mask_are_one_sample", "data/test_shards.py::test_reads_of_a_few_bytes_are_put_together"),
             (
                 Break("data: a mask is a second picture", f"{FOLDER}shard_index.py", "key, kind = match[1], match[2].lower()\n", 'key, kind = match[1], match[2].lower()\n        kind = ".jpg" if kind in PICTURE_SUFFIXES else kind\n'),
                 Break("data: one read is all", f"{FOLDER}tar_index.py", "    while left and (part := file.read(left)):", "    if left and (part := file.read(left)):"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-DISTRIBUTED = "test_distributed.py"
+DISTRIBUTED = "distributed/test_distributed.py"
 PARTS = "fastclip/distributed/"
 
 # fmt: off
@@ -50,7 +50,7 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("ranks: a refusal stays on its rank", PARTS + "agreement.py", "        if line[0]:", "        if False:"),
             ),
         ),
-        Promise("`fastclip parity` compares every form, backend and dtype that runs here, and finds a loss that is wrong", ("test_parity.py::test_parity_finds_a_broken_loss_under_torchrun", "test_parity.py::test_parity_compares_everything_that_runs_here"), (Break("parity: everything is ok", "fastclip/parity/compare.py", "return all(error <= self.budgets[name]", "return True or all(error <= self.budgets[name]"), Break("parity: one form is left out", "fastclip/parity/compare.py", "if case.equal or not equal_shards:", "if not equal_shards:"))),
+        Promise("`fastclip parity` compares every form, backend and dtype that runs here, and finds a loss that is wrong", ("distributed/test_parity.py::test_parity_finds_a_broken_loss_under_torchrun", "distributed/test_parity.py::test_parity_compares_everything_that_runs_here"), (Break("parity: everything is ok", "fastclip/parity/compare.py", "return all(error <= self.budgets[name]", "return True or all(error <= self.budgets[name]"), Break("parity: one form is left out", "fastclip/parity/compare.py", "if case.equal or not equal_shards:", "if not equal_shards:"))),
         Promise("`ClipLoss` and `SigLipLoss` are open_clip's with local_loss and gather_with_grad, and every dist_impl", (f"{DISTRIBUTED}::test_modules_are_open_clips", f"{DISTRIBUTED}::test_modules_refuse_another_world"), (Break("ranks: the modules see one rank", "fastclip/modules.py", "    return dist.group.WORLD", "    return None"),)),
         Promise("the ring and 16-bit shards have no second derivatives, and say so; the gather form on the reference has", (f"{DISTRIBUTED}::test_second_derivatives_on_the_reference",), (Break("ranks: the ring has wrong ones", PARTS + "ring.py", "out = torch.ops.fastclip.ring_sigmoid_bwd(*inputs, needs, list(kept), d_loss)", "out = torch.ops.fastclip.sigmoid_bwd(*inputs, 1, 0, True, 'reference', needs, list(kept), d_loss)"),)),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-DOCTOR, BENCH, REPORT = "test_doctor.py", "test_bench_command.py", "test_benchmark_report.py"
+DOCTOR, BENCH, REPORT = "package/test_doctor.py", "package/test_bench_command.py", "benchmarks/test_report.py"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-DOCS, PACKAGING = "test_docs.py", "test_packaging.py"
+DOCS, PACKAGING = "package/test_docs.py", "package/test_packaging.py"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {
@@ -18,7 +18,7 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("docs: an option that does not exist", "docs/training.md", "--batch-size 65536 --world-size 8", "--batch-size 65536 --world-sizes 8"),
                 Break("docs: an option of train that does not exist", "docs/training.md", "--config run.yaml --save-every 500", "--config run.yaml --save-each 500"),
                 Break("docs: a target that does not exist", "CONTRIBUTING.md", "$ make format", "$ make pretty"),
-                Break("docs: commands are not found", "tests/pages.py", 'if not line.startswith("$ "):', 'if not line.startswith("% "):'),
+                Break("docs: commands are not found", "tests/support/pages.py", 'if not line.startswith("$ "):', 'if not line.startswith("% "):'),
                 Break("docs: a link to nowhere", "docs/training.md", "[there](integrations.md)", "[there](integration.md)"),
                 Break("docs: an anchor to nowhere", "docs/training.md", "(../benchmarks/README.md#data)", "(../benchmarks/README.md#date)"),
                 Break("docs: a page that is not in the map", "docs/index.md", "[Using a model](search.md)", "[Using a model](training.md)"),
@@ -28,7 +28,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "the wheel serves in an empty environment: every file of the package, types, licence, command; `import fastclip` takes less than 0.2 s beside torch",
-            (f"{PACKAGING}::test_installed_wheel_serves_a_user", f"{PACKAGING}::test_installed_wheel_has_every_file_of_the_package", f"{PACKAGING}::test_installed_command_runs", "test_lazy.py::test_losses_import_in_a_fifth_of_a_second_beside_torch"),
+            (f"{PACKAGING}::test_installed_wheel_serves_a_user", f"{PACKAGING}::test_installed_wheel_has_every_file_of_the_package", f"{PACKAGING}::test_installed_command_runs", "package/test_lazy.py::test_losses_import_in_a_fifth_of_a_second_beside_torch"),
             (
                 Break("package: files are left out", "pyproject.toml", "[tool.setuptools.package-data]", '[tool.setuptools.exclude-package-data]\nfastclip = ["py.typed", "models/configs/ViT-B-32.json"]\n\n[tool.setuptools.package-data]'),
                 Break("package: no licence", "pyproject.toml", 'license-files = ["LICENSE"]', "license-files = []"),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-TESTS, FEATURES, EMBEDDER = "test_features.py", "fastclip/evaluation/features.py", "fastclip/models/embedder.py"
+TESTS, FEATURES, EMBEDDER = (
+    "evaluation/test_features.py",
+    "fastclip/evaluation/features.py",
+    "fastclip/models/embedder.py",
+)
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-FILTER, EMBED, CHECK = "test_filter.py", "test_embed.py", "test_data_check.py"
+FILTER, EMBED, CHECK = "search/test_filter.py", "search/test_embed.py", "data/test_check.py"
 FOLDER, DATA = "fastclip/search/", "fastclip/data/"
 
 # fmt: off

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-TRITON = "test_triton.py"
-COMPILED = "test_triton_compiled.py"
+TRITON = "backends/test_triton.py"
+COMPILED = "backends/test_triton_compiled.py"
 KERNELS = "triton_kernels/"
-GPU = "test_kernels.py"
-GPU_SIGMOID = "test_kernels_sigmoid.py"
-CUDA = "test_cuda.py"
-CUDA_COMPILED = "test_cuda_compiled.py"
+GPU = "backends/test_kernels.py"
+GPU_SIGMOID = "backends/test_kernels_sigmoid.py"
+CUDA = "backends/test_cuda.py"
+CUDA_COMPILED = "backends/test_cuda_compiled.py"
 TILE = "csrc/cuda/tile.cuh"
 FWD_CU = "csrc/cuda/contrastive_fwd.cu"
 BWD_CU = "csrc/cuda/contrastive_bwd.cu"

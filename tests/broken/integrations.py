@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-PACKAGE, TESTS = "fastclip/integrations/", "test_integrations.py"
+PACKAGE, TESTS = "fastclip/integrations/", "integrations/test_integrations.py"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {

@@ -10,19 +10,19 @@ CONTRASTIVE = "fastclip/_backends/cpu/contrastive.py"
 SIGMOID = "fastclip/_backends/cpu/sigmoid.py"
 FWD_TILE = "csrc/cpu/contrastive_fwd_tile.h"
 BWD_TILE = "csrc/cpu/contrastive_bwd_tile.h"
-ACCURACY = "test_contrastive_accuracy.py"
-INVARIANTS = "test_contrastive_invariants.py"
-TORCH = "test_contrastive_torch.py"
-INTERFACE = "test_interface.py"
-CUDA = "test_cuda.py"
+ACCURACY = "losses/test_contrastive_accuracy.py"
+INVARIANTS = "losses/test_contrastive_invariants.py"
+TORCH = "losses/test_contrastive_torch.py"
+INTERFACE = "losses/test_interface.py"
+CUDA = "backends/test_cuda.py"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {
     "Layers": [
-        Promise("imports go one way, and `import fastclip` needs torch only", ("test_layering.py::test_module_keeps_to_its_layer",), (Break("labels import the trainer", "fastclip/labels.py", "import torch\n", "import fastclip.training\n"),)),
+        Promise("imports go one way, and `import fastclip` needs torch only", ("package/test_layering.py::test_module_keeps_to_its_layer",), (Break("labels import the trainer", "fastclip/labels.py", "import torch\n", "import fastclip.training\n"),)),
         Promise(
             "`import fastclip` and the command line load no torch until a name needs it, and its ops where torch is loaded",
-            ("test_lazy.py::test_import_loads_the_standard_library_only", "test_lazy.py::test_help_answers_in_half_a_second", "test_lazy.py::test_ops_are_there_where_torch_came_first", "test_lazy.py::test_command_answers_without_torch", "test_lazy.py::test_missing_package_is_named"),
+            ("package/test_lazy.py::test_import_loads_the_standard_library_only", "package/test_lazy.py::test_help_answers_in_half_a_second", "package/test_lazy.py::test_ops_are_there_where_torch_came_first", "package/test_lazy.py::test_command_answers_without_torch", "package/test_lazy.py::test_missing_package_is_named"),
             (
                 Break("lazy: the ops come later", "fastclip/__init__.py", '"torch" in sys.modules:', "False:"),
                 Break("lazy: not at all", "fastclip/__init__.py", '"torch" in sys.modules:', "True:"),
@@ -30,12 +30,12 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("lazy: models load torch", "fastclip/models/__init__.py", "\nif TYPE_CHECKING:", "\nimport fastclip.models.factory\nif TYPE_CHECKING:"),
             ),
         ),
-        Promise("no torch or Python header below the binding", ("test_layering.py::test_native_code_is_free_of_frameworks",), (Break("a header", "csrc/cpu/tile.h", "#pragma once\n", "#pragma once\n#if 0\n#include <Python.h>\n#endif\n"),)),
+        Promise("no torch or Python header below the binding", ("package/test_layering.py::test_native_code_is_free_of_frameworks",), (Break("a header", "csrc/cpu/tile.h", "#pragma once\n", "#pragma once\n#if 0\n#include <Python.h>\n#endif\n"),)),
         Promise("a missing native module is a reason in `backends()`, not an import error", (f"{INTERFACE}::test_missing_native_module_is_a_reason",), (Break("not caught", "fastclip/_backends/native.py", "except ImportError as", "except KeyError as"),)),
-        Promise("the package installs without a compiler and says what was missing", ("test_packaging.py::test_package_works_without_compiler",), (Break("the build is required", "setup.py", '            if WANTED[kind] == "1":', '            if WANTED[kind] != "0":'),)),
+        Promise("the package installs without a compiler and says what was missing", ("package/test_packaging.py::test_package_works_without_compiler",), (Break("the build is required", "setup.py", '            if WANTED[kind] == "1":', '            if WANTED[kind] != "0":'),)),
         Promise(
             "likewise without nvcc or with an old one; a CUDA build that fails costs no CPU module",
-            ("test_packaging.py::test_package_works_without_nvcc", "test_packaging.py::test_old_nvcc_is_told", "test_packaging.py::test_cuda_that_does_not_compile_costs_no_cpu_module"),
+            ("package/test_packaging.py::test_package_works_without_nvcc", "package/test_packaging.py::test_old_nvcc_is_told", "package/test_packaging.py::test_cuda_that_does_not_compile_costs_no_cpu_module"),
             (
                 Break("any nvcc will do", "setup.py", "(int(version[1]), int(version[2])) < (12, 5)", "not version"),
                 Break("CUDA's report is the CPU's", "setup.py", "f\"{module.split('.')[0]}_build_report.txt\"", '"_cpu_build_report.txt"'),
@@ -43,10 +43,10 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "the CUDA module loads without a driver and beside any CUDA runtime",
-            ("test_packaging.py::test_cuda_module_loads_without_driver",),
+            ("package/test_packaging.py::test_cuda_module_loads_without_driver",),
             (Break("a shared runtime", "CMakeLists.txt", "CMAKE_CUDA_RUNTIME_LIBRARY Static", "CMAKE_CUDA_RUNTIME_LIBRARY Shared"),),
         ),
-        Promise("rebuilding in place leaves the module that a process has loaded", ("test_packaging.py::test_rebuilding_in_place_leaves_the_loaded_module",), (Break("written over", "setup.py", "os.replace(temporary, place)", "place.write_bytes(temporary.read_bytes())"),)),
+        Promise("rebuilding in place leaves the module that a process has loaded", ("package/test_packaging.py::test_rebuilding_in_place_leaves_the_loaded_module",), (Break("written over", "setup.py", "os.replace(temporary, place)", "place.write_bytes(temporary.read_bytes())"),)),
     ],
     "Numbers": [
         Promise(
@@ -62,7 +62,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "the same on every instruction set",
-            (f"{ACCURACY}::test_every_instruction_set_accurate", "test_native.py::test_native_code"),
+            (f"{ACCURACY}::test_every_instruction_set_accurate", "backends/test_native.py::test_native_code"),
             (Break("AVX2 shifts by more than an exponent holds", "csrc/cpu/simd_avx2.h", "_mm256_min_ps(n, set1(128.0f))", "n"), Break("portable max", "csrc/cpu/simd_portable.h", "a.v[k] > b.v[k] ? a.v[k] : b.v[k]", "a.v[k]")),
         ),
         Promise(
@@ -84,7 +84,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "own pairs can be left out: SimCLR and SupCon through labels",
-            ("test_self_pairs.py::test_simclr_through_labels", "test_self_pairs.py::test_excluded_pairs_do_not_count"),
+            ("losses/test_self_pairs.py::test_simclr_through_labels", "losses/test_self_pairs.py::test_excluded_pairs_do_not_count"),
             (Break("forward forgets", "csrc/cpu/entry_points.cpp", "b.exclude_self != 0}", "false}"), Break("own pairs count", "fastclip/loss.py", "row_count, col_count = row_count - own, col_count - own", "row_count, col_count = row_count, col_count")),
         ),
         Promise(
@@ -102,10 +102,10 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("subnormal weights", CONTRASTIVE, "return 2.0 ** -math.frexp(largest)[1]", "return 1.0"),
             ),
         ),
-        Promise("NaN and Inf propagate", (f"{ACCURACY}::test_nan_and_inf_propagate", "test_native.py::test_native_code"), (Break("NaN becomes 0 in exp2", "csrc/cpu/simd_avx512.h", "_mm512_cmp_ps_mask(x, set1(floor), _CMP_NLT_UQ)", "_mm512_cmp_ps_mask(x, set1(floor), _CMP_GE_OQ)"),)),
+        Promise("NaN and Inf propagate", (f"{ACCURACY}::test_nan_and_inf_propagate", "backends/test_native.py::test_native_code"), (Break("NaN becomes 0 in exp2", "csrc/cpu/simd_avx512.h", "_mm512_cmp_ps_mask(x, set1(floor), _CMP_NLT_UQ)", "_mm512_cmp_ps_mask(x, set1(floor), _CMP_GE_OQ)"),)),
         Promise(
             "more than 2^31 pairs, and rows beyond 2^31 elements",
-            ("test_native.py::test_native_code", "test_large_batch.py::test_loss_of_more_than_two_to_the_31_pairs"),
+            ("backends/test_native.py::test_native_code", "losses/test_large_batch.py::test_loss_of_more_than_two_to_the_31_pairs"),
             (
                 Break("32-bit offset of a tile", "csrc/cpu/entry_points.cpp", "{b.dot + i * b.row_stride + j,", "{b.dot + static_cast<int>(i * b.row_stride + j),"),
                 Break("32-bit offset of a row", "csrc/cpu/tile_common.h", "dot(t.dot + i * t.row_stride)", "dot(t.dot + static_cast<int>(i * t.row_stride))"),
@@ -114,10 +114,10 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "anything a random draw of shapes, layouts, dtypes, labels and options finds",
-            ("test_fuzz.py::test_contrastive_loss_accurate_on_anything",),
+            ("losses/test_fuzz.py::test_contrastive_loss_accurate_on_anything",),
             (Break("a stride is taken for 1", BLOCKS, "self.x = x if 1 in x.stride() or x.numel() == 0 else x.contiguous()", "self.x = x.as_strided(x.shape, (x.shape[1], 1)) if x.stride(0) >= x.shape[1] else x.contiguous()"),),
         ),
-        Promise("a hundred training steps agree with the dense loss to 1e-5, and with golden runs", ("test_training_run.py::test_float32_training_agrees_with_the_dense_loss",), (Break("a gradient off by 1e-4", CONTRASTIVE, "plan.backward(weigh, s / gain,", "plan.backward(weigh, 1.0001 * s / gain,"),)),
+        Promise("a hundred training steps agree with the dense loss to 1e-5, and with golden runs", ("training/test_hundred_steps.py::test_float32_training_agrees_with_the_dense_loss",), (Break("a gradient off by 1e-4", CONTRASTIVE, "plan.backward(weigh, s / gain,", "plan.backward(weigh, 1.0001 * s / gain,"),)),
         Promise("fp64 goes to the reference", (f"{INTERFACE}::test_explicit_backend_that_cannot_serve_says_why",), (Break("the CPU backend takes it", "fastclip/_backends/cpu/__init__.py", "torch.bfloat16, torch.float16)", "torch.bfloat16, torch.float16, torch.float64)"),)),
     ],
     "Memory, work, order": [
@@ -134,12 +134,12 @@ PROMISES: dict[str, list[Promise]] = {
         Promise("the backward pass takes no other forward pass's block", (f"{INVARIANTS}::test_kept_block_is_the_forward_pass_own",), (Break("anybody's block", BLOCKS, "self.owner.data_ptr() == owner.data_ptr() and self.block == block", "self.block == block"),)),
         Promise(
             "bitwise repeatable, and the native passes the same on any number of threads",
-            (f"{INVARIANTS}::test_native_passes_bitwise_equal_over_thread_counts", "test_native.py::test_native_code"),
+            (f"{INVARIANTS}::test_native_passes_bitwise_equal_over_thread_counts", "backends/test_native.py::test_native_code"),
             (Break("a sum in the order of threads", "csrc/cpu/entry_points.cpp", "for (double part : d_scale) total += part;", "for (size_t k = 0; k < d_scale.size(); ++k) total += d_scale[(k + num_threads) % d_scale.size()];"),),
         ),
         Promise(
             "no data race, no access outside an array",
-            ("test_native.py::test_native_code",),
+            ("backends/test_native.py::test_native_code",),
             (
                 Break(
                     "the workers' counter is not atomic",
@@ -163,7 +163,7 @@ PROMISES: dict[str, list[Promise]] = {
     "torch": [
         Promise(
             "library ops with fake and autograd, opcheck clean",
-            (f"{TORCH}::test_ops_pass_opcheck", "test_sigmoid.py::test_sigmoid_op_passes_opcheck", "test_stats.py::test_maxima_op_passes_opcheck"),
+            (f"{TORCH}::test_ops_pass_opcheck", "losses/test_sigmoid.py::test_sigmoid_op_passes_opcheck", "losses/test_stats.py::test_maxima_op_passes_opcheck"),
             (Break("a fake of another dtype", "fastclip/ops/contrastive.py", "stats = (p.image.new_empty(size, dtype=wide)", "stats = (p.image.new_empty(size)"),),
         ),
         Promise(
@@ -173,7 +173,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "under autocast the features take its dtype and the scalars stay fp32, on every backend",
-            (f"{TORCH}::test_autocast_rounds_features_and_not_the_scale", "test_sigmoid.py::test_sigmoid_autocast_rounds_features_and_not_the_scalars"),
+            (f"{TORCH}::test_autocast_rounds_features_and_not_the_scale", "losses/test_sigmoid.py::test_sigmoid_autocast_rounds_features_and_not_the_scalars"),
             (
                 Break("the scale is rounded", "fastclip/ops/autocast.py", "(x.to(torch.promote_types(image.dtype, torch.float32)) for x in scalars)", "(x.to(image.dtype).to(torch.promote_types(image.dtype, torch.float32)) for x in scalars)"),
                 Break("products inside the ops are rounded", "fastclip/ops/autocast.py", "if not torch.is_autocast_enabled(image.device.type):", "if True:"),
@@ -181,7 +181,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "second derivatives: an error that says so, and right on the reference",
-            (f"{TORCH}::test_second_derivatives_of_cpu_raise", f"{TORCH}::test_reference_gradcheck_twice", "test_sigmoid.py::test_sigmoid_reference_gradcheck_twice"),
+            (f"{TORCH}::test_second_derivatives_of_cpu_raise", f"{TORCH}::test_reference_gradcheck_twice", "losses/test_sigmoid.py::test_sigmoid_reference_gradcheck_twice"),
             (Break("silence", "fastclip/ops/second.py", 'if name != "reference":', 'if name == "nothing":'), Break("a term is dropped", "fastclip/ops/sigmoid.py", "else factor.to(d.dtype) * d for d in kept]", "else d for d in kept]")),
         ),
         Promise(
@@ -206,7 +206,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "`SigLipLoss` is open_clip's: signature, values, gradients, the bias's among them; `dist_impl` and `chunk_size` accepted",
-            ("test_sigmoid.py::test_siglip_loss_equals_open_clip", f"{INTERFACE}::test_siglip_loss_takes_every_way_to_the_same_loss"),
+            ("losses/test_sigmoid.py::test_siglip_loss_equals_open_clip", f"{INTERFACE}::test_siglip_loss_takes_every_way_to_the_same_loss"),
             (
                 Break("sign of d_bias", SIGMOID, "bias.new_tensor(d_bias)", "bias.new_tensor(-d_bias)"),
                 Break("divided by the pairs", "fastclip/sigmoid.py", "divisor = image.shape[0] if", "divisor = image.shape[0] ** 2 if"),
@@ -215,7 +215,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "the sigmoid loss keeps the digits of small losses, and its gradients cost three products",
-            ("test_sigmoid.py::test_sigmoid_confident_loss_keeps_digits", "test_sigmoid.py::test_sigmoid_work_is_three_products", "test_sigmoid.py::test_sigmoid_accurate"),
+            ("losses/test_sigmoid.py::test_sigmoid_confident_loss_keeps_digits", "losses/test_sigmoid.py::test_sigmoid_work_is_three_products", "losses/test_sigmoid.py::test_sigmoid_accurate"),
             (
                 Break("log(1 + t)", "csrc/cpu/sigmoid_fwd_tile.h", "Simd::fma(p, t, Simd::max(x, zero))", "Simd::add(Simd::sub(Simd::add(one, t), one), Simd::max(x, zero))"),
                 Break("a coefficient of log1p", "csrc/cpu/sigmoid_fwd_tile.h", "1.060332805e-01f", "1.070332805e-01f"),
@@ -223,15 +223,15 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("the block is multiplied twice", BLOCKS, "            torch.mm(images, texts.T, out=dot)", "            torch.mm(images, texts.T, out=dot)\n            torch.mm(images, texts.T, out=dot)"),
             ),
         ),
-        Promise("a float16 gradient that waits for its upstream factor neither flushes nor overflows", ("test_sigmoid.py::test_sigmoid_float16_gradient_of_a_mean_over_many_keeps_digits",), (Break("it waits in float16", REFERENCE, "return torch.float32 if x.dtype == torch.float16 else x.dtype", "return x.dtype"),)),
+        Promise("a float16 gradient that waits for its upstream factor neither flushes nor overflows", ("losses/test_sigmoid.py::test_sigmoid_float16_gradient_of_a_mean_over_many_keeps_digits",), (Break("it waits in float16", REFERENCE, "return torch.float32 if x.dtype == torch.float16 else x.dtype", "return x.dtype"),)),
         Promise(
             "`multiview_loss`: all pairs, or the core view against the rest",
-            ("test_multiview.py::test_multiview_equals_sum_of_pairs", "test_multiview.py::test_multiview_misfit_raises"),
+            ("losses/test_multiview.py::test_multiview_equals_sum_of_pairs", "losses/test_multiview.py::test_multiview_misfit_raises"),
             (Break("the core view is forgotten", "fastclip/multiview.py", "    if core is None:\n", "    if core is None or core == 2:\n"), Break("each pair twice", "fastclip/multiview.py", "for j in range(i + 1, len(views))]", "for j in range(len(views)) if j != i]")),
         ),
         Promise(
             "`contrastive_stats`: log-sum-exps, losses and top-1 in one pass; a tie is a miss",
-            ("test_stats.py::test_stats_accurate", "test_stats.py::test_a_tie_is_a_miss", "test_stats.py::test_stats_use_one_product"),
+            ("losses/test_stats.py::test_stats_accurate", "losses/test_stats.py::test_a_tie_is_a_miss", "losses/test_stats.py::test_stats_use_one_product"),
             (
                 Break("rounding decides a tie", "fastclip/stats.py", "_TIE = 2.0**-20", "_TIE = -(2.0**-20)"),
                 Break("a column's maximum from the last tile only", "csrc/cpu/entry_points.cpp", "side.neg_top[at] = std::max(side.neg_top[at], *partials.top(0, tile, k));", "side.neg_top[at] = *partials.top(0, tile, k);"),

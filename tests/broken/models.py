@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-MODELS = "test_models.py"
-CHECKPOINTS = "test_models_checkpoints.py"
-PREPROCESS = "test_models_preprocess.py"
-REFUSED = "test_models_refused.py"
+MODELS = "models/test_models.py"
+CHECKPOINTS = "models/test_checkpoints.py"
+PREPROCESS = "models/test_preprocess.py"
+REFUSED = "models/test_refused.py"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {
@@ -41,7 +41,7 @@ PROMISES: dict[str, list[Promise]] = {
         Promise("the image transforms are open_clip's", (f"{PREPROCESS}::test_clip_transforms_are_open_clips",), (Break("encoder: transforms resize bilinearly", "fastclip/models/transforms.py", "InterpolationMode(options.interpolation)", "InterpolationMode.BILINEAR"),)),
         Promise("a locked tower stays as it is, BatchNorm included", (f"{MODELS}::test_locked_tower_stays_as_it_is",), (Break("encoder: locked statistics move", "fastclip/models/dual_encoder.py", "        for name in self._locked:\n            self.get_submodule(name).eval()\n        return self", "        return self"),)),
         Promise("gradient checkpointing keeps less and changes no gradient", (f"{MODELS}::test_checkpointed_gradients_are_the_same",), (Break("encoder: one tower only", "fastclip/models/dual_encoder.py", "for tower in (self.visual, self.text):", "for tower in (self.text,):"),)),
-        Promise("ALIGN's pictures become squares of 346 pixels, as the paper says, CLIP's keep their sides", ("test_models_preprocess.py::test_align_transforms",), (Break("encoder: ALIGN's keep their sides", "fastclip/models/transforms.py", 'if options.resize_mode == "shortest" else', "if options.resize_mode else"),)),
+        Promise("ALIGN's pictures become squares of 346 pixels, as the paper says, CLIP's keep their sides", ("models/test_preprocess.py::test_align_transforms",), (Break("encoder: ALIGN's keep their sides", "fastclip/models/transforms.py", 'if options.resize_mode == "shortest" else', "if options.resize_mode else"),)),
     ],
 }
 # fmt: on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-TRAINING, PLAN = "fastclip/training/", "test_plan.py"
+TRAINING, PLAN = "fastclip/training/", "training/test_plan.py"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from broken import Break, Promise
 
 PROBE, TUNE = "fastclip/evaluation/probe.py", "fastclip/training/finetune.py"
-TEST_PROBE, TEST_TUNE = "test_eval_probe.py", "test_finetune.py"
+TEST_PROBE, TEST_TUNE = "evaluation/test_probe.py", "training/test_finetune.py"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {

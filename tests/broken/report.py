@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-REPORT, TESTS, CHARTS = "fastclip/evaluation/report/", "test_report.py", "test_report_charts.py"
+REPORT, TESTS, CHARTS = "fastclip/evaluation/report/", "evaluation/test_report.py", "evaluation/test_report_charts.py"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {

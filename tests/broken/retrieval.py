@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-RETRIEVAL, COMPOSE, KARPATHY = "test_eval_retrieval.py", "test_eval_compose.py", "test_data_karpathy.py"
+RETRIEVAL, COMPOSE, KARPATHY = "evaluation/test_retrieval.py", "evaluation/test_compose.py", "data/test_karpathy.py"
 RANKS, CAPTIONED = "fastclip/evaluation/retrieval.py", "fastclip/evaluation/captioned.py"
 QUERIES, COMMAND = "fastclip/evaluation/compose.py", "fastclip/cli/evaluate/retrieval.py"
 SPLITS = "fastclip/data/karpathy.py"
@@ -26,7 +26,7 @@ PROMISES: dict[str, list[Promise]] = {
         Promise("captions of the same words are each their picture's, or with --unique-captions one of all", (f"{RETRIEVAL}::test_captions_of_the_same_words",), (Break("retrieval: never one", CAPTIONED, "    if unique:\n", "    if False:\n"), Break("retrieval: always one", CAPTIONED, "    if unique:\n", "    if True:\n"))),
         Promise(
             "results and details are JSON whatever the numbers, and whole or not there",
-            ("test_features.py::test_results_are_json_whatever_the_numbers",),
+            ("evaluation/test_features.py::test_results_are_json_whatever_the_numbers",),
             (
                 Break("results: NaN in lines of JSON", "fastclip/evaluation/results.py", "json.dumps(_finite(row), allow_nan=False)", "json.dumps(row)"),
                 Break("results: half of the lines take the place of all", "fastclip/evaluation/results.py", "with new_file(path) as half, half.open(", 'with __import__("contextlib").nullcontext(path) as half, half.open('),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-QUERY, INDEX, SEARCH = "test_search_query.py", "test_search_index.py", "test_search.py"
-PROCESSES = "test_search_processes.py"
-SERVE = "test_serve.py"
+QUERY, INDEX, SEARCH = "search/test_query.py", "search/test_index.py", "search/test_search.py"
+PROCESSES = "search/test_processes.py"
+SERVE = "search/test_serve.py"
 FOLDER = "fastclip/search/"
 
 # fmt: off

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-STEP, RUN, RANKS, OPTIONS = "test_train_step.py", "test_trainer.py", "test_train_ranks.py", "test_train_options.py"
-DURABLE, INTERRUPTED = "test_train_durable.py", "test_train_interrupted.py"
+STEP, RUN, RANKS, OPTIONS = (
+    "training/test_step.py",
+    "training/test_trainer.py",
+    "training/test_ranks.py",
+    "training/test_options.py",
+)
+DURABLE, INTERRUPTED = "training/test_durable.py", "training/test_interrupted.py"
 TRAINING = "fastclip/training/"
 
 # fmt: off
@@ -13,15 +18,15 @@ PROMISES: dict[str, list[Promise]] = {
     "Training": [
         Promise(
             "the cached step has the one-shot step's gradients, temperature included; dropout, autocast and buffers as in one pass",
-            ("test_cached_step.py::test_gradients_are_the_one_shot_steps", "test_cached_step.py::test_dropout_is_replayed", "test_cached_step.py::test_autocast", "test_cached_step.py::test_batch_norm_is_a_micro_batchs_and_its_statistics_move_once"),
+            ("training/test_cached_step.py::test_gradients_are_the_one_shot_steps", "training/test_cached_step.py::test_dropout_is_replayed", "training/test_cached_step.py::test_autocast", "training/test_cached_step.py::test_batch_norm_is_a_micro_batchs_and_its_statistics_move_once"),
             (
                 Break("cached: the temperature counts in every micro-batch", "fastclip/training/cached.py", "[x.grad for x in rest if last]", "[x.grad for x in rest]"),
                 Break("cached: other masks in the second pass", "fastclip/training/cached.py", "            torch.set_rng_state(cpu_state)\n", ""),
                 Break("cached: statistics move twice", "fastclip/training/cached.py", "            x.copy_(kept)", "            pass"),
             ),
         ),
-        Promise("it keeps one micro-batch's graph at a time", ("test_cached_step.py::test_one_graph_at_a_time",), (Break("cached: the first pass has graphs", "fastclip/training/cached.py", "with torch.no_grad(), _no_exchange(modules):", "with _no_exchange(modules):"),)),
-        Promise("DDP exchanges gradients once a step, whatever each rank's micro-batches are", ("test_cached_step.py::test_ddp_exchanges_once",), (Break("cached: every micro-batch is exchanged", "fastclip/training/cached.py", "with nullcontext() if last else _no_exchange(modules):", "with nullcontext():"),)),
+        Promise("it keeps one micro-batch's graph at a time", ("training/test_cached_step.py::test_one_graph_at_a_time",), (Break("cached: the first pass has graphs", "fastclip/training/cached.py", "with torch.no_grad(), _no_exchange(modules):", "with _no_exchange(modules):"),)),
+        Promise("DDP exchanges gradients once a step, whatever each rank's micro-batches are", ("training/test_cached_step.py::test_ddp_exchanges_once",), (Break("cached: every micro-batch is exchanged", "fastclip/training/cached.py", "with nullcontext() if last else _no_exchange(modules):", "with nullcontext():"),)),
         Promise(
             "a run has the dense loss's losses over a hundred steps to 1e-5, whichever loss, and the papers' formulas",
             (f"{STEP}::test_losses_are_those_of_the_papers", f"{RUN}::test_hundred_steps_agree_with_the_dense_loss"),
@@ -56,7 +61,7 @@ PROMISES: dict[str, list[Promise]] = {
         ),
         Promise(
             "processes that see different data raise, and a run is told when its data changed since the checkpoint",
-            (f"{RANKS}::test_ranks_that_see_different_data_are_told", "test_train_faults.py::test_data_that_changed_since_the_checkpoint_is_told"),
+            (f"{RANKS}::test_ranks_that_see_different_data_are_told", "training/test_faults.py::test_data_that_changed_since_the_checkpoint_is_told"),
             (
                 Break("trainer: every rank has data of its own", f"{TRAINING}trainer.py", "if len(set(told)) > 1:", "if len(told) < 1:"),
                 Break("trainer: other data in silence", f"{TRAINING}trainer.py", 'if (samples := state["samples"]) != len(self.source):', 'if (samples := state["samples"]) < 0:'),
@@ -150,7 +155,7 @@ PROMISES: dict[str, list[Promise]] = {
                 Break("machines: ranks meet where the dead ones did", f"{TRAINING}meeting.py", 'PrefixStore(f"fastclip/{name}", store)', 'PrefixStore("fastclip", store)'),
             ),
         ),
-        Promise("docs/reliability.md is what the tests' markers say", ("test_reliability.py::test_document_is_what_the_markers_say",), (Break("machines: the document has drifted", "docs/reliability.md", "| kill -9 at any moment of saving |", "| kill -9 at some moment of saving |"),)),
+        Promise("docs/reliability.md is what the tests' markers say", ("package/test_reliability.py::test_document_is_what_the_markers_say",), (Break("machines: the document has drifted", "docs/reliability.md", "| kill -9 at any moment of saving |", "| kill -9 at some moment of saving |"),)),
     ],
 }
 # fmt: on

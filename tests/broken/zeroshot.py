@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-ZERO_SHOT = "test_eval_zero_shot.py"
-CLASSES = "test_data_classes.py"
-ROBUSTNESS = "test_eval_robustness.py"
+ZERO_SHOT = "evaluation/test_zero_shot.py"
+CLASSES = "data/test_classes.py"
+ROBUSTNESS = "evaluation/test_robustness.py"
 
 # fmt: off
 PROMISES: dict[str, list[Promise]] = {

@@ -1,0 +1,470 @@
+"""Hopper's tile kernels, one at a time, against fp64; and what the CUDA backend refuses.
+
+On a Hopper GPU, or without a GPU in csrc/tests' emulator, which runs the threads of a cluster in random order and does
+asynchronous work as late as its waits allow. backends/test_kernels.py runs the same tiles under the launchers.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastclip
+from fastclip._backends import cuda, pick, triton
+from support import emulated
+
+pytest.importorskip("triton")
+from fastclip.triton_kernels.launch import BwdSide, FwdSide
+from fastclip.triton_kernels.tile import CONSTANTS, GAIN, OFFSET2, REPAIR, SCALE
+
+from support import ROOT
+from support.kernels import DEVICE, GPU
+
+pytestmark = [pytest.mark.usefixtures("hopper"), *([pytest.mark.gpu] if GPU else [])]
+
+
+@pytest.fixture
+def hopper(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A device for everything that a test makes."""
+    if GPU:
+        reason = fastclip.backends()["cuda"]
+        if reason != "available" or (reason := cuda.refuses(torch.empty(1, dtype=torch.float16, device="cuda"), True)):
+            pytest.skip(f"cuda: {reason}")
+    else:
+        request.getfixturevalue("emulated_cuda")
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
+LOG2E = math.log2(math.e)
+NAN = float("nan")
+
+# (M, N, D, offset, scale, columns of a tile): every mask, wrap-around of stages and turns, and a tail
+CASES = [
+    (128, 192, 64, 0, 10.0, 192),  # one tile
+    (1, 1, 8, 0, 10.0, 192),  # one positive, nothing else
+    (1, 7, 8, 3, 10.0, 64),
+    (300, 500, 72, 17, 20.0, 192),  # ragged everywhere, an odd number of tile rows
+    (641, 391, 200, -250, 50.0, 192),
+    (513, 577, 512, 0, 100.0, 192),  # more k blocks than stages
+    (260, 1200, 40, 700, -14.0, 192),  # a negative scale
+    (256, 384, 136, 100000, 0.0, 192),  # no positive in range, scale 0
+    (385, 200, 328, 64, 14.3, 64),
+    (129, 200, 64, 191, 14.3, 192),  # the diagonal touches a tile's corner, the other corner
+    (129, 200, 64, -127, 14.3, 192),
+    (700, 65, 64, -3, 14.3, 64),
+]
+LABELLED = [
+    (300, 500, 72, 17, 20.0, 128),
+    (129, 129, 64, 0, 100.0, 128),
+    (130, 70, 200, -64, -14.0, 64),
+    (1, 3, 8, 1, 5.0, 64),
+    (515, 260, 72, 0, 14.3, 128),
+]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+class Case(NamedTuple):
+    """A problem inside its frames of NaN, and its fp64 truth."""
+
+    x: Tensor
+    y: Tensor
+    row_factor: Tensor
+    col_factor: Tensor
+    constants: Tensor
+    cosine: Tensor
+    z: Tensor
+    own: Tensor
+    tile: Any
+    offset: int
+
+    @staticmethod
+    def of(M: int, N: int, D: int, offset: int, scale: float, tile_n: int, dtype: torch.dtype) -> Case:
+        generator = torch.Generator(DEVICE).manual_seed(M + N + D)
+        sides = []
+        for size in (M, N):
+            frame = torch.full((size, -(-D // 8) * 8 + 16), NAN, dtype=dtype)
+            frame[:, :D] = torch.randn(size, D, generator=generator)
+            sides.append(frame[:, :D])
+        x, y = sides
+        r, c = (1 / side.float().norm(dim=1) for side in sides)
+        cosine = (x.double() @ y.double().T) * r.double()[:, None] * c.double()
+        constants = torch.full((CONSTANTS,), NAN)
+        bound = abs(scale)
+        constants[SCALE.value], constants[REPAIR.value] = scale, 0.0
+        constants[OFFSET2.value] = (0.0 if bound <= 70 else bound - 70) * LOG2E
+        constants[GAIN.value] = 1024.0
+        own = torch.arange(M)[:, None] + offset == torch.arange(N)
+        tile = cuda._Tiles(x.device).new_config(128, tile_n, 64, 12, 1)
+        return Case(x, y, r, c, constants, cosine, scale * cosine, own, tile, offset)
+
+    @property
+    def exponential(self) -> Tensor:
+        return torch.exp2(self.z * LOG2E - float(self.constants[OFFSET2.value]))
+
+    def parts(self, planes: int) -> tuple[Tensor, Tensor]:
+        M, N = self.z.shape
+        return (
+            torch.full((planes, -(-N // self.tile.BLOCK_N), M), NAN),
+            torch.full((planes, -(-M // self.tile.BLOCK_M), N), NAN),
+        )
+
+    def by_tiles(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Row sums of every tile column, column sums of every tile row."""
+        rows = torch.stack([part.sum(1) for part in values.split(self.tile.BLOCK_N, 1)])
+        return rows, torch.stack([part.sum(0) for part in values.split(self.tile.BLOCK_M, 0)])
+
+
+def labels_of(M: int, N: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(M)
+    return tuple(torch.randint(-3, 12, (size,), generator=generator, dtype=torch.int32) for size in (M, N))
+
+
+def tiles(processors: int = 4) -> Any:
+    found = cuda._Tiles(torch.device(DEVICE))
+    found.processors = processors
+    return found
+
+
+def assert_close(ours: Tensor, true: Tensor, magnitude: Tensor, tolerance: float = 2e-5) -> None:
+    error = (ours.double() - true).abs() / magnitude.clamp_min(1e-300)
+    assert (error <= tolerance).all(), f"worst {error.max():.1e} at {error.argmax()}"
+
+
+@pytest.fixture(params=[1, 2], ids=lambda seed: f"schedule{seed}")
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCLIP_EMULATE_SEED", str(request.param))
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics(dtype: torch.dtype, case: tuple[Any, ...]) -> None:
+    p = Case.of(*case, dtype)
+    row, col = p.parts(1)
+    tiles().contrastive_fwd(
+        p.tile,
+        p.x,
+        p.y,
+        FwdSide(p.row_factor, None, row),
+        FwdSide(p.col_factor, None, col),
+        p.constants,
+        p.offset,
+        False,
+    )
+    for ours, true in zip((row[0], col[0]), p.by_tiles(p.exponential.masked_fill(p.own, 0))):
+        assert_close(ours, true, true)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("case", LABELLED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_with_labels(dtype: torch.dtype, case: tuple[Any, ...], exclude_self: bool) -> None:
+    p = Case.of(*case, dtype)
+    y = labels_of(*p.z.shape)
+    sides = [FwdSide(*side) for side in zip((p.row_factor, p.col_factor), y, p.parts(3))]
+    tiles().contrastive_fwd(p.tile, p.x, p.y, *sides, p.constants, p.offset, exclude_self)
+    left_out = p.own & exclude_self
+    same = (y[0][:, None] == y[1]) & ~left_out
+    negative = ~same & ~left_out
+    for k, values in enumerate(
+        (p.exponential.where(negative, 0), p.exponential.where(same, 0), (p.z * LOG2E).where(same, 0))
+    ):
+        for side, true, size in zip(sides, p.by_tiles(values), p.by_tiles(values.abs())):
+            assert_close(side.part[k], true, size + (1e-6 if k == 2 else 0))
+
+
+def test_exponentials_that_flush_are_no_empty_set() -> None:
+    p = Case.of(20, 20, 8, 0, 100.0, 64, torch.bfloat16)
+    p.constants[OFFSET2.value] = 1000.0
+    y = labels_of(20, 20)
+    sides = [FwdSide(*side) for side in zip((p.row_factor, p.col_factor), y, p.parts(3))]
+    tiles().contrastive_fwd(p.tile, p.x, p.y, *sides, p.constants, 0, False)
+    same = y[0][:, None] == y[1]
+    for side, axis in zip(sides, (1, 0)):
+        assert torch.equal(side.part[0, 0] > 0, (~same).any(axis)) and torch.equal(side.part[1, 0] > 0, same.any(axis))
+
+
+def framed(M: int, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for weights (M, N) in a frame of NaN, and what of the frame must stay: the TMA writes 16 bytes at a time."""
+    width = -(-N // 8) * 8
+    frame = torch.full((M, width + 8), NAN, dtype=dtype)
+    return frame[:, :N], frame[:, width:]
+
+
+def weights_of(p: Case, sides: list[BwdSide], exclude_self: bool, processors: int = 4) -> tuple[Tensor, Tensor]:
+    M, N = p.z.shape
+    weights, beyond = framed(M, N, p.x.dtype)
+    part = torch.full((-(-M // p.tile.BLOCK_M) * -(-N // p.tile.BLOCK_N) + 1,), NAN)
+    tiles(processors).contrastive_bwd(p.tile, p.x, p.y, *sides, p.constants, p.offset, exclude_self, weights, part)
+    assert beyond.isnan().all() and part[-1].isnan(), "written outside"
+    return weights, part[:-1]
+
+
+def assert_weights(p: Case, ours: Tensor, part: Tensor, g: Tensor) -> None:
+    """One rounding of the dtype, of G r c; the partial sums of d_scale from what was not rounded."""
+    r, c = p.row_factor.double()[:, None], p.col_factor.double()
+    true = g * r * c
+    smallest = torch.finfo(p.x.dtype).smallest_normal
+    assert_close(ours, true, true.abs() + smallest, torch.finfo(p.x.dtype).eps / 2 + 3e-5)
+    blocks = [
+        (tile.sum(), tile.abs().sum())
+        for rows in (g * p.cosine).split(p.tile.BLOCK_M, 0)
+        for tile in rows.split(p.tile.BLOCK_N, 1)
+    ]
+    sums, sizes = (torch.stack(x) for x in zip(*blocks))
+    assert_close(part, sums, sizes)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights(dtype: torch.dtype, case: tuple[Any, ...]) -> None:
+    p = Case.of(*case, dtype)
+    M, N = p.z.shape
+    neg = [(torch.rand(size) / p.exponential.max()).float() for size in (M, N)]  # weights that fp16 holds
+    ours, part = weights_of(p, [BwdSide(p.row_factor, neg[0]), BwdSide(p.col_factor, neg[1])], False)
+    g = p.exponential.masked_fill(p.own, 0) * (neg[0].double()[:, None] + neg[1].double())
+    assert_weights(p, ours, part, g)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("case", [(*case[:5], {128: 192}.get(case[5], 64)) for case in LABELLED], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_with_labels(dtype: torch.dtype, case: tuple[Any, ...], exclude_self: bool) -> None:
+    p = Case.of(*case, dtype)
+    M, N = p.z.shape
+    y = labels_of(M, N)
+    largest = p.exponential.max()
+    vectors = [[(torch.rand(size) * most).float() for most in (1 / largest, 1 / largest, 1.0)] for size in (M, N)]
+    sides = [
+        BwdSide(factor, neg, label, pos, own)
+        for factor, label, (neg, pos, own) in zip((p.row_factor, p.col_factor), y, vectors)
+    ]
+    ours, part = weights_of(p, sides, exclude_self)
+    neg, pos, own = (a.double()[:, None] + b.double() for a, b in zip(*vectors))
+    g = torch.where(y[0][:, None] == y[1], p.exponential * pos + own, p.exponential * neg)
+    assert_weights(p, ours, part, g.masked_fill(p.own & exclude_self, 0))
+
+
+def test_infinite_exponential_of_a_positive_is_masked() -> None:
+    """The positive's exponential may overflow: it is no part of the sums, and its weight is 0."""
+    p = Case.of(8, 8, 8, 0, 500.0, 64, torch.bfloat16)
+    p.y.copy_(p.x)
+    p.x[1:].zero_()
+    p.constants[OFFSET2.value] = 0.0
+    row, col = p.parts(1)
+    sides = [FwdSide(f, None, part) for f, part in ((p.row_factor, row), (torch.ones(8), col))]
+    tiles().contrastive_fwd(p.tile, p.x, p.y * torch.eye(8, 1, dtype=p.y.dtype), *sides, p.constants, 0, False)
+    assert row[0, 0].tolist() == [7.0] * 8 and col[0, 0].tolist() == [7.0] * 8
+
+
+def test_repaired_weights_are_left_alone() -> None:
+    """Where the device asked for a repair the kernel returns at once: the repair writes the block."""
+    p = Case.of(300, 200, 64, 0, 10.0, 192, torch.bfloat16)
+    p.constants[REPAIR.value] = 1.0
+    ones = [torch.ones(size) for size in p.z.shape]
+    ours, part = weights_of(p, [BwdSide(p.row_factor, ones[0]), BwdSide(p.col_factor, ones[1])], False)
+    assert ours.isnan().all() and part.isnan().all()
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sigmoid(dtype: torch.dtype, case: tuple[Any, ...], gradients: bool) -> None:
+    p = Case.of(*case, dtype)
+    M, N = p.z.shape
+    bias = torch.tensor(-4.0)
+    weights, beyond = framed(M, N, dtype)
+    count = -(-M // p.tile.BLOCK_M) * -(-N // p.tile.BLOCK_N)
+    part = torch.full((3, count + 2), NAN, dtype=torch.float64)
+    stored = weights if gradients else None
+    tiles().sigmoid_fwd(p.tile, p.x, p.y, p.row_factor, p.col_factor, p.constants, p.offset, bias, stored, part[:, 1:])
+    assert part[:, 0].isnan().all() and part[:, -1].isnan().all()
+    z = p.z - 4.0
+    loss = torch.nn.functional.softplus(z).masked_fill(p.own, 0)
+    assert_close(part[0, 1:-1].sum(), loss.sum(), loss.sum() + 1e-30)
+    if gradients:
+        sigmoid = z.sigmoid().masked_fill(p.own, 0)
+        assert_close(part[2, 1:-1].sum(), sigmoid.sum(), sigmoid.sum() + 1e-30)
+        assert beyond.isnan().all()
+        assert_weights(p, weights, part[1, 1:-1], 1024.0 * sigmoid)
+    else:
+        assert part[1:].isnan().all() and weights.isnan().all()
+
+
+@pytest.mark.parametrize("processors", [2, 3, 132])
+def test_any_number_of_processors(processors: int) -> None:
+    """Tiles dealt out to fewer or more clusters: the same bits."""
+    p = Case.of(700, 600, 136, 5, 14.3, 192, torch.bfloat16)
+    ones = [torch.rand(size) for size in p.z.shape]
+    sides = [BwdSide(p.row_factor, ones[0]), BwdSide(p.col_factor, ones[1])]
+    expected, found = weights_of(p, sides, False), weights_of(p, sides, False, processors)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found))
+
+
+def test_narrow_tiles_where_wide_ones_leave_processors_idle() -> None:
+    found = tiles(processors=132)
+    for M, N, width in [(512, 512, 64), (1024, 1024, 64), (4096, 4096, 192), (128, 65536, 192)]:
+        assert width == found.config("contrastive_bwd", M, N, True).BLOCK_N, (M, N)
+    assert found.config("contrastive_fwd", 4096, 4096, True).BLOCK_N == 128
+    assert found.config("contrastive_fwd", 4096, 4096, False).BLOCK_N == 192
+
+
+def test_c_interface_refuses_bad_arguments() -> None:
+    done = subprocess.run([emulated.build("test_cuda")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "0 failures\n", done.stdout + done.stderr
+
+
+def test_refusals_become_messages(emulated_cuda: Any) -> None:
+    p = Case.of(8, 8, 8, 0, 1.0, 64, torch.bfloat16)
+    with pytest.raises(ValueError, match="the native code refused its arguments"):
+        tiles(processors=1).contrastive_fwd(
+            p.tile, p.x, p.y, *(FwdSide(p.row_factor, None, x) for x in p.parts(1)), p.constants, 0, False
+        )
+
+
+class Pretended:
+    """A tensor on a GPU that is not there."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.device = dtype, torch.device("cuda:0")
+
+    def get_device(self) -> int:
+        return 0
+
+
+class Built:
+    """As the native module says it was built, on a machine with this driver."""
+
+    EMULATED, RUNTIME = False, 13000
+
+    def __init__(self, driver: int) -> None:
+        self.driver = lambda: driver
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (0, "there is no NVIDIA driver"),
+        (12040, "the NVIDIA driver serves CUDA 12.4, the native module was built with 13.0"),
+        (13020, None),
+        (14000, None),
+    ],
+)
+def test_backend_says_why_not(monkeypatch: pytest.MonkeyPatch, driver: int, reason: str | None) -> None:
+    monkeypatch.setattr(cuda, "_module", Built(driver))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cuda._driver_reason.cache_clear()
+    try:
+        assert fastclip.backends()["cuda"] == (reason or "available")
+        if reason:
+            with pytest.raises(RuntimeError, match=f"backend='cuda' cannot serve this call: {reason}"):
+                pick("cuda", Pretended(torch.bfloat16))
+    finally:
+        cuda._driver_reason.cache_clear()
+
+
+def test_machine_without_hopper_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known as soon as something else has looked at the GPUs: asking must not."""
+    capabilities = [(8, 0), (12, 0)]
+    monkeypatch.setattr(cuda, "_module", Built(13000))
+    for name, answer in [("is_available", True), ("is_initialized", False), ("device_count", 2)]:
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    found = []
+    for initialized, second in [(False, (12, 0)), (True, (12, 0)), (True, (9, 0))]:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda initialized=initialized: initialized)
+        capabilities[1] = second
+        cuda._driver_reason.cache_clear()
+        cuda._other_gpu.cache_clear()
+        found.append(fastclip.backends()["cuda"])
+    cuda._driver_reason.cache_clear()
+    cuda._other_gpu.cache_clear()
+    assert found == ["available", "it is for Hopper (compute capability 9.0), not GPU 0", "available"]
+
+
+def test_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "import_error", lambda: "the package triton is not installed")
+    assert fastclip.backends()["cuda"] == "its small kernels are Triton's, and the package triton is not installed"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((9, 0), torch.bfloat16, None),
+        ((9, 0), torch.float16, None),
+        ((9, 0), torch.float32, "it serves bfloat16 and float16, not float32"),
+        ((8, 0), torch.bfloat16, "it is for Hopper (compute capability 9.0), not a GPU"),
+        ((10, 0), torch.bfloat16, "it is for Hopper (compute capability 9.0), not a GPU"),
+    ],
+    ids=str,
+)
+def test_other_gpus_and_dtypes_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    cuda._other_gpu.cache_clear()
+    try:
+        assert cuda.refuses(Pretended(dtype), named=True) == reason
+    finally:
+        cuda._other_gpu.cache_clear()
+
+
+def test_preferred_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper, for 16-bit features; never for tensors on a CPU, whatever could emulate it."""
+    assert list(fastclip.backends()) == ["cuda", "triton", "cpu", "reference"]
+    monkeypatch.setattr(cuda, "_other_gpu", lambda index: None)
+    for dtype, expected in [(torch.bfloat16, "cuda"), (torch.float32, "triton")]:
+        monkeypatch.setattr(triton, "refuses", lambda image, named: None)
+        assert pick(None, Pretended(dtype))[0] == expected
+    monkeypatch.undo()
+    assert pick(None, torch.eye(4, dtype=torch.bfloat16, device="cpu"))[0] == "cpu"
+
+
+WITHOUT_A_DRIVER = """
+import fastclip, torch
+import fastclip
+from fastclip._backends import cuda, pick, triton
+from fastclip.triton_kernels.launch import BwdSide, FwdSide
+if cuda._not_loaded: raise SystemExit("NOT BUILT " + cuda._not_loaded)
+print(cuda._module.driver(), fastclip.backends()["cuda"])
+x, f, tiles = torch.zeros(8, 8, dtype=torch.bfloat16), torch.zeros(64), cuda._Tiles(torch.device("cpu"))
+tile = tiles.config("contrastive_fwd", 8, 8, False)
+for call in (
+    lambda: tiles.contrastive_fwd(tile, x, x, FwdSide(f, None, f), FwdSide(f, None, f), f, 0, False),
+    lambda: tiles.contrastive_bwd(tile, x, x, BwdSide(f, f), BwdSide(f, f), f, 0, False, x.clone(), f),
+    lambda: tiles.sigmoid_fwd(tile, x, x, f, f, f, 0, f, x.clone(), f.double().view(8, 8)),
+):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+print(fastclip.build_info()["cuda"])
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_module_without_a_driver() -> None:
+    """What the package was built with loads, and every entry says why it does nothing."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_A_DRIVER], capture_output=True, text=True, cwd=ROOT)
+    if "NOT BUILT" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    driver, *errors, build = done.stdout.splitlines()
+    assert driver == "0 there is no NVIDIA driver"
+    assert errors == ["fastclip: there is no NVIDIA driver, or it is too old for this build of fastclip._cuda"] * 3
+    assert build.startswith("nvcc ") and build.endswith(", sm_90a")

@@ -1,0 +1,133 @@
+"""The Hopper kernels as the package builds them, without a GPU: ptxas' report and the machine code."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from support import ROOT
+from support.native_build import CAN_BUILD, build
+
+pytest.importorskip("triton")  # whose wheel holds the disassembler
+from support.compiled import CUOBJDUMP
+
+NVCC = shutil.which("nvcc")
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(NVCC is None or not CAN_BUILD, reason="nvcc, cmake or a C++ compiler is not installed"),
+]
+KERNEL = re.compile(r"(Statistics|Weights|Sigmoid)ILb([01])ELi(\d+)ELb([01])E")
+# (kernel, fp16, columns of a tile, labels or gradients): every one that the C interface can start
+KERNELS = {
+    (name, half, columns, option)
+    for name, half, option in [(n, h, o) for n in ("Statistics", "Weights", "Sigmoid") for h in "01" for o in "01"]
+    for columns in (64, 128 if (name, option) == ("Statistics", "1") else 192)
+}
+REGISTERS = 168  # 65536 / 384 threads, rounded down to what the hardware deals out; setmaxnreg moves them afterwards
+
+
+class Machine(NamedTuple):
+    report: dict[tuple[str, str, int, str], str]  # ptxas' words on every kernel
+    warnings: list[str]  # spills; products that wait for each other are a "potential performance loss"
+    code: dict[tuple[str, str, int, str], Counter[str]]  # instructions
+
+
+def _kernel(text: str) -> tuple[str, str, int, str] | None:
+    found = KERNEL.search(text)
+    return None if found is None else (found[1], found[2], int(found[3]), found[4])
+
+
+def _compile(source: Path, folder: Path) -> Machine:
+    chosen = {"FASTCLIP_BUILD_PYTHON": "OFF", "FASTCLIP_BUILD_CPU": "OFF", "FASTCLIP_BUILD_CUDA": "ON"}
+    log = build(source, folder, **chosen, CMAKE_CUDA_FLAGS="-Xptxas -v", CMAKE_CUDA_COMPILER=NVCC)
+    report = {}
+    for part in log.split("Compiling entry function")[1:]:
+        if (kernel := _kernel(part)) is not None:
+            report[kernel] = part.split("Compile time")[0]
+    code: dict[tuple[str, str, int, str], Counter[str]] = {}
+    for path in folder.rglob("*.cu.o"):
+        counts: Counter[str] = Counter()
+        done = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True)
+        for line in done.stdout.splitlines():
+            if "Function :" in line:
+                counts = Counter()
+                if (kernel := _kernel(line)) is not None:
+                    code[kernel] = counts
+            elif found := re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", line):
+                words = found[1].split(".")
+                counts[words[0]] += 1
+                counts[".".join(words[:2])] += len(words) > 1
+    told = ("warning", "potential performance loss")
+    return Machine(report, [line for line in log.splitlines() if any(word in line.lower() for word in told)], code)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return _compile(ROOT, tmp_path_factory.mktemp("cuda"))
+
+
+def _faults(machine: Machine) -> list[str]:
+    """Spills and local memory, by ptxas and by the machine code."""
+    told = [
+        f"{kernel}: {text}"
+        for kernel, text in machine.report.items()
+        if "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" not in text
+    ]
+    return told + [f"{kernel}: local memory" for kernel, count in machine.code.items() if count["LDL"] + count["STL"]]
+
+
+def test_every_kernel_is_compiled_without_spills(machine: Machine) -> None:
+    assert set(machine.report) == set(machine.code) == KERNELS
+    assert not _faults(machine)
+    for kernel, text in machine.report.items():
+        assert f"Used {REGISTERS} registers" in text, (kernel, text)
+
+
+def test_products_are_not_serialised(machine: Machine) -> None:
+    """ptxas says so when it has to wait for every wgmma; then there is a wait a product, too."""
+    assert not machine.warnings
+    for kernel, count in machine.code.items():
+        assert (count["WARPGROUP.ARRIVE"], count["WARPGROUP.DEPBAR"]) == (1, 2), kernel
+
+
+def test_instructions_as_planned(machine: Machine) -> None:
+    """wgmma on operands in shared memory that the TMA brings, stored by the TMA; registers move to the consumers."""
+    for kernel, count in machine.code.items():
+        assert count["HGMMA"] == 8 and count["HMMA"] == 0, kernel  # four steps of 16 features, two halves
+        assert count["UTMALDG"] == 2 and count["USETMAXREG"] == 2, kernel
+        stores = kernel[0] == "Weights" or (kernel[0] == "Sigmoid" and kernel[3] == "1")
+        assert (count["UTMASTG"] > 0) == (count["STSM"] > 0) == stores, kernel
+
+
+def test_one_exponential_a_logit(machine: Machine) -> None:
+    """In the plain path and in the masked one; a thread has as many logits as the tile has columns."""
+    for kernel, count in machine.code.items():
+        assert count["MUFU.EX2"] == 2 * kernel[2], kernel
+
+
+def _compile_changed(folder: Path, file: str, old: str, new: str) -> Machine:
+    for name in ("csrc", "CMakeLists.txt"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    text = (folder / file).read_text()
+    assert text.count(old) == 1
+    (folder / file).write_text(text.replace(old, new))
+    return _compile(folder, folder / "build")
+
+
+def test_what_is_looked_for_is_found(tmp_path: Path) -> None:
+    """The reading itself: wide tiles with labels, which spill, and accumulators touched between products."""
+    (tmp_path / "spill").mkdir()
+    labels = "FASTCLIP_CUDA_TILE_N_LABELS = "
+    machine = _compile_changed(tmp_path / "spill", "csrc/fastclip.h", f"{labels}128", f"{labels}192")
+    assert any("Statistics" in fault for fault in _faults(machine)) and machine.warnings
+    (tmp_path / "serial").mkdir()
+    commit = "      wgmma_commit();\n"
+    machine = _compile_changed(tmp_path / "serial", "csrc/cuda/tile.cuh", commit, f"{commit}      acc[0][0] *= 2.f;\n")
+    assert any("serialized" in line for line in machine.warnings)
+    assert any(count["WARPGROUP.DEPBAR"] > 2 for count in machine.code.values())

@@ -1,0 +1,36 @@
+"""The native code on its own: csrc/tests under CTest, plain and under sanitizers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from support import ROOT
+from support.native_build import CAN_BUILD, COMPILER, REASON, build, run
+
+
+def has_runtime(sanitize: str, folder: Path) -> bool:
+    (folder / "main.cpp").write_text("int main() { return 0; }\n")
+    command = [COMPILER, f"-fsanitize={sanitize}", folder / "main.cpp", "-o", folder / "main"]
+    return run(*command).returncode == 0 and run(folder / "main").returncode == 0
+
+
+def groups() -> set[str]:
+    return set(re.findall(r'\{"(\w+)", \1\}', (ROOT / "csrc/tests/test_cpu.cpp").read_text()))
+
+
+@pytest.mark.skipif(not CAN_BUILD, reason=REASON)
+@pytest.mark.parametrize("sanitize", ["", "address,undefined", "thread"], ids=["plain", "address,undefined", "thread"])
+def test_native_code(sanitize: str, tmp_path: Path) -> None:
+    if sanitize and not has_runtime(sanitize, tmp_path):
+        pytest.skip(f"{COMPILER} has no runtime for -fsanitize={sanitize}")
+    folder = tmp_path / "build"
+    options = {"FASTCLIP_BUILD_PYTHON": "OFF", "FASTCLIP_BUILD_TESTS": "ON", "FASTCLIP_SANITIZE": sanitize}
+    log = build(ROOT, folder, **options)
+    assert "warning:" not in log, log
+    done = run("ctest", "--test-dir", folder, "--output-on-failure", "--no-tests=error")
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = set(re.findall(r"(\w+) \.+ +Passed", done.stdout))
+    assert passed == groups() and len(passed) >= 10, "a group of test_cpu.cpp is not registered with CTest"

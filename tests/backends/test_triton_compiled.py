@@ -1,0 +1,115 @@
+"""What the Triton launchers launch, compiled for GPUs that are not there: machine code without spills.
+
+Every configuration that the launchers can choose, on sm_80 (pointers) and sm_90 (tensor descriptors, wgmma).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from support import ROOT
+
+pytest.importorskip("triton")
+COMPILED = ROOT / "tests/support/compiled.py"
+PATH = os.pathsep.join([str(COMPILED.parent.parent), str(COMPILED.parent)])  # this checkout's package first
+TILES = {
+    "contrastive_fwd_kernel",
+    "contrastive_fwd_repair_kernel",
+    "contrastive_bwd_kernel",
+    "contrastive_bwd_repair_kernel",
+    "sigmoid_fwd_kernel",
+}
+# bytes of shared memory a program may have: of an H100; of the smallest chip from 8.0 on (8.6, 8.9, 12.0)
+SHARED = {90: 227 * 1024, 80: 99 * 1024}
+# so that so many programs, the next one's loads beside this one's epilogue, fit on a Hopper multiprocessor
+TWO_AT_ONCE = {"contrastive_fwd_kernel", "contrastive_bwd_kernel"}
+
+
+@pytest.fixture(scope="module")
+def machines() -> dict[int, list[dict[str, Any]]]:
+    """In processes of their own: here the kernels may be the interpreter's."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([str(COMPILED.parent.parent), str(COMPILED.parent)]),
+    }
+    running = {
+        chip: subprocess.Popen(
+            [sys.executable, str(COMPILED), str(chip)], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for chip in SHARED
+    }
+    outputs = {chip: process.communicate()[0] for chip, process in running.items()}
+    assert all(process.returncode == 0 for process in running.values())
+    return {chip: json.loads(text) for chip, text in outputs.items()}
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("chip", SHARED)
+def test_no_kernel_spills(machines: dict[int, list[dict[str, Any]]], chip: int) -> None:
+    found = machines[chip]
+    assert {m["kernel"] for m in found} >= TILES
+    told = [f"{m['kernel']} {m['variant']}: {m}" for m in found if m["stack"] or m["local"] or m["LDL"] or m["STL"]]
+    assert not told, "\n".join(told)
+    assert all(m["shared"] <= SHARED[chip] for m in found)
+
+
+def test_every_configuration_is_compiled(machines: dict[int, list[dict[str, Any]]]) -> None:
+    from fastclip.triton_kernels.launch import CONFIGS
+
+    for (kernel, chip, dtype, labels), config in CONFIGS.items():
+        variants = [
+            m["variant"].split()
+            for m in machines[90 if chip == "hopper" else 80]
+            if m["kernel"] == f"{kernel}_kernel" and (m["dtype"] == "float32") == (dtype == "fp32")
+        ]
+        block = [str(size) for size in config[:3]]
+        assert any(v[:3] == block and ("LABELS" in v) == labels for v in variants), (kernel, chip, dtype, labels)
+
+
+def test_tensor_cores(machines: dict[int, list[dict[str, Any]]]) -> None:
+    """wgmma on Hopper, fed by its memory accelerator; mma on Ampere."""
+    for m in machines[90]:
+        if m["kernel"] in TILES:
+            assert m["HGMMA"] > 0 and m["HMMA"] == 0 and m["UTMALDG"] > 0, m
+            assert m["DESCRIPTOR"]
+    for m in machines[80]:
+        if m["kernel"] in TILES:
+            assert m["HMMA"] > 0 and not m["DESCRIPTOR"], m
+
+
+def test_one_exponential_a_logit(machines: dict[int, list[dict[str, Any]]]) -> None:
+    for m in (m for found in machines.values() for m in found):
+        if m["kernel"] in TILES:
+            rows, columns = (int(size) for size in m["variant"].split()[:2])
+            logits = rows * columns // (32 * m["warps"])  # of a thread
+            repair = 2 * (2 if "LABELS" in m["variant"].split() and "fwd" in m["kernel"] else 1)
+            assert m["MUFU.EX2"] == logits * (repair if "repair" in m["kernel"] else 1), m
+
+
+def test_two_programs_a_multiprocessor(machines: dict[int, list[dict[str, Any]]]) -> None:
+    """While one program's epilogue computes, the other's products run: without that the tensor cores wait."""
+    for m in machines[90]:
+        if m["kernel"] in TWO_AT_ONCE and m["dtype"] == "bfloat16" and m["warps"] == 4:
+            assert 2 * (m["shared"] + 1024) <= 228 * 1024
+            assert 2 * m["warps"] * 32 * -(-m["registers"] // 8) * 8 <= 65536, m
+
+
+def test_a_spill_is_found() -> None:
+    """The reading itself: a configuration known to spill (registers for a tile of 128 x 256 in four warps)."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([str(COMPILED.parent.parent), str(COMPILED.parent)]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(COMPILED), "90", "spilling"], capture_output=True, text=True, env=environment, check=True
+    )
+    (m,) = (m for m in json.loads(done.stdout) if m["kernel"] == "contrastive_bwd_kernel")
+    assert m["stack"] > 0 and m["LDL"] > 0 and m["STL"] > 0

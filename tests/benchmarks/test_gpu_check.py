@@ -1,0 +1,221 @@
+"""`make gpu-check`: its parts, and that it can be stopped and called again. Nothing here needs a GPU."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import ROOT, needs
+
+needs("models")
+
+
+from benchmarks import gpu_check, losses
+from benchmarks.gpu_check import TESTS, Checklist, Part, missing, parts, run_limited
+from benchmarks.peers import PEERS
+
+PART = Part("softmax-both-64x32", "softmax", "both", (64, 32))
+COLUMNS = ["loss", "mode", "N", "D", "dtype", "provider", "status"]
+RUNNABLE = ["open_clip", "memeff", "fastclip_triton"]
+
+
+def write(path: Path, statuses: dict[str, str], part: Part = PART) -> None:
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if fresh:
+            writer.writerow(COLUMNS)
+        for name, status in statuses.items():
+            writer.writerow([part.loss, part.mode, *part.size, "bfloat16", name, status])
+
+
+def checklist(tmp_path: Path, run) -> Checklist:
+    return Checklist(tmp_path / "rows.csv", tmp_path / "made" / "marker", lambda loss: RUNNABLE, run)
+
+
+def test_parts_are_the_tests_and_every_case() -> None:
+    names = [part.name for part in parts()]
+    first = len(TESTS)
+    assert (
+        names[: first + 1] == [*TESTS, "softmax-both-8192x512"] and len(names) == len(set(names)) == first + 4 * 4 + 1
+    )
+    cases = {(part.loss, part.mode) for part in parts() if part.loss}
+    assert cases == {(loss, mode) for loss, modes in losses.MODES.items() for mode in modes}
+    command = ["-m", "pytest", "-q", "-m", "gpu", "tests/backends/test_cuda.py", "-x"]
+    assert parts()[0].command(Path("rows.csv"), [])[1:] == command
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "pytest.mark.gpu" in path.read_text()
+    }
+    files = {word for words in TESTS.values() for word in words if word.endswith(".py")}
+    assert files == marked - {"tests/benchmarks/test_gpu_check.py"}
+    assert gpu_check.SECONDS < 600
+
+
+def test_a_part_selects_its_case_alone(tmp_path: Path) -> None:
+    needs("bench")
+    cases = [part for part in parts([(64, 32)]) if part.loss]
+    words = [part.command(tmp_path / "rows.csv", ["open_clip"])[3:] for part in cases]  # without `python -m pytest`
+    listing = ["--collect-only", "-p", "no:cacheprovider"]
+    with_gpu = "import pytest, torch; torch.cuda.is_available = lambda: True"
+    run = f"{with_gpu}; [pytest.main([*words, *{listing}]) for words in {words}]"
+    done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    ids = [f"64x32-bfloat16-{part.loss}-{part.mode}" for part in cases]
+    assert found == [f"benchmarks/test_losses.py::test_speed[{name}]" for name in ids], done.stdout + done.stderr
+
+
+def test_a_case_is_done_when_everyone_has_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    assert missing(PART, path, RUNNABLE) == RUNNABLE
+    write(path, {"open_clip": "", "memeff": "not installed"})
+    assert missing(PART, path, RUNNABLE) == RUNNABLE  # all of them: rounds are paired
+    write(path, {"fastclip_triton": ""}, Part("", "softmax", "forward", (64, 32)))
+    write(path, {"fastclip_triton": ""}, Part("", "softmax", "both", (64, 33)))
+    write(path, {"memeff": "check failed: x", "fastclip_triton": "check failed: x"})
+    assert missing(PART, path, RUNNABLE) == RUNNABLE  # fastclip's failure is no result
+    write(path, {"fastclip_triton": ""})
+    assert missing(PART, path, RUNNABLE) == []
+    write(path, {"memeff": "not installed"})
+    assert missing(PART, path, ["open_clip", "fastclip_triton"]) == []
+    assert missing(PART, path, RUNNABLE) == RUNNABLE  # it has been installed since
+    write(path, {"memeff": "error: x"})
+    assert missing(PART, path, RUNNABLE) == []
+    assert missing(PART, path, [*RUNNABLE, "fastclip_cuda"]) == [*RUNNABLE, "fastclip_cuda"]
+
+
+def test_a_peer_that_breaks_the_gpu_is_left_out(tmp_path: Path) -> None:
+    asked = []
+
+    def run(command: list[str], seconds: float) -> int:
+        asked.append(command[command.index("--providers") + 1])
+        broken = "memeff" in asked[-1]
+        write(
+            tmp_path / "rows.csv", {"memeff": "device lost: x"} if broken else {"open_clip": "", "fastclip_triton": ""}
+        )
+        return int(broken)
+
+    assert checklist(tmp_path, run).do(PART, 60) == "done"
+    assert asked == ["open_clip,memeff,fastclip_triton", "open_clip,fastclip_triton"]
+    assert checklist(tmp_path, run).do(PART, 60) == "done" and len(asked) == 2
+
+
+def test_what_goes_wrong_is_said(tmp_path: Path) -> None:
+    def breaks_itself(command: list[str], seconds: float) -> int:
+        write(tmp_path / "rows.csv", {"fastclip_triton": "device lost: x"})
+        return 1
+
+    assert checklist(tmp_path, breaks_itself).do(PART, 60) == "failed with exit code 1"
+    assert checklist(tmp_path, breaks_itself).todo(PART) == RUNNABLE
+    assert checklist(tmp_path, lambda command, seconds: None).do(PART, 60) == "took more than 60 s"
+    assert checklist(tmp_path, lambda command, seconds: 0).do(PART, 60) == "left no row for " + ", ".join(RUNNABLE)
+
+
+def test_tests_run_again_when_the_code_has_changed(tmp_path: Path, monkeypatch) -> None:
+    codes = iter([1, gpu_check.NO_TESTS, 0])
+    monkeypatch.setattr(gpu_check, "code_state", lambda: "first")
+    found = checklist(tmp_path, lambda command, seconds: next(codes))
+    results = [found.do(Part("tests-gpu"), 60) for _ in range(4)]  # the fourth runs nothing
+    assert results == ["failed with exit code 1", "no test is marked gpu", "done", "done"]
+    monkeypatch.setattr(gpu_check, "code_state", lambda: "second")
+    assert found.todo(Part("tests-gpu")) == ["tests"]
+
+
+def test_code_is_all_that_is_not_built(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    kernel = tmp_path / "csrc" / "cuda" / "kernel.cu"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("a")
+    states = [gpu_check.code_state()]
+    for path in (kernel, kernel.with_name("other.cu")):
+        path.write_text("b")
+        states.append(gpu_check.code_state())
+    assert len(set(states)) == 3
+    (tmp_path / "fastclip").mkdir()
+    for other in ("README.md", "fastclip/_cpu.so"):
+        (tmp_path / other).write_text("c")
+    assert gpu_check.code_state() == states[-1]
+
+
+def test_runnable_are_those_that_load() -> None:
+    found = gpu_check.runnable("sigmoid")
+    assert "open_clip" in found and set(found) <= set(losses.names("sigmoid", "cuda"))
+    assert found == list(losses.found("sigmoid", "cuda", losses.names("sigmoid", "cuda"))[0])
+
+
+def test_exit_codes(tmp_path: Path, capsys) -> None:
+    def run_all(code: int | None, end: float) -> int:
+        return gpu_check.check(checklist(tmp_path, lambda command, seconds: code), [Part("tests-gpu"), PART], end)
+
+    later = time.monotonic() + 10_000
+    assert run_all(1, later) == 1
+    assert "softmax" not in capsys.readouterr().out  # nothing is timed when tests fail
+    assert run_all(0, time.monotonic() - 1) == 3
+    assert run_all(None, time.monotonic() + 60) == 3  # ended by --minutes, not by its own limit
+    assert run_all(None, later) == 1
+    write(tmp_path / "rows.csv", dict.fromkeys(RUNNABLE, ""))
+    assert run_all(gpu_check.NO_TESTS, later) == 0
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")  # a zombie that nobody has waited for yet has ended as well
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_part_ends_in_time(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    # What it starts is ended too
+    inner = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    start = time.monotonic()
+    assert run_limited([sys.executable, "-c", outer], 3) is None and time.monotonic() - start < 20
+    while alive(int(pid.read_text())):
+        assert time.monotonic() - start < 20
+        time.sleep(0.05)
+    assert run_limited([sys.executable, "-c", "raise SystemExit(7)"], 60) == 7
+
+
+def test_list_says_what_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    write(path, dict.fromkeys(losses.names("sigmoid", "cuda"), ""), Part("", "sigmoid", "both", (64, 32)))
+    options = ["--list", "--sizes", "64x32", "--rows", str(path), "--markers", str(tmp_path / "markers")]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_check", *options], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        *([name, "left"] for name in TESTS),
+        ["softmax-both-64x32", "left"],
+        ["sigmoid-both-64x32", "done"],
+        ["training", "left"],
+        ["softmax-forward-64x32", "left"],
+        ["softmax-backward-64x32", "left"],
+    ]
+
+
+def test_the_extra_is_the_peers() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    extra = text.split("bench-gpu = [")[1].split("]\n")[0]
+    packages = {line.strip(' ",').split(">=")[0] for line in extra.splitlines()} - {"", "fastclip-kernels[bench]"}
+    assert packages == {peer.package for peer in PEERS.values() if peer.gpu_only}
+    assert text.count("bench-gpu") == 1  # no other extra brings it
+    assert "gpu: needs a GPU" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_machine_without_gpu_is_told_so() -> None:
+    for words in (["pytest", "benchmarks", "--device", "cuda", "-p", "no:cacheprovider"], ["benchmarks.gpu_check"]):
+        done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode in (2, 4) and "torch finds no GPU here" in done.stderr
+        assert "Traceback" not in done.stderr

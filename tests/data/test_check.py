@@ -1,0 +1,261 @@
+"""`fastclip data`: what a check reports, and shards that hold what their source does."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support import needs
+from support.faulty import HTML, picture, write_folder, write_tar
+
+needs("train")
+
+from PIL import Image
+
+from fastclip import cli
+from fastclip.data import Source, open_source
+from fastclip.data.check import check_source
+from fastclip.data.pack import pack_source
+
+BAD = [(HTML, b"x"), (picture(), None), (HTML, b"y"), (picture(), b" ")]
+
+
+def pictures(folder: Path) -> Source:
+    """Of every kind: JPEG with EXIF, PNG, WebP, BMP, two captions, and some that are bad."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by a quarter
+    good = [
+        (picture(40, "JPEG", exif=exif), b"turned"),
+        (picture(50), "zw\u00f6lf".encode()),
+        (picture(60, "WEBP"), b"web"),
+        (picture(70, "BMP"), b"one\ntwo"),
+        (picture(80), b"last"),
+    ]
+    return open_source(str(write_folder(folder, 0, [*good[:3], *BAD, *good[3:]])))
+
+
+def usable(source: Source) -> list[tuple[Any, ...]]:
+    """Pixels and captions of every sample that can be used."""
+    found = []
+    for index in range(len(source)):
+        try:
+            record = source[index]
+        except ValueError:
+            continue
+        found.append((record.image.size, np.asarray(record.image.convert("RGB")).tobytes(), record.captions))
+    return found
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# --- check
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_check_counts_everything_once(tmp_path: Path, workers: int) -> None:
+    source = pictures(tmp_path)
+    found = check_source(source, workers=workers)
+    assert (found.samples, found.usable, found.captions) == (9, 5, 6)
+    assert found.faults.counts == {"not an image": 2, "no caption": 1, "empty caption": 1}
+    assert found.faults.keys["not an image"] == [source.key(3), source.key(5)]
+    assert found.bad_share == 4 / 9 and found.seconds > 0
+    assert sorted(found.pixels) == [(8, 16), (16, 8), (16, 8)]
+
+
+def test_check_of_some_samples_is_spread_over_the_data(tmp_path: Path) -> None:
+    source = open_source(str(write_folder(tmp_path, 50)))
+    seen: list[int] = []
+    Image.new("RGB", (300, 200)).save(tmp_path / "030.png")
+
+    def transform(image: Image.Image) -> None:
+        seen.append(image.width)
+        if image.width > 100:
+            raise ZeroDivisionError("by nothing")
+
+    found = check_source(source, max_samples=5, transform=transform)
+    assert (found.samples, found.usable, len(seen)) == (5, 4, 5)
+    assert found.faults.keys == {"failed transform": [source.key(30)]}
+    with pytest.raises(ValueError, match="max_samples at least 1"):
+        check_source(source, max_samples=0)
+
+
+def test_command_check_prints_a_table_and_fails_above_the_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = pictures(tmp_path)
+    words = ["data", "check", str(tmp_path), "--workers", "0"]
+    assert cli.main(words) == 1
+    told = capsys.readouterr().out
+    assert "usable            5 (55.56%), with 6 captions" in told
+    assert f"- not an image    2, first {source.key(3)}, {source.key(5)}" in told
+    assert "samples/s, 0 workers" in told and "smallest 8 x 16, median 16 x 8, largest 16 x 8" in told
+    assert cli.main([*words, "--max-bad", "0.5", "--max-samples", "4"]) == 0
+    assert "samples           4 of 9" in capsys.readouterr().out
+    assert cli.main(["data", "check", str(tmp_path / "none")]) == 1
+    assert f"fastclip data: there is no folder {tmp_path}/none" in capsys.readouterr().err
+
+
+def test_command_check_prepares_pictures_as_training_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs("models")
+    write_folder(tmp_path, 2)
+    assert cli.main(["data", "check", str(tmp_path), "--workers", "0", "--model", "ViT-tiny"]) == 0
+    assert cli.main(["data", "check", str(tmp_path), "--model", "ViT-tinny"]) == 1
+    assert "did you mean 'ViT-tiny'" in capsys.readouterr().err
+
+
+# --- pack
+
+
+def other_kind(folder: Path, kind: str) -> Source:
+    """The files of `pictures` in `folder`/data as another kind of source."""
+    files = sorted((folder / "data").iterdir())
+    if kind == "table":
+        rows = "".join(f"data/{k:03d}.png,caption {k}\n" for k in range(9))
+        (folder / "t.csv").write_text("filepath,title\n" + rows)
+        return open_source(str(folder / "t.csv"))
+    if kind == "hub":
+        needs("hf")
+        import datasets
+
+        images = [{"bytes": path.read_bytes(), "path": None} for path in files if path.suffix == ".png"]
+        texts = [None if k == 4 else f"caption {k}" for k in range(len(images))]
+        table = datasets.Dataset.from_dict({"image": images, "text": texts})
+        table.cast_column("image", datasets.Image()).save_to_disk(str(folder / "hub"))
+        return open_source(f"hf:{folder / 'hub'}")
+    path = write_tar(folder / "x.tar", [(path.name, path.read_bytes()) for path in files])
+    if kind == "remote":
+        needs("train")
+        import fsspec
+
+        fsspec.filesystem("memory").pipe("/packed/x.tar", path.read_bytes())
+        return open_source("memory://packed/x.tar")
+    return open_source(str(path) if kind == "shards" else f"{folder / 'data'}::2*{path}")
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "shards", "mixture", "hub", "remote", "digits"])
+def test_packed_source_is_read_again_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "cache"))
+    if kind == "digits":
+        needs("train")
+        source = open_source("digits", held_out=True)
+    else:
+        source = pictures(tmp_path / "data")
+    if kind not in ("folder", "digits"):
+        source = other_kind(tmp_path, kind)
+        assert check_source(source).usable == len(usable(source)) < len(source)
+    packed = pack_source(source, tmp_path / "shards", samples_per_shard=100, workers=1)
+    again = open_source(str(tmp_path / "shards"))
+    assert usable(again) == usable(source) and len(again) == packed.samples
+    assert packed.shards == (4 if kind == "digits" else 1) and packed.kept == 0
+    assert packed.samples + packed.faults.total == len(source)
+    if kind != "digits":  # which lie in no files
+        with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
+            assert tar.extractfile("0000000.jpg").read() == (tmp_path / "data" / "000.png").read_bytes()
+
+
+def test_shards_have_img2datasets_layout(tmp_path: Path) -> None:
+    source = pictures(tmp_path / "data")
+    pack_source(source, tmp_path / "shards", samples_per_shard=4)
+    assert list(files(tmp_path / "shards")) == [
+        *("00000.tar", "00000_stats.json", "00001.tar", "00001_stats.json", "00002.tar", "00002_stats.json")
+    ]
+    with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    suffixes = ("jpg", "png", "webp")
+    assert list(members) == [f"00000{k}.{x}" for k, suffix in enumerate(suffixes) for x in (suffix, "json", "txt")]
+    for k, suffix in enumerate(suffixes):
+        assert members[f"00000{k}.{suffix}"] == (tmp_path / "data" / f"00{k}.png").read_bytes()
+    assert json.loads(members["000000.json"]) == {
+        "caption": "turned",
+        "key": "000000",
+        "width": 8,
+        "height": 16,
+        "original": source.key(0),
+    }
+    assert members["000001.txt"].decode() == "zw\u00f6lf"
+    stats = json.loads((tmp_path / "shards" / "00001_stats.json").read_text())
+    assert (stats["count"], stats["successes"]) == (4, 1)
+    assert stats["failures"] == {"not an image": 1, "no caption": 1, "empty caption": 1}
+
+
+def test_pictures_are_resized_when_asked(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", 2)
+    Image.new("RGBA", (300, 200), (200, 30, 30, 9)).save(data / "000.png")
+    pack_source(open_source(str(data)), tmp_path / "shards", image_size=50, quality=80)
+    again = open_source(str(tmp_path / "shards"))
+    assert [again[k].image.size for k in range(2)] == [(75, 50), (16, 8)]  # small ones stay
+    assert again[0].image.getpixel((9, 9)) == pytest.approx((200, 30, 30), abs=4)
+    assert usable(again)[1] == usable(open_source(str(data)))[1]
+
+
+@pytest.mark.fault("`fastclip data pack` interrupted anywhere", "the same call goes on, to the same bytes")
+def test_interrupted_pack_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pictures(tmp_path / "data")
+    options = {"samples_per_shard": 2}
+    pack_source(source, tmp_path / "whole", **options)
+    expected, replace = files(tmp_path / "whole"), Path.replace
+    steps = 0
+
+    class Killed(BaseException):
+        pass
+
+    def interrupted(self: Path, target: Path) -> Path:
+        nonlocal steps
+        if steps == at:
+            raise Killed
+        steps += 1
+        return replace(self, target)
+
+    for at in range(9):  # five shards, of which the third is empty and has stats alone
+        folder, steps = tmp_path / f"{at}", 0
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "replace", interrupted)
+            pack_source(source, folder, **options)
+        assert all(expected[name] == data for name, data in files(folder).items() if not name.endswith(".tmp"))
+        packed = pack_source(source, folder, **options)
+        assert files(folder) == expected and packed.faults.total == 4
+        assert packed.kept == sum(steps >= end for end in (2, 4, 5, 7, 9))
+
+
+def test_pack_touches_no_other_shards(tmp_path: Path) -> None:
+    source = pictures(tmp_path / "data")
+    pack_source(source, tmp_path / "shards", samples_per_shard=4)
+    before = files(tmp_path / "shards")
+    with pytest.raises(ValueError, match="holds shards of another call: samples_per_shard was 4, is 5"):
+        pack_source(source, tmp_path / "shards", samples_per_shard=5)
+    (tmp_path / "other").mkdir()
+    write_tar(tmp_path / "other" / "00000.tar", [("a.txt", b"x")])
+    with pytest.raises(ValueError, match=r"00000\.tar was not written by this command"):
+        pack_source(source, tmp_path / "other")
+    assert files(tmp_path / "shards") == before and list(files(tmp_path / "other")) == ["00000.tar"]
+    (tmp_path / "shards" / "00000_stats.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"00000_stats\.json is not what this command writes"):
+        pack_source(source, tmp_path / "shards", samples_per_shard=4)
+
+
+def test_pack_of_nothing_and_options_out_of_range_are_refused(tmp_path: Path) -> None:
+    nothing = open_source(str(write_folder(tmp_path / "data", 0, [(HTML, b"x")] * 2)))
+    with pytest.raises(ValueError, match=r"none of 2 samples can be used: 2 not an image \(.*000\.png, .*001\.png\)"):
+        pack_source(nothing, tmp_path / "shards")
+    assert not list((tmp_path / "shards").glob("*.tar"))
+    for name, value in (("samples_per_shard", 0), ("image_size", 0), ("quality", 96), ("workers", -1)):
+        with pytest.raises(ValueError, match="must be at least 1, quality from 1 to 95"):
+            pack_source(nothing, tmp_path / "x", **{name: value})
+
+
+def test_command_packs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = pictures(tmp_path / "data")
+    words = ["data", "pack", str(tmp_path / "data"), "--output", str(tmp_path / "s"), "--samples-per-shard", "5"]
+    assert cli.main([*words, "--workers", "1"]) == 0
+    told = capsys.readouterr().out
+    assert f"wrote {tmp_path}/s: 5 samples in 2 shards\nleft out: 2 not an image ({source.key(3)}, " in told
+    assert cli.main(words) == 0 and "5 samples in 2 shards, 2 of which were there" in capsys.readouterr().out
+    assert cli.main([*words, "--image-size", "4"]) == 1
+    assert "image_size was None, is 4" in capsys.readouterr().err

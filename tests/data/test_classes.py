@@ -1,0 +1,217 @@
+"""Folders of classes, and ImageNet's classes, against torchvision's, timm's and open_clip's."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from support import needs
+
+needs("models")
+from PIL import Image
+
+from fastclip.data import imagenet
+from fastclip.data.classes import ClassFolder, open_labelled
+from fastclip.data.faults import BadSample
+from fastclip.data.spec import open_source
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")  # ImageNet's first
+
+
+def folders(root: Path, names: Iterable[str], each: int = 1) -> str:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for k in range(each):
+            Image.new("RGB", (4, 4)).save(root / name / f"{k}.png")
+    return str(root)
+
+
+def labels(source: ClassFolder) -> list[int | None]:
+    return [source[i].label for i in range(len(source))]
+
+
+def test_folder_is_torchvisions(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    root = folders(tmp_path, ("red_fox", "Zebra", "ant", "red_fox/deep", "ant/b"), each=2)
+    Image.new("RGB", (4, 4)).save(tmp_path / "ant" / "X.JPEG", "jpeg")
+    (tmp_path / "ant" / "notes.txt").write_text("no picture")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "Zebra")
+    ours, theirs = ClassFolder(root), ImageFolder(str(tmp_path), allow_empty=True)
+    classes = [name for name in theirs.classes if name != ".hidden"]
+    assert ours.class_names == tuple(name.replace("_", " ") for name in classes)
+    found = {ours.key(i): ours.class_names[ours[i].label or 0] for i in range(len(ours))}
+    assert found == {path: theirs.classes[label].replace("_", " ") for path, label in theirs.samples}
+    assert ours.captions(len(ours) - 1) == ("a photo of a red fox",) and len(ours) == 13
+    assert ours.picture_bytes(0) == Path(ours.key(0)).read_bytes()
+
+
+def test_imagenet_is_timms_and_open_clips() -> None:
+    import open_clip
+    from timm.data import ImageNetInfo
+
+    assert imagenet.wordnet_ids() == tuple(ImageNetInfo().label_names())
+    names = imagenet.class_names("imagenet")
+    assert names == tuple(open_clip.IMAGENET_CLASSNAMES)
+    # a few of the 200 by their authors' lists
+    assert imagenet.class_names("imagenet-r")[:3] == ("goldfish", "great white shark", "hammerhead shark")
+    assert imagenet.class_names("imagenet-a")[:3] == ("stingray", "goldfinch", "junco")
+    for name in ("imagenet-r", "imagenet-a"):
+        places = imagenet.folder_places(name)
+        assert sorted(places.values()) == list(range(200))
+        for wordnet_id, place in places.items():
+            assert names[imagenet.wordnet_ids().index(wordnet_id)] == imagenet.class_names(name)[place]
+
+
+def test_imagenet_is_read_without_its_packages() -> None:
+    code = "import sys; from fastclip.data import imagenet; imagenet.class_names('imagenet-a')\n"
+    code += (
+        "sys.exit(str({'timm', 'open_clip'} & sys.modules.keys()) if {'timm', 'open_clip'} & sys.modules.keys() else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_imagenet_without_timm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastclip.installed.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install timm"):
+        imagenet.folder_places("imagenet-a")
+
+
+def test_wordnet_ids_get_clips_names_in_order(tmp_path: Path) -> None:
+    source = ClassFolder(folders(tmp_path, reversed(WORDNET_IDS)))
+    assert source.class_names == ("tench", "goldfish", "great white shark", "tiger shark")
+    assert labels(source) == [0, 1, 2, 3]
+    assert Path(source.key(1)).parent.name == "n01443537"
+
+
+def test_numbers_are_classes_by_number(tmp_path: Path) -> None:
+    """ImageNet-V2's, of which sorted text makes 0, 1, 10, 100 ..."""
+    source = ClassFolder(folders(tmp_path, map(str, range(1000))))
+    assert source.class_names == imagenet.class_names("imagenet")
+    for i in range(len(source)):
+        assert source[i].label == int(Path(source.key(i)).parent.name)
+
+
+def test_some_numbers_are_classes_by_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = folders(tmp_path, ("2", "10", "1"))
+    assert ClassFolder(root).class_names == ("1", "2", "10")
+    with caplog.at_level(logging.WARNING):
+        source = ClassFolder(root, classes="imagenet")
+    assert labels(source) == [1, 2, 10] and len(source.class_names) == 1000
+    assert "997 of 1000 classes of imagenet have no folder" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a"])
+def test_subsets_have_their_200_classes(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    places = imagenet.folder_places(name)
+    some = [wordnet_id for wordnet_id, place in places.items() if place % 40 == 7]
+    root = folders(tmp_path, some)
+    with caplog.at_level(logging.WARNING):
+        source = ClassFolder(root, classes=name)
+    assert len(source.class_names) == 200 and labels(source) == [7, 47, 87, 127, 167]
+    assert f"195 of 200 classes of {name} have no folder" in caplog.text
+    assert len(ClassFolder(root).class_names) == 5  # nothing says which set it is
+    folders(tmp_path, ("n01440764",))  # tench is in neither
+    with pytest.raises(ValueError, match=f"1 of 6 folders are no classes of {name}: n01440764"):
+        ClassFolder(root, classes=name)
+
+
+def test_class_names_of_a_file(tmp_path: Path) -> None:
+    root = folders(tmp_path / "set", ("n99999999", "10", "b"))
+    file = tmp_path / "names.txt"
+    file.write_text("ten\nbee \nunknown\n\n")
+    source = open_labelled(root, classes=str(file))
+    assert source.class_names == ("ten", "bee", "unknown")  # 10, b, n99999999
+    file.write_text("ten\nbee\n")
+    with pytest.raises(ValueError, match=r"has 2 names, and .*set 3 classes"):
+        open_labelled(root, classes=str(file))
+    file.write_text("ten\n\nunknown\n")
+    with pytest.raises(ValueError, match="line 2: a class without a name"):
+        open_labelled(root, classes=str(file))
+    file.write_text("\n".join("abcdefghij"))
+    assert open_labelled("digits", classes=str(file)).class_names == tuple("abcdefghij")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("",), "1 pictures and no class folders; pictures must lie in a folder a class: .*/CLASS/PICTURE"),
+        (("train/a", "val/a"), "holds train, val, which are no classes: name one of these folders"),
+        (("n01440764", "n99999999", "misc"), "2 of 3 folders are no classes of imagenet: misc, n99999999"),
+        (("only",), "there is one class, only"),
+    ],
+    ids=["flat", "splits", "unknown", "one"],
+)
+def test_folder_that_is_not_in_order_is_refused(names: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    root = folders(tmp_path / "set", names) if names != ("",) else str(tmp_path)
+    if names == ("",):
+        Image.new("RGB", (4, 4)).save(tmp_path / "ILSVRC2012_val_00000001.JPEG", "jpeg")
+    with pytest.raises(ValueError, match=message):
+        open_labelled(root)
+
+
+def test_folders_without_pictures_are_named(tmp_path: Path) -> None:
+    root = folders(tmp_path, ("a", "b"))
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ValueError, match="folders without pictures: notes"):
+        open_labelled(root)
+
+
+def test_data_without_classes_are_refused(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    table.write_text("filepath,title\na.png,a caption\n")
+    with pytest.raises(ValueError, match="have no classes"):
+        open_labelled(str(table))
+
+
+def test_shards_are_clip_benchmarks(tmp_path: Path) -> None:
+    """Its layout of data sets as tar files: KEY.cls, and the names and templates in the folder above."""
+    needs("bench")
+    import webdataset
+
+    (tmp_path / "test").mkdir()
+    (tmp_path / "classnames.txt").write_text("ant\nred fox\nzebra\n")
+    shards = str(tmp_path / "test")
+    with webdataset.TarWriter(str(tmp_path / "test" / "0.tar")) as writer:
+        for k, label in enumerate((2, 0, 1, 3)):
+            writer.write({"__key__": f"s{k}", "png": Image.new("RGB", (4, 4)), "cls": label})
+    source = open_labelled(shards)
+    assert source.class_names == ("ant", "red fox", "zebra") and source.templates == ()
+    assert [source[i].label for i in range(3)] == [2, 0, 1] and source.captions(2) == ("a photo of a red fox",)
+    with pytest.raises(BadSample, match="must hold a number below 3, holds b'3'"):
+        _ = source[3]
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}\n")
+    assert open_labelled(shards).templates == ("a {}", "the {}")
+    (tmp_path / "classnames.txt").unlink()
+    with pytest.raises(ValueError, match=r"no captions and no classnames.txt beside the shards"):
+        open_labelled(shards)
+    (tmp_path / "names").write_text("a\nb\nc\n")
+    named = open_labelled(shards, classes=str(tmp_path / "names"))
+    assert (named.class_names, named[0].label) == (("a", "b", "c"), 2) and named.captions(0) == ("a c", "the c")
+    assert len(open_labelled(shards, classes="imagenet-r").class_names) == 200
+    with webdataset.TarWriter(str(tmp_path / "test" / "1.tar")) as writer:
+        writer.write({"__key__": "s9", "png": Image.new("RGB", (4, 4)), "txt": "a caption"})
+    source = open_source(shards)  # captions without classes
+    assert source.class_names == () and source.captions(4) == ("a caption",)
+    with pytest.raises(BadSample, match="no caption"):
+        source.captions(0)
+
+
+def test_shards_whose_captions_hide_their_classes_are_told(tmp_path: Path) -> None:
+    """As timm's ImageNet: beside KEY.cls a KEY.json, in which captions are looked for."""
+    needs("bench")
+    import webdataset
+
+    (tmp_path / "classnames.txt").write_text("ant\nred fox\n")
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        writer.write({"__key__": "a", "png": Image.new("RGB", (4, 4)), "cls": 1, "json": {"label": 1}})
+    with pytest.raises(ValueError, match=r"shards with KEY\.cls have; a KEY\.txt or KEY\.json beside it goes before"):
+        open_labelled(str(tmp_path / "0.tar"))

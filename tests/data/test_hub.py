@@ -1,0 +1,178 @@
+"""Data sets of the `datasets` library, made by the tests; nothing is fetched."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support import needs
+
+needs("hf")
+
+import datasets
+from PIL import Image
+
+from fastclip.data import BadSample, Source, open_source, training_batches
+
+
+def picture(shade: int) -> dict[str, Any]:
+    file = io.BytesIO()
+    Image.new("L", (8, 4), shade).save(file, "png")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def saved(path: Path, columns: dict[str, list[Any]], **features: Any) -> str:
+    """The SPEC of a data set whose first column is of pictures."""
+    table = datasets.Dataset.from_dict(columns)
+    for name, feature in ({next(iter(columns)): datasets.Image()} | features).items():
+        table = table.cast_column(name, feature)
+    table.save_to_disk(str(path))
+    return f"hf:{path}"
+
+
+def captions(source: Source) -> list[tuple[str, ...]]:
+    found = [source.captions(index) for index in range(len(source))]
+    assert [source[index].captions for index in range(len(source))] == found
+    return found
+
+
+def shades(source: Source) -> list[int]:
+    assert all(source[index].image.size == (8, 4) for index in range(len(source)))
+    return [source[index].image.getpixel((0, 0)) for index in range(len(source))]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize(("image", "caption"), [("image", "text"), ("picture", "caption"), ("jpg", "Title")])
+def test_hub_columns_are_found(tmp_path: Path, image: str, caption: str) -> None:
+    rows = {image: [picture(3), picture(7)], "other": ["x", "y"], caption: ["a cat", " a dog\n"]}
+    spec = saved(tmp_path / "d", rows)
+    source = open_source(spec)
+    assert source.spec == spec and source.class_names == source.templates == () and source[0].label is None
+    assert captions(source) == [("a cat",), ("a dog",)] and shades(source) == [3, 7]
+    assert source[1].key == f"{spec}, row 1"
+
+
+def test_hub_captions_may_be_lists(tmp_path: Path) -> None:
+    rows = {"image": [picture(3), picture(7)], "captions": [["a", " ", "b"], ["c"]]}
+    assert captions(open_source(saved(tmp_path / "d", rows))) == [("a", "b"), ("c",)]
+
+
+def test_hub_class_labels_are_classes(tmp_path: Path) -> None:
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    rows = {"image": [picture(3), picture(7), picture(9)], "label": [1, 0, -1], "text": ["x", "y", "z"]}
+    source = open_source(saved(tmp_path / "d", rows, label=names))
+    assert source.class_names == ("cat", "dog") and source.templates == ()
+    assert [source[k].label for k in range(3)] == [1, 0, None] and captions(source) == [("x",), ("y",), ("z",)]
+    del rows["text"]
+    source = open_source(saved(tmp_path / "e", rows, label=names))
+    assert [source.captions(k) for k in range(2)] == [("a photo of a dog",), ("a photo of a cat",)]
+    with pytest.raises(BadSample, match="e, row 2: it has no caption"):
+        source.captions(2)
+
+
+def test_hub_numbers_that_have_no_names_are_no_classes(tmp_path: Path) -> None:
+    source = open_source(saved(tmp_path / "d", {"image": [picture(3)], "label": [1], "text": ["x"]}))
+    assert source.class_names == () and source[0].label is None
+
+
+def test_hub_splits_are_named(tmp_path: Path) -> None:
+    parts = {
+        name: datasets.Dataset.from_dict({"image": [picture(shade)], "text": [name]}).cast_column(
+            "image", datasets.Image()
+        )
+        for name, shade in (("train", 1), ("test", 2))
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
+    assert captions(open_source(f"hf:{tmp_path}/d")) == [("train",)]
+    assert captions(open_source(f"hf:{tmp_path}/d:test")) == [("test",)]
+    assert len(open_source(f"hf:{tmp_path}/d::2*hf:{tmp_path}/d:test")) == 3
+    with pytest.raises(ValueError, match=r"there is no split dev; splits are train, test"):
+        open_source(f"hf:{tmp_path}/d:dev")
+
+
+def test_hub_folder_of_pictures_and_captions(tmp_path: Path) -> None:
+    folder = tmp_path / "d" / "train"
+    folder.mkdir(parents=True)
+    for k in range(3):
+        (folder / f"{k}.png").write_bytes(picture(k)["bytes"])
+    lines = [json.dumps({"file_name": f"{k}.png", "text": f"caption {k}"}) for k in range(3)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    source = open_source(f"hf:{tmp_path / 'd'}")
+    assert captions(source) == [(f"caption {k}",) for k in range(3)] and shades(source) == [0, 1, 2]
+
+
+def test_hub_source_goes_to_another_process(tmp_path: Path) -> None:
+    source = open_source(saved(tmp_path / "d", {"image": [picture(3)], "text": ["x"]}))
+    copied = pickle.loads(pickle.dumps(source))
+    assert copied[0][1:] == source[0][1:] and copied[0].image.tobytes() == source[0].image.tobytes()
+
+
+def test_hub_rows_are_read_by_workers(tmp_path: Path) -> None:
+    needs("models")
+    from torchvision.transforms import ToTensor
+
+    rows = {"image": [picture(k) for k in range(8)], "text": [str(k) for k in range(8)]}
+    source = open_source(saved(tmp_path / "d", rows))
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[int(text)] for text in texts])
+
+    steps = training_batches(source, ToTensor(), tokenize, batch_size=4, last_step=2, workers=2)
+    batches = [batch for (batch,) in steps]
+    assert sorted(torch.cat([batch.ids for batch in batches]).flatten().tolist()) == list(range(8))
+    for batch in batches:
+        assert (batch.images[:, 0, 0, 0] * 255).round().int().tolist() == batch.ids.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            {"image": [picture(0)], "words": ["x"]},
+            "no column of captions (title, caption, text, captions) among image, w",
+        ),
+        ({"text": ["x"], "words": ["x"]}, "no column of pictures among text, words"),
+    ],
+)
+def test_hub_columns_that_are_missing_are_named(tmp_path: Path, rows: dict[str, list[Any]], message: str) -> None:
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(ValueError, match=re.escape(f"hf:{tmp_path}/d: {message}")):
+        open_source(f"hf:{tmp_path}/d")
+
+
+@pytest.mark.fault("a row of a Hugging Face data set without a picture or caption", "replaced, counted by cause")
+def test_hub_row_that_cannot_be_used_has_its_cause(tmp_path: Path) -> None:
+    broken = {"bytes": b"<html>", "path": None}
+    rows = {"image": [picture(1), broken, None, None, picture(2)], "text": ["x", "x", "x", None, " "]}
+    spec = saved(tmp_path / "d", rows)
+    source = open_source(spec)
+    for row, cause, message in (
+        (1, "not an image", "not a picture that can be read"),
+        (2, "no image", "there is no picture"),
+        (3, "no caption", "it has no caption"),
+        (4, "empty caption", "its caption is empty"),
+    ):
+        with pytest.raises(BadSample, match=re.escape(f"{spec}, row {row}: {message}")) as caught:
+            source[row]
+        assert caught.value.fault.cause == cause and source.key(row) == caught.value.fault.key
+    source = open_source(saved(tmp_path / "e", {"image": [picture(1)], "text": [3]}))
+    with pytest.raises(BadSample, match="e, row 0: text must be a string or a list of strings, is 3") as caught:
+        source.captions(0)
+    assert caught.value.fault.cause == "damaged caption"
+
+
+def test_hub_data_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=rf"^hf:{re.escape(str(tmp_path))}/none: "):
+        open_source(f"hf:{tmp_path}/none")

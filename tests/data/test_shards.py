@@ -1,0 +1,326 @@
+"""The index of a shard, and what is said of one that changes under a run."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support import needs
+
+needs("train")
+
+from PIL import Image
+
+from fastclip.data import BadSample, open_source, shard_index, tar_index
+
+
+def picture(shade: int, suffix: str = "png") -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (16, 8), shade).save(file, suffix)
+    return file.getvalue()
+
+
+def write_shard(
+    path: Path,
+    count: int = 3,
+    *,
+    first: int = 0,
+    prefix: str = "",
+    tar_format: int = tarfile.GNU_FORMAT,
+    mtime: float = 0,
+) -> Path:
+    """Picture k has the shade k and the caption "caption k"."""
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for k in range(first, first + count):
+            for suffix, data in (("png", picture(k)), ("json", b"{}"), ("txt", f"caption {k}".encode())):
+                info = tarfile.TarInfo(f"{prefix}{k:04d}.{suffix}")
+                info.size, info.mtime = len(data), mtime
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def shades(path: Path) -> list[int]:
+    source = open_source(str(path))
+    found = [source[k] for k in range(len(source))]
+    assert [record.captions for record in found] == [(f"caption {record.image.getpixel((3, 3))}",) for record in found]
+    return [record.image.getpixel((3, 3)) for record in found]
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The shards that were gone through. The cache folder is one of the test's."""
+    monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "cache"))
+    gone_through: list[str] = []
+    scan = shard_index.tar_members
+
+    def counted(file: io.FileIO) -> tar_index.Members:
+        gone_through.append(Path(str(file.name)).name)
+        return scan(file)
+
+    monkeypatch.setattr(shard_index, "tar_members", counted)
+    return gone_through
+
+
+def test_index_is_made_once(tmp_path: Path, scans: list[str]) -> None:
+    path = write_shard(tmp_path / "x.tar")
+    write_shard(tmp_path / "y.tar", 2, first=3)
+    for _ in range(3):
+        assert shades(tmp_path / "{x,y}.tar") == [0, 1, 2, 3, 4]
+        assert sorted(scans) == ["x.tar", "y.tar"]
+    assert sorted(os.listdir(tmp_path)) == ["x.tar", "x.tar.fastclip-index", "y.tar", "y.tar.fastclip-index"]
+    index = tmp_path / "x.tar.fastclip-index"
+    assert index.stat().st_mode & 0o777 == path.stat().st_mode & 0o777  # others may read it, too
+    assert [open_source(str(tmp_path / "{y,x}.tar"))[k].key[-4:] for k in (1, 2)] == ["0004", "0000"]
+
+
+def test_index_is_made_anew_for_another_file(tmp_path: Path, scans: list[str]) -> None:
+    path = write_shard(tmp_path / "x.tar")
+    assert shades(path) == [0, 1, 2]
+    write_shard(path, first=5)
+    assert shades(path) == [5, 6, 7] and len(scans) == 2
+    before = path.stat()
+    write_shard(path, 2, first=5)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the size tells
+    assert path.stat().st_size == before.st_size or shades(path) == [5, 6]
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # the time tells
+    count = len(scans)
+    assert shades(path) == [5, 6] and len(scans) == count + 1
+
+
+@pytest.mark.fault("a damaged index of a shard", "made anew")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:-1],
+        lambda data: data[:20],
+        lambda data: data + b"x",
+        lambda data: b"x" * len(data),
+        lambda data: data[:60] + bytes([data[60] ^ 1]) + data[61:],
+        lambda data: data[:-1] + b"\xff",
+        lambda data: b"fcindex0" + data[8:],  # another version
+    ],
+    ids=["empty", "cut", "cut head", "longer", "garbage", "row", "key", "version"],
+)
+def test_index_that_is_damaged_is_made_anew(tmp_path: Path, scans: list[str], damage: Callable[[bytes], bytes]) -> None:
+    path = write_shard(tmp_path / "x.tar")
+    assert shades(path) == [0, 1, 2]
+    index = tmp_path / "x.tar.fastclip-index"
+    whole = index.read_bytes()
+    index.write_bytes(damage(whole))
+    assert shades(path) == [0, 1, 2] and len(scans) == 2
+    assert index.read_bytes() == whole
+
+
+def test_index_is_in_the_cache_folder_where_none_can_lie_beside_the_shard(tmp_path: Path, scans: list[str]) -> None:
+    path = write_shard(tmp_path / "x.tar")
+    (tmp_path / "x.tar.fastclip-index").mkdir()  # as a folder that cannot be written, for the superuser too
+    for _ in range(2):
+        assert shades(path) == [0, 1, 2]
+        assert scans == ["x.tar"]
+    assert len(list((tmp_path / "cache" / "index").iterdir())) == 1
+    assert sorted(os.listdir(tmp_path)) == ["cache", "x.tar", "x.tar.fastclip-index"]  # no half-written one is left
+
+
+def test_damage_of_a_shard_is_told_each_time(
+    tmp_path: Path, scans: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of what the index holds, too: faults of single samples, and where a shard was cut off."""
+    path = write_shard(tmp_path / "x.tar", 4)
+    with tarfile.open(path, "a") as tar:
+        for name in ("0001.txt", "9999.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    with tarfile.open(path) as tar:
+        end = tar.getmember("0003.txt").offset_data
+    path.write_bytes(path.read_bytes()[: end + 3])
+    for _ in range(2):
+        caplog.clear()
+        source = open_source(str(path))
+        assert caplog.messages == [
+            f"{path}: cut off or damaged after 3 samples, which are used: unexpected end of data"
+        ]
+        assert [source.captions(k) for k in range(3)] == [(f"caption {k}",) for k in range(3)] and len(source) == 4
+        with pytest.raises(BadSample, match=f"^{re.escape(str(path))}: 0003: the shard ends before it does$"):
+            source[3]
+    write_shard(path, 2)
+    with tarfile.open(path, "a") as tar:
+        for name in ("0001.txt", "9999.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    for _ in range(2):
+        source = open_source(str(path))
+        for row, cause in ((2, "no caption"), (3, "duplicate member")):
+            with pytest.raises(BadSample) as caught:
+                source.captions(row)
+            assert caught.value.fault.cause == cause
+    assert scans == ["x.tar"] * 2
+
+
+def test_index_is_not_needed_on_disk(tmp_path: Path, scans: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shard(tmp_path / "x.tar")
+    (tmp_path / "x.tar.fastclip-index").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "file"))
+    assert shades(path) == shades(path) == [0, 1, 2] and len(scans) == 2
+
+
+def test_index_has_its_name_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shard(tmp_path / "x.tar")
+    replaced = []
+
+    def replace(half: Path, file: Path) -> Path:
+        assert half != file and not file.exists()
+        found = shard_index._load(half, shard_index.stamp_of(path.stat()))
+        assert found is not None and len(found.rows) == 3
+        replaced.append(half.name)
+        os.replace(half, file)
+        return file
+
+    monkeypatch.setattr(Path, "replace", replace)
+    for _ in range(2):
+        assert shades(path) == [0, 1, 2]
+        (tmp_path / "x.tar.fastclip-index").unlink()
+    assert len(set(replaced)) == 2  # no two processes write one file
+
+
+def test_index_made_by_several_processes_at_once_is_whole(tmp_path: Path) -> None:
+    for k in range(12):
+        write_shard(tmp_path / f"{k:02d}.tar", 4, first=4 * k)
+    fork = multiprocessing.get_context("fork")
+    start, answers = fork.Barrier(4), fork.Queue()
+
+    def rank() -> None:
+        start.wait(60)
+        answers.put(shades(tmp_path / "{00..11}.tar"))
+
+    ranks = [fork.Process(target=rank) for _ in range(4)]
+    for process in ranks:
+        process.start()
+    assert [answers.get(timeout=60) for _ in ranks] == [list(range(48))] * 4
+    for process in ranks:
+        process.join(60)
+    expected = sorted(f"{k:02d}.tar{end}" for k in range(12) for end in ("", ".fastclip-index"))
+    assert sorted(os.listdir(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("prefix", ["", "a/b/", "f" * 120 + "/", "long" * 24 + "/" + "l" * 90, "été/", "☃"])
+@pytest.mark.parametrize("mtime", [0, 1.5])
+def test_members_are_those_of_tarfile(tmp_path: Path, tar_format: int, prefix: str, mtime: float) -> None:
+    path = write_shard(tmp_path / "x.tar", prefix=prefix, tar_format=tar_format, mtime=mtime)
+    with tarfile.open(path) as tar:
+        expected = [(member.name, member.offset_data - 512, member.size) for member in tar]
+    with path.open("rb", buffering=0) as file:
+        assert tar_index.tar_members(file) == (expected, "")
+    assert shades(path) == [0, 1, 2]
+    assert open_source(str(path))[1].key == f"{path}: {prefix}0001"
+
+
+@pytest.mark.parametrize("mtime", [0, 1.5])
+def test_plain_headers_are_read_without_tarfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mtime: float) -> None:
+    """Those of webdataset's writer, which has a fraction of a second in each member's mtime, are."""
+
+    def refused(file: object) -> None:
+        raise AssertionError("tarfile was asked")
+
+    monkeypatch.setattr(tar_index, "_any_members", refused)
+    assert shades(write_shard(tmp_path / "x.tar", tar_format=tarfile.PAX_FORMAT, mtime=mtime)) == [0, 1, 2]
+
+
+def test_links_and_folders_in_a_shard_are_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (
+            ("folder.png", tarfile.DIRTYPE),
+            ("link.png", tarfile.SYMTYPE),
+            ("hard.png", tarfile.LNKTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "0000.png"
+            tar.addfile(info)
+        for suffix, data in (("png", picture(0)), ("txt", b"caption 0")):
+            info = tarfile.TarInfo(f"0000.{suffix}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert shades(tmp_path / "x.tar") == [0]
+
+
+def test_sparse_member_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = b"S"
+    header[386:398], header[398:410], header[483:495] = (b"%011o\0" % n for n in (0, 0, 1000))
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + bytes(10_240 - 512))
+    with pytest.raises(ValueError, match=r"x\.tar: a\.png is stored as a sparse file"):
+        open_source(str(path))
+
+
+def overwritten(path: Path) -> None:
+    """Other samples of the same sizes, at the same time: the headers tell."""
+    before = path.stat()
+    write_shard(path, first=4)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+@pytest.mark.fault("a shard that changes under the run", "the run ends, the shard is named")
+@pytest.mark.parametrize(
+    "change",
+    [
+        overwritten,
+        lambda path: os.truncate(path, 1000),
+        lambda path: os.utime(path, (0, 0)),
+        lambda path: write_shard(path, 100),
+    ],
+    ids=["overwritten", "cut", "touched", "longer"],
+)
+def test_shard_that_changes_under_a_run_is_named(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    path = write_shard(tmp_path / "x.tar")
+    source = open_source(str(path))
+    assert source[1].captions == ("caption 1",)
+    change(path)
+    message = f"^{re.escape(str(path))}: 0001: the shard has changed since it was opened$"
+    with pytest.raises(ValueError, match=message):
+        source[1]
+    with pytest.raises(ValueError, match=message):
+        source.captions(1)
+
+
+@pytest.mark.fault("a shard that has gone since the start", "the run ends, the shard is named")
+def test_shard_that_has_gone_is_named(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.tar")
+    source = open_source(str(path))
+    path.unlink()
+    with pytest.raises(OSError, match=r"x\.tar: 0002: No such file"):
+        source[2]
+    with pytest.raises(IndexError):
+        source[3]
+
+
+def test_picture_and_its_mask_are_one_sample(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for k in range(2):
+            for suffix, data in (("jpg", picture(k, "jpeg")), ("png", picture(200)), ("txt", b"a caption")):
+                info = tarfile.TarInfo(f"{k}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    source = open_source(str(tmp_path / "x.tar"))
+    assert [source[k].image.getpixel((3, 3)) for k in range(len(source))] == [0, 1]  # the first of its key counts
+
+
+def test_reads_of_a_few_bytes_are_put_together() -> None:
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(min(size, 7) if size is not None and size > 0 else size)
+
+    data = bytes(range(200))
+    assert tar_index.read_exactly(Slow(data), 150) == data[:150]
+    assert tar_index.read_exactly(Slow(data), 300) == data
+    assert tar_index.read_exactly(Slow(data), 0) == b""

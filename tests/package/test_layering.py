@@ -1,0 +1,131 @@
+"""Imports go one way; see the layers in the package's documentation strings."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support import ROOT
+
+PACKAGE = ROOT / "fastclip"
+
+# A module may import from its own layer and from those below it, never from above.
+LAYERS = (
+    {"cli"},
+    {"training", "evaluation", "search", "parity", "integrations", "bench", "doctor", "machine"},
+    {"data", "models"},
+    {"modules"},
+    {"multiview", "stats"},
+    {"loss", "sigmoid"},
+    {"checks", "distributed"},
+    {"ops", "labels"},
+    {"_backends"},
+    {"triton_kernels"},
+    {"_cpu", "_cuda", "_env", "_lazy", "_version", "durable", "installed"},
+)
+# What the losses load, with `import fastclip` or when they are first asked for: torch and the standard library only.
+ALLOWED = {"triton_kernels": {"torch", "triton"}}  # which only the Triton backend imports, when it is asked
+CORE = {part for layer in LAYERS[3:] for part in layer} | {"__init__"}
+
+
+def rank(part: str) -> int:
+    for k, layer in enumerate(LAYERS):
+        if part in layer:
+            return k
+    raise AssertionError(f"fastclip/{part} is in no layer: add it to this test")
+
+
+def imports(source: str) -> Iterator[str]:
+    """Dotted names imported anywhere in the source; from fastclip._backends import cpu gives fastclip._backends.cpu."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the layer"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and "import_module" in (_called(node), getattr(node.func, "attr", "")):
+            if ast.unparse(node.args[0]) != "modules[name]":  # that of _lazy.py, whose tables are read below
+                assert isinstance(node.args[0], ast.Constant)
+                yield node.args[0].value
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_LAZY":
+            yield from ast.literal_eval(node.value).values()
+
+
+def _called(node: ast.Call) -> str:
+    return getattr(node.func, "id", "")
+
+
+def faults(part: str, source: str) -> list[str]:
+    """What is wrong with a module of fastclip/`part`."""
+    found = []
+    for name in imports(source):
+        top, *rest = name.split(".")
+        if top == "fastclip" and rest and part != "__init__":
+            if rank(rest[0]) < rank(part):
+                found.append(f"{part} imports {name}, which is above it")
+        elif (
+            top != "fastclip"
+            and part in CORE
+            and top not in sys.stdlib_module_names
+            and top not in ALLOWED.get(part, {"torch"})
+        ):
+            found.append(f"{part} imports {name}: import fastclip needs torch only")
+        if rest and part not in ("__init__",) and top == "fastclip" and rest[0] == "__init__":
+            found.append(f"{part} imports the package itself")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and _called(node) == "print" and part != "cli":
+            found.append(f"{part} prints: a library logs")
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") and part != "_env":
+            found.append(f"{part} reads the environment: _env does")
+    return found
+
+
+def part_of(path: Path) -> str:
+    if path.parent.name == "triton_kernels":  # installed as fastclip.triton_kernels
+        return "triton_kernels"
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "triton_kernels").glob("*.py")])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_module_keeps_to_its_layer(path: Path) -> None:
+    assert faults(part_of(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "message"),
+    [
+        ("ops", "from fastclip.loss import contrastive_loss", "ops imports fastclip.loss"),
+        ("_backends", "import fastclip.ops", "_backends imports fastclip.ops"),
+        ("models", "def f():\n    from fastclip import training", "models imports fastclip.training"),
+        ("models", "_LAZY = {'train': 'fastclip.training.loop'}", "models imports fastclip.training.loop"),
+        ("loss", "import timm", "needs torch only"),
+        ("loss", "from importlib import import_module\nimport_module('timm')", "needs torch only"),
+        ("_backends", "import triton", "needs torch only"),
+        ("triton_kernels", "from fastclip._backends import cpu", "triton_kernels imports fastclip._backends"),
+        ("training", "print(1)", "prints"),
+        ("data", "import os\nos.environ['X']", "reads the environment"),
+    ],
+)
+def test_every_fault_is_found(part: str, source: str, message: str) -> None:
+    assert any(message in fault for fault in faults(part, source))
+
+
+INCLUDE = re.compile(r'#include\s*[<"](torch|ATen|c10|pybind11|Python\.h|numpy)')
+
+
+def test_native_code_is_free_of_frameworks() -> None:
+    assert INCLUDE.search("#include <torch/extension.h>") and INCLUDE.search("#include <Python.h>")
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert len(sources) > 8
+    for path in sources:
+        allowed = {"pybind11"} if path.parent.name == "bindings" else set()
+        found = set(INCLUDE.findall(path.read_text()))
+        assert found <= allowed, f"{path.relative_to(ROOT)} includes {found}"

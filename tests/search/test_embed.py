@@ -1,0 +1,144 @@
+"""`fastclip embed`: clip-retrieval's layout, in which row i of every file is the same sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support import needs
+
+needs("search")
+import pyarrow.parquet as pq
+
+from fastclip import cli
+from fastclip.data.source import Source
+from fastclip.data.spec import open_source
+from fastclip.data.subset import Subset
+from fastclip.models.embedder import Embedder
+from fastclip.search import pairs
+from fastclip.search.embed import embed_source
+from support.faulty import HTML, write_folder
+from support.pictures import FILES, real_pictures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Source:
+    return Subset(open_source("digits", held_out=True), range(55))
+
+
+def read(folder: Path, name: str) -> tuple[Any, Any, list[dict[str, str]]]:
+    """Vectors of pictures and texts, and the rows of the table."""
+    vectors = [np.load(folder / f"{kind}_emb" / f"{kind}_emb_{name}.npy") for kind in ("img", "text")]
+    return *vectors, pq.read_table(folder / "metadata" / f"metadata_{name}.parquet").to_pylist()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_are_the_vectors_of_every_sample(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Source, dtype: str
+) -> None:
+    monkeypatch.setattr(pairs, "_PART", 16)
+    done = embed_source(embedder, digits, tmp_path, dtype=dtype, samples_per_file=20, batch_size=8)
+    assert done[:2] == (3, 55) and done.faults.total == done.kept == 0
+    assert not (tmp_path / ".parts").exists()
+    row = 0
+    for name, size in (("0", 20), ("1", 20), ("2", 15)):
+        images, texts, table = read(tmp_path, name)
+        assert images.shape == texts.shape == (size, embedder.dim) and len(table) == size
+        assert images.dtype == texts.dtype == np.dtype(dtype)
+        for image, text, about in zip(images, texts, table):
+            record = digits[row]
+            assert about == {"image_path": record.key, "caption": record.captions[0]}  # the first
+            expected = embedder.embed_images(embedder.transform(record.image)[None])[0].numpy()
+            near = {"atol": 1e-6 if dtype == "float32" else 3e-4, "rtol": 0}
+            np.testing.assert_allclose(image.astype(np.float32), expected, **near)
+            np.testing.assert_allclose(text, embedder.embed_texts(record.captions[:1])[0].numpy(), **near)
+            row += 1
+
+
+def test_file_numbers_have_clip_retrievals_zeros(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
+    for size, first, last in ((5, "00", "10"), (6, "00", "09"), (7, "0", "7")):  # int(log10(count)) + 1 digits
+        output = tmp_path / f"{size}"
+        embed_source(embedder, digits, output, samples_per_file=size, batch_size=64)
+        names = sorted(path.name for path in (output / "metadata").iterdir())
+        assert (names[0], names[-1]) == (f"metadata_{first}.parquet", f"metadata_{last}.parquet")
+
+
+def test_samples_that_cannot_be_used_are_in_none_of_the_files(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "_PART", 4)
+    source = open_source(str(real_pictures(tmp_path / "data")))
+    done = embed_source(embedder, source, tmp_path / "out", batch_size=2, workers=1)
+    assert (done.files, done.samples, done.faults.total) == (1, 5, 4)
+    assert done.faults.keys["truncated image"] == [str(tmp_path / "data" / "cut.png")]
+    images, texts, table = read(tmp_path / "out", "0")
+    assert len(images) == len(texts) == 5
+    assert {Path(row["image_path"]).name: row["caption"] for row in table} == {k: v[2] for k, v in FILES.items()}
+    assert embed_source(embedder, source, tmp_path / "out", batch_size=2)[:2] == (1, 5)
+
+
+def test_file_of_which_nothing_can_be_used_is_not_written(embedder: Embedder, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", 2, [(HTML, b"x")] * 2)
+    done = embed_source(embedder, open_source(str(folder)), tmp_path / "out", samples_per_file=2)
+    assert (done.files, done.samples, done.faults.counts) == (1, 2, {"not an image": 2})
+    assert [path.name for path in (tmp_path / "out" / "img_emb").iterdir()] == ["img_emb_0.npy"]
+    bad = open_source(str(write_folder(tmp_path / "bad", 0, [(HTML, b"x")] * 2)))
+    with pytest.raises(ValueError, match=r"none of 2 samples can be used: 2 not an image"):
+        embed_source(embedder, bad, tmp_path / "none")
+
+
+def test_embedding_reader_reads_the_folder(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
+    needs("embedding_reader")
+    import embedding_reader as reader
+
+    embed_source(embedder, digits, tmp_path, samples_per_file=20)
+    columns = {"metadata_folder": str(tmp_path / "metadata"), "meta_columns": ["image_path", "caption"]}
+    found = reader.EmbeddingReader(embeddings_folder=str(tmp_path / "img_emb"), file_format="parquet_npy", **columns)
+    assert (found.count, found.dimension) == (55, embedder.dim)
+    ((vectors, table),) = found(batch_size=55, start=0, end=55)
+    assert table["image_path"].tolist() == [digits.key(k) for k in range(55)]
+    np.testing.assert_array_equal(vectors, np.concatenate([read(tmp_path, name)[0] for name in "012"]))
+
+
+def test_embed_touches_no_other_call(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
+    embed_source(embedder, digits, tmp_path / "a", samples_per_file=30)
+    with pytest.raises(ValueError, match=r"is that of another call: dtype was float16, is float32; take another"):
+        embed_source(embedder, digits, tmp_path / "a", samples_per_file=30, dtype="float32")
+    (tmp_path / "a" / "options.json").unlink()
+    with pytest.raises(ValueError, match=r"_emb_\d\.npy was not written by this command"):
+        embed_source(embedder, digits, tmp_path / "a")
+    for options in ({"dtype": "int8"}, {"samples_per_file": 0}):
+        with pytest.raises(ValueError, match=r"dtype must be float16 or float32, samples_per_file at least 1"):
+            embed_source(embedder, digits, tmp_path / "b", **options)
+
+
+def test_edited_captions_are_another_call(embedder: Embedder, tmp_path: Path) -> None:
+    data = real_pictures(tmp_path / "data")
+    rows = [f"{name},{caption}" for name, caption in (("hopper.jpg", "an officer"), ("flower.jpg", "a flower"))]
+    for text in ("an officer", "an admiral"):
+        (data / "t.csv").write_text("\n".join(["filepath,title", *rows]).replace("an officer", text) + "\n")
+        source = open_source(str(data / "t.csv"))
+        if text == "an officer":
+            embed_source(embedder, source, tmp_path / "out")
+            before = read(tmp_path / "out", "0")[2]
+    with pytest.raises(ValueError, match=r"is that of another call: names was \w+, is \w+; take another folder"):
+        embed_source(embedder, source, tmp_path / "out")
+    assert read(tmp_path / "out", "0")[2] == before
+
+
+def test_command_embeds_and_goes_on(embedder: Embedder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    embedder.model.save_pretrained(tmp_path / "model")
+    real_pictures(tmp_path / "data")
+    words = ["embed", str(tmp_path / "data"), "--checkpoint", str(tmp_path / "model"), "--device", "cpu"]
+    words += ["--workers", "0", "--output", str(tmp_path / "out"), "--samples-per-file", "5"]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"wrote {tmp_path}/out: 5 samples in 2 files\nleft out: 1 ") and "1 truncated image (" in out
+    assert cli.main(words) == 0 and "5 samples in 2 files, 2 of which were there" in capsys.readouterr().out
+    assert cli.main([*words, "--dtype", "float32"]) == 1
+    assert "fastclip embed: " in capsys.readouterr().err

@@ -1,0 +1,325 @@
+"""An index is brought up to date with a folder: nothing is embedded twice."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sqlite3
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support import needs
+
+needs("train")
+import torch
+from PIL import Image
+
+from fastclip.data.faults import BadSample
+from fastclip.search import scan
+from fastclip.search.engine import SearchEngine
+from fastclip.search.query import Term
+from support.colours import QUERY, Colours, check, counts, draw, engine, picture_vector
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the test count as old."""
+    monkeypatch.setattr(scan, "_SETTLED", 0)
+
+
+def test_index_follows_the_folder(tmp_path: Path) -> None:
+    photos = [draw(tmp_path / "photos" / f"{k % 3}" / f"{k}.png", k) for k in range(10)]
+    model = Colours()
+    searched = engine(tmp_path, model)
+    assert counts(searched, batch_size=4) == (10, 10, 0, 0)
+    check(searched, photos)
+    assert counts(searched) == (10, 0, 0, 0)
+    new = tmp_path / "photos" / "new name.png"
+    photos[0].rename(new)
+    copy = Path(shutil.copy(photos[1], tmp_path / "photos" / "copy.png"))
+    photos[2].unlink()
+    draw(photos[3], 300)
+    photos[4].touch()
+    shutil.move(tmp_path / "photos" / "2", tmp_path / "photos" / "moved")
+    moved = [tmp_path / "photos" / "moved" / name for name in ("5.png", "8.png")]
+    loaded = model.loaded
+    assert counts(searched) == (10, 1, 5, 4)
+    assert model.pictures == 11 and model.loaded > loaded
+    check(searched, [new, copy, photos[1], photos[3], photos[4], photos[6], photos[7], photos[9], *moved])
+    shutil.rmtree(tmp_path / "photos" / "0")  # and what comes back is not embedded again
+    photos[6].parent.mkdir()
+    draw(photos[6], 6)
+    assert counts(searched)[1] == 0 and model.pictures == 11
+
+
+def test_renamed_pictures_need_no_model(tmp_path: Path) -> None:
+    photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(5)]
+    engine(tmp_path).update()
+    model = Colours()
+    for photo in photos:
+        photo.rename(photo.with_suffix(".bmp"))
+    assert counts(engine(tmp_path, model)) == (5, 0, 5, 5)
+    assert not model.loaded
+
+
+def test_unchanged_pictures_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for k in range(5):
+        draw(tmp_path / "photos" / f"{k}.png", k)
+    searched = engine(tmp_path)
+    searched.update()
+    read: list[bytes] = []
+    real = scan._read
+    monkeypatch.setattr(scan, "_read", lambda path, *rest: (read.append(path), real(path, *rest))[1])
+    assert counts(searched) == (5, 0, 0, 0) and not read
+    draw(tmp_path / "photos" / "3.png", 9)
+    assert counts(searched) == (5, 1, 0, 0) and len(read) == 1
+
+
+@pytest.mark.parametrize("how", ["replaced", "written"])
+@pytest.mark.fault("a picture replaced by one of the same size and time", "it is embedded anew")
+def test_change_of_the_same_size_and_time_is_seen(tmp_path: Path, how: str) -> None:
+    """The time of writing may be set back, as `cp -p` does; that of the change of state may not."""
+    photo = tmp_path / "photos" / "a.bmp"
+    draw(photo, 1)
+    searched, before = engine(tmp_path), photo.stat()
+    searched.update()
+    time.sleep(0.02)  # a tick of the disk's clock
+    if how == "written":
+        draw(photo, 2)
+    else:
+        draw(tmp_path / "b.bmp", 2).rename(photo)
+    os.utime(photo, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (photo.stat().st_size, photo.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert counts(searched) == (1, 1, 0, 0)
+    check(searched, [photo])
+
+
+def test_file_that_is_new_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two changes within a tick of the clock leave the same times."""
+    photo = draw(tmp_path / "photos" / "a.bmp", 1)
+    monkeypatch.setattr(scan, "_SETTLED", 10**12)
+    monkeypatch.setattr(scan, "_times", lambda state: (1, 1, 1))
+    searched = engine(tmp_path)
+    searched.update()
+    draw(photo, 2)
+    assert counts(searched) == (1, 1, 0, 0)
+    check(searched, [photo])
+
+
+@pytest.mark.fault("a picture that is written while it is indexed", "it is named and read next time")
+def test_file_that_changes_while_it_is_read_is_left_for_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    photo = draw(tmp_path / "photos" / "a.bmp", 1)
+    searched, real = engine(tmp_path), scan.digest_of
+
+    def slow(file: object) -> bytes:
+        digest = real(file)  # type: ignore[arg-type]
+        draw(photo, 2)
+        return digest
+
+    monkeypatch.setattr(scan, "digest_of", slow)
+    assert counts(searched) == (1, 0, 0, 0) and "it changed while it was read" in caplog.text
+    monkeypatch.setattr(scan, "digest_of", real)
+    assert counts(searched) == (1, 1, 0, 0)
+    check(searched, [photo])
+
+
+@pytest.mark.fault(
+    "a damaged, oversized or false picture in a searched folder",
+    "it is named once, with the reason, and left out until it changes",
+)
+def test_what_cannot_be_read_is_listed_and_not_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "photos"
+    good = draw(folder / "good.png", 1)
+    (folder / "page.jpg").write_text("<html>")
+    (folder / "half.png").write_bytes(draw(tmp_path / "x.png", 2).read_bytes()[:60])
+    (folder / "empty.gif").write_bytes(b"")
+    Image.new("L", (20_000, 10_000)).save(folder / "huge.png", compress_level=1)
+    (folder / "dangling.png").symlink_to(folder / "nowhere.png")
+    model = Colours()
+    searched = engine(tmp_path, model)
+    done = searched.update()
+    assert (done.files, done.embedded) == (5, 1)
+    assert {Path(path).name for path, _ in done.skipped} == {"page.jpg", "half.png", "empty.gif", "huge.png"}
+    reasons = {Path(path).name: reason for path, reason in searched.faults()}
+    assert "too large" in reasons["huge.png"] and "not a picture" in reasons["page.jpg"]
+    assert all(f"skipped: {folder / name}: " in caplog.text for name in reasons)
+    assert searched.update().skipped == [] and len(searched.faults()) == 4
+    shutil.copy(folder / "page.jpg", folder / "copy.jpg")  # a fault is its content's
+    assert [Path(path).name for path, _ in searched.update().skipped] == ["copy.jpg"]
+    draw(folder / "page.jpg", 3)
+    assert counts(searched) == (6, 1, 0, 0) and model.pictures == 2
+    check(searched, [good, folder / "page.jpg"])
+
+
+def test_what_another_reader_could_not_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = [draw(tmp_path / folder / f"{k}.png", k) for k, folder in enumerate(["photos", "photos", "other"])]
+    real = scan.read_picture
+
+    def older(file: object, key: str) -> Image.Image:
+        if key != str(photos[0]):
+            raise BadSample("not an image", key, "its format is not known")
+        return real(file, key)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(scan, "read_picture", older)
+    searched, other = engine(tmp_path), engine(tmp_path, folder="other")
+    assert counts(searched) == (2, 1, 0, 0) and counts(other) == (1, 0, 0, 0)
+    monkeypatch.setattr(scan, "read_picture", real)
+    assert counts(searched) == (2, 0, 0, 0) and len(searched.faults()) == 1
+    connection = sqlite3.connect(searched._index.file)
+    connection.execute("DROP TABLE reader")  # as in an index of before
+    connection.close()
+    assert counts(searched) == (2, 1, 0, 0) and searched.faults() == []
+    assert counts(other) == (1, 1, 0, 0)
+    check(searched, photos[:2])
+    (tmp_path / "photos" / "page.png").write_text("<html>")
+    assert len(searched.update().skipped) == 1 and not searched.update().skipped
+    monkeypatch.setattr(scan, "_reader", lambda: "Pillow 99")
+    assert len(searched.update().skipped) == 1 and not searched.update().skipped
+
+
+@pytest.mark.fault("a picture that the disk does not give", "it is named and tried again next time")
+def test_fault_of_the_disk_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(2)]
+    searched, real = engine(tmp_path), scan.read_picture
+    searched.update()
+    draw(photos[1], 3)
+
+    def unreadable(file: object, key: str) -> None:
+        raise BadSample("unreadable file", key, "...") from OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(scan, "read_picture", unreadable)
+    assert searched.update().skipped == [(str(photos[1]), "Input/output error")]
+    check(searched, photos[:1])  # not what was there before
+    monkeypatch.setattr(scan, "read_picture", real)
+    assert counts(searched) == (2, 1, 0, 0)
+    check(searched, photos)
+
+
+@pytest.mark.fault(
+    "a picture of which the model makes NaN", "it is named and left out: it would be found by every search"
+)
+def test_numbers_that_are_not_finite_are_never_found(tmp_path: Path) -> None:
+    class Overflowing(Colours):
+        def embed_images(self, images: torch.Tensor) -> torch.Tensor:
+            found = super().embed_images(images)
+            return torch.where(images.mean((1, 2, 3))[:, None] == 1, torch.nan, found)
+
+    photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(4)]
+    Image.new("RGB", (5, 5), "white").save(tmp_path / "photos" / "white.png")
+    searched = engine(tmp_path, Overflowing())
+    done = searched.update()
+    assert [Path(path).name for path, _ in done.skipped] == ["white.png"] and "finite" in done.skipped[0][1]
+    assert (done.embedded, len(searched.faults())) == (4, 1)
+    check(searched, photos)
+    with pytest.raises(ValueError, match="the query has no finite vector"):
+        searched.find([Term(float("inf"), "a"), Term(float("-inf"), "a")])
+
+
+def test_model_that_cannot_be_loaded_is_no_fault_of_the_pictures(tmp_path: Path) -> None:
+    class Broken(Colours):
+        @property
+        def embedder(self) -> object:
+            raise ValueError("no such weights")
+
+    photo = draw(tmp_path / "photos" / "a.png", 1)
+    with pytest.raises(ValueError, match="no such weights"):
+        engine(tmp_path, Broken()).update()
+    assert counts(engine(tmp_path)) == (1, 1, 0, 0)
+    check(engine(tmp_path), [photo])
+
+
+def test_excluded_folders_are_neither_read_nor_found_nor_forgotten(tmp_path: Path) -> None:
+    folder = tmp_path / "node_modules" / "photos"  # what lies above the folder does not count
+    kept = [draw(folder / name, k) for k, name in enumerate(("a.png", "b/c.PNG", ".hidden/d.png", "my.git/e.png"))]
+    left = [draw(folder / f"{name}/x/{k}.png", 10 + k) for k, name in enumerate(("@eaDir", "b/node_modules", ".git"))]
+    model = Colours()
+    searched = engine(tmp_path, model, "node_modules/photos")
+    assert counts(searched) == (4, 4, 0, 0)
+    check(searched, kept)
+    every = engine(tmp_path, model, "node_modules/photos", exclude=())
+    assert counts(every) == (7, 3, 0, 0)
+    check(every, kept + left)
+    check(searched, kept)
+    assert counts(searched) == (4, 0, 0, 0) and counts(every) == (7, 0, 0, 0)  # they stayed in the index
+    b_apart = engine(tmp_path, model, "node_modules/photos", exclude=("b",))
+    check(b_apart, [kept[0], kept[2], kept[3], left[0], left[2]])
+
+
+def test_folders_are_apart_and_share_what_is_known(tmp_path: Path) -> None:
+    inner = draw(tmp_path / "photos" / "a_b" / "1.png", 1)
+    beside = draw(tmp_path / "photos" / "a_b2" / "1.png", 2)
+    likewise = draw(tmp_path / "photos" / "aXb" / "1.png", 3)
+    model = Colours()
+    engine(tmp_path, model).update()
+    check(engine(tmp_path, model, "photos/a_b"), [inner])
+    assert counts(engine(tmp_path, model, "photos/a_b")) == (1, 0, 0, 0)
+    check(engine(tmp_path, model), [inner, beside, likewise])
+    (tmp_path / "link").symlink_to(tmp_path / "photos" / "a_b")
+    check(engine(tmp_path, model, "link"), [inner])
+    (tmp_path / "photos" / "a_b" / "round").symlink_to(tmp_path / "photos")
+    assert counts(engine(tmp_path, model))[0] == 3
+
+
+@pytest.mark.fault("a disk that is not there", "an error; its index is kept")
+def test_folder_that_is_gone_empties_no_index(tmp_path: Path) -> None:
+    photo = draw(tmp_path / "photos" / "a.png", 1)
+    searched = engine(tmp_path)
+    searched.update()
+    (tmp_path / "photos").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        searched.update()
+    (tmp_path / "away").rename(tmp_path / "photos")
+    check(searched, [photo])
+    with pytest.raises(NotADirectoryError, match=r"there is no folder .*nowhere"):
+        SearchEngine(Colours(), tmp_path / "nowhere", indices=tmp_path)
+
+
+def test_index_of_another_model_is_kept_apart(tmp_path: Path) -> None:
+    photo = draw(tmp_path / "photos" / "a.png", 1)
+    one, other = Colours("one"), Colours("other")
+    engine(tmp_path, one).update()
+    assert engine(tmp_path, other).find(QUERY) == []
+    assert counts(engine(tmp_path, other)) == (1, 1, 0, 0) and counts(engine(tmp_path, one)) == (1, 0, 0, 0)
+    check(engine(tmp_path, other), [photo])
+
+
+@pytest.mark.parametrize(
+    "name", ["straße 東京 🐈.png", "with\nline.png", "a'b\"c;--.png", os.fsdecode(b"latin\xe9.png")]
+)
+def test_any_file_name_is_indexed_and_found(tmp_path: Path, name: str) -> None:
+    photo = tmp_path / "photos" / name
+    try:
+        draw(tmp_path / "x.png", 1).rename(photo.parent / name if photo.parent.mkdir() is None else photo)
+    except (OSError, UnicodeError):
+        pytest.skip("the disk has no such names")
+    searched = engine(tmp_path)
+    assert counts(searched) == (1, 1, 0, 0) and counts(searched) == (1, 0, 0, 0)
+    assert [one.path for one in searched.find(QUERY)] == [str(photo)]
+
+
+def test_picture_that_is_asked_through_a_link_is_not_found(tmp_path: Path) -> None:
+    photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(3)]
+    link = tmp_path / "photos" / "link.png"
+    link.symlink_to(photos[0])
+    searched = engine(tmp_path)
+    searched.update()
+    assert {one.path for one in searched.find([Term(1.0, path=link)])} == set(map(str, photos[1:]))
+    assert {one.path for one in searched.find([Term(1.0, path=photos[0])])} == {*map(str, photos[1:]), str(link)}
+
+
+def test_vectors_are_stored_as_they_are(tmp_path: Path) -> None:
+    photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(4)]
+    searched = engine(tmp_path)
+    searched.update()
+    found = searched._index.pictures(os.fsencode(tmp_path / "photos"))
+    for path, row in zip(found.paths, found.rows):
+        assert np.array_equal(found.vectors[row], picture_vector(Path(os.fsdecode(path))))
+    assert len(found.paths) == len(photos)

@@ -1,0 +1,81 @@
+"""The native CUDA module, its kernels run on a CPU (csrc/tests/emulate_sm90.h); built once a state of the sources."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from support import ROOT, native_build
+
+
+class Missing(Exception):
+    pass
+
+
+def cuda_headers() -> Path:
+    """The folder of cuda.h: the toolkit's, or that of the wheels that torch brings."""
+    nvcc = shutil.which("nvcc")
+    folders = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parent.parent]
+    candidates = [Path(folder) / "include" for folder in folders if folder]
+    candidates += Path(sysconfig.get_path("purelib")).glob("nvidia/*/include")
+    for folder in candidates:
+        if (folder / "cuda.h").is_file() and (folder / "cuda_runtime.h").is_file():
+            return folder
+    raise Missing("the CUDA headers are not installed")
+
+
+def _sources() -> list[Path]:
+    return sorted(
+        path for folder in ("csrc", "csrc/cuda", "csrc/tests", "csrc/bindings") for path in (ROOT / folder).glob("*.*")
+    )
+
+
+def build(target: str) -> Path:
+    """`_cuda` (the module) or `test_cuda` (a program); raises Missing where something to build it with is."""
+    if not native_build.CAN_BUILD:
+        raise Missing(native_build.REASON)
+    import pybind11
+
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "FASTCLIP_BUILD_CPU": "OFF",
+        "FASTCLIP_EMULATE_CUDA": "ON",
+        "FASTCLIP_CUDA_HEADERS": cuda_headers(),
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    digest = hashlib.sha256(repr((sys.version, sorted(map(str, options.items())))).encode())
+    for path in [ROOT / "CMakeLists.txt", *_sources()]:
+        digest.update(path.read_bytes())
+    name = "emulated-" + digest.hexdigest()[:16]
+    suffix = "" if target == "test_cuda" else str(sysconfig.get_config_var("EXT_SUFFIX"))
+    built = ROOT / "build" / name / (target + suffix)
+    if built.is_file():
+        return built
+    built.parent.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=built.parent.parent) as folder:
+        log = native_build.build(ROOT, Path(folder), **options)
+        assert "warning:" not in log, log
+        built.parent.mkdir(exist_ok=True)
+        for path in [*Path(folder).glob("_cuda.*.so"), Path(folder) / "test_cuda"]:
+            os.replace(path, built.parent / path.name)  # another process may be building the same
+    return built
+
+
+@functools.cache
+def module() -> Any:
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(build("_cuda")))
+    spec = importlib.util.spec_from_file_location("_cuda", loader=loader)
+    assert spec is not None
+    loaded = importlib.util.module_from_spec(spec)
+    loader.exec_module(loaded)
+    return loaded

@@ -1,0 +1,279 @@
+"""The cached step has the gradients of the step that does not fit."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import fastclip
+from fastclip.training import cached_step
+from support import needs
+
+N, SIZES = 22, (8, 8, 5, 1)
+
+
+class Pair(nn.Module):
+    """Two encoders with dropout between their layers, and what the losses take besides."""
+
+    def __init__(self, dropout: float = 0.0, norm: bool = False, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def tower() -> nn.Sequential:
+            middle = nn.BatchNorm1d(16) if norm else nn.GELU()
+            return nn.Sequential(nn.Linear(7, 16), middle, nn.Dropout(dropout), nn.Linear(16, 6))
+
+        self.image, self.text = tower(), tower()
+        self.log_scale, self.bias = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.tensor(-2.0))
+        with torch.no_grad():
+            for p in (*self.image.parameters(), *self.text.parameters()):
+                p.copy_(0.5 * torch.randn(p.shape, generator=generator))
+        self.to(dtype)
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        return self.image(images), self.text(texts), self.log_scale.exp(), self.bias
+
+
+def rows(dtype: torch.dtype = torch.float64, size: int = N) -> tuple[Tensor, Tensor]:
+    return torch.randn(2, size, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).unbind(0)
+
+
+def clip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return fastclip.contrastive_loss(image, text, scale)
+
+
+def unicl(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    y = torch.arange(len(image)) % 9
+    return fastclip.contrastive_loss(image, text, scale, image_labels=y, text_labels=y, label_smoothing=0.1)
+
+
+def sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return fastclip.sigmoid_loss(image, text, scale, bias)
+
+
+def gradients(model: nn.Module, step: Callable[[nn.Module], Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    model = copy.deepcopy(model)
+    value = step(model)
+    return value, [p.grad for p in model.parameters()]
+
+
+def kept_whole(loss: Callable[..., Tensor], batches: Sequence[Sequence[Tensor]]) -> Callable[[nn.Module], Tensor]:
+    """The same micro-batches with all their graphs: what the cached step saves."""
+
+    def step(model: nn.Module) -> Tensor:
+        outputs = [model(*batch) for batch in batches]
+        value = loss(*(torch.cat([x[k] for x in outputs]) for k in range(2)), *outputs[-1][2:])
+        value.backward()
+        return value.detach()
+
+    return step
+
+
+def assert_same(ours: Any, true: Any, rtol: float = 1e-10) -> None:
+    torch.testing.assert_close(ours[0], true[0], rtol=rtol, atol=1e-12)
+    assert [x is None for x in ours[1]] == [x is None for x in true[1]]
+    for a, b in zip(ours[1], true[1]):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max()) + 1e-12)
+
+
+def cut(images: Tensor, texts: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(images.split(SIZES), texts.split(SIZES)))
+
+
+@pytest.mark.parametrize("loss", [clip, unicl, sigmoid])
+def test_gradients_are_the_one_shot_steps(loss: Callable[..., Tensor]) -> None:
+    """Every parameter's, the scale's and the bias's among them; micro-batches of other sizes, one of one row."""
+    ours = gradients(Pair(), lambda model: cached_step(model, cut(*rows()), loss))
+    assert_same(ours, gradients(Pair(), kept_whole(loss, [rows()])))
+
+
+def test_a_clip_model_of_this_package() -> None:
+    needs("models")
+    model = fastclip.create_model("ViT-tiny").train()
+    images, ids = torch.randn(6, 3, 32, 32), torch.randint(1, 40, (6, model.config.text_cfg.context_length))
+    loss = fastclip.contrastive_loss
+    ours = gradients(model, lambda m: cached_step(m, zip(images.split(2), ids.split(2)), loss))
+    assert_same(ours, gradients(model, kept_whole(loss, [(images, ids)])), rtol=2e-4)
+
+
+def test_dropout_is_replayed() -> None:
+    """The same masks in both passes, and the generator goes on as after one."""
+    torch.manual_seed(3)
+    ours = gradients(Pair(dropout=0.5), lambda model: cached_step(model, cut(*rows()), clip))
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    true = gradients(Pair(dropout=0.5), kept_whole(clip, cut(*rows())))
+    assert torch.equal(after, torch.rand(1))
+    assert_same(ours, true)
+
+
+def test_batch_norm_is_a_micro_batchs_and_its_statistics_move_once() -> None:
+    batches = cut(*rows())[:3]  # of one row there is no variance
+    models = [Pair(norm=True), Pair(norm=True), Pair(norm=True)]
+    cached_step(models[0], batches, clip)
+    kept_whole(clip, batches)(models[1])
+    kept_whole(clip, [[torch.cat(x) for x in zip(*batches)]])(models[2])
+    for ours, true in zip(models[0].buffers(), models[1].buffers()):
+        torch.testing.assert_close(ours, true)
+    weight = [model.image[0].weight.grad for model in models]
+    torch.testing.assert_close(weight[0], weight[1], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(weight[0], weight[2], rtol=1e-3), "a whole batch is normalised by its own statistics"
+
+
+def test_autocast() -> None:
+    """Weights cast without a gradient in the first pass are not used in the second."""
+    model = Pair(dtype=torch.float32)
+    batches = cut(*rows(torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(model, lambda m: cached_step(m, batches, clip))
+        true = gradients(model, kept_whole(clip, batches))
+    assert_same(ours, true, rtol=2e-2)
+
+
+class Saved:
+    """What a graph keeps for its backward pass."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+def most_saved(step: Callable[[], Any]) -> int:
+    """The most bytes that graphs keep at a time."""
+    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
+    most = 0
+
+    def pack(x: Tensor) -> Saved:
+        nonlocal most
+        saved = Saved(x)
+        alive.add(saved)
+        most = max(most, sum(one.x.nbytes for one in alive))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.x):
+        step()
+    return most
+
+
+def test_one_graph_at_a_time() -> None:
+    model, batches = Pair(), list(zip(*(x.split(10) for x in rows(size=400))))
+
+    def loss(image: Tensor, text: Tensor, *_: Tensor) -> Tensor:
+        return (image * text).sum()
+
+    one = most_saved(lambda: kept_whole(loss, batches[:1])(model))
+    features = 2 * 400 * 6 * 8
+    assert most_saved(lambda: cached_step(model, batches, loss)) <= one + features
+    assert most_saved(lambda: kept_whole(loss, batches)(model)) > 20 * one
+
+
+def test_gradients_add_up_and_the_scaler_scales() -> None:
+    model = Pair()
+    true = gradients(model, lambda m: cached_step(m, cut(*rows()), clip))
+
+    class Scaler:
+        def scale(self, x: Tensor) -> Tensor:
+            return 8 * x
+
+    def thrice(m: nn.Module) -> Tensor:
+        cached_step(m, cut(*rows()), clip)
+        return cached_step(m, cut(*rows()), clip, grad_scaler=Scaler(), keep_on="cpu")
+
+    ours = gradients(model, thrice)
+    assert_same(ours, (true[0], [None if g is None else 9 * g for g in true[1]]))
+
+
+def test_locked_towers_and_three_features() -> None:
+    """A tower without gradients has none; features of a third view are features too."""
+    model = Pair()
+    model.image.requires_grad_(False)
+
+    def forward(images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        image, text, scale, _ = model(images, texts)
+        return image, text, model.text(texts + 1), scale
+
+    def loss(*outputs: Tensor) -> Tensor:
+        return fastclip.multiview_loss(outputs[:3], outputs[3])
+
+    value = cached_step(forward, cut(*rows()), loss)
+    assert all(p.grad is None for p in model.image.parameters())
+    ours = [p.grad.clone() for p in model.text.parameters()]
+    model.zero_grad()
+    whole = loss(*forward(*rows()))
+    whole.backward()
+    torch.testing.assert_close(value, whole.detach())
+    for a, p in zip(ours, model.text.parameters()):
+        torch.testing.assert_close(a, p.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("forward", "batches", "loss", "message"),
+    [
+        (Pair(), [], clip, "at least one micro-batch"),
+        (lambda x: x, [(torch.ones(2, 3),)], clip, r"forward must return features .* got a tensor \(2, 3\)"),
+        (lambda x: (x, x.sum(1)), [(torch.ones(2, 3),)], clip, r"got \(a tensor \(2, 3\), a tensor \(2,\)\)"),
+        (Pair(), [rows()], lambda *x: x[0], r"loss must return a tensor \(\), got a tensor \(22, 6\)"),
+    ],
+)
+def test_misfit_raises(forward: Any, batches: Any, loss: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cached_step(forward, batches, loss)
+
+
+def work(rank: int, W: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W)
+    model = Pair()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    exchanged = 0
+
+    def hook(state, bucket):
+        nonlocal exchanged
+        exchanged += bucket.buffer().numel()
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    wrapped.register_comm_hook(None, hook)
+    images, texts = (x[rank::W] for x in rows())
+    micro_batches = list(zip(images.split(4 + rank), texts.split(4 + rank)))  # another number on each rank
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return fastclip.sigmoid_loss(image, text, scale, bias, group=dist.group.WORLD)
+
+    cached_step(wrapped, micro_batches, loss)
+    torch.save(([p.grad for p in model.parameters()], exchanged), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
+def test_ddp_exchanges_once() -> None:
+    """Two ranks, micro-batches of other numbers and sizes, one loss over both: the single process's gradients."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=work, args=(rank, 2, folder)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0, 0]
+        found = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    model = Pair()
+    image, text, scale, bias = model(*rows())
+    fastclip.sigmoid_loss(image, text, scale, bias).backward()
+    size = sum(p.numel() for p in model.parameters())
+    for grads, exchanged in found:
+        assert exchanged == size
+        for ours, p in zip(grads, model.parameters()):
+            torch.testing.assert_close(ours, p.grad, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,185 @@
+"""Training on data with faults: what is counted and shown, and when a run stops."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from support import needs
+from support.faulty import HTML, picture, write_folder
+
+needs("train")
+
+from fastclip import cli
+from fastclip.data.batch import Batch
+from fastclip.data.faults import Fault
+from fastclip.data.folder import Folder
+from fastclip.data.order import Order
+from fastclip.training import TrainOptions, train
+from fastclip.training.parallel import World
+from fastclip.training.skipped import Skipped, too_many
+
+CPU = torch.device("cpu")
+BAD = [(HTML, b"x"), (picture(), None), (HTML, b"y"), (picture(), b" ")]
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def options(data: Path, folder: Path, **changed: Any) -> TrainOptions:
+    values: dict[str, Any] = {
+        "data": str(data),
+        "model": "ViT-tiny",
+        "output": str(folder),
+        "context_length": 16,
+        "batch_size": 6,
+        "max_steps": 8,
+        "workers": 0,
+        "max_bad": 0.2,
+    }
+    return TrainOptions(**{**values, **changed})
+
+
+def counts(folder: Path) -> list[int]:
+    return [json.loads(line)["skipped"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.fault("some samples that cannot be used", "counted by cause in metrics.jsonl and the log")
+def test_skipped_samples_are_counted_by_cause_and_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """24 samples, 4 of them bad: two epochs of four steps."""
+    data = write_folder(tmp_path / "data", 20, BAD)
+    caplog.set_level(logging.INFO)
+    run = train(options(data, tmp_path / "run"))
+    found = counts(run.folder)
+    assert found == sorted(found) and found[3] == 4 and found[7] == 8
+    shown = [record.getMessage() for record in caplog.records if record.getMessage().startswith("skipped, ")]
+    assert sorted(line.split(":")[0] for line in shown) == [
+        "skipped, empty caption",
+        "skipped, no caption",
+        "skipped, not an image",
+    ]
+    assert f"{data}/021.png: it has no caption: 021.txt or 021.json must lie beside it" in caplog.text
+    assert "8 of 48 samples drawn (16.67%) cannot be used: 4 not an image (" in caplog.text
+    assert train(options(data, tmp_path / "again", workers=2)).losses == run.losses
+
+
+def test_resumed_run_goes_on_counting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_folder(tmp_path / "data", 20, BAD)
+    whole = train(options(data, tmp_path / "whole"))
+    begun = train(options(data, tmp_path / "run", stop_after=5))
+    caplog.clear()
+    rest = train(options(data, tmp_path / "run", resume="auto"))
+    assert begun.losses + rest.losses == whole.losses
+    assert counts(tmp_path / "run") == counts(tmp_path / "whole")
+    assert "8 of 48 samples drawn" in caplog.text and "skipped, " not in caplog.text
+
+
+def test_run_stops_when_too_many_samples_are_bad(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", 20, BAD)
+    with pytest.raises(ValueError, match=r"^more than --max-bad 0\.16: 4 of \d+ samples drawn .* not an image \(.*png"):
+        train(options(data, tmp_path / "run", max_bad=0.16))
+    assert len(counts(tmp_path / "run")) < 4  # that there are too many is certain when the fourth is met
+    train(options(data, tmp_path / "fine", max_bad=0.17, max_steps=4))
+    first = next(step for step in range(4) if any(draw.sample >= 20 for draw in Order(24, 6, 0).draws(step, 0, 6)))
+    with pytest.raises(ValueError, match=rf"more than --max-bad 0: \d of {6 * (first + 1)} samples"):
+        train(options(data, tmp_path / "none", max_bad=0.0))
+    with pytest.raises(ValueError, match="--max-bad must be between 0 and 1"):
+        options(data, tmp_path / "x", max_bad=1.5)
+
+
+def test_share_is_exact_at_the_end_of_an_epoch_and_beyond_chance_before() -> None:
+    assert not too_many(10, 1000, 1000, 0.01) and too_many(11, 1000, 1000, 0.01)
+    assert not too_many(20, 2000, 1000, 0.01) and too_many(21, 2000, 1000, 0.01)
+    assert too_many(11, 20, 1000, 0.01)  # more than a whole epoch may have
+    assert not too_many(20, 100, 10**6, 0.1) and too_many(28, 100, 10**6, 0.1)  # 10 expected, 3 or so by chance
+    assert not too_many(5, 6, 5, 1.0) and not too_many(10**6, 10**6, 10**9, 1.0)
+    assert too_many(1, 1, 10**6, 0.0)
+    # an epoch of whole batches leaves samples out: 9 bad ones of 1,000 are no 1 %, if all are among 512 that are drawn
+    assert not too_many(9, 512, 512, 0.01, size=1000) and too_many(11, 512, 512, 0.01, size=1000)
+
+
+def work(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    skipped, said = Skipped(Order(100, 10, 0), 0.04, World(rank, 2, CPU, dist.group.WORLD)), []
+    nothing = torch.zeros(0)
+    for step in range(9):
+        faults = (Fault("no caption", f"{rank}.jpg", "x"),) if step in (2, 3 + rank, 5) else ()
+        try:
+            skipped.count([Batch(nothing, nothing, nothing, (), faults)], step)
+        except ValueError as error:
+            said.append([step, str(error)])
+            break
+    (folder / f"{rank}.json").write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+@pytest.mark.fault("too many over all ranks together", "all ranks end at the same step")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
+def test_all_ranks_count_together_and_stop_together(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    message = "more than --max-bad 0.04: 6 of 60 samples drawn (10.00%) cannot be used: 6 no caption (0.jpg, 1.jpg)"
+    assert told == [[[5, message]]] * 2
+
+
+@pytest.mark.fault("more of them than `--max-bad`", "exit status 1 and one line with causes and files")
+def test_command_stops_with_a_line_that_names_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    needs("train")
+    data = write_folder(tmp_path / "data", 8, BAD)
+    words = ["--data", str(data), "--model", "ViT-tiny", "--context-length", "16", "--output", str(tmp_path / "run")]
+    try:
+        assert cli.main(["train", *words, "--batch-size", "4", "--max-steps", "9", "--workers", "1"]) == 1
+    finally:
+        logging.getLogger("fastclip").setLevel(logging.NOTSET)
+    told = capfd.readouterr().err  # of the worker, too
+    last = told.splitlines()[-1]
+    assert last.startswith("fastclip train: more than --max-bad 0.01: ") and f"({data}/0" in last
+    assert "Traceback" not in told
+
+
+@pytest.mark.fault("a worker killed by the system in a run", "one line that says so, and no traceback")
+def test_killed_worker_ends_the_run_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = Folder.captions
+
+    def killed(self: Folder, index: int) -> Any:
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return captions(self, index)
+
+    monkeypatch.setattr(Folder, "captions", killed)
+    data = write_folder(tmp_path / "data", 12)
+    with pytest.raises(ChildProcessError, match=r"data worker.*killed by the system \(Killed\): out of memory\?"):
+        train(options(data, tmp_path / "run", workers=1))
+
+
+def test_data_that_changed_since_the_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_folder(tmp_path / "data", 12)
+    train(options(data, tmp_path / "run", stop_after=1))
+    write_folder(data, 14)
+    train(options(data, tmp_path / "run", resume="auto", stop_after=1))
+    assert "the data had 12 samples and have 14" in caplog.text
+
+
+def test_memory_that_is_missing_is_no_fault_of_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    data = write_folder(tmp_path / "data", 6)
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(MemoryError):
+        train(options(data, tmp_path / "run"))

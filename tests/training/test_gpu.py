@@ -1,0 +1,84 @@
+"""The trainer on a GPU. `pytest -m gpu`; skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from support import needs
+
+needs("train")
+
+from fastclip import contrastive_loss
+from fastclip.training import Run, TrainOptions, cached_step, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
+
+
+def run(folder: Path, **changed: Any) -> Run:
+    values: dict[str, Any] = {
+        "data": "digits",
+        "val_data": "digits",
+        "model": "ViT-tiny",
+        "output": str(folder),
+        "context_length": 16,
+        "loss": "unicl",
+        "batch_size": 64,
+        "max_steps": 8,
+        "workers": 1,
+        "device": "cuda",
+    }
+    return train(TrainOptions(**{**values, **changed}))
+
+
+def near(ours: list[float], theirs: list[float], rel: float) -> bool:
+    return len(ours) == len(theirs) and all(abs(a - b) <= rel * abs(b) for a, b in zip(ours, theirs))
+
+
+def test_gpu_has_the_cpus_losses(tmp_path: Path) -> None:
+    gpu, cpu = (run(tmp_path / device, device=device) for device in ("cuda", "cpu"))
+    assert near(gpu.losses, cpu.losses, 1e-4)  # the encoders' products are summed in another order
+    assert gpu.backend in ("triton", "cuda") and 0 <= gpu.validation["zero_shot_top1"] <= 1
+
+
+@pytest.mark.parametrize("features_on", ["device", "cpu"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_micro_batches_have_the_same_losses(tmp_path: Path, precision: str, features_on: str) -> None:
+    whole = run(tmp_path / "a", precision=precision)
+    parts = run(tmp_path / "b", precision=precision, micro_batch=24, features_on=features_on)
+    assert near(parts.losses, whole.losses, 1e-4 if precision == "fp32" else 2e-2)
+
+
+def test_deterministic_run_repeats_bit_by_bit(tmp_path: Path) -> None:
+    first, again = (run(tmp_path / k, model="align-tiny", context_length=None, deterministic=True) for k in "ab")
+    torch.use_deterministic_algorithms(False)
+    assert first.losses == again.losses
+
+
+def test_resumed_run_goes_on(tmp_path: Path) -> None:
+    whole = run(tmp_path / "a", ema=0.9)
+    begun = run(tmp_path / "b", ema=0.9, stop_after=3)
+    rest = run(tmp_path / "b", ema=0.9, resume="auto")
+    assert near(begun.losses + rest.losses, whole.losses, 1e-4)
+
+
+def test_dropout_on_the_gpu_is_replayed_where_the_arguments_are_on_the_host() -> None:
+    torch.manual_seed(0)
+    tower = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.5), nn.Linear(32, 16)).cuda()
+    x = torch.randn(64, 8)
+    masks: list[torch.Tensor] = []
+    tower[1].register_forward_hook(lambda module, args, out: masks.append(out.detach() == 0))
+
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = tower(x.cuda())
+        return features, features.flip(1), features.new_tensor(10.0)
+
+    cached_step(forward, [(part,) for part in x.split(16)], contrastive_loss, modules=[tower])
+    assert len(masks) == 8 and all(torch.equal(a, b) for a, b in zip(masks[:4], masks[4:]))

@@ -1,0 +1,459 @@
+"""Runs that are stopped, killed or left alone by another process go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from support import needs
+from support.accuracy import LOSS
+
+needs("train")
+if not hasattr(os, "fork"):
+    pytest.skip("the processes that die are forked", allow_module_level=True)
+
+from fastclip.durable import check_manifest
+from fastclip.models import create_model
+from fastclip.training import Interrupted, TrainOptions, trainer
+from fastclip.training.checkpoint import latest_checkpoint, read_state
+from fastclip.training.meeting import meeting
+from fastclip.training.signals import Signals
+
+STEPS = 12
+VALUES: dict[str, Any] = {
+    "data": "digits",
+    "model": "ViT-tiny",
+    "context_length": 16,
+    "loss": "unicl",
+    "batch_size": 24,
+    "workers": 0,
+    "device": "cpu",  # what is forked here must not meet a GPU
+    "save_every": 1,
+    "keep": 2,
+    "max_steps": STEPS,
+}
+WORDS = [word for name, value in VALUES.items() for word in ("--" + name.replace("_", "-"), str(value))]
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def options(folder: Path, **changed: Any) -> TrainOptions:
+    return TrainOptions(**{**VALUES, "output": str(folder), **changed})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> trainer.Run:
+    """A run that nothing stopped."""
+    return trainer.train(options(tmp_path_factory.mktemp("whole")))
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    """Of metrics.jsonl, without what depends on the clock."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("samples_per_second", "data_wait")} for line in found]
+
+
+def assert_same(folder: Path, whole: trainer.Run) -> None:
+    """Numbers and weights, bit for bit."""
+    assert lines(folder) == lines(whole.folder)
+    ours, theirs = (create_model(pretrained=path / "model").state_dict() for path in (folder, whole.folder))
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def assert_near(folder: Path, whole: trainer.Run) -> None:
+    """To rounding: the losses of two ranks beside those of one."""
+    losses = [line["loss"] for line in lines(folder)]
+    assert len(losses) == len(whole.losses)
+    for step, (a, b) in enumerate(zip(losses, whole.losses)):
+        assert abs(a - b) <= LOSS * abs(b), f"loss of step {step}: {a} and {b}"
+
+
+def wait_for(is_so: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.002)
+
+
+def steps_made(folder: Path) -> int:
+    """Lines of metrics.jsonl; log_every is 1."""
+    file = folder / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
+def forked(work: Callable[[], object], said: Path, **environment: str) -> int:
+    """The pid of a child that runs `work`; its status is that of a command, `said` gets its last words."""
+    pid = os.fork()
+    if pid == 0:
+        status = 0
+        try:
+            os.environ.update(environment)
+            os.setsid()
+            work()
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+        except BaseException as error:
+            said.write_text(f"{type(error).__name__}: {error}")
+            status = 1
+        finally:
+            os._exit(status)
+    return pid
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def start_ranks(folder: Path, work: Callable[[int], object]) -> list[int]:
+    """Two of them, as torchrun would."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        forked(lambda rank=rank: work(rank), folder / f"said {rank}", RANK=str(rank), **meeting)  # type: ignore[misc]
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.fault("kill -9 of a run, again and again", "`--resume auto`: the numbers of a run that never stopped")
+def test_run_killed_again_and_again_is_the_run_that_never_stopped(tmp_path: Path, whole: trainer.Run) -> None:
+    moments = random.Random(0)
+    folder, kills = tmp_path / "run", 0
+    for _ in range(STEPS):
+        before = steps_made(folder)
+        pid = forked(lambda: trainer.train(options(folder, resume="auto")), tmp_path / "said")
+        wait_for(lambda before=before: steps_made(folder) not in (before, 0))  # type: ignore[misc]
+        time.sleep(moments.uniform(0, 0.2))
+        os.kill(pid, signal.SIGKILL)
+        if ended(pid) == 0:
+            break
+        kills += 1
+        path = latest_checkpoint(folder / "checkpoints")
+        if path is not None:
+            assert read_state(path)["step"] >= steps_made(folder) - 2  # one is in flight, one was logged
+    if not (folder / "model").exists():
+        trainer.train(options(folder, resume="auto"))
+    assert kills >= 1
+    assert_same(folder, whole)
+
+
+@pytest.mark.fault(
+    "a flipped byte in the newest checkpoint of a run", "it goes on from the one before, to the same end"
+)
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    tmp_path: Path, whole: trainer.Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer.train(options(tmp_path, stop_after=6))
+    file = tmp_path / "checkpoints" / "step-00000006" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 4
+    file.write_bytes(content)
+    rest = trainer.train(options(tmp_path, resume="auto"))
+    assert len(rest.losses) == STEPS - 5 and f"{file} is damaged" in caplog.text
+    assert_same(tmp_path, whole)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["aside-step-00000006", f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}"]
+
+
+@pytest.mark.fault("death between the last checkpoint and model/", "`--resume auto` writes model/")
+def test_run_that_died_before_its_model_writes_it(tmp_path: Path, whole: trainer.Run) -> None:
+    run = trainer.train(options(tmp_path))
+    (run.folder / "model").rename(run.folder / ".model.tmp")
+    again = trainer.train(options(tmp_path, resume="auto"))
+    assert again.steps == STEPS and again.losses == []
+    assert_same(tmp_path, whole)
+    assert not (run.folder / ".model.tmp").exists()
+    with pytest.raises(ValueError, match="nothing is left"):
+        trainer.train(options(tmp_path, resume="auto"))
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_saving_in_the_background_changes_no_number(tmp_path: Path, whole: trainer.Run, async_save: bool) -> None:
+    changed = {"save_every": 5, "ema": 0.9, "async_save": async_save, "keep": None, "max_steps": STEPS}
+    run = trainer.train(options(tmp_path, **changed))
+    assert run.losses == whole.losses
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["step-00000005", "step-00000010", f"step-{STEPS:08d}"]
+    for name in saved:
+        check_manifest(tmp_path / "checkpoints" / name)
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_run_whose_checkpoint_fails_ends_with_its_error(
+    tmp_path: Path, async_save: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(trainer, "write_snapshot", fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.train(options(tmp_path, async_save=async_save, save_every=3, max_steps=200))
+    assert steps_made(tmp_path) == 4
+
+
+@pytest.mark.fault("a full disk in a run", "exit status 1 and one line with the bytes; the checkpoint before stands")
+def test_run_on_a_full_disk_says_so_in_a_line(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    from fastclip.cli import main
+
+    trainer.train(options(tmp_path / "run", stop_after=2))
+
+    def fails() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+        sys.stderr = (tmp_path / "stderr").open("w", buffering=1)
+        raise SystemExit(main(["train", *WORDS, "--output", str(tmp_path / "run"), "--resume", "auto"]))
+
+    assert ended(forked(fails, tmp_path / "said")) == 1
+    said = (tmp_path / "stderr").read_text()
+    last = said.splitlines()[-1]
+    assert last.startswith("fastclip train: the checkpoint ") and "bytes, and its disk has" in last, said
+    assert "step-00000002 stands" in last and "Traceback" not in said
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
+    check_manifest(checkpoints / "step-00000002")
+
+
+SCRIPT = """
+import os, sys
+name = " ".join(os.environ.get(name, "0") for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+open(f"{sys.argv[1]}/pid {name}", "w").write(str(os.getpid()))
+from fastclip.cli import main
+sys.exit(main(["train", *sys.argv[2:]]))
+"""
+
+
+def command(tmp_path: Path, *words: str, launch: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    (tmp_path / "command.py").write_text(SCRIPT)
+    kept = {k: v for k, v in os.environ.items() if k not in (*LAUNCHED, "TRITON_INTERPRET", "FASTCLIP_BACKEND")}
+    return subprocess.Popen(
+        [sys.executable, *launch, str(tmp_path / "command.py"), str(tmp_path), *WORDS, *words],
+        env={**kept, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def in_session(session: int) -> list[str]:
+    """Processes that are left, and not dead."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().rpartition(")")
+        except OSError:  # it has ended meanwhile
+            continue
+        state, _, _, its_session = rest.split()[:4]
+        if int(its_session) == session and state != "Z":
+            found.append(name)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.fault("SIGTERM or Ctrl-C", "a checkpoint after the step, exit status 143 or 130, no process left")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_signal_ends_a_command_with_a_checkpoint(tmp_path: Path, whole: trainer.Run, number: signal.Signals) -> None:
+    long = ["--save-every", "1000", "--workers", "1", "--output", str(tmp_path / "run")]
+    process = command(tmp_path, *long)
+    wait_for(lambda: steps_made(tmp_path / "run") > 0 or process.poll() is not None)
+    os.killpg(process.pid, number)
+    os.killpg(process.pid, number)  # as a launcher passes on what its group got, too
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, said
+    made = steps_made(tmp_path / "run")
+    assert f"stopped by a signal after step {made}, with a checkpoint" in said and "Traceback" not in said, said
+    assert not out
+    path = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert path is not None and read_state(path)["step"] == made < STEPS
+    wait_for(lambda: not in_session(process.pid), 20)
+    trainer.train(options(tmp_path / "run", resume="auto"))
+    assert_same(tmp_path / "run", whole)
+
+
+def test_interrupted_run_raises_and_restores_the_handlers(
+    tmp_path: Path, whole: trainer.Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Validation that is due is made before a run leaves: the metrics are those of one that never stopped."""
+    caplog.set_level(logging.INFO)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    step = trainer.Stepper.step
+
+    def interrupted(self: Any, *args: Any, **named: Any) -> Any:
+        if named["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **named)
+
+    monkeypatch.setattr(trainer.Stepper, "step", interrupted)
+    changed = {"save_every": None, "val_data": "digits", "val_every": 4}
+    with pytest.raises(Interrupted) as caught:
+        trainer.train(options(tmp_path, **changed))
+    assert (caught.value.code, caught.value.steps) == (143, 4)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 4]
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.undo()
+    rest = trainer.train(options(tmp_path, resume="auto", **changed))
+    assert [line["loss"] for line in lines(tmp_path) if "loss" in line] == whole.losses and len(
+        rest.losses
+    ) == STEPS - 4
+
+
+@pytest.mark.fault("a second SIGTERM or Ctrl-C", "the process ends at once, by the signal")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_second_signal_ends_the_process_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    def waits() -> None:
+        signals = Signals()
+        with signals.watched():
+            (tmp_path / "ready").touch()
+            wait_for(lambda: signals.status != 0)
+            (tmp_path / f"got {signals.status}").touch()
+            time.sleep(100)
+
+    pid = forked(waits, tmp_path / "said")
+    wait_for((tmp_path / "ready").exists)
+    os.kill(pid, number)
+    wait_for((tmp_path / f"got {128 + number}").exists)
+    os.kill(pid, number)  # within a second of the first it is taken for the same one
+    time.sleep(1.2)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.kill(pid, number)
+    assert ended(pid) == -number
+
+
+def test_shards_are_saved_in_the_background_as_they_were(tmp_path: Path) -> None:
+    """FSDP2: what is written while training goes on has the bytes of what is written at once."""
+    for name, at_once in (("background", False), ("at once", True)):
+        changed = {"parallel": "fsdp", "keep": None, "ema": 0.9, "max_steps": 3, "async_save": not at_once}
+        pids = start_ranks(tmp_path, lambda rank: trainer.train(options(tmp_path / name, **changed)))  # noqa: B023
+        assert [ended(pid) for pid in pids] == [0, 0]
+    for step in range(1, 4):
+        for file in ("model", "optimizer", "ema"):
+            one, other = (
+                tmp_path / name / "checkpoints" / f"step-{step:08d}" / f"{file}.safetensors"
+                for name in ("background", "at once")
+            )
+            assert one.read_bytes() == other.read_bytes(), f"{file} of step {step}"
+
+
+@pytest.mark.fault("SIGTERM to one rank of several", "all end after the same step, with one checkpoint and status 143")
+def test_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path, whole: trainer.Run) -> None:
+    folder = tmp_path / "run"
+    pids = start_ranks(tmp_path, lambda rank: trainer.train(options(folder, save_every=1000)))
+    wait_for(lambda: steps_made(folder) > 1)
+    os.kill(pids[1], signal.SIGTERM)
+    assert [ended(pid) for pid in pids] == [143, 143]
+    path = latest_checkpoint(folder / "checkpoints")
+    assert path is not None and read_state(path)["step"] == steps_made(folder) < STEPS
+    trainer.train(options(folder, resume="auto"))  # alone
+    assert_near(folder, whole)
+
+
+@pytest.mark.fault("one rank cannot write its checkpoint", "every rank ends with the error, none hangs")
+def test_checkpoint_that_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        def fails(*args: object, **options: object) -> None:
+            raise OSError("the disk is gone")
+
+        trainer.write_snapshot = fails  # type: ignore[assignment]  # of this process
+        trainer.train(options(tmp_path / "run", save_every=3))
+
+    assert [ended(pid) for pid in start_ranks(tmp_path, work)] == [1, 1]
+    assert (tmp_path / "said 0").read_text() == "OSError: the disk is gone"
+    assert (tmp_path / "said 1").read_text() == "OSError: the disk is gone (on rank 0)"
+    assert steps_made(tmp_path / "run") == 4
+
+
+@pytest.mark.fault("one rank finds no checkpoint that is whole", "every rank ends with the error, none hangs")
+def test_damaged_checkpoint_ends_all_ranks(tmp_path: Path) -> None:
+    trainer.train(options(tmp_path / "run", stop_after=1))
+    (tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json").write_text("{}")
+    pids = start_ranks(tmp_path, lambda rank: trainer.train(options(tmp_path / "run", resume="auto")))
+    assert [ended(pid) for pid in pids] == [1, 1]
+    for rank in range(2):
+        said = (tmp_path / f"said {rank}").read_text()
+        assert said.startswith("ValueError: ") and "state.json is damaged" in said, said
+
+
+@pytest.mark.fault("kill -9 of one rank, or a rank that stands still", "the others end within `--timeout`, saying so")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+def test_lost_rank_ends_the_others(tmp_path: Path, number: signal.Signals) -> None:
+    folder, seconds = tmp_path / "run", 4
+    pids = start_ranks(tmp_path, lambda rank: trainer.train(options(folder, max_steps=10_000, timeout=seconds)))
+    wait_for(lambda: steps_made(folder) > 2)
+    os.kill(pids[1], number)
+    begin = time.monotonic()
+    assert ended(pids[0]) == 1
+    assert time.monotonic() - begin < seconds + 20  # a busy machine
+    said = (tmp_path / "said 0").read_text()
+    assert said.startswith("ConnectionError: another process of this run is lost, or did not answer for 4 s"), said
+    assert "\n" not in said
+    os.kill(pids[1], signal.SIGKILL)
+    ended(pids[1])
+    assert latest_checkpoint(folder / "checkpoints") is not None
+
+
+def test_ranks_meet_where_no_dead_rank_has_been() -> None:
+    """torchrun's store still holds what the ranks of the first start wrote; one of them never came."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("fastclip/ask/2", "the word of a dead rank")
+    patience = timedelta(seconds=20)
+
+    def meet(rank: int) -> bool:
+        found = meeting(("127.0.0.1", store.port), rank, 3, patience)
+        found.set(f"from {rank}", "")
+        found.wait([f"from {other}" for other in range(3)], patience)  # the three have met
+        return found.add("start", 1) <= 3  # and nobody before them
+
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            assert all(pool.map(meet, (2, 1, 0)))
+    with pytest.raises(ConnectionError, match="no sign of rank 1, 2 of 3"):
+        meeting(("127.0.0.1", store.port), 0, 3, timedelta(seconds=0.1))
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+
+
+@pytest.mark.fault("kill -9 of a rank under torchrun", "its restart resumes by itself, to the same losses")
+def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path, whole: trainer.Run) -> None:
+    folder = tmp_path / "run"
+    words = ["--resume", "auto", "--output", str(folder)]
+    process = command(tmp_path, *words, launch=(*TORCHRUN, "--max-restarts", "1"))
+    wait_for(lambda: steps_made(folder) > 2 or process.poll() is not None)
+    os.kill(int((tmp_path / "pid 1 0").read_text()), signal.SIGKILL)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, said
+    assert (tmp_path / "pid 1 1").exists() and "goes on from" in said
+    assert_near(folder, whole)
+
+
+@pytest.mark.fault("SIGTERM to torchrun", "its processes write a checkpoint and end")
+def test_torchrun_passes_a_signal_on(tmp_path: Path, whole: trainer.Run) -> None:
+    folder = tmp_path / "run"
+    process = command(tmp_path, "--save-every", "1000", "--output", str(folder), launch=TORCHRUN)
+    wait_for(lambda: steps_made(folder) > 0 or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode != 0 and "with a checkpoint: --resume auto goes on" in said, said
+    path = latest_checkpoint(folder / "checkpoints")
+    assert path is not None and read_state(path)["step"] == steps_made(folder) < STEPS
+    trainer.train(options(folder, resume="auto"))
+    assert_near(folder, whole)

@@ -1,0 +1,182 @@
+"""Two processes train as one: DistributedDataParallel and FSDP2 on gloo."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from support import needs
+from support.accuracy import LOSS
+
+needs("train")
+
+from fastclip.models import create_model
+from fastclip.training import TrainOptions, train
+
+W, STEPS = 2, 5
+# What each run is asked for besides; the process that is alone has the same losses and, to rounding, the same model.
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp, micro-batches, ring": {"micro_batch": 5, "comm": "ring", "loss": "siglip"},
+    "ddp, unequal shards": {"batch_size": 25, "micro_batch": 7},
+    "ddp, one rank without caching, locked": {"batch_size": 25, "micro_batch": 12, "lock_image": True},
+    "fsdp": {"parallel": "fsdp"},
+    "fsdp, averaged, validated": {"parallel": "fsdp", "ema": 0.9, "val_every": 2},
+    "fsdp, micro-batches": {"parallel": "fsdp", "micro_batch": 5, "ema": 0.9, "max_grad_norm": 0.5},
+    "fsdp, lamb": {"parallel": "fsdp", "optimizer": "lamb", "lr": 1e-3, "grad_checkpointing": True},
+    "fsdp, locked": {"parallel": "fsdp", "lock_image": True, "micro_batch": 5},
+}
+
+
+def options(folder: Path, **changed: Any) -> TrainOptions:
+    values: dict[str, Any] = {
+        "data": "digits",
+        "val_data": "digits",
+        "model": "ViT-tiny",
+        "output": str(folder),
+        "context_length": 16,
+        "loss": "unicl",
+        "batch_size": 24,
+        "max_steps": STEPS,
+        "workers": 0,
+        "device": "cpu",
+    }
+    return TrainOptions(**{**values, **changed})
+
+
+def work(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W)
+    for name, changed in CASES.items():
+        run = train(options(folder / name, **changed))
+        (folder / f"{name} {rank}.json").write_text(json.dumps([run.losses, run.validation]))
+    # The checkpoint of two shards goes on as two whole models, and the other way round; see also the test below.
+    for name, other in (("fsdp", "ddp"), ("ddp", "fsdp")):
+        changed = {"parallel": other, "resume": str(folder / name), "max_steps": STEPS + 2}
+        run = train(options(folder / f"{name} as {other}", **changed))
+        (folder / f"{name} as {other} {rank}.json").write_text(json.dumps([run.losses, run.validation]))
+    run = train(options(folder / "statistics", model="RN-tiny", max_steps=2))
+    (folder / f"statistics {rank}.json").write_text(json.dumps([run.losses, run.validation]))
+    try:
+        train(options(folder / "counts", parallel="fsdp", batch_size=25, micro_batch=12))
+    except ValueError as error:
+        (folder / f"counts {rank}.json").write_text(json.dumps(str(error)))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    if not hasattr(os, "fork"):
+        pytest.skip("the ranks are forked")
+    folder = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank, folder)) for rank in range(W)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(400)
+    assert [process.exitcode for process in processes] == [0] * W
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield folder
+    torch.set_num_threads(threads)
+
+
+def of_rank(folder: Path, name: str, rank: int) -> Any:
+    return json.loads((folder / f"{name} {rank}.json").read_text())
+
+
+def assert_near(ours: list[float], theirs: list[float]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for step, (a, b) in enumerate(zip(ours, theirs)):
+        assert abs(a - b) <= LOSS * abs(b), f"loss of step {step}: {a} and {b}, {abs(a - b) / abs(b):.1e} apart"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_train_as_one(folder: Path, name: str, tmp_path: Path) -> None:
+    (losses, validation), other = (of_rank(folder, name, rank) for rank in range(W))
+    assert [losses, validation] == other  # every rank knows the whole batch's
+    alone = train(options(tmp_path, **CASES[name]))
+    assert_near(losses, alone.losses)
+    ours, theirs = (create_model(pretrained=path / "model").state_dict() for path in (folder / name, tmp_path))
+    for key, x in theirs.items():
+        assert float((ours[key] - x).norm()) <= 1e-3 * float(x.norm()) + 1e-6, key
+    assert validation["zero_shot_top1"] == pytest.approx(alone.validation["zero_shot_top1"], abs=0.02)
+
+
+@pytest.mark.fault("a resume with another number of processes, DDP for FSDP2", "the same losses to rounding")
+@pytest.mark.parametrize("name", ["fsdp as ddp", "ddp as fsdp"])
+def test_checkpoint_fits_every_number_of_ranks(folder: Path, name: str, tmp_path: Path) -> None:
+    losses, _ = of_rank(folder, name, 0)
+    resumed = {"resume": str(folder / name.split()[0]), "max_steps": STEPS + 2}
+    assert_near(losses, train(options(tmp_path, **resumed)).losses)
+
+
+def test_model_with_statistics_is_validated_as_it_is_saved(folder: Path) -> None:
+    """BatchNorm's statistics are rank 0's, in validation too."""
+    from fastclip.data.spec import open_source
+    from fastclip.evaluation.validate import validate
+    from fastclip.models import get_tokenizer, load_image_transform
+
+    found = [of_rank(folder, "statistics", rank) for rank in range(W)]
+    assert found[0] == found[1]
+    name = str(folder / "statistics" / "model")
+    model = create_model(pretrained=name).eval()
+    again = validate(model, open_source("digits", held_out=True), load_image_transform(name), get_tokenizer(name))
+    assert again == pytest.approx(found[0][1], abs=0.02)
+
+
+def test_fsdp_with_unequal_numbers_of_micro_batches_is_refused(folder: Path) -> None:
+    told = {of_rank(folder, "counts", rank) for rank in range(W)}
+    assert len(told) == 1 and "in micro-batches of 12 makes 1 or 2" in told.pop()
+
+
+def test_torchrun_starts_the_command(tmp_path: Path) -> None:
+    script = tmp_path / "command.py"
+    script.write_text("import sys\nfrom fastclip.cli import main\nsys.exit(main())\n")
+    words = ["--data", "digits", "--model", "ViT-tiny", "--context-length", "16", "--loss", "unicl", "--workers", "1"]
+    words += ["--batch-size", "24", "--max-steps", "2", "--output", str(tmp_path / "run")]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(W), str(script), "train", *words]
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, *launch], env={**kept, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 steps") == 1 and done.stderr.count("step 2 of 2") == 1  # one rank speaks
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    alone = train(options(tmp_path / "alone", val_data=None, max_steps=2))
+    assert_near([line["loss"] for line in lines], alone.losses)
+
+
+def _sees(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W)
+    table = folder / f"{rank}.csv"
+    table.write_text("filepath,title\n" + "a.png,x\n" * (30 + rank))
+    try:
+        train(options(folder / "run", data=str(table), val_data=None))
+    except ValueError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.fault("processes that see different data", "all of them raise and tell what each sees")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
+def test_ranks_that_see_different_data_are_told(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_sees, args=(rank, tmp_path)) for rank in range(W)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(W)]
+    assert all("different data: rank 0 30 samples from a.png, rank 1 31 samples from a.png" in line for line in told)
