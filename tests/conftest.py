@@ -7,33 +7,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# One thread a process: matrices as small as the tests' cost several times more on two busy cores than on one, and
+# several processes of pytest-xdist share the cores. Tests of threads ask for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+
+from support import pairwise
 
 pytest.register_assert_rewrite("support")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the full product of every matrix, not pairs of levels")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        items[:], deselected = pairwise.split(items)
+        config.hook.pytest_deselected(items=deselected)
+
+
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
     """A test draws the same random numbers whatever ran before it."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices as small as these tests' cost several times more on two busy cores than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        from threadpoolctl import threadpool_limits  # comes with scikit-learn, whose BLAS is another
-    except ImportError:
-        yield
-    else:
-        with threadpool_limits(1):
-            yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,6 @@ needs("train")
 
 from benchmarks import search
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_benchmark_of_search_writes_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

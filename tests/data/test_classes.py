@@ -20,7 +20,6 @@ from fastclip.data.classes import ClassFolder, open_labelled
 from fastclip.data.faults import BadSample
 from fastclip.data.spec import open_source
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")  # ImageNet's first
 
 

@@ -20,8 +20,6 @@ from fastclip.data.faults import BadSample, Tally
 from fastclip.data.karpathy import Karpathy
 from support.crops import split_file, write_crops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SPLITS = ("train", "restval", "val", "test")
 
 

@@ -20,8 +20,6 @@ from fastclip.evaluation.compose import Query, Term, combine, compose, parse_que
 from fastclip.models.embedder import Embedder, load_embedder
 from support.crops import sentences, split_file, write_crops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def embedder(checkpoint: Path) -> Embedder:

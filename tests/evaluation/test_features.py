@@ -26,8 +26,6 @@ from fastclip.evaluation.results import result, table, write_lines, write_result
 from fastclip.models import create_model
 from fastclip.models.embedder import Embedder, load_embedder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Stopped(Exception):
     pass

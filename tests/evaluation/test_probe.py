@@ -34,7 +34,6 @@ from fastclip.models import create_model
 from fastclip.models.embedder import Embedder
 from fastclip.models.tokenizer import ClipTokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOWERS = ("ViT-tiny", "RN-tiny", "align-tiny", "florence-tiny")
 
 

@@ -35,8 +35,6 @@ from fastclip.evaluation.results import result, write_results
 from fastclip.models.embedder import Embedder, load_embedder
 from fastclip.training import TrainOptions, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SECTIONS = ("figures", "curves", "validation", "confusion", "text-to-image", "image-to-text", "options")
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 

@@ -29,8 +29,6 @@ from fastclip.evaluation.retrieval import best_ranks, retrieval_ranks, retrieval
 from fastclip.models.embedder import Embedder, load_embedder
 from support.crops import sentences, split_file, write_crops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KEYS = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)]
 
 

@@ -25,7 +25,6 @@ from fastclip.models import create_model
 from fastclip.models.embedder import Embedder
 from fastclip.models.tokenizer import ClipTokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATES = ("a {}", "many {}")
 
 

@@ -29,8 +29,6 @@ from fastclip.evaluation.classification import class_ranks, classification_metri
 from fastclip.evaluation.zero_shot import ZeroShot, class_accuracies, class_embeddings, templates_for, zero_shot
 from fastclip.models.embedder import Embedder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def digits(count: int = 150) -> Source:
     """Of some digits more than of others."""

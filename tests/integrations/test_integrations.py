@@ -34,8 +34,6 @@ from transformers.models.siglip.modeling_siglip import SiglipConfig, SiglipModel
 from fastclip.integrations import patch_open_clip, patch_transformers, unpatch
 from support.patched_ranks import clip_batch, clip_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 N = 96  # pairs; no other axis of what is computed is as long
 CLASSES = {"clip": CLIPModel, "siglip": SiglipModel, "align": AlignModel}
 PATCHED = (*CLASSES.values(), open_clip.loss.ClipLoss, open_clip.loss.SigLipLoss)

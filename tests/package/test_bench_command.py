@@ -13,8 +13,6 @@ from fastclip.bench import run
 from fastclip.cli import main
 from support import ROOT, needs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = ["--device", "cpu", "--sizes", "64,96", "--D", "32", "--rounds", "3"]
 
 

@@ -24,8 +24,6 @@ import fastclip
 from fastclip import cli
 from fastclip.training.options import parse_options
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 # What a page writes for the user's own, and what stands here for it
 SMALL = {"ViT-B-32": "ViT-tiny", "max_steps=400": 'max_steps=2, batch_size=8, device="cpu", workers=0'}

@@ -18,8 +18,6 @@ from fastclip.cli import main
 from fastclip.doctor import Finding
 from fastclip.parity import compare
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,6 @@ from fastclip.search.embed import embed_source
 from support.faulty import HTML, write_folder
 from support.pictures import FILES, real_pictures
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def digits() -> Source:

@@ -35,7 +35,6 @@ from fastclip.search.near_duplicates import near_duplicates
 from support.interrupted_search import DEDUP
 from support.pictures import real_pictures
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = 16
 
 

@@ -24,8 +24,6 @@ from fastclip.search.engine import SearchEngine
 from fastclip.search.query import Term
 from support.colours import QUERY, Colours, check, counts, draw, engine, picture_vector
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,6 @@ from fastclip.search import index, scan
 from support.colours import QUERY, Colours, check, counts, draw, engine
 from support.forks import forked, forks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TRIALS = 100
 
 

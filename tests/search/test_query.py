@@ -14,8 +14,6 @@ from fastclip.search.engine import SearchEngine
 from fastclip.search.query import Term, combine, parse_query
 from support.colours import Colours, draw, picture_vector, text_vector
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     ("query", "terms"),

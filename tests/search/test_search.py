@@ -36,7 +36,6 @@ from fastclip.search.rank import top
 from fastclip.search.sheet import contact_sheet, terminal_picture
 from support.colours import Colours, draw
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EMOJI = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
 

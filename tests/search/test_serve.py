@@ -31,7 +31,6 @@ from fastclip.search.engine import SearchEngine
 from fastclip.search.serve import make_server
 from support.colours import Colours, draw, picture_vector, text_vector
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

@@ -33,9 +33,6 @@ CPU = torch.device("cpu")
 BAD = [(HTML, b"x"), (picture(), None), (HTML, b"y"), (picture(), b" ")]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def options(data: Path, folder: Path, **changed: Any) -> TrainOptions:
     values: dict[str, Any] = {
         "data": str(data),

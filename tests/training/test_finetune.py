@@ -36,7 +36,6 @@ from fastclip.training.ensemble import ensemble_accuracies, interpolate
 from fastclip.training.finetune import Finetuned, FinetuneOptions, finetune, zero_shot_head
 from fastclip.training.signals import Interrupted
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS: dict[str, Any] = {"batch_size": 24, "epochs": 2, "lr": 1e-3, "workers": 0, "save_every": 1}
 STEPS = 8
 

@@ -26,9 +26,6 @@ BF16_TRAINING = 1e-2
 SEEN = 1e-4  # relative error of a gradient that these tests must find
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @functools.cache
 def trained(name: str, backend: str, dtype: torch.dtype) -> Run:
     loss = dense_loss if backend == "dense" else functools.partial(ours(name), backend=backend)

@@ -52,9 +52,6 @@ WORDS = [word for name, value in VALUES.items() for word in ("--" + name.replace
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def options(folder: Path, **changed: Any) -> TrainOptions:
     return TrainOptions(**{**VALUES, "output": str(folder), **changed})
 

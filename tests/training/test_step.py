@@ -33,9 +33,6 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 B, L = 12, 8
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def tiny(name: str = "ViT-tiny", **options: Any) -> DualEncoder:
     torch.manual_seed(0)
     return create_model(name, context_length=L, **options)

@@ -33,9 +33,6 @@ METRICS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def options(folder: Path, **changed: Any) -> TrainOptions:
     values: dict[str, Any] = {
         "data": "digits",
