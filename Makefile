@@ -1,18 +1,28 @@
 # Every target makes the virtual environment it needs. PYTHON chooses the interpreter (3.10 or newer), VENV the folder,
+# WORKERS the tests that run side by side (default: one a core, 8 at most), TEST options of pytest such as `--full`,
 # GPU_CHECK options of gpu-check, such as `--minutes 9` or `--list`.
+SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= auto
 BIN := $(VENV)/bin
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+PYTEST = $(BIN)/python -m pytest -q --durations=15
+SIDE_BY_SIDE = -n $(WORKERS) --maxprocesses 8 --dist worksteal
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 
-.PHONY: demo test lint format bench gpu-check report docs clean
+.PHONY: demo test bench-test lint format bench gpu-check report docs clean
 
 demo: $(VENV)/.installed-train ## train on handwritten digits, print zero-shot accuracy, draw runs/digits/digits.png
 	$(BIN)/python examples/train_digits.py
 
-test: lint ## everything that needs no GPU
-	$(BIN)/python -m pytest -q --durations=15
+test: lint ## everything that needs no GPU; what measures time runs alone, after the rest
+	@TIMEFORMAT='make test: %0R seconds'; time { \
+	$(PYTEST) $(TEST) --ignore tests/benchmarks $(SIDE_BY_SIDE) -m "not alone" && \
+	$(PYTEST) $(TEST) --ignore tests/benchmarks -m alone; }
+
+bench-test: $(VENV)/.installed-dev ## the harness of the benchmarks
+	$(PYTEST) $(TEST) tests/benchmarks $(SIDE_BY_SIDE)
 
 lint: $(VENV)/.installed-dev ## linters and types
 	$(BIN)/ruff check .

@@ -43,6 +43,7 @@ def test_command_answers_without_torch(line: str) -> None:
     assert answer and loaded == "loaded:"
 
 
+@pytest.mark.alone
 def test_help_answers_in_half_a_second() -> None:
     script = Path(sys.executable).with_name("fastclip")
     if not script.exists():
@@ -55,6 +56,7 @@ def test_help_answers_in_half_a_second() -> None:
     assert statistics.median(seconds) < 0.5
 
 
+@pytest.mark.alone
 def test_losses_import_in_a_fifth_of_a_second_beside_torch() -> None:
     code = "import time, torch; start = time.perf_counter(); import fastclip; fastclip.contrastive_loss; "
     code += "print(time.perf_counter() - start)"
