@@ -1,10 +1,14 @@
-"""Every promise, the tests that hold it, and a way to break it, after which one of those tests must fail.
+"""Break the promises of tests/broken, one at a time in a copy of the repository, and see that a test fails each time.
 
-    python tests/breaks.py                 breaks every promise, one at a time, in a copy of the repository
-    python tests/breaks.py memory fork     those whose text contains one of the words
-    python tests/breaks.py --write         docs/promises.md from this table
+    python tests/breaks.py                            every break of every promise
+    python tests/breaks.py memory fork                those whose text has one of the words
+    python tests/breaks.py --file fastclip/loss.py    those of a file: it is broken, or its tests must notice
+    python tests/breaks.py --since HEAD~3             those of the files that changed since a revision
+    python tests/breaks.py --list ...                 print them, with the command that runs their tests
+    python tests/breaks.py --write                    write docs/promises.md from the table
 
-The copy is made from a checkout whose package is installed for development (`make test` does so).
+Words, --file and --since add to each other. The copy is made from a checkout whose package is installed for
+development (`make test` does so).
 """
 
 from __future__ import annotations
@@ -15,87 +19,95 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from broken import (
-    Break,
-    Promise,
-    data,
-    distributed,
-    doctor,
-    documents,
-    features,
-    filter,
-    gpus,
-    integrations,
-    losses,
-    models,
-    plan,
-    probe,
-    report,
-    retrieval,
-    search,
-    training,
-    zeroshot,
-)
+from broken import Break, Promise, promises
 from support import ROOT
 from support.native_build import PATH
 
 DOCUMENT = ROOT / "docs" / "promises.md"
-
-
-PARTS = (
-    losses,
-    distributed,
-    gpus,
-    integrations,
-    models,
-    data,
-    training,
-    plan,
-    features,
-    zeroshot,
-    retrieval,
-    probe,
-    report,
-    search,
-    filter,
-    doctor,
-    documents,
-)
-PROMISES: dict[str, list[Promise]] = {name: found for part in PARTS for name, found in part.PROMISES.items()}
+_NOT_COPIED = (".git", ".venv", "build", "runs", "__pycache__", "*.egg-info", ".*_cache")
 
 
 def document() -> str:
+    """Return the text of docs/promises.md."""
     lines = [
         "# Promises",
         "",
         "What fastclip holds to, the tests that fail when it does not, and how each was broken to see them fail.",
         "`python tests/breaks.py` breaks every one again; `--write` makes this file from the table there.",
     ]
-    for section, promises in PROMISES.items():
-        lines += ["", f"## {section}", "", "| promise | tests | broken by |", "|---|---|---|"]
-        for promise in promises:
-            tests = "<br>".join(f"`{name}`" for name in promise.tests)
-            breaks = "<br>".join(f"{one.what} (`{one.file}`)" for one in promise.breaks)
-            lines.append(f"| {promise.text} | {tests} | {breaks} |")
+    for question in dict.fromkeys(promise.question for promise in promises()):
+        lines += ["", f"## {question}", "", "| promise | tests | broken by |", "|---|---|---|"]
+        for promise in promises():
+            if promise.question == question:
+                tests = "<br>".join(f"`{name}`" for name in promise.tests)
+                breaks = "<br>".join(f"{one.what} (`{one.file}`)" for one in promise.breaks)
+                lines.append(f"| {promise.text} | {tests} | {breaks} |")
     return "\n".join(lines) + "\n"
 
 
+def pytest_command(promise: Promise) -> list[str]:
+    return ["python", "-m", "pytest", "-q", *(f"tests/{name}" for name in promise.tests)]
+
+
+def changed_since(revision: str) -> set[str]:
+    """Return the files whose content differs from the revision's, those that git does not track yet included.
+
+    A file that was moved and not changed is left out.
+    """
+
+    def git(*arguments: str) -> list[str]:
+        return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True).split("\0")[:-1]
+
+    fields = git("diff", "--name-status", "-M", "-z", revision)
+    changed = set(git("ls-files", "--others", "--exclude-standard", "-z"))
+    while fields:
+        status = fields.pop(0)
+        names = [fields.pop(0) for _ in range(2 if status[0] in "RC" else 1)]  # a move has its old and its new name
+        if status not in ("R100", "C100"):  # per cent of the lines that are the same
+            changed.add(names[-1])
+    return changed
+
+
+def chosen(words: list[str], files: Iterable[str]) -> list[tuple[Promise, Break]]:
+    """Return the breaks whose text has one of the words, and those of the files; every break where none is given."""
+    files = set(files)
+    found = []
+    for promise in promises():
+        tested = any("tests/" + name.split("::")[0] in files for name in promise.tests)
+        for one in promise.breaks:
+            if tested or one.file in files or any(word in promise.text + one.what for word in words):
+                found.append((promise, one))
+    return found
+
+
+def built(one: Break, promise: Promise) -> str | None:
+    """Return which native module must be built again to notice the break: "CPU", "CUDA" or None.
+
+    The tests that emulate a GPU compile the CUDA sources themselves.
+    """
+    if not one.file.startswith("csrc/") and one.file != "CMakeLists.txt":
+        return None
+    if not one.file.startswith("csrc/cuda"):
+        return "CPU"
+    return "CUDA" if any(name.endswith("::test_module_without_a_driver") for name in promise.tests) else None
+
+
 def build(copy: Path, folder: Path, kind: str) -> str | None:
-    """Rebuild the native module of the copy for the CPU or CUDA; what the compiler said where it fails."""
+    """Build the native module for the CPU or for CUDA into the copy's package; return the compiler's errors, if any."""
+    if kind == "CUDA" and shutil.which("nvcc", path=PATH) is None:
+        return "nvcc was not found"
     pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
-    configure = [
-        "cmake",
-        "-S",
-        copy,
-        "-B",
-        folder,
-        f"-Dpybind11_DIR={pybind11}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        *(f"-DFASTCLIP_BUILD_{other}={'ON' if other == kind else 'OFF'}" for other in ("CPU", "CUDA")),
-    ]
-    for command in (configure, ["cmake", "--build", folder]):
+    options = {"pybind11_DIR": pybind11, "Python_EXECUTABLE": sys.executable}
+    options |= {f"FASTCLIP_BUILD_{other}": "ON" if other == kind else "OFF" for other in ("CPU", "CUDA")}
+    configure = ["cmake", "-S", str(copy), "-B", str(folder), *(f"-D{name}={value}" for name, value in options.items())]
+    for command in (configure, ["cmake", "--build", str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": PATH})
         if done.returncode:
             return done.stdout[-800:] + done.stderr[-800:]
@@ -104,56 +116,92 @@ def build(copy: Path, folder: Path, kind: str) -> str | None:
     return None
 
 
-def try_break(one: Break, tests: tuple[str, ...], folder: Path) -> str:
-    """ "caught by ..." or what went wrong instead."""
-    copy = folder / "copy"
+def make_copy(copy: Path) -> None:
+    """Copy the repository, with new times of its files: what the last break changed must be compiled again."""
     shutil.rmtree(copy, ignore_errors=True)
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", "*.egg-info", ".*_cache")
-    # without the times of the files: what the last break changed must be compiled again
-    shutil.copytree(ROOT, copy, ignore=ignored, copy_function=shutil.copy)
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*_NOT_COPIED), copy_function=shutil.copy)
     # beside an editable installation the copy's own kernels must be found first
     (copy / "fastclip" / "triton_kernels").symlink_to(copy / "triton_kernels")
+
+
+def try_break(promise: Promise, one: Break, folder: Path) -> tuple[str, str]:
+    """Return "caught", "MISSED", "SKIPPED" or "FAILED", and what there is to say about it."""
+    copy = folder / "copy"
+    make_copy(copy)
     path = copy / one.file
     path.write_text(path.read_text().replace(one.old, one.new))
-    kind = "CUDA" if "cuda" in one.file else "CPU"
-    emulated = kind == "CUDA" and not any(test.endswith("test_module_without_a_driver") for test in tests)
-    if (
-        one.file.startswith("csrc/") or one.file == "CMakeLists.txt"
-    ) and not emulated:  # those tests build what they run
-        if kind == "CUDA" and shutil.which("nvcc", path=PATH) is None:
-            print(f"{one.what}: nvcc was not found, {one.file} is not compiled")
-        elif error := build(copy, folder / kind, kind):
-            return f"NOT BUILT: {error}"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests)]
+    kind = built(one, promise)
+    if kind is not None and (error := build(copy, folder / kind, kind)):
+        return "FAILED", f"not built: {error}"
+    command = [sys.executable, *pytest_command(promise)[1:], "-x", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(copy)}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    if done.returncode == 0:
-        return "MISSED"
-    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR tests/"))]
+    lines = done.stdout.splitlines()
+    failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR tests/"))]
     if failed:
-        return f"caught by {failed[0]}"
-    return "caught by a crash" if done.returncode < 0 else f"NOT RUN: {(done.stdout + done.stderr)[-800:]}"
+        return "caught", f"by {failed[0]}"
+    if done.returncode < 0:
+        return "caught", "by a crash"
+    if done.returncode > 0:
+        return "FAILED", f"no test ran: {(done.stdout + done.stderr)[-800:]}"
+    return ("MISSED" if " passed" in lines[-1] else "SKIPPED"), lines[-1]
+
+
+def break_all(breaks: list[tuple[Promise, Break]], jobs: int) -> Counter[str]:
+    """Try the breaks, `jobs` at a time, each in a copy of its own; print and count what became of them."""
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+
+        def work(number: int) -> None:
+            promise, one = breaks[number]
+            folder = Path(name) / str(threading.get_ident())
+            folder.mkdir(exist_ok=True)
+            begun = time.monotonic()
+            result, words = try_break(promise, one, folder)
+            counts[result] += 1
+            seconds = time.monotonic() - begun
+            print(f"{number + 1}/{len(breaks)} {one.file}: {one.what}: {result} {words} ({seconds:.0f} s)", flush=True)
+
+        list(pool.map(work, range(len(breaks))))  # the first error ends it
+    return counts
+
+
+def print_list(breaks: list[tuple[Promise, Break]]) -> None:
+    before = None
+    for promise, one in breaks:
+        if promise is not before:
+            print(f"\n{promise.text}\n  {' '.join(pytest_command(promise))}")
+        print(f"  {one.file}: {one.what}")
+        before = promise
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="promises or breaks that contain one of these (default: all)")
+    parser.add_argument("--file", action="append", default=[], help="a file of the package or of the tests")
+    parser.add_argument("--since", metavar="REV", help="files that changed since this revision of git")
+    parser.add_argument("--list", action="store_true", help="print the breaks instead of trying them")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="how many to try at a time (default: 1)")
     parser.add_argument("--write", action="store_true", help="write docs/promises.md instead")
     arguments = parser.parse_args()
     if arguments.write:
-        DOCUMENT.parent.mkdir(exist_ok=True)
         DOCUMENT.write_text(document())
         return
-    missed = 0
-    with tempfile.TemporaryDirectory() as name:
-        for promise in (promise for promises in PROMISES.values() for promise in promises):
-            for one in promise.breaks:
-                if arguments.words and not any(word in promise.text + one.what for word in arguments.words):
-                    continue
-                result = try_break(one, promise.tests, Path(name))
-                missed += not result.startswith("caught")
-                print(f"{one.what}: {result}", flush=True)
-    sys.exit(1 if missed else 0)
+    files = {Path(os.path.relpath(Path(file).resolve(), ROOT)).as_posix() for file in arguments.file}
+    if missing := [file for file in files if not (ROOT / file).is_file()]:
+        parser.error(f"no file of the repository: {', '.join(missing)}")
+    words = list(arguments.words)
+    if arguments.since is not None:
+        files |= changed_since(arguments.since)
+    elif not words and not files:
+        words = [""]  # in every text
+    breaks = chosen(words, files)
+    if arguments.list:
+        print_list(breaks)
+        return
+    counts = break_all(breaks, arguments.jobs)
+    print(", ".join(f"{count} {result}" for result, count in counts.items()) or "no break was chosen")
+    sys.exit(1 if counts["MISSED"] or counts["FAILED"] else 0)
 
 
 if __name__ == "__main__":

@@ -1,47 +1,251 @@
-"""The encoders."""
+"""The encoders and their checkpoints."""
 
 from __future__ import annotations
 
 from broken import Break, Promise
 
-MODELS = "models/test_models.py"
-CHECKPOINTS = "models/test_checkpoints.py"
-PREPROCESS = "models/test_preprocess.py"
-REFUSED = "models/test_refused.py"
-
-# fmt: off
-PROMISES: dict[str, list[Promise]] = {
-    "Encoders": [
-        Promise(
-            "encoder features equal open_clip's and Hugging Face's on the same weights, in both directions",
-            (f"{CHECKPOINTS}::test_open_clip_both_ways", f"{CHECKPOINTS}::test_hugging_face_clip_both_ways", f"{CHECKPOINTS}::test_hugging_face_align_both_ways"),
-            (
-                Break("encoder: projections are not transposed", "fastclip/models/conversion.py", 'Rule(r"text\\.text_projection", "text_projection.weight", TRANSPOSED)', 'Rule(r"text\\.text_projection", "text_projection.weight")'),
-                Break("encoder: keys before queries", "fastclip/models/conversion.py", '_QKV = ("q_proj", "k_proj", "v_proj")', '_QKV = ("k_proj", "q_proj", "v_proj")'),
-                Break("encoder: the temperature is the scale", "fastclip/models/conversion.py", "-theirs[0].reshape(()).log()", "theirs[0].reshape(()).log()"),
-                Break("encoder: ALIGN pads both sides", "fastclip/models/image_towers.py", "size // 2 if both_sides else size // 2 - 1", "size // 2"),
-                Break("encoder: GELU in the ViT whatever the name", "fastclip/models/image_towers.py", "act_layer=QuickGELU if quick_gelu else nn.GELU", "act_layer=nn.GELU"),
+PROMISES = [
+    Promise(
+        "Encoders",
+        "encoder features equal open_clip's and Hugging Face's on the same weights, in both directions",
+        tests=[
+            "models/test_checkpoints.py::test_open_clip_both_ways",
+            "models/test_checkpoints.py::test_hugging_face_clip_both_ways",
+            "models/test_checkpoints.py::test_hugging_face_align_both_ways",
+        ],
+        breaks=[
+            Break(
+                "encoder: projections are not transposed",
+                "fastclip/models/conversion.py",
+                old='Rule(r"text\\.text_projection", "text_projection.weight", TRANSPOSED)',
+                new='Rule(r"text\\.text_projection", "text_projection.weight")',
             ),
-        ),
-        Promise("encoder sizes are the published ones", (f"{MODELS}::test_clip_has_open_clips_parameters", f"{MODELS}::test_published_parameters"), (Break("encoder: a bias on the projection", "fastclip/models/image_towers.py", "nn.Linear(width, embed_dim, bias=False)", "nn.Linear(width, embed_dim)"),)),
-        Promise("encoder weights start as published", (f"{MODELS}::test_clip_weights_start_as_published",), (Break("encoder: attention pooling starts as any layer", "fastclip/models/image_towers.py", "nn.init.normal_(linear.weight, std=pool.in_features**-0.5)", "pass"),)),
-        Promise("CoSwin is Swin but for its embedding and every merging", (f"{MODELS}::test_coswin_is_swin_with_convolutions_around_its_blocks", f"{MODELS}::test_coswin_windows_overlap"), (Break("encoder: Swin's last merging stays", "fastclip/models/coswin.py", "range(1, len(config.layers)):", "range(1, len(config.layers) - 1):"), Break("encoder: Swin's embedding", "fastclip/models/coswin.py", "embed_layer=ConvEmbed", "embed_layer=PatchEmbed"))),
-        Promise("no pickle of a checkpoint runs", (f"{REFUSED}::test_no_pickle_runs",), (Break("encoder: pickles run", "fastclip/models/checkpoint.py", "weights_only=True", "weights_only=False"),)),
-        Promise("a checkpoint that does not fit names missing, unexpected and mis-shaped parameters", (f"{REFUSED}::test_checkpoint_that_does_not_fit_names_the_parameters",), (Break("encoder: what is missing stays random", "fastclip/models/factory.py", "if missing or unexpected or shapes:", "if unexpected or shapes:"),)),
-        Promise(
-            "OpenAI's files mean QuickGELU, and it is said; a Hugging Face activation that contradicts the name raises",
-            (f"{CHECKPOINTS}::test_openai_means_quick_gelu", f"{CHECKPOINTS}::test_hugging_face_activation_must_be_the_names"),
-            (
-                Break("encoder: OpenAI is not recognised", "fastclip/models/checkpoint.py", 'if archive or "input_resolution" in tensors:', "if False:"),
-                Break("encoder: contradictions pass", "fastclip/models/factory.py", "        if theirs is not None:\n            kinds", "        if False:\n            kinds"),
+            Break(
+                "encoder: keys before queries",
+                "fastclip/models/conversion.py",
+                old='_QKV = ("q_proj", "k_proj", "v_proj")',
+                new='_QKV = ("k_proj", "q_proj", "v_proj")',
             ),
-        ),
-        Promise("position embeddings interpolate as open_clip's, and it is said", (f"{CHECKPOINTS}::test_other_resolutions_interpolate_as_open_clip",), (Break("encoder: the class token is interpolated too", "fastclip/models/factory.py", "num_prefix_tokens=1)", "num_prefix_tokens=0)"), Break("encoder: interpolation is silent", "fastclip/models/factory.py", 'logger.warning("%s interpolated', 'logger.debug("%s interpolated'))),
-        Promise("tokenizers never fail on a text, and cut texts keep their end", (f"{PREPROCESS}::test_no_text_fails", f"{PREPROCESS}::test_wordpiece_is_transformers"), (Break("encoder: half surrogates", "fastclip/models/wordpiece.py", '.encode("utf-8", "replace").decode()', ""),)),
-        Promise("the image transforms are open_clip's", (f"{PREPROCESS}::test_clip_transforms_are_open_clips",), (Break("encoder: transforms resize bilinearly", "fastclip/models/transforms.py", "InterpolationMode(options.interpolation)", "InterpolationMode.BILINEAR"),)),
-        Promise("a locked tower stays as it is, BatchNorm included", (f"{MODELS}::test_locked_tower_stays_as_it_is",), (Break("encoder: locked statistics move", "fastclip/models/dual_encoder.py", "        for name in self._locked:\n            self.get_submodule(name).eval()\n        return self", "        return self"),)),
-        Promise("gradient checkpointing keeps less and changes no gradient", (f"{MODELS}::test_checkpointed_gradients_are_the_same",), (Break("encoder: one tower only", "fastclip/models/dual_encoder.py", "for tower in (self.visual, self.text):", "for tower in (self.text,):"),)),
-        Promise("ALIGN's pictures become squares of 346 pixels, as the paper says, CLIP's keep their sides", ("models/test_preprocess.py::test_align_transforms",), (Break("encoder: ALIGN's keep their sides", "fastclip/models/transforms.py", 'if options.resize_mode == "shortest" else', "if options.resize_mode else"),)),
-    ],
-}
-# fmt: on
+            Break(
+                "encoder: the temperature is the scale",
+                "fastclip/models/conversion.py",
+                old="-theirs[0].reshape(()).log()",
+                new="theirs[0].reshape(()).log()",
+            ),
+            Break(
+                "encoder: ALIGN pads both sides",
+                "fastclip/models/image_towers.py",
+                old="size // 2 if both_sides else size // 2 - 1",
+                new="size // 2",
+            ),
+            Break(
+                "encoder: GELU in the ViT whatever the name",
+                "fastclip/models/image_towers.py",
+                old="act_layer=QuickGELU if quick_gelu else nn.GELU",
+                new="act_layer=nn.GELU",
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "encoder sizes are the published ones",
+        tests=[
+            "models/test_models.py::test_clip_has_open_clips_parameters",
+            "models/test_models.py::test_published_parameters",
+        ],
+        breaks=[
+            Break(
+                "encoder: a bias on the projection",
+                "fastclip/models/image_towers.py",
+                old="nn.Linear(width, embed_dim, bias=False)",
+                new="nn.Linear(width, embed_dim)",
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "encoder weights start as published",
+        tests=[
+            "models/test_models.py::test_clip_weights_start_as_published",
+        ],
+        breaks=[
+            Break(
+                "encoder: attention pooling starts as any layer",
+                "fastclip/models/image_towers.py",
+                old="nn.init.normal_(linear.weight, std=pool.in_features**-0.5)",
+                new="pass",
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "CoSwin is Swin but for its embedding and every merging",
+        tests=[
+            "models/test_models.py::test_coswin_is_swin_with_convolutions_around_its_blocks",
+            "models/test_models.py::test_coswin_windows_overlap",
+        ],
+        breaks=[
+            Break(
+                "encoder: Swin's last merging stays",
+                "fastclip/models/coswin.py",
+                old="range(1, len(config.layers)):",
+                new="range(1, len(config.layers) - 1):",
+            ),
+            Break(
+                "encoder: Swin's embedding",
+                "fastclip/models/coswin.py",
+                old="embed_layer=ConvEmbed",
+                new="embed_layer=PatchEmbed",
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "no pickle of a checkpoint runs",
+        tests=[
+            "models/test_refused.py::test_no_pickle_runs",
+        ],
+        breaks=[
+            Break(
+                "encoder: pickles run",
+                "fastclip/models/checkpoint.py",
+                old="weights_only=True",
+                new="weights_only=False",
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "a checkpoint that does not fit names missing, unexpected and mis-shaped parameters",
+        tests=[
+            "models/test_refused.py::test_checkpoint_that_does_not_fit_names_the_parameters",
+        ],
+        breaks=[
+            Break(
+                "encoder: what is missing stays random",
+                "fastclip/models/factory.py",
+                old="if missing or unexpected or shapes:",
+                new="if unexpected or shapes:",
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "OpenAI's files mean QuickGELU, and it is said; a Hugging Face activation that contradicts the name raises",
+        tests=[
+            "models/test_checkpoints.py::test_openai_means_quick_gelu",
+            "models/test_checkpoints.py::test_hugging_face_activation_must_be_the_names",
+        ],
+        breaks=[
+            Break(
+                "encoder: OpenAI is not recognised",
+                "fastclip/models/checkpoint.py",
+                old='if archive or "input_resolution" in tensors:',
+                new="if False:",
+            ),
+            Break(
+                "encoder: contradictions pass",
+                "fastclip/models/factory.py",
+                old="if theirs is not None:",
+                new="if False:",
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "position embeddings interpolate as open_clip's, and it is said",
+        tests=[
+            "models/test_checkpoints.py::test_other_resolutions_interpolate_as_open_clip",
+        ],
+        breaks=[
+            Break(
+                "encoder: the class token is interpolated too",
+                "fastclip/models/factory.py",
+                old="num_prefix_tokens=1)",
+                new="num_prefix_tokens=0)",
+            ),
+            Break(
+                "encoder: interpolation is silent",
+                "fastclip/models/factory.py",
+                old='logger.warning("%s interpolated',
+                new='logger.debug("%s interpolated',
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "tokenizers never fail on a text, and cut texts keep their end",
+        tests=[
+            "models/test_preprocess.py::test_no_text_fails",
+            "models/test_preprocess.py::test_wordpiece_is_transformers",
+        ],
+        breaks=[
+            Break(
+                "encoder: half surrogates",
+                "fastclip/models/wordpiece.py",
+                old='.encode("utf-8", "replace").decode()',
+                new="",
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "the image transforms are open_clip's",
+        tests=[
+            "models/test_preprocess.py::test_clip_transforms_are_open_clips",
+        ],
+        breaks=[
+            Break(
+                "encoder: transforms resize bilinearly",
+                "fastclip/models/transforms.py",
+                old="InterpolationMode(options.interpolation)",
+                new="InterpolationMode.BILINEAR",
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "a locked tower stays as it is, BatchNorm included",
+        tests=[
+            "models/test_models.py::test_locked_tower_stays_as_it_is",
+        ],
+        breaks=[
+            Break(
+                "encoder: locked statistics move",
+                "fastclip/models/dual_encoder.py",
+                old="for name in self._locked:",
+                new="for name in ():",
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "gradient checkpointing keeps less and changes no gradient",
+        tests=[
+            "models/test_models.py::test_checkpointed_gradients_are_the_same",
+        ],
+        breaks=[
+            Break(
+                "encoder: one tower only",
+                "fastclip/models/dual_encoder.py",
+                old="for tower in (self.visual, self.text):",
+                new="for tower in (self.text,):",
+            ),
+        ],
+    ),
+    Promise(
+        "Encoders",
+        "ALIGN's pictures become squares of 346 pixels, as the paper says, CLIP's keep their sides",
+        tests=[
+            "models/test_preprocess.py::test_align_transforms",
+        ],
+        breaks=[
+            Break(
+                "encoder: ALIGN's keep their sides",
+                "fastclip/models/transforms.py",
+                old='if options.resize_mode == "shortest" else',
+                new="if options.resize_mode else",
+            ),
+        ],
+    ),
+]

@@ -4,29 +4,68 @@ from __future__ import annotations
 
 from broken import Break, Promise
 
-TRAINING, PLAN = "fastclip/training/", "training/test_plan.py"
-
-# fmt: off
-PROMISES: dict[str, list[Promise]] = {
-    "Plan": [
-        Promise(
-            "`fastclip plan` is within 15 % of the memory that measured steps take, and allocates nothing",
-            (f"{PLAN}::test_plan_is_what_a_step_takes", f"{PLAN}::test_footprint_of_one_layer_is_counted_by_hand", f"{PLAN}::test_footprint_is_exact_for_other_batches", f"{PLAN}::test_bf16_and_checkpointing_make_activations_smaller"),
-            (
-                Break("plan: what dies is not forgotten", f"{TRAINING}footprint.py", "        self.bytes -= self._sizes.pop(key)", "        self._sizes.pop(key)"),
-                Break("plan: DDP's buckets are forgotten", f"{TRAINING}planning.py", "return self.gradients if self._ddp and self.cached else 0", "return 0"),
-                Break("plan: bf16 is forgotten", f"{TRAINING}footprint.py", 'enabled=self.precision == "bf16"', "enabled=False"),
+PROMISES = [
+    Promise(
+        "Plan",
+        "`fastclip plan` is within 15 % of the memory that measured steps take, and allocates nothing",
+        tests=[
+            "training/test_plan.py::test_plan_is_what_a_step_takes",
+            "training/test_plan.py::test_footprint_of_one_layer_is_counted_by_hand",
+            "training/test_plan.py::test_footprint_is_exact_for_other_batches",
+            "training/test_plan.py::test_bf16_and_checkpointing_make_activations_smaller",
+        ],
+        breaks=[
+            Break(
+                "plan: what dies is not forgotten",
+                "fastclip/training/footprint.py",
+                old="self.bytes -= self._sizes.pop(key)",
+                new="self._sizes.pop(key)",
             ),
-        ),
-        Promise(
-            "the largest micro-batch fits and one more pair does not; states, shards and the loss are counted as they are",
-            (f"{PLAN}::test_largest_micro_batch_is_the_largest", f"{PLAN}::test_states_are_of_the_models_parameters", f"{PLAN}::test_fsdp_holds_a_share", f"{PLAN}::test_loss_is_that_of_the_scaling_model"),
-            (
-                Break("plan: one pair too many", f"{TRAINING}planning.py", "        return low\n", "        return high\n"),
-                Break("plan: AdamW has one state", f"{TRAINING}planning.py", '"adamw": 2', '"adamw": 1'),
-                Break("plan: log-sum-exps are forgotten", f"{TRAINING}planning.py", "held = texts * (2 * size + _FP32)", "held = texts * 2 * size"),
+            Break(
+                "plan: DDP's buckets are forgotten",
+                "fastclip/training/planning.py",
+                old="return self.gradients if self._ddp and self.cached else 0",
+                new="return 0",
             ),
+            Break(
+                "plan: bf16 is forgotten",
+                "fastclip/training/footprint.py",
+                old='enabled=self.precision == "bf16"',
+                new="enabled=False",
+            ),
+        ],
+    ),
+    Promise(
+        "Plan",
+        (
+            "the largest micro-batch fits and one more pair does not; "
+            "states, shards and the loss are counted as they are"
         ),
-    ],
-}
-# fmt: on
+        tests=[
+            "training/test_plan.py::test_largest_micro_batch_is_the_largest",
+            "training/test_plan.py::test_states_are_of_the_models_parameters",
+            "training/test_plan.py::test_fsdp_holds_a_share",
+            "training/test_plan.py::test_loss_is_that_of_the_scaling_model",
+        ],
+        breaks=[
+            Break(
+                "plan: one pair too many",
+                "fastclip/training/planning.py",
+                old="return low",
+                new="return high",
+            ),
+            Break(
+                "plan: AdamW has one state",
+                "fastclip/training/planning.py",
+                old='"adamw": 2',
+                new='"adamw": 1',
+            ),
+            Break(
+                "plan: log-sum-exps are forgotten",
+                "fastclip/training/planning.py",
+                old="held = texts * (2 * size + _FP32)",
+                new="held = texts * 2 * size",
+            ),
+        ],
+    ),
+]

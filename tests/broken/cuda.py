@@ -1,0 +1,234 @@
+"""The CUDA kernels: masks, launchers, machine code, refusals."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+PROMISES = [
+    Promise(
+        "CUDA backend",
+        "masks: own pairs, ragged edges, self pairs, repairs",
+        tests=[
+            "backends/test_cuda.py::test_statistics",
+            "backends/test_cuda.py::test_weights",
+            "backends/test_cuda.py::test_sigmoid",
+            "backends/test_cuda.py::test_statistics_with_labels",
+            "backends/test_cuda.py::test_weights_with_labels",
+            "backends/test_cuda.py::test_repaired_weights_are_left_alone",
+            "backends/test_cuda.py::test_exponentials_that_flush_are_no_empty_set",
+        ],
+        breaks=[
+            Break(
+                "rows past the last",
+                "csrc/cuda/tile.cuh",
+                old="return 64 * half + 8 * h >= rows || 8 * c + e >= cols;",
+                new="return 8 * c + e >= cols;",
+            ),
+            Break(
+                "columns past the last",
+                "csrc/cuda/tile.cuh",
+                old="return 64 * half + 8 * h >= rows || 8 * c + e >= cols;",
+                new="return 64 * half + 8 * h >= rows;",
+            ),
+            Break(
+                "the diagonal's upper end",
+                "csrc/cuda/tile.cuh",
+                old="own > -kBlockM && own < Op::kBlockN",
+                new="own > -kBlockM + 1 && own < Op::kBlockN",
+            ),
+            Break(
+                "the diagonal's lower end",
+                "csrc/cuda/tile.cuh",
+                old="own > -kBlockM && own < Op::kBlockN",
+                new="own > -kBlockM && own < Op::kBlockN - 1",
+            ),
+            Break(
+                "edges are no reason to mask",
+                "csrc/cuda/tile.cuh",
+                old="const bool masked = edge || (",
+                new="const bool masked = (edge && false) || (",
+            ),
+            Break(
+                "own pairs count, forward",
+                "csrc/cuda/contrastive_fwd.cu",
+                old="mask.own(half, h, c, e) || mask.outside(half, h, c, e) ? 0.f",
+                new="mask.outside(half, h, c, e) ? 0.f",
+            ),
+            Break(
+                "own pairs count, backward",
+                "csrc/cuda/contrastive_bwd.cu",
+                old="if (kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e))) g = 0.f;",
+                new="if (kMask && mask.outside(half, h, c, e)) g = 0.f;",
+            ),
+            Break(
+                "own pairs count, sigmoid",
+                "csrc/cuda/sigmoid_fwd.cu",
+                old="kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e));",
+                new="kMask && mask.outside(half, h, c, e);",
+            ),
+            Break(
+                "self pairs count, forward",
+                "csrc/cuda/contrastive_fwd.cu",
+                old="(p.exclude_self && mask.own(half, h, c, e))",
+                new="false",
+            ),
+            Break(
+                "self pairs count, backward",
+                "csrc/cuda/contrastive_bwd.cu",
+                old="(t.p.exclude_self && mask.own(half, h, c, e))",
+                new="false",
+            ),
+            Break(
+                "what flushes is an empty set",
+                "csrc/cuda/contrastive_fwd.cu",
+                old="value[0] < kSmallest ? kSmallest : value[0]",
+                new="value[0]",
+            ),
+            Break(
+                "repairs are not left to the repair",
+                "csrc/cuda/contrastive_bwd.cu",
+                old="kSkipsRepairs = true",
+                new="kSkipsRepairs = false",
+            ),
+        ],
+    ),
+    Promise(
+        "CUDA backend",
+        "the same in the launchers: loss and gradients in bfloat16 and float16, repairs, panels, blocks, offsets",
+        tests=[
+            "backends/test_kernels.py::test_loss_and_gradients_accurate",
+            "backends/test_kernels.py::test_labels_accurate",
+            "backends/test_kernels.py::test_panels_and_blocks",
+            "backends/test_kernels.py::test_offset_of_a_shard",
+            "backends/test_kernels_sigmoid.py::test_sigmoid_accurate",
+        ],
+        breaks=[
+            Break(
+                "column blocks share an offset",
+                "triton_kernels/contrastive_bwd.py",
+                old="at = offset + i0 - j0",
+                new="at = offset + i0",
+            ),
+            Break(
+                "labels are forgotten",
+                "triton_kernels/contrastive_bwd.py",
+                old="_side(row_vec[:, i0:], has_labels)",
+                new="_side(row_vec[:, i0:], False)",
+            ),
+            Break(
+                "the base of the exponential",
+                "csrc/cuda/tile.cuh",
+                old="__ldg(constants + FASTCLIP_SCALE) * 1.4426950408889634)",
+                new="__ldg(constants + FASTCLIP_SCALE) * 1.4429)",
+            ),
+        ],
+    ),
+    Promise(
+        "CUDA backend",
+        (
+            "no spills, no local memory, no serialised products; "
+            "wgmma, TMA and one exponential a logit in the machine code"
+        ),
+        tests=[
+            "backends/test_cuda_compiled.py::test_every_kernel_is_compiled_without_spills",
+            "backends/test_cuda_compiled.py::test_products_are_not_serialised",
+            "backends/test_cuda_compiled.py::test_instructions_as_planned",
+            "backends/test_cuda_compiled.py::test_one_exponential_a_logit",
+        ],
+        breaks=[
+            Break(
+                "accumulators are touched between the products",
+                "csrc/cuda/tile.cuh",
+                old="wgmma_commit();",
+                new="wgmma_commit(); acc[0][0] *= 2.f;",
+            ),
+            Break(
+                "all columns at once",
+                "csrc/cuda/sigmoid_fwd.cu",
+                old=(
+                    "for (int c = 0; c < kBlockN / 8; ++c)  // outside: the other way round it spills\n"
+                    "#pragma unroll\n"
+                    "        for (int half = 0; half < kHalves; ++half)"
+                ),
+                new=(
+                    "for (int half = 0; half < kHalves; ++half)\n"
+                    "#pragma unroll\n"
+                    "        for (int c = 0; c < kBlockN / 8; ++c)"
+                ),
+            ),
+            Break(
+                "a second exponential",
+                "csrc/cuda/contrastive_bwd.cu",
+                old="g *= factor;",
+                new="g *= factor * exp2_fast(0.f * g);",
+            ),
+        ],
+    ),
+    Promise(
+        "CUDA backend",
+        "the C interface refuses what it cannot do, and says so by a code",
+        tests=[
+            "backends/test_cuda.py::test_c_interface_refuses_bad_arguments",
+            "backends/test_cuda.py::test_refusals_become_messages",
+        ],
+        breaks=[
+            Break(
+                "unaligned features",
+                "csrc/cuda/launch.cu",
+                old="reinterpret_cast<uintptr_t>(data) % 16 == 0 && ",
+                new="",
+            ),
+            Break(
+                "a stride too short",
+                "csrc/cuda/launch.cu",
+                old=" && row_stride >= cols;",
+                new=";",
+            ),
+        ],
+    ),
+    Promise(
+        "CUDA backend",
+        "a driver that is missing or too old, another GPU, another dtype: a reason, not a crash",
+        tests=[
+            "backends/test_cuda.py::test_backend_says_why_not",
+            "backends/test_cuda.py::test_machine_without_hopper_is_a_reason",
+            "backends/test_cuda.py::test_other_gpus_and_dtypes_are_refused",
+            "backends/test_cuda.py::test_module_without_a_driver",
+        ],
+        breaks=[
+            Break(
+                "old drivers",
+                "fastclip/_backends/cuda.py",
+                old="if driver // 1000 < built // 1000:",
+                new="if driver < 0:",
+            ),
+            Break(
+                "any GPU",
+                "fastclip/_backends/cuda.py",
+                old="!= (9, 0):",
+                new="< (8, 0):",
+            ),
+            Break(
+                "another code",
+                "csrc/cuda/launch.cu",
+                old="if (!encode) return FASTCLIP_NO_DRIVER;",
+                new="if (!encode) return FASTCLIP_CUDA_ERROR;",
+            ),
+        ],
+    ),
+    Promise(
+        "CUDA backend",
+        "cuda before triton before cpu",
+        tests=[
+            "backends/test_cuda.py::test_preferred_to_triton",
+        ],
+        breaks=[
+            Break(
+                "after",
+                "fastclip/_backends/__init__.py",
+                old='{"cuda": cuda, "triton": triton,',
+                new='{"triton": triton, "cuda": cuda,',
+            ),
+        ],
+    ),
+]

@@ -1,0 +1,148 @@
+"""Shuffles, shards and their index."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+PROMISES = [
+    Promise(
+        "Data",
+        "an epoch's shuffle is a permutation of any size, every order equally likely, computed number by number",
+        tests=[
+            "data/test_permutation.py::test_permutation_has_every_number_once",
+            "data/test_permutation.py::test_permutation_has_every_order_equally_often",
+            "data/test_permutation.py::test_permutation_is_shuffled_like_a_random_one",
+            "data/test_permutation.py::test_permutation_of_many_does_not_depend_on_how_it_is_asked",
+            "data/test_permutation.py::test_order_of_billions_takes_no_memory",
+        ],
+        breaks=[
+            Break(
+                "shuffle: numbers beyond the size",
+                "fastclip/data/permutation.py",
+                old="found[beyond] = self._network(found[beyond])",
+                new="found[beyond] %= np.uint64(self.size)",
+            ),
+            Break(
+                "shuffle: of three, rotations only",
+                "fastclip/data/permutation.py",
+                old="math.isqrt(size - 1) + 1",
+                new="math.isqrt(size)",
+            ),
+            Break(
+                "shuffle: three rounds",
+                "fastclip/data/permutation.py",
+                old="_ROUNDS = 8",
+                new="_ROUNDS = 3",
+            ),
+        ],
+    ),
+    Promise(
+        "Data",
+        (
+            "a shard is gone through once in its life; "
+            "its index is made anew when the file changes or the index is damaged, and is written whole, by "
+            "any number of processes at once"
+        ),
+        tests=[
+            "data/test_shards.py::test_index_is_made_once",
+            "data/test_shards.py::test_index_is_made_anew_for_another_file",
+            "data/test_shards.py::test_index_that_is_damaged_is_made_anew",
+            "data/test_shards.py::test_index_is_in_the_cache_folder_where_none_can_lie_beside_the_shard",
+            "data/test_shards.py::test_index_has_its_name_when_it_is_whole",
+            "data/test_shards.py::test_index_made_by_several_processes_at_once_is_whole",
+            "data/test_shards.py::test_members_are_those_of_tarfile",
+        ],
+        breaks=[
+            Break(
+                "index: never kept",
+                "fastclip/data/shard_index.py",
+                old="half.replace(file)",
+                new="half.unlink()",
+            ),
+            Break(
+                "index: that of an older file",
+                "fastclip/data/shard_index.py",
+                old="(_MAGIC, stamp, len(content))",
+                new="(_MAGIC, Stamp(size, mtime_ns), len(content))",
+            ),
+            Break(
+                "index: damage is not seen",
+                "fastclip/data/shard_index.py",
+                old="or zlib.crc32(content) != checksum",
+                new="",
+            ),
+            Break(
+                "index: no cache folder",
+                "fastclip/data/shard_index.py",
+                old='Path(f"{path}.fastclip-index"), _cached(path)',
+                new='(Path(f"{path}.fastclip-index"),)',
+            ),
+            Break(
+                "index: written in its place",
+                "fastclip/data/shard_index.py",
+                old=(
+                    'half = file.with_name(f".{file.name}.{os.getpid()}-{random.SystemRandom().getrandbits(32):08x}")'
+                ),
+                new="half = file",
+            ),
+            Break(
+                "index: all write one temporary file",
+                "fastclip/data/shard_index.py",
+                old="{os.getpid()}-{random.SystemRandom().getrandbits(32):08x}",
+                new="half",
+            ),
+            Break(
+                "index: a long name is what its header holds",
+                "fastclip/data/tar_index.py",
+                old="_HARMLESS.fullmatch(read_exactly(file, size)) is None",
+                new="read_exactly(file, size) is None",
+            ),
+        ],
+    ),
+    Promise(
+        "Data",
+        "a shard that changes under a run is named",
+        tests=[
+            "data/test_shards.py::test_shard_that_changes_under_a_run_is_named",
+        ],
+        breaks=[
+            Break(
+                "shard: another file of this name is read",
+                "fastclip/data/shards.py",
+                old="same = stamp_of(os.fstat(file.fileno())) == self._stamps[shard]",
+                new="same = True",
+            ),
+            Break(
+                "shard: other samples in the same places",
+                "fastclip/data/shards.py",
+                old='and zlib.crc32(data[:BLOCK]) == row[f"{kind}_crc"]',
+                new="",
+            ),
+        ],
+    ),
+    Promise(
+        "Data",
+        (
+            "steps are equal on all ranks, with fewer shards than workers too; "
+            "with other ranks from some step on, an epoch loses and repeats no sample"
+        ),
+        tests=[
+            "data/test_mixture.py::test_order_of_fewer_shards_than_workers_does_not_depend_on_them",
+            "data/test_mixture.py::test_run_that_goes_on_with_other_ranks_loses_and_repeats_nothing",
+        ],
+        breaks=[
+            Break(
+                "ranks: each its own order",
+                "fastclip/data/loader.py",
+                old="Order(len(source), batch_size, seed)",
+                new="Order(len(source), batch_size, seed + rank)",
+            ),
+            Break(
+                "ranks: a step is of the ranks' number",
+                "fastclip/data/loader.py",
+                old="order.draws(step, *piece)",
+                new="order.draws(step + ranks, *piece)",
+            ),
+        ],
+    ),
+]

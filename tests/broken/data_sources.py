@@ -1,0 +1,218 @@
+"""Mixtures, remote files, pictures and other sources."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+PROMISES = [
+    Promise(
+        "Data",
+        (
+            "an epoch of A::B draws round(weight size) samples of each; "
+            "a fraction goes through all of its source before it repeats one"
+        ),
+        tests=[
+            "data/test_mixture.py::test_mixture_of_whole_weights_draws_every_sample_so_often",
+            "data/test_mixture.py::test_mixture_of_fractions_goes_through_all_before_it_repeats",
+            "data/test_mixture.py::test_mixture_spreads_an_epochs_part_over_the_source",
+            "data/test_mixture.py::test_mixture_has_classes_where_all_agree",
+            "data/test_mixture.py::test_bad_samples_of_a_mixture_are_replaced_by_those_of_the_epoch",
+            "data/test_mixture.py::test_run_that_goes_on_with_other_ranks_loses_and_repeats_nothing",
+        ],
+        breaks=[
+            Break(
+                "mixture: every epoch draws the same half",
+                "fastclip/data/mixture.py",
+                old="turn = epoch * draws + index",
+                new="turn = index",
+            ),
+            Break(
+                "mixture: a stride that misses samples",
+                "fastclip/data/mixture.py",
+                old="while math.gcd(stride, size) > 1:",
+                new="while stride == 0:",
+            ),
+            Break(
+                "mixture: a tenth is the first one",
+                "fastclip/data/mixture.py",
+                old="_stride(len(source)) if draws % len(source) else 1",
+                new="1",
+            ),
+            Break(
+                "mixture: labels of other classes",
+                "fastclip/data/mixture.py",
+                old="return record if self._with_classes else record._replace(label=None)",
+                new="return record",
+            ),
+            Break(
+                "mixture: the loader forgets the epoch",
+                "fastclip/data/watch.py",
+                old="self.source.read(index, epoch=epoch, min_side=min_side)",
+                new="self.source.read(index, min_side=min_side)",
+            ),
+            Break(
+                "mixture: replacements are the first epoch's",
+                "fastclip/data/loader.py",
+                old="record = watch.read(sample, epoch=epoch, min_side",
+                new="record = watch.read(sample, epoch=0 if faults else epoch, min_side",
+            ),
+        ],
+    ),
+    Promise(
+        "Data",
+        "a remote shard is copied once, whole, by one process; commands in a SPEC are never run",
+        tests=[
+            "data/test_remote.py::test_remote_shards_are_copied_once",
+            "data/test_remote.py::test_remote_copy_of_another_size_is_not_kept",
+            "data/test_remote.py::test_remote_shard_that_has_changed_is_copied_anew",
+            "data/test_remote.py::test_remote_shard_is_copied_by_one_of_several_processes",
+            "data/test_remote.py::test_remote_fault_is_named",
+            "data/test_remote.py::test_remote_copy_is_used_when_nobody_answers",
+        ],
+        breaks=[
+            Break(
+                "remote: copied at each start",
+                "fastclip/data/remote.py",
+                old="if have is None or size not in (None, have):",
+                new="if True:",
+            ),
+            Break(
+                "remote: half of it is kept",
+                "fastclip/data/remote.py",
+                old="if size is not None and half.stat().st_size != size:",
+                new="if False:",
+            ),
+            Break(
+                "remote: an old copy",
+                "fastclip/data/remote.py",
+                old="size not in (None, have)",
+                new="False",
+            ),
+            Break(
+                "remote: every process copies",
+                "fastclip/data/remote.py",
+                old='with FileLock(copy.with_name(f"{copy.name}.lock")):',
+                new="if True:",
+            ),
+            Break(
+                "remote: a pipe is taken for a file",
+                "fastclip/data/spec.py",
+                old='if spec.startswith("pipe:"):',
+                new="if False:",
+            ),
+        ],
+    ),
+    Promise(
+        "Data",
+        (
+            "training decodes a large JPEG at a fraction of its size, of which no crop is enlarged; "
+            "evaluation decodes all of it"
+        ),
+        tests=[
+            "data/test_scaled.py::test_jpeg_keeps_the_side_that_is_needed",
+            "data/test_scaled.py::test_training_scales_and_evaluation_does_not",
+            "data/test_scaled.py::test_training_takes_no_crop_that_would_be_enlarged",
+            "data/test_scaled.py::test_scaled_jpeg_is_turned_as_its_exif_says",
+        ],
+        breaks=[
+            Break(
+                "scaled: never",
+                "fastclip/data/picture.py",
+                old="image.draft(None, (min_side, min_side))",
+                new="pass",
+            ),
+            Break(
+                "scaled: too small",
+                "fastclip/data/picture.py",
+                old="image.draft(None, (min_side, min_side))",
+                new="image.draft(None, (min_side // 2, min_side // 2))",
+            ),
+            Break(
+                "scaled: evaluation too",
+                "fastclip/data/loader.py",
+                old="self._candidates(max(index, 0)))",
+                new="self._candidates(max(index, 0)), min_side=24)",
+            ),
+            Break(
+                "scaled: crops are enlarged",
+                "fastclip/models/transforms.py",
+                old="math.ceil(size / _AREA[0])",
+                new="size",
+            ),
+        ],
+    ),
+    Promise(
+        "Data",
+        "hf:NAME reads what the datasets library does: pictures, captions, classes, splits",
+        tests=[
+            "data/test_hub.py::test_hub_columns_are_found",
+            "data/test_hub.py::test_hub_captions_may_be_lists",
+            "data/test_hub.py::test_hub_class_labels_are_classes",
+            "data/test_hub.py::test_hub_splits_are_named",
+            "data/test_hub.py::test_hub_row_that_cannot_be_used_has_its_cause",
+        ],
+        breaks=[
+            Break(
+                "hub: always the training split",
+                "fastclip/data/hub.py",
+                old='split or "train", spec)',
+                new='"train", spec)',
+            ),
+            Break(
+                "hub: unknown labels are the last class",
+                "fastclip/data/hub.py",
+                old="None if label == -1 else label",
+                new="label",
+            ),
+            Break(
+                "hub: a bad row ends the run",
+                "fastclip/data/hub.py",
+                old='raise BadSample("no image", key, "there is no picture")',
+                new='raise ValueError(f"{key}: there is no picture")',
+            ),
+            Break(
+                "hub: the first caption of a list",
+                "fastclip/data/hub.py",
+                old="(found if isinstance(found, list) else [found])",
+                new="(found[:1] if isinstance(found, list) else [found])",
+            ),
+        ],
+    ),
+    Promise(
+        "Data",
+        "a picture and its mask are one sample; a read that returns less is read on",
+        tests=[
+            "data/test_shards.py::test_picture_and_its_mask_are_one_sample",
+            "data/test_shards.py::test_reads_of_a_few_bytes_are_put_together",
+        ],
+        breaks=[
+            Break(
+                "data: a mask is a second picture",
+                "fastclip/data/shard_index.py",
+                old="key, kind = match[1], match[2].lower()\n",
+                new='key, kind = match[1], match[2].lower(); kind = ".jpg" if kind in PICTURE_SUFFIXES else kind\n',
+            ),
+            Break(
+                "data: one read is all",
+                "fastclip/data/tar_index.py",
+                old="while left and (part := file.read(left)):",
+                new="if left and (part := file.read(left)):",
+            ),
+        ],
+    ),
+    Promise(
+        "Data",
+        "pictures are turned as their EXIF says",
+        tests=[
+            "data/test_sources.py::test_picture_is_turned_as_its_exif_says",
+        ],
+        breaks=[
+            Break(
+                "data: as the camera was held",
+                "fastclip/data/picture.py",
+                old="ImageOps.exif_transpose(image, in_place=True)",
+                new="pass",
+            ),
+        ],
+    ),
+]

@@ -1,0 +1,183 @@
+"""Validation, evaluated checkpoints, and the features that an evaluation keeps."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+PROMISES = [
+    Promise(
+        "Evaluation",
+        (
+            "retrieval's recalls are those of the definition, several captions an image; "
+            "a tie counts against the model, and nothing M x N is stored"
+        ),
+        tests=[
+            "evaluation/test_validation.py::test_recalls_are_those_of_the_definition",
+            "evaluation/test_validation.py::test_collapsed_model_has_no_hit",
+            "evaluation/test_validation.py::test_what_is_not_finite_is_no_hit",
+            "evaluation/test_validation.py::test_similarities_are_never_all_stored",
+        ],
+        breaks=[
+            Break(
+                "evaluation: the worst positive counts",
+                "fastclip/evaluation/retrieval.py",
+                old='"amax"',
+                new='"amin"',
+            ),
+            Break(
+                "evaluation: a tie is a hit",
+                "fastclip/evaluation/retrieval.py",
+                old="similarities < (best - _TIE).unsqueeze(dim)",
+                new="~(similarities > (best + _TIE).unsqueeze(dim))",
+            ),
+            Break(
+                "evaluation: everything at once",
+                "fastclip/evaluation/retrieval.py",
+                old="return chunk or _SIDES.get(x.device.type, _SIDE)",
+                new="return chunk or 2**20",
+            ),
+        ],
+    ),
+    Promise(
+        "Evaluation",
+        "validation leaves out samples that cannot be used, and says how many",
+        tests=[
+            "evaluation/test_validation.py::test_samples_that_cannot_be_used_are_left_out_and_counted",
+        ],
+        breaks=[
+            Break(
+                "evaluation: another sample stands for a bad one",
+                "fastclip/data/loader.py",
+                old="used = index if not faults else -1",
+                new="used = index",
+            ),
+        ],
+    ),
+    Promise(
+        "Evaluation",
+        "validation is the same on any number of ranks, and leaves model and random numbers as they were",
+        tests=[
+            "evaluation/test_validation.py::test_ranks_have_the_single_process_metrics",
+            "evaluation/test_validation.py::test_validation_leaves_no_trace",
+            "evaluation/test_validation.py::test_validation_is_that_of_the_definition",
+        ],
+        breaks=[
+            Break(
+                "evaluation: every rank reads everything",
+                "fastclip/evaluation/validate.py",
+                old="batch_size=batch_size, rank=rank, ranks=ranks",
+                new="batch_size=batch_size, rank=0, ranks=1",
+            ),
+            Break(
+                "evaluation: a locked tower is in training mode afterwards",
+                "fastclip/evaluation/validate.py",
+                old="module.training = mode",
+                new="module.training = True",
+            ),
+            Break(
+                "evaluation: dropout",
+                "fastclip/evaluation/validate.py",
+                old="model.eval()",
+                new="",
+            ),
+        ],
+    ),
+    Promise(
+        "Evaluated checkpoints and kept features",
+        (
+            "a checkpoint of training is evaluated as the run would save it, with its own sizes and the "
+            "average of its weights; a run that goes on has no model/"
+        ),
+        tests=[
+            "evaluation/test_features.py::test_checkpoint_of_a_run_is_what_the_run_would_save",
+        ],
+        breaks=[
+            Break(
+                "evaluated: the weights in place of their average",
+                "fastclip/models/embedder.py",
+                old='path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path',
+                new="path",
+            ),
+            Break(
+                "evaluated: the name's context length",
+                "fastclip/models/embedder.py",
+                old='("image_size", "context_length")}',
+                new='("image_size",)}',
+            ),
+            Break(
+                "evaluated: the model of an earlier end of the run",
+                "fastclip/training/trainer.py",
+                old="model.rename(aside)",
+                new="",
+            ),
+        ],
+    ),
+    Promise(
+        "Evaluated checkpoints and kept features",
+        (
+            "what is embedded is kept apart by weights, configuration, vocabulary, precision, names and "
+            "working directory"
+        ),
+        tests=[
+            "evaluation/test_features.py::test_store_is_of_one_model_and_one_list",
+            "evaluation/test_features.py::test_other_vocabulary_is_another_model",
+            "evaluation/test_features.py::test_names_in_another_folder_are_others",
+        ],
+        breaks=[
+            Break(
+                "kept features: whatever the weights",
+                "fastclip/models/embedder.py",
+                old="digest.update(tensor.detach()",
+                new="(tensor.detach()",
+            ),
+            Break(
+                "kept features: whatever the vocabulary",
+                "fastclip/models/wordpiece.py",
+                old="repr((self.context_length, words))",
+                new="repr(self.context_length)",
+            ),
+            Break(
+                "kept features: whatever the precision",
+                "fastclip/models/embedder.py",
+                old="repr((config, tokenizer, self.precision))",
+                new="repr((config, tokenizer))",
+            ),
+            Break(
+                "kept features: wherever they lie",
+                "fastclip/evaluation/features.py",
+                old="chain([os.getcwd()], keys)",
+                new="chain([], keys)",
+            ),
+        ],
+    ),
+    Promise(
+        "Evaluated checkpoints and kept features",
+        "an evaluation that was stopped goes on to the same bits, and has lost a minute's work at most",
+        tests=[
+            "evaluation/test_features.py::test_interrupted_embedding_goes_on_to_the_same_bits",
+            "evaluation/test_features.py::test_interrupted_texts_go_on_to_the_same_bits",
+            "evaluation/test_features.py::test_what_took_a_minute_is_kept",
+            "evaluation/test_features.py::test_damaged_part_is_computed_again",
+        ],
+        breaks=[
+            Break(
+                "kept features: the first ones are taken again",
+                "fastclip/evaluation/features.py",
+                old="Subset(source, range(done, size))",
+                new="Subset(source, range(size - done))",
+            ),
+            Break(
+                "kept features: thousands or nothing",
+                "fastclip/evaluation/features.py",
+                old="if whole or time.monotonic() - begun > _SECONDS:",
+                new="if whole:",
+            ),
+            Break(
+                "kept features: a damaged part ends the command",
+                "fastclip/evaluation/features.py",
+                old="except (SafetensorError, OSError) as error:",
+                new="except KeyError as error:",
+            ),
+        ],
+    ),
+]

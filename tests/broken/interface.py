@@ -1,0 +1,278 @@
+"""The functions and modules as torch and users call them."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+PROMISES = [
+    Promise(
+        "torch",
+        "library ops with fake and autograd, opcheck clean",
+        tests=[
+            "losses/test_contrastive_torch.py::test_ops_pass_opcheck",
+            "losses/test_sigmoid.py::test_sigmoid_op_passes_opcheck",
+            "losses/test_stats.py::test_maxima_op_passes_opcheck",
+        ],
+        breaks=[
+            Break(
+                "a fake of another dtype",
+                "fastclip/ops/contrastive.py",
+                old="stats = (p.image.new_empty(size, dtype=wide)",
+                new="stats = (p.image.new_empty(size)",
+            ),
+        ],
+    ),
+    Promise(
+        "torch",
+        "`torch.compile(fullgraph=True)`, also with changing batch",
+        tests=[
+            "losses/test_contrastive_torch.py::test_compiles_whole",
+            "losses/test_contrastive_torch.py::test_compiles_with_changing_batch",
+        ],
+        breaks=[
+            Break(
+                "a number is read from a tensor",
+                "fastclip/loss.py",
+                old="and not torch.compiler.is_compiling()",
+                new="",
+            ),
+        ],
+    ),
+    Promise(
+        "torch",
+        "under autocast the features take its dtype and the scalars stay fp32, on every backend",
+        tests=[
+            "losses/test_contrastive_torch.py::test_autocast_rounds_features_and_not_the_scale",
+            "losses/test_sigmoid.py::test_sigmoid_autocast_rounds_features_and_not_the_scalars",
+        ],
+        breaks=[
+            Break(
+                "the scale is rounded",
+                "fastclip/ops/autocast.py",
+                old="(x.to(torch.promote_types(image.dtype, torch.float32)) for x in scalars)",
+                new="(x.to(image.dtype).to(torch.promote_types(image.dtype, torch.float32)) for x in scalars)",
+            ),
+            Break(
+                "products inside the ops are rounded",
+                "fastclip/ops/autocast.py",
+                old="if not torch.is_autocast_enabled(image.device.type):",
+                new="if True:",
+            ),
+        ],
+    ),
+    Promise(
+        "torch",
+        "second derivatives: an error that says so, and right on the reference",
+        tests=[
+            "losses/test_contrastive_torch.py::test_second_derivatives_of_cpu_raise",
+            "losses/test_contrastive_torch.py::test_reference_gradcheck_twice",
+            "losses/test_sigmoid.py::test_sigmoid_reference_gradcheck_twice",
+        ],
+        breaks=[
+            Break(
+                "silence",
+                "fastclip/ops/second.py",
+                old='if name != "reference":',
+                new='if name == "nothing":',
+            ),
+            Break(
+                "a term is dropped",
+                "fastclip/ops/sigmoid.py",
+                old="else factor.to(d.dtype) * d for d in kept]",
+                new="else d for d in kept]",
+            ),
+        ],
+    ),
+    Promise(
+        "torch",
+        "every subset of gradients, any upstream gradient, the graph twice",
+        tests=[
+            "losses/test_contrastive_torch.py::test_every_subset_of_gradients",
+            "losses/test_contrastive_invariants.py::test_graph_can_be_used_twice",
+        ],
+        breaks=[
+            Break(
+                "texts' gradient instead of images'",
+                "fastclip/ops/contrastive.py",
+                old="needs = list(ctx.needs_input_grad[:3])",
+                new="needs = [True, False, True]",
+            ),
+            Break(
+                "the gradient of the first use is scaled in place",
+                "fastclip/ops/contrastive.py",
+                old="upstream = [torch.zeros_like(x)",
+                new="stats[0].add_(1.0); upstream = [torch.zeros_like(x)",
+            ),
+        ],
+    ),
+    Promise(
+        "Interface",
+        "what does not fit raises before any work and names both tensors",
+        tests=[
+            "losses/test_interface.py::test_misfit_raises_before_any_work",
+            "losses/test_interface.py::test_sigmoid_misfit_raises_before_any_work",
+        ],
+        breaks=[
+            Break(
+                "M and N are not compared",
+                "fastclip/checks.py",
+                old="if paired and image.shape[0] != text.shape[0]:",
+                new="if False:",
+            ),
+            Break(
+                "labels of any dtype",
+                "fastclip/checks.py",
+                old="if labels.dtype not in (torch.int64,",
+                new="if labels.dtype in (torch.bool,) and labels.dtype not in (torch.int64,",
+            ),
+        ],
+    ),
+    Promise(
+        "Interface",
+        "`ClipLoss` is open_clip's: signature, values, gradients",
+        tests=[
+            "losses/test_interface.py::test_clip_loss_has_open_clip_signature",
+            "losses/test_interface.py::test_clip_loss_equals_open_clip",
+        ],
+        breaks=[
+            Break(
+                "it normalises",
+                "fastclip/modules.py",
+                old="logit_scale, normalize=False",
+                new="logit_scale * 1.001, normalize=False",
+            ),
+        ],
+    ),
+    Promise(
+        "Interface",
+        (
+            "`SigLipLoss` is open_clip's: signature, values, gradients, the bias's among them; "
+            "`dist_impl` and `chunk_size` accepted"
+        ),
+        tests=[
+            "losses/test_sigmoid.py::test_siglip_loss_equals_open_clip",
+            "losses/test_interface.py::test_siglip_loss_takes_every_way_to_the_same_loss",
+        ],
+        breaks=[
+            Break(
+                "sign of d_bias",
+                "fastclip/_backends/cpu/sigmoid.py",
+                old="bias.new_tensor(d_bias)",
+                new="bias.new_tensor(-d_bias)",
+            ),
+            Break(
+                "divided by the pairs",
+                "fastclip/sigmoid.py",
+                old="divisor = image.shape[0] if",
+                new="divisor = image.shape[0] ** 2 if",
+            ),
+            Break(
+                "one exchange is refused",
+                "fastclip/modules.py",
+                old='("bidir", "shift", "reduce", "gather")',
+                new='("bidir", "shift", "gather")',
+            ),
+        ],
+    ),
+    Promise(
+        "Interface",
+        "the sigmoid loss keeps the digits of small losses, and its gradients cost three products",
+        tests=[
+            "losses/test_sigmoid.py::test_sigmoid_confident_loss_keeps_digits",
+            "losses/test_sigmoid.py::test_sigmoid_work_is_three_products",
+            "losses/test_sigmoid.py::test_sigmoid_accurate",
+        ],
+        breaks=[
+            Break(
+                "log(1 + t)",
+                "csrc/cpu/sigmoid_fwd_tile.h",
+                old="Simd::fma(p, t, Simd::max(x, zero))",
+                new="Simd::add(Simd::sub(Simd::add(one, t), one), Simd::max(x, zero))",
+            ),
+            Break(
+                "a coefficient of log1p",
+                "csrc/cpu/sigmoid_fwd_tile.h",
+                old="1.060332805e-01f",
+                new="1.070332805e-01f",
+            ),
+            Break(
+                "the positives' sign",
+                "csrc/cpu/sigmoid_fwd_tile.h",
+                old="const double g = -(x < 0.0",
+                new="const double g = (x < 0.0",
+            ),
+            Break(
+                "the block is multiplied twice",
+                "fastclip/_backends/cpu/blocks.py",
+                old="torch.mm(images, texts.T, out=dot)",
+                new="torch.mm(images, texts.T, out=dot); torch.mm(images, texts.T, out=dot)",
+            ),
+        ],
+    ),
+    Promise(
+        "Interface",
+        "a float16 gradient that waits for its upstream factor neither flushes nor overflows",
+        tests=[
+            "losses/test_sigmoid.py::test_sigmoid_float16_gradient_of_a_mean_over_many_keeps_digits",
+        ],
+        breaks=[
+            Break(
+                "it waits in float16",
+                "fastclip/_backends/reference.py",
+                old="return torch.float32 if x.dtype == torch.float16 else x.dtype",
+                new="return x.dtype",
+            ),
+        ],
+    ),
+    Promise(
+        "Interface",
+        "`multiview_loss`: all pairs, or the core view against the rest",
+        tests=[
+            "losses/test_multiview.py::test_multiview_equals_sum_of_pairs",
+            "losses/test_multiview.py::test_multiview_misfit_raises",
+        ],
+        breaks=[
+            Break(
+                "the core view is forgotten",
+                "fastclip/multiview.py",
+                old="if core is None:",
+                new="if core is None or core == 2:",
+            ),
+            Break(
+                "each pair twice",
+                "fastclip/multiview.py",
+                old="for j in range(i + 1, len(views))]",
+                new="for j in range(len(views)) if j != i]",
+            ),
+        ],
+    ),
+    Promise(
+        "Interface",
+        "`contrastive_stats`: log-sum-exps, losses and top-1 in one pass; a tie is a miss",
+        tests=[
+            "losses/test_stats.py::test_stats_accurate",
+            "losses/test_stats.py::test_a_tie_is_a_miss",
+            "losses/test_stats.py::test_stats_use_one_product",
+        ],
+        breaks=[
+            Break(
+                "rounding decides a tie",
+                "fastclip/stats.py",
+                old="_TIE = 2.0**-20",
+                new="_TIE = -(2.0**-20)",
+            ),
+            Break(
+                "a column's maximum from the last tile only",
+                "csrc/cpu/entry_points.cpp",
+                old="side.neg_top[at] = std::max(side.neg_top[at], *partials.top(0, tile, k));",
+                new="side.neg_top[at] = *partials.top(0, tile, k);",
+            ),
+            Break(
+                "log-sum-exp without the positive",
+                "fastclip/stats.py",
+                old="return torch.logaddexp(neg, torch.where(top_pos == -torch.inf, -torch.inf, pos))",
+                new="return neg",
+            ),
+        ],
+    ),
+]

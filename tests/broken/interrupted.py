@@ -1,0 +1,287 @@
+"""Training that is stopped, killed, or cannot write."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+PROMISES = [
+    Promise(
+        "Machines that die",
+        (
+            "kill -9 at any moment of saving, and death after any file operation, leave whole checkpoints: "
+            "the last or the next"
+        ),
+        tests=[
+            "training/test_durable.py::test_death_at_every_file_operation_leaves_a_whole_checkpoint",
+            "training/test_durable.py::test_kill_leaves_the_last_checkpoint_or_the_next",
+        ],
+        breaks=[
+            Break(
+                "machines: the old one goes before the new one is in its place",
+                "fastclip/durable.py",
+                old="os.rename(path, old)",
+                new="shutil.rmtree(path)",
+            ),
+            Break(
+                "machines: what waited is not brought back",
+                "fastclip/durable.py",
+                old="_bring_back(path)\n",
+                new="",
+            ),
+            Break(
+                "machines: old ones are removed file by file",
+                "fastclip/durable.py",
+                old="os.rename(path, gone)",
+                new="shutil.rmtree(path)",
+            ),
+            Break(
+                "machines: files appear one by one",
+                "fastclip/durable.py",
+                old="half.mkdir()",
+                new="half.mkdir(); path.mkdir(exist_ok=True)",
+            ),
+        ],
+    ),
+    Promise(
+        "Machines that die",
+        (
+            "a flipped byte, a cut or a missing file in a checkpoint is found and named, and the one before "
+            "is used; no pickle runs"
+        ),
+        tests=[
+            "training/test_durable.py::test_damage_is_found_and_the_one_before_is_used",
+            "training/test_durable.py::test_no_pickle_runs_when_a_checkpoint_is_read",
+        ],
+        breaks=[
+            Break(
+                "machines: only sizes are compared",
+                "fastclip/durable.py",
+                old="if _sha256(file) != digest:",
+                new="if _sha256(file) == digest[1:]:",
+            ),
+            Break(
+                "machines: a missing file is not missed",
+                "fastclip/durable.py",
+                old='raise ValueError(f"{file} is missing")',
+                new="continue",
+            ),
+            Break(
+                "machines: the newest or nothing",
+                "fastclip/training/checkpoint.py",
+                old="problems.append(str(error))",
+                new="raise",
+            ),
+            Break(
+                "machines: a pickle is read",
+                "fastclip/training/checkpoint.py",
+                old="return load_file(file)",
+                new='return __import__("pickle").loads(file.read_bytes())',
+            ),
+        ],
+    ),
+    Promise(
+        "Machines that die",
+        (
+            "old checkpoints go when the new one is there, not before; "
+            "those of a later step than a run begins at are set aside"
+        ),
+        tests=[
+            "training/test_durable.py::test_old_checkpoints_go_after_the_new_one_is_there",
+            "training/test_durable.py::test_checkpoints_of_a_later_step_are_set_aside",
+        ],
+        breaks=[
+            Break(
+                "machines: room is made first",
+                "fastclip/training/checkpoint.py",
+                old='path = folder / f"step-{snapshot.step:08d}"',
+                new=(
+                    '[remove_folder(older) for older in _by_step(folder)]; path = folder / f"step-{snapshot.step:08d}"'
+                ),
+            ),
+            Break(
+                "machines: later checkpoints stay",
+                "fastclip/training/checkpoint.py",
+                old="if _step(path) > step:",
+                new="if _step(path) < 0:",
+            ),
+        ],
+    ),
+    Promise(
+        "Machines that die",
+        "a full disk: the bytes needed are told, in one line, and the old checkpoint stands",
+        tests=[
+            "training/test_durable.py::test_full_disk_says_how_many_bytes_were_needed",
+            "training/test_durable.py::test_space_is_looked_at_before_writing",
+            "training/test_interrupted.py::test_run_on_a_full_disk_says_so_in_a_line",
+        ],
+        breaks=[
+            Break(
+                "machines: the space is not looked at",
+                "fastclip/training/checkpoint.py",
+                old="disk.free < snapshot.size:",
+                new="disk.free < 0:",
+            ),
+            Break(
+                "machines: safetensors' error is not the disk's",
+                "fastclip/training/checkpoint.py",
+                old="except (OSError, SafetensorError) as error:",
+                new="except OSError as error:",
+            ),
+        ],
+    ),
+    Promise(
+        "Machines that die",
+        (
+            "checkpoints are written while training goes on and change no number; "
+            "one that fails ends the run at its next step, on every rank"
+        ),
+        tests=[
+            "training/test_durable.py::test_training_goes_on_beside_a_snapshot_and_does_not_change_it",
+            "training/test_durable.py::test_saver_writes_one_at_a_time_and_keeps_no_error_to_itself",
+            "training/test_interrupted.py::test_saving_in_the_background_changes_no_number",
+            "training/test_interrupted.py::test_shards_are_saved_in_the_background_as_they_were",
+            "training/test_interrupted.py::test_run_whose_checkpoint_fails_ends_with_its_error",
+            "training/test_interrupted.py::test_checkpoint_that_fails_on_one_rank_ends_all",
+        ],
+        breaks=[
+            Break(
+                "machines: a snapshot is the weights themselves",
+                "fastclip/training/checkpoint.py",
+                old="return x.clone() if",
+                new="return x if",
+            ),
+            Break(
+                "machines: two are written at a time",
+                "fastclip/training/saver.py",
+                old=("self.wait()\n        if self._pool is None:"),
+                new="if self._pool is None:",
+            ),
+            Break(
+                "machines: nobody asks whether it failed",
+                "fastclip/training/trainer.py",
+                old="return FAILED if self.saver.failed else",
+                new="return",
+            ),
+        ],
+    ),
+    Promise(
+        "Machines that die",
+        (
+            "SIGTERM and Ctrl-C: a checkpoint after the step, on which all ranks agree, and status 143 or "
+            "130; a second one ends the process at once"
+        ),
+        tests=[
+            "training/test_interrupted.py::test_interrupted_run_raises_and_restores_the_handlers",
+            "training/test_interrupted.py::test_second_signal_ends_the_process_at_once",
+            "training/test_interrupted.py::test_signal_to_one_rank_ends_all_after_the_same_step",
+            "training/test_interrupted.py::test_signal_ends_a_command_with_a_checkpoint",
+            "training/test_interrupted.py::test_torchrun_passes_a_signal_on",
+        ],
+        breaks=[
+            Break(
+                "machines: a validation that was due is left out",
+                "fastclip/training/trainer.py",
+                old="if self.val_source is not None and (_due(",
+                new="if not stops and self.val_source is not None and (_due(",
+            ),
+            Break(
+                "machines: the handlers stay",
+                "fastclip/training/signals.py",
+                old="for number, handler in before.items():",
+                new="for number, handler in ():",
+            ),
+            Break(
+                "machines: a launcher's echo is a second signal",
+                "fastclip/training/signals.py",
+                old="self._since > _ECHO:",
+                new="self._since >= 0:",
+            ),
+            Break(
+                "machines: the second signal is noted, too",
+                "fastclip/training/signals.py",
+                old="elif time.monotonic()",
+                new="elif 0 > time.monotonic()",
+            ),
+            Break(
+                "machines: every rank minds its own signals",
+                "fastclip/training/step.py",
+                old="zip(_STATUSES, shared[1:].tolist())",
+                new="zip(_STATUSES, told.tolist())",
+            ),
+        ],
+    ),
+    Promise(
+        "Machines that die",
+        (
+            "a run that is killed again and again ends with the numbers and weights of one that never "
+            "stopped, its model/ included"
+        ),
+        tests=[
+            "training/test_interrupted.py::test_run_that_died_before_its_model_writes_it",
+            "training/test_interrupted.py::test_run_goes_on_from_the_checkpoint_before_a_damaged_one",
+            "training/test_interrupted.py::test_run_killed_again_and_again_is_the_run_that_never_stopped",
+        ],
+        breaks=[
+            Break(
+                "machines: nothing is left after the last checkpoint",
+                "fastclip/training/trainer.py",
+                old="(first == self.steps and ended)",
+                new="first == self.steps",
+            ),
+            Break(
+                "machines: the optimiser begins anew",
+                "fastclip/training/checkpoint.py",
+                old='whole = {"state": values,',
+                new='whole = {"state": {k: {s: x * 0 for s, x in v.items()} for k, v in values.items()},',
+            ),
+        ],
+    ),
+    Promise(
+        "Machines that die",
+        (
+            "a rank that is lost or stands still ends the others within `--timeout`, saying so; "
+            "torchrun's restart resumes by itself"
+        ),
+        tests=[
+            "training/test_interrupted.py::test_damaged_checkpoint_ends_all_ranks",
+            "training/test_interrupted.py::test_ranks_meet_where_no_dead_rank_has_been",
+            "training/test_interrupted.py::test_lost_rank_ends_the_others",
+            "training/test_interrupted.py::test_torchrun_restarts_a_run_whose_rank_was_killed",
+        ],
+        breaks=[
+            Break(
+                "machines: an error stays on its rank",
+                "fastclip/training/parallel.py",
+                old="if error is None and any(told):",
+                new="if error is None and not told:",
+            ),
+            Break(
+                "machines: gloo's errors are not known",
+                "fastclip/training/parallel.py",
+                old="or any(word in str(error) for word in _LOST)",
+                new="",
+            ),
+            Break(
+                "machines: ranks meet where the dead ones did",
+                "fastclip/training/meeting.py",
+                old='PrefixStore(f"fastclip/{name}", store)',
+                new='PrefixStore("fastclip", store)',
+            ),
+        ],
+    ),
+    Promise(
+        "Machines that die",
+        "docs/reliability.md is what the tests' markers say",
+        tests=[
+            "package/test_reliability.py::test_document_is_what_the_markers_say",
+        ],
+        breaks=[
+            Break(
+                "machines: the document has drifted",
+                "docs/reliability.md",
+                old="| kill -9 at any moment of saving |",
+                new="| kill -9 at some moment of saving |",
+            ),
+        ],
+    ),
+]

@@ -1,0 +1,161 @@
+"""Layers of the package, and what loads and builds it."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+PROMISES = [
+    Promise(
+        "Layers",
+        "imports go one way, and `import fastclip` needs torch only",
+        tests=[
+            "package/test_layering.py::test_module_keeps_to_its_layer",
+        ],
+        breaks=[
+            Break(
+                "labels import the trainer",
+                "fastclip/labels.py",
+                old="import torch",
+                new="import fastclip.training",
+            ),
+        ],
+    ),
+    Promise(
+        "Layers",
+        (
+            "`import fastclip` and the command line load no torch until a name needs it, and its ops where "
+            "torch is loaded"
+        ),
+        tests=[
+            "package/test_lazy.py::test_import_loads_the_standard_library_only",
+            "package/test_lazy.py::test_help_answers_in_half_a_second",
+            "package/test_lazy.py::test_ops_are_there_where_torch_came_first",
+            "package/test_lazy.py::test_command_answers_without_torch",
+            "package/test_lazy.py::test_missing_package_is_named",
+        ],
+        breaks=[
+            Break(
+                "lazy: the ops come later",
+                "fastclip/__init__.py",
+                old='"torch" in sys.modules:',
+                new="False:",
+            ),
+            Break(
+                "lazy: not at all",
+                "fastclip/__init__.py",
+                old='"torch" in sys.modules:',
+                new="True:",
+            ),
+            Break(
+                "lazy: no word of what is not installed",
+                "fastclip/__init__.py",
+                old='if not _LAZY[name].startswith("fastclip.models."):',
+                new="if True:",
+            ),
+            Break(
+                "lazy: models load torch",
+                "fastclip/models/__init__.py",
+                old="from typing import TYPE_CHECKING",
+                new="from typing import TYPE_CHECKING; import fastclip.models.factory",
+            ),
+        ],
+    ),
+    Promise(
+        "Layers",
+        "no torch or Python header below the binding",
+        tests=[
+            "package/test_layering.py::test_native_code_is_free_of_frameworks",
+        ],
+        breaks=[
+            Break(
+                "a header",
+                "csrc/cpu/tile.h",
+                old="#pragma once",
+                new=("#pragma once\n#if 0\n#include <Python.h>\n#endif"),
+            ),
+        ],
+    ),
+    Promise(
+        "Layers",
+        "a missing native module is a reason in `backends()`, not an import error",
+        tests=[
+            "losses/test_interface.py::test_missing_native_module_is_a_reason",
+        ],
+        breaks=[
+            Break(
+                "not caught",
+                "fastclip/_backends/native.py",
+                old="except ImportError as",
+                new="except KeyError as",
+            ),
+        ],
+    ),
+    Promise(
+        "Layers",
+        "the package installs without a compiler and says what was missing",
+        tests=[
+            "package/test_packaging.py::test_package_works_without_compiler",
+        ],
+        breaks=[
+            Break(
+                "the build is required",
+                "setup.py",
+                old='if WANTED[kind] == "1":',
+                new='if WANTED[kind] != "0":',
+            ),
+        ],
+    ),
+    Promise(
+        "Layers",
+        "likewise without nvcc or with an old one; a CUDA build that fails costs no CPU module",
+        tests=[
+            "package/test_packaging.py::test_package_works_without_nvcc",
+            "package/test_packaging.py::test_old_nvcc_is_told",
+            "package/test_packaging.py::test_cuda_that_does_not_compile_costs_no_cpu_module",
+        ],
+        breaks=[
+            Break(
+                "any nvcc will do",
+                "setup.py",
+                old="(int(version[1]), int(version[2])) < (12, 5)",
+                new="not version",
+            ),
+            Break(
+                "CUDA's report is the CPU's",
+                "setup.py",
+                old="f\"{module.split('.')[0]}_build_report.txt\"",
+                new='"_cpu_build_report.txt"',
+            ),
+        ],
+    ),
+    Promise(
+        "Layers",
+        "the CUDA module loads without a driver and beside any CUDA runtime",
+        tests=[
+            "package/test_packaging.py::test_cuda_module_loads_without_driver",
+        ],
+        breaks=[
+            Break(
+                "a shared runtime",
+                "CMakeLists.txt",
+                old="CMAKE_CUDA_RUNTIME_LIBRARY Static",
+                new="CMAKE_CUDA_RUNTIME_LIBRARY Shared",
+            ),
+        ],
+    ),
+    Promise(
+        "Layers",
+        "rebuilding in place leaves the module that a process has loaded",
+        tests=[
+            "package/test_packaging.py::test_rebuilding_in_place_leaves_the_loaded_module",
+        ],
+        breaks=[
+            Break(
+                "written over",
+                "setup.py",
+                old="os.replace(temporary, place)",
+                new="place.write_bytes(temporary.read_bytes())",
+            ),
+        ],
+    ),
+]

@@ -1,0 +1,293 @@
+"""The numbers of the contrastive loss on a CPU."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+PROMISES = [
+    Promise(
+        "Numbers",
+        ("loss within 1e-5, gradients within 3e-5 (fp32) or one rounding (16-bit), never worse than twice dense torch"),
+        tests=[
+            "losses/test_contrastive_accuracy.py::test_loss_and_gradients_accurate",
+        ],
+        breaks=[
+            Break(
+                "a coefficient of exp2",
+                "csrc/cpu/tile_common.h",
+                old="5.550328642e-02f",
+                new="5.560328642e-02f",
+            ),
+            Break(
+                "sign of d_scale",
+                "fastclip/_backends/cpu/contrastive.py",
+                old="new_tensor(d_scale / gain)",
+                new="new_tensor(-d_scale / gain)",
+            ),
+            Break(
+                "log-sum-exps rounded to fp32",
+                "fastclip/_backends/cpu/contrastive.py",
+                old="torch.where(rounded.isfinite(), exact - rounded, 0.0)",
+                new="torch.zeros_like(exact)",
+            ),
+            Break(
+                "normalised 16-bit features are rounded again",
+                "fastclip/_backends/cpu/blocks.py",
+                old="rows.copy_(self.x[start:stop])",
+                new=(
+                    "rows.copy_((self.x[start:stop].float() * self.inv_norm[start:stop, "
+                    "None]).to(self.x.dtype)).div_(self.inv_norm[start:stop, None])"
+                ),
+            ),
+            Break(
+                "the last columns of a row are read past its end",
+                "csrc/cpu/tile_common.h",
+                old="if (j < N) body(j, Simd::first(N - j));",
+                new="if (j < N) body(j, Full{});",
+            ),
+        ],
+    ),
+    Promise(
+        "Numbers",
+        "the same on every instruction set",
+        tests=[
+            "losses/test_contrastive_accuracy.py::test_every_instruction_set_accurate",
+            "backends/test_native.py::test_native_code",
+        ],
+        breaks=[
+            Break(
+                "AVX2 shifts by more than an exponent holds",
+                "csrc/cpu/simd_avx2.h",
+                old="_mm256_min_ps(n, set1(128.0f))",
+                new="n",
+            ),
+            Break(
+                "portable max",
+                "csrc/cpu/simd_portable.h",
+                old="a.v[k] > b.v[k] ? a.v[k] : b.v[k]",
+                new="a.v[k]",
+            ),
+        ],
+    ),
+    Promise(
+        "Numbers",
+        "a confident loss keeps its digits down to 1e-20, positives being kept out of the log-sum-exp",
+        tests=[
+            "losses/test_contrastive_accuracy.py::test_confident_loss_keeps_digits",
+        ],
+        breaks=[
+            Break(
+                "logaddexp of pairs",
+                "fastclip/loss.py",
+                old="loss = _softplus(neg - pos)",
+                new="loss = torch.logaddexp(pos, neg) - pos",
+            ),
+            Break(
+                "logaddexp of labels",
+                "fastclip/loss.py",
+                old="loss = _softplus(torch.where(some, neg, -torch.inf) - q)",
+                new="loss = torch.logaddexp(torch.where(some, neg, -torch.inf), q) - q",
+            ),
+        ],
+    ),
+    Promise(
+        "Numbers",
+        (
+            "labels: loss and gradient over several positives; rows without one are left out of the mean; "
+            "weights and smoothing"
+        ),
+        tests=[
+            "losses/test_contrastive_accuracy.py::test_labels_accurate",
+            "losses/test_contrastive_accuracy.py::test_label_smoothing_accurate",
+        ],
+        breaks=[
+            Break(
+                "the mean counts all rows",
+                "fastclip/loss.py",
+                old="((count > 0).sum().clamp_min(1) for count",
+                new="((count >= 0).sum() for count",
+            ),
+            Break(
+                "weights of the directions swapped",
+                "fastclip/loss.py",
+                old="torch.lerp(col_total, row_total, image_weight)",
+                new="torch.lerp(row_total, col_total, image_weight)",
+            ),
+            Break(
+                "smoothing against the wrong mean",
+                "fastclip/loss.py",
+                old="loss + smoothing * (mean_pos - mean_logit)",
+                new="loss + smoothing * (mean_pos + mean_logit)",
+            ),
+        ],
+    ),
+    Promise(
+        "Numbers",
+        "own pairs can be left out: SimCLR and SupCon through labels",
+        tests=[
+            "losses/test_self_pairs.py::test_simclr_through_labels",
+            "losses/test_self_pairs.py::test_excluded_pairs_do_not_count",
+        ],
+        breaks=[
+            Break(
+                "forward forgets",
+                "csrc/cpu/entry_points.cpp",
+                old="b.exclude_self != 0}",
+                new="false}",
+            ),
+            Break(
+                "own pairs count",
+                "fastclip/loss.py",
+                old="row_count, col_count = row_count - own, col_count - own",
+                new="row_count, col_count = row_count, col_count",
+            ),
+        ],
+    ),
+    Promise(
+        "Numbers",
+        "right for logits of any spread, by repair where one exponential does not do",
+        tests=[
+            "losses/test_contrastive_accuracy.py::test_unnormalised_features_accurate",
+            "losses/test_contrastive_accuracy.py::test_every_instruction_set_accurate",
+        ],
+        breaks=[
+            Break(
+                "forward guard",
+                "csrc/cpu/contrastive_fwd_tile.h",
+                old="if (!one_exponential(t, image, text, keep, row, col)) two",
+                new="if (!one_exponential(t, image, text, keep, row, col) && t.M < 0) two",
+            ),
+            Break(
+                "backward guard",
+                "csrc/cpu/contrastive_bwd_tile.h",
+                old="check(b, size_b);",
+                new="check(b, size_b); s.close = true;",
+            ),
+        ],
+    ),
+    Promise(
+        "Numbers",
+        "any scale, zero rows, huge and tiny norms: finite and right",
+        tests=[
+            "losses/test_contrastive_accuracy.py::test_extreme_norms_finite_and_accurate",
+            "losses/test_contrastive_accuracy.py::test_zero_rows_finite",
+            "losses/test_contrastive_accuracy.py::test_norm_below_the_bound_is_a_constant",
+            "losses/test_contrastive_accuracy.py::test_upstream_gradient_scales",
+        ],
+        breaks=[
+            Break(
+                "no bound on norms",
+                "fastclip/_backends/cpu/blocks.py",
+                old="return norm.clamp_min(EPS).reciprocal()",
+                new="return norm.reciprocal()",
+            ),
+            Break(
+                "huge norms multiplied as they are",
+                "fastclip/_backends/cpu/blocks.py",
+                old="inv_norm.amin() * _LARGE_NORM < 1",
+                new="inv_norm.amin() < 0",
+            ),
+            Break(
+                "a bounded norm is projected",
+                "fastclip/_backends/cpu/blocks.py",
+                old="torch.where(inv_norm * EPS < 1, self.inv_norm.square(), 0.0)",
+                new="self.inv_norm.square()",
+            ),
+            Break(
+                "subnormal weights",
+                "fastclip/_backends/cpu/contrastive.py",
+                old="return 2.0 ** -math.frexp(largest)[1]",
+                new="return 1.0",
+            ),
+        ],
+    ),
+    Promise(
+        "Numbers",
+        "NaN and Inf propagate",
+        tests=[
+            "losses/test_contrastive_accuracy.py::test_nan_and_inf_propagate",
+            "backends/test_native.py::test_native_code",
+        ],
+        breaks=[
+            Break(
+                "NaN becomes 0 in exp2",
+                "csrc/cpu/simd_avx512.h",
+                old="_mm512_cmp_ps_mask(x, set1(floor), _CMP_NLT_UQ)",
+                new="_mm512_cmp_ps_mask(x, set1(floor), _CMP_GE_OQ)",
+            ),
+        ],
+    ),
+    Promise(
+        "Numbers",
+        "more than 2^31 pairs, and rows beyond 2^31 elements",
+        tests=[
+            "backends/test_native.py::test_native_code",
+            "losses/test_large_batch.py::test_loss_of_more_than_two_to_the_31_pairs",
+        ],
+        breaks=[
+            Break(
+                "32-bit offset of a tile",
+                "csrc/cpu/entry_points.cpp",
+                old="{b.dot + i * b.row_stride + j,",
+                new="{b.dot + static_cast<int>(i * b.row_stride + j),",
+            ),
+            Break(
+                "32-bit offset of a row",
+                "csrc/cpu/tile_common.h",
+                old="dot(t.dot + i * t.row_stride)",
+                new="dot(t.dot + static_cast<int>(i * t.row_stride))",
+            ),
+            Break(
+                "thousands of terms one after the other",
+                "fastclip/_backends/cpu/blocks.py",
+                old="if b.shape[1] == 1:",
+                new="if b.shape[1] == 0:",
+            ),
+        ],
+    ),
+    Promise(
+        "Numbers",
+        "anything a random draw of shapes, layouts, dtypes, labels and options finds",
+        tests=[
+            "losses/test_fuzz.py::test_contrastive_loss_accurate_on_anything",
+        ],
+        breaks=[
+            Break(
+                "a stride is taken for 1",
+                "fastclip/_backends/cpu/blocks.py",
+                old="x if 1 in x.stride() or x.numel() == 0",
+                new="x.as_strided(x.shape, (x.shape[1], 1)) if x.stride(0) >= x.shape[1]",
+            ),
+        ],
+    ),
+    Promise(
+        "Numbers",
+        "a hundred training steps agree with the dense loss to 1e-5, and with golden runs",
+        tests=[
+            "training/test_hundred_steps.py::test_float32_training_agrees_with_the_dense_loss",
+        ],
+        breaks=[
+            Break(
+                "a gradient off by 1e-4",
+                "fastclip/_backends/cpu/contrastive.py",
+                old="plan.backward(weigh, s / gain,",
+                new="plan.backward(weigh, 1.0001 * s / gain,",
+            ),
+        ],
+    ),
+    Promise(
+        "Numbers",
+        "fp64 goes to the reference",
+        tests=[
+            "losses/test_interface.py::test_explicit_backend_that_cannot_serve_says_why",
+        ],
+        breaks=[
+            Break(
+                "the CPU backend takes it",
+                "fastclip/_backends/cpu/__init__.py",
+                old="torch.bfloat16, torch.float16)",
+                new="torch.bfloat16, torch.float16, torch.float64)",
+            ),
+        ],
+    ),
+]

@@ -1,0 +1,155 @@
+"""A step of training: the losses, gradient caching, several processes."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+PROMISES = [
+    Promise(
+        "Training",
+        (
+            "the cached step has the one-shot step's gradients, temperature included; "
+            "dropout, autocast and buffers as in one pass"
+        ),
+        tests=[
+            "training/test_cached_step.py::test_gradients_are_the_one_shot_steps",
+            "training/test_cached_step.py::test_dropout_is_replayed",
+            "training/test_cached_step.py::test_autocast",
+            "training/test_cached_step.py::test_batch_norm_is_a_micro_batchs_and_its_statistics_move_once",
+        ],
+        breaks=[
+            Break(
+                "cached: the temperature counts in every micro-batch",
+                "fastclip/training/cached.py",
+                old="[x.grad for x in rest if last]",
+                new="[x.grad for x in rest]",
+            ),
+            Break(
+                "cached: other masks in the second pass",
+                "fastclip/training/cached.py",
+                old="torch.set_rng_state(cpu_state)",
+                new="",
+            ),
+            Break(
+                "cached: statistics move twice",
+                "fastclip/training/cached.py",
+                old="x.copy_(kept)",
+                new="pass",
+            ),
+        ],
+    ),
+    Promise(
+        "Training",
+        "it keeps one micro-batch's graph at a time",
+        tests=[
+            "training/test_cached_step.py::test_one_graph_at_a_time",
+        ],
+        breaks=[
+            Break(
+                "cached: the first pass has graphs",
+                "fastclip/training/cached.py",
+                old="with torch.no_grad(), _no_exchange(modules):",
+                new="with _no_exchange(modules):",
+            ),
+        ],
+    ),
+    Promise(
+        "Training",
+        "DDP exchanges gradients once a step, whatever each rank's micro-batches are",
+        tests=[
+            "training/test_cached_step.py::test_ddp_exchanges_once",
+        ],
+        breaks=[
+            Break(
+                "cached: every micro-batch is exchanged",
+                "fastclip/training/cached.py",
+                old="with nullcontext() if last else _no_exchange(modules):",
+                new="with nullcontext():",
+            ),
+        ],
+    ),
+    Promise(
+        "Training",
+        "a run has the dense loss's losses over a hundred steps to 1e-5, whichever loss, and the papers' formulas",
+        tests=[
+            "training/test_step.py::test_losses_are_those_of_the_papers",
+            "training/test_trainer.py::test_hundred_steps_agree_with_the_dense_loss",
+        ],
+        breaks=[
+            Break(
+                "trainer: ALIGN's mean in place of its sum",
+                "fastclip/training/losses.py",
+                old="return 2 * value if",
+                new="return 1 * value if",
+            ),
+            Break(
+                "trainer: ConVIRT's weight",
+                "fastclip/training/losses.py",
+                old='(0.75 if name == "convirt"',
+                new='(0.25 if name == "convirt"',
+            ),
+            Break(
+                "trainer: UniCL without its labels",
+                "fastclip/training/losses.py",
+                old='"text_labels": labels} if name == "unicl"',
+                new='"text_labels": labels} if name == "unicle"',
+            ),
+        ],
+    ),
+    Promise(
+        "Training",
+        "micro-batches and gradient checkpointing change no loss",
+        tests=[
+            "training/test_step.py::test_micro_batches_make_the_same_update",
+            "training/test_trainer.py::test_run_with_less_memory_has_the_same_losses",
+        ],
+        breaks=[
+            Break(
+                "trainer: the last micro-batch's labels",
+                "fastclip/training/step.py",
+                old="torch.cat([batch.labels for batch in batches])",
+                new="torch.cat([batches[-1].labels for batch in batches])[: sum(len(b.keys) for b in batches)]",
+            ),
+        ],
+    ),
+    Promise(
+        "Training",
+        ("two processes train as one, with DDP and with FSDP2, to 1e-5; their checkpoints fit any number of processes"),
+        tests=[
+            "training/test_ranks.py::test_two_ranks_train_as_one",
+            "training/test_ranks.py::test_checkpoint_fits_every_number_of_ranks",
+        ],
+        breaks=[
+            Break(
+                "trainer: the scale's gradient is a rank's own",
+                "fastclip/training/parallel.py",
+                old="p.grad.copy_(mean_over_ranks(p.grad, world))",
+                new="pass",
+            ),
+            Break(
+                "trainer: the norm is a shard's",
+                "fastclip/training/optim.py",
+                old="get_total_norm([p.grad for p in kind if",
+                new="get_total_norm([getattr(p.grad, '_local_tensor', p.grad) for p in kind if",
+            ),
+            Break(
+                "trainer: FSDP keeps the averages it gathered",
+                "fastclip/training/parallel.py",
+                old="module.reshard()",
+                new="pass",
+            ),
+            Break(
+                "trainer: one rank of two caches",
+                "fastclip/training/step.py",
+                old="if len(batches) == 1 and not self.cached:",
+                new="if len(batches) == 1:",
+            ),
+            Break(
+                "trainer: a rank's own loss is told",
+                "fastclip/training/step.py",
+                old="whole = float(shared[0].to(value.dtype))",
+                new="whole = float(value.detach())",
+            ),
+        ],
+    ),
+]

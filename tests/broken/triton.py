@@ -1,0 +1,230 @@
+"""The Triton kernels."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+PROMISES = [
+    Promise(
+        "Triton backend",
+        (
+            "loss and gradients as on a CPU, on fp32 and fp16, over shapes, labels, offsets, layouts and "
+            "both ways of reading"
+        ),
+        tests=[
+            "backends/test_kernels.py::test_loss_and_gradients_accurate",
+            "backends/test_triton.py::test_both_accesses_accurate",
+            "backends/test_kernels.py::test_labels_accurate",
+            "backends/test_kernels.py::test_offset_of_a_shard",
+            "backends/test_triton.py::test_layouts",
+            "backends/test_kernels.py::test_one_side_aligned",
+        ],
+        breaks=[
+            Break(
+                "columns beyond N count",
+                "triton_kernels/contrastive_fwd.py",
+                old="inside = lj[None, :] < N - j0",
+                new="inside = lj[None, :] < N - j0 + 1",
+            ),
+            Break(
+                "sides of different width",
+                "triton_kernels/features.py",
+                old="aligned &= x.shape[1] % 8 == 0",
+                new="aligned &= x.shape[1] > 0",
+            ),
+            Break(
+                "rows beyond M count",
+                "triton_kernels/contrastive_fwd.py",
+                old="offset2 = tl.where(li < M - i0, tl.load(constants_ptr + OFFSET2), INF)",
+                new="offset2 = tl.load(constants_ptr + OFFSET2) + 0.0 * li",
+            ),
+            Break(
+                "masked tiles only where the diagonal starts",
+                "triton_kernels/contrastive_bwd.py",
+                old="(first > -BLOCK_M) & (first < BLOCK_N)",
+                new="(first >= 0) & (first < BLOCK_N)",
+            ),
+            Break(
+                "an offset of the wrong sign",
+                "triton_kernels/contrastive_bwd_vectors.py",
+                old="block * BLOCK, M, N, offset, NORMALIZE",
+                new="block * BLOCK, M, N, -offset, NORMALIZE",
+            ),
+            Break(
+                "the second part of a tile takes the first one's columns",
+                "triton_kernels/contrastive_bwd.py",
+                old="j0 + BLOCK_N // 2, M, N, offset,",
+                new="j0, M, N, offset,",
+            ),
+        ],
+    ),
+    Promise(
+        "Triton backend",
+        "right where one exponential cannot serve all logits, forward and backward, and the device alone decides",
+        tests=[
+            "backends/test_kernels.py::test_repair_met_by_nature",
+            "backends/test_triton.py::test_repair_forced",
+            "backends/test_kernels.py::test_repair_of_opposite_features",
+        ],
+        breaks=[
+            Break(
+                "no forward repair",
+                "triton_kernels/contrastive_fwd.py",
+                old="((total >= _SAFE_SUM) == 0)",
+                new="(total < 0)",
+            ),
+            Break(
+                "no backward repair",
+                "triton_kernels/contrastive_bwd_vectors.py",
+                old="wanted & ((lse >= lowest) == 0)",
+                new="wanted & (lse != lse)",
+            ),
+        ],
+    ),
+    Promise(
+        "Triton backend",
+        "ordinary batches need no repair",
+        tests=[
+            "backends/test_kernels.py::test_repair_not_needed_for_ordinary_batches",
+        ],
+        breaks=[
+            Break(
+                "always",
+                "triton_kernels/features.py",
+                old="tl.store(constants_ptr + REPAIR, 0.0)",
+                new="tl.store(constants_ptr + REPAIR, 1.0)",
+            ),
+        ],
+    ),
+    Promise(
+        "Triton backend",
+        "a bounded workspace: row panels forward, row chunks and column blocks backward",
+        tests=[
+            "backends/test_kernels.py::test_panels_and_blocks",
+            "backends/test_kernels.py::test_workspace_bounded",
+        ],
+        breaks=[
+            Break(
+                "panels forget the ones before",
+                "triton_kernels/contrastive_fwd.py",
+                old="mask=some & (first == 0), other=0.0 if",
+                new="mask=some & (first == 2), other=0.0 if",
+            ),
+            Break(
+                "chunks overwrite",
+                "triton_kernels/gradients.py",
+                old="x[i0:i1], keep=i0 > 0)",
+                new="x[i0:i1], keep=False)",
+            ),
+            Break(
+                "all rows at once",
+                "triton_kernels/gradients.py",
+                old="self.block_m = min(_padded(self.M), max(rows, ALIGNMENT))",
+                new="self.block_m = _padded(self.M)",
+            ),
+        ],
+    ),
+    Promise(
+        "Triton backend",
+        "fp16 weights neither flush nor overflow, whatever the norms; zero rows spoil no other",
+        tests=[
+            "backends/test_kernels.py::test_fp16_weights_do_not_flush",
+            "backends/test_kernels.py::test_zero_rows_finite",
+            "backends/test_kernels.py::test_extreme_norms_finite_and_accurate",
+        ],
+        breaks=[
+            Break(
+                "no gain",
+                "triton_kernels/contrastive_bwd_vectors.py",
+                old="gain = 1024.0 / high_bit(",
+                new="gain = 1.0 + 0.0 * high_bit(",
+            ),
+            Break(
+                "rows as they are",
+                "triton_kernels/features.py",
+                old="if aligned and not (normalize and x.dtype != torch.bfloat16):",
+                new="if aligned or x.shape[1] % 8 == 0:",
+            ),
+        ],
+    ),
+    Promise(
+        "Triton backend",
+        "rows beyond 2^31 elements",
+        tests=[
+            "backends/test_kernels.py::test_rows_beyond_2_to_the_31",
+        ],
+        breaks=[
+            Break(
+                "32-bit base",
+                "triton_kernels/tile.py",
+                old="image + i0.to(tl.int64) * image_row_stride",
+                new="image + i0 * image_row_stride",
+            ),
+        ],
+    ),
+    Promise(
+        "Triton backend",
+        "8 M N D operations, four launches after the norms forward, four before the products backward",
+        tests=[
+            "backends/test_kernels.py::test_work_and_launches",
+        ],
+        breaks=[
+            Break(
+                "one more product",
+                "triton_kernels/gradients.py",
+                old="addmm(raw_text[j0:j1]",
+                new="torch.mm(block, self.text.x[j0:j1]); addmm(raw_text[j0:j1]",
+            ),
+        ],
+    ),
+    Promise(
+        "Triton backend",
+        "the sigmoid loss on the same tiles, digits kept when solved, 6 M N D with gradients",
+        tests=[
+            "backends/test_kernels_sigmoid.py::test_sigmoid_accurate",
+            "backends/test_kernels_sigmoid.py::test_sigmoid_of_a_solved_batch_keeps_digits",
+            "backends/test_kernels_sigmoid.py::test_sigmoid_without_gradients_multiplies_once",
+        ],
+        breaks=[
+            Break(
+                "log of 1 + t",
+                "triton_kernels/sigmoid_fwd.py",
+                old="return t * tl.fma(p, t, 0.99999994)",
+                new="return tl.log(1.0 + t)",
+            ),
+        ],
+    ),
+    Promise(
+        "Triton backend",
+        "no configuration spills registers, Hopper's use wgmma, one exponential a logit",
+        tests=[
+            "backends/test_triton_compiled.py::test_no_kernel_spills",
+            "backends/test_triton_compiled.py::test_tensor_cores",
+            "backends/test_triton_compiled.py::test_one_exponential_a_logit",
+            "backends/test_triton_compiled.py::test_every_configuration_is_compiled",
+        ],
+        breaks=[
+            Break(
+                "no parts",
+                "triton_kernels/launch.py",
+                old="Config(128, 128, 64, 4, 3, SPLIT=4)",
+                new="Config(128, 128, 64, 4, 3)",
+            ),
+        ],
+    ),
+    Promise(
+        "Triton backend",
+        "the interpreter refuses bfloat16, and serves who asks by name",
+        tests=[
+            "backends/test_triton.py::test_interpreter_serves_by_name_only",
+        ],
+        breaks=[
+            Break(
+                "bfloat16 too",
+                "fastclip/_backends/triton.py",
+                old="if image.dtype == torch.bfloat16:",
+                new="if image.dtype == torch.complex64:",
+            ),
+        ],
+    ),
+]

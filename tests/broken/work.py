@@ -1,0 +1,143 @@
+"""Memory, work and order of the losses."""
+
+from __future__ import annotations
+
+from broken import Break, Promise
+
+PROMISES = [
+    Promise(
+        "Memory, work, order",
+        "memory of the features and one bounded workspace; nothing M x N",
+        tests=[
+            "losses/test_contrastive_torch.py::test_memory_is_of_the_features",
+            "losses/test_contrastive_invariants.py::test_workspace_stays_within_its_bound",
+        ],
+        breaks=[
+            Break(
+                "the whole matrix is made",
+                "fastclip/_backends/cpu/contrastive.py",
+                old="rows = _State(plan.M",
+                new=(
+                    "whole = torch.mm(plan.image.x.float(), plan.text.x.float().T); "
+                    "rows = _State(plan.M + 0 * whole.numel()"
+                ),
+            ),
+            Break(
+                "the bound is not read",
+                "fastclip/_backends/cpu/blocks.py",
+                old="floats = _env.workspace_bytes() // 4",
+                new="floats = 2**26",
+            ),
+        ],
+    ),
+    Promise(
+        "Memory, work, order",
+        "four matrix products at most, 8 M N D operations; what the forward pass left is not multiplied again",
+        tests=[
+            "losses/test_contrastive_invariants.py::test_work_is_four_products_at_most",
+        ],
+        breaks=[
+            Break(
+                "one more product",
+                "fastclip/_backends/cpu/blocks.py",
+                old="weigh(block, weights)\n",
+                new="weigh(block, weights); torch.mm(images, texts.T)\n",
+            ),
+            Break(
+                "no block is kept",
+                "fastclip/_backends/cpu/blocks.py",
+                old="self.owner, self.block = owner, block",
+                new="self.owner, self.block = None, None",
+            ),
+        ],
+    ),
+    Promise(
+        "Memory, work, order",
+        "the backward pass takes no other forward pass's block",
+        tests=[
+            "losses/test_contrastive_invariants.py::test_kept_block_is_the_forward_pass_own",
+        ],
+        breaks=[
+            Break(
+                "anybody's block",
+                "fastclip/_backends/cpu/blocks.py",
+                old="self.owner.data_ptr() == owner.data_ptr() and self.block == block",
+                new="self.block == block",
+            ),
+        ],
+    ),
+    Promise(
+        "Memory, work, order",
+        "bitwise repeatable, and the native passes the same on any number of threads",
+        tests=[
+            "losses/test_contrastive_invariants.py::test_native_passes_bitwise_equal_over_thread_counts",
+            "backends/test_native.py::test_native_code",
+        ],
+        breaks=[
+            Break(
+                "a sum in the order of threads",
+                "csrc/cpu/entry_points.cpp",
+                old="for (double part : d_scale) total += part;",
+                new=(
+                    "for (size_t k = 0; k < d_scale.size(); ++k) total += d_scale[(k + num_threads) % d_scale.size()];"
+                ),
+            ),
+        ],
+    ),
+    Promise(
+        "Memory, work, order",
+        "no data race, no access outside an array",
+        tests=[
+            "backends/test_native.py::test_native_code",
+        ],
+        breaks=[
+            Break(
+                "the workers' counter is not atomic",
+                "csrc/cpu/thread_pool.cpp",
+                old="std::atomic<int64_t> next_{0};",
+                new=(
+                    "struct {\n"
+                    "    int64_t value = 0;\n"
+                    "    void store(int64_t x, std::memory_order) { value = x; }\n"
+                    "    int64_t fetch_add(int64_t x, std::memory_order) { return (value += x) - x; }\n"
+                    "  } next_;"
+                ),
+            ),
+            Break(
+                "one label too far",
+                "csrc/cpu/entry_points.cpp",
+                old="labels ? all.label + begin + k : nullptr",
+                new="labels ? all.label + begin + k + (all.label[begin + k] < 0) + 1 : nullptr",
+            ),
+        ],
+    ),
+    Promise(
+        "Memory, work, order",
+        "usable after fork, from several threads, and beside torch's OpenMP runtime, which stays the only one",
+        tests=[
+            "losses/test_contrastive_invariants.py::test_native_passes_work_after_fork",
+            "losses/test_contrastive_invariants.py::test_threads_of_python_do_not_disturb_each_other",
+            "losses/test_interface.py::test_no_second_openmp_runtime_is_loaded",
+        ],
+        breaks=[
+            Break(
+                "borrowed threads after fork",
+                "csrc/cpu/thread_pool.cpp",
+                old="g_forked.store(true);",
+                new="",
+            ),
+            Break(
+                "an OpenMP runtime is linked",
+                "CMakeLists.txt",
+                old="PUBLIC Threads::Threads ${CMAKE_DL_LIBS}",
+                new="PUBLIC Threads::Threads ${CMAKE_DL_LIBS} -Wl,--no-as-needed gomp",
+            ),
+            Break(
+                "one workspace for all threads",
+                "fastclip/_backends/cpu/blocks.py",
+                old="class _Workspace(threading.local):",
+                new="class _Workspace:",
+            ),
+        ],
+    ),
+]
