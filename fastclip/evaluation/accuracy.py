@@ -12,6 +12,7 @@ from fastclip.data.loader import evaluation_batches
 from fastclip.data.source import Source
 from fastclip.evaluation.classification import classification_metrics
 from fastclip.evaluation.progress import Progress
+from fastclip.evaluation.retrieval import least_alike
 from fastclip.models.classifier import ImageClassifier
 from fastclip.models.embedder import Embedder
 
@@ -20,12 +21,16 @@ __all__ = ["classifier_accuracies", "score_ranks"]
 logger = logging.getLogger(__name__)
 
 
-def score_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+def score_ranks(scores: Tensor, labels: Tensor, *, size: float = 0.0) -> Tensor:
     """How many other classes score at least as high as a picture's own, (N,) int64; scores (N, C), labels (N,) int64.
 
-    So a tie, and what is not a number, counts against the model.
+    So a tie, and what is not a number, counts against the model. A score that is 2^-20 of `size` below ties too: of
+    float32 products, such as those of two classes with one name, rounding decides which is larger.
+
+    Args:
+        size: what no score exceeds (`ImageClassifier.largest_score`).
     """
-    own = scores.gather(1, labels[:, None])
+    own = least_alike(scores.gather(1, labels[:, None]), size)
     return (~(scores < own)).sum(1) - 1
 
 
@@ -52,7 +57,7 @@ def classifier_accuracies(
     if tuple(source.class_names) != classifier.class_names:
         raise ValueError(f"{source.spec} has other classes than the classifier: {len(source.class_names)} of them")
     classifier.eval()
-    skipped, device = Tally(), embedder.device
+    skipped, device, size = Tally(), embedder.device, classifier.largest_score()
     ranks, labels = [], []
     batches = evaluation_batches(source, embedder.transform, batch_size=batch_size, workers=workers, skipped=skipped)
     with Progress(f"pictures of {source.spec}", len(source), shown=progress) as bar:
@@ -61,7 +66,7 @@ def classifier_accuracies(
             some = classes >= 0
             with torch.autocast(device.type, torch.bfloat16, enabled=embedder.precision == "bf16"):
                 scores = classifier(images.to(device))
-            ranks.append(score_ranks(scores.cpu()[some], classes[some]))
+            ranks.append(score_ranks(scores.cpu()[some], classes[some], size=size))
             labels.append(classes[some])
     whole = torch.cat(labels)
     if len(whole) < len(source):

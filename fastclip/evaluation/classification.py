@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.evaluation.retrieval import best_ranks, recall, unit_rows
+from fastclip.evaluation.retrieval import best_ranks, first_best, recall, unit_rows
 
 __all__ = ["class_ranks", "classification_metrics", "confusion", "mean_directions", "predicted_classes"]
 
@@ -43,7 +43,8 @@ def predicted_classes(
 ) -> Tensor:
     """What a picture is taken for, (K,) int64: its own class where its rank (`class_ranks`) is 0, else another.
 
-    Arguments as `class_ranks`'s; no K x C matrix is stored.
+    Of several classes that are equally near, within 2^-20 in the cosine, the first is meant. Arguments as
+    `class_ranks`'s; no K x C matrix is stored.
     """
     same = _namesakes(class_names, labels.device)[labels]
     rows, found = max(1, _CHUNK // max(1, len(classes))), []
@@ -52,7 +53,7 @@ def predicted_classes(
         similarities = block @ classes.T
         picture, column = (twins >= 0).nonzero(as_tuple=True)
         similarities[picture, twins[picture, column]] = -torch.inf
-        found.append(similarities.argmax(dim=1))
+        found.append(first_best(similarities))
     earlier = ((same >= 0) & (same < labels[:, None])).sum(1)
     others = torch.where(ranks == earlier, same[:, 0], torch.cat(found))  # none but its namesakes come before it
     return torch.where(ranks == 0, labels, others)

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from fastclip.evaluation.progress import Progress
 
-__all__ = ["best_ranks", "recall", "recalls", "retrieval_ranks", "retrieval_recalls", "top_items", "unit_rows"]
+__all__ = [
+    "best_ranks",
+    "first_best",
+    "least_alike",
+    "recall",
+    "recalls",
+    "retrieval_ranks",
+    "retrieval_recalls",
+    "top_items",
+    "unit_rows",
+]
 
 # Cosines nearer than that are alike: rounding decides which is larger (as in fastclip.contrastive_stats).
 _TIE = 2.0**-20
@@ -96,7 +106,8 @@ def retrieval_ranks(
 def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """The K items most similar to each query: cosines (Q, K) and indices (Q, K) int64, the best first.
 
-    Among equal cosines the lower index leads; what is not finite comes last. No Q x N matrix is stored.
+    What comes within 2^-20 of the best is equal to it, and so on with the best of the others: equal ones have the
+    largest cosine of theirs, and the lower index leads. What is not finite comes last. No Q x N matrix is stored.
 
     Args:
         queries, items: (Q, D) and (N, D), as of `best_ranks`; compared in float32.
@@ -111,20 +122,50 @@ def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = Non
     with torch.autocast(queries.device.type, enabled=False):
         queries, items = unit_rows(queries).float(), unit_rows(items).float()
         for i in range(0, len(queries), side):
-            best = found[i : i + side, :0]
-            for j in range(0, len(items), side):
-                block = items[j : j + side]
-                keys = _keys(queries[i : i + side] @ block.T, j)
-                keys = torch.cat([best, keys.topk(min(k, len(block)), dim=1).values], dim=1)
-                best = keys.topk(min(k, keys.shape[1]), dim=1).values
-            found[i : i + side] = best
-    bits = (found >> 32).int()
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32), 0xFFFFFFFF - (found & 0xFFFFFFFF)
+            keys = _best_keys(queries[i : i + side], items, k + 1, side)
+            cosines = _cosines(keys)
+            groups = _groups(cosines)
+            cut = groups[:, k - 1 : k] == groups[:, k:]  # more are equal to the last than there is room for
+            if bool((groups != cosines).any()) or bool(cut.any()):
+                keys = _best_keys(queries[i : i + side], items, k, side, groups.flip(1))
+            found[i : i + side] = keys[:, :k]
+    return _cosines(found), 0xFFFFFFFF - (found & 0xFFFFFFFF)
 
 
-def _keys(similarities: Tensor, first: int) -> Tensor:
+def _best_keys(queries: Tensor, items: Tensor, k: int, side: int, groups: Tensor | None = None) -> Tensor:
+    """(B, K) `_keys` of the K most similar items, the best first; cosines of `groups`, ascending, count as theirs."""
+    best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for j in range(0, len(items), side):
+        block = items[j : j + side]
+        keys = _keys(queries @ block.T, j, groups)
+        keys = torch.cat([best, keys.topk(min(k, len(block)), dim=1).values], dim=1)
+        best = keys.topk(min(k, keys.shape[1]), dim=1).values
+    return best
+
+
+def _groups(cosines: Tensor) -> Tensor:
+    """(B, K), the largest first -> the largest one of those that each is equal to."""
+    groups = cosines.clone()
+    for j in range(1, cosines.shape[1]):
+        before = groups[:, j - 1]
+        groups[:, j] = cosines[:, j].where(cosines[:, j] < least_alike(before), before)
+    return groups
+
+
+def _cosines(keys: Tensor) -> Tensor:
+    """What `_keys` were made of."""
+    bits = (keys >> 32).int()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
+
+
+def _keys(similarities: Tensor, first: int, groups: Tensor | None) -> Tensor:
     """(B, N) float32 of the items from `first` on -> int64 of the same order, lower indices before higher ones."""
-    bits = (similarities.nan_to_num(-torch.inf) + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    similarities = similarities.nan_to_num(-torch.inf) + 0.0  # -0.0 becomes 0.0
+    if groups is not None:
+        above = torch.searchsorted(groups, similarities).clamp(max=groups.shape[1] - 1)
+        group = groups.gather(1, above)
+        similarities = group.where(similarities >= least_alike(group), similarities)
+    bits = similarities.view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # as floats are, read as integers
     indices = torch.arange(first, first + similarities.shape[1], device=similarities.device)
     return (ordered << 32) | (0xFFFFFFFF - indices)
@@ -160,6 +201,21 @@ def _ranks(
         count.where(top > -torch.inf, torch.where(top.isnan(), last[k], -1))
         for k, (count, top) in enumerate(zip(nearer, best))
     ]
+
+
+def least_alike(best: Tensor, size: float | Tensor = 1.0) -> Tensor:
+    """The least that rounding may have made of `best`: 2^-20 below it, in units of `size`, which is 1 for cosines.
+
+    The product of the same two rows differs with where they are in their matrices, and from processor to processor.
+    """
+    return best - _TIE * size
+
+
+def first_best(similarities: Tensor) -> Tensor:
+    """(B, N) cosines -> the first place of those that are equal to the largest (B,) int64; NaN is the largest."""
+    similarities = similarities.nan_to_num(torch.inf, torch.inf, -torch.inf)
+    alike = similarities >= least_alike(similarities.amax(dim=1, keepdim=True))
+    return alike.view(torch.uint8).argmax(dim=1)
 
 
 def _nearer(similarities: Tensor, best: Tensor, dim: int) -> Tensor:

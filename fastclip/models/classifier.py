@@ -51,6 +51,11 @@ class ImageClassifier(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return self.head(F.normalize(features.float(), dim=-1))
 
+    @torch.no_grad()
+    def largest_score(self) -> float:
+        """What no logit exceeds, whatever the picture: the largest |w| and the largest |b| together."""
+        return float(self.head.weight.norm(dim=1).max() + self.head.bias.abs().max())
+
     def train(self, mode: bool = True) -> ImageClassifier:
         super().train(mode)
         if self.freeze_image:

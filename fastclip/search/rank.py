@@ -8,19 +8,26 @@ from fastclip.search.index import Pictures, Vector
 
 __all__ = ["top"]
 
+_TIE = 2.0**-20  # of |query|, as in fastclip.evaluation.retrieval: nearer than that, rounding decides which is higher
+
 
 def top(pictures: Pictures, query: Vector, count: int) -> list[tuple[bytes, float, int]]:
     """The `count` files of the highest scores <query, vector>, with these and the ids of their contents.
 
-    The highest is the first, and of equal scores the first by path.
+    The highest is the first. What comes within 2^-20 |query| of it is equal to it and has its score, and so on with the
+    highest of the others; of equal ones the first by path leads.
     """
     if not pictures.paths or count < 1:
         return []
     scores = (pictures.vectors @ query)[pictures.rows]
-    places = np.arange(len(scores))
+    places, tie = np.arange(len(scores)), _TIE * float(np.linalg.norm(query.astype(np.float64)))
     if count < len(scores):
-        least = np.partition(scores, len(scores) - count)[len(scores) - count]
+        least = np.partition(scores, len(scores) - count)[len(scores) - count] - tie
         places = np.flatnonzero(scores >= least)  # more than `count` where some are equal
-    best = places[np.lexsort((places, -scores[places]))][:count]
-    contents = pictures.contents[pictures.rows[best]]
-    return [(pictures.paths[k], float(scores[k]), int(content)) for k, content in zip(best, contents)]
+    order = places[np.argsort(-scores[places])]
+    falling, begin, best = -scores[order], 0, list[tuple[int, float]]()
+    while begin < min(count, len(order)):
+        end = int(np.searchsorted(falling, falling[begin] + tie, side="right"))
+        best += [(int(place), -float(falling[begin])) for place in np.sort(order[begin:end])]
+        begin = end
+    return [(pictures.paths[k], score, int(pictures.contents[pictures.rows[k]])) for k, score in best[:count]]

@@ -26,13 +26,15 @@ from fastclip.data.source import Source
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
 from fastclip.evaluation import probe
-from fastclip.evaluation.accuracy import score_ranks
+from fastclip.evaluation.accuracy import classifier_accuracies, score_ranks
 from fastclip.evaluation.classification import classification_metrics
 from fastclip.evaluation.probe import TowerEmbedder, linear_probe, sweep
 from fastclip.evaluation.published import TOP1, top1, top1_dataset
 from fastclip.models import create_model
+from fastclip.models.classifier import ImageClassifier
 from fastclip.models.embedder import Embedder
 from fastclip.models.tokenizer import ClipTokenizer
+from support.rounding import RoundsByPlace
 
 TOWERS = ("ViT-tiny", "RN-tiny", "align-tiny", "florence-tiny")
 
@@ -151,6 +153,21 @@ def test_ranks_count_ties_against_the_model_and_metrics_are_scikit_learns() -> N
     assert found["acc1"] == pytest.approx(accuracy_score(labels, predictions))
     assert found["acc5"] == pytest.approx(top_k_accuracy_score(labels, scores.numpy(), k=5, labels=range(9)))
     assert classification_metrics(score_ranks(scores[:, :4], labels % 4), labels % 4, 4)["acc5"] is None
+
+
+def test_classes_of_equal_weights_tie(embedder: Embedder, digits: dict[str, Source]) -> None:
+    """Two classes of one name, say; rounding makes either the likelier one, and neither is a hit."""
+    torch.manual_seed(0)
+    source = Subset(digits["test"], range(40))
+    weight = 100 * torch.nn.functional.normalize(torch.randn(10, embedder.dim), dim=1)
+    model = create_model("ViT-tiny")
+    with RoundsByPlace():
+        alike = ImageClassifier(model.visual, weight[:1].expand(10, -1), source.class_names)
+        assert set(classifier_accuracies(alike, embedder, source).values()) == {0}
+        twins = ImageClassifier(model.visual, weight[[0, 1, 2, 3, 4] * 2], source.class_names)
+        ranks = score_ranks(twins(torch.randn(5, 3, 32, 32)), torch.arange(5), size=twins.largest_score())
+    assert (ranks % 2 == 1).all() and len(ranks.unique()) > 1  # the others come in pairs
+    assert twins.largest_score() == pytest.approx(100)
 
 
 class Stopped(Exception):
