@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from broken import Break, Promise, promises
+from broken import QUESTIONS, Break, Promise, promises
 from support import ROOT
 from support.native_build import PATH
 
@@ -34,43 +34,48 @@ DOCUMENT = ROOT / "docs" / "promises.md"
 _NOT_COPIED = (".git", ".venv", "build", "runs", "__pycache__", "*.egg-info", ".*_cache")
 
 
+_INTRODUCTION = """\
+# Promises
+
+What fastclip holds to, and for each promise a test that fails when it is broken. A batch has M images and N texts of D
+numbers each; W is the number of processes. Every promise was broken on purpose to see its tests fail. The changes that
+broke it, and the rest of its tests, stand in `tests/broken`; [CONTRIBUTING](../CONTRIBUTING.md#promises) says how to
+make them again.
+"""
+
+
 def document() -> str:
     """Return the text of docs/promises.md."""
-    lines = [
-        "# Promises",
-        "",
-        "What fastclip holds to, the tests that fail when it does not, and how each was broken to see them fail.",
-        "`python tests/breaks.py` breaks every one again; `--write` makes this file from the table there.",
-    ]
-    for question in dict.fromkeys(promise.question for promise in promises()):
-        lines += ["", f"## {question}", "", "| promise | tests | broken by |", "|---|---|---|"]
+    lines = [_INTRODUCTION]
+    for question in QUESTIONS:
+        lines += [f"## {question}", "", "| promise | test |", "|---|---|"]
         for promise in promises():
             if promise.question == question:
-                tests = "<br>".join(f"`{name}`" for name in promise.tests)
-                breaks = "<br>".join(f"{one.what} (`{one.file}`)" for one in promise.breaks)
-                lines.append(f"| {promise.text} | {tests} | {breaks} |")
-    return "\n".join(lines) + "\n"
+                path = f"tests/{promise.tests[0].split('::')[0]}"
+                lines.append(f"| {promise.text} | [{Path(path).stem.removeprefix('test_')}](../{path}) |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def pytest_command(promise: Promise) -> list[str]:
     return ["python", "-m", "pytest", "-q", *(f"tests/{name}" for name in promise.tests)]
 
 
-def changed_since(revision: str) -> set[str]:
+def changed_since(revision: str, root: Path = ROOT) -> set[str]:
     """Return the files whose content differs from the revision's, those that git does not track yet included.
 
     A file that was moved and not changed is left out.
     """
 
     def git(*arguments: str) -> list[str]:
-        return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True).split("\0")[:-1]
+        return subprocess.check_output(["git", *arguments], cwd=root, text=True).split("\0")[:-1]
 
     fields = git("diff", "--name-status", "-M", "-z", revision)
     changed = set(git("ls-files", "--others", "--exclude-standard", "-z"))
     while fields:
         status = fields.pop(0)
         names = [fields.pop(0) for _ in range(2 if status[0] in "RC" else 1)]  # a move has its old and its new name
-        if status not in ("R100", "C100"):  # per cent of the lines that are the same
+        if status not in ("R100", "C100"):  # 100 per cent: the same content
             changed.add(names[-1])
     return changed
 
@@ -136,7 +141,7 @@ def try_break(promise: Promise, one: Break, folder: Path) -> tuple[str, str]:
     command = [sys.executable, *pytest_command(promise)[1:], "-x", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(copy)}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
+    lines = done.stdout.splitlines() or [""]
     failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR tests/"))]
     if failed:
         return "caught", f"by {failed[0]}"

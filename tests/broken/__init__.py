@@ -1,13 +1,76 @@
 """The table of promises: what users rely on, the tests that hold it, and ways to break it.
 
-A module has the promises of one part of the package. `python tests/breaks.py` breaks them again.
+A module has the promises of one part of the package. docs/promises.md is made from them, and `python tests/breaks.py`
+breaks them again.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from typing import NamedTuple
+
+# The sections of docs/promises.md
+NUMBERS = "Are the numbers right?"
+COST = "How much memory and work does it take?"
+TORCH = "Does it work with torch.compile, autocast and autograd?"
+PROCESSES = "Do several processes train as one?"
+KEEP = "Can I keep my code, my models and my checkpoints?"
+MACHINE = "Does it run on my machine?"
+DATA = "Which data can I use, and what if some are damaged?"
+TRAINING = "Is training what I asked for, and the same each time?"
+STOPS = "What if a run is interrupted or killed?"
+EVALUATION = "Can I compare results with those of other tools?"
+SEARCH = "Do search and filters find what they should?"
+SAFETY = "Is it safe with files that I did not make?"
+DOCUMENTS = "Can I trust the documentation and the benchmarks?"
+QUESTIONS = (
+    NUMBERS,
+    COST,
+    TORCH,
+    PROCESSES,
+    KEEP,
+    MACHINE,
+    DATA,
+    TRAINING,
+    STOPS,
+    EVALUATION,
+    SEARCH,
+    SAFETY,
+    DOCUMENTS,
+)
+
+# The modules of this folder, in the order in which the page has their promises
+PARTS = [
+    "numbers",
+    "work",
+    "interface",
+    "triton",
+    "cuda",
+    "cuda_tile",
+    "distributed",
+    "integrations",
+    "models",
+    "layers",
+    "data",
+    "data_faults",
+    "data_check",
+    "data_shards",
+    "data_sources",
+    "training_step",
+    "training",
+    "interrupted",
+    "plan",
+    "evaluation",
+    "zeroshot",
+    "retrieval",
+    "probe",
+    "report",
+    "search",
+    "search_index",
+    "filter",
+    "doctor",
+    "documents",
+]
 
 
 class Break(NamedTuple):
@@ -20,15 +83,14 @@ class Break(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """A sentence of docs/promises.md, listed there under the question that it answers."""
+    """A row of docs/promises.md, which shows the file of its first test."""
 
     question: str
     text: str
-    tests: list[str]  # file::function, relative to tests/; the page shows the first one's file
+    tests: list[str]  # file::function, relative to tests/
     breaks: list[Break]
 
 
 def promises() -> list[Promise]:
-    """Return the promises of every module, in the order of the modules' names."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return [promise for name in names for promise in importlib.import_module(f"{__name__}.{name}").PROMISES]
+    """Return the promises of all parts."""
+    return [promise for part in PARTS for promise in importlib.import_module(f"{__name__}.{part}").PROMISES]

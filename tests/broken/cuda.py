@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, MACHINE, NUMBERS, Break, Promise
 
 PROMISES = [
     Promise(
-        "CUDA backend",
-        "masks: own pairs, ragged edges, self pairs, repairs",
+        NUMBERS,
+        "Masks of the CUDA kernels keep excluded pairs and cells past the last row or column out of the sums",
         tests=[
             "backends/test_cuda.py::test_statistics",
             "backends/test_cuda.py::test_weights",
@@ -93,8 +93,11 @@ PROMISES = [
         ],
     ),
     Promise(
-        "CUDA backend",
-        "the same in the launchers: loss and gradients in bfloat16 and float16, repairs, panels, blocks, offsets",
+        NUMBERS,
+        (
+            "Loss and gradients on the CUDA backend meet the same tolerances in bfloat16 and float16, with "
+            "labels and shards"
+        ),
         tests=[
             "backends/test_kernels.py::test_loss_and_gradients_accurate",
             "backends/test_kernels.py::test_labels_accurate",
@@ -124,11 +127,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "CUDA backend",
-        (
-            "no spills, no local memory, no serialised products; "
-            "wgmma, TMA and one exponential a logit in the machine code"
-        ),
+        COST,
+        "Machine code of the CUDA kernels uses wgmma and TMA, one exponential per logit, and spills no register",
         tests=[
             "backends/test_cuda_compiled.py::test_every_kernel_is_compiled_without_spills",
             "backends/test_cuda_compiled.py::test_products_are_not_serialised",
@@ -165,8 +165,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "CUDA backend",
-        "the C interface refuses what it cannot do, and says so by a code",
+        MACHINE,
+        "The C interface returns an error code for arguments that it cannot serve",
         tests=[
             "backends/test_cuda.py::test_c_interface_refuses_bad_arguments",
             "backends/test_cuda.py::test_refusals_become_messages",
@@ -187,8 +187,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "CUDA backend",
-        "a driver that is missing or too old, another GPU, another dtype: a reason, not a crash",
+        MACHINE,
+        "A driver that is missing or too old, another GPU or another dtype is a reason in `backends()`, not a crash",
         tests=[
             "backends/test_cuda.py::test_backend_says_why_not",
             "backends/test_cuda.py::test_machine_without_hopper_is_a_reason",
@@ -217,8 +217,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "CUDA backend",
-        "cuda before triton before cpu",
+        MACHINE,
+        "The fastest backend that can serve is chosen: cuda before triton before cpu",
         tests=[
             "backends/test_cuda.py::test_preferred_to_triton",
         ],

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import NUMBERS, Break, Promise
 
 PROMISES = [
     Promise(
-        "CUDA backend",
-        (
-            "every tile right against fp64, in any order that the hardware may take: each wait, barrier and "
-            "fence is needed"
-        ),
+        NUMBERS,
+        "Every tile of the CUDA kernels equals float64 in any order in which the hardware may run its warps",
         tests=[
             "backends/test_cuda.py::test_statistics",
             "backends/test_cuda.py::test_weights",
@@ -25,7 +22,7 @@ PROMISES = [
             Break(
                 "the cluster does not wait for its barriers",
                 "csrc/cuda/tile.cuh",
-                old=("cluster_sync();\n  if (group == 0) {"),
+                old="cluster_sync();\n  if (group == 0) {",
                 new="if (group == 0) {",
             ),
             Break(

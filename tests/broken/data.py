@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import DATA, STOPS, TRAINING, Break, Promise
 
 PROMISES = [
     Promise(
-        "Data",
-        (
-            "the order of the samples is a function of the seed and the step, the same on every machine; "
-            "an epoch is a permutation, cut to whole batches"
-        ),
+        TRAINING,
+        "The order of the samples depends on the seed and the step alone, and is the same on every machine",
         tests=[
             "data/test_order.py::test_order_is_a_function_of_seed_and_epoch",
             "data/test_order.py::test_order_is_the_one_of_all_runs_so_far",
-            "data/test_order.py::test_order_of_an_epoch_is_a_permutation_cut_to_whole_batches",
-            "data/test_order.py::test_order_of_a_batch_larger_than_the_data_takes_epochs_in_turn",
         ],
         breaks=[
             Break(
@@ -30,6 +25,16 @@ PROMISES = [
                 old='digest_size=8).digest(), "little")',
                 new='digest_size=8).digest(), "big")',
             ),
+        ],
+    ),
+    Promise(
+        TRAINING,
+        "An epoch has every sample once, cut to whole batches",
+        tests=[
+            "data/test_order.py::test_order_of_an_epoch_is_a_permutation_cut_to_whole_batches",
+            "data/test_order.py::test_order_of_a_batch_larger_than_the_data_takes_epochs_in_turn",
+        ],
+        breaks=[
             Break(
                 "data: batches reach over the epoch's end",
                 "fastclip/data/order.py",
@@ -45,17 +50,12 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        (
-            "batches are the same bits for any workers, ranks and micro-batches, and from any step on; "
-            "the caller's random numbers are left alone"
-        ),
+        TRAINING,
+        "Batches have the same bits for any number of workers, processes and micro-batches",
         tests=[
             "data/test_loader.py::test_batches_are_the_same_bits_however_read",
             "data/test_loader.py::test_captions_and_crops_change_with_the_epoch",
             "data/test_loader.py::test_crops_differ_between_samples",
-            "data/test_loader.py::test_callers_random_numbers_are_left_alone",
-            "data/test_loader.py::test_batches_go_on_in_the_middle_of_an_epoch",
         ],
         breaks=[
             Break(
@@ -76,12 +76,30 @@ PROMISES = [
                 old="mix(self._seed, draw.epoch, draw.sample)",
                 new="mix(self._seed, draw.sample)",
             ),
+        ],
+    ),
+    Promise(
+        TRAINING,
+        "Reading batches leaves the caller's random numbers alone",
+        tests=[
+            "data/test_loader.py::test_callers_random_numbers_are_left_alone",
+        ],
+        breaks=[
             Break(
                 "data: Python's generator is left seeded",
                 "fastclip/data/workers.py",
                 old="random.setstate(states[2])",
                 new="",
             ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "Batches of a resumed run go on where the run stopped, also in the middle of an epoch",
+        tests=[
+            "data/test_loader.py::test_batches_go_on_in_the_middle_of_an_epoch",
+        ],
+        breaks=[
             Break(
                 "data: a resumed run begins with the first step's",
                 "fastclip/data/loader.py",
@@ -91,8 +109,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        "equal captions have equal labels on every machine",
+        DATA,
+        "Equal captions have equal labels on every machine",
         tests=[
             "data/test_loader.py::test_labels_without_classes_tell_first_captions_apart",
         ],
@@ -106,8 +124,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        "what cannot be read is named in one line: sample, file and row, folder, shard",
+        DATA,
+        "A sample, row or shard that cannot be read is named in one line",
         tests=[
             "data/test_loader.py::test_broken_picture_is_named_in_one_line",
             "data/test_sources.py::test_damaged_picture_is_named",
@@ -145,16 +163,13 @@ PROMISES = [
                 "data: a shard that was cut off is indexed",
                 "fastclip/data/tar_index.py",
                 old="if place > end:",
-                new=("if place > end:\n            return"),
+                new="if place > end:\n            return",
             ),
         ],
     ),
     Promise(
-        "Data",
-        (
-            "workers neither warn nor hang after a fork, hold no file open, and outlive Ctrl-C until the "
-            "trainer has saved"
-        ),
+        DATA,
+        "Worker processes neither warn nor hang, hold no file open, and outlive Ctrl-C until a checkpoint is saved",
         tests=[
             "data/test_loader.py::test_tokenizers_neither_warn_nor_hang_in_workers",
             "data/test_loader.py::test_batches_hold_no_file_open",

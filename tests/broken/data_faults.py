@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import DATA, SAFETY, Break, Promise
 
 PROMISES = [
     Promise(
-        "Data",
-        (
-            "a sample that cannot be used has a cause and a name, a fault for a fault; "
-            "a picture that is too large is refused from its header, and no file starts a program"
-        ),
+        DATA,
+        "A sample that cannot be used is reported with its name and one of the documented causes",
         tests=[
             "data/test_faults.py::test_picture_fault_has_its_cause",
-            "data/test_faults.py::test_large_picture_is_refused_from_its_header",
             "data/test_faults.py::test_files_that_cannot_be_read_have_their_cause",
             "data/test_faults.py::test_caption_fault_has_its_cause",
         ],
         breaks=[
-            Break(
-                "faults: large pictures are decoded",
-                "fastclip/data/picture.py",
-                old='warnings.simplefilter("error", Image.DecompressionBombWarning)',
-                new="",
-            ),
-            Break(
-                "faults: Ghostscript reads a picture",
-                "fastclip/data/picture.py",
-                old="Image.open(file, formats=_formats())",
-                new="Image.open(file)",
-            ),
             Break(
                 "faults: all damage is called one",
                 "fastclip/data/picture.py",
@@ -51,16 +35,34 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        (
-            "every mode of a picture becomes colours, more than 8 bits scaled; "
-            "of an animation the first frame; damaged EXIF is passed over, a wrong suffix too"
-        ),
+        SAFETY,
+        "A picture that is too large is refused before it is decoded, and no picture starts another program",
+        tests=[
+            "data/test_faults.py::test_large_picture_is_refused_from_its_header",
+            "data/test_faults.py::test_picture_fault_has_its_cause",
+            "data/test_faults.py::test_files_that_cannot_be_read_have_their_cause",
+        ],
+        breaks=[
+            Break(
+                "faults: large pictures are decoded",
+                "fastclip/data/picture.py",
+                old='warnings.simplefilter("error", Image.DecompressionBombWarning)',
+                new="",
+            ),
+            Break(
+                "faults: Ghostscript reads a picture",
+                "fastclip/data/picture.py",
+                old="Image.open(file, formats=_formats())",
+                new="Image.open(file)",
+            ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "Pictures of every colour mode are read; 16 bits are scaled, and an animation gives its first frame",
         tests=[
             "data/test_faults.py::test_every_mode_becomes_colours",
             "data/test_faults.py::test_first_frame_of_an_animation_counts",
-            "data/test_faults.py::test_damaged_exif_is_passed_over_without_a_word",
-            "data/test_faults.py::test_kind_of_a_picture_is_not_its_name",
         ],
         breaks=[
             Break(
@@ -69,6 +71,16 @@ PROMISES = [
                 old="return _eight_bits(image)",
                 new="return image",
             ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "Damaged EXIF and a wrong file suffix do not make a picture unusable",
+        tests=[
+            "data/test_faults.py::test_damaged_exif_is_passed_over_without_a_word",
+            "data/test_faults.py::test_kind_of_a_picture_is_not_its_name",
+        ],
+        breaks=[
             Break(
                 "faults: damaged EXIF is a damaged picture",
                 "fastclip/data/picture.py",
@@ -78,27 +90,14 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        (
-            "a shard that is cut off is used as far as it goes and named; "
-            "the first of a repeated member counts; one that holds nothing stops the run by name; "
-            "nothing is written, no pipe is run"
-        ),
+        DATA,
+        "A shard that was cut off is used as far as it goes, and named at every start",
         tests=[
             "data/test_faults.py::test_shard_cut_in_half_is_used_as_far_as_it_goes",
             "data/test_shards.py::test_damage_of_a_shard_is_told_each_time",
-            "data/test_faults.py::test_first_of_a_repeated_member_counts",
             "data/test_faults.py::test_shard_that_holds_nothing_stops_by_name",
-            "data/test_faults.py::test_names_that_lead_elsewhere_write_nothing",
-            "data/test_faults.py::test_pipe_is_never_run",
         ],
         breaks=[
-            Break(
-                "faults: the last of a repeated member counts",
-                "fastclip/data/shard_index.py",
-                old="elif kind in PICTURE_SUFFIXES",
-                new='elif group.update({"picture": member, kind: member}) or kind in PICTURE_SUFFIXES',
-            ),
             Break(
                 "faults: a cut picture is read",
                 "fastclip/data/shard_index.py",
@@ -120,11 +119,40 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        (
-            "a bad sample is replaced by a function of seed, epoch and sample, and counted once an epoch: "
-            "batches keep their sizes and are the same bits however read"
-        ),
+        DATA,
+        "The first of several members with one name counts",
+        tests=[
+            "data/test_faults.py::test_first_of_a_repeated_member_counts",
+        ],
+        breaks=[
+            Break(
+                "faults: the last of a repeated member counts",
+                "fastclip/data/shard_index.py",
+                old="elif kind in PICTURE_SUFFIXES",
+                new='elif group.update({"picture": member, kind: member}) or kind in PICTURE_SUFFIXES',
+            ),
+        ],
+    ),
+    Promise(
+        SAFETY,
+        "Names inside a shard write no file elsewhere, and a `pipe:` in a SPEC is never run",
+        tests=[
+            "data/test_faults.py::test_names_that_lead_elsewhere_write_nothing",
+            "data/test_faults.py::test_pipe_is_never_run",
+            "data/test_remote.py::test_remote_fault_is_named",
+        ],
+        breaks=[
+            Break(
+                "remote: a pipe is taken for a file",
+                "fastclip/data/spec.py",
+                old='if spec.startswith("pipe:"):',
+                new="if False:",
+            ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "A sample that cannot be used is replaced: batches keep their size and are the same bits however they are read",
         tests=[
             "data/test_faults.py::test_bad_samples_are_replaced_and_batches_keep_their_size",
             "data/test_faults.py::test_replacements_are_the_same_however_read",
@@ -158,18 +186,11 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        (
-            "a run shows what it skipped by cause, goes on counting after a resume, and stops above "
-            "--max-bad, on all ranks at once, with a line that names files"
-        ),
+        DATA,
+        "A run counts the samples that it skipped by cause, and goes on counting after a resume",
         tests=[
             "training/test_faults.py::test_skipped_samples_are_counted_by_cause_and_shown",
             "training/test_faults.py::test_resumed_run_goes_on_counting",
-            "training/test_faults.py::test_run_stops_when_too_many_samples_are_bad",
-            "training/test_faults.py::test_share_is_exact_at_the_end_of_an_epoch_and_beyond_chance_before",
-            "training/test_faults.py::test_all_ranks_count_together_and_stop_together",
-            "training/test_faults.py::test_command_stops_with_a_line_that_names_files",
         ],
         breaks=[
             Break(
@@ -178,6 +199,18 @@ PROMISES = [
                 old='self.skipped.load(state["skipped"])',
                 new="",
             ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "Training stops on all processes when more than --max-bad of the samples cannot be used",
+        tests=[
+            "training/test_faults.py::test_run_stops_when_too_many_samples_are_bad",
+            "training/test_faults.py::test_share_is_exact_at_the_end_of_an_epoch_and_beyond_chance_before",
+            "training/test_faults.py::test_all_ranks_count_together_and_stop_together",
+            "training/test_faults.py::test_command_stops_with_a_line_that_names_files",
+        ],
+        breaks=[
             Break(
                 "faults: chance stops a run",
                 "fastclip/training/skipped.py",
@@ -195,106 +228,6 @@ PROMISES = [
                 "fastclip/training/skipped.py",
                 old="return bad > at_the_end or (max_bad",
                 new="return bool(at_the_end) and (max_bad",
-            ),
-        ],
-    ),
-    Promise(
-        "Data",
-        (
-            "a worker that is stuck is named with what it reads, and again; "
-            "one that the system kills ends the run with a line, wherever torch notices"
-        ),
-        tests=[
-            "data/test_faults.py::test_stuck_worker_is_named_with_what_it_reads",
-            "data/test_mixture.py::test_reader_of_a_mixture_is_named_with_what_its_epoch_drew",
-            "data/test_faults.py::test_no_alarm_while_batches_come",
-            "data/test_faults.py::test_death_of_a_worker_is_an_error_of_one_line",
-            "data/test_loader.py::test_killed_worker_is_named_with_what_it_read",
-            "training/test_faults.py::test_killed_worker_ends_the_run_with_a_line",
-        ],
-        breaks=[
-            Break(
-                "faults: a worker notes nothing",
-                "fastclip/data/watch.py",
-                old="self._note(index + 1, epoch)",
-                new="",
-            ),
-            Break(
-                "faults: what a mixture drew in its first epoch is named",
-                "fastclip/data/watch.py",
-                old="self.source.key(what - 1, epoch=epoch)",
-                new="self.source.key(what - 1, epoch=0)",
-            ),
-            Break(
-                "faults: the alarm speaks once",
-                "fastclip/data/watch.py",
-                old="now - max(since, told) >= patience",
-                new="told == 0.0 and now - since >= patience",
-            ),
-            Break(
-                "faults: the caller's time counts",
-                "fastclip/data/watch.py",
-                old="self._since = None",
-                new="pass",
-            ),
-            Break(
-                "faults: torch's own words on a death",
-                "fastclip/data/workers.py",
-                old=("raise death from error\n            if"),
-                new=("raise\n            if"),
-            ),
-        ],
-    ),
-    Promise(
-        "Data",
-        (
-            "`fastclip data check` counts every sample once; "
-            "what `data pack` writes is read as its source is, and is the same bytes after an interruption anywhere"
-        ),
-        tests=[
-            "data/test_check.py::test_check_counts_everything_once",
-            "data/test_check.py::test_command_check_prints_a_table_and_fails_above_the_share",
-            "data/test_check.py::test_packed_source_is_read_again_as_it_was",
-            "data/test_check.py::test_interrupted_pack_goes_on_to_the_same_bytes",
-            "data/test_check.py::test_pack_touches_no_other_shards",
-            "data/test_check.py::test_shards_have_img2datasets_layout",
-        ],
-        breaks=[
-            Break(
-                "pack: several captions and a .txt",
-                "fastclip/data/pack.py",
-                old="if not rest:  #",
-                new="if first:  #",
-            ),
-            Break(
-                "pack: pictures out of shards become PNG",
-                "fastclip/data/shards.py",
-                old='return self._members(index, ("picture",))[0]',
-                new="return b''",
-            ),
-            Break(
-                "pack: pictures of a mixture become PNG",
-                "fastclip/data/mixture.py",
-                old="return picture_bytes(source, sample)",
-                new="return None",
-            ),
-            Break(
-                "pack: a shard appears before it is whole",
-                "fastclip/data/pack.py",
-                old='output / f"{shard:05d}.tar.tmp", output',
-                new='output / f"{shard:05d}.tar", output',
-            ),
-            Break(
-                "pack: other options, the same folder",
-                "fastclip/data/pack.py",
-                old="if before != about:",
-                new="if before is None:",
-            ),
-            Break(
-                "check: always well",
-                "fastclip/cli/data.py",
-                old="if found.bad_share > args.max_bad:",
-                new="if found.bad_share > 2:",
             ),
         ],
     ),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import DATA, STOPS, TRAINING, Break, Promise
 
 PROMISES = [
     Promise(
-        "Data",
-        "an epoch's shuffle is a permutation of any size, every order equally likely, computed number by number",
+        TRAINING,
+        "The shuffle of an epoch makes every order equally likely, and takes no memory for billions of samples",
         tests=[
             "data/test_permutation.py::test_permutation_has_every_number_once",
             "data/test_permutation.py::test_permutation_has_every_order_equally_often",
@@ -37,19 +37,13 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        (
-            "a shard is gone through once in its life; "
-            "its index is made anew when the file changes or the index is damaged, and is written whole, by "
-            "any number of processes at once"
-        ),
+        DATA,
+        "A shard is indexed once, and again only when the shard or its index has changed",
         tests=[
             "data/test_shards.py::test_index_is_made_once",
             "data/test_shards.py::test_index_is_made_anew_for_another_file",
             "data/test_shards.py::test_index_that_is_damaged_is_made_anew",
             "data/test_shards.py::test_index_is_in_the_cache_folder_where_none_can_lie_beside_the_shard",
-            "data/test_shards.py::test_index_has_its_name_when_it_is_whole",
-            "data/test_shards.py::test_index_made_by_several_processes_at_once_is_whole",
             "data/test_shards.py::test_members_are_those_of_tarfile",
         ],
         breaks=[
@@ -78,20 +72,6 @@ PROMISES = [
                 new='(Path(f"{path}.fastclip-index"),)',
             ),
             Break(
-                "index: written in its place",
-                "fastclip/data/shard_index.py",
-                old=(
-                    'half = file.with_name(f".{file.name}.{os.getpid()}-{random.SystemRandom().getrandbits(32):08x}")'
-                ),
-                new="half = file",
-            ),
-            Break(
-                "index: all write one temporary file",
-                "fastclip/data/shard_index.py",
-                old="{os.getpid()}-{random.SystemRandom().getrandbits(32):08x}",
-                new="half",
-            ),
-            Break(
                 "index: a long name is what its header holds",
                 "fastclip/data/tar_index.py",
                 old="_HARMLESS.fullmatch(read_exactly(file, size)) is None",
@@ -100,8 +80,30 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        "a shard that changes under a run is named",
+        DATA,
+        "Several processes may index a shard at once; an index is never seen half written",
+        tests=[
+            "data/test_shards.py::test_index_made_by_several_processes_at_once_is_whole",
+            "data/test_shards.py::test_index_has_its_name_when_it_is_whole",
+        ],
+        breaks=[
+            Break(
+                "index: written in its place",
+                "fastclip/data/shard_index.py",
+                old='half = file.with_name(f".{file.name}.{os.getpid()}-{random.SystemRandom().getrandbits(32):08x}")',
+                new="half = file",
+            ),
+            Break(
+                "index: all write one temporary file",
+                "fastclip/data/shard_index.py",
+                old="{os.getpid()}-{random.SystemRandom().getrandbits(32):08x}",
+                new="half",
+            ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "A shard that is replaced during a run is noticed and named",
         tests=[
             "data/test_shards.py::test_shard_that_changes_under_a_run_is_named",
         ],
@@ -121,14 +123,11 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        (
-            "steps are equal on all ranks, with fewer shards than workers too; "
-            "with other ranks from some step on, an epoch loses and repeats no sample"
-        ),
+        STOPS,
+        "A run that resumes with another number of processes loses and repeats no sample",
         tests=[
-            "data/test_mixture.py::test_order_of_fewer_shards_than_workers_does_not_depend_on_them",
             "data/test_mixture.py::test_run_that_goes_on_with_other_ranks_loses_and_repeats_nothing",
+            "data/test_mixture.py::test_order_of_fewer_shards_than_workers_does_not_depend_on_them",
         ],
         breaks=[
             Break(

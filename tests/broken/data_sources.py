@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, DATA, Break, Promise
 
 PROMISES = [
     Promise(
-        "Data",
-        (
-            "an epoch of A::B draws round(weight size) samples of each; "
-            "a fraction goes through all of its source before it repeats one"
-        ),
+        DATA,
+        "A mixture draws round(weight x size) samples of each source an epoch, and repeats none before all were drawn",
         tests=[
             "data/test_mixture.py::test_mixture_of_whole_weights_draws_every_sample_so_often",
             "data/test_mixture.py::test_mixture_of_fractions_goes_through_all_before_it_repeats",
@@ -59,8 +56,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        "a remote shard is copied once, whole, by one process; commands in a SPEC are never run",
+        DATA,
+        "A remote shard is copied once, by one process, and again only when it has changed",
         tests=[
             "data/test_remote.py::test_remote_shards_are_copied_once",
             "data/test_remote.py::test_remote_copy_of_another_size_is_not_kept",
@@ -94,20 +91,11 @@ PROMISES = [
                 old='with FileLock(copy.with_name(f"{copy.name}.lock")):',
                 new="if True:",
             ),
-            Break(
-                "remote: a pipe is taken for a file",
-                "fastclip/data/spec.py",
-                old='if spec.startswith("pipe:"):',
-                new="if False:",
-            ),
         ],
     ),
     Promise(
-        "Data",
-        (
-            "training decodes a large JPEG at a fraction of its size, of which no crop is enlarged; "
-            "evaluation decodes all of it"
-        ),
+        COST,
+        "Training decodes a large JPEG no larger than it needs, and enlarges no crop; evaluation decodes all of it",
         tests=[
             "data/test_scaled.py::test_jpeg_keeps_the_side_that_is_needed",
             "data/test_scaled.py::test_training_scales_and_evaluation_does_not",
@@ -142,8 +130,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        "hf:NAME reads what the datasets library does: pictures, captions, classes, splits",
+        DATA,
+        "`hf:NAME` reads what the datasets library does: pictures, captions, classes, splits",
         tests=[
             "data/test_hub.py::test_hub_columns_are_found",
             "data/test_hub.py::test_hub_captions_may_be_lists",
@@ -179,11 +167,10 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        "a picture and its mask are one sample; a read that returns less is read on",
+        DATA,
+        "A picture and its mask in a shard are one sample",
         tests=[
             "data/test_shards.py::test_picture_and_its_mask_are_one_sample",
-            "data/test_shards.py::test_reads_of_a_few_bytes_are_put_together",
         ],
         breaks=[
             Break(
@@ -192,6 +179,15 @@ PROMISES = [
                 old="key, kind = match[1], match[2].lower()\n",
                 new='key, kind = match[1], match[2].lower(); kind = ".jpg" if kind in PICTURE_SUFFIXES else kind\n',
             ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "A read that returns fewer bytes than asked for is continued",
+        tests=[
+            "data/test_shards.py::test_reads_of_a_few_bytes_are_put_together",
+        ],
+        breaks=[
             Break(
                 "data: one read is all",
                 "fastclip/data/tar_index.py",
@@ -201,8 +197,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Data",
-        "pictures are turned as their EXIF says",
+        DATA,
+        "Pictures are turned as their EXIF says",
         tests=[
             "data/test_sources.py::test_picture_is_turned_as_its_exif_says",
         ],

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, KEEP, PROCESSES, TORCH, Break, Promise
 
 PROMISES = [
     Promise(
-        "Many processes",
-        (
-            "the ranks' mean is one process's loss, and so are all gradients, in both forms: equal, unequal "
-            "and empty shards, labels across ranks, smoothing"
-        ),
+        PROCESSES,
+        "The mean of the processes' losses and all gradients equal one process's, with unequal and empty shards too",
         tests=[
             "distributed/test_distributed.py::test_exact_in_fp64",
             "distributed/test_distributed.py::test_loss_and_gradients_accurate",
@@ -75,8 +72,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Many processes",
-        "DDP's mean of the gradients trains as one process, encoders and logit_scale alike",
+        PROCESSES,
+        "Training with DDP updates the encoders and logit_scale as one process does",
         tests=[
             "distributed/test_distributed.py::test_training_with_ddp_is_the_single_process",
         ],
@@ -90,11 +87,10 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Many processes",
-        "the ring holds a few shards of texts and gradients, and ranks that fall behind change no bit",
+        COST,
+        "The ring form over several processes holds a few shards of texts and gradients at a time",
         tests=[
             "distributed/test_distributed.py::test_ring_holds_few_texts",
-            "distributed/test_distributed.py::test_bits_do_not_depend",
         ],
         breaks=[
             Break(
@@ -103,6 +99,15 @@ PROMISES = [
                 old="block, works = following, []",
                 new="self.kept = [*getattr(self, 'kept', []), block]; block, works = following, []",
             ),
+        ],
+    ),
+    Promise(
+        PROCESSES,
+        "A process that falls behind changes no bit of the results",
+        tests=[
+            "distributed/test_distributed.py::test_bits_do_not_depend",
+        ],
+        breaks=[
             Break(
                 "ranks: a block is used before it is here",
                 "fastclip/distributed/ring.py",
@@ -118,8 +123,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Many processes",
-        "compiled ranks call their collectives in the uncompiled order, whatever their number of graphs",
+        PROCESSES,
+        "Compiled processes call their collectives in the order of uncompiled ones",
         tests=[
             "distributed/test_distributed.py::test_compiled_order",
         ],
@@ -139,8 +144,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Many processes",
-        "a rank multiplies its share, 8 M N D / W operations",
+        COST,
+        "Each of W processes multiplies its share, 8 M N D / W operations",
         tests=[
             "distributed/test_distributed.py::test_a_rank_multiplies_its_share",
         ],
@@ -154,11 +159,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Many processes",
-        (
-            "ranks that disagree, or whose arguments are wrong, are an error on every rank within seconds; "
-            "so is a rank that dies"
-        ),
+        PROCESSES,
+        "Processes whose arguments disagree, or that lose one of them, all raise an error within seconds",
         tests=[
             "distributed/test_distributed.py::test_ranks_that_disagree_raise_everywhere",
             "distributed/test_distributed.py::test_a_rank_that_dies_is_an_error_of_the_others",
@@ -185,7 +187,7 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Many processes",
+        PROCESSES,
         "`fastclip parity` compares every form, backend and dtype that runs here, and finds a loss that is wrong",
         tests=[
             "distributed/test_parity.py::test_parity_finds_a_broken_loss_under_torchrun",
@@ -207,8 +209,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Many processes",
-        "`ClipLoss` and `SigLipLoss` are open_clip's with local_loss and gather_with_grad, and every dist_impl",
+        KEEP,
+        "`ClipLoss` and `SigLipLoss` are open_clip's with local_loss and gather_with_grad, for every dist_impl",
         tests=[
             "distributed/test_distributed.py::test_modules_are_open_clips",
             "distributed/test_distributed.py::test_modules_refuse_another_world",
@@ -223,8 +225,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Many processes",
-        "the ring and 16-bit shards have no second derivatives, and say so; the gather form on the reference has",
+        TORCH,
+        "Second derivatives over processes are right in the gather form on the reference, and an error in the ring",
         tests=[
             "distributed/test_distributed.py::test_second_derivatives_on_the_reference",
         ],

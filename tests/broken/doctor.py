@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import DOCUMENTS, MACHINE, Break, Promise
 
 PROMISES = [
     Promise(
-        "Doctor, bench and report",
-        "`fastclip doctor` exits with 1 if a loss is wrong on any backend and dtype that runs, or cannot run at all",
+        MACHINE,
+        "`fastclip doctor` exits with 1 if a loss is wrong, or cannot run, with any backend and dtype of the machine",
         tests=[
             "package/test_doctor.py::test_wrong_loss_is_seen",
             "package/test_doctor.py::test_every_backend_and_dtype_is_tested",
@@ -36,11 +36,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Doctor, bench and report",
-        (
-            "`fastclip doctor` says what to do about misspelt variables, small containers, lacking extras, "
-            "backends that were not built"
-        ),
+        MACHINE,
+        "`fastclip doctor` finds misspelt variables, small containers, missing extras and backends that were not built",
         tests=[
             "package/test_doctor.py::test_variables_are_shown_and_misspelt_ones_found",
             "package/test_doctor.py::test_every_variable_that_is_read_is_known",
@@ -90,8 +87,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Doctor, bench and report",
-        ("`fastclip bench` times no loss of ours whose value or gradients are wrong, and says who did not run and why"),
+        DOCUMENTS,
+        "`fastclip bench` times none of our losses if it is wrong, and says what did not run and why",
         tests=[
             "package/test_bench_command.py::test_wrong_loss_is_not_timed",
             "package/test_bench_command.py::test_dense_losses_that_do_not_fit_say_so",
@@ -121,11 +118,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Doctor, bench and report",
-        (
-            "benchmarks/REPORT.md is made of the rows alone; of several rows of a case the last counts; "
-            "every row names its run"
-        ),
+        DOCUMENTS,
+        "benchmarks/REPORT.md is made from the stored rows alone, and every row names its run",
         tests=[
             "benchmarks/test_report.py::test_report_is_that_of_the_rows",
             "benchmarks/test_report.py::test_last_row_of_a_case_counts",

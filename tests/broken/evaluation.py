@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, EVALUATION, STOPS, TRAINING, Break, Promise
 
 PROMISES = [
     Promise(
-        "Evaluation",
-        (
-            "retrieval's recalls are those of the definition, several captions an image; "
-            "a tie counts against the model, and nothing M x N is stored"
-        ),
+        EVALUATION,
+        "Recall@k of validation takes any caption of an image for a hit, and counts a tie against the model",
         tests=[
             "evaluation/test_validation.py::test_recalls_are_those_of_the_definition",
             "evaluation/test_validation.py::test_collapsed_model_has_no_hit",
             "evaluation/test_validation.py::test_what_is_not_finite_is_no_hit",
-            "evaluation/test_validation.py::test_similarities_are_never_all_stored",
         ],
         breaks=[
             Break(
@@ -30,6 +26,15 @@ PROMISES = [
                 old="similarities < (best - _TIE).unsqueeze(dim)",
                 new="~(similarities > (best + _TIE).unsqueeze(dim))",
             ),
+        ],
+    ),
+    Promise(
+        COST,
+        "Validation never stores all similarities at once",
+        tests=[
+            "evaluation/test_validation.py::test_similarities_are_never_all_stored",
+        ],
+        breaks=[
             Break(
                 "evaluation: everything at once",
                 "fastclip/evaluation/retrieval.py",
@@ -39,8 +44,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Evaluation",
-        "validation leaves out samples that cannot be used, and says how many",
+        EVALUATION,
+        "Validation leaves out samples that cannot be used, and says how many",
         tests=[
             "evaluation/test_validation.py::test_samples_that_cannot_be_used_are_left_out_and_counted",
         ],
@@ -54,12 +59,10 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Evaluation",
-        "validation is the same on any number of ranks, and leaves model and random numbers as they were",
+        EVALUATION,
+        "Validation has the same metrics on any number of processes",
         tests=[
             "evaluation/test_validation.py::test_ranks_have_the_single_process_metrics",
-            "evaluation/test_validation.py::test_validation_leaves_no_trace",
-            "evaluation/test_validation.py::test_validation_is_that_of_the_definition",
         ],
         breaks=[
             Break(
@@ -68,6 +71,16 @@ PROMISES = [
                 old="batch_size=batch_size, rank=rank, ranks=ranks",
                 new="batch_size=batch_size, rank=0, ranks=1",
             ),
+        ],
+    ),
+    Promise(
+        TRAINING,
+        "Validation leaves the model and the random numbers as they were",
+        tests=[
+            "evaluation/test_validation.py::test_validation_leaves_no_trace",
+            "evaluation/test_validation.py::test_validation_is_that_of_the_definition",
+        ],
+        breaks=[
             Break(
                 "evaluation: a locked tower is in training mode afterwards",
                 "fastclip/evaluation/validate.py",
@@ -83,11 +96,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Evaluated checkpoints and kept features",
-        (
-            "a checkpoint of training is evaluated as the run would save it, with its own sizes and the "
-            "average of its weights; a run that goes on has no model/"
-        ),
+        EVALUATION,
+        "A checkpoint of training is evaluated as the run would save it, with its own sizes and averaged weights",
         tests=[
             "evaluation/test_features.py::test_checkpoint_of_a_run_is_what_the_run_would_save",
         ],
@@ -113,10 +123,10 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Evaluated checkpoints and kept features",
+        EVALUATION,
         (
-            "what is embedded is kept apart by weights, configuration, vocabulary, precision, names and "
-            "working directory"
+            "Stored features serve only the weights, configuration, vocabulary, precision and files that they "
+            "were made from"
         ),
         tests=[
             "evaluation/test_features.py::test_store_is_of_one_model_and_one_list",
@@ -151,8 +161,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Evaluated checkpoints and kept features",
-        "an evaluation that was stopped goes on to the same bits, and has lost a minute's work at most",
+        STOPS,
+        "An interrupted evaluation resumes to the same bits, and loses a minute of work at most",
         tests=[
             "evaluation/test_features.py::test_interrupted_embedding_goes_on_to_the_same_bits",
             "evaluation/test_features.py::test_interrupted_texts_go_on_to_the_same_bits",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import SEARCH, STOPS, Break, Promise
 
 PROMISES = [
     Promise(
-        "Filtering and embedding",
-        (
-            "`fastclip filter` keeps the captions whose cosine with their picture is the threshold or more, "
-            "and the samples that have one; what is not finite is dropped and counted"
-        ),
+        SEARCH,
+        "`fastclip filter` keeps captions at or above the threshold, and drops and counts what is not finite",
         tests=[
             "search/test_filter.py::test_filter_keeps_what_the_definition_does",
             "search/test_filter.py::test_threshold_is_inclusive",
@@ -50,8 +47,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Filtering and embedding",
-        "near duplicates are those of comparing every picture with all that were kept before it; the first stays",
+        SEARCH,
+        "Near duplicates are those of comparing every picture with all that were kept; the first one stays",
         tests=[
             "search/test_filter.py::test_near_duplicates_are_those_of_comparing_all",
             "search/test_filter.py::test_first_of_near_duplicates_stays",
@@ -85,8 +82,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Filtering and embedding",
-        "filtered pictures keep their bytes, and with them what their .json told; the folder is read as its shards",
+        SEARCH,
+        "Filtered pictures keep their bytes and metadata, and the folder is read as a data set",
         tests=[
             "search/test_filter.py::test_real_pictures_keep_their_bytes_and_what_is_known_of_them",
             "search/test_filter.py::test_filter_keeps_what_the_definition_does",
@@ -113,8 +110,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Filtering and embedding",
-        "another threshold costs no more embedding; a folder of another call is left alone",
+        SEARCH,
+        "Another threshold costs no more embedding; a folder with other data or options is left alone",
         tests=[
             "search/test_filter.py::test_similarities_are_computed_once_for_all_thresholds",
             "search/test_filter.py::test_scores_are_those_of_the_captions_and_the_place",
@@ -177,8 +174,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Filtering and embedding",
-        "`fastclip filter` and `fastclip embed`, killed anywhere: the same call goes on, to the same bytes",
+        STOPS,
+        "`fastclip filter` and `fastclip embed`, killed anywhere, resume to the same bytes",
         tests=[
             "search/test_filter.py::test_killed_search_commands_go_on_to_the_same_bytes",
             "search/test_embed.py::test_rows_are_the_vectors_of_every_sample",
@@ -188,7 +185,7 @@ PROMISES = [
                 "embed: the table comes first",
                 "fastclip/search/embed.py",
                 old='for kind in ("img", "text"):',
-                new=('_write_table(table, part, store, found)\n            for kind in ("img", "text"):'),
+                new='_write_table(table, part, store, found)\n            for kind in ("img", "text"):',
             ),
             Break(
                 "embed: parts stay",
@@ -205,11 +202,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Filtering and embedding",
-        (
-            "`fastclip embed` writes clip-retrieval's layout: row i of the three files is one sample, the "
-            "first caption counts, and what cannot be used is in none"
-        ),
+        SEARCH,
+        "`fastclip embed` writes clip-retrieval's layout: row i of its three files is one sample",
         tests=[
             "search/test_embed.py::test_rows_are_the_vectors_of_every_sample",
             "search/test_embed.py::test_file_numbers_have_clip_retrievals_zeros",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, KEEP, NUMBERS, TORCH, Break, Promise
 
 PROMISES = [
     Promise(
-        "torch",
-        "library ops with fake and autograd, opcheck clean",
+        TORCH,
+        "Ops pass torch.library.opcheck: schema, fake tensors, autograd",
         tests=[
             "losses/test_contrastive_torch.py::test_ops_pass_opcheck",
             "losses/test_sigmoid.py::test_sigmoid_op_passes_opcheck",
@@ -23,8 +23,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "torch",
-        "`torch.compile(fullgraph=True)`, also with changing batch",
+        TORCH,
+        "`torch.compile(fullgraph=True)` compiles the losses, also when the batch size changes",
         tests=[
             "losses/test_contrastive_torch.py::test_compiles_whole",
             "losses/test_contrastive_torch.py::test_compiles_with_changing_batch",
@@ -39,8 +39,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "torch",
-        "under autocast the features take its dtype and the scalars stay fp32, on every backend",
+        TORCH,
+        "Autocast rounds the features, and leaves logit_scale and logit_bias in float32",
         tests=[
             "losses/test_contrastive_torch.py::test_autocast_rounds_features_and_not_the_scale",
             "losses/test_sigmoid.py::test_sigmoid_autocast_rounds_features_and_not_the_scalars",
@@ -61,8 +61,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "torch",
-        "second derivatives: an error that says so, and right on the reference",
+        TORCH,
+        "Second derivatives are right on the reference, and an error on the other backends",
         tests=[
             "losses/test_contrastive_torch.py::test_second_derivatives_of_cpu_raise",
             "losses/test_contrastive_torch.py::test_reference_gradcheck_twice",
@@ -84,8 +84,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "torch",
-        "every subset of gradients, any upstream gradient, the graph twice",
+        TORCH,
+        "Every subset of gradients, any upstream gradient and a second backward pass are right",
         tests=[
             "losses/test_contrastive_torch.py::test_every_subset_of_gradients",
             "losses/test_contrastive_invariants.py::test_graph_can_be_used_twice",
@@ -106,8 +106,37 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Interface",
-        "what does not fit raises before any work and names both tensors",
+        TORCH,
+        "The losses work after a fork, from several threads and beside torch's OpenMP runtime",
+        tests=[
+            "losses/test_contrastive_invariants.py::test_native_passes_work_after_fork",
+            "losses/test_contrastive_invariants.py::test_threads_of_python_do_not_disturb_each_other",
+            "losses/test_interface.py::test_no_second_openmp_runtime_is_loaded",
+        ],
+        breaks=[
+            Break(
+                "borrowed threads after fork",
+                "csrc/cpu/thread_pool.cpp",
+                old="g_forked.store(true);",
+                new="",
+            ),
+            Break(
+                "an OpenMP runtime is linked",
+                "CMakeLists.txt",
+                old="PUBLIC Threads::Threads ${CMAKE_DL_LIBS}",
+                new="PUBLIC Threads::Threads ${CMAKE_DL_LIBS} -Wl,--no-as-needed gomp",
+            ),
+            Break(
+                "one workspace for all threads",
+                "fastclip/_backends/cpu/blocks.py",
+                old="class _Workspace(threading.local):",
+                new="class _Workspace:",
+            ),
+        ],
+    ),
+    Promise(
+        TORCH,
+        "Tensors that do not fit each other raise an error that names both, before any work",
         tests=[
             "losses/test_interface.py::test_misfit_raises_before_any_work",
             "losses/test_interface.py::test_sigmoid_misfit_raises_before_any_work",
@@ -128,8 +157,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Interface",
-        "`ClipLoss` is open_clip's: signature, values, gradients",
+        KEEP,
+        "`ClipLoss` has open_clip's signature, values and gradients",
         tests=[
             "losses/test_interface.py::test_clip_loss_has_open_clip_signature",
             "losses/test_interface.py::test_clip_loss_equals_open_clip",
@@ -144,11 +173,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Interface",
-        (
-            "`SigLipLoss` is open_clip's: signature, values, gradients, the bias's among them; "
-            "`dist_impl` and `chunk_size` accepted"
-        ),
+        KEEP,
+        "`SigLipLoss` has open_clip's values and gradients, and takes its dist_impl and chunk_size",
         tests=[
             "losses/test_sigmoid.py::test_siglip_loss_equals_open_clip",
             "losses/test_interface.py::test_siglip_loss_takes_every_way_to_the_same_loss",
@@ -175,11 +201,10 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Interface",
-        "the sigmoid loss keeps the digits of small losses, and its gradients cost three products",
+        NUMBERS,
+        "The sigmoid loss meets the same tolerances, and keeps its digits when it is small",
         tests=[
             "losses/test_sigmoid.py::test_sigmoid_confident_loss_keeps_digits",
-            "losses/test_sigmoid.py::test_sigmoid_work_is_three_products",
             "losses/test_sigmoid.py::test_sigmoid_accurate",
         ],
         breaks=[
@@ -201,6 +226,15 @@ PROMISES = [
                 old="const double g = -(x < 0.0",
                 new="const double g = (x < 0.0",
             ),
+        ],
+    ),
+    Promise(
+        COST,
+        "The sigmoid loss with its gradients costs three matrix products, 6 M N D operations",
+        tests=[
+            "losses/test_sigmoid.py::test_sigmoid_work_is_three_products",
+        ],
+        breaks=[
             Break(
                 "the block is multiplied twice",
                 "fastclip/_backends/cpu/blocks.py",
@@ -210,8 +244,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Interface",
-        "a float16 gradient that waits for its upstream factor neither flushes nor overflows",
+        NUMBERS,
+        "Float16 gradients of a mean over many pairs neither vanish nor overflow",
         tests=[
             "losses/test_sigmoid.py::test_sigmoid_float16_gradient_of_a_mean_over_many_keeps_digits",
         ],
@@ -225,8 +259,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Interface",
-        "`multiview_loss`: all pairs, or the core view against the rest",
+        NUMBERS,
+        "`multiview_loss` sums the losses of all pairs of views, or of a core view with each other one",
         tests=[
             "losses/test_multiview.py::test_multiview_equals_sum_of_pairs",
             "losses/test_multiview.py::test_multiview_misfit_raises",
@@ -247,8 +281,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Interface",
-        "`contrastive_stats`: log-sum-exps, losses and top-1 in one pass; a tie is a miss",
+        NUMBERS,
+        "`contrastive_stats` has log-sum-exps, losses and top-1 accuracy from one product; a tie is a miss",
         tests=[
             "losses/test_stats.py::test_stats_accurate",
             "losses/test_stats.py::test_a_tie_is_a_miss",

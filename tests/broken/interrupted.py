@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import DOCUMENTS, SAFETY, STOPS, Break, Promise
 
 PROMISES = [
     Promise(
-        "Machines that die",
-        (
-            "kill -9 at any moment of saving, and death after any file operation, leave whole checkpoints: "
-            "the last or the next"
-        ),
+        STOPS,
+        "A kill at any moment of saving leaves the last checkpoint or the next one, whole",
         tests=[
             "training/test_durable.py::test_death_at_every_file_operation_leaves_a_whole_checkpoint",
             "training/test_durable.py::test_kill_leaves_the_last_checkpoint_or_the_next",
@@ -43,14 +40,10 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Machines that die",
-        (
-            "a flipped byte, a cut or a missing file in a checkpoint is found and named, and the one before "
-            "is used; no pickle runs"
-        ),
+        STOPS,
+        "A damaged checkpoint is found and named, and the one before it is used",
         tests=[
             "training/test_durable.py::test_damage_is_found_and_the_one_before_is_used",
-            "training/test_durable.py::test_no_pickle_runs_when_a_checkpoint_is_read",
         ],
         breaks=[
             Break(
@@ -71,6 +64,15 @@ PROMISES = [
                 old="problems.append(str(error))",
                 new="raise",
             ),
+        ],
+    ),
+    Promise(
+        SAFETY,
+        "Resuming from a checkpoint runs no pickle",
+        tests=[
+            "training/test_durable.py::test_no_pickle_runs_when_a_checkpoint_is_read",
+        ],
+        breaks=[
             Break(
                 "machines: a pickle is read",
                 "fastclip/training/checkpoint.py",
@@ -80,24 +82,27 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Machines that die",
-        (
-            "old checkpoints go when the new one is there, not before; "
-            "those of a later step than a run begins at are set aside"
-        ),
+        STOPS,
+        "Old checkpoints are removed when the new one is there, not before",
         tests=[
             "training/test_durable.py::test_old_checkpoints_go_after_the_new_one_is_there",
-            "training/test_durable.py::test_checkpoints_of_a_later_step_are_set_aside",
         ],
         breaks=[
             Break(
                 "machines: room is made first",
                 "fastclip/training/checkpoint.py",
                 old='path = folder / f"step-{snapshot.step:08d}"',
-                new=(
-                    '[remove_folder(older) for older in _by_step(folder)]; path = folder / f"step-{snapshot.step:08d}"'
-                ),
+                new='[remove_folder(older) for older in _by_step(folder)]; path = folder / f"step-{snapshot.step:08d}"',
             ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "Checkpoints of a later step than the one that a run begins at are set aside",
+        tests=[
+            "training/test_durable.py::test_checkpoints_of_a_later_step_are_set_aside",
+        ],
+        breaks=[
             Break(
                 "machines: later checkpoints stay",
                 "fastclip/training/checkpoint.py",
@@ -107,8 +112,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Machines that die",
-        "a full disk: the bytes needed are told, in one line, and the old checkpoint stands",
+        STOPS,
+        "A full disk ends the run with the number of bytes that it needed, and keeps the old checkpoint",
         tests=[
             "training/test_durable.py::test_full_disk_says_how_many_bytes_were_needed",
             "training/test_durable.py::test_space_is_looked_at_before_writing",
@@ -130,18 +135,13 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Machines that die",
-        (
-            "checkpoints are written while training goes on and change no number; "
-            "one that fails ends the run at its next step, on every rank"
-        ),
+        STOPS,
+        "Saving in the background changes no number of the run",
         tests=[
+            "training/test_interrupted.py::test_saving_in_the_background_changes_no_number",
             "training/test_durable.py::test_training_goes_on_beside_a_snapshot_and_does_not_change_it",
             "training/test_durable.py::test_saver_writes_one_at_a_time_and_keeps_no_error_to_itself",
-            "training/test_interrupted.py::test_saving_in_the_background_changes_no_number",
             "training/test_interrupted.py::test_shards_are_saved_in_the_background_as_they_were",
-            "training/test_interrupted.py::test_run_whose_checkpoint_fails_ends_with_its_error",
-            "training/test_interrupted.py::test_checkpoint_that_fails_on_one_rank_ends_all",
         ],
         breaks=[
             Break(
@@ -153,9 +153,19 @@ PROMISES = [
             Break(
                 "machines: two are written at a time",
                 "fastclip/training/saver.py",
-                old=("self.wait()\n        if self._pool is None:"),
+                old="self.wait()\n        if self._pool is None:",
                 new="if self._pool is None:",
             ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "A checkpoint that cannot be written ends the run at its next step, on every process",
+        tests=[
+            "training/test_interrupted.py::test_run_whose_checkpoint_fails_ends_with_its_error",
+            "training/test_interrupted.py::test_checkpoint_that_fails_on_one_rank_ends_all",
+        ],
+        breaks=[
             Break(
                 "machines: nobody asks whether it failed",
                 "fastclip/training/trainer.py",
@@ -165,17 +175,14 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Machines that die",
-        (
-            "SIGTERM and Ctrl-C: a checkpoint after the step, on which all ranks agree, and status 143 or "
-            "130; a second one ends the process at once"
-        ),
+        STOPS,
+        "SIGTERM and Ctrl-C save a checkpoint after the same step on all processes, and exit with 143 or 130",
         tests=[
-            "training/test_interrupted.py::test_interrupted_run_raises_and_restores_the_handlers",
-            "training/test_interrupted.py::test_second_signal_ends_the_process_at_once",
-            "training/test_interrupted.py::test_signal_to_one_rank_ends_all_after_the_same_step",
             "training/test_interrupted.py::test_signal_ends_a_command_with_a_checkpoint",
+            "training/test_interrupted.py::test_interrupted_run_raises_and_restores_the_handlers",
+            "training/test_interrupted.py::test_signal_to_one_rank_ends_all_after_the_same_step",
             "training/test_interrupted.py::test_torchrun_passes_a_signal_on",
+            "training/test_interrupted.py::test_second_signal_ends_the_process_at_once",
         ],
         breaks=[
             Break(
@@ -197,12 +204,6 @@ PROMISES = [
                 new="self._since >= 0:",
             ),
             Break(
-                "machines: the second signal is noted, too",
-                "fastclip/training/signals.py",
-                old="elif time.monotonic()",
-                new="elif 0 > time.monotonic()",
-            ),
-            Break(
                 "machines: every rank minds its own signals",
                 "fastclip/training/step.py",
                 old="zip(_STATUSES, shared[1:].tolist())",
@@ -211,15 +212,27 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Machines that die",
-        (
-            "a run that is killed again and again ends with the numbers and weights of one that never "
-            "stopped, its model/ included"
-        ),
+        STOPS,
+        "A second signal ends the process at once",
         tests=[
+            "training/test_interrupted.py::test_second_signal_ends_the_process_at_once",
+        ],
+        breaks=[
+            Break(
+                "machines: the second signal is noted, too",
+                "fastclip/training/signals.py",
+                old="elif time.monotonic()",
+                new="elif 0 > time.monotonic()",
+            ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "A run that is killed again and again ends with the weights of one that never stopped",
+        tests=[
+            "training/test_interrupted.py::test_run_killed_again_and_again_is_the_run_that_never_stopped",
             "training/test_interrupted.py::test_run_that_died_before_its_model_writes_it",
             "training/test_interrupted.py::test_run_goes_on_from_the_checkpoint_before_a_damaged_one",
-            "training/test_interrupted.py::test_run_killed_again_and_again_is_the_run_that_never_stopped",
         ],
         breaks=[
             Break(
@@ -237,16 +250,11 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Machines that die",
-        (
-            "a rank that is lost or stands still ends the others within `--timeout`, saying so; "
-            "torchrun's restart resumes by itself"
-        ),
+        STOPS,
+        "A process that is lost or hangs ends the others within --timeout, with an error that says so",
         tests=[
-            "training/test_interrupted.py::test_damaged_checkpoint_ends_all_ranks",
-            "training/test_interrupted.py::test_ranks_meet_where_no_dead_rank_has_been",
             "training/test_interrupted.py::test_lost_rank_ends_the_others",
-            "training/test_interrupted.py::test_torchrun_restarts_a_run_whose_rank_was_killed",
+            "training/test_interrupted.py::test_damaged_checkpoint_ends_all_ranks",
         ],
         breaks=[
             Break(
@@ -261,6 +269,16 @@ PROMISES = [
                 old="or any(word in str(error) for word in _LOST)",
                 new="",
             ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "A restart by torchrun resumes by itself",
+        tests=[
+            "training/test_interrupted.py::test_torchrun_restarts_a_run_whose_rank_was_killed",
+            "training/test_interrupted.py::test_ranks_meet_where_no_dead_rank_has_been",
+        ],
+        breaks=[
             Break(
                 "machines: ranks meet where the dead ones did",
                 "fastclip/training/meeting.py",
@@ -270,8 +288,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Machines that die",
-        "docs/reliability.md is what the tests' markers say",
+        DOCUMENTS,
+        "docs/reliability.md lists the faults that the tests cause, and no others",
         tests=[
             "package/test_reliability.py::test_document_is_what_the_markers_say",
         ],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import MACHINE, Break, Promise
 
 PROMISES = [
     Promise(
-        "Layers",
-        "imports go one way, and `import fastclip` needs torch only",
+        MACHINE,
+        "The losses need torch only, and no module imports one of a layer above it",
         tests=[
             "package/test_layering.py::test_module_keeps_to_its_layer",
         ],
@@ -21,11 +21,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Layers",
-        (
-            "`import fastclip` and the command line load no torch until a name needs it, and its ops where "
-            "torch is loaded"
-        ),
+        MACHINE,
+        "`import fastclip` and `fastclip --help` load torch only where it is needed",
         tests=[
             "package/test_lazy.py::test_import_loads_the_standard_library_only",
             "package/test_lazy.py::test_help_answers_in_half_a_second",
@@ -61,8 +58,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Layers",
-        "no torch or Python header below the binding",
+        MACHINE,
+        "Native code below the bindings includes no header of torch or Python",
         tests=[
             "package/test_layering.py::test_native_code_is_free_of_frameworks",
         ],
@@ -71,13 +68,13 @@ PROMISES = [
                 "a header",
                 "csrc/cpu/tile.h",
                 old="#pragma once",
-                new=("#pragma once\n#if 0\n#include <Python.h>\n#endif"),
+                new="#pragma once\n#if 0\n#include <Python.h>\n#endif",
             ),
         ],
     ),
     Promise(
-        "Layers",
-        "a missing native module is a reason in `backends()`, not an import error",
+        MACHINE,
+        "A native module that is missing is a reason in `backends()`, not an import error",
         tests=[
             "losses/test_interface.py::test_missing_native_module_is_a_reason",
         ],
@@ -91,8 +88,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Layers",
-        "the package installs without a compiler and says what was missing",
+        MACHINE,
+        "Installation without a compiler succeeds, and says what was missing",
         tests=[
             "package/test_packaging.py::test_package_works_without_compiler",
         ],
@@ -106,8 +103,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Layers",
-        "likewise without nvcc or with an old one; a CUDA build that fails costs no CPU module",
+        MACHINE,
+        "Installation without nvcc, or with one that is too old, keeps the CPU backend and says why",
         tests=[
             "package/test_packaging.py::test_package_works_without_nvcc",
             "package/test_packaging.py::test_old_nvcc_is_told",
@@ -129,8 +126,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Layers",
-        "the CUDA module loads without a driver and beside any CUDA runtime",
+        MACHINE,
+        "The CUDA module loads without a driver and beside any CUDA runtime",
         tests=[
             "package/test_packaging.py::test_cuda_module_loads_without_driver",
         ],
@@ -144,8 +141,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Layers",
-        "rebuilding in place leaves the module that a process has loaded",
+        MACHINE,
+        "Rebuilding in place leaves the module that a process has loaded",
         tests=[
             "package/test_packaging.py::test_rebuilding_in_place_leaves_the_loaded_module",
         ],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, KEEP, SAFETY, TRAINING, Break, Promise
 
 PROMISES = [
     Promise(
-        "Encoders",
-        "encoder features equal open_clip's and Hugging Face's on the same weights, in both directions",
+        KEEP,
+        "Features equal open_clip's and Hugging Face's with the same weights, which are converted both ways",
         tests=[
             "models/test_checkpoints.py::test_open_clip_both_ways",
             "models/test_checkpoints.py::test_hugging_face_clip_both_ways",
@@ -47,8 +47,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "encoder sizes are the published ones",
+        KEEP,
+        "Models have the published numbers of parameters",
         tests=[
             "models/test_models.py::test_clip_has_open_clips_parameters",
             "models/test_models.py::test_published_parameters",
@@ -63,8 +63,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "encoder weights start as published",
+        KEEP,
+        "Initial weights are drawn as in the published code",
         tests=[
             "models/test_models.py::test_clip_weights_start_as_published",
         ],
@@ -78,8 +78,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "CoSwin is Swin but for its embedding and every merging",
+        KEEP,
+        "CoSwin is Swin with convolutions for its embedding and its mergings",
         tests=[
             "models/test_models.py::test_coswin_is_swin_with_convolutions_around_its_blocks",
             "models/test_models.py::test_coswin_windows_overlap",
@@ -100,8 +100,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "no pickle of a checkpoint runs",
+        SAFETY,
+        "Loading a model runs no pickle",
         tests=[
             "models/test_refused.py::test_no_pickle_runs",
         ],
@@ -115,8 +115,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "a checkpoint that does not fit names missing, unexpected and mis-shaped parameters",
+        KEEP,
+        "A checkpoint that does not fit is refused with its missing, unexpected and mis-shaped parameters",
         tests=[
             "models/test_refused.py::test_checkpoint_that_does_not_fit_names_the_parameters",
         ],
@@ -130,8 +130,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "OpenAI's files mean QuickGELU, and it is said; a Hugging Face activation that contradicts the name raises",
+        KEEP,
+        "OpenAI's files get QuickGELU; a Hugging Face activation that contradicts the model's name is an error",
         tests=[
             "models/test_checkpoints.py::test_openai_means_quick_gelu",
             "models/test_checkpoints.py::test_hugging_face_activation_must_be_the_names",
@@ -152,8 +152,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "position embeddings interpolate as open_clip's, and it is said",
+        KEEP,
+        "Position embeddings are interpolated as open_clip's, with a warning",
         tests=[
             "models/test_checkpoints.py::test_other_resolutions_interpolate_as_open_clip",
         ],
@@ -173,8 +173,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "tokenizers never fail on a text, and cut texts keep their end",
+        KEEP,
+        "Tokenizers take any text, and keep the end token of a text that they cut",
         tests=[
             "models/test_preprocess.py::test_no_text_fails",
             "models/test_preprocess.py::test_wordpiece_is_transformers",
@@ -189,8 +189,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "the image transforms are open_clip's",
+        KEEP,
+        "Image transforms are open_clip's",
         tests=[
             "models/test_preprocess.py::test_clip_transforms_are_open_clips",
         ],
@@ -204,8 +204,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "a locked tower stays as it is, BatchNorm included",
+        TRAINING,
+        "A locked tower stays as it is, the statistics of BatchNorm included",
         tests=[
             "models/test_models.py::test_locked_tower_stays_as_it_is",
         ],
@@ -219,8 +219,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "gradient checkpointing keeps less and changes no gradient",
+        COST,
+        "Gradient checkpointing stores less and changes no gradient",
         tests=[
             "models/test_models.py::test_checkpointed_gradients_are_the_same",
         ],
@@ -234,8 +234,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Encoders",
-        "ALIGN's pictures become squares of 346 pixels, as the paper says, CLIP's keep their sides",
+        KEEP,
+        "ALIGN's pictures become squares of 346 pixels, as in the paper; CLIP's keep their aspect ratio",
         tests=[
             "models/test_preprocess.py::test_align_transforms",
         ],

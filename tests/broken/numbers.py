@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import NUMBERS, Break, Promise
 
 PROMISES = [
     Promise(
-        "Numbers",
-        ("loss within 1e-5, gradients within 3e-5 (fp32) or one rounding (16-bit), never worse than twice dense torch"),
+        NUMBERS,
+        (
+            "The loss is within 1e-5 of float64, gradients within 3e-5 (16 bits: one rounding); "
+            "errors are below twice dense torch's"
+        ),
         tests=[
             "losses/test_contrastive_accuracy.py::test_loss_and_gradients_accurate",
         ],
@@ -48,8 +51,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Numbers",
-        "the same on every instruction set",
+        NUMBERS,
+        "Every instruction set (AVX-512, AVX2, portable) meets the same tolerances",
         tests=[
             "losses/test_contrastive_accuracy.py::test_every_instruction_set_accurate",
             "backends/test_native.py::test_native_code",
@@ -70,8 +73,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Numbers",
-        "a confident loss keeps its digits down to 1e-20, positives being kept out of the log-sum-exp",
+        NUMBERS,
+        "A loss near 0 keeps its digits, down to 1e-20",
         tests=[
             "losses/test_contrastive_accuracy.py::test_confident_loss_keeps_digits",
         ],
@@ -91,11 +94,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Numbers",
-        (
-            "labels: loss and gradient over several positives; rows without one are left out of the mean; "
-            "weights and smoothing"
-        ),
+        NUMBERS,
+        "Labels with several positives a row, rows without one, label smoothing and image_weight are right",
         tests=[
             "losses/test_contrastive_accuracy.py::test_labels_accurate",
             "losses/test_contrastive_accuracy.py::test_label_smoothing_accurate",
@@ -122,8 +122,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Numbers",
-        "own pairs can be left out: SimCLR and SupCon through labels",
+        NUMBERS,
+        "Pairs of a sample with itself can be left out, as in SimCLR and SupCon",
         tests=[
             "losses/test_self_pairs.py::test_simclr_through_labels",
             "losses/test_self_pairs.py::test_excluded_pairs_do_not_count",
@@ -144,8 +144,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Numbers",
-        "right for logits of any spread, by repair where one exponential does not do",
+        NUMBERS,
+        "Logits of any spread give the right loss and gradients",
         tests=[
             "losses/test_contrastive_accuracy.py::test_unnormalised_features_accurate",
             "losses/test_contrastive_accuracy.py::test_every_instruction_set_accurate",
@@ -166,8 +166,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Numbers",
-        "any scale, zero rows, huge and tiny norms: finite and right",
+        NUMBERS,
+        "Any scale, zero rows, huge and tiny norms give results that are finite and right",
         tests=[
             "losses/test_contrastive_accuracy.py::test_extreme_norms_finite_and_accurate",
             "losses/test_contrastive_accuracy.py::test_zero_rows_finite",
@@ -202,8 +202,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Numbers",
-        "NaN and Inf propagate",
+        NUMBERS,
+        "NaN and Inf in the features appear in the loss and the gradients",
         tests=[
             "losses/test_contrastive_accuracy.py::test_nan_and_inf_propagate",
             "backends/test_native.py::test_native_code",
@@ -218,11 +218,11 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Numbers",
-        "more than 2^31 pairs, and rows beyond 2^31 elements",
+        NUMBERS,
+        "Batches of more than 2^31 pairs and features of more than 2^31 elements are right",
         tests=[
-            "backends/test_native.py::test_native_code",
             "losses/test_large_batch.py::test_loss_of_more_than_two_to_the_31_pairs",
+            "backends/test_native.py::test_native_code",
         ],
         breaks=[
             Break(
@@ -246,8 +246,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Numbers",
-        "anything a random draw of shapes, layouts, dtypes, labels and options finds",
+        NUMBERS,
+        "Random shapes, layouts, dtypes, labels and options meet the same tolerances",
         tests=[
             "losses/test_fuzz.py::test_contrastive_loss_accurate_on_anything",
         ],
@@ -261,8 +261,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Numbers",
-        "a hundred training steps agree with the dense loss to 1e-5, and with golden runs",
+        NUMBERS,
+        "A hundred training steps agree with the dense loss to 1e-5, and with stored runs",
         tests=[
             "training/test_hundred_steps.py::test_float32_training_agrees_with_the_dense_loss",
         ],
@@ -276,8 +276,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Numbers",
-        "fp64 goes to the reference",
+        NUMBERS,
+        "Float64 features are computed in float64, by the reference backend",
         tests=[
             "losses/test_interface.py::test_explicit_backend_that_cannot_serve_says_why",
         ],

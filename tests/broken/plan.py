@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, Break, Promise
 
 PROMISES = [
     Promise(
-        "Plan",
-        "`fastclip plan` is within 15 % of the memory that measured steps take, and allocates nothing",
+        COST,
+        "`fastclip plan` predicts the memory of measured steps within 15 %, and allocates nothing",
         tests=[
             "training/test_plan.py::test_plan_is_what_a_step_takes",
             "training/test_plan.py::test_footprint_of_one_layer_is_counted_by_hand",
@@ -36,11 +36,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Plan",
-        (
-            "the largest micro-batch fits and one more pair does not; "
-            "states, shards and the loss are counted as they are"
-        ),
+        COST,
+        "`fastclip plan` finds the largest micro-batch that fits",
         tests=[
             "training/test_plan.py::test_largest_micro_batch_is_the_largest",
             "training/test_plan.py::test_states_are_of_the_models_parameters",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import EVALUATION, STOPS, TRAINING, Break, Promise
 
 PROMISES = [
     Promise(
-        "Probes and fine-tuning",
-        "a linear probe is scikit-learn's, its penalty swept as in CLIP's paper",
+        EVALUATION,
+        "A linear probe is scikit-learn's, with the penalty swept as in CLIP's paper",
         tests=[
             "evaluation/test_probe.py::test_probe_equals_scikit_learn_by_hand",
             "evaluation/test_probe.py::test_sweep_is_the_papers",
@@ -42,8 +42,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Probes and fine-tuning",
-        "what scikit-learn says of convergence is told; a class that was not trained on is missed; a tie is a miss",
+        EVALUATION,
+        "A probe says which fits did not converge; a class without training samples and a tie are misses",
         tests=[
             "evaluation/test_probe.py::test_fits_that_do_not_converge_are_told",
             "evaluation/test_probe.py::test_class_that_was_not_trained_on_is_missed",
@@ -71,8 +71,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Probes and fine-tuning",
-        "a probe that was stopped goes on, and leaves nothing when its result is written",
+        STOPS,
+        "An interrupted probe resumes, and leaves no files behind",
         tests=[
             "evaluation/test_probe.py::test_interrupted_probe_goes_on",
             "evaluation/test_probe.py::test_command_writes_clip_benchmarks_keys",
@@ -93,11 +93,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Probes and fine-tuning",
-        (
-            "published numbers are shown for the data set that a folder is called after, and no other; "
-            "results are called as the data"
-        ),
+        EVALUATION,
+        "Published numbers are shown only for the data set that a folder is named after",
         tests=[
             "evaluation/test_probe.py::test_published_numbers_are_by_name",
             "evaluation/test_probe.py::test_result_is_called_by_its_folder",
@@ -125,8 +122,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Probes and fine-tuning",
-        "fine-tuning begins as the zero-shot classifier and makes the steps of a plain loop, the head in float32",
+        TRAINING,
+        "Fine-tuning starts as the zero-shot classifier, and makes the updates of a plain training loop",
         tests=[
             "training/test_finetune.py::test_it_begins_as_the_zero_shot_classifier",
             "training/test_finetune.py::test_steps_are_those_of_a_plain_loop",
@@ -161,15 +158,11 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Probes and fine-tuning",
-        (
-            "fine-tuning that is killed goes on to the same bits, SIGTERM leaves a checkpoint, a loss that "
-            "is not finite no update"
-        ),
+        STOPS,
+        "Fine-tuning that is killed resumes to the same bits, and SIGTERM leaves a checkpoint",
         tests=[
             "training/test_finetune.py::test_killed_run_goes_on_to_the_same_bits",
             "training/test_finetune.py::test_signal_ends_it_with_a_checkpoint",
-            "training/test_finetune.py::test_loss_that_is_not_finite_stops_before_the_update",
             "training/test_finetune.py::test_folder_of_something_else_is_refused",
         ],
         breaks=[
@@ -186,12 +179,6 @@ PROMISES = [
                 new="stops = False",
             ),
             Break(
-                "fine-tuning: NaN is a loss",
-                "fastclip/training/finetune.py",
-                old="if not math.isfinite(loss):",
-                new="if False:",
-            ),
-            Break(
                 "fine-tuning: goes on with other options",
                 "fastclip/training/finetune.py",
                 old="if before.get(name) != asked[name]]",
@@ -206,14 +193,25 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Probes and fine-tuning",
-        (
-            "alpha 0 is the zero-shot model and 1 the fine-tuned one, bit for bit; "
-            "between them all weights and BatchNorm's statistics are averaged; a frozen tower stays"
-        ),
+        TRAINING,
+        "A loss that is not finite stops fine-tuning before the update",
+        tests=[
+            "training/test_finetune.py::test_loss_that_is_not_finite_stops_before_the_update",
+        ],
+        breaks=[
+            Break(
+                "fine-tuning: NaN is a loss",
+                "fastclip/training/finetune.py",
+                old="if not math.isfinite(loss):",
+                new="if False:",
+            ),
+        ],
+    ),
+    Promise(
+        TRAINING,
+        "Averaged weights are the zero-shot model's at alpha 0 and the fine-tuned one's at 1, bit for bit",
         tests=[
             "training/test_finetune.py::test_ensemble_is_between_the_models_and_either_at_its_ends",
-            "training/test_finetune.py::test_frozen_tower_stays_as_it_is",
             "training/test_finetune.py::test_saved_model_and_classifier_are_read_again",
             "training/test_finetune.py::test_command_saves_the_average_and_goes_on",
         ],
@@ -231,16 +229,25 @@ PROMISES = [
                 new="x.detach().cpu()",
             ),
             Break(
-                "fine-tuning: a frozen tower's statistics move",
-                "fastclip/models/classifier.py",
-                old="self.visual.eval()",
-                new="pass",
-            ),
-            Break(
                 "fine-tuning: the fine-tuned weights are saved in place of the average",
                 "fastclip/cli/finetune.py",
                 old="run.mix(saved)",
                 new="run.mix(1.0)",
+            ),
+        ],
+    ),
+    Promise(
+        TRAINING,
+        "A frozen tower stays as it is in fine-tuning",
+        tests=[
+            "training/test_finetune.py::test_frozen_tower_stays_as_it_is",
+        ],
+        breaks=[
+            Break(
+                "fine-tuning: a frozen tower's statistics move",
+                "fastclip/models/classifier.py",
+                old="self.visual.eval()",
+                new="pass",
             ),
         ],
     ),

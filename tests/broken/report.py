@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import EVALUATION, SAFETY, STOPS, Break, Promise
 
 PROMISES = [
     Promise(
-        "Report",
-        (
-            "the report's numbers are those of the run's last validation; "
-            "the confusion matrix says what the accuracy says, ties included"
-        ),
+        EVALUATION,
+        "The report has the numbers of the run's last validation, and a confusion matrix that agrees with them",
         tests=[
             "evaluation/test_report.py::test_numbers_are_those_of_the_last_validation",
             "evaluation/test_report.py::test_most_confused_are_those_of_loops",
@@ -31,8 +28,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Report",
-        "best and worst retrievals are those of the ranks, with what belongs to a query however far behind",
+        EVALUATION,
+        "Best and worst retrievals in the report are those of the ranks",
         tests=[
             "evaluation/test_report.py::test_best_and_worst_are_those_of_loops",
         ],
@@ -58,11 +55,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Report",
-        (
-            "the page is one file: it loads nothing, runs no script but its own, and text of data, file "
-            "names and results is text"
-        ),
+        SAFETY,
+        "The report is one file that loads nothing, and shows text of the data as text",
         tests=[
             "evaluation/test_report.py::test_text_of_data_is_no_markup",
             "evaluation/test_report.py::test_page_needs_nothing_else",
@@ -91,8 +85,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Report",
-        ("a run that was killed has a report: half a line is counted, NaN is a gap; data that are not there are named"),
+        STOPS,
+        "A run that was killed has a report of what it wrote, with gaps where there is no number",
         tests=[
             "evaluation/test_report.py::test_run_that_has_not_ended_has_its_curves",
             "evaluation/test_report.py::test_data_that_are_not_there",
@@ -120,11 +114,11 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Report",
-        "what a report has embedded is kept until its page is written, and then removed",
+        STOPS,
+        "An interrupted report resumes, and leaves no files behind",
         tests=[
-            "evaluation/test_report.py::test_what_is_embedded_is_kept_until_the_page_is_written",
             "evaluation/test_report.py::test_report_goes_on_where_it_was_stopped",
+            "evaluation/test_report.py::test_what_is_embedded_is_kept_until_the_page_is_written",
         ],
         breaks=[
             Break(
@@ -142,8 +136,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Report",
-        "results that stand beside each other are all shown, those of one file that differ in alpha with it",
+        EVALUATION,
+        "Every result that stands beside others in the report has a column, with its alpha where they differ in it",
         tests=[
             "evaluation/test_report.py::test_results_that_differ_in_alpha_or_nothing_have_a_column_each",
         ],
@@ -163,11 +157,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Report",
-        (
-            "long curves are drawn of means with the range of all values; "
-            "large data are sampled evenly, which the page says"
-        ),
+        EVALUATION,
+        "Long curves show the range of all values; large data sets are sampled evenly, which the page says",
         tests=[
             "evaluation/test_report_charts.py::test_long_curves_keep_their_extremes",
             "evaluation/test_report_charts.py::test_points_lie_where_the_ticks_say",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, DATA, EVALUATION, STOPS, Break, Promise
 
 PROMISES = [
     Promise(
-        "Retrieval",
-        (
-            "`eval retrieval` has CLIP_benchmark's numbers where nothing ties, and none above what its order "
-            "of ties can give"
-        ),
+        EVALUATION,
+        "`fastclip eval retrieval` has CLIP_benchmark's numbers where nothing ties, and none above them where it does",
         tests=[
             "evaluation/test_retrieval.py::test_metrics_are_those_of_clip_benchmark",
             "evaluation/test_retrieval.py::test_with_ties_no_recall_is_above_what_clip_benchmark_can_give",
@@ -38,8 +35,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Retrieval",
-        "a picture of several rows is one image with several captions",
+        EVALUATION,
+        "A picture of several rows is one image with several captions",
         tests=[
             "evaluation/test_retrieval.py::test_rows_of_one_picture_are_one_image",
         ],
@@ -59,8 +56,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Retrieval",
-        "a picture that cannot be used takes its captions with it, and is counted",
+        EVALUATION,
+        "A picture that cannot be used is counted, and its captions are left out",
         tests=[
             "evaluation/test_retrieval.py::test_pictures_that_cannot_be_used_take_their_captions_with_them",
         ],
@@ -80,8 +77,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Retrieval",
-        "captions of the same words are each their picture's, or with --unique-captions one of all",
+        EVALUATION,
+        "Equal captions belong each to its own picture, or with --unique-captions to all of them",
         tests=[
             "evaluation/test_retrieval.py::test_captions_of_the_same_words",
         ],
@@ -101,8 +98,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Retrieval",
-        "results and details are JSON whatever the numbers, and whole or not there",
+        EVALUATION,
+        "Results are valid JSON whatever the numbers, and are written whole or not at all",
         tests=[
             "evaluation/test_features.py::test_results_are_json_whatever_the_numbers",
         ],
@@ -122,8 +119,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Retrieval",
-        "an evaluation that was stopped goes on to the same result, and leaves nothing when it is written",
+        STOPS,
+        "An interrupted `fastclip eval retrieval` resumes to the same result, and leaves no files behind",
         tests=[
             "evaluation/test_retrieval.py::test_stopped_evaluation_goes_on",
             "evaluation/test_retrieval.py::test_metrics_are_those_of_clip_benchmark",
@@ -144,8 +141,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Retrieval",
-        "published results stand beside the test split only",
+        EVALUATION,
+        "Published retrieval results are shown beside the test split only",
         tests=[
             "evaluation/test_retrieval.py::test_published_results_stand_beside_the_test_split",
         ],
@@ -159,8 +156,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Retrieval",
-        "--details has every query's rank and its most similar items; equal ones in their order",
+        EVALUATION,
+        "`--details` has the rank and the nearest items of every query, equal ones in their order",
         tests=[
             "evaluation/test_retrieval.py::test_details_are_those_of_brute_force",
             "evaluation/test_retrieval.py::test_top_items_are_those_of_a_stable_sort",
@@ -187,8 +184,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Retrieval",
-        "memory does not grow with images times texts",
+        COST,
+        "Memory of retrieval does not grow with images times texts",
         tests=[
             "evaluation/test_retrieval.py::test_memory_does_not_grow_with_the_product",
         ],
@@ -202,11 +199,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Retrieval",
-        (
-            "a split of Karpathy's files is its pictures and captions, wherever they lie; "
-            "without a split's name nothing is evaluated or trained on"
-        ),
+        DATA,
+        "A split of Karpathy's files has its own pictures and captions; without a split's name nothing is read",
         tests=[
             "data/test_karpathy.py::test_split_has_its_pictures_and_captions",
             "data/test_karpathy.py::test_several_splits_and_training",
@@ -234,11 +228,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Retrieval",
-        (
-            "`eval compose` answers with the pictures nearest to the sum of unit vectors, without those that "
-            "the query names"
-        ),
+        EVALUATION,
+        "`fastclip eval compose` ranks pictures by the sum of unit vectors, without those that the query names",
         tests=[
             "evaluation/test_compose.py::test_answers_are_those_of_brute_force",
             "evaluation/test_compose.py::test_line_is_read",

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, SAFETY, SEARCH, Break, Promise
 
 PROMISES = [
     Promise(
-        "Search",
-        (
-            "results are those of a brute-force computation, the highest first, equal ones by path; "
-            "above a million pictures they are approximate, and how far is said"
-        ),
+        SEARCH,
+        "Search has the results of a brute-force computation, the highest first, equal ones by path",
         tests=[
             "search/test_search.py::test_results_are_those_of_brute_force",
             "search/test_search.py::test_equal_scores_are_ordered_by_path",
             "search/test_search.py::test_query_over_100_000_answers_in_50_ms",
-            "search/test_search.py::test_many_pictures_are_searched_through_a_graph_whose_recall_is_told",
-            "search/test_search.py::test_graph_is_kept_grows_and_is_made_anew_where_it_is_damaged",
         ],
         breaks=[
             Break(
@@ -31,6 +26,16 @@ PROMISES = [
                 old="if one.path not in asked][:count]",
                 new="][:count]",
             ),
+        ],
+    ),
+    Promise(
+        SEARCH,
+        "Search among more than a million pictures is approximate, and says its recall",
+        tests=[
+            "search/test_search.py::test_many_pictures_are_searched_through_a_graph_whose_recall_is_told",
+            "search/test_search.py::test_graph_is_kept_grows_and_is_made_anew_where_it_is_damaged",
+        ],
+        breaks=[
             Break(
                 "search: other folders' candidates fill the results",
                 "fastclip/search/engine.py",
@@ -52,8 +57,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Search",
-        "a query's score is the weighted sum of its terms' cosines, as rclip's; operators stand alone",
+        SEARCH,
+        "The score of a query is the weighted sum of its terms' cosines, as in rclip",
         tests=[
             "search/test_query.py::test_score_is_the_weighted_sum_of_cosines",
             "search/test_query.py::test_query_has_its_terms",
@@ -88,22 +93,12 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Search",
-        (
-            "the page is served to this machine and to itself alone, and nothing but the pictures of its "
-            "folder; a browser finds by text, click and drop what the engine finds"
-        ),
+        SAFETY,
+        "The search page is served to this machine only, and not to other web pages",
         tests=[
-            "search/test_serve.py::test_pages_of_the_web_are_refused",
-            "search/test_serve.py::test_nothing_outside_the_folder_is_served",
-            "search/test_serve.py::test_picture_that_a_link_outside_equals_is_served",
-            "search/test_serve.py::test_port_of_http_may_be_left_out",
-            "search/test_serve.py::test_upload_that_stalls_is_dropped",
-            "search/test_serve.py::test_what_is_not_there_is_not_served",
             "search/test_serve.py::test_only_the_loopback_address_is_bound",
-            "search/test_serve.py::test_dropped_picture_that_cannot_be_used_is_refused",
-            "search/test_serve.py::test_results_are_those_of_the_engine",
-            "search/test_serve.py::test_page_searches_by_text_by_click_and_by_drop",
+            "search/test_serve.py::test_pages_of_the_web_are_refused",
+            "search/test_serve.py::test_port_of_http_may_be_left_out",
         ],
         breaks=[
             Break(
@@ -113,22 +108,10 @@ PROMISES = [
                 new="if False:",
             ),
             Break(
-                "served: a picture that a link outside equals is not",
-                "fastclip/search/serve.py",
-                old="next((path for path in paths if",
-                new="next((path for path in paths[:1] if",
-            ),
-            Break(
                 "served: the port of http must be said",
                 "fastclip/search/serve.py",
                 old="(names if port == 80 else set())",
                 new="set()",
-            ),
-            Break(
-                "served: an upload that stalls is a bug",
-                "fastclip/search/serve.py",
-                old="_GONE = (ConnectionError, TimeoutError)",
-                new="_GONE = (ConnectionError,)",
             ),
             Break(
                 "served: every page may ask",
@@ -142,6 +125,24 @@ PROMISES = [
                 old='_LOOPBACK = "127.0.0.1"',
                 new='_LOOPBACK = "0.0.0.0"',
             ),
+        ],
+    ),
+    Promise(
+        SAFETY,
+        "The search page serves the pictures of its folder and no other file",
+        tests=[
+            "search/test_serve.py::test_nothing_outside_the_folder_is_served",
+            "search/test_serve.py::test_picture_that_a_link_outside_equals_is_served",
+            "search/test_serve.py::test_what_is_not_there_is_not_served",
+            "search/test_serve.py::test_results_are_those_of_the_engine",
+        ],
+        breaks=[
+            Break(
+                "served: a picture that a link outside equals is not",
+                "fastclip/search/serve.py",
+                old="next((path for path in paths if",
+                new="next((path for path in paths[:1] if",
+            ),
             Break(
                 "served: links lead outside",
                 "fastclip/search/serve.py",
@@ -153,6 +154,24 @@ PROMISES = [
                 "fastclip/search/serve.py",
                 old="import Term, parse_texts",
                 new="import Term, parse_query as parse_texts",
+            ),
+        ],
+    ),
+    Promise(
+        SEARCH,
+        "The search page finds by text, by click and by drop what the command finds",
+        tests=[
+            "search/test_serve.py::test_page_searches_by_text_by_click_and_by_drop",
+            "search/test_serve.py::test_results_are_those_of_the_engine",
+            "search/test_serve.py::test_dropped_picture_that_cannot_be_used_is_refused",
+            "search/test_serve.py::test_upload_that_stalls_is_dropped",
+        ],
+        breaks=[
+            Break(
+                "served: an upload that stalls is a bug",
+                "fastclip/search/serve.py",
+                old="_GONE = (ConnectionError, TimeoutError)",
+                new="_GONE = (ConnectionError,)",
             ),
             Break(
                 "served: a dropped picture of any length",
@@ -169,8 +188,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Search",
-        "what is known needs no model: neither torch nor the weights are loaded",
+        COST,
+        "A query that was made before loads neither torch nor the weights",
         tests=[
             "search/test_search.py::test_what_is_known_needs_no_model_and_no_torch",
         ],

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import SEARCH, STOPS, Break, Promise
 
 PROMISES = [
     Promise(
-        "Search",
-        (
-            "the index follows the folder: what was renamed, copied or touched is not embedded again, what "
-            "changed is, however its times are set"
-        ),
+        SEARCH,
+        "The index follows its folder: what changed is embedded again, what was renamed or touched is not",
         tests=[
             "search/test_index.py::test_index_follows_the_folder",
             "search/test_index.py::test_renamed_pictures_need_no_model",
@@ -75,11 +72,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Search",
-        (
-            "indexing can be killed at any moment and by any means: what is embedded is kept, the next run "
-            "goes on; processes may index at once"
-        ),
+        STOPS,
+        "Indexing can be killed at any moment and keeps what is embedded; processes may index at once",
         tests=[
             "search/test_processes.py::test_kill_leaves_an_index_that_goes_on",
             "search/test_processes.py::test_processes_that_index_at_once_agree",
@@ -115,8 +109,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Search",
-        "models and folders are kept apart; folders that are left out are neither read nor found",
+        SEARCH,
+        "The index keeps models and folders apart; folders that are excluded are neither read nor found",
         tests=[
             "search/test_index.py::test_index_of_another_model_is_kept_apart",
             "search/test_index.py::test_folders_are_apart_and_share_what_is_known",

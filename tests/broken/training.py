@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import MACHINE, PROCESSES, STOPS, TRAINING, Break, Promise
 
 PROMISES = [
     Promise(
-        "Training",
-        (
-            "a resumed run has the losses of one that never stopped, bit for bit, and its metrics; "
-            "other options are named"
-        ),
+        STOPS,
+        "A resumed run has the losses and metrics of one that never stopped, bit for bit",
         tests=[
             "training/test_trainer.py::test_resumed_run_is_the_run_that_never_stopped",
             "training/test_trainer.py::test_resumed_run_has_the_optimisers_options_it_is_given",
@@ -50,11 +47,10 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Training",
-        "processes that see different data raise, and a run is told when its data changed since the checkpoint",
+        PROCESSES,
+        "Processes that see different data raise an error",
         tests=[
             "training/test_ranks.py::test_ranks_that_see_different_data_are_told",
-            "training/test_faults.py::test_data_that_changed_since_the_checkpoint_is_told",
         ],
         breaks=[
             Break(
@@ -63,6 +59,15 @@ PROMISES = [
                 old="if len(set(told)) > 1:",
                 new="if len(told) < 1:",
             ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "A resumed run says that its data changed since the checkpoint",
+        tests=[
+            "training/test_faults.py::test_data_that_changed_since_the_checkpoint_is_told",
+        ],
+        breaks=[
             Break(
                 "trainer: other data in silence",
                 "fastclip/training/trainer.py",
@@ -72,8 +77,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Training",
-        "the same options repeat a run bit for bit, with other workers too",
+        TRAINING,
+        "Runs with the same options are equal bit for bit, whatever their number of workers",
         tests=[
             "training/test_trainer.py::test_run_repeats_bit_by_bit",
         ],
@@ -87,8 +92,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Training",
-        "a loss or gradient that is not finite ends a run before the update and names step and samples",
+        TRAINING,
+        "A loss or gradient that is not finite ends the run before the update, with step and samples",
         tests=[
             "training/test_step.py::test_pixels_that_are_not_finite_stop_before_the_update",
             "training/test_step.py::test_gradient_that_is_not_finite_stops_before_the_update",
@@ -116,8 +121,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Training",
-        "what is saved as model/ is what was validated, the moving average where there is one",
+        TRAINING,
+        "The model that is saved is the one that was validated, the moving average where there is one",
         tests=[
             "training/test_trainer.py::test_saved_model_is_the_one_that_was_validated",
             "training/test_trainer.py::test_average_is_what_is_saved",
@@ -132,8 +137,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Training",
-        "matrices decay, and nothing else",
+        TRAINING,
+        "Weight decay is applied to matrices and to nothing else",
         tests=[
             "training/test_step.py::test_matrices_decay_and_nothing_else",
             "training/test_step.py::test_update_decays_matrices_only",
@@ -148,11 +153,10 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Training",
-        "the command line wins over files, and `--help` needs no torch",
+        TRAINING,
+        "Options of the command line win over those of files, and later files over earlier ones",
         tests=[
             "training/test_options.py::test_options_of_files_yield_to_later_files_and_to_the_command_line",
-            "training/test_options.py::test_help_names_every_option_and_loads_no_torch",
         ],
         breaks=[
             Break(
@@ -161,6 +165,15 @@ PROMISES = [
                 old="args=[*from_files, *given]",
                 new="args=[*given, *from_files]",
             ),
+        ],
+    ),
+    Promise(
+        MACHINE,
+        "`fastclip train --help` needs no torch",
+        tests=[
+            "training/test_options.py::test_help_names_every_option_and_loads_no_torch",
+        ],
+        breaks=[
             Break(
                 "trainer: options import torch",
                 "fastclip/training/options.py",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, NUMBERS, PROCESSES, TRAINING, Break, Promise
 
 PROMISES = [
     Promise(
-        "Training",
-        (
-            "the cached step has the one-shot step's gradients, temperature included; "
-            "dropout, autocast and buffers as in one pass"
-        ),
+        NUMBERS,
+        "Gradient caching has the gradients of a single pass, with dropout, autocast and BatchNorm too",
         tests=[
             "training/test_cached_step.py::test_gradients_are_the_one_shot_steps",
             "training/test_cached_step.py::test_dropout_is_replayed",
@@ -39,8 +36,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Training",
-        "it keeps one micro-batch's graph at a time",
+        COST,
+        "Gradient caching stores the graph of one micro-batch at a time",
         tests=[
             "training/test_cached_step.py::test_one_graph_at_a_time",
         ],
@@ -54,8 +51,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Training",
-        "DDP exchanges gradients once a step, whatever each rank's micro-batches are",
+        COST,
+        "Gradient caching under DDP exchanges gradients once a step",
         tests=[
             "training/test_cached_step.py::test_ddp_exchanges_once",
         ],
@@ -69,8 +66,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Training",
-        "a run has the dense loss's losses over a hundred steps to 1e-5, whichever loss, and the papers' formulas",
+        NUMBERS,
+        "Training losses follow the papers' formulas, and agree with dense torch to 1e-5 over a hundred steps",
         tests=[
             "training/test_step.py::test_losses_are_those_of_the_papers",
             "training/test_trainer.py::test_hundred_steps_agree_with_the_dense_loss",
@@ -97,8 +94,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Training",
-        "micro-batches and gradient checkpointing change no loss",
+        TRAINING,
+        "Micro-batches and gradient checkpointing change no loss",
         tests=[
             "training/test_step.py::test_micro_batches_make_the_same_update",
             "training/test_trainer.py::test_run_with_less_memory_has_the_same_losses",
@@ -113,8 +110,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Training",
-        ("two processes train as one, with DDP and with FSDP2, to 1e-5; their checkpoints fit any number of processes"),
+        PROCESSES,
+        "Two processes train as one to 1e-5, with DDP and FSDP2; their checkpoints fit any number of processes",
         tests=[
             "training/test_ranks.py::test_two_ranks_train_as_one",
             "training/test_ranks.py::test_checkpoint_fits_every_number_of_ranks",

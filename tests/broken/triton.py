@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, MACHINE, NUMBERS, Break, Promise
 
 PROMISES = [
     Promise(
-        "Triton backend",
-        (
-            "loss and gradients as on a CPU, on fp32 and fp16, over shapes, labels, offsets, layouts and "
-            "both ways of reading"
-        ),
+        NUMBERS,
+        "Kernels for GPUs meet the same tolerances for every shape, dtype, label, shard and memory layout",
         tests=[
             "backends/test_kernels.py::test_loss_and_gradients_accurate",
             "backends/test_triton.py::test_both_accesses_accurate",
@@ -59,8 +56,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Triton backend",
-        "right where one exponential cannot serve all logits, forward and backward, and the device alone decides",
+        NUMBERS,
+        "Kernels for GPUs are right when logits are spread too far for one exponential",
         tests=[
             "backends/test_kernels.py::test_repair_met_by_nature",
             "backends/test_triton.py::test_repair_forced",
@@ -82,8 +79,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Triton backend",
-        "ordinary batches need no repair",
+        COST,
+        "Ordinary batches never cost the kernels for GPUs a second computation of exponentials",
         tests=[
             "backends/test_kernels.py::test_repair_not_needed_for_ordinary_batches",
         ],
@@ -97,8 +94,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Triton backend",
-        "a bounded workspace: row panels forward, row chunks and column blocks backward",
+        COST,
+        "Kernels for GPUs keep to a bounded workspace",
         tests=[
             "backends/test_kernels.py::test_panels_and_blocks",
             "backends/test_kernels.py::test_workspace_bounded",
@@ -125,8 +122,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Triton backend",
-        "fp16 weights neither flush nor overflow, whatever the norms; zero rows spoil no other",
+        NUMBERS,
+        "Float16 on a GPU neither vanishes nor overflows, whatever the norms of the features",
         tests=[
             "backends/test_kernels.py::test_fp16_weights_do_not_flush",
             "backends/test_kernels.py::test_zero_rows_finite",
@@ -148,8 +145,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Triton backend",
-        "rows beyond 2^31 elements",
+        NUMBERS,
+        "Features of more than 2^31 elements are right on a GPU",
         tests=[
             "backends/test_kernels.py::test_rows_beyond_2_to_the_31",
         ],
@@ -163,8 +160,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Triton backend",
-        "8 M N D operations, four launches after the norms forward, four before the products backward",
+        COST,
+        "Kernels for GPUs take 8 M N D operations and a fixed number of launches",
         tests=[
             "backends/test_kernels.py::test_work_and_launches",
         ],
@@ -178,8 +175,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Triton backend",
-        "the sigmoid loss on the same tiles, digits kept when solved, 6 M N D with gradients",
+        NUMBERS,
+        "The sigmoid loss on a GPU keeps its digits when it is small, and takes 6 M N D operations",
         tests=[
             "backends/test_kernels_sigmoid.py::test_sigmoid_accurate",
             "backends/test_kernels_sigmoid.py::test_sigmoid_of_a_solved_batch_keeps_digits",
@@ -195,8 +192,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Triton backend",
-        "no configuration spills registers, Hopper's use wgmma, one exponential a logit",
+        COST,
+        "Triton kernels spill no register, and use Hopper's tensor cores and one exponential per logit",
         tests=[
             "backends/test_triton_compiled.py::test_no_kernel_spills",
             "backends/test_triton_compiled.py::test_tensor_cores",
@@ -213,8 +210,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Triton backend",
-        "the interpreter refuses bfloat16, and serves who asks by name",
+        MACHINE,
+        "Triton's interpreter serves a CPU when asked for by name, and refuses bfloat16",
         tests=[
             "backends/test_triton.py::test_interpreter_serves_by_name_only",
         ],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import COST, NUMBERS, Break, Promise
 
 PROMISES = [
     Promise(
-        "Memory, work, order",
-        "memory of the features and one bounded workspace; nothing M x N",
+        COST,
+        "Memory is that of the features, their gradients and one bounded workspace; nothing M x N is stored",
         tests=[
             "losses/test_contrastive_torch.py::test_memory_is_of_the_features",
             "losses/test_contrastive_invariants.py::test_workspace_stays_within_its_bound",
@@ -31,8 +31,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Memory, work, order",
-        "four matrix products at most, 8 M N D operations; what the forward pass left is not multiplied again",
+        COST,
+        "A step takes four matrix products at most, 8 M N D operations",
         tests=[
             "losses/test_contrastive_invariants.py::test_work_is_four_products_at_most",
         ],
@@ -52,8 +52,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Memory, work, order",
-        "the backward pass takes no other forward pass's block",
+        NUMBERS,
+        "The backward pass never uses a block that another forward pass left",
         tests=[
             "losses/test_contrastive_invariants.py::test_kept_block_is_the_forward_pass_own",
         ],
@@ -67,8 +67,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Memory, work, order",
-        "bitwise repeatable, and the native passes the same on any number of threads",
+        NUMBERS,
+        "Results are the same bits each time, on any number of threads",
         tests=[
             "losses/test_contrastive_invariants.py::test_native_passes_bitwise_equal_over_thread_counts",
             "backends/test_native.py::test_native_code",
@@ -78,15 +78,13 @@ PROMISES = [
                 "a sum in the order of threads",
                 "csrc/cpu/entry_points.cpp",
                 old="for (double part : d_scale) total += part;",
-                new=(
-                    "for (size_t k = 0; k < d_scale.size(); ++k) total += d_scale[(k + num_threads) % d_scale.size()];"
-                ),
+                new="for (size_t k = 0; k < d_scale.size(); ++k) total += d_scale[(k + num_threads) % d_scale.size()];",
             ),
         ],
     ),
     Promise(
-        "Memory, work, order",
-        "no data race, no access outside an array",
+        NUMBERS,
+        "Native code has no data race, and reads and writes nothing outside its arrays",
         tests=[
             "backends/test_native.py::test_native_code",
         ],
@@ -108,35 +106,6 @@ PROMISES = [
                 "csrc/cpu/entry_points.cpp",
                 old="labels ? all.label + begin + k : nullptr",
                 new="labels ? all.label + begin + k + (all.label[begin + k] < 0) + 1 : nullptr",
-            ),
-        ],
-    ),
-    Promise(
-        "Memory, work, order",
-        "usable after fork, from several threads, and beside torch's OpenMP runtime, which stays the only one",
-        tests=[
-            "losses/test_contrastive_invariants.py::test_native_passes_work_after_fork",
-            "losses/test_contrastive_invariants.py::test_threads_of_python_do_not_disturb_each_other",
-            "losses/test_interface.py::test_no_second_openmp_runtime_is_loaded",
-        ],
-        breaks=[
-            Break(
-                "borrowed threads after fork",
-                "csrc/cpu/thread_pool.cpp",
-                old="g_forked.store(true);",
-                new="",
-            ),
-            Break(
-                "an OpenMP runtime is linked",
-                "CMakeLists.txt",
-                old="PUBLIC Threads::Threads ${CMAKE_DL_LIBS}",
-                new="PUBLIC Threads::Threads ${CMAKE_DL_LIBS} -Wl,--no-as-needed gomp",
-            ),
-            Break(
-                "one workspace for all threads",
-                "fastclip/_backends/cpu/blocks.py",
-                old="class _Workspace(threading.local):",
-                new="class _Workspace:",
             ),
         ],
     ),

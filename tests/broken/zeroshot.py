@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from broken import Break, Promise
+from broken import DATA, EVALUATION, STOPS, Break, Promise
 
 PROMISES = [
     Promise(
-        "Zero-shot classification and robustness",
-        "zero-shot acc1, acc5 and mean_per_class_recall equal CLIP_benchmark's and scikit-learn's",
+        EVALUATION,
+        "Zero-shot acc1, acc5 and mean_per_class_recall equal CLIP_benchmark's and scikit-learn's",
         tests=[
             "evaluation/test_zero_shot.py::test_metrics_are_clip_benchmarks",
             "evaluation/test_zero_shot.py::test_metrics_are_scikit_learns",
@@ -40,8 +40,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Zero-shot classification and robustness",
-        "details tell of every class its accuracy and what it is taken for most, of any number of classes",
+        EVALUATION,
+        "`--details` has the accuracy of every class, and the class that it is taken for most",
         tests=[
             "evaluation/test_zero_shot.py::test_details_tell_what_a_class_is_taken_for",
             "evaluation/test_zero_shot.py::test_details_of_many_classes_need_no_matrix_of_them",
@@ -62,8 +62,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Zero-shot classification and robustness",
-        "zero-shot classes of one name are told apart as by an argmax",
+        EVALUATION,
+        "Zero-shot classes of one name are told apart as by an argmax",
         tests=[
             "evaluation/test_zero_shot.py::test_classes_of_one_name_are_an_argmaxs",
         ],
@@ -77,8 +77,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Zero-shot classification and robustness",
-        "an interrupted evaluation goes on to the same result, and leaves nothing behind",
+        STOPS,
+        "An interrupted `fastclip eval zeroshot` resumes to the same result, and leaves no files behind",
         tests=[
             "evaluation/test_zero_shot.py::test_command_goes_on_after_a_stop",
             "evaluation/test_zero_shot.py::test_command_writes_clip_benchmarks_json",
@@ -100,8 +100,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Zero-shot classification and robustness",
-        "prompt templates are CLIP's, or a file's, each with one place for the name",
+        EVALUATION,
+        "Prompt templates are CLIP's or a file's, each with one place for the class name",
         tests=[
             "evaluation/test_zero_shot.py::test_templates_are_open_clips_or_of_a_file",
         ],
@@ -115,8 +115,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Zero-shot classification and robustness",
-        "the data's own templates count, whatever they are, and CLIP's 80 where there are none",
+        EVALUATION,
+        "Prompt templates of the data set are used where it has some, and CLIP's 80 otherwise",
         tests=[
             "evaluation/test_zero_shot.py::test_templates_are_the_sources_where_it_has_some",
         ],
@@ -130,8 +130,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Zero-shot classification and robustness",
-        "class folders are torchvision's, ImageNet's classes by WordNet id or number, with CLIP's names in order",
+        DATA,
+        "Class folders are read as in torchvision; ImageNet's classes get CLIP's names in order",
         tests=[
             "data/test_classes.py::test_folder_is_torchvisions",
             "data/test_classes.py::test_numbers_are_classes_by_number",
@@ -160,8 +160,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Zero-shot classification and robustness",
-        "ImageNet-R and -A are classified among their own 200 classes, and a folder of another set is refused",
+        EVALUATION,
+        "ImageNet-R and ImageNet-A are classified among their own 200 classes; another set's folder is refused",
         tests=[
             "evaluation/test_robustness.py::test_every_set_is_classified_among_its_own_classes",
             "data/test_classes.py::test_subsets_have_their_200_classes",
@@ -189,8 +189,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Zero-shot classification and robustness",
-        "a model and the published ones are compared over the same sets",
+        EVALUATION,
+        "A model and the published ones are compared over the same data sets",
         tests=[
             "evaluation/test_robustness.py::test_means_are_over_the_same_sets_for_all",
         ],
@@ -204,8 +204,8 @@ PROMISES = [
         ],
     ),
     Promise(
-        "Zero-shot classification and robustness",
-        "shards of CLIP_benchmark have its classes and templates, or those that are named",
+        DATA,
+        "Shards of CLIP_benchmark bring their classes and templates, unless others are named",
         tests=[
             "data/test_classes.py::test_shards_are_clip_benchmarks",
         ],

@@ -1,0 +1,127 @@
+"""Workers that hang or die, `fastclip data check` and `fastclip data pack`."""
+
+from __future__ import annotations
+
+from broken import DATA, STOPS, Break, Promise
+
+PROMISES = [
+    Promise(
+        STOPS,
+        "A worker that hangs is named with the sample that it reads",
+        tests=[
+            "data/test_faults.py::test_stuck_worker_is_named_with_what_it_reads",
+            "data/test_mixture.py::test_reader_of_a_mixture_is_named_with_what_its_epoch_drew",
+            "data/test_faults.py::test_no_alarm_while_batches_come",
+        ],
+        breaks=[
+            Break(
+                "faults: a worker notes nothing",
+                "fastclip/data/watch.py",
+                old="self._note(index + 1, epoch)",
+                new="",
+            ),
+            Break(
+                "faults: what a mixture drew in its first epoch is named",
+                "fastclip/data/watch.py",
+                old="self.source.key(what - 1, epoch=epoch)",
+                new="self.source.key(what - 1, epoch=0)",
+            ),
+            Break(
+                "faults: the alarm speaks once",
+                "fastclip/data/watch.py",
+                old="now - max(since, told) >= patience",
+                new="told == 0.0 and now - since >= patience",
+            ),
+            Break(
+                "faults: the caller's time counts",
+                "fastclip/data/watch.py",
+                old="self._since = None",
+                new="pass",
+            ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "A worker that the system kills ends the run with an error of one line",
+        tests=[
+            "data/test_faults.py::test_death_of_a_worker_is_an_error_of_one_line",
+            "data/test_loader.py::test_killed_worker_is_named_with_what_it_read",
+            "training/test_faults.py::test_killed_worker_ends_the_run_with_a_line",
+        ],
+        breaks=[
+            Break(
+                "faults: torch's own words on a death",
+                "fastclip/data/workers.py",
+                old="raise death from error\n            if",
+                new="raise\n            if",
+            ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "`fastclip data check` counts every sample once, and fails above --max-bad",
+        tests=[
+            "data/test_check.py::test_check_counts_everything_once",
+            "data/test_check.py::test_command_check_prints_a_table_and_fails_above_the_share",
+        ],
+        breaks=[
+            Break(
+                "check: always well",
+                "fastclip/cli/data.py",
+                old="if found.bad_share > args.max_bad:",
+                new="if found.bad_share > 2:",
+            ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "Shards that `fastclip data pack` writes hold what their source held",
+        tests=[
+            "data/test_check.py::test_packed_source_is_read_again_as_it_was",
+            "data/test_check.py::test_shards_have_img2datasets_layout",
+            "data/test_check.py::test_pack_touches_no_other_shards",
+        ],
+        breaks=[
+            Break(
+                "pack: several captions and a .txt",
+                "fastclip/data/pack.py",
+                old="if not rest:  #",
+                new="if first:  #",
+            ),
+            Break(
+                "pack: pictures out of shards become PNG",
+                "fastclip/data/shards.py",
+                old='return self._members(index, ("picture",))[0]',
+                new="return b''",
+            ),
+            Break(
+                "pack: pictures of a mixture become PNG",
+                "fastclip/data/mixture.py",
+                old="return picture_bytes(source, sample)",
+                new="return None",
+            ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "`fastclip data pack` resumes after an interruption to the same bytes",
+        tests=[
+            "data/test_check.py::test_interrupted_pack_goes_on_to_the_same_bytes",
+            "data/test_check.py::test_pack_touches_no_other_shards",
+        ],
+        breaks=[
+            Break(
+                "pack: a shard appears before it is whole",
+                "fastclip/data/pack.py",
+                old='output / f"{shard:05d}.tar.tmp", output',
+                new='output / f"{shard:05d}.tar", output',
+            ),
+            Break(
+                "pack: other options, the same folder",
+                "fastclip/data/pack.py",
+                old="if before != about:",
+                new="if before is None:",
+            ),
+        ],
+    ),
+]
