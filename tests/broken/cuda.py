@@ -188,7 +188,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "A driver that is missing or too old, another GPU or another dtype is a reason in `backends()`, not a crash",
+        "A driver that is missing or too old, another GPU or dtype gives a reason in `fastclip.backends()`, no crash",
         tests=[
             "backends/test_cuda.py::test_backend_says_why_not",
             "backends/test_cuda.py::test_machine_without_hopper_is_a_reason",

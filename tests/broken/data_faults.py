@@ -120,7 +120,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "The first of several members with one name counts",
+        "The first of several members of a shard with one name counts",
         tests=[
             "data/test_faults.py::test_first_of_a_repeated_member_counts",
         ],

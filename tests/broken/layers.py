@@ -74,7 +74,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "A native module that is missing is a reason in `backends()`, not an import error",
+        "A native module that is missing gives a reason in `fastclip.backends()`, not an import error",
         tests=[
             "losses/test_interface.py::test_missing_native_module_is_a_reason",
         ],
