@@ -17,7 +17,7 @@ def _train(args: argparse.Namespace) -> None:
     from fastclip.training.options import parse_options
 
     options = parse_options(args.words)
-    from fastclip.training.trainer import train
+    from fastclip.training import train
 
     process = launched()
     first = process is None or process.rank == 0

@@ -6,10 +6,9 @@ import transformers
 from torch import Tensor, nn
 
 from fastclip.models.config import BertConfig
+from fastclip.models.wordpiece import PAD_ID
 
-__all__ = ["PAD_ID", "BertText"]
-
-PAD_ID = 0  # [PAD], the first token of every vocabulary here
+__all__ = ["BertText"]
 
 
 class BertText(nn.Module):

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
-from torch import Tensor, nn
-from torchvision.transforms import Compose
+from torch import Tensor
 
-from fastclip.models.bert import BertText
+from fastclip._lazy import uncollected
 from fastclip.models.checkpoint import Checkpoint, read_checkpoint, read_config
-from fastclip.models.config import (
-    BertConfig,
-    CoSwinConfig,
-    EfficientNetConfig,
-    ModelConfig,
-    ResNetConfig,
-    load_config,
-)
+from fastclip.models.config import BertConfig, EfficientNetConfig, ModelConfig, load_config
 from fastclip.models.conversion import Mapped, map_names
-from fastclip.models.coswin import coswin
 from fastclip.models.dual_encoder import DualEncoder
-from fastclip.models.image_towers import efficientnet, resnet, vit
-from fastclip.models.text import TextTransformer
 from fastclip.models.tokenizer import ClipTokenizer
 from fastclip.models.transforms import image_transform
 from fastclip.models.wordpiece import BertTokenizer
+
+if TYPE_CHECKING:
+    from torchvision.transforms import Compose
 
 __all__ = [
     "build_model",
@@ -41,6 +34,10 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+# What takes long to load is imported where a model is made; that it is missing is said before.
+for _package in ("timm", "torchvision", "transformers"):
+    if find_spec(_package) is None:
+        raise ModuleNotFoundError(f"No module named {_package!r}", name=_package)
 _SHOWN = 20  # names of each kind in an error
 
 
@@ -141,39 +138,17 @@ def load_image_transform(name: str, train: bool = False) -> Compose:
 
 def build_model(config: ModelConfig, *, device: torch.device | str = "cpu") -> DualEncoder:
     """A model of `config` with new weights."""
-    image = config.vision_cfg
+    with uncollected():  # and outside of torch.device, which tensors of timm would obey
+        from fastclip.models.towers import image_tower, text_tower
+
     with torch.device(device):
-        visual: nn.Module
-        if isinstance(image, ResNetConfig):
-            visual = resnet(image, config.embed_dim)
-        elif isinstance(image, EfficientNetConfig):
-            visual = efficientnet(image, config.embed_dim)
-        elif isinstance(image, CoSwinConfig):
-            visual = coswin(image, config.embed_dim)
-        else:
-            visual = vit(image, config.embed_dim, quick_gelu=config.quick_gelu)
         return DualEncoder(
-            visual,
-            _text_tower(config),
+            image_tower(config),
+            text_tower(config),
             config=config,
             init_logit_scale=config.init_logit_scale,
             init_logit_bias=config.init_logit_bias,
         )
-
-
-def _text_tower(config: ModelConfig) -> nn.Module:
-    text = config.text_cfg
-    if isinstance(text, BertConfig):
-        return BertText(text, config.embed_dim)
-    return TextTransformer(
-        width=text.width,
-        layers=text.layers,
-        heads=text.heads,
-        output_dim=config.embed_dim,
-        context_length=text.context_length,
-        vocab_size=text.vocab_size,
-        quick_gelu=config.quick_gelu,
-    )
 
 
 def _named_config(name: str) -> ModelConfig:
@@ -266,6 +241,8 @@ def _fit(
 
 def _resize(model: DualEncoder, name: str, tensor: Tensor, wanted: torch.Size) -> Tensor | None:
     """A position embedding for another resolution or length; None for anything else."""
+    from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+
     if tensor.dim() != len(wanted) or tensor.shape[-1] != wanted[-1]:
         return None
     tensor = tensor.float()

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from PIL import Image
-from torchvision.transforms import (
-    CenterCrop,
-    Compose,
-    InterpolationMode,
-    Normalize,
-    RandomCrop,
-    RandomHorizontalFlip,
-    RandomResizedCrop,
-    Resize,
-    ToTensor,
-)
 
 from fastclip.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torchvision.transforms import Compose
 
 __all__ = ["image_transform", "training_side"]
 
@@ -31,6 +24,18 @@ def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
     training CLIP takes a random part of 90 to 100 % of the area (open_clip's), ALIGN a random crop of the resized
     image, mirrored or not (Jia et al. 2021, section 5.1).
     """
+    from torchvision.transforms import (  # loads torch._dynamo, a second's work
+        CenterCrop,
+        Compose,
+        InterpolationMode,
+        Normalize,
+        RandomCrop,
+        RandomHorizontalFlip,
+        RandomResizedCrop,
+        Resize,
+        ToTensor,
+    )
+
     options, size = config.preprocess_cfg, config.vision_cfg.image_size
     interpolation = InterpolationMode(options.interpolation)
     resize_size = options.resize_size or size

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastclip.models.bert import PAD_ID
+__all__ = ["PAD_ID", "BertTokenizer"]
 
-__all__ = ["BertTokenizer"]
+PAD_ID = 0  # [PAD], the first token of every vocabulary here
 
 
 class BertTokenizer:

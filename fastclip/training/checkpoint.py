@@ -26,14 +26,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor
 
 from fastclip.durable import check_manifest, mend_folders, new_folder, remove_folder, write_manifest
 from fastclip.training.optim import MovingAverage
@@ -53,7 +45,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 _NAMES = 256  # bytes, of a tensor in its file's header
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -86,9 +77,12 @@ def take_snapshot(
         step: updates made.
         about: what else `read_state` is to return; numbers, strings, lists.
     """
+    import torch.distributed.checkpoint.state_dict as sharded  # loads FSDP, half a second's work
+
     tensors: dict[str, dict[str, Tensor]] = {"model": model_state(model), "optimizer": {}}
     groups = []
-    found: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found: Any = sharded.get_optimizer_state_dict(model, optimizer, options=whole)
     if writes:
         for name, state in found["state"].items():
             for key, value in state.items():
@@ -155,6 +149,8 @@ def load_checkpoint(
     Raises:
         ValueError: the checkpoint is of another model or optimiser, with the first names that differ.
     """
+    import torch.distributed.checkpoint.state_dict as sharded
+
     state = read_state(path)
     if ema is not None:
         if not (path / "ema.safetensors").is_file():
@@ -170,7 +166,9 @@ def load_checkpoint(
     whole = {"state": values, "param_groups": state["param_groups"]}
     asked = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
     try:
-        set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(full_state_dict=True))
+        sharded.set_optimizer_state_dict(
+            model, optimizer, whole, options=sharded.StateDictOptions(full_state_dict=True)
+        )
     except (KeyError, RuntimeError, AssertionError) as error:
         raise ValueError(f"{path} was written with another optimiser, or other frozen parameters: {error}") from error
     for group, options in zip(optimizer.param_groups, asked):  # of this run, should they have changed
@@ -257,6 +255,8 @@ def _by_step(folder: Path) -> list[Path]:
 
 def _storages(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[int]:
     """Where tensors live that training changes in place."""
+    from torch.distributed.tensor import DTensor
+
     states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     tensors = [*model.parameters(), *model.buffers(), *states]
     locals_ = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
@@ -270,7 +270,10 @@ def _own(x: Tensor, live: set[int]) -> Tensor:
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, whole, on the host; on a CPU the model's own. Called on every rank."""
-    found: Any = get_model_state_dict(model, options=_WHOLE)  # annotated for nested ones as well
+    import torch.distributed.checkpoint.state_dict as sharded
+
+    whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found: Any = sharded.get_model_state_dict(model, options=whole)  # annotated for nested ones as well
     return found
 
 
@@ -282,9 +285,11 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _set_model_state(model: nn.Module, file: Path) -> None:
+    import torch.distributed.checkpoint.state_dict as sharded
+
     tensors: Any = _read_tensors(file)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = sorted(expected.keys() ^ tensors.keys()) or [n for n, x in tensors.items() if x.shape != expected[n]]
     if wrong:
         raise ValueError(f"{file} is of another model: {', '.join(wrong[:5])} differ{'s' * (len(wrong) == 1)}")
-    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True))
+    sharded.set_model_state_dict(model, tensors, options=sharded.StateDictOptions(full_state_dict=True))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 __all__ = ["MovingAverage", "build_optimizer", "clip_gradients", "gradient_norm", "parameter_groups", "warmup_cosine"]
 
@@ -58,6 +57,8 @@ def build_optimizer(
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm () of all gradients together; of sharded parameters (FSDP2) that of the whole, on every rank."""
+    from torch.distributed.tensor import DTensor  # slow to load
+
     norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in _kinds(parameters)]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
@@ -71,6 +72,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Te
 
 def _kinds(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Those with gradients, plain and sharded ones apart: torch takes no mixture."""
+    from torch.distributed.tensor import DTensor
+
     found = [p for p in parameters if p.grad is not None]
     kinds = [[p for p in found if isinstance(p.grad, DTensor) is sharded] for sharded in (False, True)]
     return [kind for kind in kinds if kind]

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from fastclip import _env
 from fastclip.models.dual_encoder import DualEncoder
@@ -138,6 +137,8 @@ def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
 
 def reshard(model: nn.Module) -> None:
     """Let go of what FSDP2 keeps gathered after a pass without a backward: the next one gathers it anew."""
+    from torch.distributed.fsdp import FSDPModule  # slow to load
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

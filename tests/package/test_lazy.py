@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import statistics
 import subprocess
 import sys
@@ -13,11 +14,20 @@ from pathlib import Path
 import pytest
 
 import fastclip
+from fastclip._lazy import uncollected
 from support import needs
 
 PACKAGE = Path(fastclip.__file__).parent
 LAZY = ("fastclip", "fastclip.integrations", "fastclip.data", "fastclip.models", "fastclip.search", "fastclip.training")
 SLOW = {"torch", "numpy", "timm", "transformers", "open_clip"}
+# What a command may have to wait for beside torch, whose own modules are all that `import torch` loads.
+RARE = {"datasets", "matplotlib", "open_clip", "pandas", "pyarrow", "scipy", "sklearn", "tensorboard", "transformers"}
+HEAVY = {
+    *RARE,
+    *("huggingface_hub", "sympy", "timm", "torchvision", "tyro", "wandb"),
+    *("torch._dynamo", "torch._inductor"),
+    *("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"),
+}
 
 
 def python(code: str) -> str:
@@ -61,6 +71,47 @@ def test_losses_import_in_a_fifth_of_a_second_beside_torch() -> None:
     code = "import time, torch; start = time.perf_counter(); import fastclip; fastclip.contrastive_loss; "
     code += "print(time.perf_counter() - start)"
     assert min(float(python(code)) for _ in range(3)) < 0.2
+
+
+IMPORTS = """
+import fastclip.training.trainer, fastclip.training.finetune, fastclip.training.planning
+import fastclip.evaluation.zero_shot, fastclip.evaluation.captioned, fastclip.evaluation.robustness
+import fastclip.search.engine, fastclip.search.serve, fastclip.models.factory
+"""
+MODEL = "fastclip.create_model('ViT-tiny', device='meta'); fastclip.get_tokenizer('ViT-tiny')"
+
+
+@pytest.mark.parametrize(("code", "names"), [(IMPORTS, HEAVY), (MODEL, RARE)], ids=["imports", "model"])
+def test_nothing_heavy_is_loaded_before_its_use(code: str, names: set[str]) -> None:
+    needs("train")
+    code = f"import sys, torch, fastclip; before = set(sys.modules)\n{code}\n"
+    assert python(code + f"print(*sorted({names} & (sys.modules.keys() - before)))") == ""
+
+
+def test_garbage_is_not_searched_for_while_a_model_is_loaded() -> None:
+    needs("models")
+    code = """
+import gc, sys, fastclip
+seen = {}
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "timm", "torchvision"):
+            seen[name] = gc.isenabled()
+sys.meta_path.insert(0, Finder())
+fastclip.create_model("ViT-tiny", device="meta")
+print(sorted(seen), any(seen.values()), gc.isenabled())
+"""
+    assert python(code) == "['timm', 'torch', 'torchvision'] False True"
+
+
+def test_collector_that_is_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("package", LAZY)
@@ -152,6 +203,15 @@ for name in ('create_model', 'contrastive_loss'):
     assert int(names) > 10
     assert models == "fastclip.create_model needs torch, which is not installed: pip install '.[models]' in the clone"
     assert losses == "import of torch halted; None in sys.modules"
+
+
+@pytest.mark.parametrize("package", ["timm", "torchvision", "transformers"])
+def test_package_that_models_import_late_is_missed_early(package: str) -> None:
+    needs("models")
+    code = f"import sys, fastclip; sys.modules[{package!r}] = None\ntry:\n    fastclip.create_model\n"
+    code += "except ImportError as error:\n    print(error)"
+    told = f"fastclip.create_model needs {package}, which is not installed: pip install '.[models]' in the clone"
+    assert python(code) == told
 
 
 @pytest.mark.parametrize(
