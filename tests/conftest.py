@@ -14,9 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from support import pairwise
-
 pytest.register_assert_rewrite("support")
+from support import pairwise, processes  # noqa: E402
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
@@ -35,6 +35,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what tests leave behind out of the user's home, and apart from what runs beside them."""
     os.environ["FASTCLIP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where a process of pytest-xdist runs a part of a module, its own children are looked for."""
+    processes.adopt()
+    yield
+    if left := processes.left_behind():
+        pytest.fail(f"{request.node.name} left processes behind, now killed:\n" + "\n".join(left), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _children_end() -> Iterator[None]:
+    yield
+    processes.end_children()
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +14,7 @@ import fastclip
 from fastclip._backends import cpu
 from fastclip._backends.cpu import blocks, contrastive, native
 from support.accuracy import counted_products, pairs
+from support.processes import ended, forked, forks
 
 
 @pytest.fixture(autouse=True)
@@ -189,27 +187,19 @@ def test_threads_of_python_do_not_disturb_each_other() -> None:
                     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@forks
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["borrowed", "pool"])
 def test_native_passes_work_after_fork(kind: str) -> None:
     native.module.select_threads(kind)
     expected = block_results(2)  # the parent's threads exist before the fork
-    child = os.fork()
-    if child == 0:
+
+    def works() -> None:
         torch.set_num_threads(1)  # torch's own threads do not survive a fork; ours are asked for below
-        same = all(torch.equal(a, b) for a, b in zip(expected, block_results(2)))
-        os._exit(0 if same and native.module.threads() == "pool" else 1)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return
-        time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    pytest.fail("the child hung")
+        assert all(torch.equal(a, b) for a, b in zip(expected, block_results(2)))
+        assert native.module.threads() == "pool"
+
+    assert ended(forked(works), 30) == 0
 
 
 def test_graph_can_be_used_twice() -> None:

@@ -18,7 +18,7 @@ from support import needs
 needs("train")
 from fastclip.search import index, scan
 from support.colours import QUERY, Colours, check, counts, draw, engine
-from support.forks import forked, forks
+from support.processes import ended, forked, forks
 
 TRIALS = 100
 
@@ -110,7 +110,7 @@ def test_kill_leaves_an_index_that_goes_on(tmp_path: Path) -> None:
         os.close(reads)
         time.sleep(moments.uniform(0, 0.08))
         os.kill(pid, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert ended(pid) == -signal.SIGKILL
         engine(tmp_path).close()
         now = stored(tmp_path)
         assert known.items() <= now.items(), f"trial {trial}: something is lost"
@@ -129,7 +129,7 @@ def test_kill_leaves_an_index_that_goes_on(tmp_path: Path) -> None:
 def test_processes_that_index_at_once_agree(tmp_path: Path) -> None:
     photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(60)]
     pids = [forked(lambda: void(engine(tmp_path).update(batch_size=2, workers=2))) for _ in range(4)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * 4
+    assert [ended(pid) for pid in pids] == [0] * 4
     assert len(stored(tmp_path)) == 60
     searched = engine(tmp_path)
     check(searched, photos)

@@ -37,7 +37,7 @@ from fastclip.training.checkpoint import (
 )
 from fastclip.training.optim import MovingAverage
 from fastclip.training.saver import Saver
-from support.forks import forked, forks
+from support.processes import ended, forked, forks
 
 TRIALS = 100
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -81,7 +81,7 @@ def test_kill_leaves_the_last_checkpoint_or_the_next(tmp_path: Path) -> None:
             announced = 1
         time.sleep(moments.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert ended(pid) == -signal.SIGKILL
         with os.fdopen(reads, "rb") as pipe:
             told = pipe.read()
         announced = int.from_bytes(told[-4:], "little") or announced
@@ -135,7 +135,7 @@ def test_death_at_every_file_operation_leaves_a_whole_checkpoint(tmp_path: Path,
             die_at(operation, after=after)
             write_snapshot(folder, snapshot(3, 33), keep=2)
 
-        status = os.waitstatus_to_exitcode(os.waitpid(forked(write), 0)[1])
+        status = ended(forked(write))
         mend_checkpoints(folder)
         found = latest_checkpoint(folder)
         assert found is not None
@@ -242,7 +242,7 @@ def test_full_disk_says_how_many_bytes_were_needed(tmp_path: Path) -> None:
         assert "needs 200," in message and "bytes free" in message.replace(" free", " bytes free")
         assert "no file may have more than 100,000 (ulimit -f); step-00000001 stands" in message
 
-    assert os.waitstatus_to_exitcode(os.waitpid(forked(fails), 0)[1]) == 0
+    assert ended(forked(fails)) == 0
     assert names(tmp_path) == ["step-00000001"] and loaded(tmp_path / "step-00000001") == (1, 1)
 
 

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from support import needs
-from support.forks import forks
+from support.processes import ended, forked, forks, wait_for
 
 needs("train")
 from fastclip.cli import main
@@ -150,18 +149,10 @@ def test_micro_batches_give_the_same_steps(whole: Finetuned, digits: Subset, tmp
 @forks
 def test_killed_run_goes_on_to_the_same_bits(whole: Finetuned, digits: Subset, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    pid = os.fork()
-    if pid == 0:
-        try:
-            run(folder, digits)
-        finally:
-            os._exit(1)
-    end = time.monotonic() + 60
-    while len(list((folder / "checkpoints").glob("step-*"))) < 2:
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.005)
+    pid = forked(lambda: run(folder, digits))
+    wait_for(lambda: len(list((folder / "checkpoints").glob("step-*"))) >= 2)
     os.kill(pid, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert ended(pid) == -signal.SIGKILL
     found = run(folder, digits)
     assert 0 < len(found.losses) < STEPS
     assert_same(found, whole)
