@@ -26,6 +26,7 @@ from fastclip.cli import (
     serve,
     train,
 )
+from fastclip.cli.ending import Terminated, sigterm_raises
 
 __all__ = ["main"]
 
@@ -59,12 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     logging.basicConfig(level=logging.WARNING, format="fastclip: %(message)s")
     try:
-        status = args.run(args) or 0
-        sys.stdout.flush()
-        return status
+        with sigterm_raises():
+            status = args.run(args) or 0
+            sys.stdout.flush()
+            return status
     except KeyboardInterrupt:
         print(f"fastclip {args.command}: interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print(f"fastclip {args.command}: ended by SIGTERM", file=sys.stderr)
+        return 143
     except BrokenPipeError:  # whoever reads has enough, as in `fastclip models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's end would complain
         return 0

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from fastclip.cli.ending import Terminated
 from fastclip.cli.search import add_index_options, engine_of, update
 
 __all__ = ["add"]
@@ -32,8 +33,11 @@ def _serve(args: argparse.Namespace) -> int:
             print(f"http://127.0.0.1:{server.server_port}/", flush=True)
             print("fastclip serve: Ctrl-C ends it", file=sys.stderr)
             server.serve_forever()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated) as ending:
+            if isinstance(ending, Terminated):
+                print("fastclip serve: ended by SIGTERM", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(130)  # a request's thread that is in torch at the interpreter's end would abort the process
+            # A request's thread that is in torch at the interpreter's end would abort the process
+            os._exit(143 if isinstance(ending, Terminated) else 130)
     return 0

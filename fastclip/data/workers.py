@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import random
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ __all__ = ["load", "naming_dead_workers", "own"]
 # Micro-batches that workers hold ready at most: each takes three of the files that a process may have open, often
 # 1,024.
 _READY = 128
+_PATIENCE = 1.0  # seconds
 
 
 def load(
@@ -48,9 +51,12 @@ def load(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else it draws from the caller's
     )
+    if watch.workers:
+        # Workers that make a folder of their own for the sockets through which tensors go leave it when they are ended
+        multiprocessing.util.get_temp_dir()
     with _env.tokenizers_without_threads():
         loaded = iter(loader)  # starts the workers
-    with Alarm(watch) as alarm:
+    with _ended(loaded), Alarm(watch) as alarm:
         while True:
             try:
                 with alarm.waiting():
@@ -80,6 +86,24 @@ def naming_dead_workers() -> Iterator[None]:
         if (death := _death(error)) is None:
             raise
         raise death from error
+
+
+@contextmanager
+def _ended(loaded: Any) -> Iterator[None]:
+    """Whoever leaves early waits a second for workers that are stuck, all together: torch would give 5 s to each."""
+    try:
+        yield
+    finally:
+        workers = getattr(loaded, "_workers", ())
+        patience = threading.Timer(_PATIENCE, lambda: [worker.terminate() for worker in workers])
+        patience.daemon = True
+        try:
+            patience.start()
+            getattr(loaded, "_shutdown_workers", int)()
+        except RuntimeError:  # torch's word for a worker that is ended; or the interpreter ends and starts no thread
+            pass
+        finally:
+            patience.cancel()
 
 
 _END = object()

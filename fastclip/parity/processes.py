@@ -80,9 +80,10 @@ def run(
 
 def _start(ranks: int, settings: Settings) -> list[Row]:
     """Rows of `ranks` processes on this machine; they meet in a file: no port, no firewall."""
+    how = {"join": False, "daemon": True, "start_method": "spawn"}
     with tempfile.TemporaryDirectory(prefix="fastclip-parity-") as folder:
         try:
-            _mp.start_processes(_spawned, (ranks, settings, folder), nprocs=ranks, daemon=True, start_method="spawn")
+            _join(_mp.start_processes(_spawned, (ranks, settings, folder), nprocs=ranks, **how))
         except _mp.ProcessExitedException as error:
             raise ChildProcessError(f"a process was ended from outside (out of memory?): {error}") from error
         except _mp.ProcessRaisedException as error:
@@ -91,6 +92,18 @@ def _start(ranks: int, settings: Settings) -> list[Row]:
                 raise ConnectionError(f"the processes did not find each other: {last}") from error
             raise
         return [Row(*row) for row in json.loads((Path(folder) / "rows.json").read_text())]
+
+
+def _join(context: Any) -> None:
+    """Wait for the processes; an interrupted wait ends them, which else would write into a folder that is removed."""
+    try:
+        while not context.join():
+            pass
+    finally:
+        for process in context.processes:
+            process.kill()
+        for process in context.processes:
+            process.join()
 
 
 def _spawned(rank: int, ranks: int, settings: Settings, folder: str) -> None:

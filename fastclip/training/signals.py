@@ -41,12 +41,14 @@ class Signals:
     def watched(self) -> Iterator[None]:
         """Inside, the first one is noted and the second ends the process at once, as if nobody had asked for it.
 
-        Handlers are the main thread's to set: in another thread nothing changes.
+        One that is ignored, as Ctrl-C is in a shell's background job, stays ignored. Handlers are the main thread's to
+        set: in another thread nothing changes.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in _NUMBERS}
+        heard = [number for number in _NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield
         finally:

@@ -10,9 +10,9 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +30,7 @@ from fastclip.search import serve
 from fastclip.search.engine import SearchEngine
 from fastclip.search.serve import make_server
 from support.colours import Colours, draw, picture_vector, text_vector
+from support.processes import in_session, start
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -325,37 +326,38 @@ def ranked_photos(served: Served, query: Any, without: Path | None = None) -> li
     return [str(photo.relative_to(folder)) for photo in ordered if photo != without]
 
 
-def test_command_serves_until_ctrl_c(tmp_path: Path) -> None:
-    needs("models")
-    from fastclip.models import create_model
-
-    create_model("ViT-tiny").save_pretrained(tmp_path / "tiny")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize(
+    ("number", "ignored"),
+    [(signal.SIGINT, []), (signal.SIGTERM, []), (signal.SIGTERM, [signal.SIGINT])],
+    ids=["Ctrl-C", "SIGTERM", "SIGTERM in the background"],
+)
+def test_command_serves_until_a_signal(
+    tmp_path: Path, checkpoint: Path, number: signal.Signals, ignored: list[signal.Signals]
+) -> None:
     draw(tmp_path / "photos" / "a.png", 1)
     code = "import sys; from fastclip.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = [
-        "serve",
-        str(tmp_path / "photos"),
-        "--checkpoint",
-        str(tmp_path / "tiny"),
-        "--device",
-        "cpu",
-        "--port",
-        "0",
-    ]
-    command = subprocess.Popen(
-        [sys.executable, "-c", code, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"FASTCLIP_CACHE": str(tmp_path / "cache")},
-    )
-    try:
-        assert command.stdout is not None
-        address = urllib.parse.urlsplit(command.stdout.readline().strip())
-        assert address.hostname == "127.0.0.1" and address.port
-        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
+    words = ["serve", tmp_path / "photos", "--checkpoint", checkpoint, "--device", "cpu", "--port", "0"]
+    environment = os.environ | {"FASTCLIP_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    command = start([sys.executable, "-c", code, *words], env=environment, ignored=ignored)
+    assert command.stdout is not None
+    address = urllib.parse.urlsplit(command.stdout.readline().strip())
+    assert address.hostname == "127.0.0.1" and address.port, command.communicate()
+
+    def find() -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", address.port or 0, timeout=60)
         connection.request("GET", "/search?q=cat")
-        assert [one["name"] for one in json.loads(connection.getresponse().read())] == ["a.png"]
-    finally:
-        command.send_signal(signal.SIGINT)
-        assert command.wait(timeout=60) == 130, command.communicate()
+        return json.loads(connection.getresponse().read())
+
+    assert [one["name"] for one in find()] == ["a.png"]
+    for other in ignored:
+        command.send_signal(other)
+    assert [one["name"] for one in find()] == ["a.png"]
+    begin = time.monotonic()
+    command.send_signal(number)
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == 128 + number and "Traceback" not in said, said
+    assert time.monotonic() - begin < 10 and not in_session(command.pid)
+    with pytest.raises(ConnectionRefusedError):
+        find()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "photos"]

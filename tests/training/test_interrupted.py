@@ -8,10 +8,9 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.distributed import TCPStore
 
 from support import needs
 from support.accuracy import LOSS
+from support.processes import Popen, ended, forked, in_session, start, wait_for
 
 needs("train")
 if not hasattr(os, "fork"):
@@ -83,40 +83,10 @@ def assert_near(folder: Path, whole: trainer.Run) -> None:
         assert abs(a - b) <= LOSS * abs(b), f"loss of step {step}: {a} and {b}"
 
 
-def wait_for(is_so: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.002)
-
-
 def steps_made(folder: Path) -> int:
     """Lines of metrics.jsonl; log_every is 1."""
     file = folder / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.is_file() else 0
-
-
-def forked(work: Callable[[], object], said: Path, **environment: str) -> int:
-    """The pid of a child that runs `work`; its status is that of a command, `said` gets its last words."""
-    pid = os.fork()
-    if pid == 0:
-        status = 0
-        try:
-            os.environ.update(environment)
-            os.setsid()
-            work()
-        except SystemExit as leaving:
-            status = int(leaving.code or 0)
-        except BaseException as error:
-            said.write_text(f"{type(error).__name__}: {error}")
-            status = 1
-        finally:
-            os._exit(status)
-    return pid
-
-
-def ended(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def start_ranks(folder: Path, work: Callable[[int], object]) -> list[int]:
@@ -238,31 +208,11 @@ sys.exit(main(["train", *sys.argv[2:]]))
 """
 
 
-def command(tmp_path: Path, *words: str, launch: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def command(tmp_path: Path, *words: str, launch: tuple[str, ...] = (), ignored: Collection[Any] = ()) -> Popen:
     (tmp_path / "command.py").write_text(SCRIPT)
     kept = {k: v for k, v in os.environ.items() if k not in (*LAUNCHED, "TRITON_INTERPRET", "FASTCLIP_BACKEND")}
-    return subprocess.Popen(
-        [sys.executable, *launch, str(tmp_path / "command.py"), str(tmp_path), *WORDS, *words],
-        env={**kept, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def in_session(session: int) -> list[str]:
-    """Processes that are left, and not dead."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, rest = stat.read_text().rpartition(")")
-        except OSError:  # it has ended meanwhile
-            continue
-        state, _, _, its_session = rest.split()[:4]
-        if int(its_session) == session and state != "Z":
-            found.append(name)
-    return found
+    program = [sys.executable, *launch, tmp_path / "command.py", tmp_path, *WORDS, *words]
+    return start(program, env={**kept, "OMP_NUM_THREADS": "1"}, ignored=ignored)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -284,6 +234,42 @@ def test_signal_ends_a_command_with_a_checkpoint(tmp_path: Path, whole: trainer.
     wait_for(lambda: not in_session(process.pid), 20)
     trainer.train(options(tmp_path / "run", resume="auto"))
     assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.fault(
+    "SIGTERM to a run in a script's background, where Ctrl-C is ignored",
+    "Ctrl-C stays ignored; SIGTERM writes a checkpoint, exit status 143, no process left",
+)
+def test_signal_ends_a_run_in_the_background(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["--save-every", "1000000", "--max-steps", "1000000", "--workers", "1", "--output", str(folder)]
+    process = command(tmp_path, *words, ignored=[signal.SIGINT])
+    wait_for(lambda: steps_made(folder) > 0 or process.poll() is not None)
+    os.killpg(process.pid, signal.SIGINT)
+    made = steps_made(folder)
+    wait_for(lambda: steps_made(folder) > made + 3 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "Traceback" not in said, said
+    path = latest_checkpoint(folder / "checkpoints")
+    assert path is not None and read_state(path)["step"] == steps_made(folder)
+    wait_for(lambda: not in_session(process.pid), 20)
+
+
+def test_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    def watches() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        signals = Signals()
+        with signals.watched():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+                assert signal.getsignal(number) is signal.SIG_IGN
+        assert not signals.status
+
+    assert ended(forked(watches, tmp_path / "said")) == 0
 
 
 def test_interrupted_run_raises_and_restores_the_handlers(
@@ -402,8 +388,6 @@ def test_lost_rank_ends_the_others(tmp_path: Path, number: signal.Signals) -> No
     said = (tmp_path / "said 0").read_text()
     assert said.startswith("ConnectionError: another process of this run is lost, or did not answer for 4 s"), said
     assert "\n" not in said
-    os.kill(pids[1], signal.SIGKILL)
-    ended(pids[1])
     assert latest_checkpoint(folder / "checkpoints") is not None
 
 

@@ -1,0 +1,65 @@
+"""SIGTERM, with which schedulers, containers and ``kill`` end a command."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+__all__ = ["Terminated", "sigterm_raises"]
+
+_STATUS = 128 + signal.SIGTERM  # 143, as shells give it
+_ECHO = 1.0  # seconds in which a signal that comes again is the same one: a launcher passes on what its group got, too
+_PATIENCE = 8.0  # seconds for tidying up; `docker stop` sends SIGKILL after 10, other schedulers after 30
+
+
+class Terminated(SystemExit):
+    """SIGTERM came; `code` is 143."""
+
+    def __init__(self) -> None:
+        super().__init__(_STATUS)
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`, so that files that are half written are removed and children are ended.
+
+    The process ends with status 143 even where an import or a library swallows the exception, or tidying up takes more
+    than 8 s; a second SIGTERM, a second or more after the first, ends it at once.
+
+    A SIGTERM that is ignored when the command starts stays ignored, as does Ctrl-C in a shell's background job: who
+    started the command asked for that (``trap '' TERM``), and SIGKILL is left. A handler of the caller stays as well,
+    and in another thread than the main one nothing changes.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    since: list[float] = []  # when the first came
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if not since:
+            since.append(time.monotonic())
+            _thread.start_new_thread(_leave_late, ())  # `threading` takes a lock that who was interrupted may hold
+            raise Terminated
+        if time.monotonic() - since[0] > _ECHO:
+            os._exit(_STATUS)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _leave_late() -> NoReturn:
+    time.sleep(_PATIENCE)
+    os._exit(_STATUS)

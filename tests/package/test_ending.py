@@ -1,0 +1,176 @@
+"""Commands that SIGTERM ends, however they were started: with status 143, soon, and leaving nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from support import needs
+from support.processes import Popen, ended, forked, forks, in_session, start, wait_for
+
+if sys.platform != "linux":
+    pytest.skip("looks into /proc", allow_module_level=True)
+
+from fastclip.cli import ending, main
+from fastclip.cli.ending import Terminated, sigterm_raises
+
+SCRIPT = "import sys; from fastclip.cli import main\nif __name__ == '__main__': sys.exit(main(sys.argv[1:]))\n"
+
+
+def command(tmp_path: Path, *words: str | Path, ignored: list[signal.Signals]) -> Popen:
+    """Its temporary files are in tmp_path/temporary."""
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "command.py").write_text(SCRIPT)
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "FASTCLIP_CACHE": str(tmp_path / "cache")}
+    return start([sys.executable, tmp_path / "command.py", *words], env=environment, ignored=ignored)
+
+
+def assert_ends(process: Popen, tmp_path: Path) -> None:
+    """With its whole group, as a scheduler ends it."""
+    begin = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a launcher passes on what its group got, too
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert said.splitlines()[-1].endswith(": ended by SIGTERM") and "Traceback" not in said and not out, said
+    assert time.monotonic() - begin < 15  # of tidying up and of the interpreter's end
+    wait_for(lambda: not in_session(process.pid), 20)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("workers", "ignored"), [(2, []), (0, [signal.SIGINT])], ids=["at a terminal", "in the background of a script"]
+)
+def test_embed_ends_while_it_reads(
+    tmp_path: Path, request: pytest.FixtureRequest, workers: int, ignored: list[signal.Signals]
+) -> None:
+    """From pipes that give nothing: torch would wait 5 s for each worker."""
+    needs("search")
+    checkpoint = request.getfixturevalue("checkpoint")
+    from support.faulty import write_folder
+
+    data = write_folder(tmp_path / "data", 6)
+    pipes = [data / "003.png", data / "005.png"][: max(1, workers)]
+    for pipe in pipes:
+        pipe.unlink()
+        os.mkfifo(pipe)
+    words = ["--checkpoint", checkpoint, "--output", tmp_path / "out", "--batch-size", "2", "--workers", str(workers)]
+    process = command(tmp_path, "embed", data, *words, "--device", "cpu", ignored=ignored)
+    opened: list[int] = []
+
+    def are_read() -> bool:
+        assert process.poll() is None, process.communicate()
+        with suppress(OSError):  # nobody reads it
+            opened.append(os.open(pipes[len(opened)], os.O_WRONLY | os.O_NONBLOCK))
+        return len(opened) == len(pipes)
+
+    wait_for(are_read)
+    assert len(in_session(process.pid)) == 1 + workers
+    for number in ignored:
+        os.killpg(process.pid, number)
+    assert_ends(process, tmp_path)
+    for handle in opened:
+        os.close(handle)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".tmp", ".old"))]
+
+
+def test_parity_ends_with_its_processes(tmp_path: Path) -> None:
+    words = ["--nproc", "2", "--device", "cpu", "--batch", "1000"]
+    process = command(tmp_path, "parity", *words, ignored=[signal.SIGINT])
+
+    def compares() -> bool:
+        assert process.poll() is None, process.communicate()
+        return len(list((tmp_path / "temporary").glob("fastclip-parity-*/store"))) == 1
+
+    wait_for(compares)
+    assert len(in_session(process.pid)) >= 3
+    assert_ends(process, tmp_path)
+
+
+def test_interrupted_parity_ends_its_processes_before_their_folder_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastclip.parity import processes, run
+
+    killed: list[bool] = []
+
+    class Rank:
+        def kill(self) -> None:
+            killed.append(os.path.isdir(folder))
+
+        def join(self) -> None:
+            pass
+
+    class Ranks:
+        processes = Rank(), Rank()
+
+        def join(self) -> bool:
+            raise KeyboardInterrupt
+
+    def start_processes(work: object, words: tuple[object, ...], **options: object) -> Ranks:
+        nonlocal folder
+        folder = str(words[-1])
+        return Ranks()
+
+    folder = ""
+    monkeypatch.setattr(processes._mp, "start_processes", start_processes)
+    with pytest.raises(KeyboardInterrupt):
+        run(device="cpu")
+    assert killed == [True, True] and not os.path.exists(folder)
+
+
+def inside(ready: Path) -> None:
+    """Of `sigterm_raises`: an import that swallows every exception, then a library that waits."""
+    with sigterm_raises():
+        try:
+            ready.touch()
+            time.sleep(100)
+        except BaseException:
+            ready.with_name("swallowed").touch()
+        time.sleep(100)
+
+
+@forks
+def test_command_ends_where_the_exception_is_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "_PATIENCE", 1.0)
+    pid = forked(lambda: inside(tmp_path / "ready"))
+    wait_for((tmp_path / "ready").exists)
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid, 20) == 143 and (tmp_path / "swallowed").exists()
+
+
+@forks
+def test_second_signal_ends_a_command_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "_PATIENCE", 1000.0)
+    pid = forked(lambda: inside(tmp_path / "ready"))
+    wait_for((tmp_path / "ready").exists)
+    os.kill(pid, signal.SIGTERM)
+    wait_for((tmp_path / "swallowed").exists)
+    os.kill(pid, signal.SIGTERM)  # within a second of the first it is taken for the same one
+    time.sleep(1.2)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid, 20) == 143
+
+
+@forks
+def test_ignored_signal_and_handlers_of_the_caller_stay() -> None:
+    def works() -> None:
+        seen: list[int] = []
+        for handler in (signal.SIG_IGN, lambda number, frame: seen.append(number)):
+            signal.signal(signal.SIGTERM, handler)
+            with sigterm_raises():
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) is handler
+        assert seen == [signal.SIGTERM]
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with pytest.raises(Terminated), sigterm_raises():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert main(["models"]) == 0 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    assert ended(forked(works)) == 0
