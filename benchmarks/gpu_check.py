@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cases import DTYPES, SIZES, parse_sizes, size_name
+from fastclip.cli.ending import sigterm_raises
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 570.0  # a part's
@@ -204,7 +205,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("torch finds no GPU here")
     end = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
-    return check(checklist, chosen, end)
+    with sigterm_raises():  # the part that is running is ended, too
+        return check(checklist, chosen, end)
 
 
 def check(checklist: Checklist, chosen: list[Part], end: float) -> int:

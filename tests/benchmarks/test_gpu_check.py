@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from support import ROOT, needs
+from support.processes import ended, forked, forks, wait_for
 
 needs("models")
 
@@ -185,6 +187,21 @@ def test_a_part_ends_in_time(tmp_path: Path) -> None:
         assert time.monotonic() - start < 20
         time.sleep(0.05)
     assert run_limited([sys.executable, "-c", "raise SystemExit(7)"], 60) == 7
+
+
+@forks
+def test_a_check_that_is_ended_ends_its_part(tmp_path: Path, monkeypatch) -> None:
+    pid = tmp_path / "pid"
+    work = f"import os, time; open({str(pid)!r}, 'w').write(f'{{os.getpid()}}.'); time.sleep(600)"
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--markers", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "parts", lambda sizes: [Part("tests-gpu")])
+    monkeypatch.setattr(Part, "command", lambda *_: [sys.executable, "-c", work])
+    child = forked(gpu_check.main)
+    wait_for(lambda: pid.is_file() and pid.read_text().endswith("."))
+    os.kill(child, signal.SIGTERM)
+    assert ended(child, 20) == 143
+    wait_for(lambda: not alive(int(pid.read_text()[:-1])), 20)
 
 
 def test_list_says_what_is_left(tmp_path: Path) -> None:
