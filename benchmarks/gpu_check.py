@@ -31,11 +31,8 @@ SECONDS = 570.0  # a part's
 NO_TESTS = 5  # pytest's exit code
 TESTS = {  # pytest's arguments, each in less than SECONDS; first what everything else rests on
     "tests-tiles": ("tests/backends/test_cuda.py",),
-    "tests-kernels": (
-        "tests/backends/test_kernels.py",
-        "tests/backends/test_kernels_sigmoid.py",
-        "tests/backends/test_triton.py",
-    ),
+    "tests-accuracy": ("tests/losses/test_accuracy.py", "tests/losses/test_sigmoid_accuracy.py"),
+    "tests-kernels": ("tests/backends/test_kernels.py", "tests/backends/test_triton.py"),
     "tests-gpu": ("tests/backends/test_gpu.py", "-k", "not large and not sanitizer"),
     "tests-gpu-training": (
         "tests/training/test_gpu.py",
@@ -66,7 +63,7 @@ class Part:
             return [sys.executable, "-m", "benchmarks.training", "--device", "cuda", *TRAINING, "--rows", str(rows)]
         pytest = [sys.executable, "-m", "pytest", "-q"]
         if not self.loss:
-            return [*pytest, "-m", "gpu", *TESTS[self.name], "-x"]
+            return [*pytest, "--full", "-m", "gpu", *TESTS[self.name], "-x"]
         options = ["--device", "cuda", "--sizes", size_name(self.size), "--providers", ",".join(providers)]
         case = ["-k", f"{self.loss} and {self.mode}", "--benchmark-enable", "--benchmark-only"]
         return [*pytest, "benchmarks", *case, *options, "--rows", str(rows)]

@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the full product of every matrix, not pairs of levels")
 
 
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--full"):
         items[:], deselected = pairwise.split(items)
@@ -107,14 +108,25 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def kind(request: pytest.FixtureRequest) -> Any:
-    """Of a test that is parametrised indirectly with `kernels.KINDS`."""
+    """Of a test that is parametrised by `kinds.each_kind`."""
     import fastclip
+    from fastclip._backends import pick
 
-    if request.param.backend == "cuda" and not torch.cuda.is_available():
+    kind = request.param
+    if kind.backend == "cuda" and kind.device == "cpu":
         request.getfixturevalue("emulated_cuda")
-    if (state := fastclip.backends()[request.param.backend]) != "available":
-        pytest.skip(f"{request.param.backend}: {state}")
-    return request.param
+    if (state := fastclip.backends()[kind.backend]) != "available":
+        pytest.skip(f"{kind.backend}: {state}")
+    if kind.for_gpus and kind.device == "cpu":
+        from support import interpreter
+
+        interpreter.replace_language_once()
+    if kind.device == "cuda":
+        try:
+            pick(kind.backend, torch.empty(1, 1, dtype=kind.dtype, device="cuda"))
+        except RuntimeError as refused:  # another GPU
+            pytest.skip(str(refused))
+    return kind
 
 
 @pytest.fixture

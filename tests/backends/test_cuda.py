@@ -1,7 +1,8 @@
 """Hopper's tile kernels, one at a time, against fp64; and what the CUDA backend refuses.
 
 On a Hopper GPU, or without a GPU in csrc/tests' emulator, which runs the threads of a cluster in random order and does
-asynchronous work as late as its waits allow. backends/test_kernels.py runs the same tiles under the launchers.
+asynchronous work as late as its waits allow. losses/test_accuracy.py and backends/test_kernels.py run the same tiles
+under the launchers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastclip.triton_kernels.launch import BwdSide, FwdSide
 from fastclip.triton_kernels.tile import CONSTANTS, GAIN, OFFSET2, REPAIR, SCALE
 
 from support import ROOT
-from support.kernels import DEVICE, GPU
+from support.kinds import DEVICE, GPU
 
 pytestmark = [pytest.mark.usefixtures("hopper"), *([pytest.mark.gpu] if GPU else [])]
 
@@ -144,6 +145,7 @@ def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("FASTCLIP_EMULATE_SEED", str(request.param))
 
 
+@pytest.mark.pairwise
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,6 +166,7 @@ def test_statistics(dtype: torch.dtype, case: tuple[Any, ...]) -> None:
         assert_close(ours, true, true)
 
 
+@pytest.mark.pairwise
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("case", LABELLED, ids=str)
@@ -225,6 +228,7 @@ def assert_weights(p: Case, ours: Tensor, part: Tensor, g: Tensor) -> None:
     assert_close(part, sums, sizes)
 
 
+@pytest.mark.pairwise
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,6 +241,7 @@ def test_weights(dtype: torch.dtype, case: tuple[Any, ...]) -> None:
     assert_weights(p, ours, part, g)
 
 
+@pytest.mark.pairwise
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("case", [(*case[:5], {128: 192}.get(case[5], 64)) for case in LABELLED], ids=str)
@@ -278,6 +283,7 @@ def test_repaired_weights_are_left_alone() -> None:
     assert ours.isnan().all() and part.isnan().all()
 
 
+@pytest.mark.pairwise
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,12 +1,14 @@
-"""The GPU backends on a GPU: what the interpreter cannot show. `pytest -m gpu`; skipped where there is none."""
+"""The GPU backends on a GPU: sizes of several waves, memory, streams, the sanitizer, NCCL. `pytest -m gpu`.
+
+What the interpreter shows as well is in losses/test_accuracy.py and backends/test_kernels.py, which run on a GPU too.
+"""
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,74 +19,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip
-from fastclip._backends import cuda, pick, triton
-from support.accuracy import LOSS, TENSOR_CORES, check, pairs, poisoned
+from fastclip._backends import pick
+from support.accuracy import LOSS, TENSOR_CORES, check, poisoned
+from support.kinds import GPU_KINDS, Kind, each_kind, uneven
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
 ]
-BACKENDS = ("triton", "cuda")
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if (state := fastclip.backends().get(request.param)) != "available":
-        pytest.skip(f"{request.param}: {state}")
-    dtype = request.node.callspec.params.get("dtype", torch.bfloat16)
-    if reason := refusal(request.param, dtype):
-        pytest.skip(f"{request.param}: {reason}")
-    return str(request.param)
-
-
-def refusal(backend: str, dtype: torch.dtype) -> str | None:
-    """Why the backend does not serve this GPU and dtype."""
-    return {"triton": triton, "cuda": cuda}[backend].refuses(torch.empty(1, 1, dtype=dtype, device="cuda"), named=True)
-
-
-def loss_of(backend: str, **options: Any) -> Callable[..., Tensor]:
-    """From and to the CPU, where the truth is."""
-
-    def loss(image: Tensor, text: Tensor, *scalars: Tensor) -> Tensor:
-        inputs = (x.cuda() for x in (image, text, *scalars))
-        function = fastclip.contrastive_loss if len(scalars) == 1 else fastclip.sigmoid_loss
-        return function(*inputs, backend=backend, **options).cpu()
-
-    return loss
+BF16_KINDS = [Kind(backend, torch.bfloat16) for backend in ("triton", "cuda")]
 
 
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 @pytest.mark.parametrize("D", [256, 512, 640, 768, 1024, 1376])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_loss_and_gradients_accurate(backend: str, dtype: torch.dtype, D: int, scale: float) -> None:
+@each_kind(GPU_KINDS)
+def test_loss_and_gradients_accurate(kind: Kind, D: int, scale: float) -> None:
     """Both gates, at a size of several waves that no tile divides."""
-    image, text = (poisoned(x, dtype) for x in pairs(1500, 1500, D))
-    check(loss_of(backend), image, text, scale)
+    image, text = kind.pairs(1500, 1500, D)
+    check(kind.loss(), image, text, scale)
 
 
 @pytest.mark.parametrize("options", [{}, {"exclude_self": True}, {"label_smoothing": 0.1}], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_labels_accurate(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    image, text = (poisoned(x, dtype) for x in pairs(700, 700, 512))
+@each_kind(GPU_KINDS)
+def test_labels_accurate(kind: Kind, options: dict[str, Any]) -> None:
+    image, text = kind.pairs(700, 700, 512)
     y = torch.randint(0, 200, (700,)), torch.randint(0, 200, (700,))
-    device = {"image_labels": y[0].cuda(), "text_labels": y[1].cuda()}
-    check(loss_of(backend, **device, **options), image, text, 14.3, labels=y, **options)
+    check(kind.loss(labels=y, **options), image, text, 14.3, labels=y, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sigmoid_accurate(backend: str, dtype: torch.dtype) -> None:
-    image, text = (poisoned(x, dtype) for x in pairs(1500, 1500, 512))
-    check(loss_of(backend), image, text, 10.0, bias=-10.0)
+@each_kind(GPU_KINDS)
+def test_sigmoid_accurate(kind: Kind) -> None:
+    image, text = kind.pairs(1500, 1500, 512)
+    check(kind.loss(), image, text, 10.0, bias=-10.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_repair_accurate(backend: str, dtype: torch.dtype) -> None:
-    image, text = pairs(1500, 1500, 256)
-    rows = torch.logspace(-1, 1.2, 1500)
-    image, text = image * (rows / image.norm(dim=1))[:, None], text * (rows.flip(0) / text.norm(dim=1))[:, None]
-    image, text = (poisoned(x, dtype) for x in (image, text))
-    check(loss_of(backend, normalize=False), image, text, 3.0, normalize=False)
+@each_kind(GPU_KINDS)
+def test_repair_accurate(kind: Kind) -> None:
+    image, text = (poisoned(x, kind.dtype) for x in uneven(1500, 1500, 256, largest=1.2))
+    check(kind.loss(normalize=False), image, text, 3.0, normalize=False)
 
 
 def features(N: int, D: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -117,29 +89,36 @@ def truth_by_rows(image: Tensor, text: Tensor, scale: float, sample: Tensor) -> 
     return loss, (d - u[sample] * (u[sample] * d).sum(1, keepdim=True)) / norm
 
 
-@pytest.mark.parametrize(
-    ("N", "D", "dtype"),
-    [*itertools.product([8192, 65536], [512], DTYPES), (65536, 768, torch.bfloat16), (1048576, 64, torch.bfloat16)],
-    ids=str,
-)
-def test_large_batches_accurate(backend: str, N: int, D: int, dtype: torch.dtype) -> None:
-    """Row panels, row chunks and column blocks; the truth of a million rows is sampled."""
-    image, text = features(N, D, dtype)
-    loss = fastclip.contrastive_loss(image, text, 20.0, backend=backend)
+def check_sampled(kind: Kind, N: int, D: int) -> None:
+    image, text = features(N, D, kind.dtype)
+    loss = fastclip.contrastive_loss(image, text, 20.0, backend=kind.backend)
     loss.backward()
     sample = torch.randint(0, N, (64,), device="cuda")
     true, d_image = truth_by_rows(image, text, 20.0, sample)
     assert abs(float(loss) / float(true) - 1) < LOSS + 20 * D * TENSOR_CORES
     error = (image.grad[sample].double() - d_image).norm() / d_image.norm()
-    assert error < (1e-4 if dtype == torch.float32 else 2e-2), f"relative error {error:.1e}"
+    assert error < (1e-4 if kind.dtype == torch.float32 else 2e-2), f"relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bitwise_repeatable(backend: str, dtype: torch.dtype) -> None:
-    image, text = features(3000, 512, dtype)
+@each_kind(GPU_KINDS)
+@pytest.mark.parametrize("N", [8192, 65536])
+def test_large_batches_accurate(kind: Kind, N: int) -> None:
+    """Row panels, row chunks and column blocks."""
+    check_sampled(kind, N, 512)
+
+
+@each_kind(BF16_KINDS)
+@pytest.mark.parametrize(("N", "D"), [(65536, 768), (1048576, 64)])
+def test_large_batches_of_other_widths_accurate(kind: Kind, N: int, D: int) -> None:
+    check_sampled(kind, N, D)
+
+
+@each_kind(GPU_KINDS)
+def test_bitwise_repeatable(kind: Kind) -> None:
+    image, text = features(3000, 512, kind.dtype)
 
     def run() -> list[Tensor]:
-        loss = fastclip.contrastive_loss(image, text, 50.0, backend=backend)
+        loss = fastclip.contrastive_loss(image, text, 50.0, backend=kind.backend)
         return [loss.detach(), *torch.autograd.grad(loss, (image, text))]
 
     first = run()
@@ -147,8 +126,9 @@ def test_bitwise_repeatable(backend: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run()))
 
 
+@each_kind(BF16_KINDS)
 @pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
-def test_no_host_synchronisation_and_graph_capture(backend: str, loss: str) -> None:
+def test_no_host_synchronisation_and_graph_capture(kind: Kind, loss: str) -> None:
     """A captured step, replayed on new features, gives what a plain step gives."""
     image, text = features(2000, 256, torch.bfloat16)
     scale, bias = (torch.tensor(x, device="cuda", requires_grad=True) for x in (10.0, -10.0))
@@ -156,7 +136,7 @@ def test_no_host_synchronisation_and_graph_capture(backend: str, loss: str) -> N
     function = getattr(fastclip, f"{loss}_loss")
 
     def step() -> list[Tensor]:
-        value = function(*inputs, backend=backend)
+        value = function(*inputs, backend=kind.backend)
         return [value.detach(), *torch.autograd.grad(value, inputs)]
 
     stream = torch.cuda.Stream()
@@ -181,28 +161,30 @@ def test_no_host_synchronisation_and_graph_capture(backend: str, loss: str) -> N
             assert torch.equal(a, b)
 
 
+@each_kind(BF16_KINDS)
 @pytest.mark.parametrize("N", [16384, 65536])
-def test_peak_memory(backend: str, N: int) -> None:
+def test_peak_memory(kind: Kind, N: int) -> None:
     """Beyond features and their gradients: the workspace and O((M + N) D); nothing N x N."""
     D = 768
     image, text = features(N, D, torch.bfloat16)
     image.grad, text.grad = torch.zeros_like(image), torch.zeros_like(text)
-    fastclip.contrastive_loss(image, text, 20.0, backend=backend).backward()
+    fastclip.contrastive_loss(image, text, 20.0, backend=kind.backend).backward()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    fastclip.contrastive_loss(image, text, 20.0, backend=backend).backward()
+    fastclip.contrastive_loss(image, text, 20.0, backend=kind.backend).backward()
     peak = torch.cuda.max_memory_allocated() - before
     assert peak < 2**30 + 4 * N * D * 4 + 2**26
     if N == 65536:
         assert peak < 1.5 * 2**30
 
 
-def test_compiled_and_autocast(backend: str) -> None:
+@each_kind(BF16_KINDS)
+def test_compiled_and_autocast(kind: Kind) -> None:
     image, text = features(600, 128, torch.float32)
 
     def loss() -> Tensor:
-        return fastclip.contrastive_loss(image, text, 20.0, backend=backend)
+        return fastclip.contrastive_loss(image, text, 20.0, backend=kind.backend)
 
     with torch.autocast("cuda", torch.bfloat16):
         under = loss()
@@ -216,8 +198,10 @@ def test_compiled_and_autocast(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_triton_and_cuda_agree(dtype: torch.dtype, N: int, options: dict[str, Any]) -> None:
     """Both round a gradient once: they differ by no more than two such roundings, and their losses by fp32's."""
-    if (state := fastclip.backends()["cuda"]) != "available" or (state := str(refusal("cuda", dtype))) != "None":
-        pytest.skip(f"cuda: {state}")
+    try:
+        pick("cuda", torch.empty(1, 1, dtype=dtype, device="cuda"))
+    except RuntimeError as refused:
+        pytest.skip(str(refused))
 
     def run(backend: str) -> list[Tensor]:
         inputs = features(N, 512, dtype)
@@ -261,10 +245,12 @@ def sanitizer() -> Iterator[str]:
     yield found
 
 
+@each_kind(BF16_KINDS)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(backend: str, sanitizer: str, tool: str) -> None:
+def test_compute_sanitizer(kind: Kind, sanitizer: str, tool: str) -> None:
+    program = CASE.replace("BACKEND", kind.backend)
     done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", CASE.replace("BACKEND", backend)],
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program],
         capture_output=True,
         text=True,
     )
@@ -281,9 +267,10 @@ def nccl(tmp_path: Path) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
+@each_kind(BF16_KINDS)
 @pytest.mark.parametrize("options", [{}, {"labels": True, "label_smoothing": 0.1}, {"bias": -10.0}], ids=str)
 @pytest.mark.parametrize("comm", ["gather", "ring"])
-def test_group_of_one_is_the_loss_without(backend: str, nccl: Any, comm: str, options: dict[str, Any]) -> None:
+def test_group_of_one_is_the_loss_without(kind: Kind, nccl: Any, comm: str, options: dict[str, Any]) -> None:
     """And with equal_shards=True there is nothing that the host waits for."""
     inputs = [*features(1000, 256, torch.bfloat16), torch.tensor(10.0, device="cuda", requires_grad=True)]
     options, function = dict(options), fastclip.contrastive_loss
@@ -294,7 +281,7 @@ def test_group_of_one_is_the_loss_without(backend: str, nccl: Any, comm: str, op
         function = fastclip.sigmoid_loss
 
     def run(**more: Any) -> list[Tensor]:
-        loss = function(*inputs, backend=backend, **options, **more)
+        loss = function(*inputs, backend=kind.backend, **options, **more)
         return [loss.detach(), *torch.autograd.grad(loss, inputs[:3])]
 
     one = run()

@@ -1,6 +1,7 @@
-"""The GPU backends' contrastive loss against fp64 truth and dense torch, by the launchers that users call.
+"""The launchers of the GPU backends, which users call: offsets, repairs, panels and blocks, work, layouts.
 
-On a GPU, or without one in Triton's interpreter and csrc/tests' emulator of Hopper.
+On a GPU, or without one in Triton's interpreter and csrc/tests' emulator of Hopper. What holds for every backend alike
+stands in losses/test_accuracy.py and losses/test_sigmoid_accuracy.py.
 """
 
 from __future__ import annotations
@@ -14,64 +15,15 @@ import fastclip
 from fastclip._backends import cuda, reference, triton
 from fastclip._backends.problem import Problem
 from fastclip.ops import contrastive_statistics
-from support.accuracy import LABELS, check, counted_products, pairs, poisoned, random_labels, truth
-from support.kernels import DEVICE, FP16_KINDS, FP32_KINDS, GPU, KINDS, WIDE_KINDS, Kind, Launches, kept, uneven
+from support.accuracy import check, counted_products, pairs, poisoned, random_labels, truth
+from support.kernels import Launches
+from support.kinds import DEVICE, GPU, GPU_KINDS, Kind, each_kind, fp16, kept, uneven
 
 MODULES = {"triton": triton, "cuda": cuda}
-pytestmark = [pytest.mark.usefixtures("poisoned_memory"), *([pytest.mark.gpu] if GPU else [])]
-
-# (M, N, D) by regime: tiles are 64 or 128 rows, 64, 128 or 192 columns, 32 or 64 features
-SHAPES = [
-    (1, 1, 8),  # a single pair: no negatives
-    (2, 2, 1),  # one-dimensional features
-    (7, 7, 3),  # less than anything
-    (128, 128, 64),  # one tile
-    (129, 129, 59),  # one row and one column past, rows that are not aligned
-    (150, 150, 72),  # a D tail
-    (40, 40, 640),  # RN50x4
-    (33, 33, 1376),  # ALIGN
-]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
-@pytest.mark.parametrize("scale", [0.0, 14.3, 100.0, -5.0])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_loss_and_gradients_accurate(kind: Kind, shape: tuple[int, int, int], scale: float) -> None:
-    image, text = kind.pairs(*shape)
-    check(kind.loss(), image, text, scale)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
-@pytest.mark.parametrize("name", LABELS)
-def test_labels_accurate(name: str, kind: Kind) -> None:
-    labels = LABELS[name]
-    image, text = kind.pairs(len(labels[0]), len(labels[1]), 24)
-    for options in ({}, {"label_smoothing": 0.1, "image_weight": 0.25}):
-        check(kind.loss(labels=labels, **options), image, text, 14.3, labels=labels, **options)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
-def test_self_pairs_accurate(kind: Kind) -> None:
-    """SimCLR and SupCon: a row's own column is neither positive nor negative."""
-    y = torch.arange(140) % 70
-    image, text = kind.pairs(140, 140, 24)
-    options = {"labels": (y, y), "exclude_self": True}
-    check(kind.loss(**options), image, text, 10.0, **options)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
-@pytest.mark.parametrize(("noise", "loss"), [(0.12, 1e-9), (0.06, 1e-20)])
-@pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "unique labels"])
-def test_confident_loss_keeps_digits(kind: Kind, noise: float, loss: float, labels: bool) -> None:
-    image, text = kind.pairs(300, 300, 256, aligned=1.0, noise=noise)
-    y = (torch.arange(300) * 7 % 300,) * 2 if labels else None
-    scale = 28.0 if loss > 1e-12 else 66.0
-    logit_error = kind.logit_error(scale, 256) if labels else 0.0
-    found = check(kind.loss(labels=y), image, text, scale, labels=y, base_line=False, logit_error=logit_error)
-    assert loss / 1e4 < float(found.loss) < loss * 1e1, "the case no longer tests what its name says"
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@each_kind(GPU_KINDS)
 @pytest.mark.parametrize("offset", [0, 5, -3, 60, 1000, -1000])
 def test_offset_of_a_shard(kind: Kind, offset: int) -> None:
     """Row i's positive is column i + offset, if there is one; everything equals the reference's fp64."""
@@ -92,17 +44,7 @@ def test_offset_of_a_shard(kind: Kind, offset: int) -> None:
         assert (a - b).norm() <= kind.tolerance(1e-5, 1e-3) * b.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
-@pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
-def test_repair_met_by_nature(kind: Kind, labels: bool, launches: Launches) -> None:
-    M, N = (130, 200) if labels else (200, 200)
-    image, text = (poisoned(x, kind.dtype) for x in uneven(M, N))
-    y = random_labels(M, N, 30) if labels else None
-    check(kind.loss(labels=y, normalize=False), image, text, 5.0, labels=y, normalize=False)
-    assert launches.repaired == [True, True], "forward and backward must have needed it"
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@each_kind(GPU_KINDS)
 def test_repair_of_opposite_features(kind: Kind, launches: Launches) -> None:
     """Normalised, scale 100, every negative cosine near -1 or 1 / 2: below what the offset reaches."""
     image = torch.randn(2, 24).repeat_interleave(2, 0)
@@ -111,7 +53,7 @@ def test_repair_of_opposite_features(kind: Kind, launches: Launches) -> None:
     assert launches.repaired[0]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@each_kind(GPU_KINDS)
 def test_repair_not_needed_for_ordinary_batches(kind: Kind, launches: Launches) -> None:
     image, text = kind.pairs(130, 130, 64)
     for scale in (10.0, 60.0, 100.0):
@@ -119,7 +61,8 @@ def test_repair_not_needed_for_ordinary_batches(kind: Kind, launches: Launches) 
     assert launches.repaired == [False] * 6
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@pytest.mark.pairwise
+@each_kind(GPU_KINDS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
 def test_panels_and_blocks(
@@ -136,7 +79,7 @@ def test_panels_and_blocks(
     assert launches.repaired == [not normalize] * len(launches.repaired)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@each_kind(GPU_KINDS)
 def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
     """Partial sums and weights, whatever the batch."""
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
@@ -148,7 +91,7 @@ def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches
             assert sum(sizes[-2:] if "fwd" in name else sizes[-1:]) <= 2**17
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@each_kind(GPU_KINDS)
 def test_work_and_launches(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
     """Forward 2 M N D in five launches with the norms, backward 6 M N D in seven with the products and the finish."""
     operations = counted_products(monkeypatch)
@@ -168,7 +111,7 @@ def test_work_and_launches(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches
     assert operations == [2 * M * N * D] * 2
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@each_kind(GPU_KINDS)
 def test_every_subset_of_gradients(kind: Kind) -> None:
     image, text = kind.pairs(60, 60, 16)
     inputs = [kept(x) for x in (image, text)] + [torch.tensor(9.0, device=DEVICE)]
@@ -183,7 +126,7 @@ def test_every_subset_of_gradients(kind: Kind) -> None:
                 torch.testing.assert_close(x.grad, expected[k], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@each_kind(GPU_KINDS)
 def test_bitwise_repeatable(kind: Kind) -> None:
     image, text = kind.pairs(140, 140, 40)
 
@@ -197,7 +140,7 @@ def test_bitwise_repeatable(kind: Kind) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run()))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@each_kind(GPU_KINDS)
 def test_swapped_modalities_swap_gradients(kind: Kind) -> None:
     image, text = (kept(x).detach().requires_grad_() for x in kind.pairs(130, 130, 24))
     a = torch.autograd.grad(fastclip.contrastive_loss(image, text, 14.0, backend=kind.backend), (image, text))
@@ -206,80 +149,8 @@ def test_swapped_modalities_swap_gradients(kind: Kind) -> None:
         assert (x - y).double().norm() <= kind.tolerance(1e-6, 2e-3) * x.double().norm()
 
 
-@pytest.mark.parametrize("kind", WIDE_KINDS, ids=str, indirect=True)
-@pytest.mark.parametrize(("factor", "size"), [(-3.0, 1.0), (65536.0, 1.0), (1e25, 1.0), (1e-30, 1.0), (1e-37, 1e-6)])
-def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> None:
-    """From fp16 loss scaling to the subnormal weights of a mean over very many: they neither overflow nor flush."""
-    image, text = (size * x for x in kind.pairs(70, 70, 16))
-    expected = truth(image, text, 14.3)
-    image.requires_grad_()
-    kind.loss()(image, text, torch.tensor(14.3)).backward(torch.tensor(factor))
-    error = (image.grad.double() / factor - expected.d_image).norm() / expected.d_image.norm()
-    assert error < kind.tolerance(3e-6, 2e-3)
-
-
-@pytest.mark.parametrize("kind", FP16_KINDS, ids=str, indirect=True)
-@pytest.mark.parametrize(("size", "factor"), [(1.0, 2.0**16), (300.0, 2.0**16), (2.0**-8, 2.0**-10)])
-def test_fp16_weights_do_not_flush(kind: Kind, size: float, factor: float) -> None:
-    """Weights of a mean loss are 1 / N^2; with the inverse norms of rows of norm 300, 1e-10: less than fp16 holds."""
-    image, text = ((size * x / x.norm(dim=1, keepdim=True)).half() for x in pairs(200, 200, 16))
-    image.requires_grad_()
-    (kind.loss()(image, text, torch.tensor(5.0)) * factor).backward()
-    expected = truth(image, text, 5.0)
-    error = (image.grad.double() / factor - expected.d_image).norm() / expected.d_image.norm()
-    assert error < 2e-3
-
-
-@pytest.mark.parametrize("kind", FP32_KINDS, ids=str, indirect=True)
-def test_extreme_norms_finite_and_accurate(kind: Kind) -> None:
-    image, text = pairs(66, 66, 16)
-    factor = torch.ones(66, 1)
-    factor[3], factor[7], factor[11] = 1e30, 1e20, 1e-6
-    image, text = (poisoned(x, kind.dtype) for x in (image * factor, text * factor.flip(0)))
-    check(kind.loss(), image, text, 14.3)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
-def test_zero_rows_finite(kind: Kind) -> None:
-    image, text = kind.pairs(20, 20, 8)
-    image[3], text[3], text[5] = 0, 0, 0
-    a, b, s = image.clone().requires_grad_(), text.clone().requires_grad_(), torch.tensor(14.3, requires_grad=True)
-    kind.loss()(a, b, s).backward()
-    expected = truth(image, text, 14.3)
-    others = torch.arange(20) != 3
-    error = (a.grad.double() - expected.d_image)[others].norm() / expected.d_image[others].norm()
-    assert error < kind.tolerance(1e-5, 2e-3), "a zero row spoils the others"
-    assert s.grad.isfinite()
-    if kind.dtype != torch.float16:  # 14.3 / 1e-12 is no float16, as with torch.nn.functional.normalize
-        assert a.grad.isfinite().all() and b.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("kind", WIDE_KINDS, ids=str, indirect=True)
-def test_norm_below_the_bound_is_a_constant(kind: Kind) -> None:
-    """As in torch.nn.functional.normalize: no projection of the gradient there."""
-    image, text = kind.pairs(20, 20, 8)
-    image[3] *= 1e-14
-    expected = truth(image, text, 14.3).d_image[3]
-    image.requires_grad_()
-    kind.loss()(image, text, torch.tensor(14.3)).backward()
-    assert (image.grad[3].double() - expected).norm() < kind.tolerance(1e-5, 1e-3) * expected.norm()
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("place", [0, 129])
-def test_nan_and_inf_propagate(kind: Kind, value: float, normalize: bool, place: int) -> None:
-    image, text = kind.pairs(130, 130, 8)
-    image[place, 2] = value
-    image.requires_grad_()
-    loss = kind.loss(normalize=normalize)(image, text, torch.tensor(14.3))
-    assert not loss.isfinite()
-    (gradient,) = torch.autograd.grad(loss, image)
-    assert not gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+@pytest.mark.pairwise
+@each_kind(GPU_KINDS)
 @pytest.mark.parametrize("D", [6, 12, 100])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("which", [0, 1])
@@ -295,7 +166,7 @@ def test_one_side_aligned(kind: Kind, which: int, normalize: bool, D: int) -> No
         assert (ours.double() - true).norm() <= kind.tolerance(1e-5, 2e-3) * true.norm()
 
 
-@pytest.mark.parametrize("kind", FP16_KINDS, ids=str, indirect=True)
+@each_kind(fp16(GPU_KINDS))
 def test_rows_beyond_2_to_the_31(kind: Kind) -> None:
     """Element offsets of the last rows do not fit into 32 bits."""
     torch.use_deterministic_algorithms(False)  # the pages between the rows are never touched
@@ -310,3 +181,25 @@ def test_rows_beyond_2_to_the_31(kind: Kind) -> None:
     true = reference.contrastive_fwd(p._replace(image=image.contiguous()))
     for a, b in zip(ours, true):
         torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-5, atol=1e-4)
+
+
+@each_kind(GPU_KINDS)
+def test_sigmoid_without_gradients_multiplies_once(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches
+) -> None:
+    operations = counted_products(monkeypatch)
+    image, text = kind.pairs(128, 128, 32)
+    kind.loss()(image, text, torch.tensor(10.0), torch.tensor(-10.0))
+    assert launches.names.count("sigmoid_fwd_kernel") == 1 and operations == []
+    kind.loss()(image.requires_grad_(), text.requires_grad_(), torch.tensor(10.0), torch.tensor(-10.0))
+    assert operations == [2 * 128 * 128 * 32] * 2
+
+
+@each_kind(GPU_KINDS)
+def test_sigmoid_blocks(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.04")
+    image, text = kind.pairs(200, 200, 24)
+    check(kind.loss(), image, text, 10.0, bias=-10.0)
+    image, text = (poisoned(x, kind.dtype) for x in uneven(200, 200))
+    check(kind.loss(normalize=False), image, text, 0.05, bias=-4.0, normalize=False)
+    assert launches.names.count("sigmoid_fwd_kernel") == 8

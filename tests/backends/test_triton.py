@@ -1,6 +1,6 @@
 """What only the Triton backend has: two ways to read tiles, repairs and maxima in its own kernels, the interpreter.
 
-backends/test_kernels.py holds what it shares with the CUDA backend.
+losses/test_accuracy.py and backends/test_kernels.py hold what it shares with other backends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from fastclip._backends import triton as backend
 from fastclip._backends.problem import Problem
 from fastclip.ops import contrastive_maxima
 from support.accuracy import check, pairs, poisoned, random_labels
-from support.kernels import DEVICE, GPU, Kind, Launches, uneven
+from support.kernels import Launches
+from support.kinds import DEVICE, GPU, Kind, uneven
 
 if backend.missing():
     pytest.skip(str(backend.missing()), allow_module_level=True)
@@ -40,6 +41,7 @@ def accesses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return request.param
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_both_accesses_accurate(accesses: str, dtype: torch.dtype, labels: bool, launches: Launches) -> None:
@@ -51,6 +53,7 @@ def test_both_accesses_accurate(accesses: str, dtype: torch.dtype, labels: bool,
     assert isinstance(tile[0], Tensor) == (accesses == "pointers")
 
 
+@pytest.mark.pairwise
 @pytest.mark.skipif(GPU, reason="compiled kernels do not see the changed constants")
 @pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,6 +70,7 @@ def test_repair_forced(
     assert launches.repaired == [True, True]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "every other column", "one row", "unaligned"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_layouts(layout: str, normalize: bool, accesses: str) -> None:

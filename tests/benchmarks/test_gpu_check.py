@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,12 +51,12 @@ def test_parts_are_the_tests_and_every_case() -> None:
     )
     cases = {(part.loss, part.mode) for part in parts() if part.loss}
     assert cases == {(loss, mode) for loss, modes in losses.MODES.items() for mode in modes}
-    command = ["-m", "pytest", "-q", "-m", "gpu", "tests/backends/test_cuda.py", "-x"]
+    command = ["-m", "pytest", "-q", "--full", "-m", "gpu", "tests/backends/test_cuda.py", "-x"]
     assert parts()[0].command(Path("rows.csv"), [])[1:] == command
     marked = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("test_*.py")
-        if "pytest.mark.gpu" in path.read_text()
+        if re.search(r"pytest\.mark\.gpu|@each_kind\((?!CPU_KINDS)", path.read_text())
     }
     files = {word for words in TESTS.values() for word in words if word.endswith(".py")}
     assert files == marked - {"tests/benchmarks/test_gpu_check.py"}

@@ -99,11 +99,11 @@ PROMISES = [
             "labels and shards"
         ),
         tests=[
-            "backends/test_kernels.py::test_loss_and_gradients_accurate",
-            "backends/test_kernels.py::test_labels_accurate",
+            "losses/test_accuracy.py::test_loss_and_gradients_accurate",
+            "losses/test_accuracy.py::test_labels_accurate",
             "backends/test_kernels.py::test_panels_and_blocks",
             "backends/test_kernels.py::test_offset_of_a_shard",
-            "backends/test_kernels_sigmoid.py::test_sigmoid_accurate",
+            "losses/test_sigmoid_accuracy.py::test_sigmoid_accurate",
         ],
         breaks=[
             Break(

@@ -204,8 +204,8 @@ PROMISES = [
         NUMBERS,
         "The sigmoid loss meets the same tolerances, and keeps its digits when it is small",
         tests=[
-            "losses/test_sigmoid.py::test_sigmoid_confident_loss_keeps_digits",
-            "losses/test_sigmoid.py::test_sigmoid_accurate",
+            "losses/test_sigmoid_accuracy.py::test_sigmoid_confident_loss_keeps_digits",
+            "losses/test_sigmoid_accuracy.py::test_sigmoid_accurate",
         ],
         breaks=[
             Break(
@@ -247,7 +247,7 @@ PROMISES = [
         NUMBERS,
         "Float16 gradients of a mean over many pairs neither vanish nor overflow",
         tests=[
-            "losses/test_sigmoid.py::test_sigmoid_float16_gradient_of_a_mean_over_many_keeps_digits",
+            "losses/test_sigmoid_accuracy.py::test_sigmoid_float16_gradient_of_a_mean_over_many_keeps_digits",
         ],
         breaks=[
             Break(

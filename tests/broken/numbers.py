@@ -12,7 +12,7 @@ PROMISES = [
             "errors are below twice dense torch's"
         ),
         tests=[
-            "losses/test_contrastive_accuracy.py::test_loss_and_gradients_accurate",
+            "losses/test_accuracy.py::test_loss_and_gradients_accurate",
         ],
         breaks=[
             Break(
@@ -54,7 +54,7 @@ PROMISES = [
         NUMBERS,
         "Every instruction set (AVX-512, AVX2, portable) meets the same tolerances",
         tests=[
-            "losses/test_contrastive_accuracy.py::test_every_instruction_set_accurate",
+            "backends/test_cpu.py::test_every_instruction_set_accurate",
             "backends/test_native.py::test_native_code",
         ],
         breaks=[
@@ -76,7 +76,7 @@ PROMISES = [
         NUMBERS,
         "A loss near 0 keeps its digits, down to 1e-20",
         tests=[
-            "losses/test_contrastive_accuracy.py::test_confident_loss_keeps_digits",
+            "losses/test_accuracy.py::test_confident_loss_keeps_digits",
         ],
         breaks=[
             Break(
@@ -97,8 +97,8 @@ PROMISES = [
         NUMBERS,
         "Labels with several positives a row, rows without one, label smoothing and image_weight are right",
         tests=[
-            "losses/test_contrastive_accuracy.py::test_labels_accurate",
-            "losses/test_contrastive_accuracy.py::test_label_smoothing_accurate",
+            "losses/test_accuracy.py::test_labels_accurate",
+            "losses/test_accuracy.py::test_label_smoothing_accurate",
         ],
         breaks=[
             Break(
@@ -147,8 +147,8 @@ PROMISES = [
         NUMBERS,
         "Logits of any spread give the right loss and gradients",
         tests=[
-            "losses/test_contrastive_accuracy.py::test_unnormalised_features_accurate",
-            "losses/test_contrastive_accuracy.py::test_every_instruction_set_accurate",
+            "losses/test_accuracy.py::test_unnormalised_features_accurate",
+            "backends/test_cpu.py::test_every_instruction_set_accurate",
         ],
         breaks=[
             Break(
@@ -169,10 +169,10 @@ PROMISES = [
         NUMBERS,
         "Any scale, zero rows, huge and tiny norms give results that are finite and right",
         tests=[
-            "losses/test_contrastive_accuracy.py::test_extreme_norms_finite_and_accurate",
-            "losses/test_contrastive_accuracy.py::test_zero_rows_finite",
-            "losses/test_contrastive_accuracy.py::test_norm_below_the_bound_is_a_constant",
-            "losses/test_contrastive_accuracy.py::test_upstream_gradient_scales",
+            "losses/test_accuracy.py::test_extreme_norms_finite_and_accurate",
+            "losses/test_accuracy.py::test_zero_rows_finite",
+            "losses/test_accuracy.py::test_norm_below_the_bound_is_a_constant",
+            "losses/test_accuracy.py::test_upstream_gradient_scales",
         ],
         breaks=[
             Break(
@@ -205,7 +205,7 @@ PROMISES = [
         NUMBERS,
         "NaN and Inf in the features appear in the loss and the gradients",
         tests=[
-            "losses/test_contrastive_accuracy.py::test_nan_and_inf_propagate",
+            "losses/test_accuracy.py::test_nan_and_inf_propagate",
             "backends/test_native.py::test_native_code",
         ],
         breaks=[

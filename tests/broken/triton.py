@@ -9,9 +9,9 @@ PROMISES = [
         NUMBERS,
         "Kernels for GPUs meet the same tolerances for every shape, dtype, label, shard and memory layout",
         tests=[
-            "backends/test_kernels.py::test_loss_and_gradients_accurate",
+            "losses/test_accuracy.py::test_loss_and_gradients_accurate",
             "backends/test_triton.py::test_both_accesses_accurate",
-            "backends/test_kernels.py::test_labels_accurate",
+            "losses/test_accuracy.py::test_labels_accurate",
             "backends/test_kernels.py::test_offset_of_a_shard",
             "backends/test_triton.py::test_layouts",
             "backends/test_kernels.py::test_one_side_aligned",
@@ -59,7 +59,7 @@ PROMISES = [
         NUMBERS,
         "Kernels for GPUs are right when logits are spread too far for one exponential",
         tests=[
-            "backends/test_kernels.py::test_repair_met_by_nature",
+            "losses/test_accuracy.py::test_unnormalised_features_accurate",
             "backends/test_triton.py::test_repair_forced",
             "backends/test_kernels.py::test_repair_of_opposite_features",
         ],
@@ -125,9 +125,9 @@ PROMISES = [
         NUMBERS,
         "Float16 on a GPU neither vanishes nor overflows, whatever the norms of the features",
         tests=[
-            "backends/test_kernels.py::test_fp16_weights_do_not_flush",
-            "backends/test_kernels.py::test_zero_rows_finite",
-            "backends/test_kernels.py::test_extreme_norms_finite_and_accurate",
+            "losses/test_accuracy.py::test_fp16_weights_do_not_flush",
+            "losses/test_accuracy.py::test_zero_rows_finite",
+            "losses/test_accuracy.py::test_extreme_norms_finite_and_accurate",
         ],
         breaks=[
             Break(
@@ -178,9 +178,9 @@ PROMISES = [
         NUMBERS,
         "The sigmoid loss on a GPU keeps its digits when it is small, and takes 6 M N D operations",
         tests=[
-            "backends/test_kernels_sigmoid.py::test_sigmoid_accurate",
-            "backends/test_kernels_sigmoid.py::test_sigmoid_of_a_solved_batch_keeps_digits",
-            "backends/test_kernels_sigmoid.py::test_sigmoid_without_gradients_multiplies_once",
+            "losses/test_sigmoid_accuracy.py::test_sigmoid_accurate",
+            "losses/test_sigmoid_accuracy.py::test_sigmoid_of_a_solved_batch_keeps_digits",
+            "backends/test_kernels.py::test_sigmoid_without_gradients_multiplies_once",
         ],
         breaks=[
             Break(

@@ -28,6 +28,7 @@ def label_options(N: int = 20, classes: int = 7) -> dict[str, Tensor]:
     return {"image_labels": torch.arange(N) % classes, "text_labels": torch.arange(N) * 3 % classes}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -25,6 +25,7 @@ ALL = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
 CORE_2 = [(2, 0), (2, 1), (2, 3)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", ["cpu", "reference", None])
 @pytest.mark.parametrize(("core", "chosen"), [(None, ALL), (2, CORE_2), (0, [(0, 1), (0, 2), (0, 3)])])
 @pytest.mark.parametrize("labelled", [False, True])

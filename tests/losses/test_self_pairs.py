@@ -73,15 +73,6 @@ def test_sup_con_through_labels() -> None:
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=3e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "image_weight": 0.75}], ids=str)
-@pytest.mark.parametrize(("N", "classes"), [(3, 1), (9, 4), (65, 20), (200, 190), (517, 60)])
-def test_excluded_pairs_accurate(N: int, classes: int, options: dict[str, float], backend: str) -> None:
-    image, text = pairs(N, N, 24)
-    y = labels_of(N, classes)
-    check(without_self(y, backend, **options), image, text, 14.3, labels=y, exclude_self=True, **options)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_excluded_pairs_accurate_in_many_blocks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.05")

@@ -1,4 +1,4 @@
-"""The sigmoid loss: native backend and reference against fp64 truth, dense torch and open_clip."""
+"""The sigmoid loss as open_clip has it and as torch sees it; test_sigmoid_accuracy.py has its digits."""
 
 from __future__ import annotations
 
@@ -10,121 +10,9 @@ import torch
 from torch import Tensor
 
 import fastclip
-from fastclip._backends.cpu import native
-from support.accuracy import check, counted_products, leaves, pairs, poisoned, truth
+from support.accuracy import counted_products, leaves, pairs
 
-SHAPES = [
-    (1, 8),  # a single pair: no negatives
-    (2, 1),  # one-dimensional features
-    (7, 3),  # less than a vector
-    (64, 59),  # a full tile in rows; D not a multiple of anything
-    (65, 64),  # one row past a tile
-    (513, 32),  # one column past
-    (130, 640),  # RN50x4
-    (96, 1376),  # ALIGN
-]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """What torch.empty returns is filled with NaN: an output that is not written is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def sigmoid(**options: object):
-    return lambda *given: fastclip.sigmoid_loss(*given, **{"backend": "cpu", **options})
-
-
-@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (0.0, 0.0), (100.0, -30.0), (-5.0, 3.0), (1.0, 200.0)])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sigmoid_accurate(dtype: torch.dtype, shape: tuple[int, int], scale: float, bias: float) -> None:
-    N, D = shape
-    image, text = (poisoned(x, dtype) for x in pairs(N, N, D))
-    check(sigmoid(), image, text, scale, bias=bias)
-
-
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
-def test_sigmoid_accurate_on_every_instruction_set(isa: str) -> None:
-    try:
-        native.module.select_isa(isa)
-    except ValueError:
-        pytest.skip(f"this processor has no {isa}")
-    try:
-        image, text = pairs(517, 517, 24)
-        check(sigmoid(), image, text, 12.0, bias=-11.0)
-        spread = torch.logspace(-1, 1.5, len(image))[:, None]  # logits from -1,000 to 1,000
-        check(sigmoid(normalize=False), image * spread / 5, text / 5, 30.0, bias=-5.0, normalize=False)
-    finally:
-        native.module.select_isa("auto")
-
-
-@pytest.mark.parametrize(("bias", "loss"), [(-25.0, 1e-6), (-60.0, 1e-15), (-105.0, 1e-24)])
-def test_sigmoid_confident_loss_keeps_digits(bias: float, loss: float) -> None:
-    """log(1 + t) would be 3e-3 wrong at a loss of 1e-5 a pair already, and 0 here."""
-    image, text = pairs(300, 300, 256, aligned=1.0, noise=0.05)
-    # dense fp32 rounds logits of this size: gate B alone
-    found = check(sigmoid(), image, text, -2 * bias, bias=bias, base_line=False)
-    assert loss / 1e3 < float(found.loss) < loss * 1e3, "the case no longer tests what its name says"
-
-
-@pytest.mark.parametrize("megabytes", ["0.02", "0.3"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sigmoid_accurate_in_many_blocks(monkeypatch: pytest.MonkeyPatch, megabytes: str, dtype: torch.dtype) -> None:
-    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", megabytes)
-    image, text = (poisoned(x, dtype) for x in pairs(700, 700, 24))
-    check(sigmoid(), image, text, 10.0, bias=-8.0)
-
-
-def test_sigmoid_extreme_norms_finite_and_accurate() -> None:
-    image, text = pairs(66, 66, 16)
-    factor = torch.ones(66, 1)
-    factor[3], factor[7], factor[11] = 1e30, 1e20, 1e-6
-    check(sigmoid(), image * factor, text * factor.flip(0), 10.0, bias=-10.0)
-
-
-@pytest.mark.parametrize("factor", [1 / 300, -3.0, 65536.0, 1e-30, 1e25])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sigmoid_upstream_gradient_scales(dtype: torch.dtype, factor: float) -> None:
-    """The gradients wait in the graph for their factor: it is not rounded to the features' dtype, and those of
-    float16 features neither overflow nor flush before it."""
-    image, text = (x.to(dtype) for x in pairs(70, 70, 16))
-    scale = 2.0**-20 / abs(factor) if dtype == torch.float16 else 1.0  # what the gradient is to be in range of float16
-    expected = truth(image, text, 10.0, bias=-10.0)
-    given = leaves(image, text, 10.0, -10.0)
-    loss = fastclip.sigmoid_loss(*given) * scale
-    loss.backward(torch.tensor(factor))
-    if dtype == torch.float16:
-        return  # 2^-20 of gradients near 1 is subnormal: only that nothing raised; the next test has the digits
-    for ours, theirs in zip(given, (expected.d_image, expected.d_text, expected.d_scale, expected.d_bias)):
-        error = (ours.grad.double() / factor - theirs).norm() / theirs.norm()
-        assert error < (3e-6 if dtype == torch.float32 or not ours.dim() else 2**-8)
-
-
-def test_sigmoid_float16_gradient_of_a_mean_over_many_keeps_digits() -> None:
-    """As under a gradient scaler: each gradient of the mean is below float16's smallest number before the factor."""
-    image, text = (x.half() for x in pairs(300, 300, 256, aligned=1.0, noise=0.05))
-    expected = truth(image, text, 50.0, bias=-25.0)
-    assert expected.d_image.abs().median() < 6e-8
-    given = leaves(image, text, 50.0, -25.0)
-    (fastclip.sigmoid_loss(*given) * 2.0**20).backward()
-    error = (given[0].grad.double() / 2.0**20 - expected.d_image).norm() / expected.d_image_sum.norm()
-    assert error < 2.0**-11
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_sigmoid_nan_and_inf_propagate(value: float, normalize: bool) -> None:
-    image, text = pairs(130, 130, 8)
-    image[70, 2] = value
-    image.requires_grad_()
-    loss = fastclip.sigmoid_loss(image, text, 10.0, -10.0, normalize=normalize)
-    assert not loss.isfinite()
-    (gradient,) = torch.autograd.grad(loss, image)
-    assert not gradient.isfinite().all()
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def test_sigmoid_reductions_agree() -> None:
@@ -161,6 +49,7 @@ def problem(dtype: torch.dtype = torch.float32, N: int = 20) -> tuple[Tensor, ..
     return leaves(*(x.to(dtype) for x in pairs(N, N, 8)), 5.0, -4.0)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("needs", [(True,) * 4, (False, True, False, True), (False,) * 4], ids=str)

@@ -52,6 +52,7 @@ def compare(found: fastclip.ContrastiveStats, expected: tuple[Tensor, ...]) -> N
             torch.testing.assert_close(ours.double(), theirs, rtol=LOSS, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 8), (7, 3), (65, 64), (513, 32), (600, 5)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

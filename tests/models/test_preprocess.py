@@ -101,6 +101,7 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(values.numpy()).convert(mode)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("size", [(300, 260), (200, 500), (37, 41)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])

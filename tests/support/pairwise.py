@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 
 import pytest
 
 
-def cover(rows: Sequence[Mapping[str, int]]) -> list[int]:
+def cover(rows: Sequence[Mapping[str, Hashable]]) -> list[int]:
     """Find rows that have every pair of levels that any row has.
 
     Args:
@@ -28,14 +28,25 @@ def cover(rows: Sequence[Mapping[str, int]]) -> list[int]:
     return sorted(chosen)
 
 
+def levels(item: pytest.Item) -> dict[str, Hashable]:
+    """Of each axis of a test's matrix its level: an axis is a `parametrize`, which may name several arguments, or a
+    fixture with parameters. Values are told apart as objects: those of a level are one object in all tests."""
+    level = {name: id(value) for name, value in item.callspec.params.items()}  # type: ignore[attr-defined]
+    axes: dict[str, Hashable] = {}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        axes[",".join(names)] = tuple(level.pop(name.strip()) for name in names)
+    return axes | level
+
+
 def split(items: Sequence[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """Split collected tests into those to run and those that `@pytest.mark.pairwise` leaves to `--full`."""
     matrices = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("pairwise"):
+        if item.get_closest_marker("pairwise") and hasattr(item, "callspec"):
             matrices[item.nodeid.partition("[")[0]].append(item)
     left = set()
     for matrix in matrices.values():
-        chosen = {matrix[k] for k in cover([item.callspec.indices for item in matrix])}  # type: ignore[attr-defined]
+        chosen = {matrix[k] for k in cover([levels(item) for item in matrix])}
         left |= set(matrix) - chosen
     return [item for item in items if item not in left], [item for item in items if item in left]

@@ -1,0 +1,201 @@
+"""The contrastive loss of every backend and dtype against fp64 truth and against dense torch.
+
+By default few of every matrix, `pytest --full` all of it. What one backend alone has stands in backends/.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastclip
+from support.accuracy import LABELS, LOSS, check, dense_direction, direction, pairs, poisoned, random_labels, truth
+from support.kinds import KINDS, REFERENCE, SHAPES, Kind, each_kind, fp16, fp32, uneven, wide
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def test_truth_equals_cross_entropy() -> None:
+    """The truth's own formula, where cross-entropy has digits."""
+    z = 10 * torch.randn(9, 12, dtype=torch.float64)
+    left_out = torch.rand(9, 12) < 0.2
+    positive = (torch.randint(0, 3, (9, 1)) == torch.randint(0, 3, (12,))) & ~left_out
+    for smoothing in (0.0, 0.1):
+        found = (formula(z, positive, smoothing, left_out) for formula in (direction, dense_direction))
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.pairwise
+@each_kind(KINDS)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 14.3, 100.0, -5.0])
+@pytest.mark.parametrize("regime", SHAPES)
+def test_loss_and_gradients_accurate(kind: Kind, regime: str, scale: float) -> None:
+    image, text = kind.pairs(*kind.shape(regime))
+    check(kind.loss(), image, text, scale)
+
+
+@pytest.mark.pairwise
+@each_kind(KINDS)
+@pytest.mark.parametrize(("noise", "loss"), [(0.12, 1e-9), (0.06, 1e-20)])
+@pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "unique labels"])
+def test_confident_loss_keeps_digits(kind: Kind, noise: float, loss: float, labels: bool) -> None:
+    image, text = kind.pairs(150, 150, 256, aligned=1.0, noise=noise)
+    y = (torch.arange(150) * 7 % 150,) * 2 if labels else None
+    scale = 28.0 if loss > 1e-12 else 66.0
+    logit_error = kind.logit_error(scale, 256) if labels else 0.0
+    # dense fp32 has lost every digit here: gate B alone
+    found = check(kind.loss(labels=y), image, text, scale, labels=y, base_line=False, logit_error=logit_error)
+    assert loss / 1e4 < float(found.loss) < loss * 1e1, "the case no longer tests what its name says"
+
+
+@pytest.mark.pairwise
+@each_kind(KINDS)
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
+def test_unnormalised_features_accurate(request: pytest.FixtureRequest, kind: Kind, labels: bool, scale: float) -> None:
+    """The logits of a tile lie hundreds apart, one offset cannot serve them."""
+    launches = request.getfixturevalue("launches") if kind.for_gpus else None
+    M, N = (130, 200) if labels else (200, 200)
+    image, text = (poisoned(x, kind.dtype) for x in uneven(M, N))
+    y = random_labels(M, N, 30) if labels else None
+    check(kind.loss(labels=y, normalize=False), image, text, scale, labels=y, normalize=False)
+    if launches is not None:
+        assert launches.repaired == [True, True], "forward and backward must have needed it"
+
+
+OPTIONS = [
+    {},
+    {"image_weight": 0.75},
+    {"label_smoothing": 0.1, "image_weight": 0.0},
+    {"label_smoothing": 0.1, "image_weight": 0.25},
+]
+
+
+@pytest.mark.pairwise
+@each_kind([*KINDS, REFERENCE])
+@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_labels_accurate(kind: Kind, name: str, options: dict[str, float]) -> None:
+    labels = LABELS[name]
+    image, text = kind.pairs(len(labels[0]), len(labels[1]), 24)
+    check(kind.loss(labels=labels, **options), image, text, 14.3, labels=labels, **options)
+
+
+# (N or the regime of its shape, classes)
+SELF_PAIRS = [(3, 1), (9, 4), ("past a tile", 20), ("past columns", 60), ("past a tile", 190)]
+
+
+@pytest.mark.pairwise
+@each_kind([*KINDS, REFERENCE])
+@pytest.mark.parametrize(("N", "classes"), SELF_PAIRS)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "image_weight": 0.75}], ids=str)
+def test_excluded_self_pairs_accurate(kind: Kind, N: int | str, classes: int, options: dict[str, float]) -> None:
+    """SimCLR and SupCon: a row's own column is neither positive nor negative. With many classes most have one row."""
+    N = kind.shape(N)[0] if isinstance(N, str) else N
+    y = torch.randint(0, classes, (N,), generator=torch.Generator().manual_seed(0))
+    image, text = kind.pairs(N, N, 24)
+    options = {"labels": (y, y), "exclude_self": True, **options}
+    check(kind.loss(**options), image, text, 14.3, **options)
+
+
+@each_kind(KINDS)
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_accurate(kind: Kind, smoothing: float) -> None:
+    image, text = kind.pairs(130, 130, 59)
+    check(kind.loss(label_smoothing=smoothing), image, text, 14.3, label_smoothing=smoothing)
+
+
+def test_reductions_agree_with_truth() -> None:
+    image, text = pairs(40, 50, 16)
+    y = random_labels(40, 50, 30)
+    z = 5.0 * (
+        torch.nn.functional.normalize(image.double(), dim=1) @ torch.nn.functional.normalize(text.double(), dim=1).T
+    )
+    positive = y[0][:, None] == y[1]
+    nothing = torch.zeros_like(positive)
+    row, col = torch.zeros(40, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
+    row[positive.any(1)] = direction(z, positive, 0.0, nothing)
+    col[positive.any(0)] = direction(z.T, positive.T, 0.0, nothing.T)
+    options = {"image_labels": y[0], "text_labels": y[1]}
+    ours = fastclip.contrastive_loss(image, text, 5.0, reduction="none", **options)
+    torch.testing.assert_close(ours, (row.float(), col.float()), rtol=LOSS, atol=1e-6)
+    total = fastclip.contrastive_loss(image, text, 5.0, reduction="sum", image_weight=0.3, **options)
+    torch.testing.assert_close(total, (0.3 * row.sum() + 0.7 * col.sum()).float(), rtol=LOSS, atol=0)
+
+
+@each_kind(wide(KINDS))
+@pytest.mark.parametrize(("factor", "size"), [(-3.0, 1.0), (65536.0, 1.0), (1e25, 1.0), (1e-30, 1.0), (1e-37, 1e-6)])
+def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> None:
+    """From fp16 loss scaling to the subnormal weights of a mean over very many: they neither overflow nor flush."""
+    image, text = (size * x for x in kind.pairs(70, 70, 16))
+    expected = truth(image, text, 14.3)
+    image.requires_grad_()
+    kind.loss()(image, text, torch.tensor(14.3)).backward(torch.tensor(factor))
+    error = (image.grad.double() / factor - expected.d_image).norm() / expected.d_image.norm()
+    assert error < kind.tolerance(3e-6, 2e-3)
+
+
+@each_kind(fp16(KINDS))
+@pytest.mark.parametrize(("size", "factor"), [(1.0, 2.0**16), (300.0, 2.0**16), (2.0**-8, 2.0**-10)])
+def test_fp16_weights_do_not_flush(kind: Kind, size: float, factor: float) -> None:
+    """Weights of a mean loss are 1 / N^2; with the inverse norms of rows of norm 300, 1e-10: less than fp16 holds."""
+    image, text = ((size * x / x.norm(dim=1, keepdim=True)).half() for x in pairs(200, 200, 16))
+    image.requires_grad_()
+    (kind.loss()(image, text, torch.tensor(5.0)) * factor).backward()
+    expected = truth(image, text, 5.0)
+    error = (image.grad.double() / factor - expected.d_image).norm() / expected.d_image.norm()
+    assert error < 2e-3
+
+
+@pytest.mark.fault("zero rows, huge and tiny norms", "loss and gradients stay finite and right")
+@each_kind(fp32(KINDS))
+def test_extreme_norms_finite_and_accurate(kind: Kind) -> None:
+    image, text = pairs(66, 66, 16)
+    factor = torch.ones(66, 1)
+    factor[3], factor[7], factor[11] = 1e30, 1e20, 1e-6
+    image, text = (poisoned(x) for x in (image * factor, text * factor.flip(0)))
+    check(kind.loss(), image, text, 14.3)
+
+
+@each_kind(KINDS)
+def test_zero_rows_finite(kind: Kind) -> None:
+    image, text = kind.pairs(20, 20, 8)
+    image[3], text[3], text[5] = 0, 0, 0
+    a, b, s = image.clone().requires_grad_(), text.clone().requires_grad_(), torch.tensor(14.3, requires_grad=True)
+    loss = kind.loss()(a, b, s)
+    loss.backward()
+    expected = truth(image, text, 14.3)
+    assert abs(float(loss.detach()) / float(expected.loss) - 1) < LOSS
+    others = torch.arange(20) != 3
+    error = (a.grad.double() - expected.d_image)[others].norm() / expected.d_image[others].norm()
+    assert error < kind.tolerance(1e-5, 2e-3), "a zero row spoils the others"
+    assert s.grad.isfinite()
+    if kind.dtype != torch.float16:  # 14.3 / 1e-12 is no float16, as with torch.nn.functional.normalize
+        assert a.grad.isfinite().all() and b.grad.isfinite().all()
+
+
+@each_kind([*wide(KINDS), REFERENCE])
+def test_norm_below_the_bound_is_a_constant(kind: Kind) -> None:
+    """As in torch.nn.functional.normalize: no projection of the gradient there."""
+    image, text = kind.pairs(20, 20, 8)
+    image[3] *= 1e-14
+    expected = truth(image, text, 14.3).d_image[3]
+    image.requires_grad_()
+    kind.loss()(image, text, torch.tensor(14.3)).backward()
+    assert (image.grad[3].double() - expected).norm() < kind.tolerance(1e-5, 1e-3) * expected.norm()
+
+
+@pytest.mark.fault("NaN or Inf in the features", "they reach loss and gradients, nothing hides them")
+@pytest.mark.pairwise
+@each_kind(KINDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("place", [0, 70, 129])  # in the first, the second and the last tile of 64 rows
+def test_nan_and_inf_propagate(kind: Kind, value: float, normalize: bool, place: int) -> None:
+    image, text = kind.pairs(130, 130, 8)
+    image[place, 2] = value
+    image.requires_grad_()
+    loss = kind.loss(normalize=normalize)(image, text, torch.tensor(14.3))
+    assert not loss.isfinite()
+    (gradient,) = torch.autograd.grad(loss, image)
+    assert not gradient.isfinite().all()

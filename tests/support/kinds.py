@@ -1,0 +1,118 @@
+"""A backend with a dtype of the features: what a test is parametrised by that is the same for every backend.
+
+Without a GPU Triton's kernels run in its interpreter, the CUDA backend's in csrc/tests' emulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastclip
+from support.accuracy import TENSOR_CORES, pairs, poisoned
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+# (N, D) by regime, of the CPU backend and of the two for GPUs. The CPU's tiles are 64 rows by 512 columns of logits,
+# its vectors 16 or 8 columns; the others' 64 or 128 rows by 64, 128 or 192 columns, 32 or 64 features at a time.
+SHAPES = {
+    "single pair": ((1, 8), (1, 8)),  # no negatives
+    "one dimension": ((2, 1), (2, 1)),
+    "tiny": ((7, 3), (7, 3)),  # less than a vector
+    "tile": ((64, 59), (128, 64)),  # on a CPU all its rows, and a D that is a multiple of nothing
+    "past a tile": ((65, 64), (129, 59)),  # one row; on a GPU one column too, and rows that are not aligned
+    "columns of a tile": ((512, 16), (64, 72)),  # on a GPU of the narrowest, and a D tail
+    "past columns": ((513, 32), (150, 72)),  # one; on a GPU tiles of any width end ragged, rows and columns
+    "RN50x4": ((130, 640), (40, 640)),
+    "ALIGN": ((96, 1376), (33, 1376)),
+}
+
+
+class Kind(NamedTuple):
+    """A backend with a dtype of the features."""
+
+    backend: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def for_gpus(self) -> bool:
+        return self.backend in ("triton", "cuda")
+
+    @property
+    def device(self) -> str:
+        return DEVICE if self.for_gpus else "cpu"
+
+    def shape(self, regime: str) -> tuple[int, int, int]:
+        N, D = SHAPES[regime][self.for_gpus]
+        return N, N, D
+
+    def pairs(self, *shape: int, **options: Any) -> tuple[Tensor, ...]:
+        return tuple(poisoned(x, self.dtype) for x in pairs(*shape, **options))
+
+    def loss(self, **options: Any) -> Callable[..., Tensor]:
+        """From and to the CPU, where the truth is."""
+        if (labels := options.pop("labels", None)) is not None:
+            options["image_labels"], options["text_labels"] = (y.to(self.device) for y in labels)
+
+        def loss(image: Tensor, text: Tensor, *scalars: Tensor) -> Tensor:
+            function = fastclip.contrastive_loss if len(scalars) == 1 else fastclip.sigmoid_loss
+            inputs = (*(kept(x, self.device) for x in (image, text)), *(x.to(self.device) for x in scalars))
+            return function(*inputs, backend=self.backend, **options).to("cpu")
+
+        return loss
+
+    def logit_error(self, scale: float, D: int) -> float:
+        """Of a positive's logit that is summed by tensor cores, as with labels."""
+        return scale * D * TENSOR_CORES if self.device == "cuda" and self.dtype != torch.float32 else 0.0
+
+    def tolerance(self, fp32: float, half: float) -> float:
+        return fp32 if self.dtype == torch.float32 else half * (8 if self.dtype == torch.bfloat16 else 1)
+
+
+CPU_KINDS = [Kind("cpu", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+# The interpreter multiplies bfloat16 wrongly, and the Triton backend refuses it there
+TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+GPU_KINDS = [Kind("triton", dtype) for dtype in TRITON_DTYPES]
+GPU_KINDS += [Kind("cuda", dtype) for dtype in (torch.bfloat16, torch.float16)]
+KINDS = CPU_KINDS + GPU_KINDS
+REFERENCE = Kind("reference", torch.float32)
+
+
+def fp32(kinds: Iterable[Kind]) -> list[Kind]:
+    return [kind for kind in kinds if kind.dtype == torch.float32]
+
+
+def fp16(kinds: Iterable[Kind]) -> list[Kind]:
+    return [kind for kind in kinds if kind.dtype == torch.float16]
+
+
+def wide(kinds: Iterable[Kind]) -> list[Kind]:
+    """Those whose numbers reach as far as fp32's."""
+    return [kind for kind in kinds if kind.dtype != torch.float16]
+
+
+def each_kind(kinds: Iterable[Kind]) -> pytest.MarkDecorator:
+    """Parametrise a test by `kind`; on a machine with a GPU those that run on it are marked `gpu`."""
+    marks = {kind: [pytest.mark.gpu] if kind.device == "cuda" else [] for kind in kinds}
+    parameters = [pytest.param(kind, id=str(kind), marks=marks[kind]) for kind in kinds]
+    return pytest.mark.parametrize("kind", parameters, indirect=True)
+
+
+def kept(x: Tensor, device: str = DEVICE) -> Tensor:
+    """On the device with its strides, inside its frame of NaN."""
+    return x if device == "cpu" else poisoned(x).to(device) if x.dim() == 2 else x.to(device)
+
+
+def uneven(M: int, N: int, D: int = 16, *, largest: float = 1.48) -> tuple[Tensor, Tensor]:
+    """Norms from 0.1 to 10^largest in one batch: logits lie thousands apart, no single offset can serve them."""
+    image, text = pairs(M, N, D)
+    rows, cols = torch.logspace(-1, largest, M), torch.logspace(largest, -1, N)
+    return image * (rows / image.norm(dim=1))[:, None], text * (cols / text.norm(dim=1))[:, None]
