@@ -102,7 +102,7 @@ class CMakeBuild(build_ext):
     def call(self, *command: object) -> None:
         words = [str(word) for word in command]
         done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.announce(done.stdout, level=2)
+        self.announce(done.stdout, level=logging.INFO)
         if done.returncode:
             errors = [line.strip() for line in done.stdout.replace(":\n", ": ").splitlines() if "error" in line.lower()]
             compiler = next((line for line in errors if "CMAKE_CXX_COMPILER" in line), None)
