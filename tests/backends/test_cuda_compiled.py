@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
+import shlex
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -11,16 +12,18 @@ from typing import NamedTuple
 
 import pytest
 
-from support import ROOT
-from support.native_build import CAN_BUILD, build
+from support.native_build import CAN_BUILD, NVCC, can_run_setup, cuda_module, run, toolchain
+from support.store import sources, stored
 
 pytest.importorskip("triton")  # whose wheel holds the disassembler
 from support.compiled import CUOBJDUMP
 
-NVCC = shutil.which("nvcc")
 pytestmark = [
     pytest.mark.timeout(900),
-    pytest.mark.skipif(NVCC is None or not CAN_BUILD, reason="nvcc, cmake or a C++ compiler is not installed"),
+    pytest.mark.skipif(
+        NVCC is None or not CAN_BUILD or not can_run_setup(),
+        reason="nvcc, cmake, a C++ compiler, setuptools>=77 or pybind11 is not installed",
+    ),
 ]
 KERNEL = re.compile(r"(Statistics|Weights|Sigmoid)ILb([01])ELi(\d+)ELb([01])E")
 # (kernel, fp16, columns of a tile, labels or gradients): every one that the C interface can start
@@ -43,15 +46,13 @@ def _kernel(text: str) -> tuple[str, str, int, str] | None:
     return None if found is None else (found[1], found[2], int(found[3]), found[4])
 
 
-def _compile(source: Path, folder: Path) -> Machine:
-    chosen = {"FASTCLIP_BUILD_PYTHON": "OFF", "FASTCLIP_BUILD_CPU": "OFF", "FASTCLIP_BUILD_CUDA": "ON"}
-    log = build(source, folder, **chosen, CMAKE_CUDA_FLAGS="-Xptxas -v", CMAKE_CUDA_COMPILER=NVCC)
+def _read(log: str, objects: Path) -> Machine:
     report = {}
     for part in log.split("Compiling entry function")[1:]:
         if (kernel := _kernel(part)) is not None:
             report[kernel] = part.split("Compile time")[0]
     code: dict[tuple[str, str, int, str], Counter[str]] = {}
-    for path in folder.rglob("*.cu.o"):
+    for path in objects.glob("*.cu.o"):
         counts: Counter[str] = Counter()
         done = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True)
         for line in done.stdout.splitlines():
@@ -68,8 +69,9 @@ def _compile(source: Path, folder: Path) -> Machine:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    return _compile(ROOT, tmp_path_factory.mktemp("cuda"))
+def machine() -> Machine:
+    built = cuda_module()
+    return _read((built / "log.txt").read_text(), built / "objects")
 
 
 def _faults(machine: Machine) -> list[str]:
@@ -111,23 +113,37 @@ def test_one_exponential_a_logit(machine: Machine) -> None:
         assert count["MUFU.EX2"] == 2 * kernel[2], kernel
 
 
-def _compile_changed(folder: Path, file: str, old: str, new: str) -> Machine:
-    for name in ("csrc", "CMakeLists.txt"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
-    text = (folder / file).read_text()
-    assert text.count(old) == 1
-    (folder / file).write_text(text.replace(old, new))
-    return _compile(folder, folder / "build")
+FAULTS = {
+    "csrc/fastclip.h": ("FASTCLIP_CUDA_TILE_N_LABELS = 128", "FASTCLIP_CUDA_TILE_N_LABELS = 192"),
+    "csrc/cuda/tile.cuh": ("      wgmma_commit();\n", "      wgmma_commit();\n      acc[0][0] *= 2.f;\n"),
+}
 
 
-def test_what_is_looked_for_is_found(tmp_path: Path) -> None:
+def _compile_changed(file: str) -> Machine:
+    """One source file alone, by the very command that CMake gave, after a change to one of those that it includes."""
+    old, new = FAULTS[file]
+    commands = json.loads((cuda_module() / "commands.json").read_text())
+    (command,) = (one["command"] for one in commands if one["file"].endswith("contrastive_fwd.cu"))
+    files = sources("csrc/fastclip.h", "csrc/cuda")
+
+    def make(source: Path, place: Path) -> None:
+        text = (source / file).read_text()
+        assert text.count(old) == 1
+        (source / file).write_text(text.replace(old, new))
+        words = shlex.split(command.replace("SOURCE", str(source)))
+        words[words.index("-o") + 1] = str(place / "changed.cu.o")
+        done = run(*words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (place / "log.txt").write_text(done.stdout + done.stderr)
+
+    place = stored(f"cuda-changed-{Path(file).stem}", files, (command, toolchain(NVCC), FAULTS[file]), make)
+    return _read((place / "log.txt").read_text(), place)
+
+
+def test_what_is_looked_for_is_found() -> None:
     """The reading itself: wide tiles with labels, which spill, and accumulators touched between products."""
-    (tmp_path / "spill").mkdir()
-    labels = "FASTCLIP_CUDA_TILE_N_LABELS = "
-    machine = _compile_changed(tmp_path / "spill", "csrc/fastclip.h", f"{labels}128", f"{labels}192")
+    machine = _compile_changed("csrc/fastclip.h")
     assert any("Statistics" in fault for fault in _faults(machine)) and machine.warnings
-    (tmp_path / "serial").mkdir()
-    commit = "      wgmma_commit();\n"
-    machine = _compile_changed(tmp_path / "serial", "csrc/cuda/tile.cuh", commit, f"{commit}      acc[0][0] *= 2.f;\n")
+    machine = _compile_changed("csrc/cuda/tile.cuh")
     assert any("serialized" in line for line in machine.warnings)
     assert any(count["WARPGROUP.DEPBAR"] > 2 for count in machine.code.values())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from support import ROOT
-from support.native_build import CAN_BUILD, COMPILER, REASON, build, run
+from support.native_build import CAN_BUILD, COMPILER, REASON, build, run, toolchain
+from support.store import sources, stored
 
 
 def has_runtime(sanitize: str, folder: Path) -> bool:
@@ -21,15 +23,30 @@ def groups() -> set[str]:
     return set(re.findall(r'\{"(\w+)", \1\}', (ROOT / "csrc/tests/test_cpu.cpp").read_text()))
 
 
+def built(sanitize: str, folder: Path) -> Path:
+    """A folder for CTest, with the program that it runs."""
+    options = {"FASTCLIP_BUILD_PYTHON": "OFF", "FASTCLIP_BUILD_TESTS": "ON", "FASTCLIP_SANITIZE": sanitize}
+
+    def make(source: Path, place: Path) -> None:
+        log = build(source, folder, **options)
+        assert "warning:" not in log, log
+        shutil.copy(folder / "test_cpu", place)
+        # CTest's list of tests has the program's whole path
+        text = (folder / "CTestTestfile.cmake").read_text()
+        (place / "CTestTestfile.cmake").write_text(text.replace(str(folder), "${CMAKE_CURRENT_LIST_DIR}"))
+
+    files = sources("CMakeLists.txt", "csrc/fastclip.h", "csrc/cpu", "csrc/tests")
+    name = "-".join(["native-tests", *filter(None, sanitize.split(","))])
+    return stored(name, files, (options, toolchain()), make)
+
+
 @pytest.mark.skipif(not CAN_BUILD, reason=REASON)
 @pytest.mark.parametrize("sanitize", ["", "address,undefined", "thread"], ids=["plain", "address,undefined", "thread"])
 def test_native_code(sanitize: str, tmp_path: Path) -> None:
     if sanitize and not has_runtime(sanitize, tmp_path):
         pytest.skip(f"{COMPILER} has no runtime for -fsanitize={sanitize}")
-    folder = tmp_path / "build"
-    options = {"FASTCLIP_BUILD_PYTHON": "OFF", "FASTCLIP_BUILD_TESTS": "ON", "FASTCLIP_SANITIZE": sanitize}
-    log = build(ROOT, folder, **options)
-    assert "warning:" not in log, log
+    folder = tmp_path / "tests"  # CTest writes beside what it runs
+    shutil.copytree(built(sanitize, tmp_path / "build"), folder)
     done = run("ctest", "--test-dir", folder, "--output-on-failure", "--no-tests=error")
     assert done.returncode == 0, done.stdout + done.stderr
     passed = set(re.findall(r"(\w+) \.+ +Passed", done.stdout))

@@ -9,15 +9,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from support import ROOT
+from support.store import sources, stored
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 COMPILED = ROOT / "tests/support/compiled.py"
-PATH = os.pathsep.join([str(COMPILED.parent.parent), str(COMPILED.parent)])  # this checkout's package first
 TILES = {
     "contrastive_fwd_kernel",
     "contrastive_fwd_repair_kernel",
@@ -31,23 +33,40 @@ SHARED = {90: 227 * 1024, 80: 99 * 1024}
 TWO_AT_ONCE = {"contrastive_fwd_kernel", "contrastive_bwd_kernel"}
 
 
+def _compile(*what: str) -> list[list[dict[str, Any]]]:
+    """Of each, side by side, what kernels came to; in processes of their own: here they may be the interpreter's."""
+    # this checkout's package before an installed one
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    running = [
+        subprocess.Popen([sys.executable, COMPILED, word], stdout=subprocess.PIPE, text=True, env=environment)
+        for word in what
+    ]
+    outputs = [process.communicate()[0] for process in running]
+    assert all(process.returncode == 0 for process in running)
+    return [json.loads(text) for text in outputs]
+
+
+def _report(name: str, *what: str) -> dict[str, list[dict[str, Any]]]:
+    """The same, compiled once a state of the sources."""
+
+    def make(source: Path, place: Path) -> None:
+        for word, machines in zip(what, _compile(*what)):
+            (place / f"{word}.json").write_text(json.dumps(machines))
+
+    backend = [
+        f"fastclip/{name}.py" for name in ("_env", "_backends/problem", "_backends/reference", "_backends/triton")
+    ]
+    files = sources("triton_kernels", *backend, "tests/support/compiled.py")
+    place = stored(name, files, (triton.__version__, torch.__version__), make)
+    return {word: json.loads((place / f"{word}.json").read_text()) for word in what}
+
+
 @pytest.fixture(scope="module")
 def machines() -> dict[int, list[dict[str, Any]]]:
-    """In processes of their own: here the kernels may be the interpreter's."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "PYTHONPATH": os.pathsep.join([str(COMPILED.parent.parent), str(COMPILED.parent)]),
-    }
-    running = {
-        chip: subprocess.Popen(
-            [sys.executable, str(COMPILED), str(chip)], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for chip in SHARED
-    }
-    outputs = {chip: process.communicate()[0] for chip, process in running.items()}
-    assert all(process.returncode == 0 for process in running.values())
-    return {chip: json.loads(text) for chip, text in outputs.items()}
+    return {int(chip): found for chip, found in _report("triton", *map(str, SHARED)).items()}
 
 
 @pytest.mark.timeout(1500)
@@ -102,14 +121,6 @@ def test_two_programs_a_multiprocessor(machines: dict[int, list[dict[str, Any]]]
 
 
 def test_a_spill_is_found() -> None:
-    """The reading itself: a configuration known to spill (registers for a tile of 128 x 256 in four warps)."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "PYTHONPATH": os.pathsep.join([str(COMPILED.parent.parent), str(COMPILED.parent)]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(COMPILED), "90", "spilling"], capture_output=True, text=True, env=environment, check=True
-    )
-    (m,) = (m for m in json.loads(done.stdout) if m["kernel"] == "contrastive_bwd_kernel")
+    """The reading itself."""
+    (m,) = (m for m in _report("triton-spilling", "spilling")["spilling"] if m["kernel"] == "contrastive_bwd_kernel")
     assert m["stack"] > 0 and m["LDL"] > 0 and m["STL"] > 0

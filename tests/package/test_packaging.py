@@ -8,20 +8,25 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from support import ROOT
+from support.native_build import CAN_BUILD, COMPILER, NVCC, PATH, can_run_setup, cuda_module, toolchain
+from support.store import copy_sources, sources, stored
 
-TRACKED = (
+SOURCES = sources(
     *("csrc", "fastclip", "triton_kernels"),
     *("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"),
 )
 NOT_FOUND = "nvcc was not found (PATH, CUDACXX, CUDA_HOME)"
-NVCC = (os.environ.get("CUDACXX", ""), f"{os.environ.get('CUDA_HOME', '/nonexistent')}/bin/nvcc", "nvcc")
-needs_nvcc = pytest.mark.skipif(not any(map(shutil.which, NVCC)), reason=NOT_FOUND)
+needs_setup = pytest.mark.skipif(not can_run_setup(), reason="setuptools>=77 or pybind11 is not installed")
+needs_nvcc = pytest.mark.skipif(NVCC is None or not CAN_BUILD, reason=f"{NOT_FOUND}, or no C++ compiler, or no cmake")
 
 
 def _run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -32,40 +37,41 @@ def _run(*command: object, cwd: Path, **environment: str) -> subprocess.Complete
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def _without_nvcc(folder: Path) -> dict[str, str]:
+def _without_nvcc(folder: Path, path: str = PATH) -> dict[str, str]:
     """An environment that has no nvcc, and everything that lies beside it."""
-    path = os.environ["PATH"].split(os.pathsep)
-    for k, name in enumerate(path):
+    names = path.split(os.pathsep)
+    for k, name in enumerate(names):
         if shutil.which("nvcc", path=name):
             links = folder / str(k)
             links.mkdir(parents=True)
             for file in Path(name).iterdir():
                 if file.name != "nvcc":
                     (links / file.name).symlink_to(file)
-            path[k] = str(links)
-    return {"PATH": os.pathsep.join(path), "CUDACXX": "/nonexistent/nvcc", "CUDA_HOME": "/nonexistent"}
+            names[k] = str(links)
+    return {"PATH": os.pathsep.join(names), "CUDACXX": "/nonexistent/nvcc", "CUDA_HOME": "/nonexistent"}
 
 
-def _source(folder: Path) -> Path:
-    """A copy of the sources without anything built."""
-    folder.mkdir()
-    for name in TRACKED:
-        path = ROOT / name
-        if path.is_dir():
-            ignored = shutil.ignore_patterns("*.so", "__pycache__", "_*_build_report.txt")
-            shutil.copytree(path, folder / name, ignore=ignored)
-        else:
-            shutil.copy(path, folder / name)
-    return folder
+def _setup(source: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What pip calls in order to build, without what it does around that."""
+    return _run(sys.executable, "setup.py", *words, cwd=source, **({"PATH": PATH} | environment))
 
 
-def _wheel(source: Path, output: Path, **environment: str) -> Path:
-    """Built as pip builds it for a user, in an environment of its own."""
-    done = _run(
-        sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", output, source, cwd=output.parent, **environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = output.glob("*.whl")
+def _pip_wheel(source: Path, output: Path, *, isolated: bool, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Built as pip builds it for a user, in an environment of its own, or with what is installed here."""
+    here = [] if isolated or not can_run_setup() else ["--no-build-isolation"]
+    path = {} if isolated else {"PATH": PATH}
+    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", *here, "-w", output, source)
+    return _run(*command, cwd=source.parent, **(path | environment))
+
+
+def _stored_wheel(name: str, change: Callable[[Path], dict[str, str]]) -> Path:
+    """Built with what is installed here, after `change`, given the sources, has said in which environment."""
+
+    def make(source: Path, place: Path) -> None:
+        done = _pip_wheel(source, place, isolated=False, **change(source))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    (wheel,) = stored(f"wheel-{name}", SOURCES, toolchain(NVCC or ""), make).glob("*.whl")
     return wheel
 
 
@@ -88,14 +94,31 @@ EXPECTED_LOSS = "0.7437"  # log(e + 3) - 1
 
 
 @pytest.fixture(scope="module")
-def wheel_without_nvcc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("without_nvcc")
-    environment = _without_nvcc(folder / "path") | {"FASTCLIP_BUILD_CPU": "1", "FASTCLIP_BUILD_CUDA": ""}
-    source = _source(folder / "source")
-    # a build that failed in the same folder costs nothing later
-    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", source)
-    assert _run(*command, cwd=folder, **environment, CXX="/nonexistent/c++").returncode != 0
-    return _wheel(source, folder / "wheels", **environment)
+def wheel_without_nvcc() -> Path:
+    """The one that is built as a user's pip does."""
+    choice = {"FASTCLIP_BUILD_CPU": "1", "FASTCLIP_BUILD_CUDA": ""}
+
+    def make(source: Path, place: Path) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            # a build that failed in the same folder costs nothing later, not even one by a ninja that is there no more
+            tools = folder / "tools"
+            tools.mkdir()
+            if ninja := shutil.which("ninja", path=PATH):
+                (tools / "ninja").symlink_to(ninja)
+            environment = _without_nvcc(folder / "path", os.pathsep.join([str(tools), PATH])) | choice
+            failed = _pip_wheel(source, folder, isolated=False, **environment, CXX="/nonexistent/c++")
+            assert failed.returncode != 0, failed.stdout
+            shutil.rmtree(tools)
+            environment = _without_nvcc(folder / "user", os.environ["PATH"]) | choice
+            done = _pip_wheel(source, place, isolated=True, **environment)
+            if done.returncode and "No matching distribution found" in done.stdout + done.stderr and can_run_setup():
+                warnings.warn("pip cannot download what builds the package: built with what is installed", stacklevel=1)
+                done = _pip_wheel(source, place, isolated=False, **environment)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+    (wheel,) = stored("wheel", SOURCES, (choice, toolchain()), make).glob("*.whl")
+    return wheel
 
 
 def test_wheel_has_native_module_and_nothing_else(wheel_without_nvcc: Path, tmp_path: Path) -> None:
@@ -169,7 +192,7 @@ def test_installed_command_runs(users_python: Path, words: str, expected: str) -
 
 
 def test_package_works_without_compiler(tmp_path: Path) -> None:
-    wheel = _wheel(_source(tmp_path / "source"), tmp_path / "wheels", CXX="/nonexistent/c++")
+    wheel = _stored_wheel("without-compiler", lambda source: {"CXX": "/nonexistent/c++"})
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     _, cpu, cuda, loss = _use(tmp_path / "site")
     assert cpu == "the native module was not built: `cmake -S` failed (no C++ compiler was found)"
@@ -184,6 +207,7 @@ def test_package_works_without_nvcc(wheel_without_nvcc: Path, tmp_path: Path) ->
     assert (cpu, loss) == ("available", EXPECTED_LOSS)
 
 
+@needs_setup
 @pytest.mark.parametrize("variable", ["CUDACXX", "CUDA_HOME"])
 def test_old_nvcc_is_told(variable: str, tmp_path: Path) -> None:
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
@@ -192,19 +216,21 @@ def test_old_nvcc_is_told(variable: str, tmp_path: Path) -> None:
     nvcc.chmod(0o755)
     environment = _without_nvcc(tmp_path / "path") | {"FASTCLIP_BUILD_CPU": "0", "FASTCLIP_BUILD_CUDA": ""}
     environment |= {variable: str(nvcc if variable == "CUDACXX" else nvcc.parent.parent)}
-    wheel = _wheel(_source(tmp_path / "source"), tmp_path / "wheels", **environment)
-    report = zipfile.ZipFile(wheel).read("fastclip/_cuda_build_report.txt").decode()
+    library = tmp_path / "library"
+    done = _setup(copy_sources(SOURCES, tmp_path / "source"), "build_ext", "--build-lib", library, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (library / "fastclip" / "_cuda_build_report.txt").read_text()
     assert report == f"nvcc 12.5 or newer is needed, {nvcc} is release 12.4\n"
 
 
 @needs_nvcc
+@needs_setup
 def test_cuda_module_loads_without_driver(tmp_path: Path) -> None:
-    environment = {"FASTCLIP_BUILD_CPU": "0", "FASTCLIP_BUILD_CUDA": "1"}
-    wheel = _wheel(_source(tmp_path / "source"), tmp_path / "wheels", **environment)
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "fastclip/_cuda_build_report.txt" not in names
-    (name,) = (name for name in names if name.startswith("fastclip/_cuda."))
-    module = Path(zipfile.ZipFile(wheel).extract(name, tmp_path))  # alone: with no torch, which loads CUDA's libraries
+    library = cuda_module() / "lib" / "fastclip"
+    assert not (library / "_cuda_build_report.txt").exists()
+    (built,) = library.glob("_cuda.*")
+    module = tmp_path / built.name  # alone: with no torch, which loads CUDA's libraries
+    shutil.copy(built, module)
     needed = _run("readelf", "-d", module, cwd=tmp_path).stdout
     assert "libc.so" in needed and "libcuda" not in needed
     done = _run(sys.executable, "-c", "import _cuda; print(_cuda.__file__)", cwd=module.parent)
@@ -213,15 +239,22 @@ def test_cuda_module_loads_without_driver(tmp_path: Path) -> None:
 
 @needs_nvcc
 def test_cuda_that_does_not_compile_costs_no_cpu_module(tmp_path: Path) -> None:
-    source = _source(tmp_path / "source")
-    for path in (source / "csrc" / "cuda").glob("*.cu"):
-        path.write_text("#error not today\n")
-    zipfile.ZipFile(_wheel(source, tmp_path / "wheels", FASTCLIP_BUILD_CUDA="")).extractall(tmp_path / "site")
+    def change(source: Path) -> dict[str, str]:
+        for path in (source / "csrc" / "cuda").glob("*.cu"):
+            path.write_text("#error not today\n")
+        fast = source.parent / "c++"  # there is little to compute, and optimising takes long
+        fast.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
+        fast.chmod(0o755)
+        return {"FASTCLIP_BUILD_CUDA": "", "CXX": str(fast)}
+
+    wheel = _stored_wheel("cuda-fails", change)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     _, cpu, cuda, loss = _use(tmp_path / "site")
     assert cuda.startswith("the native module was not built: `cmake --build` failed (") and "not today" in cuda
     assert (cpu, loss) == ("available", EXPECTED_LOSS)
 
 
+@needs_setup
 @pytest.mark.parametrize(
     ("kind", "choice", "message"),
     [
@@ -232,21 +265,21 @@ def test_cuda_that_does_not_compile_costs_no_cpu_module(tmp_path: Path) -> None:
     ],
 )
 def test_build_that_was_asked_for_fails_loudly(tmp_path: Path, kind: str, choice: str, message: str) -> None:
-    source = _source(tmp_path / "source")
+    source = copy_sources(SOURCES, tmp_path / "source")
     environment = _without_nvcc(tmp_path / "path") | {"CXX": "/nonexistent/c++", f"FASTCLIP_BUILD_{kind}": choice}
-    done = _run(sys.executable, "-m", "pip", "wheel", "--no-deps", source, cwd=tmp_path, **environment)
+    done = _setup(source, "build_ext", "--build-lib", tmp_path / "library", **environment)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
 
 
+@needs_setup
 def test_rebuilding_in_place_leaves_the_loaded_module(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
-    package = _source(tmp_path / "source") / "fastclip"
+    package = copy_sources(SOURCES, tmp_path / "source") / "fastclip"
     cpu, cuda = (package / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_cpu", "_cuda"))
     cmake = tmp_path / "bin" / "cmake"
     cmake.parent.mkdir()
     cmake.write_text(
-        "#!/bin/sh\nfor word; do case $word in -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=*) "
+        "#!/bin/sh\necho words of the compiler\nfor word; do case $word in -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=*) "
         f"printf new > ${{word#*=}}/{cpu.name};; esac; done\n"
     )
     cmake.chmod(0o755)
@@ -254,19 +287,20 @@ def test_rebuilding_in_place_leaves_the_loaded_module(tmp_path: Path) -> None:
         path.write_text("old")
     with cpu.open() as loaded:
         path = os.pathsep.join([str(cmake.parent), os.environ["PATH"]])
-        done = _run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=package.parent, PATH=path)
+        done = _setup(package.parent, "build_ext", "--inplace", PATH=path)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert "words of the compiler" in done.stdout  # as `pip install -v` shows them
         assert (loaded.read(), cpu.read_text()) == ("old", "new")
     assert {path.name for path in package.glob("*_c[pu]*")} == {cpu.name, "_cuda_build_report.txt"}
 
 
+@needs_setup
 def test_source_distribution_has_the_native_sources(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
-    source = _source(tmp_path / "source")
+    source = copy_sources(SOURCES, tmp_path / "source")
     for name in ("kernel.cu", "kernel.cuh"):
         (source / "csrc" / "cuda").mkdir(exist_ok=True)
         (source / "csrc" / "cuda" / name).touch()
-    done = _run(sys.executable, "setup.py", "sdist", "--dist-dir", tmp_path, cwd=source)
+    done = _setup(source, "sdist", "--dist-dir", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:

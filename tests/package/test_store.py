@@ -14,20 +14,20 @@ from support import ROOT
 from support.store import KEPT, sources, stored
 
 
-def maker(folder: Path) -> Callable[[Path], None]:
+def maker(folder: Path) -> Callable[[Path, Path], None]:
     """Writes a file, and a line for every time that it is called."""
 
-    def make(place: Path) -> None:
+    def make(source: Path, place: Path) -> None:
         with (folder / "calls").open("a") as calls:
             calls.write("called\n")
         assert not [*place.iterdir()]
-        (place / "built").write_text((folder / "source").read_text().upper())
+        (place / "built").write_text((source / "source").read_text().upper())
 
     return make
 
 
 def ask(folder: Path, options: object = None) -> Path:
-    return stored("thing", [folder / "source"], options, maker(folder), store=folder / "store")
+    return stored("thing", [folder / "source"], options, maker(folder), root=folder)
 
 
 def calls(folder: Path) -> int:
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def builds(folder: Path) -> set[Path]:
-    return {path for path in (folder / "store" / "thing").iterdir() if path.name != "lock"}
+    return {path for path in (folder / "build" / "stored" / "thing").iterdir() if path.name != "lock"}
 
 
 def test_second_call_does_not_build(folder: Path) -> None:
@@ -66,30 +66,34 @@ def test_other_options_are_another_build(folder: Path) -> None:
 def test_old_builds_are_removed(folder: Path) -> None:
     places = [ask(folder, number) for number in range(KEPT)]
     assert ask(folder, 0) == places[0]  # used last, though made first
-    (folder / "store" / "thing" / "half").mkdir()  # of a process that was killed
+    (folder / "build" / "stored" / "thing" / "half").mkdir()  # of a process that was killed
     new = ask(folder, "new")
     assert builds(folder) == {*places[2:], places[0], new}
 
 
 def test_build_that_raises_leaves_nothing(folder: Path) -> None:
-    def fail(place: Path) -> None:
+    def fail(source: Path, place: Path) -> None:
         (place / "half").write_text("half of it")
         raise ValueError("the compiler said no")
 
     for _ in range(2):
         with pytest.raises(ValueError, match="said no"):
-            stored("thing", [folder / "source"], None, fail, store=folder / "store")
+            stored("thing", [folder / "source"], None, fail, root=folder)
         assert not builds(folder)
     assert (ask(folder) / "built").is_file()
 
 
-def test_sources_that_change_meanwhile_are_not_stored(folder: Path) -> None:
-    def make(place: Path) -> None:
-        (folder / "source").write_text("two")
+def test_sources_may_change_meanwhile(folder: Path) -> None:
+    """What is built is what was asked for, and is stored as that."""
 
-    with pytest.raises(AssertionError, match="changed while it was built"):
-        stored("thing", [folder / "source"], None, make, store=folder / "store")
-    assert not builds(folder)
+    def make(source: Path, place: Path) -> None:
+        (folder / "source").write_text("two")
+        (source / "source").rename(place / "built")
+
+    first = stored("thing", [folder / "source"], None, make, root=folder)
+    assert (first / "built").read_text() == "one"
+    second = stored("thing", [folder / "source"], None, make, root=folder)
+    assert second != first and (second / "built").read_text() == "two"
 
 
 ASK = """
@@ -101,7 +105,7 @@ from support.store import stored
 folder = Path(sys.argv[1])
 
 
-def make(place):
+def make(source, place):
     with (folder / "calls").open("a") as calls:
         calls.write("called\\n")
     (place / "half").touch()
@@ -112,7 +116,7 @@ def make(place):
 (folder / f"ready{sys.argv[2]}").touch()
 while len([*folder.glob("ready*")]) < 2:
     time.sleep(0.001)
-place = stored("thing", [folder / "source"], None, make, store=folder / "store")
+place = stored("thing", [folder / "source"], None, make, root=folder)
 assert (place / "built").exists()
 """
 

@@ -96,35 +96,49 @@ def compiling(capability: int) -> Iterator[list[dict[str, Any]]]:
         yield machines
 
 
-def launch_everything(D: int, dtype: torch.dtype, labels: bool, exclude_self: bool, normalize: bool) -> None:
-    """One call of each operation; inside `compiling` that compiles all it would launch."""
+def problem(D: int, dtype: torch.dtype, labels: bool, exclude_self: bool, normalize: bool) -> Problem:
     M, N = 256, 384
     y = (torch.zeros(M, dtype=torch.int32), torch.zeros(N, dtype=torch.int32)) if labels else None
     image, text = torch.zeros(M, D, dtype=dtype), torch.zeros(N, D, dtype=dtype)
-    p = Problem(image, text, torch.tensor(1.0), y, 0, exclude_self, normalize)
-    triton_backend.contrastive_fwd(p)
-    triton_backend.contrastive_fwd(p, maxima=True)
+    return Problem(image, text, torch.tensor(1.0), y, 0, exclude_self, normalize)
+
+
+def launch_bwd(p: Problem) -> None:
+    M, N = len(p.image), len(p.text)
     stats = [torch.zeros(size, dtype=torch.float64) for size in (M, N) * 3]
     triton_backend.contrastive_bwd(p, [*stats, torch.ones(M), torch.ones(N)], stats, [True] * 3)
-    if not labels:
+
+
+def launch_everything(*choices: Any) -> None:
+    """One call of each operation on such a problem; inside `compiling` that compiles all it would launch."""
+    p = problem(*choices)
+    triton_backend.contrastive_fwd(p)
+    triton_backend.contrastive_fwd(p, maxima=True)
+    launch_bwd(p)
+    if p.labels is None:
         triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [True] * 4)
         triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [False] * 4)
 
 
-def main(chip: int, what: str = "everything") -> None:
+def launched(chip: int) -> list[dict[str, Any]]:
+    """What every operation launches on this chip."""
     with compiling(chip) as machines:
-        if what == "spilling":
-            launch.CONFIGS["contrastive_bwd", "hopper", "fp16", False] = launch.Config(128, 128, 64, 4, 3)
-            launch_everything(512, torch.bfloat16, False, False, True)
-        else:
-            for dtype in (torch.bfloat16, torch.float32):
-                launch_everything(512, dtype, False, False, True)
-                launch_everything(512, dtype, True, False, True)
-            launch_everything(512, torch.bfloat16, True, True, True)
-            launch_everything(512, torch.float16, False, False, False)
-            launch_everything(59, torch.bfloat16, False, False, True)
-    json.dump(machines, sys.stdout)
+        for dtype in (torch.bfloat16, torch.float32):
+            launch_everything(512, dtype, False, False, True)
+            launch_everything(512, dtype, True, False, True)
+        launch_everything(512, torch.bfloat16, True, True, True)
+        launch_everything(512, torch.float16, False, False, False)
+        launch_everything(59, torch.bfloat16, False, False, True)
+    return machines
+
+
+def spilling() -> list[dict[str, Any]]:
+    """A configuration known to spill: registers for a tile of 128 x 128 and all its gradients in four warps."""
+    with compiling(90) as machines, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(launch.CONFIGS, ("contrastive_bwd", "hopper", "fp16", False), launch.Config(128, 128, 64, 4, 3))
+        launch_bwd(problem(512, torch.bfloat16, False, False, True))
+    return machines
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    json.dump(spilling() if sys.argv[1] == "spilling" else launched(int(sys.argv[1])), sys.stdout)

@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from support import ROOT, native_build
+from support import native_build
+from support.store import sources, stored
 
 
 class Missing(Exception):
@@ -33,42 +34,34 @@ def cuda_headers() -> Path:
     raise Missing("the CUDA headers are not installed")
 
 
-def _sources() -> list[Path]:
-    return sorted(
-        path for folder in ("csrc", "csrc/cuda", "csrc/tests", "csrc/bindings") for path in (ROOT / folder).glob("*.*")
-    )
-
-
 def build(target: str) -> Path:
     """`_cuda` (the module) or `test_cuda` (a program); raises Missing where something to build it with is."""
     if not native_build.CAN_BUILD:
         raise Missing(native_build.REASON)
     import pybind11
 
+    headers = cuda_headers()
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "FASTCLIP_BUILD_CPU": "OFF",
         "FASTCLIP_EMULATE_CUDA": "ON",
-        "FASTCLIP_CUDA_HEADERS": cuda_headers(),
+        "FASTCLIP_CUDA_HEADERS": headers,
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
-    digest = hashlib.sha256(repr((sys.version, sorted(map(str, options.items())))).encode())
-    for path in [ROOT / "CMakeLists.txt", *_sources()]:
-        digest.update(path.read_bytes())
-    name = "emulated-" + digest.hexdigest()[:16]
+
+    def make(source: Path, place: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            log = native_build.build(source, Path(folder), **options)
+            assert "warning:" not in log, log
+            for path in [*Path(folder).glob("_cuda.*.so"), Path(folder) / "test_cuda"]:
+                shutil.move(path, place)
+
+    files = sources("CMakeLists.txt", "csrc/fastclip.h", "csrc/cuda", "csrc/tests", "csrc/bindings")
+    cuda = hashlib.sha256((headers / "cuda.h").read_bytes()).hexdigest()
+    depends = (options, cuda, pybind11.__version__, native_build.toolchain())
     suffix = "" if target == "test_cuda" else str(sysconfig.get_config_var("EXT_SUFFIX"))
-    built = ROOT / "build" / name / (target + suffix)
-    if built.is_file():
-        return built
-    built.parent.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=built.parent.parent) as folder:
-        log = native_build.build(ROOT, Path(folder), **options)
-        assert "warning:" not in log, log
-        built.parent.mkdir(exist_ok=True)
-        for path in [*Path(folder).glob("_cuda.*.so"), Path(folder) / "test_cuda"]:
-            os.replace(path, built.parent / path.name)  # another process may be building the same
-    return built
+    return stored("emulator", files, depends, make) / (target + suffix)
 
 
 @functools.cache

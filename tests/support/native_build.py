@@ -1,18 +1,30 @@
-"""CMake for the tests: what is there to build with, and a build."""
+"""Builds for the tests: what is there to build with, CMake, and the Hopper kernels."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from packaging.version import Version
+
+from support.store import sources, stored
 
 # cmake, ctest and ninja may be installed beside Python, whose environment need not be activated
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 CAN_BUILD = COMPILER is not None and shutil.which("cmake", path=PATH) is not None
 REASON = "cmake or a C++ compiler is not installed"
+# as setup.py looks for it
+_NVCC = (os.environ.get("CUDACXX"), f"{os.environ.get('CUDA_HOME', '/nonexistent')}/bin/nvcc", "nvcc")
+NVCC = next((path for name in _NVCC if name and (path := shutil.which(name))), None)
+FLAGS = ("CC", "CXX", "CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX")
+FLAGS += ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -30,3 +42,45 @@ def build(source: Path, folder: Path, **options: object) -> str:
         log += done.stdout + done.stderr
         assert done.returncode == 0, log
     return log
+
+
+@functools.cache
+def toolchain(*more: str) -> tuple[str, ...]:
+    """What builds depend on besides sources: versions of the compiler, CMake and `more`; flags of the environment."""
+    commands = [word for word in (COMPILER, "cmake", *more) if word and shutil.which(word, path=PATH)]
+    return *(run(word, "--version").stdout for word in commands), *(f"{k}={os.environ.get(k, '')}" for k in FLAGS)
+
+
+@functools.cache
+def can_run_setup() -> bool:
+    """Whether the package can be built with what is installed here, as far as these are Python packages."""
+    try:
+        return Version(version("setuptools")) >= Version("77") and Version(version("pybind11")) >= Version("2.13")
+    except PackageNotFoundError:
+        return False
+
+
+def cuda_module() -> Path:
+    """The CUDA module as setup.py builds it, and what the compiler said.
+
+    In the folder: `lib/fastclip`, which goes into a wheel; `objects`; `log.txt`, with ptxas' words; and CMake's
+    `commands.json`, in which SOURCE stands for the folder of the sources.
+    """
+    files = sources("setup.py", "CMakeLists.txt", "csrc/fastclip.h", "csrc/cuda", "csrc/bindings")
+
+    def make(source: Path, place: Path) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            flags = f"{os.environ.get('CUDAFLAGS', '')} -Xptxas -v"
+            environment = {"PATH": PATH, "FASTCLIP_BUILD_CPU": "0", "FASTCLIP_BUILD_CUDA": "1", "CUDAFLAGS": flags}
+            command = [sys.executable, "setup.py", "build_ext", "--build-lib", place / "lib", "--build-temp", temporary]
+            environment = os.environ | environment | {"CMAKE_EXPORT_COMPILE_COMMANDS": "ON"}
+            done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (place / "log.txt").write_text(done.stdout)
+            (place / "objects").mkdir()
+            for path in Path(temporary).rglob("*.cu.o"):
+                shutil.copy(path, place / "objects")
+            (commands,) = Path(temporary).rglob("compile_commands.json")
+            (place / "commands.json").write_text(commands.read_text().replace(str(source.resolve()), "SOURCE"))
+
+    return stored("cuda", files, (NVCC, toolchain(NVCC or ""), version("pybind11")), make)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from support import ROOT
 
-STORE = ROOT / "build" / "stored"
 KEPT = 2  # builds of a name: those that were used last
 
 
@@ -34,50 +33,57 @@ def _is_built(path: Path) -> bool:
     return path.suffix == ".so" or path.name.endswith("_build_report.txt") or "__pycache__" in path.parts
 
 
-def copy(files: Iterable[Path], folder: Path) -> Path:
-    """These files of the repository in `folder`, each at its place."""
-    for path in files:
-        target = folder / path.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
-    return folder
-
-
 def stored(
-    name: str, files: Iterable[Path], options: object, make: Callable[[Path], None], *, store: Path = STORE
+    name: str, files: Iterable[Path], options: object, make: Callable[[Path, Path], None], *, root: Path = ROOT
 ) -> Path:
-    """The folder that `make` fills, called with an empty one unless there is one of the same name, files and options.
+    """The folder that `make` fills unless there is one already, of the same name, files and options.
 
     Whoever asks for the same name waits until it is there. Where `make` raises nothing is stored.
 
     Args:
-        files: what is read. The file that `make` is written in is one of them, unasked.
+        files: what is read, below `root`. The file that `make` is written in counts as well, unasked.
         options: what else decides on the result, as anything whose `repr` says all; Python's version is added.
+        make: is called with a copy of `files`, which may be edited under it meanwhile, and an empty folder to fill.
     """
-    inputs = sorted({*files, Path(make.__code__.co_filename)})
-    digest = _digest(inputs, options)
-    shelf = store / name
+    files = sorted({*files})
+    makers = hashlib.sha256(Path(make.__code__.co_filename).read_bytes()).hexdigest()
+    about = repr((makers, sys.version, platform.machine(), options))
+    digest = _digest(about, files, root)
+    shelf = root / "build" / "stored" / name
     place = shelf / digest
     shelf.mkdir(parents=True, exist_ok=True)
     with open(shelf / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process dies
         if not place.is_dir():
             with tempfile.TemporaryDirectory(dir=shelf) as half:
-                made = Path(half, "made")
+                source, made = Path(half, "source"), Path(half, "made")
+                copies = [copy(path, source / path.relative_to(root)) for path in files]
+                assert _digest(about, copies, source) == digest, f"{name}: the sources changed, please try again"
                 made.mkdir()
-                make(made)
-                assert _digest(inputs, options) == digest, f"{name}: its sources changed while it was built"
+                make(source, made)
                 made.rename(place)
         os.utime(place)
         _remove_old(shelf)
     return place
 
 
-def _digest(files: list[Path], options: object) -> str:
-    digest = hashlib.sha256(repr((sys.version, platform.machine(), options)).encode())
+def copy(path: Path, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(path, target))
+
+
+def copy_sources(files: Iterable[Path], folder: Path) -> Path:
+    """These files of the repository in `folder`, each at its place."""
     for path in files:
-        where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-        digest.update(hashlib.sha256(str(where).encode()).digest() + hashlib.sha256(path.read_bytes()).digest())
+        copy(path, folder / path.relative_to(ROOT))
+    return folder
+
+
+def _digest(about: str, files: list[Path], root: Path) -> str:
+    digest = hashlib.sha256(about.encode())
+    for path in files:
+        for part in (str(path.relative_to(root)).encode(), path.read_bytes()):
+            digest.update(hashlib.sha256(part).digest())  # of one length: no end of one is the beginning of another
     return digest.hexdigest()[:16]
 
 
