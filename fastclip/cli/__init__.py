@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -76,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"fastclip {args.command}: {error}{_advice(args.command, error)}", file=sys.stderr)
         return 1
+    finally:
+        if argv is None:  # the process ends: a last search for cyclic garbage in all that torch loaded takes a second
+            gc.freeze()
 
 
 def _advice(command: str, error: Exception) -> str:

@@ -104,6 +104,13 @@ print(sorted(seen), any(seen.values()), gc.isenabled())
     assert python(code) == "['timm', 'torch', 'torchvision'] False True"
 
 
+@pytest.mark.parametrize(("words", "frozen"), [("", True), ("['models']", False)], ids=["command", "call"])
+def test_garbage_is_not_searched_for_where_a_command_ends(words: str, frozen: bool) -> None:
+    """That of a process that goes on is."""
+    code = f"import gc, sys; from fastclip.cli import main; sys.argv[1:] = ['models']; main({words}); "
+    assert python(code + "print(gc.get_freeze_count() > 0)").splitlines()[-1] == str(frozen)
+
+
 def test_collector_that_is_off_stays_off() -> None:
     gc.disable()
     try:
