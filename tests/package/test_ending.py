@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,15 +25,20 @@ from fastclip.cli.ending import Terminated, sigterm_raises
 SCRIPT = "import sys; from fastclip.cli import main\nif __name__ == '__main__': sys.exit(main(sys.argv[1:]))\n"
 
 
-def command(tmp_path: Path, *words: str | Path, ignored: list[signal.Signals]) -> Popen:
-    """Its temporary files are in tmp_path/temporary."""
-    (tmp_path / "temporary").mkdir()
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder for a command's temporary files, of a short name: that of a socket has no more than 107 characters."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def command(tmp_path: Path, temporary: Path, *words: str | Path, ignored: list[signal.Signals]) -> Popen:
     (tmp_path / "command.py").write_text(SCRIPT)
-    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "FASTCLIP_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | {"TMPDIR": str(temporary), "FASTCLIP_CACHE": str(tmp_path / "cache")}
     return start([sys.executable, tmp_path / "command.py", *words], env=environment, ignored=ignored)
 
 
-def assert_ends(process: Popen, tmp_path: Path) -> None:
+def assert_ends(process: Popen, temporary: Path) -> None:
     """With its whole group, as a scheduler ends it."""
     begin = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)
@@ -41,14 +48,14 @@ def assert_ends(process: Popen, tmp_path: Path) -> None:
     assert said.splitlines()[-1].endswith(": ended by SIGTERM") and "Traceback" not in said and not out, said
     assert time.monotonic() - begin < 15  # of tidying up and of the interpreter's end
     wait_for(lambda: not in_session(process.pid), 20)
-    assert list((tmp_path / "temporary").iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("workers", "ignored"), [(2, []), (0, [signal.SIGINT])], ids=["at a terminal", "in the background of a script"]
 )
 def test_embed_ends_while_it_reads(
-    tmp_path: Path, request: pytest.FixtureRequest, workers: int, ignored: list[signal.Signals]
+    tmp_path: Path, temporary: Path, request: pytest.FixtureRequest, workers: int, ignored: list[signal.Signals]
 ) -> None:
     """From pipes that give nothing: torch would wait 5 s for each worker."""
     needs("search")
@@ -61,7 +68,7 @@ def test_embed_ends_while_it_reads(
         pipe.unlink()
         os.mkfifo(pipe)
     words = ["--checkpoint", checkpoint, "--output", tmp_path / "out", "--batch-size", "2", "--workers", str(workers)]
-    process = command(tmp_path, "embed", data, *words, "--device", "cpu", ignored=ignored)
+    process = command(tmp_path, temporary, "embed", data, *words, "--device", "cpu", ignored=ignored)
     opened: list[int] = []
 
     def are_read() -> bool:
@@ -74,23 +81,23 @@ def test_embed_ends_while_it_reads(
     assert len(in_session(process.pid)) == 1 + workers
     for number in ignored:
         os.killpg(process.pid, number)
-    assert_ends(process, tmp_path)
+    assert_ends(process, temporary)
     for handle in opened:
         os.close(handle)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".tmp", ".old"))]
 
 
-def test_parity_ends_with_its_processes(tmp_path: Path) -> None:
+def test_parity_ends_with_its_processes(tmp_path: Path, temporary: Path) -> None:
     words = ["--nproc", "2", "--device", "cpu", "--batch", "1000"]
-    process = command(tmp_path, "parity", *words, ignored=[signal.SIGINT])
+    process = command(tmp_path, temporary, "parity", *words, ignored=[signal.SIGINT])
 
     def compares() -> bool:
         assert process.poll() is None, process.communicate()
-        return len(list((tmp_path / "temporary").glob("fastclip-parity-*/store"))) == 1
+        return len(list(temporary.glob("fastclip-parity-*/store"))) == 1
 
     wait_for(compares)
     assert len(in_session(process.pid)) >= 3
-    assert_ends(process, tmp_path)
+    assert_ends(process, temporary)
 
 
 def test_interrupted_parity_ends_its_processes_before_their_folder_goes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -34,6 +33,7 @@ from fastclip.search.filter import filter_source
 from fastclip.search.near_duplicates import near_duplicates
 from support.interrupted_search import DEDUP
 from support.pictures import real_pictures
+from support.processes import start
 
 BATCH = 16
 
@@ -266,9 +266,10 @@ def test_first_of_near_duplicates_stays(embedder: Embedder, digits: Source, tmp_
 def test_killed_search_commands_go_on_to_the_same_bytes(tmp_path: Path) -> None:
     pack_source(Subset(open_source("digits", held_out=True), range(36)), tmp_path / "data", samples_per_shard=30)
     script = ROOT / "tests/support/interrupted_search.py"
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kills = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
+    process = start([sys.executable, script, tmp_path])
+    told, said = process.communicate()
+    assert process.returncode == 0, said
+    kills = {line.split()[0]: int(line.split()[1]) for line in told.splitlines()}
     assert kills["filter"] >= 10 and kills["embed"] >= 8, kills
     for task in kills:
         found, expected = files(tmp_path / f"{task}-killed"), files(tmp_path / f"{task}-whole")

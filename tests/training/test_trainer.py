@@ -17,6 +17,7 @@ import torch
 
 from support import needs
 from support.accuracy import LOSS
+from support.processes import start
 
 needs("train")
 
@@ -329,7 +330,7 @@ def test_command_shows_a_bar_on_a_terminal(tmp_path: Path) -> None:
     call = "import sys; from fastclip.cli import main; sys.exit(main())"
     words = ["train", "--data", "digits", "--model", "ViT-tiny", "--context-length", "16", "--workers", "0"]
     words += ["--batch-size", "16", "--max-steps", "2", "--output", str(tmp_path / "run")]
-    process = subprocess.Popen([sys.executable, "-c", call, *words], stdout=subprocess.DEVNULL, stderr=its)
+    process = start([sys.executable, "-c", call, *words], stdout=subprocess.DEVNULL, stderr=its)
     os.close(its)
     shown = b""
     try:
