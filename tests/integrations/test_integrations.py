@@ -324,8 +324,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if not hasattr(os, "fork"):
         pytest.skip("the ranks are forked")
     folder = tmp_path_factory.mktemp("ranks")
-    script = ROOT / "tests/support/patched_ranks.py"
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300)
+    # a module of tests/, as a program's folder would come first: transformers would take our kernels.py for its own
+    command = [sys.executable, "-m", "support.patched_ranks", str(folder)]
+    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 

@@ -1,6 +1,6 @@
 """What two ranks of tests/integrations/test_integrations.py find.
 
-    python tests/support/patched_ranks.py FOLDER    leaves FOLDER/rank.pt
+    cd tests; python -m support.patched_ranks FOLDER    leaves FOLDER/rank.pt
 
 The processes are forked, so that the packages are imported once, and meet at a file of FOLDER.
 """
