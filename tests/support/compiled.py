@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from fastclip._backends import triton as triton_backend
 from fastclip._backends.problem import Problem
+from support import ROOT
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -141,4 +142,5 @@ def spilling() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    assert Path(launch.__file__).resolve().is_relative_to(ROOT), "another checkout's kernels"
     json.dump(spilling() if sys.argv[1] == "spilling" else launched(int(sys.argv[1])), sys.stdout)
