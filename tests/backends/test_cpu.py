@@ -45,16 +45,16 @@ def test_sigmoid_accurate_on_every_instruction_set() -> None:
     check(FP32.loss(normalize=False), image * spread / 5, text / 5, 30.0, bias=-5.0, normalize=False)
 
 
-@each_kind(CPU_KINDS)
 @pytest.mark.parametrize("megabytes", ["0.02", "0.3"])
+@each_kind(CPU_KINDS)
 def test_many_blocks_accurate(monkeypatch: pytest.MonkeyPatch, kind: Kind, megabytes: str) -> None:
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", megabytes)
     image, text = kind.pairs(700, 700, 24)
     check(kind.loss(), image, text, 20.0)
 
 
-@each_kind(CPU_KINDS)
 @pytest.mark.parametrize("megabytes", ["0.02", "0.3"])
+@each_kind(CPU_KINDS)
 def test_sigmoid_accurate_in_many_blocks(monkeypatch: pytest.MonkeyPatch, kind: Kind, megabytes: str) -> None:
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", megabytes)
     image, text = kind.pairs(700, 700, 24)

@@ -100,15 +100,15 @@ def check_sampled(kind: Kind, N: int, D: int) -> None:
     assert error < (1e-4 if kind.dtype == torch.float32 else 2e-2), f"relative error {error:.1e}"
 
 
-@each_kind(GPU_KINDS)
 @pytest.mark.parametrize("N", [8192, 65536])
+@each_kind(GPU_KINDS)
 def test_large_batches_accurate(kind: Kind, N: int) -> None:
     """Row panels, row chunks and column blocks."""
     check_sampled(kind, N, 512)
 
 
-@each_kind(BF16_KINDS)
 @pytest.mark.parametrize(("N", "D"), [(65536, 768), (1048576, 64)])
+@each_kind(BF16_KINDS)
 def test_large_batches_of_other_widths_accurate(kind: Kind, N: int, D: int) -> None:
     check_sampled(kind, N, D)
 
@@ -126,8 +126,8 @@ def test_bitwise_repeatable(kind: Kind) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run()))
 
 
-@each_kind(BF16_KINDS)
 @pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
+@each_kind(BF16_KINDS)
 def test_no_host_synchronisation_and_graph_capture(kind: Kind, loss: str) -> None:
     """A captured step, replayed on new features, gives what a plain step gives."""
     image, text = features(2000, 256, torch.bfloat16)
@@ -161,8 +161,8 @@ def test_no_host_synchronisation_and_graph_capture(kind: Kind, loss: str) -> Non
             assert torch.equal(a, b)
 
 
-@each_kind(BF16_KINDS)
 @pytest.mark.parametrize("N", [16384, 65536])
+@each_kind(BF16_KINDS)
 def test_peak_memory(kind: Kind, N: int) -> None:
     """Beyond features and their gradients: the workspace and O((M + N) D); nothing N x N."""
     D = 768
@@ -245,8 +245,8 @@ def sanitizer() -> Iterator[str]:
     yield found
 
 
-@each_kind(BF16_KINDS)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@each_kind(BF16_KINDS)
 def test_compute_sanitizer(kind: Kind, sanitizer: str, tool: str) -> None:
     program = CASE.replace("BACKEND", kind.backend)
     done = subprocess.run(
@@ -267,9 +267,9 @@ def nccl(tmp_path: Path) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-@each_kind(BF16_KINDS)
 @pytest.mark.parametrize("options", [{}, {"labels": True, "label_smoothing": 0.1}, {"bias": -10.0}], ids=str)
 @pytest.mark.parametrize("comm", ["gather", "ring"])
+@each_kind(BF16_KINDS)
 def test_group_of_one_is_the_loss_without(kind: Kind, nccl: Any, comm: str, options: dict[str, Any]) -> None:
     """And with equal_shards=True there is nothing that the host waits for."""
     inputs = [*features(1000, 256, torch.bfloat16), torch.tensor(10.0, device="cuda", requires_grad=True)]

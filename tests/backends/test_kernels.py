@@ -23,8 +23,8 @@ MODULES = {"triton": triton, "cuda": cuda}
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@each_kind(GPU_KINDS)
 @pytest.mark.parametrize("offset", [0, 5, -3, 60, 1000, -1000])
+@each_kind(GPU_KINDS)
 def test_offset_of_a_shard(kind: Kind, offset: int) -> None:
     """Row i's positive is column i + offset, if there is one; everything equals the reference's fp64."""
     image, text = (x.to(kind.dtype) for x in pairs(50, 130, 24))
@@ -62,9 +62,9 @@ def test_repair_not_needed_for_ordinary_batches(kind: Kind, launches: Launches) 
 
 
 @pytest.mark.pairwise
-@each_kind(GPU_KINDS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
+@each_kind(GPU_KINDS)
 def test_panels_and_blocks(
     monkeypatch: pytest.MonkeyPatch, launches: Launches, labels: bool, normalize: bool, kind: Kind
 ) -> None:
@@ -150,10 +150,10 @@ def test_swapped_modalities_swap_gradients(kind: Kind) -> None:
 
 
 @pytest.mark.pairwise
-@each_kind(GPU_KINDS)
 @pytest.mark.parametrize("D", [6, 12, 100])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("which", [0, 1])
+@each_kind(GPU_KINDS)
 def test_one_side_aligned(kind: Kind, which: int, normalize: bool, D: int) -> None:
     """One side lies as the products want it, the other does not."""
     sides = [x.to(kind.dtype) for x in pairs(9, 9, D)]

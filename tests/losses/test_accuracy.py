@@ -26,18 +26,18 @@ def test_truth_equals_cross_entropy() -> None:
 
 
 @pytest.mark.pairwise
-@each_kind(KINDS)
-@pytest.mark.parametrize("scale", [0.0, 1.0, 14.3, 100.0, -5.0])
+@pytest.mark.parametrize("scale", [14.3, 100.0, 1.0, -5.0, 0.0])
 @pytest.mark.parametrize("regime", SHAPES)
+@each_kind(KINDS)
 def test_loss_and_gradients_accurate(kind: Kind, regime: str, scale: float) -> None:
     image, text = kind.pairs(*kind.shape(regime))
     check(kind.loss(), image, text, scale)
 
 
 @pytest.mark.pairwise
-@each_kind(KINDS)
 @pytest.mark.parametrize(("noise", "loss"), [(0.12, 1e-9), (0.06, 1e-20)])
 @pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "unique labels"])
+@each_kind(KINDS)
 def test_confident_loss_keeps_digits(kind: Kind, noise: float, loss: float, labels: bool) -> None:
     image, text = kind.pairs(150, 150, 256, aligned=1.0, noise=noise)
     y = (torch.arange(150) * 7 % 150,) * 2 if labels else None
@@ -49,9 +49,9 @@ def test_confident_loss_keeps_digits(kind: Kind, noise: float, loss: float, labe
 
 
 @pytest.mark.pairwise
-@each_kind(KINDS)
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 @pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
+@each_kind(KINDS)
 def test_unnormalised_features_accurate(request: pytest.FixtureRequest, kind: Kind, labels: bool, scale: float) -> None:
     """The logits of a tile lie hundreds apart, one offset cannot serve them."""
     launches = request.getfixturevalue("launches") if kind.for_gpus else None
@@ -72,9 +72,9 @@ OPTIONS = [
 
 
 @pytest.mark.pairwise
-@each_kind([*KINDS, REFERENCE])
 @pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@each_kind([*KINDS, REFERENCE])
 def test_labels_accurate(kind: Kind, name: str, options: dict[str, float]) -> None:
     labels = LABELS[name]
     image, text = kind.pairs(len(labels[0]), len(labels[1]), 24)
@@ -82,15 +82,15 @@ def test_labels_accurate(kind: Kind, name: str, options: dict[str, float]) -> No
 
 
 # (N or the regime of its shape, classes)
-SELF_PAIRS = [(3, 1), (9, 4), ("past a tile", 20), ("past columns", 60), ("past a tile", 190)]
+SELF_PAIRS = [(3, 1), (9, 4), ("past a tile", 20), ("past columns", 700)]
 
 
 @pytest.mark.pairwise
-@each_kind([*KINDS, REFERENCE])
 @pytest.mark.parametrize(("N", "classes"), SELF_PAIRS)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "image_weight": 0.75}], ids=str)
+@each_kind([*KINDS, REFERENCE])
 def test_excluded_self_pairs_accurate(kind: Kind, N: int | str, classes: int, options: dict[str, float]) -> None:
-    """SimCLR and SupCon: a row's own column is neither positive nor negative. With many classes most have one row."""
+    """SimCLR and SupCon: a row's own column is neither positive nor negative. Of 700 classes most have one row."""
     N = kind.shape(N)[0] if isinstance(N, str) else N
     y = torch.randint(0, classes, (N,), generator=torch.Generator().manual_seed(0))
     image, text = kind.pairs(N, N, 24)
@@ -98,8 +98,8 @@ def test_excluded_self_pairs_accurate(kind: Kind, N: int | str, classes: int, op
     check(kind.loss(**options), image, text, 14.3, **options)
 
 
-@each_kind(KINDS)
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@each_kind(KINDS)
 def test_label_smoothing_accurate(kind: Kind, smoothing: float) -> None:
     image, text = kind.pairs(130, 130, 59)
     check(kind.loss(label_smoothing=smoothing), image, text, 14.3, label_smoothing=smoothing)
@@ -123,11 +123,11 @@ def test_reductions_agree_with_truth() -> None:
     torch.testing.assert_close(total, (0.3 * row.sum() + 0.7 * col.sum()).float(), rtol=LOSS, atol=0)
 
 
-@each_kind(wide(KINDS))
 @pytest.mark.parametrize(("factor", "size"), [(-3.0, 1.0), (65536.0, 1.0), (1e25, 1.0), (1e-30, 1.0), (1e-37, 1e-6)])
+@each_kind(wide(KINDS))
 def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> None:
     """From fp16 loss scaling to the subnormal weights of a mean over very many: they neither overflow nor flush."""
-    image, text = (size * x for x in kind.pairs(70, 70, 16))
+    image, text = (size * x for x in kind.pairs(30, 30, 16))
     expected = truth(image, text, 14.3)
     image.requires_grad_()
     kind.loss()(image, text, torch.tensor(14.3)).backward(torch.tensor(factor))
@@ -135,8 +135,8 @@ def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> Non
     assert error < kind.tolerance(3e-6, 2e-3)
 
 
-@each_kind(fp16(KINDS))
 @pytest.mark.parametrize(("size", "factor"), [(1.0, 2.0**16), (300.0, 2.0**16), (2.0**-8, 2.0**-10)])
+@each_kind(fp16(KINDS))
 def test_fp16_weights_do_not_flush(kind: Kind, size: float, factor: float) -> None:
     """Weights of a mean loss are 1 / N^2; with the inverse norms of rows of norm 300, 1e-10: less than fp16 holds."""
     image, text = ((size * x / x.norm(dim=1, keepdim=True)).half() for x in pairs(200, 200, 16))
@@ -187,10 +187,10 @@ def test_norm_below_the_bound_is_a_constant(kind: Kind) -> None:
 
 @pytest.mark.fault("NaN or Inf in the features", "they reach loss and gradients, nothing hides them")
 @pytest.mark.pairwise
-@each_kind(KINDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("place", [0, 70, 129])  # in the first, the second and the last tile of 64 rows
+@each_kind(KINDS)
 def test_nan_and_inf_propagate(kind: Kind, value: float, normalize: bool, place: int) -> None:
     image, text = kind.pairs(130, 130, 8)
     image[place, 2] = value
