@@ -50,7 +50,7 @@ PROMISES = [
             Break(
                 "docs: a target that does not exist",
                 "CONTRIBUTING.md",
-                old="$ make format",
+                old="$ make bench-test",
                 new="$ make pretty",
             ),
             Break(
