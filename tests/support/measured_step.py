@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is not installed
+# benchmarks/ is not installed; and transformers would take kernels.py, which lies here, for its own
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.peak_memory import peak_of, return_what_is_freed
 from fastclip import contrastive_loss, create_model
