@@ -17,7 +17,7 @@ import torch
 pytest.register_assert_rewrite("support")
 from support import ROOT, pairwise, processes  # noqa: E402
 
-# inductor's cache does not know for which instruction set its code was made, and hands it to any: wrong numbers, crashes
+# inductor's cache does not know for which instruction set its code was made: on another one, wrong numbers or a crash
 _COMPILED = ROOT / "build" / "inductor" / f"{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_COMPILED))
 if not torch.cuda.is_available():
