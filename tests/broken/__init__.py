@@ -59,6 +59,7 @@ PARTS = [
     "training_step",
     "training",
     "interrupted",
+    "ending",
     "plan",
     "evaluation",
     "zeroshot",

@@ -29,6 +29,48 @@ PROMISES = [
         ],
     ),
     Promise(
+        EVALUATION,
+        "What rounding alone tells apart, on any processor, is a tie: ranks, predicted classes, best matches, search",
+        tests=[
+            "evaluation/test_zero_shot.py::test_classes_of_one_name_are_an_argmaxs",
+            "evaluation/test_retrieval.py::test_the_first_of_a_thousand_pictures_that_are_one",
+            "evaluation/test_probe.py::test_classes_of_equal_weights_tie",
+            "search/test_search.py::test_scores_that_rounding_alone_tells_apart_are_equal",
+        ],
+        breaks=[
+            Break(
+                "ties: the largest by its bits is predicted",
+                "fastclip/evaluation/classification.py",
+                old="found.append(first_best(similarities))",
+                new="found.append(similarities.argmax(dim=1))",
+            ),
+            Break(
+                "ties: more than there is room for",
+                "fastclip/evaluation/retrieval.py",
+                old=" or bool(cut.any())",
+                new="",
+            ),
+            Break(
+                "ties: equal bits alone",
+                "fastclip/evaluation/retrieval.py",
+                old="return best - _TIE * size",
+                new="return best",
+            ),
+            Break(
+                "ties: classes of equal weights",
+                "fastclip/evaluation/accuracy.py",
+                old=", size=size)",
+                new=")",
+            ),
+            Break(
+                "ties: equal scores of a search",
+                "fastclip/search/rank.py",
+                old="falling[begin] + tie",
+                new="falling[begin]",
+            ),
+        ],
+    ),
+    Promise(
         COST,
         "Validation never stores all similarities at once",
         tests=[

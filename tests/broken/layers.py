@@ -22,6 +22,27 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
+        "Commands load timm, torchvision and transformers only where a model is made, transformers only for BERT",
+        tests=[
+            "package/test_lazy.py::test_nothing_heavy_is_loaded_before_its_use",
+        ],
+        breaks=[
+            Break(
+                "lazy: the trainer loads towers",
+                "fastclip/models/factory.py",
+                old="from fastclip._lazy import uncollected",
+                new="import fastclip.models.towers  # noqa: F401\nfrom fastclip._lazy import uncollected",
+            ),
+            Break(
+                "lazy: every model loads BERT",
+                "fastclip/models/towers.py",
+                old="from torch import nn",
+                new="import fastclip.models.bert  # noqa: F401\nfrom torch import nn",
+            ),
+        ],
+    ),
+    Promise(
+        MACHINE,
         "`import fastclip` and `fastclip --help` load torch only where it is needed",
         tests=[
             "package/test_lazy.py::test_import_loads_the_standard_library_only",

@@ -1,0 +1,62 @@
+"""SIGTERM, with which schedulers and containers end a command."""
+
+from __future__ import annotations
+
+from broken import STOPS, Break, Promise
+
+PROMISES = [
+    Promise(
+        STOPS,
+        "SIGTERM ends every command with status 143, and leaves no process and no temporary file behind",
+        tests=[
+            "package/test_ending.py::test_embed_ends_while_it_reads",
+            "package/test_ending.py::test_parity_ends_with_its_processes",
+            "package/test_ending.py::test_interrupted_parity_ends_its_processes_before_their_folder_goes",
+            "package/test_ending.py::test_command_ends_where_the_exception_is_swallowed",
+            "package/test_ending.py::test_second_signal_ends_a_command_at_once",
+            "search/test_serve.py::test_command_serves_until_a_signal",
+        ],
+        breaks=[
+            Break(
+                "ending: SIGTERM is left to the system",
+                "fastclip/cli/ending.py",
+                old="or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL",
+                new="or True",
+            ),
+            Break(
+                "ending: a stuck worker is waited for",
+                "fastclip/data/workers.py",
+                old="patience.start()",
+                new="pass",
+            ),
+            Break(
+                "ending: workers keep folders of their own",
+                "fastclip/data/workers.py",
+                old="multiprocessing.util.get_temp_dir()",
+                new="pass",
+            ),
+            Break(
+                "ending: parity leaves its processes",
+                "fastclip/parity/processes.py",
+                old="process.kill()",
+                new="pass",
+            ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "A run started in the background, where Ctrl-C is ignored, heeds SIGTERM; an ignored signal stays ignored",
+        tests=[
+            "training/test_interrupted.py::test_signal_ends_a_run_in_the_background",
+            "training/test_interrupted.py::test_signal_that_is_ignored_stays_ignored",
+        ],
+        breaks=[
+            Break(
+                "ending: training hears what was to be ignored",
+                "fastclip/training/signals.py",
+                old="if signal.getsignal(number) is not signal.SIG_IGN]",
+                new="]",
+            ),
+        ],
+    ),
+]
