@@ -1,5 +1,5 @@
 # Every target makes the virtual environment it needs. PYTHON chooses the interpreter (3.10 or newer), VENV the folder,
-# WORKERS the tests that run side by side (default: one a core, 8 at most), TEST options of pytest such as `--full`,
+# WORKERS the tests that run side by side (default: one a core, 8 at most), TEST options of pytest that select no tests, such as `--full`,
 # GPU_CHECK options of gpu-check, such as `--minutes 9` or `--list`.
 SHELL := bash
 PYTHON ?= python3
@@ -16,7 +16,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 demo: $(VENV)/.installed-train ## train on handwritten digits, print zero-shot accuracy, draw runs/digits/digits.png
 	$(BIN)/python examples/train_digits.py
 
-test: lint ## everything that needs no GPU; what measures time runs alone, after the rest
+test: lint ## what needs no GPU; what measures time runs alone, after the rest
 	@TIMEFORMAT='make test: %0R seconds'; time { \
 	$(PYTEST) $(TEST) --ignore tests/benchmarks $(SIDE_BY_SIDE) -m "not alone" && \
 	$(PYTEST) $(TEST) --ignore tests/benchmarks -m alone; }

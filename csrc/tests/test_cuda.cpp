@@ -1,5 +1,5 @@
 // What the Hopper kernels' C interface accepts and refuses; nothing of this needs a GPU, the emulator runs what is
-// good. Their numbers are tested from Python (tests/test_cuda.py).
+// good. Their numbers are tested from Python (tests/backends/test_cuda.py).
 #include <cstring>
 #include <functional>
 #include <utility>

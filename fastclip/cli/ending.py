@@ -8,14 +8,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
+
+from fastclip.training.signals import ECHO
 
 __all__ = ["Terminated", "sigterm_raises"]
 
 _STATUS = 128 + signal.SIGTERM  # 143, as shells give it
-_ECHO = 1.0  # seconds in which a signal that comes again is the same one: a launcher passes on what its group got, too
 _PATIENCE = 8.0  # seconds for tidying up; `docker stop` sends SIGKILL after 10, other schedulers after 30
 
 
@@ -48,16 +49,18 @@ def sigterm_raises() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         if not since:
             since.append(time.monotonic())
-            _thread.start_new_thread(_leave_late, ())  # `threading` takes a lock that who was interrupted may hold
+            with suppress(RuntimeError):  # no thread can be started
+                # `threading` takes a lock that the interrupted code may hold
+                _thread.start_new_thread(_leave_late, ())
             raise Terminated
-        if time.monotonic() - since[0] > _ECHO:
+        if time.monotonic() - since[0] > ECHO:
             os._exit(_STATUS)
 
     signal.signal(signal.SIGTERM, end)
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    finally:  # after a signal the handler stays: the launcher's echo of it must not end the process in another way
+        signal.signal(signal.SIGTERM, end if since else signal.SIG_DFL)
 
 
 def _leave_late() -> NoReturn:

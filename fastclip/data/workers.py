@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ __all__ = ["load", "naming_dead_workers", "own"]
 # Micro-batches that workers hold ready at most: each takes three of the files that a process may have open, often
 # 1,024.
 _READY = 128
-_PATIENCE = 1.0  # seconds
+_PATIENCE = 1.0  # seconds in which workers may end by themselves
 
 
 def load(
@@ -52,7 +52,7 @@ def load(
         generator=torch.Generator(),  # else it draws from the caller's
     )
     if watch.workers:
-        # Workers that make a folder of their own for the sockets through which tensors go leave it when they are ended
+        # Workers that make a folder of their own for the sockets through which tensors go leave it behind
         multiprocessing.util.get_temp_dir()
     with _env.tokenizers_without_threads():
         loaded = iter(loader)  # starts the workers
@@ -90,19 +90,17 @@ def naming_dead_workers() -> Iterator[None]:
 
 @contextmanager
 def _ended(loaded: Any) -> Iterator[None]:
-    """Whoever leaves early waits a second for workers that are stuck, all together: torch would give 5 s to each."""
+    """Shut the workers down at the end; terminate those still alive after a second. torch would wait 5 s for each."""
     try:
         yield
     finally:
-        workers = getattr(loaded, "_workers", ())
-        patience = threading.Timer(_PATIENCE, lambda: [worker.terminate() for worker in workers])
-        patience.daemon = True
-        try:
-            patience.start()
-            getattr(loaded, "_shutdown_workers", int)()
-        except RuntimeError:  # torch's word for a worker that is ended; or the interpreter ends and starts no thread
-            pass
-        finally:
+        if workers := getattr(loaded, "_workers", ()):
+            patience = threading.Timer(_PATIENCE, lambda: [worker.terminate() for worker in workers])
+            patience.daemon = True
+            with suppress(RuntimeError):  # the interpreter ends, and starts no thread
+                patience.start()
+            with suppress(RuntimeError):  # torch's word for a worker that is ended
+                loaded._shutdown_workers()
             patience.cancel()
 
 

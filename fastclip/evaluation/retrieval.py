@@ -106,8 +106,8 @@ def retrieval_ranks(
 def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """The K items most similar to each query: cosines (Q, K) and indices (Q, K) int64, the best first.
 
-    What comes within 2^-20 of the best is equal to it, and so on with the best of the others: equal ones have the
-    largest cosine of theirs, and the lower index leads. What is not finite comes last. No Q x N matrix is stored.
+    What comes within 2^-20 of the best is equal to it, and so on with the best of the others: items that are equal
+    share their largest cosine, and the lower index leads. What is not finite comes last. No Q x N matrix is stored.
 
     Args:
         queries, items: (Q, D) and (N, D), as of `best_ranks`; compared in float32.
@@ -126,6 +126,7 @@ def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = Non
             cosines = _cosines(keys)
             groups = _groups(cosines)
             cut = groups[:, k - 1 : k] == groups[:, k:]  # more are equal to the last than there is room for
+            # the whole chunk again, as the product of fewer rows has other bits; large sets have a tie in most chunks
             if bool((groups != cosines).any()) or bool(cut.any()):
                 keys = _best_keys(queries[i : i + side], items, k, side, groups.flip(1))
             found[i : i + side] = keys[:, :k]
@@ -144,7 +145,7 @@ def _best_keys(queries: Tensor, items: Tensor, k: int, side: int, groups: Tensor
 
 
 def _groups(cosines: Tensor) -> Tensor:
-    """(B, K), the largest first -> the largest one of those that each is equal to."""
+    """(B, K) cosines, the largest first -> the largest cosine of each one's group of equals."""
     groups = cosines.clone()
     for j in range(1, cosines.shape[1]):
         before = groups[:, j - 1]
@@ -153,7 +154,7 @@ def _groups(cosines: Tensor) -> Tensor:
 
 
 def _cosines(keys: Tensor) -> Tensor:
-    """What `_keys` were made of."""
+    """Decode the cosines of `_keys`."""
     bits = (keys >> 32).int()
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
 
@@ -220,7 +221,7 @@ def first_best(similarities: Tensor) -> Tensor:
 
 def _nearer(similarities: Tensor, best: Tensor, dim: int) -> Tensor:
     """How many along `dim` are no further than `best`; NaN is near."""
-    further = similarities < (best - _TIE).unsqueeze(dim)
+    further = similarities < least_alike(best).unsqueeze(dim)
     return similarities.shape[dim] - further.view(torch.uint8).sum(dim, dtype=torch.int32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,11 +35,16 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-# What takes long to load is imported where a model is made; that it is missing is said before.
-for _package in ("timm", "torchvision", "transformers"):
-    if find_spec(_package) is None:
-        raise ModuleNotFoundError(f"No module named {_package!r}", name=_package)
 _SHOWN = 20  # names of each kind in an error
+
+
+def _check_installed(*packages: str) -> None:
+    for package in packages:
+        if sys.modules.get(package) is None and find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+
+_check_installed("timm", "torchvision", "transformers")  # which take long to load, where a model is made
 
 
 def create_model(

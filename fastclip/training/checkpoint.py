@@ -81,8 +81,7 @@ def take_snapshot(
 
     tensors: dict[str, dict[str, Tensor]] = {"model": model_state(model), "optimizer": {}}
     groups = []
-    whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found: Any = sharded.get_optimizer_state_dict(model, optimizer, options=whole)
+    found: Any = sharded.get_optimizer_state_dict(model, optimizer, options=_whole())
     if writes:
         for name, state in found["state"].items():
             for key, value in state.items():
@@ -268,12 +267,17 @@ def _own(x: Tensor, live: set[int]) -> Tensor:
     return x.clone() if x.untyped_storage().data_ptr() in live else x
 
 
+def _whole() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, whole, on the host; on a CPU the model's own. Called on every rank."""
     import torch.distributed.checkpoint.state_dict as sharded
 
-    whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found: Any = sharded.get_model_state_dict(model, options=whole)  # annotated for nested ones as well
+    found: Any = sharded.get_model_state_dict(model, options=_whole())  # annotated for nested ones as well
     return found
 
 

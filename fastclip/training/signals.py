@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["STATUSES", "Interrupted", "Signals"]
+__all__ = ["ECHO", "STATUSES", "Interrupted", "Signals"]
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 STATUSES = tuple(128 + number for number in _NUMBERS)  # 143, 130: a process's exit status, as shells give it
-_ECHO = 1.0  # seconds in which a signal that comes again is the same one: a launcher passes on what its group got, too
+ECHO = 1.0  # seconds in which a signal that comes again is the same one: a launcher passes on what its group got, too
 
 
 class Interrupted(SystemExit):
@@ -41,8 +41,8 @@ class Signals:
     def watched(self) -> Iterator[None]:
         """Inside, the first one is noted and the second ends the process at once, as if nobody had asked for it.
 
-        One that is ignored, as Ctrl-C is in a shell's background job, stays ignored. Handlers are the main thread's to
-        set: in another thread nothing changes.
+        A signal that is ignored, as Ctrl-C is in a shell's background job, stays ignored. Handlers are the main
+        thread's to set: in another thread nothing changes.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -58,6 +58,6 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.status:
             self.status, self._since = 128 + number, time.monotonic()
-        elif time.monotonic() - self._since > _ECHO:
+        elif time.monotonic() - self._since > ECHO:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -23,7 +23,7 @@ PROMISES = [
             Break(
                 "evaluation: a tie is a hit",
                 "fastclip/evaluation/retrieval.py",
-                old="similarities < (best - _TIE).unsqueeze(dim)",
+                old="similarities < least_alike(best).unsqueeze(dim)",
                 new="~(similarities > (best + _TIE).unsqueeze(dim))",
             ),
         ],

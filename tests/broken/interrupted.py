@@ -200,7 +200,7 @@ PROMISES = [
             Break(
                 "machines: a launcher's echo is a second signal",
                 "fastclip/training/signals.py",
-                old="self._since > _ECHO:",
+                old="self._since > ECHO:",
                 new="self._since >= 0:",
             ),
             Break(

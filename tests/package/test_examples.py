@@ -48,7 +48,6 @@ def test_simclr_learns(tmp_path: Path) -> None:
 
 
 def test_launch_script_trains_on_two_processes(tmp_path: Path) -> None:
-    needs("train")
     if shutil.which("bash") is None or not Path(sys.executable).with_name("fastclip").exists():
         pytest.skip("bash, or the script `fastclip` of an installed package, is not there")
     said = run(["bash", str(EXAMPLES / "multi_gpu.sh")], tmp_path)

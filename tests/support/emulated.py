@@ -35,7 +35,7 @@ def cuda_headers() -> Path:
 
 
 def build(target: str) -> Path:
-    """`_cuda` (the module) or `test_cuda` (a program); raises Missing where something to build it with is."""
+    """`_cuda` (the module) or `test_cuda` (a program); raises Missing where what it is built with is not installed."""
     if not native_build.CAN_BUILD:
         raise Missing(native_build.REASON)
     import pybind11

@@ -155,7 +155,7 @@ def dense_loss(
     text_labels: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """`promises.dense`, called as `contrastive_loss` and `sigmoid_loss` are."""
+    """`support.accuracy.dense`, called as `contrastive_loss` and `sigmoid_loss` are."""
     if image_labels is not None:
         options["labels"] = image_labels, text_labels
     return dense(image, text, scale, bias, **options)
