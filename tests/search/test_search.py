@@ -28,6 +28,7 @@ from fastclip.cli import main
 from fastclip.models import create_model
 from fastclip.models.embedder import load_embedder
 from fastclip.search import engine as engines
+from fastclip.search import scan
 from fastclip.search.engine import Found, SearchEngine
 from fastclip.search.index import Pictures
 from fastclip.search.model import CheckpointModel
@@ -126,8 +127,9 @@ def test_results_are_those_of_brute_force(
 
 
 def test_what_is_known_needs_no_model_and_no_torch(
-    checkpoint: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, photos: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(scan, "_SETTLED", 0)  # pictures that were written a moment ago would be read again
     common = (str(photos[0].parent), "--checkpoint", str(checkpoint), "--device", "cpu")
     _, first, _ = run(capsys, "a red car", *common)
     code = "import sys; from fastclip.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
