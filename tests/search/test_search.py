@@ -129,10 +129,14 @@ def test_results_are_those_of_brute_force(
 def test_what_is_known_needs_no_model_and_no_torch(
     checkpoint: Path, photos: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "_SETTLED", 0)  # pictures that were written a moment ago would be read again
+    # pictures that were written a moment ago would be read again: by this process, and by those that it starts
+    monkeypatch.setattr(scan, "_SETTLED", 0)
+    for photo in photos:  # as if written now
+        photo.touch()
     common = (str(photos[0].parent), "--checkpoint", str(checkpoint), "--device", "cpu")
     _, first, _ = run(capsys, "a red car", *common)
-    code = "import sys; from fastclip.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+    code = "import sys; from fastclip.search import scan; scan._SETTLED = 0; from fastclip.cli import main; "
+    code += "main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
     for words in (
         ("a red car", "-n"),
         ("a red car",),
