@@ -22,7 +22,7 @@ test: lint ## what needs no GPU; what measures time runs alone, after the rest
 	$(PYTEST) $(TEST) --ignore tests/benchmarks -m alone; }
 
 bench-test: $(VENV)/.installed-dev ## the harness of the benchmarks
-	$(PYTEST) $(TEST) tests/benchmarks $(SIDE_BY_SIDE)
+	$(PYTEST) $(TEST) tests/benchmarks
 
 lint: $(VENV)/.installed-dev ## linters and types
 	$(BIN)/ruff check .
