@@ -53,7 +53,7 @@ class ImageClassifier(nn.Module):
 
     @torch.no_grad()
     def largest_score(self) -> float:
-        """What no logit exceeds, whatever the picture: the largest |w| and the largest |b| together."""
+        """Bound the logits of any picture: the largest |w| and the largest |b| together."""
         return float(self.head.weight.norm(dim=1).max() + self.head.bias.abs().max())
 
     def train(self, mode: bool = True) -> ImageClassifier:
