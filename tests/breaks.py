@@ -27,8 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from broken import QUESTIONS, Break, Promise, promises
-from support import ROOT
-from support.native_build import PATH
+from support import ROOT, native_build
 
 DOCUMENT = ROOT / "docs" / "promises.md"
 _NOT_COPIED = (".git", ".venv", "build", "runs", "__pycache__", "*.egg-info", ".*_cache")
@@ -109,11 +108,10 @@ def build(copy: Path, folder: Path, kind: str) -> str | None:
     pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
     options = {"pybind11_DIR": pybind11, "Python_EXECUTABLE": sys.executable}
     options |= {f"FASTCLIP_BUILD_{other}": "ON" if other == kind else "OFF" for other in ("CPU", "CUDA")}
-    configure = ["cmake", "-S", str(copy), "-B", str(folder), *(f"-D{name}={value}" for name, value in options.items())]
-    for command in (configure, ["cmake", "--build", str(folder)]):
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": PATH})
-        if done.returncode:
-            return done.stdout[-800:] + done.stderr[-800:]
+    try:
+        native_build.build(copy, folder, **options)
+    except AssertionError as error:
+        return str(error)[-1600:]
     for module in folder.glob(f"_{kind.lower()}.*"):
         shutil.copy(module, copy / "fastclip")
     return None
@@ -134,7 +132,7 @@ def try_break(promise: Promise, one: Break, folder: Path) -> tuple[str, str]:
     path = copy / one.file
     path.write_text(path.read_text().replace(one.old, one.new))
     kind = built(one, promise)
-    if kind == "CUDA" and shutil.which("nvcc", path=PATH) is None:
+    if kind == "CUDA" and shutil.which("nvcc", path=native_build.PATH) is None:
         return "SKIPPED", "nvcc was not found"
     if kind is not None and (error := build(copy, folder / kind, kind)):
         return "FAILED", f"not built: {error}"
