@@ -123,7 +123,10 @@ def test_reductions_agree_with_truth() -> None:
     torch.testing.assert_close(total, (0.3 * row.sum() + 0.7 * col.sum()).float(), rtol=LOSS, atol=0)
 
 
-@pytest.mark.parametrize(("factor", "size"), [(-3.0, 1.0), (65536.0, 1.0), (1e25, 1.0), (1e-30, 1.0), (1e-37, 1e-6)])
+# the last: the smallest normal float32
+@pytest.mark.parametrize(
+    ("factor", "size"), [(-3.0, 1.0), (65536.0, 1.0), (1e25, 1.0), (1e-30, 1.0), (2.0**-126, 1e-6)]
+)
 @each_kind(wide(KINDS))
 def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> None:
     """From fp16 loss scaling to the subnormal weights of a mean over very many: they neither overflow nor flush."""
