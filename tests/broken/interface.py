@@ -112,6 +112,7 @@ PROMISES = [
             "losses/test_contrastive_invariants.py::test_native_passes_work_after_fork",
             "losses/test_contrastive_invariants.py::test_threads_of_python_do_not_disturb_each_other",
             "losses/test_interface.py::test_no_second_openmp_runtime_is_loaded",
+            "losses/test_interface.py::test_native_module_names_no_openmp_runtime",
         ],
         breaks=[
             Break(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import open_clip.loss
@@ -165,6 +168,13 @@ def test_no_second_openmp_runtime_is_loaded() -> None:
         "print(fastclip.backends()['cpu'], *sorted(loaded() - before))"
     )
     assert python(code) == "available"
+
+
+def test_native_module_names_no_openmp_runtime() -> None:
+    """libgomp, libomp or libiomp5: where torch's own has the system's name, the loader takes one for the other, and a
+    link to it shows only here."""
+    module = importlib.import_module("fastclip._cpu")
+    assert not re.findall(rb"lib\w*omp\w*[.](?:so|dylib)", Path(module.__file__ or "").read_bytes())
 
 
 def test_version_is_the_installed_one() -> None:
