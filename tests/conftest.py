@@ -110,7 +110,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def kind(request: pytest.FixtureRequest) -> Any:
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of a test that is parametrised by `kinds.each_kind`."""
     import fastclip
     from fastclip._backends import pick
@@ -124,6 +124,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
         from support import interpreter
 
         interpreter.replace_language_once()
+        interpreter.widen_programs(monkeypatch)
     if kind.device == "cuda":
         try:
             pick(kind.backend, torch.empty(1, 1, dtype=kind.dtype, device="cuda"))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from fastclip.triton_kernels import contrastive_bwd_vectors, features, gradients
 from triton.runtime import interpreter
 
 _CONVERT, _DOT = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
@@ -32,6 +33,14 @@ def _dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
 def mend_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_convert_float", _convert)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
+
+
+def widen_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare most of the rest: a step costs the same for any block, and kernels that go along rows have 4 or 8 of them a
+    program, for a GPU's sake. backends/test_triton.py keeps these sizes."""
+    for module in (contrastive_bwd_vectors, features, gradients):
+        assert module._ROWS < 64
+        monkeypatch.setattr(module, "_ROWS", 64)
 
 
 @functools.cache
