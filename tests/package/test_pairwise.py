@@ -1,4 +1,4 @@
-"""`@pytest.mark.pairwise` leaves every level and every pair of levels of a matrix, of what is asked for."""
+"""Of what is asked for `@pytest.mark.pairwise` keeps every pair of levels of a matrix, and `full` leaves a case out."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ def test_not_marked(kind, scale, bias): ...
 
 @pytest.mark.pairwise
 def test_no_axis(): ...
+
+@pytest.mark.parametrize("side", [1, pytest.param(9, marks=pytest.mark.full)])
+def test_slow(side): ...
 """
 
 
@@ -65,14 +68,14 @@ def test_selection_is_covered_and_full_is_all(tmp_path: Path) -> None:
         "all": [],
         "full": ["--full"],
         "few": ["-k", "test_matrix and one and seed1"],
-        "named": ["test_it.py::test_matrix[seed1-1-1-two]"],
+        "named": ["test_it.py::test_matrix[seed1-1-1-two]", "test_it.py::test_slow[9]"],
     }
     calls = [
         (name, ["--collect-only", "-q", "-p", "conftest", "-p", "no:cacheprovider", *options])
         for name, options in asked.items()
     ]
     script = f"import pytest\nfor name, call in {calls}:\n    print('>', name)\n    pytest.main(call)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "PYTEST_ADDOPTS": ""}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     found: dict[str, Counter[str]] = {}
     for line in done.stdout.splitlines():
@@ -81,7 +84,7 @@ def test_selection_is_covered_and_full_is_all(tmp_path: Path) -> None:
         elif "::" in line:
             list(found.values())[-1][line.partition("::")[2].partition("[")[0]] += 1
     whole = {"test_one_axis": 3, "test_not_marked": 8, "test_no_axis": 1}
-    assert found["full"] == {"test_matrix": 24, **whole}, done.stdout + done.stderr
-    assert {**found["all"], "test_matrix": 0} == {"test_matrix": 0, **whole}
+    assert found["full"] == {"test_matrix": 24, "test_slow": 2, **whole}, done.stdout + done.stderr
+    assert {**found["all"], "test_matrix": 0} == {"test_matrix": 0, "test_slow": 1, **whole}
     assert 12 <= found["all"]["test_matrix"] < 18  # each kind with each of the four (scale, bias)
-    assert found["few"] == {"test_matrix": 4} and found["named"] == {"test_matrix": 1}
+    assert found["few"] == {"test_matrix": 4} and found["named"] == {"test_matrix": 1, "test_slow": 1}

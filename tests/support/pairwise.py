@@ -1,4 +1,4 @@
-"""Few of a matrix of tests: each level of each axis, and each pair of levels of two axes."""
+"""Few of a matrix of tests: each level of each axis, each pair of levels of two axes; none that is marked `full`."""
 
 from __future__ import annotations
 
@@ -40,13 +40,18 @@ def levels(item: pytest.Item) -> dict[str, Hashable]:
 
 
 def split(items: Sequence[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
-    """Split collected tests into those to run and those that `@pytest.mark.pairwise` leaves to `--full`."""
+    """Split collected tests into those to run and those that are left to `--full`.
+
+    These are what `@pytest.mark.pairwise` spares, and cases marked `full` unless no other of their test was asked for.
+    """
     matrices = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("pairwise") and hasattr(item, "callspec"):
+        if hasattr(item, "callspec"):
             matrices[item.nodeid.partition("[")[0]].append(item)
     left = set()
     for matrix in matrices.values():
-        chosen = {matrix[k] for k in cover([levels(item) for item in matrix])}
-        left |= set(matrix) - chosen
+        chosen = [item for item in matrix if not item.get_closest_marker("full")] or matrix
+        if matrix[0].get_closest_marker("pairwise"):
+            chosen = [chosen[k] for k in cover([levels(item) for item in chosen])]
+        left |= set(matrix) - set(chosen)
     return [item for item in items if item not in left], [item for item in items if item in left]

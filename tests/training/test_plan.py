@@ -48,11 +48,11 @@ def small() -> Plan:
 @pytest.mark.parametrize(
     ("model", "pairs", "micro_batch", "ranks", "options"),
     [
-        ("align-tiny", 256, 256, 1, {}),  # BatchNorm, dropout, attention that the CPU stores
-        ("RN-tiny", 1024, 512, 1, {"grad_checkpointing": True}),  # cached
-        ("ViT-tiny", 1024, 1024, 1, {"precision": "bf16"}),
+        ("align-tiny", 128, 128, 1, {}),  # BatchNorm, dropout, attention that the CPU stores
+        ("RN-tiny", 512, 256, 1, {"grad_checkpointing": True}),  # cached
+        ("ViT-tiny", 512, 512, 1, {"precision": "bf16"}),
         ("wide", 16, 16, 1, {}),  # the gradients come as activations go
-        ("wide", 64, 16, 2, {}),  # DDP's buckets and the gathered texts
+        ("wide", 32, 16, 2, {}),  # DDP's buckets and the gathered texts
     ],
 )
 def test_plan_is_what_a_step_takes(

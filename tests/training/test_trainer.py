@@ -17,6 +17,7 @@ import torch
 
 from support import needs
 from support.accuracy import LOSS
+from support.faulty import write_folder
 from support.processes import start
 
 needs("train")
@@ -142,7 +143,15 @@ def test_models_have_their_authors_recipe(tmp_path: Path) -> None:
     "a stop in mid-epoch, other workers after it", "the numbers of a run that never stopped, bit for bit"
 )
 def test_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
-    changed = {"max_steps": 9, "ema": 0.9, "model": "align-tiny", "context_length": None, "batch_size": 400}
+    data = str(write_folder(tmp_path / "data", 72))  # three batches and a half: it stops in the second epoch
+    changed = {
+        "data": data,
+        "batch_size": 20,
+        "max_steps": 9,
+        "ema": 0.9,
+        "model": "align-tiny",
+        "context_length": None,
+    }
     whole = train(options(tmp_path / "a", **changed))
     begun = train(options(tmp_path / "b", stop_after=4, **changed))
     assert begun.steps == 4 and not (tmp_path / "b" / "model").exists()
@@ -226,31 +235,31 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     assert rounded.losses != plain.losses
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="inductor needs a C++ compiler")
-def test_compiled_model_has_the_same_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_compiled_model_has_the_same_losses(tmp_path: Path, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer calls no compiler by name: torch's own, inductor, takes a minute for the code of a model."""
     plain = train(options(tmp_path / "a", max_steps=3, micro_batch=8))
+    called: list[Any] = []
+
+    def compile(*args: Any, real: Any = torch.compile, **named: Any) -> Any:
+        called.append(named)
+        return real(*args, backend=compiler, **named)
+
+    monkeypatch.setattr(torch, "compile", compile)
     assert_near(train(options(tmp_path / "b", max_steps=3, micro_batch=8, compile=True)).losses, plain.losses)
+    assert called
 
 
 def test_batch_larger_than_the_data_warns_once_where_repeats_are_negatives(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(
-        options(
-            tmp_path / "a",
-            batch_size=1500,
-            micro_batch=500,
-            max_steps=2,
-            loss="clip",
-            model="align-tiny",
-            context_length=None,
-        )
-    )
+    data = str(write_folder(tmp_path / "data", 25))
+    changed: dict[str, Any] = {"data": data, "batch_size": 30, "micro_batch": 10, "model": "align-tiny"}
+    changed["context_length"] = None
+    train(options(tmp_path / "a", max_steps=2, loss="clip", **changed))
     assert [r.levelno for r in caplog.records if "repeats some" in r.message] == [logging.WARNING]
     caplog.clear()
-    run = train(
-        options(tmp_path / "b", batch_size=1500, micro_batch=500, max_steps=1, model="align-tiny", context_length=None)
-    )
+    run = train(options(tmp_path / "b", max_steps=1, **changed))
     assert "repeats some" not in caplog.text
     assert lines(run)[0]["epoch"] == 0
 
