@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("offset", [0, 5, -3, 60, 1000, -1000])
-@each_kind(GPU_KINDS)
+@each_kind(GPU_KINDS, few=True)
 def test_offset_of_a_shard(kind: Kind, offset: int) -> None:
     """Row i's positive is column i + offset, if there is one; everything equals the reference's fp64."""
     image, text = (x.to(kind.dtype) for x in pairs(50, 130, 24))
@@ -79,7 +79,7 @@ def test_panels_and_blocks(
     assert launches.repaired == [not normalize] * len(launches.repaired)
 
 
-@each_kind(GPU_KINDS)
+@each_kind(GPU_KINDS, few=True)
 def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
     """Partial sums and weights, whatever the batch."""
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
@@ -91,7 +91,7 @@ def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches
             assert sum(sizes[-2:] if "fwd" in name else sizes[-1:]) <= 2**17
 
 
-@each_kind(GPU_KINDS)
+@each_kind(GPU_KINDS, few=True)
 def test_work_and_launches(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
     """Forward 2 M N D in five launches with the norms, backward 6 M N D in seven with the products and the finish."""
     operations = counted_products(monkeypatch)
@@ -111,7 +111,7 @@ def test_work_and_launches(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches
     assert operations == [2 * M * N * D] * 2
 
 
-@each_kind(GPU_KINDS)
+@each_kind(GPU_KINDS, few=True)
 def test_every_subset_of_gradients(kind: Kind) -> None:
     image, text = kind.pairs(20, 20, 16)
     inputs = [kept(x) for x in (image, text)] + [torch.tensor(9.0, device=DEVICE)]
@@ -126,7 +126,7 @@ def test_every_subset_of_gradients(kind: Kind) -> None:
                 torch.testing.assert_close(x.grad, expected[k], rtol=0, atol=0)
 
 
-@each_kind(GPU_KINDS)
+@each_kind(GPU_KINDS, few=True)
 def test_bitwise_repeatable(kind: Kind) -> None:
     image, text = kind.pairs(140, 140, 40)
 
@@ -183,7 +183,7 @@ def test_rows_beyond_2_to_the_31(kind: Kind) -> None:
         torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-5, atol=1e-4)
 
 
-@each_kind(GPU_KINDS)
+@each_kind(GPU_KINDS, few=True)
 def test_sigmoid_without_gradients_multiplies_once(
     kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches
 ) -> None:

@@ -99,9 +99,18 @@ def wide(kinds: Iterable[Kind]) -> list[Kind]:
     return [kind for kind in kinds if kind.dtype != torch.float16]
 
 
-def each_kind(kinds: Iterable[Kind]) -> pytest.MarkDecorator:
-    """Parametrise a test by `kind`; on a machine with a GPU those that run on it are marked `gpu`."""
+def each_kind(kinds: Iterable[Kind], *, few: bool = False) -> pytest.MarkDecorator:
+    """Parametrise a test by `kind`; on a machine with a GPU those that run on it are marked `gpu`.
+
+    few: no dtype changes what is tested; of a backend that only imitates a GPU one dtype is enough, but for `--full`.
+    """
     marks = {kind: [pytest.mark.gpu] if kind.device == "cuda" else [] for kind in kinds}
+    if few:
+        seen: set[str] = set()
+        for kind in marks:
+            if kind.for_gpus and not GPU and kind.backend in seen:
+                marks[kind].append(pytest.mark.full)
+            seen.add(kind.backend)
     parameters = [pytest.param(kind, id=str(kind), marks=marks[kind]) for kind in kinds]
     return pytest.mark.parametrize("kind", parameters, indirect=True)
 

@@ -222,7 +222,8 @@ class Rank:
     def compiled(self) -> list[list[Tensor]]:
         """Pairs: compiled, and not."""
         found = []
-        for comm, options in itertools.product(COMMS, ("weighted and smoothed", "labels", "sigmoid")):
+        gathered = [("gather", options) for options in ("weighted and smoothed", "labels", "sigmoid")]
+        for comm, options in (*gathered, ("ring", "labels")):
             torch._dynamo.reset()
             batch = self.batch("equal", options)
             plain = sharded(batch, self.group, comm=comm, equal_shards=True)
