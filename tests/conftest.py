@@ -15,7 +15,7 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("support")
-from support import ROOT, pairwise, processes  # noqa: E402
+from support import ROOT, once, pairwise, processes  # noqa: E402
 
 # inductor's cache does not know for which instruction set its code was made: on another one, wrong numbers or a crash
 _COMPILED = ROOT / "build" / "inductor" / f"{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
@@ -36,9 +36,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what tests leave behind out of the user's home, and apart from what runs beside them."""
     os.environ["FASTCLIP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    once.begin(tmp_path_factory, beside_others="PYTEST_XDIST_WORKER" in os.environ)
 
 
 @pytest.fixture(scope="module", autouse=True)

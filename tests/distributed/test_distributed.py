@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,28 @@ from torch import Tensor
 import fastclip
 from support import sharded
 from support.accuracy import LOSS, SCALE_GRADIENT, Truth, check_gradient, truth, unit_roundoff
+from support.once import once
 from support.sharded import COMMS, FAULT_SECONDS, SCALE, Batch, Encoders, accuracy_cases, samples
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
 WORLDS = (1, 2, 3, 4)
 
 
-def start(W: int, *fault: str) -> list[Any] | str:
-    """What every rank left; None of a rank that left nothing. Or how they failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, sharded.__file__, str(W), folder, *fault]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-        if done.returncode:
-            return f"the ranks failed: {done.stdout[-2000:]}{done.stderr[-6000:]}"
-        paths = [Path(folder) / f"{rank}.pt" for rank in range(W)]
-        return [torch.load(path, weights_only=True) if path.exists() else None for path in paths]
+@functools.cache
+def started(W: int, *fault: str) -> list[Any] | str:
+    """What every rank left; None of a rank that left nothing. Or how they failed: one start is enough then, too."""
+    folder = once(" ".join(["ranks", str(W), *fault]), lambda folder: start(folder, W, *fault))
+    if (failed := folder / "failed").exists():
+        return failed.read_text()
+    paths = [folder / f"{rank}.pt" for rank in range(W)]
+    return [torch.load(path, weights_only=True) if path.exists() else None for path in paths]
 
 
-started = functools.cache(start)  # also where they failed: one start is enough
+def start(folder: Path, W: int, *fault: str) -> None:
+    command = [sys.executable, sharded.__file__, str(W), str(folder), *fault]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    if done.returncode:
+        (folder / "failed").write_text(f"the ranks failed: {done.stdout[-2000:]}{done.stderr[-6000:]}")
 
 
 def ranks(W: int, *fault: str) -> list[Any]:

@@ -32,6 +32,7 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.siglip.modeling_siglip import SiglipConfig, SiglipModel
 
 from fastclip.integrations import patch_open_clip, patch_transformers, unpatch
+from support.once import once
 from support.patched_ranks import clip_batch, clip_model
 
 N = 96  # pairs; no other axis of what is computed is as long
@@ -319,15 +320,18 @@ def test_command_of_open_clip_trains_to_the_same_losses(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks() -> list[dict[str, Any]]:
     """What two processes found."""
     if not hasattr(os, "fork"):
         pytest.skip("the ranks are forked")
-    folder = tmp_path_factory.mktemp("ranks")
-    # a module of tests/, as a program's folder would come first: transformers would take our kernels.py for its own
-    command = [sys.executable, "-m", "support.patched_ranks", str(folder)]
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def start(folder: Path) -> None:
+        # a module of tests/, as a program's folder would come first: transformers would take our kernels.py for its own
+        command = [sys.executable, "-m", "support.patched_ranks", str(folder)]
+        done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    folder = once("patched ranks", start)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

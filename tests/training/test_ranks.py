@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from support import needs
 from support.accuracy import LOSS
+from support.once import once
 
 needs("train")
 
@@ -74,11 +75,7 @@ def work(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    if not hasattr(os, "fork"):
-        pytest.skip("the ranks are forked")
-    folder = tmp_path_factory.mktemp("ranks")
+def start_ranks(folder: Path) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(rank, folder)) for rank in range(W)]
     for process in processes:
@@ -86,6 +83,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for process in processes:
         process.join(400)
     assert [process.exitcode for process in processes] == [0] * W
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    if not hasattr(os, "fork"):
+        pytest.skip("the ranks are forked")
+    folder = once("trained by ranks", start_ranks)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield folder
