@@ -123,9 +123,9 @@ def test_run_with_less_memory_has_the_same_losses(tmp_path: Path, how: dict[str,
 
 
 @pytest.mark.parametrize("loss", ["clip", "unicl", "align", "convirt", "siglip"])
-def test_hundred_steps_agree_with_the_dense_loss(tmp_path: Path, loss: str) -> None:
-    """The reference backend is the dense formula in torch."""
-    changed = {"loss": loss, "max_steps": 100, "lr": 1e-4, "batch_size": 16}
+def test_steps_agree_with_the_dense_loss(tmp_path: Path, loss: str) -> None:
+    """The reference backend is the dense formula in torch. A hundred steps of it: test_hundred_steps.py."""
+    changed = {"loss": loss, "max_steps": 30, "lr": 3e-4, "batch_size": 16}
     fused, dense = (train(options(tmp_path / b, backend=b, **changed)) for b in ("cpu", "reference"))
     assert (fused.backend, dense.backend) == ("cpu", "reference")
     assert fused.losses[-1] < fused.losses[0]
