@@ -1,0 +1,50 @@
+"""What a run makes once for all its processes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from support import once as module
+from support.once import once
+from support.processes import ended, forked, forks
+
+
+@pytest.fixture(autouse=True)
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(module, "_run", tmp_path)
+    return tmp_path
+
+
+def test_second_call_makes_nothing() -> None:
+    first = once("thing", lambda folder: (folder / "made").touch())
+    assert once("thing", lambda folder: pytest.fail("made again")) == first and (first / "made").exists()
+    assert once("other", lambda folder: None) != first
+
+
+def test_what_was_not_finished_is_made_anew() -> None:
+    def fails(folder: Path) -> None:
+        (folder / "half").touch()
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        once("thing", fails)
+    found = once("thing", lambda folder: (folder / "whole").touch())
+    assert [path.name for path in found.iterdir()] == ["whole"]
+
+
+@forks
+def test_processes_that_ask_at_the_same_time_wait_for_one(run: Path) -> None:
+    def make(folder: Path) -> None:
+        with (run / "calls").open("a") as calls:
+            calls.write("called\n")
+        time.sleep(0.2)
+        (folder / "made").touch()
+
+    def asks() -> None:
+        assert (once("thing", make) / "made").exists()
+
+    assert [ended(pid) for pid in [forked(asks) for _ in range(4)]] == [0] * 4
+    assert (run / "calls").read_text() == "called\n"
