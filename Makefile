@@ -19,7 +19,7 @@ demo: $(VENV)/.installed-train ## train on handwritten digits, print zero-shot a
 test: lint ## what needs no GPU; what measures time runs alone, after the rest
 	@TIMEFORMAT='make test: %0R seconds'; time { \
 	$(PYTEST) $(TEST) --ignore tests/benchmarks $(SIDE_BY_SIDE) -m "not alone" && \
-	$(PYTEST) $(TEST) -m alone $$(grep -rlw mark.alone tests --include='test_*.py'); }
+	$(PYTEST) $(TEST) -m alone $$(grep -rlw mark.alone tests --include='test_*.py' --exclude-dir benchmarks); }
 
 bench-test: $(VENV)/.installed-dev ## the harness of the benchmarks
 	$(PYTEST) $(TEST) tests/benchmarks

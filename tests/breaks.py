@@ -120,20 +120,22 @@ def build(copy: Path, folder: Path, kind: str) -> str | None:
 def make_copy(copy: Path, stores: Path) -> None:
     """Copy the repository, with new times of its files: what the last break changed must be compiled again.
 
-    What its tests build and compile is kept in `stores`, for the breaks that do not change it.
+    What its tests build is kept in `stores`, for the breaks that do not change it (`support/store.py`).
     """
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*_NOT_COPIED), copy_function=shutil.copy)
     # beside an editable installation the copy's own kernels must be found first
     (copy / "fastclip" / "triton_kernels").symlink_to(copy / "triton_kernels")
+    # not what inductor compiled: it knows our operators by name and not by their code
     stores.mkdir(exist_ok=True)
-    (copy / "build").symlink_to(stores)
+    (copy / "build").mkdir()
+    (copy / "build" / "stored").symlink_to(stores)
 
 
 def try_break(promise: Promise, one: Break, folder: Path) -> tuple[str, str]:
     """Return "caught", "MISSED", "SKIPPED" or "FAILED", and what there is to say about it."""
     copy = folder / "copy"
-    make_copy(copy, folder / "build")
+    make_copy(copy, folder / "stored")
     path = copy / one.file
     path.write_text(path.read_text().replace(one.old, one.new))
     kind = built(one, promise)

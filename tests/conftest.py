@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run the full product of every matrix, not pairs of levels")
+    parser.addoption("--full", action="store_true", help="run every case: whole matrices, and cases marked full")
 
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave
@@ -36,10 +36,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _folders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> None:
     """Keep what tests leave behind out of the user's home, and apart from what runs beside them."""
     os.environ["FASTCLIP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    once.begin(tmp_path_factory, beside_others="PYTEST_XDIST_WORKER" in os.environ)
+    once.begin(tmp_path_factory, beside_others=hasattr(request.config, "workerinput"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,15 +24,14 @@ def test_second_call_makes_nothing() -> None:
     assert once("other", lambda folder: None) != first
 
 
-def test_what_was_not_finished_is_made_anew() -> None:
+def test_failure_is_told_to_all_who_ask_later() -> None:
     def fails(folder: Path) -> None:
-        (folder / "half").touch()
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
         once("thing", fails)
-    found = once("thing", lambda folder: (folder / "whole").touch())
-    assert [path.name for path in found.iterdir()] == ["whole"]
+    with pytest.raises(pytest.fail.Exception, match=r"'thing' was not made:[^$]*the disk is gone"):
+        once("thing", lambda folder: None)
 
 
 @forks

@@ -16,7 +16,7 @@ FP32_GRADIENT = 3e-5  # relative Frobenius
 SCALE_GRADIENT = 1e-4  # relative
 TENSOR_CORES = 2.0**-27  # of a logit, times scale and D: their sums truncate (2^-28 was seen)
 DENSE_FACTOR = 2.0  # never worse than this times the dense formula in the same dtype
-PEAK_MIB = 100  # beyond inputs and their gradients, at N = 16,384
+PEAK_MIB = 100  # beyond inputs and their gradients, at N = 16,384 and less
 FP32_SUM = 2.0**-21  # a few roundings of a sum of products, relative to the sum of their magnitudes
 COLLAPSED = 4.0  # times as much where all features are one: equal terms round in one direction
 FP32_MEAN = 2.0**-18  # likewise of label smoothing's means over all rows

@@ -128,7 +128,7 @@ def launched(chip: int) -> list[dict[str, Any]]:
             launch_everything(512, dtype, False, False, True)
         launch_everything(512, torch.float32, True, False, True)
         launch_everything(512, torch.bfloat16, True, True, True)
-        if chip >= 90:  # elsewhere the last one's code, without the own pairs left out, is enough
+        if chip >= 90:  # before, the launch above compiles the same code and the exclusion of own pairs
             launch_everything(512, torch.bfloat16, True, False, True)
         launch_everything(59, torch.float16, False, False, False)  # a tail of D
     return machines

@@ -36,8 +36,8 @@ def mend_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def widen_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare most of the rest: a step costs the same for any block, and kernels that go along rows have 4 or 8 of them a
-    program, for a GPU's sake. backends/test_triton.py keeps these sizes."""
+    """Let the kernels that go along rows take 64 of them a program, not a GPU's 4 or 8: most of the interpreter's time
+    is spent by program, whatever its size. backends/test_triton.py keeps the real sizes."""
     for module in (contrastive_bwd_vectors, features, gradients):
         assert module._ROWS < 64
         monkeypatch.setattr(module, "_ROWS", 64)

@@ -102,7 +102,7 @@ def wide(kinds: Iterable[Kind]) -> list[Kind]:
 def each_kind(kinds: Iterable[Kind], *, few: bool = False) -> pytest.MarkDecorator:
     """Parametrise a test by `kind`; on a machine with a GPU those that run on it are marked `gpu`.
 
-    few: no dtype changes what is tested; of a backend that only imitates a GPU one dtype is enough, but for `--full`.
+    few: the dtype changes nothing. Without a GPU a test takes one dtype of each backend for GPUs, all with `--full`.
     """
     marks = {kind: [pytest.mark.gpu] if kind.device == "cuda" else [] for kind in kinds}
     if few:

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import fcntl
-import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 _run: Path | None = None  # of all processes
 
 
 def begin(factory: pytest.TempPathFactory, *, beside_others: bool) -> None:
-    """Of this process: where `once` keeps what it makes."""
+    """Choose where `once` keeps what it makes, for this process."""
     global _run
     folder = factory.getbasetemp()  # of a process of pytest-xdist it lies in that of all
     _run = folder.parent if beside_others else folder
 
 
 def once(name: str, make: Callable[[Path], object]) -> Path:
-    """The folder that `make` fills, in one process of a run; tests only read it. Where it raises it is asked again."""
+    """Return the folder that `make` filled, once a run. Tests only read it.
+
+    Where `make` raises, every later caller fails at once and is told why.
+    """
     assert _run is not None
-    place, made = _run / "once" / name, _run / "once" / f"{name}.made"
+    place = _run / "once" / name
+    made, failed = (place.with_name(f"{name}.{end}") for end in ("made", "failed"))
     place.parent.mkdir(exist_ok=True)
-    with made.with_suffix(".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process dies
+    with FileLock(place.with_name(f"{name}.lock")):
+        if failed.exists():
+            pytest.fail(f"{name!r} was not made:\n{failed.read_text()}", pytrace=False)
         if not made.exists():
-            shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
-            make(place)
+            try:
+                make(place)
+            except Exception:
+                failed.write_text(traceback.format_exc())
+                raise
             made.touch()
     return place

@@ -223,7 +223,7 @@ class Rank:
         """Pairs: compiled, and not."""
         found = []
         gathered = [("gather", options) for options in ("weighted and smoothed", "labels", "sigmoid")]
-        for comm, options in (*gathered, ("ring", "labels")):
+        for comm, options in (*gathered, ("ring", "labels"), ("ring", "sigmoid")):
             torch._dynamo.reset()
             batch = self.batch("equal", options)
             plain = sharded(batch, self.group, comm=comm, equal_shards=True)
