@@ -1,4 +1,4 @@
-"""What a run makes once for all its processes."""
+"""Tests of `once`, which makes a folder for all processes of a run."""
 
 from __future__ import annotations
 
@@ -32,6 +32,19 @@ def test_failure_is_told_to_all_who_ask_later() -> None:
         once("thing", fails)
     with pytest.raises(pytest.fail.Exception, match=r"'thing' was not made:[^$]*the disk is gone"):
         once("thing", lambda folder: None)
+
+
+def test_timeout_of_a_test_is_told_too() -> None:
+    with pytest.raises(pytest.fail.Exception, match="too long"):
+        once("thing", lambda folder: pytest.fail("too long"))
+    with pytest.raises(pytest.fail.Exception, match=r"'thing' was not made:[^$]*too long"):
+        once("thing", lambda folder: None)
+
+
+def test_half_of_a_process_that_was_killed_is_removed(run: Path) -> None:
+    (run / "once" / "thing").mkdir(parents=True)
+    (run / "once" / "thing" / "half").touch()
+    assert not [*once("thing", lambda folder: None).iterdir()]
 
 
 @forks

@@ -1,4 +1,4 @@
-"""Of what is asked for `@pytest.mark.pairwise` keeps every pair of levels of a matrix, and `full` leaves a case out."""
+"""Tests of what runs without --full: every pair of levels of a `pairwise` matrix, and no case marked `full`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What several tests look at is made once a run, by the process of pytest-xdist that asks first; the others wait."""
+"""Folders that several tests read, each made once a run by the process of pytest-xdist that asks first."""
 
 from __future__ import annotations
 
+import shutil
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -32,10 +33,11 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
         if failed.exists():
             pytest.fail(f"{name!r} was not made:\n{failed.read_text()}", pytrace=False)
         if not made.exists():
+            shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
             place.mkdir()
             try:
                 make(place)
-            except Exception:
+            except BaseException:  # a test's timeout, too
                 failed.write_text(traceback.format_exc())
                 raise
             made.touch()

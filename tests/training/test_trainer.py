@@ -254,8 +254,7 @@ def test_batch_larger_than_the_data_warns_once_where_repeats_are_negatives(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = str(write_folder(tmp_path / "data", 25))
-    changed: dict[str, Any] = {"data": data, "batch_size": 30, "micro_batch": 10, "model": "align-tiny"}
-    changed["context_length"] = None
+    changed = {"data": data, "batch_size": 30, "micro_batch": 10, "model": "align-tiny", "context_length": None}
     train(options(tmp_path / "a", max_steps=2, loss="clip", **changed))
     assert [r.levelno for r in caplog.records if "repeats some" in r.message] == [logging.WARNING]
     caplog.clear()
