@@ -94,10 +94,12 @@ def _ended(loaded: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if workers := getattr(loaded, "_workers", ()):
+        # Where the interpreter ends they have ended, too; and before Python 3.12 it starts a thread all the same, and
+        # waits for ever for it to run.
+        if (workers := getattr(loaded, "_workers", ())) and not sys.is_finalizing():
             patience = threading.Timer(_PATIENCE, lambda: [worker.terminate() for worker in workers])
             patience.daemon = True
-            with suppress(RuntimeError):  # the interpreter ends, and starts no thread
+            with suppress(RuntimeError):  # from Python 3.12 on: the interpreter is about to end, and starts no thread
                 patience.start()
             with suppress(RuntimeError):  # torch's word for a worker that is ended
                 loaded._shutdown_workers()

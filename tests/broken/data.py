@@ -172,6 +172,7 @@ PROMISES = [
         "Worker processes neither warn nor hang, hold no file open, and outlive Ctrl-C until a checkpoint is saved",
         tests=[
             "data/test_loader.py::test_tokenizers_neither_warn_nor_hang_in_workers",
+            "data/test_loader.py::test_program_ends_that_left_its_batches_half_way",
             "data/test_loader.py::test_batches_hold_no_file_open",
             "data/test_loader.py::test_workers_are_outside_the_callers_process_group",
         ],

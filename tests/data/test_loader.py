@@ -309,6 +309,30 @@ def test_workers_are_outside_the_callers_process_group() -> None:
     assert images[0, 0].item() != os.getpgrp()
 
 
+_LEFT_HALF_WAY = """
+import sys
+import torch
+from torchvision.transforms import ToTensor
+from fastclip.data.loader import training_batches
+from fastclip.data.spec import open_source
+
+def tokenize(texts):
+    return torch.zeros(len(texts), 4)
+
+steps = training_batches(open_source(sys.argv[1]), ToTensor(), tokenize, batch_size=4, last_step=200, workers=2)
+print(len(next(iter(steps))))
+"""
+
+
+def test_program_ends_that_left_its_batches_half_way(tmp_path: Path) -> None:
+    for k in range(8):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text("a caption\n")
+    command = [sys.executable, "-c", _LEFT_HALF_WAY, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
 def test_batches_hold_no_file_open() -> None:
     """A step of many micro-batches is kept whole, and a process may often have 1,024 files open."""
     before = len(os.listdir("/proc/self/fd"))
