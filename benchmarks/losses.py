@@ -15,7 +15,19 @@ from benchmarks.peers import CONSTANT_SCALE, PEERS, Loss, Unavailable, build
 from fastclip.bench.losses import CheckFailed, leaves_of, step_of
 from fastclip.machine import available_bytes
 
-__all__ = ["CheckFailed", "check", "check_one", "fitting", "found", "leaves_of", "named", "names", "setup", "step_of"]
+__all__ = [
+    "CheckFailed",
+    "check",
+    "check_one",
+    "fitting",
+    "found",
+    "leaves_of",
+    "named",
+    "names",
+    "on_cpu",
+    "setup",
+    "step_of",
+]
 
 PEER, FLOOR = "open_clip", "floor"
 MODES = {"softmax": ("forward", "backward", "both"), "sigmoid": ("both",)}
@@ -60,13 +72,16 @@ def found(loss: str, device: str, wanted: Iterable[str]) -> tuple[dict[str, Loss
     return losses, status
 
 
-LOSSES = {loss: found(loss, "cpu", names(loss, "cpu"))[0] for loss in MODES}
+@functools.cache
+def on_cpu(loss: str) -> dict[str, Loss]:
+    """Every provider's loss that can run here without a GPU."""
+    return found(loss, "cpu", names(loss, "cpu"))[0]
 
 
 def named(wanted: str | None, device: str = "cpu") -> list[str]:
     """The providers of a list separated by commas; all of them without one. ValueError where one is not for here."""
     if device == "cpu":
-        known = list(dict.fromkeys(name for losses in LOSSES.values() for name in losses))
+        known = list(dict.fromkeys(name for loss in MODES for name in on_cpu(loss)))
     else:
         known = list(dict.fromkeys(name for loss in MODES for name in names(loss, device)))
     chosen = wanted.split(",") if wanted else known
@@ -84,7 +99,7 @@ def fitting(case: Case, wanted: Iterable[str], available: float) -> list[str]:
 def selected(case: Case, wanted: Iterable[str], available: float) -> dict[str, Loss]:
     """The losses among `wanted` that a CPU runs in this mode with `available` bytes, the floor's among them."""
     chosen = set(fitting(case, wanted, available - _floor_bytes(case)))
-    return {name: loss for name, loss in LOSSES[case.loss].items() if name in chosen}
+    return {name: loss for name, loss in on_cpu(case.loss).items() if name in chosen}
 
 
 def setup(case: Case, wanted: Iterable[str]) -> list[Provider]:
@@ -94,7 +109,7 @@ def setup(case: Case, wanted: Iterable[str]) -> list[Provider]:
     torch.compiler.reset()  # a compiled loss keeps eight shapes at most
     available = available_bytes()
     losses = selected(case, wanted, available)
-    check(leaves, losses, LOSSES[case.loss][PEER])
+    check(leaves, losses, on_cpu(case.loss)[PEER])
     providers = [Provider(name, functools.partial(step_of, case, loss, leaves)) for name, loss in losses.items()]
     if _floor_bytes(case) > available:
         return providers

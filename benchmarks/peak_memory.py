@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor, ones_like
 
 from benchmarks.harness import Case
-from benchmarks.losses import COMPILED, LOSSES, leaves_of
+from benchmarks.losses import COMPILED, MODES, found, leaves_of
 from benchmarks.peers import Loss
 
 
@@ -54,7 +54,7 @@ def _step(function: Loss, image: Tensor, text: Tensor, *scalars: Tensor) -> None
 def measure(loss: str, provider: str, N: int, D: int, dtype: str) -> float:
     """MiB of peak memory beyond the features and their gradients, in this process."""
     return_what_is_freed()
-    function = LOSSES[loss][provider]
+    function = found(loss, "cpu", [provider])[0][provider]
     # The small one loads libraries and starts threads. A loss that is compiled for its shape runs there once before it
     # is measured; the others meet N only then, so that a buffer kept between steps counts.
     for size in (8, N, N) if provider in COMPILED else (8, N):
@@ -74,7 +74,7 @@ def measure_in_child(case: Case, provider: str) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--loss", choices=LOSSES, default="softmax")
+    parser.add_argument("--loss", choices=MODES, default="softmax")
     parser.add_argument("--provider", required=True)
     parser.add_argument("--N", type=int, required=True)
     parser.add_argument("--D", type=int, required=True)

@@ -89,7 +89,7 @@ class AsOpenClip:
 
 
 # A ResNet and a ViT of each activation; the next test has models for CPUs, which open_clip builds from our files
-OPEN_CLIP = ["RN50", pytest.param("ViT-B-32", marks=pytest.mark.full), "ViT-B-16-quickgelu"]
+OPEN_CLIP = [*(pytest.param(name, marks=pytest.mark.full) for name in ("RN50", "ViT-B-32")), "ViT-B-16-quickgelu"]
 
 
 @pytest.mark.parametrize("name", OPEN_CLIP)

@@ -146,12 +146,13 @@ def test_checkpointed_gradients_are_the_same(name: str) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=key)
 
 
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("aot_eager", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", TINY)
-def test_compiles_without_breaks(name: str) -> None:
+def test_compiles_without_breaks(name: str, compiler: str) -> None:
     torch.manual_seed(0)
     model = fastclip.create_model(name).eval()
     images, ids = inputs(name)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     for found, expected in zip(compiled(images, ids), model(images, ids), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

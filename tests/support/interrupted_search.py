@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import torch
 
 from fastclip.data.spec import open_source
@@ -67,6 +68,9 @@ def main() -> None:
     source = open_source(str(folder / "data"))
     torch.manual_seed(0)
     embedder = Embedder(create_model("ViT-tiny"), ClipTokenizer(), name="ViT-tiny")
+    # what every child would load for itself: Pillow's formats, and pandas, for which pyarrow looks
+    source[0].image.load()
+    pyarrow.Table.from_pylist([{"key": 0}])
     for task in ("filter", "embed"):
 
         def killed(task: str = task) -> None:

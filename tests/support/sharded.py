@@ -8,7 +8,9 @@ The processes are forked, so that torch is imported once, and meet at a file of 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -32,11 +34,6 @@ from torch import Tensor
 import fastclip
 from fastclip.distributed import collectives, ring
 from support.accuracy import counted_products, pairs
-
-try:
-    import open_clip.loss as open_clip_loss  # before the fork: it takes seconds
-except ImportError:
-    open_clip_loss = None
 
 SCALE = 7.0
 SHARDS = {"equal": [6, 6, 6, 6], "unequal": [7, 0, 3, 5], "empty last": [0, 5, 4, 0], "large": [150, 150, 150, 150]}
@@ -170,17 +167,17 @@ class Rank:
 
     def open_clip(self) -> list[list[list[Tensor]]]:
         """Ours and open_clip's, modules with the same arguments, on normalised features."""
-        if open_clip_loss is None:
+        if (theirs := sys.modules.get("open_clip.loss")) is None:  # it is not installed
             return []
         batch = self.batch("equal", "plain", "float64")
         image, text = (F.normalize(x[batch.own], dim=1) for x in (batch.image, batch.text))
         scale, bias = torch.tensor(SCALE, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
         world = {"rank": self.rank, "world_size": self.W}
         found = []
-        for module in (fastclip.ClipLoss, open_clip_loss.ClipLoss):
+        for module in (fastclip.ClipLoss, theirs.ClipLoss):
             found.append([run(module(local_loss=True, gather_with_grad=True, **world), image, text, scale)])
-        for module, outs in zip((fastclip.SigLipLoss, open_clip_loss.SigLipLoss), found):
-            for dist_impl in ("bidir", "shift", "reduce", "gather") if self.W > 1 else ("bidir",):
+        for module, outs in zip((fastclip.SigLipLoss, theirs.SigLipLoss), found):
+            for dist_impl in ("bidir", "shift", "reduce", "gather"):
                 outs.append(run(module(dist_impl=dist_impl, **world), image, text, scale, bias))
         return found
 
@@ -219,15 +216,15 @@ class Rank:
         errors.append(refused(twice, fastclip.sigmoid_loss, SCALE, -3.0, comm="ring", backend="reference"))
         return found, errors
 
-    def compiled(self) -> list[list[Tensor]]:
-        """Pairs: compiled, and not."""
+    def compiled(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Pairs: not compiled, and compiled."""
         found = []
-        gathered = [("gather", options) for options in ("weighted and smoothed", "labels", "sigmoid")]
-        for comm, options in (*gathered, ("ring", "labels"), ("ring", "sigmoid")):
+        cases = [("gather", "weighted and smoothed", True), ("gather", "labels", False), ("gather", "sigmoid", True)]
+        for comm, options, whole in (*cases, ("ring", "labels", True), ("ring", "sigmoid", False)):
             torch._dynamo.reset()
             batch = self.batch("equal", options)
             plain = sharded(batch, self.group, comm=comm, equal_shards=True)
-            found.append([*plain, *self.compiled_once(batch, comm, True), *self.compiled_once(batch, comm, False)])
+            found.append((plain, self.compiled_once(batch, comm, whole)))
         return found
 
     def compiled_once(self, batch: Batch, comm: str, whole: bool, backend: str = "aot_eager") -> list[Tensor]:
@@ -255,11 +252,13 @@ class Rank:
             patch.setattr(collectives, "all_gather", watched("all_gather", collectives.all_gather))
             for name in ("all_to_all_single", "all_reduce"):
                 patch.setattr(dist, name, watched(name, getattr(dist, name)))
-            sharded(batch, self.group, equal_shards=True)
-            orders.append(list(called))
-            called.clear()
-            self.compiled_once(batch, "gather", True, "inductor")
-            orders.append(list(called))
+            for is_compiled in (False, self.rank > 0):  # beside a rank that is not
+                called.clear()
+                if is_compiled:
+                    self.compiled_once(batch, "gather", True, "inductor")
+                else:
+                    sharded(batch, self.group, equal_shards=True)
+                orders.append(list(called))
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         compiled = torch.compile(fastclip.contrastive_loss, fullgraph=True, backend="eager")
@@ -446,7 +445,8 @@ def samples(step: int, W: int) -> Tensor:
 
 CASES = [name for name in vars(Rank) if not name.startswith("_") and name not in ("batch", "compiled_once")]
 # Compiling takes seconds; with one rank nothing travels, and nobody disagrees
-WORLDS = {"compiled": [2], "compiled_order": [2], "refusals": [2, 3, 4], "delays": [2, 3, 4], "groups": [2, 3, 4]}
+WORLDS = {"compiled": [2], "compiled_order": [2]}
+WORLDS |= {name: [2, 3, 4] for name in ("refusals", "delays", "groups", "open_clip")}
 FAULT_SECONDS = 2.0  # the group's timeout where a rank ends or stops
 
 
@@ -483,6 +483,9 @@ def work_with_fault(rank: int, W: int, folder: Path, fault: str) -> None:
 
 def main() -> None:
     W, folder = int(sys.argv[1]), Path(sys.argv[2])
+    if len(sys.argv) == 3 and W > 1:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("open_clip.loss")  # before the fork: it takes seconds
     context = multiprocessing.get_context("fork")
     target = (work_with_fault, *sys.argv[3:]) if len(sys.argv) > 3 else (work,)
     processes = [context.Process(target=target[0], args=(rank, W, folder, *target[1:])) for rank in range(W)]
