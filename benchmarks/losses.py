@@ -24,7 +24,7 @@ __all__ = [
     "leaves_of",
     "named",
     "names",
-    "on_cpu",
+    "cpu_losses",
     "setup",
     "step_of",
 ]
@@ -73,7 +73,7 @@ def found(loss: str, device: str, wanted: Iterable[str]) -> tuple[dict[str, Loss
 
 
 @functools.cache
-def on_cpu(loss: str) -> dict[str, Loss]:
+def cpu_losses(loss: str) -> dict[str, Loss]:
     """Every provider's loss that can run here without a GPU."""
     return found(loss, "cpu", names(loss, "cpu"))[0]
 
@@ -81,7 +81,7 @@ def on_cpu(loss: str) -> dict[str, Loss]:
 def named(wanted: str | None, device: str = "cpu") -> list[str]:
     """The providers of a list separated by commas; all of them without one. ValueError where one is not for here."""
     if device == "cpu":
-        known = list(dict.fromkeys(name for loss in MODES for name in on_cpu(loss)))
+        known = list(dict.fromkeys(name for loss in MODES for name in cpu_losses(loss)))
     else:
         known = list(dict.fromkeys(name for loss in MODES for name in names(loss, device)))
     chosen = wanted.split(",") if wanted else known
@@ -99,7 +99,7 @@ def fitting(case: Case, wanted: Iterable[str], available: float) -> list[str]:
 def selected(case: Case, wanted: Iterable[str], available: float) -> dict[str, Loss]:
     """The losses among `wanted` that a CPU runs in this mode with `available` bytes, the floor's among them."""
     chosen = set(fitting(case, wanted, available - _floor_bytes(case)))
-    return {name: loss for name, loss in on_cpu(case.loss).items() if name in chosen}
+    return {name: loss for name, loss in cpu_losses(case.loss).items() if name in chosen}
 
 
 def setup(case: Case, wanted: Iterable[str]) -> list[Provider]:
@@ -109,7 +109,7 @@ def setup(case: Case, wanted: Iterable[str]) -> list[Provider]:
     torch.compiler.reset()  # a compiled loss keeps eight shapes at most
     available = available_bytes()
     losses = selected(case, wanted, available)
-    check(leaves, losses, on_cpu(case.loss)[PEER])
+    check(leaves, losses, cpu_losses(case.loss)[PEER])
     providers = [Provider(name, functools.partial(step_of, case, loss, leaves)) for name, loss in losses.items()]
     if _floor_bytes(case) > available:
         return providers

@@ -20,7 +20,7 @@ from support import ROOT, once, pairwise, processes  # noqa: E402
 # inductor's cache does not know for which instruction set its code was made: on another one, wrong numbers or a crash
 _COMPILED = ROOT / "build" / "inductor" / f"{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_COMPILED))
-# its own processes cost more imports than they save: kernels here are few, and tests run side by side as it is
+# inductor's worker processes cost more in imports than they save: kernels are few, and tests run side by side
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported

@@ -94,8 +94,8 @@ def _ended(loaded: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # Where the interpreter ends they have ended, too; and before Python 3.12 it starts a thread all the same, and
-        # waits for ever for it to run.
+        # When the interpreter finalizes, multiprocessing has ended the workers already. A thread started then never
+        # runs, and before Python 3.12 Thread.start waits for it for ever.
         if (workers := getattr(loaded, "_workers", ())) and not sys.is_finalizing():
             patience = threading.Timer(_PATIENCE, lambda: [worker.terminate() for worker in workers])
             patience.daemon = True

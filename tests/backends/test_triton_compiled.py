@@ -74,7 +74,9 @@ def machines() -> dict[int, list[dict[str, Any]]]:
 def test_no_kernel_spills(machines: dict[int, list[dict[str, Any]]], chip: int) -> None:
     found = machines[chip]
     assert {m["kernel"] for m in found} >= TILES
-    told = [f"{m['kernel']} {m['variant']}: {m}" for m in found if m["stack"] or m["local"] or m["LDL"] or m["STL"]]
+    told = [
+        f"{m['kernel']} {m['variant']}: {m}" for m in found if m["stack"] or m["local"] or m.get("LDL") or m.get("STL")
+    ]
     assert not told, "\n".join(told)
     assert all(m["shared"] <= SHARED[chip] for m in found)
 

@@ -99,19 +99,19 @@ def test_plot_refuses_other_files(tmp_path: Path) -> None:
         plot.read(write(path, "forward, 1024, float32, fastclip, 1.0, 90.0, 3.0,"))
 
 
-PROVIDERS = [(loss, name) for loss in losses.MODES for name in losses.on_cpu(loss)]
+PROVIDERS = [(loss, name) for loss in losses.MODES for name in losses.cpu_losses(loss)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("loss", "provider"), PROVIDERS)
 def test_provider_agrees_with_open_clip(loss: str, provider: str, dtype: str) -> None:
-    found = losses.on_cpu(loss)
+    found = losses.cpu_losses(loss)
     losses.check(losses.leaves_of(Case(loss, "both", N, D, dtype)), {provider: found[provider]}, found[losses.PEER])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_check_sees_wrong_losses(dtype: str) -> None:
-    right = losses.on_cpu("softmax")[losses.PEER]
+    right = losses.cpu_losses("softmax")[losses.PEER]
     leaves = losses.leaves_of(Case("softmax", "both", N, D, dtype))
     with pytest.raises(AssertionError, match="value is off"):
         losses.check(leaves, {"value is off": lambda image, text, scale: 1.1 * right(image, text, scale)}, right)
@@ -124,13 +124,13 @@ def test_check_sees_wrong_losses(dtype: str) -> None:
 
 
 def test_providers_are_those_that_can_run() -> None:
-    assert ("linear_cross_entropy" in losses.on_cpu("softmax")) == hasattr(F, "linear_cross_entropy")
-    assert losses.named(None) == list(losses.on_cpu("softmax"))
+    assert ("linear_cross_entropy" in losses.cpu_losses("softmax")) == hasattr(F, "linear_cross_entropy")
+    assert losses.named(None) == list(losses.cpu_losses("softmax"))
     assert losses.named("fastclip") == ["fastclip"]
     with pytest.raises(ValueError, match="no provider clipfast here"):
         losses.named("fastclip,clipfast")
 
-    everything, room = tuple(losses.on_cpu("softmax")), 1e12
+    everything, room = tuple(losses.cpu_losses("softmax")), 1e12
     assert tuple(losses.selected(Case("softmax", "both", N, D, "float32"), everything, room)) == everything
     for mode in ("forward", "backward"):
         found = set(losses.selected(Case("softmax", mode, N, D, "float32"), everything, room))

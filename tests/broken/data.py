@@ -184,6 +184,12 @@ PROMISES = [
                 new="",
             ),
             Break(
+                "data: a thread is started as the interpreter ends, which hangs before Python 3.12",
+                "fastclip/data/workers.py",
+                old=" and not sys.is_finalizing()",
+                new="",
+            ),
+            Break(
                 "data: batches stay in shared memory",
                 "fastclip/data/workers.py",
                 old="return tensor.clone() if tensor.is_shared() else tensor",

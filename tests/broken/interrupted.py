@@ -181,7 +181,7 @@ PROMISES = [
             "training/test_interrupted.py::test_signal_ends_a_command_with_a_checkpoint",
             "training/test_interrupted.py::test_interrupted_run_raises_and_restores_the_handlers",
             "training/test_interrupted.py::test_signal_to_one_rank_ends_all_after_the_same_step",
-            "training/test_interrupted.py::test_torchrun_restarts_a_run_whose_rank_was_killed_and_passes_a_signal_on",
+            "training/test_interrupted.py::test_torchrun_passes_a_signal_on",
             "training/test_interrupted.py::test_second_signal_ends_the_process_at_once",
         ],
         breaks=[
@@ -275,7 +275,7 @@ PROMISES = [
         STOPS,
         "A restart by torchrun resumes by itself",
         tests=[
-            "training/test_interrupted.py::test_torchrun_restarts_a_run_whose_rank_was_killed_and_passes_a_signal_on",
+            "training/test_interrupted.py::test_torchrun_restarts_a_run_whose_rank_was_killed",
             "training/test_interrupted.py::test_ranks_meet_where_no_dead_rank_has_been",
         ],
         breaks=[

@@ -103,7 +103,7 @@ def no_grad_loss(given: tuple[Tensor, ...]) -> Tensor:
         return fastclip.sigmoid_loss(*given)
 
 
-@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("compiler", [pytest.param("inductor", marks=pytest.mark.full), "aot_eager"])
 def test_sigmoid_compiles_whole(compiler: str) -> None:
     def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return fastclip.sigmoid_loss(2 * image, text, scale.exp(), bias)

@@ -110,9 +110,14 @@ def test_open_clip_both_ways(name: str, tmp_path: Path) -> None:
     assert_same_features(ours, open_clip.create_model(name, pretrained=str(tmp_path / "back.safetensors")))
 
 
-@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
+@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny", "RN-tiny with two blocks a stage"])
 @pytest.mark.parametrize("target", ["x.pt", "x.safetensors", "folder"])
 def test_open_clip_forms(name: str, target: str, tmp_path: Path) -> None:
+    if name.endswith("two blocks a stage"):
+        values = fastclip.create_model("RN-tiny", device="meta").config.to_dict()
+        values["vision_cfg"]["layers"] = [2, 2, 2, 2]
+        name = str(tmp_path / "two.json")
+        Path(name).write_text(json.dumps(values))
     torch.manual_seed(0)
     ours = fastclip.create_model(name)
     scatter(ours).save_pretrained(tmp_path / "ours")  # type: ignore[operator]

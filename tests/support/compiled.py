@@ -68,7 +68,7 @@ def _read(compiled: Any) -> dict[str, int]:
         sass = dump("-sass") if "tt.dot" in compiled.asm["ttir"] else None
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
-    counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", sass)) for name in INSTRUCTIONS if sass is not None}
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", sass)) for name in INSTRUCTIONS} if sass else {}
     return {**dict(zip(("registers", "stack", "local"), map(int, found.groups()))), **counts}
 
 
@@ -132,7 +132,7 @@ def launched(chip: int) -> list[dict[str, Any]]:
         launch_everything(512, torch.bfloat16, True, True, True)
         if chip >= 90:  # before, the launch above compiles the same code and the exclusion of own pairs
             launch_everything(512, torch.bfloat16, True, False, True)
-        # a tail of D; tiles of float16 differ in more than the type of a product from Hopper on
+        # a tail of D; before Hopper, tiles of float16 come to the registers and instructions of bfloat16's
         launch_everything(59, torch.float16 if chip >= 90 else torch.bfloat16, False, False, False)
     return machines
 

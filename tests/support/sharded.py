@@ -453,7 +453,7 @@ FAULT_SECONDS = 2.0  # the group's timeout where a rank ends or stops
 def work(rank: int, W: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    seconds = datetime.timedelta(seconds=120)
+    seconds = datetime.timedelta(seconds=300)  # a rank waits for another that compiles
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W, timeout=seconds)
     cases = Rank(rank, W)
     found = {name: getattr(cases, name)() for name in CASES if W in WORLDS.get(name, [W])}
