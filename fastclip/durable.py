@@ -1,7 +1,10 @@
 """Files and folders that are whole or not there, whenever the process dies or the machine stops.
 
-Everything is written beside its place, as ``.NAME.tmp``, flushed to the disk (fsync) and then renamed. A folder that is
-replaced waits meanwhile as ``.NAME.old``.
+Everything is written beside its place, as ``.NAME.RANDOM.tmp``, flushed to the disk (fsync) and then renamed. A folder
+that is replaced waits meanwhile as ``.NAME.old``.
+
+The names are random because a process's number is no identity: two containers on one disk have the same. So nobody can
+tell who writes a half; one that nobody has written to for an hour is taken to be a dead process's.
 """
 
 from __future__ import annotations
@@ -10,11 +13,18 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from fastclip.reading import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "check_manifest",
@@ -24,68 +34,94 @@ __all__ = [
     "new_folder",
     "remove_folder",
     "write_bytes",
+    "write_json",
     "write_manifest",
+    "write_tensors",
     "write_text",
 ]
 
 MANIFEST = "manifest.json"
 _CHUNK = 2**20  # bytes hashed at a time
+_ABANDONED = 3600.0  # seconds
 
 
-def write_text(path: Path, text: str, *, shared: bool = False) -> None:
-    """`path` holds either what it held, or all of `text`; `shared` as of `new_file`."""
-    write_bytes(path, text.encode("utf-8"), shared=shared)
+def write_text(path: Path, text: str) -> None:
+    """`path` holds either what it held, or all of `text`."""
+    write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:
-    """`path` holds either what it held, or all of `data`; `shared` as of `new_file`."""
-    with new_file(path, shared=shared) as half:
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """`path` holds either what it held, or `value` as JSON, for people too."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`path` holds either what it held, or all of `data`."""
+    with new_file(path) as half:
         half.write_bytes(data)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """`path` holds either what it held, or all of `tensors` in safetensors' form.
+
+    Raises:
+        OSError: the disk is full, or there is no folder for the file; the path is named.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with new_file(path) as half:
+        try:
+            save_file(dict(tensors), half, metadata=metadata)
+        except SafetensorError as error:  # the library's words for an error of the system, without its number
+            raise OSError(f"{path} was not written: {error}") from error
+
+
 @contextmanager
-def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def new_file(path: Path) -> Iterator[Path]:
     """A name to write under, whose file takes the place of `path` when all went well, and is removed otherwise.
 
-    Args:
-        shared: other processes may write `path` at the same time. One that is killed then leaves its half behind, for
-            `mend_files`.
+    The file has the mode that the umask gives, whatever library writes it. Several processes may write `path` at the
+    same time: it holds what one of them wrote. A process that is killed leaves its half behind, for `mend_files`.
+
+    Raises:
+        OSError: the system's error, with `path` in place of the name that is written under.
     """
-    half = _beside(path, f"{os.getpid()}.tmp" if shared else "tmp")
+    half = _beside(path, "tmp")
     try:
-        yield half
-        _flush(half)
-        os.replace(half, path)
+        try:
+            half.touch(exist_ok=False)
+            mode = half.stat().st_mode
+            yield half
+            half.chmod(mode)
+            _flush(half)
+            os.replace(half, path)
+        except OSError as error:
+            if error.filename in (str(half), half):
+                error.filename, error.filename2 = str(path), None
+            raise
     except BaseException:
         half.unlink(missing_ok=True)
         raise
     _flush(path.parent)
 
 
-def mend_files(folder: Path) -> None:
-    """Remove what processes left that died while they wrote `shared` files of `folder`."""
+def mend_files(folder: Path, *, owned: bool = False) -> None:
+    """Remove what processes left that died while they wrote files of `folder`.
+
+    Args:
+        owned: no other process writes into the folder; otherwise what is younger than an hour stays.
+    """
     for half in folder.glob(".*.*.tmp"):
-        pid = half.name.split(".")[-2]
-        if pid.isdecimal() and not _alive(int(pid)):
-            half.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    """Of this machine's processes; where nobody can say, it is."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        with suppress(FileNotFoundError):  # its writer, or another process that tidies up, was faster
+            if half.is_file() and (owned or time.time() - half.stat().st_mtime > _ABANDONED):
+                half.unlink()
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill in the place of `path`, which becomes it when all went well, and is removed otherwise."""
-    half, old = _beside(path, "tmp"), _beside(path, "old")
-    shutil.rmtree(half, ignore_errors=True)
+    half, old = _beside(path, "tmp"), path.with_name(f".{path.name}.old")
     _make(path.parent)
     half.mkdir()
     try:
@@ -107,7 +143,6 @@ def new_folder(path: Path) -> Iterator[Path]:
 def remove_folder(path: Path) -> None:
     """At no moment half of it is there under its name."""
     gone = _beside(path, "tmp")
-    shutil.rmtree(gone, ignore_errors=True)
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
@@ -117,7 +152,7 @@ def mend_folders(parent: Path, names: str) -> None:
     for path in parent.glob(f".{names}.old"):
         _bring_back(path)
         shutil.rmtree(path, ignore_errors=True)
-    for path in parent.glob(f".{names}.tmp"):
+    for path in parent.glob(f".{names}.*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -137,7 +172,7 @@ def check_manifest(folder: Path) -> None:
     if not manifest.is_file():
         raise ValueError(f"{folder} is not a checkpoint, or not a whole one: it holds no {MANIFEST}")
     try:
-        files = {name: (int(has["bytes"]), str(has["sha256"])) for name, has in _read(manifest)["files"].items()}
+        files = {name: (int(has["bytes"]), str(has["sha256"])) for name, has in read_json(manifest)["files"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{manifest} is damaged: {error}") from error
     for name, (size, digest) in files.items():
@@ -150,12 +185,8 @@ def check_manifest(folder: Path) -> None:
             raise ValueError(f"{file} is damaged: its SHA-256 is not the one it was written with")
 
 
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{kind}")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 
 def _bring_back(old: Path) -> None:

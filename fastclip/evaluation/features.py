@@ -80,7 +80,7 @@ class FeatureStore:
     def add(self, number: int, part: dict[str, Tensor]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(self._file(number), save(part), shared=True)
+            write_bytes(self._file(number), save(part))
         except FileNotFoundError:  # another process has the whole result, and has cleared the store
             logger.debug("%s is gone", self.folder)
 

@@ -105,11 +105,11 @@ class Approximate:
         return np.stack([next(rows) for _ in range(min(_QUERIES, len(self)))])
 
     def _write(self, last: int) -> None:
-        with new_file(self._file, shared=True) as half:
+        with new_file(self._file) as half:
             self._graph.save(str(half))
             self._told.unlink(missing_ok=True)  # the graph is made anew where the two do not belong together
         told = {"size": len(self._graph), "last": last, "recall": round(self.recall, 4)}
-        write_text(self._told, json.dumps(told) + "\n", shared=True)
+        write_text(self._told, json.dumps(told) + "\n")
 
 
 def _blocks(index: Index, after: int) -> Iterator[tuple[npt.NDArray[np.int64], Vector]]:

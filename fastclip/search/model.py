@@ -88,7 +88,7 @@ class CheckpointModel:
         loaded = self.embedder
         self._remembered.parent.mkdir(parents=True, exist_ok=True)
         told = json.dumps({"identity": loaded.identity, "precision": loaded.precision})
-        write_text(self._remembered, told + "\n", shared=True)
+        write_text(self._remembered, told + "\n")
         return loaded.identity
 
     @cached_property

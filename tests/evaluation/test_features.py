@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -236,9 +236,8 @@ def test_other_vocabulary_is_another_model(tmp_path: Path) -> None:
 def test_half_of_a_process_that_died_is_removed(embedder: Embedder, tmp_path: Path) -> None:
     store = FeatureStore(embedder, ["a"], folder=tmp_path)
     store.add(0, {"features": torch.ones(1, 2)})
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    ours, theirs = (store.folder / f".part-000001.safetensors.{pid}.tmp" for pid in (os.getpid(), dead.pid))
-    ours.touch()
-    theirs.touch()
-    assert len(store.parts()) == 1 and ours.exists() and not theirs.exists()
+    half = store.folder / ".part-000001.safetensors.0a1b2c3d.tmp"
+    half.touch()
+    assert len(store.parts()) == 1 and half.exists()
+    os.utime(half, (time.time() - 3700,) * 2)
+    assert len(store.parts()) == 1 and not half.exists()

@@ -147,11 +147,11 @@ def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(
 @pytest.mark.fault("death between the last checkpoint and model/", "`--resume auto` writes model/")
 def test_run_that_died_before_its_model_writes_it(tmp_path: Path, whole: trainer.Run) -> None:
     run = trainer.train(options(tmp_path))
-    (run.folder / "model").rename(run.folder / ".model.tmp")
+    (run.folder / "model").rename(run.folder / ".model.0a1b2c3d.tmp")
     again = trainer.train(options(tmp_path, resume="auto"))
     assert again.steps == STEPS and again.losses == []
     assert_same(tmp_path, whole)
-    assert not (run.folder / ".model.tmp").exists()
+    assert not (run.folder / ".model.0a1b2c3d.tmp").exists()
     with pytest.raises(ValueError, match="nothing is left"):
         trainer.train(options(tmp_path, resume="auto"))
 

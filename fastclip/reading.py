@@ -1,0 +1,66 @@
+"""Files that may hold anything: what is not what the package wrote is a ValueError that names the file; nothing runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["open_tensors", "parse_json", "read_json", "read_tensors"]
+
+_KINDS: dict[type, str] = {dict: "an object of names and values", list: "a list"}
+
+
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """Return the value in a JSON file, a `kind`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8, not JSON, nested too deep, or holds another kind of value; the file is named.
+    """
+    return parse_json(Path(path).read_bytes(), str(path), kind)
+
+
+def parse_json(data: str | bytes, where: str, kind: type = dict) -> Any:
+    """Return the value of JSON text, a `kind`; errors as of `read_json`, about `where`."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        wanted = _KINDS.get(kind) or f"a {kind.__name__}"
+        raise ValueError(f"{where} must hold {wanted}, holds {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def open_tensors(file: str | Path, *, device: str = "cpu") -> Iterator[Any]:
+    """Open a safetensors file, as `safetensors.safe_open` does; errors as of `read_tensors`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt", device=device) as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+
+
+def read_tensors(file: str | Path, names: Collection[str] = (), *, device: str = "cpu") -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Args:
+        names: the tensors that are needed, no others are read; all of them where empty.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or holds no tensor of one of the `names`; file and name are told.
+    """
+    with open_tensors(file, device=device) as opened:
+        if missing := sorted(set(names) - set(opened.keys())):
+            raise ValueError(f"{file} holds no tensor {', '.join(missing)}; it holds {', '.join(opened.keys())}")
+        return {name: opened.get_tensor(name) for name in names or opened.keys()}
