@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastclip.data import imagenet
+from fastclip.data.files import read_file
 from fastclip.data.folder import pictures
 from fastclip.data.picture import read_picture
 from fastclip.data.prompts import read_class_names
@@ -89,8 +90,8 @@ class ClassFolder:
         self._names, self._labels, empty = Strings(), array("i"), []
         for folder, place in zip(folders, places, strict=True):
             before = len(self._names)
-            for name, _ in pictures(self._folder / folder):
-                self._names.append(os.path.join(folder, name))
+            for picture in pictures(self._folder / folder):
+                self._names.append(os.path.join(folder, picture.name))
             self._labels.extend([place] * (len(self._names) - before))
             empty += [folder] if len(self._names) == before else []
         if empty:
@@ -116,7 +117,7 @@ class ClassFolder:
 
     def picture_bytes(self, index: int) -> bytes:
         """As `fastclip.data.source.picture_bytes`."""
-        return Path(self.key(index)).read_bytes()
+        return read_file(self.key(index))
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -2,38 +2,84 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import unicodedata
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fastclip.data.faults import BadSample
-from fastclip.data.picture import PICTURE_SUFFIXES, json_captions, json_fields, read_picture, text_captions
+from fastclip.data.captions import first_captions, json_captions, json_fields, text_captions
+from fastclip.data.faults import BadSample, Fault, Tally
+from fastclip.data.files import read_file, walk
+from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
 from fastclip.data.source import Record
 from fastclip.data.strings import Strings
 
-__all__ = ["Folder", "pictures"]
+__all__ = ["Folder", "Found", "is_picture", "pictures"]
+
+logger = logging.getLogger(__name__)
+_CAPTIONS = (".txt", ".json")
 
 
-def pictures(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Relative path of every picture under `folder`, sorted in each folder, and whether captions lie beside it.
+class Found(NamedTuple):
+    """A picture, and the files of its captions, which lie in the same folder."""
 
-    What is hidden, and links to folders, are left out.
+    name: str  # relative to the folder that was asked for
+    text: str  # the name of its .txt, without folders; "" where there is none
+    json: str
+
+    @property
+    def told(self) -> bool:
+        return bool(self.text or self.json)
+
+
+def is_picture(name: str) -> bool:
+    """Return True if the file's name ends as a picture's does, in any case."""
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
+
+
+def pictures(folder: Path, passed: Tally | None = None) -> Iterator[Found]:
+    """Every picture under `folder` that is not hidden, sorted in each folder; as `fastclip.data.files.walk` goes.
+
+    A caption file has the picture's name but for the suffix. Names that differ in Unicode's normal form only (an e with
+    an accent as one character or two, as macOS has it), and suffixes in capitals, are the same.
+
+    Args:
+        passed: counts the other files by their suffixes.
     """
-    for path, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        beside = set(files)
-        for name in sorted(files):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in PICTURE_SUFFIXES and not name.startswith("."):
-                told = not beside.isdisjoint((f"{stem}.txt", f"{stem}.json"))
-                yield os.path.relpath(os.path.join(path, name), folder), told
+    start = len(os.path.join(folder, ""))
+    for _, entries in walk(str(folder)):
+        names = {entry.name for entry in entries}
+        beside = {_plain(name): name for name in names if os.path.splitext(name)[1].lower() in _CAPTIONS}
+        used = set()
+        for entry in entries:
+            if is_picture(entry.name):
+                stem = os.path.splitext(entry.name)[0]
+                told = [stem + end if stem + end in names else beside.get(_plain(stem + end), "") for end in _CAPTIONS]
+                used |= {entry.name, *told}
+                yield Found(entry.path[start:], *told)
+        if passed is not None:
+            rest = [entry for entry in entries if entry.name not in used]
+            passed.add(Fault(_kind(entry.name), entry.path[start:], "") for entry in rest)
+
+
+def _plain(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return (stem if stem.isascii() else unicodedata.normalize("NFC", stem)) + suffix.lower()
+
+
+def _kind(name: str) -> str:
+    suffix = os.path.splitext(name)[1].lower()
+    return f"{suffix} without a picture" if suffix in _CAPTIONS else suffix or "without a suffix"
 
 
 class Folder:
     """Every picture under a folder: ``a/1.jpg`` with ``a/1.txt``, one caption a line, or ``a/1.json`` with "caption".
 
-    A .txt goes before a .json; that is what img2dataset writes as files. Both are read when the sample is.
+    A .txt goes before a .json, unless it is empty; that is what img2dataset writes as files. Both are read when the
+    sample is. The log counts the files that are neither.
 
     Raises:
         ValueError: there is no picture, or none with captions; the message counts them and names the first.
@@ -45,13 +91,24 @@ class Folder:
     def __init__(self, spec: str) -> None:
         self.spec = spec
         self._folder = Path(spec)
-        found = list(pictures(self._folder))
-        if not found:
-            raise ValueError(f"{spec}: the folder holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
-        if not any(told for _, told in found):
-            first = self._folder / found[0][0]
-            raise ValueError(f"{spec}: none of {len(found)} pictures has a caption, first {first}: {_wanted(first)}")
-        self._names = Strings(name for name, _ in found)
+        passed, told = Tally(), False
+        self._names = Strings()
+        self._beside: dict[int, Found] = {}  # of pictures whose caption files have other names than usual
+        for found in pictures(self._folder, passed):
+            stem = os.path.splitext(os.path.basename(found.name))[0]
+            if (found.text or f"{stem}.txt", found.json or f"{stem}.json") != (f"{stem}.txt", f"{stem}.json"):
+                self._beside[len(self._names)] = found
+            self._names.append(found.name)
+            told |= found.told
+        if not len(self):
+            kinds = ", ".join(sorted(PICTURE_SUFFIXES))
+            raise ValueError(f"{spec}: the folder holds no pictures ({kinds}){_but(passed)}")
+        if not told:
+            first = self._file(0)
+            message = f"none of {len(self)} pictures has a caption, first {first}: {_wanted(first)}"
+            raise ValueError(f"{spec}: {message}{_but(passed)}")
+        if passed.total:
+            logger.warning("%s: passed over %s", spec, passed)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -65,34 +122,50 @@ class Folder:
         return Record(read_picture(path, str(path), min_side=min_side), captions, str(path))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        path = self._file(index)
-        text = path.with_suffix(".txt")
+        path, (text, about) = self._file(index), self._caption_files(index)
+        key = str(path)
         try:
-            if text.exists():
-                return text_captions(text.read_bytes(), str(path), lines=True)
-            return json_captions(path.with_suffix(".json").read_bytes(), str(path))
-        except FileNotFoundError as error:
-            raise BadSample("no caption", str(path), f"it has no caption: {_wanted(path)}") from error
+            files = [file for file in (text, about) if file.exists()]
+            if not files:
+                raise BadSample("no caption", key, f"it has no caption: {_wanted(path)}")
+            return first_captions([partial(_read, file, key, lines=file is text) for file in files])
         except OSError as error:
-            raise BadSample("unreadable file", str(path), f"its caption file: {error.strerror}") from error
+            raise BadSample("unreadable file", key, f"its caption file: {error.strerror or error}") from error
 
     def key(self, index: int) -> str:
         return str(self._file(index))
 
     def picture_bytes(self, index: int) -> bytes:
         """As `fastclip.data.source.picture_bytes`."""
-        return self._file(index).read_bytes()
+        return read_file(self._file(index))
 
     def fields(self, index: int) -> dict[str, Any]:
         """As `fastclip.data.source.sample_fields`."""
         try:
-            return json_fields(self._file(index).with_suffix(".json").read_bytes())
+            return json_fields(read_file(self._caption_files(index)[1]))
         except OSError:
             return {}
 
     def _file(self, index: int) -> Path:
         """The picture's."""
         return self._folder / self._names[index]
+
+    def _caption_files(self, index: int) -> tuple[Path, Path]:
+        """The .txt and the .json of a picture, whether they are there or not."""
+        path, found = self._file(index), self._beside.get(index)
+        text, about = path.with_suffix(".txt"), path.with_suffix(".json")
+        if found is None:
+            return text, about
+        return path.with_name(found.text or text.name), path.with_name(found.json or about.name)
+
+
+def _read(file: Path, key: str, *, lines: bool) -> tuple[str, ...]:
+    data = read_file(file)
+    return text_captions(data, key, lines=True) if lines else json_captions(data, key)
+
+
+def _but(passed: Tally) -> str:
+    return f"; it holds {passed}" if passed.total else ""
 
 
 def _wanted(path: Path) -> str:

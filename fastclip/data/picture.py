@@ -1,26 +1,27 @@
-"""Pictures and captions as they lie in files."""
+"""Pictures as they lie in files."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastclip.data.faults import BadSample
+from fastclip.data.files import open_file
 
-__all__ = ["PICTURE_SUFFIXES", "json_captions", "json_fields", "read_picture", "text_captions"]
+__all__ = ["PICTURE_SUFFIXES", "limit_pixels", "read_picture"]
 
 _HEIF = find_spec("pillow_heif") is not None
+# Those of HEIF too where pillow-heif is not installed: such a picture is counted as one that cannot be read
 PICTURE_SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-) | frozenset((".heic", ".heif") if _HEIF else ())
+    (".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
+) | frozenset((".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
 # What a file is read as, whatever its name says. Others that Pillow knows start a program (EPS) or are rare.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA", "HEIF")
 
@@ -32,7 +33,8 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
     modes of more than 8 bits, of which Pillow would cut off what is above 255, become L here: 16 bits are scaled to 8,
     other whole numbers and floats by the smallest of 1 (floats), 255, 65,535 and 2^31 - 1 that holds the largest.
 
-    A picture of more than Pillow's ``Image.MAX_IMAGE_PIXELS``, 89 million, is refused from its header.
+    A picture of more than Pillow's ``Image.MAX_IMAGE_PIXELS``, 89 million, is refused from its header; `limit_pixels`
+    sets another limit. A pipe or a device is no picture.
 
     Args:
         min_side: a JPEG at least twice, four or eight times as large may be decoded at a half, a quarter or an eighth
@@ -43,7 +45,7 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
     """
     if isinstance(file, Path):
         try:
-            opened = file.open("rb")
+            opened = open_file(file)
         except (OSError, ValueError) as error:  # ValueError: a name that holds a zero
             cause = "missing file" if isinstance(error, FileNotFoundError) else "unreadable file"
             raise BadSample(cause, key, getattr(error, "strerror", None) or str(error)) from error
@@ -61,9 +63,11 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
                     ImageOps.exif_transpose(image, in_place=True)
                 return _eight_bits(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample("image too large", key, f"the image is too large: {error}") from error
+        told = f"the image is too large; --max-pixels allows more: {error}"
+        raise BadSample("image too large", key, told) from error
     except UnidentifiedImageError as error:  # its text shows the file object, of which a reader knows nothing
-        raise BadSample("not an image", key, "not a picture that can be read: its format is not known") from error
+        what = f"not a picture that can be read: {_unknown(file)}"
+        raise BadSample("not an image", key, what) from error
     except MemoryError:  # the machine's fault, not the picture's
         raise
     except Exception as error:  # Pillow's readers raise what their parsers happen to meet, struct.error for instance
@@ -71,6 +75,27 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not Pillow's
             cause = "unreadable file"
         raise BadSample(cause, key, f"not a picture that can be read: {error}") from error
+
+
+def limit_pixels(pixels: int) -> None:
+    """Refuse pictures of more pixels from now on, in this process and in those that it forks.
+
+    Raises ValueError where `pixels` is not positive.
+    """
+    if pixels < 1:
+        raise ValueError(f"the largest number of pixels must be at least 1, got {pixels}")
+    Image.MAX_IMAGE_PIXELS = pixels
+
+
+def _unknown(file: BinaryIO) -> str:
+    """What is known of a file of no known format."""
+    file.seek(0)
+    head = file.read(32)
+    if not head:
+        return "it holds nothing"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc") and not _HEIF:
+        return "HEIF needs pillow-heif, which is not installed"
+    return "its format is not known"
 
 
 @cache
@@ -93,48 +118,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         largest = pixels.max(initial=0)
         top = next((top for top in (1.0, 255.0, 65535.0) if largest <= top and (top > 1 or image.mode == "F")), 2.0**31)
     return Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8))
-
-
-def text_captions(data: bytes, key: str, *, lines: bool) -> tuple[str, ...]:
-    """Captions of a text file in UTF-8: one a line, or one in all; without white space at their ends.
-
-    Raises BadSample with `key` when there is none.
-    """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSample("damaged caption", key, f"its caption is not UTF-8: {error}") from error
-    return _given(text.splitlines() if lines else [text], key)
-
-
-def json_captions(data: bytes, key: str) -> tuple[str, ...]:
-    """Captions of a JSON object with "caption": a string, as img2dataset writes it, or a list of strings.
-
-    Raises BadSample with `key` when there is none.
-    """
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample("damaged caption", key, f"its caption file is not JSON: {error}") from error
-    caption = found.get("caption") if isinstance(found, dict) else None
-    captions = caption if isinstance(caption, list) else [caption or ""]
-    if not all(isinstance(text, str) for text in captions):
-        what = f'"caption" in its JSON file must be a string or a list of strings, is {caption!r}'
-        raise BadSample("damaged caption", key, what)
-    return _given(captions, key)
-
-
-def json_fields(data: bytes) -> dict[str, Any]:
-    """Of a JSON object all but "caption"; nothing of what is none."""
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return {name: value for name, value in found.items() if name != "caption"} if isinstance(found, dict) else {}
-
-
-def _given(captions: list[str], key: str) -> tuple[str, ...]:
-    given = tuple(text for text in map(str.strip, captions) if text)
-    if not given:
-        raise BadSample("empty caption", key, "its caption is empty")
-    return given

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
+from fastclip.data.captions import json_captions, json_fields, text_captions
 from fastclip.data.faults import BadSample
-from fastclip.data.picture import json_captions, json_fields, read_picture, text_captions
+from fastclip.data.picture import read_picture
 from fastclip.data.prompts import read_class_names, read_templates
 from fastclip.data.shard_index import CLASS, CUT, JSON, REPEATED, TEXT, UNTOLD, WANTED, index_shards, stamp_of
 from fastclip.data.source import Record, class_captions

@@ -57,7 +57,9 @@ def open_source(spec: str, *, held_out: bool = False, class_names: Sequence[str]
 
 def holds_shards(folder: Path) -> bool:
     """Whether a folder's data are its tar files: no picture beside them has captions, and none lies in a folder."""
-    return any(folder.glob("*.tar")) and not any(told or os.path.dirname(name) for name, told in pictures(folder))
+    return any(folder.glob("*.tar")) and not any(
+        found.told or os.path.dirname(found.name) for found in pictures(folder)
+    )
 
 
 def _weighted(part: str) -> tuple[Fraction, str]:

@@ -54,6 +54,7 @@ PARTS = [
     "data",
     "data_faults",
     "data_check",
+    "data_files",
     "data_shards",
     "data_sources",
     "training_step",

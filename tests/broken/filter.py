@@ -92,8 +92,8 @@ PROMISES = [
             Break(
                 "filter: the histogram is a data set",
                 "fastclip/data/spec.py",
-                old="not any(told or os.path.dirname(name) for",
-                new="not any(name for",
+                old="not any(found.told or os.path.dirname(found.name) for",
+                new="not any(found.name for",
             ),
             Break(
                 "fields: of a .txt's sample none",

@@ -109,14 +109,14 @@ def test_files_that_cannot_be_read_have_their_cause(tmp_path: Path, monkeypatch:
     assert fault(source, 5).cause == "missing file"
     assert fault(source, 1).cause == "missing file" and fault(source, 2).cause == "unreadable file"
     assert fault(source, 4).cause == "empty caption"  # of a picture that is not looked for
-    opened = Path.open
+    opened = os.open
 
-    def denied(self: Path, *args: str) -> object:  # root may read everything
-        if self.name == "001.png":
-            raise PermissionError(13, "Permission denied", str(self))
-        return opened(self, *args)
+    def denied(path: str | Path, *args: int) -> int:  # root may read everything
+        if Path(path).name == "001.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args)
 
-    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     found = fault(source, 3)
     assert (found.cause, found.reason) == ("unreadable file", "Permission denied")
     assert source[0].captions == ("x",)
@@ -213,7 +213,13 @@ def test_damaged_exif_is_passed_over_without_a_word(
     [
         (None, b"", "no caption"),
         (".txt", b" \n", "empty caption"),
-        (".json", b'{"url": "x"}', "empty caption"),
+        (".json", b'{"url": "x"}', "no caption"),
+        (".json", b'["a cat"]', "damaged caption"),
+        (".json", b'{"caption": "\\ud800"}', "damaged caption"),
+        (".json", b'{"caption": {"en": "a cat"}}', "damaged caption"),
+        (".json", b'{"caption": ' + b"[" * 100_000, "damaged caption"),
+        (".json", b'{"caption": ' + b"9" * 5000 + b"}", "damaged caption"),
+        (".json", b'{"caption": NaN}', "damaged caption"),
         (".txt", b"\xff\xfe", "damaged caption"),
         (".json", b"{", "damaged caption"),
         (".json", b'{"caption": 3}', "damaged caption"),
@@ -398,12 +404,21 @@ def test_evaluation_counts_what_it_leaves_out(tmp_path: Path) -> None:
 @pytest.mark.fault("a worker that is stuck", "named with what it reads after 60 s without a batch, and again")
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stuck_worker_is_named_with_what_it_reads(tmp_path: Path, workers: int) -> None:
+def test_stuck_worker_is_named_with_what_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
     write_folder(tmp_path, 3)
     stuck = tmp_path / "001.png"
     stuck.unlink()
-    os.mkfifo(stuck)  # its reader waits for a writer
+    os.mkfifo(stuck)
     source, lines = open_source(str(tmp_path)), []
+
+    def waits(path: Path, key: str, **options: int | None) -> Image.Image:
+        if path == stuck:
+            path.open("rb").close()  # as soon as there is a writer
+        return read_picture(path, key, **options)
+
+    monkeypatch.setattr("fastclip.data.folder.read_picture", waits)
 
     def release() -> None:
         with suppress(OSError):  # nobody reads any more

@@ -250,7 +250,8 @@ def test_folder_without_captions_counts_and_names_the_first(tmp_path: Path) -> N
         ("a.txt", b"\xff\xfe", "a.png: its caption is not UTF-8"),
         ("a.json", b"{", "a.png: its caption file is not JSON"),
         ("a.json", b'{"caption": null}', "a.png: its caption is empty"),
-        ("a.json", b'["a cat"]', "a.png: its caption is empty"),
+        ("a.json", b'["a cat"]', "a.png: its caption file must hold an object of names and values, holds list"),
+        ("a.json", b'{"text": "x", "url": ""}', 'a.png: its caption file has no "caption" (it has text, url)'),
         ("a.json", b'{"caption": 3}', 'a.png: "caption" in its JSON file must be a string or a list of strings, is 3'),
     ],
 )
@@ -388,7 +389,7 @@ def faulty_picture(kind: str, data: bytes, folder: Path) -> tuple[Source, str]:
     ("data", "reason"),
     [
         (b"<html>not found</html>", "its format is not known"),
-        (b"", "its format is not known"),
+        (b"", "it holds nothing"),
         (picture(0)[:50], ""),
         (picture(0, ".jpg")[:-100], "(image file is truncated|Truncated File Read)"),
     ],

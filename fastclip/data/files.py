@@ -1,0 +1,85 @@
+"""Go through folders without what is hidden, and open files, but no pipes and devices."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import AnyStr, BinaryIO
+
+__all__ = ["open_file", "read_file", "walk"]
+
+logger = logging.getLogger(__name__)
+
+
+def walk(folder: AnyStr, exclude: Collection[str] = ()) -> Iterator[tuple[AnyStr, list[os.DirEntry[AnyStr]]]]:
+    """Every folder from `folder` down, and the entries in it that are no folders, sorted by name.
+
+    Names that begin with a dot are left out, macOS's ``._`` files among them. So are links to folders, which may lead
+    round in circles: the log counts them and names the first. The log also names folders that cannot be listed.
+
+    Args:
+        exclude: names of folders that are left out.
+
+    Raises:
+        OSError: `folder` itself cannot be listed.
+    """
+    left_out = {os.fsencode(name) for name in exclude}
+    folders, links = [folder], []
+    while folders:
+        here = folders.pop()
+        try:
+            with os.scandir(here) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if here == folder:
+                raise
+            logger.warning("skipped: %s: %s", os.fsdecode(here), error.strerror)
+            continue
+        files, below = [], []
+        for entry in inside:
+            name = os.fsencode(entry.name)
+            if name.startswith(b"."):
+                continue
+            if not _is_folder(entry):
+                files.append(entry)
+            elif entry.is_symlink():
+                links.append(entry.path)
+            elif name not in left_out:
+                below.append(entry.path)
+        folders += reversed(below)
+        yield here, files
+    if links:
+        shown = os.fsdecode(links[0])
+        logger.warning("%s: %d links to folders are not followed, first %s", os.fsdecode(folder), len(links), shown)
+
+
+def _is_folder(entry: os.DirEntry[AnyStr]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, for instance, which whoever opens it is told of
+        return False
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file for reading, at once: a pipe, which waits for a writer, is refused, and so is a device.
+
+    Raises OSError.
+    """
+    opened = open(path, "rb", opener=_at_once)  # noqa: SIM115 - the caller closes it
+    if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        opened.close()
+        raise OSError(f"{path} is a pipe or a device, not a file")
+    return opened
+
+
+def read_file(path: str | Path) -> bytes:
+    """Return what a file holds. Raises as `open_file`."""
+    with open_file(path) as opened:
+        return opened.read()
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
