@@ -41,13 +41,13 @@ def json_captions(data: bytes, key: str, field: str = "caption") -> tuple[str, .
     return given_captions(found[field], key, f'"{field}" in its JSON file')
 
 
-def json_fields(data: bytes) -> dict[str, Any]:
-    """Of a JSON object all but "caption"; nothing of what is none."""
+def json_fields(data: bytes, *, without: tuple[str, ...] = ("caption",)) -> dict[str, Any]:
+    """Of a JSON object all but these; nothing of what is none."""
     try:
         found = parse_json(data, "")
     except ValueError:
         return {}
-    return {name: value for name, value in found.items() if name != "caption"}
+    return {name: value for name, value in found.items() if name not in without}
 
 
 def first_captions(readers: Iterable[Callable[[], tuple[str, ...]]]) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
 
 _LAYOUT = (
     "digits, hf: with a column `label`, FOLDER/CLASS/PICTURE and shards with KEY.cls have; "
-    "a KEY.txt or KEY.json beside it goes before KEY.cls, and must not be there"
+    "a KEY.txt or KEY.json with a caption beside it goes before KEY.cls, and must not be there"
 )
 
 

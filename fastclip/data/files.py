@@ -63,12 +63,12 @@ def _is_folder(entry: os.DirEntry[AnyStr]) -> bool:
         return False
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path, *, buffering: int = -1) -> BinaryIO:
     """Open a file for reading, at once: a pipe, which waits for a writer, is refused, and so is a device.
 
     Raises OSError.
     """
-    opened = open(path, "rb", opener=_at_once)  # noqa: SIM115 - the caller closes it
+    opened: BinaryIO = open(path, "rb", buffering, opener=_at_once)  # noqa: SIM115 - the caller closes it
     if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
         opened.close()
         raise OSError(f"{path} is a pipe or a device, not a file")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import io
+import logging
 import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,22 +17,21 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
-from fastclip.data.captions import json_captions, json_fields, text_captions
-from fastclip.data.faults import BadSample
+from fastclip.data.captions import first_captions, json_captions, json_fields, text_captions
+from fastclip.data.faults import BadSample, Tally
+from fastclip.data.files import open_file
 from fastclip.data.picture import read_picture
 from fastclip.data.prompts import read_class_names, read_templates
-from fastclip.data.shard_index import CLASS, CUT, JSON, REPEATED, TEXT, UNTOLD, WANTED, index_shards, stamp_of
+from fastclip.data.shard_index import index_shards, stamp_of
+from fastclip.data.shard_samples import CLASS, FAULTS, JSON, TEXT, UNTOLD
 from fastclip.data.source import Record, class_captions
 from fastclip.data.tar_index import BLOCK, read_exactly
 
 __all__ = ["Shards", "shard_paths"]
 
-# Of the states in which a sample cannot be used, the cause and what is wrong.
-_FAULTS = {
-    UNTOLD: ("no caption", f"it has no caption: {WANTED}"),
-    REPEATED: ("duplicate member", "the shard has this sample twice, of which the first counts"),
-    CUT: ("cut shard", "the shard ends before it does"),
-}
+logger = logging.getLogger(__name__)
+_MEMBERS = {TEXT: "text", JSON: "json", CLASS: "number"}  # in a row of the index
+_LOOKED_AT = 3  # samples whose .json is looked into
 
 
 def shard_paths(pattern: str) -> list[str]:
@@ -59,11 +60,12 @@ class Shards:
     """Samples of tar files: members ``KEY.jpg`` (or .png, .webp ...) with ``KEY.txt`` or ``KEY.json`` with "caption".
 
     A .txt holds one caption and goes before a .json, and that before a ``KEY.cls``, which holds the number of a class;
-    other members are ignored. Names of classes, and templates of their captions, are read as CLIP_benchmark writes them
-    from ``classnames.txt`` and ``zeroshot_classification_templates.txt`` in the folder of the first shard or the one
-    above it. Every shard is gone through once in its life, for the places of its members
+    one that holds none gives way to the next. The log counts the other members by their kinds. Names of classes, and
+    templates of their captions, are read as CLIP_benchmark writes them from ``classnames.txt`` and
+    ``zeroshot_classification_templates.txt`` in the folder of the first shard or the one above it. Every shard is gone
+    through once in its life, for the places of its members
     (`fastclip.data.shard_index`); then samples are read from it at random, and nothing is unpacked on the disk. The
-    places take about 50 bytes of memory a sample, which worker processes share.
+    places take about 60 bytes of memory a sample, which worker processes share.
 
     Where a key has a member twice the first one counts, and a sample that cannot be used stands for the second. So does
     one for a picture without a caption, or of which the end of the shard is missing: a shard that is cut off is used as
@@ -98,16 +100,22 @@ class Shards:
         self._keys = b"".join(index.keys for index in indices)
         self._ends = list(accumulate(len(index.rows) for index in indices))  # of every shard, in `_rows`
         self._key_ends = list(accumulate(len(index.keys) for index in indices))  # in `_keys`
+        self.passed = Tally()
+        for name, index in zip(self._names, indices, strict=True):
+            keys = {cause: [f"{name}: {key}" for key in keys] for cause, keys in index.passed.keys.items()}
+            self.passed.merge(index.passed.counts, keys)
+        if self.passed.total:
+            logger.warning("%s: passed over members that are no part of a sample: %s", spec, self.passed)
         self.class_names: tuple[str, ...] = ()
         self.templates: tuple[str, ...] = ()
-        if bool((classed := self._rows["state"] == CLASS).any()):
+        if self._has_classes():
             self.class_names, self.templates = _classes(Path(paths[0]).parent, class_names)
-            if not self.class_names:
-                if not bool(np.isin(self._rows["state"], (TEXT, JSON)).any()):
-                    raise ValueError(
-                        f"{spec}: pictures with classes, no captions and no classnames.txt beside the shards"
-                    )
-                self._rows["state"][classed] = UNTOLD
+        if not self.class_names:
+            states = self._rows["state"]
+            classed = states == CLASS
+            if classed.any() and not ((states < UNTOLD) & ~classed).any():
+                raise ValueError(f"{spec}: pictures with classes, no captions and no classnames.txt beside the shards")
+            states[classed] = UNTOLD
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -117,15 +125,13 @@ class Shards:
 
     def read(self, index: int, *, min_side: int | None = None) -> Record:
         """As `fastclip.data.source.read_sample`."""
-        picture, caption = self._members(index, ("picture", "caption"))
+        picture, *told = self._members(index, ("picture", *self._kinds(index)[:1]))
         key = self.key(index)
-        captions = self._told(index, caption, key)
-        label = self._label(caption, key) if self._rows["state"][index] == CLASS else None
+        captions, label = self._told(index, told)
         return Record(read_picture(io.BytesIO(picture), key, min_side=min_side), captions, key, label)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        (caption,) = self._members(index, ("caption",))
-        return self._told(index, caption, self.key(index))
+        return self._told(index, self._members(index, self._kinds(index)[:1]))[0]
 
     def picture_bytes(self, index: int) -> bytes:
         """As `fastclip.data.source.picture_bytes`."""
@@ -136,17 +142,42 @@ class Shards:
         self._shard(index)  # which an index may be out of
         return json_fields(self._members(index, ("json",))[0]) if self._rows["json_size"][index] else {}
 
-    def _told(self, index: int, caption: bytes, key: str) -> tuple[str, ...]:
-        if self._rows["state"][index] == JSON:
-            return json_captions(caption, key)
-        if self._rows["state"][index] == CLASS:
-            return class_captions(self.class_names[self._label(caption, key)], self.templates)
-        return text_captions(caption, key, lines=False)
+    def _has_classes(self) -> bool:
+        """Whether there are samples whose captions only a class tells: no .txt, and no .json or one without."""
+        states = self._rows["state"]
+        if bool((states == CLASS).any()):
+            return True
+        both = np.flatnonzero(states == JSON + CLASS)[:_LOOKED_AT].tolist()
+        found = [json_fields(self._members(index, ("json",))[0], without=()) for index in both]
+        return any("caption" not in fields for fields in found)
+
+    def _kinds(self, index: int) -> list[str]:
+        """The members that may tell a sample's captions, in their order."""
+        self._shard(index)  # which an index may be out of
+        state = int(self._rows["state"][index])
+        kinds = [member for bit, member in _MEMBERS.items() if state & bit] if state < UNTOLD else []
+        return kinds if self.class_names or kinds == ["number"] else [kind for kind in kinds if kind != "number"]
+
+    def _told(self, index: int, data: list[bytes]) -> tuple[tuple[str, ...], int | None]:
+        """Captions and label; `data` is what the first of `_kinds` holds."""
+        key, (first, *others) = self.key(index), self._kinds(index)
+        label: list[int] = []
+
+        def told(kind: str) -> tuple[str, ...]:
+            content = data[0] if kind == first else self._members(index, (kind,))[0]
+            if kind == "json":
+                return json_captions(content, key)
+            if kind == "text":
+                return text_captions(content, key, lines=False)
+            label.append(self._label(content, key))
+            return class_captions(self.class_names[label[0]], self.templates)
+
+        return first_captions([partial(told, kind) for kind in (first, *others)]), label[0] if label else None
 
     def _label(self, data: bytes, key: str) -> int:
         text = data.strip()
-        if not text.isdigit() or int(text) >= len(self.class_names):
-            what = f"its .cls must hold a number below {len(self.class_names)}, holds {text[:20]!r}"
+        if not (text.isdigit() and len(text) < 10 and int(text) < len(self.class_names)):
+            what = f"its .cls must hold a number from 0 to {len(self.class_names) - 1}, holds {text[:20]!r}"
             raise BadSample("damaged class", key, what)
         return int(text)
 
@@ -165,12 +196,12 @@ class Shards:
     def _members(self, index: int, kinds: Sequence[str]) -> list[bytes]:
         """The data of these members of a sample; BadSample where it has not both."""
         shard, row, found = self._shard(index), self._rows[index], []
-        if (fault := _FAULTS.get(int(row["state"]))) is not None:
+        if (fault := FAULTS.get(int(row["state"]))) is not None:
             cause, reason = fault
             raise BadSample(cause, self.key(index), reason)
         try:
             # opened anew: a place in an open file would be shared with the processes that fork made
-            with open(self._paths[shard], "rb", buffering=0) as file:
+            with open_file(self._paths[shard], buffering=0) as file:
                 same = stamp_of(os.fstat(file.fileno())) == self._stamps[shard]
                 for kind in kinds if same else ():
                     file.seek(int(row[f"{kind}_block"]) * BLOCK)

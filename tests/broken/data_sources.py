@@ -175,7 +175,7 @@ PROMISES = [
         breaks=[
             Break(
                 "data: a mask is a second picture",
-                "fastclip/data/shard_index.py",
+                "fastclip/data/shard_samples.py",
                 old="key, kind = match[1], match[2].lower()\n",
                 new='key, kind = match[1], match[2].lower(); kind = ".jpg" if kind in PICTURE_SUFFIXES else kind\n',
             ),

@@ -219,8 +219,8 @@ PROMISES = [
             Break(
                 "class shards: a label beyond the names",
                 "fastclip/data/shards.py",
-                old="if not text.isdigit() or int(text) >= len(self.class_names):",
-                new="if not text.isdigit():",
+                old="and int(text) < len(self.class_names)):",
+                new="):",
             ),
         ],
     ),

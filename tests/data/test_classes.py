@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support import needs
+from support.faulty import picture, write_tar
 
 needs("models")
 from PIL import Image
@@ -185,7 +186,7 @@ def test_shards_are_clip_benchmarks(tmp_path: Path) -> None:
     source = open_labelled(shards)
     assert source.class_names == ("ant", "red fox", "zebra") and source.templates == ()
     assert [source[i].label for i in range(3)] == [2, 0, 1] and source.captions(2) == ("a photo of a red fox",)
-    with pytest.raises(BadSample, match="must hold a number below 3, holds b'3'"):
+    with pytest.raises(BadSample, match="must hold a number from 0 to 2, holds b'3'"):
         _ = source[3]
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}\n")
     assert open_labelled(shards).templates == ("a {}", "the {}")
@@ -204,13 +205,37 @@ def test_shards_are_clip_benchmarks(tmp_path: Path) -> None:
         source.captions(0)
 
 
-def test_shards_whose_captions_hide_their_classes_are_told(tmp_path: Path) -> None:
-    """As timm's ImageNet: beside KEY.cls a KEY.json, in which captions are looked for."""
+def test_shards_whose_json_has_no_caption_have_their_classes(tmp_path: Path) -> None:
+    """As timm's ImageNet: beside KEY.cls a KEY.json, whose fields are no caption."""
     needs("bench")
     import webdataset
 
+    def write(caption: dict[str, str]) -> str:
+        with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+            for key in "ab":
+                told = {"label": 1, **caption}
+                writer.write({"__key__": key, "png": Image.new("RGB", (4, 4)), "cls": 1, "json": told})
+        return str(tmp_path / "0.tar")
+
+    source = open_source(write({}), class_names=["cat", "dog"])  # named, where there is no file
+    assert source[0].label == 1 and source.captions(0) == source[0].captions == ("a photo of a dog",)
+    with pytest.raises(ValueError, match="these data have no classes"):
+        open_labelled(write({}))
+    with pytest.raises(BadSample, match=r'0\.tar: a: its caption file has no "caption" \(it has label\)'):
+        open_source(write({}))[0]
     (tmp_path / "classnames.txt").write_text("ant\nred fox\n")
-    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
-        writer.write({"__key__": "a", "png": Image.new("RGB", (4, 4)), "cls": 1, "json": {"label": 1}})
-    with pytest.raises(ValueError, match=r"shards with KEY\.cls have; a KEY\.txt or KEY\.json beside it goes before"):
-        open_labelled(str(tmp_path / "0.tar"))
+    source = open_labelled(write({}))
+    assert source.class_names == ("ant", "red fox") and [source[k].label for k in range(2)] == [1, 1]
+    with pytest.raises(ValueError, match=r"shards with KEY\.cls have; a KEY\.txt or KEY\.json with a caption"):
+        open_labelled(write({"caption": "x"}))
+
+
+@pytest.mark.parametrize("number", [b"-1", b"2", b"x", b"", b"1.0", b"9" * 5000, b"\xb2"])
+def test_class_out_of_range_is_a_bad_sample(tmp_path: Path, number: bytes) -> None:
+    (tmp_path / "classnames.txt").write_text("ant\nred fox\n")
+    members = [("a.png", picture(0)), ("a.cls", b" 1\n"), ("b.png", picture(1)), ("b.cls", number)]
+    source = open_source(str(write_tar(tmp_path / "0.tar", members)))
+    assert source[0].label == 1
+    with pytest.raises(BadSample, match=r"b: its \.cls must hold a number from 0 to 1") as caught:
+        source[1]
+    assert caught.value.fault.cause == "damaged class"
