@@ -9,6 +9,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from fastclip.cli.embedding import add_embedder_options
+from fastclip.cli.printing import lone_names, shown
+from fastclip.cli.words import words_in_any_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "query",
         metavar="QUERY",
-        help='text, the path of a picture, or a mixture: "2:dog + ./beach.jpg - night"',
+        help='text, the path of a picture, or a mixture: 2:dog + ./beach.jpg - night; what stands in "..." is a text',
     )
     parser.add_argument("--add", action="append", default=[], metavar="QUERY", help="one more text or picture")
     parser.add_argument("--subtract", action="append", default=[], metavar="QUERY", help="one that is subtracted")
@@ -34,9 +36,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("-f", "--filepath-only", action="store_true", help="print paths without scores")
     shown.add_argument("--json", action="store_true", help='print a list of {"path": ..., "score": ...}')
+    shown.add_argument("-0", "--print0", action="store_true", help="print paths that end in a zero byte, for xargs -0")
     parser.add_argument("-p", "--preview", action="store_true", help="show the pictures in the terminal (stderr)")
     parser.add_argument("--sheet", metavar="FILE", help="write the pictures side by side into FILE, a .png or .jpg")
     add_index_options(parser)
+    words_in_any_order(parser)
     parser.set_defaults(run=_search)
 
 
@@ -86,7 +90,7 @@ def update(engine: SearchEngine, args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> int:
-    from fastclip.search.query import parse_query
+    from fastclip.search.query import parse_query, reading
 
     if args.top < 1:
         raise ValueError(f"--top must be positive, got {args.top}")
@@ -96,6 +100,8 @@ def _search(args: argparse.Namespace) -> int:
         raise ValueError(f"--sheet must end in .png, .jpg or .webp, got {args.sheet}")
     terms = parse_query(args.query, add=args.add, subtract=args.subtract)
     engine = engine_of(args)
+    if told := reading(args.query, terms):
+        print(f"fastclip: the query is read as {shown(told)}", file=sys.stderr)
     try:
         update(engine, args)
         found = engine.find(terms, args.top)
@@ -114,10 +120,8 @@ def _print(found: Sequence[Found], args: argparse.Namespace) -> None:
 
         print(json.dumps([{"path": one.path, "score": round(one.score, 6)} for one in found], indent=1))
     else:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be UTF-8
-        for one in found:
-            print(one.path if args.filepath_only else f"{one.score:.4f}\t{one.path}")
+        alone = args.filepath_only or args.print0
+        lone_names([("" if alone else f"{one.score:.4f}\t", one.path) for one in found], print0=args.print0)
     if not found or not (args.preview or args.sheet):
         return
     from fastclip.search.sheet import contact_sheet, terminal_picture

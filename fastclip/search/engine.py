@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -95,7 +95,7 @@ class SearchEngine:
         """The `count` files of the highest scores; pictures of the query are not among them.
 
         Raises:
-            ValueError: a picture of the query cannot be read.
+            ValueError: a picture of the query cannot be read; or as `combine`.
         """
         paths = [term.path for term in terms if term.path is not None]
         # a link and what it leads to are two files
@@ -155,8 +155,14 @@ class SearchEngine:
         with self._lock:
             if (known := self._index.vector_of_text(text)) is not None:
                 return known
-            vector: Vector = self._model.embedder.embed_texts([text])[0].numpy()
-            self._index.keep_text(text, vector)
+            embedder = self._model.embedder
+            if _is_cut(embedder.tokenize, text):
+                logger.warning("the end of the text is not read, for which the model has no room: %.60s ...", text)
+            vector: Vector = embedder.embed_texts([text])[0].numpy()
+            try:
+                self._index.keep_text(text, vector)
+            except OSError as error:  # such as an index that may be read only
+                logger.warning("the text is not remembered: %s", error)
             return vector
 
     def _file(self, path: Path) -> Vector:
@@ -210,3 +216,9 @@ class SearchEngine:
         paths = [pictures.paths[place] for place in places]
         few = Pictures(paths, np.searchsorted(rows, pictures.rows[places]), ids, vectors)
         return top(few, query, count)
+
+
+def _is_cut(tokenize: Any, text: str) -> bool:
+    """Whether neither its last character nor what would follow makes a difference."""
+    cut, whole, more = tokenize([text[:-1], text, text + text])
+    return bool((cut == whole).all() and (whole == more).all())

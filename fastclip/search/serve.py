@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from fastclip.data.faults import BadSample
 from fastclip.search.engine import Found, SearchEngine
-from fastclip.search.query import Term, parse_texts
+from fastclip.search.query import Term, parse_texts, reading
 from fastclip.search.sheet import thumbnail
 
 __all__ = ["make_server"]
@@ -60,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds that a connection may rest
 
     def __init__(self, engine: SearchEngine, decoding: threading.Semaphore, *rest: Any) -> None:
-        self._engine, self._decoding = engine, decoding
+        self._engine, self._decoding, self._told = engine, decoding, ""
         super().__init__(*rest)
 
     def do_GET(self) -> None:
@@ -107,7 +107,11 @@ class _Handler(BaseHTTPRequestHandler):
         return "text/html; charset=utf-8", page
 
     def _text(self, options: dict[str, str]) -> tuple[str, bytes]:
-        return self._results(self._engine.find(parse_texts(options.get("q", "")), _count(options)))
+        query = options.get("q", "")
+        terms = parse_texts(query)
+        found = self._results(self._engine.find(terms, _count(options)))
+        self._told = reading(query, terms)
+        return found
 
     def _like(self, options: dict[str, str]) -> tuple[str, bytes]:
         path = self._path(options)
@@ -165,6 +169,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
+        if self._told:
+            self.send_header("Fastclip-Query", json.dumps(self._told))  # ASCII, in one line
+            self._told = ""
         self.send_header("Cache-Control", "no-store")  # another folder's page may have the same address next
         self.send_header("Content-Security-Policy", _POLICY)
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")

@@ -11,7 +11,7 @@ from support import needs
 
 needs("models")
 from fastclip.search.engine import SearchEngine
-from fastclip.search.query import Term, combine, parse_query
+from fastclip.search.query import Term, combine, parse_query, reading
 from support.colours import Colours, draw, picture_vector, text_vector
 
 
@@ -26,7 +26,11 @@ from support.colours import Colours, draw, picture_vector, text_vector
         ("- night", [(-1, "night")]),
         ("a:b", [(1, "a:b")]),
         ("3.:x", [(3, "x")]),
-        ("16:9 screen", [(16, "9 screen")]),  # as rclip
+        ("16:9 screen", [(1, "16:9 screen")]),  # rclip gives "9 screen" the weight 16
+        ("10: a film", [(1, "10: a film")]),
+        ('"16:9 - x" - 2:"3d - y"', [(1, "16:9 - x"), (-2, "3d - y")]),
+        ('2:dog + 5" disk', [(2, "dog"), (1, '5" disk')]),
+        ('say "a - b" - c', [(1, 'say "a - b"'), (-1, "c")]),
         ("köter + 犬", [(1, "köter"), (1, "犬")]),
     ],
 )
@@ -42,10 +46,12 @@ def test_added_and_subtracted_terms_are_taken_as_they_are() -> None:
 def test_pictures_are_told_from_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    names = ("beach.jpg", "new york - city.png", "no suffix.png")
+    names = ("beach.jpg", "new york - city.png", "no suffix.png", "a b.png")
     for k, name in enumerate(names):
         draw(tmp_path / name, k)
     (tmp_path / "no suffix.png").rename(tmp_path / "plain")
+    (tmp_path / "notes").write_text("not a picture")
+    (tmp_path / "dog").mkdir()
     assert parse_query("2:dog + beach.jpg - night") == [
         Term(2, "dog"),
         Term(1, path=Path("beach.jpg")),
@@ -57,7 +63,41 @@ def test_pictures_are_told_from_texts(tmp_path: Path, monkeypatch: pytest.Monkey
     for begin in (f"{tmp_path}/", f"file://{tmp_path}/", "~/", "./"):
         (term,) = parse_query(f"{begin}beach.jpg")
         assert term.path is not None and term.path.resolve() == tmp_path / "beach.jpg"
-    assert parse_query("plain") == [Term(1, "plain")]  # as rclip: a bare word is a text
+    (term,) = parse_query(f"file://{tmp_path}/a%20b.png")
+    assert term.path == tmp_path / "a b.png"
+
+
+def test_what_a_file_holds_decides_where_its_name_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "photos" / "x.png", 1).rename(tmp_path / "photos" / "x.jfif")
+    draw(tmp_path / "y.png", 1).rename(tmp_path / "plain")
+    (tmp_path / "notes").write_text("not a picture")
+    (tmp_path / "dog").mkdir()
+    assert parse_query("2:photos/x.jfif + plain") == [Term(2, path=Path("photos/x.jfif")), Term(1, path=Path("plain"))]
+    assert parse_query('notes + dog - "plain"') == [Term(1, "notes"), Term(1, "dog"), Term(-1, "plain")]
+    assert parse_query("photos/gone") == [Term(1, "photos/gone")]
+
+
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ("a red car", ""),
+        ("beach.jpg", ""),
+        ("16:9 screen", '+ 1 * text "16:9 screen"'),
+        ("2:dog + beach.jpg - night", '+ 2 * text "dog" + 1 * picture beach.jpg - 1 * text "night"'),
+        ("- night", '- 1 * text "night"'),
+        ("plain", "+ 1 * picture plain"),
+        ('"plain"', '+ 1 * text "plain"'),
+        ("photos/gone", '+ 1 * text "photos/gone"'),  # as a path, and there is none
+    ],
+)
+def test_query_that_can_be_read_in_two_ways_is_told(
+    query: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "beach.jpg", 1)
+    draw(tmp_path / "y.png", 1).rename(tmp_path / "plain")
+    assert reading(query, parse_query(query)) == told
 
 
 @pytest.mark.parametrize(
@@ -69,6 +109,11 @@ def test_pictures_are_told_from_texts(tmp_path: Path, monkeypatch: pytest.Monkey
         ("+", "empty term"),
         ("./gone", "there is no picture ./gone"),
         ("a + gone.jpg", "there is no picture gone.jpg"),
+        ("a + 2:photos/gone.jfif", "there is no picture photos/gone.jfif"),
+        ("~nobody-of-this-name/a.png", "there is no picture ~nobody"),
+        ("./" + 5000 * "a", "there is no picture ./aaa"),
+        ('a - ""', "empty term"),
+        ("caf\udcc3", "neither UTF-8 nor the name of a file"),
         ("https://example.org/a.jpg", "must be a file"),
     ],
 )
@@ -100,3 +145,31 @@ def test_sum_is_computed_in_double_precision() -> None:
     vectors = [np.float32([1, 0]), np.float32([1e-4, 1])]
     assert combine(vectors, [1e8, -1e8]).tolist() == pytest.approx([1e8 - 1e4, -1e8], rel=1e-7)
     assert combine(vectors, [1, 1]).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("words", "weights"), [("x", [0]), ("xx", [1, -1]), ("xyxy", [3, 1, -3, -1]), ("xx", [1e-9, -1e-9]), ("xx", [0, 0])]
+)
+def test_terms_that_cancel_are_refused(words: str, weights: list[float]) -> None:
+    vectors = [text_vector(word) * np.float32(1 + 1e-7) ** k for k, word in enumerate(words)]
+    with pytest.raises(ValueError, match="the terms of the query cancel each other"):
+        combine(vectors, weights)
+    combine([text_vector("x")], [1e-9])  # small, and not cancelled
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weight_that_is_not_finite_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="weights must be finite numbers, got 1, "):
+        combine([text_vector("x"), text_vector("y")], [1, weight])
+
+
+def test_text_that_is_cut_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw(tmp_path / "photos" / "a.png", 1)
+    engine = SearchEngine(Colours(), tmp_path / "photos", indices=tmp_path / "cache")
+    engine.update()
+    for text in ("red", "12345678"):
+        engine.find([Term(1, text)])
+    assert not caplog.messages
+    for _ in range(2):
+        engine.find([Term(1, "123456789")])
+    assert [message[:32] for message in caplog.messages] == ["the end of the text is not read,"]

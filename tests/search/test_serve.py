@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,15 @@ def test_results_are_those_of_the_engine(served: Served) -> None:
     assert names(like) == ranked(served, picture_vector(first), without=first)
     data = served.secret.read_bytes()
     assert names(served.json("/search", method="POST", body=data)) == ranked(served, picture_vector(served.secret))
+
+
+def test_how_a_query_was_read_is_a_header(served: Served) -> None:
+    for query, told in (("red", None), ('2:red - "ü\n"', '+ 2 * text "red" - 1 * text "ü"')):
+        with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/search?q={urllib.parse.quote(query)}") as answer:
+            header = answer.headers["Fastclip-Query"]
+        assert (header and json.loads(header)) == told
+    status, _, said = served.ask("/search?q=red%20-%20red")
+    assert status == 400 and b"cancel each other" in said
 
 
 def test_picture_is_encoded_anew_at_the_size_that_is_asked(served: Served) -> None:

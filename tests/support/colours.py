@@ -39,6 +39,10 @@ class Colours:
         self.pictures += len(images)
         return torch.from_numpy(np.stack([unit_of(image) for image in images]))
 
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Eight letters a text."""
+        return torch.tensor([[*map(ord, text[:8].ljust(8))] for text in texts])
+
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         self.texts += len(texts)
         return torch.from_numpy(np.stack([text_vector(text) for text in texts]))

@@ -1,0 +1,68 @@
+"""Names on stdout: quoted on a terminal, which would obey what is in them; as they are for other programs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+__all__ = ["lone_names", "say", "shown"]
+
+
+def shown(text: str) -> str:
+    """The text without what a terminal obeys, or cannot show: as ``ls`` quotes such a name, which shells read.
+
+    Line ends and tabs count as such too. A text without any is as it was.
+    """
+    if text.isprintable():
+        return text
+    return "$'" + "".join(map(_escaped, text)) + "'"
+
+
+def say(*texts: Any) -> None:
+    """Print a line; on a terminal what is in it cannot do anything but be read, and elsewhere it is as it is."""
+    line = " ".join(map(str, texts))
+    if sys.stdout.isatty():
+        line = "\n".join(_harmless(part) for part in line.split("\n"))
+    _print(line)
+
+
+def lone_names(rows: list[tuple[str, str]], *, print0: bool = False) -> None:
+    """Print rows of something and the name of a file: the bytes that the file has, whatever stdout's encoding.
+
+    Args:
+        rows: what stands before the name, with what separates the two, and the name.
+        print0: rows end in a zero byte, for ``xargs -0``, and nothing is quoted.
+    """
+    if sys.stdout.isatty() and not print0:
+        for before, name in rows:
+            _print(before + shown(name))
+        return
+    end = "\0" if print0 else "\n"
+    data = b"".join(os.fsencode(before + name + end) for before, name in rows)
+    stream = getattr(sys.stdout, "buffer", None)
+    if stream is None:  # a caller's stream of text
+        _print(data.decode("utf-8", "replace"), end="")
+    else:
+        sys.stdout.flush()
+        stream.write(data)
+        stream.flush()
+
+
+def _escaped(character: str) -> str:
+    if character in "\\'":
+        return "\\" + character
+    known = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\x1b": "\\E"}.get(character)
+    if known is not None or character.isprintable():
+        return known or character
+    return "".join(f"\\{byte:03o}" for byte in character.encode("utf-8", "surrogateescape"))
+
+
+def _harmless(line: str) -> str:
+    return "".join(x if x.isprintable() or x == "\t" else _escaped(x) for x in line)
+
+
+def _print(line: str, end: str = "\n") -> None:
+    """Characters that stdout cannot encode are replaced: half of the results and an error help nobody."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding), end=end)

@@ -1,0 +1,60 @@
+"""Positional arguments and options in any order, and words that begin with a hyphen and are no options."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["words_in_any_order"]
+
+
+def words_in_any_order(parser: argparse.ArgumentParser) -> None:
+    """Let options stand between positional arguments of `parser`, an optional one included: QUERY --top 3 FOLDER.
+
+    A word such as ``-night``, in which not every letter is an option, is positional too. argparse alone takes the
+    optional one for missing before the first option (Python 3.10 and 3.11, and ``parse_intermixed_args`` cannot be used
+    of a subcommand).
+    """
+    plain = parser.parse_known_args
+
+    def parse(args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        options, words = _split(parser, list(args or ()))
+        return plain([*options, "--", *words] if words else options, namespace)
+
+    parser.parse_known_args = parse  # type: ignore[method-assign, assignment]
+
+
+def _split(parser: argparse.ArgumentParser, args: list[str]) -> tuple[list[str], list[str]]:
+    """Options with their values, and positional arguments."""
+    known = {name: action for action in parser._actions for name in action.option_strings}
+    options, words = list[str](), list[str]()
+    while args:
+        word = args.pop(0)
+        if word == "--":
+            return options, words + args
+        if not _is_option(word, known):
+            words.append(word)
+            continue
+        value = [args.pop(0)] if args and _wants_value(word, known) else []
+        if value and value[0].startswith("-") and word.startswith("--"):  # else argparse takes it for an option
+            word, value = f"{word}={value[0]}", []
+        options += [word, *value]
+    return options, words
+
+
+def _is_option(word: str, known: dict[str, argparse.Action]) -> bool:
+    if word.startswith("--"):
+        return not re.search(r"\s", word.partition("=")[0])
+    flags = "".join(name[1] for name, action in known.items() if len(name) == 2 and action.nargs == 0)
+    valued = "".join(name[1] for name, action in known.items() if len(name) == 2 and action.nargs != 0)
+    return re.fullmatch(rf"-(?=.)[{flags}]*(?:[{valued}]=?\d*)?", word) is not None
+
+
+def _wants_value(word: str, known: dict[str, argparse.Action]) -> bool:
+    """Whether the next word is its value; of options that are shortened, the first that it may be."""
+    if not word.startswith("--"):
+        return known[f"-{word[-1]}"].nargs != 0 if f"-{word[-1]}" in known else False
+    action = known.get(word) or next((known[name] for name in known if name.startswith(word)), None)
+    return action is not None and action.nargs != 0
