@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options, embedder_of
+from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
@@ -12,10 +14,10 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write the vectors of pictures and captions, and a table of both, in clip-retrieval's layout: img_emb/, "
-        "text_emb/ and metadata/. The same call again goes on."
+        "text_emb/ and metadata/. The same call again goes on. Of a folder without captions: pictures alone."
     )
     parser.add_argument("spec", metavar="SPEC", help="as of fastclip train --data")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the three")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory of the images, texts and metadata")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the vectors (float16)")
     parser.add_argument("--samples-per-file", type=int, default=1_000_000, metavar="N", help="(1000000)")
     add_embedder_options(parser)
@@ -26,13 +28,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 def _embed(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from fastclip.data.spec import open_source
+    from fastclip.data.uncaptioned import Uncaptioned, open_pictures
     from fastclip.search.embed import embed_source
 
-    source = open_source(args.spec)
+    source = open_pictures(args.spec)
+    if alone := isinstance(source, Uncaptioned):
+        print(f"fastclip: {args.spec}: no picture has a caption, so pictures alone are embedded", file=sys.stderr)
     options = {name: getattr(args, name) for name in ("dtype", "samples_per_file", "batch_size", "workers")}
-    done = embed_source(embedder_of(args), source, Path(args.output), progress=True, **options)
+    done = embed_source(embedder_of(args), source, Path(args.output), progress=True, texts=not alone, **options)
     kept = f", {done.kept} of which were there" if done.kept else ""
-    print(f"wrote {args.output}: {done.samples:,} samples in {done.files:,} files{kept}")
+    say(f"wrote {args.output}: {done.samples:,} samples in {done.files:,} files{kept}")
     if done.faults.total:
-        print(f"left out: {done.faults}")
+        say(f"left out: {done.faults}")

@@ -119,6 +119,10 @@ class ClassFolder:
         """As `fastclip.data.source.picture_bytes`."""
         return read_file(self.key(index))
 
+    def picture_place(self, index: int) -> tuple[str, str]:
+        """As `fastclip.data.source.picture_place`."""
+        return self.key(index), ""
+
 
 def _class_folders(folder: Path) -> list[str]:
     """Names, sorted as text, or by value where all are numbers."""

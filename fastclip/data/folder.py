@@ -139,6 +139,10 @@ class Folder:
         """As `fastclip.data.source.picture_bytes`."""
         return read_file(self._file(index))
 
+    def picture_place(self, index: int) -> tuple[str, str]:
+        """As `fastclip.data.source.picture_place`."""
+        return str(self._file(index)), ""
+
     def fields(self, index: int) -> dict[str, Any]:
         """As `fastclip.data.source.sample_fields`."""
         try:

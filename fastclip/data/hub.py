@@ -76,6 +76,11 @@ class HubSource:
         data = self._rows[index][self._image]
         return Path(data["path"]).read_bytes() if data["bytes"] is None else data["bytes"]
 
+    def picture_place(self, index: int) -> tuple[str, str]:
+        """As `fastclip.data.source.picture_place`; the library's fingerprint says which rows these are."""
+        files = self._rows.cache_files
+        return files[0]["filename"] if files else "", f"{self.key(index)} of {self._rows._fingerprint}"
+
     def _told(self, row: dict[str, Any], key: str) -> tuple[str, ...]:
         if self._caption is not None:
             found = row[self._caption]

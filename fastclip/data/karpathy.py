@@ -92,6 +92,10 @@ class Karpathy:
         """As `fastclip.data.source.picture_bytes`."""
         return Path(self.key(index)).read_bytes()
 
+    def picture_place(self, index: int) -> tuple[str, str]:
+        """As `fastclip.data.source.picture_place`."""
+        return self.key(index), ""
+
 
 def _load(file: Path) -> dict[str, Any]:
     """The object in it, of whose images the keys that are used are there."""

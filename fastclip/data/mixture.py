@@ -9,7 +9,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
-from fastclip.data.source import Record, Source, picture_bytes, read_sample, sample_fields
+from fastclip.data.source import Record, Source, picture_bytes, picture_place, read_sample, sample_fields
 
 __all__ = ["Mixture"]
 
@@ -74,6 +74,11 @@ class Mixture:
         """As `fastclip.data.source.picture_bytes`."""
         source, sample = self._locate(0, index)
         return picture_bytes(source, sample)
+
+    def picture_place(self, index: int) -> tuple[str, str]:
+        """As `fastclip.data.source.picture_place`."""
+        source, sample = self._locate(0, index)
+        return picture_place(source, sample)
 
     def fields(self, index: int) -> dict[str, Any]:
         """As `fastclip.data.source.sample_fields`."""

@@ -137,6 +137,10 @@ class Shards:
         """As `fastclip.data.source.picture_bytes`."""
         return self._members(index, ("picture",))[0]
 
+    def picture_place(self, index: int) -> tuple[str, str]:
+        """As `fastclip.data.source.picture_place`."""
+        return self._paths[self._shard(index)], self.key(index)
+
     def fields(self, index: int) -> dict[str, Any]:
         """As `fastclip.data.source.sample_fields`, of the sample's .json."""
         self._shard(index)  # which an index may be out of

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
-__all__ = ["Record", "Source", "class_captions", "picture_bytes", "read_sample", "sample_fields"]
+__all__ = ["Record", "Source", "class_captions", "picture_bytes", "picture_place", "read_sample", "sample_fields"]
 
 _PLAIN = ("a photo of a {}",)  # where data with classes have no templates of their own
 
@@ -69,6 +69,16 @@ def picture_bytes(source: Source, index: int) -> bytes | None:
     """
     read = getattr(source, "picture_bytes", None)
     return None if read is None else read(index)
+
+
+def picture_place(source: Source, index: int) -> tuple[str, str]:
+    """The file that holds the picture of `source[index]`, by any path, and the picture's name in it, "" where it is the
+    file; without a file, and where the source has no method ``picture_place(index)``, "" and the key.
+
+    Raises BadSample where the file cannot be found.
+    """
+    read = getattr(source, "picture_place", None)
+    return ("", source.key(index)) if read is None else read(index)
 
 
 def sample_fields(source: Source, index: int) -> dict[str, Any]:

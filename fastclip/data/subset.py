@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastclip.data.source import Record, Source, picture_bytes, read_sample, sample_fields
+from fastclip.data.source import Record, Source, picture_bytes, picture_place, read_sample, sample_fields
 
 __all__ = ["Subset"]
 
@@ -40,6 +40,10 @@ class Subset:
     def picture_bytes(self, index: int) -> bytes | None:
         """As `fastclip.data.source.picture_bytes`."""
         return picture_bytes(self.source, self.indices[index])
+
+    def picture_place(self, index: int) -> tuple[str, str]:
+        """As `fastclip.data.source.picture_place`."""
+        return picture_place(self.source, self.indices[index])
 
     def fields(self, index: int) -> dict[str, Any]:
         """As `fastclip.data.source.sample_fields`."""

@@ -72,6 +72,10 @@ class Table:
         """As `fastclip.data.source.picture_bytes`."""
         return self._file(index).read_bytes()
 
+    def picture_place(self, index: int) -> tuple[str, str]:
+        """As `fastclip.data.source.picture_place`."""
+        return str(self._file(index)), ""
+
     def _file(self, index: int) -> Path:
         """The picture's, from here or from the table's folder; BadSample where there is none."""
         path = Path(self._files[index])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastclip.data.faults import BadSample, Tally
+from fastclip.data.identity import picture_places, picture_states
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
 from fastclip.evaluation.features import FeatureStore, ImageFeatures, image_features, text_features
@@ -64,42 +65,44 @@ class Retrieval(NamedTuple):
 
 
 def by_picture(source: Source, *, captions: int | None = None) -> Captioned:
-    """Every picture once, with the captions of all samples of its key, such as the rows of a table.
+    """Every picture once, with the captions of all its samples, such as the rows of a table.
 
-    A further sample of a picture adds the captions that the picture has not. Samples whose captions cannot be used are
-    left out, and the log counts them.
+    Spellings of one path, relative ones and links are the same picture (`picture_places`). A further sample of a
+    picture adds the captions that the picture has not; white space makes no difference. Samples whose captions cannot
+    be used are left out, and the log counts them.
 
     Args:
         captions: at most so many of a picture, the first ones.
     """
-    firsts: dict[str, int] = {}
-    found: dict[str, list[str]] = {}
-    bad, keys = Tally(), set()
-    for index in range(len(source)):
-        key = source.key(index)
-        keys.add(key)
+    firsts: dict[tuple[str, str], int] = {}
+    found: dict[tuple[str, str], list[str]] = {}
+    bad, keys, places = Tally(), set(), set()
+    for index, place in enumerate(picture_places(source)):
+        keys.add(source.key(index))
+        places.add(place)
         try:
-            texts = source.captions(index)
+            texts = [" ".join(text.split()) for text in source.captions(index)]
         except BadSample as error:
             bad.add([error.fault])
             continue
-        firsts.setdefault(key, index)
-        known = found.setdefault(key, [])
+        firsts.setdefault(place, index)
+        known = found.setdefault(place, [])
         known.extend([text for text in texts if text not in known] if known else texts)
+    if len(keys) > len(places):
+        logger.info("%s: %d names of pictures are others' in another spelling", source.spec, len(keys) - len(places))
     if bad.total:
         logger.warning("%s: captions that cannot be used are left out: %s", source.spec, bad)
     if not firsts:
         raise ValueError(f"{source.spec}: no picture has a caption that can be used")
     pictures = Subset(source, list(firsts.values()))
-    return Captioned(pictures, [tuple(texts[:captions]) for texts in found.values()], len(keys) - len(firsts))
+    return Captioned(pictures, [tuple(texts[:captions]) for texts in found.values()], len(places) - len(firsts))
 
 
 def picture_features(
     embedder: Embedder, source: Source, *, folder: Path | None = None, **options: Any
 ) -> tuple[ImageFeatures, FeatureStore]:
     """`image_features` of the source, `options` being that function's, with a store of its own in `folder`."""
-    names = [source.key(k) for k in range(len(source))]
-    store = FeatureStore(embedder, ["pictures", source.spec, *names], folder=folder)
+    store = FeatureStore(embedder, ["pictures", source.spec, *picture_states(source)], folder=folder)
     return image_features(embedder, source, store=store, **options), store
 
 

@@ -26,9 +26,12 @@ from fastclip.models.embedder import Embedder
 __all__ = ["Answer", "Composed", "Query", "Term", "combine", "compose", "parse_query", "read_queries"]
 
 _TERM = re.compile(
-    r"\s*(?:(?P<sign>[+-])\s+)?(?:(?P<weight>\d+(?:\.\d*)?|\.\d+):)?"
+    r"\s*(?:(?P<sign>[+-])\s+)?(?:(?P<weight>\d+(?:\.\d*)?|\.\d+):(?=[^\s\d]))?"
     r'(?:"(?P<quoted>[^"]+)"|(?P<plain>(?![+-](?:\s|$))[^\s"].*?))\s*(?=\s[+-](?:\s|$)|$)'
 )
+
+
+_CANCELLED = 1e-5  # as in fastclip.search.query
 
 
 class Term(NamedTuple):
@@ -68,7 +71,8 @@ class Composed(NamedTuple):
 def parse_query(line: str) -> Query:
     """``2:dog + beach.jpg - "at night" => target.jpg``: terms between `` + `` and `` - ``, each perhaps with a weight.
 
-    Signs stand between blanks: ``t-shirt`` is a word. What is quoted is a text as it stands. The part from ``=>`` on,
+    Signs stand between blanks: ``t-shirt`` is a word. A weight stands directly before its term, and no digit follows
+    it: ``16:9 screenshot`` is a text. What is quoted is a text as it stands. The part from ``=>`` on,
     which may be left out, is the picture that should be found.
 
     Raises:
@@ -118,11 +122,11 @@ def combine(vectors: Tensor, weights: Sequence[float]) -> Tensor:
     """The unit vector (D,) of the weighted sum of unit vectors (T, D).
 
     Raises:
-        ValueError: they cancel.
+        ValueError: they cancel each other, all weights 0 included.
     """
     total = torch.tensor(weights, dtype=vectors.dtype) @ vectors
-    if not float(total.norm()) > 1e-6:
-        raise ValueError("the terms cancel: nothing is left to search for")
+    if not float(total.norm()) > _CANCELLED * sum(map(abs, weights)):
+        raise ValueError("the terms cancel each other: nothing is left to search for")
     return F.normalize(total, dim=0)
 
 
@@ -205,11 +209,11 @@ class _Meanings:
     def __init__(self, keys: Iterable[str], queries: Sequence[Query]) -> None:
         names = {term.text for query in queries for term in query.terms if not term.quoted}
         names |= {query.target for query in queries if query.target is not None}
-        wanted = names | {os.path.abspath(name) for name in names}
+        wanted = {spelled for name in names for spelled in _spellings(name)}
         self._exact: dict[str, int] = {}
         self._ends: dict[str, list[int]] = {}
         for number, key in enumerate(keys):
-            for whole in {key, os.path.abspath(key)} & wanted:
+            for whole in wanted.intersection(_spellings(key)):
                 self._exact[whole] = number
             end = key
             while "/" in end:
@@ -241,10 +245,15 @@ class _Meanings:
         return place
 
     def _place(self, name: str) -> int | None:
-        place = self._exact.get(name, self._exact.get(os.path.abspath(name)))
-        if place is not None:
-            return place
+        for spelled in _spellings(name):
+            if spelled in self._exact:
+                return self._exact[spelled]
         ends = self._ends.get(name, [])
         if len(ends) > 1:
             raise ValueError(f"{name} is the name of {len(ends)} pictures: write more of its path")
         return ends[0] if ends else None
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """What names the same picture; a text is no path, and may be too long for one."""
+    return (name, os.path.abspath(name), os.path.realpath(name)) if "\0" not in name else (name,)

@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from timm.models.byobnet import ByobNet
 from torch import Tensor
 
+from fastclip.data.identity import picture_places, picture_states
 from fastclip.data.source import Source
 from fastclip.evaluation.accuracy import score_ranks
 from fastclip.evaluation.classification import classification_metrics
@@ -98,8 +99,8 @@ def linear_probe(
     if features == "tower":
         taken: Any = {"transform": embedder.transform, "precision": embedder.precision, "name": embedder.name}
         embedder = TowerEmbedder(embedder.model, embedder.tokenize, **taken)
-    keys = [[features, *map(source.key, range(len(source)))] for source in sources]
-    _warn_of_shared(sources, keys)
+    _warn_of_shared(sources)
+    keys = [[features, *picture_states(source)] for source in sources]
     stores = [FeatureStore(embedder, own) for own in keys] if resume else []
     found = []
     for k, source in enumerate(sources):
@@ -232,9 +233,9 @@ def _check_classes(sources: Sequence[Source]) -> None:
             raise ValueError(f"{sources[0].spec} and {source.spec} have the same classes in another order")
 
 
-def _warn_of_shared(sources: Sequence[Source], keys: Sequence[Sequence[str]]) -> None:
+def _warn_of_shared(sources: Sequence[Source]) -> None:
     """Train, test and perhaps validation: what is tested on must be new."""
-    test = set(keys[1][1:])
+    test = set(picture_places(sources[1]))
     for k in (0, 2)[: len(sources) - 1]:
-        if shared := len(test.intersection(keys[k][1:])):
+        if shared := len(test.intersection(picture_places(sources[k]))):
             logger.warning("%d pictures of %s are in %s, too", shared, sources[1].spec, sources[k].spec)

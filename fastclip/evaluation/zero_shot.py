@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastclip.data.identity import picture_states
 from fastclip.data.prompts import read_templates
 from fastclip.data.source import Source
 from fastclip.evaluation.classification import (
@@ -68,7 +69,7 @@ def zero_shot(
         classes = class_embeddings(embedder, names, templates, stores=stores, progress=progress)
     store = None
     if stores is not None:
-        store = FeatureStore(embedder, [*names, *(source.key(index) for index in range(len(source)))])
+        store = FeatureStore(embedder, [*names, *picture_states(source)])
         stores.append(store)
     found = image_features(embedder, source, batch_size=batch_size, workers=workers, store=store, progress=progress)
     some = found.labels >= 0

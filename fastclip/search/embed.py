@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,11 @@ from fastclip.durable import new_file
 from fastclip.evaluation.features import FeatureStore
 from fastclip.models.embedder import Embedder
 from fastclip.search.claim import claim
-from fastclip.search.pairs import Pairs, embed_pairs, faults_of, names_of
+from fastclip.search.pairs import Pairs, contents_of, embed_pairs, faults_of
 
 __all__ = ["Embedded", "embed_source"]
 
+logger = logging.getLogger(__name__)
 _PARTS = ".parts"
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -51,6 +53,7 @@ def embed_source(
     batch_size: int = 256,
     workers: int = 0,
     progress: bool = False,
+    texts: bool = True,
 ) -> Embedded:
     """Unit vectors of pictures and captions, as ``clip-retrieval inference`` writes them (its ``writer.py``).
 
@@ -60,11 +63,13 @@ def embed_source(
     files. Of several captions the first counts. Samples that cannot be used are in none of the three.
 
     A file appears when it is whole, the .parquet last. The same call goes on where one that was interrupted stopped,
-    and the result is the same, byte by byte. What is not yet in a file lies in ``.parts``. One process does all.
+    and the result is the same, byte by byte; files of which a picture or a caption has changed since are made anew, and
+    the log counts them. What is not yet in a file lies in ``.parts``. One process does all.
 
     Args:
         dtype: "float16", clip-retrieval's, or "float32".
         batch_size, workers, progress: as `fastclip.evaluation.features.image_features`.
+        texts: False leaves out text_emb/ and the column "caption", as of `fastclip.data.uncaptioned.Uncaptioned`.
 
     Raises:
         ValueError: an option is out of range, `output` is that of another call, or no sample can be used.
@@ -74,43 +79,69 @@ def embed_source(
         raise ValueError(
             f"dtype must be float16 or float32, samples_per_file at least 1, got {dtype} and {samples_per_file}"
         )
-    options: dict[str, Any] = {"source": source.spec, "samples": len(source), "identity": embedder.identity}
-    options["names"] = names = names_of(source)
-    claim(output, {**options, "dtype": dtype, "samples_per_file": samples_per_file}, result="*/*_emb_*.npy")
-    for name in ("img_emb", "text_emb", "metadata"):
+    kinds = ("img", "text") if texts else ("img",)
+    options: dict[str, Any] = {"source": _place(source.spec), "samples": len(source), "identity": embedder.identity}
+    options |= {"dtype": dtype, "samples_per_file": samples_per_file, "texts": texts}
+    claim(output, options, result="*/*_emb_*.npy")
+    for name in (*(f"{kind}_emb" for kind in kinds), "metadata"):
         (output / name).mkdir(exist_ok=True)
     total = -(-len(source) // samples_per_file)
     digits = int(math.log10(max(total, 1))) + 1
-    files, samples, kept, faults = 0, 0, 0, Tally()
+    files, samples, kept, changed, faults = 0, 0, 0, 0, Tally()
     for number in range(total):
         start = number * samples_per_file
         part, name = Subset(source, range(start, min(start + samples_per_file, len(source)))), f"{number:0{digits}d}"
-        table = output / "metadata" / f"metadata_{name}.parquet"
-        if table.is_file():
+        table, contents = _table(output, name), contents_of(part)
+        stats = _stats(table) if table.is_file() else None
+        if stats is not None and stats["contents"] == contents:
             kept += 1
         else:
-            store = FeatureStore(embedder, chain([names], map(part.key, range(len(part)))), folder=output / _PARTS)
+            changed += stats is not None
+            store = FeatureStore(embedder, [contents], folder=output / _PARTS)
             reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
             embed_pairs(embedder, part, store, partial(_kept_of, dtype=_DTYPES[dtype]), first_caption=True, **reading)
             found = faults_of(store)
-            if found.total == len(part):  # embedding_reader cannot read a file without rows
+            _write_file(output, name, part, store, found, contents, dict.fromkeys(kinds, (embedder.dim, dtype)))
+            if found.total == len(part):
                 faults.merge(found.counts, found.keys)
                 continue
-            for kind in ("img", "text"):
-                _write_vectors(output / f"{kind}_emb" / f"{kind}_emb_{name}.npy", store, kind, (embedder.dim, dtype))
-            _write_table(table, part, store, found)
-            store.clear()
-        stats = json.loads(pq.read_schema(table).metadata[b"fastclip"])
+            stats = _stats(table)
         files, samples = files + 1, samples + stats["successes"]
         faults.merge(stats["failures"], stats["failed"])
     shutil.rmtree(output / _PARTS, ignore_errors=True)
+    if changed:
+        logger.warning("%s: pictures or captions of %d files have changed: made anew", source.spec, changed)
     if not samples:
         raise ValueError(f"{source.spec}: none of {len(source)} samples can be used: {faults}")
     return Embedded(files, samples, faults, kept)
 
 
+def _write_file(
+    output: Path,
+    name: str,
+    part: Source,
+    store: FeatureStore,
+    faults: Tally,
+    contents: str,
+    kinds: dict[str, tuple[int, str]],
+) -> None:
+    """One file of each kind, the table last, in the place of those of before."""
+    for old in (_table(output, name), *output.glob(f"*_emb/*_emb_{name}.npy")):
+        old.unlink(missing_ok=True)  # the table first: vectors without one count for nothing
+    if faults.total == len(part):  # embedding_reader cannot read a file without rows
+        return
+    for kind, of in kinds.items():
+        _write_vectors(output / f"{kind}_emb" / f"{kind}_emb_{name}.npy", store, kind, of)
+    _write_table(_table(output, name), part, store, faults, contents, "text" in kinds)
+    store.clear()
+
+
+def _table(output: Path, name: str) -> Path:
+    return output / "metadata" / f"metadata_{name}.parquet"
+
+
 def _kept_of(pairs: Pairs, dtype: torch.dtype) -> dict[str, Tensor]:
-    texts = [caption.encode("utf-8", "backslashreplace") for (caption,) in pairs.captions]
+    texts = [" ".join(captions).encode("utf-8", "backslashreplace") for captions in pairs.captions]  # one, or none
     data = torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy())
     lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
     return {"img": pairs.images.to(dtype), "text": pairs.texts.to(dtype), "captions": data, "lengths": lengths}
@@ -127,17 +158,33 @@ def _write_vectors(file: Path, store: FeatureStore, kind: str, of: tuple[int, st
             out.write(part[kind].numpy().tobytes())
 
 
-def _write_table(file: Path, source: Source, store: FeatureStore, faults: Tally) -> None:
-    stats: dict[str, Any] = {"count": len(source), "successes": len(source) - faults.total}
+def _place(spec: str) -> str:
+    """A name that is the same in every working directory."""
+    name = spec.removeprefix("hf:")
+    elsewhere = spec == "digits" or "://" in spec or (name != spec and not os.path.exists(name.partition(":")[0]))
+    return spec if elsewhere else os.path.join(os.getcwd(), spec)
+
+
+def _stats(table: Path) -> dict[str, Any]:
+    """What `_write_table` told of its samples."""
+    try:
+        stats = json.loads((pq.read_schema(table).metadata or {})[b"fastclip"])
+        return {name: stats[name] for name in ("contents", "successes", "failures", "failed")}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:  # pyarrow's are ValueErrors
+        raise ValueError(f"{table} is not what this command writes ({error}): take another folder") from error
+
+
+def _write_table(file: Path, source: Source, store: FeatureStore, faults: Tally, contents: str, texts: bool) -> None:
+    stats: dict[str, Any] = {"contents": contents, "count": len(source), "successes": len(source) - faults.total}
     stats |= {"failures": faults.counts, "failed": faults.keys}
-    columns = [("image_path", pa.string()), ("caption", pa.string())]
+    columns = [("image_path", pa.string()), ("caption", pa.string())][: 1 + texts]
     schema = pa.schema(columns, metadata={"fastclip": json.dumps(stats)})
     with new_file(file) as half, pq.ParquetWriter(half, schema) as writer:
         start = 0
         for part in store.walk("used", "captions", "lengths"):
             keys = [source.key(start + k) for k in part["used"].nonzero().flatten().tolist()]
             paths = [key.encode("utf-8", "backslashreplace").decode() for key in keys]
-            writer.write_table(pa.table([paths, list(_captions(part))], schema=schema))
+            writer.write_table(pa.table([paths, list(_captions(part))][: 1 + texts], schema=schema))
             start += len(part["used"])
 
 

@@ -29,7 +29,7 @@ from fastclip.evaluation.results import write_results
 from fastclip.models.embedder import Embedder
 from fastclip.search.claim import claim
 from fastclip.search.near_duplicates import near_duplicates
-from fastclip.search.pairs import Pairs, embed_pairs, faults_of, names_of
+from fastclip.search.pairs import Pairs, contents_of, embed_pairs, faults_of
 
 __all__ = ["filter_source"]
 
@@ -85,10 +85,10 @@ def filter_source(
     """
     _check(threshold, dedup, samples_per_shard)
     computed = (scores or output / "scores") / ("similarities" if dedup is None else "similarities-and-images")
-    names = names_of(source)
-    store = FeatureStore(embedder, [names], folder=computed)
+    contents = contents_of(source)
+    store = FeatureStore(embedder, [contents], folder=computed)
     options: dict[str, Any] = {"source": source.spec, "samples": len(source), "identity": embedder.identity}
-    options |= {"names": names, "threshold": threshold, "dedup": dedup}
+    options |= {"pictures and captions": contents, "threshold": threshold, "dedup": dedup}
     if threshold is not None or (output / "options.json").is_file():
         claim(output, {**options, "samples_per_shard": samples_per_shard}, result="*.tar")
     output.mkdir(parents=True, exist_ok=True)

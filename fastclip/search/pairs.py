@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastclip.data.faults import BadSample, Tally
+from fastclip.data.identity import picture_states
 from fastclip.data.loader import PairBatch, pair_batches
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
@@ -19,7 +19,7 @@ from fastclip.evaluation.features import FeatureStore
 from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
 
-__all__ = ["Pairs", "embed_pairs", "faults_of", "names_of"]
+__all__ = ["Pairs", "contents_of", "embed_pairs", "faults_of"]
 
 _PART = 4096  # samples of a part, about
 
@@ -77,16 +77,16 @@ def embed_pairs(
                 number, waiting, used, faults = number + 1, [], [], Tally()
 
 
-def names_of(source: Source) -> str:
-    """A digest of what vectors depend on beside the model, for a `FeatureStore`: where the source is, and the key and
-    captions of every sample. Pictures are taken to be what they were."""
-    digest = hashlib.blake2b(os.path.join(os.getcwd(), source.spec).encode("utf-8", "surrogatepass"), digest_size=16)
-    for index in range(len(source)):
+def contents_of(source: Source) -> str:
+    """A digest of what vectors depend on beside the model: of every sample the key, the captions, and which picture it
+    is (`picture_states`). Pictures are not read."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index, state in enumerate(picture_states(source)):
         try:
             captions = source.captions(index)
         except BadSample:
             captions = ()
-        digest.update(json.dumps((source.key(index), *captions)).encode())
+        digest.update(json.dumps((source.key(index), state, *captions)).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ import pytest
 from support import needs
 
 needs("search")
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastclip import cli
@@ -115,18 +116,65 @@ def test_embed_touches_no_other_call(embedder: Embedder, digits: Source, tmp_pat
             embed_source(embedder, digits, tmp_path / "b", **options)
 
 
-def test_edited_captions_are_another_call(embedder: Embedder, tmp_path: Path) -> None:
-    data = real_pictures(tmp_path / "data")
-    rows = [f"{name},{caption}" for name, caption in (("hopper.jpg", "an officer"), ("flower.jpg", "a flower"))]
-    for text in ("an officer", "an admiral"):
-        (data / "t.csv").write_text("\n".join(["filepath,title", *rows]).replace("an officer", text) + "\n")
+def test_changed_captions_and_pictures_are_embedded_again(
+    embedder: Embedder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, names = real_pictures(tmp_path / "data"), ("hopper.jpg", "flower.jpg", "logo.png")
+
+    def embedded(text: str) -> Any:
+        (data / "t.csv").write_text("\n".join(["filepath,title", *(f"{data}/{name},{text}" for name in names)]) + "\n")
         source = open_source(str(data / "t.csv"))
-        if text == "an officer":
+        done = embed_source(embedder, source, tmp_path / "out", samples_per_file=2, dtype="float32")
+        rows = [read(tmp_path / "out", name) for name in "01"]
+        for number, (images, texts, table) in enumerate(rows):
+            for row, record in enumerate(source[k] for k in range(2 * number, min(3, 2 * number + 2))):
+                image = embedder.embed_images(embedder.transform(record.image)[None])[0]
+                np.testing.assert_allclose(images[row], image, atol=1e-6)
+                np.testing.assert_allclose(texts[row], embedder.embed_texts([text])[0], atol=1e-6)
+                assert table[row] == {"image_path": record.key, "caption": text}
+        return done.kept
+
+    assert embedded("a picture") == 0 and embedded("a picture") == 2
+    assert embedded("an image") == 0 and "captions of 2 files have changed: made anew" in caplog.text
+    (data / "logo.png").write_bytes((data / "china.jpg").read_bytes())  # of the second file
+    assert embedded("an image") == 1 and "captions of 1 files have changed" in caplog.text
+    (data / "logo.png").unlink()
+    (data / "logo.png").symlink_to(data / "cards.png")
+    assert embedded("an image") == 1 and embedded("an image") == 2
+
+
+def test_file_of_which_nothing_is_left_is_removed(embedder: Embedder, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", 3)
+    source = open_source(str(folder))
+    assert embed_source(embedder, source, tmp_path / "out", samples_per_file=2).samples == 3
+    Path(source.key(2)).write_bytes(HTML)
+    assert embed_source(embedder, source, tmp_path / "out", samples_per_file=2)[:2] == (1, 2)
+    assert [path.name for path in sorted((tmp_path / "out").glob("*/*"))] == [
+        *("img_emb_0.npy", "metadata_0.parquet", "text_emb_0.npy")
+    ]
+
+
+def test_same_name_in_another_folder_is_another_call(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        write_folder(tmp_path / name / "data", 2)
+        monkeypatch.chdir(tmp_path / name)
+        if name == "a":
+            embed_source(embedder, open_source("data"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"another call: source was .*/a/data, is .*/b/data; take another folder"):
+        embed_source(embedder, open_source("data"), tmp_path / "out")
+
+
+def test_table_that_is_none_of_ours_is_named(embedder: Embedder, tmp_path: Path) -> None:
+    source = open_source(str(write_folder(tmp_path / "data", 2)))
+    embed_source(embedder, source, tmp_path / "out")
+    table = tmp_path / "out" / "metadata" / "metadata_0.parquet"
+    pq.write_table(pa.table({"image_path": ["a"]}), tmp_path / "other")
+    for data in (b"PAR1 and no more", b"", (tmp_path / "other").read_bytes()):
+        table.write_bytes(data)
+        with pytest.raises(ValueError, match=r"metadata_0\.parquet is not what this command writes"):
             embed_source(embedder, source, tmp_path / "out")
-            before = read(tmp_path / "out", "0")[2]
-    with pytest.raises(ValueError, match=r"is that of another call: names was \w+, is \w+; take another folder"):
-        embed_source(embedder, source, tmp_path / "out")
-    assert read(tmp_path / "out", "0")[2] == before
 
 
 def test_command_embeds_and_goes_on(embedder: Embedder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,3 +188,22 @@ def test_command_embeds_and_goes_on(embedder: Embedder, tmp_path: Path, capsys: 
     assert cli.main(words) == 0 and "5 samples in 2 files, 2 of which were there" in capsys.readouterr().out
     assert cli.main([*words, "--dtype", "float32"]) == 1
     assert "fastclip embed: " in capsys.readouterr().err
+
+
+def test_pictures_without_captions_are_embedded_alone(
+    embedder: Embedder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedder.model.save_pretrained(tmp_path / "model")
+    data = write_folder(tmp_path / "data", 3, [(HTML, b"x")])
+    for text in data.glob("*.txt"):
+        text.unlink()
+    words = ["embed", str(data), "--checkpoint", str(tmp_path / "model"), "--device", "cpu", "--workers", "0"]
+    for _ in range(2):
+        assert cli.main([*words, "--output", str(tmp_path / "out")]) == 0
+        said = capsys.readouterr()
+        assert "3 samples in 1 files" in said.out and "no picture has a caption, so pictures alone" in said.err
+    assert "1 of which were there" in said.out and "1 not an image" in said.out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["img_emb", "metadata", "options.json"]
+    images = np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy")
+    table = pq.read_table(tmp_path / "out" / "metadata" / "metadata_0.parquet").to_pylist()
+    assert images.shape == (3, embedder.dim) and [row.keys() for row in table] == [{"image_path"}] * 3

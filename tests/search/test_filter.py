@@ -150,7 +150,7 @@ def test_scores_are_those_of_the_captions_and_the_place(
     monkeypatch.chdir(tmp_path / "a")
     filter_source(embedder, open_source("t.csv"), tmp_path / "out", **options)
     monkeypatch.chdir(tmp_path / "b")
-    with pytest.raises(ValueError, match=r"is that of another call: names was \w+, is \w+; take another"):
+    with pytest.raises(ValueError, match=r"another call: pictures and captions was \w+, is \w+; take another"):
         filter_source(embedder, open_source("t.csv"), tmp_path / "out", **options)
 
 
@@ -295,7 +295,25 @@ def test_filter_touches_no_other_call(embedder: Embedder, digits: Source, tmp_pa
             filter_source(embedder, digits, tmp_path / "d", **{name: value})
 
 
-def test_scores_that_are_computed_anew_meet_no_result_of_before(embedder: Embedder, tmp_path: Path) -> None:
+def test_pictures_that_were_replaced_are_other_data(embedder: Embedder, tmp_path: Path) -> None:
+    source = open_source(str(real_pictures(tmp_path / "data")))
+    options: dict[str, Any] = {"batch_size": BATCH, "scores": tmp_path / "scores"}
+    filter_source(embedder, source, tmp_path / "scored", **options)
+    filter_source(embedder, source, tmp_path / "kept", threshold=-1, **options)
+    before = files(tmp_path / "kept")
+    (tmp_path / "data" / "logo.png").write_bytes((tmp_path / "data" / "china.jpg").read_bytes())
+    found = filter_source(embedder, source, tmp_path / "scored", **options)["similarity"]["mean"]
+    true = [value for values in similarities(embedder, source) for value in values]
+    assert found == pytest.approx(np.mean(true), abs=1e-6)
+    with pytest.raises(ValueError, match=r"another call: pictures and captions was \w+, is \w+; take another"):
+        filter_source(embedder, source, tmp_path / "kept", threshold=-1, **options)
+    assert files(tmp_path / "kept") == before
+
+
+def test_scores_that_are_computed_anew_meet_no_result_of_before(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastclip.search.filter.contents_of", lambda source: "what another machine makes of them")
     source = open_source(str(real_pictures(tmp_path / "data")))
     scored = [value for values in similarities(embedder, source) for value in values]
     options: dict[str, Any] = {"threshold": between(scored, 0.5), "batch_size": BATCH, "scores": tmp_path / "scores"}

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastclip.data.identity import picture_states
 from fastclip.data.source import Source
 from fastclip.evaluation.classification import class_ranks, confusion, mean_directions, predicted_classes
 from fastclip.evaluation.features import FeatureStore, ImageFeatures, image_features, text_features
@@ -74,7 +75,7 @@ def examine(
     Args:
         resumable: keep what is embedded in FASTCLIP_CACHE, in `Examined.stores`, and go on from what is there.
     """
-    pictures = FeatureStore(embedder, [source.spec, *map(source.key, range(len(source)))]) if resumable else None
+    pictures = FeatureStore(embedder, [source.spec, *picture_states(source)]) if resumable else None
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     images = image_features(embedder, source, workers=workers, store=pictures, **options)
     kept = images.indices.tolist()
