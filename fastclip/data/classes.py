@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastclip.data import imagenet
+from fastclip.data.class_names import WORDNET_ID, join_names, shown_names
 from fastclip.data.files import read_file
 from fastclip.data.folder import pictures
 from fastclip.data.picture import read_picture
@@ -21,9 +21,7 @@ from fastclip.data.strings import Strings
 __all__ = ["SPLITS", "ClassFolder", "open_labelled"]
 
 logger = logging.getLogger(__name__)
-_WORDNET_ID = re.compile(r"n\d{8}")
 SPLITS = {"test", "train", "training", "val", "valid", "validation"}  # what folders of parts of a data set are called
-_SHOWN = 5  # names in a message
 
 
 def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = True) -> Source:
@@ -31,7 +29,8 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
 
     Args:
         classes: their names: a file of one a line, or one of `fastclip.data.imagenet.SETS`; default: the data's own.
-            They go with the data's classes in order, of a folder with its sorted folders, numbers by value.
+            They go with the data's classes by name (`join_names`); numbers in ``.cls`` files, whose classes have no
+            names, are places in the list.
         held_out: as `open_source`'s.
 
     Raises:
@@ -48,8 +47,11 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
     if not source.class_names:
         raise ValueError(f"{spec}: these data have no classes; {_LAYOUT}")
     if names is not None:
-        _check_number(names, str(classes), len(source.class_names), spec)
-        source.class_names = names
+        own = source.class_names
+        if own == tuple(names):  # shards that have no names themselves take what is given
+            own = tuple(map(str, range(len(own))))
+        told, places = join_names(names, own, what=str(classes), spec=spec, ordered=classes in imagenet.SETS)
+        source.class_names = tuple(told[place] for place in places)
     return source
 
 
@@ -68,13 +70,13 @@ class ClassFolder:
     of a picture are its class's. `folders` are the names of the class folders, sorted.
 
     Args:
-        classes: names, one a folder, in the order of the sorted folders, numbers by value; or one of
+        classes: names, one a folder, which go together by name (`join_names`); or one of
             `fastclip.data.imagenet.SETS`, whose classes all count, whether they have a folder or not.
 
     Raises:
         OSError: the folder cannot be read.
         ValueError: there are no class folders, or less than two classes; folders without pictures; folders that are
-            not among `classes`, or unknown WordNet ids, by name; another number of names.
+            not among `classes`, or unknown WordNet ids, by name; another number of names, or others.
         ImportError: timm or open_clip_torch, which know ImageNet's classes, is not installed.
     """
 
@@ -95,7 +97,7 @@ class ClassFolder:
             self._labels.extend([place] * (len(self._names) - before))
             empty += [folder] if len(self._names) == before else []
         if empty:
-            raise ValueError(f"{spec}: folders without pictures: {_some(empty)}")
+            raise ValueError(f"{spec}: folders without pictures: {shown_names(empty)}")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -155,9 +157,8 @@ def _classes(
         return names, places
     every = range(len(folders))
     if classes is not None:
-        _check_number(classes, "the list of class names", len(folders), spec)
-        return tuple(classes), every
-    if any(map(_WORDNET_ID.fullmatch, folders)):
+        return join_names(classes, folders, what="the list of class names", spec=spec)
+    if any(map(WORDNET_ID.fullmatch, folders)):
         names = imagenet.class_names("imagenet")
         return tuple(names[place] for place in _places(spec, folders, "imagenet")), every
     return tuple(folder.replace("_", " ") for folder in folders), every
@@ -166,14 +167,7 @@ def _classes(
 def _places(spec: str, folders: Sequence[str], name: str) -> list[int]:
     places = imagenet.folder_places(name)
     if unknown := [folder for folder in folders if folder not in places]:
-        raise ValueError(f"{spec}: {len(unknown)} of {len(folders)} folders are no classes of {name}: {_some(unknown)}")
+        raise ValueError(
+            f"{spec}: {len(unknown)} of {len(folders)} folders are no classes of {name}: {shown_names(unknown)}"
+        )
     return [places[folder] for folder in folders]
-
-
-def _check_number(names: Sequence[str], what: str, number: int, spec: str) -> None:
-    if len(names) != number:
-        raise ValueError(f"{what} has {len(names)} names, and {spec} {number} classes")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")

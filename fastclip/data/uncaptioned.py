@@ -18,8 +18,8 @@ def open_pictures(spec: str) -> Source:
     folder = Path(spec)
     if spec and spec != "digits" and folder.is_dir() and not holds_shards(folder):
         found = list(pictures(folder))
-        if found and not any(told for _, told in found):
-            return Uncaptioned(spec, [name for name, _ in found])
+        if found and not any(one.told for one in found):
+            return Uncaptioned(spec, [one.name for one in found])
     return open_source(spec)
 
 

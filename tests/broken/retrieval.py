@@ -39,13 +39,20 @@ PROMISES = [
         "A picture of several rows is one image with several captions",
         tests=[
             "evaluation/test_retrieval.py::test_rows_of_one_picture_are_one_image",
+            "evaluation/test_retrieval.py::test_spellings_of_a_path_are_one_image",
         ],
         breaks=[
             Break(
                 "retrieval: a row is an image",
                 "fastclip/evaluation/captioned.py",
-                old="key = source.key(index)",
-                new='key = f"{index} {source.key(index)}"',
+                old="firsts.setdefault(place, index)",
+                new="firsts.setdefault(place := (str(index), ''), index)",
+            ),
+            Break(
+                "retrieval: a spelling is an image",
+                "fastclip/evaluation/captioned.py",
+                old="for index, place in enumerate(picture_places(source)):",
+                new="for index, place in enumerate(('', source.key(k)) for k in range(len(source))):",
             ),
             Break(
                 "retrieval: a row that is there twice counts twice",

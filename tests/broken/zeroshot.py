@@ -204,6 +204,35 @@ PROMISES = [
         ],
     ),
     Promise(
+        EVALUATION,
+        "Class names of a file go with the classes by name, in whatever order; those that do not fit are told",
+        tests=[
+            "data/test_classes.py::test_class_names_of_a_file_go_by_name",
+            "data/test_classes.py::test_class_names_of_classes_that_have_names",
+            "data/test_classes.py::test_class_names_of_numbers_and_wordnet_ids_go_in_their_order",
+        ],
+        breaks=[
+            Break(
+                "class names: folders' by position",
+                "fastclip/data/class_names.py",
+                old="    places = _by_name(keys, own)",
+                new="    places = list(range(len(own)))",
+            ),
+            Break(
+                "class names: others' by position",
+                "fastclip/data/classes.py",
+                old="source.class_names = tuple(told[place] for place in places)",
+                new="source.class_names = tuple(told)",
+            ),
+            Break(
+                "class names: an order that names contradict",
+                "fastclip/data/class_names.py",
+                old="if order is None or any(found not in (None, place) for found, place in zip(places, order)):",
+                new="if order is None:",
+            ),
+        ],
+    ),
+    Promise(
         DATA,
         "Shards of CLIP_benchmark bring their classes and templates, unless others are named",
         tests=[

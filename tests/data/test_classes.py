@@ -17,6 +17,7 @@ needs("models")
 from PIL import Image
 
 from fastclip.data import imagenet
+from fastclip.data.class_names import join_names
 from fastclip.data.classes import ClassFolder, open_labelled
 from fastclip.data.faults import BadSample
 from fastclip.data.spec import open_source
@@ -123,20 +124,59 @@ def test_subsets_have_their_200_classes(name: str, tmp_path: Path, caplog: pytes
         ClassFolder(root, classes=name)
 
 
-def test_class_names_of_a_file(tmp_path: Path) -> None:
-    root = folders(tmp_path / "set", ("n99999999", "10", "b"))
+def named(tmp_path: Path, spec: str, lines: str) -> list[str]:
+    """Of each class of the data, in their order, the name that a file of these lines gives it."""
     file = tmp_path / "names.txt"
-    file.write_text("ten\nbee \nunknown\n\n")
-    source = open_labelled(root, classes=str(file))
-    assert source.class_names == ("ten", "bee", "unknown")  # 10, b, n99999999
-    file.write_text("ten\nbee\n")
-    with pytest.raises(ValueError, match=r"has 2 names, and .*set 3 classes"):
-        open_labelled(root, classes=str(file))
-    file.write_text("ten\n\nunknown\n")
+    file.write_text(lines, encoding="utf-8")
+    source = open_labelled(spec, classes=str(file))
+    if isinstance(source, ClassFolder):
+        return [source.class_names[label] for label in labels(source) if label is not None]
+    return list(source.class_names)
+
+
+def test_class_names_of_a_file_go_by_name(tmp_path: Path) -> None:
+    root = folders(tmp_path / "set", ("ant", "Red_fox", "b-52", "é"))  # sorted: Red_fox, ant, b-52, é
+    for lines in ("ant\nb-52 \nred fox\ne\u0301\n\n", "e\u0301\nred  Fox\nant\nB 52\n"):
+        found = [" ".join(name.lower().replace("-", " ").split()) for name in named(tmp_path, root, lines)]
+        assert found == ["red fox", "ant", "b 52", "e\u0301"]
+    assert named(tmp_path, root, "ant\tan insect\nRed_fox\ta fox\né\tan accent\nb-52\ta plane\n") == [
+        *("a fox", "an insect", "a plane", "an accent")
+    ]
+    with pytest.raises(ValueError, match=r"has 2 names, and .*set 4 classes"):
+        named(tmp_path, root, "ant\nred fox\n")
     with pytest.raises(ValueError, match="line 2: a class without a name"):
-        open_labelled(root, classes=str(file))
-    file.write_text("\n".join("abcdefghij"))
-    assert open_labelled("digits", classes=str(file)).class_names == tuple("abcdefghij")
+        named(tmp_path, root, "ant\n\nred fox\n")
+    with pytest.raises(ValueError, match="without a name Red_fox; without a class wolf; write lines of class, tab and"):
+        named(tmp_path, root, "ant\nwolf\nb-52\né\n")
+    with pytest.raises(ValueError, match=r"every line, or none, must be a class of .*, a tab, and its name"):
+        named(tmp_path, root, "ant\nRed_fox\ta fox\nb-52\né\n")
+
+
+def test_class_names_of_classes_that_have_names(tmp_path: Path) -> None:
+    own = open_labelled("digits").class_names
+    assert named(tmp_path, "digits", "\n".join(reversed(own)).upper()) == [name.upper() for name in own]
+    with pytest.raises(ValueError, match="does not name the classes of digits: without a name zero, one, two, three, "):
+        named(tmp_path, "digits", "\n".join("abcdefghij"))
+
+
+def test_class_names_of_numbers_and_wordnet_ids_go_in_their_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert named(tmp_path, folders(tmp_path / "0", ("0", "1", "2")), "a\nb\nc") == ["a", "b", "c"] and not caplog.text
+    assert named(tmp_path, folders(tmp_path / "1", ("1", "2", "3")), "a\nb\nc") == ["a", "b", "c"]
+    assert "a is the class '1', and so on in their order" in caplog.text
+    with pytest.raises(ValueError, match="without a name 1, 2, 10; without a class a, b, c"):
+        named(tmp_path, folders(tmp_path / "10", ("1", "2", "10")), "a\nb\nc")
+    assert named(tmp_path, str(tmp_path / "10"), "10\tc\n1\ta\n2\tb") == ["a", "b", "c"]
+    root = folders(tmp_path / "ids", WORDNET_IDS[:3])  # tench, goldfish, great white shark
+    assert named(tmp_path, root, "a fish\ngoldfish\na shark") == ["a fish", "goldfish", "a shark"]
+    assert named(tmp_path, root, "Great white shark\ntench\ngoldfish") == ["tench", "goldfish", "Great white shark"]
+    with pytest.raises(ValueError, match=f"without a name {WORDNET_IDS[0]}, {WORDNET_IDS[2]}"):
+        named(tmp_path, root, "goldfish\na fish\na shark")
+    names = imagenet.class_names("imagenet")  # of which some are there twice
+    assert join_names(names, imagenet.wordnet_ids(), what="", spec="") == (names, list(range(1000)))
+    told, places = join_names(names[::-1], imagenet.wordnet_ids(), what="", spec="")
+    assert [told[place] for place in places] == [*names]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +236,12 @@ def test_shards_are_clip_benchmarks(tmp_path: Path) -> None:
     (tmp_path / "names").write_text("a\nb\nc\n")
     named = open_labelled(shards, classes=str(tmp_path / "names"))
     assert (named.class_names, named[0].label) == (("a", "b", "c"), 2) and named.captions(0) == ("a c", "the c")
+    (tmp_path / "names").write_text("1\tb\n2\tc\n0\ta\n")
+    assert open_labelled(shards, classes=str(tmp_path / "names")).class_names == ("a", "b", "c")
+    (tmp_path / "classnames.txt").write_text("ant\nred fox\nzebra\n")
+    (tmp_path / "names").write_text("Zebra\nred_fox\nant\n")
+    assert open_labelled(shards, classes=str(tmp_path / "names")).class_names == ("ant", "red_fox", "Zebra")
+    (tmp_path / "classnames.txt").unlink()
     assert len(open_labelled(shards, classes="imagenet-r").class_names) == 200
     with webdataset.TarWriter(str(tmp_path / "test" / "1.tar")) as writer:
         writer.write({"__key__": "s9", "png": Image.new("RGB", (4, 4)), "txt": "a caption"})

@@ -49,6 +49,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
         ('"a => b"', [(1, "a => b", True)], None),
         ('"a => b" => c.jpg', [(1, "a => b", True)], "c.jpg"),
         ("10: 30", [(1, "10: 30", False)], None),
+        ("16:9 screen - 2:x", [(1, "16:9 screen", False), (-2, "x", False)], None),
     ],
 )
 def test_line_is_read(line: str, terms: list[tuple[float, str, bool]], target: str | None) -> None:
@@ -78,8 +79,10 @@ def test_file_of_queries(tmp_path: Path) -> None:
 def test_sum_is_of_unit_vectors() -> None:
     found = combine(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), [2, -1])
     assert found.tolist() == pytest.approx([1.4 / 2.6**0.5, -0.8 / 2.6**0.5])
-    with pytest.raises(ValueError, match="the terms cancel"):
-        combine(torch.tensor([[0.6, 0.8], [0.6, 0.8]]), [1, -1])
+    for weights in ([1, -1], [1e9, -1e9], [0, 0]):
+        with pytest.raises(ValueError, match="the terms cancel each other"):
+            combine(torch.tensor([[0.6, 0.8], [0.6, 0.8]]), weights)
+    assert combine(torch.tensor([[0.6, 0.8]]), [1e-7]).tolist() == pytest.approx([0.6, 0.8])
 
 
 def vector(embedder: Embedder, name: str) -> np.ndarray:

@@ -132,6 +132,25 @@ def test_rows_of_one_picture_are_one_image(embedder: Embedder, checkpoint: Path,
     assert found["metrics"] == pytest.approx(expected)
 
 
+def test_spellings_of_a_path_are_one_image(
+    split: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = split.parent / "images"
+    first, second, *_ = sorted(path.name for path in folder.iterdir())
+    monkeypatch.chdir(split.parent)
+    (split.parent / "link.jpg").symlink_to(folder / first)
+    (split.parent / "there").symlink_to(folder)
+    spellings = (f"images/{first}", f"./images/{first}", f"images/../images//{first}", folder / first, "link.jpg")
+    texts = ("a", "b ", "a", "a  b", "a\tb", "c")
+    rows = [*zip((*spellings, f"there/{first}"), texts), (f"images/{second}", "a")]
+    Path("t.csv").write_text("filepath\ttitle\n" + "".join(f'{path}\t"{text}"\n' for path, text in rows))
+    caplog.set_level(logging.INFO)
+    found = by_picture(open_source("t.csv"))
+    assert (len(found.source), found.captions, found.skipped) == (2, [("a", "b", "a b", "c"), ("a",)], 0)
+    assert [found.source.key(k) for k in range(2)] == [f"images/{first}", f"images/{second}"]
+    assert "5 names of pictures are others' in another spelling" in caplog.text
+
+
 def test_pictures_that_cannot_be_used_take_their_captions_with_them(
     embedder: Embedder, checkpoint: Path, split: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,8 +20,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
         metavar="FILE",
-        help="class names, one a line, in the order of the sorted folders or of the data's classes; or imagenet, "
-        "imagenet-a or imagenet-r, whose classes all count (default: the folders' names; CLIP's for WordNet ids)",
+        help="class names, one a line, which go with the folders or the data's classes by name (CLASS<TAB>NAME pairs "
+        "any two); or imagenet, imagenet-a or imagenet-r, whose classes all count (default: the folders' names; CLIP's "
+        "for WordNet ids)",
     )
     add_templates_option(parser, default="the data's own, else openai")
     parser.add_argument("--details", metavar="FILE", help="JSON of every class: acc1, and what it is taken for")
