@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options, embedder_of
+from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
@@ -51,7 +52,7 @@ def _filter(args: argparse.Namespace) -> None:
     rows = [[state, count, count * share] for state, count in found["counts"].items()]
     for cause, of in found["causes"].items():
         rows.insert(1, [f"- {cause}", of["count"], of["count"] * share])
-    print(table(["samples", "number", "%"], [["read", len(source), 100.0], *rows]))
+    say(table(["samples", "number", "%"], [["read", len(source), 100.0], *rows]))
     if args.threshold is None:
         at = found["samples_at_or_above"]
-        print(table(["similarity at least", "number", "%"], [[t, count, count * share] for t, count in at.items()]))
+        say(table(["similarity at least", "number", "%"], [[t, count, count * share] for t, count in at.items()]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options
+from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
@@ -33,5 +34,5 @@ def _report(args: argparse.Namespace) -> int:
     logging.getLogger("fastclip").setLevel(logging.INFO)
     names = ("data", "checkpoint", "model", "device", "precision", "vocabulary", "results", "max_samples")
     options = {name: getattr(args, name) for name in (*names, "batch_size", "workers")}
-    print(write_report(args.folder, args.output, progress=True, **options))
+    say(write_report(args.folder, args.output, progress=True, **options))
     return 0

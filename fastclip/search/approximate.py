@@ -5,6 +5,7 @@ Malkov and Yashunin 2016, arXiv:1603.09320. Contents are never changed nor remov
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastclip.durable import new_file, write_text
+from fastclip.reading import read_json
 from fastclip.search.index import Index, Vector
 
 __all__ = ["Approximate"]
@@ -21,6 +23,7 @@ __all__ = ["Approximate"]
 logger = logging.getLogger(__name__)
 _BLOCK = 65536  # vectors read at a time
 _QUERIES, _NEIGHBOURS = 100, 10  # that recall is measured with
+_SAMPLED = 100  # contents by which an index is known
 _EXPANSION = 256  # candidates of a search: slower, and finds more
 
 
@@ -61,11 +64,13 @@ class Approximate:
     def _read(self, graph: Any) -> tuple[Any, float, int]:
         """The graph of before, its recall and its last content; nothing where it is not there or not whole."""
         try:
-            told = json.loads(self._told.read_text(encoding="utf-8"))
+            told = read_json(self._told)
             found = graph.restore(str(self._file)) if self._file.is_file() else None
-            if found is not None and len(found) == int(told["size"]):
+            last = int(told["last"])
+            # an index that was removed has other contents of the same numbers now
+            if found is not None and len(found) == int(told["size"]) and told["index"] == self._contents(last):
                 found.expansion_search = _EXPANSION
-                return found, float(told["recall"]), int(told["last"])
+                return found, float(told["recall"]), last
             logger.warning("%s is not what was written and is made anew", self._file)
         except FileNotFoundError:
             pass
@@ -104,11 +109,17 @@ class Approximate:
         rows = (vector for k, (_, vector) in enumerate(self._index.vectors_after(0)) if k % pause == 0)
         return np.stack([next(rows) for _ in range(min(_QUERIES, len(self)))])
 
+    def _contents(self, last: int) -> str:
+        """A digest of a hundred contents up to the last one of the graph."""
+        numbers = sorted({max(1, last * k // _SAMPLED) for k in range(1, _SAMPLED + 1)})
+        return hashlib.blake2b(b" ".join(map(self._index.digest_of, numbers)), digest_size=16).hexdigest()
+
     def _write(self, last: int) -> None:
         with new_file(self._file) as half:
             self._graph.save(str(half))
             self._told.unlink(missing_ok=True)  # the graph is made anew where the two do not belong together
-        told = {"size": len(self._graph), "last": last, "recall": round(self.recall, 4)}
+        told: dict[str, Any] = {"size": len(self._graph), "last": last, "recall": round(self.recall, 4)}
+        told["index"] = self._contents(last)
         write_text(self._told, json.dumps(told) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Collection, Sequence
@@ -116,7 +117,11 @@ class SearchEngine:
         with self._lock:
             self._load()
             assert self._pictures is not None
+            if self._pictures.vectors.size and self._pictures.vectors.shape[1] != len(query):
+                raise ValueError(f"{self._index.file} holds vectors of another length; remove it to begin anew")
             pairs = top(self._pictures, query, count) if self._approximate is None else self._nearest(query, count)
+            if not all(math.isfinite(score) for _, score, _ in pairs):
+                raise ValueError(f"{self._index.file} holds a vector that is not finite; remove it to begin anew")
         return [Found(os.fsdecode(path), score, content) for path, score, content in pairs]
 
     def paths_of(self, content: int) -> list[str]:

@@ -62,12 +62,14 @@ class Index:
     It may be used by several processes at once, and by several threads one after the other.
 
     Raises:
-        ValueError: the file is no such index, is damaged, or that of another version; it is named. Methods too.
+        ValueError: the file is no such index, is damaged, or that of another version, or holds vectors of different
+            lengths or of none; it is named. Methods too.
         OSError: it cannot be read or written, or another process has been writing for a minute; it is named. Likewise.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self._width: int | None = None  # bytes of a vector: all are of one model
         file.parent.mkdir(parents=True, exist_ok=True)
         with self._named():
             self._connection = sqlite3.connect(file, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
@@ -152,10 +154,15 @@ class Index:
         query = "SELECT id, vector FROM contents WHERE id > ? AND vector IS NOT NULL ORDER BY id LIMIT ?"
         while rows := list(self._rows(query, (content, _AT_ONCE))):
             for content, data in rows:
-                yield content, np.frombuffer(data, "<f4")
+                yield content, self._decoded(data)
 
     def vector_of(self, content: int) -> Vector | None:
         return self._vector("SELECT vector FROM contents WHERE id = ?", content)
+
+    def digest_of(self, content: int) -> bytes:
+        """b"" where there is no such content."""
+        row = next(self._rows("SELECT digest FROM contents WHERE id = ?", (content,)), (b"",))
+        return bytes(row[0])
 
     def vector_of_digest(self, digest: bytes) -> Vector | None:
         return self._vector("SELECT vector FROM contents WHERE digest = ?", digest)
@@ -174,6 +181,8 @@ class Index:
     def _make(self) -> None:
         with self._writing():
             if self._number("PRAGMA user_version") == 0:  # else a process beside this one was first
+                if self._number("SELECT COUNT(*) FROM sqlite_master"):  # another program's, which counts no versions
+                    raise ValueError(f"{self.file} is no search index; remove it to begin anew")
                 for statement in _TABLES.split(";")[:-1]:
                     self._run(statement)
                 self._run(f"PRAGMA application_id = {_APPLICATION}")
@@ -185,6 +194,7 @@ class Index:
         into, width, row = memoryview(b""), 0, 0
         found = self._rows(f"SELECT id, vector FROM contents WHERE {_USED} ORDER BY id", _range(folder))
         for row, (number, data) in enumerate(found, 1):
+            self._check(data)
             if row == 1:
                 width = len(data)
                 vectors = np.empty((most, width // 4), "<f4")
@@ -195,7 +205,17 @@ class Index:
 
     def _vector(self, query: str, key: object) -> Vector | None:
         row = next(self._rows(query, (key,)), (None,))
-        return None if row[0] is None else np.frombuffer(row[0], "<f4")
+        return None if row[0] is None else self._decoded(row[0])
+
+    def _decoded(self, data: Any) -> Vector:
+        self._check(data)
+        return np.frombuffer(data, "<f4")
+
+    def _check(self, data: Any) -> None:
+        """What the file holds as a vector is one, as long as the first that was read."""
+        if not isinstance(data, bytes) or not data or len(data) % 4 or len(data) != (self._width or len(data)):
+            raise ValueError(f"{self.file} holds a vector of another length or kind; remove it to begin anew")
+        self._width = len(data)
 
     def _number(self, query: str, values: Sequence[object] = ()) -> int:
         return int(next(self._rows(query, values))[0])

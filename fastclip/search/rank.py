@@ -20,6 +20,7 @@ def top(pictures: Pictures, query: Vector, count: int) -> list[tuple[bytes, floa
     if not pictures.paths or count < 1:
         return []
     scores = (pictures.vectors @ query)[pictures.rows]
+    scores[np.isnan(scores)] = np.inf  # of a file that was damaged: seen, and not passed over
     places, tie = np.arange(len(scores)), _TIE * float(np.linalg.norm(query.astype(np.float64)))
     if count < len(scores):
         least = np.partition(scores, len(scores) - count)[len(scores) - count] - tie

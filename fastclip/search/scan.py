@@ -21,7 +21,9 @@ import numpy as np
 import PIL
 
 from fastclip.data.faults import BadSample
-from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
+from fastclip.data.files import walk
+from fastclip.data.folder import is_picture
+from fastclip.data.picture import read_picture
 from fastclip.search.index import Index, Seen
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ def update_index(
     workers: int = 1,
     progress: bool = False,
 ) -> Update:
-    """Afterwards the index has the pictures under `folder` as they are, but for folders that are left out.
+    """Afterwards the index has the pictures under `folder` as they are, but for hidden ones and folders that are left
+    out.
 
     It can be stopped at any moment, a kill included: what was embedded is kept.
 
@@ -106,12 +109,11 @@ def update_index(
 
 
 def excluded(folder: bytes, exclude: Collection[str]) -> Callable[[bytes], bool]:
-    """Whether a file lies in a folder of one of these names, somewhere between `folder` and the file."""
-    if not exclude:
-        return lambda path: False
+    """Whether a file is not to be found from `folder`: it is hidden, or lies in a hidden folder, or in one of these
+    names, somewhere between `folder` and the file."""
     slash = rb"[/\\]" if os.sep == "\\" else b"/"
-    names = b"|".join(re.escape(os.fsencode(name)) for name in exclude)
-    found, start = re.compile(slash + b"(?:" + names + b")" + slash), len(folder.rstrip(b"/"))
+    names = b"".join(b"|" + re.escape(os.fsencode(name)) + slash for name in exclude)
+    found, start = re.compile(slash + rb"(?:\." + names + b")"), len(folder.rstrip(b"/"))
     return lambda path: found.search(path, start) is not None
 
 
@@ -133,24 +135,11 @@ def _reader() -> str:
 
 
 def _walk(folder: bytes, exclude: Collection[str]) -> Iterator[tuple[bytes, str | None]]:
-    """Pictures and their stamps. Links to folders are not followed, which may lead round in circles."""
-    names = {os.fsencode(name) for name in exclude}
-    folders = [folder]
-    while folders:
-        here = folders.pop()
-        try:
-            with os.scandir(here) as entries:
-                inside = list(entries)
-        except OSError as error:
-            if here == folder:
-                raise
-            logger.warning("skipped: %s: %s", os.fsdecode(here), error.strerror)
-            continue
-        for entry in inside:
+    """Pictures and their stamps, as `fastclip.data.files.walk` goes."""
+    for _, files in walk(folder, exclude):
+        for entry in files:
             try:
-                if entry.is_dir(follow_symlinks=False):
-                    folders += [entry.path] if entry.name not in names else []
-                elif os.path.splitext(os.fsdecode(entry.name))[1].lower() in PICTURE_SUFFIXES and entry.is_file():
+                if is_picture(os.fsdecode(entry.name)) and entry.is_file():
                     yield entry.path, _stamp(os.stat(entry.path))
             except OSError as error:
                 logger.warning("skipped: %s: %s", os.fsdecode(entry.path), error.strerror)

@@ -198,8 +198,11 @@ PROMISES = [
             Break(
                 "embed: the table comes first",
                 "fastclip/search/embed.py",
-                old='for kind in ("img", "text"):',
-                new='_write_table(table, part, store, found)\n            for kind in ("img", "text"):',
+                old="for kind, of in kinds.items():",
+                new=(
+                    "_write_table(_table(output, name), part, store, faults, contents, True)\n"
+                    "    for kind, of in kinds.items():"
+                ),
             ),
             Break(
                 "embed: parts stay",

@@ -30,7 +30,7 @@ from fastclip.models.embedder import load_embedder
 from fastclip.search import engine as engines
 from fastclip.search import scan
 from fastclip.search.engine import Found, SearchEngine
-from fastclip.search.index import Pictures
+from fastclip.search.index import Index, Pictures
 from fastclip.search.model import CheckpointModel
 from fastclip.search.query import Term
 from fastclip.search.rank import top
@@ -303,6 +303,22 @@ def test_graph_is_kept_grows_and_is_made_anew_where_it_is_damaged(
     caplog.clear()
     graph.write_bytes(graph.read_bytes()[:1000])
     assert len(Approximate(index)) == 801 and "made anew" in caplog.text
+    for text in (200_000 * "[", "[]", '{"last": null}'):
+        caplog.clear()
+        told.write_text(text)
+        assert len(Approximate(index)) == 801 and "made anew" in caplog.text
+    caplog.clear()
+    (other := tmp_path / "other").mkdir()  # the index of before was removed, and has the same contents in another order
+    for file in (graph, told):
+        (other / "search").mkdir(exist_ok=True)
+        (other / "search" / file.name).write_bytes(file.read_bytes())
+    reordered = Index(other / "search" / index.file.name)
+    add = [Seen(b"/%d.png" % k, "", b"%d" % k, vectors[k % 500]) for k in range(801)]
+    reordered.add(add[::-1])
+    found = Approximate(reordered)
+    assert "made anew" in caplog.text and np.array_equal(
+        reordered.vector_of(found.nearest(vectors[3], 1)[0]), vectors[3]
+    )
     assert not list((tmp_path / "search").glob("*.tmp*"))
 
 

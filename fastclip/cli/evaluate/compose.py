@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from fastclip.cli.embedding import embedder_of
+from fastclip.cli.printing import say, shown
 
 __all__ = ["add"]
 
@@ -24,6 +25,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
+def _terms(query: Any) -> list[dict[str, Any]]:
+    """How a line was read."""
+    return [{"weight": term.weight, "text": term.text} for term in query.terms]
+
+
 def _run(args: argparse.Namespace) -> None:
     from fastclip.data.spec import open_source
     from fastclip.evaluation.compose import compose, read_queries
@@ -40,13 +46,14 @@ def _run(args: argparse.Namespace) -> None:
     for answer in found.answers:
         pictures = [{"key": found.source.key(place), "score": score} for place, score in answer.found]
         rank = None if answer.rank is None else answer.rank + 1
-        answers.append({"query": answer.query.line, "rank": rank, "pictures": pictures})
-        print(answer.query.line)
-        print("".join(f"  {picture['score']:.3f}  {picture['key']}\n" for picture in pictures), end="")
-    print(f"{len(found.source):,} images, {len(answers):,} queries, {found.skipped:,} images cannot be used")
+        answers.append({"query": answer.query.line, "rank": rank, "pictures": pictures, "terms": _terms(answer.query)})
+        say(answer.query.line)
+        for picture in pictures:
+            say(f"  {picture['score']:.3f}  {shown(str(picture['key']))}")
+    say(f"{len(found.source):,} images, {len(answers):,} queries, {found.skipped:,} images cannot be used")
     if found.metrics:
         row = [embedder.name, *(100 * value for value in found.metrics.values())]
-        print(table(("", "R@1", "R@5", "R@10"), [row]))
+        say(table(("", "R@1", "R@5", "R@10"), [row]))
     if args.output:
         counts = {"images": len(found.source), "skipped": found.skipped, "queries": answers}
         write_results(

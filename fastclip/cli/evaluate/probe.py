@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from fastclip.cli.evaluate.zeroshot import percent
+from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
@@ -76,8 +77,8 @@ def _probe(args: argparse.Namespace) -> None:
         store.clear()
     names = ("acc1", "acc5", "mean_per_class_recall")
     values = (percent(probe.metrics[f"lp_{name}"]) for name in names)
-    print(table([args.test_data, *names], [["linear probe", *values]]))
-    print(f"lambda {probe.metrics['weight_decay']:.3g}, of {len(probe.sweep)} tried")
+    say(table([args.test_data, *names], [["linear probe", *values]]))
+    say(f"lambda {probe.metrics['weight_decay']:.3g}, of {len(probe.sweep)} tried")
     if reference is not None:
         rows = {"linear probe": 100 * probe.metrics[f"lp_{metric}"], **published}
-        print("\n" + table([reference, metric], list(rows.items())))
+        say("\n" + table([reference, metric], list(rows.items())))

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from fastclip.cli.embedding import embedder_of
+from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
@@ -52,10 +53,10 @@ def _run(args: argparse.Namespace) -> None:
     )
     own = {name: 100 * value for name, value in found.metrics.items()}
     rows = {embedder.name: own} | RETRIEVAL.get(args.reference or _reference(source), {})
-    print(table(_HEAD, [[name, *(row.get(key) for key in _KEYS)] for name, row in rows.items()]))
-    print(f"{len(found.keys):,} images, {len(found.texts):,} captions, {found.skipped:,} images cannot be used")
+    say(table(_HEAD, [[name, *(row.get(key) for key in _KEYS)] for name, row in rows.items()]))
+    say(f"{len(found.keys):,} images, {len(found.texts):,} captions, {found.skipped:,} images cannot be used")
     if found.repeated and not args.unique_captions:
-        print(
+        say(
             f"{found.repeated:,} captions are also those of other images, each of which counts as a wrong answer; "
             "--unique-captions counts them as right"
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastclip.cli.embedding import embedder_of
 from fastclip.cli.evaluate.zeroshot import add_templates_option, percent
+from fastclip.cli.printing import say
 
 if TYPE_CHECKING:
     from fastclip.evaluation.features import FeatureStore
@@ -80,6 +81,6 @@ def _print(results: list[dict[str, Any]]) -> None:
     drops = [mean_drop(one, sets) for one in (found, *ZERO_SHOT.values())]
     if drops[0] is not None:
         rows.append(["mean drop", None, None, drops[0], None, *drops[1:]])
-    print(table(["", "classes", "images", "acc1", "acc5", *ZERO_SHOT], rows))
+    say(table(["", "classes", "images", "acc1", "acc5", *ZERO_SHOT], rows))
     if drops[0] is not None:
-        print(f"mean drop: points of top-1 from ImageNet to the mean of {', '.join(SETS[name].title for name in sets)}")
+        say(f"mean drop: points of top-1 from ImageNet to the mean of {', '.join(SETS[name].title for name in sets)}")

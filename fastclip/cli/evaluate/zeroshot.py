@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastclip.cli.embedding import embedder_of
+from fastclip.cli.printing import say
 
 __all__ = ["add", "add_templates_option", "percent"]
 
@@ -62,7 +63,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     metrics = found.result["metrics"]
     row = [args.data, found.result["classes"], found.result["images"], *map(percent, metrics.values())]
-    print(table(["data", "classes", "images", *metrics], [row]))
+    say(table(["data", "classes", "images", *metrics], [row]))
     if args.output:
         write_results(args.output, found.result)
     if args.details:
