@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing.util
 import os
 import random
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastclip import _env
 from fastclip.data.watch import Alarm, Watch
+from fastclip.parent import end_with_parent
 
 __all__ = ["load", "naming_dead_workers", "own"]
 
@@ -38,6 +40,7 @@ def load(
         OSError, ValueError: as `samples` does, with its message.
         ChildProcessError: a worker was killed or ended by itself.
     """
+    forks = watch.workers > 0 and sys.platform == "linux"
     loader: DataLoader[Any] = DataLoader(
         _Worker(samples, watch),
         sampler=pieces,
@@ -46,8 +49,8 @@ def load(
         num_workers=watch.workers,
         prefetch_factor=max(2, -(-min(ready, _READY) // watch.workers)) if watch.workers else None,
         # forked workers share the source's memory, and the transform may be any function; Python 3.14 would not fork
-        multiprocessing_context="fork" if watch.workers and sys.platform == "linux" else None,
-        worker_init_fn=_leave_group,
+        multiprocessing_context="fork" if forks else None,
+        worker_init_fn=functools.partial(_begin, os.getpid() if forks else None),
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else it draws from the caller's
     )
@@ -147,8 +150,12 @@ def _same(found: Any) -> Any:
     return found
 
 
-def _leave_group(worker: int) -> None:
-    """Ctrl-C, and the SIGTERM of torchrun or a scheduler, go to a group of processes: the trainer decides what ends."""
+def _begin(parent: int | None, worker: int) -> None:
+    """In a worker: it ends with its parent, and by no signal that is not its own.
+
+    Ctrl-C, and the SIGTERM of torchrun or a scheduler, go to a group of processes: the trainer decides what ends.
+    """
+    end_with_parent(parent)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 

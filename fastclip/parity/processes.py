@@ -16,6 +16,7 @@ import torch.multiprocessing
 
 from fastclip import _env
 from fastclip._backends import backends, check_name
+from fastclip.parent import end_with_parent
 from fastclip.parity.compare import Row, Settings, compare
 
 __all__ = ["Report", "run"]
@@ -83,7 +84,7 @@ def _start(ranks: int, settings: Settings) -> list[Row]:
     how = {"join": False, "daemon": True, "start_method": "spawn"}
     with tempfile.TemporaryDirectory(prefix="fastclip-parity-") as folder:
         try:
-            _join(_mp.start_processes(_spawned, (ranks, settings, folder), nprocs=ranks, **how))
+            _join(_mp.start_processes(_spawned, (ranks, settings, folder, os.getpid()), nprocs=ranks, **how))
         except _mp.ProcessExitedException as error:
             raise ChildProcessError(f"a process was ended from outside (out of memory?): {error}") from error
         except _mp.ProcessRaisedException as error:
@@ -106,7 +107,8 @@ def _join(context: Any) -> None:
             process.join()
 
 
-def _spawned(rank: int, ranks: int, settings: Settings, folder: str) -> None:
+def _spawned(rank: int, ranks: int, settings: Settings, folder: str, parent: int) -> None:
+    end_with_parent(parent)
     torch.set_num_threads(max(torch.get_num_threads() // ranks, 1))
     rows = _member(rank, ranks, rank, settings, folder)
     if rank == 0:

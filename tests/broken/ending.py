@@ -45,6 +45,28 @@ PROMISES = [
     ),
     Promise(
         STOPS,
+        "What is started to read data, or to compare losses, ends within seconds of its program, even after kill -9",
+        tests=[
+            "data/test_loader.py::test_workers_end_with_a_killed_program",
+            "package/test_ending.py::test_ranks_of_parity_end_with_a_killed_program",
+        ],
+        breaks=[
+            Break(
+                "ending: workers outlive a killed program",
+                "fastclip/data/workers.py",
+                old="end_with_parent(parent)",
+                new="pass",
+            ),
+            Break(
+                "ending: ranks of parity outlive it",
+                "fastclip/parity/processes.py",
+                old="end_with_parent(parent)",
+                new="pass",
+            ),
+        ],
+    ),
+    Promise(
+        STOPS,
         "A run started in the background, where Ctrl-C is ignored, heeds SIGTERM; an ignored signal stays ignored",
         tests=[
             "training/test_interrupted.py::test_signal_ends_a_run_in_the_background",

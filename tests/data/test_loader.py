@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from support import needs
+from support.processes import ended, forked, in_session, wait_for
 
 needs("models")
 
 from PIL import Image
 from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
-from fastclip import _env
+from fastclip import _env, parent
 from fastclip.data import Batch, Record, evaluation_batches, open_source, training_batches
 
 CROP = Compose([RandomResizedCrop(6), RandomHorizontalFlip(), ToTensor()])
@@ -307,6 +309,47 @@ def test_workers_are_outside_the_callers_process_group() -> None:
 
     ((images, _, _),) = evaluation_batches(Gradients(1), group, batch_size=1, workers=1)
     assert images[0, 0].item() != os.getpgrp()
+
+
+class Wordy(Gradients):
+    """Keys so long that workers fill the pipe to the caller, which takes 64 KiB."""
+
+    def key(self, index: int) -> str:
+        return f"{index} " * 20_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked, and looked for in /proc")
+@pytest.mark.fault("kill -9 of a program whose workers read", "they end with it, and its output is closed")
+@pytest.mark.parametrize("stuck", [False, True], ids=["workers ahead of it", "workers that are stuck"])
+def test_workers_end_with_a_killed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: bool) -> None:
+    """Forked siblings hold both ends of a worker's pipe, so that nothing is closed where the program is gone."""
+    monkeypatch.setattr(parent, "_PAUSE", 0.1)
+    reading, writing = os.pipe()
+
+    def transform(image: Image.Image) -> Tensor:
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(1000 * stuck)
+        return plain(image)
+
+    def program() -> None:
+        os.dup2(writing, 1)
+        os.close(writing)
+        options = {"batch_size": 8, "micro_batch": 1, "last_step": 100, "workers": 2}
+        steps = training_batches(Wordy(), transform, tokenize, **options)
+        next(steps)
+        time.sleep(1000)
+
+    pid = forked(program, tmp_path / "said")
+    os.close(writing)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2, 20)
+    if not stuck:
+        time.sleep(0.2)  # in which the pipes fill
+    assert len(in_session(pid)) == 3
+    os.kill(pid, signal.SIGKILL)
+    assert ended(pid) == -signal.SIGKILL
+    wait_for(lambda: not in_session(pid), 5)
+    assert os.read(reading, 1) == b""  # nobody else has it
+    os.close(reading)
 
 
 _LEFT_HALF_WAY = """

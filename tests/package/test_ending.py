@@ -120,7 +120,7 @@ def test_interrupted_parity_ends_its_processes_before_their_folder_goes(monkeypa
 
     def start_processes(work: object, words: tuple[object, ...], **options: object) -> Ranks:
         nonlocal folder
-        folder = str(words[-1])
+        folder = str(words[2])
         return Ranks()
 
     folder = ""
@@ -128,6 +128,31 @@ def test_interrupted_parity_ends_its_processes_before_their_folder_goes(monkeypa
     with pytest.raises(KeyboardInterrupt):
         run(device="cpu")
     assert killed == [True, True] and not os.path.exists(folder)
+
+
+@forks
+def test_ranks_of_parity_end_with_a_killed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastclip import parent
+    from fastclip.parity import processes
+    from fastclip.parity.compare import Settings
+
+    def waits(*args: object) -> None:
+        (tmp_path / "rank").touch()
+        time.sleep(1000)
+
+    def program() -> None:
+        pid = os.getpid()
+        if os.fork() == 0:
+            processes._spawned(0, 2, Settings(8, 8, 0, None, "cpu"), str(tmp_path), pid)
+        time.sleep(1000)
+
+    monkeypatch.setattr(parent, "_PAUSE", 0.1)
+    monkeypatch.setattr(processes, "_member", waits)
+    pid = forked(program)
+    wait_for((tmp_path / "rank").exists, 20)
+    os.kill(pid, signal.SIGKILL)
+    assert ended(pid) == -signal.SIGKILL
+    wait_for(lambda: not in_session(pid), 5)
 
 
 def inside(ready: Path) -> None:
