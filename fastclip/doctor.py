@@ -16,6 +16,7 @@ import torch
 
 from fastclip import _env, machine
 from fastclip._backends import backends, build_info, pick
+from fastclip._backends.mending import mending
 from fastclip.parity.compare import Row, alone
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
@@ -36,7 +37,6 @@ _LIBRARIES = {
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GIB, _LEAST_FILES = 2**30, 1024
-_ANOTHER_BUILD = "install again from the clone with the compiler there: pip install --force-reinstall --no-deps ."
 
 
 class Finding(NamedTuple):
@@ -111,19 +111,9 @@ def _gpus() -> Iterator[Finding]:
 def _backends() -> Iterator[Finding]:
     capabilities = [torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())]
     nvidia = torch.version.cuda is not None and torch.cuda.is_available()
+    wanted = {"cpu": True, "triton": bool(capabilities), "cuda": nvidia and (9, 0) in capabilities}
     for name, state in backends().items():
-        advice = ""
-        if state != "available":
-            if name == "cpu":
-                advice = (
-                    "unset FASTCLIP_CPU_ISA" if "FASTCLIP_CPU_ISA" in state else f"a C++ compiler; {_ANOTHER_BUILD}"
-                )
-            elif name == "triton" and capabilities and "not installed" in state:
-                advice = "pip install triton"
-            elif name == "cuda" and nvidia and (9, 0) in capabilities and "not built" in state:
-                advice = f"nvcc on the PATH; {_ANOTHER_BUILD}"
-            elif name == "cuda" and nvidia and (9, 0) in capabilities and "driver serves" in state:
-                advice = "a newer NVIDIA driver"
+        advice = mending(name, state) if state != "available" and wanted.get(name) else ""
         yield Finding("backends", name, state, "warning" if advice else "", advice)
 
 

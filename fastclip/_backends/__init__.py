@@ -13,6 +13,7 @@ Each backend is a module with the same functions:
 
 from __future__ import annotations
 
+import logging
 from types import ModuleType
 
 import torch
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from fastclip import _env
 from fastclip._backends import cpu, cuda, reference, triton
+from fastclip._backends.mending import mending
 from fastclip._backends.problem import Problem
 from fastclip._version import __version__
 
 __all__ = ["backends", "build_info", "check_name", "pick", "serving"]
 
+logger = logging.getLogger(__name__)
 # In order of preference: the first that serves the features is what backend=None means.
 _BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
 
@@ -77,7 +80,35 @@ def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
 
 
 def serving(name: str | None, p: Problem) -> ModuleType:
-    """What computes a problem: `pick`'s choice, but the reference where an empty shard leaves nothing to compute."""
+    """What computes a problem: `pick`'s choice, but the reference where an empty shard leaves nothing to compute.
+
+    The log says, once a process, why the reference serves a caller who did not ask for it.
+    """
     if p.image.shape[0] == 0 or p.text.shape[0] == 0:
         return reference
-    return pick(name, p.image)[1]
+    module = pick(name, p.image)[1]
+    if module is reference and (name or _env.backend()) is None and p.image.dtype in _FUSED_DTYPES:
+        _tell_of_reference(p.image)
+    return module
+
+
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is the reference's, as documented
+_told: set[str] = set()  # devices
+
+
+def _tell_of_reference(image: Tensor) -> None:
+    device = image.device.type
+    if device in _told:
+        return
+    _told.add(device)
+    name = {"cpu": "cpu", "cuda": "triton"}.get(device, "")
+    reason, todo = f"no other backend serves {device} tensors", ""
+    if name:
+        module = _BACKENDS[name]
+        reason = str(module.missing() or module.refuses(image, named=False))
+        todo = mending(name, reason)
+    logger.warning(
+        "dense torch computes the loss, stores the N x N similarities and takes several times as long: %s%s "
+        "(with backend='reference' this line is not shown)",
+        *(reason, todo and f"; what helps: {todo}"),
+    )

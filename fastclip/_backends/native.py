@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.resources
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["address", "load"]
+__all__ = ["address", "bare_clone", "load"]
 
+_SUFFIXES = (*importlib.machinery.EXTENSION_SUFFIXES, "_build_report.txt")
 _IMPORT = {  # written out: tests/package/test_layering.py reads what is imported from the source
     "_cpu": lambda: importlib.import_module("fastclip._cpu"),
     "_cuda": lambda: importlib.import_module("fastclip._cuda"),
@@ -24,7 +27,16 @@ def load(name: str) -> tuple[Any, str | None]:
         report = importlib.resources.files("fastclip") / f"{name}_build_report.txt"
         if report.is_file():
             return None, f"the native module was not built: {report.read_text().strip()}"
+        if (clone := bare_clone()) is not None:
+            return None, f"fastclip is imported from {clone}, which has no native modules built for this Python"
         return None, f"the native module fastclip.{name} does not load ({error})"
+
+
+def bare_clone() -> Path | None:
+    """The clone whose sources are imported in place of an installation, as they are by a Python started in its root."""
+    folder = Path(str(importlib.resources.files("fastclip")))
+    built = any((folder / f"{name}{suffix}").exists() for name in _IMPORT for suffix in _SUFFIXES)
+    return folder.parent if (folder.parent / "csrc").is_dir() and not built else None
 
 
 def address(x: Tensor | None) -> int:

@@ -87,6 +87,36 @@ PROMISES = [
         ],
     ),
     Promise(
+        MACHINE,
+        "A loss that falls to dense torch for lack of a module says so once a process: why, and what to do",
+        tests=[
+            "backends/test_missing.py::test_dense_loss_for_lack_of_a_module_is_told_once",
+            "backends/test_missing.py::test_dense_loss_that_was_asked_for_is_not_told",
+            "backends/test_missing.py::test_python_in_the_root_of_a_clone_is_named",
+            "backends/test_missing.py::test_doctor_has_the_same_words",
+        ],
+        breaks=[
+            Break(
+                "doctor: dense torch serves in silence",
+                "fastclip/_backends/__init__.py",
+                old="        _tell_of_reference(p.image)",
+                new="        pass",
+            ),
+            Break(
+                "doctor: every call in silence tells it",
+                "fastclip/_backends/__init__.py",
+                old="    _told.add(device)",
+                new="",
+            ),
+            Break(
+                "doctor: a clone without modules in silence",
+                "fastclip/_backends/native.py",
+                old="if (clone := bare_clone()) is not None:",
+                new="if (clone := None) is not None:",
+            ),
+        ],
+    ),
+    Promise(
         DOCUMENTS,
         "`fastclip bench` times none of our losses if it is wrong, and says what did not run and why",
         tests=[

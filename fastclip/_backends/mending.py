@@ -1,0 +1,23 @@
+"""What to do about a backend that is not there: words that the warning of a slow loss and `fastclip doctor` share."""
+
+from __future__ import annotations
+
+from fastclip._backends.native import bare_clone
+
+__all__ = ["mending"]
+
+_ANOTHER_BUILD = "install again from the clone with the compiler there: pip install --force-reinstall --no-deps ."
+_TOOLS = {"cpu": "a C++ compiler", "cuda": "nvcc on the PATH"}
+
+
+def mending(name: str, reason: str) -> str:
+    """What to do where backend `name` is missing for a `reason` that it gives; "" where nothing helps."""
+    if (clone := bare_clone()) is not None and (str(clone) in reason or "fastclip.triton_kernels" in reason):
+        return f"start Python in another folder, where what is installed is found, or pip install --editable {clone}"
+    if "FASTCLIP_CPU_ISA" in reason:
+        return "unset FASTCLIP_CPU_ISA"
+    if name == "triton":
+        return "pip install triton" if "not installed" in reason else ""
+    if "driver serves" in reason:
+        return "a newer NVIDIA driver"
+    return f"{_TOOLS[name]}; {_ANOTHER_BUILD}" if "native module" in reason else ""
