@@ -5,7 +5,8 @@ FASTCLIP_CACHE         folder of copied remote shards, and of indices that canno
 FASTCLIP_CPU_ISA       ``avx512``, ``avx2`` or ``portable`` in place of the best that the processor runs
 FASTCLIP_WORKSPACE_MB  bound on a backend's buffers of logits, in MiB (64 on a CPU, 1024 on a GPU)
 
-TOKENIZERS_PARALLELISM is off in the processes that read data.
+OMP_WAIT_POLICY is PASSIVE for a command whose threads outnumber the free cores, unless KMP_BLOCKTIME or GOMP_SPINCOUNT
+is set. TOKENIZERS_PARALLELISM is off in the processes that read data.
 torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say that a command is one of several processes,
 MASTER_ADDR, MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE where they meet.
 TERM, TERM_PROGRAM, KITTY_WINDOW_ID and KONSOLE_VERSION say which pictures a terminal shows.
@@ -15,10 +16,13 @@ TERM, TERM_PROGRAM, KITTY_WINDOW_ID and KONSOLE_VERSION say which pictures a ter
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from fastclip.cores import contended
 
 __all__ = [
     "Launched",
@@ -28,6 +32,7 @@ __all__ = [
     "cpu_isa",
     "in_effect",
     "launched",
+    "let_threads_sleep",
     "terminal_protocol",
     "tokenizers_without_threads",
     "workspace_bytes",
@@ -36,7 +41,8 @@ __all__ = [
 
 OWN = ("FASTCLIP_BACKEND", "FASTCLIP_CACHE", "FASTCLIP_CPU_ISA", "FASTCLIP_WORKSPACE_MB")
 OF_BUILDS = ("FASTCLIP_BUILD_CPU", "FASTCLIP_BUILD_CUDA", "FASTCLIP_CUDA_ARCHS")
-_OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+_SPINNING = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT")
+_OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", *_SPINNING)
 
 
 def in_effect() -> dict[str, str]:
@@ -102,6 +108,21 @@ def agent_store() -> tuple[str, int] | None:
 def deterministic_cublas() -> None:
     """cuBLAS repeats a product bit for bit; before the first one of the process, and a user's own value stays."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def let_threads_sleep() -> bool:
+    """Whether OpenMP's threads are made to sleep while they wait: where they outnumber the free cores, a thread that
+    spins keeps the one it waits for from running.
+
+    For a process that has not imported torch, which loads OpenMP; a user's own setting stays.
+    """
+    if "torch" in sys.modules or any(os.environ.get(name) for name in _SPINNING):
+        return False
+    text, process = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip(), launched()
+    if not contended(int(text) if text.isdecimal() else None, process.local_ranks if process else 1):
+        return False
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    return True
 
 
 def terminal_protocol() -> str:

@@ -17,6 +17,7 @@ import torch
 from fastclip import _env, machine
 from fastclip._backends import backends, build_info, pick
 from fastclip._backends.mending import mending
+from fastclip.cores import contended
 from fastclip.parity.compare import Row, alone
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
@@ -160,6 +161,8 @@ def _machine() -> Iterator[Finding]:
         advice = f"OMP_NUM_THREADS={whole}: this process may use {cores:g} cores, more threads wait for each other"
     elif threads < whole and "OMP_NUM_THREADS" in _env.in_effect():
         note = "unset OMP_NUM_THREADS, which keeps torch from the other cores"
+    elif contended(threads):
+        note = "busy: commands set OMP_WAIT_POLICY=PASSIVE, so that threads sleep while they wait; your own value stays"
     value = f"{machine.processor()}; {cores:g} of {os.cpu_count()} cores, torch's threads: {threads}"
     yield Finding("machine", "processor", value, "warning" if advice else "", advice or note)
 

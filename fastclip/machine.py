@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 from fastclip._backends.cpu import native
 from fastclip._version import __version__
+from fastclip.cores import group_limits, read_lines, usable_cores
 
 __all__ = [
     "about_cpu",
@@ -31,8 +31,6 @@ __all__ = [
     "version",
 ]
 
-_CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-
 
 def version(distribution: str) -> str:
     """Of an installed distribution; empty where it is not installed."""
@@ -44,7 +42,7 @@ def version(distribution: str) -> str:
 
 def processor() -> str:
     """Its model's name."""
-    for line in _lines(Path("/proc/cpuinfo")):
+    for line in read_lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
@@ -94,17 +92,6 @@ def nvidia_smi(fields: str) -> list[str]:
     return [cell.strip() for cell in lines[0].split(",")] if done.returncode == 0 and lines else []
 
 
-def usable_cores() -> float:
-    """Cores this process may keep busy: the machine's, less what its affinity or its container leaves out."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    cores: float = len(affinity(0)) if affinity else os.cpu_count() or 1
-    for text in _limits("cpu.max", "", ""):
-        quota, period = text.split()
-        if quota != "max":
-            cores = min(cores, int(quota) / int(period))
-    return cores
-
-
 def memory_bytes() -> float:
     """The machine's memory; infinite where the system does not say."""
     return _meminfo("MemTotal")
@@ -112,7 +99,7 @@ def memory_bytes() -> float:
 
 def container_bytes() -> float:
     """Memory that this process's control groups allow; infinite without a limit."""
-    limits = (text for text in _limits("memory.max", "memory", "memory.limit_in_bytes") if text.isdecimal())
+    limits = (text for text in group_limits("memory.max", "memory", "memory.limit_in_bytes") if text.isdecimal())
     return min((int(text) for text in limits if int(text) < 2**60), default=math.inf)  # v1's "no limit" is 2^63 or so
 
 
@@ -136,27 +123,8 @@ def open_files() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
 def _meminfo(name: str) -> float:
-    for line in _lines(Path("/proc/meminfo")):
+    for line in read_lines(Path("/proc/meminfo")):
         if line.startswith(f"{name}:"):
             return float(line.split()[1]) * 1024
     return math.inf
-
-
-def _limits(v2: str, controller: str, v1: str) -> Iterator[str]:
-    """What a file of the control groups around this process says: `v2`, and of a controller in version 1 `v1`."""
-    for line in _lines(_OWN_GROUPS):
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", controller):
-            continue
-        base, name = (_CGROUPS / controller, v1) if controllers else (_CGROUPS, v2)
-        inner = Path(path.lstrip("/"))
-        for folder in (inner, *inner.parents):  # the last of them is base itself
-            yield from _lines(base / folder / name)[:1]

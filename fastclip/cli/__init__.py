@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fastclip._env import let_threads_sleep
 from fastclip._version import __version__
 from fastclip.cli import (
     bench,
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     logging.basicConfig(level=logging.WARNING, format="fastclip: %(message)s")
     try:
+        # of a process that is this command's: a caller's environment is its own
+        args.threads_sleep = argv is None and let_threads_sleep()
         with sigterm_raises():
             status = args.run(args) or 0
             sys.stdout.flush()

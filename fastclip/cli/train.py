@@ -21,7 +21,10 @@ def _train(args: argparse.Namespace) -> None:
 
     process = launched()
     first = process is None or process.rank == 0
-    logging.getLogger("fastclip").setLevel(logging.INFO if first else logging.ERROR)
+    logger = logging.getLogger("fastclip")
+    logger.setLevel(logging.INFO if first else logging.ERROR)
+    if args.threads_sleep:
+        logger.info("the cores are busy: OpenMP's threads sleep while they wait (OMP_WAIT_POLICY=PASSIVE)")
     run = train(options)
     if first:
         print(f"{run.folder}: {run.steps} steps, of which {len(run.losses)} in {run.seconds:.1f} s, by {run.backend!r}")

@@ -43,6 +43,8 @@ PROMISES = [
             "package/test_doctor.py::test_every_variable_that_is_read_is_known",
             "package/test_doctor.py::test_small_containers_are_warned_of",
             "package/test_doctor.py::test_limits_are_those_of_all_groups_around",
+            "package/test_doctor.py::test_threads_sleep_where_they_outnumber_the_free_cores",
+            "package/test_doctor.py::test_setting_of_the_user_stays",
             "package/test_doctor.py::test_lacking_extras_are_named_with_the_line_that_brings_them",
             "package/test_doctor.py::test_dense_service_is_a_warning",
             "package/test_doctor.py::test_gpu_that_torch_does_not_see",
@@ -68,9 +70,21 @@ PROMISES = [
             ),
             Break(
                 "doctor: only the innermost group limits memory",
-                "fastclip/machine.py",
+                "fastclip/cores.py",
                 old="for folder in (inner, *inner.parents):",
                 new="for folder in (inner,):",
+            ),
+            Break(
+                "doctor: a busy machine is a quiet one",
+                "fastclip/cores.py",
+                old="* processes + others >=",
+                new="* processes >=",
+            ),
+            Break(
+                "doctor: a user's own policy of waiting is replaced",
+                "fastclip/_env.py",
+                old="any(os.environ.get(name) for name in _SPINNING)",
+                new="False",
             ),
             Break(
                 "doctor: an old package is not lacking",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastclip import _env, doctor, machine
+from fastclip import _env, cores, doctor, machine
 from fastclip.cli import main
 from fastclip.doctor import Finding
 from fastclip.parity import compare
@@ -149,8 +149,8 @@ def test_small_containers_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_limits_are_those_of_all_groups_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own, root = tmp_path / "own", tmp_path / "cgroup"
-    monkeypatch.setattr(machine, "_OWN_GROUPS", own)
-    monkeypatch.setattr(machine, "_CGROUPS", root)
+    monkeypatch.setattr(cores, "_OWN_GROUPS", own)
+    monkeypatch.setattr(cores, "_CGROUPS", root)
     assert machine.container_bytes() == math.inf  # no control groups
     (root / "pod" / "inner").mkdir(parents=True)
     own.write_text("0::/pod/inner\n")
@@ -165,6 +165,50 @@ def test_limits_are_those_of_all_groups_around(monkeypatch: pytest.MonkeyPatch, 
     assert machine.container_bytes() == math.inf
     (root / "memory" / "memory.limit_in_bytes").write_text(f"{2**29}\n")
     assert machine.container_bytes() == 2**29
+
+
+@pytest.mark.parametrize(
+    ("threads", "processes", "load", "sleep"),
+    [
+        *((None, 1, 0.0, False), (None, 1, 0.5, False), (None, 1, 1.0, True), (2, 1, 1.0, False), (1, 1, 9.0, False)),
+        *((None, 2, 0.0, True), (2, 2, 0.0, False), (2, 4, 0.0, True)),
+    ],
+)
+def test_threads_sleep_where_they_outnumber_the_free_cores(
+    threads: int | None, processes: int, load: float, sleep: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On four cores."""
+    for name, found in (("cpu_count", 4), ("sched_getaffinity", set(range(4))), ("getloadavg", (load, 0.0, 0.0))):
+        monkeypatch.setattr(cores.os, name, lambda *of, found=found: found, raising=False)
+    monkeypatch.setattr(cores, "_OWN_GROUPS", tmp_path / "none")
+    monkeypatch.setattr(cores, "_SIBLINGS", tmp_path / "none")
+    assert cores.contended(threads, processes) is sleep
+    if threads is None and processes == 1:  # as many threads as cores with two threads each
+        (tmp_path / "some").write_text("1\n")
+        monkeypatch.setattr(cores, "_SIBLINGS", tmp_path / "some")
+        assert not cores.contended(None)
+    (tmp_path / "group").write_text("0::/\n")
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    monkeypatch.setattr(cores, "_OWN_GROUPS", tmp_path / "group")
+    monkeypatch.setattr(cores, "_CGROUPS", tmp_path)
+    assert cores.contended(4) and not cores.contended(1)  # of one and a half cores
+
+
+def test_setting_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_env, "contended", lambda threads, processes: (threads, processes) == (3, 2))
+    assert not _env.let_threads_sleep()  # torch has read it
+    monkeypatch.delitem(sys.modules, "torch")
+    for name in _env._SPINNING:
+        monkeypatch.setenv(name, "")
+    assert not _env.let_threads_sleep()
+    for name, value in (("OMP_NUM_THREADS", "3,1"), ("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert not _env.let_threads_sleep()
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert _env.let_threads_sleep() and _env.in_effect()["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert not _env.let_threads_sleep() and _env.in_effect()["OMP_WAIT_POLICY"] == "active"
 
 
 def test_lacking_extras_are_named_with_the_line_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:

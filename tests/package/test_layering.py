@@ -26,7 +26,7 @@ LAYERS = (
     {"ops", "labels"},
     {"_backends"},
     {"triton_kernels"},
-    {"_cpu", "_cuda", "_env", "_lazy", "_version", "durable", "installed", "parent", "reading"},
+    {"_cpu", "_cuda", "_env", "_lazy", "_version", "cores", "durable", "installed", "parent", "reading"},
 )
 # What the losses load, with `import fastclip` or when they are first asked for: torch and the standard library only.
 ALLOWED = {
