@@ -40,7 +40,9 @@ def cached_step(
             tensors (): the scale, already exponentiated, a bias. `DualEncoder` and open_clip's models are such.
         micro_batches: the arguments of each call; their sizes may differ.
         loss: called once, as ``loss(*all features, *the rest)``, features (N, D) in the order of the micro-batches.
-            Returns a tensor (). With ``group=`` it is the loss over all ranks.
+            Returns a tensor (). With ``group=`` it is the loss over all ranks. Parameters of `modules` that it reads by
+            itself, such as ``model.logit_scale``, get their gradients too, averaged by DistributedDataParallel; those
+            of FSDP must come from `forward`. Nothing else that a pass leaves behind has a gradient here.
         modules: what `forward` runs; needed where it is a function around DistributedDataParallel or FSDP, whose
             gradients are exchanged in the last micro-batch only, around a model with buffers that a pass changes, or
             around one that draws random numbers on a GPU where the arguments are not.
@@ -52,7 +54,8 @@ def cached_step(
         The loss, detached, not scaled.
 
     Raises:
-        ValueError: no micro-batches, or `forward` or `loss` returns something else.
+        ValueError: no micro-batches; `forward` or `loss` returns something else; `loss` reads by itself a parameter
+            that FSDP has sharded.
 
     Dropout and drop path are the same in both passes: the states of torch's generators, of the CPU and of the GPUs that
     the arguments or the modules are on, are replayed; those of Python and numpy are not. Buffers are changed once.
@@ -83,7 +86,7 @@ def cached_step(
     value = loss(*features, *rest)
     if not isinstance(value, Tensor) or value.dim() != 0:
         raise ValueError(f"loss must return a tensor (), got {_told(value)}")
-    (value if grad_scaler is None else grad_scaler.scale(value)).backward()
+    direct = _backward(value if grad_scaler is None else grad_scaler.scale(value), [*features, *rest], modules)
 
     gradients = [None if x.grad is None else x.grad.split(sizes) for x in features]
     with _kept_buffers(modules):
@@ -96,9 +99,68 @@ def cached_step(
                 outputs = _checked(forward(*batch))
                 upstream = [None if d is None else d[k] for d in gradients] + [x.grad for x in rest if last]
                 pairs = [(x, d) for x, d in zip(outputs, upstream) if x.requires_grad and d is not None]
+                if last:
+                    pairs += direct
                 if pairs:
                     torch.autograd.backward([x for x, _ in pairs], [d.to(x.device) for x, d in pairs])
     return value.detach()
+
+
+def _backward(value: Tensor, inputs: list[Tensor], modules: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """Differentiate the loss as far as its inputs; return the parameters that it reads by itself, with their gradients.
+
+    Those belong to the last micro-batch's backward pass, the only one whose gradients DistributedDataParallel averages.
+    """
+    parameters: dict[Tensor, None] = dict.fromkeys(p for one in modules for p in one.parameters() if p.requires_grad)
+    if not modules:  # whose they are is not known
+        parameters = dict.fromkeys(x for x in _leaves(value) if all(x is not one for one in inputs))
+    before = [(p, p.grad, dict(p._backward_hooks or {})) for p in parameters]
+    for p in parameters:
+        p.grad = None
+        if p._backward_hooks:
+            p._backward_hooks.clear()  # they see this gradient in that pass
+    try:
+        value.backward()
+        direct = [(p, p.grad) for p in parameters if p.grad is not None]
+    finally:
+        for p, grad, hooks in before:
+            p.grad = grad
+            if p._backward_hooks is not None:
+                p._backward_hooks.update(hooks)
+    for module in modules:
+        _check_averaged(module, [p for p, _ in direct])
+    return direct
+
+
+def _check_averaged(module: nn.Module, direct: list[Tensor]) -> None:
+    """ValueError where FSDP has sharded a parameter that the loss reads by itself: it averages what a forward uses."""
+    sharded = {
+        name: p
+        for owner, one in module.named_modules()
+        if hasattr(one, "set_requires_gradient_sync") or hasattr(one, "summon_full_params")  # FSDP2, FSDP
+        for name, p in one.named_parameters(prefix=owner)
+        if hasattr(p, "to_local") or hasattr(one, "summon_full_params")
+    }
+    for name, p in sharded.items():
+        if any(p is one for one in direct):
+            raise ValueError(
+                f"loss reads the parameter {name}, which FSDP has sharded, by itself: its gradient would not be "
+                "averaged over the ranks; let forward return what loss needs of it, after the features"
+            )
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """The tensors that require gradients and that `value` was computed from."""
+    found: list[Tensor] = []
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [one for one, _ in node.next_functions]
+            if type(node).__name__ == "AccumulateGrad":
+                found.append(node.variable)  # type: ignore[attr-defined]
+    return found
 
 
 def _checked(outputs: Any) -> tuple[Tensor, ...]:

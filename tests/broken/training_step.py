@@ -66,6 +66,28 @@ PROMISES = [
         ],
     ),
     Promise(
+        PROCESSES,
+        "A parameter that the loss of a cached step reads by itself has the gradient of one process, on every rank",
+        tests=[
+            "training/test_cached_step.py::test_ddp_averages_what_the_loss_reads_by_itself",
+            "training/test_cached_step.py::test_parameters_that_the_loss_reads_by_itself",
+        ],
+        breaks=[
+            Break(
+                "cached: what the loss reads by itself has a rank's own gradient",
+                "fastclip/training/cached.py",
+                old="    return direct\n",
+                new="    for p, d in direct:\n        p.grad = d if p.grad is None else p.grad + d\n    return []\n",
+            ),
+            Break(
+                "cached: hooks see what the loss reads by itself twice",
+                "fastclip/training/cached.py",
+                old="p._backward_hooks.clear()",
+                new="pass",
+            ),
+        ],
+    ),
+    Promise(
         NUMBERS,
         "Training losses follow the papers' formulas, and agree with dense torch to 1e-5 from step to step",
         tests=[

@@ -218,6 +218,43 @@ def test_locked_towers_and_three_features() -> None:
         torch.testing.assert_close(a, p.grad, rtol=1e-10, atol=1e-12)
 
 
+def by_itself(model: Pair) -> Callable[..., Tensor]:
+    """A loss that reads parameters of the model, one of which its outputs have too."""
+
+    def loss(image: Tensor, text: Tensor, *rest: Tensor) -> Tensor:
+        group = dist.group.WORLD if dist.is_initialized() else None
+        value = fastclip.sigmoid_loss(image, text, model.log_scale.exp(), model.bias, group=group)
+        return value + 0.1 * model.image[0].weight.square().sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("modules", [True, False], ids=["told", "not told"])
+def test_parameters_that_the_loss_reads_by_itself(modules: bool) -> None:
+    """Their gradients are added to those that are there; a hook on one sees every gradient once."""
+
+    def cached(model: Pair) -> Tensor:
+        forward = (lambda *batch: model(*batch)[:2]) if not modules else model
+        return cached_step(forward, cut(*rows()), by_itself(model))
+
+    def twice(step: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        def run(model: Any) -> Tensor:
+            for p in (model.bias, model.image[0].weight):
+                p.register_hook(lambda grad: 3 * grad)
+            step(model)
+            return step(model)
+
+        return run
+
+    assert_same(gradients(Pair(), twice(cached)), gradients(Pair(), twice(lambda m: whole(m))))
+
+
+def whole(model: Pair) -> Tensor:
+    value = by_itself(model)(*model(*rows()))
+    value.backward()
+    return value.detach()
+
+
 @pytest.mark.parametrize(
     ("forward", "batches", "loss", "message"),
     [
@@ -230,6 +267,26 @@ def test_locked_towers_and_three_features() -> None:
 def test_misfit_raises(forward: Any, batches: Any, loss: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cached_step(forward, batches, loss)
+
+
+def ddp_reads(rank: int, micro_batches: Any) -> Any:
+    """In buckets of a parameter each, twice: what the first left must not disturb the second."""
+    model = Pair()
+    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-6, gradient_as_bucket_view=True)
+    for _ in range(2):
+        cached_step(lambda *batch: wrapped(*batch)[:2], micro_batches, by_itself(model), modules=[wrapped])
+    return [p.grad / 2 for p in model.parameters()]
+
+
+def ddp_reads_untold(rank: int, micro_batches: Any) -> Any:
+    model = Pair()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    images, texts = (torch.cat(x) for x in zip(*micro_batches))
+    cached_step(lambda *batch: wrapped(*batch)[:2], [(images, texts)], by_itself(model))
+    return [p.grad for p in model.parameters()]
+
+
+BY_ITSELF = {"ddp": ddp_reads, "ddp, not told": ddp_reads_untold}
 
 
 def work(rank: int, W: int, folder: str) -> None:
@@ -252,14 +309,17 @@ def work(rank: int, W: int, folder: str) -> None:
         return fastclip.sigmoid_loss(image, text, scale, bias, group=dist.group.WORLD)
 
     cached_step(wrapped, micro_batches, loss)
-    torch.save(([p.grad for p in model.parameters()], exchanged), Path(folder) / f"{rank}.pt")
+    by_themselves = {name: step(rank, micro_batches) for name, step in BY_ITSELF.items()}
+    torch.save(([p.grad for p in model.parameters()], exchanged, by_themselves), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
-def test_ddp_exchanges_once() -> None:
-    """Two ranks, micro-batches of other numbers and sizes, one loss over both: the single process's gradients."""
+@pytest.fixture(scope="module")
+def ranks() -> list[Any]:
+    """What each of two ranks found."""
+    if not hasattr(os, "fork"):
+        pytest.skip("the ranks are forked")
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=work, args=(rank, 2, folder)) for rank in range(2)]
@@ -268,12 +328,26 @@ def test_ddp_exchanges_once() -> None:
         for process in processes:
             process.join(120)
         assert [process.exitcode for process in processes] == [0, 0]
-        found = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_ddp_exchanges_once(ranks: list[Any]) -> None:
+    """Two ranks, micro-batches of other numbers and sizes, one loss over both: the single process's gradients."""
     model = Pair()
     image, text, scale, bias = model(*rows())
     fastclip.sigmoid_loss(image, text, scale, bias).backward()
     size = sum(p.numel() for p in model.parameters())
-    for grads, exchanged in found:
+    for grads, exchanged, _ in ranks:
         assert exchanged == size
         for ours, p in zip(grads, model.parameters()):
+            torch.testing.assert_close(ours, p.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp, not told"])
+def test_ddp_averages_what_the_loss_reads_by_itself(name: str, ranks: list[Any]) -> None:
+    """Every rank has one process's gradients, of the scale and of the bias too."""
+    model = Pair()
+    whole(model)
+    for *_, found in ranks:
+        for ours, p in zip(found[name], model.parameters()):
             torch.testing.assert_close(ours, p.grad, rtol=1e-10, atol=1e-12)

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+import fastclip
 from support import needs
 from support.accuracy import LOSS
 from support.once import once
@@ -21,7 +23,7 @@ from support.once import once
 needs("train")
 
 from fastclip.models import create_model
-from fastclip.training import TrainOptions, train
+from fastclip.training import TrainOptions, cached_step, train
 
 W, STEPS = 2, 5
 # What each run is asked for besides; the process that is alone has the same losses and, to rounding, the same model.
@@ -70,7 +72,26 @@ def work(rank: int, folder: Path) -> None:
         train(options(folder / "counts", parallel="fsdp", batch_size=25, micro_batch=12))
     except ValueError as error:
         (folder / f"counts {rank}.json").write_text(json.dumps(str(error)))
+    (folder / f"reads {rank}.json").write_text(json.dumps(reads_a_shard()))
     dist.destroy_process_group()
+
+
+def reads_a_shard() -> str:
+    """A loss that gathers a parameter by itself: each rank would keep its own gradient of its shard."""
+    from torch.distributed import fsdp  # slow to load
+
+    model = torch.nn.Bilinear(3, 3, 2)
+    fsdp.fully_shard(model, reshard_after_forward=True)
+
+    def loss(image: Tensor, text: Tensor) -> Tensor:
+        return fastclip.contrastive_loss(image, text, model.bias.full_tensor().sum().exp(), group=dist.group.WORLD)
+
+    x = torch.ones(4, 3)
+    try:
+        cached_step(lambda a, b: (model(a, b), model(b, a)), [(x, x)], loss, modules=[model])
+    except ValueError as error:
+        return str(error)
+    return "nothing raised"
 
 
 def start_ranks(folder: Path) -> None:
@@ -145,6 +166,12 @@ def test_model_with_statistics_is_validated_as_it_is_saved(folder: Path) -> None
 def test_fsdp_with_unequal_numbers_of_micro_batches_is_refused(folder: Path) -> None:
     told = {of_rank(folder, "counts", rank) for rank in range(W)}
     assert len(told) == 1 and "in micro-batches of 12 makes 1 or 2" in told.pop()
+
+
+def test_loss_that_reads_a_shard_by_itself_is_refused(folder: Path) -> None:
+    for rank in range(W):
+        told = of_rank(folder, "reads", rank)
+        assert told.startswith("loss reads the parameter bias, which FSDP has sharded, by itself")
 
 
 def _sees(rank: int, folder: Path) -> None:
