@@ -28,6 +28,9 @@ class ClipLoss(nn.Module):
     own rank only, so that after DDP's mean the encoders' gradient is 1 / world_size of the batch's, while logit_scale's
     is whole. A learning rate or a clipping threshold that was tuned for that, with an optimiser that sees a gradient's
     size (SGD; not AdamW), has to be looked at again.
+
+    The logits are never formed. A subclass that has open_clip's ``get_logits`` or ``get_ground_truth``, which would not
+    be called, is refused by this forward with a TypeError: inherit from open_clip's class, or override forward.
     """
 
     def __init__(
@@ -62,12 +65,8 @@ class ClipLoss(nn.Module):
         Returns the scalar loss, or ``{"contrastive_loss": loss}`` with ``output_dict``. A ``logit_bias`` shifts all
         logits alike, which a softmax does not see: the loss is the same and its gradient is 0.
         """
-        group = _world(self.rank, self.world_size)
-        loss = contrastive_loss(image_features, text_features, logit_scale, normalize=False, group=group)
-        assert isinstance(loss, Tensor)
-        if logit_bias is not None:
-            loss = loss + 0.0 * logit_bias.sum()
-        return {"contrastive_loss": loss} if output_dict else loss
+        _refuse_hooks(self, "ClipLoss", ("get_logits", "get_ground_truth"))
+        return clip_loss(self, image_features, text_features, logit_scale, logit_bias, output_dict)
 
 
 class SigLipLoss(nn.Module):
@@ -77,7 +76,8 @@ class SigLipLoss(nn.Module):
     "shift", "reduce", "gather") and ``chunk_size`` choose between ways to the same loss: they are accepted, and the
     fused path, which is all of them at once, is taken. With ``world_size > 1`` it is the loss over all ranks of
     `torch.distributed`'s default group, as open_clip's: `sigmoid_loss` with ``group``; "bidir" and "shift", which pass
-    texts from rank to rank, take ``comm="ring"``.
+    texts from rank to rank, take ``comm="ring"``. A subclass with open_clip's ``get_logits``, ``get_ground_truth`` or
+    ``_loss`` is refused with a TypeError, as `ClipLoss` refuses them.
     """
 
     def __init__(
@@ -112,11 +112,51 @@ class SigLipLoss(nn.Module):
 
         Returns the scalar loss, or ``{"contrastive_loss": loss}`` with ``output_dict``.
         """
-        bias = 0.0 if logit_bias is None else logit_bias
-        group = _world(self.rank, self.world_size)
-        comm = "ring" if self.dist_impl in ("bidir", "shift") else "gather"
-        loss = sigmoid_loss(image_features, text_features, logit_scale, bias, normalize=False, group=group, comm=comm)
-        return {"contrastive_loss": loss} if output_dict else loss
+        _refuse_hooks(self, "SigLipLoss", ("get_logits", "get_ground_truth", "_loss"))
+        return siglip_loss(self, image_features, text_features, logit_scale, logit_bias, output_dict)
+
+
+def clip_loss(
+    module: Any,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: Tensor | None = None,
+    output_dict: bool = False,
+) -> Tensor | dict[str, Tensor]:
+    """The forward of a ``ClipLoss``, this module's or open_clip's."""
+    group = _world(module.rank, module.world_size)
+    loss = contrastive_loss(image_features, text_features, logit_scale, normalize=False, group=group)
+    assert isinstance(loss, Tensor)
+    if logit_bias is not None:
+        loss = loss + 0.0 * logit_bias.sum()
+    return {"contrastive_loss": loss} if output_dict else loss
+
+
+def siglip_loss(
+    module: Any,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None,
+    output_dict: bool = False,
+) -> Tensor | dict[str, Tensor]:
+    """The forward of a ``SigLipLoss``, this module's or open_clip's."""
+    bias = 0.0 if logit_bias is None else logit_bias
+    group = _world(module.rank, module.world_size)
+    comm = "ring" if module.dist_impl in ("bidir", "shift") else "gather"
+    loss = sigmoid_loss(image_features, text_features, logit_scale, bias, normalize=False, group=group, comm=comm)
+    return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _refuse_hooks(module: nn.Module, name: str, hooks: tuple[str, ...]) -> None:
+    """TypeError where a method is there that open_clip's forward calls."""
+    for hook in hooks:
+        if hasattr(type(module), hook) or hook in vars(module):
+            raise TypeError(
+                f"fastclip.{name} never forms the logits, so that {type(module).__name__}.{hook} would not be called: "
+                f"inherit from open_clip.loss.{name}, or override forward"
+            )
 
 
 _DIST_IMPLS = ("bidir", "shift", "reduce", "gather")

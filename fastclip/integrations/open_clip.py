@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.integrations.patching import check_same_loss, check_version, original, replace
+from fastclip.integrations.patching import Calls, check_same_loss, check_version, original, replace
 from fastclip.loss import contrastive_loss
-from fastclip.modules import ClipLoss, SigLipLoss
+from fastclip.modules import clip_loss, siglip_loss
 from fastclip.sigmoid import sigmoid_loss
 
 __all__ = ["patch_open_clip"]
@@ -36,6 +36,8 @@ def patch_open_clip() -> None:
     - ``SigLipLoss`` is replaced whatever ``dist_impl`` is; they are ways to the same loss.
     - ``CoCaLoss`` takes its contrastive part from ``ClipLoss``, hence from fastclip. ``DistillClipLoss`` needs the
       logits themselves and stays as it is.
+    - A loss with another ``get_logits``, ``get_ground_truth`` or ``_loss`` (a subclass's, an attribute of the instance,
+      a later patch), or with another ``open_clip.loss.gather_features``, is left to open_clip: a warning says so once.
 
     `fastclip.integrations.unpatch` undoes it. A second call changes nothing.
 
@@ -51,18 +53,31 @@ def patch_open_clip() -> None:
     _check(theirs, clip, sigmoid)
     replace(
         _PACKAGE,
-        {theirs.ClipLoss: _clip_forward(clip), theirs.SigLipLoss: functools.wraps(sigmoid)(SigLipLoss.forward)},
+        {
+            theirs.ClipLoss: _clip_forward(clip, Calls(theirs.ClipLoss, clip)),
+            theirs.SigLipLoss: _sigmoid_forward(sigmoid, Calls(theirs.SigLipLoss, sigmoid)),
+        },
     )
 
 
-def _clip_forward(dense: Callable[..., Any]) -> Callable[..., Any]:
+def _sigmoid_forward(dense: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
+    @functools.wraps(dense)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (dense if calls.replaced(self) else siglip_loss)(self, *args, **kwargs)
+
+    return forward
+
+
+def _clip_forward(dense: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
     warned = False
 
     @functools.wraps(dense)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal warned
+        if calls.replaced(self):
+            return dense(self, *args, **kwargs)
         if self.world_size == 1 or (self.local_loss and self.gather_with_grad and not self.use_horovod):
-            return ClipLoss.forward(self, *args, **kwargs)
+            return clip_loss(self, *args, **kwargs)
         if not warned:
             warned = True
             logger.warning(

@@ -6,6 +6,8 @@ forward, and ``isinstance`` and checkpoints see no change.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_same_loss", "check_version", "original", "replace", "unpatch"]
+__all__ = ["Calls", "check_same_loss", "check_version", "original", "replace", "unpatch"]
+
+logger = logging.getLogger(__name__)
 
 _RELATIVE = 1e-9  # of losses and gradients, in float64
 _originals: dict[str, dict[type, Callable[..., Any]]] = {}  # by package
@@ -44,6 +48,53 @@ def original(package: str, owner: Any) -> Callable[..., Any]:
 def _restore(package: str) -> None:
     for owner, forward in _originals.pop(package, {}).items():
         owner.forward = forward  # type: ignore[attr-defined]
+
+
+class Calls:
+    """What a forward calls and others may replace: methods of its class, functions of its module.
+
+    A forward that takes its place calls none of them, `honoured` ones apart.
+    """
+
+    def __init__(self, owner: type, forward: Callable[..., Any], honoured: Sequence[str] = ()) -> None:
+        self.owner, self._honoured = owner, honoured
+        self._methods: dict[str, Any] = {}
+        self._functions: dict[str, tuple[dict[str, Any], Any]] = {}  # with the names of their module
+        self._told: set[tuple[str, ...]] = set()
+        self._find(inspect.unwrap(forward))
+
+    def _find(self, function: Any) -> None:
+        for name in function.__code__.co_names if inspect.isfunction(function) else ():
+            of_class: Any = vars(self.owner).get(name)
+            of_module: Any = function.__globals__.get(name)
+            if self._is_own(of_class) and name not in (*self._methods, *self._honoured):
+                self._methods[name] = of_class
+                self._find(inspect.unwrap(of_class))
+            if self._is_own(of_module) and name not in self._functions:
+                self._functions[name] = function.__globals__, of_module
+                self._find(inspect.unwrap(of_module))
+
+    def _is_own(self, x: Any) -> bool:
+        return inspect.isfunction(x) and x.__module__ == self.owner.__module__
+
+    def replaced(self, model: Any) -> bool:
+        """Return True if a subclass, the instance or a patch has another one; the log says so once."""
+        kind, own = type(model), vars(model)
+        names = [
+            f"{kind.__name__}.{name}"
+            for name, known in self._methods.items()
+            if name in own or getattr(kind, name) is not known
+        ]
+        names += [name for name, (module, known) in self._functions.items() if module[name] is not known]
+        if names and (told := (kind.__qualname__, *names)) not in self._told:
+            self._told.add(told)
+            logger.warning(
+                "the loss of %s is left to %s: it replaces %s, which fastclip's loss does not call",
+                kind.__name__,
+                self.owner.__module__,
+                ", ".join(names),
+            )
+        return bool(names)
 
 
 def check_version(package: str, found: str, oldest: tuple[int, int], newest: tuple[int, int], instead: str) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastclip.integrations.patching import check_same_loss, check_version, original, replace
+from fastclip.integrations.patching import Calls, check_same_loss, check_version, original, replace
 from fastclip.loss import contrastive_loss
 from fastclip.sigmoid import sigmoid_loss
 
@@ -31,6 +31,9 @@ def patch_transformers(*, group: Any = None) -> None:
     evaluation mode, or without ``return_loss``, everything is as before, the logits included.
 
     Under DDP transformers' loss is each process's own, over its own pairs, and so it is here by default.
+
+    A model whose loss is another than transformers' (a function of its module that was replaced, such as
+    ``modeling_clip.image_text_contrastive_loss``) keeps that loss, and a warning says so once.
 
     Models of other classes (``Siglip2Model``, ``ChineseCLIPModel``, ``VisionTextDualEncoderModel``, ...) are left
     alone. So is a model whose forward was wrapped as an attribute of its own before: call this before
@@ -57,7 +60,7 @@ def patch_transformers(*, group: Any = None) -> None:
     for kind in _kinds():
         dense = original(_PACKAGE, kind.model)
         _check(kind, dense)
-        forwards[kind.model] = _forward(kind, dense, group=group)
+        forwards[kind.model] = _forward(kind, dense, Calls(kind.model, dense, kind.honoured), group=group)
     replace(_PACKAGE, forwards)
 
 
@@ -67,6 +70,7 @@ class _Kind(NamedTuple):
     encode: Callable[..., tuple[Any, Any, Tensor, Tensor]]  # outputs and embeddings of images, of texts
     loss: Callable[..., Tensor]  # (model, normalised images, texts, **options)
     tiny: Any  # a configuration, without dropout
+    honoured: tuple[str, ...] = ()  # methods that `encode` calls as the forward does
 
 
 def _kinds() -> tuple[_Kind, ...]:
@@ -89,11 +93,12 @@ def _kinds() -> tuple[_Kind, ...]:
             _encode,
             _clip_loss,
             clip.CLIPConfig(text_config=words | ends, vision_config=pixels, projection_dim=4),
+            ("get_image_features", "get_text_features"),
         ),
         _Kind(
             siglip.SiglipModel,
             siglip.SiglipOutput,
-            _encode,
+            _encode_siglip,
             _siglip_loss,
             siglip.SiglipConfig(text_config=words | ends, vision_config=pixels),
         ),
@@ -107,8 +112,8 @@ def _kinds() -> tuple[_Kind, ...]:
     )
 
 
-def _forward(kind: _Kind, dense: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """The new forward: `dense` is the one before; options are of the loss."""
+def _forward(kind: _Kind, dense: Callable[..., Any], calls: Calls, **options: Any) -> Callable[..., Any]:
+    """The new forward: `dense` is the one before, with what it calls; options are of the loss."""
     from transformers.utils.generic import can_return_tuple
 
     @can_return_tuple
@@ -129,7 +134,7 @@ def _forward(kind: _Kind, dense: Callable[..., Any], **options: Any) -> Callable
     @functools.wraps(dense)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         wanted = args[position] if len(args) > position else kwargs.get("return_loss")
-        return (fused if wanted and self.training else dense)(self, *args, **kwargs)
+        return (fused if wanted and self.training and not calls.replaced(self) else dense)(self, *args, **kwargs)
 
     return forward
 
@@ -156,6 +161,22 @@ def _encode(
     text = self.get_text_features(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
     )
+    return image, text, image.pooler_output, text.pooler_output
+
+
+def _encode_siglip(
+    self: Any,
+    input_ids: Any = None,
+    pixel_values: Any = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    return_loss: Any = None,
+    interpolate_pos_encoding: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, Any, Tensor, Tensor]:
+    """As its forward, which asks the towers, not ``get_image_features``."""
+    image = self.vision_model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+    text = self.text_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
     return image, text, image.pooler_output, text.pooler_output
 
 
@@ -207,7 +228,7 @@ def _check(kind: _Kind, dense: Callable[..., Any]) -> None:
             "input_ids": torch.tensor([[2, 3, 7], [3, 4, 7], [4, 5, 7]]),
             "return_loss": True,
         }
-        fused = _forward(kind, dense, backend="reference")
+        fused = _forward(kind, dense, Calls(kind.model, dense), backend="reference")
         check_same_loss(
             f"{kind.model.__name__}.forward of transformers",
             lambda: dense(model, **batch).loss,

@@ -30,7 +30,7 @@ PROMISES = [
             Break(
                 "patches: SigLipLoss is forgotten",
                 "fastclip/integrations/open_clip.py",
-                old="functools.wraps(sigmoid)(SigLipLoss.forward)",
+                old="_sigmoid_forward(sigmoid, Calls(theirs.SigLipLoss, sigmoid))",
                 new="sigmoid",
             ),
         ],
@@ -48,8 +48,8 @@ PROMISES = [
             Break(
                 "patches: no logits in evaluation",
                 "fastclip/integrations/transformers.py",
-                old="fused if wanted and self.training else",
-                new="fused if wanted else",
+                old="wanted and self.training and not",
+                new="wanted and not",
             ),
             Break(
                 "patches: return_loss by position is not seen",
@@ -66,8 +66,8 @@ PROMISES = [
             Break(
                 "patches: the attention mask is lost",
                 "fastclip/integrations/transformers.py",
-                old="input_ids=input_ids, attention_mask=attention_mask, position_ids",
-                new="input_ids=input_ids, position_ids",
+                old="self.get_text_features(\n        input_ids=input_ids, attention_mask=attention_mask, position_ids",
+                new="self.get_text_features(\n        input_ids=input_ids, position_ids",
             ),
             Break(
                 "patches: ALIGN's loss without its smoothing",
@@ -87,8 +87,8 @@ PROMISES = [
             Break(
                 "patches: the group is forgotten",
                 "fastclip/integrations/transformers.py",
-                old="_forward(kind, dense, group=group)",
-                new="_forward(kind, dense)",
+                old="kind.honoured), group=group)",
+                new="kind.honoured))",
             ),
         ],
     ),
@@ -131,6 +131,55 @@ PROMISES = [
                 "fastclip/integrations/transformers.py",
                 old="torch.random.fork_rng(devices=[]), ",
                 new="",
+            ),
+        ],
+    ),
+    Promise(
+        KEEP,
+        "A changed loss of open_clip or transformers stays what it is: its own is computed, and a warning says so once",
+        tests=[
+            "integrations/test_overrides.py::test_changed_loss_of_open_clip_keeps_its_numbers",
+            "integrations/test_overrides.py::test_what_is_replaced_after_the_patch_is_called",
+            "integrations/test_overrides.py::test_replaced_loss_of_transformers_keeps_its_numbers",
+            "integrations/test_overrides.py::test_towers_of_a_subclass_are_asked_as_before",
+            "integrations/test_overrides.py::test_hook_that_would_not_be_called_is_refused",
+        ],
+        breaks=[
+            Break(
+                "patches: a subclass's methods are not called",
+                "fastclip/integrations/patching.py",
+                old="if name in own or getattr(kind, name) is not known",
+                new="if name in own",
+            ),
+            Break(
+                "patches: an instance's methods are not called",
+                "fastclip/integrations/patching.py",
+                old="if name in own or getattr(kind, name) is not known",
+                new="if getattr(kind, name) is not known",
+            ),
+            Break(
+                "patches: functions that were replaced are not called",
+                "fastclip/integrations/patching.py",
+                old="if module[name] is not known",
+                new="if False",
+            ),
+            Break(
+                "patches: a changed loss is told at every step",
+                "fastclip/integrations/patching.py",
+                old="self._told.add(told)",
+                new="",
+            ),
+            Break(
+                "patches: SigLIP's towers are asked through another method",
+                "fastclip/integrations/transformers.py",
+                old="image = self.vision_model(pixel_values=pixel_values, interpolate_pos",
+                new="image = self.get_image_features(pixel_values=pixel_values, interpolate_pos",
+            ),
+            Break(
+                "modules: methods of a subclass are not called",
+                "fastclip/modules.py",
+                old="if hasattr(type(module), hook) or hook in vars(module):",
+                new="if hook in vars(module):",
             ),
         ],
     ),

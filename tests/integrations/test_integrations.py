@@ -281,7 +281,7 @@ from open_clip_train.main import main
 if sys.argv[1] == "patched":
     from fastclip.integrations import patch_open_clip
     patch_open_clip()
-    open_clip.loss.ClipLoss.get_logits = None  # not called
+    open_clip.loss.F = None  # not called
 open_clip.add_model_config(sys.argv[2])
 main(sys.argv[3:])
 """
