@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_manifest",
+    "is_special",
     "mend_folders",
     "mend_files",
     "new_file",
     "new_folder",
     "remove_folder",
+    "set_aside",
     "write_bytes",
     "write_json",
     "write_manifest",
@@ -42,6 +44,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 _CHUNK = 2**20  # bytes hashed at a time
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}  # which name no file
 _ABANDONED = 3600.0  # seconds
 
 
@@ -82,12 +85,17 @@ def new_file(path: Path) -> Iterator[Path]:
     """A name to write under, whose file takes the place of `path` when all went well, and is removed otherwise.
 
     The file has the mode that the umask gives, whatever library writes it. Several processes may write `path` at the
-    same time: it holds what one of them wrote. A process that is killed leaves its half behind, for `mend_files`.
+    same time: it holds what one of them wrote. A process that is killed leaves its half behind, for `mend_files`. A
+    link stays one, and what it leads to is replaced; a pipe or a device is written to as it is.
 
     Raises:
         OSError: the system's error, with `path` in place of the name that is written under.
     """
-    half = _beside(path, "tmp")
+    if is_special(path):
+        yield path
+        return
+    whole = Path(os.path.realpath(path)) if path.is_symlink() else path
+    half = _beside(whole, "tmp")
     try:
         try:
             half.touch(exist_ok=False)
@@ -95,15 +103,21 @@ def new_file(path: Path) -> Iterator[Path]:
             yield half
             half.chmod(mode)
             _flush(half)
-            os.replace(half, path)
+            os.replace(half, whole)
         except OSError as error:
-            if error.filename in (str(half), half):
+            if error.filename in (str(half), half) or (error.filename is None and error.errno in _OF_DISKS):
                 error.filename, error.filename2 = str(path), None
             raise
     except BaseException:
         half.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    _flush(whole.parent)
+
+
+def is_special(path: Path) -> bool:
+    """Return True for what is there and can be written to only in place: a device, a pipe, ``/dev/stdout``."""
+    standard = str(path.parent) in ("/dev", "/dev/fd")  # such as /dev/stdout, which may lead to a file
+    return path.exists() and not path.is_dir() and (standard or not path.is_file())
 
 
 def mend_files(folder: Path, *, owned: bool = False) -> None:
@@ -120,13 +134,19 @@ def mend_files(folder: Path, *, owned: bool = False) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill in the place of `path`, which becomes it when all went well, and is removed otherwise."""
+    """A folder to fill in the place of `path`, which becomes it when all went well, and is removed otherwise.
+
+    Its files have the mode that the umask gives, whatever library writes them.
+    """
     half, old = _beside(path, "tmp"), path.with_name(f".{path.name}.old")
     _make(path.parent)
     half.mkdir()
     try:
         yield half
+        mode = half.stat().st_mode & 0o666
         for inside in (*half.rglob("*"), half):
+            if inside.is_file():  # some libraries write files that only their owner can read
+                inside.chmod(mode)
             _flush(inside)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -138,6 +158,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         _bring_back(old)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file or a folder to ``aside-NAME``, or ``aside-NAME-2`` where there is one, and return its new path."""
+    aside, number = path.with_name(f"aside-{path.name}"), 1
+    while aside.exists() or aside.is_symlink():
+        number += 1
+        aside = path.with_name(f"aside-{path.name}-{number}")
+    path.rename(aside)
+    return aside
 
 
 def remove_folder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that may hold anything: what is not what the package wrote is a ValueError that names the file; nothing runs."""
+"""Files that may hold anything: what the package did not write is a ValueError that names the file; nothing runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["open_tensors", "parse_json", "read_json", "read_tensors"]
+__all__ = ["open_tensors", "parse_json", "read_json", "read_tensors", "read_yaml"]
 
 _KINDS: dict[type, str] = {dict: "an object of names and values", list: "a list"}
 
@@ -36,6 +36,19 @@ def parse_json(data: str | bytes, where: str, kind: type = dict) -> Any:
         wanted = _KINDS.get(kind) or f"a {kind.__name__}"
         raise ValueError(f"{where} must hold {wanted}, holds {type(value).__name__}")
     return value
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the names and values of a YAML file; errors as of `read_json`."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # of its constructors, too
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold names and values, such as `batch_size: 256`")
+    return {str(name): value for name, value in values.items()}
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from fastclip.cli.outputs import add_force, owned_files
+
 __all__ = ["add"]
 
 
@@ -20,25 +22,25 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="(7)")
     parser.add_argument("--output", metavar="FILE", help="add rows to a CSV, columns as benchmarks/README.md says")
+    add_force(parser)
     parser.set_defaults(run=_bench)
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from fastclip.bench import columns, measure, table
     from fastclip.bench.harness import append, check_columns
 
-    if args.output:
-        check_columns(Path(args.output), columns(args.device))  # and not after the first size
-    options = {name: getattr(args, name) for name in ("loss", "dim", "dtype", "device", "rounds")}
-    for k, found in enumerate(measure(sizes=_sizes(args.sizes), **options)):
-        if k == 0:
-            about = ", ".join(f"{name} {value}" for name, value in found.about.items() if value)
-            print(f"{args.loss} loss, {found.case.dtype}, D = {found.case.D}; {about}\n")
-        print(table(found, head=k == 0), flush=True)
-        if args.output:
-            append(Path(args.output), found.rows, found.about)
+    with owned_files(args, "output"):
+        if args.output is not None:
+            check_columns(args.output, columns(args.device))  # and not after the first size
+        options = {name: getattr(args, name) for name in ("loss", "dim", "dtype", "device", "rounds")}
+        for k, found in enumerate(measure(sizes=_sizes(args.sizes), **options)):
+            if k == 0:
+                about = ", ".join(f"{name} {value}" for name, value in found.about.items() if value)
+                print(f"{args.loss} loss, {found.case.dtype}, D = {found.case.D}; {about}\n")
+            print(table(found, head=k == 0), flush=True)
+            if args.output is not None:
+                append(args.output, found.rows, found.about)
 
 
 def _sizes(text: str | None) -> list[int] | None:

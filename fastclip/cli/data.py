@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from fastclip.cli.outputs import add_force, owned_output
+
 __all__ = ["add"]
 
 
@@ -20,6 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     check.set_defaults(run=_check_data)
     pack = commands.add_parser("pack", help="write tar shards in img2dataset's layout; the same call again goes on")
     pack.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
+    add_force(pack)
     pack.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="(10000)")
     pack.add_argument("--image-size", type=int, metavar="N", help="resize pictures whose shorter side is longer")
     pack.add_argument("--quality", type=int, default=95, help="of the JPEGs that resizing makes (95)")
@@ -68,7 +71,8 @@ def _pack_data(args: argparse.Namespace) -> None:
     from fastclip.data.spec import open_source
 
     options = {name: getattr(args, name) for name in ("samples_per_shard", "image_size", "quality", "workers")}
-    packed = pack_source(open_source(args.spec), Path(args.output), **options)
+    with owned_output(args):
+        packed = pack_source(open_source(args.spec), Path(args.output), **options)
     kept = f", {packed.kept} of which were there" if packed.kept else ""
     print(f"wrote {args.output}: {packed.samples:,} samples in {packed.shards:,} shards{kept}")
     if packed.faults.total:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from fastclip.cli.outputs import add_force, owned_files
+
 if TYPE_CHECKING:
     from fastclip.doctor import Diagnosis
 
@@ -18,22 +20,21 @@ def add(parser: argparse.ArgumentParser) -> None:
         "1 when the losses do not run or a promise is broken. On a GPU the first call waits for Triton's compiler."
     )
     parser.add_argument("--json", metavar="FILE", help="write the same there, for a report of a fault")
+    add_force(parser)
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    import json
-    from pathlib import Path
-
     from fastclip.doctor import diagnose
-    from fastclip.durable import write_text
+    from fastclip.durable import write_json
 
-    found = diagnose()
-    print(_text(found))
-    if args.json:
-        tests = [{**row._asdict(), "ok": row.ok} for row in found.tests]
-        told = {"usable": found.usable, "findings": [x._asdict() for x in found.findings], "tests": tests}
-        write_text(Path(args.json), json.dumps(told, indent=1) + "\n")
+    with owned_files(args, "json"):
+        found = diagnose()
+        print(_text(found))
+        if args.json is not None:
+            tests = [{**row._asdict(), "ok": row.ok} for row in found.tests]
+            told = {"usable": found.usable, "findings": [x._asdict() for x in found.findings], "tests": tests}
+            write_json(args.json, told, indent=1)
     return int(not found.usable)
 
 

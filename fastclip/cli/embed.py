@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options, embedder_of
+from fastclip.cli.outputs import add_force, owned_output
 from fastclip.cli.printing import say
 
 __all__ = ["add"]
@@ -18,6 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("spec", metavar="SPEC", help="as of fastclip train --data")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory of the images, texts and metadata")
+    add_force(parser)
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the vectors (float16)")
     parser.add_argument("--samples-per-file", type=int, default=1_000_000, metavar="N", help="(1000000)")
     add_embedder_options(parser)
@@ -31,11 +33,12 @@ def _embed(args: argparse.Namespace) -> None:
     from fastclip.data.uncaptioned import Uncaptioned, open_pictures
     from fastclip.search.embed import embed_source
 
-    source = open_pictures(args.spec)
-    if alone := isinstance(source, Uncaptioned):
-        print(f"fastclip: {args.spec}: no picture has a caption, so pictures alone are embedded", file=sys.stderr)
     options = {name: getattr(args, name) for name in ("dtype", "samples_per_file", "batch_size", "workers")}
-    done = embed_source(embedder_of(args), source, Path(args.output), progress=True, texts=not alone, **options)
+    with owned_output(args):
+        source = open_pictures(args.spec)
+        if alone := isinstance(source, Uncaptioned):
+            print(f"fastclip: {args.spec}: no picture has a caption, so pictures alone are embedded", file=sys.stderr)
+        done = embed_source(embedder_of(args), source, Path(args.output), progress=True, texts=not alone, **options)
     kept = f", {done.kept} of which were there" if done.kept else ""
     say(f"wrote {args.output}: {done.samples:,} samples in {done.files:,} files{kept}")
     if done.faults.total:

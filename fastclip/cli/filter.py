@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options, embedder_of
+from fastclip.cli.outputs import add_force, owned_output
 from fastclip.cli.printing import say
 
 __all__ = ["add"]
@@ -17,6 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", required=True, metavar="SPEC", help="as of fastclip train --data")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the shards, counts and histogram")
+    add_force(parser)
     parser.add_argument(
         "--threshold", type=float, metavar="COSINE", help="such as 0.3; without it nothing but the similarities"
     )
@@ -42,12 +44,13 @@ def _filter(args: argparse.Namespace) -> None:
     from fastclip.evaluation.results import table
     from fastclip.search.filter import filter_source
 
-    source = open_source(args.data)
     options = {
         name: getattr(args, name) for name in ("threshold", "dedup", "samples_per_shard", "batch_size", "workers")
     }
     scores = None if args.scores is None else Path(args.scores)
-    found = filter_source(embedder_of(args), source, Path(args.output), scores=scores, progress=True, **options)
+    with owned_output(args):
+        source = open_source(args.data)
+        found = filter_source(embedder_of(args), source, Path(args.output), scores=scores, progress=True, **options)
     share = 100 / len(source)
     rows = [[state, count, count * share] for state, count in found["counts"].items()]
     for cause, of in found["causes"].items():

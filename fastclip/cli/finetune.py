@@ -7,6 +7,7 @@ from typing import Any
 
 from fastclip.cli.embedding import add_embedder_options
 from fastclip.cli.evaluate.zeroshot import add_templates_option, percent
+from fastclip.cli.outputs import add_force, owned_output
 
 __all__ = ["add"]
 
@@ -47,6 +48,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--val-data", metavar="SPEC", help="to evaluate on at the end; digits is the held-out fifth")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run: model/, results.json, ...")
+    add_force(parser)
     parser.add_argument(
         "--wise-ft",
         type=_alpha,
@@ -91,18 +93,19 @@ def _finetune(args: argparse.Namespace) -> None:
     val = open_labelled(args.val_data) if args.val_data else None
     if val is not None and val.class_names != source.class_names:
         raise ValueError(f"--data {args.data} and --val-data {args.val_data} differ in classes")
-    run = finetune(embedder_of(args), source, options, output=args.output, templates=templates)
-    if not run.complete:
-        print(f"{run.folder}: {run.steps} steps; the same call goes on")
-        return
-    saved = 1.0 if args.wise_ft in (None, "sweep") else args.wise_ft
-    run.mix(saved)
-    print(f"{run.save()}: {run.steps} steps, of which {len(run.losses)} now; alpha {saved:g}")
-    if val is not None:
-        alphas = [k / 10 for k in range(11)] if args.wise_ft == "sweep" else sorted({0.0, saved, 1.0})
-        size = options.micro_batch or options.batch_size
-        found = ensemble_accuracies(run, val, alphas, batch_size=size, workers=options.workers, progress=True)
-        _tell(args, found, reference, published, saved)
+    with owned_output(args):
+        run = finetune(embedder_of(args), source, options, output=args.output, templates=templates)
+        if not run.complete:
+            print(f"{run.folder}: {run.steps} steps; the same call goes on")
+            return
+        saved = 1.0 if args.wise_ft in (None, "sweep") else args.wise_ft
+        run.mix(saved)
+        print(f"{run.save()}: {run.steps} steps, of which {len(run.losses)} now; alpha {saved:g}")
+        if val is not None:
+            alphas = [k / 10 for k in range(11)] if args.wise_ft == "sweep" else sorted({0.0, saved, 1.0})
+            size = options.micro_batch or options.batch_size
+            found = ensemble_accuracies(run, val, alphas, batch_size=size, workers=options.workers, progress=True)
+            _tell(args, found, reference, published, saved)
 
 
 def _tell(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options
+from fastclip.cli.outputs import add_force, owned_files
 from fastclip.cli.printing import say
 
 __all__ = ["add"]
@@ -19,6 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="folder of a run of fastclip train")
     parser.add_argument("--data", metavar="SPEC", help="what the model is to see; default: the run's --val-data")
     parser.add_argument("--output", metavar="FILE", help="default: report.html in the run's folder")
+    add_force(parser)
     parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help="JSON of fastclip eval, to be shown")
     parser.add_argument("--max-samples", type=int, default=5000, metavar="N", help="of the data, evenly spread (5000)")
     add_embedder_options(parser, required=False)
@@ -28,11 +30,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     import logging
+    from pathlib import Path
 
     from fastclip.evaluation.report.page import write_report
 
     logging.getLogger("fastclip").setLevel(logging.INFO)
     names = ("data", "checkpoint", "model", "device", "precision", "vocabulary", "results", "max_samples")
     options = {name: getattr(args, name) for name in (*names, "batch_size", "workers")}
-    say(write_report(args.folder, args.output, progress=True, **options))
+    if (given := args.output) is None and Path(args.folder).is_dir():
+        args.output = Path(args.folder) / "report.html"
+    with owned_files(args, "output"):
+        say(write_report(args.folder, given and args.output, progress=True, **options))
     return 0

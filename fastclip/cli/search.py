@@ -128,7 +128,14 @@ def _print(found: Sequence[Found], args: argparse.Namespace) -> None:
 
     sheet = contact_sheet(found)
     if args.sheet:
-        sheet.save(args.sheet)
+        from pathlib import Path
+
+        from PIL import Image
+
+        from fastclip.durable import new_file
+
+        with new_file(Path(args.sheet)) as half:
+            sheet.save(half, Image.registered_extensions()[Path(args.sheet).suffix.lower()])
     if args.preview:
         import shutil
 

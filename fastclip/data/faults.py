@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["BadSample", "Fault", "Tally"]
 
@@ -36,6 +36,17 @@ class Tally:
         self.counts: dict[str, int] = {}
         self.keys: dict[str, list[str]] = {}  # the first of every cause
         self.add(faults)
+
+    @classmethod
+    def of(cls, counts: Any, keys: Any) -> Tally:
+        """Return the tally of `counts` and `keys` that a file holds; ValueError where they are something else."""
+        found = cls()
+        try:
+            found.counts = {str(cause): int(count) for cause, count in counts.items()}
+            found.keys = {cause: list(map(str, keys[cause])) for cause in found.counts}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError("the counts of what cannot be used are no such counts") from error
+        return found
 
     @property
     def total(self) -> int:

@@ -7,6 +7,7 @@ import json
 import logging
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from fastclip.data.faults import BadSample, Fault, Tally
 from fastclip.data.source import Record, Source, picture_bytes, sample_fields
 from fastclip.data.watch import Watch
 from fastclip.data.workers import load, naming_dead_workers
+from fastclip.durable import new_file, write_json
+from fastclip.owner import owning
+from fastclip.reading import read_json
 
 __all__ = ["Packed", "pack_source"]
 
@@ -35,6 +39,7 @@ class Packed(NamedTuple):
     kept: int  # shards that an earlier call had finished
 
 
+@owning
 def pack_source(
     source: Source,
     output: Path,
@@ -61,7 +66,7 @@ def pack_source(
     Raises:
         ValueError: an option is out of range, `output` holds shards of another source or with other options, or no
             sample can be used.
-        OSError: a file cannot be read or written.
+        OSError: a file cannot be read or written, or another process owns the folder (`fastclip.owner`).
         ChildProcessError: a worker was killed.
     """
     if samples_per_shard < 1 or (image_size is not None and image_size < 1) or not 1 <= quality <= 95 or workers < 0:
@@ -69,7 +74,6 @@ def pack_source(
             "samples_per_shard and image_size must be at least 1, quality from 1 to 95, workers not negative; got "
             f"{samples_per_shard}, {image_size}, {quality} and {workers}"
         )
-    output.mkdir(parents=True, exist_ok=True)
     about = {"source": source.spec, "samples": len(source), "samples_per_shard": samples_per_shard}
     about |= {"image_size": image_size, "quality": quality if image_size else None}
     samples, shards, kept, faults = 0, 0, 0, Tally()
@@ -137,26 +141,26 @@ class _Encoded(Dataset[list[Any]]):
 
 def _write(output: Path, shard: int, digits: int, loaded: Iterator[list[Any]], about: dict[str, Any]) -> dict[str, Any]:
     """One shard and its stats, which are returned."""
-    half, target = output / f"{shard:05d}.tar.tmp", output / f"{shard:05d}.tar"
-    faults, number, written = Tally(), 0, 0
-    with half.open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-        for found in (found for piece in loaded for found in piece):
-            if isinstance(found, Fault):
-                faults.add([found])
-            else:
-                _add(tar, f"{shard:05d}{number:0{digits}d}", found)
-                written += 1
-            number += 1
-    stats = {**about, "shard": shard, "count": number, "successes": written, "bytes": half.stat().st_size}
-    stats |= {"failures": faults.counts, "failed": faults.keys}
-    name = output / f"{shard:05d}_stats.json"
-    name.with_suffix(".tmp").write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
-    name.with_suffix(".tmp").replace(name)  # before the shard: one without stats is not ours
-    if written:
-        half.replace(target)
-    else:  # a shard without samples would end a run
-        half.unlink()
+    target, faults, number, written = output / f"{shard:05d}.tar", Tally(), 0, 0
+    with suppress(_Nothing), new_file(target) as half:
+        with half.open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+            for found in (found for piece in loaded for found in piece):
+                if isinstance(found, Fault):
+                    faults.add([found])
+                else:
+                    _add(tar, f"{shard:05d}{number:0{digits}d}", found)
+                    written += 1
+                number += 1
+        stats = {**about, "shard": shard, "count": number, "successes": written, "bytes": half.stat().st_size}
+        stats |= {"failures": faults.counts, "failed": faults.keys}
+        write_json(output / f"{shard:05d}_stats.json", stats, indent=1)  # first: a shard without stats is not ours
+        if not written:
+            raise _Nothing
     return stats
+
+
+class _Nothing(Exception):
+    """A shard without samples, which would end a run, is not to be there."""
 
 
 def _add(tar: tarfile.TarFile, key: str, sample: _Sample) -> None:
@@ -179,8 +183,11 @@ def _finished(output: Path, shard: int, about: dict[str, Any]) -> dict[str, Any]
             raise ValueError(f"{tar} was not written by this command: take another folder")
         return None
     try:
-        stats = json.loads(name.read_text(encoding="utf-8"))
+        stats = read_json(name)
         before = {key: stats[key] for key in about}
+        stats["successes"] = int(stats["successes"])
+        faults = Tally.of(stats["failures"], stats["failed"])
+        stats |= {"failures": faults.counts, "failed": faults.keys}
         whole = not stats["successes"] or (tar.is_file() and tar.stat().st_size == stats["bytes"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name} is not what this command writes: {error}") from error

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fastclip import _env
@@ -22,9 +20,10 @@ from fastclip.data.faults import Tally
 from fastclip.data.loader import evaluation_batches
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
-from fastclip.durable import mend_files, remove_folder, write_bytes
+from fastclip.durable import mend_files, remove_folder, write_tensors
 from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
+from fastclip.reading import open_tensors
 
 __all__ = ["FeatureStore", "ImageFeatures", "image_features", "text_features"]
 
@@ -42,6 +41,9 @@ class ImageFeatures(NamedTuple):
 
 class FeatureStore:
     """A folder of what is computed so far, for one model and one list of inputs; parts appear whole or not at all.
+
+    A part is named after the number of samples before it: several processes, whose parts have other lengths, may fill
+    a store at the same time.
 
     It is a means to go on, no cache: `clear` it when the result is there. What `keys` name is taken to be as it was;
     where a picture was replaced in between under its name, clear it first. Names in another working directory are other
@@ -66,21 +68,29 @@ class FeatureStore:
     def walk(self, *names: str) -> Iterator[dict[str, Tensor]]:
         """`parts`, one at a time; of each the tensors of these names, or all."""
         mend_files(self.folder)
-        number = 0
-        while (file := self._file(number)).is_file():
+        start = 0
+        while (file := self._file(start)).is_file():
             try:
-                with safe_open(file, "pt") as opened:
+                with open_tensors(file) as opened:
+                    if (samples := int(opened.metadata()["samples"])) < 1:
+                        raise ValueError("it holds no samples")
                     part = {name: opened.get_tensor(name) for name in names or opened.keys()}
-            except (SafetensorError, OSError) as error:
+            except (ValueError, OSError, KeyError, TypeError) as error:
                 logger.warning("%s is damaged (%s) and computed again", file, error)
                 return
             yield part
-            number += 1
+            start += samples
 
-    def add(self, number: int, part: dict[str, Tensor]) -> None:
+    def add(self, start: int, part: dict[str, Tensor]) -> None:
+        """Write down the samples from `start` on: "used" or "features" of `part` has a row of each, else it is one.
+
+        Raises:
+            OSError: the disk is full, or cannot be written to; the file is named.
+        """
+        samples = next((len(part[name]) for name in ("used", "features") if name in part), 1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(self._file(number), save(part))
+            write_tensors(self._file(start), part, {"samples": str(samples)})
         except FileNotFoundError:  # another process has the whole result, and has cleared the store
             logger.debug("%s is gone", self.folder)
 
@@ -89,8 +99,8 @@ class FeatureStore:
         with suppress(FileNotFoundError):  # another process did it
             remove_folder(self.folder)
 
-    def _file(self, number: int) -> Path:
-        return self.folder / f"part-{number:06d}.safetensors"
+    def _file(self, start: int) -> Path:
+        return self.folder / f"part-{start:06d}.safetensors"
 
 
 def image_features(
@@ -132,7 +142,7 @@ def image_features(
         if waiting:
             part = {name: torch.cat([piece[name] for piece in waiting]) for name in waiting[0]}
             if store is not None:
-                store.add(len(parts), part)
+                store.add(sum(len(before["used"]) for before in parts), part)
             parts.append(part)
             waiting.clear()
 
@@ -173,7 +183,7 @@ def text_features(
     with Progress("texts", len(texts), done=done, unit="text", shown=progress) as bar:
         while done < len(texts):
             found: list[Tensor] = []
-            end, begun = min(done + _PART, len(texts)), time.monotonic()
+            start, end, begun = done, min(done + _PART, len(texts)), time.monotonic()
             while done < end and not (found and time.monotonic() - begun > _SECONDS):
                 chunk = texts[done : min(done + batch_size, end)]
                 found.append(embedder.embed_texts(chunk, batch_size=batch_size))
@@ -181,5 +191,5 @@ def text_features(
                 bar.moved(len(chunk))
             parts.append({"features": torch.cat(found)})
             if store is not None:
-                store.add(len(parts) - 1, parts[-1])
+                store.add(start, parts[-1])
     return torch.cat([part["features"] for part in parts]) if parts else embedder.embed_texts([])

@@ -6,7 +6,6 @@ Malkov and Yashunin 2016, arXiv:1603.09320. Contents are never changed nor remov
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastclip.durable import new_file, write_text
+from fastclip.durable import new_file, write_json
 from fastclip.reading import read_json
 from fastclip.search.index import Index, Vector
 
@@ -74,7 +73,7 @@ class Approximate:
             logger.warning("%s is not what was written and is made anew", self._file)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
             logger.warning("%s cannot be read (%s) and is made anew", self._file, error)
         return None, 1.0, 0
 
@@ -120,7 +119,7 @@ class Approximate:
             self._told.unlink(missing_ok=True)  # the graph is made anew where the two do not belong together
         told: dict[str, Any] = {"size": len(self._graph), "last": last, "recall": round(self.recall, 4)}
         told["index"] = self._contents(last)
-        write_text(self._told, json.dumps(told) + "\n")
+        write_json(self._told, told, indent=None)
 
 
 def _blocks(index: Index, after: int) -> Iterator[tuple[npt.NDArray[np.int64], Vector]]:

@@ -21,9 +21,11 @@ from torch import Tensor
 from fastclip.data.faults import Tally
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
-from fastclip.durable import new_file
+from fastclip.durable import mend_files, new_file
 from fastclip.evaluation.features import FeatureStore
 from fastclip.models.embedder import Embedder
+from fastclip.owner import owning
+from fastclip.reading import parse_json
 from fastclip.search.claim import claim
 from fastclip.search.pairs import Pairs, contents_of, embed_pairs, faults_of
 
@@ -43,6 +45,7 @@ class Embedded(NamedTuple):
     kept: int  # files that an earlier call had finished
 
 
+@owning
 def embed_source(
     embedder: Embedder,
     source: Source,
@@ -85,6 +88,7 @@ def embed_source(
     claim(output, options, result="*/*_emb_*.npy")
     for name in (*(f"{kind}_emb" for kind in kinds), "metadata"):
         (output / name).mkdir(exist_ok=True)
+        mend_files(output / name, owned=True)
     total = -(-len(source) // samples_per_file)
     digits = int(math.log10(max(total, 1))) + 1
     files, samples, kept, changed, faults = 0, 0, 0, 0, Tally()
@@ -92,11 +96,11 @@ def embed_source(
         start = number * samples_per_file
         part, name = Subset(source, range(start, min(start + samples_per_file, len(source)))), f"{number:0{digits}d}"
         table, contents = _table(output, name), contents_of(part)
-        stats = _stats(table) if table.is_file() else None
-        if stats is not None and stats["contents"] == contents:
+        told = _told(table) if table.is_file() else None
+        if told is not None and told.contents == contents:
             kept += 1
         else:
-            changed += stats is not None
+            changed += told is not None
             store = FeatureStore(embedder, [contents], folder=output / _PARTS)
             reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
             embed_pairs(embedder, part, store, partial(_kept_of, dtype=_DTYPES[dtype]), first_caption=True, **reading)
@@ -105,9 +109,9 @@ def embed_source(
             if found.total == len(part):
                 faults.merge(found.counts, found.keys)
                 continue
-            stats = _stats(table)
-        files, samples = files + 1, samples + stats["successes"]
-        faults.merge(stats["failures"], stats["failed"])
+            told = _told(table)
+        files, samples = files + 1, samples + told.successes
+        faults.merge(told.faults.counts, told.faults.keys)
     shutil.rmtree(output / _PARTS, ignore_errors=True)
     if changed:
         logger.warning("%s: pictures or captions of %d files have changed: made anew", source.spec, changed)
@@ -165,15 +169,6 @@ def _place(spec: str) -> str:
     return spec if elsewhere else os.path.join(os.getcwd(), spec)
 
 
-def _stats(table: Path) -> dict[str, Any]:
-    """What `_write_table` told of its samples."""
-    try:
-        stats = json.loads((pq.read_schema(table).metadata or {})[b"fastclip"])
-        return {name: stats[name] for name in ("contents", "successes", "failures", "failed")}
-    except (KeyError, TypeError, ValueError, RecursionError) as error:  # pyarrow's are ValueErrors
-        raise ValueError(f"{table} is not what this command writes ({error}): take another folder") from error
-
-
 def _write_table(file: Path, source: Source, store: FeatureStore, faults: Tally, contents: str, texts: bool) -> None:
     stats: dict[str, Any] = {"contents": contents, "count": len(source), "successes": len(source) - faults.total}
     stats |= {"failures": faults.counts, "failed": faults.keys}
@@ -186,6 +181,21 @@ def _write_table(file: Path, source: Source, store: FeatureStore, faults: Tally,
             paths = [key.encode("utf-8", "backslashreplace").decode() for key in keys]
             writer.write_table(pa.table([paths, list(_captions(part))][: 1 + texts], schema=schema))
             start += len(part["used"])
+
+
+class _Told(NamedTuple):
+    contents: str  # of `contents_of`
+    successes: int
+    faults: Tally
+
+
+def _told(table: Path) -> _Told:
+    """What `_write_table` has written beside the rows."""
+    try:
+        stats = parse_json((pq.read_schema(table).metadata or {}).get(b"fastclip", b""), "its metadata")
+        return _Told(str(stats["contents"]), int(stats["successes"]), Tally.of(stats["failures"], stats["failed"]))
+    except (ValueError, KeyError, TypeError) as error:  # pyarrow's are ValueErrors
+        raise ValueError(f"{table} is not what this command writes ({error}): take another folder") from error
 
 
 def _captions(part: dict[str, Tensor]) -> Iterator[str]:

@@ -27,6 +27,8 @@ from fastclip.evaluation.features import FeatureStore
 from fastclip.evaluation.progress import Progress
 from fastclip.evaluation.results import write_results
 from fastclip.models.embedder import Embedder
+from fastclip.owner import output_path, owning
+from fastclip.reading import parse_json
 from fastclip.search.claim import claim
 from fastclip.search.near_duplicates import near_duplicates
 from fastclip.search.pairs import Pairs, contents_of, embed_pairs, faults_of
@@ -45,6 +47,7 @@ Integers = npt.NDArray[np.int64]
 States = npt.NDArray[np.int8]
 
 
+@owning
 def filter_source(
     embedder: Embedder,
     source: Source,
@@ -84,14 +87,14 @@ def filter_source(
         OSError, ChildProcessError: as `pack_source`.
     """
     _check(threshold, dedup, samples_per_shard)
-    computed = (scores or output / "scores") / ("similarities" if dedup is None else "similarities-and-images")
+    computed = output / "scores" if scores is None else output_path(scores)
+    computed /= "similarities" if dedup is None else "similarities-and-images"
     contents = contents_of(source)
     store = FeatureStore(embedder, [contents], folder=computed)
     options: dict[str, Any] = {"source": source.spec, "samples": len(source), "identity": embedder.identity}
     options |= {"pictures and captions": contents, "threshold": threshold, "dedup": dedup}
     if threshold is not None or (output / "options.json").is_file():
         claim(output, {**options, "samples_per_shard": samples_per_shard}, result="*.tar")
-    output.mkdir(parents=True, exist_ok=True)
 
     keep = partial(_kept_of, images=dedup is not None)
     embed_pairs(embedder, source, store, keep, batch_size=batch_size, workers=workers, progress=progress)
@@ -252,11 +255,17 @@ def _write_table(
 
 def _decided(file: Path, options: dict[str, Any]) -> States | None:
     """The states that an earlier call with these options has written."""
-    if not file.is_file() or json.loads((pq.read_schema(file).metadata or {}).get(b"fastclip", b"0")) != options:
+    if not file.is_file():
         return None
-    told = pq.read_table(file, columns=["state"])["state"].combine_chunks().to_numpy(zero_copy_only=False)
     numbers = {state: number for number, state in enumerate(_STATES)}
-    return np.array([numbers[state] for state in told], np.int8)
+    try:
+        told = (pq.read_schema(file).metadata or {}).get(b"fastclip", b"{}")
+        if parse_json(told, "its metadata") != options:
+            return None
+        states = pq.read_table(file, columns=["state"])["state"].combine_chunks().to_numpy(zero_copy_only=False)
+        return np.array([numbers[state] for state in states], np.int8)
+    except (ValueError, KeyError) as error:  # pyarrow's errors, too
+        raise ValueError(f"{file} is not what this command writes, remove it: {error}") from error
 
 
 def _utf8(text: str) -> str:

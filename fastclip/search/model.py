@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastclip import _env
 from fastclip._version import __version__
 from fastclip.durable import write_text
+from fastclip.reading import read_json
 
 if TYPE_CHECKING:
     from fastclip.models.embedder import Embedder
@@ -94,7 +95,7 @@ class CheckpointModel:
     @cached_property
     def _memory(self) -> dict[str, str] | None:
         try:
-            told = json.loads(self._remembered.read_text(encoding="utf-8"))
+            told = read_json(self._remembered)
             return {"identity": str(told["identity"]), "precision": str(told["precision"])}
         except (OSError, ValueError, KeyError, TypeError):
             return None

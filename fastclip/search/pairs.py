@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fastclip.data.subset import Subset
 from fastclip.evaluation.features import FeatureStore
 from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
+from fastclip.reading import parse_json
 
 __all__ = ["Pairs", "contents_of", "embed_pairs", "faults_of"]
 
@@ -56,13 +57,34 @@ def embed_pairs(
         OSError, ValueError: what the samples are read from cannot be.
         ChildProcessError: a worker was killed.
     """
-    lengths = [len(part["used"]) for part in store.walk("used")]
-    done, size = sum(lengths), len(source)
-    if lengths and done >= size:
-        return
+    if not len(source):
+        raise ValueError(f"{source.spec} is empty")
+    how: dict[str, Any] = {"first_caption": first_caption, "batch_size": batch_size, "workers": workers}
+    done = -1
+    while (found := sum(len(part["used"]) for part in store.walk("used"))) < len(source):
+        if found <= done:  # another process that fills the store up may replace a part, but takes none away
+            raise OSError(f"{store.folder} has lost what was written into it: run this again")
+        done = found
+        _fill(embedder, source, store, keep, done, progress=progress, **how)
+
+
+def _fill(
+    embedder: Embedder,
+    source: Source,
+    store: FeatureStore,
+    keep: Callable[[Pairs], dict[str, Tensor]],
+    start: int,
+    *,
+    first_caption: bool,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+) -> None:
+    """From sample `start` on."""
+    done, size = start, len(source)
     rest = Subset(source, range(done, size))
     batches = pair_batches(rest, embedder.transform, batch_size=batch_size, workers=workers)
-    number, waiting, used, faults = len(lengths), list[Pairs](), list[bool](), Tally()
+    waiting, used, faults = list[Pairs](), list[bool](), Tally()
     with Progress(f"pictures of {source.spec}", size, done=done, shown=progress) as bar:
         for batch in batches:
             waiting.append(_embedded(embedder, batch, first_caption, batch_size))
@@ -73,8 +95,8 @@ def embed_pairs(
             if len(used) >= _PART or done == size:
                 told = json.dumps([faults.counts, faults.keys]).encode()
                 part = {"used": torch.tensor(used), "faults": torch.frombuffer(bytearray(told), dtype=torch.uint8)}
-                store.add(number, part | keep(_joined(waiting)))
-                number, waiting, used, faults = number + 1, [], [], Tally()
+                store.add(start, part | keep(_joined(waiting)))
+                start, waiting, used, faults = done, [], [], Tally()
 
 
 def contents_of(source: Source) -> str:
@@ -94,7 +116,11 @@ def faults_of(store: FeatureStore) -> Tally:
     """What is wrong with the samples that cannot be used."""
     faults = Tally()
     for part in store.walk("faults"):
-        faults.merge(*json.loads(part["faults"].numpy().tobytes()))
+        told = parse_json(part["faults"].numpy().tobytes(), f"a part of {store.folder}", list)
+        if len(told) != 2:
+            raise ValueError(f"{store.folder} is not what this command writes: remove it")
+        found = Tally.of(*told)
+        faults.merge(found.counts, found.keys)
     return faults
 
 

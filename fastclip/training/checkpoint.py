@@ -24,10 +24,19 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastclip.durable import check_manifest, mend_folders, new_folder, remove_folder, write_manifest
+from fastclip.durable import (
+    check_manifest,
+    mend_folders,
+    new_folder,
+    remove_folder,
+    set_aside,
+    write_json,
+    write_manifest,
+)
+from fastclip.reading import read_json, read_tensors
 from fastclip.training.optim import MovingAverage
 
 __all__ = [
@@ -38,7 +47,8 @@ __all__ = [
     "mend_checkpoints",
     "model_state",
     "read_state",
-    "set_aside",
+    "set_aside_after",
+    "set_aside_run",
     "take_snapshot",
     "write_snapshot",
 ]
@@ -46,6 +56,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 _NAMES = 256  # bytes, of a tensor in its file's header
 _NAME = re.compile(r"step-(\d{8,})")
+_KINDS: dict[str, type] = {
+    "step": int,
+    "samples": int,
+    "ema_updates": int,
+    "options": dict,
+    "skipped": dict,
+    "param_groups": list,
+}
+_WORDS = {int: "a number, 0 or above", dict: "an object", list: "a list of objects"}
 
 
 class Snapshot(NamedTuple):
@@ -109,7 +128,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int | None = None)
             _check_space(half, snapshot)
             for name, values in snapshot.tensors.items():
                 save_file(values, half / f"{name}.safetensors")
-            (half / "state.json").write_text(json.dumps(snapshot.state, indent=1) + "\n")
+            write_json(half / "state.json", snapshot.state, indent=1)
             write_manifest(half)
     except (OSError, SafetensorError) as error:
         raise OSError(_what_failed(path, snapshot, error)) from error
@@ -150,16 +169,16 @@ def load_checkpoint(
     """
     import torch.distributed.checkpoint.state_dict as sharded
 
-    state = read_state(path)
+    if ema is not None and not (path / "ema.safetensors").is_file():
+        raise ValueError(f"{path} holds no moving average: it was written without --ema")
+    state = read_state(path, "param_groups", *(["ema_updates"] if ema is not None else []))
     if ema is not None:
-        if not (path / "ema.safetensors").is_file():
-            raise ValueError(f"{path} holds no moving average: it was written without --ema")
         _set_model_state(model, path / "ema.safetensors")
         ema.swap()
         ema.updates = state["ema_updates"]
     _set_model_state(model, path / "model.safetensors")
     values: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _read_tensors(path / "optimizer.safetensors").items():
+    for name, tensor in read_tensors(path / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition("|")
         values.setdefault(parameter, {})[key] = tensor
     whole = {"state": values, "param_groups": state["param_groups"]}
@@ -168,19 +187,30 @@ def load_checkpoint(
         sharded.set_optimizer_state_dict(
             model, optimizer, whole, options=sharded.StateDictOptions(full_state_dict=True)
         )
-    except (KeyError, RuntimeError, AssertionError) as error:
+    except (KeyError, RuntimeError, AssertionError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} was written with another optimiser, or other frozen parameters: {error}") from error
     for group, options in zip(optimizer.param_groups, asked):  # of this run, should they have changed
         group.update(options)
     return int(state["step"])
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What `take_snapshot` was told about the run, and the step."""
+def read_state(path: Path, *needed: str) -> dict[str, Any]:
+    """What `take_snapshot` was told about the run, and the step.
+
+    Raises:
+        ValueError: it holds no value of a name that is `needed`, or one of another kind than is written.
+    """
+    file = path / "state.json"
     try:
-        return json.loads((path / "state.json").read_text())
+        state: dict[str, Any] = read_json(file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is not a checkpoint: it holds no state.json") from error
+    for name in ("step", *needed):
+        kind, value = _KINDS[name], state.get(name)
+        whole = isinstance(value, kind) and not (isinstance(value, int) and value < 0)
+        if not whole or (isinstance(value, list) and not all(isinstance(one, dict) for one in value)):
+            raise ValueError(f"{file} is damaged: its {name!r} must be {_WORDS[kind]}, and is {value!s:.40}")
+    return state
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -226,17 +256,27 @@ def find_checkpoint(resume: str, output: Path) -> Path | None:
     return found
 
 
-def set_aside(folder: Path, step: int) -> None:
+def set_aside_after(folder: Path, step: int) -> None:
     """Before a run goes on after `step`: rename later checkpoints, to ``aside-step-...``.
 
     They are damaged, or of steps that are about to be made anew.
     """
     for path in _by_step(folder):
         if _step(path) > step:
-            aside = path.with_name(f"aside-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            logger.warning("%s is after step %d, at which this run begins: it is called %s now", path, step, aside.name)
+            name = set_aside(path).name
+            logger.warning("%s is after step %d, at which this run begins: it is called %s now", path, step, name)
+
+
+def set_aside_run(folder: Path) -> None:
+    """Before a run goes on from another folder's checkpoint: rename what a run in `folder` has left, to ``aside-...``.
+
+    Else its metrics and the new ones would be mixed, and `find_checkpoint` might take one of its checkpoints.
+    """
+    left = [path for name in ("metrics.jsonl", "tensorboard", "wandb-id") if (path := folder / name).exists()]
+    for path in (*left, *_by_step(folder / "checkpoints")):
+        logger.warning(
+            "%s is of another run than the one that goes on: it is called %s now", path, set_aside(path).name
+        )
 
 
 def mend_checkpoints(folder: Path) -> None:
@@ -281,17 +321,10 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file: {error}") from error
-
-
 def _set_model_state(model: nn.Module, file: Path) -> None:
     import torch.distributed.checkpoint.state_dict as sharded
 
-    tensors: Any = _read_tensors(file)
+    tensors: Any = read_tensors(file)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = sorted(expected.keys() ^ tensors.keys()) or [n for n, x in tensors.items() if x.shape != expected[n]]
     if wrong:

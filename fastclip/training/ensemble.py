@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastclip.data.source import Source
 from fastclip.evaluation.accuracy import classifier_accuracies
 from fastclip.evaluation.results import write_results
+from fastclip.reading import read_json
 
 if TYPE_CHECKING:
     from fastclip.training.finetune import Finetuned
@@ -57,8 +57,10 @@ def ensemble_accuracies(
     """
     assert run.complete
     file, asked = run.folder / _KEPT, {"data": source.spec, "pictures": len(source)}
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    kept = read_json(file) if file.is_file() else {}
     found = kept.get("alphas", {}) if {**kept, **asked} == kept else {}
+    if not isinstance(found, dict) or not all(isinstance(metrics, dict) for metrics in found.values()):
+        raise ValueError(f"{file} is not what this command writes: remove it")
     for alpha in alphas:
         run.mix(alpha)
         if str(alpha) not in found:

@@ -26,17 +26,19 @@ from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.source import Source
 from fastclip.data.workers import naming_dead_workers
-from fastclip.durable import mend_folders, new_folder, write_text
+from fastclip.durable import mend_folders, new_folder, write_json
 from fastclip.evaluation.zero_shot import class_embeddings, templates_for
 from fastclip.models.classifier import ImageClassifier, save_classifier
 from fastclip.models.embedder import Embedder
 from fastclip.models.transforms import image_transform, training_side
+from fastclip.owner import LOCK, owning
+from fastclip.reading import read_json
 from fastclip.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     mend_checkpoints,
     read_state,
-    set_aside,
+    set_aside_after,
     take_snapshot,
     write_snapshot,
 )
@@ -120,6 +122,7 @@ def zero_shot_head(embedder: Embedder, class_names: Sequence[str], templates: Se
     return scale * class_embeddings(embedder, class_names, templates)
 
 
+@owning
 def finetune(
     embedder: Embedder,
     source: Source,
@@ -144,6 +147,7 @@ def finetune(
         ValueError: `source` has no classes, or too many pictures cannot be used; `output` holds something else; several
             processes were started.
         FloatingPointError: loss or gradient is not finite; the update was not made.
+        OSError: `output` is another process's (`fastclip.owner`), or cannot be written.
         Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written.
     """
     if not source.class_names:
@@ -192,12 +196,11 @@ class _Run:
         asked = json.loads(json.dumps(asked))
         file = self.folder / "finetune.json"
         if not file.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if any(inside.name != LOCK for inside in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} is not empty and holds no fine-tuning: give another folder")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(asked, indent=1) + "\n")
+            write_json(file, asked, indent=1)
             return
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file)
         if other := [name for name in asked if before.get(name) != asked[name]]:
             told = ", ".join(f"{name} was {_short(before.get(name))}, is {_short(asked[name])}" for name in other)
             raise ValueError(f"{self.folder} holds another fine-tuning: {told}; give another folder")
@@ -239,9 +242,9 @@ class _Run:
         path, first = latest_checkpoint(checkpoints), 0
         if path is not None:
             first = load_checkpoint(path, self.classifier, self.optimizer)
-            self.skipped.load(read_state(path)["skipped"])
+            self.skipped.load(read_state(path, "skipped")["skipped"], path)
             logger.info("goes on from %s, after %d of %d steps", path, first, self.steps)
-        set_aside(checkpoints, first)
+        set_aside_after(checkpoints, first)
         cut_metrics(self.folder / "metrics.jsonl", first)
         return first
 

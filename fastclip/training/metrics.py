@@ -15,7 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastclip.durable import write_text
+from fastclip.durable import write_bytes, write_text
+from fastclip.reading import parse_json
 
 __all__ = ["Meter", "Metrics", "Progress", "cut_metrics"]
 
@@ -37,7 +38,9 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self._wandb = _wandb_run(wandb, folder, options) if wandb else None
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = (folder / "metrics.jsonl").open(
+            "a", encoding="utf-8"
+        )  # lines are added, `cut_metrics` mends the last
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -61,18 +64,22 @@ class Metrics:
 
 
 def cut_metrics(file: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes again; a line cut in half by a crash goes, too."""
+    """Drop the lines after `step`, which a resumed run writes again; a line that a crash has cut goes, too.
+
+    Other lines that cannot be read are dropped with a warning.
+    """
     if not file.is_file():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+    kept, lines, unread = [], file.read_bytes().splitlines(), 0
+    for number, line in enumerate(lines, 1):
         try:
-            values = json.loads(line)
-        except ValueError:
-            break
-        if values["step"] <= step:
-            kept.append(line)
-    write_text(file, "".join(kept))
+            if int(parse_json(line, str(file))["step"]) <= step:
+                kept.append(line + b"\n")  # also of the last one, where a crash has taken just that
+        except (ValueError, KeyError, TypeError, OverflowError):
+            unread += bool(line.strip(b"\0 ")) and number < len(lines)
+    if unread:
+        logger.warning("%s: %d lines cannot be read and are left out", file, unread)
+    write_bytes(file, b"".join(kept))
 
 
 class Meter:

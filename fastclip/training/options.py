@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fastclip.durable import write_text
+from fastclip.reading import read_yaml
 
 __all__ = ["LOSSES", "TrainOptions", "parse_options", "read_options", "write_options"]
 
@@ -122,6 +123,8 @@ class TrainOptions:
     """Project of Weights & Biases to log to as well."""
     resume: str | None = None
     """`auto`: go on from the newest checkpoint of --output, or begin; or the path of a checkpoint or a run."""
+    force: bool = False
+    """Take --output over from a run on another host that has ended without giving it back."""
 
     def __post_init__(self) -> None:
         """ValueError for a value that no run can have."""
@@ -173,7 +176,7 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
             files.append(Path(path))
         else:
             given.append(word)
-    values = [_read_yaml(path) for path in files]
+    values = [read_yaml(path) for path in files]
     if any(word.partition("=")[0] == "--epochs" for word in given):  # a run's file has what came of its epochs
         came = ("max_steps", "warmup", "max-steps")
         values = [{name: value for name, value in one.items() if name not in came} for one in values]
@@ -189,28 +192,16 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
 
 def read_options(path: Path) -> TrainOptions:
     """Options of a YAML file that `write_options` wrote."""
-    return parse_options(_as_words(_read_yaml(path), path))
+    return parse_options(_as_words(read_yaml(path), path))
 
 
 def write_options(options: TrainOptions, path: Path) -> None:
-    """All but those of one call, ``resume`` and ``stop_after``."""
+    """All but those of one call: ``resume``, ``force`` and ``stop_after``."""
     import yaml
 
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
-    values = {name: value for name, value in values.items() if name not in ("resume", "stop_after")}
+    values = {name: value for name, value in values.items() if name not in ("resume", "force", "stop_after")}
     write_text(path, yaml.safe_dump(values, sort_keys=False))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold names and values, such as `batch_size: 256`")
-    return values
 
 
 def _as_words(values: dict[str, Any], path: Path) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,20 @@ from torch import Tensor, nn
 
 from fastclip import _env
 from fastclip.models.dual_encoder import DualEncoder
+from fastclip.owner import owned
 from fastclip.training.meeting import meeting
 
-__all__ = ["World", "fsdp_blocks", "joined", "mean_over_ranks", "one_for_all", "reduce_unsharded", "reshard", "wrap"]
+__all__ = [
+    "World",
+    "fsdp_blocks",
+    "joined",
+    "mean_over_ranks",
+    "one_for_all",
+    "owned_together",
+    "reduce_unsharded",
+    "reshard",
+    "wrap",
+]
 
 _c10d: Any = dist
 _LOST = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
@@ -103,6 +115,16 @@ def one_for_all(world: World) -> Iterator[None]:
             raise {"OSError": OSError, "ValueError": ValueError}.get(name, RuntimeError)(message)
     if error is not None:
         raise error
+
+
+@contextmanager
+def owned_together(folder: str | Path, world: World, *, force: bool = False) -> Iterator[None]:
+    """Rank 0 owns `folder` (`fastclip.owner.owned`) inside; what keeps it from that is raised on every rank."""
+    with ExitStack() as stack:
+        with one_for_all(world):
+            if world.rank == 0:
+                stack.enter_context(owned(folder, force=force))
+        yield
 
 
 def _words(error: RuntimeError) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,8 +63,13 @@ class Skipped:
             "keys": {cause: list(keys) for cause, keys in self.tally.keys.items()},
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.tally.merge(state["counts"], state["keys"])
+    def load(self, state: dict[str, Any], path: Path) -> None:
+        """What `state` returned, which the checkpoint `path` holds; ValueError where that is something else."""
+        try:
+            found = Tally.of(state.get("counts"), state.get("keys"))
+        except ValueError as error:
+            raise ValueError(f"{path / 'state.json'} is damaged: {error}") from error
+        self.tally.merge(found.counts, found.keys)
 
 
 def too_many(bad: int, drawn: int, epoch_length: int, max_bad: float, *, size: int | None = None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +20,13 @@ from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.spec import open_source
 from fastclip.data.workers import naming_dead_workers
-from fastclip.durable import mend_folders, new_folder
+from fastclip.durable import mend_folders, new_folder, set_aside
 from fastclip.evaluation.validate import validate
 from fastclip.models.config import load_config
 from fastclip.models.factory import build_model as empty_model
 from fastclip.models.factory import get_tokenizer
 from fastclip.models.transforms import image_transform, training_side
+from fastclip.owner import output_path
 from fastclip.training.building import build_loss, build_model, resolve, served_by
 from fastclip.training.checkpoint import (
     find_checkpoint,
@@ -34,14 +34,15 @@ from fastclip.training.checkpoint import (
     mend_checkpoints,
     model_state,
     read_state,
-    set_aside,
+    set_aside_after,
+    set_aside_run,
     take_snapshot,
     write_snapshot,
 )
 from fastclip.training.metrics import Meter, Metrics, Progress, cut_metrics
 from fastclip.training.optim import MovingAverage, build_optimizer, warmup_cosine
 from fastclip.training.options import TrainOptions, flag, write_options
-from fastclip.training.parallel import World, joined, one_for_all, reshard, wrap
+from fastclip.training.parallel import World, joined, one_for_all, owned_together, reshard, wrap
 from fastclip.training.saver import Saver
 from fastclip.training.signals import Interrupted, Signals
 from fastclip.training.skipped import Skipped
@@ -53,7 +54,7 @@ logger = logging.getLogger(__name__)
 _VALIDATION_BATCH = 256
 _MAY_CHANGE = (
     *("output", "resume", "stop_after", "workers", "log_every", "save_every", "keep", "async_save", "val_every"),
-    *("max_bad", "timeout", "wandb"),
+    *("max_bad", "timeout", "wandb", "force"),
 )
 
 
@@ -73,13 +74,17 @@ def train(options: TrainOptions) -> Run:
 
     Raises:
         ValueError: options, data, model and checkpoint do not fit together, or too many samples cannot be used.
-        OSError: a file cannot be read or written, or a process that reads data was killed; of its kind ConnectionError,
-            another process is lost.
+        OSError: a file cannot be read or written, another run owns the output folder (`fastclip.owner`), or a process
+            that reads data was killed; of its kind ConnectionError, another process is lost.
         FloatingPointError: loss or gradient is not finite; the update was not made.
         Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written; a SystemExit, of status 143 or 130. A second
             signal ends the process at once. In another thread than the main one signals are left alone.
     """
-    with joined(options.device, timeout=timedelta(seconds=options.timeout)) as world, naming_dead_workers():
+    with (
+        joined(options.device, timeout=timedelta(seconds=options.timeout)) as world,
+        owned_together(options.output, world, force=options.force),
+        naming_dead_workers(),
+    ):
         return _Trainer(options, world).run()
 
 
@@ -89,7 +94,7 @@ class _Trainer:
     def __init__(self, options: TrainOptions, world: World) -> None:
         config = load_config(options.model)
         options = resolve(options, config)
-        self.world, self.folder = world, Path(options.output)
+        self.world, self.folder = world, output_path(options.output)
         self._check(options)
         if options.deterministic:
             _env.deterministic_cublas()
@@ -294,7 +299,7 @@ class _Trainer:
         path, ended = found  # a run may have died between its last checkpoint and model/
         first = 0
         if path is not None:
-            state = read_state(path)
+            state = read_state(path, "options", "samples", "skipped")
             for change in _changes(state["options"], asdict(self.options)):
                 logger.warning("changed since %s: %s", path, change)
             if (samples := state["samples"]) != len(self.source):
@@ -304,18 +309,16 @@ class _Trainer:
                 )
             first = load_checkpoint(path, self.model, self.optimizer, ema=self.ema)
             logger.info("goes on from %s, after %d steps", path, first)
-            self.skipped.load(state["skipped"])
+            self.skipped.load(state["skipped"], path)
             if first > self.steps or (first == self.steps and ended):
                 raise ValueError(f"{path} has made {first} steps, and the schedule has {self.steps}: nothing is left")
         with one_for_all(self.world):
             if self.world.rank == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                set_aside(checkpoints, first)
+                if path is not None and path.parent.resolve() != checkpoints.resolve():
+                    set_aside_run(self.folder)
+                set_aside_after(checkpoints, first)
                 if path is not None and model.exists():  # of an earlier step of this run, which is about to go on
-                    aside = model.with_name(f"aside-{model.name}")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    model.rename(aside)
-                    logger.warning("the run goes on, and %s is called %s now", model, aside.name)
+                    logger.warning("the run goes on, and %s is called %s now", model, set_aside(model).name)
                 cut_metrics(self.folder / "metrics.jsonl", first)
                 write_options(self.options, self.folder / "config.yaml")
         return first

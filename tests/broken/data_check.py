@@ -113,8 +113,8 @@ PROMISES = [
             Break(
                 "pack: a shard appears before it is whole",
                 "fastclip/data/pack.py",
-                old='output / f"{shard:05d}.tar.tmp", output',
-                new='output / f"{shard:05d}.tar", output',
+                old="with suppress(_Nothing), new_file(target) as half:",
+                new="with suppress(_Nothing), __import__('contextlib').nullcontext(target) as half:",
             ),
             Break(
                 "pack: other options, the same folder",

@@ -196,7 +196,7 @@ PROMISES = [
             Break(
                 "faults: a resumed run counts from 0",
                 "fastclip/training/trainer.py",
-                old='self.skipped.load(state["skipped"])',
+                old='self.skipped.load(state["skipped"], path)',
                 new="",
             ),
         ],

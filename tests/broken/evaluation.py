@@ -159,8 +159,8 @@ PROMISES = [
             Break(
                 "evaluated: the model of an earlier end of the run",
                 "fastclip/training/trainer.py",
-                old="model.rename(aside)",
-                new="",
+                old="set_aside(model).name",
+                new="model.name",
             ),
         ],
     ),
@@ -227,7 +227,7 @@ PROMISES = [
             Break(
                 "kept features: a damaged part ends the command",
                 "fastclip/evaluation/features.py",
-                old="except (SafetensorError, OSError) as error:",
+                old="except (ValueError, OSError, KeyError, TypeError) as error:",
                 new="except KeyError as error:",
             ),
         ],

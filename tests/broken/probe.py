@@ -187,7 +187,7 @@ PROMISES = [
             Break(
                 "fine-tuning: any folder will do",
                 "fastclip/training/finetune.py",
-                old="if self.folder.is_dir() and any(self.folder.iterdir()):",
+                old="if any(inside.name != LOCK for inside in self.folder.iterdir()):",
                 new="if False:",
             ),
         ],

@@ -89,7 +89,7 @@ def test_damaged_part_is_computed_again(embedder: Embedder, tmp_path: Path, monk
     texts = [f"a photo of {k}" for k in range(24)]
     store = FeatureStore(embedder, texts, folder=tmp_path)
     whole = text_features(embedder, texts, store=store)
-    file = store.folder / "part-000001.safetensors"
+    file = store.folder / "part-000008.safetensors"
     file.write_bytes(file.read_bytes()[:50])
     assert len(store.parts()) == 1
     assert torch.equal(text_features(embedder, texts, store=store), whole)
@@ -202,6 +202,22 @@ def test_store_that_another_process_clears_is_no_error(embedder: Embedder, tmp_p
     ours.clear()
     ours.add(1, {"features": torch.ones(1, 2)})  # a gap: what is left is not taken for the beginning
     assert not theirs.parts()
+
+
+@pytest.mark.fault("two evaluations of the same data at the same time", "neither takes a part of the other's wrongly")
+def test_two_writers_of_one_store_do_not_mix_their_parts(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part is closed after a minute, too, so those of a slower process are shorter."""
+    texts = [f"a photo of {k}" for k in range(20)]
+    fast, slow = (FeatureStore(embedder, texts, folder=tmp_path) for _ in range(2))
+    monkeypatch.setattr(features, "_PART", 8)
+    with pytest.raises(Stopped):
+        text_features(stopping(embedder, 4), texts, batch_size=4, store=fast)  # two parts of 8
+    slow.add(0, {"features": text_features(embedder, texts[:4], batch_size=4)})  # its view of the store is older
+    assert torch.equal(
+        text_features(embedder, texts, batch_size=4, store=fast), text_features(embedder, texts, batch_size=4)
+    )
 
 
 def test_checkpoint_of_a_run_is_what_the_run_would_save(tmp_path: Path) -> None:

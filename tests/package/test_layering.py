@@ -26,13 +26,13 @@ LAYERS = (
     {"ops", "labels"},
     {"_backends"},
     {"triton_kernels"},
-    {"_cpu", "_cuda", "_env", "_lazy", "_version", "cores", "durable", "installed", "parent", "reading"},
+    {"_cpu", "_cuda", "_env", "_lazy", "_version", "cores", "durable", "installed", "owner", "parent", "reading"},
 )
 # What the losses load, with `import fastclip` or when they are first asked for: torch and the standard library only.
 ALLOWED = {
     "triton_kernels": {"torch", "triton"},  # which only the Triton backend imports, when it is asked
     "durable": {"torch", "safetensors"},  # when tensors are written, by no loss
-    "reading": {"torch", "safetensors"},
+    "reading": {"torch", "safetensors", "yaml"},
 }
 CORE = {part for layer in LAYERS[3:] for part in layer} | {"__init__"}
 

@@ -31,7 +31,7 @@ from fastclip.training.checkpoint import (
     latest_checkpoint,
     mend_checkpoints,
     read_state,
-    set_aside,
+    set_aside_after,
     take_snapshot,
     write_snapshot,
 )
@@ -46,7 +46,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 def snapshot(step: int, value: float | None = None) -> Snapshot:
     """Its numbers are `value`, or `step`."""
     x = torch.full((64,), float(step if value is None else value))
-    return Snapshot(step, {"model": {"x": x}, "optimizer": {"x|exp_avg": -x}}, {"step": step})
+    return Snapshot(step, {"model": {"x": x}, "optimizer": {"x|exp_avg": -x}}, {"step": step, "param_groups": []})
 
 
 def loaded(path: Path) -> tuple[int, float]:
@@ -194,7 +194,7 @@ def test_no_pickle_runs_when_a_checkpoint_is_read(tmp_path: Path) -> None:
     (path / "manifest.json").unlink()
     checkpoint.write_manifest(path)  # the digests are right
     assert latest_checkpoint(tmp_path) == path
-    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
         checkpoint.load_checkpoint(path, torch.nn.Linear(2, 2), torch.optim.AdamW([torch.zeros(2, requires_grad=True)]))
     assert not (tmp_path / "harm").exists()
 
@@ -219,7 +219,7 @@ def test_checkpoints_of_a_later_step_are_set_aside(tmp_path: Path, caplog: pytes
     """Else the next `--resume auto` would take them, and pruning would count them."""
     for step in (2, 4, 6):
         write_snapshot(tmp_path, snapshot(step))
-    set_aside(tmp_path, 4)
+    set_aside_after(tmp_path, 4)
     assert names(tmp_path) == ["aside-step-00000006", "step-00000002", "step-00000004"]
     assert "step-00000006" in caplog.text
     write_snapshot(tmp_path, snapshot(5), keep=1)

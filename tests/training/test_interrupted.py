@@ -388,6 +388,19 @@ def test_damaged_checkpoint_ends_all_ranks(tmp_path: Path) -> None:
         assert said.startswith("ValueError: ") and "state.json is damaged" in said, said
 
 
+@pytest.mark.fault(
+    "a second run under torchrun with the --output of one that goes on", "every rank ends with the error"
+)
+def test_output_of_another_run_ends_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    told = {"host": "node-7", "pid": 12, "since": "2026-01-01", "command": "fastclip train", "start": "", "word": ""}
+    (tmp_path / "run" / ".fastclip.lock").write_text(json.dumps(told))
+    pids = start_ranks(tmp_path, lambda rank: trainer.train(options(tmp_path / "run", data="gone")))
+    assert [ended(pid) for pid in pids] == [1, 1]
+    for rank in range(2):
+        assert "in use by process 12 on node-7" in (tmp_path / f"said {rank}").read_text()
+
+
 @pytest.mark.fault("kill -9 of one rank, or a rank that stands still", "the others end within `--timeout`, saying so")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 def test_lost_rank_ends_the_others(tmp_path: Path, number: signal.Signals) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,23 @@ def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog:
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         train(options(tmp_path / "b", resume=str(tmp_path)))
     assert len(train(options(tmp_path / "c", resume="auto", max_steps=1)).losses) == 1  # nothing there: a new run
+
+
+@pytest.mark.fault("a run goes on in a folder that holds another run", "nothing is mixed, nothing is lost: aside-...")
+def test_run_that_goes_on_elsewhere_does_not_mix_with_what_is_there(tmp_path: Path) -> None:
+    train(options(tmp_path / "a", stop_after=2))
+    train(options(tmp_path / "b", seed=1, max_steps=3))
+    there = (tmp_path / "b" / "metrics.jsonl").read_bytes()
+    read_only = shutil.copytree(tmp_path / "a", tmp_path / "copy") / "checkpoints" / "step-00000002"
+    for path in (*read_only.iterdir(), read_only):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    run = train(options(tmp_path / "b", resume=str(read_only), stop_after=1))
+    assert run.steps == 3 and [line["step"] for line in lines(run)] == [3]
+    left = {path.relative_to(tmp_path / "b").as_posix() for path in (tmp_path / "b").glob("**/aside-*")}
+    assert left == {"aside-metrics.jsonl", "aside-tensorboard", "aside-model", "checkpoints/aside-step-00000003"}
+    assert (tmp_path / "b" / "aside-metrics.jsonl").read_bytes() == there
+    train(options(tmp_path / "b", resume=str(read_only), stop_after=2))
+    assert (tmp_path / "b" / "aside-metrics.jsonl").read_bytes() == there  # those of now have another name
 
 
 def test_resumed_run_has_the_optimisers_options_it_is_given(tmp_path: Path) -> None:

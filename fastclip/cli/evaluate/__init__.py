@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options
 from fastclip.cli.evaluate import compose, probe, retrieval, robustness, zeroshot
+from fastclip.cli.outputs import add_force, owned_files
 
 __all__ = ["add"]
 
@@ -27,4 +30,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         add_embedder_options(task)
         add_reading_options(task)
         task.add_argument("--output", metavar="FILE", help="JSON of the results")
+        add_force(task)
         module.add(task)
+        task.set_defaults(run=partial(_run, task.get_default("run")))
+
+
+def _run(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """`run`, when all files that it is to write can be."""
+    with owned_files(args, *(name for name in ("output", "details", "plot", "sheet") if hasattr(args, name))):
+        run(args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from array import array
 from dataclasses import MISSING, fields
@@ -11,14 +10,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from fastclip.reading import parse_json, read_json, read_yaml
 from fastclip.training.options import TrainOptions
 
 __all__ = ["RunRecord", "Series", "read_run"]
 
 logger = logging.getLogger(__name__)
+
+
+_NUMBER = (int, float, type(None))
+_TEXT = (str, type(None))
+_NEEDED: dict[str, Any] = {
+    "data": str,
+    "model": str,
+    "val_data": _TEXT,
+    "precision": _TEXT,
+    "max_steps": (int, type(None)),
+}
 
 
 class Series(NamedTuple):
@@ -60,12 +70,10 @@ def read_run(folder: str | Path) -> RunRecord:
     for file in (config, metrics):
         if not file.is_file():
             raise FileNotFoundError(f"{folder} is not a run of fastclip train: it holds no {file.name}")
-    try:
-        options = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} is not YAML: {error}") from error
-    if not isinstance(options, dict) or not {"data", "model"} <= options.keys():
-        raise ValueError(f"{config} must hold the options of a run, such as `model: ViT-B-32`")
+    options = read_yaml(config)
+    for name, kind in _NEEDED.items():
+        if not isinstance(options.get(name), kind):
+            raise ValueError(f"{config} must hold the options of a run, such as `model: ViT-B-32`; its {name} is none")
     defaults = {f.name: None if f.default is MISSING else f.default for f in fields(TrainOptions)}
     defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     series, unread = _read_metrics(metrics)
@@ -88,16 +96,16 @@ def _read_metrics(file: Path) -> tuple[dict[str, Series], int]:
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
-                values = json.loads(line)
-                step = int(values.pop("step"))
-            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+                values = parse_json(line, str(file))
+                step = float(int(values.pop("step")))
+                told = {k: float("nan" if v is None else v) for k, v in values.items() if isinstance(v, _NUMBER)}
+            except (ValueError, TypeError, KeyError, OverflowError):
                 unread += bool(line.strip())
                 continue
-            for name, value in values.items():
-                if isinstance(value, (int, float)) or value is None:
-                    steps, numbers = found.setdefault(name, (array("d"), array("d")))
-                    steps.append(step)
-                    numbers.append(float("nan") if value is None else value)
+            for name, value in told.items():
+                steps, numbers = found.setdefault(name, (array("d"), array("d")))
+                steps.append(step)
+                numbers.append(value)
     if unread:
         logger.warning("%s: %d lines cannot be read and are left out", file, unread)
     return {name: Series(*map(np.asarray, pair)) for name, pair in found.items()}, unread
@@ -107,8 +115,8 @@ def _versions(folder: Path) -> dict[str, str]:
     """As the newest checkpoint has them."""
     for file in sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True):
         try:
-            state = json.loads(file.read_text(encoding="utf-8"))
+            state = read_json(file)
             return {name: str(state[name]) for name in ("fastclip", "torch") if name in state}
-        except (ValueError, OSError, TypeError):
+        except (ValueError, OSError):
             continue
     return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,10 +15,12 @@ from fastclip.evaluation.report.charts import charts_of, short
 from fastclip.evaluation.report.examples import Confusion, Examined, Example
 from fastclip.evaluation.report.pictures import heat_map, thumbnail
 from fastclip.evaluation.report.run import RunRecord, Series
+from fastclip.reading import read_json
 
 __all__ = ["about_run", "of_examined", "read_results"]
 
 _NUMBERED = 30  # classes; the matrix of more has no numbers
+_MOST = 1e300  # of a metric: a longer integer is no number to draw
 _MOST_TEXT = 300  # characters of a text
 _BEST = ("zero_shot_top1", "image_retrieval_recall@1", "text_retrieval_recall@1")
 
@@ -143,17 +144,14 @@ def read_results(paths: Sequence[Path]) -> dict[str, Any]:
     columns: dict[tuple[str, str, str], None] = {}
     rows: dict[tuple[str, str, str], dict[tuple[str, str, str], float]] = {}
     for path in paths:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        found = read_json(path, object)
         for one in found if isinstance(found, list) else [found]:
             if not isinstance(one, Mapping) or not isinstance(one.get("metrics"), Mapping):
                 raise ValueError(f'{path} holds no results of an evaluation: objects with "metrics"')
             values = {
                 (str(one.get("task", "")), str(one.get("dataset", "")), name): value
                 for name, value in one["metrics"].items()
-                if isinstance(value, (int, float)) and not isinstance(value, bool)
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) >= _MOST
             }
             weights = str(one.get("pretrained", "")) + (f", alpha {one['alpha']}" if "alpha" in one else "")
             column, number = (str(path), str(one.get("model", "")), weights), 1

@@ -1,0 +1,307 @@
+"""One owner for each output: a second command that writes to the same place is refused, and told who has it.
+
+A hidden file, ``.fastclip.lock`` in a folder or ``.NAME.lock`` beside a file, says who owns the output, and is locked
+while its process lives: the kernel releases a POSIX lock however the process dies, and a forked child inherits none.
+Locks of some network disks do not reach other hosts, so the host that the file names counts as well.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple, ParamSpec, TypeVar
+
+from fastclip.durable import is_special, mend_files
+
+__all__ = ["LOCK", "output_path", "owned", "owned_file", "owning"]
+
+logger = logging.getLogger(__name__)
+LOCK = ".fastclip.lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # of a file system
+_HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
+_TRIES = 100  # times that the file is replaced while it is being locked
+_SETTLES = 0.1  # seconds, after which the last of several that wrote at once stands
+_BYTE = 2**30  # that is locked on Windows: whoever has not locked it can read those before it
+P = ParamSpec("P")
+T = TypeVar("T")
+_mutex = threading.Lock()
+_ours: dict[tuple[int, int, str], tuple[int, int]] = {}  # device and inode of a folder, name: process and thread
+
+
+def output_path(path: str | Path) -> Path:
+    """Return the path of an output, with ``~`` as the home folder, which shells leave alone in ``--output=~/run``.
+
+    Raises:
+        ValueError: the path is empty, which would mean the working directory.
+    """
+    if not str(path).strip():
+        raise ValueError("the output must have a name, got an empty one")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~NAME of nobody
+        raise ValueError(f"{path}: {error}") from error
+
+
+@contextmanager
+def owned(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Make `folder` and own it: no other call, in this process or another, owns it at the same time.
+
+    A call inside the block, of the same thread, shares the ownership. What dead processes left half written in the
+    folder is removed. A folder that is still empty at the end, and was made here, is removed.
+
+    Args:
+        force: take the folder over from a process of another host, which may have ended without a word.
+
+    Raises:
+        BlockingIOError: another process or thread owns the folder; the message says which, where and since when.
+        OSError, ValueError: nothing can be written into the folder, which is named.
+    """
+    folder = output_path(folder)
+    with _made(folder), _locked(folder, LOCK, str(folder), force, lambda: mend_files(folder, owned=True)):
+        yield folder
+
+
+@contextmanager
+def owned_file(file: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """As `owned`, of one file, whose folder others may write to. A pipe or a device has no owner."""
+    file = output_path(file)
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder: name a file")
+    if is_special(file):
+        yield file
+        return
+    file = Path(os.path.realpath(file))  # a link stays one
+    with _made(file.parent), _locked(file.parent, f".{file.name}.lock", str(file), force):
+        yield file
+
+
+def owning(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that fills the folder `output`: it owns the folder meanwhile, and gets it as a Path."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def owns(*arguments: P.args, **options: P.kwargs) -> T:
+        bound = signature.bind(*arguments, **options)
+        with owned(bound.arguments["output"]) as bound.arguments["output"]:
+            return function(*bound.args, **bound.kwargs)
+
+    return owns
+
+
+class _Owner(NamedTuple):
+    """What a lock file says."""
+
+    host: str
+    pid: int
+    since: str
+    command: str
+    start: str  # of the process, where the system says: a process's number is used again
+    word: str  # drawn for this ownership
+
+    def __str__(self) -> str:
+        command = f" ({self.command})" if self.command else ""
+        return f"process {self.pid} on {self.host}{command} since {self.since}"
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder exists inside."""
+    made: list[Path] = []
+    try:
+        for one in (*reversed(folder.parents), folder):
+            if not one.is_dir():
+                try:
+                    one.mkdir()
+                    made.append(one)
+                except FileExistsError as error:
+                    if not one.is_dir():  # another process was faster
+                        kind = "a link to nothing" if one.is_symlink() else "a file"
+                        raise NotADirectoryError(f"{folder} cannot be made: {one} is {kind}, not a folder") from error
+                except OSError as error:
+                    raise type(error)(f"{folder} cannot be made: {error.strerror}") from error
+        yield
+    finally:
+        for one in reversed(made):
+            with suppress(OSError):  # it is not empty
+                one.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, name: str, told: str, force: bool, tidy: Callable[[], object] = int) -> Iterator[None]:
+    """`told`: what is owned, for messages. `tidy` is called when it is.
+
+    A process loses its lock when it closes any descriptor of the file, so nothing here opens one that it holds.
+    """
+    found, own = folder.stat(), (os.getpid(), threading.get_ident())
+    key = (found.st_dev, found.st_ino, name)
+    with _mutex:
+        holder = _ours.get(key)
+        if holder is None or holder[0] != own[0]:  # nobody's, or the parent's of before a fork
+            holder = None
+            _ours[key] = own
+    if holder == own:
+        yield
+        return
+    if holder is not None:
+        raise BlockingIOError(f"{told} is in use by another thread of this process: wait for it, or take another place")
+    lock = folder / name
+    try:
+        handle, me = _take(lock, told, force)
+        try:
+            tidy()
+            yield
+        finally:
+            if os.getpid() == own[0]:  # a child that was forked inside has nothing to give back
+                _give_back(lock, handle, me)
+    finally:
+        with _mutex:
+            _ours.pop(key, None)
+
+
+def _take(lock: Path, told: str, force: bool) -> tuple[int, _Owner]:
+    """Return the lock file, open and locked, and what it says now."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    pid = os.getpid()
+    me = _Owner(socket.gethostname(), pid, since, _command(), _start(pid), secrets.token_hex(8))
+    try:
+        for _ in range(_TRIES):
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            taken = False
+            try:
+                taken = _taken(lock, handle, me, told, force)
+            finally:
+                if not taken:
+                    os.close(handle)
+            if taken:
+                return handle, me
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise type(error)(f"{told} cannot be written: {error.strerror}") from error
+    raise BlockingIOError(f"{told} is taken and given back again and again by other processes: take another place")
+
+
+def _taken(lock: Path, handle: int, me: _Owner, told: str, force: bool) -> bool:
+    """One try; False where the file under the lock's name is another one now."""
+    locked = _lock(handle)
+    if not _is_at(lock, handle):
+        return False
+    before = _read(handle)
+    foreign = before is not None and before.host != me.host
+    if locked is False or (locked is None and before is not None and not foreign and _alive(before)):
+        if not (foreign and force):
+            raise BlockingIOError(f"{told} is in use by {before or 'another process'}: end it, or take another place")
+        lock.unlink(missing_ok=True)
+        return False
+    if foreign and not force:
+        raise BlockingIOError(f"{told} is in use by {before}, another host: if that has ended, --force takes it over")
+    if before is not None:
+        logger.info("%s: passed over %s, which has ended, or is taken over from", told, before)
+    try:
+        _write(handle, me)
+    except OSError:
+        lock.unlink(missing_ok=True)
+        raise
+    if locked is None:
+        time.sleep(_SETTLES)
+        return _is_at(lock, handle) and _read(handle) == me
+    return True
+
+
+def _give_back(lock: Path, handle: int, me: _Owner) -> None:
+    with suppress(OSError):  # the folder is gone, or its disk
+        still = _is_at(lock, handle) and _read(handle) == me  # not where another host has taken it over
+        if still and os.name != "nt":  # while it is locked: nobody can own the file that is removed
+            lock.unlink()
+        os.close(handle)
+        if still and os.name == "nt":
+            lock.unlink()
+
+
+def _lock(handle: int) -> bool | None:
+    """Lock an open file: True; False where another process has; None where the file system has no locks."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(handle, _BYTE, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _is_at(lock: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(lock), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _read(handle: int) -> _Owner | None:
+    """None where nothing of ours is in it."""
+    os.lseek(handle, 0, os.SEEK_SET)
+    try:
+        told = json.loads(os.read(handle, 10_000))
+        return _Owner(str(told["host"]), int(told["pid"]), *(str(told[name]) for name in _Owner._fields[2:]))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _write(handle: int, me: _Owner) -> None:
+    data = json.dumps(me._asdict()).encode() + b"\n"
+    os.ftruncate(handle, 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    if os.write(handle, data) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with suppress(OSError):  # of another user's file: who may write into the folder may own it next
+        os.chmod(handle, 0o666)
+    os.fsync(handle)
+
+
+def _command() -> str:
+    """The program, and of ours the command."""
+    words = [os.path.basename(sys.argv[0])] if sys.argv and sys.argv[0] else []
+    return " ".join(words + [word for word in sys.argv[1:2] if not word.startswith("-")])
+
+
+def _start(pid: int) -> str:
+    """When a process of this host began, in words to compare; empty where it is gone, or the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return ""
+
+
+def _alive(owner: _Owner) -> bool:
+    """Of this host, where nothing but its number and its begin tell."""
+    if owner.start and _start(os.getpid()):
+        return _start(owner.pid) == owner.start
+    try:
+        os.kill(owner.pid, 0)  # no signal: it asks whether the process is there
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True

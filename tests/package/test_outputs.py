@@ -1,0 +1,162 @@
+"""What each command does with a place that it cannot write to: it is named in one line, before any work."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastclip import cli
+from fastclip.cli.outputs import check_apart
+from fastclip.durable import new_file, new_folder, set_aside, write_text
+from support import needs
+from support.processes import ended, forked, forks
+
+# None of these gets as far as to say that there is no such data or checkpoint.
+FOLDERS = {
+    "train": ["train", "--data", "gone", "--model", "gone", "--output"],
+    "finetune": ["finetune", "--checkpoint", "gone", "--data", "digits", "--output"],
+    "pack": ["data", "pack", "gone", "--output"],
+    "embed": ["embed", "gone", "--checkpoint", "gone", "--output"],
+    "filter": ["filter", "--data", "gone", "--checkpoint", "gone", "--output"],
+}
+EVAL = ["--checkpoint", "gone", "--data", "gone"]
+FILES = {
+    "zeroshot": ["eval", "zeroshot", *EVAL, "--output"],
+    "zeroshot --details": ["eval", "zeroshot", *EVAL, "--details"],
+    "retrieval": ["eval", "retrieval", *EVAL, "--details"],
+    "compose": ["eval", "compose", *EVAL, "--queries", "gone", "--sheet"],
+    "probe": ["eval", "probe", *EVAL, "--test-data", "gone", "--output"],
+    "robustness": [
+        "eval",
+        "robustness",
+        "--checkpoint",
+        "gone",
+        "--imagenet",
+        "gone",
+        "--imagenet-v2",
+        "gone",
+        "--plot",
+    ],
+    "report": ["report", "gone", "--output"],
+    "doctor": ["doctor", "--json"],
+    "bench": ["bench", "--output"],
+}
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says."""
+    capsys.readouterr()
+    assert cli.main(words) == 1
+    out, said = capsys.readouterr()
+    assert not out and said.count("\n") == 1, out + said
+    return said
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *FILES])
+def test_output_that_cannot_be_is_named_before_any_work(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs("train")
+    words, place = (FOLDERS.get(name) or FILES[name]), tmp_path / "file"
+    place.write_text("kept")
+    assert f"{place} is a file, not a folder" in refused([*words, str(place / "x" / "y")], capsys)
+    assert "must have a name" in refused([*words, ""], capsys)
+    wrong = place if name in FOLDERS else tmp_path
+    assert f"{wrong} is a " in refused([*words, str(wrong)], capsys) or name in FOLDERS
+    assert place.read_text() == "kept" and list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *FILES])
+def test_output_of_another_command_is_refused_and_taken_by_force(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs("train")
+    words, place = [*(FOLDERS.get(name) or FILES[name]), str(tmp_path / "out")], tmp_path / "out"
+    lock = tmp_path / ".out.lock"
+    if name in FOLDERS:
+        place.mkdir()
+        lock = place / ".fastclip.lock"
+    told = {"host": "node-7", "pid": 12, "since": "2026-01-01", "command": "fastclip x", "start": "", "word": ""}
+    lock.write_text(json.dumps(told))
+    said = refused(words, capsys)
+    assert f"{place} is in use by process 12 on node-7 (fastclip x) since 2026-01-01" in said and "--force" in said
+    if name not in ("doctor", "bench"):  # these would do their work
+        assert cli.main([*words, "--force"]) == 1 and "gone" in capsys.readouterr().err
+        assert not lock.exists()
+
+
+@pytest.mark.fault("an output that is a file or a folder which the command reads", "refused, before any work")
+def test_output_is_not_what_the_command_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, folder = tmp_path / "dataset_coco.json", tmp_path / "pictures"
+    table.write_text("{}")
+    folder.mkdir()
+    given = ["eval", "retrieval", "--checkpoint", "gone", "--data", f"{table}:test", "--output", str(table)]
+    assert f"--output {table} is what the command reads" in refused(given, capsys)
+    given = ["data", "pack", f"2*{folder}::gone", "--output", f"{folder}/../pictures"]
+    assert "is what the command reads" in refused(given, capsys)
+    assert table.read_text() == "{}" and not list(folder.iterdir())
+    with pytest.raises(ValueError, match="is what the command reads"):
+        check_apart(folder, [f"{folder}/{{00..99}}.tar"])
+    check_apart(folder, [str(table), "digits", "hf:x"])
+    check_apart(tmp_path, [str(table)])  # beside the data is no fault
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and devices")
+def test_link_stays_one_and_a_device_is_written_to(tmp_path: Path) -> None:
+    """Not replaced: who runs as root would have a file in the place of /dev/null."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "latest.json").symlink_to(tmp_path / "new" / "1.json")
+    write_text(tmp_path / "latest.json", "x")
+    assert (tmp_path / "latest.json").is_symlink() and (tmp_path / "new" / "1.json").read_text() == "x"
+    os.mkfifo(tmp_path / "pipe")
+    reads = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "through")
+    assert os.read(reads, 100) == b"through" and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    os.close(reads)
+    write_text(Path(os.devnull), "x")
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+@forks
+@pytest.mark.fault("the disk is full in the middle of a file", "the file is named, what was there before stays")
+def test_full_disk_in_the_middle_of_a_file_names_it(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="Windows has no limits of resources")
+    (tmp_path / "part").write_text("old")
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match=r"File too large: '.*/part'"), new_file(tmp_path / "part") as half:
+            half.write_bytes(b"x" * 2000)
+
+    assert ended(forked(full)) == 0
+    assert (tmp_path / "part").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    assert errno.EFBIG  # which `forked` has turned into a status
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_of_a_new_folder_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    needs("models")
+    from safetensors.torch import save_file
+
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "model") as half:
+            save_file({"x": torch.ones(1)}, half / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model" / "model.safetensors").stat().st_mode) == 0o666 & ~umask
+
+
+def test_nothing_that_was_set_aside_is_lost(tmp_path: Path) -> None:
+    make: list[Callable[[Path], object]] = [Path.touch, Path.mkdir, Path.touch]
+    for one in make:
+        one(tmp_path / "model")
+        set_aside(tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside-model", "aside-model-2", "aside-model-3"]
