@@ -53,12 +53,16 @@ class FeatureStore:
         embedder: whose identity the folder is named after.
         keys: all that else the result depends on, such as the names of the pictures, in their order.
         folder: where the store's folder is made; default: FASTCLIP_CACHE.
+        owned: no other process writes there, so what is half written is a dead one's.
     """
 
-    def __init__(self, embedder: Embedder, keys: Iterable[str], *, folder: Path | None = None) -> None:
+    def __init__(
+        self, embedder: Embedder, keys: Iterable[str], *, folder: Path | None = None, owned: bool = False
+    ) -> None:
         digest = hashlib.blake2b(embedder.identity.encode(), digest_size=16)
         for key in chain([os.getcwd()], keys):
             digest.update(key.encode("utf-8", "surrogatepass") + b"\0")
+        self._owned = owned
         self.folder = (folder or _env.cache_folder() / "features") / digest.hexdigest()
 
     def parts(self) -> list[dict[str, Tensor]]:
@@ -67,7 +71,7 @@ class FeatureStore:
 
     def walk(self, *names: str) -> Iterator[dict[str, Tensor]]:
         """`parts`, one at a time; of each the tensors of these names, or all."""
-        mend_files(self.folder)
+        mend_files(self.folder, owned=self._owned)
         start = 0
         while (file := self._file(start)).is_file():
             try:

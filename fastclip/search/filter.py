@@ -90,7 +90,7 @@ def filter_source(
     computed = output / "scores" if scores is None else output_path(scores)
     computed /= "similarities" if dedup is None else "similarities-and-images"
     contents = contents_of(source)
-    store = FeatureStore(embedder, [contents], folder=computed)
+    store = FeatureStore(embedder, [contents], folder=computed, owned=scores is None)
     options: dict[str, Any] = {"source": source.spec, "samples": len(source), "identity": embedder.identity}
     options |= {"pictures and captions": contents, "threshold": threshold, "dedup": dedup}
     if threshold is not None or (output / "options.json").is_file():

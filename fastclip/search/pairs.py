@@ -116,10 +116,11 @@ def faults_of(store: FeatureStore) -> Tally:
     """What is wrong with the samples that cannot be used."""
     faults = Tally()
     for part in store.walk("faults"):
-        told = parse_json(part["faults"].numpy().tobytes(), f"a part of {store.folder}", list)
-        if len(told) != 2:
-            raise ValueError(f"{store.folder} is not what this command writes: remove it")
-        found = Tally.of(*told)
+        try:
+            counts, keys = parse_json(part["faults"].numpy().tobytes(), "a part's list of faults", list)
+            found = Tally.of(counts, keys)
+        except ValueError as error:
+            raise ValueError(f"{store.folder} is not what this command writes, remove it: {error}") from error
         faults.merge(found.counts, found.keys)
     return faults
 
