@@ -130,9 +130,10 @@ def _write_file(
     kinds: dict[str, tuple[int, str]],
 ) -> None:
     """One file of each kind, the table last, in the place of those of before."""
-    for old in (_table(output, name), *output.glob(f"*_emb/*_emb_{name}.npy")):
-        old.unlink(missing_ok=True)  # the table first: vectors without one count for nothing
+    _table(output, name).unlink(missing_ok=True)  # first: vectors without one count for nothing
     if faults.total == len(part):  # embedding_reader cannot read a file without rows
+        for old in output.glob(f"*_emb/*_emb_{name}.npy"):
+            old.unlink()
         return
     for kind, of in kinds.items():
         _write_vectors(output / f"{kind}_emb" / f"{kind}_emb_{name}.npy", store, kind, of)
