@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import numbers
+from decimal import Decimal
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastclip import _env
 from fastclip._backends import check_name, pick
-from fastclip.ops import autocast_dtype
+from fastclip.ops import autocast_dtype, transformed
 
-__all__ = ["check_backend", "check_features", "check_labels", "check_reduction", "check_share", "describe", "scalar"]
+__all__ = [
+    "can_be_read",
+    "check_features",
+    "check_labels",
+    "check_reduction",
+    "check_shard",
+    "check_share",
+    "describe",
+    "flag",
+    "number",
+    "scalar",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 
 
 def describe(name: str, x: Tensor) -> str:
@@ -60,8 +77,10 @@ def check_labels(
         raise ValueError(f"{missing} is missing: give image_labels and text_labels, or neither")
     for side, x, labels in (("image", image, image_labels), ("text", text, text_labels)):
         if not isinstance(labels, Tensor):
-            raise TypeError(f"{side}_labels must be a torch.Tensor, got {type(labels).__name__}")
-        if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise TypeError(
+                f"{side}_labels must be a torch.Tensor, got {type(labels).__name__}: torch.as_tensor makes one"
+            )
+        if str(labels.dtype).removeprefix("torch.") not in _INTEGERS:
             raise TypeError(f"{side}_labels must be integers: {describe(side + '_labels', labels)}")
         if labels.dim() != 1 or labels.shape[0] != x.shape[0] or labels.device != x.device:
             raise ValueError(
@@ -70,9 +89,24 @@ def check_labels(
             )
 
 
-def check_share(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
+def check_share(name: str, value: Any) -> float:
+    """`value`, a number or a tensor of one element, as a float in [0, 1]."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise TypeError(f"{name} gets no gradient: pass {name}.item()")
+        value = value.item() if value.numel() == 1 else value
+    share = number(name, value)
+    if not 0.0 <= share <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return share
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, which is true or false (Python's, numpy's, 0 or 1), as a bool."""
+    dtype = getattr(value, "dtype", None)
+    if isinstance(value, int) or getattr(dtype, "kind", None) == "b" or dtype is torch.bool:
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_reduction(reduction: str, allowed: tuple[str, ...]) -> None:
@@ -81,21 +115,46 @@ def check_reduction(reduction: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"reduction must be {names}, got {reduction!r}")
 
 
-def check_backend(backend: str | None, image: Tensor) -> None:
-    """What a backend would raise: RuntimeError where an explicit one cannot serve features like `image`, ValueError for
-    a workspace that is no number."""
+def check_shard(backend: str | None, image: Tensor, *others: Tensor) -> None:
+    """Raise on every rank what one rank would raise later: RuntimeError where a backend cannot serve features like
+    `image` or torch differentiates in a way that collectives do not know, ValueError for a workspace that is no number.
+    """
+    if transformed(image, *others):
+        raise RuntimeError("group= has no torch.func transforms and no forward-mode derivatives: pass group=None")
     pick(backend, image)
     _env.workspace_bytes()
 
 
-def scalar(name: str, value: float | Tensor, image: Tensor) -> Tensor:
+def can_be_read(x: Tensor) -> bool:
+    """Return True where a look at the values of `x` costs no wait, and nothing records or imitates the call."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    return type(x) is Tensor and _get_current_dispatch_mode() is None and not transformed(x)
+
+
+def number(name: str, value: Any, allowed: str = "a number") -> float:
+    """A real number of Python, numpy (also an array of one element) or torch's symbolic shapes, as a float.
+
+    TypeError for anything else, True and False among them, which says what is `allowed`.
+    """
+    if isinstance(value, (float, torch.SymFloat)):
+        return value  # type: ignore[return-value]
+    if getattr(value, "size", None) == 1 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal, torch.SymInt)):
+        raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
+    return float(value)
+
+
+def scalar(name: str, value: Any, image: Tensor) -> Tensor:
     """`value`, a number or a tensor of one element, as a tensor () beside `image`: fp32, for fp64 features fp64."""
     dtype = torch.promote_types(image.dtype, torch.float32)
     if not isinstance(value, Tensor):
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(value).__name__}")
-        return torch.full((), value, dtype=dtype, device=image.device)
-    if value.is_complex():
+        value = number(name, value, "a number or a torch.Tensor of one element")
+        if torch.compiler.is_compiling():  # a product, for `full` would write the number into the graph
+            return image.new_ones((), dtype=dtype) * value
+        return image.new_full((), value, dtype=dtype)
+    if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real: {describe(name, value)}")
     if value.numel() != 1:
         raise ValueError(f"{name} must have one element: {describe(name, value)}")

@@ -8,8 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip._backends.reference import EPS
-from fastclip.checks import check_backend, check_features, check_labels, check_reduction, check_share, scalar
+from fastclip._backends.reference import inv_norms, unit_rows
+from fastclip.checks import (
+    can_be_read,
+    check_features,
+    check_labels,
+    check_reduction,
+    check_shard,
+    check_share,
+    flag,
+    scalar,
+)
 from fastclip.distributed import (
     Shards,
     check_comm,
@@ -21,7 +30,7 @@ from fastclip.distributed import (
     sum_over_ranks,
 )
 from fastclip.labels import match_labels
-from fastclip.ops import Statistics, autocast_features, contrastive_statistics
+from fastclip.ops import Statistics, autocast_features, contrastive_statistics, no_autocast
 
 __all__ = ["Batch", "contrastive_loss", "direction_losses", "prepare"]
 
@@ -101,7 +110,7 @@ def contrastive_loss(
     group = check_group(group)
     with reported(group, equal_shards, image_features):
         check_comm(comm)
-        check_share("image_weight", image_weight)
+        image_weight = check_share("image_weight", image_weight)
         check_reduction(reduction, ("mean", "sum", "none"))
     batch = prepare(
         image_features,
@@ -115,7 +124,7 @@ def contrastive_loss(
         group=group,
         agreed={
             "function": "contrastive_loss",
-            "image_weight": float(image_weight),
+            "image_weight": image_weight,
             "reduction": reduction,
             "comm": comm,
         },
@@ -138,7 +147,7 @@ def contrastive_loss(
     row_total, col_total = row_loss.sum(), col_loss.sum()
     if reduction == "mean":
         row_total, col_total = row_total / batch.row_total, col_total / batch.col_total
-    total = torch.lerp(col_total, row_total, image_weight)
+    total = image_weight * row_total + (1.0 - image_weight) * col_total  # lerp would write the weight into a graph
     return (total if batch.shards is None else batch.shards.ranks * total).to(dtype)
 
 
@@ -186,18 +195,19 @@ def prepare(
     agreed: what else the ranks of `group` must have in common.
     """
     with reported(group, equal_shards, image_features):
+        normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
         paired = exclude_self or (image_labels is None and text_labels is None)
         some = group is None or equal_shards  # else a rank may have none
         check_features(image_features, text_features, paired=paired, backend=backend, may_be_empty=not some)
         check_labels(image_features, text_features, image_labels, text_labels, exclude_self)
-        check_share("label_smoothing", label_smoothing)
+        label_smoothing = check_share("label_smoothing", label_smoothing)
         scale = scalar("logit_scale", logit_scale, image_features)
         image, text, scale = autocast_features(image_features, text_features, scale)
         if group is not None:
-            check_backend(backend, image)
+            check_shard(backend, image, text, scale)
     shards = None
     if group is not None:
-        own = {"normalize": normalize, "exclude_self": exclude_self, "label_smoothing": float(label_smoothing)}
+        own = {"normalize": normalize, "exclude_self": exclude_self, "label_smoothing": label_smoothing}
         own["labels"] = image_labels is not None
         shards = meet(group, image, text, {"logit_scale": scale}, {**agreed, **own}, equal_shards)
     positives = _Positives(None, None, None, *batch_size(image, text, shards))
@@ -218,10 +228,9 @@ def _match(image_labels: Tensor, text_labels: Tensor, exclude_self: bool, shards
         text_labels = gather_rows(text_labels.long(), shards.texts, shards.group, after=image_labels)
     (image_ids, text_ids), row_count, col_count = match_labels(image_labels, text_labels)
     if exclude_self:
-        own = (image_labels == text_labels).long()
+        own = (image_labels.long() == text_labels.long()).long()
         row_count, col_count = row_count - own, col_count - own
-    # elsewhere it would cost a wait
-    if image_labels.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(row_count.any()):
+    if can_be_read(row_count) and not bool(row_count.any()):
         besides = " besides its own" if exclude_self else ""
         raise ValueError(f"no image label equals a text label{besides}: the batch has no positive pair")
     totals = ((count > 0).sum().clamp_min(1) for count in (row_count, col_count))
@@ -285,13 +294,9 @@ def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     image, text, scale = batch.image, batch.text, batch.scale
     normalize, shards = batch.options["normalize"], batch.shards
     M, N = batch_size(image, text, shards)
-
-    def unit_factor(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=1).clamp_min(EPS).reciprocal() if normalize else x.new_ones(len(x))
-
-    with torch.autocast(image.device.type, enabled=False):
-        image, text = image.to(scale.dtype), text.to(scale.dtype)
-        r, c = unit_factor(image), unit_factor(text)
+    with no_autocast(image.device):
+        r, c = inv_norms(image, normalize), inv_norms(text, normalize)
+        image, text = image.to(r.dtype), text.to(c.dtype)
         image_sum, text_sum = r @ image, c @ text
         if shards is not None:
             sums, after = sum_over_ranks(torch.stack([image_sum, text_sum]), after, shards.group)
@@ -299,7 +304,7 @@ def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         image_mean, text_mean = image_sum / M, text_sum / N
         row_mean, col_mean = r * (image @ text_mean), c * (text @ image_mean)
         if batch.options["exclude_self"]:  # the mean of the others
-            own = r * c * torch.linalg.vecdot(image, text)
+            own = torch.linalg.vecdot(unit_rows(image, r), unit_rows(text, c))
             row_mean, col_mean = ((N * mean - own) / max(N - 1, 1) for mean in (row_mean, col_mean))
         return scale * row_mean, scale * col_mean, after
 

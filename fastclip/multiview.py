@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ __all__ = ["multiview_loss"]
 
 
 def multiview_loss(
-    views: Sequence[Tensor] | Tensor,
+    views: Iterable[Tensor] | Tensor,
     logit_scale: float | Tensor = 1 / 0.07,
     *,
     core: int | None = None,
@@ -30,8 +30,8 @@ def multiview_loss(
     full graph and core view).
 
     Args:
-        views: two or more features (N, D), of one dtype and device; row i of each belongs to the same sample. A
-            tensor (V, N, D) is taken as V views.
+        views: two or more features (N, D), of one dtype and device; row i of each belongs to the same sample. Any
+            iterable is taken, and a tensor (V, N, D) as V views.
         logit_scale: as in `contrastive_loss`.
         core: index of the core view, which then takes the part of the images.
         labels: integers (N,), shared by all views: every pair with equal labels is a positive.
@@ -46,9 +46,11 @@ def multiview_loss(
             `contrastive_loss` raises.
         TypeError: views that are not tensors, and what `contrastive_loss` raises.
     """
+    views = views if isinstance(views, (Tensor, Mapping)) else _listed(views)
     some = views if isinstance(views, Tensor) else next(iter(views), None)
     with reported(check_group(options.get("group")), options.get("equal_shards", False), some):
-        pairs = _check(views, core, options)
+        views = _check_views(views)
+        pairs = _check(len(views), core, options)
     losses = [
         contrastive_loss(views[i], views[j], logit_scale, image_labels=labels, text_labels=labels, **options)
         for i, j in pairs
@@ -57,23 +59,16 @@ def multiview_loss(
     return total
 
 
-def _check(views: Sequence[Tensor] | Tensor, core: int | None, options: dict[str, Any]) -> list[tuple[int, int]]:
-    """The pairs of views."""
-    views = _check_views(views)
-    for name in ("image_labels", "text_labels", "exclude_self"):
-        if name in options:
-            raise TypeError(f"multiview_loss takes labels=, one for every row of every view, not {name}=")
-    if options.get("reduction") == "none":
-        raise ValueError("multiview_loss sums over views: reduction must be 'mean' or 'sum', got 'none'")
-    if core is None:
-        return [(i, j) for i in range(len(views)) for j in range(i + 1, len(views))]
-    core = operator.index(core)
-    if not 0 <= core < len(views):
-        raise ValueError(f"core must be the index of one of {len(views)} views, got {core}")
-    return [(core, j) for j in range(len(views)) if j != core]
+def _listed(views: Any) -> Any:
+    """Views of any iterable: a generator gives them once."""
+    if not isinstance(views, Iterable):
+        return [views]  # refused where all of them are checked
+    return list(views)
 
 
-def _check_views(views: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
+def _check_views(views: Any) -> Sequence[Tensor]:
+    if isinstance(views, Mapping):
+        raise TypeError(f"views must be features, got {type(views).__name__}: pass its values()")
     if isinstance(views, Tensor):
         if views.dim() != 3:
             raise ValueError(f"one tensor of views must be (V, N, D): {describe('views', views)}")
@@ -87,3 +82,18 @@ def _check_views(views: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
     if len(views) < 2:
         raise ValueError(f"multiview_loss needs at least two views, got {len(views)}")
     return views
+
+
+def _check(count: int, core: int | None, options: dict[str, Any]) -> list[tuple[int, int]]:
+    """The pairs of so many views."""
+    for name in ("image_labels", "text_labels", "exclude_self"):
+        if name in options:
+            raise TypeError(f"multiview_loss takes labels=, one for every row of every view, not {name}=")
+    if options.get("reduction") == "none":
+        raise ValueError("multiview_loss sums over views: reduction must be 'mean' or 'sum', got 'none'")
+    if core is None:
+        return [(i, j) for i in range(count) for j in range(i + 1, count)]
+    core = operator.index(core)
+    if not 0 <= core < count:
+        raise ValueError(f"core must be the index of one of {count} views, got {core}")
+    return [(core, j) for j in range(count) if j != core]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastclip.checks import check_backend, check_features, check_reduction, scalar
+from fastclip.checks import check_features, check_reduction, check_shard, flag, scalar
 from fastclip.distributed import check_comm, check_group, gather_rows, meet, reported, ring_sigmoid_pairs
 from fastclip.ops import autocast_features, sigmoid_pairs
 
@@ -59,13 +59,14 @@ def sigmoid_loss(
     with reported(group, equal_shards, image_features):
         check_comm(comm)
         check_reduction(reduction, ("mean", "sum"))
+        normalize = flag("normalize", normalize)
         some = group is None or equal_shards  # else a rank may have none
         check_features(image_features, text_features, paired=True, backend=backend, may_be_empty=not some)
         scale = scalar("logit_scale", logit_scale, image_features)
         bias = scalar("logit_bias", logit_bias, image_features)
         image, text, scale, bias = autocast_features(image_features, text_features, scale, bias)
         if group is not None:
-            check_backend(backend, image)
+            check_shard(backend, image, text, scale, bias)
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     if group is None:
         divisor = image.shape[0] if reduction == "mean" else 1

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastclip._backends.reference import norms
 from fastclip.distributed import check_group, largest_over_ranks, sharded_maxima
 from fastclip.loss import Batch, direction_losses, prepare
 from fastclip.ops import contrastive_maxima
@@ -95,13 +96,12 @@ def _all(neg: Tensor, pos: Tensor, top_pos: Tensor) -> Tensor:
 
 def _ties(batch: Batch) -> tuple[Tensor, Tensor]:
     """How far apart the largest logits of a row (M,) and of a column (N,) must be to be told apart."""
-    image, text, scale = batch.image, batch.text, batch.scale
+    near = batch.scale.abs() * _TIE
     if batch.options["normalize"]:
-        both = scale.abs() * _TIE
-        return both, both
-    row, col = (torch.linalg.vector_norm(x, dim=1, dtype=scale.dtype) for x in (image, text))
+        return near, near
+    row, col = norms(batch.image), norms(batch.text)
     if batch.shards is None:
         row_top, col_top = row.amax(), col.amax()
     else:
         row_top, col_top = (largest_over_ranks(x, batch.shards) for x in (row, col))
-    return scale.abs() * _TIE * row * col_top, scale.abs() * _TIE * col * row_top
+    return near * row * col_top, near * col * row_top

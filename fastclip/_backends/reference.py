@@ -11,7 +11,18 @@ from torch import Tensor
 
 from fastclip._backends.problem import Problem
 
-__all__ = ["EPS", "contrastive_bwd", "contrastive_fwd", "inv_norms", "missing", "refuses", "sigmoid_fwd", "wide_dtype"]
+__all__ = [
+    "EPS",
+    "contrastive_bwd",
+    "contrastive_fwd",
+    "inv_norms",
+    "missing",
+    "norms",
+    "refuses",
+    "sigmoid_fwd",
+    "unit_rows",
+    "wide_dtype",
+]
 
 EPS = 1e-12  # lower bound of a norm, as in torch.nn.functional.normalize
 
@@ -29,12 +40,22 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def norms(x: Tensor) -> Tensor:
+    """Norm of every row (M, D) -> (M,), of `wide_dtype`: no square overflows or vanishes."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=wide_dtype(x.device))
+
+
 def inv_norms(x: Tensor, normalize: bool) -> Tensor:
     """1 / max(norm, EPS) of every row (M, D) -> (M,), or ones; fp32, for fp64 features fp64."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not normalize:
         return torch.ones(x.shape[0], dtype=dtype, device=x.device)
-    return torch.linalg.vector_norm(x, dim=1, dtype=wide_dtype(x.device)).clamp_min(EPS).reciprocal().to(dtype)
+    return norms(x).clamp_min(EPS).reciprocal().to(dtype)
+
+
+def unit_rows(x: Tensor, r: Tensor) -> Tensor:
+    """Rows (M, D) times their `inv_norms` r (M,), in the dtype of r."""
+    return r[:, None] * x.to(r.dtype)
 
 
 def _own(z: Tensor, offset: int) -> Tensor:
@@ -92,7 +113,7 @@ def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
     The statistics are of `wide_dtype`: their differences make the loss, and at 100 a float32 has lost 4e-6.
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
-    z = p.scale.to(r.dtype) * (r[:, None] * p.image.to(r.dtype)) @ (c[:, None] * p.text.to(c.dtype)).T
+    z = p.scale.to(r.dtype) * unit_rows(p.image, r) @ unit_rows(p.text, c).T
     positive, negative = _positive_and_negative(z, p)
     z_positive = torch.where(positive, z, 0.0)
     if p.labels is None:
@@ -116,7 +137,7 @@ def contrastive_bwd(
     """
     row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, r, c = (x.to(stats[7].dtype) for x in stats)
     d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = (d.to(r.dtype) for d in grads)
-    u, v = r[:, None] * p.image.to(r.dtype), c[:, None] * p.text.to(c.dtype)
+    u, v = unit_rows(p.image, r), unit_rows(p.text, c)
     s = p.scale.to(r.dtype)
     cosine = u @ v.T
     z = s * cosine
@@ -140,7 +161,7 @@ def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tu
     Each gradient is None where `needs` says so, and of `saved_dtype`.
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
-    u, v = r[:, None] * p.image.to(r.dtype), c[:, None] * p.text.to(c.dtype)
+    u, v = unit_rows(p.image, r), unit_rows(p.text, c)
     s = p.scale.to(r.dtype)
     cosine = u @ v.T
     z = s * cosine + bias.to(r.dtype)

@@ -201,7 +201,8 @@ def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _fwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    problem, stats = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors  # once: what a checkpoint computes again it gives once
+    problem, stats = saved[:5], saved[5:]
     needs = list(ctx.needs_input_grad[:3])
     upstream = [torch.zeros_like(x) if d is None else d for x, d in zip(stats[:6], grads)]
     out = torch.ops.fastclip.ring_bwd(*problem, *ctx.options, list(stats), upstream, needs)
@@ -306,7 +307,8 @@ def _save_sigmoid(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _sigmoid_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors
+    inputs, kept = saved[:4], saved[4:]
     needs = list(ctx.needs_input_grad[:4])
     out = torch.ops.fastclip.ring_sigmoid_bwd(*inputs, needs, list(kept), d_loss)
     return *(d if need else None for d, need in zip(out, needs)), *[None] * 6

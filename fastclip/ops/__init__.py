@@ -1,6 +1,6 @@
 """The torch ops of the losses: schema, fake, autograd, autocast."""
 
-from fastclip.ops.autocast import autocast_dtype, autocast_features
+from fastclip.ops.autocast import autocast_dtype, autocast_features, no_autocast
 from fastclip.ops.contrastive import (
     Statistics,
     TopLogits,
@@ -9,6 +9,7 @@ from fastclip.ops.contrastive import (
     merge_logsumexp,
 )
 from fastclip.ops.sigmoid import sigmoid_pairs
+from fastclip.ops.transforms import transformed
 
 __all__ = [
     "Statistics",
@@ -18,5 +19,7 @@ __all__ = [
     "contrastive_maxima",
     "contrastive_statistics",
     "merge_logsumexp",
+    "no_autocast",
     "sigmoid_pairs",
+    "transformed",
 ]

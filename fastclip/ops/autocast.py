@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_dtype", "autocast_features", "without_autocast"]
+__all__ = ["autocast_dtype", "autocast_features", "no_autocast", "without_autocast"]
 
 _Result = TypeVar("_Result")
 
@@ -18,21 +19,28 @@ def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]
     """The ops' insides keep the dtypes they chose: autocast would round an fp32 product of theirs."""
 
     @functools.wraps(function)
-    def wrapped(image: Tensor, *args: Any) -> _Result:
-        if not torch.is_autocast_enabled(image.device.type):
-            return function(image, *args)
-        with torch.autocast(image.device.type, enabled=False):
-            return function(image, *args)
+    def wrapped(image: Tensor, *args: Any, **options: Any) -> _Result:
+        with no_autocast(image.device):
+            return function(image, *args, **options)
 
     return wrapped
 
 
+def _autocasts(device: torch.device) -> bool:
+    """Return True where torch.autocast is on; False for devices that it does not know, such as meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, operations keep the dtypes of their inputs."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that torch.autocast, where it is on, wants `x` in; fp64 is left alone as torch's own ops do."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not _autocasts(x.device):
         return x.dtype
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def autocast_features(image: Tensor, text: Tensor, *scalars: Tensor) -> tuple[Tensor, ...]:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastclip._backends import reference, serving
 from fastclip._backends.problem import Problem
-from fastclip.ops.autocast import without_autocast
+from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
+from fastclip.ops.transforms import check_transformable, transformed
 
 __all__ = ["Statistics", "TopLogits", "contrastive_maxima", "contrastive_statistics", "merge_logsumexp"]
 
@@ -86,6 +87,7 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.impl("fastclip::contrastive_maxima", "default")
+@torch.no_grad()  # nothing else keeps autograd from its insides
 @without_autocast
 def _maxima(*args: Any) -> tuple[Tensor, ...]:
     p, backend = _problem(args)
@@ -126,7 +128,13 @@ def _fwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     problem, stats = saved[:5], saved[5:]
     needs = list(ctx.needs_input_grad[:3])
     upstream = [torch.zeros_like(x) if d is None else d for x, d in zip(stats[:6], grads)]
-    out = torch.ops.fastclip.contrastive_bwd(*problem, *ctx.options, list(stats), upstream, needs)
+    if transformed(*upstream):
+        check_transformable(ctx.options[-1])
+        p, _ = _problem((*problem, *ctx.options))
+        with no_autocast(p.image.device):
+            out = reference.contrastive_bwd(p, list(stats), upstream, needs)
+    else:
+        out = torch.ops.fastclip.contrastive_bwd(*problem, *ctx.options, list(stats), upstream, needs)
     return *(d if need else None for d, need in zip(out, needs)), *[None] * (_PROBLEM_SIZE - 3)
 
 
@@ -141,9 +149,9 @@ def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Second derivatives, on the reference: both functions again in torch, so that autograd sees through them."""
-    check_second_derivatives("contrastive_loss", ctx.options[-1], ctx.saved_tensors[0])
-    with torch.enable_grad(), torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-        image, text, scale, image_labels, text_labels, *upstream = ctx.saved_tensors
+    image, text, scale, image_labels, text_labels, *upstream = ctx.saved_tensors
+    check_second_derivatives("contrastive_loss", ctx.options[-1], image)
+    with torch.enable_grad(), no_autocast(image.device):
         # Views, so that the derivatives below stop here: the upstream gradients depend on the features themselves
         inputs = [x.view_as(x) for x in (image, text, scale, *upstream)]
         p, _ = _problem((*inputs[:3], image_labels, text_labels, *ctx.options))
@@ -155,6 +163,11 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("fastclip::contrastive_bwd", _bwd_backward, setup_context=_save_bwd)
+
+
+@without_autocast
+def _dense(image: Tensor, p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
+    return reference.contrastive_fwd(p, maxima)
 
 
 def contrastive_statistics(
@@ -172,9 +185,14 @@ def contrastive_statistics(
 
     The inverse norms it returns carry no gradient.
     """
-    *stats, r, c = torch.ops.fastclip.contrastive_fwd(
-        image, text, scale, *(labels or (None, None)), offset, exclude_self, normalize, backend
-    )
+    if transformed(image, text, scale):
+        check_transformable(backend)
+        p = Problem(image, text, scale, labels, offset, exclude_self, normalize)
+        *stats, r, c = _dense(image, p)
+    else:
+        *stats, r, c = torch.ops.fastclip.contrastive_fwd(
+            image, text, scale, *(labels or (None, None)), offset, exclude_self, normalize, backend
+        )
     stats += r.detach(), c.detach()
     return Statistics(*stats)
 
@@ -192,9 +210,14 @@ def contrastive_maxima(
 ) -> tuple[Statistics, TopLogits]:
     """The same statistics and the largest logits with them, without gradient."""
     with torch.no_grad():
-        out = torch.ops.fastclip.contrastive_maxima(
-            image, text, scale, *(labels or (None, None)), offset, exclude_self, normalize, backend
-        )
+        if transformed(image, text, scale):
+            check_transformable(backend)
+            p = Problem(image, text, scale, labels, offset, exclude_self, normalize)
+            out = _dense(image, p, maxima=True)
+        else:
+            out = torch.ops.fastclip.contrastive_maxima(
+                image, text, scale, *(labels or (None, None)), offset, exclude_self, normalize, backend
+            )
     return Statistics(*out[:8]), TopLogits(*out[8:])
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastclip._backends import reference, serving
 from fastclip._backends.problem import Problem
-from fastclip.ops.autocast import without_autocast
+from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
+from fastclip.ops.transforms import check_transformable, transformed
 
 __all__ = ["sigmoid_pairs"]
 
@@ -53,16 +54,21 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
     return image.new_empty((), dtype=reference.wide_dtype(image.device)), *grads
 
 
-@torch.library.impl("fastclip::sigmoid_bwd", "default")
-@without_autocast
-def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, _, _, _, _, needs, kept, d_loss = args
+def _times(inputs: list[Tensor], needs: list[bool], kept: list[Tensor], d_loss: Tensor) -> tuple[Tensor, ...]:
+    """The gradients that the forward kept times that of the loss."""
 
     def gradient(x: Tensor, d: Tensor) -> Tensor:
         factor = d_loss.to(torch.promote_types(d.dtype, torch.float32))
         return (d * factor).to(x.dtype)  # factor is a scalar: a bfloat16 product is rounded once
 
     return tuple(gradient(x, d) if need else d_loss.new_empty(0) for x, d, need in zip(inputs, kept, needs))
+
+
+@torch.library.impl("fastclip::sigmoid_bwd", "default")
+@without_autocast
+def _bwd(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, _, _, _, _, needs, kept, d_loss = args
+    return _times(inputs, needs, kept, d_loss)
 
 
 @torch.library.register_fake("fastclip::sigmoid_bwd")
@@ -78,11 +84,16 @@ def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _fwd_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # once: what a checkpoint computes again it gives once
+    inputs, kept = saved[:4], saved[4:]
     needs = list(ctx.needs_input_grad[:4])
     if any(need and not had for need, had in zip(needs, ctx.needs)):
         raise RuntimeError("fastclip::sigmoid_fwd was called with needs= that leave out a gradient now asked for")
-    out = torch.ops.fastclip.sigmoid_bwd(*inputs, *ctx.options, needs, list(kept), d_loss)
+    if transformed(d_loss):
+        check_transformable(ctx.options[-1])
+        out = _times(inputs, needs, kept, d_loss)
+    else:
+        out = torch.ops.fastclip.sigmoid_bwd(*inputs, *ctx.options, needs, list(kept), d_loss)
     return *(d if need else None for d, need in zip(out, needs)), *[None] * 5
 
 
@@ -100,7 +111,7 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     *saved, d_loss = ctx.saved_tensors
     divisor, offset, normalize, backend = ctx.options
     check_second_derivatives("sigmoid_loss", backend, saved[0])
-    with torch.enable_grad(), torch.autocast(saved[0].device.type, enabled=False):
+    with torch.enable_grad(), no_autocast(saved[0].device):
         # Views, so that the derivatives stop here
         image, text, scale, bias, factor = (x.view_as(x) for x in (*saved, d_loss))
         p = _problem(image, text, scale, offset, normalize)
@@ -112,6 +123,13 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("fastclip::sigmoid_bwd", _bwd_backward, setup_context=_save_bwd)
+
+
+@without_autocast
+def _dense(image: Tensor, p: Problem, bias: Tensor, divisor: int) -> Tensor:
+    loss, *_ = reference.sigmoid_fwd(p, bias, divisor, [False] * 4)
+    assert loss is not None
+    return loss
 
 
 def sigmoid_pairs(
@@ -130,6 +148,9 @@ def sigmoid_pairs(
     Differentiable. The divisor is in the gradients before they are rounded to 16-bit features' dtype.
     """
     tensors = image, text, scale, bias
+    if transformed(*tensors):
+        check_transformable(backend)
+        return _dense(image, _problem(image, text, scale, offset, normalize), bias, divisor)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
     loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, divisor, offset, normalize, backend, needs)[0]
     return loss

@@ -44,6 +44,7 @@ PARTS = [
     "numbers",
     "work",
     "interface",
+    "modes",
     "layers",
     "triton",
     "cuda",

@@ -32,9 +32,9 @@ PROMISES = [
         breaks=[
             Break(
                 "a number is read from a tensor",
-                "fastclip/loss.py",
-                old="and not torch.compiler.is_compiling()",
-                new="",
+                "fastclip/checks.py",
+                old="if torch.compiler.is_compiling() or x.device.type",
+                new="if x.device.type",
             ),
         ],
     ),
@@ -55,8 +55,8 @@ PROMISES = [
             Break(
                 "products inside the ops are rounded",
                 "fastclip/ops/autocast.py",
-                old="if not torch.is_autocast_enabled(image.device.type):",
-                new="if True:",
+                old="return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()",
+                new="return nullcontext()",
             ),
         ],
     ),
@@ -152,8 +152,8 @@ PROMISES = [
             Break(
                 "labels of any dtype",
                 "fastclip/checks.py",
-                old="if labels.dtype not in (torch.int64,",
-                new="if labels.dtype in (torch.bool,) and labels.dtype not in (torch.int64,",
+                old="if str(labels.dtype).removeprefix",
+                new="if labels.dtype is torch.bool and str(labels.dtype).removeprefix",
             ),
         ],
     ),
@@ -276,8 +276,8 @@ PROMISES = [
             Break(
                 "each pair twice",
                 "fastclip/multiview.py",
-                old="for j in range(i + 1, len(views))]",
-                new="for j in range(len(views)) if j != i]",
+                old="for j in range(i + 1, count)]",
+                new="for j in range(count) if j != i]",
             ),
         ],
     ),

@@ -104,8 +104,8 @@ PROMISES = [
             Break(
                 "weights of the directions swapped",
                 "fastclip/loss.py",
-                old="torch.lerp(col_total, row_total, image_weight)",
-                new="torch.lerp(row_total, col_total, image_weight)",
+                old="image_weight * row_total + (1.0 - image_weight) * col_total",
+                new="image_weight * col_total + (1.0 - image_weight) * row_total",
             ),
             Break(
                 "smoothing against the wrong mean",
@@ -198,6 +198,34 @@ PROMISES = [
                 "fastclip/_backends/cpu/contrastive.py",
                 old="return 2.0 ** -math.frexp(largest)[1]",
                 new="return 1.0",
+            ),
+        ],
+    ),
+    Promise(
+        NUMBERS,
+        "Label smoothing and ties take features of any norm, as the loss does",
+        tests=[
+            "losses/test_accuracy.py::test_label_smoothing_of_extreme_norms_accurate",
+            "losses/test_stats.py::test_ties_of_extreme_norms",
+        ],
+        breaks=[
+            Break(
+                "another norm, in float32",
+                "fastclip/loss.py",
+                old="r, c = inv_norms(image, normalize), inv_norms(text, normalize)",
+                new="r, c = (1 / torch.linalg.vector_norm(x.float(), dim=1).clamp_min(1e-12) for x in (image, text))",
+            ),
+            Break(
+                "two norms multiplied",
+                "fastclip/loss.py",
+                old="own = torch.linalg.vecdot(unit_rows(image, r), unit_rows(text, c))",
+                new="own = r * c * torch.linalg.vecdot(image, text)",
+            ),
+            Break(
+                "ties by float32's norms",
+                "fastclip/stats.py",
+                old="row, col = norms(batch.image), norms(batch.text)",
+                new="row, col = (torch.linalg.vector_norm(x, dim=1) for x in (batch.image, batch.text))",
             ),
         ],
     ),

@@ -10,7 +10,7 @@ import torch
 
 import fastclip
 from support.accuracy import LABELS, LOSS, check, dense_direction, direction, pairs, poisoned, random_labels, truth
-from support.kinds import KINDS, REFERENCE, SHAPES, Kind, each_kind, fp16, fp32, uneven, wide
+from support.kinds import CPU_KINDS, KINDS, REFERENCE, SHAPES, Kind, each_kind, fp16, fp32, uneven, wide
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -103,6 +103,28 @@ def test_excluded_self_pairs_accurate(kind: Kind, N: int | str, classes: int, op
 def test_label_smoothing_accurate(kind: Kind, smoothing: float) -> None:
     image, text = kind.pairs(130, 130, 59)
     check(kind.loss(label_smoothing=smoothing), image, text, 14.3, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.3])
+@pytest.mark.parametrize("smoothing", [0.99, 1.0])
+@each_kind([Kind("cpu", torch.bfloat16), Kind("cpu", torch.float16)])
+def test_label_smoothing_near_one_accurate_in_16_bits(kind: Kind, smoothing: float, scale: float) -> None:
+    """Two gradients that nearly cancel, each of them rounded."""
+    image, text = kind.pairs(130, 130, 59)
+    y = torch.arange(130) % 40
+    for options in ({}, {"labels": (y, y)}, {"labels": (y, y), "exclude_self": True}):
+        check(kind.loss(label_smoothing=smoothing, **options), image, text, scale, label_smoothing=smoothing, **options)
+
+
+@pytest.mark.parametrize("size", [1e-13, 1e19, 1e30])
+@pytest.mark.parametrize("exclude_self", [False, True])
+@each_kind(wide([*CPU_KINDS, REFERENCE]))
+def test_label_smoothing_of_extreme_norms_accurate(kind: Kind, exclude_self: bool, size: float) -> None:
+    """The squares of such features are no float32."""
+    image, text = (size * x for x in kind.pairs(40, 40, 16))
+    y = torch.arange(40) % 11
+    options = {"labels": (y, y), "exclude_self": exclude_self, "label_smoothing": 0.3}
+    check(kind.loss(**options), image, text, 14.3, base_line=False, **options)
 
 
 def test_reductions_agree_with_truth() -> None:

@@ -7,7 +7,10 @@ import os
 import re
 import subprocess
 import sys
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip.loss
@@ -42,9 +45,41 @@ ERRORS = {
     "numpy": (IMAGE.numpy(), TEXT, {}, TypeError, r"image_features must be a torch\.Tensor, got ndarray"),
     "several scales": (IMAGE, TEXT, {"logit_scale": torch.ones(2)}, ValueError, r"one element: logit_scale \(2,\)"),
     "complex scale": (IMAGE, TEXT, {"logit_scale": torch.tensor(1j)}, TypeError, "real"),
-    "scale of text": (IMAGE, TEXT, {"logit_scale": "14"}, TypeError, "logit_scale must be a number"),
+    "scale of text": (IMAGE, TEXT, {"logit_scale": "14"}, TypeError, "logit_scale must be a number or a torch.Tensor"),
+    "no scale": (IMAGE, TEXT, {"logit_scale": None}, TypeError, "logit_scale must be a number"),
+    "true scale": (IMAGE, TEXT, {"logit_scale": True}, TypeError, "logit_scale must be a number.*got bool"),
+    "tensor of true": (IMAGE, TEXT, {"logit_scale": torch.tensor(True)}, TypeError, "must be real: .* bool"),
+    "several numpy scales": (IMAGE, TEXT, {"logit_scale": np.ones(2)}, TypeError, "got ndarray"),
+    "complex numpy scale": (IMAGE, TEXT, {"logit_scale": np.complex64(2)}, TypeError, "got complex"),
     "weight": (IMAGE, TEXT, {"image_weight": 1.5}, ValueError, r"image_weight must be in \[0, 1\], got 1\.5"),
     "weight NaN": (IMAGE, TEXT, {"image_weight": float("nan")}, ValueError, "image_weight"),
+    "weight with gradient": (
+        IMAGE,
+        TEXT,
+        {"image_weight": torch.tensor(0.5, requires_grad=True)},
+        TypeError,
+        r"image_weight gets no gradient: pass image_weight\.item\(\)",
+    ),
+    "weight of text": (IMAGE, TEXT, {"image_weight": "0.5"}, TypeError, "image_weight must be a number, got str"),
+    "smoothing of text": (IMAGE, TEXT, {"label_smoothing": None}, TypeError, "label_smoothing must be a number"),
+    "normalize": (IMAGE, TEXT, {"normalize": "no"}, TypeError, "normalize must be True or False, got 'no'"),
+    "no normalize": (IMAGE, TEXT, {"normalize": None}, TypeError, "normalize must be True or False, got None"),
+    "exclude_self": (IMAGE, TEXT, {"exclude_self": "yes"}, TypeError, "exclude_self must be True or False"),
+    "no reduction": (IMAGE, TEXT, {"reduction": None}, ValueError, "'mean', 'sum' or 'none', got None"),
+    "list of labels": (
+        IMAGE,
+        TEXT,
+        {"image_labels": [0, 1, 2, 3], "text_labels": torch.arange(4)},
+        TypeError,
+        r"image_labels must be a torch\.Tensor, got list: torch\.as_tensor makes one",
+    ),
+    "bool labels": (
+        IMAGE,
+        TEXT,
+        {"image_labels": torch.ones(4) > 0, "text_labels": torch.arange(4)},
+        TypeError,
+        r"image_labels must be integers: image_labels \(4,\) bool",
+    ),
     "smoothing": (IMAGE, TEXT, {"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\]"),
     "reduction": (IMAGE, TEXT, {"reduction": "median"}, ValueError, "'mean', 'sum' or 'none', got 'median'"),
     "comm": (IMAGE, TEXT, {"comm": "tree"}, ValueError, "'gather' or 'ring', got 'tree'"),
@@ -84,10 +119,25 @@ def test_misfit_raises_before_any_work(name: str, monkeypatch: pytest.MonkeyPatc
         fastclip.contrastive_loss(image, text, **options)
 
 
+NUMBERS = [
+    14,
+    14.0,
+    np.float32(14),
+    np.float64(14),
+    np.int64(14),
+    np.array(14.0),
+    np.array([14]),
+    Fraction(14),
+    Decimal(14),
+]
+
+
 @pytest.mark.parametrize(
-    "scale", [14, 14.0, torch.tensor(14.0), torch.tensor([14.0]), torch.tensor([[14]]), torch.tensor(14.0).double()]
+    "scale",
+    [*NUMBERS, torch.tensor(14.0), torch.tensor([14.0]), torch.tensor([[14]]), torch.tensor(14.0).double()],
+    ids=repr,
 )
-def test_scale_of_any_kind_is_taken(scale: float | Tensor) -> None:
+def test_scale_of_any_kind_is_taken(scale: Any) -> None:
     torch.testing.assert_close(
         fastclip.contrastive_loss(IMAGE, TEXT, scale), fastclip.contrastive_loss(IMAGE, TEXT, 14.0), rtol=0, atol=0
     )
@@ -263,5 +313,22 @@ def test_sigmoid_misfit_raises_before_any_work(name: str, monkeypatch: pytest.Mo
         fastclip.sigmoid_loss(image, text, **{"logit_scale": 10.0, "logit_bias": -10.0, **options})
 
 
-def test_numpy_float_is_a_scale() -> None:
-    assert fastclip.contrastive_loss(IMAGE, TEXT, np.float64(14.0)).isfinite()
+@pytest.mark.parametrize("number", [np.float32(0.25), np.array(0.25), Fraction(1, 4), torch.tensor(0.25)], ids=repr)
+def test_options_are_numbers_of_any_kind(number: Any) -> None:
+    options = {"image_weight": number, "label_smoothing": number, "normalize": np.bool_(True)}
+    plain = {"image_weight": 0.25, "label_smoothing": 0.25}
+    for reduction in ("mean", "sum"):
+        ours, theirs = (fastclip.contrastive_loss(IMAGE, TEXT, **o, reduction=reduction) for o in (options, plain))
+        assert torch.equal(ours, theirs)
+    assert torch.equal(
+        fastclip.sigmoid_loss(IMAGE, TEXT, 8 * number, number), fastclip.sigmoid_loss(IMAGE, TEXT, 2.0, 0.25)
+    )
+
+
+@pytest.mark.parametrize("name", ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"])
+def test_labels_of_any_integer_dtype(name: str) -> None:
+    y = torch.tensor([1, 0, 1, 3])
+    narrow = y.to(getattr(torch, name))
+    for options in ({}, {"exclude_self": True}):
+        ours = fastclip.contrastive_loss(IMAGE, TEXT, image_labels=narrow, text_labels=y, **options)
+        assert torch.equal(ours, fastclip.contrastive_loss(IMAGE, TEXT, image_labels=y, text_labels=y, **options))

@@ -59,6 +59,13 @@ def test_one_tensor_of_views() -> None:
     assert torch.equal(fastclip.multiview_loss(torch.stack(views)), fastclip.multiview_loss(views))
 
 
+def test_views_of_any_iterable() -> None:
+    views = views_of(3)
+    expected = fastclip.multiview_loss(views)
+    for iterable in ((x for x in views), dict(enumerate(views)).values(), tuple(views)):
+        assert torch.equal(fastclip.multiview_loss(iterable), expected)
+
+
 def test_multiview_compiles_whole() -> None:
     views = views_of(3)
     compiled = torch.compile(fastclip.multiview_loss, fullgraph=True, backend="aot_eager")
@@ -72,6 +79,8 @@ ERRORS = {
     "shapes": ([X, X, X[:3]], {}, ValueError, r"views\[0\] \(4, 8\) float32 on cpu and views\[2\] \(3, 8\)"),
     "dtypes": ([X, X.double()], {}, ValueError, r"views\[1\] \(4, 8\) float64"),
     "numpy": ([X, X.numpy()], {}, TypeError, r"views\[1\] must be a torch\.Tensor, got ndarray"),
+    "a dict": ({"a": X, "b": X}, {}, TypeError, r"views must be features, got dict: pass its values\(\)"),
+    "no views": (None, {}, TypeError, r"views\[0\] must be a torch\.Tensor, got NoneType"),
     "a matrix": (X, {}, ValueError, r"one tensor of views must be \(V, N, D\): views \(4, 8\)"),
     "core": ([X, X], {"core": 2}, ValueError, "core must be the index of one of 2 views, got 2"),
     "negative core": ([X, X], {"core": -1}, ValueError, "got -1"),

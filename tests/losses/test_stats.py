@@ -118,6 +118,15 @@ def test_a_tie_is_a_miss(dtype: torch.dtype, backend: str, normalize: bool) -> N
         assert found.col_hit[:10].all() and not found.col_hit[300:310].any()
 
 
+@pytest.mark.parametrize(("size", "scale"), [(1e18, 4e-38), (1e-25, 1e38)])
+def test_ties_of_extreme_norms(size: float, scale: float) -> None:
+    """A norm whose squares overflow would make every hit a tie, one whose squares vanish no tie at all."""
+    image, text = (size * x for x in pairs(30, 30, 16, aligned=1.0))
+    found = fastclip.contrastive_stats(image * 30, text, scale, normalize=False, backend="reference")
+    compare(found, dense_stats(image * 30, text, scale, normalize=False))
+    assert found.row_hit.float().mean() > 0.9
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_collapsed_model_has_no_hit(backend: str) -> None:
     x = torch.randn(1, 59).expand(300, 59) * torch.linspace(0.5, 2, 300)[:, None]

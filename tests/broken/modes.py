@@ -1,0 +1,110 @@
+"""The losses under torch's other modes: transforms, checkpoints, fake tensors, changing numbers."""
+
+from __future__ import annotations
+
+from broken import TORCH, Break, Promise
+
+PROMISES = [
+    Promise(
+        TORCH,
+        "`torch.func` (grad, vmap, jvp, jacrev, hessian) and forward mode give the dense formula's numbers",
+        tests=[
+            "losses/test_transforms.py::test_transforms_have_the_numbers_of_the_dense_formula",
+            "losses/test_transforms.py::test_named_backend_does_not_pretend",
+        ],
+        breaks=[
+            Break(
+                "tangents are not seen",
+                "fastclip/ops/transforms.py",
+                old="return forward_ad._current_level >= 0 and",
+                new="return forward_ad._current_level >= 9 and",
+            ),
+            Break(
+                "a named backend is passed over",
+                "fastclip/ops/transforms.py",
+                old='if name not in (None, "reference"):',
+                new='if name == "nothing":',
+            ),
+            Break(
+                "the bias is forgotten",
+                "fastclip/ops/sigmoid.py",
+                old="reference.sigmoid_fwd(p, bias, divisor, [False] * 4)",
+                new="reference.sigmoid_fwd(p, 0 * bias, divisor, [False] * 4)",
+            ),
+        ],
+    ),
+    Promise(
+        TORCH,
+        "Activation checkpointing and saved-tensor hooks change no gradient; a changed input raises",
+        tests=[
+            "losses/test_saved_tensors.py::test_checkpoints_and_hooks_change_nothing",
+            "losses/test_saved_tensors.py::test_checkpoints_and_hooks_change_nothing_of_shards",
+            "losses/test_saved_tensors.py::test_change_between_forward_and_backward_raises",
+        ],
+        breaks=[
+            Break(
+                "a saved tensor is read twice",
+                "fastclip/ops/sigmoid.py",
+                old="inputs, kept = saved[:4], saved[4:]",
+                new="inputs, kept = saved[:4], ctx.saved_tensors[4:]",
+            ),
+            Break(
+                "a saved tensor of the ring is read twice",
+                "fastclip/distributed/ring.py",
+                old="problem, stats = saved[:5], saved[5:]",
+                new="problem, stats = saved[:5], ctx.saved_tensors[5:]",
+            ),
+            Break(
+                "features are kept without their version",
+                "fastclip/ops/contrastive.py",
+                old="ctx.save_for_backward(*inputs[:5], *output)",
+                new="ctx.save_for_backward(*(x if x is None else x.detach().clone() for x in inputs[:5]), *output)",
+            ),
+        ],
+    ),
+    Promise(
+        TORCH,
+        "Fake tensors, meta tensors, `make_fx` and `torch.export` take every loss",
+        tests=[
+            "losses/test_tracing.py::test_fake_tensors_have_shapes",
+            "losses/test_tracing.py::test_meta_tensors_have_shapes",
+            "losses/test_tracing.py::test_recorded_graph_is_the_call",
+            "losses/test_tracing.py::test_exported_program_is_the_call",
+        ],
+        breaks=[
+            Break(
+                "a fake label is read",
+                "fastclip/checks.py",
+                old="return type(x) is Tensor and _get_current_dispatch_mode() is None and not transformed(x)",
+                new="return not transformed(x)",
+            ),
+            Break(
+                "autocast is asked of any device",
+                "fastclip/ops/autocast.py",
+                old="return torch.amp.is_autocast_available(device.type) and torch",
+                new="return torch",
+            ),
+        ],
+    ),
+    Promise(
+        TORCH,
+        "A compiled loss takes Python numbers that change each step (scale, bias, weights): two graphs at most",
+        tests=[
+            "losses/test_tracing.py::test_changing_numbers_compile_twice_at_most",
+        ],
+        breaks=[
+            Break(
+                "the scale is written into the graph",
+                "fastclip/checks.py",
+                old="return image.new_ones((), dtype=dtype) * value",
+                new="return image.new_full((), value, dtype=dtype)",
+            ),
+            Break(
+                "the weight is written into the graph",
+                "fastclip/loss.py",
+                old="total = image_weight * row_total + (1.0 - image_weight) * col_total",
+                new="total = torch.lerp(col_total, row_total, image_weight)",
+            ),
+        ],
+    ),
+]
