@@ -1,12 +1,13 @@
 """One loss over the shards of several processes: agreement of the ranks, collectives, and the two forms."""
 
 from fastclip.distributed.agreement import Shards, check_comm, check_group, meet, reported
-from fastclip.distributed.collectives import gather_rows, sum_over_ranks
+from fastclip.distributed.collectives import before_group, gather_rows, sum_over_ranks
 from fastclip.distributed.ring import ring_sigmoid_pairs
 from fastclip.distributed.statistics import largest_over_ranks, sharded_maxima, sharded_statistics
 
 __all__ = [
     "Shards",
+    "before_group",
     "check_comm",
     "check_group",
     "gather_rows",

@@ -17,9 +17,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["all_gather", "exchange_columns", "gather_rows", "resolve", "sum_over_ranks"]
+__all__ = ["all_gather", "before_group", "exchange_columns", "gather_rows", "resolve", "sum_over_ranks"]
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def before_group() -> None:
+    """To be called before `init_process_group`: import what would keep the group for ever, in default arguments.
+
+    DistributedDataParallel, functional collectives and open_clip's losses import it, when the group is there. gloo's
+    threads end with their group; one that is left at the interpreter's end aborts the process, once in some tens of
+    runs.
+    """
+    if dist.is_available():
+        import torch.distributed.nn  # noqa: F401  takes a thirtieth of a second
 
 
 def resolve(group: str) -> Any:

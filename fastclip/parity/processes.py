@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch.multiprocessing
 
 from fastclip import _env
 from fastclip._backends import backends, check_name
+from fastclip.distributed import before_group
 from fastclip.parent import end_with_parent
 from fastclip.parity.compare import Row, Settings, compare
 
@@ -113,10 +113,6 @@ def _spawned(rank: int, ranks: int, settings: Settings, folder: str, parent: int
     rows = _member(rank, ranks, rank, settings, folder)
     if rank == 0:
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
-    # A thread of gloo's that asks for the interpreter at its end aborts the process, once in some tens of runs
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _member(rank: int, ranks: int, local_rank: int, settings: Settings, folder: str | None) -> list[Row]:
@@ -127,6 +123,7 @@ def _member(rank: int, ranks: int, local_rank: int, settings: Settings, folder: 
         where = {"store": _c10d.FileStore(f"{folder}/store", ranks), "rank": rank, "world_size": ranks}
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    before_group()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, **where)
     try:
         return compare(settings, device)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastclip import _env
+from fastclip.distributed import before_group
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.owner import owned
 from fastclip.training.meeting import meeting
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _c10d: Any = dist
+_meshes: list[Any] = []  # of `wrap`
 _LOST = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
 
@@ -73,6 +75,7 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
     begun = launched is not None and not dist.is_initialized()
     try:
         if begun and launched is not None:
+            before_group()
             store = _env.agent_store()
             found: dict[str, Any] = {"rank": launched.rank, "world_size": launched.ranks}
             if store is not None:
@@ -90,6 +93,8 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
     finally:
         if begun and dist.is_initialized():
             dist.destroy_process_group()
+            while _meshes:  # DTensor's caches keep them, and they the group with its threads
+                getattr(_meshes.pop(), "_pg_registry", {}).clear()
 
 
 def _is_lost(error: RuntimeError) -> bool:
@@ -148,6 +153,7 @@ def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.type, (world.ranks,))
+    _meshes.append(mesh)
     numbers = {p for p in model.parameters() if p.dim() == 0}
     for block in fsdp_blocks(model):
         fully_shard(block, mesh=mesh)

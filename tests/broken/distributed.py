@@ -209,6 +209,34 @@ PROMISES = [
         ],
     ),
     Promise(
+        PROCESSES,
+        "The threads of a process group end with it: no process of `fastclip train` or `parity` is aborted at its end",
+        tests=[
+            "training/test_interrupted.py::test_threads_end_with_the_group",
+            "distributed/test_parity.py::test_parity_finds_a_broken_loss_under_torchrun",
+        ],
+        breaks=[
+            Break(
+                "threads: default arguments keep the group",
+                "fastclip/distributed/collectives.py",
+                old="        import torch.distributed.nn  # noqa: F401  takes a thirtieth of a second",
+                new="        pass",
+            ),
+            Break(
+                "threads: FSDP's mesh keeps the group",
+                "fastclip/training/parallel.py",
+                old="_meshes.append(mesh)",
+                new="",
+            ),
+            Break(
+                "threads: parity loads it too late",
+                "fastclip/parity/processes.py",
+                old="    before_group()",
+                new="",
+            ),
+        ],
+    ),
+    Promise(
         KEEP,
         "`ClipLoss` and `SigLipLoss` are open_clip's with local_loss and gather_with_grad, for every dist_impl",
         tests=[

@@ -30,7 +30,7 @@ CASES = {
 }
 UNEQUAL = {"unequal shards", "labels, unequal shards", "sigmoid, unequal shards"}
 BROKEN = """
-import sys
+import glob, sys
 from fastclip.parity import compare
 
 real = compare.contrastive_loss
@@ -47,7 +47,10 @@ compare.contrastive_loss = broken
 if __name__ == "__main__":
     from fastclip.cli import main
 
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    threads = [open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")]
+    print(threads.count("pt_gloo_runloop"), "threads of gloo are left", file=sys.stderr)
+    sys.exit(status)
 """
 
 
@@ -95,6 +98,7 @@ def test_parity_finds_a_broken_loss_under_torchrun(tmp_path: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
     done = command(*launch, "parity", "--backend", "reference", *SMALL)
     assert done.returncode == 1, done.stdout + done.stderr
+    assert f"\n{done.stderr}".count("\n0 threads of gloo are left") == 2  # open_clip's ClipLoss was among what they ran
     table = {tuple(row[:4]): row for row in rows(done.stdout)}
     assert len(table) > 100  # printed by one rank, whole
     for dtype in ("float64", "float32", "bfloat16", "float16"):

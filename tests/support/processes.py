@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import signal
 import subprocess
@@ -94,6 +95,12 @@ def wait_for(is_so: Callable[[], bool], seconds: float = 120) -> None:
 def in_session(session: int) -> list[str]:
     """Processes that are left of a session, and not dead; none is seen where there is no /proc."""
     return [str(process) for process in _processes() if process.session == session]
+
+
+def gloo_threads() -> int:
+    """Threads of this process that belong to a gloo group; none is seen where there is no /proc."""
+    names = [Path(path, "comm").read_text().strip() for path in glob.glob("/proc/self/task/*")]
+    return names.count("pt_gloo_runloop")
 
 
 def end_children() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import logging
@@ -24,7 +25,7 @@ from torch.distributed import TCPStore
 
 from support import needs
 from support.accuracy import LOSS
-from support.processes import Popen, ended, forked, in_session, start, wait_for
+from support.processes import Popen, ended, forked, gloo_threads, in_session, start, wait_for
 
 needs("train")
 if not hasattr(os, "fork"):
@@ -36,6 +37,7 @@ from fastclip.models import create_model
 from fastclip.training import Interrupted, TrainOptions, trainer
 from fastclip.training.checkpoint import latest_checkpoint, read_state
 from fastclip.training.meeting import meeting
+from fastclip.training.parallel import joined, wrap
 from fastclip.training.signals import Signals
 
 STEPS = 12
@@ -465,3 +467,28 @@ def test_torchrun_passes_a_signal_on(tmp_path: Path, whole: trainer.Run) -> None
     assert path is not None and read_state(path)["step"] == steps_made(folder) < STEPS
     trainer.train(options(folder, resume="auto"))
     assert_near(folder, whole)
+
+
+def hold_a_group(parallel: str) -> None:
+    """With what the group's users load loaded as late as it can be, and DTensor's caches of what was computed."""
+    for name in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
+        del sys.modules[name]
+    with joined("cpu") as world:
+        wrapped = wrap(create_model("ViT-tiny"), world, parallel)
+        importlib.import_module("torch.distributed.nn")  # as open_clip's losses do
+        assert gloo_threads() > 0 and all((2 * p).isfinite().all() for p in wrapped.parameters())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_threads_end_with_the_group(tmp_path: Path, parallel: str) -> None:
+    """Those of gloo, which abort a process that ends before them, now and then."""
+    create_model("ViT-tiny")  # loads libraries, once
+
+    def work(rank: int) -> None:
+        hold_a_group(parallel)
+        gc.collect()
+        assert gloo_threads() == 0, f"{gloo_threads()} threads of gloo are left"
+
+    for pid in start_ranks(tmp_path, work):
+        assert ended(pid, 60) == 0, [path.read_text() for path in tmp_path.glob("said *")]
