@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from fastclip.cli.outputs import add_force, owned_output
+from fastclip.cli.pictures import add_max_pixels
 
 __all__ = ["add"]
 
@@ -28,12 +29,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     pack.add_argument("--quality", type=int, default=95, help="of the JPEGs that resizing makes (95)")
     pack.set_defaults(run=_pack_data)
     for action in (check, pack):
+        add_max_pixels(action)
         action.add_argument("spec", metavar="SPEC", help="as of fastclip train --data")
         action.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read (2)")
 
 
 def _check_data(args: argparse.Namespace) -> int:
     from fastclip.data.check import check_source
+    from fastclip.data.faults import shown
     from fastclip.data.spec import open_source
 
     transform = None
@@ -42,12 +45,17 @@ def _check_data(args: argparse.Namespace) -> int:
         from fastclip.models.transforms import image_transform
 
         transform = image_transform(load_config(args.model), train=True)
-    source = open_source(args.spec)
+    problems: list[str] = []
+    source = open_source(args.spec, problems=problems)
+    passed = getattr(source, "passed", None)
     found = check_source(source, workers=args.workers, max_samples=args.max_samples, transform=transform)
     rows = {
         "samples": f"{found.samples:,} of {len(source):,}" if found.samples < len(source) else f"{found.samples:,}",
         "usable": f"{found.usable:,} ({found.usable / found.samples:.2%}), with {found.captions:,} captions",
-        **{f"- {cause}": f"{n:,}, first {', '.join(found.faults.keys[cause])}" for cause, n in found.faults},
+        **{
+            f"- {cause}": f"{n:,}, first {', '.join(map(shown, found.faults.keys[cause]))}" for cause, n in found.faults
+        },
+        **({"passed over": str(passed)} if passed else {}),
         "pixels": ", ".join(
             f"{name} {width} x {height}"
             for name, (width, height) in zip(("smallest", "median", "largest"), found.pixels)
@@ -55,6 +63,10 @@ def _check_data(args: argparse.Namespace) -> int:
         "speed": f"{found.samples / found.seconds:,.0f} samples/s, {args.workers} workers, {found.seconds:.1f} s",
     }
     print("\n".join(f"{name:<18}{text}" for name, text in rows.items()))
+    print("".join(f"damaged           {problem}\n" for problem in problems), end="")
+    if problems:
+        print(f"fastclip data: {len(problems)} shards or parts are damaged or cannot be read", file=sys.stderr)
+        return 1
     if found.bad_share > args.max_bad:
         print(
             f"fastclip data: {found.bad_share:.2%} cannot be used, more than --max-bad {args.max_bad:g}",

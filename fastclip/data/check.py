@@ -52,7 +52,6 @@ def check_source(
 
     Raises:
         ValueError: `max_samples` or `workers` is out of range.
-        OSError, ValueError: what the samples are read from cannot be, such as a shard; it is named.
         ChildProcessError: a worker was killed.
     """
     if workers < 0 or (max_samples is not None and max_samples < 1):
@@ -94,6 +93,8 @@ class _Check(Dataset[list[Any]]):
             record = self._watch.read(index)
         except BadSample as bad:
             return bad.fault
+        except (OSError, ValueError) as error:  # of a shard that has gone, for instance: the others are read
+            return Fault("unreadable shard", self._watch.source.key(index), str(error))
         if self._transform is not None:
             try:
                 self._transform(record.image)

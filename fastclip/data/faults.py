@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-__all__ = ["BadSample", "Fault", "Tally"]
+__all__ = ["BadSample", "Fault", "Tally", "noting", "shown"]
 
 _SHOWN = 3  # keys of a cause in a message
+
+
+def shown(key: str) -> str:
+    """Return `key` for a message: as it is, or quoted where a terminal would not print it, such as a line's end."""
+    return key if key.isprintable() else ascii(key)
 
 
 class Fault(NamedTuple):
@@ -26,7 +32,7 @@ class BadSample(ValueError):
         self.fault = Fault(cause, key, reason)
 
     def __str__(self) -> str:
-        return f"{self.fault.key}: {self.fault.reason}"
+        return f"{shown(self.fault.key)}: {self.fault.reason}"
 
 
 class Tally:
@@ -71,6 +77,9 @@ class Tally:
             known = self.keys.setdefault(cause, [])
             known += [key for key in keys[cause] if key not in known][: _SHOWN - len(known)]
 
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
     def __iter__(self) -> Iterator[tuple[str, int]]:
         """Causes with their counts, the most frequent first."""
         return iter(sorted(self.counts.items(), key=lambda item: -item[1]))
@@ -79,7 +88,18 @@ class Tally:
         """``3 not an image (a.jpg, b.jpg, c.jpg ...), 1 no caption (d.jpg)``, the most frequent first."""
         told = []
         for cause, count in self:
-            keys = self.keys[cause]
+            keys = [shown(key) for key in self.keys[cause]]
             more = " ..." if len(keys) == _SHOWN < count else ""
             told.append(f"{count:,} {cause} ({', '.join(keys)}{more})")
         return ", ".join(told)
+
+
+@contextmanager
+def noting(problems: list[str] | None) -> Iterator[None]:
+    """Append the message of an OSError or ValueError to `problems`, and go on; where that is None, raise it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if problems is None:
+            raise
+        problems.append(str(error))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import unicodedata
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import AnyStr, BinaryIO
+from urllib.parse import unquote, urlsplit
 
-__all__ = ["open_file", "read_file", "walk"]
+__all__ = ["compression", "existing", "file_stamp", "open_file", "read_file", "walk"]
 
 logger = logging.getLogger(__name__)
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 
 
 def walk(folder: AnyStr, exclude: Collection[str] = ()) -> Iterator[tuple[AnyStr, list[os.DirEntry[AnyStr]]]]:
@@ -79,6 +82,32 @@ def read_file(path: str | Path) -> bytes:
     """Return what a file holds. Raises as `open_file`."""
     with open_file(path) as opened:
         return opened.read()
+
+
+def existing(folder: Path, name: str) -> Path | None:
+    """The file of this name, or of one that differs in its Unicode form, its slashes or the case of its suffix only."""
+    if name.startswith("file://"):
+        name = unquote(urlsplit(name).path)
+    if os.path.exists(folder / name):  # which takes names that are too long for the system
+        return folder / name
+    stem, suffix = os.path.splitext(name)
+    others = [stem + suffix.lower(), stem + suffix.upper(), name.replace("\\", "/")]
+    others += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") if not name.isascii()]
+    return next((folder / other for other in others if other != name and os.path.exists(folder / other)), None)
+
+
+def file_stamp(path: str | Path) -> str:
+    """Return what changes when another file is there, or one where none was: place, size and time."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return f"{os.path.abspath(path)}: none"
+    return f"{os.path.abspath(path)}: {found.st_size} bytes of {found.st_mtime_ns}"
+
+
+def compression(head: bytes) -> str:
+    """Return the name of the compression of a file that begins so, or ""."""
+    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), "")
 
 
 def _at_once(path: str, flags: int) -> int:

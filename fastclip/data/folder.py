@@ -78,8 +78,8 @@ def _kind(name: str) -> str:
 class Folder:
     """Every picture under a folder: ``a/1.jpg`` with ``a/1.txt``, one caption a line, or ``a/1.json`` with "caption".
 
-    A .txt goes before a .json, unless it is empty; that is what img2dataset writes as files. Both are read when the
-    sample is. The log counts the files that are neither.
+    A .txt goes before a .json, unless it is empty, or `caption` names another field of the .json files; that is what
+    img2dataset writes as files. Both are read when the sample is. The log counts the files that are neither.
 
     Raises:
         ValueError: there is no picture, or none with captions; the message counts them and names the first.
@@ -88,10 +88,11 @@ class Folder:
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
 
-    def __init__(self, spec: str) -> None:
-        self.spec = spec
-        self._folder = Path(spec)
-        passed, told = Tally(), False
+    def __init__(self, spec: str, folder: str | None = None, *, caption: str = "") -> None:
+        self.spec, self._field = spec, caption
+        self._folder = Path(folder or spec)
+        self.passed = passed = Tally()
+        told = False
         self._names = Strings()
         self._beside: dict[int, Found] = {}  # of pictures whose caption files have other names than usual
         for found in pictures(self._folder, passed):
@@ -125,10 +126,12 @@ class Folder:
         path, (text, about) = self._file(index), self._caption_files(index)
         key = str(path)
         try:
-            files = [file for file in (text, about) if file.exists()]
+            files = [file for file in ((about,) if self._field else (text, about)) if file.exists()]
             if not files:
-                raise BadSample("no caption", key, f"it has no caption: {_wanted(path)}")
-            return first_captions([partial(_read, file, key, lines=file is text) for file in files])
+                wanted = f"{about.name} must lie beside it" if self._field else _wanted(path)
+                raise BadSample("no caption", key, f"it has no caption: {wanted}")
+            field = self._field or "caption"
+            return first_captions([partial(_read, file, key, field, lines=file is text) for file in files])
         except OSError as error:
             raise BadSample("unreadable file", key, f"its caption file: {error.strerror or error}") from error
 
@@ -163,9 +166,9 @@ class Folder:
         return path.with_name(found.text or text.name), path.with_name(found.json or about.name)
 
 
-def _read(file: Path, key: str, *, lines: bool) -> tuple[str, ...]:
+def _read(file: Path, key: str, field: str, *, lines: bool) -> tuple[str, ...]:
     data = read_file(file)
-    return text_captions(data, key, lines=True) if lines else json_captions(data, key)
+    return text_captions(data, key, lines=True) if lines else json_captions(data, key, field)
 
 
 def _but(passed: Tally) -> str:

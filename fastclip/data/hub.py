@@ -8,10 +8,11 @@ from typing import Any
 
 import datasets
 
+from fastclip.data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, UNNAMED, Named, choose
 from fastclip.data.faults import BadSample
+from fastclip.data.files import read_file
 from fastclip.data.picture import read_picture
 from fastclip.data.source import Record, class_captions
-from fastclip.data.table import CAPTION_COLUMNS, IMAGE_COLUMNS
 
 __all__ = ["HubSource"]
 
@@ -24,8 +25,9 @@ class HubSource:
 
     NAME is what ``datasets.load_dataset`` takes, a data set of the Hub or a local folder, or the folder of
     ``save_to_disk``. Pictures are in the first column of pictures, or in one with a name of `Table`'s columns; captions
-    in `title`, `caption`, `text` or `captions`, strings or lists of strings. A column `label` of class names gives the
-    classes, and captions ("a photo of a NAME") where there are none.
+    in `title`, `caption`, `text` or `captions`, strings or lists of strings; ``hf:NAME#image=A,caption=B`` names them.
+    A column `label` of class names gives the classes, and captions ("a photo of a NAME") where there are none. A format
+    that was saved with the data is not applied.
 
     Raises:
         ValueError: a column or the split is missing, or `datasets` cannot make sense of the data.
@@ -34,11 +36,12 @@ class HubSource:
 
     templates: tuple[str, ...] = ()
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, path: str | None = None, *, columns: Named = UNNAMED) -> None:
         self.spec = spec
-        name, _, split = spec.removeprefix("hf:").partition(":")
-        rows = _load(name, split or "train", spec)
-        self._image, self._caption = _columns(rows.features, spec)
+        name, _, split = (path or spec).removeprefix("hf:").partition(":")
+        rows = _load(name, split or "train", spec).with_format(None)  # else columns may be missing, or arrays
+        self._folder = Path(name) if Path(name).is_dir() else Path()
+        self._image, self._caption = _columns(rows.features, spec, columns)
         label = rows.features.get(_LABEL)
         self._label = _LABEL if isinstance(label, datasets.ClassLabel) else None
         self.class_names: tuple[str, ...] = tuple(label.names) if self._label else ()
@@ -47,7 +50,10 @@ class HubSource:
         told = [column for column in (self._caption, self._label) if column is not None]
         self._texts = rows.select_columns(told)
         rows = rows.select_columns([self._image, *told])
-        self._rows = rows.cast_column(self._image, datasets.Image(decode=False))  # read_picture names what fails
+        try:
+            self._rows = rows.cast_column(self._image, datasets.Image(decode=False))  # read_picture names what fails
+        except Exception as error:  # pyarrow's, of columns that hold no pictures
+            raise ValueError(f"{spec}: the column {self._image} holds no pictures: {error}") from error
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -61,7 +67,7 @@ class HubSource:
         captions, data = self._told(row, key), row[self._image]
         if data is None:
             raise BadSample("no image", key, "there is no picture")
-        file = Path(data["path"]) if data["bytes"] is None else io.BytesIO(data["bytes"])
+        file = self._file(data, key) if data["bytes"] is None else io.BytesIO(data["bytes"])
         label = None if self._label is None else row[self._label]
         return Record(read_picture(file, key, min_side=min_side), captions, key, None if label == -1 else label)
 
@@ -74,10 +80,20 @@ class HubSource:
     def picture_bytes(self, index: int) -> bytes:
         """As `fastclip.data.source.picture_bytes`."""
         data = self._rows[index][self._image]
-        return Path(data["path"]).read_bytes() if data["bytes"] is None else data["bytes"]
+        return read_file(self._file(data, self.key(index))) if data["bytes"] is None else data["bytes"]
+
+    def _file(self, data: dict[str, Any], key: str) -> Path:
+        """That of a picture which is named only: from the data's folder, or from here."""
+        if data["path"] is None:
+            raise BadSample("no image", key, "there is no picture")
+        beside = self._folder / data["path"]
+        return beside if beside.exists() else Path(data["path"])
 
     def picture_place(self, index: int) -> tuple[str, str]:
         """As `fastclip.data.source.picture_place`; the library's fingerprint says which rows these are."""
+        data = self._rows[index][self._image]
+        if data is not None and data["bytes"] is None and data["path"] is not None:
+            return str(self._file(data, self.key(index))), f"{self.key(index)} of {self._rows._fingerprint}"
         files = self._rows.cache_files
         return files[0]["filename"] if files else "", f"{self.key(index)} of {self._rows._fingerprint}"
 
@@ -118,15 +134,16 @@ def _load(name: str, split: str, spec: str) -> Any:
     return found[split]
 
 
-def _columns(features: Any, spec: str) -> tuple[str, str | None]:
+def _columns(features: Any, spec: str, columns: Named) -> tuple[str, str | None]:
     """Of pictures and of captions."""
-    lower = {name.lower(): name for name in reversed(features)}
+    names = list(features)
     pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    image = next((lower[name] for name in IMAGE_COLUMNS if name in lower), None)
-    if not pictures and image is None:
+    known = [name.lower() for name in pictures] or IMAGE_COLUMNS
+    image = choose(names, "image", known, columns.image, spec)
+    if image is None:
         raise ValueError(f"{spec}: no column of pictures {_has(features)}")
-    caption = next((lower[name] for name in _CAPTIONS if name in lower), None)
-    return pictures[0] if pictures else str(image), caption
+    caption = choose(names, "caption", _CAPTIONS, columns.caption, spec)
+    return names[image], None if caption is None else names[caption]
 
 
 def _has(features: Any) -> str:

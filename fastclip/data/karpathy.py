@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
 from collections import Counter
@@ -10,10 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastclip.data.captions import given_captions
 from fastclip.data.faults import BadSample
+from fastclip.data.files import existing, read_file
 from fastclip.data.picture import read_picture
 from fastclip.data.source import Record
 from fastclip.data.strings import Strings
+from fastclip.reading import parse_json
 
 __all__ = ["Karpathy", "is_split_file"]
 
@@ -77,33 +79,33 @@ class Karpathy:
     def read(self, index: int, *, min_side: int | None = None) -> Record:
         """As `fastclip.data.source.read_sample`."""
         captions, key = self.captions(index), self.key(index)
-        return Record(read_picture(Path(key), key, min_side=min_side), captions, key)
+        return Record(read_picture(self._file(index), key, min_side=min_side), captions, key)
 
     def captions(self, index: int) -> tuple[str, ...]:
         key, start, end = self.key(index), self._ends[index], self._ends[index + 1]
         if start == end:
             raise BadSample("no caption", key, "it has no caption")
-        return tuple(self._captions[place] for place in range(start, end))
+        return given_captions([self._captions[place] for place in range(start, end)], key)
 
     def key(self, index: int) -> str:
         return str(self._root / self._names[index])
 
     def picture_bytes(self, index: int) -> bytes:
         """As `fastclip.data.source.picture_bytes`."""
-        return Path(self.key(index)).read_bytes()
+        return read_file(self._file(index))
+
+    def _file(self, index: int) -> Path:
+        return existing(self._root, self._names[index]) or Path(self.key(index))
 
     def picture_place(self, index: int) -> tuple[str, str]:
         """As `fastclip.data.source.picture_place`."""
-        return self.key(index), ""
+        return str(self._file(index)), ""
 
 
 def _load(file: Path) -> dict[str, Any]:
     """The object in it, of whose images the keys that are used are there."""
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    images = found.get("images") if isinstance(found, dict) else None
+    found = parse_json(read_file(file), str(file))
+    images = found.get("images")
     if not isinstance(images, list) or not images:
         raise ValueError(f'{file} is none of Karpathy\'s split files: it has no list "images"')
     for number, image in enumerate(images):
@@ -131,7 +133,7 @@ def _root(
     folders = beside if folder is None else (Path(folder),)
     for root in folders:
         for deep in (True, False):
-            if any((root / _name(image, deep)).exists() for image in images):
+            if any(existing(root, _name(image, deep)) for image in images):
                 return root, deep
     where, first = " or ".join(map(str, folders)), images[0]["filename"]
     name = f"{file}:{'+'.join(dict.fromkeys(image['split'] for image in images))}:FOLDER"

@@ -9,6 +9,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
+from fastclip.data.faults import Tally
 from fastclip.data.source import Record, Source, picture_bytes, picture_place, read_sample, sample_fields
 
 __all__ = ["Mixture"]
@@ -44,6 +45,10 @@ class Mixture:
         self._strides = [
             _stride(len(source)) if draws % len(source) else 1 for source, draws in zip(sources, self._draws)
         ]
+        self.passed = Tally()
+        for source in dict.fromkeys(sources):
+            if (passed := getattr(source, "passed", None)) is not None:
+                self.passed.merge(passed.counts, passed.keys)
         first = sources[0]
         self._with_classes = all(source.class_names == first.class_names for source in sources)
         self.class_names = first.class_names if self._with_classes else ()

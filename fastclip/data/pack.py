@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -15,7 +16,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fastclip.data.faults import BadSample, Fault, Tally
-from fastclip.data.source import Record, Source, picture_bytes, sample_fields
+from fastclip.data.source import Record, Source, picture_bytes, sample_fields, sample_stamp
+from fastclip.data.spec import absolute_spec
 from fastclip.data.watch import Watch
 from fastclip.data.workers import load, naming_dead_workers
 from fastclip.durable import new_file, write_json
@@ -56,7 +58,8 @@ def pack_source(
     the upright picture, "original", its path, "label" where it has one, and what else `sample_fields` tells: the shards
     are read as the source is. Of a mixture they hold what its first epoch draws. Samples that cannot be used are left
     out; ``00000_stats.json`` counts them by cause. A shard appears under its name when it is whole: the same call goes
-    on where one that was interrupted stopped, and the result is the same, byte by byte.
+    on where one that was interrupted stopped, and the result is the same, byte by byte. Shards of samples that have
+    changed since, by the places, sizes and times of their files and by their captions, are written anew.
 
     Args:
         image_size: pictures whose shorter side is longer are resized to it, and are JPEG then.
@@ -74,18 +77,21 @@ def pack_source(
             "samples_per_shard and image_size must be at least 1, quality from 1 to 95, workers not negative; got "
             f"{samples_per_shard}, {image_size}, {quality} and {workers}"
         )
-    about = {"source": source.spec, "samples": len(source), "samples_per_shard": samples_per_shard}
+    about = {"source": absolute_spec(source.spec), "samples": len(source), "samples_per_shard": samples_per_shard}
     about |= {"image_size": image_size, "quality": quality if image_size else None}
+    about |= {"max_pixels": Image.MAX_IMAGE_PIXELS}
     samples, shards, kept, faults = 0, 0, 0, Tally()
     watch = Watch(source, workers)
     for shard, start in enumerate(range(0, len(source), samples_per_shard)):
-        stats = _finished(output, shard, about)
+        indices = range(start, min(start + samples_per_shard, len(source)))
+        content = _content(source, indices)
+        stats = _finished(output, shard, about, content)
         if stats is None:
-            indices = range(start, min(start + samples_per_shard, len(source)))
             pieces = (indices[a : a + _PIECE] for a in range(0, len(indices), _PIECE))
             with naming_dead_workers():
                 loaded = load(_Encoded(watch, image_size, quality), pieces, watch)
-                stats = _write(output, shard, len(str(samples_per_shard - 1)), loaded, about)
+                digits = len(str(samples_per_shard - 1))
+                stats = _write(output, shard, digits, loaded, about | {"content": content})
             logger.info("%s: shard %05d, %d of %d samples", output, shard, indices.stop, len(source))
         else:
             kept += 1
@@ -142,6 +148,7 @@ class _Encoded(Dataset[list[Any]]):
 def _write(output: Path, shard: int, digits: int, loaded: Iterator[list[Any]], about: dict[str, Any]) -> dict[str, Any]:
     """One shard and its stats, which are returned."""
     target, faults, number, written = output / f"{shard:05d}.tar", Tally(), 0, 0
+    target.unlink(missing_ok=True)  # one of other samples, which the new stats would pass for these
     with suppress(_Nothing), new_file(target) as half:
         with half.open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
             for found in (found for piece in loaded for found in piece):
@@ -163,28 +170,40 @@ class _Nothing(Exception):
     """A shard without samples, which would end a run, is not to be there."""
 
 
+def _content(source: Source, indices: Sequence[int]) -> str:
+    """Another text once one of these samples has changed."""
+    found = hashlib.blake2b(digest_size=16)
+    for index in indices:
+        found.update(sample_stamp(source, index).encode("utf-8", "surrogatepass") + b"\0")
+    return found.hexdigest()
+
+
 def _add(tar: tarfile.TarFile, key: str, sample: _Sample) -> None:
     first, rest = sample.captions[0], sample.captions[1:]
-    text = json.dumps({"caption": list(sample.captions) if rest else first, "key": key, **sample.about})
+    about = {"caption": list(sample.captions) if rest else first, "key": key, **sample.about}
+    try:
+        text = json.dumps(about, allow_nan=False)
+    except ValueError:  # NaN and infinities are no JSON
+        text = json.dumps(json.loads(json.dumps(about), parse_constant=lambda name: None))
     members = {sample.suffix: sample.data, ".json": text.encode()}
     if not rest:  # a reader that finds a .txt reads nothing else
-        members[".txt"] = first.encode("utf-8", "surrogatepass")
+        members[".txt"] = first.encode()
     for suffix, data in members.items():
         info = tarfile.TarInfo(key + suffix)  # without times and owners: the same bytes every time
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
 
 
-def _finished(output: Path, shard: int, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The stats of a shard that is whole; None where it has to be written."""
+def _finished(output: Path, shard: int, about: dict[str, Any], content: str) -> dict[str, Any] | None:
+    """The stats of a shard that is whole and of these samples; None where it has to be written."""
     name, tar = output / f"{shard:05d}_stats.json", output / f"{shard:05d}.tar"
     if not name.is_file():
         if tar.exists():
             raise ValueError(f"{tar} was not written by this command: take another folder")
         return None
+    stats: dict[str, Any] = read_json(name)
     try:
-        stats = read_json(name)
-        before = {key: stats[key] for key in about}
+        before, same = {key: stats[key] for key in about}, stats["content"] == content
         stats["successes"] = int(stats["successes"])
         faults = Tally.of(stats["failures"], stats["failed"])
         stats |= {"failures": faults.counts, "failed": faults.keys}
@@ -193,5 +212,7 @@ def _finished(output: Path, shard: int, about: dict[str, Any]) -> dict[str, Any]
         raise ValueError(f"{name} is not what this command writes: {error}") from error
     if before != about:
         changed = ", ".join(f"{key} was {before[key]}, is {about[key]}" for key in about if before[key] != about[key])
-        raise ValueError(f"{output} holds shards of another call: {changed}")
-    return stats if whole else None
+        raise ValueError(f"{output} holds shards of another call: {changed}; take another folder")
+    if not same:
+        logger.warning("%s: some of its samples have changed since, it is written anew", tar)
+    return stats if whole and same else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,12 +15,16 @@ from braceexpand import braceexpand
 from filelock import FileLock
 
 from fastclip import _env
+from fastclip.data.faults import noting
+from fastclip.durable import mend_files, new_file, write_text
 
 __all__ = ["local_copies", "shard_urls"]
 
 logger = logging.getLogger(__name__)
 
 _THREADS = 8
+# What storages tell of a file that changes when it does, the first of them that there is
+_MARKS = ("Content-MD5", "md5Hash", "ETag", "etag", "LastModified", "Last-Modified", "updated", "mtime")
 
 
 def shard_urls(pattern: str) -> list[str]:
@@ -55,21 +60,28 @@ def _listed(pattern: str) -> list[str]:
     return found
 
 
-def local_copies(urls: list[str]) -> list[str]:
-    """Paths of the copies, in order; what is not in `fastclip._env.cache_folder()` is copied there.
+def local_copies(urls: list[str], problems: list[str] | None = None) -> dict[str, str]:
+    """Path of the copy of every URL, in order; what is not in `fastclip._env.cache_folder()` is copied there.
 
     A copy is made under another name and renamed when it has the size that the server tells. Processes that start at
-    once wait for each other. A copy whose size is no longer the server's is made anew; one of a server that does not
-    answer is used as it is. Files of ``file://`` are not copied.
+    once wait for each other. A copy whose size, or whose checksum, tag or time, is no longer the server's is made anew;
+    one of a server that does not answer is used as it is. Files of ``file://`` are not copied.
+
+    Args:
+        problems: gets the messages about URLs that cannot be copied, which are left out then.
 
     Raises:
         OSError: a URL cannot be read, or the disk is full; the message names it.
         ImportError: a library that fsspec needs for this kind of URL is not installed.
     """
     with ThreadPoolExecutor(min(_THREADS, len(urls)) or 1) as pool:
-        futures = [pool.submit(_local_copy, url) for url in urls]
+        futures = {url: pool.submit(_local_copy, url) for url in urls}
+        found = {}
         try:
-            return [future.result() for future in futures]
+            for url, future in futures.items():
+                with noting(problems):
+                    found[url] = future.result()
+            return found
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -85,9 +97,10 @@ def _local_copy(url: str) -> str:
     with FileLock(copy.with_name(f"{copy.name}.lock")):
         have = copy.stat().st_size if copy.exists() else None
         try:
-            size = system.info(path).get("size")
-            if have is None or size not in (None, have):
-                _copy(system, path, copy, size)
+            info = system.info(path)
+            size = info.get("size")
+            if have is None or size not in (None, have) or _mark(info) != _copied(copy):
+                _copy(system, path, copy, info)
         except Exception as error:  # every kind of storage has its own
             if have is None or isinstance(error, _Short):
                 raise OSError(f"{url}: cannot be copied: {type(error).__name__.lstrip('_')}: {error}") from error
@@ -99,16 +112,29 @@ class _Short(Exception):
     """Fewer bytes came, or more, than were told."""
 
 
-def _copy(system: Any, path: str, copy: Path, size: int | None) -> None:
-    half = copy.with_name(f".{copy.name}.part")  # one process at a time copies; what a killed one left is written over
+def _copy(system: Any, path: str, copy: Path, info: Mapping[str, Any]) -> None:
+    size = info.get("size")
     logger.info("copies %s, %s bytes, to %s", path, "?" if size is None else f"{size:,}", copy)
-    try:
+    mend_files(copy.parent)
+    with new_file(copy) as half:
         system.get_file(path, str(half))
         if size is not None and half.stat().st_size != size:
             raise _Short(f"{half.stat().st_size} of {size} bytes came")
-        half.replace(copy)
-    finally:
-        half.unlink(missing_ok=True)
+        _marks(copy).unlink(missing_ok=True)  # that of the copy before, which is not this one's
+    write_text(_marks(copy), _mark(info))
+
+
+def _mark(info: Mapping[str, Any]) -> str:
+    return next((f"{name} {info[name]}" for name in _MARKS if info.get(name)), "")
+
+
+def _marks(copy: Path) -> Path:
+    return copy.with_name(f"{copy.name}.version")
+
+
+def _copied(copy: Path) -> str:
+    """The mark of the file that was copied; "" where none is known."""
+    return _marks(copy).read_text("utf-8") if _marks(copy).is_file() else ""
 
 
 def _file_system(url: str) -> tuple[Any, str]:

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastclip import _env
-from fastclip.data.faults import Fault, Tally
+from fastclip.data.faults import Fault, Tally, noting
 from fastclip.data.files import open_file
 from fastclip.data.shard_samples import FAULTS, UNTOLD, Sample, shard_samples
 from fastclip.data.tar_index import BLOCK, read_exactly, tar_members
@@ -73,13 +73,17 @@ def stamp_of(stat: os.stat_result) -> Stamp:
     return Stamp(stat.st_size, stat.st_mtime_ns)
 
 
-def index_shards(paths: Sequence[str], names: Sequence[str]) -> list[ShardIndex]:
+def index_shards(
+    paths: Sequence[str], names: Sequence[str], problems: list[str] | None = None
+) -> list[ShardIndex | None]:
     """The index of every shard, in order; by several threads. The log names those that are not whole.
 
     Processes that start at once, as the ranks of a run do, each begin elsewhere and find what others have written.
 
     Args:
         names: what messages call the shards.
+        problems: gets what the log would be told, and the messages about shards that cannot be used at all, which are
+            None then.
 
     Raises:
         OSError: a shard cannot be opened.
@@ -89,14 +93,20 @@ def index_shards(paths: Sequence[str], names: Sequence[str]) -> list[ShardIndex]
     places = random.Random().sample(range(len(paths)), len(paths))
     with ThreadPoolExecutor(min(_THREADS, len(paths)) or 1) as pool:
         futures = {place: pool.submit(index_of, paths[place], names[place]) for place in places}
+        found: list[ShardIndex | None] = [None] * len(paths)
         try:
-            found = [futures[place].result() for place in range(len(paths))]
+            for place in range(len(paths)):
+                with noting(problems):
+                    found[place] = futures[place].result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     for name, index in zip(names, found, strict=True):
-        if index.damage:
-            logger.warning("%s: %s", name, index.damage)
+        if index is not None and index.damage:
+            if problems is not None:
+                problems.append(f"{name}: {index.damage}")
+            else:
+                logger.warning("%s: %s", name, index.damage)
     return found
 
 

@@ -34,10 +34,11 @@ _MEMBERS = {TEXT: "text", JSON: "json", CLASS: "number"}  # in a row of the inde
 _LOOKED_AT = 3  # samples whose .json is looked into
 
 
-def shard_paths(pattern: str) -> list[str]:
+def shard_paths(pattern: str, problems: list[str] | None = None) -> list[str]:
     """Files of a path, a glob, a brace pattern (``{00000..00009}``) or a mixture, each once.
 
-    Braces keep their order, a glob is sorted. Raises ValueError when a file is missing or a glob finds nothing.
+    Braces keep their order, a glob is sorted. Raises ValueError when a file is missing or a glob finds nothing; where
+    there are some, and `problems` is given, it gets the names of the others.
     """
     if Path(pattern).is_file():
         return [pattern]
@@ -50,7 +51,9 @@ def shard_paths(pattern: str) -> list[str]:
         paths = sorted(glob.glob(name, recursive=True)) or ([name] if Path(name).is_file() else [])
         found += paths
         missing += [] if paths else [name]
-    if missing:
+    if missing and found and problems is not None:
+        problems += [f"no such shard: {name}" for name in missing]
+    elif missing:
         what = f"{len(missing)} of {len(names)} names have no file, first {missing[0]}" if len(names) > 1 else "no file"
         raise ValueError(f"no such shards: {pattern}: {what}")
     return list(dict.fromkeys(found))
@@ -76,6 +79,8 @@ class Shards:
         paths: of the shards, in order.
         names: what messages call them, in place of `paths`.
         class_names: of the classes, where there is no classnames.txt.
+        caption: the field of the .json members that holds the captions; "" is "caption", after those of the .txt.
+        problems: as of `fastclip.data.shard_index.index_shards`.
 
     Raises:
         OSError: a shard cannot be opened.
@@ -91,10 +96,15 @@ class Shards:
         names: Sequence[str] | None = None,
         *,
         class_names: Sequence[str] = (),
+        caption: str = "",
+        problems: list[str] | None = None,
     ) -> None:
-        self.spec = spec
-        self._paths, self._names = tuple(paths), tuple(names or paths)
-        indices = index_shards(self._paths, self._names)
+        self.spec, self._field = spec, caption
+        found = zip(paths, names or paths, index_shards(paths, names or paths, problems), strict=True)
+        used = [(path, name, index) for path, name, index in found if index is not None]
+        if not used:
+            raise ValueError(f"{spec}: none of {len(paths)} shards can be used")
+        self._paths, self._names, indices = zip(*used, strict=True)
         self._stamps = [index.stamp for index in indices]
         self._rows = np.concatenate([index.rows for index in indices])
         self._keys = b"".join(index.keys for index in indices)
@@ -149,6 +159,8 @@ class Shards:
     def _has_classes(self) -> bool:
         """Whether there are samples whose captions only a class tells: no .txt, and no .json or one without."""
         states = self._rows["state"]
+        if self._field:
+            return False
         if bool((states == CLASS).any()):
             return True
         both = np.flatnonzero(states == JSON + CLASS)[:_LOOKED_AT].tolist()
@@ -160,23 +172,27 @@ class Shards:
         self._shard(index)  # which an index may be out of
         state = int(self._rows["state"][index])
         kinds = [member for bit, member in _MEMBERS.items() if state & bit] if state < UNTOLD else []
+        if self._field:
+            return [kind for kind in kinds if kind == "json"]
         return kinds if self.class_names or kinds == ["number"] else [kind for kind in kinds if kind != "number"]
 
     def _told(self, index: int, data: list[bytes]) -> tuple[tuple[str, ...], int | None]:
         """Captions and label; `data` is what the first of `_kinds` holds."""
-        key, (first, *others) = self.key(index), self._kinds(index)
+        key, kinds = self.key(index), self._kinds(index)
         label: list[int] = []
+        if not kinds:
+            raise BadSample("no caption", key, f'it has no .json, whose "{self._field}" is asked for')
 
         def told(kind: str) -> tuple[str, ...]:
-            content = data[0] if kind == first else self._members(index, (kind,))[0]
+            content = data[0] if kind == kinds[0] else self._members(index, (kind,))[0]
             if kind == "json":
-                return json_captions(content, key)
+                return json_captions(content, key, self._field or "caption")
             if kind == "text":
                 return text_captions(content, key, lines=False)
             label.append(self._label(content, key))
             return class_captions(self.class_names[label[0]], self.templates)
 
-        return first_captions([partial(told, kind) for kind in (first, *others)]), label[0] if label else None
+        return first_captions([partial(told, kind) for kind in kinds]), label[0] if label else None
 
     def _label(self, data: bytes, key: str) -> int:
         text = data.strip()

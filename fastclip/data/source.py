@@ -6,7 +6,19 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
-__all__ = ["Record", "Source", "class_captions", "picture_bytes", "picture_place", "read_sample", "sample_fields"]
+from fastclip.data.faults import BadSample
+from fastclip.data.files import file_stamp
+
+__all__ = [
+    "Record",
+    "Source",
+    "class_captions",
+    "picture_bytes",
+    "picture_place",
+    "read_sample",
+    "sample_fields",
+    "sample_stamp",
+]
 
 _PLAIN = ("a photo of a {}",)  # where data with classes have no templates of their own
 
@@ -85,3 +97,16 @@ def sample_fields(source: Source, index: int) -> dict[str, Any]:
     """What else is known of `source[index]`, for its JSON; nothing where the source has no method ``fields(index)``."""
     read = getattr(source, "fields", None)
     return {} if read is None else read(index)
+
+
+def sample_stamp(source: Source, index: int) -> str:
+    """Return a text that is another one once `source[index]` is.
+
+    It holds the place, the size and the time of the picture's file, the captions, and what else is known of the sample.
+    """
+    try:
+        file, name = picture_place(source, index)
+        captions, fields = source.captions(index), sample_fields(source, index)
+    except BadSample as bad:
+        return "\n".join(bad.fault)
+    return "\n".join((file_stamp(file) if file else "", name, *captions, repr(fields)))

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from fastclip.data.columns import UNNAMED, Named, named_columns
+from fastclip.data.faults import noting
 from fastclip.data.folder import Folder, pictures
 from fastclip.data.karpathy import Karpathy, is_split_file
 from fastclip.data.mixture import Mixture
 from fastclip.data.source import Source
 from fastclip.data.table import Table
 
-__all__ = ["holds_shards", "open_source"]
+__all__ = ["absolute_spec", "holds_shards", "open_source"]
 
 _KINDS = """what it may be:
   digits               handwritten digits with captions, which come with scikit-learn
@@ -26,15 +28,18 @@ _KINDS = """what it may be:
   shards/*.tar         tar shards of img2dataset or webdataset; a path, a glob or shards/{00000..00009}.tar
   s3://x/{00..09}.tar  the same behind a URL that fsspec reads; they are copied to a cache folder first
   hf:NAME, hf:NAME:SPLIT  a data set of Hugging Face's datasets library
+  SPEC#image=A,caption=B  columns A and B of a table or of hf:, or B of the .json files, hold pictures and captions
   2*A::0.5*B           several of these; an epoch draws each sample of A twice, and half of those of B"""
 
 _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.+)", re.DOTALL)
 
 
-def open_source(spec: str, *, held_out: bool = False, class_names: Sequence[str] = ()) -> Source:
+def open_source(
+    spec: str, *, held_out: bool = False, class_names: Sequence[str] = (), problems: list[str] | None = None
+) -> Source:
     """The samples of `spec`: ``digits``, a .csv or .tsv file, a split of a .json file, a folder, .tar files or URLs of
-    them, ``hf:NAME``, or several of these, joined by ``::`` and each perhaps with a weight before it, ``2*A::0.5*B``;
-    `Table` and its kin say more.
+    them, ``hf:NAME``, or several of these, joined by ``::`` and each perhaps with a weight before it, ``2*A::0.5*B``,
+    and the columns of its pictures and captions after it, ``A#image=photo,caption=text``; `Table` and its kin say more.
 
     A folder that is called digits is ``./digits``. A folder that holds tar files, and no pictures with captions, is its
     shards. What is the name of a file, or a glob that finds some, has no weight: ``0*.tar``.
@@ -42,6 +47,8 @@ def open_source(spec: str, *, held_out: bool = False, class_names: Sequence[str]
     Args:
         held_out: of the digits, the fifth that is kept from training; the other kinds have no such part, and are whole.
         class_names: of shards with classes that have no classnames.txt.
+        problems: gets a line for each shard, and each part of several, that cannot be used or is damaged; the source
+            is the rest. Without it the first of them is an error.
 
     Raises:
         OSError: a file cannot be read.
@@ -50,8 +57,15 @@ def open_source(spec: str, *, held_out: bool = False, class_names: Sequence[str]
     """
     parts = [spec] if os.path.exists(spec) else spec.split("::")
     weighted = [_weighted(part) for part in parts]
-    sources = [_open(part, held_out, class_names) for _, part in weighted]
-    weights = [weight for weight, _ in weighted]
+    sources, weights = [], []
+    for weight, part in weighted:
+        with noting(problems):
+            sources.append(_open(part, held_out, class_names, problems))
+            weights.append(weight)
+    if problems and not sources:
+        raise ValueError("; ".join([*(problem.partition("; " + _KINDS)[0] for problem in problems[:-1]), problems[-1]]))
+    if problems:
+        problems[:] = [problem.partition("; " + _KINDS)[0] for problem in problems]
     return sources[0] if weights == [1] else Mixture(spec, sources, weights)
 
 
@@ -60,6 +74,20 @@ def holds_shards(folder: Path) -> bool:
     return any(folder.glob("*.tar")) and not any(
         found.told or os.path.dirname(found.name) for found in pictures(folder)
     )
+
+
+def absolute_spec(spec: str) -> str:
+    """Return `spec` so that it means the same in every working directory."""
+    parts = [spec] if os.path.exists(spec) else spec.split("::")
+    return "::".join(_absolute(part) for part in parts)
+
+
+def _absolute(part: str) -> str:
+    weight, name = _weighted(part)
+    kind = "hf:" if name.startswith("hf:") and os.path.exists(name[3:].partition(":")[0]) else ""
+    if name == "digits" or "://" in name or (name.startswith("hf:") and not kind):
+        return part
+    return (f"{weight}*" if weight != 1 else "") + kind + os.path.join(os.getcwd(), name[len(kind) :])
 
 
 def _weighted(part: str) -> tuple[Fraction, str]:
@@ -71,24 +99,31 @@ def _weighted(part: str) -> tuple[Fraction, str]:
     return weight, match[2]
 
 
-def _open(spec: str, held_out: bool, class_names: Sequence[str]) -> Source:
+def _open(whole: str, held_out: bool, class_names: Sequence[str], problems: list[str] | None) -> Source:
+    spec, columns = named_columns(whole)
     path = Path(spec)
-    if spec == "digits":
-        return _digits(held_out)
     if spec.startswith("pipe:"):
         raise ValueError(f"{spec}: commands are not run; give the URL itself, such as s3://bucket/{{00000..00009}}.tar")
+    if spec.startswith("hf:") and spec.partition(":")[2].partition(":")[0]:
+        return _hub(whole, spec, columns)
+    if "://" not in spec and path.suffix.lower() in (".csv", ".tsv") and not path.is_dir():
+        return Table(whole, spec, columns=columns)
+    if columns.image:
+        raise ValueError(f"{whole}: only tables and hf: have a column of pictures to name")
     if "://" in spec:
-        return _remote(spec, class_names)
-    if spec.startswith("hf:"):
-        return _hub(spec)
+        return _remote(whole, spec, class_names, columns.caption, problems)
     if spec.endswith(".tar") and not path.is_dir():
-        return _shards(spec, class_names)
-    if path.suffix.lower() in (".csv", ".tsv") and not path.is_dir():
-        return Table(spec)
-    if is_split_file(spec) and not path.is_dir():
+        return _shards(whole, spec, class_names, columns.caption, problems)
+    if spec and path.is_dir() and spec != "digits":
+        if holds_shards(path):
+            return _shards(whole, spec, class_names, columns.caption, problems)
+        return Folder(whole, spec, caption=columns.caption)
+    if columns != UNNAMED:
+        raise ValueError(f"{whole}: there are no columns to name")
+    if spec == "digits":
+        return _digits(held_out)
+    if is_split_file(spec):
         return Karpathy(spec)
-    if spec and path.is_dir():
-        return _shards(spec, class_names) if holds_shards(path) else Folder(spec)
     raise ValueError(f"{_reason(spec)}; {_KINDS}")
 
 
@@ -100,32 +135,33 @@ def _digits(held_out: bool) -> Source:
     return DigitsSource(held_out=held_out)
 
 
-def _shards(spec: str, class_names: Sequence[str]) -> Source:
+def _shards(whole: str, spec: str, class_names: Sequence[str], caption: str, problems: list[str] | None) -> Source:
     try:
         from fastclip.data.shards import Shards, shard_paths
     except ModuleNotFoundError as error:
         raise ImportError(f"tar shards need {error.name}, which is not installed", name=error.name) from error
     folder = Path(spec)
-    paths = sorted(map(str, folder.glob("*.tar"))) if folder.is_dir() else shard_paths(spec)
-    return Shards(spec, paths, class_names=class_names)
+    paths = sorted(map(str, folder.glob("*.tar"))) if folder.is_dir() else shard_paths(spec, problems)
+    return Shards(whole, paths, class_names=class_names, caption=caption, problems=problems)
 
 
-def _remote(spec: str, class_names: Sequence[str]) -> Source:
+def _remote(whole: str, spec: str, class_names: Sequence[str], caption: str, problems: list[str] | None) -> Source:
     try:
         from fastclip.data.remote import local_copies, shard_urls
         from fastclip.data.shards import Shards
     except ModuleNotFoundError as error:
         raise ImportError(f"shards behind URLs need {error.name}, which is not installed", name=error.name) from error
-    urls = shard_urls(spec)
-    return Shards(spec, local_copies(urls), urls, class_names=class_names)
+    copies = local_copies(shard_urls(spec), problems)
+    names = list(copies)
+    return Shards(whole, [*copies.values()], names, class_names=class_names, caption=caption, problems=problems)
 
 
-def _hub(spec: str) -> Source:
+def _hub(whole: str, spec: str, columns: Named) -> Source:
     try:
         from fastclip.data.hub import HubSource
     except ModuleNotFoundError as error:
         raise ImportError(f"{spec} needs {error.name}, which is not installed", name=error.name) from error
-    return HubSource(spec)
+    return HubSource(whole, spec, columns=columns)
 
 
 def _reason(spec: str) -> str:

@@ -3,51 +3,73 @@
 from __future__ import annotations
 
 import csv
+import filecmp
+import io
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple, TextIO
+from urllib.parse import urlsplit
 
-from fastclip.data.faults import BadSample
+from fastclip.data.captions import given_captions
+from fastclip.data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, UNNAMED, Named, choose
+from fastclip.data.faults import BadSample, Fault, Tally
+from fastclip.data.files import compression, existing, open_file, read_file
 from fastclip.data.picture import read_picture
 from fastclip.data.source import Record
 from fastclip.data.strings import Strings
 
-__all__ = ["CAPTION_COLUMNS", "IMAGE_COLUMNS", "Table"]
+__all__ = ["Table"]
 
-# The first of them that the table has; open_clip's defaults lead.
-IMAGE_COLUMNS = ("filepath", "image", "path", "file_name")
-CAPTION_COLUMNS = ("title", "caption", "text")
-
+logger = logging.getLogger(__name__)
 _SEPARATORS = ",\t;|"
+_LOOKED_FOR = 100  # rows whose pictures are looked for when the table is opened
 
 
 class Table:
     """One sample a row of a .csv or .tsv file in UTF-8, with a header.
 
     Pictures are in the column `filepath`, `image`, `path` or `file_name`, captions in `title`, `caption` or `text`, in
-    any case; other columns are ignored. The header tells the separator: comma, tab, semicolon or bar. Fields are
-    quoted as Python's `csv` does. A relative path that does not exist from the working directory is looked for from the
-    table's folder. Pictures are opened when they are read.
+    any case; other columns are ignored. ``TABLE#image=NAME,caption=NAME`` names them. The header tells the separator:
+    comma, tab, semicolon or bar; Excel's line ``sep=;`` may stand before it. Fields are quoted as Python's `csv` does.
+    A relative path is looked for from the table's folder, then from the working directory; where both have a file, and
+    the files differ, the sample cannot be used. Pictures are opened when they are read. A row that is damaged is a
+    sample that cannot be used.
+
+    Args:
+        columns: those that the user names.
 
     Raises:
         OSError: the table cannot be read.
-        ValueError: a column is missing, or a row lacks a path, or no row has a caption; the message names the file and
-            the line.
+        ValueError: a column is missing, or no row can be used, or a quote is never closed, or it is another kind of
+            file; the message names the file and the line.
     """
 
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, path: str | None = None, *, columns: Named = UNNAMED) -> None:
         self.spec = spec
+        self._folder, self._here = Path(path or spec).parent.absolute(), Path.cwd()
         self._files, self._captions = Strings(), Strings()
-        for file, caption in _rows(spec):
-            self._files.append(file)
-            self._captions.append(caption)
-        if not len(self._files):
+        self._faults: dict[int, Fault] = {}
+        for row in _rows(path or spec, spec, columns):
+            if row.fault is not None:
+                self._faults[len(self._files)] = row.fault
+            self._files.append(row.file)
+            self._captions.append(row.caption)
+        if not len(self):
             raise ValueError(f"{spec}: the table has a header and no rows")
+        if len(self._faults) == len(self):
+            first = self._faults[0]
+            raise ValueError(f"{spec}: none of {len(self)} rows can be used, first {first.key}: {first.reason}")
         if not any(self._captions[index] for index in range(len(self))):
             raise ValueError(f"{spec}: all {len(self)} captions are empty")
+        if self._faults:
+            told = Tally(self._faults.values())
+            logger.warning("%s: %d of %d rows cannot be used: %s", spec, len(self._faults), len(self), told)
+        self._say_where()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -61,75 +83,132 @@ class Table:
         return Record(read_picture(self._file(index), key, min_side=min_side), captions, key)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        if not self._captions[index]:
-            raise BadSample("empty caption", self.key(index), "its caption is empty")
-        return (self._captions[index],)
+        if (fault := self._faults.get(index)) is not None:
+            raise BadSample(*fault)
+        return given_captions(self._captions[index], self.key(index))
 
     def key(self, index: int) -> str:
-        return self._files[index]
+        fault = self._faults.get(index)
+        return self._files[index] if fault is None else fault.key
 
     def picture_bytes(self, index: int) -> bytes:
         """As `fastclip.data.source.picture_bytes`."""
-        return self._file(index).read_bytes()
+        return read_file(self._file(index))
 
     def picture_place(self, index: int) -> tuple[str, str]:
         """As `fastclip.data.source.picture_place`."""
         return str(self._file(index)), ""
 
     def _file(self, index: int) -> Path:
-        """The picture's, from here or from the table's folder; BadSample where there is none."""
-        path = Path(self._files[index])
-        if path.is_absolute() or os.path.exists(path):  # which takes names that are too long for the system
-            return path
-        beside = Path(self.spec).parent / path
-        if not os.path.exists(beside):
-            where = f"no such file, neither from here nor from the folder of {self.spec}"
+        """The picture's; BadSample where there is none, or another one in the table's folder than here."""
+        name = self._files[index]
+        beside = existing(self._folder, name)
+        here = beside if self._here == self._folder else existing(self._here, name)
+        if beside is None and here is None:
+            where = f"no such file, neither from the folder of {self.spec} nor from here"
+            if urlsplit(name).scheme in ("http", "https"):
+                where = "a URL, which is not fetched: img2dataset makes shards of such a table"
             raise BadSample("missing file", self.key(index), where)
-        return beside
+        if beside is not None and here is not None and not _same(beside, here):
+            what = f"two pictures, {beside} and {here}: give the path from the root, or work in the table's folder"
+            raise BadSample("ambiguous file", self.key(index), what)
+        found = beside or here
+        assert found is not None
+        return found
+
+    def _say_where(self) -> None:
+        names = (self._files[k] for k in range(min(len(self), _LOOKED_FOR)) if k not in self._faults)
+        first = next((name for name in names if not existing(self._folder, name) and existing(self._here, name)), "")
+        if first:
+            told = "%s: pictures such as %s are not in its folder; those in the working directory, %s, are read"
+            logger.warning(told, self.spec, first, self._here)
 
 
-def _rows(spec: str) -> Iterator[tuple[str, str]]:
-    """Path and caption of every row."""
-    line = 1  # where the row begins
-    with open(spec, encoding="utf-8-sig", newline="") as file:
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one == other or os.path.samefile(one, other) or filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
+
+
+class _Row(NamedTuple):
+    file: str = ""
+    caption: str = ""
+    fault: Fault | None = None
+
+
+def _rows(path: str, spec: str, columns: Named) -> Iterator[_Row]:
+    with open_file(path) as opened:
+        head = opened.read(4096)
+        if how := compression(head):
+            raise ValueError(f"{spec}: the table is compressed by {how}: unpack it first")
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
+            raise ValueError(f"{spec}: the table is not UTF-8, but UTF-16 or no text: save it as UTF-8")
+        opened.seek(0)
+        # bytes that are not UTF-8 may be part of a path; a caption with such is a fault of its row
+        yield from _parsed(io.TextIOWrapper(opened, "utf-8-sig", "surrogateescape", newline=""), spec, columns)
+
+
+def _parsed(file: TextIO, spec: str, columns: Named) -> Iterator[_Row]:
+    above, separators, header = 0, _SEPARATORS, file.readline()
+    while header and (not header.strip() or header.lower().startswith("sep=")):
+        above += 1
+        separators = header.strip("\r\n")[4:] or separators
+        header = file.readline()
+    separator, image, caption = _columns(header, separators, spec, columns)
+    file.seek(0)
+    for _ in range(above):
+        file.readline()
+    rows = csv.reader(file, delimiter=separator, strict=True)  # else an open quote swallows the rows after it
+    width = len(next(rows))
+    while True:
+        line = above + rows.line_num + 1  # where the row begins
+        where = f"{spec}, line {line}"
         try:
-            separator, image, caption = _columns(file.readline(), spec)
-            file.seek(0)
-            rows = csv.reader(file, delimiter=separator, strict=True)  # else an open quote swallows the rows after it
-            width = len(next(rows))
-            line = rows.line_num + 1
-            for row in rows:
-                if row:  # not a blank line
-                    yield _checked(row, width, image, caption, f"{spec}, line {line}")
-                line = rows.line_num + 1
+            row = next(rows, None)
         except csv.Error as error:
-            raise ValueError(f"{spec}, line {line}: {error}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{spec}, line {line} or later: not UTF-8: {error}") from error
+            if "expected after" not in str(error):  # where the next row begins is not known
+                raise ValueError(f"{where}: {error}") from error
+            yield _Row(fault=Fault("damaged row", where, str(error)))
+            continue
+        if row is None:
+            return
+        if row:  # not a blank line
+            yield _checked(row, width, image, caption, where)
 
 
-def _checked(row: list[str], width: int, image: int, caption: int, where: str) -> tuple[str, str]:
+def _checked(row: list[str], width: int, image: int, caption: int, where: str) -> _Row:
     if len(row) != width:
-        raise ValueError(f"{where}: {len(row)} fields, the header has {width}")
+        return _Row(fault=Fault("damaged row", where, f"{len(row)} fields, the header has {width}"))
     path, text = row[image].strip(), row[caption].strip()
     if not path:
-        raise ValueError(f"{where}: the path is empty")
-    return path, text
+        return _Row(fault=Fault("damaged row", where, "the path is empty"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _Row(path, text, Fault("damaged caption", where, "its caption is not UTF-8"))
+    return _Row(path, text)
 
 
-def _columns(header: str, spec: str) -> tuple[str, int, int]:
+def _columns(header: str, separators: str, spec: str, columns: Named) -> tuple[str, int, int]:
     """The separator, and the places of the pictures' and the captions' columns."""
     widest: list[str] = []
-    for separator in _SEPARATORS:
+    for separator in separators:
         names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
-        lower = [name.lower() for name in names]
-        image = next((lower.index(name) for name in IMAGE_COLUMNS if name in lower), None)
-        caption = next((lower.index(name) for name in CAPTION_COLUMNS if name in lower), None)
-        if image is not None and caption is not None:
-            return separator, image, caption
         widest = max(widest, names, key=len)
+    for separator in separators:
+        names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+        if columns != UNNAMED and len(names) < len(widest):
+            continue
+        image = choose(names, "image", IMAGE_COLUMNS, columns.image, spec)
+        caption = choose(names, "caption", CAPTION_COLUMNS, columns.caption, spec) if image is not None else None
+        if image is not None and caption is not None:
+            rest = [name for place, name in enumerate(names) if place not in (image, caption)]
+            taken = f"{names[image]} and {names[caption]}"
+            logger.info("%s: columns %s, passed over %s", spec, taken, ", ".join(rest) or "none")
+            return separator, image, caption
     raise ValueError(
         f"{spec}: the table needs a column of pictures ({', '.join(IMAGE_COLUMNS)}) and one of captions "
         f"({', '.join(CAPTION_COLUMNS)}), separated by comma, tab, semicolon or bar; "
-        f"found {', '.join(widest) or 'none'}"
+        f"found {', '.join(widest) or 'none'}; others are named as in {spec}#image=NAME,caption=NAME"
     )

@@ -8,7 +8,9 @@ import re
 import tarfile
 from typing import BinaryIO, NamedTuple
 
-__all__ = ["BLOCK", "Lost", "Member", "Members", "compression", "read_exactly", "tar_members"]
+from fastclip.data.files import compression
+
+__all__ = ["BLOCK", "Lost", "Member", "Members", "read_exactly", "tar_members"]
 
 BLOCK = 512  # bytes; a member is a header of one block and data that are filled up to whole blocks
 
@@ -19,7 +21,6 @@ _LARGEST = 2**20  # bytes of a header's names and records; writers need some hun
 _RECORD = re.compile(rb"([1-9]\d{0,7}) ([^=]+)=")
 _HOPS = 40  # links in a row
 _CHUNK = 2**20
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 
 
 class Member(NamedTuple):
@@ -61,11 +62,6 @@ def tar_members(file: BinaryIO) -> Members:
         tarfile.TarError: it does not even begin as a tar file.
     """
     return _Reader(file).members()
-
-
-def compression(head: bytes) -> str:
-    """Return the name of the compression of a file that begins so, or ""."""
-    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), "")
 
 
 def read_exactly(file: BinaryIO, size: int) -> bytes:
@@ -209,7 +205,11 @@ class _Reader:
 
 def _checks(header: bytes) -> bool:
     """Whether the sum of its bytes, or as old writers have it of signed ones, is the one it holds."""
-    rest, told = header[:148] + b" " * 8 + header[156:], _octal(header[148:156])
+    try:
+        told = _octal(header[148:156])
+    except _Broken:
+        return False
+    rest = header[:148] + b" " * 8 + header[156:]
     return sum(rest) == told or sum(rest) - 256 * sum(byte > 127 for byte in rest) == told
 
 

@@ -22,9 +22,9 @@ PROMISES = [
             ),
             Break(
                 "faults: an empty caption is one",
-                "fastclip/data/table.py",
-                old="if not self._captions[index]:",
-                new="if index < 0:",
+                "fastclip/data/captions.py",
+                old="if not given:",
+                new="if False:",
             ),
             Break(
                 "faults: no permission is a missing file",

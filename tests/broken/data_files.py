@@ -150,8 +150,152 @@ PROMISES = [
             Break(
                 "members: JSON is the last word",
                 "fastclip/data/shards.py",
-                old="for kind in (first, *others)])",
-                new="for kind in (first,)])",
+                old="for kind in kinds]), label",
+                new="for kind in kinds[:1]]), label",
+            ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "A table's pictures are those of its folder; a path that leads to another one from here is no sample",
+        tests=[
+            "data/test_tables.py::test_table_paths_are_relative_to_the_table",
+            "data/test_tables.py::test_table_name_in_another_form_is_found",
+        ],
+        breaks=[
+            Break(
+                "table: the working directory goes first",
+                "fastclip/data/table.py",
+                old="if beside is not None and here is not None and not _same(beside, here):",
+                new="if False:",
+            ),
+            Break(
+                "table: another folder is read without a word",
+                "fastclip/data/table.py",
+                old="        self._say_where()\n\n",
+                new="\n",
+            ),
+            Break(
+                "table: names of one Unicode form",
+                "fastclip/data/files.py",
+                old="others += [unicodedata.normalize(form, name)",
+                new="_ = [unicodedata.normalize(form, name)",
+            ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "The columns that are taken are said where there are others, and are named alike for every kind of data",
+        tests=[
+            "data/test_tables.py::test_table_says_which_of_several_columns_is_taken",
+            "data/test_tables.py::test_column_that_is_not_there_is_named",
+            "data/test_tables.py::test_field_of_json_is_named_as_a_column_is",
+            "data/test_hub.py::test_hub_columns_are_told_and_named",
+        ],
+        breaks=[
+            Break(
+                "columns: what is taken is not said",
+                "fastclip/data/columns.py",
+                old="if len(there) > 1:",
+                new="if False:",
+            ),
+            Break(
+                "columns: of two of a name the first",
+                "fastclip/data/columns.py",
+                old="if lower.count(there[0]) > 1:",
+                new="if False:",
+            ),
+            Break(
+                "columns: a field of shards cannot be named",
+                "fastclip/data/shards.py",
+                old='self._field or "caption")',
+                new='"caption")',
+            ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "A damaged row of a table is one bad sample, named by its line; a table of another kind is refused at once",
+        tests=[
+            "data/test_tables.py::test_rows_that_are_damaged_are_counted",
+            "data/test_tables.py::test_lines_above_the_header_are_read",
+            "data/test_tables.py::test_table_of_another_kind_is_named",
+        ],
+        breaks=[
+            Break(
+                "table: lines are counted from the header",
+                "fastclip/data/table.py",
+                old="line = above + rows.line_num + 1",
+                new="line = rows.line_num + 1",
+            ),
+            Break(
+                "table: a compressed one is read",
+                "fastclip/data/table.py",
+                old="if how := compression(head):",
+                new='if how := compression(b""):',
+            ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "`fastclip data pack` keeps no shard whose samples have changed, and none of another place",
+        tests=[
+            "data/test_check.py::test_pack_again_holds_what_has_changed",
+            "data/test_check.py::test_pack_from_another_folder_is_refused",
+        ],
+        breaks=[
+            Break(
+                "pack: any shard of this number is kept",
+                "fastclip/data/pack.py",
+                old="return stats if whole and same else None",
+                new="return stats if whole else None",
+            ),
+            Break(
+                "pack: captions are not part of the key",
+                "fastclip/data/source.py",
+                old="name, *captions, repr(fields)))",
+                new="name))",
+            ),
+            Break(
+                "pack: nor is a picture's size and time",
+                "fastclip/data/files.py",
+                old='return f"{os.path.abspath(path)}: {found.st_size} bytes of {found.st_mtime_ns}"',
+                new="return os.path.abspath(path)",
+            ),
+            Break(
+                "pack: a SPEC means the same everywhere",
+                "fastclip/data/pack.py",
+                old='"source": absolute_spec(source.spec)',
+                new='"source": source.spec',
+            ),
+        ],
+    ),
+    Promise(
+        DATA,
+        "`fastclip data check` reads every shard and part, and has a line for each that cannot be",
+        tests=[
+            "data/test_check.py::test_check_reads_the_shards_beside_dead_ones",
+            "data/test_check.py::test_check_reads_the_parts_beside_dead_ones",
+            "data/test_check.py::test_check_goes_on_where_a_shard_goes_away",
+        ],
+        breaks=[
+            Break(
+                "check: the first dead shard is the last",
+                "fastclip/data/shard_index.py",
+                old="with noting(problems):",
+                new="with noting(None):",
+            ),
+            Break(
+                "check: damage is no reason to fail",
+                "fastclip/cli/data.py",
+                old="if problems:",
+                new="if False:",
+            ),
+            Break(
+                "check: a missing shard of a pattern is the last",
+                "fastclip/data/shards.py",
+                old="if missing and found and problems is not None:",
+                new="if False:",
             ),
         ],
     ),

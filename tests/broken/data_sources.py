@@ -62,6 +62,7 @@ PROMISES = [
             "data/test_remote.py::test_remote_shards_are_copied_once",
             "data/test_remote.py::test_remote_copy_of_another_size_is_not_kept",
             "data/test_remote.py::test_remote_shard_that_has_changed_is_copied_anew",
+            "data/test_remote.py::test_remote_shard_of_the_same_size_that_has_changed_is_copied_anew",
             "data/test_remote.py::test_remote_shard_is_copied_by_one_of_several_processes",
             "data/test_remote.py::test_remote_fault_is_named",
             "data/test_remote.py::test_remote_copy_is_used_when_nobody_answers",
@@ -70,7 +71,7 @@ PROMISES = [
             Break(
                 "remote: copied at each start",
                 "fastclip/data/remote.py",
-                old="if have is None or size not in (None, have):",
+                old="if have is None or size not in (None, have) or _mark(info) != _copied(copy):",
                 new="if True:",
             ),
             Break(
@@ -82,8 +83,20 @@ PROMISES = [
             Break(
                 "remote: an old copy",
                 "fastclip/data/remote.py",
-                old="size not in (None, have)",
-                new="False",
+                old="size not in (None, have) or",
+                new="",
+            ),
+            Break(
+                "remote: an old copy of the same size",
+                "fastclip/data/remote.py",
+                old=" or _mark(info) != _copied(copy)",
+                new="",
+            ),
+            Break(
+                "remote: the old version of a new copy",
+                "fastclip/data/remote.py",
+                old="write_text(_marks(copy), _mark(info))",
+                new="pass",
             ),
             Break(
                 "remote: every process copies",
@@ -134,6 +147,8 @@ PROMISES = [
         "`hf:NAME` reads what the datasets library does: pictures, captions, classes, splits",
         tests=[
             "data/test_hub.py::test_hub_columns_are_found",
+            "data/test_hub.py::test_hub_format_that_was_saved_is_not_applied",
+            "data/test_hub.py::test_hub_pictures_by_path_lie_beside_the_data",
             "data/test_hub.py::test_hub_captions_may_be_lists",
             "data/test_hub.py::test_hub_class_labels_are_classes",
             "data/test_hub.py::test_hub_splits_are_named",
@@ -151,6 +166,18 @@ PROMISES = [
                 "fastclip/data/hub.py",
                 old="None if label == -1 else label",
                 new="label",
+            ),
+            Break(
+                "hub: a saved format is applied",
+                "fastclip/data/hub.py",
+                old=".with_format(None)",
+                new="",
+            ),
+            Break(
+                "hub: pictures of the working directory",
+                "fastclip/data/hub.py",
+                old="return beside if beside.exists() else",
+                new="return",
             ),
             Break(
                 "hub: a bad row ends the run",

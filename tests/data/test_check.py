@@ -53,7 +53,7 @@ def usable(source: Source) -> list[tuple[Any, ...]]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*"))}
 
 
 # --- check
@@ -241,6 +241,78 @@ def test_pack_touches_no_other_shards(tmp_path: Path) -> None:
         pack_source(source, tmp_path / "shards", samples_per_shard=4)
 
 
+def captioned(folder: Path, kind: str, captions: list[str]) -> Source:
+    """Pictures data/000.png ... of `folder` with these captions."""
+    names = [f"{k:03d}.png" for k in range(len(captions))]
+    if kind == "table":
+        rows = "".join(f"data/{name},{caption}\n" for name, caption in zip(names, captions, strict=True))
+        (folder / "t.csv").write_text("filepath,title\n" + rows)
+        return open_source(str(folder / "t.csv"))
+    if kind == "karpathy":
+        told = zip(names, captions, strict=True)
+        images = [{"filename": name, "split": "test", "sentences": [{"raw": text}]} for name, text in told]
+        (folder / "s.json").write_text(json.dumps({"images": images}))
+        return open_source(f"{folder / 's.json'}:test:{folder / 'data'}")
+    for k, caption in enumerate(captions):
+        if (path := folder / "data" / f"{k:03d}.txt").read_text() != caption:
+            path.write_text(caption)
+    return open_source(str(folder / "data") if kind == "folder" else f"2*{folder / 'data'}")
+
+
+@pytest.mark.fault("`data pack` again, after samples have changed", "their shards are written anew, and named")
+@pytest.mark.parametrize("kind", ["folder", "table", "karpathy", "mixture"])
+def test_pack_again_holds_what_has_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    """A caption that was corrected, and a picture that was supplied later."""
+    data = write_folder(tmp_path / "data", 4, [])
+    (data / "001.png").write_bytes(HTML)
+    times = 2 if kind == "mixture" else 1
+
+    def pack(last: str) -> tuple[int, int, list[str]]:
+        caplog.clear()
+        source = captioned(tmp_path, kind, ["a", "b", "c", last])
+        packed = pack_source(source, tmp_path / "shards", samples_per_shard=2 * times)
+        kept = packed.kept, packed.faults.total
+        return (*kept, [line.partition(":")[0][-9:] for line in caplog.messages if "written anew" in line])
+
+    assert pack("d") == (0, times, []) and pack("d") == (2, times, [])
+    anew = pack("new")
+    assert anew == (1, times, ["00001.tar"]) if times == 1 else anew[0] < 2 and anew[2]
+    assert ("new",) in [told for *_, told in usable(open_source(str(tmp_path / "shards")))]
+    (data / "001.png").write_bytes(picture(9))
+    anew = pack("new")
+    assert anew == (1, 0, ["00000.tar"]) if times == 1 else anew[0] < 2 and anew[1] == 0
+    assert len(usable(open_source(str(tmp_path / "shards")))) == 4 * times
+
+
+def test_pack_from_another_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "AB":
+        write_folder(tmp_path / name / "data", 2)
+        (tmp_path / name / "p.csv").write_text("filepath,title\ndata/000.png,x\n")
+    for spec in ("p.csv", "2*data", "data::p.csv"):
+        output = tmp_path / spec.replace("*", "-")
+        monkeypatch.chdir(tmp_path / "A")
+        pack_source(open_source(spec), output)
+        before = files(output)
+        assert pack_source(open_source(spec), output).kept == 1
+        monkeypatch.chdir(tmp_path / "B")
+        with pytest.raises(
+            ValueError, match=r"holds shards of another call: source was .*A/.* is .*B/.*another folder"
+        ):
+            pack_source(open_source(spec), output)
+        assert files(output) == before
+
+
+def test_packed_json_is_json(tmp_path: Path) -> None:
+    """Of fields that Python alone reads, NaN and infinities, there is null."""
+    data = write_folder(tmp_path / "data", 1)
+    (data / "000.json").write_text('{"a": NaN, "b": [1e999, {"c": -Infinity}], "d": 1.5}')
+    pack_source(open_source(str(data)), tmp_path / "shards")
+    with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
+        text = tar.extractfile(tar.getmembers()[1]).read()
+    about = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (about["a"], about["b"], about["d"]) == (None, [None, {"c": None}], 1.5)
+
+
 def test_pack_of_nothing_and_options_out_of_range_are_refused(tmp_path: Path) -> None:
     nothing = open_source(str(write_folder(tmp_path / "data", 0, [(HTML, b"x")] * 2)))
     with pytest.raises(ValueError, match=r"none of 2 samples can be used: 2 not an image \(.*000\.png, .*001\.png\)"):
@@ -260,3 +332,84 @@ def test_command_packs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main(words) == 0 and "5 samples in 2 shards, 2 of which were there" in capsys.readouterr().out
     assert cli.main([*words, "--image-size", "4"]) == 1
     assert "image_size was None, is 4" in capsys.readouterr().err
+
+
+# --- what is damaged
+
+
+@pytest.mark.fault("shards that are empty, garbage or missing under `data check`", "each is a line; the rest is read")
+def test_check_reads_the_shards_beside_dead_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pair = [("a.png", picture()), ("a.txt", b"x"), ("a.npy", b"")]
+    for k in range(6):
+        write_tar(tmp_path / f"{k}.tar", pair)
+    Path("1.tar").write_bytes(b"")
+    Path("2.tar").write_bytes(HTML * 99)
+    with open("4.tar", "r+b") as file:
+        file.truncate(1700)
+    whole = ["data", "check", "--workers", "0"]
+    assert cli.main([*whole, "{0..7}.tar"]) == 1
+    told, said = capsys.readouterr()
+    lines = told.splitlines()
+    assert "samples           4" in lines and "usable            4 (100.00%), with 4 captions" in lines
+    assert [line.split(None, 1)[1] for line in lines if line.startswith("damaged")] == [
+        *("no such shard: 6.tar", "no such shard: 7.tar", "1.tar: not a tar file, or one that is cut off: empty file"),
+        "2.tar: not a tar file, or one that is cut off: no header where one must be",
+        "4.tar: cut off or damaged after 1 samples, which are used: unexpected end of data",
+    ]
+    assert "passed over       3 .npy (0.tar: a.npy, 3.tar: a.npy, 5.tar: a.npy)" in lines
+    assert "fastclip data: 5 shards or parts are damaged or cannot be read" in said
+    assert cli.main([*whole, "{0,3,5}.tar"]) == 0
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_check_reads_the_parts_beside_dead_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of several, a table whose quote is never closed, a URL of no server, a folder that is not there."""
+    write_folder(tmp_path / "f", 2)
+    (tmp_path / "t.csv").write_text('filepath,title\na.png,"x\n')
+    parts = [f"{tmp_path}/t.csv", f"2*{tmp_path}/f", "memory://none/{0,1}.tar", f"{tmp_path}/none"]
+    assert cli.main(["data", "check", "::".join(parts), "--workers", "0"]) == 1
+    told = capsys.readouterr().out
+    assert "samples           4" in told and told.count("damaged  ") == 5
+    for line in (
+        "t.csv, line 2: unexpected end of data",
+        "memory://none/1.tar: cannot be copied",
+        "there is no folder",
+    ):
+        assert line in told
+    assert cli.main(["data", "check", "::".join(parts[::3]), "--workers", "0"]) == 1
+    assert "t.csv, line 2: unexpected end of data; there is no folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unexpected end of data"):
+        open_source("::".join(parts))
+
+
+def test_check_goes_on_where_a_shard_goes_away(tmp_path: Path) -> None:
+    paths = [write_tar(tmp_path / f"{k}.tar", [("a.png", picture()), ("a.txt", b"x")]) for k in range(3)]
+    source = open_source(str(tmp_path / "{0..2}.tar"))
+    paths[1].unlink()
+    found = check_source(source)
+    assert (found.samples, found.usable) == (3, 2) and found.faults.keys == {"unreadable shard": [f"{paths[1]}: a"]}
+
+
+@pytest.mark.parametrize("action", ["check", "pack"])
+def test_largest_picture_is_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], action: str
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    write_folder(tmp_path / "f", 2)
+    words = ["data", action, str(tmp_path / "f"), "--workers", "1"]
+    words += ["--output", str(tmp_path / "s")] if action == "pack" else []
+    assert cli.main(words) == 1
+    told = capsys.readouterr()
+    assert "image too large" in told.out + told.err
+    output = [str(tmp_path / "t") if word == str(tmp_path / "s") else word for word in words]
+    assert cli.main([*output, "--max-pixels", "1e6"]) == 0 and Image.MAX_IMAGE_PIXELS == 10**6
+    if action == "pack":
+        assert cli.main([*words, "--max-pixels", "200"]) == 1
+        assert "max_pixels was 100, is 200" in capsys.readouterr().err
+    for wrong in ("0", "x", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--max-pixels", wrong])
+        assert "a number of pixels, such as 200e6, is wanted" in capsys.readouterr().err

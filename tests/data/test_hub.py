@@ -20,6 +20,7 @@ import datasets
 from PIL import Image
 
 from fastclip.data import BadSample, Source, open_source, training_batches
+from fastclip.data.source import sample_stamp
 
 
 def picture(shade: int) -> dict[str, Any]:
@@ -62,6 +63,61 @@ def test_hub_columns_are_found(tmp_path: Path, image: str, caption: str) -> None
     assert source.spec == spec and source.class_names == source.templates == () and source[0].label is None
     assert captions(source) == [("a cat",), ("a dog",)] and shades(source) == [3, 7]
     assert source[1].key == f"{spec}, row 1"
+
+
+def test_hub_columns_are_told_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = {"image": [picture(3)], "mask": [picture(9)], "caption": ["a"], "text": ["b"], "alt": ["c"]}
+    spec = saved(tmp_path / "d", rows, mask=datasets.Image())
+    assert captions(open_source(spec)) == [("a",)]
+    assert caplog.messages == [
+        f"{spec}: the column image is taken, not mask; {spec}#image=mask names another",
+        f"{spec}: the column caption is taken, not text; {spec}#caption=text names another",
+    ]
+    source = open_source(f"{spec}#caption=alt,image=mask")
+    assert captions(source) == [("c",)] and shades(source) == [9]
+    assert captions(open_source(f"{spec}:train#image=image,caption=Text")) == [("b",)]
+    with pytest.raises(ValueError, match="there is no column x among image, mask, caption, text, alt"):
+        open_source(f"{spec}#caption=x")
+    spec = saved(tmp_path / "e", {"image": [picture(3)], "text": ["x"], "size": [1]})
+    with pytest.raises(ValueError, match="the column size holds no pictures"):
+        open_source(f"{spec}#image=size")
+
+
+@pytest.mark.fault("a Hugging Face data set that was saved with a format", "read, the format is not applied")
+@pytest.mark.parametrize("kind", ["numpy", "pandas", "arrow", "torch", "columns", "indices"])
+def test_hub_format_that_was_saved_is_not_applied(tmp_path: Path, kind: str) -> None:
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    rows = {"image": [picture(3), picture(7)], "text": [["x", "y"], ["z"]], "label": [1, 0]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=kind != "torch"))
+    table = table.cast_column("label", names)
+    if kind == "indices":
+        table = table.select([1, 0]).select([1, 0])
+    else:
+        table.set_format(columns=["label"]) if kind == "columns" else table.set_format(kind)
+    for name, what in (("d", table), ("e", datasets.DatasetDict(train=table))):
+        what.save_to_disk(str(tmp_path / name))
+        source = open_source(f"hf:{tmp_path / name}")
+        assert captions(source) == [("x", "y"), ("z",)] and shades(source) == [3, 7]
+        assert [source[k].label for k in range(2)] == [1, 0] and type(source[0].label) is int
+
+
+def test_hub_pictures_by_path_lie_beside_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "d").mkdir()
+    lines = [json.dumps({"image": image, "text": "x"}) for image in ("a.png", None, "b.png")]
+    (tmp_path / "d" / "train.jsonl").write_text("\n".join(lines))
+    for folder, shade in ((tmp_path / "here", 3), (tmp_path / "d", 7)):
+        (folder / "a.png").write_bytes(picture(shade)["bytes"])
+        source = open_source(f"hf:{tmp_path / 'd'}")
+        assert source[0].image.getpixel((0, 0)) == shade and source.picture_bytes(0) == picture(shade)["bytes"]
+    with pytest.raises(BadSample, match="row 1: there is no picture"):
+        source[1]
+    with pytest.raises(BadSample, match="row 2: No such file"):
+        source[2]
+    before = [sample_stamp(source, k) for k in range(3)]
+    (tmp_path / "d" / "b.png").write_bytes(b"x")
+    assert [sample_stamp(source, k) == stamp for k, stamp in enumerate(before)] == [True, True, False]
 
 
 def test_hub_captions_may_be_lists(tmp_path: Path) -> None:

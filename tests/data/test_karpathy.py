@@ -102,8 +102,11 @@ IMAGE = {"filename": "a.jpg", "split": "test", "sentences": [{"raw": "a"}]}
 @pytest.mark.parametrize(
     ("content", "spec", "message"),
     [
-        ("{", ":test", "dataset_x.json: not JSON"),
-        ("[]", ":test", 'none of Karpathy\'s split files: it has no list "images"'),
+        ("{", ":test", "dataset_x.json is not JSON"),
+        ('{"images": ' + "[" * 100_000, ":test", "dataset_x.json is not JSON"),
+        ('{"images": [' + "9" * 5000 + "]}", ":test", "dataset_x.json is not JSON"),
+        ('{"images": [NaN]}', ":test", "its image 0 must have"),
+        ("[]", ":test", "dataset_x.json must hold an object"),
         ({"images": []}, ":test", 'no list "images"'),
         ({"images": [IMAGE, {"file_name": "b.jpg"}]}, ":test", 'its image 1 must have "filename", "split" and'),
         ({"images": [IMAGE | {"sentences": ["a"]}]}, ":test", "its image 0 must have"),

@@ -95,6 +95,27 @@ def test_remote_shard_that_has_changed_is_copied_anew(memory: fsspec.AbstractFil
     assert shades("memory://s/1.tar") == list(range(50)) and len(copies) == 2
 
 
+@pytest.mark.parametrize("name", ["ETag", "Last-Modified", "mtime"])
+def test_remote_shard_of_the_same_size_that_has_changed_is_copied_anew(
+    memory: fsspec.AbstractFileSystem, cache: Path, copies: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    told, info = {name: "1"}, type(memory).info
+    monkeypatch.setattr(type(memory), "info", lambda self, path: {**info(self, path), **told})
+    for _ in range(2):
+        assert shades("memory://s/1.tar") == [3] and len(copies) == 1
+    memory.pipe("/s/1.tar", shard(4))
+    told[name] = "2"
+    for _ in range(2):
+        assert shades("memory://s/1.tar") == [4] and len(copies) == 2
+    version = next(cache.rglob("*.version"))
+    version.unlink()  # killed before it was written
+    assert shades("memory://s/1.tar") == [4] and len(copies) == 3 and version.exists()
+    told.clear()  # a server that tells none
+    assert shades("memory://s/1.tar") == [4] and len(copies) == 4
+    assert shades("memory://s/1.tar") == [4] and len(copies) == 4
+    assert not list(cache.rglob("*.tmp")) and not list(cache.rglob("*.part"))
+
+
 @pytest.mark.fault("a server that does not answer", "the copy is used, with a warning; without one the URL is named")
 def test_remote_copy_is_used_when_nobody_answers(
     memory: fsspec.AbstractFileSystem, caplog: pytest.LogCaptureFixture

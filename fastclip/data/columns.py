@@ -1,0 +1,66 @@
+"""Which columns, or fields, of a data set hold its pictures and captions."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["CAPTION_COLUMNS", "IMAGE_COLUMNS", "UNNAMED", "Named", "choose", "named_columns"]
+
+logger = logging.getLogger(__name__)
+# The first of them that there is; open_clip's defaults lead.
+IMAGE_COLUMNS = ("filepath", "image", "path", "file_name")
+CAPTION_COLUMNS = ("title", "caption", "text")
+
+_NAMED = re.compile(r"(?P<rest>.+)#(?P<named>(?:image|caption)=[^,]+(?:,(?:image|caption)=[^,]+)?)", re.DOTALL)
+
+
+class Named(NamedTuple):
+    """The columns that a user has named; "" where none is."""
+
+    image: str = ""
+    caption: str = ""
+
+
+UNNAMED = Named()
+
+
+def named_columns(spec: str) -> tuple[str, Named]:
+    """Split ``SPEC#image=NAME,caption=NAME``, either of which may be left out, into SPEC and the names."""
+    match = None if os.path.exists(spec) else _NAMED.fullmatch(spec)
+    if match is None:
+        return spec, UNNAMED
+    return match["rest"], Named(**dict(pair.split("=", 1) for pair in match["named"].split(",")))
+
+
+def choose(names: Sequence[str], kind: str, known: Sequence[str], wanted: str, spec: str) -> int | None:
+    """The place of a column among `names`: the one that is wanted, or the first of those known, in any case.
+
+    The log says which it is where there are several.
+
+    Args:
+        kind: "image" or "caption".
+
+    Returns:
+        None where there is none of those known.
+
+    Raises:
+        ValueError: the one that is wanted is not there, or there are two of its name.
+    """
+    lower = [name.strip().lower() for name in names]
+    asked = [wanted.strip().lower()] if wanted else list(known)
+    there = [name for name in asked if name in lower]
+    if not there:
+        if wanted:
+            raise ValueError(f"{spec}: there is no column {wanted} among {', '.join(names)}")
+        return None
+    if lower.count(there[0]) > 1:
+        raise ValueError(f"{spec}: {lower.count(there[0])} columns are called {there[0]}")
+    if len(there) > 1:
+        others = " and ".join(there[1:])
+        how = f"{spec.partition('#')[0]}#{kind}={there[1]}"
+        logger.warning("%s: the column %s is taken, not %s; %s names another", spec, there[0], others, how)
+    return lower.index(there[0])

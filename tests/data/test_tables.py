@@ -1,0 +1,193 @@
+"""Tables as people have them: where their pictures lie, which columns are taken, rows that are damaged."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from support import needs
+from support.faulty import picture, write_folder, write_tar
+
+needs("train")
+
+from fastclip.data import BadSample, open_source
+
+
+def cause(source: object, index: int) -> str:
+    with pytest.raises(BadSample) as caught:
+        source[index]
+    assert caught.value.fault.key == source.key(index)
+    return caught.value.fault.cause
+
+
+# --- where pictures lie
+
+
+@pytest.mark.fault("a path of a table that leads to another picture from here than from its folder", "counted, named")
+def test_table_paths_are_relative_to_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    for folder in (here, beside):
+        (folder / "p").mkdir(parents=True)
+    for path in (here / "p/both.png", beside / "p/both.png"):
+        path.write_bytes(picture(len(str(path))))
+    (beside / "p/one.png").write_bytes(picture(3))
+    for path in (here / "p/copy.png", beside / "p/copy.png", here / "p/here.png"):
+        path.write_bytes(picture(4))
+    (here / "p/linked.png").symlink_to(beside / "p/one.png")
+    (beside / "p/linked.png").symlink_to("one.png")
+    names = ["p/both.png", "p/one.png", "p/copy.png", "p/here.png", "p/linked.png", str(here / "p/both.png")]
+    (beside / "t.csv").write_text("filepath,title\n" + "".join(f"{name},x\n" for name in names))
+    monkeypatch.chdir(here)
+    source = open_source("../beside/t.csv")
+    assert cause(source, 0) == "ambiguous file"
+    with pytest.raises(BadSample, match=r"^p/both\.png: two pictures, .*/beside/p/both.png and .*/here/p/b"):
+        source[0]
+    expected = [picture(3), picture(4), picture(4), picture(3), (here / "p/both.png").read_bytes()]
+    assert [source.picture_bytes(k) for k in range(1, 6)] == expected
+    (line,) = caplog.messages
+    assert line.startswith("../beside/t.csv: pictures such as p/here.png are not in its folder; those in the working")
+    monkeypatch.chdir(beside)
+    assert source.picture_bytes(1) == picture(3)  # it was opened from elsewhere
+    caplog.clear()
+    assert open_source("t.csv").picture_bytes(0) == (beside / "p/both.png").read_bytes() and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("told", "there"),
+    [
+        (unicodedata.normalize("NFC", "é.png"), unicodedata.normalize("NFD", "é.png")),
+        (unicodedata.normalize("NFD", "é.png"), unicodedata.normalize("NFC", "é.png")),
+        ("a.jpg", "a.JPG"),
+        ("a.PNG", "a.png"),
+        ("in\\a.png", "in/a.png"),
+        ("file://{}/a%20b.png", "a b.png"),
+    ],
+)
+def test_table_name_in_another_form_is_found(tmp_path: Path, told: str, there: str) -> None:
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_bytes(picture(5))
+    (tmp_path / "t.csv").write_text(f"filepath,title\n{told.format(tmp_path)},x\n")
+    assert open_source(str(tmp_path / "t.csv")).picture_bytes(0) == picture(5)
+
+
+def test_table_name_that_is_not_utf8_is_found(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/\xe9.png", "wb") as file:
+        file.write(picture(5))
+    (tmp_path / "t.csv").write_bytes(b"filepath,title\n\xe9.png,x\nhttps://a.b/c.png,y\n")
+    source = open_source(str(tmp_path / "t.csv"))
+    assert source[0].captions == ("x",)
+    with pytest.raises(BadSample, match=r"^https://a\.b/c\.png: a URL, which is not fetched"):
+        source[1]
+
+
+# --- columns
+
+
+def test_table_says_which_of_several_columns_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = str(write_folder(tmp_path, 1) / "t.csv")
+    Path(table).write_text("filepath,caption,title,note\n000.png,a,b,c\n")
+    caplog.set_level("INFO", "fastclip")
+    assert open_source(table).captions(0) == ("b",)
+    assert caplog.messages == [
+        f"{table}: the column title is taken, not caption; {table}#caption=caption names another",
+        f"{table}: columns filepath and title, passed over caption, note",
+    ]
+    caplog.clear()
+    source = open_source(f"2*{table}#caption=Caption::{table}#caption=note,image=filepath")
+    assert [source[k].captions for k in range(3)] == [("a",)] * 2 + [("c",)] and len(caplog.messages) == 2
+    assert source.key(0) == "000.png"
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("caption=x", "there is no column x among filepath, caption"),
+        ("image=x", "there is no column x among filepath, caption"),
+        ("image=caption,caption=z", "there is no column z among"),
+    ],
+)
+def test_column_that_is_not_there_is_named(tmp_path: Path, named: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text("filepath;caption\na.png;a\n")
+    with pytest.raises(ValueError, match=rf"t\.csv#{named}: {message}"):
+        open_source(f"{tmp_path}/t.csv#{named}")
+    with pytest.raises(ValueError, match="there are no columns to name"):
+        open_source("digits#caption=x")
+    (tmp_path / "t.csv").write_text("filepath,title,Title\na.png,a,b\n")
+    with pytest.raises(ValueError, match=r"t\.csv: 2 columns are called title"):
+        open_source(f"{tmp_path}/t.csv")
+
+
+def test_field_of_json_is_named_as_a_column_is(tmp_path: Path) -> None:
+    text, told = b"no", b'{"caption": "no", "alt": ["yes", "oui"]}'
+    members = [("a.png", picture(0)), ("a.txt", text), ("a.json", told), ("b.png", picture(1)), ("b.txt", text)]
+    shard = write_tar(tmp_path / "x.tar", [*members, ("c.png", picture(2)), ("c.json", b"{}")])
+    (tmp_path / "f").mkdir()
+    for name, data in members:
+        (tmp_path / "f" / name).write_bytes(data)
+    for spec in (str(shard), str(tmp_path / "f")):
+        assert open_source(spec).captions(0) == ("no",)
+        source = open_source(f"{spec}#caption=alt")
+        assert source.captions(0) == source[0].captions == ("yes", "oui")
+        assert cause(source, 1) == "no caption"
+    with pytest.raises(BadSample, match=r'c: its caption file has no "alt" \(it has nothing\)'):
+        open_source(f"{shard}#caption=alt")[2]
+    with pytest.raises(ValueError, match="only tables and hf: have a column of pictures"):
+        open_source(f"{shard}#image=png")
+
+
+# --- damage
+
+
+@pytest.mark.fault("damaged rows in a table", "counted as bad samples by their lines, named in the log")
+def test_rows_that_are_damaged_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(tmp_path, 1)
+    rows = b'\n\nfilepath,title\n000.png,"two\nlines"\n000.png\n,x\n000.png,"a "b" c"\n000.png,\xe9\n'
+    rows += b"000.png,x,y\n000.png,z\n"
+    (table := tmp_path / "t.csv").write_bytes(rows)
+    source = open_source(str(table))
+    assert [source[k].captions for k in (0, 6)] == [("two\nlines",), ("z",)] and len(source) == 7
+    found = [(cause(source, k), source.key(k)) for k in range(1, 6)]
+    lines = [f"{table}, line {line}" for line in (6, 7, 8, 9, 10)]
+    assert found == list(zip(["damaged row"] * 3 + ["damaged caption", "damaged row"], lines, strict=True))
+    assert f"{table}: 5 of 7 rows cannot be used: 4 damaged row ({', '.join(lines[:3])} ...), 1 dam" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "caption"),
+    [
+        ("sep=;\nfilepath;title\n000.png;a,b\n", "a,b"),
+        ("\ufeffsep=\t\r\nfilepath\ttitle\r\n000.png\ta\r\n", "a"),
+        ("\n \nfilepath,title\n000.png,a", "a"),
+        ("SEP=:\nfilepath:title\n000.png:a", "a"),
+    ],
+)
+def test_lines_above_the_header_are_read(tmp_path: Path, text: str, caption: str) -> None:
+    write_folder(tmp_path, 1)
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    source = open_source(str(tmp_path / "t.csv"))
+    assert len(source) == 1 and source[0].captions == (caption,)
+
+
+@pytest.mark.fault("a table that is compressed, UTF-16 or a pipe", "named, before anything waits")
+def test_table_of_another_kind_is_named(tmp_path: Path) -> None:
+    text, table = "filepath,title\na.png,x\n", tmp_path / "t.csv"
+    for data, message in (
+        (gzip.compress(text.encode()), "the table is compressed by gzip"),
+        (text.encode("utf-16"), "the table is not UTF-8, but UTF-16"),
+        (text.encode("utf-16-be"), "the table is not UTF-8, but UTF-16"),
+        (text.encode() + bytes(9), "the table is not UTF-8"),
+    ):
+        table.write_bytes(data)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(table))}: {message}"):
+            open_source(str(table))
+    table.unlink()
+    os.mkfifo(table)
+    with pytest.raises(OSError, match=r"t\.csv is a pipe or a device"):
+        open_source(str(table))
