@@ -31,6 +31,7 @@ __all__ = [
     "is_special",
     "mend_folders",
     "mend_files",
+    "naming",
     "new_file",
     "new_folder",
     "remove_folder",
@@ -97,21 +98,30 @@ def new_file(path: Path) -> Iterator[Path]:
     whole = Path(os.path.realpath(path)) if path.is_symlink() else path
     half = _beside(whole, "tmp")
     try:
-        try:
+        with naming(path, half):
             half.touch(exist_ok=False)
             mode = half.stat().st_mode
             yield half
             half.chmod(mode)
             _flush(half)
             os.replace(half, whole)
-        except OSError as error:
-            if error.filename in (str(half), half) or (error.filename is None and error.errno in _OF_DISKS):
-                error.filename, error.filename2 = str(path), None
-            raise
     except BaseException:
         half.unlink(missing_ok=True)
         raise
     _flush(whole.parent)
+
+
+@contextmanager
+def naming(path: Path, half: Path | None = None) -> Iterator[None]:
+    """Name `path` in an error of its disk, which the system tells without a name, and in one about `half`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _OF_DISKS if error.filename is None else error.filename in (half, str(half)):
+            error.filename = str(path)
+            if error.filename2 is not None:
+                del error.filename2  # None would be told as a second name
+        raise
 
 
 def is_special(path: Path) -> bool:
@@ -127,7 +137,7 @@ def mend_files(folder: Path, *, owned: bool = False) -> None:
         owned: no other process writes into the folder; otherwise what is younger than an hour stays.
     """
     for half in folder.glob(".*.*.tmp"):
-        with suppress(FileNotFoundError):  # its writer, or another process that tidies up, was faster
+        with suppress(OSError):  # its writer was faster, or it may be read only
             if half.is_file() and (owned or time.time() - half.stat().st_mtime > _ABANDONED):
                 half.unlink()
 

@@ -25,7 +25,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 from fastclip.durable import is_special, mend_files
 
-__all__ = ["LOCK", "output_path", "owned", "owned_file", "owning"]
+__all__ = ["LOCK", "check_writable", "output_path", "owned", "owned_file", "owning"]
 
 logger = logging.getLogger(__name__)
 LOCK = ".fastclip.lock"
@@ -52,6 +52,25 @@ def output_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:  # ~NAME of nobody
         raise ValueError(f"{path}: {error}") from error
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Return the path of a folder that several commands may write into, after a trial.
+
+    Raises:
+        OSError, ValueError: as `owned`; the folder is named.
+    """
+    folder = output_path(folder)
+    with _made(folder):
+        trial = folder / f".fastclip.{secrets.token_hex(4)}.tmp"
+        try:
+            trial.write_bytes(b"\n" * 4096)
+        except OSError as error:
+            raise type(error)(f"{folder} cannot be written: {error.strerror}") from error
+        finally:
+            with suppress(OSError):
+                trial.unlink()
+    return folder
 
 
 @contextmanager

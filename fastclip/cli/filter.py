@@ -42,15 +42,19 @@ def _filter(args: argparse.Namespace) -> None:
 
     from fastclip.data.spec import open_source
     from fastclip.evaluation.results import table
+    from fastclip.owner import check_writable
     from fastclip.search.filter import filter_source
 
     options = {
         name: getattr(args, name) for name in ("threshold", "dedup", "samples_per_shard", "batch_size", "workers")
     }
-    scores = None if args.scores is None else Path(args.scores)
     with owned_output(args):
+        if args.scores is not None:
+            check_writable(args.scores)
         source = open_source(args.data)
-        found = filter_source(embedder_of(args), source, Path(args.output), scores=scores, progress=True, **options)
+        found = filter_source(
+            embedder_of(args), source, Path(args.output), scores=args.scores, progress=True, **options
+        )
     share = 100 / len(source)
     rows = [[state, count, count * share] for state, count in found["counts"].items()]
     for cause, of in found["causes"].items():

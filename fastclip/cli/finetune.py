@@ -88,12 +88,12 @@ def _finetune(args: argparse.Namespace) -> None:
     options = FinetuneOptions(**{name: value for name in names if (value := getattr(args, name)) is not None})
     reference = args.reference or top1_dataset(args.val_data or "")
     published = top1(reference) if reference is not None else {}
-    source = open_labelled(args.data, held_out=False)
-    templates = templates_for(source, args.templates)
-    val = open_labelled(args.val_data) if args.val_data else None
-    if val is not None and val.class_names != source.class_names:
-        raise ValueError(f"--data {args.data} and --val-data {args.val_data} differ in classes")
     with owned_output(args):
+        source = open_labelled(args.data, held_out=False)
+        templates = templates_for(source, args.templates)
+        val = open_labelled(args.val_data) if args.val_data else None
+        if val is not None and val.class_names != source.class_names:
+            raise ValueError(f"--data {args.data} and --val-data {args.val_data} differ in classes")
         run = finetune(embedder_of(args), source, options, output=args.output, templates=templates)
         if not run.complete:
             print(f"{run.folder}: {run.steps} steps; the same call goes on")

@@ -62,8 +62,10 @@ class FeatureStore:
         digest = hashlib.blake2b(embedder.identity.encode(), digest_size=16)
         for key in chain([os.getcwd()], keys):
             digest.update(key.encode("utf-8", "surrogatepass") + b"\0")
-        self._owned = owned
+        self._is_cache, self._lost = folder is None, False
         self.folder = (folder or _env.cache_folder() / "features") / digest.hexdigest()
+        if owned:
+            mend_files(self.folder, owned=True)
 
     def parts(self) -> list[dict[str, Tensor]]:
         """Those there are from the first one on, without a gap; a damaged one ends them."""
@@ -71,7 +73,7 @@ class FeatureStore:
 
     def walk(self, *names: str) -> Iterator[dict[str, Tensor]]:
         """`parts`, one at a time; of each the tensors of these names, or all."""
-        mend_files(self.folder, owned=self._owned)
+        mend_files(self.folder)
         start = 0
         while (file := self._file(start)).is_file():
             try:
@@ -89,18 +91,26 @@ class FeatureStore:
         """Write down the samples from `start` on: "used" or "features" of `part` has a row of each, else it is one.
 
         Raises:
-            OSError: the disk is full, or cannot be written to; the file is named.
+            OSError: `folder` was given, and its disk is full or cannot be written to; the file is named. Of the cache a
+                warning tells it, once.
         """
+        if self._lost:
+            return
         samples = next((len(part[name]) for name in ("used", "features") if name in part), 1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_tensors(self._file(start), part, {"samples": str(samples)})
         except FileNotFoundError:  # another process has the whole result, and has cleared the store
             logger.debug("%s is gone", self.folder)
+        except OSError as error:
+            if not self._is_cache:
+                raise
+            self._lost = True
+            logger.warning("what is computed is not kept (%s), and a stopped command begins anew", error)
 
     def clear(self) -> None:
         """Nothing is left of it."""
-        with suppress(FileNotFoundError):  # another process did it
+        with suppress(OSError if self._is_cache else FileNotFoundError):  # another process did it
             remove_folder(self.folder)
 
     def _file(self, start: int) -> Path:

@@ -27,7 +27,7 @@ from fastclip.evaluation.features import FeatureStore
 from fastclip.evaluation.progress import Progress
 from fastclip.evaluation.results import write_results
 from fastclip.models.embedder import Embedder
-from fastclip.owner import output_path, owning
+from fastclip.owner import check_writable, owning
 from fastclip.reading import parse_json
 from fastclip.search.claim import claim
 from fastclip.search.near_duplicates import near_duplicates
@@ -56,7 +56,7 @@ def filter_source(
     threshold: float | None = None,
     dedup: float | None = None,
     samples_per_shard: int = 10_000,
-    scores: Path | None = None,
+    scores: str | Path | None = None,
     batch_size: int = 256,
     workers: int = 0,
     progress: bool = False,
@@ -87,7 +87,7 @@ def filter_source(
         OSError, ChildProcessError: as `pack_source`.
     """
     _check(threshold, dedup, samples_per_shard)
-    computed = output / "scores" if scores is None else output_path(scores)
+    computed = output / "scores" if scores is None else check_writable(scores)
     computed /= "similarities" if dedup is None else "similarities-and-images"
     contents = contents_of(source)
     store = FeatureStore(embedder, [contents], folder=computed, owned=scores is None)

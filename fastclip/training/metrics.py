@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastclip.durable import write_bytes, write_text
+from fastclip.durable import naming, write_bytes, write_text
 from fastclip.reading import parse_json
 
 __all__ = ["Meter", "Metrics", "Progress", "cut_metrics"]
@@ -38,15 +38,15 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self._wandb = _wandb_run(wandb, folder, options) if wandb else None
-        self._file = (folder / "metrics.jsonl").open(
-            "a", encoding="utf-8"
-        )  # lines are added, `cut_metrics` mends the last
+        self._path = folder / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """`values` after `step` updates; a name is grouped by its part before the slash."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
         if self._wandb is not None:
@@ -54,7 +54,8 @@ class Metrics:
 
     def flush(self) -> None:
         """To the disk."""
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

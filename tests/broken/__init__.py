@@ -62,6 +62,7 @@ PARTS = [
     "training",
     "interrupted",
     "ending",
+    "outputs",
     "plan",
     "evaluation",
     "zeroshot",

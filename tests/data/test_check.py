@@ -216,6 +216,7 @@ def test_interrupted_pack_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch:
 
     for at in range(9):  # five shards, of which the third is empty and has stats alone
         folder, steps = tmp_path / f"{at}", 0
+        folder.mkdir()
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(os, "replace", interrupted)
             pack_source(source, folder, **options)

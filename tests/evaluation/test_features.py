@@ -220,6 +220,21 @@ def test_two_writers_of_one_store_do_not_mix_their_parts(
     )
 
 
+@pytest.mark.fault("FASTCLIP_CACHE cannot be written to, or is full", "one warning, and the evaluation goes on")
+def test_cache_that_cannot_be_written_is_no_error(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(features, "_PART", 2)
+    store = FeatureStore(embedder, ["a"])
+    assert len(text_features(embedder, ["a", "b", "c", "d"], batch_size=2, store=store)) == 4
+    assert caplog.text.count("is not kept") == 1 and str(tmp_path / "file") in caplog.text
+    store.clear()
+    with pytest.raises(OSError, match="file"):  # what is read back must be there
+        FeatureStore(embedder, ["a"], folder=tmp_path / "file").add(0, {"features": torch.ones(1, 1)})
+
+
 def test_checkpoint_of_a_run_is_what_the_run_would_save(tmp_path: Path) -> None:
     """Its own sizes, the moving average of its weights, and no name needed."""
     needs("train")

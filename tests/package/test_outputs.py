@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import stat
@@ -132,12 +131,11 @@ def test_full_disk_in_the_middle_of_a_file_names_it(tmp_path: Path) -> None:
 
     def full() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        with pytest.raises(OSError, match=r"File too large: '.*/part'"), new_file(tmp_path / "part") as half:
+        with pytest.raises(OSError, match=r"File too large: '\S*/part'$"), new_file(tmp_path / "part") as half:
             half.write_bytes(b"x" * 2000)
 
     assert ended(forked(full)) == 0
     assert (tmp_path / "part").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-    assert errno.EFBIG  # which `forked` has turned into a status
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

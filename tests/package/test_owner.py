@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from fastclip import owner
-from fastclip.owner import LOCK, output_path, owned, owned_file
+from fastclip.owner import LOCK, check_writable, output_path, owned, owned_file
 from support.processes import ended, forked, forks, wait_for
 
 if sys.platform == "win32":
@@ -108,13 +108,20 @@ def test_child_forked_inside_neither_owns_nor_gives_back(tmp_path: Path) -> None
 
     with owned(tmp_path):
         assert ended(forked(child)) == 0
-        pid = os.fork()
-        if pid == 0:
-            lock, own = tmp_path / LOCK, owner._ours
-            os._exit(0 if lock.exists() and own else 1)
-        assert os.waitpid(pid, 0)[1] == 0
         assert (tmp_path / LOCK).exists()
     assert not (tmp_path / LOCK).exists()
+    parent, status = os.getpid(), 0
+    try:
+        with owned(tmp_path):
+            if pid := os.fork():
+                status = os.waitpid(pid, 0)[1]
+                assert (tmp_path / LOCK).exists()
+            else:
+                raise SystemExit
+    finally:  # the child leaves the block as well
+        if os.getpid() != parent:
+            os._exit(0 if (tmp_path / LOCK).exists() else 1)
+    assert status == 0 and not (tmp_path / LOCK).exists()
 
 
 def test_another_thread_is_refused_and_a_call_inside_shares(tmp_path: Path) -> None:
@@ -281,6 +288,16 @@ def test_empty_path_is_no_working_directory_and_a_tilde_is_the_home(
             output_path(empty)
     with pytest.raises(ValueError, match="~nobody-of-this-name"):
         output_path("~nobody-of-this-name/x")
+
+
+def test_folder_of_several_commands_is_tried(tmp_path: Path) -> None:
+    with owned(tmp_path):
+        assert check_writable(tmp_path) == tmp_path
+    assert check_writable(tmp_path / "new") and not list(tmp_path.iterdir())
+    for case in (as_file, below_a_file):
+        place, said = case(tmp_path)
+        with pytest.raises(OSError, match=said):
+            check_writable(place)
 
 
 def test_file_that_is_a_folder_is_named_and_a_device_is_left_alone(tmp_path: Path) -> None:

@@ -84,4 +84,7 @@ def test_half_of_a_dead_process_is_removed_after_an_hour_or_by_the_folders_owner
 def test_error_of_the_disk_names_the_file_and_not_its_half(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, new_file(tmp_path / "gone" / "part"):
         pass
-    assert caught.value.filename == str(tmp_path / "gone" / "part")
+    assert str(caught.value) == f"[Errno 2] No such file or directory: '{tmp_path}/gone/part'"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"directory: '\S+/folder'$"), new_file(tmp_path / "folder"):
+        pass

@@ -1,0 +1,136 @@
+"""What commands write: who owns it, what was there before, files that are read again."""
+
+from __future__ import annotations
+
+from broken import STOPS, Break, Promise
+
+PROMISES = [
+    Promise(
+        STOPS,
+        "An output has one owner: a second command is refused, with the first one's process, host and time",
+        tests=["package/test_owner.py"],
+        breaks=[
+            Break(
+                "owner: nothing is locked",
+                "fastclip/owner.py",
+                old="fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+                new="pass",
+            ),
+            Break(
+                "owner: another host's process is passed over",
+                "fastclip/owner.py",
+                old="if foreign and not force:",
+                new="if False:",
+            ),
+            Break(
+                "owner: the file that is locked is another one",
+                "fastclip/owner.py",
+                old="    if not _is_at(lock, handle):\n        return False",
+                new="",
+            ),
+            Break(
+                "owner: a child gives back what its parent owns",
+                "fastclip/owner.py",
+                old="if os.getpid() == own[0]:  #",
+                new="if True:  #",
+            ),
+            Break(
+                "owner: threads share",
+                "fastclip/owner.py",
+                old="    if holder == own:\n",
+                new="    if holder is not None:\n",
+            ),
+            Break(
+                "owner: a number that another process has now is its owner's",
+                "fastclip/owner.py",
+                old="return _start(owner.pid) == owner.start",
+                new="return bool(_start(owner.pid))",
+            ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "An output that cannot be written, or is what the command reads, is named before any work",
+        tests=["package/test_outputs.py"],
+        breaks=[
+            Break(
+                "outputs: the folder is looked at when it is written",
+                "fastclip/cli/outputs.py",
+                old="    with owned(args.output, force=args.force) as args.output:\n        yield",
+                new="    yield",
+            ),
+            Break(
+                "outputs: files are looked at when they are written",
+                "fastclip/cli/outputs.py",
+                old="stack.enter_context(owned_file(file, force=args.force))",
+                new="pass",
+            ),
+            Break(
+                "outputs: the data are written over",
+                "fastclip/cli/outputs.py",
+                old="os.path.samefile(path, place)",
+                new="False",
+            ),
+            Break(
+                "durable: a device is replaced by a file",
+                "fastclip/durable.py",
+                old="    if is_special(path):\n        yield path\n        return\n",
+                new="",
+            ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "A run that goes on in the folder of another mixes nothing, and loses nothing of it",
+        tests=[
+            "training/test_trainer.py::test_run_that_goes_on_elsewhere_does_not_mix_with_what_is_there",
+            "package/test_outputs.py::test_nothing_that_was_set_aside_is_lost",
+        ],
+        breaks=[
+            Break(
+                "trainer: metrics of two runs in one file",
+                "fastclip/training/trainer.py",
+                old="set_aside_run(self.folder)",
+                new="pass",
+            ),
+            Break(
+                "durable: what was set aside before is replaced",
+                "fastclip/durable.py",
+                old="while aside.exists() or aside.is_symlink():",
+                new="shutil.rmtree(aside, ignore_errors=True)\n    while False:",
+            ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "Two evaluations of the same data at the same time take nothing of each other wrongly",
+        tests=["evaluation/test_features.py::test_two_writers_of_one_store_do_not_mix_their_parts"],
+        breaks=[
+            Break(
+                "kept features: parts are numbered, however long they are",
+                "fastclip/evaluation/features.py",
+                old='f"part-{start:06d}.safetensors"',
+                new='f"part-{start // 8:06d}.safetensors"',
+            ),
+        ],
+    ),
+    Promise(
+        STOPS,
+        "A file that a command reads again and that holds something else is named in one line",
+        tests=["training/test_read_back.py"],
+        breaks=[
+            Break(
+                "metrics: the next line is added to one without an end",
+                "fastclip/training/metrics.py",
+                old='kept.append(line + b"\\n")',
+                new="kept.append(line)",
+            ),
+            Break(
+                "checkpoint: any state will do",
+                "fastclip/training/checkpoint.py",
+                old="if not whole or",
+                new="if",
+            ),
+        ],
+    ),
+]
