@@ -8,7 +8,14 @@ PROMISES = [
     Promise(
         STOPS,
         "An output has one owner: a second command is refused, with the first one's process, host and time",
-        tests=["package/test_owner.py"],
+        tests=[
+            "package/test_owner.py::test_second_owner_is_refused_and_a_killed_one_is_passed_over",
+            "package/test_owner.py::test_owner_on_another_host_is_told_and_taken_from_by_force",
+            "package/test_owner.py::test_lock_file_that_is_replaced_while_it_is_locked_is_locked_anew",
+            "package/test_owner.py::test_child_forked_inside_neither_owns_nor_gives_back",
+            "package/test_owner.py::test_another_thread_is_refused_and_a_call_inside_shares",
+            "package/test_owner.py::test_without_locks_the_process_and_its_begin_count",
+        ],
         breaks=[
             Break(
                 "owner: nothing is locked",
@@ -51,7 +58,12 @@ PROMISES = [
     Promise(
         STOPS,
         "An output that cannot be written, or is what the command reads, is named before any work",
-        tests=["package/test_outputs.py"],
+        tests=[
+            "package/test_outputs.py::test_output_that_cannot_be_is_named_before_any_work",
+            "package/test_outputs.py::test_output_of_another_command_is_refused_and_taken_by_force",
+            "package/test_outputs.py::test_output_is_not_what_the_command_reads",
+            "package/test_outputs.py::test_link_stays_one_and_a_device_is_written_to",
+        ],
         breaks=[
             Break(
                 "outputs: the folder is looked at when it is written",
@@ -117,7 +129,10 @@ PROMISES = [
     Promise(
         STOPS,
         "A file that a command reads again and that holds something else is named in one line",
-        tests=["training/test_read_back.py"],
+        tests=[
+            "training/test_read_back.py::test_what_is_not_what_was_written_is_an_error_that_names_the_file",
+            "training/test_read_back.py::test_lines_of_metrics_that_are_none_are_left_out",
+        ],
         breaks=[
             Break(
                 "metrics: the next line is added to one without an end",
