@@ -62,7 +62,7 @@ PROMISES = [
             "package/test_outputs.py::test_output_that_cannot_be_is_named_before_any_work",
             "package/test_outputs.py::test_output_of_another_command_is_refused_and_taken_by_force",
             "package/test_outputs.py::test_output_is_not_what_the_command_reads",
-            "package/test_outputs.py::test_link_stays_one_and_a_device_is_written_to",
+            "package/test_outputs.py::test_link_stays_one_and_a_pipe_is_written_to",
         ],
         breaks=[
             Break(
@@ -84,7 +84,7 @@ PROMISES = [
                 new="False",
             ),
             Break(
-                "durable: a device is replaced by a file",
+                "durable: a pipe or a device is replaced by a file",
                 "fastclip/durable.py",
                 old="    if is_special(path):\n        yield path\n        return\n",
                 new="",

@@ -300,8 +300,9 @@ def test_folder_of_several_commands_is_tried(tmp_path: Path) -> None:
             check_writable(place)
 
 
-def test_file_that_is_a_folder_is_named_and_a_device_is_left_alone(tmp_path: Path) -> None:
+def test_file_that_is_a_folder_is_named_and_a_pipe_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="name a file"), owned_file(tmp_path):
         pass
-    with owned_file(os.devnull) as file:
-        assert str(file) == os.devnull
+    os.mkfifo(tmp_path / "pipe")
+    with owned_file(tmp_path / "pipe") as file:
+        assert file == tmp_path / "pipe" and list(tmp_path.iterdir()) == [file]
