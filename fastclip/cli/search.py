@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fastclip.cli.embedding import add_embedder_options
+from fastclip.cli.outputs import add_force, owned_files
 from fastclip.cli.printing import lone_names, shown
 from fastclip.cli.words import words_in_any_order
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fastclip.search.engine import Found, SearchEngine
+    from fastclip.search.query import Term
 
 __all__ = ["add", "add_index_options", "engine_of", "update"]
 
@@ -39,6 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("-0", "--print0", action="store_true", help="print paths that end in a zero byte, for xargs -0")
     parser.add_argument("-p", "--preview", action="store_true", help="show the pictures in the terminal (stderr)")
     parser.add_argument("--sheet", metavar="FILE", help="write the pictures side by side into FILE, a .png or .jpg")
+    add_force(parser)
     add_index_options(parser)
     words_in_any_order(parser)
     parser.set_defaults(run=_search)
@@ -90,7 +93,7 @@ def update(engine: SearchEngine, args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> int:
-    from fastclip.search.query import parse_query, reading
+    from fastclip.search.query import parse_query
 
     if args.top < 1:
         raise ValueError(f"--top must be positive, got {args.top}")
@@ -99,6 +102,13 @@ def _search(args: argparse.Namespace) -> int:
     if args.sheet and not args.sheet.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
         raise ValueError(f"--sheet must end in .png, .jpg or .webp, got {args.sheet}")
     terms = parse_query(args.query, add=args.add, subtract=args.subtract)
+    with owned_files(args, "sheet"):
+        return _answer(args, terms)
+
+
+def _answer(args: argparse.Namespace, terms: Sequence[Term]) -> int:
+    from fastclip.search.query import reading
+
     engine = engine_of(args)
     if told := reading(args.query, terms):
         print(f"fastclip: the query is read as {shown(told)}", file=sys.stderr)
@@ -128,14 +138,12 @@ def _print(found: Sequence[Found], args: argparse.Namespace) -> None:
 
     sheet = contact_sheet(found)
     if args.sheet:
-        from pathlib import Path
-
         from PIL import Image
 
         from fastclip.durable import new_file
 
-        with new_file(Path(args.sheet)) as half:
-            sheet.save(half, Image.registered_extensions()[Path(args.sheet).suffix.lower()])
+        with new_file(args.sheet) as half:
+            sheet.save(half, Image.registered_extensions()[args.sheet.suffix.lower()])
     if args.preview:
         import shutil
 

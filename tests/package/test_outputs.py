@@ -44,6 +44,7 @@ FILES = {
         "--plot",
     ],
     "report": ["report", "gone", "--output"],
+    "search": ["search", "dog", "gone", "--checkpoint", "gone", "--sheet"],
     "doctor": ["doctor", "--json"],
     "bench": ["bench", "--output"],
 }
@@ -63,13 +64,14 @@ def test_output_that_cannot_be_is_named_before_any_work(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     needs("train")
-    words, place = (FOLDERS.get(name) or FILES[name]), tmp_path / "file"
+    words, place, folder = (FOLDERS.get(name) or FILES[name]), tmp_path / "file.png", tmp_path / "folder.png"
     place.write_text("kept")
-    assert f"{place} is a file, not a folder" in refused([*words, str(place / "x" / "y")], capsys)
+    folder.mkdir()
+    assert f"{place} is a file, not a folder" in refused([*words, str(place / "x" / "y.png")], capsys)
     assert "must have a name" in refused([*words, ""], capsys)
-    wrong = place if name in FOLDERS else tmp_path
-    assert f"{wrong} is a " in refused([*words, str(wrong)], capsys) or name in FOLDERS
-    assert place.read_text() == "kept" and list(tmp_path.iterdir()) == [place]
+    wrong, said = (place, "is a file, not a folder") if name in FOLDERS else (folder, "is a folder: name a file")
+    assert f"{wrong} {said}" in refused([*words, str(wrong)], capsys)
+    assert place.read_text() == "kept" and set(tmp_path.rglob("*")) == {place, folder}
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, *FILES])
@@ -77,8 +79,8 @@ def test_output_of_another_command_is_refused_and_taken_by_force(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     needs("train")
-    words, place = [*(FOLDERS.get(name) or FILES[name]), str(tmp_path / "out")], tmp_path / "out"
-    lock = tmp_path / ".out.lock"
+    words, place = [*(FOLDERS.get(name) or FILES[name]), str(tmp_path / "out.png")], tmp_path / "out.png"
+    lock = tmp_path / ".out.png.lock"
     if name in FOLDERS:
         place.mkdir()
         lock = place / ".fastclip.lock"
