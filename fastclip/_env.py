@@ -9,6 +9,7 @@ OMP_WAIT_POLICY is PASSIVE for a command whose threads outnumber the free cores,
 is set. TOKENIZERS_PARALLELISM is off in the processes that read data.
 torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say that a command is one of several processes,
 MASTER_ADDR, MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE where they meet.
+TORCHELASTIC_RUN_ID, SLURM_JOB_ID and SLURM_RESTART_COUNT say that a command was started again, perhaps on another host.
 TERM, TERM_PROGRAM, KITTY_WINDOW_ID and KONSOLE_VERSION say which pictures a terminal shows.
 `fastclip doctor` shows those that are set of ours and of Triton's, OpenMP's and CUDA's.
 """
@@ -31,6 +32,7 @@ __all__ = [
     "cache_folder",
     "cpu_isa",
     "in_effect",
+    "job",
     "launched",
     "let_threads_sleep",
     "terminal_protocol",
@@ -103,6 +105,18 @@ def agent_store() -> tuple[str, int] | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def job() -> str:
+    """NAME/START of the job that this process belongs to, empty where there is none.
+
+    Slurm counts the starts of a job. torchrun's starts of one run follow each other, and have no number here.
+    """
+    if (run := os.environ.get("TORCHELASTIC_RUN_ID", "")) not in ("", "none"):  # torchrun's default
+        return f"torchrun {run}/"
+    if number := os.environ.get("SLURM_JOB_ID"):
+        return f"slurm {number}/{os.environ.get('SLURM_RESTART_COUNT') or 0}"
+    return ""
 
 
 def deterministic_cublas() -> None:

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
+from fastclip import _env
 from fastclip.durable import is_special, mend_files
 
 __all__ = ["LOCK", "check_writable", "output_path", "owned", "owned_file", "owning"]
@@ -128,6 +129,7 @@ class _Owner(NamedTuple):
     command: str
     start: str  # of the process, where the system says: a process's number is used again
     word: str  # drawn for this ownership
+    job: str = ""  # `fastclip._env.job`
 
     def __str__(self) -> str:
         command = f" ({self.command})" if self.command else ""
@@ -193,7 +195,7 @@ def _take(lock: Path, told: str, force: bool) -> tuple[int, _Owner]:
     """Return the lock file, open and locked, and what it says now."""
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     pid = os.getpid()
-    me = _Owner(socket.gethostname(), pid, since, _command(), _start(pid), secrets.token_hex(8))
+    me = _Owner(socket.gethostname(), pid, since, _command(), _start(pid), secrets.token_hex(8), _env.job())
     try:
         for _ in range(_TRIES):
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -218,9 +220,10 @@ def _taken(lock: Path, handle: int, me: _Owner, told: str, force: bool) -> bool:
     if not _is_at(lock, handle):
         return False
     before = _read(handle)
-    foreign = before is not None and before.host != me.host
+    elsewhere = before is not None and before.host != me.host
+    foreign = before is not None and elsewhere and not _is_earlier(before.job, me.job)
     if locked is False or (locked is None and before is not None and not foreign and _alive(before)):
-        if not (foreign and force):
+        if not (elsewhere and force):
             raise BlockingIOError(f"{told} is in use by {before or 'another process'}: end it, or take another place")
         lock.unlink(missing_ok=True)
         return False
@@ -237,6 +240,13 @@ def _taken(lock: Path, handle: int, me: _Owner, told: str, force: bool) -> bool:
         time.sleep(_SETTLES)
         return _is_at(lock, handle) and _read(handle) == me
     return True
+
+
+def _is_earlier(job: str, now: str) -> bool:
+    """`job` is an earlier start of the job `now`, which has ended, though on another host."""
+    name, _, start = now.rpartition("/")
+    before, _, number = job.rpartition("/")
+    return bool(name) and name == before and (not start or (number.isdecimal() and int(number) < int(start)))
 
 
 def _give_back(lock: Path, handle: int, me: _Owner) -> None:
@@ -282,7 +292,8 @@ def _read(handle: int) -> _Owner | None:
     os.lseek(handle, 0, os.SEEK_SET)
     try:
         told = json.loads(os.read(handle, 10_000))
-        return _Owner(str(told["host"]), int(told["pid"]), *(str(told[name]) for name in _Owner._fields[2:]))
+        words = [*(str(told[name]) for name in _Owner._fields[2:-1]), str(told.get("job", ""))]
+        return _Owner(str(told["host"]), int(told["pid"]), *words)
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 

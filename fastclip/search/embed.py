@@ -97,7 +97,8 @@ def embed_source(
         part, name = Subset(source, range(start, min(start + samples_per_file, len(source)))), f"{number:0{digits}d}"
         table, contents = _table(output, name), contents_of(part)
         told = _told(table) if table.is_file() else None
-        if told is not None and told.contents == contents:
+        vectors = [output / f"{kind}_emb" / f"{kind}_emb_{name}.npy" for kind in kinds]
+        if told is not None and told.contents == contents and all(file.is_file() for file in vectors):
             kept += 1
         else:
             changed += told is not None

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fastclip import owner
+from fastclip import _env, owner
 from fastclip.owner import LOCK, check_writable, output_path, owned, owned_file
 from support.processes import ended, forked, forks, wait_for
 
@@ -162,6 +162,36 @@ def test_owner_on_another_host_is_told_and_taken_from_by_force(
     with owned(tmp_path, force=True):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     assert "node-7" in caplog.text and not list(tmp_path.iterdir())
+
+
+@pytest.mark.fault(
+    "a scheduler starts a killed run again, on another host", "an earlier start of its job is passed over"
+)
+@pytest.mark.parametrize(
+    "before, now, passes",
+    [
+        ("slurm 7/0", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+        ("slurm 7/0", {"SLURM_JOB_ID": "7"}, False),  # two steps of one job
+        ("slurm 7/0", {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
+        ("torchrun a/", {"TORCHELASTIC_RUN_ID": "a", "SLURM_JOB_ID": "7"}, True),
+        ("torchrun none/", {"TORCHELASTIC_RUN_ID": "none"}, False),
+        ("", {}, False),
+    ],
+)
+def test_earlier_start_of_a_job_on_another_host_is_passed_over(
+    tmp_path: Path, before: str, now: dict[str, str], passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in now.items():
+        monkeypatch.setenv(name, value)
+    leave(tmp_path, host="node-7", job=before)
+    if passes:
+        with owned(tmp_path):
+            assert json.loads((tmp_path / LOCK).read_text())["job"] == _env.job()
+    else:
+        with pytest.raises(BlockingIOError, match="node-7"), owned(tmp_path):
+            pass
 
 
 def test_owner_that_was_taken_from_leaves_the_lock_of_its_successor(tmp_path: Path) -> None:
