@@ -29,7 +29,7 @@ from fastclip.distributed import (
     sharded_statistics,
     sum_over_ranks,
 )
-from fastclip.labels import match_labels
+from fastclip.labels import KeptRows, keep_labelled, match_labels
 from fastclip.ops import Statistics, autocast_features, contrastive_statistics, no_autocast
 
 __all__ = ["Batch", "contrastive_loss", "direction_losses", "prepare"]
@@ -44,6 +44,7 @@ def contrastive_loss(
     image_labels: Tensor | None = None,
     text_labels: Tensor | None = None,
     exclude_self: bool = False,
+    ignore_label: int | None = None,
     image_weight: float = 0.5,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -67,10 +68,13 @@ def contrastive_loss(
         normalize: divide each row by its norm (at least 1e-12, so that zero rows stay finite), with gradient.
         image_labels, text_labels: int64, (M,) and (N,). Every pair with equal labels is a positive, and the loss of
             a row is the mean of -log softmax over its positives (UniCL, Yang et al. 2022, equation 3; Florence).
-            Rows and columns without a positive are left out.
+            Rows and columns without a positive are left out: they remain negatives of the others.
         exclude_self: with labels, pair (i, i) is neither a positive nor a negative: for features against themselves,
             ``contrastive_loss(x, x, s, image_labels=y, text_labels=y, exclude_self=True)``, where y numbers the image
             that each view was made of (SimCLR, Chen et al. 2020) or its class (SupCon, Khosla et al. 2020, L_out).
+        ignore_label: the label of rows that have none, often -1. They are neither positives nor negatives: loss and
+            gradients are those without these images and texts, whose own are 0. The host waits for their number.
+            None: every label is a class, and -1 is refused (on a CPU; a GPU would have to wait).
         image_weight: w in [0, 1], the weight of image -> text (ConVIRT, Zhang et al. 2020: 0.75). ALIGN's sum of both
             directions is twice the default mean.
         label_smoothing: eps in [0, 1]: targets (1 - eps) / n on a row's n positives plus eps / N on all (ALIGN: 0.1).
@@ -120,6 +124,7 @@ def contrastive_loss(
         image_labels=image_labels,
         text_labels=text_labels,
         exclude_self=exclude_self,
+        ignore_label=ignore_label,
         label_smoothing=label_smoothing,
         group=group,
         agreed={
@@ -143,7 +148,8 @@ def contrastive_loss(
         return direction_loss(neg, pos, stats.row_pos_lse, None).mean().to(dtype)
     row_loss, col_loss = direction_losses(batch, stats)
     if reduction == "none":
-        return row_loss.to(dtype), col_loss.to(dtype)
+        losses = row_loss.to(dtype), col_loss.to(dtype)
+        return losses if batch.kept is None else batch.kept.spread(*losses)
     row_total, col_total = row_loss.sum(), col_loss.sum()
     if reduction == "mean":
         row_total, col_total = row_total / batch.row_total, col_total / batch.col_total
@@ -173,6 +179,7 @@ class Batch(NamedTuple):
     col_count: Tensor | None
     row_total: int | Tensor  # rows and columns with a positive, on all ranks
     col_total: int | Tensor
+    kept: KeptRows | None  # the rows that these features are, where others have no label
 
 
 def prepare(
@@ -184,13 +191,14 @@ def prepare(
     image_labels: Tensor | None,
     text_labels: Tensor | None,
     exclude_self: bool,
+    ignore_label: int | None,
     label_smoothing: float,
     group: Any,
     agreed: dict[str, Any],
     equal_shards: bool,
     backend: str | None,
 ) -> Batch:
-    """Checks; autocast; agreement of the ranks; labels as small numbers, and the positives of each row and column.
+    """Checks; rows without a label; autocast; agreement of the ranks; labels as small numbers, and their positives.
 
     agreed: what else the ranks of `group` must have in common.
     """
@@ -202,19 +210,23 @@ def prepare(
         check_labels(image_features, text_features, image_labels, text_labels, exclude_self)
         label_smoothing = check_share("label_smoothing", label_smoothing)
         scale = scalar("logit_scale", logit_scale, image_features)
+        kept = keep_labelled(image_labels, text_labels, ignore_label, exclude_self, group, equal_shards)
+        if kept is not None:
+            image_features, text_features = kept.of(image_features, text_features)
+            image_labels, text_labels = kept.of(image_labels, text_labels)
         image, text, scale = autocast_features(image_features, text_features, scale)
         if group is not None:
             check_shard(backend, image, text, scale)
     shards = None
     if group is not None:
-        own = {"normalize": normalize, "exclude_self": exclude_self, "label_smoothing": label_smoothing}
-        own["labels"] = image_labels is not None
+        own: dict[str, Any] = {"normalize": normalize, "exclude_self": exclude_self, "label_smoothing": label_smoothing}
+        own |= {"labels": image_labels is not None, "ignore_label": None if ignore_label is None else int(ignore_label)}
         shards = meet(group, image, text, {"logit_scale": scale}, {**agreed, **own}, equal_shards)
     positives = _Positives(None, None, None, *batch_size(image, text, shards))
     if image_labels is not None and text_labels is not None:
         positives = _match(image_labels, text_labels, exclude_self, shards)
     options = {"exclude_self": exclude_self, "normalize": normalize, "backend": backend}
-    return Batch(image, text, scale, options, label_smoothing, shards, *positives)
+    return Batch(image, text, scale, options, label_smoothing, shards, *positives, kept)
 
 
 def batch_size(image: Tensor, text: Tensor, shards: Shards | None) -> tuple[int, int]:

@@ -35,8 +35,8 @@ def multiview_loss(
         logit_scale: as in `contrastive_loss`.
         core: index of the core view, which then takes the part of the images.
         labels: integers (N,), shared by all views: every pair with equal labels is a positive.
-        options: of `contrastive_loss`: ``normalize``, ``image_weight``, ``label_smoothing``, ``reduction`` ("mean" or
-            "sum"), ``group``, ``comm``, ``equal_shards``, ``backend``.
+        options: of `contrastive_loss`: ``normalize``, ``ignore_label``, ``image_weight``, ``label_smoothing``,
+            ``reduction`` ("mean" or "sum"), ``group``, ``comm``, ``equal_shards``, ``backend``.
 
     Returns:
         A scalar.

@@ -37,6 +37,7 @@ def contrastive_stats(
     image_labels: Tensor | None = None,
     text_labels: Tensor | None = None,
     exclude_self: bool = False,
+    ignore_label: int | None = None,
     label_smoothing: float = 0.0,
     group: Any = None,
     equal_shards: bool = False,
@@ -48,7 +49,8 @@ def contrastive_stats(
     texts in the whole batch, for which all texts are gathered. A tie is a miss: an image whose largest negative comes
     within 2^-20 |logit_scale| |image| max |text| of its largest positive (normalised: 2^-20 |logit_scale|) has no hit,
     so that a batch with the same text twice, or a collapsed model, scores the same whichever way rounding goes. Rows
-    without a positive have loss 0 and no hit; rows that are not finite have no hit.
+    without a positive have loss 0 and no hit; rows that are not finite have no hit. Rows with ``ignore_label`` have
+    loss 0, no hit, and the log-sum-exp of nothing, -inf.
 
     Returns:
         `ContrastiveStats`: row_lse (M,), col_lse (N,), row_loss (M,), col_loss (N,), float32 (for float64 features
@@ -64,6 +66,7 @@ def contrastive_stats(
             image_labels=image_labels,
             text_labels=text_labels,
             exclude_self=exclude_self,
+            ignore_label=ignore_label,
             label_smoothing=label_smoothing,
             group=group,
             agreed={"function": "contrastive_stats"},
@@ -79,14 +82,19 @@ def contrastive_stats(
         row_tie, col_tie = _ties(batch)
         dtype = batch.scale.dtype
         without = batch.ids is None
-        return ContrastiveStats(
+        lse = (
             _all(stats.row_neg, stats.row_pos if without else stats.row_pos_lse, top.row_pos).to(dtype),
             _all(stats.col_neg, stats.col_pos if without else stats.col_pos_lse, top.col_pos).to(dtype),
-            row_loss.to(dtype),
-            col_loss.to(dtype),
+        )
+        loss = row_loss.to(dtype), col_loss.to(dtype)
+        hit = (
             (top.row_pos - top.row_neg > row_tie) & row_loss.isfinite(),
             (top.col_pos - top.col_neg > col_tie) & col_loss.isfinite(),
         )
+        if batch.kept is not None:
+            spread = batch.kept.spread
+            lse, loss, hit = spread(*lse, fill=-torch.inf), spread(*loss), spread(*hit)
+        return ContrastiveStats(*lse, *loss, *hit)
 
 
 def _all(neg: Tensor, pos: Tensor, top_pos: Tensor) -> Tensor:

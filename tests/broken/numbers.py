@@ -318,4 +318,41 @@ PROMISES = [
             ),
         ],
     ),
+    Promise(
+        NUMBERS,
+        "A label of -1 is refused on a CPU, or with `ignore_label` its rows count nowhere: the loss is that without them",
+        tests=[
+            "losses/test_ignored_labels.py::test_loss_is_that_without_the_rows",
+            "losses/test_ignored_labels.py::test_reductions",
+            "losses/test_ignored_labels.py::test_any_label_can_be_ignored",
+            "losses/test_ignored_labels.py::test_what_does_not_fit_is_refused",
+            "losses/test_ignored_labels.py::test_ranks_have_the_loss_of_one_process",
+        ],
+        breaks=[
+            Break(
+                "labels: -1 is a class, in silence",
+                "fastclip/labels.py",
+                old="and bool((y == -1).any())",
+                new="and False",
+            ),
+            Break(
+                "labels: rows without one are a class",
+                "fastclip/labels.py",
+                old="(y.long() != ignored).nonzero()",
+                new="(y.long() >= -(2**62)).nonzero()",
+            ),
+            Break(
+                "labels: 255 without a sign is -1",
+                "fastclip/labels.py",
+                old="(y.long() != ignored).nonzero()",
+                new="(y != torch.tensor(ignored).to(y.dtype)).nonzero()",
+            ),
+            Break(
+                "labels: rows without one have a loss",
+                "fastclip/labels.py",
+                old="x.new_full((size,), fill)",
+                new="x.new_full((size,), 1)",
+            ),
+        ],
+    ),
 ]
