@@ -119,9 +119,12 @@ def job() -> str:
     return ""
 
 
-def deterministic_cublas() -> None:
-    """cuBLAS repeats a product bit for bit; before the first one of the process, and a user's own value stays."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+@contextmanager
+def deterministic_cublas() -> Iterator[None]:
+    """Inside, the process's first product makes cuBLAS one that repeats products bit for bit; a user's value stays."""
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    with _variable(name, os.environ.get(name, ":4096:8")):
+        yield
 
 
 def let_threads_sleep() -> bool:
@@ -158,9 +161,14 @@ def tokenizers_without_threads() -> Iterator[None]:
     After a fork its threads are gone: it warns on stderr, once a process, or waits for them for ever where the user
     has switched them on.
     """
-    name = "TOKENIZERS_PARALLELISM"
+    with _variable("TOKENIZERS_PARALLELISM", "false"):
+        yield
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
     before = os.environ.get(name)
-    os.environ[name] = "false"
+    os.environ[name] = value
     try:
         yield
     finally:

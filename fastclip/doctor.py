@@ -97,16 +97,10 @@ def _gpus() -> Iterator[Finding]:
             about = f"{properties.name}, compute capability {properties.major}.{properties.minor}{driver}"
             yield Finding("GPUs", f"cuda:{index}", f"{about}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
         return
-    there = machine.nvidia_smi("name,driver_version")
-    if not there:
-        yield Finding("GPUs", "none", "the losses run on the CPU")
-        return
-    seen = f"torch sees none, nvidia-smi lists {there[0]}, driver {there[-1]}"
-    if torch.version.cuda is None:
-        advice = "install torch's build for CUDA: this one is for CPUs only"
+    if unseen := machine.unseen_gpu():
+        yield Finding("GPUs", "none", unseen[0], "warning", unseen[1])
     else:
-        advice = f"a driver for CUDA {torch.version.cuda}, or torch for an older CUDA; look at CUDA_VISIBLE_DEVICES too"
-    yield Finding("GPUs", "none", seen, "warning", advice)
+        yield Finding("GPUs", "none", "the losses run on the CPU")
 
 
 def _backends() -> Iterator[Finding]:

@@ -27,6 +27,7 @@ __all__ = [
     "nvidia_smi",
     "open_files",
     "shared_memory_bytes",
+    "unseen_gpu",
     "usable_cores",
     "version",
 ]
@@ -90,6 +91,16 @@ def nvidia_smi(fields: str) -> list[str]:
         return []
     lines = done.stdout.splitlines()
     return [cell.strip() for cell in lines[0].split(",")] if done.returncode == 0 and lines else []
+
+
+def unseen_gpu() -> tuple[str, str] | None:
+    """What is there and what helps, where nvidia-smi lists a GPU that torch does not see."""
+    if torch.cuda.is_available() or not (there := nvidia_smi("name,driver_version")):
+        return None
+    seen = f"torch sees none, nvidia-smi lists {there[0]}, driver {there[-1]}"
+    if torch.version.cuda is None:
+        return seen, "install torch's build for CUDA: this one is for CPUs only"
+    return seen, f"a driver for CUDA {torch.version.cuda}, or torch for an older CUDA; look at CUDA_VISIBLE_DEVICES too"
 
 
 def memory_bytes() -> float:

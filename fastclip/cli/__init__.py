@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +28,8 @@ from fastclip.cli import (
     train,
 )
 from fastclip.cli.ending import Terminated, sigterm_raises
+from fastclip.cli.failures import said_of
+from fastclip.cli.streams import leave_stdout, prepare_streams
 
 __all__ = ["main"]
 
@@ -55,6 +56,8 @@ _OWN_PARSER = ("train",)  # these read their words, --help too, themselves
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 1 for what the user can mend, said on stderr, and what fails."""
+    if argv is None:  # the process is this command's; a caller's streams and environment are its own
+        prepare_streams()
     parser = _parser()
     args, words = parser.parse_known_args(argv)
     args.words = words  # of a command with a parser of its own
@@ -62,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     logging.basicConfig(level=logging.WARNING, format="fastclip: %(message)s")
     try:
-        # of a process that is this command's: a caller's environment is its own
         args.threads_sleep = argv is None and let_threads_sleep()
         with sigterm_raises():
             status = args.run(args) or 0
@@ -75,13 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastclip {args.command}: ended by SIGTERM", file=sys.stderr)
         return 143
     except BrokenPipeError:  # whoever reads has enough, as in `fastclip models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's end would complain
+        leave_stdout()
         return 0
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"fastclip {args.command}: {error}{_advice(args.command, error)}", file=sys.stderr)
+    except Exception as error:
+        if (said := said_of(error, args.command)) is None:
+            raise
+        print(f"fastclip {args.command}: {said}{_advice(args.command, error)}", file=sys.stderr)
         return 1
     finally:
-        if argv is None:  # the process ends: a last search for cyclic garbage in all that torch loaded takes a second
+        if argv is None:  # a last search for cyclic garbage in all that torch loaded takes a second
             gc.freeze()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -20,11 +21,13 @@ from fastclip.data.table import Table
 
 __all__ = ["absolute_spec", "holds_shards", "open_source"]
 
+logger = logging.getLogger(__name__)
 _KINDS = """what it may be:
   digits               handwritten digits with captions, which come with scikit-learn
   pairs.csv, .tsv      a table of pictures and captions, columns filepath and title
   dataset_coco.json:test  a split of Karpathy's files of COCO and Flickr30K; train+restval, and :FOLDER of the pictures
-  folder               pictures, each with its captions in a .txt or .json file of the same name; or tar shards
+  folder               pictures, each with its captions in a .txt or .json file of the same name; or, without any
+                       captions, in a folder a class; or tar shards
   shards/*.tar         tar shards of img2dataset or webdataset; a path, a glob or shards/{00000..00009}.tar
   s3://x/{00..09}.tar  the same behind a URL that fsspec reads; they are copied to a cache folder first
   hf:NAME, hf:NAME:SPLIT  a data set of Hugging Face's datasets library
@@ -42,7 +45,8 @@ def open_source(
     and the columns of its pictures and captions after it, ``A#image=photo,caption=text``; `Table` and its kin say more.
 
     A folder that is called digits is ``./digits``. A folder that holds tar files, and no pictures with captions, is its
-    shards. What is the name of a file, or a glob that finds some, has no weight: ``0*.tar``.
+    shards; one whose pictures have no captions, and lie in a folder a class, is a `ClassFolder`, which is logged.
+    What is the name of a file, or a glob that finds some, has no weight: ``0*.tar``.
 
     Args:
         held_out: of the digits, the fifth that is kept from training; the other kinds have no such part, and are whole.
@@ -117,7 +121,7 @@ def _open(whole: str, held_out: bool, class_names: Sequence[str], problems: list
     if spec and path.is_dir() and spec != "digits":
         if holds_shards(path):
             return _shards(whole, spec, class_names, columns.caption, problems)
-        return Folder(whole, spec, caption=columns.caption)
+        return _folder(whole, spec, columns.caption)
     if columns != UNNAMED:
         raise ValueError(f"{whole}: there are no columns to name")
     if spec == "digits":
@@ -125,6 +129,28 @@ def _open(whole: str, held_out: bool, class_names: Sequence[str], problems: list
     if is_split_file(spec):
         return Karpathy(spec)
     raise ValueError(f"{_reason(spec)}; {_KINDS}")
+
+
+def _folder(whole: str, spec: str, caption: str) -> Source:
+    """Pictures with captions; where none has any, and they lie in a folder a class, pictures of these classes."""
+    from fastclip.data.classes import ClassFolder  # which imports this module
+
+    try:
+        return Folder(whole, spec, caption=caption)
+    except ValueError as error:
+        folders = [os.path.dirname(found.name) for found in pictures(Path(spec))]
+        if caption or not folders or "" in folders:  # none at all, or a picture outside of the classes
+            raise
+        try:
+            classes = ClassFolder(spec)
+        except ValueError as other:
+            raise ValueError(f"{error}; as a folder of classes, {other}") from error
+    shown = ", ".join(classes.class_names[:3])
+    logger.warning(
+        "%s: no picture has a caption; their %d folders are taken as classes (%s, ...)",
+        *(spec, len(classes.class_names), shown),
+    )
+    return classes
 
 
 def _digits(held_out: bool) -> Source:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastclip import _env
 from fastclip.data.batch import Batch
+from fastclip.data.fingerprint import fingerprint
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.source import Source
@@ -42,7 +43,9 @@ from fastclip.training.checkpoint import (
     take_snapshot,
     write_snapshot,
 )
+from fastclip.training.doubts import doubts_of_schedule
 from fastclip.training.ensemble import interpolate
+from fastclip.training.kept import settings_kept
 from fastclip.training.metrics import Meter, Metrics, Progress, cut_metrics
 from fastclip.training.optim import build_optimizer, clip_gradients, gradient_norm, warmup_cosine
 from fastclip.training.parallel import World
@@ -138,7 +141,7 @@ def finetune(
     with torch's betas, warm-up and a cosine to 0.
 
     Args:
-        embedder: its image tower is trained in place; its precision "bf16" is autocast.
+        embedder: its image tower is trained in place, and in eval mode afterwards; its precision "bf16" is autocast.
         source: one with classes.
         output: folder of the run, a new or empty one, or this run's.
         templates: of the captions that make the head; default: the source's own, else CLIP's 80
@@ -155,7 +158,7 @@ def finetune(
     if (process := _env.launched()) is not None and process.ranks > 1:
         raise ValueError(f"fine-tuning runs in one process, and torchrun has started {process.ranks}")
     templates = tuple(templates) or templates_for(source)
-    with naming_dead_workers():
+    with settings_kept(), naming_dead_workers():
         return _Run(embedder, source, options or FinetuneOptions(), Path(output), templates).run()
 
 
@@ -189,6 +192,7 @@ class _Run:
             "checkpoint": self.embedder.identity,  # its weights
             "data": self.source.spec,
             "samples": len(self.source),
+            "order and captions": fingerprint(self.source),
             "class_names": self.source.class_names,
             "templates": templates,
             **{name: value for name, value in asdict(self.options).items() if name not in _MAY_CHANGE},
@@ -200,13 +204,15 @@ class _Run:
                 raise ValueError(f"{self.folder} is not empty and holds no fine-tuning: give another folder")
             write_json(file, asked, indent=1)
             return
-        before = read_json(file)
+        before = {"order and captions": asked["order and captions"], **read_json(file)}  # older files have none
         if other := [name for name in asked if before.get(name) != asked[name]]:
             told = ", ".join(f"{name} was {_short(before.get(name))}, is {_short(asked[name])}" for name in other)
             raise ValueError(f"{self.folder} holds another fine-tuning: {told}; give another folder")
 
     def run(self) -> Finetuned:
         first = self._resume()
+        for doubt in doubts_of_schedule(warmup=self.warmup, steps=self.steps, lr=self.options.lr):
+            logger.warning("%s", doubt)
         last = self.steps if self.options.stop_after is None else min(self.steps, first + self.options.stop_after)
         every = self.options.save_every or max(1, self.order.epoch_length // self.options.batch_size)
         metrics = Metrics(self.folder, options=asdict(self.options), first=first)
@@ -226,6 +232,7 @@ class _Run:
         finally:
             progress.close()
             metrics.close()
+            self.classifier.eval()  # as the embedder's towers are
         if self.skipped.tally.total:
             logger.warning(self.skipped.told(last * self.options.batch_size))
         vars(self.embedder).pop("identity", None)  # it is another model now

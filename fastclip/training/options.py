@@ -26,8 +26,8 @@ class TrainOptions:
 
     data: str
     """Training pairs: `digits`, a .csv or .tsv of filepath and title, `dataset_coco.json:train+restval`, a folder of
-    pictures with captions, tar shards such as `shards/{0000..0099}.tar` or a URL of them, `hf:NAME`; or several of
-    these, joined by `::`, with weights as in `2*A::0.5*B`."""
+    pictures with captions or with a folder a class, tar shards such as `shards/{0000..0099}.tar` or a URL of them,
+    `hf:NAME`; or several of these, joined by `::`, with weights as in `2*A::0.5*B`."""
     model: str
     """A name of `fastclip models`, or the path of a configuration ending in .json."""
     output: str
@@ -128,6 +128,11 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """ValueError for a value that no run can have."""
+        for option in fields(self):
+            if getattr(self, option.name) == "":  # a shell's variable that is not set
+                raise ValueError(f"{flag(option.name)} is empty")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed must be below 2**63, got {self.seed}")
         for name in _AT_LEAST_ONE:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {value}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from fastclip import _env
 from fastclip._version import __version__
+from fastclip.data.fingerprint import fingerprint
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.spec import open_source
@@ -39,9 +39,11 @@ from fastclip.training.checkpoint import (
     take_snapshot,
     write_snapshot,
 )
+from fastclip.training.doubts import changes, doubts, doubts_of_device, doubts_of_labels
+from fastclip.training.kept import settings_kept
 from fastclip.training.metrics import Meter, Metrics, Progress, cut_metrics
 from fastclip.training.optim import MovingAverage, build_optimizer, warmup_cosine
-from fastclip.training.options import TrainOptions, flag, write_options
+from fastclip.training.options import TrainOptions, write_options
 from fastclip.training.parallel import World, joined, one_for_all, owned_together, reshard, wrap
 from fastclip.training.saver import Saver
 from fastclip.training.signals import Interrupted, Signals
@@ -52,10 +54,6 @@ __all__ = ["Run", "train"]
 
 logger = logging.getLogger(__name__)
 _VALIDATION_BATCH = 256
-_MAY_CHANGE = (
-    *("output", "resume", "stop_after", "workers", "log_every", "save_every", "keep", "async_save", "val_every"),
-    *("max_bad", "timeout", "wandb", "force"),
-)
 
 
 class Run(NamedTuple):
@@ -72,6 +70,8 @@ class Run(NamedTuple):
 def train(options: TrainOptions) -> Run:
     """Train as `options` say, alone or as one of torchrun's processes; the same options give the same losses.
 
+    Torch's random numbers, and whether it is deterministic, are afterwards what they were before.
+
     Raises:
         ValueError: options, data, model and checkpoint do not fit together, or too many samples cannot be used.
         OSError: a file cannot be read or written, another run owns the output folder (`fastclip.owner`), or a process
@@ -83,6 +83,7 @@ def train(options: TrainOptions) -> Run:
     with (
         joined(options.device, timeout=timedelta(seconds=options.timeout)) as world,
         owned_together(options.output, world, force=options.force),
+        settings_kept(deterministic=options.deterministic),
         naming_dead_workers(),
     ):
         return _Trainer(options, world).run()
@@ -96,12 +97,9 @@ class _Trainer:
         options = resolve(options, config)
         self.world, self.folder = world, output_path(options.output)
         self._check(options)
-        if options.deterministic:
-            _env.deterministic_cublas()
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
         self.source = open_source(options.data)
+        self.fingerprint = fingerprint(self.source)
         self._check_same_data()
         self.order = Order(len(self.source), options.batch_size, options.seed)
         self.skipped = Skipped(self.order, options.max_bad, world)
@@ -153,26 +151,22 @@ class _Trainer:
             )
 
     def _check_same_data(self) -> None:
-        """All ranks have opened the same samples, as far as their number, the first and the last tell."""
+        """All ranks have opened the same samples, as far as `fingerprint` tells."""
         if self.world.group is None:
             return
         size = len(self.source)
         told: list[Any] = [None] * self.world.ranks
-        dist.all_gather_object(told, (size, self.source.key(0), self.source.key(size - 1)), group=self.world.group)
+        dist.all_gather_object(told, (size, self.source.key(0), self.fingerprint), group=self.world.group)
         if len(set(told)) > 1:
-            seen = ", ".join(f"rank {rank} {one[0]:,} samples from {one[1]}" for rank, one in enumerate(told))
+            seen = ", ".join(f"rank {k} {n:,} samples from {key} (digest {x})" for k, (n, key, x) in enumerate(told))
             raise ValueError(f"--data {self.source.spec}: the processes see different data: {seen}")
 
     def run(self) -> Run:
         options, world = self.options, self.world
         first = self._resume()
         last = self.steps if options.stop_after is None else min(self.steps, first + options.stop_after)
-        if len(self.source) < options.batch_size and not self.loss.with_labels:
-            logger.warning(
-                "a batch of %d from %d samples repeats some, and the %s loss takes repeats for negatives: "
-                "--loss unicl takes them for positives",
-                *(options.batch_size, len(self.source), options.loss),
-            )
+        _tell(doubts(self.options, samples=len(self.source), ranks=world.ranks, with_labels=self.loss.with_labels))
+        _tell(doubts_of_device(self.options, world.device))
         with one_for_all(world):
             metrics = self._open_metrics(first)
         progress = Progress(first=first, steps=self.steps, shown=world.rank == 0)
@@ -256,6 +250,8 @@ class _Trainer:
             with meter.waiting():
                 batch = next(batches)
             self.skipped.count(batch, step)
+            if step == first:
+                _tell(doubts_of_labels([one.labels for one in batch], options.loss, with_labels=self.loss.with_labels))
             self.model.train()
             lr = options.lr * warmup_cosine(step, warmup_steps=options.warmup, steps=self.steps)
             for group in self.optimizer.param_groups:
@@ -300,13 +296,7 @@ class _Trainer:
         first = 0
         if path is not None:
             state = read_state(path, "options", "samples", "skipped")
-            for change in _changes(state["options"], asdict(self.options)):
-                logger.warning("changed since %s: %s", path, change)
-            if (samples := state["samples"]) != len(self.source):
-                logger.warning(
-                    "changed since %s: the data had %d samples and have %d, which come in another order",
-                    *(path, samples, len(self.source)),
-                )
+            _tell(f"changed since {path}: {one}" for one in changes(state, self.options, self.source, self.fingerprint))
             first = load_checkpoint(path, self.model, self.optimizer, ema=self.ema)
             logger.info("goes on from %s, after %d steps", path, first)
             self.skipped.load(state["skipped"], path)
@@ -374,6 +364,7 @@ class _Trainer:
         about = {
             "options": asdict(self.options),
             "samples": len(self.source),
+            "fingerprint": self.fingerprint,
             "skipped": self.skipped.state(),
             "fastclip": __version__,
             "torch": torch.__version__,
@@ -403,14 +394,6 @@ def _due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Options that are not as they were, of those that a run depends on."""
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
-    return [
-        f"{flag(name)} was {before.get(name)}, is {plain(value)}"
-        for name, value in now.items()
-        if name not in _MAY_CHANGE and before.get(name) != plain(value)
-    ]
+def _tell(doubts: Iterable[str]) -> None:
+    for doubt in doubts:
+        logger.warning("%s", doubt)

@@ -24,6 +24,7 @@ from support import emulated
 pytest.importorskip("triton")
 from fastclip.triton_kernels.launch import BwdSide, FwdSide
 from fastclip.triton_kernels.tile import CONSTANTS, GAIN, OFFSET2, REPAIR, SCALE
+
 from support import ROOT
 from support.kinds import DEVICE, GPU
 

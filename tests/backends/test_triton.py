@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd, launch
 from torch import Tensor
 
 import fastclip
@@ -19,7 +20,6 @@ from fastclip._backends import reference
 from fastclip._backends import triton as backend
 from fastclip._backends.problem import Problem
 from fastclip.ops import contrastive_maxima
-from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd, launch
 from support.accuracy import check, pairs, poisoned, random_labels
 from support.kernels import Launches
 from support.kinds import DEVICE, GPU, Kind, uneven

@@ -180,7 +180,7 @@ PROMISES = [
             Break(
                 "data: the tokenizers' threads are awaited",
                 "fastclip/_env.py",
-                old='os.environ[name] = "false"',
+                old='_variable("TOKENIZERS_PARALLELISM", "false")',
                 new="",
             ),
             Break(

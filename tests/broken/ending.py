@@ -81,4 +81,33 @@ PROMISES = [
             ),
         ],
     ),
+    Promise(
+        STOPS,
+        "A command says what is wrong in a line, even where stdout is closed or lacks characters",
+        tests=[
+            "package/test_streams.py::test_error_of_the_users_is_a_line_and_ours_a_traceback",
+            "package/test_streams.py::test_what_an_encoding_lacks_is_escaped",
+            "package/test_streams.py::test_closed_stream_is_nobody_elses",
+        ],
+        breaks=[
+            Break(
+                "ending: a closed stdout's number is the next file's",
+                "fastclip/cli/streams.py",
+                old="    os.dup2(handle, number)\n    os.close(handle)\n    return number",
+                new="    return handle",
+            ),
+            Break(
+                "ending: memory that is missing has a traceback",
+                "fastclip/cli/failures.py",
+                old='"builtins.MemoryError", ',
+                new="",
+            ),
+            Break(
+                "ending: a bug of ours is a line",
+                "fastclip/cli/failures.py",
+                old="    return None\n",
+                new="    return str(error)\n",
+            ),
+        ],
+    ),
 ]

@@ -320,7 +320,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "A label of -1 is refused on a CPU, or with `ignore_label` its rows count nowhere: the loss is that without them",
+        "A label of -1 is refused on a CPU; with `ignore_label` its rows count nowhere: the loss is that without them",
         tests=[
             "losses/test_ignored_labels.py::test_loss_is_that_without_the_rows",
             "losses/test_ignored_labels.py::test_reductions",

@@ -40,9 +40,61 @@ PROMISES = [
             ),
             Break(
                 "trainer: changes are not named",
+                "fastclip/training/doubts.py",
+                old="if name not in _MAY_CHANGE and then != now:",
+                new="if name in _MAY_CHANGE and then != now:",
+            ),
+        ],
+    ),
+    Promise(
+        TRAINING,
+        "Settings with which a run learns nothing, or not what was meant, are told in a line each before it begins",
+        tests=[
+            "training/test_doubts.py::test_setting_that_ruins_a_run_is_told",
+            "training/test_doubts.py::test_doubts_are_in_the_log_once",
+            "training/test_doubts.py::test_labels_of_one_class_leave_nothing_to_learn",
+            "training/test_doubts.py::test_gpus_that_stay_idle_are_told",
+        ],
+        breaks=[
+            Break(
+                "trainer: doubts are not told",
                 "fastclip/training/trainer.py",
-                old="for change in _changes(",
-                new="for change in () and _changes(",
+                old='        logger.warning("%s", doubt)',
+                new="        pass",
+            ),
+            Break(
+                "trainer: doubts of the warm-up are not had",
+                "fastclip/training/doubts.py",
+                old="if warmup >= steps:",
+                new="if warmup < 0:",
+            ),
+        ],
+    ),
+    Promise(
+        TRAINING,
+        "train() and finetune() leave torch's settings and random numbers, and the environment, as they found them",
+        tests=[
+            "training/test_doubts.py::test_training_leaves_the_process_as_it_was",
+            "training/test_doubts.py::test_fine_tuning_leaves_the_process_and_an_embedder_in_eval_mode",
+        ],
+        breaks=[
+            Break(
+                "trainer: leaves the process deterministic",
+                "fastclip/training/kept.py",
+                old="            torch.use_deterministic_algorithms(before[0], warn_only=before[1])\n",
+                new="",
+            ),
+            Break(
+                "trainer: leaves the process with its random numbers",
+                "fastclip/training/kept.py",
+                old="torch.random.fork_rng(gpus), ",
+                new="",
+            ),
+            Break(
+                "finetune: leaves the process's model in training mode",
+                "fastclip/training/finetune.py",
+                old="            self.classifier.eval()",
+                new="            pass",
             ),
         ],
     ),
@@ -66,13 +118,26 @@ PROMISES = [
         "A resumed run says that its data changed since the checkpoint",
         tests=[
             "training/test_faults.py::test_data_that_changed_since_the_checkpoint_is_told",
+            "training/test_faults.py::test_as_many_data_in_another_order_are_told",
         ],
         breaks=[
             Break(
                 "trainer: other data in silence",
-                "fastclip/training/trainer.py",
-                old='if (samples := state["samples"]) != len(self.source):',
-                new='if (samples := state["samples"]) < 0:',
+                "fastclip/training/doubts.py",
+                old='if (samples := before["samples"]) != len(source):',
+                new='if (samples := before["samples"]) < 0:',
+            ),
+            Break(
+                "trainer: another order in silence",
+                "fastclip/data/fingerprint.py",
+                old="(_KEYS, _key), (_CAPTIONS, _captions)",
+                new="(_CAPTIONS, _captions),",
+            ),
+            Break(
+                "trainer: other captions in silence",
+                "fastclip/data/fingerprint.py",
+                old="(_KEYS, _key), (_CAPTIONS, _captions)",
+                new="(_KEYS, _key),",
             ),
         ],
     ),

@@ -54,6 +54,25 @@ def test_folder_is_torchvisions(tmp_path: Path) -> None:
     assert ours.picture_bytes(0) == Path(ours.key(0)).read_bytes()
 
 
+def test_folder_of_classes_is_data_wherever_data_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = folders(tmp_path / "a", ("red_fox", "zebra"), each=2)
+    source = open_source(root)
+    assert source.class_names == ("red fox", "zebra") and len(source) == 4
+    assert source.captions(3) == ("a photo of a zebra",) and source[3].label == 1
+    assert "no picture has a caption; their 2 folders are taken as classes (red fox, zebra, ...)" in caplog.text
+    (tmp_path / "a" / "zebra" / "0.txt").write_text("one has a caption")
+    assert open_source(root).class_names == ()
+    for name in ("loose", "single"):
+        folders(tmp_path / name, ("cat",))
+    Image.new("RGB", (4, 4)).save(tmp_path / "loose" / "x.png")
+    with pytest.raises(ValueError, match=r"none of 2 pictures has a caption, first .*x\.png: x\.txt or .* beside it$"):
+        open_source(str(tmp_path / "loose"))
+    with pytest.raises(
+        ValueError, match=r"none of 1 pictures has a caption.*; as a folder of classes, .* one class, cat"
+    ):
+        open_source(str(tmp_path / "single"))
+
+
 def test_imagenet_is_timms_and_open_clips() -> None:
     import open_clip
     from timm.data import ImageNetInfo

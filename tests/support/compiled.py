@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 import triton
+from fastclip.triton_kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastclip._backends import triton as triton_backend
 from fastclip._backends.problem import Problem
-from fastclip.triton_kernels import launch
 from support import ROOT
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime import interpreter
-
 from fastclip.triton_kernels import contrastive_bwd_vectors, features, gradients
+from triton.runtime import interpreter
 
 _CONVERT, _DOT = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 

@@ -151,14 +151,14 @@ def test_command_stops_with_a_line_that_names_files(tmp_path: Path, capfd: pytes
 
 @pytest.mark.fault("a worker killed by the system in a run", "one line that says so, and no traceback")
 def test_killed_worker_ends_the_run_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    captions = Folder.captions
+    read = Folder.read
 
-    def killed(self: Folder, index: int) -> Any:
+    def killed(self: Folder, index: int, **options: Any) -> Any:
         if index == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        return captions(self, index)
+        return read(self, index, **options)
 
-    monkeypatch.setattr(Folder, "captions", killed)
+    monkeypatch.setattr(Folder, "read", killed)
     data = write_folder(tmp_path / "data", 12)
     with pytest.raises(ChildProcessError, match=r"data worker.*killed by the system \(Killed\): out of memory\?"):
         train(options(data, tmp_path / "run", workers=1))
@@ -170,6 +170,24 @@ def test_data_that_changed_since_the_checkpoint_is_told(tmp_path: Path, caplog: 
     write_folder(data, 14)
     train(options(data, tmp_path / "run", resume="auto", stop_after=1))
     assert "the data had 12 samples and have 14" in caplog.text
+
+
+def test_as_many_data_in_another_order_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_folder(tmp_path / "data", 12)
+    table = tmp_path / "pairs.csv"
+    rows = [f"{data / f'{k:03}.png'},caption {k}" for k in range(12)]
+    told = "the data have other names, another order or other captions"
+
+    def go_on(rows: list[str]) -> str:
+        table.write_text("\n".join(["filepath,title", *rows]))
+        caplog.clear()
+        train(options(table, tmp_path / "run", resume="auto", stop_after=1))
+        return caplog.text
+
+    go_on(rows)
+    assert told not in go_on(rows)
+    assert told in go_on([*rows[1:], rows[0]])
+    assert told in go_on([*rows[1:], rows[0].replace("caption", "another caption")])
 
 
 def test_memory_that_is_missing_is_no_fault_of_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -98,12 +98,14 @@ def test_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) ->
             ("label_smoothing", -0.1),
             ("image_weight", 2.0),
             ("betas", (0.9, 1.0)),
+            ("seed", 2**63),
+            *((name, "") for name in ("data", "output", "val_data", "pretrained", "resume", "wandb", "backend")),
         ),
     ],
 )
 def test_values_that_no_run_can_have_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=flag(name)):
-        TrainOptions(data="digits", model="ViT-tiny", output="x", **{name: value})
+        TrainOptions(**{"data": "digits", "model": "ViT-tiny", "output": "x", name: value})
 
 
 def test_options_that_exclude_each_other_are_refused() -> None:

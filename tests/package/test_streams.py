@@ -1,0 +1,102 @@
+"""Commands whose stdout is closed, or lacks characters; and what they say of errors."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import sqlite3
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastclip.cli import main, models
+from fastclip.cli.failures import said_of
+from fastclip.cli.streams import prepare_streams
+from support.processes import ended, forked, forks
+
+
+def stream(encoding: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+
+
+@pytest.mark.fault("a terminal whose encoding lacks a character", "all is printed, the character escaped")
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [("latin-1", b"Gr\xfc\xdfe \\u2026 \xff\n"), ("ascii", b"Gr\\xfc\\xdfe \\u2026 \xff\n")],
+)
+def test_what_an_encoding_lacks_is_escaped(encoding: str, printed: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", stream(encoding))
+    monkeypatch.setattr(sys, "stderr", stream(encoding))
+    prepare_streams()
+    for out in (sys.stdout, sys.stderr):
+        print("Grüße … " + os.fsdecode(b"\xff"), file=out, flush=True)
+        assert out.buffer.getvalue() == printed  # type: ignore[attr-defined]
+
+
+@forks
+@pytest.mark.fault("a command whose stdout is closed", "it works, and what it opens is not written to")
+def test_closed_stream_is_nobody_elses(tmp_path: Path) -> None:
+    def closed() -> None:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.close(number)
+            setattr(sys, name, None)
+        prepare_streams()
+        with (tmp_path / "file").open("w") as file:
+            assert file.fileno() > 2
+            print("into nothing")
+            print("into nothing", file=sys.stderr, flush=True)
+            os.write(1, b"of a library")
+        assert main(["models"]) == 0
+        assert (tmp_path / "file").read_text() == ""
+
+    assert ended(forked(closed, tmp_path / "said")) == 0, (tmp_path / "said").read_text()
+
+
+def zip_error() -> Exception:
+    with pytest.raises(zipfile.BadZipFile) as caught:
+        zipfile.ZipFile(io.BytesIO(b"no zip"))
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("x.csv: no rows"), "x.csv: no rows"),
+        (zip_error(), "a file is damaged, or not what it is called (BadZipFile: File is not a zip file)"),
+        (pickle.UnpicklingError("odd"), "a file is damaged, or not what it is called (UnpicklingError: odd)"),
+        (sqlite3.OperationalError("disk is full"), "a file is damaged, or not .*OperationalError: disk is full"),
+        (RecursionError("too deep"), "a file is damaged, or not .*RecursionError: too deep"),
+        (MemoryError(), "out of memory: fewer pairs of --micro-batch at a time take less, as `fastclip plan` tells"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "out of the GPU's memory: fewer pairs"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "out of memory: fewer pairs"),
+        (sqlite3.ProgrammingError("of ours"), None),
+        (RuntimeError("mat1 and mat2"), None),
+        (KeyError("of ours"), None),
+        (NotImplementedError("of ours"), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_error_of_the_users_is_a_line_and_ours_a_traceback(
+    error: Exception, said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (said_of(error, "train") is None) == (said is None)
+    if said is not None:
+        assert re.match(said.replace("(", r"\(").replace(")", r"\)"), said_of(error, "train") or "")
+
+    def fails(args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(models, "_models", fails)
+    if said is None:
+        with pytest.raises(type(error)):
+            main(["models"])
+        return
+    assert main(["models"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("fastclip models: ") and told.count("\n") == 1
