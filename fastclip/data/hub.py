@@ -64,10 +64,8 @@ class HubSource:
     def read(self, index: int, *, min_side: int | None = None) -> Record:
         """As `fastclip.data.source.read_sample`."""
         key, row = self.key(index), self._rows[index]
-        captions, data = self._told(row, key), row[self._image]
-        if data is None:
-            raise BadSample("no image", key, "there is no picture")
-        file = self._file(data, key) if data["bytes"] is None else io.BytesIO(data["bytes"])
+        captions, data = self._told(row, key), self._picture(row, key)
+        file = self._file(data["path"]) if data["bytes"] is None else io.BytesIO(data["bytes"])
         label = None if self._label is None else row[self._label]
         return Record(read_picture(file, key, min_side=min_side), captions, key, None if label == -1 else label)
 
@@ -79,21 +77,26 @@ class HubSource:
 
     def picture_bytes(self, index: int) -> bytes:
         """As `fastclip.data.source.picture_bytes`."""
-        data = self._rows[index][self._image]
-        return read_file(self._file(data, self.key(index))) if data["bytes"] is None else data["bytes"]
+        data = self._picture(self._rows[index], self.key(index))
+        return read_file(self._file(data["path"])) if data["bytes"] is None else data["bytes"]
 
-    def _file(self, data: dict[str, Any], key: str) -> Path:
-        """That of a picture which is named only: from the data's folder, or from here."""
-        if data["path"] is None:
+    def _picture(self, row: dict[str, Any], key: str) -> dict[str, Any]:
+        """Its "bytes", or its "path"; BadSample where there is neither."""
+        data = row[self._image]
+        if data is None or (data["bytes"] is None and data["path"] is None):
             raise BadSample("no image", key, "there is no picture")
-        beside = self._folder / data["path"]
-        return beside if beside.exists() else Path(data["path"])
+        return data
+
+    def _file(self, name: str) -> Path:
+        """That of a picture which is named only: from the data's folder, or from here."""
+        beside = self._folder / name
+        return beside if beside.exists() else Path(name)
 
     def picture_place(self, index: int) -> tuple[str, str]:
         """As `fastclip.data.source.picture_place`; the library's fingerprint says which rows these are."""
         data = self._rows[index][self._image]
         if data is not None and data["bytes"] is None and data["path"] is not None:
-            return str(self._file(data, self.key(index))), f"{self.key(index)} of {self._rows._fingerprint}"
+            return str(self._file(data["path"])), f"{self.key(index)} of {self._rows._fingerprint}"
         files = self._rows.cache_files
         return files[0]["filename"] if files else "", f"{self.key(index)} of {self._rows._fingerprint}"
 

@@ -164,8 +164,8 @@ PROMISES = [
             Break(
                 "embed: other captions, the same vectors",
                 "fastclip/search/embed.py",
-                old="told.contents == contents:",
-                new="True:",
+                old="told.contents == contents and",
+                new="True and",
             ),
             Break(
                 "embed: another picture of the name, the same vector",
