@@ -57,7 +57,7 @@ class ClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """image_features, text_features (N, D), already normalised; logit_scale already exponentiated.
@@ -121,14 +121,14 @@ def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
-    logit_bias: Tensor | None = None,
+    logit_bias: float | Tensor | None = None,
     output_dict: bool = False,
 ) -> Tensor | dict[str, Tensor]:
     """The forward of a ``ClipLoss``, this module's or open_clip's."""
     group = _world(module.rank, module.world_size)
     loss = contrastive_loss(image_features, text_features, logit_scale, normalize=False, group=group)
     assert isinstance(loss, Tensor)
-    if logit_bias is not None:
+    if isinstance(logit_bias, Tensor):
         loss = loss + 0.0 * logit_bias.sum()
     return {"contrastive_loss": loss} if output_dict else loss
 

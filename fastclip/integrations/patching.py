@@ -21,12 +21,13 @@ logger = logging.getLogger(__name__)
 
 _RELATIVE = 1e-9  # of losses and gradients, in float64
 _originals: dict[str, dict[type, Callable[..., Any]]] = {}  # by package
+_installed: dict[type, Callable[..., Any]] = {}
 
 
 def unpatch() -> None:
     """Undo every patch of `fastclip.integrations`: each class has the very forward it had before. Without one, nothing.
 
-    A forward that something else has put there since goes with ours.
+    A forward that something else has put there since goes with ours, and a warning says so.
     """
     for package in [*_originals]:
         _restore(package)
@@ -37,16 +38,28 @@ def replace(package: str, forwards: Mapping[type, Callable[..., Any]]) -> None:
     _restore(package)
     _originals[package] = {owner: vars(owner)["forward"] for owner in forwards}
     for owner, forward in forwards.items():
-        owner.forward = forward  # type: ignore[attr-defined]
+        owner.forward = _installed[owner] = forward  # type: ignore[attr-defined]
 
 
 def original(package: str, owner: Any) -> Callable[..., Any]:
-    """The forward of the class without the patch."""
-    return _originals.get(package, {}).get(owner) or vars(owner)["forward"]
+    """The forward of the class without the patch.
+
+    Raises:
+        RuntimeError: something else has put another there since.
+    """
+    known = _originals.get(package, {}).get(owner)
+    if known is not None and vars(owner)["forward"] is not _installed[owner]:
+        raise RuntimeError(
+            f"{package}'s {owner.__name__}.forward was replaced by something else since it was patched: undo that, or "
+            "call fastclip.integrations.unpatch, which undoes both"
+        )
+    return known or vars(owner)["forward"]
 
 
 def _restore(package: str) -> None:
     for owner, forward in _originals.pop(package, {}).items():
+        if vars(owner)["forward"] is not _installed[owner]:
+            logger.warning("what has replaced the patched %s.forward of %s is undone, too", owner.__name__, package)
         owner.forward = forward  # type: ignore[attr-defined]
 
 

@@ -67,6 +67,7 @@ def cached_step(
         raise ValueError("cached_step needs at least one micro-batch")
     if modules is None:
         modules = [forward] if isinstance(forward, nn.Module) else []
+    modules = [modules] if isinstance(modules, nn.Module) else list(modules)
 
     anywhere = [torch.empty(0, device=d) for d in {p.device for module in modules for p in module.parameters()}]
     states, found = [], []
@@ -184,8 +185,18 @@ def _no_exchange(modules: Sequence[nn.Module]) -> Iterator[None]:
     """DistributedDataParallel and FSDP leave gradients where they are."""
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(_left_alone(module))
+            for one in _exchanging(module):
+                stack.enter_context(_left_alone(one))
         yield
+
+
+def _exchanging(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost that exchange gradients: the module, or towers in it that are wrapped one by one."""
+    if hasattr(module, "no_sync") or hasattr(module, "set_requires_gradient_sync"):
+        yield module
+        return
+    for child in module.children():
+        yield from _exchanging(child)
 
 
 @contextmanager

@@ -55,8 +55,15 @@ PROMISES = [
         "Gradient caching under DDP exchanges gradients once a step",
         tests=[
             "training/test_cached_step.py::test_ddp_exchanges_once",
+            "training/test_cached_step.py::test_towers_in_a_module_exchange_once",
         ],
         breaks=[
+            Break(
+                "cached: towers that are wrapped one by one exchange every micro-batch",
+                "fastclip/training/cached.py",
+                old="for one in _exchanging(module):",
+                new="for one in [module]:",
+            ),
             Break(
                 "cached: every micro-batch is exchanged",
                 "fastclip/training/cached.py",

@@ -203,3 +203,34 @@ def test_towers_of_a_subclass_are_asked_as_before() -> None:
         torch.testing.assert_close(losses(model, clip_batch()), expected, rtol=1e-5, atol=1e-6)
         assert model(**clip_batch(), return_loss=True).logits_per_image is None
         unpatch()
+
+
+def test_patch_on_top_of_a_patch_is_not_lost_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    """A second call would put fastclip's in its place; `unpatch` says what it takes away."""
+    before = open_clip.loss.ClipLoss.forward
+    patch_open_clip()
+    ours = open_clip.loss.ClipLoss.forward
+
+    def forward(self: Any, *args: Any) -> Any:
+        return 2 * ours(self, *args)
+
+    open_clip.loss.ClipLoss.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"ClipLoss\.forward was replaced by something else since it was patched"):
+        patch_open_clip()
+    assert open_clip.loss.ClipLoss.forward is forward and not caplog.records
+    unpatch()
+    assert open_clip.loss.ClipLoss.forward is before
+    assert [record.getMessage() for record in caplog.records] == [
+        "what has replaced the patched ClipLoss.forward of open_clip is undone, too"
+    ]
+    caplog.clear()
+    patch_open_clip()
+    patch_open_clip()
+    unpatch()
+    assert not caplog.records
+
+
+def test_bias_that_is_a_number_changes_nothing() -> None:
+    """As in open_clip, whose softmax does not see it either."""
+    inputs = batch_of(None)
+    torch.testing.assert_close(fastclip.ClipLoss()(*inputs, 3.0), open_clip.loss.ClipLoss()(*inputs, 3.0))

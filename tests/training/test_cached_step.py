@@ -286,7 +286,23 @@ def ddp_reads_untold(rank: int, micro_batches: Any) -> Any:
     return [p.grad for p in model.parameters()]
 
 
-BY_ITSELF = {"ddp": ddp_reads, "ddp, not told": ddp_reads_untold}
+def towers_exchange_once(rank: int, micro_batches: Any) -> Any:
+    """Each wrapped by itself; another number of micro-batches on each rank, which would wait for each other."""
+    model = Pair()
+    model.image, model.text = (nn.parallel.DistributedDataParallel(x) for x in (model.image, model.text))
+    exchanged = []
+
+    def hook(state, bucket):
+        exchanged.append(bucket.buffer().numel())
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    for tower in (model.image, model.text):
+        tower.register_comm_hook(None, hook)
+    cached_step(model, micro_batches, lambda *x: fastclip.sigmoid_loss(*x, group=dist.group.WORLD))
+    return [p.grad for p in model.parameters()], sum(exchanged)
+
+
+BY_ITSELF = {"ddp": ddp_reads, "ddp, not told": ddp_reads_untold, "towers": towers_exchange_once}
 
 
 def work(rank: int, W: int, folder: str) -> None:
@@ -351,3 +367,27 @@ def test_ddp_averages_what_the_loss_reads_by_itself(name: str, ranks: list[Any])
     for *_, found in ranks:
         for ours, p in zip(found[name], model.parameters()):
             torch.testing.assert_close(ours, p.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_towers_in_a_module_exchange_once(ranks: list[Any]) -> None:
+    model = Pair()
+    fastclip.sigmoid_loss(*model(*rows())).backward()
+    towers = [*model.image.parameters(), *model.text.parameters()]
+    for *_, found in ranks:
+        grads, exchanged = found["towers"]
+        assert exchanged == sum(p.numel() for p in towers)
+        scalars = {p.shape for p in (model.log_scale, model.bias)}
+        for ours, p in zip(grads, model.parameters()):
+            if p.shape not in scalars:  # the caller's to average
+                torch.testing.assert_close(ours, p.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [iter, lambda modules: modules[0]], ids=["iterator", "module"])
+def test_modules_of_any_kind(kind: Callable[[Any], Any]) -> None:
+    """What a pass does to their buffers is undone in the second."""
+    batches = cut(*rows())[:3]
+    models = [Pair(norm=True), Pair(norm=True)]
+    cached_step(lambda *x: models[0](*x), batches, clip, modules=kind([models[0]]))
+    kept_whole(clip, batches)(models[1])
+    for ours, true in zip(models[0].buffers(), models[1].buffers()):
+        torch.testing.assert_close(ours, true)
