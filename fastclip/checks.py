@@ -43,6 +43,11 @@ def check_features(
     for name, x in (("image_features", image), ("text_features", text)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if type(x).__name__ == "DTensor":
+            raise TypeError(f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local(), and its group=")
+        if x.layout != torch.strided or x.is_nested:
+            layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            raise TypeError(f"{name} must be a dense tensor, got a {layout} one: pass {name}.to_dense()")
 
     def both() -> str:  # only for errors: under torch.compile the shapes may be symbols
         return f"{describe('image_features', image)} and {describe('text_features', text)}"
@@ -154,6 +159,8 @@ def scalar(name: str, value: Any, image: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # a product, for `full` would write the number into the graph
             return image.new_ones((), dtype=dtype) * value
         return image.new_full((), value, dtype=dtype)
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real: {describe(name, value)}")
     if value.numel() != 1:

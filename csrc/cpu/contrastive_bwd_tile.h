@@ -53,6 +53,7 @@ inline Term term(const float* d, const float* lse, int64_t k) {
 struct OneExp {  // E (a_i + b_j)
   const float* b;
   Simd::F offset, a;
+  static constexpr bool coarse = false;
   template <class Lanes>
   Simd::F operator()(int64_t j, Lanes lanes, const Logits& logits) const {
     return Simd::mul(exp2(logits.minus(j, lanes, offset)), Simd::add(a, load(lanes, b + j)));
@@ -62,6 +63,7 @@ struct OneExp {  // E (a_i + b_j)
 struct TwoExp {
   const float *d, *lse;  // of the columns
   Simd::F d_row, lse_row;
+  bool coarse;
   template <class Lanes>
   Simd::F operator()(int64_t j, Lanes lanes, const Logits& logits) const {
     const Simd::F in_row = exp2(logits.minus(j, lanes, lse_row));
@@ -75,7 +77,7 @@ template <class Keep, class Negative, class Positive>
 float bwd_row(const Tile& t, const BwdSide& image, const BwdSide& text, int64_t i, const Keep& keep_i,
               const Negative& negative, const Positive& positive) {
   float* dot = t.dot + i * t.row_stride;
-  const Logits logits(t, image, text, i);
+  const Logits logits(t, image, text, i, negative.coarse);
   const Simd::F inv_norm = Simd::set1(image.inv_norm[i]), zero = Simd::set1(0.0f);
   Simd::F d_scale = zero;
   for_columns(t.N, [&](int64_t j, auto lanes) {
@@ -92,7 +94,9 @@ float bwd_row(const Tile& t, const BwdSide& image, const BwdSide& text, int64_t 
 template <class Row>
 double bwd_rows(const Tile& t, const BwdSide& image, const BwdSide& text, const Row& row) {
   double d_scale = 0.0;
-  const Spread s = spread(image.neg, t.M, text.neg, t.N);
+  const bool coarse = any_coarse(image.neg, t.M) | any_coarse(text.neg, t.N);
+  Spread s = spread(image.neg, t.M, text.neg, t.N);
+  s.close &= !coarse;
   const float offset = s.top == kNegInf ? 0.0f : s.top;
   float col_d[kTileN], col_lse[kTileN];
   for (int64_t j = 0; j < t.N; ++j) {
@@ -105,7 +109,7 @@ double bwd_rows(const Tile& t, const BwdSide& image, const BwdSide& text, const 
     if (s.close) {
       d_scale += row(i, OneExp{col_d, Simd::set1(offset), Simd::set1(r.relative_to(offset))});
     } else {
-      d_scale += row(i, TwoExp{col_d, col_lse, Simd::set1(r.d), Simd::set1(r.lse)});
+      d_scale += row(i, TwoExp{col_d, col_lse, Simd::set1(r.d), Simd::set1(r.lse), coarse});
     }
   }
   return d_scale;
@@ -119,11 +123,12 @@ double labelled_bwd_tile(const Tile& t, const BwdSide& image, const BwdSide& tex
     const Term c = term(text.d_pos_lse, text.pos_lse, j);
     col_d[j] = c.d, col_lse[j] = c.lse;
   }
+  const bool coarse = any_coarse(image.pos_lse, t.M) | any_coarse(text.pos_lse, t.N);
   return bwd_rows(t, image, text, [&](int64_t i, const auto& negative) {
     const Term r = term(image.d_pos_lse, image.pos_lse, i);
-    const TwoExp softmax{col_d, col_lse, Simd::set1(r.d), Simd::set1(r.lse)};
+    const TwoExp softmax{col_d, col_lse, Simd::set1(r.d), Simd::set1(r.lse), coarse};
     const Simd::F d_row = Simd::set1(image.d_pos[i]);
-    const Logits logits(t, image, text, i);
+    const Logits logits(t, image, text, i, coarse);
     const Same same_i = same.row(i);
     const auto positive = [&](int64_t j, auto lanes, Simd::F g) {
       const Simd::Mask here = same_i(j, mask_of(lanes));

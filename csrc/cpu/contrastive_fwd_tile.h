@@ -84,8 +84,9 @@ void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, 
   maxima(t, image, text, keep, row.max, col.max);
   for (int64_t i = 0; i < t.M; ++i) row.max[i] = offset_of(row.max[i]);
   for (int64_t j = 0; j < t.N; ++j) col.max[j] = offset_of(col.max[j]), col.sum[j] = 0.0f;
+  const bool coarse = any_coarse(row.max, t.M) | any_coarse(col.max, t.N);
   for (int64_t i = 0; i < t.M; ++i) {
-    const Logits logits(t, image, text, i);
+    const Logits logits(t, image, text, i, coarse);
     const auto keep_i = keep.row(i);
     const Simd::F offset = Simd::set1(row.max[i]), zero = Simd::set1(0.0f);
     Simd::F sum = zero;

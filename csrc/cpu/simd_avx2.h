@@ -42,6 +42,11 @@ struct Simd {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  // A product as it is: else the compiler makes one operation of it and the sum that follows, rounded once.
+  static F rounded(F a) {
+    __asm__("" : "+x"(a));
+    return a;
+  }
 
   static Mask not_negative(F x) { return _mm256_castps_si256(_mm256_cmp_ps(x, set1(0.0f), _CMP_GE_OQ)); }
 

@@ -36,6 +36,11 @@ struct Simd {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  // A product as it is: else the compiler makes one operation of it and the sum that follows, rounded once.
+  static F rounded(F a) {
+    __asm__("" : "+v"(a));
+    return a;
+  }
 
   static Mask not_negative(F x) { return _mm512_cmp_ps_mask(x, set1(0.0f), _CMP_GE_OQ); }  // no for NaN
 

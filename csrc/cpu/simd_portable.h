@@ -96,6 +96,13 @@ struct Simd {
   static F max(F a, F b) {  // b where either is NaN, as the x86 instruction
     return floats([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; });
   }
+  // A product as it is: else a compiler may make one operation of it and the sum that follows, rounded once.
+  static F rounded(F a) {
+    return floats([&](int k) {
+      const volatile float x = a.v[k];
+      return x;
+    });
+  }
 
   static Mask not_negative(F x) {
     return mask([&](int k) { return x.v[k] >= 0.0f; });

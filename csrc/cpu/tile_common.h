@@ -76,16 +76,28 @@ inline void for_columns(int64_t N, Body body) {
   if (j < N) body(j, Simd::first(N - j));
 }
 
+// From here on what rounds a logit may be as large as the range of exp2: then a logit must be rounded before it is
+// compared with the largest of them, or the largest itself could vanish or overflow.
+constexpr float kCoarse = 0x1p27f;
+
+inline bool any_coarse(const float* x, int64_t size) {
+  bool coarse = false;
+  for (int64_t k = 0; k < size; ++k) coarse |= (x[k] >= kCoarse) | ((x[k] <= -kCoarse) & (x[k] != kNegInf));
+  return coarse;
+}
+
 // The logits of row i, z in units of log 2.
 struct Logits {
   const float *dot, *col_factor;
   Simd::F row_factor, row_factor_low;
+  bool coarse;
   template <class Side>
-  Logits(const Tile& t, const Side& image, const Side& text, int64_t i)
+  Logits(const Tile& t, const Side& image, const Side& text, int64_t i, bool coarse = false)
       : dot(t.dot + i * t.row_stride),
         col_factor(text.factor),
         row_factor(Simd::set1(image.factor[i])),
-        row_factor_low(Simd::set1(image.factor_low[i])) {}
+        row_factor_low(Simd::set1(image.factor_low[i])),
+        coarse(coarse) {}
 
   template <class Lanes>
   Simd::F operator()(int64_t j, Lanes lanes) const {
@@ -94,6 +106,7 @@ struct Logits {
   // z - offset, rounded once where there is FMA: the digits of a small difference of large numbers.
   template <class Lanes>
   Simd::F minus(int64_t j, Lanes lanes, Simd::F offset) const {
+    if (coarse) return Simd::sub(Simd::rounded((*this)(j, lanes)), offset);
     return Simd::fms(half(j, lanes), load(lanes, col_factor + j), offset);
   }
 

@@ -160,6 +160,16 @@ def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> Non
     assert error < kind.tolerance(3e-6, 2e-3)
 
 
+@pytest.mark.parametrize("scale", [1e8, 3e9, 1e20, -1e13])
+@pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
+@each_kind(wide(CPU_KINDS))
+def test_enormous_scales_accurate(kind: Kind, labels: bool, scale: float) -> None:
+    """What rounds such a logit is more than exp2 can hold: neither may it become infinite, nor a maximum nothing."""
+    image, text = kind.pairs(70, 70, 16)
+    y = (torch.arange(70) % 23,) * 2 if labels else None
+    check(kind.loss(labels=y), image, text, scale, labels=y, base_line=False)
+
+
 @pytest.mark.parametrize(("size", "factor"), [(1.0, 2.0**16), (300.0, 2.0**16), (2.0**-8, 2.0**-10)])
 @each_kind(fp16(KINDS))
 def test_fp16_weights_do_not_flush(kind: Kind, size: float, factor: float) -> None:

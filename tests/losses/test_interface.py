@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fastclip
 from fastclip._backends import cpu
+from fastclip._backends.cpu import blocks, contrastive
 from support.accuracy import pairs
 
 IMAGE, TEXT = torch.randn(4, 8), torch.randn(4, 8)
@@ -28,6 +29,10 @@ NAMES_BOTH = r"image_features \({}\) {} on cpu and text_features \({}\) {} on {}
 
 def both(image: str, text: str, image_dtype: str = "float32", text_dtype: str = "float32", device: str = "cpu") -> str:
     return NAMES_BOTH.format(image, image_dtype, text, text_dtype, device)
+
+
+def nested(x: Tensor) -> Tensor:
+    return torch.nested.as_nested_tensor(list(x), layout=torch.jagged)
 
 
 ERRORS = {
@@ -41,6 +46,8 @@ ERRORS = {
     "integers": (IMAGE.long(), TEXT, {}, TypeError, both("4, 8", "4, 8", "int64")),
     "complex": (IMAGE, TEXT.to(torch.complex64), {}, TypeError, both("4, 8", "4, 8", text_dtype="complex64")),
     "float8": (IMAGE.to(torch.float8_e4m3fn), TEXT.to(torch.float8_e4m3fn), {}, TypeError, "float16 or float64"),
+    "sparse": (IMAGE.to_sparse(), TEXT, {}, TypeError, r"dense tensor, got a sparse_coo one: pass .*\.to_dense\(\)"),
+    "nested": (IMAGE, nested(TEXT), {}, TypeError, r"text_features must be a dense tensor, got a nested one"),
     "devices": (IMAGE, TEXT.to("meta"), {}, ValueError, both("4, 8", "4, 8", device="meta")),
     "numpy": (IMAGE.numpy(), TEXT, {}, TypeError, r"image_features must be a torch\.Tensor, got ndarray"),
     "several scales": (IMAGE, TEXT, {"logit_scale": torch.ones(2)}, ValueError, r"one element: logit_scale \(2,\)"),
@@ -311,6 +318,32 @@ def test_sigmoid_misfit_raises_before_any_work(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(cpu, "sigmoid_fwd", lambda *_: pytest.fail("the kernels were called"))
     with pytest.raises(error, match=message):
         fastclip.sigmoid_loss(image, text, **{"logit_scale": 10.0, "logit_bias": -10.0, **options})
+
+
+@pytest.mark.fault("torch.set_default_dtype", "the same numbers")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_default_dtype_changes_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def results() -> list[Tensor]:
+        found: list[Tensor] = []
+        for backend in ("cpu", "reference"):
+            for features in (torch.float32, torch.bfloat16):
+                image, text = (x.to(features).requires_grad_() for x in (IMAGE.detach(), TEXT.detach()))
+                loss = fastclip.contrastive_loss(image, text, label_smoothing=0.1, backend=backend)
+                loss = loss + fastclip.sigmoid_loss(image, text, 10.0, -10.0, backend=backend)
+                found += [loss.detach(), *torch.autograd.grad(loss, (image, text))]
+                found += fastclip.contrastive_stats(image, text, backend=backend)
+        return found
+
+    expected = results()
+    monkeypatch.setattr(blocks, "workspace", blocks._Workspace())
+    monkeypatch.setattr(contrastive, "workspace", blocks.workspace)
+    torch.set_default_dtype(dtype)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
 
 
 @pytest.mark.parametrize("number", [np.float32(0.25), np.array(0.25), Fraction(1, 4), torch.tensor(0.25)], ids=repr)

@@ -67,7 +67,7 @@ class Features:
         if self.x.dtype == torch.float32:
             return self.x[start:stop]
         if self.block is None or self.block.shape[0] < stop - start:
-            self.block, self.in_block = torch.empty(stop - start, self.x.shape[1]), None
+            self.block, self.in_block = torch.empty(stop - start, self.x.shape[1], dtype=torch.float32), None
         rows = self.block[: stop - start]
         if self.in_block != (start, stop):
             rows.copy_(self.x[start:stop])
@@ -102,7 +102,7 @@ class _Workspace(threading.local):
         if self.buffer is None or self.buffer.numel() < size or self.buffer.numel() * 4 > _env.workspace_bytes():
             self.forget()
             self.buffer = None  # freed before the new one is made
-            self.buffer = torch.empty(size)
+            self.buffer = torch.empty(size, dtype=torch.float32)
         return self.buffer
 
     def keep(self, owner: Tensor, block: Block) -> None:
@@ -169,8 +169,9 @@ class Plan:
         """
         D = self.image.x.shape[1]
         # fp32 gradients are accumulated where they are returned
-        raw_text = d_text if d_text is None or d_text.dtype == torch.float32 else torch.empty(self.N, D)
-        raw_rows = None if d_image is None or d_image.dtype == torch.float32 else torch.empty(self.block_m, D)
+        fp32 = torch.float32
+        raw_text = d_text if d_text is None or d_text.dtype == fp32 else torch.empty(self.N, D, dtype=fp32)
+        raw_rows = None if d_image is None or d_image.dtype == fp32 else torch.empty(self.block_m, D, dtype=fp32)
         # In the opposite order of the forward pass, whose last block may still be in the workspace
         for block in reversed(self.blocks()):
             i0, i1, j0, j1 = block

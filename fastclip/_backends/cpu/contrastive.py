@@ -33,7 +33,7 @@ class _State:
         self.neg_max, self.neg_sum, self.pos, self.pos_max, self.pos_sum = torch.zeros(5, size, dtype=torch.float64)
         names = ("neg_max", "neg_sum", "pos", "pos_max", "pos_sum")
         tensors = {**factors, "label": label, **{name: getattr(self, name) for name in names}}
-        tops = torch.full((2, size if maxima else 0), -torch.inf)
+        tops = torch.full((2, size if maxima else 0), -torch.inf, dtype=torch.float32)
         self.neg_top, self.pos_top = tops
         tensors["neg_top"] = self.neg_top if maxima else None
         tensors["pos_top"] = self.pos_top if maxima and self.has_labels else None
@@ -101,10 +101,13 @@ class _Weights:
 
 
 def _exact_weight(lse: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 (lse, d) in units of log 2 with the same d exp(z - lse): what rounding takes from lse goes into d."""
+    """fp32 (lse, d) in units of log 2 with the same d exp(z - lse): what rounding takes from lse goes into d.
+
+    Beyond 2^40 nothing does: a float64 has no digits left there for what may be lost.
+    """
     exact = lse.double() * _LOG2E
     rounded = exact.float()
-    lost = torch.where(rounded.isfinite(), exact - rounded, 0.0)
+    lost = torch.where(rounded.abs() < 2.0**40, exact - rounded, 0.0)
     return rounded, (d.double() * torch.exp2(-lost)).float()
 
 
