@@ -89,7 +89,8 @@ def contrastive_loss(
             texts pass from rank to rank while the block before computes: a rank holds a few shards of them.
         equal_shards: promises that all shards are of one size and all options the same, which is else exchanged
             before every call and waited for: for CUDA graphs and ``torch.compile(fullgraph=True)``.
-        backend: a name from `fastclip.backends()`; None takes the best that serves these features.
+        backend: a name from `fastclip.backends()`; None takes the best that serves these features, and the reference
+            (dense torch, which stores the matrix) under torch.func's transforms and for forward-mode derivatives.
 
     Returns:
         A scalar, or with "none" two vectors; float32, for float64 features float64.
@@ -105,7 +106,7 @@ def contrastive_loss(
         ValueError: shapes, devices, options or labels that do not fit, or no positive pair at all (that last one on
             a CPU outside torch.compile; elsewhere the loss is 0).
         TypeError: features that are not floating tensors of one dtype, labels that are not integers.
-        RuntimeError: an explicit backend that cannot serve; a group without torch.distributed.
+        RuntimeError: an explicit backend that cannot serve; a group without torch.distributed, or under torch.func.
 
     With ``group`` a rank whose arguments do not fit raises its own error and every other rank a ValueError that tells
     it; where ranks disagree in D, dtype, scale or options, all raise. With ``equal_shards`` nobody tells the others,

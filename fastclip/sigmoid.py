@@ -45,7 +45,8 @@ def sigmoid_loss(
         group, comm, equal_shards: the loss over the shards of several processes, as in `contrastive_loss`: a rank
             returns the sum over its images' pairs with all texts, divided by the mean number of images of a rank
             ("sum": times the ranks).
-        backend: a name from `fastclip.backends()`; None takes the best that serves these features.
+        backend: a name from `fastclip.backends()`; None takes the best that serves these features, and the reference
+            (dense torch, which stores the matrix) under torch.func's transforms and for forward-mode derivatives.
 
     Returns:
         A scalar; float32, for float64 features float64.
@@ -53,7 +54,7 @@ def sigmoid_loss(
     Raises:
         ValueError: shapes, devices or options that do not fit.
         TypeError: features that are not floating tensors of one dtype.
-        RuntimeError: an explicit backend that cannot serve; a group without torch.distributed.
+        RuntimeError: an explicit backend that cannot serve; a group without torch.distributed, or under torch.func.
     """
     group = check_group(group)
     with reported(group, equal_shards, image_features):
