@@ -20,9 +20,9 @@ def prepare_streams() -> None:
     a library writes. What an encoding lacks is escaped, as ``\\u2026``; bytes of names that are not UTF-8 stay as they
     are.
     """
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # 0, 1, 2: the lowest free number is taken
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(_null(number), mode))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     codecs.register_error(_ESCAPES, _escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -32,20 +32,7 @@ def prepare_streams() -> None:
 def leave_stdout() -> None:
     """Write no more to stdout, which nobody reads: the interpreter's end would complain of what is buffered."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(_null(), sys.stdout.fileno())
-
-
-def _null(number: int | None = None) -> int:
-    """/dev/null, opened under this number where it is free."""
-    handle = os.open(os.devnull, os.O_RDWR)
-    if number in (None, handle):
-        return handle
-    with contextlib.suppress(OSError):
-        os.fstat(number)
-        return handle  # somebody has it already
-    os.dup2(handle, number)
-    os.close(handle)
-    return number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:

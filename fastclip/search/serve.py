@@ -45,7 +45,11 @@ def make_server(engine: SearchEngine, *, port: int = 0) -> ThreadingHTTPServer:
     Raises:
         OSError: the port is taken.
     """
-    return ThreadingHTTPServer((_LOOPBACK, port), partial(_Handler, engine, threading.Semaphore(_DECODERS)))
+    handler = partial(_Handler, engine, threading.Semaphore(_DECODERS))
+    try:
+        return ThreadingHTTPServer((_LOOPBACK, port), handler)
+    except OSError as error:
+        raise OSError(f"port {port} of {_LOOPBACK}: {error.strerror}; --port 0 takes any free one") from error
 
 
 class _Refused(Exception):

@@ -90,6 +90,8 @@ class FinetuneOptions:
         for name in ("epochs", "lr", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad must be between 0 and 1, got {self.max_bad}")
         for name in ("weight_decay", "warmup", "seed", "workers"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")

@@ -199,11 +199,13 @@ def test_folder_of_something_else_is_refused(whole: Finetuned, digits: Subset, t
         run(whole.folder, digits, "RN-tiny")
     with pytest.raises(ValueError, match="samples was 96, is 50"):
         run(whole.folder, Subset(digits, range(50)))
+    with pytest.raises(ValueError, match=r"another fine-tuning: order and captions was \w+, is \w+; give"):
+        run(whole.folder, Subset(digits, [*range(1, 96), 0]))
     (tmp_path / "mine").write_text("x")
     with pytest.raises(ValueError, match="is not empty and holds no fine-tuning"):
         run(tmp_path, digits)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    for wrong in ({"batch_size": 0}, {"lr": 0.0}, {"epochs": math.nan}, {"warmup": -1}):
+    for wrong in ({"batch_size": 0}, {"lr": 0.0}, {"epochs": math.nan}, {"warmup": -1}, {"max_bad": 7.0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must "):
             FinetuneOptions(**wrong)  # type: ignore[arg-type]
 
