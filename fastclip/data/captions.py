@@ -65,11 +65,11 @@ def first_captions(readers: Iterable[Callable[[], tuple[str, ...]]]) -> tuple[st
 
 
 def given_captions(value: Any, key: str, what: str = "its caption") -> tuple[str, ...]:
-    """The captions among a string or a list of strings, without white space at their ends.
+    """The captions among a string or a list of strings, without white space at their ends; None is no caption.
 
     Raises BadSample with `key` for another kind of value, text that is not Unicode, or where nothing is left.
     """
-    captions = value if isinstance(value, (list, tuple)) else ["" if value is None else value]
+    captions = [text for text in (value if isinstance(value, (list, tuple)) else [value]) if text is not None]
     if not all(isinstance(text, str) for text in captions):
         raise BadSample("damaged caption", key, f"{what} must be a string or a list of strings, is {value!r:.100}")
     given = tuple(text for text in map(str.strip, captions) if text)

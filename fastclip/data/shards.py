@@ -103,7 +103,7 @@ class Shards:
         found = zip(paths, names or paths, index_shards(paths, names or paths, problems), strict=True)
         used = [(path, name, index) for path, name, index in found if index is not None]
         if not used:
-            raise ValueError(f"{spec}: none of {len(paths)} shards can be used")
+            raise ValueError(problems.pop() if problems else f"{spec}: none of {len(paths)} shards can be used")
         self._paths, self._names, indices = zip(*used, strict=True)
         self._stamps = [index.stamp for index in indices]
         self._rows = np.concatenate([index.rows for index in indices])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -373,7 +374,7 @@ def test_check_reads_the_parts_beside_dead_ones(tmp_path: Path, capsys: pytest.C
     parts = [f"{tmp_path}/t.csv", f"2*{tmp_path}/f", "memory://none/{0,1}.tar", f"{tmp_path}/none"]
     assert cli.main(["data", "check", "::".join(parts), "--workers", "0"]) == 1
     told = capsys.readouterr().out
-    assert "samples           4" in told and told.count("damaged  ") == 5
+    assert "samples           4" in told and told.count("damaged  ") == 4
     for line in (
         "t.csv, line 2: unexpected end of data",
         "memory://none/1.tar: cannot be copied",
@@ -384,6 +385,12 @@ def test_check_reads_the_parts_beside_dead_ones(tmp_path: Path, capsys: pytest.C
     assert "t.csv, line 2: unexpected end of data; there is no folder" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unexpected end of data"):
         open_source("::".join(parts))
+    (tmp_path / "x.tar").write_bytes(b"")
+    assert cli.main(["data", "check", f"{tmp_path}/x.tar", "--workers", "0"]) == 1
+    reason = "not a tar file, or one that is cut off: empty file"
+    assert capsys.readouterr().err.endswith(f"fastclip data: {tmp_path}/x.tar: {reason}\n")
+    assert cli.main(["data", "check", "memory://none/0.tar", "--workers", "0"]) == 1
+    assert re.fullmatch(r"fastclip data: memory://none/0.tar: cannot be copied: [^;\n]*\n", capsys.readouterr().err)
 
 
 def test_check_goes_on_where_a_shard_goes_away(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_compressed_shard_is_called_so(tmp_path: Path, magic: bytes, name: str) 
 
 
 def test_text_that_is_empty_gives_way(tmp_path: Path) -> None:
-    members = [("a.png", picture(0)), ("a.txt", b" "), ("a.json", b'{"caption": ["x", "y"]}')]
+    members = [("a.png", picture(0)), ("a.txt", b" "), ("a.json", b'{"caption": ["x", null, "y"]}')]
     members += [("b.png", picture(0)), ("b.txt", b""), ("b.json", b'{"text": "z", "url": ""}')]
     source = open_source(str(write_tar(tmp_path / "x.tar", members)))
     assert source.captions(0) == source[0].captions == ("x", "y")
