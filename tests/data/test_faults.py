@@ -491,14 +491,6 @@ def test_tally_shows_causes_with_their_first_keys() -> None:
     assert tally.total == 7 and str(tally) == "6 no caption (1.jpg, 2.jpg, 3.jpg ...), 1 not an image (5.jpg)"
 
 
-def test_names_that_no_terminal_prints_are_quoted() -> None:
-    keys = ["a b.jpg", "\x1b[31m.jpg", "a\nb.jpg", "\udcff.jpg"]
-    expected = ["a b.jpg", r"'\x1b[31m.jpg'", r"'a\nb.jpg'", r"'\udcff.jpg'"]
-    for key, text in zip(keys, expected, strict=True):
-        assert str(BadSample("x", key, "no")) == f"{text}: no"
-        assert str(Tally([Fault("x", key, "no")])) == f"1 x ({text})"
-
-
 def test_bad_sample_goes_through_a_pickle() -> None:
     bad = pickle.loads(pickle.dumps(BadSample("no caption", "a.jpg", "it has none")))
     assert bad.fault == Fault("no caption", "a.jpg", "it has none") and str(bad) == "a.jpg: it has none"

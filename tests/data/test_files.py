@@ -14,7 +14,8 @@ from support.faulty import picture
 
 needs("train")
 
-from fastclip.data import BadSample, open_source
+from fastclip.data import BadSample, Fault, open_source
+from fastclip.data.faults import Tally
 from fastclip.data.files import read_file, walk
 
 
@@ -137,3 +138,11 @@ def test_heif_without_its_library_is_counted(tmp_path: Path, monkeypatch: pytest
     source = open_source(str(tmp_path))
     with pytest.raises(BadSample, match=r"1\.HEIC: not a picture that can be read: HEIF needs pillow-heif"):
         source[1]
+
+
+def test_names_that_no_terminal_prints_are_quoted() -> None:
+    keys = ["a b.jpg", "\x1b[31m.jpg", "a\nb.jpg", "\udcff.jpg"]
+    expected = ["a b.jpg", r"'\x1b[31m.jpg'", r"'a\nb.jpg'", r"'\udcff.jpg'"]
+    for key, text in zip(keys, expected, strict=True):
+        assert str(BadSample("x", key, "no")) == f"{text}: no"
+        assert str(Tally([Fault("x", key, "no")])) == f"1 x ({text})"
