@@ -47,10 +47,14 @@ def owned_files(args: argparse.Namespace, *names: str) -> Iterator[None]:
     """
     from fastclip.owner import output_path, owned_file
 
+    options: dict[str, str] = {}  # by the file that they give
     with ExitStack() as stack:
         for name in names:
             if (file := getattr(args, name)) is not None:
-                check_apart(file, _given(args, _FILES), option="--" + name.replace("_", "-"))
+                option = "--" + name.replace("_", "-")
+                if (other := options.setdefault(os.path.realpath(output_path(file)), option)) != option:
+                    raise ValueError(f"{other} and {option} are both {file}: name two files")
+                check_apart(file, _given(args, _FILES), option=option)
                 stack.enter_context(owned_file(file, force=args.force))
                 setattr(args, name, output_path(file))
         yield

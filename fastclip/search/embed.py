@@ -101,7 +101,7 @@ def embed_source(
         if told is not None and told.contents == contents and all(file.is_file() for file in vectors):
             kept += 1
         else:
-            changed += told is not None
+            changed += told is not None and told.contents != contents
             store = FeatureStore(embedder, [contents], folder=output / _PARTS, owned=True)
             reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
             embed_pairs(embedder, part, store, partial(_kept_of, dtype=_DTYPES[dtype]), first_caption=True, **reading)

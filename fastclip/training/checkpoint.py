@@ -41,6 +41,7 @@ from fastclip.training.optim import MovingAverage
 
 __all__ = [
     "Snapshot",
+    "check_room",
     "find_checkpoint",
     "latest_checkpoint",
     "load_checkpoint",
@@ -136,6 +137,23 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int | None = None)
         for older in _by_step(folder)[:-keep]:
             remove_folder(older)
     return path
+
+
+def check_room(folder: Path, model: nn.Module, *, ema: bool = False) -> None:
+    """Before a run begins: `folder` may hold checkpoints, and a first one of `model` fits on its disk.
+
+    Raises:
+        OSError: it does not, with the bytes, or ``folder`` is a file.
+    """
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, where the checkpoints' folder must be")
+    bytes_of = [(x.numel() * x.element_size(), x.requires_grad) for x in model.parameters()]
+    # Both optimisers keep two numbers for each that is trained
+    need = sum(size * (1 + ema + 2 * trained) for size, trained in bytes_of)
+    disk = shutil.disk_usage(folder.parent)
+    if disk.total > 0 and disk.free < need:  # some network file systems say 0
+        told = f"a checkpoint needs at least {need:,} bytes, and its disk has {disk.free:,} free"
+        raise OSError(f"{folder.parent} is too small for this run: {told}")
 
 
 def _check_space(folder: Path, snapshot: Snapshot) -> None:

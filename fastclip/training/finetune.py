@@ -35,6 +35,7 @@ from fastclip.models.transforms import image_transform, training_side
 from fastclip.owner import LOCK, owning
 from fastclip.reading import read_json
 from fastclip.training.checkpoint import (
+    check_room,
     latest_checkpoint,
     load_checkpoint,
     mend_checkpoints,
@@ -253,6 +254,8 @@ class _Run:
             first = load_checkpoint(path, self.classifier, self.optimizer)
             self.skipped.load(read_state(path, "skipped")["skipped"], path)
             logger.info("goes on from %s, after %d of %d steps", path, first, self.steps)
+        if first < self.steps:
+            check_room(checkpoints, self.classifier)
         set_aside_after(checkpoints, first)
         cut_metrics(self.folder / "metrics.jsonl", first)
         return first

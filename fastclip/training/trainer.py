@@ -29,6 +29,7 @@ from fastclip.models.transforms import image_transform, training_side
 from fastclip.owner import output_path
 from fastclip.training.building import build_loss, build_model, resolve, served_by
 from fastclip.training.checkpoint import (
+    check_room,
     find_checkpoint,
     load_checkpoint,
     mend_checkpoints,
@@ -304,6 +305,7 @@ class _Trainer:
                 raise ValueError(f"{path} has made {first} steps, and the schedule has {self.steps}: nothing is left")
         with one_for_all(self.world):
             if self.world.rank == 0:
+                check_room(checkpoints, self.model, ema=self.ema is not None)
                 if path is not None and path.parent.resolve() != checkpoints.resolve():
                     set_aside_run(self.folder)
                 set_aside_after(checkpoints, first)

@@ -109,6 +109,19 @@ def test_output_is_not_what_the_command_reads(tmp_path: Path, capsys: pytest.Cap
     check_apart(tmp_path, [str(table)])  # beside the data is no fault
 
 
+def test_two_outputs_are_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "eval",
+        "retrieval",
+        *EVAL,
+        "--output",
+        str(tmp_path / "r"),
+        "--details",
+        f"{tmp_path}/../{tmp_path.name}/r",
+    ]
+    assert "--output and --details are both" in refused(words, capsys) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links and pipes")
 def test_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
     """Not replaced: who runs as root would have a file in the place of /dev/null."""

@@ -166,6 +166,17 @@ def test_same_name_in_another_folder_is_another_call(
         embed_source(embedder, open_source("data"), tmp_path / "out")
 
 
+@pytest.mark.fault("a file of vectors was removed from what `fastclip embed` wrote", "the same call writes it again")
+def test_vectors_that_were_removed_are_written_again(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
+    part = Subset(digits, range(8))
+    assert embed_source(embedder, part, tmp_path, batch_size=8).kept == 0
+    file = tmp_path / "img_emb" / "img_emb_0.npy"
+    whole = file.read_bytes()
+    file.unlink()
+    assert embed_source(embedder, part, tmp_path, batch_size=8).kept == 0 and file.read_bytes() == whole
+    assert embed_source(embedder, part, tmp_path, batch_size=8).kept == 1
+
+
 def test_table_that_is_none_of_ours_is_named(embedder: Embedder, tmp_path: Path) -> None:
     source = open_source(str(write_folder(tmp_path / "data", 2)))
     embed_source(embedder, source, tmp_path / "out")

@@ -27,6 +27,7 @@ from fastclip.durable import check_manifest, new_folder, write_text
 from fastclip.training import checkpoint
 from fastclip.training.checkpoint import (
     Snapshot,
+    check_room,
     find_checkpoint,
     latest_checkpoint,
     mend_checkpoints,
@@ -258,6 +259,22 @@ def test_space_is_looked_at_before_writing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))  # not known
     write_snapshot(tmp_path, snapshot(1))
+
+
+@pytest.mark.fault(
+    "a disk that is too small for a checkpoint of the run", "said before the first step, with both sizes"
+)
+def test_room_for_a_checkpoint_is_looked_at_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(3, 2)  # 32 bytes
+    model.bias.requires_grad_(False)
+    free = 24 * 3 + 8
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, free=free))
+    check_room(tmp_path / "checkpoints", model)
+    with pytest.raises(OSError, match=r"a checkpoint needs at least 112 bytes, and its disk has 80 free"):
+        check_room(tmp_path / "checkpoints", model, ema=True)
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(NotADirectoryError, match="checkpoints is a file"):
+        check_room(tmp_path / "checkpoints", model)
 
 
 @pytest.mark.fault("an error while config.yaml, metrics.jsonl or model/ is written", "what was there before stays")
