@@ -55,8 +55,9 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert cli.main(words) == 1
     out, said = capsys.readouterr()
-    assert not out and said.count("\n") == 1, out + said
-    return said
+    lines = [line for line in said.splitlines() if "cores are busy" not in line]
+    assert not out and len(lines) == 1, out + said
+    return lines[0]
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, *FILES])
@@ -68,7 +69,8 @@ def test_output_that_cannot_be_is_named_before_any_work(
     place.write_text("kept")
     folder.mkdir()
     assert f"{place} is a file, not a folder" in refused([*words, str(place / "x" / "y.png")], capsys)
-    assert "must have a name" in refused([*words, ""], capsys)
+    if name != "train":  # whose options are never empty
+        assert "must have a name" in refused([*words, ""], capsys)
     wrong, said = (place, "is a file, not a folder") if name in FOLDERS else (folder, "is a folder: name a file")
     assert f"{wrong} {said}" in refused([*words, str(wrong)], capsys)
     assert place.read_text() == "kept" and set(tmp_path.rglob("*")) == {place, folder}

@@ -38,7 +38,7 @@ from fastclip.training.options import read_options
 ANYTHING = [b"", b"\xff", b"[" * 5000, b"[]", b"null", b"{}", b"1e999", b'"x"', b"\0" * 9, b'{"a": ' * 5000]
 NEEDED = ("options", "samples", "skipped", "param_groups", "ema_updates")
 STATE = {"step": 1, "options": {}, "samples": 2, "skipped": {}, "param_groups": [], "ema_updates": 0}
-STATS = {"a": 1, "successes": 1, "bytes": 2, "failures": {}, "failed": {}}
+STATS = {"a": 1, "content": "", "successes": 1, "bytes": 2, "failures": {}, "failed": {}}
 
 
 class Pictures:
@@ -46,6 +46,12 @@ class Pictures:
 
     def __len__(self) -> int:
         return 2
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return ("a",)
 
 
 def fine_tuned(file: Path) -> None:
@@ -92,8 +98,9 @@ READERS: dict[str, tuple[Callable[[Path], object], list[Any]]] = {
     "evaluations.json": (evaluated, [{"data": "pictures", "pictures": 2, "alphas": x} for x in (5, [], {"1": 2})]),
     "options.json": (lambda file: claim(file.parent, {"a": 1}, result="*.npy"), [{"a": []}]),
     "00000_stats.json": (
-        lambda file: _finished(file.parent, 0, {"a": 1}),
-        [{**STATS, name: "x"} for name in STATS if name not in ("bytes", "failed")] + [{**STATS, "failures": {"a": 1}}],
+        lambda file: _finished(file.parent, 0, {"a": 1}, ""),
+        [{**STATS, name: "x"} for name in STATS if name not in ("bytes", "failed", "content")]
+        + [{**STATS, "failures": {"a": 1}}],
     ),
     "metadata.parquet": (parquet(_told), [{"successes": x, "failures": x, "failed": x} for x in (1, [], "x")]),
     "broken.parquet": (_told, []),
