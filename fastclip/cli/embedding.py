@@ -6,6 +6,8 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
+from fastclip.cli.pictures import add_max_pixels
+
 if TYPE_CHECKING:
     from fastclip.models.embedder import Embedder
 
@@ -30,6 +32,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     """How pictures are read."""
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="pictures at a time (256)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read pictures (2)")
+    add_max_pixels(parser)
 
 
 def embedder_of(args: argparse.Namespace) -> Embedder:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastclip.cli.embedding import add_embedder_options
 from fastclip.cli.outputs import add_force, owned_files
+from fastclip.cli.pictures import add_max_pixels
 from fastclip.cli.printing import lone_names, shown
 from fastclip.cli.words import words_in_any_order
 
@@ -38,7 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("-f", "--filepath-only", action="store_true", help="print paths without scores")
     shown.add_argument("--json", action="store_true", help='print a list of {"path": ..., "score": ...}')
-    shown.add_argument("-0", "--print0", action="store_true", help="print paths that end in a zero byte, for xargs -0")
+    shown.add_argument("--print0", action="store_true", help="print paths that end in a zero byte, for xargs -0")
     parser.add_argument("-p", "--preview", action="store_true", help="show the pictures in the terminal (stderr)")
     parser.add_argument("--sheet", metavar="FILE", help="write the pictures side by side into FILE, a .png or .jpg")
     add_force(parser)
@@ -61,6 +62,7 @@ def add_index_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-b", "--batch-size", type=int, default=64, metavar="N", help="pictures embedded at a time (64)"
     )
+    add_max_pixels(parser)
     parser.add_argument("--workers", type=int, metavar="N", help="threads that read pictures; default: one a core")
 
 

@@ -16,7 +16,7 @@ from fastclip.data.identity import picture_places, picture_states
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
 from fastclip.evaluation.features import FeatureStore, ImageFeatures, image_features, text_features
-from fastclip.evaluation.retrieval import recalls, retrieval_ranks, top_items
+from fastclip.evaluation.retrieval import check_finite, recalls, retrieval_ranks, top_items
 from fastclip.models.embedder import Embedder
 
 __all__ = ["Captioned", "Retrieval", "by_picture", "evaluate_retrieval", "picture_features"]
@@ -103,7 +103,9 @@ def picture_features(
 ) -> tuple[ImageFeatures, FeatureStore]:
     """`image_features` of the source, `options` being that function's, with a store of its own in `folder`."""
     store = FeatureStore(embedder, ["pictures", source.spec, *picture_states(source)], folder=folder)
-    return image_features(embedder, source, store=store, **options), store
+    found = image_features(embedder, source, store=store, **options)
+    check_finite(found.features, source.spec)
+    return found, store
 
 
 def evaluate_retrieval(
@@ -141,6 +143,7 @@ def evaluate_retrieval(
     words = list(dict.fromkeys(text for _, text in owners))
     texts_store = FeatureStore(embedder, ["captions", *words], folder=folder)
     features = text_features(embedder, words, store=texts_store, **options)
+    check_finite(features, f"the captions of {source.spec}")
     places = {text: k for k, text in enumerate(words)}
     numbers = torch.tensor([places[text] for _, text in owners])
     texts = words

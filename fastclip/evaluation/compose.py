@@ -26,7 +26,7 @@ from fastclip.models.embedder import Embedder
 __all__ = ["Answer", "Composed", "Query", "Term", "combine", "compose", "parse_query", "read_queries"]
 
 _TERM = re.compile(
-    r"\s*(?:(?P<sign>[+-])\s+)?(?:(?P<weight>\d+(?:\.\d*)?|\.\d+):(?=[^\s\d]))?"
+    r"\s*(?:(?P<sign>[+-])\s+)?(?:(?P<weight>\d+(?:\.\d*)?|\.\d+):(?=\S))?"
     r'(?:"(?P<quoted>[^"]+)"|(?P<plain>(?![+-](?:\s|$))[^\s"].*?))\s*(?=\s[+-](?:\s|$)|$)'
 )
 
@@ -72,8 +72,8 @@ def parse_query(line: str) -> Query:
     """``2:dog + beach.jpg - "at night" => target.jpg``: terms between `` + `` and `` - ``, each perhaps with a weight.
 
     Signs stand between blanks: ``t-shirt`` is a word. A weight stands directly before its term, and no digit follows
-    it: ``16:9 screenshot`` is a text. What is quoted is a text as it stands. The part from ``=>`` on,
-    which may be left out, is the picture that should be found.
+    it that begins no picture's name: ``16:9 screenshot`` is a text. What is quoted is a text as it stands. The part
+    from ``=>`` on, which may be left out, is the picture that should be found.
 
     Raises:
         ValueError: a term is empty, or a quote is not closed, or there is no target after ``=>``.
@@ -89,8 +89,10 @@ def parse_query(line: str) -> Query:
         match = _TERM.match(told, place)
         if match is None:
             raise ValueError(f"{line}: a term is empty, or a quote is not closed, at {told[place:]!r}")
-        weight = float(match["weight"] or 1) * (-1 if match["sign"] == "-" else 1)
-        terms.append(Term(weight, match["quoted"] or match["plain"], match["quoted"] is not None))
+        weight, text = float(match["weight"] or 1), match["quoted"] or match["plain"]
+        if match["weight"] and match["plain"] and text[0].isdigit() and not _is_picture(text):
+            weight, text = 1.0, f"{match['weight']}:{text}"
+        terms.append(Term(-weight if match["sign"] == "-" else weight, text, match["quoted"] is not None))
         place = match.end()
     return Query(line, tuple(terms), target.strip() if arrow else None)
 
@@ -227,7 +229,7 @@ class _Meanings:
         place = self._place(term.text)
         if place is not None:
             return place
-        if os.path.splitext(term.text)[1].lower() not in PICTURE_SUFFIXES:
+        if not _is_picture(term.text):
             return term.text
         if not os.path.isfile(term.text):
             text = "write a text of this name in quotes"
@@ -252,6 +254,10 @@ class _Meanings:
         if len(ends) > 1:
             raise ValueError(f"{name} is the name of {len(ends)} pictures: write more of its path")
         return ends[0] if ends else None
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
 def _spellings(name: str) -> tuple[str, ...]:

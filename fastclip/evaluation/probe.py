@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from timm.models.byobnet import ByobNet
 from torch import Tensor
 
+from fastclip.data.class_names import shown_names
 from fastclip.data.identity import picture_places, picture_states
 from fastclip.data.source import Source
 from fastclip.evaluation.accuracy import score_ranks
@@ -90,10 +91,12 @@ def linear_probe(
         progress: show how far it is, on stderr.
 
     Raises:
-        ValueError: sources without classes or with different ones, a class too small to split, features that are not
-            finite.
+        ValueError: sources without classes or with different ones, pictures of less than two, a class too small to
+            split, features that are not finite, a seed out of range.
         OSError, ValueError: what the samples are read from cannot be.
     """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
     sources = [source for source in (train, test, val) if source is not None]
     _check_classes(sources)
     if features == "tower":
@@ -108,6 +111,7 @@ def linear_probe(
         read = image_features(embedder, source, batch_size=batch_size, workers=workers, store=store, progress=progress)
         found.append(_labelled(source, read.features, read.labels))
     (x, y), (x_test, y_test) = found[:2]
+    _check_labels(train, y, test, y_test)
     x, x_val, y, y_val = _split(train, x, y, seed) if val is None else (x, found[2][0], y, found[2][1])
 
     classes = len(train.class_names)
@@ -231,6 +235,17 @@ def _check_classes(sources: Sequence[Source]) -> None:
             raise ValueError(f"{sources[0].spec} and {source.spec} differ in classes: {', '.join(other[:5])}")
         if source.class_names != sources[0].class_names:
             raise ValueError(f"{sources[0].spec} and {source.spec} have the same classes in another order")
+
+
+def _check_labels(train: Source, y: Any, test: Source, y_test: Any) -> None:
+    known = np.unique(y)
+    if len(known) < 2:
+        raise ValueError(f"{train.spec}: what can be used of it has {len(known)} classes: nothing to tell apart")
+    if not len(y_test):
+        raise ValueError(f"{test.spec}: no picture that can be used has a class")
+    if len(unknown := np.setdiff1d(y_test, known)):
+        names = shown_names([train.class_names[k] for k in unknown])
+        logger.warning("%s: of %d classes %s has no picture: %s", test.spec, len(unknown), train.spec, names)
 
 
 def _warn_of_shared(sources: Sequence[Source]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from fastclip.evaluation.progress import Progress
 
 __all__ = [
     "best_ranks",
+    "check_finite",
     "first_best",
     "least_alike",
     "recall",
@@ -23,6 +25,7 @@ __all__ = [
     "unit_rows",
 ]
 
+logger = logging.getLogger(__name__)
 # Cosines nearer than that are alike: rounding decides which is larger (as in fastclip.contrastive_stats).
 _TIE = 2.0**-20
 _SIDES = {"cpu": 1024}  # of a tile of similarities: 4 MiB of float32, which a core's cache holds
@@ -265,6 +268,19 @@ class _Tiles:
 
 def _side(x: Tensor, chunk: int | None) -> int:
     return chunk or _SIDES.get(x.device.type, _SIDE)
+
+
+def check_finite(features: Tensor, what: str) -> None:
+    """Of the features (B, D) of a model on `what`: some that are not finite are counted in the log.
+
+    Raises:
+        ValueError: none is finite; what would be counted is the number of items, and not the model.
+    """
+    finite = int(features.isfinite().all(1).sum())
+    if not finite and len(features):
+        raise ValueError(f"{what}: the model's features are not finite")
+    if finite < len(features):
+        logger.warning("%s: %d of %d features are not finite", what, len(features) - finite, len(features))
 
 
 def unit_rows(x: Tensor) -> Tensor:

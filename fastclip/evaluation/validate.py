@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastclip.data.faults import Tally
 from fastclip.data.loader import evaluation_batches
+from fastclip.data.one_picture import one_a_picture
 from fastclip.data.source import Source, class_captions
 from fastclip.data.subset import Subset
 from fastclip.distributed import check_group, gather_rows
@@ -42,7 +43,8 @@ def validate(
     pictures whose class is among the first K, each class being the mean of its captions (`class_embeddings`); a tie
     counts against the model. ``image_retrieval_recall@K`` and ``text_retrieval_recall@K`` for K = 1, 5, 10
     (`retrieval_recalls`): captions of the same text are one text, which belongs to every picture that has it. A sample
-    that cannot be used is left out, and the log says how many are.
+    that cannot be used is left out, and the log says how many are. Rows of a table that have one picture are one sample
+    with several captions.
 
     The model computes in eval mode and without gradients; afterwards every module is in the mode it was in, and torch's
     random numbers go on as if nothing had been. Autocast is the caller's: call it inside.
@@ -70,6 +72,7 @@ def validate(
         raise ValueError(f"{source.spec}: no samples to validate on")
     group = check_group(group)
     rank, ranks = _place(group)
+    source = one_a_picture(source)
     if max_samples is not None and max_samples < len(source):
         source = Subset(source, [i * len(source) // max_samples for i in range(max_samples)])
     skipped = Tally()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastclip.data.class_names import shown_names
 from fastclip.data.identity import picture_states
 from fastclip.data.prompts import read_templates
 from fastclip.data.source import Source
@@ -20,6 +22,7 @@ from fastclip.evaluation.classification import (
 )
 from fastclip.evaluation.features import FeatureStore, image_features, text_features
 from fastclip.evaluation.results import result
+from fastclip.evaluation.retrieval import check_finite
 from fastclip.models.embedder import Embedder
 
 __all__ = ["ZeroShot", "class_accuracies", "class_embeddings", "templates_for", "zero_shot"]
@@ -78,6 +81,10 @@ def zero_shot(
     if missing := int((~some).sum()):
         logger.warning("%s: %d pictures without a class are left out", source.spec, missing)
     features, labels, indices = (part[some] for part in found)
+    check_finite(features, source.spec)
+    check_finite(classes, f"the classes of {source.spec}")
+    if twins := [name for name, number in Counter(names).items() if number > 1]:
+        logger.info("%s: classes of one name, which no model can tell apart: %s", source.spec, shown_names(twins))
     ranks = class_ranks(features, classes, labels, names)
     told = result(
         dataset=source.spec if dataset is None else dataset,

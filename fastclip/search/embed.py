@@ -63,7 +63,8 @@ def embed_source(
     ``img_emb/img_emb_K.npy`` and ``text_emb/text_emb_K.npy``, (n, D) of `dtype`, and ``metadata/metadata_K.parquet``
     with the columns "image_path", the key of the sample, and "caption", for the samples from K `samples_per_file` on.
     Row i of the three belongs together. K has leading zeros as clip-retrieval's: its digits are those of the number of
-    files. Of several captions the first counts. Samples that cannot be used are in none of the three.
+    files. Of several captions the first counts. Samples that cannot be used, or whose vectors are not finite, are in
+    none of the three.
 
     A file appears when it is whole, the .parquet last. The same call goes on where one that was interrupted stopped,
     and the result is the same, byte by byte; files of which a picture or a caption has changed since are made anew, and
@@ -104,7 +105,8 @@ def embed_source(
             changed += told is not None and told.contents != contents
             store = FeatureStore(embedder, [contents], folder=output / _PARTS, owned=True)
             reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-            embed_pairs(embedder, part, store, partial(_kept_of, dtype=_DTYPES[dtype]), first_caption=True, **reading)
+            reading |= {"first_caption": True, "finite": True}
+            embed_pairs(embedder, part, store, partial(_kept_of, dtype=_DTYPES[dtype]), **reading)
             found = faults_of(store)
             _write_file(output, name, part, store, found, contents, dict.fromkeys(kinds, (embedder.dim, dtype)))
             if found.total == len(part):

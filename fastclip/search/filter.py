@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastclip.data.identity import picture_places
 from fastclip.data.pack import pack_source
 from fastclip.data.source import Record, Source
 from fastclip.data.subset import Subset
@@ -82,11 +84,12 @@ def filter_source(
         What summary.json holds: options, "counts" of samples, "causes" of those that cannot be used, "similarity".
 
     Raises:
-        ValueError: an option is out of range, `output` is that of another call or of other similarities, or nothing is
-            kept.
+        ValueError: an option is out of range, `output` is that of another call or of other similarities, or holds the
+            data, or nothing is kept.
         OSError, ChildProcessError: as `pack_source`.
     """
     _check(threshold, dedup, samples_per_shard)
+    _check_apart(source, output)
     computed = output / "scores" if scores is None else check_writable(scores)
     computed /= "similarities" if dedup is None else "similarities-and-images"
     contents = contents_of(source)
@@ -170,6 +173,15 @@ def _check(threshold: float | None, dedup: float | None, samples_per_shard: int)
         raise ValueError(f"dedup must be above 0 and at most 1, got {dedup}")
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+
+
+def _check_apart(source: Source, output: Path) -> None:
+    """What is written must not be read as data the next time: the histogram is a picture, and shards are shards."""
+    inside, data = os.path.join(os.path.realpath(output), ""), os.path.join(os.path.realpath(source.spec), "")
+    if (os.path.isdir(source.spec) and inside.startswith(data)) or any(
+        file.startswith(inside) for file, _ in picture_places(source)
+    ):
+        raise ValueError(f"{output} holds the data, or lies in their folder: take a folder beside {source.spec}")
 
 
 def _kept_of(pairs: Pairs, *, images: bool) -> dict[str, Tensor]:

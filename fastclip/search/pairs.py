@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip.data.faults import BadSample, Tally
+from fastclip.data.faults import BadSample, Fault, Tally
 from fastclip.data.identity import picture_states
 from fastclip.data.loader import PairBatch, pair_batches
 from fastclip.data.source import Source
@@ -40,6 +40,7 @@ def embed_pairs(
     keep: Callable[[Pairs], dict[str, Tensor]],
     *,
     first_caption: bool = False,
+    finite: bool = False,
     batch_size: int = 256,
     workers: int = 0,
     progress: bool = False,
@@ -50,6 +51,7 @@ def embed_pairs(
 
     Args:
         first_caption: of several captions take the first, not all.
+        finite: leave samples out whose vectors are not finite; with `first_caption`, or without captions.
         batch_size, workers, progress: as `fastclip.evaluation.features.image_features`.
 
     Raises:
@@ -59,7 +61,12 @@ def embed_pairs(
     """
     if not len(source):
         raise ValueError(f"{source.spec} is empty")
-    how: dict[str, Any] = {"first_caption": first_caption, "batch_size": batch_size, "workers": workers}
+    how: dict[str, Any] = {
+        "first_caption": first_caption,
+        "finite": finite,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
     done = -1
     while (found := sum(len(part["used"]) for part in store.walk("used"))) < len(source):
         if found <= done:  # another process that fills the store up may replace a part, but takes none away
@@ -76,6 +83,7 @@ def _fill(
     start: int,
     *,
     first_caption: bool,
+    finite: bool,
     batch_size: int,
     workers: int,
     progress: bool,
@@ -87,7 +95,10 @@ def _fill(
     waiting, used, faults = list[Pairs](), list[bool](), Tally()
     with Progress(f"pictures of {source.spec}", size, done=done, shown=progress) as bar:
         for batch in batches:
-            waiting.append(_embedded(embedder, batch, first_caption, batch_size))
+            pairs = _embedded(embedder, batch, first_caption, batch_size)
+            if finite:
+                pairs, batch = _finite(pairs, batch, [source.key(done + k) for k in range(len(batch.used))])
+            waiting.append(pairs)
             used += batch.used
             faults.add(batch.faults)
             bar.moved(len(batch.used))
@@ -132,6 +143,22 @@ def _embedded(embedder: Embedder, batch: PairBatch, first_caption: bool, batch_s
     captions = [texts[:1] for texts in batch.captions] if first_caption else batch.captions
     texts = [text for several in captions for text in several]
     return Pairs(embedder.embed_images(batch.images), captions, embedder.embed_texts(texts, batch_size=batch_size))
+
+
+def _finite(pairs: Pairs, batch: PairBatch, keys: list[str]) -> tuple[Pairs, PairBatch]:
+    """Both without the samples of which a vector is not finite: they are faults."""
+    whole = pairs.images.isfinite().all(1)
+    if len(pairs.texts):
+        whole &= pairs.texts.isfinite().all(1)
+    if bool(whole.all()):
+        return pairs, batch
+    good = iter(whole.tolist())
+    used = [was and next(good) for was in batch.used]
+    bad = [key for key, was, now in zip(keys, batch.used, used) if was and not now]
+    faults = [Fault("vector is not finite", key, "the model makes no finite numbers of it") for key in bad]
+    captions = [texts for texts, kept in zip(pairs.captions, whole.tolist()) if kept]
+    left = Pairs(pairs.images[whole], captions, pairs.texts[whole] if len(pairs.texts) else pairs.texts)
+    return left, batch._replace(used=used, faults=[*batch.faults, *faults])
 
 
 def _joined(several: list[Pairs]) -> Pairs:

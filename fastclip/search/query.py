@@ -25,7 +25,7 @@ _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _QUOTED = re.compile(r'"([^"]*)"')
 # An operator is a word of its own ("semi-trailer" is a word), outside of quotes.
 _PIECE = re.compile(rf'(?<!\S)(?:(?P<operator>[+-])|(?:{_NUMBER}:)?"[^"]*")(?!\S)')
-_WEIGHTED = re.compile(rf"({_NUMBER}):([^\s\d].*)", re.DOTALL)  # "16:9 screenshot" and "10: a film" are texts
+_WEIGHTED = re.compile(rf"({_NUMBER}):(\S.*)", re.DOTALL)  # "10: a film" is a text
 _PATH = re.compile(r"(/|\./|\.\./|~/|file://|[a-z]:\\)", re.IGNORECASE)
 # What a file's name ends in that is meant to be a picture, whether it can be read or not
 _SUFFIXES = PICTURE_SUFFIXES | {".jfif", ".jif", ".jpe", ".dib", ".ico", ".tga", ".heic", ".heif"}
@@ -44,7 +44,8 @@ def parse_query(query: str, *, add: Sequence[str] = (), subtract: Sequence[str] 
     """``"2:golden retriever + ./pool.jpg - fruit"`` as three terms.
 
     ``+`` and ``-`` are operators where white space is around them. ``2:`` or ``0.5:`` directly before a term is its
-    weight, unless a digit follows: ``16:9 screenshot`` is a text. A term in double quotes is a text as it stands.
+    weight, unless a digit follows (``16:9 screenshot`` is a text) that begins no picture's name (``2:001.jpg``). A term
+    in double quotes is a text as it stands.
 
     A term that names a file is a picture: by its place (``/``, ``./``, ``../``, ``~/``, ``file://``, ``C:\\``), by the
     ending of a picture's name, or else by what the file holds. A query that is the path of a file as a whole is no
@@ -115,14 +116,19 @@ def _signed(query: str) -> list[tuple[int, str]]:
 
 def _term(sign: int, text: str, query: str) -> tuple[Term, bool]:
     """And whether it is quoted: a text, whatever it names."""
-    weight, text = 1.0, text.strip()
-    if match := _WEIGHTED.fullmatch(text):
-        weight, text = float(match[1]), match[2].strip()
+    weight, text = _weighted(text.strip())
     if quoted := _QUOTED.fullmatch(text):
         text = quoted[1].strip()
     if not text:
         raise ValueError(f"the query {query!r} has an empty term")
     return Term(sign * weight, text), quoted is not None
+
+
+def _weighted(text: str) -> tuple[float, str]:
+    match = _WEIGHTED.fullmatch(text)
+    if match is None or (match[2][0].isdigit() and not _is_path(match[2])):
+        return 1.0, text
+    return float(match[1]), match[2]
 
 
 def _picture(term: Term, quoted: bool) -> Term:
@@ -168,5 +174,4 @@ def _holds_picture(path: Path) -> bool:
 
 
 def _is_file(query: str) -> bool:
-    match = _WEIGHTED.fullmatch(query)
-    return _file((match[2] if match else query).strip()) is not None
+    return _file(_weighted(query.strip())[1]) is not None

@@ -13,12 +13,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
+import PIL.Image
 
 from fastclip.data.faults import BadSample
 from fastclip.data.files import walk
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 EXCLUDED = ("@eaDir", "node_modules", ".git")  # as rclip leaves out
 _CHUNK = 2**20  # bytes hashed at a time
 _SETTLED = 2 * 10**9  # ns after which a change of a file shows in its times, whatever the disk
+_USUAL = 1024**3 // 4 // 3  # Pillow's limit of a picture's pixels
 _ROWS = 4096  # of a transaction, where little is to be embedded
 
 
@@ -125,10 +126,11 @@ def digest_of(file: BinaryIO) -> bytes:
     return found.digest()
 
 
-@cache
 def _reader() -> str:
     """What decides which pictures can be read."""
     found = f"Pillow {PIL.__version__}"
+    if PIL.Image.MAX_IMAGE_PIXELS != _USUAL:
+        found += f", {PIL.Image.MAX_IMAGE_PIXELS} pixels"
     with suppress(PackageNotFoundError):
         found += f", pillow-heif {version('pillow-heif')}"
     return found

@@ -40,7 +40,7 @@ def contact_sheet(found: Sequence[Found], *, columns: int = 5) -> Image.Image:
         except BadSample:
             tile = Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
         sheet.paste(tile, (left + (_SIDE - tile.width) // 2, upper + (_SIDE - tile.height) // 2))
-        name = Path(one.path).name.encode("utf-8", "replace").decode()
+        name = "".join(x if x.isprintable() else "?" for x in Path(one.path).name)  # line ends cannot be measured
         for line, text in enumerate((f"{place + 1}   {one.score:.4f}", name)):
             while len(text) > 1 and draw.textlength(text, font) > _SIDE:
                 text = text[:-2] + "…"

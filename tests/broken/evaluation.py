@@ -12,8 +12,15 @@ PROMISES = [
             "evaluation/test_validation.py::test_recalls_are_those_of_the_definition",
             "evaluation/test_validation.py::test_collapsed_model_has_no_hit",
             "evaluation/test_validation.py::test_what_is_not_finite_is_no_hit",
+            "evaluation/test_validation.py::test_rows_of_one_picture_are_one_sample",
         ],
         breaks=[
+            Break(
+                "evaluation: validation's rows of one picture are several",
+                "fastclip/evaluation/validate.py",
+                old="    source = one_a_picture(source)\n",
+                new="",
+            ),
             Break(
                 "evaluation: the worst positive counts",
                 "fastclip/evaluation/retrieval.py",

@@ -67,6 +67,7 @@ PROMISES = [
         "A picture that cannot be used is counted, and its captions are left out",
         tests=[
             "evaluation/test_retrieval.py::test_pictures_that_cannot_be_used_take_their_captions_with_them",
+            "evaluation/test_retrieval.py::test_model_without_finite_numbers_is_refused",
         ],
         breaks=[
             Break(
@@ -74,6 +75,12 @@ PROMISES = [
                 "fastclip/evaluation/captioned.py",
                 old="for text in found.captions[k]]",
                 new="for text in found.captions[i]]",
+            ),
+            Break(
+                "retrieval: features that are not finite count",
+                "fastclip/evaluation/retrieval.py",
+                old="if not finite and len(features):",
+                new="if False:",
             ),
             Break(
                 "retrieval: skipped pictures are not counted",
@@ -136,8 +143,8 @@ PROMISES = [
             Break(
                 "retrieval: from the start",
                 "fastclip/evaluation/captioned.py",
-                old="return image_features(embedder, source, store=store, **options), store",
-                new="return image_features(embedder, source, **options), store",
+                old="found = image_features(embedder, source, store=store, **options)",
+                new="found = image_features(embedder, source, **options)",
             ),
             Break(
                 "retrieval: features stay",
@@ -252,8 +259,8 @@ PROMISES = [
             Break(
                 "compose: nothing is subtracted",
                 "fastclip/evaluation/compose.py",
-                old='(-1 if match["sign"] == "-" else 1)',
-                new="1",
+                old='-weight if match["sign"] == "-" else weight',
+                new="weight",
             ),
             Break(
                 "compose: the sum is no unit vector",

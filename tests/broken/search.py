@@ -118,8 +118,8 @@ PROMISES = [
             Break(
                 "search: a ratio is a weight",
                 "fastclip/search/query.py",
-                old='f"({_NUMBER}):([^\\s\\d].*)"',
-                new='f"({_NUMBER}):(.+)"',
+                old="if match is None or (match[2][0].isdigit() and not _is_path(match[2])):",
+                new="if match is None:",
             ),
             Break(
                 "search: the picture of an odd suffix is a text",

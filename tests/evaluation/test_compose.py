@@ -49,6 +49,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
         ('"a => b"', [(1, "a => b", True)], None),
         ('"a => b" => c.jpg', [(1, "a => b", True)], "c.jpg"),
         ("10: 30", [(1, "10: 30", False)], None),
+        ("2:01.jpg + .5:02 b.png", [(2, "01.jpg", False), (0.5, "02 b.png", False)], None),
         ("16:9 screen - 2:x", [(1, "16:9 screen", False), (-2, "x", False)], None),
     ],
 )

@@ -152,6 +152,18 @@ def test_class_that_was_not_trained_on_is_missed(embedder: Embedder) -> None:
     assert two.metrics["lp_acc1"] > 0.9
 
 
+def test_labels_that_do_not_fit_are_told(embedder: Embedder, caplog: pytest.LogCaptureFixture) -> None:
+    source, test = open_source("digits"), open_source("digits", held_out=True)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=f"seed must be from 0 to 4294967295, got {seed}"):
+            linear_probe(embedder, source, test, seed=seed)
+    few = of_classes(test, {3, 5, 8}, 6)
+    with pytest.raises(ValueError, match="digits: what can be used of it has 1 classes: nothing to tell apart"):
+        linear_probe(embedder, of_classes(source, {3}, 8), few)
+    linear_probe(embedder, of_classes(source, {3, 5}, 20), few, features="embedding")
+    assert "digits: of 1 classes digits has no picture: eight" in caplog.text
+
+
 def test_ranks_count_ties_against_the_model_and_metrics_are_scikit_learns() -> None:
     scores = torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [math.nan, 1.0, 0.0], [math.nan, 1.0, 0.0]])
     assert score_ranks(scores, torch.tensor([0, 0, 0, 1])).tolist() == [1, 0, 2, 1]

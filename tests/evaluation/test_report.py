@@ -344,9 +344,15 @@ def test_results_stand_beside_each_other(tmp_path: Path) -> None:
     files[0].write_text("{")
     with pytest.raises(ValueError, match=r"a\.json is not JSON"):
         read_results(files)
-    files[0].write_text("[1]")
-    with pytest.raises(ValueError, match=r"a\.json holds no results"):
+    for text in ("[1]", "[]", "{}", "null", '{"metrics": [1]}'):
+        files[0].write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json holds no results"):
+            read_results(files)
+    files[0].write_text(100_000 * "[")
+    with pytest.raises(ValueError, match=r"a\.json is not JSON: maximum recursion"):
         read_results(files)
+    files[0].write_text('{"metrics": {"a": 1e999, "b": NaN, "c": true, "d": 1, "e": {}}, "task": [1], "model": null}')
+    assert [row[0][2] for row in read_results(files[:1])["rows"]] == ["d"]
 
 
 def test_results_that_differ_in_alpha_or_nothing_have_a_column_each(tmp_path: Path) -> None:
@@ -383,9 +389,28 @@ def test_command_writes_the_page_and_says_where(run: Path, tmp_path: Path, capsy
     assert error == f"fastclip report: {tmp_path} is not a run of fastclip train: it holds no config.yaml\n"
     assert main(["report", str(run), "--max-samples", "0"]) == 1
     (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / "config.yaml").write_text("model: [")
-    assert main(["report", str(tmp_path)]) == 1
-    assert "config.yaml is not YAML" in capsys.readouterr().err
+    for text in ("model: [", 10_000 * "{", "a: !!python/object:os.system x"):
+        (tmp_path / "config.yaml").write_text(text)
+        assert main(["report", str(tmp_path)]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "config.yaml is not YAML" in said
+
+
+def test_run_of_odd_values_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Written by another version, or by hand."""
+    lines = ['{"step": 1e999, "loss": 1}', f'{{"step": {10**400}}}', 10_000 * "[", "[]", "\udcff"]
+    good = [
+        f'{{"step": 1, "loss": {10**400}}}',
+        '{"step": 2, "loss": NaN, "x\\ud800<b>": 1}',
+        '{"step": 3, "lr": null}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines + good), errors="surrogateescape")
+    for value in (None, [1], {"a": 1}, "x", -1):
+        options = {"data": "x", "model": "x", "loss": value, "tags": value}
+        (tmp_path / "config.yaml").write_text(json.dumps(options))
+        assert main(["report", str(tmp_path)]) == 0
+        assert "metrics.jsonl: 6 lines cannot be read" in caplog.text
+        Page((tmp_path / "report.html").read_text())
 
 
 def test_browser_loads_nothing_and_nothing_sticks_out(report: Path, hostile: Path) -> None:

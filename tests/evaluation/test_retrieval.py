@@ -196,6 +196,25 @@ class Shared:
         return f"picture {index}"
 
 
+def test_model_without_finite_numbers_is_refused(
+    embedder: Embedder, split: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With no more items than K every query, of NaN too, would be a hit."""
+    source, images, texts = open_source(f"{split}:test"), embedder.embed_images, embedder.embed_texts
+    with monkeypatch.context() as patch:
+        patch.setattr(embedder, "embed_images", lambda inputs: images(inputs) * torch.nan)
+        with pytest.raises(ValueError, match=r"dataset_flickr30k\.json:test: the model's features are not finite"):
+            evaluate_retrieval(embedder, source, folder=split.parent / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(embedder, "embed_texts", lambda inputs, **options: texts(inputs) * torch.inf)
+        with pytest.raises(ValueError, match=r"the captions of .*: the model's features are not finite"):
+            evaluate_retrieval(embedder, source, folder=split.parent / "b")
+    one = torch.tensor([[torch.nan], *[[1.0]] * 23])
+    monkeypatch.setattr(embedder, "embed_images", lambda inputs: images(inputs) * one)
+    found = evaluate_retrieval(embedder, source, folder=split.parent / "c")
+    assert "1 of 24 features are not finite" in caplog.text and int(found.of_images[0]) == len(found.texts)
+
+
 def test_captions_of_the_same_words(embedder: Embedder, tmp_path: Path) -> None:
     """Each to its picture, as in CLIP_benchmark, or one that belongs to all."""
     found = evaluate_retrieval(embedder, Shared(), folder=tmp_path)

@@ -23,10 +23,14 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip.data.faults import BadSample
+from fastclip.data.one_picture import one_a_picture
 from fastclip.data.source import Record
+from fastclip.data.spec import open_source
 from fastclip.evaluation import retrieval
 from fastclip.evaluation.retrieval import retrieval_recalls
 from fastclip.evaluation.validate import validate
+from fastclip.models.embedder import Embedder
+from support.faulty import picture
 
 KS = (1, 2, 5, 10, 100)
 
@@ -301,6 +305,27 @@ def test_zero_shot_is_that_of_class_embeddings() -> None:
     alone = zero_shot(Embedder(model, tokenize, transform=large), source, templates=source.templates)
     names = {"zero_shot_top1": "acc1", "zero_shot_top5": "acc5"}
     assert {name: found[name] for name in names} == {name: alone.result["metrics"][key] for name, key in names.items()}
+
+
+def test_rows_of_one_picture_are_one_sample(tmp_path: Path, embedder: Embedder) -> None:
+    """As the same pictures in a folder, each with a file of its captions, have it."""
+    rows = []
+    for k in range(7):
+        (tmp_path / f"{k}.png").write_bytes(picture(30 * k))
+        texts = [f"text {k}", f"a shade of {k}", "grey"][: 1 + k % 3]
+        (tmp_path / f"{k}.txt").write_text("\n".join(texts))
+        rows += [(f"{tmp_path}/{'./' * i}{k}.png", text) for i, text in enumerate(["", *texts, texts[0]])]
+    random.Random(0).shuffle(rows)
+    (tmp_path / "t.csv").write_text("filepath,title\n" + "".join(f"{path},{text}\n" for path, text in rows))
+    table, folder = one_a_picture(open_source(str(tmp_path / "t.csv"))), open_source(str(tmp_path))
+    assert len(table) == 7 and one_a_picture(folder) is folder
+    found = {Path(table.key(k)).name: (sorted(table.captions(k)), sorted(table[k].captions)) for k in range(7)}
+    for k in range(7):
+        assert found[f"{k}.png"] == (sorted(folder.captions(k)), sorted(folder.captions(k)))
+    with_model = embedder.model, embedder.transform, embedder.tokenize
+    reports = [validate(with_model[0], one, *with_model[1:], batch_size=3) for one in (folder, table)]
+    reports.append(validate(with_model[0], open_source(str(tmp_path / "t.csv")), *with_model[1:], batch_size=3))
+    assert reports[0] == reports[1] == reports[2]
 
 
 def test_samples_are_spread_over_the_source() -> None:

@@ -209,6 +209,23 @@ def test_pictures_without_a_class_are_left_out(
     assert "cannot be used" in caplog.text or "without a class" in caplog.text
 
 
+def test_model_without_finite_numbers_is_refused(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_labelled(str(class_folder(tmp_path, ("a b", "a_b", "c"))))
+    caplog.set_level(logging.INFO)
+    zero_shot(embedder, source, templates=["{}"])
+    assert "classes of one name, which no model can tell apart: a b" in caplog.text
+    images, texts = embedder.embed_images, embedder.embed_texts
+    with monkeypatch.context() as patch:
+        patch.setattr(embedder, "embed_images", lambda inputs: images(inputs) * torch.nan)
+        with pytest.raises(ValueError, match="the model's features are not finite"):
+            zero_shot(embedder, source, templates=["{}"])
+    monkeypatch.setattr(embedder, "embed_texts", lambda inputs, **options: texts(inputs) * torch.nan)
+    with pytest.raises(ValueError, match=r"the classes of .*: the model's features are not finite"):
+        zero_shot(embedder, source, templates=["{}"])
+
+
 def test_details_tell_what_a_class_is_taken_for(embedder: Embedder) -> None:
     source = digits()
     found = zero_shot(embedder, source, templates=source.templates)

@@ -16,8 +16,11 @@ import pytest
 from support import needs
 
 needs("train")
+from PIL import Image
+
 from fastclip.cli import main
 from support.colours import draw
+from support.faulty import large_png
 
 NAMES = ("a b.png", "犬 ü.png", "it's.png", "\x1b[31mred\n.png", os.fsdecode(b"caf\xe9.png"))
 
@@ -94,7 +97,7 @@ def test_word_that_begins_with_a_hyphen_is_a_query(
 def test_names_are_given_to_programs_as_they_are(search: Any, photos: Path) -> None:
     inside = {os.fsencode(photos / name) for name in NAMES}
     for encoding in ("utf-8", "latin-1", "ascii"):
-        status, data = search("dog", photos, "-0", encoding=encoding)
+        status, data = search("dog", photos, "--print0", encoding=encoding)
         assert status == 0 and {*data.split(b"\0")} == {*inside, b""}
         status, data = search("dog", photos, encoding=encoding)
         assert status == 0 and all(b"\t" + name + b"\n" in data for name in inside)
@@ -109,4 +112,24 @@ def test_names_are_quoted_on_a_terminal(search: Any, photos: Path) -> None:
     assert status == 0 and shown == {"a b.png", "犬 ü.png", "it's.png", *quoted}
     status, data = search("dog", photos, "-f", terminal=True, encoding="latin-1")
     assert status == 0 and len(data.splitlines()) == 5 and b"/? \xfc.png\n" in data
-    assert search("dog", photos, "-0", terminal=True)[1].count(b"\0") == 5
+    assert search("dog", photos, "--print0", terminal=True)[1].count(b"\0") == 5
+
+
+def test_large_pictures_are_read_where_that_is_asked(
+    search: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # which the option changes
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "large.png").write_bytes(large_png(10_000))
+    status, data = search("dog", tmp_path / "photos")
+    assert (status, data) == (0, b"") and "--max-pixels allows more" in caplog.text
+    status, data = search("dog", tmp_path / "photos", "--max-pixels", "1e8")
+    assert status == 0 and data.endswith(b"large.png\n")
+
+
+def test_sheet_shows_any_name(search: Any, photos: Path, tmp_path: Path) -> None:
+    for name in ("s.png", "s.JPG", "s.webp"):
+        assert search("dog", photos, "--sheet", tmp_path / name)[0] == 0
+        with Image.open(tmp_path / name) as sheet:
+            assert sheet.size == (5 * 240, 272) and sheet.format in ("PNG", "JPEG", "WEBP")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.JPG", "s.png", "s.webp"]

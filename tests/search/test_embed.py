@@ -13,6 +13,7 @@ from support import needs
 needs("search")
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from fastclip import cli
 from fastclip.data.source import Source
@@ -89,6 +90,28 @@ def test_file_of_which_nothing_can_be_used_is_not_written(embedder: Embedder, tm
     bad = open_source(str(write_folder(tmp_path / "bad", 0, [(HTML, b"x")] * 2)))
     with pytest.raises(ValueError, match=r"none of 2 samples can be used: 2 not an image"):
         embed_source(embedder, bad, tmp_path / "none")
+
+
+def test_vectors_that_are_not_finite_are_left_out(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(str(write_folder(tmp_path / "data", 6, [(HTML, b"x")])))
+    images, texts = embedder.embed_images, embedder.embed_texts
+
+    def broken(inputs: torch.Tensor) -> torch.Tensor:
+        return images(inputs).index_fill(0, torch.tensor([1]), torch.nan)  # of each batch the second
+
+    def overflowing(inputs: list[str], **options: Any) -> torch.Tensor:
+        return torch.where(torch.tensor([text == "caption 5" for text in inputs])[:, None], torch.inf, texts(inputs))
+
+    monkeypatch.setattr(embedder, "embed_images", broken)
+    monkeypatch.setattr(embedder, "embed_texts", overflowing)
+    done = embed_source(embedder, source, tmp_path / "out", batch_size=3)
+    assert (done.samples, done.faults.counts) == (3, {"vector is not finite": 3, "not an image": 1})
+    assert done.faults.keys["vector is not finite"] == [source.key(k) for k in (1, 4, 5)]
+    found = read(tmp_path / "out", "0")
+    assert [row["caption"] for row in found[2]] == ["caption 0", "caption 2", "caption 3"]
+    assert np.isfinite(found[0]).all() and np.isfinite(found[1]).all() and len(found[0]) == len(found[1]) == 3
 
 
 def test_embedding_reader_reads_the_folder(embedder: Embedder, digits: Source, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from fastclip.search import near_duplicates as near
 from fastclip.search.embed import embed_source
 from fastclip.search.filter import filter_source
 from fastclip.search.near_duplicates import near_duplicates
+from support.faulty import write_folder
 from support.interrupted_search import DEDUP
 from support.pictures import real_pictures
 from support.processes import start
@@ -293,6 +294,20 @@ def test_filter_touches_no_other_call(embedder: Embedder, digits: Source, tmp_pa
     for name, value in (("threshold", 1.5), ("dedup", 0.0), ("samples_per_shard", 0), ("threshold", float("nan"))):
         with pytest.raises(ValueError, match=f"{name} must be"):
             filter_source(embedder, digits, tmp_path / "d", **{name: value})
+
+
+def test_output_is_no_part_of_the_data(embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "data", 3)
+    filter_source(embedder, open_source(str(folder)), tmp_path / "kept", threshold=-1)
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    cases = [("data", "data"), ("data", "data/new"), (".", "scored"), ("kept", "link"), ("kept/*.tar", "kept")]
+    for spec, output in cases:
+        monkeypatch.chdir(tmp_path)
+        source = open_source(spec)
+        before = files(tmp_path)
+        with pytest.raises(ValueError, match=f"{output} holds the data, or lies in their folder"):
+            filter_source(embedder, source, Path(output))
+        assert files(tmp_path) == before
 
 
 def test_pictures_that_were_replaced_are_other_data(embedder: Embedder, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def test_pictures_are_told_from_texts(tmp_path: Path, monkeypatch: pytest.Monkey
         Term(1, path=Path("beach.jpg")),
         Term(-1, "night"),
     ]
+    draw(tmp_path / "001.png", 1)
+    assert parse_query("2:001.png - 3:001.png") == [Term(2, path=Path("001.png")), Term(-3, path=Path("001.png"))]
     assert parse_query("3:./plain") == [Term(3, path=Path("plain"))]
     assert parse_query("0.5:./new york - city.png") == [Term(0.5, path=Path("new york - city.png"))]
     assert parse_query("x", subtract=["new york - city.png"])[1] == Term(-1, path=Path("new york - city.png"))

@@ -14,7 +14,7 @@ from fastclip.data.identity import picture_states
 from fastclip.data.source import Source
 from fastclip.evaluation.classification import class_ranks, confusion, mean_directions, predicted_classes
 from fastclip.evaluation.features import FeatureStore, ImageFeatures, image_features, text_features
-from fastclip.evaluation.retrieval import best_ranks, top_items
+from fastclip.evaluation.retrieval import best_ranks, check_finite, top_items
 from fastclip.evaluation.validate import Texts, metrics_of, texts_of
 from fastclip.models.embedder import Embedder
 
@@ -82,6 +82,8 @@ def examine(
     texts = texts_of(source, kept)
     captions = FeatureStore(embedder, ["texts", *texts.texts]) if resumable else None
     features = text_features(embedder, texts.texts, store=captions, **options)
+    check_finite(images.features, source.spec)
+    check_finite(features, f"the captions of {source.spec}")
     own = features[: texts.captions]
     return Examined(
         metrics=metrics_of(images.features, images.labels, features, texts),

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from fastclip.data.one_picture import one_a_picture
 from fastclip.data.source import Source
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
@@ -73,6 +74,7 @@ def write_report(
     if source is None:
         context |= {"seen": None, "reason": reason}
     else:
+        source = one_a_picture(source)
         size = len(source)
         if size > max_samples:
             source = Subset(source, [i * size // max_samples for i in range(max_samples)])
@@ -118,7 +120,7 @@ def _source(run: RunRecord, data: str | None, checkpoint: str | Path | None) -> 
     if data is not None:
         return open_source(data, held_out=True), ""
     spec = run.options.get("val_data")
-    if spec is None:
+    if not isinstance(spec, str):
         return None, "The run has no validation data; --data names some."
     try:
         return open_source(spec, held_out=True), ""

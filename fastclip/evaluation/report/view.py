@@ -55,7 +55,7 @@ def _figures(run: RunRecord) -> list[Figure]:
             best = int(np.nanargmax(series.values))
             told = f"best, at step {series.steps[best]:,.0f}; last {series.values[-1]:.4f}"
             found.append(Figure(_in_words(name), f"{series.values[best]:.4f}", told))
-    found.append(Figure("steps", f"{run.steps:,}", f"of {planned:,}" if planned else ""))
+    found.append(Figure("steps", f"{run.steps:,}", f"of {planned:,}" if isinstance(planned, int) and planned else ""))
     if (speed := _median(run.series.get("samples_per_second"))) is not None:
         wait = _median(run.series.get("data_wait"))
         told = "" if wait is None else f"{wait:.0%} of the time waiting for data"
@@ -145,13 +145,13 @@ def read_results(paths: Sequence[Path]) -> dict[str, Any]:
     rows: dict[tuple[str, str, str], dict[tuple[str, str, str], float]] = {}
     for path in paths:
         found = read_json(path, object)
-        for one in found if isinstance(found, list) else [found]:
+        for one in (found or [None]) if isinstance(found, list) else [found]:
             if not isinstance(one, Mapping) or not isinstance(one.get("metrics"), Mapping):
                 raise ValueError(f'{path} holds no results of an evaluation: objects with "metrics"')
             values = {
                 (str(one.get("task", "")), str(one.get("dataset", "")), name): value
                 for name, value in one["metrics"].items()
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) >= _MOST
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MOST
             }
             weights = str(one.get("pretrained", "")) + (f", alpha {one['alpha']}" if "alpha" in one else "")
             column, number = (str(path), str(one.get("model", "")), weights), 1
