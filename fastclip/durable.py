@@ -33,6 +33,7 @@ __all__ = [
     "mend_files",
     "naming",
     "new_file",
+    "new_files",
     "new_folder",
     "remove_folder",
     "set_aside",
@@ -79,6 +80,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             save_file(dict(tensors), half, metadata=metadata)
         except SafetensorError as error:  # the library's words for an error of the system, without its number
             raise OSError(f"{path} was not written: {error}") from error
+        if metadata is not None and len(metadata) > 1:
+            _sort_metadata(half)
+
+
+def _sort_metadata(file: Path) -> None:
+    """The same bytes for the same tensors: the library writes names and values of metadata in any order."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(data) <= length
+        opened.seek(8)
+        opened.write(data.ljust(length))
 
 
 @contextmanager
@@ -128,6 +143,44 @@ def is_special(path: Path) -> bool:
     """Return True for what is there and can be written to only in place: a device, a pipe, ``/dev/stdout``."""
     standard = str(path.parent) in ("/dev", "/dev/fd")  # such as /dev/stdout, which may lead to a file
     return path.exists() and not path.is_dir() and (standard or not path.is_file())
+
+
+@contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """A folder whose files take their places in `folder` when all went well, and are removed otherwise.
+
+    Other files of `folder` stay, and a full disk changes nothing. The names change one after the other: a process that
+    is killed in between leaves some of the new files beside old ones.
+
+    Raises:
+        OSError: the system's error, with the name in `folder` in place of the one that is written under.
+    """
+    made = not folder.exists()
+    _make(folder)
+    for left in folder.glob(".files.*.tmp"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > _ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
+    half = folder / f".files.{secrets.token_hex(4)}.tmp"
+    try:
+        os.mkdir(half)
+        mode = half.stat().st_mode & 0o666
+        yield half
+        for file in half.iterdir():
+            file.chmod(mode)
+            _flush(file)
+        for file in sorted(half.iterdir()):
+            os.replace(file, folder / file.name)
+    except OSError as error:
+        if error.filename is None:  # of a library that puts the name into its words
+            raise OSError(str(error).replace(str(half), str(folder))) from error
+        error.filename, error.filename2 = str(error.filename).replace(str(half), str(folder)), None
+        raise
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+    _flush(folder)
 
 
 def mend_files(folder: Path, *, owned: bool = False) -> None:

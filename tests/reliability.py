@@ -2,7 +2,8 @@
 
     python tests/reliability.py --write    the document anew; without, it is printed
 
-A row is a test's `@pytest.mark.fault(what, promise)`; the tests are read, not imported.
+A row is a test's `@pytest.mark.fault(what, promise)`; the tests are read, not imported. The table of files that are
+opened is tests/opened.md.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "reliability.md"
+OPENED = TESTS / "opened.md"  # the table of files that the package opens; a test compares its modules with the package
 # How the path of a test's file begins whose rows stand in a section; the last is for all others.
 SECTIONS = {
     "data/": "Data",
     "search/test_filter": "Filtering and embedding",
     "search/": "Search",
     "training/": "Training",
+    "models/": "Models and checkpoints",
     "": "Losses and statistics",
 }
 
@@ -59,6 +62,8 @@ def document() -> str:
         rows = [f for f in found if next(p for p in SECTIONS if f.test.startswith(p)) == prefix]
         lines += ["", f"## {section}", "", "| fault | what happens | test |", "|---|---|---|"]
         lines += [f"| {fault.what} | {fault.promise} | `{fault.test}` |" for fault in rows]
+    lines += ["", "## Files that are opened", "", "No file is run, whatever it holds: what reads it, and where.", ""]
+    lines += OPENED.read_text(encoding="utf-8").splitlines()
     return "\n".join(lines) + "\n"
 
 

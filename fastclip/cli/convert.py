@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import argparse
 
+from fastclip.cli.embedding import add_model_options, model_options
+
 __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Read a checkpoint of any known form and write another. Weights are not changed."
-    parser.add_argument("source", help="checkpoint: a file or a folder")
+    parser.description = (
+        "Read a checkpoint of any known form and write another. Weights are not changed, unless --image-size or "
+        "--context-length asks for it. What is at the target is replaced whole; the source is not overwritten."
+    )
+    parser.add_argument("source", help="checkpoint: a file or a folder, also that of a run of fastclip train")
     parser.add_argument("target", help="folder, or for open_clip a file ending in .pt or .safetensors")
     parser.add_argument("--to", required=True, choices=("open_clip", "huggingface", "fastclip"), help="the form")
-    parser.add_argument("--model", help="name of the model, where the source does not hold its configuration")
+    add_model_options(parser)
     parser.set_defaults(run=_convert)
 
 
 def _convert(args: argparse.Namespace) -> None:
     from fastclip.models.convert import convert
-    from fastclip.models.factory import create_model
+    from fastclip.models.embedder import load_model
 
-    model = create_model(args.model, args.source)
-    convert(model, args.target, form=args.to)
+    model, source = load_model(args.source, **model_options(args))
+    convert(model, args.target, form=args.to, source=source)
     print(f"wrote {args.target}: {sum(p.numel() for p in model.parameters()):,} parameters in the form of {args.to}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastclip.cli.embedding import add_embedder_options, add_reading_options
+from fastclip.cli.embedding import add_embedder_options, add_reading_options, embedder_options
 from fastclip.cli.outputs import add_force, owned_files
 from fastclip.cli.printing import say
 
@@ -35,8 +35,8 @@ def _report(args: argparse.Namespace) -> int:
     from fastclip.evaluation.report.page import write_report
 
     logging.getLogger("fastclip").setLevel(logging.INFO)
-    names = ("data", "checkpoint", "model", "device", "precision", "vocabulary", "results", "max_samples")
-    options = {name: getattr(args, name) for name in (*names, "batch_size", "workers")}
+    names = ("data", "checkpoint", "results", "max_samples", "batch_size", "workers")
+    options = {name: getattr(args, name) for name in names} | embedder_options(args)
     if (given := args.output) is None and Path(args.folder).is_dir():
         args.output = Path(args.folder) / "report.html"
     with owned_files(args, "output"):

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from fastclip.cli.embedding import add_embedder_options
+from fastclip.cli.embedding import add_embedder_options, embedder_options
 from fastclip.cli.outputs import add_force, owned_files
 from fastclip.cli.pictures import add_max_pixels
 from fastclip.cli.printing import lone_names, shown
@@ -73,8 +73,7 @@ def engine_of(args: argparse.Namespace) -> SearchEngine:
     from fastclip.search.scan import EXCLUDED
 
     logging.getLogger("fastclip").setLevel(logging.INFO)
-    options = {name: getattr(args, name) for name in ("model", "device", "precision", "vocabulary")}
-    model = CheckpointModel(args.checkpoint, **options)
+    model = CheckpointModel(args.checkpoint, **embedder_options(args))
     return SearchEngine(model, args.folder, exclude=EXCLUDED if args.exclude_dir is None else args.exclude_dir)
 
 

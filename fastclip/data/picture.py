@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fastclip.data.faults import BadSample
 from fastclip.data.files import open_file
 
-__all__ = ["PICTURE_SUFFIXES", "limit_pixels", "read_picture"]
+__all__ = ["PICTURE_SUFFIXES", "eight_bits", "limit_pixels", "picture_formats", "read_picture"]
 
 _HEIF = find_spec("pillow_heif") is not None
 # Those of HEIF too where pillow-heif is not installed: such a picture is counted as one that cannot be read
@@ -55,13 +55,13 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata, a line on stderr for each
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=_formats()) as image:
+            with Image.open(file, formats=picture_formats()) as image:
                 if min_side is not None and image.format == "JPEG":
                     image.draft(None, (min_side, min_side))
                 image.load()  # a file that ends too early is found here
                 with suppress(Exception):  # EXIF data may be damaged in as many ways as pictures
                     ImageOps.exif_transpose(image, in_place=True)
-                return _eight_bits(image)
+                return eight_bits(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         told = f"the image is too large; --max-pixels allows more: {error}"
         raise BadSample("image too large", key, told) from error
@@ -99,7 +99,8 @@ def _unknown(file: BinaryIO) -> str:
 
 
 @cache
-def _formats() -> tuple[str, ...]:
+def picture_formats() -> tuple[str, ...]:
+    """What Pillow may take a file for: none of these starts a program."""
     Image.init()
     if _HEIF:
         import pillow_heif
@@ -108,7 +109,8 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)  # a build of Pillow may lack some
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of more than 8 bits a channel as L, as `read_picture` says; any other as it is."""
     if image.mode[0] not in "IF":
         return image
     pixels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)

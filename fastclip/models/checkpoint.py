@@ -1,7 +1,8 @@
-"""Reading checkpoints: files and folders of OpenAI, open_clip, Hugging Face and this package. No pickle runs."""
+"""Reading checkpoints: files and folders of OpenAI, open_clip, Hugging Face and this package. Nothing in them runs."""
 
 from __future__ import annotations
 
+import logging
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -11,18 +12,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip.models.config import ModelConfig, read_json
+from fastclip.models.config import ModelConfig, mapping
 from fastclip.models.huggingface import config_from_huggingface
+from fastclip.models.torchscript import is_torchscript, read_torchscript
+from fastclip.models.writing import check_written_together
+from fastclip.reading import read_json, read_tensors
 
 __all__ = ["Checkpoint", "read_checkpoint", "read_config"]
 
+logger = logging.getLogger(__name__)
+_OPEN_CLIP_CONFIG, _CONFIG = "open_clip_config.json", "config.json"
+_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
+    *_OPEN_CLIP_WEIGHTS,
 )
 _INSIDE = ("state_dict", "model_state_dict", "model")  # where training checkpoints keep the weights
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
@@ -30,6 +36,7 @@ _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.co
 # does not use.
 _IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 _POOLER = "text_model.pooler."
+_MOST_TIMES = 4  # as many bytes may a zip file's entries claim as it has: torch compresses nothing
 
 
 class Checkpoint(NamedTuple):
@@ -57,15 +64,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         config = read_config(path)
         quick_gelu = None if config is None else config.quick_gelu
-        file = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
-        if file is None:
-            raise FileNotFoundError(f"the folder {path} holds no weights; looked for {', '.join(_WEIGHTS)}")
+        file = _weights(path)
+        names = (_OPEN_CLIP_CONFIG, _CONFIG)
+        beside = next((path / name for name in names if (path / name).is_file()), None)
+        if beside is not None and file.suffix == ".safetensors":
+            check_written_together(file, beside)
     elif path.is_file():
         file = path
     else:
-        raise FileNotFoundError(f"the checkpoint {path} does not exist")
+        tag = "" if path.suffix or path.parent.name else ": it is a path, and nothing is downloaded"
+        raise FileNotFoundError(f"the checkpoint {path} does not exist{tag}")
 
-    archive = _is_torchscript(file)
+    archive = file.suffix not in (".safetensors", ".json") and is_torchscript(file)
     tensors = _read_sharded(file) if file.name.endswith(".index.json") else _read_file(file, archive)
     if archive or "input_resolution" in tensors:
         quick_gelu = True  # OpenAI's
@@ -79,14 +89,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_config(folder: Path) -> ModelConfig | None:
-    if (path := folder / "open_clip_config.json").is_file():
+    """The configuration that lies in a folder, open_clip's before others; None where there is none.
+
+    Raises:
+        ValueError: it is damaged, or no model's of this package; the file is named.
+    """
+    if (path := folder / _OPEN_CLIP_CONFIG).is_file():
         values = read_json(path)
-        merged = {**values.get("model_cfg", {})}
-        preprocess = values.get("preprocess_cfg", {})
+        merged = {**mapping(values.get("model_cfg", {}), f"{path}: model_cfg")}
+        preprocess = mapping(values.get("preprocess_cfg", {}), f"{path}: preprocess_cfg")
         taken = ("mean", "std", "interpolation", "resize_mode")
         merged["preprocess_cfg"] = {name: preprocess[name] for name in taken if name in preprocess}
         return ModelConfig.from_dict(merged, where=str(path), folder=folder)
-    if not (path := folder / "config.json").is_file():
+    if not (path := folder / _CONFIG).is_file():
         return None
     values = read_json(path)
     kind = values.pop("model_type", None)
@@ -95,65 +110,106 @@ def read_config(folder: Path) -> ModelConfig | None:
     return config_from_huggingface(folder, kind)
 
 
+def _weights(folder: Path) -> Path:
+    """The file of a folder to read: open_clip's beside its configuration, else the first there is; the others told."""
+    own = (folder / _OPEN_CLIP_CONFIG).is_file()
+    names = dict.fromkeys((*_OPEN_CLIP_WEIGHTS, *_WEIGHTS)) if own else _WEIGHTS
+    there = [name for name in names if (folder / name).is_file()]
+    if not there:
+        raise FileNotFoundError(f"the folder {folder} holds no weights; looked for {', '.join(_WEIGHTS)}")
+    if len(there) > 1:
+        logger.warning("%s holds weights in %s: %s is read", folder, " and ".join(there), there[0])
+    return folder / there[0]
+
+
 def _read_sharded(index: Path) -> dict[str, Tensor]:
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    shards = mapping(read_json(index).get("weight_map"), f"{index}: weight_map").values()
+    if not all(isinstance(shard, str) for shard in shards):
+        raise ValueError(f"{index}: weight_map must hold the file of each tensor")
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in sorted(set(shards)):
         file = index.parent / Path(shard).name  # beside the index, whatever it says
         if not file.is_file():
             raise FileNotFoundError(f"{index} names the shard {shard}, which does not exist")
-        tensors |= _read_file(file, archive=False)
+        found = _read_file(file, archive=False)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ValueError(f"{file} holds {twice[0]}, which another shard of {index} holds too")
+        tensors |= found
     return tensors
 
 
 def _read_file(file: Path, archive: bool) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        return read_tensors(file)
+    tensors = read_torchscript(file) if archive else _unwrap(_read_pickled(file), file)
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise ValueError(f"{file}: {name} is no plain tensor, but {_kind(tensor)}")
+    return tensors
 
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is no whole safetensors file: {error}") from error
-    if archive:
-        module = torch.jit.load(str(file), map_location="cpu")
-        return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_quantized:
+        return f"quantised ({tensor.dtype})"
+    return "without numbers (meta)" if tensor.device.type == "meta" else str(tensor.layout)
+
+
+def _read_pickled(file: Path) -> Any:
+    """What ``torch.save`` wrote, of which torch's unpickler for weights takes tensors, numbers and strings only."""
+    with file.open("rb") as opened:
+        head = opened.read(16)
+    if head[:2] not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and head[257:262] != b"ustar":
+        told = f"it begins with {head!r}" if head else "it is empty"
+        raise ValueError(f"{file} is damaged or no checkpoint: {told}")
     try:
-        values = torch.load(file, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                claimed, size = sum(info.file_size for info in archive.infolist()), file.stat().st_size
+            if claimed > _MOST_TIMES * size:
+                raise ValueError(f"its entries claim {claimed:,} bytes, the file has {size:,}")
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0] if "weights_only" not in str(error) else _refused(str(error))
-        raise ValueError(f"{file} was not read: {reason}") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} is damaged or no checkpoint: {error}") from error
-    return _unwrap(values, file)
+        raise ValueError(f"{file} was not read: {_refused(str(error))}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # torch's readers raise what their parsers happen to meet
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's
+            raise
+        told = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        raise ValueError(f"{file} is damaged or no checkpoint: {told}") from error
 
 
 def _refused(message: str) -> str:
+    if "weights_only" not in message:
+        return message.split("\n")[0]
     lines = [line.strip() for line in message.splitlines()]
     why = next((line for line in lines if line.startswith("WeightsUnpickler error")), "")
-    why = why.removeprefix("WeightsUnpickler error: ")
+    why = why.removeprefix("WeightsUnpickler error: ").split(". Please use")[0]  # torch's advice is to allow it
     return f"it holds more than tensors, and unpickling it could run any code ({why})"
-
-
-def _is_torchscript(file: Path) -> bool:
-    if file.suffix in (".safetensors", ".json") or not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _unwrap(values: Any, file: Path) -> dict[str, Tensor]:
     """The state dict inside what was saved, without the prefixes of wrappers."""
-    for name in _INSIDE:
-        if isinstance(values, Mapping) and isinstance(values.get(name), Mapping):
-            values = values[name]
-            break
+    if isinstance(values, Mapping):
+        inside = next((name for name in _INSIDE if isinstance(values.get(name), Mapping)), None)
+        others = [str(name) for name, value in values.items() if name != inside and _holds_tensors(value)]
+        if inside is not None:
+            if others:  # a moving average of the weights, for instance
+                logger.warning("%s holds %s beside %s, which is read", file, " and ".join(others), inside)
+            values = values[inside]
     if not isinstance(values, Mapping):
         raise ValueError(f"{file} holds no state dict but {type(values).__name__}")
     tensors = {str(name): value for name, value in values.items() if isinstance(value, Tensor)}
-    while prefix := next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None):
+    if not tensors:
+        names = ", ".join(map(str, list(values)[:5])) or "nothing"
+        raise ValueError(f"{file} holds no weights: it holds {names}")
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 def _form(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Tensor]]:
@@ -163,7 +219,11 @@ def _form(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Tensor
     if any(name.startswith("visual.") for name in tensors):
         if any(name.startswith(("visual.conv1.", "visual.transformer.", "visual.attnpool.")) for name in tensors):
             # open_clip's CustomTextCLIP keeps the text tower under text.
-            return "open_clip", {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
+            plain = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
+            if len(plain) < len(tensors):
+                twice = next(name for name in tensors if f"text.{name}" in tensors)
+                raise ValueError(f"{file} holds two text towers: {twice} and text.{twice}")
+            return "open_clip", plain
         return "fastclip", tensors
     if any(name.startswith(("transformer.", "token_embedding.")) for name in tensors):
         return "open_clip", tensors

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from reprlib import repr as shown
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastclip.models.config import read_json, write_json
 from fastclip.models.dual_encoder import DualEncoder
+from fastclip.models.writing import CLASSIFIER_FILES, new_model, write_config, write_weights
+from fastclip.reading import read_json, read_tensors
 
 __all__ = ["ImageClassifier", "load_classifier", "save_classifier"]
 
@@ -68,13 +70,11 @@ def save_classifier(classifier: ImageClassifier, model: DualEncoder, folder: Pat
 
     ``head.safetensors`` holds ``weight`` (C, D) and ``bias`` (C,); ``classes.json`` the C names.
     """
-    from safetensors.torch import save_file
-
     assert model.visual is classifier.visual
-    model.save_pretrained(folder)
-    head = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.head.state_dict().items()}
-    save_file(head, folder / _HEAD)
-    write_json({"class_names": list(classifier.class_names)}, folder / _CLASSES)
+    with new_model(folder, CLASSIFIER_FILES) as half:
+        model.write_files(half)
+        write_weights(half / _HEAD, classifier.head.state_dict())
+        write_config(half / _CLASSES, {"class_names": list(classifier.class_names)})
 
 
 def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -> ImageClassifier:
@@ -84,19 +84,23 @@ def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -
         FileNotFoundError: the folder holds no classifier.
         ValueError: its files do not fit together.
     """
-    from safetensors.torch import load_file
-
     from fastclip.models.factory import create_model
 
     folder = Path(folder)
     if not (folder / _HEAD).is_file():
         raise FileNotFoundError(f"{folder} holds no classifier: there is no {_HEAD}")
-    names, head = read_json(folder / _CLASSES)["class_names"], load_file(folder / _HEAD, device=str(device))
+    names = read_json(folder / _CLASSES).get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{folder / _CLASSES}: class_names must be a list of names, got {shown(names)}")
+    head = read_tensors(folder / _HEAD, ("weight", "bias"), device=str(device))
     model = create_model(pretrained=folder, device=device)
     assert model.config is not None
-    shape, wanted = tuple(head["weight"].shape), (len(names), model.config.embed_dim)
-    if shape != wanted:
-        raise ValueError(f"{folder}: the head is {shape}; its classes and the model's features make it {wanted}")
+    for name, wanted in (("weight", (len(names), model.config.embed_dim)), ("bias", (len(names),))):
+        if (shape := tuple(head[name].shape)) != wanted or not head[name].is_floating_point():
+            raise ValueError(
+                f"{folder / _HEAD}: the head's {name} is {shape}, {head[name].dtype}; "
+                f"its classes and the model's features make it {wanted} numbers"
+            )
     classifier = ImageClassifier(model.visual, head["weight"], names)
     classifier.head.load_state_dict(head)
     return classifier.eval()

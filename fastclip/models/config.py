@@ -7,11 +7,17 @@ ResNets and ViTs are read as they are; what it has no name for (``tower``, CoSwi
 from __future__ import annotations
 
 import difflib
-import json
+import logging
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, TypeVar, get_args, get_type_hints
+
+from fastclip.reading import read_json
 
 __all__ = [
     "BertConfig",
@@ -26,9 +32,16 @@ __all__ = [
     "config_path",
     "list_models",
     "load_config",
+    "mapping",
 ]
 
+logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "configs"
+_CHOICES = {
+    "interpolation": ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
+    "resize_mode": ("shortest", "squash"),
+    "train_crop": ("resized", "flipped"),
+}
 _T = TypeVar("_T")
 
 
@@ -156,7 +169,10 @@ class ModelConfig:
         init_logit_scale: float | None = None,
         init_logit_bias: float | None = None,
     ) -> ModelConfig:
-        """This configuration with every value that is not None in place of its own."""
+        """This configuration with every value that is not None in place of its own; ValueError for impossible sizes."""
+        for name, size in (("image_size", image_size), ("context_length", context_length)):
+            if size is not None:
+                _check_size(name, _typed(size, int, name), name)
         changed: dict[str, Any] = {"init_logit_scale": init_logit_scale, "init_logit_bias": init_logit_bias}
         if image_size is not None:
             changed["vision_cfg"] = replace(self.vision_cfg, image_size=image_size)
@@ -182,76 +198,95 @@ class ModelConfig:
         """
         values = {**values, "folder": folder}
         for name, kinds in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
-            part = _mapping(values.get(name, {}), f"{where}: {name}")
+            part = mapping(values.get(name, {}), f"{where}: {name}")
             kind = part.get("tower") or ("resnet" if isinstance(part.get("layers"), list) else next(iter(kinds)))
-            if kind not in kinds:
-                raise ValueError(f"{where}: {name}: tower must be one of {sorted(kinds)}, got {kind!r}")
+            if not isinstance(kind, str) or kind not in kinds:
+                raise ValueError(f"{where}: {name}: tower must be one of {sorted(kinds)}, got {shown(kind)}")
             values[name] = _build(kinds[kind], part, f"{where}: {name}")
         values["preprocess_cfg"] = _build(
             PreprocessConfig, values.get("preprocess_cfg", {}), f"{where}: preprocess_cfg"
         )
         values["train_cfg"] = _build(TrainConfig, values.get("train_cfg", {}), f"{where}: train_cfg")
-        return _build(cls, values, where)
+        config = _build(cls, values, where)
+        side, resized = config.vision_cfg.image_size, config.preprocess_cfg.resize_size
+        if resized is not None and resized < side:
+            raise ValueError(f"{where}: resize_size {resized} is under image_size {side}")
+        return config
 
 
 _VISION = {"vit": ViTConfig, "resnet": ResNetConfig, "efficientnet": EfficientNetConfig, "coswin": CoSwinConfig}
 _TEXT = {"clip": CLIPTextConfig, "bert": BertConfig}
 
 
+@cache
+def _names() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+
+
 def list_models() -> list[str]:
     """Names that `create_model` knows, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
+    return list(_names())
 
 
-def config_path(name: str) -> Path:
+def config_path(name: str | Path) -> Path:
     """The configuration file of a model's name, or the path of one (``path/to/config.json``).
+
+    OpenAI's spelling with a slash (``ViT-B/32``) is taken, and the log says so once. Other spellings are not guessed.
 
     Raises:
         ValueError: no model has this name.
         FileNotFoundError: a path that does not exist.
     """
+    name = str(name)
     if name.endswith(".json"):
         path = Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"the configuration {name} does not exist")
         return path
-    path = FOLDER / f"{name.replace('/', '-')}.json"  # OpenAI writes ViT-B/32
-    if not path.is_file():
-        close = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see fastclip.list_models()"
-        raise ValueError(f"no model is called {name!r}: {hint} A path to a configuration ends in .json")
-    return path
+    known, plain = _names(), name.replace("/", "-")
+    if plain not in known:  # asked of the list: on some disks vit-b-32.json is found, too
+        raise ValueError(f"no model is called {name!r}: {_advice(name, known)} A path to a configuration ends in .json")
+    if plain != name:
+        _tell_spelling(name, plain, f"{plain}-quickgelu" in known)
+    return FOLDER / f"{plain}.json"
 
 
-def load_config(name: str) -> ModelConfig:
+@cache  # once
+def _tell_spelling(name: str, plain: str, two: bool) -> None:
+    told = f", whose activation is GELU; OpenAI's weights are for {plain}-quickgelu" if two else ""
+    logger.warning("the model %r is read as %s%s", name, plain, told)
+
+
+def _advice(name: str, known: Sequence[str]) -> str:
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or (
+        name.count("/") == 1 and not name.lower().startswith(("vit", "rn"))
+    ):
+        return "a repository of Hugging Face is downloaded by `hf download`, and its folder is a checkpoint."
+    plain = {re.sub(r"[^a-z0-9]", "", other.lower()): other for other in known}
+    same = plain.get(re.sub(r"[^a-z0-9]", "", name.lower()))
+    close = [same] if same else difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else "see fastclip.list_models()."
+
+
+def load_config(name: str | Path) -> ModelConfig:
     """The configuration of a model's name, or of a path to a JSON file; errors as in `config_path` and `from_dict`."""
     path = config_path(name)
-    return ModelConfig.from_dict(read_json(path), where=str(path), folder=path.parent)
+    values = read_json(path)
+    if values.get("model_type") == "fastclip":  # of a folder that `save_pretrained` wrote
+        del values["model_type"]
+    return ModelConfig.from_dict(values, where=str(path), folder=path.parent)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError with the file's name where it holds none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    return _mapping(values, str(path))
-
-
-def write_json(values: dict[str, Any], path: Path) -> None:
-    """What `read_json` reads, for people too."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _mapping(values: Any, where: str) -> dict[str, Any]:
+def mapping(values: Any, where: str) -> dict[str, Any]:
+    """`values` where they are names and values; else ValueError about `where`."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where} must be an object of names and values, got {values!r}")
+        raise ValueError(f"{where} must be an object of names and values, got {shown(values)}")
     return values
 
 
 def _build(cls: type[_T], values: dict[str, Any], where: str) -> _T:
     """A dataclass of `values`; null is the default."""
-    values = {name: value for name, value in _mapping(values, where).items() if value is not None}
+    values = {name: value for name, value in mapping(values, where).items() if value is not None}
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(known)):
@@ -261,7 +296,31 @@ def _build(cls: type[_T], values: dict[str, Any], where: str) -> _T:
     missing = [f.name for f in known.values() if f.default is f.default_factory is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} must be given")
-    return cls(**{name: _typed(value, hints[name], f"{where}: {name}") for name, value in values.items()})
+    typed = {name: _typed(value, hints[name], f"{where}: {name}") for name, value in values.items()}
+    for name, value in typed.items():
+        _check_size(name, value, f"{where}: {name}")
+    return cls(**typed)
+
+
+def _check_size(name: str, value: Any, where: str) -> None:
+    """Numbers that no model has would end in errors of torch, or take all memory."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{where} must be a finite number, got {number}")
+        if type(number) is int:  # no bool
+            least, most = (0 if name == "depthwise_padding" else 1), (1000 if name == "layers" else 1_000_000)
+            if not least <= number <= most:
+                raise ValueError(f"{where} must be from {least} to {most:,}, got {number}")
+    if name in ("drop_path", "dropout", "label_smoothing") and not 0 <= value < 1:
+        raise ValueError(f"{where} must be from 0 to below 1, got {value}")
+    if name == "mlp_ratio" and not 0 < value <= 100:
+        raise ValueError(f"{where} must be above 0 and at most 100, got {value}")
+    if name in ("mean", "std") and (len(value) != 3 or (name == "std" and min(value) <= 0)):
+        raise ValueError(f"{where} must be three{' positive' * (name == 'std')} numbers, got {value}")
+    if name == "vocabulary" and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) or ".." in value):
+        raise ValueError(f"{where} must be a file beside the configuration or a name in the cache, got {value!r}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise ValueError(f"{where} must be one of {', '.join(_CHOICES[name])}, got {shown(value)}")
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
@@ -271,10 +330,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         element = float if "float" in str(hint) else int
         if isinstance(value, list | tuple) and all(isinstance(x, element | int) for x in value):
             return tuple(element(x) for x in value)
-        raise ValueError(f"{where} must be a list of {element.__name__}, got {value!r}")
+        raise ValueError(f"{where} must be a list of {element.__name__}, got {shown(value)}")
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, tuple(options)) or (isinstance(value, bool) and bool not in options):
         names = " or ".join(option.__name__ for option in options)
-        raise ValueError(f"{where} must be {names}, got {value!r}")
+        raise ValueError(f"{where} must be {names}, got {shown(value)}")
     return value

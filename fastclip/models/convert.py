@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastclip.models.config import EfficientNetConfig, ModelConfig, write_json
+from fastclip.durable import new_file
+from fastclip.models.config import EfficientNetConfig, ModelConfig
 from fastclip.models.conversion import map_names, to_form
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.huggingface import write_huggingface_config
+from fastclip.models.writing import (
+    HUGGINGFACE_FILES,
+    OPEN_CLIP_FILES,
+    OWN_FILES,
+    new_model,
+    write_config,
+    write_weights,
+)
 
 __all__ = ["FORMS", "convert"]
 
+logger = logging.getLogger(__name__)
 FORMS = ("fastclip", "open_clip", "huggingface")
 
 
-def convert(model: DualEncoder, target: str | Path, *, form: str) -> None:
-    """Write `model` to `target` in a form that others load.
+def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | Path | None = None) -> None:
+    """Write `model` to `target` in a form that others load. What is there is replaced whole, or stays as it is.
 
     Args:
         target: for "open_clip" a file ending in ``.pt`` or ``.safetensors``, or a folder (``local-dir:`` of open_clip's
             `create_model`); for "huggingface" (CLIPModel, AlignModel) and "fastclip" a folder.
         form: "open_clip", "huggingface" or "fastclip".
+        source: what the model was read from, which is not overwritten.
 
     Raises:
-        ValueError: the form has no such model; nothing is written.
+        OSError: `target` cannot be written; nothing has changed.
+        ValueError: the form has no such model, or `target` is `source`, or a folder with another model; nothing is
+            written.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     config, target = model.config, Path(target)
     if config is None:
         raise ValueError("this model was made without a configuration, which convert needs")
-    is_file = target.suffix in (".pt", ".safetensors")
-    if is_file and form != "open_clip":
-        raise ValueError(f"{form} is written as a folder, got {target}")
+    _check_target(target, form, None if source is None else Path(source))
     image = config.vision_cfg
     if form == "huggingface" and isinstance(image, EfficientNetConfig) and image.depthwise_padding is None:
         raise ValueError(
@@ -49,29 +61,53 @@ def convert(model: DualEncoder, target: str | Path, *, form: str) -> None:
 
     state = model.state_dict()
     tensors = {name: tensor.cpu() for name, tensor in to_form(state, map_names(state, config, form)).items()}
-    folder = target.parent if is_file else target
-    folder.mkdir(parents=True, exist_ok=True)
-    if is_file:
-        _write(tensors, target)
+    if _is_file(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(tensors, target)
     elif form == "open_clip":
-        _write(tensors, target / "open_clip_model.safetensors")
-        write_json(_open_clip_config(config), target / "open_clip_config.json")
+        with new_model(target, OPEN_CLIP_FILES) as half:
+            write_config(half / "open_clip_config.json", _open_clip_config(config))
+            write_weights(half / "open_clip_model.safetensors", tensors, config=half / "open_clip_config.json")
     else:
         if isinstance(image, EfficientNetConfig):  # AlignModel has BERT's pooler, and uses it for nothing
             width = tensors["text_model.embeddings.LayerNorm.weight"].numel()
             tensors["text_model.pooler.dense.weight"] = torch.zeros(width, width)
             tensors["text_model.pooler.dense.bias"] = torch.zeros(width)
-        write_huggingface_config(config, target)
-        _write(tensors, target / "model.safetensors")
+        with new_model(target, HUGGINGFACE_FILES) as half:
+            write_huggingface_config(config, half)
+            write_weights(half / "model.safetensors", tensors, config=half / "config.json")
 
 
-def _write(tensors: dict[str, Tensor], file: Path) -> None:
-    if file.suffix == ".pt":
-        torch.save(tensors, file)
+def _is_file(target: Path) -> bool:
+    return target.suffix in (".pt", ".safetensors") and not target.is_dir()
+
+
+def _check_target(target: Path, form: str, source: Path | None) -> None:
+    """Where `target` cannot be written, or is what is read: said before any work."""
+    if _is_file(target) and form != "open_clip":
+        raise ValueError(f"{form} is written as a folder, got {target}")
+    if not _is_file(target) and target.is_file():
+        raise ValueError(f"{target} is a file; the form {form} is a folder, or for open_clip a .pt or .safetensors")
+    if source is None or not target.exists():
         return
-    from safetensors.torch import save_file
+    read = [source, *source.iterdir()] if source.is_dir() else [source]
+    if any(target.samefile(file) for file in read if file.exists()):
+        raise ValueError(f"{target} is what the model is read from: choose another place, a source is not overwritten")
+    written = {"fastclip": OWN_FILES, "open_clip": OPEN_CLIP_FILES, "huggingface": HUGGINGFACE_FILES}[form]
+    for name in written if target.is_dir() else ():
+        if (target / name).exists() and any((target / name).samefile(file) for file in read if file.exists()):
+            raise ValueError(f"{target / name} is what the model is read from: choose another place")
 
-    save_file(tensors, file, metadata={"format": "pt"})
+
+def _write_file(tensors: dict[str, Tensor], file: Path) -> None:
+    if file.suffix == ".safetensors":
+        write_weights(file, tensors)
+        return
+    with new_file(file) as half:
+        try:
+            torch.save(tensors, half)
+        except RuntimeError as error:  # torch's words for an error of the system, without its number
+            raise OSError(f"{file} was not written: {str(error).splitlines()[0]}") from error
 
 
 def _open_clip_config(config: ModelConfig) -> dict[str, object]:
@@ -83,5 +119,7 @@ def _open_clip_config(config: ModelConfig) -> dict[str, object]:
     if config.init_logit_bias is not None:
         model |= {"init_logit_scale": config.init_logit_scale, "init_logit_bias": config.init_logit_bias}
     options = config.preprocess_cfg
-    preprocess = {"mean": options.mean, "std": options.std, "interpolation": options.interpolation}
+    preprocess = {name: getattr(options, name) for name in ("mean", "std", "interpolation", "resize_mode")}
+    if options.resize_size is not None:
+        logger.warning("open_clip has no resize_size: it resizes pictures to %d pixels", config.vision_cfg.image_size)
     return {"model_cfg": model, "preprocess_cfg": preprocess}

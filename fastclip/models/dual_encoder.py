@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastclip.models.config import BertConfig, ModelConfig, write_json
+from fastclip.models.config import BertConfig, ModelConfig
+from fastclip.models.writing import OWN_FILES, new_model, write_config, write_weights
 
 __all__ = ["DualEncoder", "MAX_LOG_SCALE"]
 
@@ -103,24 +104,28 @@ class DualEncoder(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` (and a vocabulary of its own) into `folder`.
 
-        `create_model(pretrained=folder)` and `DualEncoder.from_pretrained(folder)` read them.
-        """
-        from safetensors.torch import save_file
+        `create_model(pretrained=folder)` and `DualEncoder.from_pretrained(folder)` read them. They replace those there,
+        all or none; other files stay.
 
+        Raises:
+            OSError: the files cannot be written.
+            ValueError: `folder` holds another model, of which files would stay beside these.
+        """
+        with new_model(folder, OWN_FILES) as half:
+            self.write_files(half)
+
+    def write_files(self, folder: Path) -> None:
+        """Write what `save_pretrained` writes into a folder that nobody reads yet."""
         if self.config is None:
             raise ValueError("this model was made without a configuration, which save_pretrained has to write")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         values = self.config.to_dict()
         if isinstance(self.config.text_cfg, BertConfig) and self.config.folder is not None:
             vocabulary = self.config.folder / self.config.text_cfg.vocabulary
             if vocabulary.is_file():
-                if vocabulary.resolve() != (folder / "vocab.txt").resolve():
-                    copyfile(vocabulary, folder / "vocab.txt")
+                copyfile(vocabulary, folder / "vocab.txt")
                 values["text_cfg"]["vocabulary"] = "vocab.txt"
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        write_json({"model_type": "fastclip", **values}, folder / "config.json")
+        write_config(folder / "config.json", {"model_type": "fastclip", **values})
+        write_weights(folder / "model.safetensors", self.state_dict(), config=folder / "config.json")
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> DualEncoder:

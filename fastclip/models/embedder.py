@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastclip.models.config import read_json
+from fastclip.models.config import mapping
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.factory import create_model, tokenizer_of
+from fastclip.models.tokenizer import texts_of
 from fastclip.models.transforms import image_transform
+from fastclip.reading import read_json
 
-__all__ = ["Embedder", "load_embedder"]
+__all__ = ["Embedder", "load_embedder", "load_model"]
 
 
 class Embedder:
@@ -63,10 +65,10 @@ class Embedder:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """B texts -> unit vectors (B, D), float32 on the CPU; `batch_size` texts at a time."""
-        found = []
+        """One text or B of them -> unit vectors (B, D), float32 on the CPU; `batch_size` texts at a time."""
+        found, texts = [], texts_of(texts)
         for start in range(0, len(texts), batch_size):
-            ids = self.tokenize(list(texts[start : start + batch_size])).to(self.device)
+            ids = self.tokenize(texts[start : start + batch_size]).to(self.device)
             with self._autocast():
                 found.append(_unit(self.model.encode_text(ids)))
         return torch.cat(found) if found else torch.empty(0, self.dim)
@@ -104,6 +106,8 @@ def load_embedder(
     device: torch.device | str | None = None,
     precision: str | None = None,
     vocabulary: str | Path | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
 ) -> Embedder:
     """The embedder of a checkpoint.
 
@@ -114,11 +118,31 @@ def load_embedder(
         device: default: a GPU where there is one.
         precision: "fp32" or "bf16"; default: bf16 on a GPU, else fp32.
         vocabulary: as `get_tokenizer`'s.
+        image_size, context_length: as `create_model`'s: the checkpoint's own where they are left out.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as `create_model` and `get_tokenizer` do.
     """
-    path, sizes = Path(checkpoint), {}
+    made, path = load_model(
+        checkpoint, model=model, image_size=image_size, context_length=context_length, device=_device(device)
+    )
+    assert made.config is not None
+    tokenize = tokenizer_of(made.config, model or str(path), vocabulary=vocabulary)
+    if precision is None:
+        precision = "bf16" if made.logit_scale.device.type == "cuda" else "fp32"
+    return Embedder(made, tokenize, precision=precision, name=model or str(checkpoint))
+
+
+def load_model(
+    checkpoint: str | Path,
+    *,
+    model: str | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[DualEncoder, Path]:
+    """The model of a checkpoint, and the path of the file or folder that it was read from; as `load_embedder` does."""
+    path, sizes = Path(checkpoint), {"image_size": image_size, "context_length": context_length}
     if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
         if not (path / "model").is_dir():
             raise FileNotFoundError(
@@ -126,20 +150,27 @@ def load_embedder(
                 f"{path}/checkpoints/step-..."
             )
         path = path / "model"
-    weights, name = path, model
-    if (path / "state.json").is_file():  # a checkpoint of training, beside which no configuration lies
-        options = read_json(path / "state.json").get("options", {})
+    name = model
+    if (state := path / "state.json").is_file():  # a checkpoint of training, beside which no configuration lies
+        options = mapping(read_json(state).get("options", {}), f"{state}: options")
         name = model or options.get("model")
-        sizes = {size: options.get(size) for size in ("image_size", "context_length")}
-        weights = path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path
+        if not isinstance(name, str):
+            raise ValueError(f"{state} names no model, got {name!r}")
+        sizes = {size: options.get(size) if value is None else value for size, value in sizes.items()}
+        path = path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path
+    return create_model(name, path, device=device, **sizes), path
+
+
+def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = create_model(name, weights, device=device, **sizes)
-    assert made.config is not None
-    tokenize = tokenizer_of(made.config, name or str(path), vocabulary=vocabulary)
-    if precision is None:
-        precision = "bf16" if made.logit_scale.device.type == "cuda" else "fp32"
-    return Embedder(made, tokenize, precision=precision, name=model or str(checkpoint))
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"the device must be cpu, cuda, cuda:1 or the like, got {device!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"the device {device} is not there: torch finds {torch.cuda.device_count()} GPUs")
+    return found
 
 
 def _unit(features: Tensor) -> Tensor:

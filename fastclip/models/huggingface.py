@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 from fastclip.models.config import (
@@ -12,9 +13,9 @@ from fastclip.models.config import (
     ModelConfig,
     PreprocessConfig,
     ViTConfig,
-    read_json,
-    write_json,
 )
+from fastclip.models.writing import write_config
+from fastclip.reading import read_json
 
 __all__ = ["config_from_huggingface", "write_huggingface_config"]
 
@@ -40,13 +41,25 @@ def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
     Raises:
         ValueError: another kind, or sizes and activations that our towers do not have.
     """
+    where = folder / "config.json"
+    if kind not in ("clip", "align"):
+        raise ValueError(f"{where}: model_type {kind!r} is none of 'fastclip', 'clip' and 'align'")
     import transformers
 
-    if kind == "clip":
-        return _from_clip(transformers.CLIPConfig.from_pretrained(folder), folder)
-    if kind == "align":
-        return _from_align(transformers.AlignConfig.from_pretrained(folder), folder)
-    raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is none of 'fastclip', 'clip' and 'align'")
+    of = transformers.CLIPConfig if kind == "clip" else transformers.AlignConfig
+    try:
+        theirs = of.from_dict(read_json(where))
+        config = _from_clip(theirs, folder) if kind == "clip" else _from_align(theirs, folder)
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # transformers checks types by a class of errors of its own, and not all of them
+        told = " ".join(str(error).split())
+        raise ValueError(f"{where} is no configuration of a model of type {kind}: {told}") from error
+    return ModelConfig.from_dict(config.to_dict(), where=str(where), folder=folder)  # which checks types and sizes
 
 
 def _text_config(theirs: Any, folder: Path) -> Any:
@@ -105,7 +118,7 @@ def _from_align(theirs: Any, folder: Path) -> ModelConfig:
     if image.hidden_act not in ("swish", "silu") or image.pooling_type != "mean" or text.hidden_act != "gelu":
         raise ValueError(f"{where}: activations must be swish and gelu and the pooling mean")
     preprocessor = folder / "preprocessor_config.json"
-    crop = read_json(preprocessor).get("crop_size", {}).get("height") if preprocessor.is_file() else None
+    crop = _side(read_json(preprocessor).get("crop_size"), preprocessor) if preprocessor.is_file() else None
     return ModelConfig(
         embed_dim=theirs.projection_dim,
         init_logit_scale=0.0,
@@ -140,19 +153,33 @@ def _preprocess(folder: Path, *, align: bool = False) -> PreprocessConfig:
     values = read_json(path)
     mean, std = usual.mean, usual.std
     if values.get("do_normalize", True) and "image_mean" in values:
-        mean, std = tuple(values["image_mean"]), tuple(values["image_std"])
+        mean, std = _channels(values["image_mean"], path), _channels(values.get("image_std"), path)
         if values.get("rescale_offset"):  # the values before it are in [-1, 1]
             mean, std = tuple((1 + m) / 2 for m in mean), tuple(s / 2 for s in std)
-    size = values.get("size")
-    mode = usual.resize_mode
+    size, mode = values.get("size"), usual.resize_mode
     if isinstance(size, dict):
         mode = "shortest" if "shortest_edge" in size else "squash"
-    size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
-    crop = values.get("crop_size", size)
-    crop = crop.get("height") if isinstance(crop, dict) else crop
-    interpolation = _RESAMPLE.get(values.get("resample", -1), usual.interpolation)
-    resize_size = size if size != crop else None
-    return PreprocessConfig(mean, std, interpolation, resize_size, mode, usual.train_crop)
+    side = _side(size, path)
+    crop = _side(values.get("crop_size", size), path)
+    resample = values.get("resample")
+    interpolation = _RESAMPLE.get(resample, usual.interpolation) if isinstance(resample, int) else usual.interpolation
+    return PreprocessConfig(mean, std, interpolation, side if side != crop else None, mode, usual.train_crop)
+
+
+def _side(value: Any, path: Path) -> int | None:
+    """Pixels of a size that is a number, or an object of edges."""
+    if isinstance(value, dict):
+        value = value.get("shortest_edge", value.get("height"))
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise ValueError(f"{path}: sizes must be whole numbers of pixels, got {shown(value)}")
+    return value
+
+
+def _channels(value: Any, path: Path) -> tuple[float, ...]:
+    numbers = value if isinstance(value, list) else []
+    if len(numbers) != 3 or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"{path}: image_mean and image_std must be three numbers, got {shown(value)}")
+    return tuple(map(float, numbers))
 
 
 def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
@@ -235,4 +262,4 @@ def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
         "image_std": list(options.std),
         "do_convert_rgb": True,
     }
-    write_json(values, folder / "preprocessor_config.json")
+    write_config(folder / "preprocessor_config.json", values)

@@ -79,6 +79,8 @@ def resnet(config: ResNetConfig, embed_dim: int) -> nn.Module:
 
 def efficientnet(config: EfficientNetConfig, embed_dim: int) -> nn.Module:
     """ALIGN's: images (B, 3, H, W) -> (B, embed_dim), the mean over places of the last block's features."""
+    if not timm.is_model(config.timm_model_name):  # others it would look for in a network
+        raise ValueError(f"timm has no model called {config.timm_model_name!r}")
     tower = timm.create_model(config.timm_model_name, num_classes=0, drop_path_rate=config.drop_path)
     if not isinstance(tower, EfficientNet):
         raise ValueError(f"timm_model_name {config.timm_model_name!r} is not an EfficientNet")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import html
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ftfy
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastclip.installed import installed_file
 
-__all__ = ["CONTEXT_LENGTH", "ClipTokenizer", "vocabulary_path"]
+__all__ = ["CONTEXT_LENGTH", "ClipTokenizer", "texts_of", "vocabulary_path"]
 
 CONTEXT_LENGTH = 77  # tokens a text, start and end included, of every CLIP model
 START, END = "<start_of_text>", "<end_of_text>"
@@ -65,13 +66,30 @@ class ClipTokenizer:
     def vocab_size(self) -> int:
         return self._bpe.get_vocab_size()
 
-    def __call__(self, texts: str | list[str]) -> Tensor:
-        """One text or B of them -> token ids (B, context_length), int64: start 49406, end 49407, then zeros."""
-        texts = [texts] if isinstance(texts, str) else texts
+    def __call__(self, texts: str | Iterable[str]) -> Tensor:
+        """One text or B of them -> token ids (B, context_length), int64: start 49406, end 49407, then zeros.
+
+        Raises:
+            TypeError: something is no text.
+        """
+        texts = texts_of(texts)
         words = [_WORD.findall(_clean(text)) for text in texts]
         encodings = self._bpe.encode_batch_fast(words, is_pretokenized=True)
         ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
         return ids.reshape(len(texts), self.context_length)
+
+
+def texts_of(texts: str | Iterable[str]) -> list[str]:
+    """A text, or several, as a list; TypeError for anything else."""
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts must be a str or several, got {type(texts).__name__}")
+    found = list(texts)
+    for place, text in enumerate(found):
+        if not isinstance(text, str):
+            raise TypeError(f"texts must be str, got {type(text).__name__} at place {place}")
+    return found
 
 
 def _clean(text: str) -> str:

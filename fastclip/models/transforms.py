@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from fastclip.data.picture import eight_bits
 from fastclip.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _AREA = (0.9, 1.0)  # of open_clip's random part
 
 
 def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
-    """PIL image of any mode -> (3, S, S) float32, normalised.
+    """PIL image of any mode -> (3, S, S) float32, normalised. Of more than 8 bits a channel none are cut off.
 
     For evaluation the image is resized, CLIP's by its shorter side and ALIGN's to a square, and the centre cropped. For
     training CLIP takes a random part of 90 to 100 % of the area (open_clip's), ALIGN a random crop of the resized
@@ -41,18 +42,14 @@ def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
     resize_size = options.resize_size or size
     if resize_size < size:
         raise ValueError(f"resize_size {resize_size} is under image_size {size}")
-    if options.resize_mode not in ("shortest", "squash"):
-        raise ValueError(f"resize_mode must be 'shortest' or 'squash', got {options.resize_mode!r}")
     resize = Resize(resize_size if options.resize_mode == "shortest" else (resize_size, resize_size), interpolation)
     if not train:
         crops = [resize, CenterCrop(size)]
     elif options.train_crop == "resized":
         crops = [RandomResizedCrop(size, scale=_AREA, interpolation=interpolation)]
-    elif options.train_crop == "flipped":
-        crops = [resize, RandomCrop(size), RandomHorizontalFlip()]
     else:
-        raise ValueError(f"train_crop must be 'resized' or 'flipped', got {options.train_crop!r}")
-    return Compose([*crops, _to_rgb, ToTensor(), Normalize(options.mean, options.std)])
+        crops = [resize, RandomCrop(size), RandomHorizontalFlip()]
+    return Compose([_checked, *crops, _to_rgb, ToTensor(), Normalize(options.mean, options.std)])
 
 
 def training_side(config: ModelConfig) -> int:
@@ -61,6 +58,14 @@ def training_side(config: ModelConfig) -> int:
     if options.train_crop == "resized":
         return math.ceil(size / _AREA[0])  # a part inside the picture keeps so much of either side
     return options.resize_size or size
+
+
+def _checked(image: Image.Image) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"the transform takes a picture of PIL, got {type(image).__name__}")
+    if not all(image.size):
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels shows nothing")
+    return eight_bits(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

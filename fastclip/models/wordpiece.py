@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastclip.models.tokenizer import texts_of
 
 __all__ = ["PAD_ID", "BertTokenizer"]
 
@@ -44,10 +46,11 @@ class BertTokenizer:
         words = sorted(self._tokenizer.get_vocab().items())
         return hashlib.blake2b(repr((self.context_length, words)).encode(), digest_size=16).hexdigest()
 
-    def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """One text or B of them -> token ids (B, context_length), int64."""
-        texts = [texts] if isinstance(texts, str) else texts
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair has no UTF-8
+    def __call__(self, texts: str | Iterable[str]) -> Tensor:
+        """One text or B of them -> token ids (B, context_length), int64; TypeError for anything else."""
+        texts = [
+            text.encode("utf-8", "replace").decode() for text in texts_of(texts)
+        ]  # half a surrogate pair has no UTF-8
         if not texts:
             return torch.empty(0, self.context_length, dtype=torch.int64)
         ids = self._tokenizer(texts, padding="max_length", truncation=True, max_length=self.context_length)["input_ids"]
@@ -58,11 +61,16 @@ def _load(vocabulary: str | Path):  # type: ignore[no-untyped-def]  # a transfor
     import transformers
 
     path = Path(vocabulary)
-    if path.is_file():
-        return transformers.BertTokenizerFast(vocab=str(path), do_lower_case=True)
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(vocabulary), local_files_only=True)
-    except (OSError, ValueError) as error:
+        if path.is_file():
+            return transformers.BertTokenizerFast(vocab=str(path), do_lower_case=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            str(vocabulary), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # what transformers' readers meet
+        if path.exists():
+            told = " ".join(str(error).split())
+            raise ValueError(f"{vocabulary} is no vocabulary or tokenizer of BERT: {told}") from error
         raise FileNotFoundError(
             f"BERT's vocabulary {str(vocabulary)!r} is neither a file nor in Hugging Face's cache. Where there is a "
             f"network, `hf download {vocabulary}` fetches it; get_tokenizer(name, vocabulary='path/to/vocab.txt') "

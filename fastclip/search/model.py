@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastclip import _env
 from fastclip._version import __version__
-from fastclip.durable import write_text
+from fastclip.durable import write_json
 from fastclip.reading import read_json
 
 if TYPE_CHECKING:
@@ -55,13 +55,15 @@ class CheckpointModel:
         device: str | None = None,
         precision: str | None = None,
         vocabulary: str | Path | None = None,
+        image_size: int | None = None,
+        context_length: int | None = None,
         folder: Path | None = None,
     ) -> None:
         self._checkpoint = Path(checkpoint)
         if not self._checkpoint.exists():
             raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
         self._options: dict[str, Any] = {"model": model, "device": device, "precision": precision}
-        self._options["vocabulary"] = vocabulary
+        self._options |= {"vocabulary": vocabulary, "image_size": image_size, "context_length": context_length}
         mark = [__version__, sorted((k, str(v)) for k, v in self._options.items()), _states(self._checkpoint)]
         if vocabulary is not None:
             mark.append(_states(Path(vocabulary)))
@@ -88,8 +90,7 @@ class CheckpointModel:
             return self._memory["identity"]
         loaded = self.embedder
         self._remembered.parent.mkdir(parents=True, exist_ok=True)
-        told = json.dumps({"identity": loaded.identity, "precision": loaded.precision})
-        write_text(self._remembered, told + "\n")
+        write_json(self._remembered, {"identity": loaded.identity, "precision": loaded.precision}, indent=None)
         return loaded.identity
 
     @cached_property
@@ -97,7 +98,7 @@ class CheckpointModel:
         try:
             told = read_json(self._remembered)
             return {"identity": str(told["identity"]), "precision": str(told["precision"])}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError):
             return None
 
 

@@ -24,7 +24,7 @@ from fastclip.durable import mend_folders, new_folder, set_aside
 from fastclip.evaluation.validate import validate
 from fastclip.models.config import load_config
 from fastclip.models.factory import build_model as empty_model
-from fastclip.models.factory import get_tokenizer
+from fastclip.models.factory import tokenizer_of
 from fastclip.models.transforms import image_transform, training_side
 from fastclip.owner import output_path
 from fastclip.training.building import build_loss, build_model, resolve, served_by
@@ -114,7 +114,7 @@ class _Trainer:
         self.model = build_model(self.options, self.loss, world.device)
         assert self.model.config is not None
         self.config = self.model.config
-        self.tokenize = get_tokenizer(options.model, context_length=options.context_length)
+        self.tokenize = tokenizer_of(self.config, options.model)
         self.wrapped = wrap(self.model, world, options.parallel)
         assert options.optimizer is not None and options.lr is not None and options.weight_decay is not None
         self.optimizer = build_optimizer(

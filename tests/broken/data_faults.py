@@ -52,7 +52,7 @@ PROMISES = [
             Break(
                 "faults: Ghostscript reads a picture",
                 "fastclip/data/picture.py",
-                old="Image.open(file, formats=_formats())",
+                old="Image.open(file, formats=picture_formats())",
                 new="Image.open(file)",
             ),
         ],
@@ -68,7 +68,7 @@ PROMISES = [
             Break(
                 "faults: 16 bits are cut off at 255",
                 "fastclip/data/picture.py",
-                old="return _eight_bits(image)",
+                old="return eight_bits(image)",
                 new="return image",
             ),
         ],

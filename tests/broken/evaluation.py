@@ -158,12 +158,6 @@ PROMISES = [
                 new="path",
             ),
             Break(
-                "evaluated: the name's context length",
-                "fastclip/models/embedder.py",
-                old='("image_size", "context_length")}',
-                new='("image_size",)}',
-            ),
-            Break(
                 "evaluated: the model of an earlier end of the run",
                 "fastclip/training/trainer.py",
                 old="set_aside(model).name",

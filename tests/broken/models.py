@@ -115,6 +115,144 @@ PROMISES = [
         ],
     ),
     Promise(
+        SAFETY,
+        "A TorchScript archive is read for its tensors; none of its code runs, and none of its sizes is believed",
+        tests=[
+            "models/test_torchscript.py::test_no_code_of_an_archive_runs",
+            "models/test_torchscript.py::test_claims_are_checked",
+            "models/test_torchscript.py::test_tensors_are_those_of_torchs_loader",
+        ],
+        breaks=[
+            Break(
+                "archive: torch loads it",
+                "fastclip/models/checkpoint.py",
+                old="read_torchscript(file) if archive",
+                new="dict(torch.jit.load(file).state_dict()) if archive",
+            ),
+            Break(
+                "archive: shapes are believed",
+                "fastclip/models/torchscript.py",
+                old="if count > len(numbers) or (count and last >= len(numbers)):",
+                new="if False:",
+            ),
+            Break(
+                "archive: one name a module",
+                "fastclip/models/torchscript.py",
+                old='waiting.append((f"{prefix}{name}.", value))',
+                new='waiting.append((f"{name}.", value))',
+            ),
+        ],
+    ),
+    Promise(
+        SAFETY,
+        "Nothing that is read is run: no pickle, no TorchScript, no remote code, no picture that starts a program",
+        tests=[
+            "package/test_opened.py::test_nothing_that_is_read_is_run",
+        ],
+        breaks=[
+            Break(
+                "opened: a tokenizer's own code",
+                "fastclip/models/wordpiece.py",
+                old="trust_remote_code=False",
+                new="trust_remote_code=True",
+            ),
+        ],
+    ),
+    Promise(
+        KEEP,
+        "A checkpoint keeps the context length and picture size of its weights, told once, whatever its name says",
+        tests=[
+            "models/test_sizes.py::test_features_are_open_clips_whatever_the_name_says",
+            "models/test_sizes.py::test_sizes_are_found_in_every_form",
+            "models/test_sizes.py::test_training_goes_on_with_the_weights_sizes",
+        ],
+        breaks=[
+            Break(
+                "sizes: the name's length",
+                "fastclip/models/factory.py",
+                old='        own["context_length"] = rows\n',
+                new="        pass\n",
+            ),
+            Break(
+                "sizes: the name's pictures",
+                "fastclip/models/factory.py",
+                old='            own["image_size"] = side * step\n',
+                new="            pass\n",
+            ),
+            Break(
+                "sizes: training's texts have the name's length",
+                "fastclip/training/trainer.py",
+                old="tokenizer_of(self.config, options.model)",
+                new='tokenizer_of(load_config("ViT-tiny"), options.model)',
+            ),
+        ],
+    ),
+    Promise(
+        KEEP,
+        "`fastclip convert` and `save_pretrained` replace a model whole or not at all, and never what they read",
+        tests=[
+            "models/test_convert.py::test_a_full_disk_leaves_the_old",
+            "models/test_convert.py::test_a_source_is_not_overwritten",
+            "models/test_convert.py::test_an_old_configuration_beside_new_weights_is_told",
+        ],
+        breaks=[
+            Break(
+                "convert: into the folder itself",
+                "fastclip/models/writing.py",
+                old="    with new_files(folder) as half:\n        yield half",
+                new="    folder.mkdir(parents=True, exist_ok=True)\n    yield folder",
+            ),
+            Break(
+                "convert: over its source",
+                "fastclip/models/convert.py",
+                old="if any(target.samefile(file) for file in read if file.exists()):",
+                new="if False:",
+            ),
+            Break(
+                "convert: another configuration passes",
+                "fastclip/models/writing.py",
+                old="if wanted is not None and wanted != _digest(config):",
+                new="if False:",
+            ),
+        ],
+    ),
+    Promise(
+        KEEP,
+        "Weights that mean something else than numbers of their name (whole numbers, 8-bit floats, NaN) are refused",
+        tests=[
+            "models/test_refused.py::test_weights_of_another_kind_name_the_tensor",
+        ],
+        breaks=[
+            Break(
+                "weights: whole numbers pass",
+                "fastclip/models/factory.py",
+                old="(wanted.is_floating_point and tensor.dtype not in _FLOATS)",
+                new="False",
+            ),
+            Break(
+                "weights: NaN passes",
+                "fastclip/models/factory.py",
+                old="if tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):",
+                new="if False:",
+            ),
+        ],
+    ),
+    Promise(
+        KEEP,
+        "Pictures of 16 bits and of floats keep their greys in `load_image_transform`'s transforms, too",
+        tests=[
+            "models/test_preprocess.py::test_more_than_eight_bits_are_scaled_and_not_cut_off",
+        ],
+        breaks=[
+            Break(
+                "transform: Pillow cuts 16 bits off",
+                "fastclip/models/transforms.py",
+                old="return eight_bits(image)",
+                new="return image",
+            ),
+        ],
+    ),
+    Promise(
         KEEP,
         "A checkpoint that does not fit is refused with its missing, unexpected and mis-shaped parameters",
         tests=[

@@ -129,7 +129,7 @@ def test_training_takes_no_crop_that_would_be_enlarged(model: str, side: int) ->
 
     config = load_config(model)
     assert training_side(config) == side
-    crop = image_transform(config, train=True).transforms[0]
+    crop = image_transform(config, train=True).transforms[1]
     if config.preprocess_cfg.train_crop == "resized":
         torch.manual_seed(0)
         for size in ((side, side), (side, 2 * side), (side, 10 * side)):

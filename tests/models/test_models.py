@@ -22,7 +22,7 @@ import open_clip
 from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock
 
 import fastclip
-from fastclip.models.config import FOLDER, ModelConfig, load_config
+from fastclip.models.config import FOLDER, ModelConfig, _tell_spelling, config_path, load_config
 from fastclip.models.coswin import ConvEmbed, ConvMerging
 
 # Millions of parameters and embed_dim: Radford et al. 2021, and what the papers of the others say.
@@ -322,7 +322,6 @@ def test_configuration_that_does_not_fit(tmp_path: Path, change: object, message
 def test_names_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no model is called 'ViT-B-23': did you mean .*'ViT-B-32'"):
         fastclip.create_model("ViT-B-23")
-    assert fastclip.create_model("ViT-B/32", device="meta")  # OpenAI's spelling
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist"):
         fastclip.create_model("nowhere.json")
     with pytest.raises(ValueError, match="needs a name or pretrained="):
@@ -330,6 +329,42 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json is not JSON"):
         fastclip.create_model(str(tmp_path / "x.json"))
+
+
+def test_openais_spelling_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    _tell_spelling.cache_clear()
+    for _ in range(2):
+        assert config_path("ViT-B/32").stem == "ViT-B-32"
+    assert (
+        caplog.text.count("the model 'ViT-B/32' is read as ViT-B-32, whose activation is GELU; OpenAI's weights") == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit-b-32", "did you mean 'ViT-B-32'?"),
+        ("ViT_B_32", "did you mean 'ViT-B-32'?"),
+        ("VIT-B/32", "did you mean 'ViT-B-32'?"),
+        ("ViT-L/14@336px", "did you mean 'ViT-L-14-336'"),
+        ("hf-hub:laion/CLIP-ViT-B-32", "a repository of Hugging Face is downloaded by `hf download`"),
+        ("openai/clip-vit-base-patch32", "a repository of Hugging Face is downloaded by `hf download`"),
+        ("../configs/ViT-B-32", "no model is called"),
+        ("a\0b", "no model is called"),
+        ("", "no model is called"),
+    ],
+)
+def test_no_other_spelling_is_guessed(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fastclip.create_model(name)
+
+
+def test_a_name_is_no_folder_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ViT-tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert fastclip.create_model("ViT-tiny") and fastclip.get_tokenizer("ViT-tiny")
+    with pytest.raises(FileNotFoundError, match="openai does not exist: it is a path, and nothing is downloaded"):
+        fastclip.create_model("ViT-tiny", pretrained="openai")
 
 
 def test_import_loads_no_encoder_library() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import string
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +24,8 @@ from open_clip.transform import image_transform as open_clip_transform
 import fastclip
 from fastclip.data.digits import CLASS_NAMES, TEMPLATES
 from fastclip.models.config import FOLDER, load_config
+from fastclip.models.embedder import Embedder
+from fastclip.models.factory import tokenizer_of
 
 VOCABULARY = FOLDER / "align-tiny.vocab.txt"
 ODD_TEXTS = {
@@ -146,3 +151,66 @@ def test_model_with_transforms() -> None:
     model, train, evaluate = fastclip.create_model_and_transforms("align-tiny", image_size=64)
     assert evaluate(picture(100, 90)).shape == train(picture(100, 90)).shape == (3, 64, 64)
     assert open_clip.__version__
+
+
+@pytest.mark.parametrize("name", ["ViT-tiny", "align-tiny"])
+@pytest.mark.parametrize("texts", [b"a", [b"a"], None, [None], 5, [["a"]], {"a": 1}, ["a", float("nan")]])
+def test_what_is_no_text_is_a_type_error(name: str, texts: Any) -> None:
+    with pytest.raises(TypeError, match="texts must be"):
+        fastclip.get_tokenizer(name)(texts)
+
+
+@pytest.mark.parametrize("name", ["ViT-tiny", "align-tiny"])
+def test_texts_come_from_anything_that_has_some(name: str) -> None:
+    tokenize = fastclip.get_tokenizer(name)
+    wanted = tokenize(["a", "cat"])
+    for texts in (
+        ("a", "cat"),
+        (text for text in ("a", "cat")),
+        np.array(["a", "cat"]),
+        dict.fromkeys(["a", "cat"]).keys(),
+    ):
+        assert torch.equal(tokenize(texts), wanted)
+    assert tokenize([]).shape == (0, wanted.shape[1])
+
+
+def test_one_text_is_no_list_of_letters(embedder: Embedder) -> None:
+    assert torch.equal(embedder.embed_texts("a cat"), embedder.embed_texts(["a cat"]))
+
+
+def test_tower_without_the_tokenizers_ids_is_refused() -> None:
+    config = load_config("ViT-tiny")
+    small = replace(config, text_cfg=replace(config.text_cfg, vocab_size=600))
+    with pytest.raises(ValueError, match="the vocabulary has 49408 tokens, x has 600"):
+        tokenizer_of(small, "x")
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", ["I;16", "I", "F"])
+def test_more_than_eight_bits_are_scaled_and_not_cut_off(kind: str, train: bool) -> None:
+    """Half of the greatest value is a middle grey: Pillow's conversion makes white of it, or black."""
+    half, dtype = {"I;16": (32768, np.uint16), "I": (32768, np.int32), "F": (0.5, np.float32)}[kind]
+    pixels = np.full((40, 40), half, dtype)
+    pixels[0, 0] = 2 * half - (1 if kind != "F" else 0)
+    transform = fastclip.load_image_transform("ViT-tiny", train)
+    torch.manual_seed(0)
+    found = transform(Image.fromarray(pixels))
+    torch.manual_seed(0)
+    grey = transform(Image.new("RGB", (40, 40), (128, 128, 128)))
+    assert float((found - grey).abs().median()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["ViT-tiny", "align-tiny"])
+@pytest.mark.parametrize("train", [False, True])
+def test_pictures_of_any_mode_and_shape(name: str, train: bool) -> None:
+    transform = fastclip.load_image_transform(name, train)
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
+        assert transform(Image.new(mode, (40, 30))).shape == (3, 32, 32)
+    for size in ((1, 1), (1, 5000), (5000, 1)):
+        assert transform(Image.new("RGB", size)).isfinite().all()
+    for size in ((0, 0), (0, 5), (5, 0)):
+        with pytest.raises(ValueError, match=f"a picture of {size[0]} x {size[1]} pixels"):
+            transform(Image.new("RGB", size))
+    for other in (np.zeros((40, 40, 3), np.uint8), torch.zeros(3, 40, 40), "x.png"):
+        with pytest.raises(TypeError, match="takes a picture of PIL, got"):
+            transform(other)

@@ -39,6 +39,8 @@ def write_report(
     device: str | None = None,
     precision: str | None = None,
     vocabulary: str | Path | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
     results: Sequence[str | Path] = (),
     max_samples: int = 5000,
     batch_size: int = 256,
@@ -55,7 +57,7 @@ def write_report(
         output: default: report.html in it.
         data: as ``--val-data``; default: the run's own.
         checkpoint: as `load_embedder`'s; default: the run's model/.
-        model, device, vocabulary: as `load_embedder`'s.
+        model, device, vocabulary, image_size, context_length: as `load_embedder`'s.
         precision: "fp32" or "bf16"; default: the run's.
         results: JSON files of ``fastclip eval`` or CLIP_benchmark, shown beside each other.
         max_samples: of the data, evenly spread.
@@ -84,6 +86,8 @@ def write_report(
             device=device,
             precision=precision or run.options.get("precision"),
             vocabulary=vocabulary,
+            image_size=image_size,
+            context_length=context_length,
         )
         found = examine(embedder, source, batch_size=batch_size, workers=workers, resumable=True, progress=progress)
         same = data is None and checkpoint is None and size <= max_samples

@@ -1,0 +1,246 @@
+"""The tensors of a TorchScript archive, read without torch's loader, which runs the archive's own code.
+
+An archive is a zip file. ``data.pkl`` tells modules, attributes and tensors, whose bytes lie in ``data/KEY``; ``code/``
+holds a program, which is not read. The pickle is walked here opcode by opcode: its names of classes and functions are
+names and nothing is called. Sizes are compared with what is in the file before memory is taken for them.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import struct
+import sys
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_torchscript", "read_torchscript"]
+
+_DTYPES = {
+    "torch DoubleStorage": torch.float64,
+    "torch FloatStorage": torch.float32,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch LongStorage": torch.int64,
+    "torch IntStorage": torch.int32,
+    "torch ShortStorage": torch.int16,
+    "torch CharStorage": torch.int8,
+    "torch ByteStorage": torch.uint8,
+    "torch BoolStorage": torch.bool,
+}
+_VALUES = ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
+_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_PUT, _GET = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MOST, _LONGEST_NAME = 100_000, 1000  # modules and tensors, letters
+# What zipfile, pickletools and the functions below raise where a file is not as torch writes it
+_DAMAGED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    StopIteration,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
+class _Global(NamedTuple):
+    name: str  # "module name", of a class or function that is never looked up
+
+
+class _Storage(NamedTuple):
+    dtype: torch.dtype
+    key: str  # data/KEY
+    size: int  # elements
+
+
+class _Strided(NamedTuple):
+    storage: _Storage
+    offset: int  # elements, as the next two
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass
+class _Module:
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+def is_torchscript(file: Path) -> bool:
+    """Return True for a zip file that ``torch.jit.save`` wrote; ``torch.save`` writes no constants."""
+    if not zipfile.is_zipfile(file):
+        return False
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except _DAMAGED:
+        return False
+
+
+def read_torchscript(file: Path) -> dict[str, Tensor]:
+    """The tensors of an archive under their dotted names: parameters, buffers and other attributes of its modules.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the archive is damaged, or what it holds is not told by data alone; the file is named.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = _entries(archive, file.stat().st_size)
+            root = next(name for name in entries if name.endswith("/constants.pkl")).removesuffix("constants.pkl")
+            order = archive.read(f"{root}byteorder").decode() if f"{root}byteorder" in entries else "little"
+            if order != sys.byteorder:
+                raise ValueError(f"its numbers are {order}-endian")
+            found = _named(_unpickle(archive.read(f"{root}data.pkl")))
+            storages = dict.fromkeys(strided.storage for strided in found.values())
+            numbers = {s: _numbers(s, archive.read(f"{root}data/{s.key}")) for s in storages}
+        return {name: _tensor(name, strided, numbers[strided.storage]) for name, strided in found.items()}
+    except _DAMAGED as error:
+        raise ValueError(f"{file} is no TorchScript archive that can be read: {error}") from error
+
+
+def _entries(archive: zipfile.ZipFile, size: int) -> set[str]:
+    """Names of the entries, none twice; those that are read are stored as they are, and no longer than the file."""
+    infos = archive.infolist()
+    names = {info.filename for info in infos}
+    if len(names) < len(infos):
+        raise ValueError("it holds two entries of one name")
+    read = [info for info in infos if "/data/" in info.filename or info.filename.endswith(("/data.pkl", "/byteorder"))]
+    for info in read:
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{info.filename} is compressed, as torch writes none")
+    if (total := sum(info.file_size for info in read)) > size:
+        raise ValueError(f"its entries claim {total:,} bytes, the file has {size:,}")
+    return names
+
+
+def _unpickle(data: bytes) -> _Module:
+    """The outermost module. Lists and what functions would return are left out: they hold no parameters."""
+    stack: list[Any] = []
+    marks: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in _VALUES:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _PUT:
+            memo[argument] = stack[-1]
+        elif name in _GET:
+            stack.append(memo[argument])
+        elif name in ("EMPTY_LIST", "EMPTY_DICT"):
+            stack.append([] if name == "EMPTY_LIST" else {})
+        elif name == "GLOBAL":
+            stack.append(_Global(argument))
+        elif name == "MARK":
+            marks.append(stack)
+            stack = []
+        elif name in ("TUPLE", "APPENDS", "SETITEMS"):
+            items, stack = stack, marks.pop()
+            if name == "TUPLE":
+                stack.append(tuple(items))
+            elif name == "SETITEMS":
+                _set_items(stack[-1], items)
+        elif name in _TUPLES:
+            stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
+        elif name in ("BINPERSID", "APPEND", "REDUCE", "NEWOBJ", "BUILD", "SETITEM"):
+            _combine(name, stack)
+        elif name == "STOP":
+            break
+        elif name != "PROTO":
+            raise ValueError(f"its pickle has the opcode {name}, as torch writes none")
+    if len(stack) != 1 or not isinstance(stack[0], _Module):
+        raise ValueError("it holds no module")
+    return stack[0]
+
+
+def _combine(opcode: str, stack: list[Any]) -> None:
+    """The opcodes that take the last value, or the last three, and put their outcome in the place of one more."""
+    last = stack.pop()
+    if opcode == "BINPERSID":
+        stack.append(_storage(last))
+    elif opcode == "SETITEM":
+        key = stack.pop()
+        _set_items(stack[-1], [key, last])
+    elif opcode == "REDUCE":
+        function = stack.pop()
+        stack.append(_strided(last) if function == _Global("torch._utils _rebuild_tensor_v2") else None)
+    elif opcode == "NEWOBJ":
+        of = stack.pop()
+        stack.append(_Module() if isinstance(of, _Global) and of.name.startswith("__torch__") else None)
+    elif opcode == "BUILD" and isinstance(stack[-1], _Module):
+        if not isinstance(last, dict):
+            raise ValueError("a module keeps its state in a form of its own, which only its code (__setstate__) reads")
+        stack[-1].attributes = last
+
+
+def _set_items(target: Any, items: list[Any]) -> None:
+    """Into a dictionary; of keys other than strings nothing is needed."""
+    if isinstance(target, dict):
+        target.update((key, value) for key, value in zip(items[::2], items[1::2]) if isinstance(key, str))
+
+
+def _storage(told: Any) -> _Storage:
+    kind, of, key, _, size = told
+    if kind != "storage" or not isinstance(of, _Global) or not isinstance(key, str) or not _is_size(size):
+        raise ValueError("a tensor's storage is not told as torch tells it")
+    if of.name not in _DTYPES:
+        raise ValueError(f"a tensor's storage is a {of.name}, which is none of {', '.join(_DTYPES)}")
+    return _Storage(_DTYPES[of.name], key, size)
+
+
+def _strided(told: Any) -> _Strided:
+    storage, offset, shape, strides = told[:4]
+    numbers = (offset, *shape, *strides)
+    if not isinstance(storage, _Storage) or not all(map(_is_size, numbers)) or len(shape) != len(strides):
+        raise ValueError("a tensor is not told as torch tells it")
+    return _Strided(storage, offset, tuple(shape), tuple(strides))
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _named(root: _Module) -> dict[str, _Strided]:
+    """Tensors by name. A module may be an attribute of several, and then has several names."""
+    found: dict[str, _Strided] = {}
+    waiting, count = [("", root)], 0
+    while waiting:
+        prefix, module = waiting.pop()
+        count += 1
+        if count > _MOST or len(found) > _MOST or len(prefix) > _LONGEST_NAME:
+            raise ValueError("its modules lie in each other without an end")
+        for name, value in module.attributes.items():
+            if isinstance(value, _Module):
+                waiting.append((f"{prefix}{name}.", value))
+            elif isinstance(value, _Strided):
+                found[prefix + name] = value
+    return found
+
+
+def _numbers(storage: _Storage, data: bytes) -> Tensor:
+    """The elements of a storage (size,)."""
+    wanted = storage.size * storage.dtype.itemsize
+    if len(data) != wanted:
+        raise ValueError(f"data/{storage.key} has {len(data):,} bytes for {storage.size:,} numbers of {storage.dtype}")
+    return torch.frombuffer(bytearray(data), dtype=storage.dtype) if data else torch.empty(0, dtype=storage.dtype)
+
+
+def _tensor(name: str, strided: _Strided, numbers: Tensor) -> Tensor:
+    """A view of the storage: inside, and with no more elements than it has."""
+    _, offset, shape, strides = strided
+    count = math.prod(shape)
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    if count > len(numbers) or (count and last >= len(numbers)):
+        raise ValueError(f"{name} of shape {shape} does not lie in its storage of {len(numbers):,} numbers")
+    return numbers.as_strided(shape, strides, offset) if count else numbers.new_empty(shape)

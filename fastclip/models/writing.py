@@ -1,0 +1,83 @@
+"""Files of a model: written together, and read back as those that were written together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastclip.durable import new_files, write_tensors
+from fastclip.reading import open_tensors
+
+__all__ = [
+    "CLASSIFIER_FILES",
+    "HUGGINGFACE_FILES",
+    "OPEN_CLIP_FILES",
+    "OWN_FILES",
+    "check_written_together",
+    "new_model",
+    "write_config",
+    "write_weights",
+]
+
+logger = logging.getLogger(__name__)
+OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
+OWN_FILES = ("config.json", "model.safetensors", "vocab.txt")
+CLASSIFIER_FILES = (*OWN_FILES, "head.safetensors", "classes.json")
+HUGGINGFACE_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "vocab.txt")
+# What tells a model, or is read before what another form writes
+_OF_MODELS = (
+    *OPEN_CLIP_FILES,
+    "open_clip_pytorch_model.bin",
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "head.safetensors",
+)
+_CONFIG = "fastclip.config"  # among the metadata of weights: the BLAKE2b of the configuration beside them
+
+
+@contextmanager
+def new_model(folder: str | Path, files: tuple[str, ...]) -> Iterator[Path]:
+    """A folder to write `files`, or some of them, into, which take their places in `folder` when all went well.
+
+    Raises:
+        OSError: they cannot be written; nothing has changed.
+        ValueError: `folder` holds files of another model, which would stay beside these.
+    """
+    folder = Path(folder)
+    if others := [name for name in _OF_MODELS if name not in files and (folder / name).exists()]:
+        raise ValueError(f"{folder} holds {others[0]} of another model: choose a folder without, or remove it")
+    with new_files(folder) as half:
+        yield half
+
+
+def write_config(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a configuration, for people too."""
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(file: Path, tensors: Mapping[str, Tensor], *, config: Path | None = None) -> None:
+    """Write tensors of any device, with a mark of the configuration that they belong to."""
+    metadata = {"format": "pt"} | ({} if config is None else {_CONFIG: _digest(config)})
+    write_tensors(file, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def check_written_together(weights: Path, config: Path) -> None:
+    """Say in the log where a configuration is not the one with which these weights were written."""
+    with open_tensors(weights) as opened:
+        wanted = (opened.metadata() or {}).get(_CONFIG)
+    if wanted is not None and wanted != _digest(config):
+        logger.warning("%s was changed after %s was written, or is another model's", config, weights.name)
+
+
+def _digest(config: Path) -> str:
+    return hashlib.blake2b(config.read_bytes(), digest_size=16).hexdigest()
