@@ -144,9 +144,11 @@ def number(name: str, value: Any, allowed: str = "a number") -> float:
     """
     if isinstance(value, (float, torch.SymFloat)):
         return value  # type: ignore[return-value]
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):  # before `size`: it may be symbolic
+        return float(value)
     if getattr(value, "size", None) == 1 and hasattr(value, "item"):
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal)):
         raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
     return float(value)
 

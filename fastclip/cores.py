@@ -37,7 +37,7 @@ def contended(threads: int | None, processes: int = 1) -> bool:
     if threads == 1:
         return False
     try:
-        others = os.getloadavg()[0] * allowed / machine  # of the last minute
+        others = os.getloadavg()[0] * usable_cores() / machine  # of the last minute, as many of them as of the cores
     except (AttributeError, OSError):  # Windows
         others = 0.0
     return threads * processes + others >= usable_cores() + 0.75

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastclip.checks import can_be_read
+from fastclip.ops import batched
 
 __all__ = ["KeptRows", "MatchedLabels", "keep_labelled", "match_labels"]
 
@@ -87,8 +88,8 @@ def keep_labelled(
         raise ValueError("ignore_label needs image_labels and text_labels")
     equal_shards = equal_shards and group is not None
     captured = image_labels.is_cuda and torch.cuda.is_current_stream_capturing()
-    if equal_shards or captured or torch.compiler.is_compiling():
-        what = "equal_shards=True" if equal_shards else "torch.compile and CUDA graphs"
+    if equal_shards or captured or torch.compiler.is_compiling() or batched(image_labels, text_labels):
+        what = "equal_shards=True" if equal_shards else "torch.compile, CUDA graphs and torch.func.vmap"
         raise ValueError(
             f"ignore_label leaves out a number of rows that {what} cannot know: leave them out before, "
             f"features[labels != {ignored}] with labels[labels != {ignored}]"

@@ -299,6 +299,16 @@ def direction_loss(
     return torch.where(some, loss, 0.0)
 
 
+def _unit_factors(x: Tensor, normalize: bool) -> Tensor:
+    """The `inv_norms` (M,) of x (M, D), differentiable: through unit rows, whose squares no dtype overflows."""
+    r = inv_norms(x.detach(), normalize)
+    if not normalize:
+        return r
+    u = unit_rows(x, r)
+    square = torch.linalg.vecdot(u, u)
+    return r * torch.where(square > 0.5, square, 1.0).rsqrt()  # a row below EPS has a constant factor
+
+
 def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of each row (M,) and of each column (N,) of the logits, through the mean features: O((M + N) D).
 
@@ -308,7 +318,7 @@ def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     normalize, shards = batch.options["normalize"], batch.shards
     M, N = batch_size(image, text, shards)
     with no_autocast(image.device):
-        r, c = inv_norms(image, normalize), inv_norms(text, normalize)
+        r, c = _unit_factors(image, normalize), _unit_factors(text, normalize)
         image, text = image.to(r.dtype), text.to(c.dtype)
         image_sum, text_sum = r @ image, c @ text
         if shards is not None:

@@ -46,9 +46,11 @@ def multiview_loss(
             `contrastive_loss` raises.
         TypeError: views that are not tensors, and what `contrastive_loss` raises.
     """
-    views = views if isinstance(views, (Tensor, Mapping)) else _listed(views)
+    group, equal_shards = check_group(options.get("group")), options.get("equal_shards", False)
+    with reported(group, equal_shards, views if isinstance(views, Tensor) else None):
+        views = views if isinstance(views, (Tensor, Mapping)) else _listed(views)
     some = views if isinstance(views, Tensor) else next(iter(views), None)
-    with reported(check_group(options.get("group")), options.get("equal_shards", False), some):
+    with reported(group, equal_shards, some):
         views = _check_views(views)
         pairs = _check(len(views), core, options)
     losses = [

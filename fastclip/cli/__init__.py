@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     logging.basicConfig(level=logging.WARNING, format="fastclip: %(message)s")
     try:
-        args.threads_sleep = argv is None and let_threads_sleep()
+        args.threads_sleep = argv is None and args.command != "bench" and let_threads_sleep()
         with sigterm_raises():
             status = args.run(args) or 0
             sys.stdout.flush()

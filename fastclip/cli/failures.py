@@ -1,4 +1,4 @@
-"""What a command says of an error: a line of what the user, or the machine, is the cause; None for a fault of ours."""
+"""What a command says of an error: a line where the user or the machine can mend it, a traceback where we must."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _OF_FILES = {
     *("zipfile.BadZipFile", "tarfile.TarError", "zlib.error", "lzma.LZMAError", "_lzma.LZMAError", "_csv.Error"),
     *("sqlite3.DatabaseError", "yaml.error.YAMLError", "pickle.UnpicklingError", "_pickle.UnpicklingError"),
     *("safetensors.SafetensorError", "safetensors_rust.SafetensorError", "PIL.Image.DecompressionBombError"),
-    *("builtins.EOFError", "builtins.RecursionError", "pyarrow.lib.ArrowException", "http.client.HTTPException"),
+    *("pyarrow.lib.ArrowException"),
 }
 _OF_PROGRAMS = {"sqlite3.ProgrammingError", "sqlite3.InterfaceError"}
 _NO_MEMORY = {"builtins.MemoryError", "torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError"}
@@ -32,6 +32,8 @@ def said_of(error: Exception, command: str) -> str | None:
         return f"out of {where}: {_LESS.get(command, 'a smaller --batch-size, or fewer --workers, take less')}"
     if isinstance(error, _OF_USERS):
         return str(error)
+    if "http.client.HTTPException" in kinds:
+        return f"a server's answer ended early ({type(error).__name__}: {first})"
     if not _OF_FILES.isdisjoint(kinds) and _OF_PROGRAMS.isdisjoint(kinds):
         return f"a file is damaged, or not what it is called ({type(error).__name__}: {first})"
     return None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -63,6 +64,14 @@ def _restore(package: str) -> None:
         owner.forward = forward  # type: ignore[attr-defined]
 
 
+def _names(code: CodeType) -> Iterator[str]:
+    """Names that a function looks up, also in the functions and comprehensions inside it."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
+
+
 class Calls:
     """What a forward calls and others may replace: methods of its class, functions of its module.
 
@@ -77,7 +86,7 @@ class Calls:
         self._find(inspect.unwrap(forward))
 
     def _find(self, function: Any) -> None:
-        for name in function.__code__.co_names if inspect.isfunction(function) else ():
+        for name in _names(function.__code__) if inspect.isfunction(function) else ():
             of_class: Any = vars(self.owner).get(name)
             of_module: Any = function.__globals__.get(name)
             if self._is_own(of_class) and name not in (*self._methods, *self._honoured):

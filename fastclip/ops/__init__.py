@@ -9,13 +9,14 @@ from fastclip.ops.contrastive import (
     merge_logsumexp,
 )
 from fastclip.ops.sigmoid import sigmoid_pairs
-from fastclip.ops.transforms import transformed
+from fastclip.ops.transforms import batched, transformed
 
 __all__ = [
     "Statistics",
     "TopLogits",
     "autocast_dtype",
     "autocast_features",
+    "batched",
     "contrastive_maxima",
     "contrastive_statistics",
     "merge_logsumexp",

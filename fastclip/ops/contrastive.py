@@ -16,7 +16,7 @@ from fastclip._backends import reference, serving
 from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
-from fastclip.ops.transforms import check_transformable, transformed
+from fastclip.ops.transforms import needs_dense
 
 __all__ = ["Statistics", "TopLogits", "contrastive_maxima", "contrastive_statistics", "merge_logsumexp"]
 
@@ -128,8 +128,7 @@ def _fwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     problem, stats = saved[:5], saved[5:]
     needs = list(ctx.needs_input_grad[:3])
     upstream = [torch.zeros_like(x) if d is None else d for x, d in zip(stats[:6], grads)]
-    if transformed(*upstream):
-        check_transformable(ctx.options[-1])
+    if needs_dense(ctx.options[-1], *upstream):
         p, _ = _problem((*problem, *ctx.options))
         with no_autocast(p.image.device):
             out = reference.contrastive_bwd(p, list(stats), upstream, needs)
@@ -185,8 +184,7 @@ def contrastive_statistics(
 
     The inverse norms it returns carry no gradient.
     """
-    if transformed(image, text, scale):
-        check_transformable(backend)
+    if needs_dense(backend, image, text, scale):
         p = Problem(image, text, scale, labels, offset, exclude_self, normalize)
         *stats, r, c = _dense(image, p)
     else:
@@ -210,8 +208,7 @@ def contrastive_maxima(
 ) -> tuple[Statistics, TopLogits]:
     """The same statistics and the largest logits with them, without gradient."""
     with torch.no_grad():
-        if transformed(image, text, scale):
-            check_transformable(backend)
+        if needs_dense(backend, image, text, scale):
             p = Problem(image, text, scale, labels, offset, exclude_self, normalize)
             out = _dense(image, p, maxima=True)
         else:

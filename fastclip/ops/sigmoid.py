@@ -15,7 +15,7 @@ from fastclip._backends import reference, serving
 from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
-from fastclip.ops.transforms import check_transformable, transformed
+from fastclip.ops.transforms import needs_dense
 
 __all__ = ["sigmoid_pairs"]
 
@@ -89,8 +89,7 @@ def _fwd_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...
     needs = list(ctx.needs_input_grad[:4])
     if any(need and not had for need, had in zip(needs, ctx.needs)):
         raise RuntimeError("fastclip::sigmoid_fwd was called with needs= that leave out a gradient now asked for")
-    if transformed(d_loss):
-        check_transformable(ctx.options[-1])
+    if needs_dense(ctx.options[-1], d_loss):
         out = _times(inputs, needs, kept, d_loss)
     else:
         out = torch.ops.fastclip.sigmoid_bwd(*inputs, *ctx.options, needs, list(kept), d_loss)
@@ -148,8 +147,7 @@ def sigmoid_pairs(
     Differentiable. The divisor is in the gradients before they are rounded to 16-bit features' dtype.
     """
     tensors = image, text, scale, bias
-    if transformed(*tensors):
-        check_transformable(backend)
+    if needs_dense(backend, *tensors):
         return _dense(image, _problem(image, text, scale, offset, normalize), bias, divisor)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
     loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, divisor, offset, normalize, backend, needs)[0]

@@ -5,6 +5,8 @@ An op hides its formula from them: its tangent would be 0. There the losses are 
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -12,7 +14,10 @@ from torch.autograd import forward_ad
 from fastclip import _env
 from fastclip._backends import check_name
 
-__all__ = ["check_transformable", "transformed"]
+__all__ = ["batched", "needs_dense", "transformed"]
+
+logger = logging.getLogger(__name__)
+_warned = False
 
 
 def transformed(*tensors: Tensor) -> bool:
@@ -22,8 +27,19 @@ def transformed(*tensors: Tensor) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def check_transformable(backend: str | None) -> None:
-    """Raise RuntimeError if another backend than the reference was asked for by name."""
+def batched(*tensors: Tensor) -> bool:
+    """Return True if torch.func.vmap runs over one of them."""
+    return any(torch._C._functorch.is_batchedtensor(x) for x in tensors)
+
+
+def needs_dense(backend: str | None, *tensors: Tensor) -> bool:
+    """Return True where dense torch has to serve, as `transformed` says; the log tells it once a process.
+
+    Raises RuntimeError if another backend than the reference was asked for by name.
+    """
+    global _warned
+    if not transformed(*tensors):
+        return False
     name = backend or _env.backend()
     check_name(name)
     if name not in (None, "reference"):
@@ -31,3 +47,10 @@ def check_transformable(backend: str | None) -> None:
             f"backend={name!r} cannot serve this call: torch.func's transforms and forward-mode derivatives need "
             f"dense torch; pass backend='reference' or leave the choice open"
         )
+    if name is None and not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        logger.warning(
+            "dense torch computes the loss under torch.func's transforms and in forward mode, and stores the N x N "
+            "similarities (with backend='reference' this line is not shown)"
+        )
+    return True

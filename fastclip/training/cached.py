@@ -101,7 +101,7 @@ def cached_step(
                 upstream = [None if d is None else d[k] for d in gradients] + [x.grad for x in rest if last]
                 pairs = [(x, d) for x, d in zip(outputs, upstream) if x.requires_grad and d is not None]
                 if last:
-                    pairs += direct
+                    pairs += _before_last_pass(modules, direct)
                 if pairs:
                     torch.autograd.backward([x for x, _ in pairs], [d.to(x.device) for x, d in pairs])
     return value.detach()
@@ -133,8 +133,28 @@ def _backward(value: Tensor, inputs: list[Tensor], modules: Sequence[nn.Module])
     return direct
 
 
+def _before_last_pass(modules: Sequence[nn.Module], direct: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return what of `direct` enters the last pass; the gradients of others are put where that pass adds to them.
+
+    A DistributedDataParallel that looks for unused parameters has counted these as such, and averages their ``.grad``.
+    """
+    looking = (
+        one for module in modules for one in _exchanging(module) if getattr(one, "find_unused_parameters", False)
+    )
+    unused = dict.fromkeys(p for one in looking for p in one.parameters())
+    for p, d in direct:
+        if p in unused:
+            p.grad = d if p.grad is None else p.grad + d
+    return [(p, d) for p, d in direct if p not in unused]
+
+
 def _check_averaged(module: nn.Module, direct: list[Tensor]) -> None:
-    """ValueError where FSDP has sharded a parameter that the loss reads by itself: it averages what a forward uses."""
+    """ValueError where what wraps the module averages only the gradients of what a forward uses."""
+    if direct and any(getattr(one, "static_graph", False) for one in _exchanging(module)):
+        raise ValueError(
+            "loss reads a parameter by itself, which DistributedDataParallel(static_graph=True) does not expect: let "
+            "forward return what loss needs of it, after the features"
+        )
     sharded = {
         name: p
         for owner, one in module.named_modules()

@@ -164,8 +164,18 @@ def test_other_numbers_below_0_are_classes() -> None:
 def test_compiled_call_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     image, text, y, t = batch()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # to compile takes seconds
-    with pytest.raises(ValueError, match=r"torch.compile and CUDA graphs cannot know: .*features\[labels != -1\]"):
+    with pytest.raises(ValueError, match=r"torch.compile, CUDA graphs .* cannot know: .*features\[labels != -1\]"):
         fastclip.contrastive_loss(image, text, image_labels=y, text_labels=t, ignore_label=-1)
+
+
+def test_labels_of_vmap_are_refused() -> None:
+    image, text, y, t = batch()
+
+    def loss(y: Tensor) -> Tensor:
+        return fastclip.contrastive_loss(image, text, image_labels=y, text_labels=t, ignore_label=-1)
+
+    with pytest.raises(ValueError, match=r"torch.func.vmap cannot know"):
+        torch.func.vmap(loss)(y[None])
 
 
 def work(rank: int, folder: Path) -> None:

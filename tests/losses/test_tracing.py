@@ -97,6 +97,10 @@ CHANGING: dict[str, Callable[[float, Tensor, Tensor], Tensor]] = {
         fastclip.ClipLoss()(image, text, 10 * v) + fastclip.SigLipLoss()(image, text, 10 * v, -10 * v)
     ),
 }
+INTEGERS: dict[str, Callable[[int, Tensor, Tensor], Tensor]] = {
+    "contrastive": lambda v, image, text: fastclip.contrastive_loss(image, text, v),
+    "sigmoid": lambda v, image, text: fastclip.sigmoid_loss(image, text, v, -v),
+}
 OFTEN = [pytest.param(k, marks=[] if k in ("contrastive", "sigmoid") else [pytest.mark.full]) for k in CHANGING]
 
 
@@ -113,3 +117,13 @@ def test_changing_numbers_compile_twice_at_most(name: str) -> None:
         ours, theirs = (torch.autograd.grad(loss, image)[0] for loss in (ours, theirs))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_changing_integers_compile(name: str) -> None:
+    """The second makes the number symbolic, which has none of a number's attributes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(INTEGERS[name], fullgraph=True, backend="eager")
+    image, text, _ = inputs()
+    for value in (3, 5, 9):
+        torch.testing.assert_close(compiled(value, image, text), INTEGERS[name](value, image, text))

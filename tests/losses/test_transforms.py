@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 import fastclip
+from fastclip.ops import transforms
 from support.accuracy import sigmoid_loss_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of images and scale
@@ -164,6 +165,17 @@ def test_transforms_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = vmap(lambda x: fastclip.contrastive_loss(x, TEXT, 7.0))(IMAGE[None])[0]
     torch.testing.assert_close(found, fastclip.contrastive_loss(*rounded, 7.0), rtol=1e-5, atol=0)
+
+
+def test_dense_torch_under_a_transform_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transforms, "_warned", False)
+    x, y = torch.randn(2, 4, 3).unbind()
+    for backend in ("reference", None, None):
+        torch.func.grad(lambda z, backend=backend: fastclip.contrastive_loss(z, y, 5.0, backend=backend))(x)
+    assert [record.message for record in caplog.records if "stores the N x N" in record.message] != []
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("transform", ["jvp", "grad", "vmap", "dual", "dual gradient"])

@@ -192,6 +192,10 @@ def test_threads_sleep_where_they_outnumber_the_free_cores(
     monkeypatch.setattr(cores, "_OWN_GROUPS", tmp_path / "group")
     monkeypatch.setattr(cores, "_CGROUPS", tmp_path)
     assert cores.contended(4) and not cores.contended(1)  # of one and a half cores
+    (tmp_path / "cpu.max").write_text("400000 100000\n")
+    for name, many in (("cpu_count", 64), ("sched_getaffinity", set(range(64))), ("getloadavg", (6.0, 0.0, 0.0))):
+        monkeypatch.setattr(cores.os, name, lambda *of, many=many: many)
+    assert not cores.contended(4)  # of four cores of 64, on which six threads of others run
 
 
 def test_setting_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,11 @@ class Pair(nn.Module):
         return self.image(images), self.text(texts), self.log_scale.exp(), self.bias
 
 
+class Towers(Pair):
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        return self.image(images), self.text(texts)
+
+
 def rows(dtype: torch.dtype = torch.float64, size: int = N) -> tuple[Tensor, Tensor]:
     return torch.randn(2, size, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).unbind(0)
 
@@ -278,6 +283,22 @@ def ddp_reads(rank: int, micro_batches: Any) -> Any:
     return [p.grad / 2 for p in model.parameters()]
 
 
+def ddp_reads_unused(rank: int, micro_batches: Any) -> Any:
+    """What only the loss reads is an unused parameter to DistributedDataParallel, which looks for them here."""
+    model = Towers()
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    cached_step(wrapped, micro_batches, by_itself(model))
+    return [p.grad for p in model.parameters()]
+
+
+def ddp_reads_static(rank: int, micro_batches: Any) -> Any:
+    model = Pair()
+    wrapped = nn.parallel.DistributedDataParallel(model, static_graph=True)
+    with pytest.raises(ValueError, match=r"static_graph=True\) does not expect: let forward return"):
+        cached_step(lambda *batch: wrapped(*batch)[:2], micro_batches, by_itself(model), modules=[wrapped])
+    return []
+
+
 def ddp_reads_untold(rank: int, micro_batches: Any) -> Any:
     model = Pair()
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -302,7 +323,13 @@ def towers_exchange_once(rank: int, micro_batches: Any) -> Any:
     return [p.grad for p in model.parameters()], sum(exchanged)
 
 
-BY_ITSELF = {"ddp": ddp_reads, "ddp, not told": ddp_reads_untold, "towers": towers_exchange_once}
+BY_ITSELF = {
+    "ddp": ddp_reads,
+    "ddp, not told": ddp_reads_untold,
+    "ddp, unused": ddp_reads_unused,
+    "ddp, static": ddp_reads_static,
+    "towers": towers_exchange_once,
+}
 
 
 def work(rank: int, W: int, folder: str) -> None:
@@ -359,7 +386,7 @@ def test_ddp_exchanges_once(ranks: list[Any]) -> None:
             torch.testing.assert_close(ours, p.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp, not told"])
+@pytest.mark.parametrize("name", ["ddp", "ddp, not told", "ddp, unused"])
 def test_ddp_averages_what_the_loss_reads_by_itself(name: str, ranks: list[Any]) -> None:
     """Every rank has one process's gradients, of the scale and of the bias too."""
     model = Pair()
