@@ -71,7 +71,7 @@ def read_tensors(file: str | Path, names: Collection[str] = (), *, device: str =
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, or holds no tensor of one of the `names`; file and name are told.
+        ValueError: the file is damaged, or lacks one of the `names`; the message has the file and the names.
     """
     with open_tensors(file, device=device) as opened:
         if missing := sorted(set(names) - set(opened.keys())):

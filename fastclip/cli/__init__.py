@@ -29,6 +29,7 @@ from fastclip.cli import (
 )
 from fastclip.cli.ending import Terminated, sigterm_raises
 from fastclip.cli.failures import said_of
+from fastclip.cli.printing import LogLines, complain
 from fastclip.cli.streams import leave_stdout, prepare_streams
 
 __all__ = ["main"]
@@ -63,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.words = words  # of a command with a parser of its own
     if words and args.command not in _OWN_PARSER:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
-    logging.basicConfig(level=logging.WARNING, format="fastclip: %(message)s")
+    log = logging.StreamHandler()
+    log.setFormatter(LogLines("fastclip: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[log])
     try:
         args.threads_sleep = argv is None and args.command != "bench" and let_threads_sleep()
         with sigterm_raises():
@@ -82,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (said := said_of(error, args.command)) is None:
             raise
-        print(f"fastclip {args.command}: {said}{_advice(args.command, error)}", file=sys.stderr)
+        complain(f"fastclip {args.command}: {said}{_advice(args.command, error)}")
         return 1
     finally:
         if argv is None:  # a last search for cyclic garbage in all that torch loaded takes a second

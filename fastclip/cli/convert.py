@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastclip.cli.embedding import add_model_options, model_options
+from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
@@ -27,4 +28,4 @@ def _convert(args: argparse.Namespace) -> None:
 
     model, source = load_model(args.source, **model_options(args))
     convert(model, args.target, form=args.to, source=source)
-    print(f"wrote {args.target}: {sum(p.numel() for p in model.parameters()):,} parameters in the form of {args.to}")
+    say(f"wrote {args.target}: {sum(p.numel() for p in model.parameters()):,} parameters in the form of {args.to}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from fastclip.cli.outputs import add_force, owned_output
 from fastclip.cli.pictures import add_max_pixels
+from fastclip.cli.printing import complain, say
 
 __all__ = ["add"]
 
@@ -62,16 +62,13 @@ def _check_data(args: argparse.Namespace) -> int:
         ),
         "speed": f"{found.samples / found.seconds:,.0f} samples/s, {args.workers} workers, {found.seconds:.1f} s",
     }
-    print("\n".join(f"{name:<18}{text}" for name, text in rows.items()))
-    print("".join(f"damaged           {problem}\n" for problem in problems), end="")
+    lines = [*rows.items(), *(("damaged", problem) for problem in problems)]
+    say("\n".join(f"{name:<18}{text}" for name, text in lines))
     if problems:
-        print(f"fastclip data: {len(problems)} shards or parts are damaged or cannot be read", file=sys.stderr)
+        complain(f"fastclip data: {len(problems)} shards or parts are damaged or cannot be read")
         return 1
     if found.bad_share > args.max_bad:
-        print(
-            f"fastclip data: {found.bad_share:.2%} cannot be used, more than --max-bad {args.max_bad:g}",
-            file=sys.stderr,
-        )
+        complain(f"fastclip data: {found.bad_share:.2%} cannot be used, more than --max-bad {args.max_bad:g}")
         return 1
     return 0
 
@@ -86,6 +83,6 @@ def _pack_data(args: argparse.Namespace) -> None:
     with owned_output(args):
         packed = pack_source(open_source(args.spec), Path(args.output), **options)
     kept = f", {packed.kept} of which were there" if packed.kept else ""
-    print(f"wrote {args.output}: {packed.samples:,} samples in {packed.shards:,} shards{kept}")
+    say(f"wrote {args.output}: {packed.samples:,} samples in {packed.shards:,} shards{kept}")
     if packed.faults.total:
-        print(f"left out: {packed.faults}")
+        say(f"left out: {packed.faults}")

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from fastclip.cli.outputs import add_force, owned_files
+from fastclip.cli.printing import say
 
 if TYPE_CHECKING:
     from fastclip.doctor import Diagnosis
@@ -30,7 +31,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     with owned_files(args, "json"):
         found = diagnose()
-        print(_text(found))
+        say(_text(found))
         if args.json is not None:
             tests = [{**row._asdict(), "ok": row.ok} for row in found.tests]
             told = {"usable": found.usable, "findings": [x._asdict() for x in found.findings], "tests": tests}

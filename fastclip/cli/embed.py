@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options, embedder_of
 from fastclip.cli.outputs import add_force, owned_output
-from fastclip.cli.printing import say
+from fastclip.cli.printing import complain, say
 
 __all__ = ["add"]
 
@@ -37,7 +36,7 @@ def _embed(args: argparse.Namespace) -> None:
     with owned_output(args):
         source = open_pictures(args.spec)
         if alone := isinstance(source, Uncaptioned):
-            print(f"fastclip: {args.spec}: no picture has a caption, so pictures alone are embedded", file=sys.stderr)
+            complain(f"fastclip: {args.spec}: no picture has a caption, so pictures alone are embedded")
         done = embed_source(embedder_of(args), source, Path(args.output), progress=True, texts=not alone, **options)
     kept = f", {done.kept} of which were there" if done.kept else ""
     say(f"wrote {args.output}: {done.samples:,} samples in {done.files:,} files{kept}")

@@ -8,6 +8,7 @@ from typing import Any
 from fastclip.cli.embedding import add_embedder_options
 from fastclip.cli.evaluate.zeroshot import add_templates_option, percent
 from fastclip.cli.outputs import add_force, owned_output
+from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
@@ -96,11 +97,11 @@ def _finetune(args: argparse.Namespace) -> None:
             raise ValueError(f"--data {args.data} and --val-data {args.val_data} differ in classes")
         run = finetune(embedder_of(args), source, options, output=args.output, templates=templates)
         if not run.complete:
-            print(f"{run.folder}: {run.steps} steps; the same call goes on")
+            say(f"{run.folder}: {run.steps} steps; the same call goes on")
             return
         saved = 1.0 if args.wise_ft in (None, "sweep") else args.wise_ft
         run.mix(saved)
-        print(f"{run.save()}: {run.steps} steps, of which {len(run.losses)} now; alpha {saved:g}")
+        say(f"{run.save()}: {run.steps} steps, of which {len(run.losses)} now; alpha {saved:g}")
         if val is not None:
             alphas = [k / 10 for k in range(11)] if args.wise_ft == "sweep" else sorted({0.0, saved, 1.0})
             size = options.micro_batch or options.batch_size
@@ -139,8 +140,8 @@ def _tell(
     forget_accuracies(args.output)
     told = {0.0: "0 (zero-shot)", 1.0: "1 (fine-tuned)"}
     rows = [[told.get(alpha, f"{alpha:g}"), *map(percent, metrics.values())] for alpha, metrics in found.items()]
-    print(table(["alpha", *found[1.0]], rows))
+    say(table(["alpha", *found[1.0]], rows))
     if reference is not None:
         metric = "mean_per_class_recall" if reference in MEAN_PER_CLASS else "acc1"
         ours = {"zero-shot": 100 * found[0.0][metric], f"alpha {saved:g}": 100 * found[saved][metric]}
-        print("\n" + table([reference, metric], list({**ours, **published}.items())))
+        say("\n" + table([reference, metric], list({**ours, **published}.items())))

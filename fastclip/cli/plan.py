@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from fastclip.cli.printing import say
+
 __all__ = ["add"]
 
 
@@ -56,7 +58,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.micro_batch is None:
         found = replace(found, micro_batch=even or 1)
 
-    print(f"{args.model}, {table(found)}\n")
+    say(f"{args.model}, {table(found)}\n")
     if largest == found.pairs:
         print(f"all {largest:,} pairs of a process fit into {told(memory)} at once: no gradient caching is needed")
     elif largest:

@@ -1,12 +1,27 @@
-"""Names on stdout: quoted on a terminal, which would obey what is in them; as they are for other programs."""
+"""Names in what is printed: quoted on a terminal, which would obey what is in them.
+
+On stdout they are as they are for other programs. What is said on stderr, and the log, may be read on a terminal later.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
 
-__all__ = ["lone_names", "say", "shown"]
+__all__ = ["LogLines", "complain", "lone_names", "say", "shown"]
+
+
+class LogLines(logging.Formatter):
+    """Format each message as one line, whatever names are in it; a traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = _harmless(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return _harmless_lines(super().formatException(ei))
 
 
 def shown(text: str) -> str:
@@ -23,8 +38,13 @@ def say(*texts: Any) -> None:
     """Print a line; on a terminal what is in it cannot do anything but be read, and elsewhere it is as it is."""
     line = " ".join(map(str, texts))
     if sys.stdout.isatty():
-        line = "\n".join(_harmless(part) for part in line.split("\n"))
+        line = _harmless_lines(line)
     _print(line)
+
+
+def complain(text: str) -> None:
+    """Print a line on stderr, which a terminal can only show, wherever stderr goes."""
+    print(_harmless_lines(text), file=sys.stderr)
 
 
 def lone_names(rows: list[tuple[str, str]], *, print0: bool = False) -> None:
@@ -60,6 +80,10 @@ def _escaped(character: str) -> str:
 
 def _harmless(line: str) -> str:
     return "".join(x if x.isprintable() or x == "\t" else _escaped(x) for x in line)
+
+
+def _harmless_lines(text: str) -> str:
+    return "\n".join(map(_harmless, text.split("\n")))
 
 
 def _print(line: str, end: str = "\n") -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fastclip.cli.embedding import add_embedder_options, embedder_options
 from fastclip.cli.outputs import add_force, owned_files
 from fastclip.cli.pictures import add_max_pixels
-from fastclip.cli.printing import lone_names, shown
+from fastclip.cli.printing import complain, lone_names, shown
 from fastclip.cli.words import words_in_any_order
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--add", action="append", default=[], metavar="QUERY", help="one more text or picture")
     parser.add_argument("--subtract", action="append", default=[], metavar="QUERY", help="one that is subtracted")
     parser.add_argument("-t", "--top", type=int, default=10, metavar="N", help="pictures that are printed (10)")
-    shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("-f", "--filepath-only", action="store_true", help="print paths without scores")
-    shown.add_argument("--json", action="store_true", help='print a list of {"path": ..., "score": ...}')
-    shown.add_argument("--print0", action="store_true", help="print paths that end in a zero byte, for xargs -0")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("-f", "--filepath-only", action="store_true", help="print paths without scores")
+    form.add_argument("--json", action="store_true", help='print a list of {"path": ..., "score": ...}')
+    form.add_argument("--print0", action="store_true", help="print paths that end in a zero byte, for xargs -0")
     parser.add_argument("-p", "--preview", action="store_true", help="show the pictures in the terminal (stderr)")
     parser.add_argument("--sheet", metavar="FILE", help="write the pictures side by side into FILE, a .png or .jpg")
     add_force(parser)
@@ -88,9 +88,9 @@ def update(engine: SearchEngine, args: argparse.Namespace) -> None:
     if done.embedded or done.known or done.removed:
         speed = f", {done.embedded / done.seconds:,.0f} a second" if done.embedded else ""
         told = f"{done.embedded:,} embedded{speed}; {done.known:,} moved, copied or touched; {done.removed:,} gone"
-        print(f"fastclip: {engine.folder}: {done.files:,} pictures, {told}", file=sys.stderr)
+        complain(f"fastclip: {engine.folder}: {done.files:,} pictures, {told}")
     if known := {path for path, _ in engine.faults()} - {path for path, _ in done.skipped}:
-        print(f"fastclip: {len(known):,} pictures cannot be used, as before", file=sys.stderr)
+        complain(f"fastclip: {len(known):,} pictures cannot be used, as before")
 
 
 def _search(args: argparse.Namespace) -> int:
@@ -112,15 +112,15 @@ def _answer(args: argparse.Namespace, terms: Sequence[Term]) -> int:
 
     engine = engine_of(args)
     if told := reading(args.query, terms):
-        print(f"fastclip: the query is read as {shown(told)}", file=sys.stderr)
+        complain(f"fastclip: the query is read as {shown(told)}")
     try:
         update(engine, args)
         found = engine.find(terms, args.top)
     except KeyboardInterrupt:
-        print("fastclip search: stopped; what is indexed is kept", file=sys.stderr)
+        complain("fastclip search: stopped; what is indexed is kept")
         return 130
     if not found:
-        print(f"fastclip search: no pictures of {engine.folder} are indexed", file=sys.stderr)
+        complain(f"fastclip search: no pictures of {engine.folder} are indexed")
     _print(found, args)
     return 0
 

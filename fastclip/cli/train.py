@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 
+from fastclip.cli.printing import say
+
 __all__ = ["add"]
 
 
@@ -29,6 +31,6 @@ def _train(args: argparse.Namespace) -> None:
         logger.info("the cores are busy: OpenMP's threads sleep while they wait (OMP_WAIT_POLICY=PASSIVE)")
     run = train(options)
     if first:
-        print(f"{run.folder}: {run.steps} steps, of which {len(run.losses)} in {run.seconds:.1f} s, by {run.backend!r}")
+        say(f"{run.folder}: {run.steps} steps, of which {len(run.losses)} in {run.seconds:.1f} s, by {run.backend!r}")
         found = {"loss": run.losses[-1], **run.validation} if run.losses else {}
-        print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        say("  ".join(f"{name} {value:.4g}" for name, value in found.items()))

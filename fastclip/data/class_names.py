@@ -30,7 +30,8 @@ def join_names(
         ordered: both are in the order of the same numbers, such as ImageNet's, where no name says otherwise.
 
     Raises:
-        ValueError: a number of names that is not that of the classes, or names that do not fit, which are told.
+        ValueError: there are more or fewer names than classes; or names and classes cannot be paired, and the message
+            lists the classes without a name and the names without a class.
     """
     if len(given) != len(own):
         raise ValueError(f"{what} has {len(given)} names, and {spec} {len(own)} classes")

@@ -6,18 +6,20 @@ import logging
 import os
 import stat
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import AnyStr, BinaryIO
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["compression", "existing", "file_stamp", "open_file", "read_file", "walk"]
+__all__ = ["compression", "existing", "file_stamp", "log_links", "open_file", "read_file", "walk"]
 
 logger = logging.getLogger(__name__)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 
 
-def walk(folder: AnyStr, exclude: Collection[str] = ()) -> Iterator[tuple[AnyStr, list[os.DirEntry[AnyStr]]]]:
+def walk(
+    folder: AnyStr, exclude: Collection[str] = (), links: list[AnyStr] | None = None
+) -> Iterator[tuple[AnyStr, list[os.DirEntry[AnyStr]]]]:
     """Every folder from `folder` down, and the entries in it that are no folders, sorted by name.
 
     Names that begin with a dot are left out, macOS's ``._`` files among them. So are links to folders, which may lead
@@ -25,12 +27,13 @@ def walk(folder: AnyStr, exclude: Collection[str] = ()) -> Iterator[tuple[AnyStr
 
     Args:
         exclude: names of folders that are left out.
+        links: gets the links to folders, which the log does not count then; `log_links` does.
 
     Raises:
         OSError: `folder` itself cannot be listed.
     """
     left_out = {os.fsencode(name) for name in exclude}
-    folders, links = [folder], []
+    folders, linked = [folder], list[AnyStr]() if links is None else links
     while folders:
         here = folders.pop()
         try:
@@ -49,11 +52,17 @@ def walk(folder: AnyStr, exclude: Collection[str] = ()) -> Iterator[tuple[AnyStr
             if not _is_folder(entry):
                 files.append(entry)
             elif entry.is_symlink():
-                links.append(entry.path)
+                linked.append(entry.path)
             elif name not in left_out:
                 below.append(entry.path)
         folders += reversed(below)
         yield here, files
+    if links is None:
+        log_links(folder, linked)
+
+
+def log_links(folder: AnyStr, links: Sequence[AnyStr]) -> None:
+    """Count the links in `folder` that `walk` has passed over, and name the first."""
     if links:
         shown = os.fsdecode(links[0])
         logger.warning("%s: %d links to folders are not followed, first %s", os.fsdecode(folder), len(links), shown)
@@ -62,7 +71,7 @@ def walk(folder: AnyStr, exclude: Collection[str] = ()) -> Iterator[tuple[AnyStr
 def _is_folder(entry: os.DirEntry[AnyStr]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, for instance, which whoever opens it is told of
+    except OSError:  # a link to itself, for instance, of which the error says more when it is opened
         return False
 
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from fastclip.data.captions import first_captions, json_captions, json_fields, text_captions
 from fastclip.data.faults import BadSample, Fault, Tally
-from fastclip.data.files import read_file, walk
+from fastclip.data.files import log_links, read_file, walk
 from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
 from fastclip.data.source import Record
 from fastclip.data.strings import Strings
 
-__all__ = ["Folder", "Found", "is_picture", "pictures"]
+__all__ = ["Folder", "Found", "NoCaptions", "is_picture", "pictures"]
 
 logger = logging.getLogger(__name__)
 _CAPTIONS = (".txt", ".json")
@@ -40,7 +40,7 @@ def is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
-def pictures(folder: Path, passed: Tally | None = None) -> Iterator[Found]:
+def pictures(folder: Path, passed: Tally | None = None, links: list[str] | None = None) -> Iterator[Found]:
     """Every picture under `folder` that is not hidden, sorted in each folder; as `fastclip.data.files.walk` goes.
 
     A caption file has the picture's name but for the suffix. Names that differ in Unicode's normal form only (an e with
@@ -48,9 +48,10 @@ def pictures(folder: Path, passed: Tally | None = None) -> Iterator[Found]:
 
     Args:
         passed: counts the other files by their suffixes.
+        links: as `walk`'s.
     """
     start = len(os.path.join(folder, ""))
-    for _, entries in walk(str(folder)):
+    for _, entries in walk(str(folder), links=links):
         names = {entry.name for entry in entries}
         beside = {_plain(name): name for name in names if os.path.splitext(name)[1].lower() in _CAPTIONS}
         used = set()
@@ -75,6 +76,17 @@ def _kind(name: str) -> str:
     return f"{suffix} without a picture" if suffix in _CAPTIONS else suffix or "without a suffix"
 
 
+class NoCaptions(ValueError):
+    """Raised for a folder without pictures that have captions: a folder of classes, perhaps.
+
+    `outside` says whether pictures lie in the folder itself, and so outside of any class.
+    """
+
+    def __init__(self, message: str, outside: bool, links: list[str]) -> None:
+        super().__init__(message)
+        self.outside, self.links = outside, links
+
+
 class Folder:
     """Every picture under a folder: ``a/1.jpg`` with ``a/1.txt``, one caption a line, or ``a/1.json`` with "caption".
 
@@ -82,7 +94,8 @@ class Folder:
     img2dataset writes as files. Both are read when the sample is. The log counts the files that are neither.
 
     Raises:
-        ValueError: there is no picture, or none with captions; the message counts them and names the first.
+        NoCaptions: there is no picture, or none with captions; the message counts them and names the first. The log
+            does not count the links to folders then.
     """
 
     class_names: tuple[str, ...] = ()
@@ -92,22 +105,24 @@ class Folder:
         self.spec, self._field = spec, caption
         self._folder = Path(folder or spec)
         self.passed = passed = Tally()
-        told = False
+        told, outside, links = False, False, list[str]()
         self._names = Strings()
         self._beside: dict[int, Found] = {}  # of pictures whose caption files have other names than usual
-        for found in pictures(self._folder, passed):
+        for found in pictures(self._folder, passed, links):
             stem = os.path.splitext(os.path.basename(found.name))[0]
             if (found.text or f"{stem}.txt", found.json or f"{stem}.json") != (f"{stem}.txt", f"{stem}.json"):
                 self._beside[len(self._names)] = found
             self._names.append(found.name)
             told |= found.told
+            outside |= not os.path.dirname(found.name)
         if not len(self):
             kinds = ", ".join(sorted(PICTURE_SUFFIXES))
-            raise ValueError(f"{spec}: the folder holds no pictures ({kinds}){_but(passed)}")
+            raise NoCaptions(f"{spec}: the folder holds no pictures ({kinds}){_but(passed)}", outside, links)
         if not told:
             first = self._file(0)
             message = f"none of {len(self)} pictures has a caption, first {first}: {_wanted(first)}"
-            raise ValueError(f"{spec}: {message}{_but(passed)}")
+            raise NoCaptions(f"{spec}: {message}{_but(passed)}", outside, links)
+        log_links(str(self._folder), links)
         if passed.total:
             logger.warning("%s: passed over %s", spec, passed)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from fastclip.data.captions import given_captions
 from fastclip.data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, UNNAMED, Named, choose
 from fastclip.data.faults import BadSample
 from fastclip.data.files import read_file
@@ -54,6 +58,7 @@ class HubSource:
             self._rows = rows.cast_column(self._image, datasets.Image(decode=False))  # read_picture names what fails
         except Exception as error:  # pyarrow's, of columns that hold no pictures
             raise ValueError(f"{spec}: the column {self._image} holds no pictures: {error}") from error
+        self._cache: str = next((file["filename"] for file in self._rows.cache_files), "")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -94,29 +99,29 @@ class HubSource:
 
     def picture_place(self, index: int) -> tuple[str, str]:
         """As `fastclip.data.source.picture_place`; the library's fingerprint says which rows these are."""
-        data = self._rows[index][self._image]
-        if data is not None and data["bytes"] is None and data["path"] is not None:
-            return str(self._file(data["path"])), f"{self.key(index)} of {self._rows._fingerprint}"
-        files = self._rows.cache_files
-        return files[0]["filename"] if files else "", f"{self.key(index)} of {self._rows._fingerprint}"
+        path = self._paths[index].as_py()
+        file = self._cache if path is None else str(self._file(path))
+        return file, f"{self.key(index)} of {self._rows._fingerprint}"
+
+    @cached_property
+    def _paths(self) -> Any:
+        """Of each row the path of a picture that is named only, in arrow, which reads no picture for it."""
+        stored = self._rows.data.column(self._image)
+        paths = pc.struct_field(stored, "path")
+        alone = pc.is_null(pc.struct_field(stored, "bytes"))
+        return pc.if_else(alone, paths, pa.scalar(None, paths.type)).combine_chunks()
 
     def _told(self, row: dict[str, Any], key: str) -> tuple[str, ...]:
+        label = None if self._caption is not None else row[_LABEL]
         if self._caption is not None:
             found = row[self._caption]
-            texts = [text for text in (found if isinstance(found, list) else [found]) if text is not None]
-        elif row[_LABEL] in (None, -1):
-            texts = []
+        elif label is None or label == -1:
+            found = None
         else:
-            texts = list(class_captions(self.class_names[row[_LABEL]], self.templates))
-        if not all(isinstance(text, str) for text in texts):
-            what = f"{self._caption} must be a string or a list of strings, is {found!r}"
-            raise BadSample("damaged caption", key, what)
-        if not texts:
+            found = class_captions(self.class_names[label], self.templates)
+        if found is None or (isinstance(found, list) and not any(text is not None for text in found)):
             raise BadSample("no caption", key, "it has no caption")
-        given = tuple(text.strip() for text in texts if text.strip())
-        if not given:
-            raise BadSample("empty caption", key, "its caption is empty")
-        return given
+        return given_captions(found, key, self._caption or "its class's name")
 
 
 def _load(name: str, split: str, spec: str) -> Any:

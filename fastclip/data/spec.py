@@ -13,7 +13,8 @@ from pathlib import Path
 
 from fastclip.data.columns import UNNAMED, Named, named_columns
 from fastclip.data.faults import noting
-from fastclip.data.folder import Folder, pictures
+from fastclip.data.files import log_links
+from fastclip.data.folder import Folder, NoCaptions, pictures
 from fastclip.data.karpathy import Karpathy, is_split_file
 from fastclip.data.mixture import Mixture
 from fastclip.data.source import Source
@@ -76,7 +77,7 @@ def open_source(
 def holds_shards(folder: Path) -> bool:
     """Whether a folder's data are its tar files: no picture beside them has captions, and none lies in a folder."""
     return any(folder.glob("*.tar")) and not any(
-        found.told or os.path.dirname(found.name) for found in pictures(folder)
+        found.told or os.path.dirname(found.name) for found in pictures(folder, links=[])
     )
 
 
@@ -132,18 +133,24 @@ def _open(whole: str, held_out: bool, class_names: Sequence[str], problems: list
 
 
 def _folder(whole: str, spec: str, caption: str) -> Source:
-    """Pictures with captions; where none has any, and they lie in a folder a class, pictures of these classes."""
+    """Pictures with captions; where none has any, and all lie in a folder a class, pictures of these classes.
+
+    A folder of a class may be a link, which `Folder` passes over.
+    """
     from fastclip.data.classes import ClassFolder  # which imports this module
 
     try:
         return Folder(whole, spec, caption=caption)
-    except ValueError as error:
-        folders = [os.path.dirname(found.name) for found in pictures(Path(spec))]
-        if caption or not folders or "" in folders:  # none at all, or a picture outside of the classes
+    except NoCaptions as error:
+        with os.scandir(spec) as entries:
+            below = any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+        if caption or not below or error.outside:
+            log_links(spec, error.links)
             raise
         try:
             classes = ClassFolder(spec)
         except ValueError as other:
+            log_links(spec, error.links)
             raise ValueError(f"{error}; as a folder of classes, {other}") from error
     shown = ", ".join(classes.class_names[:3])
     logger.warning(

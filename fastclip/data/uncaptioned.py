@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastclip.data.files import log_links
 from fastclip.data.folder import pictures
 from fastclip.data.picture import read_picture
 from fastclip.data.source import Record, Source
@@ -17,8 +18,10 @@ def open_pictures(spec: str) -> Source:
     """As `open_source`, but for a folder whose pictures have no captions: an `Uncaptioned`."""
     folder = Path(spec)
     if spec and spec != "digits" and folder.is_dir() and not holds_shards(folder):
-        found = list(pictures(folder))
+        links: list[str] = []
+        found = list(pictures(folder, links=links))
         if found and not any(one.told for one in found):
+            log_links(str(folder), links)
             return Uncaptioned(spec, [one.name for one in found])
     return open_source(spec)
 

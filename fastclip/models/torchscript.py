@@ -90,7 +90,7 @@ def read_torchscript(file: Path) -> dict[str, Tensor]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the archive is damaged, or what it holds is not told by data alone; the file is named.
+        ValueError: the archive is damaged, or only its program could say what it holds; the message names the file.
     """
     try:
         with zipfile.ZipFile(file) as archive:

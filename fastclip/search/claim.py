@@ -21,7 +21,7 @@ def claim(folder: Path, options: Mapping[str, Any], *, result: str) -> None:
         result: a glob of what the call writes.
 
     Raises:
-        ValueError: it is that of other options, which are named; or it holds results without options.
+        ValueError: the folder holds results of other options, and the message names these; or results without options.
     """
     name = folder / _NAME
     if name.is_file():

@@ -189,7 +189,7 @@ class _Run:
         """The folder is this run's.
 
         Raises:
-            ValueError: it holds something else, or a run that depends on other things, which are named.
+            ValueError: the folder holds something else, or a run of other data or options; the message names these.
         """
         asked: dict[str, Any] = {
             "checkpoint": self.embedder.identity,  # its weights

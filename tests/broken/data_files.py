@@ -52,7 +52,7 @@ PROMISES = [
             Break(
                 "walk: links are passed over without a word",
                 "fastclip/data/files.py",
-                old="links.append(entry.path)",
+                old="linked.append(entry.path)",
                 new="pass",
             ),
             Break(

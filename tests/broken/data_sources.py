@@ -188,8 +188,8 @@ PROMISES = [
             Break(
                 "hub: the first caption of a list",
                 "fastclip/data/hub.py",
-                old="(found if isinstance(found, list) else [found])",
-                new="(found[:1] if isinstance(found, list) else [found])",
+                old="return given_captions(found, key,",
+                new="return given_captions(found[:1] if isinstance(found, list) else found, key,",
             ),
         ],
     ),

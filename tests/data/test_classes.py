@@ -21,6 +21,7 @@ from fastclip.data.class_names import join_names
 from fastclip.data.classes import ClassFolder, open_labelled
 from fastclip.data.faults import BadSample
 from fastclip.data.spec import open_source
+from fastclip.data.uncaptioned import open_pictures
 
 WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")  # ImageNet's first
 
@@ -71,6 +72,41 @@ def test_folder_of_classes_is_data_wherever_data_are_named(tmp_path: Path, caplo
         ValueError, match=r"none of 1 pictures has a caption.*; as a folder of classes, .* one class, cat"
     ):
         open_source(str(tmp_path / "single"))
+
+
+@pytest.mark.fault("a folder of links to folders of classes", "the links are followed")
+def test_linked_folders_of_classes_are_data_wherever_data_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders(tmp_path / "real", ("cat", "dog", "owl"), each=5)
+    (tmp_path / "part" / "owl").mkdir(parents=True)
+    for name in ("links/cat", "links/dog", "part/dog"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "real" / Path(name).name)
+    Image.new("RGB", (4, 4)).save(tmp_path / "part" / "owl" / "0.png")
+    for name, names, count in (("links", ("cat", "dog"), 10), ("part", ("dog", "owl"), 6)):
+        root = str(tmp_path / name)
+        for source in (open_source(root), open_labelled(root)):
+            assert (len(source), source.class_names) == (count, names)
+    assert caplog.messages == [
+        f"{tmp_path}/{name}: no picture has a caption; their 2 folders are taken as classes ({names}, ...)"
+        for name, names in (("links", "cat, dog"), ("part", "dog, owl"))
+    ]
+    assert len(open_pictures(str(tmp_path / "links"))) == 10
+
+
+def test_links_that_are_passed_over_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = folders(tmp_path / "a", ("cat",))
+    (tmp_path / "a" / "more").symlink_to(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "x.png")
+    message = f"{root}: 1 links to folders are not followed, first {root}/more"
+    with pytest.raises(ValueError, match="none of 2 pictures has a caption"):
+        open_source(root)
+    assert caplog.messages == [message]
+    open_pictures(root)
+    (tmp_path / "a" / "x.txt").write_text("a cat")
+    open_source(root)
+    assert caplog.messages == [message] * 3
 
 
 def test_imagenet_is_timms_and_open_clips() -> None:

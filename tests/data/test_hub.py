@@ -20,7 +20,7 @@ import datasets
 from PIL import Image
 
 from fastclip.data import BadSample, Source, open_source, training_batches
-from fastclip.data.source import sample_stamp
+from fastclip.data.source import picture_place, sample_stamp
 
 
 def picture(shade: int) -> dict[str, Any]:
@@ -118,6 +118,34 @@ def test_hub_pictures_by_path_lie_beside_the_data(tmp_path: Path, monkeypatch: p
     before = [sample_stamp(source, k) for k in range(3)]
     (tmp_path / "d" / "b.png").write_bytes(b"x")
     assert [sample_stamp(source, k) == stamp for k, stamp in enumerate(before)] == [True, True, False]
+
+
+def test_hub_places_are_told_without_reading_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = saved(tmp_path / "d", {"image": [picture(3), None, picture(4) | {"path": "b.png"}], "text": ["x"] * 3})
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "a.png").write_bytes(picture(9)["bytes"])
+    lines = [json.dumps({"image": image, "text": "x"}) for image in ("a.png", None, "none.png")]
+    (tmp_path / "named" / "train.jsonl").write_text("\n".join(lines))
+    inside, named = open_source(spec), open_source(f"hf:{tmp_path}/named")
+    with monkeypatch.context() as reading:
+        reading.delattr(datasets.Dataset, "__getitem__")
+        places = [[picture_place(source, k) for k in range(3)] for source in (inside, named)]
+    assert {file for file, _ in places[0]} == {f"{tmp_path}/d/data-00000-of-00001.arrow"} and len({*places[0]}) == 3
+    assert places[1][0][0] == f"{tmp_path}/named/a.png" and places[1][1][0].endswith(".arrow")
+    assert places[1][2][0] == "none.png"
+    assert [picture_place(pickle.loads(pickle.dumps(named)), k) for k in range(3)] == places[1]
+
+
+def test_hub_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
+    source = open_source(saved(tmp_path / "d", {"image": [picture(3)], "text": [[*range(1000)]]}))
+    with pytest.raises(BadSample, match=r"text must be a string or a list of strings, is \[0, 1, 2") as caught:
+        source.captions(0)
+    assert len(caught.value.fault.reason) < 200
+    rows = {"image": [picture(3), picture(4)], "label": [0, 1]}
+    source = open_source(saved(tmp_path / "e", rows, label=datasets.ClassLabel(names=["cat", "dog \ud83d"])))
+    assert source.captions(0) == ("a photo of a cat",)
+    with pytest.raises(BadSample, match="row 1: its class's name holds half a character"):
+        source.captions(1)
 
 
 def test_hub_captions_may_be_lists(tmp_path: Path) -> None:

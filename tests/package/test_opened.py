@@ -17,7 +17,7 @@ _OPENS = re.compile(
     r"|read_tensors\(|safe_load\(|sqlite3\.connect\(|\.restore\(|ZipFile\(|gzip\.\w+\(|tarfile\.open\("
     r"|load_dataset\(|load_from_disk\(|fsspec\.core|csv\.reader\(|pq\.read_|\.read_bytes\(|\.read_text\(|np\.load\("
     r"|\.from_pretrained\(|BertTokenizerFast\(|snapshot_download\(|spec_from_file_location\("
-    r'|\.open\((?:"rb|\)|encoding|newline)'
+    r'|\.open\((?:"rb|\)|encoding|newline)|\bopen\([\w.]+, "r|\bopen_file\(|\bread_file\('
 )
 
 
@@ -81,3 +81,8 @@ def test_nothing_that_is_read_is_run() -> None:
 )
 def test_what_would_run_is_seen(line: str) -> None:
     assert list(runs(line))
+
+
+@pytest.mark.parametrize("line", ['open(path, "rb")', "read_file(self._file(index))", "with open_file(path) as file:"])
+def test_what_opens_a_file_is_seen(line: str) -> None:
+    assert _OPENS.search(line)

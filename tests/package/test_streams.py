@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import logging
 import os
 import pickle
 import re
@@ -18,6 +20,8 @@ import torch
 from fastclip.cli import main, models
 from fastclip.cli.failures import said_of
 from fastclip.cli.streams import prepare_streams
+from support import ROOT
+from support.faulty import write_folder
 from support.processes import ended, forked, forks
 
 
@@ -37,6 +41,52 @@ def test_what_an_encoding_lacks_is_escaped(encoding: str, printed: bytes, monkey
     for out in (sys.stdout, sys.stderr):
         print("Grüße … " + os.fsdecode(b"\xff"), file=out, flush=True)
         assert out.buffer.getvalue() == printed  # type: ignore[attr-defined]
+
+
+ODD = "o\x1b[33mY\x9b.\u202e"
+
+
+def plain(text: str) -> bool:
+    return all(line.isprintable() for line in text.splitlines())
+
+
+@pytest.mark.fault("a name with escape sequences or line ends in an error or the log", "they are escaped")
+def test_errors_and_the_log_cannot_move_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])  # as in a process of the command's own
+    folder = tmp_path / f"{ODD}\nfastclip: all is well"
+    (folder / "a").mkdir(parents=True)
+    (folder / "more").symlink_to(tmp_path)
+    (folder / "x.png").touch()
+    assert main(["data", "check", str(folder)]) == 1
+    said = capsys.readouterr().err
+    assert plain(said) and said.startswith("fastclip: ") and said.count("o\\E[33mY\\302\\233.\\342\\200\\256") >= 2
+    assert "\\nfastclip: all is well: 1 links to folders are not followed" in said
+    logging.getLogger("fastclip").error("a\nb", exc_info=ValueError(ODD))
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "fastclip: a\\nb" and rest[-1].startswith("ValueError: o\\E[33mY")
+
+
+def test_results_cannot_move_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    write_folder(tmp_path / "data", 2)
+    for terminal in (True, False):
+        out = stream("utf-8")
+        monkeypatch.setattr(out, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["data", "pack", str(tmp_path / "data"), "--output", str(tmp_path / ODD), "--workers", "0"]) == 0
+        out.flush()
+        printed = out.buffer.getvalue().decode()  # type: ignore[attr-defined]
+        assert printed.startswith("wrote ") and plain(printed) == terminal and (ODD in printed) != terminal
+
+
+def test_names_are_printed_by_the_printing_module_alone() -> None:
+    names = re.compile(r"\.(output|folder|spec|target|model|save)\b")  # where a path, or what a user wrote, is held
+    for file in (ROOT / "fastclip" / "cli").rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
+        bare = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "print"]
+        assert not [line for line in bare if names.search(line)], f"{file.name}: say and complain print names"
 
 
 @forks
