@@ -219,7 +219,7 @@ PROMISES = [
             Break(
                 "another norm, in float32",
                 "fastclip/loss.py",
-                old="r, c = inv_norms(image, normalize), inv_norms(text, normalize)",
+                old="r, c = _unit_factors(image, normalize), _unit_factors(text, normalize)",
                 new="r, c = (1 / torch.linalg.vector_norm(x.float(), dim=1).clamp_min(1e-12) for x in (image, text))",
             ),
             Break(
