@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import AnyStr, BinaryIO
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["compression", "existing", "file_stamp", "log_links", "open_file", "read_file", "walk"]
+__all__ = ["compression", "existing", "file_stamp", "file_state", "log_links", "open_file", "read_file", "walk"]
 
 logger = logging.getLogger(__name__)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
@@ -111,7 +111,12 @@ def file_stamp(path: str | Path) -> str:
         found = os.stat(path)
     except (OSError, ValueError):
         return f"{os.path.abspath(path)}: none"
-    return f"{os.path.abspath(path)}: {found.st_size} bytes of {found.st_mtime_ns}"
+    return f"{os.path.abspath(path)}: {file_state(found)}"
+
+
+def file_state(found: os.stat_result) -> str:
+    """Return what changes when a file is written: size and time. Other rights, or a copy that keeps times, are none."""
+    return f"{found.st_size} bytes of {found.st_mtime_ns}"
 
 
 def compression(head: bytes) -> str:

@@ -101,7 +101,7 @@ class HubSource:
         """As `fastclip.data.source.picture_place`; the library's fingerprint says which rows these are."""
         path = self._paths[index].as_py()
         file = self._cache if path is None else str(self._file(path))
-        return file, f"{self.key(index)} of {self._rows._fingerprint}"
+        return file, f"row {index} of {self._rows._fingerprint}"
 
     @cached_property
     def _paths(self) -> Any:

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 
 from fastclip.data.faults import BadSample
+from fastclip.data.files import file_state
 from fastclip.data.source import Source, picture_place
 
 __all__ = ["picture_places", "picture_states"]
@@ -21,14 +22,13 @@ def picture_places(source: Source) -> Iterator[tuple[str, str]]:
 
 
 def picture_states(source: Source) -> Iterator[str]:
-    """Of each sample a text that changes where its picture is another one: the place, and size and times of the file.
+    """Of each sample a text that changes where its picture is another one: the place, and size and time of the file.
 
     For keys of what is kept from one call to the next (`fastclip.evaluation.features.FeatureStore`). Costs a look at
     each file's entry, and reads none.
     """
     for file, inside, state in _found(source):
-        times = () if state is None else (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-        yield "\n".join(map(str, (file, inside, *times)))
+        yield "\n".join((file, inside, "none" if state is None else file_state(state)))
 
 
 def _found(source: Source) -> Iterator[tuple[str, str, os.stat_result | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from array import array
 from collections import Counter
@@ -17,7 +18,7 @@ from fastclip.data.source import Record
 from fastclip.data.strings import Strings
 from fastclip.reading import parse_json
 
-__all__ = ["Karpathy", "is_split_file"]
+__all__ = ["Karpathy", "absolute_split", "is_split_file"]
 
 _SPEC = re.compile(r"(?P<file>.+?\.json)(?::(?P<splits>[^:]*)(?::(?P<folder>.+))?)?", re.DOTALL | re.IGNORECASE)
 
@@ -25,6 +26,14 @@ _SPEC = re.compile(r"(?P<file>.+?\.json)(?::(?P<splits>[^:]*)(?::(?P<folder>.+))
 def is_split_file(spec: str) -> bool:
     """Whether it has the form of a `Karpathy`'s spec."""
     return _SPEC.fullmatch(spec) is not None
+
+
+def absolute_split(spec: str) -> str:
+    """Return a `Karpathy`'s spec with the absolute paths of its file and of its folder."""
+    match = _SPEC.fullmatch(spec)
+    assert match is not None, spec
+    found = (os.path.abspath(match["file"]), match["splits"], match["folder"] and os.path.abspath(match["folder"]))
+    return ":".join(text for text in found if text is not None)
 
 
 class Karpathy:

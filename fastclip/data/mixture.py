@@ -54,6 +54,11 @@ class Mixture:
         self.class_names = first.class_names if self._with_classes else ()
         self.templates = first.templates if self._with_classes else ()
 
+    @property
+    def parts(self) -> Sequence[tuple[Source, int]]:
+        """The sources, and how many samples an epoch draws of each."""
+        return list(zip(self._sources, self._draws))
+
     def __len__(self) -> int:
         """Samples that an epoch draws."""
         return self._ends[-1]

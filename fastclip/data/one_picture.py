@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from fastclip.data.faults import BadSample
+from fastclip.data.identity import picture_places
 from fastclip.data.source import Record, Source, read_sample
 from fastclip.data.subset import Subset
 from fastclip.data.table import Table
@@ -13,12 +12,13 @@ __all__ = ["one_a_picture"]
 
 
 def one_a_picture(source: Source) -> Source:
-    """A table as one sample a picture, with the captions of all its rows, each once; another source as it is."""
+    """A table as one sample a picture (`picture_places`), with the captions of all its rows, each once; another source
+    as it is."""
     if not isinstance(source, Table):
         return source
-    rows: dict[str, list[int]] = {}
-    for index in range(len(source)):
-        rows.setdefault(os.path.normpath(source.key(index)), []).append(index)
+    rows: dict[tuple[str, str], list[int]] = {}
+    for index, place in enumerate(picture_places(source)):
+        rows.setdefault(place, []).append(index)
     return source if len(rows) == len(source) else _Pictures(source, list(rows.values()))
 
 

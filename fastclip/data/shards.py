@@ -149,7 +149,7 @@ class Shards:
 
     def picture_place(self, index: int) -> tuple[str, str]:
         """As `fastclip.data.source.picture_place`."""
-        return self._paths[self._shard(index)], self.key(index)
+        return self._paths[self._shard(index)], self._name(index)
 
     def fields(self, index: int) -> dict[str, Any]:
         """As `fastclip.data.source.sample_fields`, of the sample's .json."""
@@ -207,11 +207,15 @@ class Shards:
         return bisect_right(self._ends, index)
 
     def key(self, index: int) -> str:
+        return f"{self._names[self._shard(index)]}: {self._name(index)}"
+
+    def _name(self, index: int) -> str:
+        """What the sample's members are called in their shard, without a suffix."""
         shard = self._shard(index)
         start = self._key_ends[shard - 1] if shard else 0
         begins = index == (self._ends[shard - 1] if shard else 0)
         first, last = 0 if begins else int(self._rows["key_end"][index - 1]), int(self._rows["key_end"][index])
-        return f"{self._names[shard]}: {os.fsdecode(self._keys[start + first : start + last])}"
+        return os.fsdecode(self._keys[start + first : start + last])
 
     def _members(self, index: int, kinds: Sequence[str]) -> list[bytes]:
         """The data of these members of a sample; BadSample where it has not both."""

@@ -15,7 +15,7 @@ from fastclip.data.columns import UNNAMED, Named, named_columns
 from fastclip.data.faults import noting
 from fastclip.data.files import log_links
 from fastclip.data.folder import Folder, NoCaptions, pictures
-from fastclip.data.karpathy import Karpathy, is_split_file
+from fastclip.data.karpathy import Karpathy, absolute_split, is_split_file
 from fastclip.data.mixture import Mixture
 from fastclip.data.source import Source
 from fastclip.data.table import Table
@@ -82,17 +82,23 @@ def holds_shards(folder: Path) -> bool:
 
 
 def absolute_spec(spec: str) -> str:
-    """Return `spec` so that it means the same in every working directory."""
+    """Return `spec` so that it means the same in every working directory; spellings of one place, ``d``, ``d/`` and
+    ``./d``, are the same. Weights, columns, splits, names of hf: and URLs stay."""
     parts = [spec] if os.path.exists(spec) else spec.split("::")
     return "::".join(_absolute(part) for part in parts)
 
 
 def _absolute(part: str) -> str:
     weight, name = _weighted(part)
-    kind = "hf:" if name.startswith("hf:") and os.path.exists(name[3:].partition(":")[0]) else ""
-    if name == "digits" or "://" in name or (name.startswith("hf:") and not kind):
-        return part
-    return (f"{weight}*" if weight != 1 else "") + kind + os.path.join(os.getcwd(), name[len(kind) :])
+    times, place = f"{weight}*" if weight != 1 else "", named_columns(name)[0]
+    columns = name[len(place) :]
+    if place.startswith("hf:"):
+        folder, colon, split = place[3:].partition(":")
+        place = f"hf:{os.path.abspath(folder)}{colon}{split}" if os.path.exists(folder) else place
+    elif place != "digits" and "://" not in place:
+        is_split = is_split_file(place) and not os.path.isdir(place)
+        place = absolute_split(place) if is_split else os.path.abspath(place)
+    return times + place + columns
 
 
 def _weighted(part: str) -> tuple[Fraction, str]:

@@ -97,6 +97,8 @@ class Table:
 
     def picture_place(self, index: int) -> tuple[str, str]:
         """As `fastclip.data.source.picture_place`."""
+        if not self._files[index]:  # a damaged row
+            return "", self.key(index).removeprefix(f"{self.spec}, ")
         return str(self._file(index)), ""
 
     def _file(self, index: int) -> Path:

@@ -102,7 +102,7 @@ def picture_features(
     embedder: Embedder, source: Source, *, folder: Path | None = None, **options: Any
 ) -> tuple[ImageFeatures, FeatureStore]:
     """`image_features` of the source, `options` being that function's, with a store of its own in `folder`."""
-    store = FeatureStore(embedder, ["pictures", source.spec, *picture_states(source)], folder=folder)
+    store = FeatureStore(embedder, ["pictures", *source.class_names, *picture_states(source)], folder=folder)
     found = image_features(embedder, source, store=store, **options)
     check_finite(found.features, source.spec)
     return found, store

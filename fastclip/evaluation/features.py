@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,13 +43,13 @@ class FeatureStore:
     A part is named after the number of samples before it: several processes, whose parts have other lengths, may fill
     a store at the same time.
 
-    It is a means to go on, no cache: `clear` it when the result is there. What `keys` name is taken to be as it was;
-    where a picture was replaced in between under its name, clear it first. Names in another working directory are other
-    names.
+    It is a means to go on, no cache: `clear` it when the result is there. What `keys` name is taken to be as it was. Of
+    pictures `fastclip.data.identity.picture_states` are such keys: they hold absolute paths, and are others where a
+    picture was replaced. A relative path would be the same key in every working directory.
 
     Args:
         embedder: whose identity the folder is named after.
-        keys: all that else the result depends on, such as the names of the pictures, in their order.
+        keys: all that else the result depends on, such as the pictures' states, in their order.
         folder: where the store's folder is made; default: FASTCLIP_CACHE.
         owned: no other process writes there, so what is half written is a dead one's.
     """
@@ -60,7 +58,7 @@ class FeatureStore:
         self, embedder: Embedder, keys: Iterable[str], *, folder: Path | None = None, owned: bool = False
     ) -> None:
         digest = hashlib.blake2b(embedder.identity.encode(), digest_size=16)
-        for key in chain([os.getcwd()], keys):
+        for key in keys:
             digest.update(key.encode("utf-8", "surrogatepass") + b"\0")
         self._is_cache, self._lost = folder is None, False
         self.folder = (folder or _env.cache_folder() / "features") / digest.hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from fastclip.data.faults import Tally
 from fastclip.data.source import Source
+from fastclip.data.spec import absolute_spec
 from fastclip.data.subset import Subset
 from fastclip.durable import mend_files, new_file
 from fastclip.evaluation.features import FeatureStore
@@ -84,7 +84,11 @@ def embed_source(
             f"dtype must be float16 or float32, samples_per_file at least 1, got {dtype} and {samples_per_file}"
         )
     kinds = ("img", "text") if texts else ("img",)
-    options: dict[str, Any] = {"source": _place(source.spec), "samples": len(source), "identity": embedder.identity}
+    options: dict[str, Any] = {
+        "source": absolute_spec(source.spec),
+        "samples": len(source),
+        "identity": embedder.identity,
+    }
     options |= {"dtype": dtype, "samples_per_file": samples_per_file, "texts": texts}
     claim(output, options, result="*/*_emb_*.npy")
     for name in (*(f"{kind}_emb" for kind in kinds), "metadata"):
@@ -164,13 +168,6 @@ def _write_vectors(file: Path, store: FeatureStore, kind: str, of: tuple[int, st
         np.lib.format.write_array_header_1_0(out, head)
         for part in store.walk(kind):
             out.write(part[kind].numpy().tobytes())
-
-
-def _place(spec: str) -> str:
-    """A name that is the same in every working directory."""
-    name = spec.removeprefix("hf:")
-    elsewhere = spec == "digits" or "://" in spec or (name != spec and not os.path.exists(name.partition(":")[0]))
-    return spec if elsewhere else os.path.join(os.getcwd(), spec)
 
 
 def _write_table(file: Path, source: Source, store: FeatureStore, faults: Tally, contents: str, texts: bool) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastclip.data.identity import picture_places
 from fastclip.data.pack import pack_source
 from fastclip.data.source import Record, Source
+from fastclip.data.spec import absolute_spec
 from fastclip.data.subset import Subset
 from fastclip.durable import new_file
 from fastclip.evaluation.features import FeatureStore
@@ -94,7 +95,11 @@ def filter_source(
     computed /= "similarities" if dedup is None else "similarities-and-images"
     contents = contents_of(source)
     store = FeatureStore(embedder, [contents], folder=computed, owned=scores is None)
-    options: dict[str, Any] = {"source": source.spec, "samples": len(source), "identity": embedder.identity}
+    options: dict[str, Any] = {
+        "source": absolute_spec(source.spec),
+        "samples": len(source),
+        "identity": embedder.identity,
+    }
     options |= {"pictures and captions": contents, "threshold": threshold, "dedup": dedup}
     if threshold is not None or (output / "options.json").is_file():
         claim(output, {**options, "samples_per_shard": samples_per_shard}, result="*.tar")

@@ -111,15 +111,15 @@ def _fill(
 
 
 def contents_of(source: Source) -> str:
-    """A digest of what vectors depend on beside the model: of every sample the key, the captions, and which picture it
-    is (`picture_states`). Pictures are not read."""
+    """A digest of what vectors depend on beside the model: of every sample the captions, and which picture it is
+    (`picture_states`), however its path is spelled. Pictures are not read."""
     digest = hashlib.blake2b(digest_size=16)
     for index, state in enumerate(picture_states(source)):
         try:
             captions = source.captions(index)
         except BadSample:
             captions = ()
-        digest.update(json.dumps((source.key(index), state, *captions)).encode() + b"\n")
+        digest.update(json.dumps((state, *captions)).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastclip import _env, machine
 from fastclip.data.source import Source
+from fastclip.data.spec import absolute_spec
 from fastclip.training.options import TrainOptions, flag
 
 __all__ = ["changes", "doubts", "doubts_of_device", "doubts_of_labels", "doubts_of_schedule"]
@@ -29,6 +30,8 @@ def changes(before: dict[str, Any], options: TrainOptions, source: Source, finge
     """What is not as a checkpoint's state has it, of what a run depends on."""
     for name, value in asdict(options).items():
         now, then = list(value) if isinstance(value, tuple) else value, before["options"].get(name)
+        if name == "data":  # another spelling of the place is none
+            now, then = absolute_spec(options.data), absolute_spec(then or "")
         if name not in _MAY_CHANGE and then != now:
             yield f"{flag(name)} was {then}, is {now}"
     if (samples := before["samples"]) != len(source):

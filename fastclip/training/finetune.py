@@ -26,6 +26,7 @@ from fastclip.data.fingerprint import fingerprint
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.source import Source
+from fastclip.data.spec import absolute_spec
 from fastclip.data.workers import naming_dead_workers
 from fastclip.durable import mend_folders, new_folder, write_json
 from fastclip.evaluation.zero_shot import class_embeddings, templates_for
@@ -193,7 +194,7 @@ class _Run:
         """
         asked: dict[str, Any] = {
             "checkpoint": self.embedder.identity,  # its weights
-            "data": self.source.spec,
+            "data": absolute_spec(self.source.spec),
             "samples": len(self.source),
             "order and captions": fingerprint(self.source),
             "class_names": self.source.class_names,
@@ -208,6 +209,7 @@ class _Run:
             write_json(file, asked, indent=1)
             return
         before = {"order and captions": asked["order and captions"], **read_json(file)}  # older files have none
+        before["data"] = absolute_spec(before.get("data", ""))  # of older ones it is as it was spelled
         if other := [name for name in asked if before.get(name) != asked[name]]:
             told = ", ".join(f"{name} was {_short(before.get(name))}, is {_short(asked[name])}" for name in other)
             raise ValueError(f"{self.folder} holds another fine-tuning: {told}; give another folder")

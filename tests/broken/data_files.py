@@ -259,8 +259,8 @@ PROMISES = [
             Break(
                 "pack: nor is a picture's size and time",
                 "fastclip/data/files.py",
-                old='return f"{os.path.abspath(path)}: {found.st_size} bytes of {found.st_mtime_ns}"',
-                new="return os.path.abspath(path)",
+                old='return f"{found.st_size} bytes of {found.st_mtime_ns}"',
+                new='return ""',
             ),
             Break(
                 "pack: a SPEC means the same everywhere",

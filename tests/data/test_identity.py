@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from support import needs
 needs("models")
 from fastclip.data.identity import picture_places, picture_states
 from fastclip.data.mixture import Mixture
+from fastclip.data.source import sample_stamp
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
 from support.faulty import picture, write_folder, write_tar
@@ -24,15 +26,35 @@ def test_state_changes_where_the_picture_does(tmp_path: Path) -> None:
     before = list(picture_states(source))
     assert list(picture_states(open_source(f"{tmp_path}/a/../a"))) == before
     (folder / "001.png").write_bytes(picture(9))
-    times = os.stat(folder / "002.png")
-    (folder / "002.png").write_bytes(b"x" + picture(2)[1:])
-    os.utime(folder / "002.png", ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp -p` of a picture of the same size
+    os.utime(folder / "002.png", (1, 1))
     after = list(picture_states(source))
     assert [x == y for x, y in zip(before, after)] == [True, False, False]
     (folder / "000.png").unlink()
     assert next(picture_states(source)) != after[0]
     os.rename(folder, tmp_path / "b")
     assert not {*picture_states(open_source(str(tmp_path / "b")))} & {*after}
+
+
+def test_state_is_that_of_the_contents_only(tmp_path: Path) -> None:
+    """Other rights, and a copy or a backup that keeps times, as rsync -a's, cost nothing."""
+    folder = write_folder(tmp_path / "a", 2)
+    source = open_source(str(folder))
+    before = list(picture_states(source)), [sample_stamp(source, k) for k in range(2)]
+    os.chmod(folder / "000.png", 0o600)
+    shutil.copy2(folder / "001.png", folder / "copy")
+    os.replace(folder / "copy", folder / "001.png")
+    assert (list(picture_states(source)), [sample_stamp(source, k) for k in range(2)]) == before
+
+
+def test_spelling_of_the_spec_is_no_part_of_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("braceexpand")
+    write_tar(tmp_path / "0.tar", [("0.png", picture(0)), ("0.txt", b"x")])
+    (tmp_path / "t.csv").write_text("filepath,title\n,no path\ngone.png,b\nx.png,c\n")
+    (tmp_path / "x.png").write_bytes(picture(0))
+    monkeypatch.chdir(tmp_path)
+    for here in ("0.tar", "t.csv"):
+        states = [list(picture_states(open_source(spec))) for spec in (here, f"./{here}", str(tmp_path / here))]
+        assert states[0] == states[1] == states[2] and len(set(states[0])) == len(states[0])
 
 
 def test_samples_of_shards_and_parts_have_their_own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from fastclip.data import Source, open_source
 from fastclip.data.digits import CLASS_NAMES, TEMPLATES
 from fastclip.data.faults import BadSample
+from fastclip.data.spec import absolute_spec
 
 
 def picture(shade: int, suffix: str = ".png", *, exif: Image.Exif | None = None) -> bytes:
@@ -441,3 +442,33 @@ def test_unknown_spec_lists_what_it_may_be(
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         open_source(spec)
     assert all(kind in str(error.value) for kind in ("digits", "pairs.csv", "folder", "shards/*.tar"))
+
+
+@pytest.mark.parametrize(
+    ("spellings", "absolute"),
+    [
+        (["A", "./A", "A/", "x/../A", "{cwd}/A"], "{cwd}/A"),
+        (["A::2*d", "./A/::2.0*d/", "{cwd}/A::2*{cwd}/d"], "{cwd}/A::2*{cwd}/d"),
+        (["A#caption=text", "./A/#caption=text"], "{cwd}/A#caption=text"),
+        (["d.json:train+val:A/", "./d.json:train+val:./A"], "{cwd}/d.json:train+val:{cwd}/A"),
+        (["./d.json:test"], "{cwd}/d.json:test"),
+        (["hf:A:train", "hf:./A/:train"], "hf:{cwd}/A:train"),
+        (["hf:A", "hf:x/../A"], "hf:{cwd}/A"),
+        (["hf:name/of:train#image=a"], "hf:name/of:train#image=a"),
+        (["pk/*.tar", "./pk//*.tar"], "{cwd}/pk/*.tar"),
+        (["s3://x/{{0..9}}.tar", "s3://x/{{0..9}}.tar"], "s3://x/{{0..9}}.tar"),
+        (["2*s3://x//./0.tar::digits"], "2*s3://x//./0.tar::digits"),
+        (["./digits"], "{cwd}/digits"),
+    ],
+)
+def test_spellings_of_one_place_are_one_absolute_spec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spellings: list[str], absolute: str
+) -> None:
+    for name in ("A", "d", "x", "digits"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    wanted = absolute.format(cwd=tmp_path)
+    for spec in spellings:
+        assert absolute_spec(spec.format(cwd=tmp_path)) == wanted
+    monkeypatch.chdir("/")
+    assert absolute_spec(wanted) == wanted

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastclip.data.faults import BadSample
+from fastclip.data.identity import picture_states
 from fastclip.data.source import Record
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
@@ -25,6 +26,7 @@ from fastclip.evaluation.features import FeatureStore, image_features, text_feat
 from fastclip.evaluation.results import result, table, write_lines, write_results
 from fastclip.models import create_model
 from fastclip.models.embedder import Embedder, load_embedder
+from support.faulty import write_folder
 
 
 class Stopped(Exception):
@@ -190,9 +192,14 @@ def test_what_took_a_minute_is_kept(embedder: Embedder, tmp_path: Path, monkeypa
 def test_names_in_another_folder_are_others(
     embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = FeatureStore(embedder, ["a.jpg"], folder=tmp_path).folder
-    monkeypatch.chdir(tmp_path)
-    assert FeatureStore(embedder, ["a.jpg"], folder=tmp_path).folder != here
+    def store(place: Path, spec: str) -> Path:
+        monkeypatch.chdir(place)
+        return FeatureStore(embedder, picture_states(open_source(spec)), folder=tmp_path).folder
+
+    for name in "ab":
+        write_folder(tmp_path / name / "data", 2)
+    here = store(tmp_path / "a", "data")
+    assert store(tmp_path / "b", "data") != here == store(tmp_path, "./a/data/")
 
 
 def test_store_that_another_process_clears_is_no_error(embedder: Embedder, tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ from fastclip.data.one_picture import one_a_picture
 from fastclip.data.source import Record
 from fastclip.data.spec import open_source
 from fastclip.evaluation import retrieval
+from fastclip.evaluation.captioned import by_picture
 from fastclip.evaluation.retrieval import retrieval_recalls
 from fastclip.evaluation.validate import validate
 from fastclip.models.embedder import Embedder
-from support.faulty import picture
+from support.faulty import picture, write_folder
 
 KS = (1, 2, 5, 10, 100)
 
@@ -326,6 +327,18 @@ def test_rows_of_one_picture_are_one_sample(tmp_path: Path, embedder: Embedder) 
     reports = [validate(with_model[0], one, *with_model[1:], batch_size=3) for one in (folder, table)]
     reports.append(validate(with_model[0], open_source(str(tmp_path / "t.csv")), *with_model[1:], batch_size=3))
     assert reports[0] == reports[1] == reports[2]
+
+
+def test_validation_and_retrieval_have_the_same_pictures(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", 2)
+    (tmp_path / "link").symlink_to("data")
+    names = [f"{place}/00{k}.png" for place in ("data", "link", tmp_path / "data", "data/.") for k in range(2)]
+    rows = "".join(f"{name},text {k}\n" for k, name in enumerate(names))
+    (tmp_path / "t.csv").write_text(f"filepath,title\n{rows},no path\n,none either\ngone.png,a\n./gone.png,b\n")
+    table = open_source(str(tmp_path / "t.csv"))
+    found = one_a_picture(table)
+    assert len(found) == len(by_picture(table).source) + 2  # damaged rows
+    assert [found.captions(k) for k in range(2)] == [tuple(f"text {k}" for k in range(first, 8, 2)) for first in (0, 1)]
 
 
 def test_samples_are_spread_over_the_source() -> None:

@@ -189,6 +189,21 @@ def test_same_name_in_another_folder_is_another_call(
         embed_source(embedder, open_source("data"), tmp_path / "out")
 
 
+def test_every_part_of_a_mixture_has_its_place(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write_folder(tmp_path / "first", 1)
+    for name in "ab":
+        write_folder(tmp_path / name / "data", 2)
+        monkeypatch.chdir(tmp_path / name)
+        if name == "a":
+            embed_source(embedder, open_source(f"{first}::2*data"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"another call: source was .*2\*\S+/a/data, is .*2\*\S+/b/data; take another"):
+        embed_source(embedder, open_source(f"{first}::2*data"), tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert embed_source(embedder, open_source("./first/::2*a/data"), tmp_path / "out").kept == 1
+
+
 @pytest.mark.fault("a file of vectors was removed from what `fastclip embed` wrote", "the same call writes it again")
 def test_vectors_that_were_removed_are_written_again(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
     part = Subset(digits, range(8))

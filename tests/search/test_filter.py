@@ -151,7 +151,7 @@ def test_scores_are_those_of_the_captions_and_the_place(
     monkeypatch.chdir(tmp_path / "a")
     filter_source(embedder, open_source("t.csv"), tmp_path / "out", **options)
     monkeypatch.chdir(tmp_path / "b")
-    with pytest.raises(ValueError, match=r"another call: pictures and captions was \w+, is \w+; take another"):
+    with pytest.raises(ValueError, match=r"source was \S+/a/t.csv, is \S+/b/t.csv, pictures and captions was \w+, is "):
         filter_source(embedder, open_source("t.csv"), tmp_path / "out", **options)
 
 
@@ -164,6 +164,18 @@ def test_another_working_directory_is_no_other_call(
         filter_source(embedder, digits, tmp_path / "filtered", threshold=0.1, batch_size=BATCH)
         kept = embed_source(embedder, digits, tmp_path / "embedded").kept
     assert kept == 1
+
+
+def test_spelling_of_a_place_is_no_other_call(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_folder(tmp_path / "a" / "d", 3)
+    for place, spec in ((tmp_path / "a", "d"), (tmp_path, "a/d"), (tmp_path, f"{data}/"), (data, ".")):
+        monkeypatch.chdir(place)
+        for scores in (None, tmp_path / "scores"):
+            output = tmp_path / f"filtered {scores is None}"
+            filter_source(embedder, open_source(spec), output, threshold=-1, scores=scores, batch_size=BATCH)
+        assert len(list((tmp_path / "scores" / "similarities").iterdir())) == 1
 
 
 def test_real_pictures_keep_their_bytes_and_what_is_known_of_them(embedder: Embedder, tmp_path: Path) -> None:

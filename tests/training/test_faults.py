@@ -172,7 +172,9 @@ def test_data_that_changed_since_the_checkpoint_is_told(tmp_path: Path, caplog: 
     assert "the data had 12 samples and have 14" in caplog.text
 
 
-def test_as_many_data_in_another_order_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_as_many_data_in_another_order_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = write_folder(tmp_path / "data", 12)
     table = tmp_path / "pairs.csv"
     rows = [f"{data / f'{k:03}.png'},caption {k}" for k in range(12)]
@@ -186,6 +188,10 @@ def test_as_many_data_in_another_order_are_told(tmp_path: Path, caplog: pytest.L
 
     go_on(rows)
     assert told not in go_on(rows)
+    monkeypatch.chdir(tmp_path)
+    caplog.clear()
+    train(options(Path("pairs.csv"), tmp_path / "run", resume="auto", stop_after=1))
+    assert "changed since" not in caplog.text
     assert told in go_on([*rows[1:], rows[0]])
     assert told in go_on([*rows[1:], rows[0].replace("caption", "another caption")])
 

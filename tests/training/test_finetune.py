@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,19 @@ def test_folder_of_something_else_is_refused(whole: Finetuned, digits: Subset, t
     for wrong in ({"batch_size": 0}, {"lr": 0.0}, {"epochs": math.nan}, {"warmup": -1}, {"max_bad": 7.0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must "):
             FinetuneOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_spelling_of_the_data_is_no_other_fine_tuning(whole: Finetuned, digits: Subset, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole.folder, tmp_path / "run")
+    before = (folder / "finetune.json").read_text()
+    assert '"data": "digits"' in before
+    (folder / "finetune.json").write_text(before.replace('"data": "digits"', '"data": "./d/"'))
+    same = Subset(digits, range(96))
+    same.spec = os.path.abspath("d")
+    assert_same(run(folder, same), whole)
+    same.spec = "e"
+    with pytest.raises(ValueError, match=r"another fine-tuning: data was \S+/d, is \S+/e; give"):
+        run(folder, same)
 
 
 def test_several_processes_are_refused(digits: Subset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def examine(
     Args:
         resumable: keep what is embedded in FASTCLIP_CACHE, in `Examined.stores`, and go on from what is there.
     """
-    pictures = FeatureStore(embedder, [source.spec, *picture_states(source)]) if resumable else None
+    pictures = FeatureStore(embedder, [*source.class_names, *picture_states(source)]) if resumable else None
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     images = image_features(embedder, source, workers=workers, store=pictures, **options)
     kept = images.indices.tolist()
