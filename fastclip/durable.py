@@ -13,11 +13,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,7 @@ MANIFEST = "manifest.json"
 _CHUNK = 2**20  # bytes hashed at a time
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}  # which name no file
 _ABANDONED = 3600.0  # seconds
+_HALF = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)  # as `_beside` names it
 
 
 def write_text(path: Path, text: str) -> None:
@@ -157,10 +160,10 @@ def new_files(folder: Path) -> Iterator[Path]:
     """
     made = not folder.exists()
     _make(folder)
-    for left in folder.glob(".files.*.tmp"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > _ABANDONED:
+    for left, _ in _halves(folder, "files"):  # by a process that was killed
+        if _is_abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
-    half = folder / f".files.{secrets.token_hex(4)}.tmp"
+    half = _beside(folder / "files", "tmp")
     try:
         os.mkdir(half)
         mode = half.stat().st_mode & 0o666
@@ -187,11 +190,13 @@ def mend_files(folder: Path, *, owned: bool = False) -> None:
     """Remove what processes left that died while they wrote files of `folder`.
 
     Args:
-        owned: no other process writes into the folder; otherwise what is younger than an hour stays.
+        owned: no other process writes into the folder, but files that have an owner of their own (`fastclip.owner`);
+            what else is younger than an hour stays.
     """
-    for half in folder.glob(".*.*.tmp"):
+    for half, name in _halves(folder):
         with suppress(OSError):  # its writer was faster, or it may be read only
-            if half.is_file() and (owned or time.time() - half.stat().st_mtime > _ABANDONED):
+            ours = owned and not (folder / f".{name}.lock").exists()
+            if half.is_file() and (ours or _is_abandoned(half)):
                 half.unlink()
 
 
@@ -245,7 +250,7 @@ def mend_folders(parent: Path, names: str) -> None:
     for path in parent.glob(f".{names}.old"):
         _bring_back(path)
         shutil.rmtree(path, ignore_errors=True)
-    for path in parent.glob(f".{names}.*.tmp"):
+    for path, _ in _halves(parent, names):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -280,6 +285,17 @@ def check_manifest(folder: Path) -> None:
 
 def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+
+
+def _halves(folder: Path, names: str = "*") -> Iterator[tuple[Path, str]]:
+    """What `_beside` has named in `folder`, and for which name; a user's .notes.v2.tmp is none of these."""
+    for path in folder.glob(".*.tmp"):
+        if (match := _HALF.fullmatch(path.name)) and fnmatchcase(match["name"], names):
+            yield path, match["name"]
+
+
+def _is_abandoned(half: Path) -> bool:
+    return time.time() - half.stat().st_mtime > _ABANDONED
 
 
 def _bring_back(old: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 __all__ = ["add_force", "check_apart", "owned_files", "owned_output"]
 
 _DATA = ("spec", "data", "val_data", "test_data")
-_FILES = (*_DATA, "checkpoint", "classes", "queries", "templates", "vocabulary", "results")
+_FILES = ("folder", "checkpoint", "classes", "queries", "templates", "vocabulary", "results")
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
@@ -25,16 +24,18 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def owned_output(args: argparse.Namespace) -> Iterator[None]:
-    """Inside, the folder ``--output``, a Path now, is there and this command's (`fastclip.owner`).
+def owned_output(args: argparse.Namespace, name: str = "output") -> Iterator[None]:
+    """Inside, the folder that the option `name` gives, a Path now, is there and this command's (`fastclip.owner`).
 
     Raises:
         OSError, ValueError: it cannot be, is another command's, or is the data's own folder; it is named.
     """
     from fastclip.owner import owned
 
-    check_apart(args.output, _given(args, _DATA))
-    with owned(args.output, force=args.force) as args.output:
+    folder = getattr(args, name)
+    check_apart(folder, _given(args, _DATA))
+    with owned(folder, force=args.force) as made:
+        setattr(args, name, made)
         yield
 
 
@@ -54,21 +55,42 @@ def owned_files(args: argparse.Namespace, *names: str) -> Iterator[None]:
                 option = "--" + name.replace("_", "-")
                 if (other := options.setdefault(os.path.realpath(output_path(file)), option)) != option:
                     raise ValueError(f"{other} and {option} are both {file}: name two files")
-                check_apart(file, _given(args, _FILES), option=option)
+                data: list[str | Path] = [*_given(args, _DATA), *map(Path, _given(args, ("folder",)))]
+                check_apart(file, [*data, *map(Path, _given(args, _FILES))], option=option)
+                _check_new(output_path(file), data, option)
                 stack.enter_context(owned_file(file, force=args.force))
                 setattr(args, name, output_path(file))
         yield
 
 
 def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str = "--output") -> None:
-    """ValueError where `output` is one of `inputs`: paths, or data as of ``fastclip train --data``."""
+    """ValueError where `output` is one of `inputs`: Paths, or data as of ``fastclip train --data``."""
     from fastclip.owner import output_path
 
-    path = output_path(output)
-    for given in inputs:
-        for place in _places(str(given)):
-            if path.exists() and place.exists() and os.path.samefile(path, place):
-                raise ValueError(f"{option} {output} is what the command reads: name another place")
+    if not (path := output_path(output)).exists():
+        return
+    for place in _places(inputs):
+        if place.exists() and os.path.samefile(path, place):
+            raise ValueError(f"{option} {output} is what the command reads: name another place")
+
+
+def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:
+    """ValueError where `file` is a picture in a folder of `data`, or lies beside one as its captions do.
+
+    What a command has drawn there before is no picture of the data, and may be replaced.
+    """
+    if not file.is_file() or not (data := list(data)):
+        return
+    from fastclip.data.folder import is_picture
+    from fastclip.data.picture import is_drawn
+
+    there = [place for place in _places(data) if place.exists()]
+    folders = {os.path.realpath(place if place.is_dir() else place.parent) for place in there}
+    for one in {Path(os.path.realpath(file.parent), file.name), Path(os.path.realpath(file))}:  # a link, and its end
+        if any(one.is_relative_to(folder) for folder in folders):
+            for other in one.parent.iterdir():
+                if other.stem == one.stem and is_picture(other.name) and not is_drawn(other):
+                    raise ValueError(f"{option} {file} is there, and part of the data: name another place")
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
@@ -76,11 +98,12 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
     return [str(one) for value in values for one in (value if isinstance(value, list) else [value])]
 
 
-def _places(spec: str) -> Iterator[Path]:
-    """The files and folders of a SPEC; of shards their folder, too."""
-    for part in [spec] if os.path.exists(spec) else spec.split("::"):
-        unweighted = re.sub(r"^[\d.]+\*(?=.)", "", part)
-        for one in {part, unweighted, unweighted.partition(".json:")[0] + ".json"}:
-            yield Path(one)
-            if one.endswith(".tar"):
-                yield Path(one).parent
+def _places(inputs: Iterable[str | Path]) -> Iterator[Path]:
+    """Their files and folders; of shards the folder, too."""
+    from fastclip.data.spec import spec_places
+
+    for given in inputs:
+        for place in [given] if isinstance(given, Path) else spec_places(given):
+            yield place
+            if place.suffix == ".tar":
+                yield place.parent

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fastclip.cli.embedding import add_embedder_options, embedder_options
-from fastclip.cli.outputs import add_force, owned_files
+from fastclip.cli.outputs import add_force, check_apart, owned_files
 from fastclip.cli.pictures import add_max_pixels
 from fastclip.cli.printing import complain, lone_names, shown
 from fastclip.cli.words import words_in_any_order
@@ -103,6 +103,8 @@ def _search(args: argparse.Namespace) -> int:
     if args.sheet and not args.sheet.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
         raise ValueError(f"--sheet must end in .png, .jpg or .webp, got {args.sheet}")
     terms = parse_query(args.query, add=args.add, subtract=args.subtract)
+    if args.sheet:
+        check_apart(args.sheet, [term.path for term in terms if term.path is not None], option="--sheet")
     with owned_files(args, "sheet"):
         return _answer(args, terms)
 
@@ -141,10 +143,11 @@ def _print(found: Sequence[Found], args: argparse.Namespace) -> None:
     if args.sheet:
         from PIL import Image
 
+        from fastclip.data.picture import drawn
         from fastclip.durable import new_file
 
         with new_file(args.sheet) as half:
-            sheet.save(half, Image.registered_extensions()[args.sheet.suffix.lower()])
+            sheet.save(half, Image.registered_extensions()[args.sheet.suffix.lower()], exif=drawn())
     if args.preview:
         import shutil
 

@@ -18,7 +18,7 @@ from fastclip.data.source import Record
 from fastclip.data.strings import Strings
 from fastclip.reading import parse_json
 
-__all__ = ["Karpathy", "absolute_split", "is_split_file"]
+__all__ = ["Karpathy", "absolute_split", "is_split_file", "split_places"]
 
 _SPEC = re.compile(r"(?P<file>.+?\.json)(?::(?P<splits>[^:]*)(?::(?P<folder>.+))?)?", re.DOTALL | re.IGNORECASE)
 
@@ -34,6 +34,12 @@ def absolute_split(spec: str) -> str:
     assert match is not None, spec
     found = (os.path.abspath(match["file"]), match["splits"], match["folder"] and os.path.abspath(match["folder"]))
     return ":".join(text for text in found if text is not None)
+
+
+def split_places(spec: str) -> list[Path]:
+    """The file of a `Karpathy`'s spec, and the folder of its pictures where that is named; none of other specs."""
+    match = _SPEC.fullmatch(spec)
+    return [Path(place) for place in match.group("file", "folder") if place] if match else []
 
 
 class Karpathy:

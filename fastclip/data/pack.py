@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fastclip.data.faults import BadSample, Fault, Tally
-from fastclip.data.picture import picture_formats
+from fastclip.data.picture import USUAL_PIXELS, picture_formats
 from fastclip.data.source import Record, Source, picture_bytes, sample_fields, sample_stamp
 from fastclip.data.spec import absolute_spec
 from fastclip.data.watch import Watch
@@ -203,17 +203,20 @@ def _finished(output: Path, shard: int, about: dict[str, Any], content: str) -> 
             raise ValueError(f"{tar} was not written by this command: take another folder")
         return None
     stats: dict[str, Any] = read_json(name)
+    known = {"max_pixels": USUAL_PIXELS, **stats}  # which was not told before there was a choice
     try:
-        before, same = {key: stats[key] for key in about}, stats["content"] == content
         stats["successes"] = int(stats["successes"])
         faults = Tally.of(stats["failures"], stats["failed"])
         stats |= {"failures": faults.counts, "failed": faults.keys}
         whole = not stats["successes"] or (tar.is_file() and tar.stat().st_size == stats["bytes"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name} is not what this command writes: {error}") from error
-    if before != about:
-        changed = ", ".join(f"{key} was {before[key]}, is {about[key]}" for key in about if before[key] != about[key])
-        raise ValueError(f"{output} holds shards of another call: {changed}; take another folder")
+    same = stats.get("content") == content
+    if changed := [key for key in about if key not in known or known[key] != about[key]]:
+        if "content" not in stats or not known.keys() >= about.keys():
+            raise ValueError(f"{output} was begun by another version of fastclip: take another folder")
+        told = ", ".join(f"{key} was {known[key]}, is {about[key]}" for key in changed)
+        raise ValueError(f"{output} holds shards of another call: {told}; take another folder")
     if not same:
         logger.warning("%s: some of its samples have changed since, it is written anew", tar)
     return stats if whole and same else None

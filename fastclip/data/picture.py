@@ -15,8 +15,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fastclip.data.faults import BadSample
 from fastclip.data.files import open_file
 
-__all__ = ["PICTURE_SUFFIXES", "eight_bits", "limit_pixels", "picture_formats", "read_picture"]
+__all__ = [
+    "PICTURE_SUFFIXES",
+    "USUAL_PIXELS",
+    "drawn",
+    "eight_bits",
+    "is_drawn",
+    "limit_pixels",
+    "picture_formats",
+    "read_picture",
+]
 
+USUAL_PIXELS = 1024**3 // 4 // 3  # of the largest picture that is read, as Pillow has it
+_SOFTWARE = 0x131  # the number of EXIF's field
 _HEIF = find_spec("pillow_heif") is not None
 # Those of HEIF too where pillow-heif is not installed: such a picture is counted as one that cannot be read
 PICTURE_SUFFIXES = frozenset(
@@ -85,6 +96,22 @@ def limit_pixels(pixels: int) -> None:
     if pixels < 1:
         raise ValueError(f"the largest number of pixels must be at least 1, got {pixels}")
     Image.MAX_IMAGE_PIXELS = pixels
+
+
+def drawn() -> Image.Exif:
+    """What a picture that a command draws is saved with, ``save(file, exif=drawn())``, so that `is_drawn` knows it."""
+    exif = Image.Exif()
+    exif[_SOFTWARE] = "fastclip"
+    return exif
+
+
+def is_drawn(file: Path) -> bool:
+    """Return True if a command has drawn the picture, which may be drawn anew; False for all that cannot be read."""
+    try:
+        with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as picture:
+            return bool(picture.getexif().get(_SOFTWARE) == "fastclip")
+    except Exception:  # Pillow's of damaged pictures are of many kinds
+        return False
 
 
 def _unknown(file: BinaryIO) -> str:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from fastclip.data.columns import UNNAMED, Named, named_columns
 from fastclip.data.faults import noting
 from fastclip.data.files import log_links
 from fastclip.data.folder import Folder, NoCaptions, pictures
-from fastclip.data.karpathy import Karpathy, absolute_split, is_split_file
+from fastclip.data.karpathy import Karpathy, absolute_split, is_split_file, split_places
 from fastclip.data.mixture import Mixture
 from fastclip.data.source import Source
 from fastclip.data.table import Table
 
-__all__ = ["absolute_spec", "holds_shards", "open_source"]
+__all__ = ["absolute_spec", "holds_shards", "open_source", "spec_places"]
 
 logger = logging.getLogger(__name__)
 _KINDS = """what it may be:
@@ -86,6 +87,29 @@ def absolute_spec(spec: str) -> str:
     ``./d``, are the same. Weights, columns, splits, names of hf: and URLs stay."""
     parts = [spec] if os.path.exists(spec) else spec.split("::")
     return "::".join(_absolute(part) for part in parts)
+
+
+def spec_places(spec: str) -> list[Path]:
+    """The files and folders that `spec` names, there or not. What lies in them is not looked at.
+
+    Raises ValueError where a weight is 0.
+    """
+    parts = [spec] if os.path.exists(spec) else spec.split("::")
+    return [place for part in parts for place in _places(named_columns(_weighted(part)[1])[0])]
+
+
+def _places(name: str) -> list[Path]:
+    if name == "digits" or "://" in name:
+        return []
+    if name.startswith("hf:"):
+        return [Path(name[3:].partition(":")[0])]
+    places = [Path(name), *split_places(name)]
+    if name.endswith(".tar") and not places[0].is_file():
+        with suppress(ImportError, ValueError):  # nothing that can be read as shards, or finds any
+            from fastclip.data.shards import shard_paths
+
+            places += map(Path, shard_paths(name, []))
+    return places
 
 
 def _absolute(part: str) -> str:

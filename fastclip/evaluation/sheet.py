@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from fastclip.data.picture import drawn
 from fastclip.durable import write_bytes
 from fastclip.evaluation.compose import Composed
 
@@ -36,6 +37,6 @@ def write_sheet(path: str | Path, composed: Composed, *, queries: int = 50) -> N
                 box = (left - 2, top + _LINE - 2, left + _SIDE + 1, top + _LINE + _SIDE + 1)
                 draw.rectangle(box, outline="#2a9d3a", width=3)
     data = io.BytesIO()
-    sheet.save(data, "PNG")
+    sheet.save(data, "PNG", exif=drawn())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(Path(path), data.getvalue())

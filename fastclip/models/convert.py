@@ -23,7 +23,7 @@ from fastclip.models.writing import (
     write_weights,
 )
 
-__all__ = ["FORMS", "convert"]
+__all__ = ["FORMS", "check_target", "convert", "is_file_target"]
 
 logger = logging.getLogger(__name__)
 FORMS = ("fastclip", "open_clip", "huggingface")
@@ -48,7 +48,7 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
     config, target = model.config, Path(target)
     if config is None:
         raise ValueError("this model was made without a configuration, which convert needs")
-    _check_target(target, form, None if source is None else Path(source))
+    check_target(target, form, None if source is None else Path(source))
     image = config.vision_cfg
     if form == "huggingface" and isinstance(image, EfficientNetConfig) and image.depthwise_padding is None:
         raise ValueError(
@@ -61,7 +61,7 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
 
     state = model.state_dict()
     tensors = {name: tensor.cpu() for name, tensor in to_form(state, map_names(state, config, form)).items()}
-    if _is_file(target):
+    if is_file_target(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _write_file(tensors, target)
     elif form == "open_clip":
@@ -78,16 +78,17 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
             write_weights(half / "model.safetensors", tensors, config=half / "config.json")
 
 
-def _is_file(target: Path) -> bool:
+def is_file_target(target: Path) -> bool:
+    """Return True where `convert` writes one file, and not a folder of them."""
     return target.suffix in (".pt", ".safetensors") and not target.is_dir()
 
 
-def _check_target(target: Path, form: str, source: Path | None) -> None:
-    """Where `target` cannot be written, or is what is read: said before any work."""
-    if _is_file(target) and form != "open_clip":
+def check_target(target: Path, form: str, source: Path | None = None) -> None:
+    """ValueError, before any work, where `target` is not what `form` is written as, or is what is read, `source`."""
+    if is_file_target(target) and form != "open_clip":
         raise ValueError(f"{form} is written as a folder, got {target}")
-    if not _is_file(target) and target.is_file():
-        raise ValueError(f"{target} is a file; the form {form} is a folder, or for open_clip a .pt or .safetensors")
+    if not is_file_target(target) and target.is_file():
+        raise ValueError(f"{target} is a file, not a folder; a file of open_clip ends in .pt or .safetensors")
     if source is None or not target.exists():
         return
     read = [source, *source.iterdir()] if source.is_dir() else [source]

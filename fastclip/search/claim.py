@@ -21,14 +21,17 @@ def claim(folder: Path, options: Mapping[str, Any], *, result: str) -> None:
         result: a glob of what the call writes.
 
     Raises:
-        ValueError: the folder holds results of other options, and the message names these; or results without options.
+        ValueError: the folder holds results of other options, and the message names these; results of a version of
+            fastclip that had other options; or results without options.
     """
     name = folder / _NAME
     if name.is_file():
         before = read_json(name)
-        changed = [key for key in {**before, **options} if before.get(key) != options.get(key)]
+        if before.keys() != options.keys():
+            raise ValueError(f"{folder} was begun by another version of fastclip: take another folder")
+        changed = [key for key in options if before[key] != options[key]]
         if changed:
-            told = ", ".join(f"{key} was {before.get(key)}, is {options.get(key)}" for key in changed)
+            told = ", ".join(f"{key} was {before[key]}, is {options[key]}" for key in changed)
             raise ValueError(f"{folder} is that of another call: {told}; take another folder")
     elif (other := next(folder.glob(result), None)) is not None:
         raise ValueError(f"{other} was not written by this command: take another folder")

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastclip.data.identity import picture_places
 from fastclip.data.pack import pack_source
 from fastclip.data.source import Record, Source
-from fastclip.data.spec import absolute_spec
+from fastclip.data.spec import absolute_spec, spec_places
 from fastclip.data.subset import Subset
 from fastclip.durable import new_file
 from fastclip.evaluation.features import FeatureStore
@@ -182,10 +182,9 @@ def _check(threshold: float | None, dedup: float | None, samples_per_shard: int)
 
 def _check_apart(source: Source, output: Path) -> None:
     """What is written must not be read as data the next time: the histogram is a picture, and shards are shards."""
-    inside, data = os.path.join(os.path.realpath(output), ""), os.path.join(os.path.realpath(source.spec), "")
-    if (os.path.isdir(source.spec) and inside.startswith(data)) or any(
-        file.startswith(inside) for file, _ in picture_places(source)
-    ):
+    inside = os.path.join(os.path.realpath(output), "")
+    folders = [os.path.join(os.path.realpath(place), "") for place in spec_places(source.spec) if place.is_dir()]
+    if inside.startswith(tuple(folders)) or any(file.startswith(inside) for file, _ in picture_places(source)):
         raise ValueError(f"{output} holds the data, or lies in their folder: take a folder beside {source.spec}")
 
 

@@ -23,7 +23,7 @@ import PIL.Image
 from fastclip.data.faults import BadSample
 from fastclip.data.files import walk
 from fastclip.data.folder import is_picture
-from fastclip.data.picture import read_picture
+from fastclip.data.picture import USUAL_PIXELS, read_picture
 from fastclip.search.index import Index, Seen
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 EXCLUDED = ("@eaDir", "node_modules", ".git")  # as rclip leaves out
 _CHUNK = 2**20  # bytes hashed at a time
 _SETTLED = 2 * 10**9  # ns after which a change of a file shows in its times, whatever the disk
-_USUAL = 1024**3 // 4 // 3  # Pillow's limit of a picture's pixels
 _ROWS = 4096  # of a transaction, where little is to be embedded
 
 
@@ -129,7 +128,7 @@ def digest_of(file: BinaryIO) -> bytes:
 def _reader() -> str:
     """What decides which pictures can be read."""
     found = f"Pillow {PIL.__version__}"
-    if PIL.Image.MAX_IMAGE_PIXELS != _USUAL:
+    if PIL.Image.MAX_IMAGE_PIXELS != USUAL_PIXELS:
         found += f", {PIL.Image.MAX_IMAGE_PIXELS} pixels"
     with suppress(PackageNotFoundError):
         found += f", pillow-heif {version('pillow-heif')}"

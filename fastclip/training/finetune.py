@@ -209,9 +209,11 @@ class _Run:
             write_json(file, asked, indent=1)
             return
         before = {"order and captions": asked["order and captions"], **read_json(file)}  # older files have none
-        before["data"] = absolute_spec(before.get("data", ""))  # of older ones it is as it was spelled
-        if other := [name for name in asked if before.get(name) != asked[name]]:
-            told = ", ".join(f"{name} was {_short(before.get(name))}, is {_short(asked[name])}" for name in other)
+        if not asked.keys() <= before.keys():
+            raise ValueError(f"{self.folder} was begun by another version of fastclip: give another folder")
+        before["data"] = absolute_spec(before["data"])  # of older ones it is as it was spelled
+        if other := [name for name in asked if before[name] != asked[name]]:
+            told = ", ".join(f"{name} was {_short(before[name])}, is {_short(asked[name])}" for name in other)
             raise ValueError(f"{self.folder} holds another fine-tuning: {told}; give another folder")
 
     def run(self) -> Finetuned:

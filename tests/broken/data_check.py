@@ -119,8 +119,8 @@ PROMISES = [
             Break(
                 "pack: other options, the same folder",
                 "fastclip/data/pack.py",
-                old="if before != about:",
-                new="if before is None:",
+                old="if changed := [key for key in about if key not in known or known[key] != about[key]]:",
+                new="if changed := list[str]():",
             ),
         ],
     ),

@@ -181,7 +181,7 @@ PROMISES = [
             Break(
                 "fine-tuning: goes on with other options",
                 "fastclip/training/finetune.py",
-                old="if before.get(name) != asked[name]]",
+                old="if before[name] != asked[name]]",
                 new="if False]",
             ),
             Break(

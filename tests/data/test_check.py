@@ -243,6 +243,31 @@ def test_pack_touches_no_other_shards(tmp_path: Path) -> None:
         pack_source(source, tmp_path / "shards", samples_per_shard=4)
 
 
+@pytest.mark.fault(
+    "an output that another version of fastclip began",
+    "`data pack` writes its shards anew where they are those of this call; other commands ask for another folder",
+)
+def test_pack_knows_shards_of_another_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, output = pictures(tmp_path / "data"), tmp_path / "shards"
+    pack_source(source, output)
+    before, file = files(output), output / "00000_stats.json"
+    stats = json.loads(file.read_text())
+    changed: list[dict[str, object]] = [{"source": "data"}, {"image_size": 9}]
+    for values in changed:
+        old = {name: value for name, value in {**stats, **values}.items() if name not in ("max_pixels", "content")}
+        file.write_text(json.dumps(old))
+        with pytest.raises(ValueError, match=r"shards was begun by another version of fastclip: take another folder"):
+            pack_source(source, output)
+    file.write_text(json.dumps({name: stats[name] for name in stats if name != "quality"}))
+    with pytest.raises(ValueError, match=r"shards was begun by another version of fastclip: take another folder"):
+        pack_source(source, output)
+    file.write_text(json.dumps({name: stats[name] for name in stats if name not in ("max_pixels", "content")}))
+    assert pack_source(source, output).kept == 0 and "00000.tar: some of its samples have changed" in caplog.text
+    assert files(output) == before
+    file.write_text(json.dumps({name: stats[name] for name in stats if name != "max_pixels"}))
+    assert pack_source(source, output).kept == 1
+
+
 def captioned(folder: Path, kind: str, captions: list[str]) -> Source:
     """Pictures data/000.png ... of `folder` with these captions."""
     names = [f"{k:03d}.png" for k in range(len(captions))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
@@ -118,6 +119,22 @@ def test_a_source_is_not_overwritten(
     assert states(tmp_path) == before
 
 
+@pytest.mark.parametrize(("target", "form"), [("x.pt", "open_clip"), ("x", "open_clip"), ("x", "fastclip")])
+def test_a_target_has_one_owner(
+    target: str, form: str, model: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save_pretrained(tmp_path / "source")
+    place = tmp_path / target
+    lock = tmp_path / ".x.pt.lock" if target == "x.pt" else place / ".fastclip.lock"
+    lock.parent.mkdir(exist_ok=True)
+    owner = {"host": "node-7", "pid": 12, "since": "2026-01-01", "command": "fastclip x", "start": "", "word": ""}
+    lock.write_text(json.dumps(owner))
+    argv = ["convert", str(tmp_path / "source"), str(place), "--to", form]
+    assert main(argv) == 1 and f"{place} is in use by process 12 on node-7" in capsys.readouterr().err
+    assert main([*argv, "--force"]) == 0 and not lock.exists()
+    fastclip.create_model("ViT-tiny", pretrained=place)
+
+
 def test_a_run_is_accepted_where_a_model_is(
     model: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,7 +168,11 @@ def test_two_models_do_not_share_a_folder(there: str, form: str, model: DualEnco
     [
         ("x.pt", "huggingface", "huggingface is written as a folder, got"),
         ("x.safetensors", "fastclip", "fastclip is written as a folder, got"),
-        ("file", "open_clip", "is a file; the form open_clip is a folder, or for open_clip a .pt or .safetensors"),
+        (
+            "file",
+            "open_clip",
+            "is a file, not a folder; a file of open_clip ends in .pt or .safetensors",
+        ),
         ("file", "fastclip", "is a file"),
     ],
 )
@@ -208,7 +229,7 @@ def test_files_have_the_mode_of_the_umask(model: DualEncoder, tmp_path: Path) ->
 
 
 def test_what_a_killed_process_left_is_removed_an_hour_later(model: DualEncoder, tmp_path: Path) -> None:
-    old, live = tmp_path / ".files.0.tmp", tmp_path / ".files.1.tmp"
+    old, live = tmp_path / ".files.0a1b2c3d.tmp", tmp_path / ".files.4e5f6a7b.tmp"
     for folder in (old, live):
         folder.mkdir()
         (folder / "model.safetensors").touch()

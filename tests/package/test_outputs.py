@@ -24,6 +24,7 @@ FOLDERS = {
     "pack": ["data", "pack", "gone", "--output"],
     "embed": ["embed", "gone", "--checkpoint", "gone", "--output"],
     "filter": ["filter", "--data", "gone", "--checkpoint", "gone", "--output"],
+    "convert": ["convert", "gone", "--to", "fastclip"],
 }
 EVAL = ["--checkpoint", "gone", "--data", "gone"]
 FILES = {
@@ -107,8 +108,42 @@ def test_output_is_not_what_the_command_reads(tmp_path: Path, capsys: pytest.Cap
     assert table.read_text() == "{}" and not list(folder.iterdir())
     with pytest.raises(ValueError, match="is what the command reads"):
         check_apart(folder, [f"{folder}/{{00..99}}.tar"])
+    for spec in (f"{folder}#caption=text", f"gone::2.5*hf:{folder}:train#image=a,caption=b", f"{table}:test:{folder}"):
+        with pytest.raises(ValueError, match="is what the command reads"):
+            check_apart(folder, [spec])
+    (folder / "0.tar").touch()
+    with pytest.raises(ValueError, match="is what the command reads"):
+        check_apart(folder / "0.tar", [f"{tmp_path}/{{none,pict*}}/*.tar"])
     check_apart(folder, [str(table), "digits", "hf:x"])
     check_apart(tmp_path, [str(table)])  # beside the data is no fault
+
+
+@pytest.mark.fault("a file to write is a picture of the data, or its captions", "refused, before any work")
+def test_pictures_of_the_data_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs("train")
+    from PIL import Image
+
+    from fastclip.data.picture import drawn
+
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("0.png", "deep/1.jpg", "sheet.png"):
+        Image.new("RGB", (8, 8)).save(folder / name, exif=drawn() if name == "sheet.png" else Image.Exif())
+    (folder / "0.json").write_text("{}")
+    (tmp_path / "link.png").symlink_to(folder / "0.png")
+    search = ["search", "dog", str(folder), "--checkpoint", "gone", "--sheet"]
+    compose = ["eval", "compose", "--checkpoint", "gone", "--queries", "gone", "--data", f"{folder}#caption=x"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for place in (folder / "0.png", folder / "deep" / "1.jpg", tmp_path / "link.png"):
+        for words in (search, [*compose, "--sheet"]):
+            assert f"--sheet {place} is there, and part of the data" in refused([*words, str(place)], capsys)
+    for place in (folder / "0.json", folder / "0.png"):
+        assert f"--output {place} is there, and part" in refused([*compose, "--output", str(place)], capsys)
+    words = ["search", f"dog + {folder}/0.png", str(folder / "deep"), *search[3:], str(folder / "0.png")]
+    assert "what the command reads" in refused(words, capsys)  # the query
+    for place in (folder / "sheet.png", folder / "new.png"):  # drawn before, or not there
+        assert "part of the data" not in refused([*search, str(place)], capsys)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_two_outputs_are_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

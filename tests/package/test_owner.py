@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from fastclip import _env, owner
+from fastclip.durable import new_file
 from fastclip.owner import LOCK, check_writable, output_path, owned, owned_file
 from support.processes import ended, forked, forks, wait_for
 
@@ -266,6 +267,15 @@ def test_halves_of_dead_processes_are_removed_by_the_owner(tmp_path: Path) -> No
     (tmp_path / ".00000.tar.0a1b2c3d.tmp").touch()
     with owned(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_file_that_another_command_writes_into_an_owned_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / ".notes.v2.tmp").touch()
+    with owned_file(tmp_path / "eval.json") as file, new_file(file) as half:
+        half.write_text("{}")
+        with owned(tmp_path):
+            assert half.exists()
+    assert file.read_text() == "{}" and {path.name for path in tmp_path.iterdir()} == {"eval.json", ".notes.v2.tmp"}
 
 
 def as_file(tmp_path: Path) -> tuple[Path, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastclip.durable import mend_files, new_file, write_json, write_tensors
+from fastclip.durable import mend_files, mend_folders, new_file, new_files, write_json, write_tensors
 from fastclip.reading import parse_json, read_json, read_tensors
 
 
@@ -79,6 +79,26 @@ def test_half_of_a_dead_process_is_removed_after_an_hour_or_by_the_folders_owner
     assert alive.exists() and not dead.exists()
     mend_files(tmp_path, owned=True)
     assert not alive.exists()
+
+
+def test_what_no_process_of_ours_left_stays(tmp_path: Path) -> None:
+    """Files and folders of users, whose names are like those of halves."""
+    files = [".notes.v2.tmp", ".a.0A1B2C3D.tmp", ".0a1b2c3d.tmp", ".a.0a1b2c3d4.tmp", "a.0a1b2c3d.tmp"]
+    folders = [".step-5.old.tmp", ".step-5.v2.tmp", ".files.v2.tmp", ".model.backup.0a1b2c3d.tmp"]
+    for name in files:
+        (tmp_path / name).touch()
+    for name in folders:
+        (tmp_path / name).mkdir()
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    (tmp_path / ".step-5.0a1b2c3d.tmp").mkdir()
+    mend_files(tmp_path)
+    mend_files(tmp_path, owned=True)
+    mend_folders(tmp_path, "step-*")
+    mend_folders(tmp_path, "model")
+    with new_files(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*files, *folders}
 
 
 def test_error_of_the_disk_names_the_file_and_not_its_half(tmp_path: Path) -> None:

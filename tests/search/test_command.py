@@ -19,6 +19,7 @@ needs("train")
 from PIL import Image
 
 from fastclip.cli import main
+from fastclip.data.picture import is_drawn
 from support.colours import draw
 from support.faulty import large_png
 
@@ -132,4 +133,5 @@ def test_sheet_shows_any_name(search: Any, photos: Path, tmp_path: Path) -> None
         assert search("dog", photos, "--sheet", tmp_path / name)[0] == 0
         with Image.open(tmp_path / name) as sheet:
             assert sheet.size == (5 * 240, 272) and sheet.format in ("PNG", "JPEG", "WEBP")
+        assert is_drawn(tmp_path / name) and search("dog", photos, "--sheet", tmp_path / name)[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.JPG", "s.png", "s.webp"]

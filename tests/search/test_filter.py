@@ -313,6 +313,8 @@ def test_output_is_no_part_of_the_data(embedder: Embedder, tmp_path: Path, monke
     filter_source(embedder, open_source(str(folder)), tmp_path / "kept", threshold=-1)
     (tmp_path / "link").symlink_to(tmp_path / "kept")
     cases = [("data", "data"), ("data", "data/new"), (".", "scored"), ("kept", "link"), ("kept/*.tar", "kept")]
+    (folder / "000.json").write_text('{"text": "x"}')
+    cases += [("data#caption=text", "data/new"), ("kept::2*data", "data/new")]
     for spec, output in cases:
         monkeypatch.chdir(tmp_path)
         source = open_source(spec)

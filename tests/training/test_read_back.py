@@ -127,6 +127,16 @@ def test_what_is_not_what_was_written_is_an_error_that_names_the_file(name: str,
         assert "\n" not in message.strip(), message
 
 
+@pytest.mark.parametrize("before", [{"a": 1, "names": "60b7"}, {}, {"b": 2}])
+def test_folder_that_another_version_began_is_told(tmp_path: Path, before: dict[str, Any]) -> None:
+    for name in ("options.json", "finetune.json"):
+        (tmp_path / name).write_text(json.dumps(before))
+    with pytest.raises(ValueError, match=r"begun by another version of fastclip: take another folder$"):
+        claim(tmp_path, {"a": 1}, result="*.npy")
+    with pytest.raises(ValueError, match=r"begun by another version of fastclip: give another folder$"):
+        fine_tuned(tmp_path / "finetune.json")
+
+
 def test_states_of_a_table_that_filter_wrote_otherwise(tmp_path: Path) -> None:
     file, options = tmp_path / "similarities.parquet", {"a": 1}
     schema = pa.schema([("state", pa.string())], metadata={"fastclip": json.dumps(options)})
