@@ -176,7 +176,9 @@ def new_files(folder: Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename is None:  # of a library that puts the name into its words
             raise OSError(str(error).replace(str(half), str(folder))) from error
-        error.filename, error.filename2 = str(error.filename).replace(str(half), str(folder)), None
+        error.filename = str(error.filename).replace(str(half), str(folder))
+        if error.filename2 is not None:
+            del error.filename2  # None would be told as a second name
         raise
     finally:
         shutil.rmtree(half, ignore_errors=True)

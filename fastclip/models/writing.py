@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastclip.durable import new_files, write_tensors
+from fastclip.durable import new_files, write_json, write_tensors
 from fastclip.reading import open_tensors
 
 __all__ = [
@@ -62,7 +61,7 @@ def new_model(folder: str | Path, files: tuple[str, ...]) -> Iterator[Path]:
 
 def write_config(file: Path, values: Mapping[str, Any]) -> None:
     """Write a configuration, for people too."""
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(file, dict(values))
 
 
 def write_weights(file: Path, tensors: Mapping[str, Tensor], *, config: Path | None = None) -> None:

@@ -22,10 +22,7 @@ ALLOWED = {
     "parity/processes.py": "a temporary folder, which ends with the command",
     "data/shard_index.py": "beside shards of others, under a random name; one that is lost is made again",
     "data/remote.py": "a copy, whose length is compared; one that is lost is made again",
-    "models/config.py": "into the folder that `new_folder` has made",
-    "models/dual_encoder.py": "into the folder that `new_folder` has made",
-    "models/classifier.py": "into the folder that `new_folder` has made",
-    "models/convert.py": "into the folder that `new_folder` has made",
+    "models/convert.py": "into the folder that `new_model` has made",
     "training/checkpoint.py": "into the folder that `new_folder` has made",
 }
 
