@@ -8,6 +8,7 @@ from typing import Any
 from fastclip.cli.embedding import add_embedder_options
 from fastclip.cli.evaluate.zeroshot import add_templates_option, percent
 from fastclip.cli.outputs import add_force, owned_output
+from fastclip.cli.pictures import add_max_pixels
 from fastclip.cli.printing import say
 
 __all__ = ["add"]
@@ -49,6 +50,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--val-data", metavar="SPEC", help="to evaluate on at the end; digits is the held-out fifth")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run: model/, results.json, ...")
+    add_max_pixels(parser)
     add_force(parser)
     parser.add_argument(
         "--wise-ft",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
     "is_drawn",
     "limit_pixels",
     "picture_formats",
+    "pixels_limited",
     "read_picture",
 ]
 
@@ -96,6 +98,18 @@ def limit_pixels(pixels: int) -> None:
     if pixels < 1:
         raise ValueError(f"the largest number of pixels must be at least 1, got {pixels}")
     Image.MAX_IMAGE_PIXELS = pixels
+
+
+@contextmanager
+def pixels_limited(pixels: int | None) -> Iterator[None]:
+    """`limit_pixels` inside, unless it is None; afterwards the limit is as it was."""
+    before = Image.MAX_IMAGE_PIXELS
+    if pixels is not None:
+        limit_pixels(pixels)
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def drawn() -> Image.Exif:

@@ -62,6 +62,8 @@ class TrainOptions:
     """Passes over the data; --max-steps overrides it."""
     max_bad: float = 0.01
     """The largest share of samples that cannot be used, 0 to 1: others take their places, above it the run stops."""
+    max_pixels: int | None = None
+    """Pixels of the largest picture that is read (89478485); larger ones cannot be used."""
     max_steps: int | None = None
     """Length of the schedule."""
     stop_after: int | None = None

@@ -18,6 +18,7 @@ from fastclip._version import __version__
 from fastclip.data.fingerprint import fingerprint
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
+from fastclip.data.picture import pixels_limited
 from fastclip.data.spec import open_source
 from fastclip.data.workers import naming_dead_workers
 from fastclip.durable import mend_folders, new_folder, set_aside
@@ -86,6 +87,7 @@ def train(options: TrainOptions) -> Run:
         owned_together(options.output, world, force=options.force),
         settings_kept(deterministic=options.deterministic),
         naming_dead_workers(),
+        pixels_limited(options.max_pixels),
     ):
         return _Trainer(options, world).run()
 

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 import torch.distributed as dist
@@ -68,6 +69,17 @@ def test_skipped_samples_are_counted_by_cause_and_shown(tmp_path: Path, caplog: 
     assert f"{data}/021.png: it has no caption: 021.txt or 021.json must lie beside it" in caplog.text
     assert "8 of 48 samples drawn (16.67%) cannot be used: 4 not an image (" in caplog.text
     assert train(options(data, tmp_path / "again", workers=2)).losses == run.losses
+
+
+def test_largest_picture_is_an_option(tmp_path: Path) -> None:
+    """The process's own limit is as it was afterwards."""
+    data = write_folder(tmp_path / "data", 8)
+    before = PIL.Image.MAX_IMAGE_PIXELS
+    with pytest.raises(ValueError, match=r"more than 10|larger than 10|too large"):
+        train(options(data, tmp_path / "run", max_pixels=10))
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        train(options(data, tmp_path / "other", max_pixels=0))
+    assert before == PIL.Image.MAX_IMAGE_PIXELS
 
 
 def test_resumed_run_goes_on_counting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
