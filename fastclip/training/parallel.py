@@ -95,6 +95,7 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
             dist.destroy_process_group()
             while _meshes:  # DTensor's caches keep them, and they the group with its threads
                 getattr(_meshes.pop(), "_pg_registry", {}).clear()
+        _meshes.clear()  # those of a caller's group end with it
 
 
 def _is_lost(error: RuntimeError) -> bool:
