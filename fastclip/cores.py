@@ -44,7 +44,7 @@ def contended(threads: int | None, processes: int = 1) -> bool:
 
 
 def group_limits(v2: str, controller: str, v1: str) -> Iterator[str]:
-    """What a file of the control groups around this process says: `v2`, and of a controller in version 1 `v1`."""
+    """Yield the first line of file `v2` (`v1` of a version 1 controller) in each control group around this process."""
     for line in read_lines(_OWN_GROUPS):
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", controller):

@@ -1,4 +1,4 @@
-"""What to do about a backend that is not there: words that the warning of a slow loss and `fastclip doctor` share."""
+"""Advice on a backend that is missing, for the warning of a slow loss and for `fastclip doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TOOLS = {"cpu": "a C++ compiler", "cuda": "nvcc on the PATH"}
 
 
 def mending(name: str, reason: str) -> str:
-    """What to do where backend `name` is missing for a `reason` that it gives; "" where nothing helps."""
+    """Return what mends the `reason` for which backend `name` is missing, or "" where nothing does."""
     if (clone := bare_clone()) is not None and (str(clone) in reason or "fastclip.triton_kernels" in reason):
         return f"start Python in another folder, where what is installed is found, or pip install --editable {clone}"
     if "FASTCLIP_CPU_ISA" in reason:

@@ -36,7 +36,7 @@ def add_embedder_options(parser: argparse.ArgumentParser, *, required: bool = Tr
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What a checkpoint is; for `model_options`."""
+    """Add the options that say which model a checkpoint holds; `model_options` reads them."""
     parser.add_argument("--model", help="name of the model, where the checkpoint does not hold its configuration")
     parser.add_argument(
         "--image-size",
@@ -48,12 +48,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Of `add_model_options`, by the names of `load_embedder`."""
+    """Return the options of `add_model_options` as arguments of `load_embedder`."""
     return {name: getattr(args, name) for name in ("model", "image_size", "context_length")}
 
 
 def embedder_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Of `add_embedder_options` without --checkpoint, by the names of `load_embedder`."""
+    """Return the options of `add_embedder_options`, but --checkpoint, as arguments of `load_embedder`."""
     return model_options(args) | {name: getattr(args, name) for name in ("device", "precision", "vocabulary")}
 
 

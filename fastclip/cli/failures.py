@@ -1,4 +1,4 @@
-"""What a command says of an error: a line where the user or the machine can mend it, a traceback where we must."""
+"""Messages of a command that fails: one line where the user can mend the cause, a traceback where we must."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command writes: its options, and the checks before any work."""
+"""Options for the outputs of a command, and the checks of an output before any work."""
 
 from __future__ import annotations
 
