@@ -31,8 +31,9 @@ class Terminated(SystemExit):
 def sigterm_raises() -> Iterator[None]:
     """Inside, SIGTERM raises `Terminated`, so that files that are half written are removed and children are ended.
 
-    The process ends with status 143 even where an import or a library swallows the exception, or tidying up takes more
-    than 8 s; a second SIGTERM, a second or more after the first, ends it at once.
+    Where an import or a library swallows the exception, it is raised at the end, in place of another one or of none.
+    The process ends with status 143 even where that end, or tidying up, takes more than 8 s; a second SIGTERM, a second
+    or more after the first, ends it at once.
 
     A SIGTERM that is ignored when the command starts stays ignored, as does Ctrl-C in a shell's background job: who
     started the command asked for that (``trap '' TERM``), and SIGKILL is left. A handler of the caller stays as well,
@@ -59,6 +60,12 @@ def sigterm_raises() -> Iterator[None]:
     signal.signal(signal.SIGTERM, end)
     try:
         yield
+        if since:
+            raise Terminated
+    except Exception as error:
+        if since:
+            raise Terminated from error
+        raise
     finally:  # after a signal the handler stays: the launcher's echo of it must not end the process in another way
         signal.signal(signal.SIGTERM, end if since else signal.SIG_DFL)
 

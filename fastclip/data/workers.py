@@ -28,6 +28,7 @@ __all__ = ["load", "naming_dead_workers", "own"]
 # Micro-batches that workers hold ready at most: each takes three of the files that a process may have open, often
 # 1,024.
 _READY = 128
+_OF_GROUPS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 1.0  # seconds in which workers may end by themselves
 
 
@@ -57,7 +58,7 @@ def load(
     if watch.workers:
         # Workers that make a folder of their own for the sockets through which tensors go leave it behind
         multiprocessing.util.get_temp_dir()
-    with _env.tokenizers_without_threads():
+    with _env.tokenizers_without_threads(), _signals_held():
         loaded = iter(loader)  # starts the workers
     with _ended(loaded), Alarm(watch) as alarm:
         while True:
@@ -158,6 +159,28 @@ def _begin(parent: int | None, worker: int) -> None:
     end_with_parent(parent)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    if hasattr(signal, "sigtimedwait"):
+        while signal.sigtimedwait(_OF_GROUPS, 0):  # came before the worker had a group of its own
+            pass
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_GROUPS)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM wait; they wait in a process that is started inside, too, until `_begin`.
+
+    An exception that a handler raises while os.fork runs its hooks is printed and lost, and with it what the hook did:
+    that of logging releases a lock.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_GROUPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # What torch says, from a signal handler at any place of the parent, or from `next`.

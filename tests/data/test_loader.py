@@ -29,6 +29,7 @@ from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedC
 from fastclip import _env, parent
 from fastclip.data import Batch, Record, evaluation_batches, open_source, training_batches
 
+forked_workers = pytest.mark.skipif(sys.platform != "linux", reason="workers are not forked")
 CROP = Compose([RandomResizedCrop(6), RandomHorizontalFlip(), ToTensor()])
 
 
@@ -318,7 +319,7 @@ class Wordy(Gradients):
         return f"{index} " * 20_000
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked, and looked for in /proc")
+@forked_workers
 @pytest.mark.fault("kill -9 of a program whose workers read", "they end with it, and its output is closed")
 @pytest.mark.parametrize("stuck", [False, True], ids=["workers ahead of it", "workers that are stuck"])
 def test_workers_end_with_a_killed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: bool) -> None:
@@ -350,6 +351,49 @@ def test_workers_end_with_a_killed_program(tmp_path: Path, monkeypatch: pytest.M
     wait_for(lambda: not in_session(pid), 5)
     assert os.read(reading, 1) == b""  # nobody else has it
     os.close(reading)
+
+
+@forked_workers
+def test_stuck_workers_are_not_waited_for(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    def transform(image: Image.Image) -> Tensor:
+        read.append(1)
+        if len(read) > 8:  # in this worker
+            (tmp_path / str(os.getpid())).touch()
+            time.sleep(1000)
+        return plain(image)
+
+    steps = training_batches(Wordy(), transform, tokenize, batch_size=8, last_step=100, workers=2)
+    next(steps)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2, 20)
+    begin = time.monotonic()
+    del steps
+    assert time.monotonic() - begin < 4  # torch waits 5 s for each
+
+
+@forked_workers
+@pytest.mark.fault("SIGTERM or Ctrl-C to the whole group while workers start", "the program gets it, no worker ends")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_wait_while_workers_start(tmp_path: Path, number: signal.Signals) -> None:
+    """What a handler raises among the hooks of os.fork would be swallowed."""
+    handled: list[int] = []
+
+    def steps() -> list[Any]:
+        return list(training_batches(Wordy(), plain, tokenize, batch_size=8, last_step=3, workers=2))
+
+    def program() -> None:
+        def send() -> None:
+            os.kill(os.getpid(), number)
+
+        os.register_at_fork(after_in_parent=send, after_in_child=send)
+        signal.signal(number, lambda *args: handled.append(number))
+        assert len(steps()) == 3 and handled == [number]
+        signal.signal(number, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            steps()
+
+    assert ended(forked(program, tmp_path / "said")) == 0, (tmp_path / "said").read_text()
 
 
 _LEFT_HALF_WAY = """

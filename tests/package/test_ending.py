@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -51,10 +52,17 @@ def assert_ends(process: Popen, temporary: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "ignored"), [(2, []), (0, [signal.SIGINT])], ids=["at a terminal", "in the background of a script"]
+    ("workers", "moment", "ignored"),
+    [(2, "starting", []), (2, "reading", []), (0, "reading", [signal.SIGINT])],
+    ids=["while workers start", "at a terminal", "in the background of a script"],
 )
 def test_embed_ends_while_it_reads(
-    tmp_path: Path, temporary: Path, request: pytest.FixtureRequest, workers: int, ignored: list[signal.Signals]
+    tmp_path: Path,
+    temporary: Path,
+    request: pytest.FixtureRequest,
+    workers: int,
+    moment: str,
+    ignored: list[signal.Signals],
 ) -> None:
     needs("search")
     checkpoint = request.getfixturevalue("checkpoint")
@@ -69,6 +77,8 @@ def test_embed_ends_while_it_reads(
 
     def reads() -> bool:
         assert process.poll() is None, process.communicate()
+        if workers and moment == "reading":
+            return bool(list(temporary.glob("pymp-*/*")))  # the socket of a worker that has sent a batch
         return (tmp_path / "out" / "metadata").is_dir() and len(in_session(process.pid)) == 1 + workers
 
     wait_for(reads)
@@ -164,6 +174,19 @@ def test_command_ends_where_the_exception_is_swallowed(tmp_path: Path, monkeypat
     wait_for((tmp_path / "ready").exists)
     os.kill(pid, signal.SIGTERM)
     assert ended(pid, 20) == 143 and (tmp_path / "swallowed").exists()
+
+
+@forks
+@pytest.mark.parametrize("error", [None, ValueError("its worker was ended by the same signal")])
+def test_swallowed_signal_is_what_ended_the_command(error: Exception | None) -> None:
+    def works() -> None:
+        with pytest.raises(Terminated), sigterm_raises():
+            with contextlib.suppress(Terminated):
+                os.kill(os.getpid(), signal.SIGTERM)
+            if error is not None:
+                raise error
+
+    assert ended(forked(works)) == 0
 
 
 @forks
