@@ -68,18 +68,15 @@ def keep_labelled(
 
     Raises:
         TypeError: `ignore_label` is no integer.
-        ValueError: -1 is a label and not ignored (looked at where that costs no wait); no labels, or none that is not
+        ValueError: -1 is a label and not ignored; no labels, or none that is not
             ignored; rows that do not fit `exclude_self`; nothing may wait: under torch.compile, in a CUDA graph, or
             with `equal_shards`.
     """
     labels = {"image": image_labels, "text": text_labels}
     if ignore_label is None:
         for side, y in labels.items():
-            if y is not None and y.dtype.is_signed and can_be_read(y) and bool((y == -1).any()):
-                raise ValueError(
-                    f"{side}_labels has rows with -1: ignore_label=-1 leaves them out; where -1 is a class like any "
-                    "other, number the classes from 0"
-                )
+            if y is not None and y.dtype.is_signed:
+                _refuse_none(side, y)
         return None
     if isinstance(ignore_label, bool) or not hasattr(ignore_label, "__index__"):
         raise TypeError(f"ignore_label must be an integer or None, got {type(ignore_label).__name__}")
@@ -101,3 +98,16 @@ def keep_labelled(
     if exclude_self and not torch.equal(images, texts):
         raise ValueError("exclude_self needs ignore_label in the same rows of image_labels and text_labels")
     return KeptRows(images, texts, len(image_labels), len(text_labels))
+
+
+def _refuse_none(side: str, labels: Tensor) -> None:
+    """ValueError for -1 among the labels; where a look would wait, the device asserts it, as for torch's classes."""
+    told = (
+        f"{side}_labels has rows with -1: ignore_label=-1 leaves them out; where -1 is a class like any other, number "
+        "the classes from 0"
+    )
+    if can_be_read(labels):
+        if bool((labels == -1).any()):
+            raise ValueError(told)
+    elif not batched(labels):
+        torch._assert_async((labels != -1).all(), told)

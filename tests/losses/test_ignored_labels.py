@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastclip
 from support.accuracy import LOSS, check_gradient, pairs, truth
@@ -166,6 +167,21 @@ def test_compiled_call_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # to compile takes seconds
     with pytest.raises(ValueError, match=r"torch.compile, CUDA graphs .* cannot know: .*features\[labels != -1\]"):
         fastclip.contrastive_loss(image, text, image_labels=y, text_labels=t, ignore_label=-1)
+
+
+def test_graphs_assert_that_every_row_has_a_label() -> None:
+    """Where nothing may wait, as on a GPU, the device says it."""
+    image, text, y, t = batch()
+
+    def loss(image: Tensor, text: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        return fastclip.contrastive_loss(image, text, image_labels=y, text_labels=t)
+
+    some = y.clamp_min(0), t.clamp_min(0)
+    graph = make_fx(loss)(image, text, *some)
+    torch.testing.assert_close(graph(image, text, *some), loss(image, text, *some))
+    for labels, side in (((y, some[1]), "image"), ((some[0], t), "text")):
+        with pytest.raises(RuntimeError, match=f"{side}_labels has rows with -1: ignore_label=-1 leaves them out"):
+            graph(image, text, *labels)
 
 
 def test_labels_of_vmap_are_refused() -> None:
