@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 __all__ = ["cached_step"]
@@ -54,27 +55,30 @@ def cached_step(
         The loss, detached, not scaled.
 
     Raises:
+        TypeError: a micro-batch is a tensor or a mapping, no arguments.
         ValueError: no micro-batches; `forward` or `loss` returns something else; `loss` reads by itself a parameter
-            that FSDP has sharded.
+            that FSDP has sharded; a tensor of a micro-batch changed before it was embedded again.
 
     Dropout and drop path are the same in both passes: the states of torch's generators, of the CPU and of the GPUs that
-    the arguments or the modules are on, are replayed; those of Python and numpy are not. Buffers are changed once.
+    the arguments or the modules are on, are replayed, and go on after the loss; those of Python and numpy are not.
+    Buffers are replayed as well and changed once.
     BatchNorm normalises with the statistics of a micro-batch, as in gradient accumulation: there, and only there, the
     gradients are not those of one pass over the whole batch. Under `torch.autocast` both passes are.
     """
-    batches = [tuple(batch) for batch in micro_batches]
+    batches = [_Arguments(batch) for batch in micro_batches]
     if not batches:
         raise ValueError("cached_step needs at least one micro-batch")
     if modules is None:
         modules = [forward] if isinstance(forward, nn.Module) else []
     modules = [modules] if isinstance(modules, nn.Module) else list(modules)
 
-    anywhere = [torch.empty(0, device=d) for d in {p.device for module in modules for p in module.parameters()}]
-    states, found = [], []
+    inputs = [x for batch in batches for x in batch.tensors]
+    places = {x.device: x.new_empty(0) for x in [*inputs, *(p for module in modules for p in module.parameters())]}
+    states, found, buffers = [], [], _Buffers(modules)
     with torch.no_grad(), _no_exchange(modules):
         for batch in batches:
-            states.append((torch.get_rng_state(), *get_device_states(*batch, *anywhere)))
-            found.append(_checked(forward(*batch)))
+            states.append(_generators(places.values()))
+            found.append(_checked(forward(*batch.unchanged())))
     # older torch's autocast keeps the weights it has cast here, which know no gradient
     torch.clear_autocast_cache()
 
@@ -90,14 +94,13 @@ def cached_step(
     direct = _backward(value if grad_scaler is None else grad_scaler.scale(value), [*features, *rest], modules)
 
     gradients = [None if x.grad is None else x.grad.split(sizes) for x in features]
-    with _kept_buffers(modules):
+    after = _generators(places.values())
+    with buffers.replayed(), _restoring(after):
         for k, batch in enumerate(batches):
             last = k == len(batches) - 1
-            cpu_state, *device_states = states[k]
-            torch.set_rng_state(cpu_state)
-            set_device_states(*device_states)
+            _set_generators(states[k])
             with nullcontext() if last else _no_exchange(modules):
-                outputs = _checked(forward(*batch))
+                outputs = _checked(forward(*batch.unchanged()))
                 upstream = [None if d is None else d[k] for d in gradients] + [x.grad for x in rest if last]
                 pairs = [(x, d) for x, d in zip(outputs, upstream) if x.requires_grad and d is not None]
                 if last:
@@ -115,22 +118,26 @@ def _backward(value: Tensor, inputs: list[Tensor], modules: Sequence[nn.Module])
     parameters: dict[Tensor, None] = dict.fromkeys(p for one in modules for p in one.parameters() if p.requires_grad)
     if not modules:  # whose they are is not known
         parameters = dict.fromkeys(x for x in _leaves(value) if all(x is not one for one in inputs))
-    before = [(p, p.grad, dict(p._backward_hooks or {})) for p in parameters]
-    for p in parameters:
+    before = [(p, p.grad, [(hooks, dict(hooks)) for hooks in _hooks(p)]) for p in parameters]
+    for p, _, all_hooks in before:
         p.grad = None
-        if p._backward_hooks:
-            p._backward_hooks.clear()  # they see this gradient in that pass
+        for hooks, _ in all_hooks:
+            hooks.clear()  # they see this gradient in that pass
     try:
         value.backward()
         direct = [(p, p.grad) for p in parameters if p.grad is not None]
     finally:
-        for p, grad, hooks in before:
+        for p, grad, all_hooks in before:
             p.grad = grad
-            if p._backward_hooks is not None:
-                p._backward_hooks.update(hooks)
+            for hooks, kept in all_hooks:
+                hooks.update(kept)
     for module in modules:
         _check_averaged(module, [p for p, _ in direct])
     return direct
+
+
+def _hooks(p: Tensor) -> list[dict[int, Any]]:
+    return [hooks for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks) if hooks]
 
 
 def _before_last_pass(modules: Sequence[nn.Module], direct: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -233,12 +240,69 @@ def _left_alone(module: nn.Module) -> Iterator[None]:
             switch(True)
 
 
+class _Arguments:
+    """Those of a micro-batch, which nobody may change between the passes."""
+
+    def __init__(self, batch: Any) -> None:
+        if isinstance(batch, (Tensor, Mapping, str)):
+            raise TypeError(
+                "a micro-batch must be the arguments of forward, as in zip(images.split(64), ids.split(64)), got "
+                f"{type(batch).__name__}; where forward takes that as it is, [(batch,) for batch in micro_batches]"
+            )
+        self._values = tuple(batch)
+        self.tensors = [x for x in tree_leaves(self._values) if isinstance(x, Tensor)]
+        self._versions = self._versions_now()
+
+    def unchanged(self) -> tuple[Any, ...]:
+        if self._versions_now() != self._versions:
+            raise ValueError(
+                "a tensor of a micro-batch has changed: cached_step reads each twice, and all are taken before the "
+                "first is embedded; let forward change a copy, and give each micro-batch tensors of its own"
+            )
+        return self._values
+
+    def _versions_now(self) -> list[int]:
+        return [x._version for x in self.tensors if not x.is_inference()]
+
+
+def _generators(places: Iterable[Tensor]) -> tuple[Tensor, Any, Any]:
+    """The states of torch's generators, of the CPU and of the GPUs that these tensors are on."""
+    return (torch.get_rng_state(), *get_device_states(*places))
+
+
+def _set_generators(states: tuple[Tensor, Any, Any]) -> None:
+    torch.set_rng_state(states[0])
+    set_device_states(*states[1:])
+
+
 @contextmanager
-def _kept_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """What a second pass does to buffers, BatchNorm's running statistics, is undone."""
-    buffers = [x for module in modules for x in module.buffers()]
-    before = [x.clone() for x in buffers]
-    yield
-    with torch.no_grad():
-        for x, kept in zip(buffers, before):
-            x.copy_(kept)
+def _restoring(states: tuple[Tensor, Any, Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        _set_generators(states)
+
+
+class _Buffers:
+    """Running statistics and the like, which a second pass reads as the first did, and leaves as the first did."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._buffers = [x for module in modules for x in module.buffers()]
+        self._first = self._copies()
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        after = self._copies()
+        self._write(self._first)
+        try:
+            yield
+        finally:
+            self._write(after)
+
+    def _copies(self) -> list[Tensor]:
+        return [x.clone() for x in self._buffers]
+
+    def _write(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for x, value in zip(self._buffers, values):
+                x.copy_(value)

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.utils.parametrizations import spectral_norm
 
 import fastclip
 from fastclip.training import cached_step
@@ -125,6 +126,27 @@ def test_dropout_is_replayed() -> None:
     assert_same(ours, true)
 
 
+def test_loss_draws_numbers_of_its_own() -> None:
+    """In every step others, which are not those of a mask either."""
+
+    def noisy(*outputs: Tensor) -> Tensor:
+        drawn.append(float(torch.rand(1)))
+        return clip(*outputs) * drawn[-1]
+
+    def run(step: Callable[[], Tensor]) -> list[float]:
+        drawn.clear()
+        torch.manual_seed(3)
+        for _ in range(3):
+            step()
+        return [*drawn, float(torch.rand(1))]
+
+    drawn: list[float] = []
+    for dropout in (0.0, 0.5):
+        model = Pair(dropout=dropout)
+        true = run(lambda model=model: kept_whole(noisy, cut(*rows()))(model))  # type: ignore[misc]
+        assert run(lambda model=model: cached_step(model, cut(*rows()), noisy)) == true  # type: ignore[misc]
+
+
 def test_batch_norm_is_a_micro_batchs_and_its_statistics_move_once() -> None:
     batches = cut(*rows())[:3]  # of one row there is no variance
     models = [Pair(norm=True), Pair(norm=True), Pair(norm=True)]
@@ -136,6 +158,37 @@ def test_batch_norm_is_a_micro_batchs_and_its_statistics_move_once() -> None:
     weight = [model.image[0].weight.grad for model in models]
     torch.testing.assert_close(weight[0], weight[1], rtol=1e-10, atol=1e-12)
     assert not torch.allclose(weight[0], weight[2], rtol=1e-3), "a whole batch is normalised by its own statistics"
+
+
+def test_buffers_that_a_pass_reads_and_changes_are_replayed() -> None:
+    model = Pair()
+    for tower in (model.image, model.text):
+        spectral_norm(tower[0])
+    step = kept_whole(clip, cut(*rows()))
+    ours = gradients(model, lambda m: cached_step(m, cut(*rows()), clip))
+    assert_same(ours, gradients(model, step))
+
+
+@pytest.mark.fault("a micro-batch that changes between the passes of `cached_step`", "an error that says so")
+def test_micro_batches_that_change_are_refused() -> None:
+    model, (images, texts) = Pair(), rows()
+
+    def in_place(images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        return model(images.sub_(0.1), texts)
+
+    def one_buffer() -> Iterator[tuple[Tensor, Tensor]]:
+        buffer = torch.empty(11, 7, dtype=images.dtype)
+        for image, text in zip(images.split(11), texts.split(11)):
+            yield buffer.copy_(image), text
+
+    for forward, batches in ((in_place, [(images.clone(), texts)]), (model, one_buffer())):
+        with pytest.raises(ValueError, match="a tensor of a micro-batch has changed: cached_step reads each twice"):
+            cached_step(forward, batches, clip)
+    with torch.inference_mode():
+        fixed = images.clone(), texts.clone()  # have no versions
+    true = gradients(model, lambda m: cached_step(m, [(images, texts)], clip))
+    copied = gradients(model, lambda m: cached_step(lambda i, t: m(i.clone(), t.clone()), [fixed], clip))
+    assert_same(copied, true)
 
 
 def test_autocast() -> None:
@@ -244,14 +297,20 @@ def test_parameters_that_the_loss_reads_by_itself(modules: bool) -> None:
 
     def twice(step: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         def run(model: Any) -> Tensor:
+            seen.clear()
             for p in (model.bias, model.image[0].weight):
                 p.register_hook(lambda grad: 3 * grad)
+            model.bias.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
             step(model)
             return step(model)
 
         return run
 
-    assert_same(gradients(Pair(), twice(cached)), gradients(Pair(), twice(lambda m: whole(m))))
+    seen: list[Tensor] = []
+    ours = gradients(Pair(), twice(cached)), [*seen]
+    true = gradients(Pair(), twice(whole)), [*seen]
+    assert_same(ours[0], true[0])
+    torch.testing.assert_close(ours[1], true[1])
 
 
 def whole(model: Pair) -> Tensor:
@@ -266,11 +325,13 @@ def whole(model: Pair) -> Tensor:
         (Pair(), [], clip, "at least one micro-batch"),
         (lambda x: x, [(torch.ones(2, 3),)], clip, r"forward must return features .* got a tensor \(2, 3\)"),
         (lambda x: (x, x.sum(1)), [(torch.ones(2, 3),)], clip, r"got \(a tensor \(2, 3\), a tensor \(2,\)\)"),
+        (Pair(), [{"images": 1}], clip, r"must be the arguments of forward, .* got dict; .*, \[\(batch,\) for batch"),
+        (Pair(), torch.ones(2, 2, 3), clip, "must be the arguments of forward, .* got Tensor"),
         (Pair(), [rows()], lambda *x: x[0], r"loss must return a tensor \(\), got a tensor \(22, 6\)"),
     ],
 )
 def test_misfit_raises(forward: Any, batches: Any, loss: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         cached_step(forward, batches, loss)
 
 
