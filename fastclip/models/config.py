@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -169,11 +170,16 @@ class ModelConfig:
         init_logit_scale: float | None = None,
         init_logit_bias: float | None = None,
     ) -> ModelConfig:
-        """This configuration with every value that is not None in place of its own; ValueError for impossible sizes."""
+        """This configuration with every value that is not None in place of its own; ValueError for impossible ones."""
         for name, size in (("image_size", image_size), ("context_length", context_length)):
             if size is not None:
                 _check_size(name, _typed(size, int, name), name)
-        changed: dict[str, Any] = {"init_logit_scale": init_logit_scale, "init_logit_bias": init_logit_bias}
+        changed: dict[str, Any] = {}
+        for name, value in (("init_logit_scale", init_logit_scale), ("init_logit_bias", init_logit_bias)):
+            if value is not None:  # an integer or a number of numpy, too
+                is_number = isinstance(value, Real) and not isinstance(value, bool)
+                changed[name] = _typed(float(value) if is_number else value, float, name)
+                _check_size(name, changed[name], name)
         if image_size is not None:
             changed["vision_cfg"] = replace(self.vision_cfg, image_size=image_size)
             if (old := self.preprocess_cfg.resize_size) is not None:  # the share that is cropped stays
@@ -181,7 +187,7 @@ class ModelConfig:
                 changed["preprocess_cfg"] = replace(self.preprocess_cfg, resize_size=resize_size)
         if context_length is not None:
             changed["text_cfg"] = replace(self.text_cfg, context_length=context_length)
-        return replace(self, **{name: value for name, value in changed.items() if value is not None})
+        return replace(self, **changed)
 
     def to_dict(self) -> dict[str, Any]:
         """What a configuration file holds."""

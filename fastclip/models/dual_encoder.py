@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from fastclip.models.writing import OWN_FILES, new_model, write_config, write_we
 
 __all__ = ["DualEncoder", "MAX_LOG_SCALE"]
 
+_COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module's parameters
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: the logits are scaled by 100 at most
 
 
@@ -48,8 +50,9 @@ class DualEncoder(nn.Module):
         self.visual = visual
         self.text = text
         self.config = config
-        self.logit_scale = nn.Parameter(torch.tensor(init_logit_scale))
-        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(init_logit_bias))
+        self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
+        self._vocabulary = _own_vocabulary(config)
         self._locked: set[str] = set()
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
@@ -109,7 +112,8 @@ class DualEncoder(nn.Module):
 
         Raises:
             OSError: the files cannot be written.
-            ValueError: `folder` holds another model, of which files would stay beside these.
+            ValueError: `folder` holds another model, of which files would stay beside these; the model was changed, so
+                that its parameters are not those of its configuration; its vocabulary was not there when it was made.
         """
         with new_model(folder, OWN_FILES) as half:
             self.write_files(half)
@@ -118,29 +122,55 @@ class DualEncoder(nn.Module):
         """Write what `save_pretrained` writes into a folder that nobody reads yet."""
         if self.config is None:
             raise ValueError("this model was made without a configuration, which save_pretrained has to write")
+        state = {name.replace(_COMPILED, ""): tensor for name, tensor in self.state_dict().items()}
+        self._check_readable(state)
         values = self.config.to_dict()
-        if isinstance(self.config.text_cfg, BertConfig) and self.config.folder is not None:
-            vocabulary = self.config.folder / self.config.text_cfg.vocabulary
-            if vocabulary.is_file():
-                copyfile(vocabulary, folder / "vocab.txt")
-                values["text_cfg"]["vocabulary"] = "vocab.txt"
+        if self._vocabulary is not None:
+            (folder / "vocab.txt").write_bytes(self._vocabulary)
+            values["text_cfg"]["vocabulary"] = "vocab.txt"
+        elif isinstance(text := self.config.text_cfg, BertConfig) and text.vocabulary.endswith(".txt"):
+            raise ValueError(f"the vocabulary {text.vocabulary} of this model was not beside its configuration")
         write_config(folder / "config.json", {"model_type": "fastclip", **values})
-        write_weights(folder / "model.safetensors", self.state_dict(), config=folder / "config.json")
+        write_weights(folder / "model.safetensors", state, config=folder / "config.json")
+
+    def _check_readable(self, state: dict[str, Tensor]) -> None:
+        """Refuse what `create_model` could not read again."""
+        from fastclip.models.factory import build_model, misfit
+
+        assert self.config is not None
+        expected = build_model(self.config, device="meta").state_dict()
+        own = {"logit_bias"}  # a reader takes it as it is found
+        missing = [name for name in expected if name not in state and name not in own]
+        unexpected = [name for name in state if name not in expected and name not in own]
+        other = [name for name, x in state.items() if name in expected and x.shape != expected[name].shape]
+        if told := misfit(missing, unexpected, other):
+            raise ValueError(f"the model was changed and does not fit its configuration, which is written too: {told}")
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> DualEncoder:
         """The model of a folder that `save_pretrained` wrote, or of a repository ``owner/name`` on Hugging Face's hub.
 
         Any other folder that `create_model(pretrained=)` reads will do; `options` are its options.
+
+        Raises:
+            FileNotFoundError: there is no such folder, and no such repository, or the hub does not answer.
         """
         from fastclip.models.factory import create_model
 
         path = Path(source)
         if not path.exists():
+            if not _REPOSITORY.fullmatch(str(source)):
+                raise FileNotFoundError(f"the checkpoint {source} does not exist")
             from huggingface_hub import snapshot_download
 
             patterns = ["*.json", "*.safetensors", "vocab.txt"]
-            path = Path(snapshot_download(str(source), allow_patterns=patterns))
+            try:
+                path = Path(snapshot_download(str(source), allow_patterns=patterns))
+            except (OSError, ValueError) as error:
+                raise FileNotFoundError(
+                    f"{source} is neither a folder here nor a repository on Hugging Face's hub: "
+                    f"{' '.join(str(error).split())}"
+                ) from error
         return create_model(pretrained=path, **options)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -154,3 +184,11 @@ class DualEncoder(nn.Module):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="fastclip model"))
+
+
+def _own_vocabulary(config: ModelConfig | None) -> bytes | None:
+    """That of BERT which lies beside the configuration, whose folder may be gone when the model is saved."""
+    if config is None or config.folder is None or not isinstance(config.text_cfg, BertConfig):
+        return None
+    vocabulary = config.folder / config.text_cfg.vocabulary
+    return vocabulary.read_bytes() if vocabulary.is_file() else None

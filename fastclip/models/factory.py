@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +43,7 @@ __all__ = [
     "create_model_and_transforms",
     "get_tokenizer",
     "load_image_transform",
+    "misfit",
     "tokenizer_of",
 ]
 
@@ -181,7 +184,7 @@ def build_model(config: ModelConfig, *, device: torch.device | str = "cpu") -> D
     with uncollected():  # and outside of torch.device, which tensors of timm would obey
         from fastclip.models.towers import image_tower, text_tower
 
-    with torch.device(device):
+    with torch.device(device), _default_dtype(torch.float32):
         return DualEncoder(
             image_tower(config),
             text_tower(config),
@@ -189,6 +192,16 @@ def build_model(config: ModelConfig, *, device: torch.device | str = "cpu") -> D
             init_logit_scale=config.init_logit_scale,
             init_logit_bias=config.init_logit_bias,
         )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _named_config(name: str) -> ModelConfig:
@@ -308,11 +321,15 @@ def _load(model: DualEncoder, checkpoint: Checkpoint, name: str, *, may_miss: se
     missing = [t for m in mapped if m.ours not in may_miss for t in m.theirs if t not in checkpoint.tensors]
     unexpected = [t for t in checkpoint.tensors if t not in known]
     tensors, shapes = _fit(model, state, checkpoint, mapped, tuple(resized - {""}))
-    if missing or unexpected or shapes:
-        found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-        told = "; ".join(_list(kind, names) for kind, names in found.items() if names)
+    if told := misfit(missing, unexpected, shapes):
         raise ValueError(f"the checkpoint {checkpoint.path} does not fit {name}: {told}")
     model.load_state_dict(tensors, strict=not may_miss)
+
+
+def misfit(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
+    """Names of parameters that do not fit, in words; "" for none."""
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    return "; ".join(_list(kind, names) for kind, names in found.items() if names)
 
 
 def _list(kind: str, names: list[str]) -> str:

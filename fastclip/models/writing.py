@@ -67,7 +67,15 @@ def write_config(file: Path, values: Mapping[str, Any]) -> None:
 def write_weights(file: Path, tensors: Mapping[str, Tensor], *, config: Path | None = None) -> None:
     """Write tensors of any device, with a mark of the configuration that they belong to."""
     metadata = {"format": "pt"} | ({} if config is None else {_CONFIG: _digest(config)})
-    write_tensors(file, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    written: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in places:  # a parameter of two names, or parts of one tensor
+            tensor = tensor.clone()
+        places.add(tensor.untyped_storage().data_ptr())
+        written[name] = tensor
+    write_tensors(file, written, metadata)
 
 
 def check_written_together(weights: Path, config: Path) -> None:

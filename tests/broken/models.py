@@ -291,6 +291,42 @@ PROMISES = [
     ),
     Promise(
         KEEP,
+        "What `save_pretrained` writes can be read again: its vocabulary is kept, and a changed model is refused",
+        tests=[
+            "models/test_saved.py::test_wrapped_and_tied_parameters_are_saved",
+            "models/test_saved.py::test_changed_models_are_refused",
+            "models/test_saved.py::test_vocabulary_is_kept_from_when_the_model_was_read",
+            "models/test_saved.py::test_default_dtype_changes_no_weights",
+        ],
+        breaks=[
+            Break(
+                "saved: a compiled tower has other names",
+                "fastclip/models/dual_encoder.py",
+                old='name.replace(_COMPILED, "")',
+                new="name",
+            ),
+            Break(
+                "saved: a changed model is written",
+                "fastclip/models/dual_encoder.py",
+                old="if told := misfit(missing, unexpected, other):",
+                new="if told := []:",
+            ),
+            Break(
+                "saved: without its vocabulary",
+                "fastclip/models/dual_encoder.py",
+                old="return vocabulary.read_bytes() if vocabulary.is_file() else None",
+                new="return None",
+            ),
+            Break(
+                "saved: weights are rounded to the default dtype",
+                "fastclip/models/factory.py",
+                old="with torch.device(device), _default_dtype(torch.float32):",
+                new="with torch.device(device):",
+            ),
+        ],
+    ),
+    Promise(
+        KEEP,
         "Position embeddings are interpolated as open_clip's, with a warning",
         tests=[
             "models/test_checkpoints.py::test_other_resolutions_interpolate_as_open_clip",
