@@ -104,7 +104,13 @@ def agent_store() -> tuple[str, int] | None:
     """Host and port of the store that torchrun itself keeps; None where rank 0 keeps one."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal():
+        raise ValueError(
+            f"MASTER_ADDR and MASTER_PORT must be torchrun's host and number (TORCHELASTIC_USE_AGENT_STORE is set), "
+            f"got {host!r} and {port!r}"
+        )
+    return host, int(port)
 
 
 def job() -> str:

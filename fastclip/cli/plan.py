@@ -43,8 +43,10 @@ def _plan(args: argparse.Namespace) -> int:
     from fastclip.training import plan
     from fastclip.training.plan_report import machine_memory, remedies, table, told
 
-    if args.memory is not None and not args.memory > 0:
-        raise ValueError(f"--memory must be above 0 GiB, got {args.memory}")
+    if args.memory is not None and not 0 < args.memory < 2**30:
+        raise ValueError(f"--memory must be above 0 GiB and below 2**30, got {args.memory}")
+    if args.lock_image and args.lock_text:
+        raise ValueError("--lock-image and --lock-text together leave nothing to train")
     memory = machine_memory(args.device) if args.memory is None else int(args.memory * 2**30)
     model = create_model(args.model, device="meta", image_size=args.image_size, context_length=args.context_length)
     model.set_grad_checkpointing(args.grad_checkpointing)

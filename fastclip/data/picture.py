@@ -22,6 +22,7 @@ __all__ = [
     "drawn",
     "eight_bits",
     "is_drawn",
+    "limit_in_words",
     "limit_pixels",
     "picture_formats",
     "pixels_limited",
@@ -98,6 +99,11 @@ def limit_pixels(pixels: int) -> None:
     if pixels < 1:
         raise ValueError(f"the largest number of pixels must be at least 1, got {pixels}")
     Image.MAX_IMAGE_PIXELS = pixels
+
+
+def limit_in_words() -> str:
+    """The largest number of pixels, on which it depends what can be read; "" for the usual one."""
+    return "" if Image.MAX_IMAGE_PIXELS == USUAL_PIXELS else f"{Image.MAX_IMAGE_PIXELS} pixels"
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastclip import _env
 from fastclip.data.faults import Tally
 from fastclip.data.loader import evaluation_batches
+from fastclip.data.picture import limit_in_words
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
 from fastclip.durable import mend_files, remove_folder, write_tensors
@@ -49,7 +50,8 @@ class FeatureStore:
 
     Args:
         embedder: whose identity the folder is named after.
-        keys: all that else the result depends on, such as the pictures' states, in their order.
+        keys: all that else the result depends on, such as the pictures' states, in their order. The largest picture
+            that is read belongs to them by itself.
         folder: where the store's folder is made; default: FASTCLIP_CACHE.
         owned: no other process writes there, so what is half written is a dead one's.
     """
@@ -58,7 +60,7 @@ class FeatureStore:
         self, embedder: Embedder, keys: Iterable[str], *, folder: Path | None = None, owned: bool = False
     ) -> None:
         digest = hashlib.blake2b(embedder.identity.encode(), digest_size=16)
-        for key in keys:
+        for key in (limit_in_words(), *keys):
             digest.update(key.encode("utf-8", "surrogatepass") + b"\0")
         self._is_cache, self._lost = folder is None, False
         self.folder = (folder or _env.cache_folder() / "features") / digest.hexdigest()

@@ -121,7 +121,9 @@ def embed_source(
         faults.merge(told.faults.counts, told.faults.keys)
     shutil.rmtree(output / _PARTS, ignore_errors=True)
     if changed:
-        logger.warning("%s: pictures or captions of %d files have changed: made anew", source.spec, changed)
+        logger.warning(
+            "%s: %d files are made anew: pictures, captions or max_pixels have changed", source.spec, changed
+        )
     if not samples:
         raise ValueError(f"{source.spec}: none of {len(source)} samples can be used: {faults}")
     return Embedded(files, samples, faults, kept)

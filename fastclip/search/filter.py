@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from fastclip.data.identity import picture_places
@@ -100,7 +101,12 @@ def filter_source(
         "samples": len(source),
         "identity": embedder.identity,
     }
-    options |= {"pictures and captions": contents, "threshold": threshold, "dedup": dedup}
+    options |= {
+        "max_pixels": Image.MAX_IMAGE_PIXELS,
+        "pictures and captions": contents,
+        "threshold": threshold,
+        "dedup": dedup,
+    }
     if threshold is not None or (output / "options.json").is_file():
         claim(output, {**options, "samples_per_shard": samples_per_shard}, result="*.tar")
 

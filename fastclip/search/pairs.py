@@ -13,6 +13,7 @@ from torch import Tensor
 from fastclip.data.faults import BadSample, Fault, Tally
 from fastclip.data.identity import picture_states
 from fastclip.data.loader import PairBatch, pair_batches
+from fastclip.data.picture import limit_in_words
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
 from fastclip.evaluation.features import FeatureStore
@@ -112,8 +113,8 @@ def _fill(
 
 def contents_of(source: Source) -> str:
     """A digest of what vectors depend on beside the model: of every sample the captions, and which picture it is
-    (`picture_states`), however its path is spelled. Pictures are not read."""
-    digest = hashlib.blake2b(digest_size=16)
+    (`picture_states`), however its path is spelled; and the largest picture that is read. Pictures are not read."""
+    digest = hashlib.blake2b(limit_in_words().encode(), digest_size=16)
     for index, state in enumerate(picture_states(source)):
         try:
             captions = source.captions(index)

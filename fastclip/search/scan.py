@@ -23,7 +23,7 @@ import PIL.Image
 from fastclip.data.faults import BadSample
 from fastclip.data.files import walk
 from fastclip.data.folder import is_picture
-from fastclip.data.picture import USUAL_PIXELS, read_picture
+from fastclip.data.picture import limit_in_words, read_picture
 from fastclip.search.index import Index, Seen
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ def digest_of(file: BinaryIO) -> bytes:
 def _reader() -> str:
     """What decides which pictures can be read."""
     found = f"Pillow {PIL.__version__}"
-    if PIL.Image.MAX_IMAGE_PIXELS != USUAL_PIXELS:
-        found += f", {PIL.Image.MAX_IMAGE_PIXELS} pixels"
+    if limit := limit_in_words():
+        found += f", {limit}"
     with suppress(PackageNotFoundError):
         found += f", pillow-heif {version('pillow-heif')}"
     return found

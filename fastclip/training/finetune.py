@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from fastclip import _env
@@ -25,6 +26,7 @@ from fastclip.data.batch import Batch
 from fastclip.data.fingerprint import fingerprint
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
+from fastclip.data.picture import USUAL_PIXELS
 from fastclip.data.source import Source
 from fastclip.data.spec import absolute_spec
 from fastclip.data.workers import naming_dead_workers
@@ -89,14 +91,16 @@ class FinetuneOptions:
         for name in ("batch_size", "micro_batch", "log_every", "save_every", "keep", "stop_after"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("epochs", "lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("epochs", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+        if not self.max_grad_norm > 0:  # infinity clips nothing
+            raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"max_bad must be between 0 and 1, got {self.max_bad}")
         for name in ("weight_decay", "warmup", "seed", "workers"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
 class Finetuned(NamedTuple):
@@ -197,6 +201,7 @@ class _Run:
             "data": absolute_spec(self.source.spec),
             "samples": len(self.source),
             "order and captions": fingerprint(self.source),
+            "max_pixels": Image.MAX_IMAGE_PIXELS,
             "class_names": self.source.class_names,
             "templates": templates,
             **{name: value for name, value in asdict(self.options).items() if name not in _MAY_CHANGE},
@@ -208,7 +213,8 @@ class _Run:
                 raise ValueError(f"{self.folder} is not empty and holds no fine-tuning: give another folder")
             write_json(file, asked, indent=1)
             return
-        before = {"order and captions": asked["order and captions"], **read_json(file)}  # older files have none
+        unknown = {"order and captions": asked["order and captions"], "max_pixels": USUAL_PIXELS}  # to older files
+        before = {**unknown, **read_json(file)}
         if not asked.keys() <= before.keys():
             raise ValueError(f"{self.folder} was begun by another version of fastclip: give another folder")
         before["data"] = absolute_spec(before["data"])  # of older ones it is as it was spelled

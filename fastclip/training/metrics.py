@@ -64,23 +64,27 @@ class Metrics:
             self._wandb.finish()
 
 
-def cut_metrics(file: Path, step: int) -> None:
+def cut_metrics(file: Path, step: int) -> int | None:
     """Drop the lines after `step`, which a resumed run writes again; a line that a crash has cut goes, too.
 
-    Other lines that cannot be read are dropped with a warning.
+    Other lines that cannot be read are dropped with a warning. Returns the step that was validated last, 0 for none, or
+    None where there are no lines.
     """
     if not file.is_file():
-        return
-    kept, lines, unread = [], file.read_bytes().splitlines(), 0
+        return None
+    kept, lines, unread, validated = [], file.read_bytes().splitlines(), 0, 0
     for number, line in enumerate(lines, 1):
         try:
-            if int(parse_json(line, str(file))["step"]) <= step:
+            values = parse_json(line, str(file))
+            if (of := int(values["step"])) <= step:
                 kept.append(line + b"\n")  # also of the last one, where a crash has taken just that
+                validated = of if any(name.startswith("val/") for name in values) else validated
         except (ValueError, KeyError, TypeError, OverflowError):
             unread += bool(line.strip(b"\0 ")) and number < len(lines)
     if unread:
         logger.warning("%s: %d lines cannot be read and are left out", file, unread)
     write_bytes(file, b"".join(kept))
+    return validated if kept else None
 
 
 class Meter:

@@ -6,6 +6,7 @@ Imports nothing heavy, so that ``fastclip train --help`` answers at once.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -139,14 +140,20 @@ class TrainOptions:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {value}")
         for name in ("seed", "workers", "warmup", "weight_decay"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"{flag(name)} must not be negative, got {value}")
-        for name in ("lr", "eps", "max_grad_norm", "timeout"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{flag(name)} must be above 0, got {value}")
-        for name in ("label_smoothing", "image_weight", "ema", "max_bad"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{flag(name)} must be finite and not negative, got {value}")
+        for name in ("lr", "eps", "timeout"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{flag(name)} must be finite and above 0, got {value}")
+        if self.timeout > _LONGEST:
+            raise ValueError(f"--timeout must be at most {_LONGEST} seconds, got {self.timeout:g}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:  # infinity clips nothing
+            raise ValueError(f"--max-grad-norm must be above 0, got {self.max_grad_norm}")
+        for name in ("label_smoothing", "image_weight", "max_bad"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise ValueError(f"{flag(name)} must be between 0 and 1, got {value}")
+        if self.ema is not None and not 0 <= self.ema < 1:  # with 1 the average would stay what the run begins with
+            raise ValueError(f"--ema must be at least 0 and below 1, got {self.ema}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"--betas must be at least 0 and below 1, got {self.betas}")
         if self.lock_image and self.lock_text:
@@ -155,6 +162,7 @@ class TrainOptions:
             raise ValueError("--val-every needs --val-data")
 
 
+_LONGEST = 86400 * 365  # seconds, a year: neither timedelta nor a process group takes a number of any size
 _AT_LEAST_ONE = (
     *("batch_size", "micro_batch", "epochs", "max_steps", "stop_after"),
     *("log_every", "save_every", "keep", "val_every", "image_size", "context_length"),

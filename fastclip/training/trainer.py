@@ -166,7 +166,7 @@ class _Trainer:
 
     def run(self) -> Run:
         options, world = self.options, self.world
-        first = self._resume()
+        first, validated = self._resume()
         last = self.steps if options.stop_after is None else min(self.steps, first + options.stop_after)
         _tell(doubts(self.options, samples=len(self.source), ranks=world.ranks, with_labels=self.loss.with_labels))
         _tell(doubts_of_device(self.options, world.device))
@@ -177,6 +177,8 @@ class _Trainer:
         start = time.perf_counter()
         try:
             with self.signals.watched(), self.saver:  # in this order: what is being written ends, or a second signal
+                if not validated and self._validation_is_due(first):  # a run may have died in it
+                    self._validate(first, metrics, progress)
                 for done, report in self._updates(first, last, metrics, progress):
                     losses.append(report.loss)
                     self._after(done, done == last, report.status, metrics, progress)
@@ -196,20 +198,20 @@ class _Trainer:
 
         A run that has made its last step ends as ever.
         """
-        options = self.options
         if status == FAILED:
             self._wait_for_saver()
         stops = status and done < self.steps
-        if stops:  # at once: who sent the signal may not wait for long
-            self._save(done, metrics)
-        if self.val_source is not None and (_due(done, options.val_every) or (ends and done == self.steps)):
+        if stops or ends or _due(done, self.options.save_every):
+            self._save(done, metrics)  # at once: validation may fail, and who sent a signal may not wait for long
+        if self._validation_is_due(done):
             self._validate(done, metrics, progress)
-        if not stops and (ends or _due(done, options.save_every)):
-            self._save(done, metrics)
         if stops:
             self._wait_for_saver()
             logger.warning("stopped by a signal after step %d, with a checkpoint: --resume auto goes on", done)
             raise Interrupted(status, done)
+
+    def _validation_is_due(self, done: int) -> bool:
+        return self.val_source is not None and (_due(done, self.options.val_every) or done == self.steps)
 
     def _wait_for_saver(self) -> None:
         with one_for_all(self.world):
@@ -282,8 +284,8 @@ class _Trainer:
             with meter.paused():  # validation and checkpoints are no part of the throughput
                 yield step + 1, report
 
-    def _resume(self) -> int:
-        """Updates that a checkpoint holds; 0 for a new run. Prepares the folder."""
+    def _resume(self) -> tuple[int, bool]:
+        """Updates that a checkpoint holds, 0 for a new run, and whether they are validated. Prepares the folder."""
         checkpoints, model = self.folder / "checkpoints", self.folder / "model"
         found: list[Any] = [None, False]  # the checkpoint; whether model/ is there, or not this run's to write
         with one_for_all(self.world):  # all have looked before rank 0 writes
@@ -305,6 +307,7 @@ class _Trainer:
             self.skipped.load(state["skipped"], path)
             if first > self.steps or (first == self.steps and ended):
                 raise ValueError(f"{path} has made {first} steps, and the schedule has {self.steps}: nothing is left")
+        validated: list[int | None] = [None]
         with one_for_all(self.world):
             if self.world.rank == 0:
                 check_room(checkpoints, self.model, ema=self.ema is not None)
@@ -313,9 +316,11 @@ class _Trainer:
                 set_aside_after(checkpoints, first)
                 if path is not None and model.exists():  # of an earlier step of this run, which is about to go on
                     logger.warning("the run goes on, and %s is called %s now", model, set_aside(model).name)
-                cut_metrics(self.folder / "metrics.jsonl", first)
+                validated = [cut_metrics(self.folder / "metrics.jsonl", first)]
                 write_options(self.options, self.folder / "config.yaml")
-        return first
+        if self.world.group is not None:
+            dist.broadcast_object_list(validated, src=0)
+        return first, validated[0] in (None, first)
 
     def _status(self) -> int:
         """With which this process wants to end; 0: it does not."""

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from fastclip import cli
+from fastclip.data.picture import pixels_limited
 from fastclip.data.source import Source
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
@@ -158,12 +159,25 @@ def test_changed_captions_and_pictures_are_embedded_again(
         return done.kept
 
     assert embedded("a picture") == 0 and embedded("a picture") == 2
-    assert embedded("an image") == 0 and "captions of 2 files have changed: made anew" in caplog.text
+    assert embedded("an image") == 0 and "2 files are made anew: pictures, captions" in caplog.text
     (data / "logo.png").write_bytes((data / "china.jpg").read_bytes())  # of the second file
-    assert embedded("an image") == 1 and "captions of 1 files have changed" in caplog.text
+    assert embedded("an image") == 1 and "1 files are made anew" in caplog.text
     (data / "logo.png").unlink()
     (data / "logo.png").symlink_to(data / "cards.png")
     assert embedded("an image") == 1 and embedded("an image") == 2
+
+
+@pytest.mark.fault("a picture too large, embedded again with a larger `--max-pixels`", "it is embedded")
+def test_largest_picture_is_part_of_the_call(embedder: Embedder, tmp_path: Path) -> None:
+    source = open_source(str(write_folder(tmp_path / "data", 3)))
+    pixels = source[0].image.width * source[0].image.height
+    for limit, samples in ((pixels - 1, None), (10**6, 3), (None, 3)):
+        with pixels_limited(limit):
+            if samples is None:
+                with pytest.raises(ValueError, match="none of 3 samples can be used: 3 image too large"):
+                    embed_source(embedder, source, tmp_path / "out")
+            else:
+                assert embed_source(embedder, source, tmp_path / "out").samples == samples
 
 
 def test_file_of_which_nothing_is_left_is_removed(embedder: Embedder, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastclip import cli
 from fastclip.data.pack import pack_source
+from fastclip.data.picture import pixels_limited
 from fastclip.data.source import Source
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
@@ -337,6 +338,17 @@ def test_pictures_that_were_replaced_are_other_data(embedder: Embedder, tmp_path
     with pytest.raises(ValueError, match=r"another call: pictures and captions was \w+, is \w+; take another"):
         filter_source(embedder, source, tmp_path / "kept", threshold=-1, **options)
     assert files(tmp_path / "kept") == before
+
+
+def test_largest_picture_is_part_of_the_call(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
+    """Of the similarities, too, which calls share."""
+    found = filter_source(embedder, digits, tmp_path / "all", threshold=None, scores=tmp_path / "scores")
+    with pixels_limited(1), pytest.raises(ValueError, match="no sample has a similarity"):
+        filter_source(embedder, digits, tmp_path / "none", threshold=-1.0, scores=tmp_path / "scores")
+    again = filter_source(embedder, digits, tmp_path / "again", threshold=-1.0, scores=tmp_path / "scores")
+    assert again["causes"] == found["causes"] and again["counts"]["kept"] == len(digits)
+    with pixels_limited(10**8), pytest.raises(ValueError, match="another call: max_pixels was 89478485, is 100000000"):
+        filter_source(embedder, digits, tmp_path / "again", threshold=-1.0, scores=tmp_path / "scores")
 
 
 def test_scores_that_are_computed_anew_meet_no_result_of_before(

@@ -82,6 +82,30 @@ def test_largest_picture_is_an_option(tmp_path: Path) -> None:
     assert before == PIL.Image.MAX_IMAGE_PIXELS
 
 
+@pytest.mark.fault(
+    "a validation that fails", "the run ends with the error; the checkpoint of its step is there, and it is made up for"
+)
+def test_failed_validation_loses_no_step(tmp_path: Path) -> None:
+    data, unusable = write_folder(tmp_path / "data", 8), write_folder(tmp_path / "unusable", 0, [(HTML, b"x")] * 3)
+
+    def run(name: str, **changed: Any) -> Any:
+        common: dict[str, Any] = {"val_every": 2, "save_every": 4, "max_steps": 4, "val_data": str(data)}
+        return train(options(data, tmp_path / name, **common | changed))
+
+    whole = run("whole")
+    for every, last in ((4, 4), (2, 2)):
+        name = f"run {every}"
+        with pytest.raises(ValueError, match="cannot be used"):
+            run(name, val_data=str(unusable), val_every=every, save_every=every)
+        names = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+        assert names == [f"step-{last:08d}"]
+        rest = run(name, val_every=every, resume="auto")
+        assert rest.validation == whole.validation and rest.losses == whole.losses[last:]
+        found = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in found if "loss" not in line] == list(range(every, 5, every))
+        assert (tmp_path / name / "model").is_dir()
+
+
 def test_resumed_run_goes_on_counting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_folder(tmp_path / "data", 20, BAD)
     whole = train(options(data, tmp_path / "whole"))

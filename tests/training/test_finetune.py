@@ -21,6 +21,7 @@ from support.processes import ended, forked, forks, wait_for
 needs("train")
 from fastclip.cli import main
 from fastclip.data.loader import training_batches
+from fastclip.data.picture import pixels_limited
 from fastclip.data.source import Record
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
@@ -202,11 +203,16 @@ def test_folder_of_something_else_is_refused(whole: Finetuned, digits: Subset, t
         run(whole.folder, Subset(digits, range(50)))
     with pytest.raises(ValueError, match=r"another fine-tuning: order and captions was \w+, is \w+; give"):
         run(whole.folder, Subset(digits, [*range(1, 96), 0]))
+    with pixels_limited(10**8), pytest.raises(ValueError, match="max_pixels was 89478485, is 100000000"):
+        run(whole.folder, digits)
     (tmp_path / "mine").write_text("x")
     with pytest.raises(ValueError, match="is not empty and holds no fine-tuning"):
         run(tmp_path, digits)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    for wrong in ({"batch_size": 0}, {"lr": 0.0}, {"epochs": math.nan}, {"warmup": -1}, {"max_bad": 7.0}):
+    for wrong in (
+        *({"batch_size": 0}, {"lr": 0.0}, {"epochs": math.nan}, {"warmup": -1}, {"max_bad": 7.0}),
+        *({"lr": math.inf}, {"weight_decay": math.nan}, {"weight_decay": math.inf}, {"max_grad_norm": math.nan}),
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must "):
             FinetuneOptions(**wrong)  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,8 @@ def test_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) ->
             ("label_smoothing", -0.1),
             ("image_weight", 2.0),
             ("betas", (0.9, 1.0)),
+            *(("ema", 1.0), ("lr", math.inf), ("weight_decay", math.inf), ("weight_decay", math.nan)),
+            *(("timeout", math.inf), ("timeout", 1e30), ("timeout", math.nan)),
             ("seed", 2**63),
             *((name, "") for name in ("data", "output", "val_data", "pretrained", "resume", "wandb", "backend")),
         ),

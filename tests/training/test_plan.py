@@ -340,6 +340,8 @@ def test_command_takes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--model ViT-L-41 --batch-size 64 --memory 8", "no model is called 'ViT-L-41': did you mean"),
         ("--model ViT-tiny --batch-size 64 --memory 0", "--memory must be above 0 GiB"),
+        ("--model ViT-tiny --batch-size 64 --memory inf", "--memory must be above 0 GiB"),
+        ("--model ViT-tiny --batch-size 64 --memory 8 --lock-image --lock-text", "leave nothing to train"),
         ("--model ViT-tiny --batch-size 4 --world-size 8 --memory 8", "leaves nothing for some of 8 processes"),
     ],
 )
