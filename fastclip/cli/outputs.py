@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-__all__ = ["add_force", "check_apart", "owned_files", "owned_output"]
+__all__ = ["add_force", "check_apart", "check_folder", "owned_files", "owned_output"]
 
 _DATA = ("spec", "data", "val_data", "test_data")
 _FILES = ("folder", "checkpoint", "classes", "queries", "templates", "vocabulary", "results")
@@ -28,12 +28,12 @@ def owned_output(args: argparse.Namespace, name: str = "output") -> Iterator[Non
     """Inside, the folder that the option `name` gives, a Path now, is there and this command's (`fastclip.owner`).
 
     Raises:
-        OSError, ValueError: it cannot be, is another command's, or is the data's own folder; it is named.
+        OSError, ValueError: it cannot be, is another command's, or as `check_folder` says; it is named.
     """
     from fastclip.owner import owned
 
     folder = getattr(args, name)
-    check_apart(folder, _given(args, _DATA))
+    check_folder(folder, _given(args, _DATA))
     with owned(folder, force=args.force) as made:
         setattr(args, name, made)
         yield
@@ -72,6 +72,23 @@ def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str
     for place in _places(inputs):
         if place.exists() and os.path.samefile(path, place):
             raise ValueError(f"{option} {output} is what the command reads: name another place")
+
+
+def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--output") -> None:
+    """ValueError where the folder `output` is one of `data`, or would be a class of one whose folders are classes."""
+    from fastclip.data.folder import pictures
+    from fastclip.data.spec import spec_places
+    from fastclip.owner import output_path
+
+    check_apart(output, data, option=option)
+    path = Path(os.path.realpath(output_path(output)))
+    for place in (place for spec in data for place in spec_places(spec) if place.is_dir()):
+        if path.is_relative_to(os.path.realpath(place)):
+            captioned = [bool(found.told) for found in pictures(place)]
+            if captioned and not any(captioned):
+                raise ValueError(
+                    f"{option} {output} would be a class of {place}, whose folders are classes: name another"
+                )
 
 
 def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:

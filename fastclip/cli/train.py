@@ -16,11 +16,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from fastclip._env import launched
-    from fastclip.cli.outputs import check_apart
+    from fastclip.cli.outputs import check_folder
     from fastclip.training.options import parse_options
 
     options = parse_options(args.words)
-    check_apart(options.output, [spec for spec in (options.data, options.val_data) if spec is not None])
+    check_folder(options.output, [spec for spec in (options.data, options.val_data) if spec is not None])
     from fastclip.training import train
 
     process = launched()

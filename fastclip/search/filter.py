@@ -31,7 +31,7 @@ from fastclip.evaluation.features import FeatureStore
 from fastclip.evaluation.progress import Progress
 from fastclip.evaluation.results import write_results
 from fastclip.models.embedder import Embedder
-from fastclip.owner import check_writable, owning
+from fastclip.owner import check_writable, output_path, owning
 from fastclip.reading import parse_json
 from fastclip.search.claim import claim
 from fastclip.search.near_duplicates import near_duplicates
@@ -92,6 +92,8 @@ def filter_source(
     """
     _check(threshold, dedup, samples_per_shard)
     _check_apart(source, output)
+    if scores is not None:
+        _check_apart(source, output_path(scores))
     computed = output / "scores" if scores is None else check_writable(scores)
     computed /= "similarities" if dedup is None else "similarities-and-images"
     contents = contents_of(source)

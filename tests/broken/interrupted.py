@@ -113,6 +113,26 @@ PROMISES = [
     ),
     Promise(
         STOPS,
+        "A validation that fails costs no step: the checkpoint is written before, and resuming validates it",
+        tests=["training/test_faults.py::test_failed_validation_loses_no_step"],
+        breaks=[
+            Break(
+                "machines: validation comes first",
+                "fastclip/training/trainer.py",
+                old="        if stops or ends or _due(done, self.options.save_every):\n",
+                new="        if self._validation_is_due(done):\n            self._validate(done, metrics, progress)\n"
+                "        if stops or ends or _due(done, self.options.save_every):\n",
+            ),
+            Break(
+                "machines: what was not validated stays so",
+                "fastclip/training/trainer.py",
+                old="if not validated and self._validation_is_due(first):",
+                new="if False:",
+            ),
+        ],
+    ),
+    Promise(
+        STOPS,
         "A full disk ends the run with the number of bytes that it needed, and keeps the old checkpoint",
         tests=[
             "training/test_durable.py::test_full_disk_says_how_many_bytes_were_needed",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastclip import cli
-from fastclip.cli.outputs import check_apart
+from fastclip.cli.outputs import check_apart, check_folder
 from fastclip.durable import new_file, new_folder, set_aside, write_text
 from support import needs
 from support.processes import ended, forked, forks
@@ -116,6 +116,30 @@ def test_output_is_not_what_the_command_reads(tmp_path: Path, capsys: pytest.Cap
         check_apart(folder / "0.tar", [f"{tmp_path}/{{none,pict*}}/*.tar"])
     check_apart(folder, [str(table), "digits", "hf:x"])
     check_apart(tmp_path, [str(table)])  # beside the data is no fault
+
+
+@pytest.mark.fault("an output in a folder whose folders are classes", "refused, before any work: it would be a class")
+def test_output_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs("train")
+    from PIL import Image
+
+    classes, captioned = tmp_path / "classes", tmp_path / "captioned"
+    for name in ("cat", "dog"):
+        for folder in (classes, captioned):
+            (folder / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder / name / "0.png")
+        (captioned / name / "0.txt").write_text(name)
+    for words in (
+        ["data", "pack", str(classes), "--output"],
+        ["embed", str(classes), "--checkpoint", "gone", "--output"],
+        ["train", "--data", f"2*digits::{classes}", "--model", "ViT-tiny", "--output"],
+        ["finetune", "--data", str(classes), "--checkpoint", "gone", "--output"],
+    ):
+        said = refused([*words, str(classes / "new" / "deep")], capsys)
+        assert f"--output {classes}/new/deep would be a class of {classes}" in said
+        assert sorted(path.name for path in classes.iterdir()) == ["cat", "dog"]
+    check_folder(captioned / "new", [str(captioned)])  # no picture is read there, and no folder is a class
+    check_folder(tmp_path / "new", [str(classes), "digits"])
 
 
 @pytest.mark.fault("a file to write is a picture of the data, or its captions", "refused, before any work")
