@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
@@ -22,16 +21,14 @@ from fastclip.evaluation.captioned import by_picture, picture_features
 from fastclip.evaluation.features import FeatureStore, text_features
 from fastclip.evaluation.retrieval import best_ranks, recall, top_items
 from fastclip.models.embedder import Embedder
+from fastclip.search.query import combine
 
-__all__ = ["Answer", "Composed", "Query", "Term", "combine", "compose", "parse_query", "read_queries"]
+__all__ = ["Answer", "Composed", "Query", "Term", "compose", "parse_query", "read_queries", "unit_sum"]
 
 _TERM = re.compile(
     r"\s*(?:(?P<sign>[+-])\s+)?(?:(?P<weight>\d+(?:\.\d*)?|\.\d+):(?=\S))?"
     r'(?:"(?P<quoted>[^"]+)"|(?P<plain>(?![+-](?:\s|$))[^\s"].*?))\s*(?=\s[+-](?:\s|$)|$)'
 )
-
-
-_CANCELLED = 1e-5  # as in fastclip.search.query
 
 
 class Term(NamedTuple):
@@ -120,18 +117,6 @@ def read_queries(path: str | Path) -> list[Query]:
     return queries
 
 
-def combine(vectors: Tensor, weights: Sequence[float]) -> Tensor:
-    """The unit vector (D,) of the weighted sum of unit vectors (T, D).
-
-    Raises:
-        ValueError: they cancel each other, all weights 0 included.
-    """
-    total = torch.tensor(weights, dtype=vectors.dtype) @ vectors
-    if not float(total.norm()) > _CANCELLED * sum(map(abs, weights)):
-        raise ValueError("the terms cancel each other: nothing is left to search for")
-    return F.normalize(total, dim=0)
-
-
 def compose(
     embedder: Embedder,
     source: Source,
@@ -154,8 +139,8 @@ def compose(
         folder: as of `FeatureStore`.
 
     Raises:
-        ValueError: `top` is below 1, a term has the name of a picture and none is found, or a target; and as
-            `image_features` does.
+        ValueError: `top` is below 1, a term has the name of a picture and none is found, or a target; a query's
+            terms have no sum, as of `unit_sum`; and as `image_features` does.
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
@@ -179,7 +164,7 @@ def compose(
     for query, target in zip(queries, targets):
         meanings = [terms[term] for term in query.terms]
         try:
-            vector = combine(torch.stack([vectors[meaning] for meaning in meanings]), [t.weight for t in query.terms])
+            vector = unit_sum([vectors[meaning] for meaning in meanings], [term.weight for term in query.terms])
         except ValueError as error:
             raise ValueError(f"{query.line}: {error}") from error
         own = [used[meaning] for meaning in meanings if isinstance(meaning, int)]
@@ -188,6 +173,12 @@ def compose(
     metrics = {f"composed_retrieval_recall@{k}": recall(ranks, k) for k in (1, 5, 10)} if len(ranks) else {}
     usable = Subset(source, [pictures.indices[place] for place in used])
     return Composed(answers, usable, metrics, skipped + len(pictures) - len(used), (store,))
+
+
+def unit_sum(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The unit vector (D,) of the weighted sum of unit vectors (D,); errors as of `fastclip.search.query.combine`."""
+    total = torch.from_numpy(combine([vector.numpy() for vector in vectors], weights)).double()
+    return (total / total.norm()).float()  # in float32 squares of large weights overflow
 
 
 def _answer(query: Query, vector: Tensor, features: Tensor, own: list[int], target: int | None, top: int) -> Answer:

@@ -113,7 +113,7 @@ class SearchEngine:
     def find_vector(self, query: Vector, count: int = 10) -> list[Found]:
         """As `find`. ValueError where a number of the query is not finite."""
         if not np.isfinite(query).all():
-            raise ValueError("the query has no finite vector: is a weight too large, or the model damaged?")
+            raise ValueError("the query has no finite vector: is the model damaged?")
         with self._lock:
             self._load()
             assert self._pictures is not None

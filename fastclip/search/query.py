@@ -17,9 +17,10 @@ import numpy.typing as npt
 from fastclip.data.faults import BadSample
 from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
 
-__all__ = ["CANCELLED", "Term", "combine", "parse_query", "parse_texts", "reading"]
+__all__ = ["Term", "combine", "parse_query", "parse_texts", "reading"]
 
-CANCELLED = 1e-5  # length of a sum in units of its weights, below which rounding alone decides its direction
+_CANCELLED = 1e-5  # length of a sum in units of its weights, below which rounding alone decides its direction
+_SHORTEST, _LONGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _QUOTED = re.compile(r'"([^"]*)"')
@@ -84,21 +85,23 @@ def reading(query: str, terms: Sequence[Term]) -> str:
 
 
 def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]) -> npt.NDArray[np.float32]:
-    """The weighted sum of unit vectors, which is not scaled to length 1, as rclip's: a score is the weighted sum of the
-    terms' cosines.
+    """The weighted sum (D,) of unit vectors, which is not scaled to length 1, as rclip's: a score is the weighted sum
+    of the terms' cosines.
 
     Raises:
-        ValueError: a weight is not finite, or the terms cancel each other.
+        ValueError: a weight is not finite, the terms cancel each other, or float32 cannot hold the sum.
     """
     weights = list(weights)
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite numbers, got {', '.join(f'{weight:g}' for weight in weights)}")
     with np.errstate(invalid="ignore", over="ignore"):  # a weight may be as large as one likes
-        terms = [weight * vector.astype(np.float64) for vector, weight in zip(vectors, weights)]
-        total = np.sum(terms, axis=0)
-        if np.linalg.norm(total) <= CANCELLED * sum(map(abs, weights)):
-            raise ValueError("the terms of the query cancel each other: nothing is left to search for")
-        return total.astype(np.float32)
+        total = np.sum([weight * vector.astype(np.float64) for vector, weight in zip(vectors, weights)], axis=0)
+    length = math.hypot(*total.tolist())  # whose squares neither overflow nor vanish
+    if length <= sum(_CANCELLED * abs(weight) for weight in weights):
+        raise ValueError("the terms of the query cancel each other: nothing is left to search for")
+    if not _SHORTEST <= length <= _LONGEST:
+        raise ValueError("the query has no finite vector: is a weight too large or too small, or the model damaged?")
+    return total.astype(np.float32)
 
 
 def _signed(query: str) -> list[tuple[int, str]]:

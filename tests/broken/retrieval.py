@@ -248,6 +248,7 @@ PROMISES = [
             "evaluation/test_compose.py::test_answers_are_those_of_brute_force",
             "evaluation/test_compose.py::test_line_is_read",
             "evaluation/test_compose.py::test_sum_is_of_unit_vectors",
+            "evaluation/test_compose.py::test_query_that_cannot_be_answered_raises",
         ],
         breaks=[
             Break(
@@ -265,8 +266,14 @@ PROMISES = [
             Break(
                 "compose: the sum is no unit vector",
                 "fastclip/evaluation/compose.py",
-                old="return F.normalize(total, dim=0)",
-                new="return total",
+                old="return (total / total.norm()).float()",
+                new="return total.float()",
+            ),
+            Break(
+                "compose: a sum of large weights has no length",
+                "fastclip/evaluation/compose.py",
+                old="weights)).double()",
+                new="weights))",
             ),
             Break(
                 "compose: quotes mean nothing",

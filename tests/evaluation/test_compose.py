@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastclip.cli import main
 from fastclip.data import Source, open_source
-from fastclip.evaluation.compose import Query, Term, combine, compose, parse_query, read_queries
+from fastclip.evaluation.compose import Query, Term, compose, parse_query, read_queries, unit_sum
 from fastclip.models.embedder import Embedder, load_embedder
 from support.crops import sentences, split_file, write_crops
 
@@ -78,12 +78,13 @@ def test_file_of_queries(tmp_path: Path) -> None:
 
 
 def test_sum_is_of_unit_vectors() -> None:
-    found = combine(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), [2, -1])
-    assert found.tolist() == pytest.approx([1.4 / 2.6**0.5, -0.8 / 2.6**0.5])
+    for scale in (1, 1e30, 1e-30):  # squares overflow in float32, or vanish
+        found = unit_sum([torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8])], [2 * scale, -scale])
+        assert found.dtype == torch.float32
+        assert found.tolist() == pytest.approx([1.4 / 2.6**0.5, -0.8 / 2.6**0.5])
     for weights in ([1, -1], [1e9, -1e9], [0, 0]):
-        with pytest.raises(ValueError, match="the terms cancel each other"):
-            combine(torch.tensor([[0.6, 0.8], [0.6, 0.8]]), weights)
-    assert combine(torch.tensor([[0.6, 0.8]]), [1e-7]).tolist() == pytest.approx([0.6, 0.8])
+        with pytest.raises(ValueError, match="the terms of the query cancel each other"):
+            unit_sum([torch.tensor([0.6, 0.8])] * 2, weights)
 
 
 def vector(embedder: Embedder, name: str) -> np.ndarray:
@@ -138,7 +139,10 @@ def test_answers_are_those_of_brute_force(embedder: Embedder, source: Source, tm
         ("x => china99.jpg", "china99.jpg is no picture of the data"),
         ("x => images/flower11.jpg", "images/flower11.jpg is no picture of the data"),
         ("china1.jpg + x => images/china1.jpg", "the query names the picture that it should find"),
-        ("x - x", "x - x: the terms cancel"),
+        (f'{"9" * 50}:"dog" => china1.jpg', "the query has no finite vector: is a weight too large"),
+        (f'0.{"0" * 50}1:"dog" => china1.jpg', "the query has no finite vector: is a weight too large or too small"),
+        (f'{"9" * 400}:"dog"', "weights must be finite numbers, got inf"),
+        ("x - x", "x - x: the terms of the query cancel"),
     ],
 )
 def test_query_that_cannot_be_answered_raises(

@@ -159,6 +159,16 @@ def test_terms_that_cancel_are_refused(words: str, weights: list[float]) -> None
     combine([text_vector("x")], [1e-9])  # small, and not cancelled
 
 
+@pytest.mark.parametrize(
+    "weights", [[1e39], [1e-39], [1e200, -1e-200], [1e308, 1e308], [1e-200]], ids=lambda weights: str(weights)
+)
+def test_sum_that_float32_does_not_hold_is_refused(weights: list[float]) -> None:
+    vectors = [np.float32([0.6, 0.8]), np.float32([0.8, 0.6])]
+    with pytest.raises(ValueError, match="no finite vector: is a weight too large or too small, or the model damaged"):
+        combine(vectors, weights)
+    assert combine(vectors, [1e38]).tolist() == pytest.approx([0.6e38, 0.8e38])
+
+
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_weight_that_is_not_finite_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match="weights must be finite numbers, got 1, "):
