@@ -224,6 +224,7 @@ class SearchEngine:
 
 
 def _is_cut(tokenize: Any, text: str) -> bool:
-    """Whether neither its last character nor what would follow makes a difference."""
-    cut, whole, more = tokenize([text[:-1], text, text + text])
-    return bool((cut == whole).all() and (whole == more).all())
+    """Whether neither its last character nor what would follow makes a difference; of a text without tokens neither
+    does, although there is room."""
+    cut, whole, more, nothing = tokenize([text[:-1], text, text + text, ""])
+    return bool((cut == whole).all() and (whole == more).all() and (whole != nothing).any())

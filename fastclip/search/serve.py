@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +34,7 @@ _SIDES = {"small": 320, "large": 1600}  # pixels
 _COUNT, _MOST = 60, 500  # results
 _DECODERS = 4  # large pictures that are decoded at a time, whatever the browser asks for at once
 _GONE = (ConnectionError, TimeoutError)  # the browser has gone on, or says no more
+_Route = Callable[[dict[str, str]], tuple[str, bytes]]  # options -> type and content of the answer
 _POLICY = (  # the page's own script and style stand in it
     "default-src 'none'; img-src 'self' data:; connect-src 'self'; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"
@@ -68,21 +70,18 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*rest)
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        options = {name: values[-1] for name, values in parse_qs(url.query).items()}
-        routes = {"/": self._page, "/search": self._text, "/like": self._like, "/picture": self._picture}
-        self._answer(routes.get(url.path), options)
+        self._answer({"/": self._page, "/search": self._text, "/like": self._like, "/picture": self._picture})
 
     def do_POST(self) -> None:
-        url = urlsplit(self.path)
-        self._answer(self._dropped if url.path == "/search" else None, {})
+        self._answer({"/search": self._dropped})
 
-    def _answer(self, route: Any, options: dict[str, str]) -> None:
+    def _answer(self, routes: dict[str, _Route]) -> None:
         try:
             self._check()
-            if route is None:
+            url = urlsplit(self.path)  # ValueError of an address that is none
+            if (route := routes.get(url.path)) is None:
                 raise _Refused(HTTPStatus.NOT_FOUND, "there is no such page")
-            kind, data = route(options)
+            kind, data = route({name: values[-1] for name, values in parse_qs(url.query).items()})
             self._send(HTTPStatus.OK, kind, data)
         except _Refused as refused:
             self.close_connection = True  # what was sent with the request may not have been read

@@ -179,7 +179,7 @@ def test_text_that_is_cut_is_told_once(tmp_path: Path, caplog: pytest.LogCapture
     draw(tmp_path / "photos" / "a.png", 1)
     engine = SearchEngine(Colours(), tmp_path / "photos", indices=tmp_path / "cache")
     engine.update()
-    for text in ("red", "12345678"):
+    for text in ("red", "12345678", " "):  # the last without tokens
         engine.find([Term(1, text)])
     assert not caplog.messages
     for _ in range(2):

@@ -148,6 +148,14 @@ def test_what_is_not_there_is_not_served(served: Served, path: str, status: int)
     assert (found, kind) == (status, "text/plain; charset=utf-8")
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_address_that_is_none_is_refused(served: Served, method: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as line:
+        line.sendall(f"{method} http://[ HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n\r\n".encode())
+        assert line.makefile("rb").readline().split()[1:2] == [b"400"]
+    assert "Traceback" not in capfd.readouterr().err and served.ask("/")[0] == 200
+
+
 def test_nothing_outside_the_folder_is_served(served: Served) -> None:
     """A link leads outside; its name may be found, but not the picture. And a text is a text, whatever it names."""
     (link,) = (one for one in served.json("/search?q=x") if one["name"] == "link.png")
