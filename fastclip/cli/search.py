@@ -122,7 +122,8 @@ def _answer(args: argparse.Namespace, terms: Sequence[Term]) -> int:
         complain("fastclip search: stopped; what is indexed is kept")
         return 130
     if not found:
-        complain(f"fastclip search: no pictures of {engine.folder} are indexed")
+        others = " but the query's" if engine.count() else ""
+        complain(f"fastclip search: no pictures of {engine.folder}{others} are indexed")
     _print(found, args)
     return 0
 
@@ -137,8 +138,14 @@ def _print(found: Sequence[Found], args: argparse.Namespace) -> None:
         lone_names([("" if alone else f"{one.score:.4f}\t", one.path) for one in found], print0=args.print0)
     if not found or not (args.preview or args.sheet):
         return
-    from fastclip.search.sheet import contact_sheet, terminal_picture
+    from fastclip.search.sheet import contact_sheet, most_tiles, terminal_picture
 
+    if args.sheet and len(found) > (most := most_tiles(args.sheet.suffix)):
+        told = (
+            f"shows the first {most:,} of {len(found):,} pictures, more do not fit into this format; a .png holds all"
+        )
+        complain(f"fastclip search: {shown(str(args.sheet))} {told}")
+        found = found[:most]
     sheet = contact_sheet(found)
     if args.sheet:
         from PIL import Image

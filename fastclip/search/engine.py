@@ -124,6 +124,13 @@ class SearchEngine:
                 raise ValueError(f"{self._index.file} holds a vector that is not finite; remove it to begin anew")
         return [Found(os.fsdecode(path), score, content) for path, score, content in pairs]
 
+    def count(self) -> int:
+        """Return how many files can be found."""
+        with self._lock:
+            self._load()
+            assert self._pictures is not None
+            return len(self._pictures.paths)
+
     def paths_of(self, content: int) -> list[str]:
         """The files of this content that can be found."""
         with self._lock:

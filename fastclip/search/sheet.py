@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from fastclip.data.faults import BadSample
 from fastclip.data.picture import read_picture
 from fastclip.search.engine import Found
 
-__all__ = ["contact_sheet", "terminal_picture", "thumbnail"]
+__all__ = ["contact_sheet", "most_tiles", "terminal_picture", "thumbnail"]
 
 _SIDE, _MARGIN, _LABEL = 224, 8, 32  # pixels: of a tile, around it, and below it
+_WIDE, _HIGH = _SIDE + 2 * _MARGIN, _SIDE + 2 * _MARGIN + _LABEL
+_COLUMNS = 5
+_LONGEST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}  # pixels of a side that the formats have
 _CHUNK = 4096  # characters of an escape sequence of kitty
 
 
@@ -27,14 +31,19 @@ def thumbnail(path: Path, side: int) -> Image.Image:
     return picture
 
 
-def contact_sheet(found: Sequence[Found], *, columns: int = 5) -> Image.Image:
+def most_tiles(suffix: str) -> int:
+    """Return how many pictures a contact sheet in a file with this suffix has room for."""
+    longest = _LONGEST.get(suffix.lower())
+    return sys.maxsize if longest is None else longest // _HIGH * _COLUMNS
+
+
+def contact_sheet(found: Sequence[Found]) -> Image.Image:
     """Rows of pictures with their places, scores and names; grey where a picture cannot be read any more."""
-    columns = max(1, min(columns, len(found)))
-    wide, high = _SIDE + 2 * _MARGIN, _SIDE + 2 * _MARGIN + _LABEL
-    sheet = Image.new("RGB", (columns * wide, -(-len(found) // columns) * high), "white")
+    columns = max(1, min(_COLUMNS, len(found)))
+    sheet = Image.new("RGB", (columns * _WIDE, -(-len(found) // columns) * _HIGH), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for place, one in enumerate(found):
-        left, upper = place % columns * wide + _MARGIN, place // columns * high + _MARGIN
+        left, upper = place % columns * _WIDE + _MARGIN, place // columns * _HIGH + _MARGIN
         try:
             tile = thumbnail(Path(one.path), _SIDE)
         except BadSample:

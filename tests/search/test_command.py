@@ -20,6 +20,7 @@ from PIL import Image
 
 from fastclip.cli import main
 from fastclip.data.picture import is_drawn
+from fastclip.search import sheet as sheets
 from support.colours import draw
 from support.faulty import large_png
 
@@ -135,3 +136,29 @@ def test_sheet_shows_any_name(search: Any, photos: Path, tmp_path: Path) -> None
             assert sheet.size == (5 * 240, 272) and sheet.format in ("PNG", "JPEG", "WEBP")
         assert is_drawn(tmp_path / name) and search("dog", photos, "--sheet", tmp_path / name)[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.JPG", "s.png", "s.webp"]
+
+
+def test_sheet_that_is_too_long_for_its_format_shows_the_first(
+    search: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sheets, "_LONGEST", {".jpg": 2 * 272 + 271})
+    monkeypatch.setattr(sheets, "_COLUMNS", 2)
+    every = search("dog", photos)
+    for name, rows, told in (("s.jpg", 2, "s.jpg shows the first 4 of 5 pictures"), ("s.png", 3, "")):
+        assert search("dog", photos, "--sheet", tmp_path / name) == every
+        with Image.open(tmp_path / name) as written:
+            assert written.size == (480, 272 * rows)
+        err = capsys.readouterr().err
+        assert told in err and ("shows the first" in err) == bool(told)
+
+
+def test_folder_without_other_pictures_than_the_querys_is_told(
+    search: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path.resolve() / "photos"
+    picture = draw(folder / "a.png", 1)
+    assert search(picture, folder) == (0, b"")
+    assert f"fastclip search: no pictures of {folder} but the query's are indexed" in capsys.readouterr().err
+    picture.unlink()
+    assert search("dog", folder) == (0, b"")
+    assert f"fastclip search: no pictures of {folder} are indexed" in capsys.readouterr().err

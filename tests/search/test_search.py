@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from fastclip.search.index import Index, Pictures
 from fastclip.search.model import CheckpointModel
 from fastclip.search.query import Term
 from fastclip.search.rank import top
-from fastclip.search.sheet import contact_sheet, terminal_picture
+from fastclip.search.sheet import contact_sheet, most_tiles, terminal_picture
 from support.colours import Colours, draw
 
 EMOJI = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -342,6 +343,15 @@ def test_sheet_shows_every_picture_in_order(tmp_path: Path) -> None:
     assert middles[:5] == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 0)]
     assert middles[5:] == [(211, 211, 211), (0, 0, 128)]
     assert contact_sheet(found[:2]).width == 480
+
+
+@pytest.mark.parametrize(("suffix", "tiles"), [(".jpg", 1200), (".JPEG", 1200), (".webp", 300)])
+def test_sheet_has_as_many_pictures_as_its_format_can_hold(tmp_path: Path, suffix: str, tiles: int) -> None:
+    assert most_tiles(suffix) == tiles
+    for rows, fits in ((tiles // 5, True), (tiles // 5 + 1, False)):
+        with nullcontext() if fits else pytest.raises((OSError, ValueError)):
+            Image.new("RGB", (1, 272 * rows)).save(tmp_path / f"sheet{suffix}")
+    assert most_tiles(".png") > 10**6
 
 
 def test_picture_is_shown_as_the_terminal_can(monkeypatch: pytest.MonkeyPatch) -> None:
