@@ -54,11 +54,9 @@ def check_group(group: Any) -> Any:
     """
     if group is None:
         return None
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError("group= needs torch.distributed: call init_process_group first (torchrun sets it up)")
-    if isinstance(group, dist.ProcessGroup):
-        return group
-    if hasattr(group, "get_group"):
+    if not dist.is_available():
+        raise RuntimeError("group= needs torch.distributed, which this build of torch lacks")
+    if not isinstance(group, dist.ProcessGroup) and hasattr(group, "get_group"):
         group = group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("this process is not a member of group=")
@@ -67,6 +65,8 @@ def check_group(group: Any) -> Any:
             f"group must be a torch.distributed.ProcessGroup (torch.distributed.group.WORLD is all ranks), "
             f"got {type(group).__name__}"
         )
+    if not dist.is_initialized():
+        raise RuntimeError("group= needs torch.distributed: call init_process_group first (torchrun sets it up)")
     return group
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastclip.distributed import check_group
 from fastclip.integrations.patching import Calls, check_same_loss, check_version, original, replace
 from fastclip.loss import contrastive_loss
 from fastclip.sigmoid import sigmoid_loss
@@ -47,14 +48,18 @@ def patch_transformers(*, group: Any = None) -> None:
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: a group that is a string other than "world".
-        RuntimeError: a version of transformers that is not known, or a forward that is not its own; nothing is
-            replaced.
+        ValueError: a group that is a string other than "world", or that this process is not a member of.
+        TypeError: another thing that is no group.
+        RuntimeError: a version of transformers that is not known, or a forward that is not its own; or a group, and
+            `torch.distributed` has none. Nothing is replaced.
     """
     from transformers import __version__ as version
 
-    if isinstance(group, str) and group != "world":
-        raise ValueError(f'group must be a process group, "world" or None, got {group!r}')
+    if isinstance(group, str):
+        if group != "world":
+            raise ValueError(f'group must be a process group, "world" or None, got {group!r}')
+    else:
+        check_group(group)
     check_version(_PACKAGE, version, _OLDEST, _NEWEST, "call fastclip's losses where you train")
     forwards = {}
     for kind in _kinds():

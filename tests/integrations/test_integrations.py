@@ -430,3 +430,6 @@ def test_patching_draws_no_random_numbers_and_says_nothing(caplog: pytest.LogCap
 def test_unknown_group_is_refused() -> None:
     with pytest.raises(ValueError, match=r'^group must be a process group, "world" or None, got \'all\'$'):
         patch_transformers(group="all")
+    with pytest.raises(TypeError, match=r"^group must be a torch\.distributed\.ProcessGroup .*, got int$"):
+        patch_transformers(group=3)
+    patch_transformers(group=None)  # what `torch.distributed.group.WORLD` is before the group is made

@@ -24,6 +24,7 @@ from fastclip._backends.cpu import blocks, contrastive
 from support.accuracy import pairs
 
 IMAGE, TEXT = torch.randn(4, 8), torch.randn(4, 8)
+GONE = torch.distributed.ProcessGroup(0, 1)  # as one that is used after `destroy_process_group`
 NAMES_BOTH = r"image_features \({}\) {} on cpu and text_features \({}\) {} on {}"
 
 
@@ -91,7 +92,14 @@ ERRORS = {
     "reduction": (IMAGE, TEXT, {"reduction": "median"}, ValueError, "'mean', 'sum' or 'none', got 'median'"),
     "comm": (IMAGE, TEXT, {"comm": "tree"}, ValueError, "'gather' or 'ring', got 'tree'"),
     "backend": (IMAGE, TEXT, {"backend": "tpu"}, ValueError, "'tpu' is unknown; .*'cpu', 'reference'"),
-    "group": (IMAGE, TEXT, {"group": object()}, RuntimeError, "group= needs torch.distributed: call init_process"),
+    "group": (IMAGE, TEXT, {"group": 3}, TypeError, r"group must be a torch\.distributed\.ProcessGroup .*, got int"),
+    "group that is gone": (
+        IMAGE,
+        TEXT,
+        {"group": GONE},
+        RuntimeError,
+        "torch.distributed: call init_process_group first",
+    ),
     "one label": (IMAGE, TEXT, {"text_labels": torch.arange(4)}, ValueError, "image_labels is missing"),
     "label dtype": (
         IMAGE,
@@ -307,7 +315,14 @@ SIGMOID_ERRORS = {
     "several scales": (IMAGE, TEXT, {"logit_scale": torch.ones(2)}, ValueError, r"one element: logit_scale \(2,\)"),
     "reduction": (IMAGE, TEXT, {"reduction": "none"}, ValueError, "'mean' or 'sum', got 'none'"),
     "backend": (IMAGE, TEXT, {"backend": "tpu"}, ValueError, "'tpu' is unknown; .*'cpu', 'reference'"),
-    "group": (IMAGE, TEXT, {"group": object()}, RuntimeError, "group= needs torch.distributed: call init_process"),
+    "group": (IMAGE, TEXT, {"group": 3}, TypeError, r"group must be a torch\.distributed\.ProcessGroup .*, got int"),
+    "group that is gone": (
+        IMAGE,
+        TEXT,
+        {"group": GONE},
+        RuntimeError,
+        "torch.distributed: call init_process_group first",
+    ),
     "cpu float64": (IMAGE.double(), TEXT.double(), {"backend": "cpu"}, RuntimeError, "cannot serve .* not float64"),
 }
 
