@@ -166,7 +166,9 @@ def _device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+        if found.type not in ("cpu", "cuda"):
+            torch.zeros(1, device=found).item()  # "meta" holds no numbers, and others are not there
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch's, of one that it was not built for
         raise ValueError(f"the device must be cpu, cuda, cuda:1 or the like, got {device!r}") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"the device {device} is not there: torch finds {torch.cuda.device_count()} GPUs")

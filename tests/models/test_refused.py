@@ -370,7 +370,7 @@ def test_a_vocabulary_of_the_working_directory_is_not_taken(tmp_path: Path, monk
         fastclip.get_tokenizer("x")
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "fpga", "mtia", "hpu"])
 def test_devices_that_are_not_there(device: str, checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=f"the device .*{device}"):
         load_embedder(checkpoint, device=device)
