@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["open_tensors", "parse_json", "read_json", "read_tensors", "read_yaml"]
+__all__ = ["open_tensors", "parse_json", "read_json", "read_lines", "read_tensors", "read_yaml"]
 
 _KINDS: dict[type, str] = {dict: "an object of names and values", list: "a list"}
 
@@ -36,6 +36,19 @@ def parse_json(data: str | bytes, where: str, kind: type = dict) -> Any:
         wanted = _KINDS.get(kind) or f"a {kind.__name__}"
         raise ValueError(f"{where} must hold {wanted}, holds {type(value).__name__}")
     return value
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Return the lines of a text file in UTF-8, without their ends and a byte order mark.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8; the file is named.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastclip.data.imagenet import zero_shot_metadata
+from fastclip.reading import read_lines
 
 __all__ = ["read_class_names", "read_templates"]
 
@@ -54,9 +53,6 @@ def read_class_names(name: str) -> tuple[str, ...]:
 
 def _lines(name: str, what: str) -> list[str]:
     try:
-        text = Path(name).read_text(encoding="utf-8-sig")
+        return [line.strip() for line in read_lines(name)]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {name} of {what}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8: {error}") from error
-    return [line.strip() for line in text.splitlines()]

@@ -21,6 +21,7 @@ from fastclip.evaluation.captioned import by_picture, picture_features
 from fastclip.evaluation.features import FeatureStore, text_features
 from fastclip.evaluation.retrieval import best_ranks, recall, top_items
 from fastclip.models.embedder import Embedder
+from fastclip.reading import read_lines
 from fastclip.search.query import combine
 
 __all__ = ["Answer", "Composed", "Query", "Term", "compose", "parse_query", "read_queries", "unit_sum"]
@@ -102,11 +103,7 @@ def read_queries(path: str | Path) -> list[Query]:
         ValueError: a line is no query, with its number; or there is none.
     """
     queries = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             try:
                 queries.append(parse_query(line))

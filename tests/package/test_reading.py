@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastclip.durable import mend_files, mend_folders, new_file, new_files, write_json, write_tensors
-from fastclip.reading import parse_json, read_json, read_tensors
+from fastclip.reading import parse_json, read_json, read_lines, read_tensors
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,15 @@ def test_json_may_hold_another_kind_where_it_is_asked_for() -> None:
     assert parse_json("[1]", "the answer", list) == [1]
     with pytest.raises(ValueError, match="the answer must hold a list, holds int"):
         parse_json("1", "the answer", list)
+
+
+def test_lines_are_those_of_a_text_in_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / "names.txt"
+    file.write_bytes("\ufeffé\r\n\n b\n".encode())
+    assert read_lines(file) == ["é", "", " b"]
+    file.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"names\.txt is not UTF-8: .*0xe9"):
+        read_lines(file)
 
 
 def test_tensors_of_another_kind_are_an_error_that_names_the_file(tmp_path: Path) -> None:
