@@ -322,8 +322,8 @@ def test_output_is_no_part_of_the_data(embedder: Embedder, tmp_path: Path, monke
         before = files(tmp_path)
         with pytest.raises(ValueError, match=f"{output} holds the data, or lies in their folder"):
             filter_source(embedder, source, Path(output))
-        with pytest.raises(ValueError, match=f"{output} holds the data, or lies in their folder"):
-            filter_source(embedder, source, tmp_path / "fine", scores=output)
+        with pytest.raises(ValueError, match="holds the data, or lies in their folder"):
+            filter_source(embedder, source, tmp_path.parent / "fine", scores=output)
         assert files(tmp_path) == before
 
 
