@@ -52,11 +52,18 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the names and values of a YAML file; errors as of `read_json`."""
+    """Return the names and values of a YAML file; errors as of `read_json`, also for a name that is given twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]  # else the last one would count
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"{twice} is given twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # of its constructors, too
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
     if not isinstance(values, dict):

@@ -40,11 +40,14 @@ def changes(before: dict[str, Any], options: TrainOptions, source: Source, finge
         yield "the data have other names, another order or other captions: steps take other samples than they would"
 
 
-def doubts(options: TrainOptions, *, samples: int, ranks: int, with_labels: bool) -> Iterator[str]:
+def doubts(
+    options: TrainOptions, *, samples: int, ranks: int, with_labels: bool, resumed: bool = False
+) -> Iterator[str]:
     """Of options in which the model's own values and the length of the schedule are filled in.
 
     Args:
         with_labels: the loss takes repeats of a pair for positives.
+        resumed: a checkpoint holds the weights that the run begins with.
     """
     steps, warmup, lr = options.max_steps, options.warmup, options.lr
     assert steps is not None and warmup is not None and lr is not None
@@ -62,7 +65,9 @@ def doubts(options: TrainOptions, *, samples: int, ranks: int, with_labels: bool
     share, micro = -(-options.batch_size // ranks), options.micro_batch
     if micro is not None and micro < share and share % micro:
         yield f"--micro-batch {micro} does not divide the {share} pairs of a process: the last has {share % micro}"
-    if options.pretrained is None:
+    if options.label_smoothing == 1:
+        yield "--label-smoothing 1: every text is as right as another, and nothing is learned"
+    if options.pretrained is None and not resumed:
         for tower in ("image", "text"):
             if getattr(options, f"lock_{tower}"):
                 yield f"--lock-{tower} without --pretrained: the {tower} tower stays as random as it begins"

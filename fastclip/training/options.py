@@ -229,6 +229,10 @@ def _as_words(values: dict[str, Any], path: Path) -> list[str]:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f": did you mean {close[0]}?" if close else f"; options are {', '.join(known)}"
             raise ValueError(f"{path}: there is no option {written}{hint}")
+        if flag(name) in words or flag(f"no_{name}") in words:
+            raise ValueError(f"{path}: {name} is given twice")
+        if isinstance(value, dict):
+            raise ValueError(f"{path}: {written} must be a value or a list, got {value}")
         if isinstance(value, bool):
             words.append(flag(name) if value else flag(f"no_{name}"))
         elif isinstance(value, list):

@@ -168,7 +168,8 @@ class _Trainer:
         options, world = self.options, self.world
         first, validated = self._resume()
         last = self.steps if options.stop_after is None else min(self.steps, first + options.stop_after)
-        _tell(doubts(self.options, samples=len(self.source), ranks=world.ranks, with_labels=self.loss.with_labels))
+        about: dict[str, Any] = {"samples": len(self.source), "ranks": world.ranks, "resumed": first > 0}
+        _tell(doubts(self.options, with_labels=self.loss.with_labels, **about))
         _tell(doubts_of_device(self.options, world.device))
         with one_for_all(world):
             metrics = self._open_metrics(first)

@@ -50,6 +50,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
         ({"micro_batch": 7}, "--micro-batch 7 does not divide the 16 pairs of a process: the last has 2"),
         ({"micro_batch": 32}, None),
         ({"weight_decay": 400.0}, "--lr 0.0005 times --weight-decay 400: a step takes away 20% of the matrices"),
+        ({"label_smoothing": 1.0}, "--label-smoothing 1: every text is as right as another, and nothing is learned"),
         ({"lock_text": True}, "--lock-text without --pretrained: the text tower stays as random as it begins"),
         ({"val_data": "a.csv", "data": "a.csv"}, "--val-data is --data a.csv: validation tells nothing of other data"),
         ({"batch_size": 101, "loss": "clip"}, "a batch of 101 from 100 samples repeats some, and the clip loss takes "),
@@ -60,6 +61,11 @@ def test_setting_that_ruins_a_run_is_told(tmp_path: Path, changed: dict[str, Any
     found = list(doubts.doubts(asked, samples=100, ranks=1, with_labels=asked.loss == "unicl"))
     assert len(found) == (told is not None), found
     assert told is None or found[0].startswith(told)
+
+
+def test_tower_of_a_resumed_run_is_not_random(tmp_path: Path) -> None:
+    asked = options(tmp_path, lr=5e-4, warmup=0, weight_decay=0.2, lock_text=True)
+    assert not list(doubts.doubts(asked, samples=100, ranks=1, with_labels=True, resumed=True))
 
 
 def test_doubts_are_in_the_log_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -74,6 +74,10 @@ def test_files_leave_out_what_is_of_one_call_and_epochs_replace_their_steps(tmp_
         ("batch_sise: 3", "no option batch_sise: did you mean batch_size"),
         ("- batch_size", "must hold names and values"),
         ("batch_size: [", "is not YAML"),
+        ("lr: 1e-3\nlr: 2e-3", "lr is given twice"),
+        ("max-steps: 3\nmax_steps: 4", "max_steps is given twice"),
+        ("compile: true\n'compile': false", "compile is given twice"),
+        ("data: {a: b}", r"data must be a value or a list, got {'a': 'b'}"),
     ],
 )
 def test_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
