@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fastclip.durable import new_file
-from fastclip.models.config import EfficientNetConfig, ModelConfig
+from fastclip.models.config import BertConfig, EfficientNetConfig, ModelConfig
 from fastclip.models.conversion import map_names, to_form
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.huggingface import write_huggingface_config
+from fastclip.models.processor import PROCESSOR_FILES
+from fastclip.models.vocabulary import TOKENIZER_FILES, VOCABULARY
 from fastclip.models.writing import (
     HUGGINGFACE_FILES,
     OPEN_CLIP_FILES,
@@ -73,8 +75,14 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
             width = tensors["text_model.embeddings.LayerNorm.weight"].numel()
             tensors["text_model.pooler.dense.weight"] = torch.zeros(width, width)
             tensors["text_model.pooler.dense.bias"] = torch.zeros(width)
-        with new_model(target, HUGGINGFACE_FILES) as half:
+        read_first: tuple[str, ...] = PROCESSOR_FILES[:1]
+        if isinstance(config.text_cfg, BertConfig):
+            read_first += TOKENIZER_FILES if model.vocabulary else (*TOKENIZER_FILES, VOCABULARY)
+        files = tuple(name for name in HUGGINGFACE_FILES if name not in read_first)
+        with new_model(target, files, read_first=read_first) as half:
             write_huggingface_config(config, half)
+            if model.vocabulary is not None:
+                (half / VOCABULARY).write_bytes(model.vocabulary)
             write_weights(half / "model.safetensors", tensors, config=half / "config.json")
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastclip.models.config import BertConfig, ModelConfig
+from fastclip.models.config import ModelConfig
+from fastclip.models.vocabulary import VOCABULARY, is_file_name, own_vocabulary
 from fastclip.models.writing import OWN_FILES, new_model, write_config, write_weights
 
 __all__ = ["DualEncoder", "MAX_LOG_SCALE"]
@@ -33,6 +34,9 @@ class DualEncoder(nn.Module):
         config: what both were made from; `save_pretrained` needs it.
         init_logit_scale: a logarithm.
         init_logit_bias: given, the model carries ``logit_bias`` (SigLIP: -10, with a scale of log 10).
+
+    Attributes:
+        vocabulary: what the vocab.txt beside `config` holds, which may be gone when the model is saved; or None.
     """
 
     logit_bias: nn.Parameter | None
@@ -52,7 +56,7 @@ class DualEncoder(nn.Module):
         self.config = config
         self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
         self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
-        self._vocabulary = _own_vocabulary(config)
+        self.vocabulary = None if config is None else own_vocabulary(config)
         self._locked: set[str] = set()
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
@@ -125,10 +129,10 @@ class DualEncoder(nn.Module):
         state = {name.replace(_COMPILED, ""): tensor for name, tensor in self.state_dict().items()}
         self._check_readable(state)
         values = self.config.to_dict()
-        if self._vocabulary is not None:
-            (folder / "vocab.txt").write_bytes(self._vocabulary)
-            values["text_cfg"]["vocabulary"] = "vocab.txt"
-        elif isinstance(text := self.config.text_cfg, BertConfig) and text.vocabulary.endswith(".txt"):
+        if self.vocabulary is not None:
+            (folder / VOCABULARY).write_bytes(self.vocabulary)
+            values["text_cfg"]["vocabulary"] = VOCABULARY
+        elif isinstance(text := self.config.text_cfg, BertConfig) and is_file_name(text.vocabulary):
             raise ValueError(f"the vocabulary {text.vocabulary} of this model was not beside its configuration")
         write_config(folder / "config.json", {"model_type": "fastclip", **values})
         write_weights(folder / "model.safetensors", state, config=folder / "config.json")
@@ -163,7 +167,7 @@ class DualEncoder(nn.Module):
                 raise FileNotFoundError(f"the checkpoint {source} does not exist")
             from huggingface_hub import snapshot_download
 
-            patterns = ["*.json", "*.safetensors", "vocab.txt"]
+            patterns = ["*.json", "*.safetensors", VOCABULARY]
             try:
                 path = Path(snapshot_download(str(source), allow_patterns=patterns))
             except (OSError, ValueError) as error:
@@ -184,11 +188,3 @@ class DualEncoder(nn.Module):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="fastclip model"))
-
-
-def _own_vocabulary(config: ModelConfig | None) -> bytes | None:
-    """That of BERT which lies beside the configuration, whose folder may be gone when the model is saved."""
-    if config is None or config.folder is None or not isinstance(config.text_cfg, BertConfig):
-        return None
-    vocabulary = config.folder / config.text_cfg.vocabulary
-    return vocabulary.read_bytes() if vocabulary.is_file() else None

@@ -32,6 +32,7 @@ from fastclip.models.conversion import Mapped, map_names
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.tokenizer import ClipTokenizer
 from fastclip.models.transforms import image_transform
+from fastclip.models.vocabulary import is_file_name
 from fastclip.models.wordpiece import BertTokenizer
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def get_tokenizer(
     Args:
         name: as `create_model`'s, or a folder with a configuration.
         context_length: tokens a text, in place of the configuration's.
-        vocabulary: of BERT: a ``vocab.txt``, a folder, or a name in Hugging Face's cache.
+        vocabulary: of BERT: a ``vocab.txt`` or ``tokenizer.json``, a folder, or a name in Hugging Face's cache.
 
     Raises:
         ImportError: open_clip_torch, which holds CLIP's vocabulary, is not installed.
@@ -160,7 +161,7 @@ def tokenizer_of(
     if vocabulary is None:
         beside = None if config.folder is None else config.folder / text.vocabulary
         if beside is None or not beside.is_file():
-            if text.vocabulary.endswith(".txt"):  # a file, which is not looked for in the working directory
+            if is_file_name(text.vocabulary):  # a file, which is not looked for in the working directory
                 raise FileNotFoundError(f"the vocabulary {beside or text.vocabulary} of {name} does not exist")
             beside = None
         vocabulary = beside or text.vocabulary

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 from fastclip.models.config import (
@@ -14,6 +13,8 @@ from fastclip.models.config import (
     PreprocessConfig,
     ViTConfig,
 )
+from fastclip.models.processor import PROCESSOR_FILES, RESAMPLE, read_image_processor
+from fastclip.models.vocabulary import vocabulary_in
 from fastclip.models.writing import write_config
 from fastclip.reading import read_json
 
@@ -32,7 +33,8 @@ _EFFICIENTNETS = {
     (2.2, 3.6): "b8",
     (4.3, 5.3): "l2",
 }
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+_HALF = (0.5, 0.5, 0.5)
+_ALIGN = PreprocessConfig(_HALF, _HALF, "bilinear", resize_size=346, resize_mode="squash", train_crop="flipped")
 
 
 def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
@@ -82,6 +84,13 @@ def _from_clip(theirs: Any, folder: Path) -> ModelConfig:
     for part in (image, text):
         if part.layer_norm_eps != 1e-5:
             raise ValueError(f"{where}: layer_norm_eps must be 1e-5, got {part.layer_norm_eps}")
+    processor = read_image_processor(folder, "CLIPImageProcessor")
+    if processor is not None and processor.image_size != image.image_size:
+        raise ValueError(
+            f"{processor.where}: size and crop_size make pictures of {processor.image_size} pixels, the image tower "
+            f"of config.json takes image_size {image.image_size}"
+        )
+    usual = PreprocessConfig()
     return ModelConfig(
         embed_dim=theirs.projection_dim,
         quick_gelu=activations == {"quick_gelu"},
@@ -100,7 +109,7 @@ def _from_clip(theirs: Any, folder: Path) -> ModelConfig:
             context_length=text.max_position_embeddings,
             vocab_size=text.vocab_size,
         ),
-        preprocess_cfg=_preprocess(folder),
+        preprocess_cfg=usual if processor is None else processor.preprocess(usual.train_crop),
         folder=folder,
     )
 
@@ -117,69 +126,29 @@ def _from_align(theirs: Any, folder: Path) -> ModelConfig:
         raise ValueError(f"{where}: the image tower is none of EfficientNet-B0 to B8 and L2")
     if image.hidden_act not in ("swish", "silu") or image.pooling_type != "mean" or text.hidden_act != "gelu":
         raise ValueError(f"{where}: activations must be swish and gelu and the pooling mean")
-    preprocessor = folder / "preprocessor_config.json"
-    crop = _side(read_json(preprocessor).get("crop_size"), preprocessor) if preprocessor.is_file() else None
+    processor = read_image_processor(folder, "EfficientNetImageProcessor")
     return ModelConfig(
         embed_dim=theirs.projection_dim,
         init_logit_scale=0.0,
         vision_cfg=EfficientNetConfig(
             timm_model_name=f"tf_efficientnet_{name}",
-            image_size=crop or 289,  # their configuration's image_size is not that of the training
+            # their configuration's image_size is not that of the training
+            image_size=289 if processor is None else processor.image_size,
             depthwise_padding=tuple(image.depthwise_padding),
         ),
         text_cfg=BertConfig(
             width=text.hidden_size,
             heads=text.num_attention_heads,
             layers=text.num_hidden_layers,
-            vocabulary="vocab.txt" if (folder / "vocab.txt").is_file() else "bert-base-uncased",
+            vocabulary=vocabulary_in(folder),
             vocab_size=text.vocab_size,
             context_length=min(64, text.max_position_embeddings),
             max_positions=text.max_position_embeddings,
             dropout=text.hidden_dropout_prob,
         ),
-        preprocess_cfg=_preprocess(folder, align=True),
+        preprocess_cfg=_ALIGN if processor is None else processor.preprocess(_ALIGN.train_crop),
         folder=folder,
     )
-
-
-def _preprocess(folder: Path, *, align: bool = False) -> PreprocessConfig:
-    half = (0.5, 0.5, 0.5)
-    usual = PreprocessConfig()
-    if align:
-        usual = PreprocessConfig(half, half, "bilinear", resize_size=346, resize_mode="squash", train_crop="flipped")
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return usual
-    values = read_json(path)
-    mean, std = usual.mean, usual.std
-    if values.get("do_normalize", True) and "image_mean" in values:
-        mean, std = _channels(values["image_mean"], path), _channels(values.get("image_std"), path)
-        if values.get("rescale_offset"):  # the values before it are in [-1, 1]
-            mean, std = tuple((1 + m) / 2 for m in mean), tuple(s / 2 for s in std)
-    size, mode = values.get("size"), usual.resize_mode
-    if isinstance(size, dict):
-        mode = "shortest" if "shortest_edge" in size else "squash"
-    side = _side(size, path)
-    crop = _side(values.get("crop_size", size), path)
-    resample = values.get("resample")
-    interpolation = _RESAMPLE.get(resample, usual.interpolation) if isinstance(resample, int) else usual.interpolation
-    return PreprocessConfig(mean, std, interpolation, side if side != crop else None, mode, usual.train_crop)
-
-
-def _side(value: Any, path: Path) -> int | None:
-    """Pixels of a size that is a number, or an object of edges."""
-    if isinstance(value, dict):
-        value = value.get("shortest_edge", value.get("height"))
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise ValueError(f"{path}: sizes must be whole numbers of pixels, got {shown(value)}")
-    return value
-
-
-def _channels(value: Any, path: Path) -> tuple[float, ...]:
-    numbers = value if isinstance(value, list) else []
-    if len(numbers) != 3 or not all(isinstance(number, int | float) for number in numbers):
-        raise ValueError(f"{path}: image_mean and image_std must be three numbers, got {shown(value)}")
-    return tuple(map(float, numbers))
 
 
 def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
@@ -246,7 +215,7 @@ def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
     options, size = config.preprocess_cfg, image.image_size
     side = options.resize_size or size
     resize = {"height": side, "width": side} if options.resize_mode == "squash" else {"shortest_edge": side}
-    numbers = {name: number for number, name in _RESAMPLE.items()}
+    numbers = {name: number for number, name in RESAMPLE.items()}
     values = {
         "image_processor_type": kind,
         "do_resize": True,
@@ -262,4 +231,6 @@ def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
         "image_std": list(options.std),
         "do_convert_rgb": True,
     }
-    write_config(folder / "preprocessor_config.json", values)
+    if kind == "EfficientNetImageProcessor":
+        values["include_top"] = False  # else transformers divides by image_std once more
+    write_config(folder / PROCESSOR_FILES[1], values)

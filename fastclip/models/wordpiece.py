@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastclip.models.tokenizer import texts_of
+from fastclip.models.vocabulary import words_of
 
 __all__ = ["PAD_ID", "BertTokenizer"]
 
@@ -20,12 +21,13 @@ class BertTokenizer:
     """Texts to WordPiece ids (Devlin et al. 2019): [CLS] words [SEP], then [PAD].
 
     Args:
-        vocabulary: a ``vocab.txt``, a folder of a tokenizer, or a name in Hugging Face's cache (``bert-base-uncased``).
-            Nothing is downloaded.
+        vocabulary: a ``vocab.txt`` or ``tokenizer.json``, a folder of a tokenizer, or a name in Hugging Face's cache
+            (``bert-base-uncased``). Nothing is downloaded.
         context_length: tokens a text, at least 2; longer texts are cut, and end in [SEP] all the same.
 
     Raises:
         FileNotFoundError: neither a file nor in the cache.
+        ValueError: no vocabulary of BERT, or a tokenizer that treats texts in another way.
     """
 
     def __init__(self, vocabulary: str | Path, *, context_length: int) -> None:
@@ -61,6 +63,9 @@ def _load(vocabulary: str | Path):  # type: ignore[no-untyped-def]  # a transfor
     import transformers
 
     path = Path(vocabulary)
+    if path.suffix == ".json" and path.is_file():
+        words = {word: number for number, word in enumerate(words_of(path))}
+        return transformers.BertTokenizerFast(vocab=words, do_lower_case=True)
     try:
         if path.is_file():
             return transformers.BertTokenizerFast(vocab=str(path), do_lower_case=True)

@@ -45,15 +45,18 @@ _CONFIG = "fastclip.config"  # among the metadata of weights: the BLAKE2b of the
 
 
 @contextmanager
-def new_model(folder: str | Path, files: tuple[str, ...]) -> Iterator[Path]:
+def new_model(folder: str | Path, files: tuple[str, ...], *, read_first: tuple[str, ...] = ()) -> Iterator[Path]:
     """A folder to write `files`, or some of them, into, which take their places in `folder` when all went well.
+
+    Args:
+        read_first: files that are not written, and that would be read in place of some of `files`.
 
     Raises:
         OSError: they cannot be written; nothing has changed.
         ValueError: `folder` holds files of another model, which would stay beside these.
     """
     folder = Path(folder)
-    if others := [name for name in _OF_MODELS if name not in files and (folder / name).exists()]:
+    if others := [name for name in (*_OF_MODELS, *read_first) if name not in files and (folder / name).exists()]:
         raise ValueError(f"{folder} holds {others[0]} of another model: choose a folder without, or remove it")
     with new_files(folder) as half:
         yield half

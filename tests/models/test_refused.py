@@ -296,7 +296,7 @@ def test_configurations_with_odd_values_are_read_or_refused(form: str, tmp_path:
         transformers.AlignConfig(projection_dim=320).save_pretrained(tmp_path)
         sizes = {"size": {"height": 346, "width": 346}, "crop_size": {"height": 289, "width": 289}}
         values: Any = sizes | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "rescale_offset": True}
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+        (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": values}))
     else:
         convert(fastclip.create_model("ViT-tiny"), tmp_path, form=form)
     refused = 0

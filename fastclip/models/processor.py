@@ -1,0 +1,190 @@
+"""Image processors of Hugging Face: which file of a folder holds one, and what it does to a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from reprlib import repr as shown
+from typing import Any, NamedTuple
+
+from fastclip.models.config import PreprocessConfig, mapping
+from fastclip.reading import read_json
+
+__all__ = ["PROCESSOR_FILES", "RESAMPLE", "ImageProcessor", "read_image_processor"]
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # the first there is, as transformers reads
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
+
+# What transformers takes for a key that is missing: of all kinds, and of each
+_USUAL = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3}
+_SQUARE = {"height": 224, "width": 224}
+_HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": False}
+_CLIP = {
+    "size": {"shortest_edge": 224},
+    "default_to_square": False,
+    "do_center_crop": True,
+    "crop_size": _SQUARE,
+    "image_mean": list(PreprocessConfig.mean),
+    "image_std": list(PreprocessConfig.std),
+}
+_EFFICIENTNET = {
+    "size": {"height": 346, "width": 346},
+    "crop_size": {"height": 289, "width": 289},
+    "rescale_offset": False,
+    "include_top": True,
+}
+_KINDS: dict[str, dict[str, Any]] = {
+    "BitImageProcessor": _CLIP,
+    "CLIPImageProcessor": _CLIP,
+    "EfficientNetImageProcessor": _HALF | _EFFICIENTNET,
+    "SiglipImageProcessor": _HALF | {"size": _SQUARE, "default_to_square": False},
+    "ViTImageProcessor": _HALF | {"size": _SQUARE, "resample": 2},
+}
+# Steps that are carried out; pictures become RGB whatever do_convert_rgb says
+_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+
+
+class ImageProcessor(NamedTuple):
+    mean: tuple[float, ...]  # of channels from 0 to 1, as of `PreprocessConfig`
+    std: tuple[float, ...]
+    interpolation: str
+    resize_size: int  # pixels
+    resize_mode: str
+    image_size: int  # pixels of the square that comes out
+    where: str  # the file, for messages
+
+    def preprocess(self, train_crop: str) -> PreprocessConfig:
+        """Return the processor as a configuration has it."""
+        side = self.resize_size if self.resize_size != self.image_size else None
+        return PreprocessConfig(self.mean, self.std, self.interpolation, side, self.resize_mode, train_crop)
+
+
+def read_image_processor(folder: Path, usual: str) -> ImageProcessor | None:
+    """Read the image processor that transformers reads in a folder; None where there is none.
+
+    Args:
+        usual: the class of a processor that names none, such as "CLIPImageProcessor".
+
+    Raises:
+        ValueError: the processor does something to pictures that `PreprocessConfig` has no words for; the file and
+            the key are named.
+    """
+    values, where = _read(folder)
+    if values is None:
+        return None
+    values = {name: value for name, value in values.items() if value is not None or _is_flag(name)}
+    kind = _kind(values, usual, where)
+    for name, value in values.items():
+        if value and ((name.startswith("do_") and name not in _STEPS) or name == "use_square_size"):
+            raise ValueError(f"{where}: {name} must be false, which alone is supported, got {shown(value)}")
+    values = _USUAL | _KINDS[kind] | values
+    mean, std = _normalisation(values, kind == "EfficientNetImageProcessor", where)
+    if not _whole(values["resample"]) or values["resample"] not in RESAMPLE:
+        raise ValueError(f"{where}: resample must be one of {RESAMPLE}, got {shown(values['resample'])}")
+    side, mode, crop = _sizes(values, where)
+    return ImageProcessor(mean, std, RESAMPLE[values["resample"]], side, mode, crop, where)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """Read the values of a processor, and where they stand; those inside of a whole processor's go first."""
+    whole, alone = (folder / name for name in PROCESSOR_FILES)
+    if whole.is_file() and (values := read_json(whole).get("image_processor")) is not None:
+        where = f"{whole}: image_processor"
+        return mapping(values, where), where
+    return (read_json(alone), str(alone)) if alone.is_file() else (None, "")
+
+
+def _kind(values: Mapping[str, Any], usual: str, where: str) -> str:
+    """Return the class, without what transformers 4 and 5 put behind the names of the same processor."""
+    key = "image_processor_type" if "image_processor_type" in values else "feature_extractor_type"
+    name = str(values.get(key, usual))
+    kind = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    if kind not in _KINDS:
+        raise ValueError(f"{where}: {key} must be one of {', '.join(_KINDS)}, got {shown(name)}")
+    return kind
+
+
+def _normalisation(values: Mapping[str, Any], efficientnet: bool, where: str) -> tuple[tuple[float, ...], ...]:
+    """Return mean and std of channels from 0 to 1, for all that is done to numbers: each step is linear."""
+    mean, std = (_channels(values, name, where) for name in ("image_mean", "image_std"))
+    scale, shift = 255.0, 0.0  # of channels from 0 to 1
+    if _flag(values, "do_rescale", where):
+        factor = values["rescale_factor"]
+        if not _number(factor) or not 0 < factor < 1e6:
+            raise ValueError(f"{where}: rescale_factor must be a positive number, got {shown(factor)}")
+        scale = float(f"{255 * factor:.12g}")  # files hold 1/127.5 to 15 digits
+        shift = float(efficientnet and _flag(values, "rescale_offset", where))
+    last = std if efficientnet and _flag(values, "include_top", where) else (1.0, 1.0, 1.0)
+    if not _flag(values, "do_normalize", where):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return tuple((shift + m) / scale for m in mean), tuple(s * t / scale for s, t in zip(std, last))
+
+
+def _sizes(values: Mapping[str, Any], where: str) -> tuple[int, str, int]:
+    """Return the pixels pictures are resized to, the way, and the side of the square that comes out."""
+    if not _flag(values, "do_resize", where):
+        raise ValueError(f"{where}: do_resize must be true: pictures of any size are resized")
+    size = _edges(values["size"], values.get("default_to_square", True), "size", where)
+    mode = "shortest" if size.keys() == {"shortest_edge"} else "squash"
+    side = next(iter(size.values()), 0)
+    if mode == "squash" and size != {"height": side, "width": side}:
+        raise ValueError(
+            f"{where}: size must be a number, shortest_edge alone, or height and width that are equal, "
+            f"got {shown(values['size'])}"
+        )
+    if not _flag(values, "do_center_crop", where):
+        if mode == "shortest":
+            raise ValueError(
+                f"{where}: do_center_crop must be true where size has shortest_edge: all pictures become squares"
+            )
+        return side, mode, side
+    crop = _edges(values.get("crop_size"), True, "crop_size", where)
+    if crop != dict.fromkeys(("height", "width"), crop.get("height")):
+        raise ValueError(
+            f"{where}: crop_size must be a number, or height and width that are equal, got {shown(values['crop_size'])}"
+        )
+    if crop["height"] > side:
+        raise ValueError(f"{where}: crop_size {crop['height']} must be at most size, {side}: no picture is padded")
+    return side, mode, crop["height"]
+
+
+def _edges(value: Any, square: Any, key: str, where: str) -> dict[str, int]:
+    """Return a size as an object of edges, from any form that transformers reads."""
+    if _whole(value):
+        value = {"height": value, "width": value} if square else {"shortest_edge": value}
+    elif isinstance(value, list) and len(value) == 2:
+        value = {"height": value[0], "width": value[1]}
+    edges = {name: edge for name, edge in value.items() if edge is not None} if isinstance(value, dict) else {}
+    if not edges or not all(_whole(edge) and 0 < edge <= 1_000_000 for edge in edges.values()):
+        raise ValueError(f"{where}: {key} must be whole numbers of pixels, got {shown(value)}")
+    return edges
+
+
+def _channels(values: Mapping[str, Any], name: str, where: str) -> tuple[float, ...]:
+    numbers = values[name] if isinstance(values[name], list) else []
+    least = 0 if name == "image_std" else -math.inf
+    if len(numbers) != 3 or not all(_number(number) and least < number < math.inf for number in numbers):
+        which = "three positive numbers" if least == 0 else "three numbers"
+        raise ValueError(f"{where}: {name} must be {which}, got {shown(values[name])}")
+    return tuple(map(float, numbers))
+
+
+def _is_flag(name: str) -> bool:
+    return name.startswith("do_") or name in ("rescale_offset", "include_top", "default_to_square")
+
+
+def _flag(values: Mapping[str, Any], name: str, where: str) -> bool:
+    """Return a flag, of which null is false: transformers takes no step that is null, whatever its default is."""
+    value = values[name] if values[name] is not None else False
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}: {name} must be true or false, got {shown(value)}")
+    return value
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
