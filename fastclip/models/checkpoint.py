@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +101,9 @@ def read_config(folder: Path) -> ModelConfig | None:
         preprocess = mapping(values.get("preprocess_cfg", {}), f"{path}: preprocess_cfg")
         taken = ("mean", "std", "interpolation", "resize_mode")
         merged["preprocess_cfg"] = {name: preprocess[name] for name in taken if name in preprocess}
-        return ModelConfig.from_dict(merged, where=str(path), folder=folder)
+        config = ModelConfig.from_dict(merged, where=str(path), folder=folder)
+        _check_preprocess(preprocess, config.vision_cfg.image_size, f"{path}: preprocess_cfg")
+        return config
     if not (path := folder / _CONFIG).is_file():
         return None
     values = read_json(path)
@@ -108,6 +111,14 @@ def read_config(folder: Path) -> ModelConfig | None:
     if kind == "fastclip":
         return ModelConfig.from_dict(values, where=str(path), folder=folder)
     return config_from_huggingface(folder, kind)
+
+
+def _check_preprocess(values: Mapping[str, Any], image_size: int, where: str) -> None:
+    """ValueError for what open_clip would do to pictures, and the transforms here do not."""
+    if (mode := values.get("mode")) not in (None, "RGB"):
+        raise ValueError(f"{where}: mode must be RGB, got {shown(mode)}")
+    if (size := values.get("size")) not in (None, image_size, [image_size, image_size]):
+        raise ValueError(f"{where}: size must be the image tower's image_size, {image_size}, got {shown(size)}")
 
 
 def _weights(folder: Path) -> Path:

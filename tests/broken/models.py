@@ -48,11 +48,12 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "Pictures and texts of a folder of Hugging Face are treated as transformers treats them, or it is refused",
+        "Pictures and texts of a folder of Hugging Face or open_clip are treated as these treat them, or it is refused",
         tests=[
             "models/test_processor.py::test_pictures_are_transformers",
             "models/test_processor.py::test_a_whole_processor_goes_first",
             "models/test_processor.py::test_what_is_not_done_to_pictures_is_refused",
+            "models/test_refused.py::test_open_clips_pictures_of_another_kind_are_refused",
             "models/test_processor.py::test_bert_vocabulary_is_transformers",
             "models/test_processor.py::test_tokenizers_of_other_kinds_are_refused",
             "models/test_processor.py::test_options_of_another_tokenizer_are_refused",
@@ -101,6 +102,12 @@ PROMISES = [
                 "fastclip/models/huggingface.py",
                 old='values["include_top"] = False',
                 new="pass",
+            ),
+            Break(
+                "processor: open_clip's size is passed over",
+                "fastclip/models/checkpoint.py",
+                old="not in (None, image_size, [image_size, image_size]):",
+                new="is Ellipsis:",
             ),
             Break(
                 "vocabulary: tokenizer.json is passed over",

@@ -320,6 +320,28 @@ def test_configurations_with_odd_values_are_read_or_refused(form: str, tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mode", "L", "mode must be RGB, got 'L'"),
+        ("size", 48, "size must be the image tower's image_size, 32, got 48"),
+        ("size", [32, 40], r"size must be the image tower's image_size, 32, got \[32, 40\]"),
+        ("resize_mode", "longest", "resize_mode must be one of shortest, squash"),
+    ],
+)
+def test_open_clips_pictures_of_another_kind_are_refused(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    convert(fastclip.create_model("ViT-tiny"), tmp_path, form="open_clip")
+    file = tmp_path / "open_clip_config.json"
+    values = json.loads(file.read_text())
+    for size in (32, [32, 32], None):  # as open_clip writes them
+        usual = {**values["preprocess_cfg"], "size": size, "mode": "RGB", "fill_color": 0}
+        file.write_text(json.dumps({**values, "preprocess_cfg": usual}))
+        assert read_config(tmp_path) is not None
+    file.write_text(json.dumps({**values, "preprocess_cfg": {**values["preprocess_cfg"], key: value}}))
+    with pytest.raises(ValueError, match=rf"open_clip_config\.json: preprocess_cfg: {message}"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("classes.json", {"class_names": 3}, "class_names must be a list of names"),
