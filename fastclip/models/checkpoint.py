@@ -127,6 +127,8 @@ def _weights(folder: Path) -> Path:
     names = dict.fromkeys((*_OPEN_CLIP_WEIGHTS, *_WEIGHTS)) if own else _WEIGHTS
     there = [name for name in names if (folder / name).is_file()]
     if not there:
+        if (folder / "model").is_dir():
+            raise FileNotFoundError(f"{folder} is a run: its weights are in {folder / 'model'}")
         raise FileNotFoundError(f"the folder {folder} holds no weights; looked for {', '.join(_WEIGHTS)}")
     if len(there) > 1:
         logger.warning("%s holds weights in %s: %s is read", folder, " and ".join(there), there[0])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastclip.models.config import ModelConfig
+from fastclip.models.config import BertConfig, ModelConfig
 from fastclip.models.vocabulary import VOCABULARY, is_file_name, own_vocabulary
 from fastclip.models.writing import OWN_FILES, new_model, write_config, write_weights
 

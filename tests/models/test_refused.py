@@ -128,6 +128,9 @@ def test_paths_that_do_not_exist(tmp_path: Path) -> None:
         fastclip.create_model("ViT-tiny", pretrained=tmp_path / "nowhere.pt")
     with pytest.raises(FileNotFoundError, match=r"holds no weights; looked for model\.safetensors"):
         fastclip.create_model("ViT-tiny", pretrained=tmp_path)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"run is a run: its weights are in .*/run/model"):
+        fastclip.create_model("ViT-tiny", pretrained=tmp_path / "run")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="model_type 'bert' is none of 'fastclip', 'clip' and 'align'"):
         fastclip.create_model(pretrained=tmp_path)
