@@ -29,11 +29,17 @@ UNNAMED = Named()
 
 
 def named_columns(spec: str) -> tuple[str, Named]:
-    """Split ``SPEC#image=NAME,caption=NAME``, either of which may be left out, into SPEC and the names."""
+    """Split ``SPEC#image=NAME,caption=NAME``, either of which may be left out, into SPEC and the names.
+
+    Raises ValueError where one is given twice.
+    """
     match = None if os.path.exists(spec) else _NAMED.fullmatch(spec)
     if match is None:
         return spec, UNNAMED
-    return match["rest"], Named(**dict(pair.split("=", 1) for pair in match["named"].split(",")))
+    kinds, names = zip(*(pair.split("=", 1) for pair in match["named"].split(",")), strict=True)
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"{spec}: {kinds[0]}= is given twice")
+    return match["rest"], Named(**dict(zip(kinds, names, strict=True)))
 
 
 def choose(names: Sequence[str], kind: str, known: Sequence[str], wanted: str, spec: str) -> int | None:

@@ -7,15 +7,18 @@ import filecmp
 import io
 import logging
 import os
+import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TextIO
 from urllib.parse import urlsplit
 
 from fastclip.data.captions import given_captions
 from fastclip.data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, UNNAMED, Named, choose
-from fastclip.data.faults import BadSample, Fault, Tally
+from fastclip.data.faults import BadSample, Fault, Tally, shown
 from fastclip.data.files import compression, existing, open_file, read_file
+from fastclip.data.folder import is_picture
 from fastclip.data.picture import read_picture
 from fastclip.data.source import Record
 from fastclip.data.strings import Strings
@@ -25,6 +28,9 @@ __all__ = ["Table"]
 logger = logging.getLogger(__name__)
 _SEPARATORS = ",\t;|"
 _LOOKED_FOR = 100  # rows whose pictures are looked for when the table is opened
+_HEADER = 20  # lines that a header may have
+_LINE_END = re.compile(r"\r\n?|\n")
+_QUOTES = "close the quote; where it belongs to a caption, write it twice and put the caption in quotes"
 
 
 class Table:
@@ -37,12 +43,17 @@ class Table:
     the files differ, the sample cannot be used. Pictures are opened when they are read. A row that is damaged is a
     sample that cannot be used.
 
+    A field in quotes may hold line ends. It is an error where a quote that was never closed seems to have opened it,
+    so that no rows are lost: the row cannot be parsed and goes over several lines; or most lines of the field look
+    like rows of the table, with as many columns as the header and, in the column of pictures, a name with a picture's
+    suffix, or with the suffix or the folder of the row's own picture.
+
     Args:
         columns: those that the user names.
 
     Raises:
         OSError: the table cannot be read.
-        ValueError: a column is missing, or no row can be used, or a quote is never closed, or it is another kind of
+        ValueError: a column is missing, or no row can be used, or a quote is not closed, or it is another kind of
             file; the message names the file and the line.
     """
 
@@ -152,31 +163,72 @@ def _rows(path: str, spec: str, columns: Named) -> Iterator[_Row]:
 
 
 def _parsed(file: TextIO, spec: str, columns: Named) -> Iterator[_Row]:
-    above, separators, header = 0, _SEPARATORS, file.readline()
-    while header and (not header.strip() or header.lower().startswith("sep=")):
+    above, separators, first = 0, _SEPARATORS, file.readline()
+    while first and (not first.strip() or first.lower().startswith("sep=")):
         above += 1
-        separators = header.strip("\r\n")[4:] or separators
-        header = file.readline()
+        separators = first.strip("\r\n")[4:] or separators
+        first = file.readline()
+    header = [first, *islice(iter(file.readline, ""), _HEADER - 1)]  # a name in quotes may hold line ends
     separator, image, caption = _columns(header, separators, spec, columns)
     file.seek(0)
     for _ in range(above):
         file.readline()
     rows = csv.reader(file, delimiter=separator, strict=True)  # else an open quote swallows the rows after it
-    width = len(next(rows))
+    width = 0  # of the header, which is the first row
     while True:
         line = above + rows.line_num + 1  # where the row begins
         where = f"{spec}, line {line}"
         try:
             row = next(rows, None)
         except csv.Error as error:
-            if "expected after" not in str(error):  # where the next row begins is not known
+            end = above + rows.line_num
+            if end > line:
+                raise ValueError(
+                    f"{where}: {error}; a quote opens a field there that goes on to line {end}: {_QUOTES}"
+                ) from error
+            if not width or "expected after" not in str(error):  # where the next row begins is not known
                 raise ValueError(f"{where}: {error}") from error
             yield _Row(fault=Fault("damaged row", where, str(error)))
             continue
         if row is None:
             return
-        if row:  # not a blank line
+        if not width:
+            width = len(row)
+        elif row:  # not a blank line
+            if (end := above + rows.line_num) > line and _swallowed(row, width, image, separator):
+                what = f"a quote opens a field that goes on to line {end}, and its lines look like rows of the table"
+                raise ValueError(f"{where}: {what}: {_QUOTES}")
             yield _checked(row, width, image, caption, where)
+
+
+def _swallowed(row: list[str], width: int, image: int, separator: str) -> bool:
+    """Whether most lines of a field look like rows of the table, which an open quote has made part of it."""
+    own = row[image].strip() if image < len(row) else ""
+    for place, field in enumerate(row):
+        lines = _LINE_END.split(field)
+        judged = alike = 0
+        for number, line in enumerate(lines if len(lines) > 1 else ()):
+            cells = line.split(separator)
+            column, whole = image, width
+            if number == 0:  # what stands before the quote belongs to this line
+                column, whole = image - place, width - place
+            elif number == len(lines) - 1:  # and what stands after it to this one
+                whole = width - (len(row) - place - 1)
+            if line.strip() and 0 <= column < whole:  # else its picture is not part of the field
+                judged += 1
+                alike += len(cells) == whole and _like(cells[column].strip(), own)
+        if alike > judged / 2:
+            return True
+    return False
+
+
+def _like(name: str, own: str) -> bool:
+    """Whether `name` is a picture's as `own` is one."""
+    folder, base = os.path.split(name)
+    if is_picture(name) or (folder and base and folder == os.path.dirname(own)):
+        return True
+    suffix = os.path.splitext(own)[1].lower()
+    return bool(suffix) and suffix == os.path.splitext(name)[1].lower()
 
 
 def _checked(row: list[str], width: int, image: int, caption: int, where: str) -> _Row:
@@ -192,25 +244,31 @@ def _checked(row: list[str], width: int, image: int, caption: int, where: str) -
     return _Row(path, text)
 
 
-def _columns(header: str, separators: str, spec: str, columns: Named) -> tuple[str, int, int]:
+def _columns(header: list[str], separators: str, spec: str, columns: Named) -> tuple[str, int, int]:
     """The separator, and the places of the pictures' and the captions' columns."""
     widest: list[str] = []
     for separator in separators:
-        names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+        names = _names(header, separator)
         widest = max(widest, names, key=len)
     for separator in separators:
-        names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+        names = _names(header, separator)
         if columns != UNNAMED and len(names) < len(widest):
             continue
         image = choose(names, "image", IMAGE_COLUMNS, columns.image, spec)
         caption = choose(names, "caption", CAPTION_COLUMNS, columns.caption, spec) if image is not None else None
         if image is not None and caption is not None:
-            rest = [name for place, name in enumerate(names) if place not in (image, caption)]
+            rest = [shown(name) for place, name in enumerate(names) if place not in (image, caption)]
             taken = f"{names[image]} and {names[caption]}"
             logger.info("%s: columns %s, passed over %s", spec, taken, ", ".join(rest) or "none")
             return separator, image, caption
+    told = [shown(name[:80]) for name in widest]  # a name may hold rows where its quote is not closed
     raise ValueError(
         f"{spec}: the table needs a column of pictures ({', '.join(IMAGE_COLUMNS)}) and one of captions "
         f"({', '.join(CAPTION_COLUMNS)}), separated by comma, tab, semicolon or bar; "
-        f"found {', '.join(widest) or 'none'}; others are named as in {spec}#image=NAME,caption=NAME"
+        f"found {', '.join(told) or 'none'}; others are named as in {spec}#image=NAME,caption=NAME"
     )
+
+
+def _names(header: list[str], separator: str) -> list[str]:
+    """Of the columns, by the first row of these lines."""
+    return [name.strip() for name in next(csv.reader(header, delimiter=separator), [])]

@@ -117,6 +117,8 @@ def test_column_that_is_not_there_is_named(tmp_path: Path, named: str, message: 
     (tmp_path / "t.csv").write_text("filepath;caption\na.png;a\n")
     with pytest.raises(ValueError, match=rf"t\.csv#{named}: {message}"):
         open_source(f"{tmp_path}/t.csv#{named}")
+    with pytest.raises(ValueError, match=r"t\.csv#caption=caption,caption=filepath: caption= is given twice"):
+        open_source(f"{tmp_path}/t.csv#caption=caption,caption=filepath")
     with pytest.raises(ValueError, match="there are no columns to name"):
         open_source("digits#caption=x")
     (tmp_path / "t.csv").write_text("filepath,title,Title\na.png,a,b\n")
@@ -173,6 +175,72 @@ def test_lines_above_the_header_are_read(tmp_path: Path, text: str, caption: str
     (tmp_path / "t.csv").write_bytes(text.encode())
     source = open_source(str(tmp_path / "t.csv"))
     assert len(source) == 1 and source[0].captions == (caption,)
+
+
+@pytest.mark.fault("a quote in a table that swallows the rows after it", "an error that names the file and the line")
+@pytest.mark.parametrize(
+    ("header", "opens", "inside", "closes"),
+    [
+        ("filepath,title", 'b.jpg,"two', "c.jpg,three", 'd.jpg,a 5" nail'),  # which a strict reader sees
+        ("filepath,title", 'b.jpg,"two', "", 'd.jpg,"four"'),
+        ("filepath\ttitle", 'b.jpg\t"two', "c.jpg\tthree", 'd.jpg\ta 5"'),  # and this it does not
+        ("filepath\ttitle", 'b.jpg\t"two', "", 'd.PNG\ta 5"'),
+        ("filepath;title", 'in/b;"two', "in/c;three", 'in/d;a 5"'),
+        ("filepath;title", 'b.raw;"two', "c.raw;three", 'd.raw;a 5"'),
+        ("title,filepath", '"two,b.jpg', "three,c.jpg", 'a 5",d.jpg'),
+        ("title,filepath", '"two,b.jpg', "", 'a 5",d.jpg'),
+        ("filepath,title,note", 'b.jpg,"two,x', "c.jpg,three,x", 'd.jpg,a 5",x'),
+        ("filepath,title,note", 'b.jpg,"two,x', "c.jpg,three,x", 'd.jpg,a 5",x,y'),  # whose end is damaged as well
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_quote_that_swallows_rows_is_an_error(
+    tmp_path: Path, header: str, opens: str, inside: str, closes: str, end: str
+) -> None:
+    lines = [header, opens, *[inside] * 40 * bool(inside), closes]
+    (table := tmp_path / "t.csv").write_text(end.join(lines), newline="")
+    message = rf"^{re.escape(str(table))}, line 2: .* a field .*goes on to line {len(lines)}.*: close the quote"
+    with pytest.raises(ValueError, match=message):
+        open_source(str(table))
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "two\nlines",
+        "on a mat, asleep\nby the fire, warm\n",
+        "\n\na cat, a dog\r\nboth, of them\n",
+        "by and/or with,\nand/or, in it",
+        "photo 1\nphoto.jpg, by Jo\nin the year, 1900",  # one line of three
+        'a "word", in\nquotes, or 5" of it',
+    ],
+)
+@pytest.mark.parametrize("first", ["filepath", "title"])
+def test_captions_of_several_lines_are_read(tmp_path: Path, caption: str, first: str) -> None:
+    told, rows = caption.replace('"', '""'), ["title,filepath"]
+    for k in range(3):
+        rows.append(f'in/{k}.jpg,"{told}"' if first == "filepath" else f'"{told}",in/{k}.jpg')
+    rows[0] = rows[0] if first == "title" else "filepath,title"
+    (tmp_path / "t.csv").write_text("\n".join(rows), newline="")
+    source = open_source(str(tmp_path / "t.csv"))
+    assert [source.captions(k) for k in range(len(source))] == [(caption.strip(),)] * 3
+
+
+def test_header_of_several_lines_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(tmp_path, 1)
+    (table := tmp_path / "t.csv").write_text('\n"a\nb",filepath,title\n1,000.png,one\n1,000.png\n')
+    caplog.set_level("INFO", "fastclip")
+    source = open_source(str(table))
+    assert source.captions(0) == ("one",) and source.key(1) == f"{table}, line 5"
+    assert f"{table}: columns filepath and title, passed over 'a\\nb'" in caplog.messages
+    for header, message in (
+        ('filepath,title,"no"te', r"t\.csv, line 1: ',' expected after"),
+        ('filepath,title,"note', r"t\.csv, line 1: unexpected end of data; a quote opens .* to line 2"),
+        ('filepath,"title', r"t\.csv: the table needs .*; found filepath, 'title\\na\.png,x'; others"),
+    ):
+        table.write_text(f"{header}\na.png,x\n")
+        with pytest.raises(ValueError, match=message):
+            open_source(str(table))
 
 
 @pytest.mark.fault("a table that is compressed, UTF-16 or a pipe", "named, before anything waits")
