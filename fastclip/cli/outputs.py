@@ -101,7 +101,7 @@ def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:
     from fastclip.data.folder import is_picture
     from fastclip.data.picture import is_drawn
 
-    there = [place for place in _places(data) if place.exists()]
+    there = [place for place in _places(data) if os.path.exists(place)]
     folders = {os.path.realpath(place if place.is_dir() else place.parent) for place in there}
     for one in {Path(os.path.realpath(file.parent), file.name), Path(os.path.realpath(file))}:  # a link, and its end
         if any(one.is_relative_to(folder) for folder in folders):

@@ -39,7 +39,7 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
     """
     names = classes if classes is None or classes in imagenet.SETS else read_class_names(classes)
     path = Path(spec)
-    if spec and spec != "digits" and path.is_dir() and not holds_shards(path):
+    if spec and spec != "digits" and os.path.isdir(path) and not holds_shards(path):
         return ClassFolder(spec, classes=names)
     if isinstance(names, str):
         names = imagenet.class_names(names)

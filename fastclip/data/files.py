@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import AnyStr, BinaryIO
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["compression", "existing", "file_stamp", "file_state", "log_links", "open_file", "read_file", "walk"]
+__all__ = [
+    "compression",
+    "existing",
+    "file_stamp",
+    "file_state",
+    "log_links",
+    "open_file",
+    "read_file",
+    "tar_files",
+    "walk",
+]
 
 logger = logging.getLogger(__name__)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
@@ -59,6 +69,15 @@ def walk(
         yield here, files
     if links is None:
         log_links(folder, linked)
+
+
+def tar_files(folder: Path) -> list[Path]:
+    """Return the ``*.tar`` in a folder, sorted, without what is hidden, macOS's ``._`` files among them, and folders.
+
+    A link to nothing is one of them: it is a file that is missing.
+    """
+    found = (path for path in folder.glob("*.tar") if not path.name.startswith(".") and not path.is_dir())
+    return sorted(found, key=str)
 
 
 def log_links(folder: AnyStr, links: Sequence[AnyStr]) -> None:

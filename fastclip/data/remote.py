@@ -11,10 +11,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
-from braceexpand import braceexpand
 from filelock import FileLock
 
 from fastclip import _env
+from fastclip.data.braces import brace_names
 from fastclip.data.faults import noting
 from fastclip.durable import mend_files, new_file, write_text
 
@@ -30,17 +30,15 @@ _MARKS = ("Content-MD5", "md5Hash", "ETag", "etag", "LastModified", "Last-Modifi
 def shard_urls(pattern: str) -> list[str]:
     """URLs of a URL, a brace pattern (``s3://bucket/{00000..00009}.tar``), or one with ``*`` where it can be listed.
 
+    As in a shell ``*`` finds no hidden names, and folders are left out.
+
     Raises:
-        ValueError: no URL of a .tar, a pattern of https, or one that nothing fits.
+        ValueError: no URL of a .tar, a pattern of https, or one that nothing fits, or too many.
         ImportError: a library that fsspec needs for this kind of URL is not installed.
         OSError: it cannot be listed.
     """
-    try:
-        names = list(braceexpand(pattern))
-    except ValueError as error:
-        raise ValueError(f"{pattern}: {error}") from error
     found: list[str] = []
-    for name in names:
+    for name in brace_names(pattern):
         if not urlsplit(name).path.endswith(".tar"):
             raise ValueError(f"{name}: of URLs only tar shards are read, whose names end in .tar")
         found += _listed(name) if "*" in name else [name]
@@ -52,9 +50,14 @@ def _listed(pattern: str) -> list[str]:
         raise ValueError(f"{pattern}: a web server does not list its files: name them, as in {{00000..00009}}.tar")
     system, path = _file_system(pattern)
     try:
-        found = sorted(system.unstrip_protocol(name) for name in system.glob(path))
+        listed = system.glob(path, detail=True)
     except Exception as error:  # every kind of storage has its own
-        raise OSError(f"{pattern}: cannot be listed: {type(error).__name__}: {error}") from error
+        raise OSError(f"{pattern}: cannot be listed: {_reason(error)}") from error
+    hidden = PurePosixPath(path).name.startswith(".")
+    names = [name for name, info in listed.items() if info.get("type") != "directory"]
+    found = sorted(
+        system.unstrip_protocol(name) for name in names if hidden or not PurePosixPath(name).name.startswith(".")
+    )
     if not found:
         raise ValueError(f"no such shards: {pattern}")
     return found
@@ -103,9 +106,16 @@ def _local_copy(url: str) -> str:
                 _copy(system, path, copy, info)
         except Exception as error:  # every kind of storage has its own
             if have is None or isinstance(error, _Short):
-                raise OSError(f"{url}: cannot be copied: {type(error).__name__.lstrip('_')}: {error}") from error
-            logger.warning("%s cannot be reached, its copy %s is used: %s", url, copy, error)
+                raise OSError(f"{url}: cannot be copied: {_reason(error)}") from error
+            logger.warning("%s cannot be reached, its copy %s is used: %s", url, copy, _reason(error))
     return str(copy)
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong: fsspec calls a server that cannot be reached, or refuses, a file that is not there."""
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        return _reason(error.__cause__)
+    return f"{type(error).__name__.lstrip('_')}: {error}"
 
 
 class _Short(Exception):

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
 
+from fastclip.data.braces import brace_names
 from fastclip.data.captions import first_captions, json_captions, json_fields, text_captions
 from fastclip.data.faults import BadSample, Tally
 from fastclip.data.files import open_file
@@ -37,18 +37,17 @@ _LOOKED_AT = 3  # samples whose .json is looked into
 def shard_paths(pattern: str, problems: list[str] | None = None) -> list[str]:
     """Files of a path, a glob, a brace pattern (``{00000..00009}``) or a mixture, each once.
 
-    Braces keep their order, a glob is sorted. Raises ValueError when a file is missing or a glob finds nothing; where
-    there are some, and `problems` is given, it gets the names of the others.
+    Braces keep their order, a glob is sorted; as in a shell it finds no hidden files, and folders are left out. Raises
+    ValueError when a file is missing or a glob finds nothing; where there are some, and `problems` is given, it gets
+    the names of the others.
     """
-    if Path(pattern).is_file():
+    if os.path.isfile(pattern):
         return [pattern]
-    try:
-        names = list(braceexpand(pattern))
-    except ValueError as error:
-        raise ValueError(f"{pattern}: {error}") from error
-    found, missing = [], []
+    names, found, missing = brace_names(pattern), list[str](), []
     for name in names:
-        paths = sorted(glob.glob(name, recursive=True)) or ([name] if Path(name).is_file() else [])
+        # a link to nothing stays: it is a shard that is missing
+        paths = sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
+        paths = paths or ([name] if os.path.isfile(name) else [])
         found += paths
         missing += [] if paths else [name]
     if missing and found and problems is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastclip.data.columns import UNNAMED, Named, named_columns
 from fastclip.data.faults import noting
-from fastclip.data.files import log_links
+from fastclip.data.files import log_links, tar_files
 from fastclip.data.folder import Folder, NoCaptions, pictures
 from fastclip.data.karpathy import Karpathy, absolute_split, is_split_file, split_places
 from fastclip.data.mixture import Mixture
@@ -77,7 +77,7 @@ def open_source(
 
 def holds_shards(folder: Path) -> bool:
     """Whether a folder's data are its tar files: no picture beside them has captions, and none lies in a folder."""
-    return any(folder.glob("*.tar")) and not any(
+    return bool(tar_files(folder)) and not any(
         found.told or os.path.dirname(found.name) for found in pictures(folder, links=[])
     )
 
@@ -104,7 +104,7 @@ def _places(name: str) -> list[Path]:
     if name.startswith("hf:"):
         return [Path(name[3:].partition(":")[0])]
     places = [Path(name), *split_places(name)]
-    if name.endswith(".tar") and not places[0].is_file():
+    if name.endswith(".tar") and not os.path.isfile(places[0]):
         with suppress(ImportError, ValueError):  # nothing that can be read as shards, or finds any
             from fastclip.data.shards import shard_paths
 
@@ -141,15 +141,15 @@ def _open(whole: str, held_out: bool, class_names: Sequence[str], problems: list
         raise ValueError(f"{spec}: commands are not run; give the URL itself, such as s3://bucket/{{00000..00009}}.tar")
     if spec.startswith("hf:") and spec.partition(":")[2].partition(":")[0]:
         return _hub(whole, spec, columns)
-    if "://" not in spec and path.suffix.lower() in (".csv", ".tsv") and not path.is_dir():
+    if "://" not in spec and path.suffix.lower() in (".csv", ".tsv") and not os.path.isdir(path):
         return Table(whole, spec, columns=columns)
     if columns.image:
         raise ValueError(f"{whole}: only tables and hf: have a column of pictures to name")
     if "://" in spec:
         return _remote(whole, spec, class_names, columns.caption, problems)
-    if spec.endswith(".tar") and not path.is_dir():
+    if spec.endswith(".tar") and not os.path.isdir(path):
         return _shards(whole, spec, class_names, columns.caption, problems)
-    if spec and path.is_dir() and spec != "digits":
+    if spec and os.path.isdir(path) and spec != "digits":
         if holds_shards(path):
             return _shards(whole, spec, class_names, columns.caption, problems)
         return _folder(whole, spec, columns.caption)
@@ -204,7 +204,7 @@ def _shards(whole: str, spec: str, class_names: Sequence[str], caption: str, pro
     except ModuleNotFoundError as error:
         raise ImportError(f"tar shards need {error.name}, which is not installed", name=error.name) from error
     folder = Path(spec)
-    paths = sorted(map(str, folder.glob("*.tar"))) if folder.is_dir() else shard_paths(spec, problems)
+    paths = list(map(str, tar_files(folder))) if os.path.isdir(folder) else shard_paths(spec, problems)
     return Shards(whole, paths, class_names=class_names, caption=caption, problems=problems)
 
 
@@ -229,7 +229,7 @@ def _hub(whole: str, spec: str, columns: Named) -> Source:
 
 def _reason(spec: str) -> str:
     path = Path(spec)
-    if path.is_file():
+    if os.path.isfile(path):
         return f"{spec} is a file of no kind that holds data"
     if difflib.get_close_matches(spec, ["digits"]):
         return f"{spec!r} is no data set: did you mean 'digits'?"

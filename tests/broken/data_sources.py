@@ -107,6 +107,55 @@ PROMISES = [
         ],
     ),
     Promise(
+        DATA,
+        "What is hidden, and a folder called `x.tar`, is no shard of a folder or a glob, here and behind a URL",
+        tests=[
+            "data/test_shards.py::test_hidden_files_and_folders_are_no_shards",
+            "data/test_remote.py::test_remote_pattern_finds_no_hidden_names_and_folders",
+        ],
+        breaks=[
+            Break(
+                "shards: macOS's files of a folder are shards",
+                "fastclip/data/files.py",
+                old='if not path.name.startswith(".") and not path.is_dir())',
+                new="if not path.is_dir())",
+            ),
+            Break(
+                "shards: a glob finds folders",
+                "fastclip/data/shards.py",
+                old="if not os.path.isdir(path))",
+                new="if path)",
+            ),
+            Break(
+                "remote: hidden names are shards",
+                "fastclip/data/remote.py",
+                old='if hidden or not PurePosixPath(name).name.startswith(".")',
+                new="if name",
+            ),
+        ],
+    ),
+    Promise(
+        COST,
+        "Braces that stand for more than a million shards are refused before they are listed",
+        tests=[
+            "data/test_shards.py::test_braces_of_too_many_names_are_refused",
+        ],
+        breaks=[
+            Break(
+                "braces: a product is listed first",
+                "fastclip/data/braces.py",
+                old="islice(braceexpand(pattern), _MOST + 1)",
+                new="islice(braceexpand(pattern), _MOST)",
+            ),
+            Break(
+                "braces: numbers of any length",
+                "fastclip/data/braces.py",
+                old="max(len(start), len(end)) > 18",
+                new="False",
+            ),
+        ],
+    ),
+    Promise(
         COST,
         "Training decodes a large JPEG no larger than it needs, and enlarges no crop; evaluation decodes all of it",
         tests=[

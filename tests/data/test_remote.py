@@ -149,6 +149,7 @@ def test_remote_copy_of_another_size_is_not_kept(
         ("pipe:aws s3 cp s3://b/0.tar -", ValueError, "pipe:aws s3 cp s3://b/0.tar -: commands are not run"),
         ("https://x.org/*.tar", ValueError, "https://x.org/*.tar: a web server does not list its files"),
         ("https://x.org/{0..1.tar", ValueError, "https://x.org/{0..1.tar: "),
+        ("https://x.org/{0..9999999}.tar", ValueError, "{0..9999999}.tar: the braces stand for more than 1,000,000"),
         ("https://x.org/pairs.csv", ValueError, "https://x.org/pairs.csv: of URLs only tar shards are read"),
         ("memory://none/*.tar", ValueError, "no such shards: memory://none/*.tar"),
         ("nosuch://x/0.tar", ValueError, "nosuch://x/0.tar: Protocol not known"),
@@ -157,6 +158,14 @@ def test_remote_copy_of_another_size_is_not_kept(
 def test_remote_fault_is_named(memory: object, spec: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         open_source(spec)
+
+
+def test_remote_pattern_finds_no_hidden_names_and_folders(memory: fsspec.AbstractFileSystem) -> None:
+    memory.pipe("/s/._1.tar", b"macOS")
+    memory.pipe("/s/x.tar/1.png", b"of a folder")
+    assert shades("memory://s/*.tar") == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"/s/\._1\.tar: not a tar file"):
+        open_source("memory://s/.*.tar")
 
 
 def test_file_urls_are_not_copied(tmp_path: Path, cache: Path) -> None:
@@ -196,12 +205,16 @@ def test_shards_of_a_web_server(tmp_path: Path, cache: Path) -> None:
         assert shades(f"{url}/{{0..1}}.tar") == shades(f"{url}/{{0..1}}.tar") == [0, 1]
         read = [line for line in asked if line.startswith("GET")]
         assert sorted({line.split()[1] for line in read}) == ["/0.tar", "/1.tar"]
-        with pytest.raises(OSError, match=rf"^{re.escape(url)}/2\.tar: cannot be copied: "):
+        with pytest.raises(OSError, match=rf"^{re.escape(url)}/2\.tar: cannot be copied: ClientResponseError: 404"):
             open_source(f"{url}/2.tar")
     finally:
         server.shutdown()
         server.server_close()
     assert shades(f"{url}/{{0..1}}.tar") == [0, 1]  # nobody answers any more
+    with pytest.raises(
+        OSError, match=rf"^{re.escape(url)}/2\.tar: cannot be copied: ClientConnectorError: Cannot conn"
+    ):
+        open_source(f"{url}/2.tar")
 
 
 def test_remote_shard_is_copied_by_one_of_several_processes(memory: object, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def write_shard(
     mtime: float = 0,
 ) -> Path:
     """Picture k has the shade k and the caption "caption k"."""
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w", format=tar_format) as tar:
         for k in range(first, first + count):
             for suffix, data in (("png", picture(k)), ("json", b"{}"), ("txt", f"caption {k}".encode())):
@@ -230,6 +231,41 @@ def overwritten(path: Path) -> None:
     write_shard(path, first=4)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
+
+
+@pytest.mark.fault("hidden files, macOS's `._` among them, and folders whose names end in `.tar`", "are no shards")
+def test_hidden_files_and_folders_are_no_shards(tmp_path: Path) -> None:
+    for k in range(2):
+        write_shard(tmp_path / "s" / f"{k}.tar", 2, first=2 * k)
+    (tmp_path / "s" / "._0.tar").write_bytes(b"macOS")
+    (tmp_path / "s" / "x.tar").mkdir()
+    for spec in ("s", "s/*.tar", "**/*.tar", "{s,s}/?.tar"):
+        assert shades(tmp_path / spec) == [0, 1, 2, 3], spec
+    assert shades(tmp_path / "s" / f"{{0,1{',0' * 200}}}.tar") == [0, 1, 2, 3]  # longer than a name of a file may be
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "._0.tar").write_bytes(b"macOS")
+    with pytest.raises(ValueError, match="the folder holds no pictures"):
+        open_source(str(tmp_path / "f"))
+    with pytest.raises(ValueError, match=r"no such shards: .*x\*\.tar: no file"):
+        open_source(str(tmp_path / "s" / "x*.tar"))
+    (tmp_path / "s" / "y.tar").symlink_to("nothing")
+    for spec in ("s", "s/*.tar"):
+        with pytest.raises(FileNotFoundError, match=r"y\.tar"):
+            open_source(str(tmp_path / spec))
+
+
+@pytest.mark.fault(
+    "a pattern whose braces stand for more than a million shards", "refused by name, before it is listed"
+)
+@pytest.mark.parametrize(
+    "pattern",
+    ["{00000..99999999999}", "{-9..99999999999..3}", "{0..9999}{0..9999}", "{9999999..0}", "{0.." + "9" * 5000 + "}"],
+)
+def test_braces_of_too_many_names_are_refused(pattern: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(pattern)}\.tar: the braces stand for more than 1,000,000 names"
+    ):
+        open_source(f"{pattern}.tar")
 
 
 @pytest.mark.fault("a shard that changes under the run", "the run ends, the shard is named")
