@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from fastclip.data.faults import BadSample, Fault, Tally
 from fastclip.data.picture import USUAL_PIXELS, picture_formats
+from fastclip.data.quiet import quietly
 from fastclip.data.source import Record, Source, picture_bytes, sample_fields, sample_stamp
 from fastclip.data.spec import absolute_spec
 from fastclip.data.watch import Watch
@@ -138,10 +139,12 @@ class _Encoded(Dataset[list[Any]]):
             image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=self._quality)
             return ".jpg", file.getvalue(), size
         if (data := picture_bytes(self._watch.source, index)) is not None:
-            with Image.open(io.BytesIO(data), formats=picture_formats()) as original:
+            with quietly(), Image.open(io.BytesIO(data), formats=picture_formats()) as original:
                 if original.format in _KEPT:
                     return _KEPT[original.format], data, image.size
         colours = image if image.mode in ("1", "L", "LA", "RGB", "RGBA") else image.convert("RGB")
+        if image.mode == "LAB":
+            colours.info.pop("icc_profile", None)  # Pillow's own, which holds the time of day
         colours.save(file, "PNG")
         return ".png", file.getvalue(), image.size
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastclip.data.faults import BadSample
 from fastclip.data.files import open_file
+from fastclip.data.quiet import quietly
 
 __all__ = [
     "PICTURE_SUFFIXES",
@@ -43,9 +43,10 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "MPO", "A
 def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None) -> Image.Image:
     """The picture, all its pixels read and turned upright as its EXIF data say; of an animation the first.
 
-    Its mode is the file's, which ``convert("RGB")`` turns into colours: transparency is dropped, as open_clip does. The
-    modes of more than 8 bits, of which Pillow would cut off what is above 255, become L here: 16 bits are scaled to 8,
-    other whole numbers and floats by the smallest of 1 (floats), 255, 65,535 and 2^31 - 1 that holds the largest.
+    Its mode is the file's, which ``convert("RGB")`` turns into colours: transparency is dropped, as open_clip does, and
+    here already where each colour of a palette has its own. The modes of more than 8 bits, of which Pillow would cut
+    off what is above 255, become L here: 16 bits are scaled to 8, other whole numbers and floats by the smallest of 1
+    (floats), 255, 65,535 and 2^31 - 1 that holds the largest.
 
     A picture of more than Pillow's ``Image.MAX_IMAGE_PIXELS``, 89 million, is refused from its header; `limit_pixels`
     sets another limit. A pipe or a device is no picture.
@@ -66,16 +67,15 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
         with opened:
             return read_picture(opened, key, min_side=min_side)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata, a line on stderr for each
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=picture_formats()) as image:
-                if min_side is not None and image.format == "JPEG":
-                    image.draft(None, (min_side, min_side))
-                image.load()  # a file that ends too early is found here
-                with suppress(Exception):  # EXIF data may be damaged in as many ways as pictures
-                    ImageOps.exif_transpose(image, in_place=True)
-                return eight_bits(image)
+        with quietly(), Image.open(file, formats=picture_formats()) as image:
+            if min_side is not None and image.format == "JPEG":
+                image.draft(None, (min_side, min_side))
+            image.load()  # a file that ends too early is found here
+            with suppress(Exception):  # EXIF data may be damaged in as many ways as pictures
+                ImageOps.exif_transpose(image, in_place=True)
+            if isinstance(image.info.get("transparency"), bytes):  # of a palette
+                del image.info["transparency"]  # of which convert("RGB") warns, and which it drops
+            return eight_bits(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         told = f"the image is too large; --max-pixels allows more: {error}"
         raise BadSample("image too large", key, told) from error

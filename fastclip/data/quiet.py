@@ -1,0 +1,54 @@
+"""Silence for what Pillow warns of, in all threads that read pictures at once."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import Image
+
+__all__ = ["quietly"]
+
+_lock = threading.Lock()
+_inside = 0  # threads
+_filters = warnings.catch_warnings()  # entered while there are any
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Ignore warnings inside, which would be a line on stderr for each; that a picture is too large is an error.
+
+    Filters of warnings belong to the process, and `warnings.catch_warnings` puts back what it found: of two threads the
+    one that leaves last would leave the other's behind. So the first that comes sets them, and the last puts them back.
+    """
+    global _inside, _filters
+    with _lock:
+        if not _inside:
+            _filters = warnings.catch_warnings()
+            _filters.__enter__()
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _filters.__exit__(None, None, None)
+
+
+def _forked() -> None:
+    """The other threads, which might be inside, are not in this process."""
+    global _inside
+    if _inside:
+        _inside = 0
+        _filters.__exit__(None, None, None)
+    _lock.release()
+
+
+if hasattr(os, "register_at_fork"):  # a thread that holds the lock would never give it back to the child
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forked)
