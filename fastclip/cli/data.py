@@ -39,6 +39,8 @@ def _check_data(args: argparse.Namespace) -> int:
     from fastclip.data.faults import shown
     from fastclip.data.spec import open_source
 
+    if not 0 <= args.max_bad <= 1:
+        raise ValueError(f"--max-bad must be between 0 and 1, got {args.max_bad}")
     transform = None
     if args.model is not None:
         from fastclip.models.config import load_config
@@ -63,7 +65,8 @@ def _check_data(args: argparse.Namespace) -> int:
         "speed": f"{found.samples / found.seconds:,.0f} samples/s, {args.workers} workers, {found.seconds:.1f} s",
     }
     lines = [*rows.items(), *(("damaged", problem) for problem in problems)]
-    say("\n".join(f"{name:<18}{text}" for name, text in lines))
+    width = max(18, 2 + max(len(name) for name, _ in lines))
+    say("\n".join(f"{name:<{width}}{text}" for name, text in lines))
     if problems:
         complain(f"fastclip data: {len(problems)} shards or parts are damaged or cannot be read")
         return 1

@@ -25,8 +25,15 @@ def fingerprint(source: Source) -> str:
     for part, draws in source.parts if isinstance(source, Mixture) else [(source, len(source))]:
         digest.update(f"{len(part)} {draws}\n".encode())
         for text in (*_keys(part), *_captions(part)):
-            digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
+            digest.update(_bytes(text) + b"\0")
     return digest.hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")  # a file's name as the disk has it
+    except UnicodeEncodeError:  # JSON may hold any half of a surrogate pair
+        return text.encode("utf-8", "surrogatepass")
 
 
 def _keys(source: Source) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastclip.data.faults import BadSample
 from fastclip.data.files import read_file
 from fastclip.data.picture import read_picture
 from fastclip.data.source import Record, class_captions
+from fastclip.reading import read_json
 
 __all__ = ["HubSource"]
 
@@ -34,7 +36,7 @@ class HubSource:
     that was saved with the data is not applied.
 
     Raises:
-        ValueError: a column or the split is missing, or `datasets` cannot make sense of the data.
+        ValueError: a column or the split is missing, or there are no rows, or `datasets` cannot make sense of the data.
         OSError: there is no such data set, or it cannot be read.
     """
 
@@ -44,7 +46,9 @@ class HubSource:
         self.spec = spec
         name, _, split = (path or spec).removeprefix("hf:").partition(":")
         rows = _load(name, split or "train", spec).with_format(None)  # else columns may be missing, or arrays
-        self._folder = Path(name) if Path(name).is_dir() else Path()
+        if not len(rows):
+            raise ValueError(f"{spec}: the data set has no rows")
+        self._folder = Path(name) if os.path.isdir(name) else Path()
         self._image, self._caption = _columns(rows.features, spec, columns)
         label = rows.features.get(_LABEL)
         self._label = _LABEL if isinstance(label, datasets.ClassLabel) else None
@@ -128,18 +132,20 @@ def _load(name: str, split: str, spec: str) -> Any:
     """A `datasets.Dataset`."""
     folder = Path(name)
     try:
-        if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        if os.path.isfile(folder / "dataset_dict.json"):
+            splits = list(map(str, read_json(folder / "dataset_dict.json")["splits"]))
+            if split not in splits:
+                raise ValueError(f"there is no split {split}; splits are {', '.join(splits)}")
+            folder /= split  # alone: the library fails where another one is empty
+        elif not os.path.isfile(folder / "state.json"):
             return datasets.load_dataset(name, split=split)
-        found = datasets.load_from_disk(name)
+        if not read_json(folder / "state.json").get("_data_files", True):
+            raise ValueError("the data set has no rows")
+        return datasets.load_from_disk(str(folder))
     except OSError as error:
         raise OSError(f"{spec}: {error}") from error
     except Exception as error:  # what its readers meet
         raise ValueError(f"{spec}: {error}") from error
-    if not isinstance(found, datasets.DatasetDict):
-        return found
-    if split not in found:
-        raise ValueError(f"{spec}: there is no split {split}; splits are {', '.join(map(str, found))}")
-    return found[split]
 
 
 def _columns(features: Any, spec: str, columns: Named) -> tuple[str, str | None]:

@@ -73,7 +73,7 @@ def training_batches(
         patience: seconds without a batch after which the log names the workers that read, and what.
 
     Raises:
-        ValueError: a number is out of range; or, while iterating, 100 samples in a row cannot be used.
+        ValueError: a number is out of range; or, while iterating, 100 tries find no sample that can be used.
         OSError, ValueError: while iterating, what the samples are read from cannot be, such as a shard; it is named.
         ChildProcessError: while iterating, a worker was killed.
     """
@@ -239,7 +239,9 @@ def _usable(
             faults.append(bad.fault)
     if len(faults) == 1:
         raise BadSample(*faults[0])
-    raise ValueError(f"{watch.source.spec}: {len(faults)} samples in a row cannot be used: {Tally(faults)}")
+    found = list(dict.fromkeys(faults))  # a small source has fewer samples than there are tries
+    what = f"{len(faults)} tries found no sample that can be used; tried were"
+    raise ValueError(f"{watch.source.spec}: {what} {len(found)}: {Tally(found)}")
 
 
 def _transformed(transform: Transform, record: Record, seed: int) -> Tensor:

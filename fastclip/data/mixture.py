@@ -14,6 +14,7 @@ from fastclip.data.source import Record, Source, picture_bytes, picture_place, r
 
 __all__ = ["Mixture"]
 
+_MOST = 1_000_000  # of a weight; Python's len() ends at 2^63
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -32,13 +33,16 @@ class Mixture:
         weights: the mean number of times that an epoch draws a sample of the source, one a source, positive.
 
     Raises:
-        ValueError: a source is so small, or its weight, that nothing of it would be drawn.
+        ValueError: a weight is above a million; or a source is so small, or its weight, that nothing of it would be
+            drawn.
     """
 
     def __init__(self, spec: str, sources: Sequence[Source], weights: Sequence[Fraction]) -> None:
         self.spec, self._sources = spec, tuple(sources)
         self._draws = [round(weight * len(source)) for source, weight in zip(sources, weights, strict=True)]
         for source, weight, draws in zip(sources, weights, self._draws):
+            if weight > _MOST:
+                raise ValueError(f"{source.spec}: the weight must be at most {_MOST:,}, got {float(weight):g}")
             if draws < 1:
                 raise ValueError(f"{source.spec}: {float(weight):g} times its {len(source)} samples are none")
         self._ends = list(accumulate(self._draws))

@@ -94,7 +94,7 @@ def _local_copy(url: str) -> str:
     system, path = _file_system(url)
     if "file" in _protocols(system):
         return str(path)
-    digest = hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     copy = _env.cache_folder() / "shards" / digest / PurePosixPath(urlsplit(url).path).name
     copy.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(copy.with_name(f"{copy.name}.lock")):

@@ -36,6 +36,7 @@ _KINDS = """what it may be:
   SPEC#image=A,caption=B  columns A and B of a table or of hf:, or B of the .json files, hold pictures and captions
   2*A::0.5*B           several of these; an epoch draws each sample of A twice, and half of those of B"""
 
+_DIGITS = 100  # of a weight; a float ends at 10^308, and int() at 4,300 digits
 _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.+)", re.DOTALL)
 
 
@@ -92,7 +93,7 @@ def absolute_spec(spec: str) -> str:
 def spec_places(spec: str) -> list[Path]:
     """The files and folders that `spec` names, there or not. What lies in them is not looked at.
 
-    Raises ValueError where a weight is 0.
+    Raises ValueError where a weight is 0, or absurdly long.
     """
     parts = [spec] if os.path.exists(spec) else spec.split("::")
     return [place for part in parts for place in _places(named_columns(_weighted(part)[1])[0])]
@@ -129,6 +130,8 @@ def _weighted(part: str) -> tuple[Fraction, str]:
     match = _WEIGHTED.fullmatch(part)
     if match is None or glob.glob(part, recursive=True):
         return Fraction(1), part
+    if len(match[1]) > _DIGITS:
+        raise ValueError(f"{part}: the weight has more than {_DIGITS} digits")
     if not (weight := Fraction(match[1])):
         raise ValueError(f"{part}: the weight must be above 0")
     return weight, match[2]

@@ -136,7 +136,7 @@ def image_features(
 
     Raises:
         ValueError: an empty source or batch, or no picture can be used.
-        OSError, ValueError: what the samples are read from cannot be, or 100 samples in a row cannot be used.
+        OSError, ValueError: what the samples are read from cannot be, or 100 tries find no sample that can be used.
     """
     parts = store.parts() if store is not None else []
     size, done = len(source), min(len(source), sum(len(part["used"]) for part in parts))

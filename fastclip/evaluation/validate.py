@@ -63,7 +63,7 @@ def validate(
 
     Raises:
         ValueError: an empty source, options that are not positive.
-        OSError, ValueError: what the samples are read from cannot be, or 100 samples in a row cannot be used.
+        OSError, ValueError: what the samples are read from cannot be, or 100 tries find no sample that can be used.
     """
     for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
         if value is not None and value < 1:

@@ -100,6 +100,16 @@ def test_command_check_prints_a_table_and_fails_above_the_share(
     assert "samples/s, 0 workers" in told and "smallest 8 x 16, median 16 x 8, largest 16 x 8" in told
     assert cli.main([*words, "--max-bad", "0.5", "--max-samples", "4"]) == 0
     assert "samples           4 of 9" in capsys.readouterr().out
+    for share in ("nan", "7", "-1", "inf"):
+        assert cli.main([*words, "--max-bad", share]) == 1
+        told = capsys.readouterr()
+        assert f"--max-bad must be between 0 and 1, got {float(share)}" in told.err and not told.out
+    assert cli.main([*words, "--max-bad", "1"]) == 0
+    capsys.readouterr()
+    twice = write_tar(tmp_path / "t.tar", [("a.png", picture()), ("a.txt", b"x"), ("a.png", picture(1))])
+    assert cli.main(["data", "check", str(twice), "--workers", "0"]) == 1
+    told = capsys.readouterr().out
+    assert "samples             2\n" in told and "- duplicate member  1, first" in told
     assert cli.main(["data", "check", str(tmp_path / "none")]) == 1
     assert f"fastclip data: there is no folder {tmp_path}/none" in capsys.readouterr().err
 

@@ -17,6 +17,7 @@ from support import needs
 needs("hf")
 
 import datasets
+import pyarrow as pa
 from PIL import Image
 
 from fastclip.data import BadSample, Source, open_source, training_batches
@@ -184,6 +185,22 @@ def test_hub_splits_are_named(tmp_path: Path) -> None:
     assert len(open_source(f"hf:{tmp_path}/d::2*hf:{tmp_path}/d:test")) == 3
     with pytest.raises(ValueError, match=r"there is no split dev; splits are train, test"):
         open_source(f"hf:{tmp_path}/d:dev")
+
+
+@pytest.mark.fault("a Hugging Face data set without rows", "it is named")
+def test_hub_data_without_rows_is_named(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"image": [picture(1)], "text": ["x"]}).cast_column("image", datasets.Image())
+    none = rows.select([])
+    none.save_to_disk(str(tmp_path / "none"))
+    datasets.DatasetDict({"train": rows, "test": none}).save_to_disk(str(tmp_path / "d"))
+    rows.save_to_disk(str(tmp_path / "zero"))  # as other versions of the library save it, with a file
+    (file,) = (tmp_path / "zero").glob("*.arrow")
+    with pa.ipc.new_stream(str(file), rows.data.schema) as stream:
+        stream.write_table(rows.data.table.slice(0, 0))
+    for spec in ("none", "d:test", "zero"):
+        with pytest.raises(ValueError, match=rf"^hf:.*/{spec}: the data set has no rows"):
+            open_source(f"hf:{tmp_path}/{spec}")
+    assert captions(open_source(f"hf:{tmp_path}/d")) == [("x",)]
 
 
 def test_hub_folder_of_pictures_and_captions(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fastclip.data import evaluation_batches, open_source, training_batches
 from fastclip.data.faults import BadSample, Tally
+from fastclip.data.fingerprint import fingerprint
 from fastclip.data.karpathy import Karpathy
 from support.crops import split_file, write_crops
 
@@ -94,6 +95,20 @@ def test_picture_that_is_missing_or_has_no_caption_is_a_fault(tmp_path: Path) ->
     (batch,) = evaluation_batches(source, lambda image: torch.zeros(3, 2, 2), batch_size=4, skipped=skipped)
     assert batch[1].tolist() == [0, -1, 2, -1]
     assert skipped.counts == {"no caption": 1, "missing file": 1}
+
+
+@pytest.mark.fault("a picture's name in JSON that no disk can have", "an unreadable file, counted by cause")
+def test_name_that_no_disk_can_have_is_a_fault(tmp_path: Path) -> None:
+    good, prints = write_crops(tmp_path)[0], list[str]()
+    # the last is a name of one byte, which a disk may have
+    for name, cause in (("\ud800.jpg", "unread"), ("\ud801.jpg", "unread"), ("\udce9.jpg", "missing")):
+        listed = [image | {"split": "test", "sentences": ["a cat"]} for image in images([good, name])]
+        source = open_source(f"{split_file(tmp_path / 'dataset_x.json', listed)}:test")
+        with pytest.raises(BadSample) as caught:
+            source[1]
+        assert caught.value.fault.cause.startswith(cause) and name in caught.value.fault.key
+        prints.append(fingerprint(source))
+    assert len(set(prints)) == 3
 
 
 IMAGE = {"filename": "a.jpg", "split": "test", "sentences": [{"raw": "a"}]}

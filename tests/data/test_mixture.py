@@ -160,6 +160,7 @@ def write_shards(folder: Path, *sizes: int) -> None:
         (".5*b::a", 8),
         ("2.*b", 6),
         ("a/{0,1}.tar", 6),
+        ("1000000*a", 6_000_000),
         ("0*.tar", 1),  # finds 00.tar: a glob
         ("0*.tar::3*x.tar", 4),
     ],
@@ -180,6 +181,9 @@ def test_spec_joins_and_weighs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     [
         ("a::none", "'none' is no data set"),
         ("a::", "'' is no data set"),
+        ("99999999999999999999*a", "a: the weight must be at most 1,000,000, got 1e+20"),
+        ("a::1000000.5*a", "a: the weight must be at most 1,000,000, got 1e+06"),
+        ("9" * 5000 + "*a", "*a: the weight has more than 100 digits"),
         ("0*a", "0*a: the weight must be above 0"),
         ("0.01*a::a", "a: 0.01 times its 6 samples are none"),
     ],
