@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -25,12 +26,16 @@ def quietly() -> Iterator[None]:
     one that leaves last would leave the other's behind. So the first that comes sets them, and the last puts them back.
     """
     global _inside, _filters
+    if getattr(sys.flags, "context_aware_warnings", False):  # Python 3.14: a thread's own, where it is asked for
+        with warnings.catch_warnings():
+            _set()
+            yield
+        return
     with _lock:
         if not _inside:
             _filters = warnings.catch_warnings()
             _filters.__enter__()
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            _set()
         _inside += 1
     try:
         yield
@@ -39,6 +44,11 @@ def quietly() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 _filters.__exit__(None, None, None)
+
+
+def _set() -> None:
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def _forked() -> None:
