@@ -208,8 +208,8 @@ PROMISES = [
             Break(
                 "machines: a validation that was due is left out",
                 "fastclip/training/trainer.py",
-                old="if self.val_source is not None and (_due(",
-                new="if not stops and self.val_source is not None and (_due(",
+                old="        if self._validation_is_due(done):",
+                new="        if not stops and self._validation_is_due(done):",
             ),
             Break(
                 "machines: the handlers stay",

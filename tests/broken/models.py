@@ -351,8 +351,8 @@ PROMISES = [
             Break(
                 "encoder: what is missing stays random",
                 "fastclip/models/factory.py",
-                old="if missing or unexpected or shapes:",
-                new="if unexpected or shapes:",
+                old="if told := misfit(missing, unexpected, shapes):",
+                new="if told := misfit([], unexpected, shapes):",
             ),
         ],
     ),

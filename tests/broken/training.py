@@ -35,8 +35,8 @@ PROMISES = [
             Break(
                 "trainer: lines after the checkpoint stay",
                 "fastclip/training/metrics.py",
-                old='if int(parse_json(line, str(file))["step"]) <= step:',
-                new="if parse_json(line, str(file)):",
+                old='if (of := int(values["step"])) <= step:',
+                new='if (of := int(values["step"])):',
             ),
             Break(
                 "trainer: changes are not named",
