@@ -55,7 +55,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the names and values of a YAML file; errors as of `read_json`, also for a name that is given twice."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # which makes numbers, texts, lists and mappings, and calls nothing
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             names = [key.value for key, _ in node.value]  # else the last one would count
             if twice := next((name for name in names if names.count(name) > 1), None):
@@ -63,7 +63,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             return super().construct_mapping(node, deep)
 
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+        loader = Loader(Path(path).read_text(encoding="utf-8"))
+        try:
+            values = loader.get_single_data()
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # of its constructors, too
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
     if not isinstance(values, dict):
