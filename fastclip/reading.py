@@ -55,23 +55,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the names and values of a YAML file; errors as of `read_json`, also for a name that is given twice."""
     import yaml
 
-    class Loader(yaml.SafeLoader):  # which makes numbers, texts, lists and mappings, and calls nothing
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [key.value for key, _ in node.value]  # else the last one would count
-            if twice := next((name for name in names if names.count(name) > 1), None):
-                raise ValueError(f"{twice} is given twice")
-            return super().construct_mapping(node, deep)
-
     try:
-        loader = Loader(Path(path).read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))  # which makes numbers, texts and containers
         try:
-            values = loader.get_single_data()
+            node = loader.get_single_node()
+            names = [(key.tag, key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+            values = None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # of its constructors, too
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold names and values, such as `batch_size: 256`")
+    if twice := next((name for name in names if names.count(name) > 1), None):  # the last one would count
+        raise ValueError(f"{path}: {twice[1]} is given twice")
     return {str(name): value for name, value in values.items()}
 
 

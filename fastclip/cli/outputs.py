@@ -76,19 +76,28 @@ def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str
 
 def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--output") -> None:
     """ValueError where the folder `output` is one of `data`, or would be a class of one whose folders are classes."""
-    from fastclip.data.folder import pictures
     from fastclip.data.spec import spec_places
     from fastclip.owner import output_path
 
     check_apart(output, data, option=option)
     path = Path(os.path.realpath(output_path(output)))
     for place in (place for spec in data for place in spec_places(spec) if place.is_dir()):
-        if path.is_relative_to(os.path.realpath(place)):
-            captioned = [bool(found.told) for found in pictures(place)]
-            if captioned and not any(captioned):
-                raise ValueError(
-                    f"{option} {output} would be a class of {place}, whose folders are classes: name another"
-                )
+        if path.is_relative_to(within := Path(os.path.realpath(place))) and path != within:
+            top = path.relative_to(within).parts[0]
+            if not top.startswith(".") and (classes := _class_folders(place)) and top not in classes:
+                raise ValueError(f"{option} {output} would be a class of {place}: name another place")
+
+
+def _class_folders(folder: Path) -> set[str]:
+    """Names of the folders in a folder of classes: each picture lies in one, and none has captions; else none."""
+    from fastclip.data.folder import pictures
+
+    names = set[str]()
+    for found in pictures(folder):
+        if found.told or not os.path.dirname(found.name):
+            return set()
+        names.add(Path(found.name).parts[0])
+    return names
 
 
 def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:

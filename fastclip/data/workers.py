@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,9 +58,11 @@ def load(
     if watch.workers:
         # Workers that make a folder of their own for the sockets through which tensors go leave it behind
         multiprocessing.util.get_temp_dir()
-    with _env.tokenizers_without_threads(), _signals_held():
-        loaded = iter(loader)  # starts the workers
-    with _ended(loaded), Alarm(watch) as alarm:
+    with ExitStack() as stack:
+        with _env.tokenizers_without_threads(), _signals_held():
+            loaded = iter(loader)  # starts the workers
+            stack.enter_context(_ended(loaded))  # a signal that waits is raised at the end of this block
+        alarm = stack.enter_context(Alarm(watch))
         while True:
             try:
                 with alarm.waiting():

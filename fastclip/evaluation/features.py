@@ -60,7 +60,7 @@ class FeatureStore:
         self, embedder: Embedder, keys: Iterable[str], *, folder: Path | None = None, owned: bool = False
     ) -> None:
         digest = hashlib.blake2b(embedder.identity.encode(), digest_size=16)
-        for key in (limit_in_words(), *keys):
+        for key in (*filter(None, [limit_in_words()]), *keys):
             digest.update(key.encode("utf-8", "surrogatepass") + b"\0")
         self._is_cache, self._lost = folder is None, False
         self.folder = (folder or _env.cache_folder() / "features") / digest.hexdigest()

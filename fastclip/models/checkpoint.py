@@ -102,7 +102,8 @@ def read_config(folder: Path) -> ModelConfig | None:
         taken = ("mean", "std", "interpolation", "resize_mode")
         merged["preprocess_cfg"] = {name: preprocess[name] for name in taken if name in preprocess}
         config = ModelConfig.from_dict(merged, where=str(path), folder=folder)
-        _check_preprocess(preprocess, config.vision_cfg.image_size, f"{path}: preprocess_cfg")
+        if (mode := preprocess.get("mode")) not in (None, "RGB"):
+            raise ValueError(f"{path}: preprocess_cfg: mode must be RGB, got {shown(mode)}")
         return config
     if not (path := folder / _CONFIG).is_file():
         return None
@@ -111,14 +112,6 @@ def read_config(folder: Path) -> ModelConfig | None:
     if kind == "fastclip":
         return ModelConfig.from_dict(values, where=str(path), folder=folder)
     return config_from_huggingface(folder, kind)
-
-
-def _check_preprocess(values: Mapping[str, Any], image_size: int, where: str) -> None:
-    """ValueError for what open_clip would do to pictures, and the transforms here do not."""
-    if (mode := values.get("mode")) not in (None, "RGB"):
-        raise ValueError(f"{where}: mode must be RGB, got {shown(mode)}")
-    if (size := values.get("size")) not in (None, image_size, [image_size, image_size]):
-        raise ValueError(f"{where}: size must be the image tower's image_size, {image_size}, got {shown(size)}")
 
 
 def _weights(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastclip.durable import new_file
+from fastclip.durable import new_file, write_bytes
 from fastclip.models.config import BertConfig, EfficientNetConfig, ModelConfig
 from fastclip.models.conversion import map_names, to_form
 from fastclip.models.dual_encoder import DualEncoder
@@ -82,7 +82,7 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
         with new_model(target, files, read_first=read_first) as half:
             write_huggingface_config(config, half)
             if model.vocabulary is not None:
-                (half / VOCABULARY).write_bytes(model.vocabulary)
+                write_bytes(half / VOCABULARY, model.vocabulary)
             write_weights(half / "model.safetensors", tensors, config=half / "config.json")
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastclip.durable import write_bytes
 from fastclip.models.config import BertConfig, ModelConfig
 from fastclip.models.vocabulary import VOCABULARY, is_file_name, own_vocabulary
 from fastclip.models.writing import OWN_FILES, new_model, write_config, write_weights
@@ -130,7 +131,7 @@ class DualEncoder(nn.Module):
         self._check_readable(state)
         values = self.config.to_dict()
         if self.vocabulary is not None:
-            (folder / VOCABULARY).write_bytes(self.vocabulary)
+            write_bytes(folder / VOCABULARY, self.vocabulary)
             values["text_cfg"]["vocabulary"] = VOCABULARY
         elif isinstance(text := self.config.text_cfg, BertConfig) and is_file_name(text.vocabulary):
             raise ValueError(f"the vocabulary {text.vocabulary} of this model was not beside its configuration")
@@ -143,9 +144,10 @@ class DualEncoder(nn.Module):
 
         assert self.config is not None
         expected = build_model(self.config, device="meta").state_dict()
-        own = {"logit_bias"}  # a reader takes it as it is found
-        missing = [name for name in expected if name not in state and name not in own]
-        unexpected = [name for name in state if name not in expected and name not in own]
+        if "logit_bias" in state:  # which a reader takes, whatever the configuration says
+            expected["logit_bias"] = expected["logit_scale"]
+        missing = [name for name in expected if name not in state]
+        unexpected = [name for name in state if name not in expected]
         other = [name for name, x in state.items() if name in expected and x.shape != expected[name].shape]
         if told := misfit(missing, unexpected, other):
             raise ValueError(f"the model was changed and does not fit its configuration, which is written too: {told}")
@@ -166,14 +168,15 @@ class DualEncoder(nn.Module):
             if not _REPOSITORY.fullmatch(str(source)):
                 raise FileNotFoundError(f"the checkpoint {source} does not exist")
             from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
             patterns = ["*.json", "*.safetensors", VOCABULARY]
             try:
                 path = Path(snapshot_download(str(source), allow_patterns=patterns))
-            except (OSError, ValueError) as error:
+            except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+                told = " ".join(str(error).split())
                 raise FileNotFoundError(
-                    f"{source} is neither a folder here nor a repository on Hugging Face's hub: "
-                    f"{' '.join(str(error).split())}"
+                    f"{source} is no folder here, and Hugging Face's hub does not give it: {told}"
                 ) from error
         return create_model(pretrained=path, **options)
 

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastclip.data.picture import USUAL_PIXELS
 from fastclip.durable import write_json
 from fastclip.reading import read_json
 
 __all__ = ["claim"]
 
+_USUAL = {"max_pixels": USUAL_PIXELS}  # which older folders do not tell
 _NAME = "options.json"
 
 
@@ -26,7 +28,7 @@ def claim(folder: Path, options: Mapping[str, Any], *, result: str) -> None:
     """
     name = folder / _NAME
     if name.is_file():
-        before = read_json(name)
+        before = {key: value for key, value in _USUAL.items() if key in options} | read_json(name)
         if before.keys() != options.keys():
             raise ValueError(f"{folder} was begun by another version of fastclip: take another folder")
         changed = [key for key in options if before[key] != options[key]]

@@ -61,9 +61,9 @@ def cached_step(
 
     Dropout and drop path are the same in both passes: the states of torch's generators, of the CPU and of the GPUs that
     the arguments or the modules are on, are replayed, and go on after the loss; those of Python and numpy are not.
-    Buffers are replayed as well and changed once.
-    BatchNorm normalises with the statistics of a micro-batch, as in gradient accumulation: there, and only there, the
-    gradients are not those of one pass over the whole batch. Under `torch.autocast` both passes are.
+    Buffers are replayed as well and changed once. BatchNorm normalises with the statistics of a micro-batch, as in
+    gradient accumulation: there, and only there, the gradients are not those of one pass over the whole batch. Under
+    `torch.autocast` both passes are.
     """
     batches = [_Arguments(batch) for batch in micro_batches]
     if not batches:
@@ -73,11 +73,12 @@ def cached_step(
     modules = [modules] if isinstance(modules, nn.Module) else list(modules)
 
     inputs = [x for batch in batches for x in batch.tensors]
-    places = {x.device: x.new_empty(0) for x in [*inputs, *(p for module in modules for p in module.parameters())]}
+    devices = {x.device for x in [*inputs, *(p for module in modules for p in module.parameters())]}
+    places = [torch.empty(0, device=device) for device in devices]
     states, found, buffers = [], [], _Buffers(modules)
-    with torch.no_grad(), _no_exchange(modules):
+    with torch.no_grad(), _no_exchange(modules), buffers.noted():
         for batch in batches:
-            states.append(_generators(places.values()))
+            states.append(_generators(places))
             found.append(_checked(forward(*batch.unchanged())))
     # older torch's autocast keeps the weights it has cast here, which know no gradient
     torch.clear_autocast_cache()
@@ -94,7 +95,7 @@ def cached_step(
     direct = _backward(value if grad_scaler is None else grad_scaler.scale(value), [*features, *rest], modules)
 
     gradients = [None if x.grad is None else x.grad.split(sizes) for x in features]
-    after = _generators(places.values())
+    after = _generators(places)
     with buffers.replayed(), _restoring(after):
         for k, batch in enumerate(batches):
             last = k == len(batches) - 1
@@ -284,25 +285,49 @@ def _restoring(states: tuple[Tensor, Any, Any]) -> Iterator[None]:
 
 
 class _Buffers:
-    """Running statistics and the like, which a second pass reads as the first did, and leaves as the first did."""
+    """Running statistics and the like, which a second pass reads as the first did, and leaves as the first did.
+
+    A module may write into a buffer or put another in its place.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._buffers = [x for module in modules for x in module.buffers()]
-        self._first = self._copies()
+        self._modules = modules
+        owners = dict.fromkeys(owner for module in modules for owner in module.modules())
+        self._places = [(owner, name) for owner in owners for name, x in owner._buffers.items() if x is not None]
+        self._first = self._now()
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside is the first pass, at whose begin DistributedDataParallel gives every rank the buffers of rank 0."""
+        inner = [getattr(one, "module", None) for module in self._modules for one in _exchanging(module)]
+        handles = [one.register_forward_pre_hook(self._note) for one in inner if isinstance(one, nn.Module)]
+        self._awaited = {*inner}
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        after = self._copies()
+        after = self._now()
         self._write(self._first)
         try:
             yield
         finally:
             self._write(after)
 
-    def _copies(self) -> list[Tensor]:
-        return [x.clone() for x in self._buffers]
+    def _note(self, module: nn.Module, args: Any) -> None:
+        if module in self._awaited:
+            self._awaited.remove(module)
+            inside = {*module.modules()}
+            now = zip(self._places, self._now(), self._first)
+            self._first = [new if owner in inside else old for (owner, _), new, old in now]
+
+    def _now(self) -> list[Tensor]:
+        return [owner._buffers[name].clone() for owner, name in self._places]  # type: ignore[union-attr]
 
     def _write(self, values: list[Tensor]) -> None:
         with torch.no_grad():
-            for x, value in zip(self._buffers, values):
-                x.copy_(value)
+            for (owner, name), value in zip(self._places, values):
+                owner._buffers[name].copy_(value)  # type: ignore[union-attr]

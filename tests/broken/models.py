@@ -48,7 +48,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "Pictures and texts of a folder of Hugging Face or open_clip are treated as these treat them, or it is refused",
+        "Pictures, and ALIGN's texts, of a folder of Hugging Face are treated as transformers treats them, or refused",
         tests=[
             "models/test_processor.py::test_pictures_are_transformers",
             "models/test_processor.py::test_a_whole_processor_goes_first",
@@ -102,12 +102,6 @@ PROMISES = [
                 "fastclip/models/huggingface.py",
                 old='values["include_top"] = False',
                 new="pass",
-            ),
-            Break(
-                "processor: open_clip's size is passed over",
-                "fastclip/models/checkpoint.py",
-                old="not in (None, image_size, [image_size, image_size]):",
-                new="is Ellipsis:",
             ),
             Break(
                 "vocabulary: tokenizer.json is passed over",

@@ -84,7 +84,7 @@ PROMISES = [
             Break(
                 "outputs: a run in a folder of classes is a class",
                 "fastclip/cli/outputs.py",
-                old="if captioned and not any(captioned):",
+                old='if not top.startswith(".") and (classes := _class_folders(place)) and top not in classes:',
                 new="if False:",
             ),
             Break(

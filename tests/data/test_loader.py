@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -379,19 +380,19 @@ def test_signals_wait_while_workers_start(tmp_path: Path, number: signal.Signals
     """What a handler raises among the hooks of os.fork would be swallowed."""
     handled: list[int] = []
 
-    def steps() -> list[Any]:
-        return list(training_batches(Wordy(), plain, tokenize, batch_size=8, last_step=3, workers=2))
+    def steps(transform: Any) -> list[Any]:
+        return list(training_batches(Wordy(), transform, tokenize, batch_size=8, last_step=3, workers=2))
 
     def program() -> None:
-        def send() -> None:
-            os.kill(os.getpid(), number)
-
+        send = functools.partial(signal.raise_signal, number)
         os.register_at_fork(after_in_parent=send, after_in_child=send)
         signal.signal(number, lambda *args: handled.append(number))
-        assert len(steps()) == 3 and handled == [number]
+        assert len(steps(plain)) == 3 and handled == [number]
         signal.signal(number, signal.default_int_handler)
+        begin = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            steps()
+            steps(lambda image: time.sleep(1000))
+        assert time.monotonic() - begin < 4  # torch waits 5 s for each
 
     assert ended(forked(program, tmp_path / "said")) == 0, (tmp_path / "said").read_text()
 

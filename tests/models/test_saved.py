@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,9 @@ import fastclip
 from support import needs
 
 needs("models")
+
+import huggingface_hub
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from fastclip.models.dual_encoder import DualEncoder
 
@@ -56,6 +60,14 @@ def parametrised(model: DualEncoder) -> None:
     nn.utils.parametrizations.weight_norm(model.visual.head)
 
 
+def without_its_bias(model: DualEncoder) -> None:
+    model.config = model.config.with_changes(init_logit_bias=-10)  # type: ignore[union-attr]
+
+
+def bias_of_another_shape(model: DualEncoder) -> None:
+    model.logit_bias = nn.Parameter(torch.zeros(1))
+
+
 @pytest.mark.fault(
     "a model that was changed is saved", "refused: it could not be read again; the folder stays as it was"
 )
@@ -63,6 +75,8 @@ def parametrised(model: DualEncoder) -> None:
     ("change", "told"),
     [
         (wider_head, r"1 unexpected: visual.head.bias; 1 of another shape: visual.head.weight"),
+        (without_its_bias, "1 missing: logit_bias"),
+        (bias_of_another_shape, "1 of another shape: logit_bias"),
         (another_part, "2 unexpected: extra.weight, extra.bias"),
         (parametrised, "1 missing: visual.head.weight; 2 unexpected: visual.head.param"),
     ],
@@ -105,16 +119,22 @@ def test_path_that_does_not_exist_is_no_repository(source: str) -> None:
         DualEncoder.from_pretrained(source)
 
 
-def test_repository_that_is_not_found_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (LocalEntryNotFoundError("no connection"), FileNotFoundError, "owner/name is no folder here, .*no connection"),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError, "^.Errno 28. No space"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_told(
+    error: OSError, kind: type[OSError], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     def fails(*args: Any, **options: Any) -> str:
-        raise OSError("no connection")
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
-    with pytest.raises(
-        FileNotFoundError, match=r"owner/name is neither a folder here nor a repository on .*no connection"
-    ):
+    with pytest.raises(kind, match=told):
         DualEncoder.from_pretrained("owner/name")
 
 

@@ -49,7 +49,7 @@ def runs(source: str) -> Iterator[str]:
             name in ("eval", "exec", "compile", "__import__", "os.system", "torch.jit.load", "torch.hub.load")
             or name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.package.PackageImporter")
             or (name == "torch.load" and options.get("weights_only") != "True")
-            or (name.startswith("yaml.") and name not in ("yaml.safe_load", "yaml.safe_dump"))
+            or (name.startswith("yaml.") and name not in ("yaml.SafeLoader", "yaml.safe_load", "yaml.safe_dump"))
             or options.get("trust_remote_code", "False") != "False"
             or options.get("allow_pickle", "False") != "False"
             or (name == "Image.open" and "formats" not in options)

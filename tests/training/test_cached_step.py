@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,82 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import fastclip
 from fastclip.training import cached_step
 from support import needs
-
-N, SIZES = 22, (8, 8, 5, 1)
-
-
-class Pair(nn.Module):
-    """Two encoders with dropout between their layers, and what the losses take besides."""
-
-    def __init__(self, dropout: float = 0.0, norm: bool = False, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-
-        def tower() -> nn.Sequential:
-            middle = nn.BatchNorm1d(16) if norm else nn.GELU()
-            return nn.Sequential(nn.Linear(7, 16), middle, nn.Dropout(dropout), nn.Linear(16, 6))
-
-        self.image, self.text = tower(), tower()
-        self.log_scale, self.bias = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.tensor(-2.0))
-        with torch.no_grad():
-            for p in (*self.image.parameters(), *self.text.parameters()):
-                p.copy_(0.5 * torch.randn(p.shape, generator=generator))
-        self.to(dtype)
-
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
-        return self.image(images), self.text(texts), self.log_scale.exp(), self.bias
-
-
-class Towers(Pair):
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
-        return self.image(images), self.text(texts)
-
-
-def rows(dtype: torch.dtype = torch.float64, size: int = N) -> tuple[Tensor, Tensor]:
-    return torch.randn(2, size, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).unbind(0)
-
-
-def clip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return fastclip.contrastive_loss(image, text, scale)
-
-
-def unicl(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    y = torch.arange(len(image)) % 9
-    return fastclip.contrastive_loss(image, text, scale, image_labels=y, text_labels=y, label_smoothing=0.1)
-
-
-def sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return fastclip.sigmoid_loss(image, text, scale, bias)
-
-
-def gradients(model: nn.Module, step: Callable[[nn.Module], Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-    model = copy.deepcopy(model)
-    value = step(model)
-    return value, [p.grad for p in model.parameters()]
-
-
-def kept_whole(loss: Callable[..., Tensor], batches: Sequence[Sequence[Tensor]]) -> Callable[[nn.Module], Tensor]:
-    """The same micro-batches with all their graphs: what the cached step saves."""
-
-    def step(model: nn.Module) -> Tensor:
-        outputs = [model(*batch) for batch in batches]
-        value = loss(*(torch.cat([x[k] for x in outputs]) for k in range(2)), *outputs[-1][2:])
-        value.backward()
-        return value.detach()
-
-    return step
-
-
-def assert_same(ours: Any, true: Any, rtol: float = 1e-10) -> None:
-    torch.testing.assert_close(ours[0], true[0], rtol=rtol, atol=1e-12)
-    assert [x is None for x in ours[1]] == [x is None for x in true[1]]
-    for a, b in zip(ours[1], true[1]):
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max()) + 1e-12)
-
-
-def cut(images: Tensor, texts: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(images.split(SIZES), texts.split(SIZES)))
+from support.cached import Pair, Towers, assert_same, clip, cut, gradients, kept_whole, rows, sigmoid, unicl
 
 
 @pytest.mark.parametrize("loss", [clip, unicl, sigmoid])
@@ -158,6 +82,34 @@ def test_batch_norm_is_a_micro_batchs_and_its_statistics_move_once() -> None:
     weight = [model.image[0].weight.grad for model in models]
     torch.testing.assert_close(weight[0], weight[1], rtol=1e-10, atol=1e-12)
     assert not torch.allclose(weight[0], weight[2], rtol=1e-3), "a whole batch is normalised by its own statistics"
+
+
+class Running(Pair):
+    """Reads a buffer and moves it, in place or not; `read` is what the passes read."""
+
+    def __init__(self, in_place: bool, start: float = 1.0) -> None:
+        super().__init__()
+        self.in_place, self.read = in_place, []
+        self.register_buffer("mean", torch.full((7,), start, dtype=torch.float64))
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        mean = self.mean.clone()
+        self.read.append(mean)
+        moved = 0.7 * mean + 0.3 * images.mean(0)
+        if self.in_place:
+            self.mean.copy_(moved)
+        else:
+            self.mean = moved
+        return super().forward(images - mean, texts)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_running_statistics_are_replayed(in_place: bool) -> None:
+    models = [Running(in_place) for _ in range(2)]
+    values = cached_step(models[0], cut(*rows()), clip), kept_whole(clip, cut(*rows()))(models[1])
+    ours, true = ((value, [p.grad for p in model.parameters()]) for value, model in zip(values, models))
+    assert_same(ours, true)
+    torch.testing.assert_close(models[0].mean, models[1].mean)
 
 
 def test_buffers_that_a_pass_reads_and_changes_are_replayed() -> None:
@@ -325,14 +277,21 @@ def whole(model: Pair) -> Tensor:
         (Pair(), [], clip, "at least one micro-batch"),
         (lambda x: x, [(torch.ones(2, 3),)], clip, r"forward must return features .* got a tensor \(2, 3\)"),
         (lambda x: (x, x.sum(1)), [(torch.ones(2, 3),)], clip, r"got \(a tensor \(2, 3\), a tensor \(2,\)\)"),
-        (Pair(), [{"images": 1}], clip, r"must be the arguments of forward, .* got dict; .*, \[\(batch,\) for batch"),
-        (Pair(), torch.ones(2, 2, 3), clip, "must be the arguments of forward, .* got Tensor"),
         (Pair(), [rows()], lambda *x: x[0], r"loss must return a tensor \(\), got a tensor \(22, 6\)"),
     ],
 )
 def test_misfit_raises(forward: Any, batches: Any, loss: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(ValueError, match=message):
         cached_step(forward, batches, loss)
+
+
+@pytest.mark.parametrize(
+    "batches", [[{"images": 1}], torch.ones(2, 2, 3), ["ab"]], ids=lambda batches: str(type(batches))
+)
+def test_micro_batches_are_arguments(batches: Any) -> None:
+    message = r"must be the arguments of forward, .* got (dict|Tensor|str); .*, \[\(batch,\) for batch in"
+    with pytest.raises(TypeError, match=message):
+        cached_step(Pair(), batches, clip)
 
 
 def ddp_reads(rank: int, micro_batches: Any) -> Any:
@@ -384,12 +343,24 @@ def towers_exchange_once(rank: int, micro_batches: Any) -> Any:
     return [p.grad for p in model.parameters()], sum(exchanged)
 
 
+def ddp_buffers(rank: int, micro_batches: Any) -> Any:
+    """What the two passes of two steps read; DistributedDataParallel begins with the buffers of rank 0."""
+    model = Running(in_place=True, start=float(rank))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        cached_step(wrapped, micro_batches, lambda *x: fastclip.sigmoid_loss(*x, group=dist.group.WORLD))
+        with torch.no_grad():
+            model.mean += rank
+    return torch.stack(model.read).reshape(2, 2, len(micro_batches), 7)
+
+
 BY_ITSELF = {
     "ddp": ddp_reads,
     "ddp, not told": ddp_reads_untold,
     "ddp, unused": ddp_reads_unused,
     "ddp, static": ddp_reads_static,
     "towers": towers_exchange_once,
+    "buffers": ddp_buffers,
 }
 
 
@@ -455,6 +426,13 @@ def test_ddp_averages_what_the_loss_reads_by_itself(name: str, ranks: list[Any])
     for *_, found in ranks:
         for ours, p in zip(found[name], model.parameters()):
             torch.testing.assert_close(ours, p.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_ddp_replays_the_buffers_that_it_gave(ranks: list[Any]) -> None:
+    found = [by_themselves["buffers"] for *_, by_themselves in ranks]
+    for steps in found:
+        assert torch.equal(steps[:, 0], steps[:, 1])  # the second pass as the first
+    assert torch.equal(found[0][:, :, 0], found[1][:, :, 0])  # from rank 0
 
 
 def test_towers_in_a_module_exchange_once(ranks: list[Any]) -> None:
