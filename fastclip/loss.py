@@ -74,8 +74,9 @@ def contrastive_loss(
             that each view was made of (SimCLR, Chen et al. 2020) or its class (SupCon, Khosla et al. 2020, L_out).
         ignore_label: the label of rows that have none, often -1. They are neither positives nor negatives: loss and
             gradients are those without these images and texts, whose own are 0. The host waits for their number.
-            None: every label is a class, and -1 is refused: under torch.compile with a RuntimeError, on a GPU, which
-            does not wait for the answer, by an assertion as cross_entropy's of its classes, which ends CUDA's context.
+            None: every label is a class, and -1 is refused: under torch.compile with a RuntimeError; on a GPU, which
+            does not wait for the answer, by an assertion as cross_entropy's of its classes, which ends CUDA's context
+            (on devices other than CPU and CUDA it is a class).
         image_weight: w in [0, 1], the weight of image -> text (ConVIRT, Zhang et al. 2020: 0.75). ALIGN's sum of both
             directions is twice the default mean.
         label_smoothing: eps in [0, 1]: targets (1 - eps) / n on a row's n positives plus eps / N on all (ALIGN: 0.1).

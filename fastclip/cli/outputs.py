@@ -70,7 +70,7 @@ def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str
     if not (path := output_path(output)).exists():
         return
     for place in _places(inputs):
-        if place.exists() and os.path.samefile(path, place):
+        if os.path.exists(place) and os.path.samefile(path, place):
             raise ValueError(f"{option} {output} is what the command reads: name another place")
 
 
@@ -81,7 +81,7 @@ def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--ou
 
     check_apart(output, data, option=option)
     path = Path(os.path.realpath(output_path(output)))
-    for place in (place for spec in data for place in spec_places(spec) if place.is_dir()):
+    for place in (place for spec in data for place in spec_places(spec) if os.path.isdir(place)):
         if path.is_relative_to(within := Path(os.path.realpath(place))) and path != within:
             top = path.relative_to(within).parts[0]
             if not top.startswith(".") and (classes := _class_folders(place)) and top not in classes:
@@ -92,12 +92,11 @@ def _class_folders(folder: Path) -> set[str]:
     """Names of the folders in a folder of classes: each picture lies in one, and none has captions; else none."""
     from fastclip.data.folder import pictures
 
-    names = set[str]()
-    for found in pictures(folder):
-        if found.told or not os.path.dirname(found.name):
-            return set()
-        names.add(Path(found.name).parts[0])
-    return names
+    if any(found.told or not os.path.dirname(found.name) for found in pictures(folder, links=[])):
+        return set()
+    with os.scandir(folder) as entries:  # links to folders, which are classes as well, are not walked into
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return {name for name in names if any(True for _ in pictures(folder / name, links=[]))}
 
 
 def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:

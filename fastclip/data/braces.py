@@ -16,7 +16,8 @@ _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 def brace_names(pattern: str) -> list[str]:
     """Return the names that ``{00000..00009}`` and ``{a,b}`` in `pattern` stand for, in order.
 
-    Raises ValueError, before memory is used, where there are more than a million, and where a brace is not closed.
+    Raises ValueError where there are more than a million, and where a brace is not closed; before memory is used, but
+    for lists whose elements have several ranges.
     """
     # a range is looked at first: braceexpand lists each one before it gives the first name
     names = None if any(_length(*found.groups()) > _MOST for found in _RANGE.finditer(pattern)) else _names(pattern)
@@ -28,11 +29,11 @@ def brace_names(pattern: str) -> list[str]:
 def _names(pattern: str) -> list[str]:
     try:
         return list(islice(braceexpand(pattern), _MOST + 1))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{pattern}: {error}") from error
 
 
 def _length(start: str, end: str, step: str | None) -> int:
-    if max(len(start), len(end)) > 18:  # more digits than any name has; int() refuses thousands of them
+    if max(map(len, (start, end, step or ""))) > 18:  # more digits than any name has; int() refuses thousands
         return _MOST + 1
     return abs(int(end) - int(start)) // max(1, int(step or 1)) + 1

@@ -44,6 +44,7 @@ def quietly() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 _filters.__exit__(None, None, None)
+            _inside = max(0, _inside)  # below where this process was forked inside, which put the filters back
 
 
 def _set() -> None:

@@ -53,14 +53,15 @@ def _listed(pattern: str) -> list[str]:
         listed = system.glob(path, detail=True)
     except Exception as error:  # every kind of storage has its own
         raise OSError(f"{pattern}: cannot be listed: {_reason(error)}") from error
-    hidden = PurePosixPath(path).name.startswith(".")
     names = [name for name, info in listed.items() if info.get("type") != "directory"]
-    found = sorted(
-        system.unstrip_protocol(name) for name in names if hidden or not PurePosixPath(name).name.startswith(".")
-    )
+    found = sorted(system.unstrip_protocol(name) for name in names if _is_hidden(path) or not _is_hidden(name))
     if not found:
         raise ValueError(f"no such shards: {pattern}")
     return found
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(path).parts)
 
 
 def local_copies(urls: list[str], problems: list[str] | None = None) -> dict[str, str]:

@@ -206,7 +206,7 @@ def _swallowed(row: list[str], width: int, image: int, separator: str) -> bool:
     own = row[image].strip() if image < len(row) else ""
     for place, field in enumerate(row):
         lines = _LINE_END.split(field)
-        judged = alike = 0
+        judged = alike = beside = 0
         for number, line in enumerate(lines if len(lines) > 1 else ()):
             cells = line.split(separator)
             column, whole = image, width
@@ -216,8 +216,11 @@ def _swallowed(row: list[str], width: int, image: int, separator: str) -> bool:
                 whole = width - (len(row) - place - 1)
             if line.strip() and 0 <= column < whole:  # else its picture is not part of the field
                 judged += 1
-                alike += len(cells) == whole and _like(cells[column].strip(), own)
-        if alike > judged / 2:
+                plain = len(cells) == whole and all(cell == cell.strip() for cell in cells)  # prose has blanks
+                if plain and _like(cells[column], own):
+                    alike += 1
+                    beside += os.path.dirname(cells[column]) == os.path.dirname(own)
+        if alike > judged / 2 and (judged > 1 or beside):  # a single line could be prose by chance
             return True
     return False
 
@@ -248,10 +251,10 @@ def _columns(header: list[str], separators: str, spec: str, columns: Named) -> t
     """The separator, and the places of the pictures' and the captions' columns."""
     widest: list[str] = []
     for separator in separators:
-        names = _names(header, separator)
+        names = _names(header, separator, spec)
         widest = max(widest, names, key=len)
     for separator in separators:
-        names = _names(header, separator)
+        names = _names(header, separator, spec)
         if columns != UNNAMED and len(names) < len(widest):
             continue
         image = choose(names, "image", IMAGE_COLUMNS, columns.image, spec)
@@ -269,6 +272,9 @@ def _columns(header: list[str], separators: str, spec: str, columns: Named) -> t
     )
 
 
-def _names(header: list[str], separator: str) -> list[str]:
+def _names(header: list[str], separator: str, spec: str) -> list[str]:
     """Of the columns, by the first row of these lines."""
-    return [name.strip() for name in next(csv.reader(header, delimiter=separator), [])]
+    try:
+        return [name.strip() for name in next(csv.reader(header, delimiter=separator), [])]
+    except csv.Error as error:
+        raise ValueError(f"{spec}: the header of the table cannot be read: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as shown
@@ -111,7 +110,7 @@ def _normalisation(values: Mapping[str, Any], efficientnet: bool, where: str) ->
     scale, shift = 255.0, 0.0  # of channels from 0 to 1
     if _flag(values, "do_rescale", where):
         factor = values["rescale_factor"]
-        if not _number(factor) or not 0 < factor < 1e6:
+        if not _number(factor) or not 1e-9 < factor < 1e6:
             raise ValueError(f"{where}: rescale_factor must be a positive number, got {shown(factor)}")
         scale = float(f"{255 * factor:.12g}")  # files hold 1/127.5 to 15 digits
         shift = float(efficientnet and _flag(values, "rescale_offset", where))
@@ -163,8 +162,8 @@ def _edges(value: Any, square: Any, key: str, where: str) -> dict[str, int]:
 
 def _channels(values: Mapping[str, Any], name: str, where: str) -> tuple[float, ...]:
     numbers = values[name] if isinstance(values[name], list) else []
-    least = 0 if name == "image_std" else -math.inf
-    if len(numbers) != 3 or not all(_number(number) and least < number < math.inf for number in numbers):
+    least = 0 if name == "image_std" else -1e6
+    if len(numbers) != 3 or not all(_number(number) and least < number < 1e6 for number in numbers):
         which = "three positive numbers" if least == 0 else "three numbers"
         raise ValueError(f"{where}: {name} must be {which}, got {shown(values[name])}")
     return tuple(map(float, numbers))

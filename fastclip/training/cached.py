@@ -55,7 +55,7 @@ def cached_step(
         The loss, detached, not scaled.
 
     Raises:
-        TypeError: a micro-batch is a tensor or a mapping, no arguments.
+        TypeError: a micro-batch is a tensor, a mapping or a text, no arguments.
         ValueError: no micro-batches; `forward` or `loss` returns something else; `loss` reads by itself a parameter
             that FSDP has sharded; a tensor of a micro-batch changed before it was embedded again.
 
@@ -293,7 +293,7 @@ class _Buffers:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         owners = dict.fromkeys(owner for module in modules for owner in module.modules())
-        self._places = [(owner, name) for owner in owners for name, x in owner._buffers.items() if x is not None]
+        self._places = [(owner, name) for owner in owners for name in owner._buffers]
         self._first = self._now()
 
     @contextmanager
@@ -317,6 +317,7 @@ class _Buffers:
         finally:
             self._write(after)
 
+    @torch.compiler.disable  # else a graph of the wrapper would keep what this has done
     def _note(self, module: nn.Module, args: Any) -> None:
         if module in self._awaited:
             self._awaited.remove(module)
@@ -324,10 +325,15 @@ class _Buffers:
             now = zip(self._places, self._now(), self._first)
             self._first = [new if owner in inside else old for (owner, _), new, old in now]
 
-    def _now(self) -> list[Tensor]:
-        return [owner._buffers[name].clone() for owner, name in self._places]  # type: ignore[union-attr]
+    def _now(self) -> list[Tensor | None]:
+        found = (owner._buffers.get(name) for owner, name in self._places)
+        return [None if x is None else x.clone() for x in found]
 
-    def _write(self, values: list[Tensor]) -> None:
+    def _write(self, values: list[Tensor | None]) -> None:
         with torch.no_grad():
             for (owner, name), value in zip(self._places, values):
-                owner._buffers[name].copy_(value)  # type: ignore[union-attr]
+                there = owner._buffers.get(name)
+                if there is None or value is None or (there.shape, there.dtype) != (value.shape, value.dtype):
+                    owner._buffers[name] = None if value is None else value.clone()
+                else:  # DistributedDataParallel, for one, has hold of it
+                    there.copy_(value)

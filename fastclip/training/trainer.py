@@ -64,7 +64,7 @@ class Run(NamedTuple):
     folder: Path
     steps: int  # updates made, those before a resume included
     losses: list[float]  # of every step of this call
-    validation: dict[str, float]  # the last one; empty without validation data
+    validation: dict[str, float]  # the last one of this call; empty where it made none
     seconds: float  # of all steps of this call, data included
     backend: str  # that served the loss, a name of `fastclip.backends()`
 

@@ -120,7 +120,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A quote in a table that is not closed loses no row without an error",
+        "A quote in a table that is not closed is an error, where it takes in rows with names of pictures",
         tests=[
             "data/test_tables.py::test_quote_that_swallows_rows_is_an_error",
             "data/test_tables.py::test_captions_of_several_lines_are_read",
@@ -135,14 +135,14 @@ PROMISES = [
             Break(
                 "table: rows in quotes are a caption",
                 "fastclip/data/table.py",
-                old="if alike > judged / 2:",
+                old="if alike > judged / 2 and (judged > 1 or beside):",
                 new="if False:",
             ),
             Break(
                 "table: any line with a separator is a row",
                 "fastclip/data/table.py",
-                old="and _like(cells[column].strip(), own)",
-                new="",
+                old="if plain and _like(cells[column], own):",
+                new="if plain:",
             ),
         ],
     ),

@@ -129,7 +129,7 @@ PROMISES = [
             Break(
                 "remote: hidden names are shards",
                 "fastclip/data/remote.py",
-                old='if hidden or not PurePosixPath(name).name.startswith(".")',
+                old="if _is_hidden(path) or not _is_hidden(name)",
                 new="if name",
             ),
         ],
@@ -150,7 +150,7 @@ PROMISES = [
             Break(
                 "braces: numbers of any length",
                 "fastclip/data/braces.py",
-                old="max(len(start), len(end)) > 18",
+                old='max(map(len, (start, end, step or ""))) > 18',
                 new="False",
             ),
         ],

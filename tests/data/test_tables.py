@@ -212,6 +212,10 @@ def test_quote_that_swallows_rows_is_an_error(
         "\n\na cat, a dog\r\nboth, of them\n",
         "by and/or with,\nand/or, in it",
         "photo 1\nphoto.jpg, by Jo\nin the year, 1900",  # one line of three
+        "a dog\nIMG_1.jpg, by me",
+        "a dog, IMG_1.jpg\nby me",
+        "red,blue\ngreen,white\nblack,grey",
+        "a dog\nIMG_1.jpg,mine",  # of another folder
         'a "word", in\nquotes, or 5" of it',
     ],
 )
@@ -236,6 +240,7 @@ def test_header_of_several_lines_is_read(tmp_path: Path, caplog: pytest.LogCaptu
     for header, message in (
         ('filepath,title,"no"te', r"t\.csv, line 1: ',' expected after"),
         ('filepath,title,"note', r"t\.csv, line 1: unexpected end of data; a quote opens .* to line 2"),
+        ("a" * 200_000, r"t\.csv: the header of the table cannot be read: field larger than field limit"),
         ('filepath,"title', r"t\.csv: the table needs .*; found filepath, 'title\\na\.png,x'; others"),
     ):
         table.write_text(f"{header}\na.png,x\n")

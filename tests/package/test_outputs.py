@@ -138,6 +138,12 @@ def test_output_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         said = refused([*words, str(classes / "new" / "deep")], capsys)
         assert f"--output {classes}/new/deep would be a class of {classes}" in said
         assert sorted(path.name for path in classes.iterdir()) == ["cat", "dog"]
+    (tmp_path / "links").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "links" / name).symlink_to(classes / name)
+    with pytest.raises(ValueError, match="links/new would be a class of"):
+        check_folder(tmp_path / "links" / "new", [str(tmp_path / "links")])
+    check_folder(tmp_path / "new", ["{" + ",".join(["0"] * 200) + "}.tar"])  # no name of a file
     for name in (".new", "cat/new"):  # hidden, and in a class
         check_folder(classes / name, [str(classes)])
     check_folder(captioned / "new", [str(captioned)])  # no picture is read there, and no folder is a class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import tempfile
@@ -101,6 +102,26 @@ class Running(Pair):
         else:
             self.mean = moved
         return super().forward(images - mean, texts)
+
+
+def test_buffers_that_a_pass_makes_are_as_it_found_them() -> None:
+    """Of another shape, or where there was none."""
+
+    class Grows(Pair):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(1))
+            self.register_buffer("last", None)
+            self.read: list[Any] = []
+
+        def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+            self.read.append((self.table.shape, self.last is None))
+            self.table, self.last = torch.zeros(len(images)), images.sum()
+            return super().forward(images, texts)
+
+    model, batches = Grows(), cut(*rows())
+    cached_step(model, batches, clip)
+    assert model.read[:4] == model.read[4:] and len(model.table) == len(batches[-1][0]) and model.last is not None
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -343,10 +364,12 @@ def towers_exchange_once(rank: int, micro_batches: Any) -> Any:
     return [p.grad for p in model.parameters()], sum(exchanged)
 
 
-def ddp_buffers(rank: int, micro_batches: Any) -> Any:
+def ddp_buffers(rank: int, micro_batches: Any, compiled: bool = False) -> Any:
     """What the two passes of two steps read; DistributedDataParallel begins with the buffers of rank 0."""
     model = Running(in_place=True, start=float(rank))
-    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped: Any = nn.parallel.DistributedDataParallel(model)
+    if compiled:
+        wrapped = torch.compile(wrapped, backend="eager")
     for _ in range(2):
         cached_step(wrapped, micro_batches, lambda *x: fastclip.sigmoid_loss(*x, group=dist.group.WORLD))
         with torch.no_grad():
@@ -361,6 +384,7 @@ BY_ITSELF = {
     "ddp, static": ddp_reads_static,
     "towers": towers_exchange_once,
     "buffers": ddp_buffers,
+    "buffers, compiled": functools.partial(ddp_buffers, compiled=True),
 }
 
 
@@ -428,8 +452,9 @@ def test_ddp_averages_what_the_loss_reads_by_itself(name: str, ranks: list[Any])
             torch.testing.assert_close(ours, p.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_ddp_replays_the_buffers_that_it_gave(ranks: list[Any]) -> None:
-    found = [by_themselves["buffers"] for *_, by_themselves in ranks]
+@pytest.mark.parametrize("name", ["buffers", "buffers, compiled"])
+def test_ddp_replays_the_buffers_that_it_gave(name: str, ranks: list[Any]) -> None:
+    found = [by_themselves[name] for *_, by_themselves in ranks]
     for steps in found:
         assert torch.equal(steps[:, 0], steps[:, 1])  # the second pass as the first
     assert torch.equal(found[0][:, :, 0], found[1][:, :, 0])  # from rank 0
