@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -300,7 +301,10 @@ class _Buffers:
     def noted(self) -> Iterator[None]:
         """Inside is the first pass, at whose begin DistributedDataParallel gives every rank the buffers of rank 0."""
         inner = [getattr(one, "module", None) for module in self._modules for one in _exchanging(module)]
-        handles = [one.register_forward_pre_hook(self._note) for one in inner if isinstance(one, nn.Module)]
+        note = self._note
+        if "torch._dynamo" in sys.modules:  # loading it takes seconds; a graph of the wrapper would keep what this did
+            note = torch.compiler.disable(note)
+        handles = [one.register_forward_pre_hook(note) for one in inner if isinstance(one, nn.Module)]
         self._awaited = {*inner}
         try:
             yield
@@ -317,7 +321,6 @@ class _Buffers:
         finally:
             self._write(after)
 
-    @torch.compiler.disable  # else a graph of the wrapper would keep what this has done
     def _note(self, module: nn.Module, args: Any) -> None:
         if module in self._awaited:
             self._awaited.remove(module)
