@@ -113,7 +113,7 @@ def _local_copy(url: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What is wrong: fsspec calls a server that cannot be reached, or refuses, a file that is not there."""
+    """Return what is wrong; fsspec calls a server that cannot be reached, or refuses, a file that is not there."""
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         return _reason(error.__cause__)
     return f"{type(error).__name__.lstrip('_')}: {error}"

@@ -273,7 +273,7 @@ def _columns(header: list[str], separators: str, spec: str, columns: Named) -> t
 
 
 def _names(header: list[str], separator: str, spec: str) -> list[str]:
-    """Of the columns, by the first row of these lines."""
+    """Names of the columns: the first row of these lines."""
     try:
         return [name.strip() for name in next(csv.reader(header, delimiter=separator), [])]
     except csv.Error as error:

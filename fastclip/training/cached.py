@@ -243,7 +243,7 @@ def _left_alone(module: nn.Module) -> Iterator[None]:
 
 
 class _Arguments:
-    """Those of a micro-batch, which nobody may change between the passes."""
+    """Arguments of one micro-batch, which nobody may change between the passes."""
 
     def __init__(self, batch: Any) -> None:
         if isinstance(batch, (Tensor, Mapping, str)):

@@ -52,6 +52,7 @@ PARTS = [
     "distributed",
     "integrations",
     "models",
+    "model_files",
     "data",
     "data_faults",
     "data_check",

@@ -377,7 +377,7 @@ def test_stuck_workers_are_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.fault("SIGTERM or Ctrl-C to the whole group while workers start", "the program gets it, no worker ends")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_wait_while_workers_start(tmp_path: Path, number: signal.Signals) -> None:
-    """What a handler raises among the hooks of os.fork would be swallowed."""
+    """An exception that a handler raises among the hooks of os.fork would be swallowed."""
     handled: list[int] = []
 
     def steps(transform: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What Pillow warns of while pictures are read, in one thread and in several."""
+"""Warnings of Pillow while pictures are read, in one thread and in several."""
 
 from __future__ import annotations
 

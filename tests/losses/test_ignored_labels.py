@@ -170,7 +170,7 @@ def test_compiled_call_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_graphs_assert_that_every_row_has_a_label() -> None:
-    """Where nothing may wait, as on a GPU, the device says it."""
+    """An assertion of the device says it where nothing may wait, as on a GPU."""
     image, text, y, t = batch()
 
     def loss(image: Tensor, text: Tensor, y: Tensor, t: Tensor) -> Tensor:

@@ -36,6 +36,16 @@ def nested(x: Tensor) -> Tensor:
     return torch.nested.as_nested_tensor(list(x), layout=torch.jagged)
 
 
+GROUP_ERRORS = {
+    "group": (IMAGE, TEXT, {"group": 3}, TypeError, r"group must be a torch\.distributed\.ProcessGroup .*, got int"),
+    "group that is gone": (
+        IMAGE,
+        TEXT,
+        {"group": GONE},
+        RuntimeError,
+        "torch.distributed: call init_process_group first",
+    ),
+}
 ERRORS = {
     "vector": (IMAGE[0], TEXT, {}, ValueError, both("8,", "4, 8")),
     "three axes": (IMAGE, TEXT[None], {}, ValueError, both("4, 8", "1, 4, 8")),
@@ -92,14 +102,7 @@ ERRORS = {
     "reduction": (IMAGE, TEXT, {"reduction": "median"}, ValueError, "'mean', 'sum' or 'none', got 'median'"),
     "comm": (IMAGE, TEXT, {"comm": "tree"}, ValueError, "'gather' or 'ring', got 'tree'"),
     "backend": (IMAGE, TEXT, {"backend": "tpu"}, ValueError, "'tpu' is unknown; .*'cpu', 'reference'"),
-    "group": (IMAGE, TEXT, {"group": 3}, TypeError, r"group must be a torch\.distributed\.ProcessGroup .*, got int"),
-    "group that is gone": (
-        IMAGE,
-        TEXT,
-        {"group": GONE},
-        RuntimeError,
-        "torch.distributed: call init_process_group first",
-    ),
+    **GROUP_ERRORS,
     "one label": (IMAGE, TEXT, {"text_labels": torch.arange(4)}, ValueError, "image_labels is missing"),
     "label dtype": (
         IMAGE,
@@ -315,14 +318,7 @@ SIGMOID_ERRORS = {
     "several scales": (IMAGE, TEXT, {"logit_scale": torch.ones(2)}, ValueError, r"one element: logit_scale \(2,\)"),
     "reduction": (IMAGE, TEXT, {"reduction": "none"}, ValueError, "'mean' or 'sum', got 'none'"),
     "backend": (IMAGE, TEXT, {"backend": "tpu"}, ValueError, "'tpu' is unknown; .*'cpu', 'reference'"),
-    "group": (IMAGE, TEXT, {"group": 3}, TypeError, r"group must be a torch\.distributed\.ProcessGroup .*, got int"),
-    "group that is gone": (
-        IMAGE,
-        TEXT,
-        {"group": GONE},
-        RuntimeError,
-        "torch.distributed: call init_process_group first",
-    ),
+    **GROUP_ERRORS,
     "cpu float64": (IMAGE.double(), TEXT.double(), {"backend": "cpu"}, RuntimeError, "cannot serve .* not float64"),
 }
 

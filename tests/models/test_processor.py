@@ -91,7 +91,7 @@ def clip_tokenizer() -> Any:
 
 
 def in_a_whole_processor(folder: Path) -> None:
-    """As `save_pretrained` of a CLIPProcessor or an AlignProcessor writes it since transformers 5."""
+    """Write it as `save_pretrained` of a CLIPProcessor or an AlignProcessor does since transformers 5."""
     alone = folder / "preprocessor_config.json"
     whole = {"image_processor": json.loads(alone.read_text()), "processor_class": "CLIPProcessor"}
     (folder / "processor_config.json").write_text(json.dumps(whole))
@@ -170,7 +170,7 @@ def test_defaults_are_transformers(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["CLIPProcessor", "AlignProcessor"])
 def test_a_whole_processor_goes_first(kind: str, tmp_path: Path) -> None:
-    """What transformers reads where both files lie there, with the vocabulary beside them."""
+    """Precedence is transformers' where both files lie there, with the vocabulary beside them."""
     clip = kind == "CLIPProcessor"
     values = {**(CLIP if clip else ALIGN), "do_normalize": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5] * 3}
     name = values["image_processor_type"]
