@@ -87,6 +87,45 @@ int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const fastclip_sigmoid
                              const fastclip_sigmoid_side* text, float bias, int gradients, fastclip_sigmoid_sums* sums,
                              int num_threads);
 
+/* Inverse norms 1 / max(norm, 1e-12) of the rows of x (M, D), summed in fp64, rounded once.
+ *
+ * With `outer`, for products of rows in fp32: a row whose norm exceeds 2^40, whose products could overflow, gets
+ * inv_norm 1 and outer its inverse norm: multiply it by outer before it is used. Other rows get outer 1. *large is the
+ * number of such rows; 0 without `outer`. */
+int fastclip_cpu_norms(const float* x, int64_t row_stride, int64_t M, int64_t D, float* inv_norm, float* outer,
+                       int64_t* large, int num_threads);
+
+/* Overwrite products raw (M, D) with gradients of the features x (M, D):
+ * factor outer_i (raw_i - inv_norm_i^2 <raw_i, x_i> x_i), without the projection where the norm was clamped.
+ * inv_norm: NULL where the features are not normalised; outer: NULL for ones. */
+int fastclip_cpu_finish(float* raw, int64_t raw_stride, const float* x, int64_t x_stride, int64_t M, int64_t D,
+                        const float* inv_norm, const float* outer, float factor, int num_threads);
+
+/* ---- The mean loss without labels of N images and N texts, pair i its own positive, in three calls a block ----
+ *
+ * saved: FASTCLIP_LOSS_HEADER + N FASTCLIP_LOSS_ROW doubles, what the forward leaves for the backward. Behind the
+ * header lie inv_norm and outer of the images, then of the texts, N floats each: what fastclip_cpu_norms has written
+ * before the first block. Without `normalize` they need not be. */
+enum { FASTCLIP_LOSS_HEADER = 4, FASTCLIP_LOSS_ROW = 12 };
+
+typedef struct fastclip_loss {
+  int64_t N;
+  int normalize;
+  double scale;
+  double image_weight; /* of the mean over images; the mean over texts has the rest */
+  double* saved;
+} fastclip_loss;
+
+/* Fold one block in; blocks come in order of i0, then of j0. *loss is set with the last one. */
+int fastclip_cpu_loss_fwd(const fastclip_loss* loss, const fastclip_block* block, double* value, int num_threads);
+
+/* Overwrite one block of dot products with gain r_i G_ij c_j, and set *d_scale to sum_ij r_i G_ij c_j dot_ij. */
+int fastclip_cpu_loss_bwd(const fastclip_loss* loss, const fastclip_block* block, double* d_scale, int num_threads);
+
+/* What multiplies the products of the weights and the features, scale / gain, and whether some outer is not 1. The gain
+ * is the power of two that keeps the weights of a solved batch, 1e-30 and less, from becoming subnormal numbers. */
+double fastclip_cpu_loss_factor(const fastclip_loss* loss, int* large);
+
 /* "avx512", "avx2" or "portable"; "auto" picks the best that this processor runs. Applies to the whole process. */
 int fastclip_cpu_select_isa(const char* name);
 const char* fastclip_cpu_isa(void);

@@ -6,6 +6,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../fastclip.h"
 #include "address.h"
@@ -43,6 +44,13 @@ fastclip_bwd_side bwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t inv
           pointer<const int32_t>(label), pointer<const float>(neg),        pointer<const float>(d_neg),
           pointer<const float>(d_pos),   pointer<const float>(pos_lse),    pointer<const float>(d_pos_lse)};
 }
+
+// Of the calls below: numbers one after the other, where a training step on few rows waits for each.
+fastclip_block block_at(uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0) {
+  return {pointer<float>(dot), row_stride, M, N, i0, j0, 0, 0};
+}
+
+fastclip_loss loss_of(uintptr_t saved, int64_t N) { return {N, 0, 0.0, 0.0, pointer<double>(saved)}; }
 
 }  // namespace
 
@@ -95,6 +103,54 @@ PYBIND11_MODULE(_cpu, m) {
         return std::array<double, 3>{sums.loss, sums.d_scale, sums.d_bias};
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "norms",  // the number of large rows
+      [](uintptr_t x, int64_t row_stride, int64_t M, int64_t D, uintptr_t inv_norm, uintptr_t outer, int num_threads) {
+        int64_t large = 0;
+        check(fastclip_cpu_norms(pointer<const float>(x), row_stride, M, D, pointer<float>(inv_norm),
+                                 pointer<float>(outer), &large, num_threads));
+        return large;
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "finish",
+      [](uintptr_t raw, int64_t raw_stride, uintptr_t x, int64_t x_stride, int64_t M, int64_t D, uintptr_t inv_norm,
+         uintptr_t outer, float factor, int num_threads) {
+        check(fastclip_cpu_finish(pointer<float>(raw), raw_stride, pointer<const float>(x), x_stride, M, D,
+                                  pointer<const float>(inv_norm), pointer<const float>(outer), factor, num_threads));
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.attr("LOSS_HEADER") = 8 * FASTCLIP_LOSS_HEADER;  // bytes of `saved`
+  m.attr("LOSS_ROW") = 8 * FASTCLIP_LOSS_ROW;        // and for every pair
+  m.def(
+      "loss_fwd",  // the loss with the last block
+      [](uintptr_t saved, int64_t all, bool normalize, double scale, double image_weight, uintptr_t dot,
+         int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0, int num_threads) {
+        const fastclip_loss loss{all, normalize, scale, image_weight, pointer<double>(saved)};
+        const fastclip_block block = block_at(dot, row_stride, M, N, i0, j0);
+        double value = 0.0;
+        check(fastclip_cpu_loss_fwd(&loss, &block, &value, num_threads));
+        return value;
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "loss_bwd",  // d_scale of the block
+      [](uintptr_t saved, int64_t all, uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0,
+         int num_threads) {
+        const fastclip_loss loss = loss_of(saved, all);
+        const fastclip_block block = block_at(dot, row_stride, M, N, i0, j0);
+        double d_scale = 0.0;
+        check(fastclip_cpu_loss_bwd(&loss, &block, &d_scale, num_threads));
+        return d_scale;
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("loss_factor", [](uintptr_t saved, int64_t all) {  // and whether some outer is not 1
+    const fastclip_loss loss = loss_of(saved, all);
+    int large = 0;
+    const double factor = fastclip_cpu_loss_factor(&loss, &large);
+    return std::pair<double, bool>(factor, large != 0);
+  });
   m.def("select_isa", [](const char* name) { check(fastclip_cpu_select_isa(name)); });
   m.def("isa", &fastclip_cpu_isa);
   m.def("select_threads", [](const char* name) { check(fastclip_cpu_select_threads(name)); });

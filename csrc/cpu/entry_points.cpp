@@ -4,10 +4,10 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <new>
 #include <vector>
 
 #include "../fastclip.h"
+#include "guarded.h"
 #include "thread_pool.h"
 #include "tile.h"
 
@@ -157,14 +157,40 @@ double bwd(const fastclip_block& b, const fastclip_bwd_side& image, const fastcl
   return total;
 }
 
-template <class Work>
-int guarded(const Work& work) {  // no exception leaves the C interface
-  try {
-    work();
-  } catch (const std::bad_alloc&) {
-    return FASTCLIP_OUT_OF_MEMORY;
-  }
-  return FASTCLIP_OK;
+constexpr int64_t kRows = 64;  // of a task
+constexpr double kLargeNorm = 0x1p40;
+
+template <class Task>
+void for_rows(int64_t M, int num_threads, const Task& task) {  // task(first, rows)
+  auto part = [&](int64_t index) { task(index * kRows, std::min(kRows, M - index * kRows)); };
+  parallel_for((M + kRows - 1) / kRows, num_threads, part);
+}
+
+int64_t norms(const float* x, int64_t row_stride, int64_t M, int64_t D, float* inv_norm, float* outer,
+              int num_threads) {
+  const TileKernels& kernels = *selected_kernels().load();
+  std::atomic<int64_t> large{0};
+  for_rows(M, num_threads, [&](int64_t first, int64_t rows) {
+    double norm[kRows];
+    kernels.norms({x + first * row_stride, row_stride, rows, D}, norm);
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool is_large = outer != nullptr && norm[i] > kLargeNorm;
+      const float r = static_cast<float>(1.0 / (norm[i] < kSmallestNorm ? kSmallestNorm : norm[i]));
+      inv_norm[first + i] = is_large ? 1.0f : r;
+      if (outer != nullptr) outer[first + i] = is_large ? r : 1.0f;
+      if (is_large) large.fetch_add(1, std::memory_order_relaxed);
+    }
+  });
+  return large.load();
+}
+
+void finish(const Rows& all, const Finish& f, int num_threads) {
+  const TileKernels& kernels = *selected_kernels().load();
+  for_rows(all.M, num_threads, [&](int64_t first, int64_t rows) {
+    const auto at = [first](const float* p) { return p == nullptr ? nullptr : p + first; };
+    kernels.finish({all.x + first * all.x_stride, all.x_stride, rows, all.D},
+                   {f.raw + first * f.raw_stride, f.raw_stride, at(f.inv_norm), at(f.outer), f.factor});
+  });
 }
 
 }  // namespace
@@ -195,6 +221,20 @@ int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const fastclip_sigmoid
     return FASTCLIP_INVALID_ARGUMENT;
   return fastclip::guarded(
       [&] { fastclip::sigmoid_fwd(*block, *image, *text, bias, gradients != 0, sums, num_threads); });
+}
+
+int fastclip_cpu_norms(const float* x, int64_t row_stride, int64_t M, int64_t D, float* inv_norm, float* outer,
+                       int64_t* large, int num_threads) {
+  if (x == nullptr || inv_norm == nullptr || large == nullptr || M < 1 || D < 1) return FASTCLIP_INVALID_ARGUMENT;
+  *large = fastclip::norms(x, row_stride, M, D, inv_norm, outer, num_threads);
+  return FASTCLIP_OK;
+}
+
+int fastclip_cpu_finish(float* raw, int64_t raw_stride, const float* x, int64_t x_stride, int64_t M, int64_t D,
+                        const float* inv_norm, const float* outer, float factor, int num_threads) {
+  if (raw == nullptr || x == nullptr || M < 1 || D < 1) return FASTCLIP_INVALID_ARGUMENT;
+  fastclip::finish({x, x_stride, M, D}, {raw, raw_stride, inv_norm, outer, factor}, num_threads);
+  return FASTCLIP_OK;
 }
 
 int fastclip_cpu_select_isa(const char* name) {

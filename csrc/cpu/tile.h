@@ -1,4 +1,4 @@
-// What a tile of logits is, and the entry points that each instruction set provides for it.
+// What a tile of logits and some rows of features are, and the functions that each instruction set provides for them.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,8 @@ namespace fastclip {
 
 constexpr int64_t kTileM = 64;   // rows of a tile: bounds the length of its fp32 column sums
 constexpr int64_t kTileN = 512;  // columns: their maxima, sums and factors stay in the first-level cache
+
+constexpr double kSmallestNorm = 1e-12;  // a norm is at least this, as in torch.nn.functional.normalize
 
 // A tile of at most kTileM x kTileN logits. Pointers are at its first row and column.
 struct Tile {
@@ -55,11 +57,27 @@ struct SigmoidSums {
   double loss = 0.0, d_scale = 0.0, d_bias = 0.0;
 };
 
+struct Rows {  // (M, D) features
+  const float* x;
+  int64_t x_stride;
+  int64_t M, D;
+};
+
+struct Finish {  // of products' rows
+  float* raw;
+  int64_t raw_stride;
+  const float* inv_norm;  // or null: the features are not normalised
+  const float* outer;     // or null
+  float factor;
+};
+
 struct TileKernels {
   const char* name;
   void (*fwd)(const Tile&, const FwdSide& image, const FwdSide& text);
   double (*bwd)(const Tile&, const BwdSide& image, const BwdSide& text);  // returns the tile's part of d_scale
   SigmoidSums (*sigmoid)(const Tile&, const SigmoidSide& image, const SigmoidSide& text, float bias, bool gradients);
+  void (*norms)(const Rows&, double* out);
+  void (*finish)(const Rows&, const Finish&);
 };
 
 extern const TileKernels kTilePortable;

@@ -7,6 +7,7 @@
 
 #include "../cpu/thread_pool.h"
 #include "contrastive.h"
+#include "loss.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -306,9 +307,57 @@ void invalid_arguments() {
   CHECK(fastclip_cpu_contrastive_bwd(&good, &b_image, &b_text, nullptr, 1) == kInvalid, "no d_scale");
   fastclip_sigmoid_sums sums{};
   CHECK(fastclip_cpu_sigmoid_fwd(&good, nullptr, nullptr, 0.0f, 1, &sums, 1) == kInvalid, "no sides");
+  std::vector<double> saved(FASTCLIP_LOSS_HEADER + 5 * FASTCLIP_LOSS_ROW);
+  const fastclip_loss loss{4, 0, 1.0, 0.5, saved.data()};
+  double value = 0.0;
+  CHECK(fastclip_cpu_loss_fwd(&loss, &good, &value, 1) == kInvalid, "a block that is larger than the problem");
+  CHECK(fastclip_cpu_loss_fwd(&loss, nullptr, &value, 1) == kInvalid, "no block");
+  CHECK(fastclip_cpu_loss_bwd(nullptr, &good, &value, 1) == kInvalid, "no loss");
+  const fastclip_loss no_room{5, 0, 1.0, 0.5, nullptr};
+  CHECK(fastclip_cpu_loss_fwd(&no_room, &good, &value, 1) == kInvalid, "nothing saved");
+  int64_t large = 0;
+  float x[4] = {};
+  CHECK(fastclip_cpu_norms(x, 2, 2, 0, x, nullptr, &large, 1) == kInvalid, "D");
+  CHECK(fastclip_cpu_norms(nullptr, 2, 2, 2, x, nullptr, &large, 1) == kInvalid, "no rows");
+  CHECK(fastclip_cpu_finish(nullptr, 2, x, 2, 2, 2, nullptr, nullptr, 1.0f, 1) == kInvalid, "no products");
   CHECK(fastclip_cpu_select_isa("mmx") == FASTCLIP_UNSUPPORTED_ISA, "mmx");
   CHECK(fastclip_cpu_select_isa(nullptr) == kInvalid, "no name");
   CHECK(fastclip_cpu_select_threads("many") == kInvalid, "many");
+}
+
+void loss_of_pairs() {
+  for_each_isa([] {
+    for (const auto& [N, D] : {std::pair<int64_t, int64_t>{1, 8}, {2, 1}, {7, 3}, {64, 33}, {130, 40}, {9, 4200}})
+      for (bool normalize : {false, true}) {
+        LossCase c{N, D, normalize};
+        if (!normalize) c.scale /= static_cast<double>(D);
+        LossRun(c).check();
+      }
+    LossCase c{130, 16};
+    c.image_weight = 0.75, c.block_m = 50, c.block_n = 70;
+    LossRun(c).check();
+    c.large_row = 0x1p80f;
+    LossRun(c).check();
+    LossCase solved{40, 64};
+    solved.solved = true, solved.scale = 100.0;
+    LossRun(solved).check();
+    LossCase negative{40, 64};
+    negative.scale = -20.0;
+    LossRun(negative).check();
+  });
+  for (const char* kind : {"borrowed", "pool"}) {
+    CHECK(fastclip_cpu_select_threads(kind) == FASTCLIP_OK, "%s", kind);
+    LossCase c{600, 6};
+    c.threads = 1;
+    LossRun first(c);
+    first.run();
+    for (int threads : {2, 3, 8}) {
+      c.threads = threads;
+      LossRun other(c);
+      other.run();
+      CHECK(first.equals(other), "%d threads, %s", threads, kind);
+    }
+  }
 }
 
 struct Group {
@@ -321,6 +370,7 @@ constexpr Group kGroups[] = {{"contrastive", contrastive},
                              {"bitwise_over_threads", bitwise_over_threads},
                              {"nan_and_infinity_stay", nan_and_infinity_stay},
                              {"sigmoid", sigmoid},
+                             {"loss_of_pairs", loss_of_pairs},
                              {"threads", threads},
                              {"after_fork", after_fork},
                              {"rows_beyond_2_to_the_31", rows_beyond_2_to_the_31},

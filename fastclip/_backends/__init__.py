@@ -9,6 +9,9 @@ Each backend is a module with the same functions:
     asked for this very backend.
 ``contrastive_fwd(...)``, ``contrastive_bwd(...)``, ``sigmoid_fwd(...)``
     the operations on a `Problem`; `reference.py` states them.
+``plain_saved(N)``, ``plain_fwd(...)``, ``plain_bwd(...)``
+    the mean loss of pairs without labels, and its gradients; `reference.py` states them. They may find torch.autocast
+    on: products have an ``out=``, which it leaves alone.
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ from fastclip._backends.mending import mending
 from fastclip._backends.problem import Problem
 from fastclip._version import __version__
 
-__all__ = ["backends", "build_info", "check_name", "pick", "serving"]
+__all__ = ["backends", "build_info", "check_name", "pick", "serving", "serving_pairs"]
 
 logger = logging.getLogger(__name__)
 # In order of preference: the first that serves the features is what backend=None means.
 _BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
+_OF_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # that is chosen without being asked for; ROCm's are cuda
 
 
 def backends() -> dict[str, str]:
@@ -69,14 +73,18 @@ def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
     automatic choice falls through to the next.
     """
     name = name or _env.backend()
-    check_name(name)
     if name is not None:
+        check_name(name)
         module = _BACKENDS[name]
         reason = module.missing() or module.refuses(image, named=True)
         if reason:
             raise RuntimeError(f"backend={name!r} cannot serve this call: {reason}")
         return name, module
-    return next((n, m) for n, m in _BACKENDS.items() if not (m.refuses(image, named=False) or m.missing()))
+    for name in _OF_DEVICES.get(image.device.type, ()):
+        module = _BACKENDS[name]
+        if not (module.refuses(image, named=False) or module.missing()):
+            return name, module
+    return "reference", reference
 
 
 def serving(name: str | None, p: Problem) -> ModuleType:
@@ -86,9 +94,14 @@ def serving(name: str | None, p: Problem) -> ModuleType:
     """
     if p.image.shape[0] == 0 or p.text.shape[0] == 0:
         return reference
-    module = pick(name, p.image)[1]
-    if module is reference and (name or _env.backend()) is None and p.image.dtype in _FUSED_DTYPES:
-        _tell_of_reference(p.image)
+    return serving_pairs(name, p.image)
+
+
+def serving_pairs(name: str | None, image: Tensor) -> ModuleType:
+    """`serving` of features that are not empty."""
+    module = pick(name, image)[1]
+    if module is reference and (name or _env.backend()) is None and image.dtype in _FUSED_DTYPES:
+        _tell_of_reference(image)
     return module
 
 

@@ -5,6 +5,8 @@ Differentiable twice, any device, any floating dtype (16-bit features are comput
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,9 @@ __all__ = [
     "inv_norms",
     "missing",
     "norms",
+    "plain_bwd",
+    "plain_fwd",
+    "plain_saved",
     "refuses",
     "sigmoid_fwd",
     "unit_rows",
@@ -153,6 +158,47 @@ def contrastive_bwd(
         _through_norm(s * (g.T @ u), v, c, p.normalize).to(p.text.dtype) if needs[1] else None,
         (g * cosine).sum().to(p.scale.dtype) if needs[2] else None,
     )
+
+
+def plain_saved(N: int) -> int:
+    """fp32 numbers that `plain_fwd` of N pairs hands to `plain_bwd`."""
+    return 12 * N
+
+
+def plain_fwd(
+    image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean loss () of pairs without labels, and what `plain_bwd` needs, (plain_saved(N),); both fp32.
+
+    image, text (N, D), row i's one positive is column i; scale () fp32; not for fp64 features. The loss is image_weight
+    times the mean over images of softplus(row_neg - row_pos), plus the rest times the mirrored mean over texts.
+    """
+    *stats, r, c = contrastive_fwd(Problem(image, text, scale, None, 0, False, normalize))
+    row_neg, col_neg, row_pos, col_pos = stats[:4]
+    rows, cols = (F.softplus(t, threshold=64).mean() for t in (row_neg - row_pos, col_neg - col_pos))
+    loss = image_weight * rows + (1.0 - image_weight) * cols
+    return loss.float(), torch.cat([*stats[:4], r.double(), c.double()]).view(torch.float32)
+
+
+def plain_bwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    saved: Tensor,
+    image_weight: float,
+    normalize: bool,
+    d_loss: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of image, text and scale from that of the loss, d_loss (); each None where `needs` says so."""
+    N = image.shape[0]
+    row_neg, col_neg, row_pos, col_pos, r, c = saved.view(torch.float64).view(6, N)
+    none = r.new_empty(0)
+    row, col = image_weight * d_loss.double() / N, (1.0 - image_weight) * d_loss.double() / N
+    grads = [row * torch.sigmoid(row_neg - row_pos), col * torch.sigmoid(col_neg - col_pos)]
+    grads += [-grads[0], -grads[1], none, none]
+    stats = [row_neg, col_neg, row_pos, col_pos, none, none, r.float(), c.float()]
+    return contrastive_bwd(Problem(image, text, scale, None, 0, False, normalize), stats, grads, list(needs))
 
 
 def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_dtype", "autocast_features", "no_autocast", "without_autocast"]
+__all__ = ["autocast_dtype", "autocast_features", "autocasts", "no_autocast", "without_autocast"]
 
 _Result = TypeVar("_Result")
 
@@ -20,25 +20,28 @@ def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]
 
     @functools.wraps(function)
     def wrapped(image: Tensor, *args: Any, **options: Any) -> _Result:
+        if not autocasts(image.device):
+            return function(image, *args, **options)
         with no_autocast(image.device):
             return function(image, *args, **options)
 
     return wrapped
 
 
-def _autocasts(device: torch.device) -> bool:
+def autocasts(device: torch.device) -> bool:
     """Return True where torch.autocast is on; False for devices that it does not know, such as meta."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Within it, operations keep the dtypes of their inputs."""
-    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that torch.autocast, where it is on, wants `x` in; fp64 is left alone as torch's own ops do."""
-    if x.dtype == torch.float64 or not _autocasts(x.device):
+    if x.dtype == torch.float64 or not autocasts(x.device):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
 

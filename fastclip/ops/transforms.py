@@ -20,11 +20,13 @@ logger = logging.getLogger(__name__)
 _warned = False
 
 
-def transformed(*tensors: Tensor) -> bool:
+def transformed(*values: Tensor | float) -> bool:
     """Return True under a torch.func transform (grad, vmap, jvp, ...), or if a tensor has a forward-mode tangent."""
     if torch._C._are_functorch_transforms_active():
         return True
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in values)
 
 
 def batched(*tensors: Tensor) -> bool:

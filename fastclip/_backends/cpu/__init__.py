@@ -7,9 +7,20 @@ from torch import Tensor
 
 from fastclip._backends.cpu.contrastive import contrastive_bwd, contrastive_fwd
 from fastclip._backends.cpu.native import build, missing
+from fastclip._backends.cpu.plain import plain_bwd, plain_fwd, plain_saved
 from fastclip._backends.cpu.sigmoid import sigmoid_fwd
 
-__all__ = ["build", "contrastive_bwd", "contrastive_fwd", "missing", "refuses", "sigmoid_fwd"]
+__all__ = [
+    "build",
+    "contrastive_bwd",
+    "contrastive_fwd",
+    "missing",
+    "plain_bwd",
+    "plain_fwd",
+    "plain_saved",
+    "refuses",
+    "sigmoid_fwd",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -7,84 +7,106 @@ ones become fp32 block by block.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastclip import _env
 from fastclip._backends.cpu import native
-from fastclip._backends.problem import Problem
-from fastclip._backends.reference import EPS
-from fastclip._backends.reference import inv_norms as exact_inv_norms
 
-__all__ = ["Block", "Plan", "factors", "inv_norms", "native_block", "workspace"]
+__all__ = ["Block", "Features", "Plan", "factors", "features_of", "inv_norms", "native_block", "threads", "workspace"]
 
 _BLOCK_M = 4096  # rows of a block, where the workspace allows: short products are slow
 _LARGE_NORM = 2.0**40  # norms beyond it could overflow the fp32 product of two unnormalised rows
+_FEW_LOGITS = 2**16  # below, a second thread costs more than it brings
 
 
 def _cuts(size: int, block: int) -> list[tuple[int, int]]:
+    if size <= block:
+        return [(0, size)] if size else []
     return [(start, min(start + block, size)) for start in range(0, size, block)]
 
 
-def inv_norms(x: Tensor, normalize: bool) -> Tensor:
-    """As `reference.inv_norms`, in fp32 where the squares allow it."""
-    if normalize:
-        norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-        if not norm.isinf().any():
-            return norm.clamp_min(EPS).reciprocal()
-    return exact_inv_norms(x, normalize)
+def threads(M: int, N: int) -> int:
+    """Threads of the native passes over M x N logits."""
+    return 1 if M * N < _FEW_LOGITS else torch.get_num_threads()
 
 
-class Block(NamedTuple):
-    """Rows i0 to i1 and columns j0 to j1 of the logits."""
-
-    i0: int
-    i1: int
-    j0: int
-    j1: int
+Block = tuple[int, int, int, int]  # rows i0 to i1 and columns j0 to j1 of the logits
 
 
 class Features:
-    """One side's rows as the products see them: fp32, `inv_norm` still to be multiplied in."""
+    """One side's rows (M, D) as the products see them: fp32, inverse norms still to be multiplied in.
 
-    def __init__(self, x: Tensor, inv_norm: Tensor, normalize: bool) -> None:
-        self.inv_norm = inv_norm.float().contiguous()  # what the kernels multiply a dot product with
-        self.outer = None  # what remains of 1 / norm when the products get unit rows
-        if normalize and x.numel() and inv_norm.amin() * _LARGE_NORM < 1:
-            x = (x.double() * inv_norm.double()[:, None]).float()
-            self.outer, self.inv_norm = inv_norm, torch.ones_like(self.inv_norm)
-        # Where the norm was clamped it is a constant, and the gradient is not projected.
-        self.projection = torch.where(inv_norm * EPS < 1, self.inv_norm.square(), 0.0) if normalize else None
-        self.x = x if 1 in x.stride() or x.numel() == 0 else x.contiguous()
-        self.block: Tensor | None = None
-        self.in_block: tuple[int, int] | None = None
+    inv_norm, outer: what `native.module.norms` tells of the rows, fp32 (M,): the address of the one, 0 where the
+    features are not normalised; the other only where some row is large.
+    """
+
+    def __init__(self, x: Tensor, inv_norm: int = 0, outer: Tensor | None = None) -> None:
+        if outer is not None:
+            x = (x.double() * outer.double()[:, None]).float()
+        self.row_stride, column_stride = x.stride()
+        if column_stride != 1:
+            x = x.contiguous()
+            self.row_stride = x.stride(0)
+        self.x, (self.M, self.D) = x, x.shape
+        self.inv_norm, self.outer = inv_norm, outer
+        self.fp32 = x.dtype == torch.float32
+        if not self.fp32:
+            self.row_stride = self.D
+            self.block: Tensor | None = None
+            self.in_block: tuple[int, int] | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
         """fp32 rows, to be used before the next call with others: 16-bit ones share one buffer."""
-        if self.x.dtype == torch.float32:
-            return self.x[start:stop]
+        if self.fp32:
+            return self.x if stop - start == self.M else self.x[start:stop]
         if self.block is None or self.block.shape[0] < stop - start:
-            self.block, self.in_block = torch.empty(stop - start, self.x.shape[1], dtype=torch.float32), None
+            self.block, self.in_block = torch.empty(stop - start, self.D, dtype=torch.float32), None
         rows = self.block[: stop - start]
         if self.in_block != (start, stop):
             rows.copy_(self.x[start:stop])
             self.in_block = (start, stop)
         return rows
 
-    def finish(self, raw: Tensor, start: int, stop: int, factor: float, out: Tensor) -> None:
-        """out = factor (raw - u <u, raw>), u the unit rows; raw (stop - start, D) fp32 is overwritten."""
-        if self.projection is not None:
-            x = self.rows(start, stop)
-            along = torch.linalg.vecdot(raw, x) * self.projection[start:stop]
-            raw.addcmul_(x, along[:, None], value=-1)
-        if self.outer is not None:
-            raw.mul_(self.outer[start:stop, None])
-        torch.mul(raw, factor, out=raw)
-        if out.data_ptr() != raw.data_ptr():
-            out.copy_(raw)
+    def norms(self, inv_norm: int, outer: int, workers: int) -> bool:
+        """Write `native.module.norms` of all rows to these addresses; True where some are large."""
+        large, step = 0, self.M if self.fp32 else _BLOCK_M
+        for start in range(0, self.M, step):
+            stop = start + step if start + step < self.M else self.M
+            out = inv_norm + 4 * start, outer and outer + 4 * start
+            x = self.rows(start, stop).data_ptr()
+            large += native.module.norms(x, self.row_stride, stop - start, self.D, *out, workers)
+        return large > 0
+
+    def finish(self, raw: Tensor, rows: Tensor, start: int, factor: float, workers: int) -> None:
+        """raw <- factor (raw - u <u, raw>), u the unit rows of `rows` from `start`; raw (M, D) fp32 without gaps."""
+        matrices = raw.data_ptr(), self.D, rows.data_ptr(), self.row_stride
+        inv_norm = self.inv_norm and self.inv_norm + 4 * start
+        outer = 0 if self.outer is None else self.outer.data_ptr() + 4 * start
+        native.module.finish(*matrices, raw.shape[0], self.D, inv_norm, outer, factor, workers)
+
+
+def inv_norms(x: Tensor, normalize: bool) -> Tensor:
+    """As `reference.inv_norms`."""
+    out = torch.ones(x.shape[0], dtype=torch.float32)
+    if normalize:
+        Features(x).norms(out.data_ptr(), 0, threads(*x.shape))
+    return out
+
+
+def features_of(x: Tensor, inv_norm: Tensor, normalize: bool) -> tuple[Features, Tensor]:
+    """`Features` of rows with these `inv_norms`, and what multiplies their dot products, fp32 (M,): to be kept."""
+    inv_norm = inv_norm.float().contiguous()
+    if not normalize:
+        return Features(x), inv_norm
+    large = inv_norm * _LARGE_NORM < 1
+    if not large.any():
+        return Features(x, inv_norm.data_ptr()), inv_norm
+    outer, inv_norm = torch.where(large, inv_norm, 1.0), torch.where(large, 1.0, inv_norm)
+    return Features(x, inv_norm.data_ptr(), outer), inv_norm
 
 
 class _Workspace(threading.local):
@@ -93,16 +115,18 @@ class _Workspace(threading.local):
     """
 
     buffer: Tensor | None = None
-    # Whose block of dot products the buffer holds, and which one. A forward pass is known by its inverse norms, which
-    # it made itself: while this reference lives, no other tensor can be at their address.
+    size = 0  # of the buffer
+    # Whose block of dot products the buffer holds, and which one. A forward pass is known by a tensor that it made
+    # itself: while this reference lives, no other can be at its address.
     owner: Tensor | None = None
     block: Block | None = None
 
-    def reserve(self, size: int) -> Tensor:
-        if self.buffer is None or self.buffer.numel() < size or self.buffer.numel() * 4 > _env.workspace_bytes():
+    def reserve(self, size: int, allowed: int) -> Tensor:
+        """At least `size` floats, and no more than `allowed` from an earlier call."""
+        if self.buffer is None or not size <= self.size <= allowed:
             self.forget()
             self.buffer = None  # freed before the new one is made
-            self.buffer = torch.empty(size, dtype=torch.float32)
+            self.buffer, self.size = torch.empty(size, dtype=torch.float32), size
         return self.buffer
 
     def keep(self, owner: Tensor, block: Block) -> None:
@@ -111,116 +135,117 @@ class _Workspace(threading.local):
     def forget(self) -> None:
         self.owner = self.block = None
 
-    def holds(self, owner: Tensor | None, block: Block) -> bool:
-        if owner is None or self.owner is None:
-            return False
-        return self.owner.data_ptr() == owner.data_ptr() and self.block == block
+    def holds(self, owner: Tensor, block: Block) -> bool:
+        return self.owner is not None and self.block == block and self.owner.data_ptr() == owner.data_ptr()
 
 
 workspace = _Workspace()
 
 
 class Plan:
-    """Cuts the problem into blocks of at most the workspace's size, the matrix product of each into one buffer."""
+    """Cuts the problem into blocks of at most the workspace's size, the matrix product of each into one buffer.
 
-    def __init__(self, p: Problem, r: Tensor, c: Tensor) -> None:
-        image, text = Features(p.image, r, p.normalize), Features(p.text, c, p.normalize)
-        self.image, self.text = image, text
-        self.M, self.N = image.x.shape[0], text.x.shape[0]
-        floats = _env.workspace_bytes() // 4
-        copied = 0 if image.x.dtype == torch.float32 else image.x.shape[1]
+    owner: the forward pass whose backward pass this is.
+    """
+
+    def __init__(self, image: Features, text: Features, owner: Tensor | None = None) -> None:
+        self.image, self.text, self.owner = image, text, owner
+        self.workers = threads(image.M, text.M)
+        M, N = image.M, text.M
+        whole = 0, M, 0, N
+        if owner is not None and workspace.buffer is not None and workspace.holds(owner, whole):
+            self.block_m, self.buffer, self.blocks = M, workspace.buffer, [whole]
+            return
+        allowed = floats = _env.workspace_bytes() // 4
         # 16-bit features need fp32 room out of the same workspace: d_text, the block's rows and their d_image
-        floats -= min(self.N * copied, floats // 2)
-        self.block_m = min(self.M, _BLOCK_M, max(floats // 256, 64))
-        self.block_n = min(self.N, max((floats - 2 * self.block_m * copied) // (self.block_m + copied), 64))
-        self.buffer = workspace.reserve(self.block_m * self.block_n)
+        copied = 0 if image.fp32 else image.D
+        floats -= min(N * copied, floats // 2) if copied else 0
+        self.block_m, block_n = M, N
+        if M > _BLOCK_M or floats < 256 * M:
+            self.block_m = min(M, _BLOCK_M, max(floats // 256, 64))
+        if 2 * self.block_m * copied + N * (self.block_m + copied) > floats:
+            block_n = min(N, max((floats - 2 * self.block_m * copied) // (self.block_m + copied), 64))
+        self.buffer = workspace.reserve(self.block_m * block_n, allowed)
+        self.blocks = [(*rows, *columns) for rows in _cuts(M, self.block_m) for columns in _cuts(N, block_n)]
 
-    def blocks(self) -> list[Block]:
-        rows, columns = _cuts(self.M, self.block_m), _cuts(self.N, self.block_n)
-        return [Block(i0, i1, j0, j1) for i0, i1 in rows for j0, j1 in columns]
-
-    def dots(self, images: Tensor, texts: Tensor, block: Block, owner: Tensor | None = None) -> Tensor:
-        """<I_i, T_j> of a block, computed unless the buffer still has it from the forward pass `owner`."""
-        rows, columns = block.i1 - block.i0, block.j1 - block.j0
-        dot = self.buffer[: rows * columns].view(rows, columns)
-        if not workspace.holds(owner, block):
+    def dots(self, block: Block) -> Tensor:
+        """<I_i, T_j> of a block, computed unless the buffer still has it from the forward pass."""
+        i0, i1, j0, j1 = block
+        dot = self.buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
+        if self.owner is None or not workspace.holds(self.owner, block):
             workspace.forget()
-            torch.mm(images, texts.T, out=dot)
+            torch.mm(self.image.rows(i0, i1), self.text.rows(j0, j1).T, out=dot)
         return dot
 
-    def forward(self) -> Iterator[tuple[Block, Tensor]]:
-        """Every block with its dot products."""
-        for block in self.blocks():
-            images, texts = self.image.rows(block.i0, block.i1), self.text.rows(block.j0, block.j1)
-            yield block, self.dots(images, texts, block)
-
     def backward(
-        self,
-        weigh: Callable[[Block, Tensor], None],
-        factor: float,
-        d_image: Tensor | None,
-        d_text: Tensor | None,
-        owner: Tensor | None = None,
+        self, weigh: Callable[[Block, Tensor], None], factor: float, d_image: Tensor | None, d_text: Tensor | None
     ) -> None:
         """Gradients of the features from the weights r_i G_ij c_j, into which `weigh` turns a block's dot products.
 
-        d_image (M, D), d_text (N, D): overwritten with factor times the sums of weights and features, projected where
-        the features are normalised; None where they are not wanted.
+        d_image (M, D), d_text (N, D), without gaps: overwritten with factor times the sums of weights and features,
+        projected where the features are normalised; None where they are not wanted.
         """
-        D = self.image.x.shape[1]
+        image, text = self.image, self.text
         # fp32 gradients are accumulated where they are returned
         fp32 = torch.float32
-        raw_text = d_text if d_text is None or d_text.dtype == fp32 else torch.empty(self.N, D, dtype=fp32)
-        raw_rows = None if d_image is None or d_image.dtype == fp32 else torch.empty(self.block_m, D, dtype=fp32)
+        raw_text = d_text if d_text is None or d_text.dtype == fp32 else torch.empty(text.M, text.D, dtype=fp32)
+        raw_rows = None if d_image is None or d_image.dtype == fp32 else torch.empty(self.block_m, image.D, dtype=fp32)
         # In the opposite order of the forward pass, whose last block may still be in the workspace
-        for block in reversed(self.blocks()):
+        for block in reversed(self.blocks):
             i0, i1, j0, j1 = block
-            images, texts = self.image.rows(i0, i1), self.text.rows(j0, j1)
-            weights = self.dots(images, texts, block, owner)
+            images, texts, weights = image.rows(i0, i1), text.rows(j0, j1), self.dots(block)
             workspace.forget()
             weigh(block, weights)
             if d_image is not None:
-                raw_image = d_image[i0:i1] if raw_rows is None else raw_rows[: i1 - i0]
-                _add_product(raw_image, weights, texts, keep=j1 < self.N)
+                raw = d_image[i0:i1] if raw_rows is None else raw_rows[: i1 - i0]
+                _add_product(raw, weights, texts, keep=j1 < text.M)
                 if j0 == 0:
-                    self.image.finish(raw_image, i0, i1, factor, d_image[i0:i1])
+                    image.finish(raw, images, i0, factor, self.workers)
+                    if raw_rows is not None:
+                        d_image[i0:i1].copy_(raw)
             if raw_text is not None:
-                _add_product(raw_text[j0:j1], weights.T, images, keep=i1 < self.M)
-        if d_text is not None and raw_text is not None:
-            for j0, j1 in _cuts(self.N, _BLOCK_M):
-                self.text.finish(raw_text[j0:j1], j0, j1, factor, d_text[j0:j1])
+                _add_product(raw_text[j0:j1], weights.T, images, keep=i1 < image.M)
+        if d_text is None or raw_text is None:
+            return
+        for j0, j1 in _cuts(text.M, _BLOCK_M):
+            raw = raw_text[j0:j1]
+            text.finish(raw, text.rows(j0, j1), j0, factor, self.workers)
+            if raw_text is not d_text:
+                d_text[j0:j1].copy_(raw)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
     """out = a b, added to what was there if `keep`."""
     if b.shape[1] == 1:
         # MKL's matrix-vector product adds thousands of terms one after the other; its matrix product does not
-        product = torch.mm(a, b.expand(-1, 2))[:, :1]
+        product = torch.mm(a, b.expand(-1, 2), out=out.new_empty(out.shape[0], 2))[:, :1]
         torch.add(out, product, out=out) if keep else out.copy_(product)
+    elif keep:
+        torch.addmm(out, a, b, out=out)
     else:
-        torch.addmm(out, a, b, beta=int(keep), out=out)
+        torch.mm(a, b, out=out)
 
 
 def native_block(dot: Tensor, block: Block, offset: int, exclude_self: bool = False) -> Any:
-    M, N = dot.shape
+    i0, i1, j0, j1 = block
     return native.module.Block(
         dot=dot.data_ptr(),
-        row_stride=dot.stride(0),
-        M=M,
-        N=N,
-        i0=block.i0,
-        j0=block.j0,
+        row_stride=j1 - j0,
+        M=i1 - i0,
+        N=j1 - j0,
+        i0=i0,
+        j0=j0,
         offset=offset,
         exclude_self=exclude_self,
     )
 
 
-def factors(image: Features, text: Features, scale: float) -> tuple[dict[str, Tensor | None], ...]:
+def factors(inv_norm: Tensor, text_inv_norm: Tensor, scale: float) -> tuple[dict[str, Tensor | None], ...]:
     """z is a dot product times these: (M,) with the scale, and what rounding took from it; (N,).
 
     The scale rounded would shift logits of 1,000 by 3e-5, all in the same direction.
     """
-    exact = image.inv_norm.double() * scale
+    exact = inv_norm.double() * scale
     high = exact.float()
     low = torch.where(high.isfinite(), exact - high, 0.0).float()
-    return {"factor": high, "factor_low": low}, {"factor": text.inv_norm, "factor_low": None}
+    return {"factor": high, "factor_low": low}, {"factor": text_inv_norm, "factor_low": None}

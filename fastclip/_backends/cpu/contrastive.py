@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from fastclip._backends.cpu import native
-from fastclip._backends.cpu.blocks import Block, Plan, factors, inv_norms, native_block, workspace
+from fastclip._backends.cpu.blocks import (
+    Block,
+    Plan,
+    factors,
+    features_of,
+    inv_norms,
+    native_block,
+    workspace,
+)
 from fastclip._backends.native import address
 from fastclip._backends.problem import Problem
 
@@ -61,19 +69,22 @@ class _State:
 def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
     """As `reference.contrastive_fwd`."""
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
-    plan = Plan(p, r, c)
+    (image, image_inv_norm), (text, text_inv_norm) = (
+        features_of(p.image, r, p.normalize),
+        features_of(p.text, c, p.normalize),
+    )
+    plan = Plan(image, text)
     image_label, text_label = _int32(p.labels)
-    image_factors, text_factors = factors(plan.image, plan.text, float(p.scale) * _LOG2E)
-    rows = _State(plan.M, image_factors, image_label, maxima)
-    cols = _State(plan.N, text_factors, text_label, maxima)
-    threads = torch.get_num_threads()
-    for block, dot in plan.forward():
-        native_dot = native_block(dot, block, p.offset, p.exclude_self)
-        native.module.contrastive_fwd(native_dot, rows.native, cols.native, threads)
+    image_factors, text_factors = factors(image_inv_norm, text_inv_norm, float(p.scale) * _LOG2E)
+    rows = _State(image.M, image_factors, image_label, maxima)
+    cols = _State(text.M, text_factors, text_label, maxima)
+    for block in plan.blocks:
+        native_dot = native_block(plan.dots(block), block, p.offset, p.exclude_self)
+        native.module.contrastive_fwd(native_dot, rows.native, cols.native, plan.workers)
         workspace.keep(r, block)
     row_neg, row_pos, row_pos_lse = rows.results()
     col_neg, col_pos, col_pos_lse = cols.results()
-    tops = (x for pair in zip(rows.maxima(p.offset, plan.N), cols.maxima(-p.offset, plan.M)) for x in pair)
+    tops = (x for pair in zip(rows.maxima(p.offset, text.M), cols.maxima(-p.offset, image.M)) for x in pair)
     return row_neg, col_neg, row_pos, col_pos, row_pos_lse, col_pos_lse, r, c, *(tops if maxima else ())
 
 
@@ -125,22 +136,25 @@ def contrastive_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.contrastive_bwd`."""
     row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, r, c = stats
-    plan = Plan(p, r, c)
+    (image, image_inv_norm), (text, text_inv_norm) = (
+        features_of(p.image, r, p.normalize),
+        features_of(p.text, c, p.normalize),
+    )
+    plan = Plan(image, text, owner=r)
     image_label, text_label = _int32(p.labels)
     s, gain = float(p.scale), _gain(grads)
-    image_factors, text_factors = factors(plan.image, plan.text, s * _LOG2E)
+    image_factors, text_factors = factors(image_inv_norm, text_inv_norm, s * _LOG2E)
     row_grads, col_grads = (grads[0], grads[2], grads[4]), (grads[1], grads[3], grads[5])
-    rows = _Weights(image_factors, plan.image.inv_norm, image_label, row_neg, row_pos_lse, row_grads, gain)
-    cols = _Weights(text_factors, plan.text.inv_norm, text_label, col_neg, col_pos_lse, col_grads, gain)
-    threads = torch.get_num_threads()
+    rows = _Weights(image_factors, image_inv_norm, image_label, row_neg, row_pos_lse, row_grads, gain)
+    cols = _Weights(text_factors, text_inv_norm, text_label, col_neg, col_pos_lse, col_grads, gain)
     d_scale = 0.0
 
     def weigh(block: Block, dot: Tensor) -> None:
         nonlocal d_scale
         native_dot = native_block(dot, block, p.offset, p.exclude_self)
-        d_scale += native.module.contrastive_bwd(native_dot, rows.native, cols.native, threads)
+        d_scale += native.module.contrastive_bwd(native_dot, rows.native, cols.native, plan.workers)
 
     d_image = p.image.new_empty(p.image.shape) if needs[0] else None
     d_text = p.text.new_empty(p.text.shape) if needs[1] else None
-    plan.backward(weigh, s / gain, d_image, d_text, owner=r)
+    plan.backward(weigh, s / gain, d_image, d_text)
     return d_image, d_text, p.scale.new_tensor(d_scale / gain) if needs[2] else None

@@ -1,0 +1,19 @@
+#pragma once
+
+#include <new>
+
+#include "../fastclip.h"
+
+namespace fastclip {
+
+template <class Work>
+int guarded(const Work& work) {  // no exception leaves the C interface
+  try {
+    work();
+  } catch (const std::bad_alloc&) {
+    return FASTCLIP_OUT_OF_MEMORY;
+  }
+  return FASTCLIP_OK;
+}
+
+}  // namespace fastclip

@@ -1,0 +1,171 @@
+"""``fastclip::plain_fwd`` and ``fastclip::plain_bwd``: the mean loss without labels, one op each way.
+
+On few rows a training step waits for the host and not for the products. Here the backend makes the loss, and what its
+gradients need, in a few calls; in eager mode an autograd.Function calls it without a dispatcher between. Every other
+form of the loss is made in torch of the statistics (`fastclip/loss.py`), and the two give the same values.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastclip._backends import pick, reference, serving_pairs
+from fastclip.ops.autocast import without_autocast
+from fastclip.ops.second import check_second_derivatives
+from fastclip.ops.transforms import transformed
+
+__all__ = ["are_plain", "plain_loss"]
+
+_PROBLEM = "Tensor image, Tensor text, Tensor scale"
+_OPTIONS = "float image_weight, bool normalize, str? backend"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+torch.library.define("fastclip::plain_fwd", f"({_PROBLEM}, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
+torch.library.define(
+    "fastclip::plain_bwd",
+    f"({_PROBLEM}, Tensor saved, {_OPTIONS}, Tensor d_loss, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_TENSORS = (Tensor, torch.nn.Parameter)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def are_plain(image: Any, text: Any, scale: Any) -> bool:
+    """Return True for two matrices (N, D) of rows that belong to each other which `plain_loss` may be given.
+
+    Not for subclasses of tensors, for what torch.func's transforms and forward mode differentiate, nor for anything
+    that the losses refuse.
+    """
+    return (
+        type(image) in _TENSORS
+        and type(text) in _TENSORS
+        and not (image.is_nested or text.is_nested)
+        and image.dtype in _DTYPES
+        and text.dtype in _DTYPES
+        and image.layout == text.layout == torch.strided
+        and image.device == text.device
+        and image.device.type in ("cpu", "cuda")
+        and image.ndim == 2
+        and image.shape == text.shape
+        and 0 not in image.shape
+        and not transformed(image, text, scale)
+    )
+
+
+def plain_loss(
+    image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool, backend: str | None
+) -> Tensor | None:
+    """Return the loss () fp32, differentiable, of image, text (N, D) and scale () fp32.
+
+    None outside of graphs where the reference serves: its loss has second derivatives as well.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        _, module = pick(backend, image)
+        if not hasattr(module, "plain_fwd") or module is reference:
+            return None
+    if compiling or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+        loss: Tensor = torch.ops.fastclip.plain_fwd(image, text, scale, image_weight, normalize, backend)[0]
+        return loss
+    eager: Tensor = _Plain.apply(image, text, scale, image_weight, normalize, backend, module)
+    return eager
+
+
+class _Plain(torch.autograd.Function):
+    """The ops below without torch's dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        image_weight: float,
+        normalize: bool,
+        backend: str | None,
+        module: ModuleType,
+    ) -> Tensor:
+        loss, saved = module.plain_fwd(image, text, scale, image_weight, normalize)
+        ctx.save_for_backward(image, text, scale, saved)
+        ctx.options, ctx.module = (image_weight, normalize, backend), module
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() or transformed(d_loss):  # whoever differentiates again has to find the op
+            return *_gradients(tensors, ctx.options, d_loss, needs), None, None, None, None
+        image_weight, normalize, _ = ctx.options
+        return *ctx.module.plain_bwd(*tensors, image_weight, normalize, d_loss, needs), None, None, None, None
+
+
+def _gradients(tensors: Any, options: Any, d_loss: Tensor, needs: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of image, text and scale by ``fastclip::plain_bwd``."""
+    if transformed(d_loss):  # batched, or with a tangent: gradients are its multiples
+        out = _gradients(tensors, options, torch.ones((), dtype=d_loss.dtype, device=d_loss.device), needs)
+        return tuple(None if d is None else (d * d_loss).to(d.dtype) for d in out)
+    out = torch.ops.fastclip.plain_bwd(*tensors, *options, d_loss, list(needs))
+    return tuple(d if need else None for d, need in zip(out, needs))
+
+
+@torch.library.impl("fastclip::plain_fwd", "default")
+@without_autocast
+def _fwd(image: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *options, backend = args
+    out: tuple[Tensor, Tensor] = serving_pairs(backend, image).plain_fwd(image, *options)
+    return out
+
+
+@torch.library.register_fake("fastclip::plain_fwd")
+def _fwd_fake(
+    image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    saved = pick(backend, image)[1].plain_saved(image.shape[0])
+    return image.new_empty((), dtype=torch.float32), image.new_empty(saved, dtype=torch.float32)
+
+
+@torch.library.impl("fastclip::plain_bwd", "default")
+@without_autocast
+def _bwd(image: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *options, backend, d_loss, needs = args
+    out = serving_pairs(backend, image).plain_bwd(image, *options, d_loss, needs)
+    return tuple(image.new_empty(0) if d is None else d for d in out)
+
+
+@torch.library.register_fake("fastclip::plain_bwd")
+def _bwd_fake(image: Tensor, text: Tensor, scale: Tensor, saved: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    needs = options[-1]
+    return tuple(x.new_empty(x.shape) if need else image.new_empty(0) for x, need in zip((image, text, scale), needs))
+
+
+def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = inputs[3:]
+
+
+def _fwd_backward(ctx: Any, d_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * 6
+    return *_gradients(ctx.saved_tensors, ctx.options, d_loss, ctx.needs_input_grad[:3]), None, None, None
+
+
+torch.library.register_autograd("fastclip::plain_fwd", _fwd_backward, setup_context=_save_fwd)
+
+
+def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.backend = inputs[6]
+
+
+def _bwd_backward(ctx: Any, *_: Tensor | None) -> Any:
+    (image,) = ctx.saved_tensors
+    check_second_derivatives("contrastive_loss", ctx.backend, image)
+    raise RuntimeError("a loss that was compiled has no second derivatives")
+
+
+torch.library.register_autograd("fastclip::plain_bwd", _bwd_backward, setup_context=_save_bwd)
