@@ -60,13 +60,6 @@ typedef struct fastclip_bwd_side {
   const float* d_pos_lse;  /* NULL without labels */
 } fastclip_bwd_side;
 
-/* One side of the sigmoid loss: z_ij = dot_ij (image.factor_i + image.factor_low_i) text.factor_j + bias. */
-typedef struct fastclip_sigmoid_side {
-  const float* factor;     /* inverse norm; images: also scale */
-  const float* factor_low; /* images: what rounding took from factor. Texts: NULL */
-  const float* inv_norm;   /* what multiplies the feature, 1 when not normalised */
-} fastclip_sigmoid_side;
-
 typedef struct fastclip_sigmoid_sums {
   double loss;    /* sum_ij softplus(z_ij), of -z_ij at the positives */
   double d_scale; /* sum_ij r_i G_ij c_j dot_ij */
@@ -81,11 +74,11 @@ int fastclip_cpu_contrastive_fwd(const fastclip_block* block, const fastclip_fwd
 int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd_side* image,
                                  const fastclip_bwd_side* text, double* d_scale, int num_threads);
 
-/* Add one block of the sigmoid loss to *sums. The positive of row i is column i + offset. With `gradients` the block is
- * overwritten with r_i G_ij c_j, G = d loss / d z; without, it is left as it is and only sums->loss counts. */
-int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const fastclip_sigmoid_side* image,
-                             const fastclip_sigmoid_side* text, float bias, int gradients, fastclip_sigmoid_sums* sums,
-                             int num_threads);
+/* Add one block of the sigmoid loss to *sums, z_ij = dot_ij scale r_i c_j + bias. The positive of row i is column
+ * i + offset. With `gradients` the block is overwritten with r_i G_ij c_j, G = d loss / d z; without, it is left as it
+ * is and only sums->loss counts. image_inv_norm, text_inv_norm: r and c; NULL on both sides for ones. */
+int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const float* image_inv_norm, const float* text_inv_norm,
+                             double scale, float bias, int gradients, fastclip_sigmoid_sums* sums, int num_threads);
 
 /* Inverse norms 1 / max(norm, 1e-12) of the rows of x (M, D), summed in fp64, rounded once.
  *

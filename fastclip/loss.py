@@ -17,6 +17,7 @@ from fastclip.checks import (
     check_shard,
     check_share,
     flag,
+    plain_problem,
     scalar,
 )
 from fastclip.distributed import (
@@ -32,15 +33,16 @@ from fastclip.distributed import (
 from fastclip.labels import KeptRows, keep_labelled, match_labels
 from fastclip.ops import (
     Statistics,
-    are_plain,
     autocast_features,
-    autocasts,
     contrastive_statistics,
     no_autocast,
     plain_loss,
 )
 
 __all__ = ["Batch", "contrastive_loss", "direction_losses", "prepare"]
+
+
+_NUMBERS = (float, int)
 
 
 def contrastive_loss(
@@ -122,14 +124,9 @@ def contrastive_loss(
     it; where ranks disagree in D, dtype, scale or options, all raise. With ``equal_shards`` nobody tells the others,
     who wait until the group's timeout.
     """
-    by_pairs = image_labels is None and text_labels is None and ignore_label is None and exclude_self is False
-    if (
-        by_pairs
-        and reduction == "mean"
-        and group is None
-        and comm == "gather"
-        and _is_number(label_smoothing, 0.0, 0.0)
-    ):
+    no_labels = image_labels is None and text_labels is None and ignore_label is None and exclude_self is False
+    one_mean = reduction == "mean" and group is None and comm == "gather"
+    if no_labels and one_mean and type(label_smoothing) in _NUMBERS and not label_smoothing:
         loss = _plain_loss(image_features, text_features, logit_scale, image_weight, normalize, backend)
         if loss is not None:
             return loss
@@ -179,23 +176,14 @@ def contrastive_loss(
     return (total if batch.shards is None else batch.shards.ranks * total).to(dtype)
 
 
-def _is_number(x: Any, lowest: float, highest: float) -> bool:
-    return type(x) in (float, int) and lowest <= x <= highest
-
-
 def _plain_loss(
     image: Tensor, text: Tensor, scale: float | Tensor, image_weight: float, normalize: bool, backend: str | None
 ) -> Tensor | None:
     """The mean loss of pairs in one op, whose host costs a tenth; None where `contrastive_loss` has to look closer."""
-    if type(normalize) is not bool or not _is_number(image_weight, 0.0, 1.0) or not are_plain(image, text, scale):
+    if type(normalize) is not bool or type(image_weight) not in _NUMBERS or not 0.0 <= image_weight <= 1.0:
         return None
-    if type(scale) is not Tensor or scale.dtype != torch.float32 or scale.shape != () or scale.device != image.device:
-        scale = scalar("logit_scale", scale, image)
-    if autocasts(image.device):
-        image, text, scale = autocast_features(image, text, scale)
-    if image.dtype != text.dtype:
-        return None
-    return plain_loss(image, text, scale, image_weight, normalize, backend)
+    problem = plain_problem(image, text, scale)
+    return None if problem is None else plain_loss(problem, image_weight, normalize, backend)
 
 
 class _Positives(NamedTuple):

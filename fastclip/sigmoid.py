@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastclip.checks import check_features, check_reduction, check_shard, flag, scalar
+from fastclip.checks import check_features, check_reduction, check_shard, flag, plain_problem, scalar
 from fastclip.distributed import check_comm, check_group, gather_rows, meet, reported, ring_sigmoid_pairs
 from fastclip.ops import autocast_features, sigmoid_pairs
 
@@ -56,6 +57,18 @@ def sigmoid_loss(
         TypeError: features that are not floating tensors of one dtype.
         RuntimeError: an explicit backend that cannot serve; a group without torch.distributed, or under torch.func.
     """
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
+    if (
+        group is None
+        and comm == "gather"
+        and reduction in ("mean", "sum")
+        and type(normalize) is bool
+        and logit_bias is not None
+    ):
+        problem = plain_problem(image_features, text_features, logit_scale, logit_bias)
+        if problem is not None:
+            divisor = problem[0].shape[0] if reduction == "mean" else 1
+            return sigmoid_pairs(*problem, divisor=divisor, dtype=torch.float32, **options)
     group = check_group(group)
     with reported(group, equal_shards, image_features):
         check_comm(comm)
@@ -68,10 +81,10 @@ def sigmoid_loss(
         image, text, scale, bias = autocast_features(image_features, text_features, scale, bias)
         if group is not None:
             check_shard(backend, image, text, scale, bias)
-    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
+    options["normalize"] = normalize
     if group is None:
         divisor = image.shape[0] if reduction == "mean" else 1
-        return sigmoid_pairs(image, text, scale, bias, divisor=divisor, **options).to(scale.dtype)
+        return sigmoid_pairs(image, text, scale, bias, divisor=divisor, dtype=scale.dtype, **options)
     agreed = {"function": "sigmoid_loss", "reduction": reduction, "comm": comm, "normalize": normalize}
     scalars = {"logit_scale": scale, "logit_bias": bias}
     shards = meet(group, image, text, scalars, agreed, equal_shards)

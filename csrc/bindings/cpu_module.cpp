@@ -46,8 +46,9 @@ fastclip_bwd_side bwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t inv
 }
 
 // Of the calls below: numbers one after the other, where a training step on few rows waits for each.
-fastclip_block block_at(uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0) {
-  return {pointer<float>(dot), row_stride, M, N, i0, j0, 0, 0};
+fastclip_block block_at(uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0,
+                        int64_t offset = 0) {
+  return {pointer<float>(dot), row_stride, M, N, i0, j0, offset, 0};
 }
 
 fastclip_loss loss_of(uintptr_t saved, int64_t N) { return {N, 0, 0.0, 0.0, pointer<double>(saved)}; }
@@ -73,13 +74,6 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("label"), py::arg("neg"), py::arg("d_neg"), py::arg("d_pos"), py::arg("pos_lse"),
            py::arg("d_pos_lse"));
 
-  py::class_<fastclip_sigmoid_side>(m, "SigmoidSide")
-      .def(py::init([](uintptr_t factor, uintptr_t factor_low, uintptr_t inv_norm) {
-             return fastclip_sigmoid_side{pointer<const float>(factor), pointer<const float>(factor_low),
-                                          pointer<const float>(inv_norm)};
-           }),
-           py::kw_only(), py::arg("factor"), py::arg("factor_low"), py::arg("inv_norm"));
-
   m.def(
       "contrastive_fwd",
       [](const fastclip_block& block, const fastclip_fwd_side& image, const fastclip_fwd_side& text, int num_threads) {
@@ -96,10 +90,13 @@ PYBIND11_MODULE(_cpu, m) {
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "sigmoid_fwd",  // (loss, d_scale, d_bias) of the block
-      [](const fastclip_block& block, const fastclip_sigmoid_side& image, const fastclip_sigmoid_side& text, float bias,
-         bool gradients, int num_threads) {
+      [](uintptr_t image_inv_norm, uintptr_t text_inv_norm, double scale, float bias, bool gradients, int64_t offset,
+         uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0, int num_threads) {
+        const fastclip_block block = block_at(dot, row_stride, M, N, i0, j0, offset);
         fastclip_sigmoid_sums sums{};
-        check(fastclip_cpu_sigmoid_fwd(&block, &image, &text, bias, gradients, &sums, num_threads));
+        check(fastclip_cpu_sigmoid_fwd(&block, pointer<const float>(image_inv_norm),
+                                       pointer<const float>(text_inv_norm), scale, bias, gradients, &sums,
+                                       num_threads));
         return std::array<double, 3>{sums.loss, sums.d_scale, sums.d_bias};
       },
       py::call_guard<py::gil_scoped_release>());

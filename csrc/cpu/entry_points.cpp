@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../fastclip.h"
+#include "factors.h"
 #include "guarded.h"
 #include "thread_pool.h"
 #include "tile.h"
@@ -126,17 +127,20 @@ BwdSide bwd_side(const fastclip_bwd_side& s, int64_t k) {
           at(s.d_neg),  at(s.d_pos),      at(s.pos_lse),  at(s.d_pos_lse)};
 }
 
-void sigmoid_fwd(const fastclip_block& b, const fastclip_sigmoid_side& image, const fastclip_sigmoid_side& text,
+void sigmoid_fwd(const fastclip_block& b, const float* image_inv_norm, const float* text_inv_norm, double scale,
                  float bias, bool gradients, fastclip_sigmoid_sums* sums, int num_threads) {
   const TileKernels& kernels = *selected_kernels().load();
   const Grid grid(b);
   std::vector<SigmoidSums> parts(static_cast<size_t>(grid.size()));
-  const auto side = [](const fastclip_sigmoid_side& all, int64_t k) {
-    return SigmoidSide{all.factor + k, all.factor_low == nullptr ? nullptr : all.factor_low + k, all.inv_norm + k};
-  };
+  std::vector<float> factor(static_cast<size_t>(b.M)), factor_low(factor), ones;
+  if (image_inv_norm == nullptr) ones.assign(static_cast<size_t>(std::max(b.M, b.N)), 1.0f);
+  const float* r = image_inv_norm == nullptr ? ones.data() : image_inv_norm + b.i0;
+  const float* c = image_inv_norm == nullptr ? ones.data() : text_inv_norm + b.j0;
+  scaled_factors(r, scale, b.M, factor.data(), factor_low.data());
   auto tile = [&](int64_t index) {
     const int64_t i = index / grid.N * kTileM, j = index % grid.N * kTileN;
-    parts[index] = kernels.sigmoid(tile_at(b, i, j), side(image, b.i0 + i), side(text, b.j0 + j), bias, gradients);
+    const SigmoidSide image{factor.data() + i, factor_low.data() + i, r + i}, text{c + j, nullptr, c + j};
+    parts[index] = kernels.sigmoid(tile_at(b, i, j), image, text, bias, gradients);
   };
   parallel_for(grid.size(), num_threads, tile);
   for (const SigmoidSums& part : parts)
@@ -214,13 +218,13 @@ int fastclip_cpu_contrastive_bwd(const fastclip_block* block, const fastclip_bwd
   return fastclip::guarded([&] { *d_scale = fastclip::bwd(*block, *image, *text, num_threads); });
 }
 
-int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const fastclip_sigmoid_side* image,
-                             const fastclip_sigmoid_side* text, float bias, int gradients, fastclip_sigmoid_sums* sums,
-                             int num_threads) {
-  if (!fastclip::valid(block) || image == nullptr || text == nullptr || sums == nullptr)
+int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const float* image_inv_norm, const float* text_inv_norm,
+                             double scale, float bias, int gradients, fastclip_sigmoid_sums* sums, int num_threads) {
+  if (!fastclip::valid(block) || sums == nullptr || (image_inv_norm == nullptr) != (text_inv_norm == nullptr))
     return FASTCLIP_INVALID_ARGUMENT;
-  return fastclip::guarded(
-      [&] { fastclip::sigmoid_fwd(*block, *image, *text, bias, gradients != 0, sums, num_threads); });
+  return fastclip::guarded([&] {
+    fastclip::sigmoid_fwd(*block, image_inv_norm, text_inv_norm, scale, bias, gradients != 0, sums, num_threads);
+  });
 }
 
 int fastclip_cpu_norms(const float* x, int64_t row_stride, int64_t M, int64_t D, float* inv_norm, float* outer,

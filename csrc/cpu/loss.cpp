@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../fastclip.h"
+#include "factors.h"
 #include "guarded.h"
 #include "thread_pool.h"
 
@@ -45,19 +46,14 @@ struct Saved {
 };
 
 void begin(const fastclip_loss& loss, const Saved& s) {
-  *s.large = 0.0, *s.scale = loss.scale;
+  std::fill_n(loss.saved, FASTCLIP_LOSS_HEADER, 0.0);
+  *s.scale = loss.scale;
   for (const Side* side : {&s.image, &s.text}) {
-    if (!loss.normalize) std::fill_n(side->inv_norm, loss.N, 1.0f);
+    if (!loss.normalize) std::fill_n(side->inv_norm, 2 * loss.N, 1.0f);  // and outer behind them
     for (int64_t k = 0; loss.normalize && k < loss.N; ++k) *s.large += side->outer[k] != 1.0f;
     for (double* sums : {side->neg_max, side->neg_sum, side->pos}) std::fill_n(sums, loss.N, 0.0);
   }
-  const double scale = loss.scale * kLog2e;
-  for (int64_t i = 0; i < loss.N; ++i) {
-    const double exact = s.image.inv_norm[i] * scale;
-    s.factor[i] = static_cast<float>(exact);
-    // The scale rounded would shift logits of 1,000 by 3e-5, all in the same direction
-    s.factor_low[i] = std::isfinite(s.factor[i]) ? static_cast<float>(exact - s.factor[i]) : 0.0f;
-  }
+  scaled_factors(s.image.inv_norm, loss.scale * kLog2e, loss.N, s.factor, s.factor_low);
 }
 
 struct Part {
@@ -85,6 +81,7 @@ void vectors(const Side& side, double gain, int64_t begin, int64_t end) {
     const double lost = std::fabs(side.neg[k]) < 0x1p40f ? exact - side.neg[k] : 0.0;
     side.d_neg[k] = static_cast<float>(d * std::exp2(-lost));
     side.d_pos[k] = static_cast<float>(-d);
+    side.neg_max[k] = side.neg_sum[k] = side.pos[k] = 0.0;  // read as floats they could be NaN, which confuses a reader
   }
 }
 

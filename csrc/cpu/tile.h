@@ -47,10 +47,10 @@ struct BwdSide {  // as fastclip_bwd_side
   const float* d_pos_lse;
 };
 
-struct SigmoidSide {  // as fastclip_sigmoid_side
-  const float* factor;
-  const float* factor_low;
-  const float* inv_norm;
+struct SigmoidSide {
+  const float* factor;      // inverse norm; images: also scale
+  const float* factor_low;  // images: what rounding took from factor
+  const float* inv_norm;    // what multiplies the feature, 1 when not normalised
 };
 
 struct SigmoidSums {

@@ -119,36 +119,28 @@ void nan_and_infinity_stay() {
 // The sigmoid loss of one block.
 struct SigmoidRun {
   Matrix dot, out;
-  std::vector<float> row, row_low, row_norm, col, col_norm;
-  double bias;
+  std::vector<float> row_norm, col_norm;
+  double scale, bias;
   int64_t offset;
   fastclip_sigmoid_sums sums{};
 
   SigmoidRun(int64_t M, int64_t N, double scale, double bias, int64_t offset)
-      : dot(M, N), out(dot), bias(bias), offset(offset) {
+      : dot(M, N), out(dot), scale(scale), bias(bias), offset(offset) {
     Random random;
     for (int64_t i = 0; i < M; ++i) {
       for (int64_t j = 0; j < N; ++j) dot.at(i, j) = static_cast<float>(random.uniform(-1.0, 1.0));
-      const double exact = scale * random.uniform(0.9, 1.0);
-      row.push_back(static_cast<float>(exact));
-      row_low.push_back(static_cast<float>(exact - row.back()));
-      row_norm.push_back(static_cast<float>(random.uniform(0.1, 2.0)));
+      row_norm.push_back(static_cast<float>(random.uniform(0.9, 1.0)));
     }
-    for (int64_t j = 0; j < N; ++j) {
-      col.push_back(static_cast<float>(random.uniform(0.9, 1.0)));
-      col_norm.push_back(static_cast<float>(random.uniform(0.1, 2.0)));
-    }
-    for (auto* x : {&row, &row_low, &row_norm, &col, &col_norm}) x->shrink_to_fit();
+    for (int64_t j = 0; j < N; ++j) col_norm.push_back(static_cast<float>(random.uniform(0.9, 1.0)));
+    for (auto* x : {&row_norm, &col_norm}) x->shrink_to_fit();
   }
 
   void run(bool gradients, int threads) {
     out = dot;
     sums = {};
     const fastclip_block block{out.data.data(), out.stride, out.M, out.N, 0, 0, offset, 0};
-    const fastclip_sigmoid_side image{row.data(), row_low.data(), row_norm.data()};
-    const fastclip_sigmoid_side text{col.data(), nullptr, col_norm.data()};
-    const int status =
-        fastclip_cpu_sigmoid_fwd(&block, &image, &text, static_cast<float>(bias), gradients, &sums, threads);
+    const int status = fastclip_cpu_sigmoid_fwd(&block, row_norm.data(), col_norm.data(), scale,
+                                                static_cast<float>(bias), gradients, &sums, threads);
     CHECK(status == FASTCLIP_OK, "status %d", status);
     out.check_gaps();
   }
@@ -159,7 +151,7 @@ struct SigmoidRun {
     const double tolerance = 2e-6 + 2e-7 * (scale + std::fabs(bias));
     for (int64_t i = 0; i < dot.M; ++i)
       for (int64_t j = 0; j < dot.N; ++j) {
-        const double z = dot.at(i, j) * (static_cast<double>(row[i]) + row_low[i]) * col[j] + bias;
+        const double z = dot.at(i, j) * (scale * row_norm[i]) * col_norm[j] + bias;
         const double x = i + offset == j ? -z : z, t = std::exp(-std::fabs(x));
         const double g = (i + offset == j ? -1.0 : 1.0) * (x >= 0 ? 1.0 : t) / (1.0 + t);
         const double weight = g * row_norm[i] * col_norm[j];
@@ -306,7 +298,9 @@ void invalid_arguments() {
   const fastclip_bwd_side b_image = run.image.bwd(c, true), b_text = run.text.bwd(c, false);
   CHECK(fastclip_cpu_contrastive_bwd(&good, &b_image, &b_text, nullptr, 1) == kInvalid, "no d_scale");
   fastclip_sigmoid_sums sums{};
-  CHECK(fastclip_cpu_sigmoid_fwd(&good, nullptr, nullptr, 0.0f, 1, &sums, 1) == kInvalid, "no sides");
+  float x[4] = {};
+  CHECK(fastclip_cpu_sigmoid_fwd(&good, nullptr, x, 1.0, 0.0f, 1, &sums, 1) == kInvalid, "norms on one side");
+  CHECK(fastclip_cpu_sigmoid_fwd(&good, nullptr, nullptr, 1.0, 0.0f, 1, nullptr, 1) == kInvalid, "no sums");
   std::vector<double> saved(FASTCLIP_LOSS_HEADER + 5 * FASTCLIP_LOSS_ROW);
   const fastclip_loss loss{4, 0, 1.0, 0.5, saved.data()};
   double value = 0.0;
@@ -316,7 +310,6 @@ void invalid_arguments() {
   const fastclip_loss no_room{5, 0, 1.0, 0.5, nullptr};
   CHECK(fastclip_cpu_loss_fwd(&no_room, &good, &value, 1) == kInvalid, "nothing saved");
   int64_t large = 0;
-  float x[4] = {};
   CHECK(fastclip_cpu_norms(x, 2, 2, 0, x, nullptr, &large, 1) == kInvalid, "D");
   CHECK(fastclip_cpu_norms(nullptr, 2, 2, 2, x, nullptr, &large, 1) == kInvalid, "no rows");
   CHECK(fastclip_cpu_finish(nullptr, 2, x, 2, 2, 2, nullptr, nullptr, 1.0f, 1) == kInvalid, "no products");

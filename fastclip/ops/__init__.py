@@ -8,14 +8,14 @@ from fastclip.ops.contrastive import (
     contrastive_statistics,
     merge_logsumexp,
 )
-from fastclip.ops.plain import are_plain, plain_loss
+from fastclip.ops.plain import plain_loss
 from fastclip.ops.sigmoid import sigmoid_pairs
-from fastclip.ops.transforms import batched, transformed
+from fastclip.ops.transforms import TENSORS, batched, transformed
 
 __all__ = [
+    "TENSORS",
     "Statistics",
     "TopLogits",
-    "are_plain",
     "autocast_dtype",
     "autocast_features",
     "autocasts",

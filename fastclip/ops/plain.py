@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip._backends import pick, reference, serving_pairs
+from fastclip._backends import pick, serving_pairs
 from fastclip.ops.autocast import without_autocast
 from fastclip.ops.second import check_second_derivatives
-from fastclip.ops.transforms import transformed
+from fastclip.ops.transforms import recorded, transformed
 
-__all__ = ["are_plain", "plain_loss"]
+__all__ = ["plain_loss"]
 
 _PROBLEM = "Tensor image, Tensor text, Tensor scale"
 _OPTIONS = "float image_weight, bool normalize, str? backend"
@@ -29,48 +29,23 @@ torch.library.define(
     f"({_PROBLEM}, Tensor saved, {_OPTIONS}, Tensor d_loss, bool[] needs) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
-_TENSORS = (Tensor, torch.nn.Parameter)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def are_plain(image: Any, text: Any, scale: Any) -> bool:
-    """Return True for two matrices (N, D) of rows that belong to each other which `plain_loss` may be given.
-
-    Not for subclasses of tensors, for what torch.func's transforms and forward mode differentiate, nor for anything
-    that the losses refuse.
-    """
-    return (
-        type(image) in _TENSORS
-        and type(text) in _TENSORS
-        and not (image.is_nested or text.is_nested)
-        and image.dtype in _DTYPES
-        and text.dtype in _DTYPES
-        and image.layout == text.layout == torch.strided
-        and image.device == text.device
-        and image.device.type in ("cpu", "cuda")
-        and image.ndim == 2
-        and image.shape == text.shape
-        and 0 not in image.shape
-        and not transformed(image, text, scale)
-    )
+_SERVING = ("cpu",)
 
 
-def plain_loss(
-    image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool, backend: str | None
-) -> Tensor | None:
-    """Return the loss () fp32, differentiable, of image, text (N, D) and scale () fp32.
+def plain_loss(problem: tuple[Tensor, ...], image_weight: float, normalize: bool, backend: str | None) -> Tensor | None:
+    """Return the loss () fp32, differentiable, of a problem: image (N, D), text (N, D) and scale () fp32.
 
     None outside of graphs where the reference serves: its loss has second derivatives as well.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        _, module = pick(backend, image)
-        if not hasattr(module, "plain_fwd") or module is reference:
-            return None
-    if compiling or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
-        loss: Tensor = torch.ops.fastclip.plain_fwd(image, text, scale, image_weight, normalize, backend)[0]
+    if recorded():
+        loss: Tensor = torch.ops.fastclip.plain_fwd(*problem, image_weight, normalize, backend)[0]
         return loss
-    eager: Tensor = _Plain.apply(image, text, scale, image_weight, normalize, backend, module)
+    name, module = pick(backend, problem[0])
+    if name not in _SERVING:
+        return None
+    eager: Tensor = _Plain.apply(*problem, image_weight, normalize, backend, module)
     return eager
 
 
@@ -104,10 +79,11 @@ class _Plain(torch.autograd.Function):
 
 def _gradients(tensors: Any, options: Any, d_loss: Tensor, needs: Any) -> tuple[Tensor | None, ...]:
     """Gradients of image, text and scale by ``fastclip::plain_bwd``."""
-    if transformed(d_loss):  # batched, or with a tangent: gradients are its multiples
-        out = _gradients(tensors, options, torch.ones((), dtype=d_loss.dtype, device=d_loss.device), needs)
-        return tuple(None if d is None else (d * d_loss).to(d.dtype) for d in out)
-    out = torch.ops.fastclip.plain_bwd(*tensors, *options, d_loss, list(needs))
+    multiples = transformed(d_loss)  # batched, or with a tangent, which the op would not see
+    upstream = torch.ones((), dtype=torch.float32, device=tensors[0].device) if multiples else d_loss
+    out = torch.ops.fastclip.plain_bwd(*tensors, *options, upstream, list(needs))
+    if multiples:
+        out = [(d * d_loss).to(d.dtype) for d in out]
     return tuple(d if need else None for d, need in zip(out, needs))
 
 

@@ -6,6 +6,7 @@ backward multiplies them with the gradient of the loss. `_backends/reference.py`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fastclip._backends import reference, serving
 from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
-from fastclip.ops.transforms import needs_dense
+from fastclip.ops.transforms import needs_dense, recorded, transformed
 
 __all__ = ["sigmoid_pairs"]
 
@@ -34,12 +35,21 @@ def _problem(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize:
     return Problem(image, text, scale, None, offset, False, normalize)
 
 
-@torch.library.impl("fastclip::sigmoid_fwd", "default")
 @without_autocast
-def _fwd(*args: Any) -> tuple[Tensor, ...]:
+def _computed(image: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    """Loss and gradients by a backend; None where a gradient is not wanted."""
+    text, scale, bias, divisor, offset, normalize, needs, module = args
+    out: tuple[Tensor | None, ...] = module.sigmoid_fwd(
+        _problem(image, text, scale, offset, normalize), bias, divisor, needs
+    )
+    return out
+
+
+@torch.library.impl("fastclip::sigmoid_fwd", "default")
+def _fwd(*args: Any) -> tuple[Tensor | None, ...]:
     image, text, scale, bias, divisor, offset, normalize, backend, needs = args
-    p = _problem(image, text, scale, offset, normalize)
-    loss, *grads = serving(backend, p).sigmoid_fwd(p, bias, divisor, needs)
+    module = serving(backend, _problem(image, text, scale, offset, normalize))
+    loss, *grads = _computed(image, text, scale, bias, divisor, offset, normalize, needs, module)
     return loss, *(image.new_empty(0) if d is None else d.contiguous() for d in grads)
 
 
@@ -54,21 +64,25 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
     return image.new_empty((), dtype=reference.wide_dtype(image.device)), *grads
 
 
-def _times(inputs: list[Tensor], needs: list[bool], kept: list[Tensor], d_loss: Tensor) -> tuple[Tensor, ...]:
-    """The gradients that the forward kept times that of the loss."""
-
-    def gradient(x: Tensor, d: Tensor) -> Tensor:
-        factor = d_loss.to(torch.promote_types(d.dtype, torch.float32))
-        return (d * factor).to(x.dtype)  # factor is a scalar: a bfloat16 product is rounded once
-
-    return tuple(gradient(x, d) if need else d_loss.new_empty(0) for x, d, need in zip(inputs, kept, needs))
+def _times(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> list[Tensor | None]:
+    """The gradients that the forward kept, times that of the loss; None where it kept none."""
+    out: list[Tensor | None] = []
+    for x, d in zip(inputs, kept):
+        if d is None:
+            out.append(None)
+            continue
+        dtype = d.dtype if d.dtype == torch.float64 else torch.float32
+        product = d * (d_loss if d_loss.dtype == dtype else d_loss.to(dtype))  # of a scalar: bfloat16 is rounded once
+        out.append(product if product.dtype == x.dtype else product.to(x.dtype))
+    return out
 
 
 @torch.library.impl("fastclip::sigmoid_bwd", "default")
 @without_autocast
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
     *inputs, _, _, _, _, needs, kept, d_loss = args
-    return _times(inputs, needs, kept, d_loss)
+    out = _times(inputs, [d if need else None for d, need in zip(kept, needs)], d_loss)
+    return tuple(d_loss.new_empty(0) if d is None else d for d in out)
 
 
 @torch.library.register_fake("fastclip::sigmoid_bwd")
@@ -84,16 +98,20 @@ def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _fwd_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # once: what a checkpoint computes again it gives once
-    inputs, kept = saved[:4], saved[4:]
-    needs = list(ctx.needs_input_grad[:4])
+    needs = ctx.needs_input_grad[:4]
     if any(need and not had for need, had in zip(needs, ctx.needs)):
         raise RuntimeError("fastclip::sigmoid_fwd was called with needs= that leave out a gradient now asked for")
-    if needs_dense(ctx.options[-1], d_loss):
-        out = _times(inputs, needs, kept, d_loss)
-    else:
-        out = torch.ops.fastclip.sigmoid_bwd(*inputs, *ctx.options, needs, list(kept), d_loss)
-    return *(d if need else None for d, need in zip(out, needs)), *[None] * 5
+    return *_gradients(ctx.saved_tensors, ctx.options, d_loss, needs), *[None] * 5
+
+
+def _gradients(saved: Sequence[Any], options: Any, d_loss: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of the four inputs by ``fastclip::sigmoid_bwd``, from the inputs and what the forward kept."""
+    inputs, kept = saved[:4], [d if need else None for d, need in zip(saved[4:], needs)]
+    if transformed(d_loss):  # batched, or with a tangent: gradients are its multiples
+        return _times(inputs, kept, d_loss)
+    everything = [d_loss.new_empty(0) if d is None else d for d in kept]
+    out = torch.ops.fastclip.sigmoid_bwd(*inputs, *options, list(needs), everything, d_loss)
+    return [d if need else None for d, need in zip(out, needs)]
 
 
 torch.library.register_autograd("fastclip::sigmoid_fwd", _fwd_backward, setup_context=_save_fwd)
@@ -124,6 +142,28 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 torch.library.register_autograd("fastclip::sigmoid_bwd", _bwd_backward, setup_context=_save_bwd)
 
 
+class _Sigmoid(torch.autograd.Function):
+    """The ops above without torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, divisor, offset, normalize, backend, needs, dtype, module = args
+        loss, *kept = _computed(*tensors, divisor, offset, normalize, needs, module)
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.options = divisor, offset, normalize, backend
+        assert loss is not None
+        return loss.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: what a checkpoint computes again it gives once
+        if torch.is_grad_enabled():  # whoever differentiates again has to find the op
+            out = _gradients(saved, ctx.options, d_loss, ctx.needs_input_grad[:4])
+        else:
+            out = _times(saved[:4], saved[4:], d_loss)
+        return *out, None, None, None, None, None, None, None
+
+
 @without_autocast
 def _dense(image: Tensor, p: Problem, bias: Tensor, divisor: int) -> Tensor:
     loss, *_ = reference.sigmoid_fwd(p, bias, divisor, [False] * 4)
@@ -141,14 +181,23 @@ def sigmoid_pairs(
     offset: int = 0,
     normalize: bool = True,
     backend: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """sum_ij softplus(-+(z_ij + bias)) / divisor, (); minus at the positives, column i + offset of row i.
 
-    Differentiable. The divisor is in the gradients before they are rounded to 16-bit features' dtype.
+    Differentiable; of `dtype`, or `reference.wide_dtype`. The divisor is in the gradients before they are rounded to
+    16-bit features' dtype.
     """
     tensors = image, text, scale, bias
+    dtype = dtype or reference.wide_dtype(image.device)
     if needs_dense(backend, *tensors):
-        return _dense(image, _problem(image, text, scale, offset, normalize), bias, divisor)
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
-    loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, divisor, offset, normalize, backend, needs)[0]
-    return loss
+        return _dense(image, _problem(image, text, scale, offset, normalize), bias, divisor).to(dtype)
+    differentiable = torch.is_grad_enabled()
+    needs = [differentiable and x.requires_grad for x in tensors]
+    options = divisor, offset, normalize, backend, needs
+    module = None if recorded(*tensors) else serving(backend, _problem(image, text, scale, offset, normalize))
+    if module is None or module is reference:  # which has second derivatives
+        loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, *options)[0]
+        return loss.to(dtype)
+    eager: Tensor = _Sigmoid.apply(*tensors, *options, dtype, module)
+    return eager

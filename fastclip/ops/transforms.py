@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 from fastclip import _env
 from fastclip._backends import check_name
 
-__all__ = ["batched", "needs_dense", "transformed"]
+__all__ = ["TENSORS", "batched", "needs_dense", "recorded", "transformed"]
 
+TENSORS = {Tensor, torch.nn.Parameter}  # not their subclasses
 logger = logging.getLogger(__name__)
 _warned = False
 
@@ -27,6 +28,13 @@ def transformed(*values: Tensor | float) -> bool:
     if forward_ad._current_level < 0:
         return False
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in values)
+
+
+def recorded(*tensors: Tensor) -> bool:
+    """Return True where calls are recorded or imitated: by torch.compile, a trace, a dispatch mode, a subclass."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+        return True
+    return not {type(x) for x in tensors} <= TENSORS
 
 
 def batched(*tensors: Tensor) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
+import fastclip
 from fastclip._backends.cpu import native
-from support.accuracy import check, pairs, random_labels
+from support.accuracy import check, counted_products, leaves, pairs, random_labels
 from support.kinds import CPU_KINDS, Kind, each_kind
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -59,3 +63,45 @@ def test_sigmoid_accurate_in_many_blocks(monkeypatch: pytest.MonkeyPatch, kind: 
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", megabytes)
     image, text = kind.pairs(700, 700, 24)
     check(kind.loss(), image, text, 10.0, bias=-8.0)
+
+
+# A step on few rows waits for the host: what it calls is counted, Python's functions and C's
+
+
+def loss_of(*given: Tensor, normalize: bool) -> Tensor:
+    function = fastclip.contrastive_loss if len(given) == 3 else fastclip.sigmoid_loss
+    return function(*given, normalize=normalize)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("scalars", "calls", "allocations"), [((14.0,), 150, 5), ((14.0, -5.0), 160, 11)], ids=["softmax", "sigmoid"]
+)
+def test_calls_and_allocations_of_a_step_on_few_rows(
+    monkeypatch: pytest.MonkeyPatch, scalars: tuple[float, ...], calls: int, allocations: int, normalize: bool
+) -> None:
+    for name in ("FASTCLIP_BACKEND", "FASTCLIP_WORKSPACE_MB"):
+        monkeypatch.delenv(name, raising=False)
+    given = leaves(*pairs(64, 64, 512), *scalars)
+    for _ in range(3):
+        loss_of(*given, normalize=normalize).backward()
+    with cProfile.Profile() as profile:
+        loss_of(*given, normalize=normalize).backward()
+    assert pstats.Stats(profile).total_calls - 2 <= calls, "less this test's own two"
+    with torch.profiler.profile() as events:
+        loss_of(*given, normalize=normalize).backward()
+    made = [event.name for event in events.events() if event.name in ("aten::empty", "aten::empty_strided")]
+    assert len(made) - 1 <= allocations, "the first gradient is autograd's own"
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_three_products_of_few_rows(monkeypatch: pytest.MonkeyPatch, normalize: bool) -> None:
+    """The block of the forward pass serves the backward pass, which overwrites it: another one multiplies again."""
+    given = leaves(*pairs(64, 64, 512), 14.0)
+    operations = counted_products(monkeypatch)
+    value = loss_of(*given, normalize=normalize)
+    first = torch.autograd.grad(value, given, retain_graph=True)
+    assert operations == [2 * 64 * 64 * 512] * 3
+    again = torch.autograd.grad(value, given)
+    assert len(operations) == 6
+    assert all(torch.equal(a, b) for a, b in zip(first, again))

@@ -46,6 +46,44 @@ def test_ops_pass_opcheck(backend: str, labels: bool, dtype: torch.dtype) -> Non
         torch.library.opcheck(torch.ops.fastclip.contrastive_bwd, (*detached, *y, *options, list(stats), grads, needs))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ops_of_pairs_pass_opcheck(backend: str, dtype: torch.dtype) -> None:
+    given = problem(dtype)
+    options = (0.3, True, backend)
+    torch.library.opcheck(torch.ops.fastclip.plain_fwd, (*given, *options))
+    detached = tuple(x.detach() for x in given)
+    _, saved = torch.ops.fastclip.plain_fwd(*detached, *options)
+    for needs in ([True, True, True], [False, True, False]):
+        torch.library.opcheck(torch.ops.fastclip.plain_bwd, (*detached, saved, *options, torch.tensor(2.0), needs))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_op_of_pairs_is_the_loss(backend: str, dtype: torch.dtype, normalize: bool) -> None:
+    """What torch.compile records gives the bits of the eager call; of the reference to its rounding."""
+    given = problem(dtype)
+    loss = fastclip.contrastive_loss(*given, normalize=normalize, image_weight=0.3, backend=backend)
+    recorded, _ = torch.ops.fastclip.plain_fwd(*given, 0.3, normalize, backend)
+    exact = {"rtol": 0, "atol": 0} if backend == "cpu" else {}
+    for a, b in zip(
+        (loss, *torch.autograd.grad(3 * loss, given)), (recorded, *torch.autograd.grad(3 * recorded, given))
+    ):
+        torch.testing.assert_close(a, b, **exact)
+
+
+def test_gradients_of_many_upstream_gradients_at_once() -> None:
+    """torch.func.vmap over the backward pass of a graph that any backend has made."""
+    given = problem()
+    upstream = torch.tensor([1.0, -2.0, 0.0])
+    for loss in (fastclip.contrastive_loss(*given), fastclip.sigmoid_loss(*given, -3.0)):
+        one = torch.autograd.grad(loss, given, retain_graph=True)
+        many = torch.func.vmap(lambda k, loss=loss: torch.autograd.grad(loss, given, k, retain_graph=True))(upstream)
+        for a, b in zip(many, one):
+            torch.testing.assert_close(a, torch.stack([k * b for k in upstream]))
+
+
 @pytest.mark.parametrize("offset", [-3, 0, 5, 100])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_offset_moves_the_positives(offset: int, backend: str) -> None:

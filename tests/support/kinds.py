@@ -38,9 +38,11 @@ class Kind(NamedTuple):
 
     backend: str
     dtype: torch.dtype
+    by_statistics: bool = False  # the loss of pairs is made in torch of the statistics, as those of labels are
 
     def __str__(self) -> str:
-        return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}"
+        name = f"{self.backend}-{str(self.dtype).removeprefix('torch.')}"
+        return f"{name}-by-statistics" if self.by_statistics else name
 
     @property
     def for_gpus(self) -> bool:
@@ -61,6 +63,8 @@ class Kind(NamedTuple):
         """From and to the CPU, where the truth is."""
         if (labels := options.pop("labels", None)) is not None:
             options["image_labels"], options["text_labels"] = (y.to(self.device) for y in labels)
+        if self.by_statistics:
+            options["comm"] = "ring"  # of no group; the short way takes only what is the default
 
         def loss(image: Tensor, text: Tensor, *scalars: Tensor) -> Tensor:
             function = fastclip.contrastive_loss if len(scalars) == 1 else fastclip.sigmoid_loss
@@ -83,6 +87,8 @@ TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else []
 GPU_KINDS = [Kind("triton", dtype) for dtype in TRITON_DTYPES]
 GPU_KINDS += [Kind("cuda", dtype) for dtype in (torch.bfloat16, torch.float16)]
 KINDS = CPU_KINDS + GPU_KINDS
+# The loss of pairs has two ways that must not differ: one op, and the way of all others
+WAYS = [*KINDS, *(Kind("cpu", dtype, by_statistics=True) for dtype in (torch.float32, torch.bfloat16, torch.float16))]
 REFERENCE = Kind("reference", torch.float32)
 
 

@@ -16,7 +16,18 @@ from torch import Tensor
 from fastclip import _env
 from fastclip._backends.cpu import native
 
-__all__ = ["Block", "Features", "Plan", "factors", "features_of", "inv_norms", "native_block", "threads", "workspace"]
+__all__ = [
+    "Block",
+    "Features",
+    "Plan",
+    "factors",
+    "features_of",
+    "inv_norms",
+    "native_block",
+    "normalized",
+    "threads",
+    "workspace",
+]
 
 _BLOCK_M = 4096  # rows of a block, where the workspace allows: short products are slow
 _LARGE_NORM = 2.0**40  # norms beyond it could overflow the fp32 product of two unnormalised rows
@@ -73,9 +84,11 @@ class Features:
 
     def norms(self, inv_norm: int, outer: int, workers: int) -> bool:
         """Write `native.module.norms` of all rows to these addresses; True where some are large."""
-        large, step = 0, self.M if self.fp32 else _BLOCK_M
-        for start in range(0, self.M, step):
-            stop = start + step if start + step < self.M else self.M
+        if self.fp32:
+            x = self.x.data_ptr()
+            return bool(native.module.norms(x, self.row_stride, self.M, self.D, inv_norm, outer, workers))
+        large = 0
+        for start, stop in _cuts(self.M, _BLOCK_M):
             out = inv_norm + 4 * start, outer and outer + 4 * start
             x = self.rows(start, stop).data_ptr()
             large += native.module.norms(x, self.row_stride, stop - start, self.D, *out, workers)
@@ -87,6 +100,17 @@ class Features:
         inv_norm = self.inv_norm and self.inv_norm + 4 * start
         outer = 0 if self.outer is None else self.outer.data_ptr() + 4 * start
         native.module.finish(*matrices, raw.shape[0], self.D, inv_norm, outer, factor, workers)
+
+
+def normalized(x: Tensor, norms: Tensor, start: int) -> Features:
+    """`Features` of rows (M, D) whose inv_norm and outer are written to `norms` from `start`, fp32, M numbers each."""
+    features = Features(x)
+    M = features.M
+    at = norms.data_ptr() + 4 * start
+    if features.norms(at, at + 4 * M, threads(M, features.D)):
+        return Features(x, at, norms[start + M : start + 2 * M])
+    features.inv_norm = at
+    return features
 
 
 def inv_norms(x: Tensor, normalize: bool) -> Tensor:
@@ -166,15 +190,18 @@ class Plan:
         if 2 * self.block_m * copied + N * (self.block_m + copied) > floats:
             block_n = min(N, max((floats - 2 * self.block_m * copied) // (self.block_m + copied), 64))
         self.buffer = workspace.reserve(self.block_m * block_n, allowed)
-        self.blocks = [(*rows, *columns) for rows in _cuts(M, self.block_m) for columns in _cuts(N, block_n)]
+        if (self.block_m, block_n) == (M, N):
+            self.blocks = [whole]
+        else:
+            self.blocks = [(*rows, *columns) for rows in _cuts(M, self.block_m) for columns in _cuts(N, block_n)]
 
     def dots(self, block: Block) -> Tensor:
-        """<I_i, T_j> of a block, computed unless the buffer still has it from the forward pass."""
+        """<I_i, T_j> of a block, computed unless the buffer still has it from the forward pass; to be overwritten."""
         i0, i1, j0, j1 = block
         dot = self.buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
         if self.owner is None or not workspace.holds(self.owner, block):
-            workspace.forget()
             torch.mm(self.image.rows(i0, i1), self.text.rows(j0, j1).T, out=dot)
+        workspace.forget()
         return dot
 
     def backward(
@@ -194,7 +221,6 @@ class Plan:
         for block in reversed(self.blocks):
             i0, i1, j0, j1 = block
             images, texts, weights = image.rows(i0, i1), text.rows(j0, j1), self.dots(block)
-            workspace.forget()
             weigh(block, weights)
             if d_image is not None:
                 raw = d_image[i0:i1] if raw_rows is None else raw_rows[: i1 - i0]
@@ -207,7 +233,8 @@ class Plan:
                 _add_product(raw_text[j0:j1], weights.T, images, keep=i1 < image.M)
         if d_text is None or raw_text is None:
             return
-        for j0, j1 in _cuts(text.M, _BLOCK_M):
+        for j0 in range(0, text.M, _BLOCK_M):
+            j1 = j0 + _BLOCK_M if j0 + _BLOCK_M < text.M else text.M
             raw = raw_text[j0:j1]
             text.finish(raw, text.rows(j0, j1), j0, factor, self.workers)
             if raw_text is not d_text:

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from fastclip._backends.cpu import native
-from fastclip._backends.cpu.blocks import Block, Features, Plan, threads, workspace
+from fastclip._backends.cpu.blocks import Block, Features, Plan, normalized, workspace
 
 __all__ = ["plain_bwd", "plain_fwd", "plain_saved"]
+
+
+_NORMS = native.module.LOSS_HEADER // 4 if native.module else 0  # where `saved` holds norms: images', then texts'
 
 
 def plain_saved(N: int) -> int:
@@ -18,35 +21,18 @@ def plain_saved(N: int) -> int:
     return (native.module.LOSS_HEADER + native.module.LOSS_ROW * N) // 4
 
 
-def _sides(at: int, N: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Addresses of the images' inv_norm and outer in the `saved` at this address, and of the texts'."""
-    at, floats = at + native.module.LOSS_HEADER, 4 * N
-    return (at, at + floats), (at + 2 * floats, at + 3 * floats)
-
-
-def _outer(saved: Tensor, address: int, N: int) -> Tensor:
-    start = (address - saved.data_ptr()) // 4
-    return saved[start : start + N]
-
-
 def plain_fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     """As `reference.plain_fwd`."""
-    N, D = image.shape
+    N = image.shape[0]
     saved = image.new_empty(plain_saved(N), dtype=torch.float32)
-    at = saved.data_ptr()
-    images, texts = Features(image), Features(text)
     if normalize:
-        (r, image_outer), (c, text_outer) = _sides(at, N)
-        workers = threads(N, D)
-        if images.norms(r, image_outer, workers):
-            images = Features(image, r, _outer(saved, image_outer, N))
-        if texts.norms(c, text_outer, workers):
-            texts = Features(text, c, _outer(saved, text_outer, N))
-    plan = Plan(images, texts)
+        plan = Plan(normalized(image, saved, _NORMS), normalized(text, saved, _NORMS + 2 * N))
+    else:
+        plan = Plan(Features(image), Features(text))
     value = 0.0
-    problem = at, N, normalize, scale.item(), image_weight
+    problem = saved.data_ptr(), N, normalize, scale.item(), image_weight
     for block in plan.blocks:
         i0, i1, j0, j1 = block
         native_dot = plan.dots(block).data_ptr(), j1 - j0, i1 - i0, j1 - j0, i0, j0
@@ -70,12 +56,11 @@ def plain_bwd(
     at = saved.data_ptr()
     factor, large = native.module.loss_factor(at, N)
     if normalize:
-        (r, image_outer), (c, text_outer) = _sides(at, N)
-        images = Features(image, r, _outer(saved, image_outer, N) if large else None)
-        texts = Features(text, c, _outer(saved, text_outer, N) if large else None)
+        r, c = at + 4 * _NORMS, at + 4 * (_NORMS + 2 * N)
+        outer = saved[_NORMS : _NORMS + 4 * N].view(4, N)[1::2] if large else (None, None)
+        plan = Plan(Features(image, r, outer[0]), Features(text, c, outer[1]), owner=saved)
     else:
-        images, texts = Features(image), Features(text)
-    plan = Plan(images, texts, owner=saved)
+        plan = Plan(Features(image), Features(text), owner=saved)
     upstream, d_scale = d_loss.item(), 0.0
 
     def weigh(block: Block, dot: Tensor) -> None:
