@@ -43,6 +43,7 @@ QUESTIONS = (
 PARTS = [
     "numbers",
     "work",
+    "few_rows",
     "interface",
     "modes",
     "layers",

@@ -55,7 +55,7 @@ PROMISES = [
             Break(
                 "products inside the ops are rounded",
                 "fastclip/ops/autocast.py",
-                old="return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()",
+                old="return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()",
                 new="return nullcontext()",
             ),
         ],
@@ -184,8 +184,8 @@ PROMISES = [
             Break(
                 "sign of d_bias",
                 "fastclip/_backends/cpu/sigmoid.py",
-                old="bias.new_tensor(d_bias)",
-                new="bias.new_tensor(-d_bias)",
+                old="bias.new_full((), d_bias)",
+                new="bias.new_full((), -d_bias)",
             ),
             Break(
                 "divided by the pairs",
@@ -239,8 +239,8 @@ PROMISES = [
             Break(
                 "the block is multiplied twice",
                 "fastclip/_backends/cpu/blocks.py",
-                old="torch.mm(images, texts.T, out=dot)",
-                new="torch.mm(images, texts.T, out=dot); torch.mm(images, texts.T, out=dot)",
+                old="self.text.rows(j0, j1).T, out=dot)",
+                new="self.text.rows(j0, j1).T, out=dot); torch.mm(dot, dot.T)",
             ),
         ],
     ),

@@ -32,8 +32,8 @@ PROMISES = [
                 "fastclip/_backends/cpu/blocks.py",
                 old="rows.copy_(self.x[start:stop])",
                 new=(
-                    "rows.copy_((self.x[start:stop].float() * self.inv_norm[start:stop, "
-                    "None]).to(self.x.dtype)).div_(self.inv_norm[start:stop, None])"
+                    "rows.copy_(self.x[start:stop]); norms = rows.norm(dim=1, keepdim=True).clamp_min(1e-12); "
+                    "rows.copy_((rows / norms).to(self.x.dtype)).mul_(norms)"
                 ),
             ),
             Break(
@@ -184,21 +184,27 @@ PROMISES = [
             ),
             Break(
                 "no bound on norms",
-                "fastclip/_backends/cpu/blocks.py",
-                old="return norm.clamp_min(EPS).reciprocal()",
-                new="return norm.reciprocal()",
+                "csrc/cpu/entry_points.cpp",
+                old="norm[i] < kSmallestNorm ? kSmallestNorm : norm[i]",
+                new="norm[i]",
             ),
             Break(
                 "huge norms multiplied as they are",
+                "csrc/cpu/entry_points.cpp",
+                old="const bool is_large = outer != nullptr && norm[i] > kLargeNorm;",
+                new="const bool is_large = outer != nullptr && norm[i] < 0.0;",
+            ),
+            Break(
+                "huge norms multiplied as they are beside statistics",
                 "fastclip/_backends/cpu/blocks.py",
-                old="inv_norm.amin() * _LARGE_NORM < 1",
-                new="inv_norm.amin() < 0",
+                old="large = inv_norm * _LARGE_NORM < 1",
+                new="large = inv_norm < 0",
             ),
             Break(
                 "a bounded norm is projected",
-                "fastclip/_backends/cpu/blocks.py",
-                old="torch.where(inv_norm * EPS < 1, self.inv_norm.square(), 0.0)",
-                new="self.inv_norm.square()",
+                "csrc/cpu/rows_tile.h",
+                old="f.inv_norm == nullptr || f.inv_norm[i] * static_cast<float>(fastclip::kSmallestNorm) >= 1.0f",
+                new="f.inv_norm == nullptr",
             ),
             Break(
                 "subnormal weights",
@@ -290,8 +296,8 @@ PROMISES = [
             Break(
                 "a stride is taken for 1",
                 "fastclip/_backends/cpu/blocks.py",
-                old="x if 1 in x.stride() or x.numel() == 0",
-                new="x.as_strided(x.shape, (x.shape[1], 1)) if x.stride(0) >= x.shape[1]",
+                old="self.row_stride, column_stride = x.stride()",
+                new="self.row_stride, column_stride = x.shape[1], x.stride(1)",
             ),
         ],
     ),

@@ -1,0 +1,139 @@
+"""The loss of pairs in one op each way, which a step on few rows waits for."""
+
+from __future__ import annotations
+
+from broken import COST, NUMBERS, TORCH, Break, Promise
+
+_LOSS = "csrc/cpu/loss.cpp"
+_PLAIN = "fastclip/_backends/cpu/plain.py"
+
+PROMISES = [
+    Promise(
+        COST,
+        "On few rows a step of the mean loss of pairs costs a CPU 150 calls and 5 allocations besides three products",
+        tests=[
+            "backends/test_cpu.py::test_calls_and_allocations_of_a_step_on_few_rows",
+            "backends/test_cpu.py::test_three_products_of_few_rows",
+        ],
+        breaks=[
+            Break(
+                "the loss of pairs is made of the statistics",
+                "fastclip/ops/plain.py",
+                old="if name not in _SERVING:",
+                new="if name:",
+            ),
+            Break(
+                "the checks are all made again",
+                "fastclip/checks.py",
+                old="        or image.device.type not in",
+                new="        or check_features(image, text, paired=True, backend=None)\n"
+                "        or image.device.type not in",
+            ),
+            Break(
+                "the backward pass multiplies again",
+                _PLAIN,
+                old="        workspace.keep(saved, block)\n",
+                new="",
+            ),
+            Break(
+                "the sigmoid loss goes through the dispatcher",
+                "fastclip/ops/sigmoid.py",
+                old="if module is None or module is reference:",
+                new="if True:",
+            ),
+        ],
+    ),
+    Promise(
+        NUMBERS,
+        "The loss of pairs in one op is that of its statistics, to the last digits of a solved batch",
+        tests=[
+            "losses/test_accuracy.py::test_loss_and_gradients_accurate",
+            "losses/test_accuracy.py::test_confident_loss_keeps_digits",
+            "losses/test_accuracy.py::test_upstream_gradient_scales",
+            "losses/test_accuracy.py::test_zero_rows_finite",
+            "losses/test_accuracy.py::test_extreme_norms_finite_and_accurate",
+            "backends/test_cpu.py::test_many_blocks_accurate",
+        ],
+        breaks=[
+            Break(
+                "log1p is a logarithm",
+                _LOSS,
+                old="std::log1p(e)",
+                new="std::log(1.0 + e)",
+            ),
+            Break(
+                "subnormal weights of pairs",
+                _LOSS,
+                old="*s.gain = std::ldexp(1.0, std::min(-exponent, 1000));",
+                new="*s.gain = 1.0 + 0 * exponent;",
+            ),
+            Break(
+                "what rounding took from a log-sum-exp is lost",
+                _LOSS,
+                old="d * std::exp2(-lost)",
+                new="d * std::exp2(-0.0 * lost)",
+            ),
+            Break(
+                "the weight of images is that of texts",
+                _LOSS,
+                old="return image_weight * sums[0] + text_weight * sums[1];",
+                new="return text_weight * sums[0] + image_weight * sums[1];",
+            ),
+            Break(
+                "positives have no gradient",
+                _LOSS,
+                old="static_cast<float>(-d);",
+                new="static_cast<float>(-0.0 * d);",
+            ),
+            Break(
+                "the loss starts again with every row of blocks",
+                _LOSS,
+                old="if (block->i0 == 0 && block->j0 == 0)",
+                new="if (block->j0 == 0)",
+            ),
+            Break(
+                "large rows are not told to the backward pass",
+                _PLAIN,
+                old="if large else (None, None)",
+                new="if large > 1 else (None, None)",
+            ),
+            Break(
+                "the gradient does not go through the norm",
+                "csrc/cpu/rows_tile.h",
+                old="Simd::fma(load(lanes, x + j), minus_along, load(lanes, raw + j))",
+                new="load(lanes, raw + j)",
+            ),
+        ],
+    ),
+    Promise(
+        TORCH,
+        "Under torch.compile and in eager mode the loss of pairs and its gradients are the same bits on a CPU",
+        tests=[
+            "losses/test_contrastive_torch.py::test_op_of_pairs_is_the_loss",
+            "losses/test_contrastive_torch.py::test_ops_of_pairs_pass_opcheck",
+            "losses/test_contrastive_torch.py::test_gradients_of_many_upstream_gradients_at_once",
+            "losses/test_contrastive_torch.py::test_second_derivatives_of_cpu_raise",
+            "losses/test_sigmoid.py::test_sigmoid_op_passes_opcheck",
+        ],
+        breaks=[
+            Break(
+                "the op leaves the image's weight out",
+                "fastclip/ops/plain.py",
+                old="serving_pairs(backend, image).plain_fwd(image, *options)",
+                new="serving_pairs(backend, image).plain_fwd(image, *options[:2], 0.5, options[3])",
+            ),
+            Break(
+                "second derivatives are 0",
+                "fastclip/ops/plain.py",
+                old="if torch.is_grad_enabled() or transformed(d_loss):",
+                new="if transformed(d_loss):",
+            ),
+            Break(
+                "batched upstream gradients are not seen",
+                "fastclip/ops/plain.py",
+                old="multiples = transformed(d_loss)",
+                new="multiples = False",
+            ),
+        ],
+    ),
+]
