@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 SIZES = {
-    "cpu": [(N, 512) for N in (1024, 2048, 4096, 8192, 16384)],
+    "cpu": [(N, 512) for N in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)],
     "cuda": [(8192, 512), (32768, 512), (65536, 768), (131072, 1024)],
 }
 DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}

@@ -92,7 +92,7 @@ def test_truth_is_the_dense_loss(loss: str, monkeypatch) -> None:
 def test_sizes_are_pairs() -> None:
     assert cases.parse_sizes("1024,4096x768", "cpu") == [(1024, 512), (4096, 768)]
     assert cases.parse_sizes(None, "cuda") == [(8192, 512), (32768, 512), (65536, 768), (131072, 1024)]
-    assert [N for N, D in cases.parse_sizes(None, "cpu")] == [1024, 2048, 4096, 8192, 16384]
+    assert [N for N, D in cases.parse_sizes(None, "cpu")] == [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
     for wrong in ("12x", "x512", "8,", "1e3", "0", "8x0", "8 x 8"):
         with pytest.raises(ValueError, match="is not N or NxD"):
             cases.parse_sizes(wrong, "cuda")
