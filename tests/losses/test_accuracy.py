@@ -48,6 +48,14 @@ def test_confident_loss_keeps_digits(kind: Kind, noise: float, loss: float, labe
     assert loss / 1e4 < float(found.loss) < loss * 1e1, "the case no longer tests what its name says"
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@each_kind(WAYS)
+def test_weights_of_directions_accurate(kind: Kind, weight: float) -> None:
+    """On more images than one, so that a column's loss is not a row's."""
+    image, text = kind.pairs(40, 40, 24)
+    check(kind.loss(image_weight=weight), image, text + 0.5 * text[:1], 14.3, image_weight=weight)
+
+
 @pytest.mark.pairwise
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 @pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
@@ -158,6 +166,18 @@ def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> Non
     kind.loss()(image, text, torch.tensor(14.3)).backward(torch.tensor(factor))
     error = (image.grad.double() / factor - expected.d_image).norm() / expected.d_image.norm()
     assert error < kind.tolerance(3e-6, 2e-3)
+
+
+@each_kind(wide(WAYS))
+def test_gradients_of_a_loss_below_float32_keep_digits(kind: Kind) -> None:
+    """A loss of 1e-40 has weights that are no normal float32, and gradients that a large factor brings back."""
+    image, text = kind.pairs(30, 30, 512, aligned=1.0, noise=0.0)
+    expected = truth(image, text, 108.0)
+    assert 1e-46 < expected.loss < 1e-37
+    image.requires_grad_()
+    kind.loss()(image, text, torch.tensor(108.0)).backward(torch.tensor(2.0**60))
+    error = (image.grad.double() / 2.0**60 - expected.d_image).norm() / expected.d_image.norm()
+    assert error < kind.tolerance(3e-5, 2e-3)
 
 
 @pytest.mark.parametrize("scale", [1e8, 3e9, 1e20, -1e13])
