@@ -13,7 +13,20 @@ from fastclip.triton_kernels.launch import cdiv, launch
 from fastclip.triton_kernels.tile import CONSTANTS, GAIN, INF, LN2, LOG2E, REPAIR
 from torch import Tensor
 
-__all__ = ["LABEL", "NEG", "NEG_EXACT", "NEG_LSE2", "POS", "POS_EXACT", "POS_LSE2", "vectors"]
+__all__ = [
+    "LABEL",
+    "NEG",
+    "NEG_EXACT",
+    "NEG_LSE2",
+    "POS",
+    "POS_EXACT",
+    "POS_LSE2",
+    "gain_of",
+    "guarded_weights",
+    "largest_finite",
+    "lowest_safe",
+    "vectors",
+]
 
 # More planes of the vectors: of the negatives the weight for the shared offset, and weight and log2-sum-exp for a
 # repair; with labels the labels (int32 bits) and the same of the positives. OWN is d_pos there.
@@ -26,10 +39,31 @@ _ROWS, _COLUMNS = 8, 128  # where it reads features, at a time
 
 
 @triton.jit
+def largest_finite(x, some):
+    """Magnitudes; 0 where x is NaN or infinite, or nothing."""
+    x = tl.abs(x)
+    return tl.where(some & (x < INF), x, 0.0)
+
+
+@triton.jit
 def _magnitude(x_ptr, k, some):
-    """Largest magnitude; NaN where one is NaN or infinite."""
-    x = tl.abs(tl.load(x_ptr + k, mask=some, other=0.0))
-    return tl.max(tl.where(x < INF, x, 0.0), 0)
+    """Largest finite magnitude."""
+    return tl.max(largest_finite(tl.load(x_ptr + k, mask=some, other=0.0), some), 0)
+
+
+@triton.jit
+def gain_of(largest):
+    """The power of two that brings weights of derivatives up to `largest`, fp64, into the range of float16.
+
+    |G| is at most four derivatives, each at most twice its power of two; factors of fp16 features are below 2.
+    """
+    return 1024.0 / high_bit(tl.minimum(tl.maximum(largest, 1e-34), 1e34))
+
+
+@triton.jit
+def lowest_safe(offset2):
+    """The log-sum-exp below which one offset may have lost terms, fp64."""
+    return offset2.to(tl.float64) * LN2 + _LOWEST
 
 
 class _Side(NamedTuple):
@@ -99,7 +133,7 @@ def contrastive_bwd_largest_kernel(
 
 
 @triton.jit
-def _weights_of(lse, d, offset2, lowest, constants_ptr, vec_ptrs, vec_plane, some, PLANE: tl.constexpr):
+def guarded_weights(lse, d, offset2, lowest, constants_ptr, vec_ptrs, vec_plane, some, PLANE: tl.constexpr):
     """Three planes from log-sum-exps and their scaled derivatives, fp64; asks for a repair where one is too low."""
     lse2 = lse * LOG2E
     empty = lse == -INF
@@ -129,15 +163,15 @@ def _vectors(
     store_factors(vec_ptrs, plane, side.inv + k, side.factor + k, scale, gain, some, NORMALIZE)
     own_weight = tl.load(side.d_pos + k, mask=some, other=0.0)
     d_neg = tl.load(side.d_neg + k, mask=some, other=0.0) * gain
-    lowest = offset2.to(tl.float64) * LN2 + _LOWEST
+    lowest = lowest_safe(offset2)
     neg = tl.load(side.neg + k, mask=some, other=0.0)
-    _weights_of(neg, d_neg, offset2, lowest, constants_ptr, vec_ptrs, plane, some, NEG)
+    guarded_weights(neg, d_neg, offset2, lowest, constants_ptr, vec_ptrs, plane, some, NEG)
     if LABELS:
         label = tl.load(side.label + k, mask=some, other=0)
         tl.store(vec_ptrs + LABEL * plane, label.to(tl.float32, bitcast=True), mask=some)
         d_pos_lse = tl.load(side.d_pos_lse + k, mask=some, other=0.0) * gain
         pos_lse = tl.load(side.pos_lse + k, mask=some, other=0.0)
-        _weights_of(pos_lse, d_pos_lse, offset2, lowest, constants_ptr, vec_ptrs, plane, some, POS)
+        guarded_weights(pos_lse, d_pos_lse, offset2, lowest, constants_ptr, vec_ptrs, plane, some, POS)
     else:
         own = k + own_offset
         own_weight += tl.load(other.d_pos + own, mask=some & (own >= 0) & (own < other_size), other=0.0)
@@ -178,8 +212,7 @@ def contrastive_bwd_vectors_kernel(
     for b0 in range(0, rows + cols, BLOCK):
         b = b0 + tl.arange(0, BLOCK)
         largest = tl.maximum(largest, tl.load(largest_ptr + b, mask=b < rows + cols, other=0.0))
-    # |G| is at most four derivatives, each at most twice its power of two; factors of fp16 features are below 2
-    gain = 1024.0 / high_bit(tl.minimum(tl.maximum(tl.max(largest, 0), 1e-34), 1e34))
+    gain = gain_of(tl.max(largest, 0))
     if tl.program_id(0) == 0:
         tl.store(constants_ptr + GAIN, gain.to(tl.float32))
     for p0 in range(tl.program_id(0) * BLOCK, parts, tl.num_programs(0) * BLOCK):

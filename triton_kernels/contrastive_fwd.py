@@ -36,7 +36,7 @@ from fastclip.triton_kernels.tile import (
 )
 from torch import Tensor
 
-__all__ = ["contrastive_fwd"]
+__all__ = ["contrastive_fwd", "contrastive_fwd_kernel", "contrastive_fwd_repair_kernel", "reduce_parts"]
 
 _SMALLEST = tl.constexpr(2.0**-126)
 _SAFE_SUM = tl.constexpr(math.exp(-62))
@@ -262,7 +262,7 @@ def contrastive_fwd_repair_kernel(
 
 
 @triton.jit
-def _reduce(
+def reduce_parts(
     part_ptr, out_ptr, out_plane, constants_ptr, tiles, size, k0, alone, first, last,
     LABELS: tl.constexpr, EXACT: tl.constexpr, MAXIMA: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -351,13 +351,13 @@ def contrastive_fwd_reduce_kernel(
     if wanted:
         if block < blocks:
             alone = tl.where(N == 1, -offset, -1)
-            _reduce(
+            reduce_parts(
                 row_part_ptr, row_out_ptr, row_out_plane, constants_ptr, tiles_n, M, block * BLOCK, alone, 1, 1,
                 LABELS, EXACT, MAXIMA, BLOCK, TILES,
             )  # fmt: skip
         else:
             alone = tl.where((M == 1) & (first != 0) & (last != 0), offset, -1)
-            _reduce(
+            reduce_parts(
                 col_part_ptr, col_out_ptr, col_out_plane, constants_ptr, tiles_m, N, (block - blocks) * BLOCK, alone,
                 first, last, LABELS, EXACT, MAXIMA, BLOCK, TILES,
             )  # fmt: skip

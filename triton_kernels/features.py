@@ -16,14 +16,28 @@ from fastclip.triton_kernels.launch import cdiv, launch
 from fastclip.triton_kernels.tile import BOUND, CONSTANTS, INF, LOG2E, OFFSET2, REPAIR, SCALE
 from torch import Tensor
 
-__all__ = ["Features", "bound_of", "high_bit", "largest_norm", "norms", "set_constants"]
+__all__ = [
+    "EPS",
+    "Features",
+    "bound_kernel",
+    "bound_of",
+    "high_bit",
+    "inverse_norm",
+    "largest_norm",
+    "needs_copy",
+    "norms",
+    "pair_sums",
+    "scale_rows",
+    "set_constants",
+    "unit_norm",
+]
 
 EPS = tl.constexpr(1e-12)  # lower bound of a norm, as in torch.nn.functional.normalize
 REACH = tl.constexpr(70.0)  # exponentials, and sums of a million of them, do not overflow so far above their offset
 
 
 @triton.jit
-def _inverse(squares, NORMALIZE: tl.constexpr):
+def inverse_norm(squares, NORMALIZE: tl.constexpr):
     """1 / max(norm, EPS) in fp32, or 1; NaN stays."""
     if NORMALIZE:
         norm = tl.sqrt(squares)
@@ -39,6 +53,35 @@ def _wide(x):
 
 
 @triton.jit
+def pair_sums(
+    x_ptr, y_ptr, x_row_stride, y_row_stride, k, own, some, has, D,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """<x, x> of rows k where `some`; with PAIRS also <y, y> and <x, y> of their partners `own`, where there `has` one.
+
+    fp64: squares of fp32 neither overflow nor flush.
+    """
+    x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
+    y_ptrs = y_ptr + tl.where(has, own, 0).to(tl.int64)[:, None] * y_row_stride
+    xx, yy, xy = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)[None, :]
+        x = _wide(tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0))
+        xx += tl.sum(x * x, 1)
+        if PAIRS:
+            y = _wide(tl.load(y_ptrs + d, mask=has[:, None] & (d < D), other=0.0))
+            yy += tl.sum(y * y, 1)
+            xy += tl.sum(x * y, 1)
+    return xx, yy, xy
+
+
+@triton.jit
+def unit_norm(squares, inv):
+    """Norm of a row times its inverse norm."""
+    return (tl.sqrt(squares) * inv.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def _norms(
     x_ptr, y_ptr, x_row_stride, y_row_stride, inv_ptr, pos_ptr, scale_ptr, k0, size, other_size, D, offset,
     NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -47,24 +90,15 @@ def _norms(
     k = k0 + tl.arange(0, BLOCK)
     own = k + offset
     some, has = k < size, (k < size) & (own >= 0) & (own < other_size)
-    x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
-    y_ptrs = y_ptr + tl.where(has, own, 0).to(tl.int64)[:, None] * y_row_stride
-    # fp64: squares of fp32 neither overflow nor flush
-    xx, yy, xy = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-    for d0 in range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)[None, :]
-        x = _wide(tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0))
-        xx += tl.sum(x * x, 1)
-        if not LABELS:
-            y = _wide(tl.load(y_ptrs + d, mask=has[:, None] & (d < D), other=0.0))
-            yy += tl.sum(y * y, 1)
-            xy += tl.sum(x * y, 1)
-    inv = _inverse(xx, NORMALIZE)
+    xx, yy, xy = pair_sums(
+        x_ptr, y_ptr, x_row_stride, y_row_stride, k, own, some, has, D, not LABELS, BLOCK, BLOCK_D
+    )  # fmt: skip
+    inv = inverse_norm(xx, NORMALIZE)
     tl.store(inv_ptr + k, inv, mask=some)
     if not LABELS:
-        z = tl.load(scale_ptr).to(tl.float64) * inv.to(tl.float64) * _inverse(yy, NORMALIZE).to(tl.float64) * xy
+        z = tl.load(scale_ptr).to(tl.float64) * inv.to(tl.float64) * inverse_norm(yy, NORMALIZE).to(tl.float64) * xy
         tl.store(pos_ptr + k, tl.where(has, z, 0.0), mask=some)
-    return tl.max((tl.sqrt(xx) * inv.to(tl.float64)).to(tl.float32), 0)
+    return tl.max(unit_norm(xx, inv), 0)
 
 
 @triton.jit
@@ -72,14 +106,8 @@ def largest_norm(
     x_ptr, x_row_stride, inv_ptr, k, some, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Of the unit rows k, as `norms_kernel` finds it."""
-    x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
-    xx = tl.zeros((BLOCK,), tl.float64)
-    for d0 in range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)[None, :]
-        x = _wide(tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0))
-        xx += tl.sum(x * x, 1)
-    inv = tl.load(inv_ptr + k, mask=some, other=0.0)
-    return tl.max((tl.sqrt(xx) * inv.to(tl.float64)).to(tl.float32), 0)
+    xx, _, _ = pair_sums(x_ptr, x_ptr, x_row_stride, x_row_stride, k, k, some, some, D, False, BLOCK, BLOCK_D)
+    return tl.max(unit_norm(xx, tl.load(inv_ptr + k, mask=some, other=0.0)), 0)
 
 
 @triton.jit
@@ -175,6 +203,18 @@ def high_bit(x):
     return tl.where((power > 0) & (power < INF), power, 1.0)
 
 
+@triton.jit
+def scale_rows(x_ptr, x_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D: tl.constexpr):
+    """Copies rows k, times their powers of two in fp64; columns beyond D become 0."""
+    x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
+    out_ptrs = out_ptr + k.to(tl.int64)[:, None] * out_row_stride
+    for d0 in range(0, out_row_stride, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)[None, :]
+        x = tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0)
+        x = (_wide(x) * power[:, None]).to(tl.float32).to(x.dtype)
+        tl.store(out_ptrs + d, x, mask=some[:, None] & (d < out_row_stride))
+
+
 @triton.jit(do_not_specialize=["size"])
 def copy_rows_kernel(
     x_ptr,  # (size, D)
@@ -198,16 +238,18 @@ def copy_rows_kernel(
     inv = tl.load(inv_ptr + k, mask=some, other=1.0)
     power = high_bit(inv.to(tl.float64))
     tl.store(factor_ptr + k, (inv.to(tl.float64) / power).to(tl.float32), mask=some)
-    x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
-    out_ptrs = out_ptr + k.to(tl.int64)[:, None] * out_row_stride
-    for d0 in range(0, out_row_stride, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)[None, :]
-        x = tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0)
-        x = (_wide(x) * power[:, None]).to(tl.float32).to(x.dtype)
-        tl.store(out_ptrs + d, x, mask=some[:, None] & (d < out_row_stride))
+    scale_rows(x_ptr, x_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D)
 
 
 _ROWS, _COLUMNS = 8, 128  # of a program of the kernels above, at a time
+
+
+def needs_copy(x: Tensor, normalize: bool) -> bool:
+    """Whether the products cannot take rows (size, D) as they lie."""
+    aligned = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    aligned &= x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    aligned &= x.shape[1] % 8 == 0  # or both sides are copied: the products need as many columns of both
+    return not aligned or (normalize and x.dtype != torch.bfloat16)
 
 
 class Features(NamedTuple):
@@ -219,10 +261,7 @@ class Features(NamedTuple):
     @staticmethod
     def of(x: Tensor, inv: Tensor, normalize: bool) -> Features:
         """From features (size, D) and their inverse norms (size,) fp32."""
-        aligned = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
-        aligned &= x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-        aligned &= x.shape[1] % 8 == 0  # or both sides are copied: the products need as many columns of both
-        if aligned and not (normalize and x.dtype != torch.bfloat16):
+        if not needs_copy(x, normalize):
             return Features(x, inv)
         size, D = x.shape
         out = x.new_empty(size, -(-D // 8) * 8)

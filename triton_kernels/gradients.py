@@ -16,7 +16,19 @@ from fastclip.triton_kernels.features import EPS, Features
 from fastclip.triton_kernels.launch import Config, addmm, cdiv, chunks, launch, processors, workspace_bytes
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "OWN", "FACTOR", "Gradients", "store_factors"]
+__all__ = [
+    "ALIGNMENT",
+    "FACTOR",
+    "OUT",
+    "OWN",
+    "PROJECT",
+    "FinishSide",
+    "Gradients",
+    "block_size",
+    "finish_rows",
+    "projected",
+    "store_factors",
+]
 
 # Planes: what a dot product is multiplied with; of the own pair the weight; of the result the factor, and whether it
 # is projected (1, or 0 where the norm is a constant)
@@ -28,6 +40,15 @@ _ROWS, _COLUMNS = 4, 256  # of a program of the finish, at a time
 
 
 @triton.jit
+def projected(inv, NORMALIZE: tl.constexpr):
+    """1 where a gradient is projected, 0 where the norm was clamped, or nothing is normalised: it is a constant."""
+    project = tl.zeros_like(inv)
+    if NORMALIZE:
+        project = tl.where(inv * EPS < 1.0, 1.0, project)
+    return project
+
+
+@triton.jit
 def store_factors(vec_ptrs, plane, inv_ptrs, factor_ptrs, scale, gain, some, NORMALIZE: tl.constexpr):
     """FACTOR, OUT and PROJECT of some rows, from their inverse norms and factors; gain is undone by OUT."""
     inv = tl.load(inv_ptrs, mask=some, other=0.0)
@@ -35,18 +56,18 @@ def store_factors(vec_ptrs, plane, inv_ptrs, factor_ptrs, scale, gain, some, NOR
     tl.store(vec_ptrs + FACTOR * plane, factor, mask=some)
     out = scale.to(tl.float64) * (inv.to(tl.float64) / factor.to(tl.float64)) / gain
     tl.store(vec_ptrs + OUT * plane, out.to(tl.float32), mask=some)
-    project = tl.zeros_like(factor)
-    if NORMALIZE:  # where the norm was clamped it is a constant
-        project = tl.where(inv * EPS < 1.0, 1.0, project)
-    tl.store(vec_ptrs + PROJECT * plane, project, mask=some)
+    tl.store(vec_ptrs + PROJECT * plane, projected(inv, NORMALIZE), mask=some)
 
 
 @triton.jit
-def _finish(
+def finish_rows(
     side, other, raw_row_stride, x_row_stride, other_row_stride, k0, l0, size, plane, other_plane, D, offset, gain,
-    HAS_OWN: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    power, HAS_OWN: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows l0 and on of the `size` that `side.raw` has, which are the side's from k0 on; their share of d_scale."""
+    """Rows l0 and on of the `size` that `side.raw` has, which are the side's from k0 on; their share of d_scale.
+
+    They are multiplied by `gain` and then by `power`.
+    """
     rows = l0 + tl.arange(0, BLOCK)
     some = rows < size
     k = k0 + rows
@@ -85,7 +106,7 @@ def _finish(
             g = tl.load(raw_ptrs + d, mask=some[:, None] & (d < D), other=0.0)
             if HAS_OWN:
                 g += weight[:, None] * tl.load(other_ptrs + d, mask=has[:, None] & (d < D), other=0.0).to(tl.float32)
-            g = factor[:, None] * (g - along[:, None] * x)
+            g = factor[:, None] * (g - along[:, None] * x) * power
             out_ptrs = side.out + k.to(tl.int64)[:, None] * D + d
             tl.store(out_ptrs, g.to(side.out.dtype.element_ty), mask=some[:, None] & (d < D))
     return tl.sum(weight * dot, 0)
@@ -93,7 +114,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["i0", "rows", "M", "N", "offset"])
 def finish_kernel(
-    row,  # a `_Side`; raw (rows, raw_row_stride) is of the images from i0 on
+    row,  # a `FinishSide`; raw (rows, raw_row_stride) is of the images from i0 on
     col,
     raw_row_stride,
     image_row_stride,
@@ -122,20 +143,20 @@ def finish_kernel(
     """
     block, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK)
     if block < blocks:
-        d_scale = _finish(
+        d_scale = finish_rows(
             row, col, raw_row_stride, image_row_stride, text_row_stride, i0, block * BLOCK, rows, M, N, D, offset,
-            gain, HAS_OWN, WRITE_ROWS, BLOCK, BLOCK_D,
+            gain, 1.0, HAS_OWN, WRITE_ROWS, BLOCK, BLOCK_D,
         )  # fmt: skip
         if HAS_OWN:
             tl.store(part_ptr + block, d_scale)
     else:
-        _finish(
+        finish_rows(
             col, row, raw_row_stride, text_row_stride, image_row_stride, 0, (block - blocks) * BLOCK, N, N, M, D,
-            -offset, gain, HAS_OWN, True, BLOCK, BLOCK_D,
+            -offset, gain, 1.0, HAS_OWN, True, BLOCK, BLOCK_D,
         )  # fmt: skip
 
 
-class _Side(NamedTuple):
+class FinishSide(NamedTuple):
     """One side of the finish."""
 
     raw: Tensor  # (rows, raw_row_stride) fp32: sum_j G_kj r_k c_j other_j
@@ -148,20 +169,24 @@ def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def block_size(x: Tensor, M: int, N: int, D: int) -> tuple[int, int]:
+    """Rows and columns, whole tiles, of the blocks of weights for features like `x`: each fits into the workspace."""
+    weights = workspace_bytes() // x.element_size()
+    block_n = min(_padded(N), _LONGEST_SUM, max(weights // ALIGNMENT // ALIGNMENT, 1) * ALIGNMENT)
+    # The product with the texts fills whole waves of processors with its tiles of 128 x 256
+    wave = max(processors(x.device) // -(-D // 256), 1) * ALIGNMENT
+    rows = min(weights // block_n, _LONGEST_SUM)
+    rows = rows // wave * wave or rows // ALIGNMENT * ALIGNMENT
+    return min(_padded(M), max(rows, ALIGNMENT)), block_n
+
+
 class Gradients:
     """A problem cut into blocks of weights that fit into the workspace."""
 
     def __init__(self, image: Features, text: Features, D: int) -> None:
         self.image, self.text, self.D = image, text, D
-        x = image.x
         self.M, self.N = len(image.x), len(text.x)
-        weights = workspace_bytes() // x.element_size()
-        self.block_n = min(_padded(self.N), _LONGEST_SUM, max(weights // ALIGNMENT // ALIGNMENT, 1) * ALIGNMENT)
-        # The product with the texts fills whole waves of processors with its tiles of 128 x 256
-        wave = max(processors(x.device) // -(-D // 256), 1) * ALIGNMENT
-        rows = min(weights // self.block_n, _LONGEST_SUM)
-        rows = rows // wave * wave or rows // ALIGNMENT * ALIGNMENT
-        self.block_m = min(_padded(self.M), max(rows, ALIGNMENT))
+        self.block_m, self.block_n = block_size(image.x, self.M, self.N, D)
 
     @staticmethod
     def tiles(rows: int, columns: int, *kinds: Config) -> int:
@@ -203,8 +228,8 @@ class Gradients:
         weights = x.new_empty((self.block_m, self.block_n) if stored else (ALIGNMENT, ALIGNMENT))
         raw_text = None if d_text is None else x.new_empty(self.N, x.shape[1], dtype=torch.float32)
         raw_image = x.new_empty(0 if d_image is None else self.block_m, x.shape[1], dtype=torch.float32)
-        row = _Side(raw_image, x, row_vec, raw_image if d_image is None else d_image)
-        col = _Side(*(raw_image, self.text.x, col_vec, raw_image))
+        row = FinishSide(raw_image, x, row_vec, raw_image if d_image is None else d_image)
+        col = FinishSide(*(raw_image, self.text.x, col_vec, raw_image))
         if raw_text is not None and d_text is not None:
             col = col._replace(raw=raw_text, out=d_text)
         for i0, i1 in chunks(self.M, self.block_m):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,14 +17,20 @@ __all__ = [
     "Config",
     "Tiles",
     "addmm",
+    "always_anew",
     "cdiv",
     "choose",
     "chunks",
+    "fp32_products",
     "interpreting",
     "launch",
     "output_argument",
     "processors",
     "tile_arguments",
+    "tile_options",
+    "uses_descriptors",
+    "workspace_bytes",
+    "workspace_setting",
 ]
 
 _OLD_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)  # adds to the operands' dtype only
@@ -138,22 +145,28 @@ def interpreting() -> bool:
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # kernels, and their last arguments
 
 
-def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
-    """Every kernel of this package starts here.
+def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """Start a kernel; return it compiled and its last arguments, where they may be used again.
 
     Triton's own way from arguments to a compiled kernel costs more than the launch: once for each kind of arguments,
     and its hooks before a run are called then only.
     """
-    if interpreting() or torch.version.hip:  # on AMD the kind includes how far a tensor's memory reaches
+    if always_anew():
         kernel[(grid,)](*args, **options)
-        return
+        return None
     device = triton.runtime.driver.active.get_current_device()
     key = (kernel.fn, device, *options.values(), *map(_kind, args))
     if found := _compiled.get(key):
         compiled, constants = found
         compiled[grid, 1, 1](*args, *constants)
     elif compiled := kernel[(grid,)](*args, **options):
-        _compiled[key] = compiled, tuple(options.get(p.name, p.default) for p in kernel.params[len(args) :])
+        found = _compiled[key] = compiled, tuple(options.get(p.name, p.default) for p in kernel.params[len(args) :])
+    return found
+
+
+def always_anew() -> bool:
+    """No kernel is kept: by the interpreter; on AMD, where the kind includes how far a tensor's memory reaches."""
+    return interpreting() or bool(torch.version.hip)
 
 
 def _kind(x: Any) -> Any:
@@ -202,6 +215,11 @@ def workspace_bytes() -> int:
     return _env.workspace_bytes(_WORKSPACE_MB)
 
 
+def workspace_setting() -> str | None:
+    """What `workspace_bytes` follows from."""
+    return os.environ.get("FASTCLIP_WORKSPACE_MB")
+
+
 def choose(kernel: str, x: Tensor, labels: bool) -> Config:
     """The configuration of a tile kernel for features like `x`."""
     if x.device.type == "cpu" and capability(x.device) == (0, 0):
@@ -215,7 +233,7 @@ def tile_arguments(tile: Config, image: Tensor, text: Tensor) -> tuple[tuple[Any
     descriptor = uses_descriptors(image)
     strides = image.stride(0), text.stride(0)
     precision = fp32_products() if image.dtype == torch.float32 else "ieee"
-    options = _tile_options(tile, descriptor, image.shape[1] % tile.BLOCK_K == 0, precision)
+    options = tile_options(tile, descriptor, image.shape[1] % tile.BLOCK_K == 0, precision)
     if descriptor:
         image, text = (
             TensorDescriptor.from_tensor(x, [rows, tile.BLOCK_K])
@@ -225,7 +243,7 @@ def tile_arguments(tile: Config, image: Tensor, text: Tensor) -> tuple[tuple[Any
 
 
 @functools.cache
-def _tile_options(tile: Config, descriptor: bool, even_k: bool, precision: str) -> dict[str, Any]:
+def tile_options(tile: Config, descriptor: bool, even_k: bool, precision: str) -> dict[str, Any]:
     return {
         **{name: value for name, value in tile._asdict().items() if name != "SPLIT" or value > 1},
         "GROUP": 8,
@@ -248,7 +266,7 @@ def fp32_products() -> str:
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
     """out = a b in fp32, added to what was there if `keep`, by the library."""
-    if a.dtype != torch.float32 and out.device.type == "cuda" and torch.version.hip is None:
+    if a.dtype != torch.float32 and capability(out.device) != (0, 0):
         if keep and _OLD_TORCH:
             out.add_(torch.mm(a, b, out_dtype=torch.float32))
         elif keep:

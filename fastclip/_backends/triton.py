@@ -15,7 +15,16 @@ from torch import Tensor
 from fastclip._backends.problem import Problem
 from fastclip._backends.reference import saved_dtype
 
-__all__ = ["contrastive_bwd", "contrastive_fwd", "missing", "refuses", "sigmoid_fwd"]
+__all__ = [
+    "contrastive_bwd",
+    "contrastive_fwd",
+    "missing",
+    "plain_bwd",
+    "plain_fwd",
+    "plain_saved",
+    "refuses",
+    "sigmoid_fwd",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -123,3 +132,42 @@ def sigmoid_fwd(
     launcher = importlib.import_module("fastclip.triton_kernels.sigmoid_fwd")
     options = p.offset, p.normalize, bias, divisor, needs, saved_dtype(p.image)
     return launcher.sigmoid_fwd(p.image, p.text, p.scale, *options, tiles=tiles)
+
+
+@functools.cache
+def _plain() -> Any:
+    return importlib.import_module("fastclip.triton_kernels.plain")
+
+
+def plain_saved(N: int) -> int:
+    """Words of fp32 that `plain_fwd` hands to `plain_bwd`."""
+    return int(_plain().plain_saved(N))
+
+
+def plain_fwd(
+    image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """The mean loss () fp32 of N pairs, image and text (N, D), and what its backward needs (`plain_saved`,) fp32."""
+    arguments = image, text, scale, image_weight, normalize
+    if image.device.type != "cuda" or image.get_device() == torch.cuda.current_device():
+        return _plain().plain_fwd(*arguments)
+    with torch.cuda.device(image.device):
+        return _plain().plain_fwd(*arguments)
+
+
+def plain_bwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    saved: Tensor,
+    image_weight: float,
+    normalize: bool,
+    d_loss: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of image, text (N, D) and scale () times d_loss () fp32; None where `needs` says so."""
+    arguments = image, text, scale, saved, image_weight, normalize, d_loss, needs
+    if image.device.type != "cuda" or image.get_device() == torch.cuda.current_device():
+        return _plain().plain_bwd(*arguments)
+    with torch.cuda.device(image.device):
+        return _plain().plain_bwd(*arguments)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from fastclip.triton_kernels import launch
+from fastclip.triton_kernels import gradients, launch, plain
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -95,6 +95,9 @@ def compiling(capability: int) -> Iterator[list[dict[str, Any]]]:
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(launch, "capability", lambda device: divmod(capability, 10))
         patch.setattr(launch, "fp32_products", lambda: "tf32x3")
+        for module in (gradients, plain):
+            patch.setattr(module, "addmm", lambda *args, **options: None)  # no kernel of ours
+        patch.setattr(plain, "_plans", {})
         patch.setattr(driver, "_active", _NoDevice(capability))
         yield machines
 
@@ -112,6 +115,12 @@ def launch_bwd(p: Problem) -> None:
     triton_backend.contrastive_bwd(p, [*stats, torch.ones(M), torch.ones(N)], stats, [True] * 3)
 
 
+def launch_plain(p: Problem) -> None:
+    image, text = p.image, p.text[: len(p.image)]
+    loss, saved = triton_backend.plain_fwd(image, text, p.scale, 0.5, p.normalize)
+    triton_backend.plain_bwd(image, text, p.scale, saved, 0.5, p.normalize, loss, (True, True, True))
+
+
 def launch_everything(*choices: Any) -> None:
     """One call of each operation on such a problem; inside `compiling` that compiles all it would launch."""
     p = problem(*choices)
@@ -119,6 +128,7 @@ def launch_everything(*choices: Any) -> None:
     triton_backend.contrastive_fwd(p, maxima=True)
     launch_bwd(p)
     if p.labels is None:
+        launch_plain(p)
         triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [True] * 4)
         triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [False] * 4)
 

@@ -11,7 +11,15 @@ from fastclip._backends import cuda
 from support.kinds import GPU
 
 pytest.importorskip("triton")
-from fastclip.triton_kernels import contrastive_bwd, contrastive_bwd_vectors, contrastive_fwd, launch, sigmoid_fwd
+from fastclip.triton_kernels import (
+    contrastive_bwd,
+    contrastive_bwd_vectors,
+    contrastive_fwd,
+    launch,
+    plain,
+    sequence,
+    sigmoid_fwd,
+)
 from fastclip.triton_kernels.tile import CONSTANTS, REPAIR
 
 if not GPU:
@@ -33,8 +41,9 @@ class Launches:
             real(kernel, grid, *args, **options)
             self.note(kernel.fn.__name__, args)
 
-        for module in (contrastive_fwd, contrastive_bwd, contrastive_bwd_vectors, sigmoid_fwd):
+        for module in (contrastive_fwd, contrastive_bwd, contrastive_bwd_vectors, sequence, sigmoid_fwd):
             monkeypatch.setattr(module, "launch", watched)
+        monkeypatch.setattr(plain, "_plans", {})  # what is watched is not kept: every launch is seen
         for name in ("contrastive_fwd", "contrastive_bwd", "sigmoid_fwd"):
             monkeypatch.setattr(cuda._Tiles, name, self._watch(f"{name}_kernel", getattr(cuda._Tiles, name)))
 
@@ -49,7 +58,8 @@ class Launches:
     def note(self, name: str, args: tuple[Any, ...]) -> None:
         self.names.append(name)
         self.arguments.append(args)
-        self.constants += [x for x in args if isinstance(x, Tensor) and x.shape == (CONSTANTS,) and "repair" in name]
+        if "repair" in name:  # the first of that size: what remains of a slice may have it too
+            self.constants.append(next(x for x in args if isinstance(x, Tensor) and x.shape == (CONSTANTS,)))
 
     def tensors(self, name: str) -> list[list[Tensor]]:
         """Of every launch of a kernel, the tensors it was handed; of a tensor descriptor its tensor."""

@@ -1,0 +1,284 @@
+"""The plain case of the backends for GPUs: N pairs, the mean loss and its gradients in one call each way.
+
+Called as the ops call it, without them. The general case's tests, of the same statistics' tiles, are test_kernels.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastclip._backends import cuda, triton
+from support.accuracy import LOSS, check, counted_products, pairs, poisoned, truth
+from support.kernels import Launches
+from support.kinds import DEVICE, GPU_KINDS, SHAPES, Kind, each_kind, fp16, kept, uneven, wide
+
+MODULES: dict[str, ModuleType] = {"triton": triton, "cuda": cuda}
+PLAIN = [kind for kind in GPU_KINDS if hasattr(MODULES[kind.backend], "plain_fwd")]
+TRITON = [kind for kind in PLAIN if kind.backend == "triton"]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class _Loss(torch.autograd.Function):
+    """The least that calls both passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, kind: Kind, weight: float, normalize: bool
+    ) -> Tensor:
+        loss, saved = MODULES[kind.backend].plain_fwd(image, text, scale, weight, normalize)
+        assert saved.shape == (MODULES[kind.backend].plain_saved(len(image)),) and saved.dtype == torch.float32
+        ctx.save_for_backward(image, text, scale, saved)
+        ctx.options = kind, weight, normalize
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        kind, weight, normalize = ctx.options
+        options = weight, normalize, upstream, ctx.needs_input_grad[:3]
+        return *MODULES[kind.backend].plain_bwd(*ctx.saved_tensors, *options), None, None, None
+
+
+def plain_loss(kind: Kind, *, image_weight: float = 0.5, normalize: bool = True) -> Callable[..., Tensor]:
+    """From and to the CPU, where the truth is."""
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        inputs = *(kept(x, kind.device) for x in (image, text)), scale.to(kind.device)
+        return _Loss.apply(*inputs, kind, image_weight, normalize).to("cpu")
+
+    return loss
+
+
+def features(kind: Kind, N: int, D: int, **options: Any) -> list[Tensor]:
+    """On the device, with gradient."""
+    return [kept(x, kind.device).detach().requires_grad_() for x in kind.pairs(N, N, D, **options)]
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("scale", [14.3, 100.0, 1.0, -5.0, 0.0])
+@pytest.mark.parametrize("weight", [0.5, 0.3, 0.0, 1.0])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("regime", SHAPES)
+@each_kind(PLAIN)
+def test_loss_and_gradients_accurate(kind: Kind, regime: str, normalize: bool, weight: float, scale: float) -> None:
+    N, _, D = kind.shape(regime)
+    image, text = kind.pairs(N, N, D)
+    if not normalize:
+        image, text = (poisoned(x / D**0.5) for x in (image, text))
+    options = {"image_weight": weight, "normalize": normalize}
+    check(plain_loss(kind, **options), image, text, scale, **options)
+
+
+@pytest.mark.parametrize(("noise", "loss"), [(0.12, 1e-9), (0.06, 1e-20)])
+@each_kind(PLAIN)
+def test_solved_batch_keeps_digits(kind: Kind, noise: float, loss: float) -> None:
+    image, text = kind.pairs(150, 150, 256, aligned=1.0, noise=noise)
+    scale = 28.0 if loss > 1e-12 else 66.0
+    found = check(plain_loss(kind), image, text, scale, base_line=False)
+    assert loss / 1e4 < float(found.loss) < loss * 1e1, "the case no longer tests what its name says"
+
+
+@each_kind(PLAIN)
+def test_blocks_of_solved_and_unsolved_pairs(kind: Kind) -> None:
+    """Every 128 pairs have a power of two of their own before all are known: here 2^40 lies between them."""
+    image, text = kind.pairs(300, 300, 64, aligned=1.0, noise=0.02)
+    text[140:260] = text[140:260].flip(0)
+    check(plain_loss(kind), image, text, 50.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@each_kind(PLAIN)
+def test_repair_of_uneven_norms(kind: Kind, scale: float, launches: Launches) -> None:
+    """The logits of a tile lie hundreds apart, one offset cannot serve them."""
+    image, text = (poisoned(x, kind.dtype) for x in uneven(200, 200))
+    check(plain_loss(kind, normalize=False, image_weight=0.3), image, text, scale, normalize=False, image_weight=0.3)
+    if kind.backend == "triton":
+        assert launches.repaired == [True, True]
+
+
+@each_kind(PLAIN)
+def test_repair_of_opposite_features(kind: Kind, launches: Launches) -> None:
+    """Normalised, scale 100, every negative cosine near -1 or 1 / 2: below what the offset reaches."""
+    image = torch.randn(2, 24).repeat_interleave(2, 0)
+    image, text = (poisoned(x, kind.dtype) for x in (image + 0.01 * torch.randn(4, 24), -image))
+    check(plain_loss(kind), image[:2], text[:2], 100.0)
+    if kind.backend == "triton":
+        assert launches.repaired == [True, True]
+
+
+@each_kind(TRITON)
+def test_repair_not_needed_for_ordinary_batches(kind: Kind, launches: Launches) -> None:
+    image, text = kind.pairs(130, 130, 64)
+    for scale in (10.0, 100.0):
+        check(plain_loss(kind), image, text, scale)
+    assert launches.repaired == [False] * 4
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@each_kind(PLAIN)
+def test_panels_and_blocks(kind: Kind, normalize: bool, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
+    """A workspace for a few tiles: row panels forward, row chunks and column blocks backward, repair included."""
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.004")
+    image, text = (poisoned(x, kind.dtype) for x in (pairs(260, 260, 24) if normalize else uneven(260, 260)))
+    check(plain_loss(kind, normalize=normalize), image, text, 5.0, normalize=normalize)
+    if kind.backend == "triton":
+        assert launches.names.count("contrastive_fwd_kernel") > 1
+        assert launches.names.count("contrastive_bwd_kernel") == 9
+        assert launches.repaired == [not normalize] * len(launches.repaired)
+
+
+@each_kind(PLAIN)
+def test_one_pair(kind: Kind) -> None:
+    """Nothing to tell it from."""
+    x = features(kind, 1, 8)
+    scale = torch.tensor(14.3, device=DEVICE, requires_grad=True)
+    loss = _Loss.apply(*x, scale, kind, 0.5, True)
+    assert float(loss.detach()) == 0
+    assert all(not gradient.any() for gradient in torch.autograd.grad(loss, (*x, scale)))
+
+
+@each_kind(PLAIN)
+def test_zero_rows_finite(kind: Kind) -> None:
+    image, text = kind.pairs(20, 20, 8)
+    image[3], text[3], text[5] = 0, 0, 0
+    a, b, s = image.clone().requires_grad_(), text.clone().requires_grad_(), torch.tensor(14.3, requires_grad=True)
+    loss = plain_loss(kind)(a, b, s)
+    loss.backward()
+    expected = truth(image, text, 14.3)
+    assert abs(float(loss.detach()) / float(expected.loss) - 1) < LOSS
+    others = torch.arange(20) != 3
+    error = (a.grad.double() - expected.d_image)[others].norm() / expected.d_image[others].norm()
+    assert error < kind.tolerance(1e-5, 2e-3)
+    assert s.grad.isfinite()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("place", [0, 129])
+@each_kind(PLAIN, few=True)
+def test_nan_and_inf_propagate(kind: Kind, value: float, normalize: bool, place: int) -> None:
+    image, text = kind.pairs(130, 130, 8)
+    image[place, 2] = value
+    image.requires_grad_()
+    loss = plain_loss(kind, normalize=normalize)(image, text, torch.tensor(14.3))
+    assert not loss.isfinite()
+    (gradient,) = torch.autograd.grad(loss, image)
+    assert not gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("factor", "size"), [(-3.0, 1.0), (65536.0, 1.0), (1e25, 1.0), (1e-30, 1.0), (2.0**-126, 1e-6)]
+)
+@each_kind(wide(PLAIN))
+def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> None:
+    """From a scaler's factor to the subnormal weights of a mean over very many."""
+    image, text = (size * x for x in kind.pairs(30, 30, 16))
+    expected = truth(image, text, 14.3)
+    image.requires_grad_()
+    plain_loss(kind)(image, text, torch.tensor(14.3)).backward(torch.tensor(factor))
+    error = (image.grad.double() / factor - expected.d_image).norm() / expected.d_image.norm()
+    assert error < kind.tolerance(3e-6, 2e-3)
+
+
+@pytest.mark.parametrize(("size", "factor"), [(1.0, 2.0**16), (300.0, 2.0**16), (2.0**-8, 2.0**-10)])
+@each_kind(fp16(PLAIN))
+def test_fp16_gradients_do_not_flush(kind: Kind, size: float, factor: float) -> None:
+    """A scaler's factor is multiplied in before the one cast."""
+    image, text = ((size * x / x.norm(dim=1, keepdim=True)).half() for x in pairs(200, 200, 16))
+    image.requires_grad_()
+    plain_loss(kind)(image, text, torch.tensor(5.0)).backward(torch.tensor(factor))
+    expected = truth(image, text, 5.0)
+    error = (image.grad.double() / factor - expected.d_image).norm() / expected.d_image.norm()
+    assert error < 2e-3
+
+
+@each_kind(PLAIN, few=True)
+def test_upstream_nan_and_zero(kind: Kind) -> None:
+    x = features(kind, 40, 16)
+    inputs = *x, torch.tensor(14.3, device=DEVICE, requires_grad=True)
+    loss = _Loss.apply(*inputs, kind, 0.5, True)
+    for upstream, expected in ((torch.nan, "all NaN"), (0.0, "all 0"), (torch.inf, "no number")):
+        for gradient in torch.autograd.grad(loss, inputs, torch.tensor(upstream, device=DEVICE), retain_graph=True):
+            if expected == "all NaN":
+                assert gradient.isnan().all()
+            elif expected == "all 0":
+                assert not gradient.any()
+            else:
+                assert not gradient.isfinite().any()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@each_kind(PLAIN, few=True)
+def test_bitwise_repeatable_and_backward_twice(kind: Kind, normalize: bool) -> None:
+    x = features(kind, 140, 40)
+    inputs = *x, torch.tensor(9.0, device=DEVICE, requires_grad=True)
+
+    def run() -> list[Tensor]:
+        loss = _Loss.apply(*inputs, kind, 0.5, normalize)
+        once, twice = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, twice))
+        return [loss.detach(), *once]
+
+    first = run()
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+@each_kind(PLAIN, few=True)
+def test_every_subset_of_gradients(kind: Kind) -> None:
+    inputs = [*features(kind, 20, 16), torch.tensor(9.0, device=DEVICE, requires_grad=True)]
+    expected = torch.autograd.grad(_Loss.apply(*inputs, kind, 0.5, True), inputs)
+    for subset in range(1, 8):
+        given = [x.detach().clone().requires_grad_(bool(subset >> k & 1)) for k, x in enumerate(inputs)]
+        _Loss.apply(*given, kind, 0.5, True).backward()
+        for k, x in enumerate(given):
+            assert (x.grad is not None) == bool(subset >> k & 1)
+            if x.grad is not None:
+                torch.testing.assert_close(x.grad, expected[k], rtol=0, atol=0)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other column", "unaligned", "one side"])
+@pytest.mark.parametrize("normalize", [True, False])
+@each_kind(PLAIN, few=True)
+def test_layouts(kind: Kind, normalize: bool, layout: str) -> None:
+    image, text = (x.clone() for x in kind.pairs(40, 40, 24))
+    if layout == "transposed":
+        image = image.T.contiguous().T
+    elif layout == "expanded":
+        image = image[:1].expand(40, 24)
+    elif layout == "every other column":
+        image, text = (torch.cat([x, x], 1)[:, ::2] for x in (image, text))
+    elif layout == "one side":
+        image, text = torch.nn.functional.pad(image, (0, 3), value=torch.nan)[:, :23], text[:, :23].contiguous()
+    else:
+        image = torch.cat([torch.zeros(1, dtype=kind.dtype), image.flatten()])[1:].view(40, 24)
+    image, text = (x.to(DEVICE).detach().requires_grad_() for x in (image, text))
+    loss = _Loss.apply(image, text, torch.tensor(3.0, device=DEVICE), kind, 0.5, normalize)
+    expected = truth(image.detach().cpu(), text.detach().cpu(), 3.0, normalize=normalize)
+    assert abs(float(loss.detach()) - float(expected.loss)) <= 2 * LOSS * float(expected.loss)
+    for ours, true in zip(torch.autograd.grad(loss, (image, text)), (expected.d_image, expected.d_text)):
+        assert ours.is_contiguous()
+        assert (ours.cpu().double() - true).norm() <= kind.tolerance(3e-5, 2e-3) * true.norm()
+
+
+@each_kind(TRITON)
+def test_work_and_launches(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
+    """Forward 2 M N D in five launches, backward 6 M N D in three and two products: ten, where nothing is copied."""
+    operations = counted_products(monkeypatch)
+    N, D = 256, 64
+    inputs = [*features(kind, N, D), torch.tensor(5.0, device=DEVICE, requires_grad=True)]
+    copy = [] if kind.dtype == torch.bfloat16 else ["plain_copy_kernel"]
+    loss = _Loss.apply(*inputs, kind, 0.5, True)
+    tiles, reduce = "contrastive_fwd_kernel", "plain_reduce_kernel"
+    forward = ["plain_norms_kernel", *copy, tiles, reduce, "contrastive_fwd_repair_kernel", reduce]
+    assert launches.names == forward and operations == []
+    loss.backward()
+    backward = [*copy, "contrastive_bwd_kernel", "contrastive_bwd_repair_kernel", "plain_finish_kernel"]
+    assert launches.names[len(forward) :] == backward
+    assert operations == [2 * N * N * D] * 2

@@ -1,0 +1,273 @@
+"""The plain case forward: before the statistics' tiles norms of pairs, after them the loss and the backward's vectors.
+
+Plain: N pairs, image k's only positive is text k. Both sides' row k is one program's, because the derivatives of a pair
+meet in the weight of its own logit. The vectors are those of `contrastive_bwd_vectors`, (planes, plane) of each side,
+the texts' after the images'.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fastclip.triton_kernels.contrastive_bwd_vectors import (
+    NEG,
+    NEG_EXACT,
+    gain_of,
+    guarded_weights,
+    largest_finite,
+    lowest_safe,
+)
+from fastclip.triton_kernels.contrastive_fwd import reduce_parts
+from fastclip.triton_kernels.features import (
+    bound_of,
+    high_bit,
+    inverse_norm,
+    pair_sums,
+    scale_rows,
+    set_constants,
+    unit_norm,
+)
+from fastclip.triton_kernels.gradients import FACTOR, OUT, OWN, PROJECT, projected
+from fastclip.triton_kernels.tile import CONSTANTS, GAIN, LOG2E, OFFSET2, REPAIR, SCALE
+
+__all__ = [
+    "ALIGNED",
+    "HEADER",
+    "OWN_SHARE",
+    "PLANES",
+    "plain_copy_kernel",
+    "plain_norms_kernel",
+    "plain_reduce_kernel",
+    "plane_of",
+]
+
+OWN_SHARE = tl.constexpr(CONSTANTS)  # one more constant: of d_scale, times the gain, what the own pairs have
+HEADER = 16  # words of the constants, so that the vectors after them are aligned
+PLANES = 7
+COL = tl.constexpr(PLANES)  # the texts' first plane
+ALIGNED = tl.constexpr(32)
+
+
+@triton.jit
+def plane_of(N):
+    """Words between planes: whole cache lines, so that every plane is aligned."""
+    return (tl.cdiv(N, ALIGNED) * ALIGNED).to(tl.int64)
+
+
+@triton.jit
+def _store_factors(vec_ptrs, plane, inv, k, some, NORMALIZE: tl.constexpr, COPY: tl.constexpr):
+    """FACTOR, OUT and PROJECT of one side's rows k, without scale and gain, which the finish knows."""
+    factor, power = inv, tl.full(inv.shape, 1.0, tl.float32)
+    if COPY:
+        wide = high_bit(inv.to(tl.float64))
+        factor, power = (inv.to(tl.float64) / wide).to(tl.float32), wide.to(tl.float32)
+    tl.store(vec_ptrs + FACTOR * plane, factor, mask=some)
+    tl.store(vec_ptrs + OUT * plane, power, mask=some)
+    tl.store(vec_ptrs + PROJECT * plane, projected(inv, NORMALIZE), mask=some)
+
+
+@triton.jit(do_not_specialize=["N"])
+def plain_norms_kernel(
+    image_ptr,  # (N, D)
+    text_ptr,  # (N, D)
+    image_row_stride,
+    text_row_stride,
+    scale_ptr,
+    constants_ptr,
+    vec_ptr,  # (2 PLANES, plane): FACTOR, OUT and PROJECT become known
+    cos_ptr,  # (N,) fp64
+    top_ptr,  # (2 programs,) fp32; not written with NORMALIZE
+    ticket_ptr,  # (2,) int32: become 0
+    N,
+    D,
+    NORMALIZE: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Factors of all rows, and the cosines of the pairs.
+
+    Math      r_k = 1 / max(norm image_k, 1e-12), or 1, c_k likewise; cos_k = r_k c_k <image_k, text_k>; with COPY
+              factors are r_k / 2^e, for rows that are copied times 2^e
+    Program   BLOCK pairs; the first writes the constants, where r_k norm_k is at most 1
+    Traffic   reads every row once
+    Precision fp64
+    Ragged    rows beyond the last and the D tail load as 0
+    Order     one program a pair: bitwise repeatable
+    """
+    block = tl.program_id(0)
+    k = block * BLOCK + tl.arange(0, BLOCK)
+    some = k < N
+    xx, yy, xy = pair_sums(
+        image_ptr, text_ptr, image_row_stride, text_row_stride, k, k, some, some, D, True, BLOCK, BLOCK_D
+    )  # fmt: skip
+    row_inv, col_inv = inverse_norm(xx, NORMALIZE), inverse_norm(yy, NORMALIZE)
+    tl.store(cos_ptr + k, row_inv.to(tl.float64) * col_inv.to(tl.float64) * xy, mask=some)
+    plane = plane_of(N)
+    _store_factors(vec_ptr + k, plane, row_inv, k, some, NORMALIZE, COPY)
+    _store_factors(vec_ptr + COL * plane + k, plane, col_inv, k, some, NORMALIZE, COPY)
+    if NORMALIZE:
+        scale = tl.load(scale_ptr).to(tl.float32)
+        set_constants(constants_ptr, scale, bound_of(scale, top_ptr, 0, 0, NORMALIZE, BLOCK), block == 0)
+    else:
+        tl.store(top_ptr + block, tl.max(unit_norm(xx, row_inv), 0))
+        tl.store(top_ptr + tl.num_programs(0) + block, tl.max(unit_norm(yy, col_inv), 0))
+    if block == 0:
+        tl.store(constants_ptr + REPAIR, 0.0)
+        tl.store(ticket_ptr + tl.arange(0, 2), 0)
+
+
+@triton.jit(do_not_specialize=["N"])
+def plain_copy_kernel(
+    image_ptr,  # (N, D)
+    text_ptr,  # (N, D)
+    image_row_stride,
+    text_row_stride,
+    vec_ptr,  # (2 PLANES, plane): OUT
+    out_ptr,  # (2, N, out_row_stride)
+    out_row_stride,
+    N,
+    D,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows of both sides times the power of two in their inverse norm; see `copy_rows_kernel`."""
+    block, blocks = tl.program_id(0), tl.cdiv(N, BLOCK)
+    side = block // blocks
+    k = (block - side * blocks) * BLOCK + tl.arange(0, BLOCK)
+    some = k < N
+    power_ptr = vec_ptr + (side * COL + OUT) * plane_of(N)
+    power = tl.load(power_ptr + k, mask=some, other=1.0).to(tl.float64)
+    if side == 0:
+        scale_rows(image_ptr, image_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D)
+    else:
+        out_ptr += N.to(tl.int64) * out_row_stride
+        scale_rows(text_ptr, text_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D)
+
+
+@triton.jit
+def _softplus(t):
+    """log(1 + exp t) and its derivative in fp64, to the last digits of a small one."""
+    u = tl.exp2(-tl.abs(t) * LOG2E)
+    above = 1.0 + u
+    # log(above) / (above - 1) changes slowly: at u it is what it is at the rounded one
+    rounded = above - 1.0
+    log1p = tl.where(rounded == 0.0, u, u * (tl.log(above) / tl.where(rounded == 0.0, 1.0, rounded)))
+    return tl.where(t > 0, t, 0.0) + log1p, tl.where(t >= 0, 1.0, u) / above
+
+
+@triton.jit
+def _weigh_pairs(
+    lse_ptr, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, some, N
+):  # fmt: skip
+    """Pairs k: shares of the loss and of d_scale, and the vectors, as the largest derivative among them has it."""
+    cos = tl.load(cos_ptr + k, mask=some, other=0.0)
+    pos = tl.load(constants_ptr + SCALE).to(tl.float64) * cos
+    row_lse = tl.load(lse_ptr + k, mask=some, other=0.0)
+    col_lse = tl.load(lse_ptr + plane + k, mask=some, other=0.0)
+    row_loss, row_d = _softplus(row_lse - pos)
+    col_loss, col_d = _softplus(col_lse - pos)
+    weight += tl.zeros_like(cos)  # fp64; the interpreter is handed a number of Python's
+    row_weight, col_weight = weight / N, (1.0 - weight) / N
+    row_d, col_d = row_weight * row_d, col_weight * col_d
+    own = -(row_d + col_d)
+    gain = gain_of(tl.max(tl.maximum(largest_finite(row_d, some), largest_finite(col_d, some)), 0))
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    tl.store(share_ptr + block, tl.sum(tl.where(some, row_weight * row_loss + col_weight * col_loss, 0.0), 0))
+    tl.store(share_ptr + blocks + block, tl.sum(tl.where(some, own * cos, 0.0), 0))
+    tl.store(share_ptr + 2 * blocks + block, gain)
+    offset2 = tl.load(constants_ptr + OFFSET2)
+    vec_ptrs = vec_ptr + k
+    own = (own * gain).to(tl.float32)
+    for side in tl.static_range(2):
+        tl.store(vec_ptrs + OWN * plane, own, mask=some)
+        lse, d = (row_lse, row_d) if side == 0 else (col_lse, col_d)
+        guarded_weights(lse, d * gain, offset2, lowest_safe(offset2), constants_ptr, vec_ptrs, plane, some, NEG)
+        vec_ptrs += COL * plane
+
+
+@triton.jit
+def _finish_loss(vec_ptr, plane, share_ptr, constants_ptr, loss_ptr, N, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The loss, d_scale's share of the own pairs, the gain of all vectors; by the last program, in index order."""
+    blocks = tl.num_programs(0)
+    b = tl.arange(0, BLOCK)
+    loss, own = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    smallest, largest = tl.full((BLOCK,), float("inf"), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for b0 in range(0, blocks, BLOCK):
+        inside = b0 + b < blocks
+        loss += tl.load(share_ptr + b0 + b, mask=inside, other=0.0)
+        own += tl.load(share_ptr + blocks + b0 + b, mask=inside, other=0.0)
+        gain = tl.load(share_ptr + 2 * blocks + b0 + b, mask=inside, other=float("inf"))
+        smallest, largest = tl.minimum(smallest, gain), tl.maximum(largest, tl.where(inside, gain, 0.0))
+    gain = tl.min(smallest, 0)
+    tl.store(loss_ptr, tl.sum(loss, 0).to(tl.float32))
+    tl.store(constants_ptr + OWN_SHARE, (tl.sum(own, 0) * gain).to(tl.float32))
+    tl.store(constants_ptr + GAIN, gain.to(tl.float32))
+    # Each block's vectors have a gain of their own; a power of two, so that to change it changes no digit
+    if tl.max(largest, 0) != gain:
+        for k0 in range(0, N, WIDE):
+            k = k0 + tl.arange(0, WIDE)
+            ratio = (gain / tl.load(share_ptr + 2 * blocks + k // BLOCK, mask=k < N, other=1.0)).to(tl.float32)
+            change = (k < N) & (ratio != 1.0)
+            for side in tl.static_range(2):
+                for plane_index in tl.static_range(3):
+                    number = OWN if plane_index == 0 else (NEG if plane_index == 1 else NEG_EXACT)
+                    ptrs = vec_ptr + (side * COL + number) * plane + k
+                    tl.store(ptrs, tl.load(ptrs, mask=change, other=0.0) * ratio, mask=change)
+
+
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n", "N", "weight"])
+def plain_reduce_kernel(
+    row_part_ptr,  # (tiles_n, N) fp32, EXACT fp64; not read unless PARTS
+    col_part_ptr,  # (tiles_m, N)
+    lse_ptr,  # (2, plane) fp64
+    cos_ptr,  # (N,) fp64
+    vec_ptr,  # (2 PLANES, plane)
+    share_ptr,  # (3, programs) fp64
+    ticket_ptr,  # int32, 0
+    constants_ptr,
+    loss_ptr,  # () fp32
+    tiles_m,
+    tiles_n,
+    N,
+    weight,  # of the images' losses
+    PARTS: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Partial sums -> loss, and the vectors of the backward for upstream 1; asks for a repair where sums are not good.
+
+    Math      t = lse - s cos_k; loss = w mean softplus(row_t) + (1 - w) mean softplus(col_t); d = w sigmoid(t) / N
+    Program   BLOCK pairs, rows and columns; EXACT: none unless the device asked for a repair
+    Traffic   reads every partial sum once (EXACT: twice); writes the vectors
+    Precision fp64; vectors rounded to fp32 once, times a power of two that keeps them from flushing
+    Ragged    rows beyond N are not read
+    Order     tiles from first to last. The last program, known by an integer ticket, adds the shares of all programs in
+              index order: bitwise repeatable. A ticket and not one launch more: this pass stands between every step
+              and its loss. It starts at 0 because `plain_norms_kernel` wrote that in the same stream
+    """
+    wanted = True
+    if EXACT:
+        wanted = tl.load(constants_ptr + REPAIR) != 0
+    if wanted:
+        k0 = tl.program_id(0) * BLOCK
+        k = k0 + tl.arange(0, BLOCK)
+        plane = plane_of(N)
+        if PARTS:
+            alone = tl.where(N == 1, 0, -1)
+            reduce_parts(
+                row_part_ptr, lse_ptr, 0, constants_ptr, tiles_n, N, k0, alone, 1, 1, False, EXACT, False, BLOCK, TILES
+            )  # fmt: skip
+            reduce_parts(
+                col_part_ptr, lse_ptr + plane, 0, constants_ptr, tiles_m, N, k0, alone, 1, 1, False, EXACT, False,
+                BLOCK, TILES,
+            )  # fmt: skip
+            tl.debug_barrier()  # what one thread stored, another may read
+        _weigh_pairs(lse_ptr, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, k < N, N)
+        # All threads' stores come before the ticket, which releases them to the program that draws the last one and so
+        # acquires all: integers, whose order changes nothing
+        tl.debug_barrier()
+        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            _finish_loss(vec_ptr, plane, share_ptr, constants_ptr, loss_ptr, N, BLOCK, WIDE)
