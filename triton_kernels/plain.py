@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from fastclip.triton_kernels import launch
 from fastclip.triton_kernels.contrastive_bwd import contrastive_bwd_kernel, contrastive_bwd_repair_kernel
 from fastclip.triton_kernels.contrastive_fwd import (
     contrastive_fwd_kernel,
@@ -22,7 +23,6 @@ from fastclip.triton_kernels.launch import (
     addmm,
     cdiv,
     chunks,
-    fp32_products,
     workspace_bytes,
     workspace_setting,
 )
@@ -137,7 +137,7 @@ def _plan_of(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> tup
         strides, text_strides = image.stride(), text.stride()
     # Kernels are compiled for the alignment of what they are handed; the rest of it torch aligns
     aligned = image.data_ptr() % 16, text.data_ptr() % 16, scale.data_ptr() % 16
-    precision = fp32_products() if image.dtype is torch.float32 else "ieee"
+    precision = launch.fp32_products() if image.dtype is torch.float32 else "ieee"
     setting = workspace_setting()
     key = (image.shape, strides, text_strides, image.dtype, image.device, aligned, normalize, precision, setting)
     try:
