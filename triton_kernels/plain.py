@@ -23,6 +23,8 @@ from fastclip.triton_kernels.launch import (
     addmm,
     cdiv,
     chunks,
+    output_argument,
+    tile_arguments,
     workspace_bytes,
     workspace_setting,
 )
@@ -81,12 +83,12 @@ class _Plan:
 
     def _cut_forward(self, x: Tensor) -> None:
         """Panels of rows whose partial sums fit into the workspace; bytes at which its parts begin."""
-        N, strides = self.N, self.product_strides
+        N = self.N
         flags = {"LABELS": False, "EXCLUDE_SELF": False}
         self.statistics = (
-            TileLaunch(contrastive_fwd_kernel, "contrastive_fwd", x, N, self.width, strides, self.precision, flags),
+            TileLaunch(contrastive_fwd_kernel, "contrastive_fwd", x, N, self.width, self.precision, flags),
             TileLaunch(
-                *(contrastive_fwd_repair_kernel, "contrastive_fwd_repair", x, N, self.width, strides, self.precision),
+                *(contrastive_fwd_repair_kernel, "contrastive_fwd_repair", x, N, self.width, self.precision),
                 {**flags, "MAXIMA": False},
             ),
         )
@@ -105,12 +107,12 @@ class _Plan:
 
     def _cut_backward(self, x: Tensor) -> None:
         """Blocks of weights that fit into the workspace; words at which its parts begin."""
-        N, size, strides = self.N, x.element_size(), self.product_strides
+        N, size = self.N, x.element_size()
         block_m, self.block_n = block_size(x, N, N, self.D)
         self.rows, self.columns = chunks(N, block_m), chunks(N, self.block_n)
         flags = {"LABELS": False, "EXCLUDE_SELF": False}
         self.weighing = tuple(
-            TileLaunch(kernel, name, x, N, self.width, strides, self.precision, flags)
+            TileLaunch(kernel, name, x, N, self.width, self.precision, flags)
             for kernel, name in (
                 (contrastive_bwd_kernel, "contrastive_bwd"),
                 (contrastive_bwd_repair_kernel, "contrastive_bwd_repair"),
@@ -125,12 +127,17 @@ class _Plan:
         self.bwd_elements = (self.part + max(self.parts)) * 4 // size
 
 
-_plans: dict[Any, _Plan] = {}
+_plans: dict[Any, tuple[str | None, _Plan]] = {}  # with the workspace's setting
 _MOST_PLANS = 64
 
 
-def _plan_of(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> tuple[_Plan, Tensor, Tensor]:
-    """The plan of a problem, and its features in rows without gaps between columns."""
+def _plan_of(
+    image: Tensor, text: Tensor, scale: Tensor, normalize: bool, setting: str | None = None, *, begins: bool = False
+) -> tuple[_Plan, Tensor, Tensor]:
+    """The plan of a problem, and its features in rows without gaps between columns.
+
+    What begins asks for the workspace's present `setting`; what follows goes on with the plan that there is.
+    """
     strides, text_strides = image.stride(), text.stride()
     if strides[1] != 1 or text_strides[1] != 1:
         image, text = (x if x.stride(1) == 1 else x.contiguous() for x in (image, text))
@@ -138,15 +145,17 @@ def _plan_of(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> tup
     # Kernels are compiled for the alignment of what they are handed; the rest of it torch aligns
     aligned = image.data_ptr() % 16, text.data_ptr() % 16, scale.data_ptr() % 16
     precision = launch.fp32_products() if image.dtype is torch.float32 else "ieee"
-    setting = workspace_setting()
-    key = (image.shape, strides, text_strides, image.dtype, image.device, aligned, normalize, precision, setting)
+    key = image.shape, strides, text_strides, image.dtype, image.device, aligned, normalize, precision
     try:
-        return _plans[key], image, text
+        planned, plan = _plans[key]
+        if planned == setting or not begins:
+            return plan, image, text
     except KeyError:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
-        plan = _plans[key] = _Plan(image, text, normalize, precision)
-        return plan, image, text
+    plan = _Plan(image, text, normalize, precision)
+    _plans[key] = (workspace_setting(), plan)
+    return plan, image, text
 
 
 def plain_fwd(
@@ -157,7 +166,7 @@ def plain_fwd(
 
     One launch more for features that are not normalised, and one for rows that the products cannot take as they lie.
     """
-    plan, image, text = _plan_of(image, text, scale, normalize)
+    plan, image, text = _plan_of(image, text, scale, normalize, workspace_setting(), begins=True)
     N, D, pairs = plan.N, plan.D, plan.pair_programs
     new = image.new_empty
     saved, loss = new(plan.saved, dtype=torch.float32), new((), dtype=torch.float32)
@@ -187,12 +196,13 @@ def plain_fwd(
         start(bound_kernel, 1, (top, constants, scale, pairs, pairs), {"BLOCK": 1024})
     if copies is not None:
         start(plain_copy_kernel, 2 * pairs, (*features, row_vec, copies, plan.width, N, D), _NORMS)
+    addresses = (x.data_ptr(), y.data_ptr(), *plan.product_strides) if known else None
     for repair, statistics in enumerate(plan.statistics):
         base = wide if repair else w
         parts = base + plan.row_part, base + plan.col_part
         for i0, i1 in plan.panels:
             arguments = (
-                *statistics.operands(x if plan.whole else x[i0:i1], y, known),
+                *(addresses or tile_arguments(statistics.tile, x[i0:i1], y)[0]),
                 *(s + (_VEC + 4 * i0), col_vec, row_vec, col_vec, constants),  # FACTOR is the first plane; no labels
                 *(*parts, i1 - i0, N, plan.width, i0),
             )
@@ -264,19 +274,22 @@ def plain_bwd(
         arguments: tuple[Any, ...] = image, text, *plan.strides, row_vec, copies, width, N, D
         start(plain_copy_kernel, 2 * plan.pair_programs, arguments, _NORMS)
 
+    addresses = (x.data_ptr(), y.data_ptr(), *plan.product_strides) if known else None
     parts = [4 * plan.part, 4 * plan.part]
-    row = FinishSide(raw_image, x, row_vec, x if d_image is None else d_image)
-    col = FinishSide(raw_text, y, col_vec, y if d_text is None else d_text)
+    row: Any = raw_image, x, row_vec, x if d_image is None else d_image
+    col: Any = raw_text, y, col_vec, y if d_text is None else d_text
+    if not known:  # later a tuple will do
+        row, col = FinishSide(*row), FinishSide(*col)
     for i0, i1 in plan.rows:
         for j0, j1 in plan.columns:
             shape = i1 - i0, j1 - j0
             block = work.as_strided(shape, (plan.block_n, 1), 0)
             for repair, weighing in enumerate(plan.weighing):
-                features = (x, y) if plan.whole else (x[i0:i1], y[j0:j1])
                 arguments = (
-                    *weighing.operands(*features, known),
+                    *(addresses or tile_arguments(weighing.tile, x[i0:i1], y[j0:j1])[0]),
                     *(s + (_VEC + 4 * i0), s + (plan.col_vec + 4 * j0), plan.plane, plan.plane, constants),
-                    *(weighing.output(block, known), plan.block_n, w + parts[repair], *shape, width, i0 - j0),
+                    *(w if known else output_argument(weighing.tile, block, x), plan.block_n, w + parts[repair]),
+                    *(*shape, width, i0 - j0),
                 )
                 start(weighing.kernel, (weighing.programs, shape), arguments, weighing.options)
                 if not plan.whole:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from fastclip.triton_kernels.launch import (
@@ -10,9 +10,7 @@ from fastclip.triton_kernels.launch import (
     cdiv,
     choose,
     launch,
-    output_argument,
     processors,
-    tile_arguments,
     tile_options,
     uses_descriptors,
 )
@@ -22,9 +20,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 __all__ = ["Base", "Sequence", "TileLaunch"]
 
 _runtime = triton.knobs.runtime
-_new = object.__new__
+_HookChain = getattr(triton.knobs, "HookChain", None)
 _TRITON = triton.__version__.rpartition(".")[0]
 _READ_LAUNCHERS = ("3.8",)  # releases of Triton whose CudaLauncher was read; others are started by its public call
+_ELEMENTS = {**{k: k for k in range(16)}, 8: 10, 9: 8, 10: 9}  # its TMA_DTYPE_DEVICE_TO_HOST
 
 
 class Base:
@@ -40,8 +39,9 @@ class Base:
 class Sequence:
     """Launches whose kernels and grids a problem's signature fixes.
 
-    The first time each is started by `launch`, from tensors; afterwards as Triton itself ends, without a look at what
-    the arguments are: tensors, or addresses as integers.
+    The first time each is started by `launch`, from tensors and tensor descriptors. Where that leaves all that the next
+    time needs, they are started afterwards as Triton itself ends, from addresses, also in place of descriptors: nobody
+    asks any more what the arguments are.
 
         start, known = sequence.begin()
         start(kernel, grid, arguments, options)  # grid: a number, or a function and its arguments for the first time
@@ -51,21 +51,32 @@ class Sequence:
 
     def __init__(self, fixed: bool) -> None:
         self.fixed = fixed and not always_anew()
-        self.known: list[Any] | None = None
+        self.known: list[_Known] | None = None
         if self.fixed:
             driver = triton.runtime.driver.active
             self.device, self.stream = driver.get_current_device(), driver.get_current_stream
 
     def begin(self) -> tuple[Any, bool]:
         known, at = self.known, -1
-        if known is None or _hooked(_runtime.launch_enter_hook) or _hooked(_runtime.launch_exit_hook):
+        before, after = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+        # Whoever wants to be told of launches, such as a profiler, is told by Triton's own call
+        told = before is not None and (before.__class__ is not _HookChain or before.calls)
+        told = told or (after is not None and (after.__class__ is not _HookChain or after.calls))
+        if known is None or told:
             return _First(), False
-        stream = self.stream(self.device)
+        stream, maps = self.stream(self.device), {}
 
-        def start(kernel: Any, grid: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        def start(kernel: Any, grid: Any, args: Any, options: Any) -> None:
             nonlocal at
             at += 1
-            run, programs, between, together, constants = known[at]
+            run, programs, between, together, constants, described = known[at]
+            if described:
+                args = [*args]
+                for index, fill, about, tail in described:  # from the last to the first
+                    of = args[index], about
+                    if of not in maps:  # a repair reads what the launch before it read
+                        maps[of] = fill(args[index], *about)
+                    args[index : index + 1] = maps[of], *tail
             if together:
                 run(programs, 1, 1, stream, *between, (*args, *constants))
             else:
@@ -75,65 +86,68 @@ class Sequence:
 
     def keep(self, first: _First) -> None:
         if self.fixed and None not in first.started:
-            found = zip(first.started, first.grids)
-            self.known = [_launcher(compiled, grid, constants) for (compiled, constants), grid in found]
-
-
-def _launcher(compiled: Any, grid: int, constants: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What starts a kernel: a function, what comes before and after the stream, whether arguments are one tuple."""
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    no_scratch = not (getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1))
-    if _TRITON in _READ_LAUNCHERS and type(run).__name__ == "CudaLauncher" and no_scratch and not run.gsan_enabled:
-        # What CudaLauncher.__call__ comes to where a kernel asks for no memory: six Python calls less
-        flags = run.launch_cooperative_grid, run.launch_pdl
-        nothing = (None,) * 5  # metadata for hooks, hooks, memory
-        return (
-            run.launch,
-            grid,
-            (function, *flags, metadata, *nothing, run.arg_annotations, run.kernel_signature),
-            True,
-            constants,
-        )
-    return run, grid, (function, metadata, None, None, None), False, constants
+            known = [_known(*started, *how) for started, how in zip(first.started, first.how)]
+            self.known = None if None in known else known  # type: ignore[assignment]
 
 
 class _First:
     """A sequence the first time."""
 
     def __init__(self) -> None:
-        self.started: list[Any] = []
-        self.grids: list[int] = []
+        self.started: list[Any] = []  # kernels and their last arguments
+        self.how: list[tuple[int, dict[int, Any]]] = []  # programs, and descriptors among the arguments
 
     def __call__(self, kernel: Any, grid: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self.grids.append(grid if isinstance(grid, int) else grid[0](*grid[1]))
-        self.started.append(launch(kernel, self.grids[-1], *args, **options))
+        programs = grid if isinstance(grid, int) else grid[0](*grid[1])
+        self.how.append((programs, {k: x for k, x in enumerate(args) if isinstance(x, TensorDescriptor)}))
+        self.started.append(launch(kernel, programs, *args, **options))
 
 
-def _hooked(hook: Any) -> bool:
-    """Whether somebody, such as a profiler, wants to be told of launches."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+class _Known(NamedTuple):
+    """How a kernel is started again."""
+
+    run: Any
+    programs: int
+    between: tuple[Any, ...]  # what stands between the stream and the arguments
+    together: bool  # whether these are one tuple
+    constants: tuple[Any, ...]  # the last of them
+    described: tuple[Any, ...]  # of each descriptor: where, how its map is made of an address, what follows it
+
+
+def _known(
+    compiled: Any, constants: tuple[Any, ...], programs: int, descriptors: dict[int, TensorDescriptor]
+) -> _Known | None:
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    no_scratch = not (getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1))
+    if _TRITON not in _READ_LAUNCHERS or type(run).__name__ != "CudaLauncher" or not no_scratch or run.gsan_enabled:
+        # Triton's public way, which every release has; it takes descriptors as objects
+        return None if descriptors else _Known(run, programs, (function, metadata, *[None] * 3), False, constants, ())
+    # What CudaLauncher.__call__ comes to where a kernel asks for no memory: six Python calls less
+    driver = triton.runtime.driver.active
+    flags = run.launch_cooperative_grid, run.launch_pdl
+    nothing = [None] * 5  # metadata for hooks, hooks, memory
+    between = function, *flags, metadata, *nothing, run.arg_annotations, run.kernel_signature
+    # As its make_tensordesc_arg: a map, sizes and strides in place of a descriptor
+    described = []
+    for (index, x), about in zip(descriptors.items(), compiled.metadata.tensordesc_meta or ()):
+        shape, strides = tuple(x.shape), tuple(x.strides)
+        element = about["elem_size"], _ELEMENTS[about["elem_type"]]
+        made = about["swizzle"], *element, tuple(about["block_size"]), shape, strides, int(x.padding == "nan")
+        described.append((index, driver.utils.fill_tma_descriptor_tiled, made, (*shape, *strides)))
+    return _Known(driver.utils.launch, programs, between, True, constants, tuple(reversed(described)))
 
 
 class TileLaunch:
     """What the launches of a tile kernel have in common, for features like `x` that it sees as (N, width)."""
 
     def __init__(
-        self,
-        kernel: Any,
-        name: str,
-        x: Tensor,
-        N: int,
-        width: int,
-        strides: tuple[int, int],
-        precision: str,
-        flags: dict[str, Any],
+        self, kernel: Any, name: str, x: Tensor, N: int, width: int, precision: str, flags: dict[str, Any]
     ) -> None:
-        self.kernel, self.tile, self.strides = kernel, choose(name, x, False), strides
-        self.descriptor = uses_descriptors(x)
-        self.options = {**flags, **tile_options(self.tile, self.descriptor, width % self.tile.BLOCK_K == 0, precision)}
+        self.kernel, self.tile = kernel, choose(name, x, False)
+        options = tile_options(self.tile, uses_descriptors(x), width % self.tile.BLOCK_K == 0, precision)
+        self.options = {**flags, **options}
         self.most = processors(x.device) if name.endswith("_repair") else None  # programs: a repair's are persistent
         self.whole = self.shape(N, N)
-        self.described: dict[str, dict[str, Any]] = {}
 
     def shape(self, M: int, N: int) -> tuple[int, int]:
         """Tile rows and tile columns."""
@@ -146,32 +160,3 @@ class TileLaunch:
     def programs(self, M: int, N: int) -> int:
         tiles = self.tiles(M, N)
         return tiles if self.most is None else min(tiles, self.most)
-
-    def operands(self, image: Tensor, text: Tensor, known: bool) -> tuple[Any, ...]:
-        """The kernel's first arguments, features and their strides; `known` as `Sequence.begin` says."""
-        if not self.descriptor:
-            return image, text, *self.strides
-        if not known:
-            found, _ = tile_arguments(self.tile, image, text)
-            self.described.update(image=_but_base(found[0]), text=_but_base(found[1]))
-            return found
-        # Checks, and what follows from the shape, are of the first time
-        a, b = _new(TensorDescriptor), _new(TensorDescriptor)
-        a.__dict__, b.__dict__ = {**self.described["image"], "base": image}, {**self.described["text"], "base": text}
-        return a, b, *self.strides
-
-    def output(self, out: Tensor, known: bool) -> Any:
-        """What the kernel writes its tiles to."""
-        if not self.descriptor:
-            return out
-        if not known:
-            found = output_argument(self.tile, out, out)
-            self.described.update(out=_but_base(found))
-            return found
-        descriptor = _new(TensorDescriptor)
-        descriptor.__dict__ = {**self.described["out"], "base": out}
-        return descriptor
-
-
-def _but_base(descriptor: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(descriptor).items() if name != "base"}

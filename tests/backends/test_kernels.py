@@ -83,7 +83,7 @@ def test_panels_and_blocks(
 def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
     """Partial sums and weights, whatever the batch."""
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
-    kind.loss()(*(x.requires_grad_() for x in kind.pairs(400, 400, 8)), torch.tensor(5.0)).backward()
+    kind.loss(reduction="sum")(*(x.requires_grad_() for x in kind.pairs(400, 400, 8)), torch.tensor(5.0)).backward()
     for name in ("contrastive_fwd_kernel", "contrastive_bwd_kernel"):
         assert launches.tensors(name)
         for tensors in launches.tensors(name):
@@ -93,12 +93,15 @@ def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches
 
 @each_kind(GPU_KINDS, few=True)
 def test_work_and_launches(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
-    """Forward 2 M N D in five launches with the norms, backward 6 M N D in seven with the products and the finish."""
+    """Forward 2 M N D in five launches with the norms, backward 6 M N D in seven with the products and the finish.
+
+    Not of the plain case, which test_plain.py counts.
+    """
     operations = counted_products(monkeypatch)
     M = N = 256
     D = 64
     image, text = (x.to(kind.dtype).requires_grad_() for x in pairs(M, N, D))
-    loss = kind.loss()(image, text, torch.tensor(5.0))
+    loss = kind.loss(reduction="sum")(image, text, torch.tensor(5.0))
     kernel, reduce = "contrastive_fwd_kernel", "contrastive_fwd_reduce_kernel"
     assert launches.names == [kernel, reduce, "contrastive_fwd_repair_kernel", reduce] and operations == []
     loss.backward()

@@ -132,6 +132,18 @@ def test_panels_and_blocks(kind: Kind, normalize: bool, monkeypatch: pytest.Monk
         assert launches.repaired == [not normalize] * len(launches.repaired)
 
 
+@each_kind(TRITON, few=True)
+def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
+    """Partial sums and weights, whatever the batch; beside them only what grows with N and with N D."""
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
+    N, D = 400, 8
+    plain_loss(kind)(*(x.requires_grad_() for x in kind.pairs(N, N, D)), torch.tensor(5.0)).backward()
+    for name in ("contrastive_fwd_kernel", "contrastive_bwd_kernel"):
+        for tensors in launches.tensors(name):
+            largest = max(x.untyped_storage().nbytes() for x in tensors)
+            assert largest <= 2**17 + (64 * N if "fwd" in name else 3 * 4 * N * D)
+
+
 @each_kind(PLAIN)
 def test_one_pair(kind: Kind) -> None:
     """Nothing to tell it from."""

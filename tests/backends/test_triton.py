@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd, launch
+from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd, launch, plain, sequence
 from torch import Tensor
 
 import fastclip
@@ -37,7 +37,9 @@ def accesses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """How tiles are read: both ways, whatever this machine would choose."""
     if GPU and request.param == "descriptors" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("this GPU has no tensor memory accelerator")
-    monkeypatch.setattr(launch, "uses_descriptors", lambda x: request.param == "descriptors")
+    for module in (launch, sequence):
+        monkeypatch.setattr(module, "uses_descriptors", lambda x: request.param == "descriptors")
+    monkeypatch.setattr(plain, "_plans", {})
     return request.param
 
 

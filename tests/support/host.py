@@ -143,7 +143,7 @@ class Host:
 
         backend.refuses = lambda image, named: None
         backend.missing = lambda: None
-        launch.capability = lambda device: divmod(capability, 10)
+        launch.capability = functools.cache(lambda device: divmod(capability, 10))
         real, one, out = torch.mm, torch.ones(1, 1), torch.ones(1, 1)
 
         def product(*args: Any, **options: Any) -> Any:
