@@ -85,6 +85,7 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction functi
   return CUDA_SUCCESS;
 }
 
+#ifdef FAKE_RUNTIME
 // The runtime, which the CUDA module is linked to in place of NVIDIA's; errors and structures pass as integers and
 // pointers, so that the runtime's headers are not needed
 EXPORT int cudaLaunchKernelExC(const void* config, const void* function, void** arguments) {
@@ -133,3 +134,4 @@ EXPORT int __cudaGetKernel(void** kernel, const void* function) {
 }
 EXPORT unsigned __cudaPushCallConfiguration(void) { return 0; }
 EXPORT int __cudaPopCallConfiguration(void) { return 0; }
+#endif

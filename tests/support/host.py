@@ -44,17 +44,21 @@ def _headers() -> Path:
 
 def _driver() -> Path:
     """A folder with the driver that does nothing, as libcuda.so.1."""
-    headers, compiler = _headers(), shutil.which("gcc")
-    if compiler is None:
+    headers = _headers()
+    if shutil.which("gcc") is None:
         raise Missing("gcc is not installed, which Triton builds its launcher with")
 
     def make(source: Path, place: Path) -> None:
-        flags = ("-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", headers)
-        done = native_build.run(compiler, *flags, source / "tests/support/fake_cuda.c", "-o", place / "libcuda.so.1")
-        assert done.returncode == 0, done.stderr
+        _compile(source, place / "libcuda.so.1", "-shared", "-Wl,-soname,libcuda.so.1")
 
-    version = native_build.run(compiler, "--version").stdout
+    version = native_build.run("gcc", "--version").stdout
     return stored("fake-cuda", sources("tests/support/fake_cuda.c"), (str(headers), version), make)
+
+
+def _compile(source: Path, target: Path, *flags: str) -> None:
+    file = source / "tests/support/fake_cuda.c"
+    done = native_build.run("gcc", "-O1", "-fPIC", *flags, "-I", _headers(), file, "-o", target)
+    assert done.returncode == 0, done.stderr
 
 
 def _module() -> Path:
@@ -66,6 +70,7 @@ def _module() -> Path:
     def make(source: Path, place: Path) -> None:
         includes = (pybind11.get_include(), sysconfig.get_path("include"), source / "csrc")
         names = ("COMPILER", "ARCHS")
+        _compile(source, place / "runtime.o", "-c", "-DFAKE_RUNTIME")
         done = native_build.run(
             *(native_build.NVCC, "-std=c++17", "-O2", "-gencode", "arch=compute_90a,code=compute_90a", "-shared"),
             *("-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "none"),
@@ -73,20 +78,25 @@ def _module() -> Path:
             *(f'-DFASTCLIP_CUDA_{name}="none"' for name in names),
             *sorted((source / "csrc").glob("bindings/cuda_module.cpp")),
             *sorted(path for path in (source / "csrc/cuda").iterdir() if path.suffix in (".cu", ".cpp")),
-            *("-o", place / "_cuda.so"),
+            # its own copy of the runtime that does nothing, before torch's that is loaded by then
+            *(place / "runtime.o", "-Xlinker", "-Bsymbolic", "-o", place / "_cuda.so"),
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
-    files = sources("csrc/fastclip.h", "csrc/cuda", "csrc/bindings")
+    files = sources("csrc/fastclip.h", "csrc/cuda", "csrc/bindings", "tests/support/fake_cuda.c")
     return stored("fake-cuda-module", files, native_build.toolchain(native_build.NVCC), make) / "_cuda.so"
 
 
 @functools.cache
-def measure(backend: str, *, normalize: bool, capability: int = 90) -> dict[str, float]:
-    """Figures of one step, by name; raises Missing where what it is built with is not installed."""
+def measure(what: str, backend: str, *, normalize: bool, capability: int = 90) -> Any:
+    """Of one step, in a process of its own; raises Missing where what it is built with is not installed.
+
+    Args:
+        what: "counts", by name; "times", of the yardstick's time; "arguments" of launches, see `arguments`.
+    """
     driver = _driver()
-    module = _module() if backend == "cuda" else None
-    about = {"backend": backend, "normalize": normalize, "capability": capability, "module": str(module or "")}
+    module = str(_module()) if backend == "cuda" else ""
+    about = {"what": what, "backend": backend, "normalize": normalize, "capability": capability, "module": module}
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "TRITON_LIBCUDA_PATH": str(driver),
@@ -97,8 +107,7 @@ def measure(backend: str, *, normalize: bool, capability: int = 90) -> dict[str,
     command = [sys.executable, __file__, json.dumps(about)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 class Host:
@@ -106,12 +115,12 @@ class Host:
 
     def __init__(self, capability: int = 90, module: str = "") -> None:
         path = Path(os.environ["TRITON_LIBCUDA_PATH"]) / "libcuda.so.1"
-        self.cuda = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        self.counters = [ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)]
         self.products = 0
+        if module:
+            self._load_module(module)
         self._replace_driver(capability)
         self._replace_device(capability)
-        if module:
-            self._replace_module(module)
 
     def _replace_driver(self, capability: int) -> None:
         import torch
@@ -139,10 +148,11 @@ class Host:
         import torch
         from fastclip.triton_kernels import launch
 
-        from fastclip._backends import triton as backend
+        from fastclip._backends import cuda, triton
 
-        backend.refuses = lambda image, named: None
-        backend.missing = lambda: None
+        for backend in (cuda, triton):
+            backend.refuses = lambda image, named: None
+            backend.missing = lambda: None
         launch.capability = functools.cache(lambda device: divmod(capability, 10))
         real, one, out = torch.mm, torch.ones(1, 1), torch.ones(1, 1)
 
@@ -153,31 +163,20 @@ class Host:
 
         torch.mm = torch.addmm = product
 
-    def _replace_module(self, path: str) -> None:
-        from fastclip._backends import cuda
-
+    def _load_module(self, path: str) -> None:
+        """In place of an installed one."""
         loader = importlib.machinery.ExtensionFileLoader("fastclip._cuda", path)
         spec = importlib.util.spec_from_file_location("fastclip._cuda", path, loader=loader)
         assert spec is not None
-        cuda._module = importlib.util.module_from_spec(spec)
-        loader.exec_module(cuda._module)
-        cuda._not_loaded = None
-        cuda.missing = lambda: None
-        cuda.refuses = lambda image, named: None
+        sys.modules["fastclip._cuda"] = importlib.util.module_from_spec(spec)
+        loader.exec_module(sys.modules["fastclip._cuda"])
+        self.counters.append(ctypes.CDLL(path))
 
     def counter(self, name: str) -> int:
-        return ctypes.c_long.in_dll(self.cuda, f"fake_cuda_{name}").value
+        return sum(ctypes.c_long.in_dll(library, f"fake_cuda_{name}").value for library in self.counters)
 
-    def figures(self, step: Callable[[], None], yardstick: Callable[[], None]) -> dict[str, float]:
-        """Counts of a step; the time of one, in times of the yardstick's."""
-        for _ in range(5):  # compiles, and fills the caches
-            step()
-        return {
-            **self._launched(step),
-            **_called(step),
-            "allocations": _allocated(step),
-            "times": min(_times(step, yardstick) for _ in range(BEST_OF)),
-        }
+    def counts(self, step: Callable[[], None]) -> dict[str, float]:
+        return {**self._launched(step), **_called(step), "allocations": _allocated(step)}
 
     def _launched(self, step: Callable[[], None]) -> dict[str, float]:
         launches, maps, products = self.counter("launches"), self.counter("maps"), self.products
@@ -205,21 +204,28 @@ def _called(step: Callable[[], None]) -> dict[str, float]:
 _KINDS: dict[str, Callable[[tuple[str, int, str]], bool]] = {
     "python": lambda key: key[0] != "~",
     "c": lambda key: key[0] == "~",
-    "pybind": lambda key: "PyCapsule" in key[2],
+    "pybind": lambda key: "fastclip._cuda." in key[2],
 }
 
 
 def _allocated(step: Callable[[], None]) -> int:
-    """Tensors allocated; without the 1 that autograd begins with, which is everybody's."""
+    """Tensors allocated, without the 1 that autograd begins with."""
     from torch.autograd.profiler import profile
 
     with profile() as recorded:
         step()
-    names = [event.name for event in recorded.function_events]
-    # `ones_like` is `empty_like`, which is `empty_strided`
-    begun = 2 * names.count("aten::ones_like")
-    nested = names.count("aten::empty_like") + names.count("aten::new_empty")  # each is one of the others as well
-    return sum(name.startswith(("aten::empty", "aten::new_empty")) for name in names) - nested - (begun - begun // 2)
+    events = [event for event in recorded.function_events if event.name.startswith(("aten::empty", "aten::new_empty"))]
+
+    def outer(event: Any) -> bool:
+        """Not made by another of them, nor by autograd's."""
+        parent = event.cpu_parent
+        while parent is not None:
+            if parent in events or parent.name == "aten::ones_like":
+                return False
+            parent = parent.cpu_parent
+        return True
+
+    return sum(map(outer, events))
 
 
 def _times(step: Callable[[], None], yardstick: Callable[[], None]) -> float:
@@ -250,19 +256,65 @@ def stepper(loss: Callable[..., Any], inputs: list[Any]) -> Callable[[], None]:
     return step
 
 
-def main(backend: str, normalize: bool, capability: int, module: str) -> dict[str, float]:
+def arguments(host: Host, backend: str, normalize: bool) -> list[list[Any]]:
+    """What Triton's launcher is told in a first step and in a later one, which have the same memory."""
+    import torch
+    from triton.runtime import driver
+
+    from fastclip import _backends
+
+    memory: list[Any] = []
+    told: list[Any] = []
+
+    class Features(torch.Tensor):
+        """Allocates what was allocated the step before."""
+
+        def new_empty(self, *size: Any, **options: Any) -> Any:
+            taken = next(self.taken, None)
+            if taken is None:
+                taken = self.as_subclass(torch.Tensor).new_empty(*size, **options)
+                memory.append(taken)
+            return taken
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, (tuple, list)):
+            return [plain(y) for y in x]
+        return x.data_ptr() if isinstance(x, torch.Tensor) else x if isinstance(x, int | float | str) else repr(x)
+
+    utils = driver.active.utils
+    utils.launch = lambda *args: told.append(plain([*args[:8], *args[11:]]))  # without hooks and what is for them
+    utils.fill_tma_descriptor_tiled = lambda *args: ("map", *plain(args))
+    module = _backends._BACKENDS[backend]
+    image, text = (x.detach().as_subclass(Features) for x in _inputs()[:2])
+    scale, upstream = torch.tensor(14.3), torch.tensor(1.0)
+    for _ in range(2):
+        for x in (image, text):
+            x.taken = iter([*memory])
+        told.append("step")
+        _, saved = module.plain_fwd(image, text, scale, 0.5, normalize)
+        module.plain_bwd(image, text, scale, saved, 0.5, normalize, upstream, (True, True, True))
+    later = told.index("step", 1)
+    return [told[1:later], told[later + 1 :]]
+
+
+def main(what: str, backend: str, normalize: bool, capability: int, module: str) -> Any:
+    host = Host(capability, module)
     import torch
 
     import fastclip
 
     torch.set_num_threads(1)
-    host = Host(capability, module)
+    if what == "arguments":
+        return arguments(host, backend, normalize)
     inputs = _inputs()
 
     def loss(*inputs: Any) -> Any:
         return fastclip.contrastive_loss(*inputs, normalize=normalize, backend=backend)
 
-    return host.figures(stepper(loss, inputs), stepper(lambda s: s * s, inputs[2:]))
+    step, yardstick = stepper(loss, inputs), stepper(lambda s: s * s, inputs[2:])
+    for _ in range(5):  # compiles, and fills the caches
+        step()
+    return host.counts(step) if what == "counts" else min(_times(step, yardstick) for _ in range(BEST_OF))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""What a step of the contrastive loss costs the host, counted on a driver that does nothing (support/host.py)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+
+from support import host
+from support.emulated import Missing
+
+pytest.importorskip("triton")
+from fastclip._backends import cuda
+
+
+class Ceiling(NamedTuple):
+    """Of a step: what is measured, and a little for other versions of torch and Triton."""
+
+    calls: int
+    launches: int  # products of the library among them
+    allocations: int
+    times: float  # (s * s).backward()
+
+
+CEILINGS = {"triton": Ceiling(150, 10, 7, 5.0)}
+CASES = [("triton", 90), ("triton", 80)]  # with tensor maps, and without
+if hasattr(cuda, "plain_fwd"):
+    CEILINGS["cuda"] = Ceiling(140, 9, 7, 4.0)
+    CASES.append(("cuda", 90))
+
+
+def _measured(what: str, backend: str, capability: int, normalize: bool) -> Any:
+    try:
+        return host.measure(what, backend, normalize=normalize, capability=capability)
+    except Missing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("backend", "capability"), CASES)
+def test_step_within_counts(backend: str, capability: int, normalize: bool) -> None:
+    found, ceiling = _measured("counts", backend, capability, normalize), CEILINGS[backend]
+    bound = backend == "triton" and not normalize  # a launch finds the bound on the logits
+    assert found["launches"] <= ceiling.launches + bound, found
+    assert found["products"] == 2, found
+    assert found["allocations"] <= ceiling.allocations, found
+    assert found["calls"] <= ceiling.calls, found
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("capability", [90, 80])
+def test_known_launches_pass_what_the_first_ones_did(capability: int, normalize: bool) -> None:
+    """A launch that skips Triton's own way to the launcher tells it the same."""
+    first, later = _measured("arguments", "triton", capability, normalize)
+    assert len(first) == (8 if normalize else 9)
+    for a, b in zip(first, later, strict=True):
+        assert a == b
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("backend", CEILINGS)
+def test_step_takes_a_few_times_the_least_there_is(backend: str) -> None:
+    """The thread's time of a step, in times of (s * s).backward()."""
+    assert _measured("times", backend, 90, True) <= CEILINGS[backend].times
