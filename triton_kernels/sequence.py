@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from fastclip.triton_kernels.launch import (
     always_anew,
@@ -22,7 +23,8 @@ __all__ = ["Base", "Sequence", "TileLaunch"]
 _runtime = triton.knobs.runtime
 _HookChain = getattr(triton.knobs, "HookChain", None)
 _TRITON = triton.__version__.rpartition(".")[0]
-_READ_LAUNCHERS = ("3.8",)  # releases of Triton whose CudaLauncher was read; others are started by its public call
+# Releases of Triton whose CudaLauncher was read; others are started by its public call
+_READ_LAUNCHERS = ("3.7", "3.8")
 _ELEMENTS = {**{k: k for k in range(16)}, 8: 10, 9: 8, 10: 9}  # its TMA_DTYPE_DEVICE_TO_HOST
 
 
@@ -86,8 +88,7 @@ class Sequence:
 
     def keep(self, first: _First) -> None:
         if self.fixed and None not in first.started:
-            known = [_known(*started, *how) for started, how in zip(first.started, first.how)]
-            self.known = None if None in known else known  # type: ignore[assignment]
+            self.known = [_known(*started, *how) for started, how in zip(first.started, first.how)]
 
 
 class _First:
@@ -111,30 +112,51 @@ class _Known(NamedTuple):
     between: tuple[Any, ...]  # what stands between the stream and the arguments
     together: bool  # whether these are one tuple
     constants: tuple[Any, ...]  # the last of them
-    described: tuple[Any, ...]  # of each descriptor: where, how its map is made of an address, what follows it
+    described: tuple[Any, ...]  # of each descriptor: where, how it is made of an address, of what; what follows it
+
+
+class _Address(NamedTuple):
+    """As much of a tensor as a descriptor asks for."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _describe(
+    address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block_shape: tuple[int, ...]
+) -> TensorDescriptor:
+    return TensorDescriptor(_Address(address, dtype), [*shape], [*strides], [*block_shape])
 
 
 def _known(
     compiled: Any, constants: tuple[Any, ...], programs: int, descriptors: dict[int, TensorDescriptor]
-) -> _Known | None:
+) -> _Known:
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     no_scratch = not (getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1))
-    if _TRITON not in _READ_LAUNCHERS or type(run).__name__ != "CudaLauncher" or not no_scratch or run.gsan_enabled:
-        # Triton's public way, which every release has; it takes descriptors as objects
-        return None if descriptors else _Known(run, programs, (function, metadata, *[None] * 3), False, constants, ())
+    abouts = getattr(compiled.metadata, "tensordesc_meta", None) or ()
+    read = _TRITON in _READ_LAUNCHERS and type(run).__name__ == "CudaLauncher" and no_scratch
+    if not read or getattr(run, "gsan_enabled", False) or len(abouts) != len(descriptors):
+        described = [
+            (index, _describe, (x.base.dtype, tuple(x.shape), tuple(x.strides), tuple(x.block_shape)), ())
+            for index, x in descriptors.items()
+        ]
+        return _Known(run, programs, (function, metadata, None, None, None), False, constants, tuple(described))
     # What CudaLauncher.__call__ comes to where a kernel asks for no memory: six Python calls less
     driver = triton.runtime.driver.active
     flags = run.launch_cooperative_grid, run.launch_pdl
     nothing = [None] * 5  # metadata for hooks, hooks, memory
     between = function, *flags, metadata, *nothing, run.arg_annotations, run.kernel_signature
     # As its make_tensordesc_arg: a map, sizes and strides in place of a descriptor
-    described = []
-    for (index, x), about in zip(descriptors.items(), compiled.metadata.tensordesc_meta or ()):
+    maps = []
+    for (index, x), about in zip(descriptors.items(), abouts):
         shape, strides = tuple(x.shape), tuple(x.strides)
         element = about["elem_size"], _ELEMENTS[about["elem_type"]]
         made = about["swizzle"], *element, tuple(about["block_size"]), shape, strides, int(x.padding == "nan")
-        described.append((index, driver.utils.fill_tma_descriptor_tiled, made, (*shape, *strides)))
-    return _Known(driver.utils.launch, programs, between, True, constants, tuple(reversed(described)))
+        maps.append((index, driver.utils.fill_tma_descriptor_tiled, made, (*shape, *strides)))
+    return _Known(driver.utils.launch, programs, between, True, constants, tuple(reversed(maps)))
 
 
 class TileLaunch:

@@ -47,11 +47,12 @@ def test_step_within_counts(backend: str, capability: int, normalize: bool) -> N
     assert found["calls"] <= ceiling.calls, found
 
 
+@pytest.mark.parametrize("what", ["arguments", "public arguments"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("capability", [90, 80])
-def test_known_launches_pass_what_the_first_ones_did(capability: int, normalize: bool) -> None:
+def test_known_launches_pass_what_the_first_ones_did(capability: int, normalize: bool, what: str) -> None:
     """A launch that skips Triton's own way to the launcher tells it the same."""
-    first, later = _measured("arguments", "triton", capability, normalize)
+    first, later = _measured(what, "triton", capability, normalize)
     assert len(first) == (8 if normalize else 9)
     for a, b in zip(first, later, strict=True):
         assert a == b

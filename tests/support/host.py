@@ -92,7 +92,8 @@ def measure(what: str, backend: str, *, normalize: bool, capability: int = 90) -
     """Of one step, in a process of its own; raises Missing where what it is built with is not installed.
 
     Args:
-        what: "counts", by name; "times", of the yardstick's time; "arguments" of launches, see `arguments`.
+        what: "counts", by name; "times", of the yardstick's time; "arguments" of launches, see `arguments`; "public
+            arguments", where nothing is known of Triton's launcher but how it is called.
     """
     driver = _driver()
     module = str(_module()) if backend == "cuda" else ""
@@ -256,7 +257,7 @@ def stepper(loss: Callable[..., Any], inputs: list[Any]) -> Callable[[], None]:
     return step
 
 
-def arguments(host: Host, backend: str, normalize: bool) -> list[list[Any]]:
+def arguments(backend: str, normalize: bool) -> list[list[Any]]:
     """What Triton's launcher is told in a first step and in a later one, which have the same memory."""
     import torch
     from triton.runtime import driver
@@ -304,8 +305,12 @@ def main(what: str, backend: str, normalize: bool, capability: int, module: str)
     import fastclip
 
     torch.set_num_threads(1)
-    if what == "arguments":
-        return arguments(host, backend, normalize)
+    if what.endswith("arguments"):
+        if what.startswith("public"):
+            from fastclip.triton_kernels import sequence
+
+            sequence._READ_LAUNCHERS = ()
+        return arguments(backend, normalize)
     inputs = _inputs()
 
     def loss(*inputs: Any) -> Any:
