@@ -6,11 +6,10 @@ positives and the positives' sum; with MAXIMA the largest negative, and with lab
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
+from fastclip.triton_kernels.contrastive_fwd_reduce import REDUCED, contrastive_fwd_reduce_kernel
 from fastclip.triton_kernels.features import Features, norms
 from fastclip.triton_kernels.launch import (
     FwdSide,
@@ -25,7 +24,6 @@ from fastclip.triton_kernels.launch import (
 )
 from fastclip.triton_kernels.tile import (
     INF,
-    LN2,
     OFFSET2,
     REPAIR,
     dot_tile,
@@ -36,11 +34,9 @@ from fastclip.triton_kernels.tile import (
 )
 from torch import Tensor
 
-__all__ = ["contrastive_fwd", "contrastive_fwd_kernel", "contrastive_fwd_repair_kernel", "reduce_parts"]
+__all__ = ["contrastive_fwd", "contrastive_fwd_kernel", "contrastive_fwd_repair_kernel"]
 
 _SMALLEST = tl.constexpr(2.0**-126)
-_SAFE_SUM = tl.constexpr(math.exp(-62))
-_REDUCED = 128  # rows or columns of a program of the reduction
 
 
 @triton.jit
@@ -261,108 +257,6 @@ def contrastive_fwd_repair_kernel(
             )  # fmt: skip
 
 
-@triton.jit
-def reduce_parts(
-    part_ptr, out_ptr, out_plane, constants_ptr, tiles, size, k0, alone, first, last,
-    LABELS: tl.constexpr, EXACT: tl.constexpr, MAXIMA: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """One side's partial results (planes, tiles, size) -> out (planes, out_plane) fp64, from element k0."""
-    k = k0 + tl.arange(0, BLOCK)
-    some = k < size
-    offset2 = tl.load(constants_ptr + OFFSET2).to(tl.float64)
-    for plane in tl.static_range((3 if LABELS else 1) + ((2 if LABELS else 1) if MAXIMA else 0)):
-        is_sum, is_top = LABELS and plane == 2, plane >= (3 if LABELS else 1)
-        out_ptrs = out_ptr + plane * out_plane + k
-        before = tl.load(out_ptrs, mask=some & (first == 0), other=0.0 if is_sum or not EXACT else -INF)
-        top = tl.where(some & (first != 0), -INF, before) if EXACT and not is_sum else before
-        total, lost = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int32)
-        lost += (before != before).to(tl.int32)
-        ptrs = part_ptr + plane * tiles.to(tl.int64) * size + k[None, :]
-        if EXACT and not is_sum:
-            for t0 in range(0, tiles, TILES):
-                t = t0 + tl.arange(0, TILES)[:, None]
-                part = tl.load(ptrs + t.to(tl.int64) * size, mask=some[None, :] & (t < tiles), other=-INF)
-                top = tl.maximum(top, tl.max(part, 0).to(tl.float64))
-                lost |= tl.max((part != part).to(tl.int32), 0)
-        if not is_top:
-            safe = tl.where(top == -INF, 0.0, top)
-            for t0 in range(0, tiles, TILES):
-                t = t0 + tl.arange(0, TILES)[:, None]
-                mask = some[None, :] & (t < tiles)
-                if EXACT and not is_sum:
-                    part = tl.load(ptrs + t.to(tl.int64) * size, mask=mask, other=-INF)
-                    total += tl.sum(tl.exp2(part.to(tl.float64) - safe[None, :]), 0)
-                else:
-                    total += tl.sum(tl.load(ptrs + t.to(tl.int64) * size, mask=mask, other=0.0).to(tl.float64), 0)
-            if EXACT and not is_sum:
-                total = tl.log2(total + tl.exp2(before - safe)) + safe
-            else:
-                total += before
-        if is_top:
-            total = tl.where(lost != 0, float("nan"), top)
-        if last != 0:
-            if not EXACT and not is_sum:
-                # Empty sets are known: with labels their sum is 0 exactly, without there is one pair and it is its own
-                empty = (total == 0) if LABELS else (k == alone)
-                if tl.max((some & (empty == 0) & ((total >= _SAFE_SUM) == 0)).to(tl.int32), 0) != 0:
-                    tl.store(constants_ptr + REPAIR, 1.0)  # by several programs, all the same
-                total = tl.log2(total) + offset2
-            total = total * LN2
-        tl.store(out_ptrs, total, mask=some)
-
-
-@triton.jit(
-    do_not_specialize=["tiles_m", "tiles_n", "M", "N", "row_out_plane", "col_out_plane", "offset", "first", "last"]
-)
-def contrastive_fwd_reduce_kernel(
-    row_part_ptr,  # (planes, tiles_n, M) fp32, EXACT fp64
-    col_part_ptr,  # (planes, tiles_m, N) fp32, EXACT fp64
-    row_out_ptr,  # (planes, row_out_plane) fp64
-    col_out_ptr,  # (planes, col_out_plane) fp64
-    row_out_plane,
-    col_out_plane,
-    constants_ptr,
-    tiles_m,
-    tiles_n,
-    M,
-    N,
-    offset,
-    first,  # 1 on the first panel of rows: nothing to add to
-    last,  # 1 on the last: columns are complete
-    LABELS: tl.constexpr,
-    EXACT: tl.constexpr,
-    MAXIMA: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Partial sums of a panel of rows -> log-sum-exps, natural units, fp64; asks for a repair where they are not good.
-
-    Math      row_i = log sum_tiles part + offset; EXACT: parts are log2 of sums
-    Program   BLOCK rows, or columns
-    Traffic   reads every partial sum once (EXACT: twice)
-    Precision fp64. A sum of 2^(z2 - offset2) is good from e^-62 on: smaller ones may have lost terms that flushed
-    Ragged    rows and columns beyond M and N are not read
-    Order     tiles from first to last, panels from first to last: bitwise repeatable
-    """
-    block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
-    wanted = True
-    if EXACT:
-        wanted = tl.load(constants_ptr + REPAIR) != 0
-    if wanted:
-        if block < blocks:
-            alone = tl.where(N == 1, -offset, -1)
-            reduce_parts(
-                row_part_ptr, row_out_ptr, row_out_plane, constants_ptr, tiles_n, M, block * BLOCK, alone, 1, 1,
-                LABELS, EXACT, MAXIMA, BLOCK, TILES,
-            )  # fmt: skip
-        else:
-            alone = tl.where((M == 1) & (first != 0) & (last != 0), offset, -1)
-            reduce_parts(
-                col_part_ptr, col_out_ptr, col_out_plane, constants_ptr, tiles_m, N, (block - blocks) * BLOCK, alone,
-                first, last, LABELS, EXACT, MAXIMA, BLOCK, TILES,
-            )  # fmt: skip
-
-
 def contrastive_fwd(
     image: Tensor,
     text: Tensor,
@@ -427,13 +321,13 @@ def contrastive_fwd(
                 )
             launch(
                 contrastive_fwd_reduce_kernel,
-                cdiv(i1 - i0, _REDUCED) + cdiv(N, _REDUCED),
+                cdiv(i1 - i0, REDUCED) + cdiv(N, REDUCED),
                 *(*parts, row_out[:, i0:], col_out, M, N, n.constants, tiles_m, tiles_n),
                 *(i1 - i0, N, offset + i0, int(i0 == 0), int(i1 == M)),
                 LABELS=has_labels,
                 EXACT=repair,
                 MAXIMA=maxima,
-                BLOCK=_REDUCED,
+                BLOCK=REDUCED,
                 TILES=8,
             )
     # results must not share memory

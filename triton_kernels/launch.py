@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,7 +29,6 @@ __all__ = [
     "tile_options",
     "uses_descriptors",
     "workspace_bytes",
-    "workspace_setting",
 ]
 
 _OLD_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)  # adds to the operands' dtype only
@@ -213,11 +211,6 @@ def output_argument(tile: Config, out: Tensor, features: Tensor) -> Any:
 
 def workspace_bytes() -> int:
     return _env.workspace_bytes(_WORKSPACE_MB)
-
-
-def workspace_setting() -> str | None:
-    """What `workspace_bytes` follows from."""
-    return os.environ.get("FASTCLIP_WORKSPACE_MB")
 
 
 def choose(kernel: str, x: Tensor, labels: bool) -> Config:

@@ -14,9 +14,9 @@ from fastclip.triton_kernels import launch
 from fastclip.triton_kernels.contrastive_bwd import contrastive_bwd_kernel, contrastive_bwd_repair_kernel
 from fastclip.triton_kernels.contrastive_fwd import (
     contrastive_fwd_kernel,
-    contrastive_fwd_reduce_kernel,
     contrastive_fwd_repair_kernel,
 )
+from fastclip.triton_kernels.contrastive_fwd_reduce import REDUCED, contrastive_fwd_reduce_kernel
 from fastclip.triton_kernels.features import bound_kernel, needs_copy
 from fastclip.triton_kernels.gradients import FinishSide, block_size
 from fastclip.triton_kernels.launch import (
@@ -26,7 +26,6 @@ from fastclip.triton_kernels.launch import (
     output_argument,
     tile_arguments,
     workspace_bytes,
-    workspace_setting,
 )
 from fastclip.triton_kernels.plain_bwd import plain_finish_kernel
 from fastclip.triton_kernels.plain_fwd import (
@@ -34,6 +33,7 @@ from fastclip.triton_kernels.plain_fwd import (
     HEADER,
     PLANES,
     plain_copy_kernel,
+    plain_loss_kernel,
     plain_norms_kernel,
     plain_reduce_kernel,
 )
@@ -43,12 +43,12 @@ from torch import Tensor
 
 __all__ = ["plain_bwd", "plain_fwd", "plain_saved"]
 
-_REDUCED = 128
 # Pairs, or rows, of a program, and how much of them it takes at a time
 _NORMS = {"BLOCK": 8, "BLOCK_D": 128}
-_REDUCTION = {"BLOCK": _REDUCED, "WIDE": 4096, "TILES": 32, "num_warps": 8}
+_REDUCTION = {"BLOCK": REDUCED, "WIDE": 4096, "num_warps": 8}
 _FINISH = {"BLOCK": 4, "BLOCK_D": 256, "PARTS": 2048}
 _VEC = 4 * HEADER  # bytes before the vectors
+_TICKET = not torch.version.hip  # whether the reduction may end with the loss; see `plain_reduce_kernel`
 
 
 def _plane(N: int) -> int:
@@ -73,7 +73,7 @@ class _Plan:
         self.copy = needs_copy(image, normalize) or needs_copy(text, normalize)
         self.width = cdiv(D, 8) * 8 if self.copy else D  # columns that the products see
         self.product_strides = (self.width, self.width) if self.copy else self.strides
-        self.pair_programs, self.reduce_programs = cdiv(N, _NORMS["BLOCK"]), cdiv(N, _REDUCED)
+        self.pair_programs, self.reduce_programs = cdiv(N, _NORMS["BLOCK"]), cdiv(N, REDUCED)
         self._cut_forward(image)
         self._cut_backward(image)
         # Of several panels or blocks each has arguments of its own, and work enough for the host not to count
@@ -127,16 +127,16 @@ class _Plan:
         self.bwd_elements = (self.part + max(self.parts)) * 4 // size
 
 
-_plans: dict[Any, tuple[str | None, _Plan]] = {}  # with the workspace's setting
+_plans: dict[Any, tuple[int, _Plan]] = {}  # with the workspace that they are for
 _MOST_PLANS = 64
 
 
 def _plan_of(
-    image: Tensor, text: Tensor, scale: Tensor, normalize: bool, setting: str | None = None, *, begins: bool = False
+    image: Tensor, text: Tensor, scale: Tensor, normalize: bool, workspace: int | None = None
 ) -> tuple[_Plan, Tensor, Tensor]:
     """The plan of a problem, and its features in rows without gaps between columns.
 
-    What begins asks for the workspace's present `setting`; what follows goes on with the plan that there is.
+    A forward says how large a `workspace` there is; a backward goes on with the plan of its forward.
     """
     strides, text_strides = image.stride(), text.stride()
     if strides[1] != 1 or text_strides[1] != 1:
@@ -148,13 +148,13 @@ def _plan_of(
     key = image.shape, strides, text_strides, image.dtype, image.device, aligned, normalize, precision
     try:
         planned, plan = _plans[key]
-        if planned == setting or not begins:
+        if workspace is None or workspace == planned:
             return plan, image, text
     except KeyError:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
     plan = _Plan(image, text, normalize, precision)
-    _plans[key] = (workspace_setting(), plan)
+    _plans[key] = (workspace_bytes(), plan)
     return plan, image, text
 
 
@@ -166,7 +166,7 @@ def plain_fwd(
 
     One launch more for features that are not normalised, and one for rows that the products cannot take as they lie.
     """
-    plan, image, text = _plan_of(image, text, scale, normalize, workspace_setting(), begins=True)
+    plan, image, text = _plan_of(image, text, scale, normalize, workspace_bytes())
     N, D, pairs = plan.N, plan.D, plan.pair_programs
     new = image.new_empty
     saved, loss = new(plan.saved, dtype=torch.float32), new((), dtype=torch.float32)
@@ -211,15 +211,18 @@ def plain_fwd(
                 out = wide + (plan.lse + 8 * i0), wide + (plan.lse + 8 * plan.plane)
                 shape = *statistics.shape(i1 - i0, N), i1 - i0, N, i0, int(i0 == 0), int(i1 == N)
                 arguments = *parts, *out, N, N, constants, *shape
-                flags = {"LABELS": False, "EXACT": bool(repair), "MAXIMA": False, "BLOCK": _REDUCED, "TILES": 8}
-                programs = cdiv(i1 - i0, _REDUCED) + plan.reduce_programs
+                flags = {"LABELS": False, "EXACT": bool(repair), "MAXIMA": False, "BLOCK": REDUCED, "TILES": 8}
+                programs = cdiv(i1 - i0, REDUCED) + plan.reduce_programs
                 start(contrastive_fwd_reduce_kernel, programs, arguments, flags)
         arguments = (
             *(*parts, lse, cos, row_vec, wide + plan.share, tickets + 4 * repair, constants, loss),
             *(*statistics.whole, N, image_weight),
         )
-        flags = {"PARTS": len(plan.panels) == 1, "EXACT": repair == 1, **_REDUCTION}
+        flags = {"PARTS": len(plan.panels) == 1, "EXACT": repair == 1, "TICKET": _TICKET, "TILES": 32, **_REDUCTION}
         start(plain_reduce_kernel, plan.reduce_programs, arguments, flags)
+    if not _TICKET:
+        arguments = row_vec, wide + plan.share, constants, loss, plan.reduce_programs, N
+        start(plain_loss_kernel, 1, arguments, _REDUCTION)
     if not known:
         plan.fwd.keep(start)
     return loss, saved

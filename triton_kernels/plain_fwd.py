@@ -17,7 +17,7 @@ from fastclip.triton_kernels.contrastive_bwd_vectors import (
     largest_finite,
     lowest_safe,
 )
-from fastclip.triton_kernels.contrastive_fwd import reduce_parts
+from fastclip.triton_kernels.contrastive_fwd_reduce import reduce_plane
 from fastclip.triton_kernels.features import (
     bound_of,
     high_bit,
@@ -28,7 +28,7 @@ from fastclip.triton_kernels.features import (
     unit_norm,
 )
 from fastclip.triton_kernels.gradients import FACTOR, OUT, OWN, PROJECT, projected
-from fastclip.triton_kernels.tile import CONSTANTS, GAIN, LOG2E, OFFSET2, REPAIR, SCALE
+from fastclip.triton_kernels.tile import CONSTANTS, GAIN, INF, LOG2E, OFFSET2, REPAIR, SCALE
 
 __all__ = [
     "ALIGNED",
@@ -36,6 +36,7 @@ __all__ = [
     "OWN_SHARE",
     "PLANES",
     "plain_copy_kernel",
+    "plain_loss_kernel",
     "plain_norms_kernel",
     "plain_reduce_kernel",
     "plane_of",
@@ -158,13 +159,11 @@ def _softplus(t):
 
 @triton.jit
 def _weigh_pairs(
-    lse_ptr, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, some, N
+    row_lse, col_lse, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, some, N
 ):  # fmt: skip
     """Pairs k: shares of the loss and of d_scale, and the vectors, as the largest derivative among them has it."""
     cos = tl.load(cos_ptr + k, mask=some, other=0.0)
     pos = tl.load(constants_ptr + SCALE).to(tl.float64) * cos
-    row_lse = tl.load(lse_ptr + k, mask=some, other=0.0)
-    col_lse = tl.load(lse_ptr + plane + k, mask=some, other=0.0)
     row_loss, row_d = _softplus(row_lse - pos)
     col_loss, col_d = _softplus(col_lse - pos)
     weight += tl.zeros_like(cos)  # fp64; the interpreter is handed a number of Python's
@@ -187,9 +186,13 @@ def _weigh_pairs(
 
 
 @triton.jit
-def _finish_loss(vec_ptr, plane, share_ptr, constants_ptr, loss_ptr, N, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The loss, d_scale's share of the own pairs, the gain of all vectors; by the last program, in index order."""
-    blocks = tl.num_programs(0)
+def _finish_loss(
+    vec_ptr, share_ptr, blocks, constants_ptr, loss_ptr, N, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """The loss, d_scale's share of the own pairs, the gain of all vectors, from the (3, blocks) shares in index order.
+
+    By one program, which sees what all `blocks` have stored.
+    """
     b = tl.arange(0, BLOCK)
     loss, own = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     smallest, largest = tl.full((BLOCK,), float("inf"), tl.float64), tl.zeros((BLOCK,), tl.float64)
@@ -205,14 +208,15 @@ def _finish_loss(vec_ptr, plane, share_ptr, constants_ptr, loss_ptr, N, BLOCK: t
     tl.store(constants_ptr + GAIN, gain.to(tl.float32))
     # Each block's vectors have a gain of their own; a power of two, so that to change it changes no digit
     if tl.max(largest, 0) != gain:
+        plane = plane_of(N)
         for k0 in range(0, N, WIDE):
             k = k0 + tl.arange(0, WIDE)
             ratio = (gain / tl.load(share_ptr + 2 * blocks + k // BLOCK, mask=k < N, other=1.0)).to(tl.float32)
             change = (k < N) & (ratio != 1.0)
             for side in tl.static_range(2):
-                for plane_index in tl.static_range(3):
-                    number = OWN if plane_index == 0 else (NEG if plane_index == 1 else NEG_EXACT)
-                    ptrs = vec_ptr + (side * COL + number) * plane + k
+                for number in tl.static_range(3):
+                    changed = OWN if number == 0 else (NEG if number == 1 else NEG_EXACT)
+                    ptrs = vec_ptr + (side * COL + changed) * plane + k
                     tl.store(ptrs, tl.load(ptrs, mask=change, other=0.0) * ratio, mask=change)
 
 
@@ -220,19 +224,20 @@ def _finish_loss(vec_ptr, plane, share_ptr, constants_ptr, loss_ptr, N, BLOCK: t
 def plain_reduce_kernel(
     row_part_ptr,  # (tiles_n, N) fp32, EXACT fp64; not read unless PARTS
     col_part_ptr,  # (tiles_m, N)
-    lse_ptr,  # (2, plane) fp64
+    lse_ptr,  # (2, plane) fp64; read unless PARTS
     cos_ptr,  # (N,) fp64
     vec_ptr,  # (2 PLANES, plane)
     share_ptr,  # (3, programs) fp64
-    ticket_ptr,  # int32, 0
+    ticket_ptr,  # int32, 0; not read unless TICKET
     constants_ptr,
-    loss_ptr,  # () fp32
+    loss_ptr,  # () fp32; likewise
     tiles_m,
     tiles_n,
     N,
     weight,  # of the images' losses
     PARTS: tl.constexpr,
     EXACT: tl.constexpr,
+    TICKET: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
     TILES: tl.constexpr,
@@ -244,30 +249,50 @@ def plain_reduce_kernel(
     Traffic   reads every partial sum once (EXACT: twice); writes the vectors
     Precision fp64; vectors rounded to fp32 once, times a power of two that keeps them from flushing
     Ragged    rows beyond N are not read
-    Order     tiles from first to last. The last program, known by an integer ticket, adds the shares of all programs in
-              index order: bitwise repeatable. A ticket and not one launch more: this pass stands between every step
-              and its loss. It starts at 0 because `plain_norms_kernel` wrote that in the same stream
+    Order     tiles from first to last; shares of the programs in index order, by the one that draws the last ticket or
+              without TICKET by `plain_loss_kernel`: bitwise repeatable
     """
     wanted = True
     if EXACT:
         wanted = tl.load(constants_ptr + REPAIR) != 0
     if wanted:
-        k0 = tl.program_id(0) * BLOCK
-        k = k0 + tl.arange(0, BLOCK)
-        plane = plane_of(N)
+        k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        some, plane = k < N, plane_of(N)
         if PARTS:
+            before = tl.full((BLOCK,), -INF if EXACT else 0.0, tl.float64)
             alone = tl.where(N == 1, 0, -1)
-            reduce_parts(
-                row_part_ptr, lse_ptr, 0, constants_ptr, tiles_n, N, k0, alone, 1, 1, False, EXACT, False, BLOCK, TILES
-            )  # fmt: skip
-            reduce_parts(
-                col_part_ptr, lse_ptr + plane, 0, constants_ptr, tiles_m, N, k0, alone, 1, 1, False, EXACT, False,
+            row_lse = reduce_plane(
+                row_part_ptr, before, constants_ptr, tiles_n, N, k, alone, 1, 1, False, EXACT, False, False,
                 BLOCK, TILES,
             )  # fmt: skip
-            tl.debug_barrier()  # what one thread stored, another may read
-        _weigh_pairs(lse_ptr, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, k < N, N)
-        # All threads' stores come before the ticket, which releases them to the program that draws the last one and so
-        # acquires all: integers, whose order changes nothing
-        tl.debug_barrier()
-        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            _finish_loss(vec_ptr, plane, share_ptr, constants_ptr, loss_ptr, N, BLOCK, WIDE)
+            col_lse = reduce_plane(
+                col_part_ptr, before, constants_ptr, tiles_m, N, k, alone, 1, 1, False, EXACT, False, False,
+                BLOCK, TILES,
+            )  # fmt: skip
+        else:
+            row_lse = tl.load(lse_ptr + k, mask=some, other=0.0)
+            col_lse = tl.load(lse_ptr + plane + k, mask=some, other=0.0)
+        _weigh_pairs(row_lse, col_lse, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, some, N)
+        if TICKET:
+            # All threads' stores come before the ticket, which releases them to the program that draws the last one
+            # and so acquires all: integers, whose order changes nothing; 0 at first, because `plain_norms_kernel` wrote
+            # that in the same stream. Triton's barrier orders global memory on NVIDIA (bar.sync, atom.acq_rel); on AMD
+            # it does not wait for other waves' stores (seen in gfx942's code): there a launch of its own adds them up
+            tl.debug_barrier()
+            if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+                _finish_loss(vec_ptr, share_ptr, tl.num_programs(0), constants_ptr, loss_ptr, N, BLOCK, WIDE)
+
+
+@triton.jit(do_not_specialize=["blocks", "N"])
+def plain_loss_kernel(
+    vec_ptr,  # (2 PLANES, plane)
+    share_ptr,  # (3, blocks) fp64
+    constants_ptr,
+    loss_ptr,  # () fp32
+    blocks,
+    N,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The loss, and the gain of all vectors, from the shares that `plain_reduce_kernel` left. One program; fp64."""
+    _finish_loss(vec_ptr, share_ptr, blocks, constants_ptr, loss_ptr, N, BLOCK, WIDE)

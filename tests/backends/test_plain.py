@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+from fastclip.triton_kernels import plain
 from torch import Tensor
 
 from fastclip._backends import cuda, triton
@@ -239,6 +242,23 @@ def test_bitwise_repeatable_and_backward_twice(kind: Kind, normalize: bool) -> N
     first = run()
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@each_kind(TRITON, few=True)
+def test_loss_by_ticket_or_by_another_launch(kind: Kind, repair: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a barrier does not order global memory, as on AMD, a launch more adds up what the last program does."""
+    image, text = (x.detach().requires_grad_() for x in (uneven(300, 300) if repair else pairs(300, 300, 16)))
+    text.data[140:260] = text.data[140:260].flip(0)
+    image, text = (kept(x.detach().to(kind.dtype)).requires_grad_() for x in (image, text))
+    inputs = image, text, torch.tensor(9.0, device=DEVICE, requires_grad=True)
+    found = []
+    for ticket in (True, False):
+        monkeypatch.setattr(plain, "_TICKET", ticket)
+        monkeypatch.setattr(plain, "_plans", {})
+        loss = _Loss.apply(*inputs, kind, 0.5, not repair)
+        found.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 @each_kind(PLAIN, few=True)

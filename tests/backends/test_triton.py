@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd, launch, plain, sequence
+from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd_reduce, launch, plain, sequence
 from torch import Tensor
 
 import fastclip
@@ -63,7 +63,7 @@ def test_repair_forced(
     monkeypatch: pytest.MonkeyPatch, accesses: str, dtype: torch.dtype, labels: bool, launches: Launches
 ) -> None:
     """What the repair computes is right for ordinary batches too: the guards are set so that none passes."""
-    monkeypatch.setattr(contrastive_fwd, "_SAFE_SUM", torch.inf)
+    monkeypatch.setattr(contrastive_fwd_reduce, "_SAFE_SUM", torch.inf)
     monkeypatch.setattr(contrastive_bwd_vectors, "_LOWEST", torch.inf)
     M, N = (100, 140) if labels else (140, 140)
     image, text = (poisoned(x, dtype) for x in pairs(M, N, 40))

@@ -27,7 +27,7 @@ TILES = {
     "contrastive_bwd_repair_kernel",
     "sigmoid_fwd_kernel",
 }
-PLAIN = {"plain_norms_kernel", "plain_copy_kernel", "plain_reduce_kernel", "plain_finish_kernel"}
+PLAIN = {f"plain_{name}_kernel" for name in ("norms", "copy", "reduce", "loss", "finish")}
 # bytes of shared memory a program may have: of an H100; of the smallest chip from 8.0 on (8.6, 8.9, 12.0)
 SHARED = {90: 227 * 1024, 80: 99 * 1024}
 # so that so many programs, the next one's loads beside this one's epilogue, fit on a Hopper multiprocessor

@@ -66,7 +66,7 @@ PROMISES = [
         breaks=[
             Break(
                 "no forward repair",
-                "triton_kernels/contrastive_fwd.py",
+                "triton_kernels/contrastive_fwd_reduce.py",
                 old="((total >= _SAFE_SUM) == 0)",
                 new="(total < 0)",
             ),
@@ -103,7 +103,7 @@ PROMISES = [
         breaks=[
             Break(
                 "panels forget the ones before",
-                "triton_kernels/contrastive_fwd.py",
+                "triton_kernels/contrastive_fwd_reduce.py",
                 old="mask=some & (first == 0), other=0.0 if",
                 new="mask=some & (first == 2), other=0.0 if",
             ),

@@ -142,6 +142,9 @@ def launched(chip: int) -> list[dict[str, Any]]:
         launch_everything(512, torch.bfloat16, True, True, True)
         if chip >= 90:  # before, the launch above compiles the same code and the exclusion of own pairs
             launch_everything(512, torch.bfloat16, True, False, True)
+        with pytest.MonkeyPatch.context() as patch:  # as on AMD
+            patch.setattr(plain, "_TICKET", False)
+            launch_plain(problem(512, torch.bfloat16, False, False, True))
         # a tail of D; before Hopper, tiles of float16 come to the registers and instructions of bfloat16's
         launch_everything(59, torch.float16 if chip >= 90 else torch.bfloat16, False, False, False)
     return machines
