@@ -15,6 +15,8 @@ PROMISES = [
             "backends/test_kernels.py::test_offset_of_a_shard",
             "backends/test_triton.py::test_layouts",
             "backends/test_kernels.py::test_one_side_aligned",
+            "backends/test_plain.py::test_loss_and_gradients_accurate",
+            "backends/test_plain.py::test_solved_batch_keeps_digits",
         ],
         breaks=[
             Break(
@@ -53,6 +55,18 @@ PROMISES = [
                 old="j0 + BLOCK_N // 2, M, N, offset,",
                 new="j0, M, N, offset,",
             ),
+            Break(
+                "pairs: log of 1 + u",
+                "triton_kernels/plain_fwd.py",
+                old="log1p = tl.where(rounded == 0.0, u, u * (tl.log(above) / tl.where(rounded == 0.0, 1.0, rounded)))",
+                new="log1p = tl.log(above)",
+            ),
+            Break(
+                "pairs: both directions weigh the same",
+                "triton_kernels/plain_fwd.py",
+                old="row_weight, col_weight = weight / N, (1.0 - weight) / N",
+                new="row_weight, col_weight = 0.5 / N + 0.0 * weight, 0.5 / N",
+            ),
         ],
     ),
     Promise(
@@ -62,6 +76,7 @@ PROMISES = [
             "losses/test_accuracy.py::test_unnormalised_features_accurate",
             "backends/test_triton.py::test_repair_forced",
             "backends/test_kernels.py::test_repair_of_opposite_features",
+            "backends/test_plain.py::test_repair_of_uneven_norms",
         ],
         breaks=[
             Break(
@@ -75,6 +90,12 @@ PROMISES = [
                 "triton_kernels/contrastive_bwd_vectors.py",
                 old="wanted & ((lse >= lowest) == 0)",
                 new="wanted & (lse != lse)",
+            ),
+            Break(
+                "pairs: the loss of a repair is the first one's",
+                "triton_kernels/plain.py",
+                old='"EXACT": repair == 1',
+                new='"EXACT": repair == 2',
             ),
         ],
     ),
@@ -99,6 +120,8 @@ PROMISES = [
         tests=[
             "backends/test_kernels.py::test_panels_and_blocks",
             "backends/test_kernels.py::test_workspace_bounded",
+            "backends/test_plain.py::test_panels_and_blocks",
+            "backends/test_plain.py::test_workspace_bounded",
         ],
         breaks=[
             Break(
@@ -119,6 +142,12 @@ PROMISES = [
                 old="return min(_padded(M), max(rows, ALIGNMENT)), block_n",
                 new="return _padded(M), block_n",
             ),
+            Break(
+                "pairs: chunks overwrite",
+                "triton_kernels/plain.py",
+                old="x if plan.whole else x[i0:i1], i0 > 0)",
+                new="x if plan.whole else x[i0:i1], False)",
+            ),
         ],
     ),
     Promise(
@@ -128,6 +157,8 @@ PROMISES = [
             "losses/test_accuracy.py::test_fp16_weights_do_not_flush",
             "losses/test_accuracy.py::test_zero_rows_finite",
             "losses/test_accuracy.py::test_extreme_norms_finite_and_accurate",
+            "backends/test_plain.py::test_blocks_of_solved_and_unsolved_pairs",
+            "backends/test_plain.py::test_upstream_gradient_scales",
         ],
         breaks=[
             Break(
@@ -141,6 +172,18 @@ PROMISES = [
                 "triton_kernels/features.py",
                 old="if not needs_copy(x, normalize):",
                 new="if x.shape[1] % 8 == 0:",
+            ),
+            Break(
+                "pairs: every block keeps its own gain",
+                "triton_kernels/plain_fwd.py",
+                old="if tl.max(largest, 0) != gain:",
+                new="if tl.max(largest, 0) < gain:",
+            ),
+            Break(
+                "pairs: a tiny upstream gradient in one factor",
+                "triton_kernels/plain_bwd.py",
+                old="tl.where(tl.abs(factor) < TINY, TINY, 1.0)",
+                new="tl.where(tl.abs(factor) < TINY, 1.0, 1.0)",
             ),
         ],
     ),
@@ -164,6 +207,7 @@ PROMISES = [
         "Kernels for GPUs take 8 M N D operations and a fixed number of launches",
         tests=[
             "backends/test_kernels.py::test_work_and_launches",
+            "backends/test_plain.py::test_work_and_launches",
         ],
         breaks=[
             Break(
@@ -171,6 +215,12 @@ PROMISES = [
                 "triton_kernels/gradients.py",
                 old="addmm(raw_text[j0:j1]",
                 new="torch.mm(block, self.text.x[j0:j1]); addmm(raw_text[j0:j1]",
+            ),
+            Break(
+                "pairs: another launch for the loss",
+                "triton_kernels/plain.py",
+                old="_TICKET = not torch.version.hip",
+                new="_TICKET = False",
             ),
         ],
     ),
