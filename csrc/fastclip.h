@@ -201,6 +201,50 @@ int fastclip_cuda_sigmoid_fwd(const fastclip_cuda_block* block, const float* ima
                               const float* bias, int gradients, void* weights, int64_t weights_row_stride, double* part,
                               int64_t part_row_stride);
 
+/* ---- The plain case: N images and as many texts, no labels, the mean of both directions ----
+ *
+ * Two calls a step and the products of the weights between them: forward; then weights and finish of every chunk of
+ * rows (one, unless the weights exceed the workspace). Sizes are those of fastclip_cuda_loss_plan. */
+typedef struct fastclip_cuda_loss {
+  const void *image, *text;                  /* (N, D), features next to each other */
+  int64_t image_row_stride, text_row_stride; /* any */
+  void *image_rows, *text_rows;              /* (N, D) as the products read them: aligned to 16 bytes, rows apart by */
+  int64_t image_rows_stride, text_rows_stride; /* multiples of 8; the very features, or room for copies, of both sides
+                                                  where D is no multiple of 8 and for normalised fp16 */
+  int64_t N, D;
+  int dtype; /* fastclip_dtype */
+  int normalize;
+  const float* scale;
+  double image_weight; /* of the images' direction; the texts' has the rest */
+  int64_t workspace;   /* bytes of partial sums, and of weights */
+  int processors;      /* multiprocessors of the device */
+  int device;          /* its number; negative: the current one */
+  void* stream;
+} fastclip_cuda_loss;
+
+typedef struct fastclip_cuda_loss_sizes {
+  int64_t saved, work; /* bytes: what the forward hands to the backward, and its workspace */
+  int64_t rows;        /* of the logits in a chunk of weights */
+  int64_t chunks;
+  int64_t stride; /* elements from one row of weights to the next */
+  int64_t extra;  /* rows of weights behind the chunk's that the backward's workspace takes */
+} fastclip_cuda_loss_sizes;
+
+int fastclip_cuda_loss_plan(int64_t N, int64_t D, int64_t workspace, int processors, fastclip_cuda_loss_sizes* sizes);
+
+/* loss: one float. saved and work: aligned to 128 bytes. */
+int fastclip_cuda_loss_forward(const fastclip_cuda_loss* p, void* saved, void* work, float* loss);
+
+/* Weights (rows, N) of a chunk, gain r_i G_ij c_j for a loss with derivative 1, 0 at the own pairs; `weights` has room
+ * for rows + extra, and all chunks share it. */
+int fastclip_cuda_loss_weights(const fastclip_cuda_loss* p, const void* saved, void* weights, int64_t chunk);
+
+/* From raw_image (rows, D to the next multiple of 8) = weights texts of this chunk and, read with the last chunk,
+ * raw_text (N, ...) = sum over the chunks of weights^T images: the gradients, times *upstream. NULL: not wanted. */
+int fastclip_cuda_loss_finish(const fastclip_cuda_loss* p, const void* saved, void* weights, int64_t chunk,
+                              const float* upstream, const float* raw_image, const float* raw_text, void* d_image,
+                              void* d_text, float* d_scale);
+
 /* The version of CUDA that the driver serves, 1000 major + 10 minor; 0 where there is none. And what this was built
  * with. */
 int fastclip_cuda_driver(void);

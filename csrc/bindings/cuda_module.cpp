@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "../fastclip.h"
 #include "address.h"
@@ -21,6 +22,33 @@ void check(int status) {
                              fastclip_cuda_error_name(status));
   throw std::invalid_argument("fastclip: the native code refused its arguments (status " + std::to_string(status) +
                               ")");
+}
+
+// The plain case's problem: a tuple, not a struct with names, because a training step waits for the host. image, text,
+// their row strides; the same of the rows that the products read; N, D; half, normalize; scale, image_weight;
+// workspace, processors, device, stream.
+using Loss = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t,
+                        int64_t, bool, bool, uintptr_t, double, int64_t, int, int, uintptr_t>;
+
+fastclip_cuda_loss loss_of(const Loss& x) {
+  return {pointer<const void>(std::get<0>(x)),
+          pointer<const void>(std::get<1>(x)),
+          std::get<2>(x),
+          std::get<3>(x),
+          pointer<void>(std::get<4>(x)),
+          pointer<void>(std::get<5>(x)),
+          std::get<6>(x),
+          std::get<7>(x),
+          std::get<8>(x),
+          std::get<9>(x),
+          std::get<10>(x) ? FASTCLIP_FP16 : FASTCLIP_BF16,
+          std::get<11>(x),
+          pointer<const float>(std::get<12>(x)),
+          std::get<13>(x),
+          std::get<14>(x),
+          std::get<15>(x),
+          std::get<16>(x),
+          pointer<void>(std::get<17>(x))};
 }
 
 }  // namespace
@@ -81,6 +109,28 @@ PYBIND11_MODULE(_cuda, m) {
           check(fastclip_cuda_sigmoid_fwd(&block, pointer<const float>(image_factor), pointer<const float>(text_factor),
                                           pointer<const float>(bias), gradients, pointer<void>(weights),
                                           weights_row_stride, pointer<double>(part), part_row_stride));
+        });
+  m.def("loss_plan", [](int64_t N, int64_t D, int64_t workspace, int processors) {
+    fastclip_cuda_loss_sizes s;
+    check(fastclip_cuda_loss_plan(N, D, workspace, processors, &s));
+    return std::make_tuple(s.saved, s.work, s.rows, s.chunks, s.stride, s.extra);
+  });
+  m.def("loss_forward", [](const Loss& problem, uintptr_t saved, uintptr_t work, uintptr_t loss) {
+    const fastclip_cuda_loss p = loss_of(problem);
+    check(fastclip_cuda_loss_forward(&p, pointer<void>(saved), pointer<void>(work), pointer<float>(loss)));
+  });
+  m.def("loss_weights", [](const Loss& problem, uintptr_t saved, uintptr_t weights, int64_t chunk) {
+    const fastclip_cuda_loss p = loss_of(problem);
+    check(fastclip_cuda_loss_weights(&p, pointer<const void>(saved), pointer<void>(weights), chunk));
+  });
+  m.def("loss_finish",
+        [](const Loss& problem, uintptr_t saved, uintptr_t weights, int64_t chunk, uintptr_t upstream,
+           uintptr_t raw_image, uintptr_t raw_text, uintptr_t d_image, uintptr_t d_text, uintptr_t d_scale) {
+          const fastclip_cuda_loss p = loss_of(problem);
+          check(fastclip_cuda_loss_finish(&p, pointer<const void>(saved), pointer<void>(weights), chunk,
+                                          pointer<const float>(upstream), pointer<const float>(raw_image),
+                                          pointer<const float>(raw_text), pointer<void>(d_image), pointer<void>(d_text),
+                                          pointer<float>(d_scale)));
         });
   m.def("driver", &fastclip_cuda_driver);
   m.attr("RUNTIME") = fastclip_cuda_runtime();

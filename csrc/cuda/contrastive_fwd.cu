@@ -11,6 +11,7 @@ namespace {
 template <bool kHalf_, int kBlockN_, bool kLabels_>
 struct Statistics {
   static constexpr bool kHalf = kHalf_, kLabels = kLabels_, kStores = false, kSkipsRepairs = false;
+  static constexpr Exact kExact = Exact::never;
   static constexpr int kBlockN = kBlockN_, kStages = 5;
   static constexpr int kPlanes = kLabels ? 3 : 1, kSums = kPlanes, kSumsN = kBlockN;
   enum { kFactor, kLabel, kVectors };

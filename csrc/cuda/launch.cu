@@ -1,4 +1,5 @@
 #include "launch.cuh"
+#include "loss_kernels.h"
 
 namespace fastclip {
 namespace {
@@ -71,8 +72,26 @@ int prepare(const fastclip_cuda_block* block, Params* p, Maps* maps, void* weigh
   return error;
 }
 
-int start(const void* kernel, int smem_bytes, const fastclip_cuda_block& block, Maps& maps, Params& p) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+namespace {
+
+int status_of(cudaError_t error) {
+  if (error == cudaSuccess) return FASTCLIP_OK;
+  cudaGetLastError();
+  return error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice ? FASTCLIP_NO_DRIVER
+                                                                            : FASTCLIP_CUDA_ERROR + error;
+}
+
+}  // namespace
+
+int start(const void* kernel, int smem_bytes, std::atomic<uint64_t>& ready, const fastclip_cuda_block& block,
+          Maps& maps, Params& p) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (error == cudaSuccess && !(ready.load(std::memory_order_relaxed) & bit)) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+    if (error == cudaSuccess) ready.fetch_or(bit, std::memory_order_relaxed);
+  }
   if (error == cudaSuccess) {
     void* args[] = {&maps.image, &maps.text, &maps.weights, &p};
     cudaLaunchAttribute attribute;
@@ -85,10 +104,15 @@ int start(const void* kernel, int smem_bytes, const fastclip_cuda_block& block, 
     config.attrs = &attribute, config.numAttrs = 1;
     error = cudaLaunchKernelExC(&config, kernel, args);
   }
-  if (error == cudaSuccess) return FASTCLIP_OK;
-  cudaGetLastError();
-  return error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice ? FASTCLIP_NO_DRIVER
-                                                                            : FASTCLIP_CUDA_ERROR + error;
+  return status_of(error);
+}
+
+int start_loss(LossKernel kernel, int64_t blocks, int threads, int smem_bytes, const Loss& p, void* stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem_bytes, config.stream = static_cast<cudaStream_t>(stream);
+  void* args[] = {const_cast<Loss*>(&p)};
+  return status_of(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), args));
 }
 
 }  // namespace fastclip

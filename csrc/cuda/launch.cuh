@@ -1,5 +1,7 @@
 // From the C interface to a launch of the tile kernel.
 #pragma once
+#include <atomic>
+
 #include "tile.cuh"
 
 namespace fastclip {
@@ -12,13 +14,16 @@ struct alignas(128) Maps {
 int prepare(const fastclip_cuda_block* block, Params* p, Maps* maps, void* weights, int64_t weights_row_stride);
 
 // Starts a kernel with the maps and parameters on as many clusters as there are pairs of tiles, or multiprocessors.
-int start(const void* kernel, int smem_bytes, const fastclip_cuda_block& block, Maps& maps, Params& p);
+// ready: the devices, bit by bit, on which the kernel may have so much shared memory; set at its first start there.
+int start(const void* kernel, int smem_bytes, std::atomic<uint64_t>& ready, const fastclip_cuda_block& block,
+          Maps& maps, Params& p);
 
 template <class Op>
 int launch_op(const fastclip_cuda_block& block, Maps& maps, Params& p) {
   constexpr int kBytes = sizeof(Smem<Op>) + 1024;  // to align it
   static_assert(kBytes <= 227 * 1024, "shared memory of a multiprocessor");
-  return start(reinterpret_cast<const void*>(&tile_kernel<Op>), kBytes, block, maps, p);
+  static std::atomic<uint64_t> ready{0};
+  return start(reinterpret_cast<const void*>(&tile_kernel<Op>), kBytes, ready, block, maps, p);
 }
 
 // The kernel for the block's dtype and tile: kWide columns, or 64 for problems that have few tiles.

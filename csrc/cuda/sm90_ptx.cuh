@@ -150,6 +150,16 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return y;
 }
 
+template <bool kHalf>
+__device__ __forceinline__ void unpack(uint32_t x, float& low, float& high) {
+  if constexpr (kHalf)
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
+        : "=f"(low), "=f"(high)
+        : "r"(x));
+  else
+    low = as_float(static_cast<int32_t>(x << 16)), high = as_float(static_cast<int32_t>(x & 0xffff0000));
+}
+
 // ---- tensor cores ----
 
 // K-major operand in rows of 128 bytes with the 128-byte swizzle: address / 16 in bits 0-13, leading offset unused (1),
@@ -170,6 +180,13 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // The compiler must not move uses of x across: a wait names no registers.
 __device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+
+// Nor what it computed of x: it computes that again, where registers would hold it.
+__device__ __forceinline__ void forget(float& x) { asm volatile("" : "+f"(x)); }
+__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
+
+// The compiler must not load what comes after this before it: registers that would hold it.
+__device__ __forceinline__ void load_later() { asm volatile("" ::: "memory"); }
 
 #define REG8(i)                                                                                               \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \

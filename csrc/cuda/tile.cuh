@@ -1,5 +1,6 @@
 // A persistent kernel over tiles (kBlockM, kBlockN) of the logits: the products here, what becomes of them in an `Op`
-// (contrastive_fwd.cu, contrastive_bwd.cu, sigmoid_fwd.cu). M images, N texts, D features; i, j count rows and columns.
+// (contrastive_*.cu, sigmoid_fwd.cu, loss_exact.cu, loss_weights.cu). M images, N texts, D features; i, j count rows
+// and columns.
 //
 //   Program   one CTA a multiprocessor: a producer warp issues TMA loads, two consumer warpgroups take tiles in turn
 //             ("pingpong"): while one multiplies the other does its epilogue. Two CTAs of a cluster own vertically
@@ -15,6 +16,7 @@
 #include <cstdint>
 
 #include "../fastclip.h"
+#include "loss.cuh"
 #ifdef FASTCLIP_EMULATE
 #include "../tests/emulate_sm90.h"
 #else
@@ -46,6 +48,7 @@ struct Params {
   int64_t offset, part_row_stride;
   int M, N, k_blocks, tiles_m, tiles_n, pairs;  // pairs of vertically adjacent tiles
   int exclude_self;
+  Loss loss;  // of the plain case
 };
 
 struct Tile {
@@ -56,6 +59,10 @@ struct Tile {
 struct Place {
   int thread, warp, lane, row, col;
 };
+
+// When the Op's finish_exact() stands in for finish(): where the device asked for a repair, or always, in a kernel that
+// returns at once elsewhere.
+enum class Exact { never, on_repair, alone };
 
 constexpr int kNone = 1 << 20;  // `diagonal` of a tile without own pairs
 
@@ -122,9 +129,26 @@ struct Epilogue {
   __device__ __forceinline__ void sync() const { named_sync(barrier, 128); }
 };
 
+__device__ __forceinline__ bool repairs(const Params& p) { return __ldg(p.constants + FASTCLIP_REPAIR) != 0; }
+
 // factor s log2(e), rounded once: an error of the scale shifts all logits alike.
 __device__ __forceinline__ float scaled2(float factor, const float* constants) {
   return static_cast<float>(static_cast<double>(factor) * __ldg(constants + FASTCLIP_SCALE) * 1.4426950408889634);
+}
+
+// What rounding took from that.
+__device__ __forceinline__ float rest2(float factor, const float* constants) {
+  const double exact = static_cast<double>(factor) * __ldg(constants + FASTCLIP_SCALE) * 1.4426950408889634;
+  const float rounded = static_cast<float>(exact);
+  return fabsf(rounded) < HUGE_VALF ? static_cast<float>(exact - rounded) : 0.f;
+}
+
+// log2(e) z of a dot product, and what rounding took from it; -inf for a pair that does not count.
+__device__ __forceinline__ float exact_logit2(float dot, float scaled, float rest, bool drop, float* low) {
+  const float exact = __fmul_rn(dot, scaled);  // never part of another operation, which would round otherwise
+  const float z2 = drop ? -HUGE_VALF : exact, rounded = fmaf(dot, scaled, -exact) + dot * rest;
+  *low = fabsf(z2) < HUGE_VALF ? rounded : 0.f;
+  return z2;
 }
 
 // Two values summed over the lanes that differ in one bit, one shuffle: lanes with the bit clear get the sum of low.
@@ -148,14 +172,16 @@ __device__ __forceinline__ float published_sum(const Epilogue<Op>& t, int k) {
 }
 
 // Stores the tile's weights; weigh(half, h, c, weights) computes two neighbours in a row, at the end() of the tile its
-// sums are published.
-template <class Op, class Weigh, class End>
+// sums are published. kForget: addresses are computed anew for every piece, where registers that keep them would spill.
+template <bool kForget = false, class Op, class Weigh, class End>
 __device__ __forceinline__ void store_weights(const Epilogue<Op>& t, const Weigh& weigh, const End& end) {
   using S = Stores<Op>;
   // Where this lane writes its row of a matrix: row lane % 16 of the warp's 16; chunk xor row % 8 is the swizzle.
-  const int row = 128 * (16 * t.at.warp + (t.at.lane & 15)), chunk = t.at.lane >> 4, swizzle = t.at.lane & 7;
+  int row = 128 * (16 * t.at.warp + (t.at.lane & 15));
+  const int chunk = t.at.lane >> 4, swizzle = t.at.lane & 7;
 #pragma unroll
   for (int piece = 0; piece < S::kPieces; ++piece) {
+    if (kForget) forget(row);
     const int block = piece / kHalves, half = piece % kHalves, buffer = piece % S::kBuffers;
     const uint32_t dst = smem_address(t.stores.piece[buffer]) + row;
 #pragma unroll
@@ -267,12 +293,19 @@ __device__ __forceinline__ void consume(const Params& p, Smem<Op>& s, const CUte
     const int64_t own = p.offset + tile.i0 - tile.j0;
     const int diagonal = own > -kBlockM && own < Op::kBlockN ? static_cast<int>(own) : kNone;
     const bool edge = tile.i0 + kBlockM > p.M || tile.j0 + Op::kBlockN > p.N;
-    const bool masked = edge || (diagonal != kNone && (!Op::kLabels || p.exclude_self));
+    const bool masked = (Op::kExact == Exact::on_repair && repairs(p)) || edge ||
+                        (diagonal != kNone && (!Op::kLabels || p.exclude_self));
     const Epilogue<Op> epilogue = {p, tile, at, diagonal, scratch, s.stores[mine], &weights_map, 3 + mine};
-    if (masked)
-      Op::template finish<true>(acc, epilogue);
-    else
-      Op::template finish<false>(acc, epilogue);
+    if constexpr (Op::kExact == Exact::alone) {
+      Op::finish_exact(acc, epilogue);
+    } else {
+      if (!masked)
+        Op::template finish<false>(acc, epilogue);
+      else if constexpr (Op::kExact == Exact::on_repair)
+        repairs(p) ? Op::finish_exact(acc, epilogue) : Op::template finish<true>(acc, epilogue);
+      else
+        Op::template finish<true>(acc, epilogue);
+    }
   }
   if (Op::kStores && thread == 0) tma_store_wait_all();
 }
@@ -281,7 +314,8 @@ template <class Op>
 __global__ void __launch_bounds__(kThreads, 1)
     tile_kernel(const __grid_constant__ CUtensorMap image_map, const __grid_constant__ CUtensorMap text_map,
                 const __grid_constant__ CUtensorMap weights_map, const __grid_constant__ Params p) {
-  if (Op::kSkipsRepairs && __ldg(p.constants + FASTCLIP_REPAIR) != 0) return;
+  if (Op::kSkipsRepairs && repairs(p)) return;
+  if (Op::kExact == Exact::alone && !repairs(p)) return;
   unsigned char* raw = dynamic_smem();
   // the same place in both CTAs of a cluster
   Smem<Op>& s = *reinterpret_cast<Smem<Op>*>(raw + (1024 - smem_address(raw) % 1024) % 1024);

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <random>
 
+#include "../cuda/loss_kernels.h"
 #include "../cuda/tile.cuh"
 
 namespace sm90 {
@@ -22,25 +23,30 @@ namespace {
 ucontext_t scheduler;
 std::mt19937 dice;
 std::function<void()> body;
+std::vector<std::function<void()>> late_writes;  // that no fence has made visible
 
 void start() {
   body();
+  for (auto& write : fiber->writes) late_writes.push_back(std::move(write));
   fiber->done = true;
   swapcontext(static_cast<ucontext_t*>(fiber->context), &scheduler);
 }
 
-// Whatever can still move: threads in random order, TMA loads at random times.
-void run_cluster(unsigned first, unsigned size, unsigned threads, size_t smem) {
+// Blocks of these indices, a cluster or a few that happen to run side by side. Whatever can still move: threads in
+// random order, TMA loads at random times.
+void run_blocks(const std::vector<unsigned>& indices, unsigned threads, size_t smem) {
   constexpr size_t kStack = 96 * 1024;
+  static std::vector<unsigned char> stacks;
+  const unsigned size = static_cast<unsigned>(indices.size());
   std::vector<Block> blocks(size);
   std::vector<std::vector<unsigned char>> memory(size, std::vector<unsigned char>(smem + 1024, 0xff));  // 0xffff: NaN
   std::vector<Fiber> fibers(static_cast<size_t>(size) * threads);
   std::vector<ucontext_t> contexts(fibers.size());
-  std::vector<unsigned char> stacks(fibers.size() * kStack);
+  if (stacks.size() < fibers.size() * kStack) stacks.resize(fibers.size() * kStack);
   cluster_blocks = &blocks, cluster_barrier = {}, loads.clear();
   for (unsigned b = 0; b < size; ++b) {
     blocks[b].smem = memory[b].data(), blocks[b].size = static_cast<uint32_t>(smem);
-    blocks[b].index = first + b, blocks[b].rank = b, blocks[b].running = threads;
+    blocks[b].index = indices[b], blocks[b].rank = b, blocks[b].threads = blocks[b].running = threads;
     blocks[b].warps.resize(threads / 32), blocks[b].dirty.resize(smem / 4 + 1);
     for (unsigned t = 0; t < threads; ++t) {
       const size_t k = static_cast<size_t>(b) * threads + t;
@@ -86,6 +92,26 @@ void run_cluster(unsigned first, unsigned size, unsigned threads, size_t smem) {
   cluster_blocks = nullptr;
 }
 
+// A whole grid, in random order: clusters of `size` blocks, or one to four blocks at a time where it has none.
+void run_grid(unsigned blocks, unsigned size, unsigned threads, size_t smem) {
+  std::vector<unsigned> order(blocks / (size ? size : 1));
+  for (size_t k = 0; k < order.size(); ++k) order[k] = static_cast<unsigned>(k);
+  std::shuffle(order.begin(), order.end(), dice);
+  for (size_t k = 0; k < order.size();) {
+    std::vector<unsigned> indices;
+    for (unsigned b = 0; b < size; ++b) indices.push_back(order[k] * size + b);
+    if (size) {
+      ++k;
+    } else {
+      const size_t end = std::min(order.size(), k + 1 + dice() % 4);
+      for (; k < end; ++k) indices.push_back(order[k]);
+    }
+    run_blocks(indices, threads, smem);
+  }
+  for (const auto& write : late_writes) write();
+  late_writes.clear();
+}
+
 CUresult encode(CUtensorMap* out, CUtensorMapDataType, cuuint32_t, void* data, const cuuint64_t* sizes,
                 const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
@@ -125,6 +151,10 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
 
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 const char* cudaGetErrorName(cudaError_t) { return "an error"; }
@@ -136,17 +166,20 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   using namespace fastclip;
   const char* seed = std::getenv("FASTCLIP_EMULATE_SEED");
   sm90::dice.seed(seed ? static_cast<unsigned>(std::atoi(seed)) : 1);
-  const unsigned size = config->attrs[0].val.clusterDim.x;
+  const unsigned size = config->numAttrs ? config->attrs[0].val.clusterDim.x : 0;
   sm90::grid_size = config->gridDim.x;
-  const auto kernel =
-      reinterpret_cast<void (*)(CUtensorMap, CUtensorMap, CUtensorMap, Params)>(const_cast<void*>(function));
-
-  sm90::body = [=] {
-    kernel(*static_cast<CUtensorMap*>(args[0]), *static_cast<CUtensorMap*>(args[1]),
-           *static_cast<CUtensorMap*>(args[2]), *static_cast<Params*>(args[3]));
-  };
-  for (unsigned b = 0; b < config->gridDim.x; b += size)
-    sm90::run_cluster(b, size, config->blockDim.x, config->dynamicSmemBytes);
+  if (size) {
+    const auto kernel =
+        reinterpret_cast<void (*)(CUtensorMap, CUtensorMap, CUtensorMap, Params)>(const_cast<void*>(function));
+    sm90::body = [=] {
+      kernel(*static_cast<CUtensorMap*>(args[0]), *static_cast<CUtensorMap*>(args[1]),
+             *static_cast<CUtensorMap*>(args[2]), *static_cast<Params*>(args[3]));
+    };
+  } else {  // an ordinary kernel
+    const auto kernel = reinterpret_cast<LossKernel>(const_cast<void*>(function));
+    sm90::body = [=] { kernel(*static_cast<Loss*>(args[0])); };
+  }
+  sm90::run_grid(config->gridDim.x, size, config->blockDim.x, config->dynamicSmemBytes);
   return cudaSuccess;
 }
 

@@ -1,7 +1,10 @@
 // The functions of cuda/sm90_ptx.cuh and the few CUDA built-ins that the kernels use, on a CPU: every CUDA thread of a
-// cluster is a fiber, run in random order. Asynchronous work is done as late as its waits allow (products at their
-// wait, TMA stores at theirs) or at a random time (TMA loads), so a missing wait or an early release shows as a wrong
-// result; missing fences are reported. Registers, the order of ordinary memory accesses and speed are not modelled.
+// cluster, or of a few blocks of an ordinary kernel, is a fiber, run in random order. Asynchronous work is done as late
+// as its waits allow (products at their wait, TMA stores at theirs) or at a random time (TMA loads), so a missing wait
+// or an early release shows as a wrong result; missing fences are reported. What one block writes for another (__stcg)
+// arrives at the writer's next
+// __threadfence, without one only after the kernel. Registers, the order of ordinary memory accesses and speed are not
+// modelled.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -31,7 +34,7 @@ struct Named {
 struct Block {
   unsigned char* smem;
   uint32_t size;
-  unsigned index, rank, running;  // threads that have not left
+  unsigned index, rank, threads, running;  // threads that have not left
   std::vector<Warp> warps;
   Named named[16];
   bool unfenced_barriers = false;    // initialised, not yet visible to the cluster
@@ -64,7 +67,8 @@ struct Fiber {
   std::deque<std::vector<Gemm>> groups;
   std::vector<Store> open_stores;
   std::deque<std::vector<Store>> stores;
-  std::vector<uint32_t> unfenced;  // words of `dirty` that it wrote
+  std::vector<uint32_t> unfenced;             // words of `dirty` that it wrote
+  std::vector<std::function<void()>> writes;  // to global memory, not yet visible to other blocks
 };
 
 extern Fiber* fiber;  // the one that runs
@@ -91,12 +95,37 @@ inline Index<grid_blocks> gridDim;
 
 inline Block& block() { return *fiber->block; }
 
+using std::fmaxf;
+inline float __fmul_rn(float a, float b) { return a * b; }
+
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 template <class T>
 T __ldg(const T* p) {
   maybe_yield();
   return *p;
+}
+
+// ---- global memory between blocks ----
+
+template <class T>
+void __stcg(T* p, T value) {
+  fiber->writes.push_back([=] { *p = value; });
+}
+template <class T>
+T __ldcg(const T* p) {
+  maybe_yield();
+  return *p;
+}
+inline void __threadfence() {
+  for (const auto& write : fiber->writes) write();
+  fiber->writes.clear();
+  maybe_yield();
+}
+inline unsigned atomicAdd(unsigned* p, unsigned value) {
+  maybe_yield();
+  const unsigned before = *p;
+  return *p = before + value, before;
 }
 
 constexpr uint32_t kBase = 1024;  // where the dynamic shared memory of a CTA starts
@@ -125,6 +154,7 @@ inline void cluster_sync() {
   if (block().unfenced_barriers) fail("barriers are used in the cluster without a fence after their initialisation");
   barrier_join(cluster_barrier, 384 * static_cast<int>(cluster_blocks->size()), true);
 }
+inline void __syncthreads() { barrier_join(block().named[0], static_cast<int>(block().threads), true); }
 inline void named_sync(int id, int threads) { barrier_join(block().named[id], threads, true); }
 inline void named_arrive(int id, int threads) { barrier_join(block().named[id], threads, false); }
 
@@ -245,8 +275,10 @@ inline uint32_t* warp_publish(uint32_t value) {  // every lane's value; stays va
 inline void __syncwarp() { warp_join(); }
 template <typename T>
 T shuffle_from(T v, unsigned lane) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4), bits = warp_publish(bits)[lane], std::memcpy(&v, &bits, 4);
+  uint32_t bits[sizeof(T) / 4];
+  std::memcpy(bits, &v, sizeof v);
+  for (uint32_t& word : bits) word = warp_publish(word)[lane];
+  std::memcpy(&v, bits, sizeof v);
   return v;
 }
 template <typename T>
@@ -306,6 +338,11 @@ uint32_t pack(float low, float high) {
   return narrow(low, kHalf) | static_cast<uint32_t>(narrow(high, kHalf)) << 16;
 }
 
+template <bool kHalf>
+void unpack(uint32_t x, float& low, float& high) {
+  low = widen(static_cast<uint16_t>(x), kHalf), high = widen(static_cast<uint16_t>(x >> 16), kHalf);
+}
+
 // ---- tensor cores ----
 
 inline uint64_t operand(uint32_t address) {
@@ -323,6 +360,9 @@ inline void operand_row(uint64_t desc, int row, bool half, float (&values)[16]) 
 }
 inline void wgmma_fence() { fiber->fenced = true; }
 inline void pin(float&) { fiber->fenced = false; }  // other instructions touch the accumulators
+template <class T>
+void forget(T&) {}
+inline void load_later() {}
 inline void wgmma_commit() { fiber->groups.push_back(std::move(fiber->open)), fiber->open.clear(); }
 template <int kPending>
 void wgmma_wait() {

@@ -1,24 +1,39 @@
 """The CUDA backend: Hopper's own tile kernels (csrc/cuda), all but O((M + N) D) of the work.
 
-Norms, reductions, repairs and the finish are the Triton backend's: its launchers start these tiles in place of its own.
+The plain case (no labels, the mean) is native as a whole. Elsewhere norms, reductions, repairs and the finish are the
+Triton backend's: its launchers start these tiles in place of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastclip import _env
 from fastclip._backends import triton
 from fastclip._backends.native import address, load
 from fastclip._backends.problem import Problem
 
-__all__ = ["build", "contrastive_bwd", "contrastive_fwd", "missing", "refuses", "sigmoid_fwd"]
+__all__ = [
+    "build",
+    "contrastive_bwd",
+    "contrastive_fwd",
+    "missing",
+    "plain_bwd",
+    "plain_fwd",
+    "plain_saved",
+    "refuses",
+    "sigmoid_fwd",
+]
 
 _DTYPES = (torch.bfloat16, torch.float16)
+_WORKSPACE_MB = 1024
+_LONGEST_SUM = 65536  # terms in one chain of additions: tensor cores truncate
 _module, _not_loaded = load("_cuda")
 
 
@@ -170,3 +185,121 @@ def contrastive_bwd(
 def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
     """As `reference.sigmoid_fwd`."""
     return triton.sigmoid_fwd(p, bias, divisor, needs, tiles=_Tiles(p.image.device))
+
+
+# ---- the plain case: a training step waits for these lines, so there are few calls in them ----
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device >= 0 else 4
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(N: int, D: int, workspace: int, processors: int) -> tuple[int, ...]:
+    return _module.loss_plan(N, D, workspace, processors)
+
+
+def plain_saved(N: int) -> int:
+    """fp32 words of what `plain_fwd` hands to `plain_bwd`; of any kind of integer, as csrc/cuda/loss_plan.cpp's."""
+    return 64 + 12 * 32 * ((N + 31) // 32)
+
+
+def _side(x: Tensor, copied: bool, width: int) -> tuple[Tensor, Tensor, int, int, int, int]:
+    """Features next to each other, and the rows that the products read: the very same or room for copies; addresses
+    and row strides of both."""
+    row, step = x.stride()
+    if step != 1 and x.shape[1] > 1:
+        x = x.contiguous()
+        row = x.stride(0)
+    at = x.data_ptr()
+    if copied or at % 16 or row % 8 or row < width:
+        rows = x.new_empty((x.shape[0], width))
+        return x, rows, at, row, rows.data_ptr(), width
+    return x, x, at, row, at, row
+
+
+def _plain(
+    image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Any, ...], tuple[int, ...]]:
+    """Both sides' features and rows (`_side`), the native calls' first argument, sizes."""
+    N, D = image.shape
+    half, device = image.dtype is torch.float16, image.get_device()
+    copied, width = D % 8 != 0 or (half and normalize), (D + 7) // 8 * 8
+    image, image_rows, *i = _side(image, copied, width)
+    text, text_rows, *t = _side(text, copied, width)
+    stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
+    workspace, processors = _env.workspace_bytes(_WORKSPACE_MB), _processors(device)
+    features = (i[0], t[0], i[1], t[1], i[2], t[2], i[3], t[3], N, D, half, normalize)
+    problem = (*features, scale.data_ptr(), image_weight, workspace, processors, device, stream)
+    return image, text, image_rows, text_rows, problem, _sizes(N, D, workspace, processors)
+
+
+def plain_fwd(
+    image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss () of features (N, D) whose rows are pairs, and what the backward needs (`plain_saved`): in one native
+    call of four launches, five where features are not normalised.
+
+    scale: () fp32 on the device. image_weight: w in w mean_i + (1 - w) mean_j.
+    """
+    image, *_copies, problem, sizes = _plain(image, text, scale, image_weight, normalize)
+    saved = image.new_empty(sizes[0] // 4, dtype=torch.float32)
+    work = image.new_empty(sizes[1], dtype=torch.uint8)
+    loss = image.new_empty((), dtype=torch.float32)
+    _module.loss_forward(problem, saved.data_ptr(), work.data_ptr(), loss.data_ptr())
+    return loss, saved
+
+
+def plain_bwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    saved: Tensor,
+    image_weight: float,
+    normalize: bool,
+    d_loss: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `plain_fwd` by image, text and scale, each if it is needed, times d_loss () fp32."""
+    d_image = image.new_empty(image.shape) if needs[0] else None
+    d_text = text.new_empty(text.shape) if needs[1] else None
+    d_scale = scale.new_empty(()) if needs[2] else None
+    image, text, x, y, problem, sizes = _plain(image, text, scale, image_weight, normalize)
+    N = image.shape[0]
+    rows, chunks, stride, extra = sizes[2:]
+    weights = image.new_empty((rows + extra, stride))
+    kept, at = saved.data_ptr(), weights.data_ptr()
+    outputs = address(d_image), address(d_text), address(d_scale)
+    raw_image = raw_text = None
+    for chunk in range(chunks):
+        i0 = chunk * rows
+        block = weights.as_strided((min(rows, N - i0), N), (stride, 1))
+        _module.loss_weights(problem, kept, at, chunk)
+        if chunks == 1 and N <= _LONGEST_SUM:
+            raw_image = None if d_image is None else _product(block, y)
+            raw_text = None if d_text is None else _product(block.t(), x)
+        else:
+            raw_image = None if d_image is None else _sum_of_products(block, y)
+            raw_text = None if d_text is None else _sum_of_products(block.t(), x[i0 : i0 + rows], raw_text)
+        addresses = d_loss.data_ptr(), address(raw_image), address(raw_text)
+        _module.loss_finish(problem, kept, at, chunk, *addresses, *outputs)
+    return d_image, d_text, d_scale
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+
+
+def _sum_of_products(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """The same in chains of additions that are not too long, added to `out`."""
+    launch = importlib.import_module("fastclip.triton_kernels.launch")
+    for k in range(0, b.shape[0], _LONGEST_SUM):
+        u, v = a[:, k : k + _LONGEST_SUM], b[k : k + _LONGEST_SUM]
+        if out is None:
+            out = _product(u, v)
+        else:
+            launch.addmm(out, u, v, keep=True)
+    assert out is not None
+    return out

@@ -1,0 +1,20 @@
+// The launches of the plain case, one function a kernel; each returns a status. loss.cu puts them in order.
+#pragma once
+#include "../fastclip.h"
+#include "loss.cuh"
+
+namespace fastclip {
+
+using LossKernel = void (*)(Loss);
+
+// An ordinary kernel: no cluster, no tensor maps, one parameter.
+int start_loss(LossKernel kernel, int64_t blocks, int threads, int smem_bytes, const Loss& p, void* stream);
+
+int start_norms(const Loss& p, bool half, void* stream);
+int start_copies(const Loss& p, bool half, void* stream);
+int start_reduce(const Loss& p, void* stream);
+int start_repair(const fastclip_cuda_block& block, const Loss& p);
+int start_weights(const fastclip_cuda_block& block, const Loss& p, void* weights, int64_t stride);
+int start_finish(const Loss& p, bool half, void* stream);
+
+}  // namespace fastclip

@@ -1,0 +1,139 @@
+// What the plain case needs of the features before the logits: inverse norms, the pairs' cosines, the constants.
+//
+//   Math      inv_k = 1 / max(norm x_k, 1e-12), or 1; cosine_k = inv^I_k inv^T_k <I_k, T_k>; where the products read
+//             copies, those: x_k 2^e with norm in (1/2, 1] for fp16, and factor_k = inv_k / 2^e, else factor_k = inv_k
+//   Program   a warp a pair; the first block writes the constants; all of them set the tickets of the pass to 0
+//   Traffic   reads both matrices once, 16 bytes at a time where they lie so; copies: again, and writes them
+//   Precision fp64; a copy is exact but for elements 2^-24 below its row's norm, which may flush in fp16
+//   Ragged    columns of copies beyond D become 0
+//   Order     one warp a row, lanes summed in a tree: bitwise repeatable
+#include "loss_kernels.h"
+#include "loss_rows.cuh"
+
+namespace fastclip {
+namespace {
+
+constexpr double kEps = 1e-12;  // lower bound of a norm, as in torch.nn.functional.normalize
+constexpr float kReach =
+    70.f;  // exponentials, and sums of a million of them, do not overflow so far above their offset
+
+__device__ __forceinline__ float inverse_norm(double squares, int normalize) {
+  if (!normalize) return squares == squares ? 1.f : static_cast<float>(squares);  // NaN stays
+  const double norm = sqrt(squares);
+  return static_cast<float>(1.0 / (norm < kEps ? kEps : norm));
+}
+
+// The power of two at or below a positive number; 1 where it is 0 or not finite.
+__device__ __forceinline__ float high_bit(float x) {
+  const int32_t power = as_int(x) & 0x7f800000;
+  return power > 0 && power < 0x7f800000 ? as_float(power) : 1.f;
+}
+
+// An offset of 0 where that reaches all logits: the further an exponent is from 0, the more digits it loses.
+__device__ __forceinline__ void set_offset(float* constants, float bound) {
+  constants[FASTCLIP_OFFSET2] = (bound <= kReach ? 0.f : bound - kReach) * kLog2e;
+}
+
+template <bool kHalf>
+__global__ void __launch_bounds__(kRowThreads) norms_kernel(const __grid_constant__ Loss p) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock + warp;
+  float top[2] = {0.f, 0.f};
+  if (k < p.N) {
+    double squares[2] = {0, 0}, product = 0;
+    const uint16_t *x = row_of(p.side[0].x, p.side[0].x_stride, k), *y = row_of(p.side[1].x, p.side[1].x_stride, k);
+    if (p.vectors) {
+      for (int d = 8 * lane; d < p.D; d += 8 * 32) {
+        float a[8], b[8];
+        read8<kHalf>(x + d, a), read8<kHalf>(y + d, b);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const double u = a[e], v = b[e];
+          squares[0] += u * u, squares[1] += v * v, product += u * v;
+        }
+      }
+    } else {
+      for (int d = lane; d < p.D; d += 32) {
+        const double u = read1<kHalf>(x + d), v = read1<kHalf>(y + d);
+        squares[0] += u * u, squares[1] += v * v, product += u * v;
+      }
+    }
+    float inv[2];
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const LossSide& side = p.side[s];
+      squares[s] = warp_sum(squares[s]);
+      inv[s] = inverse_norm(squares[s], p.normalize);
+      top[s] = static_cast<float>(sqrt(squares[s]) * inv[s]);
+      const float power = p.scaled && p.copies[s] ? high_bit(inv[s]) : 1.f;
+      if (lane == 0) side.inv[k] = inv[s], side.factor[k] = inv[s] / power;
+      if (p.copies[s]) copy_row<kHalf>(p, side, k, power, lane);
+    }
+    product = warp_sum(product);
+    if (lane == 0) p.cosine[k] = static_cast<double>(inv[0]) * inv[1] * product;
+  }
+  if (!p.normalize) {  // uniform: the bound on the logits has to be found
+    float* tops = reinterpret_cast<float*>(dynamic_smem());
+    if (lane == 0) tops[warp] = top[0], tops[kRowsOfBlock + warp] = top[1];
+    __syncthreads();
+    if (threadIdx.x < 2) {
+      float largest = 0.f;
+      for (int w = 0; w < kRowsOfBlock; ++w) largest = fmaxf(largest, tops[threadIdx.x * kRowsOfBlock + w]);
+      p.top[threadIdx.x * gridDim.x + blockIdx.x] = largest;
+    }
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    p.constants[FASTCLIP_SCALE] = *p.scale;
+    if (p.normalize) set_offset(p.constants, fabsf(*p.scale));
+  }
+  const int tickets = 2 + (p.N + kIndices - 1) / kIndices;
+  for (int t = blockIdx.x * kRowThreads + threadIdx.x; t < tickets; t += gridDim.x * kRowThreads) p.tickets[t] = 0;
+}
+
+// The offset from the largest norms of every block of the norms. One block.
+__global__ void __launch_bounds__(kRowThreads) bound_kernel(const __grid_constant__ Loss p) {
+  const int blocks = (p.N + kRowsOfBlock - 1) / kRowsOfBlock, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float* tops = reinterpret_cast<float*>(dynamic_smem());
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    float top = 0.f;
+    for (int b = threadIdx.x; b < blocks; b += kRowThreads) top = fmaxf(top, p.top[s * blocks + b]);
+    top = warp_max(top);
+    if (lane == 0) tops[s * kRowsOfBlock + warp] = top;
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  float top[2] = {0.f, 0.f};
+  for (int w = 0; w < kRowsOfBlock; ++w)
+    top[0] = fmaxf(top[0], tops[w]), top[1] = fmaxf(top[1], tops[kRowsOfBlock + w]);
+  set_offset(p.constants, fabsf(*p.scale) * (top[0] * top[1]));
+}
+
+// The copies of the forward once more, for the backward: they are not kept in between.
+template <bool kHalf>
+__global__ void __launch_bounds__(kRowThreads) copy_kernel(const __grid_constant__ Loss p) {
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock + threadIdx.x / 32;
+  if (k >= p.N) return;
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    const float power = p.scaled && p.copies[s] ? high_bit(p.side[s].inv[k]) : 1.f;
+    if (p.copies[s]) copy_row<kHalf>(p, p.side[s], k, power, threadIdx.x % 32);
+  }
+}
+
+int64_t blocks_of(const Loss& p) { return (static_cast<int64_t>(p.N) + kRowsOfBlock - 1) / kRowsOfBlock; }
+
+}  // namespace
+
+int start_norms(const Loss& p, bool half, void* stream) {
+  constexpr int kBytes = 2 * kRowsOfBlock * sizeof(float);
+  const int error =
+      start_loss(half ? norms_kernel<true> : norms_kernel<false>, blocks_of(p), kRowThreads, kBytes, p, stream);
+  return error || p.normalize ? error : start_loss(bound_kernel, 1, kRowThreads, kBytes, p, stream);
+}
+
+int start_copies(const Loss& p, bool half, void* stream) {
+  return start_loss(half ? copy_kernel<true> : copy_kernel<false>, blocks_of(p), kRowThreads, 0, p, stream);
+}
+
+}  // namespace fastclip

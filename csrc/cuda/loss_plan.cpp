@@ -1,0 +1,92 @@
+#include "loss_plan.h"
+
+#include <algorithm>
+
+#include "../fastclip.h"
+
+namespace fastclip {
+namespace {
+
+constexpr int64_t kAlign = 128, kTileM = FASTCLIP_CUDA_TILE_M;
+constexpr int64_t kLongestSum = 65536;  // terms of one chain of additions: tensor cores truncate
+
+int64_t ceil_div(int64_t size, int64_t length) { return (size + length - 1) / length; }
+int64_t round_up(int64_t size, int64_t length) { return ceil_div(size, length) * length; }
+
+// Places one array behind the other.
+struct Layout {
+  int64_t bytes = 0;
+  int64_t take(int64_t count, int64_t size) {
+    const int64_t at = bytes;
+    bytes += round_up(count * size, kAlign);
+    return at;
+  }
+};
+
+// Wide tiles, unless they are so few that most processors would idle. By N alone: the same bits on every Hopper GPU.
+int tile_n(int64_t N) {
+  constexpr int64_t kFew = 33;  // a cluster in four of an H100's 132 processors
+  const int64_t pairs = ceil_div(N, 2 * kTileM);
+  return pairs * ceil_div(N, FASTCLIP_CUDA_TILE_N) <= kFew ? FASTCLIP_CUDA_TILE_N_SMALL : FASTCLIP_CUDA_TILE_N;
+}
+
+}  // namespace
+
+LossSaved loss_saved(int64_t N) {
+  Layout layout;
+  LossSaved s = {};
+  N = round_up(N, kAlign / 4);  // so that the sum is short: plain_saved of fastclip/_backends/cuda.py
+  s.constants = layout.take(kConstants, 4);
+  s.own_scale = layout.take(1, 8);
+  s.own = layout.take(N, 8);
+  for (int side = 0; side < 2; ++side) {
+    s.inv[side] = layout.take(N, 4);
+    s.factor[side] = layout.take(N, 4);
+    s.weight[side] = layout.take(N, 8);
+    s.lse2[side] = layout.take(N, 4);
+  }
+  s.bytes = layout.bytes;
+  return s;
+}
+
+LossForward loss_forward(int64_t N, int64_t workspace) {
+  LossForward f = {};
+  f.tile_n = tile_n(N);
+  f.blocks = ceil_div(N, kIndices);
+  f.records = ceil_div(N, kRecordRows);
+  // A row's partial sums and its share of the columns': a repair's, which are double, of tiles that are never wider
+  const int64_t exact_n = ceil_div(N, kExactColumns), row_bytes = 8 * (exact_n + f.blocks);
+  f.panel = std::min(N, std::max(workspace / row_bytes / kTileM, int64_t{1}) * kTileM);
+  const int64_t rows = ceil_div(f.panel, kTileM);
+  Layout layout;
+  f.tickets = layout.take(2 + f.blocks, 4);
+  f.cosine = layout.take(N, 8);
+  f.top = layout.take(2 * ceil_div(N, kRowsOfBlock), 4);
+  f.record = layout.take(kRecordValues * f.records, 8);
+  for (int64_t& sums : f.sums) sums = layout.take(N, 8);
+  f.part[0] = layout.take(8 * exact_n * f.panel, 1);
+  f.part[1] = layout.take(8 * rows * N, 1);
+  f.bytes = layout.bytes;
+  return f;
+}
+
+LossBackward loss_backward(int64_t N, int64_t D, int64_t workspace, int processors) {
+  LossBackward b = {};
+  b.tile_n = tile_n(N);
+  b.stride = round_up(N, kAlign);
+  // The product with the texts fills whole waves of processors with its tiles of 128 x 256
+  const int64_t wave = std::max(processors / ceil_div(D, 256), int64_t{1}) * kTileM;
+  int64_t rows = std::min(workspace / 2 / b.stride, kLongestSum);
+  rows = rows >= wave ? rows / wave * wave : rows / kTileM * kTileM;
+  b.rows = std::min(N, std::max(rows, kTileM));
+  b.chunks = ceil_div(N, b.rows);
+  Layout layout;
+  b.ticket = layout.take(1, 4);
+  b.tile_parts = ceil_div(N, kTileM) * ceil_div(N, b.tile_n);
+  b.tile_part = layout.take(b.tile_parts, 4);
+  b.block_part = layout.take(ceil_div(b.rows, kRowsOfBlock) + ceil_div(N, kRowsOfBlock), 8);
+  b.extra = ceil_div(layout.bytes, 2 * b.stride);
+  return b;
+}
+
+}  // namespace fastclip

@@ -1,0 +1,103 @@
+// Weights gain r_i G_ij c_j of a chunk of rows, upstream 1, for the products with the features.
+//
+//   Math      E = 2^(z2 - offset2): G = E (a_i + b_j); where the device asked for a repair
+//             G = d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j). 0 at the own pairs: the finish adds them, unrounded
+//   Program   the tile kernel; which formula is the same branch everywhere
+//   Traffic   writes 2 rows N bytes
+//   Precision weights' factors from fp64 times the gain, weights rounded once to the features' dtype; the tile's share
+//             of d_scale from the unrounded ones
+//   Ragged    masked, as are the own pairs
+//   Order     as the tile kernel's
+#include "launch.cuh"
+#include "loss_kernels.h"
+
+namespace fastclip {
+namespace {
+
+template <bool kHalf_, int kBlockN_, bool>
+struct Weigh {
+  static constexpr bool kHalf = kHalf_, kLabels = false, kStores = true, kSkipsRepairs = false;
+  static constexpr Exact kExact = Exact::on_repair;
+  static constexpr int kBlockN = kBlockN_, kStages = 4, kSums = 1, kSumsN = 1;
+  enum { kFactor, kWeight, kLse2, kScaled, kRest, kRowVectors, kColVectors = kScaled };
+
+  template <class Vectors>
+  static __device__ __forceinline__ void load(const Params& p, const LossSide& side, int64_t k, bool some,
+                                              Vectors& vectors, int slot) {
+    const double gain = __ldg(p.constants + FASTCLIP_GAIN);
+    vectors[kFactor][slot] = some ? side.factor[k] : 0.f;
+    vectors[kWeight][slot] = some ? static_cast<float>(side.weight[k] * gain) : 0.f;
+    if (repairs(p)) vectors[kLse2][slot] = some ? side.lse2[k] : 0.f;
+  }
+
+  static __device__ __forceinline__ void load_row(const Params& p, int i, Scratch<Weigh>& s, int k) {
+    const LossSide& side = p.loss.side[0];
+    if (i == 0) *p.loss.tickets = 0;  // the finish's
+    load(p, side, static_cast<int64_t>(p.loss.i0) + i, i < p.M, s.row, k);
+    const float factor = i < p.M ? side.factor[static_cast<int64_t>(p.loss.i0) + i] : 0.f;
+    s.row[kScaled][k] = scaled2(factor, p.constants);
+    if (repairs(p)) s.row[kRest][k] = rest2(factor, p.constants);
+  }
+
+  static __device__ __forceinline__ void load_col(const Params& p, int j, Scratch<Weigh>& s, int k) {
+    load(p, p.loss.side[1], j, j < p.N, s.col, k);
+  }
+
+  // d 2^x; nobody's weight is 0 and its log-sum-exp anything: the exponential must not overflow.
+  static __device__ __forceinline__ float share(float d, float x) { return d == 0.f ? 0.f : d * exp2_fast(x); }
+
+  template <bool kMask, bool kExact>
+  static __device__ __forceinline__ void weigh(const float (&acc)[kHalves][kBlockN / 2], const Epilogue<Weigh>& t) {
+    const float offset2 = __ldg(t.p.constants + FASTCLIP_OFFSET2);
+    const Mask mask = t.mask();
+    float d_scale = 0.f;
+    const auto pair = [&](int half, int h, int c, float (&weights)[2]) {
+      const float factor = t.row(kFactor, half, h), row = t.row(kWeight, half, h), scaled = t.row(kScaled, half, h);
+      const float2 col_factors = t.cols(kFactor, c), cols = t.cols(kWeight, c);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float col_factor = e ? col_factors.y : col_factors.x;
+        const float dot = acc[half][4 * c + 2 * h + e] * col_factor;
+        float g;
+        if (kExact) load_later();  // else registers spill
+        if constexpr (kExact) {
+          const float2 lse2 = t.cols(kLse2, c);
+          const bool drop = mask.outside(half, h, c, e) || mask.own(half, h, c, e);
+          float low;
+          const float z2 = exact_logit2(dot, scaled, t.row(kRest, half, h), drop, &low);
+          g = share(row, z2 - t.row(kLse2, half, h) + low) +
+              share(e ? cols.y : cols.x, z2 - (e ? lse2.y : lse2.x) + low);
+        } else {
+          g = exp2_fast(fmaf(dot, scaled, -offset2));
+          g *= row + (e ? cols.y : cols.x);
+          if (kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e))) g = 0.f;  // also an infinite one
+        }
+        g *= factor;
+        d_scale = fmaf(g, dot, d_scale);
+        weights[e] = g * col_factor;
+      }
+    };
+    store_weights<kMask && !kExact>(t, pair, [&] { publish_sum(t, 0, d_scale); });
+    if (t.at.thread == 0 && t.tile.m < t.p.tiles_m) t.p.scale_part[t.index()] = published_sum(t, 0);
+  }
+
+  template <bool kMask>
+  static __device__ __forceinline__ void finish(const float (&acc)[kHalves][kBlockN / 2], const Epilogue<Weigh>& t) {
+    weigh<kMask, false>(acc, t);
+  }
+
+  static __device__ __forceinline__ void finish_exact(const float (&acc)[kHalves][kBlockN / 2],
+                                                      const Epilogue<Weigh>& t) {
+    weigh<true, true>(acc, t);
+  }
+};
+
+}  // namespace
+
+int start_weights(const fastclip_cuda_block& block, const Loss& loss, void* weights, int64_t stride) {
+  Params p = {};
+  p.loss = loss, p.scale_part = loss.tile_part;
+  return launch<Weigh, FASTCLIP_CUDA_TILE_N, false>(&block, p, weights, stride);
+}
+
+}  // namespace fastclip
