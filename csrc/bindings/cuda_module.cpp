@@ -9,6 +9,10 @@
 #include "../fastclip.h"
 #include "address.h"
 
+#ifdef FASTCLIP_EMULATE
+extern "C" int fastclip_emulated_launches();
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -137,7 +141,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("COMPILER") = FASTCLIP_CUDA_COMPILER;
   m.attr("ARCHS") = FASTCLIP_CUDA_ARCHS;
 #ifdef FASTCLIP_EMULATE
-  m.attr("EMULATED") = true;  // csrc/tests/emulate_sm90.h: for tests
+  m.attr("EMULATED") = true;                       // csrc/tests/emulate_sm90.h: for tests
+  m.def("launches", &fastclip_emulated_launches);  // since the last call
 #else
   m.attr("EMULATED") = false;
 #endif

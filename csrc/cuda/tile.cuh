@@ -293,8 +293,8 @@ __device__ __forceinline__ void consume(const Params& p, Smem<Op>& s, const CUte
     const int64_t own = p.offset + tile.i0 - tile.j0;
     const int diagonal = own > -kBlockM && own < Op::kBlockN ? static_cast<int>(own) : kNone;
     const bool edge = tile.i0 + kBlockM > p.M || tile.j0 + Op::kBlockN > p.N;
-    const bool masked = (Op::kExact == Exact::on_repair && repairs(p)) || edge ||
-                        (diagonal != kNone && (!Op::kLabels || p.exclude_self));
+    const bool masked = edge || (diagonal != kNone && (!Op::kLabels || p.exclude_self)) ||
+                        (Op::kExact == Exact::on_repair && repairs(p));
     const Epilogue<Op> epilogue = {p, tile, at, diagonal, scratch, s.stores[mine], &weights_map, 3 + mine};
     if constexpr (Op::kExact == Exact::alone) {
       Op::finish_exact(acc, epilogue);

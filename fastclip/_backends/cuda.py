@@ -270,11 +270,11 @@ def plain_bwd(
     rows, chunks, stride, extra = sizes[2:]
     weights = image.new_empty((rows + extra, stride))
     kept, at = saved.data_ptr(), weights.data_ptr()
-    outputs = address(d_image), address(d_text), address(d_scale)
+    outputs = [0 if x is None else x.data_ptr() for x in (d_image, d_text, d_scale)]
     raw_image = raw_text = None
     for chunk in range(chunks):
         i0 = chunk * rows
-        block = weights.as_strided((min(rows, N - i0), N), (stride, 1))
+        block = weights.as_strided((rows if i0 + rows <= N else N - i0, N), (stride, 1))
         _module.loss_weights(problem, kept, at, chunk)
         if chunks == 1 and N <= _LONGEST_SUM:
             raw_image = None if d_image is None else _product(block, y)
@@ -282,8 +282,8 @@ def plain_bwd(
         else:
             raw_image = None if d_image is None else _sum_of_products(block, y)
             raw_text = None if d_text is None else _sum_of_products(block.t(), x[i0 : i0 + rows], raw_text)
-        addresses = d_loss.data_ptr(), address(raw_image), address(raw_text)
-        _module.loss_finish(problem, kept, at, chunk, *addresses, *outputs)
+        sums = [0 if x is None else x.data_ptr() for x in (d_loss, raw_image, raw_text)]
+        _module.loss_finish(problem, kept, at, chunk, *sums, *outputs)
     return d_image, d_text, d_scale
 
 

@@ -1,0 +1,509 @@
+"""The plain case on the CUDA backend, native as a whole: forward and backward against fp64, and its kernels alone.
+
+On a Hopper GPU, or without one in csrc/tests' emulator: blocks of a grid in random order, threads too.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastclip
+from fastclip._backends import cuda
+
+pytest.importorskip("triton")
+
+from support.accuracy import check, pairs, poisoned
+from support.kinds import DEVICE, GPU, SHAPES, kept, uneven
+
+pytestmark = [
+    pytest.mark.usefixtures("served", "poisoned_memory"),
+    *([pytest.mark.gpu] if GPU else []),
+]
+DTYPES = [torch.bfloat16, torch.float16]
+EVERY = (True, True, True)
+OFFSET2, REPAIR, GAIN = 2, 3, 4  # of the constants that `saved` begins with
+
+
+@pytest.fixture
+def served(request: pytest.FixtureRequest) -> None:
+    if not GPU:
+        request.getfixturevalue("emulated_cuda")
+    elif (reason := fastclip.backends()["cuda"]) != "available" or (
+        reason := cuda.refuses(torch.empty(1, dtype=torch.float16, device="cuda"), True)
+    ):
+        pytest.skip(f"cuda: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def clean_sizes() -> Iterator[None]:
+    cuda._sizes.cache_clear()
+    yield
+
+
+class Plain(torch.autograd.Function):
+    """The functions that the op calls, with nothing around them."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool) -> Tensor:
+        loss, saved = cuda.plain_fwd(image, text, scale, image_weight, normalize)
+        ctx.save_for_backward(image, text, scale, saved)
+        ctx.options = image_weight, normalize
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        image, text, scale, saved = ctx.saved_tensors
+        before = saved.clone()
+        found = cuda.plain_bwd(image, text, scale, saved, *ctx.options, d_loss, ctx.needs_input_grad[:3])
+        assert torch.equal(before.view(torch.int32), saved.view(torch.int32)), (
+            "what a second backward needs was changed"
+        )
+        return *found, None, None
+
+
+def plain(image_weight: float = 0.5, normalize: bool = True) -> Callable[..., Tensor]:
+    """From and to the CPU, where the truth is."""
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return Plain.apply(kept(image), kept(text), scale.to(DEVICE), image_weight, normalize).to("cpu")
+
+    return loss
+
+
+def features(dtype: torch.dtype, *shape: int, **options: Any) -> list[Tensor]:
+    return [poisoned(x, dtype) for x in pairs(*shape, **options)]
+
+
+def repaired(image: Tensor, text: Tensor, scale: float, normalize: bool = True) -> bool:
+    saved = cuda.plain_fwd(kept(image), kept(text), torch.tensor(scale, device=DEVICE), 0.5, normalize)[1]
+    return bool(saved[REPAIR] != 0)
+
+
+def run(
+    image: Tensor, text: Tensor, scale: float = 14.3, d_loss: float = 1.0, needs: Any = EVERY, **options: Any
+) -> list[Tensor]:
+    """Loss and the gradients that are needed."""
+    s = torch.tensor(scale, device=DEVICE)
+    options = {"image_weight": 0.5, "normalize": True, **options}
+    loss, saved = cuda.plain_fwd(image, text, s, *options.values())
+    upstream = torch.tensor(d_loss, device=DEVICE)
+    found = cuda.plain_bwd(image, text, s, saved, *options.values(), upstream, needs)
+    assert [x is not None for x in found] == list(needs)
+    return [loss, *(x for x in found if x is not None)]
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    kinds = {2: torch.int16, 4: torch.int32}
+    return all(torch.equal(x.view(kinds[x.element_size()]), y.view(kinds[y.element_size()])) for x, y in zip(a, b))
+
+
+# ---- against fp64 ----
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("scale", [14.3, 100.0, 1.0, -5.0, 0.0])
+@pytest.mark.parametrize("regime", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_and_gradients_accurate(dtype: torch.dtype, regime: str, scale: float) -> None:
+    N, D = SHAPES[regime][1]
+    check(plain(), *features(dtype, N, N, D), scale)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("image_weight", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_image_weight_accurate(dtype: torch.dtype, normalize: bool, image_weight: float) -> None:
+    image, text = features(dtype, 130, 130, 24)
+    options = {"image_weight": image_weight, "normalize": normalize}
+    check(plain(**options), image, text, 2.0, **options)
+
+
+@pytest.mark.parametrize(("noise", "loss", "scale"), [(0.12, 1e-9, 28.0), (0.06, 1e-20, 66.0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_confident_loss_keeps_digits(dtype: torch.dtype, noise: float, loss: float, scale: float) -> None:
+    """Gradients of 1e-22, whose weights fp16 holds times the gain. Dense torch has lost every digit here."""
+    image, text = features(dtype, 150, 150, 256, aligned=1.0, noise=noise)
+    found = check(plain(), image, text, scale, base_line=False)
+    assert loss / 1e4 < float(found.loss) < loss * 1e1, "the case no longer tests what its name says"
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("scale", [1.0, 5.0, -3.0])
+@pytest.mark.parametrize("N", [2, 64, 200, 260])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repair_of_uneven_norms(dtype: torch.dtype, N: int, scale: float) -> None:
+    """Logits thousands apart, one offset cannot serve them: one block of indices, a ragged one, several."""
+    image, text = (poisoned(x, dtype) for x in uneven(N, N))
+    check(plain(normalize=False), image, text, scale, normalize=False)
+    assert repaired(image, text, scale, normalize=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repair_of_opposite_features(dtype: torch.dtype) -> None:
+    """Normalised, scale 100, every negative cosine near -1 or 1 / 2: below what the offset reaches."""
+    image = torch.randn(2, 24).repeat_interleave(2, 0)
+    image, text = (poisoned(x, dtype) for x in (image + 0.01 * torch.randn(4, 24), -image))
+    check(plain(), image[:2], text[:2], 100.0)
+    assert repaired(image[:2], text[:2], 100.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repair_not_needed_for_ordinary_batches(dtype: torch.dtype) -> None:
+    assert not any(repaired(*features(dtype, 130, 130, 64), scale) for scale in (0.0, 10.0, 60.0, 100.0))
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("workspace", ["0.004", "0.125"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("N", [260, 400])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_panels_and_chunks(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, N: int, normalize: bool, workspace: str
+) -> None:
+    """A workspace for a few tiles, a repair included."""
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", workspace)
+    image, text = (poisoned(x, dtype) for x in (pairs(N, N, 24) if normalize else uneven(N, N)))
+    check(plain(0.75, normalize), image, text, 5.0, image_weight=0.75, normalize=normalize)
+    assert repaired(image, text, 5.0, normalize) == (not normalize)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_longer_sums_than_tensor_cores_keep(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: bool
+) -> None:
+    monkeypatch.setattr(cuda, "_LONGEST_SUM", 48)
+    check(plain(normalize=normalize), *features(dtype, 130, 130, 24), 2.0, normalize=normalize)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_rows(dtype: torch.dtype) -> None:
+    image, text = features(dtype, 40, 40, 16)
+    image[3], text[5] = 0, 0
+    loss, d_image, d_text, d_scale = (x.cpu() for x in run(kept(image), kept(text)))
+    z = 14.3 * (torch.nn.functional.normalize(image.double()) @ torch.nn.functional.normalize(text.double()).T)
+    true = (z.logsumexp(0).mean() + z.logsumexp(1).mean()) / 2 - z.diagonal().mean()
+    assert abs(float(loss) - float(true)) <= 1e-5 * float(true) and d_scale.isfinite()
+    for side, zero in ((d_image, 3), (d_text, 5)):  # its gradient is 1e12 times as large, which fp16 does not hold
+        assert side[torch.arange(40) != zero].abs().max() < 10
+        assert side[zero].isfinite().all() == (dtype == torch.bfloat16) and not side.isnan().any()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_pair_has_no_negatives(dtype: torch.dtype, normalize: bool) -> None:
+    found = run(*(kept(x) for x in features(dtype, 1, 1, 24)), normalize=normalize)
+    assert all((x == 0).all() for x in found)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_propagates(dtype: torch.dtype, normalize: bool, value: float) -> None:
+    image, text = features(dtype, 140, 140, 24)
+    image[130, 3] = value
+    loss, d_image, d_text, d_scale = run(kept(image), kept(text), normalize=normalize)
+    assert not loss.isfinite() and not d_scale.isfinite()
+    assert not d_image[130].isfinite().any() and not d_text.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_scale_that_is_not_finite_propagates(scale: float) -> None:
+    found = run(*(kept(x) for x in features(torch.bfloat16, 20, 20, 16)), scale=scale)
+    assert not any(x.isfinite().any() for x in found)
+
+
+def test_float16_of_large_norms() -> None:
+    """Norm 300, whose products overflow fp16 unless rows are scaled."""
+    image, text = (300 * x / x.norm(dim=1, keepdim=True) for x in pairs(130, 130, 64))
+    check(plain(), *(poisoned(x, torch.float16) for x in (image, text)), 14.3)
+
+
+def _lying(x: Tensor, how: str) -> Tensor:
+    """The same numbers, laid out in another way."""
+    N, D = x.shape
+    if how == "transposed":
+        return x.T.contiguous().T
+    if how == "misaligned":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(N, D)
+    if how == "rows apart":
+        return torch.nn.functional.pad(x, (0, 3), value=math.nan)[:, :D]
+    if how == "expanded":
+        return x[:1].expand(N, D)
+    if how == "columns apart":
+        return torch.stack([x, torch.full_like(x, math.nan)], 2)[..., 0]
+    return x.contiguous()
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("how", ["contiguous", "transposed", "misaligned", "rows apart", "expanded", "columns apart"])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("D", [1, 24, 30])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(dtype: torch.dtype, D: int, side: int, how: str) -> None:
+    sides = [x.to(dtype).to(DEVICE) for x in pairs(40, 40, D)]
+    sides[side] = _lying(sides[side], how)
+    assert sides[side].shape == (40, D)
+    for a, b in zip(run(*sides), run(*(x.contiguous() for x in sides))):
+        assert (a - b).double().norm() <= 1e-2 * b.double().norm(), how
+
+
+# ---- calls, bits, upstream ----
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: bool) -> None:
+    """Again, in other schedules, and on any number of processors; with and without a repair."""
+    given = features(dtype, 300, 300, 40) if normalize else [poisoned(x, dtype) for x in uneven(300, 300)]
+    image, text = map(kept, given)
+    first = run(image, text, normalize=normalize)
+    for seed, processors in [(1, 4), (2, 2), (3, 3), (4, 132)]:
+        monkeypatch.setenv("FASTCLIP_EMULATE_SEED", str(seed))
+        monkeypatch.setattr(cuda, "_processors", lambda device, n=processors: n)
+        assert same_bits(first, run(image, text, normalize=normalize)), (seed, processors)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_retained_graph_gives_the_same_bits(dtype: torch.dtype, normalize: bool) -> None:
+    image, text = (kept(x).requires_grad_() for x in features(dtype, 140, 140, 24))
+    scale = torch.tensor(9.0, device=DEVICE, requires_grad=True)
+    given = (image, text, scale)
+    loss = Plain.apply(*given, 0.5, normalize)
+    a, b = (torch.autograd.grad(loss, given, retain_graph=True) for _ in range(2))
+    assert same_bits(list(a), list(b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_upstream_is_a_factor(dtype: torch.dtype) -> None:
+    image, text = (kept(x) for x in features(dtype, 140, 140, 24))
+    _, *one = run(image, text)
+    _, *zero = run(image, text, d_loss=0.0)
+    assert all((x == 0).all() for x in zero)
+    _, *nothing = run(image, text, d_loss=math.nan)
+    assert all(x.isnan().all() for x in nothing)
+    for power in (2.0**16, 2.0**-4):
+        _, *scaled = run(image, text, d_loss=power)
+        for a, b in zip(one, scaled):
+            wide = (a.double() * power).to(a.dtype)  # of fp16 some small gradients have more digits times 2^16
+            assert (wide - b).double().abs().max() <= torch.finfo(a.dtype).smallest_normal * power
+        if dtype == torch.bfloat16:
+            assert same_bits([x * power for x in one], scaled)
+
+
+def test_loss_scaler_keeps_gradients_that_fp16_flushes() -> None:
+    """d_loss multiplies in fp32, before the one cast."""
+    image, text = (kept(x) for x in features(torch.float16, 150, 150, 256, aligned=1.0, noise=0.5))
+    _, *unscaled = run(image, text, 28.0)
+    _, *scaled = run(image, text, 28.0, d_loss=65536.0)
+    assert (unscaled[0] == 0).float().mean() > 0.9 and (scaled[0] == 0).float().mean() < 0.2
+
+
+def test_every_subset_of_gradients() -> None:
+    image, text = (kept(x) for x in features(torch.bfloat16, 140, 140, 24))
+    loss, *full = run(image, text)
+    for subset in range(8):
+        needs = [bool(subset >> k & 1) for k in range(3)]
+        expected = [loss, *(x for x, needed in zip(full, needs) if needed)]
+        assert same_bits(expected, run(image, text, needs=needs))
+
+
+@pytest.mark.skipif(GPU, reason="the emulator counts launches")
+@pytest.mark.parametrize(
+    ("dtype", "normalize", "expected"),
+    [
+        (torch.bfloat16, True, (4, 2)),  # norms, statistics, reduction, repair; weights, finish
+        (torch.float16, True, (4, 3)),  # rows brought to norm 1: by the norms; once more
+        (torch.bfloat16, False, (5, 2)),  # the bound on the logits
+    ],
+)
+def test_launches_and_calls(dtype: torch.dtype, normalize: bool, expected: tuple[int, int]) -> None:
+    """Beside them two products of the library, and autograd's fill. Python's part is what a small step waits for."""
+    image, text = (x.contiguous() for x in features(dtype, 64, 64, 32))
+    scale, upstream = torch.tensor(5.0), torch.tensor(1.0)
+    cuda._module.launches()
+    _, saved = cuda.plain_fwd(image, text, scale, 0.5, normalize)
+    launches = cuda._module.launches()
+    calls = [_calls(lambda: cuda.plain_fwd(image, text, scale, 0.5, normalize))]
+    cuda._module.launches()
+    calls.append(_calls(lambda: cuda.plain_bwd(image, text, scale, saved, 0.5, normalize, upstream, EVERY)))
+    assert (launches, cuda._module.launches()) == expected
+    assert calls[0] <= 30 and calls[1] <= 48, calls
+
+
+def _calls(function: Callable[[], Any]) -> int:
+    """Of Python's and of C's functions."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+# ---- the kernels alone, by what they leave ----
+
+
+class Saved(NamedTuple):
+    """What the forward hands to the backward, as csrc/cuda/loss_plan.h lays it out."""
+
+    constants: Tensor
+    own_scale: Tensor
+    own: Tensor
+    inv: list[Tensor]
+    factor: list[Tensor]
+    weight: list[Tensor]
+    lse2: list[Tensor]
+
+    @staticmethod
+    def of(saved: Tensor, N: int) -> Saved:
+        padded, at = (N + 31) // 32 * 32, 0
+
+        def take(count: int, words: int = 1) -> Tensor:
+            nonlocal at
+            part = saved[at : at + max(padded * words, 32) if count == N else at + 32]
+            at += len(part)
+            return (part if words == 1 else part.view(torch.float64))[:count].double().cpu()
+
+        found: dict[str, Any] = {"inv": [], "factor": [], "weight": [], "lse2": []}
+        constants, own_scale, own = take(8), take(1, 2), take(N, 2)
+        for _ in range(2):
+            for name, words in (("inv", 1), ("factor", 1), ("weight", 2), ("lse2", 1)):
+                found[name].append(take(N, words))
+        assert at == len(saved)
+        return Saved(constants, own_scale, own, **found)
+
+
+@pytest.mark.parametrize("N", [1, 31, 32, 33, 1000])
+def test_saved_is_as_large_as_promised(N: int) -> None:
+    assert 4 * cuda.plain_saved(N) == cuda._module.loss_plan(N, 8, 2**20, 4)[0]
+
+
+def close(ours: Tensor, true: Tensor, tolerance: float, what: str) -> None:
+    error = (ours - true).abs() / true.abs().clamp_min(1e-300)
+    assert (error <= tolerance).all(), f"{what}: worst {error.max():.1e} at {error.argmax()}"
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("N", [40, 129, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_the_forward_hands_on(dtype: torch.dtype, N: int, repair: bool) -> None:
+    """Norms, reduction and repair: every vector of the backward in fp64."""
+    image, text = (poisoned(x, dtype) for x in (uneven(N, N) if repair else pairs(N, N, 40)))
+    scale, w = torch.tensor(3.0), 0.75
+    found = cuda.plain_fwd(kept(image), kept(text), scale.to(DEVICE), w, not repair)[1]
+    saved = Saved.of(found, N)
+    sides = image.double(), text.double()
+    inv = [torch.ones(N, dtype=torch.float64) if repair else 1 / x.norm(dim=1) for x in sides]
+    cosine = inv[0][:, None] * inv[1] * (sides[0] @ sides[1].T)
+    z = 3.0 * cosine
+    neg = z.masked_fill(torch.eye(N, dtype=torch.bool), -math.inf)
+    bound = 3.0 if not repair else 3.0 * float(sides[0].norm(dim=1).max() * sides[1].norm(dim=1).max())
+    offset2 = max(bound - 70, 0) / math.log(2)
+    assert abs(float(saved.constants[OFFSET2]) - offset2) <= 1e-5 * offset2
+    assert (saved.constants[REPAIR] != 0) == repair
+    largest, own = 0.0, torch.zeros(N, dtype=torch.float64)
+    for side, share in enumerate((w, 1 - w)):
+        lse = neg.logsumexp(1 - side)
+        d = share * torch.sigmoid(lse - z.diagonal()) / N
+        own, largest = own - d, max(largest, float(d.max()))
+        close(saved.inv[side], inv[side], 1e-6, "inv")
+        power = 2.0 ** inv[side].log2().floor() if dtype == torch.float16 and not repair else torch.ones(N)
+        assert torch.equal(saved.factor[side] * power, saved.inv[side])
+        tolerance = 1e-4 if repair else 1e-5
+        if repair:
+            close(saved.lse2[side], lse / math.log(2), 1e-6, "lse2")
+            lost = saved.lse2[side] - lse / math.log(2)
+            shown = d > 1e-30
+            close(saved.weight[side][shown], (d * lost.exp2())[shown], tolerance, "weight")
+        else:
+            close(saved.weight[side], d * torch.exp(offset2 * math.log(2) - lse), tolerance, "weight")
+    close(saved.own[own < -1e-30], own[own < -1e-30], 1e-4 if repair else 1e-5, "own")
+    close(saved.own_scale, (own * cosine.diagonal()).sum()[None], 1e-4, "own_scale")
+    assert float(saved.constants[GAIN]) == 2.0 ** (10 - math.floor(math.log2(largest)))
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("N", [40, 129, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights(dtype: torch.dtype, N: int, repair: bool) -> None:
+    """One rounding of the dtype, of gain G r c; 0 at the own pairs; nothing outside."""
+    image, text = (kept(poisoned(x, dtype)) for x in (uneven(N, N) if repair else pairs(N, N, 40)))
+    scale = torch.tensor(3.0, device=DEVICE)
+    _, found = cuda.plain_fwd(image, text, scale, 0.5, not repair)
+    saved = Saved.of(found, N)
+    *_operands, problem, sizes = _problem(image, text, scale, not repair)
+    rows, _, stride, extra = sizes[2:]
+    weights = image.new_full((rows + extra, stride), math.nan)
+    cuda._module.loss_weights(problem, found.data_ptr(), weights.data_ptr(), 0)
+    x, y = (side.double().cpu() for side in (image, text))
+    z = 3.0 * saved.inv[0][:, None] * saved.inv[1] * (x @ y.T)
+    neg = z.masked_fill(torch.eye(N, dtype=torch.bool), -math.inf)
+    p = [0.5 * torch.sigmoid(neg.logsumexp(k) - z.diagonal()) / N for k in (1, 0)]
+    g = p[0][:, None] * neg.softmax(1) + p[1] * neg.softmax(0)
+    true = float(saved.constants[GAIN]) * g * saved.factor[0][:, None] * saved.factor[1]
+    ours = weights[:N, :N].double().cpu()
+    assert (ours.diagonal() == 0).all()
+    smallest = max(torch.finfo(dtype).smallest_normal, 1e-30)
+    logit_error = 2e-3 if repair else 1e-4  # of logits that are thousands, in fp32
+    assert ((ours - true).abs() <= (torch.finfo(dtype).eps / 2 + logit_error) * true + smallest).all()
+    assert weights[:N, -(-N // 8) * 8 :].isnan().all(), "written outside"
+
+
+def _problem(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> tuple[Any, ...]:
+    return cuda._plain(image, text, scale, 0.5, normalize)
+
+
+def test_finish() -> None:
+    """From sums of the products that are any numbers: projection, scale, upstream, and d_scale's sum."""
+    N, D = 140, 40
+    image, text = (kept(x) for x in features(torch.bfloat16, N, N, D))
+    scale, upstream = torch.tensor(3.0, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+    _, found = cuda.plain_fwd(image, text, scale, 0.5, True)
+    saved = Saved.of(found, N)
+    *_operands, problem, sizes = _problem(image, text, scale, True)
+    rows, _, stride, extra = sizes[2:]
+    weights = image.new_zeros((rows + extra, stride))
+    cuda._module.loss_weights(problem, found.data_ptr(), weights.data_ptr(), 0)
+    raw = [torch.randn(N, D, device=DEVICE) for _ in range(2)]
+    out = [image.new_full((N, D), math.nan) for _ in range(2)]
+    d_scale = scale.new_empty(())
+    addresses = [x.data_ptr() for x in (upstream, *raw, *out, d_scale)]
+    cuda._module.loss_finish(problem, found.data_ptr(), weights.data_ptr(), 0, *addresses)
+    gain = float(saved.constants[GAIN])
+    x, y = (side.double().cpu() for side in (image, text))
+    own = gain * saved.own * saved.factor[0] * saved.factor[1]
+    for a, b, sums, ours, k in ((x, y, raw[0], out[0], 0), (y, x, raw[1], out[1], 1)):
+        g = sums.double().cpu() + own[:, None] * b
+        g = g - a * ((a * g).sum(1) / (a * a).sum(1))[:, None]
+        true = 0.5 * 3.0 * g / gain * (saved.inv[k] / saved.factor[k])[:, None]
+        error = (ours.double().cpu() - true).abs().max(1).values
+        assert (error <= 2.0**-8 * true.abs().max(1).values).all()
+    part = weights.flatten()[rows * stride :].view(torch.float32)[32:]
+    tiles = -(-N // 128) * -(-N // 64)
+    true = 0.5 * (part[:tiles].double().sum().cpu() / gain + saved.own_scale[0])
+    assert abs(float(d_scale) - float(true)) <= 1e-6 * abs(float(true))
+
+
+@pytest.mark.parametrize("spoil", [{"N": 0}, {"D": 0}, {"workspace": -1}, {"processors": 1}], ids=str)
+def test_plan_refuses(spoil: dict[str, int]) -> None:
+    given = {"N": 5, "D": 8, "workspace": 2**20, "processors": 4, **spoil}
+    with pytest.raises(ValueError, match="refused its arguments"):
+        cuda._module.loss_plan(*given.values())
