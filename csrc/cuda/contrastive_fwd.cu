@@ -4,6 +4,7 @@
 //             with labels also of E and of z2 over the positives
 //   Traffic   writes 4 planes (M tiles_n + N tiles_m) bytes
 #include "launch.cuh"
+#include "loss_kernels.h"
 
 namespace fastclip {
 namespace {
@@ -12,6 +13,7 @@ template <bool kHalf_, int kBlockN_, bool kLabels_>
 struct Statistics {
   static constexpr bool kHalf = kHalf_, kLabels = kLabels_, kStores = false, kSkipsRepairs = false;
   static constexpr Exact kExact = Exact::never;
+  static constexpr bool kFindsOffset = true;
   static constexpr int kBlockN = kBlockN_, kStages = 5;
   static constexpr int kPlanes = kLabels ? 3 : 1, kSums = kPlanes, kSumsN = kBlockN;
   enum { kFactor, kLabel, kVectors };
@@ -33,7 +35,7 @@ struct Statistics {
     const Params& p = t.p;
     const Tile& tile = t.tile;
     const Place& at = t.at;
-    const float offset2 = __ldg(p.constants + FASTCLIP_OFFSET2);
+    const float offset2 = t.scratch.offset2;
     const Mask mask = t.mask();
     float factor[kHalves][2], row_sum[kPlanes][kHalves][2] = {};
     int32_t label[kHalves][2] = {};
@@ -129,6 +131,15 @@ struct Statistics {
 };
 
 }  // namespace
+
+int start_statistics(const fastclip_cuda_block& block, const Loss& loss) {
+  Params p = {};
+  p.row.factor = loss.side[0].factor + loss.i0, p.row.part = static_cast<float*>(loss.side[0].part);
+  p.col.factor = loss.side[1].factor, p.col.part = static_cast<float*>(loss.side[1].part);
+  p.loss = loss;
+  return launch<Statistics, FASTCLIP_CUDA_TILE_N, false>(&block, p);
+}
+
 }  // namespace fastclip
 
 extern "C" int fastclip_cuda_contrastive_fwd(const fastclip_cuda_block* block, const fastclip_cuda_fwd_side* image,

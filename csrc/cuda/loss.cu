@@ -88,9 +88,7 @@ int forward(const fastclip_cuda_loss& c, const LossForward& f, Loss* p) {
   if (const int error = start_norms(*p, half, c.stream)) return error;
   for (int64_t i0 = 0; i0 < c.N; i0 += f.panel) {
     const fastclip_cuda_block block = block_of(c, p, i0, f.panel, f.tile_n);
-    const fastclip_cuda_fwd_side image = {p->side[0].factor + i0, nullptr, static_cast<float*>(p->side[0].part)};
-    const fastclip_cuda_fwd_side text = {p->side[1].factor, nullptr, static_cast<float*>(p->side[1].part)};
-    if (const int error = fastclip_cuda_contrastive_fwd(&block, &image, &text)) return error;
+    if (const int error = start_statistics(block, *p)) return error;
     if (const int error = start_reduce(*p, c.stream)) return error;
   }
   for (int64_t i0 = 0; i0 < c.N; i0 += f.panel) {
@@ -131,7 +129,8 @@ extern "C" int fastclip_cuda_loss_forward(const fastclip_cuda_loss* c, void* sav
   if (const int error = view(c, saved, &p)) return error;
   if (!work || !loss) return FASTCLIP_INVALID_ARGUMENT;
   const LossForward f = loss_forward(c->N, c->workspace);
-  p.tickets = at<unsigned>(work, f.tickets), p.cosine = at<double>(work, f.cosine), p.top = at<float>(work, f.top);
+  p.tickets = at<unsigned>(work, f.tickets), p.cosine = at<double>(work, f.cosine);
+  p.top = p.normalize ? nullptr : at<float>(work, f.top);
   p.record = at<double>(work, f.record), p.loss = loss;
   for (int k = 0; k < 2; ++k) p.side[k].sums = at<double>(work, f.sums[k]), p.side[k].part = at<void>(work, f.part[k]);
   const OnDevice guard(c->device);

@@ -12,6 +12,7 @@ int start_loss(LossKernel kernel, int64_t blocks, int threads, int smem_bytes, c
 
 int start_norms(const Loss& p, bool half, void* stream);
 int start_copies(const Loss& p, bool half, void* stream);
+int start_statistics(const fastclip_cuda_block& block, const Loss& p);
 int start_reduce(const Loss& p, void* stream);
 int start_repair(const fastclip_cuda_block& block, const Loss& p);
 int start_weights(const fastclip_cuda_block& block, const Loss& p, void* weights, int64_t stride);

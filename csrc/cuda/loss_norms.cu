@@ -2,7 +2,8 @@
 //
 //   Math      inv_k = 1 / max(norm x_k, 1e-12), or 1; cosine_k = inv^I_k inv^T_k <I_k, T_k>; where the products read
 //             copies, those: x_k 2^e with norm in (1/2, 1] for fp16, and factor_k = inv_k / 2^e, else factor_k = inv_k
-//   Program   a warp a pair; the first block writes the constants; all of them set the tickets of the pass to 0
+//   Program   a warp a pair; the first block writes the constants, but for the offset where rows are no unit rows: the
+//             statistics find that in every block's largest norms; all of them set the tickets of the pass to 0
 //   Traffic   reads both matrices once, 16 bytes at a time where they lie so; copies: again, and writes them
 //   Precision fp64; a copy is exact but for elements 2^-24 below its row's norm, which may flush in fp16
 //   Ragged    columns of copies beyond D become 0
@@ -14,9 +15,6 @@ namespace fastclip {
 namespace {
 
 constexpr double kEps = 1e-12;  // lower bound of a norm, as in torch.nn.functional.normalize
-constexpr float kReach =
-    70.f;  // exponentials, and sums of a million of them, do not overflow so far above their offset
-
 __device__ __forceinline__ float inverse_norm(double squares, int normalize) {
   if (!normalize) return squares == squares ? 1.f : static_cast<float>(squares);  // NaN stays
   const double norm = sqrt(squares);
@@ -27,11 +25,6 @@ __device__ __forceinline__ float inverse_norm(double squares, int normalize) {
 __device__ __forceinline__ float high_bit(float x) {
   const int32_t power = as_int(x) & 0x7f800000;
   return power > 0 && power < 0x7f800000 ? as_float(power) : 1.f;
-}
-
-// An offset of 0 where that reaches all logits: the further an exponent is from 0, the more digits it loses.
-__device__ __forceinline__ void set_offset(float* constants, float bound) {
-  constants[FASTCLIP_OFFSET2] = (bound <= kReach ? 0.f : bound - kReach) * kLog2e;
 }
 
 template <bool kHalf>
@@ -72,7 +65,7 @@ __global__ void __launch_bounds__(kRowThreads) norms_kernel(const __grid_constan
     product = warp_sum(product);
     if (lane == 0) p.cosine[k] = static_cast<double>(inv[0]) * inv[1] * product;
   }
-  if (!p.normalize) {  // uniform: the bound on the logits has to be found
+  if (!p.normalize) {  // uniform: the statistics find the bound on the logits, from these
     float* tops = reinterpret_cast<float*>(dynamic_smem());
     if (lane == 0) tops[warp] = top[0], tops[kRowsOfBlock + warp] = top[1];
     __syncthreads();
@@ -84,29 +77,10 @@ __global__ void __launch_bounds__(kRowThreads) norms_kernel(const __grid_constan
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     p.constants[FASTCLIP_SCALE] = *p.scale;
-    if (p.normalize) set_offset(p.constants, fabsf(*p.scale));
+    if (p.normalize) p.constants[FASTCLIP_OFFSET2] = offset2_of(fabsf(*p.scale));
   }
   const int tickets = 2 + (p.N + kIndices - 1) / kIndices;
   for (int t = blockIdx.x * kRowThreads + threadIdx.x; t < tickets; t += gridDim.x * kRowThreads) p.tickets[t] = 0;
-}
-
-// The offset from the largest norms of every block of the norms. One block.
-__global__ void __launch_bounds__(kRowThreads) bound_kernel(const __grid_constant__ Loss p) {
-  const int blocks = (p.N + kRowsOfBlock - 1) / kRowsOfBlock, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float* tops = reinterpret_cast<float*>(dynamic_smem());
-#pragma unroll
-  for (int s = 0; s < 2; ++s) {
-    float top = 0.f;
-    for (int b = threadIdx.x; b < blocks; b += kRowThreads) top = fmaxf(top, p.top[s * blocks + b]);
-    top = warp_max(top);
-    if (lane == 0) tops[s * kRowsOfBlock + warp] = top;
-  }
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  float top[2] = {0.f, 0.f};
-  for (int w = 0; w < kRowsOfBlock; ++w)
-    top[0] = fmaxf(top[0], tops[w]), top[1] = fmaxf(top[1], tops[kRowsOfBlock + w]);
-  set_offset(p.constants, fabsf(*p.scale) * (top[0] * top[1]));
 }
 
 // The copies of the forward once more, for the backward: they are not kept in between.
@@ -127,9 +101,7 @@ int64_t blocks_of(const Loss& p) { return (static_cast<int64_t>(p.N) + kRowsOfBl
 
 int start_norms(const Loss& p, bool half, void* stream) {
   constexpr int kBytes = 2 * kRowsOfBlock * sizeof(float);
-  const int error =
-      start_loss(half ? norms_kernel<true> : norms_kernel<false>, blocks_of(p), kRowThreads, kBytes, p, stream);
-  return error || p.normalize ? error : start_loss(bound_kernel, 1, kRowThreads, kBytes, p, stream);
+  return start_loss(half ? norms_kernel<true> : norms_kernel<false>, blocks_of(p), kRowThreads, kBytes, p, stream);
 }
 
 int start_copies(const Loss& p, bool half, void* stream) {

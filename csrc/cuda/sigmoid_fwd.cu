@@ -25,6 +25,7 @@ template <bool kHalf_, int kBlockN_, bool kGradients>
 struct Sigmoid {
   static constexpr bool kHalf = kHalf_, kLabels = false, kStores = kGradients, kSkipsRepairs = false;
   static constexpr Exact kExact = Exact::never;
+  static constexpr bool kFindsOffset = false;
   static constexpr int kBlockN = kBlockN_, kStages = 4, kSums = 3, kSumsN = 1;
   enum { kFactor, kWeight, kRowVectors };  // of the logit and of the gradient
   static constexpr int kColVectors = 1;

@@ -33,6 +33,8 @@ constexpr int kBand = 8;  // pairs of tile rows that are walked column by column
 constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "registers of a multiprocessor");
 constexpr float kLog2e = 1.44269504f, kSmallest = 0x1p-126f;
+constexpr float kReach =
+    70.f;  // exponentials, and sums of a million of them, do not overflow so far above their offset
 
 struct Side {
   const float *factor, *neg, *pos, *own;  // as in fastclip.h
@@ -84,6 +86,7 @@ struct Scratch {
   alignas(16) float row[Op::kRowVectors][kBlockM];
   alignas(16) float col[Op::kColVectors][Op::kBlockN];
   alignas(16) float sums[Op::kSums][4][Op::kSumsN];
+  float offset2;  // with kFindsOffset
 };
 
 // Stored weights on their way: a piece is 64 rows of 64 two-byte values.
@@ -217,6 +220,36 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int block_n, int pair, 
   return {m, n, m * kBlockM, n * block_n};
 }
 
+// An offset of 0 where that reaches all logits: the further an exponent is from 0, the more digits it loses.
+__device__ __forceinline__ float offset2_of(float bound) { return (bound <= kReach ? 0.f : bound - kReach) * kLog2e; }
+
+// The exponents' offset: that of the constants, or where the norms' blocks have left their largest ones from those.
+// Every CTA finds it anew, the first one for the kernels to come as well.
+template <class Op>
+__device__ __forceinline__ void find_offset(const Params& p, Smem<Op>& s) {
+  float offset2 = 0.f;
+  if (p.loss.top == nullptr) {
+    offset2 = __ldg(p.constants + FASTCLIP_OFFSET2);
+  } else {
+    const int blocks = (p.loss.N + kRowsOfBlock - 1) / kRowsOfBlock, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float (&tops)[4][Op::kSumsN] = s.scratch[0].sums[0];
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      float top = 0.f;
+      for (int b = threadIdx.x; b < blocks; b += kThreads) top = fmaxf(top, __ldg(p.loss.top + side * blocks + b));
+#pragma unroll
+      for (int bit = 16; bit > 0; bit >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, bit));
+      if (lane == 0) tops[side][warp] = top;
+    }
+    __syncthreads();
+    float top[2] = {0.f, 0.f};
+    for (int w = 0; w < kThreads / 32; ++w) top[0] = fmaxf(top[0], tops[0][w]), top[1] = fmaxf(top[1], tops[1][w]);
+    offset2 = offset2_of(fabsf(__ldg(p.constants + FASTCLIP_SCALE)) * (top[0] * top[1]));
+    if (blockIdx.x == 0 && threadIdx.x == 0) const_cast<float*>(p.constants)[FASTCLIP_OFFSET2] = offset2;
+  }
+  if (threadIdx.x < 2) s.scratch[threadIdx.x].offset2 = offset2;
+}
+
 template <int kAcc>
 __device__ __forceinline__ void hold(float (&acc)[kHalves][kAcc]) {
 #pragma unroll
@@ -330,6 +363,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     mbarrier_init_fence();
   }
+  if constexpr (Op::kFindsOffset) find_offset(p, s);
   cluster_sync();
   if (group == 0) {
     give_registers<kProducerRegisters>();

@@ -6,6 +6,7 @@
 
 #include "../fastclip.h"
 #include "check.h"
+#include "cuda_loss.h"
 
 namespace {
 
@@ -138,6 +139,7 @@ void names() {
 
 int main() {
   blocks(), sides(), outputs(), good(), names();
+  plain_refusals(), plain_layout();
   std::printf("%d failures\n", g_failures);
   return g_failures != 0;
 }

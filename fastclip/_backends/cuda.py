@@ -239,7 +239,7 @@ def plain_fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss () of features (N, D) whose rows are pairs, and what the backward needs (`plain_saved`): in one native
-    call of four launches, five where features are not normalised.
+    call of four launches.
 
     scale: () fp32 on the device. image_weight: w in w mean_i + (1 - w) mean_j.
     """

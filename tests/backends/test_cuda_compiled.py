@@ -27,7 +27,7 @@ pytestmark = [
 ]
 # Tile kernels with their fp16, columns of a tile, labels or gradients; and the ordinary kernels of the plain case
 TILES = re.compile(r"\d(Statistics|Weights|Sigmoid|Weigh|Repair)ILb([01])E(?:Li(\d+)ELb([01])E)?E")
-SMALL = re.compile(r"\d(norms|bound|copy|reduce|finish)_kernel(?:ILb([01])E)?")
+SMALL = re.compile(r"\d(norms|copy|reduce|finish)_kernel(?:ILb([01])E)?")
 # (kernel, fp16, columns of a tile, labels or gradients): every one that the C interface can start
 TILE_KERNELS = {
     (name, half, columns, option)
@@ -37,7 +37,7 @@ TILE_KERNELS = {
 TILE_KERNELS |= {("Weigh", half, columns, "0") for half in "01" for columns in (64, 192)}
 TILE_KERNELS |= {("Repair", half, 64, "") for half in "01"}
 SMALL_KERNELS = {(name, half, 0, "") for name in ("norms", "copy", "finish") for half in "01"}
-SMALL_KERNELS |= {(name, "", 0, "") for name in ("bound", "reduce")}
+SMALL_KERNELS |= {("reduce", "", 0, "")}
 KERNELS = TILE_KERNELS | SMALL_KERNELS
 REGISTERS = 168  # 65536 / 384 threads, rounded down to what the hardware deals out; setmaxnreg moves them afterwards
 

@@ -323,7 +323,7 @@ def test_every_subset_of_gradients() -> None:
     [
         (torch.bfloat16, True, (4, 2)),  # norms, statistics, reduction, repair; weights, finish
         (torch.float16, True, (4, 3)),  # rows brought to norm 1: by the norms; once more
-        (torch.bfloat16, False, (5, 2)),  # the bound on the logits
+        (torch.bfloat16, False, (4, 2)),
     ],
 )
 def test_launches_and_calls(dtype: torch.dtype, normalize: bool, expected: tuple[int, int]) -> None:
@@ -439,6 +439,25 @@ def test_what_the_forward_hands_on(dtype: torch.dtype, N: int, repair: bool) -> 
     assert float(saved.constants[GAIN]) == 2.0 ** (10 - math.floor(math.log2(largest)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repair_keeps_what_rounding_takes(dtype: torch.dtype) -> None:
+    """Of logits that are thousands, and of their log-sum-exps: products of these features are exact."""
+    N = 130
+    image, text = (torch.randint(-8, 9, (N, 8)) * 2.0 ** (torch.arange(N) % 6)[:, None] for _ in range(2))
+    scale = torch.tensor(0.057)
+    found = cuda.plain_fwd(image.to(DEVICE, dtype), text.to(DEVICE, dtype), scale.to(DEVICE), 0.5, False)[1]
+    saved = Saved.of(found, N)
+    z = scale.double() * (image.double() @ text.double().T)
+    neg = z.masked_fill(torch.eye(N, dtype=torch.bool), -math.inf)
+    assert saved.constants[REPAIR] != 0 and z.abs().max() > 1000
+    for side in range(2):
+        lse = neg.logsumexp(1 - side)
+        d = 0.5 * torch.sigmoid(lse - z.diagonal()) / N
+        shown = d > 1e-30
+        true = d * (saved.lse2[side] - lse / math.log(2)).exp2()
+        close(saved.weight[side][shown], true[shown], 5e-6, "weight")
+
+
 @pytest.mark.pairwise
 @pytest.mark.parametrize("repair", [False, True])
 @pytest.mark.parametrize("N", [40, 129, 300])
@@ -480,7 +499,7 @@ def test_finish() -> None:
     saved = Saved.of(found, N)
     *_operands, problem, sizes = _problem(image, text, scale, True)
     rows, _, stride, extra = sizes[2:]
-    weights = image.new_zeros((rows + extra, stride))
+    weights = image.new_full((rows + extra, stride), math.nan)
     cuda._module.loss_weights(problem, found.data_ptr(), weights.data_ptr(), 0)
     raw = [torch.randn(N, D, device=DEVICE) for _ in range(2)]
     out = [image.new_full((N, D), math.nan) for _ in range(2)]
