@@ -19,7 +19,7 @@ PROMISES = [
             Break(
                 "the loss of pairs is made of the statistics",
                 "fastclip/ops/plain.py",
-                old="if name not in _SERVING:",
+                old='if name == "reference":',
                 new="if name:",
             ),
             Break(

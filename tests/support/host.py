@@ -303,8 +303,6 @@ def main(what: str, backend: str, normalize: bool, capability: int, module: str)
     import torch
 
     import fastclip
-    from fastclip import _backends
-    from fastclip.ops import plain
 
     torch.set_num_threads(1)
     if what.endswith("arguments"):
@@ -313,8 +311,6 @@ def main(what: str, backend: str, normalize: bool, capability: int, module: str)
 
             sequence._READ_LAUNCHERS = ()
         return arguments(backend, normalize)
-    if hasattr(_backends._BACKENDS[backend], "plain_fwd"):
-        plain._SERVING = (*plain._SERVING, backend)
     inputs = _inputs()
 
     def loss(*inputs: Any) -> Any:

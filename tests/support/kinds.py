@@ -89,6 +89,7 @@ GPU_KINDS += [Kind("cuda", dtype) for dtype in (torch.bfloat16, torch.float16)]
 KINDS = CPU_KINDS + GPU_KINDS
 # The loss of pairs has two ways that must not differ: one op, and the way of all others
 WAYS = [*KINDS, *(Kind("cpu", dtype, by_statistics=True) for dtype in (torch.float32, torch.bfloat16, torch.float16))]
+WAYS += [Kind("triton", torch.float16, by_statistics=True), Kind("cuda", torch.bfloat16, by_statistics=True)]
 REFERENCE = Kind("reference", torch.float32)
 
 
