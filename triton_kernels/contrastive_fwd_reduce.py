@@ -67,8 +67,7 @@ def _reduce(
     k = k0 + tl.arange(0, BLOCK)
     some = k < size
     for plane in tl.static_range((3 if LABELS else 1) + ((2 if LABELS else 1) if MAXIMA else 0)):
-        is_sum: tl.constexpr = LABELS and plane == 2
-        is_top: tl.constexpr = plane >= (3 if LABELS else 1)
+        is_sum, is_top = LABELS and plane == 2, plane >= (3 if LABELS else 1)
         out_ptrs = out_ptr + plane * out_plane + k
         before = tl.load(out_ptrs, mask=some & (first == 0), other=0.0 if is_sum or not EXACT else -INF)
         total = reduce_plane(

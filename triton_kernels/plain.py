@@ -218,7 +218,7 @@ def plain_fwd(
             *(*parts, lse, cos, row_vec, wide + plan.share, tickets + 4 * repair, constants, loss),
             *(*statistics.whole, N, image_weight),
         )
-        flags = {"PARTS": len(plan.panels) == 1, "EXACT": repair == 1, "TICKET": _TICKET, "TILES": 32, **_REDUCTION}
+        flags = {"PARTS": len(plan.panels) == 1, "EXACT": repair == 1, "TICKET": _TICKET, "TILES": 16, **_REDUCTION}
         start(plain_reduce_kernel, plan.reduce_programs, arguments, flags)
     if not _TICKET:
         arguments = row_vec, wide + plan.share, constants, loss, plan.reduce_programs, N
