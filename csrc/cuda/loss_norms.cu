@@ -27,6 +27,21 @@ __device__ __forceinline__ float high_bit(float x) {
   return power > 0 && power < 0x7f800000 ? as_float(power) : 1.f;
 }
 
+// The constants, and zeros for whatever of `saved` no kernel writes: its bits are a function of the problem. One block.
+__device__ __forceinline__ void set_up(const Loss& p) {
+  const int t = threadIdx.x;
+  const float scale = *p.scale, offset2 = p.normalize ? offset2_of(fabsf(scale)) : 0.f;
+  if (t < kSavedHeader) p.constants[t] = t == FASTCLIP_SCALE ? scale : t == FASTCLIP_OFFSET2 ? offset2 : 0.f;
+  const int64_t k = static_cast<int64_t>(p.N) + t;
+  if (k >= (p.N + int64_t{kSavedRows} - 1) / kSavedRows * kSavedRows) return;
+  p.own[k] = 0;
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    const LossSide& side = p.side[s];
+    side.inv[k] = side.factor[k] = side.lse2[k] = 0.f, side.weight[k] = 0;
+  }
+}
+
 template <bool kHalf>
 __global__ void __launch_bounds__(kRowThreads) norms_kernel(const __grid_constant__ Loss p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -75,10 +90,7 @@ __global__ void __launch_bounds__(kRowThreads) norms_kernel(const __grid_constan
       p.top[threadIdx.x * gridDim.x + blockIdx.x] = largest;
     }
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    p.constants[FASTCLIP_SCALE] = *p.scale;
-    if (p.normalize) p.constants[FASTCLIP_OFFSET2] = offset2_of(fabsf(*p.scale));
-  }
+  if (blockIdx.x == 0) set_up(p);
   const int tickets = 2 + (p.N + kIndices - 1) / kIndices;
   for (int t = blockIdx.x * kRowThreads + threadIdx.x; t < tickets; t += gridDim.x * kRowThreads) p.tickets[t] = 0;
 }

@@ -35,7 +35,7 @@ int tile_n(int64_t N) {
 LossSaved loss_saved(int64_t N) {
   Layout layout;
   LossSaved s = {};
-  N = round_up(N, kAlign / 4);  // so that the sum is short: plain_saved of fastclip/_backends/cuda.py
+  N = round_up(N, kSavedRows);  // so that the sum is short: plain_saved of fastclip/_backends/cuda.py
   s.constants = layout.take(kConstants, 4);
   s.own_scale = layout.take(1, 8);
   s.own = layout.take(N, 8);

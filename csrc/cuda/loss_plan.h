@@ -11,6 +11,8 @@ constexpr int kRowsOfBlock = 8;    // rows that a block of the norms and of the 
 constexpr int kIndices = 128;      // in a block of them that a repair reduces: the rows of its tiles
 constexpr int kExactColumns = 64;  // of a repair's tile
 constexpr int kConstants = 8;      // FASTCLIP_SCALE and on
+constexpr int kSavedHeader = 64;   // floats before the first vector of what is saved
+constexpr int kSavedRows = 32;     // its vectors are padded to a multiple of that
 
 // What the forward hands to the backward.
 struct LossSaved {

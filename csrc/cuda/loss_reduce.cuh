@@ -5,6 +5,8 @@
 //   Precision fp64: softplus of a difference keeps the digits of a small loss
 //   Order     32 indices a record by a tree of lanes, records by threads and a tree: bitwise repeatable
 #pragma once
+#include <cstring>
+
 #include "loss_rows.cuh"
 
 namespace fastclip {
@@ -19,6 +21,15 @@ __device__ __forceinline__ double softplus(double t, double* derivative) {
   inverse = fma(inverse, fma(-u, inverse, 1.0), inverse);
   *derivative = (t >= 0 ? 1 : e) * inverse;
   return (t > 0 ? t : 0) + (log(u) + (e - (u - 1)) * inverse);  // log1p(e): what u lost of e is put back
+}
+
+// A number whose two words are fp32 numbers as well, no NaN: torch compares what is saved as such. Costs 2^-29 of it.
+__device__ __forceinline__ double in_words(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof x);
+  bits &= ~(uint64_t{1} << 23);
+  memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 // Index k of both sides, by a whole warp with consecutive k: lse2 are its log2-sum-exp2, `served` whether one offset
@@ -40,13 +51,13 @@ __device__ __forceinline__ void finish_index(const Loss& p, int64_t k, int lane,
       double shift = p.constants[FASTCLIP_OFFSET2] - lse2[s];
       if (exact) shift = fabsf(rounded) < HUGE_VALF ? rounded - lse2[s] : 0;
       const bool wanted = lse2[s] != -kInf && d != 0;  // NaN is wanted; no negatives, no weight
-      side.weight[k] = wanted ? d * exp2(shift) : 0;
+      side.weight[k] = wanted ? in_words(d * exp2(shift)) : 0;
       side.lse2[k] = rounded;
       record[0] += loss;
       record[2] = d > record[2] && d < kInf ? d : record[2];
       own -= d;
     }
-    p.own[k] = own;
+    p.own[k] = in_words(own);
     record[1] = own * cosine;
     record[3] = served ? 0 : 1;
   }
@@ -97,7 +108,7 @@ __device__ __forceinline__ void conclude(const Loss& p, int thread, double (*scr
     total[3] = scratch[w][3] > total[3] ? scratch[w][3] : total[3];
   }
   *p.loss = static_cast<float>(total[0]);
-  *p.own_scale = total[1];
+  *p.own_scale = in_words(total[1]);
   // |G| is at most twice the largest derivative, that at most twice its power of two; factors of fp16 rows are below 2:
   // 2^15 > gain r_i |G_ij| c_j
   const double largest = total[2] > 1e-34 ? (total[2] < 1e34 ? total[2] : 1e34) : 1e-34;

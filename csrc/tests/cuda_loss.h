@@ -103,6 +103,7 @@ inline void plain_layout() {
         arrays.insert(arrays.end(),
                       {{s.inv[k], 4 * N}, {s.factor[k], 4 * N}, {s.weight[k], 8 * N}, {s.lse2[k], 4 * N}});
       check_layout(arrays, s.bytes, N);
+      CHECK(s.constants == 0 && s.own == 4 * kSavedHeader, "the header that the norms set to 0");
 
       const LossForward f = loss_forward(N, workspace);
       CHECK(f.panel == N || (f.panel % 128 == 0 && f.panel > 0), "a panel is whole tiles");

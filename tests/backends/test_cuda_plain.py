@@ -394,6 +394,15 @@ def test_saved_is_as_large_as_promised(N: int) -> None:
     assert 4 * cuda.plain_saved(N) == cuda._module.loss_plan(N, 8, 2**20, 4)[0]
 
 
+@pytest.mark.parametrize("N", [1, 40, 129])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_saved_is_written_whole(N: int, normalize: bool) -> None:
+    """Torch compares what an op returns, and memory that is not written differs."""
+    image, text = (kept(x) for x in features(torch.bfloat16, N, N, 24))
+    saved = cuda.plain_fwd(image, text, torch.tensor(9.0, device=DEVICE), 0.5, normalize)[1]
+    assert saved.isfinite().all()
+
+
 def close(ours: Tensor, true: Tensor, tolerance: float, what: str) -> None:
     error = (ours - true).abs() / true.abs().clamp_min(1e-300)
     assert (error <= tolerance).all(), f"{what}: worst {error.max():.1e} at {error.argmax()}"
