@@ -17,6 +17,7 @@ typedef enum fastclip_status {
   FASTCLIP_INVALID_ARGUMENT = 1,
   FASTCLIP_OUT_OF_MEMORY = 2,
   FASTCLIP_UNSUPPORTED_ISA = 3,
+  FASTCLIP_FAILED = 5,        /* the standard library raised something else than a lack of memory */
   FASTCLIP_NO_DRIVER = 4,     /* no NVIDIA driver, or one that is too old for this build */
   FASTCLIP_CUDA_ERROR = 1000, /* and above: FASTCLIP_CUDA_ERROR + cudaError_t */
 } fastclip_status;
@@ -94,7 +95,7 @@ int fastclip_cpu_norms(const float* x, int64_t row_stride, int64_t M, int64_t D,
 int fastclip_cpu_finish(float* raw, int64_t raw_stride, const float* x, int64_t x_stride, int64_t M, int64_t D,
                         const float* inv_norm, const float* outer, float factor, int num_threads);
 
-/* ---- The mean loss without labels of N images and N texts, pair i its own positive, in three calls a block ----
+/* ---- The mean loss without labels of N images and N texts, pair i its own positive ----
  *
  * saved: FASTCLIP_LOSS_HEADER + N FASTCLIP_LOSS_ROW doubles, what the forward leaves for the backward. Behind the
  * header lie inv_norm and outer of the images, then of the texts, N floats each: what fastclip_cpu_norms has written
@@ -109,7 +110,7 @@ typedef struct fastclip_loss {
   double* saved;
 } fastclip_loss;
 
-/* Fold one block in; blocks come in order of i0, then of j0. *loss is set with the last one. */
+/* Fold one block in; blocks come in order of i0, then of j0. *value, the loss, is set with the last one. */
 int fastclip_cpu_loss_fwd(const fastclip_loss* loss, const fastclip_block* block, double* value, int num_threads);
 
 /* Overwrite one block of dot products with gain r_i G_ij c_j, and set *d_scale to sum_ij r_i G_ij c_j dot_ij. */

@@ -94,10 +94,15 @@ def plain_problem(image: Any, text: Any, logit_scale: Any, logit_bias: Any = Non
         or transformed(image, text, logit_scale, logit_bias)
     ):
         return None
+    autocast = autocasts(image.device)
+    if image.dtype != text.dtype and not autocast:
+        return None
     problem: tuple[Tensor, ...] = image, text, scalar("logit_scale", logit_scale, image)
     if logit_bias is not None:
         problem += (scalar("logit_bias", logit_bias, image),)
-    if autocasts(image.device):
+    if type(problem[-1]) not in TENSORS or type(problem[2]) not in TENSORS:
+        return None
+    if autocast:
         problem = autocast_features(*problem)
     return problem if problem[0].dtype == problem[1].dtype else None
 

@@ -230,15 +230,14 @@ int fastclip_cpu_sigmoid_fwd(const fastclip_block* block, const float* image_inv
 int fastclip_cpu_norms(const float* x, int64_t row_stride, int64_t M, int64_t D, float* inv_norm, float* outer,
                        int64_t* large, int num_threads) {
   if (x == nullptr || inv_norm == nullptr || large == nullptr || M < 1 || D < 1) return FASTCLIP_INVALID_ARGUMENT;
-  *large = fastclip::norms(x, row_stride, M, D, inv_norm, outer, num_threads);
-  return FASTCLIP_OK;
+  return fastclip::guarded([&] { *large = fastclip::norms(x, row_stride, M, D, inv_norm, outer, num_threads); });
 }
 
 int fastclip_cpu_finish(float* raw, int64_t raw_stride, const float* x, int64_t x_stride, int64_t M, int64_t D,
                         const float* inv_norm, const float* outer, float factor, int num_threads) {
   if (raw == nullptr || x == nullptr || M < 1 || D < 1) return FASTCLIP_INVALID_ARGUMENT;
-  fastclip::finish({x, x_stride, M, D}, {raw, raw_stride, inv_norm, outer, factor}, num_threads);
-  return FASTCLIP_OK;
+  return fastclip::guarded(
+      [&] { fastclip::finish({x, x_stride, M, D}, {raw, raw_stride, inv_norm, outer, factor}, num_threads); });
 }
 
 int fastclip_cpu_select_isa(const char* name) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <exception>
 #include <new>
 
 #include "../fastclip.h"
@@ -12,6 +13,8 @@ int guarded(const Work& work) {  // no exception leaves the C interface
     work();
   } catch (const std::bad_alloc&) {
     return FASTCLIP_OUT_OF_MEMORY;
+  } catch (const std::exception&) {
+    return FASTCLIP_FAILED;
   }
   return FASTCLIP_OK;
 }

@@ -124,8 +124,9 @@ fastclip_bwd_side bwd_side(const Side& s, const float* factor, const float* fact
 }
 
 bool valid(const fastclip_loss* loss, const fastclip_block* b) {
-  return loss != nullptr && b != nullptr && loss->saved != nullptr && b->i0 >= 0 && b->j0 >= 0 &&
-         b->i0 + b->M <= loss->N && b->j0 + b->N <= loss->N && b->offset == 0;
+  return loss != nullptr && b != nullptr && loss->saved != nullptr && b->dot != nullptr && b->M > 0 && b->N > 0 &&
+         b->row_stride >= b->N && b->i0 >= 0 && b->j0 >= 0 && b->i0 + b->M <= loss->N && b->j0 + b->N <= loss->N &&
+         b->offset == 0;
 }
 
 }  // namespace
@@ -151,7 +152,7 @@ int fastclip_cpu_loss_bwd(const fastclip_loss* loss, const fastclip_block* block
   const fastclip_bwd_side image = fastclip::bwd_side(s.image, s.factor, s.factor_low);
   const fastclip_bwd_side text = fastclip::bwd_side(s.text, s.text.inv_norm, nullptr);
   const int status = fastclip_cpu_contrastive_bwd(block, &image, &text, d_scale, num_threads);
-  *d_scale /= *s.gain;
+  if (status == FASTCLIP_OK) *d_scale /= *s.gain;
   return status;
 }
 

@@ -31,9 +31,9 @@ from fastclip._version import __version__
 __all__ = ["backends", "build_info", "check_name", "pick", "serving", "serving_pairs"]
 
 logger = logging.getLogger(__name__)
-# In order of preference: the first that serves the features is what backend=None means.
 _BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
-_OF_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # that is chosen without being asked for; ROCm's are cuda
+# What backend=None may choose for a device, in order of preference: the first that serves the features. ROCm's are cuda
+_OF_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def backends() -> dict[str, str]:
@@ -72,7 +72,8 @@ def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
     An explicit name (the argument, else FASTCLIP_BACKEND) that cannot serve raises RuntimeError and says why; an
     automatic choice falls through to the next.
     """
-    name = name or _env.backend()
+    if name is None:
+        name = _env.backend()
     if name is not None:
         check_name(name)
         module = _BACKENDS[name]

@@ -268,38 +268,38 @@ def plain_bwd(
     image, text, x, y, problem, sizes = _plain(image, text, scale, image_weight, normalize)
     N = image.shape[0]
     rows, chunks, stride, extra = sizes[2:]
-    weights = image.new_empty((rows + extra, stride))
-    kept, at = saved.data_ptr(), weights.data_ptr()
+    width = x.shape[1]
+    # One allocation for the weights and, in fp32, for their products with the features
+    raw = (rows + extra) * stride
+    work = image.new_empty(raw + 2 * (rows + N) * width)
+    words = work.view(torch.float32)
+    kept, at = saved.data_ptr(), work.data_ptr()
+    image_at, text_at = at + 2 * raw, at + 2 * raw + 4 * rows * width
     outputs = [0 if x is None else x.data_ptr() for x in (d_image, d_text, d_scale)]
-    raw_image = raw_text = None
     for chunk in range(chunks):
         i0 = chunk * rows
-        block = weights.as_strided((rows if i0 + rows <= N else N - i0, N), (stride, 1))
+        size = rows if i0 + rows <= N else N - i0
+        weights = work.as_strided((size, N), (stride, 1))
         _module.loss_weights(problem, kept, at, chunk)
-        if chunks == 1 and N <= _LONGEST_SUM:
-            raw_image = None if d_image is None else _product(block, y)
-            raw_text = None if d_text is None else _product(block.t(), x)
-        else:
-            raw_image = None if d_image is None else _sum_of_products(block, y)
-            raw_text = None if d_text is None else _sum_of_products(block.t(), x[i0 : i0 + rows], raw_text)
-        sums = [0 if x is None else x.data_ptr() for x in (d_loss, raw_image, raw_text)]
-        _module.loss_finish(problem, kept, at, chunk, *sums, *outputs)
+        if d_image is not None:
+            _add_product(words.as_strided((size, width), (width, 1), raw // 2), weights, y, False)
+        if d_text is not None:
+            raw_text = words.as_strided((N, width), (width, 1), raw // 2 + rows * width)
+            _add_product(raw_text, weights.t(), x if size == N else x[i0 : i0 + size], i0 > 0)
+        _module.loss_finish(problem, kept, at, chunk, d_loss.data_ptr(), image_at, text_at, *outputs)
     return d_image, d_text, d_scale
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in fp32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+@functools.cache
+def _launch() -> Any:
+    return importlib.import_module("fastclip.triton_kernels.launch")
 
 
-def _sum_of_products(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """The same in chains of additions that are not too long, added to `out`."""
-    launch = importlib.import_module("fastclip.triton_kernels.launch")
-    for k in range(0, b.shape[0], _LONGEST_SUM):
-        u, v = a[:, k : k + _LONGEST_SUM], b[k : k + _LONGEST_SUM]
-        if out is None:
-            out = _product(u, v)
-        else:
-            launch.addmm(out, u, v, keep=True)
-    assert out is not None
-    return out
+def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+    """out = a b in fp32, added to what was there if `keep`, in chains of additions that are not too long."""
+    terms = b.shape[0]
+    if terms <= _LONGEST_SUM:
+        _launch().addmm(out, a, b, keep)
+        return
+    for k in range(0, terms, _LONGEST_SUM):
+        _launch().addmm(out, a[:, k : k + _LONGEST_SUM], b[k : k + _LONGEST_SUM], keep or k > 0)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip._backends import pick, serving_pairs
-from fastclip.ops.autocast import without_autocast
+from fastclip._backends import pick, reference, serving_pairs
+from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.second import check_second_derivatives
 from fastclip.ops.transforms import recorded, transformed
 
@@ -34,14 +34,18 @@ torch.library.define(
 def plain_loss(problem: tuple[Tensor, ...], image_weight: float, normalize: bool, backend: str | None) -> Tensor | None:
     """Return the loss () fp32, differentiable, of a problem: image (N, D), text (N, D) and scale () fp32.
 
-    None outside of graphs where the reference serves: its loss has second derivatives as well.
+    None where another way serves better: the reference's loss has second derivatives, but in graphs, which have none.
     """
-    if recorded():
+    compiling = torch.compiler.is_compiling()
+    if compiling and image_weight != 0.5:  # the op would be compiled again for every weight
+        return None
+    if not compiling:
+        name, module = pick(backend, problem[0])
+        if name == "reference":
+            return None
+    if compiling or recorded():
         loss: Tensor = torch.ops.fastclip.plain_fwd(*problem, image_weight, normalize, backend)[0]
         return loss
-    name, module = pick(backend, problem[0])
-    if name == "reference":
-        return None
     eager: Tensor = _Plain.apply(*problem, image_weight, normalize, backend, module)
     return eager
 
@@ -70,25 +74,31 @@ class _Plain(torch.autograd.Function):
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or transformed(d_loss):  # whoever differentiates again has to find the op
             return *_gradients(tensors, ctx.options, d_loss, needs), None, None, None, None
+        image, text, scale, saved = tensors
         image_weight, normalize, _ = ctx.options
+        tensors = image, text, scale, saved.contiguous()  # a hook of the user's may have had it
         return *ctx.module.plain_bwd(*tensors, image_weight, normalize, d_loss, needs), None, None, None, None
 
 
 def _gradients(tensors: Any, options: Any, d_loss: Tensor, needs: Any) -> tuple[Tensor | None, ...]:
     """Gradients of image, text and scale by ``fastclip::plain_bwd``."""
-    multiples = transformed(d_loss)  # batched, or with a tangent, which the op would not see
-    upstream = torch.ones((), dtype=torch.float32, device=tensors[0].device) if multiples else d_loss
-    out = torch.ops.fastclip.plain_bwd(*tensors, *options, upstream, list(needs))
-    if multiples:
-        out = [(d * d_loss).to(d.dtype) for d in out]
+    if transformed(d_loss):  # batched, or with a tangent, which the op would not see
+        image, text, scale, _ = tensors
+        image_weight, normalize, _ = options
+        with no_autocast(d_loss.device):
+            _, saved = reference.plain_fwd(image, text, scale, image_weight, normalize)
+            return reference.plain_bwd(image, text, scale, saved, image_weight, normalize, d_loss, needs)
+    out = torch.ops.fastclip.plain_bwd(*tensors, *options, d_loss, list(needs))
     return tuple(d if need else None for d, need in zip(out, needs))
 
 
 @torch.library.impl("fastclip::plain_fwd", "default")
 @without_autocast
 def _fwd(image: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *options, backend = args
-    out: tuple[Tensor, Tensor] = serving_pairs(backend, image).plain_fwd(image, *options)
+    text, *options, backend = args
+    if text.shape != image.shape:
+        raise ValueError(f"fastclip::plain_fwd takes pairs, not {tuple(image.shape)} and {tuple(text.shape)}")
+    out: tuple[Tensor, Tensor] = serving_pairs(backend, image).plain_fwd(image, text, *options)
     return out
 
 
@@ -103,8 +113,11 @@ def _fwd_fake(
 @torch.library.impl("fastclip::plain_bwd", "default")
 @without_autocast
 def _bwd(image: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *options, backend, d_loss, needs = args
-    out = serving_pairs(backend, image).plain_bwd(image, *options, d_loss, needs)
+    text, scale, saved, *options, backend, d_loss, needs = args
+    module = serving_pairs(backend, image)
+    if text.shape != image.shape or saved.numel() != module.plain_saved(image.shape[0]):
+        raise ValueError("fastclip::plain_bwd was called with what no fastclip::plain_fwd of these features returned")
+    out = module.plain_bwd(image, text, scale, saved.contiguous(), *options, d_loss, needs)
     return tuple(image.new_empty(0) if d is None else d for d in out)
 
 

@@ -195,7 +195,11 @@ def sigmoid_pairs(
     differentiable = torch.is_grad_enabled()
     needs = [differentiable and x.requires_grad for x in tensors]
     options = divisor, offset, normalize, backend, needs
-    module = None if recorded(*tensors) else serving(backend, _problem(image, text, scale, offset, normalize))
+    module = (
+        None
+        if torch.compiler.is_compiling() or recorded(*tensors)
+        else serving(backend, _problem(image, text, scale, offset, normalize))
+    )
     if module is None or module is reference:  # which has second derivatives
         loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, *options)[0]
         return loss.to(dtype)

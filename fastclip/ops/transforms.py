@@ -18,6 +18,7 @@ __all__ = ["TENSORS", "batched", "needs_dense", "recorded", "transformed"]
 
 TENSORS = {Tensor, torch.nn.Parameter}  # not their subclasses
 logger = logging.getLogger(__name__)
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _warned = False
 
 
@@ -31,9 +32,16 @@ def transformed(*values: Tensor | float) -> bool:
 
 
 def recorded(*tensors: Tensor) -> bool:
-    """Return True where calls are recorded or imitated: by torch.compile, a trace, a dispatch mode, a subclass."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+    """Return True where calls are recorded or imitated by a trace, a dispatch mode or a subclass.
+
+    Whoever asks has seen to torch.compile.
+    """
+    if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
         return True
+    if torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):  # make_fx and torch.export
+        return True
+    if not tensors:
+        return False
     return not {type(x) for x in tensors} <= TENSORS
 
 

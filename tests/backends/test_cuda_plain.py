@@ -337,7 +337,7 @@ def test_launches_and_calls(dtype: torch.dtype, normalize: bool, expected: tuple
     cuda._module.launches()
     calls.append(_calls(lambda: cuda.plain_bwd(image, text, scale, saved, 0.5, normalize, upstream, EVERY)))
     assert (launches, cuda._module.launches()) == expected
-    assert calls[0] <= 30 and calls[1] <= 48, calls
+    assert calls[0] <= 30 and calls[1] <= 52, calls
 
 
 def _calls(function: Callable[[], Any]) -> int:

@@ -122,8 +122,8 @@ PROMISES = [
             Break(
                 "the op leaves the image's weight out",
                 "fastclip/ops/plain.py",
-                old="serving_pairs(backend, image).plain_fwd(image, *options)",
-                new="serving_pairs(backend, image).plain_fwd(image, *options[:2], 0.5, options[3])",
+                old="serving_pairs(backend, image).plain_fwd(image, text, *options)",
+                new="serving_pairs(backend, image).plain_fwd(image, text, options[0], 0.5, options[2])",
             ),
             Break(
                 "second derivatives are 0",
@@ -134,8 +134,53 @@ PROMISES = [
             Break(
                 "tangents of upstream gradients are not seen",
                 "fastclip/ops/plain.py",
-                old="multiples = transformed(d_loss)",
-                new="multiples = False",
+                old="    if transformed(d_loss):  # batched",
+                new="    if False:  # batched",
+            ),
+        ],
+    ),
+    Promise(
+        TORCH,
+        "The loss of pairs takes what torch's modes make of a call: inference mode, a default device, dispatch modes, hooks",
+        tests=[
+            "losses/test_pairs.py",
+        ],
+        breaks=[
+            Break(
+                "the buffer of logits is an inference tensor",
+                "fastclip/_backends/cpu/blocks.py",
+                old="with torch.inference_mode(False):",
+                new="if True:",
+            ),
+            Break(
+                "a buffer on the default device",
+                "fastclip/_backends/cpu/blocks.py",
+                old='torch.empty(rows, columns, dtype=torch.float32, device="cpu")',
+                new="torch.empty(rows, columns, dtype=torch.float32)",
+            ),
+            Break(
+                "every weight of directions is compiled anew",
+                "fastclip/ops/plain.py",
+                old="if compiling and image_weight != 0.5:",
+                new="if compiling and image_weight < 0.0:",
+            ),
+            Break(
+                "what is recorded before dispatch is not seen",
+                "fastclip/ops/transforms.py",
+                old="if torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):",
+                new="if False:",
+            ),
+            Break(
+                "strides of what was saved are not looked at",
+                "fastclip/ops/plain.py",
+                old="saved.contiguous()  # a hook",
+                new="saved  # a hook",
+            ),
+            Break(
+                "a scale's type is not looked at",
+                "fastclip/checks.py",
+                old="if type(problem[-1]) not in TENSORS or type(problem[2]) not in TENSORS:",
+                new="if False:",
             ),
         ],
     ),

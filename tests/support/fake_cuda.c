@@ -105,6 +105,7 @@ EXPORT int cudaMemsetAsync(void* address, int value, size_t bytes, void* stream)
   return 0;
 }
 EXPORT int cudaFuncSetAttribute(const void* function, int attribute, int value) { return 0; }
+EXPORT int cudaSetDevice(int device) { return 0; }
 EXPORT int cudaGetLastError(void) { return 0; }
 EXPORT int cudaPeekAtLastError(void) { return 0; }
 EXPORT int cudaGetDevice(int* device) {

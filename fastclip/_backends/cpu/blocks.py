@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _BLOCK_M = 4096  # rows of a block, where the workspace allows: short products are slow
+_NORM_ROWS = 256  # of 16-bit features at a time
 _LARGE_NORM = 2.0**40  # norms beyond it could overflow the fp32 product of two unnormalised rows
 _FEW_LOGITS = 2**16  # below, a second thread costs more than it brings
 
@@ -75,7 +76,7 @@ class Features:
         if self.fp32:
             return self.x if stop - start == self.M else self.x[start:stop]
         if self.block is None or self.block.shape[0] < stop - start:
-            self.block, self.in_block = torch.empty(stop - start, self.D, dtype=torch.float32), None
+            self.block, self.in_block = torch.empty(stop - start, self.D, dtype=torch.float32, device="cpu"), None
         rows = self.block[: stop - start]
         if self.in_block != (start, stop):
             rows.copy_(self.x[start:stop])
@@ -88,7 +89,7 @@ class Features:
             x = self.x.data_ptr()
             return bool(native.module.norms(x, self.row_stride, self.M, self.D, inv_norm, outer, workers))
         large = 0
-        for start, stop in _cuts(self.M, _BLOCK_M):
+        for start, stop in _cuts(self.M, _NORM_ROWS):
             out = inv_norm + 4 * start, outer and outer + 4 * start
             x = self.rows(start, stop).data_ptr()
             large += native.module.norms(x, self.row_stride, stop - start, self.D, *out, workers)
@@ -107,7 +108,8 @@ def normalized(x: Tensor, norms: Tensor, start: int) -> Features:
     features = Features(x)
     M = features.M
     at = norms.data_ptr() + 4 * start
-    if features.norms(at, at + 4 * M, threads(M, features.D)):
+    workers = 1 if M * features.D < _FEW_LOGITS else torch.get_num_threads()
+    if features.norms(at, at + 4 * M, workers):
         return Features(x, at, norms[start + M : start + 2 * M])
     features.inv_norm = at
     return features
@@ -115,7 +117,7 @@ def normalized(x: Tensor, norms: Tensor, start: int) -> Features:
 
 def inv_norms(x: Tensor, normalize: bool) -> Tensor:
     """As `reference.inv_norms`."""
-    out = torch.ones(x.shape[0], dtype=torch.float32)
+    out = torch.ones(x.shape[0], dtype=torch.float32, device="cpu")
     if normalize:
         Features(x).norms(out.data_ptr(), 0, threads(*x.shape))
     return out
@@ -150,7 +152,8 @@ class _Workspace(threading.local):
         if self.buffer is None or not size <= self.size <= allowed:
             self.forget()
             self.buffer = None  # freed before the new one is made
-            self.buffer, self.size = torch.empty(size, dtype=torch.float32), size
+            with torch.inference_mode(False):  # it outlives a call, and what is made in that mode serves no other
+                self.buffer, self.size = torch.empty(size, dtype=torch.float32, device="cpu"), size
         return self.buffer
 
     def keep(self, owner: Tensor, block: Block) -> None:
@@ -214,9 +217,8 @@ class Plan:
         """
         image, text = self.image, self.text
         # fp32 gradients are accumulated where they are returned
-        fp32 = torch.float32
-        raw_text = d_text if d_text is None or d_text.dtype == fp32 else torch.empty(text.M, text.D, dtype=fp32)
-        raw_rows = None if d_image is None or d_image.dtype == fp32 else torch.empty(self.block_m, image.D, dtype=fp32)
+        raw_text = d_text if d_text is None or d_text.dtype == torch.float32 else _empty(text.M, text.D)
+        raw_rows = None if d_image is None or d_image.dtype == torch.float32 else _empty(self.block_m, image.D)
         # In the opposite order of the forward pass, whose last block may still be in the workspace
         for block in reversed(self.blocks):
             i0, i1, j0, j1 = block
@@ -239,6 +241,10 @@ class Plan:
             text.finish(raw, text.rows(j0, j1), j0, factor, self.workers)
             if raw_text is not d_text:
                 d_text[j0:j1].copy_(raw)
+
+
+def _empty(rows: int, columns: int) -> Tensor:
+    return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:

@@ -38,10 +38,12 @@ class _State:
         self, size: int, factors: dict[str, Tensor | None], label: Tensor | None, maxima: bool = False
     ) -> None:
         self.has_labels = label is not None
-        self.neg_max, self.neg_sum, self.pos, self.pos_max, self.pos_sum = torch.zeros(5, size, dtype=torch.float64)
+        self.neg_max, self.neg_sum, self.pos, self.pos_max, self.pos_sum = torch.zeros(
+            5, size, dtype=torch.float64, device="cpu"
+        )
         names = ("neg_max", "neg_sum", "pos", "pos_max", "pos_sum")
         tensors = {**factors, "label": label, **{name: getattr(self, name) for name in names}}
-        tops = torch.full((2, size if maxima else 0), -torch.inf, dtype=torch.float32)
+        tops = torch.full((2, size if maxima else 0), -torch.inf, dtype=torch.float32, device="cpu")
         self.neg_top, self.pos_top = tops
         tensors["neg_top"] = self.neg_top if maxima else None
         tensors["pos_top"] = self.pos_top if maxima and self.has_labels else None
@@ -61,7 +63,7 @@ class _State:
         """
         pos_top = self.pos_top
         if not self.has_labels:
-            own = torch.arange(len(self.pos)) + offset
+            own = torch.arange(len(self.pos), device="cpu") + offset
             pos_top = torch.where((own >= 0) & (own < across), self.pos, -torch.inf)
         return self.neg_top.double() * _LN2, pos_top.double() * _LN2
 

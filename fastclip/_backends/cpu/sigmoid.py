@@ -18,7 +18,7 @@ def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tu
     image, text, s = p.image, p.text, p.scale.item()
     if p.normalize:
         M = image.shape[0]
-        norms = torch.empty(2 * (M + text.shape[0]), dtype=torch.float32)
+        norms = image.new_empty(2 * (M + text.shape[0]), dtype=torch.float32)
         plan = Plan(normalized(image, norms, 0), normalized(text, norms, 2 * M))
     else:
         plan = Plan(Features(image), Features(text))
