@@ -141,9 +141,14 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "The loss of pairs takes what torch's modes make of a call: inference mode, a default device, dispatch modes, hooks",
+        "Inference mode, default devices, dispatch modes and hooks change nothing of the loss of pairs",
         tests=[
-            "losses/test_pairs.py",
+            "losses/test_pairs.py::test_training_after_validation_in_inference_mode",
+            "losses/test_pairs.py::test_default_device_is_none_of_the_features_business",
+            "losses/test_pairs.py::test_compiles_with_many_weights_of_directions",
+            "losses/test_pairs.py::test_recorded_before_dispatch",
+            "losses/test_pairs.py::test_saved_tensors_come_back_with_other_strides",
+            "losses/test_pairs.py::test_fake_scale_with_real_features_raises",
         ],
         breaks=[
             Break(
