@@ -50,6 +50,7 @@ PARTS = [
     "triton",
     "cuda",
     "cuda_tile",
+    "cuda_pairs",
     "distributed",
     "integrations",
     "models",

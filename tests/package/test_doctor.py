@@ -82,7 +82,7 @@ def test_variables_are_shown_and_misspelt_ones_found(monkeypatch: pytest.MonkeyP
 
 
 def test_every_variable_that_is_read_is_known() -> None:
-    read = set(re.findall(r'environ\.get\("(FASTCLIP_\w+)"\)', Path(_env.__file__).read_text()))
+    read = set(re.findall(r'environ(?:\.get\(|\[)"(FASTCLIP_\w+)"', Path(_env.__file__).read_text()))
     assert len(read) > 3 and read == set(_env.OWN)
 
 

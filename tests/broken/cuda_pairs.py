@@ -1,0 +1,170 @@
+"""The loss of pairs by the CUDA backend alone: norms, reduction, repair, weights, finish."""
+
+from __future__ import annotations
+
+from broken import NUMBERS, Break, Promise
+
+PROMISES = [
+    Promise(
+        NUMBERS,
+        "Log-sum-exps, repairs and tickets of the CUDA backend's loss of pairs are right, whoever comes last",
+        tests=[
+            "backends/test_cuda_plain.py::test_what_the_forward_hands_on",
+            "backends/test_cuda_plain.py::test_repair_of_uneven_norms",
+            "backends/test_cuda_plain.py::test_every_subset_of_gradients",
+            "backends/test_cuda_plain.py::test_repair_of_opposite_features",
+            "backends/test_cuda_plain.py::test_panels_and_chunks",
+            "backends/test_cuda_plain.py::test_repair_keeps_what_rounding_takes",
+        ],
+        breaks=[
+            Break(
+                "own pairs count in a repair",
+                "csrc/cuda/loss_exact.cu",
+                old="mask.own(half, h, c, e) || mask.outside(half, h, c, e)",
+                new="mask.outside(half, h, c, e)",
+            ),
+            Break(
+                "tickets are not set to 0",
+                "csrc/cuda/loss_norms.cu",
+                old="t += gridDim.x * kRowThreads) p.tickets[t] = 0;",
+                new="t += gridDim.x * kRowThreads) p.tickets[t] += 0;",
+            ),
+            Break(
+                "cells outside count in a repair",
+                "csrc/cuda/loss_exact.cu",
+                old="mask.own(half, h, c, e) || mask.outside(half, h, c, e)",
+                new="mask.own(half, h, c, e)",
+            ),
+            Break(
+                "no fence before the ticket",
+                "csrc/cuda/loss_reduce.cuh",
+                old="  __threadfence();\n  sync();\n  if (thread == 0) *flag",
+                new="  sync();\n  if (thread == 0) *flag",
+            ),
+            Break(
+                "no guard",
+                "csrc/cuda/loss_reduce.cu",
+                old="served = served && (",
+                new="served = served || (",
+            ),
+            Break(
+                "a record written without passing the cache",
+                "csrc/cuda/loss_reduce.cuh",
+                old="served ? 0 : 1",
+                new="0",
+            ),
+            Break(
+                "tickets of a panel are left to the next",
+                "csrc/cuda/loss_exact.cu",
+                old="if (thread == 0) p.tickets[2 + b] = 0;",
+                new="if (thread < 0) p.tickets[2 + b] = 0;",
+            ),
+            Break(
+                "sums of earlier panels are forgotten",
+                "csrc/cuda/loss_reduce.cu",
+                old="if (k < p.N && !p.first) total",
+                new="if (k < 0 && !p.first) total",
+            ),
+            Break(
+                "chunks write over each other's shares of d_scale",
+                "csrc/cuda/loss.cu",
+                old="  p.tile_part += (p.i0 / FASTCLIP_CUDA_TILE_M) * static_cast<int64_t>(p.tiles_n);\n",
+                new="",
+            ),
+            Break(
+                "the earlier state of a repair is forgotten",
+                "csrc/cuda/loss_exact.cu",
+                old="const double before = p.first ? -kInf : side.sums[k];",
+                new="const double before = -kInf;",
+            ),
+            Break(
+                "what rounding took is lost",
+                "csrc/cuda/tile.cuh",
+                old="*low = fabsf(z2) < HUGE_VALF ? rounded : 0.f;",
+                new="*low = 0.f;",
+            ),
+            Break(
+                "rounding of a log-sum-exp is lost",
+                "csrc/cuda/loss_reduce.cuh",
+                old="if (exact) shift = fabsf(rounded) < HUGE_VALF ? rounded - lse2[s] : 0;",
+                new="if (exact) shift = 0;",
+            ),
+        ],
+    ),
+    Promise(
+        NUMBERS,
+        "Weights and gradients of the CUDA backend's loss of pairs are right, down to a solved batch",
+        tests=[
+            "backends/test_cuda_plain.py::test_weights",
+            "backends/test_cuda_plain.py::test_repair_of_uneven_norms",
+            "backends/test_cuda_plain.py::test_every_subset_of_gradients",
+            "backends/test_cuda_plain.py::test_finish",
+            "backends/test_cuda_plain.py::test_upstream_is_a_factor",
+            "backends/test_cuda_plain.py::test_confident_loss_keeps_digits",
+            "backends/test_cuda_plain.py::test_what_the_forward_hands_on",
+            "backends/test_cuda_plain.py::test_layouts",
+        ],
+        breaks=[
+            Break(
+                "own pairs count in the weights",
+                "csrc/cuda/loss_weights.cu",
+                old="if (kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e))) g = 0.f;",
+                new="if (kMask && mask.outside(half, h, c, e)) g = 0.f;",
+            ),
+            Break(
+                "whole tiles of a repair are not repaired",
+                "csrc/cuda/tile.cuh",
+                old="                        (Op::kExact == Exact::on_repair && repairs(p));",
+                new="                        false;",
+            ),
+            Break(
+                "the finish's ticket is not set to 0",
+                "csrc/cuda/loss_weights.cu",
+                old="if (i == 0) *p.loss.tickets = 0;",
+                new="if (i == -1) *p.loss.tickets = 0;",
+            ),
+            Break(
+                "no projection",
+                "csrc/cuda/loss_finish.cu",
+                old="if (p.normalize && side.inv[k] * kEps < 1.f)",
+                new="if (p.normalize && side.inv[k] * kEps < 0.f)",
+            ),
+            Break(
+                "own pairs without the gain",
+                "csrc/cuda/loss_finish.cu",
+                old="static_cast<float>(p.own[k] * gain)",
+                new="static_cast<float>(p.own[k])",
+            ),
+            Break(
+                "upstream is left out",
+                "csrc/cuda/loss_finish.cu",
+                old="static_cast<float>(upstream * *p.scale * rest / gain)",
+                new="static_cast<float>(*p.scale * rest / gain)",
+            ),
+            Break(
+                "upstream is left out of d_scale",
+                "csrc/cuda/loss_finish.cu",
+                old="static_cast<float>(*p.upstream * total)",
+                new="static_cast<float>(total)",
+            ),
+            Break(
+                "the small loss's digits",
+                "csrc/cuda/loss_reduce.cuh",
+                old="(log(u) + (e - (u - 1)) * inverse)",
+                new="log(u)",
+            ),
+            Break(
+                "no gain",
+                "csrc/cuda/loss_reduce.cuh",
+                old="static_cast<float>(scalbn(1024.0, -ilogb(largest)))",
+                new="1024.f",
+            ),
+            Break(
+                "no copies in the backward",
+                "csrc/cuda/loss.cu",
+                old="if (chunk == 0 && (p.copies[0] || p.copies[1]))",
+                new="if (chunk < 0 && (p.copies[0] || p.copies[1]))",
+            ),
+        ],
+    ),
+]
