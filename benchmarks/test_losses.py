@@ -68,7 +68,7 @@ def on_cpu(benchmark, case: Case, wanted: list[str], path: Path, peak: bool) -> 
     for provider in providers:
         provider.prepare()()
     timings = Timings()
-    rounds = 301 if N <= 512 else 25 if N <= 2048 else 11 if N <= 4096 else 5 if N <= 8192 else 3
+    rounds = 25 if N <= 2048 else 11 if N <= 4096 else 5 if N <= 8192 else 3
     run_rounds(benchmark, timings, providers, rounds)
 
     peaks = {}
