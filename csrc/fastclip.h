@@ -17,8 +17,8 @@ typedef enum fastclip_status {
   FASTCLIP_INVALID_ARGUMENT = 1,
   FASTCLIP_OUT_OF_MEMORY = 2,
   FASTCLIP_UNSUPPORTED_ISA = 3,
-  FASTCLIP_FAILED = 5,        /* the standard library raised something else than a lack of memory */
   FASTCLIP_NO_DRIVER = 4,     /* no NVIDIA driver, or one that is too old for this build */
+  FASTCLIP_FAILED = 5,        /* the standard library raised something else than a lack of memory */
   FASTCLIP_CUDA_ERROR = 1000, /* and above: FASTCLIP_CUDA_ERROR + cudaError_t */
 } fastclip_status;
 

@@ -23,6 +23,8 @@ void check(int status) {
       throw std::bad_alloc();
     case FASTCLIP_UNSUPPORTED_ISA:
       throw std::invalid_argument("fastclip: this processor or build has no such instruction set");
+    case FASTCLIP_FAILED:
+      throw std::runtime_error("fastclip: the native code failed with a C++ exception");
     default:
       throw std::runtime_error("fastclip: the native code refused its arguments (status " + std::to_string(status) +
                                ")");

@@ -99,11 +99,12 @@ def _on_device(function: Any) -> Any:
     """Kernels start on the current device: make it the features'."""
 
     @functools.wraps(function)
-    def wrapped(p: Problem, *args: Any, **options: Any) -> Any:
-        if p.image.device.type != "cuda" or p.image.get_device() == torch.cuda.current_device():
-            return function(p, *args, **options)
-        with torch.cuda.device(p.image.device):
-            return function(p, *args, **options)
+    def wrapped(problem: Problem | Tensor, *args: Any, **options: Any) -> Any:
+        image = problem if isinstance(problem, Tensor) else problem.image
+        if image.device.type != "cuda" or image.get_device() == torch.cuda.current_device():
+            return function(problem, *args, **options)
+        with torch.cuda.device(image.device):
+            return function(problem, *args, **options)
 
     return wrapped
 
@@ -144,17 +145,15 @@ def plain_saved(N: int) -> int:
     return int(_plain().plain_saved(N))
 
 
+@_on_device
 def plain_fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss () fp32 of N pairs, image and text (N, D), and what its backward needs (`plain_saved`,) fp32."""
-    arguments = image, text, scale, image_weight, normalize
-    if image.device.type != "cuda" or image.get_device() == torch.cuda.current_device():
-        return _plain().plain_fwd(*arguments)
-    with torch.cuda.device(image.device):
-        return _plain().plain_fwd(*arguments)
+    """Compute the mean loss of pairs, as `reference.plain_fwd` does."""
+    return _plain().plain_fwd(image, text, scale, image_weight, normalize)
 
 
+@_on_device
 def plain_bwd(
     image: Tensor,
     text: Tensor,
@@ -165,9 +164,5 @@ def plain_bwd(
     d_loss: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of image, text (N, D) and scale () times d_loss () fp32; None where `needs` says so."""
-    arguments = image, text, scale, saved, image_weight, normalize, d_loss, needs
-    if image.device.type != "cuda" or image.get_device() == torch.cuda.current_device():
-        return _plain().plain_bwd(*arguments)
-    with torch.cuda.device(image.device):
-        return _plain().plain_bwd(*arguments)
+    """Compute the gradients of that loss, as `reference.plain_bwd` does."""
+    return _plain().plain_bwd(image, text, scale, saved, image_weight, normalize, d_loss, needs)

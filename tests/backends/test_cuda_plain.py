@@ -341,7 +341,7 @@ def test_launches_and_calls(dtype: torch.dtype, normalize: bool, expected: tuple
 
 
 def _calls(function: Callable[[], Any]) -> int:
-    """Of Python's and of C's functions."""
+    """Count the calls of Python's and of C's functions."""
     count = 0
 
     def note(frame: Any, event: str, argument: Any) -> None:
@@ -360,7 +360,7 @@ def _calls(function: Callable[[], Any]) -> int:
 
 
 class Saved(NamedTuple):
-    """What the forward hands to the backward, as csrc/cuda/loss_plan.h lays it out."""
+    """The arrays that the forward hands to the backward, as csrc/cuda/loss_plan.h lays it out."""
 
     constants: Tensor
     own_scale: Tensor
@@ -450,7 +450,7 @@ def test_what_the_forward_hands_on(dtype: torch.dtype, N: int, repair: bool) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repair_keeps_what_rounding_takes(dtype: torch.dtype) -> None:
-    """Of logits that are thousands, and of their log-sum-exps: products of these features are exact."""
+    """Logits are thousands, and so are their log-sum-exps: products of these features are exact."""
     N = 130
     image, text = (torch.randint(-8, 9, (N, 8)) * 2.0 ** (torch.arange(N) % 6)[:, None] for _ in range(2))
     scale = torch.tensor(0.057)

@@ -1,4 +1,4 @@
-"""What a step of the contrastive loss costs the host, counted on a driver that does nothing (support/host.py)."""
+"""The host's part of a step of the contrastive loss, counted on a driver that does nothing (support/host.py)."""
 
 from __future__ import annotations
 

@@ -103,12 +103,11 @@ class Features:
         native.module.finish(*matrices, raw.shape[0], self.D, inv_norm, outer, factor, workers)
 
 
-def normalized(x: Tensor, norms: Tensor, start: int) -> Features:
+def normalized(x: Tensor, norms: Tensor, start: int, workers: int) -> Features:
     """`Features` of rows (M, D) whose inv_norm and outer are written to `norms` from `start`, fp32, M numbers each."""
     features = Features(x)
     M = features.M
     at = norms.data_ptr() + 4 * start
-    workers = 1 if M * features.D < _FEW_LOGITS else torch.get_num_threads()
     if features.norms(at, at + 4 * M, workers):
         return Features(x, at, norms[start + M : start + 2 * M])
     features.inv_norm = at
@@ -116,7 +115,7 @@ def normalized(x: Tensor, norms: Tensor, start: int) -> Features:
 
 
 def inv_norms(x: Tensor, normalize: bool) -> Tensor:
-    """As `reference.inv_norms`."""
+    """Return inverse norms, as `reference.inv_norms` does."""
     out = torch.ones(x.shape[0], dtype=torch.float32, device="cpu")
     if normalize:
         Features(x).norms(out.data_ptr(), 0, threads(*x.shape))

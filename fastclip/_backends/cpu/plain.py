@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastclip._backends.cpu import native
-from fastclip._backends.cpu.blocks import Block, Features, Plan, normalized, workspace
+from fastclip._backends.cpu.blocks import Block, Features, Plan, normalized, threads, workspace
 
 __all__ = ["plain_bwd", "plain_fwd", "plain_saved"]
 
@@ -17,18 +17,19 @@ _NORMS = native.module.LOSS_HEADER // 4 if native.module else 0  # where `saved`
 
 
 def plain_saved(N: int) -> int:
-    """As `reference.plain_saved`."""
+    """Return the size of `saved`, as `reference.plain_saved` does."""
     return (native.module.LOSS_HEADER + native.module.LOSS_ROW * N) // 4
 
 
 def plain_fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.plain_fwd`."""
+    """Compute the mean loss of pairs, as `reference.plain_fwd` does."""
     N = image.shape[0]
     saved = image.new_empty(plain_saved(N), dtype=torch.float32)
     if normalize:
-        plan = Plan(normalized(image, saved, _NORMS), normalized(text, saved, _NORMS + 2 * N))
+        workers = threads(*image.shape)
+        plan = Plan(normalized(image, saved, _NORMS, workers), normalized(text, saved, _NORMS + 2 * N, workers))
     else:
         plan = Plan(Features(image), Features(text))
     value = 0.0
@@ -51,7 +52,7 @@ def plain_bwd(
     d_loss: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference.plain_bwd`."""
+    """Compute the gradients of that loss, as `reference.plain_bwd` does."""
     N = image.shape[0]
     at = saved.data_ptr()
     factor, large = native.module.loss_factor(at, N)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastclip._backends.cpu import native
-from fastclip._backends.cpu.blocks import Block, Features, Plan, normalized
+from fastclip._backends.cpu.blocks import Block, Features, Plan, normalized, threads
 from fastclip._backends.problem import Problem
 from fastclip._backends.reference import saved_dtype
 
@@ -19,7 +19,8 @@ def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tu
     if p.normalize:
         M = image.shape[0]
         norms = image.new_empty(2 * (M + text.shape[0]), dtype=torch.float32)
-        plan = Plan(normalized(image, norms, 0), normalized(text, norms, 2 * M))
+        workers = threads(*image.shape)
+        plan = Plan(normalized(image, norms, 0, workers), normalized(text, norms, 2 * M, workers))
     else:
         plan = Plan(Features(image), Features(text))
     problem = plan.image.inv_norm, plan.text.inv_norm, s, bias.item(), any(needs), p.offset
