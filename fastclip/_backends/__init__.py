@@ -7,7 +7,7 @@ Each backend is a module with the same functions:
 ``refuses(image, named)``
     None when the backend serves features of this device and dtype, else the reason why not; `named` when the caller
     asked for this very backend.
-``contrastive_fwd(...)``, ``contrastive_bwd(...)``, ``sigmoid_fwd(...)``
+``contrastive_fwd(...)``, ``contrastive_bwd(...)``, ``sigmoid_fwd(...)``, ``sigmoid_bwd(...)``
     the operations on a `Problem`; `reference.py` states them.
 ``plain_saved(N)``, ``plain_fwd(...)``, ``plain_bwd(...)``
     the mean loss of pairs without labels, and its gradients; `reference.py` states them. They may find torch.autocast

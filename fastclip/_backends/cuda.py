@@ -28,6 +28,7 @@ __all__ = [
     "plain_fwd",
     "plain_saved",
     "refuses",
+    "sigmoid_bwd",
     "sigmoid_fwd",
 ]
 
@@ -182,9 +183,14 @@ def contrastive_bwd(
     return triton.contrastive_bwd(p, stats, grads, needs, tiles=_Tiles(p.image.device))
 
 
-def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
+def sigmoid_fwd(
+    p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
     """As `reference.sigmoid_fwd`."""
-    return triton.sigmoid_fwd(p, bias, divisor, needs, tiles=_Tiles(p.image.device))
+    return triton.sigmoid_fwd(p, bias, divisor, needs, dtype, tiles=_Tiles(p.image.device))
+
+
+sigmoid_bwd = triton.sigmoid_bwd
 
 
 # ---- the plain case: a training step waits for these lines, so there are few calls in them ----

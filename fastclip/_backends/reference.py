@@ -24,6 +24,7 @@ __all__ = [
     "plain_fwd",
     "plain_saved",
     "refuses",
+    "sigmoid_bwd",
     "sigmoid_fwd",
     "unit_rows",
     "wide_dtype",
@@ -201,8 +202,10 @@ def plain_bwd(
     return contrastive_bwd(Problem(image, text, scale, None, 0, False, normalize), stats, grads, list(needs))
 
 
-def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
-    """sum_ij softplus(-+(z_ij + bias)) / divisor, () of `wide_dtype`, and its gradients by image, text, scale, bias ().
+def sigmoid_fwd(
+    p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """sum_ij softplus(-+(z_ij + bias)) / divisor, () of `dtype`, and its gradients by image, text, scale, bias ().
 
     Each gradient is None where `needs` says so, and of `saved_dtype`.
     """
@@ -212,7 +215,7 @@ def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tu
     cosine = u @ v.T
     z = s * cosine + bias.to(r.dtype)
     sign = torch.where(_own(z, p.offset), -1.0, 1.0).to(z.dtype)
-    loss = -F.logsigmoid(-sign * z).sum(dtype=wide_dtype(z.device)) / divisor
+    loss = (-F.logsigmoid(-sign * z).sum(dtype=wide_dtype(z.device)) / divisor).to(dtype)
     if not any(needs):
         return loss, None, None, None, None
     g = sign * torch.sigmoid(sign * z) / divisor
@@ -223,6 +226,19 @@ def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tu
         (g * cosine).sum().to(p.scale.dtype) if needs[2] else None,
         g.sum().to(bias.dtype) if needs[3] else None,
     )
+
+
+def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients that `sigmoid_fwd` returned, times that of the loss, d_loss (); of the dtypes of the four inputs."""
+    out: list[Tensor | None] = []
+    for x, d in zip(inputs, kept):
+        if d is None:
+            out.append(None)
+            continue
+        dtype = d.dtype if d.dtype == torch.float64 else torch.float32
+        product = d * (d_loss if d_loss.dtype == dtype else d_loss.to(dtype))  # of a scalar: bfloat16 is rounded once
+        out.append(product if product.dtype == x.dtype else product.to(x.dtype))
+    return tuple(out)
 
 
 def saved_dtype(x: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastclip._backends.problem import Problem
-from fastclip._backends.reference import saved_dtype
+from fastclip._backends.reference import saved_dtype, sigmoid_bwd
 
 __all__ = [
     "contrastive_bwd",
@@ -23,6 +23,7 @@ __all__ = [
     "plain_fwd",
     "plain_saved",
     "refuses",
+    "sigmoid_bwd",
     "sigmoid_fwd",
 ]
 
@@ -127,12 +128,13 @@ def contrastive_bwd(
 
 @_on_device
 def sigmoid_fwd(
-    p: Problem, bias: Tensor, divisor: int, needs: list[bool], tiles: Any = None
+    p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype, tiles: Any = None
 ) -> tuple[Tensor | None, ...]:
     """As `reference.sigmoid_fwd`; `tiles` likewise."""
     launcher = importlib.import_module("fastclip.triton_kernels.sigmoid_fwd")
     options = p.offset, p.normalize, bias, divisor, needs, saved_dtype(p.image)
-    return launcher.sigmoid_fwd(p.image, p.text, p.scale, *options, tiles=tiles)
+    loss, *grads = launcher.sigmoid_fwd(p.image, p.text, p.scale, *options, tiles=tiles)
+    return loss.to(dtype), *grads
 
 
 @functools.cache

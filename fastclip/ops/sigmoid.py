@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip._backends import reference, serving
+from fastclip._backends import pick, reference, serving
 from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
@@ -38,9 +38,9 @@ def _problem(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize:
 @without_autocast
 def _computed(image: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     """Loss and gradients by a backend; None where a gradient is not wanted."""
-    text, scale, bias, divisor, offset, normalize, needs, module = args
+    text, scale, bias, divisor, offset, normalize, needs, dtype, module = args
     out: tuple[Tensor | None, ...] = module.sigmoid_fwd(
-        _problem(image, text, scale, offset, normalize), bias, divisor, needs
+        _problem(image, text, scale, offset, normalize), bias, divisor, needs, dtype
     )
     return out
 
@@ -49,7 +49,8 @@ def _computed(image: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
 def _fwd(*args: Any) -> tuple[Tensor | None, ...]:
     image, text, scale, bias, divisor, offset, normalize, backend, needs = args
     module = serving(backend, _problem(image, text, scale, offset, normalize))
-    loss, *grads = _computed(image, text, scale, bias, divisor, offset, normalize, needs, module)
+    dtype = reference.wide_dtype(image.device)
+    loss, *grads = _computed(image, text, scale, bias, divisor, offset, normalize, needs, dtype, module)
     return loss, *(image.new_empty(0) if d is None else d.contiguous() for d in grads)
 
 
@@ -64,24 +65,12 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
     return image.new_empty((), dtype=reference.wide_dtype(image.device)), *grads
 
 
-def _times(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> list[Tensor | None]:
-    """The gradients that the forward kept, times that of the loss; None where it kept none."""
-    out: list[Tensor | None] = []
-    for x, d in zip(inputs, kept):
-        if d is None:
-            out.append(None)
-            continue
-        dtype = d.dtype if d.dtype == torch.float64 else torch.float32
-        product = d * (d_loss if d_loss.dtype == dtype else d_loss.to(dtype))  # of a scalar: bfloat16 is rounded once
-        out.append(product if product.dtype == x.dtype else product.to(x.dtype))
-    return out
-
-
 @torch.library.impl("fastclip::sigmoid_bwd", "default")
 @without_autocast
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, _, _, _, _, needs, kept, d_loss = args
-    out = _times(inputs, [d if need else None for d, need in zip(kept, needs)], d_loss)
+    *inputs, _, _, _, backend, needs, kept, d_loss = args
+    module = pick(backend, inputs[0])[1]
+    out = module.sigmoid_bwd(inputs, [d.contiguous() if need else None for d, need in zip(kept, needs)], d_loss)
     return tuple(d_loss.new_empty(0) if d is None else d for d in out)
 
 
@@ -104,11 +93,11 @@ def _fwd_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...
     return *_gradients(ctx.saved_tensors, ctx.options, d_loss, needs), *[None] * 5
 
 
-def _gradients(saved: Sequence[Any], options: Any, d_loss: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(saved: Sequence[Any], options: Any, d_loss: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
     """Gradients of the four inputs by ``fastclip::sigmoid_bwd``, from the inputs and what the forward kept."""
     inputs, kept = saved[:4], [d if need else None for d, need in zip(saved[4:], needs)]
     if transformed(d_loss):  # batched, or with a tangent: gradients are its multiples
-        return _times(inputs, kept, d_loss)
+        return reference.sigmoid_bwd(inputs, kept, d_loss)
     everything = [d_loss.new_empty(0) if d is None else d for d in kept]
     out = torch.ops.fastclip.sigmoid_bwd(*inputs, *options, list(needs), everything, d_loss)
     return [d if need else None for d, need in zip(out, needs)]
@@ -132,7 +121,7 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         # Views, so that the derivatives stop here
         image, text, scale, bias, factor = (x.view_as(x) for x in (*saved, d_loss))
         p = _problem(image, text, scale, offset, normalize)
-        _, *kept = reference.sigmoid_fwd(p, bias, divisor, list(ctx.needs))
+        _, *kept = reference.sigmoid_fwd(p, bias, divisor, list(ctx.needs), factor.dtype)
         out = [None if d is None else factor.to(d.dtype) * d for d in kept]
         *second, d_factor = vector_jacobian(out, grads, (image, text, scale, bias, factor))
     # `kept` get nothing: they were recomputed from the features above
@@ -148,11 +137,11 @@ class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, divisor, offset, normalize, backend, needs, dtype, module = args
-        loss, *kept = _computed(*tensors, divisor, offset, normalize, needs, module)
+        loss, *kept = _computed(*tensors, divisor, offset, normalize, needs, dtype, module)
         ctx.save_for_backward(*tensors, *kept)
-        ctx.options = divisor, offset, normalize, backend
+        ctx.options, ctx.module = (divisor, offset, normalize, backend), module
         assert loss is not None
-        return loss.to(dtype)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -160,13 +149,14 @@ class _Sigmoid(torch.autograd.Function):
         if torch.is_grad_enabled():  # whoever differentiates again has to find the op
             out = _gradients(saved, ctx.options, d_loss, ctx.needs_input_grad[:4])
         else:
-            out = _times(saved[:4], saved[4:], d_loss)
+            kept = [None if d is None else d.contiguous() for d in saved[4:]]  # a hook of the user's may have had it
+            out = ctx.module.sigmoid_bwd(saved[:4], kept, d_loss)
         return *out, None, None, None, None, None, None, None
 
 
 @without_autocast
-def _dense(image: Tensor, p: Problem, bias: Tensor, divisor: int) -> Tensor:
-    loss, *_ = reference.sigmoid_fwd(p, bias, divisor, [False] * 4)
+def _dense(image: Tensor, p: Problem, bias: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
+    loss, *_ = reference.sigmoid_fwd(p, bias, divisor, [False] * 4, dtype)
     assert loss is not None
     return loss
 
@@ -191,7 +181,7 @@ def sigmoid_pairs(
     tensors = image, text, scale, bias
     dtype = dtype or reference.wide_dtype(image.device)
     if needs_dense(backend, *tensors):
-        return _dense(image, _problem(image, text, scale, offset, normalize), bias, divisor).to(dtype)
+        return _dense(image, _problem(image, text, scale, offset, normalize), bias, divisor, dtype)
     differentiable = torch.is_grad_enabled()
     needs = [differentiable and x.requires_grad for x in tensors]
     options = divisor, offset, normalize, backend, needs

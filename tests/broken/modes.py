@@ -28,8 +28,8 @@ PROMISES = [
             Break(
                 "the bias is forgotten",
                 "fastclip/ops/sigmoid.py",
-                old="reference.sigmoid_fwd(p, bias, divisor, [False] * 4)",
-                new="reference.sigmoid_fwd(p, 0 * bias, divisor, [False] * 4)",
+                old="reference.sigmoid_fwd(p, bias, divisor, [False] * 4, dtype)",
+                new="reference.sigmoid_fwd(p, 0 * bias, divisor, [False] * 4, dtype)",
             ),
         ],
     ),
@@ -45,8 +45,8 @@ PROMISES = [
             Break(
                 "a saved tensor is read twice",
                 "fastclip/ops/sigmoid.py",
-                old="out = _times(saved[:4], saved[4:], d_loss)",
-                new="out = _times(saved[:4], ctx.saved_tensors[4:], d_loss)",
+                old="for d in saved[4:]]  # a hook",
+                new="for d in ctx.saved_tensors[4:]]  # a hook",
             ),
             Break(
                 "a saved tensor of the ring is read twice",

@@ -129,8 +129,8 @@ def launch_everything(*choices: Any) -> None:
     launch_bwd(p)
     if p.labels is None:
         launch_plain(p)
-        triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [True] * 4)
-        triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [False] * 4)
+        triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [True] * 4, torch.float32)
+        triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [False] * 4, torch.float32)
 
 
 def launched(chip: int) -> list[dict[str, Any]]:

@@ -88,16 +88,18 @@ def _module() -> Path:
 
 
 @functools.cache
-def measure(what: str, backend: str, *, normalize: bool, capability: int = 90) -> Any:
+def measure(what: str, backend: str, *, normalize: bool, capability: int = 90, loss: str = "contrastive") -> Any:
     """Of one step, in a process of its own; raises Missing where what it is built with is not installed.
 
     Args:
         what: "counts", by name; "times", of the yardstick's time; "arguments" of launches, see `arguments`; "public
             arguments", where nothing is known of Triton's launcher but how it is called.
+        loss: "contrastive" or "sigmoid".
     """
     driver = _driver()
     module = str(_module()) if backend == "cuda" else ""
-    about = {"what": what, "backend": backend, "normalize": normalize, "capability": capability, "module": module}
+    about = {"what": what, "backend": backend, "normalize": normalize, "capability": capability, "loss": loss}
+    about["module"] = module
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "TRITON_LIBCUDA_PATH": str(driver),
@@ -241,11 +243,12 @@ def _times(step: Callable[[], None], yardstick: Callable[[], None]) -> float:
     return step_time / yardstick_time
 
 
-def _inputs() -> list[Any]:
+def _inputs(loss: str) -> list[Any]:
     import torch
 
     image, text = (torch.randn(N, D, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    return [image, text, torch.tensor(14.3, requires_grad=True)]
+    scalars = [14.3] if loss == "contrastive" else [14.3, -10.0]
+    return [image, text, *(torch.tensor(x, requires_grad=True) for x in scalars)]
 
 
 def stepper(loss: Callable[..., Any], inputs: list[Any]) -> Callable[[], None]:
@@ -286,7 +289,7 @@ def arguments(backend: str, normalize: bool) -> list[list[Any]]:
     utils.launch = lambda *args: told.append(plain([*args[:8], *args[11:]]))  # without hooks and what is for them
     utils.fill_tma_descriptor_tiled = lambda *args: ("map", *plain(args))
     module = _backends._BACKENDS[backend]
-    image, text = (x.detach().as_subclass(Features) for x in _inputs()[:2])
+    image, text = (x.detach().as_subclass(Features) for x in _inputs("contrastive")[:2])
     scale, upstream = torch.tensor(14.3), torch.tensor(1.0)
     for _ in range(2):
         for x in (image, text):
@@ -298,7 +301,7 @@ def arguments(backend: str, normalize: bool) -> list[list[Any]]:
     return [told[1:later], told[later + 1 :]]
 
 
-def main(what: str, backend: str, normalize: bool, capability: int, module: str) -> Any:
+def main(what: str, backend: str, normalize: bool, capability: int, loss: str, module: str) -> Any:
     host = Host(capability, module)
     import torch
 
@@ -311,12 +314,12 @@ def main(what: str, backend: str, normalize: bool, capability: int, module: str)
 
             sequence._READ_LAUNCHERS = ()
         return arguments(backend, normalize)
-    inputs = _inputs()
+    inputs, function = _inputs(loss), getattr(fastclip, f"{loss}_loss")
 
-    def loss(*inputs: Any) -> Any:
-        return fastclip.contrastive_loss(*inputs, normalize=normalize, backend=backend)
+    def of(*inputs: Any) -> Any:
+        return function(*inputs, normalize=normalize, backend=backend)
 
-    step, yardstick = stepper(loss, inputs), stepper(lambda s: s * s, inputs[2:])
+    step, yardstick = stepper(of, inputs), stepper(lambda s: s * s, inputs[2:3])
     for _ in range(5):  # compiles, and fills the caches
         step()
     return host.counts(step) if what == "counts" else min(_times(step, yardstick) for _ in range(BEST_OF))

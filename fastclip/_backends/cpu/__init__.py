@@ -9,6 +9,7 @@ from fastclip._backends.cpu.contrastive import contrastive_bwd, contrastive_fwd
 from fastclip._backends.cpu.native import build, missing
 from fastclip._backends.cpu.plain import plain_bwd, plain_fwd, plain_saved
 from fastclip._backends.cpu.sigmoid import sigmoid_fwd
+from fastclip._backends.reference import sigmoid_bwd
 
 __all__ = [
     "build",
@@ -19,6 +20,7 @@ __all__ = [
     "plain_fwd",
     "plain_saved",
     "refuses",
+    "sigmoid_bwd",
     "sigmoid_fwd",
 ]
 

@@ -13,7 +13,9 @@ from fastclip._backends.reference import saved_dtype
 __all__ = ["sigmoid_fwd"]
 
 
-def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
+def sigmoid_fwd(
+    p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
     """As `reference.sigmoid_fwd`: three products with gradients of the features, one without."""
     image, text, s = p.image, p.text, p.scale.item()
     if p.normalize:
@@ -37,7 +39,7 @@ def sigmoid_fwd(p: Problem, bias: Tensor, divisor: int, needs: list[bool]) -> tu
     plan.backward(weigh, s / divisor, d_image, d_text)
     loss, d_scale, d_bias = (x / divisor for x in sums)
     return (
-        image.new_full((), loss, dtype=torch.float64),
+        image.new_full((), loss, dtype=dtype),
         d_image,
         d_text,
         p.scale.new_full((), d_scale) if needs[2] else None,
