@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 from fastclip.triton_kernels import plain
+from fastclip.triton_kernels.tile import REPAIR
 from torch import Tensor
 
 from fastclip._backends import cuda, triton
@@ -22,8 +23,10 @@ from support.kernels import Launches
 from support.kinds import DEVICE, GPU_KINDS, SHAPES, Kind, each_kind, fp16, kept, uneven, wide
 
 MODULES: dict[str, ModuleType] = {"triton": triton, "cuda": cuda}
+_REPAIR = REPAIR.value  # csrc/fastclip.h has the same
 PLAIN = [kind for kind in GPU_KINDS if hasattr(MODULES[kind.backend], "plain_fwd")]
 TRITON = [kind for kind in PLAIN if kind.backend == "triton"]
+CUDA = [kind for kind in PLAIN if kind.backend == "cuda"]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -43,8 +46,12 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         kind, weight, normalize = ctx.options
+        *inputs, saved = ctx.saved_tensors
+        before = saved.clone()
         options = weight, normalize, upstream, ctx.needs_input_grad[:3]
-        return *MODULES[kind.backend].plain_bwd(*ctx.saved_tensors, *options), None, None, None
+        found = MODULES[kind.backend].plain_bwd(*inputs, saved, *options)
+        assert torch.equal(before.view(torch.int32), saved.view(torch.int32)), "a second backward finds it changed"
+        return *found, None, None, None
 
 
 def plain_loss(kind: Kind, *, image_weight: float = 0.5, normalize: bool = True) -> Callable[..., Tensor]:
@@ -55,6 +62,13 @@ def plain_loss(kind: Kind, *, image_weight: float = 0.5, normalize: bool = True)
         return _Loss.apply(*inputs, kind, image_weight, normalize).to("cpu")
 
     return loss
+
+
+def check_repaired(kind: Kind, expected: bool, image: Tensor, text: Tensor, scale: float, normalize: bool) -> None:
+    """By what the forward hands on: both backends' begins with the constants."""
+    inputs = *(kept(x, kind.device) for x in (image, text)), torch.tensor(scale, device=kind.device)
+    _, saved = MODULES[kind.backend].plain_fwd(*inputs, 0.5, normalize)
+    assert bool(saved[_REPAIR] != 0) == expected
 
 
 def features(kind: Kind, N: int, D: int, **options: Any) -> list[Tensor]:
@@ -94,45 +108,55 @@ def test_blocks_of_solved_and_unsolved_pairs(kind: Kind) -> None:
     check(plain_loss(kind), image, text, 50.0)
 
 
-@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.pairwise
+@pytest.mark.parametrize("scale", [1.0, 5.0, -3.0])
+@pytest.mark.parametrize("N", [2, 64, 200, 260])
 @each_kind(PLAIN)
-def test_repair_of_uneven_norms(kind: Kind, scale: float, launches: Launches) -> None:
-    """The logits of a tile lie hundreds apart, one offset cannot serve them."""
-    image, text = (poisoned(x, kind.dtype) for x in uneven(200, 200))
+def test_repair_of_uneven_norms(kind: Kind, N: int, scale: float) -> None:
+    """The logits of a tile lie thousands apart, one offset cannot serve them: one block of indices, several."""
+    image, text = (poisoned(x, kind.dtype) for x in uneven(N, N))
     check(plain_loss(kind, normalize=False, image_weight=0.3), image, text, scale, normalize=False, image_weight=0.3)
-    if kind.backend == "triton":
-        assert launches.repaired == [True, True]
+    check_repaired(kind, True, image, text, scale, normalize=False)
 
 
 @each_kind(PLAIN)
-def test_repair_of_opposite_features(kind: Kind, launches: Launches) -> None:
+def test_repair_of_opposite_features(kind: Kind) -> None:
     """Normalised, scale 100, every negative cosine near -1 or 1 / 2: below what the offset reaches."""
     image = torch.randn(2, 24).repeat_interleave(2, 0)
     image, text = (poisoned(x, kind.dtype) for x in (image + 0.01 * torch.randn(4, 24), -image))
     check(plain_loss(kind), image[:2], text[:2], 100.0)
+    check_repaired(kind, True, image[:2], text[:2], 100.0, normalize=True)
+
+
+@each_kind(PLAIN)
+def test_repair_not_needed_for_ordinary_batches(kind: Kind) -> None:
+    for scale in (0.0, 10.0, 60.0, 100.0):
+        check_repaired(kind, False, *kind.pairs(130, 130, 64), scale, normalize=True)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("workspace", ["0.004", "0.125"])
+@pytest.mark.parametrize("N", [260, 400])
+@pytest.mark.parametrize("normalize", [True, False])
+@each_kind(PLAIN)
+def test_panels_and_blocks(
+    kind: Kind, normalize: bool, N: int, workspace: str, monkeypatch: pytest.MonkeyPatch, launches: Launches
+) -> None:
+    """A workspace for a few tiles: row panels forward, row chunks and column blocks backward, repair included."""
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", workspace)
+    image, text = (poisoned(x, kind.dtype) for x in (pairs(N, N, 24) if normalize else uneven(N, N)))
+    check(plain_loss(kind, normalize=normalize), image, text, 5.0, normalize=normalize)
     if kind.backend == "triton":
-        assert launches.repaired == [True, True]
-
-
-@each_kind(TRITON)
-def test_repair_not_needed_for_ordinary_batches(kind: Kind, launches: Launches) -> None:
-    image, text = kind.pairs(130, 130, 64)
-    for scale in (10.0, 100.0):
-        check(plain_loss(kind), image, text, scale)
-    assert launches.repaired == [False] * 4
+        assert launches.names.count("contrastive_fwd_kernel") > (workspace == "0.004")
+        assert launches.names.count("contrastive_bwd_kernel") > 1
+        assert launches.repaired == [not normalize] * len(launches.repaired)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@each_kind(PLAIN)
-def test_panels_and_blocks(kind: Kind, normalize: bool, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
-    """A workspace for a few tiles: row panels forward, row chunks and column blocks backward, repair included."""
-    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.004")
-    image, text = (poisoned(x, kind.dtype) for x in (pairs(260, 260, 24) if normalize else uneven(260, 260)))
-    check(plain_loss(kind, normalize=normalize), image, text, 5.0, normalize=normalize)
-    if kind.backend == "triton":
-        assert launches.names.count("contrastive_fwd_kernel") > 1
-        assert launches.names.count("contrastive_bwd_kernel") == 9
-        assert launches.repaired == [not normalize] * len(launches.repaired)
+@each_kind(CUDA)
+def test_longer_sums_than_tensor_cores_keep(kind: Kind, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_LONGEST_SUM", 48)
+    check(plain_loss(kind, normalize=normalize), *kind.pairs(130, 130, 24), 2.0, normalize=normalize)
 
 
 @each_kind(TRITON, few=True)
@@ -184,6 +208,14 @@ def test_nan_and_inf_propagate(kind: Kind, value: float, normalize: bool, place:
     assert not loss.isfinite()
     (gradient,) = torch.autograd.grad(loss, image)
     assert not gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf])
+@each_kind(PLAIN, few=True)
+def test_scale_that_is_not_finite_propagates(kind: Kind, scale: float) -> None:
+    inputs = *features(kind, 20, 16), torch.tensor(scale, device=DEVICE, requires_grad=True)
+    loss = _Loss.apply(*inputs, kind, 0.5, True)
+    assert not any(x.isfinite().any() for x in (loss, *torch.autograd.grad(loss, inputs)))
 
 
 @pytest.mark.parametrize(
@@ -275,22 +307,26 @@ def test_every_subset_of_gradients(kind: Kind) -> None:
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other column", "unaligned", "one side"])
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other column", "unaligned", "rows apart"])
+@pytest.mark.parametrize("D", [2, 24, 30])
+@pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("normalize", [True, False])
 @each_kind(PLAIN, few=True)
-def test_layouts(kind: Kind, normalize: bool, layout: str) -> None:
-    image, text = (x.clone() for x in kind.pairs(40, 40, 24))
+def test_layouts(kind: Kind, normalize: bool, side: int, D: int, layout: str) -> None:
+    sides = [x.clone() for x in kind.pairs(40, 40, D)]
+    x = sides[side]
     if layout == "transposed":
-        image = image.T.contiguous().T
+        x = x.T.contiguous().T
     elif layout == "expanded":
-        image = image[:1].expand(40, 24)
+        x = x[:1].expand(40, D)
     elif layout == "every other column":
-        image, text = (torch.cat([x, x], 1)[:, ::2] for x in (image, text))
-    elif layout == "one side":
-        image, text = torch.nn.functional.pad(image, (0, 3), value=torch.nan)[:, :23], text[:, :23].contiguous()
+        x = torch.stack([x, torch.full_like(x, torch.nan)], 2)[..., 0]
+    elif layout == "rows apart":
+        x = torch.nn.functional.pad(x, (0, 3), value=torch.nan)[:, :D]
     else:
-        image = torch.cat([torch.zeros(1, dtype=kind.dtype), image.flatten()])[1:].view(40, 24)
-    image, text = (x.to(DEVICE).detach().requires_grad_() for x in (image, text))
+        x = torch.cat([torch.zeros(1, dtype=kind.dtype), x.flatten()])[1:].view(40, D)
+    sides[side] = x
+    image, text = (x.to(DEVICE).detach().requires_grad_() for x in sides)
     loss = _Loss.apply(image, text, torch.tensor(3.0, device=DEVICE), kind, 0.5, normalize)
     expected = truth(image.detach().cpu(), text.detach().cpu(), 3.0, normalize=normalize)
     assert abs(float(loss.detach()) - float(expected.loss)) <= 2 * LOSS * float(expected.loss)

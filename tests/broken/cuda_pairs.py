@@ -10,10 +10,10 @@ PROMISES = [
         "Log-sum-exps, repairs and tickets of the CUDA backend's loss of pairs are right, whoever comes last",
         tests=[
             "backends/test_cuda_plain.py::test_what_the_forward_hands_on",
-            "backends/test_cuda_plain.py::test_repair_of_uneven_norms",
-            "backends/test_cuda_plain.py::test_every_subset_of_gradients",
-            "backends/test_cuda_plain.py::test_repair_of_opposite_features",
-            "backends/test_cuda_plain.py::test_panels_and_chunks",
+            "backends/test_plain.py::test_repair_of_uneven_norms",
+            "backends/test_plain.py::test_every_subset_of_gradients",
+            "backends/test_plain.py::test_repair_of_opposite_features",
+            "backends/test_plain.py::test_panels_and_blocks",
             "backends/test_cuda_plain.py::test_repair_keeps_what_rounding_takes",
         ],
         breaks=[
@@ -96,13 +96,13 @@ PROMISES = [
         "Weights and gradients of the CUDA backend's loss of pairs are right, down to a solved batch",
         tests=[
             "backends/test_cuda_plain.py::test_weights",
-            "backends/test_cuda_plain.py::test_repair_of_uneven_norms",
-            "backends/test_cuda_plain.py::test_every_subset_of_gradients",
+            "backends/test_plain.py::test_repair_of_uneven_norms",
+            "backends/test_plain.py::test_every_subset_of_gradients",
             "backends/test_cuda_plain.py::test_finish",
-            "backends/test_cuda_plain.py::test_upstream_is_a_factor",
-            "backends/test_cuda_plain.py::test_confident_loss_keeps_digits",
+            "backends/test_plain.py::test_upstream_gradient_scales",
+            "backends/test_plain.py::test_solved_batch_keeps_digits",
             "backends/test_cuda_plain.py::test_what_the_forward_hands_on",
-            "backends/test_cuda_plain.py::test_layouts",
+            "backends/test_plain.py::test_layouts",
         ],
         breaks=[
             Break(
