@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastclip import _env
 from fastclip._backends import check_name, pick
-from fastclip.ops import TENSORS, autocast_dtype, autocast_features, autocasts, transformed
+from fastclip.ops import TENSORS, autocast_dtype, autocast_features, autocasts, recorded, transformed
 
 __all__ = [
     "can_be_read",
@@ -171,7 +170,7 @@ def can_be_read(x: Tensor) -> bool:
     """Return True where a look at the values of `x` costs no wait, and nothing records or imitates the call."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    return type(x) is Tensor and _get_current_dispatch_mode() is None and not transformed(x)
+    return not recorded(x) and not transformed(x)
 
 
 def number(name: str, value: Any, allowed: str = "a number") -> float:

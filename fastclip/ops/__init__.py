@@ -10,7 +10,7 @@ from fastclip.ops.contrastive import (
 )
 from fastclip.ops.plain import plain_loss
 from fastclip.ops.sigmoid import sigmoid_pairs
-from fastclip.ops.transforms import TENSORS, batched, transformed
+from fastclip.ops.transforms import TENSORS, batched, recorded, transformed
 
 __all__ = [
     "TENSORS",
@@ -25,6 +25,7 @@ __all__ = [
     "merge_logsumexp",
     "no_autocast",
     "plain_loss",
+    "recorded",
     "sigmoid_pairs",
     "transformed",
 ]
