@@ -135,9 +135,8 @@ def test_repair_not_needed_for_ordinary_batches(kind: Kind) -> None:
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("workspace", ["0.004", "0.125"])
+@pytest.mark.parametrize(("normalize", "workspace"), [(True, "0.004"), (False, "0.004"), (False, "0.125")])
 @pytest.mark.parametrize("N", [260, 400])
-@pytest.mark.parametrize("normalize", [True, False])
 @each_kind(PLAIN)
 def test_panels_and_blocks(
     kind: Kind, normalize: bool, N: int, workspace: str, monkeypatch: pytest.MonkeyPatch, launches: Launches
