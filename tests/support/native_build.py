@@ -32,15 +32,22 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PATH": PATH}, timeout=600)
 
 
-def build(source: Path, folder: Path, **options: object) -> str:
-    """Configures and builds `source` in `folder`; everything that was printed."""
+NOT_BUILT = "the sources were not built:"
+
+
+def build(source: Path, folder: Path, *, warnings: bool = True, **options: object) -> str:
+    """Configures and builds `source` in `folder`, unless `warnings` without one; everything that was printed.
+
+    Raises AssertionError, which begins with `NOT_BUILT`.
+    """
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
     configure = ["cmake", "-S", source, "-B", folder, *generator, *(f"-D{k}={v}" for k, v in options.items())]
     log = ""
     for command in (configure, ["cmake", "--build", folder, "--parallel", "2"]):
         done = run(*command)
         log += done.stdout + done.stderr
-        assert done.returncode == 0, log
+        assert done.returncode == 0, f"{NOT_BUILT}\n{log}"
+    assert warnings or "warning:" not in log, f"{NOT_BUILT}\n{log}"
     return log
 
 
