@@ -16,7 +16,7 @@ from fastclip.triton_kernels.contrastive_bwd_vectors import (
     vectors,
 )
 from fastclip.triton_kernels.features import Features
-from fastclip.triton_kernels.gradients import FACTOR, OWN, Gradients
+from fastclip.triton_kernels.gradients import FACTOR, OWN, Gradients, total_of
 from fastclip.triton_kernels.launch import (
     BwdSide,
     Tiles,
@@ -256,11 +256,7 @@ def contrastive_bwd_repair_kernel(
 @triton.jit(do_not_specialize=["parts"])
 def scale_gradient_kernel(part_ptr, constants_ptr, out_ptr, parts, BLOCK: tl.constexpr):
     """d_scale from its (parts,) shares. One program; fp64, in a fixed order."""
-    k = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
-    for k0 in range(0, parts, BLOCK):
-        total += tl.load(part_ptr + k0 + k, mask=k0 + k < parts, other=0.0).to(tl.float64)
-    total = tl.sum(total, 0) / tl.load(constants_ptr + GAIN).to(tl.float64)
+    total = total_of(part_ptr, 0, parts, BLOCK) / tl.load(constants_ptr + GAIN).to(tl.float64)
     tl.store(out_ptr, total.to(out_ptr.dtype.element_ty))
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "Features",
     "bound_kernel",
     "bound_of",
+    "copy_sides_kernel",
     "high_bit",
     "inverse_norm",
     "largest_norm",
@@ -239,6 +240,36 @@ def copy_rows_kernel(
     power = high_bit(inv.to(tl.float64))
     tl.store(factor_ptr + k, (inv.to(tl.float64) / power).to(tl.float32), mask=some)
     scale_rows(x_ptr, x_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["row_power_ptr", "col_power_ptr", "M", "N"])
+def copy_sides_kernel(
+    image_ptr,  # (M, D)
+    text_ptr,  # (N, D)
+    image_row_stride,
+    text_row_stride,
+    row_power_ptr,  # (M,) fp32
+    col_power_ptr,  # (N,) fp32
+    row_out_ptr,  # (M, out_row_stride): the columns beyond D become 0
+    col_out_ptr,  # (N, out_row_stride)
+    out_row_stride,
+    M,
+    N,
+    D,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows of both sides times powers of two that are known, as `copy_rows_kernel`."""
+    block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
+    k = tl.arange(0, BLOCK)
+    if block < blocks:
+        k += block * BLOCK
+        power = tl.load(row_power_ptr + k, mask=k < M, other=1.0).to(tl.float64)
+        scale_rows(image_ptr, image_row_stride, row_out_ptr, out_row_stride, power, k, k < M, D, BLOCK_D)
+    else:
+        k += (block - blocks) * BLOCK
+        power = tl.load(col_power_ptr + k, mask=k < N, other=1.0).to(tl.float64)
+        scale_rows(text_ptr, text_row_stride, col_out_ptr, out_row_stride, power, k, k < N, D, BLOCK_D)
 
 
 _ROWS, _COLUMNS = 8, 128  # of a program of the kernels above, at a time

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.features import EPS, Features
+from fastclip.triton_kernels.features import EPS, Features, high_bit
 from fastclip.triton_kernels.launch import Config, addmm, cdiv, chunks, launch, processors, workspace_bytes
 from torch import Tensor
 
@@ -26,8 +26,11 @@ __all__ = [
     "Gradients",
     "block_size",
     "finish_rows",
+    "in_two",
     "projected",
     "store_factors",
+    "store_side",
+    "total_of",
 ]
 
 # Planes: what a dot product is multiplied with; of the own pair the weight; of the result the factor, and whether it
@@ -35,6 +38,7 @@ __all__ = [
 FACTOR, OWN, OUT, PROJECT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 ALIGNMENT = 128  # every tile divides it: a block of weights padded to it is written without masks
+TINY = tl.constexpr(2.0**-100)
 _LONGEST_SUM = 65536  # terms in one chain of additions: tensor cores truncate
 _ROWS, _COLUMNS = 4, 256  # of a program of the finish, at a time
 
@@ -60,13 +64,45 @@ def store_factors(vec_ptrs, plane, inv_ptrs, factor_ptrs, scale, gain, some, NOR
 
 
 @triton.jit
+def store_side(vec_ptrs, plane, inv, some, NORMALIZE: tl.constexpr, COPY: tl.constexpr):
+    """FACTOR, OUT and PROJECT of some rows from their inverse norms, without scale and gain, which the finish knows.
+
+    COPY: the products see the rows times OUT.
+    """
+    factor, power = inv, tl.full(inv.shape, 1.0, tl.float32)
+    if COPY:
+        wide = high_bit(inv.to(tl.float64))
+        factor, power = (inv.to(tl.float64) / wide).to(tl.float32), wide.to(tl.float32)
+    tl.store(vec_ptrs + FACTOR * plane, factor, mask=some)
+    tl.store(vec_ptrs + OUT * plane, power, mask=some)
+    tl.store(vec_ptrs + PROJECT * plane, projected(inv, NORMALIZE), mask=some)
+
+
+@triton.jit
+def total_of(part_ptr, first, last, BLOCK: tl.constexpr):
+    """Sum of the parts from `first` to before `last`, fp64, in a fixed order."""
+    k = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for k0 in range(first, last, BLOCK):
+        total += tl.load(part_ptr + k0 + k, mask=k0 + k < last, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def in_two(factor):
+    """A fp64 factor in two, each of which fp32 holds without loss of digits: a mean's may be tiny, a scaler's too."""
+    power = tl.where(tl.abs(factor) < TINY, TINY, 1.0).to(tl.float32)
+    return (factor / power).to(tl.float32), power
+
+
+@triton.jit
 def finish_rows(
-    side, other, raw_row_stride, x_row_stride, other_row_stride, k0, l0, size, plane, other_plane, D, offset, gain,
-    power, HAS_OWN: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    side, other, raw_row_stride, x_row_stride, other_row_stride, k0, l0, size, plane, other_plane, D, offset, own_gain,
+    factor, power, HAS_OWN: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows l0 and on of the `size` that `side.raw` has, which are the side's from k0 on; their share of d_scale.
 
-    They are multiplied by `gain` and then by `power`.
+    Their own pairs' weights are multiplied by `own_gain`, they themselves by `factor` and then by `power`.
     """
     rows = l0 + tl.arange(0, BLOCK)
     some = rows < size
@@ -76,8 +112,8 @@ def finish_rows(
     own = tl.where(has, own, 0)
     weight = tl.zeros((BLOCK,), tl.float32)
     if HAS_OWN:
-        weight = tl.load(side.vec + FACTOR * plane + k, mask=some, other=0.0)
-        weight *= tl.load(side.vec + OWN * plane + k, mask=some, other=0.0)
+        weight = tl.load(side.vec + OWN * plane + k, mask=some, other=0.0) * own_gain
+        weight *= tl.load(side.vec + FACTOR * plane + k, mask=some, other=0.0)
         weight *= tl.load(other.vec + FACTOR * other_plane + own, mask=has, other=0.0)
     raw_ptrs = side.raw + rows.to(tl.int64)[:, None] * raw_row_stride
     x_ptrs = side.x + k.to(tl.int64)[:, None] * x_row_stride
@@ -99,7 +135,7 @@ def finish_rows(
         # <u, g> u from these very rows: the rounded inverse norm would leave more of g along u
         project = tl.load(side.vec + PROJECT * plane + k, mask=some, other=0.0)
         along = tl.where(project != 0, along / tl.where(project != 0, squares, 1.0), 0.0)
-        factor = gain * tl.load(side.vec + OUT * plane + k, mask=some, other=0.0)
+        factor *= tl.load(side.vec + OUT * plane + k, mask=some, other=0.0)
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)[None, :]
             x = tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0).to(tl.float32)
@@ -126,7 +162,6 @@ def finish_kernel(
     N,
     D,
     offset,
-    gain,
     HAS_OWN: tl.constexpr,
     WRITE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -145,14 +180,14 @@ def finish_kernel(
     if block < blocks:
         d_scale = finish_rows(
             row, col, raw_row_stride, image_row_stride, text_row_stride, i0, block * BLOCK, rows, M, N, D, offset,
-            gain, 1.0, HAS_OWN, WRITE_ROWS, BLOCK, BLOCK_D,
+            1.0, 1.0, 1.0, HAS_OWN, WRITE_ROWS, BLOCK, BLOCK_D,
         )  # fmt: skip
         if HAS_OWN:
             tl.store(part_ptr + block, d_scale)
     else:
         finish_rows(
             col, row, raw_row_stride, text_row_stride, image_row_stride, 0, (block - blocks) * BLOCK, N, N, M, D,
-            -offset, gain, 1.0, HAS_OWN, True, BLOCK, BLOCK_D,
+            -offset, 1.0, 1.0, 1.0, HAS_OWN, True, BLOCK, BLOCK_D,
         )  # fmt: skip
 
 
@@ -215,17 +250,15 @@ class Gradients:
         scale_part: Tensor,
         d_image: Tensor | None,
         d_text: Tensor | None,
-        factor: float = 1.0,
-        stored: bool = True,
     ) -> None:
-        """d_image (M, D), d_text (N, D), times `factor`, from the weights r_i G_ij c_j that ``weigh(i0, i1, j0, j1,
+        """d_image (M, D), d_text (N, D) from the weights r_i G_ij c_j that ``weigh(i0, i1, j0, j1,
         weights)`` stores.
 
         offset: of the own pairs, whose weights are in the vectors and not among the stored; None when there are none.
-        scale_part (finish_parts,): the own pairs' share of d_scale. stored: `weigh` does store weights.
+        scale_part (finish_parts,): the own pairs' share of d_scale.
         """
         x = self.image.x
-        weights = x.new_empty((self.block_m, self.block_n) if stored else (ALIGNMENT, ALIGNMENT))
+        weights = x.new_empty(self.block_m, self.block_n)
         raw_text = None if d_text is None else x.new_empty(self.N, x.shape[1], dtype=torch.float32)
         raw_image = x.new_empty(0 if d_image is None else self.block_m, x.shape[1], dtype=torch.float32)
         row = FinishSide(raw_image, x, row_vec, raw_image if d_image is None else d_image)
@@ -247,7 +280,7 @@ class Gradients:
                     finish_kernel,
                     cdiv(rows, _ROWS) + cdiv(cols, _ROWS),
                     *(row, col, raw_image.stride(0), x.stride(0), self.text.x.stride(0), scale_part[i0 // _ROWS :]),
-                    *(i0, rows, self.M, self.N, self.D, offset or 0, factor),
+                    *(i0, rows, self.M, self.N, self.D, offset or 0),
                     HAS_OWN=offset is not None,
                     WRITE_ROWS=d_image is not None,
                     BLOCK=_ROWS,

@@ -10,15 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fastclip.triton_kernels import launch
 from fastclip.triton_kernels.contrastive_bwd import contrastive_bwd_kernel, contrastive_bwd_repair_kernel
 from fastclip.triton_kernels.contrastive_fwd import (
     contrastive_fwd_kernel,
     contrastive_fwd_repair_kernel,
 )
 from fastclip.triton_kernels.contrastive_fwd_reduce import REDUCED, contrastive_fwd_reduce_kernel
-from fastclip.triton_kernels.features import bound_kernel, needs_copy
-from fastclip.triton_kernels.gradients import FinishSide, block_size
+from fastclip.triton_kernels.features import bound_kernel, copy_sides_kernel, needs_copy
+from fastclip.triton_kernels.gradients import OUT, FinishSide, block_size
 from fastclip.triton_kernels.launch import (
     addmm,
     cdiv,
@@ -32,11 +31,11 @@ from fastclip.triton_kernels.plain_fwd import (
     ALIGNED,
     HEADER,
     PLANES,
-    plain_copy_kernel,
     plain_loss_kernel,
     plain_norms_kernel,
     plain_reduce_kernel,
 )
+from fastclip.triton_kernels.planning import cut, plan_of
 from fastclip.triton_kernels.sequence import Base, Sequence, TileLaunch
 from fastclip.triton_kernels.tile import CONSTANTS
 from torch import Tensor
@@ -66,29 +65,29 @@ class _Plan:
 
     def __init__(self, image: Tensor, text: Tensor, normalize: bool, precision: str) -> None:
         self.N, self.D = N, D = image.shape[0], image.shape[1]
-        self.normalize, self.precision = normalize, precision
         self.plane, self.saved = _plane(N), plain_saved(N)
         self.col_vec = _VEC + 4 * PLANES * self.plane
+        self.row_power, self.col_power = (start + 4 * OUT.value * self.plane for start in (_VEC, self.col_vec))
         self.strides = image.stride(0), text.stride(0)
         self.copy = needs_copy(image, normalize) or needs_copy(text, normalize)
         self.width = cdiv(D, 8) * 8 if self.copy else D  # columns that the products see
         self.product_strides = (self.width, self.width) if self.copy else self.strides
         self.pair_programs, self.reduce_programs = cdiv(N, _NORMS["BLOCK"]), cdiv(N, REDUCED)
-        self._cut_forward(image)
-        self._cut_backward(image)
+        self._cut_forward(image, precision)
+        self._cut_backward(image, precision)
         # Of several panels or blocks each has arguments of its own, and work enough for the host not to count
         self.whole = len(self.panels) == len(self.rows) == len(self.columns) == 1
         self.fwd = Sequence(self.whole)
         self.bwd: dict[Any, Sequence] = {}  # by the gradients that are asked for, and the upstream's alignment
 
-    def _cut_forward(self, x: Tensor) -> None:
+    def _cut_forward(self, x: Tensor, precision: str) -> None:
         """Panels of rows whose partial sums fit into the workspace; bytes at which its parts begin."""
         N = self.N
         flags = {"LABELS": False, "EXCLUDE_SELF": False}
         self.statistics = (
-            TileLaunch(contrastive_fwd_kernel, "contrastive_fwd", x, N, self.width, self.precision, flags),
+            TileLaunch(contrastive_fwd_kernel, "contrastive_fwd", x, (N, N), self.width, precision, flags),
             TileLaunch(
-                *(contrastive_fwd_repair_kernel, "contrastive_fwd_repair", x, N, self.width, self.precision),
+                *(contrastive_fwd_repair_kernel, "contrastive_fwd_repair", x, (N, N), self.width, precision),
                 {**flags, "MAXIMA": False},
             ),
         )
@@ -99,20 +98,18 @@ class _Plan:
         self.panels = chunks(N, panel)
         across = max(cdiv(N, tile.BLOCK_N) for tile in tiles), max(cdiv(panel, tile.BLOCK_M) for tile in tiles)
         sizes = (64, 8 * self.plane, 16 * self.plane, 24 * self.reduce_programs, 8 * self.pair_programs)
-        starts = [0]
-        for size in (*sizes, 8 * across[0] * panel, 8 * across[1] * N):
-            starts.append(cdiv(starts[-1] + size, 64) * 64)
+        starts = cut(*sizes, 8 * across[0] * panel, 8 * across[1] * N)
         _, self.cos, self.lse, self.share, self.top, self.row_part, self.col_part, end = starts
         self.fwd_words = end // 4
 
-    def _cut_backward(self, x: Tensor) -> None:
+    def _cut_backward(self, x: Tensor, precision: str) -> None:
         """Blocks of weights that fit into the workspace; words at which its parts begin."""
         N, size = self.N, x.element_size()
         block_m, self.block_n = block_size(x, N, N, self.D)
         self.rows, self.columns = chunks(N, block_m), chunks(N, self.block_n)
         flags = {"LABELS": False, "EXCLUDE_SELF": False}
         self.weighing = tuple(
-            TileLaunch(kernel, name, x, N, self.width, self.precision, flags)
+            TileLaunch(kernel, name, x, (N, N), self.width, precision, flags)
             for kernel, name in (
                 (contrastive_bwd_kernel, "contrastive_bwd"),
                 (contrastive_bwd_repair_kernel, "contrastive_bwd_repair"),
@@ -127,37 +124,6 @@ class _Plan:
         self.bwd_elements = (self.part + max(self.parts)) * 4 // size
 
 
-_plans: dict[Any, tuple[int, _Plan]] = {}  # with the workspace that they are for
-_MOST_PLANS = 64
-
-
-def _plan_of(
-    image: Tensor, text: Tensor, scale: Tensor, normalize: bool, workspace: int | None = None
-) -> tuple[_Plan, Tensor, Tensor]:
-    """The plan of a problem, and its features in rows without gaps between columns.
-
-    A forward says how large a `workspace` there is; a backward goes on with the plan of its forward.
-    """
-    strides, text_strides = image.stride(), text.stride()
-    if strides[1] != 1 or text_strides[1] != 1:
-        image, text = (x if x.stride(1) == 1 else x.contiguous() for x in (image, text))
-        strides, text_strides = image.stride(), text.stride()
-    # Kernels are compiled for the alignment of what they are handed; the rest of it torch aligns
-    aligned = image.data_ptr() % 16, text.data_ptr() % 16, scale.data_ptr() % 16
-    precision = launch.fp32_products() if image.dtype is torch.float32 else "ieee"
-    key = image.shape, strides, text_strides, image.dtype, image.device, aligned, normalize, precision
-    try:
-        planned, plan = _plans[key]
-        if workspace is None or workspace == planned:
-            return plan, image, text
-    except KeyError:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-    plan = _Plan(image, text, normalize, precision)
-    _plans[key] = (workspace_bytes(), plan)
-    return plan, image, text
-
-
 def plain_fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
@@ -166,12 +132,12 @@ def plain_fwd(
 
     One launch more for features that are not normalised, and one for rows that the products cannot take as they lie.
     """
-    plan, image, text = _plan_of(image, text, scale, normalize, workspace_bytes())
+    plan, image, text = plan_of(_Plan, image, text, scale, (normalize,), workspace_bytes())
     N, D, pairs = plan.N, plan.D, plan.pair_programs
     new = image.new_empty
     saved, loss = new(plan.saved, dtype=torch.float32), new((), dtype=torch.float32)
     work = new(plan.fwd_words, dtype=torch.float32)
-    x, y, copies = image, text, None
+    x, y = image, text
     if plan.copy:
         copies = new((2, N, plan.width))
         x, y = copies[0], copies[1]
@@ -194,8 +160,9 @@ def plain_fwd(
     start(plain_norms_kernel, pairs, arguments, {"NORMALIZE": normalize, "COPY": plan.copy, **_NORMS})
     if not normalize:
         start(bound_kernel, 1, (top, constants, scale, pairs, pairs), {"BLOCK": 1024})
-    if copies is not None:
-        start(plain_copy_kernel, 2 * pairs, (*features, row_vec, copies, plan.width, N, D), _NORMS)
+    if plan.copy:
+        powers = s + plan.row_power, s + plan.col_power
+        start(copy_sides_kernel, 2 * pairs, (*features, *powers, x, y, plan.width, N, N, D), _NORMS)
     addresses = (x.data_ptr(), y.data_ptr(), *plan.product_strides) if known else None
     for repair, statistics in enumerate(plan.statistics):
         base = wide if repair else w
@@ -251,7 +218,7 @@ def plain_bwd(
     needs_image, needs_text, needs_scale = needs
     if not (needs_image or needs_text or needs_scale):
         return None, None, None
-    plan, image, text = _plan_of(image, text, scale, normalize)
+    plan, image, text = plan_of(_Plan, image, text, scale, (normalize,))
     N, D, width = plan.N, plan.D, plan.width
     new = image.new_empty
     d_image = new((N, D)) if needs_image else None
@@ -274,8 +241,9 @@ def plain_bwd(
     if plan.copy:
         copies = new((2, N, width))
         x, y = copies[0], copies[1]
-        arguments: tuple[Any, ...] = image, text, *plan.strides, row_vec, copies, width, N, D
-        start(plain_copy_kernel, 2 * plan.pair_programs, arguments, _NORMS)
+        powers = s + plan.row_power, s + plan.col_power
+        arguments: tuple[Any, ...] = image, text, *plan.strides, *powers, x, y, width, N, N, D
+        start(copy_sides_kernel, 2 * plan.pair_programs, arguments, _NORMS)
 
     addresses = (x.data_ptr(), y.data_ptr(), *plan.product_strides) if known else None
     parts = [4 * plan.part, 4 * plan.part]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.gradients import finish_rows
+from fastclip.triton_kernels.gradients import finish_rows, in_two, total_of
 from fastclip.triton_kernels.plain_fwd import OWN_SHARE, plane_of
 from fastclip.triton_kernels.tile import GAIN, REPAIR, SCALE
 
 __all__ = ["plain_finish_kernel"]
-
-TINY = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -19,11 +17,7 @@ def _scale_gradient(part_ptr, fast_parts, exact_parts, constants_ptr, out_ptr, f
     parts = fast_parts
     if tl.load(constants_ptr + REPAIR) != 0:
         parts = exact_parts
-    k = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
-    for k0 in range(0, parts, BLOCK):
-        total += tl.load(part_ptr + k0 + k, mask=k0 + k < parts, other=0.0)
-    total = tl.sum(total, 0) + tl.load(constants_ptr + OWN_SHARE).to(tl.float64)
+    total = total_of(part_ptr, 0, parts, BLOCK) + tl.load(constants_ptr + OWN_SHARE).to(tl.float64)
     tl.store(out_ptr, (total * factor).to(tl.float32))
 
 
@@ -62,10 +56,7 @@ def plain_finish_kernel(
               pairs' are the forward's: d_scale needs no ticket
     """
     upstream = tl.load(upstream_ptr).to(tl.float64) / tl.load(constants_ptr + GAIN).to(tl.float64)
-    # In two, each of which fp32 holds without loss of digits: a scaler's factor may be tiny, and so may a mean's
-    factor = upstream * tl.load(constants_ptr + SCALE).to(tl.float64)
-    power = tl.where(tl.abs(factor) < TINY, TINY, 1.0).to(tl.float32)
-    factor = (factor / power).to(tl.float32)
+    factor, power = in_two(upstream * tl.load(constants_ptr + SCALE).to(tl.float64))
     block, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK)
     if D_SCALE:
         block -= 1
@@ -75,10 +66,10 @@ def plain_finish_kernel(
     elif block < blocks:
         finish_rows(
             row, col, raw_row_stride, image_row_stride, text_row_stride, i0, block * BLOCK, rows, plane, plane, D, 0,
-            factor, power, True, True, BLOCK, BLOCK_D,
+            1.0, factor, power, True, True, BLOCK, BLOCK_D,
         )  # fmt: skip
     else:
         finish_rows(
             col, row, raw_row_stride, text_row_stride, image_row_stride, 0, (block - blocks) * BLOCK, N, plane, plane,
-            D, 0, factor, power, True, True, BLOCK, BLOCK_D,
+            D, 0, 1.0, factor, power, True, True, BLOCK, BLOCK_D,
         )  # fmt: skip

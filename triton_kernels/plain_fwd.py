@@ -20,22 +20,19 @@ from fastclip.triton_kernels.contrastive_bwd_vectors import (
 from fastclip.triton_kernels.contrastive_fwd_reduce import reduce_plane
 from fastclip.triton_kernels.features import (
     bound_of,
-    high_bit,
     inverse_norm,
     pair_sums,
-    scale_rows,
     set_constants,
     unit_norm,
 )
-from fastclip.triton_kernels.gradients import FACTOR, OUT, OWN, PROJECT, projected
-from fastclip.triton_kernels.tile import CONSTANTS, GAIN, INF, LOG2E, OFFSET2, REPAIR, SCALE
+from fastclip.triton_kernels.gradients import OWN, store_side
+from fastclip.triton_kernels.tile import CONSTANTS, GAIN, INF, OFFSET2, REPAIR, SCALE, softplus
 
 __all__ = [
     "ALIGNED",
     "HEADER",
     "OWN_SHARE",
     "PLANES",
-    "plain_copy_kernel",
     "plain_loss_kernel",
     "plain_norms_kernel",
     "plain_reduce_kernel",
@@ -53,18 +50,6 @@ ALIGNED = tl.constexpr(32)
 def plane_of(N):
     """Words between planes: whole cache lines, so that every plane is aligned."""
     return (tl.cdiv(N, ALIGNED) * ALIGNED).to(tl.int64)
-
-
-@triton.jit
-def _store_factors(vec_ptrs, plane, inv, k, some, NORMALIZE: tl.constexpr, COPY: tl.constexpr):
-    """FACTOR, OUT and PROJECT of one side's rows k, without scale and gain, which the finish knows."""
-    factor, power = inv, tl.full(inv.shape, 1.0, tl.float32)
-    if COPY:
-        wide = high_bit(inv.to(tl.float64))
-        factor, power = (inv.to(tl.float64) / wide).to(tl.float32), wide.to(tl.float32)
-    tl.store(vec_ptrs + FACTOR * plane, factor, mask=some)
-    tl.store(vec_ptrs + OUT * plane, power, mask=some)
-    tl.store(vec_ptrs + PROJECT * plane, projected(inv, NORMALIZE), mask=some)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -105,8 +90,8 @@ def plain_norms_kernel(
     row_inv, col_inv = inverse_norm(xx, NORMALIZE), inverse_norm(yy, NORMALIZE)
     tl.store(cos_ptr + k, row_inv.to(tl.float64) * col_inv.to(tl.float64) * xy, mask=some)
     plane = plane_of(N)
-    _store_factors(vec_ptr + k, plane, row_inv, k, some, NORMALIZE, COPY)
-    _store_factors(vec_ptr + COL * plane + k, plane, col_inv, k, some, NORMALIZE, COPY)
+    store_side(vec_ptr + k, plane, row_inv, some, NORMALIZE, COPY)
+    store_side(vec_ptr + COL * plane + k, plane, col_inv, some, NORMALIZE, COPY)
     if NORMALIZE:
         scale = tl.load(scale_ptr).to(tl.float32)
         set_constants(constants_ptr, scale, bound_of(scale, top_ptr, 0, 0, NORMALIZE, BLOCK), block == 0)
@@ -118,45 +103,6 @@ def plain_norms_kernel(
         tl.store(ticket_ptr + tl.arange(0, 2), 0)
 
 
-@triton.jit(do_not_specialize=["N"])
-def plain_copy_kernel(
-    image_ptr,  # (N, D)
-    text_ptr,  # (N, D)
-    image_row_stride,
-    text_row_stride,
-    vec_ptr,  # (2 PLANES, plane): OUT
-    out_ptr,  # (2, N, out_row_stride)
-    out_row_stride,
-    N,
-    D,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Rows of both sides times the power of two in their inverse norm; see `copy_rows_kernel`."""
-    block, blocks = tl.program_id(0), tl.cdiv(N, BLOCK)
-    side = block // blocks
-    k = (block - side * blocks) * BLOCK + tl.arange(0, BLOCK)
-    some = k < N
-    power_ptr = vec_ptr + (side * COL + OUT) * plane_of(N)
-    power = tl.load(power_ptr + k, mask=some, other=1.0).to(tl.float64)
-    if side == 0:
-        scale_rows(image_ptr, image_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D)
-    else:
-        out_ptr += N.to(tl.int64) * out_row_stride
-        scale_rows(text_ptr, text_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D)
-
-
-@triton.jit
-def _softplus(t):
-    """log(1 + exp t) and its derivative in fp64, to the last digits of a small one."""
-    u = tl.exp2(-tl.abs(t) * LOG2E)
-    above = 1.0 + u
-    # log(above) / (above - 1) changes slowly: at u it is what it is at the rounded one
-    rounded = above - 1.0
-    log1p = tl.where(rounded == 0.0, u, u * (tl.log(above) / tl.where(rounded == 0.0, 1.0, rounded)))
-    return tl.where(t > 0, t, 0.0) + log1p, tl.where(t >= 0, 1.0, u) / above
-
-
 @triton.jit
 def _weigh_pairs(
     row_lse, col_lse, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, some, N
@@ -164,8 +110,8 @@ def _weigh_pairs(
     """Pairs k: shares of the loss and of d_scale, and the vectors, as the largest derivative among them has it."""
     cos = tl.load(cos_ptr + k, mask=some, other=0.0)
     pos = tl.load(constants_ptr + SCALE).to(tl.float64) * cos
-    row_loss, row_d = _softplus(row_lse - pos)
-    col_loss, col_d = _softplus(col_lse - pos)
+    row_loss, row_d = softplus(row_lse - pos)
+    col_loss, col_d = softplus(col_lse - pos)
     weight += tl.zeros_like(cos)  # fp64; the interpreter is handed a number of Python's
     row_weight, col_weight = weight / N, (1.0 - weight) / N
     row_d, col_d = row_weight * row_d, col_weight * col_d

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from fastclip.triton_kernels.launch import (
+    Config,
     always_anew,
     cdiv,
     choose,
@@ -160,16 +161,24 @@ def _known(
 
 
 class TileLaunch:
-    """What the launches of a tile kernel have in common, for features like `x` that it sees as (N, width)."""
+    """What the launches of a tile kernel have in common, for features like `x` that it sees as (M or N, width)."""
 
     def __init__(
-        self, kernel: Any, name: str, x: Tensor, N: int, width: int, precision: str, flags: dict[str, Any]
+        self,
+        kernel: Any,
+        name: str,
+        x: Tensor,
+        pairs: tuple[int, int],
+        width: int,
+        precision: str,
+        flags: dict[str, Any],
+        tile: Config | None = None,
     ) -> None:
-        self.kernel, self.tile = kernel, choose(name, x, False)
+        self.kernel, self.tile = kernel, tile or choose(name, x, False)
         options = tile_options(self.tile, uses_descriptors(x), width % self.tile.BLOCK_K == 0, precision)
         self.options = {**flags, **options}
         self.most = processors(x.device) if name.endswith("_repair") else None  # programs: a repair's are persistent
-        self.whole = self.shape(N, N)
+        self.whole = self.shape(*pairs)
 
     def shape(self, M: int, N: int) -> tuple[int, int]:
         """Tile rows and tile columns."""

@@ -1,29 +1,24 @@
-"""The sigmoid loss with its gradients in one pass over the logits; see the reference's `sigmoid_fwd`."""
+"""The sigmoid loss with its gradients in one pass over the logits: norms and own pairs, tiles, sums and finish."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.features import Features, high_bit, norms
-from fastclip.triton_kernels.gradients import FACTOR, OWN, Gradients, store_factors
-from fastclip.triton_kernels.launch import Tiles, cdiv, choose, launch, output_argument, tile_arguments
+from fastclip.triton_kernels.features import bound_of, high_bit, inverse_norm, pair_sums, unit_norm
+from fastclip.triton_kernels.gradients import OWN, finish_rows, in_two, store_side, total_of
 from fastclip.triton_kernels.tile import (
-    BOUND,
     GAIN,
     LOG2E,
     SCALE,
     dot_tile,
     halves,
     load_vector,
+    softplus,
     store_tile,
     tile_position,
 )
-from torch import Tensor
 
-__all__ = ["sigmoid_fwd"]
-
-_BLOCK = 1024  # rows of a program of the vectors' kernel
+__all__ = ["sigmoid_bound_kernel", "sigmoid_finish_kernel", "sigmoid_fwd_kernel", "sigmoid_norms_kernel"]
 
 
 @triton.jit
@@ -39,56 +34,105 @@ def _log1p_of_small(t):
     return t * tl.fma(p, t, 0.99999994)
 
 
-@triton.jit(do_not_specialize=["size", "other_size", "offset", "parts", "first"])
-def sigmoid_vectors_kernel(
-    pos_ptr,  # (size,) fp64: the own pair's logit, without the bias
-    inv_ptr,  # (size,) fp32
-    factor_ptr,  # (size,) fp32
-    vec_ptr,  # (planes, size): FACTOR, OWN, OUT, PROJECT
-    constants_ptr,
-    bias_ptr,
-    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias; from `first`, not written without SUMS
-    size,
-    other_size,
-    offset,
-    parts,
-    first,
-    NORMALIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    SUMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The vectors of one side, and the own pairs' share of the loss and of d_bias.
-
-    Math      x = -(z + b): loss softplus(x), weight -gain sigmoid(x);  gain = 2^k with 2^14 > gain |G| everywhere
-              for fp16 features, from the bound on the logits: also a solved batch's weights are fp16 numbers; else 1
-    Program   BLOCK rows
-    Precision fp64
-    """
-    bias = tl.load(bias_ptr).to(tl.float64)
-    bound = tl.load(constants_ptr + BOUND).to(tl.float64)
-    gain = bound * 0.0 + 1.0
+@triton.jit
+def _store_constants(constants_ptr, scale, bound, bias, HALF: tl.constexpr):
+    """SCALE, and GAIN = 2^k with 2^14 > gain |G| everywhere for fp16 features, from the bound on the logits: also a
+    solved batch's weights are fp16 numbers; else 1."""
+    tl.store(constants_ptr + SCALE, scale)
+    gain = tl.full((), 1.0, tl.float64)
     if HALF:
-        gain = 4096.0 / high_bit(tl.exp(tl.minimum(tl.maximum(bound + bias, -70.0), 0.0)))
-    if tl.program_id(0) == 0:
-        tl.store(constants_ptr + GAIN, gain.to(tl.float32))
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    some = k < size
+        gain = 4096.0 / high_bit(tl.exp(tl.minimum(tl.maximum(bound.to(tl.float64) + bias, -70.0), 0.0)))
+    tl.store(constants_ptr + GAIN, gain.to(tl.float32))
+
+
+@triton.jit
+def _store_vectors(
+    x_ptr, y_ptr, x_row_stride, y_row_stride, scale, bias, vec_ptr, k0, size, other_size, D, offset,
+    NORMALIZE: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One side's vectors from row k0; these rows' largest norm, and what their own pairs have of loss, d_scale and
+    d_bias."""
+    k = k0 + tl.arange(0, BLOCK)
+    own = k + offset
+    some, has = k < size, (k < size) & (own >= 0) & (own < other_size)
+    xx, yy, xy = pair_sums(x_ptr, y_ptr, x_row_stride, y_row_stride, k, own, some, has, D, True, BLOCK, BLOCK_D)
+    inv = inverse_norm(xx, NORMALIZE)
     plane = size.to(tl.int64)
-    scale = tl.load(constants_ptr + SCALE)
-    store_factors(vec_ptr + k, plane, inv_ptr + k, factor_ptr + k, scale, gain, some, NORMALIZE)
-    has = some & (k + offset >= 0) & (k + offset < other_size)
-    x = -(tl.load(pos_ptr + k, mask=some, other=0.0) + bias)
-    t = tl.exp(-tl.abs(x))
-    sigmoid = tl.where(has, tl.where(x >= 0, 1.0, t) / (1.0 + t), 0.0)
-    tl.store(vec_ptr + OWN * plane + k, (-gain * sigmoid).to(tl.float32), mask=some)
-    if SUMS:
-        above = 1.0 + t
-        log1p = tl.where(above == 1.0, t, tl.log(above) * (t / tl.where(above == 1.0, 1.0, above - 1.0)))
-        loss = tl.where(has, tl.where(x > 0, x, 0.0) + log1p + 0.0 * x, 0.0)
-        at = first + tl.program_id(0)
-        tl.store(part_ptr + at, tl.sum(loss, 0))
-        tl.store(part_ptr + 2 * parts.to(tl.int64) + at, -tl.sum(sigmoid, 0))
+    store_side(vec_ptr + k, plane, inv, some, NORMALIZE, COPY)
+    cos = inv.to(tl.float64) * inverse_norm(yy, NORMALIZE).to(tl.float64) * xy
+    x = -(scale.to(tl.float64) * cos + bias)
+    loss, sigmoid = softplus(x)
+    g = tl.where(has, -sigmoid, 0.0)
+    tl.store(vec_ptr + OWN * plane + k, g.to(tl.float32), mask=some)
+    loss = tl.sum(tl.where(has, loss + 0.0 * x, 0.0), 0)
+    return tl.max(unit_norm(xx, inv), 0), loss, tl.sum(tl.where(has, g * cos, 0.0), 0), tl.sum(g, 0)
+
+
+@triton.jit(do_not_specialize=["scale_ptr", "bias_ptr", "part_ptr", "parts", "M", "N", "offset"])
+def sigmoid_norms_kernel(
+    image_ptr,  # (M, D)
+    text_ptr,  # (N, D)
+    image_row_stride,
+    text_row_stride,
+    scale_ptr,
+    bias_ptr,
+    constants_ptr,
+    row_vec_ptr,  # (planes, M): FACTOR, OWN, OUT, PROJECT
+    col_vec_ptr,  # (planes, N)
+    top_ptr,  # (programs,) fp32; written with BOUND
+    part_ptr,  # (3, parts) fp64 from where the own pairs' begin, one a program of images: loss, d_scale, d_bias
+    parts,
+    M,
+    N,
+    D,
+    offset,
+    NORMALIZE: tl.constexpr,
+    COPY: tl.constexpr,
+    HALF: tl.constexpr,
+    BOUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Vectors of all rows, and the own pairs' shares of the loss, of d_scale and of d_bias.
+
+    Math      r_i = 1 / max(norm image_i, 1e-12), or 1; c_j likewise; own pairs: x = -(s r_i c_j <image_i, text_j> + b),
+              j = i + offset: loss softplus(x), weight -sigmoid(x); with COPY factors are r_i / 2^e, OUT is 2^e
+    Program   BLOCK rows of images, or of texts; the first writes the constants, unless with BOUND
+              `sigmoid_bound_kernel` does
+    Traffic   reads every row twice (its own, and as its partner's)
+    Precision fp64; vectors rounded once
+    Ragged    rows beyond the last and the D tail load as 0
+    Order     one program a row, shares of every program: bitwise repeatable
+    """
+    block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
+    scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float64)
+    if block < blocks:
+        top, loss, d_scale, d_bias = _store_vectors(
+            image_ptr, text_ptr, image_row_stride, text_row_stride, scale, bias, row_vec_ptr, block * BLOCK, M, N, D,
+            offset, NORMALIZE, COPY, BLOCK, BLOCK_D,
+        )  # fmt: skip
+        plane = parts.to(tl.int64)
+        tl.store(part_ptr + block, loss)
+        tl.store(part_ptr + plane + block, d_scale)
+        tl.store(part_ptr + 2 * plane + block, d_bias)
+    else:
+        top, _, _, _ = _store_vectors(
+            text_ptr, image_ptr, text_row_stride, image_row_stride, scale, bias, col_vec_ptr,
+            (block - blocks) * BLOCK, N, M, D, -offset, NORMALIZE, COPY, BLOCK, BLOCK_D,
+        )  # fmt: skip
+    if BOUND:
+        tl.store(top_ptr + block, top)
+    elif block == 0:
+        _store_constants(constants_ptr, scale, tl.abs(scale), bias, HALF)
+
+
+@triton.jit(do_not_specialize=["scale_ptr", "bias_ptr", "rows", "cols"])
+def sigmoid_bound_kernel(top_ptr, constants_ptr, scale_ptr, bias_ptr, rows, cols, BLOCK: tl.constexpr):
+    """Constants of fp16 features that are not normalised, from the largest norms of (rows + cols) programs of
+    `sigmoid_norms_kernel`. One program."""
+    scale = tl.load(scale_ptr).to(tl.float32)
+    bound = bound_of(scale, top_ptr, rows, cols, False, BLOCK)
+    _store_constants(constants_ptr, scale, bound, tl.load(bias_ptr).to(tl.float64), True)
 
 
 @triton.jit
@@ -144,7 +188,7 @@ def _pairs_split(
         return loss + more_loss, d_scale + more_d_scale, d_bias + more_d_bias
 
 
-@triton.jit(do_not_specialize=["parts", "M", "N", "offset"])
+@triton.jit(do_not_specialize=["bias_ptr", "part_ptr", "parts", "M", "N", "offset"])
 def sigmoid_fwd_kernel(
     image,  # (M, D), a pointer or a tensor descriptor
     text,  # (N, D)
@@ -156,7 +200,7 @@ def sigmoid_fwd_kernel(
     bias_ptr,
     weights,  # (M, N) padded to whole tiles, in the features' dtype; not written without GRADIENTS
     weights_row_stride,
-    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias of every tile
+    part_ptr,  # (3, parts) fp64 from where this block begins: loss, d_scale, d_bias of every tile
     parts,
     M,
     N,
@@ -200,79 +244,67 @@ def sigmoid_fwd_kernel(
         tl.store(part_ptr + 2 * plane + tile, tl.sum(d_bias, 0).to(tl.float64))
 
 
-def sigmoid_fwd(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    offset: int,
-    normalize: bool,
-    bias: Tensor,
-    divisor: int,
-    needs: list[bool],
-    saved_dtype: torch.dtype,
-    tiles: Tiles | None = None,
-) -> tuple[Tensor | None, ...]:
-    """As the reference's `sigmoid_fwd`: 6 M N D operations with gradients of the features, 2 without. `tiles`: other
-    kernels for the pairs."""
-    n = norms(image, text, scale, offset, normalize, False)
-    rows, cols = Features.of(image, n.row_inv, normalize), Features.of(text, n.col_inv, normalize)
-    M, N, D = len(image), len(text), image.shape[1]
-    gradients = Gradients(rows, cols, D)
-    tile = choose("sigmoid_fwd", rows.x, False)
-    if tiles:
-        tile = tiles.config("sigmoid_fwd", *gradients.block, False)
-    tile_parts = gradients.count_tiles(tile)
-    parts = tile_parts + max(gradients.finish_parts, cdiv(M, _BLOCK))
-    part = image.new_zeros(3, parts, dtype=torch.float64)
-    row_vec, col_vec = (image.new_empty(4, size, dtype=torch.float32) for size in (M, N))
-    for pos, inv, factor, vec, size, other, shift in (
-        (n.row_pos, n.row_inv, rows.factor, row_vec, M, N, offset),
-        (n.col_pos, n.col_inv, cols.factor, col_vec, N, M, -offset),
-    ):
-        launch(
-            sigmoid_vectors_kernel,
-            cdiv(size, _BLOCK),
-            *(pos, inv, factor, vec, n.constants, bias, part, size, other, shift, parts, tile_parts),
-            NORMALIZE=normalize,
-            HALF=image.dtype == torch.float16,
-            SUMS=vec is row_vec,
-            BLOCK=_BLOCK,
-        )
-    done = 0
+@triton.jit(
+    do_not_specialize=["loss_ptr", "grad_ptr", "tile_parts", "parts", "divisor", "i0", "rows", "M", "N", "offset"]
+)
+def sigmoid_finish_kernel(
+    row,  # a `FinishSide`; raw (rows, raw_row_stride) is of the images from i0 on
+    col,
+    raw_row_stride,
+    image_row_stride,
+    text_row_stride,
+    constants_ptr,
+    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias; of the tiles, then of the own pairs. Read with SUMS
+    loss_ptr,  # () fp32 or fp64; likewise
+    grad_ptr,  # (2,): d_scale and d_bias; written with SCALARS
+    tile_parts,
+    parts,
+    divisor,
+    i0,
+    rows,
+    M,
+    N,
+    D,
+    offset,
+    SUMS: tl.constexpr,
+    SCALARS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The loss, d_scale and d_bias from their shares, and gradients from the sums of weights times features.
 
-    def weigh(i0: int, i1: int, j0: int, j1: int, weights: Tensor) -> None:
-        nonlocal done
-        x, y = rows.x[i0:i1], cols.x[j0:j1]
-        if tiles:
-            factors = row_vec[FACTOR.value, i0:], col_vec[FACTOR.value, j0:]
-            at = offset + i0 - j0
-            tiles.sigmoid_fwd(
-                tile, x, y, *factors, n.constants, at, bias, weights if any(needs) else None, part[:, done:]
-            )
-        else:
-            operands, options = tile_arguments(tile, x, y)
-            launch(
-                sigmoid_fwd_kernel,
-                cdiv(i1 - i0, tile.BLOCK_M) * cdiv(j1 - j0, tile.BLOCK_N),
-                *(*operands, row_vec[:, i0:], col_vec[:, j0:], n.constants, bias),
-                *(output_argument(tile, weights, x), weights.stride(0), part[:, done:], parts),
-                *(i1 - i0, j1 - j0, x.shape[1], offset + i0 - j0),
-                GRADIENTS=any(needs),
-                **options,
-            )
-        done += gradients.tiles(i1 - i0, j1 - j0, tile)
-
-    d_image, d_text = (
-        torch.empty(x.shape, dtype=saved_dtype, device=x.device) if need else None
-        for x, need in zip((image, text), needs)
-    )
-    own = offset if any(needs[:3]) else None
-    gradients.compute(weigh, row_vec, col_vec, own, part[1, tile_parts:], d_image, d_text, 1.0 / divisor, any(needs))
-    loss, d_scale, d_bias = part.sum(1) / divisor
-    return (
-        loss,
-        d_image,
-        d_text,
-        (d_scale / n.constants[GAIN.value]).to(scale.dtype) if needs[2] else None,
-        d_bias.to(bias.dtype) if needs[3] else None,
-    )
+    Math      out = s (g - u <u, g>) r_k / (gain divisor), g_k = raw_k + gain own_k r_k c_j other_j, j = k + offset;
+              loss = sum of shares / divisor, d_bias likewise, d_scale with the tiles' shares / gain
+    Program   with SUMS the first adds up the shares; BLOCK of `rows` images, or after them of all texts; twice over D
+    Traffic   reads raw, x, other twice, writes out
+    Precision fp32, sums fp64; the own pair's weight, the largest of a row, was never rounded to the features' dtype
+    Ragged    rows beyond the last and the D tail load as 0
+    Order     one program a row; shares in the order of tiles and programs: bitwise repeatable
+    """
+    gain = tl.load(constants_ptr + GAIN)
+    count = divisor.to(tl.float64)
+    factor, power = in_two(tl.load(constants_ptr + SCALE).to(tl.float64) / (gain.to(tl.float64) * count))
+    block, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK)
+    if SUMS:
+        block -= 1
+    if block < 0:
+        loss = total_of(part_ptr, 0, parts, PARTS) / count
+        tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+        if SCALARS:
+            part_ptr += parts.to(tl.int64)
+            d_scale = total_of(part_ptr, 0, tile_parts, PARTS) / gain.to(tl.float64)
+            d_scale += total_of(part_ptr, tile_parts, parts, PARTS)
+            tl.store(grad_ptr, (d_scale / count).to(grad_ptr.dtype.element_ty))
+            part_ptr += parts.to(tl.int64)
+            tl.store(grad_ptr + 1, (total_of(part_ptr, 0, parts, PARTS) / count).to(grad_ptr.dtype.element_ty))
+    elif block < blocks:
+        finish_rows(
+            row, col, raw_row_stride, image_row_stride, text_row_stride, i0, block * BLOCK, rows, M, N, D, offset,
+            gain, factor, power, True, True, BLOCK, BLOCK_D,
+        )  # fmt: skip
+    else:
+        finish_rows(
+            col, row, raw_row_stride, text_row_stride, image_row_stride, 0, (block - blocks) * BLOCK, N, N, M, D,
+            -offset, gain, factor, power, True, True, BLOCK, BLOCK_D,
+        )  # fmt: skip

@@ -111,3 +111,14 @@ def store_tile(
         i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
         out_ptrs = out + i0.to(tl.int64) * out_row_stride + j0 + (i * out_row_stride + j)
         tl.store(out_ptrs, tile.to(out.dtype.element_ty))
+
+
+@triton.jit
+def softplus(t):
+    """log(1 + exp t) and its derivative in fp64, to the last digits of a small one."""
+    u = tl.exp2(-tl.abs(t) * LOG2E)
+    above = 1.0 + u
+    # log(above) / (above - 1) changes slowly: at u it is what it is at the rounded one
+    rounded = above - 1.0
+    log1p = tl.where(rounded == 0.0, u, u * (tl.log(above) / tl.where(rounded == 0.0, 1.0, rounded)))
+    return tl.where(t > 0, t, 0.0) + log1p, tl.where(t >= 0, 1.0, u) / above

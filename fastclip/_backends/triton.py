@@ -7,13 +7,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastclip._backends.problem import Problem
-from fastclip._backends.reference import saved_dtype, sigmoid_bwd
+from fastclip._backends.reference import saved_dtype
 
 __all__ = [
     "contrastive_bwd",
@@ -100,8 +101,8 @@ def _on_device(function: Any) -> Any:
     """Kernels start on the current device: make it the features'."""
 
     @functools.wraps(function)
-    def wrapped(problem: Problem | Tensor, *args: Any, **options: Any) -> Any:
-        image = problem if isinstance(problem, Tensor) else problem.image
+    def wrapped(problem: Tensor | Sequence[Any], *args: Any, **options: Any) -> Any:
+        image = problem if isinstance(problem, Tensor) else problem[0]
         if image.device.type != "cuda" or image.get_device() == torch.cuda.current_device():
             return function(problem, *args, **options)
         with torch.cuda.device(image.device):
@@ -126,15 +127,24 @@ def contrastive_bwd(
     return launcher.contrastive_bwd(*p, stats, grads, needs, tiles=tiles)
 
 
+@functools.cache
+def _sigmoid() -> Any:
+    return importlib.import_module("fastclip.triton_kernels.sigmoid")
+
+
 @_on_device
 def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype, tiles: Any = None
 ) -> tuple[Tensor | None, ...]:
     """As `reference.sigmoid_fwd`; `tiles` likewise."""
-    launcher = importlib.import_module("fastclip.triton_kernels.sigmoid_fwd")
-    options = p.offset, p.normalize, bias, divisor, needs, saved_dtype(p.image)
-    loss, *grads = launcher.sigmoid_fwd(p.image, p.text, p.scale, *options, tiles=tiles)
-    return loss.to(dtype), *grads
+    options = p.offset, p.normalize, divisor, needs, saved_dtype(p.image), dtype, tiles
+    return _sigmoid().sigmoid_fwd(p.image, p.text, p.scale, bias, *options)
+
+
+@_on_device
+def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """As `reference.sigmoid_bwd`."""
+    return _sigmoid().sigmoid_bwd(inputs, kept, d_loss)
 
 
 @functools.cache

@@ -45,13 +45,18 @@ def _computed(image: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     return out
 
 
+def _apart(d: Tensor) -> Tensor:
+    """A gradient with memory of its own, as an op's outputs must have: a backend may allocate the scalars' together."""
+    return d.contiguous() if d.dim() else d.clone()
+
+
 @torch.library.impl("fastclip::sigmoid_fwd", "default")
 def _fwd(*args: Any) -> tuple[Tensor | None, ...]:
     image, text, scale, bias, divisor, offset, normalize, backend, needs = args
     module = serving(backend, _problem(image, text, scale, offset, normalize))
     dtype = reference.wide_dtype(image.device)
     loss, *grads = _computed(image, text, scale, bias, divisor, offset, normalize, needs, dtype, module)
-    return loss, *(image.new_empty(0) if d is None else d.contiguous() for d in grads)
+    return loss, *(image.new_empty(0) if d is None else _apart(d) for d in grads)
 
 
 @torch.library.register_fake("fastclip::sigmoid_fwd")
@@ -71,7 +76,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     *inputs, _, _, _, backend, needs, kept, d_loss = args
     module = pick(backend, inputs[0])[1]
     out = module.sigmoid_bwd(inputs, [d.contiguous() if need else None for d, need in zip(kept, needs)], d_loss)
-    return tuple(d_loss.new_empty(0) if d is None else d for d in out)
+    return tuple(d_loss.new_empty(0) if d is None else _apart(d) for d in out)
 
 
 @torch.library.register_fake("fastclip::sigmoid_bwd")

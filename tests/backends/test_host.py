@@ -1,4 +1,4 @@
-"""The host's part of a step of the contrastive loss, counted on a driver that does nothing (support/host.py)."""
+"""The host's part of a step of the losses, counted on a driver that does nothing (support/host.py)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class Ceiling(NamedTuple):
 
 
 CEILINGS = {"triton": Ceiling(150, 10, 7, 5.0), "cuda": Ceiling(140, 9, 7, 4.0)}
+SIGMOID = {"triton": Ceiling(150, 6, 8, 5.0)}
 CASES = [("triton", 90), ("triton", 80), ("cuda", 90)]  # Triton with tensor maps, and without
 
 
-def _measured(what: str, backend: str, capability: int, normalize: bool) -> Any:
+def _measured(what: str, backend: str, capability: int, normalize: bool, loss: str = "contrastive") -> Any:
     try:
-        return host.measure(what, backend, normalize=normalize, capability=capability)
+        return host.measure(what, backend, normalize=normalize, capability=capability, loss=loss)
     except Missing as missing:
         pytest.skip(str(missing))
 
@@ -43,13 +44,25 @@ def test_step_within_counts(backend: str, capability: int, normalize: bool) -> N
     assert found["calls"] <= ceiling.calls, found
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("backend", "capability"), [case for case in CASES if case[0] in SIGMOID])
+def test_sigmoid_step_within_counts(backend: str, capability: int, normalize: bool) -> None:
+    """Norms, tiles, two products, finish; one launch backward."""
+    found, ceiling = _measured("counts", backend, capability, normalize, "sigmoid"), SIGMOID[backend]
+    assert found["launches"] <= ceiling.launches, found
+    assert found["products"] == 2, found
+    assert found["allocations"] <= ceiling.allocations, found
+    assert found["calls"] <= ceiling.calls, found
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
 @pytest.mark.parametrize("what", ["arguments", "public arguments"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("capability", [90, 80])
-def test_known_launches_pass_what_the_first_ones_did(capability: int, normalize: bool, what: str) -> None:
+def test_known_launches_pass_what_the_first_ones_did(capability: int, normalize: bool, what: str, loss: str) -> None:
     """A launch that skips Triton's own way to the launcher tells it the same."""
-    first, later = _measured(what, "triton", capability, normalize)
-    assert len(first) == (8 if normalize else 9)
+    first, later = _measured(what, "triton", capability, normalize, loss)
+    assert len(first) == (4 if loss == "sigmoid" else 8 if normalize else 9)
     for a, b in zip(first, later, strict=True):
         assert a == b
 
@@ -59,3 +72,9 @@ def test_known_launches_pass_what_the_first_ones_did(capability: int, normalize:
 def test_step_takes_a_few_times_the_least_there_is(backend: str) -> None:
     """The thread's time of a step, in times of (s * s).backward()."""
     assert _measured("times", backend, 90, True) <= CEILINGS[backend].times
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("backend", SIGMOID)
+def test_sigmoid_step_takes_a_few_times_the_least_there_is(backend: str) -> None:
+    assert _measured("times", backend, 90, True, "sigmoid") <= SIGMOID[backend].times

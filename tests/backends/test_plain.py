@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastclip.triton_kernels import plain
+from fastclip.triton_kernels import plain, planning
 from fastclip.triton_kernels.tile import REPAIR
 from torch import Tensor
 
@@ -286,7 +286,7 @@ def test_loss_by_ticket_or_by_another_launch(kind: Kind, repair: bool, monkeypat
     found = []
     for ticket in (True, False):
         monkeypatch.setattr(plain, "_TICKET", ticket)
-        monkeypatch.setattr(plain, "_plans", {})
+        monkeypatch.setattr(planning, "plans", {})
         loss = _Loss.apply(*inputs, kind, 0.5, not repair)
         found.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*found))
@@ -340,7 +340,7 @@ def test_work_and_launches(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches
     operations = counted_products(monkeypatch)
     N, D = 256, 64
     inputs = [*features(kind, N, D), torch.tensor(5.0, device=DEVICE, requires_grad=True)]
-    copy = [] if kind.dtype == torch.bfloat16 else ["plain_copy_kernel"]
+    copy = [] if kind.dtype == torch.bfloat16 else ["copy_sides_kernel"]
     loss = _Loss.apply(*inputs, kind, 0.5, True)
     tiles, reduce = "contrastive_fwd_kernel", "plain_reduce_kernel"
     forward = ["plain_norms_kernel", *copy, tiles, reduce, "contrastive_fwd_repair_kernel", reduce]

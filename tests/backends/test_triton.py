@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd_reduce, launch, plain, sequence
+from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd_reduce, launch, planning, sequence
 from torch import Tensor
 
 import fastclip
@@ -39,7 +39,7 @@ def accesses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip("this GPU has no tensor memory accelerator")
     for module in (launch, sequence):
         monkeypatch.setattr(module, "uses_descriptors", lambda x: request.param == "descriptors")
-    monkeypatch.setattr(plain, "_plans", {})
+    monkeypatch.setattr(planning, "plans", {})
     return request.param
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from fastclip.triton_kernels import gradients, launch, plain
+from fastclip.triton_kernels import gradients, launch, plain, planning, sigmoid
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -95,9 +95,9 @@ def compiling(capability: int) -> Iterator[list[dict[str, Any]]]:
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(launch, "capability", lambda device: divmod(capability, 10))
         patch.setattr(launch, "fp32_products", lambda: "tf32x3")
-        for module in (gradients, plain):
+        for module in (gradients, plain, sigmoid):
             patch.setattr(module, "addmm", lambda *args, **options: None)  # no kernel of ours
-        patch.setattr(plain, "_plans", {})
+        patch.setattr(planning, "plans", {})
         patch.setattr(driver, "_active", _NoDevice(capability))
         yield machines
 
@@ -121,6 +121,13 @@ def launch_plain(p: Problem) -> None:
     triton_backend.plain_bwd(image, text, p.scale, saved, 0.5, p.normalize, loss, (True, True, True))
 
 
+def launch_sigmoid(p: Problem) -> None:
+    bias = torch.tensor(0.0)
+    loss, *kept = triton_backend.sigmoid_fwd(p, bias, 1, [True] * 4, torch.float32)
+    triton_backend.sigmoid_bwd((p.image, p.text, p.scale, bias), kept, loss)
+    triton_backend.sigmoid_fwd(p, bias, 1, [False] * 4, torch.float64)
+
+
 def launch_everything(*choices: Any) -> None:
     """One call of each operation on such a problem; inside `compiling` that compiles all it would launch."""
     p = problem(*choices)
@@ -129,8 +136,7 @@ def launch_everything(*choices: Any) -> None:
     launch_bwd(p)
     if p.labels is None:
         launch_plain(p)
-        triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [True] * 4, torch.float32)
-        triton_backend.sigmoid_fwd(p, torch.tensor(0.0), 1, [False] * 4, torch.float32)
+        launch_sigmoid(p)
 
 
 def launched(chip: int) -> list[dict[str, Any]]:

@@ -260,12 +260,13 @@ def stepper(loss: Callable[..., Any], inputs: list[Any]) -> Callable[[], None]:
     return step
 
 
-def arguments(backend: str, normalize: bool) -> list[list[Any]]:
+def arguments(backend: str, normalize: bool, loss: str) -> list[list[Any]]:
     """What Triton's launcher is told in a first step and in a later one, which have the same memory."""
     import torch
     from triton.runtime import driver
 
     from fastclip import _backends
+    from fastclip._backends.problem import Problem
 
     memory: list[Any] = []
     told: list[Any] = []
@@ -289,14 +290,20 @@ def arguments(backend: str, normalize: bool) -> list[list[Any]]:
     utils.launch = lambda *args: told.append(plain([*args[:8], *args[11:]]))  # without hooks and what is for them
     utils.fill_tma_descriptor_tiled = lambda *args: ("map", *plain(args))
     module = _backends._BACKENDS[backend]
-    image, text = (x.detach().as_subclass(Features) for x in _inputs("contrastive")[:2])
-    scale, upstream = torch.tensor(14.3), torch.tensor(1.0)
+    image, text, *scalars = (x.detach() for x in _inputs(loss))
+    image, text = (x.as_subclass(Features) for x in (image, text))
+    scale, upstream = scalars[0], torch.tensor(1.0)
     for _ in range(2):
         for x in (image, text):
             x.taken = iter([*memory])
         told.append("step")
-        _, saved = module.plain_fwd(image, text, scale, 0.5, normalize)
-        module.plain_bwd(image, text, scale, saved, 0.5, normalize, upstream, (True, True, True))
+        if loss == "sigmoid":
+            p = Problem(image, text, scale, None, 0, False, normalize)
+            _, *kept = module.sigmoid_fwd(p, scalars[1], N, [True] * 4, torch.float32)
+            module.sigmoid_bwd((image, text, *scalars), kept, upstream)
+        else:
+            _, saved = module.plain_fwd(image, text, scale, 0.5, normalize)
+            module.plain_bwd(image, text, scale, saved, 0.5, normalize, upstream, (True, True, True))
     later = told.index("step", 1)
     return [told[1:later], told[later + 1 :]]
 
@@ -313,7 +320,7 @@ def main(what: str, backend: str, normalize: bool, capability: int, loss: str, m
             from fastclip.triton_kernels import sequence
 
             sequence._READ_LAUNCHERS = ()
-        return arguments(backend, normalize)
+        return arguments(backend, normalize, loss)
     inputs, function = _inputs(loss), getattr(fastclip, f"{loss}_loss")
 
     def of(*inputs: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from fastclip.triton_kernels import contrastive_bwd_vectors, features, gradients, plain
+from fastclip.triton_kernels import contrastive_bwd_vectors, features, gradients, plain, planning, sigmoid
 from triton.runtime import interpreter
 
 _CONVERT, _DOT = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
@@ -41,10 +41,10 @@ def widen_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (contrastive_bwd_vectors, features, gradients):
         assert module._ROWS < 64
         monkeypatch.setattr(module, "_ROWS", 64)
-    for sizes in (plain._NORMS, plain._FINISH):
+    for sizes in (plain._NORMS, plain._FINISH, sigmoid._NORMS, sigmoid._FINISH):
         assert sizes["BLOCK"] < 64
         monkeypatch.setitem(sizes, "BLOCK", 64)
-    monkeypatch.setattr(plain, "_plans", {})
+    monkeypatch.setattr(planning, "plans", {})
 
 
 @functools.cache

@@ -16,9 +16,8 @@ from fastclip.triton_kernels import (
     contrastive_bwd_vectors,
     contrastive_fwd,
     launch,
-    plain,
+    planning,
     sequence,
-    sigmoid_fwd,
 )
 from fastclip.triton_kernels.tile import CONSTANTS, REPAIR
 
@@ -41,9 +40,9 @@ class Launches:
             real(kernel, grid, *args, **options)
             self.note(kernel.fn.__name__, args)
 
-        for module in (contrastive_fwd, contrastive_bwd, contrastive_bwd_vectors, sequence, sigmoid_fwd):
+        for module in (contrastive_fwd, contrastive_bwd, contrastive_bwd_vectors, sequence):
             monkeypatch.setattr(module, "launch", watched)
-        monkeypatch.setattr(plain, "_plans", {})  # what is watched is not kept: every launch is seen
+        monkeypatch.setattr(planning, "plans", {})  # what is watched is not kept: every launch is seen
         for name in ("contrastive_fwd", "contrastive_bwd", "sigmoid_fwd"):
             monkeypatch.setattr(cuda._Tiles, name, self._watch(f"{name}_kernel", getattr(cuda._Tiles, name)))
         self._watch_native(monkeypatch)

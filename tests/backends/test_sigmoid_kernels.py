@@ -1,0 +1,251 @@
+"""The sigmoid loss of the backends for GPUs, called as the ops call it: shards, blocks, dtypes, launches.
+
+What holds for every backend alike stands in losses/test_sigmoid_accuracy.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastclip._backends import cuda, reference, triton
+from fastclip._backends.problem import Problem
+from support.accuracy import counted_products, pairs
+from support.kernels import Launches
+from support.kinds import GPU, GPU_KINDS, Kind, each_kind, fp16, kept, uneven
+
+MODULES: dict[str, ModuleType] = {"triton": triton, "cuda": cuda}
+TRITON = [kind for kind in GPU_KINDS if kind.backend == "triton"]
+ALL = (True,) * 4
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def problem(
+    kind: Kind, M: int, N: int, D: int, *, scale: float = 10.0, offset: int = 0, normalize: bool = True
+) -> Problem:
+    image, text = (kept(x, kind.device) for x in kind.pairs(M, N, D))
+    if not normalize:
+        image, text = image / D**0.5, text / D**0.5
+    return Problem(image, text, torch.tensor(scale, device=kind.device), None, offset, False, normalize)
+
+
+def bias_of(kind: Kind, bias: float = -10.0) -> Tensor:
+    return torch.tensor(bias, device=kind.device)
+
+
+def run(
+    kind: Kind,
+    p: Problem,
+    bias: Tensor,
+    *,
+    divisor: int = 1,
+    needs: tuple[bool, ...] = ALL,
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor | None]:
+    """Loss and gradients of one backend's forward."""
+    return list(MODULES[kind.backend].sigmoid_fwd(p, bias, divisor, list(needs), dtype))
+
+
+def true_of(p: Problem, bias: Tensor, divisor: int = 1) -> list[Tensor]:
+    wide = (x.double().cpu() for x in p[:3])
+    p = p._replace(**dict(zip(("image", "text", "scale"), wide)))
+    return list(reference.sigmoid_fwd(p, bias.double().cpu(), divisor, [True] * 4, torch.float64))
+
+
+def assert_close(kind: Kind, found: list[Tensor | None], true: list[Tensor]) -> None:
+    for name, ours, expected in zip(("loss", "d_image", "d_text", "d_scale", "d_bias"), found, true):
+        assert ours is not None
+        error, size = (ours.double().cpu() - expected).norm(), expected.norm()
+        small = 1e-5 if kind.dtype == torch.float32 else 1e-3 if kind.dtype == torch.float16 else 8e-3
+        assert error <= (small if ours.dim() else 1e-4) * size + 1e-30, (name, float(error), float(size))
+    assert abs(float(found[0]) / float(true[0]) - 1) < 1e-5
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("offset", [0, 5, -3, 60, 1000, -1000])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("megabytes", ["", "0.04"])
+@pytest.mark.parametrize("shape", [(50, 190, 24), (150, 60, 24), (1, 9, 8), (9, 1, 6)], ids=str)
+@each_kind(GPU_KINDS)
+def test_shards_and_blocks(
+    kind: Kind,
+    shape: tuple[int, int, int],
+    megabytes: str,
+    normalize: bool,
+    offset: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """M images and N texts, whose own pairs begin at `offset` or lie elsewhere; whole, and in blocks of weights."""
+    if megabytes:
+        monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", megabytes)
+    p, bias = problem(kind, *shape, scale=5.0, offset=offset, normalize=normalize), bias_of(kind, -3.0)
+    assert_close(kind, run(kind, p, bias, divisor=7), true_of(p, bias, 7))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@each_kind(GPU_KINDS, few=True)
+def test_every_subset_of_gradients(kind: Kind, normalize: bool) -> None:
+    p, bias = problem(kind, 20, 30, 16, offset=3, normalize=normalize), bias_of(kind)
+    whole = run(kind, p, bias)
+    for needs in itertools.product((False, True), repeat=4):
+        loss, *some = run(kind, p, bias, needs=needs)
+        assert torch.equal(loss, whole[0])
+        for need, ours, all_of_them in zip(needs, some, whole[1:]):
+            assert (ours is not None) == need
+            assert ours is None or torch.equal(ours, all_of_them)
+        upstream = torch.tensor(3.0, device=kind.device)
+        products = MODULES[kind.backend].sigmoid_bwd((*p[:3], bias), some, upstream)
+        for x, ours, product in zip((*p[:3], bias), some, products):
+            assert (product is None) == (ours is None)
+            if product is not None:
+                assert product.dtype == x.dtype and product.shape == x.shape and product.is_contiguous()
+                assert torch.equal(product, (ours.float() * 3.0).to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each_kind(GPU_KINDS)
+def test_loss_of_the_dtype_that_is_asked_for(kind: Kind, dtype: torch.dtype) -> None:
+    """A float64 loss has not been a float32; gradients of features wait in a dtype that holds them."""
+    p, bias = problem(kind, 40, 40, 16), bias_of(kind)
+    for needs in (ALL, (False,) * 4):
+        loss, d_image, _, d_scale, _ = run(kind, p, bias, divisor=3, needs=needs, dtype=dtype)
+        assert loss.dtype == dtype and loss.shape == ()
+        if dtype == torch.float64:
+            assert loss != loss.float()
+        if d_image is not None:
+            assert d_image.dtype == reference.saved_dtype(p.image) and d_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@each_kind(fp16(GPU_KINDS))
+def test_float16_weights_of_a_solved_batch_keep_digits(kind: Kind, normalize: bool) -> None:
+    """Without a gain, which features that are not normalised have from a launch of its own, they would flush to 0."""
+    image, text = (x / x.float().norm(dim=1, keepdim=True) for x in pairs(60, 60, 64, aligned=0.0))
+    image, text = (kept(x.to(kind.dtype), kind.device) for x in (image, text))
+    p = Problem(image, text, torch.tensor(20.0, device=kind.device), None, 1000, False, normalize)
+    bias = bias_of(kind, -50.0)  # weights near 1e-22
+    assert_close(kind, run(kind, p, bias), true_of(p, bias))
+
+
+@each_kind(GPU_KINDS)
+def test_one_pair(kind: Kind) -> None:
+    p, bias = problem(kind, 1, 1, 8, scale=2.0, normalize=False), bias_of(kind, 1.0)
+    assert_close(kind, run(kind, p, bias), true_of(p, bias))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("place", [0, 129])
+@pytest.mark.parametrize("side", [0, 1])
+@each_kind(GPU_KINDS, few=True)
+def test_nan_propagates(kind: Kind, side: int, place: int, normalize: bool) -> None:
+    p, bias = problem(kind, 130, 130, 8, normalize=normalize), bias_of(kind)
+    p[side][place, 2] = torch.nan
+    for needs in (ALL, (False,) * 4):
+        loss, *grads = run(kind, p, bias, needs=needs)
+        assert loss.isnan()
+        assert all(d is None or d.isnan().any() for d in grads)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every other column", "unaligned", "one side"])
+@pytest.mark.parametrize("normalize", [True, False])
+@each_kind(GPU_KINDS, few=True)
+def test_layouts(kind: Kind, normalize: bool, layout: str) -> None:
+    p, bias = problem(kind, 40, 30, 24, normalize=normalize, scale=5.0), bias_of(kind, -3.0)
+    image, text = p.image, p.text
+    if layout == "transposed":
+        image = image.T.contiguous().T
+    elif layout == "every other column":
+        image, text = (torch.cat([x, x], 1)[:, ::2] for x in (image, text))
+    elif layout == "unaligned":
+        image = torch.cat([image.new_zeros(1), image.flatten()])[1:].view(40, 24)
+    else:
+        image, text = torch.nn.functional.pad(image, (0, 3), value=torch.nan)[:, :23], text[:, :23].contiguous()
+    p = p._replace(image=image, text=text)
+    found = run(kind, p, bias)
+    assert_close(kind, found, true_of(p, bias))
+    assert found[1].is_contiguous() and found[2].is_contiguous()
+
+
+@each_kind(GPU_KINDS)
+def test_bitwise_repeatable(kind: Kind) -> None:
+    p, bias = problem(kind, 140, 150, 40, offset=-4), bias_of(kind)
+    first = run(kind, p, bias)
+    for _ in range(250 if GPU else 2):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(kind, p, bias)))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@each_kind(GPU_KINDS)
+def test_upstream_gradient_multiplies(kind: Kind, wide: bool) -> None:
+    """0, a loss scaler's factor, what is no number; the one rounding comes last; again from what was kept."""
+    p, bias = problem(kind, 30, 70, 16, offset=20), bias_of(kind)
+    inputs = *p[:3], bias
+    _, *grads = run(kind, p, bias, divisor=30)
+    for factor in (0.0, 65536.0, 1e-3, torch.nan, torch.inf, 0.0):
+        upstream = torch.tensor(factor, device=kind.device, dtype=torch.float64 if wide else torch.float32)
+        for x, d, product in zip(inputs, grads, MODULES[kind.backend].sigmoid_bwd(inputs, grads, upstream)):
+            expected = (d.float() * upstream.float()).to(x.dtype)
+            torch.testing.assert_close(product, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@each_kind(GPU_KINDS, few=True)
+def test_kept_gradients_anywhere_in_memory(kind: Kind) -> None:
+    """What a hook of the user's gives back need not be aligned; the products end where the gradients end."""
+    p, bias = problem(kind, 131, 67, 24), bias_of(kind)
+    _, *grads = run(kind, p, bias)
+    inputs, upstream = (*p[:3], bias), torch.tensor(2.0, device=kind.device)
+    moved = [torch.cat([d.new_zeros(1), d.flatten()])[1:].view(d.shape) for d in grads]
+    for a, b in zip(*(MODULES[kind.backend].sigmoid_bwd(inputs, given, upstream) for given in (grads, moved))):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@each_kind(TRITON)
+def test_work_and_launches(kind: Kind, normalize: bool, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
+    """Three launches and two products forward, one launch backward; a fourth for the bound that float16's gain is of,
+    or for a copy. Without gradients the same launches, no product."""
+    operations = counted_products(monkeypatch)
+    p, bias = problem(kind, 256, 200, 64, normalize=normalize), bias_of(kind)
+    more = []
+    if normalize and kind.dtype != torch.bfloat16:
+        more = ["copy_sides_kernel"]
+    elif kind.dtype == torch.float16:
+        more = ["sigmoid_bound_kernel"]
+    forward = ["sigmoid_norms_kernel", *more, "sigmoid_fwd_kernel", "sigmoid_finish_kernel"]
+    loss, *grads = run(kind, p, bias)
+    assert launches.names == forward and operations == [2 * 256 * 200 * 64] * 2
+    triton.sigmoid_bwd((*p[:3], bias), grads, loss.float())
+    assert launches.names[len(forward) :] == ["sigmoid_bwd_kernel"]
+    operations.clear()
+    run(kind, p, bias, needs=(False,) * 4)
+    assert launches.names[len(forward) + 1 :] == forward and operations == []
+
+
+@each_kind(TRITON, few=True)
+def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
+    """Weights, whatever the batch; what else lies beside them is as large as the features."""
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
+    p, bias = problem(kind, 700, 600, 8), bias_of(kind)
+    assert_close(kind, run(kind, p, bias), true_of(p, bias))
+    sizes = [max(x.untyped_storage().nbytes() for x in found) for found in launches.tensors("sigmoid_fwd_kernel")]
+    assert len(sizes) > 1 and max(sizes) <= 2**17 + 2 * 1300 * (4 * 8 + 4 * 4)
+
+
+@pytest.mark.parametrize("needs", [ALL, (False, True, False, True), (False,) * 4], ids=str)
+@each_kind(GPU_KINDS, few=True)
+def test_op_passes_opcheck(kind: Kind, needs: tuple[bool, ...]) -> None:
+    p, bias = problem(kind, 20, 20, 8), bias_of(kind)
+    given = [x.detach().requires_grad_(need) for x, need in zip((*p[:3], bias), needs)]
+    torch.library.opcheck(torch.ops.fastclip.sigmoid_fwd, (*given, 20, 0, True, kind.backend, list(needs)))
+
+
+@each_kind(GPU_KINDS, few=True)
+def test_uneven_norms(kind: Kind) -> None:
+    """Logits beyond what an exponential holds, on both sides of 0."""
+    image, text = (kept(x.to(kind.dtype), kind.device) for x in uneven(90, 90))
+    p = Problem(image, text, torch.tensor(0.5, device=kind.device), None, 0, False, False)
+    assert_close(kind, run(kind, p, bias_of(kind, -4.0)), true_of(p, bias_of(kind, -4.0)))

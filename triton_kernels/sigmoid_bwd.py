@@ -1,0 +1,53 @@
+"""The sigmoid loss backward: what the forward left, times the loss's gradient."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["sigmoid_bwd_kernel"]
+
+
+@triton.jit
+def _multiply(kept_ptr, out_ptr, upstream, block, size, BLOCK: tl.constexpr):
+    k = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    product = tl.load(kept_ptr + k, mask=k < size, other=0.0).to(tl.float32) * upstream
+    tl.store(out_ptr + k, product.to(out_ptr.dtype.element_ty), mask=k < size)
+
+
+@triton.jit(do_not_specialize=["scale_ptr", "bias_ptr", "upstream_ptr", "scalars_out_ptr"])
+def sigmoid_bwd_kernel(
+    image_ptr,  # (image_size,): the forward's d_image
+    text_ptr,  # (text_size,)
+    scale_ptr,  # (): its d_scale; read with SCALE
+    bias_ptr,  # (); with BIAS
+    upstream_ptr,  # () fp32: the loss's derivative
+    image_out_ptr,
+    text_out_ptr,
+    scalars_out_ptr,  # (2,): d_scale and d_bias
+    image_size,
+    text_size,
+    SCALE: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradients of the loss times its own derivative.
+
+    Math      out = upstream kept
+    Program   BLOCK numbers of d_image, or after them of d_text; with SCALE or BIAS the last has the scalars
+    Traffic   reads and writes every number once
+    Precision fp32; one rounding to the features' dtype, so that a loss scaler's factor reaches what would flush
+    Ragged    numbers beyond the last are not written
+    Order     one program a number: bitwise repeatable
+    """
+    upstream = tl.load(upstream_ptr)
+    block, image_blocks, text_blocks = tl.program_id(0), tl.cdiv(image_size, BLOCK), tl.cdiv(text_size, BLOCK)
+    if block < image_blocks:
+        _multiply(image_ptr, image_out_ptr, upstream, block, image_size, BLOCK)
+    elif block < image_blocks + text_blocks:
+        _multiply(text_ptr, text_out_ptr, upstream, block - image_blocks, text_size, BLOCK)
+    else:
+        if SCALE:
+            tl.store(scalars_out_ptr, tl.load(scale_ptr) * upstream)
+        if BIAS:
+            tl.store(scalars_out_ptr + 1, tl.load(bias_ptr) * upstream)
