@@ -88,11 +88,11 @@ class _Plan:
             4 * CONSTANTS,
             4 * _PLANES * M,
             4 * _PLANES * N,
-            24 * self.parts,
             4 * (self.row_programs + self.col_programs) * self.bound,
+            24 * self.parts,
         )
         _, raw_image, raw_text, row_copy, col_copy, self.constants, *starts = starts
-        self.row_vec, self.col_vec, self.part, self.top, end = starts
+        self.row_vec, self.col_vec, self.top, self.part, end = starts
         self.raw_image, self.raw_text = raw_image // 4, raw_text // 4  # in numbers, as all that products see
         self.copies = row_copy // size, col_copy // size
         self.elements = end // size
