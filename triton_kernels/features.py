@@ -28,7 +28,6 @@ __all__ = [
     "needs_copy",
     "norms",
     "pair_sums",
-    "scale_rows",
     "set_constants",
     "unit_norm",
 ]
@@ -205,7 +204,7 @@ def high_bit(x):
 
 
 @triton.jit
-def scale_rows(x_ptr, x_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D: tl.constexpr):
+def _scale_rows(x_ptr, x_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D: tl.constexpr):
     """Copies rows k, times their powers of two in fp64; columns beyond D become 0."""
     x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
     out_ptrs = out_ptr + k.to(tl.int64)[:, None] * out_row_stride
@@ -239,7 +238,7 @@ def copy_rows_kernel(
     inv = tl.load(inv_ptr + k, mask=some, other=1.0)
     power = high_bit(inv.to(tl.float64))
     tl.store(factor_ptr + k, (inv.to(tl.float64) / power).to(tl.float32), mask=some)
-    scale_rows(x_ptr, x_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D)
+    _scale_rows(x_ptr, x_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["row_power_ptr", "col_power_ptr", "M", "N"])
@@ -265,11 +264,11 @@ def copy_sides_kernel(
     if block < blocks:
         k += block * BLOCK
         power = tl.load(row_power_ptr + k, mask=k < M, other=1.0).to(tl.float64)
-        scale_rows(image_ptr, image_row_stride, row_out_ptr, out_row_stride, power, k, k < M, D, BLOCK_D)
+        _scale_rows(image_ptr, image_row_stride, row_out_ptr, out_row_stride, power, k, k < M, D, BLOCK_D)
     else:
         k += (block - blocks) * BLOCK
         power = tl.load(col_power_ptr + k, mask=k < N, other=1.0).to(tl.float64)
-        scale_rows(text_ptr, text_row_stride, col_out_ptr, out_row_stride, power, k, k < N, D, BLOCK_D)
+        _scale_rows(text_ptr, text_row_stride, col_out_ptr, out_row_stride, power, k, k < N, D, BLOCK_D)
 
 
 _ROWS, _COLUMNS = 8, 128  # of a program of the kernels above, at a time

@@ -27,7 +27,6 @@ __all__ = [
     "block_size",
     "finish_rows",
     "in_two",
-    "projected",
     "store_factors",
     "store_side",
     "total_of",
@@ -44,7 +43,7 @@ _ROWS, _COLUMNS = 4, 256  # of a program of the finish, at a time
 
 
 @triton.jit
-def projected(inv, NORMALIZE: tl.constexpr):
+def _projected(inv, NORMALIZE: tl.constexpr):
     """1 where a gradient is projected, 0 where the norm was clamped, or nothing is normalised: it is a constant."""
     project = tl.zeros_like(inv)
     if NORMALIZE:
@@ -60,7 +59,7 @@ def store_factors(vec_ptrs, plane, inv_ptrs, factor_ptrs, scale, gain, some, NOR
     tl.store(vec_ptrs + FACTOR * plane, factor, mask=some)
     out = scale.to(tl.float64) * (inv.to(tl.float64) / factor.to(tl.float64)) / gain
     tl.store(vec_ptrs + OUT * plane, out.to(tl.float32), mask=some)
-    tl.store(vec_ptrs + PROJECT * plane, projected(inv, NORMALIZE), mask=some)
+    tl.store(vec_ptrs + PROJECT * plane, _projected(inv, NORMALIZE), mask=some)
 
 
 @triton.jit
@@ -75,7 +74,7 @@ def store_side(vec_ptrs, plane, inv, some, NORMALIZE: tl.constexpr, COPY: tl.con
         factor, power = (inv.to(tl.float64) / wide).to(tl.float32), wide.to(tl.float32)
     tl.store(vec_ptrs + FACTOR * plane, factor, mask=some)
     tl.store(vec_ptrs + OUT * plane, power, mask=some)
-    tl.store(vec_ptrs + PROJECT * plane, projected(inv, NORMALIZE), mask=some)
+    tl.store(vec_ptrs + PROJECT * plane, _projected(inv, NORMALIZE), mask=some)
 
 
 @triton.jit
