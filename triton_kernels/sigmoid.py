@@ -44,7 +44,7 @@ class _Plan:
         text: Tensor,
         normalize: bool,
         needs: tuple[bool, ...],
-        dtype: torch.dtype,
+        dtype: torch.dtype,  # of the loss, which the finish is compiled for: part of the signature, and nothing follows
         precision: str,
         tiles: Tiles | None = None,
     ) -> None:
