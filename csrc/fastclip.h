@@ -227,8 +227,9 @@ typedef struct fastclip_cuda_loss_sizes {
   int64_t saved, work; /* bytes: what the forward hands to the backward, and its workspace */
   int64_t rows;        /* of the logits in a chunk of weights */
   int64_t chunks;
-  int64_t stride; /* elements from one row of weights to the next */
-  int64_t extra;  /* rows of weights behind the chunk's that the backward's workspace takes */
+  int64_t stride;  /* elements from one row of weights to the next */
+  int64_t extra;   /* rows of weights behind the chunk's that the backward's workspace takes */
+  int64_t sigmoid; /* bytes before the weights in the sigmoid loss's workspace */
 } fastclip_cuda_loss_sizes;
 
 int fastclip_cuda_loss_plan(int64_t N, int64_t D, int64_t workspace, int processors, fastclip_cuda_loss_sizes* sizes);
@@ -245,6 +246,36 @@ int fastclip_cuda_loss_weights(const fastclip_cuda_loss* p, const void* saved, v
 int fastclip_cuda_loss_finish(const fastclip_cuda_loss* p, const void* saved, void* weights, int64_t chunk,
                               const float* upstream, const float* raw_image, const float* raw_text, void* d_image,
                               void* d_text, float* d_scale);
+
+/* ---- The sigmoid loss of N images and as many texts, row k of both a pair ----
+ *
+ * Sizes are those of fastclip_cuda_loss_plan; a problem's image_weight is not read. Loss and gradients are computed
+ * together: weights, their products with the features, and finish, of every chunk of rows. All share `work`, aligned to
+ * 128 bytes: `sigmoid` bytes, and with gradients the chunk's weights (rows, stride) in the features' dtype, raw_image
+ * (rows, D to the next multiple of 8) and raw_text (N, ...) in fp32: as fastclip_cuda_loss_finish reads them. */
+
+/* Weights of a chunk, as fastclip_cuda_sigmoid_fwd; the first chunk's call starts with the norms. */
+int fastclip_cuda_sigmoid_weights(const fastclip_cuda_loss* p, const float* bias, void* work, int64_t chunk,
+                                  int gradients);
+
+/* Gradients / divisor, NULL: not wanted; d_image and d_text (N, D) of fp16 features in fp32. With the last chunk also
+ * those by scale and bias, side by side, and the loss, a float, or a double when it is `wide`. */
+int fastclip_cuda_sigmoid_finish(const fastclip_cuda_loss* p, const float* bias, void* work, int64_t chunk,
+                                 double divisor, void* loss, int wide, void* d_image, void* d_text, float* d_scalars);
+
+/* Gradients that a forward kept, in fp32 for fp16 features, times *upstream. NULL: not wanted. */
+typedef struct fastclip_cuda_factors {
+  const float* upstream;
+  const void *kept_image, *kept_text;
+  const float *kept_scale, *kept_bias;
+  void *d_image, *d_text;          /* of `dtype` */
+  float* d_scalars;                /* by scale and bias, each where it was kept */
+  int64_t image_count, text_count; /* elements, next to each other */
+  int dtype;                       /* fastclip_dtype */
+  int device;                      /* its number; negative: the current one */
+  void* stream;
+} fastclip_cuda_factors;
+int fastclip_cuda_sigmoid_bwd(const fastclip_cuda_factors* p);
 
 /* The version of CUDA that the driver serves, 1000 major + 10 minor; 0 where there is none. And what this was built
  * with. */

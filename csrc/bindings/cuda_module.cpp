@@ -1,7 +1,9 @@
 // Python binding of the Hopper kernels: addresses in, messages out. Shapes and dtypes are the caller's business
 // (fastclip/_backends/cuda.py); this file knows neither torch nor CUDA.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -28,11 +30,14 @@ void check(int status) {
                               ")");
 }
 
-// The plain case's problem: a tuple, not a struct with names, because a training step waits for the host. image, text,
-// their row strides; the same of the rows that the products read; N, D; half, normalize; scale, image_weight;
+// The problem of a loss of pairs: a tuple, not a struct with names, because a training step waits for the host. image,
+// text, their row strides; the same of the rows that the products read; N, D; half, normalize; scale, image_weight;
 // workspace, processors, device, stream.
 using Loss = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t,
                         int64_t, bool, bool, uintptr_t, double, int64_t, int, int, uintptr_t>;
+
+template <int kCount>
+using Addresses = std::array<uintptr_t, kCount>;  // 0: not wanted
 
 fastclip_cuda_loss loss_of(const Loss& x) {
   return {pointer<const void>(std::get<0>(x)),
@@ -117,7 +122,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("loss_plan", [](int64_t N, int64_t D, int64_t workspace, int processors) {
     fastclip_cuda_loss_sizes s;
     check(fastclip_cuda_loss_plan(N, D, workspace, processors, &s));
-    return std::make_tuple(s.saved, s.work, s.rows, s.chunks, s.stride, s.extra);
+    return std::make_tuple(s.saved, s.work, s.rows, s.chunks, s.stride, s.extra, s.sigmoid);
   });
   m.def("loss_forward", [](const Loss& problem, uintptr_t saved, uintptr_t work, uintptr_t loss) {
     const fastclip_cuda_loss p = loss_of(problem);
@@ -136,6 +141,35 @@ PYBIND11_MODULE(_cuda, m) {
                                           pointer<const float>(raw_text), pointer<void>(d_image), pointer<void>(d_text),
                                           pointer<float>(d_scale)));
         });
+  m.def("sigmoid_weights", [](const Loss& problem, uintptr_t bias, uintptr_t work, int64_t chunk, bool gradients) {
+    const fastclip_cuda_loss p = loss_of(problem);
+    check(fastclip_cuda_sigmoid_weights(&p, pointer<const float>(bias), pointer<void>(work), chunk, gradients));
+  });
+  m.def("sigmoid_finish", [](const Loss& problem, uintptr_t bias, uintptr_t work, int64_t chunk, double divisor,
+                             uintptr_t loss, bool wide, uintptr_t d_image, uintptr_t d_text, uintptr_t d_scalars) {
+    const fastclip_cuda_loss p = loss_of(problem);
+    check(fastclip_cuda_sigmoid_finish(&p, pointer<const float>(bias), pointer<void>(work), chunk, divisor,
+                                       pointer<void>(loss), wide, pointer<void>(d_image), pointer<void>(d_text),
+                                       pointer<float>(d_scalars)));
+  });
+  // kept: image, text, scale, bias; d: image, text, both scalars
+  m.def("sigmoid_bwd", [](uintptr_t upstream, const Addresses<4>& kept, const Addresses<3>& d, int64_t image_count,
+                          int64_t text_count, bool half, int device, uintptr_t stream) {
+    const fastclip_cuda_factors p = {pointer<const float>(upstream),
+                                     pointer<const void>(kept[0]),
+                                     pointer<const void>(kept[1]),
+                                     pointer<const float>(kept[2]),
+                                     pointer<const float>(kept[3]),
+                                     pointer<void>(d[0]),
+                                     pointer<void>(d[1]),
+                                     pointer<float>(d[2]),
+                                     image_count,
+                                     text_count,
+                                     half ? FASTCLIP_FP16 : FASTCLIP_BF16,
+                                     device,
+                                     pointer<void>(stream)};
+    check(fastclip_cuda_sigmoid_bwd(&p));
+  });
   m.def("driver", &fastclip_cuda_driver);
   m.attr("RUNTIME") = fastclip_cuda_runtime();
   m.attr("COMPILER") = FASTCLIP_CUDA_COMPILER;

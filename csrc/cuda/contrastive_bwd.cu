@@ -13,7 +13,7 @@ template <bool kHalf_, int kBlockN_, bool kLabels_>
 struct Weights {
   static constexpr bool kHalf = kHalf_, kLabels = kLabels_, kStores = true, kSkipsRepairs = true;
   static constexpr Exact kExact = Exact::never;
-  static constexpr bool kFindsOffset = false;
+  static constexpr int kFinds = kFindsNothing;
   static constexpr int kBlockN = kBlockN_, kStages = 4, kSums = 1, kSumsN = 1;
   enum { kFactor, kNeg, kLabel, kPos, kOwn, kScaled };
   static constexpr int kRowVectors = kScaled + 1, kColVectors = kLabels ? kScaled : kLabel;

@@ -13,11 +13,13 @@ template <bool kHalf_, int kBlockN_, bool kLabels_>
 struct Statistics {
   static constexpr bool kHalf = kHalf_, kLabels = kLabels_, kStores = false, kSkipsRepairs = false;
   static constexpr Exact kExact = Exact::never;
-  static constexpr bool kFindsOffset = true;
+  static constexpr int kFinds = FASTCLIP_OFFSET2;
   static constexpr int kBlockN = kBlockN_, kStages = 5;
   static constexpr int kPlanes = kLabels ? 3 : 1, kSums = kPlanes, kSumsN = kBlockN;
   enum { kFactor, kLabel, kVectors };
   static constexpr int kRowVectors = kLabels ? kVectors : kLabel, kColVectors = kRowVectors;
+
+  static __device__ __forceinline__ float find(const Params&, float bound) { return offset2_of(bound); }
 
   static __device__ __forceinline__ void load_row(const Params& p, int i, Scratch<Statistics>& s, int k) {
     s.row[kFactor][k] = i < p.M ? scaled2(p.row.factor[i], p.constants) : 0.f;
@@ -35,7 +37,7 @@ struct Statistics {
     const Params& p = t.p;
     const Tile& tile = t.tile;
     const Place& at = t.at;
-    const float offset2 = t.scratch.offset2;
+    const float offset2 = t.scratch.found;
     const Mask mask = t.mask();
     float factor[kHalves][2], row_sum[kPlanes][kHalves][2] = {};
     int32_t label[kHalves][2] = {};

@@ -1,5 +1,5 @@
-// The plain case of the loss, between its kernels (loss_*.cu) and what launches them (loss.cu): N images I, N texts T
-// of D features, no labels; pair k is the positive of row k and of column k.
+// A loss of pairs, between its kernels and what launches them: the plain case (loss*.cu) and the sigmoid loss
+// (sigmoid*.cu). N images I, N texts T of D features, no labels; pair k is the positive of row k and of column k.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -17,8 +17,9 @@ struct LossSide {
   double* weight;
   double* sums;      // forward
   void* part;        // forward
-  const float* raw;  // backward: (N, width) sum_j gain G_kj r_k c_j other_j; of images only the chunk's rows
-  void* out;         // backward: (N, D), NULL when not wanted
+  const float* raw;  // of the finish: (N, width) sum_j gain G_kj r_k c_j other_j; of images only the chunk's rows
+  void* out;         // (N, D), NULL when not wanted
+  int64_t count;     // sigmoid, backward: elements of x, a gradient for upstream 1, and of out
 };
 
 struct Loss {
@@ -28,13 +29,24 @@ struct Loss {
   double *own, *own_scale;
   // forward
   double *cosine, *record;
-  float *top, *loss;
+  float* top;  // NULL unless the tiles find a constant from the largest norms
+  float* loss;
   unsigned* tickets;  // [0] reduction, [1] blocks of a repair, [2...] tiles of every block
   // backward
   const float* upstream;
   float *tile_part, *d_scale;
   double* block_part;
   int64_t tile_parts;
+  // sigmoid
+  const float* bias;
+  double divisor;
+  double* part;       // (3, parts): loss, gain d_scale, d_bias of every tile; then loss, d_scale, d_bias of own pairs
+  double* wide_loss;  // in place of `loss`
+  int64_t parts, tiles;         // `tiles`: of all chunks
+  int loss_alone;               // without gradients, whose shares the tiles leave out then
+  float* d_scalars;             // by scale and bias
+  const float* kept_scalar[2];  // the same for upstream 1, each NULL when not wanted
+  // both
   double side_weight[2];  // of a direction in the loss
   int N, D, width;        // width: D to the next multiple of 8, 0 beyond D
   int normalize, copies[2];

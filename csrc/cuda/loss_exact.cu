@@ -43,7 +43,7 @@ template <bool kHalf_>
 struct Repair {
   static constexpr bool kHalf = kHalf_, kLabels = false, kStores = false, kSkipsRepairs = false;
   static constexpr Exact kExact = Exact::alone;
-  static constexpr bool kFindsOffset = false;
+  static constexpr int kFinds = kFindsNothing;
   static constexpr int kBlockN = kExactColumns, kStages = 5, kSums = 2, kSumsN = kBlockN;
   enum { kScaled, kRest, kRowVectors };
   enum { kFactor, kTop, kColVectors };

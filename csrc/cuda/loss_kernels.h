@@ -1,4 +1,5 @@
-// The launches of the plain case, one function a kernel; each returns a status. loss.cu puts them in order.
+// The launches of the losses of pairs, one function a kernel; each returns a status. loss.cu and sigmoid.cu put them in
+// order.
 #pragma once
 #include "../fastclip.h"
 #include "loss.cuh"
@@ -17,5 +18,10 @@ int start_reduce(const Loss& p, void* stream);
 int start_repair(const fastclip_cuda_block& block, const Loss& p);
 int start_weights(const fastclip_cuda_block& block, const Loss& p, void* weights, int64_t stride);
 int start_finish(const Loss& p, bool half, void* stream);
+
+int start_sigmoid_norms(const Loss& p, bool half, void* stream);
+int start_pairs(const fastclip_cuda_block& block, const Loss& p, void* weights, int64_t stride);  // weights: or NULL
+int start_sigmoid_finish(const Loss& p, bool half, void* stream);
+int start_sigmoid_bwd(const Loss& p, bool half, void* stream);
 
 }  // namespace fastclip

@@ -1,15 +1,16 @@
-// What the plain case needs of the features before the logits: inverse norms, the pairs' cosines, the constants.
+// What a loss of pairs needs of the features before the logits: inverse norms, the pairs' cosines, the constants.
 //
 //   Math      inv_k = 1 / max(norm x_k, 1e-12), or 1; cosine_k = inv^I_k inv^T_k <I_k, T_k>; where the products read
-//             copies, those: x_k 2^e with norm in (1/2, 1] for fp16, and factor_k = inv_k / 2^e, else factor_k = inv_k
-//   Program   a warp a pair; the first block writes the constants, but for the offset where rows are no unit rows: the
-//             statistics find that in every block's largest norms; all of them set the tickets of the pass to 0
+//             copies, those: x_k 2^e with norm in (1/2, 1] for fp16, and factor_k = inv_k / 2^e, else factor_k = inv_k;
+//             sigmoid: x = -(s cosine_k + b), own_k = -sigmoid(x), and a block's sums of softplus(x), own cosine, own
+//   Program   a warp a pair; the first block writes the constants, but for the offset, or gain, where rows are no unit
+//             rows: the tiles find that in every block's largest norms; all of them set the tickets of the pass to 0
 //   Traffic   reads both matrices once, 16 bytes at a time where they lie so; copies: again, and writes them
 //   Precision fp64; a copy is exact but for elements 2^-24 below its row's norm, which may flush in fp16
 //   Ragged    columns of copies beyond D become 0
-//   Order     one warp a row, lanes summed in a tree: bitwise repeatable
+//   Order     one warp a row, lanes summed in a tree, a block's rows from first to last: bitwise repeatable
 #include "loss_kernels.h"
-#include "loss_rows.cuh"
+#include "loss_reduce.cuh"
 
 namespace fastclip {
 namespace {
@@ -27,6 +28,21 @@ __device__ __forceinline__ float high_bit(float x) {
   return power > 0 && power < 0x7f800000 ? as_float(power) : 1.f;
 }
 
+// The sigmoid's constants and ticket. One block.
+template <bool kHalf>
+__device__ __forceinline__ void set_up_sigmoid(const Loss& p) {
+  const int t = threadIdx.x;
+  const float scale = *p.scale, gain = kHalf && p.normalize ? gain_of(fabsf(scale), *p.bias) : 1.f;
+  if (t < kConstants) p.constants[t] = t == FASTCLIP_SCALE ? scale : t == FASTCLIP_GAIN ? gain : 0.f;
+  if (t == 0) *p.tickets = 0;
+}
+
+// The sigmoid's loss of an own pair and its derivatives by scale and bias.
+__device__ __forceinline__ void own_pair(const Loss& p, double cosine, double (&own)[3]) {
+  own[0] = softplus(-(static_cast<double>(*p.scale) * cosine + *p.bias), &own[2]);
+  own[2] = -own[2], own[1] = own[2] * cosine;
+}
+
 // The constants, and zeros for whatever of `saved` no kernel writes: its bits are a function of the problem. One block.
 __device__ __forceinline__ void set_up(const Loss& p) {
   const int t = threadIdx.x;
@@ -42,11 +58,18 @@ __device__ __forceinline__ void set_up(const Loss& p) {
   }
 }
 
-template <bool kHalf>
+struct NormsSmem {
+  double own[kRowsOfBlock][3];
+  float top[2][kRowsOfBlock];
+};
+
+template <bool kHalf, bool kSigmoid>
 __global__ void __launch_bounds__(kRowThreads) norms_kernel(const __grid_constant__ Loss p) {
+  NormsSmem& smem = *reinterpret_cast<NormsSmem*>(dynamic_smem());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock + warp;
   float top[2] = {0.f, 0.f};
+  double own[3] = {0, 0, 0};
   if (k < p.N) {
     double squares[2] = {0, 0}, product = 0;
     const uint16_t *x = row_of(p.side[0].x, p.side[0].x_stride, k), *y = row_of(p.side[1].x, p.side[1].x_stride, k);
@@ -78,17 +101,34 @@ __global__ void __launch_bounds__(kRowThreads) norms_kernel(const __grid_constan
       if (p.copies[s]) copy_row<kHalf>(p, side, k, power, lane);
     }
     product = warp_sum(product);
-    if (lane == 0) p.cosine[k] = static_cast<double>(inv[0]) * inv[1] * product;
+    const double cosine = static_cast<double>(inv[0]) * inv[1] * product;
+    if constexpr (kSigmoid) {
+      own_pair(p, cosine, own);
+      if (lane == 0) p.own[k] = own[2];
+    } else if (lane == 0) {
+      p.cosine[k] = cosine;
+    }
   }
-  if (!p.normalize) {  // uniform: the statistics find the bound on the logits, from these
-    float* tops = reinterpret_cast<float*>(dynamic_smem());
-    if (lane == 0) tops[warp] = top[0], tops[kRowsOfBlock + warp] = top[1];
+  if (kSigmoid || p.top) {  // uniform
+    if (lane == 0) {
+      for (int s = 0; s < 2; ++s) smem.top[s][warp] = top[s];
+      for (int v = 0; v < 3; ++v) smem.own[warp][v] = own[v];
+    }
     __syncthreads();
-    if (threadIdx.x < 2) {
+    if (p.top && threadIdx.x < 2) {  // the tiles find the bound on the logits, from these
       float largest = 0.f;
-      for (int w = 0; w < kRowsOfBlock; ++w) largest = fmaxf(largest, tops[threadIdx.x * kRowsOfBlock + w]);
+      for (float norm : smem.top[threadIdx.x]) largest = fmaxf(largest, norm);
       p.top[threadIdx.x * gridDim.x + blockIdx.x] = largest;
     }
+    if (kSigmoid && threadIdx.x < 3) {
+      double sum = 0;
+      for (const auto& share : smem.own) sum += share[threadIdx.x];
+      p.part[threadIdx.x * p.parts + p.tiles + blockIdx.x] = sum;
+    }
+  }
+  if constexpr (kSigmoid) {
+    if (blockIdx.x == 0) set_up_sigmoid<kHalf>(p);
+    return;
   }
   if (blockIdx.x == 0) set_up(p);
   const int tickets = 2 + (p.N + kIndices - 1) / kIndices;
@@ -107,17 +147,20 @@ __global__ void __launch_bounds__(kRowThreads) copy_kernel(const __grid_constant
   }
 }
 
-int64_t blocks_of(const Loss& p) { return (static_cast<int64_t>(p.N) + kRowsOfBlock - 1) / kRowsOfBlock; }
-
 }  // namespace
 
 int start_norms(const Loss& p, bool half, void* stream) {
-  constexpr int kBytes = 2 * kRowsOfBlock * sizeof(float);
-  return start_loss(half ? norms_kernel<true> : norms_kernel<false>, blocks_of(p), kRowThreads, kBytes, p, stream);
+  return start_loss(half ? norms_kernel<true, false> : norms_kernel<false, false>, row_blocks(p.N), kRowThreads,
+                    sizeof(NormsSmem), p, stream);
+}
+
+int start_sigmoid_norms(const Loss& p, bool half, void* stream) {
+  return start_loss(half ? norms_kernel<true, true> : norms_kernel<false, true>, row_blocks(p.N), kRowThreads,
+                    sizeof(NormsSmem), p, stream);
 }
 
 int start_copies(const Loss& p, bool half, void* stream) {
-  return start_loss(half ? copy_kernel<true> : copy_kernel<false>, blocks_of(p), kRowThreads, 0, p, stream);
+  return start_loss(half ? copy_kernel<true> : copy_kernel<false>, row_blocks(p.N), kRowThreads, 0, p, stream);
 }
 
 }  // namespace fastclip

@@ -89,4 +89,23 @@ LossBackward loss_backward(int64_t N, int64_t D, int64_t workspace, int processo
   return b;
 }
 
+SigmoidWork sigmoid_work(int64_t N) {
+  SigmoidWork w = {};
+  w.tiles = ceil_div(N, kTileM) * ceil_div(N, tile_n(N));
+  w.parts = w.tiles + ceil_div(N, kRowsOfBlock);
+  Layout layout;
+  w.constants = layout.take(kConstants, 4);
+  w.ticket = layout.take(1, 4);
+  w.own = layout.take(N, 8);
+  for (int side = 0; side < 2; ++side) {
+    w.inv[side] = layout.take(N, 4);
+    w.factor[side] = layout.take(N, 4);
+  }
+  w.top = layout.take(2 * ceil_div(N, kRowsOfBlock), 4);
+  w.part = layout.take(3 * w.parts, 8);
+  w.piece = layout.take(3 * kPieces, 8);
+  w.bytes = layout.bytes;
+  return w;
+}
+
 }  // namespace fastclip

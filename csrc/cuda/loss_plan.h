@@ -1,5 +1,5 @@
-// Sizes and offsets, in bytes, of what the plain case keeps (loss.cu): no CUDA and no pointers, so that they can be
-// tested anywhere. The plain case: N images and as many texts, no labels. Index 0 of a pair is the images' side.
+// Sizes and offsets, in bytes, of what the losses of pairs keep (loss.cu, sigmoid.cu): no CUDA and no pointers, so that
+// they can be tested anywhere. N images and as many texts, no labels. Index 0 of a pair is the images' side.
 #pragma once
 #include <cstdint>
 
@@ -8,6 +8,7 @@ namespace fastclip {
 constexpr int kRecordRows = 32;    // indices that a record of the reduction sums
 constexpr int kRecordValues = 4;   // loss, d_scale of the own pairs, largest derivative, whether the offset serves
 constexpr int kRowsOfBlock = 8;    // rows that a block of the norms and of the finish takes, a warp each
+constexpr int kPieces = 64;        // of the sigmoid's shares, each summed by a block
 constexpr int kIndices = 128;      // in a block of them that a repair reduces: the rows of its tiles
 constexpr int kExactColumns = 64;  // of a repair's tile
 constexpr int kConstants = 8;      // FASTCLIP_SCALE and on
@@ -54,5 +55,20 @@ struct LossBackward {
   int64_t block_part;             // double[]: sums of those, one a block of the last finish
 };
 LossBackward loss_backward(int64_t N, int64_t D, int64_t workspace, int processors);
+
+// What the sigmoid's forward keeps before the weights, which are cut as those of a backward.
+struct SigmoidWork {
+  int64_t constants;     // float[kConstants]
+  int64_t ticket;        // unsigned
+  int64_t own;           // double[N]: dL/dz of the own pairs, divisor 1
+  int64_t inv[2];        // float[N]
+  int64_t factor[2];     // float[N]
+  int64_t top;           // float[2 blocks of rows]: largest norms
+  int64_t part;          // double[3][parts]: of the tiles, then of the own pairs by blocks of rows
+  int64_t parts, tiles;  // how many
+  int64_t piece;         // double[3][kPieces]: sums of those
+  int64_t bytes;
+};
+SigmoidWork sigmoid_work(int64_t N);
 
 }  // namespace fastclip

@@ -54,6 +54,30 @@ __device__ __forceinline__ void write1(uint16_t* x, float value) {
   *x = static_cast<uint16_t>(pack<kHalf>(value, 0.f));
 }
 
+// The same in fp32, which gradients of fp16 features wait in.
+template <bool kHalf>
+__device__ __forceinline__ void write8(float* x, const float (&values)[8]) {
+  float4* out = reinterpret_cast<float4*>(x);
+  out[0] = make_float4(values[0], values[1], values[2], values[3]);
+  out[1] = make_float4(values[4], values[5], values[6], values[7]);
+}
+
+template <bool kHalf>
+__device__ __forceinline__ void write1(float* x, float value) {
+  *x = value;
+}
+
+__device__ __forceinline__ void read8(const float* x, float (&values)[8]) {
+  const float4* in = reinterpret_cast<const float4*>(x);
+  const float4 low = in[0], high = in[1];
+  values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+  values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+}
+
+__host__ __device__ __forceinline__ int64_t row_blocks(int64_t rows) {
+  return (rows + kRowsOfBlock - 1) / kRowsOfBlock;
+}
+
 // Row k of a side where the products read copies: x times `power`, a power of two, and zeros up to the width.
 template <bool kHalf>
 __device__ __forceinline__ void copy_row(const Loss& p, const LossSide& side, int64_t k, float power, int lane) {

@@ -18,7 +18,7 @@ template <bool kHalf_, int kBlockN_, bool>
 struct Weigh {
   static constexpr bool kHalf = kHalf_, kLabels = false, kStores = true, kSkipsRepairs = false;
   static constexpr Exact kExact = Exact::on_repair;
-  static constexpr bool kFindsOffset = false;
+  static constexpr int kFinds = kFindsNothing;
   static constexpr int kBlockN = kBlockN_, kStages = 4, kSums = 1, kSumsN = 1;
   enum { kFactor, kWeight, kLse2, kScaled, kRest, kRowVectors, kColVectors = kScaled };
 

@@ -5,6 +5,7 @@
 //   Traffic   writes 2 M N bytes, nothing without gradients
 //   Precision fp32, weights rounded once to the features' dtype
 #include "launch.cuh"
+#include "loss_kernels.h"
 
 namespace fastclip {
 namespace {
@@ -25,15 +26,17 @@ template <bool kHalf_, int kBlockN_, bool kGradients>
 struct Sigmoid {
   static constexpr bool kHalf = kHalf_, kLabels = false, kStores = kGradients, kSkipsRepairs = false;
   static constexpr Exact kExact = Exact::never;
-  static constexpr bool kFindsOffset = false;
+  static constexpr int kFinds = kHalf && kGradients ? FASTCLIP_GAIN : kFindsNothing;
   static constexpr int kBlockN = kBlockN_, kStages = 4, kSums = 3, kSumsN = 1;
   enum { kFactor, kWeight, kRowVectors };  // of the logit and of the gradient
   static constexpr int kColVectors = 1;
 
+  static __device__ __forceinline__ float find(const Params& p, float bound) { return gain_of(bound, __ldg(p.bias)); }
+
   static __device__ __forceinline__ void load_row(const Params& p, int i, Scratch<Sigmoid>& s, int k) {
     const float factor = i < p.M ? p.row.factor[i] : 0.f;
     s.row[kFactor][k] = static_cast<float>(static_cast<double>(factor) * __ldg(p.constants + FASTCLIP_SCALE));
-    s.row[kWeight][k] = factor * __ldg(p.constants + FASTCLIP_GAIN);
+    s.row[kWeight][k] = factor * (kFinds == FASTCLIP_GAIN ? s.found : __ldg(p.constants + FASTCLIP_GAIN));
   }
 
   static __device__ __forceinline__ void load_col(const Params& p, int j, Scratch<Sigmoid>& s, int k) {
@@ -91,6 +94,16 @@ struct Sigmoid {
 };
 
 }  // namespace
+
+int start_pairs(const fastclip_cuda_block& block, const Loss& loss, void* weights, int64_t stride) {
+  Params p = {};
+  const int64_t before = loss.i0 / FASTCLIP_CUDA_TILE_M * static_cast<int64_t>(loss.tiles_n);
+  p.row.factor = loss.side[0].factor + loss.i0, p.col.factor = loss.side[1].factor, p.bias = loss.bias;
+  p.part = loss.part + before, p.part_row_stride = loss.parts, p.loss = loss;
+  return weights ? launch<Sigmoid, FASTCLIP_CUDA_TILE_N, true>(&block, p, weights, stride)
+                 : launch<Sigmoid, FASTCLIP_CUDA_TILE_N, false>(&block, p);
+}
+
 }  // namespace fastclip
 
 extern "C" int fastclip_cuda_sigmoid_fwd(const fastclip_cuda_block* block, const float* image_factor,

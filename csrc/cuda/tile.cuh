@@ -67,6 +67,7 @@ struct Place {
 enum class Exact { never, on_repair, alone };
 
 constexpr int kNone = 1 << 20;  // `diagonal` of a tile without own pairs
+constexpr int kFindsNothing = -1;
 
 // Which elements of a tile at the edge or on the diagonal do not count; all but three numbers are known to the
 // compiler.
@@ -86,7 +87,7 @@ struct Scratch {
   alignas(16) float row[Op::kRowVectors][kBlockM];
   alignas(16) float col[Op::kColVectors][Op::kBlockN];
   alignas(16) float sums[Op::kSums][4][Op::kSumsN];
-  float offset2;  // with kFindsOffset
+  float found;  // the constant Op::kFinds
 };
 
 // Stored weights on their way: a piece is 64 rows of 64 two-byte values.
@@ -223,31 +224,42 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int block_n, int pair, 
 // An offset of 0 where that reaches all logits: the further an exponent is from 0, the more digits it loses.
 __device__ __forceinline__ float offset2_of(float bound) { return (bound <= kReach ? 0.f : bound - kReach) * kLog2e; }
 
-// The exponents' offset: that of the constants, or where the norms' blocks have left their largest ones from those.
-// Every CTA finds it anew, the first one for the kernels to come as well.
+// Power of two with 2^13 > gain |G| for fp16 weights G <= e^(bound + bias) of the sigmoid loss, so that also those of a
+// solved batch are fp16 numbers. Below e^-40 nothing counts beside the own pairs, whose weight is near 1: fp32 has room
+// for that times the gain and any feature.
+__device__ __forceinline__ float gain_of(float bound, float bias) {
+  float top = bound + bias;
+  top = top < 0.f ? (top > -40.f ? top : -40.f) : 0.f;  // NaN: 0
+  return as_float((127 + 12 - static_cast<int>(floorf(top * kLog2e))) << 23);
+}
+
+// The constant Op::kFinds: that of the constants, or where the norms' blocks have left their largest norms what follows
+// from those. Every CTA finds it anew, the first one for the kernels to come as well.
 template <class Op>
-__device__ __forceinline__ void find_offset(const Params& p, Smem<Op>& s) {
-  float offset2 = 0.f;
+__device__ __forceinline__ void find_constant(const Params& p, Smem<Op>& s) {
+  float found = 0.f;
   if (p.loss.top == nullptr) {
-    offset2 = __ldg(p.constants + FASTCLIP_OFFSET2);
+    found = __ldg(p.constants + Op::kFinds);
   } else {
     const int blocks = (p.loss.N + kRowsOfBlock - 1) / kRowsOfBlock, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float (&tops)[4][Op::kSumsN] = s.scratch[0].sums[0];
+    constexpr int kWarps = kThreads / 32;
+    float (&tops)[kBlockM] = s.scratch[0].row[0];
+    static_assert(2 * kWarps <= kBlockM, "two numbers a warp");
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       float top = 0.f;
       for (int b = threadIdx.x; b < blocks; b += kThreads) top = fmaxf(top, __ldg(p.loss.top + side * blocks + b));
 #pragma unroll
       for (int bit = 16; bit > 0; bit >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, bit));
-      if (lane == 0) tops[side][warp] = top;
+      if (lane == 0) tops[side * kWarps + warp] = top;
     }
     __syncthreads();
     float top[2] = {0.f, 0.f};
-    for (int w = 0; w < kThreads / 32; ++w) top[0] = fmaxf(top[0], tops[0][w]), top[1] = fmaxf(top[1], tops[1][w]);
-    offset2 = offset2_of(fabsf(__ldg(p.constants + FASTCLIP_SCALE)) * (top[0] * top[1]));
-    if (blockIdx.x == 0 && threadIdx.x == 0) const_cast<float*>(p.constants)[FASTCLIP_OFFSET2] = offset2;
+    for (int w = 0; w < kWarps; ++w) top[0] = fmaxf(top[0], tops[w]), top[1] = fmaxf(top[1], tops[kWarps + w]);
+    found = Op::find(p, fabsf(__ldg(p.constants + FASTCLIP_SCALE)) * (top[0] * top[1]));
+    if (blockIdx.x == 0 && threadIdx.x == 0) const_cast<float*>(p.constants)[Op::kFinds] = found;
   }
-  if (threadIdx.x < 2) s.scratch[threadIdx.x].offset2 = offset2;
+  if (threadIdx.x < 2) s.scratch[threadIdx.x].found = found;
 }
 
 template <int kAcc>
@@ -363,7 +375,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     mbarrier_init_fence();
   }
-  if constexpr (Op::kFindsOffset) find_offset(p, s);
+  if constexpr (Op::kFinds != kFindsNothing) find_constant(p, s);
   cluster_sync();
   if (group == 0) {
     give_registers<kProducerRegisters>();

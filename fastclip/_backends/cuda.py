@@ -1,7 +1,7 @@
 """The CUDA backend: Hopper's own tile kernels (csrc/cuda), all but O((M + N) D) of the work.
 
-The plain case (no labels, the mean) is native as a whole. Elsewhere norms, reductions, repairs and the finish are the
-Triton backend's: its launchers start these tiles in place of its own.
+The losses of pairs without labels, the mean contrastive and the sigmoid, are native as a whole. Elsewhere norms,
+reductions, repairs and the finish are the Triton backend's: its launchers start these tiles in place of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastclip import _env
 from fastclip._backends import triton
 from fastclip._backends.native import address, load
 from fastclip._backends.problem import Problem
+from fastclip._backends.reference import saved_dtype
 
 __all__ = [
     "build",
@@ -34,6 +35,7 @@ __all__ = [
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _WORKSPACE_MB = 1024
+_SAVED = {dtype: saved_dtype(torch.empty(0, dtype=dtype)) for dtype in _DTYPES}
 _LONGEST_SUM = 65536  # terms in one chain of additions: tensor cores truncate
 _module, _not_loaded = load("_cuda")
 
@@ -183,17 +185,7 @@ def contrastive_bwd(
     return triton.contrastive_bwd(p, stats, grads, needs, tiles=_Tiles(p.image.device))
 
 
-def sigmoid_fwd(
-    p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
-) -> tuple[Tensor | None, ...]:
-    """As `reference.sigmoid_fwd`."""
-    return triton.sigmoid_fwd(p, bias, divisor, needs, dtype, tiles=_Tiles(p.image.device))
-
-
-sigmoid_bwd = triton.sigmoid_bwd
-
-
-# ---- the plain case: a training step waits for these lines, so there are few calls in them ----
+# ---- losses of pairs: a training step waits for these lines, so there are few calls in them ----
 
 
 @functools.cache
@@ -273,7 +265,7 @@ def plain_bwd(
     d_scale = scale.new_empty(()) if needs[2] else None
     image, text, x, y, problem, sizes = _plain(image, text, scale, image_weight, normalize)
     N = image.shape[0]
-    rows, chunks, stride, extra = sizes[2:]
+    rows, chunks, stride, extra, _ = sizes[2:]
     width = x.shape[1]
     # One allocation for the weights and, in fp32, for their products with the features
     raw = (rows + extra) * stride
@@ -294,6 +286,86 @@ def plain_bwd(
             _add_product(raw_text, weights.t(), x if size == N else x[i0 : i0 + size], i0 > 0)
         _module.loss_finish(problem, kept, at, chunk, d_loss.data_ptr(), image_at, text_at, *outputs)
     return d_image, d_text, d_scale
+
+
+def sigmoid_fwd(
+    p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """As `reference.sigmoid_fwd`; of pairs natively: norms, tiles, two products, finish."""
+    image, text, scale, _, offset, _, normalize = p
+    fp32 = scale.dtype is bias.dtype is torch.float32
+    if offset or image.shape != text.shape or not fp32:
+        return triton.sigmoid_fwd(p, bias, divisor, needs, dtype, tiles=_Tiles(image.device))
+    kept = _SAVED[image.dtype]
+    d_image = image.new_empty(image.shape, dtype=kept) if needs[0] else None
+    d_text = text.new_empty(text.shape, dtype=kept) if needs[1] else None
+    scalars = scale.new_empty(2) if needs[2] or needs[3] else None
+    loss = image.new_empty((), dtype=dtype)
+    image, text, x, y, problem, (_, _, rows, chunks, stride, _, head) = _plain(image, text, scale, 0.5, normalize)
+    (N, width), gradients = x.shape, True in needs
+    # One allocation for all that lies between the kernels; counted in elements of the features' dtype
+    head //= 2
+    raw = head + rows * stride
+    work = image.new_empty(raw + 2 * (rows + N) * width if gradients else head)
+    words = work.view(torch.float32)
+    inputs = problem, bias.data_ptr(), work.data_ptr()
+    outputs = (
+        loss.data_ptr(),
+        dtype is torch.float64,
+        0 if d_image is None else d_image.data_ptr(),
+        0 if d_text is None else d_text.data_ptr(),
+        0 if scalars is None else scalars.data_ptr(),
+    )
+    add = _launch().addmm if N <= _LONGEST_SUM else _add_product
+    for chunk in range(chunks):
+        i0 = chunk * rows
+        size = rows if i0 + rows <= N else N - i0
+        _module.sigmoid_weights(*inputs, chunk, gradients)
+        if d_image is not None:
+            weights = work.as_strided((size, N), (stride, 1), head)
+            add(words.as_strided((size, width), (width, 1), raw // 2), weights, y, False)
+        if d_text is not None:
+            weights = work.as_strided((N, size), (1, stride), head)
+            raw_text = words.as_strided((N, width), (width, 1), raw // 2 + rows * width)
+            add(raw_text, weights, x if size == N else x[i0 : i0 + size], i0 > 0)
+        _module.sigmoid_finish(*inputs, chunk, divisor, *outputs)
+    d_scale, d_bias = (None, None) if scalars is None else scalars.unbind()
+    return loss, d_image, d_text, d_scale if needs[2] else None, d_bias if needs[3] else None
+
+
+def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """As `reference.sigmoid_bwd`, in one launch."""
+    image, text, scale, bias = inputs
+    if not scale.dtype is bias.dtype is torch.float32:
+        return triton.sigmoid_bwd(inputs, kept, d_loss)
+    if d_loss.dtype is not torch.float32:
+        d_loss = d_loss.float()
+    kept_image, kept_text, kept_scale, kept_bias = kept
+    d_image = None if kept_image is None else image.new_empty(image.shape)
+    d_text = None if kept_text is None else text.new_empty(text.shape)
+    scalars = None if kept_scale is kept_bias is None else scale.new_empty(2)
+    device = -1 if image.device.index is None else image.device.index
+    _module.sigmoid_bwd(
+        d_loss.data_ptr(),
+        (
+            0 if kept_image is None else kept_image.data_ptr(),
+            0 if kept_text is None else kept_text.data_ptr(),
+            0 if kept_scale is None else kept_scale.data_ptr(),
+            0 if kept_bias is None else kept_bias.data_ptr(),
+        ),
+        (
+            0 if d_image is None else d_image.data_ptr(),
+            0 if d_text is None else d_text.data_ptr(),
+            0 if scalars is None else scalars.data_ptr(),
+        ),
+        image.shape[0] * image.shape[1],
+        text.shape[0] * text.shape[1],
+        image.dtype is torch.float16,
+        device,
+        torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0,
+    )
+    d_scale, d_bias = (None, None) if scalars is None else scalars.unbind()
+    return d_image, d_text, d_scale if kept_scale is not None else None, d_bias if kept_bias is not None else None
 
 
 @functools.cache
