@@ -33,8 +33,11 @@ struct PlainCase {
   }
 };
 
-inline void plain_refusals() {
-  const std::pair<const char*, std::function<void(fastclip_cuda_loss&)>> faults[] = {
+using PairFaults = std::vector<std::pair<const char*, std::function<void(fastclip_cuda_loss&)>>>;
+
+// What both losses of pairs refuse.
+inline PairFaults pair_faults() {
+  return {
       {"no image", [](auto& c) { c.image = nullptr; }},
       {"no text", [](auto& c) { c.text = nullptr; }},
       {"no rows of images", [](auto& c) { c.image_rows = nullptr; }},
@@ -50,9 +53,16 @@ inline void plain_refusals() {
       {"a dtype that does not exist", [](auto& c) { c.dtype = 2; }},
       {"one processor", [](auto& c) { c.processors = 1; }},
       {"a negative workspace", [](auto& c) { c.workspace = -1; }},
+  };
+}
+
+inline void plain_refusals() {
+  PairFaults faults = pair_faults();
+  const PairFaults weights = {
       {"a weight above 1", [](auto& c) { c.image_weight = 1.5; }},
       {"a weight that is no number", [](auto& c) { c.image_weight = kInf - kInf; }},
   };
+  faults.insert(faults.end(), weights.begin(), weights.end());
   for (const auto& [what, spoil] : faults) {
     PlainCase p;
     spoil(p.c);

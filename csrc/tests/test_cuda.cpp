@@ -7,6 +7,7 @@
 #include "../fastclip.h"
 #include "check.h"
 #include "cuda_loss.h"
+#include "cuda_sigmoid.h"
 
 namespace {
 
@@ -140,6 +141,7 @@ void names() {
 int main() {
   blocks(), sides(), outputs(), good(), names();
   plain_refusals(), plain_layout();
+  sigmoid_refusals(), sigmoid_factors(), sigmoid_layout();
   std::printf("%d failures\n", g_failures);
   return g_failures != 0;
 }

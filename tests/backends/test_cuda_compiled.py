@@ -25,9 +25,9 @@ pytestmark = [
         reason="nvcc, cmake, a C++ compiler, setuptools>=77 or pybind11 is not installed",
     ),
 ]
-# Tile kernels with their fp16, columns of a tile, labels or gradients; and the ordinary kernels of the plain case
+# Tile kernels with their fp16, columns of a tile, labels or gradients; and the ordinary kernels of the losses of pairs
 TILES = re.compile(r"\d(Statistics|Weights|Sigmoid|Weigh|Repair)ILb([01])E(?:Li(\d+)ELb([01])E)?E")
-SMALL = re.compile(r"\d(norms|copy|reduce|finish)_kernel(?:ILb([01])E)?")
+SMALL = re.compile(r"\d(norms|copy|reduce|finish|sigmoid_finish|sigmoid_bwd)_kernel(?:ILb([01])E(?:Lb([01])E)?)?")
 # (kernel, fp16, columns of a tile, labels or gradients): every one that the C interface can start
 TILE_KERNELS = {
     (name, half, columns, option)
@@ -36,7 +36,8 @@ TILE_KERNELS = {
 }
 TILE_KERNELS |= {("Weigh", half, columns, "0") for half in "01" for columns in (64, 192)}
 TILE_KERNELS |= {("Repair", half, 64, "") for half in "01"}
-SMALL_KERNELS = {(name, half, 0, "") for name in ("norms", "copy", "finish") for half in "01"}
+SMALL_KERNELS = {(name, half, 0, "") for name in ("copy", "finish", "sigmoid_finish", "sigmoid_bwd") for half in "01"}
+SMALL_KERNELS |= {("norms", half, 0, sigmoid) for half in "01" for sigmoid in "01"}
 SMALL_KERNELS |= {("reduce", "", 0, "")}
 KERNELS = TILE_KERNELS | SMALL_KERNELS
 REGISTERS = 168  # 65536 / 384 threads, rounded down to what the hardware deals out; setmaxnreg moves them afterwards
@@ -54,7 +55,7 @@ def _kernel(text: str) -> tuple[str, str, int, str] | None:
     if (found := TILES.search(text)) is not None:
         return found[1], found[2], int(found[3] or 64), found[4] or ""
     found = SMALL.search(text)
-    return None if found is None else (found[1], found[2] or "", 0, "")
+    return None if found is None else (found[1], found[2] or "", 0, found[3] or "")
 
 
 def _read(log: str, objects: Path) -> Machine:

@@ -125,19 +125,19 @@ PROMISES = [
             ),
             Break(
                 "no projection",
-                "csrc/cuda/loss_finish.cu",
+                "csrc/cuda/loss_finish.cuh",
                 old="if (p.normalize && side.inv[k] * kEps < 1.f)",
                 new="if (p.normalize && side.inv[k] * kEps < 0.f)",
             ),
             Break(
                 "own pairs without the gain",
-                "csrc/cuda/loss_finish.cu",
+                "csrc/cuda/loss_finish.cuh",
                 old="static_cast<float>(p.own[k] * gain)",
                 new="static_cast<float>(p.own[k])",
             ),
             Break(
                 "upstream is left out",
-                "csrc/cuda/loss_finish.cu",
+                "csrc/cuda/loss_finish.cuh",
                 old="static_cast<float>(upstream * *p.scale * rest / gain)",
                 new="static_cast<float>(*p.scale * rest / gain)",
             ),

@@ -1,0 +1,489 @@
+"""The sigmoid loss of pairs on the CUDA backend, native as a whole: against fp64, and its kernels alone.
+
+On a Hopper GPU, or without one in csrc/tests' emulator: blocks of a grid in random order, threads too.
+losses/test_sigmoid_accuracy.py has the digits of normalised features, backends/test_cuda.py the tiles alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastclip
+from fastclip._backends import cuda, reference
+from fastclip._backends.problem import Problem
+
+pytest.importorskip("triton")
+
+from support.accuracy import check, pairs, poisoned
+from support.kinds import DEVICE, GPU, kept
+
+pytestmark = [
+    pytest.mark.usefixtures("served", "poisoned_memory"),
+    *([pytest.mark.gpu] if GPU else []),
+]
+DTYPES = [torch.bfloat16, torch.float16]
+EVERY = (True, True, True, True)
+SCALE, GAIN = 0, 4  # of the constants
+
+
+@pytest.fixture
+def served(request: pytest.FixtureRequest) -> None:
+    if not GPU:
+        request.getfixturevalue("emulated_cuda")
+    elif (reason := fastclip.backends()["cuda"]) != "available" or (
+        reason := cuda.refuses(torch.empty(1, dtype=torch.float16, device="cuda"), True)
+    ):
+        pytest.skip(f"cuda: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def clean_sizes() -> Iterator[None]:
+    cuda._sizes.cache_clear()
+    yield
+
+
+def scalars(scale: float, bias: float) -> list[Tensor]:
+    return [torch.tensor(x, device=DEVICE) for x in (scale, bias)]
+
+
+def forward(
+    image: Tensor,
+    text: Tensor,
+    scale: float = 10.0,
+    bias: float = -10.0,
+    *,
+    normalize: bool = True,
+    divisor: int | None = None,
+    needs: Any = EVERY,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """Loss and the gradients that are needed."""
+    s, b = scalars(scale, bias)
+    problem = Problem(image, text, s, None, 0, False, normalize)
+    found = cuda.sigmoid_fwd(problem, b, divisor or len(image), list(needs), dtype)
+    assert [x is not None for x in found[1:]] == list(needs)
+    assert found[0] is not None and found[0].dtype == dtype
+    for x, d in zip((image, text), found[1:]):
+        assert d is None or (d.dtype == reference.saved_dtype(x) and d.is_contiguous() and d.shape == x.shape)
+    return [x for x in found if x is not None]
+
+
+class Sigmoid(torch.autograd.Function):
+    """The functions that the op calls, with nothing around them."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, normalize: bool) -> Tensor:
+        problem = Problem(image, text, scale, None, 0, False, normalize)
+        loss, *grads = cuda.sigmoid_fwd(problem, bias, len(image), list(ctx.needs_input_grad[:4]), torch.float32)
+        assert loss is not None
+        ctx.save_for_backward(image, text, scale, bias, *grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        return *cuda.sigmoid_bwd(saved[:4], saved[4:], d_loss), None
+
+
+def loss(normalize: bool = True) -> Callable[..., Tensor]:
+    """From and to the CPU, where the truth is."""
+
+    def call(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return Sigmoid.apply(kept(image), kept(text), scale.to(DEVICE), bias.to(DEVICE), normalize).to("cpu")
+
+    return call
+
+
+def features(dtype: torch.dtype, *shape: int, **options: Any) -> list[Tensor]:
+    return [poisoned(x, dtype) for x in pairs(*shape, **options)]
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    assert len(a) == len(b)
+    return all(torch.equal(x.view(kinds[x.element_size()]), y.view(kinds[y.element_size()])) for x, y in zip(a, b))
+
+
+# ---- against fp64 ----
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("bias", [-10.0, -30.0, 3.0])
+@pytest.mark.parametrize("norm", [200.0, 1.0, 1 / 64])
+@pytest.mark.parametrize("N", [2, 150, 260])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_features_as_they_are(dtype: torch.dtype, N: int, norm: float, bias: float) -> None:
+    """Logits up to 10 in any case; with the lowest bias weights of 1e-9 and less, which fp16 holds times the gain."""
+    image, text = (poisoned(norm * x / x.norm(dim=1, keepdim=True), dtype) for x in pairs(N, N, 24))
+    check(loss(normalize=False), image, text, 10 / norm**2, bias=bias, normalize=False)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_weights_that_fp16_flushes(normalize: bool) -> None:
+    """Texts equal their images: the own pairs' gradients vanish in the projection, and what is left are weights of
+    e^-30, right to their own size."""
+    image, _ = pairs(100, 100, 24)
+    image /= image.norm(dim=1, keepdim=True)
+    given = [kept(poisoned(x, torch.float16)) for x in (image, image)]
+    _, d_image, *_ = forward(*given, 5.0, -35.0, normalize=normalize)
+    u = given[0].double().cpu()
+    s = torch.nn.functional.normalize(u) if normalize else u
+    weights = torch.sigmoid(5 * s @ s.T - 35).masked_fill(torch.eye(100, dtype=torch.bool), 0)
+    own = torch.sigmoid(35 - 5 * (s * s).sum(1)) if not normalize else torch.zeros(100, dtype=torch.float64)
+    raw = weights @ s
+    true = 5 / 100 * (raw - (raw * s).sum(1, keepdim=True) * s if normalize else raw - own[:, None] * s)
+    # One rounding of an own pair's share, which is 1, is more than all others together
+    bound = 5 / 100 * 3e-7 if normalize else 1e-3 * true.abs().max()
+    assert (d_image.double().cpu() - true).abs().max() <= bound
+
+
+@pytest.mark.parametrize("workspace", ["0.004", "0.125"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: bool, workspace: str) -> None:
+    """A workspace for a few rows of tiles."""
+    image, text = features(dtype, 300, 300, 24)
+    if not normalize:
+        image, text = image / 4, text / 4
+    whole = forward(kept(image), kept(text), normalize=normalize, needs=(False,) * 4)
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", workspace)
+    check(loss(normalize), image, text, 2.0, bias=-4.0, normalize=normalize)
+    assert same_bits(whole, forward(kept(image), kept(text), normalize=normalize, needs=(False,) * 4))
+
+
+def test_longer_sums_than_tensor_cores_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_LONGEST_SUM", 48)
+    check(loss(), *features(torch.bfloat16, 130, 130, 24), 5.0, bias=-4.0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_pair(dtype: torch.dtype, normalize: bool) -> None:
+    check(loss(normalize), *features(dtype, 1, 1, 24), 3.0, bias=-4.0, normalize=normalize)
+
+
+@pytest.mark.parametrize("spoiled", ["scale", "bias"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scalars_that_are_not_finite_propagate(dtype: torch.dtype, value: float, spoiled: str) -> None:
+    found = forward(*(kept(x) for x in features(dtype, 140, 140, 16)), **{spoiled: value})
+    assert not found[0].isfinite()
+    if math.isnan(value):
+        assert all(x.isnan().all() for x in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_rows(dtype: torch.dtype) -> None:
+    image, text = features(dtype, 40, 40, 16)
+    image[3], text[5] = 0, 0
+    value, d_image, d_text, d_scale, d_bias = (x.cpu() for x in forward(kept(image), kept(text)))
+    z = 10.0 * (torch.nn.functional.normalize(image.double()) @ torch.nn.functional.normalize(text.double()).T) - 10
+    sign = 1 - 2 * torch.eye(40, dtype=torch.float64)
+    true = torch.nn.functional.softplus(sign * z).sum() / 40
+    assert abs(float(value) - float(true)) <= 1e-5 * float(true) and d_scale.isfinite() and d_bias.isfinite()
+    for side, zero in ((d_image, 3), (d_text, 5)):
+        assert side[torch.arange(40) != zero].abs().max() < 10 and side.isfinite().all()
+
+
+def _lying(x: Tensor, how: str) -> Tensor:
+    """The same numbers, laid out in another way."""
+    N, D = x.shape
+    if how == "transposed":
+        return x.T.contiguous().T
+    if how == "misaligned":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(N, D)
+    if how == "rows apart":
+        return torch.nn.functional.pad(x, (0, 3), value=math.nan)[:, :D]
+    if how == "expanded":
+        return x[:1].expand(N, D)
+    return torch.stack([x, torch.full_like(x, math.nan)], 2)[..., 0]
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("how", ["transposed", "misaligned", "rows apart", "expanded", "columns apart"])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("D", [1, 24, 30])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(dtype: torch.dtype, normalize: bool, D: int, side: int, how: str) -> None:
+    sides = [x.to(dtype).to(DEVICE) for x in pairs(40, 40, D)]
+    sides[side] = _lying(sides[side], how)
+    for a, b in zip(
+        forward(*sides, normalize=normalize), forward(*(x.contiguous() for x in sides), normalize=normalize)
+    ):
+        assert (a - b).double().norm() <= 1e-2 * b.double().norm(), how
+
+
+# ---- calls, bits, upstream ----
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: bool) -> None:
+    """Again, in other schedules, and on any number of processors."""
+    image, text = (kept(x) for x in features(dtype, 300, 300, 40))
+    first = forward(image, text, normalize=normalize, dtype=torch.float64)
+    for seed, processors in [(1, 4), (2, 2), (3, 3), (4, 132)]:
+        monkeypatch.setenv("FASTCLIP_EMULATE_SEED", str(seed))
+        monkeypatch.setattr(cuda, "_processors", lambda device, n=processors: n)
+        again = forward(image, text, normalize=normalize, dtype=torch.float64)
+        assert same_bits(first, again), (seed, processors)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_subset_of_gradients(dtype: torch.dtype, normalize: bool) -> None:
+    image, text = (kept(x) for x in features(dtype, 140, 140, 24))
+    whole = forward(image, text, normalize=normalize)
+    for needs in itertools.product([False, True], repeat=4):
+        found = forward(image, text, normalize=normalize, needs=needs)
+        if not any(needs):  # another kernel adds up the loss
+            assert abs(float(found[0]) / float(whole[0]) - 1) < 1e-6
+            continue
+        assert same_bits([whole[0], *itertools.compress(whole[1:], needs)], found)
+        d_loss = torch.tensor(3.0, device=DEVICE)
+        grads = iter(found[1:])
+        given = image, text, *scalars(1.0, 1.0)
+        out = cuda.sigmoid_bwd(given, [next(grads) if need else None for need in needs], d_loss)
+        assert [x is not None for x in out] == list(needs)
+
+
+def test_loss_of_both_dtypes() -> None:
+    image, text = (kept(x) for x in features(torch.bfloat16, 140, 140, 24))
+    for needs in (EVERY, (False,) * 4):
+        narrow, *some = forward(image, text, needs=needs)
+        wide, *same = forward(image, text, needs=needs, dtype=torch.float64)
+        assert torch.equal(narrow, wide.float()) and wide != narrow.double() and same_bits(some, same)
+        total = forward(image, text, needs=needs, divisor=1, dtype=torch.float64)[0]
+        assert abs(float(total) / (140 * float(wide)) - 1) < 1e-15
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_retained_graph_gives_the_same_bits(dtype: torch.dtype, normalize: bool) -> None:
+    image, text = (kept(x).requires_grad_() for x in features(dtype, 140, 140, 24))
+    given = image, text, *(x.requires_grad_() for x in scalars(9.0, -9.0))
+    value = Sigmoid.apply(*given, normalize)
+    a, b = (torch.autograd.grad(value, given, retain_graph=True) for _ in range(2))
+    assert same_bits(list(a), list(b))
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("d_loss", [1.0, 0.0, -3.7, 65536.0, 1e-30, 1e38, math.nan, math.inf])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("shapes", [((7, 3), (5, 3)), ((64, 32), (64, 32)), ((129, 17), (1, 17))], ids=str)
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_is_the_reference_to_the_bit(
+    dtype: torch.dtype, shift: int, shapes: tuple[Any, ...], wide: bool, d_loss: float
+) -> None:
+    """Any sizes, whether 16 bytes can be read at once or not; the loss's gradient in fp64 too."""
+    inputs = [torch.randn(shape).to(DEVICE, dtype) for shape in shapes] + scalars(1.0, 1.0)
+    kept = []
+    for x in inputs:
+        memory = torch.randn(x.numel() + shift, device=DEVICE).to(reference.saved_dtype(x))
+        kept.append(memory[shift:].view(x.shape))
+    upstream = torch.tensor(d_loss, device=DEVICE, dtype=torch.float64 if wide else torch.float32)
+    expected = reference.sigmoid_bwd(inputs, kept, upstream)
+    for ours, theirs in zip(cuda.sigmoid_bwd(inputs, kept, upstream), expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
+def test_loss_scaler_keeps_gradients_that_fp16_flushes() -> None:
+    image, text = (kept(x) for x in features(torch.float16, 150, 150, 256, aligned=1.0, noise=0.05))
+    inputs = image, text, *scalars(50.0, -25.0)
+    _, *grads = forward(image, text, 50.0, -25.0)
+    one, many = (cuda.sigmoid_bwd(inputs, grads, torch.tensor(x, device=DEVICE))[0] for x in (1.0, 65536.0))
+    assert (one == 0).float().mean() > 0.4 and (many == 0).float().mean() < 0.1
+
+
+@pytest.mark.skipif(GPU, reason="the emulator counts launches")
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_launches_and_calls(dtype: torch.dtype, normalize: bool) -> None:
+    """Norms, tiles, finish, and one backward; beside them two products of the library, and autograd's fill."""
+    image, text = (x.contiguous() for x in features(dtype, 64, 64, 32))
+    s, b = scalars(5.0, -4.0)
+    problem, upstream = Problem(image, text, s, None, 0, False, normalize), torch.tensor(1.0)
+
+    def step() -> Any:
+        return cuda.sigmoid_fwd(problem, b, 64, [True] * 4, torch.float32)
+
+    cuda._module.launches()
+    _, *grads = step()
+    launches = cuda._module.launches()
+    calls = [_calls(step)]
+    cuda._module.launches()
+    calls.append(_calls(lambda: cuda.sigmoid_bwd((image, text, s, b), grads, upstream)))
+    assert (launches, cuda._module.launches()) == (3, 1)
+    assert calls[0] <= 50 and calls[1] <= 18, calls
+
+
+def _calls(function: Callable[[], Any]) -> int:
+    """Count the calls of Python's and of C's functions."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+# ---- the kernels alone, by what they leave ----
+
+
+class Work(NamedTuple):
+    """The arrays before the weights, as csrc/cuda/loss_plan.h lays them out; views, on the device."""
+
+    constants: Tensor
+    ticket: Tensor
+    own: Tensor
+    inv: list[Tensor]
+    factor: list[Tensor]
+    part: Tensor
+    weights: Tensor
+    raw: list[Tensor]
+
+    @staticmethod
+    def of(memory: Tensor, N: int, width: int) -> Work:
+        """Of one chunk, of fewer than 1000 rows: narrow tiles."""
+        at = 0
+
+        def take(count: int, dtype: torch.dtype) -> Tensor:
+            nonlocal at
+            size = count * dtype.itemsize
+            found = memory[at : at + size].view(dtype)
+            at += -(-size // 128) * 128
+            return found
+
+        constants, ticket, own = take(8, torch.float32), take(1, torch.int32), take(N, torch.float64)
+        sides = [take(N, torch.float32) for _ in range(4)]
+        blocks = -(-N // 8)
+        take(2 * blocks, torch.float32)
+        part = take(3 * (-(-N // 128) * -(-N // 64) + blocks), torch.float64).view(3, -1)
+        take(3 * 64, torch.float64)
+        assert at == cuda._module.loss_plan(N, width, 2**30, 4)[6]
+        weights = take(N * (-(-N // 128) * 128), torch.bfloat16)
+        raw = [take(N * width, torch.float32).view(N, width) for _ in range(2)]
+        return Work(constants, ticket, own, sides[::2], sides[1::2], part, weights, raw)
+
+    def sums(self, tiles: int) -> tuple[Tensor, Tensor]:
+        """Of the tiles' shares, and of the own pairs'."""
+        return self.part[:, :tiles].sum(1).cpu(), self.part[:, tiles:].sum(1).cpu()
+
+
+def _begun(
+    image: Tensor, text: Tensor, s: Tensor, b: Tensor, normalize: bool, gradients: bool = True
+) -> tuple[Work, tuple[Any, ...], list[Tensor]]:
+    """After norms and tiles of one chunk: the workspace, arguments of further calls, what must stay alive."""
+    N = len(image)
+    *alive, problem, sizes = cuda._plain(image, text, s, 0.5, normalize)
+    width = alive[2].shape[1]
+    size = sizes[6] + 2 * N * sizes[4] + 2 * 4 * N * width + 1024
+    memory = torch.full((size,), 0xFF, dtype=torch.uint8, device=DEVICE)
+    cuda._module.sigmoid_weights(problem, b.data_ptr(), memory.data_ptr(), 0, gradients)
+    return Work.of(memory, N, width), (problem, b.data_ptr(), memory.data_ptr(), 0), [*alive, memory]
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("N", [1, 40, 129, 300])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (3.0, -30.0), (3.0, -200.0), (-5.0, 3.0)])
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_and_tiles(
+    dtype: torch.dtype, gradients: bool, scale: float, bias: float, normalize: bool, N: int
+) -> None:
+    """Own pairs in fp64; the gain, which the tiles find themselves where rows are no unit rows."""
+    image, text = features(dtype, N, N, 40)
+    s, b = scalars(scale, bias)
+    work, _, alive = _begun(kept(image), kept(text), s, b, normalize, gradients)
+    assert len(alive) == 5 and int(work.ticket) == 0 and float(work.constants[SCALE]) == scale
+    sides = image.double(), text.double()
+    inv = [1 / x.norm(dim=1) if normalize else torch.ones(N, dtype=torch.float64) for x in sides]
+    for side, true in enumerate(inv):
+        torch.testing.assert_close(work.inv[side].double().cpu(), true, rtol=1e-6, atol=0)
+    rounded = [x.double().cpu() for x in work.inv]
+    cosine = rounded[0][:, None] * rounded[1] * (sides[0] @ sides[1].T)
+    z = scale * cosine + bias
+    own = -torch.sigmoid(-z.diagonal())
+    torch.testing.assert_close(work.own.cpu(), own, rtol=1e-12, atol=1e-300)
+    tiles = -(-N // 128) * -(-N // 64)
+    others, owns = work.sums(tiles)
+    true = torch.stack([torch.nn.functional.softplus(-z.diagonal()), own * cosine.diagonal(), own])
+    error = (owns - true.sum(1)).abs() / true.abs().sum(1)
+    assert (error <= 1e-12).all(), error
+    g = torch.sigmoid(z).fill_diagonal_(0)
+    softplus = torch.nn.functional.softplus(z).fill_diagonal_(0).sum()
+    assert abs(float(others[0]) - float(softplus)) <= 1e-5 * float(softplus)
+    if not gradients:
+        return
+    gain = float(work.constants[GAIN])
+    if dtype == torch.bfloat16:
+        assert gain == 1
+    else:
+        norms = [(x.norm(dim=1) * r).max() for x, r in zip(sides, rounded)]
+        bound = abs(scale) * float(norms[0] * norms[1]) + bias
+        assert math.log2(gain) == 12 - math.floor(min(max(bound, -40), 0) / math.log(2)), bound
+    for v, true in ((1, gain * (g * cosine).sum()), (2, g.sum())):
+        size = gain * (g * cosine.abs()).sum() if v == 1 else g.sum()
+        assert abs(float(others[v] - true)) <= 1e-4 * float(size) + 1e-37, v
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("N", [1, 40, 300])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("gain", [1.0, 2.0**20])
+@pytest.mark.parametrize("D", [24, 30])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_finish(dtype: torch.dtype, wide: bool, D: int, gain: float, normalize: bool, N: int) -> None:
+    """From any products, own pairs and shares, with a divisor of its own."""
+    image, text = (kept(x) for x in features(dtype, N, N, D))
+    s, b = scalars(3.0, -2.0)
+    work, arguments, alive = _begun(image, text, s, b, normalize)
+    width, tiles, divisor = work.raw[0].shape[1], -(-N // 128) * -(-N // 64), 7.0
+    work.constants[GAIN] = gain
+    for raw in work.raw:
+        raw.copy_(gain * torch.randn(N, width))
+        raw[:, D:] = 0
+    work.part.copy_(torch.randn(work.part.shape, dtype=torch.float64))
+    value = image.new_empty((), dtype=torch.float64 if wide else torch.float32)
+    saved = reference.saved_dtype(image)
+    out = [image.new_full((N, D), math.nan, dtype=saved) for _ in range(2)]
+    both = s.new_full((2,), math.nan)
+    addresses = [value.data_ptr(), wide, *(x.data_ptr() for x in (*out, both))]
+    cuda._module.sigmoid_finish(*arguments, divisor, *addresses)
+    rows = [x[:, :D].double().cpu() for x in alive[2:4]]
+    if alive[2].data_ptr() == alive[0].data_ptr():
+        rows = [x.double().cpu() for x in (image, text)]
+    factor, own = [x.double().cpu() for x in work.factor], gain * work.own.cpu()
+    for k, (x, y) in enumerate((rows, rows[::-1])):
+        g = work.raw[k][:, :D].double().cpu() + (own * factor[0] * factor[1])[:, None] * y
+        if normalize:
+            g = g - x * ((x * g).sum(1) / (x * x).sum(1))[:, None]
+        true = 3.0 * g / gain / divisor * (work.inv[k].double().cpu() / factor[k])[:, None]
+        error = (out[k].double().cpu() - true).abs().max(1).values
+        rounding = 2.0**-8 if saved == torch.bfloat16 else 2.0**-20
+        assert (error <= rounding * true.abs().max(1).values.clamp_min(0.1)).all()
+    others, owns = work.sums(tiles)
+    others[1] /= gain
+    tolerance = 1e-13 if wide else 1e-6
+    found = torch.tensor([float(value), *both.tolist()], dtype=torch.float64)
+    for ours, true, close in zip(found, (others + owns) / divisor, (tolerance, 1e-6, 1e-6)):
+        assert abs(float(ours - true)) <= close * max(abs(float(true)), 1)
