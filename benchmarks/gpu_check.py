@@ -32,7 +32,11 @@ NO_TESTS = 5  # pytest's exit code
 TESTS = {  # pytest's arguments, each in less than SECONDS; first what everything else rests on
     "tests-tiles": ("tests/backends/test_cuda.py",),
     "tests-accuracy": ("tests/losses/test_accuracy.py", "tests/losses/test_sigmoid_accuracy.py"),
-    "tests-pairs": ("tests/backends/test_cuda_plain.py", "tests/backends/test_plain.py"),
+    "tests-pairs": (
+        "tests/backends/test_cuda_plain.py",
+        "tests/backends/test_cuda_sigmoid.py",
+        "tests/backends/test_plain.py",
+    ),
     "tests-kernels": ("tests/backends/test_kernels.py", "tests/backends/test_triton.py"),
     "tests-gpu": ("tests/backends/test_gpu.py", "-k", "not large and not sanitizer"),
     "tests-gpu-training": (
