@@ -214,7 +214,7 @@ def test_weights(dtype: torch.dtype, N: int, repair: bool) -> None:
     _, found = cuda.plain_fwd(image, text, scale, 0.5, not repair)
     saved = Saved.of(found, N)
     *_operands, problem, sizes = _problem(image, text, scale, not repair)
-    rows, _, stride, extra = sizes[2:]
+    rows, _, stride, extra, _ = sizes[2:]
     weights = image.new_full((rows + extra, stride), math.nan)
     cuda._module.loss_weights(problem, found.data_ptr(), weights.data_ptr(), 0)
     x, y = (side.double().cpu() for side in (image, text))
@@ -243,7 +243,7 @@ def test_finish() -> None:
     _, found = cuda.plain_fwd(image, text, scale, 0.5, True)
     saved = Saved.of(found, N)
     *_operands, problem, sizes = _problem(image, text, scale, True)
-    rows, _, stride, extra = sizes[2:]
+    rows, _, stride, extra, _ = sizes[2:]
     weights = image.new_full((rows + extra, stride), math.nan)
     cuda._module.loss_weights(problem, found.data_ptr(), weights.data_ptr(), 0)
     raw = [torch.randn(N, D, device=DEVICE) for _ in range(2)]

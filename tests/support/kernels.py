@@ -48,7 +48,7 @@ class Launches:
         self._watch_native(monkeypatch)
 
     def _watch_native(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The CUDA backend's plain case, whose kernels are its own and whose constants lead what it saves."""
+        """The CUDA backend's losses of pairs, whose kernels are its own; the constants of one lead what it saves."""
         fwd, bwd = cuda.plain_fwd, cuda.plain_bwd
 
         def watched_fwd(*args: Any) -> tuple[Tensor, Tensor]:
@@ -62,6 +62,20 @@ class Launches:
 
         monkeypatch.setattr(cuda, "plain_fwd", watched_fwd)
         monkeypatch.setattr(cuda, "plain_bwd", watched_bwd)
+        sigmoid = cuda.sigmoid_fwd
+
+        def watched_sigmoid(*args: Any) -> tuple[Tensor | None, ...]:
+            weigh = cuda._module.sigmoid_weights
+
+            def watched_weights(*args: Any) -> None:
+                weigh(*args)
+                self.note("sigmoid_fwd_kernel", args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(cuda._module, "sigmoid_weights", watched_weights)
+                return sigmoid(*args)
+
+        monkeypatch.setattr(cuda, "sigmoid_fwd", watched_sigmoid)
 
     def _watch(self, name: str, method: Any) -> Any:
         def watched(tiles: Any, tile: Any, *args: Any) -> None:
