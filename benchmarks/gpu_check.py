@@ -36,6 +36,7 @@ TESTS = {  # pytest's arguments, each in less than SECONDS; first what everythin
         "tests/backends/test_cuda_plain.py",
         "tests/backends/test_cuda_sigmoid.py",
         "tests/backends/test_plain.py",
+        "tests/backends/test_sigmoid_kernels.py",
     ),
     "tests-kernels": ("tests/backends/test_kernels.py", "tests/backends/test_triton.py"),
     "tests-gpu": ("tests/backends/test_gpu.py", "-k", "not large and not sanitizer"),

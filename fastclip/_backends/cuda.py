@@ -344,7 +344,7 @@ def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss:
     d_image = None if kept_image is None else image.new_empty(image.shape)
     d_text = None if kept_text is None else text.new_empty(text.shape)
     scalars = None if kept_scale is kept_bias is None else scale.new_empty(2)
-    device = -1 if image.device.index is None else image.device.index
+    device = image.get_device()
     _module.sigmoid_bwd(
         d_loss.data_ptr(),
         (
