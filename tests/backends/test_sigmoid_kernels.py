@@ -86,14 +86,16 @@ def test_shards_and_blocks(
     assert_close(kind, run(kind, p, bias, divisor=7), true_of(p, bias, 7))
 
 
+@pytest.mark.parametrize("shape", [(20, 30, 3), (140, 140, 0)], ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 @each_kind(GPU_KINDS, few=True)
-def test_every_subset_of_gradients(kind: Kind, normalize: bool) -> None:
-    p, bias = problem(kind, 20, 30, 16, offset=3, normalize=normalize), bias_of(kind)
+def test_every_subset_of_gradients(kind: Kind, normalize: bool, shape: tuple[int, int, int]) -> None:
+    M, N, offset = shape
+    p, bias = problem(kind, M, N, 16, offset=offset, normalize=normalize), bias_of(kind)
     whole = run(kind, p, bias)
     for needs in itertools.product((False, True), repeat=4):
         loss, *some = run(kind, p, bias, needs=needs)
-        assert torch.equal(loss, whole[0])
+        torch.testing.assert_close(loss, whole[0], rtol=0 if any(needs) else 1e-6, atol=0)  # other tiles without any
         for need, ours, all_of_them in zip(needs, some, whole[1:]):
             assert (ours is not None) == need
             assert ours is None or torch.equal(ours, all_of_them)
@@ -137,6 +139,29 @@ def test_one_pair(kind: Kind) -> None:
     assert_close(kind, run(kind, p, bias), true_of(p, bias))
 
 
+@each_kind(GPU_KINDS, few=True)
+def test_zero_rows(kind: Kind) -> None:
+    p, bias = problem(kind, 40, 40, 16), bias_of(kind)
+    p.image[3], p.text[5] = 0, 0
+    found, true = run(kind, p, bias), true_of(p, bias)
+    assert abs(float(found[0]) / float(true[0]) - 1) < 1e-5
+    others = [torch.arange(40) != k for k in (3, 5)]
+    for ours, expected, some in zip(found[1:3], true[1:3], others):
+        assert ours.isfinite().all()
+        assert (ours.double().cpu() - expected)[some].norm() <= 1e-2 * expected[some].norm()
+    assert found[3].isfinite() and found[4].isfinite()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("spoiled", ["scale", "bias"])
+@each_kind(GPU_KINDS, few=True)
+def test_scalars_that_are_not_finite_propagate(kind: Kind, spoiled: str, value: float) -> None:
+    p = problem(kind, 140, 140, 16, scale=value if spoiled == "scale" else 10.0)
+    found = run(kind, p, bias_of(kind, value if spoiled == "bias" else -10.0))
+    assert not found[0].isfinite()
+    assert value == torch.inf or all(x.isnan().all() for x in found)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("place", [0, 129])
 @pytest.mark.parametrize("side", [0, 1])
@@ -150,21 +175,26 @@ def test_nan_propagates(kind: Kind, side: int, place: int, normalize: bool) -> N
         assert all(d is None or d.isnan().any() for d in grads)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "every other column", "unaligned", "one side"])
+@pytest.mark.pairwise
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other column", "unaligned", "rows apart"])
+@pytest.mark.parametrize("D", [2, 24, 30])
+@pytest.mark.parametrize("side", ["image", "text"])
 @pytest.mark.parametrize("normalize", [True, False])
 @each_kind(GPU_KINDS, few=True)
-def test_layouts(kind: Kind, normalize: bool, layout: str) -> None:
-    p, bias = problem(kind, 40, 30, 24, normalize=normalize, scale=5.0), bias_of(kind, -3.0)
-    image, text = p.image, p.text
+def test_layouts(kind: Kind, normalize: bool, side: str, D: int, layout: str) -> None:
+    p, bias = problem(kind, 40, 40, D, normalize=normalize, scale=5.0), bias_of(kind, -3.0)
+    x = getattr(p, side)
     if layout == "transposed":
-        image = image.T.contiguous().T
+        x = x.T.contiguous().T
+    elif layout == "expanded":
+        x = x[:1].expand(40, D)
     elif layout == "every other column":
-        image, text = (torch.cat([x, x], 1)[:, ::2] for x in (image, text))
-    elif layout == "unaligned":
-        image = torch.cat([image.new_zeros(1), image.flatten()])[1:].view(40, 24)
+        x = torch.stack([x, torch.full_like(x, torch.nan)], 2)[..., 0]
+    elif layout == "rows apart":
+        x = torch.nn.functional.pad(x, (0, 3), value=torch.nan)[:, :D]
     else:
-        image, text = torch.nn.functional.pad(image, (0, 3), value=torch.nan)[:, :23], text[:, :23].contiguous()
-    p = p._replace(image=image, text=text)
+        x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(40, D)
+    p = p._replace(**{side: x})
     found = run(kind, p, bias)
     assert_close(kind, found, true_of(p, bias))
     assert found[1].is_contiguous() and found[2].is_contiguous()

@@ -157,7 +157,7 @@ PROMISES = [
                 "no gain",
                 "csrc/cuda/loss_reduce.cuh",
                 old="static_cast<float>(scalbn(1024.0, -ilogb(largest)))",
-                new="1024.f",
+                new="static_cast<float>(scalbn(1024.0, 0 * ilogb(largest)))",
             ),
             Break(
                 "no copies in the backward",
