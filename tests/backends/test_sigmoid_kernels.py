@@ -112,7 +112,7 @@ def test_every_subset_of_gradients(kind: Kind, normalize: bool, shape: tuple[int
 @each_kind(GPU_KINDS)
 def test_loss_of_the_dtype_that_is_asked_for(kind: Kind, dtype: torch.dtype) -> None:
     """A float64 loss has not been a float32; gradients of features wait in a dtype that holds them."""
-    p, bias = problem(kind, 40, 40, 16), bias_of(kind)
+    p, bias = problem(kind, 140, 140, 16), bias_of(kind)
     for needs in (ALL, (False,) * 4):
         loss, d_image, _, d_scale, _ = run(kind, p, bias, divisor=3, needs=needs, dtype=dtype)
         assert loss.dtype == dtype and loss.shape == ()

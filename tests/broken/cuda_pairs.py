@@ -1,4 +1,4 @@
-"""The loss of pairs by the CUDA backend alone: norms, reduction, repair, weights, finish."""
+"""The losses of pairs by the CUDA backend alone: norms, reduction, repair, weights, finish."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ PROMISES = [
             "backends/test_plain.py::test_repair_of_opposite_features",
             "backends/test_plain.py::test_panels_and_blocks",
             "backends/test_cuda_plain.py::test_repair_keeps_what_rounding_takes",
+            "backends/test_sigmoid_kernels.py::test_loss_of_the_dtype_that_is_asked_for",
+            "backends/test_cuda_sigmoid.py::test_norms_and_tiles",
         ],
         breaks=[
             Break(
@@ -28,6 +30,18 @@ PROMISES = [
                 "csrc/cuda/loss_norms.cu",
                 old="t += gridDim.x * kRowThreads) p.tickets[t] = 0;",
                 new="t += gridDim.x * kRowThreads) p.tickets[t] += 0;",
+            ),
+            Break(
+                "the sigmoid's ticket is not set to 0",
+                "csrc/cuda/loss_norms.cu",
+                old="if (t == 0) *p.tickets = 0;",
+                new="if (t == 0) *p.tickets += 0;",
+            ),
+            Break(
+                "no barrier before a block's own pairs are summed",
+                "csrc/cuda/loss_norms.cu",
+                old="smem.own[warp][v] = own[v];\n    }\n    __syncthreads();",
+                new="smem.own[warp][v] = own[v];\n    }\n",
             ),
             Break(
                 "cells outside count in a repair",
@@ -103,6 +117,10 @@ PROMISES = [
             "backends/test_plain.py::test_solved_batch_keeps_digits",
             "backends/test_cuda_plain.py::test_what_the_forward_hands_on",
             "backends/test_plain.py::test_layouts",
+            "backends/test_cuda_sigmoid.py::test_norms_and_tiles",
+            "backends/test_cuda_sigmoid.py::test_finish",
+            "backends/test_cuda_sigmoid.py::test_chunks",
+            "backends/test_cuda_sigmoid.py::test_backward_is_the_reference_to_the_bit",
         ],
         breaks=[
             Break(
@@ -158,6 +176,30 @@ PROMISES = [
                 "csrc/cuda/loss_reduce.cuh",
                 old="static_cast<float>(scalbn(1024.0, -ilogb(largest)))",
                 new="static_cast<float>(scalbn(1024.0, 0 * ilogb(largest)))",
+            ),
+            Break(
+                "no gain, sigmoid of features as they are",
+                "csrc/cuda/sigmoid_fwd.cu",
+                old="return gain_of(bound, __ldg(p.bias));",
+                new="return 1.f;",
+            ),
+            Break(
+                "the gain stays in the sigmoid's d_scale",
+                "csrc/cuda/sigmoid_finish.cu",
+                old="v == 1 && k < p.tiles ? part[k] / gain",
+                new="v == 3 ? part[k] / gain",
+            ),
+            Break(
+                "chunks of the sigmoid write over each other's shares",
+                "csrc/cuda/sigmoid_fwd.cu",
+                old="p.part = loss.part + before,",
+                new="p.part = loss.part + 0 * before,",
+            ),
+            Break(
+                "the last elements of a gradient are forgotten",
+                "csrc/cuda/sigmoid_bwd.cu",
+                old="k < begin + 8 && k < side.count",
+                new="k < begin + 8 && k < 0",
             ),
             Break(
                 "no copies in the backward",
