@@ -154,8 +154,9 @@ class _Sigmoid(torch.autograd.Function):
         if torch.is_grad_enabled():  # whoever differentiates again has to find the op
             out = _gradients(saved, ctx.options, d_loss, ctx.needs_input_grad[:4])
         else:
-            kept = [None if d is None else d.contiguous() for d in saved[4:]]  # a hook of the user's may have had it
-            out = ctx.module.sigmoid_bwd(saved[:4], kept, d_loss)
+            # A hook of the user's may have had them; numbers have no strides
+            kept = [None if d is None else d.contiguous() for d in saved[4:6]]
+            out = ctx.module.sigmoid_bwd(saved[:4], [*kept, *saved[6:]], d_loss)
         return *out, None, None, None, None, None, None, None
 
 
