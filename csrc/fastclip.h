@@ -268,8 +268,8 @@ typedef struct fastclip_cuda_factors {
   const float* upstream;
   const void *kept_image, *kept_text;
   const float *kept_scale, *kept_bias;
-  void *d_image, *d_text;          /* of `dtype` */
-  float* d_scalars;                /* by scale and bias, each where it was kept */
+  void *d_image, *d_text; /* of `dtype` */
+  float *d_scale, *d_bias;
   int64_t image_count, text_count; /* elements, next to each other */
   int dtype;                       /* fastclip_dtype */
   int device;                      /* its number; negative: the current one */

@@ -240,8 +240,9 @@ def sigmoid_bwd(
     new = image.new_empty
     out_image = None if d_image is None else new(image.shape)
     out_text = None if d_text is None else new(text.shape)
-    scalars = d_scale is not None or d_bias is not None
-    out = new(2, dtype=torch.float32) if scalars else d_loss
+    # Apart, because users change them in place
+    out_scale = None if d_scale is None else new((), dtype=torch.float32)
+    out_bias = None if d_bias is None else new((), dtype=torch.float32)
     # What is not wanted is not read: any tensor stands in its place
     first, second = d_loss if d_image is None else d_image, d_loss if d_text is None else d_text
     sizes = 0 if d_image is None else d_image.numel(), 0 if d_text is None else d_text.numel()
@@ -252,11 +253,12 @@ def sigmoid_bwd(
     start, known = sequence.begin()
     arguments = (
         *(first, second, d_loss if d_scale is None else d_scale, d_loss if d_bias is None else d_bias, d_loss),
-        *(first if out_image is None else out_image, second if out_text is None else out_text, out, *sizes),
+        *(first if out_image is None else out_image, second if out_text is None else out_text),
+        *(d_loss if out_scale is None else out_scale, d_loss if out_bias is None else out_bias, *sizes),
     )
     flags = {"SCALE": d_scale is not None, "BIAS": d_bias is not None, **_PRODUCT}
+    scalars = d_scale is not None or d_bias is not None
     start(sigmoid_bwd_kernel, (_multiplying, (*sizes, scalars)), arguments, flags)
     if not known:
         sequence.keep(start)
-    out_scale, out_bias = None if d_scale is None else out[0], None if d_bias is None else out[1]
     return out_image, out_text, out_scale, out_bias

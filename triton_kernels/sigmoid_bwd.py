@@ -15,7 +15,7 @@ def _multiply(kept_ptr, out_ptr, upstream, block, size, BLOCK: tl.constexpr):
     tl.store(out_ptr + k, product.to(out_ptr.dtype.element_ty), mask=k < size)
 
 
-@triton.jit(do_not_specialize=["scale_ptr", "bias_ptr", "upstream_ptr", "scalars_out_ptr"])
+@triton.jit(do_not_specialize=["scale_ptr", "bias_ptr", "upstream_ptr", "scale_out_ptr", "bias_out_ptr"])
 def sigmoid_bwd_kernel(
     image_ptr,  # (image_size,): the forward's d_image
     text_ptr,  # (text_size,)
@@ -24,7 +24,8 @@ def sigmoid_bwd_kernel(
     upstream_ptr,  # () fp32: the loss's derivative
     image_out_ptr,
     text_out_ptr,
-    scalars_out_ptr,  # (2,): d_scale and d_bias
+    scale_out_ptr,  # ()
+    bias_out_ptr,  # ()
     image_size,
     text_size,
     SCALE: tl.constexpr,
@@ -48,6 +49,6 @@ def sigmoid_bwd_kernel(
         _multiply(text_ptr, text_out_ptr, upstream, block - image_blocks, text_size, BLOCK)
     else:
         if SCALE:
-            tl.store(scalars_out_ptr, tl.load(scale_ptr) * upstream)
+            tl.store(scale_out_ptr, tl.load(scale_ptr) * upstream)
         if BIAS:
-            tl.store(scalars_out_ptr + 1, tl.load(bias_ptr) * upstream)
+            tl.store(bias_out_ptr, tl.load(bias_ptr) * upstream)

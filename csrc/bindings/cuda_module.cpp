@@ -153,7 +153,7 @@ PYBIND11_MODULE(_cuda, m) {
                                        pointer<float>(d_scalars)));
   });
   // kept: image, text, scale, bias; d: image, text, both scalars
-  m.def("sigmoid_bwd", [](uintptr_t upstream, const Addresses<4>& kept, const Addresses<3>& d, int64_t image_count,
+  m.def("sigmoid_bwd", [](uintptr_t upstream, const Addresses<4>& kept, const Addresses<4>& d, int64_t image_count,
                           int64_t text_count, bool half, int device, uintptr_t stream) {
     const fastclip_cuda_factors p = {pointer<const float>(upstream),
                                      pointer<const void>(kept[0]),
@@ -163,6 +163,7 @@ PYBIND11_MODULE(_cuda, m) {
                                      pointer<void>(d[0]),
                                      pointer<void>(d[1]),
                                      pointer<float>(d[2]),
+                                     pointer<float>(d[3]),
                                      image_count,
                                      text_count,
                                      half ? FASTCLIP_FP16 : FASTCLIP_BF16,

@@ -45,7 +45,8 @@ struct Loss {
   int64_t parts, tiles;         // `tiles`: of all chunks
   int loss_alone;               // without gradients, whose shares the tiles leave out then
   float* d_scalars;             // by scale and bias
-  const float* kept_scalar[2];  // the same for upstream 1, each NULL when not wanted
+  const float* kept_scalar[2];  // backward: these for upstream 1
+  float* d_scalar[2];           // and times upstream, each NULL when not wanted
   // both
   double side_weight[2];  // of a direction in the loss
   int N, D, width;        // width: D to the next multiple of 8, 0 beyond D

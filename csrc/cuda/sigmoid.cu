@@ -73,8 +73,10 @@ extern "C" int fastclip_cuda_sigmoid_bwd(const fastclip_cuda_factors* c) {
     const uintptr_t bits = reinterpret_cast<uintptr_t>(kept[k]) | reinterpret_cast<uintptr_t>(out[k]);
     p.vectors = p.vectors && bits % 16 == 0;
   }
-  p.upstream = c->upstream, p.d_scalars = c->d_scalars;
+  if ((c->d_scale && !c->kept_scale) || (c->d_bias && !c->kept_bias)) return FASTCLIP_INVALID_ARGUMENT;
+  p.upstream = c->upstream;
   p.kept_scalar[0] = c->kept_scale, p.kept_scalar[1] = c->kept_bias;
+  p.d_scalar[0] = c->d_scale, p.d_scalar[1] = c->d_bias;
   const OnDevice guard(c->device);
   return start_sigmoid_bwd(p, c->dtype == FASTCLIP_FP16, c->stream);
 }

@@ -28,9 +28,9 @@ __device__ __forceinline__ void read8_of(const uint16_t* x, float (&values)[8]) 
 template <bool kHalf>
 __global__ void __launch_bounds__(kRowThreads) sigmoid_bwd_kernel(const __grid_constant__ Loss p) {
   const float upstream = *p.upstream;
-  if (p.d_scalars && blockIdx.x == 0 && threadIdx.x < 2) {
-    const float* kept = p.kept_scalar[threadIdx.x];
-    if (kept) p.d_scalars[threadIdx.x] = upstream * *kept;
+  if (blockIdx.x == 0 && threadIdx.x < 2) {
+    float* out = p.d_scalar[threadIdx.x];
+    if (out) *out = upstream * *p.kept_scalar[threadIdx.x];
   }
   const int64_t image_blocks = blocks_of(p.side[0]);
   const bool text = blockIdx.x >= image_blocks;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kRowThreads) sigmoid_bwd_kernel(const __grid_c
 
 int start_sigmoid_bwd(const Loss& p, bool half, void* stream) {
   int64_t blocks = blocks_of(p.side[0]) + blocks_of(p.side[1]);
-  if (blocks == 0 && p.d_scalars) blocks = 1;
+  if (blocks == 0 && (p.d_scalar[0] || p.d_scalar[1])) blocks = 1;
   if (blocks == 0) return FASTCLIP_OK;
   return start_loss(half ? sigmoid_bwd_kernel<true> : sigmoid_bwd_kernel<false>, blocks, kRowThreads, 0, p, stream);
 }

@@ -52,12 +52,13 @@ inline void sigmoid_refusals() {
 inline void sigmoid_factors() {
   alignas(16) uint16_t kept[8] = {}, out[8] = {};
   float upstream = 1, scalars[2] = {};
-  const fastclip_cuda_factors good = {&upstream, kept, kept, &upstream, &upstream, out,    out,
-                                      scalars,   8,    8,    0,         -1,        nullptr};
+  const fastclip_cuda_factors good = {&upstream, kept,        kept, &upstream, &upstream, out, out,
+                                      scalars,   scalars + 1, 8,    8,         0,         -1,  nullptr};
   const std::pair<const char*, std::function<void(fastclip_cuda_factors&)>> faults[] = {
       {"no upstream", [](auto& c) { c.upstream = nullptr; }},
       {"a gradient of nothing", [](auto& c) { c.kept_image = nullptr; }},
       {"a gradient of nothing", [](auto& c) { c.kept_text = nullptr; }},
+      {"a scalar's gradient of nothing", [](auto& c) { c.kept_bias = nullptr; }},
       {"fewer elements than none", [](auto& c) { c.text_count = -1; }},
       {"a dtype that does not exist", [](auto& c) { c.dtype = 2; }},
   };
@@ -69,7 +70,7 @@ inline void sigmoid_factors() {
   CHECK(fastclip_cuda_sigmoid_bwd(nullptr) == FASTCLIP_INVALID_ARGUMENT, "nothing");
   CHECK(fastclip_cuda_sigmoid_bwd(&good) == FASTCLIP_OK && scalars[0] == 1 && scalars[1] == 1, "a good problem");
   fastclip_cuda_factors none = good;
-  none.d_image = none.d_text = nullptr, none.d_scalars = nullptr;
+  none.d_image = none.d_text = nullptr, none.d_scale = none.d_bias = nullptr;
   none.kept_image = none.kept_text = nullptr;
   CHECK(fastclip_cuda_sigmoid_bwd(&none) == FASTCLIP_OK, "nothing wanted");
 }

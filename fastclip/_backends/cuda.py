@@ -343,8 +343,9 @@ def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss:
     kept_image, kept_text, kept_scale, kept_bias = kept
     d_image = None if kept_image is None else image.new_empty(image.shape)
     d_text = None if kept_text is None else text.new_empty(text.shape)
-    scalars = None if kept_scale is kept_bias is None else scale.new_empty(2)
-    device = image.get_device()
+    d_scale = None if kept_scale is None else scale.new_empty(())  # apart, because users change them in place
+    d_bias = None if kept_bias is None else bias.new_empty(())
+    device = image.device.index if image.is_cuda else -1
     _module.sigmoid_bwd(
         d_loss.data_ptr(),
         (
@@ -356,7 +357,8 @@ def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss:
         (
             0 if d_image is None else d_image.data_ptr(),
             0 if d_text is None else d_text.data_ptr(),
-            0 if scalars is None else scalars.data_ptr(),
+            0 if d_scale is None else d_scale.data_ptr(),
+            0 if d_bias is None else d_bias.data_ptr(),
         ),
         image.shape[0] * image.shape[1],
         text.shape[0] * text.shape[1],
@@ -364,8 +366,7 @@ def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss:
         device,
         torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0,
     )
-    d_scale, d_bias = (None, None) if scalars is None else scalars.unbind()
-    return d_image, d_text, d_scale if kept_scale is not None else None, d_bias if kept_bias is not None else None
+    return d_image, d_text, d_scale, d_bias
 
 
 @functools.cache

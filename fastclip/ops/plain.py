@@ -16,7 +16,7 @@ from torch import Tensor
 from fastclip._backends import pick, reference, serving_pairs
 from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.second import check_second_derivatives
-from fastclip.ops.transforms import recorded, transformed
+from fastclip.ops.transforms import direct, recorded, transformed
 
 __all__ = ["plain_loss"]
 
@@ -72,22 +72,29 @@ class _Plain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or transformed(d_loss):  # whoever differentiates again has to find the op
+        if torch.is_grad_enabled():  # whoever differentiates again has to find the op
             return *_gradients(tensors, ctx.options, d_loss, needs), None, None, None, None
+        if not direct(d_loss):
+            return *_dense_gradients(tensors, ctx.options, d_loss, needs), None, None, None, None
         image, text, scale, saved = tensors
         image_weight, normalize, _ = ctx.options
         tensors = image, text, scale, saved.contiguous()  # a hook of the user's may have had it
         return *ctx.module.plain_bwd(*tensors, image_weight, normalize, d_loss, needs), None, None, None, None
 
 
+def _dense_gradients(tensors: Any, options: Any, d_loss: Tensor, needs: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of image, text and scale in torch, which sees what is done with d_loss."""
+    image, text, scale, _ = tensors
+    image_weight, normalize, _ = options
+    with no_autocast(d_loss.device):
+        _, saved = reference.plain_fwd(image, text, scale, image_weight, normalize)
+        return reference.plain_bwd(image, text, scale, saved, image_weight, normalize, d_loss, needs)
+
+
 def _gradients(tensors: Any, options: Any, d_loss: Tensor, needs: Any) -> tuple[Tensor | None, ...]:
     """Gradients of image, text and scale by ``fastclip::plain_bwd``."""
     if transformed(d_loss):  # batched, or with a tangent, which the op would not see
-        image, text, scale, _ = tensors
-        image_weight, normalize, _ = options
-        with no_autocast(d_loss.device):
-            _, saved = reference.plain_fwd(image, text, scale, image_weight, normalize)
-            return reference.plain_bwd(image, text, scale, saved, image_weight, normalize, d_loss, needs)
+        return _dense_gradients(tensors, options, d_loss, needs)
     out = torch.ops.fastclip.plain_bwd(*tensors, *options, d_loss, list(needs))
     return tuple(d if need else None for d, need in zip(out, needs))
 

@@ -16,7 +16,7 @@ from fastclip._backends import pick, reference, serving
 from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.second import check_second_derivatives, vector_jacobian
-from fastclip.ops.transforms import needs_dense, recorded, transformed
+from fastclip.ops.transforms import direct, needs_dense, recorded, transformed
 
 __all__ = ["sigmoid_pairs"]
 
@@ -35,27 +35,18 @@ def _problem(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize:
     return Problem(image, text, scale, None, offset, False, normalize)
 
 
-@without_autocast
-def _computed(image: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    """Loss and gradients by a backend; None where a gradient is not wanted."""
-    text, scale, bias, divisor, offset, normalize, needs, dtype, module = args
-    out: tuple[Tensor | None, ...] = module.sigmoid_fwd(
-        _problem(image, text, scale, offset, normalize), bias, divisor, needs, dtype
-    )
-    return out
-
-
 def _apart(d: Tensor) -> Tensor:
     """A gradient with memory of its own, as an op's outputs must have: a backend may allocate the scalars' together."""
     return d.contiguous() if d.dim() else d.clone()
 
 
 @torch.library.impl("fastclip::sigmoid_fwd", "default")
-def _fwd(*args: Any) -> tuple[Tensor | None, ...]:
-    image, text, scale, bias, divisor, offset, normalize, backend, needs = args
-    module = serving(backend, _problem(image, text, scale, offset, normalize))
+@without_autocast
+def _fwd(image: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    text, scale, bias, divisor, offset, normalize, backend, needs = args
+    p = _problem(image, text, scale, offset, normalize)
     dtype = reference.wide_dtype(image.device)
-    loss, *grads = _computed(image, text, scale, bias, divisor, offset, normalize, needs, dtype, module)
+    loss, *grads = serving(backend, p).sigmoid_fwd(p, bias, divisor, needs, dtype)
     return loss, *(image.new_empty(0) if d is None else _apart(d) for d in grads)
 
 
@@ -76,7 +67,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     *inputs, _, _, _, backend, needs, kept, d_loss = args
     module = pick(backend, inputs[0])[1]
     out = module.sigmoid_bwd(inputs, [d.contiguous() if need else None for d, need in zip(kept, needs)], d_loss)
-    return tuple(d_loss.new_empty(0) if d is None else _apart(d) for d in out)
+    return tuple(d_loss.new_empty(0) if d is None else d for d in out)
 
 
 @torch.library.register_fake("fastclip::sigmoid_bwd")
@@ -137,15 +128,14 @@ torch.library.register_autograd("fastclip::sigmoid_bwd", _bwd_backward, setup_co
 
 
 class _Sigmoid(torch.autograd.Function):
-    """The ops above without torch's dispatcher."""
+    """The ops above without torch's dispatcher, by any backend but the reference: autocast changes nothing for them."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *tensors, divisor, offset, normalize, backend, needs, dtype, module = args
-        loss, *kept = _computed(*tensors, divisor, offset, normalize, needs, dtype, module)
-        ctx.save_for_backward(*tensors, *kept)
+        image, text, scale, bias, divisor, offset, normalize, backend, needs, dtype, module, p = args
+        loss, *kept = module.sigmoid_fwd(p, bias, divisor, needs, dtype)
+        ctx.save_for_backward(image, text, scale, bias, *kept)
         ctx.options, ctx.module = (divisor, offset, normalize, backend), module
-        assert loss is not None
         return loss
 
     @staticmethod
@@ -153,11 +143,13 @@ class _Sigmoid(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: what a checkpoint computes again it gives once
         if torch.is_grad_enabled():  # whoever differentiates again has to find the op
             out = _gradients(saved, ctx.options, d_loss, ctx.needs_input_grad[:4])
+        elif not direct(d_loss):  # torch has to see what is done with it
+            out = reference.sigmoid_bwd(saved[:4], saved[4:], d_loss)
         else:
             # A hook of the user's may have had them; numbers have no strides
             kept = [None if d is None else d.contiguous() for d in saved[4:6]]
             out = ctx.module.sigmoid_bwd(saved[:4], [*kept, *saved[6:]], d_loss)
-        return *out, None, None, None, None, None, None, None
+        return *out, None, None, None, None, None, None, None, None
 
 
 @without_autocast
@@ -191,13 +183,10 @@ def sigmoid_pairs(
     differentiable = torch.is_grad_enabled()
     needs = [differentiable and x.requires_grad for x in tensors]
     options = divisor, offset, normalize, backend, needs
-    module = (
-        None
-        if torch.compiler.is_compiling() or recorded(*tensors)
-        else serving(backend, _problem(image, text, scale, offset, normalize))
-    )
+    p = _problem(image, text, scale, offset, normalize)
+    module = None if torch.compiler.is_compiling() or recorded(*tensors) else serving(backend, p)
     if module is None or module is reference:  # which has second derivatives
         loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, *options)[0]
         return loss.to(dtype)
-    eager: Tensor = _Sigmoid.apply(*tensors, *options, dtype, module)
+    eager: Tensor = _Sigmoid.apply(*tensors, *options, dtype, module, p)
     return eager

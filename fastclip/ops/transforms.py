@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from fastclip import _env
 from fastclip._backends import check_name
 
-__all__ = ["TENSORS", "batched", "needs_dense", "recorded", "transformed"]
+__all__ = ["TENSORS", "batched", "direct", "needs_dense", "recorded", "transformed"]
 
 TENSORS = {Tensor, torch.nn.Parameter}  # not their subclasses
 logger = logging.getLogger(__name__)
@@ -43,6 +43,22 @@ def recorded(*tensors: Tensor) -> bool:
     if not tensors:
         return False
     return not {type(x) for x in tensors} <= TENSORS
+
+
+def direct(d_loss: Tensor) -> bool:
+    """Return True for an upstream gradient that a kernel may read at its address.
+
+    False where torch has to see what is done with it: in transforms and forward mode, in the batches of torch.autograd
+    (is_grads_batched), in dispatch modes, for subclasses and for what is negated lazily.
+    """
+    return (
+        type(d_loss) in TENSORS
+        and forward_ad._current_level < 0
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(d_loss)
+        and not d_loss.is_neg()
+    )
 
 
 def batched(*tensors: Tensor) -> bool:

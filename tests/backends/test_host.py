@@ -24,8 +24,9 @@ class Ceiling(NamedTuple):
 CEILINGS = {
     ("contrastive", "triton"): Ceiling(150, 10, 7, 4.5),
     ("contrastive", "cuda"): Ceiling(140, 9, 7, 3.5),
-    ("sigmoid", "triton"): Ceiling(150, 6, 8, 4.8),
-    ("sigmoid", "cuda"): Ceiling(140, 6, 8, 3.8),
+    # Scalars' gradients lie apart, because users change them in place: one allocation more than there could be
+    ("sigmoid", "triton"): Ceiling(150, 6, 9, 4.8),
+    ("sigmoid", "cuda"): Ceiling(140, 6, 9, 3.8),
 }
 CASES = [("triton", 90), ("triton", 80), ("cuda", 90)]  # Triton with tensor maps, and without
 LOSSES = ["contrastive", "sigmoid"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastclip
 from fastclip._backends import cuda, reference, triton
 from fastclip._backends.problem import Problem
 from support.accuracy import counted_products, pairs
@@ -220,6 +221,20 @@ def test_upstream_gradient_multiplies(kind: Kind, wide: bool) -> None:
         for x, d, product in zip(inputs, grads, MODULES[kind.backend].sigmoid_bwd(inputs, grads, upstream)):
             expected = (d.float() * upstream.float()).to(x.dtype)
             torch.testing.assert_close(product, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@each_kind(GPU_KINDS, few=True)
+def test_gradients_lie_apart_and_of_batches(kind: Kind) -> None:
+    """Users change .grad in place, and one must not move with the other."""
+    image, text = (x.detach().requires_grad_() for x in problem(kind, 20, 20, 8)[:2])
+    scalars = [torch.tensor(x, device=kind.device, requires_grad=True) for x in (10.0, -10.0)]
+    inputs = image, text, *scalars
+    loss = fastclip.sigmoid_loss(*inputs, backend=kind.backend)
+    one = torch.autograd.grad(loss, inputs, retain_graph=True)
+    assert len({x.untyped_storage().data_ptr() for x in one}) == 4
+    factors = torch.tensor([2.0, -3.0], device=kind.device)
+    for x, batch in zip(one, torch.autograd.grad(loss, inputs, factors, is_grads_batched=True)):
+        torch.testing.assert_close(batch, torch.stack([2 * x, -3 * x]), rtol=1e-2, atol=1e-6)
 
 
 @each_kind(GPU_KINDS, few=True)

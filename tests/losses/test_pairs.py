@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -90,6 +91,26 @@ def test_recorded_before_dispatch(name: str) -> None:
     given = [*(x.detach() for x in problem()), *labels]
     graph = make_fx(RECORDED[name], pre_dispatch=True)(*given)
     torch.testing.assert_close(graph(*given), RECORDED[name](*given))
+
+
+@pytest.mark.parametrize("name", ["contrastive", "sigmoid"])
+def test_upstream_gradients_that_no_kernel_may_read(name: str) -> None:
+    """Batches of torch.autograd, tangents, numbers that are negated when they are read."""
+    given = problem()
+    loss = LOSSES[name](*given)
+    one = torch.autograd.grad(loss, given, retain_graph=True)
+    factors = torch.tensor([1.0, 2.0, -3.0])
+    batch = torch.autograd.grad(loss, given, factors, retain_graph=True, is_grads_batched=True)
+    negated = torch.complex(torch.zeros(()), torch.tensor(-3.0)).conj().imag
+    assert negated.is_neg() and negated == 3.0
+    thrice = torch.autograd.grad(loss, given, negated, retain_graph=True)
+    with forward_ad.dual_level():
+        dual = torch.autograd.grad(loss, given, forward_ad.make_dual(torch.tensor(3.0), torch.tensor(2.0)))
+        tangents = [forward_ad.unpack_dual(x).tangent for x in dual]
+    for gradient, of_factors, of_three, tangent in zip(one, batch, thrice, tangents, strict=True):
+        torch.testing.assert_close(of_factors, torch.stack([x * gradient for x in factors]))
+        torch.testing.assert_close(of_three, 3 * gradient)
+        torch.testing.assert_close(tangent, 2 * gradient)
 
 
 def test_saved_tensors_come_back_with_other_strides() -> None:

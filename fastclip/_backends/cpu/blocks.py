@@ -179,7 +179,8 @@ class Plan:
         self.workers = threads(image.M, text.M)
         M, N = image.M, text.M
         whole = 0, M, 0, N
-        if owner is not None and workspace.buffer is not None and workspace.holds(owner, whole):
+        self.ready = owner is not None and workspace.buffer is not None and workspace.holds(owner, whole)
+        if self.ready and workspace.buffer is not None:  # the forward pass's only block
             self.block_m, self.buffer, self.blocks = M, workspace.buffer, [whole]
             return
         allowed = floats = _env.workspace_bytes() // 4
@@ -201,7 +202,7 @@ class Plan:
         """<I_i, T_j> of a block, computed unless the buffer still has it from the forward pass; to be overwritten."""
         i0, i1, j0, j1 = block
         dot = self.buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
-        if self.owner is None or not workspace.holds(self.owner, block):
+        if not (self.ready or (self.owner is not None and workspace.holds(self.owner, block))):
             torch.mm(self.image.rows(i0, i1), self.text.rows(j0, j1).T, out=dot)
         workspace.forget()
         return dot
