@@ -224,7 +224,7 @@ def test_upstream_gradient_multiplies(kind: Kind, wide: bool) -> None:
 
 
 @each_kind(GPU_KINDS, few=True)
-def test_gradients_lie_apart_and_of_batches(kind: Kind) -> None:
+def test_gradients_lie_apart_and_follow_any_upstream(kind: Kind) -> None:
     """Users change .grad in place, and one must not move with the other."""
     image, text = (x.detach().requires_grad_() for x in problem(kind, 20, 20, 8)[:2])
     scalars = [torch.tensor(x, device=kind.device, requires_grad=True) for x in (10.0, -10.0)]
@@ -232,8 +232,13 @@ def test_gradients_lie_apart_and_of_batches(kind: Kind) -> None:
     loss = fastclip.sigmoid_loss(*inputs, backend=kind.backend)
     one = torch.autograd.grad(loss, inputs, retain_graph=True)
     assert len({x.untyped_storage().data_ptr() for x in one}) == 4
+    negated = torch.tensor(-3.0j, device=kind.device).conj().imag  # 3, by a bit that says so
+    assert negated.is_neg()
+    thrice = torch.autograd.grad(loss, inputs, negated, retain_graph=True)
     factors = torch.tensor([2.0, -3.0], device=kind.device)
-    for x, batch in zip(one, torch.autograd.grad(loss, inputs, factors, is_grads_batched=True)):
+    batches = torch.autograd.grad(loss, inputs, factors, is_grads_batched=True)
+    for x, y, batch in zip(one, thrice, batches):
+        torch.testing.assert_close(y, 3 * x, rtol=1e-2, atol=1e-6)
         torch.testing.assert_close(batch, torch.stack([2 * x, -3 * x]), rtol=1e-2, atol=1e-6)
 
 

@@ -115,6 +115,7 @@ PROMISES = [
             "losses/test_contrastive_torch.py::test_ops_of_pairs_pass_opcheck",
             "losses/test_contrastive_torch.py::test_gradients_of_many_upstream_gradients_at_once",
             "losses/test_pairs.py::test_upstream_gradients_that_no_kernel_may_read",
+            "backends/test_sigmoid_kernels.py::test_gradients_lie_apart_and_follow_any_upstream",
             "losses/test_contrastive_torch.py::test_second_derivatives_of_cpu_raise",
             "losses/test_transforms.py::test_named_backend_does_not_pretend",
             "losses/test_sigmoid.py::test_sigmoid_op_passes_opcheck",
