@@ -113,6 +113,23 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
+def served_by_cuda(request: pytest.FixtureRequest) -> None:
+    """The CUDA backend by a Hopper GPU, without a GPU by the emulator."""
+    import torch
+
+    import fastclip
+    from fastclip._backends import cuda
+
+    if not torch.cuda.is_available():
+        request.getfixturevalue("emulated_cuda")
+    elif (reason := fastclip.backends()["cuda"]) != "available" or (
+        reason := cuda.refuses(torch.empty(1, dtype=torch.float16, device="cuda"), True)
+    ):
+        pytest.skip(f"cuda: {reason}")
+    cuda._sizes.cache_clear()
+
+
+@pytest.fixture
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of a test that is parametrised by `kinds.each_kind`."""
     import fastclip

@@ -1,4 +1,4 @@
-"""What follows from a problem's signature is found once: plans, and where the parts of a workspace begin."""
+"""Plans: what follows from a problem's signature is found once, such as where the parts of a workspace begin."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ def plain_bwd(
 def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
-    """As `reference.sigmoid_fwd`; of pairs natively: norms, tiles, two products, finish."""
+    """Compute the loss and its gradients, as `reference.sigmoid_fwd` does; of pairs natively, in three launches."""
     image, text, scale, _, offset, _, normalize = p
     fp32 = scale.dtype is bias.dtype is torch.float32
     if offset or image.shape != text.shape or not fp32:
@@ -334,7 +334,7 @@ def sigmoid_fwd(
 
 
 def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """As `reference.sigmoid_bwd`, in one launch."""
+    """Multiply gradients, as `reference.sigmoid_bwd` does, in one launch."""
     image, text, scale, bias = inputs
     if not scale.dtype is bias.dtype is torch.float32:
         return triton.sigmoid_bwd(inputs, kept, d_loss)

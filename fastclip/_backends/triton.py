@@ -143,7 +143,7 @@ def sigmoid_fwd(
 
 @_on_device
 def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """As `reference.sigmoid_bwd`."""
+    """Multiply gradients, as `reference.sigmoid_bwd` does."""
     return _sigmoid().sigmoid_bwd(inputs, kept, d_loss)
 
 

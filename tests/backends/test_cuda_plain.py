@@ -6,14 +6,12 @@ On a Hopper GPU, or without one in csrc/tests' emulator: blocks of a grid in ran
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-import fastclip
 from fastclip._backends import cuda
 
 pytest.importorskip("triton")
@@ -22,28 +20,12 @@ from support.accuracy import pairs, poisoned
 from support.kinds import DEVICE, GPU, kept, uneven
 
 pytestmark = [
-    pytest.mark.usefixtures("served", "poisoned_memory"),
+    pytest.mark.usefixtures("served_by_cuda", "poisoned_memory"),
     *([pytest.mark.gpu] if GPU else []),
 ]
 DTYPES = [torch.bfloat16, torch.float16]
 EVERY = (True, True, True)
 OFFSET2, REPAIR, GAIN = 2, 3, 4  # of the constants that `saved` begins with
-
-
-@pytest.fixture
-def served(request: pytest.FixtureRequest) -> None:
-    if not GPU:
-        request.getfixturevalue("emulated_cuda")
-    elif (reason := fastclip.backends()["cuda"]) != "available" or (
-        reason := cuda.refuses(torch.empty(1, dtype=torch.float16, device="cuda"), True)
-    ):
-        pytest.skip(f"cuda: {reason}")
-
-
-@pytest.fixture(autouse=True)
-def clean_sizes() -> Iterator[None]:
-    cuda._sizes.cache_clear()
-    yield
 
 
 def features(dtype: torch.dtype, *shape: int, **options: Any) -> list[Tensor]:

@@ -7,14 +7,13 @@ losses/test_sigmoid_accuracy.py has the digits of normalised features, backends/
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-import fastclip
 from fastclip._backends import cuda, reference
 from fastclip._backends.problem import Problem
 
@@ -24,28 +23,12 @@ from support.accuracy import check, pairs, poisoned
 from support.kinds import DEVICE, GPU, Kind, kept
 
 pytestmark = [
-    pytest.mark.usefixtures("served", "poisoned_memory"),
+    pytest.mark.usefixtures("served_by_cuda", "poisoned_memory"),
     *([pytest.mark.gpu] if GPU else []),
 ]
 DTYPES = [torch.bfloat16, torch.float16]
 EVERY = (True, True, True, True)
 SCALE, GAIN = 0, 4  # of the constants
-
-
-@pytest.fixture
-def served(request: pytest.FixtureRequest) -> None:
-    if not GPU:
-        request.getfixturevalue("emulated_cuda")
-    elif (reason := fastclip.backends()["cuda"]) != "available" or (
-        reason := cuda.refuses(torch.empty(1, dtype=torch.float16, device="cuda"), True)
-    ):
-        pytest.skip(f"cuda: {reason}")
-
-
-@pytest.fixture(autouse=True)
-def clean_sizes() -> Iterator[None]:
-    cuda._sizes.cache_clear()
-    yield
 
 
 def scalars(scale: float, bias: float) -> list[Tensor]:

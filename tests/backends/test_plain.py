@@ -20,7 +20,7 @@ from torch import Tensor
 from fastclip._backends import cuda, triton
 from support.accuracy import LOSS, check, counted_products, pairs, poisoned, truth
 from support.kernels import Launches
-from support.kinds import DEVICE, GPU_KINDS, SHAPES, Kind, each_kind, fp16, kept, uneven, wide
+from support.kinds import DEVICE, GPU_KINDS, LAYOUTS, SHAPES, Kind, each_kind, fp16, kept, laid_out, uneven, wide
 
 MODULES: dict[str, ModuleType] = {"triton": triton, "cuda": cuda}
 _REPAIR = REPAIR.value  # csrc/fastclip.h has the same
@@ -306,25 +306,14 @@ def test_every_subset_of_gradients(kind: Kind) -> None:
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other column", "unaligned", "rows apart"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("D", [2, 24, 30])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("normalize", [True, False])
 @each_kind(PLAIN, few=True)
 def test_layouts(kind: Kind, normalize: bool, side: int, D: int, layout: str) -> None:
     sides = [x.clone() for x in kind.pairs(40, 40, D)]
-    x = sides[side]
-    if layout == "transposed":
-        x = x.T.contiguous().T
-    elif layout == "expanded":
-        x = x[:1].expand(40, D)
-    elif layout == "every other column":
-        x = torch.stack([x, torch.full_like(x, torch.nan)], 2)[..., 0]
-    elif layout == "rows apart":
-        x = torch.nn.functional.pad(x, (0, 3), value=torch.nan)[:, :D]
-    else:
-        x = torch.cat([torch.zeros(1, dtype=kind.dtype), x.flatten()])[1:].view(40, D)
-    sides[side] = x
+    sides[side] = laid_out(sides[side], layout)
     image, text = (x.to(DEVICE).detach().requires_grad_() for x in sides)
     loss = _Loss.apply(image, text, torch.tensor(3.0, device=DEVICE), kind, 0.5, normalize)
     expected = truth(image.detach().cpu(), text.detach().cpu(), 3.0, normalize=normalize)

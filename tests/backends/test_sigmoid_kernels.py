@@ -17,7 +17,7 @@ from fastclip._backends import cuda, reference, triton
 from fastclip._backends.problem import Problem
 from support.accuracy import counted_products, pairs
 from support.kernels import Launches
-from support.kinds import GPU, GPU_KINDS, Kind, each_kind, fp16, kept, uneven
+from support.kinds import GPU, GPU_KINDS, LAYOUTS, Kind, each_kind, fp16, kept, laid_out, uneven
 
 MODULES: dict[str, ModuleType] = {"triton": triton, "cuda": cuda}
 TRITON = [kind for kind in GPU_KINDS if kind.backend == "triton"]
@@ -177,25 +177,14 @@ def test_nan_propagates(kind: Kind, side: int, place: int, normalize: bool) -> N
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other column", "unaligned", "rows apart"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("D", [2, 24, 30])
 @pytest.mark.parametrize("side", ["image", "text"])
 @pytest.mark.parametrize("normalize", [True, False])
 @each_kind(GPU_KINDS, few=True)
 def test_layouts(kind: Kind, normalize: bool, side: str, D: int, layout: str) -> None:
     p, bias = problem(kind, 40, 40, D, normalize=normalize, scale=5.0), bias_of(kind, -3.0)
-    x = getattr(p, side)
-    if layout == "transposed":
-        x = x.T.contiguous().T
-    elif layout == "expanded":
-        x = x[:1].expand(40, D)
-    elif layout == "every other column":
-        x = torch.stack([x, torch.full_like(x, torch.nan)], 2)[..., 0]
-    elif layout == "rows apart":
-        x = torch.nn.functional.pad(x, (0, 3), value=torch.nan)[:, :D]
-    else:
-        x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(40, D)
-    p = p._replace(**{side: x})
+    p = p._replace(**{side: laid_out(getattr(p, side), layout)})
     found = run(kind, p, bias)
     assert_close(kind, found, true_of(p, bias))
     assert found[1].is_contiguous() and found[2].is_contiguous()
@@ -244,7 +233,7 @@ def test_gradients_lie_apart_and_follow_any_upstream(kind: Kind) -> None:
 
 @each_kind(GPU_KINDS, few=True)
 def test_kept_gradients_anywhere_in_memory(kind: Kind) -> None:
-    """What a hook of the user's gives back need not be aligned; the products end where the gradients end."""
+    """Gradients that a hook of the user's gives back need not be aligned; the products end where the gradients end."""
     p, bias = problem(kind, 131, 67, 24), bias_of(kind)
     _, *grads = run(kind, p, bias)
     inputs, upstream = (*p[:3], bias), torch.tensor(2.0, device=kind.device)

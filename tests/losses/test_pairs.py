@@ -86,7 +86,7 @@ def test_batched_upstream_gradients_of_float16_features() -> None:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_before_dispatch(name: str) -> None:
-    """As torch.export does; what it records must not be looked at."""
+    """Calls are recorded as torch.export does; what it records must not be looked at."""
     labels = [] if name in LOSSES else [torch.arange(20) % 7]
     given = [*(x.detach() for x in problem()), *labels]
     graph = make_fx(RECORDED[name], pre_dispatch=True)(*given)

@@ -127,6 +127,23 @@ def kept(x: Tensor, device: str = DEVICE) -> Tensor:
     return x if device == "cpu" else poisoned(x).to(device) if x.dim() == 2 else x.to(device)
 
 
+LAYOUTS = ["transposed", "expanded", "every other column", "unaligned", "rows apart"]
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The numbers of a matrix in another of the `LAYOUTS`, among NaN; "expanded" repeats its first row."""
+    size, D = x.shape
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "expanded":
+        return x[:1].expand(size, D)
+    if layout == "every other column":
+        return torch.stack([x, torch.full_like(x, torch.nan)], 2)[..., 0]
+    if layout == "rows apart":
+        return torch.nn.functional.pad(x, (0, 3), value=torch.nan)[:, :D]
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(size, D)
+
+
 def uneven(M: int, N: int, D: int = 16, *, largest: float = 1.48) -> tuple[Tensor, Tensor]:
     """Norms from 0.1 to 10^largest in one batch: logits lie thousands apart, no single offset can serve them."""
     image, text = pairs(M, N, D)
