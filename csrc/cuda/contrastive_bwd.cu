@@ -11,13 +11,14 @@ namespace {
 
 template <bool kHalf_, int kBlockN_, bool kLabels_>
 struct Weights {
-  static constexpr bool kHalf = kHalf_, kLabels = kLabels_, kStores = true, kSkipsRepairs = true;
+  static constexpr bool kHalf = kHalf_, kLabels = kLabels_, kStores = true, kSkipsRepairs = true, kRetries = false;
   static constexpr Exact kExact = Exact::never;
   static constexpr int kFinds = kFindsNothing;
   static constexpr int kBlockN = kBlockN_, kStages = 4, kSums = 1, kSumsN = 1;
   enum { kFactor, kNeg, kLabel, kPos, kOwn, kScaled };
   static constexpr int kRowVectors = kScaled + 1, kColVectors = kLabels ? kScaled : kLabel;
 
+  // 0 outside, where therefore neither a weight nor a share of d_scale needs a mask.
   template <class Vectors>
   static __device__ __forceinline__ void load(const Side& side, int k, bool some, Vectors& vectors, int slot) {
     vectors[kFactor][slot] = some ? side.factor[k] : 0.f;
@@ -41,32 +42,39 @@ struct Weights {
   template <bool kMask>
   static __device__ __forceinline__ void finish(const float (&acc)[kHalves][kBlockN / 2], const Epilogue<Weights>& t) {
     const float offset2 = __ldg(t.p.constants + FASTCLIP_OFFSET2);
-    const Mask mask = t.mask();
+    // A half has its own: comparisons that both share would be kept, in registers that spill
+    Mask masks[kHalves] = {t.mask(), t.mask()};
+    masks[1].diagonal += 64, forget(masks[1].diagonal);
     float d_scale = 0.f;
-    const auto weigh = [&](int half, int h, int c, float (&weights)[2]) {
-      const float factor = t.row(kFactor, half, h), neg = t.row(kNeg, half, h), scaled = t.row(kScaled, half, h);
+    const auto weigh = [&](const RowValues<Weights>& row, int half, int h, int c, float (&weights)[2]) {
       const float2 col_factors = t.cols(kFactor, c), col_negs = t.cols(kNeg, c);
+      float2 labels = {}, col_pos = {}, col_own = {};
+      if constexpr (kLabels) {
+        labels = t.cols(kLabel, c), col_pos = t.cols(kPos, c), col_own = t.cols(kOwn, c);
+        // Loaded once for both rows: the compiler would load them for each, where its label is the same
+        forget(col_own.x), forget(col_own.y);
+      }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float col_factor = e ? col_factors.y : col_factors.x;
         const float dot = acc[half][4 * c + 2 * h + e] * col_factor;
-        float g = exp2_fast(fmaf(dot, scaled, -offset2)), weight = neg + (e ? col_negs.y : col_negs.x);
+        float g = exp2_fast(fmaf(dot, row[kScaled], -offset2)), weight = row[kNeg] + (e ? col_negs.y : col_negs.x);
         if constexpr (kLabels) {
-          const float2 labels = t.cols(kLabel, c), col_pos = t.cols(kPos, c), col_own = t.cols(kOwn, c);
-          const bool same = as_int(t.row(kLabel, half, h)) == as_int(e ? labels.y : labels.x);
-          weight = same ? t.row(kPos, half, h) + (e ? col_pos.y : col_pos.x) : weight;
-          g = fmaf(g, weight, same ? t.row(kOwn, half, h) + (e ? col_own.y : col_own.x) : 0.f);
-          if (kMask && (mask.outside(half, h, c, e) || (t.p.exclude_self && mask.own(half, h, c, e)))) g = 0.f;
+          const bool same = as_int(row[kLabel]) == as_int(e ? labels.y : labels.x);
+          weight = same ? row[kPos] + (e ? col_pos.y : col_pos.x) : weight;
+          g = fmaf(g, weight, same ? row[kOwn] + (e ? col_own.y : col_own.x) : 0.f);
         } else {
           g *= weight;
-          if (kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e))) g = 0.f;  // also an infinite one
         }
-        g *= factor;
+        if (kMask && masks[half].own(0, h, c, e)) g = 0.f;  // also an infinite one
+        g *= row[kFactor];
         d_scale = fmaf(g, dot, d_scale);
         weights[e] = g * col_factor;
       }
     };
-    store_weights(t, weigh, [&] { publish_sum(t, 0, d_scale); });
+    store_weights(t, weigh);
+    publish_sum(t, 0, d_scale);
+    t.sync();
     if (t.at.thread == 0 && t.tile.m < t.p.tiles_m) t.p.scale_part[t.index()] = published_sum(t, 0);
   }
 };

@@ -11,7 +11,7 @@ namespace {
 
 template <bool kHalf_, int kBlockN_, bool kLabels_>
 struct Statistics {
-  static constexpr bool kHalf = kHalf_, kLabels = kLabels_, kStores = false, kSkipsRepairs = false;
+  static constexpr bool kHalf = kHalf_, kLabels = kLabels_, kStores = false, kSkipsRepairs = false, kRetries = false;
   static constexpr Exact kExact = Exact::never;
   static constexpr int kFinds = FASTCLIP_OFFSET2;
   static constexpr int kBlockN = kBlockN_, kStages = 5;
@@ -79,8 +79,7 @@ struct Statistics {
                 value[0] = exp2_fast(fmaf(dot, factor[half][h], -offset2));
                 if constexpr (kLabels) {
                   value[0] = value[0] < kSmallest ? kSmallest : value[0];  // what flushed is no empty set; NaN stays
-                  const bool drop =
-                      kMask && (mask.outside(half, h, c, e) || (p.exclude_self && mask.own(half, h, c, e)));
+                  const bool drop = kMask && (mask.own(half, h, c, e) || mask.outside(half, h, c, e));
                   const bool same = label[half][h] == col_label;
                   value[1] = same && !drop ? value[0] : 0.f;
                   value[2] = same && !drop ? dot * factor[half][h] : 0.f;

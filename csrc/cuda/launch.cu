@@ -67,7 +67,7 @@ int prepare(const fastclip_cuda_block* block, Params* p, Maps* maps, void* weigh
   if (!encode) return FASTCLIP_NO_DRIVER;
   int error = make_map(encode, &maps->image, b.image, b.M, b.D, b.image_row_stride, kBlockM, b.dtype);
   if (!error) error = make_map(encode, &maps->text, b.text, b.N, b.D, b.text_row_stride, b.tile_n / kCluster, b.dtype);
-  if (!error && weights) error = make_map(encode, &maps->weights, weights, b.M, b.N, weights_row_stride, 64, b.dtype);
+  if (!error && weights) error = make_map(encode, &maps->weights, weights, b.M, b.N, weights_row_stride, 16, b.dtype);
   if (!weights) maps->weights = maps->image;
   return error;
 }

@@ -11,7 +11,7 @@
 
 namespace fastclip {
 
-constexpr double kLn2 = 0.6931471805599453, kInf = HUGE_VAL;
+constexpr double kInf = HUGE_VAL;
 
 // softplus(t) and its derivative, without a division, whose subroutine would cost the tile kernel its registers.
 __device__ __forceinline__ double softplus(double t, double* derivative) {

@@ -16,7 +16,7 @@ namespace {
 
 template <bool kHalf_, int kBlockN_, bool>
 struct Weigh {
-  static constexpr bool kHalf = kHalf_, kLabels = false, kStores = true, kSkipsRepairs = false;
+  static constexpr bool kHalf = kHalf_, kLabels = false, kStores = true, kSkipsRepairs = false, kRetries = false;
   static constexpr Exact kExact = Exact::on_repair;
   static constexpr int kFinds = kFindsNothing;
   static constexpr int kBlockN = kBlockN_, kStages = 4, kSums = 1, kSumsN = 1;
@@ -52,8 +52,7 @@ struct Weigh {
     const float offset2 = __ldg(t.p.constants + FASTCLIP_OFFSET2);
     const Mask mask = t.mask();
     float d_scale = 0.f;
-    const auto pair = [&](int half, int h, int c, float (&weights)[2]) {
-      const float factor = t.row(kFactor, half, h), row = t.row(kWeight, half, h), scaled = t.row(kScaled, half, h);
+    const auto pair = [&](const RowValues<Weigh>& row, int half, int h, int c, float (&weights)[2]) {
       const float2 col_factors = t.cols(kFactor, c), cols = t.cols(kWeight, c);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -65,20 +64,22 @@ struct Weigh {
           const float2 lse2 = t.cols(kLse2, c);
           const bool drop = mask.outside(half, h, c, e) || mask.own(half, h, c, e);
           float low;
-          const float z2 = exact_logit2(dot, scaled, t.row(kRest, half, h), drop, &low);
-          g = share(row, z2 - t.row(kLse2, half, h) + low) +
+          const float z2 = exact_logit2(dot, row[kScaled], t.row(kRest, half, h), drop, &low);
+          g = share(row[kWeight], z2 - t.row(kLse2, half, h) + low) +
               share(e ? cols.y : cols.x, z2 - (e ? lse2.y : lse2.x) + low);
         } else {
-          g = exp2_fast(fmaf(dot, scaled, -offset2));
-          g *= row + (e ? cols.y : cols.x);
+          g = exp2_fast(fmaf(dot, row[kScaled], -offset2));
+          g *= row[kWeight] + (e ? cols.y : cols.x);
           if (kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e))) g = 0.f;  // also an infinite one
         }
-        g *= factor;
+        g *= row[kFactor];
         d_scale = fmaf(g, dot, d_scale);
         weights[e] = g * col_factor;
       }
     };
-    store_weights<kMask && !kExact>(t, pair, [&] { publish_sum(t, 0, d_scale); });
+    store_weights(t, pair);
+    publish_sum(t, 0, d_scale);
+    t.sync();
     if (t.at.thread == 0 && t.tile.m < t.p.tiles_m) t.p.scale_part[t.index()] = published_sum(t, 0);
   }
 

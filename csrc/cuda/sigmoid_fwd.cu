@@ -1,9 +1,12 @@
 // Losses of a block of pairs and the weights gain r_i G_ij c_j of their gradients; the logits are never stored.
 //
-//   Math      x = z + b, t = exp(-abs(x)): loss max(x, 0) + log1p(t), G = sigmoid(x) = (x >= 0 ? 1 : t) / (1 + t);
-//             own pairs 0: they are added from their fp64 logits, and in the finish
+//   Math      e = 2^(log2(e) (z + b)): loss log(1 + e), G = e / (1 + e); own pairs 0: they are added from their fp64
+//             logits, and in the finish. Of 32 logits a thread takes one logarithm, log(1 + q) with 1 + q the product
+//             of their 1 + e, and of two one reciprocal. A warp whose product leaves fp32 begins again, as tiles with a
+//             mask begin, logit by logit: t = e^-abs(x): loss max(x, 0) + log1p(t), G = (x >= 0 ? 1 : t) / (1 + t)
 //   Traffic   writes 2 M N bytes, nothing without gradients
-//   Precision fp32, weights rounded once to the features' dtype
+//   Precision fp32, weights rounded once to the features' dtype; q never meets a 1, beside which a solved pair's loss
+//             would lose its digits
 #include "launch.cuh"
 #include "loss_kernels.h"
 
@@ -22,20 +25,28 @@ __device__ __forceinline__ float log1p_of_small(float t) {
   return t * fmaf(p, t, 0.99999994f);
 }
 
+// log(1 + q) for q in [0, 2^100), relative error 3e-7: 1 + q = 2^k (1 + t).
+__device__ __forceinline__ float log1p_of_product(float q) {
+  const int exponent = as_int(1.f + q) & 0x7f800000;
+  const float scale = as_float(0x7f000000 - exponent), k = static_cast<float>((exponent >> 23) - 127);
+  return fmaf(k, static_cast<float>(kLn2), log1p_of_small(fmaf(q, scale, scale - 1.f)));
+}
+
 template <bool kHalf_, int kBlockN_, bool kGradients>
 struct Sigmoid {
-  static constexpr bool kHalf = kHalf_, kLabels = false, kStores = kGradients, kSkipsRepairs = false;
+  static constexpr bool kHalf = kHalf_, kLabels = false, kStores = kGradients, kSkipsRepairs = false, kRetries = true;
   static constexpr Exact kExact = Exact::never;
   static constexpr int kFinds = kHalf && kGradients ? FASTCLIP_GAIN : kFindsNothing;
   static constexpr int kBlockN = kBlockN_, kStages = 4, kSums = 3, kSumsN = 1;
-  enum { kFactor, kWeight, kRowVectors };  // of the logit and of the gradient
+  enum { kFactor, kWeight, kRowVectors };      // of log2(e) z and of the gradient
+  static constexpr float kLargest = 0x1p100f;  // product, whose reciprocal is no denormal
   static constexpr int kColVectors = 1;
 
   static __device__ __forceinline__ float find(const Params& p, float bound) { return gain_of(bound, __ldg(p.bias)); }
 
   static __device__ __forceinline__ void load_row(const Params& p, int i, Scratch<Sigmoid>& s, int k) {
     const float factor = i < p.M ? p.row.factor[i] : 0.f;
-    s.row[kFactor][k] = static_cast<float>(static_cast<double>(factor) * __ldg(p.constants + FASTCLIP_SCALE));
+    s.row[kFactor][k] = scaled2(factor, p.constants);
     s.row[kWeight][k] = factor * (kFinds == FASTCLIP_GAIN ? s.found : __ldg(p.constants + FASTCLIP_GAIN));
   }
 
@@ -43,36 +54,49 @@ struct Sigmoid {
     s.col[kFactor][k] = j < p.N ? p.col.factor[j] : 0.f;
   }
 
+  // Whether the tile is done, of this warp.
   template <bool kMask>
-  static __device__ __forceinline__ void finish(const float (&acc)[kHalves][kBlockN / 2], const Epilogue<Sigmoid>& t) {
-    const float bias = __ldg(t.p.bias);
+  static __device__ __forceinline__ bool finish(const float (&acc)[kHalves][kBlockN / 2], const Epilogue<Sigmoid>& t) {
+    const float bias2 = static_cast<float>(__ldg(t.p.bias) * kLog2e64);
     const Mask mask = t.mask();
-    float loss = 0.f, d_scale = 0.f, d_bias = 0.f;
-    const auto weigh = [&](int half, int h, int c, float (&weights)[2]) {
-      const float2 col_factors = t.cols(kFactor, c);
+    float loss = 0.f, d_scale = 0.f, d_bias = 0.f, product[kHalves][2] = {};  // minus 1, of each row
+    bool fits = true;
+    const auto pair = [&](const RowValues<Sigmoid>& values, int half, int h, int c, float (&weights)[2]) {
+      const auto row = [&](int vector) { return kMask ? t.row(vector, half, h) : values[vector]; };  // else spills
+      const float2 factors = t.cols(kFactor, c);
+      const float dot[2] = {acc[half][4 * c + 2 * h] * factors.x, acc[half][4 * c + 2 * h + 1] * factors.y};
+      const float x2[2] = {fmaf(dot[0], row(kFactor), bias2), fmaf(dot[1], row(kFactor), bias2)};
+      float g[2];
+      if constexpr (kMask) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float col_factor = e ? col_factors.y : col_factors.x;
-        const float dot = acc[half][4 * c + 2 * h + e] * col_factor;
-        const float x = fmaf(dot, t.row(kFactor, half, h), bias), small = exp2_fast(-fabsf(x) * kLog2e);
-        const bool drop = kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e));
-        const float value = (x > 0 ? x : 0.f) + log1p_of_small(small);
-        loss += drop ? 0.f : value;
-        if constexpr (kGradients) {
-          float g = drop ? 0.f : (x >= 0 ? 1.f : small) * inverse_fast(1.f + small);
-          d_bias += g;
-          g *= t.row(kWeight, half, h);
-          d_scale = fmaf(g, dot, d_scale);
-          weights[e] = g * col_factor;
+        for (int k = 0; k < 2; ++k) {
+          const bool drop = mask.outside(half, h, c, k) || mask.own(half, h, c, k);
+          const float small = exp2_fast(-fabsf(x2[k]));
+          const float value = fmaf(fmaxf(x2[k], 0.f), static_cast<float>(kLn2), log1p_of_small(small));
+          loss += drop ? 0.f : value;
+          g[k] = drop ? 0.f : (x2[k] >= 0 ? 1.f : small) * inverse_fast(1.f + small);
+          d_bias += g[k], g[k] *= row(kWeight);
+        }
+      } else {
+        const float e[2] = {exp2_fast(x2[0]), exp2_fast(x2[1])};
+        const float a = fmaf(e[0], e[1], e[0]), b = fmaf(e[0], e[1], e[1]), q = a + e[1];
+        product[half][h] = fmaf(product[half][h], q, q) + product[half][h];
+        const float inverse = inverse_fast(1.f + q), weighted = inverse * row(kWeight);
+        d_bias = fmaf(a + b, inverse, d_bias);
+        g[0] = a * weighted, g[1] = b * weighted;
+        if (h == 1 && c % 8 == 7) {
+          float (&of_row)[2] = product[half];
+          const float both = fmaf(of_row[0], of_row[1], of_row[0]) + of_row[1];
+          fits = fits && both < kLargest;
+          loss += log1p_of_product(both);
+          of_row[0] = of_row[1] = 0.f;
         }
       }
-    };
-    const auto publish = [&] {
-      publish_sum(t, 0, loss);
-      if constexpr (kGradients) publish_sum(t, 1, d_scale), publish_sum(t, 2, d_bias);
+      d_scale = fmaf(g[0], dot[0], d_scale), d_scale = fmaf(g[1], dot[1], d_scale);
+      weights[0] = g[0] * factors.x, weights[1] = g[1] * factors.y;
     };
     if constexpr (kGradients) {
-      store_weights(t, weigh, publish);
+      store_weights(t, pair);
     } else {
 #pragma unroll
       for (int c = 0; c < kBlockN / 8; ++c)  // outside: the other way round it spills
@@ -81,15 +105,22 @@ struct Sigmoid {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             float weights[2];
-            weigh(half, h, c, weights);
+            pair(t.rows(half, h), half, h, c, weights);
           }
-      publish();
-      t.sync();
     }
+    if (!kMask && __any_sync(0xffffffff, !fits)) {
+      if (kGradients && t.at.lane == 0) tma_store_wait_all();
+      __syncwarp();
+      return false;
+    }
+    publish_sum(t, 0, loss);
+    if constexpr (kGradients) publish_sum(t, 1, d_scale), publish_sum(t, 2, d_bias);
+    t.sync();
     if (t.at.thread == 0 && t.tile.m < t.p.tiles_m) {
       double* part = t.p.part + t.index();
       for (int k = 0; k < (kGradients ? 3 : 1); ++k) part[k * t.p.part_row_stride] = published_sum(t, k);
     }
+    return true;
   }
 };
 

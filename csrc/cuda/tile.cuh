@@ -32,7 +32,8 @@ constexpr int kCluster = 2;                                                     
 constexpr int kBand = 8;  // pairs of tile rows that are walked column by column: 2048 image rows stay in L2
 constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "registers of a multiprocessor");
-constexpr float kLog2e = 1.44269504f, kSmallest = 0x1p-126f;
+constexpr double kLog2e64 = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr float kLog2e = static_cast<float>(kLog2e64), kSmallest = 0x1p-126f;
 constexpr float kReach =
     70.f;  // exponentials, and sums of a million of them, do not overflow so far above their offset
 
@@ -66,7 +67,7 @@ struct Place {
 // returns at once elsewhere.
 enum class Exact { never, on_repair, alone };
 
-constexpr int kNone = 1 << 20;  // `diagonal` of a tile without own pairs
+constexpr int kNone = 1 << 20;  // `diagonal` of a tile that excludes no own pair
 constexpr int kFindsNothing = -1;
 
 // Which elements of a tile at the edge or on the diagonal do not count; all but three numbers are known to the
@@ -109,12 +110,19 @@ struct Smem {
   uint64_t full[Op::kStages], empty[Op::kStages];
 };
 
+// A row's values in registers.
+template <class Op>
+struct RowValues {
+  float value[Op::kRowVectors];
+  __device__ __forceinline__ float operator[](int vector) const { return value[vector]; }
+};
+
 template <class Op>
 struct Epilogue {
   const Params& p;
   Tile tile;
   Place at;
-  int diagonal;  // the own column of the tile's first row, relative to the tile; kNone when it has no own pair
+  int diagonal;  // the own column of the tile's first row, relative to the tile; kNone when no own pair is excluded
   Scratch<Op>& scratch;
   Stores<Op>& stores;
   const CUtensorMap* weights_map;
@@ -125,6 +133,12 @@ struct Epilogue {
   }
   __device__ __forceinline__ float row(int vector, int half, int h) const {
     return scratch.row[vector][64 * half + 8 * h + at.row];
+  }
+  __device__ __forceinline__ RowValues<Op> rows(int half, int h) const {
+    RowValues<Op> values;
+#pragma unroll
+    for (int v = 0; v < Op::kRowVectors; ++v) values.value[v] = row(v, half, h);
+    return values;
   }
   __device__ __forceinline__ float2 cols(int vector, int c) const {
     return *reinterpret_cast<const float2*>(&scratch.col[vector][8 * c + at.col]);
@@ -137,12 +151,12 @@ __device__ __forceinline__ bool repairs(const Params& p) { return __ldg(p.consta
 
 // factor s log2(e), rounded once: an error of the scale shifts all logits alike.
 __device__ __forceinline__ float scaled2(float factor, const float* constants) {
-  return static_cast<float>(static_cast<double>(factor) * __ldg(constants + FASTCLIP_SCALE) * 1.4426950408889634);
+  return static_cast<float>(static_cast<double>(factor) * __ldg(constants + FASTCLIP_SCALE) * kLog2e64);
 }
 
 // What rounding took from that.
 __device__ __forceinline__ float rest2(float factor, const float* constants) {
-  const double exact = static_cast<double>(factor) * __ldg(constants + FASTCLIP_SCALE) * 1.4426950408889634;
+  const double exact = static_cast<double>(factor) * __ldg(constants + FASTCLIP_SCALE) * kLog2e64;
   const float rounded = static_cast<float>(exact);
   return fabsf(rounded) < HUGE_VALF ? static_cast<float>(exact - rounded) : 0.f;
 }
@@ -175,39 +189,42 @@ __device__ __forceinline__ float published_sum(const Epilogue<Op>& t, int k) {
   return (sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]);
 }
 
-// Stores the tile's weights; weigh(half, h, c, weights) computes two neighbours in a row, at the end() of the tile its
-// sums are published. kForget: addresses are computed anew for every piece, where registers that keep them would spill.
-template <bool kForget = false, class Op, class Weigh, class End>
-__device__ __forceinline__ void store_weights(const Epilogue<Op>& t, const Weigh& weigh, const End& end) {
+// Stores the tile's weights, every warp its own 16 rows of a piece: weigh(row, half, h, c, weights) computes two
+// neighbours in a row, whose own values are `row`.
+template <class Op, class Weigh>
+__device__ __forceinline__ void store_weights(const Epilogue<Op>& t, const Weigh& weigh) {
   using S = Stores<Op>;
-  // Where this lane writes its row of a matrix: row lane % 16 of the warp's 16; chunk xor row % 8 is the swizzle.
-  int row = 128 * (16 * t.at.warp + (t.at.lane & 15));
-  const int chunk = t.at.lane >> 4, swizzle = t.at.lane & 7;
+  constexpr int kBlocks = S::kPieces / kHalves;
+  // Where this lane writes its row of a matrix: row lane % 16 of the warp's 16; chunk xor row % 8 is the swizzle
+  int dst = smem_address(t.stores.piece[0]) + 128 * (16 * t.at.warp + (t.at.lane & 15)) +
+            (((t.at.lane >> 4) ^ (t.at.lane & 7)) << 4);
 #pragma unroll
-  for (int piece = 0; piece < S::kPieces; ++piece) {
-    if (kForget) forget(row);
-    const int block = piece / kHalves, half = piece % kHalves, buffer = piece % S::kBuffers;
-    const uint32_t dst = smem_address(t.stores.piece[buffer]) + row;
+  for (int half = 0; half < kHalves; ++half) {
+    const RowValues<Op> rows[2] = {t.rows(half, 0), t.rows(half, 1)};
 #pragma unroll
-    for (int c = 0; c < 8; c += 2) {
-      uint32_t packed[4];
+    for (int block = 0; block < kBlocks; ++block) {
+      const int buffer = (kBlocks * half + block) % S::kBuffers;
+      forget(dst);  // addresses are computed anew for every piece: registers that keep them would spill
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        float weights[2];
-        weigh(half, k & 1, 8 * block + c + (k >> 1), weights);
-        packed[k] = pack<Op::kHalf>(weights[0], weights[1]);
+      for (int c = 0; c < 8; c += 2) {
+        uint32_t packed[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          float weights[2];
+          weigh(rows[k & 1], half, k & 1, 8 * block + c + (k >> 1), weights);
+          packed[k] = pack<Op::kHalf>(weights[0], weights[1]);
+        }
+        store_matrix_x4((dst ^ (c << 4)) + buffer * S::kPieceBytes, packed);
       }
-      store_matrix_x4(dst + (((c + chunk) ^ swizzle) << 4), packed);
-    }
-    if (piece == S::kPieces - 1) end();
-    // One barrier a piece: at most kBuffers - 2 earlier stores may still be reading when the next buffer is written.
-    tma_store_fence();
-    if (t.at.thread == 0) tma_store_wait_read<S::kBuffers - 2>();
-    t.sync();
-    if (t.at.thread == 0) {
-      const int x = t.tile.j0 + 64 * block, y = t.tile.i0 + 64 * half;
-      if (x < t.p.N && y < t.p.M) tma_store(t.weights_map, t.stores.piece[buffer], x, y);
-      tma_store_commit();
+      // At most kBuffers - 2 earlier stores may still be reading when the warp writes into the next buffer
+      tma_store_fence();
+      if (t.at.lane == 0) tma_store_wait_read<S::kBuffers - 2>();
+      __syncwarp();
+      if (t.at.lane == 0) {
+        const int x = t.tile.j0 + 64 * block, y = t.tile.i0 + 64 * half + 16 * t.at.warp;
+        if (x < t.p.N && y < t.p.M) tma_store(t.weights_map, t.stores.piece[buffer] + 2048 * t.at.warp, x, y);
+        tma_store_commit();
+      }
     }
   }
 }
@@ -336,13 +353,15 @@ __device__ __forceinline__ void consume(const Params& p, Smem<Op>& s, const CUte
     if (lane < kCluster) mbarrier_arrive_in(&s.empty[last], lane);
 
     const int64_t own = p.offset + tile.i0 - tile.j0;
-    const int diagonal = own > -kBlockM && own < Op::kBlockN ? static_cast<int>(own) : kNone;
+    const bool excludes = (!Op::kLabels || p.exclude_self) && own > -kBlockM && own < Op::kBlockN;
+    const int diagonal = excludes ? static_cast<int>(own) : kNone;
     const bool edge = tile.i0 + kBlockM > p.M || tile.j0 + Op::kBlockN > p.N;
-    const bool masked = edge || (diagonal != kNone && (!Op::kLabels || p.exclude_self)) ||
-                        (Op::kExact == Exact::on_repair && repairs(p));
+    const bool masked = edge || excludes || (Op::kExact == Exact::on_repair && repairs(p));
     const Epilogue<Op> epilogue = {p, tile, at, diagonal, scratch, s.stores[mine], &weights_map, 3 + mine};
     if constexpr (Op::kExact == Exact::alone) {
       Op::finish_exact(acc, epilogue);
+    } else if constexpr (Op::kRetries) {  // where a warp is not done the first way it takes the second
+      if (masked || !Op::template finish<false>(acc, epilogue)) Op::template finish<true>(acc, epilogue);
     } else {
       if (!masked)
         Op::template finish<false>(acc, epilogue);
@@ -352,7 +371,7 @@ __device__ __forceinline__ void consume(const Params& p, Smem<Op>& s, const CUte
         Op::template finish<true>(acc, epilogue);
     }
   }
-  if (Op::kStores && thread == 0) tma_store_wait_all();
+  if (Op::kStores && lane == 0) tma_store_wait_all();
 }
 
 template <class Op>

@@ -135,6 +135,8 @@ void wait_until(std::function<bool()> ready) {
   swapcontext(static_cast<ucontext_t*>(fiber->context), &scheduler);
 }
 
+bool coin() { return dice() % 2; }
+
 void maybe_yield() {
   if (dice() % 8) return;
   swapcontext(static_cast<ucontext_t*>(fiber->context), &scheduler);

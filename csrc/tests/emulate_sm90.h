@@ -1,10 +1,9 @@
 // The functions of cuda/sm90_ptx.cuh and the few CUDA built-ins that the kernels use, on a CPU: every CUDA thread of a
 // cluster, or of a few blocks of an ordinary kernel, is a fiber, run in random order. Asynchronous work is done as late
-// as its waits allow (products at their wait, TMA stores at theirs) or at a random time (TMA loads), so a missing wait
-// or an early release shows as a wrong result; missing fences are reported. What one block writes for another (__stcg)
-// arrives at the writer's next
-// __threadfence, without one only after the kernel. Registers, the order of ordinary memory accesses and speed are not
-// modelled.
+// as its waits allow (products at their wait; every other TMA store at its, the rest at once) or at a random time (TMA
+// loads), so a missing wait or an early release shows as a wrong result; missing fences are reported. What one block
+// writes for another (__stcg) arrives at the writer's next __threadfence, without one only after the kernel. Registers,
+// the order of ordinary memory accesses and speed are not modelled.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -15,6 +14,8 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <set>
+#include <tuple>
 #include <vector>
 
 namespace sm90 {
@@ -67,8 +68,9 @@ struct Fiber {
   std::deque<std::vector<Gemm>> groups;
   std::vector<Store> open_stores;
   std::deque<std::vector<Store>> stores;
-  std::vector<uint32_t> unfenced;             // words of `dirty` that it wrote
-  std::vector<std::function<void()>> writes;  // to global memory, not yet visible to other blocks
+  std::set<std::tuple<const Map*, int, int>> written;  // boxes whose store may not be complete
+  std::vector<uint32_t> unfenced;                      // words of `dirty` that it wrote
+  std::vector<std::function<void()>> writes;           // to global memory, not yet visible to other blocks
 };
 
 extern Fiber* fiber;  // the one that runs
@@ -79,6 +81,7 @@ extern Named cluster_barrier;
 
 void wait_until(std::function<bool()> ready);
 void maybe_yield();  // lets others run now and then
+bool coin();
 
 template <unsigned (*kGet)()>
 struct Index {
@@ -216,27 +219,35 @@ inline void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int x, in
   tma_load_multicast(dst, map, bar, x, y, static_cast<uint16_t>(1 << block().rank));
 }
 
+inline void store_box(const Store& s) {
+  for (int r = 0; r < s.map->box_rows; ++r)
+    for (int c = 0; c < s.map->box_cols; ++c) {
+      const uint32_t src = swizzle_128(s.src + r * 128 + c * 2);
+      if (block().dirty[(src - kBase) / 4]) fail("a TMA store reads what was written without a fence");
+      const int64_t cols = (s.map->cols + 7) / 8 * 8;  // the last 16 bytes of a row are written whole
+      if (s.y + r < s.map->rows && s.x + c < cols)
+        std::memcpy(s.map->data + (s.y + r) * s.map->row_bytes + (s.x + c) * 2, at_address(block(), src), 2);
+    }
+}
 inline void tma_store(const CUtensorMap* map, const void* src, int x, int y) {
-  fiber->open_stores.push_back({reinterpret_cast<const Map*>(map), smem_address(src), x, y});
+  const Map* to = reinterpret_cast<const Map*>(map);
+  if (!fiber->written.insert({to, x, y}).second) fail("two TMA stores to one place, in no order");
+  const Store store = {to, smem_address(src), x, y};
+  if (coin())
+    store_box(store);
+  else
+    fiber->open_stores.push_back(store);
 }
 inline void tma_store_commit() { fiber->stores.push_back(std::move(fiber->open_stores)), fiber->open_stores.clear(); }
 inline void tma_store_finish(size_t pending) {
   for (; fiber->stores.size() > pending; fiber->stores.pop_front())
-    for (const Store& s : fiber->stores.front())
-      for (int r = 0; r < s.map->box_rows; ++r)
-        for (int c = 0; c < s.map->box_cols; ++c) {
-          const uint32_t src = swizzle_128(s.src + r * 128 + c * 2);
-          if (block().dirty[(src - kBase) / 4]) fail("a TMA store reads what was written without a fence");
-          const int64_t cols = (s.map->cols + 7) / 8 * 8;  // the last 16 bytes of a row are written whole
-          if (s.y + r < s.map->rows && s.x + c < cols)
-            std::memcpy(s.map->data + (s.y + r) * s.map->row_bytes + (s.x + c) * 2, at_address(block(), src), 2);
-        }
+    for (const Store& s : fiber->stores.front()) store_box(s);
 }
 template <int kPending>
 void tma_store_wait_read() {
   tma_store_finish(kPending);
 }
-inline void tma_store_wait_all() { tma_store_finish(0); }
+inline void tma_store_wait_all() { tma_store_finish(0), fiber->written.clear(); }
 inline void tma_store_fence() {
   for (uint32_t word : fiber->unfenced) block().dirty[word] = 0;
   fiber->unfenced.clear();
@@ -273,6 +284,10 @@ inline uint32_t* warp_publish(uint32_t value) {  // every lane's value; stays va
   return values;
 }
 inline void __syncwarp() { warp_join(); }
+inline int __any_sync(unsigned, int value) {
+  const uint32_t* values = warp_publish(value != 0);
+  return std::any_of(values, values + 32, [](uint32_t v) { return v != 0; });
+}
 template <typename T>
 T shuffle_from(T v, unsigned lane) {
   uint32_t bits[sizeof(T) / 4];
@@ -381,6 +396,7 @@ void wgmma_wait() {
           }
         }
     }
+  warp_join();  // nobody of the warp goes on before all have what they multiply
 }
 template <bool kHalf, int kAcc>
 void wgmma(float (&d)[kAcc], uint64_t a, uint64_t b, int accumulate) {

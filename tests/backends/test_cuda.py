@@ -283,31 +283,57 @@ def test_repaired_weights_are_left_alone() -> None:
     assert ours.isnan().all() and part.isnan().all()
 
 
+def sigmoid_of(p: Case, gradients: bool) -> tuple[Tensor, Tensor]:
+    """Weights, and the tiles' sums, with bias -4."""
+    M, N = p.z.shape
+    weights, beyond = framed(M, N, p.x.dtype)
+    count = -(-M // p.tile.BLOCK_M) * -(-N // p.tile.BLOCK_N)
+    part = torch.full((3, count + 2), NAN, dtype=torch.float64)
+    bias, stored = torch.tensor(-4.0), weights if gradients else None
+    tiles().sigmoid_fwd(p.tile, p.x, p.y, p.row_factor, p.col_factor, p.constants, p.offset, bias, stored, part[:, 1:])
+    assert part[:, 0].isnan().all() and part[:, -1].isnan().all() and beyond.isnan().all()
+    return weights, part[:, 1:-1]
+
+
+def assert_sigmoid(p: Case, gradients: bool) -> None:
+    weights, part = sigmoid_of(p, gradients)
+    z = p.z - 4.0
+    loss = torch.nn.functional.softplus(z).masked_fill(p.own, 0)
+    assert_close(part[0].sum(), loss.sum(), loss.sum() + 1e-30)
+    if gradients:
+        sigmoid = z.sigmoid().masked_fill(p.own, 0)
+        assert_close(part[2].sum(), sigmoid.sum(), sigmoid.sum() + 1e-30)
+        assert_weights(p, weights, part[1], 1024.0 * sigmoid)
+    else:
+        assert part[1:].isnan().all() and weights.isnan().all()
+
+
 @pytest.mark.pairwise
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sigmoid(dtype: torch.dtype, case: tuple[Any, ...], gradients: bool) -> None:
-    p = Case.of(*case, dtype)
-    M, N = p.z.shape
-    bias = torch.tensor(-4.0)
-    weights, beyond = framed(M, N, dtype)
-    count = -(-M // p.tile.BLOCK_M) * -(-N // p.tile.BLOCK_N)
-    part = torch.full((3, count + 2), NAN, dtype=torch.float64)
-    stored = weights if gradients else None
-    tiles().sigmoid_fwd(p.tile, p.x, p.y, p.row_factor, p.col_factor, p.constants, p.offset, bias, stored, part[:, 1:])
-    assert part[:, 0].isnan().all() and part[:, -1].isnan().all()
-    z = p.z - 4.0
-    loss = torch.nn.functional.softplus(z).masked_fill(p.own, 0)
-    assert_close(part[0, 1:-1].sum(), loss.sum(), loss.sum() + 1e-30)
-    if gradients:
-        sigmoid = z.sigmoid().masked_fill(p.own, 0)
-        assert_close(part[2, 1:-1].sum(), sigmoid.sum(), sigmoid.sum() + 1e-30)
-        assert beyond.isnan().all()
-        assert_weights(p, weights, part[1, 1:-1], 1024.0 * sigmoid)
-    else:
-        assert part[1:].isnan().all() and weights.isnan().all()
+    assert_sigmoid(Case.of(*case, dtype), gradients)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sigmoid_of_products_beyond_fp32(dtype: torch.dtype, gradients: bool) -> None:
+    """In a tile without a mask the warp of such a row begins again, logit by logit; the others do not."""
+    p = Case.of(256, 192, 40, 100000, 14.3, 192, dtype)
+    factor = torch.ones(256)
+    factor[20] = 10.0
+    p = p._replace(row_factor=p.row_factor * factor, cosine=p.cosine * factor[:, None], z=p.z * factor[:, None])
+    assert torch.exp(p.z[20, :16] - 4.0).add(1).prod() > 2.0**100 and p.z.abs().max() < 80
+    assert_sigmoid(p, gradients)
+    weights, _ = sigmoid_of(p, True)
+    p.row_factor[20] = NAN
+    spoiled, part = sigmoid_of(p, True)
+    assert spoiled[20].isnan().all() and part[:, 0].isnan().all() and part[:, 1].isfinite().all()
+    others = torch.arange(256) != 20
+    assert torch.equal(spoiled[others], weights[others])
 
 
 @pytest.mark.parametrize("processors", [2, 3, 132])

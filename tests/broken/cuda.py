@@ -45,8 +45,8 @@ PROMISES = [
             Break(
                 "edges are no reason to mask",
                 "csrc/cuda/tile.cuh",
-                old="const bool masked = edge || (",
-                new="const bool masked = (edge && false) || (",
+                old="const bool masked = edge || excludes",
+                new="const bool masked = excludes",
             ),
             Break(
                 "own pairs count, forward",
@@ -57,26 +57,26 @@ PROMISES = [
             Break(
                 "own pairs count, backward",
                 "csrc/cuda/contrastive_bwd.cu",
-                old="if (kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e))) g = 0.f;",
-                new="if (kMask && mask.outside(half, h, c, e)) g = 0.f;",
+                old="if (kMask && masks[half].own(0, h, c, e)) g = 0.f;  // also an infinite one",
+                new="",
             ),
             Break(
                 "own pairs count, sigmoid",
                 "csrc/cuda/sigmoid_fwd.cu",
-                old="kMask && (mask.outside(half, h, c, e) || mask.own(half, h, c, e));",
-                new="kMask && mask.outside(half, h, c, e);",
+                old="mask.outside(half, h, c, k) || mask.own(half, h, c, k);",
+                new="mask.outside(half, h, c, k);",
             ),
             Break(
                 "self pairs count, forward",
                 "csrc/cuda/contrastive_fwd.cu",
-                old="(p.exclude_self && mask.own(half, h, c, e))",
-                new="false",
+                old="const bool drop = kMask && (mask.own(half, h, c, e) ||",
+                new="const bool drop = kMask && (false ||",
             ),
             Break(
-                "self pairs count, backward",
-                "csrc/cuda/contrastive_bwd.cu",
-                old="(t.p.exclude_self && mask.own(half, h, c, e))",
-                new="false",
+                "self pairs count where labels exclude them",
+                "csrc/cuda/tile.cuh",
+                old="(!Op::kLabels || p.exclude_self) && own",
+                new="!Op::kLabels && own",
             ),
             Break(
                 "what flushes is an empty set",
@@ -89,6 +89,35 @@ PROMISES = [
                 "csrc/cuda/contrastive_bwd.cu",
                 old="kSkipsRepairs = true",
                 new="kSkipsRepairs = false",
+            ),
+        ],
+    ),
+    Promise(
+        NUMBERS,
+        "One logarithm of many sigmoid logits on the CUDA backend keeps a solved pair's digits and large logits alike",
+        tests=[
+            "backends/test_cuda.py::test_sigmoid",
+            "backends/test_cuda.py::test_sigmoid_of_products_beyond_fp32",
+            "backends/test_cuda_sigmoid.py::test_norms_and_tiles",
+        ],
+        breaks=[
+            Break(
+                "a product beyond fp32 is taken as it is",
+                "csrc/cuda/sigmoid_fwd.cu",
+                old="fits = fits && both < kLargest;",
+                new="",
+            ),
+            Break(
+                "the product meets its 1",
+                "csrc/cuda/sigmoid_fwd.cu",
+                old="product[half][h] = fmaf(product[half][h], q, q) + product[half][h];",
+                new="product[half][h] = (1.f + product[half][h]) * (1.f + q) - 1.f;",
+            ),
+            Break(
+                "the product's exponent",
+                "csrc/cuda/sigmoid_fwd.cu",
+                old="return fmaf(k, static_cast<float>(kLn2),",
+                new="return fmaf(0.f * k, static_cast<float>(kLn2),",
             ),
         ],
     ),
@@ -121,19 +150,23 @@ PROMISES = [
             Break(
                 "the base of the exponential",
                 "csrc/cuda/tile.cuh",
-                old="__ldg(constants + FASTCLIP_SCALE) * 1.4426950408889634)",
-                new="__ldg(constants + FASTCLIP_SCALE) * 1.4429)",
+                old="kLog2e64 = 1.4426950408889634,",
+                new="kLog2e64 = 1.4429,",
             ),
         ],
     ),
     Promise(
         COST,
-        "Machine code of the CUDA kernels uses wgmma and TMA, one exponential per logit, and spills no register",
+        (
+            "Machine code of the CUDA kernels uses wgmma and TMA, one exponential per logit, spills no register and "
+            "costs no more than it did"
+        ),
         tests=[
             "backends/test_cuda_compiled.py::test_every_kernel_is_compiled_without_spills",
             "backends/test_cuda_compiled.py::test_products_are_not_serialised",
             "backends/test_cuda_compiled.py::test_instructions_as_planned",
             "backends/test_cuda_compiled.py::test_one_exponential_a_logit",
+            "backends/test_cuda_compiled.py::test_tiles_cost_no_more_than_they_did",
         ],
         breaks=[
             Break(
@@ -157,10 +190,22 @@ PROMISES = [
                 ),
             ),
             Break(
+                "a row's values are loaded for every column",
+                "csrc/cuda/tile.cuh",
+                old="weigh(rows[k & 1], half,",
+                new="load_later(), weigh(t.rows(half, k & 1), half,",
+            ),
+            Break(
+                "a reciprocal a logit",
+                "csrc/cuda/sigmoid_fwd.cu",
+                old="g[0] = a * weighted, g[1] = b * weighted;",
+                new="g[0] = e[0] * inverse_fast(1.f + e[0]) * row(kWeight), g[1] = b * weighted;",
+            ),
+            Break(
                 "a second exponential",
                 "csrc/cuda/contrastive_bwd.cu",
-                old="g *= factor;",
-                new="g *= factor * exp2_fast(0.f * g);",
+                old="g *= row[kFactor];",
+                new="g *= row[kFactor] * exp2_fast(0.f * g);",
             ),
         ],
     ),

@@ -132,8 +132,8 @@ PROMISES = [
             Break(
                 "whole tiles of a repair are not repaired",
                 "csrc/cuda/tile.cuh",
-                old="                        (Op::kExact == Exact::on_repair && repairs(p));",
-                new="                        false;",
+                old="const bool masked = edge || excludes || (Op::kExact == Exact::on_repair && repairs(p));",
+                new="const bool masked = edge || excludes;",
             ),
             Break(
                 "the finish's ticket is not set to 0",
