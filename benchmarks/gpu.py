@@ -18,6 +18,7 @@ from fastclip.machine import about_gpu, nvidia_smi
 
 GEMM_SIZE = 8192  # rows, columns and depth of the large product
 COPY_BYTES = 1 << 29  # far beyond every L2
+MARK = "spin_kernel"  # in the name of the kernel that `Gpu.mark` starts
 
 
 class DeviceLost(RuntimeError):
@@ -28,6 +29,8 @@ class Gpu:
     """The current GPU. `gemm` and `copy` are the two ceilings, measured in every round beside the providers."""
 
     device = "cuda"
+    pretended = False
+    activity = torch.profiler.ProfilerActivity.CUDA  # whose events a profile shows
 
     def __init__(self, gemm_size: int = GEMM_SIZE, copy_bytes: int = COPY_BYTES) -> None:
         def large(*shape: int) -> Tensor:
@@ -95,6 +98,26 @@ class Gpu:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+    def mark(self) -> None:
+        """A kernel that does nothing and that a profile shows: it divides the stream's time line."""
+        torch.cuda._sleep(1)
+
+    def replayed(self, step: Callable[[], list[Tensor]], change: Callable[[], None]) -> list[Tensor]:
+        """What a CUDA graph of the step computes after `change()` of its inputs."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        change()
+        graph.replay()
+        out = [x.clone() for x in captured]
+        self.synchronize()
+        return out
 
     def attempt(self, name: str, action: Callable[[], Any]) -> str:
         """A provider's action; what went wrong as a row's status, empty where nothing did. Or DeviceLost."""

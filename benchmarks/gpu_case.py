@@ -13,11 +13,13 @@ from torch import Tensor
 
 from benchmarks.gpu import Clocks, Gpu
 from benchmarks.harness import Case, Provider, Step, Timings, rows
-from benchmarks.losses import FLOOR, PEER, check_one, fitting, found, leaves_of, names, step_of
+from benchmarks.losses import FLOOR, OURS, PEER, check_one, fitting, found, leaves_of, names, step_of
 from benchmarks.peers import PEERS, Loss, version
 from fastclip.bench.truth import truth
 
 SECONDS = 120.0  # of a case's rounds, three at least
+
+RunRounds = Callable[["GuardedTimings", list[Provider], int], None]
 
 
 @dataclass
@@ -50,7 +52,7 @@ def _rotating(case: Case, loss: Loss, sets: list[tuple[Tensor, ...]]) -> Callabl
     return lambda: step_of(case, loss, next(turn))
 
 
-def _check_and_measure(
+def check_and_measure(
     gpu: Gpu, case: Case, name: str, loss: Loss, leaves: tuple[Tensor, ...], expected: tuple[Tensor, ...]
 ) -> float:
     """Value and gradients at the full size; then MiB at the worst moment of a step beyond features and gradients."""
@@ -89,7 +91,7 @@ def line_up(case: Case, wanted: Iterable[str], gpu: Gpu) -> LineUp:
         prepare = _rotating(case, losses[name], sets)
 
         def first_steps(name: str = name, prepare: Callable[[], Step] = prepare, peak: list[float] = peak) -> None:
-            peak.append(_check_and_measure(gpu, case, name, losses[name], sets[0], expected))
+            peak.append(check_and_measure(gpu, case, name, losses[name], sets[0], expected))
             prepare()()  # warm-up in this mode
 
         if reason := gpu.attempt(name, first_steps):
@@ -102,15 +104,33 @@ def line_up(case: Case, wanted: Iterable[str], gpu: Gpu) -> LineUp:
     return out
 
 
-def rounds_for(case: Case, timings: Timings, providers: list[Provider]) -> int:
-    """How many rounds, from one that does not count."""
+def rounds_for(case: Case, timings: Timings, providers: list[Provider], seconds: float | None = None) -> int:
+    """How many rounds fit into `seconds` (SECONDS), from one that does not count."""
     start = time.perf_counter()
     for provider in providers:
         timings.time(provider)
-    seconds = time.perf_counter() - start
+    one = time.perf_counter() - start
     timings.rounds.clear()
     most = 25 if case.N <= 8192 else 15 if case.N <= 32768 else 9
-    return max(3, min(most, int(SECONDS / seconds)))
+    return max(3, min(most, int((SECONDS if seconds is None else seconds) / one)))
+
+
+def measured(
+    case: Case, wanted: Iterable[str], gpu: Gpu, run_rounds: RunRounds, seconds: float | None = None
+) -> list[dict[str, Any]]:
+    """The rows of a case, whose rounds take about `seconds` and are made by `run_rounds`. DeviceLost."""
+    lined = line_up(case, wanted, gpu)
+    timings = GuardedTimings(clock=gpu.clock, attempt=gpu.attempt)
+    rounds = rounds_for(case, timings, lined.providers, seconds)
+    with Clocks() as clocks:
+        run_rounds(timings, lined.providers, rounds)
+    return gpu_rows(case, lined, timings, gpu, clocks)
+
+
+def own_failures(found: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with backends of ours that are available, by their rows."""
+    own = (row for row in found if row["provider"] in OURS["cuda"] and row["status"])
+    return [f"{row['provider']}: {row['status']}" for row in own if not row["status"].startswith("not available")]
 
 
 def gpu_rows(case: Case, lined: LineUp, timings: GuardedTimings, gpu: Gpu, clocks: Clocks) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from torch import Tensor
 from fastclip.bench.losses import SCALARS, Loss
 from fastclip.machine import version
 
+COMPILER = "inductor"  # of torch.compile; a dry run takes one that compiles nothing
+
 
 class Unavailable(Exception):
     """A provider cannot run here; the message says why."""
@@ -46,7 +48,7 @@ def _open_clip_compiled(name: str) -> Loss:
     if not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
         raise Unavailable("no C++ compiler for torch.compile")
     # fullgraph: what cannot be compiled is an error, not a loss that runs uncompiled
-    return torch.compile(_open_clip(name), fullgraph=True, dynamic=False)
+    return torch.compile(_open_clip(name), fullgraph=True, dynamic=False, backend=COMPILER)
 
 
 def _both_directions(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import Clocks, DeviceLost, Gpu
-from benchmarks.gpu_case import GuardedTimings, gpu_rows, line_up, rounds_for, status_row
+from benchmarks.gpu import DeviceLost, Gpu
+from benchmarks.gpu_case import measured, own_failures, status_row
 from benchmarks.harness import Case, Provider, Timings, append, rows
-from benchmarks.losses import FLOOR, MODES, OURS, PEER, named, setup
+from benchmarks.losses import FLOOR, MODES, PEER, named, setup
 from benchmarks.peak_memory import measure_in_child
 
 
@@ -83,16 +84,9 @@ def on_cpu(benchmark, case: Case, wanted: list[str], path: Path, peak: bool) -> 
 def on_gpu(benchmark, gpu: Gpu, case: Case, wanted: list[str], path: Path) -> None:
     about = gpu.about()
     try:
-        lined = line_up(case, wanted, gpu)
-        timings = GuardedTimings(clock=gpu.clock, attempt=gpu.attempt)
-        rounds = rounds_for(case, timings, lined.providers)
-        with Clocks() as clocks:
-            run_rounds(benchmark, timings, lined.providers, rounds)
+        new = measured(case, wanted, gpu, functools.partial(run_rounds, benchmark))
     except DeviceLost as error:
         append(path, [status_row(case, *error.args)], about)
         pytest.exit(f"{error.args[0]}: {error.args[1]}; nothing more runs in this process", returncode=1)
-    new = gpu_rows(case, lined, timings, gpu, clocks)
     append(path, new, about)
-    for row in new:
-        if row["provider"] in OURS["cuda"]:
-            assert not row["status"] or row["status"].startswith("not available"), f"{row['provider']}: {row['status']}"
+    assert not own_failures(new)

@@ -20,47 +20,13 @@ needs("models")
 
 from benchmarks import cases, gpu, gpu_case, losses, peers, plot
 from benchmarks.gpu import Clocks, DeviceLost, Gpu
-from benchmarks.harness import Case, append, machine, wall_clock
+from benchmarks.gpu_pretended import DRY_RUN, Pretended
+from benchmarks.harness import Case, append, machine
 from benchmarks.peers import PEERS, Peer, Unavailable
 from fastclip.bench import truth
 
 N, D = 64, 32
 FIGURES = ["rounds", "median_ms", "p20_ms", "p80_ms", "tflops", "floor_percent", "speedup_over_open_clip", "peak_mib"]
-
-
-class Pretended(Gpu):
-    """A GPU that is the CPU, of a given memory, whose second-level cache holds `l2` bytes."""
-
-    device = "cpu"
-    lost = False
-
-    def __init__(self, memory: float = 1e9, l2: int = 1) -> None:
-        super().__init__(gemm_size=16, copy_bytes=64)
-        self.memory, self.l2 = memory, l2
-
-    def clock(self, step) -> float:
-        self.copy_seconds.append(wall_clock(self.copy))
-        return wall_clock(step)
-
-    def l2_bytes(self) -> int:
-        return self.l2
-
-    def available_bytes(self) -> float:
-        return self.memory
-
-    def allocated_bytes(self) -> int:
-        return 2**20
-
-    def peak_bytes(self, step) -> int:
-        step()
-        return 3 * 2**20
-
-    def synchronize(self) -> None:
-        if self.lost:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    def about(self) -> dict:
-        return {"gpu": "pretended"}
 
 
 def dense(image, text, scale):
@@ -257,7 +223,7 @@ def test_everyone_has_a_row(tmp_path: Path, monkeypatch) -> None:
     assert rows["linear_cross_entropy"]["status"] == f"not in torch {torch.__version__}"
     for name, row in rows.items():
         assert (row["loss"], row["mode"], row["N"], row["D"]) == ("softmax", "both", str(N), str(D))
-        assert row["gpu"] == "pretended" and row["copy_gbs"] and row["gemm_tflops"] and not row["sm_mhz"]
+        assert row["gpu"] == DRY_RUN and row["copy_gbs"] and row["gemm_tflops"] and not row["sm_mhz"]
         assert [bool(row[x]) for x in FIGURES] == [name in ran and (x, name) != ("peak_mib", "floor") for x in FIGURES]
     assert rows["open_clip"]["rounds"] == "3" and rows["open_clip"]["peak_mib"] == "2.0"
     assert rows["open_clip"]["version"] and not rows["fastclip_triton"]["version"]
@@ -407,7 +373,7 @@ def test_table_and_figure_of_a_gpu(tmp_path: Path) -> None:
         "| 8,192 | 512 | 0.66 (76 %) |  |  | 0.50 |",
         "| 131,072 | 1,024 | 1,234.50 (80 %) |  | 2,000.00 |  |",
     ]
-    assert "pretended, driver 575.1, CUDA 13.0, triton 3.8.0" in plot._about(rows)
+    assert "dry run, driver 575.1, CUDA 13.0, triton 3.8.0" in plot._about(rows)
     assert plot._all(rows, "D") == "512 / 1024"
     needs("train")
     plot.draw(rows, tmp_path / "figure.png")
