@@ -1,6 +1,6 @@
 # Every target makes the virtual environment it needs. PYTHON chooses the interpreter (3.10 or newer), VENV the folder,
 # WORKERS the tests that run side by side (default: one a core, 8 at most), TEST options of pytest that select no tests, such as `--full`,
-# GPU_CHECK options of gpu-check, such as `--minutes 9` or `--list`.
+# GPU_CHECK options of gpu-check, such as `--minutes 9` or `--list`, GPU_TEN those of gpu-ten.
 SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ PYTEST = $(BIN)/python -m pytest -q --durations=15
 SIDE_BY_SIDE = -n $(WORKERS) --maxprocesses 8 --dist worksteal
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 
-.PHONY: demo test bench-test lint format bench gpu-check report docs clean
+.PHONY: demo test bench-test lint format bench gpu-check gpu-ten report docs clean
 
 demo: $(VENV)/.installed-train ## train on handwritten digits, print zero-shot accuracy, draw runs/digits/digits.png
 	$(BIN)/python examples/train_digits.py
@@ -40,6 +40,9 @@ bench: $(VENV)/.installed-dev ## rows go to benchmarks/results
 
 gpu-check: $(VENV)/.installed-dev $(VENV)/.installed-bench-gpu ## tests and benchmark on this GPU; call it again to go on
 	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
+
+gpu-ten: $(VENV)/.installed-dev $(VENV)/.installed-bench-gpu ## what a Hopper GPU can tell in ten minutes; call it again to go on
+	$(BIN)/python -m benchmarks.gpu_ten $(GPU_TEN)
 
 report: $(VENV)/.installed-dev ## benchmarks/REPORT.md and benchmarks/results/*.png from the rows
 	$(BIN)/python -m benchmarks.report

@@ -37,6 +37,7 @@ class Section(NamedTuple):
     text: str
     case: tuple[str, ...]
     columns: dict[str, str]
+    always: bool = True  # said also where nothing was measured
 
 
 SECTIONS = {
@@ -126,6 +127,23 @@ SECTIONS = {
             "rounds": "rounds",
             "load": "load",
         },
+    ),
+    "gpu_ten": Section(
+        "Ten minutes with a GPU",
+        "`make gpu-ten`: errors, host, counters, profile, workspace and variants.",
+        ("part", "case", "provider", "measure", "unit"),
+        {
+            "part": "part",
+            "case": "case",
+            "provider": "provider",
+            "measure": "measure",
+            "value": "median",
+            "unit": "unit",
+            "p20": "p20",
+            "p80": "p80",
+            "status": "status",
+        },
+        always=False,
     ),
 }
 LOSS_COLUMNS = {
@@ -231,7 +249,8 @@ def text(folder: Path = RESULTS) -> str:
     others = {path.stem: path for path in sorted(folder.glob("*.csv")) if path.stem not in DEVICES}
     for name in [*SECTIONS, *(name for name in others if name not in SECTIONS)]:
         if name not in others:
-            out.append(f"## {SECTIONS[name].title}\n\nNot measured.\n")
+            if SECTIONS[name].always:
+                out.append(f"## {SECTIONS[name].title}\n\nNot measured.\n")
             continue
         section = SECTIONS.get(name) or _unknown(name, others[name])
         rows = last_rows(others[name], section.case)

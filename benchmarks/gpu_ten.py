@@ -1,0 +1,225 @@
+"""What a Hopper GPU that is at hand for ten minutes can tell, in one command that ends within them.
+
+    python -m benchmarks.gpu_ten                                  everything, in order of worth
+    python -m benchmarks.gpu_ten --list                           the parts, what each tells, its seconds
+    python -m benchmarks.gpu_ten --only host,counters             these, also where they are done
+    python -m benchmarks.gpu_ten --variant before=../before       other builds beside this one
+    python -m benchmarks.gpu_ten --dry-run                        the same code on a CPU with tiny sizes
+
+Each part is a process with a limit of its own, at which it is ended; what earlier parts did not need, later ones may
+use, up to twice their own. Rows are written as they come: those of steps to cuda.csv, all others to gpu_ten.csv. A part
+that is done on the same code is not run again, nor is a case of the part `steps`. A wrong value ends the run: what is
+wrong is not timed. Exit code 0: all is done; 1: something was wrong or failed; 3: parts are left.
+
+Steps are checked at their full size, 65,536 x 768 as well: the truth is computed in float32 on the GPU, about 4e13
+operations, which are a second or two. What takes time there is what has to be compiled first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import ROOT, Checklist, code_state
+from benchmarks.gpu_variants import parse
+from fastclip.cli.ending import sigterm_raises
+from fastclip.parent import end_with_parent
+
+SECONDS = 550.0  # and a few before the clock starts, in which torch is imported
+WRONG, INCOMPLETE = 4, 3  # exit codes of a part: a wrong value; no time for some of its pieces
+RESERVE = 2.0  # seconds that a part leaves of its limit, to end by itself
+EXITS = {
+    f"failed with exit code {WRONG}": "a value is wrong: nothing more is run",
+    f"failed with exit code {INCOMPLETE}": "no time was left for all of it",
+}
+
+
+@dataclass(frozen=True)
+class Part(gpu_check.Part):
+    """A child process: what it tells, its seconds, and the words that it is started with."""
+
+    tells: str = ""
+    seconds: float = 0.0
+    words: tuple[str, ...] = ()
+    takes_the_rest: bool = False
+
+    def command(self, rows: Path, providers: list[str]) -> list[str]:
+        return [sys.executable, "-m", "benchmarks.gpu_ten", "--part", self.name, *self.words]
+
+
+PARTS = (
+    Part("correct", tells="tests of the kernels; values and gradients against float64; CUDA graphs", seconds=110),
+    Part("host", tells="microseconds of the host for a step of 256 rows", seconds=45),
+    Part("counters", tells="stalls, throughputs and clock of the three tile kernels, by ncu", seconds=75),
+    Part("steps", tells="whole steps at 1,024 to 65,536 pairs beside the peers", seconds=140),
+    Part("training", tells="where the time of a training step goes, eager and compiled", seconds=100),
+    Part("workspace", tells="time and memory of a step against FASTCLIP_WORKSPACE_MB", seconds=45),
+    Part("variants", tells="other builds or settings (--variant) beside this build", seconds=35, takes_the_rest=True),
+)
+
+
+def run_part(name: str, arguments: argparse.Namespace) -> int:
+    """In a part's own process: 0, INCOMPLETE or WRONG."""
+    end_with_parent()
+    from benchmarks import gpu_correct, gpu_counters, gpu_host, gpu_log, gpu_steps, gpu_variants, losses, peers
+    from benchmarks.gpu import Gpu
+    from benchmarks.gpu_pretended import Pretended
+
+    if arguments.dry_run:
+        losses.OURS["cuda"].update(dict.fromkeys(losses.OURS["cuda"], stand_in()))
+        peers.COMPILER = "eager"
+    runs: dict[str, Callable[[gpu_log.Log], None]] = {
+        "correct": gpu_correct.run,
+        "host": gpu_host.run,
+        "counters": gpu_counters.run,
+        "steps": gpu_steps.run,
+        "workspace": gpu_steps.workspace,
+        "variants": functools.partial(gpu_variants.run, variants=arguments.variant),
+    }
+    if name == "training":
+        from benchmarks import gpu_timeline  # needs the packages of training
+
+        runs[name] = gpu_timeline.run
+    gpu = Pretended() if arguments.dry_run else Gpu()
+    log = gpu_log.Log(name, arguments.rows, gpu, arguments.until - RESERVE, arguments.markers, code_state())
+    try:
+        runs[name](log)
+    except losses.CheckFailed as error:
+        log.status("", "", f"wrong: {error}")
+        return WRONG
+    return 0 if log.complete else INCOMPLETE
+
+
+def stand_in() -> str:
+    """The backend that stands for the GPU's in a dry run."""
+    import fastclip
+
+    return "cpu" if fastclip.backends()["cpu"] == "available" else "reference"
+
+
+def limit(part: Part, later: list[Part], left: float) -> float:
+    """Seconds that a part may take: its own, or up to twice as many where the later ones keep theirs."""
+    spare = left - sum(other.seconds for other in later)
+    most = spare if part.takes_the_rest else min(spare, 2 * part.seconds)
+    return max(0.0, min(max(part.seconds, most), left))
+
+
+def check(checklist: Checklist, chosen: list[Part], end: float) -> int:
+    """Run the parts until time is up: 0 when all are done, 1 when one was wrong or failed, 3 when some are left."""
+    failed = left = 0
+    todo = [part for part in chosen if checklist.todo(part)]
+    for part in chosen:
+        if part not in todo:
+            print(f"{part.name:12s} done", flush=True)
+            continue
+        seconds = limit(part, todo[todo.index(part) + 1 :], end - time.monotonic())
+        if seconds > 2 * RESERVE:
+            until = time.monotonic() + seconds  # the same clock in every process
+            result = checklist.do(replace(part, words=(*part.words, "--until", f"{until:.1f}")), seconds)
+        else:
+            result = "no time was left"
+        result = EXITS.get(result, result)
+        print(f"{part.name:12s} {result}", flush=True)
+        if result == EXITS[f"failed with exit code {WRONG}"]:
+            return 1
+        left += result.startswith(("took more", "no time"))
+        failed += result.startswith("failed")
+    return 1 if failed else 3 if left else 0
+
+
+def forget(markers: Path, names: list[str]) -> None:
+    """Parts that are asked for by name are run again, and their pieces."""
+    for name in names:
+        for path in [markers / name, *markers.glob(f"{name}-*")]:
+            path.unlink(missing_ok=True)
+
+
+def words_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What every part is told."""
+    words = ["--rows", str(arguments.rows), "--markers", str(arguments.markers)]
+    words += ["--dry-run"] if arguments.dry_run else []
+    return (*words, *(word for variant in arguments.variant for word in ("--variant", str(variant))))
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="say what each part tells and takes; run nothing")
+    parser.add_argument("--only", help="parts, separated by commas")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"end everything after so many ({SECONDS:.0f})")
+    parser.add_argument("--rows", type=Path, help="folder of the rows (benchmarks/results)")
+    parser.add_argument("--markers", type=Path, help="folder that says what is done (runs/gpu_ten)")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU; rows go to a temporary folder or to --rows")
+    parser.add_argument(
+        "--variant",
+        dest="variants",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a folder with another build of fastclip, or NAME=VARIABLE:VALUE; repeatable",
+    )
+    parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of time.monotonic()
+    return parser
+
+
+def main(words: list[str] | None = None) -> int:
+    end = time.monotonic()
+    parser = options()
+    arguments = parser.parse_args(words)
+    end += arguments.seconds
+    chosen = list(PARTS)
+    if arguments.only:
+        names = arguments.only.split(",")
+        if unknown := sorted(set(names) - {part.name for part in PARTS}):
+            parser.error(f"--only: no part {', '.join(unknown)}, only {', '.join(part.name for part in PARTS)}")
+        chosen = [part for part in PARTS if part.name in names]
+    if arguments.list:
+        for part in chosen:
+            print(f"{part.name:12s} {part.seconds:4.0f} s  {part.tells}")
+        return 0
+    try:
+        arguments.variant = [parse(text) for text in arguments.variants]
+    except ValueError as error:
+        parser.error(f"--variant: {error}")
+    folders(arguments)
+    if arguments.part:
+        return run_part(arguments.part, arguments)
+    import torch
+
+    if not arguments.dry_run and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; --dry-run runs on a CPU")
+    if arguments.only:
+        forget(arguments.markers, names)
+    if not arguments.variant:
+        if any(part.name == "variants" for part in chosen):
+            print("variants     skipped: there is no --variant")
+        chosen = [part for part in chosen if part.name != "variants"]
+    else:  # they are not what was measured the last time
+        forget(arguments.markers, ["variants"])
+    chosen = [replace(part, words=words_of(arguments)) for part in chosen]
+    checklist = Checklist(arguments.rows / "cuda.csv", arguments.markers)
+    print(f"rows go to {arguments.rows}", flush=True)
+    with sigterm_raises():  # the part that is running is ended, too
+        return check(checklist, chosen, end)
+
+
+def folders(arguments: argparse.Namespace) -> None:
+    """Where rows and markers go. A dry run's are never beside results."""
+    if arguments.rows is None:
+        dry = arguments.dry_run
+        arguments.rows = Path(tempfile.mkdtemp(prefix="dry-run-")) if dry else ROOT / "benchmarks" / "results"
+    arguments.rows = arguments.rows.absolute()
+    if arguments.markers is None:
+        arguments.markers = arguments.rows / "done" if arguments.dry_run else ROOT / "runs" / "gpu_ten"
+    arguments.markers = arguments.markers.absolute()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
