@@ -26,8 +26,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_variants
 from benchmarks.gpu_check import ROOT, Checklist, code_state
+from benchmarks.gpu_log import STEPS, Log
 from benchmarks.gpu_variants import parse
 from fastclip.cli.ending import sigterm_raises
 from fastclip.parent import end_with_parent
@@ -68,33 +69,42 @@ PARTS = (
 def run_part(name: str, arguments: argparse.Namespace) -> int:
     """In a part's own process: 0, INCOMPLETE or WRONG."""
     end_with_parent()
-    from benchmarks import gpu_correct, gpu_counters, gpu_host, gpu_log, gpu_steps, gpu_variants, losses, peers
+    from benchmarks import gpu_correct, gpu_counters, gpu_host, gpu_steps, losses, peers
     from benchmarks.gpu import Gpu
     from benchmarks.gpu_pretended import Pretended
 
     if arguments.dry_run:
         losses.OURS["cuda"].update(dict.fromkeys(losses.OURS["cuda"], stand_in()))
         peers.COMPILER = "eager"
-    runs: dict[str, Callable[[gpu_log.Log], None]] = {
+    runs: dict[str, Callable[[Log], None]] = {
         "correct": gpu_correct.run,
         "host": gpu_host.run,
         "counters": gpu_counters.run,
         "steps": gpu_steps.run,
+        "training": training,
         "workspace": gpu_steps.workspace,
         "variants": functools.partial(gpu_variants.run, variants=arguments.variant),
     }
-    if name == "training":
-        from benchmarks import gpu_timeline  # needs the packages of training
-
-        runs[name] = gpu_timeline.run
     gpu = Pretended() if arguments.dry_run else Gpu()
-    log = gpu_log.Log(name, arguments.rows, gpu, arguments.until - RESERVE, arguments.markers, code_state())
+    log = Log(name, arguments.rows, gpu, arguments.until - RESERVE, arguments.markers, code_state())
     try:
         runs[name](log)
     except losses.CheckFailed as error:
         log.status("", "", f"wrong: {error}")
         return WRONG
     return 0 if log.complete else INCOMPLETE
+
+
+def training(log: Log) -> None:
+    """`gpu_timeline`, or a row that says what of the packages of training is missing."""
+    try:
+        from benchmarks import gpu_timeline
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("benchmarks", "fastclip")):
+            raise
+        log.status("", "fastclip", f"not installed: {error.name}")
+        return
+    gpu_timeline.run(log)
 
 
 def stand_in() -> str:
@@ -204,7 +214,7 @@ def main(words: list[str] | None = None) -> int:
     else:  # they are not what was measured the last time
         forget(arguments.markers, ["variants"])
     chosen = [replace(part, words=words_of(arguments)) for part in chosen]
-    checklist = Checklist(arguments.rows / "cuda.csv", arguments.markers)
+    checklist = Checklist(arguments.rows / STEPS, arguments.markers)
     print(f"rows go to {arguments.rows}", flush=True)
     with sigterm_raises():  # the part that is running is ended, too
         return check(checklist, chosen, end)

@@ -115,7 +115,9 @@ def groups(events: list[Event]) -> dict[str, float]:
 
 def events_of(profile: Any, gpu: Gpu) -> list[Event]:
     kind = DeviceType.CPU if gpu.pretended else DeviceType.CUDA
-    found = (x for x in profile.events() if x.device_type == kind)
+    found = [x for x in profile.events() if x.device_type == kind]
+    if not gpu.pretended:  # whose marks are annotations; a GPU's are kernels, and an annotation covers others
+        found = [x for x in found if not getattr(x, "is_user_annotation", False)]
     return [Event(x.name, float(x.time_range.start), float(x.time_range.elapsed_us())) for x in found]
 
 

@@ -59,6 +59,11 @@ def test_every_part_runs_without_a_gpu(dry: tuple[Path, str]) -> None:
     megabytes = {row["case"].split()[-2] for row in rows if row["part"] == "workspace"}
     assert megabytes == {"128", "256", "512", "1024", "2048"}
     assert {row["provider"] for row in rows if row["part"] == "variants"} == {"this", "portable"}
+    for mode in ("eager", "compiled"):
+        of_step = [row for row in rows if row["part"] == "training" and row["case"].endswith(mode)]
+        found = {row["measure"]: float(row["value"]) for row in of_step if row["unit"] == "ms"}
+        assert 2 * found["step"] == pytest.approx(sum(found.values()), abs=0.1)
+        assert min(found[name] for name in ("products", "optimiser", "loss", "accuracy")) > 0
 
 
 def test_dry_rows_are_no_results(dry: tuple[Path, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from support.rows import rows_of
 needs("train")
 
 
-from benchmarks import gpu_correct, gpu_counters, gpu_timeline, gpu_variants
+from benchmarks import gpu_correct, gpu_counters, gpu_ten, gpu_timeline, gpu_variants
 from benchmarks.gpu_log import Log
 from benchmarks.gpu_pretended import Pretended
 from benchmarks.gpu_timeline import Event, group_of, groups
@@ -274,3 +275,23 @@ def test_another_build_is_timed_beside_this_one(log: Log, tmp_path: Path) -> Non
     told = {row["provider"]: row["status"] for row in reversed(rows) if row["status"]}
     assert told["broken"].startswith("error: the process ended") and told["wrong"].startswith("check failed")
     assert {row["provider"] for row in rows if row["value"] and row["case"].startswith("sigmoid")} == {"this", "wrong"}
+
+
+# ---- packages of training ----
+
+
+def test_packages_of_training_that_are_missing_are_said(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But a module of this repository that does not load is a failure."""
+    load, missing = builtins.__import__, "timm"
+
+    def refusing(name: str, *rest: Any) -> Any:
+        if name == "benchmarks" and "gpu_timeline" in (rest[2] or ()):
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+        return load(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", refusing)
+    gpu_ten.training(log)
+    assert [row["status"] for row in rows_of(log.rows)] == ["not installed: timm"]
+    missing = "fastclip.models.towrs"
+    with pytest.raises(ModuleNotFoundError):
+        gpu_ten.training(log)
