@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fastclip._env import WORKSPACE_MB
+
 # One H200, 2026-11-27, torch 2.11, bf16, forward and backward on the 8 M N D basis: the last rows of results/cuda.csv,
 # at N = 32,768 x 512, 65,536 x 768 and 131,072 x 1,024.
 RATE = {512: 605e12, 768: 677e12, 1024: 664e12}
@@ -16,7 +18,7 @@ GEMM = 734e12  # a large product: 734 to 809 measured in the same runs
 MEMORY = 4.0e12  # bytes/s of 4.8e12 on paper
 PROCESSORS, TILE = 132, (128, 192)  # of the CUDA kernels
 CALL = 100e-6  # s that the host needs to launch one block's forward and backward pass, 14 kernels
-WORKSPACE = 2**30  # bytes, FASTCLIP_WORKSPACE_MB
+WORKSPACE = WORKSPACE_MB["cuda"] * 2**20  # bytes
 # Links: assumed from what others report (docs/scaling.md)
 NODE = 8  # GPUs
 BUS_NODE, BUS = 360e9, 350e9  # bytes/s a rank of a collective inside one node, and over several

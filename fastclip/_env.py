@@ -26,6 +26,7 @@ from typing import NamedTuple
 from fastclip.cores import contended
 
 __all__ = [
+    "WORKSPACE_MB",
     "Launched",
     "agent_store",
     "backend",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 
+WORKSPACE_MB = {"cpu": 64, "cuda": 1024}  # of a loss, by device type, unless FASTCLIP_WORKSPACE_MB says otherwise
 OWN = ("FASTCLIP_BACKEND", "FASTCLIP_CACHE", "FASTCLIP_CPU_ISA", "FASTCLIP_WORKSPACE_MB")
 OF_BUILDS = ("FASTCLIP_BUILD_CPU", "FASTCLIP_BUILD_CUDA", "FASTCLIP_CUDA_ARCHS")
 _SPINNING = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT")
@@ -67,11 +69,11 @@ def cpu_isa() -> str:
     return os.environ.get("FASTCLIP_CPU_ISA") or "auto"
 
 
-def workspace_bytes(default: int = 64) -> int:
-    """`default` in MiB."""
+def workspace_bytes(device: str = "cpu") -> int:
+    """Return the bound on a loss's buffers of logits on a type of device."""
     if "FASTCLIP_WORKSPACE_MB" not in os.environ:
-        return default * 2**20
-    text = os.environ.get("FASTCLIP_WORKSPACE_MB") or str(default)
+        return WORKSPACE_MB[device] * 2**20
+    text = os.environ.get("FASTCLIP_WORKSPACE_MB") or str(WORKSPACE_MB[device])
     try:
         megabytes = float(text)
     except ValueError:

@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 _OLD_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)  # adds to the operands' dtype only
-_WORKSPACE_MB = 1024  # of a GPU, unless FASTCLIP_WORKSPACE_MB says otherwise
 
 _DEFAULT_PROCESSORS = 132  # where no GPU says: an H100's
 
@@ -210,7 +209,7 @@ def output_argument(tile: Config, out: Tensor, features: Tensor) -> Any:
 
 
 def workspace_bytes() -> int:
-    return _env.workspace_bytes(_WORKSPACE_MB)
+    return _env.workspace_bytes("cuda")
 
 
 def choose(kernel: str, x: Tensor, labels: bool) -> Config:

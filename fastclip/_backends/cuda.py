@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_WORKSPACE_MB = 1024
 _SAVED = {dtype: saved_dtype(torch.empty(0, dtype=dtype)) for dtype in _DTYPES}
 _LONGEST_SUM = 65536  # terms in one chain of additions: tensor cores truncate
 _module, _not_loaded = load("_cuda")
@@ -227,7 +226,7 @@ def _plain(
     image, image_rows, *i = _side(image, copied, width)
     text, text_rows, *t = _side(text, copied, width)
     stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
-    workspace, processors = _env.workspace_bytes(_WORKSPACE_MB), _processors(device)
+    workspace, processors = _env.workspace_bytes("cuda"), _processors(device)
     features = (i[0], t[0], i[1], t[1], i[2], t[2], i[3], t[3], N, D, half, normalize)
     problem = (*features, scale.data_ptr(), image_weight, workspace, processors, device, stream)
     return image, text, image_rows, text_rows, problem, _sizes(N, D, workspace, processors)

@@ -25,7 +25,6 @@ _CHOICES = {
     "comm": ("gather", "ring"),
     "device": ("cuda", "cpu"),
 }
-_WORKSPACE_MB = {"cuda": 1024, "cpu": 64}  # of the loss
 _BLOCK_M = 4096  # rows of logits that the CPU's workspace holds at most
 _STATISTICS = 80  # bytes a text: log-sum-exps, factors, their gradients
 # Of no tensor. GPU: CUDA's context, workspaces of cuBLAS, cuDNN and NCCL; CPU: Python, torch and other libraries
@@ -265,6 +264,6 @@ def plan(
         micro_batch=pairs if micro_batch is None else min(micro_batch, pairs),
         world_size=world_size,
         ema=ema,
-        workspace_limit=_env.workspace_bytes(_WORKSPACE_MB[device]),
+        workspace_limit=_env.workspace_bytes(device),
         **given,
     )
