@@ -8,6 +8,7 @@ namespace fastclip {
 namespace {
 
 constexpr int64_t kAlign = 128, kTileM = FASTCLIP_CUDA_TILE_M;
+constexpr int64_t kProductN = 256;      // columns of a tile of the library's products, of kTileM rows
 constexpr int64_t kLongestSum = 65536;  // terms of one chain of additions: tensor cores truncate
 
 int64_t ceil_div(int64_t size, int64_t length) { return (size + length - 1) / length; }
@@ -28,6 +29,25 @@ int tile_n(int64_t N) {
   constexpr int64_t kFew = 33;  // a cluster in four of an H100's 132 processors
   const int64_t pairs = ceil_div(N, 2 * kTileM);
   return pairs * ceil_div(N, FASTCLIP_CUDA_TILE_N) <= kFew ? FASTCLIP_CUDA_TILE_N_SMALL : FASTCLIP_CUDA_TILE_N;
+}
+
+// Waves of processors that the tiles of all chunks of `rows` of N rows take, `across` of them over the columns.
+int64_t waves(int64_t N, int64_t rows, int64_t tile_rows, int64_t across, int64_t processors) {
+  const auto of_chunk = [&](int64_t size) { return ceil_div(ceil_div(size, tile_rows) * across, processors); };
+  return N / rows * of_chunk(rows) + of_chunk(N % rows);
+}
+
+// The fewest rows that take no more chunks than `most`, and no more waves: of clusters of the weights' kernel, and of
+// the library's tiles in the products with the texts. What is beyond them is memory that saves no time.
+int64_t fewest_rows(int64_t N, int64_t D, int64_t most, int processors) {
+  constexpr int64_t kPair = 2 * kTileM;  // rows of a cluster
+  const int64_t across = ceil_div(N, tile_n(N)), across_product = ceil_div(D, kProductN);
+  const auto clusters = [&](int64_t rows) { return waves(N, rows, kPair, across, processors / 2); };
+  const auto tiles = [&](int64_t rows) { return waves(N, rows, kTileM, across_product, processors); };
+  const int64_t most_clusters = clusters(most), most_tiles = tiles(most);
+  for (int64_t rows = round_up(ceil_div(N, ceil_div(N, most)), kPair); rows < most; rows += kPair)
+    if (clusters(rows) <= most_clusters && tiles(rows) <= most_tiles) return rows;
+  return most;
 }
 
 }  // namespace
@@ -74,11 +94,12 @@ LossBackward loss_backward(int64_t N, int64_t D, int64_t workspace, int processo
   LossBackward b = {};
   b.tile_n = tile_n(N);
   b.stride = round_up(N, kAlign);
-  // The product with the texts fills whole waves of processors with its tiles of 128 x 256
-  const int64_t wave = std::max(processors / ceil_div(D, 256), int64_t{1}) * kTileM;
+  // The product with the texts fills whole waves of processors with its tiles
+  const int64_t wave = std::max(processors / ceil_div(D, kProductN), int64_t{1}) * kTileM;
   int64_t rows = std::min(workspace / 2 / b.stride, kLongestSum);
   rows = rows >= wave ? rows / wave * wave : rows / kTileM * kTileM;
   b.rows = std::min(N, std::max(rows, kTileM));
+  if (b.rows < N) b.rows = fewest_rows(N, D, b.rows, processors);
   b.chunks = ceil_div(N, b.rows);
   Layout layout;
   b.ticket = layout.take(1, 4);

@@ -101,6 +101,31 @@ inline void check_layout(std::vector<std::pair<int64_t, int64_t>> arrays, int64_
         static_cast<long long>(bytes));
 }
 
+// Rows of a chunk: the most that fit, or fewer where the time that they take is the same.
+inline void plain_rows() {
+  using namespace fastclip;
+  struct Case {
+    int64_t N, D, workspace, most, rows;
+  };
+  const Case cases[] = {
+      {32768, 512, 1 << 30, 8448, 8192},             // 4 chunks, 332 waves of clusters in place of 334
+      {65536, 768, 1 << 30, 5632, 5632},             // fewer would be 13 chunks
+      {24576, 1024, 1 << 30, 21120, 12288},          // 5 waves of tiles of the products and 1, or 3 and 3
+      {24576, 512, 1 << 30, 16896, 16128},           // two halves would be 2 waves each, this is 2 and 1
+      {131072, 1024, int64_t{1} << 31, 4224, 4096},  // half of the last cluster would be idle
+      {8192, 512, 1 << 30, 8192, 8192},              // all
+      {32768, 512, 1 << 27, 2048, 2048},
+      {300, 8, 0, 128, 128},
+  };
+  const auto up = [](int64_t size, int64_t length) { return (size + length - 1) / length; };
+  for (const auto& [N, D, workspace, most, rows] : cases) {
+    const LossBackward b = loss_backward(N, D, workspace, 132);
+    CHECK(b.rows == rows && b.chunks == up(N, most), "N = %lld, D = %lld: %lld rows, %lld chunks",
+          static_cast<long long>(N), static_cast<long long>(D), static_cast<long long>(b.rows),
+          static_cast<long long>(b.chunks));
+  }
+}
+
 inline void plain_layout() {
   using namespace fastclip;
   const auto up = [](int64_t size, int64_t length) { return (size + length - 1) / length; };
