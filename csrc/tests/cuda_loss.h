@@ -113,6 +113,7 @@ inline void plain_rows() {
       {24576, 1024, 1 << 30, 21120, 12288},          // 5 waves of tiles of the products and 1, or 3 and 3
       {24576, 512, 1 << 30, 16896, 16128},           // two halves would be 2 waves each, this is 2 and 1
       {131072, 1024, int64_t{1} << 31, 4224, 4096},  // half of the last cluster would be idle
+      {49152, 512, 1 << 30, 8448, 8448},             // 8,192 would take 750 waves of clusters in place of 745
       {8192, 512, 1 << 30, 8192, 8192},              // all
       {32768, 512, 1 << 27, 2048, 2048},
       {300, 8, 0, 128, 128},
