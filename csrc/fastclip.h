@@ -204,8 +204,9 @@ int fastclip_cuda_sigmoid_fwd(const fastclip_cuda_block* block, const float* ima
 
 /* ---- The plain case: N images and as many texts, no labels, the mean of both directions ----
  *
- * Two calls a step and the products of the weights between them: forward; then weights and finish of every chunk of
- * rows (one, unless the weights exceed the workspace). Sizes are those of fastclip_cuda_loss_plan. */
+ * Two calls a step and the products of the weights between them: forward; then, of every chunk of rows (one, unless
+ * the weights exceed the workspace), the weights of its blocks of columns and the finish. Sizes are those of
+ * fastclip_cuda_loss_plan. */
 typedef struct fastclip_cuda_loss {
   const void *image, *text;                  /* (N, D), features next to each other */
   int64_t image_row_stride, text_row_stride; /* any */
@@ -230,6 +231,7 @@ typedef struct fastclip_cuda_loss_sizes {
   int64_t stride;  /* elements from one row of weights to the next */
   int64_t extra;   /* rows of weights behind the chunk's that the backward's workspace takes */
   int64_t sigmoid; /* bytes before the weights in the sigmoid loss's workspace */
+  int64_t columns; /* of the logits in a block of a chunk: N, unless the workspace holds too few rows of so many */
 } fastclip_cuda_loss_sizes;
 
 int fastclip_cuda_loss_plan(int64_t N, int64_t D, int64_t workspace, int processors, fastclip_cuda_loss_sizes* sizes);
@@ -237,9 +239,10 @@ int fastclip_cuda_loss_plan(int64_t N, int64_t D, int64_t workspace, int process
 /* loss: one float. saved and work: aligned to 128 bytes. */
 int fastclip_cuda_loss_forward(const fastclip_cuda_loss* p, void* saved, void* work, float* loss);
 
-/* Weights (rows, N) of a chunk, gain r_i G_ij c_j for a loss with derivative 1, 0 at the own pairs; `weights` has room
- * for rows + extra, and all chunks share it. */
-int fastclip_cuda_loss_weights(const fastclip_cuda_loss* p, const void* saved, void* weights, int64_t chunk);
+/* Weights (rows, columns) of a chunk from `column` on, a multiple of `columns`: gain r_i G_ij c_j for a loss with
+ * derivative 1, 0 at the own pairs; `weights` has room for rows + extra, and all blocks share it. */
+int fastclip_cuda_loss_weights(const fastclip_cuda_loss* p, const void* saved, void* weights, int64_t chunk,
+                               int64_t column);
 
 /* From raw_image (rows, D to the next multiple of 8) = weights texts of this chunk and, read with the last chunk,
  * raw_text (N, ...) = sum over the chunks of weights^T images: the gradients, times *upstream. NULL: not wanted. */
@@ -254,9 +257,9 @@ int fastclip_cuda_loss_finish(const fastclip_cuda_loss* p, const void* saved, vo
  * 128 bytes: `sigmoid` bytes, and with gradients the chunk's weights (rows, stride) in the features' dtype, raw_image
  * (rows, D to the next multiple of 8) and raw_text (N, ...) in fp32: as fastclip_cuda_loss_finish reads them. */
 
-/* Weights of a chunk, as fastclip_cuda_sigmoid_fwd; the first chunk's call starts with the norms. */
+/* Weights of a chunk from `column` on, as fastclip_cuda_sigmoid_fwd; the first call starts with the norms. */
 int fastclip_cuda_sigmoid_weights(const fastclip_cuda_loss* p, const float* bias, void* work, int64_t chunk,
-                                  int gradients);
+                                  int64_t column, int gradients);
 
 /* Gradients / divisor, NULL: not wanted; d_image and d_text (N, D) of fp16 features in fp32. With the last chunk also
  * those by scale and bias, side by side, and the loss, a float, or a double when it is `wide`. */

@@ -206,9 +206,13 @@ def _padded(size: int) -> int:
 def block_size(x: Tensor, M: int, N: int, D: int) -> tuple[int, int]:
     """Rows and columns, whole tiles, of the blocks of weights for features like `x`: each fits into the workspace."""
     weights = workspace_bytes() // x.element_size()
-    block_n = min(_padded(N), _LONGEST_SUM, max(weights // ALIGNMENT // ALIGNMENT, 1) * ALIGNMENT)
     # The product with the texts fills whole waves of processors with its tiles of 128 x 256
     wave = max(processors(x.device) // -(-D // 256), 1) * ALIGNMENT
+    # Columns are cut where not nearly a wave of rows would fit: idle processors cost more than one more addition to the
+    # sums of a block's images
+    fit = min(weights // min(wave - wave // 8, _padded(M)), _LONGEST_SUM)
+    most = max(fit // ALIGNMENT, 1) * ALIGNMENT
+    block_n = _padded(-(-N // -(-N // most)))
     rows = min(weights // block_n, _LONGEST_SUM)
     rows = rows // wave * wave or rows // ALIGNMENT * ALIGNMENT
     return min(_padded(M), max(rows, ALIGNMENT)), block_n

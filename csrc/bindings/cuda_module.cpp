@@ -122,15 +122,15 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("loss_plan", [](int64_t N, int64_t D, int64_t workspace, int processors) {
     fastclip_cuda_loss_sizes s;
     check(fastclip_cuda_loss_plan(N, D, workspace, processors, &s));
-    return std::make_tuple(s.saved, s.work, s.rows, s.chunks, s.stride, s.extra, s.sigmoid);
+    return std::make_tuple(s.saved, s.work, s.rows, s.chunks, s.stride, s.extra, s.sigmoid, s.columns);
   });
   m.def("loss_forward", [](const Loss& problem, uintptr_t saved, uintptr_t work, uintptr_t loss) {
     const fastclip_cuda_loss p = loss_of(problem);
     check(fastclip_cuda_loss_forward(&p, pointer<void>(saved), pointer<void>(work), pointer<float>(loss)));
   });
-  m.def("loss_weights", [](const Loss& problem, uintptr_t saved, uintptr_t weights, int64_t chunk) {
+  m.def("loss_weights", [](const Loss& problem, uintptr_t saved, uintptr_t weights, int64_t chunk, int64_t column) {
     const fastclip_cuda_loss p = loss_of(problem);
-    check(fastclip_cuda_loss_weights(&p, pointer<const void>(saved), pointer<void>(weights), chunk));
+    check(fastclip_cuda_loss_weights(&p, pointer<const void>(saved), pointer<void>(weights), chunk, column));
   });
   m.def("loss_finish",
         [](const Loss& problem, uintptr_t saved, uintptr_t weights, int64_t chunk, uintptr_t upstream,
@@ -141,9 +141,10 @@ PYBIND11_MODULE(_cuda, m) {
                                           pointer<const float>(raw_text), pointer<void>(d_image), pointer<void>(d_text),
                                           pointer<float>(d_scale)));
         });
-  m.def("sigmoid_weights", [](const Loss& problem, uintptr_t bias, uintptr_t work, int64_t chunk, bool gradients) {
+  m.def("sigmoid_weights", [](const Loss& problem, uintptr_t bias, uintptr_t work, int64_t chunk, int64_t column,
+                              bool gradients) {
     const fastclip_cuda_loss p = loss_of(problem);
-    check(fastclip_cuda_sigmoid_weights(&p, pointer<const float>(bias), pointer<void>(work), chunk, gradients));
+    check(fastclip_cuda_sigmoid_weights(&p, pointer<const float>(bias), pointer<void>(work), chunk, column, gradients));
   });
   m.def("sigmoid_finish", [](const Loss& problem, uintptr_t bias, uintptr_t work, int64_t chunk, double divisor,
                              uintptr_t loss, bool wide, uintptr_t d_image, uintptr_t d_text, uintptr_t d_scalars) {

@@ -60,6 +60,7 @@ int prepare(const fastclip_cuda_block* block, Params* p, Maps* maps, void* weigh
   p->M = static_cast<int>(b.M), p->N = static_cast<int>(b.N);
   p->k_blocks = static_cast<int>((b.D + kBlockK - 1) / kBlockK);
   p->tiles_m = (p->M + kBlockM - 1) / kBlockM, p->tiles_n = (p->N + b.tile_n - 1) / b.tile_n;
+  if (p->parts_n == 0) p->parts_n = p->tiles_n;
   const int64_t pairs = static_cast<int64_t>((p->tiles_m + kCluster - 1) / kCluster) * p->tiles_n;
   if (pairs > INT32_MAX / kCluster / p->k_blocks) return FASTCLIP_INVALID_ARGUMENT;
   p->pairs = static_cast<int>(pairs);

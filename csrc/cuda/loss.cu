@@ -58,8 +58,14 @@ extern "C" int fastclip_cuda_loss_plan(int64_t N, int64_t D, int64_t workspace, 
   if (!sizes || N < 1 || D < 1 || N > kLargest || D > kLargest || workspace < 0 || processors < 2)
     return FASTCLIP_INVALID_ARGUMENT;
   const LossBackward b = loss_backward(N, D, workspace, processors);
-  *sizes = {loss_saved(N).bytes,  loss_forward(N, workspace).bytes, b.rows, b.chunks, b.stride, b.extra,
-            sigmoid_work(N).bytes};
+  *sizes = {loss_saved(N).bytes,
+            loss_forward(N, workspace).bytes,
+            b.rows,
+            b.chunks,
+            b.stride,
+            b.extra,
+            sigmoid_work(N).bytes,
+            b.columns};
   return FASTCLIP_OK;
 }
 
@@ -76,16 +82,17 @@ extern "C" int fastclip_cuda_loss_forward(const fastclip_cuda_loss* c, void* sav
   return forward(*c, f, &p);
 }
 
-extern "C" int fastclip_cuda_loss_weights(const fastclip_cuda_loss* c, const void* saved, void* weights,
-                                          int64_t chunk) {
+extern "C" int fastclip_cuda_loss_weights(const fastclip_cuda_loss* c, const void* saved, void* weights, int64_t chunk,
+                                          int64_t column) {
   Loss p;
   LossBackward b;
   fastclip_cuda_block block;
   if (const int error = view(c, saved, &p)) return error;
   if (const int error = chunk_of(*c, weights, chunk, &p, &b, &block)) return error;
-  p.tile_part += (p.i0 / FASTCLIP_CUDA_TILE_M) * static_cast<int64_t>(p.tiles_n);
+  if (const int error = cut_columns(b, column, &p, &block)) return error;
+  p.tile_part += tiles_before(p, block);
   const OnDevice guard(c->device);
-  if (chunk == 0 && (p.copies[0] || p.copies[1]))
+  if (chunk == 0 && column == 0 && (p.copies[0] || p.copies[1]))
     if (const int error = start_copies(p, c->dtype == FASTCLIP_FP16, c->stream)) return error;
   return start_weights(block, p, weights, b.stride);
 }

@@ -1,6 +1,7 @@
 #include "loss_plan.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "../fastclip.h"
 
@@ -13,6 +14,9 @@ constexpr int64_t kLongestSum = 65536;  // terms of one chain of additions: tens
 
 int64_t ceil_div(int64_t size, int64_t length) { return (size + length - 1) / length; }
 int64_t round_up(int64_t size, int64_t length) { return ceil_div(size, length) * length; }
+
+// Length of parts of `size` that are as many as those of `most`, equally long up to whole units.
+int64_t even(int64_t size, int64_t most, int64_t unit) { return round_up(ceil_div(size, ceil_div(size, most)), unit); }
 
 // Places one array behind the other.
 struct Layout {
@@ -37,15 +41,16 @@ int64_t waves(int64_t N, int64_t rows, int64_t tile_rows, int64_t across, int64_
   return N / rows * of_chunk(rows) + of_chunk(N % rows);
 }
 
-// The fewest rows that take no more chunks than `most`, and no more waves: of clusters of the weights' kernel, and of
-// the library's tiles in the products with the texts. What is beyond them is memory that saves no time.
-int64_t fewest_rows(int64_t N, int64_t D, int64_t most, int processors) {
+// The fewest rows that take no more chunks than `most`, and no more waves: of clusters of the weights' kernel on a
+// block of columns, and of the library's tiles in the products with the texts. What is beyond them is memory that saves
+// no time.
+int64_t fewest_rows(int64_t N, int64_t columns, int64_t D, int64_t most, int processors) {
   constexpr int64_t kPair = 2 * kTileM;  // rows of a cluster
-  const int64_t across = ceil_div(N, tile_n(N)), across_product = ceil_div(D, kProductN);
+  const int64_t across = ceil_div(columns, tile_n(N)), across_product = ceil_div(D, kProductN);
   const auto clusters = [&](int64_t rows) { return waves(N, rows, kPair, across, processors / 2); };
   const auto tiles = [&](int64_t rows) { return waves(N, rows, kTileM, across_product, processors); };
   const int64_t most_clusters = clusters(most), most_tiles = tiles(most);
-  for (int64_t rows = round_up(ceil_div(N, ceil_div(N, most)), kPair); rows < most; rows += kPair)
+  for (int64_t rows = even(N, most, kPair); rows < most; rows += kPair)
     if (clusters(rows) <= most_clusters && tiles(rows) <= most_tiles) return rows;
   return most;
 }
@@ -93,13 +98,18 @@ LossForward loss_forward(int64_t N, int64_t workspace) {
 LossBackward loss_backward(int64_t N, int64_t D, int64_t workspace, int processors) {
   LossBackward b = {};
   b.tile_n = tile_n(N);
-  b.stride = round_up(N, kAlign);
   // The product with the texts fills whole waves of processors with its tiles
   const int64_t wave = std::max(processors / ceil_div(D, kProductN), int64_t{1}) * kTileM;
+  // Columns are cut where not nearly a wave of rows would fit: idle processors cost more than one more addition to the
+  // sums of a chunk's images
+  const int64_t fit = std::min(workspace / 2 / std::min(wave - wave / 8, round_up(N, kTileM)), kLongestSum);
+  const int64_t unit = std::lcm(kAlign, int64_t{b.tile_n});
+  b.columns = round_up(N, kAlign) <= fit ? N : std::min(N, even(N, std::max(fit / unit, int64_t{1}) * unit, unit));
+  b.stride = round_up(b.columns, kAlign);
   int64_t rows = std::min(workspace / 2 / b.stride, kLongestSum);
   rows = rows >= wave ? rows / wave * wave : rows / kTileM * kTileM;
   b.rows = std::min(N, std::max(rows, kTileM));
-  if (b.rows < N) b.rows = fewest_rows(N, D, b.rows, processors);
+  if (b.rows < N) b.rows = fewest_rows(N, b.columns, D, b.rows, processors);
   b.chunks = ceil_div(N, b.rows);
   Layout layout;
   b.ticket = layout.take(1, 4);

@@ -43,11 +43,12 @@ struct LossForward {
 };
 LossForward loss_forward(int64_t N, int64_t workspace);
 
-// The backward's workspace: weights (rows, stride) of a chunk, and behind them:
+// The backward's workspace: weights (rows, stride) of a block, and behind them:
 struct LossBackward {
   int tile_n;
   int64_t rows;  // at a time, a multiple of 128 unless all
   int64_t chunks;
+  int64_t columns;                // of a block of a chunk's weights, whole tiles unless all
   int64_t stride;                 // elements from one row of weights to the next
   int64_t extra;                  // rows of weights that what follows takes
   int64_t ticket;                 // unsigned; from the end of the weights on, as all

@@ -49,4 +49,13 @@ fastclip_cuda_block block_of(const fastclip_cuda_loss& c, Loss* p, int64_t i0, i
   return block;
 }
 
+int cut_columns(const LossBackward& b, int64_t column, Loss* p, fastclip_cuda_block* block) {
+  if (column < 0 || column >= p->N || column % b.columns != 0) return FASTCLIP_INVALID_ARGUMENT;
+  p->j0 = static_cast<int>(column);
+  block->text = static_cast<const uint16_t*>(p->side[1].rows) + column * p->side[1].rows_stride;
+  block->N = column + b.columns < p->N ? b.columns : p->N - column;
+  block->offset = p->i0 - column;
+  return FASTCLIP_OK;
+}
+
 }  // namespace fastclip

@@ -36,4 +36,12 @@ int read_problem(const fastclip_cuda_loss* c, Loss* p);
 // Rows i0 to i0 + rows of the logits; the tiles' width is the caller's.
 fastclip_cuda_block block_of(const fastclip_cuda_loss& c, Loss* p, int64_t i0, int64_t rows, int tile_n);
 
+// Of a chunk's rows the columns of a block, from `column` on.
+int cut_columns(const LossBackward& b, int64_t column, Loss* p, fastclip_cuda_block* block);
+
+// Tiles of the whole problem before a block's first row of them, and in that row.
+inline int64_t tiles_before(const Loss& p, const fastclip_cuda_block& block) {
+  return p.i0 / FASTCLIP_CUDA_TILE_M * static_cast<int64_t>(p.tiles_n) + p.j0 / block.tile_n;
+}
+
 }  // namespace fastclip

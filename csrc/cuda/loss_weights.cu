@@ -1,9 +1,9 @@
-// Weights gain r_i G_ij c_j of a chunk of rows, upstream 1, for the products with the features.
+// Weights gain r_i G_ij c_j of a block of a chunk of rows, upstream 1, for the products with the features.
 //
 //   Math      E = 2^(z2 - offset2): G = E (a_i + b_j); where the device asked for a repair
 //             G = d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j). 0 at the own pairs: the finish adds them, unrounded
 //   Program   the tile kernel; which formula is the same branch everywhere
-//   Traffic   writes 2 rows N bytes
+//   Traffic   writes 2 bytes a pair
 //   Precision weights' factors from fp64 times the gain, weights rounded once to the features' dtype; the tile's share
 //             of d_scale from the unrounded ones
 //   Ragged    masked, as are the own pairs
@@ -98,7 +98,9 @@ struct Weigh {
 
 int start_weights(const fastclip_cuda_block& block, const Loss& loss, void* weights, int64_t stride) {
   Params p = {};
-  p.loss = loss, p.scale_part = loss.tile_part;
+  p.loss = loss, p.scale_part = loss.tile_part, p.parts_n = loss.tiles_n;
+  LossSide& text = p.loss.side[1];
+  text.factor += loss.j0, text.weight += loss.j0, text.lse2 += loss.j0;
   return launch<Weigh, FASTCLIP_CUDA_TILE_N, false>(&block, p, weights, stride);
 }
 

@@ -30,14 +30,16 @@ int view(const fastclip_cuda_loss* c, const float* bias, const void* work, int64
 using namespace fastclip;
 
 extern "C" int fastclip_cuda_sigmoid_weights(const fastclip_cuda_loss* c, const float* bias, void* work, int64_t chunk,
-                                             int gradients) {
+                                             int64_t column, int gradients) {
   Loss p;
   LossBackward b;
   fastclip_cuda_block block;
   if (const int error = view(c, bias, work, chunk, &p, &b, &block)) return error;
+  if (const int error = cut_columns(b, column, &p, &block)) return error;
   const OnDevice guard(c->device);
-  if (chunk == 0)
+  if (chunk == 0 && column == 0)
     if (const int error = start_sigmoid_norms(p, c->dtype == FASTCLIP_FP16, c->stream)) return error;
+  p.part += tiles_before(p, block);
   return start_pairs(block, p, gradients ? at<void>(work, sigmoid_work(c->N).bytes) : nullptr, b.stride);
 }
 

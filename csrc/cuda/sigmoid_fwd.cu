@@ -128,9 +128,8 @@ struct Sigmoid {
 
 int start_pairs(const fastclip_cuda_block& block, const Loss& loss, void* weights, int64_t stride) {
   Params p = {};
-  const int64_t before = loss.i0 / FASTCLIP_CUDA_TILE_M * static_cast<int64_t>(loss.tiles_n);
-  p.row.factor = loss.side[0].factor + loss.i0, p.col.factor = loss.side[1].factor, p.bias = loss.bias;
-  p.part = loss.part + before, p.part_row_stride = loss.parts, p.loss = loss;
+  p.row.factor = loss.side[0].factor + loss.i0, p.col.factor = loss.side[1].factor + loss.j0, p.bias = loss.bias;
+  p.part = loss.part, p.parts_n = loss.tiles_n, p.part_row_stride = loss.parts, p.loss = loss;
   return weights ? launch<Sigmoid, FASTCLIP_CUDA_TILE_N, true>(&block, p, weights, stride)
                  : launch<Sigmoid, FASTCLIP_CUDA_TILE_N, false>(&block, p);
 }

@@ -50,6 +50,7 @@ struct Params {
   double* part;
   int64_t offset, part_row_stride;
   int M, N, k_blocks, tiles_m, tiles_n, pairs;  // pairs of vertically adjacent tiles
+  int parts_n;                                  // from one row of tiles to the next in their sums; 0: tiles_n
   int exclude_self;
   Loss loss;  // of the plain case
 };
@@ -143,7 +144,7 @@ struct Epilogue {
   __device__ __forceinline__ float2 cols(int vector, int c) const {
     return *reinterpret_cast<const float2*>(&scratch.col[vector][8 * c + at.col]);
   }
-  __device__ __forceinline__ int index() const { return tile.m * p.tiles_n + tile.n; }
+  __device__ __forceinline__ int index() const { return tile.m * p.parts_n + tile.n; }
   __device__ __forceinline__ void sync() const { named_sync(barrier, 128); }
 };
 

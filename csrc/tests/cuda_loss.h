@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -26,7 +27,9 @@ struct PlainCase {
     weights.resize((sizes.rows + sizes.extra) * sizes.stride / 4);
   }
   int forward() { return fastclip_cuda_loss_forward(&c, saved.data(), work.data(), &loss); }
-  int weigh(int64_t chunk = 0) { return fastclip_cuda_loss_weights(&c, saved.data(), weights.data(), chunk); }
+  int weigh(int64_t chunk = 0, int64_t column = 0) {
+    return fastclip_cuda_loss_weights(&c, saved.data(), weights.data(), chunk, column);
+  }
   int finish(int64_t chunk = 0) {
     return fastclip_cuda_loss_finish(&c, saved.data(), weights.data(), chunk, &upstream, raw_image, raw_text, d_image,
                                      d_text, &d_scale);
@@ -76,6 +79,8 @@ inline void plain_refusals() {
     CHECK(p.weigh(chunk) == FASTCLIP_INVALID_ARGUMENT, "a chunk that does not exist");
     CHECK(p.finish(chunk) == FASTCLIP_INVALID_ARGUMENT, "a chunk that does not exist");
   }
+  for (int64_t column : {-5, 3, 5})
+    CHECK(p.weigh(0, column) == FASTCLIP_INVALID_ARGUMENT, "a block that does not exist");
   CHECK(p.weigh() == FASTCLIP_OK && p.finish() == FASTCLIP_OK, "a good problem");
   CHECK(fastclip_cuda_loss_forward(&p.c, nullptr, p.work.data(), &p.loss) == FASTCLIP_INVALID_ARGUMENT, "no saved");
   CHECK(fastclip_cuda_loss_forward(&p.c, p.saved.data(), p.work.data(), nullptr) == FASTCLIP_INVALID_ARGUMENT,
@@ -101,29 +106,31 @@ inline void check_layout(std::vector<std::pair<int64_t, int64_t>> arrays, int64_
         static_cast<long long>(bytes));
 }
 
-// Rows of a chunk: the most that fit, or fewer where the time that they take is the same.
-inline void plain_rows() {
+// Rows of a chunk, the most that fit or fewer where these take the same time; and columns of its blocks.
+inline void plain_blocks() {
   using namespace fastclip;
+  constexpr int64_t kMiB = 1 << 20;
   struct Case {
-    int64_t N, D, workspace, most, rows;
+    int64_t N, D, workspace, most, rows, columns;
   };
   const Case cases[] = {
-      {32768, 512, 1 << 30, 8448, 8192},             // 4 chunks, 332 waves of clusters in place of 334
-      {65536, 768, 1 << 30, 5632, 5632},             // fewer would be 13 chunks
-      {24576, 1024, 1 << 30, 21120, 12288},          // 5 waves of tiles of the products and 1, or 3 and 3
-      {24576, 512, 1 << 30, 16896, 16128},           // two halves would be 2 waves each, this is 2 and 1
-      {131072, 1024, int64_t{1} << 31, 4224, 4096},  // half of the last cluster would be idle
-      {49152, 512, 1 << 30, 8448, 8448},             // 8,192 would take 750 waves of clusters in place of 745
-      {8192, 512, 1 << 30, 8192, 8192},              // all
-      {32768, 512, 1 << 27, 2048, 2048},
-      {300, 8, 0, 128, 128},
+      {8192, 512, 1024 * kMiB, 8192, 8192, 8192},       // all
+      {32768, 512, 1024 * kMiB, 8448, 8192, 32768},     // 4 chunks, 332 waves of clusters in place of 334
+      {65536, 768, 1024 * kMiB, 5632, 5632, 65536},     // fewer would be 13 chunks
+      {24576, 1024, 1024 * kMiB, 21120, 12288, 24576},  // 5 waves of tiles of the products and 1, or 3 and 3
+      {24576, 512, 1024 * kMiB, 16896, 16128, 24576},   // two halves would be 2 waves each, this is 2 and 1
+      {49152, 512, 1024 * kMiB, 8448, 8448, 49152},     // 8,192 would take 750 waves of clusters in place of 745
+      {131072, 1024, 1024 * kMiB, 8448, 8448, 43776},   // longer sums lose digits
+      {32768, 512, 512 * kMiB, 8192, 8192, 32768},      // 97 % of a wave of rows: columns are not cut for the rest
+      {32768, 512, 128 * kMiB, 7936, 6912, 8448},      {300, 8, 0, 128, 128, 128},
   };
   const auto up = [](int64_t size, int64_t length) { return (size + length - 1) / length; };
-  for (const auto& [N, D, workspace, most, rows] : cases) {
+  for (const auto& [N, D, workspace, most, rows, columns] : cases) {
     const LossBackward b = loss_backward(N, D, workspace, 132);
-    CHECK(b.rows == rows && b.chunks == up(N, most), "N = %lld, D = %lld: %lld rows, %lld chunks",
-          static_cast<long long>(N), static_cast<long long>(D), static_cast<long long>(b.rows),
-          static_cast<long long>(b.chunks));
+    CHECK(b.rows == rows && b.chunks == up(N, most) && b.columns == columns,
+          "N = %lld, D = %lld: %lld chunks of %lld rows, blocks of %lld columns", static_cast<long long>(N),
+          static_cast<long long>(D), static_cast<long long>(b.chunks), static_cast<long long>(b.rows),
+          static_cast<long long>(b.columns));
   }
 }
 
@@ -161,8 +168,12 @@ inline void plain_layout() {
       for (int64_t D : {8, 512, 1376})
         for (int processors : {2, 132}) {
           const LossBackward b = loss_backward(N, D, workspace, processors);
+          CHECK((b.columns == N || b.columns % std::lcm(128, b.tile_n) == 0) &&
+                    b.columns <= std::min<int64_t>(N, 65536) && b.rows <= 65536 && b.stride >= b.columns &&
+                    b.stride < b.columns + 128,
+                "blocks of columns, and terms of a sum");
           CHECK((b.rows == N || b.rows % 128 == 0) && b.rows > 0 && b.rows * b.chunks >= N &&
-                    b.rows * (b.chunks - 1) < N && b.stride >= N && b.stride % 8 == 0,
+                    b.rows * (b.chunks - 1) < N && b.stride % 8 == 0,
                 "chunks of rows");
           CHECK(2 * std::min(b.rows, N) * b.stride <= std::max(workspace, 2 * 128 * b.stride), "weights' bytes");
           CHECK(b.tile_parts >= up(N, 128) * up(N, b.tile_n), "shares of d_scale");

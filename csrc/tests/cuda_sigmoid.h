@@ -17,7 +17,9 @@ struct SigmoidCase : PlainCase {
   std::vector<double> room;
 
   SigmoidCase() { room.resize(sizes.sigmoid / 8 + sizes.rows * sizes.stride / 4 + kN * kD); }
-  int weigh(int64_t chunk = 0) { return fastclip_cuda_sigmoid_weights(&c, &bias, room.data(), chunk, 1); }
+  int weigh(int64_t chunk = 0, int64_t column = 0) {
+    return fastclip_cuda_sigmoid_weights(&c, &bias, room.data(), chunk, column, 1);
+  }
   int finish(int64_t chunk = 0) {
     return fastclip_cuda_sigmoid_finish(&c, &bias, room.data(), chunk, kN, &loss, 0, d_image, d_text, d_scalars);
   }
@@ -36,13 +38,15 @@ inline void sigmoid_refusals() {
     CHECK(p.weigh(chunk) == FASTCLIP_INVALID_ARGUMENT, "a chunk that does not exist");
     CHECK(p.finish(chunk) == FASTCLIP_INVALID_ARGUMENT, "a chunk that does not exist");
   }
-  CHECK(fastclip_cuda_sigmoid_weights(&p.c, nullptr, p.room.data(), 0, 1) == FASTCLIP_INVALID_ARGUMENT, "no bias");
-  CHECK(fastclip_cuda_sigmoid_weights(&p.c, &p.bias, nullptr, 0, 1) == FASTCLIP_INVALID_ARGUMENT, "no workspace");
+  for (int64_t column : {-5, 3, 5})
+    CHECK(p.weigh(0, column) == FASTCLIP_INVALID_ARGUMENT, "a block that does not exist");
+  CHECK(fastclip_cuda_sigmoid_weights(&p.c, nullptr, p.room.data(), 0, 0, 1) == FASTCLIP_INVALID_ARGUMENT, "no bias");
+  CHECK(fastclip_cuda_sigmoid_weights(&p.c, &p.bias, nullptr, 0, 0, 1) == FASTCLIP_INVALID_ARGUMENT, "no workspace");
   CHECK(fastclip_cuda_sigmoid_finish(&p.c, &p.bias, p.room.data(), 0, 1, nullptr, 0, nullptr, nullptr, nullptr) ==
             FASTCLIP_INVALID_ARGUMENT,
         "nowhere to write the loss");
   CHECK(p.weigh() == FASTCLIP_OK && p.finish() == FASTCLIP_OK && p.loss > 0, "a good problem");
-  CHECK(fastclip_cuda_sigmoid_weights(&p.c, &p.bias, p.room.data(), 0, 0) == FASTCLIP_OK &&
+  CHECK(fastclip_cuda_sigmoid_weights(&p.c, &p.bias, p.room.data(), 0, 0, 0) == FASTCLIP_OK &&
             fastclip_cuda_sigmoid_finish(&p.c, &p.bias, p.room.data(), 0, PlainCase::kN, &p.wide, 1, nullptr, nullptr,
                                          nullptr) == FASTCLIP_OK,
         "the loss alone");

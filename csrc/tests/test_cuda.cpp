@@ -140,7 +140,7 @@ void names() {
 
 int main() {
   blocks(), sides(), outputs(), good(), names();
-  plain_refusals(), plain_layout(), plain_rows();
+  plain_refusals(), plain_layout(), plain_blocks();
   sigmoid_refusals(), sigmoid_factors(), sigmoid_layout();
   std::printf("%d failures\n", g_failures);
   return g_failures != 0;

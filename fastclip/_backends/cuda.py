@@ -35,7 +35,6 @@ __all__ = [
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _SAVED = {dtype: saved_dtype(torch.empty(0, dtype=dtype)) for dtype in _DTYPES}
-_LONGEST_SUM = 65536  # terms in one chain of additions: tensor cores truncate
 _module, _not_loaded = load("_cuda")
 
 
@@ -202,6 +201,12 @@ def plain_saved(N: int) -> int:
     return 64 + 12 * 32 * ((N + 31) // 32)
 
 
+@functools.lru_cache(maxsize=64)
+def _blocks(N: int, rows: int, columns: int) -> list[tuple[int, int]]:
+    """First row and column of every block of weights, chunk by chunk."""
+    return [(i0, j0) for i0 in range(0, N, rows) for j0 in range(0, N, columns)]
+
+
 def _side(x: Tensor, copied: bool, width: int) -> tuple[Tensor, Tensor, int, int, int, int]:
     """Features next to each other, and the rows that the products read: the very same or room for copies; addresses
     and row strides of both."""
@@ -264,8 +269,8 @@ def plain_bwd(
     d_scale = scale.new_empty(()) if needs[2] else None
     image, text, x, y, problem, sizes = _plain(image, text, scale, image_weight, normalize)
     N = image.shape[0]
-    rows, chunks, stride, extra, _ = sizes[2:]
-    width = x.shape[1]
+    rows, _, stride, extra, _, columns = sizes[2:]
+    width, addmm = x.shape[1], _launch().addmm
     # One allocation for the weights and, in fp32, for their products with the features
     raw = (rows + extra) * stride
     work = image.new_empty(raw + 2 * (rows + N) * width)
@@ -273,17 +278,18 @@ def plain_bwd(
     kept, at = saved.data_ptr(), work.data_ptr()
     image_at, text_at = at + 2 * raw, at + 2 * raw + 4 * rows * width
     outputs = [0 if x is None else x.data_ptr() for x in (d_image, d_text, d_scale)]
-    for chunk in range(chunks):
-        i0 = chunk * rows
-        size = rows if i0 + rows <= N else N - i0
-        weights = work.as_strided((size, N), (stride, 1))
-        _module.loss_weights(problem, kept, at, chunk)
+    for i0, j0 in _blocks(N, rows, columns):
+        size, wide = rows if i0 + rows <= N else N - i0, columns if j0 + columns <= N else N - j0
+        weights = work.as_strided((size, wide), (stride, 1))
+        _module.loss_weights(problem, kept, at, i0 // rows, j0)
         if d_image is not None:
-            _add_product(words.as_strided((size, width), (width, 1), raw // 2), weights, y, False)
+            raw_image = words.as_strided((size, width), (width, 1), raw // 2)
+            addmm(raw_image, weights, y if wide == N else y[j0 : j0 + wide], j0 > 0)
         if d_text is not None:
-            raw_text = words.as_strided((N, width), (width, 1), raw // 2 + rows * width)
-            _add_product(raw_text, weights.t(), x if size == N else x[i0 : i0 + size], i0 > 0)
-        _module.loss_finish(problem, kept, at, chunk, d_loss.data_ptr(), image_at, text_at, *outputs)
+            raw_text = words.as_strided((wide, width), (width, 1), raw // 2 + (rows + j0) * width)
+            addmm(raw_text, weights.t(), x if size == N else x[i0 : i0 + size], i0 > 0)
+        if j0 + wide == N:
+            _module.loss_finish(problem, kept, at, i0 // rows, d_loss.data_ptr(), image_at, text_at, *outputs)
     return d_image, d_text, d_scale
 
 
@@ -300,7 +306,7 @@ def sigmoid_fwd(
     d_text = text.new_empty(text.shape, dtype=kept) if needs[1] else None
     scalars = scale.new_empty(2) if needs[2] or needs[3] else None
     loss = image.new_empty((), dtype=dtype)
-    image, text, x, y, problem, (_, _, rows, chunks, stride, _, head) = _plain(image, text, scale, 0.5, normalize)
+    image, text, x, y, problem, (_, _, rows, _, stride, _, head, columns) = _plain(image, text, scale, 0.5, normalize)
     (N, width), gradients = x.shape, True in needs
     # One allocation for all that lies between the kernels; counted in elements of the features' dtype
     head //= 2
@@ -315,19 +321,20 @@ def sigmoid_fwd(
         0 if d_text is None else d_text.data_ptr(),
         0 if scalars is None else scalars.data_ptr(),
     )
-    add = _launch().addmm if N <= _LONGEST_SUM else _add_product
-    for chunk in range(chunks):
-        i0 = chunk * rows
-        size = rows if i0 + rows <= N else N - i0
-        _module.sigmoid_weights(*inputs, chunk, gradients)
+    addmm = _launch().addmm
+    for i0, j0 in _blocks(N, rows, columns):
+        size, wide = rows if i0 + rows <= N else N - i0, columns if j0 + columns <= N else N - j0
+        _module.sigmoid_weights(*inputs, i0 // rows, j0, gradients)
         if d_image is not None:
-            weights = work.as_strided((size, N), (stride, 1), head)
-            add(words.as_strided((size, width), (width, 1), raw // 2), weights, y, False)
+            weights = work.as_strided((size, wide), (stride, 1), head)
+            raw_image = words.as_strided((size, width), (width, 1), raw // 2)
+            addmm(raw_image, weights, y if wide == N else y[j0 : j0 + wide], j0 > 0)
         if d_text is not None:
-            weights = work.as_strided((N, size), (1, stride), head)
-            raw_text = words.as_strided((N, width), (width, 1), raw // 2 + rows * width)
-            add(raw_text, weights, x if size == N else x[i0 : i0 + size], i0 > 0)
-        _module.sigmoid_finish(*inputs, chunk, divisor, *outputs)
+            weights = work.as_strided((wide, size), (1, stride), head)
+            raw_text = words.as_strided((wide, width), (width, 1), raw // 2 + (rows + j0) * width)
+            addmm(raw_text, weights, x if size == N else x[i0 : i0 + size], i0 > 0)
+        if j0 + wide == N:
+            _module.sigmoid_finish(*inputs, i0 // rows, divisor, *outputs)
     d_scale, d_bias = (None, None) if scalars is None else scalars.unbind()
     return loss, d_image, d_text, d_scale if needs[2] else None, d_bias if needs[3] else None
 
@@ -371,13 +378,3 @@ def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss:
 @functools.cache
 def _launch() -> Any:
     return importlib.import_module("fastclip.triton_kernels.launch")
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
-    """out = a b in fp32, added to what was there if `keep`, in chains of additions that are not too long."""
-    terms = b.shape[0]
-    if terms <= _LONGEST_SUM:
-        _launch().addmm(out, a, b, keep)
-        return
-    for k in range(0, terms, _LONGEST_SUM):
-        _launch().addmm(out, a[:, k : k + _LONGEST_SUM], b[k : k + _LONGEST_SUM], keep or k > 0)

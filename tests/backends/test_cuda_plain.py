@@ -196,9 +196,9 @@ def test_weights(dtype: torch.dtype, N: int, repair: bool) -> None:
     _, found = cuda.plain_fwd(image, text, scale, 0.5, not repair)
     saved = Saved.of(found, N)
     *_operands, problem, sizes = _problem(image, text, scale, not repair)
-    rows, _, stride, extra, _ = sizes[2:]
+    rows, _, stride, extra = sizes[2:6]
     weights = image.new_full((rows + extra, stride), math.nan)
-    cuda._module.loss_weights(problem, found.data_ptr(), weights.data_ptr(), 0)
+    cuda._module.loss_weights(problem, found.data_ptr(), weights.data_ptr(), 0, 0)
     x, y = (side.double().cpu() for side in (image, text))
     z = 3.0 * saved.inv[0][:, None] * saved.inv[1] * (x @ y.T)
     neg = z.masked_fill(torch.eye(N, dtype=torch.bool), -math.inf)
@@ -225,9 +225,9 @@ def test_finish() -> None:
     _, found = cuda.plain_fwd(image, text, scale, 0.5, True)
     saved = Saved.of(found, N)
     *_operands, problem, sizes = _problem(image, text, scale, True)
-    rows, _, stride, extra, _ = sizes[2:]
+    rows, _, stride, extra = sizes[2:6]
     weights = image.new_full((rows + extra, stride), math.nan)
-    cuda._module.loss_weights(problem, found.data_ptr(), weights.data_ptr(), 0)
+    cuda._module.loss_weights(problem, found.data_ptr(), weights.data_ptr(), 0, 0)
     raw = [torch.randn(N, D, device=DEVICE) for _ in range(2)]
     out = [image.new_full((N, D), math.nan) for _ in range(2)]
     d_scale = scale.new_empty(())

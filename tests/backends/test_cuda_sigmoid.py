@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastclip import _env
 from fastclip._backends import cuda, reference
 from fastclip._backends.problem import Problem
 
@@ -89,7 +90,7 @@ def test_features_as_they_are(dtype: torch.dtype, N: int, norm: float, bias: flo
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: bool, workspace: str) -> None:
-    """A workspace for a few rows of tiles."""
+    """A workspace for a few tiles: chunks of rows, and blocks of columns."""
     image, text = features(dtype, 300, 300, 24)
     if not normalize:
         image, text = image / 4, text / 4
@@ -97,11 +98,16 @@ def test_chunks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: 
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", workspace)
     check(loss(dtype, normalize=normalize), image, text, 2.0, bias=-4.0, normalize=normalize)
     assert same_bits(whole, forward(kept(image), kept(text), normalize=normalize, needs=(False,) * 4))
+    assert cuda._sizes(300, 24, _env.workspace_bytes("cuda"), cuda._processors(-1))[-1] < 300
 
 
-def test_longer_sums_than_tensor_cores_keep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_LONGEST_SUM", 48)
-    check(loss(torch.bfloat16), *features(torch.bfloat16, 130, 130, 24), 5.0, bias=-4.0)
+def test_chunks_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a wave of rows fits: two processors, and two tiles of a product across."""
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
+    monkeypatch.setattr(cuda, "_processors", lambda device: 2)
+    _, _, _, chunks, *_, columns = cuda._sizes(300, 264, _env.workspace_bytes("cuda"), 2)
+    assert chunks > 1 and columns == 300
+    check(loss(torch.bfloat16), *features(torch.bfloat16, 300, 300, 264), 5.0, bias=-4.0)
 
 
 # ---- calls, bits, upstream ----
@@ -215,7 +221,7 @@ def _begun(
     width = alive[2].shape[1]
     size = sizes[6] + 2 * N * sizes[4] + 2 * 4 * N * width + 1024
     memory = torch.full((size,), 0xFF, dtype=torch.uint8, device=DEVICE)
-    cuda._module.sigmoid_weights(problem, b.data_ptr(), memory.data_ptr(), 0, gradients)
+    cuda._module.sigmoid_weights(problem, b.data_ptr(), memory.data_ptr(), 0, 0, gradients)
     return Work.of(memory, N, width), (problem, b.data_ptr(), memory.data_ptr(), 0), [*alive, memory]
 
 

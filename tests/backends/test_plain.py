@@ -17,6 +17,7 @@ from fastclip.triton_kernels import plain, planning
 from fastclip.triton_kernels.tile import REPAIR
 from torch import Tensor
 
+from fastclip import _env
 from fastclip._backends import cuda, triton
 from support.accuracy import LOSS, check, counted_products, pairs, poisoned, truth
 from support.kernels import Launches
@@ -148,14 +149,19 @@ def test_panels_and_blocks(
     if kind.backend == "triton":
         assert launches.names.count("contrastive_fwd_kernel") > (workspace == "0.004")
         assert launches.names.count("contrastive_bwd_kernel") > 1
+    else:
+        assert cuda._sizes(N, 24, _env.workspace_bytes("cuda"), cuda._processors(-1))[-1] < N
     check_repaired(kind, not normalize, image, text, 5.0, normalize)  # which would hide a panel that is forgotten
 
 
-@pytest.mark.parametrize("normalize", [True, False])
 @each_kind(CUDA)
-def test_longer_sums_than_tensor_cores_keep(kind: Kind, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_LONGEST_SUM", 48)
-    check(plain_loss(kind, normalize=normalize), *kind.pairs(130, 130, 24), 2.0, normalize=normalize)
+def test_chunks_of_whole_rows(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a wave of rows fits: two processors, and two tiles of a product across."""
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
+    monkeypatch.setattr(cuda, "_processors", lambda device: 2)
+    _, _, _, chunks, *_, columns = cuda._sizes(300, 264, _env.workspace_bytes("cuda"), 2)
+    assert chunks > 1 and columns == 300
+    check(plain_loss(kind), *kind.pairs(300, 300, 264), 5.0)
 
 
 @each_kind(TRITON, few=True)

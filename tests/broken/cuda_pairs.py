@@ -82,7 +82,7 @@ PROMISES = [
             Break(
                 "chunks write over each other's shares of d_scale",
                 "csrc/cuda/loss.cu",
-                old="  p.tile_part += (p.i0 / FASTCLIP_CUDA_TILE_M) * static_cast<int64_t>(p.tiles_n);\n",
+                old="  p.tile_part += tiles_before(p, block);\n",
                 new="",
             ),
             Break(
@@ -191,9 +191,21 @@ PROMISES = [
             ),
             Break(
                 "chunks of the sigmoid write over each other's shares",
+                "csrc/cuda/sigmoid.cu",
+                old="  p.part += tiles_before(p, block);\n",
+                new="",
+            ),
+            Break(
+                "own pairs of a block where the first block has them",
+                "csrc/cuda/loss_problem.cu",
+                old="block->offset = p->i0 - column;",
+                new="block->offset = p->i0;",
+            ),
+            Break(
+                "rows of a block's tiles lie as close as its own are many",
                 "csrc/cuda/sigmoid_fwd.cu",
-                old="p.part = loss.part + before,",
-                new="p.part = loss.part + 0 * before,",
+                old=" p.parts_n = loss.tiles_n,",
+                new="",
             ),
             Break(
                 "the last elements of a gradient are forgotten",
@@ -204,8 +216,8 @@ PROMISES = [
             Break(
                 "no copies in the backward",
                 "csrc/cuda/loss.cu",
-                old="if (chunk == 0 && (p.copies[0] || p.copies[1]))",
-                new="if (chunk < 0 && (p.copies[0] || p.copies[1]))",
+                old="if (chunk == 0 && column == 0 && (p.copies[0] || p.copies[1]))",
+                new="if (chunk < 0 && column == 0 && (p.copies[0] || p.copies[1]))",
             ),
         ],
     ),

@@ -143,6 +143,12 @@ PROMISES = [
                 new="return _padded(M), block_n",
             ),
             Break(
+                "columns are never cut",
+                "triton_kernels/gradients.py",
+                old="    block_n = _padded(-(-N // -(-N // most)))\n",
+                new="    block_n = _padded(N)\n",
+            ),
+            Break(
                 "pairs: chunks overwrite",
                 "triton_kernels/plain.py",
                 old="x if plan.whole else x[i0:i1], i0 > 0)",
