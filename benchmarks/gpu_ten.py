@@ -33,6 +33,7 @@ from benchmarks.gpu_variants import parse
 from fastclip.cli.ending import sigterm_raises
 from fastclip.parent import end_with_parent
 
+RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 550.0  # and a few before the clock starts, in which torch is imported
 WRONG, INCOMPLETE = 4, 3  # exit codes of a part: a wrong value; no time for some of its pieces
 RESERVE = 2.0  # seconds that a part leaves of its limit, to end by itself
@@ -199,6 +200,8 @@ def main(words: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"--variant: {error}")
     folders(arguments)
+    if arguments.dry_run and arguments.rows == RESULTS:
+        parser.error("--rows: rows of a dry run are no results")
     if arguments.part:
         return run_part(arguments.part, arguments)
     import torch
@@ -224,7 +227,7 @@ def folders(arguments: argparse.Namespace) -> None:
     """Where rows and markers go. A dry run's are never beside results."""
     if arguments.rows is None:
         dry = arguments.dry_run
-        arguments.rows = Path(tempfile.mkdtemp(prefix="dry-run-")) if dry else ROOT / "benchmarks" / "results"
+        arguments.rows = Path(tempfile.mkdtemp(prefix="dry-run-")) if dry else RESULTS
     arguments.rows = arguments.rows.absolute()
     if arguments.markers is None:
         arguments.markers = arguments.rows / "done" if arguments.dry_run else ROOT / "runs" / "gpu_ten"

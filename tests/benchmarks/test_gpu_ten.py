@@ -23,7 +23,7 @@ needs("train")
 
 from benchmarks import gpu_correct, gpu_ten, report
 from benchmarks.gpu_check import Checklist
-from benchmarks.gpu_pretended import DRY_RUN, Pretended
+from benchmarks.gpu_pretended import Pretended
 from benchmarks.gpu_ten import PARTS, Part, limit
 from benchmarks.losses import OURS
 from benchmarks.plot import GPU_COLUMNS
@@ -70,7 +70,7 @@ def test_dry_rows_are_no_results(dry: tuple[Path, str]) -> None:
     """Both files of a dry run have the columns of a GPU's, and say in each row that no GPU was there."""
     folder, _ = dry
     steps = rows_of(folder, "cuda.csv")
-    assert {row["gpu"] for row in (*steps, *rows_of(folder))} == {DRY_RUN}
+    assert {row["gpu"] for row in (*steps, *rows_of(folder))} == {"dry run"}
     with (ROOT / "benchmarks" / "results" / "cuda.csv").open(newline="") as file:
         assert list(steps[0]) == next(csv.reader(file))
     assert {row["loss"] for row in steps} == {"softmax", "sigmoid"}
@@ -181,7 +181,10 @@ def test_list_and_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     for words in (["--only", "hots"], ["--variant", "x"], ["--variant", f"x={tmp_path}"], ["--variant", "this=A:1"]):
         with pytest.raises(SystemExit):
             gpu_ten.main([*words, "--dry-run"])
-    assert "no part hots" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu_ten.main(["--dry-run", "--rows", str(ROOT / "benchmarks" / "results")])
+    told = capsys.readouterr().err
+    assert "no part hots" in told and "rows of a dry run are no results" in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

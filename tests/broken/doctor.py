@@ -163,6 +163,46 @@ PROMISES = [
     ),
     Promise(
         DOCUMENTS,
+        (
+            "Ten minutes of a GPU are not lost: a killed run keeps its rows, a wrong value ends it, no part takes the "
+            "time of another"
+        ),
+        tests=[
+            "benchmarks/test_gpu_ten.py::test_a_killed_run_keeps_its_rows",
+            "benchmarks/test_gpu_ten.py::test_a_wrong_value_ends_the_run",
+            "benchmarks/test_gpu_ten.py::test_limits_leave_later_parts_their_time",
+            "benchmarks/test_gpu_ten.py::test_a_dry_run_says_what_a_gpu_says",
+            "benchmarks/test_gpu_ten.py::test_dry_rows_are_no_results",
+        ],
+        breaks=[
+            Break(
+                "rows are printed, not written",
+                "benchmarks/gpu_log.py",
+                old="        append(self.rows / NAME, [row], self.about)\n",
+                new="",
+            ),
+            Break(
+                "what is wrong is timed",
+                "benchmarks/gpu_ten.py",
+                old='if result == EXITS[f"failed with exit code {WRONG}"]:',
+                new="if False:",
+            ),
+            Break(
+                "a part may take the later ones' time",
+                "benchmarks/gpu_ten.py",
+                old="spare = left - sum(other.seconds for other in later)",
+                new="spare = left",
+            ),
+            Break(
+                "a dry run has a GPU's name",
+                "benchmarks/gpu_pretended.py",
+                old='DRY_RUN = "dry run"',
+                new='DRY_RUN = "NVIDIA H200"',
+            ),
+        ],
+    ),
+    Promise(
+        DOCUMENTS,
         "benchmarks/REPORT.md is made from the stored rows alone, and every row names its run",
         tests=[
             "benchmarks/test_report.py::test_report_is_that_of_the_rows",
