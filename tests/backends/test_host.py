@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 
 class Ceiling(NamedTuple):
-    """Of a step: what is measured, and a little for other versions of torch and Triton."""
+    """Of a step: counts, and a little for other versions of torch and Triton; times differ by a third between machines
+    and versions of torch (2.9 to 3.5, 3.3 to 4.6, 3.7 to 4.9, 3.4 to 4.2 were seen), and every detour multiplies them."""
 
     calls: int
     launches: int  # products of the library among them
@@ -22,11 +23,11 @@ class Ceiling(NamedTuple):
 
 
 CEILINGS = {
-    ("contrastive", "triton"): Ceiling(150, 10, 7, 4.5),
-    ("contrastive", "cuda"): Ceiling(140, 9, 7, 3.5),
+    ("contrastive", "triton"): Ceiling(150, 10, 7, 5.7),
+    ("contrastive", "cuda"): Ceiling(140, 9, 7, 4.4),
     # Scalars' gradients lie apart, because users change them in place: one allocation more than there could be
-    ("sigmoid", "triton"): Ceiling(150, 6, 9, 4.8),
-    ("sigmoid", "cuda"): Ceiling(140, 6, 9, 3.8),
+    ("sigmoid", "triton"): Ceiling(150, 6, 9, 6.1),
+    ("sigmoid", "cuda"): Ceiling(140, 6, 9, 5.3),
 }
 CASES = [("triton", 90), ("triton", 80), ("cuda", 90)]  # Triton with tensor maps, and without
 LOSSES = ["contrastive", "sigmoid"]
