@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 
 
 class Ceiling(NamedTuple):
-    """Of a step: counts, and a little for other versions of torch and Triton; times differ by a third between machines
-    and versions of torch (2.9 to 3.5, 3.3 to 4.6, 3.7 to 4.9, 3.4 to 4.2 were seen), and every detour multiplies them."""
+    """Of a step: counts, with a little for other versions of torch and Triton; times, which differ by a third between
+    machines and versions of torch (3.3 to 4.6, 2.9 to 3.5, 3.7 to 4.9 and 3.4 to 4.2 were seen)."""
 
     calls: int
     launches: int  # products of the library among them
