@@ -210,7 +210,7 @@ def block_size(x: Tensor, M: int, N: int, D: int) -> tuple[int, int]:
     wave = max(processors(x.device) // -(-D // 256), 1) * ALIGNMENT
     # Columns are cut where not nearly a wave of rows would fit: idle processors cost more than one more addition to the
     # sums of a block's images
-    fit = min(weights // min(wave - wave // 8, _padded(M)), _LONGEST_SUM)
+    fit = min(weights // _padded(min(wave - wave // 8, M)), _LONGEST_SUM)
     most = max(fit // ALIGNMENT, 1) * ALIGNMENT
     block_n = _padded(-(-N // -(-N // most)))
     rows = min(weights // block_n, _LONGEST_SUM)

@@ -5,6 +5,7 @@
 //   Traffic   writes 2 M N bytes
 //   Precision fp32, weights rounded once to the features' dtype; the tile's share of d_scale from the unrounded ones
 #include "launch.cuh"
+#include "store.cuh"
 
 namespace fastclip {
 namespace {
@@ -18,7 +19,8 @@ struct Weights {
   enum { kFactor, kNeg, kLabel, kPos, kOwn, kScaled };
   static constexpr int kRowVectors = kScaled + 1, kColVectors = kLabels ? kScaled : kLabel;
 
-  // 0 outside, where therefore neither a weight nor a share of d_scale needs a mask.
+  // 0 outside, where therefore weights and shares of d_scale are 0 without a mask; beside an infinite derivative NaN,
+  // as they are wherever an exponential flushes.
   template <class Vectors>
   static __device__ __forceinline__ void load(const Side& side, int k, bool some, Vectors& vectors, int slot) {
     vectors[kFactor][slot] = some ? side.factor[k] : 0.f;

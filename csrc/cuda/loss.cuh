@@ -54,9 +54,9 @@ struct Loss {
   int scaled;    // copies are brought to a norm in (1/2, 1] by a power of two
   int vectors;   // 16 bytes of x can be read at once
   int i0, rows;  // the panel of logits, or chunk of weights
-  int j0;        // first column of a block of a chunk
   int tiles_m, tiles_n;
   int first, last;  // of the panels or chunks
+  int j0;           // first column of a block of a chunk
 };
 
 }  // namespace fastclip

@@ -102,7 +102,8 @@ LossBackward loss_backward(int64_t N, int64_t D, int64_t workspace, int processo
   const int64_t wave = std::max(processors / ceil_div(D, kProductN), int64_t{1}) * kTileM;
   // Columns are cut where not nearly a wave of rows would fit: idle processors cost more than one more addition to the
   // sums of a chunk's images
-  const int64_t fit = std::min(workspace / 2 / std::min(wave - wave / 8, round_up(N, kTileM)), kLongestSum);
+  const int64_t nearly = round_up(std::min(wave - wave / 8, N), kTileM);
+  const int64_t fit = std::min(workspace / 2 / nearly, kLongestSum);
   const int64_t unit = std::lcm(kAlign, int64_t{b.tile_n});
   b.columns = round_up(N, kAlign) <= fit ? N : std::min(N, even(N, std::max(fit / unit, int64_t{1}) * unit, unit));
   b.stride = round_up(b.columns, kAlign);

@@ -10,6 +10,7 @@
 //   Order     as the tile kernel's
 #include "launch.cuh"
 #include "loss_kernels.h"
+#include "store.cuh"
 
 namespace fastclip {
 namespace {

@@ -9,6 +9,7 @@
 //             would lose its digits
 #include "launch.cuh"
 #include "loss_kernels.h"
+#include "store.cuh"
 
 namespace fastclip {
 namespace {

@@ -138,7 +138,7 @@ inline void plain_layout() {
   using namespace fastclip;
   const auto up = [](int64_t size, int64_t length) { return (size + length - 1) / length; };
   for (int64_t N : {1, 31, 32, 33, 127, 128, 129, 1000, 4096, 8192, 131072, 1 << 20, INT32_MAX - 256})
-    for (int64_t workspace : {0, 4096, 1 << 27, 1 << 30}) {
+    for (int64_t workspace : {0, 4096, 1 << 20, 1 << 27, 1 << 30}) {
       const LossSaved s = loss_saved(N);
       std::vector<std::pair<int64_t, int64_t>> arrays = {
           {s.constants, 4 * kConstants}, {s.own_scale, 8}, {s.own, 8 * N}};
@@ -175,7 +175,9 @@ inline void plain_layout() {
           CHECK((b.rows == N || b.rows % 128 == 0) && b.rows > 0 && b.rows * b.chunks >= N &&
                     b.rows * (b.chunks - 1) < N && b.stride % 8 == 0,
                 "chunks of rows");
-          CHECK(2 * std::min(b.rows, N) * b.stride <= std::max(workspace, 2 * 128 * b.stride), "weights' bytes");
+          const int64_t least =
+              2 * std::min<int64_t>(128, N) * std::lcm(128, b.tile_n);  // a tile across, of two widths
+          CHECK(2 * std::min(b.rows, N) * b.stride <= std::max(workspace, least), "weights' bytes");
           CHECK(b.tile_parts >= up(N, 128) * up(N, b.tile_n), "shares of d_scale");
           check_layout({{b.ticket, 4},
                         {b.tile_part, 4 * b.tile_parts},

@@ -135,6 +135,17 @@ void wait_until(std::function<bool()> ready) {
   swapcontext(static_cast<ucontext_t*>(fiber->context), &scheduler);
 }
 
+void store_box(const Store& s) {
+  for (int r = 0; r < s.map->box_rows; ++r)
+    for (int c = 0; c < s.map->box_cols; ++c) {
+      const uint32_t src = swizzle_128(s.src + r * 128 + c * 2);
+      if (block().dirty[(src - kBase) / 4]) fail("a TMA store reads what was written without a fence");
+      const int64_t cols = (s.map->cols + 7) / 8 * 8;  // the last 16 bytes of a row are written whole
+      if (s.y + r < s.map->rows && s.x + c < cols)
+        std::memcpy(s.map->data + (s.y + r) * s.map->row_bytes + (s.x + c) * 2, at_address(block(), src), 2);
+    }
+}
+
 bool coin() { return dice() % 2; }
 
 void maybe_yield() {

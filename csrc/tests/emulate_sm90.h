@@ -219,16 +219,7 @@ inline void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, int x, in
   tma_load_multicast(dst, map, bar, x, y, static_cast<uint16_t>(1 << block().rank));
 }
 
-inline void store_box(const Store& s) {
-  for (int r = 0; r < s.map->box_rows; ++r)
-    for (int c = 0; c < s.map->box_cols; ++c) {
-      const uint32_t src = swizzle_128(s.src + r * 128 + c * 2);
-      if (block().dirty[(src - kBase) / 4]) fail("a TMA store reads what was written without a fence");
-      const int64_t cols = (s.map->cols + 7) / 8 * 8;  // the last 16 bytes of a row are written whole
-      if (s.y + r < s.map->rows && s.x + c < cols)
-        std::memcpy(s.map->data + (s.y + r) * s.map->row_bytes + (s.x + c) * 2, at_address(block(), src), 2);
-    }
-}
+void store_box(const Store& s);
 inline void tma_store(const CUtensorMap* map, const void* src, int x, int y) {
   const Map* to = reinterpret_cast<const Map*>(map);
   if (!fiber->written.insert({to, x, y}).second) fail("two TMA stores to one place, in no order");

@@ -1,15 +1,14 @@
-"""Hopper's tile kernels, one at a time, against fp64; and what the CUDA backend refuses.
+"""Hopper's tile kernels, one at a time, against fp64.
 
-On a Hopper GPU, or without a GPU in csrc/tests' emulator, which runs the threads of a cluster in random order and does
-asynchronous work as late as its waits allow. losses/test_accuracy.py and backends/test_kernels.py run the same tiles
-under the launchers.
+On a Hopper GPU, or without a GPU in csrc/tests' emulator, which runs the threads of a cluster in random order and
+asynchronous work as late as its waits allow or at once. losses/test_accuracy.py and backends/test_kernels.py run the
+same tiles under the launchers.
 """
 
 from __future__ import annotations
 
 import math
 import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,14 +17,13 @@ import torch
 from torch import Tensor
 
 import fastclip
-from fastclip._backends import cuda, pick, triton
+from fastclip._backends import cuda
 from support import emulated
 
 pytest.importorskip("triton")
 from fastclip.triton_kernels.launch import BwdSide, FwdSide
 from fastclip.triton_kernels.tile import CONSTANTS, GAIN, OFFSET2, REPAIR, SCALE
 
-from support import ROOT
 from support.kinds import DEVICE, GPU
 
 pytestmark = [pytest.mark.usefixtures("hopper"), *([pytest.mark.gpu] if GPU else [])]
@@ -365,138 +363,3 @@ def test_refusals_become_messages(emulated_cuda: Any) -> None:
         tiles(processors=1).contrastive_fwd(
             p.tile, p.x, p.y, *(FwdSide(p.row_factor, None, x) for x in p.parts(1)), p.constants, 0, False
         )
-
-
-class Pretended:
-    """A tensor on a GPU that is not there."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.device = dtype, torch.device("cuda:0")
-
-    def get_device(self) -> int:
-        return 0
-
-
-class Built:
-    """As the native module says it was built, on a machine with this driver."""
-
-    EMULATED, RUNTIME = False, 13000
-
-    def __init__(self, driver: int) -> None:
-        self.driver = lambda: driver
-
-
-@pytest.mark.parametrize(
-    ("driver", "reason"),
-    [
-        (0, "there is no NVIDIA driver"),
-        (12040, "the NVIDIA driver serves CUDA 12.4, the native module was built with 13.0"),
-        (13020, None),
-        (14000, None),
-    ],
-)
-def test_backend_says_why_not(monkeypatch: pytest.MonkeyPatch, driver: int, reason: str | None) -> None:
-    monkeypatch.setattr(cuda, "_module", Built(driver))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cuda._driver_reason.cache_clear()
-    try:
-        assert fastclip.backends()["cuda"] == (reason or "available")
-        if reason:
-            with pytest.raises(RuntimeError, match=f"backend='cuda' cannot serve this call: {reason}"):
-                pick("cuda", Pretended(torch.bfloat16))
-    finally:
-        cuda._driver_reason.cache_clear()
-
-
-def test_machine_without_hopper_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known as soon as something else has looked at the GPUs: asking must not."""
-    capabilities = [(8, 0), (12, 0)]
-    monkeypatch.setattr(cuda, "_module", Built(13000))
-    for name, answer in [("is_available", True), ("is_initialized", False), ("device_count", 2)]:
-        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
-    found = []
-    for initialized, second in [(False, (12, 0)), (True, (12, 0)), (True, (9, 0))]:
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda initialized=initialized: initialized)
-        capabilities[1] = second
-        cuda._driver_reason.cache_clear()
-        cuda._other_gpu.cache_clear()
-        found.append(fastclip.backends()["cuda"])
-    cuda._driver_reason.cache_clear()
-    cuda._other_gpu.cache_clear()
-    assert found == ["available", "it is for Hopper (compute capability 9.0), not GPU 0", "available"]
-
-
-def test_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "import_error", lambda: "the package triton is not installed")
-    assert fastclip.backends()["cuda"] == "its small kernels are Triton's, and the package triton is not installed"
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype", "reason"),
-    [
-        ((9, 0), torch.bfloat16, None),
-        ((9, 0), torch.float16, None),
-        ((9, 0), torch.float32, "it serves bfloat16 and float16, not float32"),
-        ((8, 0), torch.bfloat16, "it is for Hopper (compute capability 9.0), not a GPU"),
-        ((10, 0), torch.bfloat16, "it is for Hopper (compute capability 9.0), not a GPU"),
-    ],
-    ids=str,
-)
-def test_other_gpus_and_dtypes_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, reason: str | None
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
-    cuda._other_gpu.cache_clear()
-    try:
-        assert cuda.refuses(Pretended(dtype), named=True) == reason
-    finally:
-        cuda._other_gpu.cache_clear()
-
-
-def test_preferred_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Hopper, for 16-bit features; never for tensors on a CPU, whatever could emulate it."""
-    assert list(fastclip.backends()) == ["cuda", "triton", "cpu", "reference"]
-    monkeypatch.setattr(cuda, "_other_gpu", lambda index: None)
-    for dtype, expected in [(torch.bfloat16, "cuda"), (torch.float32, "triton")]:
-        monkeypatch.setattr(triton, "refuses", lambda image, named: None)
-        assert pick(None, Pretended(dtype))[0] == expected
-    monkeypatch.undo()
-    assert pick(None, torch.eye(4, dtype=torch.bfloat16, device="cpu"))[0] == "cpu"
-
-
-WITHOUT_A_DRIVER = """
-import fastclip, torch
-import fastclip
-from fastclip._backends import cuda, pick, triton
-from fastclip.triton_kernels.launch import BwdSide, FwdSide
-if cuda._not_loaded: raise SystemExit("NOT BUILT " + cuda._not_loaded)
-print(cuda._module.driver(), fastclip.backends()["cuda"])
-x, f, tiles = torch.zeros(8, 8, dtype=torch.bfloat16), torch.zeros(64), cuda._Tiles(torch.device("cpu"))
-tile = tiles.config("contrastive_fwd", 8, 8, False)
-for call in (
-    lambda: tiles.contrastive_fwd(tile, x, x, FwdSide(f, None, f), FwdSide(f, None, f), f, 0, False),
-    lambda: tiles.contrastive_bwd(tile, x, x, BwdSide(f, f), BwdSide(f, f), f, 0, False, x.clone(), f),
-    lambda: tiles.sigmoid_fwd(tile, x, x, f, f, f, 0, f, x.clone(), f.double().view(8, 8)),
-):
-    try:
-        call()
-    except RuntimeError as error:
-        print(error)
-print(fastclip.build_info()["cuda"])
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
-def test_module_without_a_driver() -> None:
-    """What the package was built with loads, and every entry says why it does nothing."""
-    done = subprocess.run([sys.executable, "-c", WITHOUT_A_DRIVER], capture_output=True, text=True, cwd=ROOT)
-    if "NOT BUILT" in done.stderr:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
-    driver, *errors, build = done.stdout.splitlines()
-    assert driver == "0 there is no NVIDIA driver"
-    assert errors == ["fastclip: there is no NVIDIA driver, or it is too old for this build of fastclip._cuda"] * 3
-    assert build.startswith("nvcc ") and build.endswith(", sm_90a")

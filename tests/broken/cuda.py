@@ -191,7 +191,7 @@ PROMISES = [
             ),
             Break(
                 "a row's values are loaded for every column",
-                "csrc/cuda/tile.cuh",
+                "csrc/cuda/store.cuh",
                 old="weigh(rows[k & 1], half,",
                 new="load_later(), weigh(t.rows(half, k & 1), half,",
             ),
@@ -235,10 +235,10 @@ PROMISES = [
         MACHINE,
         "A driver that is missing or too old, another GPU or dtype gives a reason in `fastclip.backends()`, no crash",
         tests=[
-            "backends/test_cuda.py::test_backend_says_why_not",
-            "backends/test_cuda.py::test_machine_without_hopper_is_a_reason",
-            "backends/test_cuda.py::test_other_gpus_and_dtypes_are_refused",
-            "backends/test_cuda.py::test_module_without_a_driver",
+            "backends/test_cuda_available.py::test_backend_says_why_not",
+            "backends/test_cuda_available.py::test_machine_without_hopper_is_a_reason",
+            "backends/test_cuda_available.py::test_other_gpus_and_dtypes_are_refused",
+            "backends/test_cuda_available.py::test_module_without_a_driver",
         ],
         breaks=[
             Break(
@@ -265,7 +265,7 @@ PROMISES = [
         MACHINE,
         "The fastest backend that can serve is chosen: cuda before triton before cpu",
         tests=[
-            "backends/test_cuda.py::test_preferred_to_triton",
+            "backends/test_cuda_available.py::test_preferred_to_triton",
         ],
         breaks=[
             Break(

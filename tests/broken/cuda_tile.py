@@ -124,13 +124,13 @@ PROMISES = [
             ),
             Break(
                 "the TMA stores what it may not see",
-                "csrc/cuda/tile.cuh",
+                "csrc/cuda/store.cuh",
                 old="tma_store_fence();",
                 new="",
             ),
             Break(
                 "a piece is stored before all threads wrote it",
-                "csrc/cuda/tile.cuh",
+                "csrc/cuda/store.cuh",
                 old="__syncwarp();",
                 new="",
             ),
@@ -148,7 +148,7 @@ PROMISES = [
             ),
             Break(
                 "a buffer is written while it is stored",
-                "csrc/cuda/tile.cuh",
+                "csrc/cuda/store.cuh",
                 old="tma_store_wait_read<S::kBuffers - 2>();",
                 new="tma_store_wait_read<S::kBuffers - 1>();",
             ),
@@ -160,7 +160,7 @@ PROMISES = [
             ),
             Break(
                 "the swizzle of the stored pieces",
-                "csrc/cuda/tile.cuh",
+                "csrc/cuda/store.cuh",
                 old="^ (t.at.lane & 7)) << 4)",
                 new="^ (t.at.lane & 3)) << 4)",
             ),

@@ -1,0 +1,47 @@
+// How the kernels that make weights store a tile of them.
+#pragma once
+#include "tile.cuh"
+
+namespace fastclip {
+
+// Stores the tile's weights, every warp its own 16 rows of a piece: weigh(row, half, h, c, weights) computes two
+// neighbours in a row, whose own values are `row`.
+template <class Op, class Weigh>
+__device__ __forceinline__ void store_weights(const Epilogue<Op>& t, const Weigh& weigh) {
+  using S = Stores<Op>;
+  constexpr int kBlocks = S::kPieces / kHalves;
+  // Where this lane writes its row of a matrix: row lane % 16 of the warp's 16; chunk xor row % 8 is the swizzle
+  int dst = smem_address(t.stores.piece[0]) + 128 * (16 * t.at.warp + (t.at.lane & 15)) +
+            (((t.at.lane >> 4) ^ (t.at.lane & 7)) << 4);
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    const RowValues<Op> rows[2] = {t.rows(half, 0), t.rows(half, 1)};
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      const int buffer = (kBlocks * half + block) % S::kBuffers;
+      forget(dst);  // addresses are computed anew for every piece: registers that keep them would spill
+#pragma unroll
+      for (int c = 0; c < 8; c += 2) {
+        uint32_t packed[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          float weights[2];
+          weigh(rows[k & 1], half, k & 1, 8 * block + c + (k >> 1), weights);
+          packed[k] = pack<Op::kHalf>(weights[0], weights[1]);
+        }
+        store_matrix_x4((dst ^ (c << 4)) + buffer * S::kPieceBytes, packed);
+      }
+      // At most kBuffers - 2 earlier stores may still be reading when the warp writes into the next buffer
+      tma_store_fence();
+      if (t.at.lane == 0) tma_store_wait_read<S::kBuffers - 2>();
+      __syncwarp();
+      if (t.at.lane == 0) {
+        const int x = t.tile.j0 + 64 * block, y = t.tile.i0 + 64 * half + 16 * t.at.warp;
+        if (x < t.p.N && y < t.p.M) tma_store(t.weights_map, t.stores.piece[buffer] + 2048 * t.at.warp, x, y);
+        tma_store_commit();
+      }
+    }
+  }
+}
+
+}  // namespace fastclip
