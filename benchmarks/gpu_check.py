@@ -52,6 +52,19 @@ TRAINING = ("--model", "ViT-B-32", "--precision", "bf16", "--batches", "32768/10
 CODE = ("fastclip", "triton_kernels", "csrc", "tests")  # what the tests' result depends on
 TRANSIENT = ("not installed", "not available")  # a row with such a status may have figures tomorrow
 LOST = "device lost"
+# Runs a command and ends its group with the process that asked for it, however that ended. `fastclip.parent` ends a
+# Python alone, by a thread that an exec would stop, and a parent-death signal reaches no process below the first one.
+GUARD = """
+import os, signal, subprocess, sys, threading, time
+asking = int(sys.argv[1])
+def watch():
+    while os.getppid() == asking:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+code = subprocess.call(sys.argv[2:])
+sys.exit(code if code >= 0 else 128 - code)
+"""
 
 
 @dataclass(frozen=True)
@@ -132,8 +145,10 @@ def code_state() -> str:
 
 
 def run_limited(command: list[str], seconds: float) -> int | None:
-    """Exit code; None where it took longer, and then the process and what it started are ended."""
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    """Exit code; None where it took longer, and then the process and what it started are ended, as they are within a
+    second when this process is killed."""
+    guard = [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid())]
+    process = subprocess.Popen([*guard, *command], cwd=ROOT, start_new_session=True)
     try:
         return process.wait(max(seconds, 0.1))
     except subprocess.TimeoutExpired:

@@ -31,7 +31,6 @@ TESTS = tuple(
 TESTS_SECONDS = 75.0
 VALUES_SECONDS = 25.0  # kept for what comes after the tests
 ENOUGH = 2.0  # for one value
-PYTEST = "from fastclip.parent import end_with_parent; end_with_parent(); import pytest, sys; sys.exit(pytest.main())"
 SIZES = {False: [(1000, 512), (4096, 512)], True: [(40, 24), (130, 24)]}  # of a GPU; of a dry run
 DTYPES = ("bfloat16", "float16")
 PROVIDERS = ("fastclip_cuda", "fastclip_triton")  # Triton compiles while it is looked at
@@ -63,7 +62,7 @@ def run(log: Log) -> None:
 def tests(log: Log) -> None:
     words = ["-q", "-x", "-m", "gpu", "-k", "not triton", "-p", "no:cacheprovider", *TESTS]
     start, seconds = time.monotonic(), max(1.0, min(TESTS_SECONDS, log.left() - VALUES_SECONDS))
-    code = run_limited([sys.executable, "-c", PYTEST, *words], seconds)
+    code = run_limited([sys.executable, "-m", "pytest", *words], seconds)
     told = {0: "", None: "cut: the tests before it passed", NO_TESTS: "no test is marked gpu"}
     status = told.get(code, f"failed with exit code {code}")
     log.row("tests", "fastclip_cuda", "time", "s", time.monotonic() - start, status=status)

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from support import ROOT, needs
-from support.processes import ended, forked, forks, wait_for
+from support.processes import ended, forked, forks, start, wait_for
 
 needs("models")
 
@@ -188,6 +189,77 @@ def test_a_part_ends_in_time(tmp_path: Path) -> None:
         assert time.monotonic() - start < 20
         time.sleep(0.05)
     assert run_limited([sys.executable, "-c", "raise SystemExit(7)"], 60) == 7
+    assert run_limited([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], 60) == 128 + 9
+
+
+SLEEPING = """#!{python}
+import os, subprocess, sys, time
+target = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open({said!r}, "w") as file:
+    file.write(f"{{os.getpid()}} {{target.pid}}.")
+time.sleep(600)
+"""
+COUNTERS = """
+import time
+from pathlib import Path
+from benchmarks import gpu_counters
+from benchmarks.gpu_log import Log
+from benchmarks.gpu_pretended import Pretended
+gpu = Pretended()
+gpu.pretended = False
+gpu_counters.run(Log("counters", Path({folder!r}), gpu, time.monotonic() + 600, Path({folder!r})))
+"""
+
+
+def numbers(path: Path) -> list[int]:
+    """The process ids in a file that ends with a full stop."""
+    wait_for(lambda: path.is_file() and path.read_text().endswith("."))
+    return [int(word) for word in path.read_text()[:-1].split()]
+
+
+def test_ncu_and_its_target_end_with_their_part(tmp_path: Path) -> None:
+    """Killed as `run_limited` kills a part: its group, of which they are not."""
+    ncu, said = tmp_path / "ncu", tmp_path / "said"
+    ncu.write_text(SLEEPING.format(python=sys.executable, said=str(said)))
+    ncu.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    words = [sys.executable, "-c", COUNTERS.format(folder=str(tmp_path))]
+    part = start(words, cwd=ROOT, env={**os.environ, "PATH": path})
+    started = numbers(said)
+    try:
+        assert all(alive(pid) for pid in started)
+        os.killpg(part.pid, signal.SIGKILL)
+        part.wait()
+        wait_for(lambda: not any(alive(pid) for pid in started), 20)
+    finally:
+        end(started)
+
+
+def test_ncu_s_target_ends_with_it(tmp_path: Path) -> None:
+    """Even where ncu has started it in a session of its own."""
+    said = tmp_path / "said"
+    sleeps = "from benchmarks import gpu_counters; import os, sys, time; "
+    sleeps += (
+        f"gpu_counters.steps = lambda *_: (open({str(said)!r}, 'w').write(f'{{os.getpid()}}.'), time.sleep(600)); "
+    )
+    sleeps += "sys.argv[1:] = []; gpu_counters.main()"
+    starts = "import subprocess, sys, time; "
+    starts += f"subprocess.Popen([sys.executable, '-c', {sleeps!r}], start_new_session=True); time.sleep(600)"
+    ncu = start([sys.executable, "-c", starts], cwd=ROOT)
+    started = numbers(said)
+    try:
+        ncu.kill()
+        ncu.wait()
+        wait_for(lambda: not any(alive(pid) for pid in started), 20)
+    finally:
+        end(started)
+
+
+def end(started: list[int]) -> None:
+    """What a test has started and nothing else has ended."""
+    for pid in started:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @forks
