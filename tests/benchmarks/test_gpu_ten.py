@@ -61,7 +61,8 @@ def test_every_part_runs_without_a_gpu(dry: tuple[Path, str]) -> None:
     assert {row["provider"] for row in rows if row["part"] == "variants"} == {"this", "portable"}
     for mode in ("eager", "compiled"):
         of_step = [row for row in rows if row["part"] == "training" and row["case"].endswith(mode)]
-        found = {row["measure"]: float(row["value"]) for row in of_step if row["unit"] == "ms"}
+        found = {row["measure"]: float(row["value"]) for row in of_step}
+        assert len(of_step) == len(found) and {row["unit"] for row in of_step} == {"ms"}  # shares follow
         assert 2 * found["step"] == pytest.approx(sum(found.values()), abs=0.1)
         assert min(found[name] for name in ("products", "optimiser", "loss", "accuracy")) > 0
 
