@@ -13,6 +13,7 @@ import fastclip
 from benchmarks.cases import size_name
 from benchmarks.gpu import DeviceLost
 from benchmarks.gpu_case import GuardedTimings, check_and_measure, measured, own_failures, status_row
+from benchmarks.gpu_check import LOST, Part, statuses
 from benchmarks.gpu_log import STEPS, Log
 from benchmarks.harness import Case, Provider, Step, append
 from benchmarks.losses import OURS, CheckFailed, leaves_of, ours, step_of
@@ -21,6 +22,7 @@ from fastclip.bench.truth import truth
 
 OPEN_CLIP = ("open_clip", "open_clip_compiled")
 SOFTMAX, SIGMOID = (*OPEN_CLIP, "memeff", *OURS["cuda"]), (*OPEN_CLIP, "siglip_kernel", *OURS["cuda"])
+PROVIDERS = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
 
 
 class Planned(NamedTuple):
@@ -38,11 +40,11 @@ class Planned(NamedTuple):
 
 
 CUT = ("open_clip", "cut_cross_entropy", *OURS["cuda"])  # whose kernel tries out many sizes first
-CASES = {
+CASES = {  # in order of worth: the last ones run where earlier parts have left their time
     False: [
-        *(Planned("softmax", (N, 512), SOFTMAX) for N in (1024, 2048, 4096, 8192, 16384, 32768)),
+        *(Planned(loss, (N, 512), PROVIDERS[loss]) for N in (32768, 8192, 1024) for loss in PROVIDERS),
         Planned("softmax", (65536, 768), SOFTMAX, 25.0),
-        *(Planned("sigmoid", (N, 512), SIGMOID) for N in (1024, 8192, 32768)),
+        *(Planned("softmax", (N, 512), SOFTMAX) for N in (2048, 4096, 16384)),
         Planned("softmax", (32768, 512), CUT, 40.0),
     ],
     True: [Planned("softmax", (48, 32), (*SOFTMAX, "cut_cross_entropy")), Planned("sigmoid", (48, 32), SIGMOID)],
@@ -54,6 +56,10 @@ MEGABYTES = (128, 256, 512, 1024, 2048)
 VARIABLE = "FASTCLIP_WORKSPACE_MB"
 
 
+class PeerLost(RuntimeError):
+    """A peer broke the GPU for this process; the next one goes on without it."""
+
+
 def one_after_the_other(timings: GuardedTimings, providers: list[Provider], rounds: int) -> None:
     for _ in range(rounds):
         for provider in providers:
@@ -62,14 +68,18 @@ def one_after_the_other(timings: GuardedTimings, providers: list[Provider], roun
 
 def run(log: Log) -> None:
     """The cases of CASES, in `make bench`'s columns and with its checks at the full size, in few rounds. A case for
-    which there is no time is left out and said."""
-    for planned in CASES[log.gpu.pretended]:
-        if log.done(planned.name):
-            continue
+    which there is no time is left out and said, and so are those that a peer has left no GPU for."""
+    todo = [planned for planned in CASES[log.gpu.pretended] if not log.done(planned.name)]
+    for k, planned in enumerate(todo):
         if log.left() < planned.seconds and not log.gpu.pretended:
             log.no_time(planned.name)
             continue
-        one_case(log, planned)
+        try:
+            one_case(log, planned)
+        except PeerLost as error:
+            for left in todo[k:]:
+                log.status(left.name, "", f"left: {error}")
+            raise
         log.mark_done(planned.name)
 
 
@@ -77,13 +87,23 @@ def one_case(log: Log, planned: Planned) -> None:
     case = Case(planned.loss, "both", *planned.size, "bfloat16")
     log.gpu.copy_seconds.clear()
     start = time.monotonic()
+    seen = statuses(Part(planned.name, planned.loss, "both", planned.size), log.rows / STEPS)
+    broke = {name for name, status in seen.items() if status.startswith(LOST)} - set(OURS["cuda"])
     try:
-        new = measured(case, planned.providers, log.gpu, one_after_the_other, ROUNDS_SECONDS[log.gpu.pretended])
+        new = measured(
+            case,
+            [name for name in planned.providers if name not in broke],
+            log.gpu,
+            one_after_the_other,
+            ROUNDS_SECONDS[log.gpu.pretended],
+        )
     except DeviceLost as error:
         append(log.rows / STEPS, [status_row(case, *error.args)], log.about)
         if error.args[0] in OURS["cuda"]:
             raise CheckFailed(f"{planned.name}: {error.args[0]}: {error.args[1]}") from error
-        raise
+        if error.args[0] not in planned.providers:  # the floor: nothing is left to go on without
+            raise
+        raise PeerLost(f"{error.args[0]} broke the GPU in {planned.name}") from error
     append(log.rows / STEPS, new, log.about)
     log.row(planned.name, "", "all of the case", "s", time.monotonic() - start, digits=1)
     if wrong := own_failures(new):
@@ -112,7 +132,7 @@ def workspace(log: Log) -> None:
             else:
                 one_size(log, size, backend)
     finally:
-        os.environ.pop(VARIABLE)
+        os.environ.pop(VARIABLE, None)  # no case has set it where there was no time
         if before is not None:
             os.environ[VARIABLE] = before
 

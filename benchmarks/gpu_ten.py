@@ -35,11 +35,13 @@ from fastclip.parent import end_with_parent
 
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 550.0  # and a few before the clock starts, in which torch is imported
-WRONG, INCOMPLETE = 4, 3  # exit codes of a part: a wrong value; no time for some of its pieces
+# A part's exit codes: a wrong value; no time for some of its pieces; a peer broke the GPU. 5 would be NO_TESTS
+WRONG, INCOMPLETE, PEER_LOST = 4, 3, 6
 RESERVE = 2.0  # seconds that a part leaves of its limit, to end by itself
 EXITS = {
     f"failed with exit code {WRONG}": "a value is wrong: nothing more is run",
     f"failed with exit code {INCOMPLETE}": "no time was left for all of it",
+    f"failed with exit code {PEER_LOST}": "a peer broke the GPU: the rest goes on without it",
 }
 
 
@@ -68,7 +70,7 @@ PARTS = (
 
 
 def run_part(name: str, arguments: argparse.Namespace) -> int:
-    """In a part's own process: 0, INCOMPLETE or WRONG."""
+    """In a part's own process: 0, INCOMPLETE, PEER_LOST or WRONG."""
     end_with_parent()
     from benchmarks import gpu_correct, gpu_counters, gpu_host, gpu_steps, losses, peers
     from benchmarks.gpu import Gpu
@@ -93,6 +95,8 @@ def run_part(name: str, arguments: argparse.Namespace) -> int:
     except losses.CheckFailed as error:
         log.status("", "", f"wrong: {error}")
         return WRONG
+    except gpu_steps.PeerLost:
+        return PEER_LOST
     return 0 if log.complete else INCOMPLETE
 
 
@@ -122,6 +126,18 @@ def limit(part: Part, later: list[Part], left: float) -> float:
     return max(0.0, min(max(part.seconds, most), left))
 
 
+def outcome(checklist: Checklist, part: Part, until: float) -> str:
+    """How a part ended that may run until then. Where a peer has broken the GPU, a new process goes on at once."""
+    result = "no time was left"
+    told = replace(part, words=(*part.words, "--until", f"{until:.1f}"))  # the same clock in every process
+    while (seconds := until - time.monotonic()) > 2 * RESERVE:
+        result = checklist.do(told, seconds)
+        result = EXITS.get(result, result)
+        if result != EXITS[f"failed with exit code {PEER_LOST}"]:
+            break
+    return result
+
+
 def check(checklist: Checklist, chosen: list[Part], end: float) -> int:
     """Run the parts until time is up: 0 when all are done, 1 when one was wrong or failed, 3 when some are left."""
     failed = left = 0
@@ -131,16 +147,11 @@ def check(checklist: Checklist, chosen: list[Part], end: float) -> int:
             print(f"{part.name:12s} done", flush=True)
             continue
         seconds = limit(part, todo[todo.index(part) + 1 :], end - time.monotonic())
-        if seconds > 2 * RESERVE:
-            until = time.monotonic() + seconds  # the same clock in every process
-            result = checklist.do(replace(part, words=(*part.words, "--until", f"{until:.1f}")), seconds)
-        else:
-            result = "no time was left"
-        result = EXITS.get(result, result)
+        result = outcome(checklist, part, time.monotonic() + seconds)
         print(f"{part.name:12s} {result}", flush=True)
         if result == EXITS[f"failed with exit code {WRONG}"]:
             return 1
-        left += result.startswith(("took more", "no time"))
+        left += result.startswith(("took more", "no time", "a peer broke"))
         failed += result.startswith("failed")
     return 1 if failed else 3 if left else 0
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from support.rows import rows_of
 needs("train")
 
 
-from benchmarks import gpu_correct, gpu_ten, report
+from benchmarks import gpu, gpu_correct, gpu_steps, gpu_ten, report
 from benchmarks.gpu_check import Checklist
 from benchmarks.gpu_pretended import Pretended
 from benchmarks.gpu_ten import PARTS, Part, limit
@@ -140,6 +141,37 @@ def test_a_part_that_fails_or_is_cut_does_not_end_the_run(tmp_path: Path) -> Non
     assert checked(tmp_path, {"counters": None}) == (3, ["host", "counters"])  # the others are done
     assert checked(tmp_path, {"counters": gpu_ten.INCOMPLETE}) == (3, ["counters"])
     assert checked(tmp_path, {}) == (0, ["counters"])
+
+
+def test_a_part_goes_on_after_a_peer_has_broken_the_gpu(tmp_path: Path) -> None:
+    """In a new process, at once; where no time is left, at the next call."""
+    codes, ran = iter([gpu_ten.PEER_LOST, gpu_ten.PEER_LOST, 0]), []
+
+    def run(command: list[str], seconds: float) -> int:
+        ran.append(command[-2:])
+        return next(codes)
+
+    part, end = Part("steps", seconds=30), time.monotonic() + 40
+    assert gpu_ten.check(Checklist(tmp_path / "cuda.csv", tmp_path, run=run), [part], end) == 0
+    assert len(ran) == 3 and ran[0] == ran[1] == ran[2] and ran[0][0] == "--until"  # the same limit
+
+    def slow(command: list[str], seconds: float) -> int:
+        time.sleep(seconds - 1)
+        return gpu_ten.PEER_LOST
+
+    checklist = Checklist(tmp_path / "cuda.csv", tmp_path / "other", run=slow)
+    assert gpu_ten.check(checklist, [part], time.monotonic() + 5) == 3 and not (tmp_path / "other").exists()
+
+
+def test_a_lost_peer_has_an_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loses(log: Any) -> None:
+        raise gpu_steps.PeerLost("memeff broke the GPU")
+
+    monkeypatch.setattr(gpu_steps, "run", loses)
+    monkeypatch.setattr(gpu_ten, "end_with_parent", lambda: None)
+    arguments = Namespace(dry_run=False, variant=[], rows=tmp_path, until=0.0, markers=tmp_path)
+    monkeypatch.setattr(gpu, "Gpu", Pretended)
+    assert gpu_ten.run_part("steps", arguments) == gpu_ten.PEER_LOST
 
 
 class Sleeping(Part):

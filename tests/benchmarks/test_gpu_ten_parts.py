@@ -18,11 +18,13 @@ from support.rows import rows_of
 needs("train")
 
 
-from benchmarks import gpu_correct, gpu_counters, gpu_ten, gpu_timeline, gpu_variants
+from benchmarks import gpu_correct, gpu_counters, gpu_steps, gpu_ten, gpu_timeline, gpu_variants
+from benchmarks.gpu import DeviceLost
 from benchmarks.gpu_log import Log
 from benchmarks.gpu_pretended import Pretended
 from benchmarks.gpu_timeline import Event, group_of, groups
 from benchmarks.losses import OURS, CheckFailed
+from benchmarks.peers import PEERS, Peer
 
 
 @pytest.fixture
@@ -166,6 +168,77 @@ def test_ncu_is_asked_again_without_names_that_it_does_not_know(
         assert rows[0]["value"] == "1403968.0" and rows[-1]["status"] == "ncu saw no launch of it"
     else:
         assert [row["status"] for row in rows] == ["ERR_NVGPUCTRPERM: no permission"] * 3
+
+
+# ---- whole steps, and time and memory against the workspace ----
+
+
+def test_a_peer_that_breaks_the_gpu_is_left_out_of_its_case(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left is said. The next process does not do again what is done, nor run that peer in that case."""
+    calls: list[int] = []
+
+    def breaks(image: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        calls.append(len(image))
+        log.gpu.lost = True  # type: ignore[attr-defined]
+        raise RuntimeError("CUDA error")
+
+    providers = ("open_clip", "memeff", *OURS["cuda"])
+    planned = [gpu_steps.Planned("sigmoid", (40, 32), ("open_clip", *OURS["cuda"]))]
+    planned += [gpu_steps.Planned("softmax", (N, 32), providers) for N in (48, 56)]
+    monkeypatch.setitem(gpu_steps.CASES, True, planned)
+    monkeypatch.setitem(PEERS, "memeff", Peer("memeff", {"softmax": lambda: breaks}, gpu_only=True))
+    for case, left in (("softmax-48x32", planned[1:]), ("softmax-56x32", planned[2:])):
+        log.gpu = Pretended()  # a new process has a new context
+        with pytest.raises(gpu_steps.PeerLost, match=f"memeff broke the GPU in {case}"):
+            gpu_steps.run(log)
+        told = [row["case"] for row in rows_of(log.rows) if row["status"] == f"left: memeff broke the GPU in {case}"]
+        assert told == [one.name for one in left]
+    log.gpu = Pretended()
+    gpu_steps.run(log)
+    assert calls == [48, 56] and log.complete and all(log.done(one.name) for one in planned)
+    rows = [row for row in rows_of(log.rows, "cuda.csv") if row["provider"] != "floor"]
+    assert [row["status"][:11] for row in rows if row["provider"] == "memeff"] == ["device lost"] * 2
+    figures = [(row["N"], row["provider"]) for row in rows if row["median_ms"]]
+    assert sorted(figures) == sorted((N, name) for N in ("40", "48", "56") for name in ("open_clip", *OURS["cuda"]))
+
+
+def test_a_lost_gpu_that_is_no_peer_s_work_is_a_failure(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing could be left out: another try would end as this one did."""
+
+    def lost(*_: Any) -> Any:
+        raise DeviceLost("floor", "device lost: error")
+
+    monkeypatch.setattr(gpu_steps, "measured", lost)
+    with pytest.raises(DeviceLost):
+        gpu_steps.run(log)
+
+
+def test_steps_come_in_order_of_worth() -> None:
+    """The part's own seconds are enough for both losses at every size that both have, and the largest softmax."""
+    part = next(part for part in gpu_ten.PARTS if part.name == "steps")
+    planned = gpu_steps.CASES[False]
+    left, sure = part.seconds - gpu_ten.RESERVE, []
+    for one in planned:
+        left -= one.seconds
+        if left >= 0:
+            sure.append(one.name)
+    assert sure[:2] == ["softmax-32768x512", "sigmoid-32768x512"]
+    sizes = {one.size for one in planned if one.loss == "sigmoid"}
+    wanted = {f"{loss}-{N}x{D}" for N, D in sizes for loss in ("softmax", "sigmoid")} | {"softmax-65536x768"}
+    assert len(sizes) == 3 and set(sure) >= wanted and planned[-1].name.endswith("cut_cross_entropy")
+
+
+def test_a_workspace_for_which_no_time_is_left_is_said(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a KeyError for the variable that no case has set; and it is as it was before."""
+    for before in (None, "77"):
+        if before:
+            monkeypatch.setenv(gpu_steps.VARIABLE, before)
+        else:
+            monkeypatch.delenv(gpu_steps.VARIABLE, raising=False)
+        log.end, log.complete = time.monotonic(), True
+        gpu_steps.workspace(log)
+        assert not log.complete and os.environ.get(gpu_steps.VARIABLE) == before
+    assert rows_of(log.rows)[0]["status"].startswith("no time was left")
 
 
 # ---- the time line of a training step ----
