@@ -184,7 +184,8 @@ def options() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="a folder with another build of fastclip, or NAME=VARIABLE:VALUE; repeatable",
+        help="a folder with another build of the whole package, native modules and triton_kernels too, as "
+        "`pip install --target FOLDER --no-deps .` makes it of another commit; or NAME=VARIABLE:VALUE; repeatable",
     )
     parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of time.monotonic()

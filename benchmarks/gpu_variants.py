@@ -1,11 +1,15 @@
 """Other builds of the package, or the same under other settings, timed beside this one in the same rounds.
 
 A variant is a process that keeps its features and makes a step when it is told to, by a line on its standard input.
+Its folder holds the whole package: the Python sources, the native modules and `fastclip/triton_kernels`, as
+`pip install --target FOLDER --no-deps .` in another commit's checkout leaves them. An editable installation of this one
+fills in what a folder lacks, so every module says where it came from before anything is timed.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -23,7 +27,7 @@ from benchmarks.gpu import Gpu
 from benchmarks.gpu_log import Log
 from benchmarks.gpu_pretended import Pretended
 from benchmarks.harness import Case, Step
-from benchmarks.losses import CheckFailed, check_one, leaves_of, step_of
+from benchmarks.losses import OURS, CheckFailed, check_one, leaves_of, step_of
 from fastclip.bench.truth import truth
 
 ROOT = Path(__file__).parent.parent
@@ -40,12 +44,12 @@ ROUNDS = {False: 25, True: 2}
 # The variant's fastclip first; then this repository's benchmarks around it
 SERVE = """
 import sys
-folder, root, device = sys.argv[1:]
+folder, root, device, backend = sys.argv[1:]
 sys.path.insert(0, folder)
 import fastclip
 sys.path.insert(0, root)
 from benchmarks.gpu_variants import serve
-serve(folder, device)
+serve(folder, device, backend)
 """
 
 
@@ -86,11 +90,14 @@ class Worker:
 
     variant: Variant
     device: str
+    backend: str  # of the steps; the variant's setting of FASTCLIP_BACKEND goes before it
     process: subprocess.Popen[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        words = [sys.executable, "-c", SERVE, str(self.variant.folder), str(ROOT), self.device]
-        environment = {**os.environ, **dict(self.variant.environment)}
+        settings = dict(self.variant.environment)
+        backend = settings.get("FASTCLIP_BACKEND", self.backend)
+        words = [sys.executable, "-c", SERVE, str(self.variant.folder), str(ROOT), self.device, backend]
+        environment = {**os.environ, **settings}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(words, env=environment, **pipes)
 
@@ -119,7 +126,9 @@ class Worker:
 
 def run(log: Log, variants: list[Variant]) -> None:
     """Rounds in which every variant makes a step of the same case, this build first."""
-    workers = [Worker(variant, log.gpu.device) for variant in (Variant(THIS), *variants)]
+    backend = OURS["cuda"]["fastclip_cuda"]
+    assert backend is not None  # automatic, the choice could fall to another one and the row would not say so
+    workers = [Worker(variant, log.gpu.device, backend) for variant in (Variant(THIS), *variants)]
     try:
         for loss, size in CASES[log.gpu.pretended]:
             if log.left() < 5:
@@ -166,7 +175,23 @@ def one_case(log: Log, workers: list[Worker], loss: str, size: tuple[int, int]) 
     return alive
 
 
-def serve(folder: str, device: str) -> None:
+def foreign(folder: Path) -> str:
+    """Modules of the package that another folder gives, or would give; nothing where all are the folder's own."""
+    origins = {
+        name: getattr(module, "__file__", None)
+        for name, module in sys.modules.items()
+        if name == "fastclip" or name.startswith("fastclip.")
+    }
+    for name in ("fastclip._cuda", "fastclip._cpu", "fastclip.triton_kernels"):  # perhaps not loaded yet
+        spec = importlib.util.find_spec(name)
+        origins[name] = spec.origin if spec else None
+    told = [f"{name} came from {path}" for name, path in origins.items() if path and folder not in Path(path).parents]
+    if not origins["fastclip.triton_kernels"]:
+        told.append("there is no fastclip.triton_kernels")
+    return ", ".join(sorted(told, key=lambda text: text.count(".")))
+
+
+def serve(folder: str, device: str, backend: str) -> None:
     """Answer the questions on standard input, a line of JSON each: a case to get ready for, or a step of it to time."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
@@ -177,10 +202,10 @@ def serve(folder: str, device: str) -> None:
 
     def ready(question: dict[str, Any]) -> str:
         nonlocal prepare
-        if Path(folder) not in Path(fastclip.__file__).parents:
-            return f"error: fastclip came from {fastclip.__file__}"
+        if told := foreign(Path(folder)):
+            return f"error: not all of {folder}: {told}"[:300]
         case = Case(question["loss"], "both", question["N"], question["D"], "bfloat16")
-        loss = functools.partial(functions[case.loss], normalize=False)
+        loss = functools.partial(functions[case.loss], normalize=False, backend=backend)
         leaves = leaves_of(case, gpu.device)
         try:
             check_one(case.loss, loss, leaves, truth(case.loss, leaves))
@@ -188,7 +213,8 @@ def serve(folder: str, device: str) -> None:
             return f"check failed: {error}"
         prepare = functools.partial(step_of, case, loss, leaves)
         prepare()()
-        return ""
+        told = foreign(Path(folder))  # of what a step has loaded
+        return f"error: not all of {folder}: {told}"[:300] if told else ""
 
     for line in sys.stdin:
         question = json.loads(line)

@@ -18,7 +18,7 @@ from support.rows import rows_of
 needs("train")
 
 
-from benchmarks import gpu_correct, gpu_counters, gpu_steps, gpu_ten, gpu_timeline, gpu_variants
+from benchmarks import gpu_correct, gpu_counters, gpu_steps, gpu_ten, gpu_timeline
 from benchmarks.gpu import DeviceLost
 from benchmarks.gpu_log import Log
 from benchmarks.gpu_pretended import Pretended
@@ -312,42 +312,6 @@ def test_groups_sum_to_the_step() -> None:
     }
     with pytest.raises(RuntimeError, match="5 marks"):
         groups([mark(k) for k in range(5)])
-
-
-# ---- variants ----
-
-
-def test_variants_are_folders_or_settings(tmp_path: Path) -> None:
-    package = tmp_path / "before" / "fastclip"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    assert gpu_variants.parse(f"old={tmp_path / 'before'}").folder == tmp_path / "before"
-    setting = gpu_variants.parse("portable=FASTCLIP_CPU_ISA:portable")
-    assert setting.environment == (("FASTCLIP_CPU_ISA", "portable"),) and setting.folder == ROOT
-    for text in (f"old={tmp_path / 'before'}", "portable=FASTCLIP_CPU_ISA:portable"):
-        assert str(gpu_variants.parse(text)) == text
-
-
-def test_another_build_is_timed_beside_this_one(log: Log, tmp_path: Path) -> None:
-    """A variant's own package is loaded; one that is wrong or does not load has a status, and this one its figures."""
-    broken = "raise ImportError('not built')\n"
-    wrong = "contrastive_loss = lambda i, t, s, **_: (s * i @ t.T).logsumexp(1).mean()\n"
-    for name, text in (("broken", broken), ("wrong", wrong)):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "fastclip").mkdir()
-        for path in (ROOT / "fastclip").iterdir():
-            if path.name not in ("__init__.py", "__pycache__"):
-                (folder / "fastclip" / path.name).symlink_to(path)
-        real = (ROOT / "fastclip" / "__init__.py").read_text()
-        (folder / "fastclip" / "__init__.py").write_text(broken if text == broken else f"{real}\nimport torch\n{text}")
-    variants = [gpu_variants.parse(f"{name}={tmp_path / name}") for name in ("broken", "wrong")]
-    gpu_variants.run(log, variants)
-    rows = rows_of(tmp_path)
-    assert {row["provider"] for row in rows if row["value"] and row["case"].startswith("softmax")} == {"this"}
-    told = {row["provider"]: row["status"] for row in reversed(rows) if row["status"]}
-    assert told["broken"].startswith("error: the process ended") and told["wrong"].startswith("check failed")
-    assert {row["provider"] for row in rows if row["value"] and row["case"].startswith("sigmoid")} == {"this", "wrong"}
 
 
 # ---- packages of training ----
