@@ -22,7 +22,6 @@ from benchmarks.gpu_check import run_limited
 from benchmarks.gpu_log import Log
 from benchmarks.harness import Case
 from benchmarks.losses import OURS, leaves_of, ours, step_of
-from fastclip.parent import end_with_parent
 
 SIZE = {False: (32768, 512), True: (48, 32)}
 KERNELS = {"statistics": "Statistics", "weights": "Weigh", "sigmoid": "Sigmoid"}  # classes that `tile_kernel` takes
@@ -146,7 +145,6 @@ def steps(size: tuple[int, int], backend: str | None, device: str) -> None:
 
 
 def main() -> None:
-    end_with_parent()  # ncu may start it in a group of its own
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default=size_name(SIZE[False]), help="NxD")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU")
