@@ -104,7 +104,7 @@ class Gpu:
         torch.cuda._sleep(1)
 
     def replayed(self, step: Callable[[], list[Tensor]], change: Callable[[], None]) -> list[Tensor]:
-        """What a CUDA graph of the step computes after `change()` of its inputs."""
+        """Capture the step in a CUDA graph and return what its replay computes after `change()` of the inputs."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -128,7 +128,7 @@ def measured(
 
 
 def own_failures(found: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with backends of ours that are available, by their rows."""
+    """Collect from rows what is wrong with those of our backends that are available."""
     own = (row for row in found if row["provider"] in OURS["cuda"] and row["status"])
     return [f"{row['provider']}: {row['status']}" for row in own if not row["status"].startswith("not available")]
 

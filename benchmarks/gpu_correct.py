@@ -113,8 +113,8 @@ def dense_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *, n
 
 
 def offset_loss(image: Tensor, text: Tensor, scale: Tensor, *, normalize: bool, backend: str | None) -> Tensor:
-    """Of the second quarter of the images against all texts, as a rank computes its shard: image i belongs to text
-    i + N / 4."""
+    """Compute the loss of the second quarter of the images against all texts, as a rank does that of its shard: image i
+    belongs to text i + N / 4."""
     size = len(image) // 4
     problem = image[size : 2 * size], text, scale
     stats = contrastive_statistics(*problem, offset=size, normalize=normalize, backend=backend)

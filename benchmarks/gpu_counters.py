@@ -1,4 +1,4 @@
-"""What Nsight Compute (ncu) counts in one launch of each tile kernel of the CUDA backend.
+"""Counters of Nsight Compute (ncu) for one launch of each tile kernel of the CUDA backend.
 
 python -m benchmarks.gpu_counters --size 32768x512     the steps that ncu looks at, alone
 """
@@ -89,8 +89,8 @@ def command(ncu: str, path: Path, metrics: tuple[str, ...]) -> list[str]:
 
 
 def parse(text: str) -> Iterator[tuple[str, list[Metric]]]:
-    """Of ncu's raw page in CSV, which its messages precede: the first launch of every kernel in KERNELS, and the
-    metrics in KEPT that have a number."""
+    """Read ncu's raw page in CSV, which its messages precede: the metrics in KEPT that have a number, of the first
+    launch of every kernel in KERNELS."""
     lines = text.splitlines()
     first = next((k for k, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     table = list(csv.reader(line for line in lines[first:] if not line.startswith("==")))

@@ -1,4 +1,4 @@
-"""What the host spends on a step of few rows, which no kernel hides: forward and backward, without waiting inside."""
+"""Time of the host in a step of few rows, which no kernel hides: forward and backward, without waiting inside."""
 
 from __future__ import annotations
 

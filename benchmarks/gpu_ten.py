@@ -1,4 +1,4 @@
-"""What a Hopper GPU that is at hand for ten minutes can tell, in one command that ends within them.
+"""Measurements for a Hopper GPU that is at hand for ten minutes, in one command that ends within them.
 
     python -m benchmarks.gpu_ten                                  everything, in order of worth
     python -m benchmarks.gpu_ten --list                           the parts, what each tells, its seconds
@@ -164,7 +164,7 @@ def forget(markers: Path, names: list[str]) -> None:
 
 
 def words_of(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """What every part is told."""
+    """List the command-line words that every part is told."""
     words = ["--rows", str(arguments.rows), "--markers", str(arguments.markers)]
     words += ["--dry-run"] if arguments.dry_run else []
     return (*words, *(word for variant in arguments.variant for word in ("--variant", str(variant))))

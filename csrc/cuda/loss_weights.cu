@@ -79,9 +79,7 @@ struct Weigh {
       }
     };
     store_weights(t, pair);
-    publish_sum(t, 0, d_scale);
-    t.sync();
-    if (t.at.thread == 0 && t.tile.m < t.p.tiles_m) t.p.scale_part[t.index()] = published_sum(t, 0);
+    end_tile(t, d_scale);
   }
 
   template <bool kMask>

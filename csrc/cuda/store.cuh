@@ -44,4 +44,12 @@ __device__ __forceinline__ void store_weights(const Epilogue<Op>& t, const Weigh
   }
 }
 
+// The end of a tile of weights: its share of d_scale. After the barrier nobody reads the tile's vectors any more.
+template <class Op>
+__device__ __forceinline__ void end_tile(const Epilogue<Op>& t, float d_scale) {
+  publish_sum(t, 0, d_scale);
+  t.sync();
+  if (t.at.thread == 0 && t.tile.m < t.p.tiles_m) t.p.scale_part[t.index()] = published_sum(t, 0);
+}
+
 }  // namespace fastclip

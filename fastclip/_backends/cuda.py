@@ -202,9 +202,10 @@ def plain_saved(N: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _blocks(N: int, rows: int, columns: int) -> list[tuple[int, int]]:
-    """First row and column of every block of weights, chunk by chunk."""
-    return [(i0, j0) for i0 in range(0, N, rows) for j0 in range(0, N, columns)]
+def _blocks(N: int, rows: int, columns: int) -> list[tuple[int, int, int, int]]:
+    """First and last row and column (exclusive) of every block of weights, chunk by chunk."""
+    chunks = _launch().chunks
+    return [(*across, *along) for across in chunks(N, rows) for along in chunks(N, columns)]
 
 
 def _side(x: Tensor, copied: bool, width: int) -> tuple[Tensor, Tensor, int, int, int, int]:
@@ -278,17 +279,17 @@ def plain_bwd(
     kept, at = saved.data_ptr(), work.data_ptr()
     image_at, text_at = at + 2 * raw, at + 2 * raw + 4 * rows * width
     outputs = [0 if x is None else x.data_ptr() for x in (d_image, d_text, d_scale)]
-    for i0, j0 in _blocks(N, rows, columns):
-        size, wide = rows if i0 + rows <= N else N - i0, columns if j0 + columns <= N else N - j0
+    for i0, i1, j0, j1 in _blocks(N, rows, columns):
+        size, wide = i1 - i0, j1 - j0
         weights = work.as_strided((size, wide), (stride, 1))
         _module.loss_weights(problem, kept, at, i0 // rows, j0)
         if d_image is not None:
             raw_image = words.as_strided((size, width), (width, 1), raw // 2)
-            addmm(raw_image, weights, y if wide == N else y[j0 : j0 + wide], j0 > 0)
+            addmm(raw_image, weights, y if wide == N else y[j0:j1], j0 > 0)
         if d_text is not None:
             raw_text = words.as_strided((wide, width), (width, 1), raw // 2 + (rows + j0) * width)
-            addmm(raw_text, weights.t(), x if size == N else x[i0 : i0 + size], i0 > 0)
-        if j0 + wide == N:
+            addmm(raw_text, weights.t(), x if size == N else x[i0:i1], i0 > 0)
+        if j1 == N:
             _module.loss_finish(problem, kept, at, i0 // rows, d_loss.data_ptr(), image_at, text_at, *outputs)
     return d_image, d_text, d_scale
 
@@ -322,18 +323,18 @@ def sigmoid_fwd(
         0 if scalars is None else scalars.data_ptr(),
     )
     addmm = _launch().addmm
-    for i0, j0 in _blocks(N, rows, columns):
-        size, wide = rows if i0 + rows <= N else N - i0, columns if j0 + columns <= N else N - j0
+    for i0, i1, j0, j1 in _blocks(N, rows, columns):
+        size, wide = i1 - i0, j1 - j0
         _module.sigmoid_weights(*inputs, i0 // rows, j0, gradients)
         if d_image is not None:
             weights = work.as_strided((size, wide), (stride, 1), head)
             raw_image = words.as_strided((size, width), (width, 1), raw // 2)
-            addmm(raw_image, weights, y if wide == N else y[j0 : j0 + wide], j0 > 0)
+            addmm(raw_image, weights, y if wide == N else y[j0:j1], j0 > 0)
         if d_text is not None:
             weights = work.as_strided((wide, size), (1, stride), head)
             raw_text = words.as_strided((wide, width), (width, 1), raw // 2 + (rows + j0) * width)
-            addmm(raw_text, weights, x if size == N else x[i0 : i0 + size], i0 > 0)
-        if j0 + wide == N:
+            addmm(raw_text, weights, x if size == N else x[i0:i1], i0 > 0)
+        if j1 == N:
             _module.sigmoid_finish(*inputs, i0 // rows, divisor, *outputs)
     d_scale, d_bias = (None, None) if scalars is None else scalars.unbind()
     return loss, d_image, d_text, d_scale if needs[2] else None, d_bias if needs[3] else None

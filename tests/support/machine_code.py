@@ -19,7 +19,7 @@ _END = frozenset({"BRA", "EXIT", "RET", "CALL", "BRX", "JMP"})
 
 
 class Instruction(NamedTuple):
-    """`stall`: clocks that the scheduler waits at least before the warp's next instruction."""
+    """Instruction of a kernel; `stall` is how many clocks the scheduler waits at least before the warp's next one."""
 
     address: int
     text: str
@@ -32,7 +32,7 @@ class Instruction(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one warp on a path without branches taken: instructions, sum of their stalls, loads from shared memory."""
+    """Cost of a path for one warp: instructions, sum of their stalls, loads from shared memory."""
 
     instructions: int
     stalls: int
@@ -62,7 +62,7 @@ def counts(code: list[Instruction]) -> Counter[str]:
 
 
 def epilogues(code: list[Instruction], exponentials: int) -> list[Cost]:
-    """Of a kernel that has several: every run of basic blocks from its first exponential on that has so many."""
+    """List the epilogues of a kernel: runs of basic blocks, from their first exponential on, that have so many."""
     targets = {int(found[1], 16) for x in code if (found := _TARGET.search(x.text))}
     blocks: list[list[Instruction]] = [[]]
     for instruction in code:
