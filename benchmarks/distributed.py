@@ -30,8 +30,8 @@ from benchmarks.harness import Timings, append, machine, quantile
 from benchmarks.peak_memory import peak_of, return_what_is_freed
 from benchmarks.peers import Unavailable
 from fastclip.bench.losses import SCALARS, CheckFailed, Loss, features
-from fastclip.bench.truth import truth
 from fastclip.machine import version
+from fastclip.parity.truth import blockwise_truth
 
 RESULTS = Path(__file__).parent / "results" / "distributed.csv"
 EXACT = "exact"
@@ -221,7 +221,7 @@ def launch(case: Case, names: Iterable[str], rounds: int = 0, peak: bool = False
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # the ranks are on this machine
     with tempfile.TemporaryDirectory() as folder:
         if not peak:
-            torch.save(truth("softmax", case.leaves(), torch.float64), Path(folder) / "truth.pt")
+            torch.save(blockwise_truth("softmax", case.leaves(), torch.float64), Path(folder) / "truth.pt")
         mp.spawn(_work, (case, list(names), rounds, peak, folder), nprocs=case.W)
         return torch.load(Path(folder) / "results.pt", weights_only=False)
 

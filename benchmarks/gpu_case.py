@@ -15,7 +15,7 @@ from benchmarks.gpu import Clocks, Gpu
 from benchmarks.harness import Case, Provider, Step, Timings, rows
 from benchmarks.losses import FLOOR, OURS, PEER, check_one, fitting, found, leaves_of, names, step_of
 from benchmarks.peers import PEERS, Loss, version
-from fastclip.bench.truth import truth
+from fastclip.parity.truth import blockwise_truth
 
 SECONDS = 120.0  # of a case's rounds, three at least
 
@@ -82,7 +82,7 @@ def line_up(case: Case, wanted: Iterable[str], gpu: Gpu) -> LineUp:
     losses, out.status = found(case.loss, "cuda", wanted)
     for name in set(losses) - set(fitting(case, losses, float("inf"))):
         out.status[name] = "only whole steps"
-    expected = truth(case.loss, sets[0])
+    expected = blockwise_truth(case.loss, sets[0])
     for name in fitting(case, losses, float("inf")):
         if not fitting(case, [name], gpu.available_bytes()):
             out.status[name] = f"does not fit: {case.dense_bytes / 2**30:.0f} GiB"

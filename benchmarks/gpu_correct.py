@@ -21,6 +21,7 @@ from benchmarks.losses import OURS, CheckFailed, ours
 from benchmarks.peers import Unavailable
 from fastclip.bench.losses import SCALARS, features
 from fastclip.ops import contrastive_statistics
+from fastclip.parity.truth import truth
 
 # Hopper's tiles alone, then the launchers around them. Those of Triton are left out: compiling takes their time, and
 # the values below go through its kernels too
@@ -42,10 +43,10 @@ Loss = Callable[..., Tensor]
 
 
 class Way(NamedTuple):
-    """A loss of image, text, scale and perhaps a bias on one of our backends, and the same in float64."""
+    """A loss of image, text, scale and perhaps a bias on one of our backends, and its value and gradients in float64."""
 
     ours: Loss
-    dense: Loss
+    truth: Callable[[list[Tensor]], list[Tensor]]
     scalars: tuple[float, ...]
 
 
@@ -72,44 +73,27 @@ def tests(log: Log) -> None:
 
 def way(name: str, backend: str | None, N: int, normalize: bool, device: str) -> Way:
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
-    if name == "sigmoid":
-        dense = functools.partial(dense_sigmoid, normalize=normalize)
-        return Way(functools.partial(fastclip.sigmoid_loss, **options), dense, SCALARS["sigmoid"])
     if name == "offset":
-        dense = functools.partial(dense_offset, normalize=normalize)
-        return Way(functools.partial(offset_loss, **options), dense, SCALARS["softmax"])
-    labels = torch.arange(N, device=device) * 7 % (N // 3) if name == "labels" else None
-    smoothing = 0.1 if name == "smoothing" else 0.0
-    if labels is not None:
+        expected = functools.partial(offset_truth, normalize=normalize)
+        return Way(functools.partial(offset_loss, **options), expected, SCALARS["softmax"])
+    expected = functools.partial(dense_truth, normalize=normalize)
+    if name == "sigmoid":
+        return Way(functools.partial(fastclip.sigmoid_loss, **options), expected, SCALARS["sigmoid"])
+    if name == "labels":
+        labels = torch.arange(N, device=device) * 7 % (N // 3)
+        expected = functools.partial(expected, labels=(labels, labels))
         options |= {"image_labels": labels, "text_labels": labels}
-    if smoothing:
-        options["label_smoothing"] = smoothing
-    dense = functools.partial(dense_contrastive, normalize=normalize, labels=labels, smoothing=smoothing)
-    return Way(functools.partial(fastclip.contrastive_loss, **options), dense, SCALARS["softmax"])
+    if name == "smoothing":
+        expected = functools.partial(expected, label_smoothing=0.1)
+        options["label_smoothing"] = 0.1
+    return Way(functools.partial(fastclip.contrastive_loss, **options), expected, SCALARS["softmax"])
 
 
-def logits(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> Tensor:
-    image, text = (F.normalize(x, dim=1) if normalize else x for x in (image, text))
-    return scale * image @ text.T
-
-
-def dense_contrastive(
-    image: Tensor, text: Tensor, scale: Tensor, *, normalize: bool, labels: Tensor | None, smoothing: float
-) -> Tensor:
-    z = logits(image, text, scale, normalize)
-    eye = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positive = eye if labels is None else labels[:, None] == labels
-
-    def direction(z: Tensor) -> Tensor:
-        target = (1 - smoothing) * positive / positive.sum(1, keepdim=True) + smoothing / len(z)
-        return F.cross_entropy(z, target.to(z.dtype))
-
-    return (direction(z) + direction(z.T)) / 2
-
-
-def dense_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *, normalize: bool) -> Tensor:
-    z = logits(image, text, scale, normalize) + bias
-    return (F.softplus(z).sum() - z.trace()) / len(z)
+def dense_truth(leaves: list[Tensor], **options: Any) -> list[Tensor]:
+    image, text, *scalars = leaves
+    scale, *bias = map(float, scalars)
+    result = truth(image, text, scale, bias=bias[0] if bias else None, **options)
+    return [result.loss, *result.gradients]
 
 
 def offset_loss(image: Tensor, text: Tensor, scale: Tensor, *, normalize: bool, backend: str | None) -> Tensor:
@@ -121,14 +105,17 @@ def offset_loss(image: Tensor, text: Tensor, scale: Tensor, *, normalize: bool, 
     return ((stats.row_neg - stats.row_pos).mean() + stats.col_neg.mean()).float()
 
 
-def dense_offset(image: Tensor, text: Tensor, scale: Tensor, *, normalize: bool) -> Tensor:
-    size = len(image) // 4
-    z = logits(image[size : 2 * size], text, scale, normalize)
-    own = torch.arange(size, device=z.device)
-    positive = torch.zeros_like(z, dtype=torch.bool)
-    positive[own, own + size] = True
-    negatives = z.masked_fill(positive, -torch.inf)
-    return (negatives.logsumexp(1) - z[own, own + size]).mean() + negatives.logsumexp(0).mean()
+def offset_truth(leaves: list[Tensor], *, normalize: bool) -> list[Tensor]:
+    """Value and gradients of `offset_loss` in float64."""
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        size = len(image) // 4
+        image, text = (F.normalize(x, dim=1) if normalize else x for x in (image[size : 2 * size], text))
+        z = scale * image @ text.T
+        negatives = z.masked_fill(torch.ones_like(z, dtype=torch.bool).triu(size).tril(size), -torch.inf)
+        return (negatives.logsumexp(1) - z.diagonal(size)).mean() + negatives.logsumexp(0).mean()
+
+    return value_and_gradients(loss, [x.detach().double().requires_grad_() for x in leaves])
 
 
 def leaves_of(N: int, D: int, dtype: str, normalize: bool, scalars: tuple[float, ...], device: str) -> list[Tensor]:
@@ -180,7 +167,7 @@ def check(told: str, backend: str | None, name: str, N: int, D: int, dtype: str,
     found, again = (value_and_gradients(one.ours, leaves) for _ in range(2))
     if not all(torch.equal(a, b) for a, b in zip(found, again)):
         raise CheckFailed(f"{told}: other bits the second time")
-    expected = value_and_gradients(one.dense, [x.detach().double().requires_grad_() for x in leaves])
+    expected = one.truth(leaves)
     errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected)]
     limits = [VALUE, GRADIENT[dtype], GRADIENT[dtype], *[SCALAR] * len(one.scalars)]
     if not all(error <= limit for error, limit in zip(errors, limits, strict=True)):  # NaN fails too

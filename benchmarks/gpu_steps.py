@@ -18,7 +18,7 @@ from benchmarks.gpu_log import STEPS, Log
 from benchmarks.harness import Case, Provider, Step, append
 from benchmarks.losses import OURS, CheckFailed, leaves_of, ours, step_of
 from benchmarks.peers import Unavailable
-from fastclip.bench.truth import truth
+from fastclip.parity.truth import blockwise_truth
 
 OPEN_CLIP = ("open_clip", "open_clip_compiled")
 SOFTMAX, SIGMOID = (*OPEN_CLIP, "memeff", *OURS["cuda"]), (*OPEN_CLIP, "siglip_kernel", *OURS["cuda"])
@@ -140,7 +140,7 @@ def workspace(log: Log) -> None:
 def one_size(log: Log, size: tuple[int, int], backend: str | None) -> None:
     case, gpu = Case("softmax", "both", *size, "bfloat16"), log.gpu
     leaves = leaves_of(case, gpu.device)
-    expected = truth(case.loss, leaves)
+    expected = blockwise_truth(case.loss, leaves)
     providers, peaks = [], {}
     for megabytes in MEGABYTES:
         loss = functools.partial(with_workspace, megabytes, backend)

@@ -28,7 +28,7 @@ from benchmarks.gpu_log import Log
 from benchmarks.gpu_pretended import Pretended
 from benchmarks.harness import Case, Step
 from benchmarks.losses import OURS, CheckFailed, check_one, leaves_of, step_of
-from fastclip.bench.truth import truth
+from fastclip.parity.truth import blockwise_truth
 
 ROOT = Path(__file__).parent.parent
 THIS = "this"
@@ -208,7 +208,7 @@ def serve(folder: str, device: str, backend: str) -> None:
         loss = functools.partial(functions[case.loss], normalize=False, backend=backend)
         leaves = leaves_of(case, gpu.device)
         try:
-            check_one(case.loss, loss, leaves, truth(case.loss, leaves))
+            check_one(case.loss, loss, leaves, blockwise_truth(case.loss, leaves))
         except CheckFailed as error:
             return f"check failed: {error}"
         prepare = functools.partial(step_of, case, loss, leaves)

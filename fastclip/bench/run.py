@@ -13,10 +13,10 @@ from torch import Tensor
 from fastclip._backends import backends, pick
 from fastclip.bench.harness import Case, Provider, Step, Timings, rows, wall_clock
 from fastclip.bench.losses import DENSE, CheckFailed, Loss, check_one, leaves_of, step_of
-from fastclip.bench.truth import truth
 from fastclip.loss import contrastive_loss
 from fastclip.machine import about_cpu, about_gpu, available_bytes
 from fastclip.parity.compare import open_clip_loss
+from fastclip.parity.truth import blockwise_truth
 from fastclip.sigmoid import sigmoid_loss
 
 __all__ = ["Measured", "columns", "measure", "table"]
@@ -111,7 +111,7 @@ def _losses(case: Case, device: str) -> dict[str, Loss]:
 
 def _rows(case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
     leaves = leaves_of(case, device)
-    expected = truth(case.loss, leaves)
+    expected = blockwise_truth(case.loss, leaves)
     status: dict[str, str] = {}
     peak_mib: dict[str, float] = {}
     providers = []

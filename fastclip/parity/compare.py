@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch import Tensor
 from fastclip._backends import backends, pick
 from fastclip.loss import contrastive_loss
 from fastclip.modules import ClipLoss
-from fastclip.parity.cases import FP32_SUMS, Case, Truth, cases, truth
+from fastclip.parity import promised
+from fastclip.parity.cases import Case, cases
+from fastclip.parity.truth import Truth, truth
 from fastclip.sigmoid import sigmoid_loss
 
 __all__ = ["Row", "Settings", "alone", "compare", "open_clip_loss", "table"]
@@ -26,10 +29,6 @@ _FORMS |= {f"{name}, equal_shards": (name, True) for name in ("gather", "ring")}
 _MODULES = ("ClipLoss", "open_clip's ClipLoss")
 _ALONE = ("plain", "sigmoid")
 _COLUMNS = ("loss", "d_image", "d_text", "d_scale", "d_bias")
-# What the package promises, relative; sums: to the sum of magnitudes that a gradient is made of
-_LOSS, _GRADIENT, _TF32_GRADIENT, _SCALE_GRADIENT, _FP64 = 1e-5, 3e-5, 1e-4, 1e-4, 1e-12
-_FP64_SUMS = 2.0**-50
-_TENSOR_CORES = 2.0**-27  # of a logit, times scale and D: their sums truncate
 
 _Loss = Callable[..., Any]
 
@@ -65,7 +64,7 @@ def compare(settings: Settings, device: torch.device) -> list[Row]:
     truths: dict[tuple[str, torch.dtype], Truth] = {}
     for backend, dtype in _served(settings, device):
         for case in batches:
-            true = truths.get((case.name, dtype)) or truth(case, dtype, device)
+            true = truths.get((case.name, dtype)) or _truth(case, dtype, device)
             truths[case.name, dtype] = true
             for form, whose, loss in _losses(case, backend, dtype, device):
                 errors, raised = _errors(case, dtype, device, true, loss)
@@ -84,11 +83,25 @@ def alone(device: torch.device, *, batch: int = 136, dim: int = 64, seed: int = 
     batches = [case for case in cases(1, batch, dim, seed) if case.name in _ALONE]
     for backend, dtype in _served(Settings(batch, dim, seed, None, device.type), device):
         for case in batches:
-            true = truth(case, dtype, device)
+            true = _truth(case, dtype, device)
             errors, raised = _errors(case, dtype, device, true, _function(case, {"backend": backend}))
             budgets = _budgets(case, dtype, device, true, "", backend)
             rows.append(Row("-", backend, str(dtype).removeprefix("torch."), case.name, errors, budgets, raised))
     return rows
+
+
+def _truth(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
+    """Loss and gradients of the whole batch, its features rounded to dtype."""
+    image, text = (x.to(device, dtype) for x in (case.image, case.text))
+    scale, *bias = case.scalars
+    options = {"labels": case.labels, **case.options} if not bias else {"bias": bias[0], **case.options}
+    return truth(image, text, scale, upstream=_upstream(case, device), **options)
+
+
+def _upstream(case: Case, device: torch.device) -> Tensor:
+    """Derivative by the loss, which differs from row to row where the loss does."""
+    shape = (len(case.image) + len(case.text),) if case.options.get("reduction") == "none" else ()
+    return torch.linspace(0.5, 1.5, math.prod(shape), dtype=torch.float64, device=device).view(shape)
 
 
 def _served(settings: Settings, device: torch.device) -> Iterator[tuple[str, torch.dtype]]:
@@ -165,13 +178,13 @@ def _errors(
     try:
         shares = _shares(case, own, dtype, device, true, loss)
     except Exception as error:  # one on every rank is a row that fails; of one rank alone the others time out
-        shares = torch.full((1 + len(true.grads),), torch.nan, dtype=torch.float64, device=device)
+        shares = torch.full((1 + len(true.gradients),), torch.nan, dtype=torch.float64, device=device)
         raised = f"{type(error).__name__}: {error}".splitlines()[0]
     if dist.is_initialized():
         dist.all_reduce(shares)
     errors = [shares[0].sqrt() if true.loss.dim() else (shares[0] - true.loss).abs(), *shares[1:3].sqrt()]
-    errors += [(total - t).abs() for total, t in zip(shares[3:], true.grads[2:])]
-    return {k: float(x / t.norm()) for k, x, t in zip(_COLUMNS, errors, (true.loss, *true.grads))}, raised
+    errors += [(total - t).abs() for total, t in zip(shares[3:], true.gradients[2:])]
+    return {k: float(x / t.norm()) for k, x, t in zip(_COLUMNS, errors, (true.loss, *true.gradients))}, raised
 
 
 def _shares(case: Case, own: list[slice], dtype: torch.dtype, device: torch.device, true: Truth, loss: _Loss) -> Tensor:
@@ -184,12 +197,12 @@ def _shares(case: Case, own: list[slice], dtype: torch.dtype, device: torch.devi
     scalars = [torch.tensor(x, dtype=wide, device=device, requires_grad=True) for x in case.scalars]
     labels = () if case.labels is None else tuple(y[k].to(device) for y, k in zip(case.labels, own))
     value = loss(image, text, labels, *scalars)
-    factor, upstream = _place()[1], true.upstream
+    factor, upstream = _place()[1], _upstream(case, device)
     if isinstance(value, tuple):
-        value, factor, upstream = torch.cat(value), 1, _own_rows(true.upstream, case, own)
+        value, factor, upstream = torch.cat(value), 1, _own_rows(upstream, case, own)
     found = value, *torch.autograd.grad(value, (image, text, *scalars), upstream.to(value.dtype))
     value, *grads = (x.detach().double() / factor for x in found)
-    squares = [(d - t[k]).square().sum() for d, t, k in zip(grads, true.grads, own)]
+    squares = [(d - t[k]).square().sum() for d, t, k in zip(grads, true.gradients, own)]
     of_loss = (value - _own_rows(true.loss, case, own)).square().sum() if value.dim() else value
     return torch.stack([of_loss, *squares, *grads[2:]])
 
@@ -211,23 +224,26 @@ def _budgets(
     """What is promised, relative: (of the value, of the sum of magnitudes it is made of)."""
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     on_gpu, smoothed = device.type == "cuda", bool(case.options.get("label_smoothing"))
-    scalar = (_SCALE_GRADIENT, FP32_SUMS)
+    scalar = (promised.SCALE_GRADIENT, promised.FP32_SUM)
     if dtype == torch.float64:
-        loss, image, text, scalar = _FP64, *[(_FP64, _FP64_SUMS)] * 3
+        loss, image, text, scalar = promised.FP64, *[(promised.FP64, promised.FP64_SUM)] * 3
     elif dtype == torch.float32:
         tf32 = on_gpu and backend == "triton"
-        loss, image, text = _LOSS, *[(_TF32_GRADIENT if tf32 else _GRADIENT, FP32_SUMS)] * 2
+        loss, image, text = (
+            promised.LOSS,
+            *[(promised.TF32_GRADIENT if tf32 else promised.FP32_GRADIENT, promised.FP32_SUM)] * 2,
+        )
     else:  # one rounding, of label smoothing's part another, and one of every share in sums over ranks
-        loss, ranks, ring = _LOSS, _place()[1], form.startswith("ring")
+        loss, ranks, ring = promised.LOSS, _place()[1], form.startswith("ring")
         for_images = 1 + smoothed + (ring and ranks > 1)
         for_texts = 1 + smoothed + (ranks > 1)
         image, text = (0.0, for_images * eps / 2), (0.0, for_texts * eps / 2)
         if on_gpu and backend != "reference":
-            loss += _TENSOR_CORES * case.scalars[0] * case.image.shape[1]
+            loss += promised.TENSOR_CORES * case.scalars[0] * case.image.shape[1]
     if smoothed and dtype != torch.float64:
-        loss += FP32_SUMS * case.scalars[0] / float(true.loss)
+        loss += promised.FP32_SUM * case.scalars[0] / float(true.loss)
     budgets = [loss]
-    for (of_value, of_sums), grad, sums in zip((image, text, scalar, scalar), true.grads, true.sums):
+    for (of_value, of_sums), grad, sums in zip((image, text, scalar, scalar), true.gradients, true.sums):
         flushed = tiny * eps * grad.numel() ** 0.5 if grad.dim() else 0.0  # what float16 cannot hold
         budgets.append(of_value + (of_sums * float(sums.norm()) + flushed) / float(grad.norm()))
     return dict(zip(_COLUMNS, budgets))

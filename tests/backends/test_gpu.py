@@ -20,7 +20,8 @@ from torch import Tensor
 
 import fastclip
 from fastclip._backends import pick
-from support.accuracy import LOSS, TENSOR_CORES, check, poisoned
+from fastclip.parity.promised import LOSS, TENSOR_CORES
+from support.accuracy import check, poisoned
 from support.kinds import GPU_KINDS, Kind, each_kind, uneven
 
 pytestmark = [

@@ -15,7 +15,8 @@ import fastclip
 from fastclip._backends import cuda, reference, triton
 from fastclip._backends.problem import Problem
 from fastclip.ops import contrastive_statistics
-from support.accuracy import check, counted_products, pairs, poisoned, random_labels, truth
+from fastclip.parity.truth import truth
+from support.accuracy import check, counted_products, pairs, poisoned, random_labels
 from support.kernels import Launches
 from support.kinds import DEVICE, GPU, GPU_KINDS, Kind, each_kind, fp16, kept, uneven
 

@@ -11,7 +11,6 @@ import sys
 
 import pytest
 import torch
-from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd_reduce, launch, planning, sequence
 from torch import Tensor
 
 import fastclip
@@ -20,6 +19,7 @@ from fastclip._backends import reference
 from fastclip._backends import triton as backend
 from fastclip._backends.problem import Problem
 from fastclip.ops import contrastive_maxima
+from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd_reduce, launch, planning, sequence
 from support.accuracy import check, pairs, poisoned, random_labels
 from support.kernels import Launches
 from support.kinds import DEVICE, GPU, Kind, uneven

@@ -23,7 +23,7 @@ from benchmarks.gpu import Clocks, DeviceLost, Gpu
 from benchmarks.gpu_pretended import DRY_RUN, Pretended
 from benchmarks.harness import Case, append, machine
 from benchmarks.peers import PEERS, Peer, Unavailable
-from fastclip.bench import truth
+from fastclip.parity import truth
 
 N, D = 64, 32
 FIGURES = ["rounds", "median_ms", "p20_ms", "p80_ms", "tflops", "floor_percent", "speedup_over_open_clip", "peak_mib"]
@@ -51,8 +51,9 @@ def test_truth_is_the_dense_loss(loss: str, monkeypatch) -> None:
     expected = (value, *torch.autograd.grad(value, exact))
     for rows in (7, 50):  # blocks that do not divide N; one block
         monkeypatch.setattr(truth, "BLOCK_BYTES", 4 * 50 * rows)
-        for x, y in zip(truth.truth(loss, leaves), expected, strict=True):
-            assert torch.dist(x.double(), y) < 2e-6 * y.norm()
+        for dtype, error in ((torch.float32, 2e-6), (torch.float64, 1e-13)):
+            for x, y in zip(truth.blockwise_truth(loss, leaves, dtype), expected, strict=True):
+                assert torch.dist(x.double(), y) < error * y.norm()
 
 
 def test_sizes_are_pairs() -> None:
@@ -124,7 +125,7 @@ FAKES = [
 def test_peer_is_called_for_the_same_loss(name: str, fake, monkeypatch) -> None:
     (loss,) = PEERS[name].build
     leaves = losses.leaves_of(Case(loss, "both", N, D, "float32"))
-    expected = truth.truth(loss, leaves)
+    expected = truth.blockwise_truth(loss, leaves)
     monkeypatch.setitem(sys.modules, name, fake(broken=False))
     losses.check_one(name, peers.build(name, loss), leaves, expected)
     monkeypatch.setitem(sys.modules, name, fake(broken=True))
@@ -135,7 +136,7 @@ def test_peer_is_called_for_the_same_loss(name: str, fake, monkeypatch) -> None:
 def test_nan_fails_the_check() -> None:
     leaves = losses.leaves_of(Case("softmax", "both", N, D, "float32"))
     with pytest.raises(losses.CheckFailed, match="loss nan"):
-        losses.check_one("x", lambda *x: math.nan * dense(*x), leaves, truth.truth("softmax", leaves))
+        losses.check_one("x", lambda *x: math.nan * dense(*x), leaves, truth.blockwise_truth("softmax", leaves))
 
 
 def test_missing_peers_say_why(monkeypatch) -> None:

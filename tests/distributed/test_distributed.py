@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 import fastclip
+from fastclip.parity.promised import LOSS, SCALE_GRADIENT
+from fastclip.parity.truth import Truth, truth
 from support import sharded
-from support.accuracy import LOSS, SCALE_GRADIENT, Truth, check_gradient, truth, unit_roundoff
+from support.accuracy import check_gradient, unit_roundoff
 from support.once import once
 from support.sharded import COMMS, FAULT_SECONDS, SCALE, Batch, Encoders, accuracy_cases, samples
 

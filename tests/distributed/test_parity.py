@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -15,6 +16,9 @@ import torch
 import fastclip
 from fastclip import parity
 from fastclip.cli import main
+from fastclip.parity import promised
+from fastclip.parity.truth import direction
+from support import ROOT
 
 SMALL = ("--batch", "6", "--dim", "8", "--device", "cpu")
 FORMS = ("gather", "ring", "gather, equal_shards", "ring, equal_shards")
@@ -161,3 +165,24 @@ def test_launcher_that_does_not_fit_is_said(
         monkeypatch.setenv(name, value)
     assert main(["parity", "--nproc", "3"]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_truth_is_apart_from_the_losses() -> None:
+    folder = ROOT / "fastclip" / "parity"
+    assert "from fastclip" not in (folder / "promised.py").read_text()
+    lines = re.findall(r"^ *(?:from|import) fastclip.*", (folder / "truth.py").read_text(), re.MULTILINE)
+    assert lines == ["from fastclip.parity import promised"]
+
+
+def test_promised_errors_are_those_of_the_documentation() -> None:
+    page = (ROOT / "docs" / "promises.md").read_text()
+    match = re.search(r"The loss is within (\S+) of float64, gradients within (\S+) ", page)
+    assert match is not None
+    assert (float(match[1]), float(match[2])) == (promised.LOSS, promised.FP32_GRADIENT)
+
+
+def test_truth_keeps_the_digits_of_float64() -> None:
+    """Of a row whose negatives lie 30 above its positive: torch's softplus is linear from 20 on."""
+    z = torch.tensor([[0.0, 30.0], [-1.0, 0.0]], dtype=torch.float64)
+    rows = direction(z, torch.eye(2, dtype=torch.bool), 0.0, torch.zeros(2, 2, dtype=torch.bool))
+    assert rows.tolist() == pytest.approx([30 + math.log1p(math.exp(-30)), math.log1p(math.exp(-1))], rel=1e-15, abs=0)

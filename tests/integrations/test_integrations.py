@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastclip.parity.promised import FP32_GRADIENT, LOSS
 from support import ROOT, needs
-from support.accuracy import FP32_GRADIENT, LOSS
 
 needs("models")
 

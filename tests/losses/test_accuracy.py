@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import fastclip
-from support.accuracy import LABELS, LOSS, check, dense_direction, direction, pairs, poisoned, random_labels, truth
+from fastclip.parity.promised import LOSS
+from fastclip.parity.truth import direction, truth
+from support.accuracy import LABELS, check, dense_direction, pairs, poisoned, random_labels
 from support.kinds import CPU_KINDS, KINDS, REFERENCE, SHAPES, WAYS, Kind, each_kind, fp16, fp32, uneven, wide
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

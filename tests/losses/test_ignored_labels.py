@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastclip
-from support.accuracy import LOSS, check_gradient, pairs, truth
+from fastclip.parity.promised import LOSS
+from fastclip.parity.truth import truth
+from support.accuracy import check_gradient, pairs
 from support.processes import ended, forked, forks
 
 SCALE = 7.0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip
-from support.accuracy import FP32_GRADIENT, LOSS, SCALE_GRADIENT
+from fastclip.parity.promised import FP32_GRADIENT, LOSS, SCALE_GRADIENT
 
 N = 46_400
 VALUES = 50

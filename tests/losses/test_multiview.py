@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 import fastclip
-from support.accuracy import LOSS, direction, loss_of, pairs
+from fastclip.parity.promised import LOSS
+from fastclip.parity.truth import direction, loss_of
+from support.accuracy import pairs
 
 
 def views_of(count: int, N: int = 30, D: int = 16, dtype: torch.dtype = torch.float32) -> list[Tensor]:

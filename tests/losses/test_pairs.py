@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastclip
-from support.accuracy import leaves, pairs, truth
+from fastclip.parity.truth import truth
+from support.accuracy import leaves, pairs
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "contrastive": lambda *x: fastclip.contrastive_loss(*x),

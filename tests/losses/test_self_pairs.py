@@ -11,7 +11,8 @@ from torch import Tensor
 
 import fastclip
 from fastclip._backends.cpu import native
-from support.accuracy import LOSS, check, pairs, poisoned
+from fastclip.parity.promised import LOSS
+from support.accuracy import check, pairs, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

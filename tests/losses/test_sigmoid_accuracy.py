@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support.accuracy import check, leaves, pairs, poisoned, truth
+from fastclip.parity.truth import truth
+from support.accuracy import check, leaves, pairs, poisoned
 from support.kinds import GPU_KINDS, KINDS, SHAPES, Kind, each_kind, fp16, fp32
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

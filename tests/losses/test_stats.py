@@ -11,7 +11,9 @@ from torch import Tensor
 
 import fastclip
 from fastclip._backends.cpu import native
-from support.accuracy import LOSS, direction, pairs, poisoned
+from fastclip.parity.promised import LOSS
+from fastclip.parity.truth import direction
+from support.accuracy import pairs, poisoned
 
 BACKENDS = ["cpu", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

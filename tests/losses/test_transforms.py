@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 import fastclip
 from fastclip.ops import transforms
-from support.accuracy import sigmoid_loss_of
+from fastclip.parity.truth import sigmoid_loss_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of images and scale
 N = 6

@@ -1,9 +1,8 @@
-"""The promised tolerances, the truth they are measured against, and the comparison. Nothing here uses fastclip."""
+"""The comparison of a loss with the truth and with dense torch, and the inputs that it is made on."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,115 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSS = 1e-5  # relative, from loss 19 to 1e-9 and below
-FP32_GRADIENT = 3e-5  # relative Frobenius
-SCALE_GRADIENT = 1e-4  # relative
-TENSOR_CORES = 2.0**-27  # of a logit, times scale and D: their sums truncate (2^-28 was seen)
+from fastclip.parity.promised import FP32_GRADIENT, FP32_SUM, LOSS, SCALE_GRADIENT
+from fastclip.parity.truth import Truth, loss_of, sigmoid_loss_of, truth
+
 DENSE_FACTOR = 2.0  # never worse than this times the dense formula in the same dtype
 PEAK_MIB = 100  # beyond inputs and their gradients, at N = 16,384 and less
-FP32_SUM = 2.0**-21  # a few roundings of a sum of products, relative to the sum of their magnitudes
-COLLAPSED = 4.0  # times as much where all features are one: equal terms round in one direction
-FP32_MEAN = 2.0**-18  # likewise of label smoothing's means over all rows
+COLLAPSED = 4.0  # times FP32_SUM where all features are one: equal terms round in one direction
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-@dataclass
-class Truth:
-    """fp64 results, and `*_sum`: the sums of magnitudes that the gradients are made of."""
-
-    loss: Tensor
-    d_image: Tensor
-    d_text: Tensor
-    d_scale: Tensor
-    d_image_sum: Tensor
-    d_text_sum: Tensor
-    d_scale_sum: Tensor
-    d_bias: Tensor | None = None  # of the sigmoid loss
-    d_bias_sum: Tensor | None = None
-
-
-def _positives(M: int, N: int, labels: tuple[Tensor, Tensor] | None) -> Tensor:
-    return torch.eye(M, N, dtype=torch.bool) if labels is None else labels[0][:, None] == labels[1]
-
-
-def direction(z: Tensor, positive: Tensor, smoothing: float, left_out: Tensor) -> Tensor:
-    """Loss of every row of z with a positive: softplus keeps the digits of a small loss, in any dtype."""
-    some = positive.any(1)
-    z, positive, left_out = z[some], positive[some], left_out[some]
-    count, others = positive.sum(1), (~left_out).sum(1)
-    low = torch.finfo(z.dtype).min / 4
-    neg = z.masked_fill(positive | left_out, low).logsumexp(1)
-    pos = z.masked_fill(~positive, low).logsumexp(1)
-    mean_pos, mean = torch.where(positive, z, 0).sum(1) / count, torch.where(left_out, 0, z).sum(1) / others
-    gap = torch.where(count > 1, pos - mean_pos, 0)
-    return F.softplus(neg - pos) + gap + smoothing * (mean_pos - mean)
-
-
 def dense_direction(z: Tensor, positive: Tensor, smoothing: float, left_out: Tensor) -> Tensor:
-    """The same by torch's cross-entropy with probabilities as targets: what people write, and the base line."""
-    some = positive.any(1)
-    z, positive, left_out = z[some], positive[some], left_out[some]
+    """As `fastclip.parity.truth.direction`, by torch's cross-entropy with probabilities: what people write, the base line."""
+    has_positive = positive.any(1)
+    z, positive, left_out = z[has_positive], positive[has_positive], left_out[has_positive]
     target = (1 - smoothing) * positive.to(z.dtype) / positive.sum(1, keepdim=True)
     target = target + smoothing * (~left_out).to(z.dtype) / (~left_out).sum(1, keepdim=True)
     return F.cross_entropy(z.masked_fill(left_out, torch.finfo(z.dtype).min / 4), target, reduction="none")
-
-
-def smoothing_magnitude(z: Tensor, positive: Tensor, smoothing: float, left_out: Tensor) -> Tensor:
-    """What label smoothing adds to the loss is a difference of means; this is their sum, for its magnitude."""
-    some = positive.any(1)
-    z, positive, left_out = z[some], positive[some], left_out[some]
-    mean_pos = torch.where(positive, z, 0).sum(1) / positive.sum(1)
-    return smoothing * (mean_pos + torch.where(left_out, 0, z).sum(1) / (~left_out).sum(1))
-
-
-def loss_of(
-    z: Tensor,
-    formula: Any,
-    labels: tuple[Tensor, Tensor] | None = None,
-    image_weight: float = 0.5,
-    label_smoothing: float = 0.0,
-    exclude_self: bool = False,
-) -> Tensor:
-    """The contrastive loss of logits z (M, N)."""
-    left_out = torch.eye(*z.shape, dtype=torch.bool) & exclude_self
-    positive = _positives(*z.shape, labels) & ~left_out
-    row = formula(z, positive, label_smoothing, left_out)
-    col = formula(z.T, positive.T, label_smoothing, left_out.T)
-    return image_weight * row.mean() + (1 - image_weight) * col.mean()
-
-
-def sigmoid_loss_of(z: Tensor) -> Tensor:
-    """SigLIP's loss of logits z (N, N), the bias in them."""
-    return -F.logsigmoid((2 * torch.eye(*z.shape, dtype=z.dtype) - 1) * z).sum() / len(z)
-
-
-def truth(
-    image: Tensor, text: Tensor, scale: float, *, normalize: bool = True, bias: float | None = None, **options: Any
-) -> Truth:
-    """The loss of the given (rounded) features and all gradients in fp64: the sigmoid loss if it has a bias."""
-    dtype = image.dtype
-    image, text = (x.detach().double().requires_grad_() for x in (image, text))
-    s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    b = torch.tensor(bias or 0.0, dtype=torch.float64, requires_grad=True)
-    u, v = (F.normalize(x, dim=1) if normalize else x for x in (image, text))
-    cosine = u @ v.T
-    z = s * cosine + b
-    loss = loss_of(z, direction, **options) if bias is None else sigmoid_loss_of(z)
-    g, d_image, d_text, d_scale, d_bias = torch.autograd.grad(loss, (z, image, text, s, b), retain_graph=True)
-    magnitude = g.abs()
-    if options.get("label_smoothing"):
-        means = torch.autograd.grad(loss_of(z, smoothing_magnitude, **options), z)[0]
-        magnitude = magnitude + means * (FP32_MEAN / FP32_SUM if dtype == torch.float32 else 1.0)
-    r, c = (1 / x.norm(dim=1).clamp_min(1e-12) if normalize else x.new_ones(len(x)) for x in (image, text))
-    with torch.no_grad():
-        sums = abs(scale) * r[:, None] * (magnitude @ v.abs()), abs(scale) * c[:, None] * (magnitude.T @ u.abs())
-        found = Truth(loss.detach(), d_image, d_text, d_scale, *sums, (magnitude * cosine).abs().sum())
-        if bias is not None:
-            found.d_bias, found.d_bias_sum = d_bias, g.abs().sum()
-        return found
 
 
 def dense(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import fastclip
-from support.accuracy import TENSOR_CORES, pairs, poisoned
+from fastclip.parity.promised import TENSOR_CORES
+from support.accuracy import pairs, poisoned
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

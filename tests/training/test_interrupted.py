@@ -23,8 +23,8 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from fastclip.parity.promised import LOSS
 from support import needs
-from support.accuracy import LOSS
 from support.processes import Popen, ended, forked, gloo_threads, in_session, start, wait_for
 
 needs("train")

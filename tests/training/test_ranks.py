@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastclip
+from fastclip.parity.promised import LOSS
 from support import needs
-from support.accuracy import LOSS
 from support.once import once
 
 needs("train")

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastclip.parity.promised import LOSS
 from support import needs
-from support.accuracy import LOSS
 from support.processes import start
 
 needs("train")
