@@ -91,7 +91,7 @@ def way(name: str, backend: str | None, N: int, normalize: bool, device: str) ->
 
 def dense_truth(leaves: list[Tensor], **options: Any) -> list[Tensor]:
     image, text, *scalars = leaves
-    scale, *bias = map(float, scalars)
+    scale, *bias = (x.item() for x in scalars)
     result = truth(image, text, scale, bias=bias[0] if bias else None, **options)
     return [result.loss, *result.gradients]
 
