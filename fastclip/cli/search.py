@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fastclip.search.engine import Found, SearchEngine
-    from fastclip.search.query import Term
+    from fastclip.embedding.query import Term
 
 __all__ = ["add", "add_index_options", "engine_of", "update"]
 
@@ -94,7 +94,7 @@ def update(engine: SearchEngine, args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> int:
-    from fastclip.search.query import parse_query
+    from fastclip.embedding.query import parse_query
 
     if args.top < 1:
         raise ValueError(f"--top must be positive, got {args.top}")
@@ -110,7 +110,7 @@ def _search(args: argparse.Namespace) -> int:
 
 
 def _answer(args: argparse.Namespace, terms: Sequence[Term]) -> int:
-    from fastclip.search.query import reading
+    from fastclip.embedding.query import reading
 
     engine = engine_of(args)
     if told := reading(args.query, terms):

@@ -6,7 +6,6 @@ Jia et al. 2021 (ALIGN), section 6: the query is the sum of the unit vectors of 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,30 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
+from fastclip.data.picture import read_picture
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
+from fastclip.embedding.query import Term, combine, parse_terms, picture_path, split_at
 from fastclip.evaluation.captioned import by_picture, picture_features
 from fastclip.evaluation.features import FeatureStore, text_features
 from fastclip.evaluation.retrieval import best_ranks, recall, top_items
 from fastclip.models.embedder import Embedder
 from fastclip.reading import read_lines
-from fastclip.search.query import combine
 
-__all__ = ["Answer", "Composed", "Query", "Term", "compose", "parse_query", "read_queries", "unit_sum"]
-
-_TERM = re.compile(
-    r"\s*(?:(?P<sign>[+-])\s+)?(?:(?P<weight>\d+(?:\.\d*)?|\.\d+):(?=\S))?"
-    r'(?:"(?P<quoted>[^"]+)"|(?P<plain>(?![+-](?:\s|$))[^\s"].*?))\s*(?=\s[+-](?:\s|$)|$)'
-)
-
-
-class Term(NamedTuple):
-    """A picture or a text of a query."""
-
-    weight: float  # negative where it is subtracted
-    text: str
-    quoted: bool  # is a text, whatever its name
+__all__ = ["Answer", "Composed", "Query", "compose", "parse_query", "read_queries", "unit_sum"]
 
 
 class Query(NamedTuple):
@@ -67,32 +53,17 @@ class Composed(NamedTuple):
 
 
 def parse_query(line: str) -> Query:
-    """``2:dog + beach.jpg - "at night" => target.jpg``: terms between `` + `` and `` - ``, each perhaps with a weight.
-
-    Signs stand between blanks: ``t-shirt`` is a word. A weight stands directly before its term, and no digit follows
-    it that begins no picture's name: ``16:9 screenshot`` is a text. What is quoted is a text as it stands. The part
-    from ``=>`` on, which may be left out, is the picture that should be found.
+    """``2:dog + beach.jpg - "at night" => target.jpg``: a query of `fastclip.embedding.query`, and perhaps its target.
 
     Raises:
-        ValueError: a term is empty, or a quote is not closed, or there is no target after ``=>``.
+        ValueError: as `parse_terms`, or there is not one target after ``=>``.
     """
     line = line.strip()
-    told, arrow, target = re.fullmatch(r'(.*?)(?:(?<!\S)(=>)(?!\S)([^"]*))?', line, re.DOTALL).groups()  # type: ignore[union-attr]
-    if arrow and not target.strip():
-        raise ValueError(f"{line}: there is no picture after =>")
-    told = told.rstrip()
-    terms: list[Term] = []
-    place = 0
-    while place < len(told) or not terms:
-        match = _TERM.match(told, place)
-        if match is None:
-            raise ValueError(f"{line}: a term is empty, or a quote is not closed, at {told[place:]!r}")
-        weight, text = float(match["weight"] or 1), match["quoted"] or match["plain"]
-        if match["weight"] and match["plain"] and text[0].isdigit() and not _is_picture(text):
-            weight, text = 1.0, f"{match['weight']}:{text}"
-        terms.append(Term(-weight if match["sign"] == "-" else weight, text, match["quoted"] is not None))
-        place = match.end()
-    return Query(line, tuple(terms), target.strip() if arrow else None)
+    (_, asked), *targets = split_at(line, "=>")
+    target = targets[0][1].strip() if targets else None
+    if target == "" or len(targets) > 1:
+        raise ValueError(f"{line}: one picture must stand after =>")
+    return Query(line, tuple(parse_terms(asked)), target)
 
 
 def read_queries(path: str | Path) -> list[Query]:
@@ -127,8 +98,8 @@ def compose(
 ) -> Composed:
     """The pictures of a source that are most similar to each query, without those that the query names.
 
-    A term is a picture of the source where it is the key of one, or the end of just one key from a ``/`` on; else the
-    picture of a file of this name; else a text.
+    A term is a picture of the source where it is the key of one, or the end of just one key from a ``/`` on; else what
+    it is in `fastclip.embedding.query.picture_path`, the picture of a file or a text.
 
     Args:
         top: pictures of an answer.
@@ -173,7 +144,7 @@ def compose(
 
 
 def unit_sum(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The unit vector (D,) of the weighted sum of unit vectors (D,); errors as of `fastclip.search.query.combine`."""
+    """The unit vector (D,) of the weighted sum of unit vectors (D,); errors as of `combine`."""
     total = torch.from_numpy(combine([vector.numpy() for vector in vectors], weights)).double()
     return (total / total.norm()).float()  # in float32 squares of large weights overflow
 
@@ -217,12 +188,7 @@ class _Meanings:
         place = self._place(term.text)
         if place is not None:
             return place
-        if not _is_picture(term.text):
-            return term.text
-        if not os.path.isfile(term.text):
-            text = "write a text of this name in quotes"
-            raise ValueError(f"{term.text} is neither a picture of the data nor a file; {text}")
-        return Path(term.text)
+        return picture_path(term.text) or term.text
 
     def target(self, query: Query) -> int | None:
         if query.target is None:
@@ -242,10 +208,6 @@ class _Meanings:
         if len(ends) > 1:
             raise ValueError(f"{name} is the name of {len(ends)} pictures: write more of its path")
         return ends[0] if ends else None
-
-
-def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
 def _spellings(name: str) -> tuple[str, ...]:

@@ -7,14 +7,14 @@ from fastclip._lazy import lazy_names
 if TYPE_CHECKING:
     from fastclip.search.engine import SearchEngine
     from fastclip.search.model import CheckpointModel
-    from fastclip.search.query import parse_query
+    from fastclip.embedding.query import parse_query
 
 __all__ = ["CheckpointModel", "SearchEngine", "parse_query"]
 
 _LAZY = {
     "CheckpointModel": "fastclip.search.model",
     "SearchEngine": "fastclip.search.engine",
-    "parse_query": "fastclip.search.query",
+    "parse_query": "fastclip.embedding.query",
 }
 __getattr__ = lazy_names(globals(), _LAZY)
 

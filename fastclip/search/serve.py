@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from fastclip.data.faults import BadSample
 from fastclip.search.engine import Found, SearchEngine
-from fastclip.search.query import Term, parse_texts, reading
+from fastclip.embedding.query import Term, parse_texts, reading
 from fastclip.search.sheet import thumbnail
 
 __all__ = ["make_server"]

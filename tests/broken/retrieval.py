@@ -258,10 +258,10 @@ PROMISES = [
                 new="",
             ),
             Break(
-                "compose: nothing is subtracted",
+                "compose: the target is a part of the query",
                 "fastclip/evaluation/compose.py",
-                old='-weight if match["sign"] == "-" else weight',
-                new="weight",
+                old="parse_terms(asked)",
+                new="parse_terms(line)",
             ),
             Break(
                 "compose: the sum is no unit vector",

@@ -16,7 +16,8 @@ from PIL import Image
 
 from fastclip.cli import main
 from fastclip.data import Source, open_source
-from fastclip.evaluation.compose import Query, Term, compose, parse_query, read_queries, unit_sum
+from fastclip.embedding.query import Term
+from fastclip.evaluation.compose import Query, compose, parse_query, read_queries, unit_sum
 from fastclip.models.embedder import Embedder, load_embedder
 from support.crops import sentences, split_file, write_crops
 
@@ -51,13 +52,17 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
         ("10: 30", [(1, "10: 30", False)], None),
         ("2:01.jpg + .5:02 b.png", [(2, "01.jpg", False), (0.5, "02 b.png", False)], None),
         ("16:9 screen - 2:x", [(1, "16:9 screen", False), (-2, "x", False)], None),
+        ('say "a - b" - c => d.jpg', [(1, 'say "a - b"', False), (-1, "c", False)], "d.jpg"),
     ],
 )
 def test_line_is_read(line: str, terms: list[tuple[float, str, bool]], target: str | None) -> None:
-    assert parse_query(line) == Query(line.strip(), tuple(Term(*term) for term in terms), target)
+    expected = tuple(Term(weight, text, quoted=quoted) for weight, text, quoted in terms)
+    assert parse_query(line) == Query(line.strip(), expected, target)
 
 
-@pytest.mark.parametrize("line", ["", "a +", "a + - b", "+", 'a + "b', '""', "a =>", "=> a.jpg", "a + + b", '"a" b'])
+@pytest.mark.parametrize(
+    "line", ["", "a +", "a + - b", "+", 'a + "b', '""', "a =>", "=> a.jpg", "a + + b", '"a" b', '" "', "a => b => c"]
+)
 def test_line_that_is_no_query_raises(line: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         parse_query(line)
@@ -135,7 +140,11 @@ def test_answers_are_those_of_brute_force(embedder: Embedder, source: Source, tm
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("china99.jpg + x", "china99.jpg is neither a picture of the data nor a file; write a text of this name in"),
+        ("china99.jpg + x", 'there is no picture china99.jpg to search by; a text of this name stands in "quotes"'),
+        ("x + china99.ico", "there is no picture china99.ico"),
+        ("./china99 + x", "there is no picture ./china99"),
+        ("https://example.org/china + x", "must be a file"),
+        ('x => "china1.jpg"', '"china1.jpg" is no picture of the data'),
         ("x => china99.jpg", "china99.jpg is no picture of the data"),
         ("x => images/flower11.jpg", "images/flower11.jpg is no picture of the data"),
         ("china1.jpg + x => images/china1.jpg", "the query names the picture that it should find"),

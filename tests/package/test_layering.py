@@ -18,6 +18,7 @@ PACKAGE = ROOT / "fastclip"
 LAYERS = (
     {"cli"},
     {"training", "evaluation", "search", "parity", "integrations", "bench", "doctor", "machine"},
+    {"embedding"},
     {"data", "models"},
     {"modules"},
     {"multiview", "stats"},
@@ -34,7 +35,7 @@ ALLOWED = {
     "durable": {"torch", "safetensors"},  # when tensors are written, by no loss
     "reading": {"torch", "safetensors", "yaml"},
 }
-CORE = {part for layer in LAYERS[3:] for part in layer} | {"__init__"}
+CORE = {part for layer in LAYERS[4:] for part in layer} | {"__init__"}
 
 
 def rank(part: str) -> int:

@@ -23,7 +23,7 @@ from fastclip.data.folder import pictures
 from fastclip.search import scan
 from fastclip.search.engine import SearchEngine
 from fastclip.search.index import Index
-from fastclip.search.query import Term
+from fastclip.embedding.query import Term
 from support.colours import DIM, QUERY, Colours, check, counts, draw, engine, picture_vector
 
 

@@ -33,7 +33,7 @@ from fastclip.search import scan
 from fastclip.search.engine import Found, SearchEngine
 from fastclip.search.index import Index, Pictures
 from fastclip.search.model import CheckpointModel
-from fastclip.search.query import Term
+from fastclip.embedding.query import Term
 from fastclip.search.rank import top
 from fastclip.search.sheet import contact_sheet, most_tiles, terminal_picture
 from support.colours import Colours, draw

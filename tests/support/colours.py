@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastclip.search.engine import SearchEngine
-from fastclip.search.query import Term
+from fastclip.embedding.query import Term
 
 DIM = 6
 QUERY = [Term(1.0, "anything")]

@@ -11,7 +11,7 @@ from support import needs
 
 needs("models")
 from fastclip.search.engine import SearchEngine
-from fastclip.search.query import Term, combine, parse_query, reading
+from fastclip.embedding.query import Term, combine, parse_query, parse_terms, parse_texts, reading, split_at
 from support.colours import Colours, draw, picture_vector, text_vector
 
 
@@ -32,10 +32,29 @@ from support.colours import Colours, draw, picture_vector, text_vector
         ('2:dog + 5" disk', [(2, "dog"), (1, '5" disk')]),
         ('say "a - b" - c', [(1, 'say "a - b"'), (-1, "c")]),
         ("köter + 犬", [(1, "köter"), (1, "犬")]),
+        ('"  dog "', [(1, "dog")]),
+        ("2:+ x", [(2, "+ x")]),
+        ("a => b", [(1, "a => b")]),
     ],
 )
 def test_query_has_its_terms(query: str, terms: list[tuple[float, str]]) -> None:
-    assert parse_query(query) == [Term(weight, text) for weight, text in terms]
+    for read in (parse_query, parse_terms, parse_texts):
+        assert [(term.weight, term.text) for term in read(query)] == terms
+
+
+@pytest.mark.parametrize(
+    ("query", "parts"),
+    [
+        ("a", [("", "a")]),
+        ("a => b", [("", "a "), ("=>", " b")]),
+        ("=>", [("", ""), ("=>", "")]),
+        ('2:"a => b" => c=>d', [("", '2:"a => b" '), ("=>", " c=>d")]),
+        ('5" => 3"', [("", '5" '), ("=>", ' 3"')]),
+        ("a - b + c", [("", "a - b + c")]),
+    ],
+)
+def test_operators_are_words_outside_of_quotes(query: str, parts: list[tuple[str, str]]) -> None:
+    assert split_at(query, "=>") == parts
 
 
 def test_added_and_subtracted_terms_are_taken_as_they_are() -> None:
@@ -76,7 +95,7 @@ def test_what_a_file_holds_decides_where_its_name_does_not(tmp_path: Path, monke
     (tmp_path / "notes").write_text("not a picture")
     (tmp_path / "dog").mkdir()
     assert parse_query("2:photos/x.jfif + plain") == [Term(2, path=Path("photos/x.jfif")), Term(1, path=Path("plain"))]
-    assert parse_query('notes + dog - "plain"') == [Term(1, "notes"), Term(1, "dog"), Term(-1, "plain")]
+    assert parse_query('notes + dog - "plain"') == [Term(1, "notes"), Term(1, "dog"), Term(-1, "plain", quoted=True)]
     assert parse_query("photos/gone") == [Term(1, "photos/gone")]
 
 
@@ -115,6 +134,11 @@ def test_query_that_can_be_read_in_two_ways_is_told(
         ("~nobody-of-this-name/a.png", "there is no picture ~nobody"),
         ("./" + 5000 * "a", "there is no picture ./aaa"),
         ('a - ""', "empty term"),
+        ('a - 2:" "', "empty term"),
+        ('a + "b', "a quote that is not closed, or a word beside one, at '\"b'"),
+        ('"a" b', "a quote that is not closed, or a word beside one"),
+        ('2:"a" "b"', "a quote that is not closed, or a word beside one"),
+        ('"a - b', "a quote that is not closed, or a word beside one, at '\"a'"),
         ("caf\udcc3", "neither UTF-8 nor the name of a file"),
         ("https://example.org/a.jpg", "must be a file"),
     ],

@@ -1,4 +1,10 @@
-"""What is searched for: texts and pictures with weights, added and subtracted."""
+"""What is searched for: texts and pictures with weights, added and subtracted.
+
+``fastclip search`` and ``fastclip eval compose`` have one grammar. A query is a row of terms between ``+`` and ``-``,
+which are operators where white space is around them, outside of quotes. ``2:`` or ``0.5:`` directly before a term is its
+weight, unless a digit follows (``16:9 screenshot`` is a text) that begins no picture's name (``2:001.jpg``). A term in
+double quotes is a text as it stands.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +23,7 @@ import numpy.typing as npt
 from fastclip.data.faults import BadSample
 from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
 
-__all__ = ["Term", "combine", "parse_query", "parse_texts", "reading"]
+__all__ = ["Term", "combine", "parse_query", "parse_terms", "parse_texts", "picture_path", "reading", "split_at"]
 
 _CANCELLED = 1e-5  # length of a sum in units of its weights, below which rounding alone decides its direction
 _SHORTEST, _LONGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
@@ -25,11 +31,11 @@ _SHORTEST, _LONGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _QUOTED = re.compile(r'"([^"]*)"')
 # An operator is a word of its own ("semi-trailer" is a word), outside of quotes.
-_PIECE = re.compile(rf'(?<!\S)(?:(?P<operator>[+-])|(?:{_NUMBER}:)?"[^"]*")(?!\S)')
+_WORD = re.compile(rf'(?<!\S)(?:(?P<operator>[+-]|=>)|(?:{_NUMBER}:)?"[^"]*")(?!\S)')
 _WEIGHTED = re.compile(rf"({_NUMBER}):(\S.*)", re.DOTALL)  # "10: a film" is a text
 _PATH = re.compile(r"(/|\./|\.\./|~/|file://|[a-z]:\\)", re.IGNORECASE)
 # What a file's name ends in that is meant to be a picture, whether it can be read or not
-_SUFFIXES = PICTURE_SUFFIXES | {".jfif", ".jif", ".jpe", ".dib", ".ico", ".tga", ".heic", ".heif"}
+_SUFFIXES = PICTURE_SUFFIXES | {".jif", ".dib", ".ico", ".tga"}
 _DOUBTFUL = re.compile(rf"{_NUMBER}\s*:.*|[^\s/]*/\S*|\S*\w\.\w{{2,4}}|.*\"", re.DOTALL)
 
 
@@ -39,34 +45,70 @@ class Term(NamedTuple):
     weight: float
     text: str = ""
     path: Path | None = None
+    quoted: bool = False  # the text is no name of a picture
 
 
 def parse_query(query: str, *, add: Sequence[str] = (), subtract: Sequence[str] = ()) -> list[Term]:
-    """``"2:golden retriever + ./pool.jpg - fruit"`` as three terms.
-
-    ``+`` and ``-`` are operators where white space is around them. ``2:`` or ``0.5:`` directly before a term is its
-    weight, unless a digit follows (``16:9 screenshot`` is a text) that begins no picture's name (``2:001.jpg``). A term
-    in double quotes is a text as it stands.
-
-    A term that names a file is a picture: by its place (``/``, ``./``, ``../``, ``~/``, ``file://``, ``C:\\``), by the
-    ending of a picture's name, or else by what the file holds. A query that is the path of a file as a whole is no
-    mixture.
+    """``"2:golden retriever + ./pool.jpg - fruit"`` as three terms, a picture being one that `picture_path` finds.
 
     Args:
         add: more terms, which are not looked at for operators.
         subtract: likewise.
 
     Raises:
-        ValueError: a term is empty or not UTF-8, or the file that it names is not there.
+        ValueError: as `parse_terms` and `picture_path`, or a term is not UTF-8.
     """
-    signed = [(1, query)] if _is_file(query) else _signed(query)
-    signed += [(1, text) for text in add] + [(-1, text) for text in subtract]
-    return [_picture(*_term(sign, text, query)) for sign, text in signed]
+    terms = parse_terms(query)
+    terms += [_term(1, text, query) for text in add] + [_term(-1, text, query) for text in subtract]
+    return [_picture(term) for term in terms]
+
+
+def parse_terms(query: str) -> list[Term]:
+    """As `parse_texts`, but that a query which is the path of a file as a whole is no mixture."""
+    is_file = _file(_weighted(query.strip())[1]) is not None
+    return [_term(1, query, query)] if is_file else parse_texts(query)
 
 
 def parse_texts(query: str) -> list[Term]:
-    """As `parse_query`, all terms being texts: of who may not name files."""
-    return [_term(sign, text, query)[0] for sign, text in _signed(query)]
+    """Return the terms of a query, all of them texts: of those who may not name files.
+
+    Raises:
+        ValueError: a term is empty, or begins with a quote and does not end with its second one; the query is named.
+    """
+    (_, first), *others = split_at(query, "+", "-")
+    signed = [(1, first)] if first.strip() or not others else []  # else a sign stands before the first term
+    signed += [(-1 if operator == "-" else 1, text) for operator, text in others]
+    return [_term(sign, text, query) for sign, text in signed]
+
+
+def split_at(query: str, *operators: str) -> list[tuple[str, str]]:
+    """Return what stands before, between and after words of `operators`, with the word before it, "" at first.
+
+    What is quoted, with its weight, holds no operators.
+    """
+    parts, operator, start = list[tuple[str, str]](), "", 0
+    for match in _WORD.finditer(query):
+        if (word := match["operator"]) and word in operators:
+            parts.append((operator, query[start : match.start()]))
+            operator, start = word, match.end()
+    return [*parts, (operator, query[start:])]
+
+
+def picture_path(text: str) -> Path | None:
+    """Return the file that the text of a term names, None where the text is one.
+
+    A picture is named by its place (``/``, ``./``, ``../``, ``~/``, ``file://``, ``C:\\``), by the ending of a picture's
+    name, or else by a file of this name that holds a picture.
+
+    Raises:
+        ValueError: the text must be a picture, and there is no such file; or it is the address of a web page.
+    """
+    if re.match("https?://", text):
+        raise ValueError(f"{text}: a picture to search by must be a file; save it first")
+    path = _file(text)
+    if path is None and _is_path(text):
+        raise ValueError(f'there is no picture {text} to search by; a text of this name stands in "quotes"')
+    return path if path is not None and (_is_path(text) or _holds_picture(path)) else None
 
 
 def reading(query: str, terms: Sequence[Term]) -> str:
@@ -104,27 +146,15 @@ def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]
     return total.astype(np.float32)
 
 
-def _signed(query: str) -> list[tuple[int, str]]:
-    """Texts with the signs before them; the first is added where it has none."""
-    found, sign, start = list[tuple[int, str]](), 1, 0
-    for match in _PIECE.finditer(query):
-        if match["operator"]:
-            if found or query[start : match.start()].strip():
-                found.append((sign, query[start : match.start()]))
-            elif start:  # the second operator before the first term
-                found.append((sign, ""))
-            sign, start = (1 if match["operator"] == "+" else -1), match.end()
-    return [*found, (sign, query[start:])]
-
-
-def _term(sign: int, text: str, query: str) -> tuple[Term, bool]:
-    """And whether it is quoted: a text, whatever it names."""
+def _term(sign: int, text: str, query: str) -> Term:
     weight, text = _weighted(text.strip())
-    if quoted := _QUOTED.fullmatch(text):
-        text = quoted[1].strip()
+    quoted = _QUOTED.fullmatch(text)
+    if quoted is None and text.startswith('"'):  # read as a text, it would hide a missing quote or operator
+        raise ValueError(f"the query {query!r} has a quote that is not closed, or a word beside one, at {text!r}")
+    text = text if quoted is None else quoted[1].strip()
     if not text:
         raise ValueError(f"the query {query!r} has an empty term")
-    return Term(sign * weight, text), quoted is not None
+    return Term(sign * weight, text, quoted=quoted is not None)
 
 
 def _weighted(text: str) -> tuple[float, str]:
@@ -134,15 +164,10 @@ def _weighted(text: str) -> tuple[float, str]:
     return float(match[1]), match[2]
 
 
-def _picture(term: Term, quoted: bool) -> Term:
+def _picture(term: Term) -> Term:
     """The term, as a picture where its text is the path of one."""
-    path = None if quoted else _file(term.text)
-    if not quoted and re.match("https?://", term.text):
-        raise ValueError(f"{term.text}: a picture to search by must be a file; save it first")
-    if path is not None and (_is_path(term.text) or _holds_picture(path)):
+    if not term.quoted and (path := picture_path(term.text)) is not None:
         return Term(term.weight, path=path)
-    if not quoted and _is_path(term.text):
-        raise ValueError(f'there is no picture {term.text} to search by; a text of this name stands in "quotes"')
     try:
         term.text.encode()
     except UnicodeEncodeError as error:
@@ -174,7 +199,3 @@ def _holds_picture(path: Path) -> bool:
     except BadSample as bad:
         return bad.fault.cause != "not an image"  # a damaged picture is named where it is read
     return True
-
-
-def _is_file(query: str) -> bool:
-    return _file(_weighted(query.strip())[1]) is not None

@@ -1,0 +1,1 @@
+"""What search and evaluation share: queries of texts and pictures, with weights, added and subtracted."""
