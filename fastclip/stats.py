@@ -11,10 +11,9 @@ from fastclip._backends.reference import norms
 from fastclip.distributed import check_group, largest_over_ranks, sharded_maxima
 from fastclip.loss import Batch, direction_losses, prepare
 from fastclip.ops import contrastive_maxima
+from fastclip.ties import TIE
 
 __all__ = ["ContrastiveStats", "contrastive_stats"]
-
-_TIE = 2.0**-20  # of |logit_scale| |image| |text|: nearer than that, rounding decides which logit is larger
 
 
 class ContrastiveStats(NamedTuple):
@@ -104,7 +103,7 @@ def _all(neg: Tensor, pos: Tensor, top_pos: Tensor) -> Tensor:
 
 def _ties(batch: Batch) -> tuple[Tensor, Tensor]:
     """How far apart the largest logits of a row (M,) and of a column (N,) must be to be told apart."""
-    near = batch.scale.abs() * _TIE
+    near = batch.scale.abs() * TIE
     if batch.options["normalize"]:
         return near, near
     row, col = norms(batch.image), norms(batch.text)

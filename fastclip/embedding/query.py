@@ -97,8 +97,8 @@ def split_at(query: str, *operators: str) -> list[tuple[str, str]]:
 def picture_path(text: str) -> Path | None:
     """Return the file that the text of a term names, None where the text is one.
 
-    A picture is named by its place (``/``, ``./``, ``../``, ``~/``, ``file://``, ``C:\\``), by the ending of a picture's
-    name, or else by a file of this name that holds a picture.
+    A picture is named by its place (``/``, ``./``, ``../``, ``~/``, ``file://``, ``C:\\``), by the ending of a
+    picture's name, or else by a file of this name that holds a picture.
 
     Raises:
         ValueError: the text must be a picture, and there is no such file; or it is the address of a web page.

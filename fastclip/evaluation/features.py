@@ -24,10 +24,11 @@ from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
 from fastclip.reading import open_tensors
 
-__all__ = ["FeatureStore", "ImageFeatures", "image_features", "text_features"]
+__all__ = ["PART", "FeatureStore", "ImageFeatures", "image_features", "text_features"]
 
 logger = logging.getLogger(__name__)
-_PART, _SECONDS = 4096, 60.0  # samples of a file, and what they take, at most
+PART = 4096  # samples of a part of a store, about
+_SECONDS = 60.0  # that a part takes at most
 
 
 class ImageFeatures(NamedTuple):
@@ -164,7 +165,7 @@ def image_features(
         for images, found, labels in batches:
             waiting.append({"features": embedder.embed_images(images), "labels": labels, "used": found >= 0})
             bar.moved(len(found))
-            whole = sum(len(piece["used"]) for piece in waiting) >= _PART
+            whole = sum(len(piece["used"]) for piece in waiting) >= PART
             if whole or time.monotonic() - begun > _SECONDS:
                 put_away()
         put_away()
@@ -197,7 +198,7 @@ def text_features(
     with Progress("texts", len(texts), done=done, unit="text", shown=progress) as bar:
         while done < len(texts):
             found: list[Tensor] = []
-            start, end, begun = done, min(done + _PART, len(texts)), time.monotonic()
+            start, end, begun = done, min(done + PART, len(texts)), time.monotonic()
             while done < end and not (found and time.monotonic() - begun > _SECONDS):
                 chunk = texts[done : min(done + batch_size, end)]
                 found.append(embedder.embed_texts(chunk, batch_size=batch_size))

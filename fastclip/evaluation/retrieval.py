@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.evaluation.progress import Progress
+from fastclip.ties import TIE
 
 __all__ = [
     "best_ranks",
@@ -26,8 +27,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-# Cosines nearer than that are alike: rounding decides which is larger (as in fastclip.contrastive_stats).
-_TIE = 2.0**-20
 _SIDES = {"cpu": 1024}  # of a tile of similarities: 4 MiB of float32, which a core's cache holds
 _SIDE = 4096  # of one on a GPU, which wants larger ones
 
@@ -212,7 +211,7 @@ def least_alike(best: Tensor, size: float | Tensor = 1.0) -> Tensor:
 
     The product of the same two rows differs with where they are in their matrices, and from processor to processor.
     """
-    return best - _TIE * size
+    return best - TIE * size
 
 
 def first_best(similarities: Tensor) -> Tensor:

@@ -16,14 +16,12 @@ from fastclip.data.loader import PairBatch, pair_batches
 from fastclip.data.picture import limit_in_words
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
-from fastclip.evaluation.features import FeatureStore
+from fastclip.evaluation.features import PART, FeatureStore
 from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
 from fastclip.reading import parse_json
 
 __all__ = ["Pairs", "contents_of", "embed_pairs", "faults_of"]
-
-_PART = 4096  # samples of a part, about
 
 
 class Pairs(NamedTuple):
@@ -104,7 +102,7 @@ def _fill(
             faults.add(batch.faults)
             bar.moved(len(batch.used))
             done += len(batch.used)
-            if len(used) >= _PART or done == size:
+            if len(used) >= PART or done == size:
                 told = json.dumps([faults.counts, faults.keys]).encode()
                 part = {"used": torch.tensor(used), "faults": torch.frombuffer(bytearray(told), dtype=torch.uint8)}
                 store.add(start, part | keep(_joined(waiting)))

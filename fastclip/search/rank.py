@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from fastclip.search.index import Pictures, Vector
+from fastclip.ties import TIE
 
 __all__ = ["top"]
-
-_TIE = 2.0**-20  # of |query|, as in fastclip.evaluation.retrieval: nearer than that, rounding decides which is higher
 
 
 def top(pictures: Pictures, query: Vector, count: int) -> list[tuple[bytes, float, int]]:
@@ -21,7 +20,7 @@ def top(pictures: Pictures, query: Vector, count: int) -> list[tuple[bytes, floa
         return []
     scores = (pictures.vectors @ query)[pictures.rows]
     scores[np.isnan(scores)] = np.inf  # of a file that was damaged: seen, and not passed over
-    places, tie = np.arange(len(scores)), _TIE * float(np.linalg.norm(query.astype(np.float64)))
+    places, tie = np.arange(len(scores)), TIE * float(np.linalg.norm(query.astype(np.float64)))
     if count < len(scores):
         least = np.partition(scores, len(scores) - count)[len(scores) - count] - tie
         places = np.flatnonzero(scores >= least)  # more than `count` where some are equal

@@ -38,7 +38,7 @@ PROMISES = [
                 "evaluation: a tie is a hit",
                 "fastclip/evaluation/retrieval.py",
                 old="similarities < least_alike(best).unsqueeze(dim)",
-                new="~(similarities > (best + _TIE).unsqueeze(dim))",
+                new="~(similarities > (best + TIE).unsqueeze(dim))",
             ),
         ],
     ),
@@ -67,7 +67,7 @@ PROMISES = [
             Break(
                 "ties: equal bits alone",
                 "fastclip/evaluation/retrieval.py",
-                old="return best - _TIE * size",
+                old="return best - TIE * size",
                 new="return best",
             ),
             Break(

@@ -292,9 +292,9 @@ PROMISES = [
         breaks=[
             Break(
                 "rounding decides a tie",
-                "fastclip/stats.py",
-                old="_TIE = 2.0**-20",
-                new="_TIE = -(2.0**-20)",
+                "fastclip/ties.py",
+                old="TIE = 2.0**-20",
+                new="TIE = -(2.0**-20)",
             ),
             Break(
                 "a column's maximum from the last tile only",

@@ -56,7 +56,7 @@ def stopping(embedder: Embedder, after: int) -> Embedder:
 def test_interrupted_embedding_goes_on_to_the_same_bits(
     embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_PART", 32)
+    monkeypatch.setattr(features, "PART", 32)
     source = Subset(open_source("digits", held_out=True), range(100))
     whole = image_features(embedder, source, batch_size=16)
     assert whole.indices.tolist() == list(range(100)) and whole.features.shape == (100, embedder.dim)
@@ -76,7 +76,7 @@ def test_interrupted_embedding_goes_on_to_the_same_bits(
 def test_interrupted_texts_go_on_to_the_same_bits(
     embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_PART", 8)
+    monkeypatch.setattr(features, "PART", 8)
     texts = [f"a photo of {k}" for k in range(30)]
     whole = text_features(embedder, texts, batch_size=4)
     store = FeatureStore(embedder, texts, folder=tmp_path)
@@ -88,7 +88,7 @@ def test_interrupted_texts_go_on_to_the_same_bits(
 
 
 def test_damaged_part_is_computed_again(embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "_PART", 8)
+    monkeypatch.setattr(features, "PART", 8)
     texts = [f"a photo of {k}" for k in range(24)]
     store = FeatureStore(embedder, texts, folder=tmp_path)
     whole = text_features(embedder, texts, store=store)
@@ -221,7 +221,7 @@ def test_two_writers_of_one_store_do_not_mix_their_parts(
     """A part is closed after a minute, too, so those of a slower process are shorter."""
     texts = [f"a photo of {k}" for k in range(20)]
     fast, slow = (FeatureStore(embedder, texts, folder=tmp_path) for _ in range(2))
-    monkeypatch.setattr(features, "_PART", 8)
+    monkeypatch.setattr(features, "PART", 8)
     with pytest.raises(Stopped):
         text_features(stopping(embedder, 4), texts, batch_size=4, store=fast)  # two parts of 8
     slow.add(0, {"features": text_features(embedder, texts[:4], batch_size=4)})  # its view of the store is older
@@ -236,7 +236,7 @@ def test_cache_that_cannot_be_written_is_no_error(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(features, "_PART", 2)
+    monkeypatch.setattr(features, "PART", 2)
     store = FeatureStore(embedder, ["a"])
     assert len(text_features(embedder, ["a", "b", "c", "d"], batch_size=2, store=store)) == 4
     assert caplog.text.count("is not kept") == 1 and str(tmp_path / "file") in caplog.text

@@ -267,7 +267,7 @@ def test_stopped_evaluation_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     whole = evaluated(checkpoint, f"{split}:test", split.parent / "whole.json")
-    monkeypatch.setattr(features, "_PART", 5)
+    monkeypatch.setattr(features, "PART", 5)
     real, calls = Embedder.embed_images, []
 
     def stops(self: Embedder, images: Tensor) -> Tensor:

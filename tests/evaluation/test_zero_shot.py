@@ -286,7 +286,7 @@ def test_command_writes_clip_benchmarks_json(
 def test_command_goes_on_after_a_stop(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(features, "_PART", 64)
+    monkeypatch.setattr(features, "PART", 64)
     words: list[Any] = ["--data", "digits", "--batch-size", 32, "--output"]
     assert command(checkpoint, *words, tmp_path / "whole.json") == 0
     real, calls = Embedder.embed_images, [0]

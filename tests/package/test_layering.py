@@ -27,7 +27,20 @@ LAYERS = (
     {"ops"},
     {"_backends"},
     {"triton_kernels"},
-    {"_cpu", "_cuda", "_env", "_lazy", "_version", "cores", "durable", "installed", "owner", "parent", "reading"},
+    {
+        "_cpu",
+        "_cuda",
+        "_env",
+        "_lazy",
+        "_version",
+        "cores",
+        "durable",
+        "installed",
+        "owner",
+        "parent",
+        "reading",
+        "ties",
+    },
 )
 # What the losses load, with `import fastclip` or when they are first asked for: torch and the standard library only.
 ALLOWED = {

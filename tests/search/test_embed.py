@@ -43,7 +43,7 @@ def read(folder: Path, name: str) -> tuple[Any, Any, list[dict[str, str]]]:
 def test_rows_are_the_vectors_of_every_sample(
     embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Source, dtype: str
 ) -> None:
-    monkeypatch.setattr(pairs, "_PART", 16)
+    monkeypatch.setattr(pairs, "PART", 16)
     done = embed_source(embedder, digits, tmp_path, dtype=dtype, samples_per_file=20, batch_size=8)
     assert done[:2] == (3, 55) and done.faults.total == done.kept == 0
     assert not (tmp_path / ".parts").exists()
@@ -73,7 +73,7 @@ def test_file_numbers_have_clip_retrievals_zeros(embedder: Embedder, digits: Sou
 def test_samples_that_cannot_be_used_are_in_none_of_the_files(
     embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pairs, "_PART", 4)
+    monkeypatch.setattr(pairs, "PART", 4)
     source = open_source(str(real_pictures(tmp_path / "data")))
     done = embed_source(embedder, source, tmp_path / "out", batch_size=2, workers=1)
     assert (done.files, done.samples, done.faults.total) == (1, 5, 4)

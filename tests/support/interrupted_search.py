@@ -64,7 +64,7 @@ def child(work: Callable[[], None]) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    pairs._PART = 16
+    pairs.PART = 16
     source = open_source(str(folder / "data"))
     torch.manual_seed(0)
     embedder = Embedder(create_model("ViT-tiny"), ClipTokenizer(), name="ViT-tiny")
