@@ -17,8 +17,8 @@ from fastclip.cli.words import words_in_any_order
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fastclip.search.engine import Found, SearchEngine
     from fastclip.embedding.query import Term
+    from fastclip.search.engine import Found, SearchEngine
 
 __all__ = ["add", "add_index_options", "engine_of", "update"]
 

@@ -1,9 +1,9 @@
 """What is searched for: texts and pictures with weights, added and subtracted.
 
 ``fastclip search`` and ``fastclip eval compose`` have one grammar. A query is a row of terms between ``+`` and ``-``,
-which are operators where white space is around them, outside of quotes. ``2:`` or ``0.5:`` directly before a term is its
-weight, unless a digit follows (``16:9 screenshot`` is a text) that begins no picture's name (``2:001.jpg``). A term in
-double quotes is a text as it stands.
+which are operators where white space is around them, outside of quotes. ``2:`` or ``0.5:`` directly before a term is
+its weight, unless a digit follows (``16:9 screenshot`` is a text) that begins no picture's name (``2:001.jpg``). A term
+in double quotes is a text as it stands.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ __all__ = ["PART", "FeatureStore", "ImageFeatures", "image_features", "text_feat
 
 logger = logging.getLogger(__name__)
 PART = 4096  # samples of a part of a store, about
-_SECONDS = 60.0  # that a part takes at most
+_SECONDS = 60.0  # that a part takes at most: on a CPU a large model takes a second a picture
+Part = dict[str, Tensor]  # rows of some samples in a row, by what they are
 
 
 class ImageFeatures(NamedTuple):
@@ -68,11 +69,11 @@ class FeatureStore:
         if owned:
             mend_files(self.folder, owned=True)
 
-    def parts(self) -> list[dict[str, Tensor]]:
+    def parts(self) -> list[Part]:
         """Those there are from the first one on, without a gap; a damaged one ends them."""
         return list(self.walk())
 
-    def walk(self, *names: str) -> Iterator[dict[str, Tensor]]:
+    def walk(self, *names: str) -> Iterator[Part]:
         """`parts`, one at a time; of each the tensors of these names, or all."""
         mend_files(self.folder)
         start = 0
@@ -88,7 +89,7 @@ class FeatureStore:
             yield part
             start += samples
 
-    def add(self, start: int, part: dict[str, Tensor]) -> None:
+    def add(self, start: int, part: Part) -> None:
         """Write down the samples from `start` on: "used" or "features" of `part` has a row of each, else it is one.
 
         Raises:
@@ -148,28 +149,13 @@ def image_features(
     if done < size or not size:
         rest = Subset(source, range(done, size))
         batches = evaluation_batches(rest, embedder.transform, batch_size=batch_size, workers=workers, skipped=skipped)
-    waiting: list[dict[str, Tensor]] = []
-    begun = time.monotonic()
-
-    def put_away() -> None:
-        nonlocal begun
-        begun = time.monotonic()
-        if waiting:
-            part = {name: torch.cat([piece[name] for piece in waiting]) for name in waiting[0]}
-            if store is not None:
-                store.add(sum(len(before["used"]) for before in parts), part)
-            parts.append(part)
-            waiting.clear()
-
+    pieces = (
+        {"features": embedder.embed_images(images), "labels": labels, "used": places >= 0}
+        for images, places, labels in batches
+    )
     with Progress(f"pictures of {source.spec}", size, done=done, shown=progress) as bar:
-        for images, found, labels in batches:
-            waiting.append({"features": embedder.embed_images(images), "labels": labels, "used": found >= 0})
-            bar.moved(len(found))
-            whole = sum(len(piece["used"]) for piece in waiting) >= PART
-            if whole or time.monotonic() - begun > _SECONDS:
-                put_away()
-        put_away()
-    every = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        _extend(parts, pieces, store, bar)
+    every = _concatenated(parts)
     used = every["used"]
     if not bool(used.all()):
         bad = int((~used).sum())
@@ -195,16 +181,36 @@ def text_features(
     done = sum(len(part["features"]) for part in parts)
     if done:
         logger.info("%d of %d texts are embedded already", done, len(texts))
+    step = min(batch_size, PART)
+    chunks = (texts[start : start + step] for start in range(done, len(texts), step))
+    pieces = ({"features": embedder.embed_texts(chunk, batch_size=batch_size)} for chunk in chunks)
     with Progress("texts", len(texts), done=done, unit="text", shown=progress) as bar:
-        while done < len(texts):
-            found: list[Tensor] = []
-            start, end, begun = done, min(done + PART, len(texts)), time.monotonic()
-            while done < end and not (found and time.monotonic() - begun > _SECONDS):
-                chunk = texts[done : min(done + batch_size, end)]
-                found.append(embedder.embed_texts(chunk, batch_size=batch_size))
-                done += len(chunk)
-                bar.moved(len(chunk))
-            parts.append({"features": torch.cat(found)})
-            if store is not None:
-                store.add(start, parts[-1])
+        _extend(parts, pieces, store, bar)
     return torch.cat([part["features"] for part in parts]) if parts else embedder.embed_texts([])
+
+
+def _extend(parts: list[Part], pieces: Iterable[Part], store: FeatureStore | None, bar: Progress) -> None:
+    """Join pieces to parts of `PART` samples, or of what a minute suffices for, and add each to `parts` and `store`."""
+    start = sum(len(part["features"]) for part in parts)
+    for part in _joined(pieces, bar):
+        if store is not None:
+            store.add(start, part)
+        parts.append(part)
+        start += len(part["features"])
+
+
+def _joined(pieces: Iterable[Part], bar: Progress) -> Iterator[Part]:
+    waiting, samples, begun = list[Part](), 0, time.monotonic()
+    for piece in pieces:
+        waiting.append(piece)
+        samples += len(piece["features"])
+        bar.moved(len(piece["features"]))
+        if samples >= PART or time.monotonic() - begun > _SECONDS:
+            yield _concatenated(waiting)
+            waiting, samples, begun = [], 0, time.monotonic()
+    if waiting:
+        yield _concatenated(waiting)
+
+
+def _concatenated(parts: list[Part]) -> Part:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from fastclip._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastclip.embedding.query import parse_query
     from fastclip.search.engine import SearchEngine
     from fastclip.search.model import CheckpointModel
-    from fastclip.embedding.query import parse_query
 
 __all__ = ["CheckpointModel", "SearchEngine", "parse_query"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,17 +17,16 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from fastclip.claim import claim
 from fastclip.data.faults import Tally
 from fastclip.data.source import Source
-from fastclip.data.spec import absolute_spec
 from fastclip.data.subset import Subset
 from fastclip.durable import mend_files, new_file
 from fastclip.evaluation.features import FeatureStore
 from fastclip.models.embedder import Embedder
 from fastclip.owner import owning
 from fastclip.reading import parse_json
-from fastclip.search.claim import claim
-from fastclip.search.pairs import Pairs, contents_of, embed_pairs, faults_of
+from fastclip.search.pairs import Pairs, call_options, contents_of, embed_pairs, faults_of, utf8
 
 __all__ = ["Embedded", "embed_source"]
 
@@ -61,10 +60,9 @@ def embed_source(
     """Unit vectors of pictures and captions, as ``clip-retrieval inference`` writes them (its ``writer.py``).
 
     ``img_emb/img_emb_K.npy`` and ``text_emb/text_emb_K.npy``, (n, D) of `dtype`, and ``metadata/metadata_K.parquet``
-    with the columns "image_path", the key of the sample, and "caption", for the samples from K `samples_per_file` on.
-    Row i of the three belongs together. K has leading zeros as clip-retrieval's: its digits are those of the number of
-    files. Of several captions the first counts. Samples that cannot be used, or whose vectors are not finite, are in
-    none of the three.
+    with the columns "image_path", the key of the sample, and "caption", the first one, for the samples from K
+    `samples_per_file` on. Row i of the three belongs together. K has leading zeros as clip-retrieval's: its digits are
+    those of the number of files. Samples that cannot be used, or have no finite vectors, are in none of the three.
 
     A file appears when it is whole, the .parquet last. The same call goes on where one that was interrupted stopped,
     and the result is the same, byte by byte; files of which a picture or a caption has changed since are made anew, and
@@ -80,78 +78,83 @@ def embed_source(
         OSError, ChildProcessError: as `embed_pairs`.
     """
     if dtype not in _DTYPES or samples_per_file < 1:
-        raise ValueError(
-            f"dtype must be float16 or float32, samples_per_file at least 1, got {dtype} and {samples_per_file}"
-        )
+        got = f"got {dtype} and {samples_per_file}"
+        raise ValueError(f"dtype must be float16 or float32, samples_per_file at least 1, {got}")
     kinds = ("img", "text") if texts else ("img",)
-    options: dict[str, Any] = {
-        "source": absolute_spec(source.spec),
-        "samples": len(source),
-        "identity": embedder.identity,
-    }
-    options |= {"dtype": dtype, "samples_per_file": samples_per_file, "texts": texts}
-    claim(output, options, result="*/*_emb_*.npy")
+    asked = {"dtype": dtype, "samples_per_file": samples_per_file, "texts": texts}
+    claim(output, call_options(embedder, source) | asked, result="*/*_emb_*.npy")
     for name in (*(f"{kind}_emb" for kind in kinds), "metadata"):
         (output / name).mkdir(exist_ok=True)
         mend_files(output / name, owned=True)
-    total = -(-len(source) // samples_per_file)
-    digits = int(math.log10(max(total, 1))) + 1
-    files, samples, kept, changed, faults = 0, 0, 0, 0, Tally()
-    for number in range(total):
-        start = number * samples_per_file
-        part, name = Subset(source, range(start, min(start + samples_per_file, len(source)))), f"{number:0{digits}d}"
-        table, contents = _table(output, name), contents_of(part)
-        told = _told(table) if table.is_file() else None
-        vectors = [output / f"{kind}_emb" / f"{kind}_emb_{name}.npy" for kind in kinds]
-        if told is not None and told.contents == contents and all(file.is_file() for file in vectors):
-            kept += 1
-        else:
-            changed += told is not None and told.contents != contents
-            store = FeatureStore(embedder, [contents], folder=output / _PARTS, owned=True)
-            reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-            reading |= {"first_caption": True, "finite": True}
-            embed_pairs(embedder, part, store, partial(_kept_of, dtype=_DTYPES[dtype]), **reading)
-            found = faults_of(store)
-            _write_file(output, name, part, store, found, contents, dict.fromkeys(kinds, (embedder.dim, dtype)))
-            if found.total == len(part):
-                faults.merge(found.counts, found.keys)
-                continue
-            told = _told(table)
-        files, samples = files + 1, samples + told.successes
-        faults.merge(told.faults.counts, told.faults.keys)
+    starts = range(0, len(source), samples_per_file)
+    reading = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    files, samples, faults, ways = 0, 0, Tally(), Counter[str]()
+    for number, start in enumerate(starts):
+        part = Subset(source, range(start, min(start + samples_per_file, len(source))))
+        place = _Place(output, f"{number:0{len(str(len(starts)))}d}", kinds, dtype)
+        written, way = _embed_part(embedder, part, place, **reading)
+        ways[way] += 1
+        files, samples = files + (written.successes > 0), samples + written.successes
+        faults.merge(written.faults.counts, written.faults.keys)
     shutil.rmtree(output / _PARTS, ignore_errors=True)
-    if changed:
-        logger.warning(
-            "%s: %d files are made anew: pictures, captions or max_pixels have changed", source.spec, changed
-        )
+    if changed := ways["changed"]:
+        message = "%s: %d files are made anew: pictures, captions or max_pixels have changed"
+        logger.warning(message, source.spec, changed)
     if not samples:
         raise ValueError(f"{source.spec}: none of {len(source)} samples can be used: {faults}")
-    return Embedded(files, samples, faults, kept)
+    return Embedded(files, samples, faults, ways["kept"])
 
 
-def _write_file(
-    output: Path,
-    name: str,
-    part: Source,
-    store: FeatureStore,
-    faults: Tally,
-    contents: str,
-    kinds: dict[str, tuple[int, str]],
-) -> None:
-    """One file of each kind, the table last, in the place of those of before."""
-    _table(output, name).unlink(missing_ok=True)  # first: vectors without one count for nothing
-    if faults.total == len(part):  # embedding_reader cannot read a file without rows
-        for old in output.glob(f"*_emb/*_emb_{name}.npy"):
+class _Place(NamedTuple):
+    """Where the vectors and the table of some samples in a row are written."""
+
+    output: Path
+    name: str  # the number K of the files
+    kinds: tuple[str, ...]  # "img", and "text" where captions are embedded
+    dtype: str
+
+    @property
+    def table(self) -> Path:
+        return self.output / "metadata" / f"metadata_{self.name}.parquet"
+
+    def vectors(self, kind: str) -> Path:
+        return self.output / f"{kind}_emb" / f"{kind}_emb_{self.name}.npy"
+
+
+class _Written(NamedTuple):
+    """What a table tells beside its rows."""
+
+    contents: str  # of `contents_of`
+    successes: int
+    faults: Tally
+
+
+def _embed_part(embedder: Embedder, part: Source, place: _Place, **reading: Any) -> tuple[_Written, str]:
+    """Return what is written of a part, and whether it was "kept", "changed" or is "new"."""
+    contents, before = contents_of(part), _written(place.table) if place.table.is_file() else None
+    if before is not None and before.contents == contents and all(map(Path.is_file, map(place.vectors, place.kinds))):
+        return before, "kept"
+    way = "new" if before is None or before.contents == contents else "changed"
+    return _write_part(embedder, part, place, contents, **reading), way
+
+
+def _write_part(embedder: Embedder, part: Source, place: _Place, contents: str, **reading: Any) -> _Written:
+    """Write one file of each kind, the table last, in place of those of before; none where no sample can be used."""
+    store = FeatureStore(embedder, [contents], folder=place.output / _PARTS, owned=True)
+    keep = partial(_kept_of, dtype=_DTYPES[place.dtype])
+    embed_pairs(embedder, part, store, keep, first_caption=True, finite=True, **reading)
+    rows = sum(int(part["used"].sum()) for part in store.walk("used"))
+    written = _Written(contents, rows, faults_of(store))
+    place.table.unlink(missing_ok=True)  # first: vectors without one count for nothing
+    if not rows:  # embedding_reader cannot read a file without rows
+        for old in place.output.glob(f"*_emb/*_emb_{place.name}.npy"):
             old.unlink()
-        return
-    for kind, of in kinds.items():
-        _write_vectors(output / f"{kind}_emb" / f"{kind}_emb_{name}.npy", store, kind, of)
-    _write_table(_table(output, name), part, store, faults, contents, "text" in kinds)
+        return written
+    for kind in place.kinds:
+        _write_vectors(place.vectors(kind), store, kind, (rows, embedder.dim), place.dtype)
+    _write_table(place, part, store, written)
     store.clear()
-
-
-def _table(output: Path, name: str) -> Path:
-    return output / "metadata" / f"metadata_{name}.parquet"
+    return written
 
 
 def _kept_of(pairs: Pairs, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -161,42 +164,33 @@ def _kept_of(pairs: Pairs, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"img": pairs.images.to(dtype), "text": pairs.texts.to(dtype), "captions": data, "lengths": lengths}
 
 
-def _write_vectors(file: Path, store: FeatureStore, kind: str, of: tuple[int, str]) -> None:
-    """A .npy file, a part at a time."""
-    dim, dtype = of
-    rows = sum(int(part["used"].sum()) for part in store.walk("used"))
-    head = {"shape": (rows, dim), "fortran_order": False, "descr": np.lib.format.dtype_to_descr(np.dtype(dtype))}
+def _write_vectors(file: Path, store: FeatureStore, kind: str, shape: tuple[int, int], dtype: str) -> None:
+    """Write a .npy file, a part at a time."""
+    head = {"shape": shape, "fortran_order": False, "descr": np.lib.format.dtype_to_descr(np.dtype(dtype))}
     with new_file(file) as half, half.open("wb") as out:
         np.lib.format.write_array_header_1_0(out, head)
         for part in store.walk(kind):
             out.write(part[kind].numpy().tobytes())
 
 
-def _write_table(file: Path, source: Source, store: FeatureStore, faults: Tally, contents: str, texts: bool) -> None:
-    stats: dict[str, Any] = {"contents": contents, "count": len(source), "successes": len(source) - faults.total}
-    stats |= {"failures": faults.counts, "failed": faults.keys}
-    columns = [("image_path", pa.string()), ("caption", pa.string())][: 1 + texts]
-    schema = pa.schema(columns, metadata={"fastclip": json.dumps(stats)})
-    with new_file(file) as half, pq.ParquetWriter(half, schema) as writer:
+def _write_table(place: _Place, source: Source, store: FeatureStore, written: _Written) -> None:
+    stats: dict[str, Any] = {"contents": written.contents, "count": len(source), "successes": written.successes}
+    stats |= {"failures": written.faults.counts, "failed": written.faults.keys}
+    names = ["image_path", "caption"] if "text" in place.kinds else ["image_path"]
+    schema = pa.schema([(name, pa.string()) for name in names], metadata={"fastclip": json.dumps(stats)})
+    with new_file(place.table) as half, pq.ParquetWriter(half, schema) as writer:
         start = 0
         for part in store.walk("used", "captions", "lengths"):
             keys = [source.key(start + k) for k in part["used"].nonzero().flatten().tolist()]
-            paths = [key.encode("utf-8", "backslashreplace").decode() for key in keys]
-            writer.write_table(pa.table([paths, list(_captions(part))][: 1 + texts], schema=schema))
+            columns = {"image_path": list(map(utf8, keys)), "caption": list(_captions(part))}
+            writer.write_table(pa.table({name: columns[name] for name in names}, schema=schema))
             start += len(part["used"])
 
 
-class _Told(NamedTuple):
-    contents: str  # of `contents_of`
-    successes: int
-    faults: Tally
-
-
-def _told(table: Path) -> _Told:
-    """What `_write_table` has written beside the rows."""
+def _written(table: Path) -> _Written:
     try:
         stats = parse_json((pq.read_schema(table).metadata or {}).get(b"fastclip", b""), "its metadata")
-        return _Told(str(stats["contents"]), int(stats["successes"]), Tally.of(stats["failures"], stats["failed"]))
+        return _Written(str(stats["contents"]), int(stats["successes"]), Tally.of(stats["failures"], stats["failed"]))
     except (ValueError, KeyError, TypeError) as error:  # pyarrow's are ValueErrors
         raise ValueError(f"{table} is not what this command writes ({error}): take another folder") from error
 

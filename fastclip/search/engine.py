@@ -14,10 +14,10 @@ import numpy as np
 
 from fastclip import _env
 from fastclip.data.faults import BadSample
+from fastclip.embedding.query import Term, combine
 from fastclip.search.approximate import Approximate
 from fastclip.search.index import Index, Pictures, Vector
 from fastclip.search.model import Model
-from fastclip.embedding.query import Term, combine
 from fastclip.search.rank import top
 from fastclip.search.scan import EXCLUDED, Update, digest_of, excluded, prepared, update_index
 

@@ -21,10 +21,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from fastclip.claim import claim
 from fastclip.data.identity import picture_places
 from fastclip.data.pack import pack_source
 from fastclip.data.source import Record, Source
-from fastclip.data.spec import absolute_spec, spec_places
+from fastclip.data.spec import spec_places
 from fastclip.data.subset import Subset
 from fastclip.durable import new_file
 from fastclip.evaluation.features import FeatureStore
@@ -33,9 +34,8 @@ from fastclip.evaluation.results import write_results
 from fastclip.models.embedder import Embedder
 from fastclip.owner import check_writable, output_path, owning
 from fastclip.reading import parse_json
-from fastclip.search.claim import claim
 from fastclip.search.near_duplicates import near_duplicates
-from fastclip.search.pairs import Pairs, contents_of, embed_pairs, faults_of
+from fastclip.search.pairs import Pairs, call_options, contents_of, embed_pairs, faults_of, utf8
 
 __all__ = ["filter_source"]
 
@@ -91,49 +91,26 @@ def filter_source(
         OSError, ChildProcessError: as `pack_source`.
     """
     _check(threshold, dedup, samples_per_shard)
-    _check_apart(source, output)
+    _check_outside(source, output)
     if scores is not None:
-        _check_apart(source, output_path(scores))
-    computed = output / "scores" if scores is None else check_writable(scores)
-    computed /= "similarities" if dedup is None else "similarities-and-images"
+        _check_outside(source, output_path(scores))
+    folder = output / "scores" if scores is None else check_writable(scores)
     contents = contents_of(source)
-    store = FeatureStore(embedder, [contents], folder=computed, owned=scores is None)
-    options: dict[str, Any] = {
-        "source": absolute_spec(source.spec),
-        "samples": len(source),
-        "identity": embedder.identity,
-    }
-    options |= {
-        "max_pixels": Image.MAX_IMAGE_PIXELS,
-        "pictures and captions": contents,
-        "threshold": threshold,
-        "dedup": dedup,
-    }
+    options = call_options(embedder, source) | {"max_pixels": Image.MAX_IMAGE_PIXELS, "pictures and captions": contents}
+    options |= {"threshold": threshold, "dedup": dedup}
     if threshold is not None or (output / "options.json").is_file():
         claim(output, {**options, "samples_per_shard": samples_per_shard}, result="*.tar")
-
+    folder /= "similarities" if dedup is None else "similarities-and-images"
+    store = FeatureStore(embedder, [contents], folder=folder, owned=scores is None)
     keep = partial(_kept_of, images=dedup is not None)
     embed_pairs(embedder, source, store, keep, batch_size=batch_size, workers=workers, progress=progress)
-    found = _scores(store)
-    table, of = output / "similarities.parquet", {**options, "scores": _digest(found)}
-    if (states := _decided(table, of)) is None:
-        if (old := next(output.glob("*_stats.json"), None)) is not None:
-            raise ValueError(f"{old} is of other similarities than those there are now: remove {output}")
-        states, near_to = _decide(found, threshold)
-        if dedup is not None:
-            _drop_duplicates(states, near_to, store, dedup, embedder.device, progress)
-        _write_table(table, source, found, states, near_to, of)
-    summary = options | {"model": embedder.name} | _summary(found, states, store)
-    _draw(output / "histogram.png", found.similarities, threshold)
+    samples = _scores(store)
+    states = _states(source, output, samples, store, options, device=embedder.device, progress=progress)
+    summary = options | {"model": embedder.name} | _summary(samples, states, store)
+    _draw(output / "histogram.png", samples.similarities, threshold)
     write_results(output / "summary.json", summary)
     if threshold is not None:
-        kept = np.flatnonzero(states == _KEPT)
-        if not len(kept):
-            raise ValueError(f"{source.spec}: no sample has a similarity of {threshold} or more")
-        left = _Kept(source, kept, found, threshold)
-        packed = pack_source(left, output, samples_per_shard=samples_per_shard, workers=workers)
-        if packed.faults.total:
-            logger.warning("%s: could be read at first and not again, left out: %s", source.spec, packed.faults)
+        _pack(_Kept(source, np.flatnonzero(states == _KEPT), samples, threshold), output, samples_per_shard, workers)
     return summary
 
 
@@ -148,9 +125,9 @@ class _Scores(NamedTuple):
 class _Kept(Subset):
     """What is left of the source."""
 
-    def __init__(self, source: Source, indices: Integers, found: _Scores, threshold: float) -> None:
+    def __init__(self, source: Source, indices: Integers, scores: _Scores, threshold: float) -> None:
         super().__init__(source, indices.tolist())
-        self._found, self._threshold = found, np.float32(threshold)
+        self._scores, self.threshold, self._least = scores, threshold, np.float32(threshold)
 
     def __getitem__(self, index: int) -> Record:
         return self.read(index)
@@ -164,7 +141,7 @@ class _Kept(Subset):
 
     def fields(self, index: int) -> dict[str, Any]:
         similarities = self._similarities(index)
-        above = similarities[similarities >= self._threshold].tolist()
+        above = similarities[similarities >= self._least].tolist()
         known = {k: v for k, v in super().fields(index).items() if k != "similarities"}  # of data filtered before
         return {**known, "similarity": max(above)} | ({"similarities": above} if len(above) > 1 else {})
 
@@ -172,11 +149,11 @@ class _Kept(Subset):
         similarities = self._similarities(index)
         if len(captions) != len(similarities):
             raise ValueError(f"{self.key(index)}: its captions have changed since their similarities were computed")
-        return tuple(text for text, similarity in zip(captions, similarities) if similarity >= self._threshold)
+        return tuple(text for text, similarity in zip(captions, similarities) if similarity >= self._least)
 
     def _similarities(self, index: int) -> Floats:
         sample = self.indices[index]
-        return self._found.similarities[self._found.begins[sample] : self._found.begins[sample + 1]]
+        return self._scores.similarities[self._scores.begins[sample] : self._scores.begins[sample + 1]]
 
 
 def _check(threshold: float | None, dedup: float | None, samples_per_shard: int) -> None:
@@ -188,7 +165,7 @@ def _check(threshold: float | None, dedup: float | None, samples_per_shard: int)
         raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
 
 
-def _check_apart(source: Source, output: Path) -> None:
+def _check_outside(source: Source, output: Path) -> None:
     """What is written must not be read as data the next time: the histogram is a picture, and shards are shards."""
     inside = os.path.join(os.path.realpath(output), "")
     folders = [os.path.join(os.path.realpath(place), "") for place in spec_places(source.spec) if place.is_dir()]
@@ -198,8 +175,8 @@ def _check_apart(source: Source, output: Path) -> None:
 
 def _kept_of(pairs: Pairs, *, images: bool) -> dict[str, Tensor]:
     counts = torch.tensor([len(texts) for texts in pairs.captions], dtype=torch.int64)
-    found = {"counts": counts, "similarities": (pairs.images.repeat_interleave(counts, 0) * pairs.texts).sum(1)}
-    return found | ({"images": pairs.images} if images else {})
+    similarities = (pairs.images.repeat_interleave(counts, 0) * pairs.texts).sum(1)
+    return {"counts": counts, "similarities": similarities} | ({"images": pairs.images} if images else {})
 
 
 def _scores(store: FeatureStore) -> _Scores:
@@ -217,19 +194,50 @@ def _scores(store: FeatureStore) -> _Scores:
     return _Scores(begins, flat, best)
 
 
-def _digest(found: _Scores) -> str:
-    return hashlib.blake2b(found.begins.tobytes() + found.similarities.tobytes(), digest_size=16).hexdigest()
+def _digest(scores: _Scores) -> str:
+    return hashlib.blake2b(scores.begins.tobytes() + scores.similarities.tobytes(), digest_size=16).hexdigest()
 
 
-def _decide(found: _Scores, threshold: float | None) -> tuple[States, Integers]:
+def _decide(scores: _Scores, threshold: float | None) -> tuple[States, Integers]:
     """The state of every sample, duplicates apart, and -1 for each: the one that it is nearly a duplicate of."""
-    states, near_to = np.full(len(found.best), _SCORED, np.int8), np.full(len(found.best), -1)
-    states[np.isnan(found.best)] = _NOT_FINITE
-    states[np.diff(found.begins) == 0] = _UNUSABLE
+    states, near_to = np.full(len(scores.best), _SCORED, np.int8), np.full(len(scores.best), -1)
+    states[np.isnan(scores.best)] = _NOT_FINITE
+    states[np.diff(scores.begins) == 0] = _UNUSABLE
     if threshold is not None:
         states[states == _SCORED] = _BELOW
-        states[found.best >= np.float32(threshold)] = _KEPT
+        states[scores.best >= np.float32(threshold)] = _KEPT
     return states, near_to
+
+
+def _states(
+    source: Source,
+    output: Path,
+    scores: _Scores,
+    store: FeatureStore,
+    options: dict[str, Any],
+    *,
+    device: torch.device,
+    progress: bool,
+) -> States:
+    """The state of every sample: what an earlier call has written, else decided, and written, now."""
+    file, options = output / "similarities.parquet", {**options, "scores": _digest(scores)}
+    if (states := _decided(file, options)) is not None:
+        return states
+    if (old := next(output.glob("*_stats.json"), None)) is not None:
+        raise ValueError(f"{old} is of other similarities than those there are now: remove {output}")
+    states, near_to = _decide(scores, options["threshold"])
+    if options["dedup"] is not None:
+        _drop_duplicates(states, near_to, store, options["dedup"], device, progress)
+    _write_table(file, source, scores, states, near_to, options)
+    return states
+
+
+def _pack(kept: _Kept, output: Path, samples_per_shard: int, workers: int) -> None:
+    if not len(kept):
+        raise ValueError(f"{kept.spec}: no sample has a similarity of {kept.threshold} or more")
+    packed = pack_source(kept, output, samples_per_shard=samples_per_shard, workers=workers)
+    if packed.faults.total:
+        logger.warning("%s: could be read at first and not again, left out: %s", kept.spec, packed.faults)
 
 
 def _drop_duplicates(
@@ -242,10 +250,10 @@ def _drop_duplicates(
         with Progress("near duplicates", len(kept), shown=progress) as bar:
             for part in store.walk("used", "images"):
                 used = part["used"].numpy()
-                found = part["images"][states[start : start + len(used)][used] == _KEPT]
+                vectors = part["images"][states[start : start + len(used)][used] == _KEPT]
                 start += len(used)
-                yield found
-                bar.moved(len(found))
+                yield vectors
+                bar.moved(len(vectors))
 
     place = near_duplicates(images(), dedup, device=device)
     again = place >= 0
@@ -255,7 +263,7 @@ def _drop_duplicates(
 def _write_table(
     file: Path,
     source: Source,
-    found: _Scores,
+    scores: _Scores,
     states: States,
     near_to: Integers,
     options: dict[str, Any],
@@ -269,10 +277,10 @@ def _write_table(
             of = near_to[rows.start : rows.stop].tolist()
             state = pa.DictionaryArray.from_arrays(pa.array(states[rows.start : rows.stop]), pa.array(_STATES))
             arrays = [
-                pa.array([_utf8(source.key(k)) for k in rows]),
-                pa.array(found.best[rows.start : rows.stop], from_pandas=True),  # NaN is null
+                pa.array([utf8(source.key(k)) for k in rows]),
+                pa.array(scores.best[rows.start : rows.stop], from_pandas=True),  # NaN is null
                 state,
-                pa.array([None if k < 0 else _utf8(source.key(k)) for k in of], pa.string()),
+                pa.array([None if k < 0 else utf8(source.key(k)) for k in of], pa.string()),
             ]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
@@ -292,13 +300,8 @@ def _decided(file: Path, options: dict[str, Any]) -> States | None:
         raise ValueError(f"{file} is not what this command writes, remove it: {error}") from error
 
 
-def _utf8(text: str) -> str:
-    """File names may hold lone surrogates, which Parquet does not."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _summary(found: _Scores, states: States, store: FeatureStore) -> dict[str, Any]:
-    finite = found.similarities[np.isfinite(found.similarities)]
+def _summary(scores: _Scores, states: States, store: FeatureStore) -> dict[str, Any]:
+    finite = scores.similarities[np.isfinite(scores.similarities)]
     counts = {state: int((states == number).sum()) for number, state in enumerate(_STATES)}
     similarity: dict[str, Any] = {
         "captions": len(finite),
@@ -306,7 +309,7 @@ def _summary(found: _Scores, states: States, store: FeatureStore) -> dict[str, A
     }
     quantiles = np.quantile(finite, _QUANTILES) if len(finite) else [math.nan] * len(_QUANTILES)
     similarity |= {"quantiles": dict(zip(map(str, _QUANTILES), map(float, quantiles)))}
-    at = {str(t): int((found.best >= np.float32(t)).sum()) for t in _THRESHOLDS}
+    at = {str(t): int((scores.best >= np.float32(t)).sum()) for t in _THRESHOLDS}
     faults = faults_of(store)
     return {
         "counts": {state: count for state, count in counts.items() if count},

@@ -15,13 +15,14 @@ from fastclip.data.identity import picture_states
 from fastclip.data.loader import PairBatch, pair_batches
 from fastclip.data.picture import limit_in_words
 from fastclip.data.source import Source
+from fastclip.data.spec import absolute_spec
 from fastclip.data.subset import Subset
 from fastclip.evaluation.features import PART, FeatureStore
 from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
 from fastclip.reading import parse_json
 
-__all__ = ["Pairs", "contents_of", "embed_pairs", "faults_of"]
+__all__ = ["Pairs", "call_options", "contents_of", "embed_pairs", "faults_of", "utf8"]
 
 
 class Pairs(NamedTuple):
@@ -109,6 +110,11 @@ def _fill(
                 start, waiting, used, faults = done, [], [], Tally()
 
 
+def call_options(embedder: Embedder, source: Source) -> dict[str, Any]:
+    """Return the options that say whose vectors of what a folder holds, for `fastclip.claim.claim`."""
+    return {"source": absolute_spec(source.spec), "samples": len(source), "identity": embedder.identity}
+
+
 def contents_of(source: Source) -> str:
     """A digest of what vectors depend on beside the model: of every sample the captions, and which picture it is
     (`picture_states`), however its path is spelled; and the largest picture that is read. Pictures are not read."""
@@ -133,6 +139,11 @@ def faults_of(store: FeatureStore) -> Tally:
             raise ValueError(f"{store.folder} is not what this command writes, remove it: {error}") from error
         faults.merge(found.counts, found.keys)
     return faults
+
+
+def utf8(text: str) -> str:
+    """File names may hold lone surrogates, which Parquet does not."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _embedded(embedder: Embedder, batch: PairBatch, first_caption: bool, batch_size: int) -> Pairs:

@@ -21,8 +21,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from fastclip.data.faults import BadSample
-from fastclip.search.engine import Found, SearchEngine
 from fastclip.embedding.query import Term, parse_texts, reading
+from fastclip.search.engine import Found, SearchEngine
 from fastclip.search.sheet import thumbnail
 
 __all__ = ["make_server"]

@@ -229,8 +229,8 @@ PROMISES = [
             Break(
                 "kept features: thousands or nothing",
                 "fastclip/evaluation/features.py",
-                old="if whole or time.monotonic() - begun > _SECONDS:",
-                new="if whole:",
+                old="if samples >= PART or time.monotonic() - begun > _SECONDS:",
+                new="if samples >= PART:",
             ),
             Break(
                 "kept features: a damaged part ends the command",

@@ -17,13 +17,13 @@ PROMISES = [
             Break(
                 "filter: the threshold itself is dropped",
                 "fastclip/search/filter.py",
-                old="states[found.best >= np.float32(threshold)] = _KEPT",
-                new="states[found.best > np.float32(threshold)] = _KEPT",
+                old="states[scores.best >= np.float32(threshold)] = _KEPT",
+                new="states[scores.best > np.float32(threshold)] = _KEPT",
             ),
             Break(
                 "filter: captions below the threshold stay",
                 "fastclip/search/filter.py",
-                old="zip(captions, similarities) if similarity >= self._threshold",
+                old="zip(captions, similarities) if similarity >= self._least",
                 new="zip(captions, similarities)",
             ),
             Break(
@@ -155,7 +155,7 @@ PROMISES = [
             Break(
                 "filter: a table of other similarities",
                 "fastclip/search/filter.py",
-                old=', "scores": _digest(found)}',
+                old=', "scores": _digest(scores)}',
                 new="}",
             ),
             Break(
@@ -173,7 +173,7 @@ PROMISES = [
             Break(
                 "embed: other captions, the same vectors",
                 "fastclip/search/embed.py",
-                old="told.contents == contents and",
+                old="before.contents == contents and",
                 new="True and",
             ),
             Break(
@@ -184,15 +184,15 @@ PROMISES = [
             ),
             Break(
                 "embed: another folder of the name, the same call",
-                "fastclip/search/embed.py",
+                "fastclip/search/pairs.py",
                 old='"source": absolute_spec(source.spec)',
                 new='"source": source.spec',
             ),
             Break(
                 "filter: other options, the same folder",
-                "fastclip/search/claim.py",
-                old="if changed:",
-                new="if not before:",
+                "fastclip/claim.py",
+                old="if changed := [key",
+                new="if not before and [key",
             ),
         ],
     ),
@@ -207,11 +207,8 @@ PROMISES = [
             Break(
                 "embed: the table comes first",
                 "fastclip/search/embed.py",
-                old="for kind, of in kinds.items():",
-                new=(
-                    "_write_table(_table(output, name), part, store, faults, contents, True)\n"
-                    "    for kind, of in kinds.items():"
-                ),
+                old="for kind in place.kinds:",
+                new="_write_table(place, part, store, written)\n    for kind in place.kinds:",
             ),
             Break(
                 "embed: parts stay",
@@ -252,8 +249,8 @@ PROMISES = [
             Break(
                 "embed: digits of the last number",
                 "fastclip/search/embed.py",
-                old="math.log10(max(total, 1))",
-                new="math.log10(max(total - 1, 1))",
+                old="len(str(len(starts)))",
+                new="len(str(len(starts) - 1))",
             ),
             Break(
                 "embed: texts as pictures",
@@ -264,8 +261,8 @@ PROMISES = [
             Break(
                 "embed: a file without rows",
                 "fastclip/search/embed.py",
-                old="if faults.total == len(part):",
-                new="if faults.total > len(part):",
+                old="if not rows:",
+                new="if rows < 0:",
             ),
         ],
     ),

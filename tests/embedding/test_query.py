@@ -10,8 +10,8 @@ import pytest
 from support import needs
 
 needs("models")
-from fastclip.search.engine import SearchEngine
 from fastclip.embedding.query import Term, combine, parse_query, parse_terms, parse_texts, reading, split_at
+from fastclip.search.engine import SearchEngine
 from support.colours import Colours, draw, picture_vector, text_vector
 
 

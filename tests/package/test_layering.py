@@ -19,7 +19,7 @@ LAYERS = (
     {"cli"},
     {"training", "evaluation", "search", "parity", "integrations", "bench", "doctor", "machine"},
     {"embedding"},
-    {"data", "models"},
+    {"claim", "data", "models"},
     {"modules"},
     {"multiview", "stats"},
     {"loss", "sigmoid"},

@@ -20,10 +20,10 @@ from PIL import Image
 
 from fastclip.data.faults import BadSample
 from fastclip.data.folder import pictures
+from fastclip.embedding.query import Term
 from fastclip.search import scan
 from fastclip.search.engine import SearchEngine
 from fastclip.search.index import Index
-from fastclip.embedding.query import Term
 from support.colours import DIM, QUERY, Colours, check, counts, draw, engine, picture_vector
 
 

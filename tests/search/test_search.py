@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastclip import _env
 from fastclip.cli import main
+from fastclip.embedding.query import Term
 from fastclip.models import create_model
 from fastclip.models.embedder import load_embedder
 from fastclip.search import engine as engines
@@ -33,7 +34,6 @@ from fastclip.search import scan
 from fastclip.search.engine import Found, SearchEngine
 from fastclip.search.index import Index, Pictures
 from fastclip.search.model import CheckpointModel
-from fastclip.embedding.query import Term
 from fastclip.search.rank import top
 from fastclip.search.sheet import contact_sheet, most_tiles, terminal_picture
 from support.colours import Colours, draw

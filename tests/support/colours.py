@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastclip.search.engine import SearchEngine
 from fastclip.embedding.query import Term
+from fastclip.search.engine import SearchEngine
 
 DIM = 6
 QUERY = [Term(1.0, "anything")]

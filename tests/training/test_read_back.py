@@ -18,6 +18,7 @@ needs("train", "search")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastclip.claim import claim
 from fastclip.data.faults import Tally
 from fastclip.data.pack import _finished
 from fastclip.durable import check_manifest, write_tensors
@@ -25,8 +26,7 @@ from fastclip.evaluation.features import FeatureStore
 from fastclip.evaluation.report.run import _versions, read_run
 from fastclip.evaluation.report.view import read_results
 from fastclip.search.approximate import Approximate
-from fastclip.search.claim import claim
-from fastclip.search.embed import _told
+from fastclip.search.embed import _written
 from fastclip.search.filter import _decided
 from fastclip.search.pairs import faults_of
 from fastclip.training.checkpoint import read_state
@@ -102,8 +102,8 @@ READERS: dict[str, tuple[Callable[[Path], object], list[Any]]] = {
         [{**STATS, name: "x"} for name in STATS if name not in ("bytes", "failed", "content")]
         + [{**STATS, "failures": {"a": 1}}],
     ),
-    "metadata.parquet": (parquet(_told), [{"successes": x, "failures": x, "failed": x} for x in (1, [], "x")]),
-    "broken.parquet": (_told, []),
+    "metadata.parquet": (parquet(_written), [{"successes": x, "failures": x, "failed": x} for x in (1, [], "x")]),
+    "broken.parquet": (_written, []),
     "other.parquet": (lambda file: _decided(file, {"a": 1}), []),
     "faults.part": (kept_faults, [[5, 5], [{"a": "x"}, {"a": []}], [{"a": 1}, {}], [{}]]),
     "config.yaml": (read_options, [[1], {"5": 6}, {"betas": 5, "dota": 1}]),
