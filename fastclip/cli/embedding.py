@@ -65,7 +65,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def embedder_of(args: argparse.Namespace) -> Embedder:
-    """From here on the log says how far the command is."""
+    """Load the model. From here on the log says how far the command is."""
     from fastclip.models.embedder import load_embedder
 
     logging.getLogger("fastclip").setLevel(logging.INFO)

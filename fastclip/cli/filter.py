@@ -52,14 +52,14 @@ def _filter(args: argparse.Namespace) -> None:
         if args.scores is not None:
             check_writable(args.scores)
         source = open_source(args.data)
-        found = filter_source(
+        summary = filter_source(
             embedder_of(args), source, Path(args.output), scores=args.scores, progress=True, **options
         )
     share = 100 / len(source)
-    rows = [[state, count, count * share] for state, count in found["counts"].items()]
-    for cause, of in found["causes"].items():
-        rows.insert(1, [f"- {cause}", of["count"], of["count"] * share])
+    rows = [[state, count, count * share] for state, count in summary["counts"].items()]
+    for cause, faults in summary["causes"].items():
+        rows.insert(1, [f"- {cause}", faults["count"], faults["count"] * share])
     say(table(["samples", "number", "%"], [["read", len(source), 100.0], *rows]))
     if args.threshold is None:
-        at = found["samples_at_or_above"]
+        at = summary["samples_at_or_above"]
         say(table(["similarity at least", "number", "%"], [[t, count, count * share] for t, count in at.items()]))

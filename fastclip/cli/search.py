@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,13 @@ from fastclip.cli.outputs import add_force, check_apart, owned_files
 from fastclip.cli.pictures import add_max_pixels
 from fastclip.cli.printing import complain, lone_names, shown
 from fastclip.cli.words import words_in_any_order
+from fastclip.cores import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fastclip.embedding.query import Term
-    from fastclip.search.engine import Found, SearchEngine
+    from fastclip.search.engine import Match, SearchEngine
 
 __all__ = ["add", "add_index_options", "engine_of", "update"]
 
@@ -67,7 +68,7 @@ def add_index_options(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_of(args: argparse.Namespace) -> SearchEngine:
-    """From here on the log says how far the command is."""
+    """Open the folder for a search. From here on the log says how far the command is."""
     from fastclip.search.engine import SearchEngine
     from fastclip.search.model import CheckpointModel
     from fastclip.search.scan import EXCLUDED
@@ -78,17 +79,15 @@ def engine_of(args: argparse.Namespace) -> SearchEngine:
 
 
 def update(engine: SearchEngine, args: argparse.Namespace) -> None:
-    """Unless --no-indexing is given; says what was done."""
+    """Bring the index up to date, unless --no-indexing is given, and say what was done."""
     if args.no_indexing:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    done = engine.update(
-        batch_size=args.batch_size, workers=cores if args.workers is None else args.workers, progress=True
-    )
+    workers = math.ceil(usable_cores()) if args.workers is None else args.workers
+    done = engine.update(batch_size=args.batch_size, workers=workers, progress=True)
     if done.embedded or done.known or done.removed:
         speed = f", {done.embedded / done.seconds:,.0f} a second" if done.embedded else ""
-        told = f"{done.embedded:,} embedded{speed}; {done.known:,} moved, copied or touched; {done.removed:,} gone"
-        complain(f"fastclip: {engine.folder}: {done.files:,} pictures, {told}")
+        changes = f"{done.embedded:,} embedded{speed}; {done.known:,} moved, copied or touched; {done.removed:,} gone"
+        complain(f"fastclip: {engine.folder}: {done.files:,} pictures, {changes}")
     if known := {path for path, _ in engine.faults()} - {path for path, _ in done.skipped}:
         complain(f"fastclip: {len(known):,} pictures cannot be used, as before")
 
@@ -113,40 +112,41 @@ def _answer(args: argparse.Namespace, terms: Sequence[Term]) -> int:
     from fastclip.embedding.query import reading
 
     engine = engine_of(args)
-    if told := reading(args.query, terms):
-        complain(f"fastclip: the query is read as {shown(told)}")
+    if text := reading(args.query, terms):
+        complain(f"fastclip: the query is read as {shown(text)}")
     try:
         update(engine, args)
-        found = engine.find(terms, args.top)
+        matches = engine.find(terms, args.top)
     except KeyboardInterrupt:
         complain("fastclip search: stopped; what is indexed is kept")
         return 130
-    if not found:
+    if not matches:
         others = " but the query's" if engine.count() else ""
         complain(f"fastclip search: no pictures of {engine.folder}{others} are indexed")
-    _print(found, args)
+    _print(matches, args)
     return 0
 
 
-def _print(found: Sequence[Found], args: argparse.Namespace) -> None:
+def _print(matches: Sequence[Match], args: argparse.Namespace) -> None:
     if args.json:
         import json
 
-        print(json.dumps([{"path": one.path, "score": round(one.score, 6)} for one in found], indent=1))
+        print(json.dumps([{"path": match.path, "score": round(match.score, 6)} for match in matches], indent=1))
     else:
         alone = args.filepath_only or args.print0
-        lone_names([("" if alone else f"{one.score:.4f}\t", one.path) for one in found], print0=args.print0)
-    if not found or not (args.preview or args.sheet):
+        lone_names([("" if alone else f"{match.score:.4f}\t", match.path) for match in matches], print0=args.print0)
+    if not matches or not (args.preview or args.sheet):
         return
     from fastclip.search.sheet import contact_sheet, most_tiles, terminal_picture
 
-    if args.sheet and len(found) > (most := most_tiles(args.sheet.suffix)):
-        told = (
-            f"shows the first {most:,} of {len(found):,} pictures, more do not fit into this format; a .png holds all"
+    if args.sheet and len(matches) > (most := most_tiles(args.sheet.suffix)):
+        counts = f"the first {most:,} of {len(matches):,} pictures"
+        complain(
+            f"fastclip search: {shown(str(args.sheet))} shows {counts}, more do not fit into this format; "
+            "a .png holds all"
         )
-        complain(f"fastclip search: {shown(str(args.sheet))} {told}")
-        found = found[:most]
-    sheet = contact_sheet(found)
+        matches = matches[:most]
+    sheet = contact_sheet(matches)
     if args.sheet:
         from PIL import Image
 

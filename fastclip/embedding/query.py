@@ -64,7 +64,7 @@ def parse_query(query: str, *, add: Sequence[str] = (), subtract: Sequence[str] 
 
 
 def parse_terms(query: str) -> list[Term]:
-    """As `parse_texts`, but that a query which is the path of a file as a whole is no mixture."""
+    """Return the terms as `parse_texts` does, but a query that is the path of a file as a whole as one."""
     is_file = _file(_weighted(query.strip())[1]) is not None
     return [_term(1, query, query)] if is_file else parse_texts(query)
 
@@ -112,7 +112,7 @@ def picture_path(text: str) -> Path | None:
 
 
 def reading(query: str, terms: Sequence[Term]) -> str:
-    """How the terms were read, in a line: "" of a query that can be read in one way only."""
+    """Say in a line how the terms were read, "" where the query can be read in one way only."""
     if len(terms) == 1 and terms[0].weight == 1:
         text = query.strip()
         if terms[0].path is None and terms[0].text == text and not _DOUBTFUL.fullmatch(text):
@@ -176,7 +176,7 @@ def _picture(term: Term) -> Term:
 
 
 def _is_path(text: str) -> bool:
-    """Whether nothing but a picture's path can be meant."""
+    """Return True if nothing but a picture's path can be meant."""
     return _PATH.match(text) is not None or os.path.splitext(text)[1].lower() in _SUFFIXES
 
 
@@ -193,7 +193,7 @@ def _exists(name: str) -> bool:
 
 
 def _holds_picture(path: Path) -> bool:
-    """Of a file whose name does not tell."""
+    """Return True for a picture, whatever its name, a damaged one too."""
     try:
         read_picture(path, str(path))
     except BadSample as bad:

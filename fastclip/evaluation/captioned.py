@@ -33,7 +33,7 @@ class Captioned(NamedTuple):
 
 
 class Retrieval(NamedTuple):
-    """What `evaluate_retrieval` found; M pictures and N captions are those that could be used."""
+    """The results of `evaluate_retrieval`; M pictures and N captions are those that could be used."""
 
     metrics: dict[str, float]  # of CLIP_benchmark's names, 0 to 1
     keys: list[str]  # of the pictures, M
@@ -48,20 +48,20 @@ class Retrieval(NamedTuple):
     stores: tuple[FeatureStore, ...]  # to `clear` when the result is written
 
     def details(self, *, top: int = 5) -> Iterator[dict[str, Any]]:
-        """Of every caption, then of every picture: its rank, 1 where the best is right, and what is most similar."""
+        """Yield rank and most similar items of every caption, then of every picture; rank 1 where the best is right."""
         images, texts = self.image_features, self.text_features
         ways = (
             ("caption", self.texts, self.keys, self.of_texts, texts, images, self.pairs.flip(1)),
             ("picture", self.keys, self.texts, self.of_images, images, texts, self.pairs),
         )
         for kind, names, others, ranks, queries, items, pairs in ways:
-            own: list[list[str]] = [[] for _ in names]
+            belonging: list[list[str]] = [[] for _ in names]
             for query, item in pairs.tolist():
-                own[query].append(others[item])
-            scores, places = (found.tolist() for found in top_items(queries, items, top))
+                belonging[query].append(others[item])
+            scores, places = (best.tolist() for best in top_items(queries, items, top))
             for k, rank in enumerate(ranks.tolist()):
                 best = [{"item": others[i], "score": score} for i, score in zip(places[k], scores[k])]
-                yield {"query": names[k], "of": kind, "rank": rank + 1, "belongs": own[k], "top": best}
+                yield {"query": names[k], "of": kind, "rank": rank + 1, "belongs": belonging[k], "top": best}
 
 
 def by_picture(source: Source, *, captions: int | None = None) -> Captioned:
@@ -75,7 +75,7 @@ def by_picture(source: Source, *, captions: int | None = None) -> Captioned:
         captions: at most so many of a picture, the first ones.
     """
     firsts: dict[tuple[str, str], int] = {}
-    found: dict[tuple[str, str], list[str]] = {}
+    captions_of: dict[tuple[str, str], list[str]] = {}
     bad, keys, places = Tally(), set(), set()
     for index, place in enumerate(picture_places(source)):
         keys.add(source.key(index))
@@ -86,7 +86,7 @@ def by_picture(source: Source, *, captions: int | None = None) -> Captioned:
             bad.add([error.fault])
             continue
         firsts.setdefault(place, index)
-        known = found.setdefault(place, [])
+        known = captions_of.setdefault(place, [])
         known.extend([text for text in texts if text not in known] if known else texts)
     if len(keys) > len(places):
         logger.info("%s: %d names of pictures are others' in another spelling", source.spec, len(keys) - len(places))
@@ -95,7 +95,7 @@ def by_picture(source: Source, *, captions: int | None = None) -> Captioned:
     if not firsts:
         raise ValueError(f"{source.spec}: no picture has a caption that can be used")
     pictures = Subset(source, list(firsts.values()))
-    return Captioned(pictures, [tuple(texts[:captions]) for texts in found.values()], len(places) - len(firsts))
+    return Captioned(pictures, [tuple(texts[:captions]) for texts in captions_of.values()], len(places) - len(firsts))
 
 
 def picture_features(
@@ -103,9 +103,9 @@ def picture_features(
 ) -> tuple[ImageFeatures, FeatureStore]:
     """`image_features` of the source, `options` being that function's, with a store of its own in `folder`."""
     store = FeatureStore(embedder, ["pictures", *source.class_names, *picture_states(source)], folder=folder)
-    found = image_features(embedder, source, store=store, **options)
-    check_finite(found.features, source.spec)
-    return found, store
+    images = image_features(embedder, source, store=store, **options)
+    check_finite(images.features, source.spec)
+    return images, store
 
 
 def evaluate_retrieval(
@@ -135,11 +135,11 @@ def evaluate_retrieval(
     """
     if captions is not None and captions < 1:
         raise ValueError(f"captions must be at least 1, got {captions}")
-    found = by_picture(source, captions=captions)
+    pictures = by_picture(source, captions=captions)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    images, store = picture_features(embedder, found.source, folder=folder, workers=workers, **options)
+    images, store = picture_features(embedder, pictures.source, folder=folder, workers=workers, **options)
     used = images.indices.tolist()
-    owners = [(i, text) for i, k in enumerate(used) for text in found.captions[k]]
+    owners = [(i, text) for i, k in enumerate(used) for text in pictures.captions[k]]
     words = list(dict.fromkeys(text for _, text in owners))
     texts_store = FeatureStore(embedder, ["captions", *words], folder=folder)
     features = text_features(embedder, words, store=texts_store, **options)
@@ -157,14 +157,14 @@ def evaluate_retrieval(
     of_images, of_texts = (way.cpu() for way in ranks)
     return Retrieval(
         metrics=recalls(of_images, of_texts),
-        keys=[found.source.key(k) for k in used],
+        keys=[pictures.source.key(k) for k in used],
         texts=texts,
         pairs=pairs,
         of_images=of_images,
         of_texts=of_texts,
         image_features=images.features,
         text_features=features,
-        skipped=found.skipped + len(found.source) - len(used),
+        skipped=pictures.skipped + len(pictures.source) - len(used),
         repeated=_repeated(owners),
         stores=(store, texts_store),
     )

@@ -38,12 +38,12 @@ class Answer(NamedTuple):
     """The pictures most similar to a query, the best first, and where the target is."""
 
     query: Query
-    found: list[tuple[int, float]]  # place in `Composed.source`, cosine
+    pictures: list[tuple[int, float]]  # place in `Composed.source`, cosine
     rank: int | None  # how many pictures are at least as similar as the target; None without one
 
 
 class Composed(NamedTuple):
-    """What `compose` found."""
+    """The answers of `compose`."""
 
     answers: list[Answer]
     source: Subset  # the pictures that can be used, each once
@@ -135,8 +135,8 @@ def compose(
             vector = unit_sum([vectors[meaning] for meaning in meanings], [term.weight for term in query.terms])
         except ValueError as error:
             raise ValueError(f"{query.line}: {error}") from error
-        own = [used[meaning] for meaning in meanings if isinstance(meaning, int)]
-        answers.append(_answer(query, vector, images.features, own, None if target is None else used[target], top))
+        named = [used[meaning] for meaning in meanings if isinstance(meaning, int)]
+        answers.append(_answer(query, vector, images.features, named, None if target is None else used[target], top))
     ranks = torch.tensor([answer.rank for answer in answers if answer.rank is not None])
     metrics = {f"composed_retrieval_recall@{k}": recall(ranks, k) for k in (1, 5, 10)} if len(ranks) else {}
     usable = Subset(source, [pictures.indices[place] for place in used])
@@ -149,23 +149,23 @@ def unit_sum(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return (total / total.norm()).float()  # in float32 squares of large weights overflow
 
 
-def _answer(query: Query, vector: Tensor, features: Tensor, own: list[int], target: int | None, top: int) -> Answer:
-    """`own`: the pictures that the query names, which are no answers."""
+def _answer(query: Query, vector: Tensor, features: Tensor, named: list[int], target: int | None, top: int) -> Answer:
+    """Search among all pictures but the `named` ones, which the query names."""
     others = torch.ones(len(features), dtype=torch.bool)
-    others[own] = False
+    others[named] = False
     places = others.nonzero().flatten()
     if not len(places):
         raise ValueError(f"{query.line}: the query names all pictures")
-    scores, found = (x[0].tolist() for x in top_items(vector[None], features[places], top))
+    scores, best = (x[0].tolist() for x in top_items(vector[None], features[places], top))
     rank = None
     if target is not None:
         pair = torch.tensor([[0, int((places < target).sum())]])
         rank = int(best_ranks(vector[None], features[places], pair))
-    return Answer(query, [(int(places[k]), score) for k, score in zip(found, scores)], rank)
+    return Answer(query, [(int(places[k]), score) for k, score in zip(best, scores)], rank)
 
 
 class _Meanings:
-    """What the names in queries mean: the number of a picture of the data, a file, or a text."""
+    """The meaning of names in queries: the number of a picture of the data, a file, or a text."""
 
     def __init__(self, keys: Iterable[str], queries: Sequence[Query]) -> None:
         names = {term.text for query in queries for term in query.terms if not term.quoted}
@@ -211,5 +211,5 @@ class _Meanings:
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """What names the same picture; a text is no path, and may be too long for one."""
+    """Return the names of the same picture; a text is no path, and may be too long for one."""
     return (name, os.path.abspath(name), os.path.realpath(name)) if "\0" not in name else (name,)

@@ -33,7 +33,7 @@ Part = dict[str, Tensor]  # rows of some samples in a row, by what they are
 
 
 class ImageFeatures(NamedTuple):
-    """Of the samples that can be used, in the order of the source."""
+    """The vectors of the samples that can be used, in the order of the source."""
 
     features: Tensor  # (K, D) float32, unit vectors
     labels: Tensor  # (K,) int64, places in the source's `class_names`, -1 without
@@ -70,11 +70,11 @@ class FeatureStore:
             mend_files(self.folder, owned=True)
 
     def parts(self) -> list[Part]:
-        """Those there are from the first one on, without a gap; a damaged one ends them."""
+        """Return the parts from the first one on, without a gap; a damaged one ends them."""
         return list(self.walk())
 
     def walk(self, *names: str) -> Iterator[Part]:
-        """`parts`, one at a time; of each the tensors of these names, or all."""
+        """Yield `parts`, one at a time; of each the tensors of these names, or all."""
         mend_files(self.folder)
         start = 0
         while (file := self._file(start)).is_file():
@@ -111,7 +111,7 @@ class FeatureStore:
             logger.warning("what is computed is not kept (%s), and a stopped command begins anew", error)
 
     def clear(self) -> None:
-        """Nothing is left of it."""
+        """Remove the store."""
         with suppress(OSError if self._is_cache else FileNotFoundError):  # another process did it
             remove_folder(self.folder)
 

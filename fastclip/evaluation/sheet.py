@@ -22,14 +22,14 @@ def write_sheet(path: str | Path, composed: Composed, *, queries: int = 50) -> N
     The target is framed.
     """
     answers = composed.answers[:queries]
-    columns = max(len(answer.found) for answer in answers)
+    columns = max(len(answer.pictures) for answer in answers)
     height = _LINE + _SIDE + _GAP
     sheet = Image.new("RGB", (max(4, columns) * (_SIDE + _GAP) + _GAP, len(answers) * height + _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for row, answer in enumerate(answers):
         top = row * height + _GAP
         draw.text((_GAP, top), answer.query.line, "black", font)
-        for column, (place, _) in enumerate(answer.found):
+        for column, (place, _) in enumerate(answer.pictures):
             tile = ImageOps.contain(composed.source[place].image.convert("RGB"), (_SIDE, _SIDE))
             left = _GAP + column * (_SIDE + _GAP)
             sheet.paste(tile, (left + (_SIDE - tile.width) // 2, top + _LINE + (_SIDE - tile.height) // 2))

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastclip.durable import new_file, write_json
 from fastclip.reading import read_json
@@ -20,7 +19,6 @@ from fastclip.search.index import Index, Vector
 __all__ = ["Approximate"]
 
 logger = logging.getLogger(__name__)
-_BLOCK = 65536  # vectors read at a time
 _QUERIES, _NEIGHBOURS = 100, 10  # that recall is measured with
 _SAMPLED = 100  # contents by which an index is known
 _EXPANSION = 256  # candidates of a search: slower, and finds more
@@ -45,7 +43,7 @@ class Approximate:
                 name=error.name,
             ) from error
         self._index = index
-        self._file, self._told = (index.file.with_suffix(suffix) for suffix in (".usearch", ".usearch.json"))
+        self._file, self._about = (index.file.with_suffix(suffix) for suffix in (".usearch", ".usearch.json"))
         self._graph, self.recall, last = self._read(Graph)
         if (grown := self._grow(Graph, last)) is not None:
             self.recall = self._measured()
@@ -63,13 +61,13 @@ class Approximate:
     def _read(self, graph: Any) -> tuple[Any, float, int]:
         """The graph of before, its recall and its last content; nothing where it is not there or not whole."""
         try:
-            told = read_json(self._told)
-            found = graph.restore(str(self._file)) if self._file.is_file() else None
-            last = int(told["last"])
+            about = read_json(self._about)
+            whole = graph.restore(str(self._file)) if self._file.is_file() else None
+            last = int(about["last"])
             # an index that was removed has other contents of the same numbers now
-            if found is not None and len(found) == int(told["size"]) and told["index"] == self._contents(last):
-                found.expansion_search = _EXPANSION
-                return found, float(told["recall"]), last
+            if whole is not None and len(whole) == int(about["size"]) and about["index"] == self._contents(last):
+                whole.expansion_search = _EXPANSION
+                return whole, float(about["recall"]), last
             logger.warning("%s is not what was written and is made anew", self._file)
         except FileNotFoundError:
             pass
@@ -80,7 +78,7 @@ class Approximate:
     def _grow(self, graph: Any, last: int) -> int | None:
         """The last content that was added, None where there was nothing to add."""
         added = None
-        for keys, vectors in _blocks(self._index, last):
+        for keys, vectors in self._index.vectors_after(last):
             if self._graph is None:
                 self._graph = graph(ndim=vectors.shape[1], metric="ip", dtype="f16", expansion_search=_EXPANSION)
             self._graph.add(keys, vectors)
@@ -89,11 +87,11 @@ class Approximate:
         return added
 
     def _measured(self) -> float:
-        """Against a pass over all vectors."""
+        """Measure `recall` against a pass over all vectors."""
         queries = self._sample()
         best = np.full((len(queries), _NEIGHBOURS), -np.inf, np.float32)
         ids = np.full(best.shape, -1, np.int64)
-        for keys, vectors in _blocks(self._index, 0):
+        for keys, vectors in self._index.vectors_after(0):
             scores = np.concatenate([best, queries @ vectors.T], axis=1)
             names = np.concatenate([ids, np.broadcast_to(keys, (len(queries), len(keys)))], axis=1)
             kept = np.argpartition(-scores, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
@@ -105,8 +103,8 @@ class Approximate:
     def _sample(self) -> Vector:
         """Vectors evenly spread over the index."""
         pause = max(1, len(self) // _QUERIES)
-        rows = (vector for k, (_, vector) in enumerate(self._index.vectors_after(0)) if k % pause == 0)
-        return np.stack([next(rows) for _ in range(min(_QUERIES, len(self)))])
+        rows = chain.from_iterable(vectors for _, vectors in self._index.vectors_after(0))
+        return np.stack(list(islice(rows, 0, pause * _QUERIES, pause)))
 
     def _contents(self, last: int) -> str:
         """A digest of a hundred contents up to the last one of the graph."""
@@ -116,19 +114,6 @@ class Approximate:
     def _write(self, last: int) -> None:
         with new_file(self._file) as half:
             self._graph.save(str(half))
-            self._told.unlink(missing_ok=True)  # the graph is made anew where the two do not belong together
-        told: dict[str, Any] = {"size": len(self._graph), "last": last, "recall": round(self.recall, 4)}
-        told["index"] = self._contents(last)
-        write_json(self._told, told, indent=None)
-
-
-def _blocks(index: Index, after: int) -> Iterator[tuple[npt.NDArray[np.int64], Vector]]:
-    keys, vectors = [], []
-    for key, vector in index.vectors_after(after):
-        keys.append(key)
-        vectors.append(vector)
-        if len(keys) == _BLOCK:
-            yield np.array(keys), np.stack(vectors)
-            keys, vectors = [], []
-    if keys:
-        yield np.array(keys), np.stack(vectors)
+            self._about.unlink(missing_ok=True)  # the graph is made anew where the two do not belong together
+        about = {"size": len(self._graph), "last": last, "recall": round(self.recall, 4), "index": self._contents(last)}
+        write_json(self._about, about, indent=None)

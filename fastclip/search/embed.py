@@ -36,7 +36,7 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class Embedded(NamedTuple):
-    """What `embed_source` leaves."""
+    """The counts of an embedded data set."""
 
     files: int  # of each of the three kinds
     samples: int
@@ -106,7 +106,7 @@ def embed_source(
 
 
 class _Place(NamedTuple):
-    """Where the vectors and the table of some samples in a row are written."""
+    """The files of some samples in a row: vectors and table."""
 
     output: Path
     name: str  # the number K of the files
@@ -122,7 +122,7 @@ class _Place(NamedTuple):
 
 
 class _Written(NamedTuple):
-    """What a table tells beside its rows."""
+    """The metadata of a table of `fastclip embed`."""
 
     contents: str  # of `contents_of`
     successes: int

@@ -21,13 +21,15 @@ from fastclip.search.model import Model
 from fastclip.search.rank import top
 from fastclip.search.scan import EXCLUDED, Update, digest_of, excluded, prepared, update_index
 
-__all__ = ["Found", "SearchEngine"]
+__all__ = ["Match", "SearchEngine"]
 
 logger = logging.getLogger(__name__)
 _EXACT = 1_000_000  # contents up to which every vector is gone through
 
 
-class Found(NamedTuple):
+class Match(NamedTuple):
+    """A file that a query finds."""
+
     path: str
     score: float
     content: int = -1  # its number in the index, which stays
@@ -63,7 +65,7 @@ class SearchEngine:
         self._bytes, self._exclude = os.fsencode(self.folder), tuple(exclude)
         self._model, self._exact_limit = model, exact_limit
         self._index = Index((indices or _env.cache_folder()) / "search" / f"{model.identity}.sqlite3")
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # SQLite's connection, the model and what is loaded are one thread's at a time
         self._pictures: Pictures | None = None
         self._approximate: Approximate | None = None
         self._changes = -1
@@ -72,7 +74,7 @@ class SearchEngine:
         self._index.close()
 
     def update(self, *, batch_size: int = 64, workers: int = 1, progress: bool = False) -> Update:
-        """As `update_index`."""
+        """Bring the index up to date with the folder, as `update_index`."""
         with self._lock:
             self._pictures = self._approximate = None
             return update_index(
@@ -86,13 +88,13 @@ class SearchEngine:
             )
 
     def faults(self) -> list[tuple[str, str]]:
-        """Files that cannot be used, and why."""
+        """Return the files that cannot be used, and why."""
         left_out = excluded(self._bytes, self._exclude)
         with self._lock:
-            found = self._index.faults(self._bytes)
-        return [(os.fsdecode(path), fault) for path, fault in found if not left_out(path)]
+            faults = self._index.faults(self._bytes)
+        return [(os.fsdecode(path), fault) for path, fault in faults if not left_out(path)]
 
-    def find(self, terms: Sequence[Term], count: int = 10) -> list[Found]:
+    def find(self, terms: Sequence[Term], count: int = 10) -> list[Match]:
         """The `count` files of the highest scores; pictures of the query are not among them.
 
         Raises:
@@ -102,48 +104,44 @@ class SearchEngine:
         # a link and what it leads to are two files
         asked = {os.path.join(os.path.realpath(path.parent), path.name) for path in paths}
         asked |= {os.path.realpath(path) for path in paths}
-        found = self.find_vector(self.query_vector(terms), count + len(asked))
-        return [one for one in found if one.path not in asked][:count]
+        matches = self.find_vector(self.query_vector(terms), count + len(asked))
+        return [match for match in matches if match.path not in asked][:count]
 
     def query_vector(self, terms: Sequence[Term]) -> Vector:
         """(D,), as `combine`."""
         vectors = [self._text(term.text) if term.path is None else self._file(term.path) for term in terms]
         return combine(vectors, [term.weight for term in terms])
 
-    def find_vector(self, query: Vector, count: int = 10) -> list[Found]:
-        """As `find`. ValueError where a number of the query is not finite."""
+    def find_vector(self, query: Vector, count: int = 10) -> list[Match]:
+        """Return the `count` files of the highest scores. ValueError where a number of the query is not finite."""
         if not np.isfinite(query).all():
             raise ValueError("the query has no finite vector: is the model damaged?")
         with self._lock:
-            self._load()
-            assert self._pictures is not None
-            if self._pictures.vectors.size and self._pictures.vectors.shape[1] != len(query):
+            pictures = self._loaded()
+            if pictures.vectors.size and pictures.vectors.shape[1] != len(query):
                 raise ValueError(f"{self._index.file} holds vectors of another length; remove it to begin anew")
-            pairs = top(self._pictures, query, count) if self._approximate is None else self._nearest(query, count)
-            if not all(math.isfinite(score) for _, score, _ in pairs):
+            if self._approximate is None:
+                best = top(pictures, query, count)
+            else:
+                best = self._nearest(self._approximate, pictures, query, count)
+            if not all(math.isfinite(score) for _, score, _ in best):
                 raise ValueError(f"{self._index.file} holds a vector that is not finite; remove it to begin anew")
-        return [Found(os.fsdecode(path), score, content) for path, score, content in pairs]
+        return [Match(os.fsdecode(path), score, content) for path, score, content in best]
 
     def count(self) -> int:
         """Return how many files can be found."""
         with self._lock:
-            self._load()
-            assert self._pictures is not None
-            return len(self._pictures.paths)
+            return len(self._loaded().paths)
 
     def paths_of(self, content: int) -> list[str]:
         """The files of this content that can be found."""
         with self._lock:
-            self._load()
-            assert self._pictures is not None
-            row = int(np.searchsorted(self._pictures.contents, content))
-            if row == len(self._pictures.contents) or self._pictures.contents[row] != content:
-                return []
-            places = np.flatnonzero(self._pictures.rows == row)
-            return [os.fsdecode(self._pictures.paths[place]) for place in places]
+            pictures = self._loaded()
+        places = np.flatnonzero(pictures.contents[pictures.rows] == content)
+        return [os.fsdecode(pictures.paths[place]) for place in places]
 
     def picture_vector(self, file: BinaryIO, key: str) -> Vector:
-        """Of a picture (D,), from the index where its content is there.
+        """Return the vector (D,) of a picture, from the index where its content is there.
 
         Raises:
             BadSample: it cannot be read; with `key`.
@@ -185,10 +183,10 @@ class SearchEngine:
         with opened as file:
             return self.picture_vector(file, str(path))
 
-    def _load(self) -> None:
-        """What is searched, where it has changed."""
+    def _loaded(self) -> Pictures:
+        """Return what is searched, read again where another process has changed it, and set `_approximate`."""
         if self._pictures is not None and self._changes == self._index.changes():
-            return
+            return self._pictures
         self._changes = self._index.changes()
         left_out = excluded(self._bytes, self._exclude)
         self._approximate = None
@@ -202,24 +200,24 @@ class SearchEngine:
             files = [(path, content) for path, content in self._index.paths(self._bytes) if not left_out(path)]
             rows = np.fromiter((content for _, content in files), np.int64, len(files))
             contents, rows = np.unique(rows, return_inverse=True)
-            nothing = np.empty((len(contents), 0), np.float32)
+            nothing = np.empty((len(contents), 0), np.float32)  # vectors are read for the candidates of a query alone
             self._pictures = Pictures([path for path, _ in files], rows, contents, nothing)
         else:
-            found = self._index.pictures(self._bytes)
-            kept = [place for place, path in enumerate(found.paths) if not left_out(path)]
-            if len(kept) < len(found.paths):
-                found = found._replace(paths=[found.paths[place] for place in kept], rows=found.rows[kept])
-            self._pictures = found
+            pictures = self._index.pictures(self._bytes)
+            kept = [place for place, path in enumerate(pictures.paths) if not left_out(path)]
+            self._pictures = pictures._replace(paths=[pictures.paths[k] for k in kept], rows=pictures.rows[kept])
+        return self._pictures
 
-    def _nearest(self, query: Vector, count: int) -> list[tuple[bytes, float, int]]:
-        """Through the graph, which holds other folders' contents too: more of them until enough are of this one."""
-        assert self._approximate is not None and self._pictures is not None
-        pictures, asked = self._pictures, count
+    def _nearest(
+        self, graph: Approximate, pictures: Pictures, query: Vector, count: int
+    ) -> list[tuple[bytes, float, int]]:
+        """Ask the graph, which holds other folders' contents too, for more until enough are of this folder."""
+        asked = count
         while True:
-            ids = np.intersect1d(self._approximate.nearest(query, asked), pictures.contents)
-            if len(ids) >= count or asked >= len(self._approximate):
+            ids = np.intersect1d(graph.nearest(query, asked), pictures.contents)
+            if len(ids) >= count or asked >= len(graph):
                 break
-            asked *= 4
+            asked *= 4  # the graph cannot leave other folders out by itself
         vectors = np.empty((len(ids), len(query)), np.float32)
         for row, content in enumerate(ids):
             vectors[row] = self._index.vector_of(int(content))
@@ -231,7 +229,9 @@ class SearchEngine:
 
 
 def _is_cut(tokenize: Any, text: str) -> bool:
-    """Whether neither its last character nor what would follow makes a difference; of a text without tokens neither
-    does, although there is room."""
+    """Return True if neither the text's last character nor what would follow makes a difference.
+
+    In a text without tokens neither does, although there is room.
+    """
     cut, whole, more, nothing = tokenize([text[:-1], text, text + text, ""])
     return bool((cut == whole).all() and (whole == more).all() and (whole != nothing).any())

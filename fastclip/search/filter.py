@@ -115,7 +115,7 @@ def filter_source(
 
 
 class _Scores(NamedTuple):
-    """Of all n samples of a source."""
+    """The similarities of all n samples of a source."""
 
     begins: Integers  # (n + 1,), where the similarities of a sample begin and end; none of one that cannot be used
     similarities: Floats  # (T,), of all captions
@@ -123,7 +123,7 @@ class _Scores(NamedTuple):
 
 
 class _Kept(Subset):
-    """What is left of the source."""
+    """The samples of a source that are kept, each with its captions above the threshold."""
 
     def __init__(self, source: Source, indices: Integers, scores: _Scores, threshold: float) -> None:
         super().__init__(source, indices.tolist())
@@ -166,7 +166,7 @@ def _check(threshold: float | None, dedup: float | None, samples_per_shard: int)
 
 
 def _check_outside(source: Source, output: Path) -> None:
-    """What is written must not be read as data the next time: the histogram is a picture, and shards are shards."""
+    """Raise ValueError where the output would be read as data the next time: it holds a picture, and shards."""
     inside = os.path.join(os.path.realpath(output), "")
     folders = [os.path.join(os.path.realpath(place), "") for place in spec_places(source.spec) if place.is_dir()]
     if inside.startswith(tuple(folders)) or any(file.startswith(inside) for file, _ in picture_places(source)):
@@ -188,7 +188,7 @@ def _scores(store: FeatureStore) -> _Scores:
         similarities.append(part["similarities"].numpy())
     number, flat = np.concatenate(counts), np.concatenate(similarities)
     begins = np.concatenate([[0], number.cumsum()])
-    best = np.full(len(number), np.nan, np.float32)
+    best = np.full(len(number), np.nan, np.float32)  # of a sample with captions of which none is finite, too
     if len(flat):
         best[number > 0] = np.fmax.reduceat(flat, begins[:-1][number > 0])
     return _Scores(begins, flat, best)
@@ -291,8 +291,8 @@ def _decided(file: Path, options: dict[str, Any]) -> States | None:
         return None
     numbers = {state: number for number, state in enumerate(_STATES)}
     try:
-        told = (pq.read_schema(file).metadata or {}).get(b"fastclip", b"{}")
-        if parse_json(told, "its metadata") != options:
+        metadata = (pq.read_schema(file).metadata or {}).get(b"fastclip", b"{}")
+        if parse_json(metadata, "its metadata") != options:
             return None
         states = pq.read_table(file, columns=["state"])["state"].combine_chunks().to_numpy(zero_copy_only=False)
         return np.array([numbers[state] for state in states], np.int8)

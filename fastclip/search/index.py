@@ -1,4 +1,4 @@
-"""What is known of the pictures of a disk, in SQLite: which content each file has, and the unit vector of each content.
+"""An index of a disk's pictures in SQLite: which content each file has, and the unit vector of each content.
 
 A content is known by a hash of its bytes and stays when its last file is gone, 2 KB at 512 numbers: what was moved, or
 comes back with a disk, is not embedded again. Paths are bytes, as the system has them; folders end without a slash.
@@ -6,6 +6,7 @@ comes back with a disk, is not embedded again. Paths are bytes, as the system ha
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -25,7 +26,7 @@ _PATIENCE = 60.0  # seconds that a process waits for another one's transaction
 # A row of 512 numbers fills half a page of SQLite's usual 4 KiB, and its other half would be lost.
 _PAGE = 16384
 _AT_ONCE = 65536  # vectors that are read at a time, as long as no other process can write
-_MAPPED = 2**40
+_MAPPED = 2**40  # bytes, more than any index has: vectors are read without a copy of each page
 _TABLES = """
 CREATE TABLE contents (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, vector BLOB, fault TEXT,
                        CHECK ((vector IS NULL) != (fault IS NULL)));
@@ -35,6 +36,8 @@ CREATE TABLE texts (text BLOB PRIMARY KEY, vector BLOB NOT NULL);
 """
 _READER = "CREATE TABLE IF NOT EXISTS reader (name TEXT NOT NULL)"  # which indices of before may not have
 _INSIDE = "path >= ? AND path < ?"  # of a folder: see _range
+_USED = f"vector IS NOT NULL AND id IN (SELECT content FROM files WHERE {_INSIDE})"
+_SLASH = os.fsencode(os.sep)
 
 
 class Seen(NamedTuple):
@@ -71,7 +74,7 @@ class Index:
         self.file = file
         self._width: int | None = None  # bytes of a vector: all are of one model
         file.parent.mkdir(parents=True, exist_ok=True)
-        with self._named():
+        with self._named():  # transactions are begun by hand, and threads take turns by the engine's lock
             self._connection = sqlite3.connect(file, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
         try:
             self._run(f"PRAGMA page_size = {_PAGE}")  # counts only before the first table
@@ -88,24 +91,24 @@ class Index:
         self._connection.close()
 
     def stamps(self, folder: bytes) -> dict[bytes, str | None]:
-        """Of all files under a folder."""
+        """Return the stamps of all files under a folder."""
         return dict(self._rows(f"SELECT path, stamp FROM files WHERE {_INSIDE}", _range(folder)))
 
     def digests(self) -> dict[bytes, str | None]:
-        """Of all contents, and why they cannot be used, where it is so."""
+        """Return the digests of all contents, and why they cannot be used, where it is so."""
         return dict(self._rows("SELECT digest, fault FROM contents"))
 
     def add(self, seen: Sequence[Seen]) -> None:
-        """All of these or, where the process dies, none."""
+        """Add all of these or, where the process dies, none."""
         with self._writing():
-            for one in seen:
-                if one.vector is not None or one.fault is not None:
-                    vector = None if one.vector is None else one.vector.astype("<f4").tobytes()
-                    row = (one.digest, vector, one.fault)  # a process beside this one may have been first
+            for file in seen:
+                if file.vector is not None or file.fault is not None:
+                    vector = None if file.vector is None else file.vector.astype("<f4").tobytes()
+                    row = (file.digest, vector, file.fault)  # a process beside this one may have been first
                     self._run("INSERT OR IGNORE INTO contents (digest, vector, fault) VALUES (?, ?, ?)", row)
                 self._run(
                     "INSERT OR REPLACE INTO files SELECT ?, ?, id FROM contents WHERE digest = ?",
-                    (one.path, one.stamp, one.digest),
+                    (file.path, file.stamp, file.digest),
                 )
 
     def remove(self, paths: Iterable[bytes]) -> None:
@@ -114,9 +117,9 @@ class Index:
                 self._run("DELETE FROM files WHERE path = ?", (path,))
 
     def forget_faults(self, reader: str) -> None:
-        """Those that another reader of pictures has found, and this one may not: the files are as those never seen."""
-        told = self._number("SELECT COUNT(*) FROM sqlite_master WHERE name = 'reader'")
-        if told and list(self._rows("SELECT name FROM reader")) == [(reader,)]:
+        """Forget the faults that another reader of pictures has found: their files are as those never seen."""
+        has_reader = self._number("SELECT COUNT(*) FROM sqlite_master WHERE name = 'reader'")
+        if has_reader and list(self._rows("SELECT name FROM reader")) == [(reader,)]:
             return
         with self._writing():
             self._run(_READER)
@@ -140,7 +143,7 @@ class Index:
         return list(self._rows(f"{known} WHERE {_INSIDE} AND fault IS NULL ORDER BY path", _range(folder)))
 
     def pictures(self, folder: bytes) -> Pictures:
-        """Those under a folder that can be used."""
+        """Return the files under a folder that can be used, with their vectors."""
         with self._reading():  # two statements, one state
             files = list(self._rows(f"SELECT path, content FROM files WHERE {_INSIDE} ORDER BY path", _range(folder)))
             ids = np.fromiter((content for _, content in files), np.int64, len(files))
@@ -149,12 +152,15 @@ class Index:
         paths = [path for (path, _), used in zip(files, usable.tolist()) if used]
         return Pictures(paths, np.searchsorted(contents, ids[usable]), contents, vectors)
 
-    def vectors_after(self, content: int) -> Iterator[tuple[int, Vector]]:
-        """Contents of a higher id, rising, with their vectors. Other processes may write in between."""
+    def vectors_after(self, content: int) -> Iterator[tuple[npt.NDArray[np.int64], Vector]]:
+        """Yield ids (M,) above `content`, rising, and vectors (M, D), a block at a time.
+
+        Other processes may write between two blocks.
+        """
         query = "SELECT id, vector FROM contents WHERE id > ? AND vector IS NOT NULL ORDER BY id LIMIT ?"
         while rows := list(self._rows(query, (content, _AT_ONCE))):
-            for content, data in rows:
-                yield content, self._decoded(data)
+            content = rows[-1][0]
+            yield np.array([number for number, _ in rows]), np.stack([self._decoded(data) for _, data in rows])
 
     def vector_of(self, content: int) -> Vector | None:
         return self._vector("SELECT vector FROM contents WHERE id = ?", content)
@@ -189,11 +195,14 @@ class Index:
                 self._run(f"PRAGMA user_version = {_VERSION}")
 
     def _vectors(self, folder: bytes, most: int) -> tuple[npt.NDArray[np.int64], Vector]:
-        """Ids (M,) and vectors (M, D) of a folder, in the order in which they lie on the disk; M is at most `most`."""
+        """Ids (M,) and vectors (M, D) of a folder, in the order in which they lie on the disk; M is at most `most`.
+
+        Bytes go from SQLite to their rows: a list of a million vectors would need the memory twice.
+        """
         contents, vectors = np.empty(most, np.int64), np.empty((0, 0), np.float32)
         into, width, row = memoryview(b""), 0, 0
-        found = self._rows(f"SELECT id, vector FROM contents WHERE {_USED} ORDER BY id", _range(folder))
-        for row, (number, data) in enumerate(found, 1):
+        rows = self._rows(f"SELECT id, vector FROM contents WHERE {_USED} ORDER BY id", _range(folder))
+        for row, (number, data) in enumerate(rows, 1):
             self._check(data)
             if row == 1:
                 width = len(data)
@@ -212,7 +221,7 @@ class Index:
         return np.frombuffer(data, "<f4")
 
     def _check(self, data: Any) -> None:
-        """What the file holds as a vector is one, as long as the first that was read."""
+        """Raise ValueError unless the data are a vector, as long as the first that was read."""
         if not isinstance(data, bytes) or not data or len(data) % 4 or len(data) != (self._width or len(data)):
             raise ValueError(f"{self.file} holds a vector of another length or kind; remove it to begin anew")
         self._width = len(data)
@@ -259,13 +268,7 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")  # what stands on a command line need not be UTF-8
 
 
-_USED = f"vector IS NOT NULL AND id IN (SELECT content FROM files WHERE {_INSIDE})"
-
-
 def _range(folder: bytes) -> tuple[bytes, bytes]:
-    """What lies under a folder: from its name with "/" up to its name with the next byte."""
+    """Return the bounds of the paths under a folder: its name with "/", and its name with the next byte."""
     start = folder.rstrip(b"/\\") + _SLASH
     return start, start[:-1] + bytes([start[-1] + 1])
-
-
-_SLASH = b"\\" if str(Path("a/b"))[1] == "\\" else b"/"

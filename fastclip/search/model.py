@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Model(Protocol):
-    """Where vectors come from."""
+    """The model that vectors come from."""
 
     @property
     def identity(self) -> str:
@@ -64,6 +64,7 @@ class CheckpointModel:
             raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
         self._options: dict[str, Any] = {"model": model, "device": device, "precision": precision}
         self._options |= {"vocabulary": vocabulary, "image_size": image_size, "context_length": context_length}
+        # A file that was written to, or another version that reads it otherwise, has another name, and is read again
         mark = [__version__, sorted((k, str(v)) for k, v in self._options.items()), _states(self._checkpoint)]
         if vocabulary is not None:
             mark.append(_states(Path(vocabulary)))
@@ -76,10 +77,10 @@ class CheckpointModel:
 
         logger.info("loading %s", self._checkpoint)
         loaded = load_embedder(self._checkpoint, **self._options)
-        if (told := self._memory) is not None and told["precision"] != loaded.precision:
+        if (memory := self._memory) is not None and memory["precision"] != loaded.precision:
             self._remembered.unlink(missing_ok=True)  # the default depends on the machine's GPU
             raise ValueError(
-                f"{self._checkpoint} computes in {loaded.precision} now and did in {told['precision']} before: "
+                f"{self._checkpoint} computes in {loaded.precision} now and did in {memory['precision']} before: "
                 f"run this again for an index in {loaded.precision}, or give the precision"
             )
         return loaded
@@ -96,22 +97,24 @@ class CheckpointModel:
     @cached_property
     def _memory(self) -> dict[str, str] | None:
         try:
-            told = read_json(self._remembered)
-            return {"identity": str(told["identity"]), "precision": str(told["precision"])}
+            memory = read_json(self._remembered)
+            return {name: str(memory[name]) for name in ("identity", "precision")}
         except (OSError, ValueError, KeyError):
             return None
 
 
 def _states(path: Path) -> list[Any]:
-    """Of a file, or of all files of a folder: name, size and time."""
-    found = [os.path.realpath(path)]
+    """Return name, size and times of a file, or of all files of a folder."""
     files = sorted(_files(path)) if path.is_dir() else [path]
     states = [(str(file), file.stat()) for file in files if file.exists()]
-    return [found, [(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for name, state in states]]
+    return [
+        [os.path.realpath(path)],
+        [(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for name, state in states],
+    ]
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """With those of folders that links lead to, each folder once: links may lead round in circles."""
+    """Yield the files of a folder, and of those that links lead to, each once: links may lead round in circles."""
     met = set[str]()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders.sort()

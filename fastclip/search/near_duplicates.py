@@ -35,7 +35,7 @@ def near_duplicates(
         to.
     """
     threshold = min(threshold, _SAME)
-    found, kept, places, count = [np.empty(0, np.int64)], list[Tensor](), list[npt.NDArray[np.int64]](), 0
+    results, kept, places, count = [np.empty(0, np.int64)], list[Tensor](), list[npt.NDArray[np.int64]](), 0
     for rows in (rows for block in features for rows in block.split(_ROWS)):
         rows = rows.to(device)
         near_to = np.full(len(rows), -1)
@@ -43,6 +43,7 @@ def near_duplicates(
             near = rows @ vectors.T >= threshold
             new = np.flatnonzero((near_to < 0) & near.any(1).cpu().numpy())
             near_to[new] = place[near[torch.from_numpy(new)].cpu().numpy().argmax(1)]
+        # Rows of this block may be near to each other: the first that is kept drops those after it, in order
         near_each_other = (rows @ rows.T >= threshold).cpu().numpy()
         for i in range(len(rows)):
             if near_to[i] < 0:
@@ -51,15 +52,15 @@ def near_duplicates(
         stays = np.flatnonzero(near_to < 0)
         if len(stays):
             _append(kept, places, rows[torch.from_numpy(stays).to(rows.device)], count + stays)
-        found.append(near_to)
+        results.append(near_to)
         count += len(rows)
-    return np.concatenate(found)
+    return np.concatenate(results)
 
 
 def _append(
     kept: list[Tensor], places: list[npt.NDArray[np.int64]], vectors: Tensor, where: npt.NDArray[np.int64]
 ) -> None:
-    """To the last chunk, if it has room, else as a new one."""
+    """Append to the last chunk, if it has room, else a new one."""
     if kept and len(kept[-1]) + len(vectors) <= _CHUNK:
         kept[-1], places[-1] = torch.cat([kept[-1], vectors]), np.concatenate([places[-1], where])
     else:

@@ -26,7 +26,7 @@ __all__ = ["Pairs", "call_options", "contents_of", "embed_pairs", "faults_of", "
 
 
 class Pairs(NamedTuple):
-    """Of samples in a row those that can be used."""
+    """The vectors of samples in a row, of those that can be used."""
 
     images: Tensor  # (K, D) float32, unit vectors
     captions: list[tuple[str, ...]]  # K
@@ -61,18 +61,14 @@ def embed_pairs(
     """
     if not len(source):
         raise ValueError(f"{source.spec} is empty")
-    how: dict[str, Any] = {
-        "first_caption": first_caption,
-        "finite": finite,
-        "batch_size": batch_size,
-        "workers": workers,
-    }
+    reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    reading |= {"first_caption": first_caption, "finite": finite}
     done = -1
-    while (found := sum(len(part["used"]) for part in store.walk("used"))) < len(source):
-        if found <= done:  # another process that fills the store up may replace a part, but takes none away
+    while (stored := sum(len(part["used"]) for part in store.walk("used"))) < len(source):
+        if stored <= done:  # another process that fills the store up may replace a part, but takes none away
             raise OSError(f"{store.folder} has lost what was written into it: run this again")
-        done = found
-        _fill(embedder, source, store, keep, done, progress=progress, **how)
+        done = stored
+        _fill(embedder, source, store, keep, done, **reading)
 
 
 def _fill(
@@ -88,7 +84,7 @@ def _fill(
     workers: int,
     progress: bool,
 ) -> None:
-    """From sample `start` on."""
+    """Embed the samples from `start` on."""
     done, size = start, len(source)
     rest = Subset(source, range(done, size))
     batches = pair_batches(rest, embedder.transform, batch_size=batch_size, workers=workers)
@@ -103,9 +99,9 @@ def _fill(
             faults.add(batch.faults)
             bar.moved(len(batch.used))
             done += len(batch.used)
-            if len(used) >= PART or done == size:
-                told = json.dumps([faults.counts, faults.keys]).encode()
-                part = {"used": torch.tensor(used), "faults": torch.frombuffer(bytearray(told), dtype=torch.uint8)}
+            if len(used) >= PART or done == size:  # and not after a minute, which would be another part elsewhere
+                data = bytearray(json.dumps([faults.counts, faults.keys]).encode())
+                part = {"used": torch.tensor(used), "faults": torch.frombuffer(data, dtype=torch.uint8)}
                 store.add(start, part | keep(_joined(waiting)))
                 start, waiting, used, faults = done, [], [], Tally()
 
@@ -129,20 +125,20 @@ def contents_of(source: Source) -> str:
 
 
 def faults_of(store: FeatureStore) -> Tally:
-    """What is wrong with the samples that cannot be used."""
+    """Count what is wrong with the samples that cannot be used."""
     faults = Tally()
     for part in store.walk("faults"):
         try:
             counts, keys = parse_json(part["faults"].numpy().tobytes(), "a part's list of faults", list)
-            found = Tally.of(counts, keys)
+            tally = Tally.of(counts, keys)
         except ValueError as error:
             raise ValueError(f"{store.folder} is not what this command writes, remove it: {error}") from error
-        faults.merge(found.counts, found.keys)
+        faults.merge(tally.counts, tally.keys)
     return faults
 
 
 def utf8(text: str) -> str:
-    """File names may hold lone surrogates, which Parquet does not."""
+    """Escape lone surrogates, which names of files may hold and Parquet does not."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -156,14 +152,15 @@ def _embedded(embedder: Embedder, batch: PairBatch, first_caption: bool, batch_s
 
 
 def _finite(pairs: Pairs, batch: PairBatch, keys: list[str]) -> tuple[Pairs, PairBatch]:
-    """Both without the samples of which a vector is not finite: they are faults."""
+    """Leave out the samples of which a vector is not finite, and count them as faults."""
     whole = pairs.images.isfinite().all(1)
     if len(pairs.texts):
         whole &= pairs.texts.isfinite().all(1)
     if bool(whole.all()):
         return pairs, batch
-    good = iter(whole.tolist())
-    used = [was and next(good) for was in batch.used]
+    still = torch.tensor(batch.used)
+    still[still.nonzero().flatten()] = whole
+    used = still.tolist()
     bad = [key for key, was, now in zip(keys, batch.used, used) if was and not now]
     faults = [Fault("vector is not finite", key, "the model makes no finite numbers of it") for key in bad]
     captions = [texts for texts, kept in zip(pairs.captions, whole.tolist()) if kept]

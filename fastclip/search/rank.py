@@ -21,9 +21,10 @@ def top(pictures: Pictures, query: Vector, count: int) -> list[tuple[bytes, floa
     scores = (pictures.vectors @ query)[pictures.rows]
     scores[np.isnan(scores)] = np.inf  # of a file that was damaged: seen, and not passed over
     places, tie = np.arange(len(scores)), TIE * float(np.linalg.norm(query.astype(np.float64)))
-    if count < len(scores):
+    if count < len(scores):  # a sort of all scores would take longer than their products
         least = np.partition(scores, len(scores) - count)[len(scores) - count] - tie
         places = np.flatnonzero(scores >= least)  # more than `count` where some are equal
+    # Of groups: each begins with the highest score that is left, and ends where rounding no longer decides
     order = places[np.argsort(-scores[places])]
     falling, begin, best = -scores[order], 0, list[tuple[int, float]]()
     while begin < min(count, len(order)):

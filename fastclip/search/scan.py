@@ -44,7 +44,7 @@ _ROWS = 4096  # of a transaction, where little is to be embedded
 
 @dataclass
 class Update:
-    """What a scan found; files that were as they had been are in `files` only."""
+    """The counts of a scan; files that were as they had been are in `files` only."""
 
     files: int = 0
     embedded: int = 0
@@ -70,10 +70,9 @@ def update_index(
     workers: int = 1,
     progress: bool = False,
 ) -> Update:
-    """Afterwards the index has the pictures under `folder` as they are, but for hidden ones and folders that are left
-    out.
+    """Make the index hold the pictures under `folder` as they are, but for hidden ones and folders that are left out.
 
-    It can be stopped at any moment, a kill included: what was embedded is kept.
+    The scan can be stopped at any moment, a kill included: what was embedded is kept.
 
     Args:
         folder: absolute.
@@ -88,12 +87,12 @@ def update_index(
     if batch_size < 1 or workers < 1:
         raise ValueError(f"batch_size and workers must be positive, got {batch_size} and {workers}")
     start = time.monotonic()
-    index.forget_faults(_reader())
+    index.forget_faults(_reader())  # a newer Pillow, or a larger limit, may read what the one before could not
     before = index.stamps(folder)
-    found = Update()
+    update = Update()
     changed, gone = [], set(before)
     for path, stamp in _walk(folder, exclude):
-        found.files += 1
+        update.files += 1
         gone.discard(path)
         if before.get(path) != stamp or stamp is None:
             changed.append(path)
@@ -101,38 +100,40 @@ def update_index(
     gone = {path for path in gone if not left_out(path)}
     if gone:
         index.remove(gone)
-    found.removed = len(gone)
+    update.removed = len(gone)
     if changed:
-        _add(index, changed, embedder, found, batch_size=batch_size, workers=workers, progress=progress)
-    found.seconds = time.monotonic() - start
-    return found
+        _add(index, changed, embedder, update, batch_size=batch_size, workers=workers, progress=progress)
+    update.seconds = time.monotonic() - start
+    return update
 
 
 def excluded(folder: bytes, exclude: Collection[str]) -> Callable[[bytes], bool]:
-    """Whether a file is not to be found from `folder`: it is hidden, or lies in a hidden folder, or in one of these
-    names, somewhere between `folder` and the file."""
+    """Return a test whether a file is left out of `folder`.
+
+    Such a file is hidden, or a folder between `folder` and the file is hidden or has one of these names.
+    """
     slash = rb"[/\\]" if os.sep == "\\" else b"/"
     names = b"".join(b"|" + re.escape(os.fsencode(name)) + slash for name in exclude)
-    found, start = re.compile(slash + rb"(?:\." + names + b")"), len(folder.rstrip(b"/"))
-    return lambda path: found.search(path, start) is not None
+    hidden, start = re.compile(slash + rb"(?:\." + names + b")"), len(folder.rstrip(b"/"))
+    return lambda path: hidden.search(path, start) is not None
 
 
 def digest_of(file: BinaryIO) -> bytes:
-    """20 bytes that differ where contents do."""
-    found = hashlib.blake2b(digest_size=20)
+    """Return 20 bytes that differ where contents do."""
+    digest = hashlib.blake2b(digest_size=20)
     while chunk := file.read(_CHUNK):
-        found.update(chunk)
-    return found.digest()
+        digest.update(chunk)
+    return digest.digest()
 
 
 def _reader() -> str:
-    """What decides which pictures can be read."""
-    found = f"Pillow {PIL.__version__}"
+    """Name what decides which pictures can be read."""
+    reader = f"Pillow {PIL.__version__}"
     if limit := limit_in_words():
-        found += f", {limit}"
+        reader += f", {limit}"
     with suppress(PackageNotFoundError):
-        found += f", pillow-heif {version('pillow-heif')}"
-    return found
+        reader += f", pillow-heif {version('pillow-heif')}"
+    return reader
 
 
 def _walk(folder: bytes, exclude: Collection[str]) -> Iterator[tuple[bytes, str | None]]:
@@ -163,7 +164,7 @@ def _add(
     index: Index,
     paths: list[bytes],
     embedder: Callable[[], Embedder],
-    found: Update,
+    update: Update,
     *,
     batch_size: int,
     workers: int,
@@ -173,47 +174,46 @@ def _add(
 
     known = index.digests()
     loading = threading.Lock()
-    rows: list[_Read] = []
-    unread: list[bytes] = []
+
+    def read(path: bytes) -> _Read:
+        return _read(path, known, transform)
 
     def transform() -> Transform:
-        with loading:
+        with loading:  # the first of the threads that needs the model loads it
             return embedder().transform
 
-    def put_away() -> None:
-        seen = _embedded(embedder, rows)
-        for row, one in zip(rows, seen):
-            found.embedded += one.vector is not None
-            found.known += row.image is None and one.fault is None
-            if one.fault is not None:
-                skip(one.path, one.fault)
-        index.add(seen)
-        known.update((one.digest, one.fault) for one in seen)
-        bar.moved(len(rows))
-        rows.clear()
-
-    def skip(path: bytes, reason: str) -> None:
-        found.skipped.append((os.fsdecode(path), reason))
-        logger.warning("skipped: %s: %s", *found.skipped[-1])
-
     with Progress("pictures", len(paths), shown=progress) as bar:
-        for row in _ahead(lambda path: _read(path, known, transform), paths, workers, 2 * batch_size + workers):
-            if row.unread is not None:
-                skip(row.seen.path, row.unread)
-                unread.append(row.seen.path)
-                bar.moved()
-                continue
-            rows.append(row)
-            if sum(one.image is not None for one in rows) >= batch_size or len(rows) >= _ROWS:
-                put_away()
-        if rows:
-            put_away()
-    if unread:
-        index.remove(unread)  # what was known of them no longer holds
+        for rows in _batches(_ahead(read, paths, workers, 2 * batch_size + workers), batch_size):
+            read_rows = [row for row in rows if row.unread is None]
+            files = _embedded(embedder, read_rows)
+            update.embedded += sum(file.vector is not None for file in files)
+            update.known += sum(row.image is None and file.fault is None for row, file in zip(read_rows, files))
+            index.add(files)
+            # copies that threads are yet to read are not embedded again
+            known.update((file.digest, file.fault) for file in files)
+            unread = [(row.seen.path, row.unread) for row in rows if row.unread is not None]
+            if unread:
+                index.remove(path for path, _ in unread)  # what was known of them no longer holds
+            for path, reason in (*unread, *((file.path, file.fault) for file in files if file.fault is not None)):
+                update.skipped.append((os.fsdecode(path), reason))
+                logger.warning("skipped: %s: %s", *update.skipped[-1])
+            bar.moved(len(rows))
+
+
+def _batches(reads: Iterable[_Read], batch_size: int) -> Iterator[list[_Read]]:
+    """Files in a row, with `batch_size` pictures to embed among them, or `_ROWS` where there are fewer."""
+    rows: list[_Read] = []
+    for row in reads:
+        rows.append(row)
+        if sum(row.image is not None for row in rows) >= batch_size or len(rows) >= _ROWS:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
 
 
 def _read(path: bytes, known: Mapping[bytes, str | None], transform: Callable[[], Transform]) -> _Read:
-    """In a thread."""
+    """Read a file, in a thread."""
     nothing = Seen(path, None, b"")
     try:
         with open(path, "rb") as file:
@@ -232,13 +232,13 @@ def _read(path: bytes, known: Mapping[bytes, str | None], transform: Callable[[]
         return _Read(nothing, None, error.strerror or str(error))
     except MemoryError:
         return _Read(nothing, None, "there is not enough memory for it")
-    if _times(state) != _times(after):
+    if _times(state) != _times(after):  # the digest and the pixels may be of two pictures
         return _Read(nothing, None, "it changed while it was read")
     return _Read(seen._replace(fault=fault), image)
 
 
 def prepared(file: BinaryIO, key: str, transform: Transform) -> tuple[Tensor | None, str | None]:
-    """The picture for a model, or why it cannot be used. OSError where the disk does not give it."""
+    """Return the picture for a model, or why it cannot be used. OSError where the disk does not give it."""
     try:
         picture = read_picture(file, key)
     except BadSample as bad:

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from fastclip.data.faults import BadSample
 from fastclip.embedding.query import Term, parse_texts, reading
-from fastclip.search.engine import Found, SearchEngine
+from fastclip.search.engine import Match, SearchEngine
 from fastclip.search.sheet import thumbnail
 
 __all__ = ["make_server"]
@@ -66,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds that a connection may rest
 
     def __init__(self, engine: SearchEngine, decoding: threading.Semaphore, *rest: Any) -> None:
-        self._engine, self._decoding, self._told = engine, decoding, ""
+        self._engine, self._decoding, self._reading = engine, decoding, ""
         super().__init__(*rest)
 
     def do_GET(self) -> None:
@@ -112,9 +112,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _text(self, options: dict[str, str]) -> tuple[str, bytes]:
         query = options.get("q", "")
         terms = parse_texts(query)
-        found = self._results(self._engine.find(terms, _count(options)))
-        self._told = reading(query, terms)
-        return found
+        answer = self._results(self._engine.find(terms, _count(options)))
+        self._reading = reading(query, terms)  # only where the query has an answer
+        return answer
 
     def _like(self, options: dict[str, str]) -> tuple[str, bytes]:
         path = self._path(options)
@@ -142,11 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
         except BadSample as bad:
             raise _Refused(HTTPStatus.NOT_FOUND, bad.fault.reason) from bad
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=85)
+        picture.save(file, "JPEG", quality=85)  # anew: the file itself may hold a place, a name, or a page
         return "image/jpeg", file.getvalue()
 
     def _path(self, options: dict[str, str]) -> Path:
-        """Of the picture with this number, if it lies in the folder: a link there may lead elsewhere."""
+        """Return the path of the picture with this number, if it lies in the folder: a link may lead elsewhere."""
         number, folder = options.get("id", ""), os.path.join(self._engine.folder, "")
         paths = self._engine.paths_of(int(number)) if number.isascii() and number.isdecimal() else []
         path = next((path for path in paths if os.path.realpath(path).startswith(folder)), None)
@@ -154,13 +154,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(HTTPStatus.NOT_FOUND, "there is no such picture")
         return Path(path)
 
-    def _results(self, found: list[Found]) -> tuple[str, bytes]:
+    def _results(self, matches: list[Match]) -> tuple[str, bytes]:
         within = len(os.path.join(self._engine.folder, ""))
-        told = [
-            {"id": one.content, "name": one.path[within:].encode("utf-8", "replace").decode(), "score": one.score}
-            for one in found
-        ]
-        return "application/json", json.dumps(told).encode()
+        names = [match.path[within:].encode("utf-8", "replace").decode() for match in matches]
+        rows = [{"id": match.content, "name": name, "score": match.score} for match, name in zip(matches, names)]
+        return "application/json", json.dumps(rows).encode()
 
     def _send_error(self, status: HTTPStatus, reason: str) -> None:
         try:
@@ -172,9 +170,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
-        if self._told:
-            self.send_header("Fastclip-Query", json.dumps(self._told))  # ASCII, in one line
-            self._told = ""
+        if self._reading:
+            self.send_header("Fastclip-Query", json.dumps(self._reading))  # ASCII, in one line
+            self._reading = ""
         self.send_header("Cache-Control", "no-store")  # another folder's page may have the same address next
         self.send_header("Content-Security-Policy", _POLICY)
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")

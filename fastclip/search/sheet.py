@@ -1,9 +1,10 @@
-"""What was found, as one picture, and a picture as what a terminal shows."""
+"""Draw the matches of a query as one picture, and a picture as what a terminal shows."""
 
 from __future__ import annotations
 
 import base64
 import io
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastclip.data.faults import BadSample
 from fastclip.data.picture import read_picture
-from fastclip.search.engine import Found
+from fastclip.search.engine import Match
 
 __all__ = ["contact_sheet", "most_tiles", "terminal_picture", "thumbnail"]
 
@@ -37,20 +38,20 @@ def most_tiles(suffix: str) -> int:
     return sys.maxsize if longest is None else longest // _HIGH * _COLUMNS
 
 
-def contact_sheet(found: Sequence[Found]) -> Image.Image:
+def contact_sheet(matches: Sequence[Match]) -> Image.Image:
     """Rows of pictures with their places, scores and names; grey where a picture cannot be read any more."""
-    columns = max(1, min(_COLUMNS, len(found)))
-    sheet = Image.new("RGB", (columns * _WIDE, -(-len(found) // columns) * _HIGH), "white")
+    columns = max(1, min(_COLUMNS, len(matches)))
+    sheet = Image.new("RGB", (columns * _WIDE, math.ceil(len(matches) / columns) * _HIGH), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for place, one in enumerate(found):
+    for place, match in enumerate(matches):
         left, upper = place % columns * _WIDE + _MARGIN, place // columns * _HIGH + _MARGIN
         try:
-            tile = thumbnail(Path(one.path), _SIDE)
+            tile = thumbnail(Path(match.path), _SIDE)
         except BadSample:
             tile = Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
         sheet.paste(tile, (left + (_SIDE - tile.width) // 2, upper + (_SIDE - tile.height) // 2))
-        name = "".join(x if x.isprintable() else "?" for x in Path(one.path).name)  # line ends cannot be measured
-        for line, text in enumerate((f"{place + 1}   {one.score:.4f}", name)):
+        name = "".join(x if x.isprintable() else "?" for x in Path(match.path).name)  # line ends cannot be measured
+        for line, text in enumerate((f"{place + 1}   {match.score:.4f}", name)):
             while len(text) > 1 and draw.textlength(text, font) > _SIDE:
                 text = text[:-2] + "…"
             draw.text((left, upper + _SIDE + 2 + 14 * line), text, "black", font)
@@ -58,7 +59,7 @@ def contact_sheet(found: Sequence[Found]) -> Image.Image:
 
 
 def terminal_picture(picture: Image.Image, *, protocol: str, columns: int) -> str:
-    """What shows a picture at no more than so many columns.
+    """Return the characters that show a picture at no more than so many columns.
 
     Args:
         protocol: "iterm" or "kitty", of terminals that show pixels; "" for two pixels a character, in 24-bit colours.
@@ -71,10 +72,11 @@ def terminal_picture(picture: Image.Image, *, protocol: str, columns: int) -> st
             width = f"width={columns}" if picture.width > 8 * columns else f"width={picture.width}px"
             return f"\x1b]1337;File=inline=1;size={file.tell()};{width};preserveAspectRatio=1:{data}\a\n"
         chunks = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
-        told = [f"a=T,f=100,c={columns},m={int(len(chunks) > 1)}"] if picture.width > 8 * columns else []
-        told = told or [f"a=T,f=100,m={int(len(chunks) > 1)}"]
-        told += [f"m={int(k < len(chunks) - 1)}" for k in range(1, len(chunks))]
-        return "".join(f"\x1b_G{keys};{chunk}\x1b\\" for keys, chunk in zip(told, chunks)) + "\n"
+        first = f"a=T,f=100,c={columns}," if picture.width > 8 * columns else "a=T,f=100,"
+        heads = [first, *[""] * (len(chunks) - 1)]
+        more = [1] * (len(chunks) - 1) + [0]  # whether another chunk follows
+        parts = zip(heads, more, chunks)
+        return "".join(f"\x1b_G{head}m={follows};{chunk}\x1b\\" for head, follows, chunk in parts) + "\n"
     columns = min(columns, picture.width)
     small = picture.resize((columns, max(2, round(picture.height * columns / picture.width) // 2 * 2)))
     pixels = np.asarray(small)

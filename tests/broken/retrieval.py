@@ -73,8 +73,8 @@ PROMISES = [
             Break(
                 "retrieval: captions of the pictures before",
                 "fastclip/evaluation/captioned.py",
-                old="for text in found.captions[k]]",
-                new="for text in found.captions[i]]",
+                old="for text in pictures.captions[k]]",
+                new="for text in pictures.captions[i]]",
             ),
             Break(
                 "retrieval: features that are not finite count",
@@ -85,8 +85,8 @@ PROMISES = [
             Break(
                 "retrieval: skipped pictures are not counted",
                 "fastclip/evaluation/captioned.py",
-                old="skipped=found.skipped + len(found.source) - len(used)",
-                new="skipped=found.skipped",
+                old="skipped=pictures.skipped + len(pictures.source) - len(used)",
+                new="skipped=pictures.skipped",
             ),
         ],
     ),
@@ -143,8 +143,8 @@ PROMISES = [
             Break(
                 "retrieval: from the start",
                 "fastclip/evaluation/captioned.py",
-                old="found = image_features(embedder, source, store=store, **options)",
-                new="found = image_features(embedder, source, **options)",
+                old="images = image_features(embedder, source, store=store, **options)",
+                new="images = image_features(embedder, source, **options)",
             ),
             Break(
                 "retrieval: features stay",
@@ -254,7 +254,7 @@ PROMISES = [
             Break(
                 "compose: the query's own picture is an answer",
                 "fastclip/evaluation/compose.py",
-                old="others[own] = False",
+                old="others[named] = False",
                 new="",
             ),
             Break(

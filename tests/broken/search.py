@@ -23,7 +23,7 @@ PROMISES = [
             Break(
                 "search: the query's pictures are found",
                 "fastclip/search/engine.py",
-                old="if one.path not in asked][:count]",
+                old="if match.path not in asked][:count]",
                 new="][:count]",
             ),
         ],
@@ -45,14 +45,14 @@ PROMISES = [
             Break(
                 "search: a graph of before is trusted as it is",
                 "fastclip/search/approximate.py",
-                old='len(found) == int(told["size"])',
+                old='len(whole) == int(about["size"])',
                 new="True",
             ),
             Break(
                 "search: the graph of another index is trusted",
                 "fastclip/search/approximate.py",
-                old='and told["index"] == self._contents(last):',
-                new="and told:",
+                old='and about["index"] == self._contents(last):',
+                new="and about:",
             ),
             Break(
                 "search: the graph does not grow",

@@ -98,7 +98,7 @@ PROMISES = [
                 "search: nobody may write while vectors are gone through",
                 "fastclip/search/index.py",
                 old="while rows := list(self._rows(query, (content, _AT_ONCE))):",
-                new="for rows in [self._rows(query, (content, -1))]:",
+                new="for rows in ([row] for row in self._rows(query, (content, -1))):",
             ),
             Break(
                 "search: a disk that is gone is empty",
@@ -150,8 +150,8 @@ PROMISES = [
             Break(
                 "search: excluded pictures are found",
                 "fastclip/search/engine.py",
-                old="for place, path in enumerate(found.paths) if not left_out(path)]",
-                new="for place, path in enumerate(found.paths)]",
+                old="for place, path in enumerate(pictures.paths) if not left_out(path)]",
+                new="for place, path in enumerate(pictures.paths)]",
             ),
             Break(
                 "search: a checkpoint is known by its name",
@@ -168,7 +168,7 @@ PROMISES = [
             Break(
                 "search: the precision is not compared",
                 "fastclip/search/model.py",
-                old='told["precision"] != loaded.precision',
+                old='memory["precision"] != loaded.precision',
                 new="False",
             ),
         ],

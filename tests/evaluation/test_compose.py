@@ -126,8 +126,8 @@ def test_answers_are_those_of_brute_force(embedder: Embedder, source: Source, tm
             query = sum(weight * vector(embedder, name) for name, weight in terms.items())
         cosines = every @ query / np.linalg.norm(query)
         left = [k for k in np.argsort(-cosines) if names[k] not in terms]
-        assert [place for place, _ in answer.found] == left[:5]
-        assert [score for _, score in answer.found] == pytest.approx(cosines[left[:5]].tolist(), abs=1e-6)
+        assert [place for place, _ in answer.pictures] == left[:5]
+        assert [score for _, score in answer.pictures] == pytest.approx(cosines[left[:5]].tolist(), abs=1e-6)
         if target is None:
             assert answer.rank is None
         else:
@@ -173,7 +173,7 @@ def test_names_of_several_pictures_and_of_unreadable_ones(embedder: Embedder, tm
     def asked(line: str) -> list[str]:
         found = compose(embedder, source, [parse_query(line)], folder=tmp_path / "store")
         assert found.skipped == 1
-        return [str(Path(found.source.key(place)).relative_to(tmp_path)) for place, _ in found.answers[0].found]
+        return [str(Path(found.source.key(place)).relative_to(tmp_path)) for place, _ in found.answers[0].pictures]
 
     with pytest.raises(ValueError, match=r"1\.png is the name of 2 pictures: write more of its path"):
         asked("1.png + x")

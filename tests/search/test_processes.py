@@ -156,10 +156,11 @@ def test_others_may_write_while_vectors_are_gone_through(tmp_path: Path, monkeyp
     monkeypatch.setattr(index, "_AT_ONCE", 3)
     read, written = (index.Index(tmp_path / "cache" / "search" / "colours.sqlite3") for _ in range(2))
     found = []
-    for content, vector in read.vectors_after(1):
-        found.append(content)
-        assert np.array_equal(vector, read.vector_of(content))
-        written.keep_text(f"{content}", vector)
+    for contents, vectors in read.vectors_after(1):
+        found += contents.tolist()
+        for content, vector in zip(contents.tolist(), vectors):
+            assert np.array_equal(vector, read.vector_of(content))
+            written.keep_text(f"{content}", vector)
     assert found == list(range(2, 9))
     read.close()
     written.close()

@@ -31,7 +31,7 @@ from fastclip.models import create_model
 from fastclip.models.embedder import load_embedder
 from fastclip.search import engine as engines
 from fastclip.search import scan
-from fastclip.search.engine import Found, SearchEngine
+from fastclip.search.engine import Match, SearchEngine
 from fastclip.search.index import Index, Pictures
 from fastclip.search.model import CheckpointModel
 from fastclip.search.rank import top
@@ -335,7 +335,7 @@ def test_sheet_shows_every_picture_in_order(tmp_path: Path) -> None:
     found = []
     for k, colour in enumerate(("red", "lime", "blue", "black", "yellow", "aqua", "navy")):
         Image.new("RGB", (300 - 40 * k, 200), colour).save(tmp_path / f"{k}.png")
-        found.append(Found(str(tmp_path / f"{k}.png"), 1 - k / 10))
+        found.append(Match(str(tmp_path / f"{k}.png"), 1 - k / 10))
     (tmp_path / "5.png").unlink()
     sheet = contact_sheet(found)
     assert sheet.size == (5 * 240, 2 * 272)

@@ -179,7 +179,7 @@ def test_what_can_be_made_anew_is_no_error(tmp_path: Path, data: bytes) -> None:
     told.parent.mkdir(parents=True)
     told.write_bytes(data)
     assert _versions(tmp_path) == {}
-    index: Any = SimpleNamespace(_told=told, _file=told)
+    index: Any = SimpleNamespace(_about=told, _file=told)
     assert Approximate._read(index, SimpleNamespace(restore=lambda name: [1]))[0] is None
 
 

@@ -39,23 +39,23 @@ def _run(args: argparse.Namespace) -> None:
     queries = read_queries(args.queries)
     source = open_source(args.data, held_out=True)
     embedder = embedder_of(args)
-    found = compose(
+    composed = compose(
         embedder, source, queries, top=args.top, batch_size=args.batch_size, workers=args.workers, progress=True
     )
     answers: list[dict[str, Any]] = []
-    for answer in found.answers:
-        pictures = [{"key": found.source.key(place), "score": score} for place, score in answer.found]
+    for answer in composed.answers:
+        pictures = [{"key": composed.source.key(place), "score": score} for place, score in answer.pictures]
         rank = None if answer.rank is None else answer.rank + 1
         answers.append({"query": answer.query.line, "rank": rank, "pictures": pictures, "terms": _terms(answer.query)})
         say(answer.query.line)
         for picture in pictures:
             say(f"  {picture['score']:.3f}  {shown(str(picture['key']))}")
-    say(f"{len(found.source):,} images, {len(answers):,} queries, {found.skipped:,} images cannot be used")
-    if found.metrics:
-        row = [embedder.name, *(100 * value for value in found.metrics.values())]
+    say(f"{len(composed.source):,} images, {len(answers):,} queries, {composed.skipped:,} images cannot be used")
+    if composed.metrics:
+        row = [embedder.name, *(100 * value for value in composed.metrics.values())]
         say(table(("", "R@1", "R@5", "R@10"), [row]))
     if args.output:
-        counts = {"images": len(found.source), "skipped": found.skipped, "queries": answers}
+        counts = {"images": len(composed.source), "skipped": composed.skipped, "queries": answers}
         write_results(
             args.output,
             result(
@@ -63,11 +63,11 @@ def _run(args: argparse.Namespace) -> None:
                 task="composed_retrieval",
                 model=embedder.name,
                 pretrained=args.checkpoint,
-                metrics=found.metrics,
+                metrics=composed.metrics,
                 **counts,
             ),
         )
     if args.sheet:
-        write_sheet(args.sheet, found)
-    for store in found.stores:
+        write_sheet(args.sheet, composed)
+    for store in composed.stores:
         store.clear()
