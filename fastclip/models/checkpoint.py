@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip.models.config import ModelConfig, mapping
+from fastclip.models.config import OPEN_CLIP_PREPROCESS, ModelConfig, mapping
 from fastclip.models.huggingface import config_from_huggingface
 from fastclip.models.torchscript import is_torchscript, read_torchscript
 from fastclip.models.writing import check_written_together
@@ -99,8 +99,7 @@ def read_config(folder: Path) -> ModelConfig | None:
         values = read_json(path)
         merged = {**mapping(values.get("model_cfg", {}), f"{path}: model_cfg")}
         preprocess = mapping(values.get("preprocess_cfg", {}), f"{path}: preprocess_cfg")
-        taken = ("mean", "std", "interpolation", "resize_mode")
-        merged["preprocess_cfg"] = {name: preprocess[name] for name in taken if name in preprocess}
+        merged["preprocess_cfg"] = {name: preprocess[name] for name in OPEN_CLIP_PREPROCESS if name in preprocess}
         config = ModelConfig.from_dict(merged, where=str(path), folder=folder)
         if (mode := preprocess.get("mode")) not in (None, "RGB"):
             raise ValueError(f"{path}: preprocess_cfg: mode must be RGB, got {shown(mode)}")

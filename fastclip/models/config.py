@@ -26,6 +26,7 @@ __all__ = [
     "CoSwinConfig",
     "EfficientNetConfig",
     "ModelConfig",
+    "OPEN_CLIP_PREPROCESS",
     "PreprocessConfig",
     "ResNetConfig",
     "TrainConfig",
@@ -43,6 +44,7 @@ _CHOICES = {
     "resize_mode": ("shortest", "squash"),
     "train_crop": ("resized", "flipped"),
 }
+OPEN_CLIP_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")  # what it has of PreprocessConfig
 _T = TypeVar("_T")
 
 

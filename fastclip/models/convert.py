@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastclip.durable import new_file, write_bytes
-from fastclip.models.config import BertConfig, EfficientNetConfig, ModelConfig
+from fastclip.models.config import OPEN_CLIP_PREPROCESS, BertConfig, EfficientNetConfig, ModelConfig
 from fastclip.models.conversion import map_names, to_form
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.huggingface import write_huggingface_config
@@ -128,7 +128,7 @@ def _open_clip_config(config: ModelConfig) -> dict[str, object]:
     if config.init_logit_bias is not None:
         model |= {"init_logit_scale": config.init_logit_scale, "init_logit_bias": config.init_logit_bias}
     options = config.preprocess_cfg
-    preprocess = {name: getattr(options, name) for name in ("mean", "std", "interpolation", "resize_mode")}
+    preprocess = {name: getattr(options, name) for name in OPEN_CLIP_PREPROCESS}
     if options.resize_size is not None:
         logger.warning("open_clip has no resize_size: it resizes pictures to %d pixels", config.vision_cfg.image_size)
     return {"model_cfg": model, "preprocess_cfg": preprocess}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastclip._lazy import uncollected
 from fastclip.durable import write_bytes
 from fastclip.models.config import BertConfig, ModelConfig
+from fastclip.models.loading import describe_misfit, load_weights, resolve
 from fastclip.models.vocabulary import VOCABULARY, is_file_name, own_vocabulary
 from fastclip.models.writing import OWN_FILES, new_model, write_config, write_weights
 
-__all__ = ["DualEncoder", "MAX_LOG_SCALE"]
+__all__ = ["DualEncoder", "MAX_LOG_SCALE", "build_model", "create_model"]
 
 _COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module's parameters
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -140,17 +144,17 @@ class DualEncoder(nn.Module):
 
     def _check_readable(self, state: dict[str, Tensor]) -> None:
         """Refuse what `create_model` could not read again."""
-        from fastclip.models.factory import build_model, misfit
-
         assert self.config is not None
         expected = build_model(self.config, device="meta").state_dict()
         if "logit_bias" in state:  # which a reader takes, whatever the configuration says
             expected["logit_bias"] = expected["logit_scale"]
         missing = [name for name in expected if name not in state]
         unexpected = [name for name in state if name not in expected]
-        other = [name for name, x in state.items() if name in expected and x.shape != expected[name].shape]
-        if told := misfit(missing, unexpected, other):
-            raise ValueError(f"the model was changed and does not fit its configuration, which is written too: {told}")
+        misshapen = [name for name, x in state.items() if name in expected and x.shape != expected[name].shape]
+        if misfit := describe_misfit(missing, unexpected, misshapen):
+            raise ValueError(
+                f"the model was changed and does not fit its configuration, which is written too: {misfit}"
+            )
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> DualEncoder:
@@ -161,8 +165,6 @@ class DualEncoder(nn.Module):
         Raises:
             FileNotFoundError: there is no such folder, and no such repository, or the hub does not answer.
         """
-        from fastclip.models.factory import create_model
-
         path = Path(source)
         if not path.exists():
             if not _REPOSITORY.fullmatch(str(source)):
@@ -191,3 +193,77 @@ class DualEncoder(nn.Module):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="fastclip model"))
+
+
+def create_model(
+    name: str | None = None,
+    pretrained: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+    context_length: int | None = None,
+    init_logit_scale: float | None = None,
+    init_logit_bias: float | None = None,
+) -> DualEncoder:
+    """An image-text model, in training mode, in float32.
+
+    Args:
+        name: one of `list_models`, or the path of a configuration ending in ``.json``. May be left out when
+            `pretrained` is a folder that holds its configuration.
+        pretrained: path of a checkpoint: a file of OpenAI (TorchScript archive or state dict) or open_clip (.pt,
+            .safetensors), or a folder of Hugging Face (CLIPModel, AlignModel), open_clip or `save_pretrained`. Without,
+            weights are drawn from torch's global generator as the authors of the model drew them.
+        device: "meta" makes no weights at all.
+        image_size: pixels, in place of the checkpoint's or else the configuration's. Position embeddings of another
+            size are interpolated, and that is logged. Left out, a checkpoint keeps the size that its weights have,
+            whatever the configuration says.
+        context_length: tokens a text, likewise.
+        init_logit_scale: a logarithm, in place of the configuration's (SigLIP: log 10).
+        init_logit_bias: given, the model carries ``logit_bias`` for the sigmoid loss (SigLIP: -10).
+
+    Raises:
+        ValueError: the name is unknown; the configuration or the checkpoint does not fit, with the names of missing,
+            unexpected and mis-shaped parameters; activations contradict each other.
+        FileNotFoundError: a path does not exist.
+    """
+    options = {
+        "image_size": image_size,
+        "context_length": context_length,
+        "init_logit_scale": init_logit_scale,
+        "init_logit_bias": init_logit_bias,
+    }
+    config, checkpoint = resolve(name, pretrained)
+    config = config.with_changes(**options)  # type: ignore[arg-type]
+    try:
+        model = build_model(config, device=device)
+    except (ValueError, AssertionError, ArithmeticError, LookupError, TypeError) as error:  # timm asserts
+        raise ValueError(f"{name or pretrained}: {error}") from error
+    if checkpoint is not None:
+        changed = [option for option, value in options.items() if value is not None]
+        load_weights(model, config, checkpoint, name or str(pretrained), changed=changed)
+    return model
+
+
+def build_model(config: ModelConfig, *, device: torch.device | str = "cpu") -> DualEncoder:
+    """A model of `config` with new weights."""
+    with uncollected():  # and outside of torch.device, which tensors of timm would obey
+        from fastclip.models.towers import image_tower, text_tower
+
+    with torch.device(device), _default_dtype(torch.float32):
+        return DualEncoder(
+            image_tower(config),
+            text_tower(config),
+            config=config,
+            init_logit_scale=config.init_logit_scale,
+            init_logit_bias=config.init_logit_bias,
+        )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

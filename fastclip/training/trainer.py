@@ -24,7 +24,7 @@ from fastclip.data.workers import naming_dead_workers
 from fastclip.durable import mend_folders, new_folder, set_aside
 from fastclip.evaluation.validate import validate
 from fastclip.models.config import load_config
-from fastclip.models.factory import build_model as empty_model
+from fastclip.models.dual_encoder import build_model as empty_model
 from fastclip.models.factory import tokenizer_of
 from fastclip.models.transforms import image_transform, training_side
 from fastclip.owner import output_path

@@ -29,7 +29,7 @@ PROMISES = [
         breaks=[
             Break(
                 "lazy: the trainer loads towers",
-                "fastclip/models/factory.py",
+                "fastclip/models/dual_encoder.py",
                 old="from fastclip._lazy import uncollected",
                 new="import fastclip.models.towers  # noqa: F401\nfrom fastclip._lazy import uncollected",
             ),

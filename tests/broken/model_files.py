@@ -107,8 +107,8 @@ PROMISES = [
             Break(
                 "saved: a changed model is written",
                 "fastclip/models/dual_encoder.py",
-                old="if told := misfit(missing, unexpected, other):",
-                new="if told := []:",
+                old="if misfit := describe_misfit(missing, unexpected, misshapen):",
+                new="if misfit := []:",
             ),
             Break(
                 "saved: without its vocabulary",
@@ -118,7 +118,7 @@ PROMISES = [
             ),
             Break(
                 "saved: weights are rounded to the default dtype",
-                "fastclip/models/factory.py",
+                "fastclip/models/dual_encoder.py",
                 old="with torch.device(device), _default_dtype(torch.float32):",
                 new="with torch.device(device):",
             ),

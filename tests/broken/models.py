@@ -169,14 +169,14 @@ PROMISES = [
         breaks=[
             Break(
                 "sizes: the name's length",
-                "fastclip/models/factory.py",
-                old='        own["context_length"] = rows\n',
+                "fastclip/models/loading.py",
+                old='        sizes["context_length"] = rows\n',
                 new="        pass\n",
             ),
             Break(
                 "sizes: the name's pictures",
-                "fastclip/models/factory.py",
-                old='            own["image_size"] = side * step\n',
+                "fastclip/models/loading.py",
+                old='            sizes["image_size"] = side * step\n',
                 new="            pass\n",
             ),
             Break(
@@ -225,13 +225,13 @@ PROMISES = [
         breaks=[
             Break(
                 "weights: whole numbers pass",
-                "fastclip/models/factory.py",
+                "fastclip/models/loading.py",
                 old="(wanted.is_floating_point and tensor.dtype not in _FLOATS)",
                 new="False",
             ),
             Break(
                 "weights: NaN passes",
-                "fastclip/models/factory.py",
+                "fastclip/models/loading.py",
                 old="if tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):",
                 new="if False:",
             ),
@@ -261,9 +261,9 @@ PROMISES = [
         breaks=[
             Break(
                 "encoder: what is missing stays random",
-                "fastclip/models/factory.py",
-                old="if told := misfit(missing, unexpected, shapes):",
-                new="if told := misfit([], unexpected, shapes):",
+                "fastclip/models/loading.py",
+                old="if misfit := describe_misfit(missing, unexpected, misshapen):",
+                new="if misfit := describe_misfit([], unexpected, misshapen):",
             ),
         ],
     ),
@@ -283,9 +283,9 @@ PROMISES = [
             ),
             Break(
                 "encoder: contradictions pass",
-                "fastclip/models/factory.py",
-                old="if theirs is not None:",
-                new="if False:",
+                "fastclip/models/loading.py",
+                old="        if theirs is not None:",
+                new="        if False:",
             ),
         ],
     ),
@@ -298,13 +298,13 @@ PROMISES = [
         breaks=[
             Break(
                 "encoder: the class token is interpolated too",
-                "fastclip/models/factory.py",
+                "fastclip/models/loading.py",
                 old="num_prefix_tokens=1)",
                 new="num_prefix_tokens=0)",
             ),
             Break(
                 "encoder: interpolation is silent",
-                "fastclip/models/factory.py",
+                "fastclip/models/loading.py",
                 old='logger.warning("%s interpolated',
                 new='logger.debug("%s interpolated',
             ),

@@ -25,8 +25,8 @@ from fastclip.cli import main
 from fastclip.models import DualEncoder
 from fastclip.models.config import FOLDER, ModelConfig, load_config
 from fastclip.models.convert import convert
+from fastclip.models.dual_encoder import build_model
 from fastclip.models.embedder import load_embedder
-from fastclip.models.factory import build_model
 
 LENGTH, SIDE = 32, 48  # ViT-tiny.json says 77 and 32
 
