@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastclip.integrations.patching import Calls, check_same_loss, check_version, original, replace
 from fastclip.loss import contrastive_loss
@@ -16,8 +14,6 @@ from fastclip.modules import clip_loss, siglip_loss
 from fastclip.sigmoid import sigmoid_loss
 
 __all__ = ["patch_open_clip"]
-
-logger = logging.getLogger(__name__)
 
 _PACKAGE = "open_clip"
 _KNOWN = (3, 3)
@@ -69,42 +65,34 @@ def _sigmoid_forward(dense: Callable[..., Any], calls: Calls) -> Callable[..., A
 
 
 def _clip_forward(dense: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
-    warned = False
-
     @functools.wraps(dense)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal warned
         if calls.replaced(self):
             return dense(self, *args, **kwargs)
         if self.world_size == 1 or (self.local_loss and self.gather_with_grad and not self.use_horovod):
             return clip_loss(self, *args, **kwargs)
-        if not warned:
-            warned = True
-            logger.warning(
-                "open_clip's own ClipLoss is used: with world_size=%d only local_loss=True and gather_with_grad=True "
-                "(--local-loss --gather-with-grad), without Horovod, is the loss that fastclip computes",
-                self.world_size,
-            )
+        calls.warn_once(
+            f"open_clip's own ClipLoss is used: with world_size={self.world_size} only local_loss=True and "
+            "gather_with_grad=True (--local-loss --gather-with-grad), without Horovod, is the loss that fastclip "
+            "computes"
+        )
         return dense(self, *args, **kwargs)
 
     return forward
 
 
 def _check(theirs: Any, clip: Callable[..., Any], sigmoid: Callable[..., Any]) -> None:
-    """Both formulas on a few numbers."""
+    """Compare both formulas on a few numbers."""
     numbers = torch.Generator(device="cpu").manual_seed(0)
     image, text = torch.randn(2, 5, 4, dtype=torch.float64, device="cpu", generator=numbers)
     scale, bias = torch.tensor([[7.0], [-3.0]], dtype=torch.float64, device="cpu")
     leaves = [x.requires_grad_() for x in (image, text, scale, bias)]
     options: dict[str, Any] = {"normalize": False, "backend": "reference"}
-
-    def contrastive() -> Tensor:
-        value = contrastive_loss(image, text, scale, **options)
-        assert isinstance(value, Tensor)
-        return value
-
     check_same_loss(
-        "open_clip.loss.ClipLoss.forward", lambda: clip(theirs.ClipLoss(), image, text, scale), contrastive, leaves[:3]
+        "open_clip.loss.ClipLoss.forward",
+        lambda: clip(theirs.ClipLoss(), image, text, scale),
+        lambda: contrastive_loss(image, text, scale, **options),
+        leaves[:3],
     )
     check_same_loss(
         "open_clip.loss.SigLipLoss.forward",

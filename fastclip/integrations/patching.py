@@ -21,8 +21,7 @@ __all__ = ["Calls", "check_same_loss", "check_version", "original", "replace", "
 logger = logging.getLogger(__name__)
 
 _RELATIVE = 1e-9  # of losses and gradients, in float64
-_originals: dict[str, dict[type, Callable[..., Any]]] = {}  # by package
-_installed: dict[type, Callable[..., Any]] = {}
+_patches: dict[str, dict[type, tuple[Callable[..., Any], Callable[..., Any]]]] = {}  # of a package: before, and ours
 
 
 def unpatch() -> None:
@@ -30,42 +29,43 @@ def unpatch() -> None:
 
     A forward that something else has put there since goes with ours, and a warning says so.
     """
-    for package in [*_originals]:
+    for package in [*_patches]:
         _restore(package)
 
 
 def replace(package: str, forwards: Mapping[type, Callable[..., Any]]) -> None:
     """Give each class its new forward, in place of those of an earlier patch of the package."""
     _restore(package)
-    _originals[package] = {owner: vars(owner)["forward"] for owner in forwards}
+    _patches[package] = {owner: (vars(owner)["forward"], forward) for owner, forward in forwards.items()}
     for owner, forward in forwards.items():
-        owner.forward = _installed[owner] = forward  # type: ignore[attr-defined]
+        owner.forward = forward  # type: ignore[attr-defined]
 
 
 def original(package: str, owner: Any) -> Callable[..., Any]:
-    """The forward of the class without the patch.
+    """Return the forward of a class without the patch.
 
     Raises:
         RuntimeError: something else has put another there since.
     """
-    known = _originals.get(package, {}).get(owner)
-    if known is not None and vars(owner)["forward"] is not _installed[owner]:
+    forward = vars(owner)["forward"]
+    before, ours = _patches.get(package, {}).get(owner, (forward, forward))
+    if forward is not ours:  # a second patch would silently drop what another package has put on top
         raise RuntimeError(
             f"{package}'s {owner.__name__}.forward was replaced by something else since it was patched: undo that, or "
             "call fastclip.integrations.unpatch, which undoes both"
         )
-    return known or vars(owner)["forward"]
+    return before
 
 
 def _restore(package: str) -> None:
-    for owner, forward in _originals.pop(package, {}).items():
-        if vars(owner)["forward"] is not _installed[owner]:
+    for owner, (before, ours) in _patches.pop(package, {}).items():
+        if vars(owner)["forward"] is not ours:
             logger.warning("what has replaced the patched %s.forward of %s is undone, too", owner.__name__, package)
-        owner.forward = forward  # type: ignore[attr-defined]
+        owner.forward = before  # type: ignore[attr-defined]
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Names that a function looks up, also in the functions and comprehensions inside it."""
+    """Yield the names that a function looks up, also in the functions and comprehensions inside it."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -82,11 +82,13 @@ class Calls:
         self.owner, self._honoured = owner, honoured
         self._methods: dict[str, Any] = {}
         self._functions: dict[str, tuple[dict[str, Any], Any]] = {}  # with the names of their module
-        self._told: set[tuple[str, ...]] = set()
+        self._messages: set[str] = set()
         self._find(inspect.unwrap(forward))
 
     def _find(self, function: Any) -> None:
-        for name in _names(function.__code__) if inspect.isfunction(function) else ():
+        if not inspect.isfunction(function):  # a method that another package replaced by a callable object
+            return
+        for name in _names(function.__code__):
             of_class: Any = vars(self.owner).get(name)
             of_module: Any = function.__globals__.get(name)
             if self._is_own(of_class) and name not in (*self._methods, *self._honoured):
@@ -101,39 +103,40 @@ class Calls:
 
     def replaced(self, model: Any) -> bool:
         """Return True if a subclass, the instance or a patch has another one; the log says so once."""
-        kind, own = type(model), vars(model)
+        kind = type(model)
         names = [
             f"{kind.__name__}.{name}"
             for name, known in self._methods.items()
-            if name in own or getattr(kind, name) is not known
+            if name in vars(model) or getattr(kind, name) is not known
         ]
         names += [name for name, (module, known) in self._functions.items() if module[name] is not known]
-        if names and (told := (kind.__qualname__, *names)) not in self._told:
-            self._told.add(told)
-            logger.warning(
-                "the loss of %s is left to %s: it replaces %s, which fastclip's loss does not call",
-                kind.__name__,
-                self.owner.__module__,
-                ", ".join(names),
+        if names:
+            self.warn_once(
+                f"the loss of {kind.__name__} is left to {self.owner.__module__}: it replaces {', '.join(names)}, "
+                "which fastclip's loss does not call"
             )
         return bool(names)
 
+    def warn_once(self, message: str) -> None:
+        """Log a message that every step would repeat."""
+        if message not in self._messages:
+            self._messages.add(message)
+            logger.warning("%s", message)
 
-def check_version(package: str, found: str, oldest: tuple[int, int], newest: tuple[int, int], instead: str) -> None:
+
+def check_version(package: str, version: str, oldest: tuple[int, int], newest: tuple[int, int], instead: str) -> None:
     """
     Raises:
-        RuntimeError: major and minor number of `found` are not in the range, its ends included.
+        RuntimeError: major and minor number of `version` are not in the range, its ends included.
     """
-    numbers = re.match(r"(\d+)\.(\d+)", found)
+    numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers and oldest <= (int(numbers[1]), int(numbers[2])) <= newest:
         return
     known = " to ".join(f"{major}.{minor}" for major, minor in dict.fromkeys((oldest, newest)))
-    raise RuntimeError(f"{package} {found} is not known to be patched safely, {known} is: install that, or {instead}")
+    raise RuntimeError(f"{package} {version} is not known to be patched safely, {known} is: install that, or {instead}")
 
 
-def check_same_loss(
-    what: str, theirs: Callable[[], Tensor], ours: Callable[[], Tensor], leaves: Sequence[Tensor]
-) -> None:
+def check_same_loss(what: str, theirs: Callable[[], Any], ours: Callable[[], Any], leaves: Sequence[Tensor]) -> None:
     """
     Raises:
         RuntimeError: losses or gradients differ: it is not the formula that is to be replaced.

@@ -95,7 +95,7 @@ def _kinds() -> tuple[_Kind, ...]:
         _Kind(
             clip.CLIPModel,
             clip.CLIPOutput,
-            _encode,
+            _encode_with("get_image_features", "get_text_features"),
             _clip_loss,
             clip.CLIPConfig(text_config=words | ends, vision_config=pixels, projection_dim=4),
             ("get_image_features", "get_text_features"),
@@ -103,7 +103,7 @@ def _kinds() -> tuple[_Kind, ...]:
         _Kind(
             siglip.SiglipModel,
             siglip.SiglipOutput,
-            _encode_siglip,
+            _encode_with("vision_model", "text_model"),
             _siglip_loss,
             siglip.SiglipConfig(text_config=words | ends, vision_config=pixels),
         ),
@@ -150,39 +150,28 @@ def _resolved(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"group": dist.group.WORLD if dist.is_available() else None}
 
 
-def _encode(
-    self: Any,
-    input_ids: Any = None,
-    pixel_values: Any = None,
-    attention_mask: Any = None,
-    position_ids: Any = None,
-    return_loss: Any = None,
-    interpolate_pos_encoding: bool = False,
-    **kwargs: Any,
-) -> tuple[Any, Any, Tensor, Tensor]:
-    image = self.get_image_features(
-        pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
-    )
-    text = self.get_text_features(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-    )
-    return image, text, image.pooler_output, text.pooler_output
+def _encode_with(image_encoder: str, text_encoder: str) -> Callable[..., tuple[Any, Any, Tensor, Tensor]]:
+    """Ask the same attributes of a model as its own forward, in whose place a subclass may have others."""
 
+    def encode(
+        self: Any,
+        input_ids: Any = None,
+        pixel_values: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        return_loss: Any = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any, Tensor, Tensor]:
+        image = getattr(self, image_encoder)(
+            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        text = getattr(self, text_encoder)(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        return image, text, image.pooler_output, text.pooler_output
 
-def _encode_siglip(
-    self: Any,
-    input_ids: Any = None,
-    pixel_values: Any = None,
-    attention_mask: Any = None,
-    position_ids: Any = None,
-    return_loss: Any = None,
-    interpolate_pos_encoding: bool = False,
-    **kwargs: Any,
-) -> tuple[Any, Any, Tensor, Tensor]:
-    """As its forward, which asks the towers, not ``get_image_features``."""
-    image = self.vision_model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-    text = self.text_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
-    return image, text, image.pooler_output, text.pooler_output
+    return encode
 
 
 def _encode_align(
