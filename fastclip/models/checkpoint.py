@@ -16,21 +16,12 @@ from torch import Tensor
 from fastclip.models.config import OPEN_CLIP_PREPROCESS, ModelConfig, mapping
 from fastclip.models.huggingface import config_from_huggingface
 from fastclip.models.torchscript import is_torchscript, read_torchscript
-from fastclip.models.writing import check_written_together
+from fastclip.models.writing import CONFIG, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, WEIGHTS_READ, check_written_together
 from fastclip.reading import read_json, read_tensors
 
 __all__ = ["Checkpoint", "read_checkpoint", "read_config"]
 
 logger = logging.getLogger(__name__)
-_OPEN_CLIP_CONFIG, _CONFIG = "open_clip_config.json", "config.json"
-_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    *_OPEN_CLIP_WEIGHTS,
-)
 _INSIDE = ("state_dict", "model_state_dict", "model")  # where training checkpoints keep the weights
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 # Not parameters: facts that OpenAI stores beside them, indices and masks of old versions, BERT's pooler, which ALIGN
@@ -66,7 +57,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         config = read_config(path)
         quick_gelu = None if config is None else config.quick_gelu
         file = _weights(path)
-        names = (_OPEN_CLIP_CONFIG, _CONFIG)
+        names = (OPEN_CLIP_CONFIG, CONFIG)
         beside = next((path / name for name in names if (path / name).is_file()), None)
         if beside is not None and file.suffix == ".safetensors":
             check_written_together(file, beside)
@@ -95,7 +86,7 @@ def read_config(folder: Path) -> ModelConfig | None:
     Raises:
         ValueError: it is damaged, or no model's of this package; the file is named.
     """
-    if (path := folder / _OPEN_CLIP_CONFIG).is_file():
+    if (path := folder / OPEN_CLIP_CONFIG).is_file():
         values = read_json(path)
         merged = {**mapping(values.get("model_cfg", {}), f"{path}: model_cfg")}
         preprocess = mapping(values.get("preprocess_cfg", {}), f"{path}: preprocess_cfg")
@@ -104,7 +95,7 @@ def read_config(folder: Path) -> ModelConfig | None:
         if (mode := preprocess.get("mode")) not in (None, "RGB"):
             raise ValueError(f"{path}: preprocess_cfg: mode must be RGB, got {shown(mode)}")
         return config
-    if not (path := folder / _CONFIG).is_file():
+    if not (path := folder / CONFIG).is_file():
         return None
     values = read_json(path)
     kind = values.pop("model_type", None)
@@ -115,13 +106,13 @@ def read_config(folder: Path) -> ModelConfig | None:
 
 def _weights(folder: Path) -> Path:
     """The file of a folder to read: open_clip's beside its configuration, else the first there is; the others told."""
-    own = (folder / _OPEN_CLIP_CONFIG).is_file()
-    names = dict.fromkeys((*_OPEN_CLIP_WEIGHTS, *_WEIGHTS)) if own else _WEIGHTS
+    own = (folder / OPEN_CLIP_CONFIG).is_file()
+    names = dict.fromkeys((*OPEN_CLIP_WEIGHTS, *WEIGHTS_READ)) if own else WEIGHTS_READ
     there = [name for name in names if (folder / name).is_file()]
     if not there:
         if (folder / "model").is_dir():
             raise FileNotFoundError(f"{folder} is a run: its weights are in {folder / 'model'}")
-        raise FileNotFoundError(f"the folder {folder} holds no weights; looked for {', '.join(_WEIGHTS)}")
+        raise FileNotFoundError(f"the folder {folder} holds no weights; looked for {', '.join(WEIGHTS_READ)}")
     if len(there) > 1:
         logger.warning("%s holds weights in %s: %s is read", folder, " and ".join(there), there[0])
     return folder / there[0]

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastclip.durable import write_json
 from fastclip.models.dual_encoder import DualEncoder
-from fastclip.models.writing import CLASSIFIER_FILES, new_model, write_config, write_weights
+from fastclip.models.writing import CLASSES, CLASSIFIER_FILES, HEAD, new_model, write_weights
 from fastclip.reading import read_json, read_tensors
 
 __all__ = ["ImageClassifier", "load_classifier", "save_classifier"]
-
-_HEAD, _CLASSES = "head.safetensors", "classes.json"
 
 
 class ImageClassifier(nn.Module):
@@ -73,8 +72,8 @@ def save_classifier(classifier: ImageClassifier, model: DualEncoder, folder: Pat
     assert model.visual is classifier.visual
     with new_model(folder, CLASSIFIER_FILES) as half:
         model.write_files(half)
-        write_weights(half / _HEAD, classifier.head.state_dict())
-        write_config(half / _CLASSES, {"class_names": list(classifier.class_names)})
+        write_weights(half / HEAD, classifier.head.state_dict())
+        write_json(half / CLASSES, {"class_names": list(classifier.class_names)})
 
 
 def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -> ImageClassifier:
@@ -87,18 +86,18 @@ def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -
     from fastclip.models.factory import create_model
 
     folder = Path(folder)
-    if not (folder / _HEAD).is_file():
-        raise FileNotFoundError(f"{folder} holds no classifier: there is no {_HEAD}")
-    names = read_json(folder / _CLASSES).get("class_names")
+    if not (folder / HEAD).is_file():
+        raise FileNotFoundError(f"{folder} holds no classifier: there is no {HEAD}")
+    names = read_json(folder / CLASSES).get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{folder / _CLASSES}: class_names must be a list of names, got {shown(names)}")
-    head = read_tensors(folder / _HEAD, ("weight", "bias"), device=str(device))
+        raise ValueError(f"{folder / CLASSES}: class_names must be a list of names, got {shown(names)}")
+    head = read_tensors(folder / HEAD, ("weight", "bias"), device=str(device))
     model = create_model(pretrained=folder, device=device)
     assert model.config is not None
     for name, wanted in (("weight", (len(names), model.config.embed_dim)), ("bias", (len(names),))):
         if (shape := tuple(head[name].shape)) != wanted or not head[name].is_floating_point():
             raise ValueError(
-                f"{folder / _HEAD}: the head's {name} is {shape}, {head[name].dtype}; "
+                f"{folder / HEAD}: the head's {name} is {shape}, {head[name].dtype}; "
                 f"its classes and the model's features make it {wanted} numbers"
             )
     classifier = ImageClassifier(model.visual, head["weight"], names)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastclip.durable import new_file, write_bytes
+from fastclip.durable import new_file, write_bytes, write_json
 from fastclip.models.config import OPEN_CLIP_PREPROCESS, BertConfig, EfficientNetConfig, ModelConfig
 from fastclip.models.conversion import map_names, to_form
 from fastclip.models.dual_encoder import DualEncoder
@@ -17,11 +17,14 @@ from fastclip.models.huggingface import write_huggingface_config
 from fastclip.models.processor import PROCESSOR_FILES
 from fastclip.models.vocabulary import TOKENIZER_FILES, VOCABULARY
 from fastclip.models.writing import (
+    CONFIG,
     HUGGINGFACE_FILES,
+    OPEN_CLIP_CONFIG,
     OPEN_CLIP_FILES,
+    OPEN_CLIP_WEIGHTS,
     OWN_FILES,
+    WEIGHTS,
     new_model,
-    write_config,
     write_weights,
 )
 
@@ -68,8 +71,8 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
         _write_file(tensors, target)
     elif form == "open_clip":
         with new_model(target, OPEN_CLIP_FILES) as half:
-            write_config(half / "open_clip_config.json", _open_clip_config(config))
-            write_weights(half / "open_clip_model.safetensors", tensors, config=half / "open_clip_config.json")
+            write_json(half / OPEN_CLIP_CONFIG, _open_clip_config(config))
+            write_weights(half / OPEN_CLIP_WEIGHTS[0], tensors, config=half / OPEN_CLIP_CONFIG)
     else:
         if isinstance(image, EfficientNetConfig):  # AlignModel has BERT's pooler, and uses it for nothing
             width = tensors["text_model.embeddings.LayerNorm.weight"].numel()
@@ -83,7 +86,7 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
             write_huggingface_config(config, half)
             if model.vocabulary is not None:
                 write_bytes(half / VOCABULARY, model.vocabulary)
-            write_weights(half / "model.safetensors", tensors, config=half / "config.json")
+            write_weights(half / WEIGHTS, tensors, config=half / CONFIG)
 
 
 def is_file_target(target: Path) -> bool:
@@ -100,12 +103,12 @@ def check_target(target: Path, form: str, source: Path | None = None) -> None:
     if source is None or not target.exists():
         return
     read = [source, *source.iterdir()] if source.is_dir() else [source]
-    if any(target.samefile(file) for file in read if file.exists()):
-        raise ValueError(f"{target} is what the model is read from: choose another place, a source is not overwritten")
-    written = {"fastclip": OWN_FILES, "open_clip": OPEN_CLIP_FILES, "huggingface": HUGGINGFACE_FILES}[form]
-    for name in written if target.is_dir() else ():
-        if (target / name).exists() and any((target / name).samefile(file) for file in read if file.exists()):
-            raise ValueError(f"{target / name} is what the model is read from: choose another place")
+    files = {"fastclip": OWN_FILES, "open_clip": OPEN_CLIP_FILES, "huggingface": HUGGINGFACE_FILES}[form]
+    for path in (target, *(target / name for name in files)):  # a file of the target may be a link into the source
+        if path.exists() and any(path.samefile(file) for file in read if file.exists()):
+            raise ValueError(
+                f"{path} is what the model is read from: choose another place, a source is not overwritten"
+            )
 
 
 def _write_file(tensors: dict[str, Tensor], file: Path) -> None:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastclip._lazy import uncollected
-from fastclip.durable import write_bytes
+from fastclip.durable import write_bytes, write_json
 from fastclip.models.config import BertConfig, ModelConfig
 from fastclip.models.loading import describe_misfit, load_weights, resolve
 from fastclip.models.vocabulary import VOCABULARY, is_file_name, own_vocabulary
-from fastclip.models.writing import OWN_FILES, new_model, write_config, write_weights
+from fastclip.models.writing import CONFIG, OWN_FILES, WEIGHTS, new_model, write_weights
 
 __all__ = ["DualEncoder", "MAX_LOG_SCALE", "build_model", "create_model"]
 
@@ -139,8 +139,8 @@ class DualEncoder(nn.Module):
             values["text_cfg"]["vocabulary"] = VOCABULARY
         elif isinstance(text := self.config.text_cfg, BertConfig) and is_file_name(text.vocabulary):
             raise ValueError(f"the vocabulary {text.vocabulary} of this model was not beside its configuration")
-        write_config(folder / "config.json", {"model_type": "fastclip", **values})
-        write_weights(folder / "model.safetensors", state, config=folder / "config.json")
+        write_json(folder / CONFIG, {"model_type": "fastclip", **values})
+        write_weights(folder / WEIGHTS, state, config=folder / CONFIG)
 
     def _check_readable(self, state: dict[str, Tensor]) -> None:
         """Refuse what `create_model` could not read again."""
@@ -148,42 +148,64 @@ class DualEncoder(nn.Module):
         expected = build_model(self.config, device="meta").state_dict()
         if "logit_bias" in state:  # which a reader takes, whatever the configuration says
             expected["logit_bias"] = expected["logit_scale"]
-        missing = [name for name in expected if name not in state]
-        unexpected = [name for name in state if name not in expected]
         misshapen = [name for name, x in state.items() if name in expected and x.shape != expected[name].shape]
-        if misfit := describe_misfit(missing, unexpected, misshapen):
+        if misfit := describe_misfit(expected, state, misshapen):
             raise ValueError(
                 f"the model was changed and does not fit its configuration, which is written too: {misfit}"
             )
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> DualEncoder:
-        """The model of a folder that `save_pretrained` wrote, or of a repository ``owner/name`` on Hugging Face's hub.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> DualEncoder:
+        """Return the model of a folder that `save_pretrained` wrote, or of a repository on Hugging Face's hub.
 
-        Any other folder that `create_model(pretrained=)` reads will do; `options` are its options.
+        Args:
+            source: any folder that `create_model(pretrained=)` reads, or the repository's name, ``owner/name``.
+            revision, token, cache_dir, local_files_only: of the repository, as `huggingface_hub.snapshot_download`'s.
+            options: `create_model`'s.
 
         Raises:
-            FileNotFoundError: there is no such folder, and no such repository, or the hub does not answer.
+            FileNotFoundError: there is no such folder, and no such repository or revision, or the hub does not answer.
         """
         path = Path(source)
         if not path.exists():
             if not _REPOSITORY.fullmatch(str(source)):
                 raise FileNotFoundError(f"the checkpoint {source} does not exist")
+            from huggingface_hub import errors as hub
             from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-            patterns = ["*.json", "*.safetensors", VOCABULARY]
             try:
-                path = Path(snapshot_download(str(source), allow_patterns=patterns))
-            except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-                told = " ".join(str(error).split())
+                snapshot = snapshot_download(
+                    str(source),
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    allow_patterns=["*.json", "*.safetensors", VOCABULARY],  # pickles stay there
+                )
+            except (
+                FileNotFoundError,
+                hub.HFValidationError,
+                hub.RepositoryNotFoundError,
+                hub.RevisionNotFoundError,
+            ) as error:
+                message = " ".join(str(error).split())
                 raise FileNotFoundError(
-                    f"{source} is no folder here, and Hugging Face's hub does not give it: {told}"
+                    f"{source} is no folder here, and Hugging Face's hub does not give it: {message}"
                 ) from error
+            path = Path(snapshot)
         return create_model(pretrained=path, **options)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload what `save_pretrained` writes to ``owner/name`` on Hugging Face's hub; returns its address."""
+        """Upload what `save_pretrained` writes to ``owner/name`` on Hugging Face's hub, and return its address."""
         from tempfile import TemporaryDirectory
 
         from huggingface_hub import HfApi
@@ -205,7 +227,7 @@ def create_model(
     init_logit_scale: float | None = None,
     init_logit_bias: float | None = None,
 ) -> DualEncoder:
-    """An image-text model, in training mode, in float32.
+    """Return an image-text model, in training mode, in float32.
 
     Args:
         name: one of `list_models`, or the path of a configuration ending in ``.json``. May be left out when
@@ -245,7 +267,7 @@ def create_model(
 
 
 def build_model(config: ModelConfig, *, device: torch.device | str = "cpu") -> DualEncoder:
-    """A model of `config` with new weights."""
+    """Return a model of `config` with new weights."""
     with uncollected():  # and outside of torch.device, which tensors of timm would obey
         from fastclip.models.towers import image_tower, text_tower
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ from fastclip.models.config import (
     PreprocessConfig,
     ViTConfig,
 )
-from fastclip.models.processor import PROCESSOR_FILES, RESAMPLE, read_image_processor
+from fastclip.models.processor import read_image_processor, write_image_processor
 from fastclip.models.vocabulary import vocabulary_in
-from fastclip.models.writing import write_config
 from fastclip.reading import read_json
 
 __all__ = ["config_from_huggingface", "write_huggingface_config"]
@@ -33,6 +33,22 @@ _EFFICIENTNETS = {
     (2.2, 3.6): "b8",
     (4.3, 5.3): "l2",
 }
+# Names of sizes: ours, theirs
+_TEXT = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+}
+_CLIP_TEXT = _TEXT | {"context_length": "max_position_embeddings"}
+_BERT = _TEXT | {"max_positions": "max_position_embeddings", "dropout": "hidden_dropout_prob"}
+_VIT = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "patch_size": "patch_size",
+    "image_size": "image_size",
+}
+_CLIP_PROCESSOR, _ALIGN_PROCESSOR = "CLIPImageProcessor", "EfficientNetImageProcessor"
 _HALF = (0.5, 0.5, 0.5)
 _ALIGN = PreprocessConfig(_HALF, _HALF, "bilinear", resize_size=346, resize_mode="squash", train_crop="flipped")
 
@@ -75,6 +91,14 @@ def _text_config(theirs: Any, folder: Path) -> Any:
     return text
 
 
+def _ours(part: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    return {ours: getattr(part, theirs) for ours, theirs in names.items()}
+
+
+def _theirs(part: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    return {theirs: getattr(part, ours) for ours, theirs in names.items()}
+
+
 def _from_clip(theirs: Any, folder: Path) -> ModelConfig:
     image, text = theirs.vision_config, _text_config(theirs, folder)
     where = folder / "config.json"
@@ -84,7 +108,7 @@ def _from_clip(theirs: Any, folder: Path) -> ModelConfig:
     for part in (image, text):
         if part.layer_norm_eps != 1e-5:
             raise ValueError(f"{where}: layer_norm_eps must be 1e-5, got {part.layer_norm_eps}")
-    processor = read_image_processor(folder, "CLIPImageProcessor")
+    processor = read_image_processor(folder, _CLIP_PROCESSOR)
     if processor is not None and processor.image_size != image.image_size:
         raise ValueError(
             f"{processor.where}: size and crop_size make pictures of {processor.image_size} pixels, the image tower "
@@ -95,20 +119,11 @@ def _from_clip(theirs: Any, folder: Path) -> ModelConfig:
         embed_dim=theirs.projection_dim,
         quick_gelu=activations == {"quick_gelu"},
         vision_cfg=ViTConfig(
-            layers=image.num_hidden_layers,
-            width=image.hidden_size,
-            patch_size=image.patch_size,
-            image_size=image.image_size,
+            **_ours(image, _VIT),
             head_width=image.hidden_size // image.num_attention_heads,
             mlp_ratio=image.intermediate_size / image.hidden_size,
         ),
-        text_cfg=CLIPTextConfig(
-            width=text.hidden_size,
-            heads=text.num_attention_heads,
-            layers=text.num_hidden_layers,
-            context_length=text.max_position_embeddings,
-            vocab_size=text.vocab_size,
-        ),
+        text_cfg=CLIPTextConfig(**_ours(text, _CLIP_TEXT)),
         preprocess_cfg=usual if processor is None else processor.preprocess(usual.train_crop),
         folder=folder,
     )
@@ -126,7 +141,7 @@ def _from_align(theirs: Any, folder: Path) -> ModelConfig:
         raise ValueError(f"{where}: the image tower is none of EfficientNet-B0 to B8 and L2")
     if image.hidden_act not in ("swish", "silu") or image.pooling_type != "mean" or text.hidden_act != "gelu":
         raise ValueError(f"{where}: activations must be swish and gelu and the pooling mean")
-    processor = read_image_processor(folder, "EfficientNetImageProcessor")
+    processor = read_image_processor(folder, _ALIGN_PROCESSOR)
     return ModelConfig(
         embed_dim=theirs.projection_dim,
         init_logit_scale=0.0,
@@ -137,14 +152,9 @@ def _from_align(theirs: Any, folder: Path) -> ModelConfig:
             depthwise_padding=tuple(image.depthwise_padding),
         ),
         text_cfg=BertConfig(
-            width=text.hidden_size,
-            heads=text.num_attention_heads,
-            layers=text.num_hidden_layers,
+            **_ours(text, _BERT),
             vocabulary=vocabulary_in(folder),
-            vocab_size=text.vocab_size,
-            context_length=min(64, text.max_position_embeddings),
-            max_positions=text.max_position_embeddings,
-            dropout=text.hidden_dropout_prob,
+            context_length=min(BertConfig.context_length, text.max_position_embeddings),
         ),
         preprocess_cfg=_ALIGN if processor is None else processor.preprocess(_ALIGN.train_crop),
         folder=folder,
@@ -152,85 +162,59 @@ def _from_align(theirs: Any, folder: Path) -> ModelConfig:
 
 
 def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
-    """``config.json`` and ``preprocessor_config.json`` of a CLIPModel or an AlignModel."""
-    import transformers
-
+    """Write ``config.json`` and ``preprocessor_config.json`` of a CLIPModel or an AlignModel."""
     image, text = config.vision_cfg, config.text_cfg
-    text_sizes = {
-        "hidden_size": text.width,
-        "intermediate_size": 4 * text.width,
-        "num_hidden_layers": text.layers,
-        "num_attention_heads": text.heads,
-        "vocab_size": text.vocab_size,
-    }
     if isinstance(image, ViTConfig) and isinstance(text, CLIPTextConfig):
-        activation = "quick_gelu" if config.quick_gelu else "gelu"
-        theirs: Any = transformers.CLIPConfig(
-            projection_dim=config.embed_dim,
-            text_config={
-                **text_sizes,
-                "max_position_embeddings": text.context_length,
-                "hidden_act": activation,
-                "projection_dim": config.embed_dim,
-                # the last two of CLIP's vocabulary, whatever its size
-                "bos_token_id": text.vocab_size - 2,
-                "eos_token_id": text.vocab_size - 1,
-            },
-            vision_config={
-                "hidden_size": image.width,
-                "intermediate_size": int(image.mlp_ratio * image.width),
-                "num_hidden_layers": image.layers,
-                "num_attention_heads": image.width // image.head_width,
-                "image_size": image.image_size,
-                "patch_size": image.patch_size,
-                "hidden_act": activation,
-                "projection_dim": config.embed_dim,
-            },
-        )
-        theirs.architectures = ["CLIPModel"]
-        kind = "CLIPImageProcessor"
+        theirs, kind = _clip_config(config, image, text), _CLIP_PROCESSOR
     else:
         assert isinstance(image, EfficientNetConfig) and isinstance(text, BertConfig)
-        names = {f"tf_efficientnet_{name}": sizes for sizes, name in _EFFICIENTNETS.items()}
-        width, depth = names[image.timm_model_name]
-        theirs = transformers.AlignConfig(
-            projection_dim=config.embed_dim,
-            text_config={
-                **text_sizes,
-                "max_position_embeddings": text.max_positions,
-                "hidden_dropout_prob": text.dropout,
-                "attention_probs_dropout_prob": text.dropout,
-            },
-            vision_config={
-                "width_coefficient": width,
-                "depth_coefficient": depth,
-                "depthwise_padding": list(image.depthwise_padding or ()),
-                "hidden_dim": int(1280 * width),
-                "image_size": image.image_size,
-            },
-        )
-        theirs.architectures = ["AlignModel"]
-        kind = "EfficientNetImageProcessor"
+        theirs, kind = _align_config(config, image, text), _ALIGN_PROCESSOR
     theirs.save_pretrained(folder)
-    options, size = config.preprocess_cfg, image.image_size
-    side = options.resize_size or size
-    resize = {"height": side, "width": side} if options.resize_mode == "squash" else {"shortest_edge": side}
-    numbers = {name: number for number, name in RESAMPLE.items()}
-    values = {
-        "image_processor_type": kind,
-        "do_resize": True,
-        "size": resize,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "resample": numbers[options.interpolation],
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "rescale_offset": False,
-        "do_normalize": True,
-        "image_mean": list(options.mean),
-        "image_std": list(options.std),
-        "do_convert_rgb": True,
-    }
-    if kind == "EfficientNetImageProcessor":
-        values["include_top"] = False  # else transformers divides by image_std once more
-    write_config(folder / PROCESSOR_FILES[1], values)
+    write_image_processor(folder, kind, config.preprocess_cfg, image.image_size)
+
+
+def _clip_config(config: ModelConfig, image: ViTConfig, text: CLIPTextConfig) -> Any:
+    import transformers
+
+    both = {"hidden_act": "quick_gelu" if config.quick_gelu else "gelu", "projection_dim": config.embed_dim}
+    return transformers.CLIPConfig(
+        architectures=["CLIPModel"],
+        projection_dim=config.embed_dim,
+        text_config={
+            **both,
+            **_theirs(text, _CLIP_TEXT),
+            "intermediate_size": 4 * text.width,
+            # the last two of CLIP's vocabulary, whatever its size
+            "bos_token_id": text.vocab_size - 2,
+            "eos_token_id": text.vocab_size - 1,
+        },
+        vision_config={
+            **both,
+            **_theirs(image, _VIT),
+            "intermediate_size": int(image.mlp_ratio * image.width),
+            "num_attention_heads": image.width // image.head_width,
+        },
+    )
+
+
+def _align_config(config: ModelConfig, image: EfficientNetConfig, text: BertConfig) -> Any:
+    import transformers
+
+    names = {f"tf_efficientnet_{name}": sizes for sizes, name in _EFFICIENTNETS.items()}
+    width, depth = names[image.timm_model_name]
+    return transformers.AlignConfig(
+        architectures=["AlignModel"],
+        projection_dim=config.embed_dim,
+        text_config={
+            **_theirs(text, _BERT),
+            "intermediate_size": 4 * text.width,
+            "attention_probs_dropout_prob": text.dropout,
+        },
+        vision_config={
+            "width_coefficient": width,
+            "depth_coefficient": depth,
+            "depthwise_padding": list(image.depthwise_padding or ()),
+            "hidden_dim": int(1280 * width),  # channels of B0's last convolution
+            "image_size": image.image_size,
+        },
+    )

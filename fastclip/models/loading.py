@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def _rows(config: ModelConfig, checkpoint: Checkpoint, name: str) -> int | None:
 
 
 def load_weights(
-    model: nn.Module, config: ModelConfig, checkpoint: Checkpoint, name: str, *, changed: Iterable[str]
+    model: nn.Module, config: ModelConfig, checkpoint: Checkpoint, name: str, *, changed: Collection[str]
 ) -> None:
     """Fill a model of `config`, which messages call `name`, from a checkpoint that fits it whole.
 
@@ -175,18 +175,20 @@ def load_weights(
     mapped = map_names(state, config, checkpoint.form)
     endings = {"image_size": _image_positions(config), "context_length": _text_positions(config)}
     resized = tuple(ending for option, ending in endings.items() if option in changed and ending)
-    optional = {"logit_bias"} if "init_logit_bias" in changed else set()
-    known = {theirs for m in mapped for theirs in m.theirs}
-    missing = [t for m in mapped if m.ours not in optional for t in m.theirs if t not in checkpoint.tensors]
-    unexpected = [t for t in checkpoint.tensors if t not in known]
+    optional = {"logit_bias"} if "init_logit_bias" in changed else set()  # called so in every form that has it
+    expected = dict.fromkeys(theirs for m in mapped for theirs in m.theirs)
     tensors, misshapen = _fit(model, state, checkpoint, mapped, resized)
-    if misfit := describe_misfit(missing, unexpected, misshapen):
+    if misfit := describe_misfit(expected, checkpoint.tensors, misshapen, optional):
         raise ValueError(f"the checkpoint {checkpoint.path} does not fit {name}: {misfit}")
     model.load_state_dict(tensors, strict=not optional)
 
 
-def describe_misfit(missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
-    """Names of parameters that do not fit, in words; "" for none."""
+def describe_misfit(
+    expected: Collection[str], given: Collection[str], misshapen: list[str], optional: Collection[str] = ()
+) -> str:
+    """Return the names of parameters that do not fit, in words; "" for none."""
+    missing = [name for name in expected if name not in given and name not in optional]
+    unexpected = [name for name in given if name not in expected]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     return "; ".join(_list(kind, names) for kind, names in kinds.items() if names)
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, NamedTuple
 
+from fastclip.durable import write_json
 from fastclip.models.config import PreprocessConfig, mapping
 from fastclip.reading import read_json
 
-__all__ = ["PROCESSOR_FILES", "RESAMPLE", "ImageProcessor", "read_image_processor"]
+__all__ = ["PROCESSOR_FILES", "ImageProcessor", "read_image_processor", "write_image_processor"]
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # the first there is, as transformers reads
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
 
 # What transformers takes for a key that is missing: of all kinds, and of each
 _USUAL = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3}
@@ -79,10 +80,38 @@ def read_image_processor(folder: Path, usual: str) -> ImageProcessor | None:
             raise ValueError(f"{where}: {name} must be false, which alone is supported, got {shown(value)}")
     values = _USUAL | _KINDS[kind] | values
     mean, std = _normalisation(values, kind == "EfficientNetImageProcessor", where)
-    if not _whole(values["resample"]) or values["resample"] not in RESAMPLE:
-        raise ValueError(f"{where}: resample must be one of {RESAMPLE}, got {shown(values['resample'])}")
+    if not _whole(values["resample"]) or values["resample"] not in _RESAMPLE:
+        raise ValueError(f"{where}: resample must be one of {_RESAMPLE}, got {shown(values['resample'])}")
     side, mode, crop = _sizes(values, where)
-    return ImageProcessor(mean, std, RESAMPLE[values["resample"]], side, mode, crop, where)
+    return ImageProcessor(mean, std, _RESAMPLE[values["resample"]], side, mode, crop, where)
+
+
+def write_image_processor(folder: Path, kind: str, options: PreprocessConfig, image_size: int) -> None:
+    """Write the ``preprocessor_config.json`` with which transformers prepares pictures as `options` say.
+
+    Args:
+        kind: the class of the processor, such as "CLIPImageProcessor".
+        image_size: pixels of the square that comes out.
+    """
+    side = options.resize_size or image_size
+    values = {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "size": {"height": side, "width": side} if options.resize_mode == "squash" else {"shortest_edge": side},
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "resample": next(number for number, name in _RESAMPLE.items() if name == options.interpolation),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "rescale_offset": False,
+        "do_normalize": True,
+        "image_mean": list(options.mean),
+        "image_std": list(options.std),
+        "do_convert_rgb": True,
+    }
+    if kind == "EfficientNetImageProcessor":
+        values["include_top"] = False  # else transformers divides by image_std once more
+    write_json(folder / PROCESSOR_FILES[1], values)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any] | None, str]:

@@ -7,41 +7,50 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from fastclip.durable import new_files, write_json, write_tensors
+from fastclip.durable import new_files, write_tensors
+from fastclip.models.processor import PROCESSOR_FILES
+from fastclip.models.vocabulary import VOCABULARY
 from fastclip.reading import open_tensors
 
 __all__ = [
+    "CLASSES",
     "CLASSIFIER_FILES",
+    "CONFIG",
+    "HEAD",
     "HUGGINGFACE_FILES",
+    "OPEN_CLIP_CONFIG",
     "OPEN_CLIP_FILES",
+    "OPEN_CLIP_WEIGHTS",
     "OWN_FILES",
+    "WEIGHTS",
+    "WEIGHTS_READ",
     "check_written_together",
     "new_model",
-    "write_config",
     "write_weights",
 ]
 
 logger = logging.getLogger(__name__)
-OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
-OWN_FILES = ("config.json", "model.safetensors", "vocab.txt")
-CLASSIFIER_FILES = (*OWN_FILES, "head.safetensors", "classes.json")
-HUGGINGFACE_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "vocab.txt")
-# What tells a model, or is read before what another form writes
-_OF_MODELS = (
-    *OPEN_CLIP_FILES,
-    "open_clip_pytorch_model.bin",
-    "config.json",
-    "model.safetensors",
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of a folder of this package or of Hugging Face
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+WEIGHTS_READ = (  # the first there is
+    WEIGHTS,
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-    "head.safetensors",
+    *OPEN_CLIP_WEIGHTS,
 )
-_CONFIG = "fastclip.config"  # among the metadata of weights: the BLAKE2b of the configuration beside them
+HEAD, CLASSES = "head.safetensors", "classes.json"  # of a classifier
+OPEN_CLIP_FILES = (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS[0])
+OWN_FILES = (CONFIG, WEIGHTS, VOCABULARY)
+CLASSIFIER_FILES = (*OWN_FILES, HEAD, CLASSES)
+HUGGINGFACE_FILES = (CONFIG, WEIGHTS, PROCESSOR_FILES[1], VOCABULARY)
+# What tells a model, or is read before what another form writes
+_OF_MODELS = (OPEN_CLIP_CONFIG, CONFIG, *WEIGHTS_READ, HEAD)
+_DIGEST = "fastclip.config"  # among the metadata of weights: the BLAKE2b of the configuration beside them
 
 
 @contextmanager
@@ -62,14 +71,9 @@ def new_model(folder: str | Path, files: tuple[str, ...], *, read_first: tuple[s
         yield half
 
 
-def write_config(file: Path, values: Mapping[str, Any]) -> None:
-    """Write a configuration, for people too."""
-    write_json(file, dict(values))
-
-
 def write_weights(file: Path, tensors: Mapping[str, Tensor], *, config: Path | None = None) -> None:
     """Write tensors of any device, with a mark of the configuration that they belong to."""
-    metadata = {"format": "pt"} | ({} if config is None else {_CONFIG: _digest(config)})
+    metadata = {"format": "pt"} | ({} if config is None else {_DIGEST: _digest(config)})
     written: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, tensor in tensors.items():
@@ -84,7 +88,7 @@ def write_weights(file: Path, tensors: Mapping[str, Tensor], *, config: Path | N
 def check_written_together(weights: Path, config: Path) -> None:
     """Say in the log where a configuration is not the one with which these weights were written."""
     with open_tensors(weights) as opened:
-        wanted = (opened.metadata() or {}).get(_CONFIG)
+        wanted = (opened.metadata() or {}).get(_DIGEST)
     if wanted is not None and wanted != _digest(config):
         logger.warning("%s was changed after %s was written, or is another model's", config, weights.name)
 

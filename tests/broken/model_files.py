@@ -58,7 +58,7 @@ PROMISES = [
             ),
             Break(
                 "processor: transformers divides by the deviation twice",
-                "fastclip/models/huggingface.py",
+                "fastclip/models/processor.py",
                 old='values["include_top"] = False',
                 new="pass",
             ),
@@ -107,7 +107,7 @@ PROMISES = [
             Break(
                 "saved: a changed model is written",
                 "fastclip/models/dual_encoder.py",
-                old="if misfit := describe_misfit(missing, unexpected, misshapen):",
+                old="if misfit := describe_misfit(expected, state, misshapen):",
                 new="if misfit := []:",
             ),
             Break(

@@ -324,8 +324,9 @@ def test_push_and_pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             shutil.copytree(folder_path, tmp_path / "hub")
             return f"https://hub/{repo_id}"
 
-    def download(repo_id: str, allow_patterns: list[str]) -> str:
-        assert repo_id == "me/model" and "*.safetensors" in allow_patterns
+    def download(repo_id: str, allow_patterns: list[str], **options: Any) -> str:
+        assert repo_id == "me/model" and "*.safetensors" in allow_patterns and "*.bin" not in allow_patterns
+        assert options == {"revision": "v1", "token": "t", "cache_dir": tmp_path, "local_files_only": True}
         return str(tmp_path / "hub")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
@@ -333,7 +334,7 @@ def test_push_and_pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = fastclip.create_model("align-tiny")
     assert model.push_to_hub("me/model", private=True) == "https://hub/me/model"
-    again = DualEncoder.from_pretrained("me/model")
+    again = DualEncoder.from_pretrained("me/model", revision="v1", token="t", cache_dir=tmp_path, local_files_only=True)
     assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
 
 
