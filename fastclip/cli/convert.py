@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", help="checkpoint: a file or a folder, also that of a run of fastclip train")
     parser.add_argument("target", help="folder, or for open_clip a file ending in .pt or .safetensors")
-    parser.add_argument("--to", required=True, choices=("open_clip", "huggingface", "fastclip"), help="the form")
+    parser.add_argument("--to", required=True, choices=("open_clip", "huggingface", "fastclip"), help="form to write")
     add_force(parser)
     add_model_options(parser)
     parser.set_defaults(run=_convert)
@@ -30,8 +30,8 @@ def _convert(args: argparse.Namespace) -> None:
     from fastclip.owner import output_path
 
     check_target(output_path(args.target), args.to)
-    own = owned_files if is_file_target(output_path(args.target)) else owned_output
-    with own(args, "target"):
+    lock = owned_files if is_file_target(output_path(args.target)) else owned_output
+    with lock(args, "target"):
         model, source = load_model(args.source, **model_options(args))
         convert(model, args.target, form=args.to, source=source)
     say(f"wrote {args.target}: {sum(p.numel() for p in model.parameters()):,} parameters in the form of {args.to}")

@@ -91,6 +91,7 @@ class Calls:
         for name in _names(function.__code__):
             of_class: Any = vars(self.owner).get(name)
             of_module: Any = function.__globals__.get(name)
+            # wrappers, such as transformers' decorators, call nothing of the loss: what they wrap does
             if self._is_own(of_class) and name not in (*self._methods, *self._honoured):
                 self._methods[name] = of_class
                 self._find(inspect.unwrap(of_class))
@@ -99,6 +100,7 @@ class Calls:
                 self._find(inspect.unwrap(of_module))
 
     def _is_own(self, x: Any) -> bool:
+        # functions of other modules, such as torch's, are no steps that somebody replaces to change this loss
         return inspect.isfunction(x) and x.__module__ == self.owner.__module__
 
     def replaced(self, model: Any) -> bool:

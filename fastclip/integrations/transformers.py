@@ -118,7 +118,7 @@ def _kinds() -> tuple[_Kind, ...]:
 
 
 def _forward(kind: _Kind, dense: Callable[..., Any], calls: Calls, **options: Any) -> Callable[..., Any]:
-    """The new forward: `dense` is the one before, with what it calls; options are of the loss."""
+    """Return the new forward: `dense` is the one before, with what it calls; options are the loss's."""
     from transformers.utils.generic import can_return_tuple
 
     @can_return_tuple
@@ -147,6 +147,7 @@ def _forward(kind: _Kind, dense: Callable[..., Any], calls: Calls, **options: An
 def _resolved(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("group") != "world":
         return options
+    # looked up at each call: the patch may come before `init_process_group`
     return options | {"group": dist.group.WORLD if dist.is_available() else None}
 
 
@@ -214,7 +215,8 @@ def _align_loss(self: Any, image: Tensor, text: Tensor, **options: Any) -> Any:
 
 
 def _check(kind: _Kind, dense: Callable[..., Any]) -> None:
-    """Both forwards of a model of a few numbers, drawn as they come, on a few more."""
+    """Compare both forwards of a model of a few random numbers, on a few more."""
+    # the user's next random numbers, and default device, stay what they are
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = kind.model(kind.tiny).double().train()
         batch = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """The weights at `path`, in host memory.
+    """Read the weights at `path` into host memory.
 
     A file: safetensors, or what ``torch.save`` wrote (tensors, numbers and strings only), or a TorchScript archive, of
     which the parameters alone are taken. A folder: ``config.json`` (ours, Hugging Face's CLIPModel or AlignModel) or
@@ -57,20 +58,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         config = read_config(path)
         quick_gelu = None if config is None else config.quick_gelu
         file = _weights(path)
-        names = (OPEN_CLIP_CONFIG, CONFIG)
-        beside = next((path / name for name in names if (path / name).is_file()), None)
-        if beside is not None and file.suffix == ".safetensors":
-            check_written_together(file, beside)
+        config_file = _config_file(path)
+        if config_file is not None and file.suffix == ".safetensors":
+            check_written_together(file, config_file)
     elif path.is_file():
         file = path
     else:
-        tag = "" if path.suffix or path.parent.name else ": it is a path, and nothing is downloaded"
-        raise FileNotFoundError(f"the checkpoint {path} does not exist{tag}")
+        hint = "" if path.suffix or path.parent.name else ": it is a path, and nothing is downloaded"
+        raise FileNotFoundError(f"the checkpoint {path} does not exist{hint}")
 
     archive = file.suffix not in (".safetensors", ".json") and is_torchscript(file)
     tensors = _read_sharded(file) if file.name.endswith(".index.json") else _read_file(file, archive)
     if archive or "input_resolution" in tensors:
-        quick_gelu = True  # OpenAI's
+        quick_gelu = True  # archives, and a resolution beside the weights, are OpenAI's way
     tensors = {
         name: tensor
         for name, tensor in tensors.items()
@@ -80,14 +80,21 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, tensors, form, config, quick_gelu)
 
 
+def _config_file(folder: Path) -> Path | None:
+    """Return the configuration that lies in a folder, open_clip's before others."""
+    return next((folder / name for name in (OPEN_CLIP_CONFIG, CONFIG) if (folder / name).is_file()), None)
+
+
 def read_config(folder: Path) -> ModelConfig | None:
-    """The configuration that lies in a folder, open_clip's before others; None where there is none.
+    """Read the configuration that lies in a folder, open_clip's before others; None where there is none.
 
     Raises:
         ValueError: it is damaged, or no model's of this package; the file is named.
     """
-    if (path := folder / OPEN_CLIP_CONFIG).is_file():
-        values = read_json(path)
+    if (path := _config_file(folder)) is None:
+        return None
+    values = read_json(path)
+    if path.name == OPEN_CLIP_CONFIG:
         merged = {**mapping(values.get("model_cfg", {}), f"{path}: model_cfg")}
         preprocess = mapping(values.get("preprocess_cfg", {}), f"{path}: preprocess_cfg")
         merged["preprocess_cfg"] = {name: preprocess[name] for name in OPEN_CLIP_PREPROCESS if name in preprocess}
@@ -95,9 +102,6 @@ def read_config(folder: Path) -> ModelConfig | None:
         if (mode := preprocess.get("mode")) not in (None, "RGB"):
             raise ValueError(f"{path}: preprocess_cfg: mode must be RGB, got {shown(mode)}")
         return config
-    if not (path := folder / CONFIG).is_file():
-        return None
-    values = read_json(path)
     kind = values.pop("model_type", None)
     if kind == "fastclip":
         return ModelConfig.from_dict(values, where=str(path), folder=folder)
@@ -105,9 +109,9 @@ def read_config(folder: Path) -> ModelConfig | None:
 
 
 def _weights(folder: Path) -> Path:
-    """The file of a folder to read: open_clip's beside its configuration, else the first there is; the others told."""
-    own = (folder / OPEN_CLIP_CONFIG).is_file()
-    names = dict.fromkeys((*OPEN_CLIP_WEIGHTS, *WEIGHTS_READ)) if own else WEIGHTS_READ
+    """Return the weights to read: open_clip's beside its configuration, else the first; the log names others."""
+    is_open_clip = (folder / OPEN_CLIP_CONFIG).is_file()
+    names = dict.fromkeys((*OPEN_CLIP_WEIGHTS, *WEIGHTS_READ)) if is_open_clip else WEIGHTS_READ
     there = [name for name in names if (folder / name).is_file()]
     if not there:
         if (folder / "model").is_dir():
@@ -127,10 +131,10 @@ def _read_sharded(index: Path) -> dict[str, Tensor]:
         file = index.parent / Path(shard).name  # beside the index, whatever it says
         if not file.is_file():
             raise FileNotFoundError(f"{index} names the shard {shard}, which does not exist")
-        found = _read_file(file, archive=False)
-        if twice := sorted(found.keys() & tensors.keys()):
+        part = _read_file(file, archive=False)
+        if twice := sorted(part.keys() & tensors.keys()):
             raise ValueError(f"{file} holds {twice[0]}, which another shard of {index} holds too")
-        tensors |= found
+        tensors |= part
     return tensors
 
 
@@ -151,41 +155,36 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _read_pickled(file: Path) -> Any:
-    """What ``torch.save`` wrote, of which torch's unpickler for weights takes tensors, numbers and strings only."""
+    """Read what ``torch.save`` wrote; torch's unpickler for weights takes tensors, numbers and strings only."""
     with file.open("rb") as opened:
         head = opened.read(16)
     if head[:2] not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and head[257:262] != b"ustar":
-        told = f"it begins with {head!r}" if head else "it is empty"
-        raise ValueError(f"{file} is damaged or no checkpoint: {told}")
+        reason = f"it begins with {head!r}" if head else "it is empty"
+        raise ValueError(f"{file} is damaged or no checkpoint: {reason}")
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 claimed, size = sum(info.file_size for info in archive.infolist()), file.stat().st_size
             if claimed > _MOST_TIMES * size:
                 raise ValueError(f"its entries claim {claimed:,} bytes, the file has {size:,}")
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)  # a pickle of code is refused, not run
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} was not read: {_refused(str(error))}") from error
+        reason = str(error).split("\n")[0]
+        # torch's own advice, which follows "Please use", is to allow what the pickle asks for
+        if refusal := re.search(r"^\s*WeightsUnpickler error: (.*?)(\. Please use|$)", str(error), re.MULTILINE):
+            reason = f"it holds more than tensors, and unpickling it could run any code ({refusal[1]})"
+        raise ValueError(f"{file} was not read: {reason}") from error
     except MemoryError:
         raise
     except Exception as error:  # torch's readers raise what their parsers happen to meet
         if isinstance(error, OSError) and error.errno is not None:  # the disk's
             raise
-        told = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-        raise ValueError(f"{file} is damaged or no checkpoint: {told}") from error
-
-
-def _refused(message: str) -> str:
-    if "weights_only" not in message:
-        return message.split("\n")[0]
-    lines = [line.strip() for line in message.splitlines()]
-    why = next((line for line in lines if line.startswith("WeightsUnpickler error")), "")
-    why = why.removeprefix("WeightsUnpickler error: ").split(". Please use")[0]  # torch's advice is to allow it
-    return f"it holds more than tensors, and unpickling it could run any code ({why})"
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        raise ValueError(f"{file} is damaged or no checkpoint: {reason}") from error
 
 
 def _unwrap(values: Any, file: Path) -> dict[str, Tensor]:
-    """The state dict inside what was saved, without the prefixes of wrappers."""
+    """Return the state dict inside what was saved, without the prefixes of wrappers."""
     if isinstance(values, Mapping):
         inside = next((name for name in _INSIDE if isinstance(values.get(name), Mapping)), None)
         others = [str(name) for name, value in values.items() if name != inside and _holds_tensors(value)]
@@ -209,7 +208,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _form(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Tensor]]:
-    """Whose names these are, and the tensors under the plain ones."""
+    """Return the form whose names these are, and the tensors under its plain names."""
     if any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
         return "huggingface", tensors
     if any(name.startswith("visual.") for name in tensors):

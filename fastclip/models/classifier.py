@@ -60,7 +60,7 @@ class ImageClassifier(nn.Module):
     def train(self, mode: bool = True) -> ImageClassifier:
         super().train(mode)
         if self.freeze_image:
-            self.visual.eval()
+            self.visual.eval()  # whatever was asked for: statistics of BatchNorm would move without a gradient
         return self
 
 
@@ -77,7 +77,7 @@ def save_classifier(classifier: ImageClassifier, model: DualEncoder, folder: Pat
 
 
 def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -> ImageClassifier:
-    """The classifier of a folder that `save_classifier` wrote, in eval mode.
+    """Return the classifier of a folder that `save_classifier` wrote, in eval mode.
 
     Raises:
         FileNotFoundError: the folder holds no classifier.

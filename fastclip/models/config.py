@@ -16,7 +16,7 @@ from functools import cache
 from numbers import Real
 from pathlib import Path
 from reprlib import repr as shown
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from fastclip.reading import read_json
 
@@ -45,6 +45,7 @@ _CHOICES = {
     "train_crop": ("resized", "flipped"),
 }
 OPEN_CLIP_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")  # what it has of PreprocessConfig
+_CHANGES = {"image_size": int, "context_length": int, "init_logit_scale": float, "init_logit_bias": float}
 _T = TypeVar("_T")
 
 
@@ -164,42 +165,34 @@ class ModelConfig:
     comment: str = ""
     folder: Path | None = field(default=None, compare=False)  # where the file lies, for the files it names
 
-    def with_changes(
-        self,
-        *,
-        image_size: int | None = None,
-        context_length: int | None = None,
-        init_logit_scale: float | None = None,
-        init_logit_bias: float | None = None,
-    ) -> ModelConfig:
-        """This configuration with every value that is not None in place of its own; ValueError for impossible ones."""
-        for name, size in (("image_size", image_size), ("context_length", context_length)):
-            if size is not None:
-                _check_size(name, _typed(size, int, name), name)
-        changed: dict[str, Any] = {}
-        for name, value in (("init_logit_scale", init_logit_scale), ("init_logit_bias", init_logit_bias)):
-            if value is not None:  # an integer or a number of numpy, too
-                is_number = isinstance(value, Real) and not isinstance(value, bool)
-                changed[name] = _typed(float(value) if is_number else value, float, name)
-                _check_size(name, changed[name], name)
-        if image_size is not None:
-            changed["vision_cfg"] = replace(self.vision_cfg, image_size=image_size)
-            if (old := self.preprocess_cfg.resize_size) is not None:  # the share that is cropped stays
-                resize_size = round(old * image_size / self.vision_cfg.image_size)
-                changed["preprocess_cfg"] = replace(self.preprocess_cfg, resize_size=resize_size)
-        if context_length is not None:
-            changed["text_cfg"] = replace(self.text_cfg, context_length=context_length)
-        return replace(self, **changed)
+    def with_changes(self, **options: float | None) -> ModelConfig:
+        """Return this configuration with each of `options` that is not None; they are those of `create_model`.
+
+        Raises:
+            ValueError: no model has such a size or number.
+        """
+        changes = {
+            name: _checked(name, value, _CHANGES[name], name) for name, value in options.items() if value is not None
+        }
+        side, length = changes.pop("image_size", None), changes.pop("context_length", None)
+        if side is not None:
+            changes["vision_cfg"] = replace(self.vision_cfg, image_size=side)
+            if (resized := self.preprocess_cfg.resize_size) is not None:  # the share that is cropped stays
+                resized = round(resized * side / self.vision_cfg.image_size)
+                changes["preprocess_cfg"] = replace(self.preprocess_cfg, resize_size=resized)
+        if length is not None:
+            changes["text_cfg"] = replace(self.text_cfg, context_length=length)
+        return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """What a configuration file holds."""
+        """Return what a configuration file holds."""
         values = asdict(self)
-        del values["folder"]
+        del values["folder"]  # of this machine: a file lies where it lies
         return {name: value for name, value in values.items() if value not in (None, "")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, where: str, folder: Path | None = None) -> ModelConfig:
-        """The inverse of `to_dict`; `where` names the source in errors.
+        """Undo `to_dict`; `where` names the source in errors.
 
         Raises:
             ValueError: a name is unknown or missing, or a value has another type, or the sizes do not fit.
@@ -232,12 +225,12 @@ def _names() -> tuple[str, ...]:
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` knows, sorted."""
+    """Return the names that `create_model` knows, sorted."""
     return list(_names())
 
 
 def config_path(name: str | Path) -> Path:
-    """The configuration file of a model's name, or the path of one (``path/to/config.json``).
+    """Return the configuration file of a model's name, or the path of one (``path/to/config.json``).
 
     OpenAI's spelling with a slash (``ViT-B/32``) is taken, and the log says so once. Other spellings are not guessed.
 
@@ -255,14 +248,14 @@ def config_path(name: str | Path) -> Path:
     if plain not in known:  # asked of the list: on some disks vit-b-32.json is found, too
         raise ValueError(f"no model is called {name!r}: {_advice(name, known)} A path to a configuration ends in .json")
     if plain != name:
-        _tell_spelling(name, plain, f"{plain}-quickgelu" in known)
+        _warn_of_spelling(name, plain, f"{plain}-quickgelu" in known)
     return FOLDER / f"{plain}.json"
 
 
-@cache  # once
-def _tell_spelling(name: str, plain: str, two: bool) -> None:
-    told = f", whose activation is GELU; OpenAI's weights are for {plain}-quickgelu" if two else ""
-    logger.warning("the model %r is read as %s%s", name, plain, told)
+@cache  # the log says it once
+def _warn_of_spelling(name: str, plain: str, has_quickgelu: bool) -> None:
+    activation = f", whose activation is GELU; OpenAI's weights are for {plain}-quickgelu" if has_quickgelu else ""
+    logger.warning("the model %r is read as %s%s", name, plain, activation)
 
 
 def _advice(name: str, known: Sequence[str]) -> str:
@@ -277,7 +270,7 @@ def _advice(name: str, known: Sequence[str]) -> str:
 
 
 def load_config(name: str | Path) -> ModelConfig:
-    """The configuration of a model's name, or of a path to a JSON file; errors as in `config_path` and `from_dict`."""
+    """Return the configuration of a model's name, or of a JSON file; errors as in `config_path` and `from_dict`."""
     path = config_path(name)
     values = read_json(path)
     if values.get("model_type") == "fastclip":  # of a folder that `save_pretrained` wrote
@@ -286,14 +279,14 @@ def load_config(name: str | Path) -> ModelConfig:
 
 
 def mapping(values: Any, where: str) -> dict[str, Any]:
-    """`values` where they are names and values; else ValueError about `where`."""
+    """Return `values` if they are names and values; else ValueError about `where`."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be an object of names and values, got {shown(values)}")
     return values
 
 
 def _build(cls: type[_T], values: dict[str, Any], where: str) -> _T:
-    """A dataclass of `values`; null is the default."""
+    """Return a dataclass of `values`; null is the default."""
     values = {name: value for name, value in mapping(values, where).items() if value is not None}
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
@@ -304,14 +297,15 @@ def _build(cls: type[_T], values: dict[str, Any], where: str) -> _T:
     missing = [f.name for f in known.values() if f.default is f.default_factory is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} must be given")
-    typed = {name: _typed(value, hints[name], f"{where}: {name}") for name, value in values.items()}
-    for name, value in typed.items():
-        _check_size(name, value, f"{where}: {name}")
-    return cls(**typed)
+    return cls(**{name: _checked(name, value, hints[name], f"{where}: {name}") for name, value in values.items()})
 
 
-def _check_size(name: str, value: Any, where: str) -> None:
-    """Numbers that no model has would end in errors of torch, or take all memory."""
+def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
+    """Return the value of an option as `hint` has it; ValueError about `where` for one that no model has.
+
+    Such numbers would end in errors of torch, or take all memory.
+    """
+    value = _typed(value, hint, where)
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f"{where} must be a finite number, got {number}")
@@ -324,24 +318,26 @@ def _check_size(name: str, value: Any, where: str) -> None:
     if name == "mlp_ratio" and not 0 < value <= 100:
         raise ValueError(f"{where} must be above 0 and at most 100, got {value}")
     if name in ("mean", "std") and (len(value) != 3 or (name == "std" and min(value) <= 0)):
-        raise ValueError(f"{where} must be three{' positive' * (name == 'std')} numbers, got {value}")
+        wanted = "three positive numbers" if name == "std" else "three numbers"
+        raise ValueError(f"{where} must be {wanted}, got {value}")
     if name == "vocabulary" and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) or ".." in value):
         raise ValueError(f"{where} must be a file beside the configuration or a name in the cache, got {value!r}")
     if name in _CHOICES and value not in _CHOICES[name]:
         raise ValueError(f"{where} must be one of {', '.join(_CHOICES[name])}, got {shown(value)}")
+    return value
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint` has it: lists become tuples, integers floats where a float is meant."""
-    options = [option for option in get_args(hint) or (hint,) if option is not type(None)]
-    if tuple in (getattr(option, "__origin__", None) for option in (hint, *options)):
-        element = float if "float" in str(hint) else int
+    """Return `value` as `hint` has it: lists become tuples, whole numbers and numpy's floats where a float is meant."""
+    kinds = [kind for kind in (hint, *get_args(hint)) if kind is not type(None)]
+    if tuples := [kind for kind in kinds if get_origin(kind) is tuple]:
+        element = get_args(tuples[0])[0]
         if isinstance(value, list | tuple) and all(isinstance(x, element | int) for x in value):
             return tuple(element(x) for x in value)
         raise ValueError(f"{where} must be a list of {element.__name__}, got {shown(value)}")
-    if float in options and isinstance(value, int) and not isinstance(value, bool):
+    if float in kinds and isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, tuple(options)) or (isinstance(value, bool) and bool not in options):
-        names = " or ".join(option.__name__ for option in options)
-        raise ValueError(f"{where} must be {names}, got {shown(value)}")
+    plain = tuple(kind for kind in kinds if isinstance(kind, type))  # a hint such as int | None is no type
+    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
+        raise ValueError(f"{where} must be {' or '.join(kind.__name__ for kind in plain)}, got {shown(value)}")
     return value

@@ -28,6 +28,7 @@ BATCHED = Layout(lambda theirs: theirs[0][None], lambda ours: [ours[0]])
 TOKEN = Layout(lambda theirs: theirs[0].reshape(1, 1, -1), lambda ours: [ours.reshape(-1)])
 JOINED = Layout(lambda theirs: torch.cat(list(theirs)), lambda ours: ours.chunk(3))  # query, key, value
 SCALAR = Layout(lambda theirs: theirs[0].reshape(()), lambda ours: [ours])
+# AlignModel divides its logits by a temperature; here they are multiplied by the exponential of logit_scale
 TEMPERATURE = Layout(lambda theirs: -theirs[0].reshape(()).log(), lambda ours: [(-ours).exp()])
 
 
@@ -101,6 +102,7 @@ _HF_CLIP = (
 # [stage.block] becomes the block's number in the whole tower: map_names replaces it.
 _BLOCK = r"visual\.blocks\.(\d+\.\d+)"
 _HF_BLOCK = r"vision_model.encoder.blocks.[\1]"
+# Blocks that do not widen have no expansion: timm calls their last convolution conv_pw, others' conv_pwl.
 _HF_ALIGN = (
     Rule(r"visual\.conv_stem\.weight", "vision_model.embeddings.convolution.weight"),
     Rule(r"visual\.bn1\.(\w+)", r"vision_model.embeddings.batchnorm.\1"),
@@ -127,7 +129,7 @@ class Mapped(NamedTuple):
 
 
 def map_names(names: Iterable[str], config: ModelConfig, form: str) -> list[Mapped]:
-    """What `form` ("fastclip", "open_clip" or "huggingface") calls the `names` of a model's state dict.
+    """Return what `form` ("fastclip", "open_clip" or "huggingface") calls the `names` of a model's state dict.
 
     Raises:
         ValueError: the form has no such model.
@@ -135,6 +137,7 @@ def map_names(names: Iterable[str], config: ModelConfig, form: str) -> list[Mapp
     names = list(names)
     rules = _rules(config, form)
     blocks = dict.fromkeys(match[1] for name in names if (match := re.match(_BLOCK, name)))
+    # timm numbers blocks within their stages, transformers through the whole tower
     numbers = {block: str(number) for number, block in enumerate(blocks)}
     expanding = {block for block in numbers if f"visual.blocks.{block}.conv_pwl.weight" in names}
     mapped = []
@@ -173,7 +176,7 @@ def _rules(config: ModelConfig, form: str) -> tuple[Rule, ...]:
 
 
 def to_form(tensors: Mapping[str, Tensor], mapped: Iterable[Mapped]) -> dict[str, Tensor]:
-    """Our tensors under their names, contiguous."""
+    """Return our tensors under their names, contiguous, as safetensors asks for."""
     return {
         name: tensor.contiguous()
         for m in mapped

@@ -16,22 +16,12 @@ from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.huggingface import write_huggingface_config
 from fastclip.models.processor import PROCESSOR_FILES
 from fastclip.models.vocabulary import TOKENIZER_FILES, VOCABULARY
-from fastclip.models.writing import (
-    CONFIG,
-    HUGGINGFACE_FILES,
-    OPEN_CLIP_CONFIG,
-    OPEN_CLIP_FILES,
-    OPEN_CLIP_WEIGHTS,
-    OWN_FILES,
-    WEIGHTS,
-    new_model,
-    write_weights,
-)
+from fastclip.models.writing import HUGGINGFACE_FILES, OPEN_CLIP_FILES, OWN_FILES, new_model, write_weights
 
 __all__ = ["FORMS", "check_target", "convert", "is_file_target"]
 
 logger = logging.getLogger(__name__)
-FORMS = ("fastclip", "open_clip", "huggingface")
+FORMS = {"fastclip": OWN_FILES, "open_clip": OPEN_CLIP_FILES, "huggingface": HUGGINGFACE_FILES}
 
 
 def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | Path | None = None) -> None:
@@ -64,6 +54,7 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
         model.save_pretrained(target)
         return
 
+    config_name, weights_name = FORMS[form][:2]
     state = model.state_dict()
     tensors = {name: tensor.cpu() for name, tensor in to_form(state, map_names(state, config, form)).items()}
     if is_file_target(target):
@@ -71,14 +62,14 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
         _write_file(tensors, target)
     elif form == "open_clip":
         with new_model(target, OPEN_CLIP_FILES) as half:
-            write_json(half / OPEN_CLIP_CONFIG, _open_clip_config(config))
-            write_weights(half / OPEN_CLIP_WEIGHTS[0], tensors, config=half / OPEN_CLIP_CONFIG)
+            write_json(half / config_name, _open_clip_config(config))
+            write_weights(half / weights_name, tensors, config=half / config_name)
     else:
         if isinstance(image, EfficientNetConfig):  # AlignModel has BERT's pooler, and uses it for nothing
             width = tensors["text_model.embeddings.LayerNorm.weight"].numel()
             tensors["text_model.pooler.dense.weight"] = torch.zeros(width, width)
             tensors["text_model.pooler.dense.bias"] = torch.zeros(width)
-        read_first: tuple[str, ...] = PROCESSOR_FILES[:1]
+        read_first: tuple[str, ...] = PROCESSOR_FILES[:1]  # transformers would take what another model left there
         if isinstance(config.text_cfg, BertConfig):
             read_first += TOKENIZER_FILES if model.vocabulary else (*TOKENIZER_FILES, VOCABULARY)
         files = tuple(name for name in HUGGINGFACE_FILES if name not in read_first)
@@ -86,7 +77,7 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
             write_huggingface_config(config, half)
             if model.vocabulary is not None:
                 write_bytes(half / VOCABULARY, model.vocabulary)
-            write_weights(half / WEIGHTS, tensors, config=half / CONFIG)
+            write_weights(half / weights_name, tensors, config=half / config_name)
 
 
 def is_file_target(target: Path) -> bool:
@@ -95,7 +86,7 @@ def is_file_target(target: Path) -> bool:
 
 
 def check_target(target: Path, form: str, source: Path | None = None) -> None:
-    """ValueError, before any work, where `target` is not what `form` is written as, or is what is read, `source`."""
+    """Refuse, before any work, a `target` that is not what `form` is written as, or that is `source` or in it."""
     if is_file_target(target) and form != "open_clip":
         raise ValueError(f"{form} is written as a folder, got {target}")
     if not is_file_target(target) and target.is_file():
@@ -103,8 +94,8 @@ def check_target(target: Path, form: str, source: Path | None = None) -> None:
     if source is None or not target.exists():
         return
     read = [source, *source.iterdir()] if source.is_dir() else [source]
-    files = {"fastclip": OWN_FILES, "open_clip": OPEN_CLIP_FILES, "huggingface": HUGGINGFACE_FILES}[form]
-    for path in (target, *(target / name for name in files)):  # a file of the target may be a link into the source
+    # a file of the target may be a link into the source
+    for path in (target, *(target / name for name in FORMS[form])):
         if path.exists() and any(path.samefile(file) for file in read if file.exists()):
             raise ValueError(
                 f"{path} is what the model is read from: choose another place, a source is not overwritten"

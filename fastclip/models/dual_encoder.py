@@ -17,7 +17,7 @@ from fastclip._lazy import uncollected
 from fastclip.durable import write_bytes, write_json
 from fastclip.models.config import BertConfig, ModelConfig
 from fastclip.models.loading import describe_misfit, load_weights, resolve
-from fastclip.models.vocabulary import VOCABULARY, is_file_name, own_vocabulary
+from fastclip.models.vocabulary import VOCABULARY, is_file_name, vocabulary_beside
 from fastclip.models.writing import CONFIG, OWN_FILES, WEIGHTS, new_model, write_weights
 
 __all__ = ["DualEncoder", "MAX_LOG_SCALE", "build_model", "create_model"]
@@ -61,7 +61,7 @@ class DualEncoder(nn.Module):
         self.config = config
         self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
         self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
-        self.vocabulary = None if config is None else own_vocabulary(config)
+        self.vocabulary = None if config is None else vocabulary_beside(config)
         self._locked: set[str] = set()
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
@@ -145,7 +145,7 @@ class DualEncoder(nn.Module):
     def _check_readable(self, state: dict[str, Tensor]) -> None:
         """Refuse what `create_model` could not read again."""
         assert self.config is not None
-        expected = build_model(self.config, device="meta").state_dict()
+        expected = build_model(self.config, device="meta").state_dict()  # names and shapes, without memory
         if "logit_bias" in state:  # which a reader takes, whatever the configuration says
             expected["logit_bias"] = expected["logit_scale"]
         misshapen = [name for name, x in state.items() if name in expected and x.shape != expected[name].shape]
@@ -179,8 +179,8 @@ class DualEncoder(nn.Module):
         if not path.exists():
             if not _REPOSITORY.fullmatch(str(source)):
                 raise FileNotFoundError(f"the checkpoint {source} does not exist")
-            from huggingface_hub import errors as hub
             from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
             try:
                 snapshot = snapshot_download(
@@ -191,12 +191,7 @@ class DualEncoder(nn.Module):
                     local_files_only=local_files_only,
                     allow_patterns=["*.json", "*.safetensors", VOCABULARY],  # pickles stay there
                 )
-            except (
-                FileNotFoundError,
-                hub.HFValidationError,
-                hub.RepositoryNotFoundError,
-                hub.RevisionNotFoundError,
-            ) as error:
+            except (FileNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
                 message = " ".join(str(error).split())
                 raise FileNotFoundError(
                     f"{source} is no folder here, and Hugging Face's hub does not give it: {message}"
@@ -255,7 +250,7 @@ def create_model(
         "init_logit_bias": init_logit_bias,
     }
     config, checkpoint = resolve(name, pretrained)
-    config = config.with_changes(**options)  # type: ignore[arg-type]
+    config = config.with_changes(**options)
     try:
         model = build_model(config, device=device)
     except (ValueError, AssertionError, ArithmeticError, LookupError, TypeError) as error:  # timm asserts

@@ -66,12 +66,12 @@ class Embedder:
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """One text or B of them -> unit vectors (B, D), float32 on the CPU; `batch_size` texts at a time."""
-        found, texts = [], texts_of(texts)
+        units, texts = [], texts_of(texts)
         for start in range(0, len(texts), batch_size):
             ids = self.tokenize(texts[start : start + batch_size]).to(self.device)
             with self._autocast():
-                found.append(_unit(self.model.encode_text(ids)))
-        return torch.cat(found) if found else torch.empty(0, self.dim)
+                units.append(_unit(self.model.encode_text(ids)))
+        return torch.cat(units) if units else torch.empty(0, self.dim)
 
     @cached_property
     def dim(self) -> int:
@@ -82,9 +82,9 @@ class Embedder:
     @cached_property
     def identity(self) -> str:
         """32 hexadecimal digits that differ where weights, configuration (the transform's included), tokenizer or
-        precision do: what is embedded with another model must not be compared. Reads all weights."""
+        precision do. Reads all weights. Vectors of different models must not be compared."""
         assert self.model.config is not None
-        config = replace(self.model.config, folder=None)  # wherever it lies
+        config = replace(self.model.config, folder=None)  # a copy in another folder is the same model
         digest = hashlib.blake2b(digest_size=16)
         tokenizer = getattr(self.tokenize, "identity", type(self.tokenize).__name__)
         digest.update(repr((config, tokenizer, self.precision)).encode())
@@ -109,7 +109,7 @@ def load_embedder(
     image_size: int | None = None,
     context_length: int | None = None,
 ) -> Embedder:
-    """The embedder of a checkpoint.
+    """Return the embedder of a checkpoint.
 
     Args:
         checkpoint: as `create_model`'s ``pretrained``; also the folder of a run of ``fastclip train``, whose ``model/``
@@ -141,9 +141,9 @@ def load_model(
     context_length: int | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[DualEncoder, Path]:
-    """The model of a checkpoint, and the path of the file or folder that it was read from; as `load_embedder` does."""
+    """Return the model of a checkpoint, and the path that it was read from; otherwise as `load_embedder`."""
     path, sizes = Path(checkpoint), {"image_size": image_size, "context_length": context_length}
-    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
+    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():  # the folder of a run
         if not (path / "model").is_dir():
             raise FileNotFoundError(
                 f"the run {path} has not ended and holds no model/; name one of its checkpoints: "
@@ -153,7 +153,7 @@ def load_model(
     name = model
     if (state := path / "state.json").is_file():  # a checkpoint of training, beside which no configuration lies
         options = mapping(read_json(state).get("options", {}), f"{state}: options")
-        name = model or options.get("model")
+        name = model or options.get("model")  # the caller's word goes first, as of the sizes
         if not isinstance(name, str):
             raise ValueError(f"{state} names no model, got {name!r}")
         sizes = {size: options.get(size) if value is None else value for size, value in sizes.items()}
@@ -165,14 +165,14 @@ def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        if found.type not in ("cpu", "cuda"):
-            torch.zeros(1, device=found).item()  # "meta" holds no numbers, and others are not there
+        chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda"):
+            torch.zeros(1, device=chosen).item()  # "meta" holds no numbers, and others are not there
     except (RuntimeError, AssertionError, ImportError) as error:  # torch's, of one that it was not built for
         raise ValueError(f"the device must be cpu, cuda, cuda:1 or the like, got {device!r}") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"the device {device} is not there: torch finds {torch.cuda.device_count()} GPUs")
-    return found
+    return chosen
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from fastclip.models.config import BertConfig, ModelConfig
 from fastclip.models.dual_encoder import DualEncoder, create_model
@@ -25,8 +25,6 @@ __all__ = [
     "tokenizer_of",
 ]
 
-_Tokenizer = TypeVar("_Tokenizer", ClipTokenizer, BertTokenizer)
-
 for _package in (
     "timm",
     "torchvision",
@@ -39,7 +37,7 @@ for _package in (
 def create_model_and_transforms(
     name: str | None = None, pretrained: str | Path | None = None, **options: object
 ) -> tuple[DualEncoder, Compose, Compose]:
-    """A model with its transforms for training and for evaluation, as open_clip's; `options` are `create_model`'s."""
+    """Return a model, its transform for training, its transform for evaluation; `options` are `create_model`'s."""
     model = create_model(name, pretrained, **options)  # type: ignore[arg-type]
     assert model.config is not None
     return model, image_transform(model.config, train=True), image_transform(model.config)
@@ -48,7 +46,7 @@ def create_model_and_transforms(
 def get_tokenizer(
     name: str, *, context_length: int | None = None, vocabulary: str | Path | None = None
 ) -> ClipTokenizer | BertTokenizer:
-    """The tokenizer of a model: texts -> ids (B, context_length).
+    """Return the tokenizer of a model: texts -> ids (B, context_length).
 
     Args:
         name: as `create_model`'s, or a folder with a configuration.
@@ -65,30 +63,32 @@ def get_tokenizer(
 def tokenizer_of(
     config: ModelConfig, name: str, *, context_length: int | None = None, vocabulary: str | Path | None = None
 ) -> ClipTokenizer | BertTokenizer:
-    """As `get_tokenizer`, of a configuration that messages call `name`."""
+    """Return the tokenizer of a configuration that messages call `name`; otherwise as `get_tokenizer`."""
     text = config.text_cfg
+    tokenizer: ClipTokenizer | BertTokenizer
     length = text.context_length if context_length is None else context_length
-    if not isinstance(text, BertConfig):
-        if vocabulary is not None:
-            raise ValueError(f"{name} has CLIP's tokenizer, whose vocabulary is fixed")
-        return _checked(ClipTokenizer(context_length=length), text.vocab_size, name)
-    if vocabulary is None:
-        beside = None if config.folder is None else config.folder / text.vocabulary
-        if beside is None or not beside.is_file():
-            if is_file_name(text.vocabulary):  # a file, which is not looked for in the working directory
-                raise FileNotFoundError(f"the vocabulary {beside or text.vocabulary} of {name} does not exist")
-            beside = None
-        vocabulary = beside or text.vocabulary
-    return _checked(BertTokenizer(vocabulary, context_length=length), text.vocab_size, name)
-
-
-def _checked(tokenizer: _Tokenizer, vocab_size: int, name: str) -> _Tokenizer:
-    """A tokenizer whose ids the text tower has."""
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"the vocabulary has {tokenizer.vocab_size} tokens, {name} has {vocab_size}")
+    if isinstance(text, BertConfig):
+        vocabulary = _vocabulary_of(config, text, name) if vocabulary is None else vocabulary
+        tokenizer = BertTokenizer(vocabulary, context_length=length)
+    elif vocabulary is None:
+        tokenizer = ClipTokenizer(context_length=length)
+    else:
+        raise ValueError(f"{name} has CLIP's tokenizer, whose vocabulary is fixed")
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ValueError(f"the vocabulary has {tokenizer.vocab_size} tokens, {name} has {text.vocab_size}")
     return tokenizer
 
 
+def _vocabulary_of(config: ModelConfig, text: BertConfig, name: str) -> str | Path:
+    """Return the vocabulary beside a configuration, or the name of one in Hugging Face's cache."""
+    file = None if config.folder is None else config.folder / text.vocabulary
+    if file is not None and file.is_file():
+        return file
+    if is_file_name(text.vocabulary):  # which is not looked for in the working directory
+        raise FileNotFoundError(f"the vocabulary {file or text.vocabulary} of {name} does not exist")
+    return text.vocabulary
+
+
 def load_image_transform(name: str, train: bool = False) -> Compose:
-    """PIL image -> (3, S, S) float32 for the model of this name, or of a folder with a configuration."""
+    """Return the transform PIL image -> (3, S, S) float32 of a model's name, or of a folder with a configuration."""
     return image_transform(named_config(name), train=train)

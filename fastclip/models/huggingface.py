@@ -54,7 +54,7 @@ _ALIGN = PreprocessConfig(_HALF, _HALF, "bilinear", resize_size=346, resize_mode
 
 
 def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
-    """Our configuration of the folder of a CLIPModel (`kind` "clip") or an AlignModel ("align").
+    """Return our configuration of the folder of a CLIPModel (`kind` "clip") or an AlignModel ("align").
 
     Raises:
         ValueError: another kind, or sizes and activations that our towers do not have.
@@ -64,9 +64,9 @@ def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
         raise ValueError(f"{where}: model_type {kind!r} is none of 'fastclip', 'clip' and 'align'")
     import transformers
 
-    of = transformers.CLIPConfig if kind == "clip" else transformers.AlignConfig
+    config_class = transformers.CLIPConfig if kind == "clip" else transformers.AlignConfig
     try:
-        theirs = of.from_dict(read_json(where))
+        theirs = config_class.from_dict(read_json(where))
         config = _from_clip(theirs, folder) if kind == "clip" else _from_align(theirs, folder)
     except ValueError as error:
         if str(folder) in str(error):
@@ -75,13 +75,14 @@ def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # transformers checks types by a class of errors of its own, and not all of them
-        told = " ".join(str(error).split())
-        raise ValueError(f"{where} is no configuration of a model of type {kind}: {told}") from error
-    return ModelConfig.from_dict(config.to_dict(), where=str(where), folder=folder)  # which checks types and sizes
+        message = " ".join(str(error).split())
+        raise ValueError(f"{where} is no configuration of a model of type {kind}: {message}") from error
+    # transformers checks few types and no sizes: what came from its configuration is checked as a file of ours
+    return ModelConfig.from_dict(config.to_dict(), where=str(where), folder=folder)
 
 
 def _text_config(theirs: Any, folder: Path) -> Any:
-    """That of a CLIPModel or an AlignModel; in our text towers the MLPs are 4 times as wide as the stream."""
+    """Return the text part of a configuration; in our text towers the MLPs are 4 times as wide as the stream."""
     text = theirs.text_config
     if text.intermediate_size != 4 * text.hidden_size:
         raise ValueError(
@@ -136,9 +137,11 @@ def _from_align(theirs: Any, folder: Path) -> ModelConfig:
     where = folder / "config.json"
     name = _EFFICIENTNETS.get((image.width_coefficient, image.depth_coefficient))
     usual = transformers.AlignVisionConfig()
+    # width and depth name a member of the family only where the shapes that they scale are B0's
     shapes = ("in_channels", "out_channels", "kernel_sizes", "strides", "num_block_repeats", "expand_ratios")
     if name is None or any(list(getattr(image, s)) != list(getattr(usual, s)) for s in shapes):
         raise ValueError(f"{where}: the image tower is none of EfficientNet-B0 to B8 and L2")
+    # timm's towers come with these alone
     if image.hidden_act not in ("swish", "silu") or image.pooling_type != "mean" or text.hidden_act != "gelu":
         raise ValueError(f"{where}: activations must be swish and gelu and the pooling mean")
     processor = read_image_processor(folder, _ALIGN_PROCESSOR)

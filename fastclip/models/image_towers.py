@@ -39,9 +39,9 @@ def vit(config: ViTConfig, embed_dim: int, *, quick_gelu: bool) -> nn.Module:
     tower.head = nn.Linear(width, embed_dim, bias=False)
     # The authors' code: what multiplies the residual stream from outside has the scale of width ** -0.5, attention
     # starts as torch's, all else as torch's layers.
-    for outer in (tower.cls_token, tower.pos_embed, tower.head.weight):
-        assert outer is not None
-        nn.init.normal_(outer, std=width**-0.5)
+    for parameter in (tower.cls_token, tower.pos_embed, tower.head.weight):
+        assert parameter is not None
+        nn.init.normal_(parameter, std=width**-0.5)
     for block in tower.blocks:
         nn.init.xavier_uniform_(block.attn.qkv.weight)
         nn.init.zeros_(block.attn.qkv.bias)
@@ -78,7 +78,7 @@ def resnet(config: ResNetConfig, embed_dim: int) -> nn.Module:
 
 
 def efficientnet(config: EfficientNetConfig, embed_dim: int) -> nn.Module:
-    """ALIGN's: images (B, 3, H, W) -> (B, embed_dim), the mean over places of the last block's features."""
+    """ALIGN's EfficientNet: images (B, 3, H, W) -> (B, embed_dim), the mean over places of its last features."""
     if not timm.is_model(config.timm_model_name):  # others it would look for in a network
         raise ValueError(f"timm has no model called {config.timm_model_name!r}")
     tower = timm.create_model(config.timm_model_name, num_classes=0, drop_path_rate=config.drop_path)

@@ -113,7 +113,7 @@ def _agreed(config: ModelConfig, checkpoint: Checkpoint, name: str, pretrained: 
 
 
 def _image_positions(config: ModelConfig) -> str:
-    """How the names end of the parameters of the image tower that depend on the picture's size; "" of none."""
+    """Return how the names end of the image tower's parameters that depend on the picture's size; "" for none."""
     endings = {ViTConfig: "visual.pos_embed", ResNetConfig: "visual.head.pos_embed"}
     endings |= {CoSwinConfig: "relative_position_bias_table"}
     return endings.get(type(config.vision_cfg), "")
@@ -125,7 +125,7 @@ def _text_positions(config: ModelConfig) -> str:
 
 
 def _with_sizes_of(config: ModelConfig, checkpoint: Checkpoint, name: str | None) -> ModelConfig:
-    """The configuration with the picture's size and the texts' length that a checkpoint's position embeddings have.
+    """Return the configuration with the sizes that a checkpoint's position embeddings have.
 
     What it says otherwise would be wrong: interpolated positions are those of no training. All other sizes must be the
     configuration's (`load_weights`), and heads leave no trace in the weights.
@@ -154,7 +154,7 @@ def _with_sizes_of(config: ModelConfig, checkpoint: Checkpoint, name: str | None
 
 
 def _rows(config: ModelConfig, checkpoint: Checkpoint, name: str) -> int | None:
-    """Places of a position embedding; None where the checkpoint has none, which `load_weights` reports."""
+    """Return the places of a position embedding; None where the checkpoint has none, which `load_weights` reports."""
     tensor = checkpoint.tensors.get(map_names([name], config, checkpoint.form)[0].theirs[0])
     return tensor.shape[-2] if tensor is not None and tensor.dim() >= 2 and tensor.shape[-2] > 1 else None
 
@@ -205,7 +205,7 @@ def _fit(
     mapped: Iterable[Mapped],
     resized: tuple[str, ...],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Their tensors under our names, the `resized` ones interpolated; and those of another shape, in words."""
+    """Return their tensors under our names, the `resized` ones interpolated, and a line for each of another shape."""
     theirs = checkpoint.tensors
     tensors, misshapen = {}, []
     for m in mapped:
@@ -240,15 +240,15 @@ def _check_numbers(m: Mapped, tensor: Tensor, wanted: torch.dtype, path: Path) -
 
 
 def _resize(model: nn.Module, name: str, tensor: Tensor, wanted: torch.Size) -> Tensor | None:
-    """A position embedding for another resolution or length; None for anything else."""
+    """Return a position embedding for another resolution or length; None for anything else."""
     from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
     if tensor.dim() != len(wanted) or tensor.shape[-1] != wanted[-1]:
         return None
-    tensor = tensor.float()
+    tensor = tensor.float()  # in 16 bits the sums of an interpolation would be rounded
     if name in ("visual.pos_embed", "visual.head.pos_embed"):  # (1 or none, class token and places, width)
         places, side = tensor.shape[-2] - 1, round((wanted[-2] - 1) ** 0.5)
-        if round(places**0.5) ** 2 != places:
+        if round(places**0.5) ** 2 != places:  # no square: of another tower
             return None
         flat = tensor.reshape(1, -1, wanted[-1])
         return resample_abs_pos_embed(flat, [side, side], num_prefix_tokens=1).reshape(wanted)

@@ -80,7 +80,7 @@ def read_image_processor(folder: Path, usual: str) -> ImageProcessor | None:
             raise ValueError(f"{where}: {name} must be false, which alone is supported, got {shown(value)}")
     values = _USUAL | _KINDS[kind] | values
     mean, std = _normalisation(values, kind == "EfficientNetImageProcessor", where)
-    if not _whole(values["resample"]) or values["resample"] not in _RESAMPLE:
+    if not _is_whole(values["resample"]) or values["resample"] not in _RESAMPLE:
         raise ValueError(f"{where}: resample must be one of {_RESAMPLE}, got {shown(values['resample'])}")
     side, mode, crop = _sizes(values, where)
     return ImageProcessor(mean, std, _RESAMPLE[values["resample"]], side, mode, crop, where)
@@ -139,7 +139,7 @@ def _normalisation(values: Mapping[str, Any], efficientnet: bool, where: str) ->
     scale, shift = 255.0, 0.0  # of channels from 0 to 1
     if _flag(values, "do_rescale", where):
         factor = values["rescale_factor"]
-        if not _number(factor) or not 1e-9 < factor < 1e6:
+        if not _is_number(factor) or not 1e-9 < factor < 1e6:
             raise ValueError(f"{where}: rescale_factor must be a positive number, got {shown(factor)}")
         scale = float(f"{255 * factor:.12g}")  # files hold 1/127.5 to 15 digits
         shift = float(efficientnet and _flag(values, "rescale_offset", where))
@@ -179,12 +179,12 @@ def _sizes(values: Mapping[str, Any], where: str) -> tuple[int, str, int]:
 
 def _edges(value: Any, square: Any, key: str, where: str) -> dict[str, int]:
     """Return a size as an object of edges, from any form that transformers reads."""
-    if _whole(value):
+    if _is_whole(value):
         value = {"height": value, "width": value} if square else {"shortest_edge": value}
     elif isinstance(value, list) and len(value) == 2:
         value = {"height": value[0], "width": value[1]}
     edges = {name: edge for name, edge in value.items() if edge is not None} if isinstance(value, dict) else {}
-    if not edges or not all(_whole(edge) and 0 < edge <= 1_000_000 for edge in edges.values()):
+    if not edges or not all(_is_whole(edge) and 0 < edge <= 1_000_000 for edge in edges.values()):
         raise ValueError(f"{where}: {key} must be whole numbers of pixels, got {shown(value)}")
     return edges
 
@@ -192,7 +192,7 @@ def _edges(value: Any, square: Any, key: str, where: str) -> dict[str, int]:
 def _channels(values: Mapping[str, Any], name: str, where: str) -> tuple[float, ...]:
     numbers = values[name] if isinstance(values[name], list) else []
     least = 0 if name == "image_std" else -1e6
-    if len(numbers) != 3 or not all(_number(number) and least < number < 1e6 for number in numbers):
+    if len(numbers) != 3 or not all(_is_number(number) and least < number < 1e6 for number in numbers):
         which = "three positive numbers" if least == 0 else "three numbers"
         raise ValueError(f"{where}: {name} must be {which}, got {shown(values[name])}")
     return tuple(map(float, numbers))
@@ -210,9 +210,9 @@ def _flag(values: Mapping[str, Any], name: str, where: str) -> bool:
     return value
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _whole(value: Any) -> bool:
+def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

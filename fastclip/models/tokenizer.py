@@ -33,7 +33,7 @@ _WORD = regex.compile(
 
 
 def vocabulary_path() -> Path:
-    """Path of CLIP's merges inside the installed open_clip_torch; ImportError when it is not installed."""
+    """Return the path of CLIP's merges inside the installed open_clip_torch; ImportError when it is not installed."""
     return installed_file("open_clip", _VOCABULARY_FILE, what="CLIP's vocabulary", install="open_clip_torch")
 
 
@@ -74,22 +74,23 @@ class ClipTokenizer:
         """
         texts = texts_of(texts)
         words = [_WORD.findall(_clean(text)) for text in texts]
+        # "fast" leaves offsets out, which nobody asks for
         encodings = self._bpe.encode_batch_fast(words, is_pretokenized=True)
         ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
         return ids.reshape(len(texts), self.context_length)
 
 
 def texts_of(texts: str | Iterable[str]) -> list[str]:
-    """A text, or several, as a list; TypeError for anything else."""
+    """Return a text, or several, as a list; TypeError for anything else."""
     if isinstance(texts, str):
         return [texts]
     if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
         raise TypeError(f"texts must be a str or several, got {type(texts).__name__}")
-    found = list(texts)
-    for place, text in enumerate(found):
+    several = list(texts)
+    for place, text in enumerate(several):
         if not isinstance(text, str):
             raise TypeError(f"texts must be str, got {type(text).__name__} at place {place}")
-    return found
+    return several
 
 
 def _clean(text: str) -> str:
@@ -98,7 +99,7 @@ def _clean(text: str) -> str:
 
 
 def _build_bpe() -> Tokenizer:
-    """CLIP's ids: the 256 bytes, the same at the end of a word, the merges in order, the start and the end token."""
+    """Build CLIP's ids: the 256 bytes, those at the end of a word, the merges in order, the start and end token."""
     lines = gzip.decompress(vocabulary_path().read_bytes()).decode("utf-8").split("\n")
     lines = lines[1 : 1 + _VOCABULARY_SIZE - 2 * 256 - 2]  # the first is a header; CLIP leaves the last merges unused
     merges = [(left, right) for left, right in map(str.split, lines)]

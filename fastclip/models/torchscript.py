@@ -86,7 +86,7 @@ def is_torchscript(file: Path) -> bool:
 
 
 def read_torchscript(file: Path) -> dict[str, Tensor]:
-    """The tensors of an archive under their dotted names: parameters, buffers and other attributes of its modules.
+    """Return an archive's tensors by dotted name: parameters, buffers and other attributes of its modules.
 
     Raises:
         OSError: the file cannot be read.
@@ -99,16 +99,16 @@ def read_torchscript(file: Path) -> dict[str, Tensor]:
             order = archive.read(f"{root}byteorder").decode() if f"{root}byteorder" in entries else "little"
             if order != sys.byteorder:
                 raise ValueError(f"its numbers are {order}-endian")
-            found = _named(_unpickle(archive.read(f"{root}data.pkl")))
-            storages = dict.fromkeys(strided.storage for strided in found.values())
+            tensors = _named(_unpickle(archive.read(f"{root}data.pkl")))
+            storages = dict.fromkeys(tensor.storage for tensor in tensors.values())
             numbers = {s: _numbers(s, archive.read(f"{root}data/{s.key}")) for s in storages}
-        return {name: _tensor(name, strided, numbers[strided.storage]) for name, strided in found.items()}
+        return {name: _tensor(name, tensor, numbers[tensor.storage]) for name, tensor in tensors.items()}
     except _DAMAGED as error:
         raise ValueError(f"{file} is no TorchScript archive that can be read: {error}") from error
 
 
 def _entries(archive: zipfile.ZipFile, size: int) -> set[str]:
-    """Names of the entries, none twice; those that are read are stored as they are, and no longer than the file."""
+    """Return the names of the entries, none twice; those to read lie uncompressed, and no longer than the file."""
     infos = archive.infolist()
     names = {info.filename for info in infos}
     if len(names) < len(infos):
@@ -123,7 +123,7 @@ def _entries(archive: zipfile.ZipFile, size: int) -> set[str]:
 
 
 def _unpickle(data: bytes) -> _Module:
-    """The outermost module. Lists and what functions would return are left out: they hold no parameters."""
+    """Return the outermost module. Lists and what functions would return are left out: they hold no parameters."""
     stack: list[Any] = []
     marks: list[list[Any]] = []
     memo: dict[int, Any] = {}
@@ -165,7 +165,7 @@ def _unpickle(data: bytes) -> _Module:
 
 
 def _combine(opcode: str, stack: list[Any]) -> None:
-    """The opcodes that take the last value, or the last three, and put their outcome in the place of one more."""
+    """Carry out an opcode that takes the last value, or the last three, and leaves its outcome in their place."""
     last = stack.pop()
     if opcode == "BINPERSID":
         stack.append(_storage(last))
@@ -176,8 +176,9 @@ def _combine(opcode: str, stack: list[Any]) -> None:
         function = stack.pop()
         stack.append(_strided(last) if function == _Global("torch._utils _rebuild_tensor_v2") else None)
     elif opcode == "NEWOBJ":
-        of = stack.pop()
-        stack.append(_Module() if isinstance(of, _Global) and of.name.startswith("__torch__") else None)
+        made_class = stack.pop()
+        is_module = isinstance(made_class, _Global) and made_class.name.startswith("__torch__")
+        stack.append(_Module() if is_module else None)
     elif opcode == "BUILD" and isinstance(stack[-1], _Module):
         if not isinstance(last, dict):
             raise ValueError("a module keeps its state in a form of its own, which only its code (__setstate__) reads")
@@ -185,22 +186,22 @@ def _combine(opcode: str, stack: list[Any]) -> None:
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
-    """Into a dictionary; of keys other than strings nothing is needed."""
+    """Fill a dictionary; no parameter lies under a key that is no string."""
     if isinstance(target, dict):
         target.update((key, value) for key, value in zip(items[::2], items[1::2]) if isinstance(key, str))
 
 
-def _storage(told: Any) -> _Storage:
-    kind, of, key, _, size = told
-    if kind != "storage" or not isinstance(of, _Global) or not isinstance(key, str) or not _is_size(size):
+def _storage(arguments: Any) -> _Storage:
+    kind, storage_class, key, _, size = arguments  # the fourth is a device
+    if kind != "storage" or not isinstance(storage_class, _Global) or not isinstance(key, str) or not _is_size(size):
         raise ValueError("a tensor's storage is not told as torch tells it")
-    if of.name not in _DTYPES:
-        raise ValueError(f"a tensor's storage is a {of.name}, which is none of {', '.join(_DTYPES)}")
-    return _Storage(_DTYPES[of.name], key, size)
+    if storage_class.name not in _DTYPES:
+        raise ValueError(f"a tensor's storage is a {storage_class.name}, which is none of {', '.join(_DTYPES)}")
+    return _Storage(_DTYPES[storage_class.name], key, size)
 
 
-def _strided(told: Any) -> _Strided:
-    storage, offset, shape, strides = told[:4]
+def _strided(arguments: Any) -> _Strided:
+    storage, offset, shape, strides = arguments[:4]  # requires_grad and hooks follow
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or not all(map(_is_size, numbers)) or len(shape) != len(strides):
         raise ValueError("a tensor is not told as torch tells it")
@@ -212,24 +213,24 @@ def _is_size(value: Any) -> bool:
 
 
 def _named(root: _Module) -> dict[str, _Strided]:
-    """Tensors by name. A module may be an attribute of several, and then has several names."""
-    found: dict[str, _Strided] = {}
+    """Return tensors by name. A module may be an attribute of several, and then has several names."""
+    tensors: dict[str, _Strided] = {}
     waiting, count = [("", root)], 0
     while waiting:
         prefix, module = waiting.pop()
         count += 1
-        if count > _MOST or len(found) > _MOST or len(prefix) > _LONGEST_NAME:
+        if count > _MOST or len(tensors) > _MOST or len(prefix) > _LONGEST_NAME:
             raise ValueError("its modules lie in each other without an end")
         for name, value in module.attributes.items():
             if isinstance(value, _Module):
                 waiting.append((f"{prefix}{name}.", value))
             elif isinstance(value, _Strided):
-                found[prefix + name] = value
-    return found
+                tensors[prefix + name] = value
+    return tensors
 
 
 def _numbers(storage: _Storage, data: bytes) -> Tensor:
-    """The elements of a storage (size,)."""
+    """Return the elements of a storage (size,)."""
     wanted = storage.size * storage.dtype.itemsize
     if len(data) != wanted:
         raise ValueError(f"data/{storage.key} has {len(data):,} bytes for {storage.size:,} numbers of {storage.dtype}")
@@ -237,7 +238,7 @@ def _numbers(storage: _Storage, data: bytes) -> Tensor:
 
 
 def _tensor(name: str, strided: _Strided, numbers: Tensor) -> Tensor:
-    """A view of the storage: inside, and with no more elements than it has."""
+    """Return a view of the storage: inside, and with no more elements than it has."""
     _, offset, shape, strides = strided
     count = math.prod(shape)
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))

@@ -53,7 +53,7 @@ def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
 
 
 def training_side(config: ModelConfig) -> int:
-    """Pixels of a picture's shorter side that training takes: with so many, no crop of it is enlarged."""
+    """Return the pixels of a picture's shorter side that training takes: with so many, no crop of it is enlarged."""
     options, size = config.preprocess_cfg, config.vision_cfg.image_size
     if options.train_crop == "resized":
         return math.ceil(size / _AREA[0])  # a part inside the picture keeps so much of either side
@@ -69,4 +69,4 @@ def _checked(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
+    return image.convert("RGB")  # after the crop: fewer pixels to convert

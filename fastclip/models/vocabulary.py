@@ -9,7 +9,7 @@ from typing import Any
 from fastclip.models.config import BertConfig, ModelConfig, mapping
 from fastclip.reading import read_json
 
-__all__ = ["TOKENIZER_FILES", "VOCABULARY", "is_file_name", "own_vocabulary", "vocabulary_in", "words_of"]
+__all__ = ["TOKENIZER_FILES", "VOCABULARY", "is_file_name", "vocabulary_beside", "vocabulary_in", "words_of"]
 
 VOCABULARY = "vocab.txt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # which transformers reads before vocab.txt
@@ -78,7 +78,7 @@ def is_file_name(vocabulary: str) -> bool:
     return vocabulary.endswith((".txt", ".json"))
 
 
-def own_vocabulary(config: ModelConfig) -> bytes | None:
+def vocabulary_beside(config: ModelConfig) -> bytes | None:
     """Return what ``vocab.txt`` holds of BERT's vocabulary beside a configuration; None where none lies there."""
     if not isinstance(config.text_cfg, BertConfig) or config.folder is None:
         return None

@@ -44,15 +44,14 @@ class BertTokenizer:
 
     @property
     def identity(self) -> str:
-        """Another one where texts may have other ids: of the vocabulary and the length."""
+        """A digest of vocabulary and length, which differs where texts may have other ids."""
         words = sorted(self._tokenizer.get_vocab().items())
         return hashlib.blake2b(repr((self.context_length, words)).encode(), digest_size=16).hexdigest()
 
     def __call__(self, texts: str | Iterable[str]) -> Tensor:
         """One text or B of them -> token ids (B, context_length), int64; TypeError for anything else."""
-        texts = [
-            text.encode("utf-8", "replace").decode() for text in texts_of(texts)
-        ]  # half a surrogate pair has no UTF-8
+        # half a surrogate pair has no UTF-8, which the tokenizer's Rust code asks for
+        texts = [text.encode("utf-8", "replace").decode() for text in texts_of(texts)]
         if not texts:
             return torch.empty(0, self.context_length, dtype=torch.int64)
         ids = self._tokenizer(texts, padding="max_length", truncation=True, max_length=self.context_length)["input_ids"]
@@ -74,8 +73,8 @@ def _load(vocabulary: str | Path):  # type: ignore[no-untyped-def]  # a transfor
         )
     except Exception as error:  # what transformers' readers meet
         if path.exists():
-            told = " ".join(str(error).split())
-            raise ValueError(f"{vocabulary} is no vocabulary or tokenizer of BERT: {told}") from error
+            message = " ".join(str(error).split())
+            raise ValueError(f"{vocabulary} is no vocabulary or tokenizer of BERT: {message}") from error
         raise FileNotFoundError(
             f"BERT's vocabulary {str(vocabulary)!r} is neither a file nor in Hugging Face's cache. Where there is a "
             f"network, `hf download {vocabulary}` fetches it; get_tokenizer(name, vocabulary='path/to/vocab.txt') "

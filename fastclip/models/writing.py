@@ -78,7 +78,8 @@ def write_weights(file: Path, tensors: Mapping[str, Tensor], *, config: Path | N
     places: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in places:  # a parameter of two names, or parts of one tensor
+        # safetensors refuses memory that is shared: a parameter of two names, or parts of one tensor
+        if tensor.untyped_storage().data_ptr() in places:
             tensor = tensor.clone()
         places.add(tensor.untyped_storage().data_ptr())
         written[name] = tensor
@@ -86,7 +87,7 @@ def write_weights(file: Path, tensors: Mapping[str, Tensor], *, config: Path | N
 
 
 def check_written_together(weights: Path, config: Path) -> None:
-    """Say in the log where a configuration is not the one with which these weights were written."""
+    """Warn of a configuration that is not the one with which these weights were written."""
     with open_tensors(weights) as opened:
         wanted = (opened.metadata() or {}).get(_DIGEST)
     if wanted is not None and wanted != _digest(config):

@@ -22,7 +22,7 @@ import open_clip
 from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock
 
 import fastclip
-from fastclip.models.config import FOLDER, ModelConfig, _tell_spelling, config_path, load_config
+from fastclip.models.config import FOLDER, ModelConfig, _warn_of_spelling, config_path, load_config
 from fastclip.models.coswin import ConvEmbed, ConvMerging
 
 # Millions of parameters and embed_dim: Radford et al. 2021, and what the papers of the others say.
@@ -332,7 +332,7 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
 
 
 def test_openais_spelling_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    _tell_spelling.cache_clear()
+    _warn_of_spelling.cache_clear()
     for _ in range(2):
         assert config_path("ViT-B/32").stem == "ViT-B-32"
     assert (
