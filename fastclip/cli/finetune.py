@@ -78,7 +78,7 @@ def _alpha(word: str) -> float | str:
 
 def _finetune(args: argparse.Namespace) -> None:
     from fastclip.cli.embedding import embedder_of
-    from fastclip.data.classes import open_labelled
+    from fastclip.data.spec import open_labelled
     from fastclip.evaluation.published import top1, top1_dataset
     from fastclip.evaluation.zero_shot import templates_for
     from fastclip.training.ensemble import ensemble_accuracies

@@ -1,4 +1,4 @@
-"""Pictures with a class each: in a folder a class, or of any kind of data that has classes."""
+"""Pictures in a folder a class."""
 
 from __future__ import annotations
 
@@ -10,58 +10,16 @@ from pathlib import Path
 
 from fastclip.data import imagenet
 from fastclip.data.class_names import WORDNET_ID, join_names, shown_names
-from fastclip.data.files import read_file
 from fastclip.data.folder import pictures
-from fastclip.data.picture import read_picture
-from fastclip.data.prompts import read_class_names
-from fastclip.data.source import Record, Source, class_captions
-from fastclip.data.spec import holds_shards, open_source
-from fastclip.data.strings import Strings
+from fastclip.data.source import PictureFiles, class_captions
 
-__all__ = ["SPLITS", "ClassFolder", "open_labelled"]
+__all__ = ["SPLITS", "ClassFolder"]
 
 logger = logging.getLogger(__name__)
 SPLITS = {"test", "train", "training", "val", "valid", "validation"}  # what folders of parts of a data set are called
 
 
-def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = True) -> Source:
-    """Samples with classes: a `ClassFolder`, or what else `open_source` reads that has classes.
-
-    Args:
-        classes: their names: a file of one a line, or one of `fastclip.data.imagenet.SETS`; default: the data's own.
-            They go with the data's classes by name (`join_names`); numbers in ``.cls`` files, whose classes have no
-            names, are places in the list.
-        held_out: as `open_source`'s.
-
-    Raises:
-        OSError, ValueError, ImportError: as `open_source`, `ClassFolder` and `read_class_names` do; also where the
-            data have no classes, or another number of them.
-    """
-    names = classes if classes is None or classes in imagenet.SETS else read_class_names(classes)
-    path = Path(spec)
-    if spec and spec != "digits" and os.path.isdir(path) and not holds_shards(path):
-        return ClassFolder(spec, classes=names)
-    if isinstance(names, str):
-        names = imagenet.class_names(names)
-    source = open_source(spec, held_out=held_out, class_names=names or ())
-    if not source.class_names:
-        raise ValueError(f"{spec}: these data have no classes; {_LAYOUT}")
-    if names is not None:
-        own = source.class_names
-        if own == tuple(names):  # shards that have no names themselves take what is given
-            own = tuple(map(str, range(len(own))))
-        told, places = join_names(names, own, what=str(classes), spec=spec, ordered=classes in imagenet.SETS)
-        source.class_names = tuple(told[place] for place in places)
-    return source
-
-
-_LAYOUT = (
-    "digits, hf: with a column `label`, FOLDER/CLASS/PICTURE and shards with KEY.cls have; "
-    "a KEY.txt or KEY.json with a caption beside it goes before KEY.cls, and must not be there"
-)
-
-
-class ClassFolder:
+class ClassFolder(PictureFiles):
     """Every picture of ``FOLDER/CLASS/``, at any depth, with the class of its folder; torchvision's `ImageFolder`.
 
     Class names are the folders', sorted, with blanks for underscores. Folders that are called by WordNet ids are
@@ -80,16 +38,13 @@ class ClassFolder:
         ImportError: timm or open_clip_torch, which know ImageNet's classes, is not installed.
     """
 
-    templates: tuple[str, ...] = ()
-
     def __init__(self, spec: str, *, classes: str | Sequence[str] | None = None) -> None:
-        self.spec = spec
-        self._folder = Path(spec)
+        super().__init__(spec, Path(spec))
         self.folders = folders = _class_folders(self._folder)
         self.class_names, places = _classes(spec, folders, classes)
         if len(self.class_names) < 2:
             raise ValueError(f"{spec}: there is one class, {folders[0]}: nothing to tell apart")
-        self._names, self._labels, empty = Strings(), array("i"), []
+        self._labels, empty = array("i"), list[str]()
         for folder, place in zip(folders, places, strict=True):
             before = len(self._names)
             for picture in pictures(self._folder / folder):
@@ -99,31 +54,11 @@ class ClassFolder:
         if empty:
             raise ValueError(f"{spec}: folders without pictures: {shown_names(empty)}")
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.read(index)
-
-    def read(self, index: int, *, min_side: int | None = None) -> Record:
-        """As `fastclip.data.source.read_sample`."""
-        key = self.key(index)
-        image = read_picture(Path(key), key, min_side=min_side)
-        return Record(image, self.captions(index), key, self._labels[index])
-
     def captions(self, index: int) -> tuple[str, ...]:
         return class_captions(self.class_names[self._labels[index]], self.templates)
 
-    def key(self, index: int) -> str:
-        return str(self._folder / self._names[index])
-
-    def picture_bytes(self, index: int) -> bytes:
-        """As `fastclip.data.source.picture_bytes`."""
-        return read_file(self.key(index))
-
-    def picture_place(self, index: int) -> tuple[str, str]:
-        """As `fastclip.data.source.picture_place`."""
-        return self.key(index), ""
+    def _label(self, index: int) -> int:
+        return self._labels[index]
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 from fastclip.data.captions import first_captions, json_captions, json_fields, text_captions
 from fastclip.data.faults import BadSample, Fault, Tally
 from fastclip.data.files import log_links, read_file, walk
-from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
-from fastclip.data.source import Record
-from fastclip.data.strings import Strings
+from fastclip.data.picture import PICTURE_SUFFIXES
+from fastclip.data.source import PictureFiles
 
-__all__ = ["Folder", "Found", "NoCaptions", "is_picture", "pictures"]
+__all__ = ["Folder", "Found", "NoCaptions", "Uncaptioned", "is_picture", "pictures"]
 
 logger = logging.getLogger(__name__)
 _CAPTIONS = (".txt", ".json")
@@ -87,7 +86,11 @@ class NoCaptions(ValueError):
         self.outside, self.links = outside, links
 
 
-class Folder:
+class Uncaptioned(PictureFiles):
+    """Pictures of a folder of which none has a caption: to be embedded, and nothing else."""
+
+
+class Folder(PictureFiles):
     """Every picture under a folder: ``a/1.jpg`` with ``a/1.txt``, one caption a line, or ``a/1.json`` with "caption".
 
     A .txt goes before a .json, unless it is empty, or `caption` names another field of the .json files; that is what
@@ -98,15 +101,11 @@ class Folder:
             does not count the links to folders then.
     """
 
-    class_names: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
-
     def __init__(self, spec: str, folder: str | None = None, *, caption: str = "") -> None:
-        self.spec, self._field = spec, caption
-        self._folder = Path(folder or spec)
+        super().__init__(spec, Path(folder or spec))
+        self._field = caption
         self.passed = passed = Tally()
         told, outside, links = False, False, list[str]()
-        self._names = Strings()
         self._beside: dict[int, Found] = {}  # of pictures whose caption files have other names than usual
         for found in pictures(self._folder, passed, links):
             stem = os.path.splitext(os.path.basename(found.name))[0]
@@ -126,17 +125,6 @@ class Folder:
         if passed.total:
             logger.warning("%s: passed over %s", spec, passed)
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.read(index)
-
-    def read(self, index: int, *, min_side: int | None = None) -> Record:
-        """As `fastclip.data.source.read_sample`."""
-        captions, path = self.captions(index), self._file(index)
-        return Record(read_picture(path, str(path), min_side=min_side), captions, str(path))
-
     def captions(self, index: int) -> tuple[str, ...]:
         path, (text, about) = self._file(index), self._caption_files(index)
         key = str(path)
@@ -150,27 +138,12 @@ class Folder:
         except OSError as error:
             raise BadSample("unreadable file", key, f"its caption file: {error.strerror or error}") from error
 
-    def key(self, index: int) -> str:
-        return str(self._file(index))
-
-    def picture_bytes(self, index: int) -> bytes:
-        """As `fastclip.data.source.picture_bytes`."""
-        return read_file(self._file(index))
-
-    def picture_place(self, index: int) -> tuple[str, str]:
-        """As `fastclip.data.source.picture_place`."""
-        return str(self._file(index)), ""
-
     def fields(self, index: int) -> dict[str, Any]:
         """As `fastclip.data.source.sample_fields`."""
         try:
             return json_fields(read_file(self._caption_files(index)[1]))
         except OSError:
             return {}
-
-    def _file(self, index: int) -> Path:
-        """The picture's."""
-        return self._folder / self._names[index]
 
     def _caption_files(self, index: int) -> tuple[Path, Path]:
         """The .txt and the .json of a picture, whether they are there or not."""

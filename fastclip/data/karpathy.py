@@ -13,9 +13,7 @@ from typing import Any
 from fastclip.data.captions import given_captions
 from fastclip.data.faults import BadSample
 from fastclip.data.files import existing, read_file
-from fastclip.data.picture import read_picture
-from fastclip.data.source import Record
-from fastclip.data.strings import Strings
+from fastclip.data.source import PictureFiles, Strings
 from fastclip.reading import parse_json
 
 __all__ = ["Karpathy", "absolute_split", "is_split_file", "split_places"]
@@ -42,7 +40,7 @@ def split_places(spec: str) -> list[Path]:
     return [Path(place) for place in match.group("file", "folder") if place] if match else []
 
 
-class Karpathy:
+class Karpathy(PictureFiles):
     """One picture a sample, with its captions: ``dataset_coco.json:test``, or several splits, ``:train+restval``.
 
     The files ``dataset_coco.json``, ``dataset_flickr30k.json`` and ``dataset_flickr8k.json`` of Karpathy and Fei-Fei
@@ -61,13 +59,10 @@ class Karpathy:
         ValueError: it is no such file, or has no such split, or none is named, or there are no pictures.
     """
 
-    class_names: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
-
     def __init__(self, spec: str) -> None:
         match = _SPEC.fullmatch(spec)
         assert match is not None, spec
-        self.spec, file = spec, Path(match["file"])
+        file = Path(match["file"])
         whole = _load(file)
         images, self.dataset = whole["images"], str(whole.get("dataset") or "")
         counts = Counter(image["split"] for image in images)
@@ -76,8 +71,9 @@ class Karpathy:
             told = f"there is no split {unknown[0]!r}" if unknown[0] else f"name a split, as in {file}:test"
             raise ValueError(f"{spec}: {told}; {file} has {', '.join(f'{name} ({n:,})' for name, n in counts.items())}")
         images = [image for image in images if image["split"] in self.splits]
-        self._root, deep = _root(spec, file, match["folder"], self.dataset, images)
-        self._names, self._captions, self._ends = Strings(), Strings(), array("q", [0])
+        folder, deep = _root(spec, file, match["folder"], self.dataset, images)
+        super().__init__(spec, folder)
+        self._captions, self._ends = Strings(), array("q", [0])
         for image in images:
             self._names.append(_name(image, deep))
             for sentence in image["sentences"]:
@@ -85,36 +81,14 @@ class Karpathy:
                     self._captions.append(text)
             self._ends.append(len(self._captions))
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.read(index)
-
-    def read(self, index: int, *, min_side: int | None = None) -> Record:
-        """As `fastclip.data.source.read_sample`."""
-        captions, key = self.captions(index), self.key(index)
-        return Record(read_picture(self._file(index), key, min_side=min_side), captions, key)
-
     def captions(self, index: int) -> tuple[str, ...]:
         key, start, end = self.key(index), self._ends[index], self._ends[index + 1]
         if start == end:
             raise BadSample("no caption", key, "it has no caption")
         return given_captions([self._captions[place] for place in range(start, end)], key)
 
-    def key(self, index: int) -> str:
-        return str(self._root / self._names[index])
-
-    def picture_bytes(self, index: int) -> bytes:
-        """As `fastclip.data.source.picture_bytes`."""
-        return read_file(self._file(index))
-
     def _file(self, index: int) -> Path:
-        return existing(self._root, self._names[index]) or Path(self.key(index))
-
-    def picture_place(self, index: int) -> tuple[str, str]:
-        """As `fastclip.data.source.picture_place`."""
-        return str(self._file(index)), ""
+        return existing(self._folder, self._names[index]) or super()._file(index)
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
 from fastclip.data.faults import BadSample
-from fastclip.data.files import file_stamp
+from fastclip.data.files import file_stamp, read_file
+from fastclip.data.picture import read_picture
 
 __all__ = [
+    "PictureFiles",
     "Record",
     "Source",
+    "Strings",
     "class_captions",
     "picture_bytes",
     "picture_place",
@@ -110,3 +116,73 @@ def sample_stamp(source: Source, index: int) -> str:
     except BadSample as bad:
         return "\n".join(bad.fault)
     return "\n".join((file_stamp(file) if file else "", name, *captions, repr(fields)))
+
+
+class Strings:
+    """Strings by number, in one buffer.
+
+    Worker processes that are forked share it. Of a list they would in time copy every page, because each string's
+    reference count is written when it is read.
+    """
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._bytes, self._ends = bytearray(), array("q", [0])
+        for text in texts:
+            self.append(text)
+
+    def append(self, text: str) -> None:
+        self._bytes += text.encode("utf-8", "surrogatepass")  # file names and JSON may hold lone surrogates
+        self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        """`index` counts from 0 only."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} of {len(self)}")
+        return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
+
+
+class PictureFiles:
+    """Samples whose pictures are files, called by their paths: `names` in `folder`, to which a kind of data appends.
+
+    A kind of data has its own `captions`, and its own `_file` where a picture may lie under another name.
+    """
+
+    class_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    def __init__(self, spec: str, folder: Path, names: Iterable[str] = ()) -> None:
+        self.spec, self._folder, self._names = spec, folder, Strings(names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read(index)
+
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        """As `read_sample`."""
+        captions, key = self.captions(index), self.key(index)  # captions first: a sample without any costs no picture
+        return Record(read_picture(self._file(index), key, min_side=min_side), captions, key, self._label(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return ()
+
+    def key(self, index: int) -> str:
+        return str(self._folder / self._names[index])
+
+    def picture_bytes(self, index: int) -> bytes:
+        """As the function `picture_bytes`."""
+        return read_file(self._file(index))
+
+    def picture_place(self, index: int) -> tuple[str, str]:
+        """As the function `picture_place`."""
+        return str(self._file(index)), ""
+
+    def _file(self, index: int) -> Path:
+        return self._folder / self._names[index]
+
+    def _label(self, index: int) -> int | None:
+        return None

@@ -12,16 +12,20 @@ from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
+from fastclip.data import imagenet
+from fastclip.data.class_names import join_names
+from fastclip.data.classes import ClassFolder
 from fastclip.data.columns import UNNAMED, Named, named_columns
 from fastclip.data.faults import noting
 from fastclip.data.files import log_links, tar_files
-from fastclip.data.folder import Folder, NoCaptions, pictures
+from fastclip.data.folder import Folder, NoCaptions, Uncaptioned, pictures
 from fastclip.data.karpathy import Karpathy, absolute_split, is_split_file, split_places
 from fastclip.data.mixture import Mixture
+from fastclip.data.prompts import read_class_names
 from fastclip.data.source import Source
 from fastclip.data.table import Table
 
-__all__ = ["absolute_spec", "holds_shards", "open_source", "spec_places"]
+__all__ = ["absolute_spec", "holds_shards", "open_labelled", "open_pictures", "open_source", "spec_places"]
 
 logger = logging.getLogger(__name__)
 _KINDS = """what it may be:
@@ -74,6 +78,53 @@ def open_source(
     if problems:
         problems[:] = [problem.partition("; " + _KINDS)[0] for problem in problems]
     return sources[0] if weights == [1] else Mixture(spec, sources, weights)
+
+
+def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = True) -> Source:
+    """Samples with classes: a `ClassFolder`, or what else `open_source` reads that has classes.
+
+    Args:
+        classes: their names: a file of one a line, or one of `fastclip.data.imagenet.SETS`; default: the data's own.
+            They go with the data's classes by name (`join_names`); numbers in ``.cls`` files, whose classes have no
+            names, are places in the list.
+        held_out: as `open_source`'s.
+
+    Raises:
+        OSError, ValueError, ImportError: as `open_source`, `ClassFolder` and `read_class_names` do; also where the
+            data have no classes, or another number of them.
+    """
+    names = classes if classes is None or classes in imagenet.SETS else read_class_names(classes)
+    if _is_folder(spec) and not holds_shards(Path(spec)):
+        return ClassFolder(spec, classes=names)
+    if isinstance(names, str):
+        names = imagenet.class_names(names)
+    source = open_source(spec, held_out=held_out, class_names=names or ())
+    if not source.class_names:
+        raise ValueError(f"{spec}: these data have no classes; {_LAYOUT}")
+    if names is not None:
+        known = source.class_names
+        if known == tuple(names):  # shards that have no names themselves take what is given
+            known = tuple(map(str, range(len(known))))
+        given, places = join_names(names, known, what=str(classes), spec=spec, ordered=classes in imagenet.SETS)
+        source.class_names = tuple(given[place] for place in places)
+    return source
+
+
+_LAYOUT = (
+    "digits, hf: with a column `label`, FOLDER/CLASS/PICTURE and shards with KEY.cls have; "
+    "a KEY.txt or KEY.json with a caption beside it goes before KEY.cls, and must not be there"
+)
+
+
+def open_pictures(spec: str) -> Source:
+    """As `open_source`, but for a folder whose pictures have no captions: an `Uncaptioned`."""
+    if _is_folder(spec) and not holds_shards(Path(spec)):
+        links: list[str] = []
+        files = list(pictures(Path(spec), links=links))
+        if files and not any(file.told for file in files):
+            log_links(spec, links)
+            return Uncaptioned(spec, Path(spec), [file.name for file in files])
+    return open_source(spec)
 
 
 def holds_shards(folder: Path) -> bool:
@@ -152,7 +203,7 @@ def _open(whole: str, held_out: bool, class_names: Sequence[str], problems: list
         return _remote(whole, spec, class_names, columns.caption, problems)
     if spec.endswith(".tar") and not os.path.isdir(path):
         return _shards(whole, spec, class_names, columns.caption, problems)
-    if spec and os.path.isdir(path) and spec != "digits":
+    if _is_folder(spec):
         if holds_shards(path):
             return _shards(whole, spec, class_names, columns.caption, problems)
         return _folder(whole, spec, columns.caption)
@@ -165,13 +216,15 @@ def _open(whole: str, held_out: bool, class_names: Sequence[str], problems: list
     raise ValueError(f"{_reason(spec)}; {_KINDS}")
 
 
+def _is_folder(spec: str) -> bool:
+    return spec not in ("", "digits") and os.path.isdir(spec)
+
+
 def _folder(whole: str, spec: str, caption: str) -> Source:
     """Pictures with captions; where none has any, and all lie in a folder a class, pictures of these classes.
 
     A folder of a class may be a link, which `Folder` passes over.
     """
-    from fastclip.data.classes import ClassFolder  # which imports this module
-
     try:
         return Folder(whole, spec, caption=caption)
     except NoCaptions as error:

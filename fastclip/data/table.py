@@ -17,11 +17,9 @@ from urllib.parse import urlsplit
 from fastclip.data.captions import given_captions
 from fastclip.data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, UNNAMED, Named, choose
 from fastclip.data.faults import BadSample, Fault, Tally, shown
-from fastclip.data.files import compression, existing, open_file, read_file
+from fastclip.data.files import compression, existing, open_file
 from fastclip.data.folder import is_picture
-from fastclip.data.picture import read_picture
-from fastclip.data.source import Record
-from fastclip.data.strings import Strings
+from fastclip.data.source import PictureFiles, Strings
 
 __all__ = ["Table"]
 
@@ -33,7 +31,7 @@ _LINE_END = re.compile(r"\r\n?|\n")
 _QUOTES = "close the quote; where it belongs to a caption, write it twice and put the caption in quotes"
 
 
-class Table:
+class Table(PictureFiles):
     """One sample a row of a .csv or .tsv file in UTF-8, with a header.
 
     Pictures are in the column `filepath`, `image`, `path` or `file_name`, captions in `title`, `caption` or `text`, in
@@ -57,18 +55,14 @@ class Table:
             file; the message names the file and the line.
     """
 
-    class_names: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
-
     def __init__(self, spec: str, path: str | None = None, *, columns: Named = UNNAMED) -> None:
-        self.spec = spec
-        self._folder, self._here = Path(path or spec).parent.absolute(), Path.cwd()
-        self._files, self._captions = Strings(), Strings()
+        super().__init__(spec, Path(path or spec).parent.absolute())
+        self._here, self._captions = Path.cwd(), Strings()
         self._faults: dict[int, Fault] = {}
         for row in _rows(path or spec, spec, columns):
             if row.fault is not None:
-                self._faults[len(self._files)] = row.fault
-            self._files.append(row.file)
+                self._faults[len(self._names)] = row.fault
+            self._names.append(row.file)
             self._captions.append(row.caption)
         if not len(self):
             raise ValueError(f"{spec}: the table has a header and no rows")
@@ -82,17 +76,6 @@ class Table:
             logger.warning("%s: %d of %d rows cannot be used: %s", spec, len(self._faults), len(self), told)
         self._say_where()
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.read(index)
-
-    def read(self, index: int, *, min_side: int | None = None) -> Record:
-        """As `fastclip.data.source.read_sample`."""
-        captions, key = self.captions(index), self.key(index)
-        return Record(read_picture(self._file(index), key, min_side=min_side), captions, key)
-
     def captions(self, index: int) -> tuple[str, ...]:
         if (fault := self._faults.get(index)) is not None:
             raise BadSample(*fault)
@@ -100,21 +83,17 @@ class Table:
 
     def key(self, index: int) -> str:
         fault = self._faults.get(index)
-        return self._files[index] if fault is None else fault.key
-
-    def picture_bytes(self, index: int) -> bytes:
-        """As `fastclip.data.source.picture_bytes`."""
-        return read_file(self._file(index))
+        return self._names[index] if fault is None else fault.key
 
     def picture_place(self, index: int) -> tuple[str, str]:
         """As `fastclip.data.source.picture_place`."""
-        if not self._files[index]:  # a damaged row
+        if not self._names[index]:  # a damaged row
             return "", self.key(index).removeprefix(f"{self.spec}, ")
-        return str(self._file(index)), ""
+        return super().picture_place(index)
 
     def _file(self, index: int) -> Path:
         """The picture's; BadSample where there is none, or another one in the table's folder than here."""
-        name = self._files[index]
+        name = self._names[index]
         beside = existing(self._folder, name)
         here = beside if self._here == self._folder else existing(self._here, name)
         if beside is None and here is None:
@@ -130,7 +109,7 @@ class Table:
         return found
 
     def _say_where(self) -> None:
-        names = (self._files[k] for k in range(min(len(self), _LOOKED_FOR)) if k not in self._faults)
+        names = (self._names[k] for k in range(min(len(self), _LOOKED_FOR)) if k not in self._faults)
         first = next((name for name in names if not existing(self._folder, name) and existing(self._here, name)), "")
         if first:
             told = "%s: pictures such as %s are not in its folder; those in the working directory, %s, are read"

@@ -71,7 +71,7 @@ def embed_source(
     Args:
         dtype: "float16", clip-retrieval's, or "float32".
         batch_size, workers, progress: as `fastclip.evaluation.features.image_features`.
-        texts: False leaves out text_emb/ and the column "caption", as of `fastclip.data.uncaptioned.Uncaptioned`.
+        texts: False leaves out text_emb/ and the column "caption", as of `fastclip.data.folder.Uncaptioned`.
 
     Raises:
         ValueError: an option is out of range, `output` is that of another call, or no sample can be used.

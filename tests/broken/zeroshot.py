@@ -220,9 +220,9 @@ PROMISES = [
             ),
             Break(
                 "class names: others' by position",
-                "fastclip/data/classes.py",
-                old="source.class_names = tuple(told[place] for place in places)",
-                new="source.class_names = tuple(told)",
+                "fastclip/data/spec.py",
+                old="source.class_names = tuple(given[place] for place in places)",
+                new="source.class_names = tuple(given)",
             ),
             Break(
                 "class names: an order that names contradict",
@@ -241,7 +241,7 @@ PROMISES = [
         breaks=[
             Break(
                 "class shards: names that are given are lost",
-                "fastclip/data/classes.py",
+                "fastclip/data/spec.py",
                 old="class_names=names or ()",
                 new="class_names=()",
             ),

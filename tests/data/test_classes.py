@@ -18,10 +18,9 @@ from PIL import Image
 
 from fastclip.data import imagenet
 from fastclip.data.class_names import join_names
-from fastclip.data.classes import ClassFolder, open_labelled
+from fastclip.data.classes import ClassFolder
 from fastclip.data.faults import BadSample
-from fastclip.data.spec import open_source
-from fastclip.data.uncaptioned import open_pictures
+from fastclip.data.spec import open_labelled, open_pictures, open_source
 
 WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")  # ImageNet's first
 

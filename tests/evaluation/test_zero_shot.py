@@ -21,7 +21,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from torch import Tensor
 
 from fastclip.cli import main
-from fastclip.data.classes import open_labelled
+from fastclip.data.spec import open_labelled
 from fastclip.data.prompts import read_templates
 from fastclip.data.source import Source
 from fastclip.data.spec import open_source

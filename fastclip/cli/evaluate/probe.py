@@ -41,7 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _probe(args: argparse.Namespace) -> None:
     from fastclip.cli.embedding import embedder_of
-    from fastclip.data.classes import open_labelled
+    from fastclip.data.spec import open_labelled
     from fastclip.evaluation.probe import linear_probe
     from fastclip.evaluation.published import MEAN_PER_CLASS, top1, top1_dataset
     from fastclip.evaluation.results import result, table, write_results

@@ -43,7 +43,7 @@ def percent(value: float | None) -> float | None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fastclip.data.classes import open_labelled
+    from fastclip.data.spec import open_labelled
     from fastclip.evaluation.features import FeatureStore
     from fastclip.evaluation.results import table, write_results
     from fastclip.evaluation.zero_shot import class_accuracies, templates_for, zero_shot
