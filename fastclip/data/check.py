@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, Dataset
 
 from fastclip.data.faults import BadSample, Fault, Tally
+from fastclip.data.order import spread
 from fastclip.data.source import Source
 from fastclip.data.watch import Watch
 from fastclip.data.workers import load, naming_dead_workers
@@ -56,21 +57,20 @@ def check_source(
     """
     if workers < 0 or (max_samples is not None and max_samples < 1):
         raise ValueError(f"workers must not be negative and max_samples at least 1, got {workers} and {max_samples}")
-    size = len(source)
-    count = size if max_samples is None else min(size, max_samples)
-    pieces = ([k * size // count for k in range(a, min(a + _PIECE, count))] for a in range(0, count, _PIECE))
+    count = len(source) if max_samples is None else min(len(source), max_samples)
+    pieces = BatchSampler(spread(len(source), count), _PIECE, drop_last=False)
     watch = Watch(source, workers)
     faults, captions, widths, heights = Tally(), 0, array("q"), array("q")
     begin = time.perf_counter()
     with naming_dead_workers():
         for piece in load(_Check(watch, transform), pieces, watch):
-            for found in piece:
-                if isinstance(found, Fault):
-                    faults.add([found])
+            for result in piece:
+                if isinstance(result, Fault):
+                    faults.add([result])
                 else:
-                    captions += found.captions
-                    widths.append(found.width)
-                    heights.append(found.height)
+                    captions += result.captions
+                    widths.append(result.width)
+                    heights.append(result.height)
     seconds = time.perf_counter() - begin
     return Report(count, len(widths), captions, faults, _sizes(widths, heights), seconds)
 
@@ -86,9 +86,9 @@ class _Check(Dataset[list[Any]]):
         self._watch, self._transform = watch, transform
 
     def __getitem__(self, indices: Sequence[int]) -> list[_Sample | Fault]:
-        return [self._found(index) for index in indices]
+        return [self._sample(index) for index in indices]
 
-    def _found(self, index: int) -> _Sample | Fault:
+    def _sample(self, index: int) -> _Sample | Fault:
         try:
             record = self._watch.read(index)
         except BadSample as bad:

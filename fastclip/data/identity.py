@@ -1,16 +1,23 @@
-"""Which picture a sample has, whatever its name, and whether it is the one that was there before."""
+"""What makes samples the same: the place of their pictures, and whether a source holds what it held before."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
 
 from fastclip.data.faults import BadSample
 from fastclip.data.files import file_state
-from fastclip.data.source import Source, picture_place
+from fastclip.data.mixture import Mixture
+from fastclip.data.order import spread
+from fastclip.data.source import Record, Source, picture_place, read_sample
+from fastclip.data.subset import Subset
+from fastclip.data.table import Table
 
-__all__ = ["picture_places", "picture_states"]
+__all__ = ["fingerprint", "one_a_picture", "picture_places", "picture_states"]
+
+_KEYS, _CAPTIONS = 4096, 256  # samples that are looked at, evenly spread; captions may be files of their own
 
 
 def picture_places(source: Source) -> Iterator[tuple[str, str]]:
@@ -18,7 +25,7 @@ def picture_places(source: Source) -> Iterator[tuple[str, str]]:
 
     One picture has one place: spellings of its path, relative ones and links are the same.
     """
-    return ((file, inside) for file, inside, _ in _found(source))
+    return ((file, inside) for file, inside, _ in _files(source))
 
 
 def picture_states(source: Source) -> Iterator[str]:
@@ -27,11 +34,11 @@ def picture_states(source: Source) -> Iterator[str]:
     For keys of what is kept from one call to the next (`fastclip.evaluation.features.FeatureStore`). Costs a look at
     each file's entry, and reads none.
     """
-    for file, inside, state in _found(source):
+    for file, inside, state in _files(source):
         yield "\n".join((file, inside, "none" if state is None else file_state(state)))
 
 
-def _found(source: Source) -> Iterator[tuple[str, str, os.stat_result | None]]:
+def _files(source: Source) -> Iterator[tuple[str, str, os.stat_result | None]]:
     folders = dict[str, str]()
     last: tuple[str, str, os.stat_result | None] = ("", "", None)  # of a shard there are many in a row
     for index in range(len(source)):
@@ -59,3 +66,71 @@ def _real(name: str, folders: dict[str, str]) -> tuple[str, os.stat_result | Non
     if folder not in folders:
         folders[folder] = os.path.realpath(folder)
     return os.path.join(folders[folder], base), state
+
+
+def fingerprint(source: Source) -> str:
+    """16 hex digits of the number, the order, the keys and the captions of samples; no picture is read.
+
+    Of keys what follows the folder that all of a part have: however it is spelled, and wherever it was moved to, a
+    folder has the same samples.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for part, draws in source.parts if isinstance(source, Mixture) else [(source, len(source))]:
+        digest.update(f"{len(part)} {draws}\n".encode())
+        for text in (*_keys(part), *_captions(part)):
+            digest.update(_bytes(text) + b"\0")
+    return digest.hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")  # a file's name as the disk has it
+    except UnicodeEncodeError:  # JSON may hold any half of a surrogate pair
+        return text.encode("utf-8", "surrogatepass")
+
+
+def _keys(source: Source) -> list[str]:
+    keys = [source.key(k).removeprefix(f"{source.spec}, ") for k in spread(len(source), _KEYS)]  # hf:'s, damaged rows'
+    begins = os.path.commonprefix(keys).rfind("/") + 1  # noqa: RUF071 - keys are no paths alone: URLs, "0.tar: name"
+    return [key[begins:] for key in keys]
+
+
+def _captions(source: Source) -> Iterator[str]:
+    for index in spread(len(source), _CAPTIONS):
+        try:
+            yield "\n".join(source.captions(index))
+        except BadSample as bad:
+            yield bad.fault.cause
+
+
+def one_a_picture(source: Source) -> Source:
+    """A table as one sample a picture (`picture_places`), with the captions of all its rows, each once; another source
+    as it is."""
+    if not isinstance(source, Table):
+        return source
+    rows: dict[tuple[str, str], list[int]] = {}
+    for index, place in enumerate(picture_places(source)):
+        rows.setdefault(place, []).append(index)
+    return source if len(rows) == len(source) else _Pictures(source, list(rows.values()))
+
+
+class _Pictures(Subset):
+    def __init__(self, source: Source, rows: list[list[int]]) -> None:
+        super().__init__(source, [same[0] for same in rows])
+        self._rows = rows
+
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        captions = self.captions(index)
+        # a row without a caption cannot be read
+        first = next(row for row in self._rows[index] if self._captions_of(row))
+        return read_sample(self.source, first, min_side=min_side)._replace(captions=captions)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        texts = (text for row in self._rows[index] for text in self._captions_of(row))
+        return tuple(dict.fromkeys(texts)) or self.source.captions(self.indices[index])  # which raises
+
+    def _captions_of(self, row: int) -> tuple[str, ...]:
+        try:
+            return self.source.captions(row)
+        except BadSample:
+            return ()

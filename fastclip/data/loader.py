@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import BatchSampler, Dataset, default_collate
 
 from fastclip.data.batch import Batch
 from fastclip.data.faults import BadSample, Fault, Tally
 from fastclip.data.order import Draw, Order, mix
 from fastclip.data.source import Record, Source
 from fastclip.data.watch import Watch
-from fastclip.data.workers import load, own
+from fastclip.data.workers import load, unshared
 
 __all__ = ["PairBatch", "evaluation_batches", "pair_batches", "training_batches"]
 
@@ -80,19 +80,24 @@ def training_batches(
     _check(rank=rank, ranks=ranks, workers=workers)
     if not 0 <= first_step <= last_step:
         raise ValueError(f"steps must run from 0 up, got first_step {first_step} and last_step {last_step}")
+    rows = _micro_batch_rows(batch_size, micro_batch, rank, ranks)
+    order = Order(len(source), batch_size, seed)
+    pieces = (order.draws(step, *piece) for step in range(first_step, last_step) for piece in rows)
+    watch = Watch(source, workers, patience)
+    samples = _Training(watch, transform, tokenize, seed, min_side)
+    loaded = load(samples, pieces, watch, ready=len(rows), pin_memory=pin_memory)
+    return ([_unshared(next(loaded)) for _ in rows] for _ in range(first_step, last_step))
+
+
+def _micro_batch_rows(batch_size: int, micro_batch: int | None, rank: int, ranks: int) -> list[tuple[int, int]]:
+    """The first row of a step's batch, and the row after the last, of each of this rank's micro-batches."""
     if batch_size < ranks:
         raise ValueError(f"batch_size must be at least the {ranks} ranks, got {batch_size}")
     start, stop = rank * batch_size // ranks, (rank + 1) * batch_size // ranks
     size = stop - start if micro_batch is None else micro_batch
     if size < 1:
         raise ValueError(f"micro_batch must be positive, got {micro_batch}")
-    order = Order(len(source), batch_size, seed)
-    rows = [(a, min(a + size, stop)) for a in range(start, stop, size)]
-    pieces = (order.draws(step, *piece) for step in range(first_step, last_step) for piece in rows)
-    watch = Watch(source, workers, patience)
-    samples = _Training(watch, transform, tokenize, seed, min_side)
-    loaded = load(samples, pieces, watch, ready=len(rows), pin_memory=pin_memory)
-    return ([_own(next(loaded)) for _ in rows] for _ in range(first_step, last_step))
+    return [(a, min(a + size, stop)) for a in range(start, stop, size)]
 
 
 def evaluation_batches(
@@ -115,19 +120,17 @@ def evaluation_batches(
         skipped: counts such samples; there is then another one in its place, with index -1 and label -1.
     """
     _check(rank=rank, ranks=ranks, workers=workers)
-    if batch_size < 1 or not len(source):
-        raise ValueError(f"batch_size must be positive and data not empty, got {batch_size} of {len(source)} samples")
-    share = -(-len(source) // ranks)
+    _check_whole(source, batch_size)
     indices = list(range(rank, len(source), ranks))
-    indices += [-1] * (share - len(indices))
-    pieces = (indices[a : a + batch_size] for a in range(0, share, batch_size))
+    indices += [-1] * (len(range(0, len(source), ranks)) - len(indices))  # rank 0 has as many as any
     watch = Watch(source, workers)
-    loaded = load(_Evaluation(watch, transform, strict=skipped is None), pieces, watch)
+    samples = _Evaluation(watch, transform, strict=skipped is None)
+    loaded = load(samples, BatchSampler(indices, batch_size, drop_last=False), watch)
 
-    def counted(images: Tensor, found: Tensor, labels: Tensor, faults: list[Fault]) -> tuple[Tensor, Tensor, Tensor]:
+    def counted(images: Tensor, indices: Tensor, labels: Tensor, faults: list[Fault]) -> tuple[Tensor, Tensor, Tensor]:
         if skipped is not None:
             skipped.add(faults)
-        return own(images), own(found), own(labels)
+        return unshared(images), unshared(indices), unshared(labels)
 
     return (counted(*batch) for batch in loaded)
 
@@ -144,12 +147,11 @@ class PairBatch(NamedTuple):
 def pair_batches(source: Source, transform: Transform, *, batch_size: int, workers: int = 0) -> Iterator[PairBatch]:
     """Every sample once, in order, `batch_size` at a time. Raises as `training_batches`."""
     _check(rank=0, ranks=1, workers=workers)
-    if batch_size < 1 or not len(source):
-        raise ValueError(f"batch_size must be positive and data not empty, got {batch_size} of {len(source)} samples")
-    pieces = (range(a, min(a + batch_size, len(source))) for a in range(0, len(source), batch_size))
+    _check_whole(source, batch_size)
     watch = Watch(source, workers)
+    pieces = BatchSampler(range(len(source)), batch_size, drop_last=False)
     loaded = load(_Pairs(watch, transform), pieces, watch)
-    return (batch._replace(images=None if batch.images is None else own(batch.images)) for batch in loaded)
+    return (batch._replace(images=None if batch.images is None else unshared(batch.images)) for batch in loaded)
 
 
 class _Training(Dataset[Batch]):
@@ -186,15 +188,15 @@ class _Evaluation(Dataset[tuple[Tensor, Tensor, Tensor, tuple[Fault, ...]]]):
         self._watch, self._transform, self._strict = watch, transform, strict
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, tuple[Fault, ...]]:
-        images, found, labels, skipped = [], [], [], []
+        images, used, labels, skipped = [], [], [], []
         for index in indices:
             record, image, _, faults = _usable(self._watch, self._transform, self._candidates(max(index, 0)))
-            used = index if not faults else -1
             images.append(image)
-            found.append(used)
-            labels.append(-1 if record.label is None or used < 0 else record.label)
-            skipped += faults[: index >= 0]
-        return default_collate(images), torch.tensor(found), torch.tensor(labels), tuple(skipped)
+            used.append(-1 if faults else index)
+            labels.append(-1 if record.label is None or used[-1] < 0 else record.label)
+            if index >= 0 and faults:
+                skipped.append(faults[0])
+        return default_collate(images), torch.tensor(used), torch.tensor(labels), tuple(skipped)
 
     def _candidates(self, index: int) -> Iterator[tuple[int, int]]:
         for attempt in range(1 if self._strict else _TRIES):
@@ -239,9 +241,9 @@ def _usable(
             faults.append(bad.fault)
     if len(faults) == 1:
         raise BadSample(*faults[0])
-    found = list(dict.fromkeys(faults))  # a small source has fewer samples than there are tries
+    tried = list(dict.fromkeys(faults))  # a small source has fewer samples than there are tries
     what = f"{len(faults)} tries found no sample that can be used; tried were"
-    raise ValueError(f"{watch.source.spec}: {what} {len(found)}: {Tally(found)}")
+    raise ValueError(f"{watch.source.spec}: {what} {len(tried)}: {Tally(tried)}")
 
 
 def _transformed(transform: Transform, record: Record, seed: int) -> Tensor:
@@ -264,9 +266,10 @@ def _text_label(text: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _own(batch: Batch) -> Batch:
-    images, ids, labels, keys, skipped = batch  # pinning may make lists of tuples
-    return Batch(own(images), own(ids), own(labels), tuple(keys), tuple(Fault(*fault) for fault in skipped))
+def _unshared(batch: Batch) -> Batch:
+    images, ids, labels = map(unshared, batch[:3])
+    # pinning may make lists of tuples
+    return Batch(images, ids, labels, tuple(batch.keys), tuple(Fault(*fault) for fault in batch.skipped))
 
 
 def _check(*, rank: int, ranks: int, workers: int) -> None:
@@ -274,3 +277,8 @@ def _check(*, rank: int, ranks: int, workers: int) -> None:
         raise ValueError(f"rank must be from 0 to ranks - 1, got rank {rank} of {ranks}")
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")
+
+
+def _check_whole(source: Source, batch_size: int) -> None:
+    if batch_size < 1 or not len(source):
+        raise ValueError(f"batch_size must be positive and data not empty, got {batch_size} of {len(source)} samples")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -11,7 +12,13 @@ import numpy as np
 
 from fastclip.data.permutation import Permutation, mix
 
-__all__ = ["Draw", "Order", "mix"]
+__all__ = ["Draw", "Order", "mix", "spread"]
+
+
+def spread(size: int, most: int) -> Iterator[int]:
+    """At most `most` of the numbers from 0 to `size` - 1, evenly spread, in order."""
+    count = min(size, most)
+    return (k * size // count for k in range(count))
 
 
 class Draw(NamedTuple):

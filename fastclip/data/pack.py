@@ -7,13 +7,14 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, Dataset
 
 from fastclip.data.faults import BadSample, Fault, Tally
 from fastclip.data.picture import USUAL_PIXELS, picture_formats
@@ -89,17 +90,17 @@ def pack_source(
         content = _content(source, indices)
         stats = _finished(output, shard, about, content)
         if stats is None:
-            pieces = (indices[a : a + _PIECE] for a in range(0, len(indices), _PIECE))
             with naming_dead_workers():
-                loaded = load(_Encoded(watch, image_size, quality), pieces, watch)
+                pieces = BatchSampler(indices, _PIECE, drop_last=False)
+                results = chain.from_iterable(load(_Encoded(watch, image_size, quality), pieces, watch))
                 digits = len(str(samples_per_shard - 1))
-                stats = _write(output, shard, digits, loaded, about | {"content": content})
+                stats = _write(output, shard, digits, results, about | {"content": content})
             logger.info("%s: shard %05d, %d of %d samples", output, shard, indices.stop, len(source))
         else:
             kept += 1
         faults.merge(stats["failures"], stats["failed"])
         samples += stats["successes"]
-        shards += stats["successes"] > 0
+        shards += 1 if stats["successes"] else 0
     if not samples:
         raise ValueError(f"{source.spec}: none of {len(source)} samples can be used: {faults}")
     return Packed(shards, samples, faults, kept)
@@ -149,21 +150,22 @@ class _Encoded(Dataset[list[Any]]):
         return ".png", file.getvalue(), image.size
 
 
-def _write(output: Path, shard: int, digits: int, loaded: Iterator[list[Any]], about: dict[str, Any]) -> dict[str, Any]:
-    """One shard and its stats, which are returned."""
-    target, faults, number, written = output / f"{shard:05d}.tar", Tally(), 0, 0
+def _write(
+    output: Path, shard: int, digits: int, results: Iterable[_Sample | Fault], about: dict[str, Any]
+) -> dict[str, Any]:
+    """Write one shard and its stats, which are returned."""
+    target, faults, written = output / f"{shard:05d}.tar", Tally(), 0
     target.unlink(missing_ok=True)  # one of other samples, which the new stats would pass for these
     with suppress(_Nothing), new_file(target) as half:
         with half.open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for found in (found for piece in loaded for found in piece):
-                if isinstance(found, Fault):
-                    faults.add([found])
+            for number, result in enumerate(results):
+                if isinstance(result, Fault):
+                    faults.add([result])
                 else:
-                    _add(tar, f"{shard:05d}{number:0{digits}d}", found)
+                    _add(tar, f"{shard:05d}{number:0{digits}d}", result)
                     written += 1
-                number += 1
-        stats = {**about, "shard": shard, "count": number, "successes": written, "bytes": half.stat().st_size}
-        stats |= {"failures": faults.counts, "failed": faults.keys}
+        stats = {**about, "shard": shard, "count": written + faults.total, "successes": written}
+        stats |= {"bytes": half.stat().st_size, "failures": faults.counts, "failed": faults.keys}
         write_json(output / f"{shard:05d}_stats.json", stats, indent=1)  # first: a shard without stats is not ours
         if not written:
             raise _Nothing
@@ -176,10 +178,10 @@ class _Nothing(Exception):
 
 def _content(source: Source, indices: Sequence[int]) -> str:
     """Another text once one of these samples has changed."""
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for index in indices:
-        found.update(sample_stamp(source, index).encode("utf-8", "surrogatepass") + b"\0")
-    return found.hexdigest()
+        digest.update(sample_stamp(source, index).encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
 
 
 def _add(tar: tarfile.TarFile, key: str, sample: _Sample) -> None:
@@ -218,8 +220,8 @@ def _finished(output: Path, shard: int, about: dict[str, Any], content: str) -> 
     if changed := [key for key in about if key not in known or known[key] != about[key]]:
         if "content" not in stats or not known.keys() >= about.keys():
             raise ValueError(f"{output} was begun by another version of fastclip: take another folder")
-        told = ", ".join(f"{key} was {known[key]}, is {about[key]}" for key in changed)
-        raise ValueError(f"{output} holds shards of another call: {told}; take another folder")
+        changes = ", ".join(f"{key} was {known[key]}, is {about[key]}" for key in changed)
+        raise ValueError(f"{output} holds shards of another call: {changes}; take another folder")
     if not same:
         logger.warning("%s: some of its samples have changed since, it is written anew", tar)
     return stats if whole and same else None

@@ -25,7 +25,7 @@ class Subset:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Record:
-        return self.source[self.indices[index]]
+        return self.read(index)
 
     def read(self, index: int, *, min_side: int | None = None) -> Record:
         """As `fastclip.data.source.read_sample`."""

@@ -54,8 +54,8 @@ class Watch:
         start = _WORDS * (0 if info is None else info.id)
         self._words[start : start + _WORDS] = [os.getpid(), what, epoch, time.monotonic_ns()]
 
-    def told(self, worker: int) -> str:
-        """``, reading KEY for 61 s``; nothing of a worker that rests."""
+    def reading(self, worker: int) -> str:
+        """Return ``, reading KEY for 61 s``; "" for a worker that rests."""
         _, what, epoch, since = self._words[_WORDS * worker : _WORDS * (worker + 1)]
         if not what:
             return ""
@@ -66,9 +66,9 @@ class Watch:
         """Every worker that reads, and what."""
         readers = []
         for worker in range(max(1, self.workers)):
-            if told := self.told(worker):
+            if reading := self.reading(worker):
                 pid = self._words[_WORDS * worker]
-                readers.append((f"data worker {worker} (pid {pid})" if self.workers else f"pid {pid}") + told)
+                readers.append((f"data worker {worker} (pid {pid})" if self.workers else f"pid {pid}") + reading)
         return "; ".join(readers) or "no data worker reads anything"
 
 
@@ -97,9 +97,9 @@ class Alarm:
             self._since = None
 
     def _run(self) -> None:
-        patience, told = self._watch.patience, 0.0
+        patience, last = self._watch.patience, 0.0  # when it last spoke
         while not self._over.wait(patience / 10):
             since, now = self._since, time.monotonic()
-            if since is not None and now - max(since, told) >= patience:
-                told = now
+            if since is not None and now - max(since, last) >= patience:
+                last = now
                 logger.error("no batch for %.0f s: %s", now - since, self._watch.stuck())  # seen on every rank

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from fastclip import _env
 from fastclip.data.watch import Alarm, Watch
 from fastclip.parent import end_with_parent
 
-__all__ = ["load", "naming_dead_workers", "own"]
+__all__ = ["load", "naming_dead_workers", "unshared"]
 
 # Micro-batches that workers hold ready at most: each takes three of the files that a process may have open, often
 # 1,024.
@@ -33,7 +33,7 @@ _PATIENCE = 1.0  # seconds in which workers may end by themselves
 
 
 def load(
-    samples: Dataset[Any], pieces: Iterator[Any], watch: Watch, *, ready: int = 1, pin_memory: bool = False
+    samples: Dataset[Any], pieces: Iterable[Any], watch: Watch, *, ready: int = 1, pin_memory: bool = False
 ) -> Iterator[Any]:
     """samples[piece] of every piece, in order; workers, as many as `watch` has, hold about `ready` of them ready.
 
@@ -66,20 +66,20 @@ def load(
         while True:
             try:
                 with alarm.waiting():
-                    found = next(loaded, _END)
+                    answer = next(loaded, _END)
             except RuntimeError as error:
                 if (death := _death(error, watch, getattr(loaded, "_workers", ()))) is None:
                     raise
                 raise death from error
-            if found is _END:
+            if answer is _END:
                 return
-            if isinstance(found, _Failure):
-                raise found.kind(found.message)
-            yield found
+            if isinstance(answer, _Failure):
+                raise answer.kind(answer.message)
+            yield answer
 
 
-def own(tensor: Tensor) -> Tensor:
-    """Out of memory shared with a worker, of which every tensor keeps a file open."""
+def unshared(tensor: Tensor) -> Tensor:
+    """Return the tensor outside of memory that a worker shares, of which every tensor keeps a file open."""
     return tensor.clone() if tensor.is_shared() else tensor
 
 
@@ -149,8 +149,8 @@ def _random_states_kept() -> Iterator[None]:
         random.setstate(states[2])
 
 
-def _same(found: Any) -> Any:
-    return found
+def _same(answer: Any) -> Any:
+    return answer
 
 
 def _begin(parent: int | None, worker: int) -> None:
@@ -191,15 +191,15 @@ _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed b
 
 def _death(error: RuntimeError, watch: Watch | None = None, processes: Sequence[Any] = ()) -> ChildProcessError | None:
     """What to raise in place of torch's `error`; None where no worker died."""
-    found = _DEATH.search(str(error))
-    if found is None:
+    match = _DEATH.search(str(error))
+    if match is None:
         return None
-    how = f"was killed by the system ({found['signal']})" if found["signal"] else "ended"
+    how = f"was killed by the system ({match['signal']})" if match["signal"] else "ended"
     who, what = "a data worker", ""
     for number, process in enumerate(processes):
         if process.exitcode:  # None: alive
             who = f"data worker {number} (pid {process.pid})"
-            what = "" if watch is None else watch.told(number)
+            what = "" if watch is None else watch.reading(number)
             if process.exitcode < 0:
                 how = f"was killed by the system ({signal.strsignal(-process.exitcode)})"
             else:

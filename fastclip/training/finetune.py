@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastclip import _env
 from fastclip.data.batch import Batch
-from fastclip.data.fingerprint import fingerprint
+from fastclip.data.identity import fingerprint
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.picture import USUAL_PIXELS

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fastclip._version import __version__
-from fastclip.data.fingerprint import fingerprint
+from fastclip.data.identity import fingerprint
 from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.picture import pixels_limited

@@ -29,8 +29,8 @@ PROMISES = [
             Break(
                 "faults: the alarm speaks once",
                 "fastclip/data/watch.py",
-                old="now - max(since, told) >= patience",
-                new="told == 0.0 and now - since >= patience",
+                old="now - max(since, last) >= patience",
+                new="last == 0.0 and now - since >= patience",
             ),
             Break(
                 "faults: the caller's time counts",

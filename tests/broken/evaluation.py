@@ -24,7 +24,7 @@ PROMISES = [
             ),
             Break(
                 "evaluation: validation's links to one picture are several",
-                "fastclip/data/one_picture.py",
+                "fastclip/data/identity.py",
                 old="rows.setdefault(place, [])",
                 new="rows.setdefault(('', source.key(index)), [])",
             ),
@@ -109,8 +109,8 @@ PROMISES = [
             Break(
                 "evaluation: another sample stands for a bad one",
                 "fastclip/data/loader.py",
-                old="used = index if not faults else -1",
-                new="used = index",
+                old="used.append(-1 if faults else index)",
+                new="used.append(index)",
             ),
         ],
     ),

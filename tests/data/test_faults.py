@@ -418,7 +418,7 @@ def test_stuck_worker_is_named_with_what_it_reads(
             path.open("rb").close()  # as soon as there is a writer
         return read_picture(path, key, **options)
 
-    monkeypatch.setattr("fastclip.data.folder.read_picture", waits)
+    monkeypatch.setattr("fastclip.data.source.read_picture", waits)
 
     def release() -> None:
         with suppress(OSError):  # nobody reads any more

@@ -9,7 +9,7 @@ import pytest
 from support import needs
 
 needs("models")
-from fastclip.data.fingerprint import fingerprint
+from fastclip.data.identity import fingerprint
 from fastclip.data.spec import open_source
 from support.faulty import picture, write_folder, write_tar
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastclip.data import evaluation_batches, open_source, training_batches
 from fastclip.data.faults import BadSample, Tally
-from fastclip.data.fingerprint import fingerprint
+from fastclip.data.identity import fingerprint
 from fastclip.data.karpathy import Karpathy
 from support.crops import split_file, write_crops
 

@@ -103,7 +103,7 @@ def test_reader_of_a_mixture_is_named_with_what_its_epoch_drew() -> None:
     source = mixture(a=(10, "0.5"), b=(4, "1"))
     watch = Watch(source, 0)
     assert watch.read(3, epoch=1).key == source.key(3, epoch=1) != source.key(3)
-    assert watch.told(0).startswith(f", reading {source.key(3, epoch=1)} for ")
+    assert watch.reading(0).startswith(f", reading {source.key(3, epoch=1)} for ")
 
 
 @pytest.mark.fault("samples of a mixture that cannot be used", "others of the same epoch in their places")

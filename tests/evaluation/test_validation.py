@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip.data.faults import BadSample
-from fastclip.data.one_picture import one_a_picture
+from fastclip.data.identity import one_a_picture
 from fastclip.data.source import Record
 from fastclip.data.spec import open_source
 from fastclip.evaluation import retrieval

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fastclip.data.one_picture import one_a_picture
+from fastclip.data.identity import one_a_picture
 from fastclip.data.source import Source
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
