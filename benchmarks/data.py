@@ -205,9 +205,9 @@ def main() -> None:
         case = Case(width, height, arguments.samples, arguments.shards, arguments.batch_size, arguments.workers)
         with tempfile.TemporaryDirectory() as folder:
             timings = measure(case, arguments.providers.split(","), arguments.rounds, Path(folder))
-        found = rows(case, timings)
-        append(arguments.rows, found, machine() | {"webdataset": version("webdataset"), "pillow": version("pillow")})
-        for row in found:
+        measured = rows(case, timings)
+        append(arguments.rows, measured, machine() | {"webdataset": version("webdataset"), "pillow": version("pillow")})
+        for row in measured:
             print(*row.values(), sep="\t", flush=True)
 
 

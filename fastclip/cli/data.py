@@ -50,28 +50,27 @@ def _check_data(args: argparse.Namespace) -> int:
     problems: list[str] = []
     source = open_source(args.spec, problems=problems)
     passed = getattr(source, "passed", None)
-    found = check_source(source, workers=args.workers, max_samples=args.max_samples, transform=transform)
-    rows = {
-        "samples": f"{found.samples:,} of {len(source):,}" if found.samples < len(source) else f"{found.samples:,}",
-        "usable": f"{found.usable:,} ({found.usable / found.samples:.2%}), with {found.captions:,} captions",
-        **{
-            f"- {cause}": f"{n:,}, first {', '.join(map(shown, found.faults.keys[cause]))}" for cause, n in found.faults
-        },
-        **({"passed over": str(passed)} if passed else {}),
-        "pixels": ", ".join(
-            f"{name} {width} x {height}"
-            for name, (width, height) in zip(("smallest", "median", "largest"), found.pixels)
-        ),
-        "speed": f"{found.samples / found.seconds:,.0f} samples/s, {args.workers} workers, {found.seconds:.1f} s",
-    }
-    lines = [*rows.items(), *(("damaged", problem) for problem in problems)]
+    report = check_source(source, workers=args.workers, max_samples=args.max_samples, transform=transform)
+    sizes = zip(("smallest", "median", "largest"), report.pixels)
+    whole = f" of {len(source):,}" if report.samples < len(source) else ""
+    lines = [
+        ("samples", f"{report.samples:,}{whole}"),
+        ("usable", f"{report.usable:,} ({report.usable / report.samples:.2%}), with {report.captions:,} captions"),
+    ]
+    for cause, count in report.faults:
+        lines.append((f"- {cause}", f"{count:,}, first {', '.join(map(shown, report.faults.keys[cause]))}"))
+    if passed:
+        lines.append(("passed over", str(passed)))
+    lines.append(("pixels", ", ".join(f"{name} {width} x {height}" for name, (width, height) in sizes)))
+    speed = f"{report.samples / report.seconds:,.0f} samples/s, {args.workers} workers, {report.seconds:.1f} s"
+    lines += [("speed", speed), *(("damaged", problem) for problem in problems)]
     width = max(18, 2 + max(len(name) for name, _ in lines))
     say("\n".join(f"{name:<{width}}{text}" for name, text in lines))
     if problems:
         complain(f"fastclip data: {len(problems)} shards or parts are damaged or cannot be read")
         return 1
-    if found.bad_share > args.max_bad:
-        complain(f"fastclip data: {found.bad_share:.2%} cannot be used, more than --max-bad {args.max_bad:g}")
+    if report.bad_share > args.max_bad:
+        complain(f"fastclip data: {report.bad_share:.2%} cannot be used, more than --max-bad {args.max_bad:g}")
         return 1
     return 0
 

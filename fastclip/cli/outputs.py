@@ -90,13 +90,13 @@ def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--ou
 
 def _class_folders(folder: Path) -> set[str]:
     """Names of the folders in a folder of classes: each picture lies in one, and none has captions; else none."""
+    from fastclip.data.files import subfolders
     from fastclip.data.folder import pictures
 
-    if any(found.told or not os.path.dirname(found.name) for found in pictures(folder, links=[])):
+    if any(file.captioned or not os.path.dirname(file.name) for file in pictures(folder, links=[])):
         return set()
-    with os.scandir(folder) as entries:  # links to folders, which are classes as well, are not walked into
-        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    return {name for name in names if any(True for _ in pictures(folder / name, links=[]))}
+    # links to folders, which are classes as well, are not walked into
+    return {name for name in subfolders(folder) if any(True for _ in pictures(folder / name, links=[]))}
 
 
 def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:

@@ -10,7 +10,9 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["LogLines", "complain", "lone_names", "say", "shown"]
+from fastclip.data.faults import escaped, shown
+
+__all__ = ["LogLines", "complain", "lone_names", "say"]
 
 
 class LogLines(logging.Formatter):
@@ -22,16 +24,6 @@ class LogLines(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:
         return _harmless_lines(super().formatException(ei))
-
-
-def shown(text: str) -> str:
-    """The text without what a terminal obeys, or cannot show: as ``ls`` quotes such a name, which shells read.
-
-    Line ends and tabs count as such too. A text without any is as it was.
-    """
-    if text.isprintable():
-        return text
-    return "$'" + "".join(map(_escaped, text)) + "'"
 
 
 def say(*texts: Any) -> None:
@@ -69,17 +61,8 @@ def lone_names(rows: list[tuple[str, str]], *, print0: bool = False) -> None:
         stream.flush()
 
 
-def _escaped(character: str) -> str:
-    if character in "\\'":
-        return "\\" + character
-    known = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\x1b": "\\E"}.get(character)
-    if known is not None or character.isprintable():
-        return known or character
-    return "".join(f"\\{byte:03o}" for byte in character.encode("utf-8", "surrogateescape"))
-
-
 def _harmless(line: str) -> str:
-    return "".join(x if x.isprintable() or x == "\t" else _escaped(x) for x in line)
+    return "".join(x if x.isprintable() or x == "\t" else escaped(x) for x in line)
 
 
 def _harmless_lines(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a training step is fed."""
+"""The batch that a training step takes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Batch"]
 
 
 class Batch(NamedTuple):
-    """B pictures, each with one of its captions; every picture and caption of equal labels belong together."""
+    """B pictures, each with one of its captions; pictures and captions with equal labels belong together."""
 
     images: Tensor  # (B, 3, H, W) float32
     ids: Tensor  # (B, L) int64, token ids
     labels: Tensor  # (B,) int64, not negative
-    keys: tuple[str, ...]  # B of them, what messages call the samples
-    skipped: tuple[Fault, ...] = ()  # of the samples that could not be used, in whose places are others
+    keys: tuple[str, ...]  # (B,) names of the samples in messages
+    skipped: tuple[Fault, ...] = ()  # samples that could not be used; others stand in their places

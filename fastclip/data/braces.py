@@ -20,7 +20,7 @@ def brace_names(pattern: str) -> list[str]:
     for lists whose elements have several ranges.
     """
     # a range is looked at first: braceexpand lists each one before it gives the first name
-    names = None if any(_length(*found.groups()) > _MOST for found in _RANGE.finditer(pattern)) else _names(pattern)
+    names = None if any(_length(*match.groups()) > _MOST for match in _RANGE.finditer(pattern)) else _names(pattern)
     if names is None or len(names) > _MOST:
         raise ValueError(f"{pattern}: the braces stand for more than {_MOST:,} names")
     return names

@@ -23,7 +23,7 @@ _PIECE = 16  # samples that a worker reads at a time
 
 
 class Report(NamedTuple):
-    """What was found in a source."""
+    """The counts, faults, picture sizes and seconds of one pass over a source."""
 
     samples: int  # that were read
     usable: int

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastclip.data import imagenet
 from fastclip.data.class_names import WORDNET_ID, join_names, shown_names
+from fastclip.data.files import subfolders
 from fastclip.data.folder import pictures
 from fastclip.data.source import PictureFiles, class_captions
 
@@ -62,14 +63,13 @@ class ClassFolder(PictureFiles):
 
 
 def _class_folders(folder: Path) -> list[str]:
-    """Names, sorted as text, or by value where all are numbers."""
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    """Return the names of the class folders, sorted as text, or by value if all are numbers."""
+    names = subfolders(folder)
     wanted = f"pictures must lie in a folder a class: {folder}/CLASS/PICTURE"
     if not names:
         flat = sum(1 for _ in pictures(folder))
         raise ValueError(f"{folder}: {f'{flat} pictures and ' if flat else ''}no class folders; {wanted}")
-    if set(names) <= SPLITS:
+    if set(names) <= SPLITS:  # else a model would learn to tell train from val
         raise ValueError(f"{folder} holds {', '.join(names)}, which are no classes: name one of these folders")
     return sorted(names, key=int) if all(map(_is_number, names)) else names
 
@@ -81,7 +81,7 @@ def _is_number(name: str) -> bool:
 def _classes(
     spec: str, folders: Sequence[str], classes: str | Sequence[str] | None
 ) -> tuple[tuple[str, ...], Sequence[int]]:
-    """Class names, and the place of every folder's among them."""
+    """Return the class names, and for each folder the place of its class among them."""
     if classes is None and {*folders} == {*map(str, range(1000))}:
         classes = "imagenet"
     if isinstance(classes, str):

@@ -1,4 +1,4 @@
-"""Which columns, or fields, of a data set hold its pictures and captions."""
+"""Choose the columns, or fields, that hold the pictures and captions of a data set."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def named_columns(spec: str) -> tuple[str, Named]:
 
     Raises ValueError where one is given twice.
     """
-    match = None if os.path.exists(spec) else _NAMED.fullmatch(spec)
+    match = None if os.path.exists(spec) else _NAMED.fullmatch(spec)  # a file's name may hold such a part
     if match is None:
         return spec, UNNAMED
     kinds, names = zip(*(pair.split("=", 1) for pair in match["named"].split(",")), strict=True)
@@ -43,7 +43,7 @@ def named_columns(spec: str) -> tuple[str, Named]:
 
 
 def choose(names: Sequence[str], kind: str, known: Sequence[str], wanted: str, spec: str) -> int | None:
-    """The place of a column among `names`: the one that is wanted, or the first of those known, in any case.
+    """Return the place of a column among `names`: the one that is wanted, or the first of those known, in any case.
 
     The log says which it is where there are several.
 
@@ -56,7 +56,7 @@ def choose(names: Sequence[str], kind: str, known: Sequence[str], wanted: str, s
     Raises:
         ValueError: the one that is wanted is not there, or there are two of its name.
     """
-    lower = [name.strip().lower() for name in names]
+    lower = [name.strip().lower() for name in names]  # spreadsheets write Title, and blanks after a comma
     asked = [wanted.strip().lower()] if wanted else list(known)
     there = [name for name in asked if name in lower]
     if not there:

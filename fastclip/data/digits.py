@@ -41,8 +41,9 @@ class DigitsSource:
 
     def __init__(self, *, held_out: bool = False) -> None:
         pixels, targets = load_digits(return_X_y=True)
-        split = train_test_split(range(len(targets)), test_size=0.2, stratify=targets, random_state=_SPLIT_SEED)
-        self._numbers: list[int] = split[held_out]
+        every = range(len(targets))
+        training, held = train_test_split(every, test_size=0.2, stratify=targets, random_state=_SPLIT_SEED)
+        self._numbers: list[int] = held if held_out else training
         small = torch.from_numpy(pixels[self._numbers]).float().reshape(-1, 1, 8, 8) / 16  # levels are 0 to 16
         large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
         self._pixels = (255 * large).round().to(torch.uint8).numpy()  # (B, 32, 32)

@@ -16,9 +16,11 @@ __all__ = [
     "existing",
     "file_stamp",
     "file_state",
+    "is_hidden",
     "log_links",
     "open_file",
     "read_file",
+    "subfolders",
     "tar_files",
     "walk",
 ]
@@ -27,13 +29,18 @@ logger = logging.getLogger(__name__)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 
 
+def is_hidden(name: str | bytes) -> bool:
+    """Return True for the name of a file or folder that begins with a dot, as macOS's ``._`` files do."""
+    return os.fsencode(name).startswith(b".")
+
+
 def walk(
     folder: AnyStr, exclude: Collection[str] = (), links: list[AnyStr] | None = None
 ) -> Iterator[tuple[AnyStr, list[os.DirEntry[AnyStr]]]]:
     """Every folder from `folder` down, and the entries in it that are no folders, sorted by name.
 
-    Names that begin with a dot are left out, macOS's ``._`` files among them. So are links to folders, which may lead
-    round in circles: the log counts them and names the first. The log also names folders that cannot be listed.
+    What is hidden is left out. So are links to folders, which may lead round in circles: the log counts them and names
+    the first. The log also names folders that cannot be listed.
 
     Args:
         exclude: names of folders that are left out.
@@ -57,7 +64,7 @@ def walk(
         files, below = [], []
         for entry in inside:
             name = os.fsencode(entry.name)
-            if name.startswith(b"."):
+            if is_hidden(name):
                 continue
             if not _is_folder(entry):
                 files.append(entry)
@@ -72,19 +79,24 @@ def walk(
 
 
 def tar_files(folder: Path) -> list[Path]:
-    """Return the ``*.tar`` in a folder, sorted, without what is hidden, macOS's ``._`` files among them, and folders.
+    """Return the ``*.tar`` in a folder, sorted, without what is hidden, and folders.
 
     A link to nothing is one of them: it is a file that is missing.
     """
-    found = (path for path in folder.glob("*.tar") if not path.name.startswith(".") and not path.is_dir())
-    return sorted(found, key=str)
+    return sorted((path for path in folder.glob("*.tar") if not is_hidden(path.name) and not path.is_dir()), key=str)
+
+
+def subfolders(folder: str | Path) -> list[str]:
+    """Return the names of the folders in a folder, and of links to folders, sorted, without what is hidden."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not is_hidden(entry.name) and _is_folder(entry))
 
 
 def log_links(folder: AnyStr, links: Sequence[AnyStr]) -> None:
     """Count the links in `folder` that `walk` has passed over, and name the first."""
     if links:
-        shown = os.fsdecode(links[0])
-        logger.warning("%s: %d links to folders are not followed, first %s", os.fsdecode(folder), len(links), shown)
+        first = os.fsdecode(links[0])
+        logger.warning("%s: %d links to folders are not followed, first %s", os.fsdecode(folder), len(links), first)
 
 
 def _is_folder(entry: os.DirEntry[AnyStr]) -> bool:
@@ -118,6 +130,7 @@ def existing(folder: Path, name: str) -> Path | None:
         name = unquote(urlsplit(name).path)
     if os.path.exists(folder / name):  # which takes names that are too long for the system
         return folder / name
+    # cameras write .JPG, Windows \ and macOS an accent as a character of its own
     stem, suffix = os.path.splitext(name)
     others = [stem + suffix.lower(), stem + suffix.upper(), name.replace("\\", "/")]
     others += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") if not name.isascii()]
@@ -127,15 +140,15 @@ def existing(folder: Path, name: str) -> Path | None:
 def file_stamp(path: str | Path) -> str:
     """Return what changes when another file is there, or one where none was: place, size and time."""
     try:
-        found = os.stat(path)
+        state = os.stat(path)
     except (OSError, ValueError):
         return f"{os.path.abspath(path)}: none"
-    return f"{os.path.abspath(path)}: {file_state(found)}"
+    return f"{os.path.abspath(path)}: {file_state(state)}"
 
 
-def file_state(found: os.stat_result) -> str:
+def file_state(state: os.stat_result) -> str:
     """Return what changes when a file is written: size and time. Other rights, or a copy that keeps times, are none."""
-    return f"{found.st_size} bytes of {found.st_mtime_ns}"
+    return f"{state.st_size} bytes of {state.st_mtime_ns}"
 
 
 def compression(head: bytes) -> str:
@@ -144,4 +157,5 @@ def compression(head: bytes) -> str:
 
 
 def _at_once(path: str, flags: int) -> int:
+    # else opening a pipe waits for a writer, perhaps for ever; Windows has no such flag
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

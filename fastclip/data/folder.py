@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastclip.data.captions import first_captions, json_captions, json_fields, text_captions
-from fastclip.data.faults import BadSample, Fault, Tally
+from fastclip.data.faults import BadSample, Tally
 from fastclip.data.files import log_links, read_file, walk
 from fastclip.data.picture import PICTURE_SUFFIXES
 from fastclip.data.source import PictureFiles
 
-__all__ = ["Folder", "Found", "NoCaptions", "Uncaptioned", "is_picture", "pictures"]
+__all__ = ["Folder", "NoCaptions", "PictureFile", "Uncaptioned", "is_picture", "pictures"]
 
 logger = logging.getLogger(__name__)
 _CAPTIONS = (".txt", ".json")
 
 
-class Found(NamedTuple):
+class PictureFile(NamedTuple):
     """A picture, and the files of its captions, which lie in the same folder."""
 
     name: str  # relative to the folder that was asked for
@@ -30,7 +30,7 @@ class Found(NamedTuple):
     json: str
 
     @property
-    def told(self) -> bool:
+    def captioned(self) -> bool:
         return bool(self.text or self.json)
 
 
@@ -39,7 +39,7 @@ def is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
-def pictures(folder: Path, passed: Tally | None = None, links: list[str] | None = None) -> Iterator[Found]:
+def pictures(folder: Path, passed: Tally | None = None, links: list[str] | None = None) -> Iterator[PictureFile]:
     """Every picture under `folder` that is not hidden, sorted in each folder; as `fastclip.data.files.walk` goes.
 
     A caption file has the picture's name but for the suffix. Names that differ in Unicode's normal form only (an e with
@@ -57,12 +57,13 @@ def pictures(folder: Path, passed: Tally | None = None, links: list[str] | None 
         for entry in entries:
             if is_picture(entry.name):
                 stem = os.path.splitext(entry.name)[0]
-                told = [stem + end if stem + end in names else beside.get(_plain(stem + end), "") for end in _CAPTIONS]
-                used |= {entry.name, *told}
-                yield Found(entry.path[start:], *told)
+                files = [stem + end if stem + end in names else beside.get(_plain(stem + end), "") for end in _CAPTIONS]
+                used |= {entry.name, *files}
+                yield PictureFile(entry.path[start:], *files)
         if passed is not None:
-            rest = [entry for entry in entries if entry.name not in used]
-            passed.add(Fault(_kind(entry.name), entry.path[start:], "") for entry in rest)
+            for entry in entries:
+                if entry.name not in used:
+                    passed.count(_kind(entry.name), entry.path[start:])
 
 
 def _plain(name: str) -> str:
@@ -105,22 +106,22 @@ class Folder(PictureFiles):
         super().__init__(spec, Path(folder or spec))
         self._field = caption
         self.passed = passed = Tally()
-        told, outside, links = False, False, list[str]()
-        self._beside: dict[int, Found] = {}  # of pictures whose caption files have other names than usual
-        for found in pictures(self._folder, passed, links):
-            stem = os.path.splitext(os.path.basename(found.name))[0]
-            if (found.text or f"{stem}.txt", found.json or f"{stem}.json") != (f"{stem}.txt", f"{stem}.json"):
-                self._beside[len(self._names)] = found
-            self._names.append(found.name)
-            told |= found.told
-            outside |= not os.path.dirname(found.name)
+        captioned, outside, links = False, False, list[str]()
+        self._beside: dict[int, PictureFile] = {}  # of pictures whose caption files have other names than usual
+        for picture in pictures(self._folder, passed, links):
+            stem = os.path.splitext(os.path.basename(picture.name))[0]
+            if (picture.text or f"{stem}.txt", picture.json or f"{stem}.json") != (f"{stem}.txt", f"{stem}.json"):
+                self._beside[len(self._names)] = picture
+            self._names.append(picture.name)
+            captioned = captioned or picture.captioned
+            outside = outside or not os.path.dirname(picture.name)
         if not len(self):
             kinds = ", ".join(sorted(PICTURE_SUFFIXES))
-            raise NoCaptions(f"{spec}: the folder holds no pictures ({kinds}){_but(passed)}", outside, links)
-        if not told:
+            raise NoCaptions(f"{spec}: the folder holds no pictures ({kinds}){passed.also_holds()}", outside, links)
+        if not captioned:
             first = self._file(0)
             message = f"none of {len(self)} pictures has a caption, first {first}: {_wanted(first)}"
-            raise NoCaptions(f"{spec}: {message}{_but(passed)}", outside, links)
+            raise NoCaptions(f"{spec}: {message}{passed.also_holds()}", outside, links)
         log_links(str(self._folder), links)
         if passed.total:
             logger.warning("%s: passed over %s", spec, passed)
@@ -147,20 +148,16 @@ class Folder(PictureFiles):
 
     def _caption_files(self, index: int) -> tuple[Path, Path]:
         """The .txt and the .json of a picture, whether they are there or not."""
-        path, found = self._file(index), self._beside.get(index)
+        path, picture = self._file(index), self._beside.get(index)
         text, about = path.with_suffix(".txt"), path.with_suffix(".json")
-        if found is None:
+        if picture is None:
             return text, about
-        return path.with_name(found.text or text.name), path.with_name(found.json or about.name)
+        return path.with_name(picture.text or text.name), path.with_name(picture.json or about.name)
 
 
 def _read(file: Path, key: str, field: str, *, lines: bool) -> tuple[str, ...]:
     data = read_file(file)
     return text_captions(data, key, lines=True) if lines else json_captions(data, key, field)
-
-
-def _but(passed: Tally) -> str:
-    return f"; it holds {passed}" if passed.total else ""
 
 
 def _wanted(path: Path) -> str:

@@ -55,9 +55,9 @@ class HubSource:
         self.class_names: tuple[str, ...] = tuple(label.names) if self._label else ()
         if self._caption is None and self._label is None:
             raise ValueError(f"{spec}: no column of captions ({', '.join(_CAPTIONS)}) {_has(rows.features)}")
-        told = [column for column in (self._caption, self._label) if column is not None]
-        self._texts = rows.select_columns(told)
-        rows = rows.select_columns([self._image, *told])
+        texts = [column for column in (self._caption, self._label) if column is not None]
+        self._texts = rows.select_columns(texts)  # captions alone, for which no picture is read
+        rows = rows.select_columns([self._image, *texts])
         try:
             self._rows = rows.cast_column(self._image, datasets.Image(decode=False))  # read_picture names what fails
         except Exception as error:  # pyarrow's, of columns that hold no pictures
@@ -73,13 +73,13 @@ class HubSource:
     def read(self, index: int, *, min_side: int | None = None) -> Record:
         """As `fastclip.data.source.read_sample`."""
         key, row = self.key(index), self._rows[index]
-        captions, data = self._told(row, key), self._picture(row, key)
+        captions, data = self._captions(row, key), self._picture(row, key)
         file = self._file(data["path"]) if data["bytes"] is None else io.BytesIO(data["bytes"])
         label = None if self._label is None else row[self._label]
         return Record(read_picture(file, key, min_side=min_side), captions, key, None if label == -1 else label)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._told(self._texts[index], self.key(index))
+        return self._captions(self._texts[index], self.key(index))
 
     def key(self, index: int) -> str:
         return f"{self.spec}, row {index}"
@@ -90,14 +90,14 @@ class HubSource:
         return read_file(self._file(data["path"])) if data["bytes"] is None else data["bytes"]
 
     def _picture(self, row: dict[str, Any], key: str) -> dict[str, Any]:
-        """Its "bytes", or its "path"; BadSample where there is neither."""
+        """Return the row's picture with its "bytes" or its "path"; BadSample if it has neither."""
         data = row[self._image]
         if data is None or (data["bytes"] is None and data["path"] is None):
             raise BadSample("no image", key, "there is no picture")
         return data
 
     def _file(self, name: str) -> Path:
-        """That of a picture which is named only: from the data's folder, or from here."""
+        """Return the file of a picture that the row only names: in the data's folder, else in the working directory."""
         beside = self._folder / name
         return beside if beside.exists() else Path(name)
 
@@ -109,23 +109,19 @@ class HubSource:
 
     @cached_property
     def _paths(self) -> Any:
-        """Of each row the path of a picture that is named only, in arrow, which reads no picture for it."""
+        """The path of each row's picture where the row holds no bytes, else null; arrow reads no picture for this."""
         stored = self._rows.data.column(self._image)
         paths = pc.struct_field(stored, "path")
         alone = pc.is_null(pc.struct_field(stored, "bytes"))
         return pc.if_else(alone, paths, pa.scalar(None, paths.type)).combine_chunks()
 
-    def _told(self, row: dict[str, Any], key: str) -> tuple[str, ...]:
-        label = None if self._caption is not None else row[_LABEL]
+    def _captions(self, row: dict[str, Any], key: str) -> tuple[str, ...]:
+        value = None
         if self._caption is not None:
-            found = row[self._caption]
-        elif label is None or label == -1:
-            found = None
-        else:
-            found = class_captions(self.class_names[label], self.templates)
-        if found is None or (isinstance(found, list) and not any(text is not None for text in found)):
-            raise BadSample("no caption", key, "it has no caption")
-        return given_captions(found, key, self._caption or "its class's name")
+            value = row[self._caption]
+        elif row[_LABEL] not in (None, -1):  # -1 is the library's mark of a row without a label
+            value = class_captions(self.class_names[row[_LABEL]], self.templates)
+        return given_captions(value, key, self._caption or "its class's name")
 
 
 def _load(name: str, split: str, spec: str) -> Any:
@@ -149,7 +145,7 @@ def _load(name: str, split: str, spec: str) -> Any:
 
 
 def _columns(features: Any, spec: str, columns: Named) -> tuple[str, str | None]:
-    """Of pictures and of captions."""
+    """Return the names of the columns of pictures and of captions."""
     names = list(features)
     pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     known = [name.lower() for name in pictures] or IMAGE_COLUMNS

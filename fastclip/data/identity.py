@@ -21,7 +21,7 @@ _KEYS, _CAPTIONS = 4096, 256  # samples that are looked at, evenly spread; capti
 
 
 def picture_places(source: Source) -> Iterator[tuple[str, str]]:
-    """The real path of the file that holds each sample's picture, "" where there is none, and the name of it inside.
+    """Yield the real path of the file that holds each sample's picture, "" without a file, and its name in the file.
 
     One picture has one place: spellings of its path, relative ones and links are the same.
     """
@@ -29,7 +29,7 @@ def picture_places(source: Source) -> Iterator[tuple[str, str]]:
 
 
 def picture_states(source: Source) -> Iterator[str]:
-    """Of each sample a text that changes where its picture is another one: the place, and size and time of the file.
+    """Yield a text for each sample that changes when its picture does: the place, and size and time of the file.
 
     For keys of what is kept from one call to the next (`fastclip.evaluation.features.FeatureStore`). Costs a look at
     each file's entry, and reads none.
@@ -52,7 +52,7 @@ def _files(source: Source) -> Iterator[tuple[str, str, os.stat_result | None]]:
 
 
 def _real(name: str, folders: dict[str, str]) -> tuple[str, os.stat_result | None]:
-    """The file's real path and state; links of its folder are followed once for all files in it."""
+    """Return the file's real path and state; links of its folder are followed once for all files in it."""
     folder, base = os.path.split(name)
     try:
         state = os.lstat(name) if name else None
@@ -69,10 +69,10 @@ def _real(name: str, folders: dict[str, str]) -> tuple[str, os.stat_result | Non
 
 
 def fingerprint(source: Source) -> str:
-    """16 hex digits of the number, the order, the keys and the captions of samples; no picture is read.
+    """Return 16 hex digits of the number, the order, the keys and the captions of samples; no picture is read.
 
-    Of keys what follows the folder that all of a part have: however it is spelled, and wherever it was moved to, a
-    folder has the same samples.
+    Keys count without the folder that all of a part share: a folder that is spelled otherwise, or was moved, has the
+    same samples.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part, draws in source.parts if isinstance(source, Mixture) else [(source, len(source))]:
@@ -84,7 +84,7 @@ def fingerprint(source: Source) -> str:
 
 def _bytes(text: str) -> bytes:
     try:
-        return text.encode("utf-8", "surrogateescape")  # a file's name as the disk has it
+        return text.encode("utf-8", "surrogateescape")  # a file's name as the disk has it; runs have kept such digests
     except UnicodeEncodeError:  # JSON may hold any half of a surrogate pair
         return text.encode("utf-8", "surrogatepass")
 
@@ -104,8 +104,10 @@ def _captions(source: Source) -> Iterator[str]:
 
 
 def one_a_picture(source: Source) -> Source:
-    """A table as one sample a picture (`picture_places`), with the captions of all its rows, each once; another source
-    as it is."""
+    """Return a table with one sample a picture (`picture_places`), which has each caption of its rows once.
+
+    Another kind of source is returned as it is.
+    """
     if not isinstance(source, Table):
         return source
     rows: dict[tuple[str, str], list[int]] = {}

@@ -45,7 +45,7 @@ def class_names(name: str) -> tuple[str, ...]:
 
 
 def folder_places(name: str) -> dict[str, int]:
-    """Of every name that a class folder may have its place in `class_names`.
+    """Return the place in `class_names` of every name that a class folder may have.
 
     The names are WordNet ids, for all 1,000 classes also their numbers, as ImageNet-V2 (Recht et al. 2019) has them:
     folder ``10`` is class 10, which in alphabetical order would be the third.

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.data.captions import given_captions
-from fastclip.data.faults import BadSample
 from fastclip.data.files import existing, read_file
 from fastclip.data.source import PictureFiles, Strings
 from fastclip.reading import parse_json
 
 __all__ = ["Karpathy", "absolute_split", "is_split_file", "split_places"]
 
+# the shortest name that ends in .json is the file, for the folder after it may hold another .json
 _SPEC = re.compile(r"(?P<file>.+?\.json)(?::(?P<splits>[^:]*)(?::(?P<folder>.+))?)?", re.DOTALL | re.IGNORECASE)
 
 
 def is_split_file(spec: str) -> bool:
-    """Whether it has the form of a `Karpathy`'s spec."""
+    """Return True if `spec` has the form of a `Karpathy`'s."""
     return _SPEC.fullmatch(spec) is not None
 
 
@@ -30,12 +30,12 @@ def absolute_split(spec: str) -> str:
     """Return a `Karpathy`'s spec with the absolute paths of its file and of its folder."""
     match = _SPEC.fullmatch(spec)
     assert match is not None, spec
-    found = (os.path.abspath(match["file"]), match["splits"], match["folder"] and os.path.abspath(match["folder"]))
-    return ":".join(text for text in found if text is not None)
+    parts = (os.path.abspath(match["file"]), match["splits"], match["folder"] and os.path.abspath(match["folder"]))
+    return ":".join(part for part in parts if part is not None)
 
 
 def split_places(spec: str) -> list[Path]:
-    """The file of a `Karpathy`'s spec, and the folder of its pictures where that is named; none of other specs."""
+    """Return the file of a `Karpathy`'s spec and the folder of pictures that it names; [] for another spec."""
     match = _SPEC.fullmatch(spec)
     return [Path(place) for place in match.group("file", "folder") if place] if match else []
 
@@ -68,8 +68,8 @@ class Karpathy(PictureFiles):
         counts = Counter(image["split"] for image in images)
         self.splits = tuple((match["splits"] or "").split("+"))
         if unknown := [split for split in self.splits if split not in counts]:
-            told = f"there is no split {unknown[0]!r}" if unknown[0] else f"name a split, as in {file}:test"
-            raise ValueError(f"{spec}: {told}; {file} has {', '.join(f'{name} ({n:,})' for name, n in counts.items())}")
+            what = f"there is no split {unknown[0]!r}" if unknown[0] else f"name a split, as in {file}:test"
+            raise ValueError(f"{spec}: {what}; {file} has {', '.join(f'{name} ({n:,})' for name, n in counts.items())}")
         images = [image for image in images if image["split"] in self.splits]
         folder, deep = _root(spec, file, match["folder"], self.dataset, images)
         super().__init__(spec, folder)
@@ -77,24 +77,22 @@ class Karpathy(PictureFiles):
         for image in images:
             self._names.append(_name(image, deep))
             for sentence in image["sentences"]:
-                if text := sentence["raw"].strip():
-                    self._captions.append(text)
+                self._captions.append(sentence["raw"])
             self._ends.append(len(self._captions))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        key, start, end = self.key(index), self._ends[index], self._ends[index + 1]
-        if start == end:
-            raise BadSample("no caption", key, "it has no caption")
-        return given_captions([self._captions[place] for place in range(start, end)], key)
+        places = range(self._ends[index], self._ends[index + 1])
+        return given_captions([self._captions[place] for place in places], self.key(index))
 
     def _file(self, index: int) -> Path:
+        # a disk may have the name in another Unicode form than the JSON file
         return existing(self._folder, self._names[index]) or super()._file(index)
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """The object in it, of whose images the keys that are used are there."""
-    found = parse_json(read_file(file), str(file))
-    images = found.get("images")
+    """Return the object in the file, after a check that its images have the keys that are used."""
+    content = parse_json(read_file(file), str(file))
+    images = content.get("images")
     if not isinstance(images, list) or not images:
         raise ValueError(f'{file} is none of Karpathy\'s split files: it has no list "images"')
     for number, image in enumerate(images):
@@ -107,7 +105,7 @@ def _load(file: Path) -> dict[str, Any]:
         if not good:
             wanted = '"filename", "split" and "sentences", a list of objects with "raw"'
             raise ValueError(f"{file} is none of Karpathy's split files: its image {number} must have {wanted}")
-    return dict(found)
+    return dict(content)
 
 
 def _name(image: dict[str, Any], deep: bool) -> str:
@@ -117,11 +115,11 @@ def _name(image: dict[str, Any], deep: bool) -> str:
 def _root(
     spec: str, file: Path, folder: str | None, dataset: str, images: Sequence[dict[str, Any]]
 ) -> tuple[Path, bool]:
-    """The first folder that holds a picture, and whether they are in its folders "filepath"."""
+    """Return the first folder that holds a picture, and whether its pictures lie in folders called "filepath"."""
     beside = (file.parent, file.parent / "images", file.parent / f"{dataset}-images")
     folders = beside if folder is None else (Path(folder),)
     for root in folders:
-        for deep in (True, False):
+        for deep in (True, False):  # COCO's archives unpack into such folders, which many put into one
             if any(existing(root, _name(image, deep)) for image in images):
                 return root, deep
     where, first = " or ".join(map(str, folders)), images[0]["filename"]

@@ -90,7 +90,7 @@ def training_batches(
 
 
 def _micro_batch_rows(batch_size: int, micro_batch: int | None, rank: int, ranks: int) -> list[tuple[int, int]]:
-    """The first row of a step's batch, and the row after the last, of each of this rank's micro-batches."""
+    """Return each of this rank's micro-batches as its first row in a step's batch and the row after its last."""
     if batch_size < ranks:
         raise ValueError(f"batch_size must be at least the {ranks} ranks, got {batch_size}")
     start, stop = rank * batch_size // ranks, (rank + 1) * batch_size // ranks
@@ -176,7 +176,7 @@ class _Training(Dataset[Batch]):
         return Batch(default_collate(images), ids, torch.tensor(labels), tuple(keys), tuple(skipped))
 
     def _candidates(self, draw: Draw) -> Iterator[tuple[int, int]]:
-        """The sample that was drawn, then any others, each with the seed of what is done with it."""
+        """Yield the sample that was drawn, then others at random, each with the seed of its caption and transform."""
         yield draw.sample, mix(self._seed, draw.epoch, draw.sample)
         for attempt in range(1, _TRIES):
             seed = mix(self._seed, draw.epoch, draw.sample, attempt)
@@ -231,7 +231,7 @@ def _usable(
     epoch: int = 0,
     min_side: int | None = None,
 ) -> tuple[Record, Tensor, int, list[Fault]]:
-    """The first sample that can be used, transformed; its seed; and what is wrong with those before it."""
+    """Return the first sample that can be used, its picture transformed, its seed, and the faults before it."""
     faults: list[Fault] = []
     for sample, seed in candidates:
         try:
@@ -261,9 +261,9 @@ def _transformed(transform: Transform, record: Record, seed: int) -> Tensor:
 
 
 def _text_label(text: str) -> int:
-    """63 bits that differ where texts do; the same on every machine."""
+    """Return 63 bits that differ if texts do, the same on every machine; Python's `hash` differs in each process."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(digest, "little") >> 1  # labels are int64 and not negative
 
 
 def _unshared(batch: Batch) -> Batch:

@@ -7,10 +7,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any
 
 from fastclip.data.faults import Tally
-from fastclip.data.source import Record, Source, picture_bytes, picture_place, read_sample, sample_fields
+from fastclip.data.source import Record, Source, read_sample
+from fastclip.data.subset import Borrowed
 
 __all__ = ["Mixture"]
 
@@ -18,7 +18,7 @@ _MOST = 1_000_000  # of a weight; Python's len() ends at 2^63
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-class Mixture:
+class Mixture(Borrowed):
     """Sources joined; an epoch draws round(weight size) samples of each.
 
     With a whole weight an epoch draws every sample of a source so many times. With a fraction it draws some, evenly
@@ -54,6 +54,7 @@ class Mixture:
             if (passed := getattr(source, "passed", None)) is not None:
                 self.passed.merge(passed.counts, passed.keys)
         first = sources[0]
+        # a label is a place in its own source's list of classes, and means another class in another list
         self._with_classes = all(source.class_names == first.class_names for source in sources)
         self.class_names = first.class_names if self._with_classes else ()
         self.templates = first.templates if self._with_classes else ()
@@ -67,39 +68,16 @@ class Mixture:
         """Samples that an epoch draws."""
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Record:
-        return self.read(index)
-
     def read(self, index: int, *, epoch: int = 0, min_side: int | None = None) -> Record:
         """As `fastclip.data.source.read_sample`, in any epoch."""
-        source, sample = self._locate(epoch, index)
-        record = read_sample(source, sample, min_side=min_side)
+        record = read_sample(*self._locate(index, epoch), min_side=min_side)
         return record if self._with_classes else record._replace(label=None)
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        source, sample = self._locate(0, index)
-        return source.captions(sample)
-
     def key(self, index: int, *, epoch: int = 0) -> str:
-        source, sample = self._locate(epoch, index)
+        source, sample = self._locate(index, epoch)
         return source.key(sample)
 
-    def picture_bytes(self, index: int) -> bytes | None:
-        """As `fastclip.data.source.picture_bytes`."""
-        source, sample = self._locate(0, index)
-        return picture_bytes(source, sample)
-
-    def picture_place(self, index: int) -> tuple[str, str]:
-        """As `fastclip.data.source.picture_place`."""
-        source, sample = self._locate(0, index)
-        return picture_place(source, sample)
-
-    def fields(self, index: int) -> dict[str, Any]:
-        """As `fastclip.data.source.sample_fields`."""
-        source, sample = self._locate(0, index)
-        return sample_fields(source, sample)
-
-    def _locate(self, epoch: int, index: int) -> tuple[Source, int]:
+    def _locate(self, index: int, epoch: int = 0) -> tuple[Source, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"{index} of {len(self)}")
         part = bisect_right(self._ends, index)

@@ -16,7 +16,7 @@ __all__ = ["Draw", "Order", "mix", "spread"]
 
 
 def spread(size: int, most: int) -> Iterator[int]:
-    """At most `most` of the numbers from 0 to `size` - 1, evenly spread, in order."""
+    """Yield at most `most` of the numbers from 0 to `size` - 1, evenly spread, in order."""
     count = min(size, most)
     return (k * size // count for k in range(count))
 

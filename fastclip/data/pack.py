@@ -36,7 +36,7 @@ _KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # whose files are copi
 
 
 class Packed(NamedTuple):
-    """What `pack_source` leaves."""
+    """The counts of what `pack_source` has written."""
 
     shards: int  # with samples in them
     samples: int
@@ -177,7 +177,7 @@ class _Nothing(Exception):
 
 
 def _content(source: Source, indices: Sequence[int]) -> str:
-    """Another text once one of these samples has changed."""
+    """Return a text that changes once one of these samples does."""
     digest = hashlib.blake2b(digest_size=16)
     for index in indices:
         digest.update(sample_stamp(source, index).encode("utf-8", "surrogatepass") + b"\0")
@@ -201,7 +201,7 @@ def _add(tar: tarfile.TarFile, key: str, sample: _Sample) -> None:
 
 
 def _finished(output: Path, shard: int, about: dict[str, Any], content: str) -> dict[str, Any] | None:
-    """The stats of a shard that is whole and of these samples; None where it has to be written."""
+    """Return the stats of a shard that is whole and holds these samples; None if it has to be written."""
     name, tar = output / f"{shard:05d}_stats.json", output / f"{shard:05d}.tar"
     if not name.is_file():
         if tar.exists():

@@ -8,6 +8,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from fastclip.rounding import ceil_div
+
 __all__ = ["Permutation", "mix"]
 
 _ROUNDS = 8  # at 4, a chi-square test over all permutations of five numbers tells it from a shuffle; at 6 no more
@@ -38,15 +40,15 @@ class Permutation:
             raise ValueError(f"size must be positive and under 2**62, got {size}")
         self.size = size
         self._right = math.isqrt(size - 1) + 1  # 2 of 3: with a single column there are rotations only
-        self._left = -(-size // self._right)
+        self._left = ceil_div(size, self._right)
         self._keys = [(np.uint64(mix(key, k, 0)), np.uint64(mix(key, k, 1))) for k in range(_ROUNDS)]
 
     def __call__(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """(n,) places from 0 to `size` - 1 -> the numbers there, (n,) int64; the same however places are grouped."""
-        found = self._network(places.astype(np.uint64))
-        while (beyond := np.flatnonzero(found >= np.uint64(self.size))).size:
-            found[beyond] = self._network(found[beyond])
-        return found.astype(np.int64)
+        numbers = self._network(places.astype(np.uint64))
+        while (beyond := np.flatnonzero(numbers >= np.uint64(self.size))).size:
+            numbers[beyond] = self._network(numbers[beyond])
+        return numbers.astype(np.int64)
 
     def _network(self, places: _Words) -> _Words:
         left, right = np.divmod(places, np.uint64(self._right))

@@ -1,4 +1,4 @@
-"""Pictures as they lie in files."""
+"""Read pictures from files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "MPO", "A
 
 
 def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None) -> Image.Image:
-    """The picture, all its pixels read and turned upright as its EXIF data say; of an animation the first.
+    """Return the picture, all its pixels read and turned upright as its EXIF data say; of an animation the first.
 
     Its mode is the file's, which ``convert("RGB")`` turns into colours: transparency is dropped, as open_clip does, and
     here already where each colour of a palette has its own. The modes of more than 8 bits, of which Pillow would cut
@@ -77,8 +77,8 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
                 del image.info["transparency"]  # of which convert("RGB") warns, and which it drops
             return eight_bits(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        told = f"the image is too large; --max-pixels allows more: {error}"
-        raise BadSample("image too large", key, told) from error
+        what = f"the image is too large; --max-pixels allows more: {error}"
+        raise BadSample("image too large", key, what) from error
     except UnidentifiedImageError as error:  # its text shows the file object, of which a reader knows nothing
         what = f"not a picture that can be read: {_unknown(file)}"
         raise BadSample("not an image", key, what) from error
@@ -102,7 +102,7 @@ def limit_pixels(pixels: int) -> None:
 
 
 def limit_in_words() -> str:
-    """The largest number of pixels, on which it depends what can be read; "" for the usual one."""
+    """Return the limit of pixels in words, for keys of what was computed from pictures; "" for the usual limit."""
     return "" if Image.MAX_IMAGE_PIXELS == USUAL_PIXELS else f"{Image.MAX_IMAGE_PIXELS} pixels"
 
 
@@ -119,7 +119,7 @@ def pixels_limited(pixels: int | None) -> Iterator[None]:
 
 
 def drawn() -> Image.Exif:
-    """What a picture that a command draws is saved with, ``save(file, exif=drawn())``, so that `is_drawn` knows it."""
+    """Return the EXIF data that mark a picture as drawn by a command: ``save(file, exif=drawn())``, for `is_drawn`."""
     exif = Image.Exif()
     exif[_SOFTWARE] = "fastclip"
     return exif
@@ -135,7 +135,7 @@ def is_drawn(file: Path) -> bool:
 
 
 def _unknown(file: BinaryIO) -> str:
-    """What is known of a file of no known format."""
+    """Return what a message can say about a file of no known format."""
     file.seek(0)
     head = file.read(32)
     if not head:
@@ -147,7 +147,7 @@ def _unknown(file: BinaryIO) -> str:
 
 @cache
 def picture_formats() -> tuple[str, ...]:
-    """What Pillow may take a file for: none of these starts a program."""
+    """Return the formats that Pillow may take a file for; none of these starts a program."""
     Image.init()
     if _HEIF:
         import pillow_heif
@@ -157,7 +157,7 @@ def picture_formats() -> tuple[str, ...]:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of more than 8 bits a channel as L, as `read_picture` says; any other as it is."""
+    """Return a picture of more than 8 bits a channel as L, as `read_picture` describes; any other as it is."""
     if image.mode[0] not in "IF":
         return image
     pixels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)

@@ -42,7 +42,7 @@ def read_class_names(name: str) -> tuple[str, ...]:
         ValueError: it holds none, or an empty line before the last, which is named.
     """
     names = _lines(name, "class names")
-    while names and not names[-1]:
+    while names and not names[-1]:  # line ends at the end of a file name no class
         names.pop()
     if "" in names:
         raise ValueError(f"{name}, line {names.index('') + 1}: a class without a name")

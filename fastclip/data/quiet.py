@@ -53,7 +53,7 @@ def _set() -> None:
 
 
 def _forked() -> None:
-    """The other threads, which might be inside, are not in this process."""
+    """Put the filters back in a forked process, which has none of the other threads that may be inside."""
     global _inside
     if _inside:
         _inside = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,20 +14,20 @@ from filelock import FileLock
 
 from fastclip import _env
 from fastclip.data.braces import brace_names
-from fastclip.data.faults import noting
+from fastclip.data.faults import in_threads
+from fastclip.data.files import is_hidden
 from fastclip.durable import mend_files, new_file, write_text
 
 __all__ = ["local_copies", "shard_urls"]
 
 logger = logging.getLogger(__name__)
 
-_THREADS = 8
 # What storages tell of a file that changes when it does, the first of them that there is
 _MARKS = ("Content-MD5", "md5Hash", "ETag", "etag", "LastModified", "Last-Modified", "updated", "mtime")
 
 
 def shard_urls(pattern: str) -> list[str]:
-    """URLs of a URL, a brace pattern (``s3://bucket/{00000..00009}.tar``), or one with ``*`` where it can be listed.
+    """Return the URLs of a brace pattern (``s3://bucket/{00000..00009}.tar``), or one with ``*`` if it can be listed.
 
     As in a shell ``*`` finds no hidden names, and folders are left out.
 
@@ -37,12 +36,12 @@ def shard_urls(pattern: str) -> list[str]:
         ImportError: a library that fsspec needs for this kind of URL is not installed.
         OSError: it cannot be listed.
     """
-    found: list[str] = []
+    urls: list[str] = []
     for name in brace_names(pattern):
         if not urlsplit(name).path.endswith(".tar"):
             raise ValueError(f"{name}: of URLs only tar shards are read, whose names end in .tar")
-        found += _listed(name) if "*" in name else [name]
-    return list(dict.fromkeys(found))
+        urls += _listed(name) if "*" in name else [name]
+    return list(dict.fromkeys(urls))
 
 
 def _listed(pattern: str) -> list[str]:
@@ -54,18 +53,18 @@ def _listed(pattern: str) -> list[str]:
     except Exception as error:  # every kind of storage has its own
         raise OSError(f"{pattern}: cannot be listed: {_reason(error)}") from error
     names = [name for name, info in listed.items() if info.get("type") != "directory"]
-    found = sorted(system.unstrip_protocol(name) for name in names if _is_hidden(path) or not _is_hidden(name))
-    if not found:
+    urls = sorted(system.unstrip_protocol(name) for name in names if _in_hidden(path) or not _in_hidden(name))
+    if not urls:
         raise ValueError(f"no such shards: {pattern}")
-    return found
+    return urls
 
 
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in PurePosixPath(path).parts)
+def _in_hidden(path: str) -> bool:
+    return any(map(is_hidden, PurePosixPath(path).parts))
 
 
 def local_copies(urls: list[str], problems: list[str] | None = None) -> dict[str, str]:
-    """Path of the copy of every URL, in order; what is not in `fastclip._env.cache_folder()` is copied there.
+    """Return the path of the copy of every URL, in order, in `fastclip._env.cache_folder()`; missing ones are copied.
 
     A copy is made under another name and renamed when it has the size that the server tells. Processes that start at
     once wait for each other. A copy whose size, or whose checksum, tag or time, is no longer the server's is made anew;
@@ -78,17 +77,7 @@ def local_copies(urls: list[str], problems: list[str] | None = None) -> dict[str
         OSError: a URL cannot be read, or the disk is full; the message names it.
         ImportError: a library that fsspec needs for this kind of URL is not installed.
     """
-    with ThreadPoolExecutor(min(_THREADS, len(urls)) or 1) as pool:
-        futures = {url: pool.submit(_local_copy, url) for url in urls}
-        found = {}
-        try:
-            for url, future in futures.items():
-                with noting(problems):
-                    found[url] = future.result()
-            return found
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    return in_threads(_local_copy, urls, problems)
 
 
 def _local_copy(url: str) -> str:
@@ -98,6 +87,7 @@ def _local_copy(url: str) -> str:
     digest = hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     copy = _env.cache_folder() / "shards" / digest / PurePosixPath(urlsplit(url).path).name
     copy.parent.mkdir(parents=True, exist_ok=True)
+    # the ranks of a run start at once, and one of them copies
     with FileLock(copy.with_name(f"{copy.name}.lock")):
         have = copy.stat().st_size if copy.exists() else None
         try:
@@ -120,7 +110,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _Short(Exception):
-    """Fewer bytes came, or more, than were told."""
+    """The number of bytes that came is not the one that the server declared."""
 
 
 def _copy(system: Any, path: str, copy: Path, info: Mapping[str, Any]) -> None:
@@ -144,7 +134,7 @@ def _marks(copy: Path) -> Path:
 
 
 def _copied(copy: Path) -> str:
-    """The mark of the file that was copied; "" where none is known."""
+    """Return the mark of the file that was copied; "" if none is known."""
     return _marks(copy).read_text("utf-8") if _marks(copy).is_file() else ""
 
 
@@ -158,4 +148,5 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _protocols(system: Any) -> tuple[str, ...]:
+    # fsspec has one name or several
     return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)

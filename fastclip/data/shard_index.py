@@ -1,4 +1,4 @@
-"""The samples of a shard and where they lie in it: found once, and kept in a small file.
+"""The samples of a shard and their places in it, looked for once and kept in a small file.
 
     00000.tar.fastclip-index    beside the shard, or under another name in `fastclip._env.cache_folder()`
 
@@ -14,12 +14,10 @@ import io
 import json
 import logging
 import os
-import random
 import struct
 import tarfile
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastclip import _env
-from fastclip.data.faults import Fault, Tally, noting
+from fastclip.data.faults import Fault, Tally, in_threads
 from fastclip.data.files import open_file
-from fastclip.data.shard_samples import FAULTS, UNTOLD, Sample, shard_samples
+from fastclip.data.shard_samples import FAULTS, UNTOLD, WANTED, Sample, shard_samples
 from fastclip.data.tar_index import BLOCK, read_exactly, tar_members
 from fastclip.durable import mend_files, write_bytes
 from fastclip.reading import parse_json
@@ -51,11 +49,10 @@ _HEAD = struct.Struct("<8sqqqqqI")  # magic, the shard's size and time, bytes of
 _MAGIC = b"fcindex5"
 _CHECKED = 2  # headers that an index is compared with when it is loaded
 _LARGEST = 2**32 * BLOCK
-_THREADS = 16  # they wait for the disk, or for the network behind it
 
 
 class Stamp(NamedTuple):
-    """What changes when a file does."""
+    """The size and time of a file, which change when the file does."""
 
     size: int
     mtime_ns: int
@@ -76,9 +73,7 @@ def stamp_of(stat: os.stat_result) -> Stamp:
 def index_shards(
     paths: Sequence[str], names: Sequence[str], problems: list[str] | None = None
 ) -> list[ShardIndex | None]:
-    """The index of every shard, in order; by several threads. The log names those that are not whole.
-
-    Processes that start at once, as the ranks of a run do, each begin elsewhere and find what others have written.
+    """Return the index of every shard, in order; several threads read. The log names the shards that are not whole.
 
     Args:
         names: what messages call the shards.
@@ -90,38 +85,27 @@ def index_shards(
         ValueError: it is no tar file, or holds no pictures, or none that can be used; it is named.
     """
     mend_files(_env.cache_folder() / "index")
-    places = random.Random().sample(range(len(paths)), len(paths))
-    with ThreadPoolExecutor(min(_THREADS, len(paths)) or 1) as pool:
-        futures = {place: pool.submit(index_of, paths[place], names[place]) for place in places}
-        found: list[ShardIndex | None] = [None] * len(paths)
-        try:
-            for place in range(len(paths)):
-                with noting(problems):
-                    found[place] = futures[place].result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    for name, index in zip(names, found, strict=True):
-        if index is not None and index.damage:
-            if problems is not None:
-                problems.append(f"{name}: {index.damage}")
-            else:
-                logger.warning("%s: %s", name, index.damage)
-    return found
+    shards = range(len(paths))
+    usable = in_threads(lambda shard: index_of(paths[shard], names[shard]), shards, problems)
+    for shard, index in usable.items():
+        if index.damage and problems is not None:
+            problems.append(f"{names[shard]}: {index.damage}")
+        elif index.damage:
+            logger.warning("%s: %s", names[shard], index.damage)
+    return [usable.get(shard) for shard in shards]
 
 
 def index_of(path: str, name: str) -> ShardIndex:
-    """The index of one shard; as `index_shards`, without a word in the log."""
+    """Return the index of one shard, as `index_shards` does, without a line in the log."""
     files = Path(f"{path}.fastclip-index"), _cached(path)
     with open_file(path, buffering=0) as shard:
         before = stamp_of(os.fstat(shard.fileno()))
         for file in files:
             if (kept := _load(file, before, shard)) is not None:
                 return kept
-        found = _build(shard, name)
+        index = ShardIndex(before, *_build(shard, name))
         if stamp_of(os.fstat(shard.fileno())) != before:
             raise ValueError(f"{name}: the shard changed while it was indexed")
-    index = ShardIndex(before, *found)
     for file in files:
         try:
             _store(file, index)
@@ -137,7 +121,7 @@ def _cached(path: str) -> Path:
 
 
 def _load(file: Path, stamp: Stamp, shard: BinaryIO) -> ShardIndex | None:
-    """None where there is none for a shard of this stamp and these headers, or a damaged one."""
+    """Return the index that is kept in a file; None if it is damaged, or made for another stamp or other headers."""
     try:
         data = file.read_bytes()
     except OSError:
@@ -146,21 +130,20 @@ def _load(file: Path, stamp: Stamp, shard: BinaryIO) -> ShardIndex | None:
         return None
     magic, size, mtime_ns, rows, keys, notes, checksum = _HEAD.unpack_from(data)
     content = memoryview(data)[_HEAD.size :]
-    told = magic, Stamp(size, mtime_ns), rows + keys + notes
-    if told != (_MAGIC, stamp, len(content)) or zlib.crc32(content) != checksum:
+    head = magic, Stamp(size, mtime_ns), rows + keys + notes
+    if head != (_MAGIC, stamp, len(content)) or zlib.crc32(content) != checksum:
         return None
     table, rest = np.frombuffer(content[:rows], ROW), bytes(content[rows:])
     usable = table[table["picture_crc"] > 0]
     for row in usable[:: max(1, len(usable) // _CHECKED)]:
         if _header_crc(shard, int(row["picture_block"]) * BLOCK) != row["picture_crc"]:
             return None
-    about, passed = parse_json(rest[keys:], str(file)), Tally()
-    passed.merge(about["passed"], about["first"])
-    return ShardIndex(stamp, table, rest[:keys], about["damage"], passed)
+    about = parse_json(rest[keys:], str(file))
+    return ShardIndex(stamp, table, rest[:keys], about["damage"], Tally.of(about["passed"], about["first"]))
 
 
 def _store(file: Path, index: ShardIndex) -> None:
-    """Whoever reads finds all of it or nothing."""
+    """Keep the index in a file; a reader finds all of it or nothing."""
     about = {"damage": index.damage, "passed": index.passed.counts, "first": index.passed.keys}
     parts = index.rows.tobytes(), index.keys, json.dumps(about).encode()
     content = b"".join(parts)
@@ -170,16 +153,16 @@ def _store(file: Path, index: ShardIndex) -> None:
 
 
 def _build(shard: BinaryIO, name: str) -> tuple[Rows, bytes, str, Tally]:
-    """Rows, keys, damage and the members passed over of `ShardIndex`."""
+    """Return the rows, keys, damage and passed-over members of a `ShardIndex`."""
     try:
-        found = tar_members(shard)
+        contents = tar_members(shard)
     except tarfile.TarError as error:
         raise ValueError(f"{name}: not a tar file, or one that is cut off: {error}") from error
     end = shard.seek(0, io.SEEK_END)
     if end >= _LARGEST:
         raise ValueError(f"{name}: a shard must be smaller than 2 TiB, has {end:,} bytes")
-    samples, passed = shard_samples(found, end)
-    damage = _damage(samples, found.broken, passed, name)
+    samples, passed = shard_samples(contents, end)
+    damage = _damage(samples, contents.broken, passed, name)
     rows, keys = np.zeros(len(samples), ROW), [os.fsencode(sample.key) for sample in samples]
     rows["key_end"] = list(accumulate(map(len, keys)))
     rows["state"] = [sample.state for sample in samples]
@@ -198,16 +181,16 @@ def _header_crc(shard: BinaryIO, place: int) -> int:
 
 
 def _damage(samples: Sequence[Sample], broken: str, passed: Tally, name: str) -> str:
-    """ValueError where there is nothing to use."""
+    """Return the damage of a shard, "" for a whole one; ValueError if none of its samples can be used."""
     usable = sum(sample.picture is not None for sample in samples)
     if broken and not usable:
         raise ValueError(f"{name}: not a tar file, or one that is cut off or damaged: {broken}")
-    but = f"; it holds {passed}" if passed.total else ""
+    but = passed.also_holds()
     if not samples:
         raise ValueError(f"{name}: the shard holds no pictures{but}")
     if not usable and all(sample.state == UNTOLD for sample in samples):
-        told = FAULTS[UNTOLD][1].partition(": ")[2]
-        raise ValueError(f"{name}: none of {len(samples)} pictures has a caption, first {samples[0].key}: {told}{but}")
+        first = f"first {samples[0].key}: {WANTED}"
+        raise ValueError(f"{name}: none of {len(samples)} pictures has a caption, {first}{but}")
     if not usable:
         causes = Tally(Fault(FAULTS[sample.state][0], sample.key, "") for sample in samples)
         raise ValueError(f"{name}: none of {len(samples)} samples can be used: {causes}{but}")

@@ -1,15 +1,17 @@
-"""The samples that the members of a shard make, and what cannot be used of them."""
+"""Group the members of a shard into samples, and name those that cannot be used."""
 
 from __future__ import annotations
 
+import posixpath
 import re
 from typing import NamedTuple
 
-from fastclip.data.faults import Fault, Tally
+from fastclip.data.faults import Tally
+from fastclip.data.files import is_hidden
 from fastclip.data.picture import PICTURE_SUFFIXES
-from fastclip.data.tar_index import BLOCK, Member, Members
+from fastclip.data.tar_index import Member, Members
 
-__all__ = ["CLASS", "FAULTS", "JSON", "KINDS", "LARGE", "TEXT", "UNTOLD", "Sample", "shard_samples"]
+__all__ = ["CLASS", "FAULTS", "JSON", "KINDS", "LARGE", "TEXT", "UNTOLD", "WANTED", "Sample", "shard_samples"]
 
 # webdataset's: folders and all before the first dot of the name are the key. A name that begins with a dot has none.
 _MEMBER = re.compile(r"^((?:.*/|)[^./]+)(\.[^/]*)$", re.DOTALL)
@@ -19,10 +21,10 @@ _MEMBER = re.compile(r"^((?:.*/|)[^./]+)(\.[^/]*)$", re.DOTALL)
 TEXT, JSON, CLASS = 1, 2, 4
 UNTOLD, REPEATED, CUT, UNSEEN, LOST, LARGE = range(8, 14)
 KINDS = {".txt": TEXT, ".json": JSON, ".cls": CLASS}  # of captions, in the order in which they are asked
-_WANTED = "a .txt, a .json or a .cls of the same name must lie in the shard"
+WANTED = "a .txt, a .json or a .cls of the same name must lie in the shard"
 # Cause, and what is wrong
 FAULTS = {
-    UNTOLD: ("no caption", f"it has no caption: {_WANTED}"),
+    UNTOLD: ("no caption", f"it has no caption: {WANTED}"),
     REPEATED: ("duplicate member", "the shard has this sample twice, of which the first counts"),
     CUT: ("cut shard", "the shard ends before it does"),
     UNSEEN: (
@@ -44,8 +46,8 @@ class Sample(NamedTuple):
     number: Member | None = None  # of the class
 
 
-def shard_samples(found: Members, end: int) -> tuple[list[Sample], Tally]:
-    """Every key with a picture, or with what stands for one, in order; then one more for each that has a member twice.
+def shard_samples(contents: Members, end: int) -> tuple[list[Sample], Tally]:
+    """Return a sample for each key with a picture, or what stands for one; then one for each key with a member twice.
 
     Args:
         end: bytes of the file.
@@ -56,10 +58,10 @@ def shard_samples(found: Members, end: int) -> tuple[list[Sample], Tally]:
     groups: dict[str, dict[str, Member]] = {}
     repeated: dict[str, Sample] = {}
     passed = Tally()
-    for member in found.members:
+    for member in contents.members:
         if (match := _MEMBER.match(member.name)) is None:
-            hidden = member.name.rpartition("/")[2].startswith(".")
-            passed.add([Fault("hidden" if hidden else "without a suffix", member.name, "")])
+            hidden = is_hidden(posixpath.basename(member.name))
+            passed.count("hidden" if hidden else "without a suffix", member.name)
             continue
         key, kind = match[1], match[2].lower()
         group = groups.setdefault(key, {})
@@ -69,43 +71,45 @@ def shard_samples(found: Members, end: int) -> tuple[list[Sample], Tally]:
                 group.setdefault("picture", member)
         elif kind in PICTURE_SUFFIXES or kind in KINDS:
             repeated[key] = Sample(key, REPEATED)
-            passed.add([Fault("repeated", member.name, "")])
+            passed.count("repeated", member.name)
         else:
-            passed.add([Fault(kind, member.name, "")])
+            passed.count(kind, member.name)
     lost: dict[str, set[str]] = {}
-    for name, why in found.lost:
-        passed.add([Fault(why, name, "")])
+    for name, why in contents.lost:
+        passed.count(why, name)
         if match := _MEMBER.match(name):
             lost.setdefault(match[1], set()).add(match[2].lower())
             groups.setdefault(match[1], {})
     samples = {}
     for key, group in groups.items():
         sample = _sample(key, group, lost.get(key, set()), end)
-        used = {"picture", *KINDS} if sample is not None else set()
-        passed.add(
-            Fault(kind if sample or kind not in KINDS else f"{kind} without a picture", member.name, "")
-            for kind, member in group.items()
-            if kind not in used and member != group.get("picture")
-        )
         if sample is not None:
             samples[key] = sample
+        for kind, member in group.items():
+            if member == group.get("picture"):
+                continue
+            if kind not in KINDS:
+                passed.count(kind, member.name)
+            elif sample is None:
+                passed.count(f"{kind} without a picture", member.name)
     return [*samples.values(), *(sample for key, sample in repeated.items() if key in samples)], passed
 
 
 def _sample(key: str, group: dict[str, Member], lost: set[str], end: int) -> Sample | None:
-    """None where nothing in `group` asks for a picture."""
-    picture, told = group.get("picture"), [group.get(kind) for kind in KINDS]
+    """Return the sample of a key's members; None if they neither are nor promise a picture."""
+    picture, captions = group.get("picture"), [group.get(kind) for kind in KINDS]
     if picture is None:
-        if lost & PICTURE_SUFFIXES and (any(told) or lost & {*KINDS}):
+        if lost & PICTURE_SUFFIXES and (any(captions) or lost & {*KINDS}):
             return Sample(key, LOST)
         compound = any(f".{kind.rpartition('.')[2]}" in PICTURE_SUFFIXES for kind in group)
-        return Sample(key, UNSEEN) if compound and any(told) else None
-    first = next((member for member in told if member is not None), None)
-    if any(member.header + BLOCK + member.size > end for member in (picture, first) if member is not None):
+        return Sample(key, UNSEEN) if compound and any(captions) else None
+    first = next((member for member in captions if member is not None), None)
+    if any(member.end > end for member in (picture, first) if member is not None):
         return Sample(key, CUT)
     if first is None:
         return Sample(key, LOST if lost & {*KINDS} else UNTOLD)
     if max(picture.size, first.size) > _LARGEST:
         return Sample(key, LARGE)
-    told = [one if one and one.header + BLOCK + one.size <= end and one.size <= _LARGEST else None for one in told]
-    return Sample(key, sum(state for state, one in zip(KINDS.values(), told, strict=True) if one), picture, *told)
+    usable = [member if member and member.end <= end and member.size <= _LARGEST else None for member in captions]
+    state = sum(bit for bit, member in zip(KINDS.values(), usable, strict=True) if member)
+    return Sample(key, state, picture, *usable)

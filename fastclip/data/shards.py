@@ -35,7 +35,7 @@ _LOOKED_AT = 3  # samples whose .json is looked into
 
 
 def shard_paths(pattern: str, problems: list[str] | None = None) -> list[str]:
-    """Files of a path, a glob, a brace pattern (``{00000..00009}``) or a mixture, each once.
+    """Return the files of a path, a glob, a brace pattern (``{00000..00009}``) or a mixture, each once.
 
     Braces keep their order, a glob is sorted; as in a shell it finds no hidden files, and folders are left out. Raises
     ValueError when a file is missing or a glob finds nothing; where there are some, and `problems` is given, it gets
@@ -43,19 +43,19 @@ def shard_paths(pattern: str, problems: list[str] | None = None) -> list[str]:
     """
     if os.path.isfile(pattern):
         return [pattern]
-    names, found, missing = brace_names(pattern), list[str](), []
+    names, files, missing = brace_names(pattern), list[str](), []
     for name in names:
         # a link to nothing stays: it is a shard that is missing
         paths = sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
         paths = paths or ([name] if os.path.isfile(name) else [])
-        found += paths
+        files += paths
         missing += [] if paths else [name]
-    if missing and found and problems is not None:
+    if missing and files and problems is not None:
         problems += [f"no such shard: {name}" for name in missing]
     elif missing:
         what = f"{len(missing)} of {len(names)} names have no file, first {missing[0]}" if len(names) > 1 else "no file"
         raise ValueError(f"no such shards: {pattern}: {what}")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(files))
 
 
 class Shards:
@@ -99,16 +99,16 @@ class Shards:
         problems: list[str] | None = None,
     ) -> None:
         self.spec, self._field = spec, caption
-        found = zip(paths, names or paths, index_shards(paths, names or paths, problems), strict=True)
-        used = [(path, name, index) for path, name, index in found if index is not None]
+        shards = zip(paths, names or paths, index_shards(paths, names or paths, problems), strict=True)
+        used = [(path, name, index) for path, name, index in shards if index is not None]
         if not used:
             raise ValueError(problems.pop() if problems else f"{spec}: none of {len(paths)} shards can be used")
         self._paths, self._names, indices = zip(*used, strict=True)
         self._stamps = [index.stamp for index in indices]
         self._rows = np.concatenate([index.rows for index in indices])
         self._keys = b"".join(index.keys for index in indices)
-        self._ends = list(accumulate(len(index.rows) for index in indices))  # of every shard, in `_rows`
-        self._key_ends = list(accumulate(len(index.keys) for index in indices))  # in `_keys`
+        self._starts = list(accumulate((len(index.rows) for index in indices), initial=0))  # of every shard, in `_rows`
+        self._key_starts = list(accumulate((len(index.keys) for index in indices), initial=0))  # in `_keys`
         self.passed = Tally()
         for name, index in zip(self._names, indices, strict=True):
             keys = {cause: [f"{name}: {key}" for key in keys] for cause, keys in index.passed.keys.items()}
@@ -134,13 +134,13 @@ class Shards:
 
     def read(self, index: int, *, min_side: int | None = None) -> Record:
         """As `fastclip.data.source.read_sample`."""
-        picture, *told = self._members(index, ("picture", *self._kinds(index)[:1]))
+        picture, *first = self._members(index, ("picture", *self._kinds(index)[:1]))
         key = self.key(index)
-        captions, label = self._told(index, told)
+        captions, label = self._captions(index, first)
         return Record(read_picture(io.BytesIO(picture), key, min_side=min_side), captions, key, label)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._told(index, self._members(index, self._kinds(index)[:1]))[0]
+        return self._captions(index, self._members(index, self._kinds(index)[:1]))[0]
 
     def picture_bytes(self, index: int) -> bytes:
         """As `fastclip.data.source.picture_bytes`."""
@@ -156,18 +156,17 @@ class Shards:
         return json_fields(self._members(index, ("json",))[0]) if self._rows["json_size"][index] else {}
 
     def _has_classes(self) -> bool:
-        """Whether there are samples whose captions only a class tells: no .txt, and no .json or one without."""
+        """Return True if a class alone gives some samples their captions: no .txt, and no .json or one without."""
         states = self._rows["state"]
         if self._field:
             return False
         if bool((states == CLASS).any()):
             return True
         both = np.flatnonzero(states == JSON + CLASS)[:_LOOKED_AT].tolist()
-        found = [json_fields(self._members(index, ("json",))[0], without=()) for index in both]
-        return any("caption" not in fields for fields in found)
+        return any("caption" not in json_fields(self._members(k, ("json",))[0], without=()) for k in both)
 
     def _kinds(self, index: int) -> list[str]:
-        """The members that may tell a sample's captions, in their order."""
+        """Return the members that may hold a sample's captions, in the order in which they are asked."""
         self._shard(index)  # which an index may be out of
         state = int(self._rows["state"][index])
         kinds = [member for bit, member in _MEMBERS.items() if state & bit] if state < UNTOLD else []
@@ -175,23 +174,22 @@ class Shards:
             return [kind for kind in kinds if kind == "json"]
         return kinds if self.class_names or kinds == ["number"] else [kind for kind in kinds if kind != "number"]
 
-    def _told(self, index: int, data: list[bytes]) -> tuple[tuple[str, ...], int | None]:
-        """Captions and label; `data` is what the first of `_kinds` holds."""
+    def _captions(self, index: int, data: list[bytes]) -> tuple[tuple[str, ...], int | None]:
+        """Return captions and label; `data` is the content of the first of `_kinds`."""
         key, kinds = self.key(index), self._kinds(index)
-        label: list[int] = []
         if not kinds:
             raise BadSample("no caption", key, f'it has no .json, whose "{self._field}" is asked for')
 
-        def told(kind: str) -> tuple[str, ...]:
+        def read(kind: str) -> tuple[tuple[str, ...], int | None]:
             content = data[0] if kind == kinds[0] else self._members(index, (kind,))[0]
             if kind == "json":
-                return json_captions(content, key, self._field or "caption")
+                return json_captions(content, key, self._field or "caption"), None
             if kind == "text":
-                return text_captions(content, key, lines=False)
-            label.append(self._label(content, key))
-            return class_captions(self.class_names[label[0]], self.templates)
+                return text_captions(content, key, lines=False), None
+            label = self._label(content, key)
+            return class_captions(self.class_names[label], self.templates), label
 
-        return first_captions([partial(told, kind) for kind in kinds]), label[0] if label else None
+        return first_captions([partial(read, kind) for kind in kinds])
 
     def _label(self, data: bytes, key: str) -> int:
         text = data.strip()
@@ -203,22 +201,21 @@ class Shards:
     def _shard(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"{index} of {len(self)}")
-        return bisect_right(self._ends, index)
+        return bisect_right(self._starts, index) - 1
 
     def key(self, index: int) -> str:
         return f"{self._names[self._shard(index)]}: {self._name(index)}"
 
     def _name(self, index: int) -> str:
-        """What the sample's members are called in their shard, without a suffix."""
-        shard = self._shard(index)
-        start = self._key_ends[shard - 1] if shard else 0
-        begins = index == (self._ends[shard - 1] if shard else 0)
-        first, last = 0 if begins else int(self._rows["key_end"][index - 1]), int(self._rows["key_end"][index])
-        return os.fsdecode(self._keys[start + first : start + last])
+        """Return the name of the sample's members in their shard, without a suffix."""
+        shard, ends = self._shard(index), self._rows["key_end"]
+        start = self._key_starts[shard]
+        first = int(ends[index - 1]) if index > self._starts[shard] else 0
+        return os.fsdecode(self._keys[start + first : start + int(ends[index])])
 
     def _members(self, index: int, kinds: Sequence[str]) -> list[bytes]:
-        """The data of these members of a sample; BadSample where it has not both."""
-        shard, row, found = self._shard(index), self._rows[index], []
+        """Return the data of these members of a sample; BadSample if the index has marked the sample as unusable."""
+        shard, row, contents = self._shard(index), self._rows[index], []
         if (fault := FAULTS.get(int(row["state"]))) is not None:
             cause, reason = fault
             raise BadSample(cause, self.key(index), reason)
@@ -230,12 +227,12 @@ class Shards:
                     file.seek(int(row[f"{kind}_block"]) * BLOCK)
                     data = read_exactly(file, BLOCK + int(row[f"{kind}_size"]))
                     same &= len(data) == BLOCK + row[f"{kind}_size"] and zlib.crc32(data[:BLOCK]) == row[f"{kind}_crc"]
-                    found.append(data[BLOCK:])
+                    contents.append(data[BLOCK:])
         except OSError as error:
             raise OSError(f"{self.key(index)}: {error.strerror}") from error
         if not same:
             raise ValueError(f"{self.key(index)}: the shard has changed since it was opened")
-        return found
+        return contents
 
 
 def _classes(folder: Path, class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -243,6 +240,6 @@ def _classes(folder: Path, class_names: Sequence[str]) -> tuple[tuple[str, ...],
     for place in (folder, folder.parent):
         names, templates = place / "classnames.txt", place / "zeroshot_classification_templates.txt"
         if names.is_file() or (class_names and templates.is_file()):
-            found = read_class_names(str(names)) if names.is_file() else tuple(class_names)
-            return found, read_templates(str(templates)) if templates.is_file() else ()
+            class_names = read_class_names(str(names)) if names.is_file() else class_names
+            return tuple(class_names), read_templates(str(templates)) if templates.is_file() else ()
     return tuple(class_names), ()

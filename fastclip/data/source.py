@@ -1,4 +1,4 @@
-"""What every kind of data is to a loader: pictures and captions that are read by number."""
+"""The protocol of every kind of data: pictures and captions that are read by number."""
 
 from __future__ import annotations
 
@@ -57,21 +57,21 @@ class Source(Protocol):
         ...
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Those of `self[index]`, without reading its picture. Raises as that does."""
+        """Return the captions of `self[index]` without reading its picture. Raises as `self[index]` does."""
         ...
 
     def key(self, index: int) -> str:
-        """That of `self[index]`, without reading anything."""
+        """Return the key of `self[index]` without reading anything."""
         ...
 
 
 def class_captions(name: str, templates: tuple[str, ...]) -> tuple[str, ...]:
-    """Of the class `name`, by `Source.templates`; "a photo of a NAME" where there are none."""
+    """Return the captions of the class `name` by `Source.templates`; "a photo of a NAME" without templates."""
     return tuple(template.format(name) for template in templates or _PLAIN)
 
 
 def read_sample(source: Source, index: int, *, min_side: int | None = None) -> Record:
-    """`source[index]`, its picture perhaps smaller where the source has a method ``read(index, min_side=)``.
+    """Return `source[index]`, its picture perhaps smaller if the source has a method ``read(index, min_side=)``.
 
     Args:
         min_side: pixels that the picture's shorter side must keep, as far as it has so many; None is the whole picture.
@@ -81,7 +81,7 @@ def read_sample(source: Source, index: int, *, min_side: int | None = None) -> R
 
 
 def picture_bytes(source: Source, index: int) -> bytes | None:
-    """The picture of `source[index]` as its file has it; None where the source has no method ``picture_bytes(index)``.
+    """Return the bytes of the picture's file; None if the source has no method ``picture_bytes(index)``.
 
     Raises as `source[index]` does where the file cannot be read.
     """
@@ -90,8 +90,10 @@ def picture_bytes(source: Source, index: int) -> bytes | None:
 
 
 def picture_place(source: Source, index: int) -> tuple[str, str]:
-    """The file that holds the picture of `source[index]`, by any path, and the picture's name in it, "" where it is the
-    file; without a file, and where the source has no method ``picture_place(index)``, "" and the key.
+    """Return the path of the file that holds the picture of `source[index]`, and the picture's name in the file.
+
+    The name is "" if the file is the picture. Without a file, and without a method ``picture_place(index)`` of the
+    source, the two are "" and the key.
 
     Raises BadSample where the file cannot be found.
     """
@@ -100,13 +102,13 @@ def picture_place(source: Source, index: int) -> tuple[str, str]:
 
 
 def sample_fields(source: Source, index: int) -> dict[str, Any]:
-    """What else is known of `source[index]`, for its JSON; nothing where the source has no method ``fields(index)``."""
+    """Return the other fields of `source[index]` for its JSON; {} if the source has no method ``fields(index)``."""
     read = getattr(source, "fields", None)
     return {} if read is None else read(index)
 
 
 def sample_stamp(source: Source, index: int) -> str:
-    """Return a text that is another one once `source[index]` is.
+    """Return a text that changes once `source[index]` does.
 
     It holds the place, the size and the time of the picture's file, the captions, and what else is known of the sample.
     """

@@ -1,4 +1,4 @@
-"""A data set by its name on a command line."""
+"""Open a data set by its name on a command line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fastclip.data.class_names import join_names
 from fastclip.data.classes import ClassFolder
 from fastclip.data.columns import UNNAMED, Named, named_columns
 from fastclip.data.faults import noting
-from fastclip.data.files import log_links, tar_files
+from fastclip.data.files import log_links, subfolders, tar_files
 from fastclip.data.folder import Folder, NoCaptions, Uncaptioned, pictures
 from fastclip.data.karpathy import Karpathy, absolute_split, is_split_file, split_places
 from fastclip.data.mixture import Mixture
@@ -66,22 +66,21 @@ def open_source(
         ValueError: `spec` is nothing of these, or is not in order; the message names the file.
         ImportError: a library that this kind needs is not installed.
     """
-    parts = [spec] if os.path.exists(spec) else spec.split("::")
-    weighted = [_weighted(part) for part in parts]
     sources, weights = [], []
-    for weight, part in weighted:
+    for weight, part in [_weighted(part) for part in _parts(spec)]:  # all weights are read before any data
         with noting(problems):
             sources.append(_open(part, held_out, class_names, problems))
             weights.append(weight)
-    if problems and not sources:
-        raise ValueError("; ".join([*(problem.partition("; " + _KINDS)[0] for problem in problems[:-1]), problems[-1]]))
     if problems:
+        last = problems[-1]
         problems[:] = [problem.partition("; " + _KINDS)[0] for problem in problems]
+        if not sources:
+            raise ValueError("; ".join([*problems[:-1], last]))  # what a spec may be is said once
     return sources[0] if weights == [1] else Mixture(spec, sources, weights)
 
 
 def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = True) -> Source:
-    """Samples with classes: a `ClassFolder`, or what else `open_source` reads that has classes.
+    """Open samples with classes: a `ClassFolder`, or any source of `open_source` that has classes.
 
     Args:
         classes: their names: a file of one a line, or one of `fastclip.data.imagenet.SETS`; default: the data's own.
@@ -117,28 +116,27 @@ _LAYOUT = (
 
 
 def open_pictures(spec: str) -> Source:
-    """As `open_source`, but for a folder whose pictures have no captions: an `Uncaptioned`."""
+    """Open a folder whose pictures have no captions as `Uncaptioned`, anything else as `open_source` does."""
     if _is_folder(spec) and not holds_shards(Path(spec)):
         links: list[str] = []
         files = list(pictures(Path(spec), links=links))
-        if files and not any(file.told for file in files):
+        if files and not any(file.captioned for file in files):
             log_links(spec, links)
             return Uncaptioned(spec, Path(spec), [file.name for file in files])
     return open_source(spec)
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder's data are its tar files: no picture beside them has captions, and none lies in a folder."""
+    """Return True if a folder's data are its tar files: no picture there has captions, and none lies in a subfolder."""
     return bool(tar_files(folder)) and not any(
-        found.told or os.path.dirname(found.name) for found in pictures(folder, links=[])
+        picture.captioned or os.path.dirname(picture.name) for picture in pictures(folder, links=[])
     )
 
 
 def absolute_spec(spec: str) -> str:
     """Return `spec` so that it means the same in every working directory; spellings of one place, ``d``, ``d/`` and
     ``./d``, are the same. Weights, columns, splits, names of hf: and URLs stay."""
-    parts = [spec] if os.path.exists(spec) else spec.split("::")
-    return "::".join(_absolute(part) for part in parts)
+    return "::".join(map(_absolute, _parts(spec)))
 
 
 def spec_places(spec: str) -> list[Path]:
@@ -146,8 +144,12 @@ def spec_places(spec: str) -> list[Path]:
 
     Raises ValueError where a weight is 0, or absurdly long.
     """
-    parts = [spec] if os.path.exists(spec) else spec.split("::")
-    return [place for part in parts for place in _places(named_columns(_weighted(part)[1])[0])]
+    return [place for part in _parts(spec) for place in _places(named_columns(_weighted(part)[1])[0])]
+
+
+def _parts(spec: str) -> list[str]:
+    # a file's name may hold ::
+    return [spec] if os.path.exists(spec) else spec.split("::")
 
 
 def _places(name: str) -> list[Path]:
@@ -179,7 +181,7 @@ def _absolute(part: str) -> str:
 
 def _weighted(part: str) -> tuple[Fraction, str]:
     match = _WEIGHTED.fullmatch(part)
-    if match is None or glob.glob(part, recursive=True):
+    if match is None or glob.glob(part, recursive=True):  # 0*.tar is a pattern, and no weight of .tar
         return Fraction(1), part
     if len(match[1]) > _DIGITS:
         raise ValueError(f"{part}: the weight has more than {_DIGITS} digits")
@@ -228,9 +230,7 @@ def _folder(whole: str, spec: str, caption: str) -> Source:
     try:
         return Folder(whole, spec, caption=caption)
     except NoCaptions as error:
-        with os.scandir(spec) as entries:
-            below = any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
-        if caption or not below or error.outside:
+        if caption or error.outside or not subfolders(spec):
             log_links(spec, error.links)
             raise
         try:
@@ -246,40 +246,41 @@ def _folder(whole: str, spec: str, caption: str) -> Source:
     return classes
 
 
-def _digits(held_out: bool) -> Source:
+@contextmanager
+def _naming_library(needs: str) -> Iterator[None]:
+    """Import inside what only one kind of data needs; an ImportError says which library is not installed."""
     try:
-        from fastclip.data.digits import DigitsSource
+        yield
     except ModuleNotFoundError as error:
-        raise ImportError(f"the digits come with {error.name}, which is not installed", name=error.name) from error
+        raise ImportError(f"{needs} {error.name}, which is not installed", name=error.name) from error
+
+
+def _digits(held_out: bool) -> Source:
+    with _naming_library("the digits come with"):
+        from fastclip.data.digits import DigitsSource
     return DigitsSource(held_out=held_out)
 
 
 def _shards(whole: str, spec: str, class_names: Sequence[str], caption: str, problems: list[str] | None) -> Source:
-    try:
+    with _naming_library("tar shards need"):
         from fastclip.data.shards import Shards, shard_paths
-    except ModuleNotFoundError as error:
-        raise ImportError(f"tar shards need {error.name}, which is not installed", name=error.name) from error
     folder = Path(spec)
     paths = list(map(str, tar_files(folder))) if os.path.isdir(folder) else shard_paths(spec, problems)
     return Shards(whole, paths, class_names=class_names, caption=caption, problems=problems)
 
 
 def _remote(whole: str, spec: str, class_names: Sequence[str], caption: str, problems: list[str] | None) -> Source:
-    try:
+    with _naming_library("shards behind URLs need"):
         from fastclip.data.remote import local_copies, shard_urls
         from fastclip.data.shards import Shards
-    except ModuleNotFoundError as error:
-        raise ImportError(f"shards behind URLs need {error.name}, which is not installed", name=error.name) from error
     copies = local_copies(shard_urls(spec), problems)
     names = list(copies)
     return Shards(whole, [*copies.values()], names, class_names=class_names, caption=caption, problems=problems)
 
 
 def _hub(whole: str, spec: str, columns: Named) -> Source:
-    try:
+    with _naming_library(f"{spec} needs"):
         from fastclip.data.hub import HubSource
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{spec} needs {error.name}, which is not installed", name=error.name) from error
     return HubSource(whole, spec, columns=columns)
 
 

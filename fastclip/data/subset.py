@@ -7,10 +7,44 @@ from typing import Any
 
 from fastclip.data.source import Record, Source, picture_bytes, picture_place, read_sample, sample_fields
 
-__all__ = ["Subset"]
+__all__ = ["Borrowed", "Subset"]
 
 
-class Subset:
+class Borrowed:
+    """Samples of other sources: `_locate` says of which, and at which index there."""
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read(index)
+
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        """As `fastclip.data.source.read_sample`."""
+        return read_sample(*self._locate(index), min_side=min_side)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        source, sample = self._locate(index)
+        return source.captions(sample)
+
+    def key(self, index: int) -> str:
+        source, sample = self._locate(index)
+        return source.key(sample)
+
+    def picture_bytes(self, index: int) -> bytes | None:
+        """As `fastclip.data.source.picture_bytes`."""
+        return picture_bytes(*self._locate(index))
+
+    def picture_place(self, index: int) -> tuple[str, str]:
+        """As `fastclip.data.source.picture_place`."""
+        return picture_place(*self._locate(index))
+
+    def fields(self, index: int) -> dict[str, Any]:
+        """As `fastclip.data.source.sample_fields`."""
+        return sample_fields(*self._locate(index))
+
+
+class Subset(Borrowed):
     """The samples of `source` at `indices`, in this order; `subset.indices[i]` is where sample i comes from.
 
     Raises:
@@ -24,27 +58,5 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Record:
-        return self.read(index)
-
-    def read(self, index: int, *, min_side: int | None = None) -> Record:
-        """As `fastclip.data.source.read_sample`."""
-        return read_sample(self.source, self.indices[index], min_side=min_side)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self.source.captions(self.indices[index])
-
-    def key(self, index: int) -> str:
-        return self.source.key(self.indices[index])
-
-    def picture_bytes(self, index: int) -> bytes | None:
-        """As `fastclip.data.source.picture_bytes`."""
-        return picture_bytes(self.source, self.indices[index])
-
-    def picture_place(self, index: int) -> tuple[str, str]:
-        """As `fastclip.data.source.picture_place`."""
-        return picture_place(self.source, self.indices[index])
-
-    def fields(self, index: int) -> dict[str, Any]:
-        """As `fastclip.data.source.sample_fields`."""
-        return sample_fields(self.source, self.indices[index])
+    def _locate(self, index: int) -> tuple[Source, int]:
+        return self.source, self.indices[index]

@@ -72,8 +72,8 @@ class Table(PictureFiles):
         if not any(self._captions[index] for index in range(len(self))):
             raise ValueError(f"{spec}: all {len(self)} captions are empty")
         if self._faults:
-            told = Tally(self._faults.values())
-            logger.warning("%s: %d of %d rows cannot be used: %s", spec, len(self._faults), len(self), told)
+            causes = Tally(self._faults.values())
+            logger.warning("%s: %d of %d rows cannot be used: %s", spec, len(self._faults), len(self), causes)
         self._say_where()
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -104,16 +104,16 @@ class Table(PictureFiles):
         if beside is not None and here is not None and not _same(beside, here):
             what = f"two pictures, {beside} and {here}: give the path from the root, or work in the table's folder"
             raise BadSample("ambiguous file", self.key(index), what)
-        found = beside or here
-        assert found is not None
-        return found
+        path = beside or here
+        assert path is not None
+        return path
 
     def _say_where(self) -> None:
         names = (self._names[k] for k in range(min(len(self), _LOOKED_FOR)) if k not in self._faults)
         first = next((name for name in names if not existing(self._folder, name) and existing(self._here, name)), "")
         if first:
-            told = "%s: pictures such as %s are not in its folder; those in the working directory, %s, are read"
-            logger.warning(told, self.spec, first, self._here)
+            message = "%s: pictures such as %s are not in its folder; those in the working directory, %s, are read"
+            logger.warning(message, self.spec, first, self._here)
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -181,8 +181,8 @@ def _parsed(file: TextIO, spec: str, columns: Named) -> Iterator[_Row]:
 
 
 def _swallowed(row: list[str], width: int, image: int, separator: str) -> bool:
-    """Whether most lines of a field look like rows of the table, which an open quote has made part of it."""
-    own = row[image].strip() if image < len(row) else ""
+    """Return True if most lines of a field look like rows of the table, which an open quote has swallowed."""
+    picture = row[image].strip() if image < len(row) else ""
     for place, field in enumerate(row):
         lines = _LINE_END.split(field)
         judged = alike = beside = 0
@@ -196,20 +196,20 @@ def _swallowed(row: list[str], width: int, image: int, separator: str) -> bool:
             if line.strip() and 0 <= column < whole:  # else its picture is not part of the field
                 judged += 1
                 plain = len(cells) == whole and all(cell == cell.strip() for cell in cells)  # prose has blanks
-                if plain and _like(cells[column], own):
+                if plain and _like(cells[column], picture):
                     alike += 1
-                    beside += os.path.dirname(cells[column]) == os.path.dirname(own)
+                    beside += 1 if os.path.dirname(cells[column]) == os.path.dirname(picture) else 0
         if alike > judged / 2 and (judged > 1 or beside):  # a single line could be prose by chance
             return True
     return False
 
 
-def _like(name: str, own: str) -> bool:
-    """Whether `name` is a picture's as `own` is one."""
+def _like(name: str, picture: str) -> bool:
+    """Return True if `name` has a picture's suffix, or the suffix or the folder of `picture`."""
     folder, base = os.path.split(name)
-    if is_picture(name) or (folder and base and folder == os.path.dirname(own)):
+    if is_picture(name) or (folder and base and folder == os.path.dirname(picture)):
         return True
-    suffix = os.path.splitext(own)[1].lower()
+    suffix = os.path.splitext(picture)[1].lower()
     return bool(suffix) and suffix == os.path.splitext(name)[1].lower()
 
 
@@ -243,11 +243,11 @@ def _columns(header: list[str], separators: str, spec: str, columns: Named) -> t
             taken = f"{names[image]} and {names[caption]}"
             logger.info("%s: columns %s, passed over %s", spec, taken, ", ".join(rest) or "none")
             return separator, image, caption
-    told = [shown(name[:80]) for name in widest]  # a name may hold rows where its quote is not closed
+    columns_there = [shown(name[:80]) for name in widest]  # a name may hold rows where its quote is not closed
     raise ValueError(
         f"{spec}: the table needs a column of pictures ({', '.join(IMAGE_COLUMNS)}) and one of captions "
         f"({', '.join(CAPTION_COLUMNS)}), separated by comma, tab, semicolon or bar; "
-        f"found {', '.join(told) or 'none'}; others are named as in {spec}#image=NAME,caption=NAME"
+        f"found {', '.join(columns_there) or 'none'}; others are named as in {spec}#image=NAME,caption=NAME"
     )
 
 

@@ -9,6 +9,7 @@ import tarfile
 from typing import BinaryIO, NamedTuple
 
 from fastclip.data.files import compression
+from fastclip.rounding import ceil_div
 
 __all__ = ["BLOCK", "Lost", "Member", "Members", "read_exactly", "tar_members"]
 
@@ -30,9 +31,14 @@ class Member(NamedTuple):
     header: int  # offset in bytes of its header; the data follow in the next block
     size: int  # of the data, in bytes; they may reach beyond the end of a file that is cut off
 
+    @property
+    def end(self) -> int:
+        """The offset of the byte after the data."""
+        return self.header + BLOCK + self.size
+
 
 class Lost(NamedTuple):
-    """What stands in a tar file under a name and holds no data."""
+    """An entry of a tar file that has a name and holds no data."""
 
     name: str
     why: str  # "device or pipe", for instance
@@ -45,11 +51,11 @@ class Members(NamedTuple):
 
 
 class _Broken(Exception):
-    """What is wrong with a header."""
+    """A header that cannot be used, with the reason."""
 
 
 def tar_members(file: BinaryIO) -> Members:
-    """Every regular file of an uncompressed tar file, in order, from the headers alone.
+    """Return every regular file of an uncompressed tar file, in order, from the headers alone.
 
     Sizes that headers declare are checked before they are used, and each header leads further into the file. Links
     within the file are followed. What follows an archive's end, such as another archive, is read too. A file that is
@@ -61,7 +67,7 @@ def tar_members(file: BinaryIO) -> Members:
     Raises:
         tarfile.TarError: it does not even begin as a tar file.
     """
-    return _Reader(file).members()
+    return _Reader(file).read()
 
 
 def read_exactly(file: BinaryIO, size: int) -> bytes:
@@ -76,12 +82,12 @@ def read_exactly(file: BinaryIO, size: int) -> bytes:
 class _Reader:
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._end = file, file.seek(0, io.SEEK_END)
-        self._found: list[Member | None] = []  # None: a link, in its turn
+        self._members: list[Member | None] = []  # None: a link, in its turn
         self._links: list[tuple[int, str, str]] = []  # its turn, its name and what it leads to
         self._lost: list[Lost] = []
         self._next: dict[str, bytes] = {}  # what a header before it says of the next member: path, linkpath, size
 
-    def members(self) -> Members:
+    def read(self) -> Members:
         place, broken, ended = 0, "", False
         while place < self._end and not broken:
             self._file.seek(place)
@@ -102,7 +108,7 @@ class _Reader:
         if not broken and (place > self._end or self._next):
             broken = "unexpected end of data"
         self._follow_links()
-        return Members([member for member in self._found if member is not None], broken, tuple(self._lost))
+        return Members([member for member in self._members if member is not None], broken, tuple(self._lost))
 
     def _step(self, header: bytes, place: int) -> int:
         """Take in the header at `place`; returns the bytes to the next one, at least a block."""
@@ -116,8 +122,8 @@ class _Reader:
                 raise _Broken(f"{_name(header)} declares a size of {size}")
             if (name := _name(header)).endswith("/") and kind == b"\0":  # a folder of very old writers
                 return BLOCK
-            self._found.append(Member(name, place, size))
-            return BLOCK + -(-size // BLOCK) * BLOCK
+            self._members.append(Member(name, place, size))
+            return BLOCK + _filled(size)
         if kind in (_LONG_NAME, _LONG_LINK, _GLOBAL, *_EXTENDED):
             if not 0 <= size <= _LARGEST:
                 raise _Broken(f"a header of names and records declares a size of {size}")
@@ -125,11 +131,11 @@ class _Reader:
             if len(data) < size:
                 raise _Broken("unexpected end of data")
             self._note(kind, data)
-            return BLOCK + -(-size // BLOCK) * BLOCK
+            return BLOCK + _filled(size)
         return self._other(kind, size, header, place)
 
     def _note(self, kind: bytes, data: bytes) -> None:
-        """What a header without a member of its own says of the next one."""
+        """Keep what a header without a member of its own says about the next one."""
         if kind in (_LONG_NAME, _LONG_LINK):
             self._next["path" if kind == _LONG_NAME else "linkpath"] = data.partition(b"\0")[0]
             return
@@ -142,17 +148,17 @@ class _Reader:
 
     def _other(self, kind: bytes, size: int, header: bytes, place: int) -> int:
         """Take in a member that has headers before it, or is no regular file."""
-        told, self._next = self._next, {}
-        name = _text(told["path"]).rstrip("/") if "path" in told else _name(header)
-        sparse = kind == _SPARSE or "sparse" in told
-        if "size" in told:
-            size = _decimal(told["size"], name)
+        records, self._next = self._next, {}
+        name = _text(records["path"]).rstrip("/") if "path" in records else _name(header)
+        sparse = kind == _SPARSE or "sparse" in records
+        if "size" in records:
+            size = _decimal(records["size"], name)
         if kind == _FOLDER:
             return BLOCK
         if kind in (_HARD, _SYMBOLIC):  # whose size does not count
-            target = _text(told.get("linkpath", header[157:257].partition(b"\0")[0]))
-            self._links.append((len(self._found), name, target if kind == _HARD else _beside(name, target)))
-            self._found.append(None)
+            target = _text(records.get("linkpath", header[157:257].partition(b"\0")[0]))
+            self._links.append((len(self._members), name, target if kind == _HARD else _beside(name, target)))
+            self._members.append(None)
             return BLOCK
         if kind in _DEVICES:
             self._lost.append(Lost(name, "device or pipe"))
@@ -162,11 +168,11 @@ class _Reader:
         if sparse:
             self._lost.append(Lost(name, "sparse file"))
         elif kind in (*_REGULAR, _CONTIGUOUS):
-            self._found.append(Member(name, place, size))
+            self._members.append(Member(name, place, size))
         elif kind not in _NO_FILES:
             self._lost.append(Lost(name, "unknown kind of member"))
         more = self._sparse_blocks(header, place) if kind == _SPARSE else 0
-        return (1 + more) * BLOCK + -(-size // BLOCK) * BLOCK
+        return (1 + more) * BLOCK + _filled(size)
 
     def _sparse_blocks(self, header: bytes, place: int) -> int:
         """Blocks of places between a sparse file's header and its data."""
@@ -190,32 +196,37 @@ class _Reader:
         known: dict[str, Member | str] = {
             posixpath.normpath(name): posixpath.normpath(target) for _, name, target in self._links
         }
-        known |= {posixpath.normpath(member.name): member for member in self._found if member is not None}
+        known |= {posixpath.normpath(member.name): member for member in self._members if member is not None}
         for turn, name, target in self._links:
-            found: Member | str | None = posixpath.normpath(target)
-            for _ in range(_HOPS):
-                if not isinstance(found, str):
+            end: Member | str | None = posixpath.normpath(target)
+            for _ in range(_HOPS):  # links may lead round in circles
+                if not isinstance(end, str):
                     break
-                found = known.get(found)
-            if isinstance(found, Member):
-                self._found[turn] = found._replace(name=name)
+                end = known.get(end)
+            if isinstance(end, Member):
+                self._members[turn] = end._replace(name=name)
             else:
                 self._lost.append(Lost(name, "link to nothing in the file"))
 
 
+def _filled(size: int) -> int:
+    """Return the bytes that data of this size take: writers fill the last block."""
+    return ceil_div(size, BLOCK) * BLOCK
+
+
 def _checks(header: bytes) -> bool:
-    """Whether the sum of its bytes, or as old writers have it of signed ones, is the one it holds."""
+    """Return True if the header holds the sum of its bytes; old writers added signed ones."""
     try:
-        told = _octal(header[148:156])
+        checksum = _octal(header[148:156])
     except _Broken:
         return False
-    rest = header[:148] + b" " * 8 + header[156:]
-    return sum(rest) == told or sum(rest) - 256 * sum(byte > 127 for byte in rest) == told
+    rest = header[:148] + b" " * 8 + header[156:]  # the sum is made as if its own field were blank
+    return sum(rest) == checksum or sum(rest) - 256 * sum(1 for byte in rest if byte > 127) == checksum
 
 
 def _records(data: bytes) -> dict[str, bytes]:
-    """Of the records "LENGTH NAME=VALUE\\n" of an extended header those that change a member's place or name."""
-    found, place = {}, 0
+    """Return those records "LENGTH NAME=VALUE\\n" of an extended header that change a member's place or name."""
+    records, place = {}, 0
     while place < len(data) and data[place]:
         match = _RECORD.match(data, place)
         stop = place + int(match[1]) if match else 0
@@ -223,11 +234,11 @@ def _records(data: bytes) -> dict[str, bytes]:
             raise _Broken("an extended header holds no records")
         name, value = match[2].decode("utf-8", "replace"), data[match.end() : stop - 1]
         if name in ("path", "linkpath", "size"):
-            found[name] = value
+            records[name] = value
         elif name.startswith("GNU.sparse."):
-            found["sparse"] = value
+            records["sparse"] = value
         place = stop
-    return found
+    return records
 
 
 def _number(field: bytes) -> int:
@@ -267,5 +278,5 @@ def _text(name: bytes) -> str:
 
 
 def _beside(name: str, target: str) -> str:
-    """What a symbolic link leads to; one from the root leads out of the file, for names have no "/" before them."""
+    """Return the target of a symbolic link; one from the root leads nowhere, as no name in the file begins with "/"."""
     return posixpath.join(posixpath.dirname(name), target)

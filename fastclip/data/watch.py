@@ -36,6 +36,7 @@ class Watch:
         if not patience > 0:
             raise ValueError(f"patience must be above 0, got {patience}")
         self.source, self.workers, self.patience = source, workers, patience
+        # without a lock: each worker writes its own words, and nobody may wait for one that is stuck
         self._words: Any = RawArray("q", _WORDS * max(1, workers))
 
     def read(self, index: int, *, epoch: int = 0, min_side: int | None = None) -> Record:
@@ -46,7 +47,7 @@ class Watch:
         return read_sample(self.source, index, min_side=min_side)
 
     def rest(self) -> None:
-        """The reader is done with what it was asked for."""
+        """Note that the reader is done with what it was asked for."""
         self._note(0)
 
     def _note(self, what: int, epoch: int = 0) -> None:
@@ -63,7 +64,7 @@ class Watch:
         return f", reading {key} for {(time.monotonic_ns() - since) / 1e9:.0f} s"
 
     def stuck(self) -> str:
-        """Every worker that reads, and what."""
+        """Return every worker that reads, with its sample."""
         readers = []
         for worker in range(max(1, self.workers)):
             if reading := self.reading(worker):

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastclip import _env
 from fastclip.data.watch import Alarm, Watch
 from fastclip.parent import end_with_parent
+from fastclip.rounding import ceil_div
 
 __all__ = ["load", "naming_dead_workers", "unshared"]
 
@@ -35,7 +36,7 @@ _PATIENCE = 1.0  # seconds in which workers may end by themselves
 def load(
     samples: Dataset[Any], pieces: Iterable[Any], watch: Watch, *, ready: int = 1, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """samples[piece] of every piece, in order; workers, as many as `watch` has, hold about `ready` of them ready.
+    """Yield samples[piece] of every piece, in order; the workers that `watch` counts hold about `ready` of them ready.
 
     Raises:
         OSError, ValueError: as `samples` does, with its message.
@@ -48,7 +49,7 @@ def load(
         batch_size=None,  # a piece is a batch
         collate_fn=_same,
         num_workers=watch.workers,
-        prefetch_factor=max(2, -(-min(ready, _READY) // watch.workers)) if watch.workers else None,
+        prefetch_factor=max(2, ceil_div(min(ready, _READY), watch.workers)) if watch.workers else None,
         # forked workers share the source's memory, and the transform may be any function; Python 3.14 would not fork
         multiprocessing_context="fork" if forks else None,
         worker_init_fn=functools.partial(_begin, os.getpid() if forks else None),
@@ -85,7 +86,7 @@ def unshared(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """What torch raises at any place of the caller when a worker dies becomes ChildProcessError."""
+    """Turn what torch raises, at any place of the caller, when a worker dies into a ChildProcessError."""
     try:
         yield
     except RuntimeError as error:
@@ -154,7 +155,7 @@ def _same(answer: Any) -> Any:
 
 
 def _begin(parent: int | None, worker: int) -> None:
-    """In a worker: it ends with its parent, and by no signal that is not its own.
+    """Begin a worker, which ends with its parent, and by no signal that is not its own.
 
     Ctrl-C, and the SIGTERM of torchrun or a scheduler, go to a group of processes: the trainer decides what ends.
     """
@@ -190,7 +191,7 @@ _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed b
 
 
 def _death(error: RuntimeError, watch: Watch | None = None, processes: Sequence[Any] = ()) -> ChildProcessError | None:
-    """What to raise in place of torch's `error`; None where no worker died."""
+    """Return the error to raise in place of torch's `error`; None if no worker died."""
     match = _DEATH.search(str(error))
     if match is None:
         return None

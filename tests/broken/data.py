@@ -150,7 +150,7 @@ PROMISES = [
             Break(
                 "data: pictures without captions are passed over",
                 "fastclip/data/folder.py",
-                old="if not told:",
+                old="if not captioned:",
                 new="if False:",
             ),
             Break(

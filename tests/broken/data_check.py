@@ -68,7 +68,7 @@ PROMISES = [
             Break(
                 "check: always well",
                 "fastclip/cli/data.py",
-                old="if found.bad_share > args.max_bad:",
+                old="if report.bad_share > args.max_bad:",
                 new="if found.bad_share > 2:",
             ),
             Break(
@@ -102,8 +102,8 @@ PROMISES = [
             ),
             Break(
                 "pack: pictures of a mixture become PNG",
-                "fastclip/data/mixture.py",
-                old="return picture_bytes(source, sample)",
+                "fastclip/data/subset.py",
+                old="return picture_bytes(*self._locate(index))",
                 new="return None",
             ),
         ],

@@ -141,7 +141,7 @@ PROMISES = [
             Break(
                 "table: any line with a separator is a row",
                 "fastclip/data/table.py",
-                old="if plain and _like(cells[column], own):",
+                old="if plain and _like(cells[column], picture):",
                 new="if plain:",
             ),
         ],
@@ -158,7 +158,7 @@ PROMISES = [
             Break(
                 "faults: a cut picture is read",
                 "fastclip/data/shard_samples.py",
-                old="if any(member.header + BLOCK + member.size > end for",
+                old="if any(member.end > end for",
                 new="if any(member.size < 0 for",
             ),
             Break(

@@ -46,7 +46,7 @@ PROMISES = [
             Break(
                 "walk: hidden pictures count",
                 "fastclip/data/files.py",
-                old='if name.startswith(b"."):',
+                old="if is_hidden(name):",
                 new='if name == b".git":',
             ),
             Break(
@@ -116,25 +116,25 @@ PROMISES = [
             Break(
                 "tar: links are no members",
                 "fastclip/data/tar_index.py",
-                old="self._found[turn] = found._replace(name=name)",
+                old="self._members[turn] = end._replace(name=name)",
                 new="pass",
             ),
             Break(
                 "members: hidden ones are not counted",
                 "fastclip/data/shard_samples.py",
-                old='passed.add([Fault("hidden" if hidden else "without a suffix", member.name, "")])',
-                new="",
+                old='passed.count("hidden" if hidden else "without a suffix", member.name)',
+                new="pass",
             ),
             Break(
                 "members: an index forgets them",
                 "fastclip/data/shard_index.py",
-                old='passed.merge(about["passed"], about["first"])',
-                new="",
+                old='Tally.of(about["passed"], about["first"])',
+                new="Tally()",
             ),
             Break(
                 "members: a picture of another name is no fault",
                 "fastclip/data/shard_samples.py",
-                old="return Sample(key, UNSEEN) if compound and any(told) else None",
+                old="return Sample(key, UNSEEN) if compound and any(captions) else None",
                 new="return None",
             ),
         ],
@@ -150,8 +150,8 @@ PROMISES = [
             Break(
                 "members: JSON is the last word",
                 "fastclip/data/shards.py",
-                old="for kind in kinds]), label",
-                new="for kind in kinds[:1]]), label",
+                old="for kind in kinds])",
+                new="for kind in kinds[:1]])",
             ),
         ],
     ),
@@ -259,7 +259,7 @@ PROMISES = [
             Break(
                 "pack: nor is a picture's size and time",
                 "fastclip/data/files.py",
-                old='return f"{found.st_size} bytes of {found.st_mtime_ns}"',
+                old='return f"{state.st_size} bytes of {state.st_mtime_ns}"',
                 new='return ""',
             ),
             Break(
@@ -281,7 +281,7 @@ PROMISES = [
         breaks=[
             Break(
                 "check: the first dead shard is the last",
-                "fastclip/data/shard_index.py",
+                "fastclip/data/faults.py",
                 old="with noting(problems):",
                 new="with noting(None):",
             ),
@@ -294,7 +294,7 @@ PROMISES = [
             Break(
                 "check: a missing shard of a pattern is the last",
                 "fastclip/data/shards.py",
-                old="if missing and found and problems is not None:",
+                old="if missing and files and problems is not None:",
                 new="if False:",
             ),
         ],

@@ -19,8 +19,8 @@ PROMISES = [
             Break(
                 "shuffle: numbers beyond the size",
                 "fastclip/data/permutation.py",
-                old="found[beyond] = self._network(found[beyond])",
-                new="found[beyond] %= np.uint64(self.size)",
+                old="numbers[beyond] = self._network(numbers[beyond])",
+                new="numbers[beyond] %= np.uint64(self.size)",
             ),
             Break(
                 "shuffle: of three, rotations only",

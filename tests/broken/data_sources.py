@@ -117,7 +117,7 @@ PROMISES = [
             Break(
                 "shards: macOS's files of a folder are shards",
                 "fastclip/data/files.py",
-                old='if not path.name.startswith(".") and not path.is_dir())',
+                old="if not is_hidden(path.name) and not path.is_dir())",
                 new="if not path.is_dir())",
             ),
             Break(
@@ -129,7 +129,7 @@ PROMISES = [
             Break(
                 "remote: hidden names are shards",
                 "fastclip/data/remote.py",
-                old="if _is_hidden(path) or not _is_hidden(name)",
+                old="if _in_hidden(path) or not _in_hidden(name)",
                 new="if name",
             ),
         ],
@@ -237,8 +237,8 @@ PROMISES = [
             Break(
                 "hub: the first caption of a list",
                 "fastclip/data/hub.py",
-                old="return given_captions(found, key,",
-                new="return given_captions(found[:1] if isinstance(found, list) else found, key,",
+                old="return given_captions(value, key,",
+                new="return given_captions(value[:1] if isinstance(value, list) else value, key,",
             ),
         ],
     ),

@@ -92,14 +92,14 @@ PROMISES = [
             Break(
                 "filter: the histogram is a data set",
                 "fastclip/data/spec.py",
-                old="found.told or os.path.dirname(found.name) for",
-                new="found.name for",
+                old="picture.captioned or os.path.dirname(picture.name) for",
+                new="picture.name for",
             ),
             Break(
                 "fields: of a .txt's sample none",
                 "fastclip/data/shard_samples.py",
-                old="picture, *told)",
-                new="picture, told[0], None if told[0] else told[1], told[2])",
+                old="picture, *usable)",
+                new="picture, usable[0], None if usable[0] else usable[1], usable[2])",
             ),
             Break(
                 "fields: another sample's key",

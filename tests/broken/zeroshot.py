@@ -215,7 +215,7 @@ PROMISES = [
             Break(
                 "class names: folders' by position",
                 "fastclip/data/class_names.py",
-                old="    places = _by_name(keys, own)",
+                old="    places = _by_name(keys, classes)",
                 new="    places = list(range(len(own)))",
             ),
             Break(
@@ -227,7 +227,7 @@ PROMISES = [
             Break(
                 "class names: an order that names contradict",
                 "fastclip/data/class_names.py",
-                old="if order is None or any(found not in (None, place) for found, place in zip(places, order)):",
+                old="if order is None or any(named not in (None, place) for named, place in zip(places, order)):",
                 new="if order is None:",
             ),
         ],

@@ -141,8 +141,8 @@ def test_heif_without_its_library_is_counted(tmp_path: Path, monkeypatch: pytest
 
 
 def test_names_that_no_terminal_prints_are_quoted() -> None:
-    keys = ["a b.jpg", "\x1b[31m.jpg", "a\nb.jpg", "\udcff.jpg"]
-    expected = ["a b.jpg", r"'\x1b[31m.jpg'", r"'a\nb.jpg'", r"'\udcff.jpg'"]
+    keys = ["a b.jpg", "\x1b[31m.jpg", "a\nb.jpg", "\udcff.jpg", "\ud800.jpg"]
+    expected = ["a b.jpg", r"$'\E[31m.jpg'", r"$'a\nb.jpg'", r"$'\377.jpg'", r"$'\355\240\200.jpg'"]
     for key, text in zip(keys, expected, strict=True):
         assert str(BadSample("x", key, "no")) == f"{text}: no"
         assert str(Tally([Fault("x", key, "no")])) == f"1 x ({text})"

@@ -88,13 +88,13 @@ def test_picture_that_is_missing_or_has_no_caption_is_a_fault(tmp_path: Path) ->
     for image in listed:
         image["split"] = "test"
     source = open_source(f"{split_file(tmp_path / 'dataset_x.json', listed)}:test")
-    with pytest.raises(BadSample, match="no caption"):
+    with pytest.raises(BadSample, match="its caption is empty"):
         source.captions(1)
     assert source.captions(2) == ("blanks at the ends",)
     skipped = Tally()
     (batch,) = evaluation_batches(source, lambda image: torch.zeros(3, 2, 2), batch_size=4, skipped=skipped)
     assert batch[1].tolist() == [0, -1, 2, -1]
-    assert skipped.counts == {"no caption": 1, "missing file": 1}
+    assert skipped.counts == {"empty caption": 1, "missing file": 1}
 
 
 @pytest.mark.fault("a picture's name in JSON that no disk can have", "an unreadable file, counted by cause")

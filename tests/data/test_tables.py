@@ -236,12 +236,12 @@ def test_header_of_several_lines_is_read(tmp_path: Path, caplog: pytest.LogCaptu
     caplog.set_level("INFO", "fastclip")
     source = open_source(str(table))
     assert source.captions(0) == ("one",) and source.key(1) == f"{table}, line 5"
-    assert f"{table}: columns filepath and title, passed over 'a\\nb'" in caplog.messages
+    assert f"{table}: columns filepath and title, passed over $'a\\nb'" in caplog.messages
     for header, message in (
         ('filepath,title,"no"te', r"t\.csv, line 1: ',' expected after"),
         ('filepath,title,"note', r"t\.csv, line 1: unexpected end of data; a quote opens .* to line 2"),
         ("a" * 200_000, r"t\.csv: the header of the table cannot be read: field larger than field limit"),
-        ('filepath,"title', r"t\.csv: the table needs .*; found filepath, 'title\\na\.png,x'; others"),
+        ('filepath,"title', r"t\.csv: the table needs .*; found filepath, \$'title\\na\.png,x'; others"),
     ):
         table.write_text(f"{header}\na.png,x\n")
         with pytest.raises(ValueError, match=message):

@@ -6,7 +6,8 @@ import argparse
 from typing import Any
 
 from fastclip.cli.embedding import embedder_of
-from fastclip.cli.printing import say, shown
+from fastclip.cli.printing import say
+from fastclip.data.faults import shown
 
 __all__ = ["add"]
 

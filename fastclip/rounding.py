@@ -1,0 +1,10 @@
+"""Integer division that rounds up. Imports nothing."""
+
+from __future__ import annotations
+
+__all__ = ["ceil_div"]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return the smallest integer that is at least a / b, exact for integers of any size."""
+    return -(-a // b)
