@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastclip.data.faults import Tally
-from fastclip.data.loader import evaluation_batches
 from fastclip.data.identity import one_a_picture
+from fastclip.data.loader import evaluation_batches
 from fastclip.data.source import Source, class_captions
 from fastclip.data.subset import Subset
 from fastclip.distributed import check_group, gather_rows

@@ -21,10 +21,9 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from torch import Tensor
 
 from fastclip.cli import main
-from fastclip.data.spec import open_labelled
 from fastclip.data.prompts import read_templates
 from fastclip.data.source import Source
-from fastclip.data.spec import open_source
+from fastclip.data.spec import open_labelled, open_source
 from fastclip.data.subset import Subset
 from fastclip.evaluation import classification, features
 from fastclip.evaluation.classification import class_ranks, classification_metrics, confusion, predicted_classes
