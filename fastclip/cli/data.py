@@ -12,26 +12,32 @@ __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = "What `fastclip train --data SPEC` would read."
+    parser.description = "Check or pack the data that `fastclip train --data SPEC` would read."
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = commands.add_parser("check", help="read everything once: counts, faults by cause, samples a second")
-    check.add_argument("--max-samples", type=int, metavar="N", help="at most so many, evenly spread over the data")
+    check.add_argument(
+        "--max-samples", type=int, metavar="N", help="read at most N samples, evenly spread over the data"
+    )
     check.add_argument("--model", help="prepare the pictures for this model, as training does")
     check.add_argument(
         "--max-bad", type=float, default=0.01, help="exit status 1 if a larger share of samples cannot be used (0.01)"
     )
     check.set_defaults(run=_check_data)
-    pack = commands.add_parser("pack", help="write tar shards in img2dataset's layout; the same call again goes on")
-    pack.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
+    pack = commands.add_parser(
+        "pack", help="write tar shards in img2dataset's layout; re-run the same command to resume"
+    )
+    pack.add_argument("--output", required=True, metavar="DIR", help="output directory for the shards")
     add_force(pack)
-    pack.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="(10000)")
+    pack.add_argument(
+        "--samples-per-shard", type=int, default=10_000, metavar="N", help="samples in each shard (10000)"
+    )
     pack.add_argument("--image-size", type=int, metavar="N", help="resize pictures whose shorter side is longer")
-    pack.add_argument("--quality", type=int, default=95, help="of the JPEGs that resizing makes (95)")
+    pack.add_argument("--quality", type=int, default=95, help="JPEG quality of resized pictures (95)")
     pack.set_defaults(run=_pack_data)
     for action in (check, pack):
         add_max_pixels(action)
-        action.add_argument("spec", metavar="SPEC", help="as of fastclip train --data")
-        action.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read (2)")
+        action.add_argument("spec", metavar="SPEC", help="data, as for fastclip train --data")
+        action.add_argument("--workers", type=int, default=2, metavar="N", help="number of processes that read (2)")
 
 
 def _check_data(args: argparse.Namespace) -> int:
