@@ -7,7 +7,7 @@ from typing import Any
 
 from fastclip.data.source import Record, Source, picture_bytes, picture_place, read_sample, sample_fields
 
-__all__ = ["Borrowed", "Subset"]
+__all__ = ["Borrowed", "Subset", "evenly"]
 
 
 class Borrowed:
@@ -60,3 +60,10 @@ class Subset(Borrowed):
 
     def _locate(self, index: int) -> tuple[Source, int]:
         return self.source, self.indices[index]
+
+
+def evenly(source: Source, most: int | None) -> Source:
+    """At most so many samples, evenly spread over the source; None for all."""
+    if most is None or most >= len(source):
+        return source
+    return Subset(source, [i * len(source) // most for i in range(most)])

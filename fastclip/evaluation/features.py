@@ -24,7 +24,7 @@ from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
 from fastclip.reading import open_tensors
 
-__all__ = ["PART", "FeatureStore", "ImageFeatures", "image_features", "text_features"]
+__all__ = ["PART", "FeatureStore", "ImageFeatures", "image_features", "resumable", "text_features"]
 
 logger = logging.getLogger(__name__)
 PART = 4096  # samples of a part of a store, about
@@ -117,6 +117,14 @@ class FeatureStore:
 
     def _file(self, start: int) -> Path:
         return self.folder / f"part-{start:06d}.safetensors"
+
+
+def resumable(stores: list[FeatureStore] | None, embedder: Embedder, keys: Iterable[str]) -> FeatureStore | None:
+    """A new store in FASTCLIP_CACHE, put into `stores` too, to be cleared when the result is there; None for None."""
+    if stores is None:
+        return None
+    stores.append(FeatureStore(embedder, keys))
+    return stores[-1]
 
 
 def image_features(

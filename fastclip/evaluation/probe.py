@@ -6,6 +6,8 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,9 +21,8 @@ from torch import Tensor
 from fastclip.data.class_names import shown_names
 from fastclip.data.identity import picture_places, picture_states
 from fastclip.data.source import Source
-from fastclip.evaluation.accuracy import score_ranks
-from fastclip.evaluation.classification import classification_metrics
-from fastclip.evaluation.features import FeatureStore, image_features
+from fastclip.evaluation.classification import classification_metrics, labelled, score_ranks
+from fastclip.evaluation.features import FeatureStore, image_features, resumable
 from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
 
@@ -34,13 +35,12 @@ _FITS = 16  # at most: 7 of the coarse grid, 2 at each of 4 halvings, and the la
 
 
 class Probe(NamedTuple):
-    """What `linear_probe` found."""
+    """Result of `linear_probe`."""
 
     metrics: dict[str, Any]  # by CLIP_benchmark's names (``metrics/linear_probe.py``)
     sweep: list[tuple[float, float]]  # lambda and its score on the validation split, in the order in which they came
     unconverged: int  # fits of the sweep that ended after 1,000 iterations
     converged: bool  # the last fit, which is what is reported
-    stores: list[FeatureStore]  # to clear when the result is kept
 
 
 class TowerEmbedder(Embedder):
@@ -72,7 +72,7 @@ def linear_probe(
     seed: int = 0,
     batch_size: int = 256,
     workers: int = 0,
-    resume: bool = False,
+    stores: list[FeatureStore] | None = None,
     progress: bool = False,
 ) -> Probe:
     """Logistic regression on image features, as Radford et al. 2021, appendix A.3, do it.
@@ -85,10 +85,8 @@ def linear_probe(
         val: default: a fifth of `train`, every class's share alike, drawn by `seed`.
         features: "tower", as the paper's; or "embedding", the unit vectors, as CLIP_benchmark's.
         metric: that lambda is chosen by.
-        batch_size, workers: of reading pictures.
-        resume: what a call with the same inputs left in FASTCLIP_CACHE, pictures and fits, is not computed again;
-            `Probe.stores` is what to clear.
-        progress: show how far it is, on stderr.
+        batch_size, workers, progress: as `fastclip.evaluation.features.image_features`'s.
+        stores: gets what is kept to go on after a stop, pictures and fits; clear them when the result is written.
 
     Raises:
         ValueError: sources without classes or with different ones, pictures of less than two, a class too small to
@@ -98,43 +96,31 @@ def linear_probe(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
     sources = [source for source in (train, test, val) if source is not None]
-    _check_classes(sources)
+    _check_sources(sources)
     if features == "tower":
         taken: Any = {"transform": embedder.transform, "precision": embedder.precision, "name": embedder.name}
         embedder = TowerEmbedder(embedder.model, embedder.tokenize, **taken)
-    _warn_of_shared(sources)
     keys = [[features, *picture_states(source)] for source in sources]
-    stores = [FeatureStore(embedder, own) for own in keys] if resume else []
-    found = []
-    for k, source in enumerate(sources):
-        store = stores[k] if resume else None
-        read = image_features(embedder, source, batch_size=batch_size, workers=workers, store=store, progress=progress)
-        found.append(_labelled(source, read.features, read.labels))
-    (x, y), (x_test, y_test) = found[:2]
+    read = partial(_inputs, embedder, stores, batch_size=batch_size, workers=workers, progress=progress)
+    (x, y), (x_test, y_test), *rest = map(read, sources, keys)
     _check_labels(train, y, test, y_test)
-    x, x_val, y, y_val = _split(train, x, y, seed) if val is None else (x, found[2][0], y, found[2][1])
-
+    x, x_val, y, y_val = _split(train, x, y, seed) if val is None else (x, rest[0][0], y, rest[0][1])
     classes = len(train.class_names)
 
     def fit(penalty: float) -> tuple[float, bool]:
         classifier, converged = _fit(x, y, penalty)
         return _metrics(classifier, x_val, y_val, classes)[metric], converged
 
-    if resume:
-        stores.append(FeatureStore(embedder, [f"fits {metric} {seed}", *(key for own in keys for key in own)]))
+    store = resumable(stores, embedder, [f"fits {metric} {seed}", *chain(*keys)])
     with Progress("L-BFGS fits", _FITS, unit="fit", shown=progress) as bar:
-        fits = _Fits(fit, stores[-1] if resume else None, bar)
-        penalty, tried = sweep(fits)
+        penalty, scores, unconverged = _resumed_sweep(fit, store, bar)
         classifier, converged = _fit(np.concatenate([x, x_val]), np.concatenate([y, y_val]), penalty)
         bar.moved()
-    if fits.unconverged:
-        logger.warning("%d of %d fits of the sweep ended after 1,000 iterations", fits.unconverged, len(tried))
     if not converged:
         logger.warning("the probe itself (lambda %g) ended after 1,000 iterations", penalty)
     metrics = {f"lp_{name}": value for name, value in _metrics(classifier, x_test, y_test, classes).items()}
-    metrics |= {"weight_decay": penalty, "epochs": None}  # L-BFGS has none
-    metrics |= {"seed": seed, "fewshot_k": -1, "normalized": features == "embedding"}
-    return Probe(metrics, tried, fits.unconverged, converged, stores)
+    metrics |= {"weight_decay": penalty, "epochs": None, "seed": seed, "fewshot_k": -1}  # L-BFGS has no epochs
+    return Probe(metrics | {"normalized": features == "embedding"}, scores, unconverged, converged)
 
 
 def sweep(score: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
@@ -143,46 +129,52 @@ def sweep(score: Callable[[float], float]) -> tuple[float, list[tuple[float, flo
     Radford et al. 2021, appendix A.3: from 1e-6, 1e-4 ... 1e6, then the interval around the peak is halved until its
     values are eighths of a decade. Of equal scores the middle one's lambda counts: on a plateau neither end is better.
     """
-    found: dict[int, float] = {}
-    last = _PER_DECADE * _DECADES  # lambda = 10 ** (k / 8), k from -last to last
+    scores: dict[int, float] = {}  # of lambda = 10 ** (k / 8) by k, which is exact where lambda is not
+    last = _PER_DECADE * _DECADES  # k is from -last to last
 
     def peak(candidates: Sequence[int]) -> int:
         for k in candidates:
-            if k not in found:
-                found[k] = score(10 ** (k / _PER_DECADE))
-        highest = [k for k in candidates if found[k] == max(found[k] for k in candidates)]
+            if k not in scores:
+                scores[k] = score(10 ** (k / _PER_DECADE))
+        highest = [k for k in candidates if scores[k] == max(scores[k] for k in candidates)]
         return highest[len(highest) // 2]
 
     width = 2 * _PER_DECADE
     best = peak(range(-last, last + 1, width))
     while width := width // 2:
         best = peak([k for k in (best - width, best, best + width) if abs(k) <= last])
-    return 10 ** (best / _PER_DECADE), [(10 ** (k / _PER_DECADE), value) for k, value in found.items()]
+    return 10 ** (best / _PER_DECADE), [(10 ** (k / _PER_DECADE), value) for k, value in scores.items()]
 
 
-class _Fits:
-    """lambda -> score by `fit`, which also tells whether it converged; what `store` holds, in its order, is not fitted
-    again."""
+def _resumed_sweep(
+    fit: Callable[[float], tuple[float, bool]], store: FeatureStore | None, bar: Progress
+) -> tuple[float, list[tuple[float, float]], int]:
+    """`sweep` by a `fit` that also tells whether it converged, and how many did not.
 
-    def __init__(self, fit: Callable[[float], tuple[float, bool]], store: FeatureStore | None, bar: Progress) -> None:
-        self._fit, self._store, self._bar = fit, store, bar
-        self._done = store.parts() if store is not None else []
-        self.unconverged = self._number = 0
-        if self._done:
-            logger.info("%d fits are there already", len(self._done))
+    What `store` holds is not fitted again. It has no lambdas: the sweep tries the same ones in the same order.
+    """
+    done = store.parts() if store is not None else []
+    if done:
+        logger.info("%d fits are there already", len(done))
+    fits: list[dict[str, Tensor]] = []
 
-    def __call__(self, penalty: float) -> float:
-        if self._number < len(self._done):
-            part = self._done[self._number]
+    def score(penalty: float) -> float:
+        if len(fits) < len(done):
+            part = done[len(fits)]
         else:
-            value, converged = self._fit(penalty)
+            value, converged = fit(penalty)
             part = {"score": torch.tensor(value, dtype=torch.float64), "converged": torch.tensor(converged)}
-            if self._store is not None:
-                self._store.add(self._number, part)
-        self._bar.moved()
-        self._number += 1
-        self.unconverged += not part["converged"]
+            if store is not None:
+                store.add(len(fits), part)
+        fits.append(part)
+        bar.moved()
         return float(part["score"])
+
+    penalty, scores = sweep(score)
+    unconverged = sum(not part["converged"] for part in fits)
+    if unconverged:
+        logger.warning("%d of %d fits of the sweep ended after 1,000 iterations", unconverged, len(fits))
+    return penalty, scores, unconverged
 
 
 def _fit(x: Any, y: Any, penalty: float) -> tuple[LogisticRegression, bool]:
@@ -191,19 +183,19 @@ def _fit(x: Any, y: Any, penalty: float) -> tuple[LogisticRegression, bool]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         classifier.fit(x, y)
-    others = [one for one in caught if not issubclass(one.category, ConvergenceWarning)]
-    for one in others:
-        logger.warning("scikit-learn: %s", one.message)
+    others = [warning for warning in caught if not issubclass(warning.category, ConvergenceWarning)]
+    for warning in others:
+        logger.warning("scikit-learn: %s", warning.message)
     return classifier, len(others) == len(caught)
 
 
 def _metrics(classifier: LogisticRegression, x: Any, y: Any, classes: int) -> dict[str, Any]:
     """`classification_metrics`; a class that the classifier has not met scores below all others."""
-    found = torch.from_numpy(classifier.decision_function(x))
-    if found.dim() == 1:  # of two classes scikit-learn gives one column, the second's
-        found = torch.stack([-found, found], dim=1)
-    scores = torch.full((len(found), classes), -math.inf, dtype=found.dtype)
-    scores[:, torch.from_numpy(classifier.classes_)] = found
+    decision = torch.from_numpy(classifier.decision_function(x))
+    if decision.dim() == 1:  # of two classes scikit-learn gives one column, the second's
+        decision = torch.stack([-decision, decision], dim=1)
+    scores = torch.full((len(decision), classes), -math.inf, dtype=decision.dtype)
+    scores[:, torch.from_numpy(classifier.classes_)] = decision
     labels = torch.from_numpy(y)
     return classification_metrics(score_ranks(scores, labels), labels, classes)
 
@@ -217,40 +209,37 @@ def _split(source: Source, x: Any, y: Any, seed: int) -> tuple[Any, Any, Any, An
         raise ValueError(f"{source.spec}: no validation split can be made, give one: {error}") from error
 
 
-def _labelled(source: Source, features: Tensor, labels: Tensor) -> tuple[Any, Any]:
-    """Those that have a class: (K, D) float64 and (K,) int64."""
-    some = labels >= 0
-    if not bool(some.all()):
-        logger.warning("%s: %d pictures have no class and are left out", source.spec, int((~some).sum()))
-    if not bool(features[some].isfinite().all()):
+def _inputs(
+    embedder: Embedder, stores: list[FeatureStore] | None, source: Source, keys: Sequence[str], **options: Any
+) -> tuple[Any, Any]:
+    """What a classifier is fitted to, of the pictures that have a class: (K, D) float64 and (K,) int64."""
+    images = image_features(embedder, source, store=resumable(stores, embedder, keys), **options)
+    features, labels, _ = labelled(images, source.spec)
+    if not bool(features.isfinite().all()):
         raise ValueError(f"{source.spec}: the model's features are not finite")
-    return features[some].double().numpy(), labels[some].numpy()
+    return features.double().numpy(), labels.numpy()
 
 
-def _check_classes(sources: Sequence[Source]) -> None:
+def _check_sources(sources: Sequence[Source]) -> None:
+    """Train, test and perhaps validation must have the same classes; of pictures that test shares the log warns."""
+    train, test = sources[:2]
     for source in sources:
         if not source.class_names:
             raise ValueError(f"{source.spec} has no classes")
-        if other := sorted(set(source.class_names) ^ set(sources[0].class_names)):
-            raise ValueError(f"{sources[0].spec} and {source.spec} differ in classes: {', '.join(other[:5])}")
-        if source.class_names != sources[0].class_names:
-            raise ValueError(f"{sources[0].spec} and {source.spec} have the same classes in another order")
+        if other := sorted(set(source.class_names) ^ set(train.class_names)):
+            raise ValueError(f"{train.spec} and {source.spec} differ in classes: {', '.join(other[:5])}")
+        if source.class_names != train.class_names:
+            raise ValueError(f"{train.spec} and {source.spec} have the same classes in another order")
+    tested = set(picture_places(test))
+    for source in (train, *sources[2:]):
+        if shared := len(tested.intersection(picture_places(source))):
+            logger.warning("%d pictures of %s are in %s, too", shared, test.spec, source.spec)
 
 
 def _check_labels(train: Source, y: Any, test: Source, y_test: Any) -> None:
     known = np.unique(y)
     if len(known) < 2:
         raise ValueError(f"{train.spec}: what can be used of it has {len(known)} classes: nothing to tell apart")
-    if not len(y_test):
-        raise ValueError(f"{test.spec}: no picture that can be used has a class")
     if len(unknown := np.setdiff1d(y_test, known)):
         names = shown_names([train.class_names[k] for k in unknown])
         logger.warning("%s: of %d classes %s has no picture: %s", test.spec, len(unknown), train.spec, names)
-
-
-def _warn_of_shared(sources: Sequence[Source]) -> None:
-    """Train, test and perhaps validation: what is tested on must be new."""
-    test = set(picture_places(sources[1]))
-    for k in (0, 2)[: len(sources) - 1]:
-        if shared := len(test.intersection(picture_places(sources[k]))):
-            logger.warning("%d pictures of %s are in %s, too", shared, sources[1].spec, sources[k].spec)

@@ -15,7 +15,7 @@ from fastclip.data.faults import Tally
 from fastclip.data.identity import one_a_picture
 from fastclip.data.loader import evaluation_batches
 from fastclip.data.source import Source, class_captions
-from fastclip.data.subset import Subset
+from fastclip.data.subset import evenly
 from fastclip.distributed import check_group, gather_rows
 from fastclip.evaluation.classification import class_ranks, mean_directions
 from fastclip.evaluation.retrieval import recall, retrieval_recalls, unit_rows
@@ -72,9 +72,7 @@ def validate(
         raise ValueError(f"{source.spec}: no samples to validate on")
     group = check_group(group)
     rank, ranks = _place(group)
-    source = one_a_picture(source)
-    if max_samples is not None and max_samples < len(source):
-        source = Subset(source, [i * len(source) // max_samples for i in range(max_samples)])
+    source = evenly(one_a_picture(source), max_samples)
     skipped = Tally()
     with _undisturbed(model):
         batches = evaluation_batches(
@@ -112,10 +110,10 @@ def texts_of(source: Source, kept: list[int]) -> Texts:
     """Those of the samples `kept`, whose pictures are counted from 0."""
     numbers: dict[str, int] = {}
     pairs = [(i, numbers.setdefault(text, len(numbers))) for i, k in enumerate(kept) for text in source.captions(k)]
-    captions = len(numbers)
+    size = len(numbers)
     prompts = [class_captions(name, source.templates) for name in source.class_names]
-    classes = [[numbers.setdefault(text, len(numbers)) for text in own] for own in prompts]
-    return Texts(list(numbers), captions, torch.tensor(pairs), torch.tensor(classes), source.class_names)
+    classes = [[numbers.setdefault(text, len(numbers)) for text in captions] for captions in prompts]
+    return Texts(list(numbers), size, torch.tensor(pairs), torch.tensor(classes), source.class_names)
 
 
 @contextmanager
@@ -144,13 +142,16 @@ def _image_features(
     cannot be used; batches of this rank's."""
     device = model.logit_scale.device
     features, labels, indices = [], [], []
-    for images, found, classes in batches:
+    for images, places, classes in batches:
         features.append(unit_rows(model.encode_image(images.to(device))))
         labels.append(classes.to(device))
-        indices.append(found.to(device))
-    whole, classes, found = (_in_order(torch.cat(parts), size, group) for parts in (features, labels, indices))
-    used = found >= 0
-    return whole[used], classes[used], used.nonzero().flatten().tolist()
+        indices.append(places.to(device))
+    used = _in_order(torch.cat(indices), size, group) >= 0
+    return (
+        _in_order(torch.cat(features), size, group)[used],
+        _in_order(torch.cat(labels), size, group)[used],
+        used.nonzero().flatten().tolist(),
+    )
 
 
 def _text_features(
@@ -160,23 +161,23 @@ def _text_features(
     device = model.logit_scale.device
     rank, ranks = _place(group)
     share = -(-len(texts) // ranks)
-    own = [texts[i % len(texts)] for i in range(rank, share * ranks, ranks)]  # as many on every rank
-    chunks = (own[start : start + batch_size] for start in range(0, share, batch_size))
+    mine = [texts[i % len(texts)] for i in range(rank, share * ranks, ranks)]  # as many on every rank
+    chunks = [mine[start : start + batch_size] for start in range(0, share, batch_size)]
     features = [unit_rows(model.encode_text(tokenize(chunk).to(device))) for chunk in chunks]
     return _in_order(torch.cat(features), len(texts), group)
 
 
-def _in_order(own: Tensor, size: int, group: Any) -> Tensor:
+def _in_order(rows: Tensor, size: int, group: Any) -> Tensor:
     """Rows of every rank, which has r, r + ranks, ... and some padding at the end -> the `size` rows in order."""
     if group is None:
-        return own
-    every = gather_rows(own, [len(own)] * group.size(), group.group_name)
+        return rows
+    every = gather_rows(rows, [len(rows)] * group.size(), group.group_name)
     return every.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(0, 1)[:size]
 
 
 def _zero_shot(image_features: Tensor, labels: Tensor, classes: Tensor, class_names: Sequence[str]) -> dict[str, float]:
-    some = labels >= 0
-    ranks = class_ranks(image_features[some], classes, labels[some], class_names)
+    has_class = labels >= 0
+    ranks = class_ranks(image_features[has_class], classes, labels[has_class], class_names)
     return {f"zero_shot_top{k}": recall(ranks, k) for k in ((1, 5) if len(classes) >= 10 else (1,))}
 
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastclip.data.class_names import shown_names
@@ -17,10 +16,12 @@ from fastclip.data.source import Source
 from fastclip.evaluation.classification import (
     class_ranks,
     classification_metrics,
+    labelled,
     mean_directions,
+    mistakes,
     predicted_classes,
 )
-from fastclip.evaluation.features import FeatureStore, image_features, text_features
+from fastclip.evaluation.features import FeatureStore, image_features, resumable, text_features
 from fastclip.evaluation.results import result
 from fastclip.evaluation.retrieval import check_finite
 from fastclip.models.embedder import Embedder
@@ -28,7 +29,7 @@ from fastclip.models.embedder import Embedder
 __all__ = ["ZeroShot", "class_accuracies", "class_embeddings", "templates_for", "zero_shot"]
 
 logger = logging.getLogger(__name__)
-_CONFUSED = 3  # of a class, those that are told
+_CONFUSED = 3  # classes that `class_accuracies` lists beside each
 
 
 class ZeroShot(NamedTuple):
@@ -70,23 +71,16 @@ def zero_shot(
         raise ValueError(f"{source.spec}: these data have no classes")
     if classes is None:
         classes = class_embeddings(embedder, names, templates, stores=stores, progress=progress)
-    store = None
-    if stores is not None:
-        store = FeatureStore(embedder, [*names, *picture_states(source)])
-        stores.append(store)
-    found = image_features(embedder, source, batch_size=batch_size, workers=workers, store=store, progress=progress)
-    some = found.labels >= 0
-    if not bool(some.any()):
-        raise ValueError(f"{source.spec}: none of the pictures has a class")
-    if missing := int((~some).sum()):
-        logger.warning("%s: %d pictures without a class are left out", source.spec, missing)
-    features, labels, indices = (part[some] for part in found)
+    # the names too, as the labels are kept with the features
+    store = resumable(stores, embedder, [*names, *picture_states(source)])
+    images = image_features(embedder, source, batch_size=batch_size, workers=workers, store=store, progress=progress)
+    features, labels, indices = labelled(images, source.spec)
     check_finite(features, source.spec)
     check_finite(classes, f"the classes of {source.spec}")
     if twins := [name for name, number in Counter(names).items() if number > 1]:
         logger.info("%s: classes of one name, which no model can tell apart: %s", source.spec, shown_names(twins))
     ranks = class_ranks(features, classes, labels, names)
-    told = result(
+    report = result(
         dataset=source.spec if dataset is None else dataset,
         task="zeroshot_classification",
         model=embedder.name,
@@ -97,7 +91,7 @@ def zero_shot(
         images=len(labels),
         skipped=len(source) - len(labels),
     )
-    return ZeroShot(told, labels, predicted_classes(features, classes, labels, ranks, names), indices)
+    return ZeroShot(report, labels, predicted_classes(features, classes, labels, ranks, names), indices)
 
 
 def templates_for(source: Source, name: str | None = None) -> tuple[str, ...]:
@@ -125,27 +119,21 @@ def class_embeddings(
     """
     names = {name: place for place, name in enumerate(dict.fromkeys(class_names))}
     captions = [template.format(name) for name in names for template in templates]
-    store = None
-    if stores is not None:
-        store = FeatureStore(embedder, captions)
-        stores.append(store)
+    store = resumable(stores, embedder, captions)
     features = text_features(embedder, captions, store=store, progress=progress)
     means = mean_directions(features.unflatten(0, (len(names), len(templates))))
     return means[[names[name] for name in class_names]]
 
 
-def class_accuracies(found: ZeroShot, class_names: Sequence[str]) -> list[dict[str, Any]]:
+def class_accuracies(answers: ZeroShot, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Of every class its name, pictures, ``acc1``, None without pictures, and what they are most often taken for."""
-    right = found.labels == found.predictions
-    pictures = found.labels.bincount(minlength=len(class_names)).tolist()
-    hits = found.labels[right].bincount(minlength=len(class_names)).tolist()
-    taken: list[list[dict[str, Any]]] = [[] for _ in class_names]
-    wrong, counts = torch.stack([found.labels, found.predictions], 1)[~right].unique(dim=0, return_counts=True)
-    order = counts.argsort(descending=True, stable=True)
-    for (place, other), images in zip(wrong[order].tolist(), counts[order].tolist()):
-        if len(taken[place]) < _CONFUSED:
-            taken[place].append({"name": class_names[other], "images": images})
+    pictures = answers.labels.bincount(minlength=len(class_names)).tolist()
+    hits = answers.labels[answers.labels == answers.predictions].bincount(minlength=len(class_names)).tolist()
+    taken_for: list[list[dict[str, Any]]] = [[] for _ in class_names]
+    for place, other, images in mistakes(answers.labels, answers.predictions).tolist():
+        if len(taken_for[place]) < _CONFUSED:
+            taken_for[place].append({"name": class_names[other], "images": images})
     return [
-        {"name": name, "images": n, "acc1": hit / n if n else None, "taken_for": own}
-        for name, n, hit, own in zip(class_names, pictures, hits, taken, strict=True)
+        {"name": name, "images": size, "acc1": hit / size if size else None, "taken_for": others}
+        for name, size, hit, others in zip(class_names, pictures, hits, taken_for, strict=True)
     ]

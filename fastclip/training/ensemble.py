@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastclip.data.source import Source
-from fastclip.evaluation.accuracy import classifier_accuracies
+from fastclip.evaluation.classification import classifier_accuracies
 from fastclip.evaluation.results import write_results
 from fastclip.reading import read_json
 

@@ -19,8 +19,8 @@ PROMISES = [
             Break(
                 "evaluation: validation's rows of one picture are several",
                 "fastclip/evaluation/validate.py",
-                old="    source = one_a_picture(source)\n",
-                new="",
+                old="evenly(one_a_picture(source), max_samples)",
+                new="evenly(source, max_samples)",
             ),
             Break(
                 "evaluation: validation's links to one picture are several",
@@ -55,8 +55,8 @@ PROMISES = [
             Break(
                 "ties: the largest by its bits is predicted",
                 "fastclip/evaluation/classification.py",
-                old="found.append(first_best(similarities))",
-                new="found.append(similarities.argmax(dim=1))",
+                old="strangers.append(first_best(similarities))",
+                new="strangers.append(similarities.argmax(dim=1))",
             ),
             Break(
                 "ties: more than there is room for",
@@ -72,7 +72,7 @@ PROMISES = [
             ),
             Break(
                 "ties: classes of equal weights",
-                "fastclip/evaluation/accuracy.py",
+                "fastclip/evaluation/classification.py",
                 old=", size=size)",
                 new=")",
             ),

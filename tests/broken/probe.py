@@ -59,13 +59,13 @@ PROMISES = [
             Break(
                 "probe: columns are taken for classes",
                 "fastclip/evaluation/probe.py",
-                old="scores[:, torch.from_numpy(classifier.classes_)] = found",
-                new="scores[:, : found.shape[1]] = found",
+                old="scores[:, torch.from_numpy(classifier.classes_)] = decision",
+                new="scores[:, : decision.shape[1]] = decision",
             ),
             Break(
                 "accuracy: a tie is a hit",
-                "fastclip/evaluation/accuracy.py",
-                old="return (~(scores < own)).sum(1) - 1",
+                "fastclip/evaluation/classification.py",
+                old="return (~(scores < least)).sum(1) - 1",
                 new="return (scores > own).sum(1)",
             ),
         ],
@@ -81,12 +81,12 @@ PROMISES = [
             Break(
                 "probe: fits are not kept",
                 "fastclip/evaluation/probe.py",
-                old="self._store.add(self._number, part)",
+                old="store.add(len(fits), part)",
                 new="pass",
             ),
             Break(
                 "probe: stores are not cleared",
-                "fastclip/cli/evaluate/probe.py",
+                "fastclip/cli/evaluate/__init__.py",
                 old="store.clear()",
                 new="pass",
             ),

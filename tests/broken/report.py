@@ -21,7 +21,7 @@ PROMISES = [
             ),
             Break(
                 "report: classes and what they are taken for change places",
-                "fastclip/evaluation/report/examples.py",
+                "fastclip/evaluation/classification.py",
                 old="torch.stack([labels, predictions], dim=1)",
                 new="torch.stack([predictions, labels], dim=1)",
             ),
@@ -123,9 +123,9 @@ PROMISES = [
         breaks=[
             Break(
                 "report: what is embedded is removed before the page is written",
-                "fastclip/evaluation/report/view.py",
-                old="last = {name: run.series",
-                new="[store.clear() for store in found.stores]; last = {name: run.series",
+                "fastclip/evaluation/report/page.py",
+                old="    write_bytes(path, render(context)",
+                new="    [store.clear() for store in stores]; write_bytes(path, render(context)",
             ),
             Break(
                 "report: what is embedded stays",
@@ -173,9 +173,9 @@ PROMISES = [
             ),
             Break(
                 "report: the first samples only",
-                "fastclip/evaluation/report/page.py",
-                old="[i * size // max_samples for i in range(max_samples)]",
-                new="list(range(max_samples))",
+                "fastclip/data/subset.py",
+                old="[i * len(source) // most for i in range(most)]",
+                new="list(range(most))",
             ),
         ],
     ),

@@ -49,15 +49,15 @@ PROMISES = [
         breaks=[
             Break(
                 "details: the least confused",
-                "fastclip/evaluation/zero_shot.py",
+                "fastclip/evaluation/classification.py",
                 old="descending=True",
                 new="descending=False",
             ),
             Break(
                 "details: a class and what it is taken for change places",
-                "fastclip/evaluation/zero_shot.py",
-                old="torch.stack([found.labels, found.predictions], 1)",
-                new="torch.stack([found.predictions, found.labels], 1)",
+                "fastclip/evaluation/classification.py",
+                old="torch.stack([labels, predictions], dim=1)",
+                new="torch.stack([predictions, labels], dim=1)",
             ),
         ],
     ),
@@ -71,7 +71,7 @@ PROMISES = [
             Break(
                 "zero-shot: both namesakes are hits",
                 "fastclip/evaluation/classification.py",
-                old="return ranks + ((same >= 0) & (same < labels[:, None])).sum(1)",
+                old="return ranks + _earlier(namesakes, labels)",
                 new="return ranks",
             ),
         ],
@@ -93,7 +93,7 @@ PROMISES = [
             ),
             Break(
                 "zero-shot: what is kept stays",
-                "fastclip/cli/evaluate/zeroshot.py",
+                "fastclip/cli/evaluate/__init__.py",
                 old="store.clear()",
                 new="pass",
             ),

@@ -26,9 +26,8 @@ from fastclip.data.source import Source
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
 from fastclip.evaluation import probe
-from fastclip.evaluation.accuracy import classifier_accuracies, score_ranks
-from fastclip.evaluation.classification import classification_metrics
-from fastclip.evaluation.features import ImageFeatures
+from fastclip.evaluation.classification import classification_metrics, classifier_accuracies, score_ranks
+from fastclip.evaluation.features import FeatureStore, ImageFeatures
 from fastclip.evaluation.probe import TowerEmbedder, linear_probe, sweep
 from fastclip.evaluation.published import TOP1, top1, top1_dataset
 from fastclip.models import create_model
@@ -202,7 +201,8 @@ def test_interrupted_probe_goes_on(
 ) -> None:
     monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path))
     whole = linear_probe(embedder, digits["train"], digits["test"])
-    assert not list(tmp_path.iterdir())  # nothing is kept without resume
+    assert not list(tmp_path.iterdir())  # nothing is kept unasked
+    stores: list[FeatureStore] = []
     real, fits = probe._fit, []
 
     def fit(*args: Any) -> Any:
@@ -213,13 +213,13 @@ def test_interrupted_probe_goes_on(
 
     monkeypatch.setattr(probe, "_fit", fit)
     with pytest.raises(Stopped):
-        linear_probe(embedder, digits["train"], digits["test"], resume=True)
+        linear_probe(embedder, digits["train"], digits["test"], stores=stores)
     monkeypatch.setattr(probe, "_fit", lambda *args: fits.append(args[2]) or real(*args))
     monkeypatch.setattr(TowerEmbedder, "embed_images", None)  # all pictures are there
-    again = linear_probe(embedder, digits["train"], digits["test"], resume=True)
+    again = linear_probe(embedder, digits["train"], digits["test"], stores=stores)
     assert (again.metrics, again.sweep, again.converged) == (whole.metrics, whole.sweep, whole.converged)
     assert len(fits) == len(whole.sweep) + 1  # none twice
-    for store in again.stores:
+    for store in stores:
         store.clear()
     assert not list((tmp_path / "features").iterdir())
 

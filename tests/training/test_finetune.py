@@ -25,7 +25,7 @@ from fastclip.data.picture import pixels_limited
 from fastclip.data.source import Record
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
-from fastclip.evaluation.accuracy import classifier_accuracies
+from fastclip.evaluation.classification import classifier_accuracies
 from fastclip.evaluation.zero_shot import class_embeddings
 from fastclip.models import create_model
 from fastclip.models.classifier import ImageClassifier, load_classifier

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options
 from fastclip.cli.evaluate import compose, probe, retrieval, robustness, zeroshot
@@ -25,8 +26,8 @@ _TASKS: dict[str, tuple[ModuleType, str]] = {
 def add(parser: argparse.ArgumentParser) -> None:
     parser.description = "What a model is worth: a table, and JSON with the keys of CLIP_benchmark."
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    for name, (module, told) in _TASKS.items():
-        task = tasks.add_parser(name, help=told)
+    for name, (module, summary) in _TASKS.items():
+        task = tasks.add_parser(name, help=summary)
         add_embedder_options(task)
         add_reading_options(task)
         task.add_argument("--output", metavar="FILE", help="JSON of the results")
@@ -35,7 +36,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         task.set_defaults(run=partial(_run, task.get_default("run")))
 
 
-def _run(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """`run`, when all files that it is to write can be."""
+def _run(evaluate: Callable[[argparse.Namespace], tuple[Any, Any]], args: argparse.Namespace) -> None:
+    """Evaluate, when all files that are to be written can be; write the results, and clear the stores after that.
+
+    `evaluate` returns both; a stop before leaves the stores for the next run of the command.
+    """
+    from fastclip.evaluation.results import write_results
+
     with owned_files(args, *(name for name in ("output", "details", "plot", "sheet") if hasattr(args, name))):
-        run(args)
+        results, stores = evaluate(args)
+        if args.output:
+            write_results(args.output, results)
+        for store in stores:
+            store.clear()

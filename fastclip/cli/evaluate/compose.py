@@ -31,10 +31,10 @@ def _terms(query: Any) -> list[dict[str, Any]]:
     return [{"weight": term.weight, "text": term.text} for term in query.terms]
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from fastclip.data.spec import open_source
     from fastclip.evaluation.compose import compose, read_queries
-    from fastclip.evaluation.results import result, table, write_results
+    from fastclip.evaluation.results import result, table
     from fastclip.evaluation.sheet import write_sheet
 
     queries = read_queries(args.queries)
@@ -55,20 +55,16 @@ def _run(args: argparse.Namespace) -> None:
     if composed.metrics:
         row = [embedder.name, *(100 * value for value in composed.metrics.values())]
         say(table(("", "R@1", "R@5", "R@10"), [row]))
-    if args.output:
-        counts = {"images": len(composed.source), "skipped": composed.skipped, "queries": answers}
-        write_results(
-            args.output,
-            result(
-                dataset=source.spec,
-                task="composed_retrieval",
-                model=embedder.name,
-                pretrained=args.checkpoint,
-                metrics=composed.metrics,
-                **counts,
-            ),
-        )
     if args.sheet:
         write_sheet(args.sheet, composed)
-    for store in composed.stores:
-        store.clear()
+    results = result(
+        dataset=source.spec,
+        task="composed_retrieval",
+        model=embedder.name,
+        pretrained=args.checkpoint,
+        metrics=composed.metrics,
+        images=len(composed.source),
+        skipped=composed.skipped,
+        queries=answers,
+    )
+    return results, composed.stores

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fastclip.cli.embedding import embedder_of
 from fastclip.cli.evaluate.zeroshot import percent
 from fastclip.cli.printing import say
+
+if TYPE_CHECKING:
+    from fastclip.evaluation.features import FeatureStore
 
 __all__ = ["add"]
 
@@ -36,15 +40,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reference", metavar="NAME", help="published numbers to show: food101, cifar10, imagenet ...")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the split (0)")
-    parser.set_defaults(run=_probe)
+    parser.set_defaults(run=_run)
 
 
-def _probe(args: argparse.Namespace) -> None:
-    from fastclip.cli.embedding import embedder_of
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], list[FeatureStore]]:
     from fastclip.data.spec import open_labelled
     from fastclip.evaluation.probe import linear_probe
     from fastclip.evaluation.published import MEAN_PER_CLASS, top1, top1_dataset
-    from fastclip.evaluation.results import result, table, write_results
+    from fastclip.evaluation.results import result, table
 
     reference = args.reference or top1_dataset(args.test_data)
     published = top1(reference) if reference is not None else {}
@@ -53,28 +56,8 @@ def _probe(args: argparse.Namespace) -> None:
     val = open_labelled(args.val_data) if args.val_data else None
     embedder = embedder_of(args)
     options = {name: getattr(args, name) for name in ("features", "seed", "batch_size", "workers")}
-    probe = linear_probe(embedder, train, test, val=val, metric=metric, resume=True, progress=True, **options)
-    if args.output:
-        write_results(
-            args.output,
-            result(
-                dataset=args.reference or args.test_data,
-                task="linear_probe",
-                model=embedder.name,
-                pretrained=str(args.checkpoint),
-                metrics=probe.metrics,
-                features=args.features,
-                metric=metric,
-                train=args.data,
-                test=args.test_data,
-                val=args.val_data,
-                sweep=[{"weight_decay": penalty, metric: value} for penalty, value in probe.sweep],
-                sweep_unconverged=probe.unconverged,
-                converged=probe.converged,
-            ),
-        )
-    for store in probe.stores:
-        store.clear()
+    stores: list[FeatureStore] = []
+    probe = linear_probe(embedder, train, test, val=val, metric=metric, stores=stores, progress=True, **options)
     names = ("acc1", "acc5", "mean_per_class_recall")
     values = (percent(probe.metrics[f"lp_{name}"]) for name in names)
     say(table([args.test_data, *names], [["linear probe", *values]]))
@@ -82,3 +65,19 @@ def _probe(args: argparse.Namespace) -> None:
     if reference is not None:
         rows = {"linear probe": 100 * probe.metrics[f"lp_{metric}"], **published}
         say("\n" + table([reference, metric], list(rows.items())))
+    results = result(
+        dataset=args.reference or args.test_data,
+        task="linear_probe",
+        model=embedder.name,
+        pretrained=args.checkpoint,
+        metrics=probe.metrics,
+        features=args.features,
+        metric=metric,
+        train=args.data,
+        test=args.test_data,
+        val=args.val_data,
+        sweep=[{"weight_decay": penalty, metric: value} for penalty, value in probe.sweep],
+        sweep_unconverged=probe.unconverged,
+        converged=probe.converged,
+    )
+    return results, stores

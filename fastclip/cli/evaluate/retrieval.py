@@ -34,15 +34,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from fastclip.data.spec import open_source
     from fastclip.evaluation.captioned import evaluate_retrieval
     from fastclip.evaluation.published import RETRIEVAL
-    from fastclip.evaluation.results import result, table, write_lines, write_results
+    from fastclip.evaluation.results import result, table, write_lines
 
     source = open_source(args.data, held_out=True)
     embedder = embedder_of(args)
-    found = evaluate_retrieval(
+    retrieval = evaluate_retrieval(
         embedder,
         source,
         captions=args.captions,
@@ -51,33 +51,31 @@ def _run(args: argparse.Namespace) -> None:
         workers=args.workers,
         progress=True,
     )
-    own = {name: 100 * value for name, value in found.metrics.items()}
-    rows = {embedder.name: own} | RETRIEVAL.get(args.reference or _reference(source), {})
+    recalls = {name: 100 * value for name, value in retrieval.metrics.items()}
+    rows = {embedder.name: recalls} | RETRIEVAL.get(args.reference or _reference(source), {})
     say(table(_HEAD, [[name, *(row.get(key) for key in _KEYS)] for name, row in rows.items()]))
-    say(f"{len(found.keys):,} images, {len(found.texts):,} captions, {found.skipped:,} images cannot be used")
-    if found.repeated and not args.unique_captions:
+    images, captions = len(retrieval.keys), len(retrieval.texts)
+    say(f"{images:,} images, {captions:,} captions, {retrieval.skipped:,} images cannot be used")
+    if retrieval.repeated and not args.unique_captions:
         say(
-            f"{found.repeated:,} captions are also those of other images, each of which counts as a wrong answer; "
+            f"{retrieval.repeated:,} captions are also those of other images, each of which counts as a wrong answer; "
             "--unique-captions counts them as right"
         )
-    if args.output:
-        counts = {"images": len(found.keys), "captions": len(found.texts), "skipped": found.skipped}
-        counts |= {"repeated_captions": found.repeated, "unique_captions": args.unique_captions}
-        write_results(
-            args.output,
-            result(
-                dataset=source.spec,
-                task="zeroshot_retrieval",
-                model=embedder.name,
-                pretrained=args.checkpoint,
-                metrics=found.metrics,
-                **counts,
-            ),
-        )
     if args.details:
-        write_lines(args.details, found.details())
-    for store in found.stores:
-        store.clear()
+        write_lines(args.details, retrieval.details())
+    results = result(
+        dataset=source.spec,
+        task="zeroshot_retrieval",
+        model=embedder.name,
+        pretrained=args.checkpoint,
+        metrics=retrieval.metrics,
+        images=images,
+        captions=captions,
+        skipped=retrieval.skipped,
+        repeated_captions=retrieval.repeated,
+        unique_captions=args.unique_captions,
+    )
+    return results, retrieval.stores
 
 
 def _reference(source: Any) -> str:

@@ -28,17 +28,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         "Zero-shot top-1 on ImageNet and its variants, each a folder of class folders called by WordNet id (of "
         "ImageNet-V2 by class number), beside published results. -R and -A are classified among their own 200 classes."
     )
-    for name, (option, told) in _OPTIONS.items():
-        parser.add_argument(option, dest=name, metavar="DIR", help=told)
+    for name, (option, pictures) in _OPTIONS.items():
+        parser.add_argument(option, dest=name, metavar="DIR", help=pictures)
     add_templates_option(parser, default="openai")
     parser.add_argument("--plot", metavar="FILE", help="PNG: ImageNet against the mean of the others; needs --imagenet")
     parser.set_defaults(run=_run)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[FeatureStore]]:
     from fastclip.data.prompts import read_templates
     from fastclip.evaluation import robustness
-    from fastclip.evaluation.results import write_results
 
     folders = {name: folder for name in _OPTIONS if (folder := getattr(args, name)) is not None}
     if not folders:
@@ -57,12 +56,9 @@ def _run(args: argparse.Namespace) -> None:
         stores=stores,
     )
     _print(results)
-    if args.output:
-        write_results(args.output, results)
     if args.plot:
         robustness.plot(args.plot, robustness.accuracies(results), name=embedder.name)
-    for store in stores:
-        store.clear()
+    return results, stores
 
 
 def _print(results: list[dict[str, Any]]) -> None:
@@ -71,16 +67,16 @@ def _print(results: list[dict[str, Any]]) -> None:
     from fastclip.evaluation.robustness import SETS, accuracies, compared_sets, mean_drop
 
     rows = []
-    for one in results:
-        name, metrics = one["dataset"], one["metrics"]
-        own = [percent(metrics["acc1"]), percent(metrics["acc5"])]
-        known = [x.get(name) for x in ZERO_SHOT.values()]
-        rows.append([SETS[name].title, one["classes"], one["images"], *own, *known])
-    found = accuracies(results)
-    sets = compared_sets(found)
-    drops = [mean_drop(one, sets) for one in (found, *ZERO_SHOT.values())]
-    if drops[0] is not None:
-        rows.append(["mean drop", None, None, drops[0], None, *drops[1:]])
+    for result in results:
+        name, metrics = result["dataset"], result["metrics"]
+        published = [by_set.get(name) for by_set in ZERO_SHOT.values()]
+        top = [percent(metrics["acc1"]), percent(metrics["acc5"])]
+        rows.append([SETS[name].title, result["classes"], result["images"], *top, *published])
+    top1 = accuracies(results)
+    sets = compared_sets(top1)
+    drop, *published = (mean_drop(by_set, sets) for by_set in (top1, *ZERO_SHOT.values()))
+    if drop is not None:
+        rows.append(["mean drop", None, None, drop, None, *published])
     say(table(["", "classes", "images", "acc1", "acc5", *ZERO_SHOT], rows))
-    if drops[0] is not None:
+    if drop is not None:
         say(f"mean drop: points of top-1 from ImageNet to the mean of {', '.join(SETS[name].title for name in sets)}")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from fastclip.cli.embedding import embedder_of
 from fastclip.cli.printing import say
+
+if TYPE_CHECKING:
+    from fastclip.evaluation.features import FeatureStore
 
 __all__ = ["add", "add_templates_option", "percent"]
 
@@ -42,16 +46,15 @@ def percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], list[FeatureStore]]:
     from fastclip.data.spec import open_labelled
-    from fastclip.evaluation.features import FeatureStore
     from fastclip.evaluation.results import table, write_results
     from fastclip.evaluation.zero_shot import class_accuracies, templates_for, zero_shot
 
     source = open_labelled(args.data, classes=args.classes)
     templates = templates_for(source, args.templates)
     stores: list[FeatureStore] = []
-    found = zero_shot(
+    answers = zero_shot(
         embedder_of(args),
         source,
         templates=templates,
@@ -61,12 +64,9 @@ def _run(args: argparse.Namespace) -> None:
         progress=True,
         stores=stores,
     )
-    metrics = found.result["metrics"]
-    row = [args.data, found.result["classes"], found.result["images"], *map(percent, metrics.values())]
+    metrics = answers.result["metrics"]
+    row = [args.data, answers.result["classes"], answers.result["images"], *map(percent, metrics.values())]
     say(table(["data", "classes", "images", *metrics], [row]))
-    if args.output:
-        write_results(args.output, found.result)
     if args.details:
-        write_results(args.details, class_accuracies(found, source.class_names))
-    for store in stores:
-        store.clear()
+        write_results(args.details, class_accuracies(answers, source.class_names))
+    return answers.result, stores

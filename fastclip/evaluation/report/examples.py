@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastclip.data.identity import picture_states
 from fastclip.data.source import Source
-from fastclip.evaluation.classification import class_ranks, confusion, mean_directions, predicted_classes
-from fastclip.evaluation.features import FeatureStore, ImageFeatures, image_features, text_features
+from fastclip.evaluation.classification import class_ranks, confusion, mean_directions, mistakes, predicted_classes
+from fastclip.evaluation.features import FeatureStore, ImageFeatures, image_features, resumable, text_features
 from fastclip.evaluation.retrieval import best_ranks, check_finite, top_items
 from fastclip.evaluation.validate import Texts, metrics_of, texts_of
 from fastclip.models.embedder import Embedder
@@ -58,7 +58,6 @@ class Examined(NamedTuple):
     confusion: Confusion | None  # None without classes
     of_texts: tuple[list[Example], list[Example]]  # best and worst, pictures found for texts
     of_images: tuple[list[Example], list[Example]]  # likewise texts for pictures
-    stores: tuple[FeatureStore, ...]  # to `clear` when all is written
 
 
 def examine(
@@ -67,80 +66,78 @@ def examine(
     *,
     batch_size: int = 256,
     workers: int = 0,
-    resumable: bool = False,
+    stores: list[FeatureStore] | None = None,
     progress: bool = False,
 ) -> Examined:
     """Embed a source and look at it; options and errors as `image_features`'.
 
     Args:
-        resumable: keep what is embedded in FASTCLIP_CACHE, in `Examined.stores`, and go on from what is there.
+        stores: gets what is kept to go on after a stop; clear them when the result is written.
     """
-    pictures = FeatureStore(embedder, [*source.class_names, *picture_states(source)]) if resumable else None
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    images = image_features(embedder, source, workers=workers, store=pictures, **options)
+    store = resumable(stores, embedder, [*source.class_names, *picture_states(source)])
+    images = image_features(embedder, source, workers=workers, store=store, **options)
     kept = images.indices.tolist()
     texts = texts_of(source, kept)
-    captions = FeatureStore(embedder, ["texts", *texts.texts]) if resumable else None
-    features = text_features(embedder, texts.texts, store=captions, **options)
+    store = resumable(stores, embedder, ["texts", *texts.texts])
+    features = text_features(embedder, texts.texts, store=store, **options)
     check_finite(images.features, source.spec)
     check_finite(features, f"the captions of {source.spec}")
-    own = features[: texts.captions]
+    captions = features[: texts.captions]
     return Examined(
         metrics=metrics_of(images.features, images.labels, features, texts),
         kept=kept,
         texts=texts.texts,
         captions=texts.captions,
         confusion=_confusion(images, features, texts),
-        of_texts=_best_and_worst(own, images.features, texts.pairs.flip(1)),
-        of_images=_best_and_worst(images.features, own, texts.pairs),
-        stores=tuple(store for store in (pictures, captions) if store is not None),
+        of_texts=_best_and_worst(captions, images.features, texts.pairs.flip(1)),
+        of_images=_best_and_worst(images.features, captions, texts.pairs),
     )
 
 
 def _confusion(images: ImageFeatures, features: Tensor, texts: Texts) -> Confusion | None:
-    some = images.labels >= 0
-    if not texts.classes.numel() or not bool(some.any()):
+    has_class = images.labels >= 0
+    if not texts.classes.numel() or not bool(has_class.any()):
         return None
-    classes, labels = mean_directions(features[texts.classes]), images.labels[some]
-    named = images.features[some], classes, labels
-    predictions = predicted_classes(*named, class_ranks(*named, texts.class_names), texts.class_names)
+    classes, labels = mean_directions(features[texts.classes]), images.labels[has_class]
+    ranks = class_ranks(images.features[has_class], classes, labels, texts.class_names)
+    predictions = predicted_classes(images.features[has_class], classes, labels, ranks, texts.class_names)
     counts = confusion(labels, predictions, len(classes)).numpy() if len(classes) <= _MOST_CLASSES else None
     return Confusion(counts, _most_confused(predictions, labels))
 
 
 def _most_confused(predictions: Tensor, labels: Tensor) -> list[tuple[int, int, int, float]]:
     """`Confusion.pairs`, whatever the number of classes."""
-    wrong = torch.stack([labels, predictions], dim=1)[predictions != labels]
-    pairs, counts = wrong.unique(dim=0, return_counts=True)
-    order = counts.argsort(descending=True, stable=True)[:_PAIRS].tolist()
     sizes = labels.bincount()
-    return [(*pairs[k].tolist(), int(counts[k]), float(counts[k] / sizes[pairs[k, 0]])) for k in order]
+    pairs = mistakes(labels, predictions)[:_PAIRS].tolist()
+    return [(place, other, count, count / int(sizes[place])) for place, other, count in pairs]
 
 
 def _best_and_worst(queries: Tensor, items: Tensor, pairs: Tensor) -> tuple[list[Example], list[Example]]:
     """By the place of what belongs to a query, then by its cosine; no query is in both."""
     ranks = best_ranks(queries, items, pairs)
+    # in parts, as the rows of all pairs at once are P x D
     cosines = torch.cat([(queries[part[:, 0]] * items[part[:, 1]]).sum(1) for part in pairs.split(2**14)])
-    own = torch.full((len(queries),), -torch.inf).scatter_reduce_(0, pairs[:, 0], cosines, "amax")
-    order = [k for _, _, k in sorted(zip(ranks.tolist(), (-own).tolist(), range(len(queries)))) if ranks[k] >= 0]
+    best = torch.full((len(queries),), -torch.inf).scatter_reduce_(0, pairs[:, 0], cosines, "amax")
+    order = [k for _, _, k in sorted(zip(ranks.tolist(), (-best).tolist(), range(len(queries)))) if ranks[k] >= 0]
     shown = min(_SHOWN, max(1, len(order) // 2))
-    best, worst = order[:shown], order[shown:][-shown:][::-1]
-    return tuple(_examples(part, queries, items, pairs, ranks) for part in (best, worst))  # type: ignore[return-value]
+    first, last = order[:shown], order[shown:][-shown:][::-1]
+    return _examples(first, queries, items, pairs, ranks), _examples(last, queries, items, pairs, ranks)
 
 
 def _examples(chosen: Sequence[int], queries: Tensor, items: Tensor, pairs: Tensor, ranks: Tensor) -> list[Example]:
     if not chosen:
         return []
-    found = []
+    examples = []
     for query, scores, places in zip(chosen, *top_items(queries[torch.tensor(chosen)], items, _HITS)):
-        own = pairs[pairs[:, 0] == query, 1]
+        partners = pairs[pairs[:, 0] == query, 1]
         hits = [
-            Hit(item, place, score, bool((own == item).any()))
+            Hit(item, place, score, bool((partners == item).any()))
             for place, (item, score) in enumerate(zip(places.tolist(), scores.tolist()), start=1)
         ]
         place = int(ranks[query]) + 1
         if not any(hit.right for hit in hits):
-            cosines = items[own] @ queries[query]
-            hits.append(Hit(int(own[cosines.argmax()]), place, float(cosines.max()), True))
-        found.append(Example(query, place, hits))
-    return found
+            cosines = items[partners] @ queries[query]
+            hits.append(Hit(int(partners[cosines.argmax()]), place, float(cosines.max()), True))
+        examples.append(Example(query, place, hits))
+    return examples

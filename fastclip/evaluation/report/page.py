@@ -15,8 +15,9 @@ from markupsafe import Markup
 from fastclip.data.identity import one_a_picture
 from fastclip.data.source import Source
 from fastclip.data.spec import open_source
-from fastclip.data.subset import Subset
+from fastclip.data.subset import evenly
 from fastclip.durable import write_bytes
+from fastclip.evaluation.features import FeatureStore
 from fastclip.evaluation.report import charts
 from fastclip.evaluation.report.examples import examine
 from fastclip.evaluation.report.run import RunRecord, read_run
@@ -35,17 +36,12 @@ def write_report(
     *,
     data: str | None = None,
     checkpoint: str | Path | None = None,
-    model: str | None = None,
-    device: str | None = None,
-    precision: str | None = None,
-    vocabulary: str | Path | None = None,
-    image_size: int | None = None,
-    context_length: int | None = None,
     results: Sequence[str | Path] = (),
     max_samples: int = 5000,
     batch_size: int = 256,
     workers: int = 0,
     progress: bool = False,
+    **embedder_options: Any,
 ) -> Path:
     """Write one HTML file that needs no other, and return its path: key figures, curves, confused classes, retrievals.
 
@@ -57,13 +53,13 @@ def write_report(
         output: default: report.html in it.
         data: as ``--val-data``; default: the run's own.
         checkpoint: as `load_embedder`'s; default: the run's model/.
-        model, device, vocabulary, image_size, context_length: as `load_embedder`'s.
-        precision: "fp32" or "bf16"; default: the run's.
         results: JSON files of ``fastclip eval`` or CLIP_benchmark, shown beside each other.
         max_samples: of the data, evenly spread.
         batch_size: pictures, or texts, at a time.
         workers: processes that read pictures; 0 reads in this one.
         progress: show how far it is, on stderr.
+        embedder_options: model, device, precision, vocabulary, image_size, context_length, as `load_embedder`'s; the
+            default precision is the run's.
 
     Raises:
         OSError, ValueError: the folder holds no run, or data, checkpoint or results are not in order; by name.
@@ -73,30 +69,21 @@ def write_report(
     run = read_run(folder)
     context = about_run(run) | {"results": read_results([Path(path) for path in results])}
     source, reason = _source(run, data, checkpoint)
+    stores: list[FeatureStore] = []
     if source is None:
         context |= {"seen": None, "reason": reason}
     else:
-        source = one_a_picture(source)
-        size = len(source)
-        if size > max_samples:
-            source = Subset(source, [i * size // max_samples for i in range(max_samples)])
-        embedder = load_embedder(
-            run.folder / "model" if checkpoint is None else checkpoint,
-            model=model,
-            device=device,
-            precision=precision or run.options.get("precision"),
-            vocabulary=vocabulary,
-            image_size=image_size,
-            context_length=context_length,
-        )
-        found = examine(embedder, source, batch_size=batch_size, workers=workers, resumable=True, progress=progress)
-        same = data is None and checkpoint is None and size <= max_samples
-        seen = of_examined(source, found, run, same=same)
-        context |= {"seen": seen | {"size": size, "embedder": embedder}, "reason": ""}
+        whole = one_a_picture(source)
+        source = evenly(whole, max_samples)
+        embedder_options["precision"] = embedder_options.get("precision") or run.options.get("precision")
+        embedder = load_embedder(run.folder / "model" if checkpoint is None else checkpoint, **embedder_options)
+        examined = examine(embedder, source, batch_size=batch_size, workers=workers, stores=stores, progress=progress)
+        seen = of_examined(source, examined, run, same=source is whole and data is None and checkpoint is None)
+        context |= {"seen": seen | {"size": len(whole), "embedder": embedder}, "reason": ""}
     path = run.folder / "report.html" if output is None else Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, render(context).encode("utf-8", "replace"))  # names of files may hold what UTF-8 cannot
-    for store in () if source is None else found.stores:
+    for store in stores:
         store.clear()
     return path
 
