@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-_SIDES = {"cpu": 1024}  # of a tile of similarities: 4 MiB of float32, which a core's cache holds
-_SIDE = 4096  # of one on a GPU, which wants larger ones
+_CPU_SIDE = 1024  # of a tile of similarities: 4 MiB of float32, which a core's cache holds
+_GPU_SIDE = 4096  # 64 MiB: a smaller product leaves most of a GPU idle
 
 
 def retrieval_recalls(
@@ -68,15 +68,15 @@ def retrieval_recalls(
 
 
 def recalls(of_images: Tensor, of_texts: Tensor, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """`retrieval_recalls` of the ranks that `retrieval_ranks` found."""
-    found = {f"image_retrieval_recall@{k}": recall(of_texts, k) for k in ks}
-    return found | {f"text_retrieval_recall@{k}": recall(of_images, k) for k in ks}
+    """`retrieval_recalls` of the ranks that `retrieval_ranks` returns."""
+    images = {f"image_retrieval_recall@{k}": recall(of_texts, k) for k in ks}
+    return images | {f"text_retrieval_recall@{k}": recall(of_images, k) for k in ks}
 
 
 def recall(ranks: Tensor, k: int) -> float:
     """Share of the queries that have a rank (`best_ranks`) for which it is below `k`."""
-    some = int((ranks >= 0).sum())
-    return int(((ranks >= 0) & (ranks < k)).sum()) / some
+    ranked = ranks >= 0
+    return int((ranked & (ranks < k)).sum()) / int(ranked.sum())
 
 
 def best_ranks(queries: Tensor, items: Tensor, pairs: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -90,7 +90,7 @@ def best_ranks(queries: Tensor, items: Tensor, pairs: Tensor, *, chunk: int | No
         pairs: (P, 2) int64, the (query, item) that belong together.
         chunk: as of `retrieval_recalls`.
     """
-    return _ranks(queries, items, pairs, chunk, sides=1)[0]
+    return _ranks(queries, items, pairs, chunk, both=False)[0]
 
 
 def retrieval_ranks(
@@ -100,7 +100,7 @@ def retrieval_ranks(
 
     Arguments as of `retrieval_recalls`; `progress` shows how far it is, on stderr.
     """
-    of_images, of_texts = _ranks(image_features, text_features, pairs, chunk, sides=2, progress=progress)
+    of_images, of_texts = _ranks(image_features, text_features, pairs, chunk, both=True, progress=progress)
     return of_images, of_texts
 
 
@@ -120,19 +120,19 @@ def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = Non
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     side = _side(queries, chunk)
-    found = torch.empty(len(queries), min(k, len(items)), dtype=torch.int64, device=queries.device)
+    best = torch.empty(len(queries), min(k, len(items)), dtype=torch.int64, device=queries.device)
     with torch.autocast(queries.device.type, enabled=False):
         queries, items = unit_rows(queries).float(), unit_rows(items).float()
         for i in range(0, len(queries), side):
-            keys = _best_keys(queries[i : i + side], items, k + 1, side)
+            keys = _best_keys(queries[i : i + side], items, k + 1, side)  # one more shows a tie at the end
             cosines = _cosines(keys)
             groups = _groups(cosines)
             cut = groups[:, k - 1 : k] == groups[:, k:]  # more are equal to the last than there is room for
             # the whole chunk again, as the product of fewer rows has other bits; large sets have a tie in most chunks
             if bool((groups != cosines).any()) or bool(cut.any()):
                 keys = _best_keys(queries[i : i + side], items, k, side, groups.flip(1))
-            found[i : i + side] = keys[:, :k]
-    return _cosines(found), 0xFFFFFFFF - (found & 0xFFFFFFFF)
+            best[i : i + side] = keys[:, :k]
+    return _cosines(best), 0xFFFFFFFF - (best & 0xFFFFFFFF)
 
 
 def _best_keys(queries: Tensor, items: Tensor, k: int, side: int, groups: Tensor | None = None) -> Tensor:
@@ -176,34 +176,52 @@ def _keys(similarities: Tensor, first: int, groups: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def _ranks(
-    queries: Tensor, items: Tensor, pairs: Tensor, chunk: int | None, *, sides: int, progress: bool = False
+    queries: Tensor, items: Tensor, pairs: Tensor, chunk: int | None, *, both: bool, progress: bool = False
 ) -> list[Tensor]:
-    """`best_ranks` of the queries, and with two `sides` those of the items too."""
+    """`best_ranks` of the queries, and of the items as well where `both` are asked for."""
     _check(queries, items, pairs, chunk)
-    side, sizes = _side(queries, chunk), (len(queries), len(items))[:sides]
     with torch.autocast(queries.device.type, enabled=False):
         queries, items = unit_rows(queries), unit_rows(items)
-        tiles = _Tiles(queries, items, pairs.to(queries.device), side)
-        own = queries.new_empty(len(pairs))
+        tiles = _Tiles(queries, items, pairs.to(queries.device), _side(queries, chunk))
+        cosines = queries.new_empty(len(pairs))
         for tile in tiles.with_pairs():
-            own[tile.pairs] = tile.similarities()[tile.own]  # of the product they are compared in, TF32's for instance
-        best = [
-            own.new_full((size,), -torch.inf).scatter_reduce_(0, tiles.pairs[k], own, "amax")
-            for k, size in enumerate(sizes)
-        ]
-        nearer = [torch.zeros(size, dtype=torch.int64, device=own.device) for size in sizes]
+            cosines[tile.pairs] = tile.similarities()[tile.paired]  # of the very product that they are compared in
+        rankings = [_Ranking(tiles.pairs[0], cosines, len(queries), len(items))]
+        if both:
+            rankings.append(_Ranking(tiles.pairs[1], cosines, len(items), len(queries)))
         with Progress("similarities", len(queries) * len(items), unit="pair", shown=progress) as bar:
             for tile in tiles:
                 similarities = tile.similarities()
-                similarities[tile.own] = -torch.inf
-                for k, rows in enumerate((tile.rows, tile.columns)[:sides]):
-                    nearer[k][rows] += _nearer(similarities, best[k][rows], 1 - k)
+                similarities[tile.paired] = -torch.inf
+                rankings[0].count(tile.rows, similarities)
+                if both:
+                    rankings[1].count(tile.columns, similarities.T)
                 bar.moved(similarities.numel())
-    last = (len(items), len(queries))
-    return [
-        count.where(top > -torch.inf, torch.where(top.isnan(), last[k], -1))
-        for k, (count, top) in enumerate(zip(nearer, best))
-    ]
+    return [ranking.ranks() for ranking in rankings]
+
+
+class _Ranking:
+    """Counts, tile by tile, the others that are at least as similar to each of `size` rows as its best partner.
+
+    Args:
+        rows: (P,) int64, of each pair.
+        cosines: (P,), of each pair.
+    """
+
+    def __init__(self, rows: Tensor, cosines: Tensor, size: int, others: int) -> None:
+        self._best = cosines.new_full((size,), -torch.inf).scatter_reduce_(0, rows, cosines, "amax")
+        self._nearer = torch.zeros(size, dtype=torch.int64, device=rows.device)
+        self._others = others
+
+    def count(self, rows: slice, similarities: Tensor) -> None:
+        """Similarities of these rows and some of the others; NaN is near."""
+        further = similarities < least_alike(self._best[rows]).unsqueeze(1)
+        self._nearer[rows] += similarities.shape[1] - further.view(torch.uint8).sum(1, dtype=torch.int32)
+
+    def ranks(self) -> Tensor:
+        """As `best_ranks`: -1 where nothing belongs to a row, and the last where what does is not finite."""
+        last = torch.where(self._best.isnan(), self._others, -1)
+        return self._nearer.where(self._best > -torch.inf, last)
 
 
 def least_alike(best: Tensor, size: float | Tensor = 1.0) -> Tensor:
@@ -221,19 +239,13 @@ def first_best(similarities: Tensor) -> Tensor:
     return alike.view(torch.uint8).argmax(dim=1)
 
 
-def _nearer(similarities: Tensor, best: Tensor, dim: int) -> Tensor:
-    """How many along `dim` are no further than `best`; NaN is near."""
-    further = similarities < least_alike(best).unsqueeze(dim)
-    return similarities.shape[dim] - further.view(torch.uint8).sum(dim, dtype=torch.int32)
-
-
 class _Tile(NamedTuple):
     queries: Tensor  # of the tile
     items: Tensor
     rows: slice
     columns: slice
     pairs: slice  # of the sorted pairs, those in the tile
-    own: tuple[Tensor, Tensor]  # where they are in it
+    paired: tuple[Tensor, Tensor]  # where they are in it
 
     def similarities(self) -> Tensor:
         return self.queries @ self.items.T
@@ -266,7 +278,7 @@ class _Tiles:
 
 
 def _side(x: Tensor, chunk: int | None) -> int:
-    return chunk or _SIDES.get(x.device.type, _SIDE)
+    return chunk or (_CPU_SIDE if x.device.type == "cpu" else _GPU_SIDE)
 
 
 def check_finite(features: Tensor, what: str) -> None:

@@ -64,7 +64,7 @@ def robustness(
     """
     if not folders:
         raise ValueError("no data set: name the folder of at least one")
-    sources = {name: ClassFolder(folders[name], classes=one.classes) for name, one in SETS.items() if name in folders}
+    sources = {name: ClassFolder(folders[name], classes=kind.classes) for name, kind in SETS.items() if name in folders}
     for name, source in sources.items():
         _check_set(name, source)
     templates = read_templates("openai") if templates is None else templates
@@ -89,7 +89,7 @@ def robustness(
 
 
 def _check_set(name: str, source: ClassFolder) -> None:
-    """Of ImageNet some classes alone may be evaluated on, but 200 that are all of -R or -A are a mistaken folder."""
+    """Refuse a folder of exactly -R's or -A's 200 classes in place of another set; other parts of ImageNet may be."""
     for other in ("imagenet-r", "imagenet-a"):
         if name != other and {*source.folders} == imagenet.folder_places(other).keys():
             raise ValueError(
@@ -99,35 +99,35 @@ def _check_set(name: str, source: ClassFolder) -> None:
 
 def accuracies(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Top-1 in per cent by the name of the data set."""
-    return {one["dataset"]: 100 * one["metrics"]["acc1"] for one in results}
+    return {result["dataset"]: 100 * result["metrics"]["acc1"] for result in results}
 
 
-def _mean(found: Mapping[str, float], sets: Sequence[str]) -> float | None:
+def _mean(top1: Mapping[str, float], sets: Sequence[str]) -> float | None:
     """Mean over `sets`; None where there are none, or one is missing."""
-    return sum(found[name] for name in sets) / len(sets) if sets and all(name in found for name in sets) else None
+    return sum(top1[name] for name in sets) / len(sets) if sets and all(name in top1 for name in sets) else None
 
 
-def mean_drop(found: Mapping[str, float], sets: Sequence[str]) -> float | None:
+def mean_drop(top1: Mapping[str, float], sets: Sequence[str]) -> float | None:
     """Top-1 on ImageNet less its mean over `sets`, in points; None where one is missing."""
-    mean = _mean(found, sets)
-    return None if mean is None or "imagenet1k" not in found else found["imagenet1k"] - mean
+    mean = _mean(top1, sets)
+    return None if mean is None or "imagenet1k" not in top1 else top1["imagenet1k"] - mean
 
 
-def compared_sets(found: Mapping[str, float]) -> list[str]:
+def compared_sets(top1: Mapping[str, float]) -> list[str]:
     """The shifted sets over which a mean is comparable: those evaluated on for which there are published results, or
     else, all that were evaluated on."""
-    shifted = [name for name in SETS if name in found and name != "imagenet1k"]
+    shifted = [name for name in SETS if name in top1 and name != "imagenet1k"]
     return [name for name in shifted if any(name in known for known in ZERO_SHOT.values())] or shifted
 
 
-def plot(path: str | Path, found: Mapping[str, float], *, name: str) -> None:
+def plot(path: str | Path, top1: Mapping[str, float], *, name: str) -> None:
     """A PNG of the model's and the published top-1: on ImageNet, and its mean over the shifted sets.
 
     The axes are logit ones, on which the accuracies of ImageNet's models lie on a line (Taori et al. 2020); a model
     that loses nothing lies on y = x. What lies below 0.1 % or above 99.9 % is drawn there.
 
     Args:
-        found: top-1 in per cent by names of `SETS`.
+        top1: top-1 in per cent by names of `SETS`.
         name: of the model.
 
     Raises:
@@ -136,36 +136,36 @@ def plot(path: str | Path, found: Mapping[str, float], *, name: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    sets = compared_sets(found)
-    if mean_drop(found, sets) is None:
+    sets = compared_sets(top1)
+    if mean_drop(top1, sets) is None:
         raise ValueError("the plot needs ImageNet and at least one other set")
     figure = Figure(figsize=(6.4, 6.0), layout="constrained")
     axes = figure.subplots()
-    points = points_of(found, sets, name=name)
+    points = points_of(top1, sets, name=name)
     _axes(axes, [_inside(value) for point in points.values() for value in point])
     for label, (x, y) in points.items():
         marker, size = ("*", 14) if label == name else ("o", 8)
-        told = f"{label}: {100 * x:.1f}, {100 * y:.1f}"
-        axes.plot(_inside(x), _inside(y), marker, markersize=size, label=told)
-    titles = ", ".join(SETS[one].title for one in sets)
+        caption = f"{label}: {100 * x:.1f}, {100 * y:.1f}"
+        axes.plot(_inside(x), _inside(y), marker, markersize=size, label=caption)
+    titles = ", ".join(SETS[shifted].title for shifted in sets)
     axes.set_ylabel(f"mean zero-shot top-1 on {titles} (%)", wrap=True)
     axes.set_xlabel("zero-shot top-1 on ImageNet (%)")
     axes.legend(loc="upper left")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, drawn.getvalue())
+    write_bytes(path, png.getvalue())
 
 
-def points_of(found: Mapping[str, float], sets: Sequence[str], *, name: str) -> dict[str, tuple[float, float]]:
+def points_of(top1: Mapping[str, float], sets: Sequence[str], *, name: str) -> dict[str, tuple[float, float]]:
     """By model x on ImageNet and y, the mean over `sets`, as shares; of those published that have all of `sets`."""
     points = {}
-    published = {f"{system} (published)": known for system, known in ZERO_SHOT.items()}
-    for label, known in {**published, name: found}.items():
-        mean = _mean(known, sets)
-        if mean is not None and "imagenet1k" in known:
-            points[label] = known["imagenet1k"] / 100, mean / 100
+    published = {f"{system} (published)": by_set for system, by_set in ZERO_SHOT.items()}
+    for label, by_set in {**published, name: top1}.items():
+        mean = _mean(by_set, sets)
+        if mean is not None and "imagenet1k" in by_set:
+            points[label] = by_set["imagenet1k"] / 100, mean / 100
     return points
 
 

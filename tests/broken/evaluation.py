@@ -37,8 +37,8 @@ PROMISES = [
             Break(
                 "evaluation: a tie is a hit",
                 "fastclip/evaluation/retrieval.py",
-                old="similarities < least_alike(best).unsqueeze(dim)",
-                new="~(similarities > (best + TIE).unsqueeze(dim))",
+                old="similarities < least_alike(self._best[rows]).unsqueeze(1)",
+                new="~(similarities > (self._best[rows] + TIE).unsqueeze(1))",
             ),
         ],
     ),
@@ -94,7 +94,7 @@ PROMISES = [
             Break(
                 "evaluation: everything at once",
                 "fastclip/evaluation/retrieval.py",
-                old="return chunk or _SIDES.get(x.device.type, _SIDE)",
+                old='return chunk or (_CPU_SIDE if x.device.type == "cpu" else _GPU_SIDE)',
                 new="return chunk or 2**20",
             ),
         ],

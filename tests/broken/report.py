@@ -102,8 +102,8 @@ PROMISES = [
             Break(
                 "report: a gap is drawn over",
                 "fastclip/evaluation/report/charts.py",
-                old="stretches = list(_stretches(np.isfinite(points.means)))",
-                new="stretches = [(0, len(points.means))]",
+                old="stretches = np.ma.clump_unmasked(np.ma.masked_invalid(points.means))",
+                new="stretches = [slice(0, len(points.means))]",
             ),
             Break(
                 "report: a data set asked for may be missing",
@@ -145,7 +145,7 @@ PROMISES = [
             Break(
                 "report: columns without alpha",
                 "fastclip/evaluation/report/view.py",
-                old='if "alpha" in one else ""',
+                old='if "alpha" in result else ""',
                 new='if False else ""',
             ),
             Break(
@@ -168,8 +168,8 @@ PROMISES = [
             Break(
                 "report: extremes are lost",
                 "fastclip/evaluation/report/charts.py",
-                old="(own.mean(), some.mean(), some.min(), some.max())",
-                new="(own.mean(), some.mean(), some.mean(), some.max())",
+                old="(known.mean(), known.min(), known.max())",
+                new="(known.mean(), known.mean(), known.max())",
             ),
             Break(
                 "report: the first samples only",

@@ -17,14 +17,14 @@ PROMISES = [
             Break(
                 "retrieval: what belongs counts as nearer",
                 "fastclip/evaluation/retrieval.py",
-                old="similarities[tile.own] = -torch.inf",
+                old="similarities[tile.paired] = -torch.inf",
                 new="pass",
             ),
             Break(
                 "retrieval: texts are counted over texts",
                 "fastclip/evaluation/retrieval.py",
-                old="best[k][rows], 1 - k)",
-                new="best[k][rows], 1 - k).flip(0)",
+                old="rankings[1].count(tile.columns, similarities.T)",
+                new="rankings[1].count(tile.columns, similarities.T.flip(0))",
             ),
             Break(
                 "retrieval: a caption belongs to the next picture",
@@ -207,7 +207,7 @@ PROMISES = [
             Break(
                 "retrieval: one tile",
                 "fastclip/evaluation/retrieval.py",
-                old="return chunk or _SIDES.get(x.device.type, _SIDE)",
+                old='return chunk or (_CPU_SIDE if x.device.type == "cpu" else _GPU_SIDE)',
                 new="return chunk or 2**20",
             ),
         ],

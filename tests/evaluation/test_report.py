@@ -379,8 +379,8 @@ def test_pictures_are_small_and_maps_exact() -> None:
     large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 600, 4), dtype=np.uint8))
     assert decoded(thumbnail(large)).size == (107, 160)
     assert decoded(thumbnail(Image.new("P", (32, 20)))).size == (32, 20)
-    counts = np.array([[4, 0], [1, 3]])
-    assert np.asarray(decoded(heat_map(counts)))[..., 3].tolist() == [[255, 0], [128, 221]]
+    shares = np.array([[1, 0], [0.25, 0.75]])
+    assert np.asarray(decoded(heat_map(shares)))[..., 3].tolist() == [[255, 0], [128, 221]]
 
 
 def test_command_writes_the_page_and_says_where(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def test_long_curves_keep_their_extremes() -> None:
     ticks = {float(label): place for place, label in found.y_ticks}
     assert min(heights) == pytest.approx(np.interp(9, sorted(ticks), [ticks[k] for k in sorted(ticks)]), abs=0.11)
     assert max(heights) == pytest.approx(np.interp(0.5, sorted(ticks), [ticks[k] for k in sorted(ticks)]), abs=0.11)
-    assert found.told == "mean and range of neighbouring steps"
+    assert found.note == "mean and range of neighbouring steps"
     assert chart("loss", series(*values[:400])).curves[0].band == ""
 
 
@@ -75,8 +75,8 @@ def test_any_values_have_ticks_and_stay_inside(values: tuple[float, ...]) -> Non
 def test_gradient_norms_of_many_sizes_are_logarithmic() -> None:
     found = chart("grad_norm", series(0.1, 1.0, 10.0, 100.0))
     heights = [y for _, y in points(found.curves[0].line)]
-    assert np.diff(heights) == pytest.approx([(TOP - BOTTOM) / 3] * 3, abs=0.11) and found.told == "logarithmic"
-    assert chart("grad_norm", series(1.0, 3.0)).told == "" == chart("grad_norm", series(0.0, 100.0)).told
+    assert np.diff(heights) == pytest.approx([(TOP - BOTTOM) / 3] * 3, abs=0.11) and found.note == "logarithmic"
+    assert chart("grad_norm", series(1.0, 3.0)).note == "" == chart("grad_norm", series(0.0, 100.0)).note
 
 
 def test_every_metric_has_a_chart_but_those_that_say_nothing() -> None:

@@ -128,7 +128,7 @@ def test_similarities_are_never_all_stored(monkeypatch: pytest.MonkeyPatch) -> N
     sizes = []
     real = retrieval._Tile.similarities
     monkeypatch.setattr(retrieval._Tile, "similarities", lambda tile: sizes.append(real(tile).numel()) or real(tile))
-    monkeypatch.setitem(retrieval._SIDES, "cpu", 30)
+    monkeypatch.setattr(retrieval, "_CPU_SIDE", 30)
     image, text, pairs = captioned(M=90)
     assert retrieval_recalls(image, text, torch.tensor(pairs), ks=KS) == by_loops(image, text, pairs)
     assert max(sizes) == 30 * 30 and len(sizes) == 9 + 3 * 9  # those with pairs, then all

@@ -1,10 +1,14 @@
-"""Curves as the parts of an SVG, which the page colours as it is itself, light or dark."""
+"""Curves as the parts of an SVG, which the page colours as it is itself, light or dark.
+
+They are drawn here, as an SVG of matplotlib is no part of such a page: each has some 10 kB before its first point,
+fixed colours in `style` attributes, and references to addresses and to its own parts, which the page must not hold.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Mapping
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +57,7 @@ class Chart(NamedTuple):
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     last: float  # step at RIGHT; at LEFT it is 0
-    told: str  # what is drawn otherwise than as it was written; may be empty
+    note: str  # what is drawn otherwise than as it was written; may be empty
 
     @property
     def readings(self) -> list[tuple[str, list[tuple[float, float]]]]:
@@ -64,13 +68,13 @@ def charts_of(series: Mapping[str, Series]) -> list[Chart]:
     """A chart for every metric that has a number, in `_TITLES`' order; skipped samples only where there are some."""
     known = {name for names in _TITLES.values() for name in names}
     titles = _TITLES | {name: {name: name} for name in series if name not in known and name not in _NO_CHART}
-    last = max((1.0, *(float(one.steps.max()) for one in series.values())))
-    found = []
+    last = max((1.0, *(float(metric.steps.max()) for metric in series.values())))
+    charts = []
     for title, names in titles.items():
-        some = {name: series[name] for name in names if name in series and np.isfinite(series[name].values).any()}
-        if some and not (title == "Skipped samples" and not series["skipped"].values.any()):
-            found.append(_chart(title, some, names, last))
-    return found
+        drawn = {name: series[name] for name in names if name in series and np.isfinite(series[name].values).any()}
+        if drawn and not (title == "Skipped samples" and not series["skipped"].values.any()):
+            charts.append(_chart(title, drawn, names, last))
+    return charts
 
 
 def short(value: float, digits: int = 4) -> str:
@@ -91,10 +95,9 @@ class _Points(NamedTuple):
 
 
 def _chart(title: str, series: Mapping[str, Series], names: Mapping[str, str], last: float) -> Chart:
-    points = {name: _thinned(one) for name, one in series.items()}
-    lows = np.concatenate([one.low for one in points.values()])
-    highs = np.concatenate([one.high for one in points.values()])
-    low, high = float(lows[np.isfinite(lows)].min()), float(highs[np.isfinite(highs)].max())
+    points = {name: _thinned(metric) for name, metric in series.items()}
+    low = min(float(np.nanmin(curve.low)) for curve in points.values())
+    high = max(float(np.nanmax(curve.high)) for curve in points.values())
     logarithmic = all(name in _LOGARITHMIC for name in series) and low > 0 and high / low > _SPREAD
     ticks = _log_ticks(low, high) if logarithmic else _ticks(low, high)
     bottom, top = (low, high) if logarithmic else (ticks[0], ticks[-1])
@@ -107,12 +110,12 @@ def _chart(title: str, series: Mapping[str, Series], names: Mapping[str, str], l
         return BOTTOM - (BOTTOM - TOP) * (scale(value) - scale(bottom)) / (scale(top) - scale(bottom))
 
     curves = [
-        _curve(names[name], one, _Points(x(one.steps), y(one.means), y(one.low), y(one.high)))
-        for name, one in points.items()
+        _curve(names[name], curve, _Points(x(curve.steps), y(curve.means), y(curve.low), y(curve.high)))
+        for name, curve in points.items()
     ]
-    told = ["logarithmic"] if logarithmic else []
+    notes = ["logarithmic"] if logarithmic else []
     if any(curve.band for curve in curves):
-        told.append("mean and range of neighbouring steps")
+        notes.append("mean and range of neighbouring steps")
     x_ticks = [step for step in MaxNLocator(4, integer=True).tick_values(0, last) if step <= last]
     return Chart(
         title,
@@ -120,7 +123,7 @@ def _chart(title: str, series: Mapping[str, Series], names: Mapping[str, str], l
         [(round(x(step), 1), short(step, 6)) for step in x_ticks],
         [(round(float(y(value)), 1), short(value, 6)) for value in ticks],
         last,
-        ", ".join(told),
+        ", ".join(notes),
     )
 
 
@@ -131,34 +134,29 @@ def _thinned(series: Series) -> _Points:
     if len(steps) <= _MOST:
         return _Points(steps, values, values, values)
     edges = np.linspace(0, len(steps), _MOST + 1).astype(int)
-    parts = [(steps[a:b], values[a:b][np.isfinite(values[a:b])]) for a, b in pairwise(edges)]
-    rows = [
-        (own.mean(), some.mean(), some.min(), some.max()) if len(some) else (own.mean(), *3 * (np.nan,))
-        for own, some in parts
-    ]
+    rows = []
+    for a, b in pairwise(edges):
+        known = values[a:b][np.isfinite(values[a:b])]
+        summary = (known.mean(), known.min(), known.max()) if len(known) else (np.nan, np.nan, np.nan)
+        rows.append((steps[a:b].mean(), *summary))
     return _Points(*np.array(rows).T)
 
 
 def _curve(name: str, points: _Points, place: _Points) -> Curve:
-    """`points` as they are, and in the SVG."""
-    stretches = list(_stretches(np.isfinite(points.means)))
-    line = "".join(_path(place.steps[a:b], place.means[a:b]) for a, b in stretches)
+    """`points` as they are, and in the SVG; no line is drawn across a value that is no number."""
+    stretches = np.ma.clump_unmasked(np.ma.masked_invalid(points.means))  # type: ignore[no-untyped-call]
+    line = "".join(_path(place.steps[there], place.means[there]) for there in stretches)
     band = ""
     if (points.high > points.low).any():
-        for a, b in stretches:
-            there, back = slice(a, b), slice(b - 1, a - 1 if a else None, -1)
-            around = np.concatenate([place.steps[there], place.steps[back]])
-            band += _path(around, np.concatenate([place.high[there], place.low[back]])) + "Z"
-    dotted = stretches if len(points.steps) <= _DOTTED else [(a, b) for a, b in stretches if b == a + 1]
-    dots = [(round(float(place.steps[k]), 1), round(float(place.means[k]), 1)) for a, b in dotted for k in range(a, b)]
+        for there in stretches:  # along the largest values, and back along the smallest
+            steps, low = place.steps[there], place.low[there]
+            band += _path(np.concatenate([steps, steps[::-1]]), np.concatenate([place.high[there], low[::-1]])) + "Z"
+    few = len(points.steps) <= _DOTTED
+    dotted = [there for there in stretches if few or there.stop == there.start + 1]  # a lone point has no line
+    places = (zip(place.steps[there], place.means[there]) for there in dotted)
+    dots = [(round(float(x), 1), round(float(y), 1)) for x, y in chain.from_iterable(places)]
     read = [(float(step), float(f"{value:.5g}")) for step, value in zip(points.steps, points.means) if value == value]
     return Curve(name, line, band, dots, read)
-
-
-def _stretches(known: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Begin and end of every run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], known, [False]])))
-    return zip(edges[::2].tolist(), edges[1::2].tolist())
 
 
 def _path(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:

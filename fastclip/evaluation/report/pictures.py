@@ -22,11 +22,10 @@ def thumbnail(image: Image.Image) -> str:
     return _url(small, "JPEG", quality=85)
 
 
-def heat_map(counts: NDArray[np.int64]) -> str:
-    """The shares of each row, (C, C), as a pixel of one colour each, the more opaque the more."""
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+def heat_map(shares: NDArray[np.float64]) -> str:
+    """Shares (C, C) as a pixel of one colour each, the more opaque the more."""
     opacity = np.sqrt(shares)  # rare confusions are to be seen, too
-    colour = Image.new("RGB", counts.shape[::-1], _COLOUR)
+    colour = Image.new("RGB", shares.shape[::-1], _COLOUR)
     colour.putalpha(Image.fromarray((255 * opacity).round().astype(np.uint8)))
     return _url(colour, "PNG", optimize=True)
 

@@ -20,7 +20,7 @@ __all__ = ["RunRecord", "Series", "read_run"]
 logger = logging.getLogger(__name__)
 
 
-_NUMBER = (int, float, type(None))
+_NUMBER = (int, float, type(None))  # null stands for what is no number
 _TEXT = (str, type(None))
 _NEEDED: dict[str, Any] = {
     "data": str,
@@ -91,24 +91,24 @@ def read_run(folder: str | Path) -> RunRecord:
 
 def _read_metrics(file: Path) -> tuple[dict[str, Series], int]:
     """The numbers by name, and how many lines hold none."""
-    found: dict[str, tuple[array[float], array[float]]] = {}  # 16 bytes a number: a run may have millions
+    columns: dict[str, tuple[array[float], array[float]]] = {}  # 16 bytes a number: a run may have millions
     unread = 0
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 values = parse_json(line, str(file))
                 step = float(int(values.pop("step")))
-                told = {k: float("nan" if v is None else v) for k, v in values.items() if isinstance(v, _NUMBER)}
+                numbers = {k: float("nan" if v is None else v) for k, v in values.items() if isinstance(v, _NUMBER)}
             except (ValueError, TypeError, KeyError, OverflowError):
                 unread += bool(line.strip())
                 continue
-            for name, value in told.items():
-                steps, numbers = found.setdefault(name, (array("d"), array("d")))
-                steps.append(step)
-                numbers.append(value)
+            for name, value in numbers.items():
+                column = columns.setdefault(name, (array("d"), array("d")))
+                column[0].append(step)
+                column[1].append(value)
     if unread:
         logger.warning("%s: %d lines cannot be read and are left out", file, unread)
-    return {name: Series(*map(np.asarray, pair)) for name, pair in found.items()}, unread
+    return {name: Series(*map(np.asarray, pair)) for name, pair in columns.items()}, unread
 
 
 def _versions(folder: Path) -> dict[str, str]:

@@ -30,7 +30,7 @@ class Figure(NamedTuple):
 
     name: str
     value: str
-    told: str
+    note: str
 
 
 def about_run(run: RunRecord) -> dict[str, Any]:
@@ -46,23 +46,23 @@ def about_run(run: RunRecord) -> dict[str, Any]:
 
 
 def _figures(run: RunRecord) -> list[Figure]:
-    found, planned = [], run.options.get("max_steps")
+    figures, planned = [], run.options.get("max_steps")
     if (loss := run.series.get("loss")) is not None:
-        found.append(Figure("loss", short(loss.values[-1]), f"at step {loss.steps[-1]:,.0f}"))
+        figures.append(Figure("loss", short(loss.values[-1]), f"at step {loss.steps[-1]:,.0f}"))
     for name in _BEST:
         series = run.series.get(f"val/{name}")
         if series is not None and np.isfinite(series.values).any():
             best = int(np.nanargmax(series.values))
-            told = f"best, at step {series.steps[best]:,.0f}; last {series.values[-1]:.4f}"
-            found.append(Figure(_in_words(name), f"{series.values[best]:.4f}", told))
-    found.append(Figure("steps", f"{run.steps:,}", f"of {planned:,}" if isinstance(planned, int) and planned else ""))
+            note = f"best, at step {series.steps[best]:,.0f}; last {series.values[-1]:.4f}"
+            figures.append(Figure(_in_words(name), f"{series.values[best]:.4f}", note))
+    figures.append(Figure("steps", f"{run.steps:,}", f"of {planned:,}" if isinstance(planned, int) and planned else ""))
     if (speed := _median(run.series.get("samples_per_second"))) is not None:
         wait = _median(run.series.get("data_wait"))
-        told = "" if wait is None else f"{wait:.0%} of the time waiting for data"
-        found.append(Figure("samples a second", f"{speed:,.0f}", told))
+        note = "" if wait is None else f"{wait:.0%} of the time waiting for data"
+        figures.append(Figure("samples a second", f"{speed:,.0f}", note))
     if (skipped := run.series.get("skipped")) is not None and skipped.values[-1] > 0:
-        found.append(Figure("skipped samples", f"{skipped.values[-1]:,.0f}", "that could not be used"))
-    return found
+        figures.append(Figure("skipped samples", f"{skipped.values[-1]:,.0f}", "that could not be used"))
+    return figures
 
 
 def _median(series: Series | None) -> float | None:
@@ -72,64 +72,60 @@ def _median(series: Series | None) -> float | None:
 def _in_words(metric: str) -> str:
     """zero_shot_top1 -> zero-shot top-1; image_retrieval_recall@1 -> text → image recall@1"""
     words = {"zero_shot_top": "zero-shot top-", "image_retrieval_": "text → image ", "text_retrieval_": "image → text "}
-    for start, told in words.items():
-        metric = metric.replace(start, told)
+    for part, plain in words.items():
+        metric = metric.replace(part, plain)
     return metric
 
 
-def of_examined(source: Source, found: Examined, run: RunRecord, *, same: bool) -> dict[str, Any]:
+def of_examined(source: Source, examined: Examined, run: RunRecord, *, same: bool) -> dict[str, Any]:
     """Of the sections that need a model.
 
     Args:
         same: `source` and model are those of the run's last validation, whose numbers are then shown, too.
     """
-    last = {name: run.series[f"val/{name}"] for name in found.metrics if same and f"val/{name}" in run.series}
+    last = {name: run.series[f"val/{name}"] for name in examined.metrics if same and f"val/{name}" in run.series}
     step = max((series.steps[-1] for series in last.values()), default=0)
     pictures: dict[int, dict[str, str]] = {}
 
     def picture(number: int) -> dict[str, str]:
         if number not in pictures:
-            record = source[found.kept[number]]
+            record = source[examined.kept[number]]
             pictures[number] = {"url": thumbnail(record.image), "key": record.key}
         return pictures[number]
 
     def text(number: int) -> str:
-        whole = found.texts[number]
+        whole = examined.texts[number]
         return whole if len(whole) <= _MOST_TEXT else whole[:_MOST_TEXT] + "…"
 
-    def told(examples: Sequence[Example], query: Any, item: Any) -> list[dict[str, Any]]:
-        return [
-            {"query": query(one.query), "place": one.place, "hits": [(hit, item(hit.item)) for hit in one.hits]}
-            for one in examples
-        ]
+    def shown(example: Example, query: Any, item: Any) -> dict[str, Any]:
+        hits = [(hit, item(hit.item)) for hit in example.hits]
+        return {"query": query(example.query), "place": example.place, "hits": hits}
 
     return {
         "spec": source.spec,
-        "pictures": len(found.kept),
-        "captions": found.captions,
+        "pictures": len(examined.kept),
+        "captions": examined.captions,
         "step": int(step),
         "metrics": [
             (_in_words(name), value, float(last[name].values[-1]) if name in last else None)
-            for name, value in found.metrics.items()
+            for name, value in examined.metrics.items()
         ],
-        "confusion": None if found.confusion is None else _matrix(found.confusion, source.class_names),
-        "of_texts": [told(examples, text, picture) for examples in found.of_texts],
-        "of_images": [told(examples, picture, text) for examples in found.of_images],
+        "confusion": None if examined.confusion is None else _matrix(examined.confusion, source.class_names),
+        "of_texts": [[shown(example, text, picture) for example in part] for part in examined.of_texts],
+        "of_images": [[shown(example, picture, text) for example in part] for part in examined.of_images],
     }
 
 
-def _matrix(found: Confusion, names: Sequence[str]) -> dict[str, Any]:
-    counts = found.counts
-    rows: list[Any] = []
-    if counts is not None and len(names) <= _NUMBERED:
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        rows = [(name, list(zip(own.tolist(), share.tolist()))) for name, own, share in zip(names, counts, shares)]
-    return {
-        "names": names,
-        "rows": rows,
-        "map": heat_map(counts) if counts is not None and not rows else None,
-        "pairs": [(names[i], names[j], count, share) for i, j, count, share in found.pairs],
-    }
+def _matrix(confusion: Confusion, names: Sequence[str]) -> dict[str, Any]:
+    counts, rows, url = confusion.counts, list[Any](), None
+    if counts is not None:
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of a class without pictures too
+        if len(names) <= _NUMBERED:
+            rows = [(name, list(zip(*cells))) for name, *cells in zip(names, counts.tolist(), shares.tolist())]
+        else:
+            url = heat_map(shares)
+    pairs = [(names[i], names[j], count, share) for i, j, count, share in confusion.pairs]
+    return {"names": names, "rows": rows, "map": url, "pairs": pairs}
 
 
 def read_results(paths: Sequence[Path]) -> dict[str, Any]:
@@ -144,17 +140,18 @@ def read_results(paths: Sequence[Path]) -> dict[str, Any]:
     columns: dict[tuple[str, str, str], None] = {}
     rows: dict[tuple[str, str, str], dict[tuple[str, str, str], float]] = {}
     for path in paths:
-        found = read_json(path, object)
-        for one in (found or [None]) if isinstance(found, list) else [found]:
-            if not isinstance(one, Mapping) or not isinstance(one.get("metrics"), Mapping):
+        contents = read_json(path, object)
+        results = contents if isinstance(contents, list) else [contents]
+        for result in results or [None]:  # an empty list holds no results either
+            if not isinstance(result, Mapping) or not isinstance(result.get("metrics"), Mapping):
                 raise ValueError(f'{path} holds no results of an evaluation: objects with "metrics"')
             values = {
-                (str(one.get("task", "")), str(one.get("dataset", "")), name): value
-                for name, value in one["metrics"].items()
+                (str(result.get("task", "")), str(result.get("dataset", "")), name): value
+                for name, value in result["metrics"].items()
                 if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MOST
             }
-            weights = str(one.get("pretrained", "")) + (f", alpha {one['alpha']}" if "alpha" in one else "")
-            column, number = (str(path), str(one.get("model", "")), weights), 1
+            weights = str(result.get("pretrained", "")) + (f", alpha {result['alpha']}" if "alpha" in result else "")
+            column, number = (str(path), str(result.get("model", "")), weights), 1
             while any(column in rows.get(row, ()) for row in values):
                 number += 1
                 column = (*column[:2], f"{weights} ({number})")

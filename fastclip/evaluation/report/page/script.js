@@ -2,8 +2,8 @@
 for (const figure of document.querySelectorAll("figure[data-curves]")) {
   const svg = figure.querySelector("svg");
   const line = figure.querySelector(".pointer");
-  const told = figure.querySelector("figcaption");
-  const before = told.textContent;
+  const caption = figure.querySelector("figcaption");
+  const before = caption.textContent;
   const curves = JSON.parse(figure.dataset.curves);
   const [left, right, width, last] = JSON.parse(figure.dataset.frame);
   svg.addEventListener("pointermove", (event) => {
@@ -17,7 +17,7 @@ for (const figure of document.querySelectorAll("figure[data-curves]")) {
       }
     }
     const values = curves.map(([name, points]) => [name, points.find(([at]) => at === step)]);
-    told.textContent =
+    caption.textContent =
       "step " + Math.round(step).toLocaleString("en") + ": " +
       values.filter(([, point]) => point).map(([name, point]) => name + " " + point[1]).join(", ");
     const place = left + (step / last) * (right - left);
@@ -26,7 +26,7 @@ for (const figure of document.querySelectorAll("figure[data-curves]")) {
     line.style.display = "inline";
   });
   svg.addEventListener("pointerleave", () => {
-    told.textContent = before;
+    caption.textContent = before;
     line.style.display = "none";
   });
 }
