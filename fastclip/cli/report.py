@@ -35,10 +35,10 @@ def _report(args: argparse.Namespace) -> int:
     from fastclip.evaluation.report.page import write_report
 
     logging.getLogger("fastclip").setLevel(logging.INFO)
-    names = ("data", "checkpoint", "results", "max_samples", "batch_size", "workers")
-    options = {name: getattr(args, name) for name in names} | embedder_options(args)
-    if (given := args.output) is None and Path(args.folder).is_dir():
+    names = ("output", "data", "checkpoint", "results", "max_samples", "batch_size", "workers")
+    if args.output is None and Path(args.folder).is_dir():  # else the error names the folder
         args.output = Path(args.folder) / "report.html"
     with owned_files(args, "output"):
-        say(write_report(args.folder, given and args.output, progress=True, **options))
+        options = {name: getattr(args, name) for name in names} | embedder_options(args)
+        say(write_report(args.folder, progress=True, **options))
     return 0

@@ -35,7 +35,7 @@ _CHUNK = 2**24  # similarities at a time, 64 MiB of float32
 
 
 def labelled(images: ImageFeatures, spec: str) -> ImageFeatures:
-    """The pictures of `spec` that have a class; the log counts the others.
+    """Return the pictures of `spec` that have a class; the log counts the others.
 
     Raises:
         ValueError: none has a class.
@@ -83,10 +83,10 @@ def predicted_classes(
     namesakes = _namesakes(class_names, labels.device)[labels]
     rows, strangers = max(1, _CHUNK // max(1, len(classes))), []
     classes = unit_rows(classes)
-    for block, own in zip(unit_rows(features).split(rows), namesakes.split(rows)):
+    for block, places in zip(unit_rows(features).split(rows), namesakes.split(rows)):
         similarities = block @ classes.T
-        picture, column = (own >= 0).nonzero(as_tuple=True)
-        similarities[picture, own[picture, column]] = -torch.inf
+        picture, column = (places >= 0).nonzero(as_tuple=True)
+        similarities[picture, places[picture, column]] = -torch.inf
         strangers.append(first_best(similarities))
     # where only namesakes come before its class, the first of them is what an argmax takes
     others = torch.where(ranks == _earlier(namesakes, labels), namesakes[:, 0], torch.cat(strangers))
@@ -94,7 +94,7 @@ def predicted_classes(
 
 
 def _namesakes(class_names: Sequence[str], device: torch.device) -> Tensor:
-    """Of every class the places of those of its name in order, itself too, (C, most), filled up with -1; int64."""
+    """Places of every class's namesakes, itself too, in order and filled up with -1, (C, most) int64."""
     places: dict[str, list[int]] = {}
     for place, name in enumerate(class_names):
         places.setdefault(name, []).append(place)

@@ -30,7 +30,7 @@ __all__ = ["Probe", "TowerEmbedder", "linear_probe", "sweep"]
 
 logger = logging.getLogger(__name__)
 _PER_DECADE, _DECADES = 8, 6  # values of the penalty: 10 ** -6 to 10 ** 6
-_ITERATIONS = 1000
+_ITERATIONS = 1000  # as the paper's
 _FITS = 16  # at most: 7 of the coarse grid, 2 at each of 4 halvings, and the last
 
 
@@ -44,7 +44,7 @@ class Probe(NamedTuple):
 
 
 class TowerEmbedder(Embedder):
-    """Embeds pictures as the features that the image tower projects into the embedding space, not normalised.
+    """Embed pictures as the features that the image tower projects into the embedding space, not normalised.
 
     ViT's class token and CoSwin's mean before their projection ("I_f", Radford et al. 2021, figure 3). ResNet's
     attention pooling and ALIGN's EfficientNet have no projection: theirs are what `encode_image` returns.
@@ -181,7 +181,7 @@ def _fit(x: Any, y: Any, penalty: float) -> tuple[LogisticRegression, bool]:
     """The classifier, and whether L-BFGS converged."""
     classifier = LogisticRegression(C=1 / penalty, max_iter=_ITERATIONS)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always")  # else a warning that an earlier fit gave is not given again
         classifier.fit(x, y)
     others = [warning for warning in caught if not issubclass(warning.category, ConvergenceWarning)]
     for warning in others:
@@ -215,7 +215,7 @@ def _inputs(
     """What a classifier is fitted to, of the pictures that have a class: (K, D) float64 and (K,) int64."""
     images = image_features(embedder, source, store=resumable(stores, embedder, keys), **options)
     features, labels, _ = labelled(images, source.spec)
-    if not bool(features.isfinite().all()):
+    if not bool(features.isfinite().all()):  # which scikit-learn refuses without naming the data
         raise ValueError(f"{source.spec}: the model's features are not finite")
     return features.double().numpy(), labels.numpy()
 

@@ -64,14 +64,14 @@ MEAN_PER_CLASS = frozenset({"aircraft", "pets", "caltech101", "flowers"})
 
 
 def top1(dataset: str) -> dict[str, float]:
-    """Of `TOP1`, by system; ValueError for a data set that it does not have."""
+    """Return `TOP1` on a data set by system; ValueError for a data set that it does not have."""
     if dataset not in _DATASETS:
         raise ValueError(f"there are no published numbers of {dataset!r}, but of {', '.join(_DATASETS)}")
     return {name: values[dataset] for name, values in TOP1.items() if dataset in values}
 
 
 def top1_dataset(path: str) -> str | None:
-    """Which of `TOP1`'s a folder is called after, itself or, where it is a split such as test/, the one it lies in."""
+    """Return the data set of `TOP1` that a folder, or that of a split such as test/, is called after; None for others."""
     folder = Path(path)
     name = (folder.parent if folder.name.lower() in SPLITS else folder).name.lower()
     return name if name in _DATASETS else None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.evaluation.progress import Progress
+from fastclip.rounding import ceil_div
 from fastclip.ties import TIE
 
 __all__ = [
@@ -68,7 +69,7 @@ def retrieval_recalls(
 
 
 def recalls(of_images: Tensor, of_texts: Tensor, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """`retrieval_recalls` of the ranks that `retrieval_ranks` returns."""
+    """Return `retrieval_recalls` of the ranks that `retrieval_ranks` returns."""
     images = {f"image_retrieval_recall@{k}": recall(of_texts, k) for k in ks}
     return images | {f"text_retrieval_recall@{k}": recall(of_images, k) for k in ks}
 
@@ -225,7 +226,7 @@ class _Ranking:
 
 
 def least_alike(best: Tensor, size: float | Tensor = 1.0) -> Tensor:
-    """The least that rounding may have made of `best`: 2^-20 below it, in units of `size`, which is 1 for cosines.
+    """Return the least that rounding may make of `best`: 2^-20 below it, in units of `size`, which is 1 for cosines.
 
     The product of the same two rows differs with where they are in their matrices, and from processor to processor.
     """
@@ -252,15 +253,15 @@ class _Tile(NamedTuple):
 
 
 class _Tiles:
-    """Of the similarities of queries and items; `pairs` are sorted by tile, (2, P)."""
+    """Tiles of the similarities of queries and items; `pairs` are sorted by tile, (2, P)."""
 
     def __init__(self, queries: Tensor, items: Tensor, pairs: Tensor, side: int) -> None:
         self._queries, self._items, self._side = queries, items, side
-        self._across = -(-len(items) // side)
+        self._across = ceil_div(len(items), side)
         tile = pairs[:, 0] // side * self._across + pairs[:, 1] // side
-        tile, order = tile.sort()
+        tile, order = tile.sort()  # so that each tile's pairs are a slice
         self.pairs = pairs[order].T.contiguous()
-        count = -(-len(queries) // side) * self._across
+        count = ceil_div(len(queries), side) * self._across
         self._ends = torch.searchsorted(tile, torch.arange(count + 1, device=tile.device)).tolist()
 
     def __iter__(self) -> Iterator[_Tile]:
@@ -282,7 +283,7 @@ def _side(x: Tensor, chunk: int | None) -> int:
 
 
 def check_finite(features: Tensor, what: str) -> None:
-    """Of the features (B, D) of a model on `what`: some that are not finite are counted in the log.
+    """Count in the log those of a model's features (B, D) on `what` that are not finite.
 
     Raises:
         ValueError: none is finite; what would be counted is the number of items, and not the model.

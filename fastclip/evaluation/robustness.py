@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SETS", "DataSet", "accuracies", "compared_sets", "mean_drop", "plot", "points_of", "robustness"]
 
-_LEAST = 0.001  # accuracy at which the plot ends
+_LEAST = 0.001  # accuracy at which the plot ends, as a logit axis has no 0
 
 
 class DataSet(NamedTuple):
@@ -159,7 +159,7 @@ def plot(path: str | Path, top1: Mapping[str, float], *, name: str) -> None:
 
 
 def points_of(top1: Mapping[str, float], sets: Sequence[str], *, name: str) -> dict[str, tuple[float, float]]:
-    """By model x on ImageNet and y, the mean over `sets`, as shares; of those published that have all of `sets`."""
+    """Points by model, as shares: x on ImageNet, y the mean over `sets`; also of those published that have all sets."""
     points = {}
     published = {f"{system} (published)": by_set for system, by_set in ZERO_SHOT.items()}
     for label, by_set in {**published, name: top1}.items():

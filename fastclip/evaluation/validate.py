@@ -1,4 +1,4 @@
-"""What a training run looks at every so often: zero-shot accuracy and retrieval on samples that are held out."""
+"""Validation of a training run: zero-shot accuracy and retrieval on samples that are held out."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fastclip.data.subset import evenly
 from fastclip.distributed import check_group, gather_rows
 from fastclip.evaluation.classification import class_ranks, mean_directions
 from fastclip.evaluation.retrieval import recall, retrieval_recalls, unit_rows
+from fastclip.rounding import ceil_div
 
 __all__ = ["Texts", "metrics_of", "texts_of", "validate"]
 
@@ -98,16 +99,18 @@ class Texts(NamedTuple):
 
 
 def metrics_of(image_features: Tensor, labels: Tensor, text_features: Tensor, texts: Texts) -> dict[str, float]:
-    """`validate`'s, of unit vectors (M, D), classes (M,), -1 without, and the unit vectors (N, D) of `texts`."""
-    metrics = retrieval_recalls(image_features, text_features[: texts.captions], texts.pairs)
-    if texts.classes.numel() and bool((labels >= 0).any()):
+    """Return the metrics of unit vectors (M, D), classes (M,), -1 without, and the unit vectors (N, D) of `texts`."""
+    metrics = {}
+    has_class = labels >= 0
+    if texts.classes.numel() and bool(has_class.any()):
         classes = mean_directions(text_features[texts.classes])
-        metrics = _zero_shot(image_features, labels, classes, texts.class_names) | metrics
-    return metrics
+        ranks = class_ranks(image_features[has_class], classes, labels[has_class], texts.class_names)
+        metrics = {f"zero_shot_top{k}": recall(ranks, k) for k in ((1, 5) if len(classes) >= 10 else (1,))}
+    return metrics | retrieval_recalls(image_features, text_features[: texts.captions], texts.pairs)
 
 
 def texts_of(source: Source, kept: list[int]) -> Texts:
-    """Those of the samples `kept`, whose pictures are counted from 0."""
+    """Collect the texts of the samples `kept`, whose pictures are counted from 0."""
     numbers: dict[str, int] = {}
     pairs = [(i, numbers.setdefault(text, len(numbers))) for i, k in enumerate(kept) for text in source.captions(k)]
     size = len(numbers)
@@ -121,6 +124,7 @@ def _undisturbed(model: Any) -> Iterator[None]:
     """Eval mode inside; afterwards every module's mode and torch's random numbers are what they were."""
     device = model.logit_scale.device
     modes = {module: module.training for module in model.modules()}
+    # a loader draws its seed from torch's numbers, and the next step's must not depend on validation
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.eval()
         try:
@@ -131,7 +135,7 @@ def _undisturbed(model: Any) -> Iterator[None]:
 
 
 def _place(group: Any) -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+    """Rank of this process, and how many there are."""
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
@@ -160,7 +164,7 @@ def _text_features(
     """Unit vectors (N, D)."""
     device = model.logit_scale.device
     rank, ranks = _place(group)
-    share = -(-len(texts) // ranks)
+    share = ceil_div(len(texts), ranks)
     mine = [texts[i % len(texts)] for i in range(rank, share * ranks, ranks)]  # as many on every rank
     chunks = [mine[start : start + batch_size] for start in range(0, share, batch_size)]
     features = [unit_rows(model.encode_text(tokenize(chunk).to(device))) for chunk in chunks]
@@ -175,14 +179,8 @@ def _in_order(rows: Tensor, size: int, group: Any) -> Tensor:
     return every.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(0, 1)[:size]
 
 
-def _zero_shot(image_features: Tensor, labels: Tensor, classes: Tensor, class_names: Sequence[str]) -> dict[str, float]:
-    has_class = labels >= 0
-    ranks = class_ranks(image_features[has_class], classes, labels[has_class], class_names)
-    return {f"zero_shot_top{k}": recall(ranks, k) for k in ((1, 5) if len(classes) >= 10 else (1,))}
-
-
 def _of_first_rank(metrics: dict[str, float], device: torch.device, group: Any) -> dict[str, float]:
-    """The first rank's values: those of another kind of processor may differ in a last digit."""
+    """Return the first rank's values: those of another kind of processor may differ in a last digit."""
     if group is None:
         return metrics
     values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)

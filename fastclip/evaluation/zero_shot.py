@@ -33,7 +33,7 @@ _CONFUSED = 3  # classes that `class_accuracies` lists beside each
 
 
 class ZeroShot(NamedTuple):
-    """What a model takes the pictures of a source for; of the K that can be used and have a class."""
+    """Predictions for the pictures of a source, of the K that can be used and have a class."""
 
     result: dict[str, Any]  # as `fastclip.evaluation.results.result`
     labels: Tensor  # (K,) int64, places in the source's `class_names`
@@ -121,12 +121,13 @@ def class_embeddings(
     captions = [template.format(name) for name in names for template in templates]
     store = resumable(stores, embedder, captions)
     features = text_features(embedder, captions, store=store, progress=progress)
+    # by name, not by class: namesakes must not differ by the rounding of another batch
     means = mean_directions(features.unflatten(0, (len(names), len(templates))))
     return means[[names[name] for name in class_names]]
 
 
 def class_accuracies(answers: ZeroShot, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Of every class its name, pictures, ``acc1``, None without pictures, and what they are most often taken for."""
+    """List every class: its name, pictures, ``acc1``, None without pictures, and what they are most often taken for."""
     pictures = answers.labels.bincount(minlength=len(class_names)).tolist()
     hits = answers.labels[answers.labels == answers.predictions].bincount(minlength=len(class_names)).tolist()
     taken_for: list[list[dict[str, Any]]] = [[] for _ in class_names]

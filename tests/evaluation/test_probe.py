@@ -22,7 +22,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 from sklearn.model_selection import train_test_split
 
 from fastclip.cli import main
-from fastclip.data.source import Source
+from fastclip.data.source import Record, Source
 from fastclip.data.spec import open_source
 from fastclip.data.subset import Subset
 from fastclip.evaluation import probe
@@ -151,6 +151,11 @@ def test_class_that_was_not_trained_on_is_missed(embedder: Embedder) -> None:
     assert two.metrics["lp_acc1"] > 0.9
 
 
+class Unlabelled(Subset):
+    def read(self, index: int, *, min_side: int | None = None) -> Record:
+        return super().read(index, min_side=min_side)._replace(label=None)
+
+
 def test_labels_that_do_not_fit_are_told(embedder: Embedder, caplog: pytest.LogCaptureFixture) -> None:
     source, test = open_source("digits"), open_source("digits", held_out=True)
     for seed in (-1, 2**32):
@@ -161,6 +166,10 @@ def test_labels_that_do_not_fit_are_told(embedder: Embedder, caplog: pytest.LogC
         linear_probe(embedder, of_classes(source, {3}, 8), few)
     linear_probe(embedder, of_classes(source, {3, 5}, 20), few, features="embedding")
     assert "digits: of 1 classes digits has no picture: eight" in caplog.text
+    unnamed = Unlabelled(few, range(6))
+    for options in ({"test": unnamed}, {"test": few, "val": unnamed}):
+        with pytest.raises(ValueError, match="digits: none of the pictures has a class"):
+            linear_probe(embedder, of_classes(source, {3, 5}, 20), **options)
 
 
 def test_ranks_count_ties_against_the_model_and_metrics_are_scikit_learns() -> None:

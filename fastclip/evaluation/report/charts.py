@@ -65,7 +65,7 @@ class Chart(NamedTuple):
 
 
 def charts_of(series: Mapping[str, Series]) -> list[Chart]:
-    """A chart for every metric that has a number, in `_TITLES`' order; skipped samples only where there are some."""
+    """Make a chart of every metric with a number, in the order of `_TITLES`; of skipped samples if there are some."""
     known = {name for names in _TITLES.values() for name in names}
     titles = _TITLES | {name: {name: name} for name in series if name not in known and name not in _NO_CHART}
     last = max((1.0, *(float(metric.steps.max()) for metric in series.values())))
@@ -155,6 +155,7 @@ def _curve(name: str, points: _Points, place: _Points) -> Curve:
     dotted = [there for there in stretches if few or there.stop == there.start + 1]  # a lone point has no line
     places = (zip(place.steps[there], place.means[there]) for there in dotted)
     dots = [(round(float(x), 1), round(float(y), 1)) for x, y in chain.from_iterable(places)]
+    # five digits, as the page holds every reading
     read = [(float(step), float(f"{value:.5g}")) for step, value in zip(points.steps, points.means) if value == value]
     return Curve(name, line, band, dots, read)
 
@@ -168,6 +169,7 @@ def _ticks(low: float, high: float) -> list[float]:
     if low == high:
         margin = abs(low) / 10 or 1.0
         low, high = low - margin, high if high == 1 else high + margin  # shares end there
+    # ten digits, as matplotlib's 0.30000000000000004 is no label
     return [float(f"{value:.10g}") for value in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
 
 

@@ -57,7 +57,7 @@ class RunRecord(NamedTuple):
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Options and metrics of a run of ``fastclip train``, also of one that goes on or was killed.
+    """Read options and metrics of a run of ``fastclip train``, also of one that goes on or was killed.
 
     A line of metrics that is cut off or no JSON is left out and counted.
 
@@ -112,7 +112,7 @@ def _read_metrics(file: Path) -> tuple[dict[str, Series], int]:
 
 
 def _versions(folder: Path) -> dict[str, str]:
-    """As the newest checkpoint has them."""
+    """Read the versions in the newest checkpoint that has some: one may be damaged, or be removed meanwhile."""
     for file in sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True):
         try:
             state = read_json(file)

@@ -34,7 +34,7 @@ class Figure(NamedTuple):
 
 
 def about_run(run: RunRecord) -> dict[str, Any]:
-    """Of all sections that need no model."""
+    """Return what the sections that need no model show."""
     return {
         "run": run,
         "name": run.folder.resolve().name,
@@ -78,7 +78,7 @@ def _in_words(metric: str) -> str:
 
 
 def of_examined(source: Source, examined: Examined, run: RunRecord, *, same: bool) -> dict[str, Any]:
-    """Of the sections that need a model.
+    """Return what the sections that need a model show.
 
     Args:
         same: `source` and model are those of the run's last validation, whose numbers are then shown, too.
@@ -129,7 +129,7 @@ def _matrix(confusion: Confusion, names: Sequence[str]) -> dict[str, Any]:
 
 
 def read_results(paths: Sequence[Path]) -> dict[str, Any]:
-    """JSON of results in CLIP_benchmark's form, a metric that is a number a row.
+    """Read results in CLIP_benchmark's form of JSON: a row for each metric that is a number.
 
     A column is a file, model and weights, fine-tuned ones with their alpha. Results of which a cell is taken are
     numbered, and have a column of their own.
