@@ -71,7 +71,7 @@ def top1(dataset: str) -> dict[str, float]:
 
 
 def top1_dataset(path: str) -> str | None:
-    """Return the data set of `TOP1` that a folder, or that of a split such as test/, is called after; None for others."""
+    """Return the data set of `TOP1` that a folder, or the folder of a split such as test/, is called after, or None."""
     folder = Path(path)
     name = (folder.parent if folder.name.lower() in SPLITS else folder).name.lower()
     return name if name in _DATASETS else None
