@@ -49,12 +49,12 @@ def multiview_loss(
     group, equal_shards = check_group(options.get("group")), options.get("equal_shards", False)
     with reported(group, equal_shards, views if isinstance(views, Tensor) else None):
         views = views if isinstance(views, (Tensor, Mapping)) else _listed(views)
-    some = views if isinstance(views, Tensor) else next(iter(views), None)
-    with reported(group, equal_shards, some):
-        views = _check_views(views)
-        pairs = _check(len(views), core, options)
+    first = views if isinstance(views, Tensor) else next(iter(views), None)
+    with reported(group, equal_shards, first):
+        features = _check_views(views)
+        pairs = _pairs(len(features), core, options)
     losses = [
-        contrastive_loss(views[i], views[j], logit_scale, image_labels=labels, text_labels=labels, **options)
+        contrastive_loss(features[i], features[j], logit_scale, image_labels=labels, text_labels=labels, **options)
         for i, j in pairs
     ]
     total: Tensor = torch.stack(losses).sum()  # type: ignore[arg-type]
@@ -86,8 +86,8 @@ def _check_views(views: Any) -> Sequence[Tensor]:
     return views
 
 
-def _check(count: int, core: int | None, options: dict[str, Any]) -> list[tuple[int, int]]:
-    """The pairs of so many views."""
+def _pairs(count: int, core: int | None, options: dict[str, Any]) -> list[tuple[int, int]]:
+    """The pairs of so many views, when the options allow them."""
     for name in ("image_labels", "text_labels", "exclude_self"):
         if name in options:
             raise TypeError(f"multiview_loss takes labels=, one for every row of every view, not {name}=")

@@ -74,8 +74,8 @@ def sigmoid_loss(
         check_comm(comm)
         check_reduction(reduction, ("mean", "sum"))
         normalize = flag("normalize", normalize)
-        some = group is None or equal_shards  # else a rank may have none
-        check_features(image_features, text_features, paired=True, backend=backend, may_be_empty=not some)
+        may_be_empty = group is not None and not equal_shards  # a rank may have no row
+        check_features(image_features, text_features, paired=True, backend=backend, may_be_empty=may_be_empty)
         scale = scalar("logit_scale", logit_scale, image_features)
         bias = scalar("logit_bias", logit_bias, image_features)
         image, text, scale, bias = autocast_features(image_features, text_features, scale, bias)
