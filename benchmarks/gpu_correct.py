@@ -19,6 +19,7 @@ from benchmarks.gpu_check import NO_TESTS, run_limited
 from benchmarks.gpu_log import Log
 from benchmarks.losses import OURS, CheckFailed, ours
 from benchmarks.peers import Unavailable
+from fastclip._backends.problem import Problem
 from fastclip.bench.losses import SCALARS, features
 from fastclip.ops import contrastive_statistics
 from fastclip.parity.truth import truth
@@ -100,9 +101,9 @@ def offset_loss(image: Tensor, text: Tensor, scale: Tensor, *, normalize: bool, 
     """Compute the loss of the second quarter of the images against all texts, as a rank does that of its shard: image i
     belongs to text i + N / 4."""
     size = len(image) // 4
-    problem = image[size : 2 * size], text, scale
-    stats = contrastive_statistics(*problem, offset=size, normalize=normalize, backend=backend)
-    return ((stats.row_neg - stats.row_pos).mean() + stats.col_neg.mean()).float()
+    problem = Problem(image[size : 2 * size], text, scale, offset=size, normalize=normalize)
+    rows, cols = contrastive_statistics(problem, backend)
+    return ((rows.neg - rows.pos).mean() + cols.neg.mean()).float()
 
 
 def offset_truth(leaves: list[Tensor], *, normalize: bool) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastclip import _env
-from fastclip._backends import check_name, pick
+from fastclip._backends import DTYPES, FUSED_DTYPES, check_name, pick
 from fastclip.ops import TENSORS, autocast_dtype, autocast_features, autocasts, recorded, transformed
 
 __all__ = [
@@ -27,8 +27,6 @@ __all__ = [
     "scalar",
 ]
 
-_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = (*_FUSED_DTYPES, torch.float64)
 _INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 
 
@@ -55,7 +53,7 @@ def check_features(
 
     if not (image.is_floating_point() and text.is_floating_point()):
         raise TypeError(f"features must be floating tensors: {both()}")
-    if image.dtype not in _DTYPES or text.dtype not in _DTYPES:
+    if image.dtype not in DTYPES or text.dtype not in DTYPES:
         raise TypeError(f"features must be float32, bfloat16, float16 or float64: {both()}")
     if image.dtype != text.dtype and autocast_dtype(image) != autocast_dtype(text):
         raise TypeError(f"features must have one dtype: {both()}")
@@ -82,8 +80,8 @@ def plain_problem(image: Any, text: Any, logit_scale: Any, logit_bias: Any = Non
         or type(text) not in TENSORS
         or image.is_nested
         or text.is_nested
-        or image.dtype not in _FUSED_DTYPES
-        or text.dtype not in _FUSED_DTYPES
+        or image.dtype not in FUSED_DTYPES
+        or text.dtype not in FUSED_DTYPES
         or not image.layout == text.layout == torch.strided
         or image.device != text.device
         or image.device.type not in ("cpu", "cuda")

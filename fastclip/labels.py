@@ -102,12 +102,12 @@ def keep_labelled(
 
 def _refuse_none(side: str, labels: Tensor) -> None:
     """ValueError for -1 among the labels; where a look would wait, an assertion of the device (a RuntimeError)."""
-    told = (
+    message = (
         f"{side}_labels has rows with -1: ignore_label=-1 leaves them out; where -1 is a class like any other, number "
         "the classes from 0"
     )
     if can_be_read(labels):
         if bool((labels == -1).any()):
-            raise ValueError(told)
+            raise ValueError(message)
     elif labels.device.type in ("cpu", "cuda", "meta") and not batched(labels):  # others may not have the operation
-        torch._assert_async((labels != -1).all(), told)
+        torch._assert_async((labels != -1).all(), message)

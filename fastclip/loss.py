@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip._backends.problem import Problem, Side, Sides
 from fastclip._backends.reference import inv_norms, unit_rows
 from fastclip.checks import (
     can_be_read,
@@ -32,7 +33,6 @@ from fastclip.distributed import (
 )
 from fastclip.labels import KeptRows, keep_labelled, match_labels
 from fastclip.ops import (
-    Statistics,
     autocast_features,
     contrastive_statistics,
     no_autocast,
@@ -43,6 +43,7 @@ __all__ = ["Batch", "contrastive_loss", "direction_losses", "prepare"]
 
 
 _NUMBERS = (float, int)
+_Pair = tuple[Tensor, Tensor]  # of images or rows, of texts or columns
 
 
 def contrastive_loss(
@@ -146,34 +147,15 @@ def contrastive_loss(
         ignore_label=ignore_label,
         label_smoothing=label_smoothing,
         group=group,
-        agreed={
-            "function": "contrastive_loss",
-            "image_weight": image_weight,
-            "reduction": reduction,
-            "comm": comm,
-        },
+        agreed={"function": "contrastive_loss", "image_weight": image_weight, "reduction": reduction, "comm": comm},
         equal_shards=equal_shards,
         backend=backend,
     )
-    problem = batch.image, batch.text, batch.scale, batch.ids
     if batch.shards is None:
-        stats = contrastive_statistics(*problem, **batch.options)
+        stats = contrastive_statistics(batch.problem, backend)
     else:
-        stats = sharded_statistics(*problem, batch.shards, comm, **batch.options)
-    dtype = batch.scale.dtype
-    every_loss_counts_the_same = batch.ids is None and reduction == "mean" and image_weight == 0.5
-    if every_loss_counts_the_same and batch.shards is None and not label_smoothing:  # half as many operations
-        neg, pos = torch.cat((stats.row_neg, stats.col_neg)), torch.cat((stats.row_pos, stats.col_pos))
-        return direction_loss(neg, pos, stats.row_pos_lse, None).mean().to(dtype)
-    row_loss, col_loss = direction_losses(batch, stats)
-    if reduction == "none":
-        losses = row_loss.to(dtype), col_loss.to(dtype)
-        return losses if batch.kept is None else batch.kept.spread(*losses)
-    row_total, col_total = row_loss.sum(), col_loss.sum()
-    if reduction == "mean":
-        row_total, col_total = row_total / batch.row_total, col_total / batch.col_total
-    total = image_weight * row_total + (1.0 - image_weight) * col_total  # lerp would write the weight into a graph
-    return (total if batch.shards is None else batch.shards.ranks * total).to(dtype)
+        stats = sharded_statistics(batch.problem, batch.shards, comm, backend)
+    return _reduced(batch, stats, reduction, image_weight)
 
 
 def _plain_loss(
@@ -186,28 +168,14 @@ def _plain_loss(
     return None if problem is None else plain_loss(problem, image_weight, normalize, backend)
 
 
-class _Positives(NamedTuple):
-    ids: tuple[Tensor, Tensor] | None
-    row_count: Tensor | None
-    col_count: Tensor | None
-    row_total: int | Tensor
-    col_total: int | Tensor
-
-
 class Batch(NamedTuple):
-    """A checked problem: what the ops are called with, and what its loss is made with."""
+    """A checked problem, and what its loss is made with."""
 
-    image: Tensor
-    text: Tensor
-    scale: Tensor
-    options: dict[str, Any]  # of the ops
+    problem: Problem  # labels as small numbers; with shards, labels of this rank's images and of all texts
     label_smoothing: float
     shards: Shards | None  # where there is more of the batch than these features
-    ids: tuple[Tensor, Tensor] | None  # labels, as small numbers; with shards of this rank's images and of all texts
-    row_count: Tensor | None  # positives of every row and column; None: one each
-    col_count: Tensor | None
-    row_total: int | Tensor  # rows and columns with a positive, on all ranks
-    col_total: int | Tensor
+    counts: _Pair | None  # positives of every row and of every column; None: one each
+    counted: tuple[int | Tensor, int | Tensor]  # rows and columns with a positive, on all ranks
     kept: KeptRows | None  # the rows that these features are, where others have no label
 
 
@@ -234,8 +202,8 @@ def prepare(
     with reported(group, equal_shards, image_features):
         normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
         paired = exclude_self or (image_labels is None and text_labels is None)
-        some = group is None or equal_shards  # else a rank may have none
-        check_features(image_features, text_features, paired=paired, backend=backend, may_be_empty=not some)
+        may_be_empty = group is not None and not equal_shards  # a rank may have no row
+        check_features(image_features, text_features, paired=paired, backend=backend, may_be_empty=may_be_empty)
         check_labels(image_features, text_features, image_labels, text_labels, exclude_self)
         label_smoothing = check_share("label_smoothing", label_smoothing)
         scale = scalar("logit_scale", logit_scale, image_features)
@@ -248,14 +216,22 @@ def prepare(
             check_shard(backend, image, text, scale)
     shards = None
     if group is not None:
-        own: dict[str, Any] = {"normalize": normalize, "exclude_self": exclude_self, "label_smoothing": label_smoothing}
-        own |= {"labels": image_labels is not None, "ignore_label": None if ignore_label is None else int(ignore_label)}
-        shards = meet(group, image, text, {"logit_scale": scale}, {**agreed, **own}, equal_shards)
-    positives = _Positives(None, None, None, *batch_size(image, text, shards))
+        agreed = {
+            **agreed,
+            "normalize": normalize,
+            "exclude_self": exclude_self,
+            "label_smoothing": label_smoothing,
+            "labels": image_labels is not None,
+            "ignore_label": None if ignore_label is None else int(ignore_label),
+        }
+        shards = meet(group, image, text, {"logit_scale": scale}, agreed, equal_shards)
+    labels: _Pair | None = None
+    counts: _Pair | None = None
+    counted: tuple[int | Tensor, int | Tensor] = batch_size(image, text, shards)
     if image_labels is not None and text_labels is not None:
-        positives = _match(image_labels, text_labels, exclude_self, shards)
-    options = {"exclude_self": exclude_self, "normalize": normalize, "backend": backend}
-    return Batch(image, text, scale, options, label_smoothing, shards, *positives, kept)
+        labels, counts, counted = _match(image_labels, text_labels, exclude_self, shards)
+    problem = Problem(image, text, scale, labels, exclude_self=exclude_self, normalize=normalize)
+    return Batch(problem, label_smoothing, shards, counts, counted, kept)
 
 
 def batch_size(image: Tensor, text: Tensor, shards: Shards | None) -> tuple[int, int]:
@@ -263,68 +239,82 @@ def batch_size(image: Tensor, text: Tensor, shards: Shards | None) -> tuple[int,
     return (image.shape[0], text.shape[0]) if shards is None else (sum(shards.images), sum(shards.texts))
 
 
-def _match(image_labels: Tensor, text_labels: Tensor, exclude_self: bool, shards: Shards | None) -> _Positives:
+def _match(
+    image_labels: Tensor, text_labels: Tensor, exclude_self: bool, shards: Shards | None
+) -> tuple[_Pair, _Pair, _Pair]:
+    """Labels as small numbers, counts of positives, and how many rows and columns have any, as `Batch` has them."""
     if shards is not None:
         image_labels = gather_rows(image_labels.long(), shards.images, shards.group)
         text_labels = gather_rows(text_labels.long(), shards.texts, shards.group, after=image_labels)
     (image_ids, text_ids), row_count, col_count = match_labels(image_labels, text_labels)
     if exclude_self:
-        own = (image_labels.long() == text_labels.long()).long()
-        row_count, col_count = row_count - own, col_count - own
+        itself = (image_labels.long() == text_labels.long()).long()
+        row_count, col_count = row_count - itself, col_count - itself
     if can_be_read(row_count) and not bool(row_count.any()):
         besides = " besides its own" if exclude_self else ""
         raise ValueError(f"no image label equals a text label{besides}: the batch has no positive pair")
-    totals = ((count > 0).sum().clamp_min(1) for count in (row_count, col_count))
+    rows_counted, cols_counted = ((count > 0).sum().clamp_min(1) for count in (row_count, col_count))
     if shards is not None:
         image_ids, row_count = image_ids[shards.own_images], row_count[shards.own_images]
         col_count = col_count[shards.own_texts]
-    return _Positives((image_ids, text_ids), row_count, col_count, *totals)
+    return (image_ids, text_ids), (row_count, col_count), (rows_counted, cols_counted)
 
 
-def direction_losses(batch: Batch, stats: Statistics) -> tuple[Tensor, Tensor]:
+def _reduced(batch: Batch, stats: Sides, reduction: str, image_weight: float) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss of `contrastive_loss`."""
+    rows, cols = stats
+    dtype = batch.problem.scale.dtype
+    every_loss_counts_the_same = batch.counts is None and reduction == "mean" and image_weight == 0.5
+    if every_loss_counts_the_same and batch.shards is None and not batch.label_smoothing:  # half as many operations
+        both = rows._replace(neg=torch.cat((rows.neg, cols.neg)), pos=torch.cat((rows.pos, cols.pos)))
+        return direction_loss(both, None, 0.0, None).mean().to(dtype)
+    row_loss, col_loss = direction_losses(batch, stats)
+    if reduction == "none":
+        losses = row_loss.to(dtype), col_loss.to(dtype)
+        return losses if batch.kept is None else batch.kept.spread(*losses)
+    row_total, col_total = row_loss.sum(), col_loss.sum()
+    if reduction == "mean":
+        rows_counted, cols_counted = batch.counted
+        row_total, col_total = row_total / rows_counted, col_total / cols_counted
+    total = image_weight * row_total + (1.0 - image_weight) * col_total  # lerp would write the weight into a graph
+    return (total if batch.shards is None else batch.shards.ranks * total).to(dtype)
+
+
+def direction_losses(batch: Batch, stats: Sides) -> tuple[Tensor, Tensor]:
     """Loss of every image (M,) and of every text (N,)."""
-    row_mean, col_mean, col_neg = None, None, stats.col_neg
+    rows, cols = stats
+    row_mean = col_mean = None
     if batch.label_smoothing:
-        row_mean, col_mean, col_neg = mean_logits(batch, col_neg)
-    eps = batch.label_smoothing
+        row_mean, col_mean, col_neg = mean_logits(batch, cols.neg)
+        cols = cols._replace(neg=col_neg)
+    row_count, col_count = batch.counts or (None, None)
     return (
-        direction_loss(
-            stats.row_neg, stats.row_pos, stats.row_pos_lse, batch.row_count, smoothing=eps, mean_logit=row_mean
-        ),
-        direction_loss(col_neg, stats.col_pos, stats.col_pos_lse, batch.col_count, smoothing=eps, mean_logit=col_mean),
+        direction_loss(rows, row_count, batch.label_smoothing, row_mean),
+        direction_loss(cols, col_count, batch.label_smoothing, col_mean),
     )
 
 
-def direction_loss(
-    neg: Tensor,
-    pos: Tensor,
-    pos_lse: Tensor,
-    count: Tensor | None,
-    *,
-    smoothing: float = 0.0,
-    mean_logit: Tensor | None = None,
-) -> Tensor:
+def direction_loss(side: Side, count: Tensor | None, smoothing: float, mean_logit: Tensor | None) -> Tensor:
     """Loss (M,) of each row, or mirrored (N,) of each column, from its statistics.
 
-    neg, pos, pos_lse: log-sum-exp over the negatives, sum and log-sum-exp over the positives; count: the number of
-    positives, None for one each; mean_logit: mean of the row's logits, for label smoothing.
+    count: the number of positives, None for one each; mean_logit: mean of the row's logits, for label smoothing.
 
     With q the log-sum-exp over the positives, log-sum-exp over all minus the mean positive is
     softplus(neg - q) + q - pos / count. Unlike softmax - 1, softplus keeps its digits when a pair is solved. One
     positive is its own formula: there q is pos exactly, and the difference would lose half the digits.
     """
     if count is None:
-        loss = _softplus(neg - pos)
-        return loss if mean_logit is None else loss + smoothing * (pos - mean_logit)
-    some, one = count > 0, count == 1
-    mean_pos = pos / count.clamp_min(1)
+        loss = _softplus(side.neg - side.pos)
+        return loss if mean_logit is None else loss + smoothing * (side.pos - mean_logit)
+    has_positive = count > 0
+    mean_pos = side.pos / count.clamp_min(1)
     # Rows without a positive are given inputs of gradient 0 before softplus: its gradient at -inf - -inf is NaN.
-    q = torch.where(some, torch.where(one, pos, pos_lse), 0.0)
-    loss = _softplus(torch.where(some, neg, -torch.inf) - q)
-    loss = loss + torch.where(count > 1, torch.where(some, pos_lse, 0.0) - mean_pos, 0.0)
+    q = torch.where(has_positive, torch.where(count == 1, side.pos, side.pos_lse), 0.0)
+    loss = _softplus(torch.where(has_positive, side.neg, -torch.inf) - q)
+    loss = loss + torch.where(count > 1, torch.where(has_positive, side.pos_lse, 0.0) - mean_pos, 0.0)
     if mean_logit is not None:
         loss = loss + smoothing * (mean_pos - mean_logit)
-    return torch.where(some, loss, 0.0)
+    return torch.where(has_positive, loss, 0.0)
 
 
 def _unit_factors(x: Tensor, normalize: bool) -> Tensor:
@@ -342,8 +332,8 @@ def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     And `after`, to go on with: what the ranks have exchanged before their sums here.
     """
-    image, text, scale = batch.image, batch.text, batch.scale
-    normalize, shards = batch.options["normalize"], batch.shards
+    image, text, scale, _, _, exclude_self, normalize = batch.problem
+    shards = batch.shards
     M, N = batch_size(image, text, shards)
     with no_autocast(image.device):
         r, c = _unit_factors(image, normalize), _unit_factors(text, normalize)
@@ -354,9 +344,9 @@ def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             image_sum, text_sum = sums
         image_mean, text_mean = image_sum / M, text_sum / N
         row_mean, col_mean = r * (image @ text_mean), c * (text @ image_mean)
-        if batch.options["exclude_self"]:  # the mean of the others
-            own = torch.linalg.vecdot(unit_rows(image, r), unit_rows(text, c))
-            row_mean, col_mean = ((N * mean - own) / max(N - 1, 1) for mean in (row_mean, col_mean))
+        if exclude_self:  # the mean of the others
+            diagonal = torch.linalg.vecdot(unit_rows(image, r), unit_rows(text, c))
+            row_mean, col_mean = ((N * mean - diagonal) / max(N - 1, 1) for mean in (row_mean, col_mean))
         return scale * row_mean, scale * col_mean, after
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastclip._backends.problem import Side
 from fastclip._backends.reference import norms
 from fastclip.distributed import check_group, largest_over_ranks, sharded_maxima
 from fastclip.loss import Batch, direction_losses, prepare
@@ -72,41 +73,42 @@ def contrastive_stats(
             equal_shards=equal_shards,
             backend=backend,
         )
-        problem = batch.image, batch.text, batch.scale, batch.ids
         if batch.shards is None:
-            stats, top = contrastive_maxima(*problem, **batch.options)
+            sides = contrastive_maxima(batch.problem, backend)
         else:
-            stats, top = sharded_maxima(*problem, batch.shards, **batch.options)
-        row_loss, col_loss = direction_losses(batch, stats)
-        row_tie, col_tie = _ties(batch)
-        dtype = batch.scale.dtype
-        without = batch.ids is None
-        lse = (
-            _all(stats.row_neg, stats.row_pos if without else stats.row_pos_lse, top.row_pos).to(dtype),
-            _all(stats.col_neg, stats.col_pos if without else stats.col_pos_lse, top.col_pos).to(dtype),
-        )
-        loss = row_loss.to(dtype), col_loss.to(dtype)
-        hit = (
-            (top.row_pos - top.row_neg > row_tie) & row_loss.isfinite(),
-            (top.col_pos - top.col_neg > col_tie) & col_loss.isfinite(),
-        )
+            sides = sharded_maxima(batch.problem, batch.shards, backend)
+        losses = direction_losses(batch, sides)
+        hits = [_hits(side, tie) & loss.isfinite() for side, loss, tie in zip(sides, losses, _ties(batch))]
+        dtype = batch.problem.scale.dtype
+        row_lse, col_lse = (_logsumexp(side, batch.problem.labels is not None).to(dtype) for side in sides)
+        row_loss, col_loss = (loss.to(dtype) for loss in losses)
+        row_hit, col_hit = hits
         if batch.kept is not None:
-            spread = batch.kept.spread
-            lse, loss, hit = spread(*lse, fill=-torch.inf), spread(*loss), spread(*hit)
-        return ContrastiveStats(*lse, *loss, *hit)
+            row_lse, col_lse = batch.kept.spread(row_lse, col_lse, fill=-torch.inf)
+            row_loss, col_loss = batch.kept.spread(row_loss, col_loss)
+            row_hit, col_hit = batch.kept.spread(row_hit, col_hit)
+        return ContrastiveStats(row_lse, col_lse, row_loss, col_loss, row_hit, col_hit)
 
 
-def _all(neg: Tensor, pos: Tensor, top_pos: Tensor) -> Tensor:
+def _logsumexp(side: Side, labels: bool) -> Tensor:
     """log-sum-exp over negatives and positives."""
-    return torch.logaddexp(neg, torch.where(top_pos == -torch.inf, -torch.inf, pos))
+    assert side.pos_top is not None
+    pos = side.pos_lse if labels else side.pos  # of one positive
+    return torch.logaddexp(side.neg, torch.where(side.pos_top == -torch.inf, -torch.inf, pos))
+
+
+def _hits(side: Side, tie: Tensor) -> Tensor:
+    """Where the largest logit is a positive's, by more than `tie`."""
+    assert side.pos_top is not None and side.neg_top is not None
+    return side.pos_top - side.neg_top > tie
 
 
 def _ties(batch: Batch) -> tuple[Tensor, Tensor]:
     """How far apart the largest logits of a row (M,) and of a column (N,) must be to be told apart."""
-    near = batch.scale.abs() * TIE
-    if batch.options["normalize"]:
+    near = batch.problem.scale.abs() * TIE
+    if batch.problem.normalize:
         return near, near
-    row, col = norms(batch.image), norms(batch.text)
+    row, col = norms(batch.problem.image), norms(batch.problem.text)
     if batch.shards is None:
         row_top, col_top = row.amax(), col.amax()
     else:

@@ -25,10 +25,10 @@ from torch import Tensor
 from fastclip import _env
 from fastclip._backends import cpu, cuda, reference, triton
 from fastclip._backends.mending import mending
-from fastclip._backends.problem import Problem
+from fastclip._backends.problem import DTYPES, FUSED_DTYPES, Problem
 from fastclip._version import __version__
 
-__all__ = ["backends", "build_info", "check_name", "pick", "serving", "serving_pairs"]
+__all__ = ["DTYPES", "FUSED_DTYPES", "backends", "build_info", "check_name", "pick", "serving", "serving_pairs"]
 
 logger = logging.getLogger(__name__)
 _BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
@@ -101,20 +101,21 @@ def serving(name: str | None, p: Problem) -> ModuleType:
 def serving_pairs(name: str | None, image: Tensor) -> ModuleType:
     """`serving` of features that are not empty."""
     module = pick(name, image)[1]
-    if module is reference and (name or _env.backend()) is None and image.dtype in _FUSED_DTYPES:
-        _tell_of_reference(image)
+    if (
+        module is reference and (name or _env.backend()) is None and image.dtype in FUSED_DTYPES
+    ):  # float64 is the reference's, as documented
+        _warn_of_reference(image)
     return module
 
 
-_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is the reference's, as documented
-_told: set[str] = set()  # devices
+_warned: set[str] = set()  # devices
 
 
-def _tell_of_reference(image: Tensor) -> None:
+def _warn_of_reference(image: Tensor) -> None:
     device = image.device.type
-    if device in _told:
+    if device in _warned:
         return
-    _told.add(device)
+    _warned.add(device)
     name = {"cpu": "cpu", "cuda": "triton"}.get(device, "")
     reason, todo = f"no other backend serves {device} tensors", ""
     if name:

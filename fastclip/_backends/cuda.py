@@ -17,7 +17,7 @@ from torch import Tensor
 from fastclip import _env
 from fastclip._backends import triton
 from fastclip._backends.native import address, load
-from fastclip._backends.problem import Problem
+from fastclip._backends.problem import Problem, SideGrads, Sides
 from fastclip._backends.reference import saved_dtype
 
 __all__ = [
@@ -95,16 +95,15 @@ class _Tiles:
     """`triton_kernels.launch.Tiles` by the native module."""
 
     def __init__(self, device: torch.device) -> None:
-        launch = importlib.import_module("fastclip.triton_kernels.launch")
-        self.new_config = launch.Config
+        launch = _launch()
+        self.new_config, self.cdiv = launch.Config, launch.cdiv
         self.processors = launch.processors(device) if device.type == "cuda" else 4
         self.stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
     def config(self, kernel: str, M: int, N: int, labels: bool) -> Any:
         """Wide tiles, unless they leave processors idle that narrow ones would use."""
         wide = _module.TILE_N_LABELS if labels and kernel == "contrastive_fwd" else _module.TILE_N
-        pairs = -(-M // (2 * _module.TILE_M))
-        few = pairs * -(-N // wide) <= self.processors // 4
+        few = self.cdiv(M, 2 * _module.TILE_M) * self.cdiv(N, wide) <= self.processors // 4
         return self.new_config(_module.TILE_M, _module.TILE_N_SMALL if few else wide, 64, 12, 1)
 
     def _block(self, tile: Any, x: Tensor, y: Tensor, constants: Tensor, offset: int, exclude_self: bool) -> Any:
@@ -171,13 +170,13 @@ def _addresses(side: Any) -> dict[str, int]:
     return {name: address(x) for name, x in side._asdict().items()}
 
 
-def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
+def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
     """As `reference.contrastive_fwd`."""
     return triton.contrastive_fwd(p, maxima, tiles=_Tiles(p.image.device))
 
 
 def contrastive_bwd(
-    p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool]
+    p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.contrastive_bwd`."""
     return triton.contrastive_bwd(p, stats, grads, needs, tiles=_Tiles(p.image.device))
@@ -271,27 +270,51 @@ def plain_bwd(
     image, text, x, y, problem, sizes = _plain(image, text, scale, image_weight, normalize)
     N = image.shape[0]
     rows, _, stride, extra, _, columns = sizes[2:]
-    width, addmm = x.shape[1], _launch().addmm
+    width = x.shape[1]
     # One allocation for the weights and, in fp32, for their products with the features
     raw = (rows + extra) * stride
     work = image.new_empty(raw + 2 * (rows + N) * width)
-    words = work.view(torch.float32)
     kept, at = saved.data_ptr(), work.data_ptr()
     image_at, text_at = at + 2 * raw, at + 2 * raw + 4 * rows * width
     outputs = [0 if x is None else x.data_ptr() for x in (d_image, d_text, d_scale)]
-    for i0, i1, j0, j1 in _blocks(N, rows, columns):
-        size, wide = i1 - i0, j1 - j0
-        weights = work.as_strided((size, wide), (stride, 1))
+    for block in _blocks(N, rows, columns):
+        i0, _, j0, j1 = block
         _module.loss_weights(problem, kept, at, i0 // rows, j0)
-        if d_image is not None:
-            raw_image = words.as_strided((size, width), (width, 1), raw // 2)
-            addmm(raw_image, weights, y if wide == N else y[j0:j1], j0 > 0)
-        if d_text is not None:
-            raw_text = words.as_strided((wide, width), (width, 1), raw // 2 + (rows + j0) * width)
-            addmm(raw_text, weights.t(), x if size == N else x[i0:i1], i0 > 0)
+        _add_products(block, x, y, work, 0, raw, stride, rows, needs)
         if j1 == N:
             _module.loss_finish(problem, kept, at, i0 // rows, d_loss.data_ptr(), image_at, text_at, *outputs)
     return d_image, d_text, d_scale
+
+
+def _add_products(
+    block: tuple[int, int, int, int],
+    x: Tensor,
+    y: Tensor,
+    work: Tensor,
+    weights_at: int,
+    sums_at: int,
+    stride: int,
+    rows: int,
+    needs: Sequence[bool],
+) -> None:
+    """Add a block of weights times the rows x of images and y of texts to the sums of gradients in `work`, in fp32.
+
+    Elements of `work`, of the features' dtype: from `weights_at` the weights, rows `stride` apart; from `sums_at` the
+    images' sums, of at most `rows` at a time, then all texts'.
+    """
+    i0, i1, j0, j1 = block
+    (N, width), size, wide = x.shape, i1 - i0, j1 - j0
+    weights, words, addmm = (
+        work.as_strided((size, wide), (stride, 1), weights_at),
+        work.view(torch.float32),
+        _launch().addmm,
+    )
+    if needs[0]:
+        image_sums = words.as_strided((size, width), (width, 1), sums_at // 2)
+        addmm(image_sums, weights, y if wide == N else y[j0:j1], j0 > 0)
+    if needs[1]:
+        text_sums = words.as_strided((wide, width), (width, 1), sums_at // 2 + (rows + j0) * width)
+        addmm(text_sums, weights.t(), x if size == N else x[i0:i1], i0 > 0)
 
 
 def sigmoid_fwd(
@@ -313,27 +336,17 @@ def sigmoid_fwd(
     head //= 2
     raw = head + rows * stride
     work = image.new_empty(raw + 2 * (rows + N) * width if gradients else head)
-    words = work.view(torch.float32)
     inputs = problem, bias.data_ptr(), work.data_ptr()
     outputs = (
         loss.data_ptr(),
         dtype is torch.float64,
-        0 if d_image is None else d_image.data_ptr(),
-        0 if d_text is None else d_text.data_ptr(),
-        0 if scalars is None else scalars.data_ptr(),
+        *(0 if x is None else x.data_ptr() for x in (d_image, d_text, scalars)),
     )
-    addmm = _launch().addmm
-    for i0, i1, j0, j1 in _blocks(N, rows, columns):
-        size, wide = i1 - i0, j1 - j0
+    for block in _blocks(N, rows, columns):
+        i0, _, j0, j1 = block
         _module.sigmoid_weights(*inputs, i0 // rows, j0, gradients)
-        if d_image is not None:
-            weights = work.as_strided((size, wide), (stride, 1), head)
-            raw_image = words.as_strided((size, width), (width, 1), raw // 2)
-            addmm(raw_image, weights, y if wide == N else y[j0:j1], j0 > 0)
-        if d_text is not None:
-            weights = work.as_strided((wide, size), (1, stride), head)
-            raw_text = words.as_strided((wide, width), (width, 1), raw // 2 + (rows + j0) * width)
-            addmm(raw_text, weights, x if size == N else x[i0:i1], i0 > 0)
+        if gradients:
+            _add_products(block, x, y, work, head, raw, stride, rows, needs)
         if j1 == N:
             _module.sigmoid_finish(*inputs, i0 // rows, divisor, *outputs)
     d_scale, d_bias = (None, None) if scalars is None else scalars.unbind()
@@ -355,18 +368,8 @@ def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss:
     device = image.device.index if image.is_cuda else -1
     _module.sigmoid_bwd(
         d_loss.data_ptr(),
-        (
-            0 if kept_image is None else kept_image.data_ptr(),
-            0 if kept_text is None else kept_text.data_ptr(),
-            0 if kept_scale is None else kept_scale.data_ptr(),
-            0 if kept_bias is None else kept_bias.data_ptr(),
-        ),
-        (
-            0 if d_image is None else d_image.data_ptr(),
-            0 if d_text is None else d_text.data_ptr(),
-            0 if d_scale is None else d_scale.data_ptr(),
-            0 if d_bias is None else d_bias.data_ptr(),
-        ),
+        tuple([0 if d is None else d.data_ptr() for d in kept]),
+        tuple([0 if d is None else d.data_ptr() for d in (d_image, d_text, d_scale, d_bias)]),
         image.shape[0] * image.shape[1],
         text.shape[0] * text.shape[1],
         image.dtype is torch.float16,

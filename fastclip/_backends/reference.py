@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip._backends.problem import Problem
+from fastclip._backends.problem import Problem, Side, SideGrads, Sides
 
 __all__ = [
     "EPS",
@@ -64,19 +64,19 @@ def unit_rows(x: Tensor, r: Tensor) -> Tensor:
     return r[:, None] * x.to(r.dtype)
 
 
-def _own(z: Tensor, offset: int) -> Tensor:
+def _diagonal(z: Tensor, offset: int) -> Tensor:
     """Every row's own pair, bool (M, N)."""
     i, j = (torch.arange(size, device=z.device) for size in z.shape)
     return i[:, None] + offset == j
 
 
 def _positive_and_negative(z: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
-    """Which pairs of z (M, N) are positives, and which negatives: bool (M, N) each."""
-    own = _own(z, p.offset)
+    """Which pairs are positives, and which negatives: bool (M, N) each."""
+    diagonal = _diagonal(z, p.offset)
     if p.labels is None:
-        return own, ~own
+        return diagonal, ~diagonal
     positive = p.labels[0][:, None] == p.labels[1]
-    return (positive & ~own, ~positive & ~own) if p.exclude_self else (positive, ~positive)
+    return (positive & ~diagonal, ~positive & ~diagonal) if p.exclude_self else (positive, ~positive)
 
 
 def _largest(z: Tensor, dim: int) -> Tensor:
@@ -84,20 +84,21 @@ def _largest(z: Tensor, dim: int) -> Tensor:
     return z.amax(dim) if z.shape[dim] else z.new_full((z.shape[1 - dim],), -torch.inf)
 
 
-def _logsumexp(z: Tensor, keep: Tensor, dim: int) -> Tensor:
+def _logsumexp(z: Tensor, kept: Tensor, dim: int) -> Tensor:
     """log-sum-exp of the kept z; -inf, with gradient 0, where none is."""
-    z = z.masked_fill(~keep, -torch.inf)
-    some = keep.any(dim)
-    top = torch.where(some, _largest(z.detach(), dim), 0.0)
+    z = z.masked_fill(~kept, -torch.inf)
+    has_any = kept.any(dim)
+    top = torch.where(has_any, _largest(z.detach(), dim), 0.0)
     total = (z - top.unsqueeze(dim)).exp().sum(dim)
-    return torch.where(some, torch.where(some, total, 1.0).log() + top, -torch.inf)
+    # The inner where keeps log away from 0: its gradient there, infinite, would become NaN in the outer one
+    return torch.where(has_any, torch.where(has_any, total, 1.0).log() + top, -torch.inf)
 
 
 def _softmax_weights(z: Tensor, lse: Tensor, d: Tensor, dim: int) -> Tensor:
     """d exp(z - lse), 0 for empty sets."""
-    some = lse > -torch.inf
-    some |= lse.isnan()
-    return torch.where(some, d, 0.0).unsqueeze(dim) * (z - torch.where(some, lse, 0.0).unsqueeze(dim)).exp()
+    has_any = lse > -torch.inf
+    has_any |= lse.isnan()  # a row with NaN has a NaN gradient
+    return torch.where(has_any, d, 0.0).unsqueeze(dim) * (z - torch.where(has_any, lse, 0.0).unsqueeze(dim)).exp()
 
 
 def _through_norm(d_unit: Tensor, unit: Tensor, inv_norm: Tensor, normalize: bool) -> Tensor:
@@ -108,55 +109,54 @@ def _through_norm(d_unit: Tensor, unit: Tensor, inv_norm: Tensor, normalize: boo
     return inv_norm[:, None] * (d_unit - along[:, None] * unit)
 
 
-def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
-    """Row and column statistics of the logits.
+def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
+    """Return the statistics of the logits' rows (M,) and columns (N,), with `maxima` the largest logits too.
 
-    row_neg (M,), col_neg (N,): log-sum-exp over the negatives, -inf when there are none; row_pos (M,), col_pos (N,):
-    sum over the positives, 0 when there are none; row_pos_lse (M,), col_pos_lse (N,): log-sum-exp over the positives,
-    of size 0 without labels; r (M,), c (N,): `inv_norms`. With `maxima` four more: the largest negative of every row
-    (M,) and column (N,), and the largest positive likewise, -inf where there are none.
-
-    The statistics are of `wide_dtype`: their differences make the loss, and at 100 a float32 has lost 4e-6.
+    The statistics are of `wide_dtype`: their differences make the loss, and at 100 a float32 has lost 4e-6. Inverse
+    norms are `inv_norms`.
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
     z = p.scale.to(r.dtype) * unit_rows(p.image, r) @ unit_rows(p.text, c).T
     positive, negative = _positive_and_negative(z, p)
     z_positive = torch.where(positive, z, 0.0)
-    if p.labels is None:
-        row_pos_lse, col_pos_lse = r.new_empty(0), r.new_empty(0)
-    else:
-        row_pos_lse, col_pos_lse = _logsumexp(z, positive, 1), _logsumexp(z, positive, 0)
-    row_neg, col_neg = _logsumexp(z, negative, 1), _logsumexp(z, negative, 0)
-    stats = (row_neg, col_neg, z_positive.sum(1), z_positive.sum(0), row_pos_lse, col_pos_lse)
-    wide = wide_dtype(z.device)
-    of_both = ((z.masked_fill(~keep, -torch.inf), dim) for keep in (negative, positive) for dim in (1, 0))
-    tops = [_largest(x, dim) for x, dim in of_both] if maxima else []
-    return *(x.to(wide) for x in stats), r, c, *(x.to(wide) for x in tops)
+    dims, wide = (1, 0), wide_dtype(z.device)  # a row's statistics are over the columns
+    pos_lse = [r.new_empty(0) if p.labels is None else _logsumexp(z, positive, dim) for dim in dims]
+    neg = [_logsumexp(z, negative, dim) for dim in dims]
+    pos = [z_positive.sum(dim) for dim in dims]
+    tops: list[list[Tensor]] = [[], []]
+    if maxima:
+        tops = [[_largest(z.masked_fill(~kept, -torch.inf), dim) for kept in (negative, positive)] for dim in dims]
+    rows, cols = (
+        Side(neg.to(wide), pos.to(wide), pos_lse.to(wide), inv_norm, *(x.to(wide) for x in top))
+        for neg, pos, pos_lse, inv_norm, top in zip(neg, pos, pos_lse, (r, c), tops)
+    )
+    return rows, cols
 
 
 def contrastive_bwd(
-    p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool]
+    p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of image (M, D), text (N, D) and scale (), each None where `needs` says so.
 
-    `stats` are the first eight outputs of `contrastive_fwd`, `grads` the loss's derivatives by the first six.
+    `stats` are what `contrastive_fwd` returned, `grads` the loss's derivatives by them.
     """
-    row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, r, c = (x.to(stats[7].dtype) for x in stats)
-    d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = (d.to(r.dtype) for d in grads)
-    u, v = unit_rows(p.image, r), unit_rows(p.text, c)
-    s = p.scale.to(r.dtype)
+    dtype = stats[0].inv_norm.dtype
+    rows, cols = (Side(*(x.to(dtype) for x in side.tensors())) for side in stats)
+    d_rows, d_cols = (SideGrads(*(d.to(dtype) for d in side)) for side in grads)
+    u, v = unit_rows(p.image, rows.inv_norm), unit_rows(p.text, cols.inv_norm)
+    s = p.scale.to(dtype)
     cosine = u @ v.T
     z = s * cosine
     positive, negative = _positive_and_negative(z, p)
-    at_negatives = _softmax_weights(z, row_neg, d_row_neg, 1) + _softmax_weights(z, col_neg, d_col_neg, 0)
-    at_positives = d_row_pos[:, None] + d_col_pos
+    at_negatives = _softmax_weights(z, rows.neg, d_rows.neg, 1) + _softmax_weights(z, cols.neg, d_cols.neg, 0)
+    at_positives = d_rows.pos[:, None] + d_cols.pos
     if p.labels is not None:
-        at_positives = at_positives + _softmax_weights(z, row_pos_lse, d_row_pos_lse, 1)
-        at_positives = at_positives + _softmax_weights(z, col_pos_lse, d_col_pos_lse, 0)
+        at_positives = at_positives + _softmax_weights(z, rows.pos_lse, d_rows.pos_lse, 1)
+        at_positives = at_positives + _softmax_weights(z, cols.pos_lse, d_cols.pos_lse, 0)
     g = torch.where(positive, at_positives, torch.where(negative, at_negatives, 0.0))
     return (
-        _through_norm(s * (g @ v), u, r, p.normalize).to(p.image.dtype) if needs[0] else None,
-        _through_norm(s * (g.T @ u), v, c, p.normalize).to(p.text.dtype) if needs[1] else None,
+        _through_norm(s * (g @ v), u, rows.inv_norm, p.normalize).to(p.image.dtype) if needs[0] else None,
+        _through_norm(s * (g.T @ u), v, cols.inv_norm, p.normalize).to(p.text.dtype) if needs[1] else None,
         (g * cosine).sum().to(p.scale.dtype) if needs[2] else None,
     )
 
@@ -174,11 +174,11 @@ def plain_fwd(
     image, text (N, D), row i's one positive is column i; scale () fp32; not for fp64 features. The loss is image_weight
     times the mean over images of softplus(row_neg - row_pos), plus the rest times the mirrored mean over texts.
     """
-    *stats, r, c = contrastive_fwd(Problem(image, text, scale, None, 0, False, normalize))
-    row_neg, col_neg, row_pos, col_pos = stats[:4]
-    rows, cols = (F.softplus(t, threshold=64).mean() for t in (row_neg - row_pos, col_neg - col_pos))
+    sides = contrastive_fwd(Problem(image, text, scale, normalize=normalize))
+    rows, cols = (F.softplus(side.neg - side.pos, threshold=64).mean() for side in sides)
     loss = image_weight * rows + (1.0 - image_weight) * cols
-    return loss.float(), torch.cat([*stats[:4], r.double(), c.double()]).view(torch.float32)
+    saved = [x.double() for side in sides for x in (side.neg, side.pos, side.inv_norm)]
+    return loss.float(), torch.cat(saved).view(torch.float32)
 
 
 def plain_bwd(
@@ -192,14 +192,15 @@ def plain_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of image, text and scale from that of the loss, d_loss (); each None where `needs` says so."""
-    N = image.shape[0]
-    row_neg, col_neg, row_pos, col_pos, r, c = saved.view(torch.float64).view(6, N)
-    none = r.new_empty(0)
-    row, col = image_weight * d_loss.double() / N, (1.0 - image_weight) * d_loss.double() / N
-    grads = [row * torch.sigmoid(row_neg - row_pos), col * torch.sigmoid(col_neg - col_pos)]
-    grads += [-grads[0], -grads[1], none, none]
-    stats = [row_neg, col_neg, row_pos, col_pos, none, none, r.float(), c.float()]
-    return contrastive_bwd(Problem(image, text, scale, None, 0, False, normalize), stats, grads, list(needs))
+    N, none = image.shape[0], saved.new_empty(0)
+    stats, grads = [], []
+    weights = image_weight, 1.0 - image_weight
+    for weight, (neg, pos, inv_norm) in zip(weights, saved.view(torch.float64).view(2, 3, N)):
+        d_neg = weight * d_loss.double() / N * torch.sigmoid(neg - pos)
+        stats.append(Side(neg, pos, none, inv_norm.float()))
+        grads.append(SideGrads(d_neg, -d_neg, none))
+    p = Problem(image, text, scale, normalize=normalize)
+    return contrastive_bwd(p, (stats[0], stats[1]), (grads[0], grads[1]), list(needs))
 
 
 def sigmoid_fwd(
@@ -214,7 +215,7 @@ def sigmoid_fwd(
     s = p.scale.to(r.dtype)
     cosine = u @ v.T
     z = s * cosine + bias.to(r.dtype)
-    sign = torch.where(_own(z, p.offset), -1.0, 1.0).to(z.dtype)
+    sign = torch.where(_diagonal(z, p.offset), -1.0, 1.0).to(z.dtype)
     loss = (-F.logsigmoid(-sign * z).sum(dtype=wide_dtype(z.device)) / divisor).to(dtype)
     if not any(needs):
         return loss, None, None, None, None

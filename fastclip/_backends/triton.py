@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip._backends.problem import Problem
+from fastclip._backends.problem import FUSED_DTYPES, Problem, Side, SideGrads, Sides
 from fastclip._backends.reference import saved_dtype
 
 __all__ = [
@@ -27,8 +27,6 @@ __all__ = [
     "sigmoid_bwd",
     "sigmoid_fwd",
 ]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _number(version: str) -> tuple[int, ...]:
@@ -80,7 +78,7 @@ def missing() -> str | None:
 
 
 def refuses(image: Tensor, named: bool) -> str | None:
-    if image.dtype not in _DTYPES:
+    if image.dtype not in FUSED_DTYPES:
         return f"it serves float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
     if image.device.type == "cpu" and not named:  # without a look at the GPU: a forked worker must not touch it
         return "it serves GPU tensors, not cpu; its interpreter, which is for looking, serves who asks for it by name"
@@ -112,19 +110,25 @@ def _on_device(function: Any) -> Any:
 
 
 @_on_device
-def contrastive_fwd(p: Problem, maxima: bool = False, tiles: Any = None) -> tuple[Tensor, ...]:
+def contrastive_fwd(p: Problem, maxima: bool = False, tiles: Any = None) -> Sides:
     """As `reference.contrastive_fwd`; `tiles` (`triton_kernels.launch.Tiles`) in place of Triton's."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_fwd")
-    return launcher.contrastive_fwd(*p, maxima=maxima, tiles=tiles)
+    in_turn = launcher.contrastive_fwd(*p, maxima=maxima, tiles=tiles)  # the rows' and the columns'
+    return Side(*in_turn[0::2]), Side(*in_turn[1::2])
 
 
 @_on_device
 def contrastive_bwd(
-    p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool], tiles: Any = None
+    p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads], needs: list[bool], tiles: Any = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.contrastive_bwd`; `tiles` likewise."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_bwd")
-    return launcher.contrastive_bwd(*p, stats, grads, needs, tiles=tiles)
+    rows, cols = (side.tensors() for side in stats)
+    return launcher.contrastive_bwd(*p, _in_turn(rows, cols), _in_turn(*grads), needs, tiles=tiles)
+
+
+def _in_turn(rows: Sequence[Tensor], cols: Sequence[Tensor]) -> list[Tensor]:
+    return [x for pair in zip(rows, cols) for x in pair]
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from fastclip.distributed.agreement import Shards, check_comm, check_group, meet, reported
 from fastclip.distributed.collectives import before_group, gather_rows, sum_over_ranks
-from fastclip.distributed.ring import ring_sigmoid_pairs
+from fastclip.distributed.ring_losses import ring_sigmoid_pairs
 from fastclip.distributed.statistics import largest_over_ranks, sharded_maxima, sharded_statistics
 
 __all__ = [

@@ -6,7 +6,7 @@ One all_gather of a few numbers a call, the only one whose result the host waits
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastclip._backends import DTYPES
 from fastclip.distributed.collectives import all_gather, resolve
 
 __all__ = ["Shards", "check_comm", "check_group", "meet", "reported"]
 
-_FIELDS = ("refused", "images", "texts", "D", "dtype")  # of a rank's row, in front of scalars, options and message
-_SCALARS, _OPTIONS = 2, 12
-_MESSAGE = 40  # numbers of 8 bytes: what a rank that refused its arguments says
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# A rank's row, numbers of 8 bytes: its fields (whether it refused its arguments, images, texts, D, dtype), scalars,
+# hashes of options, and the message of a rank that refused
+_WIDTHS = (5, 2, 12, 40)
+_MESSAGE_BYTES = 8 * _WIDTHS[-1]
 
 
 class Shards(NamedTuple):
@@ -38,8 +39,8 @@ class Shards(NamedTuple):
 
 def _shards(group: Any, images: list[int], texts: list[int]) -> Shards:
     rank = group.rank()
-    own = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in (images, texts)]
-    return Shards(group.group_name, rank, group.size(), images, texts, own[0], own[1])
+    own_images, own_texts = (slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in (images, texts))
+    return Shards(group.group_name, rank, group.size(), images, texts, own_images, own_texts)
 
 
 def check_comm(comm: str) -> None:
@@ -77,11 +78,12 @@ def reported(group: Any, equal_shards: bool, features: Any) -> Iterator[None]:
         yield
     except Exception as error:
         if group is not None and not equal_shards and not torch.compiler.is_compiling():
-            row = [0] * _width()
-            row[0] = 1
-            text = f"{type(error).__name__}: {error}".encode()[: 8 * _MESSAGE].ljust(8 * _MESSAGE, b"\0")
-            row[-_MESSAGE:] = [int.from_bytes(text[k : k + 8], "little", signed=True) for k in range(0, len(text), 8)]
-            _table(torch.tensor(row), group, features)
+            text = f"{type(error).__name__}: {error}".encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+            row = torch.zeros(sum(_WIDTHS), dtype=torch.int64)
+            fields, _, _, message = _parts(row)
+            fields[0] = 1  # refused
+            message.copy_(torch.frombuffer(bytearray(text), dtype=torch.int64))
+            _table(row, group, features)
         raise
 
 
@@ -128,30 +130,28 @@ def _agree(
     group: str,
 ) -> Tensor:
     """Images and texts of every rank (2, ranks), on the CPU. values: the options `names`, as text."""
-    assert len(scalars) <= _SCALARS and len(names) <= _OPTIONS
-    fields = [0, image.shape[0], text.shape[0], image.shape[1], _DTYPES.index(image.dtype)]
-    hashes = [_hash(value) for value in values] + [0] * (_OPTIONS - len(values))
-    row = torch.tensor([*fields, *[0] * _SCALARS, *hashes, *[0] * _MESSAGE]).to(image.device)
-    if scalars:
-        bits = [x.double().reshape(1).view(torch.int64) for x in scalars]
-        row[len(fields) : len(fields) + len(bits)] = torch.cat(bits)
+    row = torch.zeros(sum(_WIDTHS), dtype=torch.int64)
+    fields, _, hashes, _ = _parts(row)
+    fields.copy_(torch.tensor([0, image.shape[0], text.shape[0], image.shape[1], DTYPES.index(image.dtype)]))
+    hashes[: len(values)] = torch.tensor([_hash(value) for value in values])
+    row = row.to(image.device)
+    _, places, _, _ = _parts(row)
+    for place, x in zip(places[: len(scalars)], scalars, strict=True):
+        place.copy_(x.double().reshape(()).view(torch.int64))  # where they lie: the host does not wait for them
     pg = resolve(group)
     table, rank = _table(row, pg, image), dist.get_rank(pg)
-    _check_refusals(table)
-    for k, name in enumerate(names):
-        _check_same(name, [line[len(_FIELDS) + _SCALARS + k] for line in table], None, values[k], rank)
-    shown = {
-        "D": ("features' D", str),
-        "dtype": ("features' dtype", lambda code: str(_DTYPES[code]).removeprefix("torch.")),
-    }
-    for field, (name, show) in shown.items():
-        _check_same(name, [line[_FIELDS.index(field)] for line in table], show, None, rank)
-    for k, name in enumerate(scalar_names):
-        _check_same(name, [line[len(_FIELDS) + k] for line in table], _as_number, None, rank)
-    sizes = [[line[_FIELDS.index(side)] for line in table] for side in ("images", "texts")]
-    if not all(map(sum, sizes)):
+    fields, bits, hashes, messages = _parts(table)
+    refused, images, texts, D, dtype = fields.T
+    _check_refusals(refused, messages)
+    for name, column, value in zip(names, hashes.T.tolist(), values):
+        _check_same(name, column, None, value, rank)
+    _check_same("features' D", D.tolist(), str, None, rank)
+    _check_same("features' dtype", dtype.tolist(), _dtype_name, None, rank)
+    for name, column in zip(scalar_names, bits.T.tolist()):
+        _check_same(name, column, _as_number, None, rank)
+    if not (images.any() and texts.any()):
         raise ValueError("features must not be empty: no rank has an image, or no rank has a text")
-    return torch.tensor(sizes)
+    return torch.stack([images, texts])
 
 
 @torch.library.register_fake("fastclip::agree")
@@ -163,17 +163,26 @@ def _as_number(bits: int) -> str:
     return repr(torch.tensor(bits).view(torch.float64).item())
 
 
-def _width() -> int:
-    return len(_FIELDS) + _SCALARS + _OPTIONS + _MESSAGE
+def _dtype_name(code: int) -> str:
+    return str(DTYPES[code]).removeprefix("torch.")
+
+
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    """Views of the parts of a row (size,), or of the table (ranks, size) of all ranks'."""
+    parts: tuple[Tensor, ...] = rows.split(_WIDTHS, dim=-1)
+    return parts
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
-def _table(row: Tensor, pg: Any, features: Any) -> list[list[int]]:
-    """Rows (size,) of all ranks. They travel on the kind of device that the group decides, not a rank's features, which
-    may be the wrong ones; on their very device where that is of this kind."""
+def _table(row: Tensor, pg: Any, features: Any) -> Tensor:
+    """Rows (size,) of all ranks -> (ranks, size), on the CPU.
+
+    They travel on the kind of device that the group decides, not a rank's features, which may be the wrong ones; on
+    their very device where that is of this kind.
+    """
     c10d: Any = dist.distributed_c10d
     device = torch.device(c10d._get_object_coll_device(pg))
     if isinstance(features, Tensor) and features.device.type == device.type:
@@ -181,23 +190,22 @@ def _table(row: Tensor, pg: Any, features: Any) -> list[list[int]]:
     row = row.to(device)
     out = row.new_empty(dist.get_world_size(pg) * len(row))
     all_gather(out, row, group=pg)
-    table: list[list[int]] = out.view(-1, len(row)).tolist()
-    return table
+    return out.view(-1, len(row)).cpu()
 
 
-def _check_refusals(table: list[list[int]]) -> None:
-    for k, line in enumerate(table):
-        if line[0]:
-            text = b"".join(number.to_bytes(8, "little", signed=True) for number in line[-_MESSAGE:]).rstrip(b"\0")
-            raise ValueError(f"rank {k} of the group refused its arguments: {text.decode(errors='replace')}")
+def _check_refusals(refused: Tensor, messages: Tensor) -> None:
+    for rank in refused.nonzero().flatten().tolist():
+        text = bytes(messages[rank].contiguous().view(torch.uint8).tolist()).rstrip(b"\0")
+        raise ValueError(f"rank {rank} of the group refused its arguments: {text.decode(errors='replace')}")
 
 
-def _check_same(name: str, values: list[int], show: Any, mine: Any, rank: int) -> None:
+def _check_same(name: str, values: list[int], show: Callable[[int], str] | None, shown: str | None, rank: int) -> None:
+    """ValueError unless all ranks have the same value, which `show` makes readable; None: the value here is `shown`."""
     if all(value == values[0] for value in values):
         return
     if show is None:
         others = [k for k, value in enumerate(values) if value != values[rank]]
-        told = f"{mine} on this rank ({rank}), another value on rank {', '.join(map(str, others))}"
+        message = f"{shown} on this rank ({rank}), another value on rank {', '.join(map(str, others))}"
     else:
-        told = ", ".join(f"{show(value)} on rank {k}" for k, value in enumerate(values))
-    raise ValueError(f"the ranks of the group disagree in {name}: {told}")
+        message = ", ".join(f"{show(value)} on rank {k}" for k, value in enumerate(values))
+    raise ValueError(f"the ranks of the group disagree in {name}: {message}")

@@ -58,12 +58,12 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 
 def _gather(x: Tensor, sizes: Sequence[int], group: str, after: Tensor | None = None) -> Tensor:
     """(sizes[rank], ...) -> (sum(sizes), ...); what is sent is padded to the largest shard."""
-    most = max(sizes)
-    out = x.new_empty(len(sizes) * most, *x.shape[1:])
-    all_gather(out, _padded(x, most), group=resolve(group))
-    if min(sizes) == most:
+    largest = max(sizes)
+    out = x.new_empty(len(sizes) * largest, *x.shape[1:])
+    all_gather(out, _padded(x, largest), group=resolve(group))
+    if min(sizes) == largest:
         return out
-    return torch.cat([shard[:size] for shard, size in zip(out.split(most) if most else [], sizes)])
+    return torch.cat([shard[:size] for shard, size in zip(out.split(largest), sizes)])
 
 
 def _adds_on_the_way(pg: Any, x: Tensor) -> bool:
@@ -77,34 +77,34 @@ def _reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     gloo sends the shares, which their owner sums in rank order and fp32.
     """
     pg = resolve(group)
-    own, most = sizes[dist.get_rank(pg)], max(sizes)
+    size, largest = sizes[dist.get_rank(pg)], max(sizes)
     wide = torch.promote_types(x.dtype, torch.float32)
     if _adds_on_the_way(pg, x):
-        if min(sizes) < most:
-            x = torch.cat([_padded(shard, most) for shard in x.split(list(sizes))])
-        out = x.new_empty(most, *x.shape[1:], dtype=wide)
+        if min(sizes) < largest:
+            x = torch.cat([_padded(shard, largest) for shard in x.split(list(sizes))])
+        out = x.new_empty(largest, *x.shape[1:], dtype=wide)
         _reduce_scatter(out, x.to(wide).contiguous(), group=pg)
-        return out[:own].to(x.dtype, copy=True)
-    parts = x.new_empty(len(sizes) * own, *x.shape[1:])
-    dist.all_to_all_single(parts, x.contiguous(), [own] * len(sizes), list(sizes), group=pg)
-    return parts.view(len(sizes), own, *x.shape[1:]).sum(0, dtype=wide).to(x.dtype)
+        return out[:size].to(x.dtype, copy=True)
+    shares = x.new_empty(len(sizes) * size, *x.shape[1:])
+    dist.all_to_all_single(shares, x.contiguous(), [size] * len(sizes), list(sizes), group=pg)
+    return shares.view(len(sizes), size, *x.shape[1:]).sum(0, dtype=wide).to(x.dtype)
 
 
 def _exchange(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     """(planes, sum(sizes)) -> (ranks, planes, sizes[rank]): every rank's values at the columns of this one."""
     pg = resolve(group)
-    own, W = sizes[dist.get_rank(pg)], len(sizes)
-    out = x.new_empty(W * own, len(x))
-    dist.all_to_all_single(out, x.T.contiguous(), [own] * W, list(sizes), group=pg)
-    return out.view(W, own, len(x)).transpose(1, 2).contiguous()
+    size, ranks = sizes[dist.get_rank(pg)], len(sizes)
+    out = x.new_empty(ranks * size, len(x))
+    dist.all_to_all_single(out, x.T.contiguous(), [size] * ranks, list(sizes), group=pg)
+    return out.view(ranks, size, len(x)).transpose(1, 2).contiguous()
 
 
 def _give_back(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     """The adjoint of `_exchange`: (ranks, planes, sizes[rank]) -> (planes, sum(sizes))."""
-    W, planes, own = x.shape
+    ranks, planes, size = x.shape
     out = x.new_empty(sum(sizes), planes)
-    sent = x.transpose(1, 2).reshape(W * own, planes).contiguous()
-    dist.all_to_all_single(out, sent, list(sizes), [own] * W, group=resolve(group))
+    sent = x.transpose(1, 2).reshape(ranks * size, planes).contiguous()
+    dist.all_to_all_single(out, sent, list(sizes), [size] * ranks, group=resolve(group))
     return out.T.contiguous()
 
 
@@ -114,7 +114,7 @@ def _all_reduce(x: Tensor, after: Tensor, group: str) -> tuple[Tensor, Tensor]:
     return out, after.clone(memory_format=torch.contiguous_format)
 
 
-def _own_size(sizes: Sequence[int], group: str) -> int:
+def _size_here(sizes: Sequence[int], group: str) -> int:
     return sizes[dist.get_rank(resolve(group))]
 
 
@@ -148,13 +148,13 @@ _define(
     "reduce_rows",
     "gather_rows",
     _reduce,
-    lambda x, sizes, group: x.new_empty(_own_size(sizes, group), *x.shape[1:]),
+    lambda x, sizes, group: x.new_empty(_size_here(sizes, group), *x.shape[1:]),
 )
 _define(
     "exchange_columns",
     "give_back_columns",
     _exchange,
-    lambda x, sizes, group: x.new_empty(len(sizes), len(x), _own_size(sizes, group)),
+    lambda x, sizes, group: x.new_empty(len(sizes), len(x), _size_here(sizes, group)),
 )
 _define(
     "give_back_columns",

@@ -6,65 +6,59 @@ from all ranks, and are merged by the text's rank, in rank order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from fastclip._backends.problem import Problem, Side, Sides
 from fastclip.distributed.agreement import Shards
 from fastclip.distributed.collectives import exchange_columns, gather_rows
-from fastclip.distributed.ring import ring_statistics
-from fastclip.ops import Statistics, TopLogits, contrastive_maxima, contrastive_statistics, merge_logsumexp
+from fastclip.distributed.ring_losses import ring_statistics
+from fastclip.ops import contrastive_maxima, contrastive_statistics, merge_logsumexp
 
 __all__ = ["largest_over_ranks", "sharded_maxima", "sharded_statistics"]
 
-_Ids = tuple[Tensor, Tensor] | None
 
-
-def sharded_statistics(
-    image: Tensor, text: Tensor, scale: Tensor, ids: _Ids, shards: Shards, comm: str, **options: Any
-) -> Statistics:
+def sharded_statistics(p: Problem, shards: Shards, comm: str, backend: str | None) -> Sides:
     """Differentiable statistics of this rank's images and texts in the whole batch.
 
-    image (M, D), text (N, D): this rank's; ids: of its images, and of all texts. "gather": all texts are here at once;
-    "ring": those of one rank at a time. Either way the gradient is that of the sum of all ranks' losses.
+    image (M, D), text (N, D): this rank's; labels: of its images, and of all texts. "gather": all texts are here at
+    once; "ring": those of one rank at a time. Either way the gradient is that of the sum of all ranks' losses.
     """
     if comm == "ring":
-        stats = ring_statistics(image, text, scale, ids, sizes=shards.texts, group=shards.group, **options)
+        stats = ring_statistics(p, backend, shards.texts, shards.group)
     else:
-        texts = gather_rows(text, shards.texts, shards.group, after=None if ids is None else ids[1])
-        stats = contrastive_statistics(image, texts, scale, ids, offset=shards.own_texts.start, **options)
-    return _own_columns(stats, shards)
+        stats = contrastive_statistics(_with_all_texts(p, shards), backend)
+    return _own_columns(stats, shards, p.labels is not None)
 
 
-def sharded_maxima(
-    image: Tensor, text: Tensor, scale: Tensor, ids: _Ids, shards: Shards, **options: Any
-) -> tuple[Statistics, TopLogits]:
+def sharded_maxima(p: Problem, shards: Shards, backend: str | None) -> Sides:
     """The same statistics and the largest logits with them, without gradient."""
-    texts = gather_rows(text, shards.texts, shards.group, after=None if ids is None else ids[1])
-    stats, top = contrastive_maxima(image, texts, scale, ids, offset=shards.own_texts.start, **options)
-    columns = exchange_columns(torch.stack([top.col_neg, top.col_pos]), shards.texts, shards.group)
-    col_neg, col_pos = columns.amax(0)
-    return _own_columns(stats, shards), TopLogits(top.row_neg, col_neg, top.row_pos, col_pos)
+    rows, cols = contrastive_maxima(_with_all_texts(p, shards), backend)
+    assert cols.neg_top is not None and cols.pos_top is not None
+    tops = exchange_columns(torch.stack([cols.neg_top, cols.pos_top]), shards.texts, shards.group)
+    rows, cols = _own_columns((rows, cols), shards, p.labels is not None)
+    neg_top, pos_top = tops.amax(0)
+    return rows, cols._replace(neg_top=neg_top, pos_top=pos_top)
+
+
+def _with_all_texts(p: Problem, shards: Shards) -> Problem:
+    texts = gather_rows(p.text, shards.texts, shards.group, after=None if p.labels is None else p.labels[1])
+    return p._replace(text=texts, offset=shards.own_texts.start)
 
 
 def largest_over_ranks(x: Tensor, shards: Shards) -> Tensor:
-    """() of the rows (own size,) of every rank, which are not negative."""
+    """The largest (), over all ranks, of their rows (size,), which are not negative."""
     largest = x.amax() if len(x) else x.new_zeros(())
     return gather_rows(largest.reshape(1), [1] * shards.ranks, shards.group).amax()
 
 
-def _own_columns(stats: Statistics, shards: Shards) -> Statistics:
+def _own_columns(stats: Sides, shards: Shards, labels: bool) -> Sides:
     """Columns of this rank's texts from every rank's partial statistics of them."""
-    own = shards.own_texts
-    if not stats.col_pos_lse.shape[0]:  # one positive each, in its owner's rows
-        (col_neg,) = exchange_columns(stats.col_neg[None], shards.texts, shards.group).unbind(1)
-        columns = merge_logsumexp(col_neg), stats.col_pos[own], stats.col_pos_lse
-    else:
-        partial = torch.stack([stats.col_neg, stats.col_pos, stats.col_pos_lse])
-        col_neg, col_pos, col_pos_lse = exchange_columns(partial, shards.texts, shards.group).unbind(1)
-        columns = merge_logsumexp(col_neg), col_pos.sum(0), merge_logsumexp(col_pos_lse)
-    col_neg, col_pos, col_pos_lse = columns
-    rows = stats.row_neg, stats.row_pos, stats.row_pos_lse
-    norms = stats.image_inv_norm, stats.text_inv_norm[own]
-    return Statistics(rows[0], col_neg, rows[1], col_pos, rows[2], col_pos_lse, *norms)
+    rows, cols = stats
+    here = shards.own_texts
+    if not labels:  # one positive each, in its owner's rows
+        (neg,) = exchange_columns(cols.neg[None], shards.texts, shards.group).unbind(1)
+        return rows, Side(merge_logsumexp(neg), cols.pos[here], cols.pos_lse, cols.inv_norm[here])
+    partial = torch.stack([cols.neg, cols.pos, cols.pos_lse])
+    neg, pos, pos_lse = exchange_columns(partial, shards.texts, shards.group).unbind(1)
+    return rows, Side(merge_logsumexp(neg), pos.sum(0), merge_logsumexp(pos_lse), cols.inv_norm[here])

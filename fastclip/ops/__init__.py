@@ -1,21 +1,13 @@
 """The torch ops of the losses: schema, fake, autograd, autocast."""
 
 from fastclip.ops.autocast import autocast_dtype, autocast_features, autocasts, no_autocast
-from fastclip.ops.contrastive import (
-    Statistics,
-    TopLogits,
-    contrastive_maxima,
-    contrastive_statistics,
-    merge_logsumexp,
-)
+from fastclip.ops.contrastive import contrastive_maxima, contrastive_statistics, merge_logsumexp
 from fastclip.ops.plain import plain_loss
 from fastclip.ops.sigmoid import sigmoid_pairs
 from fastclip.ops.transforms import TENSORS, batched, recorded, transformed
 
 __all__ = [
     "TENSORS",
-    "Statistics",
-    "TopLogits",
     "autocast_dtype",
     "autocast_features",
     "autocasts",

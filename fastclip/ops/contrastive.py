@@ -3,138 +3,157 @@
 The forward returns statistics of z_ij = scale r_i c_j <image_i, text_j>; the loss is made of them in torch
 (`fastclip/loss.py`), so torch's autograd supplies the derivatives by each statistic and the backward op turns them
 into gradients of the features and the scale. `_backends/reference.py` states both functions.
+
+An op takes and returns lists of tensors: `arguments` and `problem_of`, `flat` and `by_side` lead there and back.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastclip._backends import reference, serving
-from fastclip._backends.problem import Problem
+from fastclip._backends.problem import Problem, Side, SideGrads, Sides
 from fastclip.ops.autocast import no_autocast, without_autocast
-from fastclip.ops.second import check_second_derivatives, vector_jacobian
+from fastclip.ops.second import check_second_derivatives, keep, kept, vector_jacobian
 from fastclip.ops.transforms import needs_dense
 
-__all__ = ["Statistics", "TopLogits", "contrastive_maxima", "contrastive_statistics", "merge_logsumexp"]
+__all__ = [
+    "PROBLEM",
+    "arguments",
+    "by_side",
+    "contrastive_maxima",
+    "contrastive_statistics",
+    "derivatives",
+    "flat",
+    "merge_logsumexp",
+    "problem_of",
+]
 
-_PROBLEM = (
+PROBLEM = (
     "Tensor image, Tensor text, Tensor scale, Tensor? image_labels, Tensor? text_labels, SymInt offset, "
     "bool exclude_self, bool normalize, str? backend"
 )
-
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define("fastclip::contrastive_fwd", f"({_PROBLEM}) -> ({', '.join(['Tensor'] * 8)})", tags=_TAGS)
+torch.library.define("fastclip::contrastive_fwd", f"({PROBLEM}) -> ({', '.join(['Tensor'] * 8)})", tags=_TAGS)
 torch.library.define(
     "fastclip::contrastive_bwd",
-    f"({_PROBLEM}, Tensor[] stats, Tensor[] grads, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    f"({PROBLEM}, Tensor[] stats, Tensor[] grads, bool[] needs) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
-torch.library.define("fastclip::contrastive_maxima", f"({_PROBLEM}) -> ({', '.join(['Tensor'] * 12)})", tags=_TAGS)
+torch.library.define("fastclip::contrastive_maxima", f"({PROBLEM}) -> ({', '.join(['Tensor'] * 12)})", tags=_TAGS)
+
+_Kind = TypeVar("_Kind", Side, SideGrads)
 
 
-class Statistics(NamedTuple):
-    """What `fastclip::contrastive_fwd` returns; shapes in `reference.contrastive_fwd`."""
-
-    row_neg: Tensor
-    col_neg: Tensor
-    row_pos: Tensor
-    col_pos: Tensor
-    row_pos_lse: Tensor
-    col_pos_lse: Tensor
-    image_inv_norm: Tensor
-    text_inv_norm: Tensor
+def arguments(p: Problem, backend: str | None) -> tuple[Any, ...]:
+    """The arguments that every op here begins with, `PROBLEM`."""
+    image, text, scale, labels, *options = p
+    return image, text, scale, *(labels or (None, None)), *options, backend
 
 
-class TopLogits(NamedTuple):
-    """Largest logit of every row (M,) and column (N,), over the negatives and over the positives; -inf without."""
-
-    row_neg: Tensor
-    col_neg: Tensor
-    row_pos: Tensor
-    col_pos: Tensor
-
-
-_Labels = tuple[Tensor, Tensor] | None
-_PROBLEM_SIZE = 9  # arguments of an op that are the problem
-
-
-def _problem(args: tuple[Any, ...]) -> tuple[Problem, str | None]:
-    """The first arguments of every op here -> the problem, and the backend's name."""
-    image, text, scale, image_labels, text_labels, offset, exclude_self, normalize, backend = args
+def problem_of(args: Sequence[Any]) -> tuple[Problem, str | None]:
+    """The inverse of `arguments`."""
+    image, text, scale, image_labels, text_labels, *options, backend = args
     labels = None if image_labels is None or text_labels is None else (image_labels, text_labels)
-    return Problem(image, text, scale, labels, offset, exclude_self, normalize), backend
+    return Problem(image, text, scale, labels, *options), backend
+
+
+def flat(sides: Sides) -> tuple[Tensor, ...]:
+    """What an op returns for these statistics: the rows', then the columns'."""
+    rows, cols = sides
+    return *rows.tensors(), *cols.tensors()
+
+
+def by_side(
+    tensors: Sequence[Any],
+    kind: type[_Kind] = Side,  # type: ignore[assignment]
+) -> tuple[_Kind, _Kind]:
+    """The inverse of `flat`; with `kind` SideGrads of derivatives."""
+    half = len(tensors) // 2
+    return kind(*tensors[:half]), kind(*tensors[half:])
+
+
+def derivatives(stats: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The derivatives by an op's statistics, of both sides' `SideGrads`, from what autograd has: None for zeros."""
+    return [
+        torch.zeros_like(x) if d is None else d
+        for side, side_grads in zip(by_side(stats), by_side(grads))
+        for x, d in zip((side.neg, side.pos, side.pos_lse), side_grads)
+    ]
 
 
 @torch.library.impl("fastclip::contrastive_fwd", "default")
 @without_autocast
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    p, backend = _problem(args)
-    out: tuple[Tensor, ...] = serving(backend, p).contrastive_fwd(p)
-    return out
+    p, backend = problem_of(args)
+    return flat(serving(backend, p).contrastive_fwd(p))
 
 
 @torch.library.register_fake("fastclip::contrastive_fwd")
 def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    p, _ = _problem(args)
-    M, N = p.image.shape[0], p.text.shape[0]
-    M_pos, N_pos = (0, 0) if p.labels is None else (M, N)
+    p, _ = problem_of(args)
     wide, dtype = reference.wide_dtype(p.image.device), torch.promote_types(p.image.dtype, torch.float32)
-    stats = (p.image.new_empty(size, dtype=wide) for size in (M, N, M, N, M_pos, N_pos))
-    return *stats, *(p.image.new_empty(size, dtype=dtype) for size in (M, N))
+
+    def side(x: Tensor) -> Side:
+        size = x.shape[0]
+        neg, pos, pos_lse = (x.new_empty(n, dtype=wide) for n in (size, size, 0 if p.labels is None else size))
+        return Side(neg, pos, pos_lse, x.new_empty(size, dtype=dtype))
+
+    return flat((side(p.image), side(p.text)))
 
 
 @torch.library.impl("fastclip::contrastive_maxima", "default")
 @torch.no_grad()  # nothing else keeps autograd from its insides
 @without_autocast
 def _maxima(*args: Any) -> tuple[Tensor, ...]:
-    p, backend = _problem(args)
-    out: tuple[Tensor, ...] = serving(backend, p).contrastive_fwd(p, maxima=True)
-    return out
+    p, backend = problem_of(args)
+    return flat(serving(backend, p).contrastive_fwd(p, maxima=True))
 
 
 @torch.library.register_fake("fastclip::contrastive_maxima")
 def _maxima_fake(*args: Any) -> tuple[Tensor, ...]:
-    stats = _fwd_fake(*args)
-    return *stats, *(torch.empty_like(x) for x in stats[:4])
+    rows, cols = (
+        side._replace(neg_top=torch.empty_like(side.neg), pos_top=torch.empty_like(side.pos))
+        for side in by_side(_fwd_fake(*args))
+    )
+    return flat((rows, cols))
 
 
 @torch.library.impl("fastclip::contrastive_bwd", "default")
 @without_autocast
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    p, backend = _problem(args[:_PROBLEM_SIZE])
-    out = serving(backend, p).contrastive_bwd(p, *args[_PROBLEM_SIZE:])
+    *problem, stats, grads, needs = args
+    p, backend = problem_of(problem)
+    out = serving(backend, p).contrastive_bwd(p, by_side(stats), by_side(grads, SideGrads), needs)
     return tuple(p.image.new_empty(0) if d is None else d.contiguous() for d in out)
 
 
 @torch.library.register_fake("fastclip::contrastive_bwd")
-def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    p, _ = _problem(args[:_PROBLEM_SIZE])
+def _bwd_fake(image: Tensor, text: Tensor, scale: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *_, needs = args
-    inputs = p.image, p.text, p.scale
-    return tuple(x.new_empty(x.shape) if need else p.image.new_empty(0) for x, need in zip(inputs, needs))
+    return tuple(x.new_empty(x.shape) if need else image.new_empty(0) for x, need in zip((image, text, scale), needs))
 
 
 def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.options = inputs[5:]
+    ctx.set_materialize_grads(False)  # a statistic without a derivative comes as None, not as zeros of its size
+    keep(ctx, inputs, output)
 
 
 def _fwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    problem, stats = saved[:5], saved[5:]
+    args, stats = kept(ctx)
     needs = list(ctx.needs_input_grad[:3])
-    upstream = [torch.zeros_like(x) if d is None else d for x, d in zip(stats[:6], grads)]
-    if needs_dense(ctx.options[-1], *upstream):
-        p, _ = _problem((*problem, *ctx.options))
+    upstream = derivatives(stats, grads)
+    p, backend = problem_of(args)
+    if needs_dense(backend, *upstream):
         with no_autocast(p.image.device):
-            out = reference.contrastive_bwd(p, list(stats), upstream, needs)
+            out = reference.contrastive_bwd(p, by_side(stats), by_side(upstream, SideGrads), needs)
     else:
-        out = torch.ops.fastclip.contrastive_bwd(*problem, *ctx.options, list(stats), upstream, needs)
-    return *(d if need else None for d, need in zip(out, needs)), *[None] * (_PROBLEM_SIZE - 3)
+        out = torch.ops.fastclip.contrastive_bwd(*args, list(stats), upstream, needs)
+    return *(d if need else None for d, need in zip(out, needs)), *[None] * (len(args) - len(needs))
 
 
 torch.library.register_autograd("fastclip::contrastive_fwd", _fwd_backward, setup_context=_save_fwd)
@@ -142,80 +161,51 @@ torch.library.register_autograd("fastclip::contrastive_fwd", _fwd_backward, setu
 
 def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *problem, stats, grads, needs = inputs
-    ctx.save_for_backward(*problem[:5], *grads)
-    ctx.options, ctx.stats, ctx.needs = problem[5:], len(stats), needs
+    keep(ctx, problem, grads)
+    ctx.stats, ctx.needs = len(stats), needs
 
 
 def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Second derivatives, on the reference: both functions again in torch, so that autograd sees through them."""
-    image, text, scale, image_labels, text_labels, *upstream = ctx.saved_tensors
-    check_second_derivatives("contrastive_loss", ctx.options[-1], image)
-    with torch.enable_grad(), no_autocast(image.device):
+    args, upstream = kept(ctx)
+    p, backend = problem_of(args)
+    check_second_derivatives("contrastive_loss", backend, p.image)
+    with torch.enable_grad(), no_autocast(p.image.device):
         # Views, so that the derivatives below stop here: the upstream gradients depend on the features themselves
-        inputs = [x.view_as(x) for x in (image, text, scale, *upstream)]
-        p, _ = _problem((*inputs[:3], image_labels, text_labels, *ctx.options))
-        stats = list(reference.contrastive_fwd(p))
-        out = reference.contrastive_bwd(p, stats, inputs[3:], [True, True, True])
+        inputs = [x.view_as(x) for x in (p.image, p.text, p.scale, *upstream)]
+        image, text, scale, *d_stats = inputs
+        p = p._replace(image=image, text=text, scale=scale)
+        stats = reference.contrastive_fwd(p)
+        out = reference.contrastive_bwd(p, stats, by_side(d_stats, SideGrads), [True, True, True])
         second = vector_jacobian(out, [d if need else None for d, need in zip(grads, ctx.needs)], inputs)
+    d_image, d_text, d_scale, *d_grads = second
     # `stats` get nothing: they were recomputed from the features above, so their part is in the features' gradient
-    return *second[:3], *[None] * (_PROBLEM_SIZE - 3), [None] * ctx.stats, second[3:], None
+    return d_image, d_text, d_scale, *[None] * (len(args) - 3), [None] * ctx.stats, d_grads, None
 
 
 torch.library.register_autograd("fastclip::contrastive_bwd", _bwd_backward, setup_context=_save_bwd)
 
 
-@without_autocast
-def _dense(image: Tensor, p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
-    return reference.contrastive_fwd(p, maxima)
-
-
-def contrastive_statistics(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    labels: _Labels = None,
-    *,
-    offset: int = 0,
-    exclude_self: bool = False,
-    normalize: bool = True,
-    backend: str | None = None,
-) -> Statistics:
+def contrastive_statistics(p: Problem, backend: str | None = None) -> Sides:
     """Differentiable statistics of the logits of image (M, D) and text (N, D); see `reference.contrastive_fwd`.
 
-    The inverse norms it returns carry no gradient.
+    The inverse norms among them carry no gradient.
     """
-    if needs_dense(backend, image, text, scale):
-        p = Problem(image, text, scale, labels, offset, exclude_self, normalize)
-        *stats, r, c = _dense(image, p)
+    if needs_dense(backend, p.image, p.text, p.scale):
+        with no_autocast(p.image.device):
+            rows, cols = reference.contrastive_fwd(p)
     else:
-        *stats, r, c = torch.ops.fastclip.contrastive_fwd(
-            image, text, scale, *(labels or (None, None)), offset, exclude_self, normalize, backend
-        )
-    stats += r.detach(), c.detach()
-    return Statistics(*stats)
+        rows, cols = by_side(torch.ops.fastclip.contrastive_fwd(*arguments(p, backend)))
+    return rows._replace(inv_norm=rows.inv_norm.detach()), cols._replace(inv_norm=cols.inv_norm.detach())
 
 
-def contrastive_maxima(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    labels: _Labels = None,
-    *,
-    offset: int = 0,
-    exclude_self: bool = False,
-    normalize: bool = True,
-    backend: str | None = None,
-) -> tuple[Statistics, TopLogits]:
+def contrastive_maxima(p: Problem, backend: str | None = None) -> Sides:
     """The same statistics and the largest logits with them, without gradient."""
     with torch.no_grad():
-        if needs_dense(backend, image, text, scale):
-            p = Problem(image, text, scale, labels, offset, exclude_self, normalize)
-            out = _dense(image, p, maxima=True)
-        else:
-            out = torch.ops.fastclip.contrastive_maxima(
-                image, text, scale, *(labels or (None, None)), offset, exclude_self, normalize, backend
-            )
-    return Statistics(*out[:8]), TopLogits(*out[8:])
+        if needs_dense(backend, p.image, p.text, p.scale):
+            with no_autocast(p.image.device):
+                return reference.contrastive_fwd(p, maxima=True)
+        return by_side(torch.ops.fastclip.contrastive_maxima(*arguments(p, backend)))
 
 
 def merge_logsumexp(partial: Tensor) -> Tensor:
@@ -224,4 +214,5 @@ def merge_logsumexp(partial: Tensor) -> Tensor:
     empty = top == -torch.inf
     top = torch.where(empty, 0.0, top)
     total = (partial - top).exp().sum(0)
+    # The inner where keeps log away from 0, whose infinite gradient would become NaN in the outer one
     return torch.where(empty, -torch.inf, torch.where(empty, 1.0, total).log() + top)

@@ -7,6 +7,7 @@ form of the loss is made in torch of the statistics (`fastclip/loss.py`), and th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,18 +16,17 @@ from torch import Tensor
 
 from fastclip._backends import pick, reference, serving_pairs
 from fastclip.ops.autocast import no_autocast, without_autocast
-from fastclip.ops.second import check_second_derivatives
+from fastclip.ops.second import check_second_derivatives, keep, kept
 from fastclip.ops.transforms import direct, recorded, transformed
 
 __all__ = ["plain_loss"]
 
-_PROBLEM = "Tensor image, Tensor text, Tensor scale"
-_OPTIONS = "float image_weight, bool normalize, str? backend"
+_PROBLEM = "Tensor image, Tensor text, Tensor scale, float image_weight, bool normalize, str? backend"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define("fastclip::plain_fwd", f"({_PROBLEM}, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
+torch.library.define("fastclip::plain_fwd", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=_TAGS)
 torch.library.define(
     "fastclip::plain_bwd",
-    f"({_PROBLEM}, Tensor saved, {_OPTIONS}, Tensor d_loss, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    f"({_PROBLEM}, Tensor saved, Tensor d_loss, bool[] needs) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -71,88 +71,100 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # whoever differentiates again has to find the op
-            return *_gradients(tensors, ctx.options, d_loss, needs), None, None, None, None
-        if not direct(d_loss):
-            return *_dense_gradients(tensors, ctx.options, d_loss, needs), None, None, None, None
-        image, text, scale, saved = tensors
+        image, text, scale, saved = ctx.saved_tensors  # once: what a checkpoint computes again it gives once
         image_weight, normalize, _ = ctx.options
-        tensors = image, text, scale, saved.contiguous()  # a hook of the user's may have had it
-        return *ctx.module.plain_bwd(*tensors, image_weight, normalize, d_loss, needs), None, None, None, None
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # whoever differentiates again has to find the op
+            out = _gradients((image, text, scale, *ctx.options), saved, d_loss, needs)
+        elif not direct(d_loss):
+            out = _dense_gradients((image, text, scale, *ctx.options), d_loss, needs)
+        else:
+            saved = saved.contiguous()  # a hook of the user's may have had it
+            out = ctx.module.plain_bwd(image, text, scale, saved, image_weight, normalize, d_loss, needs)
+        return *out, None, None, None, None
 
 
-def _dense_gradients(tensors: Any, options: Any, d_loss: Tensor, needs: Any) -> tuple[Tensor | None, ...]:
+def _dense_gradients(args: Any, d_loss: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Gradients of image, text and scale in torch, which sees what is done with d_loss."""
-    image, text, scale, _ = tensors
-    image_weight, normalize, _ = options
+    image, text, scale, image_weight, normalize, _ = args
     with no_autocast(d_loss.device):
         _, saved = reference.plain_fwd(image, text, scale, image_weight, normalize)
         return reference.plain_bwd(image, text, scale, saved, image_weight, normalize, d_loss, needs)
 
 
-def _gradients(tensors: Any, options: Any, d_loss: Tensor, needs: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of image, text and scale by ``fastclip::plain_bwd``."""
+def _gradients(args: Any, saved: Tensor, d_loss: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of image, text and scale by ``fastclip::plain_bwd``, of the arguments of its forward."""
     if transformed(d_loss):  # batched, or with a tangent, which the op would not see
-        return _dense_gradients(tensors, options, d_loss, needs)
-    out = torch.ops.fastclip.plain_bwd(*tensors, *options, d_loss, list(needs))
+        return _dense_gradients(args, d_loss, needs)
+    out = torch.ops.fastclip.plain_bwd(*args, saved, d_loss, list(needs))
     return tuple(d if need else None for d, need in zip(out, needs))
 
 
 @torch.library.impl("fastclip::plain_fwd", "default")
 @without_autocast
-def _fwd(image: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    text, *options, backend = args
+def _fwd(
+    image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
     if text.shape != image.shape:
         raise ValueError(f"fastclip::plain_fwd takes pairs, not {tuple(image.shape)} and {tuple(text.shape)}")
-    out: tuple[Tensor, Tensor] = serving_pairs(backend, image).plain_fwd(image, text, *options)
+    out: tuple[Tensor, Tensor] = serving_pairs(backend, image).plain_fwd(image, text, scale, image_weight, normalize)
     return out
 
 
 @torch.library.register_fake("fastclip::plain_fwd")
-def _fwd_fake(
-    image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool, backend: str | None
-) -> tuple[Tensor, Tensor]:
+def _fwd_fake(image: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *_, backend = args
     saved = pick(backend, image)[1].plain_saved(image.shape[0])
     return image.new_empty((), dtype=torch.float32), image.new_empty(saved, dtype=torch.float32)
 
 
 @torch.library.impl("fastclip::plain_bwd", "default")
 @without_autocast
-def _bwd(image: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    text, scale, saved, *options, backend, d_loss, needs = args
+def _bwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    image_weight: float,
+    normalize: bool,
+    backend: str | None,
+    saved: Tensor,
+    d_loss: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     module = serving_pairs(backend, image)
     if text.shape != image.shape or saved.numel() != module.plain_saved(image.shape[0]):
         raise ValueError("fastclip::plain_bwd was called with what no fastclip::plain_fwd of these features returned")
-    out = module.plain_bwd(image, text, scale, saved.contiguous(), *options, d_loss, needs)
+    out = module.plain_bwd(image, text, scale, saved.contiguous(), image_weight, normalize, d_loss, needs)
     return tuple(image.new_empty(0) if d is None else d for d in out)
 
 
 @torch.library.register_fake("fastclip::plain_bwd")
-def _bwd_fake(image: Tensor, text: Tensor, scale: Tensor, saved: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    needs = options[-1]
+def _bwd_fake(image: Tensor, text: Tensor, scale: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *_, needs = args
     return tuple(x.new_empty(x.shape) if need else image.new_empty(0) for x, need in zip((image, text, scale), needs))
 
 
 def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.options = inputs[3:]
+    _, saved = output
+    ctx.set_materialize_grads(False)  # d_loss is None where only `saved`, which has no derivative, was used
+    ctx.mark_non_differentiable(saved)
+    keep(ctx, inputs, [saved])
 
 
 def _fwd_backward(ctx: Any, d_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    args, (saved,) = kept(ctx)
+    no_gradients = [None] * len(args)
     if d_loss is None:
-        return (None,) * 6
-    return *_gradients(ctx.saved_tensors, ctx.options, d_loss, ctx.needs_input_grad[:3]), None, None, None
+        return tuple(no_gradients)
+    return *_gradients(args, saved, d_loss, ctx.needs_input_grad[:3]), *no_gradients[3:]
 
 
 torch.library.register_autograd("fastclip::plain_fwd", _fwd_backward, setup_context=_save_fwd)
 
 
 def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs[0])
-    ctx.backend = inputs[6]
+    image, _, _, _, _, ctx.backend, *_ = inputs
+    ctx.save_for_backward(image)
 
 
 def _bwd_backward(ctx: Any, *_: Tensor | None) -> Any:

@@ -1,15 +1,30 @@
-"""Second derivatives: on the reference only, by autograd through its formulas."""
+"""What the ops' backward passes share: what a forward keeps, and second derivatives by autograd on the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastclip._backends import pick
 
-__all__ = ["check_second_derivatives", "vector_jacobian"]
+__all__ = ["check_second_derivatives", "keep", "kept", "vector_jacobian"]
+
+
+def keep(ctx: Any, inputs: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+    """Keep an op's arguments, and tensors besides, until its backward."""
+    # Tensors by torch: it notices that one was changed, runs users' hooks, and frees them with the graph
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *tensors)
+    ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
+
+
+def kept(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """What `keep` was given, once: what a checkpoint computes again it gives once."""
+    saved = ctx.saved_tensors
+    inputs = [option if x is None else x for x, option in zip(saved, ctx.options)]
+    return inputs, saved[len(inputs) :]
 
 
 def check_second_derivatives(function: str, backend: str | None, image: Tensor) -> None:
@@ -28,7 +43,7 @@ def vector_jacobian(
     """sum_k grads_k d outputs_k / d input, itself differentiable, for every input; None where it wants none."""
     used = [(o, d) for o, d in zip(outputs, grads) if o is not None and d is not None]
     wanted = [x for x in inputs if x.requires_grad]
-    found = iter(
+    gradients = iter(
         torch.autograd.grad([o for o, _ in used], wanted, [d for _, d in used], allow_unused=True, create_graph=True)
     )
-    return [next(found) if x.requires_grad else None for x in inputs]
+    return [next(gradients) if x.requires_grad else None for x in inputs]

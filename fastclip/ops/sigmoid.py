@@ -7,7 +7,7 @@ backward multiplies them with the gradient of the loss. `_backends/reference.py`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,24 +15,40 @@ from torch import Tensor
 from fastclip._backends import pick, reference, serving
 from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import no_autocast, without_autocast
-from fastclip.ops.second import check_second_derivatives, vector_jacobian
+from fastclip.ops.second import check_second_derivatives, keep, kept, vector_jacobian
 from fastclip.ops.transforms import direct, needs_dense, recorded, transformed
 
-__all__ = ["sigmoid_pairs"]
+__all__ = ["PAIRS", "Pairs", "sigmoid_pairs"]
 
-_PROBLEM = (
+PAIRS = (
     "Tensor image, Tensor text, Tensor scale, Tensor bias, SymInt divisor, SymInt offset, bool normalize, "
     "str? backend, bool[] needs"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define("fastclip::sigmoid_fwd", f"({_PROBLEM}) -> ({', '.join(['Tensor'] * 5)})", tags=_TAGS)
+torch.library.define("fastclip::sigmoid_fwd", f"({PAIRS}) -> ({', '.join(['Tensor'] * 5)})", tags=_TAGS)
 torch.library.define(
-    "fastclip::sigmoid_bwd", f"({_PROBLEM}, Tensor[] kept, Tensor d_loss) -> ({', '.join(['Tensor'] * 4)})", tags=_TAGS
+    "fastclip::sigmoid_bwd", f"({PAIRS}, Tensor[] kept, Tensor d_loss) -> ({', '.join(['Tensor'] * 4)})", tags=_TAGS
 )
 
 
-def _problem(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize: bool) -> Problem:
-    return Problem(image, text, scale, None, offset, False, normalize)
+class Pairs(NamedTuple):
+    """The arguments that every op here begins with, `PAIRS`."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    bias: Tensor
+    divisor: int
+    offset: int
+    normalize: bool
+    backend: str | None
+    needs: Sequence[bool]  # which of the four tensors' gradients are wanted
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.image, self.text, self.scale, self.bias
+
+    def problem(self) -> Problem:
+        return Problem(self.image, self.text, self.scale, offset=self.offset, normalize=self.normalize)
 
 
 def _apart(d: Tensor) -> Tensor:
@@ -43,20 +59,19 @@ def _apart(d: Tensor) -> Tensor:
 @torch.library.impl("fastclip::sigmoid_fwd", "default")
 @without_autocast
 def _fwd(image: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    text, scale, bias, divisor, offset, normalize, backend, needs = args
-    p = _problem(image, text, scale, offset, normalize)
-    dtype = reference.wide_dtype(image.device)
-    loss, *grads = serving(backend, p).sigmoid_fwd(p, bias, divisor, needs, dtype)
+    pairs = Pairs(image, *args)
+    p, dtype = pairs.problem(), reference.wide_dtype(image.device)
+    loss, *grads = serving(pairs.backend, p).sigmoid_fwd(p, pairs.bias, pairs.divisor, pairs.needs, dtype)
     return loss, *(image.new_empty(0) if d is None else _apart(d) for d in grads)
 
 
 @torch.library.register_fake("fastclip::sigmoid_fwd")
 def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, _, _, _, _, needs = args
-    image = inputs[0]
+    pairs = Pairs(*args)
+    image = pairs.image
     grads = (
         x.new_empty(x.shape, dtype=reference.saved_dtype(x)) if need else image.new_empty(0)
-        for x, need in zip(inputs, needs)
+        for x, need in zip(pairs.inputs(), pairs.needs)
     )
     return image.new_empty((), dtype=reference.wide_dtype(image.device)), *grads
 
@@ -64,64 +79,68 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 @torch.library.impl("fastclip::sigmoid_bwd", "default")
 @without_autocast
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, _, _, _, backend, needs, kept, d_loss = args
-    module = pick(backend, inputs[0])[1]
-    out = module.sigmoid_bwd(inputs, [d.contiguous() if need else None for d, need in zip(kept, needs)], d_loss)
+    *of_pairs, kept_grads, d_loss = args
+    pairs = Pairs(*of_pairs)
+    module = pick(pairs.backend, pairs.image)[1]
+    grads = [d.contiguous() if need else None for d, need in zip(kept_grads, pairs.needs)]
+    out = module.sigmoid_bwd(pairs.inputs(), grads, d_loss)
     return tuple(d_loss.new_empty(0) if d is None else d for d in out)
 
 
 @torch.library.register_fake("fastclip::sigmoid_bwd")
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, _, _, _, _, needs, _, d_loss = args
-    return tuple(x.new_empty(x.shape) if need else d_loss.new_empty(0) for x, need in zip(inputs, needs))
+    *of_pairs, _, d_loss = args
+    pairs = Pairs(*of_pairs)
+    return tuple(x.new_empty(x.shape) if need else d_loss.new_empty(0) for x, need in zip(pairs.inputs(), pairs.needs))
 
 
 def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])  # whoever differentiates twice comes through sigmoid_bwd
-    ctx.options, ctx.needs = inputs[4:8], inputs[8]
+    _, *grads = output
+    keep(ctx, inputs, grads)
+    ctx.mark_non_differentiable(*grads)  # whoever differentiates twice comes through sigmoid_bwd
 
 
 def _fwd_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    needs = ctx.needs_input_grad[:4]
-    if any(need and not had for need, had in zip(needs, ctx.needs)):
+    args, grads = kept(ctx)
+    pairs, needs = Pairs(*args), list(ctx.needs_input_grad[:4])
+    if any(need and not had for need, had in zip(needs, pairs.needs)):
         raise RuntimeError("fastclip::sigmoid_fwd was called with needs= that leave out a gradient now asked for")
-    return *_gradients(ctx.saved_tensors, ctx.options, d_loss, needs), *[None] * 5
+    return *_gradients(pairs._replace(needs=needs), grads, d_loss), *[None] * (len(args) - 4)
 
 
-def _gradients(saved: Sequence[Any], options: Any, d_loss: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-    """Gradients of the four inputs by ``fastclip::sigmoid_bwd``, from the inputs and what the forward kept."""
-    inputs, kept = saved[:4], [d if need else None for d, need in zip(saved[4:], needs)]
+def _gradients(pairs: Pairs, grads: Sequence[Tensor | None], d_loss: Tensor) -> Sequence[Tensor | None]:
+    """The gradients of the four inputs by ``fastclip::sigmoid_bwd``, from those that the forward kept."""
+    grads = [d if need else None for d, need in zip(grads, pairs.needs)]
     if transformed(d_loss):  # batched, or with a tangent: gradients are its multiples
-        return reference.sigmoid_bwd(inputs, kept, d_loss)
-    everything = [d_loss.new_empty(0) if d is None else d for d in kept]
-    out = torch.ops.fastclip.sigmoid_bwd(*inputs, *options, list(needs), everything, d_loss)
-    return [d if need else None for d, need in zip(out, needs)]
+        return reference.sigmoid_bwd(pairs.inputs(), grads, d_loss)
+    tensors = [d_loss.new_empty(0) if d is None else d for d in grads]
+    out = torch.ops.fastclip.sigmoid_bwd(*pairs, tensors, d_loss)
+    return [d if need else None for d, need in zip(out, pairs.needs)]
 
 
 torch.library.register_autograd("fastclip::sigmoid_fwd", _fwd_backward, setup_context=_save_fwd)
 
 
 def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *problem, needs, kept, d_loss = inputs
-    ctx.save_for_backward(*problem[:4], d_loss)
-    ctx.options, ctx.needs, ctx.kept = problem[4:], needs, len(kept)
+    *of_pairs, grads, d_loss = inputs
+    keep(ctx, of_pairs, [d_loss])
+    ctx.grads = len(grads)
 
 
 def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Second derivatives, on the reference: the forward again in torch, so that autograd sees through it."""
-    *saved, d_loss = ctx.saved_tensors
-    divisor, offset, normalize, backend = ctx.options
-    check_second_derivatives("sigmoid_loss", backend, saved[0])
-    with torch.enable_grad(), no_autocast(saved[0].device):
+    args, (d_loss,) = kept(ctx)
+    pairs = Pairs(*args)
+    check_second_derivatives("sigmoid_loss", pairs.backend, pairs.image)
+    with torch.enable_grad(), no_autocast(pairs.image.device):
         # Views, so that the derivatives stop here
-        image, text, scale, bias, factor = (x.view_as(x) for x in (*saved, d_loss))
-        p = _problem(image, text, scale, offset, normalize)
-        _, *kept = reference.sigmoid_fwd(p, bias, divisor, list(ctx.needs), factor.dtype)
-        out = [None if d is None else factor.to(d.dtype) * d for d in kept]
+        image, text, scale, bias, factor = (x.view_as(x) for x in (*pairs.inputs(), d_loss))
+        p = pairs._replace(image=image, text=text, scale=scale).problem()
+        _, *first = reference.sigmoid_fwd(p, bias, pairs.divisor, list(pairs.needs), factor.dtype)
+        out = [None if d is None else factor.to(d.dtype) * d for d in first]
         *second, d_factor = vector_jacobian(out, grads, (image, text, scale, bias, factor))
-    # `kept` get nothing: they were recomputed from the features above
-    return *second, *[None] * 5, [None] * ctx.kept, d_factor
+    # The kept gradients get nothing: they were recomputed from the features above
+    return *second, *[None] * (len(args) - 4), [None] * ctx.grads, d_factor
 
 
 torch.library.register_autograd("fastclip::sigmoid_bwd", _bwd_backward, setup_context=_save_bwd)
@@ -133,30 +152,26 @@ class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         image, text, scale, bias, divisor, offset, normalize, backend, needs, dtype, module, p = args
-        loss, *kept = module.sigmoid_fwd(p, bias, divisor, needs, dtype)
-        ctx.save_for_backward(image, text, scale, bias, *kept)
-        ctx.options, ctx.module = (divisor, offset, normalize, backend), module
+        loss, *grads = module.sigmoid_fwd(p, bias, divisor, needs, dtype)
+        ctx.save_for_backward(image, text, scale, bias, *grads)
+        ctx.options, ctx.module = (divisor, offset, normalize, backend, needs), module
         return loss
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: what a checkpoint computes again it gives once
+        # Once: what a checkpoint computes again it gives once
+        image, text, scale, bias, d_image, d_text, d_scale, d_bias = ctx.saved_tensors
+        inputs = image, text, scale, bias
         if torch.is_grad_enabled():  # whoever differentiates again has to find the op
-            out = _gradients(saved, ctx.options, d_loss, ctx.needs_input_grad[:4])
+            pairs = Pairs(*inputs, *ctx.options)._replace(needs=list(ctx.needs_input_grad[:4]))
+            out = _gradients(pairs, (d_image, d_text, d_scale, d_bias), d_loss)
         elif not direct(d_loss):  # torch has to see what is done with it
-            out = reference.sigmoid_bwd(saved[:4], saved[4:], d_loss)
+            out = reference.sigmoid_bwd(inputs, (d_image, d_text, d_scale, d_bias), d_loss)
         else:
             # A hook of the user's may have had them; numbers have no strides
-            kept = [None if d is None else d.contiguous() for d in saved[4:6]]
-            out = ctx.module.sigmoid_bwd(saved[:4], [*kept, *saved[6:]], d_loss)
+            d_image, d_text = [None if d is None else d.contiguous() for d in (d_image, d_text)]
+            out = ctx.module.sigmoid_bwd(inputs, (d_image, d_text, d_scale, d_bias), d_loss)
         return *out, None, None, None, None, None, None, None, None
-
-
-@without_autocast
-def _dense(image: Tensor, p: Problem, bias: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
-    loss, *_ = reference.sigmoid_fwd(p, bias, divisor, [False] * 4, dtype)
-    assert loss is not None
-    return loss
 
 
 def sigmoid_pairs(
@@ -178,12 +193,15 @@ def sigmoid_pairs(
     """
     tensors = image, text, scale, bias
     dtype = dtype or reference.wide_dtype(image.device)
+    p = Problem(image, text, scale, offset=offset, normalize=normalize)
     if needs_dense(backend, *tensors):
-        return _dense(image, _problem(image, text, scale, offset, normalize), bias, divisor, dtype)
+        with no_autocast(image.device):
+            dense, *_ = reference.sigmoid_fwd(p, bias, divisor, [False] * 4, dtype)
+        assert dense is not None
+        return dense
     differentiable = torch.is_grad_enabled()
     needs = [differentiable and x.requires_grad for x in tensors]
     options = divisor, offset, normalize, backend, needs
-    p = _problem(image, text, scale, offset, normalize)
     module = None if torch.compiler.is_compiling() or recorded(*tensors) else serving(backend, p)
     if module is None or module is reference:  # which has second derivatives
         loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, *options)[0]

@@ -19,7 +19,7 @@ from fastclip._backends import reference
 from fastclip._backends import triton as backend
 from fastclip._backends.problem import Problem
 from fastclip.ops import contrastive_maxima
-from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd_reduce, launch, planning, sequence
+from fastclip.ops.contrastive import flat
 from support.accuracy import check, pairs, poisoned, random_labels
 from support.kernels import Launches
 from support.kinds import DEVICE, GPU, Kind, uneven
@@ -99,16 +99,16 @@ def test_layouts(layout: str, normalize: bool, accesses: str) -> None:
 def test_largest_logits_of_nan_are_nan() -> None:
     image, text = (x.to(DEVICE) for x in pairs(9, 9, 8))
     text[4, 2] = torch.nan
-    _, top = contrastive_maxima(image, text, torch.tensor(3.0, device=DEVICE), backend="triton")
-    assert top.row_neg.isnan().tolist() == [i != 4 for i in range(9)]
-    assert top.col_neg.isnan().tolist() == [j == 4 for j in range(9)]
+    rows, cols = contrastive_maxima(Problem(image, text, torch.tensor(3.0, device=DEVICE)), "triton")
+    assert rows.neg_top is not None and rows.neg_top.isnan().tolist() == [i != 4 for i in range(9)]
+    assert cols.neg_top is not None and cols.neg_top.isnan().tolist() == [j == 4 for j in range(9)]
 
 
 def test_strided_labels() -> None:
     image, text = (x.to(DEVICE) for x in pairs(30, 30, 8))
     y = torch.randint(0, 9, (60,), dtype=torch.int32, device=DEVICE)[::2]
     p = Problem(image, text, torch.tensor(3.0, device=DEVICE), (y, y.flip(0)), 0, False, True)
-    for a, b in zip(backend.contrastive_fwd(p), reference.contrastive_fwd(p)):
+    for a, b in zip(flat(backend.contrastive_fwd(p)), flat(reference.contrastive_fwd(p))):
         torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-5, atol=1e-5)
 
 

@@ -24,14 +24,14 @@ PROMISES = [
             Break(
                 "ranks: every shard starts at the first text",
                 "fastclip/distributed/statistics.py",
-                old="stats = contrastive_statistics(image, texts, scale, ids, offset=shards.own_texts.start",
-                new="stats = contrastive_statistics(image, texts, scale, ids, offset=0",
+                old="text=texts, offset=shards.own_texts.start",
+                new="text=texts, offset=0",
             ),
             Break(
                 "ranks: a column is its owner's rows",
                 "fastclip/distributed/statistics.py",
-                old="columns = merge_logsumexp(col_neg), stats.col_pos[own]",
-                new="columns = stats.col_neg[own], stats.col_pos[own]",
+                old="Side(merge_logsumexp(neg), cols.pos[here]",
+                new="Side(cols.neg[here], cols.pos[here]",
             ),
             Break(
                 "ranks: texts' gradients are not summed",
@@ -60,8 +60,8 @@ PROMISES = [
             Break(
                 "ranks: NCCL's padding stays",
                 "fastclip/distributed/collectives.py",
-                old="return out[:own].to(x.dtype, copy=True)",
-                new="return out[most - own :].to(x.dtype, copy=True)",
+                old="return out[:size].to(x.dtype, copy=True)",
+                new="return out[largest - size :].to(x.dtype, copy=True)",
             ),
             Break(
                 "ranks: padding stays",
@@ -152,9 +152,9 @@ PROMISES = [
         breaks=[
             Break(
                 "ranks: a block is computed twice",
-                "fastclip/distributed/ring.py",
-                old="found[owner] = Statistics(",
-                new="torch.ops.fastclip.contrastive_fwd(*of_block); found[owner] = Statistics(",
+                "fastclip/distributed/ring_losses.py",
+                old="stats[owner] = by_side(",
+                new="torch.ops.fastclip.contrastive_fwd(*arguments(of_block, backend)); stats[owner] = by_side(",
             ),
         ],
     ),
@@ -169,8 +169,8 @@ PROMISES = [
             Break(
                 "ranks: scales may differ",
                 "fastclip/distributed/agreement.py",
-                old="for k, name in enumerate(scalar_names):",
-                new="for k, name in enumerate(scalar_names[:0]):",
+                old="zip(scalar_names, bits.T.tolist())",
+                new="zip(scalar_names[:0], bits.T.tolist())",
             ),
             Break(
                 "ranks: gradients may differ",
@@ -181,8 +181,8 @@ PROMISES = [
             Break(
                 "ranks: a refusal stays on its rank",
                 "fastclip/distributed/agreement.py",
-                old="if line[0]:",
-                new="if False:",
+                old="for rank in refused.nonzero().flatten().tolist():",
+                new="for rank in []:",
             ),
         ],
     ),
@@ -261,9 +261,9 @@ PROMISES = [
         breaks=[
             Break(
                 "ranks: the ring has wrong ones",
-                "fastclip/distributed/ring.py",
-                old="ring_sigmoid_bwd(*inputs",
-                new="sigmoid_bwd(*inputs, 1, 0, True, 'reference'",
+                "fastclip/distributed/ring_losses.py",
+                old="ring_sigmoid_bwd(*pairs",
+                new="sigmoid_bwd(*pairs._replace(backend='reference')",
             ),
         ],
     ),

@@ -113,13 +113,13 @@ PROMISES = [
             Break(
                 "doctor: dense torch serves in silence",
                 "fastclip/_backends/__init__.py",
-                old="        _tell_of_reference(image)",
+                old="        _warn_of_reference(image)",
                 new="        pass",
             ),
             Break(
                 "doctor: every call in silence tells it",
                 "fastclip/_backends/__init__.py",
-                old="    _told.add(device)",
+                old="    _warned.add(device)",
                 new="",
             ),
             Break(

@@ -96,8 +96,8 @@ PROMISES = [
             Break(
                 "large rows are not told to the backward pass",
                 _PLAIN,
-                old="if large else (None, None)",
-                new="if large > 1 else (None, None)",
+                old="if large:",
+                new="if large > 1:",
             ),
             Break(
                 "the gradient does not go through the norm",
@@ -124,8 +124,8 @@ PROMISES = [
             Break(
                 "the op leaves the image's weight out",
                 "fastclip/ops/plain.py",
-                old="serving_pairs(backend, image).plain_fwd(image, text, *options)",
-                new="serving_pairs(backend, image).plain_fwd(image, text, options[0], 0.5, options[2])",
+                old="serving_pairs(backend, image).plain_fwd(image, text, scale, image_weight, normalize)",
+                new="serving_pairs(backend, image).plain_fwd(image, text, scale, 0.5, normalize)",
             ),
             Break(
                 "second derivatives are 0",

@@ -17,8 +17,8 @@ PROMISES = [
             Break(
                 "a fake of another dtype",
                 "fastclip/ops/contrastive.py",
-                old="stats = (p.image.new_empty(size, dtype=wide)",
-                new="stats = (p.image.new_empty(size)",
+                old="(x.new_empty(n, dtype=wide)",
+                new="(x.new_empty(n)",
             ),
         ],
     ),
@@ -78,8 +78,8 @@ PROMISES = [
             Break(
                 "a term is dropped",
                 "fastclip/ops/sigmoid.py",
-                old="else factor.to(d.dtype) * d for d in kept]",
-                new="else d for d in kept]",
+                old="else factor.to(d.dtype) * d for d in first]",
+                new="else d for d in first]",
             ),
         ],
     ),
@@ -100,8 +100,8 @@ PROMISES = [
             Break(
                 "the gradient of the first use is scaled in place",
                 "fastclip/ops/contrastive.py",
-                old="upstream = [torch.zeros_like(x)",
-                new="stats[0].add_(1.0); upstream = [torch.zeros_like(x)",
+                old="upstream = derivatives(stats, grads)",
+                new="stats[0].add_(1.0); upstream = derivatives(stats, grads)",
             ),
         ],
     ),
@@ -184,8 +184,8 @@ PROMISES = [
             Break(
                 "sign of d_bias",
                 "fastclip/_backends/cpu/sigmoid.py",
-                old="bias.new_full((), d_bias)",
-                new="bias.new_full((), -d_bias)",
+                old="bias.new_full((), d_bias / divisor)",
+                new="bias.new_full((), -d_bias / divisor)",
             ),
             Break(
                 "divided by the pairs",
@@ -305,8 +305,8 @@ PROMISES = [
             Break(
                 "log-sum-exp without the positive",
                 "fastclip/stats.py",
-                old="return torch.logaddexp(neg, torch.where(top_pos == -torch.inf, -torch.inf, pos))",
-                new="return neg",
+                old="return torch.logaddexp(side.neg, torch.where(side.pos_top == -torch.inf, -torch.inf, pos))",
+                new="return side.neg",
             ),
         ],
     ),

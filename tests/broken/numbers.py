@@ -76,14 +76,14 @@ PROMISES = [
             Break(
                 "logaddexp of pairs",
                 "fastclip/loss.py",
-                old="loss = _softplus(neg - pos)",
-                new="loss = torch.logaddexp(pos, neg) - pos",
+                old="loss = _softplus(side.neg - side.pos)",
+                new="loss = torch.logaddexp(side.pos, side.neg) - side.pos",
             ),
             Break(
                 "logaddexp of labels",
                 "fastclip/loss.py",
-                old="loss = _softplus(torch.where(some, neg, -torch.inf) - q)",
-                new="loss = torch.logaddexp(torch.where(some, neg, -torch.inf), q) - q",
+                old="loss = _softplus(torch.where(has_positive, side.neg, -torch.inf) - q)",
+                new="loss = torch.logaddexp(torch.where(has_positive, side.neg, -torch.inf), q) - q",
             ),
         ],
     ),
@@ -132,7 +132,7 @@ PROMISES = [
             Break(
                 "own pairs count",
                 "fastclip/loss.py",
-                old="row_count, col_count = row_count - own, col_count - own",
+                old="row_count, col_count = row_count - itself, col_count - itself",
                 new="row_count, col_count = row_count, col_count",
             ),
         ],
@@ -231,14 +231,14 @@ PROMISES = [
             Break(
                 "two norms multiplied",
                 "fastclip/loss.py",
-                old="own = torch.linalg.vecdot(unit_rows(image, r), unit_rows(text, c))",
-                new="own = r * c * torch.linalg.vecdot(image, text)",
+                old="diagonal = torch.linalg.vecdot(unit_rows(image, r), unit_rows(text, c))",
+                new="diagonal = r * c * torch.linalg.vecdot(image, text)",
             ),
             Break(
                 "ties by float32's norms",
                 "fastclip/stats.py",
-                old="row, col = norms(batch.image), norms(batch.text)",
-                new="row, col = (torch.linalg.vector_norm(x, dim=1) for x in (batch.image, batch.text))",
+                old="row, col = norms(batch.problem.image), norms(batch.problem.text)",
+                new="row, col = (torch.linalg.vector_norm(x, dim=1) for x in batch.problem[:2])",
             ),
         ],
     ),
@@ -311,8 +311,8 @@ PROMISES = [
             Break(
                 "a gradient off by 1e-4",
                 "fastclip/_backends/cpu/contrastive.py",
-                old="plan.backward(weigh, s / gain,",
-                new="plan.backward(weigh, 1.0001 * s / gain,",
+                old="plan.backward(s / gain,",
+                new="plan.backward(1.0001 * s / gain,",
             ),
         ],
     ),
@@ -326,8 +326,8 @@ PROMISES = [
             Break(
                 "the CPU backend takes it",
                 "fastclip/_backends/cpu/__init__.py",
-                old="torch.bfloat16, torch.float16)",
-                new="torch.bfloat16, torch.float16, torch.float64)",
+                old="image.dtype not in FUSED_DTYPES",
+                new="not image.dtype.is_floating_point",
             ),
         ],
     ),
@@ -352,7 +352,7 @@ PROMISES = [
             Break(
                 "labels: -1 is a class in graphs and on a GPU",
                 "fastclip/labels.py",
-                old="torch._assert_async((labels != -1).all(), told)",
+                old="torch._assert_async((labels != -1).all(), message)",
                 new="pass",
             ),
             Break(

@@ -37,8 +37,8 @@ PROMISES = [
             Break(
                 "one more product",
                 "fastclip/_backends/cpu/blocks.py",
-                old="weigh(block, weights)\n",
-                new="weigh(block, weights); torch.mm(images, texts.T)\n",
+                old="yield dots\n",
+                new="yield dots\n            torch.mm(images, texts.T)\n",
             ),
             Break(
                 "no block is kept",

@@ -13,6 +13,8 @@ from torch import Tensor
 import fastclip
 from fastclip._backends import cpu
 from fastclip._backends.cpu import blocks, contrastive, native
+from fastclip._backends.problem import SideGrads
+from fastclip.ops.contrastive import flat
 from support.accuracy import counted_products, pairs
 from support.processes import ended, forked, forks
 
@@ -134,15 +136,15 @@ def block_results(threads: int) -> tuple[Tensor, ...]:
         {"factor": torch.ones(N), "factor_low": None},
     )
     rows, cols = contrastive._State(M, factors[0], label[0]), contrastive._State(N, factors[1], label[1])
-    block = blocks.native_block(dot, (0, M, 0, N), offset=0)
+    block = blocks.native_block((dot.data_ptr(), N, M, N, 0, 0), offset=0)
     native.module.contrastive_fwd(block, rows.native, cols.native, threads)
     sides = []
     for size, side, y, state in ((M, factors[0], label[0], rows), (N, factors[1], label[1], cols)):
-        neg, _, pos_lse = state.results()
-        d = torch.linspace(0.1, 1.0, size)
-        sides.append(contrastive._Weights(side, torch.ones(size), y, neg, pos_lse, (d, -d, d), 1.0))
+        d, ones = torch.linspace(0.1, 1.0, size), torch.ones(size)
+        sides.append(contrastive._Weights(side, ones, y, state.results(ones), SideGrads(d, -d, d), 1.0))
     d_scale = native.module.contrastive_bwd(block, sides[0].native, sides[1].native, threads)
-    return *rows.results(), *cols.results(), dot, torch.tensor(d_scale, dtype=torch.float64)
+    stats = flat((rows.results(torch.ones(M)), cols.results(torch.ones(N))))
+    return *stats, dot, torch.tensor(d_scale, dtype=torch.float64)
 
 
 def test_native_passes_bitwise_equal_over_thread_counts() -> None:

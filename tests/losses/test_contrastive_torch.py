@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastclip
+from fastclip.ops.contrastive import by_side
 from support import ROOT
 from support.accuracy import PEAK_MIB, check, pairs
 
@@ -41,7 +42,7 @@ def test_ops_pass_opcheck(backend: str, labels: bool, dtype: torch.dtype) -> Non
     torch.library.opcheck(torch.ops.fastclip.contrastive_fwd, (*given, *y, *options))
     detached = tuple(x.detach() for x in given)
     stats = torch.ops.fastclip.contrastive_fwd(*detached, *y, *options)
-    grads = [torch.rand_like(x) for x in stats[:6]]
+    grads = [torch.rand_like(x) for side in by_side(stats) for x in (side.neg, side.pos, side.pos_lse)]
     for needs in ([True, True, True], [False, True, False]):
         torch.library.opcheck(torch.ops.fastclip.contrastive_bwd, (*detached, *y, *options, list(stats), grads, needs))
 
@@ -55,7 +56,7 @@ def test_ops_of_pairs_pass_opcheck(backend: str, dtype: torch.dtype) -> None:
     detached = tuple(x.detach() for x in given)
     _, saved = torch.ops.fastclip.plain_fwd(*detached, *options)
     for needs in ([True, True, True], [False, True, False]):
-        torch.library.opcheck(torch.ops.fastclip.plain_bwd, (*detached, saved, *options, torch.tensor(2.0), needs))
+        torch.library.opcheck(torch.ops.fastclip.plain_bwd, (*detached, *options, saved, torch.tensor(2.0), needs))
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -90,11 +91,12 @@ def test_offset_moves_the_positives(offset: int, backend: str) -> None:
     image, text = pairs(20, 30, 8)
     ones = torch.tensor(2.0)
     out = torch.ops.fastclip.contrastive_fwd(image, text, ones, None, None, offset, False, False, backend)
+    rows, cols = by_side(out)
     z = 2.0 * (image.double() @ text.double().T)
     positive = torch.arange(20)[:, None] + offset == torch.arange(30)
     negative = z.masked_fill(positive, -torch.inf)
     expected = (negative.logsumexp(1), negative.logsumexp(0), (z * positive).sum(1), (z * positive).sum(0))
-    for ours, theirs in zip(out, expected):
+    for ours, theirs in zip((rows.neg, cols.neg, rows.pos, cols.pos), expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -103,11 +105,11 @@ def test_empty_sets_are_minus_infinity(backend: str) -> None:
     image, text = pairs(3, 2, 4)
     y = torch.tensor([7, 7, 1], dtype=torch.int32), torch.tensor([7, 7], dtype=torch.int32)
     out = torch.ops.fastclip.contrastive_fwd(image, text, torch.tensor(2.0), *y, 0, False, True, backend)
-    row_neg, col_neg, row_pos, _, row_pos_lse, col_pos_lse = out[:6]
-    assert (row_neg == -torch.inf).tolist() == [True, True, False]  # the first two rows have positives only
-    assert (row_pos_lse == -torch.inf).tolist() == [False, False, True]
-    assert row_pos[2] == 0
-    assert col_neg.isfinite().all() and col_pos_lse.isfinite().all()
+    rows, cols = by_side(out)
+    assert (rows.neg == -torch.inf).tolist() == [True, True, False]  # the first two rows have positives only
+    assert (rows.pos_lse == -torch.inf).tolist() == [False, False, True]
+    assert rows.pos[2] == 0
+    assert cols.neg.isfinite().all() and cols.pos_lse.isfinite().all()
 
 
 CASES = {"diagonal": {}, "labels": label_options(), "smoothing": {"label_smoothing": 0.1}, "sum": {"reduction": "sum"}}

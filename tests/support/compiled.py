@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastclip._backends import triton as triton_backend
-from fastclip._backends.problem import Problem
+from fastclip._backends.problem import Problem, Side, SideGrads
 from support import ROOT
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -110,9 +110,9 @@ def problem(D: int, dtype: torch.dtype, labels: bool, exclude_self: bool, normal
 
 
 def launch_bwd(p: Problem) -> None:
-    M, N = len(p.image), len(p.text)
-    stats = [torch.zeros(size, dtype=torch.float64) for size in (M, N) * 3]
-    triton_backend.contrastive_bwd(p, [*stats, torch.ones(M), torch.ones(N)], stats, [True] * 3)
+    rows, cols = (torch.zeros(len(x), dtype=torch.float64) for x in (p.image, p.text))
+    stats = Side(rows, rows, rows, rows.float()), Side(cols, cols, cols, cols.float())
+    triton_backend.contrastive_bwd(p, stats, (SideGrads(rows, rows, rows), SideGrads(cols, cols, cols)), [True] * 3)
 
 
 def launch_plain(p: Problem) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastclip._backends.cpu.contrastive import contrastive_bwd, contrastive_fwd
 from fastclip._backends.cpu.native import build, missing
 from fastclip._backends.cpu.plain import plain_bwd, plain_fwd, plain_saved
 from fastclip._backends.cpu.sigmoid import sigmoid_fwd
+from fastclip._backends.problem import FUSED_DTYPES
 from fastclip._backends.reference import sigmoid_bwd
 
 __all__ = [
@@ -24,12 +24,10 @@ __all__ = [
     "sigmoid_fwd",
 ]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def refuses(image: Tensor, named: bool) -> str | None:
     if image.device.type != "cpu":
         return f"it serves CPU tensors, not {image.device.type}"
-    if image.dtype not in _DTYPES:
+    if image.dtype not in FUSED_DTYPES:
         return f"it serves float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
     return None

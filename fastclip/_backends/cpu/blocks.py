@@ -7,7 +7,7 @@ ones become fp32 block by block.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fastclip import _env
 from fastclip._backends.cpu import native
 
 __all__ = [
-    "Block",
+    "Dots",
     "Features",
     "Plan",
     "factors",
@@ -47,13 +47,16 @@ def threads(M: int, N: int) -> int:
 
 
 Block = tuple[int, int, int, int]  # rows i0 to i1 and columns j0 to j1 of the logits
+# What a native pass takes of a block: the dot products' address and row stride, then M, N, i0, j0
+Dots = tuple[int, int, int, int, int, int]
 
 
 class Features:
     """One side's rows (M, D) as the products see them: fp32, inverse norms still to be multiplied in.
 
-    inv_norm, outer: what `native.module.norms` tells of the rows, fp32 (M,): the address of the one, 0 where the
-    features are not normalised; the other only where some row is large.
+    inv_norm, outer: what `native.module.norms` says of the rows, fp32 (M,): the address of the one, 0 where the
+    features are not normalised; the other only where a row is large. An address, because a step on few rows waits for
+    the host, and a slice of a tensor costs it a microsecond.
     """
 
     def __init__(self, x: Tensor, inv_norm: int = 0, outer: Tensor | None = None) -> None:
@@ -198,22 +201,21 @@ class Plan:
         else:
             self.blocks = [(*rows, *columns) for rows in _cuts(M, self.block_m) for columns in _cuts(N, block_n)]
 
-    def dots(self, block: Block) -> Tensor:
+    def dots(self, block: Block) -> tuple[Tensor, Dots]:
         """<I_i, T_j> of a block, computed unless the buffer still has it from the forward pass; to be overwritten."""
         i0, i1, j0, j1 = block
         dot = self.buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
         if not (self.ready or (self.owner is not None and workspace.holds(self.owner, block))):
             torch.mm(self.image.rows(i0, i1), self.text.rows(j0, j1).T, out=dot)
         workspace.forget()
-        return dot
+        return dot, (dot.data_ptr(), j1 - j0, i1 - i0, j1 - j0, i0, j0)
 
-    def backward(
-        self, weigh: Callable[[Block, Tensor], None], factor: float, d_image: Tensor | None, d_text: Tensor | None
-    ) -> None:
-        """Gradients of the features from the weights r_i G_ij c_j, into which `weigh` turns a block's dot products.
+    def backward(self, factor: float, d_image: Tensor | None, d_text: Tensor | None) -> Iterator[Dots]:
+        """Gradients of the features, from the weights r_i G_ij c_j that the caller makes of a block's dot products.
 
+        Yields the dot products of one block after the other, to be overwritten with the weights.
         d_image (M, D), d_text (N, D), without gaps: overwritten with factor times the sums of weights and features,
-        projected where the features are normalised; None where they are not wanted.
+        projected where the features are normalised, when there is no further block; None where they are not wanted.
         """
         image, text = self.image, self.text
         # fp32 gradients are accumulated where they are returned
@@ -222,8 +224,9 @@ class Plan:
         # In the opposite order of the forward pass, whose last block may still be in the workspace
         for block in reversed(self.blocks):
             i0, i1, j0, j1 = block
-            images, texts, weights = image.rows(i0, i1), text.rows(j0, j1), self.dots(block)
-            weigh(block, weights)
+            images, texts = image.rows(i0, i1), text.rows(j0, j1)
+            weights, dots = self.dots(block)
+            yield dots
             if d_image is not None:
                 raw = d_image[i0:i1] if raw_rows is None else raw_rows[: i1 - i0]
                 _add_product(raw, weights, texts, keep=j1 < text.M)
@@ -259,18 +262,9 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
         torch.mm(a, b, out=out)
 
 
-def native_block(dot: Tensor, block: Block, offset: int, exclude_self: bool = False) -> Any:
-    i0, i1, j0, j1 = block
-    return native.module.Block(
-        dot=dot.data_ptr(),
-        row_stride=j1 - j0,
-        M=i1 - i0,
-        N=j1 - j0,
-        i0=i0,
-        j0=j0,
-        offset=offset,
-        exclude_self=exclude_self,
-    )
+def native_block(dots: Dots, offset: int, exclude_self: bool = False) -> Any:
+    place = dict(zip(("dot", "row_stride", "M", "N", "i0", "j0"), dots))
+    return native.module.Block(**place, offset=offset, exclude_self=exclude_self)
 
 
 def factors(inv_norm: Tensor, text_inv_norm: Tensor, scale: float) -> tuple[dict[str, Tensor | None], ...]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from fastclip._backends.cpu import native
 from fastclip._backends.cpu.blocks import (
-    Block,
     Plan,
     factors,
     features_of,
@@ -18,7 +18,7 @@ from fastclip._backends.cpu.blocks import (
     workspace,
 )
 from fastclip._backends.native import address
-from fastclip._backends.problem import Problem
+from fastclip._backends.problem import Problem, Side, SideGrads, Sides
 
 __all__ = ["contrastive_bwd", "contrastive_fwd"]
 
@@ -49,12 +49,11 @@ class _State:
         tensors["pos_top"] = self.pos_top if maxima and self.has_labels else None
         self.native = native.module.FwdSide(**{name: address(x) for name, x in tensors.items()})
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """neg, pos, pos_lse: fp64, natural units."""
+    def results(self, inv_norm: Tensor) -> Side:
+        """Everything but the maxima: fp64, natural units."""
         neg = (self.neg_max + self.neg_sum.log2()) * _LN2
-        if not self.has_labels:
-            return neg, self.pos * _LN2, neg.new_empty(0)
-        return neg, self.pos * _LN2, (self.pos_max + self.pos_sum.log2()) * _LN2
+        pos_lse = (self.pos_max + self.pos_sum.log2()) * _LN2 if self.has_labels else neg.new_empty(0)
+        return Side(neg, self.pos * _LN2, pos_lse, inv_norm)
 
     def maxima(self, offset: int, across: int) -> tuple[Tensor, Tensor]:
         """Largest negative and largest positive: fp64, natural units, -inf where there are none.
@@ -63,31 +62,31 @@ class _State:
         """
         pos_top = self.pos_top
         if not self.has_labels:
-            own = torch.arange(len(self.pos), device="cpu") + offset
-            pos_top = torch.where((own >= 0) & (own < across), self.pos, -torch.inf)
+            partner = torch.arange(len(self.pos), device="cpu") + offset
+            pos_top = torch.where((partner >= 0) & (partner < across), self.pos, -torch.inf)
         return self.neg_top.double() * _LN2, pos_top.double() * _LN2
 
 
-def contrastive_fwd(p: Problem, maxima: bool = False) -> tuple[Tensor, ...]:
+def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
     """As `reference.contrastive_fwd`."""
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
-    (image, image_inv_norm), (text, text_inv_norm) = (
-        features_of(p.image, r, p.normalize),
-        features_of(p.text, c, p.normalize),
-    )
+    image, image_inv_norm = features_of(p.image, r, p.normalize)
+    text, text_inv_norm = features_of(p.text, c, p.normalize)
     plan = Plan(image, text)
     image_label, text_label = _int32(p.labels)
     image_factors, text_factors = factors(image_inv_norm, text_inv_norm, float(p.scale) * _LOG2E)
-    rows = _State(image.M, image_factors, image_label, maxima)
-    cols = _State(text.M, text_factors, text_label, maxima)
+    row_state = _State(image.M, image_factors, image_label, maxima)
+    col_state = _State(text.M, text_factors, text_label, maxima)
     for block in plan.blocks:
-        native_dot = native_block(plan.dots(block), block, p.offset, p.exclude_self)
-        native.module.contrastive_fwd(native_dot, rows.native, cols.native, plan.workers)
+        _, dots = plan.dots(block)
+        native_dot = native_block(dots, p.offset, p.exclude_self)
+        native.module.contrastive_fwd(native_dot, row_state.native, col_state.native, plan.workers)
         workspace.keep(r, block)
-    row_neg, row_pos, row_pos_lse = rows.results()
-    col_neg, col_pos, col_pos_lse = cols.results()
-    tops = (x for pair in zip(rows.maxima(p.offset, text.M), cols.maxima(-p.offset, image.M)) for x in pair)
-    return row_neg, col_neg, row_pos, col_pos, row_pos_lse, col_pos_lse, r, c, *(tops if maxima else ())
+    rows, cols = row_state.results(r), col_state.results(c)
+    if not maxima:
+        return rows, cols
+    (row_neg, row_pos), (col_neg, col_pos) = row_state.maxima(p.offset, text.M), col_state.maxima(-p.offset, image.M)
+    return rows._replace(neg_top=row_neg, pos_top=row_pos), cols._replace(neg_top=col_neg, pos_top=col_pos)
 
 
 class _Weights:
@@ -98,17 +97,16 @@ class _Weights:
         factors: dict[str, Tensor | None],
         inv_norm: Tensor,
         label: Tensor | None,
-        neg: Tensor,
-        pos_lse: Tensor,
-        grads: tuple[Tensor, Tensor, Tensor],
+        stats: Side,
+        grads: SideGrads,
         gain: float,
     ) -> None:
         d_neg, d_pos, d_pos_lse = (d * gain for d in grads)
         self.tensors: dict[str, Tensor | None] = {**factors, "inv_norm": inv_norm, "label": label}
-        self.tensors["neg"], self.tensors["d_neg"] = _exact_weight(neg, d_neg)
+        self.tensors["neg"], self.tensors["d_neg"] = _exact_weight(stats.neg, d_neg)
         self.tensors["d_pos"] = d_pos.float().contiguous()
         self.tensors["pos_lse"], self.tensors["d_pos_lse"] = (
-            (None, None) if label is None else _exact_weight(pos_lse, d_pos_lse)
+            (None, None) if label is None else _exact_weight(stats.pos_lse, d_pos_lse)
         )
         self.native = native.module.BwdSide(**{name: address(x) for name, x in self.tensors.items()})
 
@@ -124,7 +122,7 @@ def _exact_weight(lse: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, (d.double() * torch.exp2(-lost)).float()
 
 
-def _gain(grads: list[Tensor]) -> float:
+def _gain(grads: Iterable[Tensor]) -> float:
     """A power of two that brings the largest upstream gradient near 1, so that a confident loss's weights, 1e-30 and
     less, neither flush to zero nor slow the products down as subnormals."""
     largest = max((float(d.abs().amax()) for d in grads if d.numel()), default=0.0)
@@ -134,29 +132,22 @@ def _gain(grads: list[Tensor]) -> float:
 
 
 def contrastive_bwd(
-    p: Problem, stats: list[Tensor], grads: list[Tensor], needs: list[bool]
+    p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.contrastive_bwd`."""
-    row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, r, c = stats
-    (image, image_inv_norm), (text, text_inv_norm) = (
-        features_of(p.image, r, p.normalize),
-        features_of(p.text, c, p.normalize),
-    )
-    plan = Plan(image, text, owner=r)
+    (rows, cols), (d_rows, d_cols) = stats, grads
+    image, image_inv_norm = features_of(p.image, rows.inv_norm, p.normalize)
+    text, text_inv_norm = features_of(p.text, cols.inv_norm, p.normalize)
+    plan = Plan(image, text, owner=rows.inv_norm)
     image_label, text_label = _int32(p.labels)
-    s, gain = float(p.scale), _gain(grads)
+    s, gain = float(p.scale), _gain((*d_rows, *d_cols))
     image_factors, text_factors = factors(image_inv_norm, text_inv_norm, s * _LOG2E)
-    row_grads, col_grads = (grads[0], grads[2], grads[4]), (grads[1], grads[3], grads[5])
-    rows = _Weights(image_factors, image_inv_norm, image_label, row_neg, row_pos_lse, row_grads, gain)
-    cols = _Weights(text_factors, text_inv_norm, text_label, col_neg, col_pos_lse, col_grads, gain)
-    d_scale = 0.0
-
-    def weigh(block: Block, dot: Tensor) -> None:
-        nonlocal d_scale
-        native_dot = native_block(dot, block, p.offset, p.exclude_self)
-        d_scale += native.module.contrastive_bwd(native_dot, rows.native, cols.native, plan.workers)
-
+    row_weights = _Weights(image_factors, image_inv_norm, image_label, rows, d_rows, gain)
+    col_weights = _Weights(text_factors, text_inv_norm, text_label, cols, d_cols, gain)
     d_image = p.image.new_empty(p.image.shape) if needs[0] else None
     d_text = p.text.new_empty(p.text.shape) if needs[1] else None
-    plan.backward(weigh, s / gain, d_image, d_text)
+    d_scale = 0.0
+    for dots in plan.backward(s / gain, d_image, d_text):
+        native_dot = native_block(dots, p.offset, p.exclude_self)
+        d_scale += native.module.contrastive_bwd(native_dot, row_weights.native, col_weights.native, plan.workers)
     return d_image, d_text, p.scale.new_tensor(d_scale / gain) if needs[2] else None

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastclip._backends.cpu import native
-from fastclip._backends.cpu.blocks import Block, Features, Plan, normalized, threads, workspace
+from fastclip._backends.cpu.blocks import Features, Plan, normalized, threads, workspace
 
 __all__ = ["plain_bwd", "plain_fwd", "plain_saved"]
 
 
-_NORMS = native.module.LOSS_HEADER // 4 if native.module else 0  # where `saved` holds norms: images', then texts'
+_NORMS = native.module.LOSS_HEADER // 4 if native.module else 0  # where `saved` has each side's inv_norm and outer
 
 
 def plain_saved(N: int) -> int:
@@ -35,9 +35,8 @@ def plain_fwd(
     value = 0.0
     problem = saved.data_ptr(), N, normalize, scale.item(), image_weight
     for block in plan.blocks:
-        i0, i1, j0, j1 = block
-        native_dot = plan.dots(block).data_ptr(), j1 - j0, i1 - i0, j1 - j0, i0, j0
-        value = native.module.loss_fwd(*problem, *native_dot, plan.workers)
+        _, dots = plan.dots(block)
+        value = native.module.loss_fwd(*problem, *dots, plan.workers)
         workspace.keep(saved, block)
     return image.new_full((), value, dtype=torch.float32), saved
 
@@ -53,24 +52,19 @@ def plain_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute the gradients of that loss, as `reference.plain_bwd` does."""
-    N = image.shape[0]
-    at = saved.data_ptr()
-    factor, large = native.module.loss_factor(at, N)
+    N, place = image.shape[0], saved.data_ptr()
+    factor, large = native.module.loss_factor(place, N)
     if normalize:
-        r, c = at + 4 * _NORMS, at + 4 * (_NORMS + 2 * N)
-        outer = saved[_NORMS : _NORMS + 4 * N].view(4, N)[1::2] if large else (None, None)
-        plan = Plan(Features(image, r, outer[0]), Features(text, c, outer[1]), owner=saved)
+        r, c = place + 4 * _NORMS, place + 4 * (_NORMS + 2 * N)
+        image_outer = text_outer = None
+        if large:
+            _, image_outer, _, text_outer = saved[_NORMS : _NORMS + 4 * N].view(4, N)
+        plan = Plan(Features(image, r, image_outer), Features(text, c, text_outer), owner=saved)
     else:
         plan = Plan(Features(image), Features(text), owner=saved)
-    upstream, d_scale = d_loss.item(), 0.0
-
-    def weigh(block: Block, dot: Tensor) -> None:
-        nonlocal d_scale
-        i0, i1, j0, j1 = block
-        native_dot = dot.data_ptr(), j1 - j0, i1 - i0, j1 - j0, i0, j0
-        d_scale += native.module.loss_bwd(at, N, *native_dot, plan.workers)
-
     d_image = image.new_empty(image.shape) if needs[0] else None
     d_text = text.new_empty(text.shape) if needs[1] else None
-    plan.backward(weigh, factor * upstream, d_image, d_text)
+    upstream, d_scale = d_loss.item(), 0.0
+    for dots in plan.backward(factor * upstream, d_image, d_text):
+        d_scale += native.module.loss_bwd(place, N, *dots, plan.workers)
     return d_image, d_text, scale.new_full((), d_scale * upstream) if needs[2] else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastclip._backends.cpu import native
-from fastclip._backends.cpu.blocks import Block, Features, Plan, normalized, threads
+from fastclip._backends.cpu.blocks import Features, Plan, normalized, threads
 from fastclip._backends.problem import Problem
 from fastclip._backends.reference import saved_dtype
 
@@ -20,28 +20,22 @@ def sigmoid_fwd(
     image, text, s = p.image, p.text, p.scale.item()
     if p.normalize:
         M = image.shape[0]
-        norms = image.new_empty(2 * (M + text.shape[0]), dtype=torch.float32)
+        norms = image.new_empty(2 * (M + text.shape[0]), dtype=torch.float32)  # each side's inv_norm and outer
         workers = threads(*image.shape)
         plan = Plan(normalized(image, norms, 0, workers), normalized(text, norms, 2 * M, workers))
     else:
         plan = Plan(Features(image), Features(text))
     problem = plan.image.inv_norm, plan.text.inv_norm, s, bias.item(), any(needs), p.offset
-    sums = [0.0, 0.0, 0.0]  # loss, d_scale, d_bias
-
-    def weigh(block: Block, dot: Tensor) -> None:
-        i0, i1, j0, j1 = block
-        native_dot = dot.data_ptr(), j1 - j0, i1 - i0, j1 - j0, i0, j0
-        for k, part in enumerate(native.module.sigmoid_fwd(*problem, *native_dot, plan.workers)):
-            sums[k] += part
-
     d_image = image.new_empty(image.shape, dtype=saved_dtype(image)) if needs[0] else None
     d_text = text.new_empty(text.shape, dtype=saved_dtype(text)) if needs[1] else None
-    plan.backward(weigh, s / divisor, d_image, d_text)
-    loss, d_scale, d_bias = (x / divisor for x in sums)
+    loss = d_scale = d_bias = 0.0
+    for dots in plan.backward(s / divisor, d_image, d_text):
+        block_loss, block_d_scale, block_d_bias = native.module.sigmoid_fwd(*problem, *dots, plan.workers)
+        loss, d_scale, d_bias = loss + block_loss, d_scale + block_d_scale, d_bias + block_d_bias
     return (
-        image.new_full((), loss, dtype=dtype),
+        image.new_full((), loss / divisor, dtype=dtype),
         d_image,
         d_text,
-        p.scale.new_full((), d_scale) if needs[2] else None,
-        bias.new_full((), d_bias) if needs[3] else None,
+        p.scale.new_full((), d_scale / divisor) if needs[2] else None,
+        bias.new_full((), d_bias / divisor) if needs[3] else None,
     )
