@@ -17,9 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["all_gather", "before_group", "exchange_columns", "gather_rows", "resolve", "sum_over_ranks"]
+from fastclip.ops.second import TAGS
 
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+__all__ = ["all_gather", "before_group", "exchange_columns", "gather_rows", "resolve", "sum_over_ranks"]
 
 
 def before_group() -> None:
@@ -123,7 +123,7 @@ _Collective = Callable[..., Tensor]
 
 def _define(name: str, adjoint: str, run: _Collective, fake: _Collective, more: str = "") -> None:
     op = f"fastclip::{name}"
-    torch.library.define(op, f"(Tensor x, SymInt[] sizes, str group{more}) -> Tensor", tags=_TAGS)
+    torch.library.define(op, f"(Tensor x, SymInt[] sizes, str group{more}) -> Tensor", tags=TAGS)
     torch.library.impl(op, "default", run)
     torch.library.register_fake(op, fake)
 
@@ -162,7 +162,7 @@ _define(
     _give_back,
     lambda x, sizes, group: x.new_empty(x.shape[1], sum(sizes)),
 )
-torch.library.define("fastclip::sum_over_ranks", "(Tensor x, Tensor after, str group) -> (Tensor, Tensor)", tags=_TAGS)
+torch.library.define("fastclip::sum_over_ranks", "(Tensor x, Tensor after, str group) -> (Tensor, Tensor)", tags=TAGS)
 torch.library.impl("fastclip::sum_over_ranks", "default", _all_reduce)
 torch.library.register_fake(
     "fastclip::sum_over_ranks", lambda x, after, group: (x.new_empty(x.shape), after.new_empty(after.shape))

@@ -13,18 +13,17 @@ from fastclip._backends.problem import Problem, Side, SideGrads, Sides
 from fastclip.distributed.ring import Ring, Sums
 from fastclip.ops import merge_logsumexp
 from fastclip.ops.contrastive import PROBLEM, arguments, by_side, derivatives, flat, problem_of
-from fastclip.ops.second import keep, kept
+from fastclip.ops.second import TAGS, keep, kept
 from fastclip.ops.sigmoid import PAIRS, Pairs
 
 __all__ = ["ring_sigmoid_pairs", "ring_statistics"]
 
 _RING = "SymInt[] sizes, str group"  # texts of every rank, and the group's name
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define("fastclip::ring_fwd", f"({PROBLEM}, {_RING}) -> ({', '.join(['Tensor'] * 8)})", tags=_TAGS)
+torch.library.define("fastclip::ring_fwd", f"({PROBLEM}, {_RING}) -> ({', '.join(['Tensor'] * 8)})", tags=TAGS)
 torch.library.define(
     "fastclip::ring_bwd",
     f"({PROBLEM}, {_RING}, Tensor[] stats, Tensor[] grads, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 
 
@@ -122,7 +121,7 @@ def ring_statistics(p: Problem, backend: str | None, sizes: Sequence[int], group
     return rows._replace(inv_norm=rows.inv_norm.detach()), cols._replace(inv_norm=cols.inv_norm.detach())
 
 
-torch.library.define("fastclip::ring_sigmoid_fwd", f"({PAIRS}, {_RING}) -> ({', '.join(['Tensor'] * 5)})", tags=_TAGS)
+torch.library.define("fastclip::ring_sigmoid_fwd", f"({PAIRS}, {_RING}) -> ({', '.join(['Tensor'] * 5)})", tags=TAGS)
 
 
 @torch.library.impl("fastclip::ring_sigmoid_fwd", "default")
@@ -159,7 +158,7 @@ def _sigmoid_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 torch.library.define(
     "fastclip::ring_sigmoid_bwd",
     f"({PAIRS}, Tensor[] kept, Tensor d_loss) -> ({', '.join(['Tensor'] * 4)})",
-    tags=_TAGS,
+    tags=TAGS,
 )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastclip._backends import reference, serving
 from fastclip._backends.problem import Problem, Side, SideGrads, Sides
 from fastclip.ops.autocast import no_autocast, without_autocast
-from fastclip.ops.second import check_second_derivatives, keep, kept, vector_jacobian
+from fastclip.ops.second import TAGS, check_second_derivatives, keep, kept, vector_jacobian
 from fastclip.ops.transforms import needs_dense
 
 __all__ = [
@@ -37,14 +37,13 @@ PROBLEM = (
     "Tensor image, Tensor text, Tensor scale, Tensor? image_labels, Tensor? text_labels, SymInt offset, "
     "bool exclude_self, bool normalize, str? backend"
 )
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define("fastclip::contrastive_fwd", f"({PROBLEM}) -> ({', '.join(['Tensor'] * 8)})", tags=_TAGS)
+torch.library.define("fastclip::contrastive_fwd", f"({PROBLEM}) -> ({', '.join(['Tensor'] * 8)})", tags=TAGS)
 torch.library.define(
     "fastclip::contrastive_bwd",
     f"({PROBLEM}, Tensor[] stats, Tensor[] grads, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
-torch.library.define("fastclip::contrastive_maxima", f"({PROBLEM}) -> ({', '.join(['Tensor'] * 12)})", tags=_TAGS)
+torch.library.define("fastclip::contrastive_maxima", f"({PROBLEM}) -> ({', '.join(['Tensor'] * 12)})", tags=TAGS)
 
 _Kind = TypeVar("_Kind", Side, SideGrads)
 

@@ -16,18 +16,17 @@ from torch import Tensor
 
 from fastclip._backends import pick, reference, serving_pairs
 from fastclip.ops.autocast import no_autocast, without_autocast
-from fastclip.ops.second import check_second_derivatives, keep, kept
+from fastclip.ops.second import TAGS, check_second_derivatives, keep, kept
 from fastclip.ops.transforms import direct, recorded, transformed
 
 __all__ = ["plain_loss"]
 
 _PROBLEM = "Tensor image, Tensor text, Tensor scale, float image_weight, bool normalize, str? backend"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define("fastclip::plain_fwd", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=_TAGS)
+torch.library.define("fastclip::plain_fwd", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=TAGS)
 torch.library.define(
     "fastclip::plain_bwd",
     f"({_PROBLEM}, Tensor saved, Tensor d_loss, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 
 

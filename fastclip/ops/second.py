@@ -1,4 +1,4 @@
-"""What the ops' backward passes share: what a forward keeps, and second derivatives by autograd on the reference."""
+"""What the ops share: tags, what a forward keeps for its backward, second derivatives by autograd on the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from fastclip._backends import pick
 
-__all__ = ["check_second_derivatives", "keep", "kept", "vector_jacobian"]
+__all__ = ["TAGS", "check_second_derivatives", "keep", "kept", "vector_jacobian"]
+
+# Exact strides: torch.compile hands an op the layouts that an eager call hands it
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
 def keep(ctx: Any, inputs: Sequence[Any], tensors: Sequence[Tensor]) -> None:

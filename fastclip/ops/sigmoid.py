@@ -15,7 +15,7 @@ from torch import Tensor
 from fastclip._backends import pick, reference, serving
 from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import no_autocast, without_autocast
-from fastclip.ops.second import check_second_derivatives, keep, kept, vector_jacobian
+from fastclip.ops.second import TAGS, check_second_derivatives, keep, kept, vector_jacobian
 from fastclip.ops.transforms import direct, needs_dense, recorded, transformed
 
 __all__ = ["PAIRS", "Pairs", "sigmoid_pairs"]
@@ -24,10 +24,9 @@ PAIRS = (
     "Tensor image, Tensor text, Tensor scale, Tensor bias, SymInt divisor, SymInt offset, bool normalize, "
     "str? backend, bool[] needs"
 )
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define("fastclip::sigmoid_fwd", f"({PAIRS}) -> ({', '.join(['Tensor'] * 5)})", tags=_TAGS)
+torch.library.define("fastclip::sigmoid_fwd", f"({PAIRS}) -> ({', '.join(['Tensor'] * 5)})", tags=TAGS)
 torch.library.define(
-    "fastclip::sigmoid_bwd", f"({PAIRS}, Tensor[] kept, Tensor d_loss) -> ({', '.join(['Tensor'] * 4)})", tags=_TAGS
+    "fastclip::sigmoid_bwd", f"({PAIRS}, Tensor[] kept, Tensor d_loss) -> ({', '.join(['Tensor'] * 4)})", tags=TAGS
 )
 
 
