@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.features import Features, bound_of, high_bit, largest_norm, set_constants
-from fastclip.triton_kernels.gradients import OWN, store_factors
-from fastclip.triton_kernels.launch import cdiv, launch
+from fastclip.triton_kernels.features import NORMS, Features, bound_of, high_bit, largest_norm, set_constants
+from fastclip.triton_kernels.gradients import DIAGONAL, store_factors
+from fastclip.triton_kernels.launch import cdiv, launch, matrix
 from fastclip.triton_kernels.tile import CONSTANTS, GAIN, INF, LN2, LOG2E, REPAIR
 from torch import Tensor
 
@@ -29,26 +29,25 @@ __all__ = [
 ]
 
 # More planes of the vectors: of the negatives the weight for the shared offset, and weight and log2-sum-exp for a
-# repair; with labels the labels (int32 bits) and the same of the positives. OWN is d_pos there.
+# repair; with labels the labels (int32 bits) and the same of the positives. DIAGONAL is d_pos there.
 NEG, NEG_EXACT, NEG_LSE2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 LABEL, POS, POS_EXACT, POS_LSE2 = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
 
 _LOWEST = tl.constexpr(-62.0)  # a log-sum-exp so far below the offset may have lost terms
 _BLOCK = 1024  # rows of a program of the vectors' kernels
-_ROWS, _COLUMNS = 8, 128  # where it reads features, at a time
 
 
 @triton.jit
-def largest_finite(x, some):
+def largest_finite(x, in_rows):
     """Magnitudes; 0 where x is NaN or infinite, or nothing."""
     x = tl.abs(x)
-    return tl.where(some & (x < INF), x, 0.0)
+    return tl.where(in_rows & (x < INF), x, 0.0)
 
 
 @triton.jit
-def _magnitude(x_ptr, k, some):
+def _magnitude(x_ptr, k, in_rows):
     """Largest finite magnitude."""
-    return tl.max(largest_finite(tl.load(x_ptr + k, mask=some, other=0.0), some), 0)
+    return tl.max(largest_finite(tl.load(x_ptr + k, mask=in_rows, other=0.0), in_rows), 0)
 
 
 @triton.jit
@@ -76,33 +75,31 @@ class _Side(NamedTuple):
     d_pos_lse: Tensor
     inv: Tensor  # fp32
     factor: Tensor  # fp32
-    label: Tensor  # int32; not read without labels
+    label: Tensor | None  # int32; None without labels
     vec: Tensor  # (planes, size) fp32
 
 
 @triton.jit
 def _largest(
-    x_ptr, x_row_stride, side, top_ptr, largest_ptr, k0, size, D,
+    x, side, top_ptr, largest_ptr, k0, size, D,
     NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of one side's rows from k0 on."""
     k = k0 + tl.arange(0, BLOCK)
-    some = k < size
-    largest = tl.maximum(_magnitude(side.d_neg, k, some), _magnitude(side.d_pos, k, some))
+    in_rows = k < size
+    largest = tl.maximum(_magnitude(side.d_neg, k, in_rows), _magnitude(side.d_pos, k, in_rows))
     if LABELS:
-        largest = tl.maximum(largest, _magnitude(side.d_pos_lse, k, some))
+        largest = tl.maximum(largest, _magnitude(side.d_pos_lse, k, in_rows))
     tl.store(largest_ptr, largest)
     if not NORMALIZE:
-        tl.store(top_ptr, largest_norm(x_ptr, x_row_stride, side.inv, k, some, D, BLOCK, BLOCK_D))
+        tl.store(top_ptr, largest_norm(x, side.inv, k, in_rows, D, BLOCK, BLOCK_D))
 
 
 @triton.jit(do_not_specialize=["M", "N"])
 def contrastive_bwd_largest_kernel(
-    image_ptr,  # (M, D)
-    text_ptr,  # (N, D)
-    image_row_stride,
-    text_row_stride,
-    row,
+    image,  # a `Matrix` (M, D)
+    text,  # (N, D)
+    row,  # a `_Side`
     col,
     top_ptr,  # (programs,) fp32; not written with NORMALIZE
     largest_ptr,  # (programs,) fp64
@@ -119,63 +116,62 @@ def contrastive_bwd_largest_kernel(
     block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
     top_ptr, largest_ptr = top_ptr + block, largest_ptr + block
     if block < blocks:
-        _largest(
-            image_ptr, image_row_stride, row, top_ptr, largest_ptr, block * BLOCK, M, D,
-            NORMALIZE, LABELS, BLOCK, BLOCK_D,
-        )  # fmt: skip
+        _largest(image, row, top_ptr, largest_ptr, block * BLOCK, M, D, NORMALIZE, LABELS, BLOCK, BLOCK_D)
     else:
-        _largest(
-            text_ptr, text_row_stride, col, top_ptr, largest_ptr, (block - blocks) * BLOCK, N, D,
-            NORMALIZE, LABELS, BLOCK, BLOCK_D,
-        )  # fmt: skip
+        first = (block - blocks) * BLOCK
+        _largest(text, col, top_ptr, largest_ptr, first, N, D, NORMALIZE, LABELS, BLOCK, BLOCK_D)
     if block == 0:
         tl.store(constants_ptr + REPAIR, 0.0)
 
 
 @triton.jit
-def guarded_weights(lse, d, offset2, lowest, constants_ptr, vec_ptrs, vec_plane, some, PLANE: tl.constexpr):
+def guarded_weights(lse, d, offset2, lowest, constants_ptr, vec_ptrs, vec_plane, in_rows, PLANE: tl.constexpr):
     """Three planes from log-sum-exps and their scaled derivatives, fp64; asks for a repair where one is too low."""
     lse2 = lse * LOG2E
     empty = lse == -INF
-    wanted = some & (empty == 0) & ((d != 0) | (lse != lse))
+    wanted = in_rows & (empty == 0) & ((d != 0) | (lse != lse))
     if tl.max((wanted & ((lse >= lowest) == 0)).to(tl.int32), 0) != 0:
         tl.store(constants_ptr + REPAIR, 1.0)  # by several programs, all the same
     weight = d * tl.exp2(offset2.to(tl.float64) - lse2)
-    tl.store(vec_ptrs + PLANE * vec_plane, tl.where(wanted, weight, 0.0).to(tl.float32), mask=some)
+    tl.store(vec_ptrs + PLANE * vec_plane, tl.where(wanted, weight, 0.0).to(tl.float32), mask=in_rows)
     # What rounding takes from the log-sum-exp goes into the weight
     rounded = tl.where(empty, 0.0, lse2).to(tl.float32)
     lost = tl.where(tl.abs(rounded) < INF, rounded.to(tl.float64) - lse2, 0.0)
     exact = tl.where(wanted, d * tl.exp2(lost), 0.0)
-    tl.store(vec_ptrs + (PLANE + 1) * vec_plane, exact.to(tl.float32), mask=some)
-    tl.store(vec_ptrs + (PLANE + 2) * vec_plane, rounded, mask=some)
+    tl.store(vec_ptrs + (PLANE + 1) * vec_plane, exact.to(tl.float32), mask=in_rows)
+    tl.store(vec_ptrs + (PLANE + 2) * vec_plane, rounded, mask=in_rows)
 
 
 @triton.jit
 def _vectors(
-    side, other, constants_ptr, scale, offset2, gain, k0, size, other_size, own_offset,
+    side, other, constants_ptr, scale, offset2, gain, k0, size, other_size, offset,
     NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of one side's rows from k0 on."""
     k = k0 + tl.arange(0, BLOCK)
-    some = k < size
+    in_rows = k < size
     vec_ptrs = side.vec + k
     plane = size.to(tl.int64)
-    store_factors(vec_ptrs, plane, side.inv + k, side.factor + k, scale, gain, some, NORMALIZE)
-    own_weight = tl.load(side.d_pos + k, mask=some, other=0.0)
-    d_neg = tl.load(side.d_neg + k, mask=some, other=0.0) * gain
+    inv = tl.load(side.inv + k, mask=in_rows, other=0.0)
+    factor = tl.load(side.factor + k, mask=in_rows, other=1.0)
+    out = scale.to(tl.float64) * (inv.to(tl.float64) / factor.to(tl.float64)) / gain
+    store_factors(vec_ptrs, plane, inv, factor, out.to(tl.float32), in_rows, NORMALIZE)
+    diagonal = tl.load(side.d_pos + k, mask=in_rows, other=0.0)
+    d_neg = tl.load(side.d_neg + k, mask=in_rows, other=0.0) * gain
     lowest = lowest_safe(offset2)
-    neg = tl.load(side.neg + k, mask=some, other=0.0)
-    guarded_weights(neg, d_neg, offset2, lowest, constants_ptr, vec_ptrs, plane, some, NEG)
+    neg = tl.load(side.neg + k, mask=in_rows, other=0.0)
+    guarded_weights(neg, d_neg, offset2, lowest, constants_ptr, vec_ptrs, plane, in_rows, NEG)
     if LABELS:
-        label = tl.load(side.label + k, mask=some, other=0)
-        tl.store(vec_ptrs + LABEL * plane, label.to(tl.float32, bitcast=True), mask=some)
-        d_pos_lse = tl.load(side.d_pos_lse + k, mask=some, other=0.0) * gain
-        pos_lse = tl.load(side.pos_lse + k, mask=some, other=0.0)
-        guarded_weights(pos_lse, d_pos_lse, offset2, lowest, constants_ptr, vec_ptrs, plane, some, POS)
+        label = tl.load(side.label + k, mask=in_rows, other=0)
+        tl.store(vec_ptrs + LABEL * plane, label.to(tl.float32, bitcast=True), mask=in_rows)
+        d_pos_lse = tl.load(side.d_pos_lse + k, mask=in_rows, other=0.0) * gain
+        pos_lse = tl.load(side.pos_lse + k, mask=in_rows, other=0.0)
+        guarded_weights(pos_lse, d_pos_lse, offset2, lowest, constants_ptr, vec_ptrs, plane, in_rows, POS)
     else:
-        own = k + own_offset
-        own_weight += tl.load(other.d_pos + own, mask=some & (own >= 0) & (own < other_size), other=0.0)
-    tl.store(vec_ptrs + OWN * plane, (own_weight * gain).to(tl.float32), mask=some)
+        partner = k + offset
+        has_partner = in_rows & (partner >= 0) & (partner < other_size)
+        diagonal += tl.load(other.d_pos + partner, mask=has_partner, other=0.0)
+    tl.store(vec_ptrs + DIAGONAL * plane, (diagonal * gain).to(tl.float32), mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset", "rows", "cols", "parts"])
@@ -248,13 +244,13 @@ def vectors(
     has_labels = labels is not None
     M, N = len(rows.x), len(cols.x)
     row_neg, col_neg, _, _, row_pos_lse, col_pos_lse, row_inv, col_inv = (x.contiguous() for x in stats)
-    row_grads, col_grads = ([d.contiguous() for d in grads[side::2]] for side in (0, 1))
-    row_label, col_label = (x.int().contiguous() for x in labels) if labels is not None else (row_inv, col_inv)
+    d_row_neg, d_col_neg, d_row_pos, d_col_pos, d_row_pos_lse, d_col_pos_lse = (d.contiguous() for d in grads)
+    row_label, col_label = (None, None) if labels is None else (x.int().contiguous() for x in labels)
     planes = 11 if has_labels else 7
     row_vec, col_vec = (rows.x.new_empty(planes, size, dtype=torch.float32) for size in (M, N))
-    row = _Side(row_neg, row_pos_lse, *row_grads, row_inv, rows.factor, row_label, row_vec)
-    col = _Side(col_neg, col_pos_lse, *col_grads, col_inv, cols.factor, col_label, col_vec)
-    block = _BLOCK if normalize else _ROWS
+    row = _Side(row_neg, row_pos_lse, d_row_neg, d_row_pos, d_row_pos_lse, row_inv, rows.factor, row_label, row_vec)
+    col = _Side(col_neg, col_pos_lse, d_col_neg, d_col_pos, d_col_pos_lse, col_inv, cols.factor, col_label, col_vec)
+    block = _BLOCK if normalize else NORMS["BLOCK"]
     counts = cdiv(M, block), cdiv(N, block)
     top, constants = (rows.x.new_empty(n, dtype=torch.float32) for n in (sum(counts), CONSTANTS))
     largest = rows.x.new_empty(sum(counts), dtype=torch.float64)
@@ -262,10 +258,10 @@ def vectors(
     launch(
         contrastive_bwd_largest_kernel,
         sum(counts),
-        *(rows.x, cols.x, rows.x.stride(0), cols.x.stride(0), row, col, top, largest, constants, M, N, rows.x.shape[1]),
+        *(matrix(rows.x), matrix(cols.x), row, col, top, largest, constants, M, N, rows.x.shape[1]),
         **flags,
         BLOCK=block,
-        BLOCK_D=_COLUMNS,
+        BLOCK_D=NORMS["BLOCK_D"],
     )
     launch(
         contrastive_bwd_vectors_kernel,

@@ -20,22 +20,22 @@ def reduce_plane(
     IS_SUM: tl.constexpr, IS_TOP: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Elements k of one side's partial results (tiles, size), together with those `before` them; fp64."""
-    some = k < size
-    top = tl.where(some & (first != 0), -INF, before) if EXACT and not IS_SUM else before
+    in_rows = k < size
+    top = tl.where(in_rows & (first != 0), -INF, before) if EXACT and not IS_SUM else before
     total, lost = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int32)
     lost += (before != before).to(tl.int32)
     ptrs = part_ptr + k[None, :]
     if EXACT and not IS_SUM:
         for t0 in range(0, tiles, TILES):
             t = t0 + tl.arange(0, TILES)[:, None]
-            part = tl.load(ptrs + t.to(tl.int64) * size, mask=some[None, :] & (t < tiles), other=-INF)
+            part = tl.load(ptrs + t.to(tl.int64) * size, mask=in_rows[None, :] & (t < tiles), other=-INF)
             top = tl.maximum(top, tl.max(part, 0).to(tl.float64))
             lost |= tl.max((part != part).to(tl.int32), 0)
     if not IS_TOP:
         safe = tl.where(top == -INF, 0.0, top)
         for t0 in range(0, tiles, TILES):
             t = t0 + tl.arange(0, TILES)[:, None]
-            mask = some[None, :] & (t < tiles)
+            mask = in_rows[None, :] & (t < tiles)
             if EXACT and not IS_SUM:
                 part = tl.load(ptrs + t.to(tl.int64) * size, mask=mask, other=-INF)
                 total += tl.sum(tl.exp2(part.to(tl.float64) - safe[None, :]), 0)
@@ -51,7 +51,7 @@ def reduce_plane(
         if not EXACT and not IS_SUM:
             # Empty sets are known: with labels their sum is 0 exactly, without there is one pair and it is its own
             empty = (total == 0) if LABELS else (k == alone)
-            if tl.max((some & (empty == 0) & ((total >= _SAFE_SUM) == 0)).to(tl.int32), 0) != 0:
+            if tl.max((in_rows & (empty == 0) & ((total >= _SAFE_SUM) == 0)).to(tl.int32), 0) != 0:
                 tl.store(constants_ptr + REPAIR, 1.0)  # by several programs, all the same
             total = tl.log2(total) + tl.load(constants_ptr + OFFSET2).to(tl.float64)
         total = total * LN2
@@ -65,16 +65,16 @@ def _reduce(
 ):  # fmt: skip
     """One side's partial results (planes, tiles, size) -> out (planes, out_plane) fp64, from element k0."""
     k = k0 + tl.arange(0, BLOCK)
-    some = k < size
+    in_rows = k < size
     for plane in tl.static_range((3 if LABELS else 1) + ((2 if LABELS else 1) if MAXIMA else 0)):
         is_sum, is_top = LABELS and plane == 2, plane >= (3 if LABELS else 1)
         out_ptrs = out_ptr + plane * out_plane + k
-        before = tl.load(out_ptrs, mask=some & (first == 0), other=0.0 if is_sum or not EXACT else -INF)
+        before = tl.load(out_ptrs, mask=in_rows & (first == 0), other=0.0 if is_sum or not EXACT else -INF)
         total = reduce_plane(
             part_ptr + plane * tiles.to(tl.int64) * size, before, constants_ptr, tiles, size, k, alone, first, last,
             LABELS, EXACT, is_sum, is_top, BLOCK, TILES,
         )  # fmt: skip
-        tl.store(out_ptrs, total, mask=some)
+        tl.store(out_ptrs, total, mask=in_rows)
 
 
 @triton.jit(

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.launch import cdiv, launch
+from fastclip.triton_kernels.launch import Matrix, cdiv, launch, matrix, with_rows
 from fastclip.triton_kernels.tile import BOUND, CONSTANTS, INF, LOG2E, OFFSET2, REPAIR, SCALE
 from torch import Tensor
 
 __all__ = [
     "EPS",
+    "NORMS",
     "Features",
     "bound_kernel",
     "bound_of",
@@ -30,9 +31,10 @@ __all__ = [
     "pair_sums",
     "set_constants",
     "unit_norm",
+    "without_power",
 ]
 
-EPS = tl.constexpr(1e-12)  # lower bound of a norm, as in torch.nn.functional.normalize
+EPS = tl.constexpr(1e-12)  # lower bound of a norm: the reference's, which a module below it cannot import
 REACH = tl.constexpr(70.0)  # exponentials, and sums of a million of them, do not overflow so far above their offset
 
 
@@ -54,24 +56,23 @@ def _wide(x):
 
 @triton.jit
 def pair_sums(
-    x_ptr, y_ptr, x_row_stride, y_row_stride, k, own, some, has, D,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, y, k, partner, in_rows, has_partner, D, PAIRS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """<x, x> of rows k where `some`; with PAIRS also <y, y> and <x, y> of their partners `own`, where there `has` one.
+    """<x, x> of rows k; with PAIRS also <y, y> and <x, y> of their partners, where they have one.
 
     fp64: squares of fp32 neither overflow nor flush.
     """
-    x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
-    y_ptrs = y_ptr + tl.where(has, own, 0).to(tl.int64)[:, None] * y_row_stride
+    x_ptrs = x.ptr + k.to(tl.int64)[:, None] * x.row_stride
+    y_ptrs = y.ptr + tl.where(has_partner, partner, 0).to(tl.int64)[:, None] * y.row_stride
     xx, yy, xy = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
-        x = _wide(tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0))
-        xx += tl.sum(x * x, 1)
+        x_block = _wide(tl.load(x_ptrs + d, mask=in_rows[:, None] & (d < D), other=0.0))
+        xx += tl.sum(x_block * x_block, 1)
         if PAIRS:
-            y = _wide(tl.load(y_ptrs + d, mask=has[:, None] & (d < D), other=0.0))
-            yy += tl.sum(y * y, 1)
-            xy += tl.sum(x * y, 1)
+            y_block = _wide(tl.load(y_ptrs + d, mask=has_partner[:, None] & (d < D), other=0.0))
+            yy += tl.sum(y_block * y_block, 1)
+            xy += tl.sum(x_block * y_block, 1)
     return xx, yy, xy
 
 
@@ -81,33 +82,37 @@ def unit_norm(squares, inv):
     return (tl.sqrt(squares) * inv.to(tl.float64)).to(tl.float32)
 
 
+class NormSide(NamedTuple):
+    """One side of `norms_kernel`."""
+
+    x: Matrix  # (size, D)
+    inv: Tensor  # (size,) fp32, written
+    pos: Tensor | None  # (size,) fp64, written; None with labels
+
+
 @triton.jit
 def _norms(
-    x_ptr, y_ptr, x_row_stride, y_row_stride, inv_ptr, pos_ptr, scale_ptr, k0, size, other_size, D, offset,
+    side, other, scale_ptr, k0, size, other_size, D, offset,
     NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One side's inverse norms and positive logits, from row k0; the largest norm of a unit row among them."""
     k = k0 + tl.arange(0, BLOCK)
-    own = k + offset
-    some, has = k < size, (k < size) & (own >= 0) & (own < other_size)
-    xx, yy, xy = pair_sums(
-        x_ptr, y_ptr, x_row_stride, y_row_stride, k, own, some, has, D, not LABELS, BLOCK, BLOCK_D
-    )  # fmt: skip
+    partner, in_rows = k + offset, k < size
+    has_partner = in_rows & (partner >= 0) & (partner < other_size)
+    xx, yy, xy = pair_sums(side.x, other.x, k, partner, in_rows, has_partner, D, not LABELS, BLOCK, BLOCK_D)
     inv = inverse_norm(xx, NORMALIZE)
-    tl.store(inv_ptr + k, inv, mask=some)
+    tl.store(side.inv + k, inv, mask=in_rows)
     if not LABELS:
         z = tl.load(scale_ptr).to(tl.float64) * inv.to(tl.float64) * inverse_norm(yy, NORMALIZE).to(tl.float64) * xy
-        tl.store(pos_ptr + k, tl.where(has, z, 0.0), mask=some)
+        tl.store(side.pos + k, tl.where(has_partner, z, 0.0), mask=in_rows)
     return tl.max(unit_norm(xx, inv), 0)
 
 
 @triton.jit
-def largest_norm(
-    x_ptr, x_row_stride, inv_ptr, k, some, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+def largest_norm(x, inv_ptr, k, in_rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Of the unit rows k, as `norms_kernel` finds it."""
-    xx, _, _ = pair_sums(x_ptr, x_ptr, x_row_stride, x_row_stride, k, k, some, some, D, False, BLOCK, BLOCK_D)
-    return tl.max(unit_norm(xx, tl.load(inv_ptr + k, mask=some, other=0.0)), 0)
+    xx, _, _ = pair_sums(x, x, k, k, in_rows, in_rows, D, False, BLOCK, BLOCK_D)
+    return tl.max(unit_norm(xx, tl.load(inv_ptr + k, mask=in_rows, other=0.0)), 0)
 
 
 @triton.jit
@@ -139,14 +144,8 @@ def set_constants(constants_ptr, scale, bound, store):
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def norms_kernel(
-    image_ptr,  # (M, D)
-    text_ptr,  # (N, D)
-    image_row_stride,
-    text_row_stride,
-    row_inv_ptr,  # (M,) fp32
-    col_inv_ptr,  # (N,) fp32
-    row_pos_ptr,  # (M,) fp64; not written with LABELS
-    col_pos_ptr,  # (N,) fp64
+    row,  # a `NormSide`
+    col,
     top_ptr,  # (programs,) fp32
     constants_ptr,
     scale_ptr,
@@ -171,15 +170,10 @@ def norms_kernel(
     """
     block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
     if block < blocks:
-        top = _norms(
-            image_ptr, text_ptr, image_row_stride, text_row_stride, row_inv_ptr, row_pos_ptr, scale_ptr,
-            block * BLOCK, M, N, D, offset, NORMALIZE, LABELS, BLOCK, BLOCK_D,
-        )  # fmt: skip
+        top = _norms(row, col, scale_ptr, block * BLOCK, M, N, D, offset, NORMALIZE, LABELS, BLOCK, BLOCK_D)
     else:
-        top = _norms(
-            text_ptr, image_ptr, text_row_stride, image_row_stride, col_inv_ptr, col_pos_ptr, scale_ptr,
-            (block - blocks) * BLOCK, N, M, D, -offset, NORMALIZE, LABELS, BLOCK, BLOCK_D,
-        )  # fmt: skip
+        first = (block - blocks) * BLOCK
+        top = _norms(col, row, scale_ptr, first, N, M, D, -offset, NORMALIZE, LABELS, BLOCK, BLOCK_D)
     if NORMALIZE:
         scale = tl.load(scale_ptr).to(tl.float32)
         set_constants(constants_ptr, scale, bound_of(scale, top_ptr, 0, 0, NORMALIZE, BLOCK), block == 0)
@@ -204,24 +198,29 @@ def high_bit(x):
 
 
 @triton.jit
-def _scale_rows(x_ptr, x_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D: tl.constexpr):
+def without_power(inv):
+    """A factor in [1, 2) and a power of two, fp32, whose product is `inv`."""
+    power = high_bit(inv.to(tl.float64))
+    return (inv.to(tl.float64) / power).to(tl.float32), power.to(tl.float32)
+
+
+@triton.jit
+def _scale_rows(x, out, power, k, in_rows, D, BLOCK_D: tl.constexpr):
     """Copies rows k, times their powers of two in fp64; columns beyond D become 0."""
-    x_ptrs = x_ptr + k.to(tl.int64)[:, None] * x_row_stride
-    out_ptrs = out_ptr + k.to(tl.int64)[:, None] * out_row_stride
-    for d0 in range(0, out_row_stride, BLOCK_D):
+    x_ptrs = x.ptr + k.to(tl.int64)[:, None] * x.row_stride
+    out_ptrs = out.ptr + k.to(tl.int64)[:, None] * out.row_stride
+    for d0 in range(0, out.row_stride, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]
-        x = tl.load(x_ptrs + d, mask=some[:, None] & (d < D), other=0.0)
-        x = (_wide(x) * power[:, None]).to(tl.float32).to(x.dtype)
-        tl.store(out_ptrs + d, x, mask=some[:, None] & (d < out_row_stride))
+        values = tl.load(x_ptrs + d, mask=in_rows[:, None] & (d < D), other=0.0)
+        scaled = _wide(values) * power.to(tl.float64)[:, None]
+        tl.store(out_ptrs + d, scaled.to(tl.float32).to(values.dtype), mask=in_rows[:, None] & (d < out.row_stride))
 
 
 @triton.jit(do_not_specialize=["size"])
 def copy_rows_kernel(
-    x_ptr,  # (size, D)
-    x_row_stride,
+    x,  # a `Matrix` (size, D)
     inv_ptr,  # (size,) fp32
-    out_ptr,  # (size, out_row_stride): the columns beyond D become 0
-    out_row_stride,
+    out,  # (size, out.row_stride): the columns beyond D become 0
     factor_ptr,  # (size,) fp32
     size,
     D,
@@ -234,24 +233,20 @@ def copy_rows_kernel(
     Precision exact, but for elements 2^-24 below the row's norm, which may flush in fp16
     """
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    some = k < size
-    inv = tl.load(inv_ptr + k, mask=some, other=1.0)
-    power = high_bit(inv.to(tl.float64))
-    tl.store(factor_ptr + k, (inv.to(tl.float64) / power).to(tl.float32), mask=some)
-    _scale_rows(x_ptr, x_row_stride, out_ptr, out_row_stride, power, k, some, D, BLOCK_D)
+    in_rows = k < size
+    factor, power = without_power(tl.load(inv_ptr + k, mask=in_rows, other=1.0))
+    tl.store(factor_ptr + k, factor, mask=in_rows)
+    _scale_rows(x, out, power, k, in_rows, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["row_power_ptr", "col_power_ptr", "M", "N"])
 def copy_sides_kernel(
-    image_ptr,  # (M, D)
-    text_ptr,  # (N, D)
-    image_row_stride,
-    text_row_stride,
+    image,  # a `Matrix` (M, D)
+    text,  # (N, D)
     row_power_ptr,  # (M,) fp32
     col_power_ptr,  # (N,) fp32
-    row_out_ptr,  # (M, out_row_stride): the columns beyond D become 0
-    col_out_ptr,  # (N, out_row_stride)
-    out_row_stride,
+    row_out,  # (M, row_out.row_stride): the columns beyond D become 0
+    col_out,  # (N, ...)
     M,
     N,
     D,
@@ -263,15 +258,15 @@ def copy_sides_kernel(
     k = tl.arange(0, BLOCK)
     if block < blocks:
         k += block * BLOCK
-        power = tl.load(row_power_ptr + k, mask=k < M, other=1.0).to(tl.float64)
-        _scale_rows(image_ptr, image_row_stride, row_out_ptr, out_row_stride, power, k, k < M, D, BLOCK_D)
+        power = tl.load(row_power_ptr + k, mask=k < M, other=1.0)
+        _scale_rows(image, row_out, power, k, k < M, D, BLOCK_D)
     else:
         k += (block - blocks) * BLOCK
-        power = tl.load(col_power_ptr + k, mask=k < N, other=1.0).to(tl.float64)
-        _scale_rows(text_ptr, text_row_stride, col_out_ptr, out_row_stride, power, k, k < N, D, BLOCK_D)
+        power = tl.load(col_power_ptr + k, mask=k < N, other=1.0)
+        _scale_rows(text, col_out, power, k, k < N, D, BLOCK_D)
 
 
-_ROWS, _COLUMNS = 8, 128  # of a program of the kernels above, at a time
+NORMS = {"BLOCK": 8, "BLOCK_D": 128}  # rows and columns of a program that reads features, at a time
 
 
 def needs_copy(x: Tensor, normalize: bool) -> bool:
@@ -294,15 +289,14 @@ class Features(NamedTuple):
         if not needs_copy(x, normalize):
             return Features(x, inv)
         size, D = x.shape
-        out = x.new_empty(size, -(-D // 8) * 8)
+        out = x.new_empty(size, cdiv(D, 8) * 8)
         factor = torch.empty_like(inv)
-        x = x if x.stride(1) == 1 else x.contiguous()
+        x = with_rows(x)
         launch(
             copy_rows_kernel,
-            cdiv(size, _ROWS),
-            *(x, x.stride(0), inv, out, out.stride(0), factor, size, D),
-            BLOCK=_ROWS,
-            BLOCK_D=_COLUMNS,
+            cdiv(size, NORMS["BLOCK"]),
+            *(matrix(x), inv, matrix(out), factor, size, D),
+            **NORMS,
         )
         return Features(out, factor)
 
@@ -319,19 +313,19 @@ def norms(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize: bo
     """One launch, for normalised features; one more where the bound on the logits has to be found."""
     M, D = image.shape
     N = text.shape[0]
-    image, text = (x if x.stride(1) == 1 else x.contiguous() for x in (image, text))
-    rows, cols = cdiv(M, _ROWS), cdiv(N, _ROWS)
+    image, text = (with_rows(x) for x in (image, text))
+    rows, cols = cdiv(M, NORMS["BLOCK"]), cdiv(N, NORMS["BLOCK"])
     row_inv, col_inv, top, constants = (image.new_empty(n, dtype=torch.float32) for n in (M, N, rows + cols, CONSTANTS))
     row_pos, col_pos = (image.new_empty(n, dtype=torch.float64) for n in ((0, 0) if labels else (M, N)))
+    row = NormSide(matrix(image), row_inv, None if labels else row_pos)
+    col = NormSide(matrix(text), col_inv, None if labels else col_pos)
     launch(
         norms_kernel,
         rows + cols,
-        *(image, text, image.stride(0), text.stride(0), row_inv, col_inv, row_pos, col_pos, top, constants, scale),
-        *(M, N, D, offset),
+        *(row, col, top, constants, scale, M, N, D, offset),
         NORMALIZE=normalize,
         LABELS=labels,
-        BLOCK=_ROWS,
-        BLOCK_D=_COLUMNS,
+        **NORMS,
     )
     if not normalize:
         launch(bound_kernel, 1, top, constants, scale, rows, cols, BLOCK=1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,22 +14,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastclip import _env
 
 __all__ = [
+    "BwdSide",
     "Config",
+    "FwdSide",
+    "Matrix",
+    "TileLaunch",
     "Tiles",
     "addmm",
     "always_anew",
     "cdiv",
-    "choose",
     "chunks",
-    "fp32_products",
     "interpreting",
     "launch",
-    "output_argument",
+    "matrix",
+    "panels_of",
     "processors",
-    "tile_arguments",
-    "tile_options",
-    "uses_descriptors",
-    "workspace_bytes",
+    "with_rows",
 ]
 
 _OLD_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)  # adds to the operands' dtype only
@@ -45,6 +46,17 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     SPLIT: int = 1  # parts of a tile that the epilogue works on one after the other
+    # What follows from the features, for the kernel that is compiled
+    DESCRIPTOR: bool = False
+    EVEN_K: bool = False
+    PRECISION: str = "ieee"
+
+
+class Matrix(NamedTuple):
+    """Rows without gaps between columns, as kernels are handed them: later launches take any tuple in its place."""
+
+    ptr: Tensor
+    row_stride: int
 
 
 class Tiles(Protocol):
@@ -153,12 +165,12 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> tuple[Any, tup
         return None
     device = triton.runtime.driver.active.get_current_device()
     key = (kernel.fn, device, *options.values(), *map(_kind, args))
-    if found := _compiled.get(key):
-        compiled, constants = found
+    if started := _compiled.get(key):
+        compiled, constants = started
         compiled[grid, 1, 1](*args, *constants)
     elif compiled := kernel[(grid,)](*args, **options):
-        found = _compiled[key] = compiled, tuple(options.get(p.name, p.default) for p in kernel.params[len(args) :])
-    return found
+        started = _compiled[key] = compiled, tuple(options.get(p.name, p.default) for p in kernel.params[len(args) :])
+    return started
 
 
 def always_anew() -> bool:
@@ -170,7 +182,7 @@ def _kind(x: Any) -> Any:
     """What a kernel is compiled for, of a run-time argument: its type, its alignment, whether it is 1."""
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, int):
+    if isinstance(x, int):  # Triton compiles 1 as a constant, multiples of 16 as such, and the rest by width
         return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, *x.block_shape
@@ -199,17 +211,13 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def output_argument(tile: Config, out: Tensor, features: Tensor) -> Any:
-    """What a tile kernel for these features writes its tiles to."""
-    return (
-        TensorDescriptor.from_tensor(out, [tile.BLOCK_M, tile.BLOCK_N // tile.SPLIT])
-        if uses_descriptors(features)
-        else out
-    )
+def with_rows(x: Tensor) -> Tensor:
+    """Features whose rows have no gaps between columns."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
-def workspace_bytes() -> int:
-    return _env.workspace_bytes("cuda")
+def matrix(x: Tensor) -> Matrix:
+    return Matrix(x, x.stride(0))
 
 
 def choose(kernel: str, x: Tensor, labels: bool) -> Config:
@@ -220,30 +228,69 @@ def choose(kernel: str, x: Tensor, labels: bool) -> Config:
     return CONFIGS[kernel, chip, "fp32" if x.dtype == torch.float32 else "fp16", labels]
 
 
-def tile_arguments(tile: Config, image: Tensor, text: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The first arguments of a tile kernel, features and their strides; and its options."""
-    descriptor = uses_descriptors(image)
-    strides = image.stride(0), text.stride(0)
-    precision = fp32_products() if image.dtype == torch.float32 else "ieee"
-    options = tile_options(tile, descriptor, image.shape[1] % tile.BLOCK_K == 0, precision)
-    if descriptor:
-        image, text = (
-            TensorDescriptor.from_tensor(x, [rows, tile.BLOCK_K])
-            for x, rows in ((image, tile.BLOCK_M), (text, tile.BLOCK_N))
-        )
-    return (image, text, *strides), options
+class TileLaunch:
+    """What all launches of a tile kernel have in common, for features like `x`, which it sees in `width` columns."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        x: Tensor,
+        width: int,
+        flags: dict[str, bool],
+        tile: Config | None = None,
+    ) -> None:
+        exact = flags.get("EXACT", False)
+        if tile is None:
+            name = kernel.fn.__name__.removesuffix("_kernel") + ("_repair" if exact else "")
+            tile = choose(name, x, flags.get("LABELS", False))
+        self.kernel, self.tile, self.descriptor = kernel, tile, uses_descriptors(x)
+        precision = fp32_products() if x.dtype is torch.float32 else "ieee"
+        self.options = {**flags, **_tile_options(tile, self.descriptor, width % tile.BLOCK_K == 0, precision)}
+        # A repair's programs are persistent: where there is nothing to repair, few of them return at once
+        self.most = processors(x.device) if exact else None
+
+    def shape(self, M: int, N: int) -> tuple[int, int]:
+        """Tile rows and tile columns."""
+        return cdiv(M, self.tile.BLOCK_M), cdiv(N, self.tile.BLOCK_N)
+
+    def tiles(self, M: int, N: int) -> int:
+        rows, columns = self.shape(M, N)
+        return rows * columns
+
+    def programs(self, M: int, N: int) -> int:
+        tiles = self.tiles(M, N)
+        return tiles if self.most is None else min(tiles, self.most)
+
+    def operands(self, image: Tensor, text: Tensor) -> tuple[Any, Any]:
+        """The features as the kernel is handed them."""
+        tile = self.tile
+        return self._matrix(image, tile.BLOCK_M, tile.BLOCK_K), self._matrix(text, tile.BLOCK_N, tile.BLOCK_K)
+
+    def output(self, out: Tensor) -> Any:
+        """What the kernel writes its tiles to."""
+        return self._matrix(out, self.tile.BLOCK_M, self.tile.BLOCK_N // self.tile.SPLIT)
+
+    def _matrix(self, x: Tensor, *block: int) -> TensorDescriptor | Matrix:
+        return TensorDescriptor.from_tensor(x, [*block]) if self.descriptor else matrix(x)
 
 
 @functools.cache
-def tile_options(tile: Config, descriptor: bool, even_k: bool, precision: str) -> dict[str, Any]:
+def _tile_options(tile: Config, descriptor: bool, even_k: bool, precision: str) -> dict[str, Any]:
     return {
-        **{name: value for name, value in tile._asdict().items() if name != "SPLIT" or value > 1},
-        "GROUP": 8,
-        "DESCRIPTOR": descriptor,
-        "EVEN_K": even_k,
+        "CONFIG": tile._replace(DESCRIPTOR=descriptor, EVEN_K=even_k, PRECISION=precision),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
         "enable_fp_fusion": True,  # said, because Triton's default is about to change
-        "PRECISION": precision,
     }
+
+
+def panels_of(tiles: Sequence[Config], M: int, N: int, planes: int) -> tuple[int, int, int]:
+    """Rows of a panel whose partial sums fit into the workspace, and the most tiles across a row and across a column
+    of it, of tiles of these kinds."""
+    row_bytes = 8 * planes * max(cdiv(N, tile.BLOCK_N) + N / tile.BLOCK_M for tile in tiles)
+    step = max(tile.BLOCK_M for tile in tiles)  # whole tiles of every kind: BLOCK_M are powers of two
+    panel = min(max(int(_env.workspace_bytes("cuda") / row_bytes) // step, 1) * step, M)
+    return panel, max(cdiv(N, tile.BLOCK_N) for tile in tiles), max(cdiv(panel, tile.BLOCK_M) for tile in tiles)
 
 
 def fp32_products() -> str:

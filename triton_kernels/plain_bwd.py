@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastclip.triton_kernels.gradients import finish_rows, in_two, total_of
-from fastclip.triton_kernels.plain_fwd import OWN_SHARE, plane_of
+from fastclip.triton_kernels.plain_fwd import DIAGONAL_SHARE, plane_of
 from fastclip.triton_kernels.tile import GAIN, REPAIR, SCALE
 
 __all__ = ["plain_finish_kernel"]
@@ -17,17 +17,14 @@ def _scale_gradient(part_ptr, fast_parts, exact_parts, constants_ptr, out_ptr, f
     parts = fast_parts
     if tl.load(constants_ptr + REPAIR) != 0:
         parts = exact_parts
-    total = total_of(part_ptr, 0, parts, BLOCK) + tl.load(constants_ptr + OWN_SHARE).to(tl.float64)
+    total = total_of(part_ptr, 0, parts, BLOCK) + tl.load(constants_ptr + DIAGONAL_SHARE).to(tl.float64)
     tl.store(out_ptr, (total * factor).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["upstream_ptr", "fast_parts", "exact_parts", "i0", "rows", "N"])
 def plain_finish_kernel(
-    row,  # a `FinishSide`; raw (rows, raw_row_stride) is of the images from i0 on
+    row,  # a `FinishSide`; raw (rows, ...) is of the images from i0 on
     col,
-    raw_row_stride,
-    image_row_stride,
-    text_row_stride,
     constants_ptr,
     upstream_ptr,  # () fp32: the loss's derivative
     part_ptr,  # fp32: the tiles' shares of d_scale; read with SCALE, as all that follows
@@ -65,11 +62,8 @@ def plain_finish_kernel(
         _scale_gradient(part_ptr, fast_parts, exact_parts, constants_ptr, d_scale_ptr, upstream, PARTS)
     elif block < blocks:
         finish_rows(
-            row, col, raw_row_stride, image_row_stride, text_row_stride, i0, block * BLOCK, rows, plane, plane, D, 0,
-            1.0, factor, power, True, True, BLOCK, BLOCK_D,
+            row, col, i0, block * BLOCK, rows, plane, plane, D, 0, 1.0, factor, power, True, True, BLOCK, BLOCK_D
         )  # fmt: skip
     else:
-        finish_rows(
-            col, row, raw_row_stride, text_row_stride, image_row_stride, 0, (block - blocks) * BLOCK, N, plane, plane,
-            D, 0, 1.0, factor, power, True, True, BLOCK, BLOCK_D,
-        )  # fmt: skip
+        first = (block - blocks) * BLOCK
+        finish_rows(col, row, 0, first, N, plane, plane, D, 0, 1.0, factor, power, True, True, BLOCK, BLOCK_D)

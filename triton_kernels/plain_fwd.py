@@ -25,13 +25,13 @@ from fastclip.triton_kernels.features import (
     set_constants,
     unit_norm,
 )
-from fastclip.triton_kernels.gradients import OWN, store_side
+from fastclip.triton_kernels.gradients import DIAGONAL, store_side
 from fastclip.triton_kernels.tile import CONSTANTS, GAIN, INF, OFFSET2, REPAIR, SCALE, softplus
 
 __all__ = [
     "ALIGNED",
     "HEADER",
-    "OWN_SHARE",
+    "DIAGONAL_SHARE",
     "PLANES",
     "plain_loss_kernel",
     "plain_norms_kernel",
@@ -39,7 +39,7 @@ __all__ = [
     "plane_of",
 ]
 
-OWN_SHARE = tl.constexpr(CONSTANTS)  # one more constant: of d_scale, times the gain, what the own pairs have
+DIAGONAL_SHARE = tl.constexpr(CONSTANTS)  # one more constant: of d_scale, times the gain, what the own pairs have
 HEADER = 16  # words of the constants, so that the vectors after them are aligned
 PLANES = 7
 COL = tl.constexpr(PLANES)  # the texts' first plane
@@ -54,10 +54,8 @@ def plane_of(N):
 
 @triton.jit(do_not_specialize=["N"])
 def plain_norms_kernel(
-    image_ptr,  # (N, D)
-    text_ptr,  # (N, D)
-    image_row_stride,
-    text_row_stride,
+    image,  # a `Matrix` (N, D)
+    text,  # (N, D)
     scale_ptr,
     constants_ptr,
     vec_ptr,  # (2 PLANES, plane): FACTOR, OUT and PROJECT become known
@@ -83,15 +81,13 @@ def plain_norms_kernel(
     """
     block = tl.program_id(0)
     k = block * BLOCK + tl.arange(0, BLOCK)
-    some = k < N
-    xx, yy, xy = pair_sums(
-        image_ptr, text_ptr, image_row_stride, text_row_stride, k, k, some, some, D, True, BLOCK, BLOCK_D
-    )  # fmt: skip
+    in_rows = k < N
+    xx, yy, xy = pair_sums(image, text, k, k, in_rows, in_rows, D, True, BLOCK, BLOCK_D)
     row_inv, col_inv = inverse_norm(xx, NORMALIZE), inverse_norm(yy, NORMALIZE)
-    tl.store(cos_ptr + k, row_inv.to(tl.float64) * col_inv.to(tl.float64) * xy, mask=some)
+    tl.store(cos_ptr + k, row_inv.to(tl.float64) * col_inv.to(tl.float64) * xy, mask=in_rows)
     plane = plane_of(N)
-    store_side(vec_ptr + k, plane, row_inv, some, NORMALIZE, COPY)
-    store_side(vec_ptr + COL * plane + k, plane, col_inv, some, NORMALIZE, COPY)
+    store_side(vec_ptr + k, plane, row_inv, in_rows, NORMALIZE, COPY)
+    store_side(vec_ptr + COL * plane + k, plane, col_inv, in_rows, NORMALIZE, COPY)
     if NORMALIZE:
         scale = tl.load(scale_ptr).to(tl.float32)
         set_constants(constants_ptr, scale, bound_of(scale, top_ptr, 0, 0, NORMALIZE, BLOCK), block == 0)
@@ -105,29 +101,29 @@ def plain_norms_kernel(
 
 @triton.jit
 def _weigh_pairs(
-    row_lse, col_lse, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, some, N
+    row_lse, col_lse, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, in_rows, N
 ):  # fmt: skip
     """Pairs k: shares of the loss and of d_scale, and the vectors, as the largest derivative among them has it."""
-    cos = tl.load(cos_ptr + k, mask=some, other=0.0)
+    cos = tl.load(cos_ptr + k, mask=in_rows, other=0.0)
     pos = tl.load(constants_ptr + SCALE).to(tl.float64) * cos
     row_loss, row_d = softplus(row_lse - pos)
     col_loss, col_d = softplus(col_lse - pos)
     weight += tl.zeros_like(cos)  # fp64; the interpreter is handed a number of Python's
     row_weight, col_weight = weight / N, (1.0 - weight) / N
     row_d, col_d = row_weight * row_d, col_weight * col_d
-    own = -(row_d + col_d)
-    gain = gain_of(tl.max(tl.maximum(largest_finite(row_d, some), largest_finite(col_d, some)), 0))
+    diagonal = -(row_d + col_d)
+    gain = gain_of(tl.max(tl.maximum(largest_finite(row_d, in_rows), largest_finite(col_d, in_rows)), 0))
     block, blocks = tl.program_id(0), tl.num_programs(0)
-    tl.store(share_ptr + block, tl.sum(tl.where(some, row_weight * row_loss + col_weight * col_loss, 0.0), 0))
-    tl.store(share_ptr + blocks + block, tl.sum(tl.where(some, own * cos, 0.0), 0))
+    tl.store(share_ptr + block, tl.sum(tl.where(in_rows, row_weight * row_loss + col_weight * col_loss, 0.0), 0))
+    tl.store(share_ptr + blocks + block, tl.sum(tl.where(in_rows, diagonal * cos, 0.0), 0))
     tl.store(share_ptr + 2 * blocks + block, gain)
     offset2 = tl.load(constants_ptr + OFFSET2)
     vec_ptrs = vec_ptr + k
-    own = (own * gain).to(tl.float32)
+    diagonal = (diagonal * gain).to(tl.float32)
     for side in tl.static_range(2):
-        tl.store(vec_ptrs + OWN * plane, own, mask=some)
+        tl.store(vec_ptrs + DIAGONAL * plane, diagonal, mask=in_rows)
         lse, d = (row_lse, row_d) if side == 0 else (col_lse, col_d)
-        guarded_weights(lse, d * gain, offset2, lowest_safe(offset2), constants_ptr, vec_ptrs, plane, some, NEG)
+        guarded_weights(lse, d * gain, offset2, lowest_safe(offset2), constants_ptr, vec_ptrs, plane, in_rows, NEG)
         vec_ptrs += COL * plane
 
 
@@ -140,17 +136,17 @@ def _finish_loss(
     By one program, which sees what all `blocks` have stored.
     """
     b = tl.arange(0, BLOCK)
-    loss, own = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    loss, diagonal = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     smallest, largest = tl.full((BLOCK,), float("inf"), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for b0 in range(0, blocks, BLOCK):
         inside = b0 + b < blocks
         loss += tl.load(share_ptr + b0 + b, mask=inside, other=0.0)
-        own += tl.load(share_ptr + blocks + b0 + b, mask=inside, other=0.0)
+        diagonal += tl.load(share_ptr + blocks + b0 + b, mask=inside, other=0.0)
         gain = tl.load(share_ptr + 2 * blocks + b0 + b, mask=inside, other=float("inf"))
         smallest, largest = tl.minimum(smallest, gain), tl.maximum(largest, tl.where(inside, gain, 0.0))
     gain = tl.min(smallest, 0)
     tl.store(loss_ptr, tl.sum(loss, 0).to(tl.float32))
-    tl.store(constants_ptr + OWN_SHARE, (tl.sum(own, 0) * gain).to(tl.float32))
+    tl.store(constants_ptr + DIAGONAL_SHARE, (tl.sum(diagonal, 0) * gain).to(tl.float32))
     tl.store(constants_ptr + GAIN, gain.to(tl.float32))
     # Each block's vectors have a gain of their own; a power of two, so that to change it changes no digit
     if tl.max(largest, 0) != gain:
@@ -161,7 +157,7 @@ def _finish_loss(
             change = (k < N) & (ratio != 1.0)
             for side in tl.static_range(2):
                 for number in tl.static_range(3):
-                    changed = OWN if number == 0 else (NEG if number == 1 else NEG_EXACT)
+                    changed = DIAGONAL if number == 0 else (NEG if number == 1 else NEG_EXACT)
                     ptrs = vec_ptr + (side * COL + changed) * plane + k
                     tl.store(ptrs, tl.load(ptrs, mask=change, other=0.0) * ratio, mask=change)
 
@@ -203,7 +199,7 @@ def plain_reduce_kernel(
         wanted = tl.load(constants_ptr + REPAIR) != 0
     if wanted:
         k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        some, plane = k < N, plane_of(N)
+        in_rows, plane = k < N, plane_of(N)
         if PARTS:
             before = tl.full((BLOCK,), -INF if EXACT else 0.0, tl.float64)
             alone = tl.where(N == 1, 0, -1)
@@ -216,9 +212,9 @@ def plain_reduce_kernel(
                 BLOCK, TILES,
             )  # fmt: skip
         else:
-            row_lse = tl.load(lse_ptr + k, mask=some, other=0.0)
-            col_lse = tl.load(lse_ptr + plane + k, mask=some, other=0.0)
-        _weigh_pairs(row_lse, col_lse, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, some, N)
+            row_lse = tl.load(lse_ptr + k, mask=in_rows, other=0.0)
+            col_lse = tl.load(lse_ptr + plane + k, mask=in_rows, other=0.0)
+        _weigh_pairs(row_lse, col_lse, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, in_rows, N)
         if TICKET:
             # All threads' stores come before the ticket, which releases them to the program that draws the last one
             # and so acquires all: integers, whose order changes nothing; 0 at first, because `plain_norms_kernel` wrote

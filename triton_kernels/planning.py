@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from fastclip import _env
 from fastclip.triton_kernels import launch
-from fastclip.triton_kernels.launch import cdiv, workspace_bytes
+from fastclip.triton_kernels.launch import cdiv, with_rows
 from torch import Tensor
 
-__all__ = ["cut", "plan_of", "remember", "with_rows"]
+__all__ = ["cut", "plan_of", "remember"]
 
 _LINE = 64  # bytes: every part of a workspace begins on one
-_MOST = 128
+_MOST = 128  # plans: whoever feeds ever new shapes must not fill the memory
 
 plans: dict[Any, Any] = {}  # of every kind
 
@@ -26,30 +28,25 @@ def remember(key: Any, plan: Any) -> Any:
     return plan
 
 
-def cut(*sizes: int) -> list[int]:
-    """Bytes at which parts of these sizes begin in a workspace; last its end."""
-    starts = [0]
-    for size in sizes:
-        starts.append(cdiv(starts[-1] + size, _LINE) * _LINE)
-    return starts
-
-
-def with_rows(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The features in rows without gaps between columns."""
-    image, text = (x if x.stride(1) == 1 else x.contiguous() for x in (image, text))
-    return image, text
+def cut(**sizes: int) -> SimpleNamespace:
+    """Bytes at which parts of these sizes begin in a workspace, by name, and its `end`."""
+    starts, end = {}, 0
+    for name, size in sizes.items():
+        starts[name] = end
+        end = cdiv(end + size, _LINE) * _LINE
+    return SimpleNamespace(**starts, end=end)
 
 
 def plan_of(
     make: Callable[..., Any], image: Tensor, text: Tensor, scale: Tensor, about: Any, workspace: int | None = None
 ) -> tuple[Any, Tensor, Tensor]:
-    """The plan ``make(image, text, *about, precision)`` of a problem, and its features as `with_rows` has them.
+    """The plan ``make(image, text, *about)`` of a problem, and its features as `with_rows` has them.
 
     A forward says how large a `workspace` there is; a backward goes on with the plan of its forward.
     """
     strides, text_strides = image.stride(), text.stride()
     if strides[1] != 1 or text_strides[1] != 1:
-        image, text = with_rows(image, text)
+        image, text = with_rows(image), with_rows(text)
         strides, text_strides = image.stride(), text.stride()
     # Kernels are compiled for the alignment of what they are handed; the rest of it torch aligns
     aligned = image.data_ptr() % 16, text.data_ptr() % 16, scale.data_ptr() % 16
@@ -61,6 +58,6 @@ def plan_of(
             return plan, image, text
     except KeyError:
         pass
-    plan = make(image, text, *about, precision)
-    remember(key, (workspace_bytes(), plan))
+    plan = make(image, text, *about)
+    remember(key, (_env.workspace_bytes("cuda"), plan))
     return plan, image, text

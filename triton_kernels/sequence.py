@@ -6,20 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from fastclip.triton_kernels.launch import (
-    Config,
-    always_anew,
-    cdiv,
-    choose,
-    launch,
-    processors,
-    tile_options,
-    uses_descriptors,
-)
+from fastclip.triton_kernels.launch import always_anew, launch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Base", "Sequence", "TileLaunch"]
+__all__ = ["Base", "Sequence"]
 
 _runtime = triton.knobs.runtime
 _HookChain = getattr(triton.knobs, "HookChain", None)
@@ -60,26 +51,26 @@ class Sequence:
             self.device, self.stream = driver.get_current_device(), driver.get_current_stream
 
     def begin(self) -> tuple[Any, bool]:
+        # Whoever wants to hear of launches, such as a profiler, hears of them from Triton's own call
+        for hook in (_runtime.launch_enter_hook, _runtime.launch_exit_hook):
+            if hook is not None and (hook.__class__ is not _HookChain or hook.calls):
+                return _First(), False
         known, at = self.known, -1
-        before, after = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-        # Whoever wants to be told of launches, such as a profiler, is told by Triton's own call
-        told = before is not None and (before.__class__ is not _HookChain or before.calls)
-        told = told or (after is not None and (after.__class__ is not _HookChain or after.calls))
-        if known is None or told:
+        if known is None:
             return _First(), False
         stream, maps = self.stream(self.device), {}
 
         def start(kernel: Any, grid: Any, args: Any, options: Any) -> None:
-            nonlocal at
+            nonlocal at  # a number of the closure: an iterator or an object would cost every launch a call
             at += 1
             run, programs, between, together, constants, described = known[at]
             if described:
                 args = [*args]
                 for index, fill, about, tail in described:  # from the last to the first
-                    of = args[index], about
-                    if of not in maps:  # a repair reads what the launch before it read
-                        maps[of] = fill(args[index], *about)
-                    args[index : index + 1] = maps[of], *tail
+                    key = args[index], about
+                    if key not in maps:  # a repair reads what the launch before it read
+                        maps[key] = fill(args[index], *about)
+                    args[index : index + 1] = maps[key], *tail
             if together:
                 run(programs, 1, 1, stream, *between, (*args, *constants))
             else:
@@ -158,36 +149,3 @@ def _known(
         made = about["swizzle"], *element, tuple(about["block_size"]), shape, strides, int(x.padding == "nan")
         maps.append((index, driver.utils.fill_tma_descriptor_tiled, made, (*shape, *strides)))
     return _Known(driver.utils.launch, programs, between, True, constants, tuple(reversed(maps)))
-
-
-class TileLaunch:
-    """What the launches of a tile kernel have in common, for features like `x` that it sees as (M or N, width)."""
-
-    def __init__(
-        self,
-        kernel: Any,
-        name: str,
-        x: Tensor,
-        pairs: tuple[int, int],
-        width: int,
-        precision: str,
-        flags: dict[str, Any],
-        tile: Config | None = None,
-    ) -> None:
-        self.kernel, self.tile = kernel, tile or choose(name, x, False)
-        options = tile_options(self.tile, uses_descriptors(x), width % self.tile.BLOCK_K == 0, precision)
-        self.options = {**flags, **options}
-        self.most = processors(x.device) if name.endswith("_repair") else None  # programs: a repair's are persistent
-        self.whole = self.shape(*pairs)
-
-    def shape(self, M: int, N: int) -> tuple[int, int]:
-        """Tile rows and tile columns."""
-        return cdiv(M, self.tile.BLOCK_M), cdiv(N, self.tile.BLOCK_N)
-
-    def tiles(self, M: int, N: int) -> int:
-        rows, columns = self.shape(M, N)
-        return rows * columns
-
-    def programs(self, M: int, N: int) -> int:
-        tiles = self.tiles(M, N)
-        return tiles if self.most is None else min(tiles, self.most)

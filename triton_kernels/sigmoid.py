@@ -7,15 +7,25 @@ way for all problems: pairs, and the M images of a rank with N texts of all of t
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+from fastclip import _env
 from fastclip.triton_kernels import planning
-from fastclip.triton_kernels.features import copy_sides_kernel, needs_copy
-from fastclip.triton_kernels.gradients import ALIGNMENT, OUT, FinishSide, block_size
-from fastclip.triton_kernels.launch import Tiles, addmm, cdiv, chunks, output_argument, tile_arguments, workspace_bytes
-from fastclip.triton_kernels.planning import cut, plan_of, remember, with_rows
-from fastclip.triton_kernels.sequence import Base, Sequence, TileLaunch
+from fastclip.triton_kernels.features import NORMS, copy_sides_kernel, needs_copy
+from fastclip.triton_kernels.gradients import (
+    ALIGNMENT,
+    FINISH,
+    OUT,
+    FinishSide,
+    add_products,
+    block_size,
+    finish_programs,
+)
+from fastclip.triton_kernels.launch import Matrix, TileLaunch, Tiles, cdiv, chunks, with_rows
+from fastclip.triton_kernels.planning import cut, plan_of, remember
+from fastclip.triton_kernels.sequence import Base, Sequence
 from fastclip.triton_kernels.sigmoid_bwd import sigmoid_bwd_kernel
 from fastclip.triton_kernels.sigmoid_fwd import (
     sigmoid_bound_kernel,
@@ -29,10 +39,8 @@ from torch import Tensor
 __all__ = ["sigmoid_bwd", "sigmoid_fwd"]
 
 _PLANES = 4  # of a side's vectors
-# Rows, or numbers, of a program, and how much of them it takes at a time
-_NORMS = {"BLOCK": 8, "BLOCK_D": 128}
-_FINISH = {"BLOCK": 4, "BLOCK_D": 256, "PARTS": 2048}
-_PRODUCT = {"BLOCK": 2048}
+_PARTS = 2048  # of the sums, at a time
+_PRODUCT = {"BLOCK": 2048}  # numbers of a program of the backward
 
 
 class _Plan:
@@ -45,7 +53,6 @@ class _Plan:
         normalize: bool,
         needs: tuple[bool, ...],
         dtype: torch.dtype,  # of the loss, which the finish is compiled for: part of the signature, and nothing follows
-        precision: str,
         tiles: Tiles | None = None,
     ) -> None:
         self.M, self.N, self.D = M, N, D = image.shape[0], text.shape[0], image.shape[1]
@@ -54,79 +61,137 @@ class _Plan:
         self.copy = needs_copy(image, normalize) or needs_copy(text, normalize)
         self.width = cdiv(D, 8) * 8 if self.copy else D  # columns that the products see
         self.product_strides = (self.width, self.width) if self.copy else self.strides
-        self.row_programs, self.col_programs = (cdiv(size, _NORMS["BLOCK"]) for size in (M, N))
+        self.row_programs, self.col_programs = (cdiv(size, NORMS["BLOCK"]) for size in (M, N))
         half = image.dtype is torch.float16
         self.bound = half and not normalize
-        self.norms = {"NORMALIZE": normalize, "COPY": self.copy, "HALF": half, "BOUND": self.bound, **_NORMS}
+        self.norms = {"NORMALIZE": normalize, "COPY": self.copy, "HALF": half, "BOUND": self.bound, **NORMS}
         # Blocks of weights that fit into the workspace; without weights everything is one
         block_m, self.block_n = block_size(image, M, N, D) if self.weighs else (M, N)
         self.rows, self.columns = chunks(M, block_m), chunks(N, self.block_n)
         self.block_m = min(block_m, M)  # rows of a product
-        flags = {"GRADIENTS": self.weighs}
-        self.tile = TileLaunch(
-            *(sigmoid_fwd_kernel, "sigmoid_fwd", image, (M, N), self.width, precision),
-            flags,
-            None if tiles is None else tiles.config("sigmoid_fwd", self.block_m, min(self.block_n, N), False),
-        )
+        tile = tiles.config("sigmoid_fwd", self.block_m, min(self.block_n, N), False) if tiles else None
+        self.tile = TileLaunch(sigmoid_fwd_kernel, image, self.width, {"GRADIENTS": self.weighs}, tile)
         if not self.weighs:
             block_m = self.block_n = ALIGNMENT  # an argument, which nobody writes to
         self.tile_parts = sum(self.tile.tiles(i1 - i0, j1 - j0) for i0, i1 in self.rows for j0, j1 in self.columns)
         self.parts = self.tile_parts + self.row_programs
-        self._cut(image.element_size(), block_m, needs)
+        self.work = self._cut(image.element_size(), block_m, needs)
         # Of several blocks each has arguments of its own, and work enough for the host not to count
-        self.sequence = Sequence(len(self.rows) == len(self.columns) == 1 and tiles is None)
+        self.whole = len(self.rows) == len(self.columns) == 1 and tiles is None
+        self.sequence = Sequence(self.whole)
 
-    def _cut(self, size: int, block_m: int, needs: tuple[bool, ...]) -> None:
-        """Bytes at which the parts of the workspace begin."""
+    def _cut(self, size: int, block_m: int, needs: tuple[bool, ...]) -> SimpleNamespace:
+        """Bytes at which the parts of the workspace begin; products see raw sums and copies, in numbers."""
         M, N, width = self.M, self.N, self.width
-        starts = cut(
-            size * block_m * self.block_n,  # blocks are whole tiles
-            4 * self.block_m * width * needs[0],
-            4 * N * width * needs[1],
-            size * M * width * self.copy,
-            size * N * width * self.copy,
-            4 * CONSTANTS,
-            4 * _PLANES * M,
-            4 * _PLANES * N,
-            4 * (self.row_programs + self.col_programs) * self.bound,
-            24 * self.parts,
+        work = cut(
+            weights=size * block_m * self.block_n,  # blocks are whole tiles
+            raw_image=4 * self.block_m * width if needs[0] else 0,
+            raw_text=4 * N * width if needs[1] else 0,
+            image_copy=size * M * width if self.copy else 0,
+            text_copy=size * N * width if self.copy else 0,
+            constants=4 * CONSTANTS,
+            row_vec=4 * _PLANES * M,
+            col_vec=4 * _PLANES * N,
+            top=4 * (self.row_programs + self.col_programs) if self.bound else 0,
+            part=24 * self.parts,
         )
-        _, raw_image, raw_text, row_copy, col_copy, self.constants, *starts = starts
-        self.row_vec, self.col_vec, self.top, self.part, end = starts
-        self.raw_image, self.raw_text = raw_image // 4, raw_text // 4  # in numbers, as all that products see
-        self.copies = row_copy // size, col_copy // size
-        self.elements = end // size
+        work.raw_image, work.raw_text = work.raw_image // 4, work.raw_text // 4
+        work.image_copy, work.text_copy, work.end = work.image_copy // size, work.text_copy // size, work.end // size
+        return work
 
 
-def _start_norms(
-    plan: _Plan,
-    start: Any,
-    features: tuple[Any, ...],
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    offset: int,
-    w: Any,
-    wide: Any,
-) -> None:
-    """Vectors, constants and the own pairs' shares, in the workspace at `w`; rows `x` and `y` where they are copies."""
-    M, N, D, programs = plan.M, plan.N, plan.D, plan.row_programs + plan.col_programs
-    constants, row_vec, col_vec, top = w + plan.constants, w + plan.row_vec, w + plan.col_vec, w + plan.top
-    part = wide + (plan.part + 8 * plan.tile_parts)
-    arguments: tuple[Any, ...] = *features, scale, bias, constants, row_vec, col_vec, top, part, plan.parts
-    start(sigmoid_norms_kernel, programs, (*arguments, M, N, D, offset), plan.norms)
+class _Step(NamedTuple):
+    """What the launches of one call share."""
+
+    plan: _Plan
+    start: Any
+    known: bool
+    x: Tensor  # (M, width): the images as products see them
+    y: Tensor  # (N, width)
+    bias: Tensor
+    offset: int
+    w: Any  # the workspace: its address, or a `Base` of fp32
+    wide: Any  # of fp64
+
+
+def _start_norms(step: _Step, image: Tensor, text: Tensor, scale: Tensor) -> None:
+    """Vectors, constants and the own pairs' shares; x and y where they are copies."""
+    plan, start, w, bias = step.plan, step.start, step.w, step.bias
+    M, N, D, at = plan.M, plan.N, plan.D, plan.work
+    matrices: Any = (image, plan.strides[0]), (text, plan.strides[1]), (step.x, plan.width), (step.y, plan.width)
+    if not step.known:  # later any tuple will do
+        matrices = [Matrix(*pair) for pair in matrices]
+    programs, constants, top = plan.row_programs + plan.col_programs, w + at.constants, w + at.top
+    arguments: tuple[Any, ...] = *matrices[:2], scale, bias, constants, w + at.row_vec, w + at.col_vec, top
+    arguments = *arguments, step.wide + (at.part + 8 * plan.tile_parts), plan.parts, M, N, D, step.offset
+    start(sigmoid_norms_kernel, programs, arguments, plan.norms)
     if plan.bound:
         arguments = top, constants, scale, bias, plan.row_programs, plan.col_programs
         start(sigmoid_bound_kernel, 1, arguments, {"BLOCK": 1024})
     if plan.copy:
-        powers = w + (plan.row_vec + 4 * OUT.value * M), w + (plan.col_vec + 4 * OUT.value * N)
-        start(copy_sides_kernel, programs, (*features, *powers, x, y, plan.width, M, N, D), _NORMS)
+        powers = w + (at.row_vec + 4 * OUT.value * M), w + (at.col_vec + 4 * OUT.value * N)
+        start(copy_sides_kernel, programs, (*matrices[:2], *powers, *matrices[2:], M, N, D), NORMS)
 
 
-def _finishing(sums: bool, rows: int, columns: int) -> int:
-    """Programs of the finish."""
-    return sums + cdiv(rows, _FINISH["BLOCK"]) + cdiv(columns, _FINISH["BLOCK"])
+def _start_pairs(
+    step: _Step, addresses: Any, block: Tensor, rows: tuple[int, int], columns: tuple[int, int], done: int,
+    tiles: Tiles | None,
+) -> None:  # fmt: skip
+    """Weights of a block, and its tiles' sums behind those of the `done` tiles before."""
+    plan, w, (i0, i1), (j0, j1) = step.plan, step.w, rows, columns
+    at, tile, shape, offset = plan.work, plan.tile, (i1 - i0, j1 - j0), step.offset + i0 - j0
+    vectors = w + (at.row_vec + 4 * i0), w + (at.col_vec + 4 * j0), w + at.constants  # FACTOR is the first plane
+    if tiles is not None:
+        parts = (step.wide + at.part)[: 3 * plan.parts].view(3, -1)[:, done:]
+        weights = block if plan.weighs else None
+        tiles.sigmoid_fwd(tile.tile, step.x[i0:i1], step.y[j0:j1], *vectors, offset, step.bias, weights, parts)
+        return
+    matrices = addresses or (*tile.operands(step.x[i0:i1], step.y[j0:j1]), tile.output(block))
+    arguments = *matrices[:2], *vectors, step.bias, matrices[2], step.wide + (at.part + 8 * done), plan.parts
+    step.start(tile.kernel, (tile.programs, shape), (*arguments, *shape, plan.width, offset), tile.options)
+
+
+def _start_blocks(
+    step: _Step, work: Tensor, d_image: Tensor | None, d_text: Tensor | None, loss: Tensor, grads: Tensor, divisor: int,
+    tiles: Tiles | None,
+) -> None:  # fmt: skip
+    """Blocks of pairs, their products, and of every chunk of rows the finish; of the last the sums."""
+    plan, known, x, y, w = step.plan, step.known, step.x, step.y, step.w
+    M, N, D, width, at, (x_stride, y_stride) = plan.M, plan.N, plan.D, plan.width, plan.work, plan.product_strides
+    words = work.view(torch.float32)
+    raw_image = None if d_image is None else words.as_strided((plan.block_m, width), (width, 1), at.raw_image)
+    raw_text = None if d_text is None else words.as_strided((N, width), (width, 1), at.raw_text)
+    # What is not wanted is neither read nor written: any tensor stands in its place
+    row: Any = (words if raw_image is None else raw_image, width), (x, x_stride)
+    col: Any = (words if raw_text is None else raw_text, width), (y, y_stride)
+    addresses: Any = None
+    if known:
+        addresses = x.data_ptr(), y.data_ptr(), w
+        if not plan.tile.descriptor:
+            addresses = tuple(zip(addresses, (x_stride, y_stride, plan.block_n)))
+    else:  # later any tuple will do
+        row, col = [Matrix(*pair) for pair in row], [Matrix(*pair) for pair in col]
+    row = *row, w + at.row_vec, x if d_image is None else d_image
+    col = *col, w + at.col_vec, y if d_text is None else d_text
+    if not known:
+        row, col = FinishSide(*row), FinishSide(*col)
+    done = 0
+    for rows in plan.rows:
+        for columns in plan.columns:
+            shape = rows[1] - rows[0], columns[1] - columns[0]
+            block = work.as_strided(shape if plan.weighs else (ALIGNMENT, ALIGNMENT), (plan.block_n, 1), 0)
+            _start_pairs(step, addresses, block, rows, columns, done, tiles)
+            if not plan.whole:
+                done += plan.tile.tiles(*shape)
+            add_products(block, x, y, raw_image, raw_text, rows, columns, plan.whole)
+        i0, i1 = rows
+        last = i1 == M
+        count, texts = 0 if d_image is None else i1 - i0, N if d_text is not None and last else 0
+        if count or texts or last:
+            arguments: tuple[Any, ...] = row, col, w + at.constants, step.wide + at.part, loss, grads
+            arguments = *arguments, plan.tile_parts, plan.parts, divisor, i0, count, M, N, D, step.offset
+            options = {"SUMS": last, "SCALARS": last and grads is not loss, **FINISH, "PARTS": _PARTS}
+            step.start(sigmoid_finish_kernel, (finish_programs, (last, count, texts)), arguments, options)
 
 
 def sigmoid_fwd(
@@ -151,72 +216,31 @@ def sigmoid_fwd(
     needs_image, needs_text, needs_scale, needs_bias = needs = tuple(needs)
     if tiles is None:
         about = normalize, needs, dtype
-        plan, image, text = plan_of(_Plan, image, text, scale, about, workspace_bytes())
+        plan, image, text = plan_of(_Plan, image, text, scale, about, _env.workspace_bytes("cuda"))
     else:
-        image, text = with_rows(image, text)
-        plan = _Plan(image, text, normalize, needs, dtype, "ieee", tiles)
-    M, N, D, width = plan.M, plan.N, plan.D, plan.width
+        image, text = with_rows(image), with_rows(text)
+        plan = _Plan(image, text, normalize, needs, dtype, tiles)
+    M, N, D, width, at = plan.M, plan.N, plan.D, plan.width, plan.work
     new = image.new_empty
     d_image = new((M, D), dtype=saved_dtype) if needs_image else None
     d_text = new((N, D), dtype=saved_dtype) if needs_text else None
-    scalars = needs_scale or needs_bias
     loss = new((), dtype=dtype)
-    grads = new(2, dtype=torch.float32) if scalars else loss
-    work = new(plan.elements)
-    words = work.view(torch.float32)
-    raw_image = words.as_strided((plan.block_m, width), (width, 1), plan.raw_image) if needs_image else words
-    raw_text = words.as_strided((N, width), (width, 1), plan.raw_text) if needs_text else words
+    grads = new(2, dtype=torch.float32) if needs_scale or needs_bias else loss
+    work = new(at.end)
+    x, y = image, text
+    if plan.copy:
+        x = work.as_strided((M, width), (width, 1), at.image_copy)
+        y = work.as_strided((N, width), (width, 1), at.text_copy)
     start, known = plan.sequence.begin()
     w: Any
     wide: Any
     if known:
-        w = wide = words.data_ptr()
+        w = wide = work.data_ptr()
     else:
-        w, wide = Base(words), Base(work.view(torch.float64))
-    constants, row_vec, col_vec, part = w + plan.constants, w + plan.row_vec, w + plan.col_vec, wide + plan.part
-
-    x, y = image, text
-    if plan.copy:
-        x, y = (work.as_strided((size, width), (width, 1), at) for size, at in zip((M, N), plan.copies))
-    _start_norms(plan, start, (image, text, *plan.strides), x, y, scale, bias, offset, w, wide)
-    addresses = (x.data_ptr(), y.data_ptr(), *plan.product_strides) if known else None
-    row: Any = raw_image, x, row_vec, x if d_image is None else d_image
-    col: Any = raw_text, y, col_vec, y if d_text is None else d_text
-    if not known:  # later a tuple will do
-        row, col = FinishSide(*row), FinishSide(*col)
-    whole, tile, done = plan.sequence.fixed, plan.tile, 0
-    for i0, i1 in plan.rows:
-        for j0, j1 in plan.columns:
-            shape, at = (i1 - i0, j1 - j0), offset + i0 - j0
-            block = work.as_strided(shape if plan.weighs else (ALIGNMENT, ALIGNMENT), (plan.block_n, 1), 0)
-            factors = w + (plan.row_vec + 4 * i0), w + (plan.col_vec + 4 * j0)  # the first plane
-            if tiles is not None:
-                stored, parts = block if plan.weighs else None, part[: 3 * plan.parts].view(3, -1)[:, done:]
-                inputs = x[i0:i1], y[j0:j1], *factors, constants, at, bias
-                tiles.sigmoid_fwd(tile.tile, *inputs, stored, parts)
-            else:
-                arguments = (
-                    *(addresses or tile_arguments(tile.tile, x[i0:i1], y[j0:j1])[0]),
-                    *(*factors, constants, bias),
-                    *(w if known else output_argument(tile.tile, block, x), plan.block_n),
-                    *(wide + (plan.part + 8 * done), plan.parts, *shape, width, at),
-                )
-                start(tile.kernel, (tile.programs, shape), arguments, tile.options)
-            if not whole:
-                done += tile.tiles(*shape)
-            if d_image is not None:
-                addmm(raw_image if whole else raw_image[: i1 - i0], block, y if whole else y[j0:j1], j0 > 0)
-            if d_text is not None:
-                addmm(raw_text if whole else raw_text[j0:j1], block.T, x if whole else x[i0:i1], i0 > 0)
-        last = i1 == M
-        rows, columns = needs_image * (i1 - i0), (needs_text and last) * N
-        if rows or columns or last:
-            arguments = (
-                *(row, col, width, *plan.product_strides, constants, part, loss, grads),
-                *(plan.tile_parts, plan.parts, divisor, i0, rows, M, N, D, offset),
-            )
-            options = {"SUMS": last, "SCALARS": last and scalars, **_FINISH}
-            start(sigmoid_finish_kernel, (_finishing, (last, rows, columns)), arguments, options)
+        w, wide = Base(work.view(torch.float32)), Base(work.view(torch.float64))
+    step = _Step(plan, start, known, x, y, bias, offset, w, wide)
+    _start_norms(step, image, text, scale)
+    _start_blocks(step, work, d_image, d_text, loss, grads, divisor, tiles)
     if not known:
         plan.sequence.keep(start)
     d_scale, d_bias = grads[0] if needs_scale else None, grads[1] if needs_bias else None

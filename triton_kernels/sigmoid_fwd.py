@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastclip.triton_kernels.features import bound_of, high_bit, inverse_norm, pair_sums, unit_norm
-from fastclip.triton_kernels.gradients import OWN, finish_rows, in_two, store_side, total_of
+from fastclip.triton_kernels.gradients import DIAGONAL, finish_rows, in_two, store_side, total_of
 from fastclip.triton_kernels.tile import (
     GAIN,
     LOG2E,
@@ -13,9 +13,10 @@ from fastclip.triton_kernels.tile import (
     dot_tile,
     halves,
     load_vector,
+    on_diagonal,
     softplus,
     store_tile,
-    tile_position,
+    tile_at,
 )
 
 __all__ = ["sigmoid_bound_kernel", "sigmoid_finish_kernel", "sigmoid_fwd_kernel", "sigmoid_norms_kernel"]
@@ -47,37 +48,35 @@ def _store_constants(constants_ptr, scale, bound, bias, HALF: tl.constexpr):
 
 @triton.jit
 def _store_vectors(
-    x_ptr, y_ptr, x_row_stride, y_row_stride, scale, bias, vec_ptr, k0, size, other_size, D, offset,
+    x, y, scale, bias, vec_ptr, k0, size, other_size, D, offset,
     NORMALIZE: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One side's vectors from row k0; these rows' largest norm, and what their own pairs have of loss, d_scale and
     d_bias."""
     k = k0 + tl.arange(0, BLOCK)
-    own = k + offset
-    some, has = k < size, (k < size) & (own >= 0) & (own < other_size)
-    xx, yy, xy = pair_sums(x_ptr, y_ptr, x_row_stride, y_row_stride, k, own, some, has, D, True, BLOCK, BLOCK_D)
+    partner, in_rows = k + offset, k < size
+    has_partner = in_rows & (partner >= 0) & (partner < other_size)
+    xx, yy, xy = pair_sums(x, y, k, partner, in_rows, has_partner, D, True, BLOCK, BLOCK_D)
     inv = inverse_norm(xx, NORMALIZE)
     plane = size.to(tl.int64)
-    store_side(vec_ptr + k, plane, inv, some, NORMALIZE, COPY)
+    store_side(vec_ptr + k, plane, inv, in_rows, NORMALIZE, COPY)
     cos = inv.to(tl.float64) * inverse_norm(yy, NORMALIZE).to(tl.float64) * xy
-    x = -(scale.to(tl.float64) * cos + bias)
-    loss, sigmoid = softplus(x)
-    g = tl.where(has, -sigmoid, 0.0)
-    tl.store(vec_ptr + OWN * plane + k, g.to(tl.float32), mask=some)
-    loss = tl.sum(tl.where(has, loss + 0.0 * x, 0.0), 0)
-    return tl.max(unit_norm(xx, inv), 0), loss, tl.sum(tl.where(has, g * cos, 0.0), 0), tl.sum(g, 0)
+    negated = -(scale.to(tl.float64) * cos + bias)
+    loss, sigmoid = softplus(negated)
+    g = tl.where(has_partner, -sigmoid, 0.0)
+    tl.store(vec_ptr + DIAGONAL * plane + k, g.to(tl.float32), mask=in_rows)
+    loss = tl.sum(tl.where(has_partner, loss + 0.0 * negated, 0.0), 0)
+    return tl.max(unit_norm(xx, inv), 0), loss, tl.sum(tl.where(has_partner, g * cos, 0.0), 0), tl.sum(g, 0)
 
 
 @triton.jit(do_not_specialize=["scale_ptr", "bias_ptr", "part_ptr", "parts", "M", "N", "offset"])
 def sigmoid_norms_kernel(
-    image_ptr,  # (M, D)
-    text_ptr,  # (N, D)
-    image_row_stride,
-    text_row_stride,
+    image,  # a `Matrix` (M, D)
+    text,  # (N, D)
     scale_ptr,
     bias_ptr,
     constants_ptr,
-    row_vec_ptr,  # (planes, M): FACTOR, OWN, OUT, PROJECT
+    row_vec_ptr,  # (planes, M): FACTOR, DIAGONAL, OUT, PROJECT
     col_vec_ptr,  # (planes, N)
     top_ptr,  # (programs,) fp32; written with BOUND
     part_ptr,  # (3, parts) fp64 from where the own pairs' begin, one a program of images: loss, d_scale, d_bias
@@ -108,17 +107,16 @@ def sigmoid_norms_kernel(
     scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float64)
     if block < blocks:
         top, loss, d_scale, d_bias = _store_vectors(
-            image_ptr, text_ptr, image_row_stride, text_row_stride, scale, bias, row_vec_ptr, block * BLOCK, M, N, D,
-            offset, NORMALIZE, COPY, BLOCK, BLOCK_D,
+            image, text, scale, bias, row_vec_ptr, block * BLOCK, M, N, D, offset, NORMALIZE, COPY, BLOCK, BLOCK_D
         )  # fmt: skip
         plane = parts.to(tl.int64)
         tl.store(part_ptr + block, loss)
         tl.store(part_ptr + plane + block, d_scale)
         tl.store(part_ptr + 2 * plane + block, d_bias)
     else:
+        first = (block - blocks) * BLOCK
         top, _, _, _ = _store_vectors(
-            text_ptr, image_ptr, text_row_stride, image_row_stride, scale, bias, col_vec_ptr,
-            (block - blocks) * BLOCK, N, M, D, -offset, NORMALIZE, COPY, BLOCK, BLOCK_D,
+            text, image, scale, bias, col_vec_ptr, first, N, M, D, -offset, NORMALIZE, COPY, BLOCK, BLOCK_D
         )  # fmt: skip
     if BOUND:
         tl.store(top_ptr + block, top)
@@ -137,17 +135,18 @@ def sigmoid_bound_kernel(top_ptr, constants_ptr, scale_ptr, bias_ptr, rows, cols
 
 @triton.jit
 def _pairs(
-    dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0, j0, M, N, offset,
-    GRADIENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Stores the weights of dot products (BLOCK_M, BLOCK_N) from (i0, j0) on; returns their rows' share of loss,
-    d_scale and d_bias."""
-    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    """Stores the weights of the tile's dot products from column j0 on; returns their rows' share of loss, d_scale and
+    d_bias."""
+    i, j = tl.arange(0, dot.shape[0]), tl.arange(0, dot.shape[1])
+    i0, M, N = tile.i0, tile.M, tile.N
     row_factor = load_vector(row_vec_ptr, i0, i, M)
     col_factor = load_vector(col_vec_ptr, j0, j, N)[None, :]
     scale = tl.load(constants_ptr + SCALE).to(tl.float64)
     row_scale = (row_factor.to(tl.float64) * scale).to(tl.float32)[:, None]
-    inside = (i < M - i0)[:, None] & (j < N - j0)[None, :] & (j[None, :] - i[:, None] != i0 + offset - j0)
+    inside = (i < M - i0)[:, None] & (j < N - j0)[None, :] & (on_diagonal(i, j, i0, j0, tile.offset) == 0)
     x = dot * col_factor
     bias = tl.full(x.shape, 0.0, tl.float32) + tl.load(bias_ptr).to(tl.float32)
     x = tl.fma(x, tl.broadcast_to(row_scale, x.shape), bias)
@@ -157,7 +156,7 @@ def _pairs(
         g = tl.where(inside, tl.where(x >= 0, 1.0, t) / (1.0 + t), 0.0)
         d_bias = tl.sum(g, 1)
         g *= (row_factor * tl.load(constants_ptr + GAIN))[:, None] * col_factor
-        store_tile(weights, weights_row_stride, i0, j0, g, BLOCK_M, BLOCK_N, DESCRIPTOR)
+        store_tile(weights, i0, j0, g, DESCRIPTOR)
         return loss, tl.sum(g * dot, 1), d_bias
     else:
         return loss, loss, loss
@@ -165,41 +164,36 @@ def _pairs(
 
 @triton.jit
 def _pairs_split(
-    dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0, j0, M, N, offset,
-    GRADIENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    SPLIT: tl.constexpr,
+    dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The same in SPLIT parts one after the other."""
     if SPLIT == 1:
         return _pairs(
-            dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0, j0, M, N, offset,
-            GRADIENTS, BLOCK_M, BLOCK_N, DESCRIPTOR,
+            dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS, DESCRIPTOR
         )  # fmt: skip
     else:
-        left, right = halves(dot, BLOCK_M, BLOCK_N)
+        left, right = halves(dot)
         loss, d_scale, d_bias = _pairs_split(
-            left, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0, j0, M, N, offset,
-            GRADIENTS, BLOCK_M, BLOCK_N // 2, DESCRIPTOR, SPLIT // 2,
+            left, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0,
+            GRADIENTS, DESCRIPTOR, SPLIT // 2,
         )  # fmt: skip
         more_loss, more_d_scale, more_d_bias = _pairs_split(
-            right, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0,
-            j0 + BLOCK_N // 2, M, N, offset, GRADIENTS, BLOCK_M, BLOCK_N // 2, DESCRIPTOR, SPLIT // 2,
+            right, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0 + dot.shape[1] // 2,
+            GRADIENTS, DESCRIPTOR, SPLIT // 2,
         )  # fmt: skip
         return loss + more_loss, d_scale + more_d_scale, d_bias + more_d_bias
 
 
 @triton.jit(do_not_specialize=["bias_ptr", "part_ptr", "parts", "M", "N", "offset"])
 def sigmoid_fwd_kernel(
-    image,  # (M, D), a pointer or a tensor descriptor
+    image,  # (M, D), a `Matrix` or a tensor descriptor
     text,  # (N, D)
-    image_row_stride,
-    text_row_stride,
     row_vec_ptr,  # (M,) fp32: FACTOR
     col_vec_ptr,  # (N,) fp32
     constants_ptr,
     bias_ptr,
     weights,  # (M, N) padded to whole tiles, in the features' dtype; not written without GRADIENTS
-    weights_row_stride,
     part_ptr,  # (3, parts) fp64 from where this block begins: loss, d_scale, d_bias of every tile
     parts,
     M,
@@ -207,14 +201,7 @@ def sigmoid_fwd_kernel(
     D,
     offset,
     GRADIENTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr = 1,
+    CONFIG: tl.constexpr,
 ):
     """Losses of a block of pairs and the weights r_i G_ij c_j of their gradients; the logits are never stored.
 
@@ -226,33 +213,26 @@ def sigmoid_fwd_kernel(
     Ragged    rows >= M and columns >= N are left out of the sums
     Order     partial sums of every tile: bitwise repeatable
     """
-    tile = tl.program_id(0)
-    m, n = tile_position(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
-    i0, j0 = m * BLOCK_M, n * BLOCK_N
-    dot = dot_tile(
-        image, text, image_row_stride, text_row_stride, i0, j0, M, N, D,
-        BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTOR, EVEN_K, PRECISION,
-    )  # fmt: skip
+    number = tl.program_id(0)
+    tile = tile_at(number, M, N, offset, CONFIG)
+    dot = dot_tile(image, text, tile, D, CONFIG)
     loss, d_scale, d_bias = _pairs_split(
-        dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, weights_row_stride, i0, j0, M, N, offset,
-        GRADIENTS, BLOCK_M, BLOCK_N, DESCRIPTOR, SPLIT,
+        dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, tile.j0,
+        GRADIENTS, CONFIG.DESCRIPTOR, CONFIG.SPLIT,
     )  # fmt: skip
     plane = parts.to(tl.int64)
-    tl.store(part_ptr + tile, tl.sum(loss, 0).to(tl.float64))
+    tl.store(part_ptr + number, tl.sum(loss, 0).to(tl.float64))
     if GRADIENTS:
-        tl.store(part_ptr + plane + tile, tl.sum(d_scale, 0).to(tl.float64))
-        tl.store(part_ptr + 2 * plane + tile, tl.sum(d_bias, 0).to(tl.float64))
+        tl.store(part_ptr + plane + number, tl.sum(d_scale, 0).to(tl.float64))
+        tl.store(part_ptr + 2 * plane + number, tl.sum(d_bias, 0).to(tl.float64))
 
 
 @triton.jit(
     do_not_specialize=["loss_ptr", "grad_ptr", "tile_parts", "parts", "divisor", "i0", "rows", "M", "N", "offset"]
 )
 def sigmoid_finish_kernel(
-    row,  # a `FinishSide`; raw (rows, raw_row_stride) is of the images from i0 on
+    row,  # a `FinishSide`; raw (rows, ...) is of the images from i0 on
     col,
-    raw_row_stride,
-    image_row_stride,
-    text_row_stride,
     constants_ptr,
     part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias; of the tiles, then of the own pairs. Read with SUMS
     loss_ptr,  # () fp32 or fp64; likewise
@@ -300,11 +280,10 @@ def sigmoid_finish_kernel(
             tl.store(grad_ptr + 1, (total_of(part_ptr, 0, parts, PARTS) / count).to(grad_ptr.dtype.element_ty))
     elif block < blocks:
         finish_rows(
-            row, col, raw_row_stride, image_row_stride, text_row_stride, i0, block * BLOCK, rows, M, N, D, offset,
-            gain, factor, power, True, True, BLOCK, BLOCK_D,
+            row, col, i0, block * BLOCK, rows, M, N, D, offset, gain, factor, power, True, True, BLOCK, BLOCK_D
         )  # fmt: skip
     else:
+        first = (block - blocks) * BLOCK
         finish_rows(
-            col, row, raw_row_stride, text_row_stride, image_row_stride, 0, (block - blocks) * BLOCK, N, N, M, D,
-            -offset, gain, factor, power, True, True, BLOCK, BLOCK_D,
+            col, row, 0, first, N, N, M, D, -offset, gain, factor, power, True, True, BLOCK, BLOCK_D
         )  # fmt: skip

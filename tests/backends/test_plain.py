@@ -340,9 +340,9 @@ def test_work_and_launches(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches
     copy = [] if kind.dtype == torch.bfloat16 else ["copy_sides_kernel"]
     loss = _Loss.apply(*inputs, kind, 0.5, True)
     tiles, reduce = "contrastive_fwd_kernel", "plain_reduce_kernel"
-    forward = ["plain_norms_kernel", *copy, tiles, reduce, "contrastive_fwd_repair_kernel", reduce]
+    forward = ["plain_norms_kernel", *copy, tiles, reduce, f"exact {tiles}", reduce]
     assert launches.names == forward and operations == []
     loss.backward()
-    backward = [*copy, "contrastive_bwd_kernel", "contrastive_bwd_repair_kernel", "plain_finish_kernel"]
+    backward = [*copy, "contrastive_bwd_kernel", "exact contrastive_bwd_kernel", "plain_finish_kernel"]
     assert launches.names[len(forward) :] == backward
     assert operations == [2 * N * N * D] * 2

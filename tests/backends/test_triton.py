@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd_reduce, features, launch, planning
 from torch import Tensor
 
 import fastclip
@@ -37,8 +38,7 @@ def accesses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """How tiles are read: both ways, whatever this machine would choose."""
     if GPU and request.param == "descriptors" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("this GPU has no tensor memory accelerator")
-    for module in (launch, sequence):
-        monkeypatch.setattr(module, "uses_descriptors", lambda x: request.param == "descriptors")
+    monkeypatch.setattr(launch, "uses_descriptors", lambda x: request.param == "descriptors")
     monkeypatch.setattr(planning, "plans", {})
     return request.param
 
@@ -52,7 +52,7 @@ def test_both_accesses_accurate(accesses: str, dtype: torch.dtype, labels: bool,
     y = random_labels(M, N, 40) if labels else None
     check(TRITON_LOSS(labels=y), image, text, 14.3, labels=y)
     tile = next(args for name, args in zip(launches.names, launches.arguments) if name == "contrastive_bwd_kernel")
-    assert isinstance(tile[0], Tensor) == (accesses == "pointers")
+    assert isinstance(tile[0], launch.Matrix) == (accesses == "pointers")
 
 
 @pytest.mark.pairwise
@@ -102,6 +102,10 @@ def test_largest_logits_of_nan_are_nan() -> None:
     rows, cols = contrastive_maxima(Problem(image, text, torch.tensor(3.0, device=DEVICE)), "triton")
     assert rows.neg_top is not None and rows.neg_top.isnan().tolist() == [i != 4 for i in range(9)]
     assert cols.neg_top is not None and cols.neg_top.isnan().tolist() == [j == 4 for j in range(9)]
+
+
+def test_norms_are_bounded_as_the_references() -> None:
+    assert features.EPS.value == reference.EPS
 
 
 def test_strided_labels() -> None:

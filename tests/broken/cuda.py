@@ -138,8 +138,8 @@ PROMISES = [
             Break(
                 "column blocks share an offset",
                 "triton_kernels/contrastive_bwd.py",
-                old="at = offset + i0 - j0",
-                new="at = offset + i0",
+                old="cols.x[j0:j1], offset + i0 - j0",
+                new="cols.x[j0:j1], offset + i0",
             ),
             Break(
                 "labels are forgotten",

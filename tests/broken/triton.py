@@ -22,8 +22,8 @@ PROMISES = [
             Break(
                 "columns beyond N count",
                 "triton_kernels/contrastive_fwd.py",
-                old="inside = lj[None, :] < N - j0",
-                new="inside = lj[None, :] < N - j0 + 1",
+                old="inside = j[None, :] < N - j0",
+                new="inside = j[None, :] < N - j0 + 1",
             ),
             Break(
                 "sides of different width",
@@ -34,12 +34,12 @@ PROMISES = [
             Break(
                 "rows beyond M count",
                 "triton_kernels/contrastive_fwd.py",
-                old="offset2 = tl.where(li < M - i0, tl.load(constants_ptr + OFFSET2), INF)",
-                new="offset2 = tl.load(constants_ptr + OFFSET2) + 0.0 * li",
+                old="offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)",
+                new="offset2 = tl.load(constants_ptr + OFFSET2) + 0.0 * i",
             ),
             Break(
                 "masked tiles only where the diagonal starts",
-                "triton_kernels/contrastive_bwd.py",
+                "triton_kernels/tile.py",
                 old="(first > -BLOCK_M) & (first < BLOCK_N)",
                 new="(first >= 0) & (first < BLOCK_N)",
             ),
@@ -52,8 +52,8 @@ PROMISES = [
             Break(
                 "the second part of a tile takes the first one's columns",
                 "triton_kernels/contrastive_bwd.py",
-                old="j0 + BLOCK_N // 2, M, N, offset,",
-                new="j0, M, N, offset,",
+                old="col.k0 + dot.shape[1] // 2",
+                new="col.k0",
             ),
             Break(
                 "pairs: log of 1 + u",
@@ -94,8 +94,8 @@ PROMISES = [
             Break(
                 "pairs: the loss of a repair is the first one's",
                 "triton_kernels/plain.py",
-                old='"EXACT": repair == 1',
-                new='"EXACT": repair == 2',
+                old='"EXACT": exact == 1',
+                new='"EXACT": exact == 2',
             ),
         ],
     ),
@@ -127,8 +127,8 @@ PROMISES = [
             Break(
                 "panels forget the ones before",
                 "triton_kernels/contrastive_fwd_reduce.py",
-                old="mask=some & (first == 0), other=0.0 if",
-                new="mask=some & (first == 2), other=0.0 if",
+                old="mask=in_rows & (first == 0), other=0.0 if",
+                new="mask=in_rows & (first == 2), other=0.0 if",
             ),
             Break(
                 "chunks overwrite",
@@ -145,14 +145,8 @@ PROMISES = [
             Break(
                 "columns are never cut",
                 "triton_kernels/gradients.py",
-                old="    block_n = _padded(-(-N // -(-N // most)))\n",
+                old="    block_n = _padded(cdiv(N, cdiv(N, most)))\n",
                 new="    block_n = _padded(N)\n",
-            ),
-            Break(
-                "pairs: chunks overwrite",
-                "triton_kernels/plain.py",
-                old="x if plan.whole else x[i0:i1], i0 > 0)",
-                new="x if plan.whole else x[i0:i1], False)",
             ),
         ],
     ),
@@ -203,8 +197,8 @@ PROMISES = [
             Break(
                 "32-bit base",
                 "triton_kernels/tile.py",
-                old="image + i0.to(tl.int64) * image_row_stride",
-                new="image + i0 * image_row_stride",
+                old="image.ptr + i0.to(tl.int64) * image.row_stride",
+                new="image.ptr + i0 * image.row_stride",
             ),
         ],
     ),
@@ -219,8 +213,8 @@ PROMISES = [
             Break(
                 "one more product",
                 "triton_kernels/gradients.py",
-                old="addmm(raw_text[j0:j1]",
-                new="torch.mm(block, self.text.x[j0:j1]); addmm(raw_text[j0:j1]",
+                old="addmm(raw_text if whole",
+                new="torch.mm(block, y[j0:j1]); addmm(raw_text if whole",
             ),
             Break(
                 "pairs: another launch for the loss",
@@ -264,15 +258,15 @@ PROMISES = [
             ),
             Break(
                 "blocks of rows overwrite",
-                "triton_kernels/sigmoid.py",
-                old="x if whole else x[i0:i1], i0 > 0)",
-                new="x if whole else x[i0:i1], False)",
+                "triton_kernels/gradients.py",
+                old="x[i0:i1], keep=i0 > 0)",
+                new="x[i0:i1], keep=False)",
             ),
             Break(
                 "blocks write their sums to one place",
                 "triton_kernels/sigmoid.py",
-                old="done += tile.tiles(*shape)",
-                new="done += 0 * tile.tiles(*shape)",
+                old="done += plan.tile.tiles(*shape)",
+                new="done += 0 * plan.tile.tiles(*shape)",
             ),
             Break(
                 "no gain of features that are not normalised",

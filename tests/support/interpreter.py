@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from fastclip.triton_kernels import contrastive_bwd_vectors, features, gradients, plain, planning, sigmoid
+from fastclip.triton_kernels import features, gradients, planning
 from triton.runtime import interpreter
 
 _CONVERT, _DOT = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
@@ -38,10 +38,7 @@ def mend_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 def widen_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the kernels that go along rows take 64 of them a program, not a GPU's 4 or 8: most of the interpreter's time
     is spent by program, whatever its size. backends/test_triton.py keeps the real sizes."""
-    for module in (contrastive_bwd_vectors, features, gradients):
-        assert module._ROWS < 64
-        monkeypatch.setattr(module, "_ROWS", 64)
-    for sizes in (plain._NORMS, plain._FINISH, sigmoid._NORMS, sigmoid._FINISH):
+    for sizes in (features.NORMS, gradients.FINISH):
         assert sizes["BLOCK"] < 64
         monkeypatch.setitem(sizes, "BLOCK", 64)
     monkeypatch.setattr(planning, "plans", {})

@@ -27,8 +27,13 @@ if not GPU:
     interpreter.replace_language_once()
 
 
+def _flat(args: tuple[Any, ...]) -> list[Any]:
+    return [x for arg in args for x in (_flat(arg) if isinstance(arg, tuple) else (arg,))]
+
+
 class Launches:
-    """Kernels launched, the CUDA backend's tiles under their Triton twins' names; whether a repair was asked for."""
+    """Kernels launched, those that repair tiles as "exact", the CUDA backend's tiles under their Triton twins' names;
+    whether a repair was asked for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
@@ -38,7 +43,8 @@ class Launches:
 
         def watched(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
             real(kernel, grid, *args, **options)
-            self.note(kernel.fn.__name__, args)
+            repairs = "CONFIG" in options and options.get("EXACT", False)
+            self.note(f"exact {kernel.fn.__name__}" if repairs else kernel.fn.__name__, args)
 
         for module in (contrastive_fwd, contrastive_bwd, contrastive_bwd_vectors, sequence):
             monkeypatch.setattr(module, "launch", watched)
@@ -80,21 +86,20 @@ class Launches:
     def _watch(self, name: str, method: Any) -> Any:
         def watched(tiles: Any, tile: Any, *args: Any) -> None:
             method(tiles, tile, *args)
-            flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
-            self.note(name, tuple(flat))
+            self.note(name, args)
 
         return watched
 
     def note(self, name: str, args: tuple[Any, ...]) -> None:
         self.names.append(name)
         self.arguments.append(args)
-        if "repair" in name:  # the first of that size: what remains of a slice may have it too
+        if name.startswith("exact"):  # the first of that size: what remains of a slice may have it too
             self.constants.append(next(x for x in args if isinstance(x, Tensor) and x.shape == (CONSTANTS,)))
 
     def tensors(self, name: str) -> list[list[Tensor]]:
         """Of every launch of a kernel, the tensors it was handed; of a tensor descriptor its tensor."""
-        launches = (args for found, args in zip(self.names, self.arguments) if found == name)
-        return [[x for x in (getattr(x, "base", x) for x in args) if isinstance(x, Tensor)] for args in launches]
+        launches = (args for launched, args in zip(self.names, self.arguments) if launched == name)
+        return [[x for x in (getattr(x, "base", x) for x in _flat(args)) if isinstance(x, Tensor)] for args in launches]
 
     @property
     def repaired(self) -> list[bool]:
