@@ -204,7 +204,7 @@ def scale_gradient_kernel(part_ptr, constants_ptr, out_ptr, parts, BLOCK: tl.con
 
 
 def _side(vec: Tensor, labels: bool) -> BwdSide:
-    """Of vectors (planes, size)."""
+    """Take from vectors (planes, size) what tiles of another make read."""
     if not labels:
         return BwdSide(vec[FACTOR.value], vec[NEG.value])
     label = vec[LABEL.value].view(torch.int32)

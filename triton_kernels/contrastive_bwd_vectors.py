@@ -46,7 +46,7 @@ def largest_finite(x, in_rows):
 
 @triton.jit
 def _magnitude(x_ptr, k, in_rows):
-    """Largest finite magnitude."""
+    """The largest finite magnitude of elements k."""
     return tl.max(largest_finite(tl.load(x_ptr + k, mask=in_rows, other=0.0), in_rows), 0)
 
 
@@ -84,7 +84,7 @@ def _largest(
     x, side, top_ptr, largest_ptr, k0, size, D,
     NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of one side's rows from k0 on."""
+    """Stores the largest finite derivative of one side's rows from k0 on, and their largest norm."""
     k = k0 + tl.arange(0, BLOCK)
     in_rows = k < size
     largest = tl.maximum(_magnitude(side.d_neg, k, in_rows), _magnitude(side.d_pos, k, in_rows))
@@ -147,7 +147,7 @@ def _vectors(
     side, other, constants_ptr, scale, offset2, gain, k0, size, other_size, offset,
     NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one side's rows from k0 on."""
+    """Stores the vectors of one side's rows from k0 on."""
     k = k0 + tl.arange(0, BLOCK)
     in_rows = k < size
     vec_ptrs = side.vec + k

@@ -62,7 +62,7 @@ def _exact_sums(z2, rest2, keep):
 
 @triton.jit
 def _store(row, col, plane: tl.constexpr, row_values, col_values, tile, CONFIG: tl.constexpr):
-    """Partial results of a tile: rows in [planes, tiles_n, M], columns in [planes, tiles_m, N]."""
+    """Stores partial results of a tile: rows in [planes, tiles_n, M], columns in [planes, tiles_m, N]."""
     M, N = tile.M, tile.N
     i, j = tile.i0 + tl.arange(0, CONFIG.BLOCK_M), tile.j0 + tl.arange(0, CONFIG.BLOCK_N)
     tiles_m, tiles_n = tl.cdiv(M, CONFIG.BLOCK_M), tl.cdiv(N, CONFIG.BLOCK_N)
@@ -187,7 +187,7 @@ def _statistics(
     maxima: bool,
     tiles: Tiles | None,
 ) -> tuple[Tensor, Tensor]:
-    """Planes of the rows (planes, M) and of the columns (planes, N), fp64."""
+    """Compute the planes of the rows (planes, M) and of the columns (planes, N), fp64."""
     M, N, (x, y) = len(rows.x), len(cols.x), (rows.x, cols.x)
     has_labels, width = labels is not None, x.shape[1]
     row_label, col_label = labels or (None, None)

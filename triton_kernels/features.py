@@ -95,7 +95,7 @@ def _norms(
     side, other, scale_ptr, k0, size, other_size, D, offset,
     NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One side's inverse norms and positive logits, from row k0; the largest norm of a unit row among them."""
+    """Stores one side's inverse norms and positive logits from row k0 on; returns the largest norm of a unit row."""
     k = k0 + tl.arange(0, BLOCK)
     partner, in_rows = k + offset, k < size
     has_partner = in_rows & (partner >= 0) & (partner < other_size)
@@ -110,7 +110,7 @@ def _norms(
 
 @triton.jit
 def largest_norm(x, inv_ptr, k, in_rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Of the unit rows k, as `norms_kernel` finds it."""
+    """The largest norm of the unit rows k, as `norms_kernel` finds it."""
     xx, _, _ = pair_sums(x, x, k, k, in_rows, in_rows, D, False, BLOCK, BLOCK_D)
     return tl.max(unit_norm(xx, tl.load(inv_ptr + k, mask=in_rows, other=0.0)), 0)
 
@@ -270,7 +270,7 @@ NORMS = {"BLOCK": 8, "BLOCK_D": 128}  # rows and columns of a program that reads
 
 
 def needs_copy(x: Tensor, normalize: bool) -> bool:
-    """Whether the products cannot take rows (size, D) as they lie."""
+    """Tell whether the products cannot take rows (size, D) as they lie."""
     aligned = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
     aligned &= x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     aligned &= x.shape[1] % 8 == 0  # or both sides are copied: the products need as many columns of both
@@ -302,6 +302,8 @@ class Features(NamedTuple):
 
 
 class Norms(NamedTuple):
+    """What `norms` computes."""
+
     row_inv: Tensor  # (M,) fp32
     col_inv: Tensor  # (N,) fp32
     row_pos: Tensor  # (M,) fp64: the positive's logit, 0 where there is none; nothing with labels
@@ -310,7 +312,7 @@ class Norms(NamedTuple):
 
 
 def norms(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize: bool, labels: bool) -> Norms:
-    """One launch, for normalised features; one more where the bound on the logits has to be found."""
+    """Compute norms and positives in one launch; in two where the bound on the logits has to be found."""
     M, D = image.shape
     N = text.shape[0]
     image, text = (with_rows(x) for x in (image, text))

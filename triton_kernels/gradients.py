@@ -57,7 +57,7 @@ FINISH = {"BLOCK": 4, "BLOCK_D": 256}  # rows and columns of a program of a fini
 
 @triton.jit
 def store_factors(vec_ptrs, plane, inv, factor, out, in_rows, NORMALIZE: tl.constexpr):
-    """FACTOR, OUT and PROJECT of rows with these inverse norms."""
+    """Stores FACTOR, OUT and PROJECT of rows with these inverse norms."""
     tl.store(vec_ptrs + FACTOR * plane, factor, mask=in_rows)
     tl.store(vec_ptrs + OUT * plane, out, mask=in_rows)
     project = tl.zeros_like(inv)
@@ -68,7 +68,7 @@ def store_factors(vec_ptrs, plane, inv, factor, out, in_rows, NORMALIZE: tl.cons
 
 @triton.jit
 def store_side(vec_ptrs, plane, inv, in_rows, NORMALIZE: tl.constexpr, COPY: tl.constexpr):
-    """The same without scale and gain, which the finish knows. COPY: the products see the rows times OUT."""
+    """Stores the same without scale and gain, which the finish knows. COPY: the products see the rows times OUT."""
     factor, power = inv, tl.full(inv.shape, 1.0, tl.float32)
     if COPY:
         factor, power = without_power(inv)
@@ -97,7 +97,7 @@ def finish_rows(
     side, other, k0, l0, size, plane, other_plane, D, offset, diagonal_gain, factor, power,
     HAS_DIAGONAL: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows l0 and on of the `size` that `side.raw` has, which are the side's from k0 on; their share of d_scale.
+    """Finishes rows l0 and on of the `size` that `side.raw` has, the side's from k0 on; returns their share of d_scale.
 
     Their own pairs' weights are multiplied by `diagonal_gain`, they themselves by `factor` and then by `power`.
     """
@@ -213,7 +213,7 @@ def block_size(x: Tensor, M: int, N: int, D: int) -> tuple[int, int]:
 
 
 def finish_programs(sums: int, rows: int, columns: int) -> int:
-    """Programs of a finish: of the sums, of rows of images and of texts."""
+    """Count the programs of a finish: of the sums, of rows of images and of texts."""
     return sums + cdiv(rows, FINISH["BLOCK"]) + cdiv(columns, FINISH["BLOCK"])
 
 
@@ -250,7 +250,7 @@ class Gradients:
         self.finish_parts = cdiv(self.M, FINISH["BLOCK"])
 
     def tiles(self, rows: int, columns: int) -> int:
-        """Tiles of a block, of the kind that has most of them; a multiple of 4, so that every block's start aligned."""
+        """Count a block's tiles, of the kind that has most; a multiple of 4, so that every block's start aligned."""
         return max(cdiv(rows, kind.BLOCK_M) * cdiv(columns, kind.BLOCK_N) + 3 & ~3 for kind in self.kinds)
 
     def compute(
@@ -263,8 +263,8 @@ class Gradients:
         d_image: Tensor | None,
         d_text: Tensor | None,
     ) -> None:
-        """d_image (M, D), d_text (N, D) from the weights r_i G_ij c_j that ``weigh(i0, i1, j0, j1, weights, part)``
-        stores, with the shares of d_scale of every tile.
+        """Write d_image (M, D), d_text (N, D), from the weights r_i G_ij c_j that ``weigh(i0, i1, j0, j1, weights,
+        part)`` stores, with the shares of d_scale of every tile.
 
         offset: of the own pairs, whose weights are in the vectors and not among the stored; None when there are none.
         part (tile_parts + finish_parts,): shares of d_scale, the tiles' and after them the own pairs'.

@@ -147,7 +147,7 @@ _INTERPRETED = Config(128, 128, 64, 4, 1, SPLIT=2)  # large: a step of the inter
 
 
 def interpreting() -> bool:
-    """TRITON_INTERPRET=1: the kernels run as Python on the CPU."""
+    """Tell whether the kernels run as Python on the CPU: TRITON_INTERPRET=1."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -174,12 +174,12 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> tuple[Any, tup
 
 
 def always_anew() -> bool:
-    """No kernel is kept: by the interpreter; on AMD, where the kind includes how far a tensor's memory reaches."""
+    """Tell whether no kernel is kept: by the interpreter; on AMD, where the kind includes how far memory reaches."""
     return interpreting() or bool(torch.version.hip)
 
 
 def _kind(x: Any) -> Any:
-    """What a kernel is compiled for, of a run-time argument: its type, its alignment, whether it is 1."""
+    """Tell what a kernel is compiled for, of a run-time argument: its type, its alignment, whether it is 1."""
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     if isinstance(x, int):  # Triton compiles 1 as a constant, multiples of 16 as such, and the rest by width
@@ -200,12 +200,13 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def uses_descriptors(x: Tensor) -> bool:
-    """Hopper's tensor memory accelerator; elsewhere pointers spill less or it does not exist."""
+    """Tell whether tiles come by Hopper's tensor memory accelerator; elsewhere pointers spill less."""
     return capability(x.device)[0] == 9
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
+    """Count a GPU's multiprocessors."""
     if device.type != "cuda":
         return _DEFAULT_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -217,6 +218,7 @@ def with_rows(x: Tensor) -> Tensor:
 
 
 def matrix(x: Tensor) -> Matrix:
+    """Hand rows without gaps to a kernel."""
     return Matrix(x, x.stride(0))
 
 
@@ -294,7 +296,7 @@ def panels_of(tiles: Sequence[Config], M: int, N: int, planes: int) -> tuple[int
 
 
 def fp32_products() -> str:
-    """How products of fp32 tiles are computed: as torch's own matrix products are asked to, else without loss."""
+    """Say how products of fp32 tiles are computed: as torch's own matrix products are asked to, else without loss."""
     if not torch.cuda.is_available() or torch.version.hip:
         return "ieee"
     asked = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
@@ -304,7 +306,7 @@ def fp32_products() -> str:
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
-    """out = a b in fp32, added to what was there if `keep`, by the library."""
+    """Write a b to `out`, or add it if `keep`, in fp32, by the library."""
     if a.dtype != torch.float32 and capability(out.device) != (0, 0):
         if keep and _OLD_TORCH:
             out.add_(torch.mm(a, b, out_dtype=torch.float32))
@@ -317,9 +319,10 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
 
 
 def cdiv(size: int, length: int) -> int:
-    """triton.cdiv, which is made for kernels and slow outside of them."""
+    """Divide and round up; triton.cdiv is made for kernels, and slow outside of them."""
     return -(-size // length)
 
 
 def chunks(size: int, length: int) -> list[tuple[int, int]]:
+    """Cut `size` rows or columns into parts of a `length`: their first and their last (exclusive)."""
     return [(start, min(start + length, size)) for start in range(0, size, length)]

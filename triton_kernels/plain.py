@@ -113,7 +113,7 @@ class _Plan:
 def _start_copies(
     plan: _Plan, start: Any, known: bool, image: Tensor, text: Tensor, x: Tensor, y: Tensor, s: Any
 ) -> None:
-    """Rows x, y (N, width) from the features, times the powers of two in what is saved at `s`."""
+    """Start the copy of the features to rows x, y (N, width), times the powers of two in what is saved at `s`."""
     pairs: Any = (image, plan.strides[0]), (text, plan.strides[1]), (x, plan.width), (y, plan.width)
     image_matrix, text_matrix, *copies = pairs if known else [Matrix(*pair) for pair in pairs]
     powers = s + plan.row_power, s + plan.col_power
@@ -125,7 +125,7 @@ def _start_panels(
     plan: _Plan, start: Any, statistics: TileLaunch, x: Tensor, y: Tensor, addresses: Any, s: Any, constants: Any,
     parts: tuple[Any, Any], wide: Any,
 ) -> None:  # fmt: skip
-    """Partial sums of all rows; of several panels also what they are reduced to, in the workspace at `wide`."""
+    """Start the partial sums of all rows; of several panels also their reduction, in the workspace at `wide`."""
     N, operands, lse = plan.N, addresses, plan.fwd_work.lse
     col: Any = s + plan.col_vec, None, parts[1]  # FACTOR is the first plane; no labels
     for i0, i1 in plan.panels:
@@ -207,7 +207,7 @@ def _start_weights(
     plan: _Plan, start: Any, x: Tensor, y: Tensor, block: Tensor, addresses: Any, s: Any, constants: Any, w: Any,
     parts: list[int], rows: tuple[int, int], columns: tuple[int, int],
 ) -> None:  # fmt: skip
-    """Weights of a block, and at `parts`, bytes from `w` on for either kind of tile, its tiles' shares of d_scale."""
+    """Start the weights of a block; shares of d_scale go to `parts`, bytes from `w` on for either kind of tile."""
     (i0, i1), (j0, j1) = rows, columns
     shape = i1 - i0, j1 - j0
     vec = s + (_VEC + 4 * i0), s + (plan.col_vec + 4 * j0), plan.plane, plan.plane
@@ -223,7 +223,7 @@ def _start_blocks(
     plan: _Plan, start: Any, known: bool, x: Tensor, y: Tensor, work: Tensor, s: Any, d_loss: Tensor,
     constants: Any, d_image: Tensor | None, d_text: Tensor | None, d_scale: Tensor | None,
 ) -> None:  # fmt: skip
-    """Blocks of weights, their products, and of every chunk of rows the finish; of the last with d_scale."""
+    """Start the blocks of weights, their products, and of every chunk of rows the finish; of the last with d_scale."""
     N, width, (x_stride, y_stride) = plan.N, plan.width, plan.product_strides
     words = work.view(torch.float32)
     raw_image = words.as_strided((plan.block_m, width), (width, 1), plan.raw_image)

@@ -115,7 +115,7 @@ class _Step(NamedTuple):
 
 
 def _start_norms(step: _Step, image: Tensor, text: Tensor, scale: Tensor) -> None:
-    """Vectors, constants and the own pairs' shares; x and y where they are copies."""
+    """Start vectors, constants and the own pairs' shares; x and y where they are copies."""
     plan, start, w, bias = step.plan, step.start, step.w, step.bias
     M, N, D, at = plan.M, plan.N, plan.D, plan.work
     matrices: Any = (image, plan.strides[0]), (text, plan.strides[1]), (step.x, plan.width), (step.y, plan.width)
@@ -137,7 +137,7 @@ def _start_pairs(
     step: _Step, addresses: Any, block: Tensor, rows: tuple[int, int], columns: tuple[int, int], done: int,
     tiles: Tiles | None,
 ) -> None:  # fmt: skip
-    """Weights of a block, and its tiles' sums behind those of the `done` tiles before."""
+    """Start the weights of a block, and its tiles' sums behind those of the `done` tiles before."""
     plan, w, (i0, i1), (j0, j1) = step.plan, step.w, rows, columns
     at, tile, shape, offset = plan.work, plan.tile, (i1 - i0, j1 - j0), step.offset + i0 - j0
     vectors = w + (at.row_vec + 4 * i0), w + (at.col_vec + 4 * j0), w + at.constants  # FACTOR is the first plane
@@ -155,7 +155,7 @@ def _start_blocks(
     step: _Step, work: Tensor, d_image: Tensor | None, d_text: Tensor | None, loss: Tensor, grads: Tensor, divisor: int,
     tiles: Tiles | None,
 ) -> None:  # fmt: skip
-    """Blocks of pairs, their products, and of every chunk of rows the finish; of the last the sums."""
+    """Start the blocks of pairs, their products, and of every chunk of rows the finish; of the last the sums."""
     plan, known, x, y, w = step.plan, step.known, step.x, step.y, step.w
     M, N, D, width, at, (x_stride, y_stride) = plan.M, plan.N, plan.D, plan.width, plan.work, plan.product_strides
     words = work.view(torch.float32)
@@ -248,7 +248,7 @@ def sigmoid_fwd(
 
 
 def _multiplying(image_size: int, text_size: int, scalars: bool) -> int:
-    """Programs of the backward."""
+    """Count the programs of the backward."""
     return cdiv(image_size, _PRODUCT["BLOCK"]) + cdiv(text_size, _PRODUCT["BLOCK"]) + scalars
 
 

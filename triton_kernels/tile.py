@@ -58,7 +58,10 @@ def dot_tile(image, text, tile, D, CONFIG: tl.constexpr):
 
     image (M, D), text (N, D): a `Matrix`, or with DESCRIPTOR a tensor descriptor.
     """
-    dot = tl.zeros((CONFIG.BLOCK_M, CONFIG.BLOCK_N), tl.float32)
+    # Triton 3.6 takes no attributes into a shape
+    BLOCK_M: tl.constexpr = CONFIG.BLOCK_M
+    BLOCK_N: tl.constexpr = CONFIG.BLOCK_N
+    dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     i0, j0 = tile.i0, tile.j0
     if CONFIG.DESCRIPTOR:
         for k in range(0, D, CONFIG.BLOCK_K):
@@ -66,8 +69,8 @@ def dot_tile(image, text, tile, D, CONFIG: tl.constexpr):
     else:
         depth = tl.arange(0, CONFIG.BLOCK_K)
         # rows past the last are read as the last: no mask in the loop
-        i = tl.minimum(tl.arange(0, CONFIG.BLOCK_M), tile.M - i0 - 1)
-        j = tl.minimum(tl.arange(0, CONFIG.BLOCK_N), tile.N - j0 - 1)
+        i = tl.minimum(tl.arange(0, BLOCK_M), tile.M - i0 - 1)
+        j = tl.minimum(tl.arange(0, BLOCK_N), tile.N - j0 - 1)
         image_ptrs = image.ptr + i0.to(tl.int64) * image.row_stride + (i[:, None] * image.row_stride + depth[None, :])
         text_ptrs = text.ptr + j0.to(tl.int64) * text.row_stride + (j[None, :] * text.row_stride + depth[:, None])
         for k in range(0, D, CONFIG.BLOCK_K):
@@ -90,7 +93,7 @@ def halves(x):
 
 @triton.jit
 def on_diagonal(i, j, i0, j0, offset):
-    """Which pairs (i0 + i, j0 + j) are a row's own: a block's diagonal."""
+    """Which pairs (i0 + i, j0 + j) are a row's own, which lie on the diagonal of the problem."""
     return j[None, :] - i[:, None] == i0 + offset - j0
 
 

@@ -127,5 +127,6 @@ def test_two_programs_a_multiprocessor(machines: dict[int, list[dict[str, Any]]]
 
 def test_a_spill_is_found() -> None:
     """The reading itself."""
-    (m,) = (m for m in _report("triton-spilling", "spilling")["spilling"] if m["kernel"] == "contrastive_bwd_kernel")
+    tiles = [m for m in _report("triton-spilling", "spilling")["spilling"] if m["kernel"] == "contrastive_bwd_kernel"]
+    (m,) = (m for m in tiles if "EXACT" not in m["variant"].split())
     assert m["stack"] > 0 and m["LDL"] > 0 and m["STL"] > 0
