@@ -29,8 +29,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.harness import Timings, append, machine, quantile
-from benchmarks.peers import version
 from fastclip.data import open_source, training_batches
+from fastclip.installed import installed_version
 from fastclip.models import get_tokenizer
 from fastclip.models.config import load_config
 from fastclip.models.transforms import image_transform, training_side
@@ -206,7 +206,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             timings = measure(case, arguments.providers.split(","), arguments.rounds, Path(folder))
         measured = rows(case, timings)
-        append(arguments.rows, measured, machine() | {"webdataset": version("webdataset"), "pillow": version("pillow")})
+        append(
+            arguments.rows,
+            measured,
+            machine() | {"webdataset": installed_version("webdataset"), "pillow": installed_version("pillow")},
+        )
         for row in measured:
             print(*row.values(), sep="\t", flush=True)
 

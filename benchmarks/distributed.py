@@ -30,7 +30,7 @@ from benchmarks.harness import Timings, append, machine, quantile
 from benchmarks.peak_memory import peak_of, return_what_is_freed
 from benchmarks.peers import Unavailable
 from fastclip.bench.losses import SCALARS, CheckFailed, Loss, features
-from fastclip.machine import version
+from fastclip.installed import installed_version
 from fastclip.parity.truth import blockwise_truth
 
 RESULTS = Path(__file__).parent / "results" / "distributed.csv"
@@ -288,7 +288,7 @@ def main() -> None:
             if arguments.peak and not result.status:
                 result.peak_mib = launch(case, [name], peak=True)[name].peak_mib
         found = rows(case, results)
-        append(arguments.rows, found, {"load": load, **machine(), "threads": 1, "inf_cl": version("inf-cl")})
+        append(arguments.rows, found, {"load": load, **machine(), "threads": 1, "inf_cl": installed_version("inf-cl")})
         for row in found:
             print(*(row[key] for key in list(row) if key not in ("local_N", "D", "gradient", "rounds")), sep="\t")
 

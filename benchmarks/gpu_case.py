@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.gpu import Clocks, Gpu
 from benchmarks.harness import Case, Provider, Step, Timings, rows
 from benchmarks.losses import FLOOR, OURS, PEER, check_one, fitting, found, leaves_of, names, step_of
-from benchmarks.peers import PEERS, Loss, version
+from benchmarks.peers import PEERS, Loss
+from fastclip.installed import installed_version
 from fastclip.parity.truth import blockwise_truth
 
 SECONDS = 120.0  # of a case's rounds, three at least
@@ -155,4 +156,4 @@ def status_row(case: Case, name: str, status: str, ceilings: tuple[Any, ...] = (
 def _complete(row: dict[str, Any], status: str, ceilings: tuple[Any, ...]) -> dict[str, Any]:
     peer = PEERS.get(row["provider"])
     about_run = dict(zip(("gemm_tflops", "copy_gbs", "sm_mhz", "memory_mhz"), ceilings, strict=True))
-    return {**row, "status": status, "version": version(peer.package) if peer else "", **about_run}
+    return {**row, "status": status, "version": installed_version(peer.package) if peer else "", **about_run}

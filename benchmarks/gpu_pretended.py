@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.gpu import MARK, Gpu
 from benchmarks.harness import Step, commit, wall_clock
-from fastclip.machine import about_cpu, version
+from fastclip.installed import installed_version
+from fastclip.machine import about_cpu
 
 DRY_RUN = "dry run"  # in the place of the GPU's name: no row of this can be taken for a result
 
@@ -60,6 +61,6 @@ class Pretended(Gpu):
     def about(self) -> dict[str, Any]:
         """The columns of a GPU's rows."""
         found = about_cpu(commit())
-        of_gpu = {"gpu": DRY_RUN, "driver": "", "cuda": "", "triton": version("triton")}
+        of_gpu = {"gpu": DRY_RUN, "driver": "", "cuda": "", "triton": installed_version("triton")}
         columns = ["date", "commit", "gpu", "driver", "cuda", "python", "torch", "triton", "fastclip", "open_clip"]
         return {name: {**found, **of_gpu}[name] for name in columns}

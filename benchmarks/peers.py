@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.bench.losses import SCALARS, Loss
-from fastclip.machine import version
+from fastclip.installed import installed_version
 
 COMPILER = "inductor"  # of torch.compile; a dry run takes one that compiles nothing
 
@@ -128,7 +128,7 @@ def build(name: str, loss: str) -> Loss:
     except Exception as error:  # whatever somebody else's package raises when it is imported
         if isinstance(error, Unavailable):
             raise
-        if isinstance(error, ImportError) and not version(peer.package):
+        if isinstance(error, ImportError) and not installed_version(peer.package):
             raise Unavailable("not installed") from error
         raise Unavailable(f"error: {describe(error)}") from error
 

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.data import Case, jpeg
 from benchmarks.harness import Step, append, machine, quantile, wall_clock
-from benchmarks.peers import version
+from fastclip.installed import installed_version
 from fastclip.models import create_model
 from fastclip.search.engine import SearchEngine
 from fastclip.search.index import Seen
@@ -133,7 +133,7 @@ def main() -> None:
         found = searching(Path(name), arguments.pictures, arguments.dim, arguments.rounds)
         options = {name: getattr(arguments, name) for name in ("model", "workers")}
         found.append(indexing(Path(name), arguments.jpegs, rounds=max(1, arguments.rounds // 3), **options))
-    append(arguments.rows, found, machine() | {"numpy": np.__version__, "pillow": version("pillow")})
+    append(arguments.rows, found, machine() | {"numpy": np.__version__, "pillow": installed_version("pillow")})
     for one in found:
         print(*one.values(), sep="\t", flush=True)
 

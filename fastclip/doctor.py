@@ -7,7 +7,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from fastclip import _env, machine
 from fastclip._backends import backends, build_info, pick
 from fastclip._backends.mending import mending
 from fastclip.cores import contended
+from fastclip.installed import installed_version
 from fastclip.parity.compare import Row, alone
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
@@ -76,7 +76,7 @@ def _devices() -> list[torch.device]:
 def _versions() -> Iterator[Finding]:
     built = build_info()
     found = {"fastclip": built["fastclip"], "python": platform.python_version(), "torch": built["torch"]}
-    found |= {"triton": built["triton"]} | {name: machine.version(package) for name, package in _LIBRARIES.items()}
+    found |= {"triton": built["triton"]} | {name: installed_version(package) for name, package in _LIBRARIES.items()}
     found |= {"torch's CUDA": torch.version.cuda or "", "torch's ROCm": torch.version.hip or ""}
     found |= {"native CPU": built["cpu"], "native CUDA": built["cuda"], "system": platform.platform()}
     for name, text in found.items():
@@ -193,35 +193,31 @@ def _extras() -> Iterator[Finding]:
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(
-            "extras", DISTRIBUTION, "not installed: these are its bare sources", "", "pip install . in the clone"
-        )
+        bare = "not installed: these are its bare sources"
+        yield Finding("extras", DISTRIBUTION, bare, "", "pip install . in the clone")
         return
     for extra, what in EXTRAS.items():
-        lacking = sorted(set(_lacking(lines, extra)))
-        advice = f"for {what}: pip install '.[{extra}]' in the clone" if lacking else ""
-        yield Finding("extras", extra, f"lacks {', '.join(lacking)}" if lacking else "installed", "", advice)
+        try:
+            missing = sorted(_missing(lines, extra))
+            value = f"lacks {', '.join(missing)}" if missing else "installed"
+        except ModuleNotFoundError:  # packaging, which every extra brings
+            value = "not installed"
+        advice = "" if value == "installed" else f"for {what}: pip install '.[{extra}]' in the clone"
+        yield Finding("extras", extra, value, "", advice)
 
 
-def _lacking(lines: list[str], extra: str) -> Iterator[str]:
+def _missing(lines: list[str], extra: str) -> set[str]:
     """Packages of an extra, and of those it names, that are missing or of a version that it does not take."""
-    for line in lines:
-        wanted, _, marker = line.partition(";")
-        if not re.search(rf"""extra == ['"]{extra}['"]""", marker):
+    from packaging.requirements import Requirement
+
+    missing: set[str] = set()
+    for requirement in map(Requirement, lines):
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
             continue
-        name, others, bounds = re.fullmatch(r"\s*([\w.-]+)(?:\[([^\]]*)\])?\s*\(?([^)]*?)\)?\s*", wanted).groups()  # type: ignore[union-attr]
-        if others:
-            for other in others.split(","):
-                yield from _lacking(lines, other.strip())
-        elif not (have := machine.version(name)):
-            yield name
-        elif not _fits(have, bounds):
-            yield f"{name}{bounds} (not {have})"
-
-
-def _fits(have: str, bounds: str) -> bool:
-    def numbers(version: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", version)[:3]]
-
-    least, below = (re.search(rf"(?:^|,){sign}([\d.]+)", bounds.replace(" ", "")) for sign in (">=", "<"))
-    return not (least and numbers(have) < numbers(least[1])) and not (below and numbers(have) >= numbers(below[1]))
+        if requirement.name == DISTRIBUTION:
+            missing.update(*(_missing(lines, other) for other in requirement.extras))
+        elif not (installed := installed_version(requirement.name)):
+            missing.add(requirement.name)
+        elif not requirement.specifier.contains(installed, prereleases=True):
+            missing.add(f"{requirement.name}{requirement.specifier} (not {installed})")
+    return missing

@@ -1,11 +1,12 @@
-"""Data files of installed packages, found without importing them."""
+"""What is installed: versions and data files of other packages, found without importing them."""
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["installed_file"]
+__all__ = ["installed_file", "installed_version"]
 
 
 def installed_file(package: str, name: str, *, what: str, install: str) -> Path:
@@ -24,3 +25,11 @@ def installed_file(package: str, name: str, *, what: str, install: str) -> Path:
         if path.is_file():
             return path
     raise ImportError(f"{what} {name} is read from {install}, which is not installed: pip install {install}")
+
+
+def installed_version(distribution: str) -> str:
+    """Version of a distribution, by the name that pip has for it; empty where it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""

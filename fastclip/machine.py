@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import math
 import os
 import platform
@@ -17,6 +16,7 @@ import torch
 from fastclip._backends.cpu import native
 from fastclip._version import __version__
 from fastclip.cores import group_limits, read_lines, usable_cores
+from fastclip.installed import installed_version
 
 __all__ = [
     "about_cpu",
@@ -29,16 +29,7 @@ __all__ = [
     "shared_memory_bytes",
     "unseen_gpu",
     "usable_cores",
-    "version",
 ]
-
-
-def version(distribution: str) -> str:
-    """Of an installed distribution; empty where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def processor() -> str:
@@ -60,7 +51,7 @@ def about_cpu(commit: str = "") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastclip": __version__,
-        "open_clip": version("open_clip_torch"),
+        "open_clip": installed_version("open_clip_torch"),
     }
 
 
@@ -74,9 +65,9 @@ def about_gpu(commit: str = "") -> dict[str, Any]:
         "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": version("triton"),
+        "triton": installed_version("triton"),
         "fastclip": __version__,
-        "open_clip": version("open_clip_torch"),
+        "open_clip": installed_version("open_clip_torch"),
     }
 
 

@@ -27,6 +27,7 @@ from fastclip._backends import cpu, cuda, reference, triton
 from fastclip._backends.mending import mending
 from fastclip._backends.problem import DTYPES, FUSED_DTYPES, Problem
 from fastclip._version import __version__
+from fastclip.installed import installed_version
 
 __all__ = ["DTYPES", "FUSED_DTYPES", "backends", "build_info", "check_name", "pick", "serving", "serving_pairs"]
 
@@ -54,7 +55,7 @@ def build_info() -> dict[str, str]:
     return {
         "fastclip": __version__,
         "torch": torch.__version__,
-        "triton": triton.version(),
+        "triton": installed_version("triton"),
         "cpu": cpu.missing() or cpu.build(),
         "cuda": cuda.build(),
     }

@@ -11,9 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -24,6 +22,7 @@ from fastclip.data.faults import BadSample
 from fastclip.data.files import walk
 from fastclip.data.folder import is_picture
 from fastclip.data.picture import limit_in_words, read_picture
+from fastclip.installed import installed_version
 from fastclip.search.index import Index, Seen
 
 if TYPE_CHECKING:
@@ -131,8 +130,8 @@ def _reader() -> str:
     reader = f"Pillow {PIL.__version__}"
     if limit := limit_in_words():
         reader += f", {limit}"
-    with suppress(PackageNotFoundError):
-        reader += f", pillow-heif {version('pillow-heif')}"
+    if heif := installed_version("pillow-heif"):
+        reader += f", pillow-heif {heif}"
     return reader
 
 

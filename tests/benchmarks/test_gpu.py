@@ -141,10 +141,10 @@ def test_nan_fails_the_check() -> None:
 
 def test_missing_peers_say_why(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "memeff", None)  # import raises ImportError
-    monkeypatch.setattr(peers, "version", lambda package: "")
+    monkeypatch.setattr(peers, "installed_version", lambda package: "")
     with pytest.raises(Unavailable, match=r"^not installed$"):
         peers.build("memeff", "softmax")
-    monkeypatch.setattr(peers, "version", lambda package: "9.9")
+    monkeypatch.setattr(peers, "installed_version", lambda package: "9.9")
     with pytest.raises(Unavailable, match=r"^error: ModuleNotFoundError: "):
         peers.build("memeff", "softmax")
     monkeypatch.setitem(sys.modules, "memeff", SimpleNamespace())  # another interface

@@ -89,8 +89,8 @@ PROMISES = [
             Break(
                 "doctor: an old package is not lacking",
                 "fastclip/doctor.py",
-                old="numbers(have) < numbers(least[1])",
-                new="False",
+                old="elif not requirement.specifier.contains(installed, prereleases=True):",
+                new="elif False:",
             ),
             Break(
                 "doctor: dense service is no warning",

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from support import ROOT
 
@@ -39,6 +41,16 @@ ALLOWED = {
     "reading": {"torch", "safetensors", "yaml"},
 }
 CORE = {part for layer in LAYERS[4:] for part in layer} | {"__init__"}
+# The extra of pyproject.toml that brings what a file or a folder imports; what is not named here needs torch alone.
+BROUGHT_BY = {
+    **dict.fromkeys(("models", "integrations", "doctor.py", "durable.py"), "models"),
+    **dict.fromkeys(("data", "embedding", "evaluation", "progress.py", "reading.py", "training"), "train"),
+    **dict.fromkeys(("cli", "search", "data/picture.py"), "search"),
+    "data/hub.py": "hf",
+}
+DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+UNDECLARED = {"triton": "comes with torch, where there is one", "wandb": "--wandb says how to install it"}
+NOT_IMPORTED = {"aiohttp": "fsspec reads https:// with it", "tensorboard": "torch.utils.tensorboard writes with it"}
 
 
 def rank(part: str) -> int:
@@ -124,6 +136,42 @@ def test_module_keeps_to_its_layer(path: Path) -> None:
 )
 def test_every_fault_is_found(part: str, source: str, message: str) -> None:
     assert any(message in fault for fault in faults(part, source))
+
+
+def declared(extra: str = "") -> set[str]:
+    """Distributions that pyproject.toml asks for: those of an extra, and of the extras that it names."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found: set[str] = set()
+    for one in map(Requirement, project["optional-dependencies"][extra] if extra else project["dependencies"]):
+        ours = one.name == project["name"]
+        found |= set().union(*map(declared, one.extras)) if ours else {canonicalize_name(one.name)}
+    return found
+
+
+def distributions(path: Path) -> set[str]:
+    """What a module imports that is neither Python's nor ours, as pip calls it."""
+    tops = {name.partition(".")[0] for name in imports(path.read_text())} - {"fastclip", *sys.stdlib_module_names}
+    return {canonicalize_name(DISTRIBUTIONS.get(top, top)) for top in tops} - {*UNDECLARED}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_module_imports_is_declared(path: Path) -> None:
+    name = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).as_posix()
+    extra = BROUGHT_BY.get(name) or BROUGHT_BY.get(name.partition("/")[0])
+    assert distributions(path) <= declared() | (declared(extra) if extra else set())
+
+
+def test_what_is_declared_is_imported() -> None:
+    imported = set().union(*map(distributions, SOURCES))
+    assert declared() == {"torch"} and declared("all") - imported == {*NOT_IMPORTED} - imported
+    assert all((PACKAGE / name).exists() for name in BROUGHT_BY)
+
+
+def test_no_tool_of_ours_is_installed_for_a_user() -> None:
+    assert not declared("all") & {"pytest", "mypy", "ruff", "clang-format", "playwright", "mkdocs", "hypothesis"}
+    users = ("models", "train", "hf", "remote", "search")
+    assert declared("all") == set().union(*map(declared, users)) and declared("dev") > declared("all")
 
 
 INCLUDE = re.compile(r'#include\s*[<"](torch|ATen|c10|pybind11|Python\.h|numpy)')
