@@ -25,6 +25,7 @@ from pathlib import Path
 
 from benchmarks.cases import DTYPES, SIZES, parse_sizes, size_name
 from fastclip.cli.ending import sigterm_raises
+from fastclip.durable import write_text
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 570.0  # a part's
@@ -185,7 +186,7 @@ class Checklist:
                 return f"took more than {seconds:.0f} s"
             if not part.loss and code == 0:
                 self.markers.mkdir(parents=True, exist_ok=True)
-                (self.markers / part.name).write_text(state)
+                write_text(self.markers / part.name, state)
             elif not part.loss and code == NO_TESTS:
                 return "no test is marked gpu"
             elif code == 0 and self.todo(part):

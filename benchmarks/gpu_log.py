@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.gpu import Gpu
 from benchmarks.harness import append, quantile
+from fastclip.durable import write_text
 
 NAME = "gpu_ten.csv"
 STEPS = "cuda.csv"  # of losses' steps, in the columns of `make bench`
@@ -69,7 +70,7 @@ class Log:
 
     def mark_done(self, piece: str) -> None:
         self.markers.mkdir(parents=True, exist_ok=True)
-        (self.markers / f"{self.part}-{piece}").write_text(self.code)
+        write_text(self.markers / f"{self.part}-{piece}", self.code)
 
     def _write(self, *cells: Any) -> None:
         columns = ("part", "case", "provider", "measure", "unit", "value", "p20", "p80", "rounds", "status")

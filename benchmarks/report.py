@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.plot import PEAK, RESULTS, SHARE, SPEED, TITLES, Row, draw, gpu_table, read, table
+from fastclip.durable import write_text
 
 REPORT = Path(__file__).parent / "REPORT.md"
 DEVICES = {"cpu": ("On a CPU", "fastclip"), "cuda": ("On a GPU", "fastclip_cuda")}
@@ -292,7 +293,7 @@ def main() -> None:
                 for loss in TITLES:
                     if rows := _read(RESULTS / f"{device}.csv", loss):
                         draw(rows, RESULTS / f"{device}_{loss}.png")
-            REPORT.write_text(text())
+            write_text(REPORT, text())
             print(REPORT)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))

@@ -114,7 +114,7 @@ def new_file(path: Path) -> Iterator[Path]:
         yield path
         return
     whole = Path(os.path.realpath(path)) if path.is_symlink() else path
-    half = _beside(whole, "tmp")
+    half = _beside(whole)
     try:
         with naming(path, half):
             half.touch(exist_ok=False)
@@ -131,12 +131,16 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path, half: Path | None = None) -> Iterator[None]:
-    """Name `path` in an error of its disk, which the system tells without a name, and in one about `half`."""
+    """Name `path` in an error of its disk, which the system tells without a name, and in one that names `half`."""
     try:
         yield
     except OSError as error:
-        if error.errno in _OF_DISKS if error.filename is None else error.filename in (half, str(half)):
+        if error.filename is None and error.errno in _OF_DISKS:
             error.filename = str(path)
+        elif half is not None and error.errno is None:  # of a library, which puts the name into its words
+            error.args = (str(error).replace(str(half), str(path)),)
+        elif half is not None and str(half) in str(error.filename):
+            error.filename = str(error.filename).replace(str(half), str(path))
             if error.filename2 is not None:
                 del error.filename2  # None would be told as a second name
         raise
@@ -163,23 +167,14 @@ def new_files(folder: Path) -> Iterator[Path]:
     for left, _ in _halves(folder, "files"):  # by a process that was killed
         if _is_abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
-    half = _beside(folder / "files", "tmp")
+    half = _beside(folder / "files")
     try:
-        os.mkdir(half)
-        mode = half.stat().st_mode & 0o666
-        yield half
-        for file in half.iterdir():
-            file.chmod(mode)
-            _flush(file)
-        for file in sorted(half.iterdir()):
-            os.replace(file, folder / file.name)
-    except OSError as error:
-        if error.filename is None:  # of a library that puts the name into its words
-            raise OSError(str(error).replace(str(half), str(folder))) from error
-        error.filename = str(error.filename).replace(str(half), str(folder))
-        if error.filename2 is not None:
-            del error.filename2  # None would be told as a second name
-        raise
+        with naming(folder, half):
+            os.mkdir(half)
+            yield half
+            _settle(half)
+            for file in sorted(half.iterdir()):
+                os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(half, ignore_errors=True)
         if made:
@@ -208,16 +203,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Its files have the mode that the umask gives, whatever library writes them.
     """
-    half, old = _beside(path, "tmp"), path.with_name(f".{path.name}.old")
+    half, old = _beside(path), path.with_name(f".{path.name}.old")
     _make(path.parent)
     half.mkdir()
     try:
         yield half
-        mode = half.stat().st_mode & 0o666
-        for inside in (*half.rglob("*"), half):
-            if inside.is_file():  # some libraries write files that only their owner can read
-                inside.chmod(mode)
-            _flush(inside)
+        _settle(half)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
@@ -242,7 +233,7 @@ def set_aside(path: Path) -> Path:
 
 def remove_folder(path: Path) -> None:
     """At no moment half of it is there under its name."""
-    gone = _beside(path, "tmp")
+    gone = _beside(path)
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
@@ -285,8 +276,8 @@ def check_manifest(folder: Path) -> None:
             raise ValueError(f"{file} is damaged: its SHA-256 is not the one it was written with")
 
 
-def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _halves(folder: Path, names: str = "*") -> Iterator[tuple[Path, str]]:
@@ -304,6 +295,15 @@ def _bring_back(old: Path) -> None:
     path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
     if old.exists() and not path.exists():
         os.rename(old, path)
+
+
+def _settle(half: Path) -> None:
+    """Flush a folder and all in it to the disk, its files with the mode that the umask gives."""
+    mode = half.stat().st_mode & 0o666
+    for path in (*half.rglob("*"), half):
+        if path.is_file():  # some libraries write files that only their owner can read
+            path.chmod(mode)
+        _flush(path)
 
 
 def _make(folder: Path) -> None:

@@ -16,12 +16,13 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from fastclip import _env
 from fastclip.durable import is_special, mend_files
@@ -63,14 +64,11 @@ def check_writable(folder: str | Path) -> Path:
     """
     folder = output_path(folder)
     with _made(folder):
-        trial = folder / f".fastclip.{secrets.token_hex(4)}.tmp"
         try:
-            trial.write_bytes(b"\n" * 4096)
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as trial:  # without a name: nothing stays of it
+                trial.write(b"\n" * 4096)
         except OSError as error:
             raise type(error)(f"{folder} cannot be written: {error.strerror}") from error
-        finally:
-            with suppress(OSError):
-                trial.unlink()
     return folder
 
 
@@ -89,7 +87,9 @@ def owned(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
         OSError, ValueError: nothing can be written into the folder, which is named.
     """
     folder = output_path(folder)
-    with _made(folder), _locked(folder, LOCK, str(folder), force, lambda: mend_files(folder, owned=True)):
+    with _made(folder), _locked(folder, LOCK, str(folder), force) as is_new:
+        if is_new:
+            mend_files(folder, owned=True)
         yield folder
 
 
@@ -138,107 +138,112 @@ class _Owner(NamedTuple):
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """The folder exists inside."""
+    """Make the folder, and remove what was made where it is still empty at the end."""
     made: list[Path] = []
     try:
-        for one in (*reversed(folder.parents), folder):
-            if not one.is_dir():
+        for path in (*reversed(folder.parents), folder):
+            if not path.is_dir():
                 try:
-                    one.mkdir()
-                    made.append(one)
+                    path.mkdir()
+                    made.append(path)
                 except FileExistsError as error:
-                    if not one.is_dir():  # another process was faster
-                        kind = "a link to nothing" if one.is_symlink() else "a file"
-                        raise NotADirectoryError(f"{folder} cannot be made: {one} is {kind}, not a folder") from error
+                    if not path.is_dir():  # else another process was faster
+                        kind = "a link to nothing" if path.is_symlink() else "a file"
+                        raise NotADirectoryError(f"{folder} cannot be made: {path} is {kind}, not a folder") from error
                 except OSError as error:
                     raise type(error)(f"{folder} cannot be made: {error.strerror}") from error
         yield
     finally:
-        for one in reversed(made):
+        for path in reversed(made):
             with suppress(OSError):  # it is not empty
-                one.rmdir()
+                path.rmdir()
 
 
 @contextmanager
-def _locked(folder: Path, name: str, told: str, force: bool, tidy: Callable[[], object] = int) -> Iterator[None]:
-    """`told`: what is owned, for messages. `tidy` is called when it is.
+def _locked(folder: Path, name: str, output: str, force: bool) -> Iterator[bool]:
+    """Own the file `name` of a folder; False where this thread owns it already, in a call around this one.
 
     A process loses its lock when it closes any descriptor of the file, so nothing here opens one that it holds.
+
+    Args:
+        output: what is owned, for messages.
     """
-    found, own = folder.stat(), (os.getpid(), threading.get_ident())
-    key = (found.st_dev, found.st_ino, name)
+    entry, pid, thread = folder.stat(), os.getpid(), threading.get_ident()
+    key = (entry.st_dev, entry.st_ino, name)  # whatever links lead there
     with _mutex:
         holder = _ours.get(key)
-        if holder is None or holder[0] != own[0]:  # nobody's, or the parent's of before a fork
+        if holder is None or holder[0] != pid:  # nobody's, or the parent's of before a fork
             holder = None
-            _ours[key] = own
-    if holder == own:
-        yield
+            _ours[key] = (pid, thread)
+    if holder == (pid, thread):
+        yield False
         return
     if holder is not None:
-        raise BlockingIOError(f"{told} is in use by another thread of this process: wait for it, or take another place")
+        raise BlockingIOError(
+            f"{output} is in use by another thread of this process: wait for it, or take another place"
+        )
     lock = folder / name
     try:
-        handle, me = _take(lock, told, force)
+        handle, owner = _take(lock, output, force)
         try:
-            tidy()
-            yield
+            yield True
         finally:
-            if os.getpid() == own[0]:  # a child that was forked inside has nothing to give back
-                _give_back(lock, handle, me)
+            if os.getpid() == pid:  # a child that was forked inside has nothing to give back
+                _give_back(lock, handle, owner)
     finally:
         with _mutex:
             _ours.pop(key, None)
 
 
-def _take(lock: Path, told: str, force: bool) -> tuple[int, _Owner]:
+def _take(lock: Path, output: str, force: bool) -> tuple[int, _Owner]:
     """Return the lock file, open and locked, and what it says now."""
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     pid = os.getpid()
-    me = _Owner(socket.gethostname(), pid, since, _command(), _start(pid), secrets.token_hex(8), _env.job())
+    owner = _Owner(socket.gethostname(), pid, since, _command(), _start(pid), secrets.token_hex(8), _env.job())
     try:
         for _ in range(_TRIES):
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
             taken = False
             try:
-                taken = _taken(lock, handle, me, told, force)
+                taken = _try(lock, handle, owner, output, force)
             finally:
                 if not taken:
                     os.close(handle)
             if taken:
-                return handle, me
+                return handle, owner
     except BlockingIOError:
         raise
     except OSError as error:
-        raise type(error)(f"{told} cannot be written: {error.strerror}") from error
-    raise BlockingIOError(f"{told} is taken and given back again and again by other processes: take another place")
+        raise type(error)(f"{output} cannot be written: {error.strerror}") from error
+    raise BlockingIOError(f"{output} is taken and given back again and again by other processes: take another place")
 
 
-def _taken(lock: Path, handle: int, me: _Owner, told: str, force: bool) -> bool:
-    """One try; False where the file under the lock's name is another one now."""
+def _try(lock: Path, handle: int, owner: _Owner, output: str, force: bool) -> bool:
+    """Lock an open file and write its owner; False where the file under the lock's name is another one now."""
     locked = _lock(handle)
     if not _is_at(lock, handle):
         return False
     before = _read(handle)
-    elsewhere = before is not None and before.host != me.host
-    foreign = before is not None and elsewhere and not _is_earlier(before.job, me.job)
-    if locked is False or (locked is None and before is not None and not foreign and _alive(before)):
+    elsewhere = before is not None and before.host != owner.host
+    foreign = before is not None and elsewhere and not _is_earlier(before.job, owner.job)
+    # Where nothing can be locked the file alone says who lives
+    if locked is False or (locked is None and before is not None and not elsewhere and _alive(before)):
         if not (elsewhere and force):
-            raise BlockingIOError(f"{told} is in use by {before or 'another process'}: end it, or take another place")
+            raise BlockingIOError(f"{output} is in use by {before or 'another process'}: end it, or take another place")
         lock.unlink(missing_ok=True)
         return False
     if foreign and not force:
-        raise BlockingIOError(f"{told} is in use by {before}, another host: if that has ended, --force takes it over")
+        raise BlockingIOError(f"{output} is in use by {before}, another host: if that has ended, --force takes it over")
     if before is not None:
-        logger.info("%s: passed over %s, which has ended, or is taken over from", told, before)
+        logger.info("%s: passed over %s, which has ended, or is taken over from", output, before)
     try:
-        _write(handle, me)
+        _write(handle, owner)
     except OSError:
         lock.unlink(missing_ok=True)
         raise
-    if locked is None:
+    if locked is None:  # another process may have written at the same time: the last one stands
         time.sleep(_SETTLES)
-        return _is_at(lock, handle) and _read(handle) == me
+        return _is_at(lock, handle) and _read(handle) == owner
     return True
 
 
@@ -249,9 +254,9 @@ def _is_earlier(job: str, now: str) -> bool:
     return bool(name) and name == before and (not start or (number.isdecimal() and int(number) < int(start)))
 
 
-def _give_back(lock: Path, handle: int, me: _Owner) -> None:
+def _give_back(lock: Path, handle: int, owner: _Owner) -> None:
     with suppress(OSError):  # the folder is gone, or its disk
-        still = _is_at(lock, handle) and _read(handle) == me  # not where another host has taken it over
+        still = _is_at(lock, handle) and _read(handle) == owner  # not where another host has taken it over
         if still and os.name != "nt":  # while it is locked: nobody can own the file that is removed
             lock.unlink()
         os.close(handle)
@@ -288,18 +293,18 @@ def _is_at(lock: Path, handle: int) -> bool:
 
 
 def _read(handle: int) -> _Owner | None:
-    """None where nothing of ours is in it."""
+    """Return what a lock file says; None where nothing of ours is in it."""
     os.lseek(handle, 0, os.SEEK_SET)
     try:
-        told = json.loads(os.read(handle, 10_000))
-        words = [*(str(told[name]) for name in _Owner._fields[2:-1]), str(told.get("job", ""))]
-        return _Owner(str(told["host"]), int(told["pid"]), *words)
+        values: dict[str, Any] = {"job": "", **json.loads(os.read(handle, 10_000))}  # older files tell no job
+        fields: dict[str, Any] = {name: str(values[name]) for name in _Owner._fields}
+        return _Owner(**{**fields, "pid": int(values["pid"])})
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
-def _write(handle: int, me: _Owner) -> None:
-    data = json.dumps(me._asdict()).encode() + b"\n"
+def _write(handle: int, owner: _Owner) -> None:
+    data = json.dumps(owner._asdict()).encode() + b"\n"
     os.ftruncate(handle, 0)
     os.lseek(handle, 0, os.SEEK_SET)
     if os.write(handle, data) != len(data):

@@ -52,13 +52,13 @@ PROMISES = [
             Break(
                 "owner: a child gives back what its parent owns",
                 "fastclip/owner.py",
-                old="if os.getpid() == own[0]:  #",
+                old="if os.getpid() == pid:  #",
                 new="if True:  #",
             ),
             Break(
                 "owner: threads share",
                 "fastclip/owner.py",
-                old="    if holder == own:\n",
+                old="    if holder == (pid, thread):\n",
                 new="    if holder is not None:\n",
             ),
             Break(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -117,3 +118,8 @@ def test_error_of_the_disk_names_the_file_and_not_its_half(tmp_path: Path) -> No
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match=r"directory: '\S+/folder'$"), new_file(tmp_path / "folder"):
         pass
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}'$"), new_files(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=rf"^{tmp_path}/x was not written$"), new_files(tmp_path) as half:
+        raise OSError(f"{half}/x was not written")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -6,7 +6,6 @@ only read what is stored.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import platform
@@ -15,6 +14,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from filelock import FileLock
 
 from support import ROOT
 
@@ -52,8 +53,7 @@ def stored(
     shelf = root / "build" / "stored" / name
     place = shelf / digest
     shelf.mkdir(parents=True, exist_ok=True)
-    with open(shelf / "lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process dies
+    with FileLock(shelf / "lock"):
         if not place.is_dir():
             with tempfile.TemporaryDirectory(dir=shelf) as half:
                 source, made = Path(half, "source"), Path(half, "made")
