@@ -27,10 +27,8 @@ from fastclip.cli import (
     serve,
     train,
 )
-from fastclip.cli.ending import Terminated, sigterm_raises
-from fastclip.cli.failures import said_of
-from fastclip.cli.printing import LogLines, complain
-from fastclip.cli.streams import leave_stdout, prepare_streams
+from fastclip.cli.ending import Terminated, message_of, sigterm_raises
+from fastclip.cli.printing import LogLines, complain, leave_stdout, prepare_streams
 
 __all__ = ["main"]
 
@@ -83,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave_stdout()
         return 0
     except Exception as error:
-        if (said := said_of(error, args.command)) is None:
+        if (message := message_of(error, args.command)) is None:
             raise
-        complain(f"fastclip {args.command}: {said}{_advice(args.command, error)}")
+        complain(f"fastclip {args.command}: {message}{_advice(args.command, error)}")
         return 1
     finally:
         if argv is None:  # a last search for cyclic garbage in all that torch loaded takes a second
@@ -104,6 +102,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastclip", description="Contrastive image-text models.")
     parser.add_argument("--version", action="version", version=f"fastclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, told) in _COMMANDS.items():
-        module.add(commands.add_parser(name, help=told, add_help=name not in _OWN_PARSER))
+    for name, (module, summary) in _COMMANDS.items():
+        module.add(commands.add_parser(name, help=summary, add_help=name not in _OWN_PARSER))
     return parser

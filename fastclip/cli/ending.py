@@ -1,4 +1,7 @@
-"""SIGTERM, with which schedulers, containers and ``kill`` end a command."""
+"""How a command ends: by SIGTERM, as schedulers, containers and ``kill`` end it, or with an error.
+
+An error is one line where the user can mend its cause, and a traceback where we must.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,26 @@ from typing import NoReturn
 
 from fastclip.training.signals import ECHO
 
-__all__ = ["Terminated", "sigterm_raises"]
+__all__ = ["Terminated", "message_of", "sigterm_raises"]
 
 _STATUS = 128 + signal.SIGTERM  # 143, as shells give it
 _PATIENCE = 8.0  # seconds for tidying up; `docker stop` sends SIGKILL after 10, other schedulers after 30
+_OF_USERS = (ValueError, OSError, ImportError, FloatingPointError)
+# Of files that are not what they are called, where a library says so in an error of its own. By name: none is loaded.
+_OF_FILES = set(
+    "zipfile.BadZipFile tarfile.TarError zlib.error lzma.LZMAError _lzma.LZMAError _csv.Error sqlite3.DatabaseError "
+    "yaml.error.YAMLError pickle.UnpicklingError _pickle.UnpicklingError safetensors.SafetensorError "
+    "safetensors_rust.SafetensorError PIL.Image.DecompressionBombError pyarrow.lib.ArrowException".split()
+)
+_OF_PROGRAMS = {"sqlite3.ProgrammingError", "sqlite3.InterfaceError"}
+_NO_MEMORY = {"builtins.MemoryError", "torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError"}
+_LESS = {
+    "train": "fewer pairs of --micro-batch at a time take less, as `fastclip plan` tells",
+    "finetune": "a smaller --micro-batch takes less",
+    "plan": "a smaller model takes less",
+    "bench": "a smaller batch takes less",
+    "parity": "a smaller --batch takes less",
+}
 
 
 class Terminated(SystemExit):
@@ -73,3 +92,19 @@ def sigterm_raises() -> Iterator[None]:
 def _leave_late() -> NoReturn:
     time.sleep(_PATIENCE)
     os._exit(_STATUS)
+
+
+def message_of(error: Exception, command: str) -> str | None:
+    """Return the line that the user can mend the cause by; None where the error is a fault of ours, with a traceback."""
+    kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__]
+    first = next(iter(str(error).strip().splitlines()), "")
+    if not _NO_MEMORY.isdisjoint(kinds) or (type(error) is RuntimeError and "can't allocate memory" in str(error)):
+        where = "the GPU's memory" if "CUDA" in first or "HIP" in first else "memory"
+        return f"out of {where}: {_LESS.get(command, 'a smaller --batch-size, or fewer --workers, take less')}"
+    if isinstance(error, _OF_USERS):
+        return str(error)
+    if "http.client.HTTPException" in kinds:
+        return f"a server's answer ended early ({type(error).__name__}: {first})"
+    if not _OF_FILES.isdisjoint(kinds) and _OF_PROGRAMS.isdisjoint(kinds):
+        return f"a file is damaged, or not what it is called ({type(error).__name__}: {first})"
+    return None

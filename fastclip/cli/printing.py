@@ -1,18 +1,23 @@
-"""Names in what is printed: quoted on a terminal, which would obey what is in them.
+"""What is printed: names are quoted on a terminal, which would obey what is in them; streams may be closed.
 
-On stdout they are as they are for other programs. What is said on stderr, and the log, may be read on a terminal later.
+On stdout names are as they are for other programs. What is said on stderr, and the log, may be read on a terminal later.
 """
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 from fastclip.data.faults import escaped, shown
 
-__all__ = ["LogLines", "complain", "lone_names", "say"]
+__all__ = ["LogLines", "complain", "leave_stdout", "lone_names", "prepare_streams", "say"]
+
+_ESCAPES = "fastclip.escapes"
 
 
 class LogLines(logging.Formatter):
@@ -73,3 +78,32 @@ def _print(line: str, end: str = "\n") -> None:
     """Characters that stdout cannot encode are replaced: half of the results and an error help nobody."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(line.encode(encoding, "replace").decode(encoding), end=end)
+
+
+def prepare_streams() -> None:
+    """Have every print of this process succeed as far as the words are concerned.
+
+    A stream that was closed (``>&-``) is /dev/null: else the next file that is opened gets its number, and with it what
+    a library writes. What an encoding lacks is escaped, as ``\\u2026``; bytes of names that are not UTF-8 stay as they
+    are.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # 0, 1, 2: the lowest free number is taken
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    codecs.register_error(_ESCAPES, _escape_unencodable)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ESCAPES)
+
+
+def leave_stdout() -> None:
+    """Write no more to stdout, which nobody reads: the interpreter's end would complain of what is buffered."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _escape_unencodable(error: UnicodeError) -> tuple[str | bytes, int]:
+    if isinstance(error, UnicodeEncodeError):
+        with suppress(UnicodeEncodeError):
+            return error.object[error.start : error.end].encode("ascii", "surrogateescape"), error.end
+    return codecs.backslashreplace_errors(error)

@@ -113,19 +113,19 @@ PROMISES = [
         breaks=[
             Break(
                 "ending: a closed stdout's number is the next file's",
-                "fastclip/cli/streams.py",
+                "fastclip/cli/printing.py",
                 old="os.fdopen(os.open(os.devnull, os.O_RDWR), mode)",
                 new="io.StringIO()",
             ),
             Break(
                 "ending: memory that is missing has a traceback",
-                "fastclip/cli/failures.py",
+                "fastclip/cli/ending.py",
                 old='"builtins.MemoryError", ',
                 new="",
             ),
             Break(
                 "ending: a bug of ours is a line",
-                "fastclip/cli/failures.py",
+                "fastclip/cli/ending.py",
                 old="    return None\n",
                 new="    return str(error)\n",
             ),

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from fastclip.cli import main, models
-from fastclip.cli.failures import said_of
-from fastclip.cli.streams import prepare_streams
+from fastclip.cli.ending import message_of
+from fastclip.cli.printing import prepare_streams
 from support import ROOT
 from support.faulty import write_folder
 from support.processes import ended, forked, forks
@@ -114,12 +114,16 @@ def zip_error() -> Exception:
     return caught.value
 
 
+ARROW_ERROR = type("ArrowException", (Exception,), {"__module__": "pyarrow.lib"})("odd")
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
         (ValueError("x.csv: no rows"), "x.csv: no rows"),
         (zip_error(), "a file is damaged, or not what it is called (BadZipFile: File is not a zip file)"),
         (pickle.UnpicklingError("odd"), "a file is damaged, or not what it is called (UnpicklingError: odd)"),
+        (ARROW_ERROR, "a file is damaged, or not what it is called (ArrowException: odd)"),
         (sqlite3.OperationalError("disk is full"), "a file is damaged, or not .*OperationalError: disk is full"),
         (RecursionError("too deep"), None),
         (MemoryError(), "out of memory: fewer pairs of --micro-batch at a time take less, as `fastclip plan` tells"),
@@ -135,9 +139,9 @@ def zip_error() -> Exception:
 def test_error_of_the_users_is_a_line_and_ours_a_traceback(
     error: Exception, said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (said_of(error, "train") is None) == (said is None)
+    assert (message_of(error, "train") is None) == (said is None)
     if said is not None:
-        assert re.match(said.replace("(", r"\(").replace(")", r"\)"), said_of(error, "train") or "")
+        assert re.match(said.replace("(", r"\(").replace(")", r"\)"), message_of(error, "train") or "")
 
     def fails(args: Any) -> None:
         raise error
