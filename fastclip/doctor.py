@@ -41,7 +41,10 @@ _GIB, _LEAST_FILES = 2**30, 1024
 
 
 class Finding(NamedTuple):
-    """`state`: "" for what is as it should be or may stay so, "warning", or "fault": the losses do not run."""
+    """One line of the diagnosis, and what to do about it.
+
+    `state` is "" for what is as it should be, or may stay so; "warning"; or "fault": the losses do not run.
+    """
 
     section: str
     name: str
@@ -50,7 +53,14 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
+def _finding(section: str, name: str, value: str, advice: str = "") -> Finding:
+    """Return a warning where there is advice."""
+    return Finding(section, name, value, "warning" if advice else "", advice)
+
+
 class Diagnosis(NamedTuple):
+    """What `diagnose` found."""
+
     findings: list[Finding]
     tests: list[Row]  # both losses on every backend and dtype against float64
 
@@ -60,7 +70,7 @@ class Diagnosis(NamedTuple):
 
 
 def diagnose() -> Diagnosis:
-    """Looks at this machine and installation, and runs every backend on one small batch.
+    """Look at this machine and installation, and run every backend on one small batch.
 
     A few seconds; more where Triton compiles its kernels for this GPU for the first time.
     """
@@ -75,60 +85,60 @@ def _devices() -> list[torch.device]:
 
 def _versions() -> Iterator[Finding]:
     built = build_info()
-    found = {"fastclip": built["fastclip"], "python": platform.python_version(), "torch": built["torch"]}
-    found |= {"triton": built["triton"]} | {name: installed_version(package) for name, package in _LIBRARIES.items()}
-    found |= {"torch's CUDA": torch.version.cuda or "", "torch's ROCm": torch.version.hip or ""}
-    found |= {"native CPU": built["cpu"], "native CUDA": built["cuda"], "system": platform.platform()}
-    for name, text in found.items():
+    versions = {"fastclip": built["fastclip"], "python": platform.python_version(), "torch": built["torch"]}
+    versions |= {"triton": built["triton"]} | {name: installed_version(pip) for name, pip in _LIBRARIES.items()}
+    versions |= {"torch's CUDA": torch.version.cuda or "", "torch's ROCm": torch.version.hip or ""}
+    versions |= {"native CPU": built["cpu"], "native CUDA": built["cuda"], "system": platform.platform()}
+    for name, text in versions.items():
         yield Finding("versions", name, text or "none")
 
 
 def _gpus() -> Iterator[Finding]:
-    if torch.cuda.is_available():
-        driver = "".join(f", driver {text}" for text in machine.nvidia_smi("driver_version"))
-        for index in range(torch.cuda.device_count()):
-            try:
-                properties = torch.cuda.get_device_properties(index)
-                free, total = torch.cuda.mem_get_info(index)
-            except RuntimeError as error:  # a process that has it for itself, or no memory left for one more
-                told = str(error).splitlines()[0]
-                yield Finding("GPUs", f"cuda:{index}", told, "warning", "CUDA_VISIBLE_DEVICES chooses other GPUs")
-                continue
-            about = f"{properties.name}, compute capability {properties.major}.{properties.minor}{driver}"
-            yield Finding("GPUs", f"cuda:{index}", f"{about}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
+    if not torch.cuda.is_available():
+        value, advice = machine.unseen_gpu() or ("the losses run on the CPU", "")
+        yield _finding("GPUs", "none", value, advice)
         return
-    if unseen := machine.unseen_gpu():
-        yield Finding("GPUs", "none", unseen[0], "warning", unseen[1])
-    else:
-        yield Finding("GPUs", "none", "the losses run on the CPU")
+    driver = "".join(f", driver {text}" for text in machine.nvidia_smi("driver_version"))
+    for index in range(torch.cuda.device_count()):
+        try:
+            properties = torch.cuda.get_device_properties(index)
+            free, total = torch.cuda.mem_get_info(index)
+        except RuntimeError as error:  # a process that has it for itself, or no memory left for one more
+            message = str(error).splitlines()[0]  # what follows speaks to who debugs CUDA
+            yield _finding("GPUs", f"cuda:{index}", message, "CUDA_VISIBLE_DEVICES chooses other GPUs")
+            continue
+        about = f"{properties.name}, compute capability {properties.major}.{properties.minor}{driver}"
+        yield Finding("GPUs", f"cuda:{index}", f"{about}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
 
 
 def _backends() -> Iterator[Finding]:
     capabilities = [torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())]
     nvidia = torch.version.cuda is not None and torch.cuda.is_available()
+    # Of a backend that could not run on this machine anyway nothing is advised
     wanted = {"cpu": True, "triton": bool(capabilities), "cuda": nvidia and (9, 0) in capabilities}
     for name, state in backends().items():
         advice = mending(name, state) if state != "available" and wanted.get(name) else ""
-        yield Finding("backends", name, state, "warning" if advice else "", advice)
+        yield _finding("backends", name, state, advice)
 
 
 def _served() -> Iterator[Finding]:
+    unset = "unset FASTCLIP_BACKEND"
     for device in _devices():
         for dtype in _DTYPES:
             name = f"{str(dtype).removeprefix('torch.')} on {device.type}"
             try:
                 chosen = pick(None, torch.empty(1, 1, dtype=dtype, device=device))[0]
             except RuntimeError as error:  # FASTCLIP_BACKEND names one that refuses
-                yield Finding("served by", name, str(error), "warning", "unset FASTCLIP_BACKEND")
+                yield _finding("served by", name, str(error), unset)
                 continue
-            except ValueError as error:
-                yield Finding("served by", name, str(error), "fault", "unset FASTCLIP_BACKEND")
+            except ValueError as error:  # it names none: what follows would say the same
+                yield Finding("served by", name, str(error), "fault", unset)
                 return
-            if chosen != "reference" or _env.backend() == "reference":
+            if chosen == "reference" and _env.backend() != "reference":
+                dense = "reference: the N x N similarities are stored"
+                yield _finding("served by", name, dense, "see the backends above: a fused one is missing")
+            else:
                 yield Finding("served by", name, chosen)
-                continue
-            dense = "reference: the N x N similarities are stored"
-            yield Finding("served by", name, dense, "warning", "see the backends above: a fused one is missing")
 
 
 def _environment() -> Iterator[Finding]:
@@ -148,45 +158,44 @@ def _environment() -> Iterator[Finding]:
 
 
 def _machine() -> Iterator[Finding]:
-    cores, threads = machine.usable_cores(), torch.get_num_threads()
-    whole = max(1, math.floor(cores))
-    advice = note = ""
-    if threads > math.ceil(cores):
-        advice = f"OMP_NUM_THREADS={whole}: this process may use {cores:g} cores, more threads wait for each other"
-    elif threads < whole and "OMP_NUM_THREADS" in _env.in_effect():
-        note = "unset OMP_NUM_THREADS, which keeps torch from the other cores"
-    elif contended(threads):
-        note = "busy: commands set OMP_WAIT_POLICY=PASSIVE, so that threads sleep while they wait; your own value stays"
-    value = f"{machine.processor()}; {cores:g} of {os.cpu_count()} cores, torch's threads: {threads}"
-    yield Finding("machine", "processor", value, "warning" if advice else "", advice or note)
-
+    yield _processor()
     memory, limit = machine.memory_bytes(), machine.container_bytes()
     allowed = f", of which this container may use {limit / _GIB:.1f} GiB" if limit < memory else ""
     yield Finding("machine", "memory", f"{memory / _GIB:.1f} GiB{allowed}, {machine.available_bytes() / _GIB:.1f} free")
-
     if (shared := machine.shared_memory_bytes()) is not None:
         advice = "docker run --shm-size=8g (or --ipc=host), or --workers 0: data loaders die where it is full"
-        small = shared < _GIB
-        yield Finding("machine", "/dev/shm", f"{shared / _GIB:.2f} GiB", *(("warning", advice) if small else ()))
+        yield _finding("machine", "/dev/shm", f"{shared / _GIB:.2f} GiB", advice if shared < _GIB else "")
     if (files := machine.open_files()) is not None:
-        small = files < _LEAST_FILES
         advice = "ulimit -n 65536: workers of data loaders send batches through open files"
-        yield Finding("machine", "open files", f"{files:,}", *(("warning", advice) if small else ()))
+        yield _finding("machine", "open files", f"{files:,}", advice if files < _LEAST_FILES else "")
     yield _cache()
+
+
+def _processor() -> Finding:
+    cores, threads = machine.usable_cores(), torch.get_num_threads()
+    whole = max(1, math.floor(cores))
+    value = f"{machine.processor()}; {cores:g} of {os.cpu_count()} cores, torch's threads: {threads}"
+    if threads > math.ceil(cores):
+        advice = f"OMP_NUM_THREADS={whole}: this process may use {cores:g} cores, more threads wait for each other"
+        return _finding("machine", "processor", value, advice)
+    note = ""  # no warning: somebody may want it so
+    if threads < whole and "OMP_NUM_THREADS" in _env.in_effect():
+        note = "unset OMP_NUM_THREADS, which keeps torch from the other cores"
+    elif contended(threads):
+        note = "busy: commands set OMP_WAIT_POLICY=PASSIVE, so that threads sleep while they wait; your own value stays"
+    return Finding("machine", "processor", value, "", note)
 
 
 def _cache() -> Finding:
     folder = _env.cache_folder()
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    value = f"{folder}, {free / _GIB:.1f} GiB free"
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        return Finding(
-            "machine", "cache", f"{value}; not writable", "warning", "FASTCLIP_CACHE=a folder you may write to"
-        )
-    if free < _GIB:
-        return Finding("machine", "cache", value, "warning", "FASTCLIP_CACHE=a folder on a disk with more room")
-    return Finding("machine", "cache", value)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())  # it may not be made yet
+    free = shutil.disk_usage(existing).free
+    value, advice = f"{folder}, {free / _GIB:.1f} GiB free", ""
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        value, advice = f"{value}; not writable", "FASTCLIP_CACHE=a folder you may write to"
+    elif free < _GIB:
+        advice = "FASTCLIP_CACHE=a folder on a disk with more room"
+    return _finding("machine", "cache", value, advice)
 
 
 def _extras() -> Iterator[Finding]:
@@ -207,8 +216,8 @@ def _extras() -> Iterator[Finding]:
 
 
 def _missing(lines: list[str], extra: str) -> set[str]:
-    """Packages of an extra, and of those it names, that are missing or of a version that it does not take."""
-    from packaging.requirements import Requirement
+    """Return the packages of an extra, and of those it names, that are missing or of a version it does not take."""
+    from packaging.requirements import Requirement  # which the losses do without
 
     missing: set[str] = set()
     for requirement in map(Requirement, lines):

@@ -34,13 +34,13 @@ def _bench(args: argparse.Namespace) -> None:
         if args.output is not None:
             check_columns(args.output, columns(args.device))  # and not after the first size
         options = {name: getattr(args, name) for name in ("loss", "dim", "dtype", "device", "rounds")}
-        for k, found in enumerate(measure(sizes=_sizes(args.sizes), **options)):
+        for k, measured in enumerate(measure(sizes=_sizes(args.sizes), **options)):
             if k == 0:
-                about = ", ".join(f"{name} {value}" for name, value in found.about.items() if value)
-                print(f"{args.loss} loss, {found.case.dtype}, D = {found.case.D}; {about}\n")
-            print(table(found, head=k == 0), flush=True)
+                about = ", ".join(f"{name} {value}" for name, value in measured.about.items() if value)
+                print(f"{args.loss} loss, {measured.case.dtype}, D = {measured.case.D}; {about}\n")
+            print(table(measured, head=k == 0), flush=True)
             if args.output is not None:
-                append(args.output, found.rows, found.about)
+                append(args.output, measured.rows, measured.about)
 
 
 def _sizes(text: str | None) -> list[int] | None:

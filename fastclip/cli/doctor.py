@@ -30,21 +30,21 @@ def _doctor(args: argparse.Namespace) -> int:
     from fastclip.durable import write_json
 
     with owned_files(args, "json"):
-        found = diagnose()
-        say(_text(found))
+        diagnosis = diagnose()
+        say(_text(diagnosis))
         if args.json is not None:
-            tests = [{**row._asdict(), "ok": row.ok} for row in found.tests]
-            told = {"usable": found.usable, "findings": [x._asdict() for x in found.findings], "tests": tests}
-            write_json(args.json, told, indent=1)
-    return int(not found.usable)
+            findings = [finding._asdict() for finding in diagnosis.findings]
+            tests = [{**row._asdict(), "ok": row.ok} for row in diagnosis.tests]
+            write_json(args.json, {"usable": diagnosis.usable, "findings": findings, "tests": tests}, indent=1)
+    return int(not diagnosis.usable)
 
 
-def _text(found: Diagnosis) -> str:
+def _text(diagnosis: Diagnosis) -> str:
     from fastclip.parity import table
 
     lines: list[str] = []
     section = None
-    for finding in found.findings:
+    for finding in diagnosis.findings:
         if finding.section != section:
             section = finding.section
             lines += ["", section]
@@ -52,13 +52,13 @@ def _text(found: Diagnosis) -> str:
         lines.append(f"{mark} {finding.name:<18}{finding.value}")
         if finding.advice:
             lines.append(f"{'':<20}what to do: {finding.advice}")
-    failed = sum(not row.ok for row in found.tests)
-    faults, warned = (sum(finding.state == state for finding in found.findings) for state in ("fault", "warning"))
-    lines += ["", "losses on a small batch, relative error / promised", table(found.tests), ""]
+    failed = sum(not row.ok for row in diagnosis.tests)
+    faults, warned = (sum(finding.state == state for finding in diagnosis.findings) for state in ("fault", "warning"))
+    lines += ["", "losses on a small batch, relative error / promised", table(diagnosis.tests), ""]
     if faults:
         lines.append("what to do: mend first what is marked X\n")
     elif failed:
         lines.append("what to do: report this as a fault of fastclip, with the file that --json writes\n")
-    state = "usable" if found.usable else "NOT usable"
-    lines.append(f"{state}: {len(found.tests)} comparisons, {failed} failed; faults: {faults}, warnings: {warned}")
+    state = "usable" if diagnosis.usable else "NOT usable"
+    lines.append(f"{state}: {len(diagnosis.tests)} comparisons, {failed} failed; faults: {faults}, warnings: {warned}")
     return "\n".join(lines).lstrip("\n")

@@ -65,8 +65,8 @@ PROMISES = [
             Break(
                 "doctor: small shared memory passes",
                 "fastclip/doctor.py",
-                old="small = shared < _GIB",
-                new="small = False",
+                old="advice if shared < _GIB else",
+                new="advice if False else",
             ),
             Break(
                 "doctor: only the innermost group limits memory",
@@ -95,8 +95,8 @@ PROMISES = [
             Break(
                 "doctor: dense service is no warning",
                 "fastclip/doctor.py",
-                old='yield Finding("served by", name, dense, "warning"',
-                new='yield Finding("served by", name, dense, ""',
+                old='yield _finding("served by", name, dense, "see',
+                new='yield Finding("served by", name, dense, "", "see',
             ),
         ],
     ),

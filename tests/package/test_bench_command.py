@@ -131,7 +131,7 @@ def test_nothing_but_the_reference_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--sizes", "1k"], "--sizes 1k: numbers of pairs separated by commas"),
         (["--sizes", "0"], "--sizes must be at least 1, got 0"),
@@ -140,10 +140,10 @@ def test_nothing_but_the_reference_is_said(monkeypatch: pytest.MonkeyPatch) -> N
         (["--device", "cuda"], "torch sees no GPU"),
     ],
 )
-def test_options_that_cannot_be(words, told, monkeypatch, capsys) -> None:
+def test_options_that_cannot_be(words, message, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", *words]) == 1
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.gpu

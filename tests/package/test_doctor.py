@@ -38,19 +38,19 @@ def test_doctor_needs_torch_alone(tmp_path: Path) -> None:
     others = ["PIL", "datasets", "ftfy", "huggingface_hub", "matplotlib", "numpy", "open_clip", "packaging", "pyarrow"]
     others += ["regex", "safetensors", "scipy", "sklearn", "timm", "tokenizers", "torchvision", "transformers", "yaml"]
     code = f"import sys; sys.modules.update(dict.fromkeys({others}))\n"
-    code += "from fastclip.cli import main\nsys.exit(main(['doctor', '--json', 'told.json']))"
+    code += "from fastclip.cli import main\nsys.exit(main(['doctor', '--json', 'report.json']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert re.fullmatch(r"usable: \d+ comparisons, 0 failed; faults: 0, warnings: \d+", last)
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert told["usable"] and f"usable: {len(told['tests'])} comparisons" in last
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["usable"] and f"usable: {len(report['tests'])} comparisons" in last
     assert {"versions", "GPUs", "backends", "served by", "machine", "extras"} <= {
-        x["section"] for x in told["findings"]
+        x["section"] for x in report["findings"]
     }
-    extras = {x["name"]: x["value"] for x in told["findings"] if x["section"] == "extras"}
+    extras = {x["name"]: x["value"] for x in report["findings"] if x["section"] == "extras"}
     assert {*extras.values()} <= {"not installed", "not installed: these are its bare sources"}
-    assert all(test["ok"] and test["errors"]["loss"] <= test["budgets"]["loss"] for test in told["tests"])
+    assert all(test["ok"] and test["errors"]["loss"] <= test["budgets"]["loss"] for test in report["tests"])
 
 
 @pytest.mark.parametrize("name", ["contrastive_loss", "sigmoid_loss"])
@@ -152,18 +152,18 @@ def test_small_containers_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_limits_are_those_of_all_groups_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    own, root = tmp_path / "own", tmp_path / "cgroup"
-    monkeypatch.setattr(cores, "_OWN_GROUPS", own)
+    groups, root = tmp_path / "groups", tmp_path / "cgroup"
+    monkeypatch.setattr(cores, "_OWN_GROUPS", groups)
     monkeypatch.setattr(cores, "_CGROUPS", root)
     assert machine.container_bytes() == math.inf  # no control groups
     (root / "pod" / "inner").mkdir(parents=True)
-    own.write_text("0::/pod/inner\n")
+    groups.write_text("0::/pod/inner\n")
     (root / "pod" / "memory.max").write_text("1073741824\n")
     (root / "pod" / "inner" / "memory.max").write_text("max\n")
     (root / "pod" / "inner" / "cpu.max").write_text("50000 100000\n")
     assert machine.container_bytes() == machine.available_bytes() == 2**30
     assert machine.usable_cores() == 0.5
-    own.write_text("4:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n")
+    groups.write_text("4:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n")
     (root / "memory").mkdir()
     (root / "memory" / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
     assert machine.container_bytes() == math.inf
