@@ -30,11 +30,11 @@ class BuildError(Exception): ...
 def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME")
     names = (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc")
-    nvcc = next((found for name in names if name and (found := shutil.which(name))), None)
+    nvcc = next((path for name in names if name and (path := shutil.which(name))), None)
     if nvcc is None:
         raise BuildError("nvcc was not found (PATH, CUDACXX, CUDA_HOME)")
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    version = re.search(r"release (\d+)\.(\d+)", told)
+    words = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+)\.(\d+)", words)
     if version is None or (int(version[1]), int(version[2])) < (12, 5):
         raise BuildError(f"nvcc 12.5 or newer is needed, {nvcc} is {version[0] if version else 'of no known release'}")
     return nvcc

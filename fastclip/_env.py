@@ -50,28 +50,30 @@ _OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", *_S
 
 
 def in_effect() -> dict[str, str]:
-    """Variables that are set and change what the package does: all that begin as ours, and some of its libraries'."""
+    """Return variables that are set and change what the package does: all FASTCLIP_*, and some of its libraries'."""
     names = [name for name in sorted(os.environ) if name.startswith("FASTCLIP_") or name in _OF_OTHERS]
     return {name: os.environ[name] for name in names if os.environ[name]}
 
 
 def backend() -> str | None:
+    """Return the name of the backend that the user asks for."""
     # Asked at every call of a loss: a look is a third of the time of a get that finds nothing
     return (os.environ["FASTCLIP_BACKEND"] or None) if "FASTCLIP_BACKEND" in os.environ else None
 
 
 def cache_folder() -> Path:
-    """May not exist yet."""
+    """Return the folder of what is copied and indexed; it may not exist yet."""
     return Path(os.environ.get("FASTCLIP_CACHE") or "~/.cache/fastclip").expanduser()
 
 
 def cpu_isa() -> str:
+    """Return the instruction set that the CPU's kernels are to use."""
     return os.environ.get("FASTCLIP_CPU_ISA") or "auto"
 
 
 def workspace_bytes(device: str = "cpu") -> int:
     """Return the bound on a loss's buffers of logits on a type of device."""
-    if "FASTCLIP_WORKSPACE_MB" not in os.environ:
+    if "FASTCLIP_WORKSPACE_MB" not in os.environ:  # as in `backend`
         return WORKSPACE_MB[device] * 2**20
     text = os.environ.get("FASTCLIP_WORKSPACE_MB") or str(WORKSPACE_MB[device])
     try:
@@ -93,20 +95,25 @@ class Launched(NamedTuple):
 
 
 def launched() -> Launched | None:
-    """None unless RANK and WORLD_SIZE are set; without their local kin all processes are taken to be on one machine."""
+    """Return this process's place among those of its launcher; None unless RANK and WORLD_SIZE are set.
+
+    Without LOCAL_RANK and LOCAL_WORLD_SIZE all processes are taken to be on one machine.
+    """
     if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
         return None
-    found: dict[str, int] = {}
-    for name, default in (("RANK", ""), ("WORLD_SIZE", ""), ("LOCAL_RANK", "RANK"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
-        text = os.environ.get(name) or str(found[default])
-        if not text.isdecimal():
-            raise ValueError(f"{name} must be a number, got {text!r}")
-        found[name] = int(text)
-    return Launched(*found.values())
+    rank, ranks = _number("RANK"), _number("WORLD_SIZE")
+    return Launched(rank, ranks, _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", ranks))
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"{name} must be a number, got {text!r}")
+    return int(text)
 
 
 def agent_store() -> tuple[str, int] | None:
-    """Host and port of the store that torchrun itself keeps; None where rank 0 keeps one."""
+    """Return host and port of the store that torchrun itself keeps; None if rank 0 keeps one."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
@@ -119,7 +126,7 @@ def agent_store() -> tuple[str, int] | None:
 
 
 def job() -> str:
-    """NAME/START of the job that this process belongs to, empty where there is none.
+    """Return NAME/START of the job that this process belongs to, empty if there is none.
 
     Slurm counts the starts of a job. torchrun's starts of one run follow each other, and have no number here.
     """
@@ -132,17 +139,17 @@ def job() -> str:
 
 @contextmanager
 def deterministic_cublas() -> Iterator[None]:
-    """Inside, the process's first product makes cuBLAS one that repeats products bit for bit; a user's value stays."""
+    """Have cuBLAS, which the first product inside sets up, repeat products bit for bit; a user's value stays."""
     name = "CUBLAS_WORKSPACE_CONFIG"
     with _variable(name, os.environ.get(name, ":4096:8")):
         yield
 
 
 def let_threads_sleep() -> bool:
-    """Whether OpenMP's threads are made to sleep while they wait: where they outnumber the free cores, a thread that
-    spins keeps the one it waits for from running.
+    """Make OpenMP's threads sleep while they wait, if they outnumber the free cores. Return True if they do now.
 
-    For a process that has not imported torch, which loads OpenMP; a user's own setting stays.
+    A thread that spins keeps the one it waits for from running. For a process that has not imported torch, which loads
+    OpenMP; a user's own setting stays.
     """
     if "torch" in sys.modules or any(os.environ.get(name) for name in _SPINNING):
         return False
@@ -154,7 +161,7 @@ def let_threads_sleep() -> bool:
 
 
 def terminal_protocol() -> str:
-    """How the terminal shows pixels: "kitty", "iterm", or "" where it is not known that it does."""
+    """Return how the terminal shows pixels: "kitty", "iterm", or "" if it is not known that it does."""
     term, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
     if term.startswith(("screen", "tmux")):  # the terminal behind it is not known
         return ""
@@ -167,7 +174,7 @@ def terminal_protocol() -> str:
 
 @contextmanager
 def tokenizers_without_threads() -> Iterator[None]:
-    """Processes that start inside use the `tokenizers` library without threads.
+    """Have processes that start inside use the `tokenizers` library without threads.
 
     After a fork its threads are gone: it warns on stderr, once a process, or waits for them for ever where the user
     has switched them on.

@@ -15,7 +15,7 @@ __all__ = ["lazy_names", "uncollected"]
 
 
 def lazy_names(namespace: dict[str, Any], modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package: finds a name in its module and keeps it in the package.
+    """Return the ``__getattr__`` of a package, which finds a name in its module and keeps it in the package.
 
     Args:
         namespace: the package's ``globals()``.

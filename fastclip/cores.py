@@ -13,9 +13,8 @@ _SIBLINGS = Path("/sys/devices/system/cpu/smt/active")
 
 
 def usable_cores() -> float:
-    """Cores this process may keep busy: the machine's, less what its affinity or its container leaves out."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    cores: float = len(affinity(0)) if affinity else os.cpu_count() or 1
+    """Return the cores this process may keep busy: the machine's, less what affinity or a container leaves out."""
+    cores: float = _allowed_cores()
     for text in group_limits("cpu.max", "", ""):
         quota, period = text.split()
         if quota != "max":
@@ -24,23 +23,28 @@ def usable_cores() -> float:
 
 
 def contended(threads: int | None, processes: int = 1) -> bool:
-    """Whether threads outnumber cores: those of `processes` like this one, and of the others, by the load average.
+    """Return True if threads outnumber cores: those of `processes` like this one, and of others, by the load average.
 
     Args:
         threads: of a process; None: one for each core that its affinity allows, as torch's OpenMP has them.
     """
-    affinity, machine = getattr(os, "sched_getaffinity", None), os.cpu_count() or 1
-    allowed = len(affinity(0)) if affinity else machine
     if threads is None:
         siblings = any(line == "1" for line in read_lines(_SIBLINGS))  # two threads a core, of which torch takes one
-        threads = max(1, allowed // 2 if siblings else allowed)
+        threads = max(1, _allowed_cores() // 2 if siblings else _allowed_cores())
     if threads == 1:
         return False
     try:
-        others = os.getloadavg()[0] * usable_cores() / machine  # of the last minute, as many of them as of the cores
+        others = (
+            os.getloadavg()[0] * usable_cores() / (os.cpu_count() or 1)
+        )  # of the last minute, as many of them as of the cores
     except (AttributeError, OSError):  # Windows
         others = 0.0
     return threads * processes + others >= usable_cores() + 0.75
+
+
+def _allowed_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def group_limits(v2: str, controller: str, v1: str) -> Iterator[str]:
@@ -56,7 +60,7 @@ def group_limits(v2: str, controller: str, v1: str) -> Iterator[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Of a file of the system; none where there is no such file."""
+    """Return the lines of a file of the system; none if there is no such file."""
     try:
         return path.read_text().splitlines()
     except OSError:

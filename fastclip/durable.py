@@ -54,23 +54,23 @@ _HALF = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)  # as `_besid
 
 
 def write_text(path: Path, text: str) -> None:
-    """`path` holds either what it held, or all of `text`."""
+    """Write a text file whole: whatever happens, `path` holds what it held before, or all of `text`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """`path` holds either what it held, or `value` as JSON, for people too."""
+    """Write a value as JSON for people, whole as `write_text` does."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """`path` holds either what it held, or all of `data`."""
+    """Write bytes, whole as `write_text` does."""
     with new_file(path) as half:
         half.write_bytes(data)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """`path` holds either what it held, or all of `tensors` in safetensors' form.
+    """Write tensors in safetensors' form, whole as `write_text` does, with the same bytes for the same tensors.
 
     Raises:
         OSError: the disk is full, or there is no folder for the file; the path is named.
@@ -88,20 +88,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def _sort_metadata(file: Path) -> None:
-    """The same bytes for the same tensors: the library writes names and values of metadata in any order."""
+    """Put the metadata of a safetensors file in order: the library writes names and values in any."""
     with file.open("r+b") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(data) <= length
+        assert len(data) <= length  # else it would reach into the tensors
         opened.seek(8)
         opened.write(data.ljust(length))
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A name to write under, whose file takes the place of `path` when all went well, and is removed otherwise.
+    """Yield a name to write under, whose file takes the place of `path` if all goes well, and is removed otherwise.
 
     The file has the mode that the umask gives, whatever library writes it. Several processes may write `path` at the
     same time: it holds what one of them wrote. A process that is killed leaves its half behind, for `mend_files`. A
@@ -120,13 +120,13 @@ def new_file(path: Path) -> Iterator[Path]:
             half.touch(exist_ok=False)
             mode = half.stat().st_mode
             yield half
-            half.chmod(mode)
+            half.chmod(mode)  # some libraries write files that only their owner can read
             _flush(half)
             os.replace(half, whole)
     except BaseException:
         half.unlink(missing_ok=True)
         raise
-    _flush(whole.parent)
+    _flush(whole.parent)  # else the new name may be lost where the machine stops
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def is_special(path: Path) -> bool:
 
 @contextmanager
 def new_files(folder: Path) -> Iterator[Path]:
-    """A folder whose files take their places in `folder` when all went well, and are removed otherwise.
+    """Yield a folder whose files take their places in `folder` if all goes well, and are removed otherwise.
 
     Other files of `folder` stay, and a full disk changes nothing. The names change one after the other: a process that
     is killed in between leaves some of the new files beside old ones.
@@ -199,7 +199,7 @@ def mend_files(folder: Path, *, owned: bool = False) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill in the place of `path`, which becomes it when all went well, and is removed otherwise.
+    """Yield a folder to fill, which takes the place of `path` if all goes well, and is removed otherwise.
 
     Its files have the mode that the umask gives, whatever library writes them.
     """
@@ -211,7 +211,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         _settle(half)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
-            os.rename(path, old)
+            os.rename(path, old)  # a folder that holds something cannot be replaced in one step
         os.rename(half, path)
         _flush(path.parent)
     except BaseException:
@@ -232,7 +232,7 @@ def set_aside(path: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """At no moment half of it is there under its name."""
+    """Remove a folder, of which at no moment half is there under its name."""
     gone = _beside(path)
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
@@ -248,13 +248,13 @@ def mend_folders(parent: Path, names: str) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """manifest.json: size and SHA-256 of every file of `folder`, read back from it."""
+    """Write manifest.json, with the size and the SHA-256 of every file of `folder` as they are read back."""
     files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def check_manifest(folder: Path) -> None:
-    """Reads every file once.
+    """Compare every file of a folder with its manifest; each is read once.
 
     Raises:
         ValueError: a file is missing, has another size or another byte, with its name; or there is no manifest.
@@ -270,8 +270,8 @@ def check_manifest(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise ValueError(f"{file} is missing")
-        if (found := file.stat().st_size) != size:
-            raise ValueError(f"{file} is damaged: it has {found:,} bytes, and was written with {size:,}")
+        if (now := file.stat().st_size) != size:  # quick, and before all of it is read
+            raise ValueError(f"{file} is damaged: it has {now:,} bytes, and was written with {size:,}")
         if _sha256(file) != digest:
             raise ValueError(f"{file} is damaged: its SHA-256 is not the one it was written with")
 
@@ -281,7 +281,7 @@ def _beside(path: Path) -> Path:
 
 
 def _halves(folder: Path, names: str = "*") -> Iterator[tuple[Path, str]]:
-    """What `_beside` has named in `folder`, and for which name; a user's .notes.v2.tmp is none of these."""
+    """Yield what `_beside` has named in `folder`, and for which name; a user's .notes.v2.tmp is none of these."""
     for path in folder.glob(".*.tmp"):
         if (match := _HALF.fullmatch(path.name)) and fnmatchcase(match["name"], names):
             yield path, match["name"]
@@ -292,6 +292,7 @@ def _is_abandoned(half: Path) -> bool:
 
 
 def _bring_back(old: Path) -> None:
+    """Undo half of a replacement: the old folder gets its name again where no new one has it."""
     path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
     if old.exists() and not path.exists():
         os.rename(old, path)
@@ -307,6 +308,7 @@ def _settle(half: Path) -> None:
 
 
 def _make(folder: Path) -> None:
+    """Make a folder and those around it, each of which the disk knows before there is something in it."""
     if not folder.is_dir():
         _make(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -314,7 +316,7 @@ def _make(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """To the disk: a file's bytes, or the names in a folder, where the system can."""
+    """Flush a file's bytes, or the names in a folder, to the disk, where the system can."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -328,8 +330,8 @@ def _flush(path: Path) -> None:
 
 
 def _sha256(file: Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with file.open("rb") as opened:
         while chunk := opened.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()

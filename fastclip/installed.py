@@ -10,7 +10,7 @@ __all__ = ["installed_file", "installed_version"]
 
 
 def installed_file(package: str, name: str, *, what: str, install: str) -> Path:
-    """Path of the file `name` of a package.
+    """Return the path of the file `name` of a package.
 
     Args:
         what: the file's content, for the message.
@@ -28,7 +28,7 @@ def installed_file(package: str, name: str, *, what: str, install: str) -> Path:
 
 
 def installed_version(distribution: str) -> str:
-    """Version of a distribution, by the name that pip has for it; empty where it is not installed."""
+    """Return the version of a distribution, by the name that pip has for it; empty if it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:

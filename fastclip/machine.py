@@ -33,7 +33,7 @@ __all__ = [
 
 
 def processor() -> str:
-    """Its model's name."""
+    """Return the name of the processor's model."""
     for line in read_lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -41,7 +41,7 @@ def processor() -> str:
 
 
 def about_cpu(commit: str = "") -> dict[str, Any]:
-    """What a row of figures from a CPU says of where it was measured; `commit` of the sources, where there is one."""
+    """Return what a row of figures from a CPU says of where it was measured; `commit` is that of the sources."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
@@ -56,7 +56,7 @@ def about_cpu(commit: str = "") -> dict[str, Any]:
 
 
 def about_gpu(commit: str = "") -> dict[str, Any]:
-    """Likewise from the current GPU."""
+    """Return what a row of figures from the current GPU says, as `about_cpu`."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
@@ -72,9 +72,10 @@ def about_gpu(commit: str = "") -> dict[str, Any]:
 
 
 def nvidia_smi(fields: str) -> list[str]:
-    """The cells that nvidia-smi answers with for torch's first GPU; none where it is not there."""
+    """Return the cells that nvidia-smi answers with for torch's first GPU; none if there is no such program."""
     uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None) if torch.cuda.is_available() else None
     which = [f"--id=GPU-{str(uuid).removeprefix('GPU-')}"] if uuid else []
+    # By its uuid: torch's first GPU need not be nvidia-smi's, CUDA_VISIBLE_DEVICES may leave some out
     command = ["nvidia-smi", *which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -85,38 +86,38 @@ def nvidia_smi(fields: str) -> list[str]:
 
 
 def unseen_gpu() -> tuple[str, str] | None:
-    """What is there and what helps, where nvidia-smi lists a GPU that torch does not see."""
-    if torch.cuda.is_available() or not (there := nvidia_smi("name,driver_version")):
+    """Return what is there and what helps, if nvidia-smi lists a GPU that torch does not see."""
+    if torch.cuda.is_available() or not (listed := nvidia_smi("name,driver_version")):
         return None
-    seen = f"torch sees none, nvidia-smi lists {there[0]}, driver {there[-1]}"
+    seen = f"torch sees none, nvidia-smi lists {listed[0]}, driver {listed[-1]}"
     if torch.version.cuda is None:
         return seen, "install torch's build for CUDA: this one is for CPUs only"
     return seen, f"a driver for CUDA {torch.version.cuda}, or torch for an older CUDA; look at CUDA_VISIBLE_DEVICES too"
 
 
 def memory_bytes() -> float:
-    """The machine's memory; infinite where the system does not say."""
+    """Return the machine's memory; infinite if the system does not say."""
     return _meminfo("MemTotal")
 
 
 def container_bytes() -> float:
-    """Memory that this process's control groups allow; infinite without a limit."""
+    """Return the memory that this process's control groups allow; infinite without a limit."""
     limits = (text for text in group_limits("memory.max", "memory", "memory.limit_in_bytes") if text.isdecimal())
     return min((int(text) for text in limits if int(text) < 2**60), default=math.inf)  # v1's "no limit" is 2^63 or so
 
 
 def available_bytes() -> float:
-    """Memory that can be had without swapping; infinite where the system does not say."""
+    """Return the memory that can be had without swapping; infinite if the system does not say."""
     return min(_meminfo("MemAvailable"), container_bytes())
 
 
 def shared_memory_bytes() -> int | None:
-    """Size of /dev/shm, through which data loaders send batches; None where there is none."""
+    """Return the size of /dev/shm, through which data loaders send batches; None if there is none."""
     return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
 
 
 def open_files() -> int | None:
-    """Files that this process may hold open; None where that is not limited."""
+    """Return how many files this process may hold open; None if that is not limited."""
     try:
         import resource
     except ImportError:  # Windows
@@ -128,5 +129,5 @@ def open_files() -> int | None:
 def _meminfo(name: str) -> float:
     for line in read_lines(Path("/proc/meminfo")):
         if line.startswith(f"{name}:"):
-            return float(line.split()[1]) * 1024
+            return float(line.split()[1]) * 1024  # "kB" there are KiB
     return math.inf

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -95,7 +95,7 @@ def owned(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def owned_file(file: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """As `owned`, of one file, whose folder others may write to. A pipe or a device has no owner."""
+    """Own one file, as `owned` a folder; others may write into its folder. A pipe or a device has no owner."""
     file = output_path(file)
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder: name a file")
@@ -121,7 +121,7 @@ def owning(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class _Owner(NamedTuple):
-    """What a lock file says."""
+    """The owner of an output, as a lock file names it."""
 
     host: str
     pid: int
@@ -202,15 +202,12 @@ def _take(lock: Path, output: str, force: bool) -> tuple[int, _Owner]:
     owner = _Owner(socket.gethostname(), pid, since, _command(), _start(pid), secrets.token_hex(8), _env.job())
     try:
         for _ in range(_TRIES):
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-            taken = False
-            try:
-                taken = _try(lock, handle, owner, output, force)
-            finally:
-                if not taken:
-                    os.close(handle)
-            if taken:
-                return handle, owner
+            with ExitStack() as stack:
+                handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+                stack.callback(os.close, handle)
+                if _try(lock, handle, owner, output, force):
+                    stack.pop_all()  # the lock is held as long as the file is open
+                    return handle, owner
     except BlockingIOError:
         raise
     except OSError as error:
@@ -248,33 +245,35 @@ def _try(lock: Path, handle: int, owner: _Owner, output: str, force: bool) -> bo
 
 
 def _is_earlier(job: str, now: str) -> bool:
-    """`job` is an earlier start of the job `now`, which has ended, though on another host."""
+    """Return True if `job` is an earlier start of the job `now`: it has ended, on whatever host."""
     name, _, start = now.rpartition("/")
     before, _, number = job.rpartition("/")
     return bool(name) and name == before and (not start or (number.isdecimal() and int(number) < int(start)))
 
 
 def _give_back(lock: Path, handle: int, owner: _Owner) -> None:
+    """Remove the lock file and unlock it."""
     with suppress(OSError):  # the folder is gone, or its disk
-        still = _is_at(lock, handle) and _read(handle) == owner  # not where another host has taken it over
-        if still and os.name != "nt":  # while it is locked: nobody can own the file that is removed
+        is_ours = _is_at(lock, handle) and _read(handle) == owner  # not where another host has taken it over
+        if is_ours and os.name != "nt":  # while it is locked: nobody can own the file that is removed
             lock.unlink()
         os.close(handle)
-        if still and os.name == "nt":
+        if is_ours and os.name == "nt":  # where no open file can be removed
             lock.unlink()
 
 
 def _lock(handle: int) -> bool | None:
-    """Lock an open file: True; False where another process has; None where the file system has no locks."""
+    """Lock an open file. Return False where another process holds the lock, None where the file system has no locks."""
     try:
         if sys.platform == "win32":
             import msvcrt
 
-            os.lseek(handle, _BYTE, os.SEEK_SET)
+            os.lseek(handle, _BYTE, os.SEEK_SET)  # it locks from where the file stands
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
+            # POSIX locks, and not those of flock: a forked child that outlives this process would keep these
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:
@@ -286,6 +285,7 @@ def _lock(handle: int) -> bool | None:
 
 
 def _is_at(lock: Path, handle: int) -> bool:
+    """Return True if the lock's name still leads to the open file, which another process may have removed."""
     try:
         return os.path.samestat(os.stat(lock), os.fstat(handle))
     except FileNotFoundError:
@@ -315,22 +315,22 @@ def _write(handle: int, owner: _Owner) -> None:
 
 
 def _command() -> str:
-    """The program, and of ours the command."""
+    """Return the name of the program, and of fastclip the command."""
     words = [os.path.basename(sys.argv[0])] if sys.argv and sys.argv[0] else []
     return " ".join(words + [word for word in sys.argv[1:2] if not word.startswith("-")])
 
 
 def _start(pid: int) -> str:
-    """When a process of this host began, in words to compare; empty where it is gone, or the system does not say."""
+    """Return when a process of this host began, for comparison; empty if it is gone, or the system does not say."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"  # field 22
     except (OSError, IndexError):
         return ""
 
 
 def _alive(owner: _Owner) -> bool:
-    """Of this host, where nothing but its number and its begin tell."""
+    """Return True if a process of this host is alive, as far as its number and its begin tell."""
     if owner.start and _start(os.getpid()):
         return _start(owner.pid) == owner.start
     try:

@@ -54,7 +54,7 @@ _OWN_PARSER = ("train",)  # these read their words, --help too, themselves
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 1 for what the user can mend, said on stderr, and what fails."""
+    """Run a command line. Return the exit status: 1 for what the user can mend, said on stderr, and what fails."""
     if argv is None:  # the process is this command's; a caller's streams and environment are its own
         prepare_streams()
     parser = _parser()
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _advice(command: str, error: Exception) -> str:
-    """Which extra brings a package that is not installed."""
+    """Return which extra brings a package that is not installed; empty for another error."""
     if not (isinstance(error, ModuleNotFoundError) or str(error).endswith("is not installed")):
         return ""
     extra = "search" if command in _OF_SEARCH else "train"

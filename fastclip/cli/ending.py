@@ -23,11 +23,12 @@ _STATUS = 128 + signal.SIGTERM  # 143, as shells give it
 _PATIENCE = 8.0  # seconds for tidying up; `docker stop` sends SIGKILL after 10, other schedulers after 30
 _OF_USERS = (ValueError, OSError, ImportError, FloatingPointError)
 # Of files that are not what they are called, where a library says so in an error of its own. By name: none is loaded.
-_OF_FILES = set(
-    "zipfile.BadZipFile tarfile.TarError zlib.error lzma.LZMAError _lzma.LZMAError _csv.Error sqlite3.DatabaseError "
-    "yaml.error.YAMLError pickle.UnpicklingError _pickle.UnpicklingError safetensors.SafetensorError "
-    "safetensors_rust.SafetensorError PIL.Image.DecompressionBombError pyarrow.lib.ArrowException".split()
-)
+_OF_FILES = {
+    *("zipfile.BadZipFile", "tarfile.TarError", "zlib.error", "lzma.LZMAError", "_lzma.LZMAError", "_csv.Error"),
+    *("sqlite3.DatabaseError", "yaml.error.YAMLError", "pickle.UnpicklingError", "_pickle.UnpicklingError"),
+    *("safetensors.SafetensorError", "safetensors_rust.SafetensorError", "PIL.Image.DecompressionBombError"),
+    "pyarrow.lib.ArrowException",
+}
 _OF_PROGRAMS = {"sqlite3.ProgrammingError", "sqlite3.InterfaceError"}
 _NO_MEMORY = {"builtins.MemoryError", "torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError"}
 _LESS = {
@@ -40,7 +41,7 @@ _LESS = {
 
 
 class Terminated(SystemExit):
-    """SIGTERM came; `code` is 143."""
+    """The end of a command to which SIGTERM came; `code` is 143."""
 
     def __init__(self) -> None:
         super().__init__(_STATUS)
@@ -48,7 +49,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated`, so that files that are half written are removed and children are ended.
+    """Have SIGTERM raise `Terminated`, so that files that are half written are removed and children are ended.
 
     Where an import or a library swallows the exception, it is raised at the end, in place of another one or of none.
     The process ends with status 143 even where that end, or tidying up, takes more than 8 s; a second SIGTERM, a second
@@ -95,7 +96,7 @@ def _leave_late() -> NoReturn:
 
 
 def message_of(error: Exception, command: str) -> str | None:
-    """Return the line that the user can mend the cause by; None where the error is a fault of ours, with a traceback."""
+    """Return the line to show; None where the error is a fault of the program, and its traceback helps."""
     kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__]
     first = next(iter(str(error).strip().splitlines()), "")
     if not _NO_MEMORY.isdisjoint(kinds) or (type(error) is RuntimeError and "can't allocate memory" in str(error)):

@@ -15,7 +15,7 @@ _FILES = ("folder", "checkpoint", "classes", "queries", "templates", "vocabulary
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
-    """``--force``, for `owned_output` and `owned_files`."""
+    """Add ``--force``, for `owned_output` and `owned_files`."""
     parser.add_argument(
         "--force",
         action="store_true",
@@ -25,7 +25,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def owned_output(args: argparse.Namespace, name: str = "output") -> Iterator[None]:
-    """Inside, the folder that the option `name` gives, a Path now, is there and this command's (`fastclip.owner`).
+    """Own the folder that the option `name` gives, which is there inside, and a Path (`fastclip.owner`).
 
     Raises:
         OSError, ValueError: it cannot be, is another command's, or as `check_folder` says; it is named.
@@ -41,7 +41,7 @@ def owned_output(args: argparse.Namespace, name: str = "output") -> Iterator[Non
 
 @contextmanager
 def owned_files(args: argparse.Namespace, *names: str) -> Iterator[None]:
-    """Inside, the files that the options `names` give, Paths now, can be written and are this command's.
+    """Own the files that the options `names` give, which can be written inside, and are Paths.
 
     Raises:
         OSError, ValueError: one cannot be, is another command's, or is a file that this command reads; it is named.
@@ -64,7 +64,7 @@ def owned_files(args: argparse.Namespace, *names: str) -> Iterator[None]:
 
 
 def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str = "--output") -> None:
-    """ValueError where `output` is one of `inputs`: Paths, or data as of ``fastclip train --data``."""
+    """Raise ValueError if `output` is one of `inputs`: Paths, or data as of ``fastclip train --data``."""
     from fastclip.owner import output_path
 
     if not (path := output_path(output)).exists():
@@ -75,7 +75,7 @@ def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str
 
 
 def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--output") -> None:
-    """ValueError where the folder `output` is one of `data`, or would be a class of one whose folders are classes."""
+    """Raise ValueError if the folder `output` is one of `data`, or would be a class of data with a folder a class."""
     from fastclip.data.spec import spec_places
     from fastclip.owner import output_path
 
@@ -89,7 +89,7 @@ def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--ou
 
 
 def _class_folders(folder: Path) -> set[str]:
-    """Names of the folders in a folder of classes: each picture lies in one, and none has captions; else none."""
+    """Return the names of the folders in a folder of classes: each picture lies in one, and none has captions."""
     from fastclip.data.files import subfolders
     from fastclip.data.folder import pictures
 
@@ -100,7 +100,7 @@ def _class_folders(folder: Path) -> set[str]:
 
 
 def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:
-    """ValueError where `file` is a picture in a folder of `data`, or lies beside one as its captions do.
+    """Raise ValueError if `file` is a picture in a folder of `data`, or lies beside one as its captions do.
 
     What a command has drawn there before is no picture of the data, and may be replaced.
     """
@@ -109,22 +109,22 @@ def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:
     from fastclip.data.folder import is_picture
     from fastclip.data.picture import is_drawn
 
-    there = [place for place in _places(data) if os.path.exists(place)]
-    folders = {os.path.realpath(place if place.is_dir() else place.parent) for place in there}
-    for one in {Path(os.path.realpath(file.parent), file.name), Path(os.path.realpath(file))}:  # a link, and its end
-        if any(one.is_relative_to(folder) for folder in folders):
-            for other in one.parent.iterdir():
-                if other.stem == one.stem and is_picture(other.name) and not is_drawn(other):
+    places = [place for place in _places(data) if os.path.exists(place)]
+    folders = {os.path.realpath(place if place.is_dir() else place.parent) for place in places}
+    for path in {Path(os.path.realpath(file.parent), file.name), Path(os.path.realpath(file))}:  # a link, and its end
+        if any(path.is_relative_to(folder) for folder in folders):
+            for other in path.parent.iterdir():
+                if other.stem == path.stem and is_picture(other.name) and not is_drawn(other):
                     raise ValueError(f"{option} {file} is there, and part of the data: name another place")
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
     values = [value for name in names if (value := getattr(args, name, None)) is not None]
-    return [str(one) for value in values for one in (value if isinstance(value, list) else [value])]
+    return [str(item) for value in values for item in (value if isinstance(value, list) else [value])]
 
 
 def _places(inputs: Iterable[str | Path]) -> Iterator[Path]:
-    """Their files and folders; of shards the folder, too."""
+    """Yield the files and folders of inputs; of shards the folder, too."""
     from fastclip.data.spec import spec_places
 
     for given in inputs:

@@ -1,6 +1,7 @@
 """What is printed: names are quoted on a terminal, which would obey what is in them; streams may be closed.
 
-On stdout names are as they are for other programs. What is said on stderr, and the log, may be read on a terminal later.
+On stdout names are as they are for other programs. Stderr and the log are quoted wherever they go: they may be read on
+a terminal later.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _harmless_lines(text: str) -> str:
 
 
 def _print(line: str, end: str = "\n") -> None:
-    """Characters that stdout cannot encode are replaced: half of the results and an error help nobody."""
+    """Print a text; what stdout cannot encode is replaced: half of the results and an error help nobody."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(line.encode(encoding, "replace").decode(encoding), end=end)
 

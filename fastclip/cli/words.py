@@ -17,7 +17,7 @@ def words_in_any_order(parser: argparse.ArgumentParser) -> None:
     optional one for missing before the first option (Python 3.10 and 3.11, and ``parse_intermixed_args`` cannot be used
     of a subcommand).
     """
-    plain = parser.parse_known_args
+    plain = parser.parse_known_args  # subcommands are parsed by this method
 
     def parse(args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         options, words = _split(parser, list(args or ()))
@@ -27,7 +27,7 @@ def words_in_any_order(parser: argparse.ArgumentParser) -> None:
 
 
 def _split(parser: argparse.ArgumentParser, args: list[str]) -> tuple[list[str], list[str]]:
-    """Options with their values, and positional arguments."""
+    """Return options with their values, and positional arguments."""
     known = {name: action for action in parser._actions for name in action.option_strings}
     options, words = list[str](), list[str]()
     while args:
@@ -46,14 +46,14 @@ def _split(parser: argparse.ArgumentParser, args: list[str]) -> tuple[list[str],
 
 def _is_option(word: str, known: dict[str, argparse.Action]) -> bool:
     if word.startswith("--"):
-        return not re.search(r"\s", word.partition("=")[0])
+        return not re.search(r"\s", word.partition("=")[0])  # a text in quotes may begin with a dash
     flags = "".join(name[1] for name, action in known.items() if len(name) == 2 and action.nargs == 0)
     valued = "".join(name[1] for name, action in known.items() if len(name) == 2 and action.nargs != 0)
     return re.fullmatch(rf"-(?=.)[{flags}]*(?:[{valued}]=?\d*)?", word) is not None
 
 
 def _wants_value(word: str, known: dict[str, argparse.Action]) -> bool:
-    """Whether the next word is its value; of options that are shortened, the first that it may be."""
+    """Return True if the next word is its value; an option that is shortened is the first that it may be."""
     if not word.startswith("--"):
         return known[f"-{word[-1]}"].nargs != 0 if f"-{word[-1]}" in known else False
     action = known.get(word) or next((known[name] for name in known if name.startswith(word)), None)

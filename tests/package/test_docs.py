@@ -89,9 +89,9 @@ def test_what_a_block_prints_is_what_the_page_says(reader: dict[str, Any], capsy
     for block in blocks(ROOT / "docs" / "mathematics.md", "python"):
         said = [line[2:] for line in block.code.splitlines() if line.startswith("# ")]
         exec(block.code, reader)
-        told = capsys.readouterr().out.splitlines()
+        printed = capsys.readouterr().out.splitlines()
         # of another machine: the error of a gradient, which is rounding alone, and the sign of a zero
-        assert [_settled(line) for line in told] == [_settled(line) for line in said]
+        assert [_settled(line) for line in printed] == [_settled(line) for line in said]
 
 
 def _settled(line: str) -> str:

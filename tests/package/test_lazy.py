@@ -217,8 +217,8 @@ def test_package_that_models_import_late_is_missed_early(package: str) -> None:
     needs("models")
     code = f"import sys, fastclip; sys.modules[{package!r}] = None\ntry:\n    fastclip.create_model\n"
     code += "except ImportError as error:\n    print(error)"
-    told = f"fastclip.create_model needs {package}, which is not installed: pip install '.[models]' in the clone"
-    assert python(code) == told
+    message = f"fastclip.create_model needs {package}, which is not installed: pip install '.[models]' in the clone"
+    assert python(code) == message
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,12 @@ _MODULE = re.compile(r"`([\w/]+\.py)`")
 
 
 def test_modules_that_open_files_are_in_the_table() -> None:
-    told = {module for line in OPENED.read_text("utf-8").splitlines() for module in _MODULE.findall(line)}
-    assert not [module for module in told if not (PACKAGE / module).is_file()]
+    named = {module for line in OPENED.read_text("utf-8").splitlines() for module in _MODULE.findall(line)}
+    assert not [module for module in named if not (PACKAGE / module).is_file()]
     opening = {
         str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if _OPENS.search(file.read_text("utf-8"))
     }
-    assert opening <= told, "tests/opened.md: say how these read their files"
+    assert opening <= named, "tests/opened.md: say how these read their files"
 
 
 def runs(source: str) -> Iterator[str]:

@@ -87,8 +87,8 @@ def test_output_of_another_command_is_refused_and_taken_by_force(
     if name in FOLDERS:
         place.mkdir()
         lock = place / ".fastclip.lock"
-    told = {"host": "node-7", "pid": 12, "since": "2026-01-01", "command": "fastclip x", "start": "", "word": ""}
-    lock.write_text(json.dumps(told))
+    owner = {"host": "node-7", "pid": 12, "since": "2026-01-01", "command": "fastclip x", "start": "", "word": ""}
+    lock.write_text(json.dumps(owner))
     said = refused(words, capsys)
     assert f"{place} is in use by process 12 on node-7 (fastclip x) since 2026-01-01" in said and "--force" in said
     if name not in ("doctor", "bench"):  # these would do their work

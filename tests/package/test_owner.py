@@ -45,11 +45,11 @@ def kill(pid: int) -> None:
     assert ended(pid) == -signal.SIGKILL
 
 
-def leave(folder: Path, **told: Any) -> Path:
+def leave(folder: Path, **fields: Any) -> Path:
     """A lock file as another process has left it."""
     folder.mkdir(exist_ok=True)
     about = {"host": owner.socket.gethostname(), "pid": 2**22 + 1, "since": "2026-01-01", "command": "fastclip train"}
-    (folder / LOCK).write_text(json.dumps({**about, "start": "", "word": "", **told}))
+    (folder / LOCK).write_text(json.dumps({**about, "start": "", "word": "", **fields}))
     return folder
 
 
@@ -224,11 +224,11 @@ def test_without_locks_the_process_and_its_begin_count(
     pid = holder(place)
     with pytest.raises(BlockingIOError, match=f"process {pid} "), owned(place):
         pass
-    told = json.loads((place / LOCK).read_text())
+    owner_of_before = json.loads((place / LOCK).read_text())
     kill(pid)
     with owned(place):
         pass
-    if told["start"]:  # the number is another process's now
+    if owner_of_before["start"]:  # the number is another process's now
         leave(place, pid=os.getpid(), start="another boot 1")
         with owned(place):
             pass

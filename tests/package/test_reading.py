@@ -21,9 +21,9 @@ from fastclip.reading import parse_json, read_json, read_lines, read_tensors
     ids=["not UTF-8", "cut", "empty", "nested", "a list"],
 )
 def test_json_of_another_kind_is_an_error_that_names_the_file(tmp_path: Path, data: bytes, said: str) -> None:
-    file = tmp_path / "told.json"
+    file = tmp_path / "answer.json"
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=f"told.json .*{said}"):
+    with pytest.raises(ValueError, match=f"answer.json .*{said}"):
         read_json(file)
 
 

@@ -152,5 +152,5 @@ def test_error_of_the_users_is_a_line_and_ours_a_traceback(
             main(["models"])
         return
     assert main(["models"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("fastclip models: ") and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("fastclip models: ") and message.count("\n") == 1

@@ -84,8 +84,8 @@ def test_kill_leaves_the_last_checkpoint_or_the_next(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL
         with os.fdopen(reads, "rb") as pipe:
-            told = pipe.read()
-        announced = int.from_bytes(told[-4:], "little") or announced
+            steps = pipe.read()
+        announced = int.from_bytes(steps[-4:], "little") or announced
         half_written += any(name.endswith(".tmp") for name in names(tmp_path))
         found = latest_checkpoint(tmp_path)
         assert found is not None
