@@ -138,6 +138,36 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
+        "The losses need torch alone; an extra brings every package that its part imports, and no tool of ours",
+        tests=[
+            "package/test_doctor.py::test_doctor_needs_torch_alone",
+            "package/test_layering.py::test_what_a_module_imports_is_declared",
+            "package/test_layering.py::test_what_is_declared_is_imported",
+            "package/test_layering.py::test_no_tool_of_ours_is_installed_for_a_user",
+        ],
+        breaks=[
+            Break(
+                "package: an import that no extra brings",
+                "pyproject.toml",
+                old='    "markupsafe",\n',
+                new="",
+            ),
+            Break(
+                "package: numpy for the losses, too",
+                "pyproject.toml",
+                old='dependencies = ["torch>=2.8"]',
+                new='dependencies = ["torch>=2.8", "numpy"]',
+            ),
+            Break(
+                "package: a test runner for everybody",
+                "pyproject.toml",
+                old='all = ["fastclip-kernels[hf,',
+                new='all = ["fastclip-kernels[bench,hf,',
+            ),
+        ],
+    ),
+    Promise(
+        MACHINE,
         "`import fastclip` takes less than 0.2 s where torch is imported already",
         tests=[
             "package/test_lazy.py::test_losses_import_in_a_fifth_of_a_second_beside_torch",
