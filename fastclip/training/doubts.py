@@ -15,6 +15,7 @@ from torch import Tensor
 from fastclip import _env, machine
 from fastclip.data.source import Source
 from fastclip.data.spec import absolute_spec
+from fastclip.rounding import ceil_div
 from fastclip.training.options import TrainOptions, flag
 
 __all__ = ["changes", "doubts", "doubts_of_device", "doubts_of_labels", "doubts_of_schedule"]
@@ -62,7 +63,7 @@ def doubts(
     assert options.weight_decay is not None
     if (away := lr * options.weight_decay) >= 0.1:
         yield f"--lr {lr:g} times --weight-decay {options.weight_decay:g}: a step takes away {away:.0%} of the matrices"
-    share, micro = -(-options.batch_size // ranks), options.micro_batch
+    share, micro = ceil_div(options.batch_size, ranks), options.micro_batch
     if micro is not None and micro < share and share % micro:
         yield f"--micro-batch {micro} does not divide the {share} pairs of a process: the last has {share % micro}"
     if options.label_smoothing == 1:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fastclip import _env
+from fastclip._backends.cpu.blocks import BLOCK_M
 from fastclip.models.dual_encoder import DualEncoder
+from fastclip.rounding import ceil_div
 from fastclip.training.footprint import Footprint, footprint
 from fastclip.training.sizes import Sizes, sizes_of
 
@@ -25,7 +27,6 @@ _CHOICES = {
     "comm": ("gather", "ring"),
     "device": ("cuda", "cpu"),
 }
-_BLOCK_M = 4096  # rows of logits that the CPU's workspace holds at most
 _STATISTICS = 80  # bytes a text: log-sum-exps, factors, their gradients
 # Of no tensor. GPU: CUDA's context, workspaces of cuBLAS, cuDNN and NCCL; CPU: Python, torch and other libraries
 PROCESS = {"cuda": 2**30, "cpu": 2**29}
@@ -58,7 +59,7 @@ class Plan:
     @property
     def pairs(self) -> int:
         """Of the process that has most of them."""
-        return -(-self.batch_size // self.world_size)
+        return ceil_div(self.batch_size, self.world_size)
 
     @property
     def cached(self) -> bool:
@@ -69,7 +70,7 @@ class Plan:
         return self.parallel == "fsdp" and self.world_size > 1
 
     def _share(self, elements: int) -> int:
-        return -(-elements * _FP32 // (self.world_size if self.sharded else 1))
+        return ceil_div(elements * _FP32, self.world_size if self.sharded else 1)
 
     @property
     def parameters(self) -> int:
@@ -158,7 +159,7 @@ class Plan:
     def _workspace(self) -> int:
         columns = self.batch_size if self.comm == "gather" else self.pairs
         if self.device == "cpu":
-            return min(self.workspace_limit, _FP32 * min(self.pairs, _BLOCK_M) * columns)
+            return min(self.workspace_limit, _FP32 * min(self.pairs, BLOCK_M) * columns)
         return min(self.workspace_limit, self.footprint.feature_size * self.pairs * columns)
 
     @property
@@ -254,7 +255,7 @@ def plan(
     if model.config is None:
         raise ValueError("this model was made without a configuration, which tells the sizes of its inputs")
     image_size, length = model.config.vision_cfg.image_size, model.config.text_cfg.context_length
-    pairs = -(-batch_size // world_size)
+    pairs = ceil_div(batch_size, world_size)
     return Plan(
         sizes=sizes_of(model),
         footprint=footprint(model, image_size=image_size, context_length=length, precision=precision, device=device),

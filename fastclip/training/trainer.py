@@ -28,6 +28,7 @@ from fastclip.models.dual_encoder import build_model as empty_model
 from fastclip.models.factory import tokenizer_of
 from fastclip.models.transforms import image_transform, training_side
 from fastclip.owner import output_path
+from fastclip.rounding import ceil_div
 from fastclip.training.building import build_loss, build_model, resolve, served_by
 from fastclip.training.checkpoint import (
     check_room,
@@ -141,7 +142,7 @@ class _Trainer:
                 raise ValueError("--features-on cpu is for one process: NCCL takes no features from the host")
             if not _is_cached(options, ranks):
                 raise ValueError("--features-on cpu is of gradient caching: it needs a --micro-batch below the batch")
-        counts = {-(-((r + 1) * B // ranks - r * B // ranks) // (K or B)) for r in range(ranks)}
+        counts = {ceil_div((r + 1) * B // ranks - r * B // ranks, K or B) for r in range(ranks)}
         if options.parallel == "fsdp" and len(counts) > 1:  # each micro-batch gathers parameters, on all processes
             raise ValueError(
                 f"--parallel fsdp needs as many micro-batches on every process: --batch-size {B} over {ranks} of them "
@@ -397,7 +398,7 @@ class _Trainer:
 
 def _is_cached(options: TrainOptions, ranks: int) -> bool:
     """Gradient caching: somebody's share is more than a micro-batch."""
-    return options.micro_batch is not None and options.micro_batch < -(-options.batch_size // ranks)
+    return options.micro_batch is not None and options.micro_batch < ceil_div(options.batch_size, ranks)
 
 
 def _due(done: int, every: int | None) -> bool:

@@ -17,6 +17,7 @@ from fastclip import _env
 from fastclip._backends.cpu import native
 
 __all__ = [
+    "BLOCK_M",
     "Dots",
     "Features",
     "Plan",
@@ -29,7 +30,7 @@ __all__ = [
     "workspace",
 ]
 
-_BLOCK_M = 4096  # rows of a block, where the workspace allows: short products are slow
+BLOCK_M = 4096  # rows of a block, where the workspace allows: short products are slow
 _NORM_ROWS = 256  # of 16-bit features at a time
 _LARGE_NORM = 2.0**40  # norms beyond it could overflow the fp32 product of two unnormalised rows
 _FEW_LOGITS = 2**16  # below, a second thread costs more than it brings
@@ -191,8 +192,8 @@ class Plan:
         copied = 0 if image.fp32 else image.D
         floats -= min(N * copied, floats // 2) if copied else 0
         self.block_m, block_n = M, N
-        if M > _BLOCK_M or floats < 256 * M:
-            self.block_m = min(M, _BLOCK_M, max(floats // 256, 64))
+        if M > BLOCK_M or floats < 256 * M:
+            self.block_m = min(M, BLOCK_M, max(floats // 256, 64))
         if 2 * self.block_m * copied + N * (self.block_m + copied) > floats:
             block_n = min(N, max((floats - 2 * self.block_m * copied) // (self.block_m + copied), 64))
         self.buffer = workspace.reserve(self.block_m * block_n, allowed)
@@ -238,8 +239,8 @@ class Plan:
                 _add_product(raw_text[j0:j1], weights.T, images, keep=i1 < image.M)
         if d_text is None or raw_text is None:
             return
-        for j0 in range(0, text.M, _BLOCK_M):
-            j1 = j0 + _BLOCK_M if j0 + _BLOCK_M < text.M else text.M
+        for j0 in range(0, text.M, BLOCK_M):
+            j1 = j0 + BLOCK_M if j0 + BLOCK_M < text.M else text.M
             raw = raw_text[j0:j1]
             text.finish(raw, text.rows(j0, j1), j0, factor, self.workers)
             if raw_text is not d_text:
