@@ -50,7 +50,7 @@ _COMMANDS = {
     "parity": (parity, "compare the losses of several processes with those of one"),
 }
 _OF_SEARCH = ("search", "serve", "filter", "embed")  # what these need is the extra search, else train
-_OWN_PARSER = ("train",)  # these read their words, --help too, themselves
+_OWN_PARSER = ("train", "finetune")  # these read words that are unknown here, and --help, themselves
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,28 +13,6 @@ from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
-# Of FinetuneOptions: name, type, help.
-_NUMBERS = (
-    ("epochs", float, "passes over the data (10)"),
-    ("batch_size", int, "pictures a step (512)"),
-    ("micro_batch", int, "pictures whose activations are kept at a time; default: all of a step"),
-    ("lr", float, "learning rate at the end of the warm-up (3e-5)"),
-    ("weight_decay", float, "of matrices; biases and norms have none (0.1)"),
-    ("warmup", int, "steps; default: 500, or a tenth of all if that is less"),
-    ("max_grad_norm", float, "a longer gradient is scaled down to it (1)"),
-    ("seed", int, "of order, crops and dropout (0)"),
-    ("workers", int, "processes that read pictures (2)"),
-    ("log_every", int, "steps between lines of metrics.jsonl (1)"),
-    ("save_every", int, "steps between checkpoints; default: those of an epoch"),
-    ("keep", int, "checkpoints that stay (2)"),
-    ("max_bad", float, "the largest share of pictures that cannot be used (0.01)"),
-    ("stop_after", int, "steps of this call, which then ends with a checkpoint"),
-)
-_FLAGS = (
-    ("freeze_image", "train the head alone"),
-    ("grad_checkpointing", "keep the blocks' inputs only: less memory, a third more time"),
-)
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -60,11 +38,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     add_templates_option(parser, default="the data's own, else openai")
     parser.add_argument("--reference", metavar="NAME", help="published numbers to show: food101, cifar10, imagenet ...")
-    for name, kind, told in _NUMBERS:
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=told)
-    for name, told in _FLAGS:
-        parser.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=told)
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this help message and exit")
     parser.set_defaults(run=_finetune)
+
+
+class _Help(argparse.Action):
+    """Help on these options, and then on those of the training, which `parse_finetune` reads."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from fastclip.training.options import parse_finetune
+
+        parser.print_help()
+        parse_finetune(["--help"])
 
 
 def _alpha(word: str) -> float | str:
@@ -82,13 +67,13 @@ def _finetune(args: argparse.Namespace) -> None:
     from fastclip.evaluation.published import top1, top1_dataset
     from fastclip.evaluation.zero_shot import templates_for
     from fastclip.training.ensemble import ensemble_accuracies
-    from fastclip.training.finetune import FinetuneOptions, finetune
+    from fastclip.training.finetune import finetune
+    from fastclip.training.options import parse_finetune
 
+    options = parse_finetune(args.words)
     if not args.val_data and (args.reference or args.wise_ft == "sweep"):
-        told = "--reference" if args.reference else "--wise-ft sweep"
-        raise ValueError(f"{told} needs --val-data, to evaluate on")
-    names = [*(name for name, *_ in _NUMBERS), *(name for name, _ in _FLAGS)]
-    options = FinetuneOptions(**{name: value for name in names if (value := getattr(args, name)) is not None})
+        option = "--reference" if args.reference else "--wise-ft sweep"
+        raise ValueError(f"{option} needs --val-data, to evaluate on")
     reference = args.reference or top1_dataset(args.val_data or "")
     published = top1(reference) if reference is not None else {}
     with owned_output(args):
@@ -107,18 +92,18 @@ def _finetune(args: argparse.Namespace) -> None:
         if val is not None:
             alphas = [k / 10 for k in range(11)] if args.wise_ft == "sweep" else sorted({0.0, saved, 1.0})
             size = options.micro_batch or options.batch_size
-            found = ensemble_accuracies(run, val, alphas, batch_size=size, workers=options.workers, progress=True)
-            _tell(args, found, reference, published, saved)
+            accuracies = ensemble_accuracies(run, val, alphas, batch_size=size, workers=options.workers, progress=True)
+            _report(args, accuracies, reference, published, saved)
 
 
-def _tell(
+def _report(
     args: argparse.Namespace,
-    found: dict[float, dict[str, Any]],
+    accuracies: dict[float, dict[str, Any]],  # by alpha
     reference: str | None,
     published: dict[str, float],
     saved: float,
 ) -> None:
-    """Tables, and results.json."""
+    """Print the tables, and write results.json."""
     from pathlib import Path
 
     from fastclip.evaluation.published import MEAN_PER_CLASS
@@ -136,14 +121,14 @@ def _tell(
             train=args.data,
             test=args.val_data,
         )
-        for alpha, metrics in found.items()
+        for alpha, metrics in accuracies.items()
     ]
     write_results(Path(args.output) / "results.json", results)
     forget_accuracies(args.output)
-    told = {0.0: "0 (zero-shot)", 1.0: "1 (fine-tuned)"}
-    rows = [[told.get(alpha, f"{alpha:g}"), *map(percent, metrics.values())] for alpha, metrics in found.items()]
-    say(table(["alpha", *found[1.0]], rows))
+    labels = {0.0: "0 (zero-shot)", 1.0: "1 (fine-tuned)"}
+    rows = [[labels.get(alpha, f"{alpha:g}"), *map(percent, one.values())] for alpha, one in accuracies.items()]
+    say(table(["alpha", *accuracies[1.0]], rows))
     if reference is not None:
         metric = "mean_per_class_recall" if reference in MEAN_PER_CLASS else "acc1"
-        ours = {"zero-shot": 100 * found[0.0][metric], f"alpha {saved:g}": 100 * found[saved][metric]}
+        ours = {"zero-shot": 100 * accuracies[0.0][metric], f"alpha {saved:g}": 100 * accuracies[saved][metric]}
         say("\n" + table([reference, metric], list({**ours, **published}.items())))

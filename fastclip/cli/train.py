@@ -32,5 +32,5 @@ def _train(args: argparse.Namespace) -> None:
     run = train(options)
     if first:
         say(f"{run.folder}: {run.steps} steps, of which {len(run.losses)} in {run.seconds:.1f} s, by {run.backend!r}")
-        found = {"loss": run.losses[-1], **run.validation} if run.losses else {}
-        say("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        results = {"loss": run.losses[-1], **run.validation} if run.losses else {}
+        say("  ".join(f"{name} {value:.4g}" for name, value in results.items()))

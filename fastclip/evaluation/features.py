@@ -20,8 +20,8 @@ from fastclip.data.picture import limit_in_words
 from fastclip.data.source import Source
 from fastclip.data.subset import Subset
 from fastclip.durable import mend_files, remove_folder, write_tensors
-from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
+from fastclip.progress import Progress
 from fastclip.reading import open_tensors
 
 __all__ = ["PART", "FeatureStore", "ImageFeatures", "image_features", "resumable", "text_features"]

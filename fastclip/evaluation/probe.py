@@ -23,8 +23,8 @@ from fastclip.data.identity import picture_places, picture_states
 from fastclip.data.source import Source
 from fastclip.evaluation.classification import classification_metrics, labelled, score_ranks
 from fastclip.evaluation.features import FeatureStore, image_features, resumable
-from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
+from fastclip.progress import Progress
 
 __all__ = ["Probe", "TowerEmbedder", "linear_probe", "sweep"]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.evaluation.progress import Progress
+from fastclip.progress import Progress
 from fastclip.rounding import ceil_div
 from fastclip.ties import TIE
 

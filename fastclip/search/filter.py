@@ -29,10 +29,10 @@ from fastclip.data.spec import spec_places
 from fastclip.data.subset import Subset
 from fastclip.durable import new_file
 from fastclip.evaluation.features import FeatureStore
-from fastclip.evaluation.progress import Progress
 from fastclip.evaluation.results import write_results
 from fastclip.models.embedder import Embedder
 from fastclip.owner import check_writable, output_path, owning
+from fastclip.progress import Progress
 from fastclip.reading import parse_json
 from fastclip.search.near_duplicates import near_duplicates
 from fastclip.search.pairs import Pairs, call_options, contents_of, embed_pairs, faults_of, utf8

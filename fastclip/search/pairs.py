@@ -18,8 +18,8 @@ from fastclip.data.source import Source
 from fastclip.data.spec import absolute_spec
 from fastclip.data.subset import Subset
 from fastclip.evaluation.features import PART, FeatureStore
-from fastclip.evaluation.progress import Progress
 from fastclip.models.embedder import Embedder
+from fastclip.progress import Progress
 from fastclip.reading import parse_json
 
 __all__ = ["Pairs", "call_options", "contents_of", "embed_pairs", "faults_of", "utf8"]

@@ -169,7 +169,7 @@ def _add(
     workers: int,
     progress: bool,
 ) -> None:
-    from fastclip.evaluation.progress import Progress
+    from fastclip.progress import Progress
 
     known = index.digests()
     loading = threading.Lock()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -91,7 +92,7 @@ def take_snapshot(
     ema: MovingAverage | None = None,
     writes: bool = True,
 ) -> Snapshot | None:
-    """Called on every rank, one of which `writes`; the others get None.
+    """Copy what a checkpoint holds; every rank calls this, one of them `writes`, and the others get None.
 
     Args:
         step: updates made.
@@ -101,17 +102,20 @@ def take_snapshot(
 
     tensors: dict[str, dict[str, Tensor]] = {"model": model_state(model), "optimizer": {}}
     groups = []
-    found: Any = sharded.get_optimizer_state_dict(model, optimizer, options=_whole())
+    optimizer_state: Any = sharded.get_optimizer_state_dict(model, optimizer, options=_whole())
     if writes:
-        for name, state in found["state"].items():
+        for name, state in optimizer_state["state"].items():
             for key, value in state.items():
                 tensors["optimizer"][f"{name}|{key}"] = torch.as_tensor(value)
-        groups = [{k: v.item() if isinstance(v, Tensor) else v for k, v in g.items()} for g in found["param_groups"]]
+        groups = [
+            {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items()}
+            for group in optimizer_state["param_groups"]
+        ]
     live = _storages(model, optimizer) if writes else set()
-    tensors = {file: {name: _own(x, live) for name, x in values.items()} for file, values in tensors.items()}
+    tensors = {file: {name: _apart(x, live) for name, x in values.items()} for file, values in tensors.items()}
     if ema is not None:
         ema.swap()
-        tensors["ema"] = {name: _own(x, live) for name, x in model_state(model).items()}  # else they swap, too
+        tensors["ema"] = {name: _apart(x, live) for name, x in model_state(model).items()}  # before they swap back
         ema.swap()
         about = {**about, "ema_updates": ema.updates}
     return Snapshot(step, tensors, {"step": step, **about, "param_groups": groups}) if writes else None
@@ -126,11 +130,12 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int | None = None)
     path = folder / f"step-{snapshot.step:08d}"
     try:
         with new_folder(path) as half:
-            _check_space(half, snapshot)
+            if _free_bytes(half) < snapshot.size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for name, values in snapshot.tensors.items():
                 save_file(values, half / f"{name}.safetensors")
             write_json(half / "state.json", snapshot.state, indent=1)
-            write_manifest(half)
+            write_manifest(half)  # last: it holds the digests of the others
     except (OSError, SafetensorError) as error:
         raise OSError(_what_failed(path, snapshot, error)) from error
     if keep is not None:
@@ -140,41 +145,40 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int | None = None)
 
 
 def check_room(folder: Path, model: nn.Module, *, ema: bool = False) -> None:
-    """Before a run begins: `folder` may hold checkpoints, and a first one of `model` fits on its disk.
+    """Check before a run begins that `folder` may hold checkpoints, and that one of `model` fits on its disk.
 
     Raises:
         OSError: it does not, with the bytes, or ``folder`` is a file.
     """
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file, where the checkpoints' folder must be")
-    bytes_of = [(x.numel() * x.element_size(), x.requires_grad) for x in model.parameters()]
-    # Both optimisers keep two numbers for each that is trained
-    need = sum(size * (1 + ema + 2 * trained) for size, trained in bytes_of)
-    disk = shutil.disk_usage(folder.parent)
-    if disk.total > 0 and disk.free < need:  # some network file systems say 0
-        told = f"a checkpoint needs at least {need:,} bytes, and its disk has {disk.free:,} free"
-        raise OSError(f"{folder.parent} is too small for this run: {told}")
+    need = 0
+    for p in model.parameters():
+        copies = 1 + (1 if ema else 0) + (2 if p.requires_grad else 0)  # both optimisers keep two numbers for each
+        need += p.numel() * p.element_size() * copies
+    if (free := _free_bytes(folder.parent)) < need:
+        sizes = f"a checkpoint needs at least {need:,} bytes, and its disk has {free:,} free"
+        raise OSError(f"{folder.parent} is too small for this run: {sizes}")
 
 
-def _check_space(folder: Path, snapshot: Snapshot) -> None:
+def _free_bytes(folder: Path) -> float:
     disk = shutil.disk_usage(folder)
-    if disk.total > 0 and disk.free < snapshot.size:  # some network file systems say 0
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return disk.free if disk.total > 0 else math.inf  # some network file systems say 0 of 0
 
 
 def _what_failed(path: Path, snapshot: Snapshot, error: Exception) -> str:
-    found = f"the checkpoint {path} was not written: {getattr(error, 'strerror', None) or error}. "
-    found += f"It needs {snapshot.size:,} bytes"
+    message = f"the checkpoint {path} was not written: {getattr(error, 'strerror', None) or error}. "
+    message += f"It needs {snapshot.size:,} bytes"
     with suppress(OSError):
-        found += f", and its disk has {shutil.disk_usage(path.parent).free:,} free"
+        message += f", and its disk has {shutil.disk_usage(path.parent).free:,} free"
     with suppress(ImportError):  # Windows
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         if limit != resource.RLIM_INFINITY:
-            found += f"; no file may have more than {limit:,} (ulimit -f)"
+            message += f"; no file may have more than {limit:,} (ulimit -f)"
     older = [other for other in _by_step(path.parent) if other != path]
-    return found + (f"; {older[-1].name} stands" if older else "; there was none before")
+    return message + (f"; {older[-1].name} stands" if older else "; there was none before")
 
 
 def load_checkpoint(
@@ -191,7 +195,7 @@ def load_checkpoint(
         raise ValueError(f"{path} holds no moving average: it was written without --ema")
     state = read_state(path, "param_groups", *(["ema_updates"] if ema is not None else []))
     if ema is not None:
-        _set_model_state(model, path / "ema.safetensors")
+        _set_model_state(model, path / "ema.safetensors")  # by way of the model, which knows its shards
         ema.swap()
         ema.updates = state["ema_updates"]
     _set_model_state(model, path / "model.safetensors")
@@ -205,7 +209,7 @@ def load_checkpoint(
         sharded.set_optimizer_state_dict(
             model, optimizer, whole, options=sharded.StateDictOptions(full_state_dict=True)
         )
-    except (KeyError, RuntimeError, AssertionError, TypeError, AttributeError) as error:
+    except (KeyError, RuntimeError, AssertionError, TypeError, AttributeError) as error:  # torch raises any of these
         raise ValueError(f"{path} was written with another optimiser, or other frozen parameters: {error}") from error
     for group, options in zip(optimizer.param_groups, asked):  # of this run, should they have changed
         group.update(options)
@@ -213,7 +217,7 @@ def load_checkpoint(
 
 
 def read_state(path: Path, *needed: str) -> dict[str, Any]:
-    """What `take_snapshot` was told about the run, and the step.
+    """Return the step of a checkpoint, and what else `take_snapshot` was given about the run.
 
     Raises:
         ValueError: it holds no value of a name that is `needed`, or one of another kind than is written.
@@ -232,14 +236,13 @@ def read_state(path: Path, *needed: str) -> dict[str, Any]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The one of most steps in a ``checkpoints`` folder whose manifest holds; a warning names each that is passed over.
+    """Return the last checkpoint of a folder whose manifest holds; a warning names each that is passed over.
 
     Raises:
         ValueError: there are some, and all are damaged.
     """
-    found = _by_step(folder)
     problems = []
-    for path in reversed(found):
+    for path in reversed(_by_step(folder)):
         try:
             check_manifest(path)
         except ValueError as error:
@@ -254,7 +257,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def find_checkpoint(resume: str, output: Path) -> Path | None:
-    """What ``--resume`` means, its files read and checked; None is a new run.
+    """Return the checkpoint that ``--resume`` names, its files read and checked, or None for a new run.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -268,14 +271,14 @@ def find_checkpoint(resume: str, output: Path) -> Path | None:
     if (path / "state.json").is_file() or _NAME.fullmatch(path.name):
         check_manifest(path)
         return path
-    found = latest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-    if found is None:
+    checkpoint = latest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if checkpoint is None:
         raise FileNotFoundError(f"--resume {resume} holds no checkpoint, nor does its folder checkpoints")
-    return found
+    return checkpoint
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Before a run goes on after `step`: rename later checkpoints, to ``aside-step-...``.
+    """Rename checkpoints of later steps to ``aside-step-...``, before a run goes on after `step`.
 
     They are damaged, or of steps that are about to be made anew.
     """
@@ -286,7 +289,7 @@ def set_aside_after(folder: Path, step: int) -> None:
 
 
 def set_aside_run(folder: Path) -> None:
-    """Before a run goes on from another folder's checkpoint: rename what a run in `folder` has left, to ``aside-...``.
+    """Rename what a run has left in `folder` to ``aside-...``, before one goes on there from a checkpoint of another.
 
     Else its metrics and the new ones would be mixed, and `find_checkpoint` might take one of its checkpoints.
     """
@@ -311,7 +314,7 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _storages(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[int]:
-    """Where tensors live that training changes in place."""
+    """Return the addresses of all storages that training changes in place."""
     from torch.distributed.tensor import DTensor
 
     states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
@@ -320,7 +323,8 @@ def _storages(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[int]:
     return {x.untyped_storage().data_ptr() for x in locals_}
 
 
-def _own(x: Tensor, live: set[int]) -> Tensor:
+def _apart(x: Tensor, live: set[int]) -> Tensor:
+    """Return `x` in memory that training does not change."""
     x = x.detach().contiguous()
     return x.clone() if x.untyped_storage().data_ptr() in live else x
 
@@ -332,11 +336,11 @@ def _whole() -> Any:
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, whole, on the host; on a CPU the model's own. Called on every rank."""
+    """Return parameters and buffers by name, whole, on the host; on a CPU the model's own. Every rank calls this."""
     import torch.distributed.checkpoint.state_dict as sharded
 
-    found: Any = sharded.get_model_state_dict(model, options=_whole())  # annotated for nested ones as well
-    return found
+    state: Any = sharded.get_model_state_dict(model, options=_whole())  # annotated for nested ones as well
+    return state
 
 
 def _set_model_state(model: nn.Module, file: Path) -> None:
@@ -346,5 +350,7 @@ def _set_model_state(model: nn.Module, file: Path) -> None:
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = sorted(expected.keys() ^ tensors.keys()) or [n for n, x in tensors.items() if x.shape != expected[n]]
     if wrong:
-        raise ValueError(f"{file} is of another model: {', '.join(wrong[:5])} differ{'s' * (len(wrong) == 1)}")
+        raise ValueError(
+            f"{file} is of another model: {', '.join(wrong[:5])} {'differs' if len(wrong) == 1 else 'differ'}"
+        )
     sharded.set_model_state_dict(model, tensors, options=sharded.StateDictOptions(full_state_dict=True))

@@ -1,4 +1,4 @@
-"""What a user would want to know of a run before it goes on: a line each, for the log.
+"""Warnings about a run before it begins or goes on, a line each, for the log.
 
 Settings with which it learns nothing, or not what was meant; and what has changed since the checkpoint it goes on from.
 """
@@ -15,7 +15,6 @@ from torch import Tensor
 from fastclip import _env, machine
 from fastclip.data.source import Source
 from fastclip.data.spec import absolute_spec
-from fastclip.rounding import ceil_div
 from fastclip.training.options import TrainOptions, flag
 
 __all__ = ["changes", "doubts", "doubts_of_device", "doubts_of_labels", "doubts_of_schedule"]
@@ -28,7 +27,7 @@ _MAY_CHANGE = (
 
 
 def changes(before: dict[str, Any], options: TrainOptions, source: Source, fingerprint: str) -> Iterator[str]:
-    """What is not as a checkpoint's state has it, of what a run depends on."""
+    """Yield what differs from a checkpoint's state, of all that the numbers of a run depend on."""
     for name, value in asdict(options).items():
         now, then = list(value) if isinstance(value, tuple) else value, before["options"].get(name)
         if name == "data":  # another spelling of the place is none
@@ -44,9 +43,10 @@ def changes(before: dict[str, Any], options: TrainOptions, source: Source, finge
 def doubts(
     options: TrainOptions, *, samples: int, ranks: int, with_labels: bool, resumed: bool = False
 ) -> Iterator[str]:
-    """Of options in which the model's own values and the length of the schedule are filled in.
+    """Yield a warning for each setting with which a run learns nothing, or not what was meant.
 
     Args:
+        options: with the model's own values and the length of the schedule filled in.
         with_labels: the loss takes repeats of a pair for positives.
         resumed: a checkpoint holds the weights that the run begins with.
     """
@@ -63,9 +63,9 @@ def doubts(
     assert options.weight_decay is not None
     if (away := lr * options.weight_decay) >= 0.1:
         yield f"--lr {lr:g} times --weight-decay {options.weight_decay:g}: a step takes away {away:.0%} of the matrices"
-    share, micro = ceil_div(options.batch_size, ranks), options.micro_batch
-    if micro is not None and micro < share and share % micro:
-        yield f"--micro-batch {micro} does not divide the {share} pairs of a process: the last has {share % micro}"
+    share, micro = options.largest_share(ranks), options.micro_batch
+    if micro is not None and options.is_cached(ranks) and (rest := share % micro):
+        yield f"--micro-batch {micro} does not divide the {share} pairs of a process: the last has {rest}"
     if options.label_smoothing == 1:
         yield "--label-smoothing 1: every text is as right as another, and nothing is learned"
     if options.pretrained is None and not resumed:
@@ -83,7 +83,7 @@ def doubts_of_schedule(*, warmup: int, steps: int, lr: float) -> Iterator[str]:
 
 
 def doubts_of_device(options: TrainOptions, device: torch.device) -> Iterator[str]:
-    """GPUs that stay idle although nobody asked for the CPU."""
+    """Yield a warning if GPUs stay idle although nobody asked for the CPU."""
     if options.device != "auto" or device.type != "cpu":
         return
     if gpus := torch.cuda.device_count():
@@ -95,7 +95,7 @@ def doubts_of_device(options: TrainOptions, device: torch.device) -> Iterator[st
 
 
 def doubts_of_labels(labels: Sequence[Tensor], loss: str | None, *, with_labels: bool) -> Iterator[str]:
-    """Of the micro-batches of a step: pairs of one label, which are of one class or have the same caption."""
+    """Yield a warning if the pairs of a step share their labels: a class, or a caption, with which the loss fails."""
     whole = torch.cat(list(labels))
     _, counts = whole.unique(return_counts=True)
     if len(counts) == 1 and len(whole) > 1 and with_labels:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,39 +24,24 @@ from torch import Tensor
 from fastclip import _env
 from fastclip.data.batch import Batch
 from fastclip.data.identity import fingerprint
-from fastclip.data.loader import training_batches
 from fastclip.data.order import Order
 from fastclip.data.picture import USUAL_PIXELS
 from fastclip.data.source import Source
 from fastclip.data.spec import absolute_spec
 from fastclip.data.workers import naming_dead_workers
-from fastclip.durable import mend_folders, new_folder, write_json
+from fastclip.durable import write_json
 from fastclip.evaluation.zero_shot import class_embeddings, templates_for
-from fastclip.models.classifier import ImageClassifier, save_classifier
+from fastclip.models.classifier import ImageClassifier
 from fastclip.models.embedder import Embedder
-from fastclip.models.transforms import image_transform, training_side
 from fastclip.owner import LOCK, owning
 from fastclip.reading import read_json
-from fastclip.training.checkpoint import (
-    check_room,
-    latest_checkpoint,
-    load_checkpoint,
-    mend_checkpoints,
-    read_state,
-    set_aside_after,
-    take_snapshot,
-    write_snapshot,
-)
 from fastclip.training.doubts import doubts_of_schedule
-from fastclip.training.ensemble import interpolate
+from fastclip.training.ensemble import Finetuned
 from fastclip.training.kept import settings_kept
-from fastclip.training.metrics import Meter, Metrics, Progress, cut_metrics
-from fastclip.training.optim import build_optimizer, clip_gradients, gradient_norm, warmup_cosine
+from fastclip.training.loop import Loop, Update
+from fastclip.training.optim import build_optimizer, clip_gradients, gradient_norm
+from fastclip.training.options import FinetuneOptions
 from fastclip.training.parallel import World
-from fastclip.training.saver import Saver
-from fastclip.training.signals import Interrupted, Signals
-from fastclip.training.skipped import Skipped
-from fastclip.training.step import seed_step
 
 __all__ = ["FinetuneOptions", "Finetuned", "finetune", "zero_shot_head"]
 
@@ -65,70 +50,8 @@ _MAY_CHANGE = ("workers", "log_every", "save_every", "keep", "max_bad", "stop_af
 _SHOWN = 5  # names in an error
 
 
-@dataclass(frozen=True)
-class FinetuneOptions:
-    """The defaults are those of Wortsman et al. 2022 on ImageNet."""
-
-    epochs: float = 10
-    batch_size: int = 512  # pictures a step
-    micro_batch: int | None = None  # whose activations are kept at a time; default: all of a step
-    lr: float = 3e-5  # at the end of the warm-up
-    weight_decay: float = 0.1  # of matrices; biases and norms have none
-    warmup: int | None = None  # steps; default: 500, or a tenth of all if that is less
-    max_grad_norm: float = 1.0  # a longer gradient is scaled down to it
-    freeze_image: bool = False  # only the head learns
-    grad_checkpointing: bool = False  # keep the blocks' inputs only
-    seed: int = 0  # of order, crops and dropout
-    workers: int = 2  # processes that read pictures
-    log_every: int = 1  # steps
-    save_every: int | None = None  # steps between checkpoints; default: those of an epoch
-    keep: int = 2  # checkpoints that stay
-    max_bad: float = 0.01  # the largest share of pictures that cannot be used
-    stop_after: int | None = None  # steps of this call, which then ends with a checkpoint
-
-    def __post_init__(self) -> None:
-        """ValueError for a value that no run can have."""
-        for name in ("batch_size", "micro_batch", "log_every", "save_every", "keep", "stop_after"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("epochs", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
-        if not self.max_grad_norm > 0:  # infinity clips nothing
-            raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
-        if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"max_bad must be between 0 and 1, got {self.max_bad}")
-        for name in ("weight_decay", "warmup", "seed", "workers"):
-            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
-
-
-class Finetuned(NamedTuple):
-    """What `finetune` made; the classifier, and the embedder's image tower with it, has the tuned weights."""
-
-    folder: Path
-    embedder: Embedder
-    steps: int  # made, those of earlier calls included
-    losses: list[float]  # of this call's steps
-    classifier: ImageClassifier
-    zero_shot: dict[str, Tensor]  # the classifier's state before the first step, on the host
-    tuned: dict[str, Tensor]  # and after the last
-    complete: bool  # the schedule is at its end
-
-    def mix(self, alpha: float) -> None:
-        """Give the classifier the weights that `interpolate` makes of the two."""
-        self.classifier.load_state_dict(interpolate(self.zero_shot, self.tuned, alpha))
-        vars(self.embedder).pop("identity", None)  # it is another model now
-
-    def save(self) -> Path:
-        """Write ``model/`` with the weights that the classifier has."""
-        with new_folder(self.folder / "model") as half:
-            save_classifier(self.classifier, self.embedder.model, half)
-        return self.folder / "model"
-
-
 def zero_shot_head(embedder: Embedder, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(C, D) float32: exp(logit_scale) times the class embeddings (`fastclip.evaluation.zero_shot`)."""
+    """Return exp(logit_scale) times the class embeddings, (C, D) float32 (`fastclip.evaluation.zero_shot`)."""
     scale = embedder.model.logit_scale.detach().exp().cpu()
     return scale * class_embeddings(embedder, class_names, templates)
 
@@ -175,9 +98,6 @@ class _Run:
         self, embedder: Embedder, source: Source, options: FinetuneOptions, folder: Path, templates: Sequence[str]
     ) -> None:
         self.embedder, self.source, self.options, self.folder = embedder, source, options, folder
-        self.order = Order(len(source), options.batch_size, options.seed)
-        self.steps = self.order.steps(options.epochs)
-        self.warmup = min(500, self.steps // 10) if options.warmup is None else options.warmup
         self._claim(templates)
         weight = zero_shot_head(embedder, source.class_names, templates).to(embedder.device)
         visual: Any = embedder.model.visual
@@ -187,11 +107,9 @@ class _Run:
         self.optimizer = build_optimizer(
             "adamw", self.classifier, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.999), eps=1e-8
         )
-        world = World(0, 1, embedder.device, None)
-        self.skipped, self.saver, self.signals = Skipped(self.order, options.max_bad, world), Saver(), Signals()
 
     def _claim(self, templates: Sequence[str]) -> None:
-        """The folder is this run's.
+        """Check that the folder is this run's, or new.
 
         Raises:
             ValueError: the folder holds something else, or a run of other data or options; the message names these.
@@ -206,7 +124,7 @@ class _Run:
             "templates": templates,
             **{name: value for name, value in asdict(self.options).items() if name not in _MAY_CHANGE},
         }
-        asked = json.loads(json.dumps(asked))
+        asked = json.loads(json.dumps(asked))  # tuples become lists, as in the file
         file = self.folder / "finetune.json"
         if not file.is_file():
             if any(inside.name != LOCK for inside in self.folder.iterdir()):
@@ -219,98 +137,46 @@ class _Run:
             raise ValueError(f"{self.folder} was begun by another version of fastclip: give another folder")
         before["data"] = absolute_spec(before["data"])  # of older ones it is as it was spelled
         if other := [name for name in asked if before[name] != asked[name]]:
-            told = ", ".join(f"{name} was {_short(before[name])}, is {_short(asked[name])}" for name in other)
-            raise ValueError(f"{self.folder} holds another fine-tuning: {told}; give another folder")
+            changes = ", ".join(f"{name} was {_short(before[name])}, is {_short(asked[name])}" for name in other)
+            raise ValueError(f"{self.folder} holds another fine-tuning: {changes}; give another folder")
 
     def run(self) -> Finetuned:
-        first = self._resume()
-        for doubt in doubts_of_schedule(warmup=self.warmup, steps=self.steps, lr=self.options.lr):
-            logger.warning("%s", doubt)
-        last = self.steps if self.options.stop_after is None else min(self.steps, first + self.options.stop_after)
-        every = self.options.save_every or max(1, self.order.epoch_length // self.options.batch_size)
-        metrics = Metrics(self.folder, options=asdict(self.options), first=first)
-        progress = Progress(first=first, steps=self.steps, shown=first < last)
-        losses: list[float] = []
-        try:
-            with self.signals.watched(), self.saver:
-                for done, loss in self._updates(first, last, metrics, progress):
-                    losses.append(loss)
-                    stops = self.signals.status and done < self.steps
-                    if stops or done == last or done % every == 0:
-                        self._save(done, metrics)
-                    if stops:
-                        self.saver.wait()
-                        logger.warning("stopped by a signal after step %d, with a checkpoint: again, it goes on", done)
-                        raise Interrupted(self.signals.status, done)
-        finally:
-            progress.close()
-            metrics.close()
-            self.classifier.eval()  # as the embedder's towers are
-        if self.skipped.tally.total:
-            logger.warning(self.skipped.told(last * self.options.batch_size))
-        vars(self.embedder).pop("identity", None)  # it is another model now
-        whole = last == self.steps
-        return Finetuned(
-            self.folder, self.embedder, last, losses, self.classifier, self.zero_shot, self._state(), whole
-        )
-
-    def _resume(self) -> int:
-        """Updates that a checkpoint holds; 0 for a new run."""
-        checkpoints = self.folder / "checkpoints"
-        mend_checkpoints(checkpoints)
-        mend_folders(self.folder, "model")
-        path, first = latest_checkpoint(checkpoints), 0
-        if path is not None:
-            first = load_checkpoint(path, self.classifier, self.optimizer)
-            self.skipped.load(read_state(path, "skipped")["skipped"], path)
-            logger.info("goes on from %s, after %d of %d steps", path, first, self.steps)
-        if first < self.steps:
-            check_room(checkpoints, self.classifier)
-        set_aside_after(checkpoints, first)
-        cut_metrics(self.folder / "metrics.jsonl", first)
-        return first
-
-    def _updates(self, first: int, last: int, metrics: Metrics, progress: Progress) -> Iterator[tuple[int, float]]:
-        """Each update, logged: the number of updates so far, and its loss."""
         options, config = self.options, self.embedder.model.config
         assert config is not None
-        batches = training_batches(
-            self.source,
-            image_transform(config, train=True),
-            _no_ids,
-            batch_size=options.batch_size,
-            micro_batch=options.micro_batch,
-            seed=options.seed,
-            first_step=first,
-            last_step=last,
-            workers=options.workers,
-            pin_memory=self.embedder.device.type == "cuda",
-            min_side=training_side(config),
+        order = Order(len(self.source), options.batch_size, options.seed)
+        steps = order.steps(options.epochs)
+        warmup = min(500, steps // 10) if options.warmup is None else options.warmup
+        save_every = options.save_every or max(1, order.epoch_length // options.batch_size)
+        loop = Loop(
+            options=replace(options, warmup=warmup, save_every=save_every),
+            folder=self.folder,
+            world=World(0, 1, self.embedder.device, None),
+            source=self.source,
+            config=config,
+            tokenize=_no_ids,
+            order=order,
+            steps=steps,
+            model=self.classifier,
+            optimizer=self.optimizer,
+            update=self._update,
+            hint="again, it goes on",
         )
-        meter = Meter(options.batch_size)
-        for step in range(first, last):
-            with meter.waiting():
-                batch = next(batches)
-            self.skipped.count(batch, step)
-            lr = options.lr * warmup_cosine(step, warmup_steps=self.warmup, steps=self.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            seed_step(options.seed, step, 0)
-            loss, norm, accuracy = self._update(batch, step)
-            meter.stepped()
-            if (step + 1) % options.log_every == 0 or step + 1 == last:
-                values = {"loss": loss, "lr": lr, "grad_norm": norm, "acc1": accuracy}
-                values |= {"skipped": self.skipped.tally.total, "epoch": self.order.position(step)[0], **meter.read()}
-                metrics.write(step + 1, values)
-                progress.show(step + 1, values)
-            progress.moved()
-            with meter.paused():
-                yield step + 1, loss
+        loop.resume("auto")
+        for doubt in doubts_of_schedule(warmup=warmup, steps=steps, lr=options.lr):
+            logger.warning("%s", doubt)
+        try:
+            losses = loop.run()
+        finally:
+            self.classifier.eval()  # as the embedder's towers are
+        vars(self.embedder).pop("identity", None)  # it is another model now
+        tuned, complete = self._state(), loop.last == steps
+        return Finetuned(
+            self.folder, self.embedder, loop.last, losses, self.classifier, self.zero_shot, tuned, complete
+        )
 
-    def _update(self, batches: Sequence[Batch], step: int) -> tuple[float, float, float]:
-        """Loss, gradient norm before clipping, and share of the pictures that are classified rightly."""
+    def _update(self, batches: Sequence[Batch], step: int, *, logged: bool, status: Callable[[], int]) -> Update:
+        """Make a step of AdamW; acc1 is the share of the pictures that are classified rightly."""
         device, classes = self.embedder.device, len(self.source.class_names)
-        self.classifier.train()
         self.optimizer.zero_grad()
         losses, hits = [], 0
         for batch in batches:
@@ -337,15 +203,7 @@ class _Run:
             raise FloatingPointError(f"the gradient of step {step} is {norm}; training stopped before its update")
         clip_gradients(self.classifier.parameters(), self.options.max_grad_norm, norm)
         self.optimizer.step()
-        return loss, norm.item(), hits / self.options.batch_size
-
-    def _save(self, done: int, metrics: Metrics) -> None:
-        self.saver.wait()
-        metrics.flush()
-        about = {"skipped": self.skipped.state()}
-        found = take_snapshot(self.classifier, self.optimizer, step=done, about=about)
-        assert found is not None
-        self.saver.start(write_snapshot, self.folder / "checkpoints", found, keep=self.options.keep)
+        return Update(loss, {"grad_norm": norm.item(), "acc1": hits / self.options.batch_size}, status())
 
     def _state(self) -> dict[str, Tensor]:
         return {name: x.detach().cpu().clone() for name, x in self.classifier.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Where a run tells how it goes: metrics.jsonl, TensorBoard, Weights & Biases, a bar or lines."""
+"""Where the numbers of a run are kept: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ import json
 import logging
 import os
 import secrets
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from fastclip.durable import naming, write_bytes, write_text
 from fastclip.reading import parse_json
 
-__all__ = ["Meter", "Metrics", "Progress", "cut_metrics"]
+__all__ = ["Meter", "Metrics", "cut_metrics"]
 
 logger = logging.getLogger(__name__)
-_PAUSE = 5.0  # seconds between plain lines
 
 
 class Metrics:
-    """Numbers of a step to every place that keeps them; the process of rank 0 has one.
+    """Writes the numbers of a step to every place that keeps them; the process of rank 0 has one.
 
     Args:
         folder: gets metrics.jsonl, one object a line, and TensorBoard's events in ``tensorboard/``.
@@ -40,20 +36,21 @@ class Metrics:
         self._wandb = _wandb_run(wandb, folder, options) if wandb else None
         self._path = folder / "metrics.jsonl"
         self._file = self._path.open("a", encoding="utf-8")
+        # The events of steps that are made anew stay in the files of before, and are hidden
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """`values` after `step` updates; a name is grouped by its part before the slash."""
+        """Write `values` after `step` updates; TensorBoard groups a name by its part before the slash."""
         with naming(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            self._file.flush()  # a process that is killed loses no line
         for name, value in values.items():
             self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def flush(self) -> None:
-        """To the disk."""
+        """Return when all lines are on the disk."""
         with naming(self._path):
             os.fsync(self._file.fileno())
 
@@ -76,11 +73,13 @@ def cut_metrics(file: Path, step: int) -> int | None:
     for number, line in enumerate(lines, 1):
         try:
             values = parse_json(line, str(file))
-            if (of := int(values["step"])) <= step:
+            if (made := int(values["step"])) <= step:
                 kept.append(line + b"\n")  # also of the last one, where a crash has taken just that
-                validated = of if any(name.startswith("val/") for name in values) else validated
+                if any(name.startswith("val/") for name in values):
+                    validated = made
         except (ValueError, KeyError, TypeError, OverflowError):
-            unread += bool(line.strip(b"\0 ")) and number < len(lines)
+            if line.strip(b"\0 ") and number < len(lines):  # a crash may cut the last, or leave blocks of zeros
+                unread += 1
     if unread:
         logger.warning("%s: %d lines cannot be read and are left out", file, unread)
     write_bytes(file, b"".join(kept))
@@ -102,50 +101,24 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """For data."""
+        """Count the time inside as waiting for data."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside takes no time."""
+        """Leave the time inside out of the throughput."""
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
 
     def read(self) -> dict[str, float]:
-        """Samples a second, and the share of the time that was waited for data; begins anew."""
+        """Return samples a second and the share of the time that was waited for data, since the last call."""
         seconds = time.perf_counter() - self._since
-        found = {"samples_per_second": self._steps * self._batch_size / seconds, "data_wait": self._waited / seconds}
+        rates = {"samples_per_second": self._steps * self._batch_size / seconds, "data_wait": self._waited / seconds}
         self._begin()
-        return found
-
-
-class Progress:
-    """A bar where stderr is a terminal, elsewhere lines in the log, seconds apart; silent on ranks other than 0."""
-
-    def __init__(self, *, first: int, steps: int, shown: bool) -> None:
-        self._steps, self._shown = steps, shown
-        bar = shown and sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=first, desc="training", unit="step") if bar else None
-        self._next_line = 0.0
-
-    def show(self, step: int, values: dict[str, float]) -> None:
-        """After a logged step."""
-        if self._bar is not None:
-            self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "samples_per_second")})
-        elif self._shown and (time.monotonic() >= self._next_line or step == self._steps):
-            self._next_line = time.monotonic() + _PAUSE
-            logger.info("step %d of %d: %s", step, self._steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-
-    def moved(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        return rates
 
 
 def _wandb_run(project: str, folder: Path, options: dict[str, Any]) -> Any:
@@ -153,7 +126,7 @@ def _wandb_run(project: str, folder: Path, options: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise ImportError("--wandb needs wandb, which is not installed: pip install wandb", name="wandb") from error
-    file = folder / "wandb-id"
+    file = folder / "wandb-id"  # with which a resumed run goes on in the same curves
     if not file.exists():
         write_text(file, secrets.token_hex(8))
     run = file.read_text(encoding="utf-8")

@@ -1,24 +1,24 @@
-"""The options of a training run: one dataclass, filled by YAML files and by the command line.
+"""Options of training and of fine-tuning: dataclasses, filled by YAML files and by the command line.
 
-Imports nothing heavy, so that ``fastclip train --help`` answers at once.
+Imports nothing heavy, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fastclip.durable import write_text
 from fastclip.reading import read_yaml
+from fastclip.rounding import ceil_div
 
-__all__ = ["LOSSES", "TrainOptions", "parse_options", "read_options", "write_options"]
+__all__ = ["FinetuneOptions", "TrainOptions", "parse_finetune", "parse_options", "read_options", "write_options"]
 
 Loss = Literal["clip", "unicl", "align", "convirt", "siglip"]
-LOSSES: tuple[str, ...] = get_args(Loss)
 
 
 @dataclass(frozen=True)
@@ -129,29 +129,24 @@ class TrainOptions:
     force: bool = False
     """Take --output over from a run on another host that has ended without giving it back."""
 
+    def largest_share(self, ranks: int) -> int:
+        """Return how many pairs of a step the process has that has most of them."""
+        return ceil_div(self.batch_size, ranks)
+
+    def is_cached(self, ranks: int) -> bool:
+        """Return True if a step needs gradient caching: some process has more pairs than a micro-batch."""
+        return self.micro_batch is not None and self.micro_batch < self.largest_share(ranks)
+
     def __post_init__(self) -> None:
-        """ValueError for a value that no run can have."""
+        """Raise ValueError for a value that no run can have."""
         for option in fields(self):
             if getattr(self, option.name) == "":  # a shell's variable that is not set
                 raise ValueError(f"{flag(option.name)} is empty")
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed must be below 2**63, got {self.seed}")
-        for name in _AT_LEAST_ONE:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{flag(name)} must be at least 1, got {value}")
-        for name in ("seed", "workers", "warmup", "weight_decay"):
-            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{flag(name)} must be finite and not negative, got {value}")
-        for name in ("lr", "eps", "timeout"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"{flag(name)} must be finite and above 0, got {value}")
+        if self.epochs < 1:
+            raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
+        _check_numbers(self)
         if self.timeout > _LONGEST:
             raise ValueError(f"--timeout must be at most {_LONGEST} seconds, got {self.timeout:g}")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:  # infinity clips nothing
-            raise ValueError(f"--max-grad-norm must be above 0, got {self.max_grad_norm}")
-        for name in ("label_smoothing", "image_weight", "max_bad"):
-            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
-                raise ValueError(f"{flag(name)} must be between 0 and 1, got {value}")
         if self.ema is not None and not 0 <= self.ema < 1:  # with 1 the average would stay what the run begins with
             raise ValueError(f"--ema must be at least 0 and below 1, got {self.ema}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -162,20 +157,78 @@ class TrainOptions:
             raise ValueError("--val-every needs --val-data")
 
 
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Fine-tune an image tower; the defaults are those of Wortsman et al. 2022 on ImageNet."""
+
+    epochs: float = 10
+    """Passes over the data."""
+    batch_size: int = 512
+    """Pictures a step."""
+    micro_batch: int | None = None
+    """Pictures whose activations are kept at a time; all of a step where it is not given."""
+    lr: float = 3e-5
+    """Learning rate at the end of the warm-up."""
+    weight_decay: float = 0.1
+    """Of matrices; biases and norms have none."""
+    warmup: int | None = None
+    """Steps from 0 to --lr, a cosine to 0 follows; 500, or a tenth of the steps if that is less."""
+    max_grad_norm: float = 1.0
+    """A longer gradient is scaled down to this norm."""
+    freeze_image: bool = False
+    """Train the head alone."""
+    grad_checkpointing: bool = False
+    """Keep the blocks' inputs only: less memory, a third more time."""
+    seed: int = 0
+    """Of order, crops and dropout."""
+    workers: int = 2
+    """Processes that read pictures."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    save_every: int | None = None
+    """Steps between checkpoints; those of an epoch where it is not given."""
+    keep: int = 2
+    """Checkpoints that stay."""
+    max_bad: float = 0.01
+    """The largest share of pictures that cannot be used, 0 to 1: others take their places, above it the run stops."""
+    stop_after: int | None = None
+    """Steps of this call: ends early, with a checkpoint from which the same call goes on."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that no run can have."""
+        _check_numbers(self)
+
+
 _LONGEST = 86400 * 365  # seconds, a year: neither timedelta nor a process group takes a number of any size
 _AT_LEAST_ONE = (
-    *("batch_size", "micro_batch", "epochs", "max_steps", "stop_after"),
+    *("batch_size", "micro_batch", "max_steps", "stop_after"),
     *("log_every", "save_every", "keep", "val_every", "image_size", "context_length"),
 )
+_LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
+    "at least 1": (_AT_LEAST_ONE, lambda value: value >= 1),
+    "finite and not negative": (("seed", "workers", "warmup", "weight_decay"), lambda value: 0 <= value < math.inf),
+    "below 2**63": (("seed",), lambda value: value < 2**63),
+    "finite and above 0": (("epochs", "lr", "eps", "timeout"), lambda value: 0 < value < math.inf),
+    "above 0": (("max_grad_norm",), lambda value: value > 0),  # infinity clips nothing
+    "between 0 and 1": (("label_smoothing", "image_weight", "max_bad"), lambda value: 0 <= value <= 1),
+}
+
+
+def _check_numbers(options: TrainOptions | FinetuneOptions) -> None:
+    """Raise ValueError for a number that is outside of its limits; None is a default."""
+    for limit, (names, holds) in _LIMITS.items():
+        for name in names:
+            if (value := getattr(options, name, None)) is not None and not holds(value):
+                raise ValueError(f"{flag(name)} must be {limit}, got {value}")
 
 
 def flag(name: str) -> str:
-    """batch_size -> --batch-size"""
+    """Return the option of a field: batch_size -> --batch-size."""
     return "--" + name.replace("_", "-")
 
 
 def parse_options(argv: Sequence[str]) -> TrainOptions:
-    """Options of a command line; ``--config FILE`` (more than once, if you like) gives values that others replace.
+    """Read the options of a command line; ``--config FILE``, once or more, gives values that later ones replace.
 
     Ends the process, as argparse does, for ``--help`` and with status 2 for what is not an option.
     """
@@ -205,13 +258,20 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
     )
 
 
+def parse_finetune(argv: Sequence[str]) -> FinetuneOptions:
+    """Read the options of a command line, and end the process as `parse_options` does."""
+    import tyro
+
+    return tyro.cli(FinetuneOptions, prog="fastclip finetune", description="Options of the training.", args=argv)
+
+
 def read_options(path: Path) -> TrainOptions:
-    """Options of a YAML file that `write_options` wrote."""
+    """Read the options of a YAML file that `write_options` wrote."""
     return parse_options(_as_words(read_yaml(path), path))
 
 
 def write_options(options: TrainOptions, path: Path) -> None:
-    """All but those of one call: ``resume``, ``force`` and ``stop_after``."""
+    """Write all options but those of one call: ``resume``, ``force`` and ``stop_after``."""
     import yaml
 
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
@@ -220,7 +280,7 @@ def write_options(options: TrainOptions, path: Path) -> None:
 
 
 def _as_words(values: dict[str, Any], path: Path) -> list[str]:
-    """What a user would have typed; null is the default."""
+    """Return the words that a user would have typed; null is the default."""
     known = [f.name for f in fields(TrainOptions)]
     words: list[str] = []
     for written, value in values.items():

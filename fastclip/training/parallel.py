@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,13 +19,14 @@ from fastclip import _env
 from fastclip.distributed import before_group
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.owner import owned
-from fastclip.training.meeting import meeting
 
 __all__ = [
     "World",
     "fsdp_blocks",
     "joined",
     "mean_over_ranks",
+    "meeting",
+    "of_all_ranks",
     "one_for_all",
     "owned_together",
     "reduce_unsharded",
@@ -31,7 +34,9 @@ __all__ = [
     "wrap",
 ]
 
+T = TypeVar("T")
 _c10d: Any = dist
+_PAUSE = 0.02  # seconds between looks at the store
 _meshes: list[Any] = []  # of `wrap`
 _LOST = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
@@ -47,7 +52,7 @@ class World(NamedTuple):
 
 @contextmanager
 def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
-    """The processes that torchrun started (NCCL on GPUs, gloo on CPUs), or this one alone.
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or be one alone.
 
     A group that exists already is used and left as it is.
 
@@ -77,12 +82,13 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
         if begun and launched is not None:
             before_group()
             store = _env.agent_store()
-            found: dict[str, Any] = {"rank": launched.rank, "world_size": launched.ranks}
+            place: dict[str, Any] = {"rank": launched.rank, "world_size": launched.ranks}
             if store is not None:
-                found["store"] = meeting(store, launched.rank, launched.ranks, timeout)
-            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timeout, **found)
+                place["store"] = meeting(store, launched.rank, launched.ranks, timeout)
+            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timeout, **place)
         group = _c10d.group.WORLD if dist.is_initialized() else None
-        yield World(*((dist.get_rank(), dist.get_world_size()) if group else (0, 1)), where, group)
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
+        yield World(rank, ranks, where, group)
     except RuntimeError as error:
         if not _is_lost(error):
             raise
@@ -98,34 +104,76 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
         _meshes.clear()  # those of a caller's group end with it
 
 
+def meeting(address: tuple[str, int], rank: int, ranks: int, timeout: timedelta) -> Any:
+    """Return a store that no other start of the run has used, within the one of torchrun's agent at `address`.
+
+    torchrun keeps one store through its restarts, in which the addresses of dead processes stand (torch 2.14;
+    github.com/pytorch/pytorch/issues/135712), and its count of restarts differs between machines. So rank 0 draws a
+    name, and the others ask for it with words of their own, which no dead rank 0 has answered.
+
+    Raises:
+        ConnectionError: the ranks are not complete within `timeout`.
+    """
+    store = _c10d.TCPStore(*address, is_master=False, timeout=timeout)
+    name = _lead(store, ranks, timeout) if rank == 0 else _follow(store, rank)
+    return _c10d.PrefixStore(f"fastclip/{name}", store)
+
+
+def _lead(store: Any, ranks: int, timeout: timedelta) -> str:
+    name, end = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    absent = list(range(1, ranks))
+    while absent := [rank for rank in absent if not store.check([f"fastclip/{name}/here/{rank}"])]:
+        for rank in absent:  # the word may be a dead one's; then another follows
+            if store.check([f"fastclip/ask/{rank}"]):
+                store.set(f"fastclip/answer/{store.get(f'fastclip/ask/{rank}').decode()}", name)
+        if time.monotonic() > end:
+            raise ConnectionError(f"no sign of rank {', '.join(map(str, absent))} of {ranks} within the timeout")
+        time.sleep(_PAUSE)
+    return name
+
+
+def _follow(store: Any, rank: int) -> str:
+    word = secrets.token_hex(8)
+    store.set(f"fastclip/ask/{rank}", word)
+    name = str(store.get(f"fastclip/answer/{word}").decode())  # waits
+    store.set(f"fastclip/{name}/here/{rank}", "")
+    return name
+
+
 def _is_lost(error: RuntimeError) -> bool:
-    """What NCCL and the rendezvous raise has a class; gloo's errors are told by their words alone."""
+    """Return True if another process is lost: NCCL's and the rendezvous's errors have a class, gloo's only words."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
 
 
 @contextmanager
 def one_for_all(world: World) -> Iterator[None]:
-    """What fails inside on one rank is raised on every one, which would wait for it otherwise."""
+    """Raise on every rank what fails inside on one, for which the others would wait otherwise."""
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    if world.group is not None:
-        told: list[Any] = [None] * world.ranks
-        kind = OSError if isinstance(error, OSError) else ValueError if isinstance(error, ValueError) else RuntimeError
-        mine = None if error is None else (kind.__name__, f"{error} (on rank {world.rank})")
-        dist.all_gather_object(told, mine, group=world.group)
-        if error is None and any(told):
-            name, message = next(one for one in told if one)
-            raise {"OSError": OSError, "ValueError": ValueError}.get(name, RuntimeError)(message)
+    kind = next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
+    failures = of_all_ranks(None if error is None else (kind, f"{error} (on rank {world.rank})"), world)
     if error is not None:
         raise error
+    for failure in failures:
+        if failure is not None:
+            raise failure[0](failure[1])
+
+
+def of_all_ranks(value: T, world: World) -> list[T]:
+    """Return each rank's `value`, in the order of the ranks; it is pickled on the way."""
+    if world.group is None:
+        return [value]
+    values: list[Any] = [None] * world.ranks
+    dist.all_gather_object(values, value, group=world.group)
+    return values
 
 
 @contextmanager
 def owned_together(folder: str | Path, world: World, *, force: bool = False) -> Iterator[None]:
-    """Rank 0 owns `folder` (`fastclip.owner.owned`) inside; what keeps it from that is raised on every rank."""
+    """Let rank 0 own `folder` inside (`fastclip.owner.owned`); what keeps it from that is raised on every rank."""
     with ExitStack() as stack:
         with one_for_all(world):
             if world.rank == 0:
@@ -134,13 +182,13 @@ def owned_together(folder: str | Path, world: World, *, force: bool = False) -> 
 
 
 def _words(error: RuntimeError) -> str:
-    """Of gloo's message what happened, without where in its sources and what to do about it."""
+    """Return what happened from gloo's message, without the place in its sources and its advice."""
     line = str(error).strip().splitlines()[0]
     return re.sub(r"^\[[^\]]*\.\w+:\d+\] ", "", line).partition(". This is typically")[0]
 
 
 def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
-    """What to call in place of `model`: the same on every rank with gradients averaged over them.
+    """Return what to call in place of `model`, with gradients averaged over the ranks.
 
     ddp: DistributedDataParallel around it. fsdp: its blocks, and what is left of it, are sharded in place (FSDP2);
     scale and bias of the logits, numbers, stay whole, and `reduce_unsharded` averages their gradients.
@@ -181,7 +229,7 @@ def reduce_unsharded(model: nn.Module, world: World) -> None:
 
 
 def mean_over_ranks(value: Tensor, world: World) -> Tensor:
-    """The same on every rank, summed in fp64."""
+    """Return the mean of `value` over the ranks, the same on each, summed in fp64."""
     if world.group is None:
         return value
     total = value.detach().double()
@@ -190,7 +238,7 @@ def mean_over_ranks(value: Tensor, world: World) -> Tensor:
 
 
 def fsdp_blocks(model: DualEncoder) -> Iterator[nn.Module]:
-    """What FSDP gathers one after the other: members of the towers' outermost lists that are trained."""
+    """Yield what FSDP gathers one after the other: members of the towers' outermost lists that are trained."""
 
     def walk(module: nn.Module) -> Iterator[nn.Module]:
         for child in module.children():

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fastclip.data.batch import Batch
 from fastclip.data.faults import Tally
 from fastclip.data.order import Order
-from fastclip.training.parallel import World, mean_over_ranks
+from fastclip.training.parallel import World, mean_over_ranks, of_all_ranks
 
 __all__ = ["Skipped"]
 
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Skipped:
-    """The count, the same on every rank; a sample counts once an epoch.
+    """Counts bad samples, the same on every rank; a sample counts once an epoch.
 
     Args:
         max_bad: the largest share of the samples drawn, 0 to 1.
@@ -33,7 +32,7 @@ class Skipped:
         self.tally = Tally()
 
     def count(self, batches: Sequence[Batch], step: int) -> None:
-        """Those of this rank's part of `step` (from 0), and of the others'; a cause that is new is logged.
+        """Add the bad samples of all ranks' parts of `step` (from 0); a cause that is new is logged.
 
         Raises:
             ValueError: there are more than `max_bad`: at the end of an epoch, or before it where they are too many
@@ -42,38 +41,37 @@ class Skipped:
         faults = [fault for batch in batches for fault in batch.skipped]
         if mean_over_ranks(torch.tensor(float(len(faults)), device=self._world.device), self._world) == 0:
             return
-        everyone = [faults]
-        if self._world.group is not None:
-            everyone = [[] for _ in range(self._world.ranks)]
-            dist.all_gather_object(everyone, faults, group=self._world.group)
-        for fault in self.tally.add(fault for found in everyone for fault in found):
+        # Most steps end above: a number travels faster than objects
+        everyone = of_all_ranks(faults, self._world)
+        for fault in self.tally.add(fault for of_rank in everyone for fault in of_rank):
             logger.warning("skipped, %s: %s: %s", fault.cause, fault.key, fault.reason)
         drawn = (step + 1) * self._order.batch_size
         if too_many(self.tally.total, drawn, self._order.epoch_length, self._max_bad, size=self._order.size):
-            raise ValueError(f"more than --max-bad {self._max_bad:g}: {self.told(drawn)}")
+            raise ValueError(f"more than --max-bad {self._max_bad:g}: {self.summary(drawn)}")
 
-    def told(self, drawn: int) -> str:
+    def summary(self, drawn: int) -> str:
+        """Say how many of the samples `drawn` so far cannot be used, and why."""
         share = self.tally.total / drawn
         return f"{self.tally.total:,} of {drawn:,} samples drawn ({share:.2%}) cannot be used: {self.tally}"
 
     def state(self) -> dict[str, Any]:
-        """A copy, for a checkpoint."""
+        """Return a copy of the counts, for a checkpoint."""
         return {
             "counts": dict(self.tally.counts),
             "keys": {cause: list(keys) for cause, keys in self.tally.keys.items()},
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        """What `state` returned, which the checkpoint `path` holds; ValueError where that is something else."""
+        """Add what `state` returned, from the checkpoint `path`; ValueError if it holds something else."""
         try:
-            found = Tally.of(state.get("counts"), state.get("keys"))
+            tally = Tally.of(state.get("counts"), state.get("keys"))
         except ValueError as error:
             raise ValueError(f"{path / 'state.json'} is damaged: {error}") from error
-        self.tally.merge(found.counts, found.keys)
+        self.tally.merge(tally.counts, tally.keys)
 
 
 def too_many(bad: int, drawn: int, epoch_length: int, max_bad: float, *, size: int | None = None) -> bool:
-    """Whether a share above `max_bad` of the data is certain, or a smaller one would be most unlikely.
+    """Return True if a share above `max_bad` of the data is certain, or a smaller one would be most unlikely.
 
     An epoch draws `epoch_length` of `size` samples, each once: more bad ones than the data may have are too many.
     """

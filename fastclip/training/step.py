@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastclip.data.batch import Batch
@@ -17,7 +16,7 @@ from fastclip.stats import contrastive_stats
 from fastclip.training.cached import cached_step
 from fastclip.training.losses import NamedLoss
 from fastclip.training.optim import MovingAverage, clip_gradients, gradient_norm
-from fastclip.training.parallel import World, mean_over_ranks, reduce_unsharded
+from fastclip.training.parallel import World, mean_over_ranks, of_all_ranks, reduce_unsharded
 from fastclip.training.signals import STATUSES
 
 __all__ = ["FAILED", "StepReport", "Stepper", "seed_step"]
@@ -28,7 +27,7 @@ _SHOWN = 10  # names in an error
 
 
 class StepReport(NamedTuple):
-    """Of the batch of all processes; the same on every rank."""
+    """What an update over the batch of all processes reports; the same on every rank."""
 
     loss: float
     grad_norm: float  # before clipping
@@ -77,7 +76,7 @@ class Stepper:
         accuracy: bool = False,
         status: Callable[[], int] = lambda: 0,
     ) -> StepReport:
-        """One update from this rank's micro-batches; `step` (from 0) is for messages.
+        """Make one update from this rank's micro-batches; `step` (from 0) is for messages.
 
         `status` is called once, after the gradients are computed: the exit status with which this process wants to
         end, 0 for none. All ranks report the same.
@@ -86,7 +85,7 @@ class Stepper:
             FloatingPointError: loss or gradient is not finite, with step and samples; the weights are as before.
         """
         labels = torch.cat([batch.labels for batch in batches])
-        features: tuple[Tensor, ...] = ()
+        features: list[Tensor] = []  # of image and text, and the scale: what the loss is computed from
 
         def forward(images: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             device = self.world.device
@@ -96,8 +95,7 @@ class Stepper:
                 )
 
         def loss(image: Tensor, text: Tensor, *scale_and_bias: Tensor) -> Tensor:
-            nonlocal features
-            features = image.detach(), text.detach(), scale_and_bias[0].detach()
+            features.extend(x.detach() for x in (image, text, scale_and_bias[0]))
             return self.loss.function(image, text, labels.to(image.device), *scale_and_bias)
 
         self.optimizer.zero_grad()
@@ -107,25 +105,27 @@ class Stepper:
         else:
             pairs = [(batch.images, batch.ids) for batch in batches]
             value = cached_step(forward, pairs, loss, modules=[self.wrapped], keep_on=self.keep_on)
-        own = status()
-        told = torch.tensor([own == one for one in _STATUSES], dtype=torch.float64, device=value.device)
-        shared = mean_over_ranks(torch.cat([value.detach().double().view(1), told]), self.world)  # one exchange
+        wished = status()
+        wishes = torch.tensor([wished == code for code in _STATUSES], dtype=torch.float64, device=value.device)
+        shared = mean_over_ranks(torch.cat([value.detach().double().view(1), wishes]), self.world)  # one exchange
         whole = float(shared[0].to(value.dtype))
-        agreed = next((one for one, share in zip(_STATUSES, shared[1:].tolist()) if share), 0)
+        agreed = next((code for code, share in zip(_STATUSES, shared[1:].tolist()) if share), 0)
         if not math.isfinite(whole):
-            raise FloatingPointError(self._told(f"the loss of step {step} is {whole}", batches, features))
-        if self.wrapped is self.model:  # FSDP, or alone
+            raise FloatingPointError(self._explained(f"the loss of step {step} is {whole}", batches, features))
+        if self.wrapped is self.model:  # FSDP, or alone; DDP has averaged them all
             reduce_unsharded(self.model, self.world)
         norm = gradient_norm(self.model.parameters())
         if not norm.isfinite():
-            raise FloatingPointError(self._told(f"the gradient of step {step} is {norm.item()}", batches, features))
+            message = f"the gradient of step {step} is {norm.item()}"
+            raise FloatingPointError(self._explained(message, batches, features, with_gradients=True))
         if self.max_grad_norm is not None:
             clip_gradients(self.model.parameters(), self.max_grad_norm, norm)
         self.optimizer.step()
         with torch.no_grad():
-            self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
+            self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)  # Radford et al. 2021, section 2.5
         if self.ema is not None:
             self.ema.update()
+        # Of the features before the update: another pass would cost as much as the step
         image_top1, text_top1 = self._accuracy(labels, *features) if accuracy else (None, None)
         return StepReport(whole, norm.item(), image_top1, text_top1, agreed)
 
@@ -137,40 +137,35 @@ class Stepper:
         image_top1, text_top1 = mean_over_ranks(shares, self.world).tolist()
         return image_top1, text_top1
 
-    def _told(self, what: str, batches: Sequence[Batch], features: tuple[Tensor, ...]) -> str:
-        """`what`, and the samples or weights that did it, of all ranks."""
+    def _explained(
+        self, message: str, batches: Sequence[Batch], features: Sequence[Tensor], *, with_gradients: bool = False
+    ) -> str:
+        """Return `message` with the samples or weights of all ranks that did it: the first cause in a step's order."""
         keys = [key for batch in batches for key in batch.keys]
 
         def named(tensors: Sequence[Tensor]) -> list[str]:
             finite = torch.cat([x.detach().flatten(1).isfinite().all(dim=1).cpu() for x in tensors])
             return [key for key, is_finite in zip(keys, finite.tolist()) if not is_finite]
 
-        gradients = what.startswith("the gradient")
-        weights = [name for name, p in self.model.named_parameters() if not _finite(p)]
-        found = {
-            "pixels that are not finite, of": named([batch.images for batch in batches]),
-            "weights that are not finite, of": weights,
-            "image features that are not finite, of": named(features[:1]),
-            "text features that are not finite, of": named(features[1:2]),
-            "gradients that are not finite, of": [
-                name
-                for name, p in self.model.named_parameters()
-                if gradients and p.grad is not None and not _finite(p.grad)
-            ],
+        parameters = dict(self.model.named_parameters())
+        causes = {
+            "pixels": named([batch.images for batch in batches]),
+            "weights": [name for name, p in parameters.items() if not _finite(p)],
+            "image features": named(features[:1]),
+            "text features": named(features[1:2]),
         }
-        everyone = [found]
-        if self.world.group is not None:
-            everyone = [{}] * self.world.ranks
-            dist.all_gather_object(everyone, found, group=self.world.group)
-        for cause in found:
-            names = list(dict.fromkeys(name for ranks in everyone for name in ranks[cause]))
+        if with_gradients:  # a loss that is not finite spoils them all
+            causes["gradients"] = [n for n, p in parameters.items() if p.grad is not None and not _finite(p.grad)]
+        message += "; training stopped before its update: "
+        everyone = of_all_ranks(causes, self.world)
+        for cause in causes:
+            names = list(dict.fromkeys(name for of_rank in everyone for name in of_rank[cause]))
             if names:
                 more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-                return f"{what}; training stopped before its update: {cause} {', '.join(names[:_SHOWN])}{more}"
-        first, last = keys[0], keys[-1]
+                return f"{message}{cause} that are not finite, of {', '.join(names[:_SHOWN])}{more}"
         return (
-            f"{what}; training stopped before its update: all features are finite, with a logit scale of "
-            f"{float(features[2]):.4g}; the batch began with {first} and ended with {last}"
+            f"{message}all features are finite, with a logit scale of {float(features[2]):.4g}; the batch began with "
+            f"{keys[0]} and ended with {keys[-1]}"
         )
 
 
@@ -180,5 +175,5 @@ def _finite(x: Tensor) -> bool:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Dropout of a step is a function of these: a resumed run draws what the other would have drawn."""
+    """Make the dropout of a step a function of these: a resumed run draws what an unbroken one would have drawn."""
     torch.manual_seed(mix(seed, step, rank, 0))

@@ -252,8 +252,8 @@ PROMISES = [
         breaks=[
             Break(
                 "faults: a resumed run counts from 0",
-                "fastclip/training/trainer.py",
-                old='self.skipped.load(state["skipped"], path)',
+                "fastclip/training/loop.py",
+                old='self.skipped.load(read_state(path, "skipped")["skipped"], path)',
                 new="",
             ),
         ],
@@ -277,8 +277,8 @@ PROMISES = [
             Break(
                 "faults: a rank counts its own",
                 "fastclip/training/skipped.py",
-                old="for found in everyone for fault in found",
-                new="for found in everyone[:1] for fault in found",
+                old="for of_rank in everyone for fault in of_rank",
+                new="for of_rank in everyone[:1] for fault in of_rank",
             ),
             Break(
                 "faults: only chance is looked at",

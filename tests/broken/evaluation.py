@@ -166,7 +166,7 @@ PROMISES = [
             ),
             Break(
                 "evaluated: the model of an earlier end of the run",
-                "fastclip/training/trainer.py",
+                "fastclip/training/loop.py",
                 old="set_aside(model).name",
                 new="model.name",
             ),

@@ -118,15 +118,15 @@ PROMISES = [
         breaks=[
             Break(
                 "machines: validation comes first",
-                "fastclip/training/trainer.py",
-                old="        if stops or ends or _due(done, self.options.save_every):\n",
-                new="        if self._validation_is_due(done):\n            self._validate(done, metrics, progress)\n"
-                "        if stops or ends or _due(done, self.options.save_every):\n",
+                "fastclip/training/loop.py",
+                old="        if stops or done == self.last or _due(done, self.options.save_every):\n",
+                new="        if self._validation_is_due(done):\n            self._validate(done)\n"
+                "        if stops or done == self.last or _due(done, self.options.save_every):\n",
             ),
             Break(
                 "machines: what was not validated stays so",
-                "fastclip/training/trainer.py",
-                old="if not validated and self._validation_is_due(first):",
+                "fastclip/training/loop.py",
+                old="if not self.validated and self._validation_is_due(self.first):",
                 new="if False:",
             ),
         ],
@@ -143,8 +143,8 @@ PROMISES = [
             Break(
                 "machines: the space is not looked at",
                 "fastclip/training/checkpoint.py",
-                old="disk.free < snapshot.size:",
-                new="disk.free < 0:",
+                old="_free_bytes(half) < snapshot.size:",
+                new="_free_bytes(half) < 0:",
             ),
             Break(
                 "machines: safetensors' error is not the disk's",
@@ -188,7 +188,7 @@ PROMISES = [
         breaks=[
             Break(
                 "machines: nobody asks whether it failed",
-                "fastclip/training/trainer.py",
+                "fastclip/training/loop.py",
                 old="return FAILED if self.saver.failed else",
                 new="return",
             ),
@@ -207,7 +207,7 @@ PROMISES = [
         breaks=[
             Break(
                 "machines: a validation that was due is left out",
-                "fastclip/training/trainer.py",
+                "fastclip/training/loop.py",
                 old="        if self._validation_is_due(done):",
                 new="        if not stops and self._validation_is_due(done):",
             ),
@@ -227,7 +227,7 @@ PROMISES = [
                 "machines: every rank minds its own signals",
                 "fastclip/training/step.py",
                 old="zip(_STATUSES, shared[1:].tolist())",
-                new="zip(_STATUSES, told.tolist())",
+                new="zip(_STATUSES, wishes.tolist())",
             ),
         ],
     ),
@@ -258,8 +258,8 @@ PROMISES = [
             Break(
                 "machines: nothing is left after the last checkpoint",
                 "fastclip/training/trainer.py",
-                old="(first == self.steps and ended)",
-                new="first == self.steps",
+                old="(done == self.steps and ended)",
+                new="done == self.steps",
             ),
             Break(
                 "machines: the optimiser begins anew",
@@ -280,8 +280,8 @@ PROMISES = [
             Break(
                 "machines: an error stays on its rank",
                 "fastclip/training/parallel.py",
-                old="if error is None and any(told):",
-                new="if error is None and not told:",
+                old="for failure in failures:",
+                new="for failure in ():",
             ),
             Break(
                 "machines: gloo's errors are not known",
@@ -301,7 +301,7 @@ PROMISES = [
         breaks=[
             Break(
                 "machines: ranks meet where the dead ones did",
-                "fastclip/training/meeting.py",
+                "fastclip/training/parallel.py",
                 old='PrefixStore(f"fastclip/{name}", store)',
                 new='PrefixStore("fastclip", store)',
             ),

@@ -129,7 +129,7 @@ PROMISES = [
         breaks=[
             Break(
                 "trainer: metrics of two runs in one file",
-                "fastclip/training/trainer.py",
+                "fastclip/training/loop.py",
                 old="set_aside_run(self.folder)",
                 new="pass",
             ),

@@ -139,9 +139,9 @@ PROMISES = [
             ),
             Break(
                 "fine-tuning: the warm-up's cosine is left out",
-                "fastclip/training/finetune.py",
+                "fastclip/training/loop.py",
                 old='group["lr"] = lr',
-                new='group["lr"] = options.lr',
+                new='group["lr"] = self.options.lr',
             ),
             Break(
                 "fine-tuning: the head computes in bfloat16",
@@ -168,15 +168,15 @@ PROMISES = [
         breaks=[
             Break(
                 "fine-tuning: a resumed run begins at the first batch",
-                "fastclip/training/finetune.py",
-                old="first_step=first,",
+                "fastclip/training/loop.py",
+                old="first_step=self.first,",
                 new="first_step=0,",
             ),
             Break(
                 "fine-tuning: signals wait for the end",
                 "fastclip/training/finetune.py",
-                old="stops = self.signals.status and done < self.steps",
-                new="stops = False",
+                old="self.options.batch_size}, status())",
+                new="self.options.batch_size}, 0)",
             ),
             Break(
                 "fine-tuning: goes on with other options",

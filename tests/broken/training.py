@@ -22,8 +22,8 @@ PROMISES = [
             ),
             Break(
                 "trainer: dropout goes on where it was",
-                "fastclip/training/trainer.py",
-                old="seed_step(options.seed, step, world.rank)",
+                "fastclip/training/loop.py",
+                old="seed_step(self.options.seed, step, self.world.rank)",
                 new="",
             ),
             Break(
@@ -35,8 +35,8 @@ PROMISES = [
             Break(
                 "trainer: lines after the checkpoint stay",
                 "fastclip/training/metrics.py",
-                old='if (of := int(values["step"])) <= step:',
-                new='if (of := int(values["step"])):',
+                old='if (made := int(values["step"])) <= step:',
+                new='if (made := int(values["step"])):',
             ),
             Break(
                 "trainer: changes are not named",
@@ -59,7 +59,7 @@ PROMISES = [
             Break(
                 "trainer: doubts are not told",
                 "fastclip/training/trainer.py",
-                old='        logger.warning("%s", doubt)',
+                old='        logger.warning("%s", message)',
                 new="        pass",
             ),
             Break(
@@ -108,8 +108,8 @@ PROMISES = [
             Break(
                 "trainer: every rank has data of its own",
                 "fastclip/training/trainer.py",
-                old="if len(set(told)) > 1:",
-                new="if len(told) < 1:",
+                old="if len(set(views)) > 1:",
+                new="if len(views) < 1:",
             ),
         ],
     ),

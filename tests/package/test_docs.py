@@ -22,7 +22,7 @@ from PIL import Image
 
 import fastclip
 from fastclip import cli
-from fastclip.training.options import parse_options
+from fastclip.training.options import parse_finetune, parse_options
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 # What a page writes for the user's own, and what stands here for it
@@ -129,8 +129,8 @@ def _parse(words: list[str], line: str) -> None:
         config.write_text("{data: digits, model: ViT-tiny, output: runs}")
     try:
         args, unknown = cli._parser().parse_known_args(words)
-        if args.command == "train":
-            parse_options(unknown)
+        if parse := {"train": parse_options, "finetune": parse_finetune}.get(args.command):
+            parse(unknown)
             unknown = []
         assert not unknown, f"{line}: {unknown}"
     except (SystemExit, ValueError) as end:

@@ -35,6 +35,7 @@ from fastclip.models.transforms import image_transform, training_side
 from fastclip.training import ensemble
 from fastclip.training.ensemble import ensemble_accuracies, interpolate
 from fastclip.training.finetune import Finetuned, FinetuneOptions, finetune, zero_shot_head
+from fastclip.training.options import flag
 from fastclip.training.signals import Interrupted
 
 OPTIONS: dict[str, Any] = {"batch_size": 24, "epochs": 2, "lr": 1e-3, "workers": 0, "save_every": 1}
@@ -213,7 +214,7 @@ def test_folder_of_something_else_is_refused(whole: Finetuned, digits: Subset, t
         *({"batch_size": 0}, {"lr": 0.0}, {"epochs": math.nan}, {"warmup": -1}, {"max_bad": 7.0}),
         *({"lr": math.inf}, {"weight_decay": math.nan}, {"weight_decay": math.inf}, {"max_grad_norm": math.nan}),
     ):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must "):
+        with pytest.raises(ValueError, match=f"{flag(next(iter(wrong)))} must "):
             FinetuneOptions(**wrong)  # type: ignore[arg-type]
 
 

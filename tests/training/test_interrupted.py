@@ -34,10 +34,9 @@ if not hasattr(os, "fork"):
 from fastclip.cli import main
 from fastclip.durable import check_manifest
 from fastclip.models import create_model
-from fastclip.training import Interrupted, TrainOptions, trainer
+from fastclip.training import Interrupted, TrainOptions, loop, trainer
 from fastclip.training.checkpoint import latest_checkpoint, read_state
-from fastclip.training.meeting import meeting
-from fastclip.training.parallel import joined, wrap
+from fastclip.training.parallel import joined, meeting, wrap
 from fastclip.training.signals import Signals
 
 STEPS = 12
@@ -176,7 +175,7 @@ def test_run_whose_checkpoint_fails_ends_with_its_error(
     def fails(*args: object, **options: object) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(trainer, "write_snapshot", fails)
+    monkeypatch.setattr(loop, "write_snapshot", fails)
     with pytest.raises(OSError, match="the disk is gone"):
         trainer.train(options(tmp_path, async_save=async_save, save_every=3, max_steps=200))
     assert steps_made(tmp_path) == 4
@@ -370,7 +369,7 @@ def test_checkpoint_that_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
         def fails(*args: object, **options: object) -> None:
             raise OSError("the disk is gone")
 
-        trainer.write_snapshot = fails  # type: ignore[assignment]  # of this process
+        loop.write_snapshot = fails  # type: ignore[assignment]  # of this process
         trainer.train(options(tmp_path / "run", save_every=3))
 
     assert [ended(pid) for pid in start_ranks(tmp_path, work)] == [1, 1]

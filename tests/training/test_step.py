@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from fastclip.training.optim import (
     parameter_groups,
     warmup_cosine,
 )
-from fastclip.training.options import LOSSES
+from fastclip.training.options import Loss
 from fastclip.training.parallel import World
 from fastclip.training.step import Stepper, seed_step
 
@@ -161,7 +161,7 @@ def test_average_follows_the_weights() -> None:
     assert model.weight.detach().eq(60).all()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", get_args(Loss))
 def test_micro_batches_make_the_same_update(loss: str) -> None:
     spec = named_loss(loss)
 
@@ -194,7 +194,7 @@ def dense(loss: str, model: DualEncoder, whole: Batch) -> Tensor:
     return {"convirt": 0.75 * rows + 0.25 * columns, "align": rows + columns}.get(loss, (rows + columns) / 2)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", get_args(Loss))
 def test_losses_are_those_of_the_papers(loss: str) -> None:
     options = {"label_smoothing": 0.1} if loss == "align" else {}
     spec = named_loss(loss, **options)
