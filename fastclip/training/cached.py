@@ -26,7 +26,7 @@ def cached_step(
     keep_on: torch.device | str | None = None,
     grad_scaler: Any = None,
 ) -> Tensor:
-    """Gradients of one loss over many micro-batches, with the activations of one (GradCache, Gao et al. 2021).
+    """Compute one loss's gradients over micro-batches with the activations of one (GradCache, Gao et al. 2021).
 
     All micro-batches are embedded without a graph; the loss of all features together is differentiated once, as far as
     the features; then every micro-batch is embedded again, with the random numbers of the first time, and
@@ -66,50 +66,70 @@ def cached_step(
     gradient accumulation: there, and only there, the gradients are not those of one pass over the whole batch. Under
     `torch.autocast` both passes are.
     """
-    batches = [_Arguments(batch) for batch in micro_batches]
-    if not batches:
-        raise ValueError("cached_step needs at least one micro-batch")
-    if modules is None:
-        modules = [forward] if isinstance(forward, nn.Module) else []
-    modules = [modules] if isinstance(modules, nn.Module) else list(modules)
+    return _Passes(forward, micro_batches, modules).step(loss, keep_on, grad_scaler)
 
-    inputs = [x for batch in batches for x in batch.tensors]
-    devices = {x.device for x in [*inputs, *(p for module in modules for p in module.parameters())]}
-    places = [torch.empty(0, device=device) for device in devices]
-    states, found, buffers = [], [], _Buffers(modules)
-    with torch.no_grad(), _no_exchange(modules), buffers.noted():
-        for batch in batches:
-            states.append(_generators(places))
-            found.append(_checked(forward(*batch.unchanged())))
-    # older torch's autocast keeps the weights it has cast here, which know no gradient
-    torch.clear_autocast_cache()
 
-    count = sum(x.dim() == 2 for x in found[0])
-    device = found[0][0].device if keep_on is None else torch.device(keep_on)
-    features = [torch.cat([outputs[k].to(device) for outputs in found]).requires_grad_() for k in range(count)]
-    rest = [x.detach().to(device).requires_grad_(x.is_floating_point()) for x in found[0][count:]]
-    sizes = [len(outputs[0]) for outputs in found]
-    del found
-    value = loss(*features, *rest)
-    if not isinstance(value, Tensor) or value.dim() != 0:
-        raise ValueError(f"loss must return a tensor (), got {_told(value)}")
-    direct = _backward(value if grad_scaler is None else grad_scaler.scale(value), [*features, *rest], modules)
+class _Passes:
+    """Both passes of a step over the micro-batches; the second has the random numbers and buffers of the first."""
 
-    gradients = [None if x.grad is None else x.grad.split(sizes) for x in features]
-    after = _generators(places)
-    with buffers.replayed(), _restoring(after):
-        for k, batch in enumerate(batches):
-            last = k == len(batches) - 1
-            _set_generators(states[k])
-            with nullcontext() if last else _no_exchange(modules):
-                outputs = _checked(forward(*batch.unchanged()))
-                upstream = [None if d is None else d[k] for d in gradients] + [x.grad for x in rest if last]
-                pairs = [(x, d) for x, d in zip(outputs, upstream) if x.requires_grad and d is not None]
-                if last:
-                    pairs += _before_last_pass(modules, direct)
-                if pairs:
-                    torch.autograd.backward([x for x, _ in pairs], [d.to(x.device) for x, d in pairs])
-    return value.detach()
+    def __init__(self, forward: _Forward, micro_batches: Iterable[Any], modules: Any) -> None:
+        self._forward = forward
+        self._batches = [_Arguments(batch) for batch in micro_batches]
+        if not self._batches:
+            raise ValueError("cached_step needs at least one micro-batch")
+        if modules is None:
+            modules = [forward] if isinstance(forward, nn.Module) else []
+        self._modules: list[nn.Module] = [modules] if isinstance(modules, nn.Module) else list(modules)
+        tensors = [x for batch in self._batches for x in batch.tensors]
+        tensors += [p for module in self._modules for p in module.parameters()]
+        self._places = [torch.empty(0, device=device) for device in {x.device for x in tensors}]
+        self._states: list[tuple[Tensor, Any, Any]] = []  # of the generators, before each micro-batch
+        self._buffers = _Buffers(self._modules)
+
+    def step(self, loss: Callable[..., Tensor], keep_on: torch.device | str | None, grad_scaler: Any) -> Tensor:
+        outputs = self._first()
+        count = sum(x.dim() == 2 for x in outputs[0])
+        device = outputs[0][0].device if keep_on is None else torch.device(keep_on)
+        features = [torch.cat([of_batch[k].to(device) for of_batch in outputs]).requires_grad_() for k in range(count)]
+        rest = [x.detach().to(device).requires_grad_(x.is_floating_point()) for x in outputs[0][count:]]
+        sizes = [len(of_batch[0]) for of_batch in outputs]
+        del outputs  # their memory is the loss's
+        value = loss(*features, *rest)
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            raise ValueError(f"loss must return a tensor (), got {_described(value)}")
+        scaled = value if grad_scaler is None else grad_scaler.scale(value)
+        direct = _backward(scaled, [*features, *rest], self._modules)
+        self._second([None if x.grad is None else x.grad.split(sizes) for x in features], rest, direct)
+        return value.detach()
+
+    def _first(self) -> list[tuple[Tensor, ...]]:
+        """Embed each micro-batch without a graph."""
+        outputs = []
+        with torch.no_grad(), _no_exchange(self._modules), self._buffers.noted():
+            for batch in self._batches:
+                self._states.append(_generators(self._places))
+                outputs.append(_checked(self._forward(*batch.unchanged())))
+        # older torch's autocast keeps the weights it has cast here, which know no gradient
+        torch.clear_autocast_cache()
+        return outputs
+
+    def _second(self, gradients: list[Any], rest: list[Tensor], direct: list[tuple[Tensor, Tensor]]) -> None:
+        """Back-propagate each micro-batch from its part of the features' `gradients`, the last one from `rest` too."""
+        after = _generators(self._places)
+        with self._buffers.replayed(), _restoring(after):
+            for k, batch in enumerate(self._batches):
+                last = k == len(self._batches) - 1
+                _set_generators(self._states[k])
+                with nullcontext() if last else _no_exchange(self._modules):
+                    outputs = _checked(self._forward(*batch.unchanged()))
+                    upstream = [None if d is None else d[k] for d in gradients]
+                    if last:  # the scale and the bias are the same for all, and count once
+                        upstream += [x.grad for x in rest]
+                    pairs = [(x, d) for x, d in zip(outputs, upstream) if x.requires_grad and d is not None]
+                    if last:
+                        pairs += _before_last_pass(self._modules, direct)
+                    if pairs:
+                        torch.autograd.backward([x for x, _ in pairs], [d.to(x.device) for x, d in pairs])
 
 
 def _backward(value: Tensor, inputs: list[Tensor], modules: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
@@ -158,7 +178,7 @@ def _before_last_pass(modules: Sequence[nn.Module], direct: list[tuple[Tensor, T
 
 
 def _check_averaged(module: nn.Module, direct: list[Tensor]) -> None:
-    """ValueError where what wraps the module averages only the gradients of what a forward uses."""
+    """Raise ValueError if what wraps the module averages only the gradients of what a forward uses."""
     if direct and any(getattr(one, "static_graph", False) for one in _exchanging(module)):
         raise ValueError(
             "loss reads a parameter by itself, which DistributedDataParallel(static_graph=True) does not expect: let "
@@ -180,8 +200,8 @@ def _check_averaged(module: nn.Module, direct: list[Tensor]) -> None:
 
 
 def _leaves(value: Tensor) -> list[Tensor]:
-    """The tensors that require gradients and that `value` was computed from."""
-    found: list[Tensor] = []
+    """Return the tensors that require gradients and that `value` was computed from."""
+    leaves: list[Tensor] = []
     nodes, seen = [value.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -189,29 +209,31 @@ def _leaves(value: Tensor) -> list[Tensor]:
             seen.add(node)
             nodes += [one for one, _ in node.next_functions]
             if type(node).__name__ == "AccumulateGrad":
-                found.append(node.variable)  # type: ignore[attr-defined]
-    return found
+                leaves.append(node.variable)  # type: ignore[attr-defined]
+    return leaves
 
 
 def _checked(outputs: Any) -> tuple[Tensor, ...]:
-    """Features, and what comes after them."""
+    """Return the features, and what comes after them; ValueError for anything else."""
     if isinstance(outputs, (tuple, list)) and all(isinstance(x, Tensor) for x in outputs):
         dims = [x.dim() for x in outputs]
         count = dims.count(2)
         if count >= 2 and dims == [2] * count + [0] * (len(dims) - count):
             return tuple(outputs)
-    raise ValueError(f"forward must return features (size, D), two or more, and then tensors (), got {_told(outputs)}")
+    raise ValueError(
+        f"forward must return features (size, D), two or more, and then tensors (), got {_described(outputs)}"
+    )
 
 
-def _told(x: Any) -> str:
+def _described(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"a tensor {tuple(x.shape)}"
-    return f"({', '.join(map(_told, x))})" if isinstance(x, (tuple, list)) else type(x).__name__
+    return f"({', '.join(map(_described, x))})" if isinstance(x, (tuple, list)) else type(x).__name__
 
 
 @contextmanager
 def _no_exchange(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """DistributedDataParallel and FSDP leave gradients where they are."""
+    """Keep DistributedDataParallel and FSDP from exchanging gradients inside."""
     with ExitStack() as stack:
         for module in modules:
             for one in _exchanging(module):
@@ -220,7 +242,7 @@ def _no_exchange(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _exchanging(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost that exchange gradients: the module, or towers in it that are wrapped one by one."""
+    """Yield the outermost modules that exchange gradients: `module`, or towers in it that are wrapped one by one."""
     if hasattr(module, "no_sync") or hasattr(module, "set_requires_gradient_sync"):
         yield module
         return
@@ -268,7 +290,7 @@ class _Arguments:
 
 
 def _generators(places: Iterable[Tensor]) -> tuple[Tensor, Any, Any]:
-    """The states of torch's generators, of the CPU and of the GPUs that these tensors are on."""
+    """Return the states of torch's generators, of the CPU and of the GPUs that these tensors are on."""
     return (torch.get_rng_state(), *get_device_states(*places))
 
 
@@ -299,7 +321,7 @@ class _Buffers:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Inside is the first pass, at whose begin DistributedDataParallel gives every rank the buffers of rank 0."""
+        """Note the buffers that the first pass begins with: DistributedDataParallel hands out those of rank 0."""
         inner = [getattr(one, "module", None) for module in self._modules for one in _exchanging(module)]
         note = self._note
         if "torch._dynamo" in sys.modules:  # loading it takes seconds; a graph of the wrapper would keep what this did
@@ -329,8 +351,8 @@ class _Buffers:
             self._first = [new if owner in inside else old for (owner, _), new, old in now]
 
     def _now(self) -> list[Tensor | None]:
-        found = (owner._buffers.get(name) for owner, name in self._places)
-        return [None if x is None else x.clone() for x in found]
+        buffers = (owner._buffers.get(name) for owner, name in self._places)
+        return [None if x is None else x.clone() for x in buffers]
 
     def _write(self, values: list[Tensor | None]) -> None:
         with torch.no_grad():

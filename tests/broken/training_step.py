@@ -23,19 +23,19 @@ PROMISES = [
             Break(
                 "cached: the temperature counts in every micro-batch",
                 "fastclip/training/cached.py",
-                old="[x.grad for x in rest if last]",
-                new="[x.grad for x in rest]",
+                old="if last:  # the scale",
+                new="if True:  # the scale",
             ),
             Break(
                 "cached: other masks in the second pass",
                 "fastclip/training/cached.py",
-                old="_set_generators(states[k])",
+                old="_set_generators(self._states[k])",
                 new="",
             ),
             Break(
                 "cached: statistics move twice",
                 "fastclip/training/cached.py",
-                old="with buffers.replayed(), _restoring(after):",
+                old="with self._buffers.replayed(), _restoring(after):",
                 new="with _restoring(after):",
             ),
             Break(
@@ -53,8 +53,8 @@ PROMISES = [
             Break(
                 "cached: the loss draws the same numbers in every step",
                 "fastclip/training/cached.py",
-                old="with buffers.replayed(), _restoring(after):",
-                new="with buffers.replayed():",
+                old="with self._buffers.replayed(), _restoring(after):",
+                new="with self._buffers.replayed():",
             ),
             Break(
                 "cached: a micro-batch changes between the passes",
@@ -74,8 +74,8 @@ PROMISES = [
             Break(
                 "cached: the first pass has graphs",
                 "fastclip/training/cached.py",
-                old="with torch.no_grad(), _no_exchange(modules), buffers.noted():",
-                new="with _no_exchange(modules), buffers.noted():",
+                old="with torch.no_grad(), _no_exchange(self._modules), self._buffers.noted():",
+                new="with _no_exchange(self._modules), self._buffers.noted():",
             ),
         ],
     ),
@@ -96,7 +96,7 @@ PROMISES = [
             Break(
                 "cached: every micro-batch is exchanged",
                 "fastclip/training/cached.py",
-                old="with nullcontext() if last else _no_exchange(modules):",
+                old="with nullcontext() if last else _no_exchange(self._modules):",
                 new="with nullcontext():",
             ),
         ],
