@@ -40,8 +40,8 @@ def _plan(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from fastclip.models.factory import create_model
-    from fastclip.training import plan
-    from fastclip.training.plan_report import machine_memory, remedies, table, told
+    from fastclip.training import plan as predict
+    from fastclip.training.plan_report import machine_memory, readable, remedies, table
 
     if args.memory is not None and not 0 < args.memory < 2**30:
         raise ValueError(f"--memory must be above 0 GiB and below 2**30, got {args.memory}")
@@ -55,19 +55,21 @@ def _plan(args: argparse.Namespace) -> int:
     if args.lock_text:
         model.lock_text_tower()
     names = ("batch_size", "world_size", "micro_batch", "precision", "optimizer", "parallel", "comm", "ema", "device")
-    found = plan(model, **{name: getattr(args, name) for name in names})
-    largest, even = found.largest_micro_batch(memory), found.even_micro_batch(memory)
+    plan = predict(model, **{name: getattr(args, name) for name in names})
+    largest, even = plan.largest_micro_batch(memory), plan.even_micro_batch(memory)
     if args.micro_batch is None:
-        found = replace(found, micro_batch=even or 1)
+        plan = replace(plan, micro_batch=even or 1)
 
-    say(f"{args.model}, {table(found)}\n")
-    if largest == found.pairs:
-        print(f"all {largest:,} pairs of a process fit into {told(memory)} at once: no gradient caching is needed")
+    say(f"{args.model}, {table(plan)}\n")
+    if largest == plan.pairs:
+        print(f"all {largest:,} pairs of a process fit into {readable(memory)} at once: no gradient caching is needed")
     elif largest:
-        print(f"largest micro-batch in {told(memory)}: {largest:,} of a process's {found.pairs:,} pairs; use {even:,}")
+        print(
+            f"largest micro-batch in {readable(memory)}: {largest:,} of a process's {plan.pairs:,} pairs; use {even:,}"
+        )
     else:
-        helps = ", ".join(remedies(found, grad_checkpointing=args.grad_checkpointing))
-        one = told(replace(found, micro_batch=1).total)
-        print(f"not even one pair at a time fits into {told(memory)}: it takes {one}; what helps: {helps}")
-    print(f"on the host: {told(found.host)} of images and texts a step and process, as much again for the next step")
-    return int(not largest or found.total > memory)
+        helps = ", ".join(remedies(plan, grad_checkpointing=args.grad_checkpointing))
+        one = readable(replace(plan, micro_batch=1).total)
+        print(f"not even one pair at a time fits into {readable(memory)}: it takes {one}; what helps: {helps}")
+    print(f"on the host: {readable(plan.host)} of images and texts a step and process, as much again for the next step")
+    return int(not largest or plan.total > memory)

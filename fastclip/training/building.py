@@ -1,4 +1,4 @@
-"""What the options of a run mean: its loss, its model, and who serves the loss."""
+"""Make what the options of a run name: its loss, its model, and the backend of the loss."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(options: TrainOptions, config: ModelConfig) -> TrainOptions:
-    """`options` with the model's own values in place of None, where the length of the data does not matter."""
-    own = config.train_cfg
-    loss = options.loss or own.loss
-    smoothing = own.label_smoothing if loss == own.loss else 0.1 * (loss == "align")
-    found: dict[str, Any] = {
+    """Return `options` with the recipe of the model's authors in place of None, except what depends on the data."""
+    recipe = config.train_cfg
+    loss = options.loss or recipe.loss
+    smoothing = recipe.label_smoothing if loss == recipe.loss else 0.1 if loss == "align" else 0.0
+    defaults: dict[str, Any] = {
         "loss": loss,
         "label_smoothing": smoothing,
-        "optimizer": own.optimizer,
-        "lr": own.learning_rate,
-        "weight_decay": own.weight_decay,
+        "optimizer": recipe.optimizer,
+        "lr": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
     }
-    return replace(options, **{name: value for name, value in found.items() if getattr(options, name) is None})
+    return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
 
 
 def served_by(options: TrainOptions, device: torch.device) -> str:
-    """The backend of the loss on features of `device`; ValueError where the one that is asked for cannot serve."""
+    """Return the backend of the loss on features of `device`; ValueError if the one that is asked for cannot serve."""
     where = device if options.features_on == "device" else "cpu"
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     try:
@@ -49,7 +49,7 @@ def served_by(options: TrainOptions, device: torch.device) -> str:
 
 
 def build_loss(options: TrainOptions, world: World) -> NamedLoss:
-    """Of `resolve`'s options, over all processes."""
+    """Make the loss over all processes from `resolve`'s options."""
     assert options.loss is not None and options.label_smoothing is not None
     return named_loss(
         options.loss,
@@ -63,8 +63,8 @@ def build_loss(options: TrainOptions, world: World) -> NamedLoss:
 
 
 def build_model(options: TrainOptions, loss: NamedLoss, device: torch.device) -> DualEncoder:
-    """On `device`, its new weights a function of the seed, with what `loss` needs and frozen as asked."""
-    torch.manual_seed(options.seed)
+    """Make the model on `device`, with the parameters that `loss` needs; new weights are a function of the seed."""
+    torch.manual_seed(options.seed)  # on every rank: all begin with the same weights
     model = create_model(
         options.model,
         options.pretrained,
@@ -85,5 +85,5 @@ def build_model(options: TrainOptions, loss: NamedLoss, device: torch.device) ->
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     if options.compile:
-        model.compile()
+        model.compile()  # in place: names of parameters stay those of checkpoints
     return model.to(device)

@@ -45,18 +45,18 @@ class Footprint:
     feature_size: int  # bytes of an element
 
     def peak(self, pairs: int, share: float = 0.0) -> int:
-        """The highest point; with `share` of every parameter's gradient, from when it is there."""
+        """Return the highest point, counting `share` of every parameter's gradient from when it is there."""
         return max(m.fixed + pairs * m.pair + int(share * m.gradients) for m in self.moments)
 
     def kept(self, pairs: int) -> int:
-        """What waits for the features' gradients after the forward pass."""
+        """Return the bytes that wait for the features' gradients after the forward pass."""
         return self.between.fixed + pairs * self.between.pair
 
 
 def footprint(
     model: DualEncoder, *, image_size: int, context_length: int, precision: str = "fp32", device: str = "cuda"
 ) -> Footprint:
-    """One step of `model`, in training mode, as it is: checkpointed, frozen or not. Nothing is computed or allocated.
+    """Measure one step of `model` in training mode, checkpointed or frozen as it is, without memory for its tensors.
 
     Two steps run, whose operations are the same and differ in sizes only. So bytes after each are known for every
     number of pairs, and their maximum, which another operation may hold for other numbers, is exact.
@@ -91,13 +91,13 @@ def _moment(small: tuple[int, int], large: tuple[int, int]) -> Moment:
 
 
 def _highest(moments: list[Moment]) -> tuple[Moment, ...]:
-    """Those that no other with the same gradients exceeds for every number of pairs."""
-    found: dict[int, list[Moment]] = {}
+    """Return the moments that no other with the same gradients exceeds for every number of pairs."""
+    highest: dict[int, list[Moment]] = {}  # by their gradients
     for m in sorted(moments, key=lambda m: (m.pair, m.fixed), reverse=True):
-        kept = found.setdefault(m.gradients, [])
-        if not kept or m.fixed > kept[-1].fixed:
-            kept.append(m)
-    return tuple(m for kept in found.values() for m in kept)
+        moments_alike = highest.setdefault(m.gradients, [])
+        if not moments_alike or m.fixed > moments_alike[-1].fixed:
+            moments_alike.append(m)
+    return tuple(m for moments_alike in highest.values() for m in moments_alike)
 
 
 class _Live(TorchDispatchMode):
@@ -164,13 +164,13 @@ class _Step(nn.Module):
             )
 
 
-class _Found(NamedTuple):
+class _Run(NamedTuple):
     history: list[tuple[int, int]]
     between: tuple[int, int]
     features: tuple[Tensor, Tensor]
 
 
-def _run(model: DualEncoder, pairs: int, image_size: int, context_length: int, precision: str, device: str) -> _Found:
+def _run(model: DualEncoder, pairs: int, image_size: int, context_length: int, precision: str, device: str) -> _Run:
     step = _Step(model, precision)
     with FakeTensorMode(allow_non_fake_inputs=True), _training(model):
         weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in step.named_parameters()}
@@ -184,7 +184,7 @@ def _run(model: DualEncoder, pairs: int, image_size: int, context_length: int, p
         live = _Live([*weights.values(), *buffers.values(), images, ids], gradients)
         with _GPU() if device == "cuda" else nullcontext(), live:
             torch.func.functional_call(step, {**weights, **buffers}, (images, ids, live))
-    return _Found(live.history, step.between, step.features)
+    return _Run(live.history, step.between, step.features)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a call of the trainer's leaves as it found it: settings and random numbers that the whole process shares."""
+"""Settings and random numbers of the process, which a call of the trainer leaves as they were."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ __all__ = ["settings_kept"]
 
 @contextmanager
 def settings_kept(*, deterministic: bool = False) -> Iterator[None]:
-    """Inside, torch may be seeded and is `deterministic`; afterwards both are as the caller had them."""
+    """Let torch be seeded and `deterministic` inside; afterwards both are as the caller had them."""
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = memory.fill_uninitialized_memory
+    # Asking for a GPU's random numbers would start CUDA, which takes memory and cannot be forked
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(gpus), _env.deterministic_cublas() if deterministic else nullcontext():
         try:

@@ -34,7 +34,7 @@ def named_loss(
     equal_shards: bool = False,
     backend: str | None = None,
 ) -> NamedLoss:
-    """clip, unicl, align, convirt or siglip.
+    """Return the loss that `name` means: clip, unicl, align, convirt or siglip.
 
     Args:
         label_smoothing, image_weight, group, comm, equal_shards, backend: as `fastclip.contrastive_loss` takes them;

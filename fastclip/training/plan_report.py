@@ -10,7 +10,7 @@ import torch
 
 from fastclip.training.planning import FRAGMENTATION, PROCESS, STATES, Plan
 
-__all__ = ["machine_memory", "remedies", "table", "told"]
+__all__ = ["machine_memory", "readable", "remedies", "table"]
 
 _GIB, _MIB = 2**30, 2**20
 _MATTERS = 0.05  # share of the memory from which a remedy is worth naming
@@ -18,7 +18,7 @@ _SPELT = {"adamw": "AdamW", "lamb": "LAMB", "ddp": "DDP", "fsdp": "FSDP", "cuda"
 
 
 def machine_memory(device: str) -> int:
-    """Bytes of the first GPU, or of this machine.
+    """Return the bytes of the first GPU, or of this machine.
 
     Raises:
         ValueError: there is no GPU, or the machine does not say.
@@ -35,16 +35,16 @@ def machine_memory(device: str) -> int:
         raise ValueError("this machine does not say how much memory it has: --memory does") from error
 
 
-def told(size: int) -> str:
-    """Bytes in GiB, or in MiB below one."""
+def readable(size: int) -> str:
+    """Write `size` bytes in GiB, or in MiB below one."""
     return f"{size / _GIB:,.2f} GiB" if size >= _GIB else f"{size / _MIB:,.1f} MiB"
 
 
 def table(p: Plan) -> str:
-    """A line for each part, its bytes and what it is."""
+    """Return a line for each part of a plan, with its bytes and what it is."""
     rows = [*_rows(p), ("total", p.total, "")]
-    labels, sizes = (max(len(text) for text in column) for column in zip(*((r[0], told(r[1])) for r in rows)))
-    lines = [f"{label:{labels}}  {told(size):>{sizes}}  {note}".rstrip() for label, size, note in rows]
+    labels, sizes = (max(len(text) for text in column) for column in zip(*((r[0], readable(r[1])) for r in rows)))
+    lines = [f"{label:{labels}}  {readable(size):>{sizes}}  {note}".rstrip() for label, size, note in rows]
     each = f"{p.pairs:,} for each of {p.world_size} processes" if p.world_size > 1 else "one process"
     how = ["bf16 autocast" if p.precision == "bf16" else "fp32", _SPELT[p.optimizer]]
     how += [_SPELT[p.parallel], p.comm] if p.world_size > 1 else []
@@ -78,28 +78,28 @@ def _rows(p: Plan) -> Iterator[tuple[str, int, str]]:
     if p.cached:
         yield "loss", p.loss, "before the activations that count: the larger of the two is in the total"
     else:
-        kept = told(p.footprint.kept(p.pairs))
+        kept = readable(p.footprint.kept(p.pairs))
         yield "loss", p.loss, f"on top of {kept} of activations: the larger of both and all activations is in the total"
     what = "CUDA and libraries" if p.device == "cuda" else "Python and libraries"
-    note = f"{told(PROCESS[p.device])} for {what}, {FRAGMENTATION:.0%} of the rest for the allocator"
+    note = f"{readable(PROCESS[p.device])} for {what}, {FRAGMENTATION:.0%} of the rest for the allocator"
     yield "reserve", p.reserve, note
 
 
 def remedies(p: Plan, *, grad_checkpointing: bool) -> list[str]:
-    """Options that make a step with one pair at a time smaller, where that counts; with what it then takes."""
+    """Return the options that make a step with one pair at a time notably smaller, with what it then takes."""
     one = replace(p, micro_batch=1)
-    found = []
+    options = []
     for option, other in {
         "--parallel fsdp": replace(one, parallel="fsdp"),
         "--comm ring": replace(one, comm="ring"),
-    }.items():
+    }.items():  # of one process these change nothing
         if one.total - other.total > _MATTERS * one.total:
-            found.append(f"{option} ({told(other.total)})")
+            options.append(f"{option} ({readable(other.total)})")
     if one.activations > _MATTERS * one.total:
-        found += [] if grad_checkpointing else ["--grad-checkpointing"]
-        found += [] if one.precision == "bf16" else ["--precision bf16"]
+        options += [] if grad_checkpointing else ["--grad-checkpointing"]
+        options += [] if one.precision == "bf16" else ["--precision bf16"]
     if one.world_size == 1:
-        found.append("more processes and --parallel fsdp")
+        options.append("more processes and --parallel fsdp")
     if one.held + one.loss - one.parameters - one.gradients - one.optimizer_states > _MATTERS * one.total:
-        found.append("a smaller --batch-size")
-    return found or ["more processes"]
+        options.append("a smaller --batch-size")
+    return options or ["more processes"]

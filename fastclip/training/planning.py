@@ -7,14 +7,17 @@ where its pairs are one micro-batch, both at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+
+from torch import nn
 
 from fastclip import _env
 from fastclip._backends.cpu.blocks import BLOCK_M
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.rounding import ceil_div
 from fastclip.training.footprint import Footprint, footprint
-from fastclip.training.sizes import Sizes, sizes_of
+from fastclip.training.parallel import fsdp_blocks
 
 __all__ = ["FRAGMENTATION", "PROCESS", "STATES", "Plan", "plan"]
 
@@ -31,6 +34,18 @@ _STATISTICS = 80  # bytes a text: log-sum-exps, factors, their gradients
 # Of no tensor. GPU: CUDA's context, workspaces of cuBLAS, cuDNN and NCCL; CPU: Python, torch and other libraries
 PROCESS = {"cuda": 2**30, "cpu": 2**29}
 FRAGMENTATION = 0.05  # of all tensors: gaps that an allocator cannot give away
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of elements of a model."""
+
+    parameters: int
+    trainable: int
+    buffers: int  # bytes
+    block: int  # of the largest block that FSDP gathers by itself
+    rest: int  # of what is in no such block, gathered as long as a pass lasts
+    trainable_rest: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ class Plan:
 
     @property
     def pairs(self) -> int:
-        """Of the process that has most of them."""
+        """Pairs of the process that has most of them."""
         return ceil_div(self.batch_size, self.world_size)
 
     @property
@@ -74,12 +89,12 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """With buffers."""
+        """Bytes of parameters and buffers."""
         return self._share(self.sizes.parameters) + self.sizes.buffers
 
     @property
     def gathered(self) -> int:
-        """FSDP: one block in use and one on its way, the block's whole gradients, and whatever is in no block."""
+        """Bytes that FSDP gathers: two blocks, in use and on the way, one's whole gradients, what is in no block."""
         if not self.sharded:
             return 0
         gradients = 0 if self.cached else self.sizes.block + self.sizes.trainable_rest  # until they are exchanged
@@ -87,18 +102,18 @@ class Plan:
 
     @property
     def gradients(self) -> int:
-        """FSDP keeps them whole until the last micro-batch, in which they are exchanged."""
+        """Bytes of gradients: FSDP keeps them whole until the last micro-batch, in which they are exchanged."""
         return self.sizes.trainable * _FP32 if self.cached else self._share(self.sizes.trainable)
 
     @property
     def gradients_stay(self) -> bool:
-        """They are there throughout: from one micro-batch to the next, or in DDP's buckets. Else they come as
-        activations go, and are set to None before the next step."""
+        """Whether gradients are there throughout: from one micro-batch to the next, or in DDP's buckets. Else they come
+        as activations go, and are set to None before the next step."""
         return self.cached or self._ddp
 
     @property
     def buckets(self) -> int:
-        """DDP's, from which gradients are apart while nothing is exchanged, until the last micro-batch."""
+        """Bytes of DDP's buckets, from which gradients are apart until the last micro-batch, which is exchanged."""
         return self.gradients if self._ddp and self.cached else 0
 
     @property
@@ -129,25 +144,25 @@ class Plan:
 
     @property
     def features(self) -> int:
-        """Their gradients, and in `cached_step` the features of all micro-batches."""
+        """Bytes of the features' gradients, and in `cached_step` of the features of all micro-batches."""
         return (4 if self.cached else 2) * self.pairs * self.footprint.dim * self.footprint.feature_size
 
     @property
     def activations(self) -> int:
-        """Of a micro-batch, with all temporary tensors: the highest point of forward and backward pass."""
+        """Bytes of a micro-batch with all temporary tensors: the highest point of forward and backward pass."""
         return self.footprint.peak(min(self.micro_batch, self.pairs))
 
     @property
     def loss(self) -> int:
-        """What `contrastive_loss` takes while it runs, on a CPU without the workspace, which is kept."""
-        own, texts = self.pairs * self.footprint.dim, self.batch_size * self.footprint.dim
+        """Bytes that `contrastive_loss` takes while it runs, on a CPU without the workspace, which is kept."""
+        shard, texts = self.pairs * self.footprint.dim, self.batch_size * self.footprint.dim  # elements
         size = self.footprint.feature_size
         if self.world_size == 1:  # a GPU's backends sum the texts' gradients in fp32
-            held = own * _FP32 if self.device == "cuda" else 0
+            held = shard * _FP32 if self.device == "cuda" else 0
         elif self.comm == "gather":  # texts, their gradients, and those in fp32 or as they travel
             held = texts * (2 * size + _FP32)
         else:  # blocks here and coming; sums here and coming, shares, raw sums, the images' sum
-            held = own * (2 * size + 7 * _FP32)
+            held = shard * (2 * size + 7 * _FP32)
         return held + _STATISTICS * self.batch_size + (self._workspace if self.device == "cuda" else 0)
 
     @property
@@ -164,15 +179,15 @@ class Plan:
 
     @property
     def held(self) -> int:
-        """What is there all the time."""
+        """Bytes that are there all the time."""
         parameters = self.parameters + self.gathered + self.optimizer_states + self.average
         gradients = self.gradients + self.buckets if self.gradients_stay else 0
         return parameters + gradients + self.inputs + self.features + self.workspace
 
     @property
     def tensors(self) -> int:
-        """All that a step holds at its highest point: in the loss, before the second pass or on top of the only one; in
-        that pass; or in the optimiser, with all gradients."""
+        """Bytes that a step holds at its highest point: in the loss, before the second pass or on top of the only one;
+        in that pass; or in the optimiser, with all gradients."""
         kept = 0 if self.cached else self.footprint.kept(self.pairs)
         share = 0.0 if self.gradients_stay else self.gradients / (self.sizes.trainable * _FP32)
         highest = self.footprint.peak(min(self.micro_batch, self.pairs), share)
@@ -180,7 +195,7 @@ class Plan:
 
     @property
     def reserve(self) -> int:
-        """For what is no tensor: 1 GiB of CUDA's (a CPU's process: 0.5 GiB) and 5 % of the tensors."""
+        """Bytes for what is no tensor: 1 GiB of CUDA's (a CPU's process: 0.5 GiB) and 5 % of the tensors."""
         return PROCESS[self.device] + int(FRAGMENTATION * self.tensors)
 
     @property
@@ -191,7 +206,7 @@ class Plan:
         return replace(self, micro_batch=micro_batch).total <= memory
 
     def largest_micro_batch(self, memory: int) -> int:
-        """The most pairs whose step fits into `memory` bytes; 0 where none does."""
+        """Return the most pairs whose step fits into `memory` bytes, or 0."""
         if self.fits(self.pairs, memory):  # no caching: FSDP's gradients are never whole
             return self.pairs
         low, high = 0, self.pairs  # fits, does not
@@ -201,7 +216,7 @@ class Plan:
         return low
 
     def even_micro_batch(self, memory: int) -> int:
-        """The largest that fits and cuts the pairs into equal parts, or a power of two where that is more; or 0."""
+        """Return the largest that fits and cuts the pairs into equal parts, or a power of two if that is more; or 0."""
         largest = self.largest_micro_batch(memory)
         if largest == 0:
             return 0
@@ -257,7 +272,7 @@ def plan(
     image_size, length = model.config.vision_cfg.image_size, model.config.text_cfg.context_length
     pairs = ceil_div(batch_size, world_size)
     return Plan(
-        sizes=sizes_of(model),
+        sizes=_sizes_of(model),
         footprint=footprint(model, image_size=image_size, context_length=length, precision=precision, device=device),
         image_size=image_size,
         context_length=length,
@@ -268,3 +283,22 @@ def plan(
         workspace_limit=_env.workspace_bytes(device),
         **given,
     )
+
+
+def _sizes_of(model: DualEncoder) -> Sizes:
+    parameters = list(model.parameters())
+    blocks = list(fsdp_blocks(model))
+    in_blocks = {id(p) for block in blocks for p in block.parameters()}
+    rest = [p for p in parameters if id(p) not in in_blocks]
+    return Sizes(
+        parameters=_count(parameters),
+        trainable=_count(p for p in parameters if p.requires_grad),
+        buffers=sum(x.numel() * x.element_size() for x in model.buffers()),
+        block=max((_count(block.parameters()) for block in blocks), default=0),
+        rest=_count(rest),
+        trainable_rest=_count(p for p in rest if p.requires_grad),
+    )
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

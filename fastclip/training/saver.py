@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on."""
+"""The thread that writes checkpoints while training goes on."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """What was written last has failed; does not wait."""
+        """Whether what was written last has failed; does not wait."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self) -> None:
-        """Until nothing is being written; raises what failed since the last call."""
+        """Wait until nothing is being written, and raise what failed since the last call."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -59,7 +59,7 @@ class Saver:
         except Exception as failure:
             if error is None:
                 raise
-            raise failure from error  # both are told
+            raise failure from error  # both are in the traceback
         finally:
             if self._pool is not None:
                 self._pool.shutdown()

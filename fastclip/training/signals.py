@@ -18,7 +18,7 @@ ECHO = 1.0  # seconds in which a signal that comes again is the same one: a laun
 
 
 class Interrupted(SystemExit):
-    """A signal ended `train`, whose checkpoint is written. Where nobody catches it, the process exits with `code`.
+    """Raised after a signal ended a run and its checkpoint is written; uncaught, it ends the process with `code`.
 
     Attributes:
         code: 143 for SIGTERM, 130 for SIGINT (Ctrl-C).
@@ -31,7 +31,7 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """Which of SIGTERM and SIGINT this process has been sent."""
+    """Notes which of SIGTERM and SIGINT this process has been sent."""
 
     def __init__(self) -> None:
         self.status = 0  # of `STATUSES`; 0 for none
@@ -39,7 +39,7 @@ class Signals:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Inside, the first one is noted and the second ends the process at once, as if nobody had asked for it.
+        """Note the first signal inside; a second one ends the process at once, as if nothing had caught it.
 
         A signal that is ignored, as Ctrl-C is in a shell's background job, stays ignored. Handlers are the main
         thread's to set: in another thread nothing changes.
