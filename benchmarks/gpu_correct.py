@@ -44,7 +44,7 @@ Loss = Callable[..., Tensor]
 
 
 class Way(NamedTuple):
-    """A loss of image, text, scale and perhaps a bias on one of our backends, and its value and gradients in float64."""
+    """A loss of image, text, scale and perhaps a bias on one of our backends; its value and gradients in float64."""
 
     ours: Loss
     truth: Callable[[list[Tensor]], list[Tensor]]

@@ -96,7 +96,7 @@ def _weigh(
         # an infinite offset takes the rows beyond M out, for nothing
         offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
         g = tl.exp2(tl.fma(dot * col_factor, tl.broadcast_to(row_scale[:, None], dot.shape), -offset2[:, None]))
-        if not LABELS:  # a positive's may be infinite: out before it meets a weight
+        if not LABELS:  # noqa: SIM102 - a constant, and a value; a positive's may be infinite: out before it meets a weight
             if needs_mask(i0, j0, N, offset, dot.shape[0], dot.shape[1]):
                 g = tl.where(inside, g, 0.0)
         row_weight, col_weight = _plane(row, NEG, i)[:, None], _plane(col, NEG, j)[None, :]

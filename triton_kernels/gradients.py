@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastclip import _env
 from fastclip.triton_kernels.features import EPS, Features, without_power
 from fastclip.triton_kernels.launch import (
     Config,
@@ -25,6 +24,8 @@ from fastclip.triton_kernels.launch import (
     processors,
 )
 from torch import Tensor
+
+from fastclip import _env
 
 __all__ = [
     "ALIGNMENT",

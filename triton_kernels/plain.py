@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fastclip import _env
 from fastclip.triton_kernels.contrastive_bwd import contrastive_bwd_kernel
 from fastclip.triton_kernels.contrastive_fwd import contrastive_fwd_kernel
 from fastclip.triton_kernels.contrastive_fwd_reduce import REDUCED, contrastive_fwd_reduce_kernel
@@ -30,6 +29,8 @@ from fastclip.triton_kernels.planning import cut, plan_of
 from fastclip.triton_kernels.sequence import Base, Sequence
 from fastclip.triton_kernels.tile import CONSTANTS
 from torch import Tensor
+
+from fastclip import _env
 
 __all__ = ["plain_bwd", "plain_fwd", "plain_saved"]
 

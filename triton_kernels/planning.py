@@ -7,10 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from fastclip import _env
 from fastclip.triton_kernels import launch
 from fastclip.triton_kernels.launch import cdiv, with_rows
 from torch import Tensor
+
+from fastclip import _env
 
 __all__ = ["cut", "plan_of", "remember"]
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from fastclip import _env
 from fastclip.triton_kernels import planning
 from fastclip.triton_kernels.features import NORMS, copy_sides_kernel, needs_copy
 from fastclip.triton_kernels.gradients import (
@@ -35,6 +34,8 @@ from fastclip.triton_kernels.sigmoid_fwd import (
 )
 from fastclip.triton_kernels.tile import CONSTANTS
 from torch import Tensor
+
+from fastclip import _env
 
 __all__ = ["sigmoid_bwd", "sigmoid_fwd"]
 

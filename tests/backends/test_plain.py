@@ -13,14 +13,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from fastclip.triton_kernels import plain, planning
+from fastclip.triton_kernels.tile import REPAIR
 from torch import Tensor
 
 from fastclip import _env
 from fastclip._backends import cuda, triton
 from fastclip.parity.promised import LOSS
 from fastclip.parity.truth import truth
-from fastclip.triton_kernels import plain, planning
-from fastclip.triton_kernels.tile import REPAIR
 from support.accuracy import check, counted_products, pairs, poisoned
 from support.kernels import Launches
 from support.kinds import DEVICE, GPU_KINDS, LAYOUTS, SHAPES, Kind, each_kind, fp16, kept, laid_out, uneven, wide

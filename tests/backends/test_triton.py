@@ -12,7 +12,6 @@ import sys
 import pytest
 import torch
 from fastclip.triton_kernels import contrastive_bwd_vectors, contrastive_fwd_reduce, features, launch, planning
-from torch import Tensor
 
 import fastclip
 from fastclip import triton_kernels

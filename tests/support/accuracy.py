@@ -23,7 +23,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def dense_direction(z: Tensor, positive: Tensor, smoothing: float, left_out: Tensor) -> Tensor:
-    """As `fastclip.parity.truth.direction`, by torch's cross-entropy with probabilities: what people write, the base line."""
+    """As `fastclip.parity.truth.direction`, by torch's cross-entropy: what people write, the base line."""
     has_positive = positive.any(1)
     z, positive, left_out = z[has_positive], positive[has_positive], left_out[has_positive]
     target = (1 - smoothing) * positive.to(z.dtype) / positive.sum(1, keepdim=True)

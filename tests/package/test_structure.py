@@ -1,0 +1,99 @@
+"""The house's rules of structure: no circle of imports, and nothing too large to be read at once."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from support import ROOT
+
+LINES, FUNCTION_LINES = 400, 60
+SOURCES = sorted(
+    path for folder in ("fastclip", "triton_kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a file: fastclip/ops/__init__.py is fastclip.ops, triton_kernels/tile.py as it is installed."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "triton_kernels":
+        parts = ("fastclip", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_names(source: str) -> Iterator[str]:
+    """Dotted names of the imports at the top of a module, which are made when it is loaded, and of those inside."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """The modules that each module imports, of those that `sources` (name: text) holds; a package is its __init__."""
+    graph: dict[str, set[str]] = {}
+    for name, text in sources.items():
+        graph[name] = set()
+        for target in imported_names(text):
+            while target and target not in sources:
+                target = target.rpartition(".")[0]
+            if target not in ("", "fastclip", name):  # `import fastclip` loads nothing by itself: its names are lazy
+                graph[name].add(target)
+    return graph
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """A way along the arrows back to where it began, or [] where there is none."""
+    done: set[str] = set()
+
+    def visit(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node in done:
+            return []
+        for target in sorted(graph.get(node, ())):
+            if back := visit(target, [*way, node]):
+                return back
+        done.add(node)
+        return []
+
+    return next((way for node in sorted(graph) if (way := visit(node, []))), [])
+
+
+def long_functions(source: str) -> list[str]:
+    """Functions of more than 60 lines, docstring apart, which for a user may be long; of kernels the launch alone."""
+    long = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(x) for x in node.decorator_list):
+            assert node.end_lineno is not None
+            first = node.body[0]
+            documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            docstring = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
+            if (size := node.end_lineno - node.lineno + 1 - docstring) > FUNCTION_LINES:
+                long.append(f"{node.name} has {size} lines")
+    return long
+
+
+def test_no_circle_of_files() -> None:
+    assert circle(imports({module_name(path): path.read_text() for path in SOURCES})) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_is_read_at_once(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= LINES
+    assert long_functions(text) == []
+
+
+def test_rules_find_faults() -> None:
+    circular = {"a": "import b", "b": "def f():\n    from c import x", "c": "import a.d", "a.e": "import c"}
+    assert circle(imports(circular)) == ["a", "b", "c", "a"]
+    assert circle(imports({**circular, "c": ""})) == []
+    body = "\n".join(["    x = 1"] * FUNCTION_LINES)
+    assert long_functions(f"def f():\n{body}") == ["f has 61 lines"]
+    assert long_functions(f'def f():\n    """One.\n\n    Two.\n    """\n{body[: -len("    x = 1")]}') == []
+    assert long_functions(f"@triton.jit\ndef f():\n{body}") == []
