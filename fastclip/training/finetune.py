@@ -8,7 +8,6 @@ OUTPUT/finetune.json        what the run depends on: another run refuses the fol
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -22,19 +21,17 @@ from PIL import Image
 from torch import Tensor
 
 from fastclip import _env
+from fastclip.claim import claim
 from fastclip.data.batch import Batch
 from fastclip.data.identity import fingerprint
 from fastclip.data.order import Order
-from fastclip.data.picture import USUAL_PIXELS
 from fastclip.data.source import Source
 from fastclip.data.spec import absolute_spec
 from fastclip.data.workers import naming_dead_workers
-from fastclip.durable import write_json
 from fastclip.evaluation.zero_shot import class_embeddings, templates_for
 from fastclip.models.classifier import ImageClassifier
 from fastclip.models.embedder import Embedder
-from fastclip.owner import LOCK, owning
-from fastclip.reading import read_json
+from fastclip.owner import owning
 from fastclip.training.doubts import doubts_of_schedule
 from fastclip.training.ensemble import Finetuned
 from fastclip.training.kept import settings_kept
@@ -124,21 +121,15 @@ class _Run:
             "templates": templates,
             **{name: value for name, value in asdict(self.options).items() if name not in _MAY_CHANGE},
         }
-        asked = json.loads(json.dumps(asked))  # tuples become lists, as in the file
-        file = self.folder / "finetune.json"
-        if not file.is_file():
-            if any(inside.name != LOCK for inside in self.folder.iterdir()):
-                raise ValueError(f"{self.folder} is not empty and holds no fine-tuning: give another folder")
-            write_json(file, asked, indent=1)
-            return
-        unknown = {"order and captions": asked["order and captions"], "max_pixels": USUAL_PIXELS}  # to older files
-        before = {**unknown, **read_json(file)}
-        if not asked.keys() <= before.keys():
-            raise ValueError(f"{self.folder} was begun by another version of fastclip: give another folder")
-        before["data"] = absolute_spec(before["data"])  # of older ones it is as it was spelled
-        if other := [name for name in asked if before[name] != asked[name]]:
-            changes = ", ".join(f"{name} was {_short(before[name])}, is {_short(asked[name])}" for name in other)
-            raise ValueError(f"{self.folder} holds another fine-tuning: {changes}; give another folder")
+
+        def older(before: dict[str, Any]) -> dict[str, Any]:
+            """Of older versions: no order, a relative path, and options that may change now."""
+            known = {"order and captions": asked["order and captions"], **before}
+            if "data" in known:
+                known["data"] = absolute_spec(known["data"])
+            return {name: value for name, value in known.items() if name in asked}
+
+        claim(self.folder, asked, result="*", name="finetune.json", older=older)
 
     def run(self) -> Finetuned:
         options, config = self.options, self.embedder.model.config
@@ -211,8 +202,3 @@ class _Run:
 
 def _no_ids(texts: list[str]) -> Tensor:
     return torch.empty(len(texts), 0, dtype=torch.int64)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -196,18 +196,18 @@ def test_loss_that_is_not_finite_stops_before_the_update(digits: Subset, tmp_pat
 
 
 def test_folder_of_something_else_is_refused(whole: Finetuned, digits: Subset, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds another fine-tuning: lr was 0.001, is 0.1; give another folder"):
+    with pytest.raises(ValueError, match=r"is that of another call: lr was 0.001, is 0.1; take another folder"):
         run(whole.folder, digits, lr=0.1)
     with pytest.raises(ValueError, match="checkpoint was "):
         run(whole.folder, digits, "RN-tiny")
     with pytest.raises(ValueError, match="samples was 96, is 50"):
         run(whole.folder, Subset(digits, range(50)))
-    with pytest.raises(ValueError, match=r"another fine-tuning: order and captions was \w+, is \w+; give"):
+    with pytest.raises(ValueError, match=r"another call: order and captions was \w+, is \w+; take"):
         run(whole.folder, Subset(digits, [*range(1, 96), 0]))
     with pixels_limited(10**8), pytest.raises(ValueError, match="max_pixels was 89478485, is 100000000"):
         run(whole.folder, digits)
     (tmp_path / "mine").write_text("x")
-    with pytest.raises(ValueError, match="is not empty and holds no fine-tuning"):
+    with pytest.raises(ValueError, match="mine was not written by this command: take another folder"):
         run(tmp_path, digits)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     for wrong in (

@@ -133,7 +133,7 @@ def test_folder_that_another_version_began_is_told(tmp_path: Path, before: dict[
         (tmp_path / name).write_text(json.dumps(before))
     with pytest.raises(ValueError, match=r"begun by another version of fastclip: take another folder$"):
         claim(tmp_path, {"a": 1}, result="*.npy")
-    with pytest.raises(ValueError, match=r"begun by another version of fastclip: give another folder$"):
+    with pytest.raises(ValueError, match=r"begun by another version of fastclip: take another folder$"):
         fine_tuned(tmp_path / "finetune.json")
 
 
