@@ -14,7 +14,8 @@ from torch import Tensor
 
 from benchmarks.harness import Step, commit
 from benchmarks.peers import describe
-from fastclip.machine import about_gpu, nvidia_smi
+from fastclip.bench.about import about_gpu
+from fastclip.machine import nvidia_smi
 
 GEMM_SIZE = 8192  # rows, columns and depth of the large product
 COPY_BYTES = 1 << 29  # far beyond every L2

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.gpu import MARK, Gpu
 from benchmarks.harness import Step, commit, wall_clock
+from fastclip.bench.about import about_cpu
 from fastclip.installed import installed_version
-from fastclip.machine import about_cpu
 
 DRY_RUN = "dry run"  # in the place of the GPU's name: no row of this can be taken for a result
 

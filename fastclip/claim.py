@@ -7,14 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastclip.data.picture import USUAL_PIXELS
 from fastclip.durable import write_json
 from fastclip.owner import LOCK
 from fastclip.reading import read_json
 
 __all__ = ["claim"]
 
-_USUAL = {"max_pixels": USUAL_PIXELS}  # which older folders do not tell
 _SHOWN = 40  # characters of a list in an error; paths, which differ at their ends, are shown whole
 
 
@@ -38,7 +36,7 @@ def claim(
     """
     file = folder / name
     if file.is_file():
-        before = older({key: value for key, value in _USUAL.items() if key in options} | read_json(file))
+        before = older(read_json(file))
         if before.keys() != options.keys():
             raise ValueError(f"{folder} was begun by another version of fastclip: take another folder")
         now = json.loads(json.dumps(options))  # a tuple is read back as a list

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
 import math
-import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fastclip._backends.cpu import native
-from fastclip._version import __version__
 from fastclip.cores import group_limits, read_lines, usable_cores
-from fastclip.installed import installed_version
 
 __all__ = [
-    "about_cpu",
-    "about_gpu",
     "available_bytes",
     "container_bytes",
     "memory_bytes",
     "nvidia_smi",
     "open_files",
+    "processor",
     "shared_memory_bytes",
     "unseen_gpu",
     "usable_cores",
@@ -38,37 +31,6 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
-
-
-def about_cpu(commit: str = "") -> dict[str, Any]:
-    """Return what a row of figures from a CPU says of where it was measured; `commit` is that of the sources."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "machine": f"{processor()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "isa": native.build() if native.missing() is None else "none",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fastclip": __version__,
-        "open_clip": installed_version("open_clip_torch"),
-    }
-
-
-def about_gpu(commit: str = "") -> dict[str, Any]:
-    """Return what a row of figures from the current GPU says, as `about_cpu`."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "gpu": torch.cuda.get_device_name(),
-        "driver": (nvidia_smi("driver_version") or [""])[0],
-        "cuda": torch.version.cuda or "",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": installed_version("triton"),
-        "fastclip": __version__,
-        "open_clip": installed_version("open_clip_torch"),
-    }
 
 
 def nvidia_smi(fields: str) -> list[str]:

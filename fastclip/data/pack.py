@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import BatchSampler, Dataset
 
 from fastclip.data.faults import BadSample, Fault, Tally
-from fastclip.data.picture import USUAL_PIXELS, picture_formats
+from fastclip.data.picture import older_limit, picture_formats
 from fastclip.data.quiet import quietly
 from fastclip.data.source import Record, Source, picture_bytes, sample_fields, sample_stamp
 from fastclip.data.spec import absolute_spec
@@ -208,7 +208,7 @@ def _finished(output: Path, shard: int, about: dict[str, Any], content: str) -> 
             raise ValueError(f"{tar} was not written by this command: take another folder")
         return None
     stats: dict[str, Any] = read_json(name)
-    known = {"max_pixels": USUAL_PIXELS, **stats}  # which was not told before there was a choice
+    known = older_limit(stats)
     try:
         stats["successes"] = int(stats["successes"])
         faults = Tally.of(stats["failures"], stats["failed"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,6 +24,7 @@ __all__ = [
     "is_drawn",
     "limit_in_words",
     "limit_pixels",
+    "older_limit",
     "picture_formats",
     "pixels_limited",
     "read_picture",
@@ -99,6 +100,11 @@ def limit_pixels(pixels: int) -> None:
     if pixels < 1:
         raise ValueError(f"the largest number of pixels must be at least 1, got {pixels}")
     Image.MAX_IMAGE_PIXELS = pixels
+
+
+def older_limit(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file says of a call, with the limit of pixels that was the only one when files did not tell it."""
+    return {"max_pixels": USUAL_PIXELS, **about}
 
 
 def limit_in_words() -> str:

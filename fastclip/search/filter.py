@@ -24,6 +24,7 @@ from torch import Tensor
 from fastclip.claim import claim
 from fastclip.data.identity import picture_places
 from fastclip.data.pack import pack_source
+from fastclip.data.picture import older_limit
 from fastclip.data.source import Record, Source
 from fastclip.data.spec import spec_places
 from fastclip.data.subset import Subset
@@ -99,7 +100,7 @@ def filter_source(
     options = call_options(embedder, source) | {"max_pixels": Image.MAX_IMAGE_PIXELS, "pictures and captions": contents}
     options |= {"threshold": threshold, "dedup": dedup}
     if threshold is not None or (output / "options.json").is_file():
-        claim(output, {**options, "samples_per_shard": samples_per_shard}, result="*.tar")
+        claim(output, {**options, "samples_per_shard": samples_per_shard}, result="*.tar", older=older_limit)
     folder /= "similarities" if dedup is None else "similarities-and-images"
     store = FeatureStore(embedder, [contents], folder=folder, owned=scores is None)
     keep = partial(_kept_of, images=dedup is not None)

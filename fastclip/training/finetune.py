@@ -25,6 +25,7 @@ from fastclip.claim import claim
 from fastclip.data.batch import Batch
 from fastclip.data.identity import fingerprint
 from fastclip.data.order import Order
+from fastclip.data.picture import older_limit
 from fastclip.data.source import Source
 from fastclip.data.spec import absolute_spec
 from fastclip.data.workers import naming_dead_workers
@@ -124,7 +125,7 @@ class _Run:
 
         def older(before: dict[str, Any]) -> dict[str, Any]:
             """Of older versions: no order, a relative path, and options that may change now."""
-            known = {"order and captions": asked["order and captions"], **before}
+            known = {"order and captions": asked["order and captions"], **older_limit(before)}
             if "data" in known:
                 known["data"] = absolute_spec(known["data"])
             return {name: value for name, value in known.items() if name in asked}

@@ -28,7 +28,7 @@ from benchmarks.gpu_pretended import Pretended
 from benchmarks.gpu_ten import PARTS, Part, limit
 from benchmarks.losses import OURS
 from benchmarks.plot import GPU_COLUMNS
-from fastclip.machine import about_gpu
+from fastclip.bench.about import about_gpu
 
 COMMAND = [sys.executable, "-m", "benchmarks.gpu_ten", "--dry-run", "--rows"]
 

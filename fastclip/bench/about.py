@@ -1,0 +1,48 @@
+"""What a row of figures says of where it was measured."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from typing import Any
+
+import torch
+
+from fastclip._backends.cpu import native
+from fastclip._version import __version__
+from fastclip.installed import installed_version
+from fastclip.machine import nvidia_smi, processor
+
+__all__ = ["about_cpu", "about_gpu"]
+
+
+def about_cpu(commit: str = "") -> dict[str, Any]:
+    """Return what a row of figures from a CPU says of where it was measured; `commit` is that of the sources."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "isa": native.build() if native.missing() is None else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastclip": __version__,
+        "open_clip": installed_version("open_clip_torch"),
+    }
+
+
+def about_gpu(commit: str = "") -> dict[str, Any]:
+    """Return what a row of figures from the current GPU says, as `about_cpu`."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "gpu": torch.cuda.get_device_name(),
+        "driver": (nvidia_smi("driver_version") or [""])[0],
+        "cuda": torch.version.cuda or "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed_version("triton"),
+        "fastclip": __version__,
+        "open_clip": installed_version("open_clip_torch"),
+    }
