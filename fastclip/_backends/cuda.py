@@ -340,7 +340,7 @@ def sigmoid_fwd(
     outputs = (
         loss.data_ptr(),
         dtype is torch.float64,
-        *(0 if x is None else x.data_ptr() for x in (d_image, d_text, scalars)),
+        *[0 if x is None else x.data_ptr() for x in (d_image, d_text, scalars)],  # a generator: a call each
     )
     for block in _blocks(N, rows, columns):
         i0, _, j0, j1 = block

@@ -22,7 +22,7 @@ TODO = "a C++ compiler; install again from the clone with the compiler there"
 def without_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTCLIP_BACKEND", raising=False)
     monkeypatch.setattr(cpu, "missing", lambda: REASON)
-    monkeypatch.setattr(_backends, "_told", set())
+    monkeypatch.setattr(_backends, "_warned", set())
 
 
 def features(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
