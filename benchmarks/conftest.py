@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import DTYPES, SIZES, parse_sizes, size_name
+from benchmarks.losses.cases import DTYPES, SIZES, parse_sizes, size_name
 
 RESULTS = Path(__file__).parent / "results"
 

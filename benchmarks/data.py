@@ -30,10 +30,10 @@ from torch import Tensor
 
 from benchmarks.harness import Timings, append, machine, quantile
 from fastclip.data import open_source, training_batches
-from fastclip.installed import installed_version
 from fastclip.models import get_tokenizer
 from fastclip.models.config import load_config
 from fastclip.models.transforms import image_transform, training_side
+from fastclip.system.installed import installed_version
 
 RESULTS = Path(__file__).parent / "results" / "data.csv"
 MODEL, PEER = "ViT-B-32", "webdataset"

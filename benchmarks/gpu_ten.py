@@ -26,12 +26,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks import gpu_check, gpu_variants
-from benchmarks.gpu_check import ROOT, Checklist, code_state
-from benchmarks.gpu_log import STEPS, Log
-from benchmarks.gpu_variants import parse
+from benchmarks.gpu import checklist as checks
+from benchmarks.gpu import variants as gpu_variants
+from benchmarks.gpu.checklist import ROOT, Checklist, code_state
+from benchmarks.gpu.log import STEPS, Log
+from benchmarks.gpu.variants import parse
 from fastclip.cli.ending import sigterm_raises
-from fastclip.parent import end_with_parent
+from fastclip.system.parent import end_with_parent
 
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 550.0  # and a few before the clock starts, in which torch is imported
@@ -46,7 +47,7 @@ EXITS = {
 
 
 @dataclass(frozen=True)
-class Part(gpu_check.Part):
+class Part(checks.Part):
     """A child process: what it tells, its seconds, and the words that it is started with."""
 
     tells: str = ""
@@ -72,9 +73,14 @@ PARTS = (
 def run_part(name: str, arguments: argparse.Namespace) -> int:
     """In a part's own process: 0, INCOMPLETE, PEER_LOST or WRONG."""
     end_with_parent()
-    from benchmarks import gpu_correct, gpu_counters, gpu_host, gpu_steps, losses, peers
-    from benchmarks.gpu import Gpu
-    from benchmarks.gpu_pretended import Pretended
+    from benchmarks.gpu import correct as gpu_correct
+    from benchmarks.gpu import counters as gpu_counters
+    from benchmarks.gpu import host as gpu_host
+    from benchmarks.gpu import steps as gpu_steps
+    from benchmarks.gpu.device import Gpu
+    from benchmarks.gpu.pretended import Pretended
+    from benchmarks.losses import peers
+    from benchmarks.losses import providers as losses
 
     if arguments.dry_run:
         losses.OURS["cuda"].update(dict.fromkeys(losses.OURS["cuda"], stand_in()))
@@ -103,7 +109,7 @@ def run_part(name: str, arguments: argparse.Namespace) -> int:
 def training(log: Log) -> None:
     """`gpu_timeline`, or a row that says what of the packages of training is missing."""
     try:
-        from benchmarks import gpu_timeline
+        from benchmarks.gpu import timeline as gpu_timeline
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("benchmarks", "fastclip")):
             raise

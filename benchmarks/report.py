@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.plot import PEAK, RESULTS, SHARE, SPEED, TITLES, Row, draw, gpu_table, read, table
-from fastclip.durable import write_text
+from fastclip.system.durable import write_text
 
 REPORT = Path(__file__).parent / "REPORT.md"
 DEVICES = {"cpu": ("On a CPU", "fastclip"), "cuda": ("On a GPU", "fastclip_cuda")}

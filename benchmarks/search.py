@@ -28,12 +28,12 @@ import torch
 
 from benchmarks.data import Case, jpeg
 from benchmarks.harness import Step, append, machine, quantile, wall_clock
-from fastclip.installed import installed_version
 from fastclip.models import create_model
 from fastclip.search.engine import SearchEngine
 from fastclip.search.index import Seen
 from fastclip.search.model import CheckpointModel
 from fastclip.search.rank import top
+from fastclip.system.installed import installed_version
 
 RESULTS = Path(__file__).parent / "results" / "search.csv"
 TEXT = "a red car"

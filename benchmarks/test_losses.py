@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import DeviceLost, Gpu
-from benchmarks.gpu_case import measured, own_failures, status_row
+from benchmarks.gpu.case import measured, own_failures, status_row
+from benchmarks.gpu.device import DeviceLost, Gpu
 from benchmarks.harness import Case, Provider, Timings, append, rows
-from benchmarks.losses import FLOOR, MODES, PEER, named, setup
-from benchmarks.peak_memory import measure_in_child
+from benchmarks.losses.peak_memory import measure_in_child
+from benchmarks.losses.providers import FLOOR, MODES, PEER, named, setup
 
 
 @pytest.fixture

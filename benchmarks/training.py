@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Timings, append, machine, quantile
-from benchmarks.peak_memory import peak_of, return_what_is_freed
+from benchmarks.losses.peak_memory import peak_of, return_what_is_freed
 from fastclip.data.batch import Batch
 from fastclip.models import DualEncoder, create_model
 from fastclip.models.convert import convert
-from fastclip.training.losses import NamedLoss, named_loss
-from fastclip.training.optim import build_optimizer
-from fastclip.training.parallel import World
-from fastclip.training.step import Stepper
+from fastclip.training.ranks import World
+from fastclip.training.step.losses import NamedLoss, named_loss
+from fastclip.training.step.optim import build_optimizer
+from fastclip.training.step.update import Stepper
 
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 PEER = "open_clip"

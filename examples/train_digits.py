@@ -24,9 +24,9 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import fastclip
-from fastclip.data.digits import CLASS_NAMES, TEMPLATES
-from fastclip.data.order import Order
+from fastclip.data.loading.order import Order
 from fastclip.data.source import Record, Source
+from fastclip.data.sources.digits import CLASS_NAMES, TEMPLATES
 from fastclip.data.spec import open_source
 from fastclip.evaluation.zero_shot import class_embeddings
 from fastclip.models.embedder import load_embedder

@@ -8,17 +8,17 @@ this package needs ``import torch`` before it, or ``import fastclip.ops``.
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fastclip._lazy import lazy_names
 from fastclip._version import __version__
+from fastclip.system.lazy import lazy_names
 
 # Where torch is loaded its registered ops have to be there as well, and torch.compile meets no name it has to import.
 if TYPE_CHECKING or "torch" in sys.modules:
     from fastclip._backends import backends, build_info
-    from fastclip.loss import contrastive_loss
-    from fastclip.modules import ClipLoss, SigLipLoss
-    from fastclip.multiview import multiview_loss
-    from fastclip.sigmoid import sigmoid_loss
-    from fastclip.stats import ContrastiveStats, contrastive_stats
+    from fastclip.losses.contrastive import contrastive_loss
+    from fastclip.losses.modules import ClipLoss, SigLipLoss
+    from fastclip.losses.multiview import multiview_loss
+    from fastclip.losses.sigmoid import sigmoid_loss
+    from fastclip.losses.stats import ContrastiveStats, contrastive_stats
 
 if TYPE_CHECKING:
     from fastclip.models.config import list_models
@@ -45,21 +45,21 @@ __all__ = [
 ]
 
 _LAZY = {
-    "ClipLoss": "fastclip.modules",
-    "ContrastiveStats": "fastclip.stats",
+    "ClipLoss": "fastclip.losses.modules",
+    "ContrastiveStats": "fastclip.losses.stats",
     "DualEncoder": "fastclip.models.dual_encoder",
-    "SigLipLoss": "fastclip.modules",
+    "SigLipLoss": "fastclip.losses.modules",
     "backends": "fastclip._backends",
     "build_info": "fastclip._backends",
-    "contrastive_loss": "fastclip.loss",
-    "contrastive_stats": "fastclip.stats",
+    "contrastive_loss": "fastclip.losses.contrastive",
+    "contrastive_stats": "fastclip.losses.stats",
     "create_model": "fastclip.models.factory",
     "create_model_and_transforms": "fastclip.models.factory",
     "get_tokenizer": "fastclip.models.factory",
     "list_models": "fastclip.models.config",
     "load_image_transform": "fastclip.models.factory",
-    "multiview_loss": "fastclip.multiview",
-    "sigmoid_loss": "fastclip.sigmoid",
+    "multiview_loss": "fastclip.losses.multiview",
+    "sigmoid_loss": "fastclip.losses.sigmoid",
 }
 _find = lazy_names(globals(), _LAZY)
 

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-from fastclip import _env, machine
 from fastclip._backends import backends, build_info, pick
-from fastclip._backends.mending import mending
-from fastclip.cores import contended
-from fastclip.installed import installed_version
+from fastclip._backends.advice import mending
 from fastclip.parity.compare import Row, alone
+from fastclip.system import env, machine
+from fastclip.system.cores import contended
+from fastclip.system.installed import installed_version
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
 
@@ -134,7 +134,7 @@ def _served() -> Iterator[Finding]:
             except ValueError as error:  # it names none: what follows would say the same
                 yield Finding("served by", name, str(error), "fault", unset)
                 return
-            if chosen == "reference" and _env.backend() != "reference":
+            if chosen == "reference" and env.backend() != "reference":
                 dense = "reference: the N x N similarities are stored"
                 yield _finding("served by", name, dense, "see the backends above: a fused one is missing")
             else:
@@ -142,16 +142,16 @@ def _served() -> Iterator[Finding]:
 
 
 def _environment() -> Iterator[Finding]:
-    for name, value in _env.in_effect().items():
+    for name, value in env.in_effect().items():
         state = advice = ""
-        if name.startswith("FASTCLIP_") and name not in _env.OWN + _env.OF_BUILDS:
-            close = difflib.get_close_matches(name, _env.OWN, 1)
+        if name.startswith("FASTCLIP_") and name not in env.OWN + env.OF_BUILDS:
+            close = difflib.get_close_matches(name, env.OWN, 1)
             state, advice = "warning", f"fastclip does not read it{'; is ' + close[0] + ' meant?' if close else ''}"
         elif name == "TRITON_INTERPRET" and value != "0":
             state, advice = "warning", "unset it: Triton's kernels run as Python on the CPU, to be looked at"
         elif name == "FASTCLIP_WORKSPACE_MB":
             try:
-                _env.workspace_bytes()
+                env.workspace_bytes()
             except ValueError as error:
                 state, advice = "fault", str(error)
         yield Finding("environment", name, value, state, advice)
@@ -179,7 +179,7 @@ def _processor() -> Finding:
         advice = f"OMP_NUM_THREADS={whole}: this process may use {cores:g} cores, more threads wait for each other"
         return _finding("machine", "processor", value, advice)
     note = ""  # no warning: somebody may want it so
-    if threads < whole and "OMP_NUM_THREADS" in _env.in_effect():
+    if threads < whole and "OMP_NUM_THREADS" in env.in_effect():
         note = "unset OMP_NUM_THREADS, which keeps torch from the other cores"
     elif contended(threads):
         note = "busy: commands set OMP_WAIT_POLICY=PASSIVE, so that threads sleep while they wait; your own value stays"
@@ -187,7 +187,7 @@ def _processor() -> Finding:
 
 
 def _cache() -> Finding:
-    folder = _env.cache_folder()
+    folder = env.cache_folder()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())  # it may not be made yet
     free = shutil.disk_usage(existing).free
     value, advice = f"{folder}, {free / _GIB:.1f} GiB free", ""

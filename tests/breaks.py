@@ -2,7 +2,7 @@
 
     python tests/breaks.py                            every break of every promise
     python tests/breaks.py memory fork                those whose text has one of the words
-    python tests/breaks.py --file fastclip/loss.py    those of a file: it is broken, or its tests must notice
+    python tests/breaks.py --file fastclip/losses/stats.py  those of a file: it is broken, or its tests must notice
     python tests/breaks.py --since HEAD~3             those of the files that changed since a revision
     python tests/breaks.py --list ...                 print them, with the command that runs their tests
     python tests/breaks.py --write                    write docs/promises.md from the table

@@ -70,7 +70,7 @@ def embedder() -> Any:
     """ViT-tiny, whose random weights are the same in every module, with its tokenizer."""
     from fastclip.models import create_model
     from fastclip.models.embedder import Embedder
-    from fastclip.models.tokenizer import ClipTokenizer
+    from fastclip.models.tokenizers.clip import ClipTokenizer
 
     torch.manual_seed(0)
     return Embedder(create_model("ViT-tiny"), ClipTokenizer(), name="ViT-tiny")

@@ -25,7 +25,7 @@ from fastclip.triton_kernels.launch import (
 )
 from torch import Tensor
 
-from fastclip import _env
+from fastclip.system import env
 
 __all__ = [
     "ALIGNMENT",
@@ -200,7 +200,7 @@ def _padded(size: int) -> int:
 
 def block_size(x: Tensor, M: int, N: int, D: int) -> tuple[int, int]:
     """Rows and columns, whole tiles, of the blocks of weights for features like `x`: each fits into the workspace."""
-    weights = _env.workspace_bytes("cuda") // x.element_size()
+    weights = env.workspace_bytes("cuda") // x.element_size()
     # The product with the texts fills whole waves of processors with its tiles of 128 x 256
     wave = max(processors(x.device) // cdiv(D, 256), 1) * ALIGNMENT
     # Columns are cut where not nearly a wave of rows would fit: idle processors cost more than one more addition to the

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastclip import _env
+from fastclip.system import env
 
 __all__ = [
     "BwdSide",
@@ -291,7 +291,7 @@ def panels_of(tiles: Sequence[Config], M: int, N: int, planes: int) -> tuple[int
     of it, of tiles of these kinds."""
     row_bytes = 8 * planes * max(cdiv(N, tile.BLOCK_N) + N / tile.BLOCK_M for tile in tiles)
     step = max(tile.BLOCK_M for tile in tiles)  # whole tiles of every kind: BLOCK_M are powers of two
-    panel = min(max(int(_env.workspace_bytes("cuda") / row_bytes) // step, 1) * step, M)
+    panel = min(max(int(env.workspace_bytes("cuda") / row_bytes) // step, 1) * step, M)
     return panel, max(cdiv(N, tile.BLOCK_N) for tile in tiles), max(cdiv(panel, tile.BLOCK_M) for tile in tiles)
 
 

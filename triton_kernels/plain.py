@@ -30,7 +30,7 @@ from fastclip.triton_kernels.sequence import Base, Sequence
 from fastclip.triton_kernels.tile import CONSTANTS
 from torch import Tensor
 
-from fastclip import _env
+from fastclip.system import env
 
 __all__ = ["plain_bwd", "plain_fwd", "plain_saved"]
 
@@ -152,7 +152,7 @@ def plain_fwd(
 
     One launch more for features that are not normalised, and one for rows that the products cannot take as they lie.
     """
-    plan, image, text = plan_of(_Plan, image, text, scale, (normalize,), _env.workspace_bytes("cuda"))
+    plan, image, text = plan_of(_Plan, image, text, scale, (normalize,), env.workspace_bytes("cuda"))
     N, D, pairs, at = plan.N, plan.D, plan.pair_programs, plan.fwd_work
     new = image.new_empty
     saved, loss = new(plan.saved, dtype=torch.float32), new((), dtype=torch.float32)

@@ -11,7 +11,7 @@ from fastclip.triton_kernels import launch
 from fastclip.triton_kernels.launch import cdiv, with_rows
 from torch import Tensor
 
-from fastclip import _env
+from fastclip.system import env
 
 __all__ = ["cut", "plan_of", "remember"]
 
@@ -60,5 +60,5 @@ def plan_of(
     except KeyError:
         pass
     plan = make(image, text, *about)
-    remember(key, (_env.workspace_bytes("cuda"), plan))
+    remember(key, (env.workspace_bytes("cuda"), plan))
     return plan, image, text

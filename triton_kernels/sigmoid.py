@@ -35,7 +35,7 @@ from fastclip.triton_kernels.sigmoid_fwd import (
 from fastclip.triton_kernels.tile import CONSTANTS
 from torch import Tensor
 
-from fastclip import _env
+from fastclip.system import env
 
 __all__ = ["sigmoid_bwd", "sigmoid_fwd"]
 
@@ -217,7 +217,7 @@ def sigmoid_fwd(
     needs_image, needs_text, needs_scale, needs_bias = needs = tuple(needs)
     if tiles is None:
         about = normalize, needs, dtype
-        plan, image, text = plan_of(_Plan, image, text, scale, about, _env.workspace_bytes("cuda"))
+        plan, image, text = plan_of(_Plan, image, text, scale, about, env.workspace_bytes("cuda"))
     else:
         image, text = with_rows(image), with_rows(text)
         plan = _Plan(image, text, normalize, needs, dtype, tiles)

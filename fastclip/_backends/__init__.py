@@ -22,12 +22,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastclip import _env
 from fastclip._backends import cpu, cuda, reference, triton
-from fastclip._backends.mending import mending
+from fastclip._backends.advice import mending
 from fastclip._backends.problem import DTYPES, FUSED_DTYPES, Problem
 from fastclip._version import __version__
-from fastclip.installed import installed_version
+from fastclip.system import env
+from fastclip.system.installed import installed_version
 
 __all__ = ["DTYPES", "FUSED_DTYPES", "backends", "build_info", "check_name", "pick", "serving", "serving_pairs"]
 
@@ -74,7 +74,7 @@ def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
     automatic choice falls through to the next.
     """
     if name is None:
-        name = _env.backend()
+        name = env.backend()
     if name is not None:
         check_name(name)
         module = _BACKENDS[name]
@@ -103,7 +103,7 @@ def serving_pairs(name: str | None, image: Tensor) -> ModuleType:
     """`serving` of features that are not empty."""
     module = pick(name, image)[1]
     if (
-        module is reference and (name or _env.backend()) is None and image.dtype in FUSED_DTYPES
+        module is reference and (name or env.backend()) is None and image.dtype in FUSED_DTYPES
     ):  # float64 is the reference's, as documented
         _warn_of_reference(image)
     return module

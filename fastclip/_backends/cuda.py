@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip import _env
 from fastclip._backends import triton
 from fastclip._backends.native import address, load
 from fastclip._backends.problem import Problem, SideGrads, Sides
 from fastclip._backends.reference import saved_dtype
+from fastclip.system import env
 
 __all__ = [
     "build",
@@ -231,7 +231,7 @@ def _plain(
     image, image_rows, *i = _side(image, copied, width)
     text, text_rows, *t = _side(text, copied, width)
     stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
-    workspace, processors = _env.workspace_bytes("cuda"), _processors(device)
+    workspace, processors = env.workspace_bytes("cuda"), _processors(device)
     features = (i[0], t[0], i[1], t[1], i[2], t[2], i[3], t[3], N, D, half, normalize)
     problem = (*features, scale.data_ptr(), image_weight, workspace, processors, device, stream)
     return image, text, image_rows, text_rows, problem, _sizes(N, D, workspace, processors)

@@ -11,8 +11,8 @@ import torch
 
 from fastclip._backends.cpu import native
 from fastclip._version import __version__
-from fastclip.installed import installed_version
-from fastclip.machine import nvidia_smi, processor
+from fastclip.system.installed import installed_version
+from fastclip.system.machine import nvidia_smi, processor
 
 __all__ = ["about_cpu", "about_gpu"]
 

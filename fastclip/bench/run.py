@@ -14,11 +14,11 @@ from fastclip._backends import backends, pick
 from fastclip.bench.about import about_cpu, about_gpu
 from fastclip.bench.harness import Case, Provider, Step, Timings, rows, wall_clock
 from fastclip.bench.losses import DENSE, CheckFailed, Loss, check_one, leaves_of, step_of
-from fastclip.loss import contrastive_loss
-from fastclip.machine import available_bytes
+from fastclip.losses.contrastive import contrastive_loss
+from fastclip.losses.sigmoid import sigmoid_loss
 from fastclip.parity.compare import open_clip_loss
 from fastclip.parity.truth import blockwise_truth
-from fastclip.sigmoid import sigmoid_loss
+from fastclip.system.machine import available_bytes
 
 __all__ = ["Measured", "columns", "measure", "table"]
 

@@ -8,7 +8,6 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fastclip._env import let_threads_sleep
 from fastclip._version import __version__
 from fastclip.cli import (
     bench,
@@ -29,6 +28,7 @@ from fastclip.cli import (
 )
 from fastclip.cli.ending import Terminated, message_of, sigterm_raises
 from fastclip.cli.printing import LogLines, complain, leave_stdout, prepare_streams
+from fastclip.system.env import let_threads_sleep
 
 __all__ = ["main"]
 

@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from fastclip.models.convert import check_target, convert, is_file_target
     from fastclip.models.embedder import load_model
-    from fastclip.owner import output_path
+    from fastclip.system.owner import output_path
 
     check_target(output_path(args.target), args.to)
     lock = owned_files if is_file_target(output_path(args.target)) else owned_output

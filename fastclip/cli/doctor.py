@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _doctor(args: argparse.Namespace) -> int:
     from fastclip.doctor import diagnose
-    from fastclip.durable import write_json
+    from fastclip.system.durable import write_json
 
     with owned_files(args, "json"):
         diagnosis = diagnose()

@@ -29,9 +29,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def _embed(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from fastclip.data.folder import Uncaptioned
+    from fastclip.curation.embed import embed_source
+    from fastclip.data.sources.folder import Uncaptioned
     from fastclip.data.spec import open_pictures
-    from fastclip.search.embed import embed_source
 
     options = {name: getattr(args, name) for name in ("dtype", "samples_per_file", "batch_size", "workers")}
     with owned_output(args):

@@ -40,10 +40,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 def _filter(args: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from fastclip.curation.filter import filter_source
     from fastclip.data.spec import open_source
     from fastclip.evaluation.results import table
-    from fastclip.owner import check_writable
-    from fastclip.search.filter import filter_source
+    from fastclip.system.owner import check_writable
 
     options = {
         name: getattr(args, name) for name in ("threshold", "dedup", "samples_per_shard", "batch_size", "workers")

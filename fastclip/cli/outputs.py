@@ -25,12 +25,12 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def owned_output(args: argparse.Namespace, name: str = "output") -> Iterator[None]:
-    """Own the folder that the option `name` gives, which is there inside, and a Path (`fastclip.owner`).
+    """Own the folder that the option `name` gives, which is there inside, and a Path (`fastclip.system.owner`).
 
     Raises:
         OSError, ValueError: it cannot be, is another command's, or as `check_folder` says; it is named.
     """
-    from fastclip.owner import owned
+    from fastclip.system.owner import owned
 
     folder = getattr(args, name)
     check_folder(folder, _given(args, _DATA))
@@ -46,7 +46,7 @@ def owned_files(args: argparse.Namespace, *names: str) -> Iterator[None]:
     Raises:
         OSError, ValueError: one cannot be, is another command's, or is a file that this command reads; it is named.
     """
-    from fastclip.owner import output_path, owned_file
+    from fastclip.system.owner import output_path, owned_file
 
     options: dict[str, str] = {}  # by the file that they give
     with ExitStack() as stack:
@@ -65,7 +65,7 @@ def owned_files(args: argparse.Namespace, *names: str) -> Iterator[None]:
 
 def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str = "--output") -> None:
     """Raise ValueError if `output` is one of `inputs`: Paths, or data as of ``fastclip train --data``."""
-    from fastclip.owner import output_path
+    from fastclip.system.owner import output_path
 
     if not (path := output_path(output)).exists():
         return
@@ -77,7 +77,7 @@ def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str
 def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--output") -> None:
     """Raise ValueError if the folder `output` is one of `data`, or would be a class of data with a folder a class."""
     from fastclip.data.spec import spec_places
-    from fastclip.owner import output_path
+    from fastclip.system.owner import output_path
 
     check_apart(output, data, option=option)
     path = Path(os.path.realpath(output_path(output)))
@@ -91,7 +91,7 @@ def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--ou
 def _class_folders(folder: Path) -> set[str]:
     """Return the names of the folders in a folder of classes: each picture lies in one, and none has captions."""
     from fastclip.data.files import subfolders
-    from fastclip.data.folder import pictures
+    from fastclip.data.sources.folder import pictures
 
     if any(file.captioned or not os.path.dirname(file.name) for file in pictures(folder, links=[])):
         return set()
@@ -106,8 +106,8 @@ def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:
     """
     if not file.is_file() or not (data := list(data)):
         return
-    from fastclip.data.folder import is_picture
     from fastclip.data.picture import is_drawn
+    from fastclip.data.sources.folder import is_picture
 
     places = [place for place in _places(data) if os.path.exists(place)]
     folders = {os.path.realpath(place if place.is_dir() else place.parent) for place in places}

@@ -32,7 +32,7 @@ def _report(args: argparse.Namespace) -> int:
     import logging
     from pathlib import Path
 
-    from fastclip.evaluation.report.page import write_report
+    from fastclip.report.page import write_report
 
     logging.getLogger("fastclip").setLevel(logging.INFO)
     names = ("output", "data", "checkpoint", "results", "max_samples", "batch_size", "workers")

@@ -13,8 +13,8 @@ from fastclip.cli.outputs import add_force, check_apart, owned_files
 from fastclip.cli.pictures import add_max_pixels
 from fastclip.cli.printing import complain, lone_names
 from fastclip.cli.words import words_in_any_order
-from fastclip.cores import usable_cores
 from fastclip.data.faults import shown
+from fastclip.system.cores import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -138,7 +138,7 @@ def _print(matches: Sequence[Match], args: argparse.Namespace) -> None:
         lone_names([("" if alone else f"{match.score:.4f}\t", match.path) for match in matches], print0=args.print0)
     if not matches or not (args.preview or args.sheet):
         return
-    from fastclip.search.sheet import contact_sheet, most_tiles, terminal_picture
+    from fastclip.search.contact_sheet import contact_sheet, most_tiles, terminal_picture
 
     if args.sheet and len(matches) > (most := most_tiles(args.sheet.suffix)):
         counts = f"the first {most:,} of {len(matches):,} pictures"
@@ -152,14 +152,14 @@ def _print(matches: Sequence[Match], args: argparse.Namespace) -> None:
         from PIL import Image
 
         from fastclip.data.picture import drawn
-        from fastclip.durable import new_file
+        from fastclip.system.durable import new_file
 
         with new_file(args.sheet) as half:
             sheet.save(half, Image.registered_extensions()[args.sheet.suffix.lower()], exif=drawn())
     if args.preview:
         import shutil
 
-        from fastclip import _env
+        from fastclip.system import env
 
         columns = min(shutil.get_terminal_size().columns, 120)
-        sys.stderr.write(terminal_picture(sheet, protocol=_env.terminal_protocol(), columns=columns))
+        sys.stderr.write(terminal_picture(sheet, protocol=env.terminal_protocol(), columns=columns))

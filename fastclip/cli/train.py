@@ -15,8 +15,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fastclip._env import launched
     from fastclip.cli.outputs import check_folder
+    from fastclip.system.env import launched
     from fastclip.training.options import parse_options
 
     options = parse_options(args.words)

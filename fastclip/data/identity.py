@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 from fastclip.data.faults import BadSample
 from fastclip.data.files import file_state
-from fastclip.data.mixture import Mixture
-from fastclip.data.order import spread
+from fastclip.data.loading.order import spread
 from fastclip.data.source import Record, Source, picture_place, read_sample
-from fastclip.data.subset import Subset
-from fastclip.data.table import Table
+from fastclip.data.sources.mixture import Mixture
+from fastclip.data.sources.subset import Subset
+from fastclip.data.sources.table import Table
 
 __all__ = ["fingerprint", "one_a_picture", "picture_places", "picture_states"]
 
@@ -31,7 +31,7 @@ def picture_places(source: Source) -> Iterator[tuple[str, str]]:
 def picture_states(source: Source) -> Iterator[str]:
     """Yield a text for each sample that changes when its picture does: the place, and size and time of the file.
 
-    For keys of what is kept from one call to the next (`fastclip.evaluation.features.FeatureStore`). Costs a look at
+    For keys of what is kept from one call to the next (`fastclip.embedding.features.FeatureStore`). Costs a look at
     each file's entry, and reads none.
     """
     for file, inside, state in _files(source):

@@ -17,15 +17,15 @@ from PIL import Image
 from torch.utils.data import BatchSampler, Dataset
 
 from fastclip.data.faults import BadSample, Fault, Tally
+from fastclip.data.loading.watchdog import Watch
+from fastclip.data.loading.workers import load, naming_dead_workers
 from fastclip.data.picture import older_limit, picture_formats
-from fastclip.data.quiet import quietly
+from fastclip.data.pillow_warnings import quietly
 from fastclip.data.source import Record, Source, picture_bytes, sample_fields, sample_stamp
 from fastclip.data.spec import absolute_spec
-from fastclip.data.watch import Watch
-from fastclip.data.workers import load, naming_dead_workers
-from fastclip.durable import new_file, write_json
-from fastclip.owner import owning
-from fastclip.reading import read_json
+from fastclip.system.durable import new_file, write_json
+from fastclip.system.owner import owning
+from fastclip.system.reading import read_json
 
 __all__ = ["Packed", "pack_source"]
 
@@ -72,7 +72,7 @@ def pack_source(
     Raises:
         ValueError: an option is out of range, `output` holds shards of another source or with other options, or no
             sample can be used.
-        OSError: a file cannot be read or written, or another process owns the folder (`fastclip.owner`).
+        OSError: a file cannot be read or written, or another process owns the folder (`fastclip.system.owner`).
         ChildProcessError: a worker was killed.
     """
     if samples_per_shard < 1 or (image_size is not None and image_size < 1) or not 1 <= quality <= 95 or workers < 0:

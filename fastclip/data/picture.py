@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastclip.data.faults import BadSample
 from fastclip.data.files import open_file
-from fastclip.data.quiet import quietly
+from fastclip.data.pillow_warnings import quietly
 
 __all__ = [
     "PICTURE_SUFFIXES",

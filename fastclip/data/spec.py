@@ -12,18 +12,18 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
-from fastclip.data import imagenet
-from fastclip.data.class_names import join_names
-from fastclip.data.classes import ClassFolder
-from fastclip.data.columns import UNNAMED, Named, named_columns
+from fastclip.data.classes import imagenet
+from fastclip.data.classes.names import join_names
+from fastclip.data.classes.prompts import read_class_names
 from fastclip.data.faults import noting
 from fastclip.data.files import log_links, subfolders, tar_files
-from fastclip.data.folder import Folder, NoCaptions, Uncaptioned, pictures
-from fastclip.data.karpathy import Karpathy, absolute_split, is_split_file, split_places
-from fastclip.data.mixture import Mixture
-from fastclip.data.prompts import read_class_names
 from fastclip.data.source import Source
-from fastclip.data.table import Table
+from fastclip.data.sources.classes import ClassFolder
+from fastclip.data.sources.columns import UNNAMED, Named, named_columns
+from fastclip.data.sources.folder import Folder, NoCaptions, Uncaptioned, pictures
+from fastclip.data.sources.karpathy import Karpathy, absolute_split, is_split_file, split_places
+from fastclip.data.sources.mixture import Mixture
+from fastclip.data.sources.table import Table
 
 __all__ = ["absolute_spec", "holds_shards", "open_labelled", "open_pictures", "open_source", "spec_places"]
 
@@ -83,7 +83,7 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
     """Open samples with classes: a `ClassFolder`, or any source of `open_source` that has classes.
 
     Args:
-        classes: their names: a file of one a line, or one of `fastclip.data.imagenet.SETS`; default: the data's own.
+        classes: their names: a file of one a line, or one of `imagenet.SETS`; default: the data's own.
             They go with the data's classes by name (`join_names`); numbers in ``.cls`` files, whose classes have no
             names, are places in the list.
         held_out: as `open_source`'s.
@@ -160,7 +160,7 @@ def _places(name: str) -> list[Path]:
     places = [Path(name), *split_places(name)]
     if name.endswith(".tar") and not os.path.isfile(places[0]):
         with suppress(ImportError, ValueError):  # nothing that can be read as shards, or finds any
-            from fastclip.data.shards import shard_paths
+            from fastclip.data.shards.source import shard_paths
 
             places += map(Path, shard_paths(name, []))
     return places
@@ -257,13 +257,13 @@ def _naming_library(needs: str) -> Iterator[None]:
 
 def _digits(held_out: bool) -> Source:
     with _naming_library("the digits come with"):
-        from fastclip.data.digits import DigitsSource
+        from fastclip.data.sources.digits import DigitsSource
     return DigitsSource(held_out=held_out)
 
 
 def _shards(whole: str, spec: str, class_names: Sequence[str], caption: str, problems: list[str] | None) -> Source:
     with _naming_library("tar shards need"):
-        from fastclip.data.shards import Shards, shard_paths
+        from fastclip.data.shards.source import Shards, shard_paths
     folder = Path(spec)
     paths = list(map(str, tar_files(folder))) if os.path.isdir(folder) else shard_paths(spec, problems)
     return Shards(whole, paths, class_names=class_names, caption=caption, problems=problems)
@@ -271,8 +271,8 @@ def _shards(whole: str, spec: str, class_names: Sequence[str], caption: str, pro
 
 def _remote(whole: str, spec: str, class_names: Sequence[str], caption: str, problems: list[str] | None) -> Source:
     with _naming_library("shards behind URLs need"):
-        from fastclip.data.remote import local_copies, shard_urls
-        from fastclip.data.shards import Shards
+        from fastclip.data.shards.remote import local_copies, shard_urls
+        from fastclip.data.shards.source import Shards
     copies = local_copies(shard_urls(spec), problems)
     names = list(copies)
     return Shards(whole, [*copies.values()], names, class_names=class_names, caption=caption, problems=problems)
@@ -280,7 +280,7 @@ def _remote(whole: str, spec: str, class_names: Sequence[str], caption: str, pro
 
 def _hub(whole: str, spec: str, columns: Named) -> Source:
     with _naming_library(f"{spec} needs"):
-        from fastclip.data.hub import HubSource
+        from fastclip.data.sources.hub import HubSource
     return HubSource(whole, spec, columns=columns)
 
 

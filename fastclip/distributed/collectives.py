@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.ops.second import TAGS
+from fastclip.ops.backward import TAGS
 
 __all__ = ["all_gather", "before_group", "exchange_columns", "gather_rows", "resolve", "sum_over_ranks"]
 

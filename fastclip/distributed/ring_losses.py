@@ -12,8 +12,8 @@ from fastclip._backends import reference
 from fastclip._backends.problem import Problem, Side, SideGrads, Sides
 from fastclip.distributed.ring import Ring, Sums
 from fastclip.ops import merge_logsumexp
+from fastclip.ops.backward import TAGS, keep, kept
 from fastclip.ops.contrastive import PROBLEM, arguments, by_side, derivatives, flat, problem_of
-from fastclip.ops.second import TAGS, keep, kept
 from fastclip.ops.sigmoid import PAIRS, Pairs
 
 __all__ = ["ring_sigmoid_pairs", "ring_statistics"]

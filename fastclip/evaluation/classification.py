@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.data.faults import Tally
-from fastclip.data.loader import evaluation_batches
+from fastclip.data.loading.batches import evaluation_batches
 from fastclip.data.source import Source
-from fastclip.evaluation.features import ImageFeatures
+from fastclip.embedding.features import ImageFeatures
 from fastclip.evaluation.retrieval import best_ranks, first_best, least_alike, recall, unit_rows
 from fastclip.models.classifier import ImageClassifier
 from fastclip.models.embedder import Embedder
-from fastclip.progress import Progress
+from fastclip.system.progress import Progress
 
 __all__ = [
     "class_ranks",

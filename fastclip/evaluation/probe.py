@@ -18,13 +18,13 @@ from sklearn.model_selection import train_test_split
 from timm.models.byobnet import ByobNet
 from torch import Tensor
 
-from fastclip.data.class_names import shown_names
+from fastclip.data.classes.names import shown_names
 from fastclip.data.identity import picture_places, picture_states
 from fastclip.data.source import Source
+from fastclip.embedding.features import FeatureStore, image_features, resumable
 from fastclip.evaluation.classification import classification_metrics, labelled, score_ranks
-from fastclip.evaluation.features import FeatureStore, image_features, resumable
 from fastclip.models.embedder import Embedder
-from fastclip.progress import Progress
+from fastclip.system.progress import Progress
 
 __all__ = ["Probe", "TowerEmbedder", "linear_probe", "sweep"]
 
@@ -85,7 +85,7 @@ def linear_probe(
         val: default: a fifth of `train`, every class's share alike, drawn by `seed`.
         features: "tower", as the paper's; or "embedding", the unit vectors, as CLIP_benchmark's.
         metric: that lambda is chosen by.
-        batch_size, workers, progress: as `fastclip.evaluation.features.image_features`'s.
+        batch_size, workers, progress: as `fastclip.embedding.features.image_features`'s.
         stores: gets what is kept to go on after a stop, pictures and fits; clear them when the result is written.
 
     Raises:

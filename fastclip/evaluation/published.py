@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastclip.data.classes import SPLITS
+from fastclip.data.sources.classes import SPLITS
 
 __all__ = ["MEAN_PER_CLASS", "RETRIEVAL", "TOP1", "ZERO_SHOT", "top1", "top1_dataset"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastclip.durable import new_file, write_text
+from fastclip.system.durable import new_file, write_text
 
 __all__ = ["result", "table", "write_lines", "write_results"]
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.progress import Progress
-from fastclip.rounding import ceil_div
-from fastclip.ties import TIE
+from fastclip.losses.ties import TIE
+from fastclip.system.progress import Progress
+from fastclip.system.rounding import ceil_div
 
 __all__ = [
     "best_ranks",

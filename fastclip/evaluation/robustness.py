@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastclip.data import imagenet
-from fastclip.data.classes import ClassFolder
-from fastclip.data.prompts import read_templates
-from fastclip.durable import write_bytes
-from fastclip.evaluation.features import FeatureStore
+from fastclip.data.classes import imagenet
+from fastclip.data.classes.prompts import read_templates
+from fastclip.data.sources.classes import ClassFolder
+from fastclip.embedding.features import FeatureStore
 from fastclip.evaluation.published import ZERO_SHOT
 from fastclip.evaluation.zero_shot import class_embeddings, zero_shot
 from fastclip.models.embedder import Embedder
+from fastclip.system.durable import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ _LEAST = 0.001  # accuracy at which the plot ends, as a logit axis has no 0
 
 class DataSet(NamedTuple):
     title: str
-    classes: str  # those its pictures are classified among, one of `fastclip.data.imagenet.SETS`
+    classes: str  # those its pictures are classified among, one of `fastclip.data.classes.imagenet.SETS`
     source: str
 
 

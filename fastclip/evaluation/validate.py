@@ -13,13 +13,13 @@ from torch import Tensor
 
 from fastclip.data.faults import Tally
 from fastclip.data.identity import one_a_picture
-from fastclip.data.loader import evaluation_batches
+from fastclip.data.loading.batches import evaluation_batches
 from fastclip.data.source import Source, class_captions
-from fastclip.data.subset import evenly
+from fastclip.data.sources.subset import evenly
 from fastclip.distributed import check_group, gather_rows
 from fastclip.evaluation.classification import class_ranks, mean_directions
 from fastclip.evaluation.retrieval import recall, retrieval_recalls, unit_rows
-from fastclip.rounding import ceil_div
+from fastclip.system.rounding import ceil_div
 
 __all__ = ["Texts", "metrics_of", "texts_of", "validate"]
 

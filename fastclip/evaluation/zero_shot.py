@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastclip.data.class_names import shown_names
+from fastclip.data.classes.names import shown_names
+from fastclip.data.classes.prompts import read_templates
 from fastclip.data.identity import picture_states
-from fastclip.data.prompts import read_templates
 from fastclip.data.source import Source
+from fastclip.embedding.features import FeatureStore, image_features, resumable, text_features
 from fastclip.evaluation.classification import (
     class_ranks,
     classification_metrics,
@@ -21,7 +22,6 @@ from fastclip.evaluation.classification import (
     mistakes,
     predicted_classes,
 )
-from fastclip.evaluation.features import FeatureStore, image_features, resumable, text_features
 from fastclip.evaluation.results import result
 from fastclip.evaluation.retrieval import check_finite
 from fastclip.models.embedder import Embedder
@@ -60,7 +60,7 @@ def zero_shot(
         templates: captions with ``{}`` in place of a class name.
         classes: (C, D), the `class_embeddings`; default: they are computed.
         dataset, pretrained: what the result calls the source and the weights.
-        batch_size, workers, progress: as `fastclip.evaluation.features.image_features`'s.
+        batch_size, workers, progress: as `fastclip.embedding.features.image_features`'s.
         stores: gets what is kept to go on after a stop; clear them when the result is written.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fastclip._lazy import lazy_names
+from fastclip.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastclip.integrations.open_clip import patch_open_clip

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from fastclip.integrations.patching import Calls, check_same_loss, check_version, original, replace
-from fastclip.loss import contrastive_loss
-from fastclip.modules import clip_loss, siglip_loss
-from fastclip.sigmoid import sigmoid_loss
+from fastclip.losses.contrastive import contrastive_loss
+from fastclip.losses.modules import clip_loss, siglip_loss
+from fastclip.losses.sigmoid import sigmoid_loss
 
 __all__ = ["patch_open_clip"]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastclip.distributed import check_group
 from fastclip.integrations.patching import Calls, check_same_loss, check_version, original, replace
-from fastclip.loss import contrastive_loss
-from fastclip.sigmoid import sigmoid_loss
+from fastclip.losses.contrastive import contrastive_loss
+from fastclip.losses.sigmoid import sigmoid_loss
 
 __all__ = ["patch_transformers"]
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastclip.durable import write_json
+from fastclip.models.checkpoints.writing import CLASSES, CLASSIFIER_FILES, HEAD, new_model, write_weights
 from fastclip.models.dual_encoder import DualEncoder
-from fastclip.models.writing import CLASSES, CLASSIFIER_FILES, HEAD, new_model, write_weights
-from fastclip.reading import read_json, read_tensors
+from fastclip.system.durable import write_json
+from fastclip.system.reading import read_json, read_tensors
 
 __all__ = ["ImageClassifier", "load_classifier", "save_classifier"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from fastclip.reading import read_json
+from fastclip.system.reading import read_json
 
 __all__ = [
     "BertConfig",

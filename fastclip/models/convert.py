@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastclip.durable import new_file, write_bytes, write_json
+from fastclip.models.checkpoints.huggingface import write_huggingface_config
+from fastclip.models.checkpoints.parameter_names import map_names, to_form
+from fastclip.models.checkpoints.writing import HUGGINGFACE_FILES, OPEN_CLIP_FILES, OWN_FILES, new_model, write_weights
 from fastclip.models.config import OPEN_CLIP_PREPROCESS, BertConfig, EfficientNetConfig, ModelConfig
-from fastclip.models.conversion import map_names, to_form
 from fastclip.models.dual_encoder import DualEncoder
-from fastclip.models.huggingface import write_huggingface_config
 from fastclip.models.processor import PROCESSOR_FILES
-from fastclip.models.vocabulary import TOKENIZER_FILES, VOCABULARY
-from fastclip.models.writing import HUGGINGFACE_FILES, OPEN_CLIP_FILES, OWN_FILES, new_model, write_weights
+from fastclip.models.tokenizers.vocabulary import TOKENIZER_FILES, VOCABULARY
+from fastclip.system.durable import new_file, write_bytes, write_json
 
 __all__ = ["FORMS", "check_target", "convert", "is_file_target"]
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastclip._lazy import uncollected
-from fastclip.durable import write_bytes, write_json
+from fastclip.models.checkpoints.writing import CONFIG, OWN_FILES, WEIGHTS, new_model, write_weights
 from fastclip.models.config import BertConfig, ModelConfig
 from fastclip.models.loading import describe_misfit, load_weights, resolve
-from fastclip.models.vocabulary import VOCABULARY, is_file_name, vocabulary_beside
-from fastclip.models.writing import CONFIG, OWN_FILES, WEIGHTS, new_model, write_weights
+from fastclip.models.tokenizers.vocabulary import VOCABULARY, is_file_name, vocabulary_beside
+from fastclip.system.durable import write_bytes, write_json
+from fastclip.system.lazy import uncollected
 
 __all__ = ["DualEncoder", "MAX_LOG_SCALE", "build_model", "create_model"]
 
@@ -264,7 +264,7 @@ def create_model(
 def build_model(config: ModelConfig, *, device: torch.device | str = "cpu") -> DualEncoder:
     """Return a model of `config` with new weights."""
     with uncollected():  # and outside of torch.device, which tensors of timm would obey
-        from fastclip.models.towers import image_tower, text_tower
+        from fastclip.models.towers.build import image_tower, text_tower
 
     with torch.device(device), _default_dtype(torch.float32):
         return DualEncoder(

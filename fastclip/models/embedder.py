@@ -17,9 +17,9 @@ from torch import Tensor
 from fastclip.models.config import mapping
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.models.factory import create_model, tokenizer_of
-from fastclip.models.tokenizer import texts_of
+from fastclip.models.tokenizers.clip import texts_of
 from fastclip.models.transforms import image_transform
-from fastclip.reading import read_json
+from fastclip.system.reading import read_json
 
 __all__ = ["Embedder", "load_embedder", "load_model"]
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from fastclip.models.config import BertConfig, ModelConfig
 from fastclip.models.dual_encoder import DualEncoder, create_model
 from fastclip.models.loading import named_config
-from fastclip.models.tokenizer import ClipTokenizer
+from fastclip.models.tokenizers.clip import ClipTokenizer
+from fastclip.models.tokenizers.vocabulary import is_file_name
+from fastclip.models.tokenizers.wordpiece import BertTokenizer
 from fastclip.models.transforms import image_transform
-from fastclip.models.vocabulary import is_file_name
-from fastclip.models.wordpiece import BertTokenizer
 
 if TYPE_CHECKING:
     from torchvision.transforms import Compose

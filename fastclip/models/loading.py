@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastclip.models.checkpoint import Checkpoint, read_checkpoint, read_config
+from fastclip.models.checkpoints.parameter_names import Mapped, map_names
+from fastclip.models.checkpoints.reading import Checkpoint, read_checkpoint, read_config
 from fastclip.models.config import (
     OPEN_CLIP_PREPROCESS,
     BertConfig,
@@ -25,7 +26,6 @@ from fastclip.models.config import (
     list_models,
     load_config,
 )
-from fastclip.models.conversion import Mapped, map_names
 
 __all__ = ["describe_misfit", "load_weights", "named_config", "resolve"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, NamedTuple
 
-from fastclip.durable import write_json
 from fastclip.models.config import PreprocessConfig, mapping
-from fastclip.reading import read_json
+from fastclip.system.durable import write_json
+from fastclip.system.reading import read_json
 
 __all__ = ["PROCESSOR_FILES", "ImageProcessor", "read_image_processor", "write_image_processor"]
 

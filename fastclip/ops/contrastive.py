@@ -1,7 +1,7 @@
 """``fastclip::contrastive_fwd``, ``contrastive_bwd`` and ``contrastive_maxima`` as torch ops.
 
 The forward returns statistics of z_ij = scale r_i c_j <image_i, text_j>; the loss is made of them in torch
-(`fastclip/loss.py`), so torch's autograd supplies the derivatives by each statistic and the backward op turns them
+(`losses/contrastive.py`), so torch's autograd supplies the derivatives by each statistic and the backward op turns them
 into gradients of the features and the scale. `_backends/reference.py` states both functions.
 
 An op takes and returns lists of tensors: `arguments` and `problem_of`, `flat` and `by_side` lead there and back.
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastclip._backends import reference, serving
 from fastclip._backends.problem import Problem, Side, SideGrads, Sides
 from fastclip.ops.autocast import no_autocast, without_autocast
-from fastclip.ops.second import TAGS, check_second_derivatives, keep, kept, vector_jacobian
+from fastclip.ops.backward import TAGS, check_second_derivatives, keep, kept, vector_jacobian
 from fastclip.ops.transforms import needs_dense
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 On few rows a training step waits for the host and not for the products. Here the backend makes the loss, and what its
 gradients need, in a few calls; in eager mode an autograd.Function calls it without a dispatcher between. Every other
-form of the loss is made in torch of the statistics (`fastclip/loss.py`), and the two give the same values.
+form of the loss is made in torch of the statistics (`losses/contrastive.py`), and the two give the same values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastclip._backends import pick, reference, serving_pairs
 from fastclip.ops.autocast import no_autocast, without_autocast
-from fastclip.ops.second import TAGS, check_second_derivatives, keep, kept
+from fastclip.ops.backward import TAGS, check_second_derivatives, keep, kept
 from fastclip.ops.transforms import direct, recorded, transformed
 
 __all__ = ["plain_loss"]

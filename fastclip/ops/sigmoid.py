@@ -15,7 +15,7 @@ from torch import Tensor
 from fastclip._backends import pick, reference, serving
 from fastclip._backends.problem import Problem
 from fastclip.ops.autocast import no_autocast, without_autocast
-from fastclip.ops.second import TAGS, check_second_derivatives, keep, kept, vector_jacobian
+from fastclip.ops.backward import TAGS, check_second_derivatives, keep, kept, vector_jacobian
 from fastclip.ops.transforms import direct, needs_dense, recorded, transformed
 
 __all__ = ["PAIRS", "Pairs", "sigmoid_pairs"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastclip import _env
 from fastclip._backends import check_name
+from fastclip.system import env
 
 __all__ = ["TENSORS", "batched", "direct", "needs_dense", "recorded", "transformed"]
 
@@ -74,7 +74,7 @@ def needs_dense(backend: str | None, *tensors: Tensor) -> bool:
     global _warned
     if not transformed(*tensors):
         return False
-    name = backend or _env.backend()
+    name = backend or env.backend()
     check_name(name)
     if name not in (None, "reference"):
         raise RuntimeError(

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastclip._backends import backends, pick
-from fastclip.loss import contrastive_loss
-from fastclip.modules import ClipLoss
+from fastclip.losses.contrastive import contrastive_loss
+from fastclip.losses.modules import ClipLoss
+from fastclip.losses.sigmoid import sigmoid_loss
 from fastclip.parity import promised
 from fastclip.parity.cases import Case, cases
 from fastclip.parity.truth import Truth, truth
-from fastclip.sigmoid import sigmoid_loss
 
 __all__ = ["Row", "Settings", "alone", "compare", "open_clip_loss", "table"]
 

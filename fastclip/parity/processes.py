@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from fastclip import _env
 from fastclip._backends import backends, check_name
 from fastclip.distributed import before_group
-from fastclip.parent import end_with_parent
 from fastclip.parity.compare import Row, Settings, compare
+from fastclip.system import env
+from fastclip.system.parent import end_with_parent
 
 __all__ = ["Report", "run"]
 
@@ -55,7 +55,7 @@ def run(
         ValueError: options that do not fit this machine.
         OSError: processes that were killed, or did not find each other.
     """
-    launched = _env.launched()
+    launched = env.launched()
     for name, value, least in (("nproc", 1 if nproc is None else nproc, 1), ("batch", batch, 4), ("dim", dim, 2)):
         if value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fastclip.durable import new_file, write_json
-from fastclip.reading import read_json
 from fastclip.search.index import Index, Vector
+from fastclip.system.durable import new_file, write_json
+from fastclip.system.reading import read_json
 
 __all__ = ["Approximate"]
 

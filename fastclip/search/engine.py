@@ -12,7 +12,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from fastclip import _env
 from fastclip.data.faults import BadSample
 from fastclip.embedding.query import Term, combine
 from fastclip.search.approximate import Approximate
@@ -20,6 +19,7 @@ from fastclip.search.index import Index, Pictures, Vector
 from fastclip.search.model import Model
 from fastclip.search.rank import top
 from fastclip.search.scan import EXCLUDED, Update, digest_of, excluded, prepared, update_index
+from fastclip.system import env
 
 __all__ = ["Match", "SearchEngine"]
 
@@ -64,7 +64,7 @@ class SearchEngine:
         self.folder = os.path.realpath(folder)
         self._bytes, self._exclude = os.fsencode(self.folder), tuple(exclude)
         self._model, self._exact_limit = model, exact_limit
-        self._index = Index((indices or _env.cache_folder()) / "search" / f"{model.identity}.sqlite3")
+        self._index = Index((indices or env.cache_folder()) / "search" / f"{model.identity}.sqlite3")
         self._lock = threading.RLock()  # SQLite's connection, the model and what is loaded are one thread's at a time
         self._pictures: Pictures | None = None
         self._approximate: Approximate | None = None

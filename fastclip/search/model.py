@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastclip import _env
 from fastclip._version import __version__
-from fastclip.durable import write_json
-from fastclip.reading import read_json
+from fastclip.system import env
+from fastclip.system.durable import write_json
+from fastclip.system.reading import read_json
 
 if TYPE_CHECKING:
     from fastclip.models.embedder import Embedder
@@ -69,7 +69,7 @@ class CheckpointModel:
         if vocabulary is not None:
             mark.append(_states(Path(vocabulary)))
         name = hashlib.blake2b(json.dumps(mark).encode(), digest_size=16).hexdigest()
-        self._remembered = (folder or _env.cache_folder()) / "search" / "checkpoints" / f"{name}.json"
+        self._remembered = (folder or env.cache_folder()) / "search" / "checkpoints" / f"{name}.json"
 
     @cached_property
     def embedder(self) -> Embedder:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastclip.losses.ties import TIE
 from fastclip.search.index import Pictures, Vector
-from fastclip.ties import TIE
 
 __all__ = ["top"]
 

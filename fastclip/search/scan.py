@@ -20,10 +20,10 @@ import PIL.Image
 
 from fastclip.data.faults import BadSample
 from fastclip.data.files import walk
-from fastclip.data.folder import is_picture
 from fastclip.data.picture import limit_in_words, read_picture
-from fastclip.installed import installed_version
+from fastclip.data.sources.folder import is_picture
 from fastclip.search.index import Index, Seen
+from fastclip.system.installed import installed_version
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,7 +169,7 @@ def _add(
     workers: int,
     progress: bool,
 ) -> None:
-    from fastclip.progress import Progress
+    from fastclip.system.progress import Progress
 
     known = index.digests()
     loading = threading.Lock()

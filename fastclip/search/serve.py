@@ -22,8 +22,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from fastclip.data.faults import BadSample
 from fastclip.embedding.query import Term, parse_texts, reading
+from fastclip.search.contact_sheet import thumbnail
 from fastclip.search.engine import Match, SearchEngine
-from fastclip.search.sheet import thumbnail
 
 __all__ = ["make_server"]
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip import _env, machine
 from fastclip.data.source import Source
 from fastclip.data.spec import absolute_spec
+from fastclip.system import env, machine
 from fastclip.training.options import TrainOptions, flag
 
 __all__ = ["changes", "doubts", "doubts_of_device", "doubts_of_labels", "doubts_of_schedule"]
@@ -87,10 +87,10 @@ def doubts_of_device(options: TrainOptions, device: torch.device) -> Iterator[st
     if options.device != "auto" or device.type != "cpu":
         return
     if gpus := torch.cuda.device_count():
-        launched = _env.launched()
+        launched = env.launched()
         processes = launched.local_ranks if launched else 1
         yield f"{gpus} GPUs are too few for {processes} processes of this machine: all train on the CPU"
-    elif "CUDA_VISIBLE_DEVICES" not in _env.in_effect() and (there := machine.unseen_gpu()):
+    elif "CUDA_VISIBLE_DEVICES" not in env.in_effect() and (there := machine.unseen_gpu()):
         yield f"trains on the CPU: {'; '.join(there)}"
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastclip.data.source import Source
-from fastclip.durable import new_folder
 from fastclip.evaluation.classification import classifier_accuracies
 from fastclip.evaluation.results import write_results
 from fastclip.models.classifier import ImageClassifier, save_classifier
 from fastclip.models.embedder import Embedder
-from fastclip.reading import read_json
+from fastclip.system.durable import new_folder
+from fastclip.system.reading import read_json
 
 __all__ = ["Finetuned", "ensemble_accuracies", "forget_accuracies", "interpolate"]
 

@@ -20,26 +20,26 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastclip import _env
-from fastclip.claim import claim
 from fastclip.data.batch import Batch
 from fastclip.data.identity import fingerprint
-from fastclip.data.order import Order
+from fastclip.data.loading.order import Order
+from fastclip.data.loading.workers import naming_dead_workers
 from fastclip.data.picture import older_limit
 from fastclip.data.source import Source
 from fastclip.data.spec import absolute_spec
-from fastclip.data.workers import naming_dead_workers
 from fastclip.evaluation.zero_shot import class_embeddings, templates_for
 from fastclip.models.classifier import ImageClassifier
 from fastclip.models.embedder import Embedder
-from fastclip.owner import owning
+from fastclip.system import env
+from fastclip.system.claim import claim
+from fastclip.system.owner import owning
 from fastclip.training.doubts import doubts_of_schedule
 from fastclip.training.ensemble import Finetuned
-from fastclip.training.kept import settings_kept
-from fastclip.training.loop import Loop, Update
-from fastclip.training.optim import build_optimizer, clip_gradients, gradient_norm
 from fastclip.training.options import FinetuneOptions
-from fastclip.training.parallel import World
+from fastclip.training.ranks import World
+from fastclip.training.run.loop import Loop, Update
+from fastclip.training.run.torch_settings import settings_kept
+from fastclip.training.step.optim import build_optimizer, clip_gradients, gradient_norm
 
 __all__ = ["FinetuneOptions", "Finetuned", "finetune", "zero_shot_head"]
 
@@ -79,12 +79,12 @@ def finetune(
         ValueError: `source` has no classes, or too many pictures cannot be used; `output` holds something else; several
             processes were started.
         FloatingPointError: loss or gradient is not finite; the update was not made.
-        OSError: `output` is another process's (`fastclip.owner`), or cannot be written.
+        OSError: `output` is another process's (`fastclip.system.owner`), or cannot be written.
         Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written.
     """
     if not source.class_names:
         raise ValueError(f"{source.spec} has no classes")
-    if (process := _env.launched()) is not None and process.ranks > 1:
+    if (process := env.launched()) is not None and process.ranks > 1:
         raise ValueError(f"fine-tuning runs in one process, and torchrun has started {process.ranks}")
     templates = tuple(templates) or templates_for(source)
     with settings_kept(), naming_dead_workers():

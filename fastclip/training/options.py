@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from fastclip.durable import write_text
-from fastclip.reading import read_yaml
-from fastclip.rounding import ceil_div
+from fastclip.system.durable import write_text
+from fastclip.system.reading import read_yaml
+from fastclip.system.rounding import ceil_div
 
 __all__ = ["FinetuneOptions", "TrainOptions", "parse_finetune", "parse_options", "read_options", "write_options"]
 

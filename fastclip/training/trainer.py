@@ -17,27 +17,27 @@ import torch.distributed as dist
 from fastclip._version import __version__
 from fastclip.data.batch import Batch
 from fastclip.data.identity import fingerprint
-from fastclip.data.order import Order
+from fastclip.data.loading.order import Order
+from fastclip.data.loading.workers import naming_dead_workers
 from fastclip.data.picture import pixels_limited
 from fastclip.data.spec import open_source
-from fastclip.data.workers import naming_dead_workers
-from fastclip.durable import new_folder
 from fastclip.evaluation.validate import validate
 from fastclip.models.config import load_config
 from fastclip.models.dual_encoder import build_model as empty_model
 from fastclip.models.factory import tokenizer_of
 from fastclip.models.transforms import image_transform
-from fastclip.owner import output_path
-from fastclip.rounding import ceil_div
-from fastclip.training.building import build_loss, build_model, resolve, served_by
-from fastclip.training.checkpoint import model_state, read_state
+from fastclip.system.durable import new_folder
+from fastclip.system.owner import output_path
+from fastclip.system.rounding import ceil_div
 from fastclip.training.doubts import changes, doubts, doubts_of_device, doubts_of_labels
-from fastclip.training.kept import settings_kept
-from fastclip.training.loop import Loop, Update
-from fastclip.training.optim import MovingAverage, build_optimizer
+from fastclip.training.from_options import build_loss, build_model, resolve, served_by
 from fastclip.training.options import TrainOptions, write_options
-from fastclip.training.parallel import World, joined, of_all_ranks, one_for_all, owned_together, reshard, wrap
-from fastclip.training.step import Stepper
+from fastclip.training.ranks import World, joined, of_all_ranks, one_for_all, owned_together, reshard, wrap
+from fastclip.training.run.checkpoints import model_state, read_state
+from fastclip.training.run.loop import Loop, Update
+from fastclip.training.run.torch_settings import settings_kept
+from fastclip.training.step.optim import MovingAverage, build_optimizer
+from fastclip.training.step.update import Stepper
 
 __all__ = ["Run", "train"]
 
@@ -63,7 +63,7 @@ def train(options: TrainOptions) -> Run:
 
     Raises:
         ValueError: options, data, model and checkpoint do not fit together, or too many samples cannot be used.
-        OSError: a file cannot be read or written, another run owns the output folder (`fastclip.owner`), or a process
+        OSError: a file cannot be read or written, another run owns the output (`fastclip.system.owner`), or a process
             that reads data was killed; of its kind ConnectionError, another process is lost.
         FloatingPointError: loss or gradient is not finite; the update was not made.
         Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written; a SystemExit, of status 143 or 130. A second

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastclip import _env
 from fastclip._backends import cuda, reference
 from fastclip._backends.problem import Problem
+from fastclip.system import env
 
 pytest.importorskip("triton")
 
@@ -98,14 +98,14 @@ def test_chunks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: 
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", workspace)
     check(loss(dtype, normalize=normalize), image, text, 2.0, bias=-4.0, normalize=normalize)
     assert same_bits(whole, forward(kept(image), kept(text), normalize=normalize, needs=(False,) * 4))
-    assert cuda._sizes(300, 24, _env.workspace_bytes("cuda"), cuda._processors(-1))[-1] < 300
+    assert cuda._sizes(300, 24, env.workspace_bytes("cuda"), cuda._processors(-1))[-1] < 300
 
 
 def test_chunks_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a wave of rows fits: two processors, and two tiles of a product across."""
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
     monkeypatch.setattr(cuda, "_processors", lambda device: 2)
-    _, _, _, chunks, *_, columns = cuda._sizes(300, 264, _env.workspace_bytes("cuda"), 2)
+    _, _, _, chunks, *_, columns = cuda._sizes(300, 264, env.workspace_bytes("cuda"), 2)
     assert chunks > 1 and columns == 300
     check(loss(torch.bfloat16), *features(torch.bfloat16, 300, 300, 264), 5.0, bias=-4.0)
 

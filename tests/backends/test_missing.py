@@ -12,7 +12,7 @@ import torch
 import fastclip
 from fastclip import _backends, doctor
 from fastclip._backends import cpu, native, triton
-from fastclip._backends.mending import mending
+from fastclip._backends.advice import mending
 
 REASON = "the native module was not built: `cmake -S` failed (no C++ compiler was found)"
 TODO = "a C++ compiler; install again from the clone with the compiler there"

@@ -17,10 +17,10 @@ from fastclip.triton_kernels import plain, planning
 from fastclip.triton_kernels.tile import REPAIR
 from torch import Tensor
 
-from fastclip import _env
 from fastclip._backends import cuda, triton
 from fastclip.parity.promised import LOSS
 from fastclip.parity.truth import truth
+from fastclip.system import env
 from support.accuracy import check, counted_products, pairs, poisoned
 from support.kernels import Launches
 from support.kinds import DEVICE, GPU_KINDS, LAYOUTS, SHAPES, Kind, each_kind, fp16, kept, laid_out, uneven, wide
@@ -152,7 +152,7 @@ def test_panels_and_blocks(
         assert launches.names.count("contrastive_fwd_kernel") > (workspace == "0.004")
         assert launches.names.count("contrastive_bwd_kernel") > 1
     else:
-        assert cuda._sizes(N, 24, _env.workspace_bytes("cuda"), cuda._processors(-1))[-1] < N
+        assert cuda._sizes(N, 24, env.workspace_bytes("cuda"), cuda._processors(-1))[-1] < N
     check_repaired(kind, not normalize, image, text, 5.0, normalize)  # which would hide a panel that is forgotten
 
 
@@ -161,7 +161,7 @@ def test_chunks_of_whole_rows(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> No
     """Where a wave of rows fits: two processors, and two tiles of a product across."""
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
     monkeypatch.setattr(cuda, "_processors", lambda device: 2)
-    _, _, _, chunks, *_, columns = cuda._sizes(300, 264, _env.workspace_bytes("cuda"), 2)
+    _, _, _, chunks, *_, columns = cuda._sizes(300, 264, env.workspace_bytes("cuda"), 2)
     assert chunks > 1 and columns == 300
     check(plain_loss(kind), *kind.pairs(300, 300, 264), 5.0)
 

@@ -54,7 +54,7 @@ def _report(name: str, *what: str) -> dict[str, list[dict[str, Any]]]:
             (place / f"{word}.json").write_text(json.dumps(machines))
 
     backend = [
-        f"fastclip/{name}.py" for name in ("_env", "_backends/problem", "_backends/reference", "_backends/triton")
+        f"fastclip/{name}.py" for name in ("system/env", "_backends/problem", "_backends/reference", "_backends/triton")
     ]
     files = sources("triton_kernels", *backend, "tests/support/compiled.py")
     place = stored(name, files, (triton.__version__, torch.__version__), make)

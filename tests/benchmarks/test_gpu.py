@@ -18,11 +18,15 @@ from support import ROOT, needs
 needs("models")
 
 
-from benchmarks import cases, gpu, gpu_case, losses, peers, plot
-from benchmarks.gpu import Clocks, DeviceLost, Gpu
-from benchmarks.gpu_pretended import DRY_RUN, Pretended
+from benchmarks import plot
+from benchmarks.gpu import case as gpu_case
+from benchmarks.gpu import device as gpu
+from benchmarks.gpu.device import Clocks, DeviceLost, Gpu
+from benchmarks.gpu.pretended import DRY_RUN, Pretended
 from benchmarks.harness import Case, append, machine
-from benchmarks.peers import PEERS, Peer, Unavailable
+from benchmarks.losses import cases, peers
+from benchmarks.losses import providers as losses
+from benchmarks.losses.peers import PEERS, Peer, Unavailable
 from fastclip.parity import truth
 
 N, D = 64, 32

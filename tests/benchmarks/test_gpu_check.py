@@ -21,9 +21,12 @@ from support.processes import ended, forked, forks, start, wait_for
 needs("models")
 
 
-from benchmarks import gpu_check, losses
-from benchmarks.gpu_check import TESTS, Checklist, Part, missing, parts, run_limited
-from benchmarks.peers import PEERS
+from benchmarks import gpu_check
+from benchmarks.gpu import checklist as checklists
+from benchmarks.gpu.checklist import TESTS, Checklist, Part, missing, run_limited
+from benchmarks.gpu_check import parts
+from benchmarks.losses import providers as losses
+from benchmarks.losses.peers import PEERS
 
 PART = Part("softmax-both-64x32", "softmax", "both", (64, 32))
 COLUMNS = ["loss", "mode", "N", "D", "dtype", "provider", "status"]
@@ -61,7 +64,7 @@ def test_parts_are_the_tests_and_every_case() -> None:
     }
     files = {word for words in TESTS.values() for word in words if word.endswith(".py")}
     assert files == marked - {"tests/benchmarks/test_gpu_check.py"}
-    assert gpu_check.SECONDS < 600
+    assert checklists.SECONDS < 600
 
 
 def test_a_part_selects_its_case_alone(tmp_path: Path) -> None:
@@ -124,33 +127,33 @@ def test_what_goes_wrong_is_said(tmp_path: Path) -> None:
 
 
 def test_tests_run_again_when_the_code_has_changed(tmp_path: Path, monkeypatch) -> None:
-    codes = iter([1, gpu_check.NO_TESTS, 0])
-    monkeypatch.setattr(gpu_check, "code_state", lambda: "first")
+    codes = iter([1, checklists.NO_TESTS, 0])
+    monkeypatch.setattr(checklists, "code_state", lambda: "first")
     found = checklist(tmp_path, lambda command, seconds: next(codes))
     results = [found.do(Part("tests-gpu"), 60) for _ in range(4)]  # the fourth runs nothing
     assert results == ["failed with exit code 1", "no test is marked gpu", "done", "done"]
-    monkeypatch.setattr(gpu_check, "code_state", lambda: "second")
+    monkeypatch.setattr(checklists, "code_state", lambda: "second")
     assert found.todo(Part("tests-gpu")) == ["tests"]
 
 
 def test_code_is_all_that_is_not_built(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(checklists, "ROOT", tmp_path)
     kernel = tmp_path / "csrc" / "cuda" / "kernel.cu"
     kernel.parent.mkdir(parents=True)
     kernel.write_text("a")
-    states = [gpu_check.code_state()]
+    states = [checklists.code_state()]
     for path in (kernel, kernel.with_name("other.cu")):
         path.write_text("b")
-        states.append(gpu_check.code_state())
+        states.append(checklists.code_state())
     assert len(set(states)) == 3
     (tmp_path / "fastclip").mkdir()
     for other in ("README.md", "fastclip/_cpu.so"):
         (tmp_path / other).write_text("c")
-    assert gpu_check.code_state() == states[-1]
+    assert checklists.code_state() == states[-1]
 
 
 def test_runnable_are_those_that_load() -> None:
-    found = gpu_check.runnable("sigmoid")
+    found = checklists.runnable("sigmoid")
     assert "open_clip" in found and set(found) <= set(losses.names("sigmoid", "cuda"))
     assert found == list(losses.found("sigmoid", "cuda", losses.names("sigmoid", "cuda"))[0])
 
@@ -166,7 +169,7 @@ def test_exit_codes(tmp_path: Path, capsys) -> None:
     assert run_all(None, time.monotonic() + 60) == 3  # ended by --minutes, not by its own limit
     assert run_all(None, later) == 1
     write(tmp_path / "rows.csv", dict.fromkeys(RUNNABLE, ""))
-    assert run_all(gpu_check.NO_TESTS, later) == 0
+    assert run_all(checklists.NO_TESTS, later) == 0
 
 
 def alive(pid: int) -> bool:
@@ -204,9 +207,9 @@ time.sleep(600)
 COUNTERS = """
 import time
 from pathlib import Path
-from benchmarks import gpu_counters
-from benchmarks.gpu_log import Log
-from benchmarks.gpu_pretended import Pretended
+from benchmarks.gpu import counters as gpu_counters
+from benchmarks.gpu.log import Log
+from benchmarks.gpu.pretended import Pretended
 gpu = Pretended()
 gpu.pretended = False
 gpu_counters.run(Log("counters", Path({folder!r}), gpu, time.monotonic() + 600, Path({folder!r})))

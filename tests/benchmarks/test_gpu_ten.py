@@ -22,11 +22,14 @@ from support.rows import rows_of
 needs("train")
 
 
-from benchmarks import gpu, gpu_correct, gpu_steps, gpu_ten, report
-from benchmarks.gpu_check import Checklist
-from benchmarks.gpu_pretended import Pretended
+from benchmarks import gpu_ten, report
+from benchmarks.gpu import correct as gpu_correct
+from benchmarks.gpu import device as gpu
+from benchmarks.gpu import steps as gpu_steps
+from benchmarks.gpu.checklist import Checklist
+from benchmarks.gpu.pretended import Pretended
 from benchmarks.gpu_ten import PARTS, Part, limit
-from benchmarks.losses import OURS
+from benchmarks.losses.providers import OURS
 from benchmarks.plot import GPU_COLUMNS
 from fastclip.bench.about import about_gpu
 

@@ -18,13 +18,17 @@ from support.rows import rows_of
 needs("train")
 
 
-from benchmarks import gpu_correct, gpu_counters, gpu_steps, gpu_ten, gpu_timeline
-from benchmarks.gpu import DeviceLost
-from benchmarks.gpu_log import Log
-from benchmarks.gpu_pretended import Pretended
-from benchmarks.gpu_timeline import Event, group_of, groups
-from benchmarks.losses import OURS, CheckFailed
-from benchmarks.peers import PEERS, Peer
+from benchmarks import gpu_ten
+from benchmarks.gpu import correct as gpu_correct
+from benchmarks.gpu import counters as gpu_counters
+from benchmarks.gpu import steps as gpu_steps
+from benchmarks.gpu import timeline as gpu_timeline
+from benchmarks.gpu.device import DeviceLost
+from benchmarks.gpu.log import Log
+from benchmarks.gpu.pretended import Pretended
+from benchmarks.gpu.timeline import Event, group_of, groups
+from benchmarks.losses.peers import PEERS, Peer
+from benchmarks.losses.providers import OURS, CheckFailed
 
 
 @pytest.fixture
@@ -147,7 +151,7 @@ from pathlib import Path
 words = sys.argv[1:]
 if "--metrics" in words:
     raise SystemExit("==ERROR== Failed to find metric")
-assert words[words.index("--clock-control") + 1] == "none" and "benchmarks.gpu_counters" in words
+assert words[words.index("--clock-control") + 1] == "none" and "benchmarks.gpu.counters" in words
 Path(words[words.index("--log-file") + 1]).write_text({text!r})
 """
 

@@ -13,10 +13,10 @@ from support.rows import rows_of
 needs("models")
 
 
-from benchmarks import gpu_variants
-from benchmarks.gpu_log import Log
-from benchmarks.gpu_pretended import Pretended
-from benchmarks.losses import OURS
+from benchmarks.gpu import variants as gpu_variants
+from benchmarks.gpu.log import Log
+from benchmarks.gpu.pretended import Pretended
+from benchmarks.losses.providers import OURS
 
 
 @pytest.fixture

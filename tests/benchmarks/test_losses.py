@@ -17,8 +17,9 @@ from support import ROOT, needs
 needs("bench", "models")
 
 
-from benchmarks import losses, plot
+from benchmarks import plot
 from benchmarks.harness import Case, Timings, append, rows
+from benchmarks.losses import providers as losses
 
 N, D = 64, 512  # D is the benchmark's: what is compiled here is not compiled again there
 
@@ -151,7 +152,7 @@ def test_rows_leave_out_what_was_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux only")
 def test_peak_memory_is_the_step_alone() -> None:
-    from benchmarks.peak_memory import measure_in_child
+    from benchmarks.losses.peak_memory import measure_in_child
 
     # At N = 1024 a matrix of float32 logits is 4 MiB. open_clip has four of them at once; 4 MiB more for code that is
     # loaded on the way. Kept pages, or anything else counted in, would be far beyond.

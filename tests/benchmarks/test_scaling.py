@@ -14,9 +14,9 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch.distributed has no gloo", allow_module_level=True)
 
 
-from benchmarks import scaling
-from benchmarks import scaling_model as model
-from benchmarks.distributed import COMPETITORS, PEER, Case, launch, rows
+from benchmarks.ranks import scaling
+from benchmarks.ranks import scaling_model as model
+from benchmarks.ranks.distributed import COMPETITORS, PEER, Case, launch, rows
 
 
 def test_counts_are_the_models() -> None:
@@ -39,7 +39,7 @@ def test_counts_are_the_models() -> None:
 def test_document_has_the_scripts_tables() -> None:
     document = (ROOT / "docs" / "scaling.md").read_text()
     for name, table in scaling.tables().items():
-        assert table in document, f"{name}: run python -m benchmarks.scaling --tables"
+        assert table in document, f"{name}: run python -m benchmarks.ranks.scaling --tables"
 
 
 @pytest.mark.parametrize("W", scaling.RANKS)

@@ -15,13 +15,13 @@ PROMISES = [
         breaks=[
             Break(
                 "data: seed and epoch are added",
-                "fastclip/data/permutation.py",
+                "fastclip/data/loading/permutation.py",
                 old='text = "/".join(map(str, parts))',
                 new="text = str(sum(parts))",
             ),
             Break(
                 "data: another order than that of older runs",
-                "fastclip/data/permutation.py",
+                "fastclip/data/loading/permutation.py",
                 old='digest_size=8).digest(), "little")',
                 new='digest_size=8).digest(), "big")',
             ),
@@ -37,13 +37,13 @@ PROMISES = [
         breaks=[
             Break(
                 "data: batches reach over the epoch's end",
-                "fastclip/data/order.py",
+                "fastclip/data/loading/order.py",
                 old="self.size - self.size % self.batch_size if self.batch_size <= self.size else self.size",
                 new="self.size",
             ),
             Break(
                 "data: a batch ends with the epoch",
-                "fastclip/data/order.py",
+                "fastclip/data/loading/order.py",
                 old="place += len(indices)",
                 new="place = end",
             ),
@@ -60,19 +60,19 @@ PROMISES = [
         breaks=[
             Break(
                 "data: crops go on from sample to sample",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="torch.default_generator.manual_seed(seed)",
                 new="",
             ),
             Break(
                 "data: unequal shares lose their rest",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="start, stop = rank * batch_size // ranks, (rank + 1) * batch_size // ranks",
                 new="start, stop = rank * (batch_size // ranks), (rank + 1) * (batch_size // ranks)",
             ),
             Break(
                 "data: every epoch crops alike",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="mix(self._seed, draw.epoch, draw.sample)",
                 new="mix(self._seed, draw.sample)",
             ),
@@ -87,7 +87,7 @@ PROMISES = [
         breaks=[
             Break(
                 "data: Python's generator is left seeded",
-                "fastclip/data/workers.py",
+                "fastclip/data/loading/workers.py",
                 old="random.setstate(states[2])",
                 new="",
             ),
@@ -102,7 +102,7 @@ PROMISES = [
         breaks=[
             Break(
                 "data: a resumed run begins with the first step's",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="for step in range(first_step, last_step) for piece",
                 new="for step in range(last_step - first_step) for piece",
             ),
@@ -117,7 +117,7 @@ PROMISES = [
         breaks=[
             Break(
                 "data: Python's own hash",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="_text_label(record.captions[0]) if",
                 new="hash(record.captions[0]) if",
             ),
@@ -137,31 +137,31 @@ PROMISES = [
         breaks=[
             Break(
                 "data: a worker's traceback",
-                "fastclip/data/workers.py",
+                "fastclip/data/loading/workers.py",
                 old="except (OSError, ValueError) as error:",
                 new="except KeyError as error:",
             ),
             Break(
                 "data: an open quote swallows rows",
-                "fastclip/data/table.py",
+                "fastclip/data/sources/table.py",
                 old="delimiter=separator, strict=True)",
                 new="delimiter=separator)",
             ),
             Break(
                 "data: pictures without captions are passed over",
-                "fastclip/data/folder.py",
+                "fastclip/data/sources/folder.py",
                 old="if not captioned:",
                 new="if False:",
             ),
             Break(
                 "data: missing shards are passed over",
-                "fastclip/data/shards.py",
+                "fastclip/data/shards/source.py",
                 old="missing += [] if paths else [name]",
                 new="missing += []",
             ),
             Break(
                 "data: a shard that was cut off is indexed",
-                "fastclip/data/tar_index.py",
+                "fastclip/data/shards/tar_index.py",
                 old="if not broken and (place > self._end or self._next):",
                 new="if False:",
             ),
@@ -179,25 +179,25 @@ PROMISES = [
         breaks=[
             Break(
                 "data: the tokenizers' threads are awaited",
-                "fastclip/_env.py",
+                "fastclip/system/env.py",
                 old='_variable("TOKENIZERS_PARALLELISM", "false")',
                 new="",
             ),
             Break(
                 "data: a thread is started as the interpreter ends, which hangs before Python 3.12",
-                "fastclip/data/workers.py",
+                "fastclip/data/loading/workers.py",
                 old=" and not sys.is_finalizing()",
                 new="",
             ),
             Break(
                 "data: batches stay in shared memory",
-                "fastclip/data/workers.py",
+                "fastclip/data/loading/workers.py",
                 old="return tensor.clone() if tensor.is_shared() else tensor",
                 new="return tensor",
             ),
             Break(
                 "data: Ctrl-C ends the workers",
-                "fastclip/data/workers.py",
+                "fastclip/data/loading/workers.py",
                 old="os.setpgrp()",
                 new="pass",
             ),

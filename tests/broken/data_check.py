@@ -16,25 +16,25 @@ PROMISES = [
         breaks=[
             Break(
                 "faults: a worker notes nothing",
-                "fastclip/data/watch.py",
+                "fastclip/data/loading/watchdog.py",
                 old="self._note(index + 1, epoch)",
                 new="",
             ),
             Break(
                 "faults: what a mixture drew in its first epoch is named",
-                "fastclip/data/watch.py",
+                "fastclip/data/loading/watchdog.py",
                 old="self.source.key(what - 1, epoch=epoch)",
                 new="self.source.key(what - 1, epoch=0)",
             ),
             Break(
                 "faults: the alarm speaks once",
-                "fastclip/data/watch.py",
+                "fastclip/data/loading/watchdog.py",
                 old="now - max(since, last) >= patience",
                 new="last == 0.0 and now - since >= patience",
             ),
             Break(
                 "faults: the caller's time counts",
-                "fastclip/data/watch.py",
+                "fastclip/data/loading/watchdog.py",
                 old="self._since = None",
                 new="pass",
             ),
@@ -51,7 +51,7 @@ PROMISES = [
         breaks=[
             Break(
                 "faults: torch's own words on a death",
-                "fastclip/data/workers.py",
+                "fastclip/data/loading/workers.py",
                 old="raise death from error\n            if",
                 new="raise\n            if",
             ),
@@ -96,13 +96,13 @@ PROMISES = [
             ),
             Break(
                 "pack: pictures out of shards become PNG",
-                "fastclip/data/shards.py",
+                "fastclip/data/shards/source.py",
                 old='return self._members(index, ("picture",))[0]',
                 new="return b''",
             ),
             Break(
                 "pack: pictures of a mixture become PNG",
-                "fastclip/data/subset.py",
+                "fastclip/data/sources/subset.py",
                 old="return picture_bytes(*self._locate(index))",
                 new="return None",
             ),

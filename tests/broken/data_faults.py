@@ -22,7 +22,7 @@ PROMISES = [
             ),
             Break(
                 "faults: an empty caption is one",
-                "fastclip/data/captions.py",
+                "fastclip/data/sources/captions.py",
                 old="if not given:",
                 new="if False:",
             ),
@@ -46,13 +46,13 @@ PROMISES = [
         breaks=[
             Break(
                 "faults: large pictures are decoded",
-                "fastclip/data/quiet.py",
+                "fastclip/data/pillow_warnings.py",
                 old='warnings.simplefilter("error", Image.DecompressionBombWarning)',
                 new="",
             ),
             Break(
                 "faults: a thread that is done lets the others decode large pictures",
-                "fastclip/data/quiet.py",
+                "fastclip/data/pillow_warnings.py",
                 old="            if not _inside:\n                _filters.__exit__",
                 new="            if True:\n                _filters.__exit__",
             ),
@@ -96,7 +96,7 @@ PROMISES = [
             ),
             Break(
                 "faults: metadata are warned of",
-                "fastclip/data/quiet.py",
+                "fastclip/data/pillow_warnings.py",
                 old='warnings.simplefilter("ignore")',
                 new="",
             ),
@@ -128,19 +128,19 @@ PROMISES = [
         breaks=[
             Break(
                 "table: a row of many lines is one damaged row",
-                "fastclip/data/table.py",
+                "fastclip/data/sources/table.py",
                 old="            if end > line:\n",
                 new="            if False:\n",
             ),
             Break(
                 "table: rows in quotes are a caption",
-                "fastclip/data/table.py",
+                "fastclip/data/sources/table.py",
                 old="if alike > judged / 2 and (judged > 1 or beside):",
                 new="if False:",
             ),
             Break(
                 "table: any line with a separator is a row",
-                "fastclip/data/table.py",
+                "fastclip/data/sources/table.py",
                 old="if plain and _like(cells[column], picture):",
                 new="if plain:",
             ),
@@ -157,19 +157,19 @@ PROMISES = [
         breaks=[
             Break(
                 "faults: a cut picture is read",
-                "fastclip/data/shard_samples.py",
+                "fastclip/data/shards/samples.py",
                 old="if any(member.end > end for",
                 new="if any(member.size < 0 for",
             ),
             Break(
                 "faults: a shard that ends in a header is whole",
-                "fastclip/data/tar_index.py",
+                "fastclip/data/shards/tar_index.py",
                 old='if len(header) < BLOCK:\n            raise _Broken("unexpected end of data")',
                 new="if len(header) < BLOCK:\n            return len(header)",
             ),
             Break(
                 "faults: a cut shard is named when it is indexed alone",
-                "fastclip/data/shard_index.py",
+                "fastclip/data/shards/index.py",
                 old='rest[:keys], about["damage"]',
                 new='rest[:keys], ""',
             ),
@@ -184,7 +184,7 @@ PROMISES = [
         breaks=[
             Break(
                 "faults: the last of a repeated member counts",
-                "fastclip/data/shard_samples.py",
+                "fastclip/data/shards/samples.py",
                 old="elif kind in PICTURE_SUFFIXES",
                 new='elif group.update({"picture": member, kind: member}) or kind in PICTURE_SUFFIXES',
             ),
@@ -218,25 +218,25 @@ PROMISES = [
         breaks=[
             Break(
                 "faults: every epoch has the same replacements",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="seed = mix(self._seed, draw.epoch, draw.sample, attempt)",
                 new="seed = mix(self._seed, draw.sample, attempt)",
             ),
             Break(
                 "faults: what is tried in its place counts, too",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="skipped += faults[:1]",
                 new="skipped += faults",
             ),
             Break(
                 "faults: replacements are drawn by whoever reads",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="yield mix(seed, 2) % len(self._watch.source), seed",
                 new="yield random.SystemRandom().randrange(len(self._watch.source)), seed",
             ),
             Break(
                 "faults: no other sample is tried",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="_TRIES = 100",
                 new="_TRIES = 1",
             ),
@@ -252,7 +252,7 @@ PROMISES = [
         breaks=[
             Break(
                 "faults: a resumed run counts from 0",
-                "fastclip/training/loop.py",
+                "fastclip/training/run/loop.py",
                 old='self.skipped.load(read_state(path, "skipped")["skipped"], path)',
                 new="",
             ),
@@ -270,19 +270,19 @@ PROMISES = [
         breaks=[
             Break(
                 "faults: chance stops a run",
-                "fastclip/training/skipped.py",
+                "fastclip/training/run/skipped.py",
                 old="expected + 4 * math.sqrt(expected) + 4)",
                 new="expected)",
             ),
             Break(
                 "faults: a rank counts its own",
-                "fastclip/training/skipped.py",
+                "fastclip/training/run/skipped.py",
                 old="for of_rank in everyone for fault in of_rank",
                 new="for of_rank in everyone[:1] for fault in of_rank",
             ),
             Break(
                 "faults: only chance is looked at",
-                "fastclip/training/skipped.py",
+                "fastclip/training/run/skipped.py",
                 old="return bad > at_the_end or (max_bad",
                 new="return bool(at_the_end) and (max_bad",
             ),

@@ -16,19 +16,19 @@ PROMISES = [
         breaks=[
             Break(
                 "names: of one form only",
-                "fastclip/data/folder.py",
+                "fastclip/data/sources/folder.py",
                 old='stem if stem.isascii() else unicodedata.normalize("NFC", stem)',
                 new="stem",
             ),
             Break(
                 "names: another picture's captions",
-                "fastclip/data/folder.py",
+                "fastclip/data/sources/folder.py",
                 old="stem + end if stem + end in names else beside",
                 new="beside",
             ),
             Break(
                 "captions: an empty .txt is the last word",
-                "fastclip/data/captions.py",
+                "fastclip/data/sources/captions.py",
                 old="if bad.fault.cause not in _UNTOLD:",
                 new="if True:",
             ),
@@ -63,7 +63,7 @@ PROMISES = [
             ),
             Break(
                 "folder: other files are not told",
-                "fastclip/data/folder.py",
+                "fastclip/data/sources/folder.py",
                 old="if passed.total:",
                 new="if False:",
             ),
@@ -79,19 +79,19 @@ PROMISES = [
         breaks=[
             Break(
                 "tar: a size below 0",
-                "fastclip/data/tar_index.py",
+                "fastclip/data/shards/tar_index.py",
                 old='raise _Broken(f"{_name(header)} declares a size of {size}")',
                 new="return BLOCK",
             ),
             Break(
                 "tar: headers of any size",
-                "fastclip/data/tar_index.py",
+                "fastclip/data/shards/tar_index.py",
                 old="if not 0 <= size <= _LARGEST:",
                 new="if size < 0:",
             ),
             Break(
                 "tar: a record's size is a number",
-                "fastclip/data/tar_index.py",
+                "fastclip/data/shards/tar_index.py",
                 old="if not value.isdigit() or len(value) > 20:",
                 new="if False:",
             ),
@@ -109,31 +109,31 @@ PROMISES = [
         breaks=[
             Break(
                 "tar: what follows the end is not read",
-                "fastclip/data/tar_index.py",
+                "fastclip/data/shards/tar_index.py",
                 old="place, ended = self._beyond_zeros(place), True",
                 new="break",
             ),
             Break(
                 "tar: links are no members",
-                "fastclip/data/tar_index.py",
+                "fastclip/data/shards/tar_index.py",
                 old="self._members[turn] = end._replace(name=name)",
                 new="pass",
             ),
             Break(
                 "members: hidden ones are not counted",
-                "fastclip/data/shard_samples.py",
+                "fastclip/data/shards/samples.py",
                 old='passed.count("hidden" if hidden else "without a suffix", member.name)',
                 new="pass",
             ),
             Break(
                 "members: an index forgets them",
-                "fastclip/data/shard_index.py",
+                "fastclip/data/shards/index.py",
                 old='Tally.of(about["passed"], about["first"])',
                 new="Tally()",
             ),
             Break(
                 "members: a picture of another name is no fault",
-                "fastclip/data/shard_samples.py",
+                "fastclip/data/shards/samples.py",
                 old="return Sample(key, UNSEEN) if compound and any(captions) else None",
                 new="return None",
             ),
@@ -149,7 +149,7 @@ PROMISES = [
         breaks=[
             Break(
                 "members: JSON is the last word",
-                "fastclip/data/shards.py",
+                "fastclip/data/shards/source.py",
                 old="for kind in kinds])",
                 new="for kind in kinds[:1]])",
             ),
@@ -165,13 +165,13 @@ PROMISES = [
         breaks=[
             Break(
                 "table: the working directory goes first",
-                "fastclip/data/table.py",
+                "fastclip/data/sources/table.py",
                 old="if beside is not None and here is not None and not _same(beside, here):",
                 new="if False:",
             ),
             Break(
                 "table: another folder is read without a word",
-                "fastclip/data/table.py",
+                "fastclip/data/sources/table.py",
                 old="        self._say_where()\n\n",
                 new="\n",
             ),
@@ -195,19 +195,19 @@ PROMISES = [
         breaks=[
             Break(
                 "columns: what is taken is not said",
-                "fastclip/data/columns.py",
+                "fastclip/data/sources/columns.py",
                 old="if len(there) > 1:",
                 new="if False:",
             ),
             Break(
                 "columns: of two of a name the first",
-                "fastclip/data/columns.py",
+                "fastclip/data/sources/columns.py",
                 old="if lower.count(there[0]) > 1:",
                 new="if False:",
             ),
             Break(
                 "columns: a field of shards cannot be named",
-                "fastclip/data/shards.py",
+                "fastclip/data/shards/source.py",
                 old='self._field or "caption")',
                 new='"caption")',
             ),
@@ -224,13 +224,13 @@ PROMISES = [
         breaks=[
             Break(
                 "table: lines are counted from the header",
-                "fastclip/data/table.py",
+                "fastclip/data/sources/table.py",
                 old="line = above + rows.line_num + 1",
                 new="line = rows.line_num + 1",
             ),
             Break(
                 "table: a compressed one is read",
-                "fastclip/data/table.py",
+                "fastclip/data/sources/table.py",
                 old="if how := compression(head):",
                 new='if how := compression(b""):',
             ),
@@ -293,7 +293,7 @@ PROMISES = [
             ),
             Break(
                 "check: a missing shard of a pattern is the last",
-                "fastclip/data/shards.py",
+                "fastclip/data/shards/source.py",
                 old="if missing and files and problems is not None:",
                 new="if False:",
             ),

@@ -18,19 +18,19 @@ PROMISES = [
         breaks=[
             Break(
                 "shuffle: numbers beyond the size",
-                "fastclip/data/permutation.py",
+                "fastclip/data/loading/permutation.py",
                 old="numbers[beyond] = self._network(numbers[beyond])",
                 new="numbers[beyond] %= np.uint64(self.size)",
             ),
             Break(
                 "shuffle: of three, rotations only",
-                "fastclip/data/permutation.py",
+                "fastclip/data/loading/permutation.py",
                 old="math.isqrt(size - 1) + 1",
                 new="math.isqrt(size)",
             ),
             Break(
                 "shuffle: three rounds",
-                "fastclip/data/permutation.py",
+                "fastclip/data/loading/permutation.py",
                 old="_ROUNDS = 8",
                 new="_ROUNDS = 3",
             ),
@@ -49,31 +49,31 @@ PROMISES = [
         breaks=[
             Break(
                 "index: never kept",
-                "fastclip/data/shard_index.py",
+                "fastclip/data/shards/index.py",
                 old="write_bytes(file, head + content)",
                 new="pass",
             ),
             Break(
                 "index: that of an older file",
-                "fastclip/data/shard_index.py",
+                "fastclip/data/shards/index.py",
                 old="(_MAGIC, stamp, len(content))",
                 new="(_MAGIC, Stamp(size, mtime_ns), len(content))",
             ),
             Break(
                 "index: damage is not seen",
-                "fastclip/data/shard_index.py",
+                "fastclip/data/shards/index.py",
                 old="or zlib.crc32(content) != checksum",
                 new="",
             ),
             Break(
                 "index: no cache folder",
-                "fastclip/data/shard_index.py",
+                "fastclip/data/shards/index.py",
                 old='Path(f"{path}.fastclip-index"), _cached(path)',
                 new='(Path(f"{path}.fastclip-index"),)',
             ),
             Break(
                 "index: a long name is what its header holds",
-                "fastclip/data/tar_index.py",
+                "fastclip/data/shards/tar_index.py",
                 old="self._note(kind, data)",
                 new="pass",
             ),
@@ -89,7 +89,7 @@ PROMISES = [
         breaks=[
             Break(
                 "index: written in its place",
-                "fastclip/data/shard_index.py",
+                "fastclip/data/shards/index.py",
                 old="write_bytes(file, head + content)",
                 new="file.write_bytes(head + content)",
             ),
@@ -104,13 +104,13 @@ PROMISES = [
         breaks=[
             Break(
                 "shard: another file of this name is read",
-                "fastclip/data/shards.py",
+                "fastclip/data/shards/source.py",
                 old="same = stamp_of(os.fstat(file.fileno())) == self._stamps[shard]",
                 new="same = True",
             ),
             Break(
                 "shard: other samples in the same places",
-                "fastclip/data/shards.py",
+                "fastclip/data/shards/source.py",
                 old='and zlib.crc32(data[:BLOCK]) == row[f"{kind}_crc"]',
                 new="",
             ),
@@ -126,13 +126,13 @@ PROMISES = [
         breaks=[
             Break(
                 "ranks: each its own order",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="Order(len(source), batch_size, seed)",
                 new="Order(len(source), batch_size, seed + rank)",
             ),
             Break(
                 "ranks: a step is of the ranks' number",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="order.draws(step, *piece)",
                 new="order.draws(step + ranks, *piece)",
             ),

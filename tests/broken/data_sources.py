@@ -19,37 +19,37 @@ PROMISES = [
         breaks=[
             Break(
                 "mixture: every epoch draws the same half",
-                "fastclip/data/mixture.py",
+                "fastclip/data/sources/mixture.py",
                 old="turn = epoch * draws + index",
                 new="turn = index",
             ),
             Break(
                 "mixture: a stride that misses samples",
-                "fastclip/data/mixture.py",
+                "fastclip/data/sources/mixture.py",
                 old="while math.gcd(stride, size) > 1:",
                 new="while stride == 0:",
             ),
             Break(
                 "mixture: a tenth is the first one",
-                "fastclip/data/mixture.py",
+                "fastclip/data/sources/mixture.py",
                 old="_stride(len(source)) if draws % len(source) else 1",
                 new="1",
             ),
             Break(
                 "mixture: labels of other classes",
-                "fastclip/data/mixture.py",
+                "fastclip/data/sources/mixture.py",
                 old="return record if self._with_classes else record._replace(label=None)",
                 new="return record",
             ),
             Break(
                 "mixture: the loader forgets the epoch",
-                "fastclip/data/watch.py",
+                "fastclip/data/loading/watchdog.py",
                 old="self.source.read(index, epoch=epoch, min_side=min_side)",
                 new="self.source.read(index, min_side=min_side)",
             ),
             Break(
                 "mixture: replacements are the first epoch's",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="record = watch.read(sample, epoch=epoch, min_side",
                 new="record = watch.read(sample, epoch=0 if faults else epoch, min_side",
             ),
@@ -70,37 +70,37 @@ PROMISES = [
         breaks=[
             Break(
                 "remote: copied at each start",
-                "fastclip/data/remote.py",
+                "fastclip/data/shards/remote.py",
                 old="if have is None or size not in (None, have) or _mark(info) != _copied(copy):",
                 new="if True:",
             ),
             Break(
                 "remote: half of it is kept",
-                "fastclip/data/remote.py",
+                "fastclip/data/shards/remote.py",
                 old="if size is not None and half.stat().st_size != size:",
                 new="if False:",
             ),
             Break(
                 "remote: an old copy",
-                "fastclip/data/remote.py",
+                "fastclip/data/shards/remote.py",
                 old="size not in (None, have) or",
                 new="",
             ),
             Break(
                 "remote: an old copy of the same size",
-                "fastclip/data/remote.py",
+                "fastclip/data/shards/remote.py",
                 old=" or _mark(info) != _copied(copy)",
                 new="",
             ),
             Break(
                 "remote: the old version of a new copy",
-                "fastclip/data/remote.py",
+                "fastclip/data/shards/remote.py",
                 old="write_text(_marks(copy), _mark(info))",
                 new="pass",
             ),
             Break(
                 "remote: every process copies",
-                "fastclip/data/remote.py",
+                "fastclip/data/shards/remote.py",
                 old='with FileLock(copy.with_name(f"{copy.name}.lock")):',
                 new="if True:",
             ),
@@ -122,13 +122,13 @@ PROMISES = [
             ),
             Break(
                 "shards: a glob finds folders",
-                "fastclip/data/shards.py",
+                "fastclip/data/shards/source.py",
                 old="if not os.path.isdir(path))",
                 new="if path)",
             ),
             Break(
                 "remote: hidden names are shards",
-                "fastclip/data/remote.py",
+                "fastclip/data/shards/remote.py",
                 old="if _in_hidden(path) or not _in_hidden(name)",
                 new="if name",
             ),
@@ -143,13 +143,13 @@ PROMISES = [
         breaks=[
             Break(
                 "braces: a product is listed first",
-                "fastclip/data/braces.py",
+                "fastclip/data/shards/braces.py",
                 old="islice(braceexpand(pattern), _MOST + 1)",
                 new="islice(braceexpand(pattern), _MOST)",
             ),
             Break(
                 "braces: numbers of any length",
-                "fastclip/data/braces.py",
+                "fastclip/data/shards/braces.py",
                 old='max(map(len, (start, end, step or ""))) > 18',
                 new="False",
             ),
@@ -179,7 +179,7 @@ PROMISES = [
             ),
             Break(
                 "scaled: evaluation too",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="self._candidates(max(index, 0)))",
                 new="self._candidates(max(index, 0)), min_side=24)",
             ),
@@ -206,37 +206,37 @@ PROMISES = [
         breaks=[
             Break(
                 "hub: always the training split",
-                "fastclip/data/hub.py",
+                "fastclip/data/sources/hub.py",
                 old='split or "train", spec)',
                 new='"train", spec)',
             ),
             Break(
                 "hub: unknown labels are the last class",
-                "fastclip/data/hub.py",
+                "fastclip/data/sources/hub.py",
                 old="None if label == -1 else label",
                 new="label",
             ),
             Break(
                 "hub: a saved format is applied",
-                "fastclip/data/hub.py",
+                "fastclip/data/sources/hub.py",
                 old=".with_format(None)",
                 new="",
             ),
             Break(
                 "hub: pictures of the working directory",
-                "fastclip/data/hub.py",
+                "fastclip/data/sources/hub.py",
                 old="return beside if beside.exists() else",
                 new="return",
             ),
             Break(
                 "hub: a bad row ends the run",
-                "fastclip/data/hub.py",
+                "fastclip/data/sources/hub.py",
                 old='raise BadSample("no image", key, "there is no picture")',
                 new='raise ValueError(f"{key}: there is no picture")',
             ),
             Break(
                 "hub: the first caption of a list",
-                "fastclip/data/hub.py",
+                "fastclip/data/sources/hub.py",
                 old="return given_captions(value, key,",
                 new="return given_captions(value[:1] if isinstance(value, list) else value, key,",
             ),
@@ -251,7 +251,7 @@ PROMISES = [
         breaks=[
             Break(
                 "data: a mask is a second picture",
-                "fastclip/data/shard_samples.py",
+                "fastclip/data/shards/samples.py",
                 old="key, kind = match[1], match[2].lower()\n",
                 new='key, kind = match[1], match[2].lower(); kind = ".jpg" if kind in PICTURE_SUFFIXES else kind\n',
             ),
@@ -266,7 +266,7 @@ PROMISES = [
         breaks=[
             Break(
                 "data: one read is all",
-                "fastclip/data/tar_index.py",
+                "fastclip/data/shards/tar_index.py",
                 old="while left and (part := file.read(left)):",
                 new="if left and (part := file.read(left)):",
             ),

@@ -17,7 +17,7 @@ PROMISES = [
         breaks=[
             Break(
                 "ranks: a share is not multiplied by the ranks",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="batch.shards.ranks * total",
                 new="total",
             ),
@@ -41,13 +41,13 @@ PROMISES = [
             ),
             Break(
                 "ranks: smoothing's means are a rank's own",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="image_sum, text_sum = sums",
                 new="",
             ),
             Break(
                 "ranks: positives of a rank's own texts only",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="text_labels = gather_rows(text_labels.long(), shards.texts, shards.group, after=image_labels)",
                 new="text_labels = gather_rows(image_labels[shards.own_images] + 1, shards.images, shards.group)",
             ),
@@ -131,7 +131,7 @@ PROMISES = [
         breaks=[
             Break(
                 "ranks: nothing orders the sums",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="sums, after = sum_over_ranks(torch.stack([image_sum, text_sum]), after, shards.group)",
                 new="sums, _ = sum_over_ranks(torch.stack([image_sum, text_sum]), image_sum, shards.group)",
             ),
@@ -224,7 +224,7 @@ PROMISES = [
             ),
             Break(
                 "threads: FSDP's mesh keeps the group",
-                "fastclip/training/parallel.py",
+                "fastclip/training/ranks.py",
                 old="_meshes.append(mesh)",
                 new="",
             ),
@@ -246,7 +246,7 @@ PROMISES = [
         breaks=[
             Break(
                 "ranks: the modules see one rank",
-                "fastclip/modules.py",
+                "fastclip/losses/modules.py",
                 old="return dist.group.WORLD",
                 new="return None",
             ),

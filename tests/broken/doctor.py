@@ -58,7 +58,7 @@ PROMISES = [
             ),
             Break(
                 "doctor: a variable that is read is unknown",
-                "fastclip/_env.py",
+                "fastclip/system/env.py",
                 old='OWN = ("FASTCLIP_BACKEND", "FASTCLIP_CACHE",',
                 new='OWN = ("FASTCLIP_BACKEND",',
             ),
@@ -70,19 +70,19 @@ PROMISES = [
             ),
             Break(
                 "doctor: only the innermost group limits memory",
-                "fastclip/cores.py",
+                "fastclip/system/cores.py",
                 old="for folder in (inner, *inner.parents):",
                 new="for folder in (inner,):",
             ),
             Break(
                 "doctor: a busy machine is a quiet one",
-                "fastclip/cores.py",
+                "fastclip/system/cores.py",
                 old="* processes + others >=",
                 new="* processes >=",
             ),
             Break(
                 "doctor: a user's own policy of waiting is replaced",
-                "fastclip/_env.py",
+                "fastclip/system/env.py",
                 old="any(os.environ.get(name) for name in _SPINNING)",
                 new="False",
             ),
@@ -179,7 +179,7 @@ PROMISES = [
         breaks=[
             Break(
                 "rows are printed, not written",
-                "benchmarks/gpu_log.py",
+                "benchmarks/gpu/log.py",
                 old="        append(self.rows / NAME, [row], self.about)\n",
                 new="",
             ),
@@ -197,19 +197,19 @@ PROMISES = [
             ),
             Break(
                 "a build is timed that another folder fills in",
-                "benchmarks/gpu_variants.py",
+                "benchmarks/gpu/variants.py",
                 old='return ", ".join(sorted(told, key=lambda text: text.count(".")))',
                 new='return ""',
             ),
             Break(
                 "what a killed part has started goes on",
-                "benchmarks/gpu_check.py",
+                "benchmarks/gpu/checklist.py",
                 old="os.killpg(0, signal.SIGKILL)",
                 new="os._exit(1)",
             ),
             Break(
                 "a dry run has a GPU's name",
-                "benchmarks/gpu_pretended.py",
+                "benchmarks/gpu/pretended.py",
                 old='DRY_RUN = "dry run"',
                 new='DRY_RUN = "NVIDIA H200"',
             ),

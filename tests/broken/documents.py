@@ -170,12 +170,12 @@ PROMISES = [
         MACHINE,
         "`import fastclip` takes less than 0.2 s where torch is imported already",
         tests=[
-            "package/test_lazy.py::test_losses_import_in_a_fifth_of_a_second_beside_torch",
+            "system/test_lazy.py::test_losses_import_in_a_fifth_of_a_second_beside_torch",
         ],
         breaks=[
             Break(
                 "package: a slow import",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="from typing import Any, NamedTuple",
                 new="from typing import Any, NamedTuple; import time; time.sleep(0.5)",
             ),

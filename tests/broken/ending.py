@@ -34,25 +34,25 @@ PROMISES = [
             ),
             Break(
                 "ending: signals are handled within a fork",
-                "fastclip/data/workers.py",
+                "fastclip/data/loading/workers.py",
                 old="pthread_sigmask(signal.SIG_BLOCK,",
                 new="pthread_sigmask(signal.SIG_UNBLOCK,",
             ),
             Break(
                 "ending: a signal that waits ends a worker",
-                "fastclip/data/workers.py",
+                "fastclip/data/loading/workers.py",
                 old="while signal.sigtimedwait(_OF_GROUPS, 0):",
                 new="while False:",
             ),
             Break(
                 "ending: a stuck worker is waited for",
-                "fastclip/data/workers.py",
+                "fastclip/data/loading/workers.py",
                 old="patience.start()",
                 new="pass",
             ),
             Break(
                 "ending: workers keep folders of their own",
-                "fastclip/data/workers.py",
+                "fastclip/data/loading/workers.py",
                 old="multiprocessing.util.get_temp_dir()",
                 new="pass",
             ),
@@ -74,7 +74,7 @@ PROMISES = [
         breaks=[
             Break(
                 "ending: workers outlive a killed program",
-                "fastclip/data/workers.py",
+                "fastclip/data/loading/workers.py",
                 old="end_with_parent(parent)",
                 new="pass",
             ),

@@ -108,7 +108,7 @@ PROMISES = [
         breaks=[
             Break(
                 "evaluation: another sample stands for a bad one",
-                "fastclip/data/loader.py",
+                "fastclip/data/loading/batches.py",
                 old="used.append(-1 if faults else index)",
                 new="used.append(index)",
             ),
@@ -155,7 +155,7 @@ PROMISES = [
         EVALUATION,
         "A checkpoint of training is evaluated as the run would save it, with its own sizes and averaged weights",
         tests=[
-            "evaluation/test_features.py::test_checkpoint_of_a_run_is_what_the_run_would_save",
+            "embedding/test_features.py::test_checkpoint_of_a_run_is_what_the_run_would_save",
         ],
         breaks=[
             Break(
@@ -166,7 +166,7 @@ PROMISES = [
             ),
             Break(
                 "evaluated: the model of an earlier end of the run",
-                "fastclip/training/loop.py",
+                "fastclip/training/run/loop.py",
                 old="set_aside(model).name",
                 new="model.name",
             ),
@@ -179,9 +179,9 @@ PROMISES = [
             "were made from"
         ),
         tests=[
-            "evaluation/test_features.py::test_store_is_of_one_model_and_one_list",
-            "evaluation/test_features.py::test_other_vocabulary_is_another_model",
-            "evaluation/test_features.py::test_names_in_another_folder_are_others",
+            "embedding/test_features.py::test_store_is_of_one_model_and_one_list",
+            "embedding/test_features.py::test_other_vocabulary_is_another_model",
+            "embedding/test_features.py::test_names_in_another_folder_are_others",
         ],
         breaks=[
             Break(
@@ -192,7 +192,7 @@ PROMISES = [
             ),
             Break(
                 "kept features: whatever the vocabulary",
-                "fastclip/models/wordpiece.py",
+                "fastclip/models/tokenizers/wordpiece.py",
                 old="repr((self.context_length, words))",
                 new="repr(self.context_length)",
             ),
@@ -214,27 +214,27 @@ PROMISES = [
         STOPS,
         "An interrupted evaluation resumes to the same bits, and loses a minute of work at most",
         tests=[
-            "evaluation/test_features.py::test_interrupted_embedding_goes_on_to_the_same_bits",
-            "evaluation/test_features.py::test_interrupted_texts_go_on_to_the_same_bits",
-            "evaluation/test_features.py::test_what_took_a_minute_is_kept",
-            "evaluation/test_features.py::test_damaged_part_is_computed_again",
+            "embedding/test_features.py::test_interrupted_embedding_goes_on_to_the_same_bits",
+            "embedding/test_features.py::test_interrupted_texts_go_on_to_the_same_bits",
+            "embedding/test_features.py::test_what_took_a_minute_is_kept",
+            "embedding/test_features.py::test_damaged_part_is_computed_again",
         ],
         breaks=[
             Break(
                 "kept features: the first ones are taken again",
-                "fastclip/evaluation/features.py",
+                "fastclip/embedding/features.py",
                 old="Subset(source, range(done, size))",
                 new="Subset(source, range(size - done))",
             ),
             Break(
                 "kept features: thousands or nothing",
-                "fastclip/evaluation/features.py",
+                "fastclip/embedding/features.py",
                 old="if samples >= PART or time.monotonic() - begun > _SECONDS:",
                 new="if samples >= PART:",
             ),
             Break(
                 "kept features: a damaged part ends the command",
-                "fastclip/evaluation/features.py",
+                "fastclip/embedding/features.py",
                 old="except (ValueError, OSError, KeyError, TypeError) as error:",
                 new="except KeyError as error:",
             ),

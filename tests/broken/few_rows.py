@@ -24,7 +24,7 @@ PROMISES = [
             ),
             Break(
                 "the checks are all made again",
-                "fastclip/checks.py",
+                "fastclip/losses/arguments.py",
                 old="        or image.device.type not in",
                 new="        or check_features(image, text, paired=True, backend=None)\n"
                 "        or image.device.type not in",
@@ -197,7 +197,7 @@ PROMISES = [
             ),
             Break(
                 "a scale's type is not looked at",
-                "fastclip/checks.py",
+                "fastclip/losses/arguments.py",
                 old="if type(problem[-1]) not in TENSORS or type(problem[2]) not in TENSORS:",
                 new="if False:",
             ),

@@ -184,7 +184,7 @@ PROMISES = [
             ),
             Break(
                 "modules: methods of a subclass are not called",
-                "fastclip/modules.py",
+                "fastclip/losses/modules.py",
                 old="if hasattr(type(module), hook) or hook in vars(module):",
                 new="if hook in vars(module):",
             ),

@@ -32,7 +32,7 @@ PROMISES = [
         breaks=[
             Break(
                 "a number is read from a tensor",
-                "fastclip/checks.py",
+                "fastclip/losses/arguments.py",
                 old="if torch.compiler.is_compiling() or x.device.type",
                 new="if x.device.type",
             ),
@@ -71,7 +71,7 @@ PROMISES = [
         breaks=[
             Break(
                 "silence",
-                "fastclip/ops/second.py",
+                "fastclip/ops/backward.py",
                 old='if name != "reference":',
                 new='if name == "nothing":',
             ),
@@ -145,13 +145,13 @@ PROMISES = [
         breaks=[
             Break(
                 "M and N are not compared",
-                "fastclip/checks.py",
+                "fastclip/losses/arguments.py",
                 old="if paired and image.shape[0] != text.shape[0]:",
                 new="if False:",
             ),
             Break(
                 "labels of any dtype",
-                "fastclip/checks.py",
+                "fastclip/losses/arguments.py",
                 old="if str(labels.dtype).removeprefix",
                 new="if labels.dtype is torch.bool and str(labels.dtype).removeprefix",
             ),
@@ -167,7 +167,7 @@ PROMISES = [
         breaks=[
             Break(
                 "it normalises",
-                "fastclip/modules.py",
+                "fastclip/losses/modules.py",
                 old="logit_scale, normalize=False",
                 new="logit_scale * 1.001, normalize=False",
             ),
@@ -189,13 +189,13 @@ PROMISES = [
             ),
             Break(
                 "divided by the pairs",
-                "fastclip/sigmoid.py",
+                "fastclip/losses/sigmoid.py",
                 old="divisor = image.shape[0] if",
                 new="divisor = image.shape[0] ** 2 if",
             ),
             Break(
                 "one exchange is refused",
-                "fastclip/modules.py",
+                "fastclip/losses/modules.py",
                 old='("bidir", "shift", "reduce", "gather")',
                 new='("bidir", "shift", "gather")',
             ),
@@ -269,13 +269,13 @@ PROMISES = [
         breaks=[
             Break(
                 "the core view is forgotten",
-                "fastclip/multiview.py",
+                "fastclip/losses/multiview.py",
                 old="if core is None:",
                 new="if core is None or core == 2:",
             ),
             Break(
                 "each pair twice",
-                "fastclip/multiview.py",
+                "fastclip/losses/multiview.py",
                 old="for j in range(i + 1, count)]",
                 new="for j in range(count) if j != i]",
             ),
@@ -292,7 +292,7 @@ PROMISES = [
         breaks=[
             Break(
                 "rounding decides a tie",
-                "fastclip/ties.py",
+                "fastclip/losses/ties.py",
                 old="TIE = 2.0**-20",
                 new="TIE = -(2.0**-20)",
             ),
@@ -304,7 +304,7 @@ PROMISES = [
             ),
             Break(
                 "log-sum-exp without the positive",
-                "fastclip/stats.py",
+                "fastclip/losses/stats.py",
                 old="return torch.logaddexp(side.neg, torch.where(side.pos_top == -torch.inf, -torch.inf, pos))",
                 new="return side.neg",
             ),

@@ -9,31 +9,31 @@ PROMISES = [
         STOPS,
         "A kill at any moment of saving leaves the last checkpoint or the next one, whole",
         tests=[
-            "training/test_durable.py::test_death_at_every_file_operation_leaves_a_whole_checkpoint",
-            "training/test_durable.py::test_kill_leaves_the_last_checkpoint_or_the_next",
+            "system/test_durable.py::test_death_at_every_file_operation_leaves_a_whole_checkpoint",
+            "system/test_durable.py::test_kill_leaves_the_last_checkpoint_or_the_next",
         ],
         breaks=[
             Break(
                 "machines: the old one goes before the new one is in its place",
-                "fastclip/durable.py",
+                "fastclip/system/durable.py",
                 old="os.rename(path, old)",
                 new="shutil.rmtree(path)",
             ),
             Break(
                 "machines: what waited is not brought back",
-                "fastclip/durable.py",
+                "fastclip/system/durable.py",
                 old="_bring_back(path)\n",
                 new="",
             ),
             Break(
                 "machines: old ones are removed file by file",
-                "fastclip/durable.py",
+                "fastclip/system/durable.py",
                 old="os.rename(path, gone)",
                 new="shutil.rmtree(path)",
             ),
             Break(
                 "machines: files appear one by one",
-                "fastclip/durable.py",
+                "fastclip/system/durable.py",
                 old="half.mkdir()",
                 new="half.mkdir(); path.mkdir(exist_ok=True)",
             ),
@@ -43,24 +43,24 @@ PROMISES = [
         STOPS,
         "A damaged checkpoint is found and named, and the one before it is used",
         tests=[
-            "training/test_durable.py::test_damage_is_found_and_the_one_before_is_used",
+            "system/test_durable.py::test_damage_is_found_and_the_one_before_is_used",
         ],
         breaks=[
             Break(
                 "machines: only sizes are compared",
-                "fastclip/durable.py",
+                "fastclip/system/durable.py",
                 old="if _sha256(file) != digest:",
                 new="if _sha256(file) == digest[1:]:",
             ),
             Break(
                 "machines: a missing file is not missed",
-                "fastclip/durable.py",
+                "fastclip/system/durable.py",
                 old='raise ValueError(f"{file} is missing")',
                 new="continue",
             ),
             Break(
                 "machines: the newest or nothing",
-                "fastclip/training/checkpoint.py",
+                "fastclip/training/run/checkpoints.py",
                 old="problems.append(str(error))",
                 new="raise",
             ),
@@ -70,12 +70,12 @@ PROMISES = [
         SAFETY,
         "Resuming from a checkpoint runs no pickle",
         tests=[
-            "training/test_durable.py::test_no_pickle_runs_when_a_checkpoint_is_read",
+            "system/test_durable.py::test_no_pickle_runs_when_a_checkpoint_is_read",
         ],
         breaks=[
             Break(
                 "machines: a pickle is read",
-                "fastclip/training/checkpoint.py",
+                "fastclip/training/run/checkpoints.py",
                 old="tensors: Any = read_tensors(file)",
                 new='tensors: Any = __import__("pickle").loads(file.read_bytes())',
             ),
@@ -85,12 +85,12 @@ PROMISES = [
         STOPS,
         "Old checkpoints are removed when the new one is there, not before",
         tests=[
-            "training/test_durable.py::test_old_checkpoints_go_after_the_new_one_is_there",
+            "system/test_durable.py::test_old_checkpoints_go_after_the_new_one_is_there",
         ],
         breaks=[
             Break(
                 "machines: room is made first",
-                "fastclip/training/checkpoint.py",
+                "fastclip/training/run/checkpoints.py",
                 old='path = folder / f"step-{snapshot.step:08d}"',
                 new='[remove_folder(older) for older in _by_step(folder)]; path = folder / f"step-{snapshot.step:08d}"',
             ),
@@ -100,12 +100,12 @@ PROMISES = [
         STOPS,
         "Checkpoints of a later step than the one that a run begins at are set aside",
         tests=[
-            "training/test_durable.py::test_checkpoints_of_a_later_step_are_set_aside",
+            "system/test_durable.py::test_checkpoints_of_a_later_step_are_set_aside",
         ],
         breaks=[
             Break(
                 "machines: later checkpoints stay",
-                "fastclip/training/checkpoint.py",
+                "fastclip/training/run/checkpoints.py",
                 old="if _step(path) > step:",
                 new="if _step(path) < 0:",
             ),
@@ -118,14 +118,14 @@ PROMISES = [
         breaks=[
             Break(
                 "machines: validation comes first",
-                "fastclip/training/loop.py",
+                "fastclip/training/run/loop.py",
                 old="        if stops or done == self.last or _due(done, self.options.save_every):\n",
                 new="        if self._validation_is_due(done):\n            self._validate(done)\n"
                 "        if stops or done == self.last or _due(done, self.options.save_every):\n",
             ),
             Break(
                 "machines: what was not validated stays so",
-                "fastclip/training/loop.py",
+                "fastclip/training/run/loop.py",
                 old="if not self.validated and self._validation_is_due(self.first):",
                 new="if False:",
             ),
@@ -135,20 +135,20 @@ PROMISES = [
         STOPS,
         "A full disk ends the run with the number of bytes that it needed, and keeps the old checkpoint",
         tests=[
-            "training/test_durable.py::test_full_disk_says_how_many_bytes_were_needed",
-            "training/test_durable.py::test_space_is_looked_at_before_writing",
+            "system/test_durable.py::test_full_disk_says_how_many_bytes_were_needed",
+            "system/test_durable.py::test_space_is_looked_at_before_writing",
             "training/test_interrupted.py::test_run_on_a_full_disk_says_so_in_a_line",
         ],
         breaks=[
             Break(
                 "machines: the space is not looked at",
-                "fastclip/training/checkpoint.py",
+                "fastclip/training/run/checkpoints.py",
                 old="_free_bytes(half) < snapshot.size:",
                 new="_free_bytes(half) < 0:",
             ),
             Break(
                 "machines: safetensors' error is not the disk's",
-                "fastclip/training/checkpoint.py",
+                "fastclip/training/run/checkpoints.py",
                 old="except (OSError, SafetensorError) as error:",
                 new="except OSError as error:",
             ),
@@ -159,20 +159,20 @@ PROMISES = [
         "Saving in the background changes no number of the run",
         tests=[
             "training/test_interrupted.py::test_saving_in_the_background_changes_no_number",
-            "training/test_durable.py::test_training_goes_on_beside_a_snapshot_and_does_not_change_it",
-            "training/test_durable.py::test_saver_writes_one_at_a_time_and_keeps_no_error_to_itself",
+            "system/test_durable.py::test_training_goes_on_beside_a_snapshot_and_does_not_change_it",
+            "system/test_durable.py::test_saver_writes_one_at_a_time_and_keeps_no_error_to_itself",
             "training/test_interrupted.py::test_shards_are_saved_in_the_background_as_they_were",
         ],
         breaks=[
             Break(
                 "machines: a snapshot is the weights themselves",
-                "fastclip/training/checkpoint.py",
+                "fastclip/training/run/checkpoints.py",
                 old="return x.clone() if",
                 new="return x if",
             ),
             Break(
                 "machines: two are written at a time",
-                "fastclip/training/saver.py",
+                "fastclip/training/run/saver.py",
                 old="self.wait()\n        if self._pool is None:",
                 new="if self._pool is None:",
             ),
@@ -188,7 +188,7 @@ PROMISES = [
         breaks=[
             Break(
                 "machines: nobody asks whether it failed",
-                "fastclip/training/loop.py",
+                "fastclip/training/run/loop.py",
                 old="return FAILED if self.saver.failed else",
                 new="return",
             ),
@@ -207,7 +207,7 @@ PROMISES = [
         breaks=[
             Break(
                 "machines: a validation that was due is left out",
-                "fastclip/training/loop.py",
+                "fastclip/training/run/loop.py",
                 old="        if self._validation_is_due(done):",
                 new="        if not stops and self._validation_is_due(done):",
             ),
@@ -225,7 +225,7 @@ PROMISES = [
             ),
             Break(
                 "machines: every rank minds its own signals",
-                "fastclip/training/step.py",
+                "fastclip/training/step/update.py",
                 old="zip(_STATUSES, shared[1:].tolist())",
                 new="zip(_STATUSES, wishes.tolist())",
             ),
@@ -263,7 +263,7 @@ PROMISES = [
             ),
             Break(
                 "machines: the optimiser begins anew",
-                "fastclip/training/checkpoint.py",
+                "fastclip/training/run/checkpoints.py",
                 old='whole = {"state": values,',
                 new='whole = {"state": {k: {s: x * 0 for s, x in v.items()} for k, v in values.items()},',
             ),
@@ -279,13 +279,13 @@ PROMISES = [
         breaks=[
             Break(
                 "machines: an error stays on its rank",
-                "fastclip/training/parallel.py",
+                "fastclip/training/ranks.py",
                 old="for failure in failures:",
                 new="for failure in ():",
             ),
             Break(
                 "machines: gloo's errors are not known",
-                "fastclip/training/parallel.py",
+                "fastclip/training/ranks.py",
                 old="or any(word in str(error) for word in _LOST)",
                 new="",
             ),
@@ -301,7 +301,7 @@ PROMISES = [
         breaks=[
             Break(
                 "machines: ranks meet where the dead ones did",
-                "fastclip/training/parallel.py",
+                "fastclip/training/ranks.py",
                 old='PrefixStore(f"fastclip/{name}", store)',
                 new='PrefixStore("fastclip", store)',
             ),

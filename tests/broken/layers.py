@@ -14,7 +14,7 @@ PROMISES = [
         breaks=[
             Break(
                 "labels import the trainer",
-                "fastclip/labels.py",
+                "fastclip/losses/labels.py",
                 old="import torch",
                 new="import fastclip.training",
             ),
@@ -24,20 +24,20 @@ PROMISES = [
         MACHINE,
         "Commands load timm, torchvision and transformers only where a model is made, transformers only for BERT",
         tests=[
-            "package/test_lazy.py::test_nothing_heavy_is_loaded_before_its_use",
+            "system/test_lazy.py::test_nothing_heavy_is_loaded_before_its_use",
         ],
         breaks=[
             Break(
                 "lazy: the trainer loads towers",
                 "fastclip/models/dual_encoder.py",
-                old="from fastclip._lazy import uncollected",
-                new="import fastclip.models.towers  # noqa: F401\nfrom fastclip._lazy import uncollected",
+                old="from fastclip.system.lazy import uncollected",
+                new="import fastclip.models.towers.build  # noqa: F401\nfrom fastclip.system.lazy import uncollected",
             ),
             Break(
                 "lazy: every model loads BERT",
-                "fastclip/models/towers.py",
+                "fastclip/models/towers/build.py",
                 old="from torch import nn",
-                new="import fastclip.models.bert  # noqa: F401\nfrom torch import nn",
+                new="import fastclip.models.towers.bert  # noqa: F401\nfrom torch import nn",
             ),
         ],
     ),
@@ -45,11 +45,11 @@ PROMISES = [
         MACHINE,
         "`import fastclip` and `fastclip --help` load torch only where it is needed",
         tests=[
-            "package/test_lazy.py::test_import_loads_the_standard_library_only",
-            "package/test_lazy.py::test_help_answers_in_half_a_second",
-            "package/test_lazy.py::test_ops_are_there_where_torch_came_first",
-            "package/test_lazy.py::test_command_answers_without_torch",
-            "package/test_lazy.py::test_missing_package_is_named",
+            "system/test_lazy.py::test_import_loads_the_standard_library_only",
+            "system/test_lazy.py::test_help_answers_in_half_a_second",
+            "system/test_lazy.py::test_ops_are_there_where_torch_came_first",
+            "system/test_lazy.py::test_command_answers_without_torch",
+            "system/test_lazy.py::test_missing_package_is_named",
         ],
         breaks=[
             Break(

@@ -52,7 +52,7 @@ PROMISES = [
             ),
             Break(
                 "processor: another size than the tower's",
-                "fastclip/models/huggingface.py",
+                "fastclip/models/checkpoints/huggingface.py",
                 old="if processor is not None and processor.image_size != image.image_size:",
                 new="if False:",
             ),
@@ -64,25 +64,25 @@ PROMISES = [
             ),
             Break(
                 "vocabulary: tokenizer.json is passed over",
-                "fastclip/models/vocabulary.py",
+                "fastclip/models/tokenizers/vocabulary.py",
                 old="return VOCABULARY if same else tokenizer.name",
                 new='return VOCABULARY if plain.is_file() else "bert-base-uncased"',
             ),
             Break(
                 "vocabulary: words in the order of the file",
-                "fastclip/models/vocabulary.py",
+                "fastclip/models/tokenizers/vocabulary.py",
                 old="return sorted(ids, key=ids.__getitem__)",
                 new="return list(ids)",
             ),
             Break(
                 "vocabulary: a tokenizer with capitals passes",
-                "fastclip/models/vocabulary.py",
+                "fastclip/models/tokenizers/vocabulary.py",
                 old='_check({"type": None, **normaliser}, _NORMALISER, f"{file}: normalizer")',
                 new="pass",
             ),
             Break(
                 "convert: transformers reads another model's processor",
-                "fastclip/models/writing.py",
+                "fastclip/models/checkpoints/writing.py",
                 old="for name in (*_OF_MODELS, *read_first) if",
                 new="for name in _OF_MODELS if",
             ),
@@ -112,7 +112,7 @@ PROMISES = [
             ),
             Break(
                 "saved: without its vocabulary",
-                "fastclip/models/vocabulary.py",
+                "fastclip/models/tokenizers/vocabulary.py",
                 old="if not isinstance(config.text_cfg, BertConfig) or config.folder is None:",
                 new="if True:",
             ),

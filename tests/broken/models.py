@@ -16,31 +16,31 @@ PROMISES = [
         breaks=[
             Break(
                 "encoder: projections are not transposed",
-                "fastclip/models/conversion.py",
+                "fastclip/models/checkpoints/parameter_names.py",
                 old='Rule(r"text\\.text_projection", "text_projection.weight", TRANSPOSED)',
                 new='Rule(r"text\\.text_projection", "text_projection.weight")',
             ),
             Break(
                 "encoder: keys before queries",
-                "fastclip/models/conversion.py",
+                "fastclip/models/checkpoints/parameter_names.py",
                 old='_QKV = ("q_proj", "k_proj", "v_proj")',
                 new='_QKV = ("k_proj", "q_proj", "v_proj")',
             ),
             Break(
                 "encoder: the temperature is the scale",
-                "fastclip/models/conversion.py",
+                "fastclip/models/checkpoints/parameter_names.py",
                 old="-theirs[0].reshape(()).log()",
                 new="theirs[0].reshape(()).log()",
             ),
             Break(
                 "encoder: ALIGN pads both sides",
-                "fastclip/models/image_towers.py",
+                "fastclip/models/towers/image.py",
                 old="size // 2 if both_sides else size // 2 - 1",
                 new="size // 2",
             ),
             Break(
                 "encoder: GELU in the ViT whatever the name",
-                "fastclip/models/image_towers.py",
+                "fastclip/models/towers/image.py",
                 old="act_layer=QuickGELU if quick_gelu else nn.GELU",
                 new="act_layer=nn.GELU",
             ),
@@ -56,7 +56,7 @@ PROMISES = [
         breaks=[
             Break(
                 "encoder: a bias on the projection",
-                "fastclip/models/image_towers.py",
+                "fastclip/models/towers/image.py",
                 old="nn.Linear(width, embed_dim, bias=False)",
                 new="nn.Linear(width, embed_dim)",
             ),
@@ -71,7 +71,7 @@ PROMISES = [
         breaks=[
             Break(
                 "encoder: attention pooling starts as any layer",
-                "fastclip/models/image_towers.py",
+                "fastclip/models/towers/image.py",
                 old="nn.init.normal_(linear.weight, std=pool.in_features**-0.5)",
                 new="pass",
             ),
@@ -87,13 +87,13 @@ PROMISES = [
         breaks=[
             Break(
                 "encoder: Swin's last merging stays",
-                "fastclip/models/coswin.py",
+                "fastclip/models/towers/coswin.py",
                 old="range(1, len(config.layers)):",
                 new="range(1, len(config.layers) - 1):",
             ),
             Break(
                 "encoder: Swin's embedding",
-                "fastclip/models/coswin.py",
+                "fastclip/models/towers/coswin.py",
                 old="embed_layer=ConvEmbed",
                 new="embed_layer=PatchEmbed",
             ),
@@ -108,7 +108,7 @@ PROMISES = [
         breaks=[
             Break(
                 "encoder: pickles run",
-                "fastclip/models/checkpoint.py",
+                "fastclip/models/checkpoints/reading.py",
                 old="weights_only=True",
                 new="weights_only=False",
             ),
@@ -125,19 +125,19 @@ PROMISES = [
         breaks=[
             Break(
                 "archive: torch loads it",
-                "fastclip/models/checkpoint.py",
+                "fastclip/models/checkpoints/reading.py",
                 old="read_torchscript(file) if archive",
                 new="dict(torch.jit.load(file).state_dict()) if archive",
             ),
             Break(
                 "archive: shapes are believed",
-                "fastclip/models/torchscript.py",
+                "fastclip/models/checkpoints/torchscript.py",
                 old="if count > len(numbers) or (count and last >= len(numbers)):",
                 new="if False:",
             ),
             Break(
                 "archive: one name a module",
-                "fastclip/models/torchscript.py",
+                "fastclip/models/checkpoints/torchscript.py",
                 old='waiting.append((f"{prefix}{name}.", value))',
                 new='waiting.append((f"{name}.", value))',
             ),
@@ -152,7 +152,7 @@ PROMISES = [
         breaks=[
             Break(
                 "opened: a tokenizer's own code",
-                "fastclip/models/wordpiece.py",
+                "fastclip/models/tokenizers/wordpiece.py",
                 old="trust_remote_code=False",
                 new="trust_remote_code=True",
             ),
@@ -198,7 +198,7 @@ PROMISES = [
         breaks=[
             Break(
                 "convert: into the folder itself",
-                "fastclip/models/writing.py",
+                "fastclip/models/checkpoints/writing.py",
                 old="    with new_files(folder) as half:\n        yield half",
                 new="    folder.mkdir(parents=True, exist_ok=True)\n    yield folder",
             ),
@@ -210,7 +210,7 @@ PROMISES = [
             ),
             Break(
                 "convert: another configuration passes",
-                "fastclip/models/writing.py",
+                "fastclip/models/checkpoints/writing.py",
                 old="if wanted is not None and wanted != _digest(config):",
                 new="if False:",
             ),
@@ -277,7 +277,7 @@ PROMISES = [
         breaks=[
             Break(
                 "encoder: OpenAI is not recognised",
-                "fastclip/models/checkpoint.py",
+                "fastclip/models/checkpoints/reading.py",
                 old='if archive or "input_resolution" in tensors:',
                 new="if False:",
             ),
@@ -320,7 +320,7 @@ PROMISES = [
         breaks=[
             Break(
                 "encoder: half surrogates",
-                "fastclip/models/wordpiece.py",
+                "fastclip/models/tokenizers/wordpiece.py",
                 old='.encode("utf-8", "replace").decode()',
                 new="",
             ),

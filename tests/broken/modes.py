@@ -50,13 +50,13 @@ PROMISES = [
             ),
             Break(
                 "a saved tensor is read twice, of the ring and elsewhere",
-                "fastclip/ops/second.py",
+                "fastclip/ops/backward.py",
                 old="return inputs, saved[len(inputs) :]",
                 new="return inputs, ctx.saved_tensors[len(inputs) :]",
             ),
             Break(
                 "features are kept without their version",
-                "fastclip/ops/second.py",
+                "fastclip/ops/backward.py",
                 old="(x if isinstance(x, Tensor)",
                 new="(x.detach().clone() if isinstance(x, Tensor)",
             ),
@@ -74,7 +74,7 @@ PROMISES = [
         breaks=[
             Break(
                 "a fake label is read",
-                "fastclip/checks.py",
+                "fastclip/losses/arguments.py",
                 old="return not recorded(x) and not transformed(x)",
                 new="return not transformed(x)",
             ),
@@ -95,13 +95,13 @@ PROMISES = [
         breaks=[
             Break(
                 "the scale is written into the graph",
-                "fastclip/checks.py",
+                "fastclip/losses/arguments.py",
                 old="return image.new_ones((), dtype=dtype) * value",
                 new="return image.new_full((), value, dtype=dtype)",
             ),
             Break(
                 "the weight is written into the graph",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="total = image_weight * row_total + (1.0 - image_weight) * col_total",
                 new="total = torch.lerp(col_total, row_total, image_weight)",
             ),

@@ -75,13 +75,13 @@ PROMISES = [
         breaks=[
             Break(
                 "logaddexp of pairs",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="loss = _softplus(side.neg - side.pos)",
                 new="loss = torch.logaddexp(side.pos, side.neg) - side.pos",
             ),
             Break(
                 "logaddexp of labels",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="loss = _softplus(torch.where(has_positive, side.neg, -torch.inf) - q)",
                 new="loss = torch.logaddexp(torch.where(has_positive, side.neg, -torch.inf), q) - q",
             ),
@@ -97,19 +97,19 @@ PROMISES = [
         breaks=[
             Break(
                 "the mean counts all rows",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="((count > 0).sum().clamp_min(1) for count",
                 new="((count >= 0).sum() for count",
             ),
             Break(
                 "weights of the directions swapped",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="image_weight * row_total + (1.0 - image_weight) * col_total",
                 new="image_weight * col_total + (1.0 - image_weight) * row_total",
             ),
             Break(
                 "smoothing against the wrong mean",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="loss + smoothing * (mean_pos - mean_logit)",
                 new="loss + smoothing * (mean_pos + mean_logit)",
             ),
@@ -131,7 +131,7 @@ PROMISES = [
             ),
             Break(
                 "own pairs count",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="row_count, col_count = row_count - itself, col_count - itself",
                 new="row_count, col_count = row_count, col_count",
             ),
@@ -224,19 +224,19 @@ PROMISES = [
         breaks=[
             Break(
                 "another norm, in float32",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="r, c = _unit_factors(image, normalize), _unit_factors(text, normalize)",
                 new="r, c = (1 / torch.linalg.vector_norm(x.float(), dim=1).clamp_min(1e-12) for x in (image, text))",
             ),
             Break(
                 "two norms multiplied",
-                "fastclip/loss.py",
+                "fastclip/losses/contrastive.py",
                 old="diagonal = torch.linalg.vecdot(unit_rows(image, r), unit_rows(text, c))",
                 new="diagonal = r * c * torch.linalg.vecdot(image, text)",
             ),
             Break(
                 "ties by float32's norms",
-                "fastclip/stats.py",
+                "fastclip/losses/stats.py",
                 old="row, col = norms(batch.problem.image), norms(batch.problem.text)",
                 new="row, col = (torch.linalg.vector_norm(x, dim=1) for x in batch.problem[:2])",
             ),
@@ -345,31 +345,31 @@ PROMISES = [
         breaks=[
             Break(
                 "labels: -1 is a class, in silence",
-                "fastclip/labels.py",
+                "fastclip/losses/labels.py",
                 old="if bool((labels == -1).any()):",
                 new="if False:",
             ),
             Break(
                 "labels: -1 is a class in graphs and on a GPU",
-                "fastclip/labels.py",
+                "fastclip/losses/labels.py",
                 old="torch._assert_async((labels != -1).all(), message)",
                 new="pass",
             ),
             Break(
                 "labels: rows without one are a class",
-                "fastclip/labels.py",
+                "fastclip/losses/labels.py",
                 old="(y.long() != ignored).nonzero()",
                 new="(y.long() >= -(2**62)).nonzero()",
             ),
             Break(
                 "labels: 255 without a sign is -1",
-                "fastclip/labels.py",
+                "fastclip/losses/labels.py",
                 old="(y.long() != ignored).nonzero()",
                 new="(y != torch.tensor(ignored).to(y.dtype)).nonzero()",
             ),
             Break(
                 "labels: rows without one have a loss",
-                "fastclip/labels.py",
+                "fastclip/losses/labels.py",
                 old="x.new_full((size,), fill)",
                 new="x.new_full((size,), 1)",
             ),

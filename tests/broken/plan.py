@@ -17,19 +17,19 @@ PROMISES = [
         breaks=[
             Break(
                 "plan: what dies is not forgotten",
-                "fastclip/training/footprint.py",
+                "fastclip/training/plan/footprint.py",
                 old="self.bytes -= self._sizes.pop(key)",
                 new="self._sizes.pop(key)",
             ),
             Break(
                 "plan: DDP's buckets are forgotten",
-                "fastclip/training/planning.py",
+                "fastclip/training/plan/memory.py",
                 old="return self.gradients if self._ddp and self.cached else 0",
                 new="return 0",
             ),
             Break(
                 "plan: bf16 is forgotten",
-                "fastclip/training/footprint.py",
+                "fastclip/training/plan/footprint.py",
                 old='enabled=self.precision == "bf16"',
                 new="enabled=False",
             ),
@@ -47,19 +47,19 @@ PROMISES = [
         breaks=[
             Break(
                 "plan: one pair too many",
-                "fastclip/training/planning.py",
+                "fastclip/training/plan/memory.py",
                 old="return low",
                 new="return high",
             ),
             Break(
                 "plan: AdamW has one state",
-                "fastclip/training/planning.py",
+                "fastclip/training/plan/memory.py",
                 old='"adamw": 2',
                 new='"adamw": 1',
             ),
             Break(
                 "plan: log-sum-exps are forgotten",
-                "fastclip/training/planning.py",
+                "fastclip/training/plan/memory.py",
                 old="held = texts * (2 * size + _FP32)",
                 new="held = texts * 2 * size",
             ),

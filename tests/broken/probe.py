@@ -139,7 +139,7 @@ PROMISES = [
             ),
             Break(
                 "fine-tuning: the warm-up's cosine is left out",
-                "fastclip/training/loop.py",
+                "fastclip/training/run/loop.py",
                 old='group["lr"] = lr',
                 new='group["lr"] = self.options.lr',
             ),
@@ -168,7 +168,7 @@ PROMISES = [
         breaks=[
             Break(
                 "fine-tuning: a resumed run begins at the first batch",
-                "fastclip/training/loop.py",
+                "fastclip/training/run/loop.py",
                 old="first_step=self.first,",
                 new="first_step=0,",
             ),

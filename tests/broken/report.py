@@ -9,13 +9,13 @@ PROMISES = [
         EVALUATION,
         "The report has the numbers of the run's last validation, and a confusion matrix that agrees with them",
         tests=[
-            "evaluation/test_report.py::test_numbers_are_those_of_the_last_validation",
-            "evaluation/test_report.py::test_most_confused_are_those_of_loops",
+            "report/test_report.py::test_numbers_are_those_of_the_last_validation",
+            "report/test_report.py::test_most_confused_are_those_of_loops",
         ],
         breaks=[
             Break(
                 "report: rows are predictions",
-                "fastclip/evaluation/report/examples.py",
+                "fastclip/report/examples.py",
                 old="confusion(labels, predictions, len(classes))",
                 new="confusion(predictions, labels, len(classes))",
             ),
@@ -31,24 +31,24 @@ PROMISES = [
         EVALUATION,
         "Best and worst retrievals in the report are those of the ranks",
         tests=[
-            "evaluation/test_report.py::test_best_and_worst_are_those_of_loops",
+            "report/test_report.py::test_best_and_worst_are_those_of_loops",
         ],
         breaks=[
             Break(
                 "report: the best are called the worst",
-                "fastclip/evaluation/report/examples.py",
+                "fastclip/report/examples.py",
                 old="order[shown:][-shown:][::-1]",
                 new="order[shown:][:shown]",
             ),
             Break(
                 "report: what is right is left out behind the fifth",
-                "fastclip/evaluation/report/examples.py",
+                "fastclip/report/examples.py",
                 old="if not any(hit.right for hit in hits):",
                 new="if False:",
             ),
             Break(
                 "report: the first pair in place of the best",
-                "fastclip/evaluation/report/examples.py",
+                "fastclip/report/examples.py",
                 old='cosines, "amax")',
                 new='cosines, "amin")',
             ),
@@ -58,27 +58,27 @@ PROMISES = [
         SAFETY,
         "The report is one file that loads nothing, and shows text of the data as text",
         tests=[
-            "evaluation/test_report.py::test_text_of_data_is_no_markup",
-            "evaluation/test_report.py::test_page_needs_nothing_else",
-            "evaluation/test_report.py::test_page_has_every_section_and_is_well_formed",
-            "evaluation/test_report.py::test_browser_loads_nothing_and_nothing_sticks_out",
+            "report/test_report.py::test_text_of_data_is_no_markup",
+            "report/test_report.py::test_page_needs_nothing_else",
+            "report/test_report.py::test_page_has_every_section_and_is_well_formed",
+            "report/test_report.py::test_browser_loads_nothing_and_nothing_sticks_out",
         ],
         breaks=[
             Break(
                 "report: nothing is escaped",
-                "fastclip/evaluation/report/page.py",
+                "fastclip/report/page.py",
                 old="autoescape=True",
                 new="autoescape=False",
             ),
             Break(
                 "report: a style sheet from elsewhere",
-                "fastclip/evaluation/report/page/report.html",
+                "fastclip/report/page/report.html",
                 old='<link rel="icon" href="data:,">',
                 new='<link rel="stylesheet" href="style.css">',
             ),
             Break(
                 "report: a tag stays open",
-                "fastclip/evaluation/report/page/report.html",
+                "fastclip/report/page/report.html",
                 old="<footer>fastclip {{ version }}",
                 new="<footer><b>fastclip {{ version }}",
             ),
@@ -88,26 +88,26 @@ PROMISES = [
         STOPS,
         "A run that was killed has a report of what it wrote, with gaps where there is no number",
         tests=[
-            "evaluation/test_report.py::test_run_that_has_not_ended_has_its_curves",
-            "evaluation/test_report.py::test_data_that_are_not_there",
-            "evaluation/test_report_charts.py::test_gap_where_there_is_no_number",
+            "report/test_report.py::test_run_that_has_not_ended_has_its_curves",
+            "report/test_report.py::test_data_that_are_not_there",
+            "report/test_charts.py::test_gap_where_there_is_no_number",
         ],
         breaks=[
             Break(
                 "report: half a line ends it",
-                "fastclip/evaluation/report/run.py",
+                "fastclip/report/run.py",
                 old="except (ValueError, TypeError, KeyError, OverflowError):",
                 new="except KeyError:",
             ),
             Break(
                 "report: a gap is drawn over",
-                "fastclip/evaluation/report/charts.py",
+                "fastclip/report/charts.py",
                 old="stretches = np.ma.clump_unmasked(np.ma.masked_invalid(points.means))",
                 new="stretches = [slice(0, len(points.means))]",
             ),
             Break(
                 "report: a data set asked for may be missing",
-                "fastclip/evaluation/report/page.py",
+                "fastclip/report/page.py",
                 old="if data is not None:",
                 new="if False:",
             ),
@@ -117,19 +117,19 @@ PROMISES = [
         STOPS,
         "An interrupted report resumes, and leaves no files behind",
         tests=[
-            "evaluation/test_report.py::test_report_goes_on_where_it_was_stopped",
-            "evaluation/test_report.py::test_what_is_embedded_is_kept_until_the_page_is_written",
+            "report/test_report.py::test_report_goes_on_where_it_was_stopped",
+            "report/test_report.py::test_what_is_embedded_is_kept_until_the_page_is_written",
         ],
         breaks=[
             Break(
                 "report: what is embedded is removed before the page is written",
-                "fastclip/evaluation/report/page.py",
+                "fastclip/report/page.py",
                 old="    write_bytes(path, render(context)",
                 new="    [store.clear() for store in stores]; write_bytes(path, render(context)",
             ),
             Break(
                 "report: what is embedded stays",
-                "fastclip/evaluation/report/page.py",
+                "fastclip/report/page.py",
                 old="store.clear()",
                 new="pass",
             ),
@@ -139,18 +139,18 @@ PROMISES = [
         EVALUATION,
         "Every result that stands beside others in the report has a column, with its alpha where they differ in it",
         tests=[
-            "evaluation/test_report.py::test_results_that_differ_in_alpha_or_nothing_have_a_column_each",
+            "report/test_report.py::test_results_that_differ_in_alpha_or_nothing_have_a_column_each",
         ],
         breaks=[
             Break(
                 "report: columns without alpha",
-                "fastclip/evaluation/report/view.py",
+                "fastclip/report/view.py",
                 old='if "alpha" in result else ""',
                 new='if False else ""',
             ),
             Break(
                 "report: the last result takes the place of others",
-                "fastclip/evaluation/report/view.py",
+                "fastclip/report/view.py",
                 old="while any(column in rows.get(row, ()) for row in values):",
                 new="while False:",
             ),
@@ -160,20 +160,20 @@ PROMISES = [
         EVALUATION,
         "Long curves show the range of all values; large data sets are sampled evenly, which the page says",
         tests=[
-            "evaluation/test_report_charts.py::test_long_curves_keep_their_extremes",
-            "evaluation/test_report_charts.py::test_points_lie_where_the_ticks_say",
-            "evaluation/test_report.py::test_large_data_are_sampled_evenly_and_the_page_says_so",
+            "report/test_charts.py::test_long_curves_keep_their_extremes",
+            "report/test_charts.py::test_points_lie_where_the_ticks_say",
+            "report/test_report.py::test_large_data_are_sampled_evenly_and_the_page_says_so",
         ],
         breaks=[
             Break(
                 "report: extremes are lost",
-                "fastclip/evaluation/report/charts.py",
+                "fastclip/report/charts.py",
                 old="(known.mean(), known.min(), known.max())",
                 new="(known.mean(), known.mean(), known.max())",
             ),
             Break(
                 "report: the first samples only",
-                "fastclip/data/subset.py",
+                "fastclip/data/sources/subset.py",
                 old="[i * len(source) // most for i in range(most)]",
                 new="list(range(most))",
             ),

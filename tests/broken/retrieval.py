@@ -28,7 +28,7 @@ PROMISES = [
             ),
             Break(
                 "retrieval: a caption belongs to the next picture",
-                "fastclip/evaluation/captioned.py",
+                "fastclip/evaluation/caption_retrieval.py",
                 old="torch.tensor([i for i, _ in owners]), torch.arange",
                 new="torch.tensor([(i + 1) % len(used) for i, _ in owners]), torch.arange",
             ),
@@ -44,19 +44,19 @@ PROMISES = [
         breaks=[
             Break(
                 "retrieval: a row is an image",
-                "fastclip/evaluation/captioned.py",
+                "fastclip/evaluation/caption_retrieval.py",
                 old="firsts.setdefault(place, index)",
                 new="firsts.setdefault(place := (str(index), ''), index)",
             ),
             Break(
                 "retrieval: a spelling is an image",
-                "fastclip/evaluation/captioned.py",
+                "fastclip/evaluation/caption_retrieval.py",
                 old="for index, place in enumerate(picture_places(source)):",
                 new="for index, place in enumerate(('', source.key(k)) for k in range(len(source))):",
             ),
             Break(
                 "retrieval: a row that is there twice counts twice",
-                "fastclip/evaluation/captioned.py",
+                "fastclip/evaluation/caption_retrieval.py",
                 old="[text for text in texts if text not in known] if known else texts",
                 new="texts",
             ),
@@ -72,7 +72,7 @@ PROMISES = [
         breaks=[
             Break(
                 "retrieval: captions of the pictures before",
-                "fastclip/evaluation/captioned.py",
+                "fastclip/evaluation/caption_retrieval.py",
                 old="for text in pictures.captions[k]]",
                 new="for text in pictures.captions[i]]",
             ),
@@ -84,7 +84,7 @@ PROMISES = [
             ),
             Break(
                 "retrieval: skipped pictures are not counted",
-                "fastclip/evaluation/captioned.py",
+                "fastclip/evaluation/caption_retrieval.py",
                 old="skipped=pictures.skipped + len(pictures.source) - len(used)",
                 new="skipped=pictures.skipped",
             ),
@@ -99,13 +99,13 @@ PROMISES = [
         breaks=[
             Break(
                 "retrieval: never one",
-                "fastclip/evaluation/captioned.py",
+                "fastclip/evaluation/caption_retrieval.py",
                 old="if unique:",
                 new="if False:",
             ),
             Break(
                 "retrieval: always one",
-                "fastclip/evaluation/captioned.py",
+                "fastclip/evaluation/caption_retrieval.py",
                 old="if unique:",
                 new="if True:",
             ),
@@ -115,7 +115,7 @@ PROMISES = [
         EVALUATION,
         "Results are valid JSON whatever the numbers, and are written whole or not at all",
         tests=[
-            "evaluation/test_features.py::test_results_are_json_whatever_the_numbers",
+            "embedding/test_features.py::test_results_are_json_whatever_the_numbers",
         ],
         breaks=[
             Break(
@@ -142,7 +142,7 @@ PROMISES = [
         breaks=[
             Break(
                 "retrieval: from the start",
-                "fastclip/evaluation/captioned.py",
+                "fastclip/evaluation/caption_retrieval.py",
                 old="images = image_features(embedder, source, store=store, **options)",
                 new="images = image_features(embedder, source, **options)",
             ),
@@ -179,7 +179,7 @@ PROMISES = [
         breaks=[
             Break(
                 "retrieval: ranks from 0",
-                "fastclip/evaluation/captioned.py",
+                "fastclip/evaluation/caption_retrieval.py",
                 old='"rank": rank + 1',
                 new='"rank": rank',
             ),
@@ -223,19 +223,19 @@ PROMISES = [
         breaks=[
             Break(
                 "karpathy: all splits",
-                "fastclip/data/karpathy.py",
+                "fastclip/data/sources/karpathy.py",
                 old='if image["split"] in self.splits]',
                 new="if True]",
             ),
             Break(
                 "karpathy: pictures in filepath only",
-                "fastclip/data/karpathy.py",
+                "fastclip/data/sources/karpathy.py",
                 old="for deep in (True, False):",
                 new="for deep in (True,):",
             ),
             Break(
                 "karpathy: no name is the whole file",
-                "fastclip/data/karpathy.py",
+                "fastclip/data/sources/karpathy.py",
                 old='self.splits = tuple((match["splits"] or "").split("+"))',
                 new='self.splits = tuple((match["splits"] or "test").split("+"))',
             ),
@@ -253,37 +253,37 @@ PROMISES = [
         breaks=[
             Break(
                 "compose: the query's own picture is an answer",
-                "fastclip/evaluation/compose.py",
+                "fastclip/evaluation/composed_retrieval.py",
                 old="others[named] = False",
                 new="",
             ),
             Break(
                 "compose: the target is a part of the query",
-                "fastclip/evaluation/compose.py",
+                "fastclip/evaluation/composed_retrieval.py",
                 old="parse_terms(asked)",
                 new="parse_terms(line)",
             ),
             Break(
                 "compose: the sum is no unit vector",
-                "fastclip/evaluation/compose.py",
+                "fastclip/evaluation/composed_retrieval.py",
                 old="return (total / total.norm()).float()",
                 new="return total.float()",
             ),
             Break(
                 "compose: a sum of large weights has no length",
-                "fastclip/evaluation/compose.py",
+                "fastclip/evaluation/composed_retrieval.py",
                 old="weights)).double()",
                 new="weights))",
             ),
             Break(
                 "compose: quotes mean nothing",
-                "fastclip/evaluation/compose.py",
+                "fastclip/evaluation/composed_retrieval.py",
                 old="if term.quoted:",
                 new="if False:",
             ),
             Break(
                 "compose: the target's place among all",
-                "fastclip/evaluation/compose.py",
+                "fastclip/evaluation/composed_retrieval.py",
                 old="int((places < target).sum())",
                 new="target",
             ),

@@ -16,25 +16,25 @@ PROMISES = [
         breaks=[
             Break(
                 "trainer: the checkpoint's weight decay stays",
-                "fastclip/training/checkpoint.py",
+                "fastclip/training/run/checkpoints.py",
                 old="group.update(options)",
                 new="pass",
             ),
             Break(
                 "trainer: dropout goes on where it was",
-                "fastclip/training/loop.py",
+                "fastclip/training/run/loop.py",
                 old="seed_step(self.options.seed, step, self.world.rank)",
                 new="",
             ),
             Break(
                 "trainer: the average begins anew",
-                "fastclip/training/checkpoint.py",
+                "fastclip/training/run/checkpoints.py",
                 old='ema.updates = state["ema_updates"]',
                 new="",
             ),
             Break(
                 "trainer: lines after the checkpoint stay",
-                "fastclip/training/metrics.py",
+                "fastclip/training/run/metrics.py",
                 old='if (made := int(values["step"])) <= step:',
                 new='if (made := int(values["step"])):',
             ),
@@ -80,13 +80,13 @@ PROMISES = [
         breaks=[
             Break(
                 "trainer: leaves the process deterministic",
-                "fastclip/training/kept.py",
+                "fastclip/training/run/torch_settings.py",
                 old="            torch.use_deterministic_algorithms(before[0], warn_only=before[1])\n",
                 new="",
             ),
             Break(
                 "trainer: leaves the process with its random numbers",
-                "fastclip/training/kept.py",
+                "fastclip/training/run/torch_settings.py",
                 old="torch.random.fork_rng(gpus), ",
                 new="",
             ),
@@ -151,7 +151,7 @@ PROMISES = [
         breaks=[
             Break(
                 "trainer: weights from whatever was drawn before",
-                "fastclip/training/building.py",
+                "fastclip/training/from_options.py",
                 old="torch.manual_seed(options.seed)",
                 new="",
             ),
@@ -168,19 +168,19 @@ PROMISES = [
         breaks=[
             Break(
                 "trainer: the loss is not looked at",
-                "fastclip/training/step.py",
+                "fastclip/training/step/update.py",
                 old="if not math.isfinite(whole):",
                 new="if whole != whole and step < 0:",
             ),
             Break(
                 "trainer: the gradient is not looked at",
-                "fastclip/training/step.py",
+                "fastclip/training/step/update.py",
                 old="if not norm.isfinite():",
                 new="if step < 0:",
             ),
             Break(
                 "trainer: text features are the images'",
-                "fastclip/training/step.py",
+                "fastclip/training/step/update.py",
                 old="named(features[1:2])",
                 new="named(features[:1])",
             ),
@@ -212,7 +212,7 @@ PROMISES = [
         breaks=[
             Break(
                 "trainer: the class token decays",
-                "fastclip/training/optim.py",
+                "fastclip/training/step/optim.py",
                 old="sum(size > 1 for size in p.shape) >= 2",
                 new="p.dim() >= 2",
             ),

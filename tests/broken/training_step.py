@@ -22,43 +22,43 @@ PROMISES = [
         breaks=[
             Break(
                 "cached: the temperature counts in every micro-batch",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="if last:  # the scale",
                 new="if True:  # the scale",
             ),
             Break(
                 "cached: other masks in the second pass",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="_set_generators(self._states[k])",
                 new="",
             ),
             Break(
                 "cached: statistics move twice",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="with self._buffers.replayed(), _restoring(after):",
                 new="with _restoring(after):",
             ),
             Break(
                 "cached: a second pass begins with the buffers of the first one's end",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="self._write(self._first)",
                 new="pass",
             ),
             Break(
                 "cached: ranks replay the buffers of their own",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="if module in self._awaited:",
                 new="if False:",
             ),
             Break(
                 "cached: the loss draws the same numbers in every step",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="with self._buffers.replayed(), _restoring(after):",
                 new="with self._buffers.replayed():",
             ),
             Break(
                 "cached: a micro-batch changes between the passes",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="if self._versions_now() != self._versions:",
                 new="if False:",
             ),
@@ -73,7 +73,7 @@ PROMISES = [
         breaks=[
             Break(
                 "cached: the first pass has graphs",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="with torch.no_grad(), _no_exchange(self._modules), self._buffers.noted():",
                 new="with _no_exchange(self._modules), self._buffers.noted():",
             ),
@@ -89,13 +89,13 @@ PROMISES = [
         breaks=[
             Break(
                 "cached: towers that are wrapped one by one exchange every micro-batch",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="for one in _exchanging(module):",
                 new="for one in [module]:",
             ),
             Break(
                 "cached: every micro-batch is exchanged",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="with nullcontext() if last else _no_exchange(self._modules):",
                 new="with nullcontext():",
             ),
@@ -111,13 +111,13 @@ PROMISES = [
         breaks=[
             Break(
                 "cached: what the loss reads by itself has a rank's own gradient",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="    return direct\n",
                 new="    for p, d in direct:\n        p.grad = d if p.grad is None else p.grad + d\n    return []\n",
             ),
             Break(
                 "cached: hooks see what the loss reads by itself twice",
-                "fastclip/training/cached.py",
+                "fastclip/training/step/cached.py",
                 old="hooks.clear()",
                 new="pass",
             ),
@@ -134,19 +134,19 @@ PROMISES = [
         breaks=[
             Break(
                 "trainer: ALIGN's mean in place of its sum",
-                "fastclip/training/losses.py",
+                "fastclip/training/step/losses.py",
                 old="return 2 * value if",
                 new="return 1 * value if",
             ),
             Break(
                 "trainer: ConVIRT's weight",
-                "fastclip/training/losses.py",
+                "fastclip/training/step/losses.py",
                 old='(0.75 if name == "convirt"',
                 new='(0.25 if name == "convirt"',
             ),
             Break(
                 "trainer: UniCL without its labels",
-                "fastclip/training/losses.py",
+                "fastclip/training/step/losses.py",
                 old='"text_labels": labels} if name == "unicl"',
                 new='"text_labels": labels} if name == "unicle"',
             ),
@@ -162,7 +162,7 @@ PROMISES = [
         breaks=[
             Break(
                 "trainer: the last micro-batch's labels",
-                "fastclip/training/step.py",
+                "fastclip/training/step/update.py",
                 old="torch.cat([batch.labels for batch in batches])",
                 new="torch.cat([batches[-1].labels for batch in batches])[: sum(len(b.keys) for b in batches)]",
             ),
@@ -178,31 +178,31 @@ PROMISES = [
         breaks=[
             Break(
                 "trainer: the scale's gradient is a rank's own",
-                "fastclip/training/parallel.py",
+                "fastclip/training/ranks.py",
                 old="p.grad.copy_(mean_over_ranks(p.grad, world))",
                 new="pass",
             ),
             Break(
                 "trainer: the norm is a shard's",
-                "fastclip/training/optim.py",
+                "fastclip/training/step/optim.py",
                 old="get_total_norm([p.grad for p in kind if",
                 new="get_total_norm([getattr(p.grad, '_local_tensor', p.grad) for p in kind if",
             ),
             Break(
                 "trainer: FSDP keeps the averages it gathered",
-                "fastclip/training/parallel.py",
+                "fastclip/training/ranks.py",
                 old="module.reshard()",
                 new="pass",
             ),
             Break(
                 "trainer: one rank of two caches",
-                "fastclip/training/step.py",
+                "fastclip/training/step/update.py",
                 old="if len(batches) == 1 and not self.cached:",
                 new="if len(batches) == 1:",
             ),
             Break(
                 "trainer: a rank's own loss is told",
-                "fastclip/training/step.py",
+                "fastclip/training/step/update.py",
                 old="whole = float(shared[0].to(value.dtype))",
                 new="whole = float(value.detach())",
             ),

@@ -22,7 +22,7 @@ PROMISES = [
             Break(
                 "the bound is not read",
                 "fastclip/_backends/cpu/blocks.py",
-                old="floats = _env.workspace_bytes() // 4",
+                old="floats = env.workspace_bytes() // 4",
                 new="floats = 2**26",
             ),
         ],

@@ -108,7 +108,7 @@ PROMISES = [
         breaks=[
             Break(
                 "zero-shot: templates without a place",
-                "fastclip/data/prompts.py",
+                "fastclip/data/classes/prompts.py",
                 old='template.count("{}") != 1',
                 new='template.count("{}") > 1',
             ),
@@ -141,19 +141,19 @@ PROMISES = [
         breaks=[
             Break(
                 "class folders: numbers sorted as text",
-                "fastclip/data/classes.py",
+                "fastclip/data/sources/classes.py",
                 old="places = imagenet.folder_places(name)",
                 new="places = {folder: place for place, folder in enumerate(sorted(imagenet.folder_places(name)))}",
             ),
             Break(
                 "class folders: underscores stay",
-                "fastclip/data/classes.py",
+                "fastclip/data/sources/classes.py",
                 old='folder.replace("_", " ")',
                 new="folder",
             ),
             Break(
                 "class folders: splits are classes",
-                "fastclip/data/classes.py",
+                "fastclip/data/sources/classes.py",
                 old="if set(names) <= SPLITS:",
                 new="if False:",
             ),
@@ -182,7 +182,7 @@ PROMISES = [
             ),
             Break(
                 "robustness: -A has -R's classes",
-                "fastclip/data/imagenet.py",
+                "fastclip/data/classes/imagenet.py",
                 old='"imagenet-a": "imagenet_a_indices.txt"',
                 new='"imagenet-a": "imagenet_r_indices.txt"',
             ),
@@ -214,7 +214,7 @@ PROMISES = [
         breaks=[
             Break(
                 "class names: folders' by position",
-                "fastclip/data/class_names.py",
+                "fastclip/data/classes/names.py",
                 old="    places = _by_name(keys, classes)",
                 new="    places = list(range(len(own)))",
             ),
@@ -226,7 +226,7 @@ PROMISES = [
             ),
             Break(
                 "class names: an order that names contradict",
-                "fastclip/data/class_names.py",
+                "fastclip/data/classes/names.py",
                 old="if order is None or any(named not in (None, place) for named, place in zip(places, order)):",
                 new="if order is None:",
             ),
@@ -247,7 +247,7 @@ PROMISES = [
             ),
             Break(
                 "class shards: a label beyond the names",
-                "fastclip/data/shards.py",
+                "fastclip/data/shards/source.py",
                 old="and int(text) < len(self.class_names)):",
                 new="):",
             ),

@@ -16,10 +16,10 @@ from support.faulty import picture, write_tar
 needs("models")
 from PIL import Image
 
-from fastclip.data import imagenet
-from fastclip.data.class_names import join_names
-from fastclip.data.classes import ClassFolder
+from fastclip.data.classes import imagenet
+from fastclip.data.classes.names import join_names
 from fastclip.data.faults import BadSample
+from fastclip.data.sources.classes import ClassFolder
 from fastclip.data.spec import open_labelled, open_pictures, open_source
 
 WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")  # ImageNet's first
@@ -134,7 +134,7 @@ def test_imagenet_is_read_without_its_packages() -> None:
 
 
 def test_imagenet_without_timm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastclip.installed.find_spec", lambda name: None)
+    monkeypatch.setattr("fastclip.system.installed.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install timm"):
         imagenet.folder_places("imagenet-a")
 

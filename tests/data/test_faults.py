@@ -26,8 +26,8 @@ from PIL import Image, ImageFile
 
 from fastclip.data import Batch, Source, evaluation_batches, open_source, training_batches
 from fastclip.data.faults import BadSample, Fault, Tally
+from fastclip.data.loading.workers import naming_dead_workers
 from fastclip.data.picture import read_picture
-from fastclip.data.workers import naming_dead_workers
 
 
 def fault(source: Source, index: int) -> Fault:
@@ -437,7 +437,7 @@ def test_stuck_worker_is_named_with_what_it_reads(
             release()
 
     threading.Thread(target=release_at_last, daemon=True).start()
-    logger, handler = logging.getLogger("fastclip.data.watch"), Release()
+    logger, handler = logging.getLogger("fastclip.data.loading.watchdog"), Release()
     logger.addHandler(handler)
     try:
         options = {"batch_size": 3, "last_step": 1, "workers": workers, "patience": 0.3}

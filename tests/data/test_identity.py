@@ -13,10 +13,10 @@ from support import needs
 
 needs("models")
 from fastclip.data.identity import picture_places, picture_states
-from fastclip.data.mixture import Mixture
 from fastclip.data.source import sample_stamp
+from fastclip.data.sources.mixture import Mixture
+from fastclip.data.sources.subset import Subset
 from fastclip.data.spec import open_source
-from fastclip.data.subset import Subset
 from support.faulty import picture, write_folder, write_tar
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from fastclip.data import evaluation_batches, open_source, training_batches
 from fastclip.data.faults import BadSample, Tally
 from fastclip.data.identity import fingerprint
-from fastclip.data.karpathy import Karpathy
+from fastclip.data.sources.karpathy import Karpathy
 from support.crops import split_file, write_crops
 
 SPLITS = ("train", "restval", "val", "test")

@@ -27,8 +27,8 @@ needs("models")
 from PIL import Image
 from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
-from fastclip import _env, parent
 from fastclip.data import Batch, Record, evaluation_batches, open_source, training_batches
+from fastclip.system import env, parent
 
 forked_workers = pytest.mark.skipif(sys.platform != "linux", reason="workers are not forked")
 CROP = Compose([RandomResizedCrop(6), RandomHorizontalFlip(), ToTensor()])
@@ -123,7 +123,7 @@ def test_batches_go_on_in_the_middle_of_an_epoch(batch_size: int, workers: int) 
 
 
 def test_batches_are_the_orders_samples_with_their_captions() -> None:
-    from fastclip.data.order import Order
+    from fastclip.data.loading.order import Order
 
     order = Order(13, 5, seed=3)
     for step, batch in enumerate(global_batches()):
@@ -401,7 +401,7 @@ _LEFT_HALF_WAY = """
 import sys
 import torch
 from torchvision.transforms import ToTensor
-from fastclip.data.loader import training_batches
+from fastclip.data.loading.batches import training_batches
 from fastclip.data.spec import open_source
 
 def tokenize(texts):
@@ -494,7 +494,7 @@ def test_setting_of_tokenizers_is_put_back(monkeypatch: pytest.MonkeyPatch, sett
     monkeypatch.delenv(name, raising=False)
     if setting is not None:
         monkeypatch.setenv(name, setting)
-    with pytest.raises(KeyError), _env.tokenizers_without_threads():
+    with pytest.raises(KeyError), env.tokenizers_without_threads():
         assert os.environ[name] == "false"
         raise KeyError
     assert os.environ.get(name) == setting

@@ -23,9 +23,9 @@ from torchvision.transforms import ToTensor
 
 from fastclip.data import Record, evaluation_batches, open_source, training_batches
 from fastclip.data.faults import Tally
-from fastclip.data.mixture import Mixture
-from fastclip.data.order import Order
-from fastclip.data.watch import Watch
+from fastclip.data.loading.order import Order
+from fastclip.data.loading.watchdog import Watch
+from fastclip.data.sources.mixture import Mixture
 
 
 class Numbers:

@@ -10,7 +10,7 @@ from support import needs
 
 needs("models")
 
-from fastclip.data.order import Draw, Order, mix
+from fastclip.data.loading.order import Draw, Order, mix
 
 
 def run(order: Order, first: int, last: int) -> list[Draw]:

@@ -13,8 +13,8 @@ from support import needs
 
 needs("models")
 
-from fastclip.data.order import Order
-from fastclip.data.permutation import Permutation
+from fastclip.data.loading.order import Order
+from fastclip.data.loading.permutation import Permutation
 
 
 def numbers(size: int, key: int) -> list[int]:

@@ -22,8 +22,8 @@ needs("train")
 import fsspec
 from PIL import Image
 
-from fastclip import _env
 from fastclip.data import open_source
+from fastclip.system import env
 
 
 def shard(*shades: int) -> bytes:
@@ -64,7 +64,7 @@ def memory(cache: Path) -> Iterator[dict[str, bytes]]:
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was copied."""
-    from fastclip.data import remote
+    from fastclip.data.shards import remote
 
     found: list[str] = []
     copy = remote._copy
@@ -178,9 +178,9 @@ def test_file_urls_are_not_copied(tmp_path: Path, cache: Path) -> None:
 
 def test_cache_folder_is_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTCLIP_CACHE", raising=False)
-    assert _env.cache_folder() == Path.home() / ".cache" / "fastclip"
+    assert env.cache_folder() == Path.home() / ".cache" / "fastclip"
     monkeypatch.setenv("FASTCLIP_CACHE", "~/elsewhere")
-    assert _env.cache_folder() == Path.home() / "elsewhere"
+    assert env.cache_folder() == Path.home() / "elsewhere"
 
 
 class _Server(SimpleHTTPRequestHandler):
@@ -222,7 +222,7 @@ def test_remote_shard_is_copied_by_one_of_several_processes(memory: object, tmp_
     start, answers = fork.Barrier(3), fork.Queue()
 
     def rank() -> None:
-        from fastclip.data import remote
+        from fastclip.data.shards import remote
 
         copy, copied = remote._copy, []
 

@@ -19,9 +19,9 @@ from torchvision.transforms import ToTensor
 
 from fastclip.data import evaluation_batches, open_source, training_batches
 from fastclip.data.faults import BadSample
-from fastclip.data.mixture import Mixture
 from fastclip.data.picture import read_picture
 from fastclip.data.source import read_sample
+from fastclip.data.sources.mixture import Mixture
 
 
 def encoded(width: int, height: int, suffix: str = "JPEG", *, exif: Image.Exif | None = None) -> bytes:

@@ -18,7 +18,9 @@ needs("train")
 
 from PIL import Image
 
-from fastclip.data import BadSample, open_source, shard_index, tar_index
+from fastclip.data import BadSample, open_source
+from fastclip.data.shards import index as shard_index
+from fastclip.data.shards import tar_index
 
 
 def picture(shade: int, suffix: str = "png") -> bytes:

@@ -19,8 +19,8 @@ needs("train")
 from PIL import Image
 
 from fastclip.data import Source, open_source
-from fastclip.data.digits import CLASS_NAMES, TEMPLATES
 from fastclip.data.faults import BadSample
+from fastclip.data.sources.digits import CLASS_NAMES, TEMPLATES
 from fastclip.data.spec import absolute_spec
 
 

@@ -19,7 +19,7 @@ from support.faulty import picture, write_tar
 needs("train")
 
 from fastclip.data import BadSample, open_source
-from fastclip.data.tar_index import tar_members
+from fastclip.data.shards.tar_index import tar_members
 
 END = bytes(1024)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from fastclip.cli import main
 from fastclip.data import Source, open_source
 from fastclip.embedding.query import Term
-from fastclip.evaluation.compose import Query, compose, parse_query, read_queries, unit_sum
+from fastclip.evaluation.composed_retrieval import Query, compose, parse_query, read_queries, unit_sum
 from fastclip.models.embedder import Embedder, load_embedder
 from support.crops import sentences, split_file, write_crops
 

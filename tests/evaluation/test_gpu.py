@@ -11,9 +11,9 @@ from support import needs
 
 needs("train")
 
+from fastclip.data.sources.subset import Subset
 from fastclip.data.spec import open_source
-from fastclip.data.subset import Subset
-from fastclip.evaluation.features import image_features, text_features
+from fastclip.embedding.features import image_features, text_features
 from fastclip.evaluation.retrieval import retrieval_recalls
 from fastclip.models import create_model
 from fastclip.models.embedder import load_embedder

@@ -23,17 +23,17 @@ from sklearn.model_selection import train_test_split
 
 from fastclip.cli import main
 from fastclip.data.source import Record, Source
+from fastclip.data.sources.subset import Subset
 from fastclip.data.spec import open_source
-from fastclip.data.subset import Subset
+from fastclip.embedding.features import FeatureStore, ImageFeatures
 from fastclip.evaluation import probe
 from fastclip.evaluation.classification import classification_metrics, classifier_accuracies, score_ranks
-from fastclip.evaluation.features import FeatureStore, ImageFeatures
 from fastclip.evaluation.probe import TowerEmbedder, linear_probe, sweep
 from fastclip.evaluation.published import TOP1, top1, top1_dataset
 from fastclip.models import create_model
 from fastclip.models.classifier import ImageClassifier
 from fastclip.models.embedder import Embedder
-from fastclip.models.tokenizer import ClipTokenizer
+from fastclip.models.tokenizers.clip import ClipTokenizer
 from support.rounding import RoundsByPlace
 
 TOWERS = ("ViT-tiny", "RN-tiny", "align-tiny", "florence-tiny")

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fastclip.cli import main
 from fastclip.data import open_source
-from fastclip.evaluation import features
-from fastclip.evaluation.captioned import by_picture, evaluate_retrieval
+from fastclip.embedding import features
+from fastclip.evaluation.caption_retrieval import by_picture, evaluate_retrieval
 from fastclip.evaluation.published import RETRIEVAL
 from fastclip.evaluation.retrieval import best_ranks, retrieval_ranks, retrieval_recalls, top_items
 from fastclip.models.embedder import Embedder, load_embedder

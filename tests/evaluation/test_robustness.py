@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastclip.cli import main
-from fastclip.data import imagenet
+from fastclip.data.classes import imagenet
 from fastclip.data.spec import open_source
 from fastclip.evaluation import robustness
 from fastclip.evaluation.published import ZERO_SHOT
 from fastclip.models import create_model
 from fastclip.models.embedder import Embedder
-from fastclip.models.tokenizer import ClipTokenizer
+from fastclip.models.tokenizers.clip import ClipTokenizer
 
 TEMPLATES = ("a {}", "many {}")
 

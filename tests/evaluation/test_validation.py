@@ -27,7 +27,7 @@ from fastclip.data.identity import one_a_picture
 from fastclip.data.source import Record
 from fastclip.data.spec import open_source
 from fastclip.evaluation import retrieval
-from fastclip.evaluation.captioned import by_picture
+from fastclip.evaluation.caption_retrieval import by_picture
 from fastclip.evaluation.retrieval import retrieval_recalls
 from fastclip.evaluation.validate import validate
 from fastclip.models.embedder import Embedder

@@ -21,11 +21,12 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from torch import Tensor
 
 from fastclip.cli import main
-from fastclip.data.prompts import read_templates
+from fastclip.data.classes.prompts import read_templates
 from fastclip.data.source import Source
+from fastclip.data.sources.subset import Subset
 from fastclip.data.spec import open_labelled, open_source
-from fastclip.data.subset import Subset
-from fastclip.evaluation import classification, features
+from fastclip.embedding import features
+from fastclip.evaluation import classification
 from fastclip.evaluation.classification import class_ranks, classification_metrics, confusion, predicted_classes
 from fastclip.evaluation.zero_shot import ZeroShot, class_accuracies, class_embeddings, templates_for, zero_shot
 from fastclip.models.embedder import Embedder

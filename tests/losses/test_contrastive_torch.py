@@ -247,7 +247,7 @@ def test_second_derivatives_of_cpu_raise() -> None:
 @pytest.mark.parametrize(("dtype", "N"), [("float32", 16384), ("bfloat16", 8192)])
 def test_memory_is_of_the_features(dtype: str, N: int) -> None:
     """Dense needs 4 GiB in float32, half a GiB in bfloat16."""
-    command = [sys.executable, "-m", "benchmarks.peak_memory", "--provider", "fastclip"]
+    command = [sys.executable, "-m", "benchmarks.losses.peak_memory", "--provider", "fastclip"]
     command += ["--N", str(N), "--D", "512", "--dtype", dtype]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import fastclip
 from fastclip.cli import main
 from fastclip.models import DualEncoder
-from fastclip.models.conversion import map_names, to_form
+from fastclip.models.checkpoints.parameter_names import map_names, to_form
 
 BUDGET = 1e-5  # DESIGN: outputs equal the originals on the same weights
 TINY_CLIP = {

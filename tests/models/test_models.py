@@ -23,7 +23,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTran
 
 import fastclip
 from fastclip.models.config import FOLDER, ModelConfig, _warn_of_spelling, config_path, load_config
-from fastclip.models.coswin import ConvEmbed, ConvMerging
+from fastclip.models.towers.coswin import ConvEmbed, ConvMerging
 
 # Millions of parameters and embed_dim: Radford et al. 2021, and what the papers of the others say.
 CLIP_SIZES = {

@@ -22,7 +22,7 @@ import transformers
 from open_clip.transform import image_transform as open_clip_transform
 
 import fastclip
-from fastclip.data.digits import CLASS_NAMES, TEMPLATES
+from fastclip.data.sources.digits import CLASS_NAMES, TEMPLATES
 from fastclip.models.config import FOLDER, load_config
 from fastclip.models.embedder import Embedder
 from fastclip.models.factory import tokenizer_of

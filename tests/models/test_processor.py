@@ -25,7 +25,7 @@ from fastclip.models import DualEncoder
 from fastclip.models.config import FOLDER
 from fastclip.models.convert import convert
 from fastclip.models.processor import _KINDS, _USUAL
-from fastclip.models.vocabulary import words_of
+from fastclip.models.tokenizers.vocabulary import words_of
 
 VOCABULARY = FOLDER / "align-tiny.vocab.txt"
 WORDS = VOCABULARY.read_text(encoding="utf-8").split()

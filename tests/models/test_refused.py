@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 
 import fastclip
 from fastclip.cli import main
-from fastclip.models.checkpoint import read_config
+from fastclip.models.checkpoints.parameter_names import map_names, to_form
+from fastclip.models.checkpoints.reading import read_config
 from fastclip.models.classifier import ImageClassifier, load_classifier, save_classifier
-from fastclip.models.conversion import map_names, to_form
 from fastclip.models.convert import convert
 from fastclip.models.embedder import load_embedder
 from fastclip.models.transforms import image_transform

@@ -16,7 +16,7 @@ from open_clip.transformer import QuickGELU as OpenClipQuickGELU
 from open_clip.transformer import TextTransformer as OpenClipTextTransformer
 
 from fastclip.models.dual_encoder import DualEncoder
-from fastclip.models.text import TextTransformer
+from fastclip.models.towers.text import TextTransformer
 
 WIDTH, LAYERS, HEADS, OUTPUT_DIM, CONTEXT_LENGTH, VOCAB_SIZE = 48, 3, 4, 40, 20, 97
 END = VOCAB_SIZE - 1

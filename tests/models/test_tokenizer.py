@@ -15,8 +15,8 @@ needs("models")
 
 from open_clip.tokenizer import SimpleTokenizer
 
-from fastclip import installed
-from fastclip.models.tokenizer import ClipTokenizer
+from fastclip.models.tokenizers.clip import ClipTokenizer
+from fastclip.system import installed
 
 TEXTS = {
     "ascii": "a photo of a cat",
@@ -120,7 +120,7 @@ def test_tokenizer_context_length(theirs: SimpleTokenizer) -> None:
 
 def test_tokenizer_does_not_import_open_clip() -> None:
     code = (
-        "import sys; from fastclip.models.tokenizer import ClipTokenizer; ClipTokenizer()('a'); "
+        "import sys; from fastclip.models.tokenizers.clip import ClipTokenizer; ClipTokenizer()('a'); "
         "sys.exit('open_clip was imported' if 'open_clip' in sys.modules else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

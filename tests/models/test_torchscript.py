@@ -18,7 +18,7 @@ needs("models")
 
 import fastclip
 from fastclip.cli import main
-from fastclip.models.torchscript import is_torchscript, read_torchscript
+from fastclip.models.checkpoints.torchscript import is_torchscript, read_torchscript
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 

@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from fastclip import _env, cores, doctor, machine
+from fastclip import doctor
 from fastclip.cli import main
 from fastclip.doctor import Finding
 from fastclip.parity import compare
+from fastclip.system import cores, env, machine
 
 
 @pytest.fixture(autouse=True)
 def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU, nothing set, and of the backends those that compute on a CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in _env.in_effect():
+    for name in env.in_effect():
         monkeypatch.delenv(name)
     there = {name: state for name, state in compare.backends().items() if name in ("cpu", "reference")}
     monkeypatch.setattr(compare, "backends", lambda: there)
@@ -86,8 +87,8 @@ def test_variables_are_shown_and_misspelt_ones_found(monkeypatch: pytest.MonkeyP
 
 
 def test_every_variable_that_is_read_is_known() -> None:
-    read = set(re.findall(r'environ(?:\.get\(|\[)"(FASTCLIP_\w+)"', Path(_env.__file__).read_text()))
-    assert len(read) > 3 and read == set(_env.OWN)
+    read = set(re.findall(r'environ(?:\.get\(|\[)"(FASTCLIP_\w+)"', Path(env.__file__).read_text()))
+    assert len(read) > 3 and read == set(env.OWN)
 
 
 def test_unknown_backend_is_a_fault(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,20 +204,20 @@ def test_threads_sleep_where_they_outnumber_the_free_cores(
 
 
 def test_setting_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_env, "contended", lambda threads, processes: (threads, processes) == (3, 2))
-    assert not _env.let_threads_sleep()  # torch has read it
+    monkeypatch.setattr(env, "contended", lambda threads, processes: (threads, processes) == (3, 2))
+    assert not env.let_threads_sleep()  # torch has read it
     monkeypatch.delitem(sys.modules, "torch")
-    for name in _env._SPINNING:
+    for name in env._SPINNING:
         monkeypatch.setenv(name, "")
-    assert not _env.let_threads_sleep()
+    assert not env.let_threads_sleep()
     for name, value in (("OMP_NUM_THREADS", "3,1"), ("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    assert not _env.let_threads_sleep()
+    assert not env.let_threads_sleep()
     monkeypatch.delenv("GOMP_SPINCOUNT")
-    assert _env.let_threads_sleep() and _env.in_effect()["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert env.let_threads_sleep() and env.in_effect()["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert not _env.let_threads_sleep() and _env.in_effect()["OMP_WAIT_POLICY"] == "active"
+    assert not env.let_threads_sleep() and env.in_effect()["OMP_WAIT_POLICY"] == "active"
 
 
 def test_lacking_extras_are_named_with_the_line_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:

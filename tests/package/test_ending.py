@@ -133,9 +133,9 @@ def test_interrupted_parity_ends_its_processes_before_their_folder_goes(monkeypa
 
 @forks
 def test_ranks_of_parity_end_with_a_killed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastclip import parent
     from fastclip.parity import processes
     from fastclip.parity.compare import Settings
+    from fastclip.system import parent
 
     def waits(*args: object) -> None:
         (tmp_path / "rank").touch()

@@ -16,37 +16,28 @@ from support import ROOT
 
 PACKAGE = ROOT / "fastclip"
 
-# A module may import from its own layer and from those below it, never from above.
+# A folder, or a file beside the folders, imports from those below it, never from above.
 LAYERS = (
-    {"cli"},
-    {"training", "evaluation", "search", "parity", "integrations", "bench", "doctor", "machine"},
-    {"embedding"},
-    {"claim", "data", "models", "progress"},
-    {"modules"},
-    {"multiview", "stats"},
-    {"loss", "sigmoid"},
-    {"checks", "distributed", "labels"},
-    {"ops"},
-    {"_backends"},
-    {"triton_kernels"},
-    {
-        *("_cpu", "_cuda", "_env", "_lazy", "_version"),
-        *("cores", "durable", "installed", "owner", "parent", "reading", "rounding", "ties"),
-    },
+    *("cli", "report", "curation", "training", "search", "evaluation", "embedding", "models", "data"),
+    *("doctor", "bench", "parity", "integrations"),
+    *("losses", "distributed", "ops", "_backends", "triton_kernels"),
+    *("_cpu", "_cuda", "system", "_version"),
 )
 # What the losses load, with `import fastclip` or when they are first asked for: torch and the standard library only.
+CORE = {"__init__", *LAYERS[LAYERS.index("losses") :]}
 ALLOWED = {
     "triton_kernels": {"torch", "triton"},  # which only the Triton backend imports, when it is asked
-    "durable": {"torch", "safetensors"},  # when tensors are written, by no loss
-    "reading": {"torch", "safetensors", "yaml"},
+    "system/durable.py": {"torch", "safetensors"},  # when tensors are written, by no loss
+    "system/progress.py": {"tqdm"},
+    "system/reading.py": {"torch", "safetensors", "yaml"},
 }
-CORE = {part for layer in LAYERS[4:] for part in layer} | {"__init__"}
 # The extra of pyproject.toml that brings what a file or a folder imports; what is not named here needs torch alone.
 BROUGHT_BY = {
-    **dict.fromkeys(("models", "integrations", "doctor.py", "durable.py"), "models"),
-    **dict.fromkeys(("data", "embedding", "evaluation", "progress.py", "reading.py", "training"), "train"),
-    **dict.fromkeys(("cli", "search", "data/picture.py"), "search"),
-    "data/hub.py": "hf",
+    **dict.fromkeys(("models", "integrations", "doctor.py", "system/durable.py"), "models"),
+    **dict.fromkeys(("data", "embedding", "evaluation", "report", "training"), "train"),
+    **dict.fromkeys(("system/progress.py", "system/reading.py"), "train"),
+    **dict.fromkeys(("cli", "curation", "search", "data/picture.py"), "search"),
+    "data/sources/hub.py": "hf",
 }
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 UNDECLARED = {"triton": "comes with torch, where there is one", "wandb": "--wandb says how to install it"}
@@ -54,10 +45,8 @@ NOT_IMPORTED = {"aiohttp": "fsspec reads https:// with it", "tensorboard": "torc
 
 
 def rank(part: str) -> int:
-    for k, layer in enumerate(LAYERS):
-        if part in layer:
-            return k
-    raise AssertionError(f"fastclip/{part} is in no layer: add it to this test")
+    assert part in LAYERS, f"fastclip/{part} is in no layer: add it to this test"
+    return LAYERS.index(part)
 
 
 def imports(source: str) -> Iterator[str]:
@@ -69,7 +58,7 @@ def imports(source: str) -> Iterator[str]:
             assert node.level == 0, "relative imports hide the layer"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and "import_module" in (_called(node), getattr(node.func, "attr", "")):
-            if ast.unparse(node.args[0]) != "modules[name]":  # that of _lazy.py, whose tables are read below
+            if ast.unparse(node.args[0]) != "modules[name]":  # that of lazy.py, whose tables are read below
                 assert isinstance(node.args[0], ast.Constant)
                 yield node.args[0].value
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_LAZY":
@@ -80,35 +69,28 @@ def _called(node: ast.Call) -> str:
     return getattr(node.func, "id", "")
 
 
-def faults(part: str, source: str) -> list[str]:
-    """What is wrong with a module of fastclip/`part`."""
-    found = []
-    for name in imports(source):
-        top, *rest = name.split(".")
+def faults(name: str, source: str) -> list[str]:
+    """What is wrong with a module, `name` its path within fastclip/."""
+    part = name.partition("/")[0].removesuffix(".py")
+    wrong, allowed = [], ALLOWED.get(part, {"torch"})
+    for imported in imports(source):
+        top, *rest = imported.split(".")
         if top == "fastclip" and rest and part != "__init__":
             if rank(rest[0]) < rank(part):
-                found.append(f"{part} imports {name}, which is above it")
-        elif (
-            top != "fastclip"
-            and part in CORE
-            and top not in sys.stdlib_module_names
-            and top not in ALLOWED.get(part, {"torch"})
-        ):
-            found.append(f"{part} imports {name}: import fastclip needs torch only")
-        if rest and part not in ("__init__",) and top == "fastclip" and rest[0] == "__init__":
-            found.append(f"{part} imports the package itself")
+                wrong.append(f"{part} imports {imported}, which is above it")
+        elif part in CORE and top not in {"fastclip", *sys.stdlib_module_names, *ALLOWED.get(name, allowed)}:
+            wrong.append(f"{name} imports {imported}: import fastclip needs torch only")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and _called(node) == "print" and part != "cli":
-            found.append(f"{part} prints: a library logs")
-        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") and part != "_env":
-            found.append(f"{part} reads the environment: _env does")
-    return found
+            wrong.append(f"{name} prints: a library logs")
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") and name != "system/env.py":
+            wrong.append(f"{name} reads the environment: system/env.py does")
+    return wrong
 
 
-def part_of(path: Path) -> str:
-    if path.parent.name == "triton_kernels":  # installed as fastclip.triton_kernels
-        return "triton_kernels"
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    """Path within the package: triton_kernels/ is installed as fastclip/triton_kernels."""
+    return path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).as_posix()
 
 
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "triton_kernels").glob("*.py")])
@@ -116,26 +98,28 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "triton_kernels").glob("*.py"
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_module_keeps_to_its_layer(path: Path) -> None:
-    assert faults(part_of(path), path.read_text()) == []
+    assert faults(name_of(path), path.read_text()) == []
 
 
 @pytest.mark.parametrize(
-    ("part", "source", "message"),
+    ("name", "source", "message"),
     [
-        ("ops", "from fastclip.loss import contrastive_loss", "ops imports fastclip.loss"),
+        ("ops", "from fastclip.losses.contrastive import contrastive_loss", "ops imports fastclip.losses.contrastive"),
         ("_backends", "import fastclip.ops", "_backends imports fastclip.ops"),
         ("models", "def f():\n    from fastclip import training", "models imports fastclip.training"),
-        ("models", "_LAZY = {'train': 'fastclip.training.loop'}", "models imports fastclip.training.loop"),
-        ("loss", "import timm", "needs torch only"),
-        ("loss", "from importlib import import_module\nimport_module('timm')", "needs torch only"),
+        ("models", "_LAZY = {'train': 'fastclip.training.run.loop'}", "models imports fastclip.training.run.loop"),
+        ("losses/labels.py", "import timm", "needs torch only"),
+        ("losses/labels.py", "from importlib import import_module\nimport_module('timm')", "needs torch only"),
+        ("system/owner.py", "import tqdm", "needs torch only"),
+        ("evaluation/retrieval.py", "from fastclip.training import options", "evaluation imports fastclip.training"),
         ("_backends", "import triton", "needs torch only"),
         ("triton_kernels", "from fastclip._backends import cpu", "triton_kernels imports fastclip._backends"),
         ("training", "print(1)", "prints"),
         ("data", "import os\nos.environ['X']", "reads the environment"),
     ],
 )
-def test_every_fault_is_found(part: str, source: str, message: str) -> None:
-    assert any(message in fault for fault in faults(part, source))
+def test_every_fault_is_found(name: str, source: str, message: str) -> None:
+    assert any(message in fault for fault in faults(name, source))
 
 
 def declared(extra: str = "") -> set[str]:
@@ -157,7 +141,7 @@ def distributions(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_module_imports_is_declared(path: Path) -> None:
-    name = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).as_posix()
+    name = name_of(path)
     extra = BROUGHT_BY.get(name) or BROUGHT_BY.get(name.partition("/")[0])
     assert distributions(path) <= declared() | (declared(extra) if extra else set())
 

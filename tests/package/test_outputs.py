@@ -13,7 +13,7 @@ import torch
 
 from fastclip import cli
 from fastclip.cli.outputs import check_apart, check_folder
-from fastclip.durable import new_file, new_folder, set_aside, write_text
+from fastclip.system.durable import new_file, new_folder, set_aside, write_text
 from support import needs
 from support.processes import ended, forked, forks
 

@@ -128,7 +128,7 @@ def test_wheel_has_native_module_and_nothing_else(wheel_without_nvcc: Path, tmp_
     assert wheel.name.startswith("fastclip_kernels-")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("fastclip/_cpu.") for name in names)
-    pages = [f"evaluation/report/page/{name}" for name in ("report.html", "script.js", "style.css")]
+    pages = [f"report/page/{name}" for name in ("report.html", "script.js", "style.css")]
     assert {f"fastclip/{name}" for name in ("py.typed", "search/page.html", *pages)} <= {*names}
     assert "fastclip/triton_kernels/contrastive_fwd.py" in names
     assert {name.split("/")[0] for name in names} == {"fastclip", wheel.name.rsplit("-", 3)[0] + ".dist-info"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from support import ROOT
 
-LINES, FUNCTION_LINES = 400, 60
+LINES, FUNCTION_LINES, MODULES = 400, 60, 14
 SOURCES = sorted(
     path for folder in ("fastclip", "triton_kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
@@ -78,8 +79,38 @@ def long_functions(source: str) -> list[str]:
     return long
 
 
+def siblings(graph: Mapping[str, set[str]]) -> dict[str, dict[str, set[str]]]:
+    """Of each folder (a.b) the graph of what lies in it, files and folders: an import is an arrow between the two
+    siblings on whose sides the modules lie. A folder's __init__, whose names are lazy, has no arrows."""
+    folders: dict[str, dict[str, set[str]]] = {}
+    for source, targets in graph.items():
+        for target in targets:
+            a, b = source.split("."), target.split(".")
+            depth = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+            if depth < min(len(a), len(b)):
+                folders.setdefault(".".join(a[:depth]), {}).setdefault(a[depth], set()).add(b[depth])
+    return folders
+
+
+GRAPH = imports({module_name(path): path.read_text() for path in SOURCES})
+
+
 def test_no_circle_of_files() -> None:
-    assert circle(imports({module_name(path): path.read_text() for path in SOURCES})) == []
+    assert circle(GRAPH) == []
+
+
+def test_no_circle_of_folders() -> None:
+    packages = {module_name(path) for path in SOURCES if path.name == "__init__.py"}
+    modules = {name: targets for name, targets in GRAPH.items() if name not in packages}
+    folders = siblings(modules)
+    assert {"fastclip", "fastclip.data", "fastclip.training"} <= folders.keys()
+    assert {folder: way for folder, graph in folders.items() if (way := circle(graph))} == {}
+
+
+def test_no_folder_is_a_maze() -> None:
+    """A module a command, and a module a kernel, are found by their names."""
+    sizes = Counter(path.parent.relative_to(ROOT).as_posix() for path in SOURCES if path.name != "__init__.py")
+    assert {folder for folder, size in sizes.items() if size > MODULES} <= {"fastclip/cli", "triton_kernels"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -93,6 +124,10 @@ def test_rules_find_faults() -> None:
     circular = {"a": "import b", "b": "def f():\n    from c import x", "c": "import a.d", "a.e": "import c"}
     assert circle(imports(circular)) == ["a", "b", "c", "a"]
     assert circle(imports({**circular, "c": ""})) == []
+    assert siblings({"a.b.c": {"a.d.e"}, "a.d.f": {"a.b.g", "a.d.e"}}) == {
+        "a": {"b": {"d"}, "d": {"b"}},
+        "a.d": {"f": {"e"}},
+    }
     body = "\n".join(["    x = 1"] * FUNCTION_LINES)
     assert long_functions(f"def f():\n{body}") == ["f has 61 lines"]
     assert long_functions(f'def f():\n    """One.\n\n    Two.\n    """\n{body[: -len("    x = 1")]}') == []

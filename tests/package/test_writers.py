@@ -15,8 +15,8 @@ WRITES = {"write_text", "write_bytes", "save_file", "savefig", "imwrite", "to_cs
 SAVES = {"save", "dump"}  # of torch, of pictures, of json: into a file or into memory
 # Files of which something is written otherwise, and why.
 ALLOWED = {
-    "durable.py": "is what the others use",
-    "training/metrics.py": "lines are added; a torn one is cut when the run goes on",
+    "system/durable.py": "is what the others use",
+    "training/run/metrics.py": "lines are added; a torn one is cut when the run goes on",
     "bench/harness.py": "rows are added to a table that others keep",
     "parity/processes.py": "a temporary folder, which ends with the command",
 }
@@ -63,7 +63,7 @@ def _writes(call: ast.Call, memory: set[str]) -> bool:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_are_written_by_durable(path: Path) -> None:
     found = list(writers(path.read_text(encoding="utf-8")))
-    assert bool(found) == (str(path.relative_to(PACKAGE)) in ALLOWED), f"see fastclip/durable.py: {found}"
+    assert bool(found) == (str(path.relative_to(PACKAGE)) in ALLOWED), f"see fastclip/system/durable.py: {found}"
 
 
 def test_files_that_may_write_are_there() -> None:

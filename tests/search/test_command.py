@@ -20,7 +20,7 @@ from PIL import Image
 
 from fastclip.cli import main
 from fastclip.data.picture import is_drawn
-from fastclip.search import sheet as sheets
+from fastclip.search import contact_sheet as sheets
 from support.colours import draw
 from support.faulty import large_png
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from fastclip.data.faults import BadSample
-from fastclip.data.folder import pictures
+from fastclip.data.sources.folder import pictures
 from fastclip.embedding.query import Term
 from fastclip.search import scan
 from fastclip.search.engine import SearchEngine

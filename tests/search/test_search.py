@@ -24,18 +24,18 @@ needs("train")
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fastclip import _env
 from fastclip.cli import main
 from fastclip.embedding.query import Term
 from fastclip.models import create_model
 from fastclip.models.embedder import load_embedder
 from fastclip.search import engine as engines
 from fastclip.search import scan
+from fastclip.search.contact_sheet import contact_sheet, most_tiles, terminal_picture
 from fastclip.search.engine import Match, SearchEngine
 from fastclip.search.index import Index, Pictures
 from fastclip.search.model import CheckpointModel
 from fastclip.search.rank import top
-from fastclip.search.sheet import contact_sheet, most_tiles, terminal_picture
+from fastclip.system import env
 from support.colours import Colours, draw
 
 EMOJI = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -379,7 +379,7 @@ def test_picture_is_shown_as_the_terminal_can(monkeypatch: pytest.MonkeyPatch) -
     ):
         for name, value in zip(names, values):
             monkeypatch.setenv(name, value)
-        assert _env.terminal_protocol() == protocol
+        assert env.terminal_protocol() == protocol
 
 
 def test_sheet_and_preview_of_the_command(

@@ -16,13 +16,13 @@ from typing import Any
 import pyarrow
 import torch
 
+from fastclip.curation.embed import embed_source
+from fastclip.curation.filter import filter_source
 from fastclip.data.spec import open_source
+from fastclip.embedding import pairs
 from fastclip.models import create_model
 from fastclip.models.embedder import Embedder
-from fastclip.models.tokenizer import ClipTokenizer
-from fastclip.search import pairs
-from fastclip.search.embed import embed_source
-from fastclip.search.filter import filter_source
+from fastclip.models.tokenizers.clip import ClipTokenizer
 
 THRESHOLD, DEDUP = 0.0, 0.999
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.peak_memory import peak_of, return_what_is_freed
+from benchmarks.losses.peak_memory import peak_of, return_what_is_freed
 from fastclip import contrastive_loss, create_model
-from fastclip._env import launched
+from fastclip.system.env import launched
 from fastclip.training import cached_step
 
 

@@ -18,12 +18,12 @@ from support import needs
 needs("train")
 from PIL import Image
 
-from fastclip import machine
+from fastclip.data.sources.subset import Subset
 from fastclip.data.spec import open_source
-from fastclip.data.subset import Subset
 from fastclip.models import create_model
 from fastclip.models.embedder import Embedder
-from fastclip.models.tokenizer import ClipTokenizer
+from fastclip.models.tokenizers.clip import ClipTokenizer
+from fastclip.system import machine
 from fastclip.training import TrainOptions, doubts, train
 from fastclip.training.finetune import FinetuneOptions, finetune
 

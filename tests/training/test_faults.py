@@ -24,11 +24,11 @@ needs("train")
 from fastclip import cli
 from fastclip.data.batch import Batch
 from fastclip.data.faults import Fault
-from fastclip.data.folder import Folder
-from fastclip.data.order import Order
+from fastclip.data.loading.order import Order
+from fastclip.data.sources.folder import Folder
 from fastclip.training import TrainOptions, train
-from fastclip.training.parallel import World
-from fastclip.training.skipped import Skipped, too_many
+from fastclip.training.ranks import World
+from fastclip.training.run.skipped import Skipped, too_many
 
 CPU = torch.device("cpu")
 BAD = [(HTML, b"x"), (picture(), None), (HTML, b"y"), (picture(), b" ")]

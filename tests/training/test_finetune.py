@@ -20,17 +20,17 @@ from support.processes import ended, forked, forks, wait_for
 
 needs("train")
 from fastclip.cli import main
-from fastclip.data.loader import training_batches
+from fastclip.data.loading.batches import training_batches
 from fastclip.data.picture import pixels_limited
 from fastclip.data.source import Record
+from fastclip.data.sources.subset import Subset
 from fastclip.data.spec import open_source
-from fastclip.data.subset import Subset
 from fastclip.evaluation.classification import classifier_accuracies
 from fastclip.evaluation.zero_shot import class_embeddings
 from fastclip.models import create_model
 from fastclip.models.classifier import ImageClassifier, load_classifier
 from fastclip.models.embedder import Embedder, load_embedder
-from fastclip.models.tokenizer import ClipTokenizer
+from fastclip.models.tokenizers.clip import ClipTokenizer
 from fastclip.models.transforms import image_transform, training_side
 from fastclip.training import ensemble
 from fastclip.training.ensemble import ensemble_accuracies, interpolate

@@ -32,11 +32,12 @@ if not hasattr(os, "fork"):
     pytest.skip("the processes that die are forked", allow_module_level=True)
 
 from fastclip.cli import main
-from fastclip.durable import check_manifest
 from fastclip.models import create_model
-from fastclip.training import Interrupted, TrainOptions, loop, trainer
-from fastclip.training.checkpoint import latest_checkpoint, read_state
-from fastclip.training.parallel import joined, meeting, wrap
+from fastclip.system.durable import check_manifest
+from fastclip.training import Interrupted, TrainOptions, trainer
+from fastclip.training.ranks import joined, meeting, wrap
+from fastclip.training.run import loop
+from fastclip.training.run.checkpoints import latest_checkpoint, read_state
 from fastclip.training.signals import Signals
 
 STEPS = 12

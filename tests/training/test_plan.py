@@ -16,7 +16,7 @@ from support import ROOT, needs
 
 needs("models")
 
-import fastclip.training.footprint as traced
+import fastclip.training.plan.footprint as traced
 from fastclip import create_model
 from fastclip.cli import main
 from fastclip.models import DualEncoder
@@ -196,7 +196,7 @@ def test_pairs_are_those_of_the_largest_process(small: Plan) -> None:
 @pytest.mark.parametrize("comm", ["gather", "ring"])
 def test_loss_is_that_of_the_scaling_model(comm: str) -> None:
     needs("train")
-    from benchmarks import scaling_model
+    from benchmarks.ranks import scaling_model
 
     p = planned("ViT-tiny", world_size=8, comm=comm, precision="bf16", device="cuda")
     for batch in (2**10, 2**17, 2**22):

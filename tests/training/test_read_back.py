@@ -18,22 +18,22 @@ needs("train", "search")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastclip.claim import claim
+from fastclip.curation.embed import _written
+from fastclip.curation.filter import _decided
 from fastclip.data.faults import Tally
 from fastclip.data.pack import _finished
-from fastclip.durable import check_manifest, write_tensors
-from fastclip.evaluation.features import FeatureStore
-from fastclip.evaluation.report.run import _versions, read_run
-from fastclip.evaluation.report.view import read_results
+from fastclip.embedding.features import FeatureStore
+from fastclip.embedding.pairs import faults_of
+from fastclip.report.run import _versions, read_run
+from fastclip.report.view import read_results
 from fastclip.search.approximate import Approximate
-from fastclip.search.embed import _written
-from fastclip.search.filter import _decided
-from fastclip.search.pairs import faults_of
-from fastclip.training.checkpoint import read_state
+from fastclip.system.claim import claim
+from fastclip.system.durable import check_manifest, write_tensors
 from fastclip.training.ensemble import ensemble_accuracies
 from fastclip.training.finetune import FinetuneOptions, _Run
-from fastclip.training.metrics import cut_metrics
 from fastclip.training.options import read_options
+from fastclip.training.run.checkpoints import read_state
+from fastclip.training.run.metrics import cut_metrics
 
 ANYTHING = [b"", b"\xff", b"[" * 5000, b"[]", b"null", b"{}", b"1e999", b'"x"', b"\0" * 9, b'{"a": ' * 5000]
 NEEDED = ("options", "samples", "skipped", "param_groups", "ema_updates")

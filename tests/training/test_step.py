@@ -16,8 +16,10 @@ needs("models")
 
 from fastclip.data.batch import Batch
 from fastclip.models import DualEncoder, create_model
-from fastclip.training.losses import named_loss
-from fastclip.training.optim import (
+from fastclip.training.options import Loss
+from fastclip.training.ranks import World
+from fastclip.training.step.losses import named_loss
+from fastclip.training.step.optim import (
     MovingAverage,
     build_optimizer,
     clip_gradients,
@@ -25,9 +27,7 @@ from fastclip.training.optim import (
     parameter_groups,
     warmup_cosine,
 )
-from fastclip.training.options import Loss
-from fastclip.training.parallel import World
-from fastclip.training.step import Stepper, seed_step
+from fastclip.training.step.update import Stepper, seed_step
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 B, L = 12, 8

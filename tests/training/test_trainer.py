@@ -24,8 +24,8 @@ needs("train")
 from fastclip.data.spec import open_source
 from fastclip.models import create_model, load_image_transform
 from fastclip.training import Run, TrainOptions, train
-from fastclip.training.checkpoint import read_state
 from fastclip.training.options import read_options
+from fastclip.training.run.checkpoints import read_state
 from support.faulty import write_folder
 
 B = 24

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip import _env
 from fastclip._backends.cpu import native
+from fastclip.system import env
 
 __all__ = [
     "BLOCK_M",
@@ -187,7 +187,7 @@ class Plan:
         if self.ready and workspace.buffer is not None:  # the forward pass's only block
             self.block_m, self.buffer, self.blocks = M, workspace.buffer, [whole]
             return
-        allowed = floats = _env.workspace_bytes() // 4
+        allowed = floats = env.workspace_bytes() // 4
         # 16-bit features need fp32 room out of the same workspace: d_text, the block's rows and their d_image
         copied = 0 if image.fp32 else image.D
         floats -= min(N * copied, floats // 2) if copied else 0

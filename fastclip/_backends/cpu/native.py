@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from fastclip import _env
 from fastclip._backends.native import load
+from fastclip.system import env
 
 __all__ = ["build", "missing", "module"]
 
 module, _missing = load("_cpu")
 if module is not None:
     try:
-        module.select_isa(_env.cpu_isa())
+        module.select_isa(env.cpu_isa())
     except ValueError:
-        _missing = f"FASTCLIP_CPU_ISA={_env.cpu_isa()!r} is not one that this processor runs"
+        _missing = f"FASTCLIP_CPU_ISA={env.cpu_isa()!r} is not one that this processor runs"
 
 
 def missing() -> str | None:

@@ -33,9 +33,9 @@ def _terms(query: Any) -> list[dict[str, Any]]:
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from fastclip.data.spec import open_source
-    from fastclip.evaluation.compose import compose, read_queries
+    from fastclip.evaluation.composed_retrieval import compose, read_queries
+    from fastclip.evaluation.contact_sheet import write_sheet
     from fastclip.evaluation.results import result, table
-    from fastclip.evaluation.sheet import write_sheet
 
     queries = read_queries(args.queries)
     source = open_source(args.data, held_out=True)

@@ -10,7 +10,7 @@ from fastclip.cli.evaluate.zeroshot import percent
 from fastclip.cli.printing import say
 
 if TYPE_CHECKING:
-    from fastclip.evaluation.features import FeatureStore
+    from fastclip.embedding.features import FeatureStore
 
 __all__ = ["add"]
 

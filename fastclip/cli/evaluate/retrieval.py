@@ -36,7 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from fastclip.data.spec import open_source
-    from fastclip.evaluation.captioned import evaluate_retrieval
+    from fastclip.evaluation.caption_retrieval import evaluate_retrieval
     from fastclip.evaluation.published import RETRIEVAL
     from fastclip.evaluation.results import result, table, write_lines
 

@@ -10,7 +10,7 @@ from fastclip.cli.evaluate.zeroshot import add_templates_option, percent
 from fastclip.cli.printing import say
 
 if TYPE_CHECKING:
-    from fastclip.evaluation.features import FeatureStore
+    from fastclip.embedding.features import FeatureStore
 
 __all__ = ["add"]
 
@@ -36,7 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[FeatureStore]]:
-    from fastclip.data.prompts import read_templates
+    from fastclip.data.classes.prompts import read_templates
     from fastclip.evaluation import robustness
 
     folders = {name: folder for name in _OPTIONS if (folder := getattr(args, name)) is not None}

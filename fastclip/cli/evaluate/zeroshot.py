@@ -9,7 +9,7 @@ from fastclip.cli.embedding import embedder_of
 from fastclip.cli.printing import say
 
 if TYPE_CHECKING:
-    from fastclip.evaluation.features import FeatureStore
+    from fastclip.embedding.features import FeatureStore
 
 __all__ = ["add", "add_templates_option", "percent"]
 

@@ -1,0 +1,79 @@
+"""Rows of what is measured on a GPU besides losses' steps, written as they come, in results/gpu_ten.csv."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.device import Gpu
+from benchmarks.harness import append, quantile
+from fastclip.system.durable import write_text
+
+NAME = "gpu_ten.csv"
+STEPS = "cuda.csv"  # of losses' steps, in the columns of `make bench`
+
+
+@dataclass
+class Log:
+    """The rows of one part, which ends itself when `end` is near."""
+
+    part: str
+    rows: Path  # the folder
+    gpu: Gpu
+    end: float  # of time.monotonic()
+    markers: Path  # a folder with a file for every piece that is done
+    code: str = ""  # whose pieces they are
+    about: dict[str, Any] = field(init=False)
+    complete: bool = True  # False where there was no time for a piece
+
+    def __post_init__(self) -> None:
+        self.about = self.gpu.about()
+
+    def row(
+        self,
+        case: str,
+        provider: str,
+        measure: str,
+        unit: str,
+        values: float | Sequence[float],
+        *,
+        status: str = "",
+        digits: int = 4,
+    ) -> None:
+        """A figure: one value, or the median of a round's each."""
+        many = [values] if isinstance(values, (int, float)) else list(values)
+        spread = [quantile(many, q) for q in (0.2, 0.8)] if len(many) > 1 else ["", ""]
+        figures = [x if x == "" else round(x, digits) for x in (statistics.median(many), *spread)]
+        self._write(case, provider, measure, unit, *figures, len(many), status)
+
+    def status(self, case: str, provider: str, status: str) -> None:
+        """A row that says why there are no figures."""
+        self._write(case, provider, "", "", "", "", "", "", status)
+
+    def no_time(self, case: str, provider: str = "", pieces: str = "") -> None:
+        """A row that says so; the part is not done then."""
+        self.complete = False
+        self.status(case, provider, f"no time was left{pieces and ' for ' + pieces}: {max(self.left(), 0):.0f} s")
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+    def done(self, piece: str) -> bool:
+        """Whether an earlier run on the same code has done this piece of the part."""
+        marker = self.markers / f"{self.part}-{piece}"
+        return marker.exists() and marker.read_text() == self.code
+
+    def mark_done(self, piece: str) -> None:
+        self.markers.mkdir(parents=True, exist_ok=True)
+        write_text(self.markers / f"{self.part}-{piece}", self.code)
+
+    def _write(self, *cells: Any) -> None:
+        columns = ("part", "case", "provider", "measure", "unit", "value", "p20", "p80", "rounds", "status")
+        row = dict(zip(columns, (self.part, *cells), strict=True))
+        append(self.rows / NAME, [row], self.about)
+        print(*(cell for cell in row.values() if cell != ""), sep="  ", flush=True)

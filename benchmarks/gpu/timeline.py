@@ -1,0 +1,161 @@
+"""Where the GPU's time of a training step goes: a profile of one step of `fastclip train`, by groups of kernels whose
+sum, with what the GPU waited, is the step."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.optim import optimizer as torch_optimizer
+
+from benchmarks.gpu.device import MARK, Gpu
+from benchmarks.gpu.log import Log
+from benchmarks.losses import peers
+from benchmarks.training import Case, Shares, Step, ours, pieces_of
+from fastclip.models import create_model
+
+CASES = {
+    False: Case("ViT-B-32", "bf16", 32768, 1024, "cuda"),
+    True: Case("ViT-tiny", "fp32", 6, 2, "cpu"),
+}
+FEW = 2  # micro-batches of the step before, which is not profiled
+COMPILE_SECONDS = 45.0  # of torch.compile, forward with and without gradients, and a step
+
+# The first pattern in a kernel's name, in lower case, counts: a fused kernel's name has those of all that it fuses
+PATTERNS = (
+    ("loss", r"fastclip"),
+    ("pointwise", r"^triton_poi"),
+    ("reductions", r"^triton_(red|per)"),
+    ("copies from the host", r"memcpy htod"),
+    ("copies", r"memcpy|memset|copy_|catarray"),
+    ("attention", r"flash|fmha|attention|sdpa"),
+    ("optimiser", r"adam|multi_tensor"),
+    ("products", r"gemm|nvjet|cublas|cutlass|xmma|splitk|conv(?!ert)|\b(linear|matmul|addmm|b?mm)\b"),
+    ("reductions", r"norm|softmax|reduce|gammabeta|\b(sum|mean)\b"),
+    ("pointwise", r"elementwise|vectorized|gelu|index|embedding|gather|scatter|\b(add|mul)_?\b"),
+)
+ORDER = (
+    *("products", "attention", "pointwise", "reductions", "copies", "copies from the host"),
+    *("optimiser", "loss", "accuracy", "other", "idle"),
+)
+
+
+class Event(NamedTuple):
+    """Something that the GPU did, in microseconds."""
+
+    name: str
+    start: float
+    duration: float
+
+    @property
+    def end(self) -> float:
+        return self.start + self.duration
+
+
+class Region(NamedTuple):
+    """A stretch of the time line whose kernels are one group whatever their names."""
+
+    group: str
+    start: float
+    end: float
+
+
+class Marks(Shares):
+    """Marks on the GPU's time line in the place of the loss's clocks: at its begin and at each of its possible ends."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__("cpu")
+        self._of = gpu
+
+    def _now(self) -> float:
+        self._of.mark()
+        return 0.0
+
+
+def group_of(name: str, region: str = "") -> str:
+    """The group of a kernel: that of the region it runs in, or by its name."""
+    if region:
+        return region
+    words = name.lower()
+    return next((group for group, pattern in PATTERNS if re.search(pattern, words)), "other")
+
+
+def regions_of(marks: list[Event]) -> list[Region]:
+    """From a step's marks: its begin, the loss's begin and ends, the optimiser's begin and end, its end."""
+    if len(marks) < 6:
+        raise RuntimeError(f"{len(marks)} marks on the time line, at least 6 were made")
+    return [
+        Region("loss", marks[1].end, marks[-4].start),
+        Region("optimiser", marks[-3].end, marks[-2].start),
+        Region("accuracy", marks[-2].end, marks[-1].start),
+    ]
+
+
+def groups(events: list[Event]) -> dict[str, float]:
+    """Microseconds of every group between the first and the last mark. Where two kernels run at once the later one
+    counts from the end of the other: the sum, idle time included, is the step."""
+    events = sorted(events, key=lambda x: x.start)
+    marks = [x for x in events if MARK in x.name]
+    regions = regions_of(marks)
+    begin, end = marks[0].start, marks[-1].end
+    out = dict.fromkeys(ORDER, 0.0)
+    covered = begin
+    for event in events:
+        start, stop = max(event.start, covered), min(event.end, end)
+        if MARK in event.name or stop <= start:
+            continue
+        region = next((x.group for x in regions if x.start <= event.start < x.end), "")
+        out[group_of(event.name, region)] += stop - start
+        covered = stop
+    out["idle"] = end - begin - sum(out.values())
+    return out
+
+
+def events_of(profile: Any, gpu: Gpu) -> list[Event]:
+    kind = DeviceType.CPU if gpu.pretended else DeviceType.CUDA
+    found = [x for x in profile.events() if x.device_type == kind]
+    if not gpu.pretended:  # whose marks are annotations; a GPU's are kernels, and an annotation covers others
+        found = [x for x in found if not getattr(x, "is_user_annotation", False)]
+    return [Event(x.name, float(x.time_range.start), float(x.time_range.elapsed_us())) for x in found]
+
+
+def profiled(step: Step, gpu: Gpu) -> dict[str, float]:
+    """The groups of one step."""
+    hooks = (torch_optimizer.register_optimizer_step_pre_hook, torch_optimizer.register_optimizer_step_post_hook)
+    handles = [register(lambda *_: gpu.mark()) for register in hooks]
+    try:
+        gpu.synchronize()
+        with torch.profiler.profile(activities=[gpu.activity]) as profile:
+            gpu.mark()
+            step()
+            gpu.mark()
+            gpu.synchronize()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return groups(events_of(profile, gpu))
+
+
+def run(log: Log) -> None:
+    case = CASES[log.gpu.pretended]
+    torch.manual_seed(0)
+    model = create_model(case.model)
+    every = pieces_of(case, model)
+    pieces = list(every)
+    step = ours(case, model, pieces, Marks(log.gpu))
+    name = f"{case.model} {case.precision} {case.batch_size}/{case.micro_batch}"
+    for mode in ("eager", "compiled"):
+        if mode == "compiled":
+            if log.left() < COMPILE_SECONDS and not log.gpu.pretended:
+                log.no_time(f"{name} compiled", "fastclip")
+                return
+            model.compile(backend=peers.COMPILER)
+        pieces[:] = every[:FEW]  # the step reads this list
+        step()
+        pieces[:] = every
+        found = profiled(step, log.gpu)
+        log.row(f"{name} {mode}", "fastclip", "step", "ms", sum(found.values()) / 1e3, digits=3)
+        for group, microseconds in found.items():
+            log.row(f"{name} {mode}", "fastclip", group, "ms", microseconds / 1e3, digits=3)

@@ -1,0 +1,83 @@
+"""Peak memory of one forward and backward pass in a process of its own: prints MiB beyond inputs and gradients.
+
+python -m benchmarks.losses.peak_memory --loss softmax --provider fastclip --N 4096 --D 512 --dtype float32
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, ones_like
+
+from benchmarks.harness import Case
+from benchmarks.losses.peers import Loss
+from benchmarks.losses.providers import COMPILED, MODES, found, leaves_of
+
+
+def _status(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return float(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {name}: peak memory is measured on Linux only")
+
+
+def return_what_is_freed() -> None:
+    """Give every larger block pages of its own. malloc would keep freed ones for itself, more or fewer of them from run
+    to run, and the next step would take as much less.
+    """
+    mmap_threshold = -3  # M_MMAP_THRESHOLD in malloc.h
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc
+        mallopt(mmap_threshold, 1 << 16)
+
+
+def peak_of(step: Callable[[], None]) -> float:
+    """MiB of the highest peak during a step beyond what is there before."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from now
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _step(function: Loss, image: Tensor, text: Tensor, *scalars: Tensor) -> None:
+    image.grad = text.grad = None
+    function(image, text, *scalars).backward()
+
+
+def measure(loss: str, provider: str, N: int, D: int, dtype: str) -> float:
+    """MiB of peak memory beyond the features and their gradients, in this process."""
+    return_what_is_freed()
+    function = found(loss, "cpu", [provider])[0][provider]
+    # The small one loads libraries and starts threads. A loss that is compiled for its shape runs there once before it
+    # is measured; the others meet N only then, so that a buffer kept between steps counts.
+    for size in (8, N, N) if provider in COMPILED else (8, N):
+        image, text, *scalars = leaves_of(Case(loss, "both", size, D, dtype))
+        image.grad, text.grad = ones_like(image), ones_like(text)  # touched: part of the base line
+        peak = peak_of(partial(_step, function, image, text, *scalars))
+    return peak
+
+
+def measure_in_child(case: Case, provider: str) -> float:
+    """`measure` in a fresh process: a peak is of the process's whole life."""
+    command = [sys.executable, "-m", "benchmarks.losses.peak_memory", "--loss", case.loss, "--provider", provider]
+    command += ["--N", str(case.N), "--D", str(case.D), "--dtype", case.dtype]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    return round(float(done.stdout), 1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--loss", choices=MODES, default="softmax")
+    parser.add_argument("--provider", required=True)
+    parser.add_argument("--N", type=int, required=True)
+    parser.add_argument("--D", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
+    arguments = parser.parse_args()
+    print(measure(**vars(arguments)))

@@ -1,0 +1,1 @@
+"""The losses on several processes: counted, timed and modelled."""

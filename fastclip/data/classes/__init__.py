@@ -1,0 +1,1 @@
+"""Names and captions of classes."""

@@ -1,0 +1,107 @@
+"""Two lists of the same classes, joined by name."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from fastclip.data.classes import imagenet
+
+__all__ = ["WORDNET_ID", "join_names", "shown_names"]
+
+logger = logging.getLogger(__name__)
+WORDNET_ID = re.compile(r"n\d{8}")
+_SHOWN = 5  # names in a message
+
+
+def join_names(
+    given: Sequence[str], classes: Sequence[str], *, what: str, spec: str, ordered: bool = False
+) -> tuple[tuple[str, ...], list[int]]:
+    """Return the names of `given`, and for each of the data's `classes` the place of its name among them.
+
+    A class has the name that equals its own: exactly, else whatever the case, with blanks for underscores and hyphens;
+    a WordNet id that of CLIP's list. ``OWN<TAB>NAME`` pairs any two. Classes that have an order, which are numbers, 0
+    to C - 1 or 1 to C, and WordNet ids, have the names in this order where no name says otherwise.
+
+    Args:
+        what, spec: what messages call the two.
+        ordered: both are in the order of the same numbers, such as ImageNet's, where no name says otherwise.
+
+    Raises:
+        ValueError: there are more or fewer names than classes; or names and classes cannot be paired, and the message
+            lists the classes without a name and the names without a class.
+    """
+    if len(given) != len(classes):
+        raise ValueError(f"{what} has {len(given)} names, and {spec} {len(classes)} classes")
+    keys, names = list(given), tuple(given)
+    if any("\t" in name for name in given):
+        if not all(name.count("\t") == 1 for name in given):
+            raise ValueError(f"{what}: every line, or none, must be a class of {spec}, a tab, and its name")
+        keys, names = ([name.split("\t")[k].strip() for name in given] for k in (0, 1))  # type: ignore[assignment]
+    places = _by_name(keys, classes)
+    if None in places:
+        order = list(range(len(classes))) if ordered else _by_order(classes)
+        if order is None or any(named not in (None, place) for named, place in zip(places, order)):
+            raise ValueError(_unpaired(keys, classes, places, what, spec))
+        if not ordered and all(place is None for place in places) and classes[order.index(0)] != "0":
+            logger.warning("%s: %s is the class %r, and so on in their order", spec, names[0], classes[order.index(0)])
+        places = list(order)
+    return tuple(names), [place for place in places if place is not None]
+
+
+def _by_name(keys: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    """Return the place of each class's key, None without one; of several equal names the first goes to the first."""
+    places: list[int | None] = [None] * len(classes)
+    # exact names come first, for `_plain` makes some of them equal
+    for aliases, plain in ((classes, str), (classes, _plain), (_clip_names(classes), _plain)):
+        free = dict[str, list[int]]()
+        for place, key in enumerate(keys):
+            if place not in places:
+                free.setdefault(plain(key), []).append(place)
+        for number, alias in enumerate(aliases):
+            if places[number] is None and alias and free.get(plain(alias)):
+                places[number] = free[plain(alias)].pop(0)
+    return places
+
+
+def _by_order(classes: Sequence[str]) -> list[int] | None:
+    """Return the place of each class in the order of their numbers or WordNet ids; None if they are neither."""
+    if all(name.isascii() and name.isdecimal() for name in classes):
+        numbers = [int(name) for name in classes]
+        first = min(min(numbers), 1)
+        return [number - first for number in numbers] if {*numbers} == {*range(first, first + len(classes))} else None
+    if all(map(WORDNET_ID.fullmatch, classes)):
+        ordered = sorted(classes)
+        return [ordered.index(name) for name in classes]
+    return None
+
+
+def _clip_names(classes: Sequence[str]) -> list[str]:
+    """Return CLIP's names of WordNet ids, "" for an unknown id; [] if the classes are no ids."""
+    if not all(map(WORDNET_ID.fullmatch, classes)):
+        return []
+    try:
+        places, names = imagenet.folder_places("imagenet"), imagenet.class_names("imagenet")
+    except ImportError:
+        return []
+    return [names[places[name]] if name in places else "" for name in classes]
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.sub(r"[_\-\s]+", " ", unicodedata.normalize("NFC", name)).casefold().split())
+
+
+def _unpaired(keys: Sequence[str], classes: Sequence[str], places: Sequence[int | None], what: str, spec: str) -> str:
+    nameless = [name for name, place in zip(classes, places) if place is None]
+    unused = [key for place, key in enumerate(keys) if place not in places]
+    return (
+        f"{what} does not name the classes of {spec}: without a name {shown_names(nameless)}; without a class "
+        f"{shown_names(unused)}; write lines of class, tab and name to pair them"
+    )
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """Return the first names for a message, with dots if there are more."""
+    return ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")

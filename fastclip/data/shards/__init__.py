@@ -1,0 +1,1 @@
+"""Tar files of pictures and captions: found, copied, indexed and read."""

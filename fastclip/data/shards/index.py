@@ -1,0 +1,197 @@
+"""The samples of a shard and their places in it, looked for once and kept in a small file.
+
+    00000.tar.fastclip-index    beside the shard, or under another name in `fastclip.system.env.cache_folder()`
+
+The file is a `_HEAD`, the rows, the keys one after the other, and as JSON what is wrong with the shard and which
+members belong to no sample. It counts as long as the shard has the size and the modification time for which it was
+made, and holds the headers that are compared; one that is damaged, or of another version, is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import struct
+import tarfile
+import zlib
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastclip.data.faults import Fault, Tally, in_threads
+from fastclip.data.files import open_file
+from fastclip.data.shards.samples import FAULTS, UNTOLD, WANTED, Sample, shard_samples
+from fastclip.data.shards.tar_index import BLOCK, read_exactly, tar_members
+from fastclip.system import env
+from fastclip.system.durable import mend_files, write_bytes
+from fastclip.system.reading import parse_json
+
+__all__ = ["ROW", "ShardIndex", "Stamp", "index_of", "index_shards", "stamp_of"]
+
+logger = logging.getLogger(__name__)
+
+# A sample: of its picture, its .txt, .json and .cls the block (of 512 bytes) of the header, the bytes of the data and
+# the CRC-32 of the header, 0 where there is none, or it cannot be used; where its key ends among those of the shard;
+# its state. 53 bytes.
+_KINDS = ("picture", "text", "json", "number")
+_MEMBERS = [(f"{kind}_{what}", "<u4") for kind in _KINDS for what in ("block", "size", "crc")]
+ROW = np.dtype([*_MEMBERS, ("key_end", "<u4"), ("state", "u1")])
+Rows = npt.NDArray[Any]
+
+_HEAD = struct.Struct("<8sqqqqqI")  # magic, the shard's size and time, bytes of rows, keys and notes, CRC-32 of them
+_MAGIC = b"fcindex5"
+_CHECKED = 2  # headers that an index is compared with when it is loaded
+_LARGEST = 2**32 * BLOCK
+
+
+class Stamp(NamedTuple):
+    """The size and time of a file, which change when the file does."""
+
+    size: int
+    mtime_ns: int
+
+
+class ShardIndex(NamedTuple):
+    stamp: Stamp
+    rows: Rows  # (n,) of `ROW`
+    keys: bytes  # in `os.fsencode`'s form
+    damage: str  # of a shard that is not whole, for the log; else ""
+    passed: Tally  # members that belong to no sample
+
+
+def stamp_of(stat: os.stat_result) -> Stamp:
+    return Stamp(stat.st_size, stat.st_mtime_ns)
+
+
+def index_shards(
+    paths: Sequence[str], names: Sequence[str], problems: list[str] | None = None
+) -> list[ShardIndex | None]:
+    """Return the index of every shard, in order; several threads read. The log names the shards that are not whole.
+
+    Args:
+        names: what messages call the shards.
+        problems: gets what the log would be told, and the messages about shards that cannot be used at all, which are
+            None then.
+
+    Raises:
+        OSError: a shard cannot be opened.
+        ValueError: it is no tar file, or holds no pictures, or none that can be used; it is named.
+    """
+    mend_files(env.cache_folder() / "index")
+    shards = range(len(paths))
+    usable = in_threads(lambda shard: index_of(paths[shard], names[shard]), shards, problems)
+    for shard, index in usable.items():
+        if index.damage and problems is not None:
+            problems.append(f"{names[shard]}: {index.damage}")
+        elif index.damage:
+            logger.warning("%s: %s", names[shard], index.damage)
+    return [usable.get(shard) for shard in shards]
+
+
+def index_of(path: str, name: str) -> ShardIndex:
+    """Return the index of one shard, as `index_shards` does, without a line in the log."""
+    files = Path(f"{path}.fastclip-index"), _cached(path)
+    with open_file(path, buffering=0) as shard:
+        before = stamp_of(os.fstat(shard.fileno()))
+        for file in files:
+            if (kept := _load(file, before, shard)) is not None:
+                return kept
+        index = ShardIndex(before, *_build(shard, name))
+        if stamp_of(os.fstat(shard.fileno())) != before:
+            raise ValueError(f"{name}: the shard changed while it was indexed")
+    for file in files:
+        try:
+            _store(file, index)
+            break
+        except OSError as error:
+            logger.info("%s: no index could be kept there: %s", file, error)
+    return index
+
+
+def _cached(path: str) -> Path:
+    name = hashlib.blake2b(os.fsencode(os.path.realpath(path)), digest_size=16).hexdigest()
+    return env.cache_folder() / "index" / f"{name}.fastclip-index"
+
+
+def _load(file: Path, stamp: Stamp, shard: BinaryIO) -> ShardIndex | None:
+    """Return the index that is kept in a file; None if it is damaged, or made for another stamp or other headers."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return None
+    if len(data) < _HEAD.size:
+        return None
+    magic, size, mtime_ns, rows, keys, notes, checksum = _HEAD.unpack_from(data)
+    content = memoryview(data)[_HEAD.size :]
+    head = magic, Stamp(size, mtime_ns), rows + keys + notes
+    if head != (_MAGIC, stamp, len(content)) or zlib.crc32(content) != checksum:
+        return None
+    table, rest = np.frombuffer(content[:rows], ROW), bytes(content[rows:])
+    usable = table[table["picture_crc"] > 0]
+    for row in usable[:: max(1, len(usable) // _CHECKED)]:
+        if _header_crc(shard, int(row["picture_block"]) * BLOCK) != row["picture_crc"]:
+            return None
+    about = parse_json(rest[keys:], str(file))
+    return ShardIndex(stamp, table, rest[:keys], about["damage"], Tally.of(about["passed"], about["first"]))
+
+
+def _store(file: Path, index: ShardIndex) -> None:
+    """Keep the index in a file; a reader finds all of it or nothing."""
+    about = {"damage": index.damage, "passed": index.passed.counts, "first": index.passed.keys}
+    parts = index.rows.tobytes(), index.keys, json.dumps(about).encode()
+    content = b"".join(parts)
+    head = _HEAD.pack(_MAGIC, *index.stamp, *map(len, parts), zlib.crc32(content))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(file, head + content)
+
+
+def _build(shard: BinaryIO, name: str) -> tuple[Rows, bytes, str, Tally]:
+    """Return the rows, keys, damage and passed-over members of a `ShardIndex`."""
+    try:
+        contents = tar_members(shard)
+    except tarfile.TarError as error:
+        raise ValueError(f"{name}: not a tar file, or one that is cut off: {error}") from error
+    end = shard.seek(0, io.SEEK_END)
+    if end >= _LARGEST:
+        raise ValueError(f"{name}: a shard must be smaller than 2 TiB, has {end:,} bytes")
+    samples, passed = shard_samples(contents, end)
+    damage = _damage(samples, contents.broken, passed, name)
+    rows, keys = np.zeros(len(samples), ROW), [os.fsencode(sample.key) for sample in samples]
+    rows["key_end"] = list(accumulate(map(len, keys)))
+    rows["state"] = [sample.state for sample in samples]
+    for kind in _KINDS:
+        places = [(row, member) for row, sample in enumerate(samples) if (member := getattr(sample, kind)) is not None]
+        used = [row for row, _ in places]
+        rows[f"{kind}_block"][used] = [member.header // BLOCK for _, member in places]
+        rows[f"{kind}_size"][used] = [member.size for _, member in places]
+        rows[f"{kind}_crc"][used] = [_header_crc(shard, member.header) for _, member in places]
+    return rows, b"".join(keys), damage, passed
+
+
+def _header_crc(shard: BinaryIO, place: int) -> int:
+    shard.seek(place)
+    return zlib.crc32(read_exactly(shard, BLOCK))
+
+
+def _damage(samples: Sequence[Sample], broken: str, passed: Tally, name: str) -> str:
+    """Return the damage of a shard, "" for a whole one; ValueError if none of its samples can be used."""
+    usable = sum(sample.picture is not None for sample in samples)
+    if broken and not usable:
+        raise ValueError(f"{name}: not a tar file, or one that is cut off or damaged: {broken}")
+    but = passed.also_holds()
+    if not samples:
+        raise ValueError(f"{name}: the shard holds no pictures{but}")
+    if not usable and all(sample.state == UNTOLD for sample in samples):
+        first = f"first {samples[0].key}: {WANTED}"
+        raise ValueError(f"{name}: none of {len(samples)} pictures has a caption, {first}{but}")
+    if not usable:
+        causes = Tally(Fault(FAULTS[sample.state][0], sample.key, "") for sample in samples)
+        raise ValueError(f"{name}: none of {len(samples)} samples can be used: {causes}{but}")
+    return f"cut off or damaged after {usable} samples, which are used: {broken}" if broken else ""

@@ -1,0 +1,152 @@
+"""Shards behind URLs, which are copied once and then read as files."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+from filelock import FileLock
+
+from fastclip.data.faults import in_threads
+from fastclip.data.files import is_hidden
+from fastclip.data.shards.braces import brace_names
+from fastclip.system import env
+from fastclip.system.durable import mend_files, new_file, write_text
+
+__all__ = ["local_copies", "shard_urls"]
+
+logger = logging.getLogger(__name__)
+
+# What storages tell of a file that changes when it does, the first of them that there is
+_MARKS = ("Content-MD5", "md5Hash", "ETag", "etag", "LastModified", "Last-Modified", "updated", "mtime")
+
+
+def shard_urls(pattern: str) -> list[str]:
+    """Return the URLs of a brace pattern (``s3://bucket/{00000..00009}.tar``), or one with ``*`` if it can be listed.
+
+    As in a shell ``*`` finds no hidden names, and folders are left out.
+
+    Raises:
+        ValueError: no URL of a .tar, a pattern of https, or one that nothing fits, or too many.
+        ImportError: a library that fsspec needs for this kind of URL is not installed.
+        OSError: it cannot be listed.
+    """
+    urls: list[str] = []
+    for name in brace_names(pattern):
+        if not urlsplit(name).path.endswith(".tar"):
+            raise ValueError(f"{name}: of URLs only tar shards are read, whose names end in .tar")
+        urls += _listed(name) if "*" in name else [name]
+    return list(dict.fromkeys(urls))
+
+
+def _listed(pattern: str) -> list[str]:
+    if urlsplit(pattern).scheme in ("http", "https"):
+        raise ValueError(f"{pattern}: a web server does not list its files: name them, as in {{00000..00009}}.tar")
+    system, path = _file_system(pattern)
+    try:
+        listed = system.glob(path, detail=True)
+    except Exception as error:  # every kind of storage has its own
+        raise OSError(f"{pattern}: cannot be listed: {_reason(error)}") from error
+    names = [name for name, info in listed.items() if info.get("type") != "directory"]
+    urls = sorted(system.unstrip_protocol(name) for name in names if _in_hidden(path) or not _in_hidden(name))
+    if not urls:
+        raise ValueError(f"no such shards: {pattern}")
+    return urls
+
+
+def _in_hidden(path: str) -> bool:
+    return any(map(is_hidden, PurePosixPath(path).parts))
+
+
+def local_copies(urls: list[str], problems: list[str] | None = None) -> dict[str, str]:
+    """Return the path of the copy of every URL, in order, in `env.cache_folder()`; missing ones are copied.
+
+    A copy is made under another name and renamed when it has the size that the server tells. Processes that start at
+    once wait for each other. A copy whose size, or whose checksum, tag or time, is no longer the server's is made anew;
+    one of a server that does not answer is used as it is. Files of ``file://`` are not copied.
+
+    Args:
+        problems: gets the messages about URLs that cannot be copied, which are left out then.
+
+    Raises:
+        OSError: a URL cannot be read, or the disk is full; the message names it.
+        ImportError: a library that fsspec needs for this kind of URL is not installed.
+    """
+    return in_threads(_local_copy, urls, problems)
+
+
+def _local_copy(url: str) -> str:
+    system, path = _file_system(url)
+    if "file" in _protocols(system):
+        return str(path)
+    digest = hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    copy = env.cache_folder() / "shards" / digest / PurePosixPath(urlsplit(url).path).name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    # the ranks of a run start at once, and one of them copies
+    with FileLock(copy.with_name(f"{copy.name}.lock")):
+        have = copy.stat().st_size if copy.exists() else None
+        try:
+            info = system.info(path)
+            size = info.get("size")
+            if have is None or size not in (None, have) or _mark(info) != _copied(copy):
+                _copy(system, path, copy, info)
+        except Exception as error:  # every kind of storage has its own
+            if have is None or isinstance(error, _Short):
+                raise OSError(f"{url}: cannot be copied: {_reason(error)}") from error
+            logger.warning("%s cannot be reached, its copy %s is used: %s", url, copy, _reason(error))
+    return str(copy)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what is wrong; fsspec calls a server that cannot be reached, or refuses, a file that is not there."""
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        return _reason(error.__cause__)
+    return f"{type(error).__name__.lstrip('_')}: {error}"
+
+
+class _Short(Exception):
+    """The number of bytes that came is not the one that the server declared."""
+
+
+def _copy(system: Any, path: str, copy: Path, info: Mapping[str, Any]) -> None:
+    size = info.get("size")
+    logger.info("copies %s, %s bytes, to %s", path, "?" if size is None else f"{size:,}", copy)
+    mend_files(copy.parent)
+    with new_file(copy) as half:
+        system.get_file(path, str(half))
+        if size is not None and half.stat().st_size != size:
+            raise _Short(f"{half.stat().st_size} of {size} bytes came")
+        _marks(copy).unlink(missing_ok=True)  # that of the copy before, which is not this one's
+    write_text(_marks(copy), _mark(info))
+
+
+def _mark(info: Mapping[str, Any]) -> str:
+    return next((f"{name} {info[name]}" for name in _MARKS if info.get(name)), "")
+
+
+def _marks(copy: Path) -> Path:
+    return copy.with_name(f"{copy.name}.version")
+
+
+def _copied(copy: Path) -> str:
+    """Return the mark of the file that was copied; "" if none is known."""
+    return _marks(copy).read_text("utf-8") if _marks(copy).is_file() else ""
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ImportError(f"{url}: {error}", name=error.name) from error
+    except Exception as error:
+        raise ValueError(f"{url}: {error}") from error
+
+
+def _protocols(system: Any) -> tuple[str, ...]:
+    # fsspec has one name or several
+    return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)

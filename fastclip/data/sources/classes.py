@@ -1,0 +1,108 @@
+"""Pictures in a folder a class."""
+
+from __future__ import annotations
+
+import logging
+import os
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastclip.data.classes import imagenet
+from fastclip.data.classes.names import WORDNET_ID, join_names, shown_names
+from fastclip.data.files import subfolders
+from fastclip.data.source import PictureFiles, class_captions
+from fastclip.data.sources.folder import pictures
+
+__all__ = ["SPLITS", "ClassFolder"]
+
+logger = logging.getLogger(__name__)
+SPLITS = {"test", "train", "training", "val", "valid", "validation"}  # what folders of parts of a data set are called
+
+
+class ClassFolder(PictureFiles):
+    """Every picture of ``FOLDER/CLASS/``, at any depth, with the class of its folder; torchvision's `ImageFolder`.
+
+    Class names are the folders', sorted, with blanks for underscores. Folders that are called by WordNet ids are
+    classes of ImageNet, in the order of their numbers, with the names that CLIP has for them; so are 1,000 folders 0 to
+    999, as ImageNet-V2 has them. What is hidden is left out, and links to folders of classes are followed. The captions
+    of a picture are its class's. `folders` are the names of the class folders, sorted.
+
+    Args:
+        classes: names, one a folder, which go together by name (`join_names`); or one of
+            `fastclip.data.classes.imagenet.SETS`, whose classes all count, whether they have a folder or not.
+
+    Raises:
+        OSError: the folder cannot be read.
+        ValueError: there are no class folders, or less than two classes; folders without pictures; folders that are
+            not among `classes`, or unknown WordNet ids, by name; another number of names, or others.
+        ImportError: timm or open_clip_torch, which know ImageNet's classes, is not installed.
+    """
+
+    def __init__(self, spec: str, *, classes: str | Sequence[str] | None = None) -> None:
+        super().__init__(spec, Path(spec))
+        self.folders = folders = _class_folders(self._folder)
+        self.class_names, places = _classes(spec, folders, classes)
+        if len(self.class_names) < 2:
+            raise ValueError(f"{spec}: there is one class, {folders[0]}: nothing to tell apart")
+        self._labels, empty = array("i"), list[str]()
+        for folder, place in zip(folders, places, strict=True):
+            before = len(self._names)
+            for picture in pictures(self._folder / folder):
+                self._names.append(os.path.join(folder, picture.name))
+            self._labels.extend([place] * (len(self._names) - before))
+            empty += [folder] if len(self._names) == before else []
+        if empty:
+            raise ValueError(f"{spec}: folders without pictures: {shown_names(empty)}")
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return class_captions(self.class_names[self._labels[index]], self.templates)
+
+    def _label(self, index: int) -> int:
+        return self._labels[index]
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Return the names of the class folders, sorted as text, or by value if all are numbers."""
+    names = subfolders(folder)
+    wanted = f"pictures must lie in a folder a class: {folder}/CLASS/PICTURE"
+    if not names:
+        flat = sum(1 for _ in pictures(folder))
+        raise ValueError(f"{folder}: {f'{flat} pictures and ' if flat else ''}no class folders; {wanted}")
+    if set(names) <= SPLITS:  # else a model would learn to tell train from val
+        raise ValueError(f"{folder} holds {', '.join(names)}, which are no classes: name one of these folders")
+    return sorted(names, key=int) if all(map(_is_number, names)) else names
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
+
+
+def _classes(
+    spec: str, folders: Sequence[str], classes: str | Sequence[str] | None
+) -> tuple[tuple[str, ...], Sequence[int]]:
+    """Return the class names, and for each folder the place of its class among them."""
+    if classes is None and {*folders} == {*map(str, range(1000))}:
+        classes = "imagenet"
+    if isinstance(classes, str):
+        places = _places(spec, folders, classes)
+        names = imagenet.class_names(classes)
+        if missing := len(names) - len({*places}):
+            logger.warning("%s: %d of %d classes of %s have no folder", spec, missing, len(names), classes)
+        return names, places
+    every = range(len(folders))
+    if classes is not None:
+        return join_names(classes, folders, what="the list of class names", spec=spec)
+    if any(map(WORDNET_ID.fullmatch, folders)):
+        names = imagenet.class_names("imagenet")
+        return tuple(names[place] for place in _places(spec, folders, "imagenet")), every
+    return tuple(folder.replace("_", " ") for folder in folders), every
+
+
+def _places(spec: str, folders: Sequence[str], name: str) -> list[int]:
+    places = imagenet.folder_places(name)
+    if unknown := [folder for folder in folders if folder not in places]:
+        raise ValueError(
+            f"{spec}: {len(unknown)} of {len(folders)} folders are no classes of {name}: {shown_names(unknown)}"
+        )
+    return [places[folder] for folder in folders]

@@ -1,0 +1,173 @@
+"""Pictures and captions of a data set as unit vectors, a part at a time: whoever stops it goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastclip.data.faults import BadSample, Fault, Tally
+from fastclip.data.identity import picture_states
+from fastclip.data.loading.batches import PairBatch, pair_batches
+from fastclip.data.picture import limit_in_words
+from fastclip.data.source import Source
+from fastclip.data.sources.subset import Subset
+from fastclip.data.spec import absolute_spec
+from fastclip.embedding.features import PART, FeatureStore
+from fastclip.models.embedder import Embedder
+from fastclip.system.progress import Progress
+from fastclip.system.reading import parse_json
+
+__all__ = ["Pairs", "call_options", "contents_of", "embed_pairs", "faults_of", "utf8"]
+
+
+class Pairs(NamedTuple):
+    """The vectors of samples in a row, of those that can be used."""
+
+    images: Tensor  # (K, D) float32, unit vectors
+    captions: list[tuple[str, ...]]  # K
+    texts: Tensor  # (T, D) float32, unit vectors of all captions, one after the other
+
+
+def embed_pairs(
+    embedder: Embedder,
+    source: Source,
+    store: FeatureStore,
+    keep: Callable[[Pairs], dict[str, Tensor]],
+    *,
+    first_caption: bool = False,
+    finite: bool = False,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> None:
+    """Fill `store` up: a part has what `keep` makes of its pairs, "used", (n,) bool of its samples, and "faults".
+
+    A part is made of whole batches, so that going on gives the bits of a run without a stop.
+
+    Args:
+        first_caption: of several captions take the first, not all.
+        finite: leave samples out whose vectors are not finite; with `first_caption`, or without captions.
+        batch_size, workers, progress: as `fastclip.embedding.features.image_features`.
+
+    Raises:
+        ValueError: an empty source or batch.
+        OSError, ValueError: what the samples are read from cannot be.
+        ChildProcessError: a worker was killed.
+    """
+    if not len(source):
+        raise ValueError(f"{source.spec} is empty")
+    reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    reading |= {"first_caption": first_caption, "finite": finite}
+    done = -1
+    while (stored := sum(len(part["used"]) for part in store.walk("used"))) < len(source):
+        if stored <= done:  # another process that fills the store up may replace a part, but takes none away
+            raise OSError(f"{store.folder} has lost what was written into it: run this again")
+        done = stored
+        _fill(embedder, source, store, keep, done, **reading)
+
+
+def _fill(
+    embedder: Embedder,
+    source: Source,
+    store: FeatureStore,
+    keep: Callable[[Pairs], dict[str, Tensor]],
+    start: int,
+    *,
+    first_caption: bool,
+    finite: bool,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+) -> None:
+    """Embed the samples from `start` on."""
+    done, size = start, len(source)
+    rest = Subset(source, range(done, size))
+    batches = pair_batches(rest, embedder.transform, batch_size=batch_size, workers=workers)
+    waiting, used, faults = list[Pairs](), list[bool](), Tally()
+    with Progress(f"pictures of {source.spec}", size, done=done, shown=progress) as bar:
+        for batch in batches:
+            pairs = _embedded(embedder, batch, first_caption, batch_size)
+            if finite:
+                pairs, batch = _finite(pairs, batch, [source.key(done + k) for k in range(len(batch.used))])
+            waiting.append(pairs)
+            used += batch.used
+            faults.add(batch.faults)
+            bar.moved(len(batch.used))
+            done += len(batch.used)
+            if len(used) >= PART or done == size:  # and not after a minute, which would be another part elsewhere
+                data = bytearray(json.dumps([faults.counts, faults.keys]).encode())
+                part = {"used": torch.tensor(used), "faults": torch.frombuffer(data, dtype=torch.uint8)}
+                store.add(start, part | keep(_joined(waiting)))
+                start, waiting, used, faults = done, [], [], Tally()
+
+
+def call_options(embedder: Embedder, source: Source) -> dict[str, Any]:
+    """Return the options that say whose vectors of what a folder holds, for `fastclip.system.claim.claim`."""
+    return {"source": absolute_spec(source.spec), "samples": len(source), "identity": embedder.identity}
+
+
+def contents_of(source: Source) -> str:
+    """A digest of what vectors depend on beside the model: of every sample the captions, and which picture it is
+    (`picture_states`), however its path is spelled; and the largest picture that is read. Pictures are not read."""
+    digest = hashlib.blake2b(limit_in_words().encode(), digest_size=16)
+    for index, state in enumerate(picture_states(source)):
+        try:
+            captions = source.captions(index)
+        except BadSample:
+            captions = ()
+        digest.update(json.dumps((state, *captions)).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def faults_of(store: FeatureStore) -> Tally:
+    """Count what is wrong with the samples that cannot be used."""
+    faults = Tally()
+    for part in store.walk("faults"):
+        try:
+            counts, keys = parse_json(part["faults"].numpy().tobytes(), "a part's list of faults", list)
+            tally = Tally.of(counts, keys)
+        except ValueError as error:
+            raise ValueError(f"{store.folder} is not what this command writes, remove it: {error}") from error
+        faults.merge(tally.counts, tally.keys)
+    return faults
+
+
+def utf8(text: str) -> str:
+    """Escape lone surrogates, which names of files may hold and Parquet does not."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _embedded(embedder: Embedder, batch: PairBatch, first_caption: bool, batch_size: int) -> Pairs:
+    if batch.images is None:
+        nothing = torch.empty(0, embedder.dim)
+        return Pairs(nothing, [], nothing)
+    captions = [texts[:1] for texts in batch.captions] if first_caption else batch.captions
+    texts = [text for several in captions for text in several]
+    return Pairs(embedder.embed_images(batch.images), captions, embedder.embed_texts(texts, batch_size=batch_size))
+
+
+def _finite(pairs: Pairs, batch: PairBatch, keys: list[str]) -> tuple[Pairs, PairBatch]:
+    """Leave out the samples of which a vector is not finite, and count them as faults."""
+    whole = pairs.images.isfinite().all(1)
+    if len(pairs.texts):
+        whole &= pairs.texts.isfinite().all(1)
+    if bool(whole.all()):
+        return pairs, batch
+    still = torch.tensor(batch.used)
+    still[still.nonzero().flatten()] = whole
+    used = still.tolist()
+    bad = [key for key, was, now in zip(keys, batch.used, used) if was and not now]
+    faults = [Fault("vector is not finite", key, "the model makes no finite numbers of it") for key in bad]
+    captions = [texts for texts, kept in zip(pairs.captions, whole.tolist()) if kept]
+    left = Pairs(pairs.images[whole], captions, pairs.texts[whole] if len(pairs.texts) else pairs.texts)
+    return left, batch._replace(used=used, faults=[*batch.faults, *faults])
+
+
+def _joined(several: list[Pairs]) -> Pairs:
+    captions = [texts for pairs in several for texts in pairs.captions]
+    return Pairs(torch.cat([p.images for p in several]), captions, torch.cat([p.texts for p in several]))

@@ -1,0 +1,355 @@
+"""The contrastive loss: the few lines of torch that make a loss of the statistics."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastclip._backends.problem import Problem, Side, Sides
+from fastclip._backends.reference import inv_norms, unit_rows
+from fastclip.distributed import (
+    Shards,
+    check_comm,
+    check_group,
+    gather_rows,
+    meet,
+    reported,
+    sharded_statistics,
+    sum_over_ranks,
+)
+from fastclip.losses.arguments import (
+    can_be_read,
+    check_features,
+    check_labels,
+    check_reduction,
+    check_shard,
+    check_share,
+    flag,
+    plain_problem,
+    scalar,
+)
+from fastclip.losses.labels import KeptRows, keep_labelled, match_labels
+from fastclip.ops import (
+    autocast_features,
+    contrastive_statistics,
+    no_autocast,
+    plain_loss,
+)
+
+__all__ = ["Batch", "contrastive_loss", "direction_losses", "prepare"]
+
+
+_NUMBERS = (float, int)
+_Pair = tuple[Tensor, Tensor]  # of images or rows, of texts or columns
+
+
+def contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
+    *,
+    normalize: bool = True,
+    image_labels: Tensor | None = None,
+    text_labels: Tensor | None = None,
+    exclude_self: bool = False,
+    ignore_label: int | None = None,
+    image_weight: float = 0.5,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    group: Any = None,
+    comm: str = "gather",
+    equal_shards: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Symmetric cross-entropy over the M x N similarities of images and texts, never stored.
+
+    logits_ij = logit_scale <image_i, text_j>, of the normalised features unless ``normalize=False``. The loss is
+    ``image_weight`` times the mean over images of -log softmax at their texts, plus the rest times the mirrored mean
+    over texts (CLIP, Radford et al. 2021, figure 3; InfoNCE in both directions).
+
+    Args:
+        image_features: (M, D), float32, bfloat16, float16 or float64.
+        text_features: (N, D), of the same dtype and device. Text i belongs to image i and M = N, unless labels say
+            otherwise.
+        logit_scale: what multiplies the cosines, 1 / temperature, already exponentiated: a number, or a tensor of
+            one element (its gradient is computed).
+        normalize: divide each row by its norm (at least 1e-12, so that zero rows stay finite), with gradient.
+        image_labels, text_labels: int64, (M,) and (N,). Every pair with equal labels is a positive, and the loss of
+            a row is the mean of -log softmax over its positives (UniCL, Yang et al. 2022, equation 3; Florence).
+            Rows and columns without a positive are left out: they remain negatives of the others.
+        exclude_self: with labels, pair (i, i) is neither a positive nor a negative: for features against themselves,
+            ``contrastive_loss(x, x, s, image_labels=y, text_labels=y, exclude_self=True)``, where y numbers the image
+            that each view was made of (SimCLR, Chen et al. 2020) or its class (SupCon, Khosla et al. 2020, L_out).
+        ignore_label: the label of rows that have none, often -1. They are neither positives nor negatives: loss and
+            gradients are those without these images and texts, whose own are 0. The host waits for their number.
+            None: every label is a class, and -1 is refused: under torch.compile with a RuntimeError; on a GPU, which
+            does not wait for the answer, by an assertion as cross_entropy's of its classes, which ends CUDA's context
+            (on devices other than CPU and CUDA it is a class).
+        image_weight: w in [0, 1], the weight of image -> text (ConVIRT, Zhang et al. 2020: 0.75). ALIGN's sum of both
+            directions is twice the default mean.
+        label_smoothing: eps in [0, 1]: targets (1 - eps) / n on a row's n positives plus eps / N on all (ALIGN: 0.1).
+        reduction: "mean"; "sum", w sum_i + (1 - w) sum_j; or "none", the pair (per image (M,), per text (N,)),
+            unweighted.
+        group: a `torch.distributed` process group (``torch.distributed.group.WORLD``) or one-dimensional device mesh.
+            The features and labels are this rank's shard of the batch; shards may be of different sizes, or empty, and
+            without labels image i of a rank belongs to its text i. An empty shard's features require gradients where
+            the others' do. See below for what is returned. Call ``init_process_group`` first: before it WORLD is None,
+            which is this process alone.
+        comm: "gather": every rank holds all texts, N x D, and sends one gather and one reduce-scatter of them. "ring":
+            texts pass from rank to rank while the block before computes: a rank holds a few shards of them.
+        equal_shards: promises that all shards are of one size and all options the same, which is else exchanged
+            before every call and waited for: for CUDA graphs and ``torch.compile(fullgraph=True)``.
+        backend: a name from `fastclip.backends()`; None takes the best that serves these features, and the reference
+            (dense torch, which stores the matrix) under torch.func's transforms and for forward-mode derivatives.
+
+    Returns:
+        A scalar, or with "none" two vectors; float32, for float64 features float64.
+
+        With ``group`` rank r of W returns L_r = W (w sum of its images' losses / M + (1 - w) sum of its texts' / N), M
+        and N the whole batch's counts, and is differentiated by the sum of all L_r: the mean over ranks that DDP or
+        FSDP take of the gradients, of the encoders and of logit_scale, is exactly the gradient of the whole batch's
+        mean loss. That loss, to be logged, is the mean of L_r: ``torch.distributed.all_reduce(value, ReduceOp.AVG)`` of
+        a detached copy (with gloo SUM, divided by W). "sum" gives W times the rank's own sums, "none" the losses of its
+        own images and texts.
+
+    Raises:
+        ValueError: shapes, devices, options or labels that do not fit, or no positive pair at all (that last one on
+            a CPU outside torch.compile; elsewhere the loss is 0).
+        TypeError: features that are not floating tensors of one dtype, labels that are not integers.
+        RuntimeError: an explicit backend that cannot serve; a group without torch.distributed, or under torch.func.
+
+    With ``group`` a rank whose arguments do not fit raises its own error and every other rank a ValueError that tells
+    it; where ranks disagree in D, dtype, scale or options, all raise. With ``equal_shards`` nobody tells the others,
+    who wait until the group's timeout.
+    """
+    no_labels = image_labels is None and text_labels is None and ignore_label is None and exclude_self is False
+    one_mean = reduction == "mean" and group is None and comm == "gather"
+    if no_labels and one_mean and type(label_smoothing) in _NUMBERS and not label_smoothing:
+        loss = _plain_loss(image_features, text_features, logit_scale, image_weight, normalize, backend)
+        if loss is not None:
+            return loss
+    group = check_group(group)
+    with reported(group, equal_shards, image_features):
+        check_comm(comm)
+        image_weight = check_share("image_weight", image_weight)
+        check_reduction(reduction, ("mean", "sum", "none"))
+    batch = prepare(
+        image_features,
+        text_features,
+        logit_scale,
+        normalize=normalize,
+        image_labels=image_labels,
+        text_labels=text_labels,
+        exclude_self=exclude_self,
+        ignore_label=ignore_label,
+        label_smoothing=label_smoothing,
+        group=group,
+        agreed={"function": "contrastive_loss", "image_weight": image_weight, "reduction": reduction, "comm": comm},
+        equal_shards=equal_shards,
+        backend=backend,
+    )
+    if batch.shards is None:
+        stats = contrastive_statistics(batch.problem, backend)
+    else:
+        stats = sharded_statistics(batch.problem, batch.shards, comm, backend)
+    return _reduced(batch, stats, reduction, image_weight)
+
+
+def _plain_loss(
+    image: Tensor, text: Tensor, scale: float | Tensor, image_weight: float, normalize: bool, backend: str | None
+) -> Tensor | None:
+    """The mean loss of pairs in one op, whose host costs a tenth; None where `contrastive_loss` has to look closer."""
+    if type(normalize) is not bool or type(image_weight) not in _NUMBERS or not 0.0 <= image_weight <= 1.0:
+        return None
+    problem = plain_problem(image, text, scale)
+    return None if problem is None else plain_loss(problem, image_weight, normalize, backend)
+
+
+class Batch(NamedTuple):
+    """A checked problem, and what its loss is made with."""
+
+    problem: Problem  # labels as small numbers; with shards, labels of this rank's images and of all texts
+    label_smoothing: float
+    shards: Shards | None  # where there is more of the batch than these features
+    counts: _Pair | None  # positives of every row and of every column; None: one each
+    counted: tuple[int | Tensor, int | Tensor]  # rows and columns with a positive, on all ranks
+    kept: KeptRows | None  # the rows that these features are, where others have no label
+
+
+def prepare(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    normalize: bool,
+    image_labels: Tensor | None,
+    text_labels: Tensor | None,
+    exclude_self: bool,
+    ignore_label: int | None,
+    label_smoothing: float,
+    group: Any,
+    agreed: dict[str, Any],
+    equal_shards: bool,
+    backend: str | None,
+) -> Batch:
+    """Checks; rows without a label; autocast; agreement of the ranks; labels as small numbers, and their positives.
+
+    agreed: what else the ranks of `group` must have in common.
+    """
+    with reported(group, equal_shards, image_features):
+        normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
+        paired = exclude_self or (image_labels is None and text_labels is None)
+        may_be_empty = group is not None and not equal_shards  # a rank may have no row
+        check_features(image_features, text_features, paired=paired, backend=backend, may_be_empty=may_be_empty)
+        check_labels(image_features, text_features, image_labels, text_labels, exclude_self)
+        label_smoothing = check_share("label_smoothing", label_smoothing)
+        scale = scalar("logit_scale", logit_scale, image_features)
+        kept = keep_labelled(image_labels, text_labels, ignore_label, exclude_self, group, equal_shards)
+        if kept is not None:
+            image_features, text_features = kept.of(image_features, text_features)
+            image_labels, text_labels = kept.of(image_labels, text_labels)
+        image, text, scale = autocast_features(image_features, text_features, scale)
+        if group is not None:
+            check_shard(backend, image, text, scale)
+    shards = None
+    if group is not None:
+        agreed = {
+            **agreed,
+            "normalize": normalize,
+            "exclude_self": exclude_self,
+            "label_smoothing": label_smoothing,
+            "labels": image_labels is not None,
+            "ignore_label": None if ignore_label is None else int(ignore_label),
+        }
+        shards = meet(group, image, text, {"logit_scale": scale}, agreed, equal_shards)
+    labels: _Pair | None = None
+    counts: _Pair | None = None
+    counted: tuple[int | Tensor, int | Tensor] = batch_size(image, text, shards)
+    if image_labels is not None and text_labels is not None:
+        labels, counts, counted = _match(image_labels, text_labels, exclude_self, shards)
+    problem = Problem(image, text, scale, labels, exclude_self=exclude_self, normalize=normalize)
+    return Batch(problem, label_smoothing, shards, counts, counted, kept)
+
+
+def batch_size(image: Tensor, text: Tensor, shards: Shards | None) -> tuple[int, int]:
+    """Images and texts of the whole batch."""
+    return (image.shape[0], text.shape[0]) if shards is None else (sum(shards.images), sum(shards.texts))
+
+
+def _match(
+    image_labels: Tensor, text_labels: Tensor, exclude_self: bool, shards: Shards | None
+) -> tuple[_Pair, _Pair, _Pair]:
+    """Labels as small numbers, counts of positives, and how many rows and columns have any, as `Batch` has them."""
+    if shards is not None:
+        image_labels = gather_rows(image_labels.long(), shards.images, shards.group)
+        text_labels = gather_rows(text_labels.long(), shards.texts, shards.group, after=image_labels)
+    (image_ids, text_ids), row_count, col_count = match_labels(image_labels, text_labels)
+    if exclude_self:
+        itself = (image_labels.long() == text_labels.long()).long()
+        row_count, col_count = row_count - itself, col_count - itself
+    if can_be_read(row_count) and not bool(row_count.any()):
+        besides = " besides its own" if exclude_self else ""
+        raise ValueError(f"no image label equals a text label{besides}: the batch has no positive pair")
+    rows_counted, cols_counted = ((count > 0).sum().clamp_min(1) for count in (row_count, col_count))
+    if shards is not None:
+        image_ids, row_count = image_ids[shards.own_images], row_count[shards.own_images]
+        col_count = col_count[shards.own_texts]
+    return (image_ids, text_ids), (row_count, col_count), (rows_counted, cols_counted)
+
+
+def _reduced(batch: Batch, stats: Sides, reduction: str, image_weight: float) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss of `contrastive_loss`."""
+    rows, cols = stats
+    dtype = batch.problem.scale.dtype
+    every_loss_counts_the_same = batch.counts is None and reduction == "mean" and image_weight == 0.5
+    if every_loss_counts_the_same and batch.shards is None and not batch.label_smoothing:  # half as many operations
+        both = rows._replace(neg=torch.cat((rows.neg, cols.neg)), pos=torch.cat((rows.pos, cols.pos)))
+        return direction_loss(both, None, 0.0, None).mean().to(dtype)
+    row_loss, col_loss = direction_losses(batch, stats)
+    if reduction == "none":
+        losses = row_loss.to(dtype), col_loss.to(dtype)
+        return losses if batch.kept is None else batch.kept.spread(*losses)
+    row_total, col_total = row_loss.sum(), col_loss.sum()
+    if reduction == "mean":
+        rows_counted, cols_counted = batch.counted
+        row_total, col_total = row_total / rows_counted, col_total / cols_counted
+    total = image_weight * row_total + (1.0 - image_weight) * col_total  # lerp would write the weight into a graph
+    return (total if batch.shards is None else batch.shards.ranks * total).to(dtype)
+
+
+def direction_losses(batch: Batch, stats: Sides) -> tuple[Tensor, Tensor]:
+    """Loss of every image (M,) and of every text (N,)."""
+    rows, cols = stats
+    row_mean = col_mean = None
+    if batch.label_smoothing:
+        row_mean, col_mean, col_neg = mean_logits(batch, cols.neg)
+        cols = cols._replace(neg=col_neg)
+    row_count, col_count = batch.counts or (None, None)
+    return (
+        direction_loss(rows, row_count, batch.label_smoothing, row_mean),
+        direction_loss(cols, col_count, batch.label_smoothing, col_mean),
+    )
+
+
+def direction_loss(side: Side, count: Tensor | None, smoothing: float, mean_logit: Tensor | None) -> Tensor:
+    """Loss (M,) of each row, or mirrored (N,) of each column, from its statistics.
+
+    count: the number of positives, None for one each; mean_logit: mean of the row's logits, for label smoothing.
+
+    With q the log-sum-exp over the positives, log-sum-exp over all minus the mean positive is
+    softplus(neg - q) + q - pos / count. Unlike softmax - 1, softplus keeps its digits when a pair is solved. One
+    positive is its own formula: there q is pos exactly, and the difference would lose half the digits.
+    """
+    if count is None:
+        loss = _softplus(side.neg - side.pos)
+        return loss if mean_logit is None else loss + smoothing * (side.pos - mean_logit)
+    has_positive = count > 0
+    mean_pos = side.pos / count.clamp_min(1)
+    # Rows without a positive are given inputs of gradient 0 before softplus: its gradient at -inf - -inf is NaN.
+    q = torch.where(has_positive, torch.where(count == 1, side.pos, side.pos_lse), 0.0)
+    loss = _softplus(torch.where(has_positive, side.neg, -torch.inf) - q)
+    loss = loss + torch.where(count > 1, torch.where(has_positive, side.pos_lse, 0.0) - mean_pos, 0.0)
+    if mean_logit is not None:
+        loss = loss + smoothing * (mean_pos - mean_logit)
+    return torch.where(has_positive, loss, 0.0)
+
+
+def _unit_factors(x: Tensor, normalize: bool) -> Tensor:
+    """The `inv_norms` (M,) of x (M, D), differentiable: through unit rows, whose squares no dtype overflows."""
+    r = inv_norms(x.detach(), normalize)
+    if not normalize:
+        return r
+    u = unit_rows(x, r)
+    square = torch.linalg.vecdot(u, u)
+    return r * torch.where(square > 0.5, square, 1.0).rsqrt()  # a row below EPS has a constant factor
+
+
+def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of each row (M,) and of each column (N,) of the logits, through the mean features: O((M + N) D).
+
+    And `after`, to go on with: what the ranks have exchanged before their sums here.
+    """
+    image, text, scale, _, _, exclude_self, normalize = batch.problem
+    shards = batch.shards
+    M, N = batch_size(image, text, shards)
+    with no_autocast(image.device):
+        r, c = _unit_factors(image, normalize), _unit_factors(text, normalize)
+        image, text = image.to(r.dtype), text.to(c.dtype)
+        image_sum, text_sum = r @ image, c @ text
+        if shards is not None:
+            sums, after = sum_over_ranks(torch.stack([image_sum, text_sum]), after, shards.group)
+            image_sum, text_sum = sums
+        image_mean, text_mean = image_sum / M, text_sum / N
+        row_mean, col_mean = r * (image @ text_mean), c * (text @ image_mean)
+        if exclude_self:  # the mean of the others
+            diagonal = torch.linalg.vecdot(unit_rows(image, r), unit_rows(text, c))
+            row_mean, col_mean = ((N * mean - diagonal) / max(N - 1, 1) for mean in (row_mean, col_mean))
+        return scale * row_mean, scale * col_mean, after
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp x), which torch's default takes for x already from 20 on."""
+    return F.softplus(x, threshold=64)

@@ -1,0 +1,116 @@
+"""What a training loop wants to look at: log-sum-exps, losses and in-batch accuracy."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastclip._backends.problem import Side
+from fastclip._backends.reference import norms
+from fastclip.distributed import check_group, largest_over_ranks, sharded_maxima
+from fastclip.losses.contrastive import Batch, direction_losses, prepare
+from fastclip.losses.ties import TIE
+from fastclip.ops import contrastive_maxima
+
+__all__ = ["ContrastiveStats", "contrastive_stats"]
+
+
+class ContrastiveStats(NamedTuple):
+    """What `contrastive_stats` returns; detached."""
+
+    row_lse: Tensor  # (M,) log-sum-exp of the image's logits
+    col_lse: Tensor  # (N,) of the text's
+    row_loss: Tensor  # (M,) the image's loss; 0 without a positive
+    col_loss: Tensor  # (N,) the text's
+    row_hit: Tensor  # (M,) bool: the image's largest logit is a positive
+    col_hit: Tensor  # (N,) bool: the text's
+
+
+def contrastive_stats(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1 / 0.07,
+    *,
+    normalize: bool = True,
+    image_labels: Tensor | None = None,
+    text_labels: Tensor | None = None,
+    exclude_self: bool = False,
+    ignore_label: int | None = None,
+    label_smoothing: float = 0.0,
+    group: Any = None,
+    equal_shards: bool = False,
+    backend: str | None = None,
+) -> ContrastiveStats:
+    """Log-sum-exps, losses and in-batch top-1 of both directions, in one pass over logits that are never stored.
+
+    Arguments and errors are those of `contrastive_loss`; with ``group`` the results are those of this rank's images and
+    texts in the whole batch, for which all texts are gathered. A tie is a miss: an image whose largest negative comes
+    within 2^-20 |logit_scale| |image| max |text| of its largest positive (normalised: 2^-20 |logit_scale|) has no hit,
+    so that a batch with the same text twice, or a collapsed model, scores the same whichever way rounding goes. Rows
+    without a positive have loss 0 and no hit; rows that are not finite have no hit. Rows with ``ignore_label`` have
+    loss 0, no hit, and the log-sum-exp of nothing, -inf.
+
+    Returns:
+        `ContrastiveStats`: row_lse (M,), col_lse (N,), row_loss (M,), col_loss (N,), float32 (for float64 features
+        float64); row_hit (M,), col_hit (N,), bool. ``row_hit.float().mean()`` is the in-batch image -> text accuracy.
+    """
+    group = check_group(group)
+    with torch.no_grad():
+        batch = prepare(
+            image_features,
+            text_features,
+            logit_scale,
+            normalize=normalize,
+            image_labels=image_labels,
+            text_labels=text_labels,
+            exclude_self=exclude_self,
+            ignore_label=ignore_label,
+            label_smoothing=label_smoothing,
+            group=group,
+            agreed={"function": "contrastive_stats"},
+            equal_shards=equal_shards,
+            backend=backend,
+        )
+        if batch.shards is None:
+            sides = contrastive_maxima(batch.problem, backend)
+        else:
+            sides = sharded_maxima(batch.problem, batch.shards, backend)
+        losses = direction_losses(batch, sides)
+        hits = [_hits(side, tie) & loss.isfinite() for side, loss, tie in zip(sides, losses, _ties(batch))]
+        dtype = batch.problem.scale.dtype
+        row_lse, col_lse = (_logsumexp(side, batch.problem.labels is not None).to(dtype) for side in sides)
+        row_loss, col_loss = (loss.to(dtype) for loss in losses)
+        row_hit, col_hit = hits
+        if batch.kept is not None:
+            row_lse, col_lse = batch.kept.spread(row_lse, col_lse, fill=-torch.inf)
+            row_loss, col_loss = batch.kept.spread(row_loss, col_loss)
+            row_hit, col_hit = batch.kept.spread(row_hit, col_hit)
+        return ContrastiveStats(row_lse, col_lse, row_loss, col_loss, row_hit, col_hit)
+
+
+def _logsumexp(side: Side, labels: bool) -> Tensor:
+    """log-sum-exp over negatives and positives."""
+    assert side.pos_top is not None
+    pos = side.pos_lse if labels else side.pos  # of one positive
+    return torch.logaddexp(side.neg, torch.where(side.pos_top == -torch.inf, -torch.inf, pos))
+
+
+def _hits(side: Side, tie: Tensor) -> Tensor:
+    """Where the largest logit is a positive's, by more than `tie`."""
+    assert side.pos_top is not None and side.neg_top is not None
+    return side.pos_top - side.neg_top > tie
+
+
+def _ties(batch: Batch) -> tuple[Tensor, Tensor]:
+    """How far apart the largest logits of a row (M,) and of a column (N,) must be to be told apart."""
+    near = batch.problem.scale.abs() * TIE
+    if batch.problem.normalize:
+        return near, near
+    row, col = norms(batch.problem.image), norms(batch.problem.text)
+    if batch.shards is None:
+        row_top, col_top = row.amax(), col.amax()
+    else:
+        row_top, col_top = (largest_over_ranks(x, batch.shards) for x in (row, col))
+    return near * row * col_top, near * col * row_top

@@ -1,0 +1,89 @@
+"""Make what the options of a run name: its loss, its model, and the backend of the loss."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastclip._backends import pick
+from fastclip.models.config import ModelConfig
+from fastclip.models.dual_encoder import DualEncoder
+from fastclip.models.factory import create_model
+from fastclip.training.options import TrainOptions
+from fastclip.training.ranks import World
+from fastclip.training.step.losses import NamedLoss, named_loss
+
+__all__ = ["build_loss", "build_model", "resolve", "served_by"]
+
+logger = logging.getLogger(__name__)
+
+
+def resolve(options: TrainOptions, config: ModelConfig) -> TrainOptions:
+    """Return `options` with the recipe of the model's authors in place of None, except what depends on the data."""
+    recipe = config.train_cfg
+    loss = options.loss or recipe.loss
+    smoothing = recipe.label_smoothing if loss == recipe.loss else 0.1 if loss == "align" else 0.0
+    defaults: dict[str, Any] = {
+        "loss": loss,
+        "label_smoothing": smoothing,
+        "optimizer": recipe.optimizer,
+        "lr": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+    }
+    return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
+
+
+def served_by(options: TrainOptions, device: torch.device) -> str:
+    """Return the backend of the loss on features of `device`; ValueError if the one that is asked for cannot serve."""
+    where = device if options.features_on == "device" else "cpu"
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    try:
+        name, _ = pick(options.backend, torch.empty(2, 2, device=where, dtype=dtype))
+    except RuntimeError as error:
+        raise ValueError(f"--backend: {error}") from error
+    logger.info("the %s loss is served by backend %r", options.loss, name)
+    return name
+
+
+def build_loss(options: TrainOptions, world: World) -> NamedLoss:
+    """Make the loss over all processes from `resolve`'s options."""
+    assert options.loss is not None and options.label_smoothing is not None
+    return named_loss(
+        options.loss,
+        label_smoothing=options.label_smoothing,
+        image_weight=options.image_weight,
+        group=world.group,
+        comm=options.comm,
+        equal_shards=options.batch_size % world.ranks == 0,
+        backend=options.backend,
+    )
+
+
+def build_model(options: TrainOptions, loss: NamedLoss, device: torch.device) -> DualEncoder:
+    """Make the model on `device`, with the parameters that `loss` needs; new weights are a function of the seed."""
+    torch.manual_seed(options.seed)  # on every rank: all begin with the same weights
+    model = create_model(
+        options.model,
+        options.pretrained,
+        image_size=options.image_size,
+        context_length=options.context_length,
+        init_logit_scale=loss.init_logit_scale,
+        init_logit_bias=loss.init_logit_bias,
+    )
+    if loss.fixed_scale:
+        assert loss.init_logit_scale is not None
+        model.logit_scale.requires_grad_(False).fill_(loss.init_logit_scale)
+    if model.logit_bias is not None:  # DDP waits for gradients that no loss gives
+        model.logit_bias.requires_grad_(loss.init_logit_bias is not None)
+    if options.lock_image:
+        model.lock_image_tower()
+    if options.lock_text:
+        model.lock_text_tower()
+    if options.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if options.compile:
+        model.compile()  # in place: names of parameters stay those of checkpoints
+    return model.to(device)

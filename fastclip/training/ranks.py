@@ -1,0 +1,251 @@
+"""One process, or one of torchrun's: the device, the process group, and the model on all of them."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastclip.distributed import before_group
+from fastclip.models.dual_encoder import DualEncoder
+from fastclip.system import env
+from fastclip.system.owner import owned
+
+__all__ = [
+    "World",
+    "fsdp_blocks",
+    "joined",
+    "mean_over_ranks",
+    "meeting",
+    "of_all_ranks",
+    "one_for_all",
+    "owned_together",
+    "reduce_unsharded",
+    "reshard",
+    "wrap",
+]
+
+T = TypeVar("T")
+_c10d: Any = dist
+_PAUSE = 0.02  # seconds between looks at the store
+_meshes: list[Any] = []  # of `wrap`
+_LOST = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+
+
+class World(NamedTuple):
+    """This process among all of a run."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    group: Any  # process group, or None alone
+
+
+@contextmanager
+def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or be one alone.
+
+    A group that exists already is used and left as it is.
+
+    Args:
+        device: "cpu"; "cuda"; "auto", a GPU for each process of this machine where there are enough.
+        timeout: of the rendezvous and of every collective; a process that is lost ends the others after it.
+
+    Raises:
+        ValueError: "cuda" without a GPU for each process.
+        ConnectionError: another process is lost or has not answered; whatever was collective inside failed for it.
+    """
+    launched = env.launched()
+    local_rank, local_ranks = (launched.local_rank, launched.local_ranks) if launched else (0, 1)
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus < local_ranks:
+        raise ValueError(f"--device cuda needs a GPU for each of {local_ranks} processes, torch sees {gpus}")
+    if dist.is_initialized() and launched is None:  # the caller has chosen
+        nccl = device != "cpu" and dist.get_backend() == "nccl"
+        where = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+    elif device == "cpu" or gpus < local_ranks:
+        where = torch.device("cpu")
+    else:
+        where = torch.device("cuda", local_rank)
+        torch.cuda.set_device(where)
+    begun = launched is not None and not dist.is_initialized()
+    try:
+        if begun and launched is not None:
+            before_group()
+            store = env.agent_store()
+            place: dict[str, Any] = {"rank": launched.rank, "world_size": launched.ranks}
+            if store is not None:
+                place["store"] = meeting(store, launched.rank, launched.ranks, timeout)
+            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timeout, **place)
+        group = _c10d.group.WORLD if dist.is_initialized() else None
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
+        yield World(rank, ranks, where, group)
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        seconds = timeout.total_seconds()
+        raise ConnectionError(
+            f"another process of this run is lost, or did not answer for {seconds:g} s (--timeout): {_words(error)}"
+        ) from error
+    finally:
+        if begun and dist.is_initialized():
+            dist.destroy_process_group()
+            while _meshes:  # DTensor's caches keep them, and they the group with its threads
+                getattr(_meshes.pop(), "_pg_registry", {}).clear()
+        _meshes.clear()  # those of a caller's group end with it
+
+
+def meeting(address: tuple[str, int], rank: int, ranks: int, timeout: timedelta) -> Any:
+    """Return a store that no other start of the run has used, within the one of torchrun's agent at `address`.
+
+    torchrun keeps one store through its restarts, in which the addresses of dead processes stand (torch 2.14;
+    github.com/pytorch/pytorch/issues/135712), and its count of restarts differs between machines. So rank 0 draws a
+    name, and the others ask for it with words of their own, which no dead rank 0 has answered.
+
+    Raises:
+        ConnectionError: the ranks are not complete within `timeout`.
+    """
+    store = _c10d.TCPStore(*address, is_master=False, timeout=timeout)
+    name = _lead(store, ranks, timeout) if rank == 0 else _follow(store, rank)
+    return _c10d.PrefixStore(f"fastclip/{name}", store)
+
+
+def _lead(store: Any, ranks: int, timeout: timedelta) -> str:
+    name, end = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    absent = list(range(1, ranks))
+    while absent := [rank for rank in absent if not store.check([f"fastclip/{name}/here/{rank}"])]:
+        for rank in absent:  # the word may be a dead one's; then another follows
+            if store.check([f"fastclip/ask/{rank}"]):
+                store.set(f"fastclip/answer/{store.get(f'fastclip/ask/{rank}').decode()}", name)
+        if time.monotonic() > end:
+            raise ConnectionError(f"no sign of rank {', '.join(map(str, absent))} of {ranks} within the timeout")
+        time.sleep(_PAUSE)
+    return name
+
+
+def _follow(store: Any, rank: int) -> str:
+    word = secrets.token_hex(8)
+    store.set(f"fastclip/ask/{rank}", word)
+    name = str(store.get(f"fastclip/answer/{word}").decode())  # waits
+    store.set(f"fastclip/{name}/here/{rank}", "")
+    return name
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Return True if another process is lost: NCCL's and the rendezvous's errors have a class, gloo's only words."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
+
+
+@contextmanager
+def one_for_all(world: World) -> Iterator[None]:
+    """Raise on every rank what fails inside on one, for which the others would wait otherwise."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    kind = next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
+    failures = of_all_ranks(None if error is None else (kind, f"{error} (on rank {world.rank})"), world)
+    if error is not None:
+        raise error
+    for failure in failures:
+        if failure is not None:
+            raise failure[0](failure[1])
+
+
+def of_all_ranks(value: T, world: World) -> list[T]:
+    """Return each rank's `value`, in the order of the ranks; it is pickled on the way."""
+    if world.group is None:
+        return [value]
+    values: list[Any] = [None] * world.ranks
+    dist.all_gather_object(values, value, group=world.group)
+    return values
+
+
+@contextmanager
+def owned_together(folder: str | Path, world: World, *, force: bool = False) -> Iterator[None]:
+    """Let rank 0 own `folder` inside (`system.owner.owned`); what keeps it from that is raised on every rank."""
+    with ExitStack() as stack:
+        with one_for_all(world):
+            if world.rank == 0:
+                stack.enter_context(owned(folder, force=force))
+        yield
+
+
+def _words(error: RuntimeError) -> str:
+    """Return what happened from gloo's message, without the place in its sources and its advice."""
+    line = str(error).strip().splitlines()[0]
+    return re.sub(r"^\[[^\]]*\.\w+:\d+\] ", "", line).partition(". This is typically")[0]
+
+
+def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
+    """Return what to call in place of `model`, with gradients averaged over the ranks.
+
+    ddp: DistributedDataParallel around it. fsdp: its blocks, and what is left of it, are sharded in place (FSDP2);
+    scale and bias of the logits, numbers, stay whole, and `reduce_unsharded` averages their gradients.
+    """
+    if world.group is None:
+        return model
+    if parallel == "ddp":
+        ids = [world.device] if world.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(world.device.type, (world.ranks,))
+    _meshes.append(mesh)
+    numbers = {p for p in model.parameters() if p.dim() == 0}
+    for block in fsdp_blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=numbers)
+    for name in ("encode_image", "encode_text"):
+        register_fsdp_forward_method(model, name)
+    return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what FSDP2 keeps gathered after a pass without a backward: the next one gathers it anew."""
+    from torch.distributed.fsdp import FSDPModule  # slow to load
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def reduce_unsharded(model: nn.Module, world: World) -> None:
+    """Average over the ranks the gradients that `wrap`'s FSDP leaves alone."""
+    for p in model.parameters():
+        if p.dim() == 0 and p.grad is not None:
+            p.grad.copy_(mean_over_ranks(p.grad, world))
+
+
+def mean_over_ranks(value: Tensor, world: World) -> Tensor:
+    """Return the mean of `value` over the ranks, the same on each, summed in fp64."""
+    if world.group is None:
+        return value
+    total = value.detach().double()
+    dist.all_reduce(total, group=world.group)
+    return (total / world.ranks).to(value.dtype)
+
+
+def fsdp_blocks(model: DualEncoder) -> Iterator[nn.Module]:
+    """Yield what FSDP gathers one after the other: members of the towers' outermost lists that are trained."""
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1:
+                yield from (member for member in child if any(p.requires_grad for p in member.parameters()))
+            else:
+                yield from walk(child)
+
+    for tower in (model.visual, model.text):
+        yield from walk(tower)

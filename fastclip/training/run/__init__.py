@@ -1,0 +1,1 @@
+"""A run from its last checkpoint to its end: the loop, checkpoints, metrics, skipped samples."""

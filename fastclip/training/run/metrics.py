@@ -1,0 +1,133 @@
+"""Where the numbers of a run are kept: metrics.jsonl, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastclip.system.durable import naming, write_bytes, write_text
+from fastclip.system.reading import parse_json
+
+__all__ = ["Meter", "Metrics", "cut_metrics"]
+
+logger = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Writes the numbers of a step to every place that keeps them; the process of rank 0 has one.
+
+    Args:
+        folder: gets metrics.jsonl, one object a line, and TensorBoard's events in ``tensorboard/``.
+        options: of the run, for Weights & Biases.
+        wandb: the project there, None for none; the run is called as the folder, and goes on where this one does.
+        first: updates made before; what TensorBoard has of later ones is hidden.
+    """
+
+    def __init__(self, folder: Path, *, options: dict[str, Any], wandb: str | None = None, first: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._wandb = _wandb_run(wandb, folder, options) if wandb else None
+        self._path = folder / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8")
+        # The events of steps that are made anew stay in the files of before, and are hidden
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write `values` after `step` updates; TensorBoard groups a name by its part before the slash."""
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()  # a process that is killed loses no line
+        for name, value in values.items():
+            self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def flush(self) -> None:
+        """Return when all lines are on the disk."""
+        with naming(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def cut_metrics(file: Path, step: int) -> int | None:
+    """Drop the lines after `step`, which a resumed run writes again; a line that a crash has cut goes, too.
+
+    Other lines that cannot be read are dropped with a warning. Returns the step that was validated last, 0 for none, or
+    None where there are no lines.
+    """
+    if not file.is_file():
+        return None
+    kept, lines, unread, validated = [], file.read_bytes().splitlines(), 0, 0
+    for number, line in enumerate(lines, 1):
+        try:
+            values = parse_json(line, str(file))
+            if (made := int(values["step"])) <= step:
+                kept.append(line + b"\n")  # also of the last one, where a crash has taken just that
+                if any(name.startswith("val/") for name in values):
+                    validated = made
+        except (ValueError, KeyError, TypeError, OverflowError):
+            if line.strip(b"\0 ") and number < len(lines):  # a crash may cut the last, or leave blocks of zeros
+                unread += 1
+    if unread:
+        logger.warning("%s: %d lines cannot be read and are left out", file, unread)
+    write_bytes(file, b"".join(kept))
+    return validated if kept else None
+
+
+class Meter:
+    """Throughput between two readings."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._begin()
+
+    def _begin(self) -> None:
+        self._waited, self._steps, self._since = 0.0, 0, time.perf_counter()
+
+    def stepped(self) -> None:
+        self._steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out of the throughput."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """Return samples a second and the share of the time that was waited for data, since the last call."""
+        seconds = time.perf_counter() - self._since
+        rates = {"samples_per_second": self._steps * self._batch_size / seconds, "data_wait": self._waited / seconds}
+        self._begin()
+        return rates
+
+
+def _wandb_run(project: str, folder: Path, options: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("--wandb needs wandb, which is not installed: pip install wandb", name="wandb") from error
+    file = folder / "wandb-id"  # with which a resumed run goes on in the same curves
+    if not file.exists():
+        write_text(file, secrets.token_hex(8))
+    run = file.read_text(encoding="utf-8")
+    return wandb.init(project=project, name=folder.name, dir=str(folder), config=options, id=run, resume="allow")

@@ -1,0 +1,1 @@
+"""One update: losses, gradient caching, optimisers."""

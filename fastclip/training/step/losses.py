@@ -1,0 +1,70 @@
+"""The losses of `fastclip train` by name, each with its authors' options and temperature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastclip.losses.contrastive import contrastive_loss
+from fastclip.losses.sigmoid import sigmoid_loss
+
+__all__ = ["NamedLoss", "named_loss"]
+
+
+class NamedLoss(NamedTuple):
+    """A loss over the batch of all processes, and what a model must be made with for it."""
+
+    function: Callable[..., Tensor]  # (image features, text features, labels, scale[, bias]) -> ()
+    init_logit_scale: float | None  # a logarithm; None leaves it to the model
+    init_logit_bias: float | None
+    fixed_scale: bool
+    with_labels: bool  # repeats of a pair are positives, not negatives
+
+
+def named_loss(
+    name: str,
+    *,
+    label_smoothing: float = 0.0,
+    image_weight: float | None = None,
+    group: Any = None,
+    comm: str = "gather",
+    equal_shards: bool = False,
+    backend: str | None = None,
+) -> NamedLoss:
+    """Return the loss that `name` means: clip, unicl, align, convirt or siglip.
+
+    Args:
+        label_smoothing, image_weight, group, comm, equal_shards, backend: as `fastclip.contrastive_loss` takes them;
+            image_weight None is 0.5, for convirt 0.75. The sigmoid loss has neither of the first two.
+
+    Raises:
+        ValueError: the name is unknown, or the sigmoid loss is given what it has not.
+    """
+    shared: dict[str, Any] = {"group": group, "comm": comm, "equal_shards": equal_shards, "backend": backend}
+
+    def contrastive(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+        pairs: dict[str, Any] = {"image_labels": labels, "text_labels": labels} if name == "unicl" else {}
+        weight = (0.75 if name == "convirt" else 0.5) if image_weight is None else image_weight
+        value = contrastive_loss(
+            image, text, scale, label_smoothing=label_smoothing, image_weight=weight, **pairs, **shared
+        )
+        assert isinstance(value, Tensor)
+        return 2 * value if name == "align" else value  # Jia et al. 2021, equations 1 and 2: the sum of both directions
+
+    def sigmoid(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return sigmoid_loss(image, text, scale, bias, **shared)
+
+    if name == "siglip":  # Zhai et al. 2023, section 3.2
+        if label_smoothing or image_weight is not None:
+            raise ValueError(f"the siglip loss has no {'label smoothing' if label_smoothing else 'image_weight'}")
+        return NamedLoss(sigmoid, math.log(10), -10.0, fixed_scale=False, with_labels=False)
+    if name == "convirt":  # Zhang et al. 2020: temperature 0.1, not learned
+        return NamedLoss(contrastive, math.log(10), None, fixed_scale=True, with_labels=False)
+    if name not in ("clip", "unicl", "align"):
+        raise ValueError(f"no loss is called {name!r}: clip, unicl, align, convirt, siglip")
+    # Jia et al. 2021, section 5.1: the temperature starts at 1
+    start = 0.0 if name == "align" else None
+    return NamedLoss(contrastive, start, None, fixed_scale=False, with_labels=name == "unicl")

@@ -1,0 +1,179 @@
+"""One update of a model from the micro-batches of a process, and what stops a run before a bad one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastclip.data.batch import Batch
+from fastclip.data.loading.order import mix
+from fastclip.losses.stats import contrastive_stats
+from fastclip.models.dual_encoder import MAX_LOG_SCALE, DualEncoder
+from fastclip.training.ranks import World, mean_over_ranks, of_all_ranks, reduce_unsharded
+from fastclip.training.signals import STATUSES
+from fastclip.training.step.cached import cached_step
+from fastclip.training.step.losses import NamedLoss
+from fastclip.training.step.optim import MovingAverage, clip_gradients, gradient_norm
+
+__all__ = ["FAILED", "StepReport", "Stepper", "seed_step"]
+
+FAILED = 1  # exit status of a process whose checkpoint was not written
+_STATUSES = (FAILED, *STATUSES)
+_SHOWN = 10  # names in an error
+
+
+class StepReport(NamedTuple):
+    """What an update over the batch of all processes reports; the same on every rank."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    image_top1: float | None  # share of the images whose most similar text of the batch is theirs
+    text_top1: float | None
+    status: int = 0  # exit status with which a process wants to end, else 0
+
+
+class Stepper:
+    """Updates of one model.
+
+    Args:
+        model: the model itself.
+        wrapped: what `fastclip.training.ranks.wrap` made of it.
+        loss: over the group of `world`.
+        ema: moved after each update.
+        autocast: the dtype that the towers compute in; None is the weights' own.
+        keep_on: as `cached_step`'s.
+        cached: `cached_step` for a single micro-batch, too, because other ranks have more: their features then require
+            gradients alike.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        wrapped: nn.Module,
+        loss: NamedLoss,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        *,
+        ema: MovingAverage | None = None,
+        max_grad_norm: float | None = None,
+        autocast: torch.dtype | None = None,
+        keep_on: torch.device | str | None = None,
+        cached: bool = False,
+    ) -> None:
+        self.model, self.wrapped, self.loss, self.optimizer, self.world = model, wrapped, loss, optimizer, world
+        self.ema, self.max_grad_norm, self.autocast, self.keep_on = ema, max_grad_norm, autocast, keep_on
+        self.cached = cached
+
+    def step(
+        self,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        accuracy: bool = False,
+        status: Callable[[], int] = lambda: 0,
+    ) -> StepReport:
+        """Make one update from this rank's micro-batches; `step` (from 0) is for messages.
+
+        `status` is called once, after the gradients are computed: the exit status with which this process wants to
+        end, 0 for none. All ranks report the same.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite, with step and samples; the weights are as before.
+        """
+        labels = torch.cat([batch.labels for batch in batches])
+        features: list[Tensor] = []  # of image and text, and the scale: what the loss is computed from
+
+        def forward(images: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+            device = self.world.device
+            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                return self.wrapped(
+                    images.to(device, non_blocking=True), ids.to(device, non_blocking=True), normalize=False
+                )
+
+        def loss(image: Tensor, text: Tensor, *scale_and_bias: Tensor) -> Tensor:
+            features.extend(x.detach() for x in (image, text, scale_and_bias[0]))
+            return self.loss.function(image, text, labels.to(image.device), *scale_and_bias)
+
+        self.optimizer.zero_grad()
+        if len(batches) == 1 and not self.cached:
+            value = loss(*forward(batches[0].images, batches[0].ids))
+            value.backward()
+        else:
+            pairs = [(batch.images, batch.ids) for batch in batches]
+            value = cached_step(forward, pairs, loss, modules=[self.wrapped], keep_on=self.keep_on)
+        wished = status()
+        wishes = torch.tensor([wished == code for code in _STATUSES], dtype=torch.float64, device=value.device)
+        shared = mean_over_ranks(torch.cat([value.detach().double().view(1), wishes]), self.world)  # one exchange
+        whole = float(shared[0].to(value.dtype))
+        agreed = next((code for code, share in zip(_STATUSES, shared[1:].tolist()) if share), 0)
+        if not math.isfinite(whole):
+            raise FloatingPointError(self._explained(f"the loss of step {step} is {whole}", batches, features))
+        if self.wrapped is self.model:  # FSDP, or alone; DDP has averaged them all
+            reduce_unsharded(self.model, self.world)
+        norm = gradient_norm(self.model.parameters())
+        if not norm.isfinite():
+            message = f"the gradient of step {step} is {norm.item()}"
+            raise FloatingPointError(self._explained(message, batches, features, with_gradients=True))
+        if self.max_grad_norm is not None:
+            clip_gradients(self.model.parameters(), self.max_grad_norm, norm)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)  # Radford et al. 2021, section 2.5
+        if self.ema is not None:
+            self.ema.update()
+        # Of the features before the update: another pass would cost as much as the step
+        image_top1, text_top1 = self._accuracy(labels, *features) if accuracy else (None, None)
+        return StepReport(whole, norm.item(), image_top1, text_top1, agreed)
+
+    def _accuracy(self, labels: Tensor, image: Tensor, text: Tensor, scale: Tensor) -> tuple[float, float]:
+        labels = labels.to(image.device)
+        pairs: dict[str, Any] = {"image_labels": labels, "text_labels": labels} if self.loss.with_labels else {}
+        stats = contrastive_stats(image, text, scale, group=self.world.group, **pairs)
+        shares = torch.stack([stats.row_hit.double().mean(), stats.col_hit.double().mean()])
+        image_top1, text_top1 = mean_over_ranks(shares, self.world).tolist()
+        return image_top1, text_top1
+
+    def _explained(
+        self, message: str, batches: Sequence[Batch], features: Sequence[Tensor], *, with_gradients: bool = False
+    ) -> str:
+        """Return `message` with the samples or weights of all ranks that did it: the first cause in a step's order."""
+        keys = [key for batch in batches for key in batch.keys]
+
+        def named(tensors: Sequence[Tensor]) -> list[str]:
+            finite = torch.cat([x.detach().flatten(1).isfinite().all(dim=1).cpu() for x in tensors])
+            return [key for key, is_finite in zip(keys, finite.tolist()) if not is_finite]
+
+        parameters = dict(self.model.named_parameters())
+        causes = {
+            "pixels": named([batch.images for batch in batches]),
+            "weights": [name for name, p in parameters.items() if not _finite(p)],
+            "image features": named(features[:1]),
+            "text features": named(features[1:2]),
+        }
+        if with_gradients:  # a loss that is not finite spoils them all
+            causes["gradients"] = [n for n, p in parameters.items() if p.grad is not None and not _finite(p.grad)]
+        message += "; training stopped before its update: "
+        everyone = of_all_ranks(causes, self.world)
+        for cause in causes:
+            names = list(dict.fromkeys(name for of_rank in everyone for name in of_rank[cause]))
+            if names:
+                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                return f"{message}{cause} that are not finite, of {', '.join(names[:_SHOWN])}{more}"
+        return (
+            f"{message}all features are finite, with a logit scale of {float(features[2]):.4g}; the batch began with "
+            f"{keys[0]} and ended with {keys[-1]}"
+        )
+
+
+def _finite(x: Tensor) -> bool:
+    local = x.to_local() if hasattr(x, "to_local") else x
+    return bool(local.isfinite().all())
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the dropout of a step a function of these: a resumed run draws what an unbroken one would have drawn."""
+    torch.manual_seed(mix(seed, step, rank, 0))
