@@ -40,10 +40,10 @@ def measure(options: TrainOptions, save_every: int, rounds: int) -> list[dict[st
         for kind in KINDS:
             seconds, size = seconds_a_step(options, kind, save_every)
             timings.rounds.setdefault(kind, []).append(seconds)
-    found = []
+    rows = []
     for kind, seconds in timings.rounds.items():
         extra = [a - b for a, b in zip(seconds, timings.rounds["none"], strict=True)]
-        found.append(
+        rows.append(
             {
                 "model": options.model,
                 "batch_size": options.batch_size,
@@ -59,7 +59,7 @@ def measure(options: TrainOptions, save_every: int, rounds: int) -> list[dict[st
                 "load": round(load, 1),
             }
         )
-    return found
+    return rows
 
 
 def main() -> None:
@@ -84,9 +84,9 @@ def main() -> None:
         workers=0,
     )
     for save_every in map(int, arguments.save_every.split(",")):
-        found = measure(options, save_every, arguments.rounds)
-        append(arguments.rows, found)
-        for row in found:
+        measured = measure(options, save_every, arguments.rounds)
+        append(arguments.rows, measured)
+        for row in measured:
             print(*row.values(), sep="\t", flush=True)
 
 

@@ -135,9 +135,9 @@ def limit(part: Part, later: list[Part], left: float) -> float:
 def outcome(checklist: Checklist, part: Part, until: float) -> str:
     """How a part ended that may run until then. Where a peer has broken the GPU, a new process goes on at once."""
     result = "no time was left"
-    told = replace(part, words=(*part.words, "--until", f"{until:.1f}"))  # the same clock in every process
+    timed = replace(part, words=(*part.words, "--until", f"{until:.1f}"))  # the same clock in every process
     while (seconds := until - time.monotonic()) > 2 * RESERVE:
-        result = checklist.do(told, seconds)
+        result = checklist.do(timed, seconds)
         result = EXITS.get(result, result)
         if result != EXITS[f"failed with exit code {PEER_LOST}"]:
             break

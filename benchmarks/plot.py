@@ -48,9 +48,9 @@ def read(path: Path, loss: str = "softmax") -> list[Row]:
         raise FileNotFoundError(f"{path} is not there: `make bench` writes it")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        found = reader.fieldnames or []
-        about = GPU_COLUMNS if "gpu" in found else CPU_COLUMNS
-        if missing := [name for name in COLUMNS + about if name not in found]:
+        columns = reader.fieldnames or []
+        about = GPU_COLUMNS if "gpu" in columns else CPU_COLUMNS
+        if missing := [name for name in COLUMNS + about if name not in columns]:
             raise ValueError(f"{path} has no columns {', '.join(missing)}: not rows of the benchmark")
         wanted = [row for row in reader if (row["loss"], row["mode"]) == (loss, "both")]
         last = {(row["N"], row["D"], row["dtype"], row["provider"]): row for row in wanted}
@@ -94,16 +94,16 @@ def draw(rows: list[Row], output: Path) -> None:
     )
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     for (speed, share, peak), dtype in zip(lines, dtypes):
-        found = {(int(row["N"]), row["provider"]): row for row in rows if row["dtype"] == dtype}
+        by_size = {(int(row["N"]), row["provider"]): row for row in rows if row["dtype"] == dtype}
         for panel, column in ((speed, SPEED), (share, SHARE), (peak, PEAK)):
             for name in providers:
-                _line(panel, found, name, column)
+                _line(panel, by_size, name, column)
         speed.set(title=f"{dtype}: speed (higher is better)", ylabel="times as fast as open_clip", ylim=(0, None))
         share.set(
             title=f"{dtype}: share of the floor (higher is better)", ylabel="% of the floor's speed", ylim=(0, None)
         )
         peak.set(title=f"{dtype}: peak memory (lower is better)", ylabel="MiB beyond features and gradients")
-        if any(_number(row, PEAK) > 0 for row in found.values()):  # a log axis wants something to show
+        if any(_number(row, PEAK) > 0 for row in by_size.values()):  # a log axis wants something to show
             peak.set_yscale("log")
             peak.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     for panel in lines.flat:
@@ -117,13 +117,13 @@ def draw(rows: list[Row], output: Path) -> None:
     plt.close(figure)
 
 
-def _line(panel: Any, found: dict[tuple[int, str], Row], name: str, column: str) -> None:
+def _line(panel: Any, by_size: dict[tuple[int, str], Row], name: str, column: str) -> None:
     """A provider's figures; hollow where it is only known that they do not fit."""
     if name == "floor" and column == PEAK:
         return  # has no step of its own to measure
     style = {"marker": "", "linestyle": "-", "linewidth": 1.8, "markersize": 5.5, **STYLES.get(name, {})}
-    sizes = sorted({N for N, _ in found})
-    cells = [found.get((N, name)) for N in sizes]
+    sizes = sorted({N for N, _ in by_size})
+    cells = [by_size.get((N, name)) for N in sizes]
     panel.plot(sizes, [_number(cell, column) for cell in cells], label=LABELS.get(name, name), **style)
     for N, cell in zip(sizes, cells):
         needed = re.fullmatch(r"does not fit: ([\d.,]+) GiB", (cell or {}).get("status", ""))
@@ -167,12 +167,12 @@ def table(rows: list[Row], dtype: str = "float32", ours: str = "fastclip", sizes
     chosen = [row for row in rows if row["dtype"] == dtype]
     if not any(row["provider"] == ours for row in chosen):
         ours = "fastclip_cpu"
-    found = {(int(row["N"]), row["provider"]): row for row in chosen}
+    by_size = {(int(row["N"]), row["provider"]): row for row in chosen}
     width = {int(row["N"]): row["D"] for row in chosen}
     several = len(set(width.values())) > 1
 
     def cell(N: int, provider: str, column: str, digits: int) -> str:
-        row = found.get((N, provider))
+        row = by_size.get((N, provider))
         value = _number(row, column)
         return (row or {}).get("status") or "-" if value != value else f"{value:,.{digits}f}"
 
@@ -193,17 +193,17 @@ def gpu_table(rows: list[Row]) -> str:
     has not been measured stays blank."""
     present = {row["provider"] for row in rows}
     providers = [name for name in STYLES if name in present]
-    found = {(int(row["N"]), int(row["D"]), row["provider"]): row for row in rows}
+    by_size = {(int(row["N"]), int(row["D"]), row["provider"]): row for row in rows}
 
     def cell(N: int, D: int, provider: str) -> str:
-        row = found.get((N, D, provider))
+        row = by_size.get((N, D, provider))
         if not row or not row["median_ms"]:
             return ""
-        told = provider.startswith("fastclip") and row["floor_percent"]  # which rows of `fastclip bench` have not
-        share = f" ({float(row['floor_percent']):.0f} %)" if told else ""
+        has_share = provider.startswith("fastclip") and row["floor_percent"]  # which rows of `fastclip bench` have not
+        share = f" ({float(row['floor_percent']):.0f} %)" if has_share else ""
         return f"{float(row['median_ms']):,.2f}{share}"
 
     lines = [f"| N | D | {' | '.join(f'`{name}`, ms' for name in providers)} |", "|---:" * (len(providers) + 2) + "|"]
-    for N, D in sorted({(N, D) for N, D, _ in found}):
+    for N, D in sorted({(N, D) for N, D, _ in by_size}):
         lines.append(f"| {N:,} | {D:,} | {' | '.join(cell(N, D, name) for name in providers)} |")
     return "\n".join(lines)

@@ -169,8 +169,8 @@ class Runs:
     def of(self, row: Row) -> str:
         where = ", ".join(_named(name, row[name]) for name in MACHINE if row.get(name))
         what = ", ".join(f"{name} {row[name]}" for name in VERSIONS if row.get(name))
-        told = f"{row['date']}, commit {row['commit']}: {where}; {what}"
-        return str(self.numbers.setdefault(told, len(self.numbers) + 1))
+        source = f"{row['date']}, commit {row['commit']}: {where}; {what}"
+        return str(self.numbers.setdefault(source, len(self.numbers) + 1))
 
 
 def _named(name: str, value: str) -> str:
@@ -212,8 +212,8 @@ def _is_number(text: str) -> bool:
 def last_rows(path: Path, case: tuple[str, ...]) -> list[Row]:
     """Of several rows for the same case the last, in the order of the cases; every row without a case."""
     with path.open(newline="") as file:
-        found = list(csv.DictReader(file))
-    return list({tuple(row[name] for name in case) or k: row for k, row in enumerate(found)}.values())
+        rows = list(csv.DictReader(file))
+    return list({tuple(row[name] for name in case) or k: row for k, row in enumerate(rows)}.values())
 
 
 def _losses(folder: Path, device: str, runs: Runs) -> list[str]:
@@ -261,7 +261,7 @@ def text(folder: Path = RESULTS) -> str:
             )
         )
     out.append("## Runs\n")
-    out += [f"{number}. {told}" for told, number in runs.numbers.items()]
+    out += [f"{number}. {source}" for source, number in runs.numbers.items()]
     return "\n".join(out) + "\n"
 
 

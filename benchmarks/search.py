@@ -41,18 +41,18 @@ COMMAND = "import sys; from fastclip.cli import main; sys.exit(main(sys.argv[1:]
 
 
 def unit_vectors(count: int, dim: int) -> np.ndarray:
-    found = np.random.default_rng(0).standard_normal((count, dim), np.float32)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    vectors = np.random.default_rng(0).standard_normal((count, dim), np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def check(engine: SearchEngine, vectors: np.ndarray, query: np.ndarray) -> None:
     """Raise RuntimeError unless the 10 that are found have the highest scores; rounding may order equal ones."""
     scores = vectors.astype(np.float64) @ query
-    found = [int(Path(one.path).stem) for one in engine.find_vector(query, 10)]
-    highest = np.sort(scores)[::-1][: len(found)]
-    apart = np.abs(scores[found] - highest).max() / np.linalg.norm(query)
-    if len(set(found)) != min(10, len(scores)) or apart > 2.0**-20:
-        raise RuntimeError(f"found {found}, whose scores are {apart:.1e} of the query's length from the highest")
+    places = [int(Path(one.path).stem) for one in engine.find_vector(query, 10)]
+    highest = np.sort(scores)[::-1][: len(places)]
+    apart = np.abs(scores[places] - highest).max() / np.linalg.norm(query)
+    if len(set(places)) != min(10, len(scores)) or apart > 2.0**-20:
+        raise RuntimeError(f"found {places}, whose scores are {apart:.1e} of the query's length from the highest")
 
 
 def row(what: str, pictures: int, dim: int, seconds: list[float]) -> dict[str, Any]:
@@ -130,11 +130,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
-        found = searching(Path(name), arguments.pictures, arguments.dim, arguments.rounds)
+        measured = searching(Path(name), arguments.pictures, arguments.dim, arguments.rounds)
         options = {name: getattr(arguments, name) for name in ("model", "workers")}
-        found.append(indexing(Path(name), arguments.jpegs, rounds=max(1, arguments.rounds // 3), **options))
-    append(arguments.rows, found, machine() | {"numpy": np.__version__, "pillow": installed_version("pillow")})
-    for one in found:
+        measured.append(indexing(Path(name), arguments.jpegs, rounds=max(1, arguments.rounds // 3), **options))
+    append(arguments.rows, measured, machine() | {"numpy": np.__version__, "pillow": installed_version("pillow")})
+    for one in measured:
         print(*one.values(), sep="\t", flush=True)
 
 

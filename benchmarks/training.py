@@ -172,9 +172,9 @@ def theirs(case: Case, model: DualEncoder, pieces: list[Batch]) -> Step:
 
     class Loss(ClipLoss):  # type: ignore[misc]
         def forward(self, *args: Any, **options: Any) -> Any:
-            found = super().forward(*args, **options)
-            losses.append(found["contrastive_loss"].item())
-            return found
+            outputs = super().forward(*args, **options)
+            losses.append(outputs["contrastive_loss"].item())
+            return outputs
 
     arguments = SimpleNamespace(
         device=case.device,
@@ -293,8 +293,8 @@ def rows(case: Case, timings: Timings, shares: Shares, peaks: dict[str, float]) 
 
 def about(device: str) -> dict[str, Any]:
     """The machine, whose name is its GPU's where that is what was measured."""
-    found = machine()
-    return found if device == "cpu" else {**found, "machine": f"{torch.cuda.get_device_name()}; {found['machine']}"}
+    row = machine()
+    return row if device == "cpu" else {**row, "machine": f"{torch.cuda.get_device_name()}; {row['machine']}"}
 
 
 def main() -> None:
@@ -318,9 +318,9 @@ def main() -> None:
         load = round(os.getloadavg()[0], 1)  # others may be using the machine
         peaks = {name: peak_in_child(case, name) for name in names} if case.device == "cpu" else {}
         timings, shares, on_gpu = measure(case, names, arguments.rounds)
-        found = rows(case, timings, shares, peaks | on_gpu)
-        append(arguments.rows, found, {"load": load, **about(case.device)})
-        for row in found:
+        measured = rows(case, timings, shares, peaks | on_gpu)
+        append(arguments.rows, measured, {"load": load, **about(case.device)})
+        for row in measured:
             print(*row.values(), sep="\t", flush=True)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.gpu.device import Clocks, Gpu
 from benchmarks.harness import Case, Provider, Step, Timings, rows
 from benchmarks.losses.peers import PEERS, Loss
-from benchmarks.losses.providers import FLOOR, OURS, PEER, check_one, fitting, found, leaves_of, names, step_of
+from benchmarks.losses.providers import FLOOR, OURS, PEER, check_one, fitting, leaves_of, load_losses, names, step_of
 from fastclip.parity.truth import blockwise_truth
 from fastclip.system.installed import installed_version
 
@@ -80,7 +80,7 @@ def line_up(case: Case, wanted: Iterable[str], gpu: Gpu) -> LineUp:
     count = gpu.sets(sum(x.nbytes for x in sets[0]))
     sets += [leaves_of(case, gpu.device, seed) for seed in range(1, count)]
 
-    losses, out.status = found(case.loss, "cuda", wanted)
+    losses, out.status = load_losses(case.loss, "cuda", wanted)
     for name in set(losses) - set(fitting(case, losses, float("inf"))):
         out.status[name] = "only whole steps"
     expected = blockwise_truth(case.loss, sets[0])
@@ -128,10 +128,10 @@ def measured(
     return gpu_rows(case, lined, timings, gpu, clocks)
 
 
-def own_failures(found: list[dict[str, Any]]) -> list[str]:
+def own_failures(rows: list[dict[str, Any]]) -> list[str]:
     """Collect from rows what is wrong with those of our backends that are available."""
-    own = (row for row in found if row["provider"] in OURS["cuda"] and row["status"])
-    return [f"{row['provider']}: {row['status']}" for row in own if not row["status"].startswith("not available")]
+    failed = (row for row in rows if row["provider"] in OURS["cuda"] and row["status"])
+    return [f"{row['provider']}: {row['status']}" for row in failed if not row["status"].startswith("not available")]
 
 
 def gpu_rows(case: Case, lined: LineUp, timings: GuardedTimings, gpu: Gpu, clocks: Clocks) -> list[dict[str, Any]]:

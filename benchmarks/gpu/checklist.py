@@ -85,10 +85,10 @@ def statuses(part: Part, rows: Path) -> dict[str, str]:
         return {}
     with rows.open(newline="") as file:
         case = (part.loss, part.mode, *map(str, part.size), DTYPES["cuda"][0])
-        found = [
+        rows_of_case = [
             row for row in csv.DictReader(file) if case == tuple(row[x] for x in ("loss", "mode", "N", "D", "dtype"))
         ]
-    return {row["provider"]: row["status"] for row in found}
+    return {row["provider"]: row["status"] for row in rows_of_case}
 
 
 def missing(part: Part, rows: Path, runnable: list[str]) -> list[str]:
@@ -108,8 +108,8 @@ def _own(name: str) -> bool:
 @functools.cache
 def runnable(loss: str) -> list[str]:
     """The providers that load on this machine, found by a child: some take GPU memory when they are imported."""
-    script = "from benchmarks.losses.providers import found, names; import sys; loss = sys.argv[1]"
-    script += "; print('\\n', *found(loss, 'cuda', names(loss, 'cuda'))[0])"
+    script = "from benchmarks.losses.providers import load_losses, names; import sys; loss = sys.argv[1]"
+    script += "; print('\\n', *load_losses(loss, 'cuda', names(loss, 'cuda'))[0])"
     done = subprocess.run([sys.executable, "-c", script, loss], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the providers of {loss} do not load:\n{done.stderr}")

@@ -65,10 +65,10 @@ def tests(log: Log) -> None:
     words = ["-q", "-x", "-m", "gpu", "-k", "not triton", "-p", "no:cacheprovider", *TESTS]
     start, seconds = time.monotonic(), max(1.0, min(TESTS_SECONDS, log.left() - VALUES_SECONDS))
     code = run_limited([sys.executable, "-m", "pytest", *words], seconds)
-    told = {0: "", None: "cut: the tests before it passed", NO_TESTS: "no test is marked gpu"}
-    status = told.get(code, f"failed with exit code {code}")
+    outcomes = {0: "", None: "cut: the tests before it passed", NO_TESTS: "no test is marked gpu"}
+    status = outcomes.get(code, f"failed with exit code {code}")
     log.row("tests", "fastclip_cuda", "time", "s", time.monotonic() - start, status=status)
-    if code not in told:
+    if code not in outcomes:
         raise CheckFailed(f"the tests {status}")
 
 
@@ -161,20 +161,20 @@ def is_available(log: Log, provider: str) -> bool:
     return True
 
 
-def check(told: str, backend: str | None, name: str, N: int, D: int, dtype: str, normalize: bool, device: str) -> float:
+def check(case: str, backend: str | None, name: str, N: int, D: int, dtype: str, normalize: bool, device: str) -> float:
     """The larger relative error of d_image and d_text; CheckFailed where anything is wrong."""
     one = way(name, backend, N, normalize, device)
     leaves = leaves_of(N, D, dtype, normalize, one.scalars, device)
-    found, again = (value_and_gradients(one.ours, leaves) for _ in range(2))
-    if not all(torch.equal(a, b) for a, b in zip(found, again)):
-        raise CheckFailed(f"{told}: other bits the second time")
+    first, again = (value_and_gradients(one.ours, leaves) for _ in range(2))
+    if not all(torch.equal(a, b) for a, b in zip(first, again)):
+        raise CheckFailed(f"{case}: other bits the second time")
     expected = one.truth(leaves)
-    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected)]
+    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(first, expected)]
     limits = [VALUE, GRADIENT[dtype], GRADIENT[dtype], *[SCALAR] * len(one.scalars)]
     if not all(error <= limit for error, limit in zip(errors, limits, strict=True)):  # NaN fails too
         what = ["loss", "d_image", "d_text", "d_scale", "d_bias"]
         parts = ", ".join(f"{x} {error:.1e}" for x, error in zip(what, errors))
-        raise CheckFailed(f"{told}: relative errors {parts}")
+        raise CheckFailed(f"{case}: relative errors {parts}")
     return max(errors[1:3])
 
 

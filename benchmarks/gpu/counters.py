@@ -66,16 +66,16 @@ def run(log: Log) -> None:
             path = Path(folder) / f"{len(metrics)}.csv"
             code = run_limited([*command(ncu, path, metrics), *target], log.left() * (0.7 if metrics else 1))
             text = path.read_text() if path.exists() else ""
-            found = list(parse(text))
-            told = "" if found else reason(text, code)
-            if found:
+            counted = list(parse(text))
+            failure = "" if counted else reason(text, code)
+            if counted:
                 break
-    for kernel, metrics_of in found:
+    for kernel, metrics_of in counted:
         for name, unit, value in metrics_of:
             log.row(f"{kernel} {size_name(SIZE[False])}", "fastclip_cuda", name, unit, value)
     for kernel in KERNELS:
-        if kernel not in dict(found):
-            log.status(kernel, "fastclip_cuda", told or "ncu saw no launch of it")
+        if kernel not in dict(counted):
+            log.status(kernel, "fastclip_cuda", failure or "ncu saw no launch of it")
 
 
 def command(ncu: str, path: Path, metrics: tuple[str, ...]) -> list[str]:

@@ -14,7 +14,7 @@ from benchmarks.gpu.device import DeviceLost
 from benchmarks.gpu.log import Log
 from benchmarks.harness import Case
 from benchmarks.losses.peers import Loss
-from benchmarks.losses.providers import found, leaves_of
+from benchmarks.losses.providers import leaves_of, load_losses
 
 N, D = 256, 512
 PROVIDERS = ("fastclip_cuda", "fastclip_triton", "open_clip", "open_clip_compiled")
@@ -60,7 +60,7 @@ def one_loss(log: Log, kind: str, rounds: int, seconds: float) -> None:
     """Rounds in which everyone takes a turn of a few steps."""
     case, end = Case(kind, "both", N, D, "bfloat16"), time.monotonic() + seconds - 2
     leaves, text = leaves_of(case, log.gpu.device), f"{kind} {N}x{D}"
-    losses, status = found(kind, "cuda", PROVIDERS)
+    losses, status = load_losses(kind, "cuda", PROVIDERS)
     for name, reason in status.items():
         log.status(text, name, reason)
     losses["autograd"] = square

@@ -60,7 +60,7 @@ class Pretended(Gpu):
 
     def about(self) -> dict[str, Any]:
         """The columns of a GPU's rows."""
-        found = about_cpu(commit())
+        of_cpu = about_cpu(commit())
         of_gpu = {"gpu": DRY_RUN, "driver": "", "cuda": "", "triton": installed_version("triton")}
         columns = ["date", "commit", "gpu", "driver", "cuda", "python", "torch", "triton", "fastclip", "open_clip"]
-        return {name: {**found, **of_gpu}[name] for name in columns}
+        return {name: {**of_cpu, **of_gpu}[name] for name in columns}

@@ -115,10 +115,10 @@ def groups(events: list[Event]) -> dict[str, float]:
 
 def events_of(profile: Any, gpu: Gpu) -> list[Event]:
     kind = DeviceType.CPU if gpu.pretended else DeviceType.CUDA
-    found = [x for x in profile.events() if x.device_type == kind]
+    events = [x for x in profile.events() if x.device_type == kind]
     if not gpu.pretended:  # whose marks are annotations; a GPU's are kernels, and an annotation covers others
-        found = [x for x in found if not getattr(x, "is_user_annotation", False)]
-    return [Event(x.name, float(x.time_range.start), float(x.time_range.elapsed_us())) for x in found]
+        events = [x for x in events if not getattr(x, "is_user_annotation", False)]
+    return [Event(x.name, float(x.time_range.start), float(x.time_range.elapsed_us())) for x in events]
 
 
 def profiled(step: Step, gpu: Gpu) -> dict[str, float]:
@@ -155,7 +155,7 @@ def run(log: Log) -> None:
         pieces[:] = every[:FEW]  # the step reads this list
         step()
         pieces[:] = every
-        found = profiled(step, log.gpu)
-        log.row(f"{name} {mode}", "fastclip", "step", "ms", sum(found.values()) / 1e3, digits=3)
-        for group, microseconds in found.items():
+        by_group = profiled(step, log.gpu)
+        log.row(f"{name} {mode}", "fastclip", "step", "ms", sum(by_group.values()) / 1e3, digits=3)
+        for group, microseconds in by_group.items():
             log.row(f"{name} {mode}", "fastclip", group, "ms", microseconds / 1e3, digits=3)

@@ -168,10 +168,10 @@ def one_case(log: Log, workers: list[Worker], loss: str, size: tuple[int, int]) 
                 seconds[name].append(answer["seconds"])
         if log.left() < 3:
             break
-    for name, found in seconds.items():
-        log.row(case, name, "step", "ms", [1e3 * x for x in found])
+    for name, each in seconds.items():
+        log.row(case, name, "step", "ms", [1e3 * x for x in each])
         if name != THIS and THIS in seconds:
-            log.row(case, name, f"times as fast as {THIS}", "ratio", [b / a for a, b in zip(found, seconds[THIS])])
+            log.row(case, name, f"times as fast as {THIS}", "ratio", [b / a for a, b in zip(each, seconds[THIS])])
     return alive
 
 
@@ -185,10 +185,12 @@ def foreign(folder: Path) -> str:
     for name in ("fastclip._cuda", "fastclip._cpu", "fastclip.triton_kernels"):  # perhaps not loaded yet
         spec = importlib.util.find_spec(name)
         origins[name] = spec.origin if spec else None
-    told = [f"{name} came from {path}" for name, path in origins.items() if path and folder not in Path(path).parents]
+    foreigners = [
+        f"{name} came from {path}" for name, path in origins.items() if path and folder not in Path(path).parents
+    ]
     if not origins["fastclip.triton_kernels"]:
-        told.append("there is no fastclip.triton_kernels")
-    return ", ".join(sorted(told, key=lambda text: text.count(".")))
+        foreigners.append("there is no fastclip.triton_kernels")
+    return ", ".join(sorted(foreigners, key=lambda text: text.count(".")))
 
 
 def serve(folder: str, device: str, backend: str) -> None:
@@ -202,8 +204,8 @@ def serve(folder: str, device: str, backend: str) -> None:
 
     def ready(question: dict[str, Any]) -> str:
         nonlocal prepare
-        if told := foreign(Path(folder)):
-            return f"error: not all of {folder}: {told}"[:300]
+        if strangers := foreign(Path(folder)):
+            return f"error: not all of {folder}: {strangers}"[:300]
         case = Case(question["loss"], "both", question["N"], question["D"], "bfloat16")
         loss = functools.partial(functions[case.loss], normalize=False, backend=backend)
         leaves = leaves_of(case, gpu.device)
@@ -213,8 +215,8 @@ def serve(folder: str, device: str, backend: str) -> None:
             return f"check failed: {error}"
         prepare = functools.partial(step_of, case, loss, leaves)
         prepare()()
-        told = foreign(Path(folder))  # of what a step has loaded
-        return f"error: not all of {folder}: {told}"[:300] if told else ""
+        strangers = foreign(Path(folder))  # of what a step has loaded
+        return f"error: not all of {folder}: {strangers}"[:300] if strangers else ""
 
     for line in sys.stdin:
         question = json.loads(line)

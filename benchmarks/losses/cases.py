@@ -17,10 +17,10 @@ def parse_sizes(text: str | None, device: str) -> list[tuple[int, int]]:
         return SIZES[device]
     sizes = []
     for word in text.split(","):
-        found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", word)
-        if not found:
+        match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", word)
+        if not match:
             raise ValueError(f"size {word!r} is not N or NxD, as in 1024 or 4096x768")
-        sizes.append((int(found[1]), int(found[2] or 512)))
+        sizes.append((int(match[1]), int(match[2] or 512)))
     return sizes
 
 

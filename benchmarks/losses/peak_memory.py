@@ -18,7 +18,7 @@ from torch import Tensor, ones_like
 
 from benchmarks.harness import Case
 from benchmarks.losses.peers import Loss
-from benchmarks.losses.providers import COMPILED, MODES, found, leaves_of
+from benchmarks.losses.providers import COMPILED, MODES, leaves_of, load_losses
 
 
 def _status(name: str) -> float:
@@ -54,7 +54,7 @@ def _step(function: Loss, image: Tensor, text: Tensor, *scalars: Tensor) -> None
 def measure(loss: str, provider: str, N: int, D: int, dtype: str) -> float:
     """MiB of peak memory beyond the features and their gradients, in this process."""
     return_what_is_freed()
-    function = found(loss, "cpu", [provider])[0][provider]
+    function = load_losses(loss, "cpu", [provider])[0][provider]
     # The small one loads libraries and starts threads. A loss that is compiled for its shape runs there once before it
     # is measured; the others meet N only then, so that a buffer kept between steps counts.
     for size in (8, N, N) if provider in COMPILED else (8, N):

@@ -20,7 +20,7 @@ __all__ = [
     "check",
     "check_one",
     "fitting",
-    "found",
+    "load_losses",
     "leaves_of",
     "named",
     "names",
@@ -59,7 +59,7 @@ def names(loss: str, device: str) -> list[str]:
     return [*peers, *OURS[device]]
 
 
-def found(loss: str, device: str, wanted: Iterable[str]) -> tuple[dict[str, Loss], dict[str, str]]:
+def load_losses(loss: str, device: str, wanted: Iterable[str]) -> tuple[dict[str, Loss], dict[str, str]]:
     """Those of `wanted` that can run here, and why the others cannot."""
     losses: dict[str, Loss] = {}
     status: dict[str, str] = {}
@@ -75,7 +75,7 @@ def found(loss: str, device: str, wanted: Iterable[str]) -> tuple[dict[str, Loss
 @functools.cache
 def cpu_losses(loss: str) -> dict[str, Loss]:
     """Every provider's loss that can run here without a GPU."""
-    return found(loss, "cpu", names(loss, "cpu"))[0]
+    return load_losses(loss, "cpu", names(loss, "cpu"))[0]
 
 
 def named(wanted: str | None, device: str = "cpu") -> list[str]:

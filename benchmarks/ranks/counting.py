@@ -52,8 +52,8 @@ def _all_to_all_single(group: Any, out: Tensor, x: Tensor, out_rows: Any = None,
     W, rank = dist.get_world_size(group), dist.get_rank(group)
 
     def to_others(y: Tensor, rows: Sequence[int] | None) -> float:
-        own = len(y) / W if rows is None else rows[rank]
-        return _bytes(y) * (1 - own / len(y)) if len(y) else 0
+        shard = len(y) / W if rows is None else rows[rank]
+        return _bytes(y) * (1 - shard / len(y)) if len(y) else 0
 
     return to_others(x, in_rows), to_others(out, out_rows)
 

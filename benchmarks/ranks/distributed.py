@@ -118,10 +118,10 @@ class Result:
     status: str = ""
 
 
-def check(name: str, case: Case, value: Tensor, own: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+def check(name: str, case: Case, value: Tensor, shard: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """CheckFailed on a rank whose value or gradients are not those of the fp64 loss, to what the dtype allows."""
     one = COMPETITORS[name]
-    image, text, scale = (x.grad for x in own)
+    image, text, scale = (x.grad for x in shard)
     assert image is not None and text is not None and scale is not None
     summed = torch.stack([value.detach().double(), scale.double()])
     dist.all_reduce(summed)
@@ -152,12 +152,12 @@ def _losses(names: Iterable[str]) -> tuple[dict[str, Loss], dict[str, str]]:
     return losses, status
 
 
-def _count(name: str, loss: Loss, case: Case, own: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Result:
+def _count(name: str, loss: Loss, case: Case, shard: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Result:
     with counted() as forward:
-        value = loss(*own)
+        value = loss(*shard)
     with counted() as backward:
         value.backward()
-    check(name, case, value, own, expected)
+    check(name, case, value, shard, expected)
     everyone: list[Any] = [None] * case.W
     dist.all_gather_object(everyone, (forward, backward))
     forward, backward = max(everyone, key=lambda counts: counts[0].sent + counts[1].sent)
@@ -181,9 +181,9 @@ def _work(rank: int, case: Case, names: list[str], rounds: int, peak: bool, fold
     losses, status = _losses(names)
     rows = slice(rank * case.local_N, (rank + 1) * case.local_N)
     leaves = case.leaves()
-    own = (*(x[rows].detach().clone().requires_grad_() for x in leaves[:2]), leaves[2])
+    shard = (*(x[rows].detach().clone().requires_grad_() for x in leaves[:2]), leaves[2])
 
-    def step(loss: Loss, leaves: tuple[Tensor, ...] = own) -> None:
+    def step(loss: Loss, leaves: tuple[Tensor, ...] = shard) -> None:
         for x in leaves:
             x.grad = None
         loss(*leaves).backward()
@@ -192,9 +192,9 @@ def _work(rank: int, case: Case, names: list[str], rounds: int, peak: bool, fold
     if peak:
         del leaves
         for name, loss in losses.items():
-            small = tuple(x[:8].detach().requires_grad_() if x.dim() else x for x in own)
+            small = tuple(x[:8].detach().requires_grad_() if x.dim() else x for x in shard)
             step(loss, small)  # loads libraries, starts threads, connects the ranks
-            for x in own[:2]:
+            for x in shard[:2]:
                 x.grad = torch.ones_like(x)  # touched: part of the base line
             dist.barrier()
             mib = _largest(peak_of(lambda loss=loss: step(loss)))  # type: ignore[misc]
@@ -202,8 +202,8 @@ def _work(rank: int, case: Case, names: list[str], rounds: int, peak: bool, fold
     else:
         expected = torch.load(Path(folder) / "truth.pt")
         for name, loss in losses.items():
-            results[name] = _count(name, loss, case, own, expected)
-            own[0].grad = own[1].grad = own[2].grad = None
+            results[name] = _count(name, loss, case, shard, expected)
+            shard[0].grad = shard[1].grad = shard[2].grad = None
         for _ in range(rounds):
             for name, loss in losses.items():
                 dist.barrier()
@@ -287,9 +287,11 @@ def main() -> None:
         for name, result in results.items():
             if arguments.peak and not result.status:
                 result.peak_mib = launch(case, [name], peak=True)[name].peak_mib
-        found = rows(case, results)
-        append(arguments.rows, found, {"load": load, **machine(), "threads": 1, "inf_cl": installed_version("inf-cl")})
-        for row in found:
+        measured = rows(case, results)
+        append(
+            arguments.rows, measured, {"load": load, **machine(), "threads": 1, "inf_cl": installed_version("inf-cl")}
+        )
+        for row in measured:
             print(*(row[key] for key in list(row) if key not in ("local_N", "D", "gradient", "rounds")), sep="\t")
 
 

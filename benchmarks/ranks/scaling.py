@@ -167,10 +167,10 @@ def _draw_time(axes: Any, N: int, D: int) -> None:
 
 def _draw_parts(axes: Any, N: int, D: int) -> None:
     bars = [(form, W) for W in RANKS[1:] for form in FORMS[:2]]
-    found: list[Time] = [time(form, W, N, D) for form, W in bars]
+    times: list[Time] = [time(form, W, N, D) for form, W in bars]
     bottom = [0.0] * len(bars)
     for part, (label, color) in PARTS.items():
-        heights = [1e3 * getattr(t, part) for t in found]
+        heights = [1e3 * getattr(t, part) for t in times]
         axes.bar(range(len(bars)), heights, bottom=bottom, color=color, label=label)
         bottom = [a + b for a, b in zip(bottom, heights)]
     axes.set_xticks(range(len(bars)), [f"{form.removeprefix('fastclip_')}\n{W}" for form, W in bars])

@@ -40,21 +40,21 @@ FORMS = ("fastclip_gather", "fastclip_ring", "open_clip_local")
 
 def sent(form: str, W: int, n: int, D: int, size: int) -> tuple[float, float]:
     """Bytes that a rank sends forward and backward, features of `size` bytes; see counting.py for what counts."""
-    own = n * D
+    shard = n * D
     columns = (W - 1) * n * STATISTIC  # of the log-sum-exps to the columns' owners, and of their gradients back
     if form == "fastclip_gather":
-        there = (W - 1) * own * size + columns
+        there = (W - 1) * shard * size + columns
         return there + (W - 1) * AGREEMENT, there
     if form == "fastclip_ring":
-        there = (W - 1) * own * size + columns
-        return there + (W - 1) * AGREEMENT, there + W * own * FP32
+        there = (W - 1) * shard * size + columns
+        return there + (W - 1) * AGREEMENT, there + W * shard * FP32
     if form == "open_clip_local":
-        return 2 * (W - 1) * own * size, 2 * (W - 1) * own * size
+        return 2 * (W - 1) * shard * size, 2 * (W - 1) * shard * size
     if form == "open_clip":
-        return 2 * (W - 1) * own * size, 0
+        return 2 * (W - 1) * shard * size, 0
     assert form == "inf_cl"
     scale = 2 * 2 * (W - 1) / W * FP32
-    return 2 * (W - 1) * own * FP32, 2 * (2 * W - 1) * own * FP32 + scale
+    return 2 * (W - 1) * shard * FP32, 2 * (2 * W - 1) * shard * FP32 + scale
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,9 @@ def _blank(case: Case) -> dict[str, Any]:
 
 def _losses(case: Case, device: str) -> dict[str, Loss]:
     """By provider: ours on each backend that serves these features, and what they are compared with."""
-    found: dict[str, Loss] = {FORMULA: DENSE[case.loss]}
+    losses: dict[str, Loss] = {FORMULA: DENSE[case.loss]}
     if (peer := open_clip_loss({"softmax": "ClipLoss", "sigmoid": "SigLipLoss"}[case.loss])) is not None:
-        found[PEER] = peer()
+        losses[PEER] = peer()
     function: Any = {"softmax": contrastive_loss, "sigmoid": sigmoid_loss}[case.loss]
     features = torch.empty(1, case.D, dtype=getattr(torch, case.dtype), device=device)
     for name, state in backends().items():
@@ -106,8 +106,8 @@ def _losses(case: Case, device: str) -> dict[str, Loss]:
             pick(name, features)
         except RuntimeError:
             continue
-        found[f"fastclip_{name}"] = functools.partial(function, normalize=False, backend=name)
-    return found
+        losses[f"fastclip_{name}"] = functools.partial(function, normalize=False, backend=name)
+    return losses
 
 
 def _rows(case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
@@ -140,8 +140,8 @@ def _rows(case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
     for _ in range(rounds):
         for provider in providers:
             timings.time(provider)
-    found = [{**row, "status": ""} for row in rows(case, timings, floor="", peer=PEER, peak_mib=peak_mib)]
-    return found + [{**_blank(case), "provider": name, "status": text} for name, text in status.items()]
+    timed = [{**row, "status": ""} for row in rows(case, timings, floor="", peer=PEER, peak_mib=peak_mib)]
+    return timed + [{**_blank(case), "provider": name, "status": text} for name, text in status.items()]
 
 
 def _available(device: str) -> float:
@@ -185,14 +185,14 @@ def _gpu_clock() -> Any:
 
 def table(measured: Measured, *, head: bool = True) -> str:
     """Aligned lines, those of the comparison first; times as fast as open_clip, or as the dense formula without it."""
-    found = {row["provider"]: row for row in measured.rows}
-    base = next((name for name in (PEER, FORMULA) if found.get(name, {}).get("median_ms")), None)
+    by_provider = {row["provider"]: row for row in measured.rows}
+    base = next((name for name in (PEER, FORMULA) if by_provider.get(name, {}).get("median_ms")), None)
     lines = [("N", "loss on", "ms", "p20 to p80", f"x {base or PEER}", "peak MiB")] if head else []
-    for name, row in found.items():
+    for name, row in by_provider.items():
         if row["status"]:
             cells = ("", row["status"], "", "")
         else:
-            ratio = row[f"speedup_over_{PEER}"] or (found[base]["median_ms"] / row["median_ms"] if base else None)
+            ratio = row[f"speedup_over_{PEER}"] or (by_provider[base]["median_ms"] / row["median_ms"] if base else None)
             times = f"{ratio:.2f}" if ratio else ""
             peak = f"{row['peak_mib']:,.0f}" if row["peak_mib"] != "" else ""
             cells = (f"{row['median_ms']:,.2f}", f"{row['p20_ms']:,.2f} to {row['p80_ms']:,.2f}", times, peak)

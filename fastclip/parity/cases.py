@@ -50,7 +50,7 @@ def cases(ranks: int, batch: int, dim: int, seed: int) -> list[Case]:
     twins = torch.arange(M) % -(-M // 2)
     image, text = features(same, same)[:2]
     unit = F.normalize(image), F.normalize(text)
-    found = [
+    batches = [
         Case("plain", *features(same, same), {}),
         Case("labels, M != N", *features(same, more), {}, labels),
         Case("label_smoothing, image_weight", *features(same, same), {"label_smoothing": 0.1, "image_weight": 0.75}),
@@ -62,7 +62,7 @@ def cases(ranks: int, batch: int, dim: int, seed: int) -> list[Case]:
     ]
     if ranks > 1:
         y = torch.arange(sum(uneven)) % classes, (torch.arange(sum(uneven)) + classes // 4) % (classes + 1)
-        found.append(Case("unequal shards", *features(uneven, uneven), {}))
-        found.append(Case("labels, unequal shards", *features(uneven, uneven), {}, y))
-        found.append(Case("sigmoid, unequal shards", *features(uneven, uneven), {}, scalars=SIGMOID))
-    return found
+        batches.append(Case("unequal shards", *features(uneven, uneven), {}))
+        batches.append(Case("labels, unequal shards", *features(uneven, uneven), {}, y))
+        batches.append(Case("sigmoid, unequal shards", *features(uneven, uneven), {}, scalars=SIGMOID))
+    return batches

@@ -174,9 +174,9 @@ def _errors(
     the losses of its own rows, and nothing is multiplied by W.
     """
     (rank, _), raised = _place(), ""
-    own = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in (case.images, case.texts)]
+    shards = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in (case.images, case.texts)]
     try:
-        shares = _shares(case, own, dtype, device, true, loss)
+        shares = _shares(case, shards, dtype, device, true, loss)
     except Exception as error:  # one on every rank is a row that fails; of one rank alone the others time out
         shares = torch.full((1 + len(true.gradients),), torch.nan, dtype=torch.float64, device=device)
         raised = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -187,23 +187,25 @@ def _errors(
     return {k: float(x / t.norm()) for k, x, t in zip(_COLUMNS, errors, (true.loss, *true.gradients))}, raised
 
 
-def _shares(case: Case, own: list[slice], dtype: torch.dtype, device: torch.device, true: Truth, loss: _Loss) -> Tensor:
+def _shares(
+    case: Case, shards: list[slice], dtype: torch.dtype, device: torch.device, true: Truth, loss: _Loss
+) -> Tensor:
     """This rank's share of the loss, of the squared errors of image and text, and of the scalars' gradients.
 
     With reduction="none" of the squared errors of the losses.
     """
-    image, text = (x[k].to(device, dtype).requires_grad_() for x, k in zip((case.image, case.text), own))
+    image, text = (x[k].to(device, dtype).requires_grad_() for x, k in zip((case.image, case.text), shards))
     wide = torch.promote_types(dtype, torch.float32)
     scalars = [torch.tensor(x, dtype=wide, device=device, requires_grad=True) for x in case.scalars]
-    labels = () if case.labels is None else tuple(y[k].to(device) for y, k in zip(case.labels, own))
+    labels = () if case.labels is None else tuple(y[k].to(device) for y, k in zip(case.labels, shards))
     value = loss(image, text, labels, *scalars)
     factor, upstream = _place()[1], _upstream(case, device)
     if isinstance(value, tuple):
-        value, factor, upstream = torch.cat(value), 1, _own_rows(upstream, case, own)
-    found = value, *torch.autograd.grad(value, (image, text, *scalars), upstream.to(value.dtype))
-    value, *grads = (x.detach().double() / factor for x in found)
-    squares = [(d - t[k]).square().sum() for d, t, k in zip(grads, true.gradients, own)]
-    of_loss = (value - _own_rows(true.loss, case, own)).square().sum() if value.dim() else value
+        value, factor, upstream = torch.cat(value), 1, _rows_of_rank(upstream, case, shards)
+    results = value, *torch.autograd.grad(value, (image, text, *scalars), upstream.to(value.dtype))
+    value, *grads = (x.detach().double() / factor for x in results)
+    squares = [(d - t[k]).square().sum() for d, t, k in zip(grads, true.gradients, shards)]
+    of_loss = (value - _rows_of_rank(true.loss, case, shards)).square().sum() if value.dim() else value
     return torch.stack([of_loss, *squares, *grads[2:]])
 
 
@@ -212,10 +214,10 @@ def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _own_rows(x: Tensor, case: Case, own: list[slice]) -> Tensor:
+def _rows_of_rank(x: Tensor, case: Case, shards: list[slice]) -> Tensor:
     """Of values of all images, and of all texts behind them, this rank's."""
     M = len(case.image)
-    return torch.cat([x[:M][own[0]], x[M:][own[1]]])
+    return torch.cat([x[:M][shards[0]], x[M:][shards[1]]])
 
 
 def _budgets(

@@ -168,14 +168,14 @@ def test_gpu_providers_are_not_the_cpus() -> None:
 
 def test_own_backend_that_is_not_there(monkeypatch) -> None:
     monkeypatch.setattr(losses.fastclip, "backends", lambda: {"cpu": "available", "cuda": "no driver"})
-    found, status = losses.found("softmax", "cuda", ["fastclip_triton", "fastclip_cuda"])
+    found, status = losses.load_losses("softmax", "cuda", ["fastclip_triton", "fastclip_cuda"])
     assert not found
     assert status == {
         "fastclip_triton": "not available: not in this version",
         "fastclip_cuda": "not available: no driver",
     }
     monkeypatch.setattr(losses.fastclip, "backends", lambda: {"triton": "available"})
-    ((name, loss),) = losses.found("softmax", "cuda", ["fastclip_triton"])[0].items()
+    ((name, loss),) = losses.load_losses("softmax", "cuda", ["fastclip_triton"])[0].items()
     assert name == "fastclip_triton" and loss.keywords == {"normalize": False, "backend": "triton"}
 
 

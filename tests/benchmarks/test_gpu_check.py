@@ -155,7 +155,7 @@ def test_code_is_all_that_is_not_built(tmp_path: Path, monkeypatch) -> None:
 def test_runnable_are_those_that_load() -> None:
     found = checklists.runnable("sigmoid")
     assert "open_clip" in found and set(found) <= set(losses.names("sigmoid", "cuda"))
-    assert found == list(losses.found("sigmoid", "cuda", losses.names("sigmoid", "cuda"))[0])
+    assert found == list(losses.load_losses("sigmoid", "cuda", losses.names("sigmoid", "cuda"))[0])
 
 
 def test_exit_codes(tmp_path: Path, capsys) -> None:

@@ -198,7 +198,7 @@ PROMISES = [
             Break(
                 "a build is timed that another folder fills in",
                 "benchmarks/gpu/variants.py",
-                old='return ", ".join(sorted(told, key=lambda text: text.count(".")))',
+                old='return ", ".join(sorted(foreigners, key=lambda text: text.count(".")))',
                 new='return ""',
             ),
             Break(
@@ -234,8 +234,8 @@ PROMISES = [
             Break(
                 "report: the first row of a case counts",
                 "benchmarks/report.py",
-                old="for k, row in enumerate(found)}",
-                new="for k, row in reversed(list(enumerate(found)))}",
+                old="for k, row in enumerate(rows)}",
+                new="for k, row in reversed(list(enumerate(rows)))}",
             ),
             Break(
                 "report: a status is a dash",
