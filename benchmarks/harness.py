@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import fastclip.bench.harness
-from fastclip.bench.about import about_cpu
 from fastclip.bench.harness import Case, Provider, Step, Timings, quantile, rows, wall_clock
+from fastclip.bench.provenance import about_cpu
 
 __all__ = ["Case", "Provider", "Step", "Timings", "append", "commit", "machine", "quantile", "rows", "wall_clock"]
 

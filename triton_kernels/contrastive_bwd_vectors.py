@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from fastclip.triton_kernels.features import NORMS, Features, bound_of, high_bit, largest_norm, set_constants
 from fastclip.triton_kernels.gradients import DIAGONAL, store_factors
-from fastclip.triton_kernels.launch import cdiv, launch, matrix
+from fastclip.triton_kernels.launch import launch, matrix
 from fastclip.triton_kernels.tile import CONSTANTS, GAIN, INF, LN2, LOG2E, REPAIR
 from torch import Tensor
+
+from fastclip.system.rounding import ceil_div
 
 __all__ = [
     "LABEL",
@@ -251,7 +253,7 @@ def vectors(
     row = _Side(row_neg, row_pos_lse, d_row_neg, d_row_pos, d_row_pos_lse, row_inv, rows.factor, row_label, row_vec)
     col = _Side(col_neg, col_pos_lse, d_col_neg, d_col_pos, d_col_pos_lse, col_inv, cols.factor, col_label, col_vec)
     block = _BLOCK if normalize else NORMS["BLOCK"]
-    counts = cdiv(M, block), cdiv(N, block)
+    counts = ceil_div(M, block), ceil_div(N, block)
     top, constants = (rows.x.new_empty(n, dtype=torch.float32) for n in (sum(counts), CONSTANTS))
     largest = rows.x.new_empty(sum(counts), dtype=torch.float64)
     flags = {"NORMALIZE": normalize, "LABELS": has_labels}
@@ -265,7 +267,7 @@ def vectors(
     )
     launch(
         contrastive_bwd_vectors_kernel,
-        cdiv(M, _BLOCK) + cdiv(N, _BLOCK),
+        ceil_div(M, _BLOCK) + ceil_div(N, _BLOCK),
         *(row, col, top, largest, constants, scale, part, M, N, offset, *counts, len(part)),
         **flags,
         BLOCK=_BLOCK,

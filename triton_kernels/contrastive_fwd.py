@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from fastclip.triton_kernels.contrastive_fwd_reduce import REDUCED, contrastive_fwd_reduce_kernel
 from fastclip.triton_kernels.features import Features, norms
-from fastclip.triton_kernels.launch import FwdSide, TileLaunch, Tiles, cdiv, chunks, launch, panels_of
+from fastclip.triton_kernels.launch import FwdSide, TileLaunch, Tiles, chunks, launch, panels_of
 from fastclip.triton_kernels.tile import (
     INF,
     OFFSET2,
@@ -28,6 +28,8 @@ from fastclip.triton_kernels.tile import (
     tiles_of,
 )
 from torch import Tensor
+
+from fastclip.system.rounding import ceil_div
 
 __all__ = ["contrastive_fwd", "contrastive_fwd_kernel"]
 
@@ -224,7 +226,7 @@ def _statistics(
                 )
                 launch(statistics.kernel, statistics.programs(*shape), *arguments, **statistics.options)
             arguments = *parts, row_out[:, i0:], col_out, M, N, constants, *statistics.shape(*shape), *shape
-            programs = cdiv(i1 - i0, REDUCED) + cdiv(N, REDUCED)
+            programs = ceil_div(i1 - i0, REDUCED) + ceil_div(N, REDUCED)
             arguments = *arguments, offset + i0, int(i0 == 0), int(i1 == M)
             options = {"LABELS": has_labels, "EXACT": repair, "MAXIMA": maxima, "BLOCK": REDUCED, "TILES": 8}
             launch(contrastive_fwd_reduce_kernel, programs, *arguments, **options)

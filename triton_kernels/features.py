@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastclip.triton_kernels.launch import Matrix, cdiv, launch, matrix, with_rows
+from fastclip.triton_kernels.launch import Matrix, launch, matrix, with_rows
 from fastclip.triton_kernels.tile import BOUND, CONSTANTS, INF, LOG2E, OFFSET2, REPAIR, SCALE
 from torch import Tensor
+
+from fastclip.system.rounding import ceil_div
 
 __all__ = [
     "EPS",
@@ -289,12 +291,12 @@ class Features(NamedTuple):
         if not needs_copy(x, normalize):
             return Features(x, inv)
         size, D = x.shape
-        out = x.new_empty(size, cdiv(D, 8) * 8)
+        out = x.new_empty(size, ceil_div(D, 8) * 8)
         factor = torch.empty_like(inv)
         x = with_rows(x)
         launch(
             copy_rows_kernel,
-            cdiv(size, NORMS["BLOCK"]),
+            ceil_div(size, NORMS["BLOCK"]),
             *(matrix(x), inv, matrix(out), factor, size, D),
             **NORMS,
         )
@@ -316,7 +318,7 @@ def norms(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize: bo
     M, D = image.shape
     N = text.shape[0]
     image, text = (with_rows(x) for x in (image, text))
-    rows, cols = cdiv(M, NORMS["BLOCK"]), cdiv(N, NORMS["BLOCK"])
+    rows, cols = ceil_div(M, NORMS["BLOCK"]), ceil_div(N, NORMS["BLOCK"])
     row_inv, col_inv, top, constants = (image.new_empty(n, dtype=torch.float32) for n in (M, N, rows + cols, CONSTANTS))
     row_pos, col_pos = (image.new_empty(n, dtype=torch.float64) for n in ((0, 0) if labels else (M, N)))
     row = NormSide(matrix(image), row_inv, None if labels else row_pos)

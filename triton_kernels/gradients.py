@@ -13,19 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from fastclip.triton_kernels.features import EPS, Features, without_power
-from fastclip.triton_kernels.launch import (
-    Config,
-    Matrix,
-    addmm,
-    cdiv,
-    chunks,
-    launch,
-    matrix,
-    processors,
-)
+from fastclip.triton_kernels.launch import Config, Matrix, addmm, chunks, launch, matrix, processors
 from torch import Tensor
 
 from fastclip.system import env
+from fastclip.system.rounding import ceil_div
 
 __all__ = [
     "ALIGNMENT",
@@ -195,19 +187,19 @@ class FinishSide(NamedTuple):
 
 
 def _padded(size: int) -> int:
-    return cdiv(size, ALIGNMENT) * ALIGNMENT
+    return ceil_div(size, ALIGNMENT) * ALIGNMENT
 
 
 def block_size(x: Tensor, M: int, N: int, D: int) -> tuple[int, int]:
     """Rows and columns, whole tiles, of the blocks of weights for features like `x`: each fits into the workspace."""
     weights = env.workspace_bytes("cuda") // x.element_size()
     # The product with the texts fills whole waves of processors with its tiles of 128 x 256
-    wave = max(processors(x.device) // cdiv(D, 256), 1) * ALIGNMENT
+    wave = max(processors(x.device) // ceil_div(D, 256), 1) * ALIGNMENT
     # Columns are cut where not nearly a wave of rows would fit: idle processors cost more than one more addition to the
     # sums of a block's images
     fit = min(weights // _padded(min(wave - wave // 8, M)), _LONGEST_SUM)
     most = max(fit // ALIGNMENT, 1) * ALIGNMENT
-    block_n = _padded(cdiv(N, cdiv(N, most)))
+    block_n = _padded(ceil_div(N, ceil_div(N, most)))
     rows = min(weights // block_n, _LONGEST_SUM)
     rows = rows // wave * wave or rows // ALIGNMENT * ALIGNMENT
     return min(_padded(M), max(rows, ALIGNMENT)), block_n
@@ -215,7 +207,7 @@ def block_size(x: Tensor, M: int, N: int, D: int) -> tuple[int, int]:
 
 def finish_programs(sums: int, rows: int, columns: int) -> int:
     """Count the programs of a finish: of the sums, of rows of images and of texts."""
-    return sums + cdiv(rows, FINISH["BLOCK"]) + cdiv(columns, FINISH["BLOCK"])
+    return sums + ceil_div(rows, FINISH["BLOCK"]) + ceil_div(columns, FINISH["BLOCK"])
 
 
 def add_products(
@@ -248,11 +240,11 @@ class Gradients:
         self.block_m, self.block_n = block
         self.rows, self.columns = chunks(self.M, self.block_m), chunks(self.N, self.block_n)
         self.tile_parts = sum(self.tiles(i1 - i0, j1 - j0) for i0, i1 in self.rows for j0, j1 in self.columns)
-        self.finish_parts = cdiv(self.M, FINISH["BLOCK"])
+        self.finish_parts = ceil_div(self.M, FINISH["BLOCK"])
 
     def tiles(self, rows: int, columns: int) -> int:
         """Count a block's tiles, of the kind that has most; a multiple of 4, so that every block's start aligned."""
-        return max(cdiv(rows, kind.BLOCK_M) * cdiv(columns, kind.BLOCK_N) + 3 & ~3 for kind in self.kinds)
+        return max(ceil_div(rows, kind.BLOCK_M) * ceil_div(columns, kind.BLOCK_N) + 3 & ~3 for kind in self.kinds)
 
     def compute(
         self,

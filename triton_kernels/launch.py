@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastclip.system import env
+from fastclip.system.rounding import ceil_div
 
 __all__ = [
     "BwdSide",
@@ -22,7 +23,6 @@ __all__ = [
     "Tiles",
     "addmm",
     "always_anew",
-    "cdiv",
     "chunks",
     "interpreting",
     "launch",
@@ -249,11 +249,11 @@ class TileLaunch:
         precision = fp32_products() if x.dtype is torch.float32 else "ieee"
         self.options = {**flags, **_tile_options(tile, self.descriptor, width % tile.BLOCK_K == 0, precision)}
         # A repair's programs are persistent: where there is nothing to repair, few of them return at once
-        self.most = processors(x.device) if exact else None
+        self.max_programs = processors(x.device) if exact else None
 
     def shape(self, M: int, N: int) -> tuple[int, int]:
         """Tile rows and tile columns."""
-        return cdiv(M, self.tile.BLOCK_M), cdiv(N, self.tile.BLOCK_N)
+        return ceil_div(M, self.tile.BLOCK_M), ceil_div(N, self.tile.BLOCK_N)
 
     def tiles(self, M: int, N: int) -> int:
         rows, columns = self.shape(M, N)
@@ -261,7 +261,7 @@ class TileLaunch:
 
     def programs(self, M: int, N: int) -> int:
         tiles = self.tiles(M, N)
-        return tiles if self.most is None else min(tiles, self.most)
+        return tiles if self.max_programs is None else min(tiles, self.max_programs)
 
     def operands(self, image: Tensor, text: Tensor) -> tuple[Any, Any]:
         """The features as the kernel is handed them."""
@@ -289,10 +289,10 @@ def _tile_options(tile: Config, descriptor: bool, even_k: bool, precision: str) 
 def panels_of(tiles: Sequence[Config], M: int, N: int, planes: int) -> tuple[int, int, int]:
     """Rows of a panel whose partial sums fit into the workspace, and the most tiles across a row and across a column
     of it, of tiles of these kinds."""
-    row_bytes = 8 * planes * max(cdiv(N, tile.BLOCK_N) + N / tile.BLOCK_M for tile in tiles)
+    row_bytes = 8 * planes * max(ceil_div(N, tile.BLOCK_N) + N / tile.BLOCK_M for tile in tiles)
     step = max(tile.BLOCK_M for tile in tiles)  # whole tiles of every kind: BLOCK_M are powers of two
     panel = min(max(int(env.workspace_bytes("cuda") / row_bytes) // step, 1) * step, M)
-    return panel, max(cdiv(N, tile.BLOCK_N) for tile in tiles), max(cdiv(panel, tile.BLOCK_M) for tile in tiles)
+    return panel, max(ceil_div(N, tile.BLOCK_N) for tile in tiles), max(ceil_div(panel, tile.BLOCK_M) for tile in tiles)
 
 
 def fp32_products() -> str:
@@ -316,11 +316,6 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
         return
     torch.addmm(out, a.float(), b.float(), beta=int(keep), out=out)
-
-
-def cdiv(size: int, length: int) -> int:
-    """Divide and round up; triton.cdiv is made for kernels, and slow outside of them."""
-    return -(-size // length)
 
 
 def chunks(size: int, length: int) -> list[tuple[int, int]]:

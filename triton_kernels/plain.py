@@ -15,7 +15,7 @@ from fastclip.triton_kernels.contrastive_fwd import contrastive_fwd_kernel
 from fastclip.triton_kernels.contrastive_fwd_reduce import REDUCED, contrastive_fwd_reduce_kernel
 from fastclip.triton_kernels.features import NORMS, bound_kernel, copy_sides_kernel, needs_copy
 from fastclip.triton_kernels.gradients import FINISH, OUT, FinishSide, add_products, block_size, finish_programs
-from fastclip.triton_kernels.launch import FwdSide, Matrix, TileLaunch, cdiv, chunks, panels_of
+from fastclip.triton_kernels.launch import FwdSide, Matrix, TileLaunch, chunks, panels_of
 from fastclip.triton_kernels.plain_bwd import plain_finish_kernel
 from fastclip.triton_kernels.plain_fwd import (
     ALIGNED,
@@ -31,6 +31,7 @@ from fastclip.triton_kernels.tile import CONSTANTS
 from torch import Tensor
 
 from fastclip.system import env
+from fastclip.system.rounding import ceil_div
 
 __all__ = ["plain_bwd", "plain_fwd", "plain_saved"]
 
@@ -43,7 +44,7 @@ _TICKET = not torch.version.hip  # whether the reduction may end with the loss; 
 
 def _plane(N: int) -> int:
     """Words between the planes of the vectors; see `plane_of`."""
-    return cdiv(N, ALIGNED.value) * ALIGNED.value
+    return ceil_div(N, ALIGNED.value) * ALIGNED.value
 
 
 def plain_saved(N: int) -> int:
@@ -61,9 +62,9 @@ class _Plan:
         self.row_power, self.col_power = (start + 4 * OUT.value * self.plane for start in (_VEC, self.col_vec))
         self.strides = image.stride(0), text.stride(0)
         self.copy = needs_copy(image, normalize) or needs_copy(text, normalize)
-        self.width = cdiv(D, 8) * 8 if self.copy else D  # columns that the products see
+        self.width = ceil_div(D, 8) * 8 if self.copy else D  # columns that the products see
         self.product_strides = (self.width, self.width) if self.copy else self.strides
-        self.pair_programs, self.reduce_programs = cdiv(N, NORMS["BLOCK"]), cdiv(N, REDUCED)
+        self.pair_programs, self.reduce_programs = ceil_div(N, NORMS["BLOCK"]), ceil_div(N, REDUCED)
         self._cut_forward(image)
         self._cut_backward(image)
         # Of several panels or blocks each has arguments of its own, and work enough for the host not to count
@@ -107,7 +108,7 @@ class _Plan:
         self.block_m = min(block_m, N)  # rows of a product
         self.raw_image = block_m * self.block_n * size // 4  # blocks are whole tiles
         self.raw_text = self.raw_image + self.block_m * self.width
-        self.part = cdiv(self.raw_text + N * self.width, 16) * 16
+        self.part = ceil_div(self.raw_text + N * self.width, 16) * 16
         self.bwd_elements = (self.part + max(self.parts)) * 4 // size
 
 
@@ -140,7 +141,7 @@ def _start_panels(
             arguments = *parts, wide + (lse + 8 * i0), wide + (lse + 8 * plan.plane), N, N, constants, *shape
             exact = statistics.options["EXACT"]
             flags = {"LABELS": False, "EXACT": exact, "MAXIMA": False, "BLOCK": REDUCED, "TILES": 8}
-            programs = cdiv(i1 - i0, REDUCED) + plan.reduce_programs
+            programs = ceil_div(i1 - i0, REDUCED) + plan.reduce_programs
             start(contrastive_fwd_reduce_kernel, programs, arguments, flags)
 
 

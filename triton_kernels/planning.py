@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from fastclip.triton_kernels import launch
-from fastclip.triton_kernels.launch import cdiv, with_rows
+from fastclip.triton_kernels.launch import with_rows
 from torch import Tensor
 
 from fastclip.system import env
+from fastclip.system.rounding import ceil_div
 
 __all__ = ["cut", "plan_of", "remember"]
 
@@ -34,7 +35,7 @@ def cut(**sizes: int) -> SimpleNamespace:
     starts, end = {}, 0
     for name, size in sizes.items():
         starts[name] = end
-        end = cdiv(end + size, _LINE) * _LINE
+        end = ceil_div(end + size, _LINE) * _LINE
     return SimpleNamespace(**starts, end=end)
 
 

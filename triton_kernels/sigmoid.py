@@ -22,7 +22,7 @@ from fastclip.triton_kernels.gradients import (
     block_size,
     finish_programs,
 )
-from fastclip.triton_kernels.launch import Matrix, TileLaunch, Tiles, cdiv, chunks, with_rows
+from fastclip.triton_kernels.launch import Matrix, TileLaunch, Tiles, chunks, with_rows
 from fastclip.triton_kernels.planning import cut, plan_of, remember
 from fastclip.triton_kernels.sequence import Base, Sequence
 from fastclip.triton_kernels.sigmoid_bwd import sigmoid_bwd_kernel
@@ -36,6 +36,7 @@ from fastclip.triton_kernels.tile import CONSTANTS
 from torch import Tensor
 
 from fastclip.system import env
+from fastclip.system.rounding import ceil_div
 
 __all__ = ["sigmoid_bwd", "sigmoid_fwd"]
 
@@ -60,9 +61,9 @@ class _Plan:
         self.weighs = any(needs)
         self.strides = image.stride(0), text.stride(0)
         self.copy = needs_copy(image, normalize) or needs_copy(text, normalize)
-        self.width = cdiv(D, 8) * 8 if self.copy else D  # columns that the products see
+        self.width = ceil_div(D, 8) * 8 if self.copy else D  # columns that the products see
         self.product_strides = (self.width, self.width) if self.copy else self.strides
-        self.row_programs, self.col_programs = (cdiv(size, NORMS["BLOCK"]) for size in (M, N))
+        self.row_programs, self.col_programs = (ceil_div(size, NORMS["BLOCK"]) for size in (M, N))
         half = image.dtype is torch.float16
         self.bound = half and not normalize
         self.norms = {"NORMALIZE": normalize, "COPY": self.copy, "HALF": half, "BOUND": self.bound, **NORMS}
@@ -250,7 +251,7 @@ def sigmoid_fwd(
 
 def _multiplying(image_size: int, text_size: int, scalars: bool) -> int:
     """Count the programs of the backward."""
-    return cdiv(image_size, _PRODUCT["BLOCK"]) + cdiv(text_size, _PRODUCT["BLOCK"]) + scalars
+    return ceil_div(image_size, _PRODUCT["BLOCK"]) + ceil_div(text_size, _PRODUCT["BLOCK"]) + scalars
 
 
 def sigmoid_bwd(

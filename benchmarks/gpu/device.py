@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.harness import Step, commit
 from benchmarks.losses.peers import describe
-from fastclip.bench.about import about_gpu
+from fastclip.bench.provenance import about_gpu
 from fastclip.system.machine import nvidia_smi
 
 GEMM_SIZE = 8192  # rows, columns and depth of the large product

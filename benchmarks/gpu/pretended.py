@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.gpu.device import MARK, Gpu
 from benchmarks.harness import Step, commit, wall_clock
-from fastclip.bench.about import about_cpu
+from fastclip.bench.provenance import about_cpu
 from fastclip.system.installed import installed_version
 
 DRY_RUN = "dry run"  # in the place of the GPU's name: no row of this can be taken for a result

@@ -1,5 +1,5 @@
 // Python binding of the CPU kernels: addresses in, messages out. Shapes and dtypes are the caller's business
-// (fastclip/_backends/cpu.py); this file knows neither torch nor numpy.
+// (fastclip/_backends/cpu/); this file knows neither torch nor numpy.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

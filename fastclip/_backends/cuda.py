@@ -19,6 +19,7 @@ from fastclip._backends.native import address, load
 from fastclip._backends.problem import Problem, SideGrads, Sides
 from fastclip._backends.reference import saved_dtype
 from fastclip.system import env
+from fastclip.system.rounding import ceil_div
 
 __all__ = [
     "build",
@@ -96,14 +97,14 @@ class _Tiles:
 
     def __init__(self, device: torch.device) -> None:
         launch = _launch()
-        self.new_config, self.cdiv = launch.Config, launch.cdiv
+        self.new_config = launch.Config
         self.processors = launch.processors(device) if device.type == "cuda" else 4
         self.stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
     def config(self, kernel: str, M: int, N: int, labels: bool) -> Any:
         """Wide tiles, unless they leave processors idle that narrow ones would use."""
         wide = _module.TILE_N_LABELS if labels and kernel == "contrastive_fwd" else _module.TILE_N
-        few = self.cdiv(M, 2 * _module.TILE_M) * self.cdiv(N, wide) <= self.processors // 4
+        few = ceil_div(M, 2 * _module.TILE_M) * ceil_div(N, wide) <= self.processors // 4
         return self.new_config(_module.TILE_M, _module.TILE_N_SMALL if few else wide, 64, 12, 1)
 
     def _block(self, tile: Any, x: Tensor, y: Tensor, constants: Tensor, offset: int, exclude_self: bool) -> Any:

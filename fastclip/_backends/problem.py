@@ -39,7 +39,7 @@ class Side(NamedTuple):
     pos_top: Tensor | None = None  # largest positive, likewise
 
     def tensors(self) -> list[Tensor]:
-        """Those that are there."""
+        """List the statistics that are not None, in the order of the fields, which is that of an op's outputs."""
         return [x for x in self if x is not None]
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastclip._backends import backends, pick
-from fastclip.bench.about import about_cpu, about_gpu
 from fastclip.bench.harness import Case, Provider, Step, Timings, rows, wall_clock
 from fastclip.bench.losses import DENSE, CheckFailed, Loss, check_one, leaves_of, step_of
+from fastclip.bench.provenance import about_cpu, about_gpu
 from fastclip.losses.contrastive import contrastive_loss
 from fastclip.losses.sigmoid import sigmoid_loss
 from fastclip.parity.compare import open_clip_loss

@@ -66,9 +66,9 @@ def _finetune(args: argparse.Namespace) -> None:
     from fastclip.data.spec import open_labelled
     from fastclip.evaluation.published import top1, top1_dataset
     from fastclip.evaluation.zero_shot import templates_for
-    from fastclip.training.ensemble import ensemble_accuracies
     from fastclip.training.finetune import finetune
     from fastclip.training.options import parse_finetune
+    from fastclip.training.wise_ft import ensemble_accuracies
 
     options = parse_finetune(args.words)
     if not args.val_data and (args.reference or args.wise_ft == "sweep"):
@@ -108,7 +108,7 @@ def _report(
 
     from fastclip.evaluation.published import MEAN_PER_CLASS
     from fastclip.evaluation.results import result, table, write_results
-    from fastclip.training.ensemble import forget_accuracies
+    from fastclip.training.wise_ft import forget_accuracies
 
     results = [
         result(

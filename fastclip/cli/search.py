@@ -8,11 +8,11 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
+from fastclip.cli.argument_order import words_in_any_order
 from fastclip.cli.embedding import add_embedder_options, embedder_options
 from fastclip.cli.outputs import add_force, check_apart, owned_files
 from fastclip.cli.pictures import add_max_pixels
 from fastclip.cli.printing import complain, lone_names
-from fastclip.cli.words import words_in_any_order
 from fastclip.data.faults import shown
 from fastclip.system.cores import usable_cores
 

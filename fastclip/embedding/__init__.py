@@ -1,1 +1,1 @@
-"""What search and evaluation share: queries of texts and pictures, with weights, added and subtracted."""
+"""Vectors: of whole data sets, computed so that a stop loses nothing, and of queries that add and subtract terms."""

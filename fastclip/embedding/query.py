@@ -26,7 +26,7 @@ from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
 __all__ = ["Term", "combine", "parse_query", "parse_terms", "parse_texts", "picture_path", "reading", "split_at"]
 
 _CANCELLED = 1e-5  # length of a sum in units of its weights, below which rounding alone decides its direction
-_SHORTEST, _LONGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+_MIN_LENGTH, _MAX_LENGTH = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _QUOTED = re.compile(r'"([^"]*)"')
@@ -36,6 +36,7 @@ _WEIGHTED = re.compile(rf"({_NUMBER}):(\S.*)", re.DOTALL)  # "10: a film" is a t
 _PATH = re.compile(r"(/|\./|\.\./|~/|file://|[a-z]:\\)", re.IGNORECASE)
 # What a file's name ends in that is meant to be a picture, whether it can be read or not
 _SUFFIXES = PICTURE_SUFFIXES | {".jif", ".dib", ".ico", ".tga"}
+# What may not have been read as it was meant: "3 : 2", "dir/photo", "photo.png", an odd quote
 _DOUBTFUL = re.compile(rf"{_NUMBER}\s*:.*|[^\s/]*/\S*|\S*\w\.\w{{2,4}}|.*\"", re.DOTALL)
 
 
@@ -95,7 +96,7 @@ def split_at(query: str, *operators: str) -> list[tuple[str, str]]:
 
 
 def picture_path(text: str) -> Path | None:
-    """Return the file that the text of a term names, None where the text is one.
+    """Return the file that the text of a term names, None where it is plain text.
 
     A picture is named by its place (``/``, ``./``, ``../``, ``~/``, ``file://``, ``C:\\``), by the ending of a
     picture's name, or else by a file of this name that holds a picture.
@@ -141,7 +142,7 @@ def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]
     length = math.hypot(*total.tolist())  # whose squares neither overflow nor vanish
     if length <= sum(_CANCELLED * abs(weight) for weight in weights):
         raise ValueError("the terms of the query cancel each other: nothing is left to search for")
-    if not _SHORTEST <= length <= _LONGEST:
+    if not _MIN_LENGTH <= length <= _MAX_LENGTH:
         raise ValueError("the query has no finite vector: is a weight too large or too small, or the model damaged?")
     return total.astype(np.float32)
 

@@ -4,7 +4,8 @@ The forward returns statistics of z_ij = scale r_i c_j <image_i, text_j>; the lo
 (`losses/contrastive.py`), so torch's autograd supplies the derivatives by each statistic and the backward op turns them
 into gradients of the features and the scale. `_backends/reference.py` states both functions.
 
-An op takes and returns lists of tensors: `arguments` and `problem_of`, `flat` and `by_side` lead there and back.
+An op takes and returns lists of tensors: `arguments` and `flat` make these of a `Problem` and of two `Side`s,
+`problem_of` and `by_side` make a `Problem` and `Side`s of them.
 """
 
 from __future__ import annotations

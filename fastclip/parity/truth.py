@@ -1,7 +1,7 @@
 """The truth that tests, `fastclip parity` and benchmarks compare with.
 
-Nothing of the package's losses is used: the dense formulas in float64, and for batches whose logits do not fit the same
-rows by rows.
+Nothing of the package's losses is used: the dense formulas in float64 (`truth`), and where the logits do not fit the
+same rows by rows, in float32 or float64 (`blockwise_truth`).
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def blockwise_truth(loss: str, leaves: tuple[Tensor, ...], dtype: torch.dtype = 
         dtype: float32 or float64, of everything that is computed.
     """
     image, text, *scalars = (x.detach().to(dtype) for x in leaves)
-    rows = max(1, BLOCK_BYTES // (4 * image.shape[0]))
+    rows = max(1, BLOCK_BYTES // (image.element_size() * image.shape[0]))
     functions: dict[str, Callable[..., tuple[Tensor, ...]]] = {"softmax": _softmax, "sigmoid": _sigmoid}
     return functions[loss](image, text, rows, *scalars)
 

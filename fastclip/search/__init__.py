@@ -1,4 +1,4 @@
-"""Use a model: search the pictures of a folder, filter and embed data sets."""
+"""Search the pictures of a folder, or of a disk, by text and by picture."""
 
 from typing import TYPE_CHECKING
 

@@ -1,1 +1,1 @@
-"""Files, locks, processes and the machine: what every part stands on, and nothing of the field."""
+"""Files, locks, processes, the machine, the environment and lazy imports: nothing of the field, all stands on it."""

@@ -1,4 +1,4 @@
-"""A folder that one call fills, and that only the same call goes on with."""
+"""A folder that one call fills, and that only a call with the same options may go on with."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def claim(
     name: str = "options.json",
     older: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> None:
-    """Make `folder`, which exists, that of these options, which the file `name` in it tells.
+    """Record `options` in the file `name` of `folder`, or check that they are those that it records; `folder` exists.
 
     Args:
         result: a glob of what the call writes; "*" for a folder that must be empty.
-        older: what the file holds -> the same with what older versions told in another way or not at all.
+        older: from what the file records to the same as this version would record it.
 
     Raises:
         ValueError: the folder holds results of other options, and the message names these; results of a version of

@@ -34,12 +34,12 @@ from fastclip.system import env
 from fastclip.system.claim import claim
 from fastclip.system.owner import owning
 from fastclip.training.doubts import doubts_of_schedule
-from fastclip.training.ensemble import Finetuned
 from fastclip.training.options import FinetuneOptions
 from fastclip.training.ranks import World
 from fastclip.training.run.loop import Loop, Update
 from fastclip.training.run.torch_settings import settings_kept
 from fastclip.training.step.optim import build_optimizer, clip_gradients, gradient_norm
+from fastclip.training.wise_ft import Finetuned
 
 __all__ = ["FinetuneOptions", "Finetuned", "finetune", "zero_shot_head"]
 

@@ -36,7 +36,8 @@ from fastclip.training.ranks import World, joined, of_all_ranks, one_for_all, ow
 from fastclip.training.run.checkpoints import model_state, read_state
 from fastclip.training.run.loop import Loop, Update
 from fastclip.training.run.torch_settings import settings_kept
-from fastclip.training.step.optim import MovingAverage, build_optimizer
+from fastclip.training.step.moving_average import MovingAverage
+from fastclip.training.step.optim import build_optimizer
 from fastclip.training.step.update import Stepper
 
 __all__ = ["Run", "train"]

@@ -31,7 +31,7 @@ from benchmarks.gpu.pretended import Pretended
 from benchmarks.gpu_ten import PARTS, Part, limit
 from benchmarks.losses.providers import OURS
 from benchmarks.plot import GPU_COLUMNS
-from fastclip.bench.about import about_gpu
+from fastclip.bench.provenance import about_gpu
 
 COMMAND = [sys.executable, "-m", "benchmarks.gpu_ten", "--dry-run", "--rows"]
 

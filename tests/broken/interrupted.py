@@ -172,7 +172,7 @@ PROMISES = [
             ),
             Break(
                 "machines: two are written at a time",
-                "fastclip/training/run/saver.py",
+                "fastclip/training/run/background_saver.py",
                 old="self.wait()\n        if self._pool is None:",
                 new="if self._pool is None:",
             ),

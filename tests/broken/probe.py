@@ -218,7 +218,7 @@ PROMISES = [
         breaks=[
             Break(
                 "ensemble: the wrong way round",
-                "fastclip/training/ensemble.py",
+                "fastclip/training/wise_ft.py",
                 old="a.lerp(tuned[name], alpha)",
                 new="a.lerp(tuned[name], 1 - alpha)",
             ),

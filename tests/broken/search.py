@@ -120,7 +120,7 @@ PROMISES = [
             Break(
                 "search: a weight that float32 does not hold is searched with",
                 "fastclip/embedding/query.py",
-                old="if not _SHORTEST <= length <= _LONGEST:",
+                old="if not _MIN_LENGTH <= length <= _MAX_LENGTH:",
                 new="if False:",
             ),
             Break(

@@ -145,7 +145,7 @@ PROMISES = [
             Break(
                 "columns are never cut",
                 "triton_kernels/gradients.py",
-                old="    block_n = _padded(cdiv(N, cdiv(N, most)))\n",
+                old="    block_n = _padded(ceil_div(N, ceil_div(N, most)))\n",
                 new="    block_n = _padded(N)\n",
             ),
         ],

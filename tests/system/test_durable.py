@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from fastclip.system.durable import check_manifest, new_folder, write_text
 from fastclip.training.run import checkpoints as checkpoint
+from fastclip.training.run.background_saver import Saver
 from fastclip.training.run.checkpoints import (
     Snapshot,
     check_room,
@@ -36,8 +37,7 @@ from fastclip.training.run.checkpoints import (
     take_snapshot,
     write_snapshot,
 )
-from fastclip.training.run.saver import Saver
-from fastclip.training.step.optim import MovingAverage
+from fastclip.training.step.moving_average import MovingAverage
 from support.processes import ended, forked, forks
 
 TRIALS = 100

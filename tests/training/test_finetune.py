@@ -32,11 +32,11 @@ from fastclip.models.classifier import ImageClassifier, load_classifier
 from fastclip.models.embedder import Embedder, load_embedder
 from fastclip.models.tokenizers.clip import ClipTokenizer
 from fastclip.models.transforms import image_transform, training_side
-from fastclip.training import ensemble
-from fastclip.training.ensemble import ensemble_accuracies, interpolate
+from fastclip.training import wise_ft as ensemble
 from fastclip.training.finetune import Finetuned, FinetuneOptions, finetune, zero_shot_head
 from fastclip.training.options import flag
 from fastclip.training.signals import Interrupted
+from fastclip.training.wise_ft import ensemble_accuracies, interpolate
 
 OPTIONS: dict[str, Any] = {"batch_size": 24, "epochs": 2, "lr": 1e-3, "workers": 0, "save_every": 1}
 STEPS = 8

@@ -29,11 +29,11 @@ from fastclip.report.view import read_results
 from fastclip.search.approximate import Approximate
 from fastclip.system.claim import claim
 from fastclip.system.durable import check_manifest, write_tensors
-from fastclip.training.ensemble import ensemble_accuracies
 from fastclip.training.finetune import FinetuneOptions, _Run
 from fastclip.training.options import read_options
 from fastclip.training.run.checkpoints import read_state
 from fastclip.training.run.metrics import cut_metrics
+from fastclip.training.wise_ft import ensemble_accuracies
 
 ANYTHING = [b"", b"\xff", b"[" * 5000, b"[]", b"null", b"{}", b"1e999", b'"x"', b"\0" * 9, b'{"a": ' * 5000]
 NEEDED = ("options", "samples", "skipped", "param_groups", "ema_updates")

@@ -19,14 +19,8 @@ from fastclip.models import DualEncoder, create_model
 from fastclip.training.options import Loss
 from fastclip.training.ranks import World
 from fastclip.training.step.losses import named_loss
-from fastclip.training.step.optim import (
-    MovingAverage,
-    build_optimizer,
-    clip_gradients,
-    gradient_norm,
-    parameter_groups,
-    warmup_cosine,
-)
+from fastclip.training.step.moving_average import MovingAverage
+from fastclip.training.step.optim import build_optimizer, clip_gradients, gradient_norm, parameter_groups, warmup_cosine
 from fastclip.training.step.update import Stepper, seed_step
 
 ALONE = World(0, 1, torch.device("cpu"), None)

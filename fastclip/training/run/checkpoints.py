@@ -38,7 +38,7 @@ from fastclip.system.durable import (
     write_manifest,
 )
 from fastclip.system.reading import read_json, read_tensors
-from fastclip.training.step.optim import MovingAverage
+from fastclip.training.step.moving_average import MovingAverage
 
 __all__ = [
     "Snapshot",

@@ -25,6 +25,7 @@ from fastclip.system.durable import mend_folders, set_aside
 from fastclip.system.progress import Progress
 from fastclip.training.options import FinetuneOptions, TrainOptions
 from fastclip.training.ranks import World, of_all_ranks, one_for_all
+from fastclip.training.run.background_saver import Saver
 from fastclip.training.run.checkpoints import (
     check_room,
     find_checkpoint,
@@ -37,10 +38,10 @@ from fastclip.training.run.checkpoints import (
     write_snapshot,
 )
 from fastclip.training.run.metrics import Meter, Metrics, cut_metrics
-from fastclip.training.run.saver import Saver
 from fastclip.training.run.skipped import Skipped
 from fastclip.training.signals import Interrupted, Signals
-from fastclip.training.step.optim import MovingAverage, warmup_cosine
+from fastclip.training.step.moving_average import MovingAverage
+from fastclip.training.step.optim import warmup_cosine
 from fastclip.training.step.update import FAILED, seed_step
 
 __all__ = ["Loop", "Update"]
@@ -53,7 +54,7 @@ class Update(NamedTuple):
 
     loss: float
     values: dict[str, float]  # what is logged besides; may be empty where the step is not
-    status: int  # exit status with which a process wants to end, else 0
+    status: int  # 0: go on; else exit status to end with: FAILED to write a checkpoint, 143 or 130 for a signal
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Loop:
         self.skipped = Skipped(self.order, self.options.max_bad, self.world)
         self.saver, self.signals = Saver(background=self.async_save), Signals()
         self.first = 0  # updates made before this call
-        self.validated = True  # those, as far as it was due
+        self.validated = True  # no validation after update `first` is outstanding
 
     def resume(self, which: str | None, compare: Callable[[Path], None] = lambda path: None) -> None:
         """Fill the parts from a checkpoint, where there is one, and prepare the folder.
@@ -138,7 +139,8 @@ class Loop:
         shown = world.rank == 0 and self.first < self.last
         self._progress = Progress("training", self.steps, done=self.first, unit="step", shown=shown)
         try:
-            with self.signals.watched(), self.saver, self._progress:  # what is being written ends, or a second signal
+            # On the way out a checkpoint that is being written ends first, unless a second signal comes
+            with self.signals.watched(), self.saver, self._progress:
                 if not self.validated and self._validation_is_due(self.first):  # a run may have died in it
                     self._validate(self.first)
                 batches, meter = self._batches(), Meter(options.batch_size)
@@ -198,7 +200,7 @@ class Loop:
     def _after(self, done: int, status: int) -> None:
         """Save and validate update `done` where that is due, and end where a process wants to: `status` is not 0.
 
-        A run that has made its last step ends as ever.
+        After the last update a signal changes nothing.
         """
         if status == FAILED:
             self._wait_for_saver()  # which raises the failure, on every rank

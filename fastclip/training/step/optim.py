@@ -1,4 +1,4 @@
-"""Optimisers, the learning rate's schedule, gradient norms, the moving average of weights."""
+"""Optimisers, the learning rate's schedule, gradient norms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MovingAverage", "build_optimizer", "clip_gradients", "gradient_norm", "parameter_groups", "warmup_cosine"]
+__all__ = ["build_optimizer", "clip_gradients", "gradient_norm", "parameter_groups", "warmup_cosine"]
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
@@ -80,32 +80,3 @@ def _kinds(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     with_gradients = [p for p in parameters if p.grad is not None]
     kinds = [[p for p in with_gradients if isinstance(p.grad, DTensor) is sharded] for sharded in (False, True)]
     return [kind for kind in kinds if kind]
-
-
-class MovingAverage:
-    """Average of a model's weights: average = decay average + (1 - decay) weight after every update (EMA).
-
-    The decay of update n is at most (1 + n) / (10 + n), so that a young average forgets its random start. Buffers are
-    not averaged.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.updates = 0
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self.averages = [p.detach().clone() for p in self._parameters]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for average, p in zip(self.averages, self._parameters):
-            average.lerp_(p, 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange weights and averages; a second call undoes it."""
-        for average, p in zip(self.averages, self._parameters):
-            weight = p.detach().clone()
-            p.copy_(average)
-            average.copy_(weight)

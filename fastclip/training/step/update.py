@@ -17,7 +17,8 @@ from fastclip.training.ranks import World, mean_over_ranks, of_all_ranks, reduce
 from fastclip.training.signals import STATUSES
 from fastclip.training.step.cached import cached_step
 from fastclip.training.step.losses import NamedLoss
-from fastclip.training.step.optim import MovingAverage, clip_gradients, gradient_norm
+from fastclip.training.step.moving_average import MovingAverage
+from fastclip.training.step.optim import clip_gradients, gradient_norm
 
 __all__ = ["FAILED", "StepReport", "Stepper", "seed_step"]
 
