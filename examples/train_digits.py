@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import fastclip
-from fastclip.data.loading.order import Order
+from fastclip.data import Order
 from fastclip.data.source import Record, Source
 from fastclip.data.sources.digits import CLASS_NAMES, TEMPLATES
 from fastclip.data.spec import open_source
