@@ -41,7 +41,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     from fastclip.models.factory import create_model
     from fastclip.training import plan as predict
-    from fastclip.training.plan.report import machine_memory, readable, remedies, table
+    from fastclip.training.planning.report import machine_memory, readable, remedies, table
 
     if args.memory is not None and not 0 < args.memory < 2**30:
         raise ValueError(f"--memory must be above 0 GiB and below 2**30, got {args.memory}")

@@ -6,7 +6,7 @@ from fastclip.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastclip.training.options import TrainOptions
-    from fastclip.training.plan.memory import Plan, plan
+    from fastclip.training.planning.memory import Plan, plan
     from fastclip.training.signals import Interrupted
     from fastclip.training.step.cached import cached_step
     from fastclip.training.trainer import Run, train
@@ -15,11 +15,11 @@ __all__ = ["Interrupted", "Plan", "Run", "TrainOptions", "cached_step", "plan", 
 
 _LAZY = {
     "Interrupted": "fastclip.training.signals",
-    "Plan": "fastclip.training.plan.memory",
+    "Plan": "fastclip.training.planning.memory",
     "Run": "fastclip.training.trainer",
     "TrainOptions": "fastclip.training.options",
     "cached_step": "fastclip.training.step.cached",
-    "plan": "fastclip.training.plan.memory",
+    "plan": "fastclip.training.planning.memory",
     "train": "fastclip.training.trainer",
 }
 __getattr__ = lazy_names(globals(), _LAZY)

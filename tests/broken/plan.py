@@ -17,19 +17,19 @@ PROMISES = [
         breaks=[
             Break(
                 "plan: what dies is not forgotten",
-                "fastclip/training/plan/footprint.py",
+                "fastclip/training/planning/footprint.py",
                 old="self.bytes -= self._sizes.pop(key)",
                 new="self._sizes.pop(key)",
             ),
             Break(
                 "plan: DDP's buckets are forgotten",
-                "fastclip/training/plan/memory.py",
+                "fastclip/training/planning/memory.py",
                 old="return self.gradients if self._ddp and self.cached else 0",
                 new="return 0",
             ),
             Break(
                 "plan: bf16 is forgotten",
-                "fastclip/training/plan/footprint.py",
+                "fastclip/training/planning/footprint.py",
                 old='enabled=self.precision == "bf16"',
                 new="enabled=False",
             ),
@@ -47,19 +47,19 @@ PROMISES = [
         breaks=[
             Break(
                 "plan: one pair too many",
-                "fastclip/training/plan/memory.py",
+                "fastclip/training/planning/memory.py",
                 old="return low",
                 new="return high",
             ),
             Break(
                 "plan: AdamW has one state",
-                "fastclip/training/plan/memory.py",
+                "fastclip/training/planning/memory.py",
                 old='"adamw": 2',
                 new='"adamw": 1',
             ),
             Break(
                 "plan: log-sum-exps are forgotten",
-                "fastclip/training/plan/memory.py",
+                "fastclip/training/planning/memory.py",
                 old="held = texts * (2 * size + _FP32)",
                 new="held = texts * 2 * size",
             ),

@@ -74,7 +74,7 @@ def test_losses_import_in_a_fifth_of_a_second_beside_torch() -> None:
 
 
 IMPORTS = """
-import fastclip.training.trainer, fastclip.training.finetune, fastclip.training.plan.memory
+import fastclip.training.trainer, fastclip.training.finetune, fastclip.training.planning.memory
 import fastclip.evaluation.zero_shot, fastclip.evaluation.caption_retrieval, fastclip.evaluation.robustness
 import fastclip.search.engine, fastclip.search.serve, fastclip.models.factory
 """

@@ -227,7 +227,7 @@ def test_spelling_of_the_data_is_no_other_fine_tuning(whole: Finetuned, digits: 
     same.spec = os.path.abspath("d")
     assert_same(run(folder, same), whole)
     same.spec = "e"
-    with pytest.raises(ValueError, match=r"another fine-tuning: data was \S+/d, is \S+/e; give"):
+    with pytest.raises(ValueError, match=r"another call: data was \S+/d, is \S+/e; take"):
         run(folder, same)
 
 

@@ -16,7 +16,7 @@ from support import ROOT, needs
 
 needs("models")
 
-import fastclip.training.plan.footprint as traced
+import fastclip.training.planning.footprint as traced
 from fastclip import create_model
 from fastclip.cli import main
 from fastclip.models import DualEncoder

@@ -16,7 +16,7 @@ from fastclip._backends.cpu.blocks import BLOCK_M
 from fastclip.models.dual_encoder import DualEncoder
 from fastclip.system import env
 from fastclip.system.rounding import ceil_div
-from fastclip.training.plan.footprint import Footprint, footprint
+from fastclip.training.planning.footprint import Footprint, footprint
 from fastclip.training.ranks import fsdp_blocks
 
 __all__ = ["FRAGMENTATION", "PROCESS", "STATES", "Plan", "plan"]

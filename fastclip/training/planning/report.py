@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from fastclip.training.plan.memory import FRAGMENTATION, PROCESS, STATES, Plan
+from fastclip.training.planning.memory import FRAGMENTATION, PROCESS, STATES, Plan
 
 __all__ = ["machine_memory", "readable", "remedies", "table"]
 
