@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "FUSED_DTYPES", "Problem", "Side", "SideGrads", "Sides"]
+__all__ = ["DTYPES", "FUSED_DTYPES", "Problem", "Side", "SideGrads", "Sides", "in_turn"]
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what a backend besides the reference may serve
 DTYPES = (*FUSED_DTYPES, torch.float64)
@@ -52,3 +53,8 @@ class SideGrads(NamedTuple):
 
 
 Sides = tuple[Side, Side]  # of the rows, of the columns
+
+
+def in_turn(rows: Sequence[Tensor], cols: Sequence[Tensor]) -> list[Tensor]:
+    """List of each statistic the rows', then the columns': the order of the ops' tensors, and of Triton's launchers."""
+    return [x for pair in zip(rows, cols) for x in pair]

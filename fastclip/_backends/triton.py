@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip._backends.problem import FUSED_DTYPES, Problem, Side, SideGrads, Sides
+from fastclip._backends.problem import FUSED_DTYPES, Problem, Side, SideGrads, Sides, in_turn
 from fastclip._backends.reference import saved_dtype
 
 __all__ = [
@@ -115,11 +115,7 @@ def contrastive_bwd(
     """As `reference.contrastive_bwd`; `tiles` likewise."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_bwd")
     rows, cols = (side.tensors() for side in stats)
-    return launcher.contrastive_bwd(*p, _in_turn(rows, cols), _in_turn(*grads), needs, tiles=tiles)
-
-
-def _in_turn(rows: Sequence[Tensor], cols: Sequence[Tensor]) -> list[Tensor]:
-    return [x for pair in zip(rows, cols) for x in pair]
+    return launcher.contrastive_bwd(*p, in_turn(rows, cols), in_turn(*grads), needs, tiles=tiles)
 
 
 @functools.cache

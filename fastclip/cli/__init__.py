@@ -103,5 +103,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in _COMMANDS.items():
-        module.add(commands.add_parser(name, help=summary, add_help=name not in _OWN_PARSER))
+        foreign = name in _OWN_PARSER  # an abbreviation may be of the other parser's options
+        module.add(commands.add_parser(name, help=summary, add_help=not foreign, allow_abbrev=not foreign))
     return parser

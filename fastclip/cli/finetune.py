@@ -49,7 +49,10 @@ class _Help(argparse.Action):
         from fastclip.training.options import parse_finetune
 
         parser.print_help()
-        parse_finetune(["--help"])
+        try:
+            parse_finetune(["--help"])
+        except ModuleNotFoundError as error:  # outside of `main`, which would say so
+            parser.exit(1, f"fastclip finetune: options of the training need {error.name}: pip install '.[train]'\n")
 
 
 def _alpha(word: str) -> float | str:
@@ -62,15 +65,16 @@ def _alpha(word: str) -> float | str:
 
 
 def _finetune(args: argparse.Namespace) -> None:
+    from fastclip.training.options import parse_finetune
+
+    options = parse_finetune(args.words)  # before the slow imports: who misspelt an option need not wait
     from fastclip.cli.embedding import embedder_of
     from fastclip.data.spec import open_labelled
     from fastclip.evaluation.published import top1, top1_dataset
     from fastclip.evaluation.zero_shot import templates_for
     from fastclip.training.finetune import finetune
-    from fastclip.training.options import parse_finetune
     from fastclip.training.wise_ft import ensemble_accuracies
 
-    options = parse_finetune(args.words)
     if not args.val_data and (args.reference or args.wise_ft == "sweep"):
         option = "--reference" if args.reference else "--wise-ft sweep"
         raise ValueError(f"{option} needs --val-data, to evaluate on")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastclip._backends import reference
-from fastclip._backends.problem import Problem, Side, SideGrads, Sides
+from fastclip._backends.problem import Problem, Side, SideGrads, Sides, in_turn
 from fastclip.distributed.ring import Ring, Sums
 from fastclip.ops import merge_logsumexp
 from fastclip.ops.backward import TAGS, keep, kept
@@ -76,7 +76,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
         cols_here, d_cols_here = ([x[columns] if len(x) else x for x in side] for side in (cols.tensors(), d_cols))
         # A backend may know the images' norms from the forward, whose last block had other texts: a copy it does not
         rows_here = rows._replace(inv_norm=rows.inv_norm.clone()).tensors()
-        stats_here, grads_here = [*rows_here, *cols_here], [*d_rows, *d_cols_here]
+        stats_here, grads_here = in_turn(rows_here, cols_here), in_turn(d_rows, d_cols_here)
         of_block = arguments(_block_problem(ring, owner, block, p), backend)
         shares = torch.ops.fastclip.contrastive_bwd(*of_block, stats_here, grads_here, needs)
         if d_image is not None:

@@ -63,7 +63,10 @@ def parse_query(line: str) -> Query:
     target = targets[0][1].strip() if targets else None
     if target == "" or len(targets) > 1:
         raise ValueError(f"{line}: one picture must stand after =>")
-    return Query(line, tuple(parse_terms(asked)), target)
+    try:
+        return Query(line, tuple(parse_terms(asked)), target)
+    except ValueError as error:
+        raise error if target is None else ValueError(f"{line}: {error}") from error
 
 
 def read_queries(path: str | Path) -> list[Query]:

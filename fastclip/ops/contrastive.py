@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastclip._backends import reference, serving
-from fastclip._backends.problem import Problem, Side, SideGrads, Sides
+from fastclip._backends.problem import Problem, Side, SideGrads, Sides, in_turn
 from fastclip.ops.autocast import no_autocast, without_autocast
 from fastclip.ops.backward import TAGS, check_second_derivatives, keep, kept, vector_jacobian
 from fastclip.ops.transforms import needs_dense
@@ -63,9 +63,9 @@ def problem_of(args: Sequence[Any]) -> tuple[Problem, str | None]:
 
 
 def flat(sides: Sides) -> tuple[Tensor, ...]:
-    """What an op returns for these statistics: the rows', then the columns'."""
+    """What an op returns for these statistics: of each the rows', then the columns'. Exported programs rely on it."""
     rows, cols = sides
-    return *rows.tensors(), *cols.tensors()
+    return tuple(in_turn(rows.tensors(), cols.tensors()))
 
 
 def by_side(
@@ -73,17 +73,12 @@ def by_side(
     kind: type[_Kind] = Side,  # type: ignore[assignment]
 ) -> tuple[_Kind, _Kind]:
     """The inverse of `flat`; with `kind` SideGrads of derivatives."""
-    half = len(tensors) // 2
-    return kind(*tensors[:half]), kind(*tensors[half:])
+    return kind(*tensors[0::2]), kind(*tensors[1::2])
 
 
 def derivatives(stats: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
     """The derivatives by an op's statistics, of both sides' `SideGrads`, from what autograd has: None for zeros."""
-    return [
-        torch.zeros_like(x) if d is None else d
-        for side, side_grads in zip(by_side(stats), by_side(grads))
-        for x, d in zip((side.neg, side.pos, side.pos_lse), side_grads)
-    ]
+    return [torch.zeros_like(x) if d is None else d for x, d in zip(stats[: 2 * len(SideGrads._fields)], grads)]
 
 
 @torch.library.impl("fastclip::contrastive_fwd", "default")

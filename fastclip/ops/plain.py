@@ -21,11 +21,12 @@ from fastclip.ops.transforms import direct, recorded, transformed
 
 __all__ = ["plain_loss"]
 
-_PROBLEM = "Tensor image, Tensor text, Tensor scale, float image_weight, bool normalize, str? backend"
-torch.library.define("fastclip::plain_fwd", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=TAGS)
+_PROBLEM = "Tensor image, Tensor text, Tensor scale"
+_OPTIONS = "float image_weight, bool normalize, str? backend"
+torch.library.define("fastclip::plain_fwd", f"({_PROBLEM}, {_OPTIONS}) -> (Tensor, Tensor)", tags=TAGS)
 torch.library.define(
     "fastclip::plain_bwd",
-    f"({_PROBLEM}, Tensor saved, Tensor d_loss, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    f"({_PROBLEM}, Tensor saved, {_OPTIONS}, Tensor d_loss, bool[] needs) -> (Tensor, Tensor, Tensor)",
     tags=TAGS,
 )
 
@@ -95,7 +96,7 @@ def _gradients(args: Any, saved: Tensor, d_loss: Tensor, needs: Sequence[bool]) 
     """Gradients of image, text and scale by ``fastclip::plain_bwd``, of the arguments of its forward."""
     if transformed(d_loss):  # batched, or with a tangent, which the op would not see
         return _dense_gradients(args, d_loss, needs)
-    out = torch.ops.fastclip.plain_bwd(*args, saved, d_loss, list(needs))
+    out = torch.ops.fastclip.plain_bwd(*args[:3], saved, *args[3:], d_loss, list(needs))
     return tuple(d if need else None for d, need in zip(out, needs))
 
 
@@ -123,10 +124,10 @@ def _bwd(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
+    saved: Tensor,
     image_weight: float,
     normalize: bool,
     backend: str | None,
-    saved: Tensor,
     d_loss: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
@@ -162,7 +163,7 @@ torch.library.register_autograd("fastclip::plain_fwd", _fwd_backward, setup_cont
 
 
 def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, _, _, _, _, ctx.backend, *_ = inputs
+    image, *_, ctx.backend, _, _ = inputs
     ctx.save_for_backward(image)
 
 

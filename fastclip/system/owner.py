@@ -65,8 +65,9 @@ def check_writable(folder: str | Path) -> Path:
     folder = output_path(folder)
     with _made(folder):
         try:
-            with tempfile.TemporaryFile(dir=folder, buffering=0) as trial:  # without a name: nothing stays of it
+            with tempfile.TemporaryFile(dir=folder) as trial:  # without a name: nothing stays of it
                 trial.write(b"\n" * 4096)
+                trial.flush()  # which writes all, or raises
         except OSError as error:
             raise type(error)(f"{folder} cannot be written: {error.strerror}") from error
     return folder

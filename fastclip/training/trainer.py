@@ -208,14 +208,14 @@ class _Trainer:
             self._save_model()
         return Run(self.folder, loop.last, losses, self.validation, time.perf_counter() - start, self.backend)
 
-    def _compare(self, path: Path) -> None:
+    def _compare(self, path: Path, ended: bool) -> None:
         """Warn of what has changed since the checkpoint `path`; ValueError if it leaves nothing to do."""
         state = read_state(path, "options", "samples")
         changed = changes(state, self.options, self.source, self.fingerprint)
         _warn(f"changed since {path}: {change}" for change in changed)
         ours = path.parent.resolve() == (self.folder / "checkpoints").resolve()
-        ended = not ours or (self.folder / "model").exists()  # a run may have died between its last checkpoint and this
-        if (done := state["step"]) > self.steps or (done == self.steps and ended):
+        # a run may have died between its last checkpoint and model/
+        if (done := state["step"]) > self.steps or (done == self.steps and (ended or not ours)):
             raise ValueError(f"{path} has made {done} steps, and the schedule has {self.steps}: nothing is left")
 
     def _update(self, batch: Sequence[Batch], step: int, *, logged: bool, status: Callable[[], int]) -> Update:

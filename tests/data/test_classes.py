@@ -126,7 +126,7 @@ def test_imagenet_is_timms_and_open_clips() -> None:
 
 
 def test_imagenet_is_read_without_its_packages() -> None:
-    code = "import sys; from fastclip.data import imagenet; imagenet.class_names('imagenet-a')\n"
+    code = "import sys; from fastclip.data.classes import imagenet; imagenet.class_names('imagenet-a')\n"
     code += (
         "sys.exit(str({'timm', 'open_clip'} & sys.modules.keys()) if {'timm', 'open_clip'} & sys.modules.keys() else 0)"
     )

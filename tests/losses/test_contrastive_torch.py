@@ -252,3 +252,17 @@ def test_memory_is_of_the_features(dtype: str, N: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < PEAK_MIB
+
+
+def test_ops_keep_the_order_of_their_tensors() -> None:
+    """Programs that an earlier version exported, and compiled ones in a cache, call the ops with these."""
+    image, text = pairs(3, 5, 8)
+    y = torch.zeros(3, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
+    args = image, text, torch.tensor(2.0), *y, 0, False, True, "reference"
+    sizes = [len(x) for x in torch.ops.fastclip.contrastive_maxima(*args)]
+    assert sizes == [3, 5] * 6  # of each statistic the rows', then the columns'
+    assert [len(x) for x in torch.ops.fastclip.contrastive_fwd(*args)] == sizes[:8]
+    assert str(torch.ops.fastclip.plain_bwd.default._schema) == (
+        "fastclip::plain_bwd(Tensor image, Tensor text, Tensor scale, Tensor saved, float image_weight, "
+        "bool normalize, str? backend, Tensor d_loss, bool[] needs) -> (Tensor, Tensor, Tensor)"
+    )

@@ -86,22 +86,22 @@ class Loop:
         self.first = 0  # updates made before this call
         self.validated = True  # no validation after update `first` is outstanding
 
-    def resume(self, which: str | None, compare: Callable[[Path], None] = lambda path: None) -> None:
+    def resume(self, which: str | None, compare: Callable[[Path, bool], None] = lambda path, ended: None) -> None:
         """Fill the parts from a checkpoint, where there is one, and prepare the folder.
 
         Args:
             which: as ``--resume``; None is a new run.
-            compare: called with the checkpoint before it is loaded.
+            compare: called with the checkpoint before it is loaded, and whether model/ is there.
         """
-        checkpoints, model, path = self.folder / "checkpoints", self.folder / "model", None
+        checkpoints, model, path, ended = self.folder / "checkpoints", self.folder / "model", None, False
         with one_for_all(self.world):
             if self.world.rank == 0:  # alone: what two mend at once may be lost
                 mend_checkpoints(checkpoints)
                 mend_folders(self.folder, model.name)
-                path = find_checkpoint(which, self.folder) if which else None
-        path = of_all_ranks(path, self.world)[0]
+                path, ended = find_checkpoint(which, self.folder) if which else None, model.exists()
+        path, ended = of_all_ranks((path, ended), self.world)[0]  # of rank 0 alone: a network disk may show others less
         if path is not None:
-            compare(path)
+            compare(path, ended)
             self.first = load_checkpoint(path, self.model, self.optimizer, ema=self.ema)
             self.skipped.load(read_state(path, "skipped")["skipped"], path)
             logger.info("goes on from %s, after %d of %d steps", path, self.first, self.steps)
@@ -136,7 +136,7 @@ class Loop:
             self._metrics = None
             if world.rank == 0:
                 self._metrics = Metrics(self.folder, options=asdict(options), wandb=self.wandb, first=self.first)
-        shown = world.rank == 0 and self.first < self.last
+        shown = world.rank == 0 and (self.first < self.last or not self.validated)
         self._progress = Progress("training", self.steps, done=self.first, unit="step", shown=shown)
         try:
             # On the way out a checkpoint that is being written ends first, unless a second signal comes
