@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,15 @@ def _no_process_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if left := processes.left_behind():
         pytest.fail(f"{request.node.name} left processes behind, now killed:\n" + "\n".join(left), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _level_of_the_log() -> Iterator[None]:
+    """A command that a test runs in this process sets the level, for the test alone."""
+    logger = logging.getLogger("fastclip")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
