@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip.system.rounding import ceil_div
+
 __all__ = ["Case", "cases"]
 
 SCALE, SIGMOID = 14.25, (10.0, -10.0)  # exact in every dtype
@@ -47,7 +49,7 @@ def cases(ranks: int, batch: int, dim: int, seed: int) -> list[Case]:
     M, N, classes = sum(same), sum(more), max(sum(same) // 3, 2)
     # Each about three times on every side, on several ranks; a quarter of them on one side only
     labels = torch.arange(M) % classes, torch.arange(N) % classes + classes // 4
-    twins = torch.arange(M) % -(-M // 2)
+    twins = torch.arange(M) % ceil_div(M, 2)
     image, text = features(same, same)[:2]
     unit = F.normalize(image), F.normalize(text)
     batches = [

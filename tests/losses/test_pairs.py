@@ -146,7 +146,7 @@ def test_ops_refuse_what_does_not_fit() -> None:
         torch.ops.fastclip.plain_fwd(image, text[:3], scale, 0.5, True, None)
     _, saved = torch.ops.fastclip.plain_fwd(image, text, scale, 0.5, True, None)
     with pytest.raises(ValueError, match="plain_fwd"):
-        torch.ops.fastclip.plain_bwd(image, text, scale, 0.5, True, None, saved[:9], torch.tensor(1.0), [True] * 3)
+        torch.ops.fastclip.plain_bwd(image, text, scale, saved[:9], 0.5, True, None, torch.tensor(1.0), [True] * 3)
 
 
 def test_wrong_dtypes_are_told_before_a_wrong_scale() -> None:
