@@ -71,7 +71,7 @@ def test_a_folder_that_lacks_a_module_has_no_figures(log: Log, tmp_path: Path) -
     package(installed, "")
     falls_through = f"{real}\n__path__.append({str(installed / 'fastclip')!r})\n"
     built = [path.name for path in (ROOT / "fastclip").glob("_c*.so")]
-    lacking = {path.split(".")[0]: path for path in ("triton_kernels", "loss.py", *built)}
+    lacking = {path.split(".")[0]: path for path in ("triton_kernels", "losses", *built)}
     texts = [package(tmp_path / "whole", falls_through)]
     texts += [package(tmp_path / name, falls_through, path) for name, path in lacking.items()]
     gpu_variants.run(log, [gpu_variants.parse(text) for text in texts])
