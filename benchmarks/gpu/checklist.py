@@ -80,7 +80,7 @@ class Part:
 
 
 def statuses(part: Part, rows: Path) -> dict[str, str]:
-    """Of the case's providers that have a row: why it has no figures, or nothing; the last row counts."""
+    """Map each provider that has a row of this case to its status, "" where it has figures; the last row counts."""
     if not rows.exists():
         return {}
     with rows.open(newline="") as file:
@@ -92,7 +92,7 @@ def statuses(part: Part, rows: Path) -> dict[str, str]:
 
 
 def missing(part: Part, rows: Path, runnable: list[str]) -> list[str]:
-    """What a run of this part takes: every provider, paired, where one has no row that counts. fastclip's own failure
+    """List the providers of a run of this part: all, paired, where one has no row that counts. fastclip's own failure
     is no such row; a peer that broke the GPU is not run again."""
     seen = statuses(part, rows)
     count = {name for name, status in seen.items() if not status.startswith(TRANSIENT) and not (status and _own(name))}
@@ -150,7 +150,7 @@ class Checklist:
     run: Callable[[list[str], float], int | None] = run_limited
 
     def todo(self, part: Part) -> list[str]:
-        """What is left of a part: the word `tests`, or providers."""
+        """List what is left of a part: the word `tests`, or providers."""
         if part.loss:
             return missing(part, self.rows, self.providers(part.loss))
         marker = self.markers / part.name

@@ -140,7 +140,7 @@ class Gpu:
         return status
 
     def about(self) -> dict[str, Any]:
-        """What every row says of where it was measured, clocks and ceilings aside."""
+        """Return what every row says of where it was measured, clocks and ceilings aside."""
         return about_gpu(commit())
 
 

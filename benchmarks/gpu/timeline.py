@@ -1,5 +1,5 @@
-"""Where the GPU's time of a training step goes: a profile of one step of `fastclip train`, by groups of kernels whose
-sum, with what the GPU waited, is the step."""
+"""Profile of the GPU's time in one step of `fastclip train`, by groups of kernels whose sum, with what the GPU waited,
+is the step."""
 
 from __future__ import annotations
 

@@ -55,14 +55,14 @@ serve(folder, device, backend)
 
 @dataclass(frozen=True)
 class Variant:
-    """Where the package lies, and what is in the environment."""
+    """Build of the package in a folder, and settings of its environment."""
 
     name: str
     folder: Path = ROOT
     environment: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        """What `parse` reads, from whatever folder."""
+        """Text that `parse` reads back, from whatever folder."""
         settings = (f"{name}:{value}" for name, value in self.environment)
         return f"{self.name}={next(settings, self.folder)}"
 

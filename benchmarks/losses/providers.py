@@ -1,4 +1,4 @@
-"""What the benchmark runs: features, the providers' losses, their check, and on a CPU the products nobody can avoid."""
+"""Features, the providers' losses, their check, and on a CPU the products nobody can avoid."""
 
 from __future__ import annotations
 

@@ -130,9 +130,6 @@ class _Kept(Subset):
         super().__init__(source, indices.tolist())
         self._scores, self.threshold, self._least = scores, threshold, np.float32(threshold)
 
-    def __getitem__(self, index: int) -> Record:
-        return self.read(index)
-
     def read(self, index: int, *, min_side: int | None = None) -> Record:
         record = super().read(index, min_side=min_side)
         return record._replace(captions=self._above(index, record.captions))

@@ -12,10 +12,10 @@ from PIL import Image
 from torch.utils.data import BatchSampler, Dataset
 
 from fastclip.data.faults import BadSample, Fault, Tally
-from fastclip.data.loading.order import spread
 from fastclip.data.loading.watchdog import Watch
 from fastclip.data.loading.workers import load, naming_dead_workers
 from fastclip.data.source import Source
+from fastclip.data.sources.subset import spread
 
 __all__ = ["Report", "check_source"]
 

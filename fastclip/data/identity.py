@@ -9,10 +9,9 @@ from collections.abc import Iterator
 
 from fastclip.data.faults import BadSample
 from fastclip.data.files import file_state
-from fastclip.data.loading.order import spread
 from fastclip.data.source import Record, Source, picture_place, read_sample
 from fastclip.data.sources.mixture import Mixture
-from fastclip.data.sources.subset import Subset
+from fastclip.data.sources.subset import Subset, spread
 from fastclip.data.sources.table import Table
 
 __all__ = ["fingerprint", "one_a_picture", "picture_places", "picture_states"]

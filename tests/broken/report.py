@@ -174,7 +174,7 @@ PROMISES = [
             Break(
                 "report: the first samples only",
                 "fastclip/data/sources/subset.py",
-                old="[i * len(source) // most for i in range(most)]",
+                old="[*spread(len(source), most)]",
                 new="list(range(most))",
             ),
         ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,13 +11,7 @@ import numpy as np
 
 from fastclip.data.loading.permutation import Permutation, mix
 
-__all__ = ["Draw", "Order", "mix", "spread"]
-
-
-def spread(size: int, most: int) -> Iterator[int]:
-    """Yield at most `most` of the numbers from 0 to `size` - 1, evenly spread, in order."""
-    count = min(size, most)
-    return (k * size // count for k in range(count))
+__all__ = ["Draw", "Order", "mix"]
 
 
 class Draw(NamedTuple):

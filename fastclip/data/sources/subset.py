@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastclip.data.source import Record, Source, picture_bytes, picture_place, read_sample, sample_fields
 
-__all__ = ["Borrowed", "Subset", "evenly"]
+__all__ = ["Borrowed", "Subset", "evenly", "spread"]
 
 
 class Borrowed:
@@ -62,8 +62,14 @@ class Subset(Borrowed):
         return self.source, self.indices[index]
 
 
+def spread(size: int, most: int) -> Iterator[int]:
+    """Yield at most `most` of the numbers from 0 to `size` - 1, evenly spread, in order."""
+    count = min(size, most)
+    return (k * size // count for k in range(count))
+
+
 def evenly(source: Source, most: int | None) -> Source:
     """At most so many samples, evenly spread over the source; None for all."""
     if most is None or most >= len(source):
         return source
-    return Subset(source, [i * len(source) // most for i in range(most)])
+    return Subset(source, [*spread(len(source), most)])
