@@ -1,6 +1,7 @@
-"""One loss over the shards of 1, 2, 3 and 4 processes (gloo), against one process in fp64.
+"""One loss over the shards of 1, 2, 3 and 4 processes (gloo), compared with one process in fp64.
 
-The ranks run every case in one start a W (tests/support/sharded.py); the tests here look at what they found.
+The ranks of each world size W run every case in a single launch (tests/support/sharded.py); the tests here check the
+results.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ WORLDS = (1, 2, 3, 4)
 
 @functools.cache
 def ranks(W: int, *fault: str) -> list[Any]:
-    """What every rank left; None of a rank that left nothing."""
+    """Return the results of every rank, None for a rank that left none."""
     folder = once(" ".join(["ranks", str(W), *fault]), lambda folder: start(folder, W, *fault))
     paths = [folder / f"{rank}.pt" for rank in range(W)]
     return [torch.load(path, weights_only=True) if path.exists() else None for path in paths]
@@ -61,8 +62,10 @@ def whole(shards: str, options: str, dtype: str, W: int) -> tuple[Batch, Truth]:
 
 @pytest.mark.parametrize("case", accuracy_cases(), ids="-".join)
 def test_loss_and_gradients_accurate(case: tuple[str, str, str, str], W: int) -> None:
-    """The mean over ranks is the batch's loss and its gradient by the scalars; a rank's features' gradients are W times
-    the batch's. In 16 bits they are rounded by each rank that adds to them, and at the end."""
+    """The mean over ranks is the loss of the batch and its gradient with respect to the scalars. The gradients of a
+    rank's features are W times those of the batch. In 16 bits, each rank that adds to them rounds them, and so does the
+    end.
+    """
     batch, expected = whole(*case[1:], W)
     if not sum(batch.sizes):
         pytest.skip("no rank has a row")
@@ -88,7 +91,7 @@ def test_exact_in_fp64(comm: str, options: str, W: int) -> None:
     _, expected = whole("unequal", options, "float64", W)
     found = [of_rank["exact"][comm, options] for of_rank in ranks(W)]
     losses, images, texts, *scalars = zip(*found)
-    logits = 1e4 if options == "not normalised" else 1  # they are large: the truth's softmax - 1 has lost digits
+    logits = 1e4 if options == "not normalised" else 1  # such logits are large: the truth's softmax - 1 has lost digits
     torch.testing.assert_close(torch.stack(losses).mean(), expected.loss, rtol=1e-13, atol=1e-14 * logits)
     torch.testing.assert_close(
         torch.stack(scalars[0]).mean(), expected.d_scale, rtol=1e-13 * logits, atol=1e-14 * logits
@@ -100,7 +103,9 @@ def test_exact_in_fp64(comm: str, options: str, W: int) -> None:
 
 @pytest.mark.parametrize("case", ["equal_shards", "repeatable", "delays"])
 def test_bits_do_not_depend(case: str, W: int) -> None:
-    """On the promise of equal shards, on the run, on ranks of the ring that fall behind."""
+    """The bits of loss and gradients do not depend on the promise of equal shards, on the run, or on ranks that fall
+    behind in the ring.
+    """
     if W == 1 and case == "delays":
         pytest.skip("nothing travels")
     assert all(of_rank[case] for of_rank in ranks(W))
@@ -155,8 +160,9 @@ def test_multiview(W: int) -> None:
 
 
 def test_modules_are_open_clips(several: int) -> None:
-    """Value and gradients of the features on every rank, of the scalars in the mean: open_clip's with local_loss and
-    gather_with_grad, and every way of its sigmoid loss."""
+    """The modules agree with open_clip: value and feature gradients on every rank, scalar gradients in their mean. The
+    modes are local_loss with gather_with_grad, and every form of open_clip's sigmoid loss.
+    """
     found = [of_rank["open_clip"] for of_rank in ranks(several)]
     if not found[0]:
         pytest.skip("open_clip is not installed")
@@ -178,7 +184,9 @@ def test_modules_refuse_another_world(W: int) -> None:
 
 
 def test_training_with_ddp_is_the_single_process(W: int) -> None:
-    """Encoders and logit_scale, three steps, unequal shards, both forms: DDP's mean is the batch's gradient."""
+    """DDP's mean of the gradients is the gradient of the batch: three steps of encoders and logit_scale with unequal
+    shards, in both forms of the loss.
+    """
     model = Encoders()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for step in range(3):
@@ -192,7 +200,9 @@ def test_training_with_ddp_is_the_single_process(W: int) -> None:
 
 
 def test_second_derivatives_on_the_reference(W: int) -> None:
-    """Of the sum over ranks of each one's squared gradients; the ring has none, and says so."""
+    """The reference has second derivatives over ranks, here of the sum of all squared gradients. The ring has none and
+    raises.
+    """
     batch = Batch("unequal", "plain", "float64", W)
     inputs = [x.clone().requires_grad_() for x in (batch.image, batch.text)]
     loss = W * fastclip.contrastive_loss(*inputs, SCALE, backend="reference")
@@ -207,7 +217,9 @@ def test_second_derivatives_on_the_reference(W: int) -> None:
 
 
 def test_compiled() -> None:
-    """One graph with equal_shards=True; two around the exchange without: the same as uncompiled."""
+    """The compiled loss equals the uncompiled one, as one graph with equal_shards=True, and otherwise as two graphs
+    around the exchange.
+    """
     for of_rank in ranks(2):
         for plain, compiled in of_rank["compiled"]:
             assert len(plain) == len(compiled)
@@ -216,7 +228,7 @@ def test_compiled() -> None:
 
 
 def test_compiled_order() -> None:
-    """A compiler moves what does not depend on each other; compiled ranks and others must agree all the same."""
+    """A compiler may reorder independent operations; compiled and uncompiled ranks still exchange in the same order."""
     for of_rank in ranks(2):
         plain, compiled, graphs = of_rank["compiled_order"]
         assert plain == compiled and len(plain) == 8
@@ -225,7 +237,7 @@ def test_compiled_order() -> None:
 
 @pytest.mark.parametrize("k", range(3))
 def test_added_on_the_way(k: int, W: int) -> None:
-    """NCCL's way to sum texts' gradients, taken with gloo: padded, in fp32."""
+    """NCCL's way of summing the texts' gradients (padded, in fp32) gives the same result; it runs here with gloo."""
     for of_rank in ranks(W):
         plain, added = of_rank["added_on_the_way"][k]
         torch.testing.assert_close(added, plain, rtol=1e-6 if k < 2 else 2e-2, atol=1e-6)
@@ -238,15 +250,17 @@ def test_equal_shards_are_not_empty(W: int) -> None:
 
 
 def test_autocast(W: int) -> None:
-    """Features travel and are multiplied in autocast's dtype."""
+    """Features are exchanged and multiplied in autocast's dtype."""
     for of_rank in ranks(W):
         gather, ring, rounded = of_rank["autocast"]
         assert torch.equal(gather, rounded) and torch.allclose(ring, rounded, rtol=1e-6)
 
 
 def test_a_rank_multiplies_its_share(W: int) -> None:
-    """8 M N D / W operations of the softmax loss, 6 of the sigmoid's. The CPU's backward pass finds the forward's last
-    block of products still there, gathered, and here that is all of them."""
+    """Each rank takes 8 M N D / W operations of the softmax loss, or 6 M N D / W of the sigmoid loss. The CPU's
+    backward pass reuses the last block of products of its forward pass after a gather, and here that block is all of
+    them.
+    """
     N = 150 * W
     unit = N * N * 72 // W
     for of_rank in ranks(W):
@@ -254,8 +268,9 @@ def test_a_rank_multiplies_its_share(W: int) -> None:
 
 
 def test_ring_holds_few_texts(several: int) -> None:
-    """A few matrices of a rank's size at a time, of texts and of gradients, however many ranks there are: 6 from three
-    on. Gathered they are all there, twice."""
+    """The ring holds at most 6 matrices of a rank's size (texts and their gradients) at a time, for any number of
+    ranks. A gather holds all of them twice.
+    """
     for of_rank in ranks(several):
         most = of_rank["texts_at_a_time"]
         assert most["ring"] <= 6 * 150
@@ -280,7 +295,7 @@ REFUSED = {
     "empty": "features must not be empty: no rank has an image",
     "no positive": "no image label equals a text label",
 }
-# Arguments that are wrong by themselves
+# Arguments that are wrong on their own
 OWN = dict.fromkeys(("pairs", "image_weight", "views", "comm of its own", "workspace"), "ValueError")
 OWN["backend"] = "RuntimeError"
 
@@ -323,7 +338,9 @@ def test_groups(several: int) -> None:
 @pytest.mark.fault("a rank that ends or stands still in the loss", "an error on the others within the group's timeout")
 @pytest.mark.parametrize("fault", ["ends", "stops"])
 def test_a_rank_that_dies_is_an_error_of_the_others(fault: str) -> None:
-    """Ended in the middle of the ring, and stopped before a gather: within the group's timeout."""
+    """A rank that exits in the middle of the ring, or is stopped before a gather, becomes an error on the other ranks
+    within the group's timeout.
+    """
     first, _, last = ranks(3, fault)
     for error, seconds in (first, last):
         assert error.startswith("RuntimeError") or "Error: " in error, error

@@ -1,4 +1,4 @@
-"""`fastclip parity` as a user runs it: everything that runs here is compared, and a loss that is wrong is found."""
+"""`fastclip parity` as a user runs it: every available combination is compared, and a wrong loss is reported."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def command(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def rows(printed: str) -> list[list[str]]:
-    """Cells of the table's lines: form, backend, dtype, case, error/promised of each column, ok or FAIL."""
+    """Return the cells of the table's lines: form, backend, dtype, case, error/promised of each column, ok or FAIL."""
     lines = [re.split(r"\s{2,}", line) for line in printed.splitlines()]
     return [line for line in lines if len(line) > 8 and line[0] != "form"]
 
@@ -93,7 +93,7 @@ def test_parity_compares_everything_that_runs_here() -> None:
     assert expected <= found
     others = {row[0] for row in found - expected}
     assert others == {"ClipLoss"} | ({"open_clip's ClipLoss"} if importlib.util.find_spec("open_clip") else set())
-    columns = {row[3]: len(row) for row in table}  # the sigmoid losses have a bias
+    columns = {row[3]: len(row) for row in table}  # the sigmoid losses also have a bias
     assert {case for case, count in columns.items() if count == 10} == {case for case in columns if "sigmoid" in case}
 
 
@@ -103,9 +103,9 @@ def test_parity_finds_a_broken_loss_under_torchrun(tmp_path: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
     done = command(*launch, "parity", "--backend", "reference", *SMALL)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert f"\n{done.stderr}".count("\n0 threads of gloo are left") == 2  # open_clip's ClipLoss was among what they ran
+    assert f"\n{done.stderr}".count("\n0 threads of gloo are left") == 2  # open_clip's ClipLoss was compared
     table = {tuple(row[:4]): row for row in rows(done.stdout)}
-    assert len(table) > 100  # printed by one rank, whole
+    assert len(table) > 100  # one rank prints the whole table
     for dtype in ("float64", "float32", "bfloat16", "float16"):
         *_, loss, d_image, d_text, d_scale, verdict = table["gather", "reference", dtype, "plain"]
         assert [float(cell.split("/")[0]) for cell in (loss, d_image, d_text, d_scale)] == pytest.approx(
@@ -182,7 +182,9 @@ def test_promised_errors_are_those_of_the_documentation() -> None:
 
 
 def test_truth_keeps_the_digits_of_float64() -> None:
-    """Of a row whose negatives lie 30 above its positive: torch's softplus is linear from 20 on."""
+    """The truth keeps its digits for a row whose negatives are 30 above its positive; torch's softplus is linear from
+    20 on.
+    """
     z = torch.tensor([[0.0, 30.0], [-1.0, 0.0]], dtype=torch.float64)
     rows = direction(z, torch.eye(2, dtype=torch.bool), 0.0, torch.zeros(2, 2, dtype=torch.bool))
     assert rows.tolist() == pytest.approx([30 + math.log1p(math.exp(-30)), math.log1p(math.exp(-1))], rel=1e-15, abs=0)

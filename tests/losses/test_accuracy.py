@@ -1,6 +1,7 @@
-"""The contrastive loss of every backend and dtype against fp64 truth and against dense torch.
+"""The contrastive loss of every backend and dtype, compared with the fp64 truth and with dense torch.
 
-By default few of every matrix, `pytest --full` all of it. What one backend alone has stands in backends/.
+A default run takes a few cases of each matrix; `pytest --full` takes all. Cases that concern one backend alone are in
+tests/backends.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def test_truth_equals_cross_entropy() -> None:
-    """The truth's own formula, where cross-entropy has digits."""
+    """The formula of the fp64 truth agrees with cross-entropy where cross-entropy still has digits."""
     z = 10 * torch.randn(9, 12, dtype=torch.float64)
     left_out = torch.rand(9, 12) < 0.2
     positive = (torch.randint(0, 3, (9, 1)) == torch.randint(0, 3, (12,))) & ~left_out
@@ -45,7 +46,7 @@ def test_confident_loss_keeps_digits(kind: Kind, noise: float, loss: float, labe
     y = (torch.arange(150) * 7 % 150,) * 2 if labels else None
     scale = 28.0 if loss > 1e-12 else 66.0
     logit_error = kind.logit_error(scale, 256) if labels else 0.0
-    # dense fp32 has lost every digit here: gate B alone
+    # Dense fp32 has lost every digit here, so only gate B applies.
     found = check(kind.loss(labels=y), image, text, scale, labels=y, base_line=False, logit_error=logit_error)
     assert loss / 1e4 < float(found.loss) < loss * 1e1, "the case no longer tests what its name says"
 
@@ -53,7 +54,9 @@ def test_confident_loss_keeps_digits(kind: Kind, noise: float, loss: float, labe
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @each_kind(WAYS)
 def test_weights_of_directions_accurate(kind: Kind, weight: float) -> None:
-    """On more images than one, so that a column's loss is not a row's."""
+    """The weights of the two directions are applied to the right side: the added texts make a column's loss differ from
+    its row's.
+    """
     image, text = kind.pairs(40, 40, 24)
     check(kind.loss(image_weight=weight), image, text + 0.5 * text[:1], 14.3, image_weight=weight)
 
@@ -63,7 +66,9 @@ def test_weights_of_directions_accurate(kind: Kind, weight: float) -> None:
 @pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
 @each_kind(WAYS)
 def test_unnormalised_features_accurate(request: pytest.FixtureRequest, kind: Kind, labels: bool, scale: float) -> None:
-    """The logits of a tile lie hundreds apart, one offset cannot serve them."""
+    """The loss stays accurate when the logits of one tile are hundreds apart, so that one offset cannot serve all of
+    them.
+    """
     launches = request.getfixturevalue("launches") if kind.for_gpus else None
     M, N = (130, 200) if labels else (200, 200)
     image, text = (poisoned(x, kind.dtype) for x in uneven(M, N))
@@ -91,7 +96,7 @@ def test_labels_accurate(kind: Kind, name: str, options: dict[str, float]) -> No
     check(kind.loss(labels=labels, **options), image, text, 14.3, labels=labels, **options)
 
 
-# (N or the regime of its shape, classes)
+# Pairs of N (or the regime of its shape) and the number of classes.
 SELF_PAIRS = [(3, 1), (9, 4), ("past a tile", 20), ("past columns", 700)]
 
 
@@ -100,7 +105,7 @@ SELF_PAIRS = [(3, 1), (9, 4), ("past a tile", 20), ("past columns", 700)]
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "image_weight": 0.75}], ids=str)
 @each_kind([*KINDS, REFERENCE])
 def test_excluded_self_pairs_accurate(kind: Kind, N: int | str, classes: int, options: dict[str, float]) -> None:
-    """SimCLR and SupCon: a row's own column is neither positive nor negative. Of 700 classes most have one row."""
+    """A row's own column is neither positive nor negative (SimCLR, SupCon). Of 700 classes, most have a single row."""
     N = kind.shape(N)[0] if isinstance(N, str) else N
     y = torch.randint(0, classes, (N,), generator=torch.Generator().manual_seed(0))
     image, text = kind.pairs(N, N, 24)
@@ -119,7 +124,9 @@ def test_label_smoothing_accurate(kind: Kind, smoothing: float) -> None:
 @pytest.mark.parametrize("smoothing", [0.99, 1.0])
 @each_kind([Kind("cpu", torch.bfloat16), Kind("cpu", torch.float16)])
 def test_label_smoothing_near_one_accurate_in_16_bits(kind: Kind, smoothing: float, scale: float) -> None:
-    """Two gradients that nearly cancel, each of them rounded."""
+    """The gradient of strong smoothing is the difference of two nearly equal gradients, each of them rounded to 16
+    bits.
+    """
     image, text = kind.pairs(130, 130, 59)
     y = torch.arange(130) % 40
     for options in ({}, {"labels": (y, y)}, {"labels": (y, y), "exclude_self": True}):
@@ -130,7 +137,7 @@ def test_label_smoothing_near_one_accurate_in_16_bits(kind: Kind, smoothing: flo
 @pytest.mark.parametrize("exclude_self", [False, True])
 @each_kind(wide([*CPU_KINDS, REFERENCE]))
 def test_label_smoothing_of_extreme_norms_accurate(kind: Kind, exclude_self: bool, size: float) -> None:
-    """The squares of such features are no float32."""
+    """Label smoothing is accurate for features whose squares overflow or underflow float32."""
     image, text = (size * x for x in kind.pairs(40, 40, 16))
     y = torch.arange(40) % 11
     options = {"labels": (y, y), "exclude_self": exclude_self, "label_smoothing": 0.3}
@@ -155,13 +162,15 @@ def test_reductions_agree_with_truth() -> None:
     torch.testing.assert_close(total, (0.3 * row.sum() + 0.7 * col.sum()).float(), rtol=LOSS, atol=0)
 
 
-# the last: the smallest normal float32
+# The last factor is the smallest normal float32.
 @pytest.mark.parametrize(
     ("factor", "size"), [(-3.0, 1.0), (65536.0, 1.0), (1e25, 1.0), (1e-30, 1.0), (2.0**-126, 1e-6)]
 )
 @each_kind(wide(WAYS))
 def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> None:
-    """From fp16 loss scaling to the subnormal weights of a mean over very many: they neither overflow nor flush."""
+    """Upstream gradients neither overflow nor flush to zero, from the factors of fp16 loss scaling to the subnormal
+    weights of a mean over very many pairs.
+    """
     image, text = (size * x for x in kind.pairs(30, 30, 16))
     expected = truth(image, text, 14.3)
     image.requires_grad_()
@@ -172,7 +181,9 @@ def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> Non
 
 @each_kind(wide(WAYS))
 def test_gradients_of_a_loss_below_float32_keep_digits(kind: Kind) -> None:
-    """A loss of 1e-40 has weights that are no normal float32, and gradients that a large factor brings back."""
+    """A loss of 1e-40 has weights below the smallest normal float32; a large upstream factor brings its gradients back
+    with their digits.
+    """
     image, text = kind.pairs(30, 30, 512, aligned=1.0, noise=0.0)
     expected = truth(image, text, 108.0)
     assert 1e-46 < expected.loss < 1e-37
@@ -186,7 +197,9 @@ def test_gradients_of_a_loss_below_float32_keep_digits(kind: Kind) -> None:
 @pytest.mark.parametrize("labels", [False, True], ids=["diagonal", "labels"])
 @each_kind(wide(kind for kind in WAYS if not kind.for_gpus))
 def test_enormous_scales_accurate(kind: Kind, labels: bool, scale: float) -> None:
-    """What rounds such a logit is more than exp2 can hold: neither may it become infinite, nor a maximum nothing."""
+    """The rounding error of such a logit exceeds what exp2 can represent: the sums must not become infinite, and the
+    row maximum must not vanish.
+    """
     image, text = kind.pairs(70, 70, 16)
     y = (torch.arange(70) % 23,) * 2 if labels else None
     check(kind.loss(labels=y), image, text, scale, labels=y, base_line=False)
@@ -195,7 +208,9 @@ def test_enormous_scales_accurate(kind: Kind, labels: bool, scale: float) -> Non
 @pytest.mark.parametrize(("size", "factor"), [(1.0, 2.0**16), (300.0, 2.0**16), (2.0**-8, 2.0**-10)])
 @each_kind(fp16(WAYS))
 def test_fp16_weights_do_not_flush(kind: Kind, size: float, factor: float) -> None:
-    """Weights of a mean loss are 1 / N^2; with the inverse norms of rows of norm 300, 1e-10: less than fp16 holds."""
+    """The weights of a mean loss are 1 / N^2. With the inverse norms of rows of norm 300 they are 1e-10, below the
+    range of fp16, and must not flush to zero.
+    """
     image, text = ((size * x / x.norm(dim=1, keepdim=True)).half() for x in pairs(200, 200, 16))
     image.requires_grad_()
     (kind.loss()(image, text, torch.tensor(5.0)) * factor).backward()
@@ -227,13 +242,15 @@ def test_zero_rows_finite(kind: Kind) -> None:
     error = (a.grad.double() - expected.d_image)[others].norm() / expected.d_image[others].norm()
     assert error < kind.tolerance(1e-5, 2e-3), "a zero row spoils the others"
     assert s.grad.isfinite()
-    if kind.dtype != torch.float16:  # 14.3 / 1e-12 is no float16, as with torch.nn.functional.normalize
+    if kind.dtype != torch.float16:  # 14.3 / 1e-12 overflows float16, as it does in torch.nn.functional.normalize
         assert a.grad.isfinite().all() and b.grad.isfinite().all()
 
 
 @each_kind([*wide(WAYS), REFERENCE])
 def test_norm_below_the_bound_is_a_constant(kind: Kind) -> None:
-    """As in torch.nn.functional.normalize: no projection of the gradient there."""
+    """A norm below the bound is a constant, as in torch.nn.functional.normalize: the gradient is not
+    projected there.
+    """
     image, text = kind.pairs(20, 20, 8)
     image[3] *= 1e-14
     expected = truth(image, text, 14.3).d_image[3]

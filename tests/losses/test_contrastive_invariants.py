@@ -1,4 +1,4 @@
-"""What must hold without any reference: symmetries, identities, repeatability, threads."""
+"""Properties of the loss that need no reference: symmetries, identities, repeatability, thread counts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def restore() -> Iterator[None]:
 
 
 def run(image: Tensor, text: Tensor, scale: float = 14.3, **options: object) -> tuple[Tensor, ...]:
-    """Loss, d_image, d_text, d_scale."""
+    """Return loss, d_image, d_text and d_scale."""
     given = image.clone().requires_grad_(), text.clone().requires_grad_(), torch.tensor(scale, requires_grad=True)
     loss = fastclip.contrastive_loss(*given, **options)
     return loss.detach(), *torch.autograd.grad(loss, given)
@@ -41,7 +41,9 @@ def assert_same(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
 
 
 def test_native_code_is_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails, and is never skipped, where the native module is missing or something else served."""
+    """The native module serves the calls of these tests. The test fails, and is never skipped, if the module is
+    missing.
+    """
     assert fastclip.backends()["cpu"] == "available"
     monkeypatch.delenv("FASTCLIP_BACKEND", raising=False)
     calls = []
@@ -83,7 +85,7 @@ def test_pairs_permute() -> None:
 
 
 def test_gradients_obey_euler() -> None:
-    """z is linear in images, in texts and in the scale: <I, dI> = <T, dT> = s ds."""
+    """The logits are linear in images, texts and scale, so that <I, dI> = <T, dT> = s ds."""
     image, text = pairs(300, 300, 32)
     image, text = image / 6, text / 6
     _, d_image, d_text, d_scale = run(image, text, 9.0, normalize=False)
@@ -126,7 +128,7 @@ def test_runs_bitwise_repeatable(dtype: torch.dtype, threads: int) -> None:
 
 
 def block_results(threads: int) -> tuple[Tensor, ...]:
-    """Both native passes over one given block of dot products."""
+    """Run both native passes over one given block of dot products."""
     M, N = 500, 1300
     generator = torch.Generator().manual_seed(0)
     dot = torch.randn(M, N, generator=generator)
@@ -148,7 +150,9 @@ def block_results(threads: int) -> tuple[Tensor, ...]:
 
 
 def test_native_passes_bitwise_equal_over_thread_counts() -> None:
-    """The library's matrix products are not, on most machines: this is the part that is ours."""
+    """The native passes give the same bits with any number of threads. The matrix products of the library do not on
+    most machines, so the dot products are given.
+    """
     first = block_results(1)
     for kind in ("borrowed", "pool"):
         native.module.select_threads(kind)
@@ -196,10 +200,10 @@ def test_threads_of_python_do_not_disturb_each_other() -> None:
 @pytest.mark.parametrize("kind", ["borrowed", "pool"])
 def test_native_passes_work_after_fork(kind: str) -> None:
     native.module.select_threads(kind)
-    expected = block_results(2)  # the parent's threads exist before the fork
+    expected = block_results(2)  # started before the fork, so that the parent has threads
 
     def works() -> None:
-        torch.set_num_threads(1)  # torch's own threads do not survive a fork; ours are asked for below
+        torch.set_num_threads(1)  # torch's threads do not survive a fork; the call below asks for 2
         assert all(torch.equal(a, b) for a, b in zip(expected, block_results(2)))
         assert native.module.threads() == "pool"
 
@@ -217,13 +221,13 @@ def test_graph_can_be_used_twice() -> None:
 
 @pytest.mark.parametrize("megabytes", ["64", "0.5"])
 def test_kept_block_is_the_forward_pass_own(monkeypatch: pytest.MonkeyPatch, megabytes: str) -> None:
-    """The backward pass may use the block that its forward pass left in the workspace, and no other's."""
+    """The backward pass uses the block in the workspace only if its own forward pass left it there."""
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", megabytes)
     first, second = pairs(400, 400, 16, seed=1), pairs(400, 400, 16, seed=2)
     expected = [run(*first), run(*second)]
     given = [[x.clone().requires_grad_() for x in problem] for problem in (first, second)]
     losses = [fastclip.contrastive_loss(*problem, 14.3) for problem in given]
-    for k in (0, 1):  # the first one's block has been overwritten by the second's
+    for k in (0, 1):  # the block of the first loss has been overwritten by that of the second
         found = torch.autograd.grad(losses[k], given[k])
         assert_same(found, expected[k][1:3])
 
@@ -233,7 +237,9 @@ def test_kept_block_is_the_forward_pass_own(monkeypatch: pytest.MonkeyPatch, meg
 def test_work_is_four_products_at_most(
     monkeypatch: pytest.MonkeyPatch, megabytes: str, most: int, dtype: torch.dtype
 ) -> None:
-    """8 M N D operations, in however many blocks; 6 where the forward pass leaves its only block in the workspace."""
+    """Forward and backward take at most 8 M N D operations in any number of blocks, and 6 M N D if the forward pass
+    leaves its only block in the workspace.
+    """
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", megabytes)
     image, text = (x.to(dtype) for x in pairs(700, 700, 16))
     operations = counted_products(monkeypatch)

@@ -1,4 +1,4 @@
-"""The ops as torch sees them: opcheck, compile, autocast, autograd, layouts, memory."""
+"""The ops under torch's machinery: opcheck, compile, autocast, autograd, layouts, memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def label_options(N: int = 20, classes: int = 7) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_ops_pass_opcheck(backend: str, labels: bool, dtype: torch.dtype) -> None:
     if backend == "cpu" and dtype == torch.float64:
-        backend = None  # the automatic choice: float64 goes to the reference
+        backend = None  # the automatic choice serves float64 with the reference
     given = problem(dtype)
     y = (torch.arange(20, dtype=torch.int32) % 7, torch.arange(20, dtype=torch.int32) % 5) if labels else (None, None)
     options = (0, False, True, backend)
@@ -63,7 +63,9 @@ def test_ops_of_pairs_pass_opcheck(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_op_of_pairs_is_the_loss(backend: str, dtype: torch.dtype, normalize: bool) -> None:
-    """What torch.compile records gives the bits of the eager call; of the reference to its rounding."""
+    """The op that torch.compile records gives the bits of the eager call, and with the reference agrees to its
+    rounding.
+    """
     given = problem(dtype)
     loss = fastclip.contrastive_loss(*given, normalize=normalize, image_weight=0.3, backend=backend)
     recorded, _ = torch.ops.fastclip.plain_fwd(*given, 0.3, normalize, backend)
@@ -75,7 +77,7 @@ def test_op_of_pairs_is_the_loss(backend: str, dtype: torch.dtype, normalize: bo
 
 
 def test_gradients_of_many_upstream_gradients_at_once() -> None:
-    """torch.func.vmap over the backward pass of a graph that any backend has made."""
+    """torch.func.vmap maps the backward pass of a graph that any backend has recorded."""
     given = problem()
     upstream = torch.tensor([1.0, -2.0, 0.0])
     for loss in (fastclip.contrastive_loss(*given), fastclip.sigmoid_loss(*given, -3.0)):
@@ -106,7 +108,7 @@ def test_empty_sets_are_minus_infinity(backend: str) -> None:
     y = torch.tensor([7, 7, 1], dtype=torch.int32), torch.tensor([7, 7], dtype=torch.int32)
     out = torch.ops.fastclip.contrastive_fwd(image, text, torch.tensor(2.0), *y, 0, False, True, backend)
     rows, cols = by_side(out)
-    assert (rows.neg == -torch.inf).tolist() == [True, True, False]  # the first two rows have positives only
+    assert (rows.neg == -torch.inf).tolist() == [True, True, False]  # the first two rows have no negatives
     assert (rows.pos_lse == -torch.inf).tolist() == [False, False, True]
     assert rows.pos[2] == 0
     assert cols.neg.isfinite().all() and cols.pos_lse.isfinite().all()
@@ -152,7 +154,7 @@ def test_autocast_rounds_features_and_not_the_scale(options: dict[str, float], b
     assert found.dtype == torch.float32
     assert torch.equal(found, expected) and torch.equal(alone, expected)
     exact = fastclip.contrastive_loss(*(x.double() for x in rounded), scale.double(), **{**options, "backend": None})
-    assert abs(found.item() / exact.item() - 1) < 1e-5  # a scale in bfloat16 is 1e-3 off
+    assert abs(found.item() / exact.item() - 1) < 1e-5  # a scale in bfloat16 would be 1e-3 off
     ours = torch.autograd.grad(found, (image, scale))
     theirs = torch.autograd.grad(expected, (rounded[0], scale))
     assert ours[0].dtype == torch.float32
@@ -246,7 +248,9 @@ def test_second_derivatives_of_cpu_raise() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize(("dtype", "N"), [("float32", 16384), ("bfloat16", 8192)])
 def test_memory_is_of_the_features(dtype: str, N: int) -> None:
-    """Dense needs 4 GiB in float32, half a GiB in bfloat16."""
+    """Peak memory grows with the features, not with the logits, which would take 1 GiB per float32 copy of the matrix
+    (4 GiB in all, half a GiB in bfloat16).
+    """
     command = [sys.executable, "-m", "benchmarks.losses.peak_memory", "--provider", "fastclip"]
     command += ["--N", str(N), "--D", "512", "--dtype", dtype]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -255,12 +259,14 @@ def test_memory_is_of_the_features(dtype: str, N: int) -> None:
 
 
 def test_ops_keep_the_order_of_their_tensors() -> None:
-    """Programs that an earlier version exported, and compiled ones in a cache, call the ops with these."""
+    """The ops keep the order of their tensors: exported programs and the entries of compile caches call them by
+    position.
+    """
     image, text = pairs(3, 5, 8)
     y = torch.zeros(3, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
     args = image, text, torch.tensor(2.0), *y, 0, False, True, "reference"
     sizes = [len(x) for x in torch.ops.fastclip.contrastive_maxima(*args)]
-    assert sizes == [3, 5] * 6  # of each statistic the rows', then the columns'
+    assert sizes == [3, 5] * 6  # each statistic gives its rows, then its columns
     assert [len(x) for x in torch.ops.fastclip.contrastive_fwd(*args)] == sizes[:8]
     assert str(torch.ops.fastclip.plain_bwd.default._schema) == (
         "fastclip::plain_bwd(Tensor image, Tensor text, Tensor scale, Tensor saved, float image_weight, "

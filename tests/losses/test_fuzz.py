@@ -1,6 +1,6 @@
-"""Random shapes, layouts, dtypes, labels and options against fp64 truth: what no list of cases thought of.
+"""Random shapes, layouts, dtypes, labels and options against the fp64 truth, to reach cases that no list names.
 
-HYPOTHESIS_PROFILE=long draws many more; a failure prints the example that made it.
+HYPOTHESIS_PROFILE=long draws many more examples; a failure prints the example that caused it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYOUTS = {
     "one row, expanded": lambda x: x[:1].expand(x.shape),
     "one column, expanded": lambda x: x[:, :1].expand(x.shape),
 }
-# small, and around the edges of tiles (64 x 512) and vectors (8, 16)
+# Small sizes, and sizes around the edges of tiles (64 x 512) and vectors (8, 16).
 rows = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 129]), st.integers(500, 530))
 widths = st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 64]))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -62,7 +62,9 @@ def set_machine(draw: st.DrawFn) -> None:
 
 
 def features(draw: st.DrawFn, M: int, N: int, normalize: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Half aligned or so; not normalised ones of norms a factor 100 apart, logits at most 50."""
+    """Draw features, about half of them aligned. Features that are not normalised have norms that differ by a factor of
+    100, and logits of at most 50.
+    """
     image, text = pairs(
         M,
         N,
@@ -86,11 +88,11 @@ def slack(*features: Tensor) -> float:
 
 
 def as_given(image: Tensor, text: Tensor, loss):
-    """`check` makes contiguous leaves; the loss is to see the layout that was drawn."""
+    """Give the loss the layout that was drawn, because `check` makes contiguous leaves."""
 
     def strided(x: Tensor, like: Tensor) -> Tensor:
         if 0 in like.stride():
-            return x  # an expanded tensor's leaf would sum the gradients
+            return x  # the gradient of an expanded leaf would be summed over its rows
         held = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
         return held.fill_(torch.nan).copy_(x) if not x.requires_grad else _Restride.apply(x, held)
 
@@ -126,7 +128,7 @@ def test_contrastive_loss_accurate_on_anything(data: st.DataObject) -> None:
         classes = draw(st.sampled_from([1, 3, 50, 2**62]), label="classes")
         generator = torch.Generator().manual_seed(draw(st.integers(0, 99), label="label seed"))
         y = tuple(torch.randint(-classes, classes, (size,), generator=generator) for size in (M, N))
-        y = tuple(torch.where(of < 0, of - 1, of) for of in y)  # -1 is refused: it means no label
+        y = tuple(torch.where(of < 0, of - 1, of) for of in y)  # -1 is avoided because it means no label and is refused
         y = (y[0], y[0]) if kind == "self" else y
         own = torch.eye(M, N, dtype=torch.bool) & (kind == "self")
         hypothesis.assume(((y[0][:, None] == y[1]) & ~own).any())

@@ -1,4 +1,4 @@
-"""Rows without a label: the loss is the one without these rows."""
+"""Rows without a label: the loss equals the loss of the batch without these rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def batch(own: bool = False, M: int = 24, N: int = 20, ignored: int = -1) -> tuple[Tensor, ...]:
-    """Features, and labels of which a third is ignored; those of images and texts are the same where `own`."""
+    """Return features and labels, a third of which are ignored. With `own`, images and texts have the same labels."""
     image, text = pairs(M, M if own else N, 12)
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(0, 8, (2, M), generator=generator)
@@ -50,7 +50,9 @@ def gradients(loss: Any, image: Tensor, text: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.fault("labels of -1, for rows without one", "an error that says so, or they are left out: `ignore_label`")
 def test_loss_is_that_without_the_rows(name: str, dtype: torch.dtype) -> None:
-    """Value and gradients in fp64 of the features that are left; the others' gradients are 0."""
+    """Loss and gradients equal the fp64 truth of the remaining features, and the gradients of the ignored
+    rows are 0.
+    """
     options = OPTIONS[name]
     image, text, y, t = batch(own="exclude_self" in options)
     image, text = image.to(dtype), text.to(dtype)
@@ -68,7 +70,7 @@ def test_loss_is_that_without_the_rows(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_reductions(reduction: str) -> None:
-    """A row that is left out has loss 0, as one without a positive has."""
+    """An ignored row has loss 0, as a row without a positive has."""
     image, text, y, t = (x.double() if x.is_floating_point() else x for x in batch())
     found = fastclip.contrastive_loss(image, text, image_labels=y, text_labels=t, ignore_label=-1, reduction=reduction)
     rows, columns = y != -1, t != -1
@@ -103,7 +105,7 @@ def test_statistics_and_views() -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8])
 @pytest.mark.parametrize("ignored", [-1, -100, 5, 255, 300, np.int64(5)])
 def test_any_label_can_be_ignored(dtype: torch.dtype, ignored: Any) -> None:
-    """As numbers: 255 of 8 bits without a sign is not -1."""
+    """Labels are compared with the ignored one as numbers: 255 as uint8 is not -1."""
     image, text, y, t = batch(ignored=5)
     y, t = y.to(dtype), t.to(dtype)
     if dtype == torch.uint8:
@@ -156,7 +158,9 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
 
 
 def test_other_numbers_below_0_are_classes() -> None:
-    """Hashes of 64 bits have a sign; -1 is one where another label is ignored."""
+    """Negative labels other than the ignored one are classes, for 64-bit hashes are signed. So is -1 if another label
+    is ignored.
+    """
     image, text, y, t = batch()
     loss = fastclip.contrastive_loss(image, text, image_labels=y - 9, text_labels=t - 9)
     torch.testing.assert_close(
@@ -166,13 +170,15 @@ def test_other_numbers_below_0_are_classes() -> None:
 
 def test_compiled_call_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     image, text, y, t = batch()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # to compile takes seconds
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # an actual compilation would take seconds
     with pytest.raises(ValueError, match=r"torch.compile, CUDA graphs .* cannot know: .*features\[labels != -1\]"):
         fastclip.contrastive_loss(image, text, image_labels=y, text_labels=t, ignore_label=-1)
 
 
 def test_graphs_assert_that_every_row_has_a_label() -> None:
-    """An assertion of the device says it where nothing may wait, as on a GPU."""
+    """A recorded graph, which cannot wait for the labels as on a GPU, refuses rows without a label by a device
+    assertion.
+    """
     image, text, y, t = batch()
 
     def loss(image: Tensor, text: Tensor, y: Tensor, t: Tensor) -> Tensor:
@@ -197,7 +203,9 @@ def test_labels_of_vmap_are_refused() -> None:
 
 
 def work(rank: int, folder: Path) -> None:
-    """Both forms of two ranks, the second of which has no label left in one case; and what they refuse."""
+    """Run both forms on two ranks, the second of which has no label left in one case, and collect the errors of refused
+    calls.
+    """
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     found: dict[str, Any] = {}
@@ -238,7 +246,7 @@ def work(rank: int, folder: Path) -> None:
 
 
 def sharded(case: str, rank: int | None = None) -> tuple[Tensor, ...]:
-    """The whole batch, or a rank's half of it."""
+    """Return the whole batch, or one rank's half of it."""
     image, text, y, t = (x.double() if x.is_floating_point() else x for x in batch())
     if case == "none":
         y[12:] = t[10:] = -1

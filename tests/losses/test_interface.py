@@ -1,4 +1,4 @@
-"""What a user meets first: arguments that do not fit, backends, environment, ClipLoss."""
+"""First contact with the losses: unsuitable arguments, choice of backend, environment variables, ClipLoss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastclip._backends.cpu import blocks, contrastive
 from support.accuracy import pairs
 
 IMAGE, TEXT = torch.randn(4, 8), torch.randn(4, 8)
-GONE = torch.distributed.ProcessGroup(0, 1)  # as one that is used after `destroy_process_group`
+GONE = torch.distributed.ProcessGroup(0, 1)  # a process group after `destroy_process_group`
 NAMES_BOTH = r"image_features \({}\) {} on cpu and text_features \({}\) {} on {}"
 
 
@@ -238,8 +238,9 @@ def test_no_second_openmp_runtime_is_loaded() -> None:
 
 
 def test_native_module_names_no_openmp_runtime() -> None:
-    """libgomp, libomp or libiomp5: where torch's own has the system's name, the loader takes one for the other, and a
-    link to it shows only here."""
+    """The native module links to none of libgomp, libomp and libiomp5. If torch's runtime has the system's name, the
+    loader takes one for the other, and a link shows only in the file itself.
+    """
     module = pytest.importorskip("fastclip._cpu")
     assert not re.findall(rb"lib[gi]?omp5?(?:-\w+)?[.](?:so|dylib)", Path(module.__file__ or "").read_bytes())
 

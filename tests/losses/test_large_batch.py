@@ -1,6 +1,6 @@
-"""More pairs than a 32-bit number counts: N^2 > 2^31.
+"""Losses of more pairs than a signed 32-bit integer counts: N^2 > 2^31.
 
-With D = 1 and few different values among the features, the truth in fp64 is a small sum: value times how often.
+With D = 1 and few distinct feature values, the fp64 truth is a small sum over values, each times its count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VALUES = 50
 
 
 def features() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """image, text (N, 1), and which of the values each has."""
+    """Return image and text features (N, 1) and the index of each one's value."""
     assert N * N > 2**31
     image_value, text_value = torch.arange(N) * 7 % VALUES, torch.arange(N) * 11 % VALUES + torch.arange(N) % 3
     image, text = ((2 * k / VALUES - 0.97).float()[:, None] for k in (image_value, text_value))
@@ -26,7 +26,7 @@ def features() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def by_value(x: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Different values (V,), fp64, and how often each occurs."""
+    """Return the distinct values (V,) in fp64 and the count of each."""
     count = torch.bincount(value).double()
     first = torch.zeros(len(count), dtype=torch.float64)
     first[value] = x[:, 0].double()
@@ -46,14 +46,14 @@ def test_loss_of_more_than_two_to_the_31_pairs(labels: bool) -> None:
     own = scale * (image * text)[:, 0].double()
 
     def direction(x: Tensor, others: Tensor, count: Tensor) -> Tensor:
-        """Loss of every row, and the mean of the others under its softmax."""
+        """Return the loss of every row, and the mean of `others` under its softmax."""
         e = count * (scale * x.double() * others).exp()
         return e.sum(1).log() - own, (e * others).sum(1) / e.sum(1)
 
     row, text_mean = direction(image, b, b_count)
     col, image_mean = direction(text, a, a_count)
     expected = 0.5 * (row.mean() + col.mean())
-    # dL/d image_i: its own softmax over the texts, and what the texts' softmaxes give to it
+    # dL/d image_i has two parts: the softmax of image i over the texts, and its share in the texts' softmaxes.
     col_norm = (a_count * (scale * b[:, None] * a).exp()).sum(1)
     row_norm = (b_count * (scale * a[:, None] * b).exp()).sum(1)
     from_cols = (b_count / col_norm * b * (scale * image.double() * b).exp()).sum(1)
@@ -79,8 +79,8 @@ def test_sigmoid_loss_of_more_than_two_to_the_31_pairs() -> None:
     z = scale * a[:, None] * b + bias
     pairs = a_count[:, None] * b_count
     expected = ((pairs * F.softplus(z)).sum() + (F.softplus(-own) - F.softplus(own)).sum()) / N
-    g = (scale * image.double() * b + bias).sigmoid() * b_count  # of the negatives, as if all were
-    d_image = scale / N * ((g * b).sum(1) - text[:, 0].double())  # sigmoid(own) - 1 instead of sigmoid(own)
+    g = (scale * image.double() * b + bias).sigmoid() * b_count  # every pair counted as a negative
+    d_image = scale / N * ((g * b).sum(1) - text[:, 0].double())  # a positive's weight is sigmoid(own) - 1
     d_bias = ((pairs * z.sigmoid()).sum() - N) / N
 
     given = image.requires_grad_(), text, torch.tensor(scale), torch.tensor(bias, requires_grad=True)
@@ -93,10 +93,10 @@ def test_sigmoid_loss_of_more_than_two_to_the_31_pairs() -> None:
 
 def test_stats_of_more_than_two_to_the_31_pairs() -> None:
     image, text, _, text_value = features()
-    image = image.abs() + 0.1  # all like the largest text best
+    image = image.abs() + 0.1  # every image is closest to the largest text
     found = fastclip.contrastive_stats(image, text, 3.0, normalize=False, backend="cpu")
     best = text_value == text_value.max()
-    assert best.sum() > 1 and not found.row_hit.any()  # many texts share it: ties
-    text[N - 1] = 9.0  # now one stands out
+    assert best.sum() > 1 and not found.row_hit.any()  # many texts share the largest value: ties
+    text[N - 1] = 9.0  # now a single text is largest
     found = fastclip.contrastive_stats(image, text, 3.0, normalize=False, backend="cpu")
     assert found.row_hit.nonzero().tolist() == [[N - 1]]

@@ -1,4 +1,6 @@
-"""The loss of pairs in one op, and what it must not do differently from the way of all losses (`comm="ring"`)."""
+"""The loss of pairs as a single op, and where it must agree with the path that all other losses share
+(`comm="ring"`).
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def problem(N: int = 20, D: int = 8) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_training_after_validation_in_inference_mode(name: str) -> None:
-    """The buffer of logits outlives a call: it must not be an inference tensor."""
+    """The buffer of logits outlives a call, so it must not become an inference tensor."""
     larger = [x.detach() for x in problem(300)]
     with torch.inference_mode():
         LOSSES[name](*larger)
@@ -64,7 +66,7 @@ def test_second_derivatives_of_the_reference_under_a_dispatch_mode() -> None:
 
 
 def test_compiles_with_many_weights_of_directions() -> None:
-    """More than torch compiles anew before it gives up."""
+    """Changing weights of the directions, more than torch's limit of recompilations, compile with fullgraph=True."""
     given = problem()
     compiled = torch.compile(
         lambda *x, w: fastclip.contrastive_loss(*x, image_weight=w), fullgraph=True, backend="aot_eager"
@@ -75,7 +77,7 @@ def test_compiles_with_many_weights_of_directions() -> None:
 
 
 def test_batched_upstream_gradients_of_float16_features() -> None:
-    """A gradient scaler's factor does not overflow, nor do weights flush before it comes."""
+    """The factor of a gradient scaler does not overflow, and the weights do not flush to zero before it is applied."""
     image, text = (x.half() for x in pairs(64, 64, 32, aligned=1.0, noise=0.5))
     expected = truth(image, text, 40.0)
     image.requires_grad_()
@@ -87,7 +89,9 @@ def test_batched_upstream_gradients_of_float16_features() -> None:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_before_dispatch(name: str) -> None:
-    """Calls are recorded as torch.export does; what it records must not be looked at."""
+    """Calls can be recorded before dispatch, as torch.export records them; the losses must not read the recorded
+    tensors.
+    """
     labels = [] if name in LOSSES else [torch.arange(20) % 7]
     given = [*(x.detach() for x in problem()), *labels]
     graph = make_fx(RECORDED[name], pre_dispatch=True)(*given)
@@ -96,7 +100,9 @@ def test_recorded_before_dispatch(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["contrastive", "sigmoid"])
 def test_upstream_gradients_that_no_kernel_may_read(name: str) -> None:
-    """Batches of torch.autograd, tangents, numbers that are negated when they are read."""
+    """Upstream gradients whose memory no kernel may read give the right gradients: batches of torch.autograd, tangents,
+    and tensors with torch's lazy negation.
+    """
     given = problem()
     loss = LOSSES[name](*given)
     one = torch.autograd.grad(loss, given, retain_graph=True)

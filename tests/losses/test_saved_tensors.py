@@ -1,4 +1,4 @@
-"""What lies between forward and backward: checkpoints, saved-tensor hooks, tensors that change meanwhile."""
+"""The time between forward and backward: checkpoints, saved-tensor hooks, tensors that change meanwhile."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_second_derivatives_in_a_checkpoint(name: str, way: Callable[..., Tensor
 
 @pytest.fixture
 def group() -> Iterator[Any]:
-    """This process alone, as a group."""
-    importlib.import_module("torch.distributed.nn")  # before the group, which it would keep in default arguments
+    """Process group of this process alone."""
+    importlib.import_module("torch.distributed.nn")  # before the group: its default arguments would keep it
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
@@ -104,7 +104,9 @@ def test_checkpoints_and_hooks_change_nothing_of_shards(way: Callable[..., Tenso
 @pytest.mark.parametrize("changed", [0, 1, 2], ids=["image", "text", "scale"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_change_between_forward_and_backward_raises(name: str, changed: int) -> None:
-    """As of torch's own operations; the gradient would be that of other features."""
+    """A change of the features between forward and backward raises, as with torch's own operations. The gradient would
+    otherwise be that of other features.
+    """
     inputs = given()
     loss = LOSSES[name](*inputs)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Features against themselves, the own pair left out: SimCLR, SupCon."""
+"""Features compared with themselves without the diagonal: SimCLR, SupCon."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def without_self(labels: tuple[Tensor, Tensor], backend: str = "cpu", **options:
 
 
 def nt_xent(views: Tensor, temperature: float) -> Tensor:
-    """SimCLR's loss (Chen et al. 2020, equation 1) of 2N views, those of an image N apart."""
+    """SimCLR's loss (Chen et al. 2020, equation 1) of 2N views; the two views of an image are N apart."""
     N = len(views) // 2
     z = F.normalize(views, dim=1)
     similarity = (z @ z.T / temperature).masked_fill(torch.eye(2 * N, dtype=torch.bool), -torch.inf)
@@ -37,7 +37,7 @@ def nt_xent(views: Tensor, temperature: float) -> Tensor:
 
 
 def sup_con(x: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """SupCon's L_out (Khosla et al. 2020, equation 2), mean over the anchors with a positive."""
+    """SupCon's L_out (Khosla et al. 2020, equation 2), the mean over the anchors that have a positive."""
     z = F.normalize(x, dim=1)
     own = torch.eye(len(x), dtype=torch.bool)
     log_p = (z @ z.T / temperature).masked_fill(own, -torch.inf).log_softmax(1)
@@ -62,7 +62,7 @@ def test_simclr_through_labels(backend: str | None) -> None:
 
 def test_sup_con_through_labels() -> None:
     x, _ = pairs(90, 90, 16)
-    y, _ = labels_of(90, 25)  # some classes have one member only
+    y, _ = labels_of(90, 25)  # some classes have a single member
     assert (torch.bincount(y) == 1).any()
     results = []
     for loss in (
@@ -92,7 +92,7 @@ def test_excluded_pairs_accurate_on_every_instruction_set(isa: str) -> None:
     try:
         image, _ = pairs(530, 530, 24)
         y = labels_of(530, 40)
-        check(without_self(y), image, image, 100.0, labels=y, exclude_self=True)  # the left out logits are the largest
+        check(without_self(y), image, image, 100.0, labels=y, exclude_self=True)  # the excluded logits are the largest
         spread = torch.logspace(-1, 1.5, len(image))[:, None]
         x = image * spread / 5
         check(without_self(y, normalize=False), x, x, 3.0, labels=y, exclude_self=True, normalize=False)
@@ -121,7 +121,9 @@ def test_offset_moves_the_excluded_pairs(offset: int, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_excluded_pairs_do_not_count(backend: str) -> None:
-    """Neither loss nor gradient sees the own pair: of unit vectors, logit (i, j) is number i of text j, bit for bit."""
+    """Neither loss nor gradient depends on the excluded pairs. With unit vectors as images, logit (i, j) is component i
+    of text j, bit for bit.
+    """
     y = labels_of(30, 8)
     results = []
     for own in (0.0, 5.0, -70.0):

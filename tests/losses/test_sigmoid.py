@@ -1,4 +1,4 @@
-"""The sigmoid loss as open_clip has it and as torch sees it; test_sigmoid_accuracy.py has its digits."""
+"""The sigmoid loss compared with open_clip and under torch's machinery; test_sigmoid_accuracy.py tests its accuracy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_sigmoid_reductions_agree() -> None:
     torch.testing.assert_close(total, 48 * mean, rtol=1e-6, atol=0)
 
 
-# open_clip's value and gradients
+# Value and gradients of open_clip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -42,7 +42,7 @@ def test_siglip_loss_equals_open_clip(dtype: torch.dtype, bias: float | None, ou
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-# As torch sees it
+# Under torch's machinery
 
 
 def problem(dtype: torch.dtype = torch.float32, N: int = 20) -> tuple[Tensor, ...]:
@@ -55,7 +55,7 @@ def problem(dtype: torch.dtype = torch.float32, N: int = 20) -> tuple[Tensor, ..
 @pytest.mark.parametrize("needs", [(True,) * 4, (False, True, False, True), (False,) * 4], ids=str)
 def test_sigmoid_op_passes_opcheck(backend: str | None, dtype: torch.dtype, needs: tuple[bool, ...]) -> None:
     if backend == "cpu" and dtype == torch.float64:
-        backend = None  # the automatic choice: float64 goes to the reference
+        backend = None  # the automatic choice serves float64 with the reference
     given = [x.detach().requires_grad_(need) for x, need in zip(problem(dtype), needs)]
     torch.library.opcheck(torch.ops.fastclip.sigmoid_fwd, (*given, 20, 0, True, backend, list(needs)))
 
@@ -85,7 +85,7 @@ def test_sigmoid_every_subset_of_gradients(needed: tuple[int, ...]) -> None:
 
 
 def test_sigmoid_work_is_three_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """6 M N D with gradients, all of it in the forward pass; 2 M N D without."""
+    """The loss takes 2 M N D operations, or 6 M N D with gradients, all of them in the forward pass."""
     operations = counted_products(monkeypatch)
     given = problem(N=40)
     loss = fastclip.sigmoid_loss(*given)
@@ -126,7 +126,7 @@ def test_sigmoid_autocast_rounds_features_and_not_the_scalars(backend: str) -> N
     expected = fastclip.sigmoid_loss(*rounded, scale, bias, backend=backend)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
     exact = fastclip.sigmoid_loss(*(x.double() for x in (*rounded, scale, bias)))
-    assert abs(found.item() / exact.item() - 1) < 1e-5  # scalars in bfloat16 are 1e-3 off
+    assert abs(found.item() / exact.item() - 1) < 1e-5  # scalars in bfloat16 would be 1e-3 off
     ours = torch.autograd.grad(found, (image, scale, bias))
     theirs = torch.autograd.grad(expected, (rounded[0], scale, bias))
     assert ours[0].dtype == torch.float32

@@ -1,4 +1,6 @@
-"""The sigmoid loss of every backend and dtype against fp64 truth and against dense torch; see test_accuracy.py."""
+"""The sigmoid loss of every backend and dtype, compared with the fp64 truth and with dense torch; see
+test_accuracy.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from support.kinds import GPU_KINDS, KINDS, SHAPES, Kind, each_kind, fp16, fp32
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-# (scale, bias): SigLIP's start; equal logits; solved batches; a negative scale; all logits beyond what an exp holds
+# Each is (scale, bias): SigLIP's start, equal logits, solved batches, a negative scale, and logits all beyond the range
+# of exp.
 SCALARS = [(10.0, -10.0), (0.0, 0.0), (0.0, -3.0), (100.0, -30.0), (100.0, -60.0), (-5.0, 3.0), (1.0, 200.0)]
 
 
@@ -27,15 +30,17 @@ def test_sigmoid_accurate(kind: Kind, regime: str, scale: float, bias: float) ->
 @pytest.mark.parametrize(("bias", "loss"), [(-25.0, 1e-6), (-60.0, 1e-15), (-105.0, 1e-24)])
 @each_kind(KINDS)
 def test_sigmoid_confident_loss_keeps_digits(kind: Kind, bias: float, loss: float) -> None:
-    """log(1 + t) would be 3e-3 wrong at a loss of 1e-5 a pair already, and 0 here."""
-    N = 150 if kind.for_gpus else 300  # ragged tiles both; of more pairs the roundings of the logits average out
+    """A confident loss keeps its digits. log(1 + t) would be 3e-3 off at a loss of 1e-5 per pair, and 0 for these
+    losses.
+    """
+    N = 150 if kind.for_gpus else 300  # both give ragged tiles; with more pairs the roundings of the logits average out
     image, text = kind.pairs(N, N, 256, aligned=1.0, noise=0.05)
-    # dense fp32 rounds logits of this size: gate B alone
+    # Dense fp32 rounds logits of this size, so only gate B applies.
     found = check(kind.loss(), image, text, -2 * bias, bias=bias, base_line=False)
     assert loss / 1e3 < float(found.loss) < loss * 1e3, "the case no longer tests what its name says"
 
 
-@each_kind(GPU_KINDS)  # one rounding of such a logit is 1e-5 of the loss, and the CPU's fp16 is 1.5e-5 off
+@each_kind(GPU_KINDS)  # one rounding of such a logit is 1e-5 of the loss, and the CPU's fp16 is off by 1.5e-5
 def test_sigmoid_of_a_solved_batch_keeps_digits(kind: Kind) -> None:
     image, text = kind.pairs(100, 100, 64, aligned=1.0, noise=0.05)
     found = check(kind.loss(), image, text, 200.0, bias=-130.0)
@@ -54,16 +59,17 @@ def test_sigmoid_extreme_norms_finite_and_accurate(kind: Kind) -> None:
 @pytest.mark.parametrize("factor", [1 / 300, -3.0, 65536.0, 1e-30, 1e25])
 @each_kind(KINDS)
 def test_sigmoid_upstream_gradient_scales(kind: Kind, factor: float) -> None:
-    """The gradients wait in the graph for their factor: it is not rounded to the features' dtype, and those of
-    float16 features neither overflow nor flush before it."""
+    """The gradients are kept in the graph until their upstream factor is known. The factor is not rounded to the
+    features' dtype, and gradients of float16 features neither overflow nor flush to zero before it is applied.
+    """
     image, text = kind.pairs(30, 30, 16)
-    scale = 2.0**-20 / abs(factor) if kind.dtype == torch.float16 else 1.0  # in range of float16 the gradient is to be
+    scale = 2.0**-20 / abs(factor) if kind.dtype == torch.float16 else 1.0  # keeps the gradient in float16's range
     expected = truth(image, text, 10.0, bias=-10.0)
     given = leaves(image, text, 10.0, -10.0)
     loss = kind.loss()(*given) * scale
     loss.backward(torch.tensor(factor))
     if kind.dtype == torch.float16:
-        return  # 2^-20 of gradients near 1 is subnormal: only that nothing raised; the next test has the digits
+        return  # 2^-20 of gradients near 1 is subnormal: no error is enough here; the next test has the digits
     for ours, theirs in zip(given, (expected.d_image, expected.d_text, expected.d_scale, expected.d_bias)):
         error = (ours.grad.double() / factor - theirs).norm() / theirs.norm()
         assert error < (3e-6 if kind.dtype == torch.float32 or not ours.dim() else 2**-8)
@@ -71,7 +77,9 @@ def test_sigmoid_upstream_gradient_scales(kind: Kind, factor: float) -> None:
 
 @each_kind(fp16(KINDS))
 def test_sigmoid_float16_gradient_of_a_mean_over_many_keeps_digits(kind: Kind) -> None:
-    """As under a gradient scaler: each gradient of the mean is below float16's smallest number before the factor."""
+    """Gradients of a mean that are below float16's smallest number keep their digits under a gradient
+    scaler's factor.
+    """
     image, text = kind.pairs(150, 150, 256, aligned=1.0, noise=0.05)
     expected = truth(image, text, 50.0, bias=-25.0)
     assert expected.d_image.abs().median() < 6e-8

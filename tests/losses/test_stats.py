@@ -1,4 +1,4 @@
-"""contrastive_stats and multiview_loss: what they return is what dense fp64 gives."""
+"""contrastive_stats and multiview_loss return what the dense formula gives in fp64."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def dense_stats(
     exclude_self: bool = False,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """As `ContrastiveStats`, in fp64, from the whole matrix."""
+    """Compute the fields of `ContrastiveStats` in fp64 from the whole matrix of logits."""
     u, v = (F.normalize(x.double(), dim=1) if normalize else x.double() for x in (image, text))
     z = scale * u @ v.T
     left_out = torch.eye(*z.shape, dtype=torch.bool) & exclude_self
@@ -110,7 +110,7 @@ def test_stats_accurate_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_tie_is_a_miss(dtype: torch.dtype, backend: str, normalize: bool) -> None:
-    """The same text twice, far apart in the batch: rounding does not decide which of the two wins."""
+    """A tie counts as a miss: of two equal texts far apart in the batch, rounding does not decide which one wins."""
     image, text = pairs(600, 600, 59, aligned=1.0, noise=0.3)
     text[300:310] = text[:10]
     image, text = image.to(dtype), text.to(dtype)
@@ -123,7 +123,9 @@ def test_a_tie_is_a_miss(dtype: torch.dtype, backend: str, normalize: bool) -> N
 
 @pytest.mark.parametrize(("size", "scale"), [(1e18, 4e-38), (1e-25, 1e38)])
 def test_ties_of_extreme_norms(size: float, scale: float) -> None:
-    """A norm whose squares overflow would make every hit a tie, one whose squares vanish no tie at all."""
+    """Ties are detected at extreme norms. A norm whose square overflows would make every hit a tie; one whose square
+    underflows would make no hit a tie.
+    """
     image, text = (size * x for x in pairs(30, 30, 16, aligned=1.0))
     found = fastclip.contrastive_stats(image * 30, text, scale, normalize=False, backend="reference")
     compare(found, dense_stats(image * 30, text, scale, normalize=False))
@@ -136,7 +138,7 @@ def test_collapsed_model_has_no_hit(backend: str) -> None:
     found = fastclip.contrastive_stats(x, x, 100.0, backend=backend)
     assert not found.row_hit.any() and not found.col_hit.any()
     assert not fastclip.contrastive_stats(x, x, 0.0, backend=backend).row_hit.any()
-    assert fastclip.contrastive_stats(x[:1], x[:1], 1.0, backend=backend).row_hit.all()  # no rival
+    assert fastclip.contrastive_stats(x[:1], x[:1], 1.0, backend=backend).row_hit.all()  # a single text has no rival
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

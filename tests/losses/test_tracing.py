@@ -1,4 +1,4 @@
-"""Calls that are recorded or imitated (FakeTensorMode, meta, make_fx, export), and numbers that change in a graph."""
+"""Calls that are recorded or simulated (FakeTensorMode, meta, make_fx, export), and numbers that change in a graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastclip
 from support.accuracy import pairs
 
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # of images, texts and labels
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # takes images, texts and labels
 
 
 def every_statistic(image: Tensor, text: Tensor, y: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ CALLS: dict[str, Call] = {
 }
 
 
-# Recording takes seconds where a call is long
+# Recording the longer calls takes seconds
 FEW = [pytest.param(name, marks=[pytest.mark.full] if name in ("views", "stats") else []) for name in CALLS]
 
 
@@ -121,7 +121,9 @@ def test_changing_numbers_compile_twice_at_most(name: str) -> None:
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_changing_integers_compile(name: str) -> None:
-    """The second makes the number symbolic, which has none of a number's attributes."""
+    """Integers that change between calls compile. The second value makes the number symbolic, without a number's
+    attributes.
+    """
     torch._dynamo.reset()
     compiled = torch.compile(INTEGERS[name], fullgraph=True, backend="eager")
     image, text, _ = inputs()

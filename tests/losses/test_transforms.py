@@ -1,4 +1,4 @@
-"""torch.func's transforms and forward mode through the losses: the numbers of the dense formula, or an error."""
+"""torch.func's transforms and forward mode through the losses give the numbers of the dense formula, or an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import fastclip
 from fastclip.ops import transforms
 from fastclip.parity.truth import sigmoid_loss_of
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # of images and scale
+Loss = Callable[[Tensor, Tensor], Tensor]  # takes images and scale
 N = 6
 Y = torch.arange(N) // 2
 LABELS = {"image_labels": Y, "text_labels": Y}
@@ -27,7 +27,7 @@ IMAGES, SCALES = torch.stack([IMAGE, IMAGE.flip(0), 3 * IMAGE]), torch.tensor([1
 
 
 def cross_entropy(z: Tensor, positive: Tensor, smoothing: float = 0.0, weight: float = 0.5) -> Tensor:
-    """Both directions of logits whose every row has a positive, in operations that torch.func knows."""
+    """Loss of both directions for logits whose every row has a positive, in operations that torch.func supports."""
 
     def direction(z: Tensor, positive: Tensor) -> Tensor:
         target = (1 - smoothing) * positive / positive.sum(1, keepdim=True) + smoothing / N
@@ -47,7 +47,7 @@ def of_units(module: torch.nn.Module, *scalars: Tensor) -> Loss:
 OWN, SAME = torch.eye(N, dtype=torch.bool), Y[:, None] == Y
 SMOOTH = {"label_smoothing": 0.2, "image_weight": 0.3}
 VIEW = 2 * TEXT + IMAGE
-LOSSES: dict[str, tuple[Loss, Loss]] = {  # ours, dense
+LOSSES: dict[str, tuple[Loss, Loss]] = {  # fastclip's loss, the dense loss
     "pairs": (
         lambda x, s: fastclip.contrastive_loss(x, TEXT, s),
         lambda x, s: cross_entropy(logits(x, TEXT, s), OWN),
@@ -85,7 +85,7 @@ def dual(loss: Loss) -> Tensor | None:
 
 
 def dual_gradient(loss: Loss) -> Tensor | None:
-    """A graph of plain tensors, whose gradient is asked for with a tangent."""
+    """Record a graph of plain tensors, then request its gradient with an upstream gradient that has a tangent."""
     x = IMAGE.clone().requires_grad_()
     value = loss(x, SCALE)
     with forward_ad.dual_level():
@@ -160,7 +160,7 @@ def test_statistics_under_vmap() -> None:
 
 
 def test_transforms_under_autocast() -> None:
-    """The features are rounded, the dense formula is not."""
+    """Autocast rounds the features but not the dense formula."""
     rounded = IMAGE.bfloat16().float(), TEXT.bfloat16().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = vmap(lambda x: fastclip.contrastive_loss(x, TEXT, 7.0))(IMAGE[None])[0]
@@ -194,7 +194,7 @@ def test_named_backend_does_not_pretend(function: str, transform: str) -> None:
 
     if (function, transform) == ("stats", "dual gradient"):
         pytest.skip("statistics have no gradient")
-    if transform == "dual gradient":  # a multiple of the gradient, of any backend
+    if transform == "dual gradient":  # a multiple of the gradient, which any backend can serve
         dense = LOSSES["pairs"][1] if function == "contrastive" else siglip_dense
         torch.testing.assert_close(dual_gradient(loss), dual_gradient(dense))
         return
@@ -203,7 +203,7 @@ def test_named_backend_does_not_pretend(function: str, transform: str) -> None:
 
 
 def test_tangents_of_others_leave_the_backend_alone() -> None:
-    """Within a dual level, features without a tangent are nobody's business."""
+    """Within a dual level, features without a tangent are served by the named backend as usual."""
     with forward_ad.dual_level():
         forward_ad.make_dual(IMAGE, TANGENT)
         assert fastclip.contrastive_loss(TEXT, VIEW, backend="cpu").isfinite()
