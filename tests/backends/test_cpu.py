@@ -1,4 +1,6 @@
-"""What only the CPU backend has: instruction sets, blocks of its workspace. The rest is losses/test_accuracy.py's."""
+"""Properties of the CPU backend alone: instruction sets and blocks of its workspace.
+losses/test_accuracy.py has the rest.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ def test_sigmoid_accurate_in_many_blocks(monkeypatch: pytest.MonkeyPatch, kind: 
     check(kind.loss(), image, text, 10.0, bias=-8.0)
 
 
-# A step on few rows waits for the host: what it calls is counted, Python's functions and C's
+# The host bounds the time of a step on few rows, so its calls (Python's and C's functions) are counted.
 
 
 def loss_of(*given: Tensor, normalize: bool) -> Tensor:
@@ -96,7 +98,9 @@ def test_calls_and_allocations_of_a_step_on_few_rows(
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_three_products_of_few_rows(monkeypatch: pytest.MonkeyPatch, normalize: bool) -> None:
-    """The block of the forward pass serves the backward pass, which overwrites it: another one multiplies again."""
+    """The backward pass reuses the forward pass's block of products and overwrites it, so a second
+    backward pass multiplies again.
+    """
     given = leaves(*pairs(64, 64, 512), 14.0)
     operations = counted_products(monkeypatch)
     value = loss_of(*given, normalize=normalize)

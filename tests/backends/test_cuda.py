@@ -1,8 +1,8 @@
 """Hopper's tile kernels, one at a time, against fp64.
 
-On a Hopper GPU, or without a GPU in csrc/tests' emulator, which runs the threads of a cluster in random order and
-asynchronous work as late as its waits allow or at once. losses/test_accuracy.py and backends/test_kernels.py run the
-same tiles under the launchers.
+They run on a Hopper GPU, or without a GPU in the emulator of csrc/tests. The emulator runs the threads of a cluster in
+random order, and asynchronous work either at once or as late as its waits allow. losses/test_accuracy.py and
+backends/test_kernels.py run the same tiles under their launchers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.usefixtures("hopper"), *([pytest.mark.gpu] if GPU else
 
 @pytest.fixture
 def hopper(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A device for everything that a test makes."""
+    """Make the GPU, or the CPU with the emulator, the default device of a test's tensors."""
     if GPU:
         reason = fastclip.backends()["cuda"]
         if reason != "available" or (reason := cuda.refuses(torch.empty(1, dtype=torch.float16, device="cuda"), True)):
@@ -46,18 +46,19 @@ def hopper(request: pytest.FixtureRequest) -> Iterator[None]:
 LOG2E = math.log2(math.e)
 NAN = float("nan")
 
-# (M, N, D, offset, scale, columns of a tile): every mask, wrap-around of stages and turns, and a tail
+# (M, N, D, offset, scale, columns of a tile). The cases cover every mask, the wrap-around of stages and turns, and a
+# tail.
 CASES = [
     (128, 192, 64, 0, 10.0, 192),  # one tile
-    (1, 1, 8, 0, 10.0, 192),  # one positive, nothing else
+    (1, 1, 8, 0, 10.0, 192),  # one positive and no negative
     (1, 7, 8, 3, 10.0, 64),
-    (300, 500, 72, 17, 20.0, 192),  # ragged everywhere, an odd number of tile rows
+    (300, 500, 72, 17, 20.0, 192),  # ragged on every axis, an odd number of tile rows
     (641, 391, 200, -250, 50.0, 192),
-    (513, 577, 512, 0, 100.0, 192),  # more k blocks than stages
+    (513, 577, 512, 0, 100.0, 192),  # more blocks of k than stages
     (260, 1200, 40, 700, -14.0, 192),  # a negative scale
     (256, 384, 136, 100000, 0.0, 192),  # no positive in range, scale 0
     (385, 200, 328, 64, 14.3, 64),
-    (129, 200, 64, 191, 14.3, 192),  # the diagonal touches a tile's corner, the other corner
+    (129, 200, 64, 191, 14.3, 192),  # the diagonal touches one corner of a tile; in the next case, the other
     (129, 200, 64, -127, 14.3, 192),
     (700, 65, 64, -3, 14.3, 64),
 ]
@@ -72,7 +73,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 class Case(NamedTuple):
-    """A problem inside its frames of NaN, and its fp64 truth."""
+    """A problem whose arrays lie inside frames of NaN, and its fp64 truth."""
 
     x: Tensor
     y: Tensor
@@ -117,7 +118,7 @@ class Case(NamedTuple):
         )
 
     def by_tiles(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Row sums of every tile column, column sums of every tile row."""
+        """Return the row sums of every tile column and the column sums of every tile row."""
         rows = torch.stack([part.sum(1) for part in values.split(self.tile.BLOCK_N, 1)])
         return rows, torch.stack([part.sum(0) for part in values.split(self.tile.BLOCK_M, 0)])
 
@@ -196,7 +197,9 @@ def test_exponentials_that_flush_are_no_empty_set() -> None:
 
 
 def framed(M: int, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for weights (M, N) in a frame of NaN, and what of the frame must stay: the TMA writes 16 bytes at a time."""
+    """Return room for weights (M, N) inside a frame of NaN, and the part of the frame that must stay NaN. The part
+    begins at a multiple of 16 bytes, because the TMA writes 16 bytes at a time.
+    """
     width = -(-N // 8) * 8
     frame = torch.full((M, width + 8), NAN, dtype=dtype)
     return frame[:, :N], frame[:, width:]
@@ -212,7 +215,9 @@ def weights_of(p: Case, sides: list[BwdSide], exclude_self: bool, processors: in
 
 
 def assert_weights(p: Case, ours: Tensor, part: Tensor, g: Tensor) -> None:
-    """One rounding of the dtype, of G r c; the partial sums of d_scale from what was not rounded."""
+    """Check that weights are G r c rounded once to the dtype, and that the partial sums of
+    d_scale come from unrounded values.
+    """
     r, c = p.row_factor.double()[:, None], p.col_factor.double()
     true = g * r * c
     smallest = torch.finfo(p.x.dtype).smallest_normal
@@ -233,7 +238,7 @@ def assert_weights(p: Case, ours: Tensor, part: Tensor, g: Tensor) -> None:
 def test_weights(dtype: torch.dtype, case: tuple[Any, ...]) -> None:
     p = Case.of(*case, dtype)
     M, N = p.z.shape
-    neg = [(torch.rand(size) / p.exponential.max()).float() for size in (M, N)]  # weights that fp16 holds
+    neg = [(torch.rand(size) / p.exponential.max()).float() for size in (M, N)]  # keeps the weights in fp16's range
     ours, part = weights_of(p, [BwdSide(p.row_factor, neg[0]), BwdSide(p.col_factor, neg[1])], False)
     g = p.exponential.masked_fill(p.own, 0) * (neg[0].double()[:, None] + neg[1].double())
     assert_weights(p, ours, part, g)
@@ -261,7 +266,7 @@ def test_weights_with_labels(dtype: torch.dtype, case: tuple[Any, ...], exclude_
 
 
 def test_infinite_exponential_of_a_positive_is_masked() -> None:
-    """The positive's exponential may overflow: it is no part of the sums, and its weight is 0."""
+    """The positive's exponential may overflow: it is left out of the sums, and its weight is 0."""
     p = Case.of(8, 8, 8, 0, 500.0, 64, torch.bfloat16)
     p.y.copy_(p.x)
     p.x[1:].zero_()
@@ -273,7 +278,7 @@ def test_infinite_exponential_of_a_positive_is_masked() -> None:
 
 
 def test_repaired_weights_are_left_alone() -> None:
-    """Where the device asked for a repair the kernel returns at once: the repair writes the block."""
+    """The kernel returns at once if the device has requested a repair, because the repair writes the block."""
     p = Case.of(300, 200, 64, 0, 10.0, 192, torch.bfloat16)
     p.constants[REPAIR.value] = 1.0
     ones = [torch.ones(size) for size in p.z.shape]
@@ -282,7 +287,7 @@ def test_repaired_weights_are_left_alone() -> None:
 
 
 def sigmoid_of(p: Case, gradients: bool) -> tuple[Tensor, Tensor]:
-    """Weights, and the tiles' sums, with bias -4."""
+    """Return the weights and the tiles' sums, with a bias of -4."""
     M, N = p.z.shape
     weights, beyond = framed(M, N, p.x.dtype)
     count = -(-M // p.tile.BLOCK_M) * -(-N // p.tile.BLOCK_N)
@@ -319,7 +324,9 @@ def test_sigmoid(dtype: torch.dtype, case: tuple[Any, ...], gradients: bool) -> 
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sigmoid_of_products_beyond_fp32(dtype: torch.dtype, gradients: bool) -> None:
-    """In a tile without a mask the warp of such a row begins again, logit by logit; the others do not."""
+    """The warp of a row whose products overflow fp32 starts again logit by logit, in a tile
+    without a mask. Other warps do not.
+    """
     p = Case.of(256, 192, 40, 100000, 14.3, 192, dtype)
     factor = torch.ones(256)
     factor[20] = 10.0
@@ -336,7 +343,7 @@ def test_sigmoid_of_products_beyond_fp32(dtype: torch.dtype, gradients: bool) ->
 
 @pytest.mark.parametrize("processors", [2, 3, 132])
 def test_any_number_of_processors(processors: int) -> None:
-    """Tiles dealt out to fewer or more clusters: the same bits."""
+    """The bits do not depend on the number of clusters among which the tiles are distributed."""
     p = Case.of(700, 600, 136, 5, 14.3, 192, torch.bfloat16)
     ones = [torch.rand(size) for size in p.z.shape]
     sides = [BwdSide(p.row_factor, ones[0]), BwdSide(p.col_factor, ones[1])]

@@ -1,4 +1,4 @@
-"""Where the CUDA backend serves, and what it says where it does not. Nothing here needs a GPU."""
+"""Conditions under which the CUDA backend serves, and its reasons for refusing. No test here needs a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
 
 class Pretended:
-    """A tensor on a GPU that is not there."""
+    """Stand-in for a tensor on a GPU."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.device = dtype, torch.device("cuda:0")
@@ -28,7 +28,7 @@ class Pretended:
 
 
 class Built:
-    """As the native module says it was built, on a machine with this driver."""
+    """Stand-in for the native module's build information, on a machine with the given driver."""
 
     EMULATED, RUNTIME = False, 13000
 
@@ -59,7 +59,9 @@ def test_backend_says_why_not(monkeypatch: pytest.MonkeyPatch, driver: int, reas
 
 
 def test_machine_without_hopper_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known as soon as something else has looked at the GPUs: asking must not."""
+    """A machine without a Hopper GPU is reported once other code has initialised CUDA; the query itself
+    must not do so.
+    """
     capabilities = [(8, 0), (12, 0)]
     monkeypatch.setattr(cuda, "_module", Built(13000))
     for name, answer in [("is_available", True), ("is_initialized", False), ("device_count", 2)]:
@@ -107,7 +109,9 @@ def test_other_gpus_and_dtypes_are_refused(
 
 
 def test_preferred_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Hopper, for 16-bit features; never for tensors on a CPU, whatever could emulate it."""
+    """The CUDA backend is preferred to Triton on Hopper for 16-bit features, and never for tensors on
+    the CPU, even with an emulator.
+    """
     assert list(fastclip.backends()) == ["cuda", "triton", "cpu", "reference"]
     monkeypatch.setattr(cuda, "_other_gpu", lambda index: None)
     for dtype, expected in [(torch.bfloat16, "cuda"), (torch.float32, "triton")]:
@@ -141,7 +145,7 @@ print(fastclip.build_info()["cuda"])
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 def test_module_without_a_driver() -> None:
-    """What the package was built with loads, and every entry says why it does nothing."""
+    """The module of the installed build loads on a machine without a driver, and every entry raises with the reason."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_A_DRIVER], capture_output=True, text=True, cwd=ROOT)
     if "NOT BUILT" in done.stderr:
         pytest.skip(done.stderr.strip())

@@ -1,4 +1,4 @@
-"""The Hopper kernels as the package builds them, without a GPU: ptxas' report and the machine code."""
+"""The Hopper kernels as the package builds them, inspected without a GPU: ptxas' report and the machine code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from support.native_build import CAN_BUILD, NVCC, can_run_setup, cuda_module, run, toolchain
 from support.store import sources, stored
 
-pytest.importorskip("triton")  # whose wheel holds the disassembler
+pytest.importorskip("triton")  # its wheel contains the disassembler
 from support.machine_code import Cost, Instruction, counts, epilogues, functions
 
 pytestmark = [
@@ -24,10 +24,11 @@ pytestmark = [
         reason="nvcc, cmake, a C++ compiler, setuptools>=77 or pybind11 is not installed",
     ),
 ]
-# Tile kernels with their fp16, columns of a tile, labels or gradients; and the ordinary kernels of the losses of pairs
+# TILES captures a tile kernel's name, fp16, columns of a tile, and labels or gradients. SMALL captures the other
+# kernels of the losses of pairs.
 TILES = re.compile(r"\d(Statistics|Weights|Sigmoid|Weigh|Repair)ILb([01])E(?:Li(\d+)ELb([01])E)?E")
 SMALL = re.compile(r"\d(norms|copy|reduce|finish|sigmoid_finish|sigmoid_bwd)_kernel(?:ILb([01])E(?:Lb([01])E)?)?")
-# (kernel, fp16, columns of a tile, labels or gradients): every one that the C interface can start
+# (kernel, fp16, columns of a tile, labels or gradients) of every kernel that the C interface can launch
 TILE_KERNELS = {
     (name, half, columns, option)
     for name, half, option in [(n, h, o) for n in ("Statistics", "Weights", "Sigmoid") for h in "01" for o in "01"]
@@ -39,18 +40,19 @@ SMALL_KERNELS = {(name, half, 0, "") for name in ("copy", "finish", "sigmoid_fin
 SMALL_KERNELS |= {("norms", half, 0, sigmoid) for half in "01" for sigmoid in "01"}
 SMALL_KERNELS |= {("reduce", "", 0, "")}
 KERNELS = TILE_KERNELS | SMALL_KERNELS
-REGISTERS = 168  # 65536 / 384 threads, rounded down to what the hardware deals out; setmaxnreg moves them afterwards
+# 65536 / 384 threads, rounded down to the hardware's allocation unit; setmaxnreg moves them at run time
+REGISTERS = 168
 
-SMALL_REGISTERS = 64  # of 256 threads a block: four blocks a multiprocessor
+SMALL_REGISTERS = 64  # with 256 threads per block, this allows four blocks per multiprocessor
 
 
 Kernel = tuple[str, str, int, str]
 
 
 class Machine(NamedTuple):
-    report: dict[Kernel, str]  # ptxas' words on every kernel
-    warnings: list[str]  # spills; products that wait for each other are a "potential performance loss"
-    counts: dict[Kernel, Counter[str]]  # of instructions
+    report: dict[Kernel, str]  # ptxas' report on every kernel
+    warnings: list[str]  # spills; serialised products are reported as a "potential performance loss"
+    counts: dict[Kernel, Counter[str]]  # instructions by name
     code: dict[Kernel, list[Instruction]]
 
 
@@ -84,7 +86,7 @@ def machine() -> Machine:
 
 
 def _faults(machine: Machine) -> list[str]:
-    """Spills and local memory, by ptxas and by the machine code."""
+    """List spills and local memory, from ptxas' report and from the machine code."""
     told = [
         f"{kernel}: {text}"
         for kernel, text in machine.report.items()
@@ -108,30 +110,33 @@ def test_every_kernel_is_compiled_without_spills(machine: Machine) -> None:
 
 
 def test_products_are_not_serialised(machine: Machine) -> None:
-    """ptxas says so when it has to wait for every wgmma; then there is a wait a product, too."""
+    """ptxas does not report serialised wgmma products, and the machine code has no wait after each product."""
     assert not machine.warnings
     for kernel, count in _tiles(machine):
         assert (count["WARPGROUP.ARRIVE"], count["WARPGROUP.DEPBAR"]) == (1, 2), kernel
 
 
 def test_instructions_as_planned(machine: Machine) -> None:
-    """wgmma on operands in shared memory that the TMA brings, stored by the TMA; registers move to the consumers."""
+    """Products are wgmma on operands that the TMA loads into shared memory, results are stored by the TMA, and
+    registers move to the consumer warps.
+    """
     for kernel, count in _tiles(machine):
-        assert count["HGMMA"] == 8 and count["HMMA"] == 0, kernel  # four steps of 16 features, two halves
+        assert count["HGMMA"] == 8 and count["HMMA"] == 0, kernel  # four steps of 16 features, two halves of the rows
         assert count["UTMALDG"] == 2 and count["USETMAXREG"] == 2, kernel
         stores = kernel[0] in ("Weights", "Weigh") or (kernel[0] == "Sigmoid" and kernel[3] == "1")
         assert (count["UTMASTG"] > 0) == (count["STSM"] > 0) == stores, kernel
 
 
 def test_one_exponential_a_logit(machine: Machine) -> None:
-    """In the plain path and in the masked one; a thread has as many logits as the tile has columns. Two in a repair,
-    which has one path, the weights' third."""
+    """A logit takes one exponential in the plain path and one in the masked path, and a thread has as many logits as
+    the tile has columns. The repair has a single path with two; the weights' masked path has a third.
+    """
     for kernel, count in _tiles(machine):
         assert count["MUFU.EX2"] == {"Weigh": 4}.get(kernel[0], 2) * kernel[2], kernel
 
 
-# Of one warp on the path of a tile without a mask, as nvcc 13.0 compiles it. The products of a tile take 12 D clocks,
-# 6,144 at D = 512 (docs/kernels.md)
+# Costs of one warp on the path of a tile without a mask, as compiled by nvcc 13.0. The products of a tile take 12 D
+# clocks, 6,144 at D = 512 (docs/kernels.md).
 COSTS = {
     ("Statistics", 192, "0"): Cost(1233, 2375, 52),
     ("Statistics", 128, "1"): Cost(2414, 2502, 72),
@@ -145,7 +150,9 @@ COSTS = {
 
 
 def test_tiles_cost_no_more_than_they_did(machine: Machine) -> None:
-    """Instructions, clocks they stall for, loads from shared memory, which products read from at the same time."""
+    """The epilogue of a tile does not become more expensive: instructions, clocks of stalls, and loads from shared
+    memory, which compete with those of the products.
+    """
     release = re.search(r"release (\d+\.\d+)", run(NVCC, "--version").stdout)
     if release is None or release[1] != "13.0":
         pytest.skip("another nvcc makes other code")
@@ -159,7 +166,7 @@ def test_tiles_cost_no_more_than_they_did(machine: Machine) -> None:
 
 
 def test_small_kernels_call_no_subroutines(machine: Machine) -> None:
-    """A division in fp64 is one, around which a tile kernel spills."""
+    """Small kernels call no subroutine. A division in fp64 is a subroutine, and a tile kernel spills around it."""
     for kernel, count in machine.counts.items():
         if kernel[0] in ("Repair", "reduce"):
             assert count["CALL"] == 0, kernel
@@ -172,7 +179,7 @@ FAULTS = {
 
 
 def _compile_changed(file: str) -> Machine:
-    """One source file alone, by the very command that CMake gave, after a change to one of those that it includes."""
+    """Compile one source file with CMake's exact command, after a change to one of the files that it includes."""
     old, new = FAULTS[file]
     commands = json.loads((cuda_module() / "commands.json").read_text())
     (command,) = (one["command"] for one in commands if one["file"].endswith("contrastive_fwd.cu"))
@@ -193,7 +200,9 @@ def _compile_changed(file: str) -> Machine:
 
 
 def test_what_is_looked_for_is_found() -> None:
-    """The reading itself: wide tiles with labels, which spill, and accumulators touched between products."""
+    """The checks above detect real faults: wide tiles with labels, which spill, and accumulators
+    that are used between products.
+    """
     machine = _compile_changed("csrc/fastclip.h")
     assert any("Statistics" in fault for fault in _faults(machine)) and machine.warnings
     machine = _compile_changed("csrc/cuda/tile.cuh")

@@ -1,6 +1,8 @@
-"""The plain case on the CUDA backend: its kernels alone, by what they leave. Loss and gradients: test_plain.py.
+"""The plain case on the CUDA backend: its kernels alone, judged by their output. test_plain.py tests loss and
+gradients.
 
-On a Hopper GPU, or without one in csrc/tests' emulator: blocks of a grid in random order, threads too.
+They run on a Hopper GPU, or without one in the emulator of csrc/tests, which runs the blocks of a grid and
+their threads in random order.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ pytestmark = [
 ]
 DTYPES = [torch.bfloat16, torch.float16]
 EVERY = (True, True, True)
-OFFSET2, REPAIR, GAIN = 2, 3, 4  # of the constants that `saved` begins with
+OFFSET2, REPAIR, GAIN = 2, 3, 4  # indices of the constants at the head of `saved`
 
 
 def features(dtype: torch.dtype, *shape: int, **options: Any) -> list[Tensor]:
@@ -33,7 +35,7 @@ def features(dtype: torch.dtype, *shape: int, **options: Any) -> list[Tensor]:
 
 
 def run(image: Tensor, text: Tensor, normalize: bool) -> list[Tensor]:
-    """Loss and gradients."""
+    """Return the loss and its gradients."""
     scale, upstream = torch.tensor(14.3, device=DEVICE), torch.tensor(1.0, device=DEVICE)
     loss, saved = cuda.plain_fwd(image, text, scale, 0.5, normalize)
     return [loss, *cuda.plain_bwd(image, text, scale, saved, 0.5, normalize, upstream, EVERY)]
@@ -47,7 +49,7 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: bool) -> None:
-    """Again, in other schedules, and on any number of processors; with and without a repair."""
+    """Repeated runs give the same bits, in any schedule and on any number of processors, with and without a repair."""
     given = features(dtype, 300, 300, 40) if normalize else [poisoned(x, dtype) for x in uneven(300, 300)]
     image, text = map(kept, given)
     first = run(image, text, normalize)
@@ -62,12 +64,13 @@ def test_bits_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, 
     ("dtype", "normalize", "expected"),
     [
         (torch.bfloat16, True, (4, 2)),  # norms, statistics, reduction, repair; weights, finish
-        (torch.float16, True, (4, 3)),  # rows brought to norm 1: by the norms; once more
+        # the norms kernel also scales rows to norm 1, and does so again in the backward pass
+        (torch.float16, True, (4, 3)),
         (torch.bfloat16, False, (4, 2)),
     ],
 )
 def test_launches(dtype: torch.dtype, normalize: bool, expected: tuple[int, int]) -> None:
-    """Beside them two products of the library, and autograd's fill."""
+    """Number of the kernel launches of a step, apart from two products of the library and autograd's fill."""
     image, text = (x.contiguous() for x in features(dtype, 64, 64, 32))
     scale, upstream = torch.tensor(5.0), torch.tensor(1.0)
     cuda._module.launches()
@@ -78,7 +81,7 @@ def test_launches(dtype: torch.dtype, normalize: bool, expected: tuple[int, int]
 
 
 class Saved(NamedTuple):
-    """The arrays that the forward hands to the backward, as csrc/cuda/loss_plan.h lays it out."""
+    """The arrays that the forward pass hands to the backward pass, in the layout of csrc/cuda/loss_plan.h."""
 
     constants: Tensor
     own_scale: Tensor
@@ -115,7 +118,9 @@ def test_saved_is_as_large_as_promised(N: int) -> None:
 @pytest.mark.parametrize("N", [1, 40, 129])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_saved_is_written_whole(N: int, normalize: bool) -> None:
-    """Torch compares what an op returns, and memory that is not written differs."""
+    """The forward pass writes all of `saved`. Torch compares the outputs of an op, and unwritten memory
+    would differ.
+    """
     image, text = (kept(x) for x in features(torch.bfloat16, N, N, 24))
     saved = cuda.plain_fwd(image, text, torch.tensor(9.0, device=DEVICE), 0.5, normalize)[1]
     assert saved.isfinite().all()
@@ -131,7 +136,7 @@ def close(ours: Tensor, true: Tensor, tolerance: float, what: str) -> None:
 @pytest.mark.parametrize("N", [40, 129, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_the_forward_hands_on(dtype: torch.dtype, N: int, repair: bool) -> None:
-    """Norms, reduction and repair: every vector of the backward in fp64."""
+    """Norms, reduction and repair hand the backward pass vectors that agree with fp64."""
     image, text = (poisoned(x, dtype) for x in (uneven(N, N) if repair else pairs(N, N, 40)))
     scale, w = torch.tensor(3.0), 0.75
     found = cuda.plain_fwd(kept(image), kept(text), scale.to(DEVICE), w, not repair)[1]
@@ -168,7 +173,9 @@ def test_what_the_forward_hands_on(dtype: torch.dtype, N: int, repair: bool) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repair_keeps_what_rounding_takes(dtype: torch.dtype) -> None:
-    """Logits are thousands, and so are their log-sum-exps: products of these features are exact."""
+    """The repair keeps the digits that rounding of log-sum-exps in the thousands would lose. The
+    products of these features are exact.
+    """
     N = 130
     image, text = (torch.randint(-8, 9, (N, 8)) * 2.0 ** (torch.arange(N) % 6)[:, None] for _ in range(2))
     scale = torch.tensor(0.057)
@@ -190,7 +197,9 @@ def test_repair_keeps_what_rounding_takes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("N", [40, 129, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights(dtype: torch.dtype, N: int, repair: bool) -> None:
-    """One rounding of the dtype, of gain G r c; 0 at the own pairs; nothing outside."""
+    """Weights are G r c times the gain, rounded once to the dtype. They are 0 on the diagonal,
+    and nothing is written outside.
+    """
     image, text = (kept(poisoned(x, dtype)) for x in (uneven(N, N) if repair else pairs(N, N, 40)))
     scale = torch.tensor(3.0, device=DEVICE)
     _, found = cuda.plain_fwd(image, text, scale, 0.5, not repair)
@@ -208,7 +217,7 @@ def test_weights(dtype: torch.dtype, N: int, repair: bool) -> None:
     ours = weights[:N, :N].double().cpu()
     assert (ours.diagonal() == 0).all()
     smallest = max(torch.finfo(dtype).smallest_normal, 1e-30)
-    logit_error = 2e-3 if repair else 1e-4  # of logits that are thousands, in fp32
+    logit_error = 2e-3 if repair else 1e-4  # the logits are thousands, in fp32
     assert ((ours - true).abs() <= (torch.finfo(dtype).eps / 2 + logit_error) * true + smallest).all()
     assert weights[:N, -(-N // 8) * 8 :].isnan().all(), "written outside"
 
@@ -218,7 +227,9 @@ def _problem(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> tup
 
 
 def test_finish() -> None:
-    """From sums of the products that are any numbers: projection, scale, upstream, and d_scale's sum."""
+    """The finish is right for arbitrary sums of products: projection, scale, upstream gradient and the sum
+    of d_scale.
+    """
     N, D = 140, 40
     image, text = (kept(x) for x in features(torch.bfloat16, N, N, D))
     scale, upstream = torch.tensor(3.0, device=DEVICE), torch.tensor(0.5, device=DEVICE)

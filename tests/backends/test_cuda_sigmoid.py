@@ -1,7 +1,7 @@
-"""The sigmoid loss of pairs on the CUDA backend, native as a whole: against fp64, and its kernels alone.
+"""The sigmoid loss of pairs on the CUDA backend: the whole loss against fp64, and its kernels alone.
 
-On a Hopper GPU, or without one in csrc/tests' emulator: blocks of a grid in random order, threads too.
-losses/test_sigmoid_accuracy.py has the digits of normalised features, backends/test_cuda.py the tiles alone.
+It runs on a Hopper GPU, or without one in the emulator of csrc/tests, which runs the blocks of a grid and their threads
+in random order. losses/test_sigmoid_accuracy.py tests normalised features, backends/test_cuda.py the tiles alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = [
 ]
 DTYPES = [torch.bfloat16, torch.float16]
 EVERY = (True, True, True, True)
-SCALE, GAIN = 0, 4  # of the constants
+SCALE, GAIN = 0, 4  # indices of the constants
 
 
 def scalars(scale: float, bias: float) -> list[Tensor]:
@@ -47,7 +47,7 @@ def forward(
     needs: Any = EVERY,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Loss and the gradients that are needed."""
+    """Return the loss and the gradients that `needs` selects."""
     s, b = scalars(scale, bias)
     problem = Problem(image, text, s, None, 0, False, normalize)
     found = cuda.sigmoid_fwd(problem, b, divisor or len(image), list(needs), dtype)
@@ -81,7 +81,9 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
 @pytest.mark.parametrize("N", [2, 150, 260])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_features_as_they_are(dtype: torch.dtype, N: int, norm: float, bias: float) -> None:
-    """Logits up to 10 in any case; with the lowest bias weights of 1e-9 and less, which fp16 holds times the gain."""
+    """Features that are not normalised give accurate results. Logits are up to 10; the lowest bias gives weights of
+    1e-9 and less, which need the gain to fit into fp16.
+    """
     image, text = (poisoned(norm * x / x.norm(dim=1, keepdim=True), dtype) for x in pairs(N, N, 24))
     check(loss(dtype, normalize=False), image, text, 10 / norm**2, bias=bias, normalize=False)
 
@@ -90,7 +92,7 @@ def test_features_as_they_are(dtype: torch.dtype, N: int, norm: float, bias: flo
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: bool, workspace: str) -> None:
-    """A workspace for a few tiles: chunks of rows, and blocks of columns."""
+    """A workspace of a few tiles forces chunks of rows and blocks of columns, with the same result."""
     image, text = features(dtype, 300, 300, 24)
     if not normalize:
         image, text = image / 4, text / 4
@@ -102,7 +104,9 @@ def test_chunks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: 
 
 
 def test_chunks_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a wave of rows fits: two processors, and two tiles of a product across."""
+    """A workspace that fits a wave of rows gives chunks of whole rows, here with two processors and products two tiles
+    wide.
+    """
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
     monkeypatch.setattr(cuda, "_processors", lambda device: 2)
     _, _, _, chunks, *_, columns = cuda._sizes(300, 264, env.workspace_bytes("cuda"), 2)
@@ -116,7 +120,7 @@ def test_chunks_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, normalize: bool) -> None:
-    """Again, in other schedules, and on any number of processors."""
+    """Repeated runs give the same bits, in any schedule and on any number of processors."""
     image, text = (kept(x) for x in features(dtype, 300, 300, 40))
     first = forward(image, text, normalize=normalize, dtype=torch.float64)
     for seed, processors in [(1, 4), (2, 2), (3, 3), (4, 132)]:
@@ -135,7 +139,9 @@ def test_bits_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, 
 def test_backward_is_the_reference_to_the_bit(
     dtype: torch.dtype, shift: int, shapes: tuple[Any, ...], wide: bool, d_loss: float
 ) -> None:
-    """Any sizes, whether 16 bytes can be read at once or not; the loss's gradient in fp64 too."""
+    """The backward pass equals the reference bit for bit, for sizes and addresses with and without 16-byte access, and
+    for an upstream gradient in fp32 or fp64.
+    """
     inputs = [torch.randn(shape).to(DEVICE, dtype) for shape in shapes] + scalars(1.0, 1.0)
     kept = []
     for x in inputs:
@@ -160,7 +166,9 @@ def test_loss_scaler_keeps_gradients_that_fp16_flushes() -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_launches(dtype: torch.dtype, normalize: bool) -> None:
-    """Norms, tiles, finish, and one backward; beside them two products of the library, and autograd's fill."""
+    """A step launches norms, tiles and finish forward and one kernel backward, apart from two products of
+    the library and autograd's fill.
+    """
     image, text = (x.contiguous() for x in features(dtype, 64, 64, 32))
     cuda._module.launches()
     _, *grads = forward(image, text, normalize=normalize)
@@ -169,11 +177,11 @@ def test_launches(dtype: torch.dtype, normalize: bool) -> None:
     assert (launches, cuda._module.launches()) == (3, 1)
 
 
-# ---- the kernels alone, by what they leave ----
+# ---- the kernels alone, judged by their output ----
 
 
 class Work(NamedTuple):
-    """The arrays before the weights, as csrc/cuda/loss_plan.h lays them out; views, on the device."""
+    """The arrays before the weights, in the layout of csrc/cuda/loss_plan.h, as views on the device."""
 
     constants: Tensor
     ticket: Tensor
@@ -186,7 +194,7 @@ class Work(NamedTuple):
 
     @staticmethod
     def of(memory: Tensor, N: int, width: int) -> Work:
-        """Of one chunk, of fewer than 1000 rows: narrow tiles."""
+        """Return the views for one chunk of fewer than 1000 rows, which has narrow tiles."""
         at = 0
 
         def take(count: int, dtype: torch.dtype) -> Tensor:
@@ -208,14 +216,16 @@ class Work(NamedTuple):
         return Work(constants, ticket, own, sides[::2], sides[1::2], part, weights, raw)
 
     def sums(self, tiles: int) -> tuple[Tensor, Tensor]:
-        """Of the tiles' shares, and of the own pairs'."""
+        """Return the sums of the tiles' shares and of the diagonal's shares."""
         return self.part[:, :tiles].sum(1).cpu(), self.part[:, tiles:].sum(1).cpu()
 
 
 def _begun(
     image: Tensor, text: Tensor, s: Tensor, b: Tensor, normalize: bool, gradients: bool = True
 ) -> tuple[Work, tuple[Any, ...], list[Tensor]]:
-    """After norms and tiles of one chunk: the workspace, arguments of further calls, what must stay alive."""
+    """Run norms and tiles of one chunk. Return the workspace, the arguments of further calls,
+    and the tensors to keep alive.
+    """
     N = len(image)
     *alive, problem, sizes = cuda._plain(image, text, s, 0.5, normalize)
     width = alive[2].shape[1]
@@ -234,8 +244,9 @@ def _begun(
 def test_norms_and_tiles(
     dtype: torch.dtype, gradients: bool, scale: float, bias: float, normalize: bool, N: int
 ) -> None:
-    """Own pairs in fp64; the gain, which the tiles find themselves where rows are no unit rows; weights, also such as
-    fp16 would flush without it."""
+    """Norms and tiles agree with fp64: the pairs of the diagonal, the gain (which the tiles derive themselves unless
+    rows are unit rows), and weights, including those that fp16 would flush to zero without the gain.
+    """
     image, text = features(dtype, N, N, 40)
     s, b = scalars(scale, bias)
     work, _, alive = _begun(kept(image), kept(text), s, b, normalize, gradients)
@@ -256,7 +267,7 @@ def test_norms_and_tiles(
     assert (error <= 1e-12).all(), error
     g = torch.sigmoid(z).fill_diagonal_(0)
     softplus = -torch.nn.functional.logsigmoid(-z).fill_diagonal_(0).sum()
-    flushed = 1e-30  # a tile's sums are fp32
+    flushed = 1e-30  # the sums of a tile are fp32
     assert abs(float(others[0]) - float(softplus)) <= 1e-5 * float(softplus) + flushed
     if not gradients:
         return
@@ -285,7 +296,9 @@ def test_norms_and_tiles(
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_finish(dtype: torch.dtype, wide: bool, D: int, gain: float, normalize: bool, N: int) -> None:
-    """From any products, own pairs and shares, with a divisor of its own."""
+    """The finish is right for arbitrary products, diagonal and shares, with a divisor other than the number
+    of pairs.
+    """
     image, text = (kept(x) for x in features(dtype, N, N, D))
     s, b = scalars(3.0, -2.0)
     work, arguments, alive = _begun(image, text, s, b, normalize)

@@ -1,6 +1,7 @@
-"""The GPU backends on a GPU: sizes of several waves, memory, streams, the sanitizer, NCCL. `pytest -m gpu`.
+"""The GPU backends on a GPU: sizes of several waves, memory, streams, the sanitizer, NCCL. Run with `pytest -m gpu`.
 
-What the interpreter shows as well is in losses/test_accuracy.py and backends/test_kernels.py, which run on a GPU too.
+Tests that the interpreter can run too are in losses/test_accuracy.py and
+backends/test_kernels.py, which also run on a GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BF16_KINDS = [Kind(backend, torch.bfloat16) for backend in ("triton", "cuda")]
 @pytest.mark.parametrize("D", [256, 512, 640, 768, 1024, 1376])
 @each_kind(GPU_KINDS)
 def test_loss_and_gradients_accurate(kind: Kind, D: int, scale: float) -> None:
-    """Both gates, at a size of several waves that no tile divides."""
+    """Both gates pass at a size of several waves that no tile divides."""
     image, text = kind.pairs(1500, 1500, D)
     check(kind.loss(), image, text, scale)
 
@@ -68,8 +69,9 @@ def features(N: int, D: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
 
 
 def truth_by_rows(image: Tensor, text: Tensor, scale: float, sample: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and d_image of the sampled rows, in fp64, a block of logits at a time; of a million rows the
-    log-sum-exps, which are minutes otherwise, in fp32."""
+    """Return the loss, and d_image of the sampled rows, in fp64, computed in blocks of logits. The log-sum-exps of a
+    million rows are computed in fp32, because fp64 would take minutes.
+    """
     u, v = (F.normalize(x.detach().double(), dim=1) for x in (image, text))
     N = len(u)
     block = max(2**27 // N, 1)
@@ -104,7 +106,7 @@ def check_sampled(kind: Kind, N: int, D: int) -> None:
 @pytest.mark.parametrize("N", [8192, 65536])
 @each_kind(GPU_KINDS)
 def test_large_batches_accurate(kind: Kind, N: int) -> None:
-    """Row panels, row chunks and column blocks."""
+    """Losses that are split into row panels, row chunks and column blocks are accurate."""
     check_sampled(kind, N, 512)
 
 
@@ -130,7 +132,9 @@ def test_bitwise_repeatable(kind: Kind) -> None:
 @pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
 @each_kind(BF16_KINDS)
 def test_no_host_synchronisation_and_graph_capture(kind: Kind, loss: str) -> None:
-    """A captured step, replayed on new features, gives what a plain step gives."""
+    """A step waits for no synchronisation, and a captured step replayed on new features gives what a plain
+    step gives.
+    """
     image, text = features(2000, 256, torch.bfloat16)
     scale, bias = (torch.tensor(x, device="cuda", requires_grad=True) for x in (10.0, -10.0))
     inputs = (image, text, scale) if loss == "contrastive" else (image, text, scale, bias)
@@ -165,7 +169,9 @@ def test_no_host_synchronisation_and_graph_capture(kind: Kind, loss: str) -> Non
 @pytest.mark.parametrize("N", [16384, 65536])
 @each_kind(BF16_KINDS)
 def test_peak_memory(kind: Kind, N: int) -> None:
-    """Beyond features and their gradients: the workspace and O((M + N) D); nothing N x N."""
+    """Peak memory beyond the features and their gradients is the workspace and O((M + N) D); no N x N
+    matrix is stored.
+    """
     D = 768
     image, text = features(N, D, torch.bfloat16)
     image.grad, text.grad = torch.zeros_like(image), torch.zeros_like(text)
@@ -198,7 +204,9 @@ def test_compiled_and_autocast(kind: Kind) -> None:
 @pytest.mark.parametrize("N", [129, 1500, 8192])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_triton_and_cuda_agree(dtype: torch.dtype, N: int, options: dict[str, Any]) -> None:
-    """Both round a gradient once: they differ by no more than two such roundings, and their losses by fp32's."""
+    """Triton and CUDA agree. Each rounds a gradient once, so gradients differ by at most two
+    roundings, and losses by those of fp32.
+    """
     try:
         pick("cuda", torch.empty(1, 1, dtype=dtype, device="cuda"))
     except RuntimeError as refused:
@@ -260,7 +268,7 @@ def test_compute_sanitizer(kind: Kind, sanitizer: str, tool: str) -> None:
 
 @pytest.fixture
 def nccl(tmp_path: Path) -> Iterator[Any]:
-    """A group of one rank: what a single GPU can show of NCCL's collectives."""
+    """NCCL group of one rank, which exercises as much of NCCL's collectives as a single GPU can."""
     if not dist.is_nccl_available():
         pytest.skip("this torch has no NCCL")
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
@@ -272,7 +280,9 @@ def nccl(tmp_path: Path) -> Iterator[Any]:
 @pytest.mark.parametrize("comm", ["gather", "ring"])
 @each_kind(BF16_KINDS)
 def test_group_of_one_is_the_loss_without(kind: Kind, nccl: Any, comm: str, options: dict[str, Any]) -> None:
-    """And with equal_shards=True there is nothing that the host waits for."""
+    """The loss over a group of one equals the loss without a group, and with equal_shards=True the
+    host does not wait for the device.
+    """
     inputs = [*features(1000, 256, torch.bfloat16), torch.tensor(10.0, device="cuda", requires_grad=True)]
     options, function = dict(options), fastclip.contrastive_loss
     if options.pop("labels", False):

@@ -1,7 +1,7 @@
 """The launchers of the GPU backends, which users call: offsets, repairs, panels and blocks, work, layouts.
 
-On a GPU, or without one in Triton's interpreter and csrc/tests' emulator of Hopper. What holds for every backend alike
-stands in losses/test_accuracy.py and losses/test_sigmoid_accuracy.py.
+They run on a GPU, or without one in Triton's interpreter and in csrc/tests' emulator of Hopper. What every backend
+shares is tested in losses/test_accuracy.py and losses/test_sigmoid_accuracy.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("offset", [0, 5, -3, 60, 1000, -1000])
 @each_kind(GPU_KINDS, few=True)
 def test_offset_of_a_shard(kind: Kind, offset: int) -> None:
-    """Row i's positive is column i + offset, if there is one; everything equals the reference's fp64."""
+    """The positive of row i is column i + offset, if it exists, and all results equal the reference in fp64."""
     image, text = (x.to(kind.dtype) for x in pairs(50, 130, 24))
 
     def run(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
@@ -49,7 +49,9 @@ def test_offset_of_a_shard(kind: Kind, offset: int) -> None:
 
 @each_kind(GPU_KINDS)
 def test_repair_of_opposite_features(kind: Kind, launches: Launches) -> None:
-    """Normalised, scale 100, every negative cosine near -1 or 1 / 2: below what the offset reaches."""
+    """Opposite features need the repair: normalised at scale 100, every negative cosine is near -1 or 1 / 2,
+    below the reach of the offset.
+    """
     image = torch.randn(2, 24).repeat_interleave(2, 0)
     image, text = (poisoned(x, kind.dtype) for x in (image + 0.01 * torch.randn(4, 24), -image))
     check(kind.loss(), image[:2], text[:2], 100.0)
@@ -71,13 +73,15 @@ def test_repair_not_needed_for_ordinary_batches(kind: Kind, launches: Launches) 
 def test_panels_and_blocks(
     monkeypatch: pytest.MonkeyPatch, launches: Launches, labels: bool, normalize: bool, kind: Kind
 ) -> None:
-    """A workspace for a few tiles: row panels forward, row chunks and column blocks backward, repair included."""
+    """A workspace of a few tiles forces row panels forward, and row chunks and column blocks backward, also in a
+    repair.
+    """
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.004")
     M, N = (140, 260) if labels else (260, 260)
     image, text = (poisoned(x, kind.dtype) for x in (pairs(M, N, 24) if normalize else uneven(M, N)))
     y = random_labels(M, N, 60) if labels else None
     check(kind.loss(labels=y, normalize=normalize), image, text, 5.0, labels=y, normalize=normalize)
-    if labels or kind.backend != "cuda":  # whose plain case starts its kernels itself
+    if labels or kind.backend != "cuda":  # the plain case of the CUDA backend launches its own kernels
         assert launches.names.count("contrastive_fwd_kernel") > 1
         assert launches.names.count("contrastive_bwd_kernel") == (6 if labels else 9)
     assert launches.repaired == [not normalize] * len(launches.repaired)
@@ -85,7 +89,7 @@ def test_panels_and_blocks(
 
 @each_kind(GPU_KINDS, few=True)
 def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
-    """Partial sums and weights, whatever the batch."""
+    """Partial sums and weights stay within the workspace for any batch."""
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
     kind.loss(reduction="sum")(*(x.requires_grad_() for x in kind.pairs(400, 400, 8)), torch.tensor(5.0)).backward()
     for name in ("contrastive_fwd_kernel", "contrastive_bwd_kernel"):
@@ -97,9 +101,10 @@ def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches
 
 @each_kind(GPU_KINDS, few=True)
 def test_work_and_launches(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
-    """Forward 2 M N D in five launches with the norms, backward 6 M N D in seven with the products and the finish.
+    """The forward pass takes 2 M N D operations in five launches including norms, the backward pass 6 M N D in seven
+    including products and finish.
 
-    Not of the plain case, which test_plain.py counts.
+    test_plain.py counts the plain case.
     """
     operations = counted_products(monkeypatch)
     M = N = 256
@@ -162,7 +167,7 @@ def test_swapped_modalities_swap_gradients(kind: Kind) -> None:
 @pytest.mark.parametrize("which", [0, 1])
 @each_kind(GPU_KINDS)
 def test_one_side_aligned(kind: Kind, which: int, normalize: bool, D: int) -> None:
-    """One side lies as the products want it, the other does not."""
+    """Features may be aligned as the products need them on one side only."""
     sides = [x.to(kind.dtype) for x in pairs(9, 9, D)]
     sides[which] = F.pad(sides[which], (0, 16 - D % 8), value=torch.nan)[:, :D]
     sides[1 - which] = torch.cat([torch.zeros(1, dtype=kind.dtype), sides[1 - which].flatten()])[1:].view(9, D)
@@ -175,8 +180,8 @@ def test_one_side_aligned(kind: Kind, which: int, normalize: bool, D: int) -> No
 
 @each_kind(fp16(GPU_KINDS))
 def test_rows_beyond_2_to_the_31(kind: Kind) -> None:
-    """Element offsets of the last rows do not fit into 32 bits."""
-    torch.use_deterministic_algorithms(False)  # the pages between the rows are never touched
+    """Rows whose element offsets do not fit into 32 bits are read correctly."""
+    torch.use_deterministic_algorithms(False)  # otherwise torch would fill the pages between the rows
     M, stride = 2100, 2**20
     wide = torch.empty(M * stride, dtype=torch.float16, device=DEVICE)
     assert wide.numel() > 2**31

@@ -1,4 +1,4 @@
-"""A slower way that is taken for lack of a module is told, once a process."""
+"""A slower path that is taken because a module is missing is reported once per process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_dense_loss_that_was_asked_for_is_not_told(
     assert warnings(caplog) == []
 
 
-@pytest.mark.full  # the compiler is loaded
+@pytest.mark.full  # loads the compiler
 def test_compiled_loss_tells_as_well(caplog: pytest.LogCaptureFixture) -> None:
     compiled = torch.compile(fastclip.contrastive_loss, fullgraph=True, backend="aot_eager")
     for _ in range(2):
@@ -92,4 +92,4 @@ def test_doctor_has_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
         == (reason, "pip install triton")
         == (reason, mending("triton", reason))
     )
-    assert found["cuda"].advice == ""  # for Hopper alone
+    assert found["cuda"].advice == ""  # the backend is for Hopper alone

@@ -24,13 +24,13 @@ def groups() -> set[str]:
 
 
 def built(sanitize: str, folder: Path) -> Path:
-    """A folder for CTest, with the program that it runs."""
+    """Return a folder that CTest can run, with its program."""
     options = {"FASTCLIP_BUILD_PYTHON": "OFF", "FASTCLIP_BUILD_TESTS": "ON", "FASTCLIP_SANITIZE": sanitize}
 
     def make(source: Path, place: Path) -> None:
         build(source, folder, warnings=False, **options)
         shutil.copy(folder / "test_cpu", place)
-        # CTest's list of tests has the program's whole path
+        # CTest's list of tests contains the program's absolute path
         text = (folder / "CTestTestfile.cmake").read_text()
         (place / "CTestTestfile.cmake").write_text(text.replace(str(folder), "${CMAKE_CURRENT_LIST_DIR}"))
 
@@ -44,7 +44,7 @@ def built(sanitize: str, folder: Path) -> Path:
 def test_native_code(sanitize: str, tmp_path: Path) -> None:
     if sanitize and not has_runtime(sanitize, tmp_path):
         pytest.skip(f"{COMPILER} has no runtime for -fsanitize={sanitize}")
-    folder = tmp_path / "tests"  # CTest writes beside what it runs
+    folder = tmp_path / "tests"  # CTest writes beside the program
     shutil.copytree(built(sanitize, tmp_path / "build"), folder)
     done = run("ctest", "--test-dir", folder, "--output-on-failure", "--no-tests=error")
     assert done.returncode == 0, done.stdout + done.stderr

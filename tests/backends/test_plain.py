@@ -1,6 +1,7 @@
-"""The plain case of the backends for GPUs: N pairs, the mean loss and its gradients in one call each way.
+"""The plain case of the GPU backends: N pairs, the mean loss and its gradients, in one call forward and one backward.
 
-Called as the ops call it, without them. The general case's tests, of the same statistics' tiles, are test_kernels.py.
+The tests call the backends directly instead of the ops. test_kernels.py tests the general case, which
+shares the tiles of the statistics.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from support.kernels import Launches
 from support.kinds import DEVICE, GPU_KINDS, LAYOUTS, SHAPES, Kind, each_kind, fp16, kept, laid_out, uneven, wide
 
 MODULES: dict[str, ModuleType] = {"triton": triton, "cuda": cuda}
-_REPAIR = REPAIR.value  # csrc/fastclip.h has the same
+_REPAIR = REPAIR.value  # csrc/fastclip.h has the same value
 PLAIN = [kind for kind in GPU_KINDS if hasattr(MODULES[kind.backend], "plain_fwd")]
 TRITON = [kind for kind in PLAIN if kind.backend == "triton"]
 CUDA = [kind for kind in PLAIN if kind.backend == "cuda"]
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 class _Loss(torch.autograd.Function):
-    """The least that calls both passes."""
+    """Smallest autograd function that calls both passes."""
 
     @staticmethod
     def forward(
@@ -58,7 +59,7 @@ class _Loss(torch.autograd.Function):
 
 
 def plain_loss(kind: Kind, *, image_weight: float = 0.5, normalize: bool = True) -> Callable[..., Tensor]:
-    """From and to the CPU, where the truth is."""
+    """Return a loss that takes and returns tensors on the CPU, where the truth is computed."""
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         inputs = *(kept(x, kind.device) for x in (image, text)), scale.to(kind.device)
@@ -68,14 +69,14 @@ def plain_loss(kind: Kind, *, image_weight: float = 0.5, normalize: bool = True)
 
 
 def check_repaired(kind: Kind, expected: bool, image: Tensor, text: Tensor, scale: float, normalize: bool) -> None:
-    """By what the forward hands on: both backends' begins with the constants."""
+    """Check whether a repair ran, from the constants at the head of `saved`, which both backends share."""
     inputs = *(kept(x, kind.device) for x in (image, text)), torch.tensor(scale, device=kind.device)
     _, saved = MODULES[kind.backend].plain_fwd(*inputs, 0.5, normalize)
     assert bool(saved[_REPAIR] != 0) == expected
 
 
 def features(kind: Kind, N: int, D: int, **options: Any) -> list[Tensor]:
-    """On the device, with gradient."""
+    """Return features on the device that require gradients."""
     return [kept(x, kind.device).detach().requires_grad_() for x in kind.pairs(N, N, D, **options)]
 
 
@@ -105,7 +106,7 @@ def test_solved_batch_keeps_digits(kind: Kind, noise: float, loss: float) -> Non
 
 @each_kind(PLAIN)
 def test_blocks_of_solved_and_unsolved_pairs(kind: Kind) -> None:
-    """Every 128 pairs have a power of two of their own before all are known: here 2^40 lies between them."""
+    """Each 128 pairs have their own power of two until all are known; here these powers differ by 2^40."""
     image, text = kind.pairs(300, 300, 64, aligned=1.0, noise=0.02)
     text[140:260] = text[140:260].flip(0)
     check(plain_loss(kind), image, text, 50.0)
@@ -116,7 +117,9 @@ def test_blocks_of_solved_and_unsolved_pairs(kind: Kind) -> None:
 @pytest.mark.parametrize("N", [2, 64, 200, 260])
 @each_kind(PLAIN)
 def test_repair_of_uneven_norms(kind: Kind, N: int, scale: float) -> None:
-    """The logits of a tile lie thousands apart, one offset cannot serve them: one block of indices, several."""
+    """Uneven norms put the logits of a tile thousands apart, so that one offset cannot serve them. The sizes have
+    one block of indices, or several.
+    """
     image, text = (poisoned(x, kind.dtype) for x in uneven(N, N))
     check(plain_loss(kind, normalize=False, image_weight=0.3), image, text, scale, normalize=False, image_weight=0.3)
     check_repaired(kind, True, image, text, scale, normalize=False)
@@ -124,7 +127,9 @@ def test_repair_of_uneven_norms(kind: Kind, N: int, scale: float) -> None:
 
 @each_kind(PLAIN)
 def test_repair_of_opposite_features(kind: Kind) -> None:
-    """Normalised, scale 100, every negative cosine near -1 or 1 / 2: below what the offset reaches."""
+    """Opposite features need the repair: normalised at scale 100, every negative cosine is near -1 or 1 / 2,
+    below the reach of the offset.
+    """
     image = torch.randn(2, 24).repeat_interleave(2, 0)
     image, text = (poisoned(x, kind.dtype) for x in (image + 0.01 * torch.randn(4, 24), -image))
     check(plain_loss(kind), image[:2], text[:2], 100.0)
@@ -144,7 +149,9 @@ def test_repair_not_needed_for_ordinary_batches(kind: Kind) -> None:
 def test_panels_and_blocks(
     kind: Kind, normalize: bool, N: int, workspace: str, monkeypatch: pytest.MonkeyPatch, launches: Launches
 ) -> None:
-    """A workspace for a few tiles: row panels forward, row chunks and column blocks backward, repair included."""
+    """A workspace of a few tiles forces row panels forward, and row chunks and column blocks backward, also in a
+    repair.
+    """
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", workspace)
     image, text = (poisoned(x, kind.dtype) for x in (pairs(N, N, 24) if normalize else uneven(N, N)))
     check(plain_loss(kind, normalize=normalize), image, text, 5.0, normalize=normalize)
@@ -153,12 +160,14 @@ def test_panels_and_blocks(
         assert launches.names.count("contrastive_bwd_kernel") > 1
     else:
         assert cuda._sizes(N, 24, env.workspace_bytes("cuda"), cuda._processors(-1))[-1] < N
-    check_repaired(kind, not normalize, image, text, 5.0, normalize)  # which would hide a panel that is forgotten
+    check_repaired(kind, not normalize, image, text, 5.0, normalize)  # a repair would hide a forgotten panel
 
 
 @each_kind(CUDA)
 def test_chunks_of_whole_rows(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a wave of rows fits: two processors, and two tiles of a product across."""
+    """A workspace that fits a wave of rows gives chunks of whole rows, here with two processors and products two tiles
+    wide.
+    """
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
     monkeypatch.setattr(cuda, "_processors", lambda device: 2)
     _, _, _, chunks, *_, columns = cuda._sizes(300, 264, env.workspace_bytes("cuda"), 2)
@@ -168,7 +177,7 @@ def test_chunks_of_whole_rows(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> No
 
 @each_kind(TRITON, few=True)
 def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
-    """Partial sums and weights, whatever the batch; beside them only what grows with N and with N D."""
+    """Partial sums and weights stay within the workspace for any batch; other memory grows only with N and N D."""
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
     N, D = 400, 8
     plain_loss(kind)(*(x.requires_grad_() for x in kind.pairs(N, N, D)), torch.tensor(5.0)).backward()
@@ -180,7 +189,7 @@ def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches
 
 @each_kind(PLAIN)
 def test_one_pair(kind: Kind) -> None:
-    """Nothing to tell it from."""
+    """A single pair has no negatives: loss and gradients are 0."""
     x = features(kind, 1, 8)
     scale = torch.tensor(14.3, device=DEVICE, requires_grad=True)
     loss = _Loss.apply(*x, scale, kind, 0.5, True)
@@ -230,7 +239,9 @@ def test_scale_that_is_not_finite_propagates(kind: Kind, scale: float) -> None:
 )
 @each_kind(wide(PLAIN))
 def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> None:
-    """From a scaler's factor to the subnormal weights of a mean over very many."""
+    """Upstream gradients scale the result without overflow or flushing, from a scaler's factor to the subnormal weights
+    of a mean over very many pairs.
+    """
     image, text = (size * x for x in kind.pairs(30, 30, 16))
     expected = truth(image, text, 14.3)
     image.requires_grad_()
@@ -242,7 +253,7 @@ def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> Non
 @pytest.mark.parametrize(("size", "factor"), [(1.0, 2.0**16), (300.0, 2.0**16), (2.0**-8, 2.0**-10)])
 @each_kind(fp16(PLAIN))
 def test_fp16_gradients_do_not_flush(kind: Kind, size: float, factor: float) -> None:
-    """A scaler's factor is multiplied in before the one cast."""
+    """Gradients in fp16 do not flush to zero, because a scaler's factor is multiplied in before the only cast."""
     image, text = ((size * x / x.norm(dim=1, keepdim=True)).half() for x in pairs(200, 200, 16))
     image.requires_grad_()
     plain_loss(kind)(image, text, torch.tensor(5.0)).backward(torch.tensor(factor))
@@ -286,7 +297,9 @@ def test_bitwise_repeatable_and_backward_twice(kind: Kind, normalize: bool) -> N
 @pytest.mark.parametrize("repair", [False, True])
 @each_kind(TRITON, few=True)
 def test_loss_by_ticket_or_by_another_launch(kind: Kind, repair: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a barrier does not order global memory, as on AMD, a launch more adds up what the last program does."""
+    """An additional launch adds what the last program would add, on devices whose barrier does not order global memory
+    (AMD). Both ways give the same bits.
+    """
     image, text = (x.detach().requires_grad_() for x in (uneven(300, 300) if repair else pairs(300, 300, 16)))
     text.data[140:260] = text.data[140:260].flip(0)
     image, text = (kept(x.detach().to(kind.dtype)).requires_grad_() for x in (image, text))
@@ -333,7 +346,9 @@ def test_layouts(kind: Kind, normalize: bool, side: int, D: int, layout: str) ->
 
 @each_kind(TRITON)
 def test_work_and_launches(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
-    """Forward 2 M N D in five launches, backward 6 M N D in three and two products: ten, where nothing is copied."""
+    """The forward pass takes 2 M N D operations in five launches, the backward pass 6 M N D in three launches and two
+    products. That makes ten if nothing is copied.
+    """
     operations = counted_products(monkeypatch)
     N, D = 256, 64
     inputs = [*features(kind, N, D), torch.tensor(5.0, device=DEVICE, requires_grad=True)]

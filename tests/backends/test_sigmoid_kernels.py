@@ -1,6 +1,6 @@
-"""The sigmoid loss of the backends for GPUs, called as the ops call it: shards, blocks, dtypes, launches.
+"""The sigmoid loss of the GPU backends, called as the ops call it: shards, blocks, dtypes, launches.
 
-What holds for every backend alike stands in losses/test_sigmoid_accuracy.py.
+What every backend shares is tested in losses/test_sigmoid_accuracy.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(
     needs: tuple[bool, ...] = ALL,
     dtype: torch.dtype = torch.float64,
 ) -> list[Tensor | None]:
-    """Loss and gradients of one backend's forward."""
+    """Return the loss and gradients of one backend's forward pass."""
     return list(MODULES[kind.backend].sigmoid_fwd(p, bias, divisor, list(needs), dtype))
 
 
@@ -80,7 +80,9 @@ def test_shards_and_blocks(
     offset: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """M images and N texts, whose own pairs begin at `offset` or lie elsewhere; whole, and in blocks of weights."""
+    """M images and N texts, whose diagonal begins at `offset` or lies outside, give the same results
+    whole and in blocks of weights.
+    """
     if megabytes:
         monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", megabytes)
     p, bias = problem(kind, *shape, scale=5.0, offset=offset, normalize=normalize), bias_of(kind, -3.0)
@@ -96,7 +98,8 @@ def test_every_subset_of_gradients(kind: Kind, normalize: bool, shape: tuple[int
     whole = run(kind, p, bias)
     for needs in itertools.product((False, True), repeat=4):
         loss, *some = run(kind, p, bias, needs=needs)
-        torch.testing.assert_close(loss, whole[0], rtol=0 if any(needs) else 1e-6, atol=0)  # other tiles without any
+        # without gradients the tiles differ
+        torch.testing.assert_close(loss, whole[0], rtol=0 if any(needs) else 1e-6, atol=0)
         for need, ours, all_of_them in zip(needs, some, whole[1:]):
             assert (ours is not None) == need
             assert ours is None or torch.equal(ours, all_of_them)
@@ -112,7 +115,9 @@ def test_every_subset_of_gradients(kind: Kind, normalize: bool, shape: tuple[int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @each_kind(GPU_KINDS)
 def test_loss_of_the_dtype_that_is_asked_for(kind: Kind, dtype: torch.dtype) -> None:
-    """A float64 loss has not been a float32; gradients of features wait in a dtype that holds them."""
+    """The loss is computed in the requested dtype, not rounded to float32 on the way, and the gradients of features are
+    kept in a dtype that holds them.
+    """
     p, bias = problem(kind, 140, 140, 16), bias_of(kind)
     for needs in (ALL, (False,) * 4):
         loss, d_image, _, d_scale, _ = run(kind, p, bias, divisor=3, needs=needs, dtype=dtype)
@@ -126,7 +131,9 @@ def test_loss_of_the_dtype_that_is_asked_for(kind: Kind, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("normalize", [True, False])
 @each_kind(fp16(GPU_KINDS))
 def test_float16_weights_of_a_solved_batch_keep_digits(kind: Kind, normalize: bool) -> None:
-    """Without a gain, which features that are not normalised have from a launch of its own, they would flush to 0."""
+    """The float16 weights of a solved batch keep their digits. They would flush to 0 without a gain, which a separate
+    launch computes for features that are not normalised.
+    """
     image, text = (x / x.float().norm(dim=1, keepdim=True) for x in pairs(60, 60, 64, aligned=0.0))
     image, text = (kept(x.to(kind.dtype), kind.device) for x in (image, text))
     p = Problem(image, text, torch.tensor(20.0, device=kind.device), None, 1000, False, normalize)
@@ -201,7 +208,9 @@ def test_bitwise_repeatable(kind: Kind) -> None:
 @pytest.mark.parametrize("wide", [False, True])
 @each_kind(GPU_KINDS)
 def test_upstream_gradient_multiplies(kind: Kind, wide: bool) -> None:
-    """0, a loss scaler's factor, what is no number; the one rounding comes last; again from what was kept."""
+    """The kept gradients are multiplied by any upstream gradient (0, a loss scaler's factor, NaN) and rounded once at
+    the end, as often as backward is called.
+    """
     p, bias = problem(kind, 30, 70, 16, offset=20), bias_of(kind)
     inputs = *p[:3], bias
     _, *grads = run(kind, p, bias, divisor=30)
@@ -214,14 +223,14 @@ def test_upstream_gradient_multiplies(kind: Kind, wide: bool) -> None:
 
 @each_kind(GPU_KINDS, few=True)
 def test_gradients_lie_apart_and_follow_any_upstream(kind: Kind) -> None:
-    """Users change .grad in place, and one must not move with the other."""
+    """Each gradient has its own memory, because users change .grad in place."""
     image, text = (x.detach().requires_grad_() for x in problem(kind, 20, 20, 8)[:2])
     scalars = [torch.tensor(x, device=kind.device, requires_grad=True) for x in (10.0, -10.0)]
     inputs = image, text, *scalars
     loss = fastclip.sigmoid_loss(*inputs, backend=kind.backend)
     one = torch.autograd.grad(loss, inputs, retain_graph=True)
     assert len({x.untyped_storage().data_ptr() for x in one}) == 4
-    negated = torch.tensor(-3.0j, device=kind.device).conj().imag  # 3, by a bit that says so
+    negated = torch.tensor(-3.0j, device=kind.device).conj().imag  # 3, stored as -3 with torch's negation bit
     assert negated.is_neg()
     thrice = torch.autograd.grad(loss, inputs, negated, retain_graph=True)
     factors = torch.tensor([2.0, -3.0], device=kind.device)
@@ -233,7 +242,9 @@ def test_gradients_lie_apart_and_follow_any_upstream(kind: Kind) -> None:
 
 @each_kind(GPU_KINDS, few=True)
 def test_kept_gradients_anywhere_in_memory(kind: Kind) -> None:
-    """Gradients that a hook of the user's gives back need not be aligned; the products end where the gradients end."""
+    """Gradients that a user's hook returns need not be aligned, and the products write no further than the
+    gradients.
+    """
     p, bias = problem(kind, 131, 67, 24), bias_of(kind)
     _, *grads = run(kind, p, bias)
     inputs, upstream = (*p[:3], bias), torch.tensor(2.0, device=kind.device)
@@ -245,8 +256,9 @@ def test_kept_gradients_anywhere_in_memory(kind: Kind) -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 @each_kind(TRITON)
 def test_work_and_launches(kind: Kind, normalize: bool, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
-    """Three launches and two products forward, one launch backward; a fourth for the bound that float16's gain is of,
-    or for a copy. Without gradients the same launches, no product."""
+    """The forward pass takes three launches and two products, the backward pass one launch. A fourth launch computes
+    the bound behind float16's gain, or copies. Without gradients the launches are the same, without products.
+    """
     operations = counted_products(monkeypatch)
     p, bias = problem(kind, 256, 200, 64, normalize=normalize), bias_of(kind)
     more = []
@@ -266,7 +278,7 @@ def test_work_and_launches(kind: Kind, normalize: bool, monkeypatch: pytest.Monk
 
 @each_kind(TRITON, few=True)
 def test_workspace_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
-    """Weights, whatever the batch; what else lies beside them is as large as the features."""
+    """Weights stay within the workspace for any batch; other memory is as large as the features."""
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "0.125")
     p, bias = problem(kind, 700, 600, 8), bias_of(kind)
     assert_close(kind, run(kind, p, bias), true_of(p, bias))
@@ -284,7 +296,7 @@ def test_op_passes_opcheck(kind: Kind, needs: tuple[bool, ...]) -> None:
 
 @each_kind(GPU_KINDS, few=True)
 def test_uneven_norms(kind: Kind) -> None:
-    """Logits beyond what an exponential holds, on both sides of 0."""
+    """Uneven norms give logits on both sides of 0 that overflow an exponential; loss and gradients stay accurate."""
     image, text = (kept(x.to(kind.dtype), kind.device) for x in uneven(90, 90))
     p = Problem(image, text, torch.tensor(0.5, device=kind.device), None, 0, False, False)
     assert_close(kind, run(kind, p, bias_of(kind, -4.0)), true_of(p, bias_of(kind, -4.0)))

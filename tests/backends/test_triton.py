@@ -1,6 +1,7 @@
-"""What only the Triton backend has: two ways to read tiles, repairs and maxima in its own kernels, the interpreter.
+"""Properties of the Triton backend alone: two ways to read tiles, repairs and maxima in its own kernels, the
+interpreter.
 
-losses/test_accuracy.py and backends/test_kernels.py hold what it shares with other backends.
+losses/test_accuracy.py and backends/test_kernels.py test what it shares with other backends.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TRITON_LOSS = Kind("triton", torch.float32).loss
 
 @pytest.fixture(params=["pointers", "descriptors"])
 def accesses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How tiles are read: both ways, whatever this machine would choose."""
+    """Run the test with each way of reading tiles, regardless of the machine's own choice."""
     if GPU and request.param == "descriptors" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("this GPU has no tensor memory accelerator")
     monkeypatch.setattr(launch, "uses_descriptors", lambda x: request.param == "descriptors")
@@ -61,7 +62,7 @@ def test_both_accesses_accurate(accesses: str, dtype: torch.dtype, labels: bool,
 def test_repair_forced(
     monkeypatch: pytest.MonkeyPatch, accesses: str, dtype: torch.dtype, labels: bool, launches: Launches
 ) -> None:
-    """What the repair computes is right for ordinary batches too: the guards are set so that none passes."""
+    """The repair is right for ordinary batches too; the guards are set so that every batch needs it."""
     monkeypatch.setattr(contrastive_fwd_reduce, "_SAFE_SUM", torch.inf)
     monkeypatch.setattr(contrastive_bwd_vectors, "_LOWEST", torch.inf)
     M, N = (100, 140) if labels else (140, 140)
@@ -87,7 +88,7 @@ def test_layouts(layout: str, normalize: bool, accesses: str) -> None:
     else:
         image = torch.cat([torch.zeros(1), image.flatten()])[1:].view(40, 24)
     loss = TRITON_LOSS(normalize=normalize)
-    slack = 8.0 if layout == "expanded" else 1.0  # equal rows round in one direction
+    slack = 8.0 if layout == "expanded" else 1.0  # equal rows round in the same direction
     check(lambda *x: loss(*x), image, text, 3.0, normalize=normalize, slack=slack)
     x, y = image.to(DEVICE), text.to(DEVICE)
     ours = fastclip.contrastive_loss(x, y, 3.0, normalize=normalize, backend="triton")

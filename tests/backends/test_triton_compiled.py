@@ -1,6 +1,7 @@
-"""What the Triton launchers launch, compiled for GPUs that are not there: machine code without spills.
+"""The kernels of the Triton launchers, compiled for GPUs that need not be present: machine code without spills.
 
-Every configuration that the launchers can choose, on sm_80 (pointers) and sm_90 (tensor descriptors, wgmma).
+Every configuration that the launchers can choose is compiled for sm_80 (pointers) and sm_90 (tensor descriptors,
+wgmma).
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ COMPILED = ROOT / "tests/support/compiled.py"
 TILES = {"contrastive_fwd_kernel", "contrastive_bwd_kernel", "sigmoid_fwd_kernel"}
 PLAIN = {f"plain_{name}_kernel" for name in ("norms", "reduce", "loss", "finish")} | {"copy_sides_kernel"}
 SIGMOID = {f"sigmoid_{name}_kernel" for name in ("norms", "finish", "bwd")}
-HALF = {90: {"sigmoid_bound_kernel"}, 80: set()}  # of float16 alone, which is compiled for Hopper
-# bytes of shared memory a program may have: of an H100; of the smallest chip from 8.0 on (8.6, 8.9, 12.0)
+HALF = {90: {"sigmoid_bound_kernel"}, 80: set()}  # float16 alone has it, which is compiled for Hopper
+# Bytes of shared memory that a program may use: on an H100, and on the smallest chip from 8.0 on (8.6, 8.9, 12.0)
 SHARED = {90: 227 * 1024, 80: 99 * 1024}
-# so that so many programs, the next one's loads beside this one's epilogue, fit on a Hopper multiprocessor
+# Two of these programs must fit on a Hopper multiprocessor, so that one loads while the other is in its epilogue
 TWO_AT_ONCE = {"contrastive_fwd_kernel", "contrastive_bwd_kernel"}
 
 
 def _compile(*what: str) -> list[list[dict[str, Any]]]:
-    """Of each, side by side, what kernels came to; in processes of their own: here they may be the interpreter's."""
-    # this checkout's package before an installed one
+    """Compile each of `what` in its own process, side by side, and return the kernels' reports. The kernels of this
+    process may be those of the interpreter.
+    """
+    # this checkout's package takes precedence over an installed one
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
@@ -47,7 +50,7 @@ def _compile(*what: str) -> list[list[dict[str, Any]]]:
 
 
 def _report(name: str, *what: str) -> dict[str, list[dict[str, Any]]]:
-    """The same, compiled once a state of the sources."""
+    """Return the reports of `_compile`, compiled once per state of the sources."""
 
     def make(source: Path, place: Path) -> None:
         for word, machines in zip(what, _compile(*what)):
@@ -98,7 +101,7 @@ def test_every_configuration_is_compiled(machines: dict[int, list[dict[str, Any]
 
 
 def test_tensor_cores(machines: dict[int, list[dict[str, Any]]]) -> None:
-    """wgmma on Hopper, fed by its memory accelerator; mma on Ampere."""
+    """Tiles use wgmma and the TMA on Hopper, and mma on Ampere."""
     for m in machines[90]:
         if m["kernel"] in TILES:
             assert m["HGMMA"] > 0 and m["HMMA"] == 0 and m["UTMALDG"] > 0, m
@@ -112,13 +115,15 @@ def test_one_exponential_a_logit(machines: dict[int, list[dict[str, Any]]]) -> N
     for m in (m for found in machines.values() for m in found):
         if m["kernel"] in TILES:
             rows, columns, *flags = m["variant"].split()
-            logits = int(rows) * int(columns) // (32 * m["warps"])  # of a thread
+            logits = int(rows) * int(columns) // (32 * m["warps"])  # logits per thread
             exact = 2 * (2 if "LABELS" in flags and "fwd" in m["kernel"] else 1)
             assert m["MUFU.EX2"] == logits * (exact if "EXACT" in flags else 1), m
 
 
 def test_two_programs_a_multiprocessor(machines: dict[int, list[dict[str, Any]]]) -> None:
-    """While one program's epilogue computes, the other's products run: without that the tensor cores wait."""
+    """Two programs fit on a multiprocessor: one's products run during the other's epilogue, or the tensor cores would
+    wait.
+    """
     for m in machines[90]:
         if m["kernel"] in TWO_AT_ONCE and m["dtype"] == "bfloat16" and m["warps"] == 4 and "EXACT" not in m["variant"]:
             assert 2 * (m["shared"] + 1024) <= 228 * 1024
@@ -126,7 +131,7 @@ def test_two_programs_a_multiprocessor(machines: dict[int, list[dict[str, Any]]]
 
 
 def test_a_spill_is_found() -> None:
-    """The reading itself."""
+    """The check detects a kernel that spills."""
     tiles = [m for m in _report("triton-spilling", "spilling")["spilling"] if m["kernel"] == "contrastive_bwd_kernel"]
     (m,) = (m for m in tiles if "EXACT" not in m["variant"].split())
     assert m["stack"] > 0 and m["LDL"] > 0 and m["STL"] > 0
