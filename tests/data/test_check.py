@@ -1,4 +1,4 @@
-"""`fastclip data`: what a check reports, and shards that hold what their source does."""
+"""`fastclip data`: the report of a check, and packed shards that contain what their source contains."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ BAD = [(HTML, b"x"), (picture(), None), (HTML, b"y"), (picture(), b" ")]
 
 
 def pictures(folder: Path) -> Source:
-    """Of every kind: JPEG with EXIF, PNG, WebP, BMP, two captions, and some that are bad."""
+    """Write images of every kind (JPEG with EXIF, PNG, WebP, BMP, two captions), some of them faulty."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by a quarter
+    exif[0x0112] = 6  # rotates by 90 degrees
     good = [
         (picture(40, "JPEG", exif=exif), b"turned"),
         (picture(50), "zw\u00f6lf".encode()),
@@ -42,7 +42,7 @@ def pictures(folder: Path) -> Source:
 
 
 def usable(source: Source) -> list[tuple[Any, ...]]:
-    """Pixels and captions of every sample that can be used."""
+    """Return pixels and captions of every usable sample."""
     found = []
     for index in range(len(source)):
         try:
@@ -126,7 +126,7 @@ def test_command_check_prepares_pictures_as_training_does(tmp_path: Path, capsys
 
 
 def other_kind(folder: Path, kind: str) -> Source:
-    """The files of `pictures` in `folder`/data as another kind of source."""
+    """Present the files of `pictures` in `folder`/data as another kind of source."""
     files = sorted((folder / "data").iterdir())
     if kind == "table":
         rows = "".join(f"data/{k:03d}.png,caption {k}\n" for k in range(9))
@@ -167,7 +167,7 @@ def test_packed_source_is_read_again_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert usable(again) == usable(source) and len(again) == packed.samples
     assert packed.shards == (4 if kind == "digits" else 1) and packed.kept == 0
     assert packed.samples + packed.faults.total == len(source)
-    if kind != "digits":  # which lie in no files
+    if kind != "digits":  # digits have no files
         with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
             assert tar.extractfile("0000000.jpg").read() == (tmp_path / "data" / "000.png").read_bytes()
 
@@ -202,7 +202,8 @@ def test_pictures_are_resized_when_asked(tmp_path: Path) -> None:
     Image.new("RGBA", (300, 200), (200, 30, 30, 9)).save(data / "000.png")
     pack_source(open_source(str(data)), tmp_path / "shards", image_size=50, quality=80)
     again = open_source(str(tmp_path / "shards"))
-    assert [again[k].image.size for k in range(2)] == [(75, 50), (16, 8)]  # small ones stay
+    # images smaller than the requested size stay as they are
+    assert [again[k].image.size for k in range(2)] == [(75, 50), (16, 8)]
     assert again[0].image.getpixel((9, 9)) == pytest.approx((200, 30, 30), abs=4)
     assert usable(again)[1] == usable(open_source(str(data)))[1]
 
@@ -225,7 +226,7 @@ def test_interrupted_pack_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch:
         steps += 1
         replace(half, target)
 
-    for at in range(9):  # five shards, of which the third is empty and has stats alone
+    for at in range(9):  # five shards, the third of which is empty and only has stats
         folder, steps = tmp_path / f"{at}", 0
         folder.mkdir()
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -279,7 +280,7 @@ def test_pack_knows_shards_of_another_version(tmp_path: Path, caplog: pytest.Log
 
 
 def captioned(folder: Path, kind: str, captions: list[str]) -> Source:
-    """Pictures data/000.png ... of `folder` with these captions."""
+    """Write images data/000.png ... into `folder` with these captions."""
     names = [f"{k:03d}.png" for k in range(len(captions))]
     if kind == "table":
         rows = "".join(f"data/{name},{caption}\n" for name, caption in zip(names, captions, strict=True))
@@ -299,7 +300,9 @@ def captioned(folder: Path, kind: str, captions: list[str]) -> Source:
 @pytest.mark.fault("`data pack` again, after samples have changed", "their shards are written anew, and named")
 @pytest.mark.parametrize("kind", ["folder", "table", "karpathy", "mixture"])
 def test_pack_again_holds_what_has_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
-    """A caption that was corrected, and a picture that was supplied later."""
+    """A repeated pack writes the shards whose content changed: here a corrected caption and an
+    image that was supplied later.
+    """
     data = write_folder(tmp_path / "data", 4, [])
     (data / "001.png").write_bytes(HTML)
     times = 2 if kind == "mixture" else 1
@@ -340,7 +343,7 @@ def test_pack_from_another_folder_is_refused(tmp_path: Path, monkeypatch: pytest
 
 
 def test_packed_json_is_json(tmp_path: Path) -> None:
-    """Of fields that Python alone reads, NaN and infinities, there is null."""
+    """Packed JSON is valid: NaN and infinities in a source's fields, which Python alone reads, become null."""
     data = write_folder(tmp_path / "data", 1)
     (data / "000.json").write_text('{"a": NaN, "b": [1e999, {"c": -Infinity}], "d": 1.5}')
     pack_source(open_source(str(data)), tmp_path / "shards")
@@ -371,7 +374,7 @@ def test_command_packs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "image_size was None, is 4" in capsys.readouterr().err
 
 
-# --- what is damaged
+# --- damage
 
 
 @pytest.mark.fault("shards that are empty, garbage or missing under `data check`", "each is a line; the rest is read")
@@ -403,7 +406,9 @@ def test_check_reads_the_shards_beside_dead_ones(
 
 
 def test_check_reads_the_parts_beside_dead_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of several, a table whose quote is never closed, a URL of no server, a folder that is not there."""
+    """A check reads the remaining parts of a mixture whose other parts fail: a table with an unclosed quote, a URL
+    without a server, a missing folder.
+    """
     write_folder(tmp_path / "f", 2)
     (tmp_path / "t.csv").write_text('filepath,title\na.png,"x\n')
     parts = [f"{tmp_path}/t.csv", f"2*{tmp_path}/f", "memory://none/{0,1}.tar", f"{tmp_path}/none"]

@@ -1,4 +1,4 @@
-"""Folders of classes, and ImageNet's classes, against torchvision's, timm's and open_clip's."""
+"""Folders of classes, and ImageNet's classes, compared with torchvision, timm and open_clip."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastclip.data.faults import BadSample
 from fastclip.data.sources.classes import ClassFolder
 from fastclip.data.spec import open_labelled, open_pictures, open_source
 
-WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")  # ImageNet's first
+WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")  # the first of ImageNet
 
 
 def folders(root: Path, names: Iterable[str], each: int = 1) -> str:
@@ -115,7 +115,7 @@ def test_imagenet_is_timms_and_open_clips() -> None:
     assert imagenet.wordnet_ids() == tuple(ImageNetInfo().label_names())
     names = imagenet.class_names("imagenet")
     assert names == tuple(open_clip.IMAGENET_CLASSNAMES)
-    # a few of the 200 by their authors' lists
+    # A few of the 200 classes, from the lists of the datasets' authors
     assert imagenet.class_names("imagenet-r")[:3] == ("goldfish", "great white shark", "hammerhead shark")
     assert imagenet.class_names("imagenet-a")[:3] == ("stingray", "goldfinch", "junco")
     for name in ("imagenet-r", "imagenet-a"):
@@ -147,7 +147,9 @@ def test_wordnet_ids_get_clips_names_in_order(tmp_path: Path) -> None:
 
 
 def test_numbers_are_classes_by_number(tmp_path: Path) -> None:
-    """ImageNet-V2's, of which sorted text makes 0, 1, 10, 100 ..."""
+    """Folders named by numbers are classes in numerical order, as in ImageNet-V2. Sorted as text
+    they would be 0, 1, 10, 100 ...
+    """
     source = ClassFolder(folders(tmp_path, map(str, range(1000))))
     assert source.class_names == imagenet.class_names("imagenet")
     for i in range(len(source)):
@@ -172,14 +174,14 @@ def test_subsets_have_their_200_classes(name: str, tmp_path: Path, caplog: pytes
         source = ClassFolder(root, classes=name)
     assert len(source.class_names) == 200 and labels(source) == [7, 47, 87, 127, 167]
     assert f"195 of 200 classes of {name} have no folder" in caplog.text
-    assert len(ClassFolder(root).class_names) == 5  # nothing says which set it is
-    folders(tmp_path, ("n01440764",))  # tench is in neither
+    assert len(ClassFolder(root).class_names) == 5  # the folders alone do not determine the dataset
+    folders(tmp_path, ("n01440764",))  # tench is in neither subset
     with pytest.raises(ValueError, match=f"1 of 6 folders are no classes of {name}: n01440764"):
         ClassFolder(root, classes=name)
 
 
 def named(tmp_path: Path, spec: str, lines: str) -> list[str]:
-    """Of each class of the data, in their order, the name that a file of these lines gives it."""
+    """Return the name that a file with these lines gives to each class of the data, in the order of the classes."""
     file = tmp_path / "names.txt"
     file.write_text(lines, encoding="utf-8")
     source = open_labelled(spec, classes=str(file))
@@ -227,7 +229,7 @@ def test_class_names_of_numbers_and_wordnet_ids_go_in_their_order(
     assert named(tmp_path, root, "Great white shark\ntench\ngoldfish") == ["tench", "goldfish", "Great white shark"]
     with pytest.raises(ValueError, match=f"without a name {WORDNET_IDS[0]}, {WORDNET_IDS[2]}"):
         named(tmp_path, root, "goldfish\na fish\na shark")
-    names = imagenet.class_names("imagenet")  # of which some are there twice
+    names = imagenet.class_names("imagenet")  # some names occur twice
     assert join_names(names, imagenet.wordnet_ids(), what="", spec="") == (names, list(range(1000)))
     told, places = join_names(names[::-1], imagenet.wordnet_ids(), what="", spec="")
     assert [told[place] for place in places] == [*names]
@@ -267,7 +269,9 @@ def test_data_without_classes_are_refused(tmp_path: Path) -> None:
 
 
 def test_shards_are_clip_benchmarks(tmp_path: Path) -> None:
-    """Its layout of data sets as tar files: KEY.cls, and the names and templates in the folder above."""
+    """Shards with KEY.cls are read in clip_benchmark's layout: tar files, with names and
+    templates in the parent folder.
+    """
     needs("bench")
     import webdataset
 
@@ -306,7 +310,7 @@ def test_shards_are_clip_benchmarks(tmp_path: Path) -> None:
 
 
 def test_shards_whose_json_has_no_caption_have_their_classes(tmp_path: Path) -> None:
-    """As timm's ImageNet: beside KEY.cls a KEY.json, whose fields are no caption."""
+    """Shards have classes if KEY.json beside KEY.cls contains no caption, as in timm's ImageNet."""
     needs("bench")
     import webdataset
 
@@ -317,7 +321,7 @@ def test_shards_whose_json_has_no_caption_have_their_classes(tmp_path: Path) -> 
                 writer.write({"__key__": key, "png": Image.new("RGB", (4, 4)), "cls": 1, "json": told})
         return str(tmp_path / "0.tar")
 
-    source = open_source(write({}), class_names=["cat", "dog"])  # named, where there is no file
+    source = open_source(write({}), class_names=["cat", "dog"])  # the names are given, so no file is needed
     assert source[0].label == 1 and source.captions(0) == source[0].captions == ("a photo of a dog",)
     with pytest.raises(ValueError, match="these data have no classes"):
         open_labelled(write({}))

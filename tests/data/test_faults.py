@@ -1,4 +1,4 @@
-"""Data that is broken: every fault on a real file, what it is called, and what takes its place."""
+"""Faulty data: every fault in a real file, its cause by name, and the sample that replaces it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tokenize(texts: list[str]) -> Tensor:
     return torch.tensor([[int(text.split()[1])] for text in texts])
 
 
-# --- pictures
+# --- images
 
 
 def cut(data: bytes) -> bytes:
@@ -66,7 +66,8 @@ def cut(data: bytes) -> bytes:
         (picture(9)[:41] + b"\0\0\0\0" + picture(9)[45:], "damaged image"),
         (HTML, "not an image"),
         (b"", "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) print\n", "not an image"),  # would start a program
+        # Pillow would start Ghostscript for it
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) print\n", "not an image"),
     ],
     ids=["jpeg", "png", "gif", "webp", "flipped", "html", "empty", "eps"],
 )
@@ -104,11 +105,11 @@ def test_files_that_cannot_be_read_have_their_cause(tmp_path: Path, monkeypatch:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "t.csv").write_text("filepath,title\n000.png,x\ngone.png,x\nfolder.png,x\n001.png,x\n002.png,\n")
     with (tmp_path / "t.csv").open("a") as file:
-        file.write(f"{'x' * 5000}.png,x\n")  # a name that no file can have
+        file.write(f"{'x' * 5000}.png,x\n")  # too long for a file name
     source = open_source(str(tmp_path / "t.csv"))
     assert fault(source, 5).cause == "missing file"
     assert fault(source, 1).cause == "missing file" and fault(source, 2).cause == "unreadable file"
-    assert fault(source, 4).cause == "empty caption"  # of a picture that is not looked for
+    assert fault(source, 4).cause == "empty caption"  # reported before its image is looked for
     opened = os.open
 
     def denied(path: str | Path, *args: int) -> int:  # root may read everything
@@ -172,7 +173,9 @@ def test_every_mode_becomes_colours(
 
 
 def test_colours_of_hsv_are_those_of_pillow() -> None:
-    """No file that is read has this mode; a source's own pictures may."""
+    """Images in HSV are converted as by Pillow. No file format has this mode, but a user's
+    source may return such images.
+    """
     assert Image.new("HSV", (4, 4), (85, 255, 255)).convert("RGB").getpixel((0, 0)) == pytest.approx((0, 255, 0), abs=2)
 
 
@@ -192,11 +195,11 @@ def test_damaged_exif_is_passed_over_without_a_word(
     data = [picture(50, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05" + tail) for tail in (b"", b"\xff" * 30)]
     data.append(picture(50, "JPEG", exif=b"Exif\0\0nothing of the kind"))
     turned = Image.Exif()
-    turned[0x0112] = 6  # by a quarter
+    turned[0x0112] = 6  # rotates by 90 degrees
     data.append(picture(50, "JPEG", exif=turned))
     source = open_source(str(write_folder(tmp_path, 0, [(image, b"x") for image in data])))
 
-    def fail(self: Image.Exif) -> bytes:  # as it does for a value that does not fit its type
+    def fail(self: Image.Exif) -> bytes:  # Pillow does so for a value that does not fit its type
         raise struct.error("ushort format requires 0 <= number <= 65535")
 
     monkeypatch.setattr(Image.Exif, "tobytes", fail)
@@ -264,13 +267,13 @@ def test_first_of_a_repeated_member_counts(tmp_path: Path) -> None:
 def test_shard_cut_in_half_is_used_as_far_as_it_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_tar(tmp_path / "x.tar", pairs(*map(str, range(10))))
     whole = path.read_bytes()
-    per_member = 1024  # a header and a picture or a caption, which fit into a block each
+    per_member = 1024  # a header and an image or caption, each of one block
     for size, expected, bad in (
-        (8 * per_member + 600, 4, ["cut shard"]),  # in the data of a picture
-        (8 * per_member + 100, 4, []),  # in its header
-        (9 * per_member, 4, ["no caption"]),  # between two members: a picture's caption is missing
-        (9 * per_member + 300, 4, ["no caption"]),  # in its header
-        (9 * per_member + 600, 5, []),  # behind its data
+        (8 * per_member + 600, 4, ["cut shard"]),  # in the data of an image
+        (8 * per_member + 100, 4, []),  # in the header of an image
+        (9 * per_member, 4, ["no caption"]),  # between two members: the caption of an image is missing
+        (9 * per_member + 300, 4, ["no caption"]),  # in the header of a caption
+        (9 * per_member + 600, 5, []),  # in the padding after a caption's data
     ):
         caplog.clear()
         path.write_bytes(whole[:size])
@@ -278,7 +281,7 @@ def test_shard_cut_in_half_is_used_as_far_as_it_goes(tmp_path: Path, caplog: pyt
         assert [source.captions(k) for k in range(expected)] == [("x",)] * expected
         assert [fault(source, k).cause for k in range(expected, len(source))] == bad, size
         told = f"{path}: cut off or damaged after {expected} samples, which are used"
-        assert (told in caplog.text) == (size != 9 * per_member), size  # which is where a shard may end
+        assert (told in caplog.text) == (size != 9 * per_member), size  # a shard may end between two members
     path.write_bytes(whole[:4096] + HTML + whole[4096 + len(HTML) :])
     assert len(open_source(str(path))) == 2 and "x.tar: cut off or damaged after 2 samples" in caplog.text
 
@@ -333,7 +336,7 @@ CAUSES = {"not an image": 1, "no caption": 1, "truncated image": 1, "empty capti
 
 
 def batches(source: Source, **options: int) -> list[Batch]:
-    """Every step's micro-batches, of all ranks, put together."""
+    """Return the micro-batches of every step, joined over all ranks."""
     ranks = options.pop("ranks", 1)
     shares = [
         list(training_batches(source, plain, tokenize, batch_size=6, last_step=8, rank=r, ranks=ranks, **options))
@@ -356,9 +359,9 @@ def test_bad_samples_are_replaced_and_batches_keep_their_size(tmp_path: Path) ->
         for key, image, number in zip(step.keys, step.images, step.ids[:, 0].tolist(), strict=True):
             assert key == good[number] and torch.equal(image, plain(source[number].image))
     for epoch in (steps[:4], steps[4:]):
-        assert Tally(fault for step in epoch for fault in step.skipped).counts == CAUSES  # each once
+        assert Tally(fault for step in epoch for fault in step.skipped).counts == CAUSES  # each once per epoch
         keys = [key for step in epoch for key in step.keys]
-        assert set(keys) == set(good)  # the others' places are theirs as before
+        assert set(keys) == set(good)  # the places of the other samples are unchanged
     replaced = [{key for key in good if sum(step.keys.count(key) for step in e) > 1} for e in (steps[:4], steps[4:])]
     assert replaced[0] != replaced[1]
 
@@ -415,24 +418,24 @@ def test_stuck_worker_is_named_with_what_it_reads(
 
     def waits(path: Path, key: str, **options: int | None) -> Image.Image:
         if path == stuck:
-            path.open("rb").close()  # as soon as there is a writer
+            path.open("rb").close()  # returns as soon as the FIFO has a writer
         return read_picture(path, key, **options)
 
     monkeypatch.setattr("fastclip.data.source.read_picture", waits)
 
     def release() -> None:
-        with suppress(OSError):  # nobody reads any more
+        with suppress(OSError):  # the FIFO has no reader any more
             os.close(os.open(stuck, os.O_WRONLY | os.O_NONBLOCK))
 
     class Release(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
-            if len(lines) > 1:  # it is said again
+            if len(lines) > 1:  # the report is repeated
                 release()
 
     over = threading.Event()
 
-    def release_at_last() -> None:  # where nothing is said
+    def release_at_last() -> None:  # ends the test if nothing is reported
         while not over.wait(20):
             release()
 

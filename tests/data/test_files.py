@@ -1,4 +1,4 @@
-"""Folders of pictures: what is gone through, which caption file is a picture's, and what is said of the rest."""
+"""Folders of images: which files are visited, which caption file belongs to an image, and reports on all others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def put(folder: Path, *names: str) -> None:
 
 
 def told(folder: Path) -> dict[str, tuple[str, ...] | str]:
-    """Of every picture the captions, or the cause of its fault."""
+    """Map each image to its captions, or to the cause of its fault."""
     source, found = open_source(str(folder)), {}
     for k in range(len(source)):
         try:

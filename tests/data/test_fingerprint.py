@@ -1,4 +1,4 @@
-"""The fingerprint of data: the same however a SPEC is spelled, another with other samples."""
+"""The fingerprint of data is the same for every spelling of a SPEC, and differs for other samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def of(spec: str) -> str:
 
 
 def write_data(folder: Path) -> None:
-    """Of every kind: folders a and b, shards in pk, a table with a damaged row."""
+    """Write data of every kind: folders a and b, shards in pk, and a table with a damaged row."""
     for name, size in (("a", 12), ("b", 2)):
         write_folder(folder / name, size)
     (folder / "pk").mkdir()

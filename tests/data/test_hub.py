@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library, made by the tests; nothing is fetched."""
+"""Datasets of the `datasets` library, created by the tests; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def picture(shade: int) -> dict[str, Any]:
 
 
 def saved(path: Path, columns: dict[str, list[Any]], **features: Any) -> str:
-    """The SPEC of a data set whose first column is of pictures."""
+    """Save a dataset whose first column contains images, and return its SPEC."""
     table = datasets.Dataset.from_dict(columns)
     for name, feature in ({next(iter(columns)): datasets.Image()} | features).items():
         table = table.cast_column(name, feature)
@@ -193,7 +193,7 @@ def test_hub_data_without_rows_is_named(tmp_path: Path) -> None:
     none = rows.select([])
     none.save_to_disk(str(tmp_path / "none"))
     datasets.DatasetDict({"train": rows, "test": none}).save_to_disk(str(tmp_path / "d"))
-    rows.save_to_disk(str(tmp_path / "zero"))  # as other versions of the library save it, with a file
+    rows.save_to_disk(str(tmp_path / "zero"))  # written as a file, as other versions of the library do
     (file,) = (tmp_path / "zero").glob("*.arrow")
     with pa.ipc.new_stream(str(file), rows.data.schema) as stream:
         stream.write_table(rows.data.table.slice(0, 0))

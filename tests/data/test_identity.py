@@ -1,4 +1,4 @@
-"""Which picture a sample has, and whether it is still the same."""
+"""The image that a sample has, and whether it is unchanged."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def test_state_changes_where_the_picture_does(tmp_path: Path) -> None:
 
 
 def test_state_is_that_of_the_contents_only(tmp_path: Path) -> None:
-    """Other rights, and a copy or a backup that keeps times, as rsync -a's, cost nothing."""
+    """The state of a sample depends on its contents alone. Other permissions, and copies that preserve
+    times (rsync -a), do not change it.
+    """
     folder = write_folder(tmp_path / "a", 2)
     source = open_source(str(folder))
     before = list(picture_states(source)), [sample_stamp(source, k) for k in range(2)]

@@ -1,4 +1,4 @@
-"""Karpathy's split files: which pictures a split has, where they lie, and what is said where one is no such file."""
+"""Karpathy's split files: the images of a split, their locations, and the errors for files of another kind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPLITS = ("train", "restval", "val", "test")
 
 
 def images(names: list[str], **more: str) -> list[dict[str, Any]]:
-    """Picture k in split k modulo 4, with 1 + k modulo 3 captions."""
+    """Return entries in which image k is in split k modulo 4 and has 1 + k modulo 3 captions."""
     return [
         {"filename": name, "split": SPLITS[k % 4], "sentences": [f"{name} as {c}" for c in range(1 + k % 3)], **more}
         for k, name in enumerate(names)
@@ -100,7 +100,7 @@ def test_picture_that_is_missing_or_has_no_caption_is_a_fault(tmp_path: Path) ->
 @pytest.mark.fault("a picture's name in JSON that no disk can have", "an unreadable file, counted by cause")
 def test_name_that_no_disk_can_have_is_a_fault(tmp_path: Path) -> None:
     good, prints = write_crops(tmp_path)[0], list[str]()
-    # the last is a name of one byte, which a disk may have
+    # The last name is a single byte, which a disk may have
     for name, cause in (("\ud800.jpg", "unread"), ("\ud801.jpg", "unread"), ("\udce9.jpg", "missing")):
         listed = [image | {"split": "test", "sentences": ["a cat"]} for image in images([good, name])]
         source = open_source(f"{split_file(tmp_path / 'dataset_x.json', listed)}:test")

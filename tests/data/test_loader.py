@@ -1,4 +1,4 @@
-"""Batches: the same bits however they are read, and what is said when a sample or a worker fails."""
+"""Batches have the same bits however they are read, and failing samples and workers are reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CROP = Compose([RandomResizedCrop(6), RandomHorizontalFlip(), ToTensor()])
 
 
 class Gradients:
-    """Pictures of 8 x 8 different pixels; sample k has the label k % 3, or none, and k % 3 + 1 captions."""
+    """Images of 8 x 8 distinct pixels; sample k has the label k % 3, or none, and k % 3 + 1 captions."""
 
     spec = "gradients"
     class_names: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Gradients:
 
 
 def tokenize(texts: list[str]) -> Tensor:
-    """The two numbers of a caption of `Gradients`."""
+    """Return the two numbers in each caption of `Gradients`."""
     return torch.tensor([[int(word) for word in text.split()] for text in texts])
 
 
@@ -69,7 +69,7 @@ def plain(image: Image.Image) -> Tensor:
 
 
 def global_batches(**options: Any) -> list[Batch]:
-    """Every step's micro-batches, of all ranks, put together."""
+    """Return the micro-batches of every step, joined over all ranks."""
     ranks = options.pop("ranks", 1)
     options = {"batch_size": 5, "last_step": 7, "seed": 3} | options
     source = options.pop("source", Gradients())
@@ -89,7 +89,7 @@ def assert_equal(got: list[Batch], expected: list[Batch]) -> None:
         assert a.keys == b.keys and a.skipped == b.skipped
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on two cores
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # torch warns on two cores
 @pytest.mark.parametrize(
     ("options", "same"),
     [
@@ -150,8 +150,8 @@ def test_captions_and_crops_change_with_the_epoch() -> None:
         for (sample, caption), image in zip(batch.ids.tolist(), batch.images, strict=True):
             captions[sample].add(caption)
             crops[sample].add(image.numpy().tobytes())
-    assert [len(found) for found in captions] == [1, 2, 3, 1, 2, 3]  # every one of them
-    assert min(map(len, crops)) > 30  # there are not many crops of so small a picture
+    assert [len(found) for found in captions] == [1, 2, 3, 1, 2, 3]  # every caption was drawn
+    assert min(map(len, crops)) > 30  # an image this small has few different crops
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -177,7 +177,7 @@ def test_any_global_generator_of_a_transform_is_seeded() -> None:
 
     drawn = run(0)
     assert torch.equal(run(2), drawn)
-    assert [len(set(column.tolist())) for column in drawn.T] == [26, 26, 26]  # epoch and sample both count
+    assert [len(set(column.tolist())) for column in drawn.T] == [26, 26, 26]  # both the epoch and the sample matter
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -205,10 +205,10 @@ def test_labels_are_classes() -> None:
 def test_labels_without_classes_tell_first_captions_apart() -> None:
     class Repeated(Gradients):
         def captions(self, index: int) -> tuple[str, ...]:
-            return (f"{index // 2} 0", f"{index} 1")  # the first is shared by two samples
+            return (f"{index // 2} 0", f"{index} 1")  # two samples share the first caption
 
     by_caption: dict[int, set[int]] = {}
-    for batch in global_batches(source=Repeated(10), batch_size=25, last_step=4):  # repeats of a sample, too
+    for batch in global_batches(source=Repeated(10), batch_size=25, last_step=4):  # includes repeats of a sample
         for key, label in zip(batch.keys, batch.labels.tolist(), strict=True):
             by_caption.setdefault(int(key.split()[1]) // 2, set()).add(label)
     assert sorted(by_caption) == list(range(5)) and all(len(labels) == 1 for labels in by_caption.values())
@@ -246,7 +246,7 @@ def test_evaluation_labels_are_minus_one_without_classes() -> None:
 
 @pytest.fixture
 def broken_shards(tmp_path: Path) -> Path:
-    """The third of its four pictures is damaged."""
+    """Write shards of four images, the third of which is damaged."""
     with tarfile.open(tmp_path / "00001.tar", "w") as tar:
         for k in range(4):
             picture, text = tmp_path / f"{k:04d}.png", tmp_path / f"{k:04d}.txt"
@@ -314,7 +314,7 @@ def test_workers_are_outside_the_callers_process_group() -> None:
 
 
 class Wordy(Gradients):
-    """Keys so long that workers fill the pipe to the caller, which takes 64 KiB."""
+    """A source with keys so long that workers fill the pipe to the caller, which takes 64 KiB."""
 
     def key(self, index: int) -> str:
         return f"{index} " * 20_000
@@ -324,7 +324,7 @@ class Wordy(Gradients):
 @pytest.mark.fault("kill -9 of a program whose workers read", "they end with it, and its output is closed")
 @pytest.mark.parametrize("stuck", [False, True], ids=["workers ahead of it", "workers that are stuck"])
 def test_workers_end_with_a_killed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: bool) -> None:
-    """Forked siblings hold both ends of a worker's pipe, so that nothing is closed where the program is gone."""
+    """Workers end with a killed program, although forked siblings hold both ends of their pipes."""
     monkeypatch.setattr(parent, "_PAUSE", 0.1)
     reading, writing = os.pipe()
 
@@ -345,12 +345,12 @@ def test_workers_end_with_a_killed_program(tmp_path: Path, monkeypatch: pytest.M
     os.close(writing)
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2, 20)
     if not stuck:
-        time.sleep(0.2)  # in which the pipes fill
+        time.sleep(0.2)  # lets the pipes fill
     assert len(in_session(pid)) == 3
     os.kill(pid, signal.SIGKILL)
     assert ended(pid) == -signal.SIGKILL
     wait_for(lambda: not in_session(pid), 5)
-    assert os.read(reading, 1) == b""  # nobody else has it
+    assert os.read(reading, 1) == b""  # no other process holds the output open
     os.close(reading)
 
 
@@ -360,7 +360,7 @@ def test_stuck_workers_are_not_waited_for(tmp_path: Path) -> None:
 
     def transform(image: Image.Image) -> Tensor:
         read.append(1)
-        if len(read) > 8:  # in this worker
+        if len(read) > 8:  # of this worker
             (tmp_path / str(os.getpid())).touch()
             time.sleep(1000)
         return plain(image)
@@ -377,7 +377,7 @@ def test_stuck_workers_are_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.fault("SIGTERM or Ctrl-C to the whole group while workers start", "the program gets it, no worker ends")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_wait_while_workers_start(tmp_path: Path, number: signal.Signals) -> None:
-    """An exception that a handler raises among the hooks of os.fork would be swallowed."""
+    """Signals wait until all workers have started: an exception in the hooks of os.fork would be swallowed."""
     handled: list[int] = []
 
     def steps(transform: Any) -> list[Any]:
@@ -423,7 +423,7 @@ def test_program_ends_that_left_its_batches_half_way(tmp_path: Path) -> None:
 
 
 def test_batches_hold_no_file_open() -> None:
-    """A step of many micro-batches is kept whole, and a process may often have 1,024 files open."""
+    """Batches hold no file open: a step keeps all micro-batches, and a process may be limited to 1,024 open files."""
     before = len(os.listdir("/proc/self/fd"))
     steps = training_batches(Gradients(64), plain, tokenize, batch_size=64, micro_batch=1, last_step=2, workers=1)
     step = next(steps)

@@ -1,4 +1,4 @@
-"""Sources joined with weights, and the draws of an epoch over ranks that come and go."""
+"""Weighted mixtures of sources, and the draws of an epoch over a changing number of ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastclip.data.sources.mixture import Mixture
 
 
 class Numbers:
-    """Sample k has the caption "NAME k" and the label k % 3."""
+    """A source whose sample k has the caption "NAME k" and the label k % 3."""
 
     templates: tuple[str, ...] = ("a {}",)
 
@@ -51,7 +51,7 @@ class Numbers:
 
 
 def mixture(**weights: tuple[int, str]) -> Mixture:
-    """a=(5, "0.5"): half of five samples."""
+    """Return a mixture of `Numbers`: a=(5, "0.5") is half of five samples."""
     sources = [Numbers(name, size) for name, (size, _) in weights.items()]
     return Mixture("spec", sources, [Fraction(weight) for _, weight in weights.values()])
 
@@ -138,7 +138,9 @@ def test_mixture_has_classes_where_all_agree() -> None:
 
 
 def write_shards(folder: Path, *sizes: int) -> None:
-    """Caption "I J" for sample J of shard I; the picture's red and green say the same."""
+    """Write shards in which sample J of shard I has the caption "I J", and an image whose red
+    and green have the same values.
+    """
     folder.mkdir(exist_ok=True)
     for i, size in enumerate(sizes):
         with tarfile.open(folder / f"{i}.tar", "w") as tar:
@@ -161,7 +163,7 @@ def write_shards(folder: Path, *sizes: int) -> None:
         ("2.*b", 6),
         ("a/{0,1}.tar", 6),
         ("1000000*a", 6_000_000),
-        ("0*.tar", 1),  # finds 00.tar: a glob
+        ("0*.tar", 1),  # a glob that matches 00.tar
         ("0*.tar::3*x.tar", 4),
     ],
 )
@@ -204,7 +206,7 @@ def tokenize(texts: list[str]) -> Tensor:
 def read(
     source: object, first: int, last: int, *, ranks: int = 1, workers: int = 0, batch_size: int = 6
 ) -> list[list[tuple[str, ...]]]:
-    """Keys of every step, of every rank."""
+    """Return the keys of every step, joined over all ranks."""
     options = {"batch_size": batch_size, "seed": 5, "first_step": first, "last_step": last, "ranks": ranks}
     shares = []
     for rank in range(ranks):
@@ -241,9 +243,9 @@ def test_run_that_goes_on_with_other_ranks_loses_and_repeats_nothing(tmp_path: P
     ]
     for number in range(2):
         keys = sum(found[number * epoch : (number + 1) * epoch], ())
-        assert len(set(keys)) == len(keys) == order.epoch_length  # and what is left out is less than a batch
+        assert len(set(keys)) == len(keys) == order.epoch_length  # fewer samples than a batch are left out
     assert len(source) - order.epoch_length < batch_size
-    if kind == "mixture":  # two epochs of a half draw each once, or what was left out less
+    if kind == "mixture":  # two epochs of a half draw each sample once, less those left out
         halves = Counter(key for step in found for key in step if str(tmp_path / "t") in key)
         assert set(halves.values()) == {1} and 10 - 2 * (batch_size - 1) <= len(halves)
 

@@ -1,4 +1,4 @@
-"""The order of samples, on which the resuming of a run depends."""
+"""The order of samples, on which resuming a run depends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastclip.data.loading.order import Draw, Order, mix
 
 
 def run(order: Order, first: int, last: int) -> list[Draw]:
-    """All draws of these steps."""
+    """Return all draws of these steps."""
     return [draw for step in range(first, last) for draw in order.draws(step, 0, order.batch_size)]
 
 
@@ -52,7 +52,7 @@ def test_order_of_a_batch_larger_than_the_data_takes_epochs_in_turn(size: int, b
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
     epochs = [samples(run(Order(50, 50, seed), e, e + 1)) for seed in range(20) for e in range(20)]
-    assert len(set(map(tuple, epochs))) == len(epochs)  # seed + epoch would repeat them
+    assert len(set(map(tuple, epochs))) == len(epochs)  # an order seeded by seed + epoch would repeat
     assert samples(run(Order(50, 50, seed=7), 9, 10)) == epochs[7 * 20 + 9]
 
 
@@ -69,7 +69,8 @@ def test_order_rows_are_parts_of_the_batch() -> None:
 
 
 def test_order_is_the_one_of_all_runs_so_far() -> None:
-    # A run that is taken up again by a later version must go on where it was: this changes for no reason.
+    # A later version must be able to resume a run of an earlier one in the same order, so these numbers never change
+    # without a reason.
     assert [mix(0, 0), mix(1, 0), mix(0, 1)] == [5857645148978988075, 5419339031343110921, 14719997280833369599]
     assert samples(Order(10, 10, seed=0).draws(0, 0, 10)) == [7, 9, 2, 8, 5, 3, 6, 0, 1, 4]
     late = Order(100_000, 5, seed=12345).draws(7 * 20_000, 0, 5)

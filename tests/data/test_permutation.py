@@ -1,4 +1,4 @@
-"""The shuffle of an epoch, computed number by number."""
+"""The shuffle of an epoch, computed one number at a time."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_permutation_is_shuffled_like_a_random_one() -> None:
     orders = np.array([numbers(size, key) for key in range(keys)])
     displacement = np.abs(orders - np.arange(size)).mean() / size
     assert displacement == pytest.approx(1 / 3, abs=0.005)
-    adjacent = (np.abs(np.diff(orders, axis=1)) == 1).sum(1).mean()  # of a random order, 2 (n - 1) / n
+    adjacent = (np.abs(np.diff(orders, axis=1)) == 1).sum(1).mean()  # 2 (n - 1) / n in a random order
     assert adjacent == pytest.approx(2, abs=0.6)
     assert abs(np.corrcoef(orders[:, :-1].ravel(), orders[:, 1:].ravel())[0, 1]) < 0.02
     fixed = (orders == np.arange(size)).sum(1).mean()
     assert fixed == pytest.approx(1, abs=0.5)
-    halves = (orders[:, : size // 2] < size // 2).mean(1)  # shards of the first half that come first
+    halves = (orders[:, : size // 2] < size // 2).mean(1)  # shards of the first half among those that come first
     assert halves.mean() == pytest.approx(0.5, abs=0.01) and halves.std() < 0.03
 
 

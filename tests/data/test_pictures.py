@@ -1,4 +1,4 @@
-"""Warnings of Pillow while pictures are read, in one thread and in several."""
+"""Pillow's warnings while images are read, in one thread and in several."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastclip.data.picture import read_picture
 
 
 def palette_png() -> bytes:
-    """32 x 24 pixels of a palette in which every colour has a transparency of its own."""
+    """Return a palette image of 32 x 24 pixels in which every colour has its own transparency."""
     file = io.BytesIO()
     image = Image.linear_gradient("L").resize((32, 24)).convert("RGB").quantize()
     image.save(file, "PNG", transparency=bytes(range(0, 256, 2)))
@@ -47,7 +47,7 @@ def test_nothing_warns_of_a_picture(tmp_path: Path) -> None:
             colours = image.convert("RGB").tobytes()
             with pytest.raises(UserWarning), warnings.catch_warnings():
                 warnings.simplefilter("error")
-                image.convert("RGB")  # what Pillow does of itself
+                image.convert("RGB")  # Pillow's conversion on its own
     source = open_source(str(write_folder(tmp_path / "f", 0, [(palette_png(), b"x")])))
     found = source[0].image
     assert found.mode == "P" and found.convert("RGB").tobytes() == colours
@@ -69,7 +69,7 @@ def test_packed_lab_picture_does_not_hold_the_time_of_day(tmp_path: Path) -> Non
 
 
 class _Slow(io.BytesIO):
-    """A file that waits, in its first read, until it is told to go on."""
+    """A file whose first read waits for `go_on`."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -96,7 +96,7 @@ def test_threads_share_the_filters_of_warnings() -> None:
     for thread, file in zip(threads, files.values(), strict=True):
         thread.start()
         assert file.reached.wait(60)
-    for thread, file in zip(threads, files.values(), strict=True):  # the first to come is the first to go
+    for thread, file in zip(threads, files.values(), strict=True):  # in the order of their start
         file.go_on.set()
         thread.join(60)
     assert found == {"first": "RGB", "second": "image too large"}

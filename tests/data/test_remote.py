@@ -1,4 +1,4 @@
-"""Shards behind URLs, from a file system in memory and a web server of the test's."""
+"""Shards behind URLs: a file system in memory, and a local web server that the tests start."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def memory(cache: Path) -> Iterator[dict[str, bytes]]:
-    """Shards 0 and 1 of memory://s."""
+    """Put shards 0 and 1 at memory://s."""
     system = fsspec.filesystem("memory")
     system.store.clear()
     system.pipe({"/s/0.tar": shard(1, 2), "/s/1.tar": shard(3)})
@@ -63,7 +63,7 @@ def memory(cache: Path) -> Iterator[dict[str, bytes]]:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was copied."""
+    """List of the URLs that were copied."""
     from fastclip.data.shards import remote
 
     found: list[str] = []
@@ -108,9 +108,9 @@ def test_remote_shard_of_the_same_size_that_has_changed_is_copied_anew(
     for _ in range(2):
         assert shades("memory://s/1.tar") == [4] and len(copies) == 2
     version = next(cache.rglob("*.version"))
-    version.unlink()  # killed before it was written
+    version.unlink()  # as if killed before writing it
     assert shades("memory://s/1.tar") == [4] and len(copies) == 3 and version.exists()
-    told.clear()  # a server that tells none
+    told.clear()  # a server that reports no version
     assert shades("memory://s/1.tar") == [4] and len(copies) == 4
     assert shades("memory://s/1.tar") == [4] and len(copies) == 4
     assert not list(cache.rglob("*.tmp")) and not list(cache.rglob("*.part"))
@@ -210,7 +210,7 @@ def test_shards_of_a_web_server(tmp_path: Path, cache: Path) -> None:
     finally:
         server.shutdown()
         server.server_close()
-    assert shades(f"{url}/{{0..1}}.tar") == [0, 1]  # nobody answers any more
+    assert shades(f"{url}/{{0..1}}.tar") == [0, 1]  # the server is gone
     with pytest.raises(
         OSError, match=rf"^{re.escape(url)}/2\.tar: cannot be copied: ClientConnectorError: Cannot conn"
     ):
@@ -228,7 +228,7 @@ def test_remote_shard_is_copied_by_one_of_several_processes(memory: object, tmp_
 
         def slowly(*rest: object) -> None:
             copied.append(1)
-            time.sleep(1)  # the others come meanwhile
+            time.sleep(1)  # gives the other processes time to arrive
             copy(*rest)
 
         remote._copy = slowly

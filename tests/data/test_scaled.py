@@ -1,4 +1,4 @@
-"""JPEGs decoded at a fraction of their size, where training takes no more."""
+"""JPEGs are decoded at a fraction of their size if training needs no more."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastclip.data.sources.mixture import Mixture
 
 
 def encoded(width: int, height: int, suffix: str = "JPEG", *, exif: Image.Exif | None = None) -> bytes:
-    """Smooth waves, as most of a photograph is."""
+    """Encode smooth waves, which resemble most of a photograph."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 23 + k) * np.cos(y / 31 - k) for k in range(3)]
     pixels = (127.5 + 110 * np.stack(waves, -1)).round().astype(np.uint8)
@@ -60,7 +60,7 @@ def test_other_formats_are_whole() -> None:
 
 def test_scaled_jpeg_is_turned_as_its_exif_says() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by a quarter clockwise
+    exif[0x0112] = 6  # rotates by 90 degrees clockwise
     assert read_picture(io.BytesIO(encoded(600, 448, exif=exif)), "x", min_side=224).size == (224, 300)
 
 
@@ -69,7 +69,8 @@ def test_faults_of_a_scaled_jpeg_are_found(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(BadSample) as caught:
         read_picture(io.BytesIO(data[: len(data) // 2]), "x", min_side=224)
     assert caught.value.fault.cause == "truncated image"
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600 * 448 - 1)  # of the file's picture, not of the scaled one
+    # a limit for the image in the file, not for the scaled one
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600 * 448 - 1)
     with pytest.raises(BadSample) as caught:
         read_picture(io.BytesIO(data), "x", min_side=224)
     assert caught.value.fault.cause == "image too large"
@@ -82,12 +83,12 @@ def test_scaled_jpeg_looks_the_same() -> None:
         image = read_picture(io.BytesIO(data), "x", min_side=min_side)
         return np.asarray(image.resize((299, 224), Image.Resampling.BICUBIC), np.float64)
 
-    assert np.abs(resized(224) - resized(None)).mean() < 1  # of 255
+    assert np.abs(resized(224) - resized(None)).mean() < 1  # in levels of 255
 
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> dict[str, str]:
-    """The same JPEG of 64 x 48 pixels in every kind of source."""
+    """Store the same JPEG of 64 x 48 pixels in every kind of source."""
     data = encoded(64, 48)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.jpg").write_bytes(data)

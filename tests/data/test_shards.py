@@ -1,4 +1,4 @@
-"""The index of a shard, and what is said of one that changes under a run."""
+"""The index of a shard, and reports on shards that change during a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_shard(
     tar_format: int = tarfile.GNU_FORMAT,
     mtime: float = 0,
 ) -> Path:
-    """Picture k has the shade k and the caption "caption k"."""
+    """Write a shard whose image k has the shade k and the caption "caption k"."""
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w", format=tar_format) as tar:
         for k in range(first, first + count):
@@ -58,7 +58,7 @@ def shades(path: Path) -> list[int]:
 
 @pytest.fixture
 def scans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The shards that were gone through. The cache folder is one of the test's."""
+    """List of the shards that were scanned, with the test's own cache folder."""
     monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "cache"))
     gone_through: list[str] = []
     scan = shard_index.tar_members
@@ -79,7 +79,8 @@ def test_index_is_made_once(tmp_path: Path, scans: list[str]) -> None:
         assert sorted(scans) == ["x.tar", "y.tar"]
     assert sorted(os.listdir(tmp_path)) == ["x.tar", "x.tar.fastclip-index", "y.tar", "y.tar.fastclip-index"]
     index = tmp_path / "x.tar.fastclip-index"
-    assert index.stat().st_mode & 0o777 == path.stat().st_mode & 0o777  # others may read it, too
+    # other users may read it if they may read the shard
+    assert index.stat().st_mode & 0o777 == path.stat().st_mode & 0o777
     assert [open_source(str(tmp_path / "{y,x}.tar"))[k].key[-4:] for k in (1, 2)] == ["0004", "0000"]
 
 
@@ -90,9 +91,9 @@ def test_index_is_made_anew_for_another_file(tmp_path: Path, scans: list[str]) -
     assert shades(path) == [5, 6, 7] and len(scans) == 2
     before = path.stat()
     write_shard(path, 2, first=5)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the size tells
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the size differs
     assert path.stat().st_size == before.st_size or shades(path) == [5, 6]
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # the time tells
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # the time differs
     count = len(scans)
     assert shades(path) == [5, 6] and len(scans) == count + 1
 
@@ -124,18 +125,20 @@ def test_index_that_is_damaged_is_made_anew(tmp_path: Path, scans: list[str], da
 
 def test_index_is_in_the_cache_folder_where_none_can_lie_beside_the_shard(tmp_path: Path, scans: list[str]) -> None:
     path = write_shard(tmp_path / "x.tar")
-    (tmp_path / "x.tar.fastclip-index").mkdir()  # as a folder that cannot be written, for the superuser too
+    (tmp_path / "x.tar.fastclip-index").mkdir()  # acts as a read-only folder, even for the superuser
     for _ in range(2):
         assert shades(path) == [0, 1, 2]
         assert scans == ["x.tar"]
     assert len(list((tmp_path / "cache" / "index").iterdir())) == 1
-    assert sorted(os.listdir(tmp_path)) == ["cache", "x.tar", "x.tar.fastclip-index"]  # no half-written one is left
+    assert sorted(os.listdir(tmp_path)) == ["cache", "x.tar", "x.tar.fastclip-index"]  # no partial file is left
 
 
 def test_damage_of_a_shard_is_told_each_time(
     tmp_path: Path, scans: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of what the index holds, too: faults of single samples, and where a shard was cut off."""
+    """Damage of a shard is reported at each opening, including damage recorded in the index: faults of single samples,
+    and the point at which a shard was cut off.
+    """
     path = write_shard(tmp_path / "x.tar", 4)
     with tarfile.open(path, "a") as tar:
         for name in ("0001.txt", "9999.png"):
@@ -191,7 +194,7 @@ def test_index_has_its_name_when_it_is_whole(tmp_path: Path, monkeypatch: pytest
     for _ in range(2):
         assert shades(path) == [0, 1, 2]
         (tmp_path / "x.tar.fastclip-index").unlink()
-    assert len(set(replaced)) == 2  # no two processes write one file
+    assert len(set(replaced)) == 2  # every process writes its own file
 
 
 def test_index_made_by_several_processes_at_once_is_whole(tmp_path: Path) -> None:
@@ -228,7 +231,7 @@ def test_members_are_those_of_tarfile(tmp_path: Path, tar_format: int, prefix: s
 
 
 def overwritten(path: Path) -> None:
-    """Other samples of the same sizes, at the same time: the headers tell."""
+    """Overwrite a shard with other samples of the same sizes and time, so that only the headers differ."""
     before = path.stat()
     write_shard(path, first=4)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -243,7 +246,7 @@ def test_hidden_files_and_folders_are_no_shards(tmp_path: Path) -> None:
     (tmp_path / "s" / "x.tar").mkdir()
     for spec in ("s", "s/*.tar", "**/*.tar", "{s,s}/?.tar"):
         assert shades(tmp_path / spec) == [0, 1, 2, 3], spec
-    assert shades(tmp_path / "s" / f"{{0,1{',0' * 200}}}.tar") == [0, 1, 2, 3]  # longer than a name of a file may be
+    assert shades(tmp_path / "s" / f"{{0,1{',0' * 200}}}.tar") == [0, 1, 2, 3]  # longer than a file name may be
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "._0.tar").write_bytes(b"macOS")
     with pytest.raises(ValueError, match="the folder holds no pictures"):
@@ -312,7 +315,7 @@ def test_picture_and_its_mask_are_one_sample(tmp_path: Path) -> None:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     source = open_source(str(tmp_path / "x.tar"))
-    assert [source[k].image.getpixel((3, 3)) for k in range(len(source))] == [0, 1]  # the first of its key counts
+    assert [source[k].image.getpixel((3, 3)) for k in range(len(source))] == [0, 1]  # the first member of a key counts
 
 
 def test_reads_of_a_few_bytes_are_put_together() -> None:

@@ -1,4 +1,4 @@
-"""Every kind of data by its SPEC: what is read from files that the tests make, and what is said of faulty ones."""
+"""Every kind of data by its SPEC: reading files that the tests create, and the errors for faulty ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastclip.data.spec import absolute_spec
 
 
 def picture(shade: int, suffix: str = ".png", *, exif: Image.Exif | None = None) -> bytes:
-    """16 pixels wide, 8 high, of one grey but for a white top left corner."""
+    """Return an image 16 pixels wide and 8 high, of one grey except for a white top left corner."""
     image = Image.new("RGB", (16, 8), (shade, shade, shade))
     image.putpixel((0, 0), (255, 255, 255))
     file = io.BytesIO()
@@ -50,7 +50,9 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def write_shards(folder: Path, count: int, size: int) -> None:
-    """Picture `j` of shard `i` has the shade 10 i + j and the caption "i j"; captions are .txt and .json by turns."""
+    """Write shards in which image `j` of shard `i` has the shade 10 i + j and the caption "i j",
+    alternately in .txt and .json.
+    """
     for i in range(count):
         members = {}
         for j in range(size):
@@ -91,7 +93,8 @@ def test_digits_are_pictures_of_sklearns_with_their_captions() -> None:
             assert record.image.mode == "RGB" and record.image.size == (32, 32)
             found, original = np.asarray(record.image, np.float64), pixels[int(record.key[-4:])]
             assert (found[..., 0] == found[..., 1]).all() and (found[..., 0] == found[..., 2]).all()
-            blocks = found[..., 0].reshape(8, 4, 8, 4).mean((1, 3))  # enlarged: a block has its pixel's level or so
+            # the image is enlarged, so the mean of a block is near its pixel's level
+            blocks = found[..., 0].reshape(8, 4, 8, 4).mean((1, 3))
             assert np.corrcoef(blocks.flatten(), original.flatten())[0, 1] > 0.95
             name = CLASS_NAMES[record.label]
             assert record.captions == source.captions(index) == tuple(t.format(name) for t in TEMPLATES)
@@ -206,7 +209,7 @@ def test_folder_has_every_picture_with_its_captions(tmp_path: Path) -> None:
         "c/3.png": picture(3),
         "c/3.json": json.dumps({"caption": ["three", "3"]}).encode(),
         "c/4.png": picture(4),
-        "c/4.json": b"{}",  # the .txt goes first
+        "c/4.json": b"{}",  # the .txt takes precedence
         "c/4.txt": b"four",
         "c/notes.md": b"",
         "c/._4.png": b"of macOS",
@@ -221,7 +224,7 @@ def test_folder_has_every_picture_with_its_captions(tmp_path: Path) -> None:
     assert keys == [str(tmp_path / name) for name in ("a.b.png", "b/10.webp", "b/2.JPG", "c/3.png", "c/4.png")]
     assert captions(source) == [("été",), ("ten",), ("a cat", "two cats"), ("three", "3"), ("four",)]
     assert [source[k].captions for k in range(len(source))] == captions(source)
-    assert [shade(source, k) for k in range(len(source))] == pytest.approx([1, 60, 80, 3, 4], abs=8)  # lossy
+    assert [shade(source, k) for k in range(len(source))] == pytest.approx([1, 60, 80, 3, 4], abs=8)  # JPEG is lossy
 
 
 @pytest.mark.fault("a folder without any caption", "its pictures are counted, the first is named")
@@ -269,7 +272,7 @@ def test_shards_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     source = open_source(spec)
     assert len(source) == 12 and source.spec == spec and source.class_names == ()
-    for index in (11, 0, 5, 4, 3, 8):  # at random
+    for index in (11, 0, 5, 4, 3, 8):  # random access
         i, j = divmod(index, 4)
         record = source[index]
         assert record.key == f"s/{i:05d}.tar: {i:02d}{j:02d}"
@@ -289,7 +292,7 @@ def test_shards_members_group_by_key(tmp_path: Path) -> None:
         "b/._1.png": b"of macOS",
         "stats.json": b"{}",
         "a." * 60 + "png": b"",
-        "d" * 120 + "/2.png": picture(8),  # a long name has headers of its own
+        "d" * 120 + "/2.png": picture(8),  # a long name takes additional headers
         "d" * 120 + "/2.txt": b"long",
         "._b/1.txt": b"hidden folders count",
     }
@@ -360,7 +363,7 @@ def test_shards_that_are_cut_off_or_garbage_are_named(tmp_path: Path) -> None:
 
 
 def faulty_picture(kind: str, data: bytes, folder: Path) -> tuple[Source, str]:
-    """A source whose second picture is `data`, and what its key must be."""
+    """Return a source whose second image is `data`, and the key expected for it."""
     if kind == "shards":
         members = {"1.png": picture(0), "1.txt": b"x", "2.png": data, "2.txt": b"x"}
         path = write_tar(folder / "x.tar", members)
@@ -396,11 +399,11 @@ def test_damaged_picture_is_named(tmp_path: Path, kind: str, data: bytes, reason
 @pytest.mark.parametrize("kind", ["table", "folder", "shards"])
 def test_picture_is_turned_as_its_exif_says(tmp_path: Path, kind: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by a quarter clockwise
+    exif[0x0112] = 6  # rotates by 90 degrees clockwise
     source, key = faulty_picture(kind, picture(0, exif=exif), tmp_path)
     record = source[1]
     assert record.key == key and record.image.size == (8, 16)
-    assert record.image.convert("L").getpixel((7, 0)) == 255  # the corner was top left
+    assert record.image.convert("L").getpixel((7, 0)) == 255  # the white corner was top left
     assert record.image.getexif().get(0x0112, 1) == 1
 
 

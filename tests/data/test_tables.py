@@ -1,4 +1,4 @@
-"""Tables as people have them: where their pictures lie, which columns are taken, rows that are damaged."""
+"""Tables as users have them: the locations of images, the choice of columns, damaged rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cause(source: object, index: int) -> str:
     return caught.value.fault.cause
 
 
-# --- where pictures lie
+# --- locations of images
 
 
 @pytest.mark.fault("a path of a table that leads to another picture from here than from its folder", "counted, named")
@@ -54,7 +54,7 @@ def test_table_paths_are_relative_to_the_table(
     (line,) = caplog.messages
     assert line.startswith("../beside/t.csv: pictures such as p/here.png are not in its folder; those in the working")
     monkeypatch.chdir(beside)
-    assert source.picture_bytes(1) == picture(3)  # it was opened from elsewhere
+    assert source.picture_bytes(1) == picture(3)  # the source was opened in another folder
     caplog.clear()
     assert open_source("t.csv").picture_bytes(0) == (beside / "p/both.png").read_bytes() and not caplog.messages
 
@@ -181,16 +181,16 @@ def test_lines_above_the_header_are_read(tmp_path: Path, text: str, caption: str
 @pytest.mark.parametrize(
     ("header", "opens", "inside", "closes"),
     [
-        ("filepath,title", 'b.jpg,"two', "c.jpg,three", 'd.jpg,a 5" nail'),  # which a strict reader sees
+        ("filepath,title", 'b.jpg,"two', "c.jpg,three", 'd.jpg,a 5" nail'),  # a strict reader detects it
         ("filepath,title", 'b.jpg,"two', "", 'd.jpg,"four"'),
-        ("filepath\ttitle", 'b.jpg\t"two', "c.jpg\tthree", 'd.jpg\ta 5"'),  # and this it does not
+        ("filepath\ttitle", 'b.jpg\t"two', "c.jpg\tthree", 'd.jpg\ta 5"'),  # a strict reader does not detect it
         ("filepath\ttitle", 'b.jpg\t"two', "", 'd.PNG\ta 5"'),
         ("filepath;title", 'in/b;"two', "in/c;three", 'in/d;a 5"'),
         ("filepath;title", 'b.raw;"two', "c.raw;three", 'd.raw;a 5"'),
         ("title,filepath", '"two,b.jpg', "three,c.jpg", 'a 5",d.jpg'),
         ("title,filepath", '"two,b.jpg', "", 'a 5",d.jpg'),
         ("filepath,title,note", 'b.jpg,"two,x', "c.jpg,three,x", 'd.jpg,a 5",x'),
-        ("filepath,title,note", 'b.jpg,"two,x', "c.jpg,three,x", 'd.jpg,a 5",x,y'),  # whose end is damaged as well
+        ("filepath,title,note", 'b.jpg,"two,x', "c.jpg,three,x", 'd.jpg,a 5",x,y'),  # the end is damaged too
     ],
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -211,11 +211,11 @@ def test_quote_that_swallows_rows_is_an_error(
         "on a mat, asleep\nby the fire, warm\n",
         "\n\na cat, a dog\r\nboth, of them\n",
         "by and/or with,\nand/or, in it",
-        "photo 1\nphoto.jpg, by Jo\nin the year, 1900",  # one line of three
+        "photo 1\nphoto.jpg, by Jo\nin the year, 1900",  # one of its three lines resembles a row
         "a dog\nIMG_1.jpg, by me",
         "a dog, IMG_1.jpg\nby me",
         "red,blue\ngreen,white\nblack,grey",
-        "a dog\nIMG_1.jpg,mine",  # of another folder
+        "a dog\nIMG_1.jpg,mine",  # the file is in another folder than the images
         'a "word", in\nquotes, or 5" of it',
     ],
 )

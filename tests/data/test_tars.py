@@ -1,4 +1,4 @@
-"""Tar files of any writer: sizes that are not believed, links, several in one, members of no sample."""
+"""Tar files of any writer: false sizes, links, several archives in one file, members that belong to no sample."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ END = bytes(1024)
 
 
 def header(name: str, size: int | bytes, kind: bytes = b"0", *, link: str = "") -> bytes:
-    """One block; a size of bytes is the field itself, one below 0 or beyond 8 GiB is in base 256."""
+    """Return one header block. A size given as bytes is the raw field; a size below 0 or beyond 8 GiB is stored in base
+    256.
+    """
     field = size if isinstance(size, bytes) else b"%011o\0" % size if 0 <= size < 8**11 else b""
     field = field or (2**96 + size if size < 0 else size | 2**95).to_bytes(12, "big")
     block = bytearray(512)
@@ -41,7 +43,7 @@ def member(name: str, data: bytes, kind: bytes = b"0") -> bytes:
 
 
 def records(**values: str) -> bytes:
-    """An extended header."""
+    """Return an extended header with these records."""
     lines = b""
     for name, value in values.items():
         line = f" {name}={value}\n".encode()
@@ -99,7 +101,9 @@ def test_declared_sizes_are_not_believed(tmp_path: Path, kind: str, caplog: pyte
 
 
 def test_any_bytes_come_to_an_end() -> None:
-    """Single bytes of headers changed: what is found lies in the file, and it does not take long."""
+    """Reading ends soon for any bytes, and members lie inside the file; single bytes of headers are changed
+    at random.
+    """
     whole = PAIR + records(path="b.png", size="3") + member("b.png", b"abc") + member("././@LongLink", b"c.png", b"L")
     whole += member("c", b"x") + header("d.png", 0, b"2", link="a.png") + member("e", b"y" * 600, b"S") + END
     headers = [k for k in range(0, len(whole) - len(END), 512) if whole[k + 257 : k + 262] == b"ustar"]
@@ -173,13 +177,13 @@ def test_members_without_data_are_counted(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_members_of_no_sample_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Members are part of a sample, or are counted by their kinds, each time."""
+    """Every member is part of a sample or is counted by its kind, at each opening."""
     names = ["a.png", "a.txt", "a.json", "a.cls", "a.seg.png", "a.npy", "b.v2.jpg", "b.txt", "c.JPE", "c.txt"]
     names += ["d.jfif", "d.json", "._e.png", "README", "stats.json", "a.txt", "a.npy", "f.jpg", "f.png", "f.txt"]
     texts = {".txt": b"x", ".json": b'{"caption": "x"}', ".cls": b"0"}
     data = {kind: picture(3, "JPEG") for kind in (".jpg", ".JPE", ".jfif")} | {".png": picture(4)} | texts
     path = write_tar(tmp_path / "x.tar", [(name, data.get(Path(name).suffix, b"")) for name in names])
-    for _ in range(2):  # the index has them too
+    for _ in range(2):  # the index contains the counts too
         caplog.clear()
         source = open_source(str(path))
         found = {}
@@ -240,7 +244,9 @@ def test_text_that_is_empty_gives_way(tmp_path: Path) -> None:
 
 
 def test_index_of_other_headers_is_made_anew(tmp_path: Path) -> None:
-    """Of the same size and time: a copy that keeps times, or two writes in one tick of the clock."""
+    """An index is rebuilt if the headers of the shard differ at the same size and time, as after a copy that preserves
+    times or two writes within one tick of the clock.
+    """
     path = write_tar(tmp_path / "x.tar", [("a.png", picture(0)), ("a.txt", b"one")])
     assert open_source(str(path)).key(0) == f"{path}: a"
     before = path.stat()

@@ -1,4 +1,4 @@
-"""Checkpoints of others, read and written: the features are theirs to 1e-5."""
+"""Checkpoints of other libraries, read and written: the features agree with theirs to 1e-5."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def assert_same_features(ours: Any, theirs: Any, *, size: int = 224, length: int
 
 
 class AsOpenClip:
-    """A model of transformers with open_clip's methods."""
+    """A model of transformers behind open_clip's methods."""
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
@@ -84,11 +84,12 @@ class AsOpenClip:
         return self.model.get_image_features(pixel_values=x).pooler_output
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        mask = (ids != 0).long() if self.align else torch.ones_like(ids)  # CLIP's is causal
+        mask = (ids != 0).long() if self.align else torch.ones_like(ids)  # CLIP's attention is causal and needs no mask
         return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
 
 
-# A ResNet and a ViT of each activation; the next test has models for CPUs, which open_clip builds from our files
+# A ResNet, and a ViT with each activation. The next test covers models small enough for CPUs, which open_clip builds
+# from fastclip's files.
 OPEN_CLIP = [*(pytest.param(name, marks=pytest.mark.full) for name in ("RN50", "ViT-B-32")), "ViT-B-16-quickgelu"]
 
 
@@ -124,7 +125,7 @@ def test_open_clip_forms(name: str, target: str, tmp_path: Path) -> None:
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "hub"), "--to", "open_clip"]) == 0
     theirs = open_clip.create_model(f"local-dir:{tmp_path / 'hub'}")
     assert_same_features(ours, theirs, size=32)
-    # and read again, from each form
+    # Each form is also read back
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / target), "--to", "open_clip"]) == 0
     again = fastclip.create_model(None if target == "folder" else name, pretrained=tmp_path / target)
     assert all(torch.equal(x, again.state_dict()[key]) for key, x in ours.state_dict().items())
@@ -142,7 +143,9 @@ def test_wrapped_state_dicts(prefix: str, inside: str | None, tmp_path: Path) ->
 
 
 def openai_state() -> tuple[DualEncoder, dict[str, Tensor]]:
-    """A model, and its weights as OpenAI stores them: half precision, with three numbers beside them."""
+    """Return a model and its weights as OpenAI stores them: half precision, with three numbers as
+    additional entries.
+    """
     torch.manual_seed(0)
     theirs = scatter(fastclip.create_model("ViT-tiny"))
     assert isinstance(theirs, DualEncoder) and theirs.config is not None
@@ -152,7 +155,7 @@ def openai_state() -> tuple[DualEncoder, dict[str, Tensor]]:
 
 
 class Holder(nn.Module):
-    """Modules nested as the names of a state dict say, so that TorchScript stores it under them."""
+    """Modules nested along the names of a state dict, so that TorchScript stores its tensors under these names."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
@@ -188,7 +191,8 @@ def test_openai_means_quick_gelu(archive: bool, tmp_path: Path, caplog: pytest.L
     assert all(p.dtype == torch.float32 for p in ours.parameters())
     for key, x in ours.state_dict().items():
         torch.testing.assert_close(x, theirs.state_dict()[key].half().float())
-    assert (ours.encode_image(images(32)) - theirs.encode_image(images(32))).abs().max() > 1e-4  # another activation
+    # the activations differ
+    assert (ours.encode_image(images(32)) - theirs.encode_image(images(32))).abs().max() > 1e-4
     values = json.loads((Path(fastclip.__file__).parent / "models/configs/ViT-tiny.json").read_text())
     (tmp_path / "quick.json").write_text(json.dumps({**values, "quick_gelu": True}))
     caplog.clear()
@@ -248,7 +252,9 @@ def test_hugging_face_activation_must_be_the_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("padding", [[], [3, 5]])
 def test_hugging_face_align_both_ways(padding: list[int], tmp_path: Path) -> None:
-    """EfficientNet-B0 in place of B7: the same code, a tenth of the time."""
+    """ALIGN converts both ways. EfficientNet-B0 stands in for B7: the code is the same and takes a tenth of
+    the time.
+    """
     torch.manual_seed(0)
     small = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "depthwise_padding": padding}
@@ -258,7 +264,7 @@ def test_hugging_face_align_both_ways(padding: list[int], tmp_path: Path) -> Non
         theirs.temperature.fill_(0.07)
     theirs.save_pretrained(tmp_path / "theirs")  # type: ignore[operator]
     ours = fastclip.create_model(pretrained=tmp_path / "theirs")
-    for size in (289, 64, 97):  # the stem's input is odd where they pad right and below all the same
+    for size in (289, 64, 97):  # transformers pads on the right and below, even if the stem's input has odd sides
         assert_same_features(ours, AsOpenClip(theirs), size=size, length=20, end=3000)
     assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "back"), "--to", "huggingface"]) == 0
     back, report = transformers.AlignModel.from_pretrained(tmp_path / "back", output_loading_info=True)
@@ -305,7 +311,7 @@ def test_own_form(name: str, tmp_path: Path) -> None:
     ids = fastclip.get_tokenizer(name)("a photo")
     assert torch.equal(fastclip.get_tokenizer(str(tmp_path / "x"))("a photo"), ids)
     assert fastclip.load_image_transform(str(tmp_path / "x"))
-    again.save_pretrained(tmp_path / "x")  # over itself
+    again.save_pretrained(tmp_path / "x")  # over its source
     assert torch.equal(fastclip.get_tokenizer(str(tmp_path / "x"))("a photo"), ids)
 
 

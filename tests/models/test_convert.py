@@ -1,4 +1,4 @@
-"""What is written: whole or not at all, over nothing that is read, with nothing of another model beside."""
+"""Writing of checkpoints: whole or not at all, never over a source, and never mixed with files of another model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastclip.models.convert import convert
 
 @contextmanager
 def no_room(size: int = 30_000) -> Iterator[None]:
-    """No file grows over `size` bytes."""
+    """Limit the size of written files to `size` bytes."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_the_old(
 ) -> None:
     model.save_pretrained(tmp_path / "source")
     convert(other, tmp_path / target, form=form)
-    for config in (tmp_path / target).glob("*.json"):  # another configuration of as many bytes
+    for config in (tmp_path / target).glob("*.json"):  # a different configuration of the same size
         config.write_text(config.read_text().replace("0", "1", 1))
     before = states(tmp_path)
     argv = ["convert", str(tmp_path / "source"), str(tmp_path / target), "--to", form]
@@ -159,7 +159,7 @@ def test_two_models_do_not_share_a_folder(there: str, form: str, model: DualEnco
     with pytest.raises(ValueError, match=r"holds (open_clip_config|config)\.json of another model"):
         convert(model, tmp_path, form=form)
     assert states(tmp_path) == before
-    convert(model, tmp_path, form=there)  # over its own kind, and other files stay
+    convert(model, tmp_path, form=there)  # the same form may be overwritten, and other files stay
     assert states(tmp_path) == before
 
 
@@ -191,7 +191,9 @@ def test_targets_that_do_not_do(
 def test_an_old_configuration_beside_new_weights_is_told(
     form: str, model: DualEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a process leaves it that is killed between the two names: the same shapes, another activation."""
+    """A configuration older than its weights is reported. A process that is killed between the two renames leaves such
+    a folder: the shapes agree, but options such as the activation may differ.
+    """
     convert(model, tmp_path, form=form)
     with caplog.at_level(logging.WARNING):
         fastclip.create_model(pretrained=tmp_path)
@@ -213,7 +215,7 @@ def test_a_classifier_is_whole(model: DualEncoder, other: DualEncoder, tmp_path:
         save_classifier(classifier(other, ("cat", "dog", "cow")), other, tmp_path / "x")
     assert states(tmp_path) == before
     with pytest.raises(ValueError, match=r"holds head\.safetensors of another model"):
-        other.save_pretrained(tmp_path / "x")  # a head of other features would stay
+        other.save_pretrained(tmp_path / "x")  # the head of the other features would remain
     assert load_classifier(tmp_path / "x").class_names == ("cat", "dog")
 
 

@@ -25,7 +25,7 @@ import fastclip
 from fastclip.models.config import FOLDER, ModelConfig, _warn_of_spelling, config_path, load_config
 from fastclip.models.towers.coswin import ConvEmbed, ConvMerging
 
-# Millions of parameters and embed_dim: Radford et al. 2021, and what the papers of the others say.
+# Millions of parameters and embed_dim, from Radford et al. 2021 and from the other models' papers.
 CLIP_SIZES = {
     "RN50": (102.01, 1024, 224),
     "RN101": (119.69, 512, 224),
@@ -112,7 +112,7 @@ def test_tiny_models_are_small_and_learn(name: str) -> None:
         torch.testing.assert_close(features.norm(dim=1), torch.ones(8))
     assert scale.item() == pytest.approx(math.exp(model.logit_scale.item()))
 
-    for module in model.modules():  # the same function before and after
+    for module in model.modules():  # makes the function the same before and after the step
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -130,9 +130,9 @@ def test_checkpointed_gradients_are_the_same(name: str) -> None:
     other = copy.deepcopy(model)
     other.set_grad_checkpointing()
     images, ids = inputs(name)
-    kept = torch.zeros(2, 2)  # numbers saved: plain and checkpointed, image and text tower
+    kept = torch.zeros(2, 2)  # count of saved numbers: plain and checkpointed, image and text tower
     for i, m in enumerate((model, other)):
-        torch.manual_seed(1)  # dropout
+        torch.manual_seed(1)  # the same dropout in both models
         features = []
         for j, (encode, x) in enumerate(((m.encode_image, images), (m.encode_text, ids))):
             sizes: list[int] = []
@@ -202,7 +202,9 @@ def test_loss_settings_come_with_the_configuration() -> None:
 
 
 def test_clip_weights_start_as_published() -> None:
-    """OpenAI's code: normal of width ** -0.5 outside the blocks, torch's layers inside; ResNet blocks the identity."""
+    """CLIP's weights start as in OpenAI's code: normal with a deviation of width ** -0.5 outside the blocks, torch's
+    defaults inside, and ResNet blocks as the identity.
+    """
     torch.manual_seed(0)
     vit = fastclip.create_model("ViT-B-32").visual
     for tensor in (vit.cls_token, vit.pos_embed, vit.head.weight):
@@ -240,7 +242,7 @@ def test_coswin_is_swin_with_convolutions_around_its_blocks() -> None:
     assert all(isinstance(m, ConvMerging) and m.conv.kernel_size == (3, 3) for m in merging) and len(merging) == 3
     assert all(isinstance(stage.downsample, PatchMerging) for stage in plain.layers[1:])
 
-    # elsewhere the parameters are Swin's, and so is what its blocks compute from them
+    # All other parameters are Swin's, and the blocks compute the same from them
     def own(name: str) -> bool:
         return "patch_embed.proj" in name or "downsample" in name or "head" in name
 
@@ -259,17 +261,17 @@ def test_coswin_is_swin_with_convolutions_around_its_blocks() -> None:
 
 
 def test_coswin_windows_overlap() -> None:
-    """A pixel reaches the neighbours' embeddings, which Swin's separate patches forbid."""
+    """The convolutions of CoSwin reach into the neighbours of a patch, unlike Swin's separate patches."""
     tower = fastclip.create_model("florence-tiny").visual.eval()
     image = torch.randn(1, 3, 32, 32, requires_grad=True)
     reached = torch.autograd.grad(tower.patch_embed.proj(image)[0, :, 3, 3].abs().sum(), image)[0][0].abs().sum(dim=0)
     rows = reached.sum(dim=1).nonzero()[:, 0].tolist()
-    assert rows == list(range(10, 17))  # 7 of them, 4 apart
+    assert rows == list(range(10, 17))  # 7 rows, at a stride of 4
     merge = tower.layers[1].downsample
     x = torch.randn(1, 8, 8, 32, requires_grad=True)
     reached = torch.autograd.grad(merge.conv(x.permute(0, 3, 1, 2))[0, :, 2, 2].abs().sum(), x)[0][0].abs().sum(dim=2)
     assert reached.sum(dim=1).nonzero()[:, 0].tolist() == [3, 4, 5]
-    assert merge(torch.randn(2, 5, 7, 32)).shape == (2, 3, 4, 64)  # odd sides, as Swin's
+    assert merge(torch.randn(2, 5, 7, 32)).shape == (2, 3, 4, 64)  # odd sides are handled as in Swin
 
 
 def test_configuration_of_ones_own(tmp_path: Path) -> None:
@@ -281,7 +283,7 @@ def test_configuration_of_ones_own(tmp_path: Path) -> None:
     assert model.visual.embed_dim == 64
     assert fastclip.get_tokenizer(str(path))("a").shape == (1, 77)
     assert fastclip.load_image_transform(str(path))
-    # open_clip's own file
+    # A configuration file of open_clip
     theirs = Path(open_clip.__file__).parent / "model_configs" / "RN50.json"
     assert count(fastclip.create_model(str(theirs), device="meta")) == count(
         fastclip.create_model("RN50", device="meta")

@@ -1,4 +1,4 @@
-"""What stands before the towers: tokenizers by model name, BERT's among them, and image transforms."""
+"""The inputs of the towers: tokenizers by model name, BERT's among them, and image transforms."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_wordpiece_is_transformers() -> None:
     assert ours(texts).tolist() == expected
     cls, sep = theirs.cls_token_id, theirs.sep_token_id
     long = ours("one " * 500)[0].tolist()
-    assert long[0] == cls and long[-1] == sep and 0 not in long  # a cut text keeps its end
+    assert long[0] == cls and long[-1] == sep and 0 not in long  # truncated text keeps its end token
     assert ours("")[0].tolist() == [cls, sep] + [0] * 62
     assert ours([]).shape == (0, 64)
     with pytest.raises(ValueError, match="context_length must hold the start and the end token, got 1"):
@@ -131,13 +131,13 @@ def test_align_transforms() -> None:
     top = round((346 - 289) / 2)
     torch.testing.assert_close(evaluate(image), pixels[:, top : top + 289, top : top + 289], atol=1e-6, rtol=0)
     assert first in (top, top - 1)
-    wide = picture(500, 300)  # 346 x 346 whatever the picture's sides are
+    wide = picture(500, 300)  # 346 x 346 for any aspect ratio
     square = evaluate(wide.resize((346, 346), Image.Resampling.BILINEAR))
     torch.testing.assert_close(evaluate(wide), square, atol=1e-6, rtol=0)
     torch.manual_seed(0)
     crops = [train(image) for _ in range(8)]
     windows = {x[0, 0, 0].item() for x in crops}
-    assert len(windows) > 4  # another place every time, some of them mirrored
+    assert len(windows) > 4  # the crops differ, and some are mirrored
     rows = {tuple(row.tolist()) for row in pixels[0].unfold(1, 289, 1).reshape(-1, 289)}
     mirrored = [tuple(x[0, 0].flip(0).tolist()) in rows for x in crops]
     assert any(mirrored) and not all(mirrored)
@@ -188,7 +188,9 @@ def test_tower_without_the_tokenizers_ids_is_refused() -> None:
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("kind", ["I;16", "I", "F"])
 def test_more_than_eight_bits_are_scaled_and_not_cut_off(kind: str, train: bool) -> None:
-    """Half of the greatest value is a middle grey: Pillow's conversion makes white of it, or black."""
+    """Values of more than eight bits are scaled: half of the maximum becomes a middle grey, where Pillow's
+    conversion would give white or black.
+    """
     half, dtype = {"I;16": (32768, np.uint16), "I": (32768, np.int32), "F": (0.5, np.float32)}[kind]
     pixels = np.full((40, 40), half, dtype)
     pixels[0, 0] = 2 * half - (1 if kind != "F" else 0)

@@ -1,4 +1,4 @@
-"""Pictures and texts as transformers itself would treat them, by the files beside a model of Hugging Face."""
+"""Images and texts are processed as transformers would, by the processor files of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from fastclip.models.tokenizers.vocabulary import words_of
 
 VOCABULARY = FOLDER / "align-tiny.vocab.txt"
 WORDS = VOCABULARY.read_text(encoding="utf-8").split()
-OTHER = [*WORDS[:5], *reversed(WORDS[5:])]  # the same words under other numbers
+OTHER = [*WORDS[:5], *reversed(WORDS[5:])]  # the same words with other ids
 SQUARE = {"height": 32, "width": 32}
 CLIP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": SQUARE}
-# kakaobrain/align-base's, of smaller pictures
+# The values of kakaobrain/align-base, for smaller images
 ALIGN: dict[str, Any] = {
     "image_processor_type": "EfficientNetImageProcessor",
     "size": {"height": 48, "width": 48},
@@ -48,7 +48,7 @@ TEXTS = ["a photo of a cat", "Zebra, 12 µm!", ""]
 
 
 def processor_of(values: dict[str, Any]) -> Any:
-    """transformers' own, which resizes with Pillow, as fastclip does."""
+    """Return transformers' image processor, which resizes with Pillow as fastclip does."""
     name = values["image_processor_type"]
     return getattr(transformers, f"{name}Pil", getattr(transformers, name)).from_dict(values)
 
@@ -91,7 +91,9 @@ def clip_tokenizer() -> Any:
 
 
 def in_a_whole_processor(folder: Path) -> None:
-    """Write it as `save_pretrained` of a CLIPProcessor or an AlignProcessor does since transformers 5."""
+    """Rewrite the image processor's file as `save_pretrained` of a CLIPProcessor or
+    AlignProcessor does since transformers 5.
+    """
     alone = folder / "preprocessor_config.json"
     whole = {"image_processor": json.loads(alone.read_text()), "processor_class": "CLIPProcessor"}
     (folder / "processor_config.json").write_text(json.dumps(whole))
@@ -114,9 +116,9 @@ def in_a_whole_processor(folder: Path) -> None:
         {**CLIP, "do_rescale": False},
         {**CLIP, "do_rescale": False, "do_normalize": False},
         {**CLIP, "do_pad": None, "do_convert_rgb": True, "data_format": "channels_first", "processor_class": "x"},
-        {**CLIP, "do_normalize": None},  # as false
+        {**CLIP, "do_normalize": None},  # treated as false
         {**CLIP, "size": SQUARE, "do_center_crop": None, "crop_size": None},
-        {**CLIP, "rescale_offset": True},  # which is EfficientNet's alone
+        {**CLIP, "rescale_offset": True},  # used by EfficientNet alone
         {"image_processor_type": "SiglipImageProcessor", "size": SQUARE},
         {"image_processor_type": "ViTImageProcessor", "size": 32},
         ALIGN,
@@ -139,7 +141,7 @@ def test_pictures_are_transformers(values: dict[str, Any], nested: bool, tmp_pat
 @pytest.mark.parametrize(
     "old",
     [
-        # openai/clip-vit-base-patch32's, and what transformers 4 wrote of its fast processors
+        # Files of openai/clip-vit-base-patch32, and those that transformers 4 wrote for its fast processors
         {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32, "resample": 3},
         {
             "image_processor_type": "CLIPImageProcessorFast",
@@ -163,14 +165,16 @@ def test_defaults_are_transformers(kind: str) -> None:
         found = getattr(theirs, name)
         if name in ("size", "crop_size"):
             found = {edge: number for edge, number in dict(found).items() if number is not None}
-        elif isinstance(value, list | bool):  # tuples, None
+        elif isinstance(value, list | bool):  # transformers stores tuples, and None for false
             found = type(value)(found or ())
         assert found == value, name
 
 
 @pytest.mark.parametrize("kind", ["CLIPProcessor", "AlignProcessor"])
 def test_a_whole_processor_goes_first(kind: str, tmp_path: Path) -> None:
-    """Precedence is transformers' where both files lie there, with the vocabulary beside them."""
+    """The file of a whole processor takes precedence over that of the image processor, as in transformers,
+    with the vocabulary beside them.
+    """
     clip = kind == "CLIPProcessor"
     values = {**(CLIP if clip else ALIGN), "do_normalize": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5] * 3}
     name = values["image_processor_type"]
@@ -188,7 +192,7 @@ def test_a_whole_processor_goes_first(kind: str, tmp_path: Path) -> None:
     theirs = pixels(getattr(transformers, name).from_pretrained(folder), image)
     assert float((theirs - pixels(processor_of(values), image)).abs().max()) < 1e-5
     assert float((fastclip.load_image_transform(str(folder))(image) - theirs).abs().max()) < 1e-5
-    # one of an older transformers holds no image processor, and is passed over
+    # The processor file of an older transformers contains no image processor and is ignored
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": kind}))
     theirs = pixels(getattr(transformers, name).from_pretrained(folder), image)
     assert float((fastclip.load_image_transform(str(folder))(image) - theirs).abs().max()) < 1e-5
@@ -239,7 +243,9 @@ def their_ids(folder: Path) -> list[list[int]]:
 
 
 def test_bert_vocabulary_is_transformers(tmp_path: Path) -> None:
-    """In tokenizer.json alone, beside a vocab.txt of other numbers, and in what is written of it."""
+    """BERT's vocabulary is read as transformers reads it: from tokenizer.json alone, from tokenizer.json despite a
+    vocab.txt with other ids, and from converted models.
+    """
     torch.manual_seed(0)
     folder = align_folder(tmp_path / "x")
     (folder / "preprocessor_config.json").write_text(json.dumps(ALIGN))
@@ -247,7 +253,8 @@ def test_bert_vocabulary_is_transformers(tmp_path: Path) -> None:
     bert(OTHER).save_pretrained(folder)
     file = folder / "tokenizer.json"
     values = json.loads(file.read_text())
-    values["model"]["vocab"] = dict(sorted(values["model"]["vocab"].items()))  # ids tell the order, not the file
+    # the order follows from the ids, not from the file
+    values["model"]["vocab"] = dict(sorted(values["model"]["vocab"].items()))
     file.write_text(json.dumps(values))
     assert not (folder / "vocab.txt").exists() and words_of(folder / "tokenizer.json") == OTHER
     wanted = their_ids(folder)
@@ -258,7 +265,7 @@ def test_bert_vocabulary_is_transformers(tmp_path: Path) -> None:
     assert their_ids(folder) == wanted == fastclip.get_tokenizer(str(folder))(TEXTS).tolist()
     model = fastclip.create_model(pretrained=folder)
     for form in ("fastclip", "huggingface"):
-        for _ in range(2):  # over itself, too
+        for _ in range(2):  # also over its previous output
             convert(model, tmp_path / form, form=form)
         assert (tmp_path / form / "vocab.txt").read_text().split("\n") == [*OTHER, ""]
         assert fastclip.get_tokenizer(str(tmp_path / form))(TEXTS).tolist() == wanted
@@ -317,7 +324,9 @@ def test_tokenizers_of_other_kinds_are_refused(
 
 @pytest.mark.parametrize("key", ["do_lower_case", "tokenize_chinese_chars", "strip_accents"])
 def test_options_of_another_tokenizer_are_refused(key: str, tmp_path: Path) -> None:
-    """A vocab.txt says nothing of case: tokenizer_config.json does, and transformers obeys."""
+    """Options that would change the tokenizer are refused. A vocab.txt has no option for case, but
+    transformers obeys tokenizer_config.json.
+    """
     folder = align_folder(tmp_path)
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in WORDS))
     for value in (None, True):

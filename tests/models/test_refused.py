@@ -1,4 +1,4 @@
-"""Checkpoints that do not fit, are damaged or hostile: the error names what is wrong, and no pickle runs."""
+"""Checkpoints that do not fit, are damaged or hostile: the error names the fault, and no pickle is executed."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_no_pickle_runs(where: str, tmp_path: Path) -> None:
     ):
         fastclip.create_model("ViT-tiny", pretrained=path)
     assert not canary.exists()
-    pickle.loads(pickle.dumps(Hostile(canary)))  # the canary sings: such bytes, unpickled
+    pickle.loads(pickle.dumps(Hostile(canary)))  # the payload works: such bytes run when they are unpickled
     assert canary.exists()
 
 
@@ -150,7 +150,7 @@ def test_truncated_files_are_damaged(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    """ViT-tiny as open_clip stores it."""
+    """Weights of ViT-tiny in open_clip's form."""
     torch.manual_seed(0)
     model = fastclip.create_model("ViT-tiny")
     assert model.config is not None
@@ -211,7 +211,9 @@ def test_what_is_read_of_several_is_told(
 
 
 def test_open_clips_weights_go_with_its_configuration(weights: dict[str, Tensor], tmp_path: Path) -> None:
-    """As in the repositories of LAION, which hold Hugging Face's model beside."""
+    """Weights of open_clip are read with open_clip's configuration, in a folder that contains Hugging Face's model too,
+    as the repositories of LAION do.
+    """
     model = fastclip.create_model("ViT-tiny")
     convert(model, tmp_path / "x", form="open_clip")
     convert(fastclip.create_model("ViT-tiny"), tmp_path / "y", form="huggingface")
@@ -274,7 +276,7 @@ def test_a_zip_file_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Of all values inside a value of JSON."""
+    """Yield the path of every value inside a JSON value."""
     yield place
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield from places(value[key], (*place, key))
@@ -333,7 +335,7 @@ def test_open_clips_pictures_of_another_kind_are_refused(key: str, value: Any, m
     convert(fastclip.create_model("ViT-tiny"), tmp_path, form="open_clip")
     file = tmp_path / "open_clip_config.json"
     values = json.loads(file.read_text())
-    for size in (32, [32, 32], None, 48):  # which open_clip replaces by the image tower's
+    for size in (32, [32, 32], None, 48):  # open_clip replaces these sizes by that of the image tower
         usual = {**values["preprocess_cfg"], "size": size, "mode": "RGB", "fill_color": 0}
         file.write_text(json.dumps({**values, "preprocess_cfg": usual}))
         assert read_config(tmp_path) is not None

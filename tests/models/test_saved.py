@@ -1,4 +1,4 @@
-"""What is saved can be read again, or is refused when it is saved."""
+"""A saved model can be read again, or saving it is refused."""
 
 from __future__ import annotations
 

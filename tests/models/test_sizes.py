@@ -1,4 +1,4 @@
-"""Picture size and context length are those of the weights; options ask for others."""
+"""Image size and context length follow from the weights; options change them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastclip.models.convert import convert
 from fastclip.models.dual_encoder import build_model
 from fastclip.models.embedder import load_embedder
 
-LENGTH, SIDE = 32, 48  # ViT-tiny.json says 77 and 32
+LENGTH, SIDE = 32, 48  # ViT-tiny.json has 77 and 32
 
 
 def made(name: str = "ViT-tiny", *, length: int = LENGTH, side: int = SIDE) -> DualEncoder:
@@ -39,7 +39,7 @@ def made(name: str = "ViT-tiny", *, length: int = LENGTH, side: int = SIDE) -> D
 
 
 def open_clips() -> nn.Module:
-    """ViT-tiny as open_clip makes it, with 32 tokens and 48 pixels."""
+    """Return ViT-tiny as open_clip builds it, with 32 tokens and 48 pixels."""
     values = json.loads((FOLDER / "ViT-tiny.json").read_text())
     vision = {key: x for key, x in values["vision_cfg"].items() if key != "tower"} | {"image_size": SIDE}
     text = {key: x for key, x in values["text_cfg"].items() if key != "tower"} | {"context_length": LENGTH}
@@ -84,7 +84,7 @@ def test_sizes_are_found_in_every_form(form: str, name: str, tmp_path: Path) -> 
     assert again.config is not None
     assert (again.config.text_cfg.context_length, again.config.vision_cfg.image_size) == (LENGTH, side)
     assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
-    beside = fastclip.create_model(pretrained=tmp_path / "x")  # as its own configuration has it
+    beside = fastclip.create_model(pretrained=tmp_path / "x")  # configured by the folder's own file
     assert beside.config is not None and beside.config.vision_cfg == again.config.vision_cfg
 
 
@@ -162,7 +162,9 @@ def test_berts_positions_are_the_weights(tmp_path: Path) -> None:
 
 
 def test_windows_of_another_size_are_asked_for(tmp_path: Path) -> None:
-    """CoSwin's tables tell the window, and not the picture."""
+    """A window size that differs from the name's configuration is refused: CoSwin's tables determine the
+    window, but not the image size.
+    """
     values = load_config("florence-tiny").to_dict()
     values["vision_cfg"]["window_size"] = 2
     torch.manual_seed(0)

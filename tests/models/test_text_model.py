@@ -1,4 +1,4 @@
-"""CLIP's text tower against open_clip's on the same weights, and the model that joins both towers."""
+"""CLIP's text tower compared with open_clip's on the same weights, and the model that joins both towers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def small_tower(*, quick_gelu: bool = False) -> TextTransformer:
 
 
 def random_ids(count: int) -> Tensor:
-    """Texts of every length: random tokens, the end token, zeros."""
+    """Return texts of every length: random tokens, the end token, zeros."""
     ids = torch.randint(1, END, (count, CONTEXT_LENGTH))
     for row, text in enumerate(ids):
         end = row % CONTEXT_LENGTH
@@ -63,7 +63,7 @@ def test_text_equals_open_clip_on_its_weights(quick_gelu: bool) -> None:
         for parameter in theirs.parameters():  # as after training: no bias is 0, no LayerNorm gain is 1
             parameter.add_(0.2 * torch.randn_like(parameter))
     ours = small_tower(quick_gelu=quick_gelu)
-    ours.load_state_dict(theirs.state_dict())  # strict: every name and shape
+    ours.load_state_dict(theirs.state_dict())  # strict: every name and shape must agree
     ids = random_ids(40)
     expected, found = theirs(ids), ours(ids)
     assert found.shape == (40, OUTPUT_DIM)
@@ -84,7 +84,7 @@ def test_text_sees_what_precedes_the_end_only() -> None:
     tower = small_tower().eval()
     ids = random_ids(1).repeat(3, 1)
     ids[:, :6] = torch.tensor([5, 6, 7, 8, 9, END])
-    ids[1, 6:] = 11  # padding that is not zero
+    ids[1, 6:] = 11  # padding other than zero
     ids[2, 0] = 12  # another first token
     features = tower(ids)
     torch.testing.assert_close(features[0], features[1])

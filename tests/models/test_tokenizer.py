@@ -1,4 +1,4 @@
-"""CLIP's tokenizer against open_clip's, id by id."""
+"""CLIP's tokenizer compared with open_clip's, id by id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = {
     "uppercase": "A Photo Of A CAT, HTML and NASA",
     "digits": "in 1999, 3.14159 and 007 of 1/2",
     "contractions": "it's we're I'VE can't I'm they'll he'd o'clock 'sandals",
-    "long s contraction": "it'\u017f",  # matches 's without regard to case, and stays what it is in lower case
+    "long s contraction": "it'\u017f",  # matches 's regardless of case, and is unchanged by lower-casing
     "underscores": "_snake_case__name_ and __init__",
     "punctuation": "wait... what?! (really) -- #1 @home $5 50% a&b",
     "accents": "naïve café, Ångström, İstanbul, straße, garçon",
@@ -35,9 +35,10 @@ TEXTS = {
     "emoji": "I \U0001f496 my \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd",
     "cjk": "一张猫的照片 猫の写真 고양이 사진",
     "right to left": "صورة قطة תמונה של חתול",
-    "newer letters": "\u1e9e \U0001e900 \ua7d0 \U00011f04 \u0c5d\u0cdd",  # symbols to an older Unicode
+    # unassigned in older versions of Unicode, which treat them as symbols
+    "newer letters": "\u1e9e \U0001e900 \ua7d0 \U00011f04 \u0c5d\u0cdd",
     "entities": "&lt;b&gt;black &amp;amp; white&lt;/b&gt; &#39;s &eacute; &nbsp;",
-    "entities escaped twice": "<b> &amp;amp; &amp;eacute; </b>",  # ftfy leaves entities beside tags alone
+    "entities escaped twice": "<b> &amp;amp; &amp;eacute; </b>",  # ftfy does not unescape entities beside tags
     "control characters": "null\x00 bell\x07 \u200bzero\u200dwidth\ufeff",
     "special tokens": "<start_of_text> a <END_OF_TEXT>b!<end_of_text>!!<start_of_text>",
     "repeats": "a" * 300,
@@ -87,7 +88,9 @@ WORDS = [
 def test_tokenizer_equals_open_clip_on_random_texts(
     ours: ClipTokenizer, theirs: SimpleTokenizer, thousands: int
 ) -> None:
-    """Two thirds are captions of words that the web writes, the others of one script between ASCII."""
+    """The tokenizer equals open_clip's on random texts: two thirds are captions made of common words of the web, the
+    others mix ASCII with characters of one script.
+    """
     draw = random.Random(0)
     for _ in range(thousands):
         texts = []

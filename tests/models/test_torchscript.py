@@ -1,4 +1,4 @@
-"""TorchScript archives: their tensors are torch's own, and nothing of what they hold runs."""
+"""TorchScript archives: the tensors equal those that torch reads, and no code of an archive is executed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Part(nn.Module):
 
 
 class Whole(nn.Module):
-    """With attributes of all kinds, shared parameters and modules."""
+    """A module with attributes of all kinds, shared parameters and shared submodules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_tensors_are_those_of_torchs_loader(name: str, archives: dict[str, Path]
 
 
 class Archive(nn.Module):
-    """Writes a file when torch loads it: the path takes the place of TARGET."""
+    """A module that writes a file when torch loads it; the path of the file replaces TARGET."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Archive(nn.Module):
 
 
 def rewritten(archive: Path, change: Callable[[str, bytes], bytes | None], compression: int = 0) -> bytes:
-    """The archive with other entries; None drops one."""
+    """Return the archive with its entries replaced by `change`, which drops an entry by returning None."""
     out = io.BytesIO()
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(out, "w", compression) as new:
         for entry in old.infolist():
@@ -130,7 +130,7 @@ def test_no_code_of_an_archive_runs(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(ValueError, match="__setstate__"):
         fastclip.create_model("ViT-tiny", pretrained=path)
     assert not written.exists()
-    torch.jit.load(str(path))  # the canary sings
+    torch.jit.load(str(path))  # the payload works
     assert written.exists()
 
 
@@ -154,7 +154,7 @@ def edited(old: bytes, new: bytes) -> Callable[[str, bytes], bytes]:
         (edited(b"K\x06tQ", b"J\xff\xff\xff\x7ftQ"), r"data/0 has 24 bytes for 2,147,483,647 numbers"),
         (edited(b"K\x03K\x02t", b"J\xff\xff\xff\x7fK\x02t"), "weight of shape .* does not lie in its storage"),
         (edited(b"K\x03K\x02t", b"J\xff\xff\xff\xffK\x02t"), "not told as torch tells it"),
-        (edited(b"(K\x02K\x01t", b"(K\x00K\x00t"), None),  # numbers that lie on each other are no harm
+        (edited(b"(K\x02K\x01t", b"(K\x00K\x00t"), None),  # overlapping numbers do no harm
         (edited(b"(K\x02K\x01t", b"(J\xff\xff\xff\x7fK\x01t"), "does not lie in its storage"),
         (edited(b"FloatStorage", b"TypedStorag_"), "storage is a torch TypedStorag_, which is none of"),
         (edited(b"FloatStorage", b"QInt8Storage"), "storage is a torch QInt8Storage"),
@@ -203,7 +203,7 @@ def test_entries_are_checked(archives: dict[str, Path], tmp_path: Path) -> None:
 
 
 def nested(depth: int) -> bytes:
-    """A module whose nine attributes are the same one, and so on."""
+    """Pickle a module with nine attributes that are all the same module, nested to this depth."""
     if not depth:
         return b"c__torch__\nM\n)\x81q\x00"
     again = b"".join(b"X\x01\x00\x00\x00%dh%c" % (k, depth - 1) for k in range(1, 9))
