@@ -1,4 +1,4 @@
-"""`fastclip eval compose`: the grammar of its lines, and answers against brute force on real pictures."""
+"""`fastclip eval compose`: the grammar of its lines, and answers compared with brute force on real images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def embedder(checkpoint: Path) -> Embedder:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
-    """The temple's twelve pieces and eleven of the flower's; the twelfth, flower11.jpg, lies outside of the data."""
+    """Source with the temple's twelve crops and eleven of the flower's; the twelfth,
+    flower11.jpg, is not part of the data.
+    """
     monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     names = write_crops(tmp_path / "images")
@@ -83,7 +85,7 @@ def test_file_of_queries(tmp_path: Path) -> None:
 
 
 def test_sum_is_of_unit_vectors() -> None:
-    for scale in (1, 1e30, 1e-30):  # squares overflow in float32, or vanish
+    for scale in (1, 1e30, 1e-30):  # squares overflow or underflow float32
         found = unit_sum([torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8])], [2 * scale, -scale])
         assert found.dtype == torch.float32
         assert found.tolist() == pytest.approx([1.4 / 2.6**0.5, -0.8 / 2.6**0.5])
@@ -93,7 +95,7 @@ def test_sum_is_of_unit_vectors() -> None:
 
 
 def vector(embedder: Embedder, name: str) -> np.ndarray:
-    """In float64, of a picture in images/ or a text."""
+    """Return the float64 embedding of an image in images/, or of a text."""
     if not name.endswith(".jpg"):
         return embedder.embed_texts([name])[0].double().numpy()
     with Image.open(f"images/{name}") as image:
@@ -120,7 +122,7 @@ def test_answers_are_those_of_brute_force(embedder: Embedder, source: Source, tm
     every = np.stack([vector(embedder, name) for name in names])
     ranks = []
     for (line, terms, target), answer in zip(QUERIES, found.answers):
-        if line.startswith('"'):  # a text, although there is such a picture
+        if line.startswith('"'):  # a quoted text, although an image has this name
             query = embedder.embed_texts(["china3.jpg"])[0].double().numpy()
         else:
             query = sum(weight * vector(embedder, name) for name, weight in terms.items())
@@ -207,6 +209,6 @@ def test_command_writes_results_and_a_sheet(
         with Image.open(first) as picture:
             tile = np.array(picture.resize((128, 112), Image.Resampling.BICUBIC)).astype(int)
         shown = np.array(sheet)[6 + 22 + 8 :, 6:][:112, :128].astype(int)
-        assert abs(shown - tile)[4:-4, 4:-4].mean() < 2  # but for a frame
+        assert abs(shown - tile)[4:-4, 4:-4].mean() < 2  # the frame differs
     assert main([*line[:-4], "--queries", "gone.txt"]) == 1
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Embedding and evaluating on a GPU. `pytest -m gpu`; skipped where there is none."""
+"""Embedding and evaluation on a GPU. Run with `pytest -m gpu`; skipped without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear probes beside scikit-learn by hand, on handwritten digits."""
+"""Linear probes compared with scikit-learn used directly, on handwritten digits."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def digits() -> dict[str, Source]:
 
 
 def by_hand(embedder: Embedder, source: Source, features: str) -> tuple[Any, Any]:
-    """What enters the tower's last projection, or unit vectors; and the labels."""
+    """Return the inputs of the tower's last projection, or unit vectors, and the labels."""
     model, seen = embedder.model, []
     hook = model.visual.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     records = [source[i] for i in range(len(source))]
@@ -65,7 +65,8 @@ def test_probe_equals_scikit_learn_by_hand(
     with_val: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Features of other batches differ in a last digit, and L-BFGS comes to another corner of a plateau from there.
+    # The fit uses the features that the probe read. Features of other batches differ in the last digit, from which
+    # L-BFGS would reach another point of a plateau.
     real, read = probe.image_features, list[ImageFeatures]()
     monkeypatch.setattr(probe, "image_features", lambda *a, **o: read.append(real(*a, **o)) or read[-1])
     found = linear_probe(
@@ -96,7 +97,7 @@ def test_probe_equals_scikit_learn_by_hand(
     assert found.metrics["lp_acc5"] == pytest.approx(top_k_accuracy_score(y_test, scores, k=5))
     assert found.metrics["lp_mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(y_test, scores.argmax(1)))
     assert found.metrics["normalized"] is (features == "embedding")
-    assert found.metrics["lp_acc1"] > 0.7  # it learns: chance is 0.1
+    assert found.metrics["lp_acc1"] > 0.7  # better than chance, 0.1
 
 
 def test_sweep_is_the_papers() -> None:
@@ -175,11 +176,11 @@ def test_labels_that_do_not_fit_are_told(embedder: Embedder, caplog: pytest.LogC
 def test_ranks_count_ties_against_the_model_and_metrics_are_scikit_learns() -> None:
     scores = torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [math.nan, 1.0, 0.0], [math.nan, 1.0, 0.0]])
     assert score_ranks(scores, torch.tensor([0, 0, 0, 1])).tolist() == [1, 0, 2, 1]
-    scores, labels = torch.randn(300, 9), torch.randint(0, 8, (300,))  # class 8 has no picture
+    scores, labels = torch.randn(300, 9), torch.randint(0, 8, (300,))  # class 8 has no images
     found = classification_metrics(score_ranks(scores, labels), labels, 9)
     predictions = scores.argmax(1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the class without pictures
+        warnings.simplefilter("ignore")  # the class without images
         assert found["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, predictions))
     assert found["acc1"] == pytest.approx(accuracy_score(labels, predictions))
     assert found["acc5"] == pytest.approx(top_k_accuracy_score(labels, scores.numpy(), k=5, labels=range(9)))
@@ -187,7 +188,9 @@ def test_ranks_count_ties_against_the_model_and_metrics_are_scikit_learns() -> N
 
 
 def test_classes_of_equal_weights_tie(embedder: Embedder, digits: dict[str, Source]) -> None:
-    """Two classes of one name, say; rounding makes either the likelier one, and neither is a hit."""
+    """Classes of equal weights, such as two classes of one name, tie: rounding makes either one more
+    likely, and neither counts as a hit.
+    """
     torch.manual_seed(0)
     source = Subset(digits["test"], range(40))
     weight = 100 * torch.nn.functional.normalize(torch.randn(10, embedder.dim), dim=1)
@@ -197,7 +200,7 @@ def test_classes_of_equal_weights_tie(embedder: Embedder, digits: dict[str, Sour
         assert set(classifier_accuracies(alike, embedder, source).values()) == {0}
         twins = ImageClassifier(model.visual, weight[[0, 1, 2, 3, 4] * 2], source.class_names)
         ranks = score_ranks(twins(torch.randn(5, 3, 32, 32)), torch.arange(5), size=twins.largest_score())
-    assert (ranks % 2 == 1).all() and len(ranks.unique()) > 1  # the others come in pairs
+    assert (ranks % 2 == 1).all() and len(ranks.unique()) > 1  # the other classes come in pairs
     assert twins.largest_score() == pytest.approx(100)
 
 
@@ -210,7 +213,7 @@ def test_interrupted_probe_goes_on(
 ) -> None:
     monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path))
     whole = linear_probe(embedder, digits["train"], digits["test"])
-    assert not list(tmp_path.iterdir())  # nothing is kept unasked
+    assert not list(tmp_path.iterdir())  # nothing is stored unless requested
     stores: list[FeatureStore] = []
     real, fits = probe._fit, []
 
@@ -224,10 +227,10 @@ def test_interrupted_probe_goes_on(
     with pytest.raises(Stopped):
         linear_probe(embedder, digits["train"], digits["test"], stores=stores)
     monkeypatch.setattr(probe, "_fit", lambda *args: fits.append(args[2]) or real(*args))
-    monkeypatch.setattr(TowerEmbedder, "embed_images", None)  # all pictures are there
+    monkeypatch.setattr(TowerEmbedder, "embed_images", None)  # all images are embedded already
     again = linear_probe(embedder, digits["train"], digits["test"], stores=stores)
     assert (again.metrics, again.sweep, again.converged) == (whole.metrics, whole.sweep, whole.converged)
-    assert len(fits) == len(whole.sweep) + 1  # none twice
+    assert len(fits) == len(whole.sweep) + 1  # no fit is repeated
     for store in stores:
         store.clear()
     assert not list((tmp_path / "features").iterdir())
@@ -276,7 +279,7 @@ def test_command_writes_clip_benchmarks_keys(
     theirs = {"lp_acc1", "lp_acc5", "lp_mean_per_class_recall"}
     theirs |= {"weight_decay", "epochs", "seed", "fewshot_k", "normalized"}
     assert found["task"] == "linear_probe" and set(found["metrics"]) == theirs
-    assert found["metric"] == "mean_per_class_recall"  # as CLIP's paper has it for Pets
+    assert found["metric"] == "mean_per_class_recall"  # the metric of CLIP's paper for Pets
     table = capsys.readouterr().out
     assert f"{100 * found['metrics']['lp_acc1']:.1f}" in table and "ALIGN fine-tuned" in table and "96.2" in table
     assert not list((tmp_path / "cache" / "features").iterdir())
@@ -287,7 +290,7 @@ def test_command_writes_clip_benchmarks_keys(
 def test_result_is_called_by_its_folder(
     embedder: Embedder, digits: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder's name shows published numbers, and does not say what the data are."""
+    """A result is named by its folder. A folder's name selects published numbers, but does not identify the data."""
     monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "cache"))
     embedder.model.save_pretrained(tmp_path / "model")
     for k in range(16):

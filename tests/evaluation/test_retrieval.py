@@ -1,4 +1,4 @@
-"""`fastclip eval retrieval` against CLIP_benchmark and brute force, on real pictures with several captions each."""
+"""`fastclip eval retrieval` compared with CLIP_benchmark and brute force, on real images with several captions each."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evaluated(checkpoint: Path, spec: str, output: Path, *more: str) -> dict[str
 
 
 def by_loops(embedder: Embedder, pictures: Sequence[tuple[Path, Sequence[str]]]) -> dict[str, float]:
-    """Each caption a query that belongs to its picture."""
+    """Compute the recalls by loops, with each caption as a query that belongs to its image."""
     from PIL import Image
 
     image = torch.cat([embedder.embed_images(embedder.transform(Image.open(path))[None]) for path, _ in pictures])
@@ -85,14 +85,16 @@ def test_metrics_are_those_of_clip_benchmark(embedder: Embedder, checkpoint: Pat
     expected = theirs.evaluate(embedder.model, batches, embedder.tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10])
     found = evaluated(checkpoint, f"{split}:test", split.parent / "r.json")
     assert found["metrics"] == pytest.approx(expected, abs=1e-6) and list(found["metrics"]) == KEYS
-    assert sum(0 < value < 1 for value in expected.values()) >= 5  # between the extremes
+    assert sum(0 < value < 1 for value in expected.values()) >= 5  # not all metrics are 0 or 1
     assert (found["task"], found["images"], found["captions"]) == ("zeroshot_retrieval", 24, 132)
     assert (found["dataset"], found["pretrained"]) == (f"{split}:test", str(checkpoint))
-    assert not list((split.parent / "cache" / "features").iterdir())  # nothing is left where the result is written
+    assert not list((split.parent / "cache" / "features").iterdir())  # no features remain once the result is written
 
 
 def test_with_ties_no_recall_is_above_what_clip_benchmark_can_give() -> None:
-    """Its topk picks any of those that are alike; ours is what the worst order gives."""
+    """Recalls count ties in the worst order, so that none exceeds CLIP_benchmark's, whose topk may pick any of equal
+    items.
+    """
     needs("clip-benchmark")
     import clip_benchmark.metrics.zeroshot_retrieval as theirs
 
@@ -117,7 +119,9 @@ def test_with_ties_no_recall_is_above_what_clip_benchmark_can_give() -> None:
 
 
 def test_rows_of_one_picture_are_one_image(embedder: Embedder, checkpoint: Path, split: Path) -> None:
-    """A table of one caption a row, in any order, one row twice and one without a caption."""
+    """Rows of one image count as one image, in a table of one caption per row, in any order, with a repeated
+    row and one without a caption.
+    """
     names = sorted(path.name for path in (split.parent / "images").iterdir())
     pairs = [(name, text) for name, texts in zip(names, sentences(names)) for text in texts]
     order = torch.randperm(len(pairs)).tolist()
@@ -175,7 +179,7 @@ def test_first_captions_only(embedder: Embedder, checkpoint: Path, split: Path) 
 
 
 class Shared:
-    """Pictures 0, 1 and 2 of the digits' held-out part, whose captions are partly the same."""
+    """Images 0, 1 and 2 of the held-out digits, which share some captions."""
 
     spec, class_names, templates = "shared", (), ()
     told = (("a", "b", "b"), ("b", "c"), ("d",))
@@ -199,7 +203,7 @@ class Shared:
 def test_model_without_finite_numbers_is_refused(
     embedder: Embedder, split: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With no more items than K every query, of NaN too, would be a hit."""
+    """A model with non-finite features is refused, because every query would be a hit among no more items than K."""
     source, images, texts = open_source(f"{split}:test"), embedder.embed_images, embedder.embed_texts
     with monkeypatch.context() as patch:
         patch.setattr(embedder, "embed_images", lambda inputs: images(inputs) * torch.nan)
@@ -216,7 +220,9 @@ def test_model_without_finite_numbers_is_refused(
 
 
 def test_captions_of_the_same_words(embedder: Embedder, tmp_path: Path) -> None:
-    """Each to its picture, as in CLIP_benchmark, or one that belongs to all."""
+    """Captions with the same words count once per image, as in CLIP_benchmark, or as one caption of all
+    these images.
+    """
     found = evaluate_retrieval(embedder, Shared(), folder=tmp_path)
     assert found.texts == ["a", "b", "b", "b", "c", "d"] and found.repeated == 3
     assert found.pairs.tolist() == [[0, 0], [0, 1], [0, 2], [1, 3], [1, 4], [2, 5]]
@@ -305,7 +311,9 @@ def test_details_are_those_of_brute_force(embedder: Embedder, checkpoint: Path, 
 
 
 def best_by_loops(cosines: Sequence[float]) -> list[int]:
-    """The best first, and what is within 2^-20 of it by place; then the best of the others."""
+    """Return the best item first, then all within 2^-20 of it in their order, then the best of the others,
+    and so on.
+    """
     found, left = [], sorted(range(len(cosines)), key=lambda k: -cosines[k])
     while left:
         equal = sorted(k for k in left if cosines[k] >= cosines[left[0]] - 2.0**-20)
@@ -317,7 +325,7 @@ def best_by_loops(cosines: Sequence[float]) -> list[int]:
 @pytest.mark.parametrize("chunk", [1, 3, 8, None])
 def test_top_items_are_those_of_a_stable_sort(chunk: int | None, processor: Callable[[], Any]) -> None:
     items = torch.randint(-2, 3, (23, 3)).float()
-    items[5] = 0  # a cosine of 0 to all
+    items[5] = 0  # its cosine with every query is 0
     queries = torch.cat([torch.eye(3), -torch.eye(3), torch.randn(6, 3)])  # many cosines are equal
     z = F.normalize(queries.double(), dim=1) @ F.normalize(items.double(), dim=1).T
     z[:, 4] = -torch.inf
@@ -335,7 +343,7 @@ def test_top_items_are_those_of_a_stable_sort(chunk: int | None, processor: Call
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_first_of_a_thousand_pictures_that_are_one(count: int) -> None:
-    """Whichever of them rounding makes the most similar."""
+    """The first of a thousand equal images wins, whichever of them rounding makes the most similar."""
     picture, other = torch.randn(2, 64)
     with RoundsByPlace():
         values, places = top_items(picture[None] + 0.5 * torch.randn(3, 64), picture.expand(1000, 64), count)
@@ -359,7 +367,9 @@ def test_both_directions_of_one_pass_are_those_of_two(chunk: int | None, process
 
 
 def test_memory_does_not_grow_with_the_product() -> None:
-    """Of 25,000 texts and 5,000 images all similarities are 480 MiB of float32."""
+    """Memory does not grow with the product: the similarities of 25,000 texts and 5,000 images take 480 MiB
+    in float32.
+    """
     code = """
 import resource, torch
 from fastclip.evaluation.retrieval import retrieval_recalls, top_items

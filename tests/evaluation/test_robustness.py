@@ -43,7 +43,7 @@ def indices(name: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def class_rows(embedder: Embedder) -> torch.Tensor:
-    """Of all of ImageNet's classes, (1000, D), from the formula alone."""
+    """Embeddings (1000, D) of all of ImageNet's classes, computed from the formula alone."""
     import open_clip
 
     texts = [template.format(name) for name in open_clip.IMAGENET_CLASSNAMES for template in TEMPLATES]
@@ -60,7 +60,9 @@ def among(name: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def sets(embedder: Embedder, class_rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Real pictures in every set, of which the model takes a third for what they are said to be, and a third nearly."""
+    """Folders of real images for every dataset. The model assigns a third of them to their
+    labels and a third to near ones.
+    """
     root, source = tmp_path_factory.mktemp("sets"), open_source("digits")
     found = {}
     for number, name in enumerate(robustness.SETS):
@@ -77,7 +79,7 @@ def sets(embedder: Embedder, class_rows: torch.Tensor, tmp_path_factory: pytest.
 
 
 def by_loops(embedder: Embedder, folder: str, classes: list[int], rows: torch.Tensor) -> tuple[float, float]:
-    """Top-1 and top-5 among these of ImageNet's classes, from files and formula alone."""
+    """Compute top-1 and top-5 among the given ImageNet classes from files and formula alone."""
     hits: list[list[bool]] = []
     for path in sorted(Path(folder).rglob("*.png")):
         name = path.parent.name
@@ -118,7 +120,7 @@ def test_class_texts_are_embedded_once(
 
 
 def test_published_results_are_the_papers() -> None:
-    """Top-1 of ImageNet, -R, -A, -V2 in the tables of the three papers."""
+    """Published results are the top-1 of ImageNet, -R, -A and -V2 in the tables of the three papers."""
     sets = ("imagenet1k", "imagenet-r", "imagenet-a", "imagenetv2")
     assert [ZERO_SHOT["CLIP"].get(name) for name in sets] == [76.2, 88.9, 77.2, 70.1]
     assert [ZERO_SHOT["ALIGN"].get(name) for name in sets] == [76.4, 92.2, 75.8, 70.1]
@@ -129,7 +131,7 @@ def test_published_results_are_the_papers() -> None:
 def test_means_are_over_the_same_sets_for_all() -> None:
     found = {"imagenet1k": 60.0, "imagenetv2": 50.0, "imagenet-r": 70.0, "imagenet_sketch": 10.0}
     sets = robustness.compared_sets(found)
-    assert sets == ["imagenetv2", "imagenet-r"]  # of -Sketch nothing is published
+    assert sets == ["imagenetv2", "imagenet-r"]  # no paper has results for -Sketch
     assert robustness.mean_drop(found, sets) == 0.0
     assert robustness.mean_drop(ZERO_SHOT["CLIP"], sets) == pytest.approx(76.2 - (70.1 + 88.9) / 2)
     assert robustness.mean_drop(ZERO_SHOT["Florence"], sets) is None
@@ -153,7 +155,7 @@ def test_folder_of_another_set_is_refused(embedder: Embedder, other: str, tmp_pa
         with pytest.raises(ValueError, match=f"classes are those of {robustness.SETS[other].title}, and it is named"):
             robustness.robustness(embedder, {other: str(tmp_path), name: str(tmp_path)}, templates=TEMPLATES)
     (found,) = robustness.robustness(embedder, {other: str(tmp_path)}, templates=TEMPLATES)
-    shutil.rmtree(tmp_path / imagenet.wordnet_ids()[AMONG[other][0]])  # some of ImageNet's classes, which may be
+    shutil.rmtree(tmp_path / imagenet.wordnet_ids()[AMONG[other][0]])  # ImageNet may have missing classes
     (part,) = robustness.robustness(embedder, {"imagenet1k": str(tmp_path)}, templates=TEMPLATES)
     assert (found["classes"], found["images"], part["classes"], part["images"]) == (200, 200, 1000, 199)
 

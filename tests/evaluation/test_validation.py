@@ -1,4 +1,6 @@
-"""Retrieval against its definition in plain loops; what a training run validates with, on one process and several."""
+"""Retrieval compared with its definition in plain loops, and the validation of training runs on one and several
+processes.
+"""
 
 from __future__ import annotations
 
@@ -57,14 +59,16 @@ def by_loops(image: Tensor, text: Tensor, pairs: Sequence[Sequence[int]], ks: Se
 
 
 def captioned(M: int = 23, captions: int = 3) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """Images and texts that resemble them somewhat, `captions` each."""
+    """Return images, texts that resemble them somewhat (`captions` per image), and the pairs."""
     image = torch.randn(M, 8)
     text = image.repeat_interleave(captions, 0) + torch.randn(captions * M, 8)
     return image, text, [(j // captions, j) for j in range(captions * M)]
 
 
 def scattered() -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """Texts of several images, images and texts of none, the same features twice, lengths other than 1, pairs twice."""
+    """Return an irregular set: texts of several images, images and texts without a pair, repeated features,
+    repeated pairs, lengths other than 1.
+    """
     image, text, pairs = captioned()
     image, text = 3 * image, text * torch.rand(len(text), 1)
     image[5], image[6], text[40:50] = image[4], 2 * image[4], 2 * text[30:40]
@@ -93,7 +97,7 @@ def test_recalls_are_those_of_the_definition(case: str, chunk: int | None) -> No
 
 
 def test_recalls_equal_top_k_where_nothing_is_alike() -> None:
-    """CLIP_benchmark's definition: a positive among topk's first K."""
+    """Recalls equal CLIP_benchmark's definition (a positive among topk's first K) if no features are equal."""
     image, text, pairs = captioned()
     own = torch.zeros(len(image), len(text), dtype=torch.bool)
     own[tuple(zip(*pairs))] = True
@@ -118,7 +122,7 @@ def test_what_is_not_finite_is_no_hit(bad: str) -> None:
         x[:] = torch.nan
     assert set(retrieval_recalls(image, text, torch.arange(12)[:, None].expand(-1, 2)).values()) == {0.0}
     image, text = torch.eye(12), torch.eye(12)
-    image[3] = torch.nan  # no rank is better for it than the other way round
+    image[3] = torch.nan  # NaN is a miss in both directions
     found = retrieval_recalls(image, text, torch.arange(12)[:, None].expand(-1, 2), ks=(1, 2))
     assert found["text_retrieval_recall@1"] == 11 / 12
     assert found["image_retrieval_recall@1"] == 0.0 and found["image_retrieval_recall@2"] == 11 / 12
@@ -131,7 +135,7 @@ def test_similarities_are_never_all_stored(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(retrieval, "_CPU_SIDE", 30)
     image, text, pairs = captioned(M=90)
     assert retrieval_recalls(image, text, torch.tensor(pairs), ks=KS) == by_loops(image, text, pairs)
-    assert max(sizes) == 30 * 30 and len(sizes) == 9 + 3 * 9  # those with pairs, then all
+    assert max(sizes) == 30 * 30 and len(sizes) == 9 + 3 * 9  # tiles that contain pairs, then all tiles
 
 
 def test_autocast_does_not_reach_the_similarities() -> None:
@@ -160,7 +164,7 @@ def test_recalls_of_what_does_not_fit_raise(changed: dict[str, Any], message: st
 
 
 class Pictures:
-    """`size` pictures of one colour each, of `classes` classes; some captions are those of other pictures too."""
+    """A source of `size` images of one colour each, in `classes` classes. A caption may belong to several images."""
 
     spec = "pictures"
 
@@ -190,7 +194,7 @@ class Pictures:
 
 
 class Faulty(Pictures):
-    """Every fifth of its pictures cannot be read, nor can every seventh caption."""
+    """A source in which every fifth image and every seventh caption cannot be read."""
 
     def __getitem__(self, index: int) -> Record:
         if index % 5 == 0:
@@ -204,7 +208,7 @@ class Faulty(Pictures):
 
 
 class Part(Pictures):
-    """Those of `Faulty` that can be used."""
+    """The usable samples of `Faulty`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,7 +233,7 @@ def tokenize(texts: list[str]) -> Tensor:
 
 
 class Pair(nn.Module):
-    """Two encoders which compute something else in training mode."""
+    """Two encoders with different results in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +255,7 @@ class Pair(nn.Module):
 
 @torch.no_grad()
 def expected(model: Pair, source: Any, indices: Sequence[int]) -> dict[str, float]:
-    """All pictures and texts at once, by loops."""
+    """Compute the metrics of all images and texts at once, by loops."""
     model.eval()
     records = [source[i] for i in indices]
     texts = sorted({text for record in records for text in record.captions})
@@ -285,13 +289,13 @@ def test_validation_is_that_of_the_definition(source: Pictures, batch_size: int)
 
 
 def test_validation_tells_models_apart() -> None:
-    """The checks above are of numbers between the extremes."""
+    """The checks above compare numbers between the extremes."""
     found = validate(Pair(), Pictures(), transform, tokenize)
     assert sum(0 < value < 1 for value in found.values()) >= 6
 
 
 def test_zero_shot_is_that_of_class_embeddings() -> None:
-    """With a `DualEncoder`."""
+    """Zero-shot accuracy of a `DualEncoder` equals that of its class embeddings."""
     needs("models")
     from fastclip.evaluation.zero_shot import zero_shot
     from fastclip.models.embedder import Embedder
@@ -309,7 +313,7 @@ def test_zero_shot_is_that_of_class_embeddings() -> None:
 
 
 def test_rows_of_one_picture_are_one_sample(tmp_path: Path, embedder: Embedder) -> None:
-    """As the same pictures in a folder, each with a file of its captions, have it."""
+    """Rows of one image are one sample, as if each image were in a folder with one file of captions."""
     rows = []
     for k in range(7):
         (tmp_path / f"{k}.png").write_bytes(picture(30 * k))
@@ -356,7 +360,7 @@ class Unreadable(Pictures):
 
 @pytest.mark.parametrize("source", [Pictures(), Unreadable()], ids=["read", "unreadable"])
 def test_validation_leaves_no_trace(source: Pictures) -> None:
-    """Modes, also of a part that is frozen in eval mode, statistics, gradients, random numbers."""
+    """Validation restores the modes (also of a part frozen in eval mode), statistics, gradients and random numbers."""
     model = Pair().train()
     model.text.eval()
     modes = [module.training for module in model.modules()]
@@ -432,7 +436,9 @@ def test_samples_that_cannot_be_used_are_left_out_and_counted(caplog: pytest.Log
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
 @pytest.mark.parametrize("W", [2, 3])
 def test_ranks_have_the_single_process_metrics(W: int, tmp_path: Path) -> None:
-    """Also with fewer samples than ranks. Every rank runs the model as often: a sharded one waits for the others."""
+    """Ranks report the metrics of a single process, even with fewer samples than ranks. Every rank calls the model
+    equally often, because the ranks of a sharded model wait for each other.
+    """
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(rank, W, tmp_path)) for rank in range(W)]
     for process in processes:

@@ -1,4 +1,4 @@
-"""Zero-shot classification against CLIP_benchmark, scikit-learn and plain loops, and as a command."""
+"""Zero-shot classification compared with CLIP_benchmark, scikit-learn and plain loops, and as a command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from support.rounding import RoundsByPlace
 
 
 def digits(count: int = 150) -> Source:
-    """Of some digits more than of others."""
+    """Return held-out digits, some more frequent than others."""
     source = open_source("digits", held_out=True)
     return Subset(source, [i for i in range(len(source)) if source[i].label not in (3, 7) or i % 3 == 0][:count])
 
@@ -43,7 +43,7 @@ def test_metrics_are_clip_benchmarks(embedder: Embedder, monkeypatch: pytest.Mon
     needs("clip-benchmark")
     import clip_benchmark.metrics.zeroshot_classification as theirs
 
-    # of an array of one element numpy 2.5 makes no number any more
+    # numpy 2.5 no longer converts an array of one element to a float
     monkeypatch.setattr(theirs, "float", lambda x: float(np.asarray(x).squeeze()), raising=False)
     source = digits()
     records = [source[i] for i in range(len(source))]
@@ -72,7 +72,7 @@ def test_metrics_are_clip_benchmarks(embedder: Embedder, monkeypatch: pytest.Mon
 
 
 def scattered(K: int = 200, C: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures somewhat like their classes, of some classes few and of one none."""
+    """Return images that resemble their classes somewhat. A few classes have few images, and one has none."""
     classes = F.normalize(torch.randn(C, 16), dim=1)
     labels = (torch.rand(K) ** 2 * (C - 1)).long()
     return F.normalize(classes[labels] + 0.5 * torch.randn(K, 16), dim=1), classes, labels
@@ -82,7 +82,7 @@ def named(C: int) -> list[str]:
     return [f"class {k}" for k in range(C)]
 
 
-@pytest.mark.filterwarnings("ignore:y_pred contains classes")  # one has no picture
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")  # one class has no image
 @pytest.mark.parametrize("C", [4, 5, 12])
 def test_metrics_are_scikit_learns(C: int, monkeypatch: pytest.MonkeyPatch) -> None:
     images, classes, labels = scattered(C=C)
@@ -108,21 +108,24 @@ def test_model_that_tells_nothing_apart_has_no_hit(processor: Callable[[], Any])
         ranks = class_ranks(images, classes, labels, named(6))
         predictions = predicted_classes(images, classes, labels, ranks, named(6))
     assert classification_metrics(ranks, labels, 6) == {"acc1": 0, "acc5": 0, "mean_per_class_recall": 0}
-    assert predictions.tolist() == [1] * 30  # the first of the others
+    assert predictions.tolist() == [1] * 30  # the first of the other classes
     classes[2] = float("nan")
     assert classification_metrics(class_ranks(images, classes, labels, named(6)), labels, 6)["acc1"] == 0
 
 
 @pytest.mark.parametrize("processor", [nullcontext, RoundsByPlace])
 def test_classes_of_one_name_are_an_argmaxs(embedder: Embedder, processor: Callable[[], Any]) -> None:
-    """CLIP's list for ImageNet has "missile" and "sunglasses" twice: half of their pictures are hits, as elsewhere."""
+    """Images of classes with the same name are hits as often as an argmax makes them. CLIP's list for ImageNet contains
+    "missile" and "sunglasses" twice, so half of their images are hits.
+    """
     names = ["missile", "boat", "sunglasses", "missile", "sunglasses", "car"]
     classes = class_embeddings(embedder, names, ["a {}", "the {}"])
     assert torch.equal(classes[0], classes[3]) and torch.equal(classes[2], classes[4])
     labels = torch.arange(6).repeat(40)
     images = F.normalize(classes[labels] + 0.3 * torch.randn(240, embedder.dim), dim=1)
-    cosines = (images.double() @ classes.double().T)[:, [0, 1, 2, 0, 2, 5]]  # namesakes' are equal to the last bit
-    best = cosines.argmax(1)  # the first of those that are equal
+    # classes of the same name are equal to the last bit
+    cosines = (images.double() @ classes.double().T)[:, [0, 1, 2, 0, 2, 5]]
+    best = cosines.argmax(1)  # the first of equal classes
     assert torch.isin(best[(labels == 1) | (labels == 5)], torch.tensor([0, 2])).any()
     with processor():
         ranks = class_ranks(images, classes, labels, names)
@@ -176,7 +179,7 @@ def test_templates_are_the_sources_where_it_has_some(tmp_path: Path) -> None:
     assert templates_for(source) == source.templates and len(templates_for(source, "openai")) == 80
     plain = open_labelled(str(class_folder(tmp_path, ("cat", "dog"))))
     assert plain.captions(0) == ("a photo of a cat",) and len(templates_for(plain)) == 80
-    plain.templates = ("a photo of a {}",)  # the data's own, though it says what captions are without any
+    plain.templates = ("a photo of a {}",)  # the source's own templates take precedence over the default
     assert templates_for(plain) == plain.templates == templates_for(Subset(plain, [0]))
 
 
@@ -245,7 +248,7 @@ def test_details_tell_what_a_class_is_taken_for(embedder: Embedder) -> None:
 
 
 def test_details_of_many_classes_need_no_matrix_of_them() -> None:
-    names = [str(k) for k in range(10**6)]  # of which a matrix would have 8 TB
+    names = [str(k) for k in range(10**6)]  # a matrix of confusions would have 8 TB
     labels, predictions = torch.tensor([7, 7, 7, 7, 10**6 - 1]), torch.tensor([9, 8, 9, 7, 0])
     rows = class_accuracies(ZeroShot({}, labels, predictions, torch.arange(5)), names)
     taken = [{"name": "9", "images": 2}, {"name": "8", "images": 1}]
@@ -280,7 +283,7 @@ def test_command_writes_clip_benchmarks_json(
     printed = capsys.readouterr().out.split()
     assert printed[:6] == ["data", "classes", "images", "acc1", "acc5", "mean_per_class_recall"]
     assert printed[6:10] == ["digits", "10", "360", f"{100 * told['metrics']['acc1']:.1f}"]
-    assert not list((tmp_path / "cache" / "features").iterdir())  # nothing is left of the means to go on
+    assert not list((tmp_path / "cache" / "features").iterdir())  # no files for resuming remain
 
 
 def test_command_goes_on_after_a_stop(
@@ -298,19 +301,19 @@ def test_command_goes_on_after_a_stop(
         return real(self, images)
 
     monkeypatch.setattr(Embedder, "embed_images", counted)
-    assert command(checkpoint, *words, tmp_path / "r.json") == 130  # as a shell has it after Ctrl-C
+    assert command(checkpoint, *words, tmp_path / "r.json") == 130  # the shell's exit status after Ctrl-C
     assert not (tmp_path / "r.json").exists() and calls[0] == 6
     with caplog.at_level(logging.INFO, "fastclip"):
         assert command(checkpoint, *words, tmp_path / "r.json") == 0
     assert "128 of 360 pictures are embedded already" in caplog.text
-    assert calls[0] == 6 + 8  # 232 of 32 each
+    assert calls[0] == 6 + 8  # the remaining 232 images in batches of 32
     assert (tmp_path / "r.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
 def test_other_classes_are_not_taken_from_a_stopped_run(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is kept holds the labels too."""
+    """Features of a stopped run are not reused for other classes, because they are stored with the labels."""
     folder = class_folder(tmp_path / "pictures", ("n01440764", "n01443537", "n01484850"))
     monkeypatch.setattr("fastclip.evaluation.results.write_results", lambda *_: 1 / 0)
     (tmp_path / "templates.txt").write_text("a {}")
@@ -320,7 +323,8 @@ def test_other_classes_are_not_taken_from_a_stopped_run(
     assert len(list((tmp_path / "cache" / "features").iterdir())) == 2
     monkeypatch.undo()
     monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "cache"))
-    assert command(checkpoint, *words, "--classes", "imagenet-r", "--output", tmp_path / "r.json") == 1  # not all in -R
+    # not all classes are in -R
+    assert command(checkpoint, *words, "--classes", "imagenet-r", "--output", tmp_path / "r.json") == 1
     assert command(checkpoint, *words, "--classes", "imagenet", "--output", tmp_path / "r.json") == 0
     assert json.loads((tmp_path / "r.json").read_text())["classes"] == 1000
 

@@ -1,4 +1,4 @@
-"""The cached step has the gradients of the step that does not fit."""
+"""The cached step gives the gradients of the plain step, which would not fit into memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from support.cached import Pair, Towers, assert_same, clip, cut, gradients, kept
 
 @pytest.mark.parametrize("loss", [clip, unicl, sigmoid])
 def test_gradients_are_the_one_shot_steps(loss: Callable[..., Tensor]) -> None:
-    """Every parameter's, the scale's and the bias's among them; micro-batches of other sizes, one of one row."""
+    """Gradients equal those of one whole batch for all parameters, including scale and bias, with micro-batches of
+    different sizes, one of them a single row.
+    """
     ours = gradients(Pair(), lambda model: cached_step(model, cut(*rows()), loss))
     assert_same(ours, gradients(Pair(), kept_whole(loss, [rows()])))
 
@@ -41,7 +43,7 @@ def test_a_clip_model_of_this_package() -> None:
 
 
 def test_dropout_is_replayed() -> None:
-    """The same masks in both passes, and the generator goes on as after one."""
+    """Both passes draw the same dropout masks, and the generator ends in the state that one pass would leave."""
     torch.manual_seed(3)
     ours = gradients(Pair(dropout=0.5), lambda model: cached_step(model, cut(*rows()), clip))
     after = torch.rand(1)
@@ -52,7 +54,7 @@ def test_dropout_is_replayed() -> None:
 
 
 def test_loss_draws_numbers_of_its_own() -> None:
-    """In every step others, which are not those of a mask either."""
+    """The loss draws new random numbers in every step, and none of those that dropout draws."""
 
     def noisy(*outputs: Tensor) -> Tensor:
         drawn.append(float(torch.rand(1)))
@@ -73,7 +75,7 @@ def test_loss_draws_numbers_of_its_own() -> None:
 
 
 def test_batch_norm_is_a_micro_batchs_and_its_statistics_move_once() -> None:
-    batches = cut(*rows())[:3]  # of one row there is no variance
+    batches = cut(*rows())[:3]  # a single row has no variance
     models = [Pair(norm=True), Pair(norm=True), Pair(norm=True)]
     cached_step(models[0], batches, clip)
     kept_whole(clip, batches)(models[1])
@@ -86,7 +88,9 @@ def test_batch_norm_is_a_micro_batchs_and_its_statistics_move_once() -> None:
 
 
 class Running(Pair):
-    """Reads a buffer and moves it, in place or not; `read` is what the passes read."""
+    """A model that reads and updates a buffer, in place or by assignment; `read` lists the values that the
+    passes read.
+    """
 
     def __init__(self, in_place: bool, start: float = 1.0) -> None:
         super().__init__()
@@ -105,7 +109,7 @@ class Running(Pair):
 
 
 def test_buffers_that_a_pass_makes_are_as_it_found_them() -> None:
-    """Of another shape, or where there was none."""
+    """The second pass starts from the buffers of the first, even if the first changes their shapes or creates them."""
 
     class Grows(Pair):
         def __init__(self) -> None:
@@ -158,14 +162,14 @@ def test_micro_batches_that_change_are_refused() -> None:
         with pytest.raises(ValueError, match="a tensor of a micro-batch has changed: cached_step reads each twice"):
             cached_step(forward, batches, clip)
     with torch.inference_mode():
-        fixed = images.clone(), texts.clone()  # have no versions
+        fixed = images.clone(), texts.clone()  # inference tensors have no version counter
     true = gradients(model, lambda m: cached_step(m, [(images, texts)], clip))
     copied = gradients(model, lambda m: cached_step(lambda i, t: m(i.clone(), t.clone()), [fixed], clip))
     assert_same(copied, true)
 
 
 def test_autocast() -> None:
-    """Weights cast without a gradient in the first pass are not used in the second."""
+    """Weights that the first pass casts without a gradient are not reused in the second."""
     model = Pair(dtype=torch.float32)
     batches = cut(*rows(torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
@@ -175,14 +179,14 @@ def test_autocast() -> None:
 
 
 class Saved:
-    """What a graph keeps for its backward pass."""
+    """A tensor that a graph keeps for its backward pass."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
 
 def most_saved(step: Callable[[], Any]) -> int:
-    """The most bytes that graphs keep at a time."""
+    """Return the largest number of bytes that graphs keep at any time."""
     alive: weakref.WeakSet[Saved] = weakref.WeakSet()
     most = 0
 
@@ -227,7 +231,7 @@ def test_gradients_add_up_and_the_scaler_scales() -> None:
 
 
 def test_locked_towers_and_three_features() -> None:
-    """A tower without gradients has none; features of a third view are features too."""
+    """A frozen tower gets no gradients, and a third view's features are treated as features."""
     model = Pair()
     model.image.requires_grad_(False)
 
@@ -250,7 +254,7 @@ def test_locked_towers_and_three_features() -> None:
 
 
 def by_itself(model: Pair) -> Callable[..., Tensor]:
-    """A loss that reads parameters of the model, one of which its outputs have too."""
+    """Return a loss that reads two parameters of the model directly; the bias is among the model's outputs as well."""
 
     def loss(image: Tensor, text: Tensor, *rest: Tensor) -> Tensor:
         group = dist.group.WORLD if dist.is_initialized() else None
@@ -262,7 +266,9 @@ def by_itself(model: Pair) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("modules", [True, False], ids=["told", "not told"])
 def test_parameters_that_the_loss_reads_by_itself(modules: bool) -> None:
-    """Their gradients are added to those that are there; a hook on one sees every gradient once."""
+    """Gradients of parameters that the loss reads directly are added to the existing ones, and
+    a hook sees each gradient once.
+    """
 
     def cached(model: Pair) -> Tensor:
         forward = (lambda *batch: model(*batch)[:2]) if not modules else model
@@ -316,7 +322,7 @@ def test_micro_batches_are_arguments(batches: Any) -> None:
 
 
 def ddp_reads(rank: int, micro_batches: Any) -> Any:
-    """In buckets of a parameter each, twice: what the first left must not disturb the second."""
+    """Take two steps with one bucket per parameter. State that the first step leaves must not disturb the second."""
     model = Pair()
     wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-6, gradient_as_bucket_view=True)
     for _ in range(2):
@@ -325,7 +331,9 @@ def ddp_reads(rank: int, micro_batches: Any) -> Any:
 
 
 def ddp_reads_unused(rank: int, micro_batches: Any) -> Any:
-    """What only the loss reads is an unused parameter to DistributedDataParallel, which looks for them here."""
+    """Take a step in which DistributedDataParallel looks for unused parameters: one that only the loss reads looks
+    unused.
+    """
     model = Towers()
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     cached_step(wrapped, micro_batches, by_itself(model))
@@ -349,7 +357,9 @@ def ddp_reads_untold(rank: int, micro_batches: Any) -> Any:
 
 
 def towers_exchange_once(rank: int, micro_batches: Any) -> Any:
-    """Each wrapped by itself; another number of micro-batches on each rank, which would wait for each other."""
+    """Wrap each tower separately. The ranks have different numbers of micro-batches and would wait for each other
+    forever.
+    """
     model = Pair()
     model.image, model.text = (nn.parallel.DistributedDataParallel(x) for x in (model.image, model.text))
     exchanged = []
@@ -365,7 +375,7 @@ def towers_exchange_once(rank: int, micro_batches: Any) -> Any:
 
 
 def ddp_buffers(rank: int, micro_batches: Any, compiled: bool = False) -> Any:
-    """What the two passes of two steps read; DistributedDataParallel begins with the buffers of rank 0."""
+    """Return what both passes of two steps read. DistributedDataParallel broadcasts the buffers of rank 0 first."""
     model = Running(in_place=True, start=float(rank))
     wrapped: Any = nn.parallel.DistributedDataParallel(model)
     if compiled:
@@ -402,7 +412,8 @@ def work(rank: int, W: int, folder: str) -> None:
 
     wrapped.register_comm_hook(None, hook)
     images, texts = (x[rank::W] for x in rows())
-    micro_batches = list(zip(images.split(4 + rank), texts.split(4 + rank)))  # another number on each rank
+    # the ranks have different numbers of micro-batches
+    micro_batches = list(zip(images.split(4 + rank), texts.split(4 + rank)))
 
     def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return fastclip.sigmoid_loss(image, text, scale, bias, group=dist.group.WORLD)
@@ -416,7 +427,7 @@ def work(rank: int, W: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[Any]:
-    """What each of two ranks found."""
+    """Results of both ranks."""
     if not hasattr(os, "fork"):
         pytest.skip("the ranks are forked")
     context = multiprocessing.get_context("fork")
@@ -431,7 +442,9 @@ def ranks() -> list[Any]:
 
 
 def test_ddp_exchanges_once(ranks: list[Any]) -> None:
-    """Two ranks, micro-batches of other numbers and sizes, one loss over both: the single process's gradients."""
+    """Two ranks with different numbers and sizes of micro-batches exchange once, and give the gradients of
+    one process.
+    """
     model = Pair()
     image, text, scale, bias = model(*rows())
     fastclip.sigmoid_loss(image, text, scale, bias).backward()
@@ -444,7 +457,7 @@ def test_ddp_exchanges_once(ranks: list[Any]) -> None:
 
 @pytest.mark.parametrize("name", ["ddp", "ddp, not told", "ddp, unused"])
 def test_ddp_averages_what_the_loss_reads_by_itself(name: str, ranks: list[Any]) -> None:
-    """Every rank has one process's gradients, of the scale and of the bias too."""
+    """Every rank has the gradients of one process, including those of scale and bias."""
     model = Pair()
     whole(model)
     for *_, found in ranks:
@@ -456,8 +469,8 @@ def test_ddp_averages_what_the_loss_reads_by_itself(name: str, ranks: list[Any])
 def test_ddp_replays_the_buffers_that_it_gave(name: str, ranks: list[Any]) -> None:
     found = [by_themselves[name] for *_, by_themselves in ranks]
     for steps in found:
-        assert torch.equal(steps[:, 0], steps[:, 1])  # the second pass as the first
-    assert torch.equal(found[0][:, :, 0], found[1][:, :, 0])  # from rank 0
+        assert torch.equal(steps[:, 0], steps[:, 1])  # the second pass reads what the first read
+    assert torch.equal(found[0][:, :, 0], found[1][:, :, 0])  # broadcast from rank 0
 
 
 def test_towers_in_a_module_exchange_once(ranks: list[Any]) -> None:
@@ -469,13 +482,13 @@ def test_towers_in_a_module_exchange_once(ranks: list[Any]) -> None:
         assert exchanged == sum(p.numel() for p in towers)
         scalars = {p.shape for p in (model.log_scale, model.bias)}
         for ours, p in zip(grads, model.parameters()):
-            if p.shape not in scalars:  # the caller's to average
+            if p.shape not in scalars:  # the caller averages the scalars
                 torch.testing.assert_close(ours, p.grad, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [iter, lambda modules: modules[0]], ids=["iterator", "module"])
 def test_modules_of_any_kind(kind: Callable[[Any], Any]) -> None:
-    """What a pass does to their buffers is undone in the second."""
+    """Any iterable of modules, or a single module, is accepted, and the second pass undoes changes of their buffers."""
     batches = cut(*rows())[:3]
     models = [Pair(norm=True), Pair(norm=True)]
     cached_step(lambda *x: models[0](*x), batches, clip, modules=kind([models[0]]))

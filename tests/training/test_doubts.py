@@ -1,4 +1,6 @@
-"""What is said of settings with which a run learns nothing, or not what was meant; and what a run leaves as it was."""
+"""Warnings about settings with which a run learns nothing, or not what was meant; and side
+effects that a run must not leave.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,7 @@ def test_gpus_that_stay_idle_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(machine, "unseen_gpu", lambda: ("torch sees none, nvidia-smi lists H200", "install another"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert told() == []  # --device cpu
+    assert told() == []  # --device cpu was given
     assert told(device="auto") == ["trains on the CPU: torch sees none, nvidia-smi lists H200; install another"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert told(device="auto") == []
@@ -113,7 +115,7 @@ def test_folder_of_classes_is_validated_by_class(tmp_path: Path, caplog: pytest.
 
 
 def settings() -> list[Any]:
-    """What other code of the process would notice."""
+    """Return the global state that other code of the process would notice."""
     return [
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -130,7 +132,7 @@ def settings() -> list[Any]:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_training_leaves_the_process_as_it_was(tmp_path: Path, strict: bool) -> None:
-    open_source("digits")  # scikit-learn, where it is loaded, sets variables for OpenMP
+    open_source("digits")  # loading scikit-learn sets environment variables for OpenMP
     torch.use_deterministic_algorithms(strict, warn_only=True)
     before = settings()
     try:
@@ -145,7 +147,7 @@ def test_training_leaves_the_process_as_it_was(tmp_path: Path, strict: bool) -> 
 
 def test_fine_tuning_leaves_the_process_and_an_embedder_in_eval_mode(tmp_path: Path) -> None:
     embedder = Embedder(create_model("RN-tiny"), ClipTokenizer(context_length=16), name="RN-tiny")
-    source = Subset(open_source("digits"), range(16))  # scikit-learn, where it is loaded, sets variables
+    source = Subset(open_source("digits"), range(16))  # loading scikit-learn sets environment variables
     before = settings()
     told = FinetuneOptions(batch_size=8, epochs=1, workers=0, lr=1e-3)
     finetune(embedder, source, told, output=tmp_path / "run")
@@ -153,4 +155,4 @@ def test_fine_tuning_leaves_the_process_and_an_embedder_in_eval_mode(tmp_path: P
     assert not any(module.training for module in embedder.model.modules())
     images = torch.stack([embedder.transform(Image.new("RGB", (8, 8), (k, 0, 0))) for k in (0, 200)])
     one, other = embedder.embed_images(images), embedder.embed_images(images[:1])
-    torch.testing.assert_close(one[:1], other)  # BatchNorm takes no statistics of the batch
+    torch.testing.assert_close(one[:1], other)  # BatchNorm does not use the statistics of the batch

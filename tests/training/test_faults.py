@@ -1,4 +1,4 @@
-"""Training on data with faults: what is counted and shown, and when a run stops."""
+"""Training on faulty data: what is counted and shown, and when a run stops."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def counts(folder: Path) -> list[int]:
 
 @pytest.mark.fault("some samples that cannot be used", "counted by cause in metrics.jsonl and the log")
 def test_skipped_samples_are_counted_by_cause_and_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """24 samples, 4 of them bad: two epochs of four steps."""
+    """Skipped samples are counted by cause: 4 of 24 are bad, in two epochs of four steps."""
     data = write_folder(tmp_path / "data", 20, BAD)
     caplog.set_level(logging.INFO)
     run = train(options(data, tmp_path / "run"))
@@ -72,7 +72,7 @@ def test_skipped_samples_are_counted_by_cause_and_shown(tmp_path: Path, caplog: 
 
 
 def test_largest_picture_is_an_option(tmp_path: Path) -> None:
-    """The process's own limit is as it was afterwards."""
+    """--max-pixels limits the size of images during the run and leaves Pillow's limit unchanged afterwards."""
     data = write_folder(tmp_path / "data", 8)
     before = PIL.Image.MAX_IMAGE_PIXELS
     with pytest.raises(ValueError, match=r"more than 10|larger than 10|too large"):
@@ -121,7 +121,7 @@ def test_run_stops_when_too_many_samples_are_bad(tmp_path: Path) -> None:
     data = write_folder(tmp_path / "data", 20, BAD)
     with pytest.raises(ValueError, match=r"^more than --max-bad 0\.16: 4 of \d+ samples drawn .* not an image \(.*png"):
         train(options(data, tmp_path / "run", max_bad=0.16))
-    assert len(counts(tmp_path / "run")) < 4  # that there are too many is certain when the fourth is met
+    assert len(counts(tmp_path / "run")) < 4  # the fourth bad sample makes it certain that there are too many
     train(options(data, tmp_path / "fine", max_bad=0.17, max_steps=4))
     first = next(step for step in range(4) if any(draw.sample >= 20 for draw in Order(24, 6, 0).draws(step, 0, 6)))
     with pytest.raises(ValueError, match=rf"more than --max-bad 0: \d of {6 * (first + 1)} samples"):
@@ -134,10 +134,11 @@ def test_share_is_exact_at_the_end_of_an_epoch_and_beyond_chance_before() -> Non
     assert not too_many(10, 1000, 1000, 0.01) and too_many(11, 1000, 1000, 0.01)
     assert not too_many(20, 2000, 1000, 0.01) and too_many(21, 2000, 1000, 0.01)
     assert too_many(11, 20, 1000, 0.01)  # more than a whole epoch may have
-    assert not too_many(20, 100, 10**6, 0.1) and too_many(28, 100, 10**6, 0.1)  # 10 expected, 3 or so by chance
+    assert not too_many(20, 100, 10**6, 0.1) and too_many(28, 100, 10**6, 0.1)  # 10 are expected, give or take 3
     assert not too_many(5, 6, 5, 1.0) and not too_many(10**6, 10**6, 10**9, 1.0)
     assert too_many(1, 1, 10**6, 0.0)
-    # an epoch of whole batches leaves samples out: 9 bad ones of 1,000 are no 1 %, if all are among 512 that are drawn
+    # An epoch of whole batches leaves samples out: 9 bad ones of 1,000 are below 1 %, even if all are among the 512
+    # drawn.
     assert not too_many(9, 512, 512, 0.01, size=1000) and too_many(11, 512, 512, 0.01, size=1000)
 
 
@@ -179,7 +180,7 @@ def test_command_stops_with_a_line_that_names_files(tmp_path: Path, capfd: pytes
         assert cli.main(["train", *words, "--batch-size", "4", "--max-steps", "9", "--workers", "1"]) == 1
     finally:
         logging.getLogger("fastclip").setLevel(logging.NOTSET)
-    told = capfd.readouterr().err  # of the worker, too
+    told = capfd.readouterr().err  # includes the worker's output
     last = told.splitlines()[-1]
     assert last.startswith("fastclip train: more than --max-bad 0.01: ") and f"({data}/0" in last
     assert "Traceback" not in told

@@ -1,4 +1,4 @@
-"""Fine-tuning: it begins as the zero-shot classifier, goes on after a kill to the same bits, and mixes weights."""
+"""Fine-tuning starts as the zero-shot classifier, resumes after a kill with the same bits, and mixes weights."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ STEPS = 8
 
 
 def embedder_of(name: str = "ViT-tiny") -> Embedder:
-    """The same weights at every call."""
+    """Return an embedder with the same weights at every call."""
     torch.manual_seed(0)
     model = create_model(name)
-    for module in model.modules():  # statistics of their own, so that averages show
+    for module in model.modules():  # statistics other than the initial ones, so that averages show
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
     return Embedder(model, ClipTokenizer(context_length=16) if name in ("ViT-tiny", "RN-tiny") else ids, name=name)
 
 
 def ids(texts: list[str]) -> torch.Tensor:
-    """Of a tokenizer whose vocabulary is not here."""
+    """Tokenize texts in place of a tokenizer whose vocabulary is not available."""
     return torch.tensor([[2 + ord(letter) for letter in text.ljust(12)[-12:]] for text in texts])
 
 
@@ -109,7 +109,7 @@ def test_it_begins_as_the_zero_shot_classifier(name: str, held_out: Subset) -> N
 
 
 def test_steps_are_those_of_a_plain_loop(whole: Finetuned, digits: Subset) -> None:
-    """torch's AdamW, cross entropy and a schedule, all written out."""
+    """The steps are those of a plain loop with torch's AdamW, cross entropy and a written-out schedule."""
     embedder = embedder_of()
     visual, config = embedder.model.visual, embedder.model.config
     assert config is not None
@@ -133,7 +133,7 @@ def test_steps_are_those_of_a_plain_loop(whole: Finetuned, digits: Subset) -> No
     visual.train()
     losses = []
     for step, (batch,) in enumerate(batches):
-        for group in optimizer.param_groups:  # a warm-up of a tenth of 8 steps is none
+        for group in optimizer.param_groups:  # the warm-up, a tenth of 8 steps, has no step
             group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         loss = F.cross_entropy(head(F.normalize(visual(batch.images), dim=1)), batch.labels)
         optimizer.zero_grad()
@@ -159,7 +159,7 @@ def test_killed_run_goes_on_to_the_same_bits(whole: Finetuned, digits: Subset, t
     found = run(folder, digits)
     assert 0 < len(found.losses) < STEPS
     assert_same(found, whole)
-    assert not run(folder, digits).losses  # nothing is left to do
+    assert not run(folder, digits).losses  # all steps are done
     assert_same(run(folder, digits), whole)
 
 
@@ -276,7 +276,7 @@ def test_ensemble_is_between_the_models_and_either_at_its_ends(resnet: Finetuned
     assert resnet.embedder.identity == identity
     resnet.mix(1.0)
     assert all(torch.equal(x, resnet.tuned[name]) for name, x in resnet.classifier.state_dict().items())
-    assert resnet.embedder.identity != identity  # features of it are not taken for the other's
+    assert resnet.embedder.identity != identity  # cached features of one model must not be used for the other
     resnet.mix(0.25)
     statistics = 0
     for name, x in resnet.classifier.state_dict().items():
@@ -286,7 +286,7 @@ def test_ensemble_is_between_the_models_and_either_at_its_ends(resnet: Finetuned
             statistics += "running_mean" in name and not torch.equal(a, b)
         else:
             assert torch.equal(x, b)
-    assert statistics  # BatchNorm's are averaged, too
+    assert statistics  # BatchNorm's statistics are averaged as well
     with pytest.raises(ValueError, match="alpha must be between 0 and 1"):
         interpolate(resnet.zero_shot, resnet.tuned, 1.5)
 
@@ -315,7 +315,7 @@ def test_interrupted_evaluations_go_on(whole: Finetuned, held_out: Subset, monke
     monkeypatch.setattr(ensemble, "classifier_accuracies", lambda *a, **o: calls.append(0) or real(*a, **o))
     again = ensemble_accuracies(whole, held_out, [0.0, 0.5, 1.0])
     assert len(calls) == 1 and {alpha: again[alpha] for alpha in found} == found
-    ensemble_accuracies(whole, Subset(held_out, range(50)), [0.0])  # of other pictures nothing is known
+    ensemble_accuracies(whole, Subset(held_out, range(50)), [0.0])  # results for other images are not reused
     assert len(calls) == 2
 
 
@@ -345,7 +345,7 @@ def test_command_saves_the_average_and_goes_on(
     told = capsys.readouterr().out
     assert "alpha 0.5" in told and "0 (zero-shot)" in told and "Florence fine-tuned" in told
     found = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert not (tmp_path / "run" / "evaluations.json").exists()  # the data may be mended before the next call
+    assert not (tmp_path / "run" / "evaluations.json").exists()  # the user may correct the data before the next call
     assert [one["alpha"] for one in found] == [0.0, 0.5, 1.0]
     assert set(found[1]["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"}
     read, embedder = load_classifier(tmp_path / "run" / "model"), load_embedder(tmp_path / "run", device="cpu")

@@ -1,4 +1,4 @@
-"""The trainer on a GPU. `pytest -m gpu`; skipped where there is none."""
+"""The trainer on a GPU. Run with `pytest -m gpu`; skipped without a GPU."""
 
 from __future__ import annotations
 

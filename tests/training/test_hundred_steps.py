@@ -1,6 +1,6 @@
 """Trainings of 100 steps: with fastclip's loss, with the dense loss, and the golden runs (see training_run.py).
 
-Each training is a separate one, so a difference of one step may grow over the next hundred.
+Each training runs on its own weights, so a difference in one step may grow over the remaining steps.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from support.accuracy import dense
 from support.training_run import BATCH_SIZE, CASES, STEPS, Run, dense_loss, golden_run, train
 
 BACKENDS = ["cpu", "reference"]
-FP64 = 1e-9  # relative; the same formulas on another machine, with sums in another order: 2e-15 was seen
-FP32 = LOSS  # relative; losses were seen 9e-7 apart, gradients 2e-6, and losses 2e-6 on seven other seeds
-# Features and gradients rounded to bfloat16 are noise of 2^-9 each step, which no loss can agree on: 2e-3 was seen
-# against the golden run, and 1e-3 between two bfloat16 trainings whose losses differ by fp32 rounding only.
+FP64 = 1e-9  # relative; the same formulas on another machine, summed in another order, differed by 2e-15
+FP32 = LOSS  # relative; losses differed by up to 9e-7, gradients by 2e-6, and losses by 2e-6 with seven other seeds
+# Rounding features and gradients to bfloat16 adds noise of 2^-9 per step, on which no two losses can agree. Differences
+# of 2e-3 from the golden run were measured, and of 1e-3 between two bfloat16 trainings whose losses differ by fp32
+# rounding alone.
 BF16_TRAINING = 1e-2
-SEEN = 1e-4  # relative error of a gradient that these tests must find
+SEEN = 1e-4  # relative error of a gradient that these tests must detect
 
 
 @functools.cache
@@ -38,7 +39,9 @@ def ours(name: str) -> Callable[..., Tensor]:
 
 
 def assert_agree(found: Run, expected: Run, tolerance: float) -> None:
-    """Every loss and gradient norm relative to itself; d_log_scale and d_bias, which change sign, to the largest."""
+    """Compare losses and gradient norms relative to themselves, and d_log_scale and d_bias, which change sign,
+    relative to their largest value.
+    """
     for name, truth in vars(expected).items():
         ours = getattr(found, name)
         assert len(ours) == len(truth), f"{name}: {len(ours)} steps, expected {len(truth)}"
@@ -58,10 +61,11 @@ def test_golden_run_learns(name: str) -> None:
     losses = golden_run(name).loss
     assert len(losses) == STEPS
     if CASES[name].bias is None:
-        assert 0 < losses[0] - math.log(BATCH_SIZE) < 1  # chance, and half the variance of the untrained logits
+        assert 0 < losses[0] - math.log(BATCH_SIZE) < 1  # chance, plus half the variance of the untrained logits
     else:
-        assert 9 < losses[0] < 12  # each pair begins at a logit near the bias
-    assert sum(losses[-10:]) / 10 < (0.1 if name == "clip" else 0.5) * losses[0]  # smoothed targets leave a floor
+        assert 9 < losses[0] < 12  # every logit starts near the bias
+    # smoothed targets bound the loss from below
+    assert sum(losses[-10:]) / 10 < (0.1 if name == "clip" else 0.5) * losses[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -93,12 +97,12 @@ def test_bfloat16_training_has_exact_losses_and_stays_near_the_golden_run(name: 
             return ours(name)(image, text, *scalars, **options)
 
     losses = train(autocast_loss, CASES[name]).loss
-    assert_agree(Run(loss=losses), Run(loss=exact), LOSS)  # of the features that this training met
+    assert_agree(Run(loss=losses), Run(loss=exact), LOSS)  # relative to the features of this training
     assert_agree(Run(loss=losses), Run(loss=golden_run(name).loss), BF16_TRAINING)
 
 
 def wrong_by(error: float, which: str) -> Callable[..., Tensor]:
-    """The dense CLIP loss, one of its three gradients too large by `error`."""
+    """Return the dense CLIP loss with one of its three gradients too large by `error`."""
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         views = {"image": image.view_as(image), "text": text.view_as(text), "scale": scale.view_as(scale)}

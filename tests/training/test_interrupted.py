@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or left alone by another process go on as if nothing had happened."""
+"""Runs that are stopped, killed or abandoned by another process resume with the results of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ VALUES: dict[str, Any] = {
     "loss": "unicl",
     "batch_size": 24,
     "workers": 0,
-    "device": "cpu",  # what is forked here must not meet a GPU
+    "device": "cpu",  # a forked process must not touch a GPU
     "save_every": 1,
     "keep": 2,
     "max_steps": STEPS,
@@ -63,25 +63,25 @@ def options(folder: Path, **changed: Any) -> TrainOptions:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> trainer.Run:
-    """A run that nothing stopped."""
+    """Run that is never interrupted."""
     return trainer.train(options(tmp_path_factory.mktemp("whole")))
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
-    """Of metrics.jsonl, without what depends on the clock."""
+    """Return the lines of metrics.jsonl without the values that depend on the clock."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("samples_per_second", "data_wait")} for line in found]
 
 
 def assert_same(folder: Path, whole: trainer.Run) -> None:
-    """Numbers and weights, bit for bit."""
+    """Check metrics and weights for equality, bit for bit."""
     assert lines(folder) == lines(whole.folder)
     ours, theirs = (create_model(pretrained=path / "model").state_dict() for path in (folder, whole.folder))
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
 def assert_near(folder: Path, whole: trainer.Run) -> None:
-    """To rounding: the losses of two ranks beside those of one."""
+    """Check that losses agree to rounding, as those of two ranks do with those of one."""
     losses = [line["loss"] for line in lines(folder)]
     assert len(losses) == len(whole.losses)
     for step, (a, b) in enumerate(zip(losses, whole.losses)):
@@ -89,13 +89,13 @@ def assert_near(folder: Path, whole: trainer.Run) -> None:
 
 
 def steps_made(folder: Path) -> int:
-    """Lines of metrics.jsonl; log_every is 1."""
+    """Return the number of lines in metrics.jsonl, one per step since log_every is 1."""
     file = folder / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
 def start_ranks(folder: Path, work: Callable[[int], object]) -> list[int]:
-    """Two of them, as torchrun would."""
+    """Start two ranks as torchrun would."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -121,7 +121,8 @@ def test_run_killed_again_and_again_is_the_run_that_never_stopped(tmp_path: Path
         kills += 1
         path = latest_checkpoint(folder / "checkpoints")
         if path is not None:
-            assert read_state(path)["step"] >= steps_made(folder) - 2  # one is in flight, one was logged
+            # one checkpoint is being written, and one step was logged since
+            assert read_state(path)["step"] >= steps_made(folder) - 2
     if not (folder / "model").exists():
         trainer.train(options(folder, resume="auto"))
     assert kills >= 1
@@ -229,7 +230,7 @@ def test_signal_ends_a_command_with_a_checkpoint(tmp_path: Path, whole: trainer.
     process = command(tmp_path, *long)
     wait_for(lambda: steps_made(tmp_path / "run") > 0 or process.poll() is not None)
     os.killpg(process.pid, number)
-    os.killpg(process.pid, number)  # as a launcher passes on what its group got, too
+    os.killpg(process.pid, number)  # a launcher also forwards the signals that its process group receives
     out, said = process.communicate(timeout=120)
     assert process.returncode == 128 + number, said
     made = steps_made(tmp_path / "run")
@@ -248,7 +249,7 @@ def test_signal_ends_a_command_with_a_checkpoint(tmp_path: Path, whole: trainer.
     "Ctrl-C stays ignored; SIGTERM writes a checkpoint, exit status 143, no process left",
 )
 def test_signal_ends_a_run_in_the_background(tmp_path: Path) -> None:
-    """In a fork, which need not import what a program must."""
+    """A signal ends a run in the background. The run is forked, which saves the time of imports."""
     folder = tmp_path / "run"
     words = ["--save-every", "1000000", "--max-steps", "1000000", "--workers", "1", "--output", str(folder)]
 
@@ -257,7 +258,7 @@ def test_signal_ends_a_run_in_the_background(tmp_path: Path) -> None:
         sys.stderr = (tmp_path / "stderr").open("w", buffering=1)
         raise SystemExit(main(["train", *WORDS, *words]))
 
-    multiprocessing.util.get_temp_dir()  # a fork that makes this folder does not remove it
+    multiprocessing.util.get_temp_dir()  # a fork would not remove this folder if it created it
     pid = forked(run, tmp_path / "said")
     wait_for(lambda: steps_made(folder) > 0)
     os.killpg(pid, signal.SIGINT)
@@ -289,7 +290,7 @@ def test_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
 def test_interrupted_run_raises_and_restores_the_handlers(
     tmp_path: Path, whole: trainer.Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Validation that is due is made before a run leaves: the metrics are those of one that never stopped."""
+    """Validation that is due runs before an interrupted run ends, so that the metrics equal those of a whole run."""
     caplog.set_level(logging.INFO)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     step = trainer.Stepper.step
@@ -328,7 +329,7 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path, number: signal.S
     wait_for((tmp_path / "ready").exists)
     os.kill(pid, number)
     wait_for((tmp_path / f"got {128 + number}").exists)
-    os.kill(pid, number)  # within a second of the first it is taken for the same one
+    os.kill(pid, number)  # a signal within a second of the first counts as the same one
     time.sleep(1.2)
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)
     os.kill(pid, number)
@@ -336,7 +337,7 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path, number: signal.S
 
 
 def test_shards_are_saved_in_the_background_as_they_were(tmp_path: Path) -> None:
-    """FSDP2: what is written while training goes on has the bytes of what is written at once."""
+    """FSDP2: checkpoints written in the background have the same bytes as those written at once."""
     importlib.import_module("torch.distributed.fsdp")  # once, before the forks
     for name, at_once in (("background", False), ("at once", True)):
         changed = {"parallel": "fsdp", "keep": None, "ema": 0.9, "max_steps": 3, "async_save": not at_once}
@@ -360,7 +361,7 @@ def test_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path, whole: 
     assert [ended(pid) for pid in pids] == [143, 143]
     path = latest_checkpoint(folder / "checkpoints")
     assert path is not None and read_state(path)["step"] == steps_made(folder) < STEPS
-    trainer.train(options(folder, resume="auto"))  # alone
+    trainer.train(options(folder, resume="auto"))  # as a single process
     assert_near(folder, whole)
 
 
@@ -412,7 +413,7 @@ def test_lost_rank_ends_the_others(tmp_path: Path, number: signal.Signals) -> No
     os.kill(pids[1], number)
     begin = time.monotonic()
     assert ended(pids[0]) == 1
-    assert time.monotonic() - begin < seconds + 20  # a busy machine
+    assert time.monotonic() - begin < seconds + 20  # allows for a busy machine
     said = (tmp_path / "said 0").read_text()
     assert said.startswith("ConnectionError: another process of this run is lost, or did not answer for 4 s"), said
     assert "\n" not in said
@@ -420,7 +421,7 @@ def test_lost_rank_ends_the_others(tmp_path: Path, number: signal.Signals) -> No
 
 
 def test_ranks_meet_where_no_dead_rank_has_been() -> None:
-    """torchrun's store still holds what the ranks of the first start wrote; one of them never came."""
+    """Ranks meet although torchrun's store still contains entries of ranks that died before they had met."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.set("fastclip/ask/2", "the word of a dead rank")
     patience = timedelta(seconds=20)
@@ -428,8 +429,8 @@ def test_ranks_meet_where_no_dead_rank_has_been() -> None:
     def meet(rank: int) -> bool:
         found = meeting(("127.0.0.1", store.port), rank, 3, patience)
         found.set(f"from {rank}", "")
-        found.wait([f"from {other}" for other in range(3)], patience)  # the three have met
-        return found.add("start", 1) <= 3  # and nobody before them
+        found.wait([f"from {other}" for other in range(3)], patience)  # all three have met
+        return found.add("start", 1) <= 3  # no earlier rank has met here
 
     for _ in range(3):
         with ThreadPoolExecutor(3) as pool:
@@ -451,7 +452,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path, whole: tr
     out, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert (tmp_path / "pid 1 1").exists() and "goes on from" in said
-    assert out.count(f"{STEPS} steps") == 1 and said.count(f"step {STEPS} of {STEPS}") == 1  # one rank speaks
+    assert out.count(f"{STEPS} steps") == 1 and said.count(f"step {STEPS} of {STEPS}") == 1  # only one rank logs
     assert_near(folder, whole)
 
 
@@ -470,20 +471,20 @@ def test_torchrun_passes_a_signal_on(tmp_path: Path, whole: trainer.Run) -> None
 
 
 def hold_a_group(parallel: str) -> None:
-    """With what the group's users load loaded as late as it can be, and DTensor's caches of what was computed."""
+    """Hold a group while its users' modules are imported as late as possible, and fill DTensor's caches."""
     for name in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
         del sys.modules[name]
     with joined("cpu") as world:
         wrapped = wrap(create_model("ViT-tiny"), world, parallel)
-        importlib.import_module("torch.distributed.nn")  # as open_clip's losses do
+        importlib.import_module("torch.distributed.nn")  # open_clip's losses import it
         assert gloo_threads() > 0 and all((2 * p).isfinite().all() for p in wrapped.parameters())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_threads_end_with_the_group(tmp_path: Path, parallel: str) -> None:
-    """Those of gloo, which abort a process that ends before them, now and then."""
-    create_model("ViT-tiny")  # loads libraries, once
+    """Threads of gloo end with the group. Otherwise they now and then abort a process that ends before them."""
+    create_model("ViT-tiny")  # loads libraries once
 
     def work(rank: int) -> None:
         hold_a_group(parallel)

@@ -1,4 +1,4 @@
-"""The options of `fastclip train`: command line, YAML, what is refused."""
+"""The options of `fastclip train`: command line, YAML, refused values."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_help_names_every_option_and_loads_no_torch() -> None:
     for field in dataclasses.fields(TrainOptions):
         assert f"{flag(field.name)} " in done.stdout or f"{flag(field.name)}," in done.stdout, field.name
     documented = [line for line in done.stdout.split("│ --")[1:] if len(line.split()) < 4]
-    assert not documented, documented  # every option says what it is for
+    assert not documented, documented  # every option has a help text
 
 
 @pytest.mark.parametrize(

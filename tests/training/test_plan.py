@@ -1,4 +1,4 @@
-"""`fastclip plan`: its numbers against measured steps, and what must hold between them."""
+"""`fastclip plan`: its numbers against measured steps, and the relations between them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from fastclip.models import DualEncoder
 from fastclip.training import Plan, plan
 
 MIB, GIB = 2**20, 2**30
-# Parameters and activations of like size: a step's highest point is another one than that of the small models.
+# A model whose parameters and activations have similar sizes, so that memory peaks at another point of the step than in
+# the small models.
 WIDE = {
     "embed_dim": 512,
     "vision_cfg": {"tower": "vit", "image_size": 32, "layers": 6, "width": 512, "patch_size": 8},
@@ -49,16 +50,16 @@ def small() -> Plan:
     ("model", "pairs", "micro_batch", "ranks", "options"),
     [
         ("align-tiny", 128, 128, 1, {}),  # BatchNorm, dropout, attention that the CPU stores
-        ("RN-tiny", 512, 256, 1, {"grad_checkpointing": True}),  # cached
+        ("RN-tiny", 512, 256, 1, {"grad_checkpointing": True}),  # gradient caching
         ("ViT-tiny", 512, 512, 1, {"precision": "bf16"}),
-        ("wide", 16, 16, 1, {}),  # the gradients come as activations go
+        ("wide", 16, 16, 1, {}),  # gradients are allocated while activations are freed
         ("wide", 32, 16, 2, {}),  # DDP's buckets and the gathered texts
     ],
 )
 def test_plan_is_what_a_step_takes(
     tmp_path: Path, model: str, pairs: int, micro_batch: int, ranks: int, options: dict[str, Any]
 ) -> None:
-    """Within the 15 % that are promised, of fresh processes on a CPU."""
+    """The plan is within the promised 15 % of the memory that fresh processes take on a CPU."""
     needs("models")
     if model == "wide":
         path = tmp_path / "wide.json"
@@ -103,7 +104,8 @@ def test_fsdp_holds_a_share(small: Plan) -> None:
     block = sum(p.numel() for p in model.visual.blocks[0].parameters())
     texts = sum(p.numel() for p in model.text.token_embedding.parameters())
     assert 4 * (3 * block + 2 * texts) < shards.gathered < 4 * (3 * block + 2 * texts) + MIB
-    assert replace(shards, micro_batch=64).gradients == whole.gradients  # whole until the last micro-batch
+    # gradients stay whole until the last micro-batch
+    assert replace(shards, micro_batch=64).gradients == whole.gradients
     assert replace(shards, world_size=1).parameters == whole.parameters
 
 
@@ -115,7 +117,7 @@ def test_ddp_has_buckets_beside_cached_gradients(small: Plan) -> None:
 @pytest.mark.parametrize("name", ["ViT-tiny", "align-tiny"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_footprint_is_exact_for_other_batches(name: str, checkpointing: bool) -> None:
-    """The highest point is another operation's for other sizes."""
+    """The footprint is exact for other batch sizes, whose memory peaks in other operations."""
     model = create_model(name, device="meta")
     model.set_grad_checkpointing(checkpointing)
     found = plan(model, batch_size=64, device="cpu").footprint
@@ -139,7 +141,9 @@ def test_moments_that_may_be_highest_are_kept() -> None:
 
 
 def test_footprint_of_one_layer_is_counted_by_hand() -> None:
-    """Linear, ReLU, linear: 4 bytes an element; the parameters are not counted, a weight's new gradient is."""
+    """The footprint of linear, ReLU, linear equals a count by hand: 4 bytes per element, including new gradients of
+    weights but not the parameters.
+    """
 
     class Tower(torch.nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -151,12 +155,12 @@ def test_footprint_of_one_layer_is_counted_by_hand() -> None:
     model = DualEncoder(tower(3 * 4 * 4), tower(7).requires_grad_(False))
     found = traced.footprint(model, image_size=4, context_length=7, device="cpu")
     assert (found.dim, found.feature_size) == (5, 4)
-    # ReLU's result of the images, and both features
+    # The result of ReLU for the images, and both features
     assert found.kept(1000) == 1000 * 4 * (10 + 5 + 5)
-    # ReLU's and the gradients of its result and of its input; one zero, which stands for the features' gradients
+    # The result of ReLU, the gradients of its result and input, and one zero in place of the features' gradients
     assert found.peak(1000) == 1000 * 4 * ((5 + 5) + (10 + 10 + 10)) + 4
     assert found.peak(1) == 4 * (10 + 10 + 480) + 4  # the first weight's gradient, with that of its output
-    assert found.peak(1, 1.0) == found.peak(1) + 4 * 50  # when the second weight's is there
+    assert found.peak(1, 1.0) == found.peak(1) + 4 * 50  # while the second weight's gradient exists
 
 
 @pytest.mark.parametrize("options", [{}, {"parallel": "fsdp"}, {"comm": "ring"}, {"device": "cuda"}, {"world_size": 1}])
@@ -213,19 +217,21 @@ def test_workspace_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bf16_and_checkpointing_make_activations_smaller() -> None:
     plain, bf16 = planned("ViT-tiny"), planned("ViT-tiny", precision="bf16")
-    assert 0.5 < bf16.activations / plain.activations < 0.65  # layer norms stay fp32
+    assert 0.5 < bf16.activations / plain.activations < 0.65  # layer norms stay in fp32
     assert (bf16.footprint.feature_size, plain.footprint.feature_size) == (2, 4)
     assert planned("ViT-tiny", checkpointing=True).activations < 0.4 * plain.activations
 
 
 def test_frozen_tower_keeps_nothing() -> None:
-    """The text tower of ViT-tiny is about as large as its image tower."""
+    """A frozen tower keeps no activations; ViT-tiny's text tower is about as large as its image tower."""
     both, one = planned("ViT-tiny"), planned("ViT-tiny", lock=True)
     assert 0.3 < one.footprint.kept(1024) / both.footprint.kept(1024) < 0.6
 
 
 def test_gpu_stores_no_matrix_of_attention() -> None:
-    """BERT's dropout makes the CPU store it, fp32 with a mask as large; a GPU's kernels do not."""
+    """A GPU's kernels store no matrix of attention. The CPU stores it for BERT's dropout, in
+    fp32 and with a mask of its size.
+    """
 
     def kept(length: int, device: str) -> int:
         model = create_model("align-tiny", device="meta", context_length=length)
@@ -246,7 +252,9 @@ def test_model_is_left_as_it_was() -> None:
 
 
 def test_forked_process_can_train_after_a_plan() -> None:
-    """Autograd has started no thread; in a process of its own, whose first backward pass is the plan's."""
+    """A plan starts no thread of autograd, which a forked process could not use. The test runs in a new process, so
+    that the plan's backward pass is the first.
+    """
     code = """
 import multiprocessing, torch
 from fastclip import create_model
@@ -292,7 +300,7 @@ def test_model_without_configuration_is_refused() -> None:
 
 
 def parts(printed: str) -> dict[str, float]:
-    """GiB by the first words of the table's lines."""
+    """Return GiB by the first words of the table's lines."""
     found = {}
     for line in printed.splitlines():
         name, size, unit, *_ = [*line.split(), "", "", ""]
@@ -309,7 +317,7 @@ def test_command_plans_a_large_model(capsys: pytest.CaptureFixture[str]) -> None
     assert "427.6 M" in printed and "use 128" in printed and "micro-batch of 128," in printed
     assert found["parameters"] == found["gradients"] == pytest.approx(427.6e6 * 4 / GIB, abs=0.01)
     assert found["optimiser"] == pytest.approx(2 * found["parameters"], abs=0.01)
-    assert 50 < found["activations"] < 60  # 0.43 GiB a pair without checkpointing
+    assert 50 < found["activations"] < 60  # 0.43 GiB per pair without checkpointing
     assert found["total"] < 80
     assert len({line.index("GiB") for line in printed.splitlines()[2:9] if "GiB" in line}) == 1, "not aligned"
 
@@ -331,7 +339,7 @@ def test_command_takes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for told in ("LAMB: 2", "moving average", "64 x 64", "20 ids", "micro-batch of 512", "bf16 autocast", "a CPU"):
         assert told in printed
-    assert main([*words.split(), "--memory", "0.9"]) == 1  # the largest fits, the one asked for does not
+    assert main([*words.split(), "--memory", "0.9"]) == 1  # the largest micro-batch fits, the requested one does not
     assert "largest micro-batch in 921.6 MiB" in capsys.readouterr().out
 
 

@@ -27,7 +27,8 @@ from fastclip.models import create_model
 from fastclip.training import TrainOptions, cached_step, train
 
 W, STEPS = 2, 5
-# What each run is asked for besides; the process that is alone has the same losses and, to rounding, the same model.
+# Additional options of each run. A single process with the same options has the same losses and, to rounding, the same
+# model.
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"val_data": "digits"},
     "ddp, micro-batches, ring": {"micro_batch": 5, "comm": "ring", "loss": "siglip"},
@@ -62,7 +63,7 @@ def work(rank: int, folder: Path) -> None:
     for name, changed in CASES.items():
         run = train(options(folder / name, **changed))
         (folder / f"{name} {rank}.json").write_text(json.dumps([run.losses, run.validation]))
-    # The checkpoint of two shards goes on as two whole models, and the other way round; see also the test below.
+    # A run resumes from two shards as two whole models, and vice versa; see also the test below.
     for name, other in (("fsdp", "ddp"), ("ddp", "fsdp")):
         changed = {"parallel": other, "resume": str(folder / name), "max_steps": STEPS + 2}
         run = train(options(folder / f"{name} as {other}", **changed))
@@ -78,7 +79,9 @@ def work(rank: int, folder: Path) -> None:
 
 
 def reads_a_shard() -> str:
-    """A loss that gathers a parameter by itself: each rank would keep its own gradient of its shard."""
+    """Return the error of a loss that gathers a parameter itself, in which each rank would keep only its shard's
+    gradient.
+    """
     from torch.distributed import fsdp  # slow to load
 
     model = torch.nn.Bilinear(3, 3, 2)
@@ -131,7 +134,7 @@ def assert_near(ours: list[float], theirs: list[float]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_as_one(folder: Path, name: str, tmp_path: Path) -> None:
     (losses, validation), other = (of_rank(folder, name, rank) for rank in range(W))
-    assert [losses, validation] == other  # every rank knows the whole batch's
+    assert [losses, validation] == other  # every rank reports the whole batch
     alone = train(options(tmp_path, **CASES[name]))
     assert_near(losses, alone.losses)
     ours, theirs = (create_model(pretrained=path / "model").state_dict() for path in (folder / name, tmp_path))
@@ -151,7 +154,7 @@ def test_checkpoint_fits_every_number_of_ranks(folder: Path, name: str, tmp_path
 
 
 def test_model_with_statistics_is_validated_as_it_is_saved(folder: Path) -> None:
-    """BatchNorm's statistics are rank 0's, in validation too."""
+    """A model with BatchNorm is validated with the statistics that are saved, those of rank 0."""
     from fastclip.data.spec import open_source
     from fastclip.evaluation.validate import validate
     from fastclip.models import get_tokenizer, load_image_transform

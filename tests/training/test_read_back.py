@@ -1,4 +1,4 @@
-"""Files that commands leave and read again may hold anything: an error names the file, or it is made anew."""
+"""Files that commands write and read again may contain anything: an error names the file, or the file is rebuilt."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def evaluated(file: Path) -> None:
 
 
 def parquet(read: Callable[[Path], object]) -> Callable[[Path], object]:
-    """`read` a table with what the file holds as its metadata."""
+    """Return a reader that applies `read` to a table with the file's bytes as metadata."""
 
     def told(file: Path) -> object:
         data = file.read_bytes()
@@ -83,7 +83,7 @@ def kept_faults(file: Path) -> None:
     faults_of(store)
 
 
-WHOLE = {("config.yaml", b"{}"), ("evaluations.json", b"{}"), ("results.json", b"[]")}  # hold nothing, and may
+WHOLE = {("config.yaml", b"{}"), ("evaluations.json", b"{}"), ("results.json", b"[]")}  # valid files that may be empty
 READERS: dict[str, tuple[Callable[[Path], object], list[Any]]] = {
     "state.json": (
         lambda file: read_state(file.parent, *NEEDED),

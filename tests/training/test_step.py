@@ -1,4 +1,4 @@
-"""One update: optimiser groups, clipping, the moving average, the scale, what stops it."""
+"""One update: optimiser groups, clipping, the moving average, the scale, and conditions that stop training."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_matrices_decay_and_nothing_else(name: str) -> None:
 def test_update_decays_matrices_only() -> None:
     model = tiny()
     before = weights(model)
-    # A gradient clipped to 1e-13 moves nothing beside AdamW's epsilon: what is left is the decay by 0.1 * 0.5.
+    # AdamW's epsilon makes the update of a gradient clipped to 1e-13 vanish, which leaves the decay by 0.1 * 0.5.
     stepper(model, lr=0.1, decay=0.5, max_grad_norm=1e-13).step([batch()], step=0)
     for name, x in model.named_parameters():
         matrix = x.dim() >= 2 and name != "visual.cls_token"
@@ -102,7 +102,7 @@ def test_update_learns(optimizer: str) -> None:
 
 
 def test_lamb_scales_a_matrix_by_its_norm() -> None:
-    """You et al. 2020, algorithm 2: the length of a matrix's step is the learning rate times the matrix's length."""
+    """LAMB (You et al. 2020, algorithm 2) moves a matrix by the learning rate times the norm of the matrix."""
     model = tiny()
     before = weights(model)
     stepper(model, optimizer="lamb", lr=1e-2).step([batch()], step=0)
@@ -161,7 +161,8 @@ def test_micro_batches_make_the_same_update(loss: str) -> None:
 
     def updated(size: int) -> tuple[DualEncoder, float, float]:
         model = tiny(init_logit_scale=spec.init_logit_scale, init_logit_bias=spec.init_logit_bias)
-        # AdamW's first step is the gradient's sign, which rounding decides where there is none; not so with eps = 1
+        # AdamW's first step is the sign of the gradient, which rounding decides for gradients near 0. A large eps
+        # avoids that.
         report = stepper(model, loss, lr=1.0, decay=0.0, eps=1.0).step(cut(batch(), size), step=0)
         return model, report.loss, report.grad_norm
 
@@ -174,7 +175,7 @@ def test_micro_batches_make_the_same_update(loss: str) -> None:
 
 
 def dense(loss: str, model: DualEncoder, whole: Batch) -> Tensor:
-    """The papers' formulas over the matrix of logits, in fp64."""
+    """Compute the papers' formulas over the matrix of logits in fp64."""
     image, text, scale, *bias = copy.deepcopy(model).double()(whole.images.double(), whole.ids)
     z = scale * image @ text.T
     same = whole.labels[:, None] == whole.labels if loss == "unicl" else torch.eye(B, dtype=torch.bool)
@@ -233,7 +234,7 @@ def test_pixels_that_are_not_finite_stop_before_the_update(value: float, size: i
         one.step(cut(poisoned, size), step=1)
     assert_same(model, before)
     assert all(torch.equal(a, b) for a, b in zip(average, one.ema.averages))
-    assert math.isfinite(one.step([batch()], step=1).loss)  # nothing is left of it
+    assert math.isfinite(one.step([batch()], step=1).loss)  # the poisoned batch leaves no trace
 
 
 @pytest.mark.fault("weights or features that are not finite", "the run ends before the update and names them")

@@ -106,7 +106,9 @@ def test_saved_model_is_the_one_that_was_validated(tmp_path: Path) -> None:
 
 
 def test_run_repeats_bit_by_bit(tmp_path: Path) -> None:
-    """Dropout included; the order of the data and what is drawn from it do not depend on the workers."""
+    """A run repeats bit by bit, including dropout. The order of samples and their augmentation do not depend on the
+    workers.
+    """
     small = {"model": "align-tiny", "context_length": None, "loss": None, "max_steps": 3}
     first = train(options(tmp_path / "a", **small))
     torch.randn(7)
@@ -124,7 +126,7 @@ def test_run_with_less_memory_has_the_same_losses(tmp_path: Path, how: dict[str,
 
 @pytest.mark.parametrize("loss", ["clip", "unicl", "align", "convirt", "siglip"])
 def test_steps_agree_with_the_dense_loss(tmp_path: Path, loss: str) -> None:
-    """The reference backend is the dense formula in torch. A hundred steps of it: test_hundred_steps.py."""
+    """Steps agree with the dense loss of the reference backend. test_hundred_steps.py has a hundred of them."""
     changed = {"loss": loss, "max_steps": 30, "lr": 3e-4, "batch_size": 16}
     fused, dense = (train(options(tmp_path / b, backend=b, **changed)) for b in ("cpu", "reference"))
     assert (fused.backend, dense.backend) == ("cpu", "reference")
@@ -143,7 +145,7 @@ def test_models_have_their_authors_recipe(tmp_path: Path) -> None:
     "a stop in mid-epoch, other workers after it", "the numbers of a run that never stopped, bit for bit"
 )
 def test_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
-    data = str(write_folder(tmp_path / "data", 72))  # three batches and a half: it stops in the second epoch
+    data = str(write_folder(tmp_path / "data", 72))  # three and a half batches, so that it stops in the second epoch
     changed = {
         "data": data,
         "batch_size": 20,
@@ -180,7 +182,7 @@ def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog:
     assert "--lr was 0.0005, is 0.001" in caplog.text and "--batch-size" not in caplog.text
     with pytest.raises(ValueError, match=r"is of another model: .*differ"):
         train(options(tmp_path / "b", resume=str(tmp_path / "a"), model="RN-tiny"))
-    assert "--model was ViT-tiny, is RN-tiny" in caplog.text  # before it is tried
+    assert "--model was ViT-tiny, is RN-tiny" in caplog.text  # reported before loading fails
     with pytest.raises(ValueError, match="optimiser"):
         train(options(tmp_path / "b", resume=str(tmp_path / "a"), optimizer="lamb"))
     with pytest.raises(ValueError, match="without --ema"):
@@ -191,7 +193,8 @@ def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog:
         train(options(tmp_path / "b", resume=str(tmp_path / "nowhere")))
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         train(options(tmp_path / "b", resume=str(tmp_path)))
-    assert len(train(options(tmp_path / "c", resume="auto", max_steps=1)).losses) == 1  # nothing there: a new run
+    # there is no run yet, so a new one starts
+    assert len(train(options(tmp_path / "c", resume="auto", max_steps=1)).losses) == 1
 
 
 @pytest.mark.fault("a run goes on in a folder that holds another run", "nothing is mixed, nothing is lost: aside-...")
@@ -208,7 +211,7 @@ def test_run_that_goes_on_elsewhere_does_not_mix_with_what_is_there(tmp_path: Pa
     assert left == {"aside-metrics.jsonl", "aside-tensorboard", "aside-model", "checkpoints/aside-step-00000003"}
     assert (tmp_path / "b" / "aside-metrics.jsonl").read_bytes() == there
     train(options(tmp_path / "b", resume=str(read_only), stop_after=2))
-    assert (tmp_path / "b" / "aside-metrics.jsonl").read_bytes() == there  # those of now have another name
+    assert (tmp_path / "b" / "aside-metrics.jsonl").read_bytes() == there  # later files get other names
 
 
 def test_resumed_run_has_the_optimisers_options_it_is_given(tmp_path: Path) -> None:
@@ -255,7 +258,9 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_compiled_model_has_the_same_losses(tmp_path: Path, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainer leaves the compiler to torch.compile, whose default, inductor, needs a minute for a model."""
+    """A compiled model has the same losses. The trainer leaves the backend to torch.compile, whose default
+    (inductor) takes a minute per model.
+    """
     plain = train(options(tmp_path / "a", max_steps=3, micro_batch=8))
     called: list[Any] = []
 
@@ -292,7 +297,7 @@ def test_options_that_fit_nothing_here_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises((ValueError, OSError), match=message):
             train(options(tmp_path / "a", **changed))
-    assert not (tmp_path / "a").exists()  # a folder is made when the run can begin
+    assert not (tmp_path / "a").exists()  # the folder is created only when the run can start
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cuda needs a GPU"):
             train(options(tmp_path / "a", device="cuda"))
@@ -337,7 +342,8 @@ def test_command_trains_and_says_how_it_went(tmp_path: Path) -> None:
     done = command("train", *words, "--batch-size", "32", "--max-steps", "3", "--output", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert "3 steps" in done.stdout and "zero_shot_top1" in done.stdout and "'cpu'" in done.stdout
-    assert "step 3 of 3: loss" in done.stderr and "\r" not in done.stderr  # lines: stderr is no terminal
+    # whole lines, because stderr is not a terminal
+    assert "step 3 of 3: loss" in done.stderr and "\r" not in done.stderr
     assert "Traceback" not in done.stderr
     again = command("train", "--config", str(tmp_path / "run" / "config.yaml"), "--output", str(tmp_path / "again"))
     assert again.returncode == 0, again.stderr
@@ -362,7 +368,7 @@ def test_command_shows_a_bar_on_a_terminal(tmp_path: Path) -> None:
     try:
         while part := os.read(ours, 4096):
             shown += part
-    except OSError:  # Linux: the other end is closed
+    except OSError:  # on Linux: the other end is closed
         pass
     os.close(ours)
     assert process.wait(timeout=60) == 0, shown
