@@ -1,4 +1,4 @@
-"""The benchmark on a GPU, as far as it can be proved without one: providers, checks, rows and their statuses."""
+"""The GPU benchmark, as far as it can be tested without a GPU: providers, checks, rows and their statuses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_truth_is_the_dense_loss(loss: str, monkeypatch) -> None:
     exact = [x.detach().double().requires_grad_() for x in leaves]
     value = DENSE[loss](*exact)
     expected = (value, *torch.autograd.grad(value, exact))
-    for rows in (7, 50):  # blocks that do not divide N; one block
+    for rows in (7, 50):  # blocks that do not divide N; a single block
         monkeypatch.setattr(truth, "BLOCK_BYTES", 4 * 50 * rows)
         for dtype, error in ((torch.float32, 2e-6), (torch.float64, 1e-13)):
             for x, y in zip(truth.blockwise_truth(loss, leaves, dtype), expected, strict=True):
@@ -69,7 +69,7 @@ def test_sizes_are_pairs() -> None:
             cases.parse_sizes(wrong, "cuda")
 
 
-# Modules with the published signatures, which compute something else where they are called with other options
+# Modules with the published signatures. Called with other options, they compute something else.
 
 
 def fake_inf_cl(broken: bool) -> ModuleType:
@@ -90,7 +90,7 @@ def fake_memeff(broken: bool) -> ModuleType:
                 image, text = (F.normalize(x, dim=1) for x in (2 * image + text, text))
             loss = dense(image, text, 1 / self.temperature)
             stretch = 7.0 if self.stable or broken else 1.0
-            return stretch * loss - (stretch - 1) * loss.detach()  # same value, other gradients
+            return stretch * loss - (stretch - 1) * loss.detach()  # the same value with other gradients
 
     return SimpleNamespace(MemoryEfficientCLIPLoss=MemoryEfficientCLIPLoss)
 
@@ -144,7 +144,7 @@ def test_nan_fails_the_check() -> None:
 
 
 def test_missing_peers_say_why(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "memeff", None)  # import raises ImportError
+    monkeypatch.setitem(sys.modules, "memeff", None)  # the import raises ImportError
     monkeypatch.setattr(peers, "installed_version", lambda package: "")
     with pytest.raises(Unavailable, match=r"^not installed$"):
         peers.build("memeff", "softmax")
@@ -191,7 +191,7 @@ def set_peer(monkeypatch, name: str, loss, **options) -> None:
 
 
 class Stopwatch:
-    """pytest-benchmark's fixture, as far as it is used."""
+    """The part of pytest-benchmark's fixture that the benchmark uses."""
 
     @staticmethod
     def pedantic(target, setup, rounds: int) -> None:
@@ -235,7 +235,7 @@ def test_everyone_has_a_row(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_dense_losses_run_where_they_fit(tmp_path: Path) -> None:
-    # open_clip's five times 2 N^2 bytes of bf16
+    # open_clip needs five times 2 N^2 bytes in bf16
     row = run_case(Pretended(memory=41_000), ["open_clip"], tmp_path / "fits.csv")["open_clip"]
     assert row["status"] == ""
     row = run_case(Pretended(memory=40_900), ["open_clip"], tmp_path / "not.csv")["open_clip"]
@@ -268,7 +268,7 @@ def test_floor_is_the_products_at_the_gemms_rate(monkeypatch) -> None:
         timings.time(provider)
     gpu.copy_seconds[:] = [1e-9, 1e-9, 1.0]
     floor, theirs = gpu_case.gpu_rows(case, lined, timings, gpu, Clocks())
-    share = 8 * N * N * D / (2 * 16**3)  # of the GEMM's operations
+    share = 8 * N * N * D / (2 * 16**3)  # in units of the GEMM's operations
     assert floor["median_ms"] == round(500 * share, 3)
     assert theirs["median_ms"] == 250 and theirs["floor_percent"] == round(100 * 0.5 * share / 0.25, 1)
     assert theirs["copy_gbs"] == 128  # 64 bytes, read and written
@@ -308,7 +308,7 @@ def test_lost_gpu_leaves_a_row_and_ends_the_process(tmp_path: Path, monkeypatch)
         (row,) = csv.DictReader(file)
     assert row["status"].startswith("device lost") and row["median_ms"] == "" and row["provider"] == "inf_cl"
     gpu.lost = False
-    run_case(gpu, ["open_clip"], path)  # the same columns, else `append` raises
+    run_case(gpu, ["open_clip"], path)  # the columns agree, or `append` would raise
 
 
 def test_inputs_rotate_past_the_cache() -> None:
@@ -319,7 +319,7 @@ def test_inputs_rotate_past_the_cache() -> None:
         seen.append(image)
         return dense(image, text, scale)
 
-    gpu = Pretended(l2=5 * 2 * N * D)  # a set is two matrices of 2 N D bytes, and the scale
+    gpu = Pretended(l2=5 * 2 * N * D)  # a set has two matrices of 2 N D bytes, and the scale
     assert gpu.sets(4 * N * D) == 5 and gpu.sets(100 * N * D) == 1
     sets = [losses.leaves_of(case, seed=seed) for seed in range(3)]
     prepare = gpu_case._rotating(case, loss, sets)
@@ -350,7 +350,7 @@ def test_clocks_are_medians_of_what_was_read(monkeypatch) -> None:
 def test_cpu_rows_keep_their_columns(tmp_path: Path) -> None:
     stored = (ROOT / "benchmarks" / "results" / "cpu.csv").read_text().splitlines()[0].split(",")
     assert stored[6:14] == FIGURES and stored[14:] == list(machine())
-    with pytest.raises(ValueError, match="has other columns"):  # rows of a GPU do not go there
+    with pytest.raises(ValueError, match="has other columns"):  # rows of a GPU do not belong there
         copy = tmp_path / "cpu.csv"
         copy.write_text(",".join(stored) + "\n")
         append(copy, [gpu_case.status_row(Case("softmax", "both", N, D, "bfloat16"), "memeff", "x")], {"gpu": "y"})

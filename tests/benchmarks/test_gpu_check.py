@@ -1,4 +1,4 @@
-"""`make gpu-check`: its parts, and that it can be stopped and called again. Nothing here needs a GPU."""
+"""`make gpu-check`: its parts, and resuming after a stop. No test here needs a GPU."""
 
 from __future__ import annotations
 
@@ -84,16 +84,16 @@ def test_a_case_is_done_when_everyone_has_a_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     assert missing(PART, path, RUNNABLE) == RUNNABLE
     write(path, {"open_clip": "", "memeff": "not installed"})
-    assert missing(PART, path, RUNNABLE) == RUNNABLE  # all of them: rounds are paired
+    assert missing(PART, path, RUNNABLE) == RUNNABLE  # all of them, because rounds are paired
     write(path, {"fastclip_triton": ""}, Part("", "softmax", "forward", (64, 32)))
     write(path, {"fastclip_triton": ""}, Part("", "softmax", "both", (64, 33)))
     write(path, {"memeff": "check failed: x", "fastclip_triton": "check failed: x"})
-    assert missing(PART, path, RUNNABLE) == RUNNABLE  # fastclip's failure is no result
+    assert missing(PART, path, RUNNABLE) == RUNNABLE  # a failure of fastclip is no result
     write(path, {"fastclip_triton": ""})
     assert missing(PART, path, RUNNABLE) == []
     write(path, {"memeff": "not installed"})
     assert missing(PART, path, ["open_clip", "fastclip_triton"]) == []
-    assert missing(PART, path, RUNNABLE) == RUNNABLE  # it has been installed since
+    assert missing(PART, path, RUNNABLE) == RUNNABLE  # installed in the meantime
     write(path, {"memeff": "error: x"})
     assert missing(PART, path, RUNNABLE) == []
     assert missing(PART, path, [*RUNNABLE, "fastclip_cuda"]) == [*RUNNABLE, "fastclip_cuda"]
@@ -130,7 +130,7 @@ def test_tests_run_again_when_the_code_has_changed(tmp_path: Path, monkeypatch) 
     codes = iter([1, checklists.NO_TESTS, 0])
     monkeypatch.setattr(checklists, "code_state", lambda: "first")
     found = checklist(tmp_path, lambda command, seconds: next(codes))
-    results = [found.do(Part("tests-gpu"), 60) for _ in range(4)]  # the fourth runs nothing
+    results = [found.do(Part("tests-gpu"), 60) for _ in range(4)]  # the fourth call runs nothing
     assert results == ["failed with exit code 1", "no test is marked gpu", "done", "done"]
     monkeypatch.setattr(checklists, "code_state", lambda: "second")
     assert found.todo(Part("tests-gpu")) == ["tests"]
@@ -164,9 +164,9 @@ def test_exit_codes(tmp_path: Path, capsys) -> None:
 
     later = time.monotonic() + 10_000
     assert run_all(1, later) == 1
-    assert "softmax" not in capsys.readouterr().out  # nothing is timed when tests fail
+    assert "softmax" not in capsys.readouterr().out  # nothing is timed if tests fail
     assert run_all(0, time.monotonic() - 1) == 3
-    assert run_all(None, time.monotonic() + 60) == 3  # ended by --minutes, not by its own limit
+    assert run_all(None, time.monotonic() + 60) == 3  # ended by --minutes, not by the part's own limit
     assert run_all(None, later) == 1
     write(tmp_path / "rows.csv", dict.fromkeys(RUNNABLE, ""))
     assert run_all(checklists.NO_TESTS, later) == 0
@@ -178,14 +178,14 @@ def alive(pid: int) -> bool:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except ProcessLookupError:
         return False
-    except FileNotFoundError:  # it has ended meanwhile, or the system has no such files
+    except FileNotFoundError:  # ended in the meantime, or a system without /proc
         return not Path("/proc/self/stat").exists()
-    return stat.rpartition(")")[2].split()[0] != "Z"  # a zombie that nobody has waited for yet has ended as well
+    return stat.rpartition(")")[2].split()[0] != "Z"  # a zombie has ended as well
 
 
 def test_a_part_ends_in_time(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
-    # What it starts is ended too
+    # Child processes of a part end with it
     inner = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
     start = time.monotonic()
@@ -217,14 +217,15 @@ gpu_counters.run(Log("counters", Path({folder!r}), gpu, time.monotonic() + 600, 
 
 
 def numbers(path: Path) -> list[int]:
-    """The process ids in a file that ends with a full stop."""
+    """Return the process ids in a file that ends with a full stop."""
     wait_for(lambda: path.is_file() and path.read_text().endswith("."))
     return [int(word) for word in path.read_text()[:-1].split()]
 
 
 def test_ncu_and_its_target_end_with_their_part(tmp_path: Path) -> None:
-    """Killed as `run_limited` kills a part: its group, of which they are not. A target that ended with its parent would
-    end too early where ncu gives it another one."""
+    """ncu and its target end if their part is killed as `run_limited` does it, by its process group, which does not
+    contain them. The target must not watch its own parent, because ncu may give it another one.
+    """
     ncu, said = tmp_path / "ncu", tmp_path / "said"
     ncu.write_text(SLEEPING.format(python=sys.executable, said=str(said)))
     ncu.chmod(0o755)
@@ -242,7 +243,7 @@ def test_ncu_and_its_target_end_with_their_part(tmp_path: Path) -> None:
 
 
 def end(started: list[int]) -> None:
-    """What a test has started and nothing else has ended."""
+    """Kill the processes that a test started and that are still alive."""
     for pid in started:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -285,7 +286,7 @@ def test_the_extra_is_the_peers() -> None:
     extra = text.split("bench-gpu = [")[1].split("]\n")[0]
     packages = {line.strip(' ",').split(">=")[0] for line in extra.splitlines()} - {"", "fastclip-kernels[bench]"}
     assert packages == {peer.package for peer in PEERS.values() if peer.gpu_only}
-    assert text.count("bench-gpu") == 1  # no other extra brings it
+    assert text.count("bench-gpu") == 1  # no other extra contains it
     assert "gpu: needs a GPU" in text
 
 

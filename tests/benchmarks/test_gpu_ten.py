@@ -1,4 +1,4 @@
-"""`make gpu-ten`: its dry run, which CI calls, its rows, its time and its end. Nothing here needs a GPU."""
+"""`make gpu-ten`: its dry run, which CI calls, its rows, its time and its end. No test here needs a GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COMMAND = [sys.executable, "-m", "benchmarks.gpu_ten", "--dry-run", "--rows"]
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of one dry run of every part, and what it printed."""
+    """Folder and output of one dry run of every part."""
     folder = tmp_path_factory.mktemp("dry")
     words = [*COMMAND, str(folder), "--variant", "portable=FASTCLIP_CPU_ISA:portable"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=500)
@@ -47,7 +47,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_every_part_runs_without_a_gpu(dry: tuple[Path, str]) -> None:
-    """A misspelt name is found here, and not on the day that there is a GPU."""
+    """Every part runs without a GPU, so that a misspelt name is detected before a GPU is available."""
     folder, printed = dry
     for part in PARTS:
         assert f"{part.name:12s} done" in printed
@@ -66,13 +66,13 @@ def test_every_part_runs_without_a_gpu(dry: tuple[Path, str]) -> None:
     for mode in ("eager", "compiled"):
         of_step = [row for row in rows if row["part"] == "training" and row["case"].endswith(mode)]
         found = {row["measure"]: float(row["value"]) for row in of_step}
-        assert len(of_step) == len(found) and {row["unit"] for row in of_step} == {"ms"}  # shares follow
+        assert len(of_step) == len(found) and {row["unit"] for row in of_step} == {"ms"}  # the shares derive from these
         assert 2 * found["step"] == pytest.approx(sum(found.values()), abs=0.1)
         assert min(found[name] for name in ("products", "optimiser", "loss", "accuracy")) > 0
 
 
 def test_dry_rows_are_no_results(dry: tuple[Path, str]) -> None:
-    """Both files of a dry run have the columns of a GPU's, and say in each row that no GPU was there."""
+    """Both files of a dry run have a GPU's columns, and every row states that no GPU was present."""
     folder, _ = dry
     steps = rows_of(folder, "cuda.csv")
     assert {row["gpu"] for row in (*steps, *rows_of(folder))} == {"dry run"}
@@ -98,7 +98,7 @@ def test_what_is_done_is_not_run_again(dry: tuple[Path, str]) -> None:
 
 def test_report_of_these_rows(dry: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = dry
-    assert "## Ten minutes with a GPU" not in report.text(tmp_path)  # where it was never run
+    assert "## Ten minutes with a GPU" not in report.text(tmp_path)  # for a folder in which it never ran
     assert "| host | softmax 256x512 | launch | step |" in report.text(folder)
 
 
@@ -116,7 +116,7 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
 
 
 def run_of(codes: dict[str, int | None], asked: list[str]) -> Any:
-    """What runs a part's command: notes its name, and answers with its exit code."""
+    """Return a replacement for the function that runs a part: it records the part's name and returns its exit code."""
 
     def run(command: list[str], seconds: float) -> int | None:
         asked.append(command[command.index("--part") + 1])
@@ -141,13 +141,15 @@ def test_a_wrong_value_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_part_that_fails_or_is_cut_does_not_end_the_run(tmp_path: Path) -> None:
     names = [part.name for part in PARTS]
     assert checked(tmp_path, {"host": 1, "counters": None}) == (1, names)
-    assert checked(tmp_path, {"counters": None}) == (3, ["host", "counters"])  # the others are done
+    assert checked(tmp_path, {"counters": None}) == (3, ["host", "counters"])  # the other parts are done
     assert checked(tmp_path, {"counters": gpu_ten.INCOMPLETE}) == (3, ["counters"])
     assert checked(tmp_path, {}) == (0, ["counters"])
 
 
 def test_a_part_goes_on_after_a_peer_has_broken_the_gpu(tmp_path: Path) -> None:
-    """In a new process, at once; where no time is left, at the next call."""
+    """A part continues in a new process after a peer has broken the GPU, at once or, if no time is left, at the next
+    call.
+    """
     codes, ran = iter([gpu_ten.PEER_LOST, gpu_ten.PEER_LOST, 0]), []
 
     def run(command: list[str], seconds: float) -> int:
@@ -195,10 +197,10 @@ def test_limits_leave_later_parts_their_time() -> None:
     first, host, *rest = PARTS
     assert limit(first, [host, *rest], gpu_ten.SECONDS) == first.seconds
     assert limit(first, [host, *rest], 30) == 30  # --seconds 30
-    assert limit(host, rest, gpu_ten.SECONDS) == 2 * host.seconds  # the first was done before
+    assert limit(host, rest, gpu_ten.SECONDS) == 2 * host.seconds  # the first part was done before
     assert limit(PARTS[-1], [], 400) == 400 and limit(PARTS[-1], [], -1) == 0
     left = gpu_ten.SECONDS
-    for k, part in enumerate(PARTS):  # though every part takes all that it may
+    for k, part in enumerate(PARTS):  # even if every part takes its full time
         assert limit(part, list(PARTS[k + 1 :]), left) >= part.seconds
         left -= limit(part, list(PARTS[k + 1 :]), left)
     assert left >= 0

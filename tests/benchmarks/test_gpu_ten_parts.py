@@ -1,4 +1,4 @@
-"""The parts of `make gpu-ten`: wrong values, Nsight Compute's words, a step's time line, other builds."""
+"""The parts of `make gpu-ten`: wrong values, Nsight Compute's output, a step's timeline, other builds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def test_a_wrong_gradient_is_found(log: Log, monkeypatch: pytest.MonkeyPatch, wa
     right = getattr(gpu_correct.fastclip, function)
 
     def wrong(image: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        return right(image + 0.1 * (image.detach() - image), *rest, **options)  # the value, 9 tenths of d_image
+        # the right value with 9 tenths of d_image
+        return right(image + 0.1 * (image.detach() - image), *rest, **options)
 
     monkeypatch.setattr(gpu_correct.fastclip, function, wrong)
     monkeypatch.setattr(gpu_correct, "WAYS", (way,))
@@ -113,7 +114,9 @@ SAMPLE = f"""==PROF== Connected to process 42 (/usr/bin/python3.12)
 
 
 def test_counters_are_parsed() -> None:
-    """First launches, metrics that are kept, numbers with commas; nothing that is no number."""
+    """Counters are parsed from the first launches: the selected metrics, numbers with commas,
+    no values that are not numbers.
+    """
     assert list(gpu_counters.parse(SAMPLE)) == [
         (
             "statistics",
@@ -138,7 +141,7 @@ def test_counters_are_parsed() -> None:
 
 
 def test_kernels_are_those_of_the_sources() -> None:
-    """A kernel that is renamed would be counted no more."""
+    """Kernels are counted by their names in the sources, so that renaming one fails here."""
     sources = {name: (ROOT / "csrc" / "cuda" / name).read_text() for name in ("contrastive_fwd.cu", "loss_weights.cu")}
     sources["sigmoid_fwd.cu"] = (ROOT / "csrc" / "cuda" / "sigmoid_fwd.cu").read_text()
     for word, text in zip(gpu_counters.KERNELS.values(), sources.values(), strict=True):
@@ -178,7 +181,9 @@ def test_ncu_is_asked_again_without_names_that_it_does_not_know(
 
 
 def test_a_peer_that_breaks_the_gpu_is_left_out_of_its_case(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left is said. The next process does not do again what is done, nor run that peer in that case."""
+    """A peer that breaks the GPU is left out of its case, and the remaining cases are reported. The next process
+    repeats neither completed cases nor that peer in that case.
+    """
     calls: list[int] = []
 
     def breaks(image: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
@@ -207,7 +212,9 @@ def test_a_peer_that_breaks_the_gpu_is_left_out_of_its_case(log: Log, monkeypatc
 
 
 def test_a_lost_gpu_that_is_no_peer_s_work_is_a_failure(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing could be left out: another try would end as this one did."""
+    """A GPU that is lost without a peer is a failure: no provider can be left out, so another
+    attempt would end the same way.
+    """
 
     def lost(*_: Any) -> Any:
         raise DeviceLost("floor", "device lost: error")
@@ -218,7 +225,9 @@ def test_a_lost_gpu_that_is_no_peer_s_work_is_a_failure(log: Log, monkeypatch: p
 
 
 def test_steps_come_in_order_of_worth() -> None:
-    """The part's own seconds are enough for both losses at every size that both have, and the largest softmax."""
+    """Steps are ordered by their worth. The part's time suffices for both losses at every shared
+    size, and for the largest softmax.
+    """
     part = next(part for part in gpu_ten.PARTS if part.name == "steps")
     planned = gpu_steps.CASES[False]
     left, sure = part.seconds - gpu_ten.RESERVE, []
@@ -233,7 +242,7 @@ def test_steps_come_in_order_of_worth() -> None:
 
 
 def test_a_workspace_for_which_no_time_is_left_is_said(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a KeyError for the variable that no case has set; and it is as it was before."""
+    """A workspace for which no time is left is reported, and the environment variable keeps its value."""
     for before in (None, "77"):
         if before:
             monkeypatch.setenv(gpu_steps.VARIABLE, before)
@@ -245,7 +254,7 @@ def test_a_workspace_for_which_no_time_is_left_is_said(log: Log, monkeypatch: py
     assert rows_of(log.rows)[0]["status"].startswith("no time was left")
 
 
-# ---- the time line of a training step ----
+# ---- the timeline of a training step ----
 
 
 @pytest.mark.parametrize(
@@ -287,7 +296,9 @@ def test_kernels_are_grouped_by_their_names(name: str, group: str) -> None:
 
 
 def test_groups_sum_to_the_step() -> None:
-    """A region's kernels are its own, whatever their names; what overlaps counts once; gaps are idle."""
+    """Groups sum to the step: kernels inside a region belong to it whatever their names,
+    overlap counts once, gaps are idle.
+    """
 
     def mark(start: float) -> Event:
         return Event("at::cuda::spin_kernel(long)", start, 1)
@@ -295,7 +306,7 @@ def test_groups_sum_to_the_step() -> None:
     events = [
         Event("gemm before the step", 0, 5),
         mark(10),
-        Event("gemm", 12, 8),  # to 20
+        Event("gemm", 12, 8),  # until 20
         Event("Memcpy HtoD", 15, 10),  # 5 beyond the product
         *(mark(30), Event("gemm", 35, 5), mark(41), Event("norms", 43, 2), mark(46)),  # the loss: 7
         Event("gemm", 50, 4),
@@ -318,11 +329,11 @@ def test_groups_sum_to_the_step() -> None:
         groups([mark(k) for k in range(5)])
 
 
-# ---- packages of training ----
+# ---- training packages ----
 
 
 def test_packages_of_training_that_are_missing_are_said(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But a module of this repository that does not load is a failure."""
+    """Missing training packages are reported, but a module of this repository that does not load is a failure."""
     load, missing = builtins.__import__, "timm"
 
     def refusing(name: str, *rest: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Other builds beside this one (`--variant`): whose modules are timed, on which backend, and what goes wrong."""
+"""Other builds beside this one (`--variant`): whose modules are timed, on which backend, and possible failures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_variants_are_folders_or_settings(tmp_path: Path) -> None:
 
 
 def test_another_build_is_timed_beside_this_one(log: Log, tmp_path: Path) -> None:
-    """A variant's own package is loaded; one that is wrong or does not load has a status, and this one its figures."""
+    """A variant's own package is loaded. A wrong or broken variant gets a status, and this build keeps its figures."""
     broken = "raise ImportError('not built')\n"
     wrong = "contrastive_loss = lambda i, t, s, **_: (s * i @ t.T).logsumexp(1).mean()\n"
     real = (ROOT / "fastclip" / "__init__.py").read_text()
@@ -52,7 +52,7 @@ def test_another_build_is_timed_beside_this_one(log: Log, tmp_path: Path) -> Non
 
 
 def package(folder: Path, init: str, without: str = "") -> str:
-    """A folder with this build, its `__init__.py` replaced, as `--variant` takes it."""
+    """Create a folder with this build and another `__init__.py`, and return it as an argument of `--variant`."""
     target = folder / "fastclip"
     target.mkdir(parents=True)
     (target / "__init__.py").write_text(init)
@@ -65,7 +65,9 @@ def package(folder: Path, init: str, without: str = "") -> str:
 
 
 def test_a_folder_that_lacks_a_module_has_no_figures(log: Log, tmp_path: Path) -> None:
-    """An installation, such as an editable one of this build, gives the module in its place."""
+    """A variant that lacks a module has no figures, because an installation, such as an
+    editable one, provides the module.
+    """
     real = (ROOT / "fastclip" / "__init__.py").read_text()
     installed = tmp_path / "installed"
     package(installed, "")
@@ -85,7 +87,9 @@ def test_a_folder_that_lacks_a_module_has_no_figures(log: Log, tmp_path: Path) -
 
 @pytest.mark.parametrize("setting", ["", "FASTCLIP_BACKEND:nothing"])
 def test_a_variant_runs_on_the_backend_that_is_meant(log: Log, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
-    """One that cannot run there fails, it does not fall to another backend; nor does one whose setting is a backend."""
+    """A variant that cannot run on the intended backend fails instead of running on another; so does one that sets a
+    backend.
+    """
     monkeypatch.setitem(OURS, "cuda", dict.fromkeys(OURS["cuda"], "reference" if setting else "nothing"))
     gpu_variants.run(log, [gpu_variants.parse(f"other={setting}")] if setting else [])
     rows = rows_of(log.rows)

@@ -1,4 +1,4 @@
-"""The benchmark itself: its providers agree, it runs, and a figure and a table say what the rows say."""
+"""The CPU benchmark: its providers agree, it runs, and its figure and table show its rows."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from benchmarks import plot
 from benchmarks.harness import Case, Timings, append, rows
 from benchmarks.losses import providers as losses
 
-N, D = 64, 512  # D is the benchmark's: what is compiled here is not compiled again there
+N, D = 64, 512  # the benchmark's D, so that compiled code is shared with it
 
-# Two sizes and dtypes. open_clip has no row at N = 2048, so that nothing can be compared with it there; the first row
-# of fastclip is measured again further down.
+# Two sizes and dtypes. open_clip has no row at N = 2048, so no comparison is possible there. The first row of fastclip
+# is measured again further down.
 ROWS = """
 forward, 1024, float32,  fastclip,  1.0,  90.0, 3.0,
 both,    1024, float32,  fastclip,  99.0, 11.0, 1.11, 99.0
@@ -78,7 +78,7 @@ def test_figure_shows_the_last_rows_and_leaves_gaps(tmp_path: Path, monkeypatch)
     assert share.get_lines()[1].get_ydata()[0] == 45.0
     assert list(peak.get_lines()[0].get_ydata()) == [8.6, 16.2]
     assert speed_bf16.get_lines()[0].get_ydata()[0] == 5.0
-    assert peak_bf16.get_yscale() == "linear"  # nothing was measured
+    assert peak_bf16.get_yscale() == "linear"  # no memory was measured
     assert all(text in figure.get_suptitle() for text in ("abacus, 2 cores", "threads: 2", "torch 2.8.0", "D = 512"))
 
 
@@ -136,7 +136,7 @@ def test_providers_are_those_that_can_run() -> None:
     for mode in ("forward", "backward"):
         found = set(losses.selected(Case("softmax", mode, N, D, "float32"), everything, room))
         assert found == set(everything) - losses.WHOLE_STEP_ONLY
-    # five times 4 N^2 bytes for the dense logits and their gradients, twice for the floor
+    # Dense logits and their gradients need five times 4 N^2 bytes, the floor twice
     case = Case("softmax", "both", 1000, D, "float32")
     assert not set(losses.selected(case, everything, 27e6)) & losses.DENSE
     assert losses.PEER in losses.selected(case, everything, 29e6)
@@ -154,8 +154,8 @@ def test_rows_leave_out_what_was_not_run(tmp_path: Path) -> None:
 def test_peak_memory_is_the_step_alone() -> None:
     from benchmarks.losses.peak_memory import measure_in_child
 
-    # At N = 1024 a matrix of float32 logits is 4 MiB. open_clip has four of them at once; 4 MiB more for code that is
-    # loaded on the way. Kept pages, or anything else counted in, would be far beyond.
+    # A matrix of float32 logits has 4 MiB at N = 1024. open_clip holds four at once, and 4 MiB more allow for code that
+    # is loaded meanwhile. Kept pages, or other memory counted by mistake, would be far more.
     assert 16 - 0.5 <= measure_in_child(Case("softmax", "both", 1024, 128, "float32"), "open_clip") <= 16 + 4
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/REPORT.md says what the rows say, and nothing else."""
+"""benchmarks/REPORT.md contains what the rows contain, and nothing else."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_every_row_names_its_run(folder: Path) -> None:
     text = report.text(folder)
     first = "1. 2026-01-03, commit def456: big one, driver 1, cuda 13; torch 2.8.0, triton 4, fastclip 0.0.1, open_clip"
     assert first in text and "2. 2026-01-02, commit abc123: abacus, threads 1, beads; python 3.12" in text
-    assert "| 7 | brisk | 2 |\n| 8 | - | 2 |" in text  # of rows that the report does not know
+    assert "| 7 | brisk | 2 |\n| 8 | - | 2 |" in text  # kinds of rows that the report does not know
 
 
 def test_figure_shows_what_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""The sharded losses send and multiply what the model of docs/scaling.md says, counted; its tables are the script's."""
+"""The sharded losses send and multiply as much as the model in docs/scaling.md states, and the
+page's tables are the script's.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,13 @@ from benchmarks.ranks.distributed import COMPETITORS, PEER, Case, launch, rows
 
 
 def test_counts_are_the_models() -> None:
-    """Value and gradients are checked against fp64 on every rank: a competitor that is wrong raises."""
-    case = Case(3, 64, 64, "bfloat16")  # 16-bit: the ring's sums and Inf-CL's features travel in fp32
+    """Counted bytes and operations equal the model's. Value and gradients of every rank are compared with fp64, so
+    that a wrong competitor raises.
+    """
+    case = Case(3, 64, 64, "bfloat16")  # in 16 bits, the ring's sums and Inf-CL's features are sent in fp32
     found = {row["provider"]: row for row in rows(case, launch(case, COMPETITORS))}
     operations = {"fastclip_ring": 1, "open_clip": 0.75 * case.W, PEER: 1.5, "inf_cl": 2.5}
-    # The block of logits that the forward pass leaves in the workspace is not multiplied again
+    # The forward pass leaves its block of logits in the workspace, and it is not multiplied again
     operations["fastclip_gather"] = 0.75
     for name, units in operations.items():
         if found["inf_cl_ring"]["status"] and name == "inf_cl":  # not installed
@@ -45,7 +49,7 @@ def test_document_has_the_scripts_tables() -> None:
 @pytest.mark.parametrize("W", scaling.RANKS)
 @pytest.mark.parametrize("N", scaling.BATCHES)
 def test_model_stays_within_its_rates(W: int, N: int) -> None:
-    """No form computes faster than its measured rate, and what is hidden is not counted twice."""
+    """A form never computes faster than its measured rate, and hidden time is not counted twice."""
     for form in model.FORMS:
         for D, rate in model.RATE.items():
             t = model.time(form, W, N, D)

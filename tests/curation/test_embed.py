@@ -1,4 +1,4 @@
-"""`fastclip embed`: clip-retrieval's layout, in which row i of every file is the same sample."""
+"""`fastclip embed` writes clip-retrieval's layout, in which row i of every file belongs to the same sample."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def digits() -> Source:
 
 
 def read(folder: Path, name: str) -> tuple[Any, Any, list[dict[str, str]]]:
-    """Vectors of pictures and texts, and the rows of the table."""
+    """Return the vectors of images and texts, and the rows of the table."""
     vectors = [np.load(folder / f"{kind}_emb" / f"{kind}_emb_{name}.npy") for kind in ("img", "text")]
     return *vectors, pq.read_table(folder / "metadata" / f"metadata_{name}.parquet").to_pylist()
 
@@ -54,7 +54,7 @@ def test_rows_are_the_vectors_of_every_sample(
         assert images.dtype == texts.dtype == np.dtype(dtype)
         for image, text, about in zip(images, texts, table):
             record = digits[row]
-            assert about == {"image_path": record.key, "caption": record.captions[0]}  # the first
+            assert about == {"image_path": record.key, "caption": record.captions[0]}  # the first caption
             expected = embedder.embed_images(embedder.transform(record.image)[None])[0].numpy()
             near = {"atol": 1e-6 if dtype == "float32" else 3e-4, "rtol": 0}
             np.testing.assert_allclose(image.astype(np.float32), expected, **near)
@@ -101,7 +101,7 @@ def test_vectors_that_are_not_finite_are_left_out(
     images, texts = embedder.embed_images, embedder.embed_texts
 
     def broken(inputs: torch.Tensor) -> torch.Tensor:
-        return images(inputs).index_fill(0, torch.tensor([1]), torch.nan)  # of each batch the second
+        return images(inputs).index_fill(0, torch.tensor([1]), torch.nan)  # the second of each batch
 
     def overflowing(inputs: list[str], **options: Any) -> torch.Tensor:
         return torch.where(torch.tensor([text == "caption 5" for text in inputs])[:, None], torch.inf, texts(inputs))
@@ -161,7 +161,7 @@ def test_changed_captions_and_pictures_are_embedded_again(
 
     assert embedded("a picture") == 0 and embedded("a picture") == 2
     assert embedded("an image") == 0 and "2 files are made anew: pictures, captions" in caplog.text
-    (data / "logo.png").write_bytes((data / "china.jpg").read_bytes())  # of the second file
+    (data / "logo.png").write_bytes((data / "china.jpg").read_bytes())  # an image of the second file
     assert embedded("an image") == 1 and "1 files are made anew" in caplog.text
     (data / "logo.png").unlink()
     (data / "logo.png").symlink_to(data / "cards.png")

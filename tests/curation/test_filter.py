@@ -1,4 +1,4 @@
-"""`fastclip filter`: the samples of the definition, in shards that can be read again, whatever stops it."""
+"""`fastclip filter` keeps the samples of its definition, in readable shards, whenever it is stopped."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ BATCH = 16
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """60 of the held out digits as shards, five captions each."""
+    """60 of the held-out digits as shards, with five captions each."""
     folder = tmp_path_factory.mktemp("digits")
     pack_source(Subset(open_source("digits", held_out=True), range(60)), folder, samples_per_shard=25)
     return open_source(str(folder))
 
 
 def similarities(embedder: Embedder, source: Source) -> list[list[float]]:
-    """Of every sample those of its captions, one pair at a time; none of one that cannot be used."""
+    """Return the similarities of each sample's captions, one pair at a time; an unusable sample has none."""
     found = []
     for index in range(len(source)):
         try:
@@ -63,13 +63,13 @@ def similarities(embedder: Embedder, source: Source) -> list[list[float]]:
 
 
 def between(values: list[float], share: float) -> float:
-    """A threshold that about this share of the values reaches, far from all of them."""
+    """Return a threshold that about `share` of the values reach, midway between two values."""
     ordered = np.sort(values)
     return float(np.mean(ordered[int((1 - share) * len(ordered)) - 1 :][:2]))
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
-    """The .json of every sample, with the bytes of its picture."""
+    """Return the .json of every sample, with the bytes of its image."""
     found = []
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -100,7 +100,7 @@ def test_filter_keeps_what_the_definition_does(embedder: Embedder, digits: Sourc
         assert sample["similarity"] == pytest.approx(max(value for _, value in pairs), abs=1e-6)
         assert sample.get("similarities", [sample["similarity"]]) == pytest.approx([v for _, v in pairs], abs=1e-6)
     assert summary["counts"] == {"below threshold": 60 - len(kept), "kept": len(kept)}
-    again = open_source(str(tmp_path))  # with histogram.png beside the shards
+    again = open_source(str(tmp_path))  # includes histogram.png beside the shards
     assert len(again) == len(kept) and again.captions(0) == tuple(np.atleast_1d(found[0]["caption"]))
     assert len(list(tmp_path.glob("*.tar"))) == -(-len(kept) // 8)
 
@@ -125,7 +125,7 @@ def test_similarities_are_computed_once_for_all_thresholds(
         output = tmp_path / f"{threshold}"
         filter_source(embedder, digits, output, threshold=threshold, scores=tmp_path / "a" / "scores")
         assert len(told(output)) == json.loads((output / "summary.json").read_text())["counts"]["kept"] > 0
-    with pytest.raises(TypeError):  # other names
+    with pytest.raises(TypeError):  # refused with other names
         filter_source(embedder, Subset(digits, range(1, 60)), tmp_path / "b", scores=tmp_path / "a" / "scores")
 
 
@@ -343,7 +343,7 @@ def test_pictures_that_were_replaced_are_other_data(embedder: Embedder, tmp_path
 
 
 def test_largest_picture_is_part_of_the_call(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
-    """Of the similarities, too, which calls share."""
+    """The limit on image size is part of the call's identity, also for similarities that calls share."""
     found = filter_source(embedder, digits, tmp_path / "all", threshold=None, scores=tmp_path / "scores")
     with pixels_limited(1), pytest.raises(ValueError, match="no sample has a similarity"):
         filter_source(embedder, digits, tmp_path / "none", threshold=-1.0, scores=tmp_path / "scores")
@@ -371,7 +371,7 @@ def test_scores_that_are_computed_anew_meet_no_result_of_before(
         filter_source(embedder, source, tmp_path / "out", **options)
     assert files(tmp_path / "out") == before
     for path in (*(tmp_path / "out").glob("*.tar"), *(tmp_path / "out").glob("*_stats.json")):
-        path.unlink()  # and a table that is left does not count
+        path.unlink()  # a remaining table does not count
     filter_source(embedder, source, tmp_path / "out", **options)
     filter_source(embedder, source, tmp_path / "new", **options)
     assert files(tmp_path / "out") == files(tmp_path / "new")

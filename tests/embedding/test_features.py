@@ -1,4 +1,4 @@
-"""Features of a whole data set: what stops in the middle goes on, and is what it would have been."""
+"""Features of a whole dataset: an interrupted computation resumes with the same result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 
 def stopping(embedder: Embedder, after: int) -> Embedder:
-    """The same, whose towers stop after so many batches."""
+    """Return the embedder with towers that raise after `after` batches."""
     other = Embedder(embedder.model, embedder.tokenize)
     left = [after]
 
@@ -64,7 +64,7 @@ def test_interrupted_embedding_goes_on_to_the_same_bits(
     store = FeatureStore(embedder, [source.key(i) for i in range(100)], folder=tmp_path)
     with pytest.raises(Stopped):
         image_features(stopping(embedder, 5), source, batch_size=16, store=store)
-    assert [len(part["used"]) for part in store.parts()] == [32, 32]  # the fifth batch was not a part yet
+    assert [len(part["used"]) for part in store.parts()] == [32, 32]  # the fifth batch was not written yet
     rest = stopping(embedder, 3)
     again = image_features(rest, source, batch_size=16, store=store)
     assert all(torch.equal(a, b) for a, b in zip(again, whole))
@@ -106,14 +106,14 @@ def test_store_is_of_one_model_and_one_list(embedder: Embedder, tmp_path: Path) 
         FeatureStore(e, keys, folder=tmp_path)
         for e, keys in ((embedder, ["a", "b"]), (other, ["a", "b"]), (rounded, ["a", "b"]), (embedder, ["ab"]))
     ]
-    with pixels_limited(10**6):  # on which it depends what could be read
+    with pixels_limited(10**6):  # the limit determines which images can be read
         stores.append(FeatureStore(embedder, ["a", "b"], folder=tmp_path))
     assert len({store.folder for store in stores}) == 5
     assert FeatureStore(embedder, ["a", "b"], folder=tmp_path).folder == stores[0].folder
 
 
 class Partly:
-    """Digits of which some cannot be used."""
+    """A source of digits in which chosen samples cannot be used."""
 
     spec, class_names, templates = "partly", ("zero",), ("a {}",)
 
@@ -175,7 +175,7 @@ def test_results_are_json_whatever_the_numbers(tmp_path: Path) -> None:
 
 
 def test_what_took_a_minute_is_kept(embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few they are: on a CPU a large model takes a second a picture."""
+    """Features are stored after a minute, however few they are: on a CPU, a large model takes a second per image."""
     monkeypatch.setattr(features, "_SECONDS", 0.0)
     source, texts = Subset(open_source("digits", held_out=True), range(12)), [f"a photo of {k}" for k in range(9)]
     pictures, captions = (FeatureStore(embedder, [name], folder=tmp_path) for name in ("pictures", "texts"))
@@ -210,7 +210,7 @@ def test_store_that_another_process_clears_is_no_error(embedder: Embedder, tmp_p
     ours.add(0, {"features": torch.ones(1, 2)})
     theirs.clear()
     ours.clear()
-    ours.add(1, {"features": torch.ones(1, 2)})  # a gap: what is left is not taken for the beginning
+    ours.add(1, {"features": torch.ones(1, 2)})  # after a gap, the remaining part must not be taken for the beginning
     assert not theirs.parts()
 
 
@@ -218,13 +218,16 @@ def test_store_that_another_process_clears_is_no_error(embedder: Embedder, tmp_p
 def test_two_writers_of_one_store_do_not_mix_their_parts(
     embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part is closed after a minute, too, so those of a slower process are shorter."""
+    """Two writers of one store do not mix their parts. A part is also closed after a minute, so a
+    slower process writes shorter ones.
+    """
     texts = [f"a photo of {k}" for k in range(20)]
     fast, slow = (FeatureStore(embedder, texts, folder=tmp_path) for _ in range(2))
     monkeypatch.setattr(features, "PART", 8)
     with pytest.raises(Stopped):
         text_features(stopping(embedder, 4), texts, batch_size=4, store=fast)  # two parts of 8
-    slow.add(0, {"features": text_features(embedder, texts[:4], batch_size=4)})  # its view of the store is older
+    # it opened the store before these parts were written
+    slow.add(0, {"features": text_features(embedder, texts[:4], batch_size=4)})
     assert torch.equal(
         text_features(embedder, texts, batch_size=4, store=fast), text_features(embedder, texts, batch_size=4)
     )
@@ -241,12 +244,14 @@ def test_cache_that_cannot_be_written_is_no_error(
     assert len(text_features(embedder, ["a", "b", "c", "d"], batch_size=2, store=store)) == 4
     assert caplog.text.count("is not kept") == 1 and str(tmp_path / "file") in caplog.text
     store.clear()
-    with pytest.raises(OSError, match="file"):  # what is read back must be there
+    with pytest.raises(OSError, match="file"):  # the file to read must exist
         FeatureStore(embedder, ["a"], folder=tmp_path / "file").add(0, {"features": torch.ones(1, 1)})
 
 
 def test_checkpoint_of_a_run_is_what_the_run_would_save(tmp_path: Path) -> None:
-    """Its own sizes, the moving average of its weights, and no name needed."""
+    """A checkpoint of a run equals the model that the run would save: its sizes, averaged
+    weights, and no need for a name.
+    """
     needs("train")
     from fastclip.training import TrainOptions, train
 
@@ -258,7 +263,7 @@ def test_checkpoint_of_a_run_is_what_the_run_would_save(tmp_path: Path) -> None:
     assert found.identity == saved.identity and found.tokenize(["a"]).shape == (1, 16)
 
     train(TrainOptions(**{**values, "max_steps": 9, "stop_after": 1, "resume": "auto"}))
-    with pytest.raises(FileNotFoundError, match="has not ended"):  # model/ was that of step 3
+    with pytest.raises(FileNotFoundError, match="has not ended"):  # model/ belonged to step 3
         load_embedder(tmp_path / "run", device="cpu")
     assert load_embedder(tmp_path / "run" / "aside-model", device="cpu").identity == saved.identity
 

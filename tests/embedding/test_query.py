@@ -1,4 +1,4 @@
-"""Queries: which terms they have, and that their arithmetic is rclip's."""
+"""Queries: their terms, and arithmetic that equals rclip's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.colours import Colours, draw, picture_vector, text_vector
         ("- night", [(-1, "night")]),
         ("a:b", [(1, "a:b")]),
         ("3.:x", [(3, "x")]),
-        ("16:9 screen", [(1, "16:9 screen")]),  # rclip gives "9 screen" the weight 16
+        ("16:9 screen", [(1, "16:9 screen")]),  # rclip gives "9 screen" a weight of 16
         ("10: a film", [(1, "10: a film")]),
         ('"16:9 - x" - 2:"3d - y"', [(1, "16:9 - x"), (-2, "3d - y")]),
         ('2:dog + 5" disk', [(2, "dog"), (1, '5" disk')]),
@@ -109,7 +109,7 @@ def test_what_a_file_holds_decides_where_its_name_does_not(tmp_path: Path, monke
         ("- night", '- 1 * text "night"'),
         ("plain", "+ 1 * picture plain"),
         ('"plain"', '+ 1 * text "plain"'),
-        ("photos/gone", '+ 1 * text "photos/gone"'),  # as a path, and there is none
+        ("photos/gone", '+ 1 * text "photos/gone"'),  # looks like a path, but no such file exists
     ],
 )
 def test_query_that_can_be_read_in_two_ways_is_told(
@@ -149,8 +149,9 @@ def test_query_that_cannot_be_meant_is_refused(query: str, message: str) -> None
 
 
 def test_score_is_the_weighted_sum_of_cosines(tmp_path: Path) -> None:
-    """rclip's formula: multiplier times unit vector, summed over what is added, less the sum over what is subtracted,
-    and not scaled to length 1."""
+    """The score is rclip's: the sum over added terms of multiplier times unit vector, less the same sum over subtracted
+    terms, not scaled to length 1.
+    """
     photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(12)]
     asked = [draw(tmp_path / f"{k}.png", 100 + k) for k in range(2)]
     engine = SearchEngine(Colours(), tmp_path / "photos", indices=tmp_path / "cache")
@@ -164,7 +165,7 @@ def test_score_is_the_weighted_sum_of_cosines(tmp_path: Path) -> None:
     scores = {str(photo): float(features @ picture_vector(photo)) for photo in photos}
     assert [one.path for one in found] == sorted(scores, key=lambda path: -scores[path])
     assert [one.score for one in found] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-5)
-    assert max(map(abs, scores.values())) > 1  # it would not be, of a unit vector
+    assert max(map(abs, scores.values())) > 1  # impossible with a unit vector
 
 
 def test_sum_is_computed_in_double_precision() -> None:
@@ -180,7 +181,7 @@ def test_terms_that_cancel_are_refused(words: str, weights: list[float]) -> None
     vectors = [text_vector(word) * np.float32(1 + 1e-7) ** k for k, word in enumerate(words)]
     with pytest.raises(ValueError, match="the terms of the query cancel each other"):
         combine(vectors, weights)
-    combine([text_vector("x")], [1e-9])  # small, and not cancelled
+    combine([text_vector("x")], [1e-9])  # small, but not cancelled
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_text_that_is_cut_is_told_once(tmp_path: Path, caplog: pytest.LogCapture
     draw(tmp_path / "photos" / "a.png", 1)
     engine = SearchEngine(Colours(), tmp_path / "photos", indices=tmp_path / "cache")
     engine.update()
-    for text in ("red", "12345678", " "):  # the last without tokens
+    for text in ("red", "12345678", " "):  # the last has no tokens
         engine.find([Term(1, text)])
     assert not caplog.messages
     for _ in range(2):

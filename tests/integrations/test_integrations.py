@@ -1,4 +1,4 @@
-"""fastclip's losses inside the installed open_clip and transformers: the same numbers, and no N x N matrix."""
+"""fastclip's losses inside the installed open_clip and transformers: the same numbers, without an N x N matrix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from fastclip.integrations import patch_open_clip, patch_transformers, unpatch
 from support.once import once
 from support.patched_ranks import clip_batch, clip_model
 
-N = 96  # pairs; no other axis of what is computed is as long
+N = 96  # pairs; no other axis of a tensor has this length
 CLASSES = {"clip": CLIPModel, "siglip": SiglipModel, "align": AlignModel}
 PATCHED = (*CLASSES.values(), open_clip.loss.ClipLoss, open_clip.loss.SigLipLoss)
 ORIGINALS = [vars(owner)["forward"] for owner in PATCHED]
@@ -49,7 +49,7 @@ def unpatched() -> Iterator[None]:
 
 
 class Sizes(TorchDispatchMode):
-    """The shapes of all tensors that operations return."""
+    """A mode that records the shapes of all tensors that operations return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,13 +95,13 @@ def batch(count: int = N) -> dict[str, Any]:
 
 
 def loss_and_gradients(model: Any, inputs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    model = copy.deepcopy(model)  # batch normalisation remembers
+    model = copy.deepcopy(model)  # the running statistics of batch normalisation change
     output = model(**inputs, return_loss=True)
     return output, [*torch.autograd.grad(output.loss, [*model.parameters()], materialize_grads=True, allow_unused=True)]
 
 
 def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """All gradients of a model as one vector: some are zero but for rounding."""
+    """Compare all gradients of a model as one vector, because some are zero except for rounding."""
     a, b = (torch.cat([x.double().flatten() for x in found]) for found in (ours, theirs))
     assert (a - b).norm() <= FP32_GRADIENT * b.norm() and b.norm() > 0
 
@@ -132,13 +132,15 @@ def test_transformers_logits_stay_outside_training(name: str) -> None:
     for training, return_loss in ((False, True), (False, False), (True, False)):
         output = model.train(training)(**inputs, return_loss=return_loss)
         assert output.logits_per_image.shape == (5, 5) and (output.loss is not None) == return_loss
-    expected = output.logits_per_image  # of a model in training mode, without a loss
+    expected = output.logits_per_image  # a model in training mode, without a loss
     unpatch()
     torch.testing.assert_close(model(**inputs).logits_per_image, expected, rtol=0, atol=0)
 
 
 def test_transformers_forward_is_called_as_before() -> None:
-    """By position, as a tuple, and with the signature that the Trainer looks at."""
+    """The patched forward takes positional arguments, returns tuples, and keeps the signature that the Trainer
+    inspects.
+    """
     model, inputs = model_of("clip"), batch(5)
     signature = inspect.signature(CLIPModel.forward)
     expected = model(**inputs, return_loss=True)
@@ -177,7 +179,9 @@ def test_transformers_patched_model_compiles() -> None:
 
 
 def test_trainer_trains_to_the_same_losses(tmp_path: Path) -> None:
-    """And its evaluation, where a model is not in training mode, still has the logits."""
+    """The Trainer reaches the same losses, and its evaluation, with the model in eval mode, still returns
+    the logits.
+    """
     needs("accelerate")
     from transformers import Trainer, TrainingArguments
 
@@ -214,7 +218,7 @@ def test_trainer_trains_to_the_same_losses(tmp_path: Path) -> None:
 
 
 def arguments(**options: Any) -> SimpleNamespace:
-    """What open_clip_train gives to open_clip.create_loss."""
+    """Return the arguments that open_clip_train passes to open_clip.create_loss."""
     return SimpleNamespace(
         **{
             "model": "ViT-B-32",
@@ -244,7 +248,7 @@ OPEN_CLIP = {
 @pytest.mark.parametrize("name", OPEN_CLIP)
 @pytest.mark.parametrize("before", [False, True], ids=["made after", "made before"])
 def test_open_clip_losses_are_the_same(name: str, before: bool) -> None:
-    """The logits of DistillClipLoss are needed; the others make none."""
+    """Losses of open_clip stay the same without the logits, except for DistillClipLoss, which needs them."""
     dense = open_clip.create_loss(OPEN_CLIP[name])
     leaves = [x.requires_grad_() for x in torch.nn.functional.normalize(torch.randn(4, N, 8), dim=-1)]
     scale, bias = torch.tensor(20.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
@@ -288,7 +292,7 @@ main(sys.argv[3:])
 
 
 def test_command_of_open_clip_trains_to_the_same_losses(tmp_path: Path) -> None:
-    """Its parser, its loop, its loss; the last one from fastclip."""
+    """The command of open_clip trains to the same losses with its own parser and loop, and fastclip's loss."""
     needs("train", "pandas", "webdataset")
     pytest.importorskip("open_clip_train", reason="open_clip's trainer is not installed")
     from PIL import Image
@@ -321,12 +325,13 @@ def test_command_of_open_clip_trains_to_the_same_losses(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    """What two processes found."""
+    """Results of two processes."""
     if not hasattr(os, "fork"):
         pytest.skip("the ranks are forked")
 
     def start(folder: Path) -> None:
-        # a module of tests/, as a program's folder would come first: transformers would take our kernels.py for its own
+        # As a module of tests/: the folder of a script would come first in the path, and transformers would import our
+        # kernels.py
         command = [sys.executable, "-m", "support.patched_ranks", str(folder)]
         done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -336,7 +341,9 @@ def ranks() -> list[dict[str, Any]]:
 
 
 def test_open_clip_of_several_processes_has_its_own_numbers(ranks: list[dict[str, Any]]) -> None:
-    """With every flag, hence also where fastclip does not compute them; the scale's gradient after DDP's mean."""
+    """Results of open_clip over several processes stay the same with every combination of flags, including those that
+    fastclip does not serve. Gradients of the scale are compared after DDP's mean.
+    """
     names = {name for _, name in ranks[0]["open_clip"]}
     assert len(names) == 6
     for name in names:
@@ -355,7 +362,9 @@ def test_open_clip_that_is_left_alone_is_told_once(ranks: list[dict[str, Any]]) 
 
 
 def test_transformers_under_ddp(ranks: list[dict[str, Any]]) -> None:
-    """Each process's own pairs by default; with a group the loss and the gradients of one process with all pairs."""
+    """Under DDP, each process uses its own pairs by default. With a group, loss and gradients are those
+    of one process with all pairs.
+    """
     own, ours, world, group = zip(*(found["transformers"].values() for found in ranks))
     for rank in range(2):
         torch.testing.assert_close(ours[rank][0], own[rank][0])
@@ -385,7 +394,7 @@ def test_unpatch_gives_back_the_very_forwards() -> None:
     ],
 )
 def test_unknown_version_is_refused(package: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[package], "__version__", version)  # transformers puts another module there
+    monkeypatch.setattr(sys.modules[package], "__version__", version)  # transformers replaces its module in sys.modules
     known = "3.3" if package == "open_clip" else "5.0 to 5.24"
     with pytest.raises(RuntimeError, match=f"{package} {version} is not known .*, {known} is: install that, or"):
         (patch_open_clip if package == "open_clip" else patch_transformers)()
@@ -400,7 +409,9 @@ CHANGES = {"loss": lambda loss: 2 * loss, "gradients": lambda loss: 2 * loss - l
 def test_class_that_computes_something_else_is_refused(
     owner: Any, change: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one of a known version does after a patch of somebody else's."""
+    """A class that computes something else is refused, such as one of a known version that another package
+    has patched.
+    """
     forward = owner.forward
 
     def changed(self: Any, *args: Any, return_loss: Any = None, **kwargs: Any) -> Any:
@@ -432,4 +443,4 @@ def test_unknown_group_is_refused() -> None:
         patch_transformers(group="all")
     with pytest.raises(TypeError, match=r"^group must be a torch\.distributed\.ProcessGroup .*, got int$"):
         patch_transformers(group=3)
-    patch_transformers(group=None)  # what `torch.distributed.group.WORLD` is before the group is made
+    patch_transformers(group=None)  # value of `torch.distributed.group.WORLD` before the group exists

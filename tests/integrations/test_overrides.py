@@ -1,4 +1,4 @@
-"""Losses that others have changed: a patch leaves them as they are, and fastclip's own classes refuse to ignore it."""
+"""Losses changed by other code: a patch leaves them as they are, and fastclip's own classes refuse them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def unpatched() -> Iterator[None]:
 
 
 class Soft(open_clip.loss.ClipLoss):
-    """Targets that are not one text each."""
+    """A loss whose targets are not a single text each."""
 
     def get_ground_truth(self, device: Any, num_logits: int) -> Tensor:
         return torch.full((num_logits, num_logits), 0.1 / num_logits).fill_diagonal_(0.9)
@@ -79,7 +79,7 @@ def batch_of(loss: Any) -> list[Tensor]:
 
 
 def values(loss: Any) -> list[Tensor]:
-    """Losses and the gradients of the features."""
+    """Return the losses and the gradients of the features."""
     image, text, *others = batch_of(loss)
     leaves = [x.clone().requires_grad_() for x in (image, text)]
     found = loss(*leaves, *others)
@@ -104,7 +104,7 @@ def test_changed_loss_of_open_clip_keeps_its_numbers(name: str, caplog: pytest.L
 def test_what_is_replaced_after_the_patch_is_called(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A method of the class itself, and a function of its module."""
+    """A method of the class, or a function of its module, that is replaced after the patch is called."""
     loss = open_clip.loss.ClipLoss()
     plain = values(loss)
     patch_open_clip()
@@ -123,7 +123,9 @@ def test_what_is_replaced_after_the_patch_is_called(
 
 
 def test_subclass_that_changes_no_step_of_the_loss_is_fastclips(caplog: pytest.LogCaptureFixture) -> None:
-    """Its forward may prepare features and call the one before."""
+    """A subclass that changes no step of the loss uses fastclip. Its forward may prepare
+    features and call its parent's.
+    """
 
     class Scaled(open_clip.loss.ClipLoss):
         def forward(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ def test_hook_that_would_not_be_called_is_refused(kind: Any, hook: str) -> None:
     setattr(by_attribute, hook, None)
     for loss, name in ((changed(), "Mine"), (by_attribute, kind.__name__)):
         if hook == "_loss" and kind is fastclip.ClipLoss:
-            loss(*inputs)  # nobody's
+            loss(*inputs)  # ClipLoss has no such hook
             continue
         with pytest.raises(TypeError, match=f"{name}.{hook} would not be called: inherit from open_clip.loss"):
             loss(*inputs)
@@ -174,7 +176,7 @@ def test_replaced_loss_of_transformers_keeps_its_numbers(
     patch_transformers()
     plain = losses(model, inputs)
     assert not caplog.records
-    # called by image_text_contrastive_loss
+    # image_text_contrastive_loss calls it
     monkeypatch.setattr(modeling_clip, "contrastive_loss", lambda logits: 10 * logits.logsumexp(1).mean())
     changed = losses(model, inputs)
     unpatch()
@@ -184,7 +186,9 @@ def test_replaced_loss_of_transformers_keeps_its_numbers(
 
 
 def test_towers_of_a_subclass_are_asked_as_before() -> None:
-    """CLIP's forward calls get_image_features, which a subclass may change; SigLIP's does not."""
+    """The towers of a subclass are called as before: CLIP's forward calls get_image_features, which a subclass
+    may override; SigLIP's does not.
+    """
     clip = clip_model()
     width: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
     words = width | {"vocab_size": 20, "max_position_embeddings": 4, "eos_token_id": 19, "pad_token_id": 1}
@@ -206,7 +210,9 @@ def test_towers_of_a_subclass_are_asked_as_before() -> None:
 
 
 def test_patch_on_top_of_a_patch_is_not_lost_in_silence(caplog: pytest.LogCaptureFixture) -> None:
-    """A second call would put fastclip's in its place; `unpatch` says what it takes away."""
+    """A second patch is not lost silently: patching again, which would replace it, raises, and
+    `unpatch` reports its removal.
+    """
     before = open_clip.loss.ClipLoss.forward
     patch_open_clip()
     ours = open_clip.loss.ClipLoss.forward
@@ -231,6 +237,6 @@ def test_patch_on_top_of_a_patch_is_not_lost_in_silence(caplog: pytest.LogCaptur
 
 
 def test_bias_that_is_a_number_changes_nothing() -> None:
-    """As in open_clip, whose softmax does not see it either."""
+    """A bias given as a number changes nothing, as in open_clip, whose softmax ignores it too."""
     inputs = batch_of(None)
     torch.testing.assert_close(fastclip.ClipLoss()(*inputs, 3.0), open_clip.loss.ClipLoss()(*inputs, 3.0))

@@ -1,4 +1,4 @@
-"""Curves of the report: what is drawn is what was written."""
+"""Curves of the report show the values that the run wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTML report of a run: its numbers are the run's, it loads nothing, and what data say cannot become markup."""
+"""The HTML report of a run shows the run's numbers, loads no other file, and escapes all text of the data."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
 
 class Page(HTMLParser):
-    """Fails where a tag is not closed, or not the one that is open."""
+    """A parser that fails if a tag is not closed, or if another tag is closed than the open one."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str]]] = []
-        self.words: dict[str, list[str]] = {}  # by the section that they are in, "" outside
+        self.words: dict[str, list[str]] = {}  # by the section that contains them, "" outside
         self.section = ""
         self.feed(text)
         self.close()
@@ -112,7 +112,7 @@ def embedder(run: Path) -> Embedder:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """Pictures and captions whose every text is hostile."""
+    """Folder of images and captions whose every text is hostile."""
     folder = tmp_path / "pairs"
     folder.mkdir()
     for k in range(9):
@@ -125,7 +125,7 @@ def pairs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hostile(run: Path, pairs: Path, tmp_path: Path) -> Path:
-    """A page of a run, data and results whose every text is."""
+    """Page of a run whose data and results contain only hostile text."""
     folder = tmp_path / 'run"><img src=x onerror=alert(4)>'
     shutil.copytree(run, folder)
     with (folder / "metrics.jsonl").open("a") as file:
@@ -237,7 +237,7 @@ def test_names_that_are_no_text_are_written(run: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def unfinished(run: Path, tmp_path: Path) -> Path:
-    """Killed while it wrote a line."""
+    """Folder of a run that was killed while it wrote a line."""
     folder = tmp_path / "killed"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("model", "tensorboard"))
     with (folder / "metrics.jsonl").open("a") as file:
@@ -259,7 +259,7 @@ def test_run_that_has_not_ended_has_its_curves(unfinished: Path) -> None:
 
 
 def test_checkpoint_of_a_run_is_looked_at_as_it_is_validated(run: Path, unfinished: Path) -> None:
-    """With the run's own context length, and the moving average of the weights."""
+    """A checkpoint is evaluated as the run would validate it, with the run's context length and averaged weights."""
     checkpoint = unfinished / "checkpoints" / "step-00000045"
     words = read(write_report(unfinished, checkpoint=checkpoint, device="cpu")).words["validation"]
     last = last_validation(run)
@@ -269,7 +269,9 @@ def test_checkpoint_of_a_run_is_looked_at_as_it_is_validated(run: Path, unfinish
 
 
 def test_data_that_are_not_there(run: Path, tmp_path: Path) -> None:
-    """The run's own may lie on another machine, those that were asked for must be there."""
+    """Missing data of the run are tolerated, because they may be on another machine. Data that the caller names must
+    exist.
+    """
     folder = tmp_path / "moved"
     shutil.copytree(run, folder)
     config = folder / "config.yaml"
@@ -401,7 +403,7 @@ def test_command_writes_the_page_and_says_where(run: Path, tmp_path: Path, capsy
 
 
 def test_run_of_odd_values_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Written by another version, or by hand."""
+    """A run with unusual values, written by another version or by hand, is reported."""
     lines = ['{"step": 1e999, "loss": 1}', f'{{"step": {10**400}}}', 10_000 * "[", "[]", "\udcff"]
     good = [
         f'{{"step": 1, "loss": {10**400}}}',

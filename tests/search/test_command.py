@@ -1,4 +1,4 @@
-"""The words of `fastclip search`, and the names that it prints."""
+"""The command line of `fastclip search`, and the names that it prints."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Terminal(io.TextIOWrapper):
-    """What a terminal, or another program where it is none, is given."""
+    """A stand-in for stdout that collects what is written, as a terminal or as a pipe to another program."""
 
     def __init__(self, encoding: str, *, terminal: bool) -> None:
         super().__init__(io.BytesIO(), encoding)
@@ -52,7 +52,7 @@ class Terminal(io.TextIOWrapper):
 
 @pytest.fixture
 def search(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
-    """Exit status, and bytes on stdout, of the command."""
+    """Function that runs the command and returns its exit status and the bytes on stdout."""
     level = logging.getLogger("fastclip").level
 
     def run(*words: object, encoding: str = "utf-8", terminal: bool = False) -> tuple[int, bytes]:
@@ -120,7 +120,7 @@ def test_names_are_quoted_on_a_terminal(search: Any, photos: Path) -> None:
 def test_large_pictures_are_read_where_that_is_asked(
     search: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # which the option changes
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # the option changes it
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "large.png").write_bytes(large_png(10_000))
     status, data = search("dog", tmp_path / "photos")

@@ -1,4 +1,4 @@
-"""An index is brought up to date with a folder: nothing is embedded twice."""
+"""An index follows the changes of a folder, and no image is embedded twice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support.colours import DIM, QUERY, Colours, check, counts, draw, engine, pi
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of the test count as old."""
+    """Treat files of the test as old."""
     monkeypatch.setattr(scan, "_SETTLED", 0)
 
 
@@ -52,7 +52,7 @@ def test_index_follows_the_folder(tmp_path: Path) -> None:
     assert counts(searched) == (10, 1, 5, 4)
     assert model.pictures == 11 and model.loaded > loaded
     check(searched, [new, copy, photos[1], photos[3], photos[4], photos[6], photos[7], photos[9], *moved])
-    shutil.rmtree(tmp_path / "photos" / "0")  # and what comes back is not embedded again
+    shutil.rmtree(tmp_path / "photos" / "0")  # images that return are not embedded again
     photos[6].parent.mkdir()
     draw(photos[6], 6)
     assert counts(searched)[1] == 0 and model.pictures == 11
@@ -84,12 +84,14 @@ def test_unchanged_pictures_are_not_opened(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("how", ["replaced", "written"])
 @pytest.mark.fault("a picture replaced by one of the same size and time", "it is embedded anew")
 def test_change_of_the_same_size_and_time_is_seen(tmp_path: Path, how: str) -> None:
-    """The time of writing may be set back, as `cp -p` does; that of the change of state may not."""
+    """A change that keeps size and time is detected. `cp -p` can set back the time of writing, but not
+    the time of the status change.
+    """
     photo = tmp_path / "photos" / "a.bmp"
     draw(photo, 1)
     searched, before = engine(tmp_path), photo.stat()
     searched.update()
-    time.sleep(0.02)  # a tick of the disk's clock
+    time.sleep(0.02)  # one tick of the disk's clock
     if how == "written":
         draw(photo, 2)
     else:
@@ -101,7 +103,7 @@ def test_change_of_the_same_size_and_time_is_seen(tmp_path: Path, how: str) -> N
 
 
 def test_file_that_is_new_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two changes within a tick of the clock leave the same times."""
+    """A new file is read again, because two changes within one tick of the clock leave the same times."""
     photo = draw(tmp_path / "photos" / "a.bmp", 1)
     monkeypatch.setattr(scan, "_SETTLED", 10**12)
     monkeypatch.setattr(scan, "_times", lambda state: (1, 1, 1))
@@ -152,7 +154,7 @@ def test_what_cannot_be_read_is_listed_and_not_tried_again(tmp_path: Path, caplo
     assert "too large" in reasons["huge.png"] and "not a picture" in reasons["page.jpg"]
     assert all(f"skipped: {folder / name}: " in caplog.text for name in reasons)
     assert searched.update().skipped == [] and len(searched.faults()) == 4
-    shutil.copy(folder / "page.jpg", folder / "copy.jpg")  # a fault is its content's
+    shutil.copy(folder / "page.jpg", folder / "copy.jpg")  # a fault belongs to the content, not to the file
     assert [Path(path).name for path, _ in searched.update().skipped] == ["copy.jpg"]
     draw(folder / "page.jpg", 3)
     assert counts(searched) == (6, 1, 0, 0) and model.pictures == 2
@@ -174,7 +176,7 @@ def test_what_another_reader_could_not_read_is_tried_again(tmp_path: Path, monke
     monkeypatch.setattr(scan, "read_picture", real)
     assert counts(searched) == (2, 0, 0, 0) and len(searched.faults()) == 1
     connection = sqlite3.connect(searched._index.file)
-    connection.execute("DROP TABLE reader")  # as in an index of before
+    connection.execute("DROP TABLE reader")  # as in an index of an older version
     connection.close()
     assert counts(searched) == (2, 1, 0, 0) and searched.faults() == []
     assert counts(other) == (1, 1, 0, 0)
@@ -197,7 +199,7 @@ def test_fault_of_the_disk_is_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(scan, "read_picture", unreadable)
     assert searched.update().skipped == [(str(photos[1]), "Input/output error")]
-    check(searched, photos[:1])  # not what was there before
+    check(searched, photos[:1])  # not the previous contents
     monkeypatch.setattr(scan, "read_picture", real)
     assert counts(searched) == (2, 1, 0, 0)
     check(searched, photos)
@@ -239,7 +241,7 @@ def test_model_that_cannot_be_loaded_is_no_fault_of_the_pictures(tmp_path: Path)
 
 
 def test_excluded_folders_are_neither_read_nor_found_nor_forgotten(tmp_path: Path) -> None:
-    folder = tmp_path / "node_modules" / "photos"  # what lies above the folder does not count
+    folder = tmp_path / "node_modules" / "photos"  # parents of the searched folder do not count
     kept = [draw(folder / name, k) for k, name in enumerate(("a.png", "b/c.PNG", "d/d.png", "my.git/e.png"))]
     left = [draw(folder / f"{name}/x/{k}.png", 10 + k) for k, name in enumerate(("@eaDir", "b/node_modules"))]
     model = Colours()
@@ -250,7 +252,8 @@ def test_excluded_folders_are_neither_read_nor_found_nor_forgotten(tmp_path: Pat
     assert counts(every) == (6, 2, 0, 0)
     check(every, kept + left)
     check(searched, kept)
-    assert counts(searched) == (4, 0, 0, 0) and counts(every) == (6, 0, 0, 0)  # they stayed in the index
+    # the excluded images stayed in the index
+    assert counts(searched) == (4, 0, 0, 0) and counts(every) == (6, 0, 0, 0)
     b_apart = engine(tmp_path, model, "node_modules/photos", exclude=("b",))
     check(b_apart, [kept[0], kept[2], kept[3], left[0]])
 
@@ -263,7 +266,7 @@ def test_hidden_pictures_are_those_that_training_passes_over(tmp_path: Path) -> 
     assert [str(tmp_path / "photos" / one.name) for one in pictures(tmp_path / "photos")] == [*map(str, kept)]
     model = Colours()
     assert counts(engine(tmp_path, model)) == (2, 2, 0, 0)
-    inside = engine(tmp_path, model, "photos/.b")  # a folder that is named may be hidden itself
+    inside = engine(tmp_path, model, "photos/.b")  # the searched folder itself may be hidden
     assert counts(inside) == (1, 1, 0, 0)
     check(inside, [tmp_path / "photos" / ".b" / "b.png"])
     check(engine(tmp_path, model), kept)

@@ -25,7 +25,7 @@ TRIALS = 100
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of the test count as old."""
+    """Treat files of the test as old."""
     monkeypatch.setattr(scan, "_SETTLED", 0)
 
 
@@ -35,7 +35,7 @@ def test_file_that_is_no_index_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "cache" / "search" / "colours.sqlite3"
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    if not text:  # what a process leaves that dies before it has made the tables
+    if not text:  # a process that dies before it creates the tables leaves an empty file
         return check(engine(tmp_path), [])
     with pytest.raises(ValueError, match=r"colours\.sqlite3 cannot be used .* remove it"):
         engine(tmp_path)
@@ -73,7 +73,7 @@ def test_index_of_another_version_is_left_alone(tmp_path: Path) -> None:
 
 
 def stored(tmp_path: Path) -> dict[bytes, bytes]:
-    """Vectors by digest of their content, after SQLite's own check of the file."""
+    """Return vectors by the digest of their content, after SQLite's own checks of the file."""
     connection = sqlite3.connect(tmp_path / "cache" / "search" / "colours.sqlite3")
     try:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -93,7 +93,7 @@ def test_kill_leaves_an_index_that_goes_on(tmp_path: Path) -> None:
 
     def index_for_ever(first: int, told: int) -> None:
         logging.disable()
-        for k in range(first, first + 10**6):  # a picture is changed, one renamed, one removed while it goes on
+        for k in range(first, first + 10**6):  # an image is changed, one renamed and one removed during the update
             engine(tmp_path).update(batch_size=3, workers=2)
             if k > first:
                 os.write(told, b".")
@@ -105,7 +105,7 @@ def test_kill_leaves_an_index_that_goes_on(tmp_path: Path) -> None:
         reads, writes = os.pipe()
         pid = forked(lambda first=1000 * (trial + 1), told=writes: index_for_ever(first, told))
         os.close(writes)
-        if trial % 2:  # else it may not have come to anything, on a machine that is busy
+        if trial % 2:  # otherwise a busy machine may not have stored anything yet
             assert os.read(reads, 1) == b"."
         os.close(reads)
         time.sleep(moments.uniform(0, 0.08))
@@ -116,10 +116,10 @@ def test_kill_leaves_an_index_that_goes_on(tmp_path: Path) -> None:
         assert known.items() <= now.items(), f"trial {trial}: something is lost"
         grown += len(now) > len(known)
         known = now
-    assert grown > 10  # it was killed while it wrote
+    assert grown > 10  # it was killed while writing
     searched = engine(tmp_path)
     searched.update()
-    faulty = {path for path, _ in searched.faults()}  # a picture that was killed while it was written
+    faulty = {path for path, _ in searched.faults()}  # an image whose writing was interrupted by the kill
     check(searched, [photo for photo in (tmp_path / "photos").iterdir() if str(photo) not in faulty])
     assert counts(searched)[1:] == (0, 0, 0)
 

@@ -1,4 +1,4 @@
-"""`fastclip search`: results are those of a brute-force computation, fast, and without a model where none is needed."""
+"""`fastclip search` returns the results of brute force, fast, and without a model where none is needed."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def emoji(folder: Path) -> list[Path]:
-    """Debian's coloured emoji, of all of which no two are alike."""
+    """Draw Debian's coloured emoji, no two of which are equal."""
     font, files = ImageFont.truetype(str(EMOJI), 109), []
     for code in range(0x1F300, 0x1F5FF, 5):
         picture = Image.new("RGB", (136, 128), "white")
         ImageDraw.Draw(picture).text((0, 0), chr(code), font=font, embedded_color=True)
-        if picture.getcolors(1) is None:  # a glyph that there is
+        if picture.getcolors(1) is None:  # the font has this glyph
             files.append(folder / f"{chr(code)} {code:x}.png")
             picture.save(files[-1])
     return files
@@ -71,14 +71,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test has an empty one of its own."""
+    """Give each test its own empty cache."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FASTCLIP_CACHE", str(folder))
     return folder
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, list[str], str]:
-    """Exit status, lines on stdout, and stderr, of `fastclip search`."""
+    """Run `fastclip search`, and return its exit status, the lines on stdout, and stderr."""
     level = logging.getLogger("fastclip").level
     try:
         status = main(["search", *map(str, words)])
@@ -89,7 +89,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, list[s
 
 
 def brute_force(checkpoint: Path, photos: list[Path], query: dict[str | Path, float]) -> list[tuple[str, float]]:
-    """Scores by one picture at a time in double precision, the highest first."""
+    """Return the scores, computed one image at a time in double precision, in descending order."""
     embedder = load_embedder(checkpoint, device="cpu")
 
     def vector(what: str | Path) -> Any:
@@ -118,7 +118,8 @@ def test_results_are_those_of_brute_force(
     found = json.loads("\n".join(lines))
     assert status == 0 and f"{len(photos)} embedded" in told
     assert [one["score"] for one in found] == pytest.approx([score for _, score in expected], abs=1e-5)
-    assert len({one["path"] for one in found} & {path for path, _ in expected}) >= 19  # all but for equal scores
+    # equal scores may be in another order
+    assert len({one["path"] for one in found} & {path for path, _ in expected}) >= 19
     assert dict(expected)[found[0]["path"]] == pytest.approx(expected[0][1], abs=1e-5)
     _, lines, told = run(capsys, words, *common, "-n")
     assert [line.split("\t")[1] for line in lines] == [one["path"] for one in found]
@@ -131,9 +132,9 @@ def test_results_are_those_of_brute_force(
 def test_what_is_known_needs_no_model_and_no_torch(
     checkpoint: Path, photos: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # pictures that were written a moment ago would be read again: by this process, and by those that it starts
+    # Images written a moment ago would be read again, by this process and by those that it starts
     monkeypatch.setattr(scan, "_SETTLED", 0)
-    for photo in photos:  # as if written now
+    for photo in photos:  # as if written just now
         photo.touch()
     common = (str(photos[0].parent), "--checkpoint", str(checkpoint), "--device", "cpu")
     _, first, _ = run(capsys, "a red car", *common)
@@ -169,7 +170,7 @@ def test_checkpoint_that_changed_is_another_model(
         assert model().identity == first
     assert model(precision="bf16").identity != first
     os.utime(weights / "model.safetensors")
-    assert model().identity == first  # read again, and the same
+    assert model().identity == first  # read again, with the same result
     create_model("ViT-tiny").save_pretrained(weights)
     assert model().identity != first
     with pytest.raises(FileNotFoundError, match="there is no checkpoint nowhere"):
@@ -180,7 +181,7 @@ def test_weights_behind_a_link_are_noticed(tmp_path: Path) -> None:
     create_model("ViT-tiny").save_pretrained(tmp_path / "weights")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "model").symlink_to(tmp_path / "weights")
-    (tmp_path / "run" / "latest").symlink_to(tmp_path / "run")  # round in a circle
+    (tmp_path / "run" / "latest").symlink_to(tmp_path / "run")  # a cycle of links
     first = CheckpointModel(tmp_path / "run", device="cpu").identity
     create_model("ViT-tiny").save_pretrained(tmp_path / "weights")
     assert CheckpointModel(tmp_path / "run", device="cpu").identity != first
@@ -189,7 +190,7 @@ def test_weights_behind_a_link_are_noticed(tmp_path: Path) -> None:
 def test_default_precision_of_another_machine_is_refused(
     checkpoint: Path, caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default follows the GPU: what it was when the index was made is not taken for granted."""
+    """An index is refused if the default precision has changed since, because the default depends on the GPU."""
     first = CheckpointModel(checkpoint).identity
     (memory,) = (caches / "search" / "checkpoints").iterdir()
     memory.write_text(json.dumps({"identity": first, "precision": "bf16"}))
@@ -208,7 +209,7 @@ def test_query_over_100_000_answers_in_50_ms() -> None:
     seconds, exact = [], vectors.astype(np.float64)
     for k in range(7):
         query = vectors[k] + 0.1 * vectors[k + 1]
-        start = time.process_time()  # the machine may be busy
+        start = time.process_time()  # CPU time, because the machine may be busy
         found = top(pictures, query, 10)
         seconds.append(time.process_time() - start)
         scores = exact @ query
@@ -227,7 +228,9 @@ def test_equal_scores_are_ordered_by_path() -> None:
 
 
 def test_scores_that_rounding_alone_tells_apart_are_equal() -> None:
-    """The same pixels in files of other bytes; where a vector is among the others changes its score's last bits."""
+    """Scores that differ by rounding alone are equal. Equal pixels can be in different files, and the last bits of a
+    score depend on the place of its vector.
+    """
     rng = np.random.default_rng(0)
     query = rng.standard_normal(64, np.float32)
     unit = query.astype(np.float64) / np.linalg.norm(query)
@@ -244,7 +247,7 @@ def test_scores_that_rounding_alone_tells_apart_are_equal() -> None:
 
 
 def many(folder: Path, count: int) -> tuple[SearchEngine, Any]:
-    """An engine whose folder's index has vectors that were not embedded."""
+    """Return an engine whose folder's index contains random vectors."""
     from fastclip.search.index import Seen
 
     (folder / "photos").mkdir()
@@ -309,7 +312,7 @@ def test_graph_is_kept_grows_and_is_made_anew_where_it_is_damaged(
         told.write_text(text)
         assert len(Approximate(index)) == 801 and "made anew" in caplog.text
     caplog.clear()
-    (other := tmp_path / "other").mkdir()  # the index of before was removed, and has the same contents in another order
+    (other := tmp_path / "other").mkdir()  # as if the index was rebuilt, with the same contents in another order
     for file in (graph, told):
         (other / "search").mkdir(exist_ok=True)
         (other / "search" / file.name).write_bytes(file.read_bytes())

@@ -1,4 +1,4 @@
-"""`fastclip serve`: the page in a browser, and what it gives to whom."""
+"""`fastclip serve`: the page in a browser, and the contents that the server hands out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Served:
-    """A folder of 20 pictures, its server and what stands outside."""
+    """A folder of 20 images, its server, and an image outside of the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.photos = [draw(folder / "photos" / f"{k % 2}" / f"ü & <b> {k}.png", k) for k in range(20)]
@@ -73,7 +73,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def ranked(served: Served, query: Any, without: Path | None = None) -> list[str]:
-    """Names of the photos by their scores."""
+    """Return the names of the photos in descending order of their scores."""
     folder = Path(served.engine.folder)
     photos = [*served.photos, folder / "link.png"]
     ordered = sorted(
@@ -157,7 +157,9 @@ def test_address_that_is_none_is_refused(served: Served, method: str, capfd: pyt
 
 
 def test_nothing_outside_the_folder_is_served(served: Served) -> None:
-    """A link leads outside; its name may be found, but not the picture. And a text is a text, whatever it names."""
+    """Images outside the folder are not served. A link may lead outside: its name appears among the results, but not its
+    image. A text that equals a path remains a text.
+    """
     (link,) = (one for one in served.json("/search?q=x") if one["name"] == "link.png")
     for path in (f"/picture?id={link['id']}", f"/like?id={link['id']}"):
         assert served.ask(path)[0] == 404
@@ -172,7 +174,7 @@ def test_nothing_outside_the_folder_is_served(served: Served) -> None:
 
 def test_picture_that_a_link_outside_equals_is_served(served: Served) -> None:
     folder = Path(served.engine.folder)
-    copy = Path(shutil.copy(served.secret, folder / "zz copy.png"))  # behind link.png by name
+    copy = Path(shutil.copy(served.secret, folder / "zz copy.png"))  # sorted after link.png
     served.engine.update()
     try:
         (one,) = (one for one in served.json("/search?q=x") if one["name"] == copy.name)
@@ -308,7 +310,7 @@ def test_page_searches_by_text_by_click_and_by_drop(served: Served, browser: Any
         return [link.text_content() for link in page.query_selector_all("#results a")]
 
     page.goto(f"http://127.0.0.1:{served.port}/")
-    (served_link := Path(served.engine.folder) / "link.png").unlink()  # its picture is refused, which is an error
+    (served_link := Path(served.engine.folder) / "link.png").unlink()  # an image that is refused is an error
     served.engine.update()
     try:
         page.fill("#query", "2:red - blue")

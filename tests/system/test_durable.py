@@ -1,4 +1,4 @@
-"""Checkpoints outlive the process that writes them, and what is damaged is found."""
+"""Checkpoints survive the process that writes them, and damage is detected."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 def snapshot(step: int, value: float | None = None) -> Snapshot:
-    """Its numbers are `value`, or `step`."""
+    """Return a snapshot whose numbers are all `value`, or `step` by default."""
     x = torch.full((64,), float(step if value is None else value))
     return Snapshot(step, {"model": {"x": x}, "optimizer": {"x|exp_avg": -x}}, {"step": step, "param_groups": []})
 
 
 def loaded(path: Path) -> tuple[int, float]:
-    """The step of a checkpoint, and its numbers, all of which are read."""
+    """Return the step and the value of a checkpoint after a check of all its numbers."""
     x, average = load_file(path / "model.safetensors")["x"], load_file(path / "optimizer.safetensors")["x|exp_avg"]
     assert torch.equal(x, -average) and bool((x == x[0]).all())
     return int(read_state(path)["step"]), float(x[0])
@@ -92,11 +92,13 @@ def test_kill_leaves_the_last_checkpoint_or_the_next(tmp_path: Path) -> None:
         step, value = loaded(found)
         assert step in (announced, announced + 1) and value == step, f"trial {trial}: {step} after {announced}"
         announced = step
-    assert half_written > 5 and announced > 5  # it was killed while it wrote, and between
+    assert half_written > 5 and announced > 5  # killed while writing, and between writes
 
 
 def die_at(operation: int, *, after: bool) -> None:
-    """The process ends at its n-th file operation, before or after it is done; a file that is written is half there."""
+    """End the process at its n-th file operation, before or after the operation; a file being written is left half
+    written.
+    """
     count = 0
 
     def watch(module: object, name: str) -> None:
@@ -110,7 +112,7 @@ def die_at(operation: int, *, after: bool) -> None:
                     does(*args)
                     os.truncate(args[1], os.path.getsize(args[1]) // 2)  # type: ignore[arg-type, call-overload]
                 os._exit(9)
-            result = None if name == "fsync" else does(*args, **options)  # a dying process loses nothing of a file
+            result = None if name == "fsync" else does(*args, **options)  # the death of a process loses no written data
             if count == operation:
                 os._exit(9)
             return result
@@ -143,7 +145,7 @@ def test_death_at_every_file_operation_leaves_a_whole_checkpoint(tmp_path: Path,
         assert loaded(found) in ([(3, 3), (3, 33)] if again else [(2, 2), (3, 33)])
         assert not any(name.startswith(".") for name in names(folder))
         for path in folder.iterdir():
-            check_manifest(path)  # none is half written or half removed under its name
+            check_manifest(path)  # no checkpoint has its final name while it is half written or half removed
         if status == 0:
             assert operation > 15 and loaded(found) == (3, 33) and names(folder) == ["step-00000002", "step-00000003"]
             return
@@ -174,7 +176,7 @@ def test_damage_is_found_and_the_one_before_is_used(
         damaged.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     assert find_checkpoint("auto", tmp_path) == checkpoints / "step-00000001"
     assert find_checkpoint(str(tmp_path), tmp_path / "other") == checkpoints / "step-00000001"
-    named = damaged if file != "manifest.json" or how == "cut" else damaged.parent  # a digit of a sum, say
+    named = damaged if file != "manifest.json" or how == "cut" else damaged.parent  # for example a digit of a checksum
     assert str(named) in caplog.text and "step-00000001" in caplog.text
     with pytest.raises(ValueError, match=file if named == damaged else "step-00000002"):
         find_checkpoint(str(damaged.parent), tmp_path)
@@ -217,7 +219,7 @@ def test_old_checkpoints_go_after_the_new_one_is_there(tmp_path: Path, monkeypat
 
 
 def test_checkpoints_of_a_later_step_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Else the next `--resume auto` would take them, and pruning would count them."""
+    """Checkpoints of later steps are set aside, because `--resume auto` would use them and pruning would count them."""
     for step in (2, 4, 6):
         write_snapshot(tmp_path, snapshot(step))
     set_aside_after(tmp_path, 4)
@@ -257,7 +259,8 @@ def test_space_is_looked_at_before_writing(tmp_path: Path, monkeypatch: pytest.M
         write_snapshot(tmp_path, snapshot(1))
     assert names(tmp_path) == []
     monkeypatch.undo()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))  # not known
+    # the free space is unknown
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))
     write_snapshot(tmp_path, snapshot(1))
 
 
@@ -348,7 +351,7 @@ def test_saver_writes_one_at_a_time_and_keeps_no_error_to_itself(background: boo
             time.sleep(0.001)
         with pytest.raises(OSError, match="disk"):
             saver.start(write, 3)
-        assert not saver.failed  # told once
+        assert not saver.failed  # reported only once
     with pytest.raises(OSError, match="disk"), Saver(background=background) as saver:
         saver.start(fails)
     with pytest.raises(OSError, match="disk") as caught, Saver(background=background) as saver:
@@ -358,7 +361,9 @@ def test_saver_writes_one_at_a_time_and_keeps_no_error_to_itself(background: boo
 
 
 def test_folder_that_cannot_be_flushed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some network file systems refuse it for folders; a file's error is one."""
+    """A folder that cannot be flushed is no error, since some network file systems refuse it. A file that
+    cannot be flushed is an error.
+    """
     flush, answer = os.fsync, errno.EINVAL
 
     def refuses_folders(handle: int) -> None:

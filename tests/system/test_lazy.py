@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first asked for: the command line does not wait for torch."""
+"""Packages import a name when it is first used, so that the command line does not wait for torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support import needs
 PACKAGE = Path(fastclip.__file__).parent
 LAZY = ("fastclip", "fastclip.integrations", "fastclip.data", "fastclip.models", "fastclip.search", "fastclip.training")
 SLOW = {"torch", "numpy", "timm", "transformers", "open_clip"}
-# What a command may have to wait for beside torch, whose own modules are all that `import torch` loads.
+# Packages that a command may import beside torch; `import torch` itself loads torch's modules alone.
 RARE = {"datasets", "matplotlib", "open_clip", "pandas", "pyarrow", "scipy", "sklearn", "tensorboard", "transformers"}
 HEAVY = {
     *RARE,
@@ -106,7 +106,9 @@ print(sorted(seen), any(seen.values()), gc.isenabled())
 
 @pytest.mark.parametrize(("words", "frozen"), [("", True), ("['models']", False)], ids=["command", "call"])
 def test_garbage_is_not_searched_for_where_a_command_ends(words: str, frozen: bool) -> None:
-    """That of a process that goes on is."""
+    """The garbage collector does not search the objects of a command that is about to end,
+    unlike those of other processes.
+    """
     code = f"import gc, sys; from fastclip.cli import main; sys.argv[1:] = ['models']; main({words}); "
     assert python(code + "print(gc.get_freeze_count() > 0)").splitlines()[-1] == str(frozen)
 
@@ -123,7 +125,7 @@ def test_collector_that_is_off_stays_off() -> None:
 
 @pytest.mark.parametrize("package", LAZY)
 def test_type_checkers_see_every_lazy_name(package: str) -> None:
-    """The table, the imports that only type checkers follow, and __all__ are one list."""
+    """The table of lazy names, the imports for type checkers and __all__ agree."""
     module = import_module(package)
     imported = {
         alias.name: node.module
@@ -173,7 +175,9 @@ def test_order_of_imports_does_not_matter(order: str) -> None:
 
 
 def test_ops_are_there_where_torch_came_first() -> None:
-    """Programs that were exported with the ops run without a look at a name of the package."""
+    """The ops exist once torch and fastclip are imported, because exported programs run without using a name of the
+    package.
+    """
     code = "import torch, fastclip; print(hasattr(torch.ops.fastclip, 'contrastive_fwd'), 'contrastive_loss' in "
     assert python(code + "vars(fastclip))") == "True True"
 
@@ -195,7 +199,7 @@ print(torch.equal(value, loss(x, y)), torch.equal(x.grad, torch.autograd.grad(lo
 
 
 def test_missing_package_is_named() -> None:
-    """Only for the models' names is there an extra to install."""
+    """A missing package is named, and the names of models also have an extra to install."""
     code = """
 import sys, fastclip
 sys.modules |= {'timm': None, 'torch': None}

@@ -1,4 +1,4 @@
-"""An output has one owner, and a dead one is passed over."""
+"""An output has one owner, and a dead owner is ignored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import fcntl
 
 
 def holder(folder: Path, *, file: bool = False) -> int:
-    """The pid of a process that owns `folder` until it is killed."""
+    """Start a process that owns `folder` until it is killed, and return its pid."""
 
     def hold() -> None:
         with owned_file(folder) if file else owned(folder):
@@ -46,7 +46,7 @@ def kill(pid: int) -> None:
 
 
 def leave(folder: Path, **fields: Any) -> Path:
-    """A lock file as another process has left it."""
+    """Write a lock file as another process would leave it."""
     folder.mkdir(exist_ok=True)
     about = {"host": owner.socket.gethostname(), "pid": 2**22 + 1, "since": "2026-01-01", "command": "fastclip train"}
     (folder / LOCK).write_text(json.dumps({**about, "start": "", "word": "", **fields}))
@@ -61,7 +61,7 @@ def leave(folder: Path, **fields: Any) -> Path:
 def test_second_owner_is_refused_and_a_killed_one_is_passed_over(tmp_path: Path, file: bool) -> None:
     place = tmp_path / "out"
     pid = holder(place, file=file)
-    for force in (False, True):  # nobody takes it from a process that lives
+    for force in (False, True):  # a living owner keeps the folder
         with (
             pytest.raises(BlockingIOError, match=rf"out is in use by process {pid} on \S+ .*since 2\d\d\d-\d\d-\d\d"),
             owned_file(place, force=force) if file else owned(place, force=force),
@@ -83,7 +83,9 @@ def test_folder_of_an_output_may_be_shared_by_several_files(tmp_path: Path) -> N
 
 @forks
 def test_child_that_outlives_its_parent_owns_nothing(tmp_path: Path) -> None:
-    """Data workers live for some seconds after a parent that was killed, with its open files."""
+    """A child that outlives its parent owns nothing. Data workers live for some seconds after a
+    killed parent, with its open files.
+    """
     place, reads = tmp_path / "out", os.pipe()
 
     def hold() -> None:
@@ -139,7 +141,7 @@ def test_another_thread_is_refused_and_a_call_inside_shares(tmp_path: Path) -> N
     with owned(tmp_path):
         with owned(tmp_path / "link"):
             pass
-        assert (tmp_path / LOCK).exists()  # the inner one gives nothing back
+        assert (tmp_path / LOCK).exists()  # the inner block releases nothing
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
@@ -228,7 +230,7 @@ def test_without_locks_the_process_and_its_begin_count(
     kill(pid)
     with owned(place):
         pass
-    if owner_of_before["start"]:  # the number is another process's now
+    if owner_of_before["start"]:  # the pid belongs to another process now
         leave(place, pid=os.getpid(), start="another boot 1")
         with owned(place):
             pass
@@ -240,7 +242,7 @@ def test_without_locks_the_process_and_its_begin_count(
 def test_lock_file_that_is_replaced_while_it_is_locked_is_locked_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its owner ends, and removes it, between the opening and the locking."""
+    """A lock file is opened again if its owner ends and removes it between opening and locking."""
     locks, handles = fcntl.lockf, list[int]()
 
     def removed(handle: int, how: int) -> None:

@@ -1,4 +1,4 @@
-"""How far a computation is: lines in the log, seconds apart, or a bar on a terminal."""
+"""Progress of a computation: lines in the log, seconds apart, or a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_numbers_have_a_line_at_once_every_five_seconds_and_at_the_end(
         for clock.now in (100.0, 101.0, 106.0, 107.0):
             bar.count()
             bar.show({"loss": clock.now, "lr": 0.5})
-        bar.show({"recall": 1.0})  # of what was counted last
+        bar.show({"recall": 1.0})  # belongs to the most recent count
     assert caplog.messages == [
         "step 1 of 4: loss 100, lr 0.5",
         "step 3 of 4: loss 106, lr 0.5",

@@ -1,4 +1,4 @@
-"""Files that are not what the package wrote, and files that it writes."""
+"""Files that other programs wrote, and files that the package writes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) ->
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
-    """As two containers, whose processes have the same number."""
+    """Two writers of one file do not collide, even with equal pids, as in two containers."""
     file = tmp_path / "part"
     with new_file(file) as first:
         first.write_text("first")
@@ -92,7 +92,7 @@ def test_half_of_a_dead_process_is_removed_after_an_hour_or_by_the_folders_owner
 
 
 def test_what_no_process_of_ours_left_stays(tmp_path: Path) -> None:
-    """Files and folders of users, whose names are like those of halves."""
+    """Files and folders of users stay, although their names resemble those of unfinished files."""
     files = [".notes.v2.tmp", ".a.0A1B2C3D.tmp", ".0a1b2c3d.tmp", ".a.0a1b2c3d4.tmp", "a.0a1b2c3d.tmp"]
     folders = [".step-5.old.tmp", ".step-5.v2.tmp", ".files.v2.tmp", ".model.backup.0a1b2c3d.tmp"]
     for name in files:

@@ -1,4 +1,4 @@
-"""Division that rounds up is exact, where one of floats is not."""
+"""Division that rounds up is exact for integers that floats cannot represent."""
 
 from __future__ import annotations
 
