@@ -1,9 +1,9 @@
-"""Break the promises of tests/broken, one at a time in a copy of the repository, and see that a test fails each time.
+"""Break the promises of tests/broken, one at a time in a copy of the repository, and check that a test fails each time.
 
     python tests/breaks.py                            every break of every promise
-    python tests/breaks.py memory fork                those whose text has one of the words
-    python tests/breaks.py --file fastclip/losses/stats.py  those of a file: it is broken, or its tests must notice
-    python tests/breaks.py --since HEAD~3             those of the files that changed since a revision
+    python tests/breaks.py memory fork                promises whose text contains one of the words
+    python tests/breaks.py --file fastclip/losses/stats.py  breaks of a file, or those that a test file must notice
+    python tests/breaks.py --since HEAD~3             breaks of the files that changed since a revision
     python tests/breaks.py --list ...                 print them, with the command that runs their tests
     python tests/breaks.py --write                    write docs/promises.md from the table
 
@@ -61,9 +61,9 @@ def pytest_command(promise: Promise) -> list[str]:
 
 
 def changed_since(revision: str, root: Path = ROOT) -> set[str]:
-    """Return the files whose content differs from the revision's, those that git does not track yet included.
+    """Return the files whose content differs from the revision's, including files that git does not track yet.
 
-    A file that was moved and not changed is left out.
+    A file that was moved without a change is left out.
     """
 
     def git(*arguments: str) -> list[str]:
@@ -74,13 +74,15 @@ def changed_since(revision: str, root: Path = ROOT) -> set[str]:
     while fields:
         status = fields.pop(0)
         names = [fields.pop(0) for _ in range(2 if status[0] in "RC" else 1)]  # a move has its old and its new name
-        if status not in ("R100", "C100"):  # 100 per cent: the same content
+        if status not in ("R100", "C100"):  # 100 per cent equal content
             changed.add(names[-1])
     return changed
 
 
 def chosen(words: list[str], files: Iterable[str]) -> list[tuple[Promise, Break]]:
-    """Return the breaks whose text has one of the words, those of the files, and those that the files' tests notice."""
+    """Return the breaks whose text contains one of the words, breaks of the files, and breaks
+    that the files' tests must notice.
+    """
     files = set(files)
     found = []
     for promise in promises():
@@ -104,7 +106,9 @@ def built(one: Break, promise: Promise) -> str | None:
 
 
 def build(copy: Path, folder: Path, kind: str) -> str | None:
-    """Build the native module for the CPU or for CUDA into the copy's package; return the compiler's errors, if any."""
+    """Build the native module for the CPU or for CUDA into the copy's package, and return the compiler's errors, if
+    any.
+    """
     pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
     options = {"pybind11_DIR": pybind11, "Python_EXECUTABLE": sys.executable}
     options |= {f"FASTCLIP_BUILD_{other}": "ON" if other == kind else "OFF" for other in ("CPU", "CUDA")}
@@ -118,22 +122,23 @@ def build(copy: Path, folder: Path, kind: str) -> str | None:
 
 
 def make_copy(copy: Path, stores: Path) -> None:
-    """Copy the repository, with new times of its files: what the last break changed must be compiled again.
+    """Copy the repository, and renew the times of its files, because the files of the last break must be compiled
+    again.
 
-    What its tests build is kept in `stores`, for the breaks that do not change it (`support/store.py`).
+    The builds of its tests are stored in `stores`, for breaks that do not change them (`support/store.py`).
     """
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*_NOT_COPIED), copy_function=shutil.copy)
-    # beside an editable installation the copy's own kernels must be found first
+    # the copy's own kernels must precede those of an editable installation
     (copy / "fastclip" / "triton_kernels").symlink_to(copy / "triton_kernels")
-    # not what inductor compiled: it knows our operators by name and not by their code
+    # without inductor's cache, which identifies our operators by name and not by their code
     stores.mkdir(exist_ok=True)
     (copy / "build").mkdir()
     (copy / "build" / "stored").symlink_to(stores)
 
 
 def try_break(promise: Promise, one: Break, folder: Path) -> tuple[str, str]:
-    """Return "caught", "MISSED", "SKIPPED" or "FAILED", and what there is to say about it."""
+    """Return "caught", "MISSED", "SKIPPED" or "FAILED", with an explanation."""
     copy = folder / "copy"
     make_copy(copy, folder / "stored")
     path = copy / one.file
@@ -148,7 +153,7 @@ def try_break(promise: Promise, one: Break, folder: Path) -> tuple[str, str]:
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines() or [""]
     failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR tests/"))]
-    if native_build.NOT_BUILT in done.stdout:  # by a fixture: an unused variable is no broken promise
+    if native_build.NOT_BUILT in done.stdout:  # by a fixture: an unused variable breaks no promise
         return "FAILED", done.stdout[-1600:]
     if failed:
         return "caught", f"by {failed[0]}"
@@ -160,7 +165,7 @@ def try_break(promise: Promise, one: Break, folder: Path) -> tuple[str, str]:
 
 
 def break_all(breaks: list[tuple[Promise, Break]], jobs: int) -> Counter[str]:
-    """Try the breaks, `jobs` at a time, each in a copy of its own; print and count what became of them."""
+    """Try the breaks, `jobs` at a time, each in its own copy, and print and count their results."""
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
 
@@ -206,7 +211,7 @@ def main() -> None:
     if arguments.since is not None:
         files |= changed_since(arguments.since)
     elif not words and not files:
-        words = [""]  # in every text
+        words = [""]  # contained in every text
     breaks = chosen(words, files)
     if arguments.list:
         print_list(breaks)

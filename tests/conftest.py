@@ -1,4 +1,6 @@
-"""Where there is no GPU Triton's kernels run in its interpreter and Hopper's in csrc/tests' emulator, on the CPU."""
+"""Fixtures and options of all tests. Without a GPU, Triton's kernels run in its interpreter and Hopper's in the
+emulator of csrc/tests, on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# One thread a process: matrices as small as the tests' cost several times more on two busy cores than on one, and
-# several processes of pytest-xdist share the cores. Tests of threads ask for them.
+# One thread per process: matrices as small as the tests' cost several times more on two busy cores than on one, and the
+# processes of pytest-xdist share the cores. Tests of threads request them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -18,10 +20,11 @@ import torch
 pytest.register_assert_rewrite("support")
 from support import ROOT, once, pairwise, processes  # noqa: E402
 
-# inductor's cache does not know for which instruction set its code was made: on another one, wrong numbers or a crash
+# inductor's cache ignores the instruction set for which its code was compiled; on another one, the code gives wrong
+# numbers or crashes
 _COMPILED = ROOT / "build" / "inductor" / f"{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_COMPILED))
-# inductor's worker processes cost more in imports than they save: kernels are few, and tests run side by side
+# Worker processes of inductor cost more in imports than they save, because kernels are few and tests run side by side
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
@@ -31,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run every case: whole matrices, and cases marked full")
 
 
-@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+@pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--full"):
         items[:], deselected = pairwise.split(items)
@@ -40,14 +43,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _folders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> None:
-    """Keep what tests leave behind out of the user's home, and apart from what runs beside them."""
+    """Keep files of the tests out of the user's home, and apart from those of concurrent runs."""
     os.environ["FASTCLIP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     once.begin(tmp_path_factory, beside_others=hasattr(request.config, "workerinput"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_process_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Where a process of pytest-xdist runs a part of a module, its own children are looked for."""
+    """Fail if a module leaves processes behind. A pytest-xdist process checks its own children."""
     processes.adopt()
     yield
     if left := processes.left_behind():
@@ -56,7 +59,7 @@ def _no_process_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _level_of_the_log() -> Iterator[None]:
-    """A command that a test runs in this process sets the level, for the test alone."""
+    """Restore the log level, which commands that run in this process set."""
     logger = logging.getLogger("fastclip")
     level = logger.level
     yield
@@ -71,13 +74,13 @@ def _children_end() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
-    """A test draws the same random numbers whatever ran before it."""
+    """Seed the random numbers, so that a test draws the same ones whatever ran before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
 def embedder() -> Any:
-    """ViT-tiny, whose random weights are the same in every module, with its tokenizer."""
+    """ViT-tiny with its tokenizer; its random weights are the same in every module."""
     from fastclip.models import create_model
     from fastclip.models.embedder import Embedder
     from fastclip.models.tokenizers.clip import ClipTokenizer
@@ -88,7 +91,7 @@ def embedder() -> Any:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the same model."""
+    """Folder with the model of `embedder`."""
     from fastclip.models import create_model
 
     torch.manual_seed(0)
@@ -99,7 +102,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """What torch.empty returns is filled with NaN: an output that is not written is seen."""
+    """Fill the memory of torch.empty with NaN, so that an output that is not written is detected."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -108,7 +111,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The CUDA backend serves the CPU."""
+    """Let the CUDA backend serve the CPU."""
     from fastclip._backends import cuda
     from support import emulated, interpreter
 
@@ -124,7 +127,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def served_by_cuda(request: pytest.FixtureRequest) -> None:
-    """The CUDA backend by a Hopper GPU, without a GPU by the emulator."""
+    """Let the CUDA backend serve, on a Hopper GPU or, without a GPU, in the emulator."""
     import torch
 
     import fastclip
@@ -141,7 +144,7 @@ def served_by_cuda(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Of a test that is parametrised by `kinds.each_kind`."""
+    """Kind of a test that `kinds.each_kind` parametrises."""
     import fastclip
     from fastclip._backends import pick
 

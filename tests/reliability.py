@@ -1,6 +1,6 @@
-"""What goes wrong, what fastclip then does, and the test that holds it: docs/reliability.md, from the tests' markers.
+"""Write docs/reliability.md from the tests' markers: faults, what fastclip then does, and the tests that check it.
 
-    python tests/reliability.py --write    the document anew; without, it is printed
+    python tests/reliability.py --write    write the document (by default it is printed)
 
 A row is a test's `@pytest.mark.fault(what, promise)`; the tests are read, not imported. The table of files that are
 opened is tests/opened.md.
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "reliability.md"
-OPENED = TESTS / "opened.md"  # the table of files that the package opens; a test compares its modules with the package
-# How the path of a test's file begins whose rows stand in a section; the last is for all others.
+OPENED = TESTS / "opened.md"  # a test compares its modules with the package
+# A section's rows are the tests whose files' paths begin so; the last section takes all others.
 SECTIONS = {
     "data/": "Data",
     "search/test_filter": "Filtering and embedding",
@@ -34,7 +34,7 @@ class Fault(NamedTuple):
 
 
 def faults(file: Path) -> list[Fault]:
-    """In the order of the file. ValueError for a marker that is not two strings."""
+    """Return the faults of a file in its order. Raises ValueError for a marker that is not two strings."""
     found = []
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if not isinstance(node, ast.FunctionDef):

@@ -1,7 +1,7 @@
-"""The table of promises: what users rely on, the tests that hold it, and ways to break it.
+"""The table of promises: what users rely on, the tests that check it, and changes that break it.
 
-A module has the promises of one part of the package. docs/promises.md is made from them, and `python tests/breaks.py`
-breaks them again.
+Each module contains the promises of one part of the package. docs/promises.md is generated from them, and `python
+tests/breaks.py` applies the changes again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QUESTIONS = (
     DOCUMENTS,
 )
 
-# The modules of this folder, in the order in which the page has their promises
+# The modules of this folder, in the order of the page
 PARTS = [
     "numbers",
     "work",
@@ -86,7 +86,7 @@ class Break(NamedTuple):
     what: str
     file: str  # relative to the repository
     old: str  # occurs exactly once in the file
-    new: str  # takes the place of `old`; "" removes it
+    new: str  # replaces `old`; "" removes it
 
 
 class Promise(NamedTuple):

@@ -1,4 +1,4 @@
-"""The losses of pairs by the CUDA backend alone: norms, reduction, repair, weights, finish."""
+"""The losses of pairs in the CUDA backend alone: norms, reduction, repair, weights, finish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples, shards and workers that are damaged."""
+"""Damaged samples, shards and workers."""
 
 from __future__ import annotations
 

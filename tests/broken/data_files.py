@@ -1,4 +1,4 @@
-"""Which files are a sample's: folders, links, names in other forms, columns, files beside each other."""
+"""The files of a sample: folders, links, names in other forms, columns, files beside each other."""
 
 from __future__ import annotations
 

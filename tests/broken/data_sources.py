@@ -1,4 +1,4 @@
-"""Mixtures, remote files, pictures and other sources."""
+"""Mixtures, remote files, images and other sources."""
 
 from __future__ import annotations
 

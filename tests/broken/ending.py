@@ -1,4 +1,4 @@
-"""SIGTERM, with which schedulers and containers end a command."""
+"""SIGTERM, by which schedulers and containers end a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation, evaluated checkpoints, and the features that an evaluation keeps."""
+"""Validation, evaluated checkpoints, and the features that an evaluation stores."""
 
 from __future__ import annotations
 

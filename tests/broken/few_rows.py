@@ -1,4 +1,4 @@
-"""The loss of pairs in one op each way, which a step on few rows waits for."""
+"""The loss of pairs as one op forward and one backward, which bounds the time of a step on few rows."""
 
 from __future__ import annotations
 

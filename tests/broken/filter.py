@@ -1,4 +1,4 @@
-"""Filtering and embedding of data sets."""
+"""Filtering and embedding of datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers of the package, and what loads and builds it."""
+"""Layers of the package, and how it is loaded and built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files beside a model's weights: what is read of them, and what is written."""
+"""The files beside a model's weights: reading and writing them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands write: who owns it, what was there before, files that are read again."""
+"""Outputs of commands: their owner, earlier contents, and files that are read again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Search of pictures, by the command and on its page."""
+"""Image search, by the command and on its page."""
 
 from __future__ import annotations
 

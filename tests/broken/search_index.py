@@ -1,4 +1,4 @@
-"""The index of a folder of pictures."""
+"""The index of a folder of images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer: resumed and repeated runs, what is saved, options."""
+"""The trainer: resumed and repeated runs, saved files, options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fastclip bench`: it checks before it times, says who did not run, and its rows are the benchmark's."""
+"""`fastclip bench` checks before it times, names providers that did not run, and writes the benchmark's rows."""
 
 from __future__ import annotations
 
@@ -53,14 +53,15 @@ def test_report_draws_these_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lines = plot.table(plot.read(path)).splitlines()
     assert len(lines) == 5 and all(float(line.split("|")[2]) > 0 for line in lines[2:])
     rows = [row | {"gpu": "a GPU"} for row in plot.read(path)]
-    assert len(plot.gpu_table(rows).splitlines()) == 5  # no share of a floor that was not measured
+    assert len(plot.gpu_table(rows).splitlines()) == 5  # no share of an unmeasured floor
     needs("train")
     import matplotlib.pyplot as plt
 
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
     plot.draw(plot.read(path), tmp_path / "figure.png")
-    assert [text.xy for text in drawn[0].axes[2].texts] == [(128, 1234.5 * 1024)] * 2  # the formula's and open_clip's
+    # memory of the dense formula, and of open_clip
+    assert [text.xy for text in drawn[0].axes[2].texts] == [(128, 1234.5 * 1024)] * 2
 
 
 def test_file_of_other_columns_is_refused_before_measuring(

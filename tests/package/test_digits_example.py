@@ -1,4 +1,4 @@
-"""The examples as a user runs them."""
+"""The digits examples, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ EXAMPLES = ROOT / "examples"
 
 
 def run_example(name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    # One thread: hardly slower on models this small, and many times faster than two on cores that others use too.
+    # A single thread is hardly slower for models this small, and many times faster than two on cores that others use.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLES / name), *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
 def test_demo_reaches_95_percent_and_draws(tmp_path: Path) -> None:
-    result = run_example("train_digits.py", "--steps", "140", "--output", str(tmp_path))  # a third, for time
+    # a third of the default, to save time
+    result = run_example("train_digits.py", "--steps", "140", "--output", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     top1 = re.search(r"zero-shot top-1 on 360 held-out digits: ([\d.]+) %", result.stdout)
     assert top1 and float(top1[1]) >= 95

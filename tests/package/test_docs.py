@@ -1,4 +1,4 @@
-"""The pages: their Python runs, their commands parse, their links lead somewhere, and the site builds."""
+"""The pages: their Python runs, their commands parse, their links resolve, and the site builds."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fastclip import cli
 from fastclip.training.options import parse_finetune, parse_options
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
-# What a page writes for the user's own, and what stands here for it
+# Names and options of the pages, each with a small replacement
 SMALL = {"ViT-B-32": "ViT-tiny", "max_steps=400": 'max_steps=2, batch_size=8, device="cpu", workers=0'}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that the pages name."""
+    """Folder with the files that the pages name."""
     folder = tmp_path_factory.mktemp("reader")
     model = fastclip.create_model("ViT-tiny")
     model.save_pretrained(folder / "runs" / "b32" / "model")
@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reader(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The user's own variables, in the folder with the user's files."""
+    """Variables that the pages leave to the user, in the folder with the user's files."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("FASTCLIP_CACHE", str(place / "cache"))
     pair = torch.nn.functional.normalize(torch.randn(2, 64, 32), dim=2)
@@ -63,18 +63,18 @@ def reader(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, A
         "logit_scale": torch.tensor(14.3),
         "pairs": torch.arange(64)[:, None].expand(64, 2),
     }
-    # a page that fails in its middle leaves other packages patched
+    # If a page fails halfway, other packages stay patched
     if (integrations := sys.modules.get("fastclip.integrations")) is not None:
         integrations.unpatch()
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_python_of_a_page_runs(page: Path, reader: dict[str, Any]) -> None:
-    """From top to bottom, in one namespace."""
+    """The Python blocks of a page run from top to bottom in one namespace."""
     for block in blocks(page, "python"):
         if block.not_run is not None:
             continue
-        code = "\n" * (block.line - 1) + block.code  # so that an error has the page's line
+        code = "\n" * (block.line - 1) + block.code  # errors show the line of the page
         for large, small in SMALL.items():
             code = code.replace(large, small)
         exec(compile(code, str(page), "exec"), reader)
@@ -90,7 +90,7 @@ def test_what_a_block_prints_is_what_the_page_says(reader: dict[str, Any], capsy
         said = [line[2:] for line in block.code.splitlines() if line.startswith("# ")]
         exec(block.code, reader)
         printed = capsys.readouterr().out.splitlines()
-        # of another machine: the error of a gradient, which is rounding alone, and the sign of a zero
+        # These differ between machines: the error of a gradient, which is rounding alone, and the sign of a zero
         assert [_settled(line) for line in printed] == [_settled(line) for line in said]
 
 
@@ -122,7 +122,7 @@ def test_commands_of_a_page_parse(page: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def _parse(words: list[str], line: str) -> None:
-    """As `fastclip` would, which exits for an option that does not exist."""
+    """Parse a command as `fastclip` does, which exits at an unknown option."""
     if "--config" in words:
         config = Path(words[words.index("--config") + 1])
         config.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def _parse(words: list[str], line: str) -> None:
 
 
 def test_commands_are_found() -> None:
-    """The tests above see what a reader does."""
+    """The parser of the pages finds their commands, so that the tests above check something."""
     found = [words for page in PAGES for words in commands(page) if words]
     assert sum(words[0] == "fastclip" for words in found) > 20
     assert ["fastclip", "plan"] in [words[:2] for words in found]
@@ -161,9 +161,11 @@ def test_every_page_is_in_the_map() -> None:
 
 
 def test_site_builds(tmp_path: Path) -> None:
-    """With --strict: a page that is not in mkdocs.yml, or a link or anchor that is not there, is an error."""
+    """The site builds with --strict, for which a page missing from mkdocs.yml or a broken link or anchor is
+    an error.
+    """
     needs("docs")
-    # with --quiet it would not count its warnings
+    # --quiet would hide the warnings that --strict counts
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

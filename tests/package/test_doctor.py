@@ -1,4 +1,4 @@
-"""`fastclip doctor`: what it says of a machine, and that it sees losses that are wrong."""
+"""`fastclip doctor` describes a machine correctly, and detects wrong losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastclip.system import cores, env, machine
 
 @pytest.fixture(autouse=True)
 def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU, nothing set, and of the backends those that compute on a CPU."""
+    """Machine without a GPU or environment variables, on which only the CPU's backends serve."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in env.in_effect():
         monkeypatch.delenv(name)
@@ -35,7 +35,7 @@ def findings(part: Any) -> dict[str, Finding]:
 
 
 def test_doctor_needs_torch_alone(tmp_path: Path) -> None:
-    """A process in which no package of the extras can be imported, on a machine as it is."""
+    """The doctor needs torch alone. It runs in a process that cannot import any package of the extras."""
     others = ["PIL", "datasets", "ftfy", "huggingface_hub", "matplotlib", "numpy", "open_clip", "packaging", "pyarrow"]
     others += ["regex", "safetensors", "scipy", "sklearn", "timm", "tokenizers", "torchvision", "transformers", "yaml"]
     code = f"import sys; sys.modules.update(dict.fromkeys({others}))\n"
@@ -108,7 +108,7 @@ def test_dense_service_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "backends", lambda: {"cuda": "no driver", "cpu": reason, "reference": "available"})
     found = findings(doctor._backends)
     assert found["cpu"].state == "warning" and found["cpu"].advice.startswith("a C++ compiler; install again")
-    assert found["cuda"].state == found["cuda"].advice == ""  # without a GPU nothing can be done
+    assert found["cuda"].state == found["cuda"].advice == ""  # nothing can be improved without a GPU
 
 
 def test_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,13 +182,13 @@ def test_limits_are_those_of_all_groups_around(monkeypatch: pytest.MonkeyPatch, 
 def test_threads_sleep_where_they_outnumber_the_free_cores(
     threads: int | None, processes: int, load: float, sleep: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On four cores."""
+    """Threads sleep if they outnumber the free cores, here of a machine with four cores."""
     for name, found in (("cpu_count", 4), ("sched_getaffinity", set(range(4))), ("getloadavg", (load, 0.0, 0.0))):
         monkeypatch.setattr(cores.os, name, lambda *of, found=found: found, raising=False)
     monkeypatch.setattr(cores, "_OWN_GROUPS", tmp_path / "none")
     monkeypatch.setattr(cores, "_SIBLINGS", tmp_path / "none")
     assert cores.contended(threads, processes) is sleep
-    if threads is None and processes == 1:  # as many threads as cores with two threads each
+    if threads is None and processes == 1:  # one thread per core, with two hardware threads each
         (tmp_path / "some").write_text("1\n")
         monkeypatch.setattr(cores, "_SIBLINGS", tmp_path / "some")
         assert not cores.contended(None)
@@ -196,16 +196,16 @@ def test_threads_sleep_where_they_outnumber_the_free_cores(
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     monkeypatch.setattr(cores, "_OWN_GROUPS", tmp_path / "group")
     monkeypatch.setattr(cores, "_CGROUPS", tmp_path)
-    assert cores.contended(4) and not cores.contended(1)  # of one and a half cores
+    assert cores.contended(4) and not cores.contended(1)  # one and a half cores are allowed
     (tmp_path / "cpu.max").write_text("400000 100000\n")
     for name, many in (("cpu_count", 64), ("sched_getaffinity", set(range(64))), ("getloadavg", (6.0, 0.0, 0.0))):
         monkeypatch.setattr(cores.os, name, lambda *of, many=many: many)
-    assert not cores.contended(4)  # of four cores of 64, on which six threads of others run
+    assert not cores.contended(4)  # four cores of 64 are allowed, and others run six threads
 
 
 def test_setting_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env, "contended", lambda threads, processes: (threads, processes) == (3, 2))
-    assert not env.let_threads_sleep()  # torch has read it
+    assert not env.let_threads_sleep()  # torch has read it already
     monkeypatch.delitem(sys.modules, "torch")
     for name in env._SPINNING:
         monkeypatch.setenv(name, "")

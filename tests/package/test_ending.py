@@ -1,4 +1,4 @@
-"""Commands that SIGTERM ends, however they were started: with status 143, soon, and leaving nothing behind."""
+"""Commands that SIGTERM ends, however they were started: with status 143, quickly, and without leaving files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCRIPT = "import sys; from fastclip.cli import main\nif __name__ == '__main__': 
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """A folder for a command's temporary files, of a short name: that of a socket has no more than 107 characters."""
+    """Folder with a short name for a command's temporary files, because a socket's path has at most 107 characters."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
@@ -39,14 +39,14 @@ def command(tmp_path: Path, temporary: Path, *words: str | Path, ignored: list[s
 
 
 def assert_ends(process: Popen, temporary: Path) -> None:
-    """With its whole group, as a scheduler ends it."""
+    """Signal the process with its whole group, as a scheduler does, and check that it ends."""
     begin = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)
-    os.killpg(process.pid, signal.SIGTERM)  # as a launcher passes on what its group got, too
+    os.killpg(process.pid, signal.SIGTERM)  # a launcher also forwards the signals that its group receives
     out, said = process.communicate(timeout=60)
     assert process.returncode == 143, said
     assert said.splitlines()[-1].endswith(": ended by SIGTERM") and "Traceback" not in said and not out, said
-    assert time.monotonic() - begin < 15  # of tidying up and of the interpreter's end
+    assert time.monotonic() - begin < 15  # includes tidying up and the interpreter's shutdown
     wait_for(lambda: not in_session(process.pid), 20)
     assert list(temporary.iterdir()) == []
 
@@ -157,7 +157,7 @@ def test_ranks_of_parity_end_with_a_killed_program(tmp_path: Path, monkeypatch: 
 
 
 def inside(ready: Path) -> None:
-    """Of `sigterm_raises`: an import that swallows every exception, then a library that waits."""
+    """Run inside `sigterm_raises`: an import that swallows every exception, then a library that waits."""
     with sigterm_raises():
         try:
             ready.touch()
@@ -196,7 +196,7 @@ def test_second_signal_ends_a_command_at_once(tmp_path: Path, monkeypatch: pytes
     wait_for((tmp_path / "ready").exists)
     os.kill(pid, signal.SIGTERM)
     wait_for((tmp_path / "swallowed").exists)
-    os.kill(pid, signal.SIGTERM)  # within a second of the first it is taken for the same one
+    os.kill(pid, signal.SIGTERM)  # a signal within a second of the first counts as the same one
     time.sleep(1.2)
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)
     os.kill(pid, signal.SIGTERM)
@@ -217,6 +217,6 @@ def test_ignored_signal_and_handlers_of_the_caller_stay() -> None:
         assert main(["models"]) == 0 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         with pytest.raises(Terminated), sigterm_raises():
             os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # a launcher's echo, which comes while the command ends
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher's echo, which arrives while the command ends
 
     assert ended(forked(works)) == 0

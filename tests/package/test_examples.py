@@ -1,4 +1,4 @@
-"""The examples as a user runs them; those of package/test_digits_example.py stand there."""
+"""The examples as a user runs them; test_digits_example.py has the digits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(command: list[str], folder: Path, **environment: str) -> str:
-    """What it prints."""
+    """Run a command and return its output."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     inherited = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=inherited | environment, cwd=folder, capture_output=True, text=True, timeout=300)

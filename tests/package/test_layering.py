@@ -1,4 +1,4 @@
-"""Imports go one way; see the layers in the package's documentation strings."""
+"""Imports go one way; the docstrings of the packages describe the layers."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from support import ROOT
 
 PACKAGE = ROOT / "fastclip"
 
-# A folder, or a file beside the folders, imports from those below it, never from above.
+# A folder, or a file beside the folders, imports only from those after it in this list.
 LAYERS = (
     *("cli", "report", "curation", "training", "search", "evaluation", "embedding", "models", "data"),
     *("doctor", "bench", "parity", "integrations"),
     *("losses", "distributed", "ops", "_backends", "triton_kernels"),
     *("_cpu", "_cuda", "system", "_version"),
 )
-# What the losses load, with `import fastclip` or when they are first asked for: torch and the standard library only.
+# Modules that the losses load, at `import fastclip` or at first use. They need torch and the standard library only.
 CORE = {"__init__", *LAYERS[LAYERS.index("losses") :]}
 ALLOWED = {
-    "triton_kernels": {"torch", "triton"},  # which only the Triton backend imports, when it is asked
-    "system/durable.py": {"torch", "safetensors"},  # when tensors are written, by no loss
+    "triton_kernels": {"torch", "triton"},  # imported by the Triton backend alone, when it is used
+    "system/durable.py": {"torch", "safetensors"},  # for writing tensors, which no loss does
     "system/progress.py": {"tqdm"},
     "system/reading.py": {"torch", "safetensors", "yaml"},
 }
-# The extra of pyproject.toml that brings what a file or a folder imports; what is not named here needs torch alone.
+# The extra of pyproject.toml that installs what a file or folder imports. All others need torch alone.
 BROUGHT_BY = {
     **dict.fromkeys(("models", "integrations", "doctor.py", "system/durable.py"), "models"),
     **dict.fromkeys(("data", "embedding", "evaluation", "report", "training"), "train"),
@@ -50,7 +50,9 @@ def rank(part: str) -> int:
 
 
 def imports(source: str) -> Iterator[str]:
-    """Dotted names imported anywhere in the source; from fastclip._backends import cpu gives fastclip._backends.cpu."""
+    """Yield all dotted names that the source imports: `from fastclip._backends import cpu` gives
+    fastclip._backends.cpu.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -58,7 +60,7 @@ def imports(source: str) -> Iterator[str]:
             assert node.level == 0, "relative imports hide the layer"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and "import_module" in (_called(node), getattr(node.func, "attr", "")):
-            if ast.unparse(node.args[0]) != "modules[name]":  # that of lazy.py, whose tables are read below
+            if ast.unparse(node.args[0]) != "modules[name]":  # lazy.py imports by its tables, which are read below
                 assert isinstance(node.args[0], ast.Constant)
                 yield node.args[0].value
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_LAZY":
@@ -70,7 +72,7 @@ def _called(node: ast.Call) -> str:
 
 
 def faults(name: str, source: str) -> list[str]:
-    """What is wrong with a module, `name` its path within fastclip/."""
+    """Return the faults of a module; `name` is its path within fastclip/."""
     part = name.partition("/")[0].removesuffix(".py")
     wrong, allowed = [], ALLOWED.get(part, {"torch"})
     for imported in imports(source):
@@ -89,7 +91,7 @@ def faults(name: str, source: str) -> list[str]:
 
 
 def name_of(path: Path) -> str:
-    """Path within the package: triton_kernels/ is installed as fastclip/triton_kernels."""
+    """Return the path within the package: triton_kernels/ is installed as fastclip/triton_kernels."""
     return path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).as_posix()
 
 
@@ -123,7 +125,7 @@ def test_every_fault_is_found(name: str, source: str, message: str) -> None:
 
 
 def declared(extra: str = "") -> set[str]:
-    """Distributions that pyproject.toml asks for: those of an extra, and of the extras that it names."""
+    """Return the distributions that pyproject.toml requires, or those of an extra and of the extras that it names."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found: set[str] = set()
@@ -134,7 +136,7 @@ def declared(extra: str = "") -> set[str]:
 
 
 def distributions(path: Path) -> set[str]:
-    """What a module imports that is neither Python's nor ours, as pip calls it."""
+    """Return pip's names of the third-party packages that a module imports."""
     tops = {name.partition(".")[0] for name in imports(path.read_text())} - {"fastclip", *sys.stdlib_module_names}
     return {canonicalize_name(DISTRIBUTIONS.get(top, top)) for top in tops} - {*UNDECLARED}
 

@@ -1,4 +1,4 @@
-"""Tests of `once`, which makes a folder for all processes of a run."""
+"""Tests of `once`, which builds a folder for all processes of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package opens is listed in docs/reliability.md, and nothing of it is run."""
+"""All files that the package opens are listed in docs/reliability.md, and none of them is executed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_modules_that_open_files_are_in_the_table() -> None:
 
 
 def runs(source: str) -> Iterator[str]:
-    """Calls that run what they read, or could."""
+    """Yield calls that execute what they read, or could."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]

@@ -1,4 +1,4 @@
-"""What each command does with a place that it cannot write to: it is named in one line, before any work."""
+"""Each command names an output that it cannot write in one line, before any work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastclip.system.durable import new_file, new_folder, set_aside, write_text
 from support import needs
 from support.processes import ended, forked, forks
 
-# None of these gets as far as to say that there is no such data or checkpoint.
+# The commands fail before they notice that the data or the checkpoint does not exist.
 FOLDERS = {
     "train": ["train", "--data", "gone", "--model", "gone", "--output"],
     "finetune": ["finetune", "--checkpoint", "gone", "--data", "digits", "--output"],
@@ -52,7 +52,7 @@ FILES = {
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command says."""
+    """Return the error message of a command."""
     capsys.readouterr()
     assert cli.main(words) == 1
     out, said = capsys.readouterr()
@@ -70,7 +70,7 @@ def test_output_that_cannot_be_is_named_before_any_work(
     place.write_text("kept")
     folder.mkdir()
     assert f"{place} is a file, not a folder" in refused([*words, str(place / "x" / "y.png")], capsys)
-    if name != "train":  # whose options are never empty
+    if name != "train":  # the options of train are never empty
         assert "must have a name" in refused([*words, ""], capsys)
     wrong, said = (place, "is a file, not a folder") if name in FOLDERS else (folder, "is a folder: name a file")
     assert f"{wrong} {said}" in refused([*words, str(wrong)], capsys)
@@ -91,7 +91,7 @@ def test_output_of_another_command_is_refused_and_taken_by_force(
     lock.write_text(json.dumps(owner))
     said = refused(words, capsys)
     assert f"{place} is in use by process 12 on node-7 (fastclip x) since 2026-01-01" in said and "--force" in said
-    if name not in ("doctor", "bench"):  # these would do their work
+    if name not in ("doctor", "bench"):  # these would run
         assert cli.main([*words, "--force"]) == 1 and "gone" in capsys.readouterr().err
         assert not lock.exists()
 
@@ -115,7 +115,7 @@ def test_output_is_not_what_the_command_reads(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(ValueError, match="is what the command reads"):
         check_apart(folder / "0.tar", [f"{tmp_path}/{{none,pict*}}/*.tar"])
     check_apart(folder, [str(table), "digits", "hf:x"])
-    check_apart(tmp_path, [str(table)])  # beside the data is no fault
+    check_apart(tmp_path, [str(table)])  # beside the data is allowed
 
 
 @pytest.mark.fault("an output in a folder whose folders are classes", "refused, before any work: it would be a class")
@@ -143,10 +143,10 @@ def test_output_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (tmp_path / "links" / name).symlink_to(classes / name)
     with pytest.raises(ValueError, match="links/new would be a class of"):
         check_folder(tmp_path / "links" / "new", [str(tmp_path / "links")])
-    check_folder(tmp_path / "new", ["{" + ",".join(["0"] * 200) + "}.tar"])  # no name of a file
-    for name in (".new", "cat/new"):  # hidden, and in a class
+    check_folder(tmp_path / "new", ["{" + ",".join(["0"] * 200) + "}.tar"])  # too long for a file name
+    for name in (".new", "cat/new"):  # hidden, and inside a class
         check_folder(classes / name, [str(classes)])
-    check_folder(captioned / "new", [str(captioned)])  # no picture is read there, and no folder is a class
+    check_folder(captioned / "new", [str(captioned)])  # images there are not read, and folders are not classes
     check_folder(tmp_path / "new", [str(classes), "digits"])
 
 
@@ -173,7 +173,7 @@ def test_pictures_of_the_data_are_not_replaced(tmp_path: Path, capsys: pytest.Ca
         assert f"--output {place} is there, and part" in refused([*compose, "--output", str(place)], capsys)
     words = ["search", f"dog + {folder}/0.png", str(folder / "deep"), *search[3:], str(folder / "0.png")]
     assert "what the command reads" in refused(words, capsys)  # the query
-    for place in (folder / "sheet.png", folder / "new.png"):  # drawn before, or not there
+    for place in (folder / "sheet.png", folder / "new.png"):  # an existing and a missing file
         assert "part of the data" not in refused([*search, str(place)], capsys)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -193,7 +193,9 @@ def test_two_outputs_are_two_files(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.skipif(os.name == "nt", reason="links and pipes")
 def test_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
-    """Not replaced: who runs as root would have a file in the place of /dev/null."""
+    """A link stays a link, and a pipe is written to. Replacing it would, for a user with root rights, put a
+    file in the place of /dev/null.
+    """
     (tmp_path / "new").mkdir()
     (tmp_path / "latest.json").symlink_to(tmp_path / "new" / "1.json")
     write_text(tmp_path / "latest.json", "x")

@@ -1,4 +1,4 @@
-"""What pip installs: a wheel with the native modules, and a working package where there is no compiler for them."""
+"""The installation by pip: a wheel with the native modules, and a working package if no compiler for them exists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None or not CAN_BUILD, reason=f"{NOT_FOU
 
 
 def _run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Without the CUDA module, whose build takes long, unless the environment says otherwise."""
+    """Run a command without building the CUDA module, which takes long, unless the environment requests it."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTCLIP_BUILD_CPU", "CXX")}
     words = [str(word) for word in command]
     environment = inherited | {"FASTCLIP_BUILD_CUDA": "0"} | environment
@@ -38,7 +38,7 @@ def _run(*command: object, cwd: Path, **environment: str) -> subprocess.Complete
 
 
 def _without_nvcc(folder: Path, path: str = PATH) -> dict[str, str]:
-    """An environment that has no nvcc, and everything that lies beside it."""
+    """Return an environment without nvcc but with everything else in nvcc's folder."""
     names = path.split(os.pathsep)
     for k, name in enumerate(names):
         if shutil.which("nvcc", path=name):
@@ -52,12 +52,12 @@ def _without_nvcc(folder: Path, path: str = PATH) -> dict[str, str]:
 
 
 def _setup(source: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What pip calls in order to build, without what it does around that."""
+    """Run the build that pip would run, without pip's own work."""
     return _run(sys.executable, "setup.py", *words, cwd=source, **({"PATH": PATH} | environment))
 
 
 def _pip_wheel(source: Path, output: Path, *, isolated: bool, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Built as pip builds it for a user, in an environment of its own, or with what is installed here."""
+    """Build a wheel as pip does for a user, in an isolated environment or with the packages of this one."""
     here = [] if isolated or not can_run_setup() else ["--no-build-isolation"]
     path = {} if isolated else {"PATH": PATH}
     command = (sys.executable, "-m", "pip", "wheel", "--no-deps", *here, "-w", output, source)
@@ -65,7 +65,9 @@ def _pip_wheel(source: Path, output: Path, *, isolated: bool, **environment: str
 
 
 def _stored_wheel(name: str, change: Callable[[Path], dict[str, str]]) -> Path:
-    """Built with what is installed here, after `change`, given the sources, has said in which environment."""
+    """Build a wheel with the packages of this environment. `change` edits the sources and
+    returns the environment variables.
+    """
 
     def make(source: Path, place: Path) -> None:
         done = _pip_wheel(source, place, isolated=False, **change(source))
@@ -76,9 +78,10 @@ def _stored_wheel(name: str, change: Callable[[Path], dict[str, str]]) -> Path:
 
 
 def _use(folder: Path) -> list[str]:
-    """What a user of the unpacked wheel sees: where it was imported from, "available" or why there is no CPU backend,
-    why there is no CUDA module, and a loss."""
-    # an editable installation of the repository would step in for modules that the wheel lacks
+    """Return what a user of the unpacked wheel sees: the path of the import, "available" or the reason against the CPU
+    backend, the reason against the CUDA module, and a loss.
+    """
+    # An editable installation of the repository would supply modules that the wheel lacks
     code = (
         "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in repr(finder)]; "
         "import fastclip, torch; x = torch.eye(4); print(fastclip.__file__); print(fastclip.backends()['cpu']); "
@@ -95,7 +98,7 @@ EXPECTED_LOSS = "0.7437"  # log(e + 3) - 1
 
 @pytest.fixture(scope="module")
 def wheel_without_nvcc() -> Path:
-    """The one that is built as a user's pip does."""
+    """Wheel that is built as a user's pip builds it."""
     if COMPILER is None:
         pytest.skip("no C++ compiler is installed")
     choice = {"FASTCLIP_BUILD_CPU": "1", "FASTCLIP_BUILD_CUDA": ""}
@@ -103,7 +106,7 @@ def wheel_without_nvcc() -> Path:
     def make(source: Path, place: Path) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            # a build that failed in the same folder costs nothing later, not even one by a ninja that is there no more
+            # Neither an earlier failed build in this folder nor a ninja that has disappeared since must matter
             tools = folder / "tools"
             tools.mkdir()
             if ninja := shutil.which("ninja", path=PATH):
@@ -140,7 +143,7 @@ def test_wheel_has_native_module_and_nothing_else(wheel_without_nvcc: Path, tmp_
 
 @pytest.fixture(scope="module")
 def users_python(wheel_without_nvcc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an empty environment with the wheel in it; torch and the rest are this environment's."""
+    """Interpreter of an empty environment with the wheel; torch and the rest come from this environment."""
     folder = tmp_path_factory.mktemp("user")
     made = _run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     assert made.returncode == 0, made.stderr
@@ -149,7 +152,7 @@ def users_python(wheel_without_nvcc: Path, tmp_path_factory: pytest.TempPathFact
     done = _run(*install, wheel_without_nvcc, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (site,) = folder.glob("lib/python*/site-packages")
-    # after the wheel; the .pth files there, of an editable installation too, are not read a second time
+    # Searched after the wheel. The .pth files there, such as an editable installation's, are not processed again
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
@@ -231,7 +234,7 @@ def test_cuda_module_loads_without_driver(tmp_path: Path) -> None:
     library = cuda_module() / "lib" / "fastclip"
     assert not (library / "_cuda_build_report.txt").exists()
     (built,) = library.glob("_cuda.*")
-    module = tmp_path / built.name  # alone: with no torch, which loads CUDA's libraries
+    module = tmp_path / built.name  # alone, because torch would load CUDA's libraries
     shutil.copy(built, module)
     needed = _run("readelf", "-d", module, cwd=tmp_path).stdout
     assert "libc.so" in needed and "libcuda" not in needed
@@ -244,7 +247,7 @@ def test_cuda_that_does_not_compile_costs_no_cpu_module(tmp_path: Path) -> None:
     def change(source: Path) -> dict[str, str]:
         for path in (source / "csrc" / "cuda").glob("*.cu"):
             path.write_text("#error not today\n")
-        fast = source.parent / "c++"  # there is little to compute, and optimising takes long
+        fast = source.parent / "c++"  # optimising takes longer than the few computations
         fast.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
         fast.chmod(0o755)
         return {"FASTCLIP_BUILD_CUDA": "", "CXX": str(fast)}
@@ -291,7 +294,7 @@ def test_rebuilding_in_place_leaves_the_loaded_module(tmp_path: Path) -> None:
         path = os.pathsep.join([str(cmake.parent), os.environ["PATH"]])
         done = _setup(package.parent, "build_ext", "--inplace", PATH=path)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "words of the compiler" in done.stdout  # as `pip install -v` shows them
+        assert "words of the compiler" in done.stdout  # the compiler's output, as `pip install -v` shows it
         assert (loaded.read(), cpu.read_text()) == ("old", "new")
     assert {path.name for path in package.glob("*_c[pu]*")} == {cpu.name, "_cuda_build_report.txt"}
 

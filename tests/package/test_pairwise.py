@@ -1,4 +1,4 @@
-"""Tests of what runs without --full: every pair of levels of a `pairwise` matrix, and no case marked `full`."""
+"""A run without --full covers every pair of levels of a `pairwise` matrix, and runs no case marked `full`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_pairs_that_no_row_has_are_not_asked_for() -> None:
 
 
 def test_selection_is_covered_and_full_is_all(tmp_path: Path) -> None:
-    """What -k, -m or a name leaves is the matrix whose pairs are covered, so that a case which is asked for runs."""
+    """The cases that -k, -m or a name select form the matrix whose pairs are covered, so that a selected case runs."""
     (tmp_path / "test_it.py").write_text(MATRIX)
     asked = {
         "all": [],

@@ -1,4 +1,4 @@
-"""docs/promises.md is the table in tests/broken, whose tests exist and whose breaks still apply."""
+"""docs/promises.md is generated from the table in tests/broken, whose tests exist and whose breaks still apply."""
 
 from __future__ import annotations
 

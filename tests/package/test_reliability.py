@@ -1,4 +1,4 @@
-"""docs/reliability.md is what the tests' markers say."""
+"""docs/reliability.md is generated from the tests' markers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_document_is_what_the_markers_say() -> None:
 
 
 def test_every_marker_is_a_row() -> None:
-    """A decorator in another form, on a class say, would be in no row."""
+    """Every marker has a row. A decorator in another form, such as on a class, would have none."""
     text = document()
     for file in TESTS.rglob("test_*.py"):
         if file.name != Path(__file__).name:

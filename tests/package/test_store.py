@@ -1,4 +1,4 @@
-"""The store of what the tests build."""
+"""The store of the tests' builds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.store import KEPT, sources, stored
 
 
 def maker(folder: Path) -> Callable[[Path, Path], None]:
-    """Writes a file, and a line for every time that it is called."""
+    """Return a builder that writes a file, and a line for each of its calls."""
 
     def make(source: Path, place: Path) -> None:
         with (folder / "calls").open("a") as calls:
@@ -65,10 +65,10 @@ def test_other_options_are_another_build(folder: Path) -> None:
 
 def test_old_builds_are_removed(folder: Path) -> None:
     places = [ask(folder, number) for number in range(KEPT)]
-    for second, place in enumerate(places):  # the file system's clock may give several of them one time
+    for second, place in enumerate(places):  # the file system's clock may give several of them the same time
         os.utime(place, (second, second))
-    assert ask(folder, 0) == places[0]  # used last, though made first
-    (folder / "build" / "stored" / "thing" / "half").mkdir()  # of a process that was killed
+    assert ask(folder, 0) == places[0]  # built first but used last
+    (folder / "build" / "stored" / "thing" / "half").mkdir()  # left by a process that was killed
     new = ask(folder, "new")
     assert builds(folder) == {*places[2:], places[0], new}
 
@@ -86,7 +86,7 @@ def test_build_that_raises_leaves_nothing(folder: Path) -> None:
 
 
 def test_sources_may_change_meanwhile(folder: Path) -> None:
-    """What is built is what was asked for, and is stored as that."""
+    """Sources may change during a build: the build uses the original ones, and is stored for them."""
 
     def make(source: Path, place: Path) -> None:
         (folder / "source").write_text("two")

@@ -1,4 +1,4 @@
-"""Commands whose stdout is closed, or lacks characters; and what they say of errors."""
+"""Commands whose stdout is closed or lacks characters, and the text of their errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def plain(text: str) -> bool:
 def test_errors_and_the_log_cannot_move_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logging.root, "handlers", [])  # as in a process of the command's own
+    monkeypatch.setattr(logging.root, "handlers", [])  # as in the command's own process
     folder = tmp_path / f"{ODD}\nfastclip: all is well"
     (folder / "a").mkdir(parents=True)
     (folder / "more").symlink_to(tmp_path)
@@ -82,7 +82,7 @@ def test_results_cannot_move_the_terminal(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_names_are_printed_by_the_printing_module_alone() -> None:
-    names = re.compile(r"\.(output|folder|spec|target|model|save)\b")  # where a path, or what a user wrote, is held
+    names = re.compile(r"\.(output|folder|spec|target|model|save)\b")  # attributes that contain a path or a user's text
     for file in (ROOT / "fastclip" / "cli").rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
         bare = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "print"]

@@ -1,4 +1,4 @@
-"""The house's rules of structure: no circle of imports, and nothing too large to be read at once."""
+"""Rules of structure: no cycle of imports, and no file or folder too large to survey."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ SOURCES = sorted(
 
 
 def module_name(path: Path) -> str:
-    """Dotted name of a file: fastclip/ops/__init__.py is fastclip.ops, triton_kernels/tile.py as it is installed."""
+    """Return the dotted name of a file: fastclip/ops/__init__.py is fastclip.ops,
+    triton_kernels/tile.py is named as installed.
+    """
     parts = path.relative_to(ROOT).with_suffix("").parts
     if parts[0] == "triton_kernels":
         parts = ("fastclip", *parts)
@@ -26,7 +28,7 @@ def module_name(path: Path) -> str:
 
 
 def imported_names(source: str) -> Iterator[str]:
-    """Dotted names of the imports at the top of a module, which are made when it is loaded, and of those inside."""
+    """Yield the dotted names of all imports of a module, at its top and inside functions."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -35,20 +37,20 @@ def imported_names(source: str) -> Iterator[str]:
 
 
 def imports(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """The modules that each module imports, of those that `sources` (name: text) holds; a package is its __init__."""
+    """Map each module to the modules in `sources` (name: text) that it imports; a package is its __init__."""
     graph: dict[str, set[str]] = {}
     for name, text in sources.items():
         graph[name] = set()
         for target in imported_names(text):
             while target and target not in sources:
                 target = target.rpartition(".")[0]
-            if target not in ("", "fastclip", name):  # `import fastclip` loads nothing by itself: its names are lazy
+            if target not in ("", "fastclip", name):  # `import fastclip` loads nothing, because its names are lazy
                 graph[name].add(target)
     return graph
 
 
 def circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """A way along the arrows back to where it began, or [] where there is none."""
+    """Return a cycle of the graph as a list of nodes, or [] if there is none."""
     done: set[str] = set()
 
     def visit(node: str, way: list[str]) -> list[str]:
@@ -66,7 +68,7 @@ def circle(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def long_functions(source: str) -> list[str]:
-    """Functions of more than 60 lines, docstring apart, which for a user may be long; of kernels the launch alone."""
+    """List functions of more than 60 lines without their docstrings. Kernels are exempt, but not their launchers."""
     long = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(x) for x in node.decorator_list):
@@ -80,8 +82,9 @@ def long_functions(source: str) -> list[str]:
 
 
 def siblings(graph: Mapping[str, set[str]]) -> dict[str, dict[str, set[str]]]:
-    """Of each folder (a.b) the graph of what lies in it, files and folders: an import is an arrow between the two
-    siblings on whose sides the modules lie. A folder's __init__, whose names are lazy, has no arrows."""
+    """Return for each folder (a.b) the graph of its files and subfolders. An import is an edge between the siblings
+    that contain the two modules. A folder's __init__, whose names are lazy, has no edges.
+    """
     folders: dict[str, dict[str, set[str]]] = {}
     for source, targets in graph.items():
         for target in targets:
@@ -108,7 +111,7 @@ def test_no_circle_of_folders() -> None:
 
 
 def test_no_folder_is_a_maze() -> None:
-    """A module a command, and a module a kernel, are found by their names."""
+    """Folders have few modules, except two in which modules are found by name: one per command and one per kernel."""
     sizes = Counter(path.parent.relative_to(ROOT).as_posix() for path in SOURCES if path.name != "__init__.py")
     assert {folder for folder, size in sizes.items() if size > MODULES} <= {"fastclip/cli", "triton_kernels"}
 

@@ -12,8 +12,8 @@ from support import ROOT
 
 PACKAGE = ROOT / "fastclip"
 WRITES = {"write_text", "write_bytes", "save_file", "savefig", "imwrite", "to_csv", "to_parquet", "tofile"}
-SAVES = {"save", "dump"}  # of torch, of pictures, of json: into a file or into memory
-# Files of which something is written otherwise, and why.
+SAVES = {"save", "dump"}  # of torch, images and json, into a file or into memory
+# Files with another way of writing, and the reason for it
 ALLOWED = {
     "system/durable.py": "is what the others use",
     "training/run/metrics.py": "lines are added; a torn one is cut when the run goes on",
@@ -23,7 +23,7 @@ ALLOWED = {
 
 
 def writers(source: str) -> Iterator[str]:
-    """Calls that write a file, outside of `with new_file(...)` and `with new_folder(...)`."""
+    """Yield calls that write a file outside of `with new_file(...)` and `with new_folder(...)`."""
     tree = ast.parse(source)
     memory = {
         target.id

@@ -157,8 +157,8 @@ def test_address_that_is_none_is_refused(served: Served, method: str, capfd: pyt
 
 
 def test_nothing_outside_the_folder_is_served(served: Served) -> None:
-    """Images outside the folder are not served. A link may lead outside: its name appears among the results, but not its
-    image. A text that equals a path remains a text.
+    """Images outside the folder are not served. A link may lead outside: its name appears among the results, but not
+    its image. A text that equals a path remains a text.
     """
     (link,) = (one for one in served.json("/search?q=x") if one["name"] == "link.png")
     for path in (f"/picture?id={link['id']}", f"/like?id={link['id']}"):

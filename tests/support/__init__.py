@@ -1,4 +1,4 @@
-"""What the tests share: inputs, truth and tolerances, data with faults, processes that die, builds."""
+"""Shared parts of the tests: inputs, truth and tolerances, faulty data, processes that die, builds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def needs(*names: str) -> None:
-    """Skip a test, or a module, where packages are not installed: those of an extra of this package, or one by name."""
+    """Skip a test or a module unless packages are installed. A name is an extra of this package, or a package."""
     missing = sorted({package for name in names for package in _packages(name) if not _installed(package)})
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}", allow_module_level=True)
@@ -21,7 +21,7 @@ def needs(*names: str) -> None:
 
 @functools.cache
 def _packages(name: str) -> frozenset[str]:
-    """What an extra asks for; of any other name the name itself."""
+    """Return the packages that an extra requires, or the name itself if it is not an extra."""
     found: set[str] = set()
     for requirement in map(Requirement, requires("fastclip-kernels") or ()):
         if requirement.marker and requirement.marker.evaluate({"extra": name}):

@@ -1,4 +1,4 @@
-"""The comparison of a loss with the truth and with dense torch, and the inputs that it is made on."""
+"""The comparison of a loss with the truth and with dense torch, and its inputs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from fastclip.parity.promised import FP32_GRADIENT, FP32_SUM, LOSS, SCALE_GRADIENT
 from fastclip.parity.truth import Truth, loss_of, sigmoid_loss_of, truth
 
-DENSE_FACTOR = 2.0  # never worse than this times the dense formula in the same dtype
-PEAK_MIB = 100  # beyond inputs and their gradients, at N = 16,384 and less
-COLLAPSED = 4.0  # times FP32_SUM where all features are one: equal terms round in one direction
+DENSE_FACTOR = 2.0  # largest allowed multiple of the error of the dense formula in the same dtype
+PEAK_MIB = 100  # beyond inputs and their gradients, for N up to 16,384
+COLLAPSED = 4.0  # multiplies FP32_SUM if all features are equal: equal terms round in the same direction
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -23,7 +23,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def dense_direction(z: Tensor, positive: Tensor, smoothing: float, left_out: Tensor) -> Tensor:
-    """As `fastclip.parity.truth.direction`, by torch's cross-entropy: what people write, the base line."""
+    """Compute `fastclip.parity.truth.direction` with torch's cross-entropy, as users write it: the baseline."""
     has_positive = positive.any(1)
     z, positive, left_out = z[has_positive], positive[has_positive], left_out[has_positive]
     target = (1 - smoothing) * positive.to(z.dtype) / positive.sum(1, keepdim=True)
@@ -41,7 +41,9 @@ def dense(
     scale_last: bool = False,
     **options: Any,
 ) -> Tensor:
-    """Dense torch in the features' own dtype; the scale multiplies the images, or the cosines."""
+    """Compute the loss in dense torch and the features' dtype. The scale multiplies the images,
+    or the cosines (`scale_last`).
+    """
     u, v = (F.normalize(x, dim=1) if normalize else x for x in (image, text))
     scale = scale.to(u.dtype)
     z = scale * (u @ v.T) if scale_last else scale * u @ v.T
@@ -49,9 +51,9 @@ def dense(
 
 
 def dense_gradients(given: tuple[Tensor, ...], **options: Any) -> list[tuple[Tensor, ...]]:
-    """Gradients of dense torch in each of the orders in which people, and processors, multiply and add.
+    """Return gradients of dense torch for each of the orders in which users, and processors, multiply and add.
 
-    Its error swings by a factor of two between them where logits are large: the largest is what it may have.
+    With large logits the error differs by a factor of two between the orders; the largest one is the allowance.
     """
     found = []
     for reverse, scale_last in itertools.product((False, True), repeat=2):
@@ -79,11 +81,12 @@ def check(
     logit_error: float = 0.0,
     **options: Any,
 ) -> Truth:
-    """`loss(image, text, scale)` and its gradients against the truth (gate B) and against dense torch (gate A).
+    """Compare `loss(image, text, scale)` and its gradients with the truth (gate B) and with dense torch (gate A).
 
-    With a bias it is the sigmoid loss, `loss(image, text, scale, bias)`. Gate A is for tensors only; scalars swing too
-    much from seed to seed. It is left out where dense torch has no digits at all to compare with. `slack` widens
-    FP32_SUM. logit_error: of a positive's logit, hence of a solved batch's loss, relative.
+    With a bias, the loss is the sigmoid loss `loss(image, text, scale, bias)`. Gate A applies to tensors only,
+    because scalars vary too much between seeds. `base_line=False` omits it, for inputs where dense torch has lost
+    all digits. `slack` multiplies FP32_SUM. `logit_error` is the error of a positive's logit, and so the relative
+    error of a solved batch's loss.
     """
     expected = truth(image, text, scale, bias=bias, **options)
     scalars = (scale,) if bias is None else (scale, bias)
@@ -92,7 +95,7 @@ def check(
     value = loss(*given)
     found = dict(zip(names, torch.autograd.grad(value, given)))
     value = value.detach()
-    size = max(abs(scale), 1.0) if options.get("label_smoothing") else 0.0  # there a difference of means is added
+    size = max(abs(scale), 1.0) if options.get("label_smoothing") else 0.0  # smoothing adds a difference of means
     error = abs(float(value) - float(expected.loss))
     smallest = torch.finfo(value.dtype).tiny
     assert error <= (LOSS + logit_error) * float(expected.loss) + FP32_SUM * size + smallest, (
@@ -106,7 +109,8 @@ def check(
         assert abs(float(found[name]) - float(true)) <= budget, f"{name} {float(found[name])}, truth {float(true)}"
 
     base = dense_gradients(leaves(image, text, *scalars), **options) if base_line else []
-    roundings = 2 if options.get("label_smoothing") else 1  # its gradient is rounded apart, and added
+    # the gradient of the smoothing is rounded separately and added
+    roundings = 2 if options.get("label_smoothing") else 1
     for k, name in enumerate(names[:2]):
         true, true_sum = getattr(expected, name), getattr(expected, name + "_sum")
         check_gradient(name, found[name], true, true_sum, [gradients[k] for gradients in base], slack, roundings)
@@ -120,7 +124,7 @@ def check_gradient(
     error = (ours.double() - expected).norm()
     subnormal = (
         torch.finfo(ours.dtype).tiny * torch.finfo(ours.dtype).eps * ours.numel() ** 0.5
-    )  # float16 flushes below 6e-8
+    )  # float16 flushes to zero below 6e-8
     if ours.dtype == torch.float32:
         budget = FP32_GRADIENT * expected.norm() + slack * FP32_SUM * sums.norm() + subnormal
     else:
@@ -137,8 +141,9 @@ def check_gradient(
 
 
 def pairs(M: int, N: int, D: int, *, aligned: float = 0.5, noise: float = 0.3, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """fp32 features, a share of the texts being their image plus noise: peaked and flat rows together. Each matrix
-    lies inside a larger one filled with NaN: whoever reads past an edge gets NaN."""
+    """Return fp32 features in which a share of the texts are their image plus noise, so that peaked and flat rows both
+    occur. Each matrix lies inside a larger one filled with NaN, so that a read beyond an edge gives NaN.
+    """
     generator = torch.Generator().manual_seed(seed)
     image, text = torch.randn(M, D, generator=generator), torch.randn(N, D, generator=generator)
     both = torch.arange(min(M, N))[: round(aligned * min(M, N))]
@@ -170,7 +175,7 @@ LABELS = {
 
 
 def counted_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The operations of every matrix product from now on, 2 M N D each."""
+    """Record the operations (2 M N D) of every matrix product from now on, and return their list."""
     operations: list[int] = []
     for name in ("mm", "addmm"):
         real = getattr(torch, name)

@@ -15,7 +15,7 @@ N, SIZES = 22, (8, 8, 5, 1)
 
 
 class Pair(nn.Module):
-    """Two encoders with dropout between their layers, and what the losses take besides."""
+    """Two encoders with dropout between their layers, and the scalars of the losses."""
 
     def __init__(self, dropout: float = 0.0, norm: bool = False, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def gradients(model: nn.Module, step: Callable[[nn.Module], Tensor]) -> tuple[Te
 
 
 def kept_whole(loss: Callable[..., Tensor], batches: Sequence[Sequence[Tensor]]) -> Callable[[nn.Module], Tensor]:
-    """The same micro-batches with all their graphs: what the cached step saves."""
+    """Return a step that keeps the graphs of all micro-batches, which the cached step avoids."""
 
     def step(model: nn.Module) -> Tensor:
         outputs = [model(*batch) for batch in batches]

@@ -1,4 +1,4 @@
-"""A model that is a formula: what pictures are like by their mean colours, for tests of search."""
+"""A model for tests of search that is a formula of the mean colours of images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUERY = [Term(1.0, "anything")]
 
 
 class Colours:
-    """In the places of an embedder and of its model; counts what it embeds."""
+    """A stand-in for an embedder and its model that counts what it embeds."""
 
     def __init__(self, identity: str = "colours") -> None:
         self.identity, self.pictures, self.texts, self.loaded = identity, 0, 0, 0
@@ -40,7 +40,7 @@ class Colours:
         return torch.from_numpy(np.stack([unit_of(image) for image in images]))
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Eight letters a text."""
+        """Return eight letters per text."""
         return torch.tensor([[*map(ord, text[:8].ljust(8))] for text in texts])
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -72,7 +72,7 @@ def _unit(vector: Any) -> Any:
 
 
 def draw(path: Path, seed: int) -> Path:
-    """A picture like no other."""
+    """Write an image that differs from all others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     pixels[..., seed % 3] //= 2 + seed % 5
@@ -91,7 +91,7 @@ def counts(searched: SearchEngine, **options: int) -> tuple[int, int, int, int]:
 
 
 def check(searched: SearchEngine, photos: list[Path]) -> None:
-    """What is found is these files, with scores by the formula."""
+    """Check that a search finds exactly these files, with the scores of the formula."""
     found = {one.path: one.score for one in searched.find(QUERY, 1000)}
     assert found.keys() == {str(photo) for photo in photos}
     for photo in photos:

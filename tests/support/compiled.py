@@ -1,4 +1,4 @@
-"""Compiles what the Triton launchers launch, for a GPU that is not there, and reads the machine code."""
+"""Compile the kernels of the Triton launchers for a GPU that need not be present, and read their machine code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "MUFU.EX2", "LDL", "STL")
 
 
 class _NoDevice:
-    """What Triton asks of a driver in order to compile."""
+    """A driver with the answers that Triton needs in order to compile."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -56,7 +56,7 @@ def _variant(options: dict[str, Any]) -> str:
 
 
 def _read(compiled: Any) -> dict[str, int]:
-    """Figures of a kernel's machine code; its instructions where it multiplies matrices."""
+    """Return figures of a kernel's machine code, and its instructions if it multiplies matrices."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -65,7 +65,7 @@ def _read(compiled: Any) -> dict[str, int]:
             return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
 
         usage = dump("-res-usage")
-        # the disassembler takes half a second to start, as long as a kernel takes to compile
+        # the disassembler takes half a second to start, as long as compiling a kernel
         sass = dump("-sass") if "tt.dot" in compiled.asm["ttir"] else None
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
@@ -75,8 +75,9 @@ def _read(compiled: Any) -> dict[str, int]:
 
 @contextmanager
 def compiling(capability: int) -> Iterator[list[dict[str, Any]]]:
-    """Inside, CPU tensors are taken for those of a GPU of this compute capability (90 for 9.0), and kernels are
-    compiled in place of launched; what they came to is in the list."""
+    """Treat CPU tensors as tensors on a GPU of this compute capability (90 for 9.0), and compile kernels instead of
+    launching them. The list that is yielded receives their figures.
+    """
     seen: set[str] = set()
     machines: list[dict[str, Any]] = []
     run = JITFunction.run
@@ -92,13 +93,13 @@ def compiling(capability: int) -> Iterator[list[dict[str, Any]]]:
             about = {"kernel": self.__name__, "variant": _variant(options), "dtype": dtype}
             sizes = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared}
             machines.append({**about, **sizes, **_read(compiled)})
-        return None  # not to be launched the next time
+        return None  # nothing to launch at the next call
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(launch, "capability", lambda device: divmod(capability, 10))
         patch.setattr(launch, "fp32_products", lambda: "tf32x3")
-        patch.setattr(gradients, "addmm", lambda *args, **options: None)  # no kernel of ours
+        patch.setattr(gradients, "addmm", lambda *args, **options: None)  # the product is not a kernel of fastclip
         patch.setattr(planning, "plans", {})
         patch.setattr(driver, "_active", _NoDevice(capability))
         yield machines
@@ -131,7 +132,7 @@ def launch_sigmoid(p: Problem) -> None:
 
 
 def launch_everything(*choices: Any) -> None:
-    """One call of each operation on such a problem; inside `compiling` that compiles all it would launch."""
+    """Call each operation on such a problem; inside `compiling`, this compiles every kernel that it would launch."""
     p = problem(*choices)
     triton_backend.contrastive_fwd(p)
     triton_backend.contrastive_fwd(p, maxima=True)
@@ -142,24 +143,26 @@ def launch_everything(*choices: Any) -> None:
 
 
 def launched(chip: int) -> list[dict[str, Any]]:
-    """What every operation launches on this chip."""
+    """Return the figures of all kernels that the operations launch on this chip."""
     with compiling(chip) as machines:
         for dtype in (torch.bfloat16, torch.float32):
             launch_everything(512, dtype, False, False, True)
         launch_everything(512, torch.float32, True, False, True)
         launch_everything(512, torch.bfloat16, True, True, True)
-        if chip >= 90:  # before, the launch above compiles the same code and the exclusion of own pairs
+        if chip >= 90:  # below 9.0 the launch above compiles the same code, with the exclusion of the diagonal
             launch_everything(512, torch.bfloat16, True, False, True)
         with pytest.MonkeyPatch.context() as patch:  # as on AMD
             patch.setattr(plain, "_TICKET", False)
             launch_plain(problem(512, torch.bfloat16, False, False, True))
-        # a tail of D; before Hopper, tiles of float16 come to the registers and instructions of bfloat16's
+        # a tail of D; before Hopper, tiles of float16 have the registers and instructions of bfloat16
         launch_everything(59, torch.float16 if chip >= 90 else torch.bfloat16, False, False, False)
     return machines
 
 
 def spilling() -> list[dict[str, Any]]:
-    """A configuration known to spill: registers for a tile of 128 x 128 and all its gradients in four warps."""
+    """Compile a configuration that spills: the registers of four warps for a tile of 128 x 128 and all its
+    gradients.
+    """
     with compiling(90) as machines, pytest.MonkeyPatch.context() as patch:
         patch.setitem(launch.CONFIGS, ("contrastive_bwd", "hopper", "fp16", False), launch.Config(128, 128, 64, 4, 3))
         launch_bwd(problem(512, torch.bfloat16, False, False, True))

@@ -1,4 +1,4 @@
-"""Real pictures: pieces of the two photographs that come with scikit-learn."""
+"""Real images: crops of the two photographs that come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 
 
 def write_crops(folder: Path) -> list[str]:
-    """24 pictures, 12 of a temple in china and 12 of a flower; their names."""
+    """Write 24 images, 12 of a temple in China and 12 of a flower, and return their names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for name, pixels in zip(("china", "flower"), load_sample_images().images):
@@ -25,12 +25,12 @@ def write_crops(folder: Path) -> list[str]:
 
 
 def sentences(names: Sequence[str]) -> list[list[str]]:
-    """Five captions of each, or six."""
+    """Return five or six captions for each name."""
     return [[f"{name[:-4]} seen as number {c} of {k}" for c in range(5 + k % 2)] for k, name in enumerate(names)]
 
 
 def split_file(path: Path, images: Sequence[dict[str, Any]], dataset: str = "flickr30k") -> Path:
-    """In Karpathy's form, of objects with "sentences" as strings."""
+    """Write a file in Karpathy's format; the "sentences" of `images` are strings."""
     told = [image | {"sentences": [{"raw": text, "tokens": []} for text in image["sentences"]]} for image in images]
     path.write_text(json.dumps({"images": told, "dataset": dataset}), encoding="utf-8")
     return path

@@ -1,4 +1,6 @@
-"""The native CUDA module, its kernels run on a CPU (csrc/tests/emulate_sm90.h); built once a state of the sources."""
+"""The native CUDA module with kernels that run on a CPU (csrc/tests/emulate_sm90.h), built once per state of the
+sources.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ class Missing(Exception):
 
 
 def cuda_headers() -> Path:
-    """The folder of cuda.h: the toolkit's, or that of the wheels that torch brings."""
+    """Return the folder of cuda.h, from the toolkit or from the wheels that torch installs."""
     nvcc = shutil.which("nvcc")
     folders = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parent.parent]
     candidates = [Path(folder) / "include" for folder in folders if folder]
@@ -35,7 +37,7 @@ def cuda_headers() -> Path:
 
 
 def build(target: str) -> Path:
-    """`_cuda` (the module) or `test_cuda` (a program); raises Missing where what it is built with is not installed."""
+    """Build `_cuda` (the module) or `test_cuda` (a program); raise Missing if a build requirement is not installed."""
     if not native_build.CAN_BUILD:
         raise Missing(native_build.REASON)
     import pybind11

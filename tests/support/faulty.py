@@ -1,4 +1,4 @@
-"""Data with faults, as files."""
+"""Files with faulty data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
 
 
 def picture(shade: int = 0, kind: str = "PNG", **options: Any) -> bytes:
-    """16 pixels wide, 8 high, noise around a grey."""
+    """Return an image 16 pixels wide and 8 high, with noise around a grey."""
     noise = np.random.default_rng(shade).integers(0, 8, (8, 16, 3))
     file = io.BytesIO()
     Image.fromarray((noise + shade).astype(np.uint8)).save(file, kind, **options)
@@ -24,7 +24,7 @@ def picture(shade: int = 0, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def large_png(side: int) -> bytes:
-    """`side` x `side` pixels of one bit, all black: a valid file of little size."""
+    """Return a small but valid file of `side` x `side` black pixels with one bit each."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -45,7 +45,9 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 
 def write_folder(folder: Path, good: int, bad: list[tuple[bytes, bytes | None]] | None = None) -> Path:
-    """`good` pictures with captions, and for each of `bad` a picture (PNG by its name) and a caption, or none."""
+    """Write `good` images with captions, and for each of `bad` an image (named as PNG) with a caption, or without for
+    None.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [(picture(k), f"caption {k}".encode()) for k in range(good)]
     for k, (image, text) in enumerate([*pairs, *(bad or [])]):

@@ -1,8 +1,8 @@
-"""What a training step costs the host, without a GPU: calls, allocations, launches, time.
+"""The cost of a training step to the host, without a GPU: calls, allocations, launches, time.
 
 Triton's own launcher and the CUDA module's binding run, compiled for Hopper, on a driver that does nothing
-(fake_cuda.c), with CPU tensors in place of a GPU's: all that Python does is what it does on a GPU. Nothing is computed,
-so the values mean nothing. `measure` runs a process of its own, because Triton reads its environment once.
+(fake_cuda.c), with CPU tensors in place of a GPU's. Python executes exactly what it executes with a GPU. Nothing is
+computed, so the values mean nothing. `measure` starts a process, because Triton reads its environment only once.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from support.emulated import Missing
 from support.store import sources, stored
 
 N, D = 64, 512
-STEPS = 10  # that counts are of
+STEPS = 10  # averaged by the counts
 ROUNDS, BEST_OF = 200, 3
 
 
 def _headers() -> Path:
-    """The folder of Triton's cuda.h."""
+    """Return the folder of Triton's cuda.h."""
     spec = importlib.util.find_spec("triton")
     folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else Path("nowhere")
     if not (folder / "backends/nvidia/bin/ptxas").is_file():
@@ -43,7 +43,7 @@ def _headers() -> Path:
 
 
 def _driver() -> Path:
-    """A folder with the driver that does nothing, as libcuda.so.1."""
+    """Return a folder with the driver that does nothing, as libcuda.so.1."""
     headers = _headers()
     if shutil.which("gcc") is None:
         raise Missing("gcc is not installed, which Triton builds its launcher with")
@@ -62,7 +62,7 @@ def _compile(source: Path, target: Path, *flags: str) -> None:
 
 
 def _module() -> Path:
-    """The CUDA module on a runtime that does nothing: its kernels stay PTX, which nobody assembles."""
+    """Build the CUDA module with a runtime that does nothing; its kernels stay PTX and are never assembled."""
     if native_build.NVCC is None:
         raise Missing("nvcc is not installed")
     import pybind11
@@ -78,7 +78,7 @@ def _module() -> Path:
             *(f'-DFASTCLIP_CUDA_{name}="none"' for name in names),
             *sorted((source / "csrc").glob("bindings/cuda_module.cpp")),
             *sorted(path for path in (source / "csrc/cuda").iterdir() if path.suffix in (".cu", ".cpp")),
-            # its own copy of the runtime that does nothing, before torch's that is loaded by then
+            # a copy of the runtime that does nothing takes precedence over torch's, which is loaded by then
             *(place / "runtime.o", "-Xlinker", "-Bsymbolic", "-o", place / "_cuda.so"),
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -89,11 +89,11 @@ def _module() -> Path:
 
 @functools.cache
 def measure(what: str, backend: str, *, normalize: bool, capability: int = 90, loss: str = "contrastive") -> Any:
-    """Of one step, in a process of its own; raises Missing where what it is built with is not installed.
+    """Measure one step in a new process; raise Missing if a build requirement is not installed.
 
     Args:
-        what: "counts", by name; "times", of the yardstick's time; "arguments" of launches, see `arguments`; "public
-            arguments", where nothing is known of Triton's launcher but how it is called.
+        what: "counts", by name, or "times", as a multiple of the yardstick's time, or "arguments" of launches, see
+            `arguments`, or "public arguments", the same without knowledge of the inside of Triton's launcher.
         loss: "contrastive" or "sigmoid".
     """
     driver = _driver()
@@ -134,7 +134,7 @@ class Host:
         class Driver(CudaDriver):  # type: ignore[misc]
             def __init__(self) -> None:
                 self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
-                # built-in functions, as torch's are that tell a real device and stream
+                # built-in functions, like torch's functions for a real device and stream
                 self.get_current_device = functools.partial(int, 0)
                 self.get_current_stream = functools.partial(int.__mul__, 0)
 
@@ -147,7 +147,7 @@ class Host:
         driver._active = Driver()
 
     def _replace_device(self, capability: int) -> None:
-        """CPU tensors are taken for those of a GPU."""
+        """Treat CPU tensors as those of a GPU."""
         import torch
         from fastclip.triton_kernels import launch
 
@@ -160,14 +160,14 @@ class Host:
         real, one, out = torch.mm, torch.ones(1, 1), torch.ones(1, 1)
 
         def product(*args: Any, **options: Any) -> Any:
-            """One, whatever was asked for: CPUs have no product of bfloat16 in float32."""
+            """Compute a small product in place of any other, because CPUs cannot multiply bfloat16 into float32."""
             self.products += 1
             return real(one, one, out=out)
 
         torch.mm = torch.addmm = product
 
     def _load_module(self, path: str) -> None:
-        """In place of an installed one."""
+        """Load this module in place of an installed one."""
         loader = importlib.machinery.ExtensionFileLoader("fastclip._cuda", path)
         spec = importlib.util.spec_from_file_location("fastclip._cuda", path, loader=loader)
         assert spec is not None
@@ -190,7 +190,7 @@ class Host:
 
 
 def _called(step: Callable[[], None]) -> dict[str, float]:
-    """Calls of Python functions and, from Python, of C functions; those of C++ bindings among the latter."""
+    """Count calls of Python functions and, from Python, of C functions, including those of C++ bindings."""
     profile = cProfile.Profile()
     profile.enable()
     for _ in range(STEPS):
@@ -212,7 +212,7 @@ _KINDS: dict[str, Callable[[tuple[str, int, str]], bool]] = {
 
 
 def _allocated(step: Callable[[], None]) -> int:
-    """Tensors allocated, without the 1 that autograd begins with."""
+    """Count the tensors allocated by a step, except for the one with which autograd begins."""
     from torch.autograd.profiler import profile
 
     with profile() as recorded:
@@ -220,7 +220,7 @@ def _allocated(step: Callable[[], None]) -> int:
     events = [event for event in recorded.function_events if event.name.startswith(("aten::empty", "aten::new_empty"))]
 
     def outer(event: Any) -> bool:
-        """Not made by another of them, nor by autograd's."""
+        """Return True if an allocation belongs to no other one and not to autograd."""
         parent = event.cpu_parent
         while parent is not None:
             if parent in events or parent.name == "aten::ones_like":
@@ -232,7 +232,9 @@ def _allocated(step: Callable[[], None]) -> int:
 
 
 def _times(step: Callable[[], None], yardstick: Callable[[], None]) -> float:
-    """Ratio of the medians of a thread's time, the two taken in turns: other processes disturb both alike."""
+    """Return the ratio of the medians of a thread's time. The two are measured alternately, so that other
+    processes disturb both equally.
+    """
     taken: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS):
         for run, into in zip((step, yardstick), taken):
@@ -261,7 +263,7 @@ def stepper(loss: Callable[..., Any], inputs: list[Any]) -> Callable[[], None]:
 
 
 def arguments(backend: str, normalize: bool, loss: str) -> list[list[Any]]:
-    """What Triton's launcher is told in a first step and in a later one, which have the same memory."""
+    """Return the arguments of Triton's launcher in a first and in a later step, which use the same memory."""
     import torch
     from triton.runtime import driver
 
@@ -272,7 +274,7 @@ def arguments(backend: str, normalize: bool, loss: str) -> list[list[Any]]:
     told: list[Any] = []
 
     class Features(torch.Tensor):
-        """Allocates what was allocated the step before."""
+        """Features that allocate the memory of the step before again."""
 
         def new_empty(self, *size: Any, **options: Any) -> Any:
             taken = next(self.taken, None)
@@ -287,7 +289,7 @@ def arguments(backend: str, normalize: bool, loss: str) -> list[list[Any]]:
         return x.data_ptr() if isinstance(x, torch.Tensor) else x if isinstance(x, int | float | str) else repr(x)
 
     utils = driver.active.utils
-    utils.launch = lambda *args: told.append(plain([*args[:8], *args[11:]]))  # without hooks and what is for them
+    utils.launch = lambda *args: told.append(plain([*args[:8], *args[11:]]))  # without hooks and their arguments
     utils.fill_tma_descriptor_tiled = lambda *args: ("map", *plain(args))
     module = _backends._BACKENDS[backend]
     image, text, *scalars = (x.detach() for x in _inputs(loss))

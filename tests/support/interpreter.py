@@ -1,4 +1,4 @@
-"""Triton's interpreter mended: its bfloat16, whose bits it multiplies as integers and truncates; its speed."""
+"""Fixes of Triton's interpreter: bfloat16, whose bits it multiplies as integers and truncates, and its speed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def mend_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def widen_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernels that go along rows take 64 of them a program, not a GPU's 4 or 8: most of the interpreter's time
-    is spent by program, whatever its size. backends/test_triton.py keeps the real sizes."""
+    """Let kernels that process rows take 64 rows per program instead of a GPU's 4 or 8, since the interpreter's time is
+    mostly spent per program. backends/test_triton.py keeps the real sizes.
+    """
     for sizes in (features.NORMS, gradients.FINISH):
         assert sizes["BLOCK"] < 64
         monkeypatch.setitem(sizes, "BLOCK", 64)
@@ -46,8 +47,9 @@ def widen_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @functools.cache
 def replace_language_once() -> None:
-    """Spare half of the interpreter's time: at every call of a device function it looks through the language's modules
-    for what to replace, and has replaced it all when the kernel around it was launched."""
+    """Save half of the interpreter's time. At every call of a device function it searches the language's modules for
+    functions to replace, although the launch of the enclosing kernel has replaced them all.
+    """
     real, replaced = interpreter._patch_lang, set()
 
     def patch_lang(fn: Any) -> Any:
@@ -56,7 +58,7 @@ def replace_language_once() -> None:
         if found and found <= replaced:
             return interpreter._LangPatchScope()
         scope = real(fn)
-        if not replaced:  # a launch, which puts everything back at its end
+        if not replaced:  # a launch, which restores everything at its end
             restore = scope.restore
             scope.restore = lambda: (restore(), replaced.clear())
         replaced.update(found)

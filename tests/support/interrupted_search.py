@@ -1,7 +1,7 @@
-"""Run `filter_source` and `embed_source` in processes that are killed at every step, each going on where the last died.
+"""Run `filter_source` and `embed_source` in processes that are killed at every step, each resuming where the last died.
 
-python interrupted_search.py FOLDER: FOLDER/data is the source, FOLDER/TASK-whole the result of one run without a stop,
-FOLDER/TASK-killed that of many with one; prints the number of kills of each task.
+python interrupted_search.py FOLDER: FOLDER/data is the source, FOLDER/TASK-whole the result of one uninterrupted run,
+FOLDER/TASK-killed that of many killed runs. Prints the number of kills of each task.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ THRESHOLD, DEDUP = 0.0, 0.999
 
 
 def dying_at_the_second(real: Callable[..., Any]) -> Callable[..., Any]:
-    """Files appear by being renamed: one that is new may, before the next the process is killed."""
+    """Wrap os.replace so that one new file appears and the process is killed before the next."""
     count = 0
 
     def rename(half: Any, target: Any) -> Any:
@@ -50,7 +50,7 @@ def run(task: str, embedder: Embedder, source: Any, output: Path) -> None:
 
 
 def child(work: Callable[[], None]) -> int:
-    """The status of a process that does it."""
+    """Run `work` in a child process and return its exit status."""
     if pid := os.fork():
         return os.waitpid(pid, 0)[1]
     try:
@@ -68,7 +68,7 @@ def main() -> None:
     source = open_source(str(folder / "data"))
     torch.manual_seed(0)
     embedder = Embedder(create_model("ViT-tiny"), ClipTokenizer(), name="ViT-tiny")
-    # what every child would load for itself: Pillow's formats, and pandas, for which pyarrow looks
+    # loads once what every child would load: Pillow's formats, and pandas, which pyarrow looks for
     source[0].image.load()
     pyarrow.Table.from_pylist([{"key": 0}])
     for task in ("filter", "embed"):

@@ -1,4 +1,4 @@
-"""What the launchers of the GPU backends start, for tests of their work."""
+"""Records of the kernels that the launchers of the GPU backends start, for tests of their work."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def _flat(args: tuple[Any, ...]) -> list[Any]:
 
 
 class Launches:
-    """Kernels launched, those that repair tiles as "exact", the CUDA backend's tiles under their Triton twins' names;
-    whether a repair was asked for."""
+    """The kernels launched, and the repairs requested. Kernels that repair tiles are named "exact", and tiles of the
+    CUDA backend have the names of the equivalent Triton kernels.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
@@ -48,13 +49,15 @@ class Launches:
 
         for module in (contrastive_fwd, contrastive_bwd, contrastive_bwd_vectors, sequence):
             monkeypatch.setattr(module, "launch", watched)
-        monkeypatch.setattr(planning, "plans", {})  # what is watched is not kept: every launch is seen
+        monkeypatch.setattr(planning, "plans", {})  # cached plans would bypass the watched launches
         for name in ("contrastive_fwd", "contrastive_bwd", "sigmoid_fwd"):
             monkeypatch.setattr(cuda._Tiles, name, self._watch(f"{name}_kernel", getattr(cuda._Tiles, name)))
         self._watch_native(monkeypatch)
 
     def _watch_native(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The CUDA backend's losses of pairs, whose kernels are its own; the constants of one lead what it saves."""
+        """Watch the CUDA backend's losses of pairs, which launch their own kernels; their saved
+        arrays begin with the constants.
+        """
         fwd, bwd = cuda.plain_fwd, cuda.plain_bwd
 
         def watched_fwd(*args: Any) -> tuple[Tensor, Tensor]:
@@ -93,11 +96,11 @@ class Launches:
     def note(self, name: str, args: tuple[Any, ...]) -> None:
         self.names.append(name)
         self.arguments.append(args)
-        if name.startswith("exact"):  # the first of that size: what remains of a slice may have it too
+        if name.startswith("exact"):  # the first tensor of that size, because the rest of a slice may have it too
             self.constants.append(next(x for x in args if isinstance(x, Tensor) and x.shape == (CONSTANTS,)))
 
     def tensors(self, name: str) -> list[list[Tensor]]:
-        """Of every launch of a kernel, the tensors it was handed; of a tensor descriptor its tensor."""
+        """Return the tensors passed to every launch of a kernel, with a tensor descriptor as its tensor."""
         launches = (args for launched, args in zip(self.names, self.arguments) if launched == name)
         return [[x for x in (getattr(x, "base", x) for x in _flat(args)) if isinstance(x, Tensor)] for args in launches]
 

@@ -1,6 +1,6 @@
-"""A backend with a dtype of the features: what a test is parametrised by that is the same for every backend.
+"""Pairs of a backend and a dtype, by which tests that hold for every backend are parametrised.
 
-Without a GPU Triton's kernels run in its interpreter, the CUDA backend's in csrc/tests' emulator.
+Without a GPU, Triton's kernels run in its interpreter and the CUDA backend's in the emulator of csrc/tests.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from support.accuracy import pairs, poisoned
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
-# (N, D) by regime, of the CPU backend and of the two for GPUs. The CPU's tiles are 64 rows by 512 columns of logits,
-# its vectors 16 or 8 columns; the others' 64 or 128 rows by 64, 128 or 192 columns, 32 or 64 features at a time.
+# (N, D) by regime, for the CPU backend and for the two GPU backends. The CPU's tiles are 64 rows by 512 columns of
+# logits, and its vectors 16 or 8 columns. GPU tiles are 64 or 128 rows by 64, 128 or 192 columns, with 32 or 64
+# features at a time.
 SHAPES = {
     "single pair": ((1, 8), (1, 8)),  # no negatives
     "one dimension": ((2, 1), (2, 1)),
     "tiny": ((7, 3), (7, 3)),  # less than a vector
-    "tile": ((64, 59), (128, 64)),  # on a CPU all its rows, and a D that is a multiple of nothing
-    "past a tile": ((65, 64), (129, 59)),  # one row; on a GPU one column too, and rows that are not aligned
-    "columns of a tile": ((512, 16), (64, 72)),  # on a GPU of the narrowest, and a D tail
-    "past columns": ((513, 32), (150, 72)),  # one; on a GPU tiles of any width end ragged, rows and columns
+    "tile": ((64, 59), (128, 64)),  # on a CPU all rows of a tile, with an odd D
+    "past a tile": ((65, 64), (129, 59)),  # by one row; on a GPU also by one column, with unaligned rows
+    "columns of a tile": ((512, 16), (64, 72)),  # on a GPU of the narrowest tile, with a tail of D
+    # by one column; on a GPU, tiles of any width end ragged in rows and columns
+    "past columns": ((513, 32), (150, 72)),
     "RN50x4": ((130, 640), (40, 640)),
     "ALIGN": ((96, 1376), (33, 1376)),
 }
@@ -39,7 +41,7 @@ class Kind(NamedTuple):
 
     backend: str
     dtype: torch.dtype
-    by_statistics: bool = False  # the loss of pairs is made in torch of the statistics, as those of labels are
+    by_statistics: bool = False  # the loss of pairs is computed in torch from the statistics, as losses of labels are
 
     def __str__(self) -> str:
         name = f"{self.backend}-{str(self.dtype).removeprefix('torch.')}"
@@ -61,11 +63,11 @@ class Kind(NamedTuple):
         return tuple(poisoned(x, self.dtype) for x in pairs(*shape, **options))
 
     def loss(self, **options: Any) -> Callable[..., Tensor]:
-        """From and to the CPU, where the truth is."""
+        """Return a loss that takes and returns tensors on the CPU, where the truth is computed."""
         if (labels := options.pop("labels", None)) is not None:
             options["image_labels"], options["text_labels"] = (y.to(self.device) for y in labels)
         if self.by_statistics:
-            options["comm"] = "ring"  # of no group; the short way takes only what is the default
+            options["comm"] = "ring"  # without a group; the op of pairs serves only the default
 
         def loss(image: Tensor, text: Tensor, *scalars: Tensor) -> Tensor:
             function = fastclip.contrastive_loss if len(scalars) == 1 else fastclip.sigmoid_loss
@@ -75,7 +77,7 @@ class Kind(NamedTuple):
         return loss
 
     def logit_error(self, scale: float, D: int) -> float:
-        """Of a positive's logit that is summed by tensor cores, as with labels."""
+        """Return the error of a positive's logit that tensor cores sum, as with labels."""
         return scale * D * TENSOR_CORES if self.device == "cuda" and self.dtype != torch.float32 else 0.0
 
     def tolerance(self, fp32: float, half: float) -> float:
@@ -83,12 +85,12 @@ class Kind(NamedTuple):
 
 
 CPU_KINDS = [Kind("cpu", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-# The interpreter multiplies bfloat16 wrongly, and the Triton backend refuses it there
+# The interpreter multiplies bfloat16 wrongly, so the Triton backend refuses it there
 TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 GPU_KINDS = [Kind("triton", dtype) for dtype in TRITON_DTYPES]
 GPU_KINDS += [Kind("cuda", dtype) for dtype in (torch.bfloat16, torch.float16)]
 KINDS = CPU_KINDS + GPU_KINDS
-# The loss of pairs has two ways that must not differ: one op, and the way of all others
+# The loss of pairs has two paths that must not differ: a single op, and the path of all other losses
 WAYS = [*KINDS, *(Kind("cpu", dtype, by_statistics=True) for dtype in (torch.float32, torch.bfloat16, torch.float16))]
 WAYS += [Kind("triton", torch.float16, by_statistics=True), Kind("cuda", torch.bfloat16, by_statistics=True)]
 REFERENCE = Kind("reference", torch.float32)
@@ -103,14 +105,15 @@ def fp16(kinds: Iterable[Kind]) -> list[Kind]:
 
 
 def wide(kinds: Iterable[Kind]) -> list[Kind]:
-    """Those whose numbers reach as far as fp32's."""
+    """Return the kinds whose numbers have the range of fp32."""
     return [kind for kind in kinds if kind.dtype != torch.float16]
 
 
 def each_kind(kinds: Iterable[Kind], *, few: bool = False) -> pytest.MarkDecorator:
-    """Parametrise a test by `kind`; on a machine with a GPU those that run on it are marked `gpu`.
+    """Parametrise a test by `kind`; on a machine with a GPU, the kinds that run on it are marked `gpu`.
 
-    few: the dtype changes nothing. Without a GPU a test takes one dtype of each backend for GPUs, all with `--full`.
+    `few` marks tests that do not depend on the dtype. Without a GPU they take one dtype per GPU
+    backend, or all with `--full`.
     """
     marks = {kind: [pytest.mark.gpu] if kind.device == "cuda" else [] for kind in kinds}
     if few:
@@ -124,7 +127,7 @@ def each_kind(kinds: Iterable[Kind], *, few: bool = False) -> pytest.MarkDecorat
 
 
 def kept(x: Tensor, device: str = DEVICE) -> Tensor:
-    """On the device with its strides, inside its frame of NaN."""
+    """Return a tensor on the device with its strides, inside a frame of NaN."""
     return x if device == "cpu" else poisoned(x).to(device) if x.dim() == 2 else x.to(device)
 
 
@@ -132,7 +135,7 @@ LAYOUTS = ["transposed", "expanded", "every other column", "unaligned", "rows ap
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The numbers of a matrix in another of the `LAYOUTS`, among NaN; "expanded" repeats its first row."""
+    """Return the numbers of a matrix in another of the `LAYOUTS`, among NaN; "expanded" repeats its first row."""
     size, D = x.shape
     if layout == "transposed":
         return x.T.contiguous().T
@@ -146,7 +149,9 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def uneven(M: int, N: int, D: int = 16, *, largest: float = 1.48) -> tuple[Tensor, Tensor]:
-    """Norms from 0.1 to 10^largest in one batch: logits lie thousands apart, no single offset can serve them."""
+    """Return features with norms from 0.1 to 10^largest, whose logits are thousands apart, so
+    that no single offset serves them.
+    """
     image, text = pairs(M, N, D)
     rows, cols = torch.logspace(-1, largest, M), torch.logspace(largest, -1, N)
     return image * (rows / image.norm(dim=1))[:, None], text * (cols / text.norm(dim=1))[:, None]

@@ -1,4 +1,4 @@
-"""The machine code of compiled kernels (sm_90), and what its common path costs as far as that can be read."""
+"""The machine code of compiled kernels (sm_90), and the cost of its common path as far as it can be read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _END = frozenset({"BRA", "EXIT", "RET", "CALL", "BRX", "JMP"})
 
 
 class Instruction(NamedTuple):
-    """Instruction of a kernel; `stall` is how many clocks the scheduler waits at least before the warp's next one."""
+    """Instruction of a kernel; `stall` is the least number of clocks before the scheduler issues the warp's
+    next one.
+    """
 
     address: int
     text: str
@@ -27,7 +29,7 @@ class Instruction(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """The opcode and its modifiers."""
+        """Return the opcode and its modifiers."""
         return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0].split(".")
 
 
@@ -40,7 +42,7 @@ class Cost(NamedTuple):
 
 
 def functions(path: Path) -> Iterator[tuple[str, list[Instruction]]]:
-    """Mangled names and code of every kernel in an object file or cubin."""
+    """Yield the mangled name and the code of every kernel in an object file or cubin."""
     dump = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
     for part in dump.split("Function : ")[1:]:
         lines = part.splitlines()
@@ -52,7 +54,7 @@ def functions(path: Path) -> Iterator[tuple[str, list[Instruction]]]:
 
 
 def counts(code: list[Instruction]) -> Counter[str]:
-    """How often each opcode occurs, alone and with its first modifier."""
+    """Count each opcode, alone and with its first modifier."""
     found: Counter[str] = Counter()
     for instruction in code:
         words = instruction.words
@@ -62,7 +64,9 @@ def counts(code: list[Instruction]) -> Counter[str]:
 
 
 def epilogues(code: list[Instruction], exponentials: int) -> list[Cost]:
-    """List the epilogues of a kernel: runs of basic blocks, from their first exponential on, that have so many."""
+    """List the epilogues of a kernel: runs of basic blocks that contain `exponentials`
+    exponentials, from the first one on.
+    """
     targets = {int(found[1], 16) for x in code if (found := _TARGET.search(x.text))}
     blocks: list[list[Instruction]] = [[]]
     for instruction in code:

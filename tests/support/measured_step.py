@@ -1,4 +1,4 @@
-"""Run as a program, alone or as one of torchrun's processes: trains a few steps and prints the MiB that they took.
+"""Train a few steps and print the MiB that they took, as a program or as one of torchrun's processes.
 
 python tests/support/measured_step.py '{"model": "ViT-tiny", "pairs": 64, "micro_batch": 16}'
 """
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# benchmarks/ is not installed; and transformers would take kernels.py, which lies here, for its own
+# benchmarks/ is not installed, and transformers would import kernels.py of this folder
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -49,7 +49,9 @@ def _group() -> Iterator[None]:
 
 
 def train(options: dict[str, Any]) -> None:
-    """The second step has optimiser states; DDP makes its last buckets in it, which the third fills."""
+    """Take three steps. The second has optimiser states, and in it DDP builds its final buckets, which the
+    third fills.
+    """
     model = create_model(options["model"])
     model.set_grad_checkpointing(options.get("grad_checkpointing", False))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -1,4 +1,4 @@
-"""Builds for the tests: what is there to build with, CMake, and the Hopper kernels."""
+"""Builds for the tests: available tools, CMake, and the Hopper kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH",
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 CAN_BUILD = COMPILER is not None and shutil.which("cmake", path=PATH) is not None
 REASON = "cmake or a C++ compiler is not installed"
-# as setup.py looks for it
+# in the order of setup.py
 _NVCC = (os.environ.get("CUDACXX"), f"{os.environ.get('CUDA_HOME', '/nonexistent')}/bin/nvcc", "nvcc")
 NVCC = next((path for name in _NVCC if name and (path := shutil.which(name))), None)
 FLAGS = ("CC", "CXX", "CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX")
@@ -36,9 +36,9 @@ NOT_BUILT = "the sources were not built:"
 
 
 def build(source: Path, folder: Path, *, warnings: bool = True, **options: object) -> str:
-    """Configures and builds `source` in `folder`, unless `warnings` without one; everything that was printed.
+    """Configure and build `source` in `folder`, and return all output.
 
-    Raises AssertionError, which begins with `NOT_BUILT`.
+    With `warnings=False` a warning is an error. Raises an AssertionError that begins with `NOT_BUILT`.
     """
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
     configure = ["cmake", "-S", source, "-B", folder, *generator, *(f"-D{k}={v}" for k, v in options.items())]
@@ -53,14 +53,16 @@ def build(source: Path, folder: Path, *, warnings: bool = True, **options: objec
 
 @functools.cache
 def toolchain(*more: str) -> tuple[str, ...]:
-    """What builds depend on besides sources: versions of the compiler, CMake and `more`; flags of the environment."""
+    """Return what builds depend on besides sources: versions of the compiler, CMake and `more`, and flags of the
+    environment.
+    """
     commands = [word for word in (COMPILER, "cmake", *more) if word and shutil.which(word, path=PATH)]
     return *(run(word, "--version").stdout for word in commands), *(f"{k}={os.environ.get(k, '')}" for k in FLAGS)
 
 
 @functools.cache
 def can_run_setup() -> bool:
-    """Whether the package can be built with what is installed here, as far as these are Python packages."""
+    """Return True if the Python packages for building the package are installed."""
     try:
         return Version(version("setuptools")) >= Version("77") and Version(version("pybind11")) >= Version("2.13")
     except PackageNotFoundError:
@@ -68,10 +70,10 @@ def can_run_setup() -> bool:
 
 
 def cuda_module() -> Path:
-    """The CUDA module as setup.py builds it, and what the compiler said.
+    """Build the CUDA module as setup.py does, and return a folder with the results.
 
-    In the folder: `lib/fastclip`, which goes into a wheel; `objects`; `log.txt`, with ptxas' words; and CMake's
-    `commands.json`, in which SOURCE stands for the folder of the sources.
+    They are `lib/fastclip`, which goes into a wheel, `objects`, `log.txt` with ptxas' report, and CMake's
+    `commands.json`, in which SOURCE replaces the folder of the sources.
     """
     files = sources("setup.py", "CMakeLists.txt", "csrc/fastclip.h", "csrc/cuda", "csrc/bindings")
 

@@ -1,4 +1,4 @@
-"""Folders that several tests read, each made once a run by the process of pytest-xdist that asks first."""
+"""Folders that several tests read, each built once per run by the process of pytest-xdist that needs it first."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-_run: Path | None = None  # of all processes
+_run: Path | None = None  # shared by all processes
 
 
 def begin(factory: pytest.TempPathFactory, *, beside_others: bool) -> None:
-    """Choose where `once` keeps what it makes, for this process."""
+    """Choose the folder in which `once` stores its results, for this process."""
     global _run
-    folder = factory.getbasetemp()  # of a process of pytest-xdist it lies in that of all
+    folder = factory.getbasetemp()  # the folder of a pytest-xdist process lies inside the common one
     _run = folder.parent if beside_others else folder
 
 
 def once(name: str, make: Callable[[Path], object]) -> Path:
-    """Return the folder that `make` filled, once a run. Tests only read it.
+    """Return the folder that `make` filled once in this run. Tests only read it.
 
-    Where `make` raises, every later caller fails at once and is told why.
+    If `make` raises, every later caller fails at once with the reason.
     """
     assert _run is not None
     place = _run / "once" / name
@@ -33,11 +33,11 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
         if failed.exists():
             pytest.fail(f"{name!r} was not made:\n{failed.read_text()}", pytrace=False)
         if not made.exists():
-            shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed
             place.mkdir()
             try:
                 make(place)
-            except BaseException:  # a test's timeout, too
+            except BaseException:  # a test's timeout included
                 failed.write_text(traceback.format_exc())
                 raise
             made.touch()

@@ -20,8 +20,8 @@ _OPERATOR = re.compile(r"[|&;<>()]+")
 class Block(NamedTuple):
     language: str
     code: str
-    line: int  # of its first line, from 1
-    not_run: str | None  # the reason of `<!-- not run: reason -->` in the line before the block
+    line: int  # of its first line, counted from 1
+    not_run: str | None  # the reason in a `<!-- not run: reason -->` on the line before the block
 
 
 def name(page: Path) -> str:
@@ -39,7 +39,9 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Words of every command line of the `console` blocks, continuations joined, pipes and comments cut off."""
+    """Yield the words of every command in the `console` blocks, with continuations joined and pipes and comments
+    removed.
+    """
     for block in blocks(page, "console"):
         for line in block.code.replace("\\\n", " ").splitlines():
             if not line.startswith("$ "):
@@ -51,18 +53,18 @@ def commands(page: Path) -> Iterator[list[str]]:
                 if _OPERATOR.fullmatch(word):
                     yield words
                     words = []
-                elif words or not re.match(r"[A-Z_]+=", word):  # a variable before the command
+                elif words or not re.match(r"[A-Z_]+=", word):  # an assignment of a variable before the command
                     words.append(word)
 
 
 def links(page: Path) -> list[str]:
-    """What the page links to, but for other sites."""
+    """Return the links of a page, except to other sites."""
     text = re.sub(r"`[^`\n]*`", "", _FENCE.sub("", page.read_text(encoding="utf-8")))
     return [target for target in _LINK.findall(text) if not re.match(r"[a-z]+:", target)]
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """Return the anchors that GitHub creates for the headings."""
     headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     words = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower() for heading in headings)
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in words}

@@ -1,4 +1,6 @@
-"""Few of a matrix of tests: each level of each axis, each pair of levels of two axes; none that is marked `full`."""
+"""A small part of a test matrix that has each level of each axis and each pair of levels of two
+axes, and no case marked `full`.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ import pytest
 
 
 def cover(rows: Sequence[Mapping[str, Hashable]]) -> list[int]:
-    """Find rows that have every pair of levels that any row has.
+    """Find rows that contain every pair of levels that occurs in any row.
 
     Args:
-        rows: the level of each axis, the same axes in every row.
+        rows: the level of each axis, with the same axes in every row.
 
     Returns:
-        Their indices, in order. Greedy: no smallest set, but the same one every time.
+        Their indices in ascending order. The search is greedy: not the smallest set, but always the same one.
     """
     pairs = [set(combinations(row.items(), 2)) or set(row.items()) for row in rows]
     missing = set().union(*pairs)
@@ -29,8 +31,9 @@ def cover(rows: Sequence[Mapping[str, Hashable]]) -> list[int]:
 
 
 def levels(item: pytest.Item) -> dict[str, Hashable]:
-    """Of each axis of a test's matrix its level: an axis is a `parametrize`, which may name several arguments, or a
-    fixture with parameters. Values are told apart as objects: those of a level are one object in all tests."""
+    """Return the level of each axis of a test's matrix. An axis is a `parametrize`, possibly of several arguments, or a
+    fixture with parameters. Values are compared as objects, since all tests share the object of a level.
+    """
     level = {name: id(value) for name, value in item.callspec.params.items()}  # type: ignore[attr-defined]
     axes: dict[str, Hashable] = {}
     for mark in item.iter_markers("parametrize"):
@@ -40,9 +43,10 @@ def levels(item: pytest.Item) -> dict[str, Hashable]:
 
 
 def split(items: Sequence[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
-    """Split collected tests into those to run and those that are left to `--full`.
+    """Split collected tests into those to run and those that only `--full` runs.
 
-    These are what `@pytest.mark.pairwise` spares, and cases marked `full` unless no other of their test was asked for.
+    The latter are the cases that `@pytest.mark.pairwise` saves, and cases marked `full` unless no other
+    case of their test was selected.
     """
     matrices = defaultdict(list)
     for item in items:

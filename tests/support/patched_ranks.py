@@ -1,4 +1,4 @@
-"""What two ranks of tests/integrations/test_integrations.py find.
+"""Run the two ranks of tests/integrations/test_integrations.py.
 
     cd tests; python -m support.patched_ranks FOLDER    leaves FOLDER/rank.pt
 
@@ -21,12 +21,12 @@ from transformers.models.clip.modeling_clip import CLIPConfig, CLIPModel
 
 from fastclip.integrations import patch_open_clip, patch_transformers, unpatch
 
-N = 6  # pairs of a rank
+N = 6  # pairs per rank
 FLAGS = [(local, gather) for local in (False, True) for gather in (False, True)]
 
 
 def features() -> tuple[Tensor, Tensor]:
-    """Of all ranks."""
+    """Return the features of all ranks."""
     torch.manual_seed(0)
     return torch.nn.functional.normalize(torch.randn(2, 2 * N, 8, dtype=torch.float64), dim=-1).unbind()
 
@@ -42,7 +42,7 @@ def clip_model() -> Any:
 
 
 def clip_batch() -> dict[str, Any]:
-    """Of all ranks."""
+    """Return the batch of all ranks."""
     torch.manual_seed(1)
     ids = torch.randint(2, 19, (2 * N, 4))
     ids[:, -1] = 19
@@ -50,7 +50,7 @@ def clip_batch() -> dict[str, Any]:
 
 
 def of_open_clip(rank: int) -> dict[Any, Any]:
-    """(patched, which loss) -> value and gradients."""
+    """Return value and gradients by (patched, loss)."""
     own = slice(rank * N, (rank + 1) * N)
     losses = {flags: open_clip.loss.ClipLoss(*flags, rank=rank, world_size=2) for flags in FLAGS}
     losses |= {impl: open_clip.loss.SigLipLoss(rank=rank, world_size=2, dist_impl=impl) for impl in ("bidir", "reduce")}
@@ -69,7 +69,7 @@ def of_open_clip(rank: int) -> dict[Any, Any]:
 
 
 def of_transformers(rank: int) -> dict[Any, Any]:
-    """(patched, group) -> this rank's loss, and the gradients after DDP's mean."""
+    """Return this rank's loss, and the gradients after DDP's mean, by (patched, group)."""
     own = {key: x[rank * N : (rank + 1) * N] for key, x in clip_batch().items()}
     found = {}
     for patched, group in ((False, None), (True, None), (True, "world"), (True, dist.group.WORLD)):

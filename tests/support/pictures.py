@@ -1,4 +1,4 @@
-"""Real pictures, which come with scikit-learn and matplotlib, and ones that cannot be used, as a folder."""
+"""A folder of real images, which come with scikit-learn and matplotlib, and of files that cannot be used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ FILES = {
 
 
 def real_pictures(folder: Path) -> Path:
-    """Five that can be used, of which one has two captions and one a .json with more, and four others."""
+    """Write five usable images, one with two captions and one with a .json of further fields, and four
+    unusable files.
+    """
     folder.mkdir(parents=True)
     for name, (package, path, caption) in FILES.items():
         found = find_spec(package)

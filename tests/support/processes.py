@@ -1,7 +1,7 @@
 """Children of tests: programs that are started and processes that are forked. None outlives its test.
 
-Signals do to a child what they do to a program that is started at a terminal, whatever pytest inherited: where a script
-runs it in the background, Ctrl-C (SIGINT) is ignored, by it and by all that it starts.
+Signals act on a child as on a program started at a terminal, whatever pytest inherited. A script that runs pytest in
+the background makes it, and all processes that it starts, ignore Ctrl-C (SIGINT).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Popen = subprocess.Popen[str]
 _HEEDED = ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP")
 _DIES_WITH_PARENT, _ADOPTS = 1, 36  # PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER of Linux
 _children: dict[int, Popen | None] = {}  # by pid; each leads a session
-# Takes the pid of a program that it becomes
+# A program that prepares the process and then replaces itself by the command
 _LAUNCHER = f"""
 import ctypes, os, signal, sys
 for number in map(signal.Signals.__getitem__, {_HEEDED}):
@@ -40,7 +40,7 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 def start(words: Sequence[str | Path], *, ignored: Collection[signal.Signals] = (), **options: Any) -> Popen:
-    """A program as subprocess.Popen, with pipes of text, in a session of its own; `ignored` are signals it ignores."""
+    """Start a program with subprocess.Popen in a new session, with text pipes; it ignores the signals in `ignored`."""
     launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, " ".join(number.name for number in ignored)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process: Popen = subprocess.Popen([*launcher, *map(str, words)], start_new_session=True, **{**pipes, **options})
@@ -49,9 +49,9 @@ def start(words: Sequence[str | Path], *, ignored: Collection[signal.Signals] = 
 
 
 def forked(work: Callable[[], object], said: Path | None = None, **environment: str) -> int:
-    """The pid of a child that runs `work`, in a session of its own.
+    """Fork a child that runs `work` in a new session, and return its pid.
 
-    Its status is 0, 1 where `work` raises, with its words in `said`, or that of a SystemExit.
+    The exit status is 0, or 1 if `work` raises (with the message in `said`), or that of a SystemExit.
     """
     pid = os.fork()
     if pid == 0:
@@ -75,7 +75,7 @@ def forked(work: Callable[[], object], said: Path | None = None, **environment: 
 
 
 def ended(pid: int, seconds: float = 300) -> int:
-    """The exit status of a child of `forked`, or less than 0: the signal that ended it."""
+    """Return the exit status of a child of `forked`, or the negative number of the signal that ended it."""
     end = time.monotonic() + seconds
     while not (found := os.waitpid(pid, os.WNOHANG))[0]:
         assert time.monotonic() < end, f"process {pid} does not end"
@@ -93,25 +93,25 @@ def wait_for(is_so: Callable[[], bool], seconds: float = 120) -> None:
 
 
 def in_session(session: int) -> list[str]:
-    """Processes that are left of a session, and not dead; none is seen where there is no /proc."""
+    """List the living processes of a session, none on systems without /proc."""
     return [str(process) for process in _processes() if process.session == session]
 
 
 def gloo_threads() -> int:
-    """Threads of this process that belong to a gloo group; none is seen where there is no /proc."""
+    """Count the threads of this process that belong to a gloo group, 0 on systems without /proc."""
     names = [Path(path, "comm").read_text().strip() for path in glob.glob("/proc/self/task/*")]
     return names.count("pt_gloo_runloop")
 
 
 def end_children() -> None:
-    """End what is left of the programs and forks of a test, with all that they started."""
+    """Kill the remaining programs and forks of a test, with all processes that they started."""
     while _children:
         pid, process = _children.popitem()
         for left in [found.pid for found in _processes() if found.session == pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
         if process is None:
-            with contextlib.suppress(ChildProcessError):  # the test has seen its end
+            with contextlib.suppress(ChildProcessError):  # the test has waited for it
                 if not os.waitpid(pid, os.WNOHANG)[0]:
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
@@ -124,13 +124,13 @@ def end_children() -> None:
 
 
 def adopt() -> None:
-    """From here on a process whose parent dies is a child of this one, for `left_behind` to see."""
+    """Make this process the new parent of all descendants whose parents die, so that `left_behind` sees them."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_ADOPTS, 1, 0, 0, 0)
 
 
 def left_behind(seconds: float = 20) -> list[str]:
-    """Processes below this one that do not end within a time; they are killed. None is seen where there is no /proc."""
+    """Return descendants that do not end within `seconds`, after killing them; none on systems without /proc."""
     end = time.monotonic() + seconds
     while (left := _below(os.getpid())) and time.monotonic() < end:
         time.sleep(0.05)
@@ -155,19 +155,19 @@ class _Process(NamedTuple):
 
 
 def _processes() -> list[_Process]:
-    """Those that are not dead."""
+    """Return all processes that are not dead."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # it has ended meanwhile
+        except OSError:  # ended in the meantime
             continue
         if state not in "ZX":
             found.append(_Process(int(stat.parent.name), int(parent), int(session)))
     return found
 
 
-# One a process that multiprocessing, or torch.compile, keeps until its end
+# processes that multiprocessing, or torch.compile, keeps until its end, one each
 _KEPT = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch/_inductor/compile_worker")
 
 
@@ -181,7 +181,7 @@ def _below(pid: int) -> list[_Process]:
 
 
 def _heed() -> None:
-    """In a child that was forked."""
+    """Reset signals to their defaults in a forked child, which also dies with its parent."""
     for number in map(signal.Signals.__getitem__, _HEEDED):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])

@@ -1,4 +1,4 @@
-"""A processor on which the rounding of a product depends on where it is in its matrix, as some have."""
+"""A processor whose rounding of a product depends on the place in the result, as on some real ones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "bmm", "ad
 
 
 class RoundsByPlace(TorchDispatchMode):
-    """``with RoundsByPlace():`` float32 products are up to two roundings off, by their place in the result.
+    """A mode in which float32 products are off by up to two roundings, depending on their place in the result.
 
-    So products of equal rows are not equal, as they are not with MKL's kernels for AVX2.
+    Products of equal rows therefore differ, as they do with MKL's kernels for AVX2.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Rows that a benchmark has written."""
+"""The rows that a benchmark has written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the ranks of tests/distributed/test_distributed.py do: every case of a group of W processes in one start.
+"""Run the ranks of tests/distributed/test_distributed.py: every case of a group of W processes in one launch.
 
     python tests/support/sharded.py W FOLDER        writes the results to FOLDER/rank.pt
-    python tests/support/sharded.py W FOLDER FAULT  ends or stops a rank in the middle; what the others raised
+    python tests/support/sharded.py W FOLDER FAULT  ends or stops a rank in the middle; writes the errors of the others
 
 The processes are forked, so that torch is imported once, and meet at a file of FOLDER.
 """
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is run as a program
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for a run as a program
 from torch import Tensor
 
 import fastclip
@@ -51,7 +51,7 @@ COMMS = ("gather", "ring")
 
 
 def accuracy_cases() -> list[tuple[str, str, str, str]]:
-    """(comm, shards, options, dtype): everything in fp32; what dtypes change, and what size does, with fewer."""
+    """List (comm, shards, options, dtype): everything in fp32, and fewer cases for what dtypes or sizes change."""
     cases = list(itertools.product(COMMS, ("equal", "unequal", "empty last"), OPTIONS, ["float32"]))
     cases += itertools.product(COMMS, ["unequal"], OPTIONS, ["bfloat16"])
     cases += itertools.product(COMMS, ["equal", "large"], ["plain", "labels", "sigmoid"], ["bfloat16", "float16"])
@@ -80,14 +80,14 @@ class Batch:
 
 
 def run(loss: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """Value and gradients."""
+    """Return value and gradients."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     value = loss(*leaves)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
 def sharded(batch: Batch, group: Any, **options: Any) -> list[Tensor]:
-    """fastclip's loss of this rank's shard and its gradients, those of the scalars too."""
+    """Return fastclip's loss of this rank's shard and its gradients, including those of the scalars."""
     own = batch.own
     scalars = [SCALE] if batch.bias is None else [SCALE, batch.bias]
     wide = torch.promote_types(batch.image.dtype, torch.float32)
@@ -121,7 +121,7 @@ class Rank:
         return {case: sharded(self.batch("unequal", case[1], "float64"), self.group, comm=case[0]) for case in cases}
 
     def equal_shards(self) -> bool:
-        """The promise changes no bit."""
+        """Return True if the promise of equal shards changes no bit."""
         return all(
             torch.equal(a, b)
             for comm, options in itertools.product(COMMS, OPTIONS)
@@ -166,8 +166,8 @@ class Rank:
         return run(lambda *x: fastclip.multiview_loss(x, SCALE, group=self.group, comm="ring"), *views)
 
     def open_clip(self) -> list[list[list[Tensor]]]:
-        """Ours and open_clip's, modules with the same arguments, on normalised features."""
-        if (theirs := sys.modules.get("open_clip.loss")) is None:  # it is not installed
+        """Return results of fastclip's and open_clip's modules with the same arguments on normalised features."""
+        if (theirs := sys.modules.get("open_clip.loss")) is None:  # not installed
             return []
         batch = self.batch("equal", "plain", "float64")
         image, text = (F.normalize(x[batch.own], dim=1) for x in (batch.image, batch.text))
@@ -188,12 +188,12 @@ class Rank:
         return [refused(module, image, text, SCALE, *bias) for module, bias in wrong]
 
     def training(self) -> list[Tensor]:
-        """Three steps of DDP: encoders and logit_scale."""
+        """Return the parameters (encoders, logit_scale) after three steps of DDP."""
         model = Encoders()
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         for step in range(3):
-            rows = samples(step, self.W)[self.rank :: self.W]  # another split than by shards: the mean is the batch's
+            rows = samples(step, self.W)[self.rank :: self.W]  # unlike the shards; the mean is the batch's
             image, text, scale = wrapped(rows)
             optimizer.zero_grad()
             comm = COMMS[step % 2]
@@ -210,14 +210,14 @@ class Rank:
             first = torch.autograd.grad(loss, inputs, create_graph=True)
             return list(torch.autograd.grad(sum(d.square().sum() for d in first), inputs))
 
-        # Differentiated by the sum over ranks of what each computes, as the loss itself
+        # The differentiated function is the sum over ranks, as for the loss itself
         found = twice(fastclip.contrastive_loss, SCALE, backend="reference")
         errors = [refused(twice, fastclip.contrastive_loss, SCALE, comm="ring", backend="reference")]
         errors.append(refused(twice, fastclip.sigmoid_loss, SCALE, -3.0, comm="ring", backend="reference"))
         return found, errors
 
     def compiled(self) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """Pairs: not compiled, and compiled."""
+        """Return pairs of results: not compiled, and compiled."""
         found = []
         cases = [("gather", "weighted and smoothed", True), ("gather", "labels", False), ("gather", "sigmoid", True)]
         for comm, options, whole in (*cases, ("ring", "labels", True), ("ring", "sigmoid", False)):
@@ -228,7 +228,7 @@ class Rank:
         return found
 
     def compiled_once(self, batch: Batch, comm: str, whole: bool, backend: str = "aot_eager") -> list[Tensor]:
-        """In one graph with equal_shards=True; without it a graph before the exchange and one after."""
+        """Compile one graph with equal_shards=True, otherwise one before the exchange and one after it."""
         names = ("contrastive_loss", "sigmoid_loss")
         real = [getattr(fastclip, name) for name in names]
         try:
@@ -240,7 +240,7 @@ class Rank:
                 setattr(fastclip, name, function)
 
     def compiled_order(self) -> list[Any]:
-        """The collectives of a step as they are written and as inductor orders them; graphs for four sizes."""
+        """Return the collectives of a step as written and as inductor orders them, and the graphs for four sizes."""
         called: list[str] = []
 
         def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -252,7 +252,7 @@ class Rank:
             patch.setattr(collectives, "all_gather", watched("all_gather", collectives.all_gather))
             for name in ("all_to_all_single", "all_reduce"):
                 patch.setattr(dist, name, watched(name, getattr(dist, name)))
-            for is_compiled in (False, self.rank > 0):  # beside a rank that is not
+            for is_compiled in (False, self.rank > 0):  # next to a rank that is not compiled
                 called.clear()
                 if is_compiled:
                     self.compiled_once(batch, "gather", True, "inductor")
@@ -268,7 +268,7 @@ class Rank:
         return [*orders, torch._dynamo.utils.counters["stats"]["unique_graphs"]]
 
     def added_on_the_way(self) -> list[list[Tensor]]:
-        """Pairs: texts' gradients as gloo's are summed, and as NCCL sums them."""
+        """Return pairs of the texts' gradients, summed as with gloo and as with NCCL."""
         found = []
         for shards, dtype in (("unequal", "float32"), ("equal", "float32"), ("unequal", "bfloat16")):
             batch = self.batch(shards, "labels", dtype)
@@ -279,7 +279,7 @@ class Rank:
         return found
 
     def empty_batches(self) -> list[str]:
-        """Where equal shards are promised nobody else can have a row."""
+        """Return the errors of empty batches: with equal shards promised, no rank can have a row."""
         nothing = torch.randn(2, 0, 8).unbind(0)
         losses = [(fastclip.contrastive_loss, ()), (fastclip.sigmoid_loss, (0.0,))]
         return [refused(f, *nothing, SCALE, *bias, group=self.group, equal_shards=True) for f, bias in losses]
@@ -292,7 +292,7 @@ class Rank:
         return [*under, sharded(batch, self.group)[0]]
 
     def operations(self) -> list[int]:
-        """Of a rank's matrix products, forward and backward together."""
+        """Return the operations of a rank's matrix products, forward and backward together."""
         counts = []
         for comm, options in itertools.product(COMMS, ("plain", "labels", "sigmoid")):
             batch = self.batch("large", options)
@@ -303,7 +303,7 @@ class Rank:
         return counts
 
     def texts_at_a_time(self) -> dict[str, int]:
-        """The most rows of (., D) that were made by the form's own code and alive together, forward and backward."""
+        """Return the most rows of (., D) that a form's own code keeps alive together, forward and backward."""
         most = {}
         for comm in COMMS:
             batch, alive = self.batch("large", "plain"), Alive(72)
@@ -314,7 +314,7 @@ class Rank:
         return most
 
     def delays(self) -> bool:
-        """A ring whose ranks fall behind at random gives the same bits."""
+        """Return True if a ring whose ranks fall behind at random gives the same bits."""
         expected = [sharded(self.batch("unequal", options), self.group, comm="ring") for options in OPTIONS]
         dice, exchange = random.Random(self.rank), ring.Ring.exchange
 
@@ -330,7 +330,7 @@ class Rank:
         return all(torch.equal(a, b) for x, y in zip(expected, found) for a, b in zip(x, y))
 
     def refusals(self) -> dict[str, tuple[str, float]]:
-        """What a rank raises where one of them has other arguments than the rest; and after how many seconds."""
+        """Return what a rank raises if one rank has other arguments than the rest, and after how many seconds."""
         odd = self.rank == self.W - 1
         x, y = torch.randn(2, 4, 8, requires_grad=True)
         labels = dict.fromkeys(("image_labels", "text_labels"), torch.arange(4))
@@ -373,8 +373,8 @@ class Rank:
         return found
 
     def groups(self) -> list[Any]:
-        """Part of the ranks; a mesh; what is no group."""
-        others = dist.new_group(list(range(1, self.W)))  # whose ranks are not the world's
+        """Return results for a part of the ranks, a mesh, and values that are not groups."""
+        others = dist.new_group(list(range(1, self.W)))  # its ranks differ from the world's
         part = [None, None]
         if self.rank:
             batch = Batch("unequal", "labels", "float64", self.W - 1, self.rank - 1)
@@ -395,7 +395,7 @@ class Rank:
 
 
 class Alive:
-    """Counts the rows of living tensors with D columns."""
+    """A counter of the rows of living tensors with D columns."""
 
     def __init__(self, D: int) -> None:
         self.D, self.rows, self.most = D, 0, 0
@@ -444,16 +444,16 @@ def samples(step: int, W: int) -> Tensor:
 
 
 CASES = [name for name in vars(Rank) if not name.startswith("_") and name not in ("batch", "compiled_once")]
-# Compiling takes seconds; with one rank nothing travels, and nobody disagrees
+# Compiling takes seconds. A single rank exchanges nothing and cannot disagree with another
 WORLDS = {"compiled": [2], "compiled_order": [2]}
 WORLDS |= {name: [2, 3, 4] for name in ("refusals", "delays", "groups", "open_clip")}
-FAULT_SECONDS = 2.0  # the group's timeout where a rank ends or stops
+FAULT_SECONDS = 2.0  # the group's timeout if a rank ends or stops
 
 
 def work(rank: int, W: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    seconds = datetime.timedelta(seconds=300)  # a rank waits for another that compiles
+    seconds = datetime.timedelta(seconds=300)  # a rank waits while another compiles
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W, timeout=seconds)
     cases = Rank(rank, W)
     found = {name: getattr(cases, name)() for name in CASES if W in WORLDS.get(name, [W])}
@@ -463,7 +463,7 @@ def work(rank: int, W: int, folder: Path) -> None:
 
 
 def work_with_fault(rank: int, W: int, folder: Path, fault: str) -> None:
-    """Rank 1 ends in the ring's second step, or stops before it joins a gather."""
+    """Run a loss in which rank 1 ends in the ring's second step, or stops before it joins a gather."""
     torch.set_num_threads(1)
     seconds = datetime.timedelta(seconds=FAULT_SECONDS)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W, timeout=seconds)
@@ -478,14 +478,14 @@ def work_with_fault(rank: int, W: int, folder: Path, fault: str) -> None:
     start = time.monotonic()
     error = refused(sharded, batch, dist.group.WORLD, comm="ring" if fault == "ends" else "gather")
     torch.save((error, time.monotonic() - start), folder / f"{rank}.pt")
-    os._exit(0)  # without the goodbye that others no longer answer
+    os._exit(0)  # a regular exit would wait for ranks that no longer answer
 
 
 def main() -> None:
     W, folder = int(sys.argv[1]), Path(sys.argv[2])
     if len(sys.argv) == 3 and W > 1:
         with contextlib.suppress(ImportError):
-            importlib.import_module("open_clip.loss")  # before the fork: it takes seconds
+            importlib.import_module("open_clip.loss")  # before the fork, because it takes seconds
     context = multiprocessing.get_context("fork")
     target = (work_with_fault, *sys.argv[3:]) if len(sys.argv) > 3 else (work,)
     processes = [context.Process(target=target[0], args=(rank, W, folder, *target[1:])) for rank in range(W)]

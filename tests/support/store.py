@@ -1,7 +1,6 @@
-"""A store of what tests build: folders under build/stored, named by a digest of all that goes into them.
+"""A store of what tests build: folders under build/stored, named by a digest of all that the build depends on.
 
-Sources that did not change are not built again, neither by another test nor by another process of pytest-xdist. Tests
-only read what is stored.
+Unchanged sources are not built again by another test or another process of pytest-xdist. Tests only read the folders.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from filelock import FileLock
 
 from support import ROOT
 
-KEPT = 2  # builds of a name: those that were used last
+KEPT = 2  # builds per name, those that were used last
 
 
 def sources(*names: str) -> list[Path]:
-    """The files of these folders and files of the repository, without what is built or cached among them."""
+    """Return the given files, and those in the given folders, of the repository, except built or cached ones."""
     found: set[Path] = set()
     for path in (ROOT / name for name in names):
         found.update(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
@@ -37,14 +36,14 @@ def _is_built(path: Path) -> bool:
 def stored(
     name: str, files: Iterable[Path], options: object, make: Callable[[Path, Path], None], *, root: Path = ROOT
 ) -> Path:
-    """The folder that `make` fills unless there is one already, of the same name, files and options.
+    """Return the folder that `make` fills, unless it exists already for the same name, files and options.
 
-    Whoever asks for the same name waits until it is there. Where `make` raises nothing is stored.
+    Other callers with the same name wait until it is complete. If `make` raises, nothing is stored.
 
     Args:
-        files: what is read, below `root`. The file that `make` is written in counts as well, unasked.
-        options: what else decides on the result, as anything whose `repr` says all; Python's version is added.
-        make: is called with a copy of `files`, which may be edited under it meanwhile, and an empty folder to fill.
+        files: files to read, below `root`. The file that contains `make` is always added.
+        options: everything else that determines the result, in an object's complete `repr`. Python's version is added.
+        make: called with a copy of `files`, whose originals may be edited meanwhile, and an empty folder to fill.
     """
     files = sorted({*files})
     makers = hashlib.sha256(Path(make.__code__.co_filename).read_bytes()).hexdigest()
@@ -73,7 +72,7 @@ def copy(path: Path, target: Path) -> Path:
 
 
 def copy_sources(files: Iterable[Path], folder: Path) -> Path:
-    """These files of the repository in `folder`, each at its place."""
+    """Copy these files of the repository into `folder`, with their relative paths."""
     for path in files:
         copy(path, folder / path.relative_to(ROOT))
     return folder
@@ -83,12 +82,13 @@ def _digest(about: str, files: list[Path], root: Path) -> str:
     digest = hashlib.sha256(about.encode())
     for path in files:
         for part in (str(path.relative_to(root)).encode(), path.read_bytes()):
-            digest.update(hashlib.sha256(part).digest())  # of one length: no end of one is the beginning of another
+            # digests have equal lengths, so that concatenation is unambiguous
+            digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:16]
 
 
 def _remove_old(shelf: Path) -> None:
-    """Remove all but the builds that were used last; with them the halves of processes that died."""
+    """Remove all builds except the most recently used ones, and the partial ones of dead processes."""
     folders = sorted((path for path in shelf.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime_ns)
     builds = [path for path in folders if len(path.name) == 16]
     for path in {*folders} - {*builds[-KEPT:]}:

@@ -1,9 +1,9 @@
 """A small two-tower training that every machine repeats: weights and batches are functions of a seed.
 
-    python tests/support/training_run.py --write     computes tests/golden/training_*.json anew
+    python tests/support/training_run.py --write     computes tests/golden/training_*.json again
 
-Plain torch layers, and numpy's RandomState, whose stream is frozen (NEP 19): no version of a library changes what is
-trained. Nothing here uses fastclip; the golden runs are dense torch in fp64.
+It uses plain torch layers, and numpy's RandomState, whose stream is frozen (NEP 19), so that no version of a library
+changes the training. Nothing here uses fastclip; the golden runs are dense torch in fp64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is run as a program
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for a run as a program
 from torch import Tensor, nn
 
 from support.accuracy import dense
@@ -31,20 +31,20 @@ STEPS = 100
 BATCH_SIZE = 64
 ATTRIBUTES, VALUES = 6, 8  # a caption has 6 words, each one of 8
 PIXELS, WIDTH, EMBEDDING = 144, 96, 128
-NOISE = 4.0  # of a pixel, against patterns of 1: the task is not solved, and the loss keeps its digits
-# Binary fractions, the same in fp32 and fp64: 1 - lr * decay rounded to fp32 would shift the scale alike every step,
-# and the two trainings would be ten times further apart.
+NOISE = 4.0  # per pixel, against patterns of 1: the task is not solved, and the loss keeps its digits
+# Binary fractions are equal in fp32 and fp64: 1 - lr * decay rounded to fp32 would shift the scale in the same
+# direction at every step, and the two trainings would be ten times further apart.
 LEARNING_RATE, DECAY, BETAS, EPS = 2**-9, 2**-3, (1 - 2**-3, 1 - 2**-6), 2**-20
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training, and how it calls its loss: `loss(image, text, scale, [bias,] **labels, **options)`."""
+    """A training with its way of calling the loss: `loss(image, text, scale, [bias,] **labels, **options)`."""
 
     labels: bool = False  # pairs that share their first two words are positives of each other
-    texts: int = BATCH_SIZE  # with fewer texts than images some images have no positive
+    texts: int = BATCH_SIZE  # with fewer texts than images, some images have no positive
     scale: float = 1 / 0.07  # at step 0; its log is learned
-    bias: float | None = None  # of the sigmoid loss, at step 0, learned too; None: the softmax loss, which has none
+    bias: float | None = None  # at step 0 of the sigmoid loss, learned too; None selects the softmax loss
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,10 +58,11 @@ CASES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One number a step: the loss, norms of its gradients by the features, gradients by log scale and bias.
+    """One number per step: the loss, the norms of its gradients by the features, and the
+    gradients by log scale and bias.
 
-    The losses alone would not do: AdamW divides by the gradient's size, so a gradient that is twice too large trains
-    the same model.
+    The losses alone would not suffice: AdamW divides by the size of the gradient, so that a gradient twice
+    too large trains the same model.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -72,7 +73,9 @@ class Run:
 
 
 class TwoTowers(nn.Module):
-    """pixels (M, PIXELS), words (N, ATTRIBUTES) -> features (M, EMBEDDING), (N, EMBEDDING), not normalised."""
+    """Towers from pixels (M, PIXELS) and words (N, ATTRIBUTES) to features (M, EMBEDDING) and
+    (N, EMBEDDING), not normalised.
+    """
 
     def __init__(self, case: Case, stream: np.random.RandomState) -> None:
         super().__init__()
@@ -94,17 +97,21 @@ class TwoTowers(nn.Module):
 
 
 def tower(inputs: int) -> nn.Module:
-    # GELU has no kink at which two trainings could part
+    # GELU has no kink at which two trainings could diverge
     return nn.Sequential(nn.Linear(inputs, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, EMBEDDING))
 
 
 def uniform(stream: np.random.RandomState, bound: float, shape: tuple[int, ...]) -> Tensor:
-    """fp32 in +- bound, so that runs in fp32 and in fp64 start alike; few bits, so that sums of them are exact."""
+    """Return fp32 numbers within +-bound, equal in runs in fp32 and fp64, and of few bits, so that their sums are
+    exact.
+    """
     return torch.from_numpy(bound * (stream.randint(-(2**15), 2**15 + 1, shape, dtype=np.int64) / 2**15)).float()
 
 
 def batches(seed: int) -> list[tuple[Tensor, Tensor]]:
-    """STEPS times pixels (BATCH_SIZE, PIXELS), words (BATCH_SIZE, ATTRIBUTES): an image shows its words' patterns."""
+    """Return STEPS pairs of pixels (BATCH_SIZE, PIXELS), which show the patterns of the words, and
+    words (BATCH_SIZE, ATTRIBUTES).
+    """
     stream = np.random.RandomState(seed)
     patterns = uniform(stream, 1.0, (ATTRIBUTES * VALUES, PIXELS))
     found = []
@@ -118,10 +125,10 @@ def batches(seed: int) -> list[tuple[Tensor, Tensor]]:
 def train(
     loss_function: Callable[..., Tensor], case: Case, *, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Run:
-    """A whole training: its features, and so the loss, are of `dtype`."""
+    """Run a whole training in `dtype`, which the features and so the loss have."""
     model = TwoTowers(case, np.random.RandomState(seed + 1)).to(dtype)
     matrices, others = ([p for p in model.parameters() if (p.dim() > 1) is is_matrix] for is_matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]  # as CLIP
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]  # as in CLIP
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS)
     run = Run()
     for pixels, words in batches(seed):
@@ -155,7 +162,7 @@ def dense_loss(
     text_labels: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """`support.accuracy.dense`, called as `contrastive_loss` and `sigmoid_loss` are."""
+    """Call `support.accuracy.dense` with the arguments of `contrastive_loss` and `sigmoid_loss`."""
     if image_labels is not None:
         options["labels"] = image_labels, text_labels
     return dense(image, text, scale, bias, **options)

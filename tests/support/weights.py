@@ -1,4 +1,4 @@
-"""Models with weights that matter, and their distance; for the tests of the encoders."""
+"""Models with non-trivial weights, and distances between results, for tests of the encoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def scatter(model: nn.Module, seed: int = 0) -> nn.Module:
-    """As after training: no bias is 0, no gain is 1, no running statistic is fresh; in eval mode."""
+    """Change a model as training would, so that no bias is 0, no gain 1 and no running statistic fresh; in
+    eval mode.
+    """
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
