@@ -1,9 +1,9 @@
-"""What a checkpoint costs a training step, written at once or in the background; rows in results/checkpoints.csv.
+"""Cost of checkpoints per training step, written at once or in the background; rows in results/checkpoints.csv.
 
     OMP_NUM_THREADS=1 python -m benchmarks.checkpoints --model ViT-tiny --save-every 1,10 --rounds 5
 
-A round is a run of every kind, one after the other, from the same weights over the same data: without checkpoints
-(one at the end, which is not timed by itself), with them in the background, with them at once.
+A round runs every kind in turn, from the same weights on the same data: without checkpoints (except one at the end,
+which the clock includes), with checkpoints in the background, and with checkpoints written at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ KINDS = ("none", "background", "at once")
 
 
 def seconds_a_step(options: TrainOptions, kind: str, save_every: int) -> tuple[float, int]:
-    """Wall clock of the whole loop, the last write included, and the bytes of a checkpoint."""
+    """Return the seconds per step, by the wall clock of the whole loop with the last write, and the bytes of a
+    checkpoint.
+    """
     with TemporaryDirectory(dir=options.output) as folder:
         every = None if kind == "none" else save_every
         run = train(replace(options, output=folder, save_every=every, async_save=kind != "at once"))
@@ -35,7 +37,7 @@ def seconds_a_step(options: TrainOptions, kind: str, save_every: int) -> tuple[f
 
 def measure(options: TrainOptions, save_every: int, rounds: int) -> list[dict[str, Any]]:
     timings, size, load = Timings(), 0, os.getloadavg()[0]
-    seconds_a_step(replace(options, max_steps=2), "background", 1)  # what is paid once
+    seconds_a_step(replace(options, max_steps=2), "background", 1)  # costs that occur only once
     for _ in range(rounds):
         for kind in KINDS:
             seconds, size = seconds_a_step(options, kind, save_every)

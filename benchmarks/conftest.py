@@ -45,5 +45,5 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def path(request: pytest.FixtureRequest, device: str) -> Path:
-    """Of the rows."""
+    """File of the rows."""
     return request.config.getoption("rows") or RESULTS / f"{device}.csv"

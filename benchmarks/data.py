@@ -1,12 +1,12 @@
-"""Samples a second of a pass over tar shards, beside webdataset's pipeline; rows in results/data.csv.
+"""Samples per second of a pass over tar shards, compared with webdataset's pipeline. Rows go to results/data.csv.
 
     python -m benchmarks.data --sizes 512x384,1024x768 --workers 2 --rounds 5
 
-Shards of JPEGs are made first. Every provider has the same transform (open_clip's for training, to 224 pixels), the
-same tokenizer and as many workers, which it starts anew in each pass. `webdataset` is its usual pipeline: shards in
-random order, a buffer of 1,000 samples to shuffle, decode, transform, batches. `fastclip` is what `fastclip train`
-reads; `fastclip_whole` decodes every JPEG at its full size. Before anything is timed the passes are compared: the same
-captions.
+The script first writes shards of JPEGs. Every provider has the same transform (open_clip's for training, to 224
+pixels), the same tokenizer and the same number of workers, which each pass starts again. `webdataset` is its usual
+pipeline: shards in random order, a shuffle buffer of 1,000 samples, decode, transform, batches. `fastclip` reads as
+`fastclip train` does; `fastclip_whole` decodes every JPEG at its full size. Before any timing, the passes are compared:
+they must yield the same captions.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from fastclip.system.installed import installed_version
 
 RESULTS = Path(__file__).parent / "results" / "data.csv"
 MODEL, PEER = "ViT-B-32", "webdataset"
-DISTINCT = 50  # pictures; the samples are these in turn
-BUFFER = 1000  # samples that webdataset shuffles among
+DISTINCT = 50  # images; the samples repeat them in turn
+BUFFER = 1000  # samples in webdataset's shuffle buffer
 
-Pass = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # -> images and token ids of each batch
+Pass = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # yields images and token ids of each batch
 
 
 @dataclass
 class Spent(Timings):
-    """CPU seconds, too, of this process and of the workers that have ended: they hardly depend on what else runs."""
+    """Timings with the CPU seconds of this process and its finished workers, which hardly depend on other load."""
 
     cpu: dict[str, list[float]] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class Case:
 
 
 def jpeg(case: Case, generator: np.random.Generator) -> bytes:
-    """Noise with a photograph's spectrum: every octave as strong as the others."""
+    """Return a JPEG of noise with a photograph's spectrum, in which every octave is equally strong."""
     pixels = np.zeros((case.height, case.width, 3))
     scale = 1
     while case.width // scale > 2:
@@ -76,7 +76,7 @@ def jpeg(case: Case, generator: np.random.Generator) -> bytes:
 
 
 def write_shards(case: Case, folder: Path) -> str:
-    """A brace pattern of the shards."""
+    """Write the shards, and return their brace pattern."""
     generator = np.random.default_rng(0)
     pictures = [jpeg(case, generator) for _ in range(DISTINCT)]
     for shard in range(case.shards):
@@ -143,7 +143,7 @@ def go_through(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
 
 
 def check(passes: dict[str, Pass], case: Case) -> None:
-    """Every pass has pictures of the right shape, and each caption once."""
+    """Check that every pass yields images of the right shape, and each caption once."""
     captions = {}
     for name, one in passes.items():
         images, ids = zip(*one())
@@ -154,7 +154,7 @@ def check(passes: dict[str, Pass], case: Case) -> None:
 
 
 def measure(case: Case, names: list[str], rounds: int, folder: Path) -> Spent:
-    """Rounds in which each takes a turn."""
+    """Run rounds in which every provider takes a turn."""
     pattern = write_shards(case, folder)
     passes = {name: PROVIDERS[name](case, pattern) for name in names}
     check(passes, case)

@@ -1,11 +1,11 @@
 """Everything that needs a GPU, in parts of under ten minutes: the tests marked `gpu`, then the benchmark of the losses
 case by case, and of training steps.
 
-python -m benchmarks.gpu_check --list
-python -m benchmarks.gpu_check --minutes 9
+    python -m benchmarks.gpu_check --list
+    python -m benchmarks.gpu_check --minutes 9
 
-Each part is a process of its own. A part that is done is not run again: the tests when they passed on the same code,
-a case when every provider that can run here has its row. So stop it whenever you like and call it again.
+Each part runs in its own process. A finished part is not run again: the tests if they passed on the same code, a case
+if every provider that can run here has its row. The script can therefore be stopped at any time and called again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from fastclip.cli.ending import sigterm_raises
 
 
 def parts(sizes: list[tuple[int, int]] = SIZES["cuda"]) -> list[Part]:
-    """The tests; whole steps of every size, which the tables show; training steps; then the halves of a step."""
+    """Return the tests, whole steps of every size (for the tables), training steps, and the
+    halves of a step, in this order.
+    """
     out = [Part(name) for name in TESTS]
     for loss, mode in (("softmax", "both"), ("sigmoid", "both"), ("softmax", "forward"), ("softmax", "backward")):
         if mode == "forward":
@@ -53,13 +55,14 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("torch finds no GPU here")
     end = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
-    with sigterm_raises():  # the part that is running is ended, too
+    with sigterm_raises():  # ends the running part as well
         return check(checklist, chosen, end)
 
 
 def check(checklist: Checklist, chosen: list[Part], end: float) -> int:
-    """Runs every part until time is up: 0 when all are done, 1 when one went wrong, 3 when some are left. Failing tests
-    are the end: what is wrong is not timed."""
+    """Run every part until time is up. Return 0 if all are done, 1 if one failed, 3 if some are left. Failing tests end
+    the run, because wrong results are not timed.
+    """
     wrong = left = 0
     for part in chosen:
         remaining = end - time.monotonic()
@@ -69,7 +72,7 @@ def check(checklist: Checklist, chosen: list[Part], end: float) -> int:
         result = checklist.do(part, min(SECONDS, remaining))
         print(f"{part.name:32s} {result}", flush=True)
         if result.startswith("took more") and remaining < SECONDS:
-            left += 1  # it had less time than is its own
+            left += 1  # it had less time than its limit
         elif result not in ("done", "no test is marked gpu"):
             wrong += 1
             if not part.loss:

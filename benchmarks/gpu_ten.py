@@ -1,18 +1,19 @@
-"""Measurements for a Hopper GPU that is at hand for ten minutes, in one command that ends within them.
+"""Measurements for a Hopper GPU that is available for ten minutes, in one command that ends within that time.
 
     python -m benchmarks.gpu_ten                                  everything, in order of worth
-    python -m benchmarks.gpu_ten --list                           the parts, what each tells, its seconds
-    python -m benchmarks.gpu_ten --only host,counters             these, also where they are done
-    python -m benchmarks.gpu_ten --variant before=../before       other builds beside this one
+    python -m benchmarks.gpu_ten --list                           the parts, their measurements, their seconds
+    python -m benchmarks.gpu_ten --only host,counters             these parts, even if they are done
+    python -m benchmarks.gpu_ten --variant before=../before       compare another build with this one
     python -m benchmarks.gpu_ten --dry-run                        the same code on a CPU with tiny sizes
 
-Each part is a process with a limit of its own, at which it is ended; what earlier parts did not need, later ones may
-use, up to twice their own. Rows are written as they come: those of steps to cuda.csv, all others to gpu_ten.csv. A part
-that is done on the same code is not run again, nor is a case of the part `steps`. A wrong value ends the run: what is
-wrong is not timed. Exit code 0: all is done; 1: something was wrong or failed; 3: parts are left.
+Each part is a process that is ended at its limit. Later parts may use the time that earlier ones left, up to twice
+their limit. Rows are written as they are measured: steps to cuda.csv, all others to gpu_ten.csv. A part, or a case of
+the part `steps`, that is done on the same code is not run again. A wrong value ends the run, because wrong results are
+not timed.
+Exit code 0: all parts are done. Exit code 1: a value was wrong, or a part failed. Exit code 3: parts are left.
 
-Steps are checked at their full size, 65,536 x 768 as well: the truth is computed in float32 on the GPU, about 4e13
-operations, which are a second or two. What takes time there is what has to be compiled first.
+Steps are checked at their full size, including 65,536 x 768: the truth is computed in float32 on the GPU, about 4e13
+operations or a second or two. Most of the remaining time is compilation.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from fastclip.cli.ending import sigterm_raises
 from fastclip.system.parent import end_with_parent
 
 RESULTS = ROOT / "benchmarks" / "results"
-SECONDS = 550.0  # and a few before the clock starts, in which torch is imported
-# A part's exit codes: a wrong value; no time for some of its pieces; a peer broke the GPU. 5 would be NO_TESTS
+SECONDS = 550.0  # without the seconds before the clock starts, in which torch is imported
+# Exit codes of a part: a wrong value; no time for some of its pieces; a peer broke the GPU. Code 5 is NO_TESTS
 WRONG, INCOMPLETE, PEER_LOST = 4, 3, 6
-RESERVE = 2.0  # seconds that a part leaves of its limit, to end by itself
+RESERVE = 2.0  # seconds before its limit at which a part ends on its own
 EXITS = {
     f"failed with exit code {WRONG}": "a value is wrong: nothing more is run",
     f"failed with exit code {INCOMPLETE}": "no time was left for all of it",
@@ -48,7 +49,7 @@ EXITS = {
 
 @dataclass(frozen=True)
 class Part(checks.Part):
-    """A child process: what it tells, its seconds, and the words that it is started with."""
+    """A child process: what it measures, its seconds, and its command-line arguments."""
 
     tells: str = ""
     seconds: float = 0.0
@@ -71,7 +72,7 @@ PARTS = (
 
 
 def run_part(name: str, arguments: argparse.Namespace) -> int:
-    """In a part's own process: 0, INCOMPLETE, PEER_LOST or WRONG."""
+    """Run a part in its own process, and return 0, INCOMPLETE, PEER_LOST or WRONG."""
     end_with_parent()
     from benchmarks.gpu import correct as gpu_correct
     from benchmarks.gpu import counters as gpu_counters
@@ -107,7 +108,7 @@ def run_part(name: str, arguments: argparse.Namespace) -> int:
 
 
 def training(log: Log) -> None:
-    """`gpu_timeline`, or a row that says what of the packages of training is missing."""
+    """Run `gpu_timeline`, or write a row that names a missing training package."""
     try:
         from benchmarks.gpu import timeline as gpu_timeline
     except ModuleNotFoundError as error:
@@ -119,21 +120,23 @@ def training(log: Log) -> None:
 
 
 def stand_in() -> str:
-    """The backend that stands for the GPU's in a dry run."""
+    """Return the backend that replaces the GPU's in a dry run."""
     import fastclip
 
     return "cpu" if fastclip.backends()["cpu"] == "available" else "reference"
 
 
 def limit(part: Part, later: list[Part], left: float) -> float:
-    """Seconds that a part may take: its own, or up to twice as many where the later ones keep theirs."""
+    """Return the seconds that a part may take: its own, or up to twice as many if the later parts keep theirs."""
     spare = left - sum(other.seconds for other in later)
     most = spare if part.takes_the_rest else min(spare, 2 * part.seconds)
     return max(0.0, min(max(part.seconds, most), left))
 
 
 def outcome(checklist: Checklist, part: Part, until: float) -> str:
-    """How a part ended that may run until then. Where a peer has broken the GPU, a new process goes on at once."""
+    """Run a part until `until`, and return how it ended. After a peer has broken the GPU, a new process continues at
+    once.
+    """
     result = "no time was left"
     timed = replace(part, words=(*part.words, "--until", f"{until:.1f}"))  # the same clock in every process
     while (seconds := until - time.monotonic()) > 2 * RESERVE:
@@ -145,7 +148,7 @@ def outcome(checklist: Checklist, part: Part, until: float) -> str:
 
 
 def check(checklist: Checklist, chosen: list[Part], end: float) -> int:
-    """Run the parts until time is up: 0 when all are done, 1 when one was wrong or failed, 3 when some are left."""
+    """Run the parts until time is up. Return 0 if all are done, 1 if one was wrong or failed, 3 if some are left."""
     failed = left = 0
     todo = [part for part in chosen if checklist.todo(part)]
     for part in chosen:
@@ -163,14 +166,14 @@ def check(checklist: Checklist, chosen: list[Part], end: float) -> int:
 
 
 def forget(markers: Path, names: list[str]) -> None:
-    """Parts that are asked for by name are run again, and their pieces."""
+    """Forget that the named parts and their pieces are done, so that they run again."""
     for name in names:
         for path in [markers / name, *markers.glob(f"{name}-*")]:
             path.unlink(missing_ok=True)
 
 
 def words_of(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """List the command-line words that every part is told."""
+    """List the command-line words that every part receives."""
     words = ["--rows", str(arguments.rows), "--markers", str(arguments.markers)]
     words += ["--dry-run"] if arguments.dry_run else []
     return (*words, *(word for variant in arguments.variant for word in ("--variant", str(variant))))
@@ -194,7 +197,7 @@ def options() -> argparse.ArgumentParser:
         "`pip install --target FOLDER --no-deps .` makes it of another commit; or NAME=VARIABLE:VALUE; repeatable",
     )
     parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)
-    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of time.monotonic()
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # by time.monotonic()
     return parser
 
 
@@ -232,17 +235,17 @@ def main(words: list[str] | None = None) -> int:
         if any(part.name == "variants" for part in chosen):
             print("variants     skipped: there is no --variant")
         chosen = [part for part in chosen if part.name != "variants"]
-    else:  # they are not what was measured the last time
+    else:  # the variants differ from those of the last call
         forget(arguments.markers, ["variants"])
     chosen = [replace(part, words=words_of(arguments)) for part in chosen]
     checklist = Checklist(arguments.rows / STEPS, arguments.markers)
     print(f"rows go to {arguments.rows}", flush=True)
-    with sigterm_raises():  # the part that is running is ended, too
+    with sigterm_raises():  # ends the running part as well
         return check(checklist, chosen, end)
 
 
 def folders(arguments: argparse.Namespace) -> None:
-    """Where rows and markers go. A dry run's are never beside results."""
+    """Set the folders of rows and markers. A dry run's are never those of results."""
     if arguments.rows is None:
         dry = arguments.dry_run
         arguments.rows = Path(tempfile.mkdtemp(prefix="dry-run-")) if dry else RESULTS

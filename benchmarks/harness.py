@@ -1,4 +1,4 @@
-"""The harness of `fastclip bench`, for every benchmark here: their rows say which commit was measured."""
+"""The harness of `fastclip bench` for all benchmarks here, whose rows also contain the measured commit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Case", "Provider", "Step", "Timings", "append", "commit", "machine",
 
 
 def commit() -> str:
-    """What is checked out, and whether anything but rows has changed since."""
+    """Return the commit that is checked out, with "+changes" if anything but rows has changed since."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -25,10 +25,10 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What every row says of where it was measured."""
+    """Return the columns that describe the machine in every row."""
     return about_cpu(commit())
 
 
 def append(path: Path, new: list[dict[str, Any]], about: dict[str, Any] | None = None) -> None:
-    """Add rows to a CSV, whose columns never change; `about` where they were measured, `machine()` without it."""
+    """Add rows to a CSV, whose columns never change. `about` describes the machine (default: `machine()`)."""
     fastclip.bench.harness.append(path, new, about or machine())

@@ -1,4 +1,4 @@
-"""The losses' figures and tables from the benchmark's rows alone; benchmarks/report.py asks for them."""
+"""Figures and tables of the losses from the benchmark's rows alone, for benchmarks/report.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERSIONS = ["torch", "fastclip", "open_clip"]
 CPU_COLUMNS = ["date", "machine", "threads", "isa", *VERSIONS]
 GPU_COLUMNS = ["date", "gpu", "driver", "cuda", "triton", *VERSIONS]
 
-# Colours that the colour-blind tell apart (Okabe and Ito, 2008; Tol, 2021); the floor is a bound, not a peer
+# Colours that the colour-blind can distinguish (Okabe and Ito, 2008; Tol, 2021). The floor is a bound, not a peer
 STYLES: dict[str, dict[str, str]] = {
     "fastclip": {"color": "#D55E00", "marker": "o"},
     "fastclip_cuda": {"color": "#D55E00", "marker": "o"},
@@ -43,7 +43,7 @@ Row = dict[str, str]
 
 
 def read(path: Path, loss: str = "softmax") -> list[Row]:
-    """The rows of a loss in mode `both`; of several for the same case and provider the last in the file."""
+    """Read the rows of a loss in mode `both`. The last row in the file counts for each case and provider."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: `make bench` writes it")
     with path.open(newline="") as file:
@@ -79,7 +79,7 @@ def _about(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], output: Path) -> None:
-    """Speed, share of the floor and peak memory against N, a line of panels for each dtype."""
+    """Draw speed, share of the floor and peak memory against N, with one line of panels per dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,7 +103,7 @@ def draw(rows: list[Row], output: Path) -> None:
             title=f"{dtype}: share of the floor (higher is better)", ylabel="% of the floor's speed", ylim=(0, None)
         )
         peak.set(title=f"{dtype}: peak memory (lower is better)", ylabel="MiB beyond features and gradients")
-        if any(_number(row, PEAK) > 0 for row in by_size.values()):  # a log axis wants something to show
+        if any(_number(row, PEAK) > 0 for row in by_size.values()):  # a log axis needs a positive value
             peak.set_yscale("log")
             peak.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     for panel in lines.flat:
@@ -118,9 +118,9 @@ def draw(rows: list[Row], output: Path) -> None:
 
 
 def _line(panel: Any, by_size: dict[tuple[int, str], Row], name: str, column: str) -> None:
-    """A provider's figures; hollow where it is only known that they do not fit."""
+    """Draw a provider's figures, as hollow markers where it is only known that they do not fit."""
     if name == "floor" and column == PEAK:
-        return  # has no step of its own to measure
+        return  # it has no step to measure
     style = {"marker": "", "linestyle": "-", "linewidth": 1.8, "markersize": 5.5, **STYLES.get(name, {})}
     sizes = sorted({N for N, _ in by_size})
     cells = [by_size.get((N, name)) for N in sizes]
@@ -151,7 +151,7 @@ def _dress(panel: Any, sizes: list[tuple[int, int]]) -> None:
 
 
 def _save(figure: Any, output: Path) -> None:
-    """With a palette of 64 colours, a third of the bytes."""
+    """Save the figure with a palette of 64 colours, which takes a third of the bytes."""
     from io import BytesIO
 
     from PIL import Image
@@ -162,8 +162,9 @@ def _save(figure: Any, output: Path) -> None:
 
 
 def table(rows: list[Row], dtype: str = "float32", ours: str = "fastclip", sizes: Iterable[int] = ()) -> str:
-    """Markdown: fastclip beside open_clip, a line for each N of the rows and of `sizes`. A dash is what has not been
-    measured. fastclip's rows are those of `ours` or, as `fastclip bench` writes, of its backend on a CPU."""
+    """Return a Markdown table of fastclip and open_clip, with a line for each N of the rows and of `sizes`. A dash
+    means not measured. fastclip's rows are those of `ours` or, as in rows of `fastclip bench`, of its backend on a CPU.
+    """
     chosen = [row for row in rows if row["dtype"] == dtype]
     if not any(row["provider"] == ours for row in chosen):
         ours = "fastclip_cpu"
@@ -189,8 +190,9 @@ def table(rows: list[Row], dtype: str = "float32", ours: str = "fastclip", sizes
 
 
 def gpu_table(rows: list[Row]) -> str:
-    """Markdown: a line for each (N, D), a column for each provider: ms, and per cent of the floor of fastclip's. What
-    has not been measured stays blank."""
+    """Return a Markdown table with a line for each (N, D) and a column for each provider: ms, and for fastclip also per
+    cent of the floor. A blank means not measured.
+    """
     present = {row["provider"] for row in rows}
     providers = [name for name in STYLES if name in present]
     by_size = {(int(row["N"]), int(row["D"]), row["provider"]): row for row in rows}
@@ -199,7 +201,7 @@ def gpu_table(rows: list[Row]) -> str:
         row = by_size.get((N, D, provider))
         if not row or not row["median_ms"]:
             return ""
-        has_share = provider.startswith("fastclip") and row["floor_percent"]  # which rows of `fastclip bench` have not
+        has_share = provider.startswith("fastclip") and row["floor_percent"]  # rows of `fastclip bench` do not have it
         share = f" ({float(row['floor_percent']):.0f} %)" if has_share else ""
         return f"{float(row['median_ms']):,.2f}{share}"
 

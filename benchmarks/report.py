@@ -1,4 +1,4 @@
-"""benchmarks/REPORT.md and its figures from the rows alone; or one table or figure of them, or of other rows.
+"""Write benchmarks/REPORT.md and its figures from the rows alone, or one table or figure of these or other rows.
 
 python -m benchmarks.report                                      everything
 python -m benchmarks.report --table softmax --device cuda        one of the README's tables
@@ -18,7 +18,7 @@ from fastclip.system.durable import write_text
 
 REPORT = Path(__file__).parent / "REPORT.md"
 DEVICES = {"cpu": ("On a CPU", "fastclip"), "cuda": ("On a GPU", "fastclip_cuda")}
-# What a row says of where it was measured; every distinct combination is a run
+# Columns that describe the machine of a row; every distinct combination is a run
 MACHINE = ("gpu", "machine", "threads", "isa", "driver", "cuda")
 VERSIONS = ("python", "torch", "triton", "fastclip", "open_clip", "webdataset", "numpy", "pillow", "inf_cl")
 
@@ -32,13 +32,13 @@ medians of the rounds' ratios; the floor is the matrix products that cannot be a
 
 
 class Section(NamedTuple):
-    """Of one CSV: the columns that name a case, and those that are shown, with their heads."""
+    """Section for one CSV: the columns that identify a case, and the columns to show with their headings."""
 
     title: str
     text: str
     case: tuple[str, ...]
     columns: dict[str, str]
-    always: bool = True  # said also where nothing was measured
+    always: bool = True  # shown even without measurements
 
 
 SECTIONS = {
@@ -161,7 +161,7 @@ LOSS_COLUMNS = {
 
 
 class Runs:
-    """Numbers the conditions that rows were measured under."""
+    """Numbers of the conditions under which rows were measured."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -178,7 +178,7 @@ def _named(name: str, value: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """A figure to about three digits, a name as it is, a dash for nothing."""
+    """Return a figure with about three digits, a name unchanged, or a dash for an empty cell."""
     try:
         value = float(text)
     except ValueError:
@@ -189,7 +189,7 @@ def _cell(text: str) -> str:
 
 
 def rows_table(rows: Iterable[Row], columns: dict[str, str], runs: Runs) -> str:
-    """Markdown, a line a row; columns in which there is nothing are left out."""
+    """Return a Markdown table with one line per row; empty columns are left out."""
     rows = list(rows)
     shown = {name: head for name, head in columns.items() if any(row.get(name) for row in rows)}
     right = {name for name in shown if all(_is_number(row[name]) for row in rows if row[name])}
@@ -210,7 +210,7 @@ def _is_number(text: str) -> bool:
 
 
 def last_rows(path: Path, case: tuple[str, ...]) -> list[Row]:
-    """Of several rows for the same case the last, in the order of the cases; every row without a case."""
+    """Return the last row of each case, in the order of the cases, or every row if `case` is empty."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return list({tuple(row[name] for name in case) or k: row for k, row in enumerate(rows)}.values())
@@ -243,7 +243,7 @@ def _read(path: Path, loss: str) -> list[Row]:
 
 
 def text(folder: Path = RESULTS) -> str:
-    """The report of a folder of rows."""
+    """Return the report of a folder of rows."""
     runs, out = Runs(), [HEAD]
     for device in DEVICES:
         out += _losses(folder, device, runs)
@@ -266,7 +266,7 @@ def text(folder: Path = RESULTS) -> str:
 
 
 def _unknown(name: str, path: Path) -> Section:
-    """Rows that this report does not know: all of them, with all columns."""
+    """Return a section for rows that this report does not know, with all rows and columns."""
     with path.open(newline="") as file:
         columns = next(csv.reader(file))
     shown = {column: column for column in columns if column not in (*MACHINE, *VERSIONS, "date", "commit")}

@@ -4,10 +4,10 @@
 
 | what | |
 |---|---|
-| `query` | the 10 best of vectors that are in memory |
-| `read` | the vectors of a folder from its index |
-| `start` | the whole command with `-n`, start to end, for a text that was searched for before |
-| `index` | JPEGs of 512 x 384 read, embedded with `--model` (random weights) and written into an index |
+| `query` | find the 10 best of the vectors in memory |
+| `read` | read the vectors of a folder from its index |
+| `start` | the whole command with `-n`, from start to end, for a text that was searched for before |
+| `index` | read JPEGs of 512 x 384, embed them with `--model` (random weights) and write them into an index |
 
 Before a query is timed, its results are compared with those of double precision.
 """
@@ -46,7 +46,7 @@ def unit_vectors(count: int, dim: int) -> np.ndarray:
 
 
 def check(engine: SearchEngine, vectors: np.ndarray, query: np.ndarray) -> None:
-    """Raise RuntimeError unless the 10 that are found have the highest scores; rounding may order equal ones."""
+    """Raise RuntimeError unless the 10 results have the highest scores; rounding may order equal scores."""
     scores = vectors.astype(np.float64) @ query
     places = [int(Path(one.path).stem) for one in engine.find_vector(query, 10)]
     highest = np.sort(scores)[::-1][: len(places)]
@@ -71,7 +71,7 @@ def row(what: str, pictures: int, dim: int, seconds: list[float]) -> dict[str, A
 
 
 def searching(folder: Path, pictures: int, dim: int, rounds: int) -> list[dict[str, Any]]:
-    """Over vectors that no model has made: what is asked for is remembered as a text."""
+    """Measure queries over random vectors; the query is the remembered vector of a text."""
     checkpoint, photos = folder / "tiny", folder / "photos"
     create_model("ViT-tiny").save_pretrained(checkpoint)
     photos.mkdir()

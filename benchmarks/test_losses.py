@@ -1,4 +1,4 @@
-"""The fused losses against its peers and against the matrix products alone, on this machine's CPU or GPU."""
+"""The fused losses against their peers and against the matrix products alone, on this machine's CPU or GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.losses.providers import FLOOR, MODES, PEER, named, setup
 def wanted(request, device: str) -> list[str]:
     try:
         return named(request.config.getoption("providers"), device)
-    except ValueError as error:  # once, not once for every case
+    except ValueError as error:  # once, instead of once per case
         pytest.exit(f"--providers: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
 
 
@@ -54,7 +54,8 @@ def run_rounds(benchmark, timings: Timings, providers: list[Provider], rounds: i
             timings.time(provider)
         return (), {}
 
-    # pytest-benchmark's own table has the last provider (fastclip, where chosen), prepare() included; the rows have not
+    # pytest-benchmark's own table shows the last provider (fastclip, if chosen) with prepare(); the rows leave
+    # prepare() out
     def timed() -> None:
         timings.time(last)
 

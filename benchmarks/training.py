@@ -1,12 +1,13 @@
-"""Time and memory of a training step against the batch size, beside open_clip's trainer; rows in results/training.csv.
+"""Time and memory of a training step against the batch size, compared with open_clip's trainer. Rows go to
+results/training.csv.
 
     python -m benchmarks.training --model ViT-tiny --batches 256/256,1024/256,4096/256 --rounds 5
     python -m benchmarks.training --model ViT-tiny --batches 32768/256 --rounds 1 --providers fastclip
     python -m benchmarks.training --model ViT-B-32 --precision bf16 --batches 32768/1024 --rounds 3 --device cuda
 
-A batch is SIZE/MICRO: micro-batches of MICRO pairs. Both start from the same weights and take the same random batch,
-which is in the host's memory (pinned, for a GPU); of more than 4,096 pictures it holds each several times, with other
-texts. The first losses are compared before anything is timed.
+A batch is SIZE/MICRO, with micro-batches of MICRO pairs. Both trainers start from the same weights and take the same
+random batch from the host's memory (pinned for a GPU). A batch of more than 4,096 images contains each several times,
+with other texts. The first losses are compared before any timing.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ from fastclip.training.step.update import Stepper
 
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 PEER = "open_clip"
-POOL = 4096  # different pictures at most
+POOL = 4096  # largest number of different images
 LR, DECAY, BETAS, EPS = 5e-4, 0.2, (0.9, 0.98), 1e-6
-AGREE = 1e-4  # relative, of the losses of two implementations of the encoders
+AGREE = 1e-4  # relative, for the losses of two implementations of the encoders
 AGREE_BF16 = 1e-2
 
-Step = Callable[[], float]  # -> the loss
+Step = Callable[[], float]  # returns the loss
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Case:
 
 
 class Shares:
-    """Seconds that the loss took, forward and backward, in each step."""
+    """Seconds of the loss, forward and backward, in each step."""
 
     def __init__(self, device: str) -> None:
         self.seconds: list[float] = []
@@ -67,7 +68,7 @@ class Shares:
     def timed(self, loss: NamedLoss) -> NamedLoss:
         def function(image: Tensor, text: Tensor, *rest: Tensor) -> Tensor:
             start = self._now()
-            image, text = image.view_as(image), text.view_as(text)  # their gradients are the last thing it computes
+            image, text = image.view_as(image), text.view_as(text)  # their gradients are computed last
             ends: list[Any] = []
             for x in (image, text):
                 x.register_hook(lambda d: ends.append(self._now()))
@@ -96,7 +97,7 @@ class Shares:
 
 
 def pieces_of(case: Case, model: DualEncoder) -> list[Batch]:
-    """Micro-batches of random pixels and words, each text of another length, as captions are."""
+    """Return micro-batches of random pixels and words; the texts differ in length, as captions do."""
     config = model.config
     assert config is not None
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +119,7 @@ def pieces_of(case: Case, model: DualEncoder) -> list[Batch]:
 
 
 def ours(case: Case, model: DualEncoder, pieces: list[Batch], shares: Shares | None = None) -> Step:
-    """As `fastclip train` does it, accuracy of every step included."""
+    """Return a step of `fastclip train`, including the accuracy that it computes."""
     loss = named_loss("clip")
     model.to(case.device)
     stepper = Stepper(
@@ -142,7 +143,7 @@ def ours(case: Case, model: DualEncoder, pieces: list[Batch], shares: Shares | N
 
 
 def theirs(case: Case, model: DualEncoder, pieces: list[Batch]) -> Step:
-    """open_clip_train's `train_one_epoch` over one step, `accum_freq` its micro-batches."""
+    """Return one step of open_clip_train's `train_one_epoch`, with `accum_freq` as the number of micro-batches."""
     import open_clip
     from open_clip.loss import ClipLoss
     from open_clip_train.train import train_one_epoch
@@ -214,8 +215,9 @@ def build(case: Case, provider: str, shares: Shares | None = None) -> Step:
 
 
 def measure(case: Case, names: list[str], rounds: int) -> tuple[Timings, Shares, dict[str, float]]:
-    """Rounds in which each takes a turn, after one step that is not timed and whose losses are compared; and, of a GPU,
-    the peak memory of one more."""
+    """Run rounds in which every provider takes a turn, after an untimed step whose losses are compared. On a GPU, one
+    more step measures the peak memory.
+    """
     shares = Shares(case.device)
     steps = {name: build(case, name, shares if name == "fastclip" else None) for name in names}
     first = {name: step() for name, step in steps.items()}
@@ -234,7 +236,7 @@ def measure(case: Case, names: list[str], rounds: int) -> tuple[Timings, Shares,
 
 
 def peak_on_gpu(step: Step) -> float:
-    """MiB of a step beyond what is allocated between steps: models, gradients, optimisers' states."""
+    """Return the MiB of a step beyond what is allocated between steps: models, gradients, states of the optimisers."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
@@ -242,7 +244,7 @@ def peak_on_gpu(step: Step) -> float:
 
 
 def peak(case: Case, provider: str) -> float:
-    """MiB of a step beyond the model, its gradients and optimiser's states, and the batch; in this process."""
+    """Return the MiB of a step beyond the model, its gradients and optimiser states, and the batch, in this process."""
     return_what_is_freed()
     step = build(case, provider)
     small = build(replace(case, batch_size=2 * case.micro_batch), provider)
@@ -253,7 +255,7 @@ def peak(case: Case, provider: str) -> float:
 
 
 def void(_: object) -> None:
-    """A step without its loss."""
+    """Discard the loss that a step returns."""
 
 
 def peak_in_child(case: Case, provider: str) -> float:
@@ -292,7 +294,7 @@ def rows(case: Case, timings: Timings, shares: Shares, peaks: dict[str, float]) 
 
 
 def about(device: str) -> dict[str, Any]:
-    """The machine, whose name is its GPU's where that is what was measured."""
+    """Return the description of the machine, with the name of the GPU if it is measured."""
     row = machine()
     return row if device == "cpu" else {**row, "machine": f"{torch.cuda.get_device_name()}; {row['machine']}"}
 
@@ -308,14 +310,14 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    logging.disable(logging.INFO)  # open_clip's trainer tells every step
+    logging.disable(logging.INFO)  # open_clip's trainer logs every step
     names = arguments.providers.split(",")
     for size, _, micro in (batch.partition("/") for batch in arguments.batches.split(",")):
         case = Case(arguments.model, arguments.precision, int(size), int(micro or size), arguments.device)
         if arguments.peak_of:
             print(peak(case, arguments.peak_of))
             continue
-        load = round(os.getloadavg()[0], 1)  # others may be using the machine
+        load = round(os.getloadavg()[0], 1)  # other processes may use the machine
         peaks = {name: peak_in_child(case, name) for name in names} if case.device == "cpu" else {}
         timings, shares, on_gpu = measure(case, names, arguments.rounds)
         measured = rows(case, timings, shares, peaks | on_gpu)

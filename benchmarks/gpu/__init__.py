@@ -1,1 +1,1 @@
-"""Parts of what is measured on a GPU, which gpu_check.py and gpu_ten.py run."""
+"""Parts of the measurements on a GPU, which gpu_check.py and gpu_ten.py run."""

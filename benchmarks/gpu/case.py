@@ -1,4 +1,4 @@
-"""One case on a GPU: who can run it, checked first; then rounds; then rows, also of those who could not."""
+"""One case on a GPU: checks of the providers, then rounds, then rows, also for providers that could not run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from benchmarks.losses.providers import FLOOR, OURS, PEER, check_one, fitting, l
 from fastclip.parity.truth import blockwise_truth
 from fastclip.system.installed import installed_version
 
-SECONDS = 120.0  # of a case's rounds, three at least
+SECONDS = 120.0  # for a case's rounds, of which there are at least three
 
 RunRounds = Callable[["GuardedTimings", list[Provider], int], None]
 
 
 @dataclass
 class LineUp:
-    """Who runs, why the others do not, and what those who do take of the memory."""
+    """Providers that run with their peak memory, and the reasons why the others do not."""
 
     providers: list[Provider] = field(default_factory=list)
     status: dict[str, str] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class LineUp:
 
 @dataclass
 class GuardedTimings(Timings):
-    """A provider that fails in some round has no rounds, but a status."""
+    """Timings in which a provider that fails in any round has a status and no rounds."""
 
     attempt: Callable[[str, Callable[[], Any]], str] = lambda name, action: str(action() or "")
     status: dict[str, str] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class GuardedTimings(Timings):
 
 
 def _rotating(case: Case, loss: Loss, sets: list[tuple[Tensor, ...]]) -> Callable[[], Step]:
-    """Every step on the next set of inputs, so that none finds its own in the L2."""
+    """Return steps that use the sets of inputs in turn, so that no step finds its inputs in the L2."""
     turn = itertools.cycle(sets)
     return lambda: step_of(case, loss, next(turn))
 
@@ -56,9 +56,11 @@ def _rotating(case: Case, loss: Loss, sets: list[tuple[Tensor, ...]]) -> Callabl
 def check_and_measure(
     gpu: Gpu, case: Case, name: str, loss: Loss, leaves: tuple[Tensor, ...], expected: tuple[Tensor, ...]
 ) -> float:
-    """Value and gradients at the full size; then MiB at the worst moment of a step beyond features and gradients."""
+    """Check value and gradients at the full size, and return the MiB of a step at its peak
+    beyond features and gradients.
+    """
     for x in leaves:
-        x.grad = torch.ones_like(x)  # part of the base line
+        x.grad = torch.ones_like(x)  # part of the baseline
     before = gpu.allocated_bytes()
     check_one(name, loss, leaves, expected)
     if case.mode != "both":
@@ -73,7 +75,7 @@ def check_and_measure(
 
 
 def line_up(case: Case, wanted: Iterable[str], gpu: Gpu) -> LineUp:
-    """The floor and everyone who passes the check."""
+    """Return the floor and every provider that passes the check."""
     out = LineUp()
     torch.compiler.reset()
     sets = [leaves_of(case, gpu.device)]
@@ -106,7 +108,7 @@ def line_up(case: Case, wanted: Iterable[str], gpu: Gpu) -> LineUp:
 
 
 def rounds_for(case: Case, timings: Timings, providers: list[Provider], seconds: float | None = None) -> int:
-    """How many rounds fit into `seconds` (SECONDS), from one that does not count."""
+    """Return the number of rounds that fit into `seconds` (default: SECONDS), from one round that is not counted."""
     start = time.perf_counter()
     for provider in providers:
         timings.time(provider)
@@ -119,7 +121,7 @@ def rounds_for(case: Case, timings: Timings, providers: list[Provider], seconds:
 def measured(
     case: Case, wanted: Iterable[str], gpu: Gpu, run_rounds: RunRounds, seconds: float | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of a case, whose rounds take about `seconds` and are made by `run_rounds`. DeviceLost."""
+    """Return the rows of a case, whose rounds take about `seconds` and are run by `run_rounds`. Raises DeviceLost."""
     lined = line_up(case, wanted, gpu)
     timings = GuardedTimings(clock=gpu.clock, attempt=gpu.attempt)
     rounds = rounds_for(case, timings, lined.providers, seconds)
@@ -129,13 +131,13 @@ def measured(
 
 
 def own_failures(rows: list[dict[str, Any]]) -> list[str]:
-    """Collect from rows what is wrong with those of our backends that are available."""
+    """Return the failures of fastclip's available backends among the rows."""
     failed = (row for row in rows if row["provider"] in OURS["cuda"] and row["status"])
     return [f"{row['provider']}: {row['status']}" for row in failed if not row["status"].startswith("not available")]
 
 
 def gpu_rows(case: Case, lined: LineUp, timings: GuardedTimings, gpu: Gpu, clocks: Clocks) -> list[dict[str, Any]]:
-    """A row for everyone: figures, or a status and blanks."""
+    """Return a row for every provider: figures, or a status and blanks."""
     measured = rows(case, timings, floor=FLOOR, peer=PEER, peak_mib=lined.peak_mib)
     (gemm,) = (round(row["tflops"], 1) for row in measured if row["provider"] == FLOOR)
     ceilings = (gemm, gpu.copy_gbs(), clocks.sm_mhz, clocks.memory_mhz)
@@ -147,7 +149,7 @@ def gpu_rows(case: Case, lined: LineUp, timings: GuardedTimings, gpu: Gpu, clock
 
 
 def status_row(case: Case, name: str, status: str, ceilings: tuple[Any, ...] = ("", "", "", "")) -> dict[str, Any]:
-    """A row that says why there are no figures."""
+    """Return a row with the reason why there are no figures."""
     (row,) = rows(case, Timings({name: [1.0]}), floor=FLOOR, peer=PEER, peak_mib={})
     kept = {*asdict(case), "provider"}
     return _complete({column: row[column] if column in kept else "" for column in row}, status, ceilings)

@@ -1,4 +1,4 @@
-"""Parts of what needs a GPU, each a process of its own, and which of them are done."""
+"""Parts of everything that needs a GPU, each in its own process, and a record of which are done."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from benchmarks.losses.cases import DTYPES, size_name
 from fastclip.system.durable import write_text
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 570.0  # a part's
+SECONDS = 570.0  # limit of a part
 NO_TESTS = 5  # pytest's exit code
-TESTS = {  # pytest's arguments, each in less than SECONDS; first what everything else rests on
+TESTS = {  # pytest's arguments, each for less than SECONDS, ordered by what the others depend on
     "tests-tiles": ("tests/backends/test_cuda.py",),
     "tests-accuracy": ("tests/losses/test_accuracy.py", "tests/losses/test_sigmoid_accuracy.py"),
     "tests-pairs": (
@@ -36,15 +36,15 @@ TESTS = {  # pytest's arguments, each in less than SECONDS; first what everythin
         "tests/evaluation/test_gpu.py",
         "tests/package/test_bench_command.py",
     ),
-    "tests-gpu-large": ("tests/backends/test_gpu.py", "-k", "large"),  # whose truth takes minutes
+    "tests-gpu-large": ("tests/backends/test_gpu.py", "-k", "large"),  # its truth takes minutes
     "tests-gpu-sanitizer": ("tests/backends/test_gpu.py", "-k", "sanitizer"),
 }
 TRAINING = ("--model", "ViT-B-32", "--precision", "bf16", "--batches", "32768/1024", "--rounds", "3")
-CODE = ("fastclip", "triton_kernels", "csrc", "tests")  # what the tests' result depends on
-TRANSIENT = ("not installed", "not available")  # a row with such a status may have figures tomorrow
+CODE = ("fastclip", "triton_kernels", "csrc", "tests")  # determines the result of the tests
+TRANSIENT = ("not installed", "not available")  # statuses of rows that a later run may replace by figures
 LOST = "device lost"
-# Runs a command and ends its group with the process that asked for it, however that ended. `fastclip.system.parent`
-# ends a Python alone, by a thread that an exec would stop, a parent-death signal reaches none below the first.
+# Runs a command, and kills its process group when the requesting process ends in any way. `fastclip.system.parent` ends
+# only a Python process, by a thread that an exec would stop, and a parent-death signal reaches only the first process.
 GUARD = """
 import os, signal, subprocess, sys, threading, time
 asking = int(sys.argv[1])
@@ -60,7 +60,7 @@ sys.exit(code if code >= 0 else 128 - code)
 
 @dataclass(frozen=True)
 class Part:
-    """Tests, training steps, or (where there is a loss) a case of the benchmark."""
+    """Tests, training steps, or (with a loss) a case of the benchmark."""
 
     name: str
     loss: str = ""
@@ -80,7 +80,7 @@ class Part:
 
 
 def statuses(part: Part, rows: Path) -> dict[str, str]:
-    """Map each provider that has a row of this case to its status, "" where it has figures; the last row counts."""
+    """Map each provider that has a row of this case to its status, "" for figures. The last row counts."""
     if not rows.exists():
         return {}
     with rows.open(newline="") as file:
@@ -92,8 +92,9 @@ def statuses(part: Part, rows: Path) -> dict[str, str]:
 
 
 def missing(part: Part, rows: Path, runnable: list[str]) -> list[str]:
-    """List the providers of a run of this part: all, paired, where one has no row that counts. fastclip's own failure
-    is no such row; a peer that broke the GPU is not run again."""
+    """List the providers of a run of this part: all of them, because rounds are paired, if any lacks a valid row. A
+    failure of fastclip is not a valid row, and a peer that broke the GPU is not run again.
+    """
     seen = statuses(part, rows)
     count = {name for name, status in seen.items() if not status.startswith(TRANSIENT) and not (status and _own(name))}
     if not set(runnable) - count:
@@ -107,7 +108,9 @@ def _own(name: str) -> bool:
 
 @functools.cache
 def runnable(loss: str) -> list[str]:
-    """The providers that load on this machine, found by a child: some take GPU memory when they are imported."""
+    """Return the providers that load on this machine. A child process loads them, because some take GPU memory on
+    import.
+    """
     script = "from benchmarks.losses.providers import load_losses, names; import sys; loss = sys.argv[1]"
     script += "; print('\\n', *load_losses(loss, 'cuda', names(loss, 'cuda'))[0])"
     done = subprocess.run([sys.executable, "-c", script, loss], cwd=ROOT, capture_output=True, text=True)
@@ -117,7 +120,7 @@ def runnable(loss: str) -> list[str]:
 
 
 def code_state() -> str:
-    """A hash of everything in CODE that is not built."""
+    """Return a hash of everything in CODE except build products."""
     state = hashlib.sha256()
     for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*")):
         if path.is_file() and path.suffix not in (".pyc", ".so"):
@@ -126,8 +129,9 @@ def code_state() -> str:
 
 
 def run_limited(command: list[str], seconds: float) -> int | None:
-    """Exit code; None where it took longer, and then the process and what it started are ended, as they are within a
-    second when this process is killed."""
+    """Run a command and return its exit code, or None if it took longer than `seconds`. On a timeout, or within a
+    second after this process is killed, the command and its child processes are killed.
+    """
     guard = [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid())]
     process = subprocess.Popen([*guard, *command], cwd=ROOT, start_new_session=True)
     try:
@@ -142,22 +146,24 @@ def run_limited(command: list[str], seconds: float) -> int | None:
 
 @dataclass
 class Checklist:
-    """Runs parts and remembers what is done: cases by their rows, the tests by a marker."""
+    """Runs parts, and records finished ones: cases by their rows, the tests by a marker."""
 
     rows: Path
-    markers: Path  # a folder with a file for the tests that passed
+    markers: Path  # a folder with one file per passed test part
     providers: Callable[[str], list[str]] = runnable
     run: Callable[[list[str], float], int | None] = run_limited
 
     def todo(self, part: Part) -> list[str]:
-        """List what is left of a part: the word `tests`, or providers."""
+        """Return what is left of a part: the word `tests`, or providers."""
         if part.loss:
             return missing(part, self.rows, self.providers(part.loss))
         marker = self.markers / part.name
         return [] if marker.exists() and marker.read_text() == code_state() else ["tests"]
 
     def do(self, part: Part, seconds: float) -> str:
-        """Runs what is left of a part; `done`, or what went wrong. Goes on without a provider that broke the GPU."""
+        """Run what is left of a part, and return `done` or the failure. It continues without a provider that broke the
+        GPU.
+        """
         end = time.monotonic() + seconds
         while todo := self.todo(part):
             before, state = self._lost(part), code_state()
@@ -176,6 +182,6 @@ class Checklist:
         return "done"
 
     def _lost(self, part: Part) -> set[str]:
-        """Peers that broke the GPU."""
+        """Return the peers that broke the GPU."""
         seen = statuses(part, self.rows)
         return {name for name, status in seen.items() if status.startswith(LOST) and not _own(name)}

@@ -1,5 +1,6 @@
-"""Whether what is about to be timed is right: tests of the kernels, then values and gradients of every way through our
-backends against float64, each twice, and a CUDA graph against a plain step."""
+"""Correctness of what is timed afterwards: tests of the kernels, then values and gradients of every path through
+fastclip's backends against float64, each computed twice, and a CUDA graph against a plain step.
+"""
 
 from __future__ import annotations
 
@@ -24,27 +25,29 @@ from fastclip.bench.losses import SCALARS, features
 from fastclip.ops import contrastive_statistics
 from fastclip.parity.truth import truth
 
-# Hopper's tiles alone, then the launchers around them. Those of Triton are left out: compiling takes their time, and
-# the values below go through its kernels too
+# Hopper's tiles alone, then the launchers around them. Tests of Triton are left out, since compiling takes their time
+# and the values below run its kernels too.
 TESTS = tuple(
     f"tests/backends/test_{name}.py"
     for name in ("cuda", "cuda_plain", "cuda_sigmoid", "plain", "sigmoid_kernels", "kernels")
 )
 TESTS_SECONDS = 75.0
-VALUES_SECONDS = 25.0  # kept for what comes after the tests
+VALUES_SECONDS = 25.0  # reserved for the checks after the tests
 ENOUGH = 2.0  # for one value
-SIZES = {False: [(1000, 512), (4096, 512)], True: [(40, 24), (130, 24)]}  # of a GPU; of a dry run
+SIZES = {False: [(1000, 512), (4096, 512)], True: [(40, 24), (130, 24)]}  # on a GPU; in a dry run
 DTYPES = ("bfloat16", "float16")
-PROVIDERS = ("fastclip_cuda", "fastclip_triton")  # Triton compiles while it is looked at
+PROVIDERS = ("fastclip_cuda", "fastclip_triton")  # Triton compiles while the CUDA backend is checked
 WAYS = ("plain", "labels", "smoothing", "offset", "sigmoid")
-# Relative errors that no rounding reaches and every wrong tile does; what is promised is in the tests
+# Relative errors that no rounding reaches but every wrong tile exceeds; the tests check the promised tolerances
 GRADIENT, VALUE, SCALAR = {"bfloat16": 1.5e-2, "float16": 4e-3}, 2e-3, 2e-2
 
 Loss = Callable[..., Tensor]
 
 
 class Way(NamedTuple):
-    """A loss of image, text, scale and perhaps a bias on one of our backends; its value and gradients in float64."""
+    """A loss of image, text, scale and possibly a bias on one of fastclip's backends; value and gradients
+    in float64.
+    """
 
     ours: Loss
     truth: Callable[[list[Tensor]], list[Tensor]]
@@ -98,8 +101,9 @@ def dense_truth(leaves: list[Tensor], **options: Any) -> list[Tensor]:
 
 
 def offset_loss(image: Tensor, text: Tensor, scale: Tensor, *, normalize: bool, backend: str | None) -> Tensor:
-    """Compute the loss of the second quarter of the images against all texts, as a rank does that of its shard: image i
-    belongs to text i + N / 4."""
+    """Compute the loss of the second quarter of the images against all texts, like a rank with its shard:
+    image i belongs to text i + N / 4.
+    """
     size = len(image) // 4
     problem = Problem(image[size : 2 * size], text, scale, offset=size, normalize=normalize)
     rows, cols = contrastive_statistics(problem, backend)
@@ -107,7 +111,7 @@ def offset_loss(image: Tensor, text: Tensor, scale: Tensor, *, normalize: bool, 
 
 
 def offset_truth(leaves: list[Tensor], *, normalize: bool) -> list[Tensor]:
-    """Value and gradients of `offset_loss` in float64."""
+    """Return value and gradients of `offset_loss` in float64."""
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         size = len(image) // 4
@@ -120,7 +124,7 @@ def offset_truth(leaves: list[Tensor], *, normalize: bool) -> list[Tensor]:
 
 
 def leaves_of(N: int, D: int, dtype: str, normalize: bool, scalars: tuple[float, ...], device: str) -> list[Tensor]:
-    """Features whose norms are not 1 where they are to be normalised."""
+    """Return leaves; features that are to be normalised have norms other than 1."""
     pair = (x.detach() * (3.0 if normalize else 1.0) for x in features(N, D, dtype, device))
     numbers = (torch.tensor(value, device=device) for value in scalars)
     return [x.requires_grad_() for x in (*pair, *numbers)]
@@ -132,14 +136,16 @@ def value_and_gradients(loss: Loss, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def combinations(sizes: list[tuple[int, int]]) -> Iterator[tuple[str, int, int, str, bool]]:
-    """Way, N, D, dtype and whether features are normalised."""
+    """Yield way, N, D, dtype, and whether features are normalised."""
     for size in sizes:
         for dtype, normalize, name in itertools.product(DTYPES, (True, False), WAYS):
             yield name, *size, dtype, normalize
 
 
 def values(log: Log, provider: str) -> None:
-    """Value and gradients of every way against float64, and the same bits again. CheckFailed for a wrong one."""
+    """Compare value and gradients of every way with float64, and check that a second call gives the
+    same bits. Raises CheckFailed.
+    """
     every, left_out = list(combinations(SIZES[log.gpu.pretended])), 0
     for name, N, D, dtype, normalize in every:
         if log.left() < ENOUGH:
@@ -162,7 +168,7 @@ def is_available(log: Log, provider: str) -> bool:
 
 
 def check(case: str, backend: str | None, name: str, N: int, D: int, dtype: str, normalize: bool, device: str) -> float:
-    """The larger relative error of d_image and d_text; CheckFailed where anything is wrong."""
+    """Return the larger relative error of d_image and d_text. Raises CheckFailed if any result is wrong."""
     one = way(name, backend, N, normalize, device)
     leaves = leaves_of(N, D, dtype, normalize, one.scalars, device)
     first, again = (value_and_gradients(one.ours, leaves) for _ in range(2))
@@ -179,7 +185,7 @@ def check(case: str, backend: str | None, name: str, N: int, D: int, dtype: str,
 
 
 def graphs(log: Log, provider: str) -> None:
-    """A step in a CUDA graph, replayed on other features, has the bits of a plain one."""
+    """Check that a step in a CUDA graph, replayed on other features, gives the bits of a plain step."""
     (N, D), device = SIZES[log.gpu.pretended][0], log.gpu.device
     for name in ("plain", "sigmoid"):
         case = f"graph {name} {N}x{D}"
@@ -188,7 +194,7 @@ def graphs(log: Log, provider: str) -> None:
             continue
         one = way(name, OURS["cuda"][provider], N, True, device)
         leaves = leaves_of(N, D, "bfloat16", True, one.scalars, device)
-        others = leaves_of(N + 1, D, "bfloat16", True, (), device)  # seeded by N
+        others = leaves_of(N + 1, D, "bfloat16", True, (), device)  # the seed depends on N
 
         def change(leaves: list[Tensor] = leaves, others: list[Tensor] = others) -> None:
             with torch.no_grad():

@@ -1,6 +1,6 @@
 """Counters of Nsight Compute (ncu) for one launch of each tile kernel of the CUDA backend.
 
-python -m benchmarks.gpu.counters --size 32768x512     the steps that ncu looks at, alone
+python -m benchmarks.gpu.counters --size 32768x512     the profiled steps alone
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from benchmarks.losses.providers import OURS, leaves_of, ours, step_of
 
 SIZE = {False: (32768, 512), True: (48, 32)}
 KERNELS = {"statistics": "Statistics", "weights": "Weigh", "sigmoid": "Sigmoid"}  # classes that `tile_kernel` takes
-LAUNCHES = 12  # at most; a kernel starts once for each panel of the workspace, and the first one counts
+LAUNCHES = 12  # at most; a kernel is launched for each panel of the workspace, and the first launch counts
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "InstructionStats")
-# Those of Hopper (sm_90) that no section above is sure to have
+# Metrics of Hopper (sm_90) that no section above is certain to contain
 METRICS = (
     "gpu__time_duration.sum",
     "sm__cycles_elapsed.avg.per_second",  # the clock of the multiprocessors
@@ -56,13 +56,14 @@ def run(log: Log) -> None:
     if log.gpu.pretended:
         target.append("--dry-run")
     ncu = shutil.which("ncu")
-    if ncu is None or log.gpu.pretended:  # a dry run shows at least that the steps run
+    if ncu is None or log.gpu.pretended:  # a dry run only shows that the steps run
         log.status("ncu", "", "not installed" if ncu is None else "there is no GPU to count on")
         if log.gpu.pretended and (code := run_limited(target, log.left())):
             raise RuntimeError(f"the steps that ncu looks at end with exit code {code}")
         return
     with TemporaryDirectory() as folder:
-        for metrics in (METRICS, ()):  # a name that this version does not know ends the run: then the sections alone
+        # ncu ends at a name that its version does not know; then only the sections are requested
+        for metrics in (METRICS, ()):
             path = Path(folder) / f"{len(metrics)}.csv"
             code = run_limited([*command(ncu, path, metrics), *target], log.left() * (0.7 if metrics else 1))
             text = path.read_text() if path.exists() else ""
@@ -79,7 +80,7 @@ def run(log: Log) -> None:
 
 
 def command(ncu: str, path: Path, metrics: tuple[str, ...]) -> list[str]:
-    """ncu's words before the program's: rows of a CSV in `path`, the clocks left as they are."""
+    """Return ncu's command line, to which the program's is appended: rows of a CSV in `path`, with unchanged clocks."""
     sections = [word for name in SECTIONS for word in ("--section", name)]
     chosen = ["--metrics", ",".join(metrics)] if metrics else []
     names = "|".join(f"{name}<" for name in KERNELS.values())
@@ -89,8 +90,9 @@ def command(ncu: str, path: Path, metrics: tuple[str, ...]) -> list[str]:
 
 
 def parse(text: str) -> Iterator[tuple[str, list[Metric]]]:
-    """Read ncu's raw page in CSV, which its messages precede: the metrics in KEPT that have a number, of the first
-    launch of every kernel in KERNELS."""
+    """Read ncu's raw page in CSV, which follows its messages. Yields the numeric metrics in KEPT for the first
+    launch of every kernel in KERNELS.
+    """
     lines = text.splitlines()
     first = next((k for k, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     table = list(csv.reader(line for line in lines[first:] if not line.startswith("==")))
@@ -119,7 +121,7 @@ def _number(cell: str) -> float | None:
 
 
 def reason(text: str, code: int | None) -> str:
-    """Why there are no counters: ncu's own words, or its end."""
+    """Return the reason for missing counters: ncu's error message, or how it ended."""
     words = [line.strip("= ") for line in text.splitlines() if line.startswith("==ERROR==")]
     if words:
         return words[0].removeprefix("ERROR").strip("= ")[:200]
@@ -127,7 +129,7 @@ def reason(text: str, code: int | None) -> str:
 
 
 def steps(size: tuple[int, int], backend: str | None, device: str) -> None:
-    """A step of each loss, after one outside of the range that ncu looks at."""
+    """Run a step of each loss in the profiled range, after one outside of it."""
     losses: list[tuple[Any, Any]] = []
     for kind in ("softmax", "sigmoid"):
         case = Case(kind, "both", *size, "bfloat16")

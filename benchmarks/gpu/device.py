@@ -1,4 +1,4 @@
-"""Timing, memory, clocks and the ceilings of one CUDA GPU."""
+"""Timing, memory, clocks and ceilings of one CUDA GPU."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ from fastclip.bench.provenance import about_gpu
 from fastclip.system.machine import nvidia_smi
 
 GEMM_SIZE = 8192  # rows, columns and depth of the large product
-COPY_BYTES = 1 << 29  # far beyond every L2
-MARK = "spin_kernel"  # in the name of the kernel that `Gpu.mark` starts
+COPY_BYTES = 1 << 29  # far larger than any L2
+MARK = "spin_kernel"  # part of the name of the kernel that `Gpu.mark` launches
 
 
 class DeviceLost(RuntimeError):
-    """After an error on the GPU nothing more runs in this process. `args`: the provider, and its status."""
+    """An error on the GPU after which nothing more runs in this process. `args`: the provider and its status."""
 
 
 class Gpu:
-    """The current GPU. `gemm` and `copy` are the two ceilings, measured in every round beside the providers."""
+    """The current GPU. `gemm` and `copy` are the two ceilings, measured in every round like the providers."""
 
     device = "cuda"
     pretended = False
-    activity = torch.profiler.ProfilerActivity.CUDA  # whose events a profile shows
+    activity = torch.profiler.ProfilerActivity.CUDA  # a profile shows its events
 
     def __init__(self, gemm_size: int = GEMM_SIZE, copy_bytes: int = COPY_BYTES) -> None:
         def large(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
 
         self._a, self._b, self._product = (large(gemm_size, gemm_size) for _ in range(3))
-        self._a.normal_()  # the numbers decide what power a product takes
+        self._a.normal_()  # the power of a product depends on its numbers
         self._b.normal_()
         self._source, self._target = large(copy_bytes // 2), large(copy_bytes // 2)
         self.copy_seconds: list[float] = []
         self.gemm_flops = 2.0 * gemm_size**3
-        # What the libraries keep once they have been called, forward and backward, is not the first provider's
+        # Memory that the libraries keep after their first calls, forward and backward, must not count for the first
+        # provider
         few = torch.ones(64, 64, dtype=torch.bfloat16, device=self.device, requires_grad=True)
         (few @ few).sum().backward()
 
@@ -54,8 +55,9 @@ class Gpu:
         self._target.copy_(self._source)
 
     def clock(self, step: Step) -> float:
-        """Seconds of a step on the GPU. The copy before it, timed too, empties the L2 and lets the host run ahead, as
-        the encoders do in training."""
+        """Return the seconds of a step on the GPU. The timed copy before it empties the L2 and lets the host run ahead,
+        as the encoders do in training.
+        """
         before, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         torch.cuda.synchronize()
         before.record()
@@ -68,7 +70,7 @@ class Gpu:
         return start.elapsed_time(end) / 1e3
 
     def copy_gbs(self) -> float | str:
-        """GB/s of the copies before the steps, read and written; median."""
+        """Return the median rate of the copies before the steps, in GB/s of reading and writing."""
         if not self.copy_seconds:
             return ""
         return round(2 * self._source.nbytes / statistics.median(self.copy_seconds) / 1e9, 1)
@@ -77,11 +79,11 @@ class Gpu:
         return torch.cuda.get_device_properties(self.device).L2_cache_size
 
     def sets(self, set_bytes: int) -> int:
-        """How many sets of inputs are together twice as large as the L2."""
+        """Return the number of input sets that together take twice the size of the L2."""
         return max(1, math.ceil(2 * self.l2_bytes() / set_bytes))
 
     def available_bytes(self) -> float:
-        """Free, or kept by torch for the next tensor."""
+        """Return the memory that is free, or reserved by torch for new tensors."""
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
@@ -90,7 +92,7 @@ class Gpu:
         return torch.cuda.memory_allocated()
 
     def peak_bytes(self, step: Step) -> int:
-        """The most that is allocated at any moment of the step."""
+        """Return the peak of allocated memory during the step."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -101,11 +103,11 @@ class Gpu:
         torch.cuda.synchronize()
 
     def mark(self) -> None:
-        """A kernel that does nothing and that a profile shows: it divides the stream's time line."""
+        """Launch a kernel that does nothing but appears in a profile, to divide the stream's timeline."""
         torch.cuda._sleep(1)
 
     def replayed(self, step: Callable[[], list[Tensor]], change: Callable[[], None]) -> list[Tensor]:
-        """Capture the step in a CUDA graph and return what its replay computes after `change()` of the inputs."""
+        """Capture the step in a CUDA graph, and return what its replay computes after `change()` of the inputs."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -121,7 +123,7 @@ class Gpu:
         return out
 
     def attempt(self, name: str, action: Callable[[], Any]) -> str:
-        """A provider's action; what went wrong as a row's status, empty where nothing did. Or DeviceLost."""
+        """Run a provider's action, and return an empty status or the failure. Raises DeviceLost."""
         status = ""
         try:
             action()
@@ -129,10 +131,10 @@ class Gpu:
         except AssertionError as error:
             checked = type(error).__name__ == "CheckFailed"
             status = f"check failed: {error}" if checked else f"error: {describe(error)}"
-        except Exception as error:  # whatever somebody else's kernels raise
+        except Exception as error:  # kernels of other packages may raise anything
             status = f"error: {describe(error)}"
         if status:
-            gc.collect()  # what the failed step still held
+            gc.collect()  # memory that the failed step still holds
             try:
                 self.synchronize()
             except Exception as error:
@@ -140,13 +142,14 @@ class Gpu:
         return status
 
     def about(self) -> dict[str, Any]:
-        """Return what every row says of where it was measured, clocks and ceilings aside."""
+        """Return the columns that describe the machine in every row, except clocks and ceilings."""
         return about_gpu(commit())
 
 
 class Clocks:
-    """Clocks of the SMs and of the memory in MHz, read every few hundred milliseconds while this context is open;
-    medians."""
+    """Median clocks of the SMs and of the memory in MHz, sampled every few hundred milliseconds while this context is
+    open.
+    """
 
     def __init__(self, seconds: float = 0.2) -> None:
         self.seconds = seconds
@@ -177,7 +180,7 @@ class Clocks:
                 return
 
     def read(self) -> None:
-        """Adds a sample; what is no number does not count."""
+        """Add a sample, unless it is not a number."""
         try:
             sm, memory = map(float, nvidia_smi("clocks.sm,clocks.mem"))
         except ValueError:

@@ -1,4 +1,4 @@
-"""Time of the host in a step of few rows, which no kernel hides: forward and backward, without waiting inside."""
+"""Time of the host in a step of few rows, which no kernel hides: forward and backward, without waits inside."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from benchmarks.losses.providers import leaves_of, load_losses
 N, D = 256, 512
 PROVIDERS = ("fastclip_cuda", "fastclip_triton", "open_clip", "open_clip_compiled")
 ROUNDS = {False: 200, True: 2}
-STEPS = 8  # between two waits for the GPU, none of them in a clock
+STEPS = 8  # between two waits for the GPU, which are not timed
 MICRO = 1e6
 
 
 @dataclass
 class Host:
-    """Microseconds of every step, by half."""
+    """Microseconds of every step, split into forward and backward."""
 
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
@@ -52,12 +52,12 @@ def run(log: Log) -> None:
 
 
 def square(*leaves: Tensor) -> Tensor:
-    """The least that autograd does: one product of a scalar with itself."""
+    """Compute the smallest autograd graph: one product of a scalar with itself."""
     return leaves[2] * leaves[2]
 
 
 def one_loss(log: Log, kind: str, rounds: int, seconds: float) -> None:
-    """Rounds in which everyone takes a turn of a few steps."""
+    """Run rounds in which every provider takes a turn of a few steps."""
     case, end = Case(kind, "both", N, D, "bfloat16"), time.monotonic() + seconds - 2
     leaves, text = leaves_of(case, log.gpu.device), f"{kind} {N}x{D}"
     losses, status = load_losses(kind, "cuda", PROVIDERS)
@@ -98,7 +98,7 @@ def warm(loss: Loss, leaves: tuple[Tensor, ...]) -> None:
 
 
 def launch(start: Callable[[], Tensor]) -> float:
-    """Microseconds of one launch through torch."""
+    """Return the microseconds of one launch through torch."""
     before = time.perf_counter()
     start()
     return MICRO * (time.perf_counter() - before)

@@ -1,4 +1,4 @@
-"""Rows of what is measured on a GPU besides losses' steps, written as they come, in results/gpu_ten.csv."""
+"""Rows of GPU measurements other than steps of the losses, written to results/gpu_ten.csv as they are measured."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from benchmarks.harness import append, quantile
 from fastclip.system.durable import write_text
 
 NAME = "gpu_ten.csv"
-STEPS = "cuda.csv"  # of losses' steps, in the columns of `make bench`
+STEPS = "cuda.csv"  # for steps of the losses, in the columns of `make bench`
 
 
 @dataclass
 class Log:
-    """The rows of one part, which ends itself when `end` is near."""
+    """The rows of one part, which ends on its own when `end` is near."""
 
     part: str
     rows: Path  # the folder
     gpu: Gpu
-    end: float  # of time.monotonic()
-    markers: Path  # a folder with a file for every piece that is done
-    code: str = ""  # whose pieces they are
+    end: float  # by time.monotonic()
+    markers: Path  # a folder with one file per finished piece
+    code: str = ""  # hash of the code to which the pieces belong
     about: dict[str, Any] = field(init=False)
-    complete: bool = True  # False where there was no time for a piece
+    complete: bool = True  # False if a piece had no time
 
     def __post_init__(self) -> None:
         self.about = self.gpu.about()
@@ -44,27 +44,27 @@ class Log:
         status: str = "",
         digits: int = 4,
     ) -> None:
-        """A figure: one value, or the median of a round's each."""
+        """Write a figure: one value, or the median of one value per round."""
         many = [values] if isinstance(values, (int, float)) else list(values)
         spread = [quantile(many, q) for q in (0.2, 0.8)] if len(many) > 1 else ["", ""]
         figures = [x if x == "" else round(x, digits) for x in (statistics.median(many), *spread)]
         self._write(case, provider, measure, unit, *figures, len(many), status)
 
     def status(self, case: str, provider: str, status: str) -> None:
-        """A row that says why there are no figures."""
+        """Write a row with the reason why there are no figures."""
         self._write(case, provider, "", "", "", "", "", "", status)
 
     def no_time(self, case: str, provider: str = "", pieces: str = "") -> None:
-        """A row that says so; the part is not done then."""
+        """Write a row that reports missing time; the part then counts as incomplete."""
         self.complete = False
         self.status(case, provider, f"no time was left{pieces and ' for ' + pieces}: {max(self.left(), 0):.0f} s")
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds that are left."""
         return self.end - time.monotonic()
 
     def done(self, piece: str) -> bool:
-        """Whether an earlier run on the same code has done this piece of the part."""
+        """Return True if an earlier run on the same code finished this piece of the part."""
         marker = self.markers / f"{self.part}-{piece}"
         return marker.exists() and marker.read_text() == self.code
 

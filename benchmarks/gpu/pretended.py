@@ -1,4 +1,4 @@
-"""A GPU that is the CPU: for dry runs and tests of what needs a GPU."""
+"""The CPU in the role of a GPU, for dry runs and tests of code that needs a GPU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from benchmarks.harness import Step, commit, wall_clock
 from fastclip.bench.provenance import about_cpu
 from fastclip.system.installed import installed_version
 
-DRY_RUN = "dry run"  # in the place of the GPU's name: no row of this can be taken for a result
+DRY_RUN = "dry run"  # replaces the GPU's name, so that no row can be taken for a result
 
 
 class Pretended(Gpu):
-    """The CPU as a GPU of a given memory, whose second-level cache holds `l2` bytes."""
+    """The CPU as a GPU with the given memory and an L2 cache of `l2` bytes."""
 
     device = "cpu"
     pretended = True
@@ -59,7 +59,7 @@ class Pretended(Gpu):
         return step()
 
     def about(self) -> dict[str, Any]:
-        """The columns of a GPU's rows."""
+        """Return the columns of a GPU's rows."""
         of_cpu = about_cpu(commit())
         of_gpu = {"gpu": DRY_RUN, "driver": "", "cuda": "", "triton": installed_version("triton")}
         columns = ["date", "commit", "gpu", "driver", "cuda", "python", "torch", "triton", "fastclip", "open_clip"]

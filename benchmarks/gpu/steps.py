@@ -1,4 +1,4 @@
-"""Whole steps of the losses beside their peers, and the CUDA backend's with buffers of other sizes."""
+"""Whole steps of the losses compared with their peers, and of the CUDA backend with buffers of other sizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROVIDERS = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
 
 
 class Planned(NamedTuple):
-    """A case, and about how long it takes: what is compiled first, the truth, the checks, and its rounds."""
+    """A case and its approximate duration, which includes compilation, the truth, the checks and the rounds."""
 
     loss: str
     size: tuple[int, int]
@@ -39,8 +39,8 @@ class Planned(NamedTuple):
         return f"{self.loss}-{size_name(self.size)}{peers}"
 
 
-CUT = ("open_clip", "cut_cross_entropy", *OURS["cuda"])  # whose kernel tries out many sizes first
-CASES = {  # in order of worth: the last ones run where earlier parts have left their time
+CUT = ("open_clip", "cut_cross_entropy", *OURS["cuda"])  # the kernel of cut_cross_entropy first tries many sizes
+CASES = {  # in order of worth: the last ones run if earlier parts have left time
     False: [
         *(Planned(loss, (N, 512), PROVIDERS[loss]) for N in (32768, 8192, 1024) for loss in PROVIDERS),
         Planned("softmax", (65536, 768), SOFTMAX, 25.0),
@@ -57,7 +57,7 @@ VARIABLE = "FASTCLIP_WORKSPACE_MB"
 
 
 class PeerLost(RuntimeError):
-    """A peer broke the GPU for this process; the next one goes on without it."""
+    """A peer broke the GPU for this process; the next process continues without it."""
 
 
 def one_after_the_other(timings: GuardedTimings, providers: list[Provider], rounds: int) -> None:
@@ -67,8 +67,9 @@ def one_after_the_other(timings: GuardedTimings, providers: list[Provider], roun
 
 
 def run(log: Log) -> None:
-    """The cases of CASES, in `make bench`'s columns and with its checks at the full size, in few rounds. A case for
-    which there is no time is left out and said, and so are those that a peer has left no GPU for."""
+    """Run the cases of CASES, in `make bench`'s columns and with its checks at the full size, in few rounds. Cases
+    without time left, and those after a peer broke the GPU, are skipped and reported.
+    """
     todo = [planned for planned in CASES[log.gpu.pretended] if not log.done(planned.name)]
     for k, planned in enumerate(todo):
         if log.left() < planned.seconds and not log.gpu.pretended:
@@ -101,7 +102,7 @@ def one_case(log: Log, planned: Planned) -> None:
         append(log.rows / STEPS, [status_row(case, *error.args)], log.about)
         if error.args[0] in OURS["cuda"]:
             raise CheckFailed(f"{planned.name}: {error.args[0]}: {error.args[1]}") from error
-        if error.args[0] not in planned.providers:  # the floor: nothing is left to go on without
+        if error.args[0] not in planned.providers:  # the floor, which cannot be left out
             raise
         raise PeerLost(f"{error.args[0]} broke the GPU in {planned.name}") from error
     append(log.rows / STEPS, new, log.about)
@@ -111,13 +112,13 @@ def one_case(log: Log, planned: Planned) -> None:
 
 
 def with_workspace(megabytes: int, backend: str | None, *leaves: Tensor) -> Tensor:
-    """The loss with a bound on its buffers, read anew at every call, in the backward pass as well."""
+    """Compute the loss with a bound on its buffers, which is read at every call and again in the backward pass."""
     os.environ[VARIABLE] = str(megabytes)
     return fastclip.contrastive_loss(*leaves, normalize=False, backend=backend)
 
 
 def workspace(log: Log) -> None:
-    """Milliseconds and peak memory of a step against FASTCLIP_WORKSPACE_MB, interleaved in one process."""
+    """Measure milliseconds and peak memory of a step against FASTCLIP_WORKSPACE_MB, interleaved in one process."""
     backend = OURS["cuda"]["fastclip_cuda"]
     try:
         ours(backend, "softmax")
@@ -132,7 +133,7 @@ def workspace(log: Log) -> None:
             else:
                 one_size(log, size, backend)
     finally:
-        os.environ.pop(VARIABLE, None)  # no case has set it where there was no time
+        os.environ.pop(VARIABLE, None)  # unset if no case had time
         if before is not None:
             os.environ[VARIABLE] = before
 

@@ -1,5 +1,6 @@
-"""Profile of the GPU's time in one step of `fastclip train`, by groups of kernels whose sum, with what the GPU waited,
-is the step."""
+"""Profile of the GPU's time in one step of `fastclip train`, by groups of kernels. The groups and
+the idle time sum to the step.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ CASES = {
     False: Case("ViT-B-32", "bf16", 32768, 1024, "cuda"),
     True: Case("ViT-tiny", "fp32", 6, 2, "cpu"),
 }
-FEW = 2  # micro-batches of the step before, which is not profiled
-COMPILE_SECONDS = 45.0  # of torch.compile, forward with and without gradients, and a step
+FEW = 2  # micro-batches of the preceding step, which is not profiled
+COMPILE_SECONDS = 45.0  # for torch.compile, forward with and without gradients, and a step
 
-# The first pattern in a kernel's name, in lower case, counts: a fused kernel's name has those of all that it fuses
+# The first pattern in a kernel's lower-case name counts: a fused kernel has the patterns of all that it fuses
 PATTERNS = (
     ("loss", r"fastclip"),
     ("pointwise", r"^triton_poi"),
@@ -43,7 +44,7 @@ ORDER = (
 
 
 class Event(NamedTuple):
-    """Something that the GPU did, in microseconds."""
+    """Activity of the GPU, in microseconds."""
 
     name: str
     start: float
@@ -55,7 +56,7 @@ class Event(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A stretch of the time line whose kernels are one group whatever their names."""
+    """Interval of the timeline whose kernels belong to one group, whatever their names."""
 
     group: str
     start: float
@@ -63,7 +64,7 @@ class Region(NamedTuple):
 
 
 class Marks(Shares):
-    """Marks on the GPU's time line in the place of the loss's clocks: at its begin and at each of its possible ends."""
+    """Marks on the GPU's timeline in place of the loss's clocks: at its beginning and at each of its possible ends."""
 
     def __init__(self, gpu: Gpu) -> None:
         super().__init__("cpu")
@@ -75,7 +76,7 @@ class Marks(Shares):
 
 
 def group_of(name: str, region: str = "") -> str:
-    """The group of a kernel: that of the region it runs in, or by its name."""
+    """Return the group of a kernel: that of its region, or one by its name."""
     if region:
         return region
     words = name.lower()
@@ -83,7 +84,7 @@ def group_of(name: str, region: str = "") -> str:
 
 
 def regions_of(marks: list[Event]) -> list[Region]:
-    """From a step's marks: its begin, the loss's begin and ends, the optimiser's begin and end, its end."""
+    """Return the regions between a step's marks: step begin, loss begin and ends, optimiser begin and end, step end."""
     if len(marks) < 6:
         raise RuntimeError(f"{len(marks)} marks on the time line, at least 6 were made")
     return [
@@ -94,8 +95,9 @@ def regions_of(marks: list[Event]) -> list[Region]:
 
 
 def groups(events: list[Event]) -> dict[str, float]:
-    """Microseconds of every group between the first and the last mark. Where two kernels run at once the later one
-    counts from the end of the other: the sum, idle time included, is the step."""
+    """Return the microseconds of every group between the first and the last mark. If two kernels overlap, the later one
+    counts from the end of the earlier, so that the sum, including idle time, is the step.
+    """
     events = sorted(events, key=lambda x: x.start)
     marks = [x for x in events if MARK in x.name]
     regions = regions_of(marks)
@@ -116,13 +118,14 @@ def groups(events: list[Event]) -> dict[str, float]:
 def events_of(profile: Any, gpu: Gpu) -> list[Event]:
     kind = DeviceType.CPU if gpu.pretended else DeviceType.CUDA
     events = [x for x in profile.events() if x.device_type == kind]
-    if not gpu.pretended:  # whose marks are annotations; a GPU's are kernels, and an annotation covers others
+    # marks of the CPU are annotations. A GPU's marks are kernels, and annotations there cover other events
+    if not gpu.pretended:
         events = [x for x in events if not getattr(x, "is_user_annotation", False)]
     return [Event(x.name, float(x.time_range.start), float(x.time_range.elapsed_us())) for x in events]
 
 
 def profiled(step: Step, gpu: Gpu) -> dict[str, float]:
-    """The groups of one step."""
+    """Return the groups of one step."""
     hooks = (torch_optimizer.register_optimizer_step_pre_hook, torch_optimizer.register_optimizer_step_post_hook)
     handles = [register(lambda *_: gpu.mark()) for register in hooks]
     try:

@@ -1,9 +1,9 @@
-"""Other builds of the package, or the same under other settings, timed beside this one in the same rounds.
+"""Other builds of the package, or the same build under other settings, timed in the same rounds as this one.
 
-A variant is a process that keeps its features and makes a step when it is told to, by a line on its standard input.
-Its folder holds the whole package: the Python sources, the native modules and `fastclip/triton_kernels`, as
-`pip install --target FOLDER --no-deps .` in another commit's checkout leaves them. An editable installation of this one
-fills in what a folder lacks, so every module says where it came from before anything is timed.
+A variant is a process that keeps its features and runs a step for each line on its standard input. Its folder contains
+the whole package (Python sources, native modules and `fastclip/triton_kernels`), as created by `pip install --target
+FOLDER --no-deps .` in a checkout of another commit. An editable installation of this build would supply missing
+modules, so every module reports its origin before any timing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CASES = {
     True: [("softmax", (48, 32)), ("sigmoid", (48, 32))],
 }
 ROUNDS = {False: 25, True: 2}
-# The variant's fastclip first; then this repository's benchmarks around it
+# The variant's fastclip takes precedence; the benchmarks come from this repository
 SERVE = """
 import sys
 folder, root, device, backend = sys.argv[1:]
@@ -62,13 +62,13 @@ class Variant:
     environment: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        """Text that `parse` reads back, from whatever folder."""
+        """Return the text that `parse` reads back, in any working folder."""
         settings = (f"{name}:{value}" for name, value in self.environment)
         return f"{self.name}={next(settings, self.folder)}"
 
 
 def parse(text: str) -> Variant:
-    """`NAME=FOLDER` or `NAME=VARIABLE:VALUE`. ValueError for anything else."""
+    """Parse `NAME=FOLDER` or `NAME=VARIABLE:VALUE`. Raises ValueError for anything else."""
     name, _, what = text.partition("=")
     if not name or not what or name == THIS:
         raise ValueError(f"{text!r} is neither NAME=FOLDER nor NAME=VARIABLE:VALUE, with a name that is not {THIS!r}")
@@ -81,16 +81,16 @@ def parse(text: str) -> Variant:
 
 
 class Lost(RuntimeError):
-    """A variant's process has ended or does not understand."""
+    """A variant's process has ended or does not answer properly."""
 
 
 @dataclass
 class Worker:
-    """The process of a variant. It ends when this one does: its input is then at an end."""
+    """The process of a variant. It ends with this process, which closes its input."""
 
     variant: Variant
     device: str
-    backend: str  # of the steps; the variant's setting of FASTCLIP_BACKEND goes before it
+    backend: str  # for the steps; the variant's setting of FASTCLIP_BACKEND takes precedence
     process: subprocess.Popen[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,9 +125,9 @@ class Worker:
 
 
 def run(log: Log, variants: list[Variant]) -> None:
-    """Rounds in which every variant makes a step of the same case, this build first."""
+    """Run rounds in which every variant takes a step of the same case, this build first."""
     backend = OURS["cuda"]["fastclip_cuda"]
-    assert backend is not None  # automatic, the choice could fall to another one and the row would not say so
+    assert backend is not None  # an automatic choice could differ without a trace in the rows
     workers = [Worker(variant, log.gpu.device, backend) for variant in (Variant(THIS), *variants)]
     try:
         for loss, size in CASES[log.gpu.pretended]:
@@ -141,12 +141,16 @@ def run(log: Log, variants: list[Variant]) -> None:
 
 
 def one_case(log: Log, workers: list[Worker], loss: str, size: tuple[int, int]) -> list[Worker]:
-    """The workers that are left. CheckFailed where this build is wrong; another one that is has no figures."""
+    """Run a case and return the remaining workers. Raises CheckFailed if this build is wrong; a wrong variant has no
+    figures.
+    """
     case, alive = f"{loss} {size_name(size)}", [*workers]
     seconds: dict[str, list[float]] = {worker.variant.name: [] for worker in workers}
 
     def ask(worker: Worker, **question: Any) -> dict[str, Any]:
-        """The answer; a variant that fails has no figures in this case, and one that is lost in none after it."""
+        """Return the answer. A variant that fails has no figures in this case; one that is lost
+        has none in later cases either.
+        """
         try:
             answer = worker.ask(**question)
         except Lost as error:
@@ -176,13 +180,13 @@ def one_case(log: Log, workers: list[Worker], loss: str, size: tuple[int, int]) 
 
 
 def foreign(folder: Path) -> str:
-    """Modules of the package that another folder gives, or would give; nothing where all are the folder's own."""
+    """List modules of the package that come, or would come, from another folder; empty if all are in the folder."""
     origins = {
         name: getattr(module, "__file__", None)
         for name, module in sys.modules.items()
         if name == "fastclip" or name.startswith("fastclip.")
     }
-    for name in ("fastclip._cuda", "fastclip._cpu", "fastclip.triton_kernels"):  # perhaps not loaded yet
+    for name in ("fastclip._cuda", "fastclip._cpu", "fastclip.triton_kernels"):  # these may not be loaded yet
         spec = importlib.util.find_spec(name)
         origins[name] = spec.origin if spec else None
     foreigners = [
@@ -194,9 +198,9 @@ def foreign(folder: Path) -> str:
 
 
 def serve(folder: str, device: str, backend: str) -> None:
-    """Answer the questions on standard input, a line of JSON each: a case to get ready for, or a step of it to time."""
+    """Answer questions on standard input, one line of JSON each: prepare a case, or time a step of it."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed
+    os.dup2(2, 1)  # other output must not mix with the answers
 
     gpu = Gpu() if device == "cuda" else Pretended()
     functions: dict[str, Callable[..., Any]] = {"softmax": fastclip.contrastive_loss, "sigmoid": fastclip.sigmoid_loss}
@@ -215,7 +219,7 @@ def serve(folder: str, device: str, backend: str) -> None:
             return f"check failed: {error}"
         prepare = functools.partial(step_of, case, loss, leaves)
         prepare()()
-        strangers = foreign(Path(folder))  # of what a step has loaded
+        strangers = foreign(Path(folder))  # modules that a step has loaded
         return f"error: not all of {folder}: {strangers}"[:300] if strangers else ""
 
     for line in sys.stdin:

@@ -1,1 +1,1 @@
-"""The losses beside their peers."""
+"""The losses and their peers."""

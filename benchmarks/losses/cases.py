@@ -1,4 +1,4 @@
-"""Which sizes and dtypes are measured where."""
+"""Sizes and dtypes of the measurements on each device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}
 
 
 def parse_sizes(text: str | None, device: str) -> list[tuple[int, int]]:
-    """`1024,4096x768` as pairs (N, D), D = 512 where it is not said; the device's own without a text."""
+    """Parse `1024,4096x768` as pairs (N, D), with D = 512 by default. Without a text, return the device's sizes."""
     if not text:
         return SIZES[device]
     sizes = []

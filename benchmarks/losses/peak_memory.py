@@ -1,4 +1,4 @@
-"""Peak memory of one forward and backward pass in a process of its own: prints MiB beyond inputs and gradients.
+"""Print the peak memory of one forward and backward pass in a new process, in MiB beyond inputs and gradients.
 
 python -m benchmarks.losses.peak_memory --loss softmax --provider fastclip --N 4096 --D 512 --dtype float32
 """
@@ -29,8 +29,8 @@ def _status(name: str) -> float:
 
 
 def return_what_is_freed() -> None:
-    """Give every larger block pages of its own. malloc would keep freed ones for itself, more or fewer of them from run
-    to run, and the next step would take as much less.
+    """Give every larger block its own pages. Otherwise malloc would keep some freed ones, more or fewer from run to
+    run, and the next step would appear to need less memory.
     """
     mmap_threshold = -3  # M_MMAP_THRESHOLD in malloc.h
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc
@@ -38,9 +38,9 @@ def return_what_is_freed() -> None:
 
 
 def peak_of(step: Callable[[], None]) -> float:
-    """MiB of the highest peak during a step beyond what is there before."""
+    """Return the peak memory of a step in MiB, beyond the memory in use before."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from now
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
     step()
     return _status("VmHWM") - before
@@ -52,20 +52,20 @@ def _step(function: Loss, image: Tensor, text: Tensor, *scalars: Tensor) -> None
 
 
 def measure(loss: str, provider: str, N: int, D: int, dtype: str) -> float:
-    """MiB of peak memory beyond the features and their gradients, in this process."""
+    """Return the MiB of peak memory beyond the features and their gradients, measured in this process."""
     return_what_is_freed()
     function = load_losses(loss, "cpu", [provider])[0][provider]
-    # The small one loads libraries and starts threads. A loss that is compiled for its shape runs there once before it
-    # is measured; the others meet N only then, so that a buffer kept between steps counts.
+    # The small size loads libraries and starts threads. A loss that is compiled for its shape runs once at N before it
+    # is measured. The others meet N only in the measurement, so that a buffer kept between steps counts.
     for size in (8, N, N) if provider in COMPILED else (8, N):
         image, text, *scalars = leaves_of(Case(loss, "both", size, D, dtype))
-        image.grad, text.grad = ones_like(image), ones_like(text)  # touched: part of the base line
+        image.grad, text.grad = ones_like(image), ones_like(text)  # touched, as part of the baseline
         peak = peak_of(partial(_step, function, image, text, *scalars))
     return peak
 
 
 def measure_in_child(case: Case, provider: str) -> float:
-    """`measure` in a fresh process: a peak is of the process's whole life."""
+    """Call `measure` in a fresh process, because a peak spans the life of a process."""
     command = [sys.executable, "-m", "benchmarks.losses.peak_memory", "--loss", case.loss, "--provider", provider]
     command += ["--N", str(case.N), "--D", str(case.D), "--dtype", case.dtype]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])

@@ -1,6 +1,7 @@
-"""The losses fastclip is compared with, each from its own package, called as image, text, scale (and bias) -> loss.
+"""The losses with which fastclip is compared, each from its own package, called as image, text, scale (and bias) ->
+loss.
 
-All of them take normalised features and mean what `open_clip.loss` means by the same name.
+All of them take normalised features and have the meaning of `open_clip.loss` for the same name.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from torch import Tensor
 from fastclip.bench.losses import SCALARS, Loss
 from fastclip.system.installed import installed_version
 
-COMPILER = "inductor"  # of torch.compile; a dry run takes one that compiles nothing
+COMPILER = "inductor"  # of torch.compile; a dry run uses one that compiles nothing
 
 
 class Unavailable(Exception):
-    """A provider cannot run here; the message says why."""
+    """A provider cannot run here; the message contains the reason."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`build[loss]()` imports the package and returns the loss."""
+    """A package with losses to compare: `build[loss]()` imports it and returns the loss."""
 
     package: str
     build: dict[str, Callable[[], Loss]]
     gpu_only: bool = False
-    dense: bool = False  # both directions' N x N logits and their gradients are in memory at once
-    compiled: bool = False  # anew for every shape
-    # Gradients are computed in the forward pass, from which no halves can be told apart: `forward` would time nearly
+    dense: bool = False  # stores the N x N logits of both directions and their gradients at once
+    compiled: bool = False  # compiled again for every shape
+    # Gradients are computed in the forward pass, so the halves cannot be separated: `forward` would time nearly
     # everything, and `backward` a multiplication by the upstream gradient
     whole_step_only: bool = False
 
@@ -47,12 +48,14 @@ def _open_clip(name: str) -> Loss:
 def _open_clip_compiled(name: str) -> Loss:
     if not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
         raise Unavailable("no C++ compiler for torch.compile")
-    # fullgraph: what cannot be compiled is an error, not a loss that runs uncompiled
+    # With fullgraph, code that cannot be compiled is an error instead of a loss that runs uncompiled
     return torch.compile(_open_clip(name), fullgraph=True, dynamic=False, backend=COMPILER)
 
 
 def _both_directions(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
-    """A fused linear cross-entropy (input, weight, labels) is half of the loss: the other modality is the weight."""
+    """Build the loss from a fused linear cross-entropy (input, weight, labels), which is one direction:
+    the other modality is its weight.
+    """
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         labels = torch.arange(image.shape[0], device=image.device)
@@ -64,21 +67,21 @@ def _both_directions(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) 
 def _linear_cross_entropy() -> Loss:
     if not hasattr(F, "linear_cross_entropy"):  # newer than the oldest torch that fastclip supports
         raise Unavailable(f"not in torch {torch.__version__}")
-    options = torch.nn.LinearCrossEntropyOptions()  # torch's own choice of chunks and precision
+    options = torch.nn.LinearCrossEntropyOptions()  # torch's default chunks and precision
     return _both_directions(lambda x, weight, labels: F.linear_cross_entropy(x, weight, labels, options=options))
 
 
 def _cut_cross_entropy() -> Loss:
     from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
 
-    # Without its filter, which drops small gradients. Newer versions call that cce_exact, and sum in fp32 there
+    # Exact, without its filter, which drops small gradients. Newer versions call this cce_exact, and sum in fp32 there
     exact = hasattr(LinearCrossEntropyImpl, "CCE_EXACT")
     options = {"impl": "cce_exact"} if exact else {"impl": "cce", "filter_eps": None}
     return _both_directions(lambda x, weight, labels: linear_cross_entropy(x, weight, labels, **options))
 
 
 def _inf_cl() -> Loss:
-    # What inf_cl's cal_inf_loss computes on each GPU, without the ring around it; a loss for each row
+    # The computation of inf_cl's cal_inf_loss on each GPU without the ring around it; it returns one loss per row
     from inf_cl import cal_flash_loss
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ def _inf_cl() -> Loss:
 def _memeff() -> Loss:
     from memeff import MemoryEfficientCLIPLoss
 
-    # Its scale is a constant of the module and has no gradient; stable=True would return other gradients
+    # Its scale is a constant of the module without a gradient, and stable=True would return other gradients
     (scale,) = SCALARS["softmax"]
     module = MemoryEfficientCLIPLoss(temperature=1 / scale, normalized_inputs=True, stable=False)
     return lambda image, text, scale: module(image, text)
@@ -121,11 +124,13 @@ CONSTANT_SCALE = frozenset({"memeff"})  # no gradient of the scale
 
 
 def build(name: str, loss: str) -> Loss:
-    """The peer's loss. Unavailable where its package is missing or does not load; the message is a row's status."""
+    """Return the peer's loss. Raises Unavailable if its package is missing or does not load;
+    the message is a row's status.
+    """
     peer = PEERS[name]
     try:
         return peer.build[loss]()
-    except Exception as error:  # whatever somebody else's package raises when it is imported
+    except Exception as error:  # importing another package may raise anything
         if isinstance(error, Unavailable):
             raise
         if isinstance(error, ImportError) and not installed_version(peer.package):
@@ -134,6 +139,6 @@ def build(name: str, loss: str) -> Loss:
 
 
 def describe(error: BaseException) -> str:
-    """Type and first line."""
+    """Return the type and the first line of an error."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]

@@ -1,4 +1,4 @@
-"""Features, the providers' losses, their check, and on a CPU the products nobody can avoid."""
+"""Features, the providers' losses and their check, and on a CPU the matrix products that no provider can avoid."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODES = {"softmax": ("forward", "backward", "both"), "sigmoid": ("both",)}
 COMPILED = frozenset(name for name, peer in PEERS.items() if peer.compiled)
 DENSE = frozenset(name for name, peer in PEERS.items() if peer.dense)
 WHOLE_STEP_ONLY = frozenset(name for name, peer in PEERS.items() if peer.whole_step_only)
-# On a GPU every backend that has one is a provider of its own
+# Each backend for GPUs is a separate provider
 OURS: dict[str, dict[str, str | None]] = {
     "cpu": {"fastclip": None},
     "cuda": {"fastclip_triton": "triton", "fastclip_cuda": "cuda"},
@@ -42,8 +42,9 @@ OURS: dict[str, dict[str, str | None]] = {
 
 
 def ours(backend: str | None, loss: str) -> Loss:
-    """fastclip on a GPU backend; without one the same class with the same arguments as open_clip's: what a user changes
-    is the import."""
+    """Return fastclip on a GPU backend. Without a backend, return the class with open_clip's name and arguments, for
+    which a user changes only the import.
+    """
     if backend is None:
         return {"softmax": fastclip.ClipLoss, "sigmoid": fastclip.SigLipLoss}[loss]()
     reason = fastclip.backends().get(backend, "not in this version")
@@ -54,13 +55,13 @@ def ours(backend: str | None, loss: str) -> Loss:
 
 
 def names(loss: str, device: str) -> list[str]:
-    """Every provider that this loss may have on this kind of device, in the order of a round."""
+    """List every provider that this loss can have on this kind of device, in the order of a round."""
     peers = [name for name, peer in PEERS.items() if loss in peer.build and not (peer.gpu_only and device == "cpu")]
     return [*peers, *OURS[device]]
 
 
 def load_losses(loss: str, device: str, wanted: Iterable[str]) -> tuple[dict[str, Loss], dict[str, str]]:
-    """Those of `wanted` that can run here, and why the others cannot."""
+    """Return the losses among `wanted` that can run here, and the reasons why the others cannot."""
     losses: dict[str, Loss] = {}
     status: dict[str, str] = {}
     for name in names(loss, device):
@@ -74,12 +75,14 @@ def load_losses(loss: str, device: str, wanted: Iterable[str]) -> tuple[dict[str
 
 @functools.cache
 def cpu_losses(loss: str) -> dict[str, Loss]:
-    """Every provider's loss that can run here without a GPU."""
+    """Return the losses of all providers that can run here without a GPU."""
     return load_losses(loss, "cpu", names(loss, "cpu"))[0]
 
 
 def named(wanted: str | None, device: str = "cpu") -> list[str]:
-    """The providers of a list separated by commas; all of them without one. ValueError where one is not for here."""
+    """Return the providers of a comma-separated list, or all without one. Raises ValueError for one that cannot run
+    here.
+    """
     if device == "cpu":
         known = list(dict.fromkeys(name for loss in MODES for name in cpu_losses(loss)))
     else:
@@ -91,22 +94,24 @@ def named(wanted: str | None, device: str = "cpu") -> list[str]:
 
 
 def fitting(case: Case, wanted: Iterable[str], available: float) -> list[str]:
-    """Those of `wanted` that mean something in this mode and fit into `available` bytes."""
+    """Return the providers among `wanted` that are meaningful in this mode and fit into `available` bytes."""
     chosen = [name for name in wanted if case.mode == "both" or name not in WHOLE_STEP_ONLY]
     return [name for name in chosen if name not in DENSE or case.dense_bytes <= available]
 
 
 def selected(case: Case, wanted: Iterable[str], available: float) -> dict[str, Loss]:
-    """The losses among `wanted` that a CPU runs in this mode with `available` bytes, the floor's among them."""
+    """Return the losses among `wanted` that a CPU runs in this mode with `available` bytes, those of the floor
+    included.
+    """
     chosen = set(fitting(case, wanted, available - _floor_bytes(case)))
     return {name: loss for name, loss in cpu_losses(case.loss).items() if name in chosen}
 
 
 def setup(case: Case, wanted: Iterable[str]) -> list[Provider]:
-    """On a CPU: the floor and every selected loss on the same features, checked against each other first."""
+    """Return the floor and every selected loss on the same features on a CPU, after a check against each other."""
     leaves = leaves_of(case)
     image, text = leaves[:2]
-    torch.compiler.reset()  # a compiled loss keeps eight shapes at most
+    torch.compiler.reset()  # a compiled loss keeps at most eight shapes
     available = available_bytes()
     losses = selected(case, wanted, available)
     check(leaves, losses, cpu_losses(case.loss)[PEER])
@@ -117,7 +122,9 @@ def setup(case: Case, wanted: Iterable[str]) -> list[Provider]:
 
 
 def check(leaves: tuple[Tensor, ...], losses: dict[str, Loss], peer: Loss) -> None:
-    """Same value and gradients as `peer`, to what the dtype allows; N is cut where dense memory would not do."""
+    """Check that the losses agree with `peer` in value and gradients, within the dtype's tolerance. N is cut to
+    limit the dense peer's memory.
+    """
     few = tuple(x[:1024].detach().requires_grad_() if x.dim() else x for x in leaves)
     value = peer(*few)
     expected = (value.detach(), *torch.autograd.grad(value, few))
@@ -126,7 +133,7 @@ def check(leaves: tuple[Tensor, ...], losses: dict[str, Loss], peer: Loss) -> No
 
 
 def check_one(name: str, loss: Loss, leaves: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """CheckFailed unless value and gradients are `expected`, to what the leaves' dtype allows."""
+    """Raise CheckFailed unless value and gradients are `expected`, within the tolerance of the leaves' dtype."""
     fastclip.bench.losses.check_one(name, loss, leaves, expected[:3] if name in CONSTANT_SCALE else expected)
 
 
@@ -135,8 +142,9 @@ def _floor_bytes(case: Case) -> float:
 
 
 def _floor(image: Tensor, text: Tensor, case: Case) -> Callable[[], Step]:
-    """The products of 2 N^2 D operations that cannot be avoided, in fp32 (what the CPU backend multiplies in), into
-    memory that is already there: logits, twice where the backward pass makes them again, and the gradients."""
+    """Return the unavoidable products of 2 N^2 D operations in fp32, the CPU backend's precision of products. They
+    write to existing memory: logits (twice if the backward pass computes them again) and gradients.
+    """
     N, D = image.shape
     logits, weights = torch.empty(N, N), torch.randn(N, N)
     d_image, d_text = torch.empty(N, D), torch.empty(N, D)

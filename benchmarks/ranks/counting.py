@@ -1,8 +1,8 @@
-"""Counts what a rank sends, receives and multiplies: torch.distributed's calls and torch's products are wrapped.
+"""Counts of what a rank sends, receives and multiplies, by wrappers of torch.distributed's calls and torch's products.
 
-Bytes are those that cannot be avoided, whatever a backend makes of a call: of W ranks, all_gather sends the own shard
-to each of the others, (W - 1) shards (as a ring algorithm does, too); reduce_scatter, all_to_all and scatter send
-(W - 1) / W of their input; all_reduce sends 2 (W - 1) / W of it. Messages between two ranks count as they are.
+Bytes are those that cannot be avoided, however a backend implements a call. Of W ranks, all_gather sends a rank's shard
+to each of the others, (W - 1) shards (as a ring algorithm also does). reduce_scatter, all_to_all and scatter send (W -
+1) / W of their input, and all_reduce 2 (W - 1) / W of it. Messages between two ranks count with their size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Counts", "counted"]
 
 @dataclass
 class Counts:
-    """Of one rank: bytes, calls that communicate, and operations of matrix products, 2 M N K each."""
+    """Counts of one rank: bytes, communicating calls, and operations of matrix products, 2 M N K each."""
 
     sent: float = 0
     received: float = 0
@@ -99,11 +99,11 @@ _CALLS: dict[str, Callable[..., Bytes]] = {
     "batch_isend_irecv": _batch,
     **dict.fromkeys(("broadcast", "gather", "reduce", "send", "recv"), _never),
 }
-_CALLERS = ("fastclip.", "inf_cl", "open_clip.loss")  # modules that may have a call under a name of their own
+_CALLERS = ("fastclip.", "inf_cl", "open_clip.loss")  # modules that may hold a call under another name
 
 
 class _Products(TorchDispatchMode):
-    """Products of autograd and of plain torch; those in the insides of custom ops pass it by."""
+    """A mode that counts products of autograd and plain torch, but does not see those inside custom ops."""
 
     def __init__(self, counts: Counts) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def wrap(self, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """torch.mm or torch.addmm, as custom ops call them."""
+        """Wrap torch.mm or torch.addmm, which custom ops call."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Tensor:
             a, b = args[-2:]
@@ -146,7 +146,7 @@ def _counting(counts: Counts, real: Callable[..., Any], cost: Callable[..., Byte
 
 @contextmanager
 def counted() -> Iterator[Counts]:
-    """Counts of what this rank does from here on."""
+    """Count everything that this rank does inside the context."""
     counts = Counts()
     products = _Products(counts)
     wrapped = {getattr(dist, name): cost for name, cost in _CALLS.items() if hasattr(dist, name)}

@@ -1,8 +1,8 @@
-"""One loss over several processes: bytes and operations a rank are counted, steps are timed, against the peers.
+"""One loss over several processes: bytes and operations per rank are counted, steps are timed, against the peers.
 
-python -m benchmarks.ranks.distributed --ranks 1,2,4 --local 1024 --D 512
+    python -m benchmarks.ranks.distributed --ranks 1,2,4 --local 1024 --D 512
 
-The processes are gloo's, on this machine, with one thread each. Rows go to results/distributed.csv.
+The processes use gloo on this machine, with one thread each. Rows go to results/distributed.csv.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EXACT = "exact"
 
 @dataclass(frozen=True)
 class Case:
-    """N pairs on each of W ranks."""
+    """Case with N pairs on each of W ranks."""
 
     W: int
     local_N: int
@@ -48,19 +48,21 @@ class Case:
 
     @property
     def unit(self) -> float:
-        """The operations a rank that cannot be avoided."""
+        """Return the unavoidable operations per rank."""
         return 8.0 * self.W * self.local_N**2 * self.D
 
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the whole batch, the same in every process."""
+        """Return the leaves of the whole batch, the same in every process."""
         (scale,) = SCALARS["softmax"]
         return *features(self.W * self.local_N, self.D, self.dtype), torch.tensor(scale, requires_grad=True)
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """`build()`, called on every rank, returns the loss of its shard. After the mean over ranks that DDP takes, the
-    encoders' gradient is `encoders(W)` times that of the whole batch's mean loss, the scale's `scale(W)` times."""
+    """A competitor, whose `build()` is called on every rank and returns the loss of its shard. After DDP's
+    mean over ranks, the gradient of the encoders is `encoders(W)` times that of the whole batch's mean loss,
+    and the scale's `scale(W)` times.
+    """
 
     build: Callable[[], Loss]
     gradient: str = EXACT
@@ -81,7 +83,8 @@ def _open_clip(**flags: bool) -> Loss:
 
 
 def _inf_cl() -> Loss:
-    # The package's own ring with its blocks in plain torch: those of cal_inf_loss are Triton kernels and need a GPU
+    # The package's own ring with its blocks in plain torch; the blocks of cal_inf_loss are Triton kernels and need a
+    # GPU
     from inf_cl import cal_ring_loss
 
     if dist.get_world_size() == 1:
@@ -101,15 +104,15 @@ COMPETITORS = {
     "fastclip_ring": Competitor(lambda: _ours("ring")),
     "open_clip": Competitor(_open_clip, "1/W of the encoders'", encoders=lambda W: 1 / W),
     PEER: Competitor(lambda: _open_clip(local_loss=True, gather_with_grad=True)),
-    # all_reduce of the scale's gradient, and DDP takes the mean of it
+    # it all-reduces the scale's gradient, and DDP takes the mean of the result
     "inf_cl_ring": Competitor(_inf_cl, "W times the scale's", scale=lambda W: W),
 }
-INF_CL = "inf_cl"  # the same ring around kernels for GPUs: counted in their source
+INF_CL = "inf_cl"  # the same ring around kernels for GPUs, counted from their source
 
 
 @dataclass
 class Result:
-    """Of one competitor; of the rank that sends most."""
+    """Result of one competitor, from the rank that sends most."""
 
     forward: Counts
     backward: Counts
@@ -119,7 +122,7 @@ class Result:
 
 
 def check(name: str, case: Case, value: Tensor, shard: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """CheckFailed on a rank whose value or gradients are not those of the fp64 loss, to what the dtype allows."""
+    """Raise CheckFailed on a rank whose value or gradients differ from the fp64 loss by more than the dtype allows."""
     one = COMPETITORS[name]
     image, text, scale = (x.grad for x in shard)
     assert image is not None and text is not None and scale is not None
@@ -165,16 +168,19 @@ def _count(name: str, loss: Loss, case: Case, shard: tuple[Tensor, ...], expecte
 
 
 def _largest(value: float) -> float:
-    """Over the ranks."""
+    """Return the largest value over the ranks."""
     x = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.item()
 
 
 def _work(rank: int, case: Case, names: list[str], rounds: int, peak: bool, folder: str) -> None:
-    """One rank. Everyone is checked and counted, then timed in turns; or, `peak`, the one competitor's peak memory."""
+    """Run one rank. Every competitor is checked and counted, then timed in turns. With `peak`, the only
+    competitor's peak memory is measured.
+    """
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")  # of the functions that it calls
+    # raised by functions that open_clip calls
+    warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
     if peak:
         return_what_is_freed()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=case.W)
@@ -195,7 +201,7 @@ def _work(rank: int, case: Case, names: list[str], rounds: int, peak: bool, fold
             small = tuple(x[:8].detach().requires_grad_() if x.dim() else x for x in shard)
             step(loss, small)  # loads libraries, starts threads, connects the ranks
             for x in shard[:2]:
-                x.grad = torch.ones_like(x)  # touched: part of the base line
+                x.grad = torch.ones_like(x)  # touched, as part of the baseline
             dist.barrier()
             mib = _largest(peak_of(lambda loss=loss: step(loss)))  # type: ignore[misc]
             results[name] = Result(Counts(), Counts(), [], peak_mib=round(mib, 1))
@@ -216,9 +222,9 @@ def _work(rank: int, case: Case, names: list[str], rounds: int, peak: bool, fold
 
 
 def launch(case: Case, names: Iterable[str], rounds: int = 0, peak: bool = False) -> dict[str, Result]:
-    """What the ranks of a case found."""
+    """Return the results of the ranks of a case."""
     loopback = "lo" if any(name == "lo" for _, name in socket.if_nameindex()) else "lo0"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # the ranks are on this machine
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # all ranks are on this machine
     with tempfile.TemporaryDirectory() as folder:
         if not peak:
             torch.save(blockwise_truth("softmax", case.leaves(), torch.float64), Path(folder) / "truth.pt")
@@ -227,14 +233,16 @@ def launch(case: Case, names: Iterable[str], rounds: int = 0, peak: bool = False
 
 
 def _inf_cl_kernels(case: Case, ring: Result) -> Result:
-    """cal_inf_loss of inf-cl 1.2.1: a product forward, and backward two for each side, in both directions."""
+    """Return the counts of inf-cl 1.2.1's cal_inf_loss: one product forward and two per side backward, in both
+    directions.
+    """
     product = 2 * 2 * case.W * case.local_N**2 * case.D
     forward, backward = replace(ring.forward, operations=product), replace(ring.backward, operations=4 * product)
     return Result(forward, backward, [], status="operations from its source, the rest as inf_cl_ring")
 
 
 def rows(case: Case, results: dict[str, Result]) -> list[dict[str, Any]]:
-    """One row a competitor; see `benchmarks/README.md` for the columns."""
+    """Return one row per competitor; `benchmarks/README.md` describes the columns."""
     timings = Timings({name: result.seconds for name, result in results.items() if result.seconds})
     if (ring := results.get("inf_cl_ring")) and not ring.status:
         results = {**results, INF_CL: _inf_cl_kernels(case, ring)}
@@ -282,7 +290,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for W in map(int, arguments.ranks.split(",")):
         case = Case(W, arguments.local, arguments.D, arguments.dtype)
-        load = round(os.getloadavg()[0], 1)  # others may be using the machine
+        load = round(os.getloadavg()[0], 1)  # other processes may use the machine
         results = launch(case, COMPETITORS, arguments.rounds)
         for name, result in results.items():
             if arguments.peak and not result.status:

@@ -1,4 +1,4 @@
-"""Draws and prints the model of the loss on many GPUs; the model itself is `scaling_model.py`.
+"""Draw and print the model of the loss on many GPUs; the model itself is `scaling_model.py`.
 
 python -m benchmarks.ranks.scaling            draws docs/scaling.png
 python -m benchmarks.ranks.scaling --tables   prints the tables of docs/scaling.md
@@ -17,11 +17,12 @@ FIGURE = Path(__file__).parents[2] / "docs" / "scaling.png"
 ROWS = Path(__file__).parents[1] / "results" / "distributed.csv"
 BATCHES = tuple(2**k for k in (15, 17, 19, 20, 21, 22))
 RANKS = (8, 64, 256, 1024)
-SMALL = 1024  # pairs on a rank, below which the products no longer set the time
+SMALL = 1024  # pairs per rank, below which the products no longer determine the time
 GPU_BYTES = 141e9
-# Operations a sample, forward: open_clip's docs/model_profile.csv. Backward costs twice as much
+# Operations per sample in the forward pass, from open_clip's docs/model_profile.csv. The backward pass costs twice as
+# much
 MODELS = {"ViT-L/14": (175.33e9, 768), "ViT-B/32": (14.78e9, 512)}
-ENCODERS = 400e12  # operations/s, 40 % of 989e12 on paper: assumed
+ENCODERS = 400e12  # operations/s, assumed: 40 % of the specified 989e12
 
 COLORS = {"fastclip_gather": "#D55E00", "fastclip_ring": "#E69F00", "open_clip_local": "#0072B2"}
 LABELS = {"open_clip_local": "open_clip (exact flags)"}
@@ -50,7 +51,9 @@ def _number(x: float) -> str:
 
 
 def time_table(D: int) -> str:
-    """ms of gather / ring / open_clip; a dash where its memory exceeds the GPU's, a star where shards are small."""
+    """Return a table of ms of gather / ring / open_clip. A dash means more memory than the GPU has, a star small
+    shards.
+    """
 
     def cell(W: int, N: int) -> str:
         fits = (memory(form, W, N, D) < GPU_BYTES for form in FORMS)
@@ -72,7 +75,7 @@ def parts_table(N: int, D: int) -> str:
 
 
 def memory_table() -> str:
-    """GiB a rank."""
+    """Return a table of GiB per rank."""
     columns = [("fastclip_gather", 64, D) for D in (512, 768, 1024)]
     columns += [("fastclip_ring", W, 768) for W in (64, 256)] + [("open_clip_local", W, 768) for W in (64, 256, 1024)]
     head = [f"`{form}`, W = {W:,}, D = {D:,}" for form, W, D in columns]
@@ -81,7 +84,7 @@ def memory_table() -> str:
 
 
 def ratio_table(D: int) -> str:
-    """Time of the ring over that of the gather, by pairs on a rank."""
+    """Return a table of the ring's time divided by the gather's, by pairs per rank."""
     ranks = (8, 16, 64, 256, 1024)
 
     def cell(W: int, n: int) -> str:
@@ -94,7 +97,7 @@ def ratio_table(D: int) -> str:
 
 
 def limit_table() -> str:
-    """Largest N whose gather stays within a budget, the workspace included."""
+    """Return a table of the largest N whose gather stays within a budget, including the workspace."""
     budgets, widths = (4, 8, 16, 32), (512, 768, 1024)
 
     def cell(budget: int, D: int) -> str:
@@ -105,14 +108,14 @@ def limit_table() -> str:
 
 
 def share(model: str, form: str, W: int, N: int) -> float:
-    """Of the loss in a training step that is encoders, forward and backward, and loss."""
+    """Return the loss's share of a training step that consists of encoders (forward and backward) and loss."""
     operations, D = MODELS[model]
     loss = time(form, W, N, D).total
     return loss / (loss + N / W * 3 * operations / ENCODERS)
 
 
 def share_table() -> str:
-    """Per cent, gather / open_clip."""
+    """Return a table of these shares in per cent, for gather / open_clip."""
 
     def cell(model: str, W: int, N: int) -> str:
         D = MODELS[model][1]
@@ -126,7 +129,7 @@ def share_table() -> str:
 
 
 def gloo_table(path: Path = ROWS, W: int = 4) -> str:
-    """What was counted and timed on the processes of one machine; of several rows for a case the last."""
+    """Return a table of what was counted and timed on the processes of one machine. The last row of a case counts."""
     with path.open(newline="") as file:
         last = {(row["provider"], row["dtype"]): row for row in csv.DictReader(file) if row["W"] == str(W)}
     lines = []
