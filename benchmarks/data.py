@@ -150,7 +150,7 @@ def check(passes: dict[str, Pass], case: Case) -> None:
         assert {tuple(image.shape[1:]) for image in images} == {(3, 224, 224)}, name
         captions[name] = sorted(map(tuple, torch.cat(ids).tolist()))
         if len(captions[name]) != case.samples or captions[name] != next(iter(captions.values())):
-            raise RuntimeError(f"{name} reads {len(captions[name])} of {case.samples} samples, or others")
+            raise RuntimeError(f"{name} reads {len(captions[name])} of {case.samples} samples, or other samples")
 
 
 def measure(case: Case, names: list[str], rounds: int, folder: Path) -> Spent:

@@ -62,10 +62,10 @@ class Part(checks.Part):
 
 PARTS = (
     Part("correct", tells="tests of the kernels; values and gradients against float64; CUDA graphs", seconds=110),
-    Part("host", tells="microseconds of the host for a step of 256 rows", seconds=45),
+    Part("host", tells="microseconds of the host in a step of 256 rows", seconds=45),
     Part("counters", tells="stalls, throughputs and clock of the three tile kernels, by ncu", seconds=75),
     Part("steps", tells="whole steps at 1,024 to 65,536 pairs beside the peers", seconds=140),
-    Part("training", tells="where the time of a training step goes, eager and compiled", seconds=100),
+    Part("training", tells="time of a training step by groups of kernels, eager and compiled", seconds=100),
     Part("workspace", tells="time and memory of a step against FASTCLIP_WORKSPACE_MB", seconds=45),
     Part("variants", tells="other builds or settings (--variant) beside this build", seconds=35, takes_the_rest=True),
 )
@@ -210,7 +210,9 @@ def main(words: list[str] | None = None) -> int:
     if arguments.only:
         names = arguments.only.split(",")
         if unknown := sorted(set(names) - {part.name for part in PARTS}):
-            parser.error(f"--only: no part {', '.join(unknown)}, only {', '.join(part.name for part in PARTS)}")
+            parser.error(
+                f"--only: no part {', '.join(unknown)}; the parts are {', '.join(part.name for part in PARTS)}"
+            )
         chosen = [part for part in PARTS if part.name in names]
     if arguments.list:
         for part in chosen:
@@ -222,7 +224,7 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"--variant: {error}")
     folders(arguments)
     if arguments.dry_run and arguments.rows == RESULTS:
-        parser.error("--rows: rows of a dry run are no results")
+        parser.error("--rows: a dry run must not write to the folder of results")
     if arguments.part:
         return run_part(arguments.part, arguments)
     import torch
@@ -233,7 +235,7 @@ def main(words: list[str] | None = None) -> int:
         forget(arguments.markers, names)
     if not arguments.variant:
         if any(part.name == "variants" for part in chosen):
-            print("variants     skipped: there is no --variant")
+            print("variants     skipped: needs --variant NAME=FOLDER")
         chosen = [part for part in chosen if part.name != "variants"]
     else:  # the variants differ from those of the last call
         forget(arguments.markers, ["variants"])

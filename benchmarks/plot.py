@@ -45,13 +45,13 @@ Row = dict[str, str]
 def read(path: Path, loss: str = "softmax") -> list[Row]:
     """Read the rows of a loss in mode `both`. The last row in the file counts for each case and provider."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: `make bench` writes it")
+        raise FileNotFoundError(f"{path} does not exist: `make bench` writes it")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         about = GPU_COLUMNS if "gpu" in columns else CPU_COLUMNS
         if missing := [name for name in COLUMNS + about if name not in columns]:
-            raise ValueError(f"{path} has no columns {', '.join(missing)}: not rows of the benchmark")
+            raise ValueError(f"{path} lacks the columns {', '.join(missing)}: these are not rows of the benchmark")
         wanted = [row for row in reader if (row["loss"], row["mode"]) == (loss, "both")]
         last = {(row["N"], row["D"], row["dtype"], row["provider"]): row for row in wanted}
     if not last:

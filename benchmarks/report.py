@@ -24,10 +24,10 @@ VERSIONS = ("python", "torch", "triton", "fastclip", "open_clip", "webdataset", 
 
 HEAD = """# Benchmark report
 
-Made from the rows in `benchmarks/results` by `make report`; do not edit. What is measured, and how, is in
-[README.md](README.md). A dash is what has not been measured, and the last column of a table is the number of the run
-([below](#runs)): machine, versions, date and commit. Of several rows of one case the last counts. Comparisons are
-medians of the rounds' ratios; the floor is the matrix products that cannot be avoided.
+Generated from the rows in `benchmarks/results` by `make report`; do not edit. [README.md](README.md) describes what is
+measured and how. A dash means not measured. The last column of a table is the number of the run: its machine, versions,
+date and commit are listed [below](#runs). If a case has several rows, the last one counts. Comparisons are medians of
+the rounds' ratios. The floor is the time of the matrix products that no provider can avoid.
 """
 
 
@@ -44,7 +44,7 @@ class Section(NamedTuple):
 SECTIONS = {
     "training": Section(
         "Training steps",
-        "A step of `fastclip train` and of open_clip's `train_one_epoch` from the same weights on the same batch, "
+        "A step of `fastclip train` and of open_clip's `train_one_epoch`, from the same weights and on the same batch, "
         "which is in memory.",
         ("model", "precision", "batch_size", "micro_batch", "provider", "threads"),
         {
@@ -64,7 +64,7 @@ SECTIONS = {
     ),
     "data": Section(
         "Reading data",
-        "JPEGs in tar shards, with two workers into batches of 64.",
+        "JPEGs in tar shards, read by two workers into batches of 64.",
         ("width", "height", "samples", "provider"),
         {
             "width": "width",
@@ -73,33 +73,34 @@ SECTIONS = {
             "provider": "provider",
             "samples_per_second": "samples/s",
             "speedup_over_webdataset": "times as fast as webdataset",
-            "cpu_ms_per_sample": "CPU ms a sample",
+            "cpu_ms_per_sample": "CPU ms per sample",
             "rounds": "rounds",
             "load": "load",
         },
     ),
     "checkpoints": Section(
         "Checkpoints",
-        "What they add to a step of `fastclip train`, the last write included.",
+        "Time that checkpoints add to a step of `fastclip train`, including the last write.",
         ("model", "batch_size", "save_every", "kind"),
         {
             "model": "model",
             "checkpoint_mib": "checkpoint, MiB",
-            "save_every": "every, steps",
+            "save_every": "interval, steps",
             "kind": "written",
-            "median_ms": "ms a step",
-            "extra_ms_a_step": "more than none",
+            "median_ms": "ms per step",
+            "extra_ms_a_step": "extra ms per step",
             "rounds": "rounds",
             "load": "load",
         },
     ),
     "distributed": Section(
         "Several processes",
-        "The sharded softmax loss on W processes that share one machine's cores: counts are exact, times say little.",
+        "The sharded softmax loss on W processes that share the cores of one machine. The counts are exact; the times "
+        "are not representative.",
         ("W", "local_N", "D", "dtype", "provider"),
         {
             "W": "W",
-            "local_N": "pairs on each",
+            "local_N": "pairs per process",
             "dtype": "dtype",
             "provider": "provider",
             "gradient": "gradient",
@@ -115,23 +116,23 @@ SECTIONS = {
     ),
     "search": Section(
         "Search",
-        "`fastclip search`: a query, the reading of an index, the whole command, and the indexing of JPEGs.",
+        "`fastclip search`: answering a query, reading an index, the whole command, and indexing JPEGs.",
         ("what", "pictures", "dim"),
         {
-            "what": "what",
-            "pictures": "pictures",
+            "what": "operation",
+            "pictures": "images",
             "dim": "D",
             "median_s": "s",
             "p20_s": "p20",
             "p80_s": "p80",
-            "pictures_per_second": "pictures/s",
+            "pictures_per_second": "images/s",
             "rounds": "rounds",
             "load": "load",
         },
     ),
     "gpu_ten": Section(
         "Ten minutes with a GPU",
-        "`make gpu-ten`: errors, host, counters, profile, workspace and variants.",
+        "`make gpu-ten`: errors, time of the host, counters, a profile, workspace sizes and variants.",
         ("part", "case", "provider", "measure", "unit"),
         {
             "part": "part",
@@ -230,8 +231,8 @@ def _losses(folder: Path, device: str, runs: Runs) -> list[str]:
         for dtype in sorted({row["dtype"] for row in rows}, key=lambda dtype: (dtype != "float32", dtype)):
             chosen = [row for row in rows if row["dtype"] == dtype]
             every = rows_table(chosen, {**LOSS_COLUMNS, "status": "status"}, runs)
-            out.append(f"{dtype}, `{ours}` beside open_clip:\n\n{table(chosen, dtype, ours, sizes)}\n")
-            out.append(f"<details><summary>{dtype}, everyone</summary>\n\n{every}\n\n</details>\n")
+            out.append(f"{dtype}, `{ours}` compared with open_clip:\n\n{table(chosen, dtype, ours, sizes)}\n")
+            out.append(f"<details><summary>{dtype}, all providers</summary>\n\n{every}\n\n</details>\n")
     return out
 
 

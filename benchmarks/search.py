@@ -52,7 +52,7 @@ def check(engine: SearchEngine, vectors: np.ndarray, query: np.ndarray) -> None:
     highest = np.sort(scores)[::-1][: len(places)]
     apart = np.abs(scores[places] - highest).max() / np.linalg.norm(query)
     if len(set(places)) != min(10, len(scores)) or apart > 2.0**-20:
-        raise RuntimeError(f"found {places}, whose scores are {apart:.1e} of the query's length from the highest")
+        raise RuntimeError(f"the scores of {places} differ from the highest by {apart:.1e} of the query's length")
 
 
 def row(what: str, pictures: int, dim: int, seconds: list[float]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def on_cpu(benchmark, case: Case, wanted: list[str], path: Path, peak: bool) -> 
     N = case.N
     providers = setup(case, wanted)
     if {provider.name for provider in providers} <= {FLOOR}:
-        pytest.skip(f"none of {', '.join(wanted)} is for this mode and fits into memory")
+        pytest.skip(f"no provider of {', '.join(wanted)} supports this mode and fits into memory")
     for provider in providers:
         provider.prepare()()
     timings = Timings()

@@ -58,7 +58,7 @@ def run(log: Log) -> None:
     tests(log)
     available = [name for name in PROVIDERS if is_available(log, name)]
     if not available:
-        raise RuntimeError("no backend for GPUs is available: see fastclip doctor")
+        raise RuntimeError("no GPU backend is available: `fastclip doctor` shows the reasons")
     for provider in available:
         values(log, provider)
         graphs(log, provider)
@@ -173,7 +173,7 @@ def check(case: str, backend: str | None, name: str, N: int, D: int, dtype: str,
     leaves = leaves_of(N, D, dtype, normalize, one.scalars, device)
     first, again = (value_and_gradients(one.ours, leaves) for _ in range(2))
     if not all(torch.equal(a, b) for a, b in zip(first, again)):
-        raise CheckFailed(f"{case}: other bits the second time")
+        raise CheckFailed(f"{case}: a second call gives different bits")
     expected = one.truth(leaves)
     errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(first, expected)]
     limits = [VALUE, GRADIENT[dtype], GRADIENT[dtype], *[SCALAR] * len(one.scalars)]
@@ -203,5 +203,5 @@ def graphs(log: Log, provider: str) -> None:
 
         step = functools.partial(value_and_gradients, one.ours, leaves)
         if not all(torch.equal(a, b) for a, b in zip(log.gpu.replayed(step, change), step(), strict=True)):
-            raise CheckFailed(f"{provider}, {case}: a replay has other bits than a plain step")
+            raise CheckFailed(f"{provider}, {case}: a replay gives different bits than a plain step")
         log.row(case, provider, "replay equal to a plain step", "bitwise", 1)

@@ -59,7 +59,7 @@ def run(log: Log) -> None:
     if ncu is None or log.gpu.pretended:  # a dry run only shows that the steps run
         log.status("ncu", "", "not installed" if ncu is None else "there is no GPU to count on")
         if log.gpu.pretended and (code := run_limited(target, log.left())):
-            raise RuntimeError(f"the steps that ncu looks at end with exit code {code}")
+            raise RuntimeError(f"the profiled steps ended with exit code {code}")
         return
     with TemporaryDirectory() as folder:
         # ncu ends at a name that its version does not know; then only the sections are requested

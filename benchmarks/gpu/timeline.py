@@ -86,7 +86,7 @@ def group_of(name: str, region: str = "") -> str:
 def regions_of(marks: list[Event]) -> list[Region]:
     """Return the regions between a step's marks: step begin, loss begin and ends, optimiser begin and end, step end."""
     if len(marks) < 6:
-        raise RuntimeError(f"{len(marks)} marks on the time line, at least 6 were made")
+        raise RuntimeError(f"the profile has {len(marks)} marks on its timeline, expected at least 6")
     return [
         Region("loss", marks[1].end, marks[-4].start),
         Region("optimiser", marks[-3].end, marks[-2].start),

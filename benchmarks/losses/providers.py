@@ -89,7 +89,7 @@ def named(wanted: str | None, device: str = "cpu") -> list[str]:
         known = list(dict.fromkeys(name for loss in MODES for name in names(loss, device)))
     chosen = wanted.split(",") if wanted else known
     if unknown := sorted(set(chosen) - set(known)):
-        raise ValueError(f"no provider {', '.join(unknown)} here, only {', '.join(known)}")
+        raise ValueError(f"no provider {', '.join(unknown)} here: choose from {', '.join(known)}")
     return chosen
 
 

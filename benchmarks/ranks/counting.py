@@ -82,7 +82,7 @@ def _batch(group: Any, operations: list[Any]) -> Bytes:
 
 
 def _never(group: Any, *_: Any) -> Bytes:
-    raise NotImplementedError("a call that is not counted yet")
+    raise NotImplementedError("this call of torch.distributed cannot be counted yet")
 
 
 _CALLS: dict[str, Callable[..., Bytes]] = {

@@ -87,14 +87,14 @@ def test_table_from_the_command_line(tmp_path: Path) -> None:
     table = run_module("benchmarks.report", "--rows", path, "--table", "softmax")
     assert table.returncode == 0 and "| 1,024 | 20.0 |" in table.stdout, table.stderr
     missing = run_module("benchmarks.report", "--rows", str(tmp_path / "none.csv"), "--table", "softmax")
-    assert missing.returncode == 2 and "none.csv is not there" in missing.stderr
+    assert missing.returncode == 2 and "none.csv does not exist" in missing.stderr
     assert "Traceback" not in missing.stderr
 
 
 def test_plot_refuses_other_files(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("mode,N,speed\nboth,8,1\n")
-    with pytest.raises(ValueError, match=r"no columns loss, D, dtype, provider.*not rows"):
+    with pytest.raises(ValueError, match=r"lacks the columns loss, D, dtype, provider.*not rows"):
         plot.read(path)
     with pytest.raises(ValueError, match="no rows of the softmax loss in mode both"):
         plot.read(write(path, "forward, 1024, float32, fastclip, 1.0, 90.0, 3.0,"))

@@ -228,8 +228,8 @@ PROMISES = [
             Break(
                 "report: edited by hand",
                 "benchmarks/REPORT.md",
-                old="Made from the rows in",
-                new="Made by hand from the rows in",
+                old="Generated from the rows in",
+                new="Written by hand from the rows in",
             ),
             Break(
                 "report: the first row of a case counts",
