@@ -1,5 +1,5 @@
-// A CUDA driver and runtime for tests of the work of the host: every call succeeds and does nothing, launches and
-// tensor maps are counted. The launcher of Triton and the binding of the CUDA module run on it as they do on a GPU.
+// A CUDA driver and runtime for tests of the host's work: every call succeeds and does nothing, except that launches and
+// tensor maps are counted. Triton's launcher and the CUDA module's binding run on it as they do on a GPU.
 #include <string.h>
 
 #include "cuda.h"
@@ -9,9 +9,9 @@
 EXPORT long fake_cuda_launches = 0;
 EXPORT long fake_cuda_maps = 0;
 
-static int anything;  // what handles point to
+static int anything;  // target of all handles
 
-// The driver, as far as Triton's launcher asks for it
+// The functions of the driver that Triton's launcher calls
 EXPORT CUresult cuGetErrorString(CUresult error, const char** text) {
   *text = "the driver of tests/support/fake_cuda.c";
   return CUDA_SUCCESS;
@@ -68,7 +68,7 @@ EXPORT CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction function,
   return CUDA_SUCCESS;
 }
 EXPORT CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr pointer) {
-  *(CUdeviceptr*)data = pointer;  // every address is the device's
+  *(CUdeviceptr*)data = pointer;  // every address belongs to the device
   return CUDA_SUCCESS;
 }
 EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
@@ -86,7 +86,7 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction functi
 }
 
 #ifdef FAKE_RUNTIME
-// The runtime, which the CUDA module is linked to in place of NVIDIA's; errors and structures pass as integers and
+// The runtime to which the CUDA module is linked in place of NVIDIA's. Errors and structures are passed as integers and
 // pointers, so that the runtime's headers are not needed
 EXPORT int cudaLaunchKernelExC(const void* config, const void* function, void** arguments) {
   fake_cuda_launches++;

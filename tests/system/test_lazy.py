@@ -199,7 +199,7 @@ print(torch.equal(value, loss(x, y)), torch.equal(x.grad, torch.autograd.grad(lo
 
 
 def test_missing_package_is_named() -> None:
-    """A missing package is named, and the names of models also have an extra to install."""
+    """A missing package is named. Only for the names of models does the error name an extra to install."""
     code = """
 import sys, fastclip
 sys.modules |= {'timm': None, 'torch': None}
