@@ -1,5 +1,5 @@
-// A CUDA driver and runtime for tests of the host's work: every call succeeds and does nothing, except that launches and
-// tensor maps are counted. Triton's launcher and the CUDA module's binding run on it as they do on a GPU.
+// A CUDA driver and runtime for tests of the host's work: every call succeeds and does nothing, except that launches
+// and tensor maps are counted. Triton's launcher and the CUDA module's binding run on it as they do on a GPU.
 #include <string.h>
 
 #include "cuda.h"
