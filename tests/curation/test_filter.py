@@ -1,4 +1,4 @@
-"""`fastclip filter` keeps the samples of its definition, in readable shards, whenever it is stopped."""
+"""`fastclip filter` keeps the samples of its definition, in readable shards, even if it is stopped at any moment."""
 
 from __future__ import annotations
 

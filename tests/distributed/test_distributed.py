@@ -63,8 +63,8 @@ def whole(shards: str, options: str, dtype: str, W: int) -> tuple[Batch, Truth]:
 @pytest.mark.parametrize("case", accuracy_cases(), ids="-".join)
 def test_loss_and_gradients_accurate(case: tuple[str, str, str, str], W: int) -> None:
     """The mean over ranks is the loss of the batch and its gradient with respect to the scalars. The gradients of a
-    rank's features are W times those of the batch. In 16 bits, each rank that adds to them rounds them, and so does the
-    end.
+    rank's features are W times those of the batch. In 16 bits, they are rounded by each rank that adds to them, and
+    once at the end.
     """
     batch, expected = whole(*case[1:], W)
     if not sum(batch.sizes):

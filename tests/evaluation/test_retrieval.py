@@ -220,8 +220,8 @@ def test_model_without_finite_numbers_is_refused(
 
 
 def test_captions_of_the_same_words(embedder: Embedder, tmp_path: Path) -> None:
-    """Captions with the same words count once per image, as in CLIP_benchmark, or as one caption of all
-    these images.
+    """Equal captions count separately, each for its image as in CLIP_benchmark. With `unique=True` they are one caption
+    that belongs to all their images.
     """
     found = evaluate_retrieval(embedder, Shared(), folder=tmp_path)
     assert found.texts == ["a", "b", "b", "b", "c", "d"] and found.repeated == 3

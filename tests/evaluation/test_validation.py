@@ -122,7 +122,7 @@ def test_what_is_not_finite_is_no_hit(bad: str) -> None:
         x[:] = torch.nan
     assert set(retrieval_recalls(image, text, torch.arange(12)[:, None].expand(-1, 2)).values()) == {0.0}
     image, text = torch.eye(12), torch.eye(12)
-    image[3] = torch.nan  # NaN is a miss in both directions
+    image[3] = torch.nan  # NaN is never a hit, and as a rival it outranks all others
     found = retrieval_recalls(image, text, torch.arange(12)[:, None].expand(-1, 2), ks=(1, 2))
     assert found["text_retrieval_recall@1"] == 11 / 12
     assert found["image_retrieval_recall@1"] == 0.0 and found["image_retrieval_recall@2"] == 11 / 12

@@ -63,7 +63,7 @@ def reader(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, A
         "logit_scale": torch.tensor(14.3),
         "pairs": torch.arange(64)[:, None].expand(64, 2),
     }
-    # If a page fails halfway, other packages stay patched
+    # A page that fails halfway would leave other packages patched
     if (integrations := sys.modules.get("fastclip.integrations")) is not None:
         integrations.unpatch()
 

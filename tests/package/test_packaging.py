@@ -106,7 +106,7 @@ def wheel_without_nvcc() -> Path:
     def make(source: Path, place: Path) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            # Neither an earlier failed build in this folder nor a ninja that has disappeared since must matter
+            # An earlier failed build in this folder must not matter, nor a ninja that has disappeared since
             tools = folder / "tools"
             tools.mkdir()
             if ninja := shutil.which("ninja", path=PATH):

@@ -357,9 +357,7 @@ def ddp_reads_untold(rank: int, micro_batches: Any) -> Any:
 
 
 def towers_exchange_once(rank: int, micro_batches: Any) -> Any:
-    """Wrap each tower separately. The ranks have different numbers of micro-batches and would wait for each other
-    forever.
-    """
+    """Wrap each tower separately. Ranks with unequal numbers of micro-batches would hang if each one exchanged."""
     model = Pair()
     model.image, model.text = (nn.parallel.DistributedDataParallel(x) for x in (model.image, model.text))
     exchanged = []
