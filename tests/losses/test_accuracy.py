@@ -168,8 +168,8 @@ def test_reductions_agree_with_truth() -> None:
 )
 @each_kind(wide(WAYS))
 def test_upstream_gradient_scales(kind: Kind, factor: float, size: float) -> None:
-    """Upstream gradients neither overflow nor flush to zero, from the factors of fp16 loss scaling to the subnormal
-    weights of a mean over very many pairs.
+    """Gradients neither overflow nor flush to zero under upstream factors, from those of fp16 loss scaling to the
+    subnormal weights of a mean over very many pairs.
     """
     image, text = (size * x for x in kind.pairs(30, 30, 16))
     expected = truth(image, text, 14.3)
