@@ -1,11 +1,12 @@
-"""The losses as Triton kernels for any recent GPU, behind `fastclip._backends.triton`.
+"""The losses as Triton kernels for any recent GPU, called by `fastclip._backends.triton`.
 
-Two tile kernels, statistics (`contrastive_fwd`) and weights (`contrastive_bwd`), and the sigmoid's on the same tile
-code; the library multiplies the stored weights with the features. ``TRITON_INTERPRET=1`` runs all of it on a CPU.
+Three tile kernels share one matrix-product loop: statistics (`contrastive_fwd`), weights (`contrastive_bwd`) and the
+sigmoid loss (`sigmoid_fwd`). cuBLAS or rocBLAS then multiplies the stored weights by the features.
+``TRITON_INTERPRET=1`` runs everything on a CPU.
 """
 
 from triton import __version__ as TRITON
 
 __all__ = ["OLDEST", "TRITON"]
 
-OLDEST = "3.6"  # what the kernels are written for; the backend asks before it imports them
+OLDEST = "3.6"  # oldest supported Triton release; the backend checks it before it imports the kernels

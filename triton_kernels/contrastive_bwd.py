@@ -1,4 +1,8 @@
-"""Gradients of the contrastive statistics: weights of a block of logits, which `gradients.py` multiplies out."""
+"""Gradients of the contrastive statistics: the weights of a block of logits, which `gradients.py` turns into gradients.
+
+i and j index the M images and N texts of a block, D is the embedding size. r_i and c_j are the factors that the dot
+products are multiplied by. d_i and d_j are the derivatives of the loss by the statistics of a row and of a column.
+"""
 
 from __future__ import annotations
 
@@ -40,16 +44,16 @@ from torch import Tensor
 
 __all__ = ["contrastive_bwd", "contrastive_bwd_kernel"]
 
-_PARTS = 4096  # of d_scale, at a time
+_PARTS = 4096  # partial sums of d_scale added per step
 
 
 class BwdVectors(NamedTuple):
-    """One side's vectors on the device, where `vec` begins with those of a block."""
+    """Vectors of one side as device values. `vec` points to the first row (or column) of the block."""
 
     vec: Any  # (planes, plane) fp32
-    plane: Any  # words from plane to plane
-    k0: Any  # the tile's first row, or column
-    size: Any  # rows, or columns, of the block
+    plane: Any  # fp32 words between two planes
+    k0: Any  # first row (or column) of the tile
+    size: Any  # rows (or columns) of the block
 
 
 @triton.jit
@@ -62,7 +66,7 @@ def _weigh(
     dot, row, col, constants_ptr, weights, offset,
     LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, EXACT: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Stores the weights of dot products from (row.k0, col.k0) on; returns their rows' share of d_scale."""
+    """Store the weights of a tile of dot products that starts at (row.k0, col.k0); return d_scale by rows."""
     i, j = tl.arange(0, dot.shape[0]), tl.arange(0, dot.shape[1])
     i0, j0, M, N = row.k0, col.k0, row.size, col.size
     row_factor, col_factor = _plane(row, FACTOR, i), _plane(col, FACTOR, j)[None, :]
@@ -90,13 +94,15 @@ def _weigh(
                 else:
                     d = tl.where(positive, _plane(col, POS_EXACT, j)[None, :], d)
                     lse2 = tl.where(positive, _plane(col, POS_LSE2, j)[None, :], lse2)
-            # an empty set has weight 0 and any log-sum-exp: its exponential must not overflow
+            # An empty set has d = 0 and an arbitrary log-sum-exp. Its exponential may be infinite, and 0 inf is NaN.
             g += tl.where(d == 0, 0.0, d * tl.exp2(z2 - lse2 + rest2))
     else:
-        # an infinite offset takes the rows beyond M out, for nothing
+        # An infinite offset turns the exponentials of rows beyond M into 0 without a mask
         offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
         g = tl.exp2(tl.fma(dot * col_factor, tl.broadcast_to(row_scale[:, None], dot.shape), -offset2[:, None]))
-        if not LABELS:  # noqa: SIM102 - a constant, and a value; a positive's may be infinite: out before it meets a weight
+        # A positive's exponential may be infinite, so it becomes 0 before it is multiplied by a weight. Only tiles on
+        # the diagonal or at the right edge need this mask. With labels any tile may have positives, masked below.
+        if not LABELS:  # noqa: SIM102 - LABELS is a compile-time constant, the inner condition is not
             if needs_mask(i0, j0, N, offset, dot.shape[0], dot.shape[1]):
                 g = tl.where(inside, g, 0.0)
         row_weight, col_weight = _plane(row, NEG, i)[:, None], _plane(col, NEG, j)[None, :]
@@ -108,6 +114,7 @@ def _weigh(
         d_pos = _plane(row, DIAGONAL, i)[:, None] + _plane(col, DIAGONAL, j)[None, :]
         g = tl.where(inside, g + tl.where(positive, d_pos, 0.0), 0.0)
     g *= row_factor[:, None]
+    # d_scale is summed from the fp32 weights: <image, d_image> / s would divide by a scale that may be 0
     part = tl.sum(g * (dot * col_factor), 1)
     store_tile(weights, i0, j0, g * col_factor, DESCRIPTOR)
     return part
@@ -119,7 +126,7 @@ def _weigh_split(
     LABELS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, EXACT: tl.constexpr, DESCRIPTOR: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The same in SPLIT parts one after the other: the temporaries of the others need no registers."""
+    """Run `_weigh` on SPLIT column parts, one after the other, so that only one part's temporaries occupy registers."""
     if SPLIT == 1:
         return _weigh(dot, row, col, constants_ptr, weights, offset, LABELS, EXCLUDE_SELF, EXACT, DESCRIPTOR)
     else:
@@ -153,11 +160,11 @@ def _weights_tile(
 def contrastive_bwd_kernel(
     image,  # (M, D), a `Matrix` or a tensor descriptor
     text,  # (N, D)
-    row_vec_ptr,  # (planes, row_plane)
-    col_vec_ptr,  # (planes, col_plane)
+    row_vec_ptr,  # (planes, row_plane) fp32
+    col_vec_ptr,  # (planes, col_plane) fp32
     row_plane,
     col_plane,
-    constants_ptr,  # fast: returns at once unless REPAIR is 0, EXACT: where it is 0
+    constants_ptr,  # REPAIR decides on the device whether the EXACT launch or the other one does the work
     weights,  # (M, N) padded to whole tiles, in the features' dtype
     part_ptr,  # (tiles,) fp32
     M,
@@ -169,18 +176,22 @@ def contrastive_bwd_kernel(
     EXACT: tl.constexpr,
     CONFIG: tl.constexpr,
 ):
-    """Weights r_i G_ij c_j of a block of logits, for the products with the features; the logits are never stored.
+    """Weights r_i G_ij c_j of a block, stored for the products with the features. The logits are never stored.
 
-    Math      E = 2^(z2 - offset2), one exponential a logit; negatives G = E (a_i + b_j); positives with labels
-              G = d_pos_i + d_pos_j + E (a'_i + b'_j), without 0: the finish adds them, unrounded;
-              EXACT, where one offset cannot serve all logits: d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j), two
-              exponentials a logit; part = sum r_i G_ij c_j <image_i, text_j>, from the unrounded G
-    Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows; EXACT: persistent, tiles in steps of the grid
-    Traffic   reads image and text once per tile column and row, writes the weights once
-    Precision products in the input dtype, the rest in fp32; weights rounded once to the features' dtype
-    Ragged    rows >= M and columns >= N become 0
-    Order     one partial sum of d_scale a tile: bitwise repeatable
+    Math      z2 = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - offset2), one exponential per logit
+              G = E (a_i + b_j) at negatives, with a_i and b_j from the plane NEG
+              G = d_pos_i + d_pos_j + E (a'_i + b'_j) at positives with LABELS, with a'_i and b'_j from POS
+              G = 0 at the diagonal without LABELS, because the finish adds those positives in fp32
+              EXACT replaces E (a_i + b_j) by d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j), two exponentials per logit
+              part = sum of r_i G_ij c_j <image_i, text_j> over a tile, from G before it is rounded
+    Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows that reuse L2
+              EXACT launches persistent programs that stride over the tiles
+    Traffic   reads image once per tile column and text once per tile row, writes the weights once
+    Precision products in the input dtype, all else in fp32, weights rounded once to the dtype of the features
+    Ragged    rows >= M and columns >= N get the weight 0
+    Order     every tile stores its partial sum of d_scale: bitwise repeatable
     """
+    # Both variants are always launched and one of them returns at once: the host never waits for the answer
     repair = tl.load(constants_ptr + REPAIR) != 0
     if EXACT:
         if repair:
@@ -198,13 +209,13 @@ def contrastive_bwd_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def scale_gradient_kernel(part_ptr, constants_ptr, out_ptr, parts, BLOCK: tl.constexpr):
-    """d_scale from its (parts,) shares. One program; fp64, in a fixed order."""
+    """Add up the (parts,) partial sums of d_scale in fp64 and in a fixed order. One program."""
     total = total_of(part_ptr, 0, parts, BLOCK) / tl.load(constants_ptr + GAIN).to(tl.float64)
     tl.store(out_ptr, total.to(out_ptr.dtype.element_ty))
 
 
 def _side(vec: Tensor, labels: bool) -> BwdSide:
-    """Take from vectors (planes, size) what tiles of another make read."""
+    """Pick the planes of `vec` (planes, size) that `Tiles.contrastive_bwd` reads."""
     if not labels:
         return BwdSide(vec[FACTOR.value], vec[NEG.value])
     label = vec[LABEL.value].view(torch.int32)
@@ -224,8 +235,11 @@ def contrastive_bwd(
     needs: list[bool],
     tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As the reference's `contrastive_bwd`: 6 M N D operations, in blocks of weights that fit into the workspace.
-    `tiles`: other kernels for the weights."""
+    """Compute the gradients of image, text and scale, each None unless `needs` asks for it.
+
+    Arguments and results are those of the reference's `contrastive_bwd`. 6 M N D operations, in blocks of weights that
+    fit into the workspace. tiles: kernels that compute the weights in place of `contrastive_bwd_kernel`.
+    """
     has_labels = labels is not None
     row_inv, col_inv = (x.contiguous() for x in stats[6:])
     rows, cols = Features.of(image, row_inv, normalize), Features.of(text, col_inv, normalize)

@@ -1,4 +1,9 @@
-"""What the weights are made of: the vectors of both sides, from the statistics and the loss's derivatives by them."""
+"""Vectors of both sides, from which the tile kernels form the weights of the logits.
+
+They are made from the statistics of the forward pass and the loss's derivatives by them. The weight of a logit z is
+d exp(z - lse), with a row's (or column's) derivative d and log-sum-exp lse. The tile kernel computes exp(z - offset)
+once for rows and columns, so the rest, d exp(offset - lse), is a vector.
+"""
 
 from __future__ import annotations
 
@@ -30,48 +35,51 @@ __all__ = [
     "vectors",
 ]
 
-# More planes of the vectors: of the negatives the weight for the shared offset, and weight and log2-sum-exp for a
-# repair; with labels the labels (int32 bits) and the same of the positives. DIAGONAL is d_pos there.
+# More planes of the vectors, after those of `gradients.py`. NEG: weight of the negatives for the shared offset.
+# NEG_EXACT and NEG_LSE2: weight and log2-sum-exp of the negatives for a repair. With labels, LABEL holds the labels (as
+# int32 bits), POS... are the same for the positives, and DIAGONAL holds d_pos.
 NEG, NEG_EXACT, NEG_LSE2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 LABEL, POS, POS_EXACT, POS_LSE2 = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
 
-_LOWEST = tl.constexpr(-62.0)  # a log-sum-exp so far below the offset may have lost terms
-_BLOCK = 1024  # rows of a program of the vectors' kernels
+_LOWEST = tl.constexpr(-62.0)  # a log-sum-exp further below the offset may have lost terms that flushed to zero
+_BLOCK = 1024  # rows per program of the two kernels of this module
 
 
 @triton.jit
 def largest_finite(x, in_rows):
-    """Magnitudes; 0 where x is NaN or infinite, or nothing."""
+    """Return the magnitudes of `x`, and 0 where `x` is NaN or infinite or beyond the rows."""
     x = tl.abs(x)
     return tl.where(in_rows & (x < INF), x, 0.0)
 
 
 @triton.jit
 def _magnitude(x_ptr, k, in_rows):
-    """The largest finite magnitude of elements k."""
+    """Return the largest finite magnitude of elements k."""
     return tl.max(largest_finite(tl.load(x_ptr + k, mask=in_rows, other=0.0), in_rows), 0)
 
 
 @triton.jit
 def gain_of(largest):
-    """The power of two that brings weights of derivatives up to `largest`, fp64, into the range of float16.
+    """Return the power of two that brings all weights into the range of float16, from the `largest` derivative (fp64).
 
-    |G| is at most four derivatives, each at most twice its power of two; factors of fp16 features are below 2.
+    A mean loss over N pairs has derivatives of about 1 / N, which float16 would flush to zero. |G| is at most four
+    derivatives, each below twice the power of two, and both factors of fp16 features are below 2: with
+    1024 / high_bit a weight stays below 2^15. A power of two changes no digit.
     """
     return 1024.0 / high_bit(tl.minimum(tl.maximum(largest, 1e-34), 1e34))
 
 
 @triton.jit
 def lowest_safe(offset2):
-    """The log-sum-exp below which one offset may have lost terms, fp64."""
+    """Return the log-sum-exp (fp64) below which the shared offset may have lost terms."""
     return offset2.to(tl.float64) * LN2 + _LOWEST
 
 
 class _Side(NamedTuple):
-    """One side of the problem: what its vectors are made of, and the vectors. Statistics and derivatives are fp64."""
+    """Inputs and vectors of one side of the problem. Statistics and derivatives are fp64."""
 
     neg: Tensor  # (size,)
-    pos_lse: Tensor  # of size 0 without labels
+    pos_lse: Tensor  # (size,), empty without labels
     d_neg: Tensor
     d_pos: Tensor
     d_pos_lse: Tensor
@@ -86,7 +94,7 @@ def _largest(
     x, side, top_ptr, largest_ptr, k0, size, D,
     NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Stores the largest finite derivative of one side's rows from k0 on, and their largest norm."""
+    """Store the largest finite derivative of rows k0, k0 + 1, ... and, unless NORMALIZE, their largest norm."""
     k = k0 + tl.arange(0, BLOCK)
     in_rows = k < size
     largest = tl.maximum(_magnitude(side.d_neg, k, in_rows), _magnitude(side.d_pos, k, in_rows))
@@ -114,7 +122,10 @@ def contrastive_bwd_largest_kernel(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of every BLOCK images or texts the largest finite derivative and, unless all are unit rows, the largest norm."""
+    """Largest finite derivative and, without NORMALIZE, largest norm of every BLOCK images or texts.
+
+    A launch of its own, because the gain and the bound must be known before the first vector is written.
+    """
     block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
     top_ptr, largest_ptr = top_ptr + block, largest_ptr + block
     if block < blocks:
@@ -128,15 +139,19 @@ def contrastive_bwd_largest_kernel(
 
 @triton.jit
 def guarded_weights(lse, d, offset2, lowest, constants_ptr, vec_ptrs, vec_plane, in_rows, PLANE: tl.constexpr):
-    """Three planes from log-sum-exps and their scaled derivatives, fp64; asks for a repair where one is too low."""
+    """Store three planes: the weight for the shared offset, and weight and log2-sum-exp for a repair.
+
+    lse, d: log-sum-exps and their derivatives times the gain, fp64. Sets REPAIR if a log-sum-exp that matters lies
+    below `lowest`.
+    """
     lse2 = lse * LOG2E
     empty = lse == -INF
     wanted = in_rows & (empty == 0) & ((d != 0) | (lse != lse))
     if tl.max((wanted & ((lse >= lowest) == 0)).to(tl.int32), 0) != 0:
-        tl.store(constants_ptr + REPAIR, 1.0)  # by several programs, all the same
+        tl.store(constants_ptr + REPAIR, 1.0)  # programs may race here, but all write the same value
     weight = d * tl.exp2(offset2.to(tl.float64) - lse2)
     tl.store(vec_ptrs + PLANE * vec_plane, tl.where(wanted, weight, 0.0).to(tl.float32), mask=in_rows)
-    # What rounding takes from the log-sum-exp goes into the weight
+    # The rounding error of the fp32 log-sum-exp is moved into the weight, so that their combination stays exact
     rounded = tl.where(empty, 0.0, lse2).to(tl.float32)
     lost = tl.where(tl.abs(rounded) < INF, rounded.to(tl.float64) - lse2, 0.0)
     exact = tl.where(wanted, d * tl.exp2(lost), 0.0)
@@ -149,7 +164,7 @@ def _vectors(
     side, other, constants_ptr, scale, offset2, gain, k0, size, other_size, offset,
     NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Stores the vectors of one side's rows from k0 on."""
+    """Store the vectors of rows k0, k0 + 1, ... of one side."""
     k = k0 + tl.arange(0, BLOCK)
     in_rows = k < size
     vec_ptrs = side.vec + k
@@ -180,11 +195,11 @@ def _vectors(
 def contrastive_bwd_vectors_kernel(
     row,
     col,
-    top_ptr,  # (rows + cols,), as below: of every program of the kernel above
-    largest_ptr,
+    top_ptr,  # (rows + cols,), one for each program of `contrastive_bwd_largest_kernel`
+    largest_ptr,  # (rows + cols,)
     constants_ptr,
     scale_ptr,
-    part_ptr,  # (parts,) fp32, which the kernels to come leave gaps in: becomes 0
+    part_ptr,  # (parts,) fp32 partial sums of d_scale, set to 0: later kernels leave gaps between blocks
     M,
     N,
     offset,
@@ -195,13 +210,16 @@ def contrastive_bwd_vectors_kernel(
     LABELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The vectors of both sides from their statistics and their derivatives.
+    """Vectors of both sides, from their statistics and derivatives.
 
-    Math      gain = 2^k with 2^15 > gain r_i |G_ij| c_j for fp16 features;
-              weight_k = gain d_k exp(offset - lse_k), 0 for an empty set
-    Program   BLOCK rows; every one finds the constants anew: the offset is the forward pass's, so that its
-              exponentials are the same and weights sum to 1
+    Math      weight_k = gain d_k exp(offset - lse_k), and 0 for an empty set
+              gain is a power of two with gain r_i |G_ij| c_j < 2^15 for fp16 features
+              offset as in the forward pass, so that its exponentials are the same and softmax weights sum to 1
+    Program   BLOCK images or texts, every program computes the few constants again
+    Traffic   reads the statistics and derivatives once, writes 7 planes of M + N words, 11 with LABELS
     Precision fp64, rounded to fp32 once
+    Ragged    rows beyond the last are not written
+    Order     one program computes a whole row: bitwise repeatable
     """
     scale = tl.load(scale_ptr).to(tl.float32)
     bound = bound_of(scale, top_ptr, rows, cols, NORMALIZE, BLOCK)
@@ -239,9 +257,10 @@ def vectors(
     grads: list[Tensor],
     part: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors of the rows (planes, M) and of the columns (planes, N), and the constants.
+    """Compute the vectors of the rows (planes, M) and of the columns (planes, N), and the constants.
 
-    rows, cols: the features. part: the shares of d_scale, to become 0. The rest as in `contrastive_bwd`.
+    rows, cols: features of images and texts. part: partial sums of d_scale, which are set to 0. The other arguments are
+    those of `contrastive_bwd`.
     """
     has_labels = labels is not None
     M, N = len(rows.x), len(cols.x)

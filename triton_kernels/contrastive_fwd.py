@@ -1,7 +1,19 @@
-"""Row and column statistics of the logits.
+"""Row and column statistics of the logits, from which the losses are computed.
 
-Planes of partial sums, and of what they are reduced to: the log-sum-exp over the negatives; with labels that over the
-positives and the positives' sum; with MAXIMA the largest negative, and with labels the largest positive.
+A tile stores partial sums for its rows and columns, and `contrastive_fwd_reduce` turns them into statistics. Both use
+the same planes:
+
+    0  log-sum-exp over the negatives
+    1  log-sum-exp over the positives (with labels)
+    2  sum of the positives' logits (with labels)
+    3  largest negative (with MAXIMA, in plane 1 without labels)
+    4  largest positive (with labels and MAXIMA)
+
+Without labels the only positives are on the diagonal. They stay out of the sums, because the loss needs the difference
+of the log-sum-exp and the positive, which cancels to 0 on a solved pair if the positive is part of the sum. Their
+logits come from `features.norms` in fp64. docs/mathematics.md has the formulas.
+
+M, N and D are the numbers of images, texts and features. i and j index images (rows) and texts (columns).
 """
 
 from __future__ import annotations
@@ -33,38 +45,38 @@ from fastclip.system.rounding import ceil_div
 
 __all__ = ["contrastive_fwd", "contrastive_fwd_kernel"]
 
-_SMALLEST = tl.constexpr(2.0**-126)
+_SMALLEST = tl.constexpr(2.0**-126)  # the smallest normal fp32 number
 
 
 @triton.jit
 def _sums(e, keep):
-    """Row sums and column sums of the kept exponentials."""
+    """Return the row sums and the column sums of the exponentials where `keep` is true."""
     e = tl.where(keep, e, 0.0)
     return tl.sum(e, 1), tl.sum(e, 0)
 
 
 @triton.jit
 def _safe(top):
-    """`top`, or 0 where it is -inf: the exponent of nothing."""
+    """Return `top`, or 0 where it is -inf (an empty set), because -inf - -inf is NaN."""
     return tl.where(top == -INF, 0.0, top)
 
 
 @triton.jit
 def _exact_sums(z2, rest2, keep):
-    """log2 of the same sums without an offset, fp64, from the largest of every row and column; and those."""
+    """Return log2 of the row and column sums in fp64, each from its own maximum, and these maxima."""
     z2 = tl.where(keep, z2, -INF)
     row_top, col_top = tl.max(z2, 1), tl.max(z2, 0)
     row_safe, col_safe = _safe(row_top), _safe(col_top)
     row = tl.log2(tl.sum(tl.exp2(z2 - row_safe[:, None] + rest2), 1))
     col = tl.log2(tl.sum(tl.exp2(z2 - col_safe[None, :] + rest2), 0))
-    # tl.max passes over NaN, the sums do not
+    # tl.max ignores NaN and the sums do not: copy their NaN into the maxima
     row_top, col_top = tl.where(row != row, row, row_top), tl.where(col != col, col, col_top)
     return row_safe.to(tl.float64) + row, col_safe.to(tl.float64) + col, row_top, col_top
 
 
 @triton.jit
 def _store(row, col, plane: tl.constexpr, row_values, col_values, tile, CONFIG: tl.constexpr):
-    """Stores partial results of a tile: rows in [planes, tiles_n, M], columns in [planes, tiles_m, N]."""
+    """Store a tile's partial results of one plane: rows in (planes, tiles_n, M), columns in (planes, tiles_m, N)."""
     M, N = tile.M, tile.N
     i, j = tile.i0 + tl.arange(0, CONFIG.BLOCK_M), tile.j0 + tl.arange(0, CONFIG.BLOCK_N)
     tiles_m, tiles_n = tl.cdiv(M, CONFIG.BLOCK_M), tl.cdiv(N, CONFIG.BLOCK_N)
@@ -89,10 +101,10 @@ def _statistics_tile(
         inside = inside & (i < M - i0)[:, None]
     else:
         z2 = dot * col_factor[None, :]
-        # an infinite offset takes the rows beyond M out of the sums, for nothing
+        # An infinite offset turns the exponentials of rows beyond M into 0 without a mask
         offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
         e = tl.exp2(tl.fma(z2, tl.broadcast_to(row_scale[:, None], z2.shape), -offset2[:, None]))
-        if LABELS:  # what flushes to zero must not look like an empty set
+        if LABELS:  # a term that flushed to 0 would look like an empty set, for which the reduction asks no repair
             e = tl.maximum(e, tl.where(i < M - i0, _SMALLEST, 0.0)[:, None], propagate_nan=tl.PropagateNan.ALL)
     diagonal = on_diagonal(i, j, i0, j0, offset)
     if LABELS:
@@ -113,6 +125,7 @@ def _statistics_tile(
         if LABELS:
             row_sum, col_sum = _sums(e, negative)
         else:
+            # Most tiles are away from the diagonal and the right edge, and skip the mask
             if needs_mask(i0, j0, N, offset, CONFIG.BLOCK_M, CONFIG.BLOCK_N):
                 e = tl.where(negative, e, 0.0)
             row_sum, col_sum = tl.sum(e, 1), tl.sum(e, 0)
@@ -142,28 +155,29 @@ def contrastive_fwd_kernel(
     text,  # (N, D)
     row,  # a `FwdSide`: factor (M,), label (M,), part (planes, tiles_n, M); EXACT: part fp64
     col,  # factor (N,), label (N,), part (planes, tiles_m, N)
-    constants_ptr,  # SCALE, OFFSET2, ...; EXACT: returns at once where REPAIR is 0
+    constants_ptr,  # SCALE and OFFSET2; an EXACT launch returns at once if REPAIR is 0
     M,
     N,
     D,
-    offset,  # row i's own column is i + offset
+    offset,  # row i meets the diagonal in column i + offset
     LABELS: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
     EXACT: tl.constexpr,
     MAXIMA: tl.constexpr,  # with EXACT
     CONFIG: tl.constexpr,
 ):
-    """Sums of one exponential a logit, of every tile's rows and columns; the logits are never stored.
+    """Sums of exponentials along the rows and columns of every tile. The logits are never stored.
 
-    Math      row_i += sum_j 2^(z2_ij - offset2), col_j += sum_i of the same, over negatives and over positives;
-              z2 = log2(e) s r_i c_j <image_i, text_j>. EXACT, where one offset cannot serve all logits: log2 of the
-              sums, from each tile's own maxima, by two exponentials a logit
-    Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows that reuse L2; EXACT: persistent, tiles in steps of
-              the grid
-    Traffic   reads image and text once per tile column and row; writes 4 planes (M tiles_n + N tiles_m) bytes
+    Math      z2 = log2(e) s r_i c_j <image_i, text_j> and E = 2^(z2 - offset2), one exponential per logit
+              row_i = sum_j E_ij and col_j = sum_i E_ij of a tile, over its negatives and over its positives
+              EXACT stores log2 of the same sums, from each row's and column's maximum, two exponentials per logit
+    Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows that reuse L2
+              EXACT launches persistent programs that stride over the tiles
+    Traffic   reads image once per tile column and text once per tile row
+              writes 4 planes (M tiles_n + N tiles_m) bytes, twice that if EXACT
     Precision products in the input dtype, accumulation and exponentials in fp32, base 2
-    Ragged    rows >= M and columns >= N are masked out of the sums; the D tail loads as 0
-    Order     partial sums are stored apart and added in tile order by the next kernel: bitwise repeatable
+    Ragged    rows >= M and columns >= N are masked out of the sums, the D tail loads as 0
+    Order     every tile stores its own partial sums, which the reduction adds in tile order: bitwise repeatable
     """
     if EXACT:
         if tl.load(constants_ptr + REPAIR) != 0:
@@ -189,7 +203,7 @@ def _statistics(
     maxima: bool,
     tiles: Tiles | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the planes of the rows (planes, M) and of the columns (planes, N), fp64."""
+    """Compute the statistics of the rows (planes, M) and of the columns (planes, N), fp64."""
     M, N, (x, y) = len(rows.x), len(cols.x), (rows.x, cols.x)
     has_labels, width = labels is not None, x.shape[1]
     row_label, col_label = labels or (None, None)
@@ -202,9 +216,9 @@ def _statistics(
     exact = TileLaunch(contrastive_fwd_kernel, x, width, {**flags, "EXACT": True, "MAXIMA": maxima})
     panel, tiles_n, tiles_m = panels_of((fast.tile, exact.tile), M, N, planes)
     row_out, col_out = (x.new_empty(planes, size, dtype=torch.float64) for size in (M, N))
-    # The tiles of a repair store fp64, over the sums that it repairs
+    # A repair stores fp64 into the same memory, over the partial sums that it replaces
     row_part, col_part = (x.new_empty(planes * size, dtype=torch.float64) for size in (tiles_n * panel, tiles_m * N))
-    # The largest logits are known to a repair only
+    # Only the EXACT variant computes the largest logits. The other one need not run if they are asked for.
     for statistics in (exact,) if maxima else (fast, exact):
         repair = statistics is exact
         parts = (row_part, col_part) if repair else (row_part.view(torch.float32), col_part.view(torch.float32))
@@ -244,10 +258,12 @@ def contrastive_fwd(
     maxima: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, ...]:
-    """As the reference's `contrastive_fwd`: 2 M N D operations; norms once, then four launches a panel of rows; no
-    host synchronisation. `tiles`: other kernels for the partial sums.
+    """Compute the row and column statistics of image (M, D) and text (N, D).
 
-    Columns of one problem share one exponential's offset; where that cannot serve them the device starts a repair.
+    Arguments and results are those of the reference's `contrastive_fwd`. 2 M N D operations: the norms, then four
+    launches per panel of rows, without host synchronisation. All logits share one offset of the exponential. If that
+    loses terms of a sum, the second half of the launches repairs the result with row and column maxima. Otherwise they
+    return at once. tiles: kernels that compute the partial sums in place of `contrastive_fwd_kernel`.
     """
     n = norms(image, text, scale, offset, normalize, labels is not None)
     if maxima:
@@ -256,7 +272,7 @@ def contrastive_fwd(
     if labels is not None:
         labels = labels[0].int().contiguous(), labels[1].int().contiguous()
     planes = _statistics(rows, cols, labels, n.constants, offset, exclude_self, maxima, tiles)
-    # results must not share memory
+    # A custom op must not return tensors that share memory
     row, col = ([x.clone() for x in side] if len(side) > 1 else [side[0]] for side in planes)
     if labels is not None:
         stats = row[0], col[0], row[2], col[2], row[1], col[1], n.row_inv, n.col_inv
@@ -275,6 +291,6 @@ def contrastive_fwd(
 
 
 def _largest_positive(pos: Tensor, offset: int, size: int) -> Tensor:
-    """The positives' logits, -inf where there is none: k's own is number k + offset of `size`."""
+    """Return the positives' logits, and -inf where row k has no partner k + offset in range(size)."""
     partner = torch.arange(len(pos), device=pos.device) + offset
     return torch.where((partner >= 0) & (partner < size), pos, -torch.inf)

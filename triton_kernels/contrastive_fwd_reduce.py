@@ -1,4 +1,8 @@
-"""From partial sums to log-sum-exps, sums and largest logits, in a fixed order; the planes are contrastive_fwd.py's."""
+"""Reduction of the tiles' partial results to log-sum-exps, sums and largest logits, in a fixed order.
+
+The tile kernel stores its partial sums instead of adding them with float atomics, whose order changes from run to run.
+The planes are those of `contrastive_fwd.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ from fastclip.triton_kernels.tile import INF, LN2, OFFSET2, REPAIR
 
 __all__ = ["REDUCED", "contrastive_fwd_reduce_kernel", "reduce_plane"]
 
-_SAFE_SUM = tl.constexpr(math.exp(-62))
-REDUCED = 128  # rows or columns of a program of the reduction
+_SAFE_SUM = tl.constexpr(math.exp(-62))  # a smaller sum of exp(z - offset) may have lost terms that flushed to zero
+REDUCED = 128  # rows or columns per program of the reduction
 
 
 @triton.jit
@@ -19,7 +23,12 @@ def reduce_plane(
     part_ptr, before, constants_ptr, tiles, size, k, alone, first, last, LABELS: tl.constexpr, EXACT: tl.constexpr,
     IS_SUM: tl.constexpr, IS_TOP: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Elements k of one side's partial results (tiles, size), together with those `before` them; fp64."""
+    """Reduce elements k of one side's partial results (tiles, size) and the result `before` them; return fp64.
+
+    A column's partial results come panel by panel of rows: `before` is the result of the panels so far, and the `first`
+    panel has none. The result is finished (logarithm, offset, natural units) on the `last` panel. k = `alone` is an
+    element whose only pair is on the diagonal, so that its set of negatives is empty.
+    """
     in_rows = k < size
     top = tl.where(in_rows & (first != 0), -INF, before) if EXACT and not IS_SUM else before
     total, lost = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int32)
@@ -49,10 +58,11 @@ def reduce_plane(
         total = tl.where(lost != 0, float("nan"), top)
     if last != 0:
         if not EXACT and not IS_SUM:
-            # Empty sets are known: with labels their sum is 0 exactly, without there is one pair and it is its own
+            # A sum of 0 is an empty set, or terms that all flushed, which alone needs a repair. With labels the tile
+            # kernel keeps every term above 0. Without labels only the element `alone` has an empty set.
             empty = (total == 0) if LABELS else (k == alone)
             if tl.max((in_rows & (empty == 0) & ((total >= _SAFE_SUM) == 0)).to(tl.int32), 0) != 0:
-                tl.store(constants_ptr + REPAIR, 1.0)  # by several programs, all the same
+                tl.store(constants_ptr + REPAIR, 1.0)  # programs may race here, but all write the same value
             total = tl.log2(total) + tl.load(constants_ptr + OFFSET2).to(tl.float64)
         total = total * LN2
     return total
@@ -63,7 +73,7 @@ def _reduce(
     part_ptr, out_ptr, out_plane, constants_ptr, tiles, size, k0, alone, first, last,
     LABELS: tl.constexpr, EXACT: tl.constexpr, MAXIMA: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One side's partial results (planes, tiles, size) -> out (planes, out_plane) fp64, from element k0."""
+    """Reduce BLOCK elements of one side, from k0 on: (planes, tiles, size) -> out (planes, out_plane), fp64."""
     k = k0 + tl.arange(0, BLOCK)
     in_rows = k < size
     for plane in tl.static_range((3 if LABELS else 1) + ((2 if LABELS else 1) if MAXIMA else 0)):
@@ -93,22 +103,22 @@ def contrastive_fwd_reduce_kernel(
     M,
     N,
     offset,
-    first,  # 1 on the first panel of rows: nothing to add to
-    last,  # 1 on the last: columns are complete
+    first,  # 1 on the first panel of rows, when the columns have no earlier result to add to
+    last,  # 1 on the last panel, when the columns become complete
     LABELS: tl.constexpr,
     EXACT: tl.constexpr,
     MAXIMA: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Partial sums of a panel of rows -> log-sum-exps, natural units, fp64; asks for a repair where they are not good.
+    """Log-sum-exps of rows and columns from the partial sums of a panel of rows. Sets REPAIR if a sum is too small.
 
-    Math      row_i = log sum_tiles part + offset; EXACT: parts are log2 of sums
-    Program   BLOCK rows, or columns
-    Traffic   reads every partial sum once (EXACT: twice)
-    Precision fp64. A sum of 2^(z2 - offset2) is good from e^-62 on: smaller ones may have lost terms that flushed
+    Math      row_i = log(sum of the tiles' parts) + offset, where EXACT parts are log2 of the tiles' sums
+    Program   BLOCK rows, and after them BLOCK columns
+    Traffic   reads every partial sum once, twice if EXACT
+    Precision fp64, and sums of exp(z - offset) below e^-62 ask for a repair, because terms of them may have flushed
     Ragged    rows and columns beyond M and N are not read
-    Order     tiles from first to last, panels from first to last: bitwise repeatable
+    Order     tiles and panels from first to last: bitwise repeatable
     """
     block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
     wanted = True

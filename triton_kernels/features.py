@@ -1,8 +1,10 @@
-"""What every pass needs of the features: inverse norms, the positives' logits, rows that the products can take.
+"""Inverse norms, logits of the positives, and copies of the features that the matrix products can read.
 
-Rows that the products cannot take as they lie are copied: float16 and float32 rows times the power of two that brings
-their norm into (1/2, 1], so that neither their products nor the stored weights overflow or flush; rows that are not
-aligned to 16 bytes are laid out anew. Normalised 16-bit features are never formed.
+Features are copied in two cases only. Normalised float16 and float32 rows are multiplied by the power of two that
+brings their norm into (1/2, 1], so that neither their products nor the stored weights overflow or flush to zero. Rows
+that are not aligned to 16 bytes are copied to rows that are. Normalised features are never stored: a product reads the
+rows as they are (or times a power of two, which is exact), and its result is multiplied by the remaining factors. That
+way a normalised feature is never rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -36,13 +38,14 @@ __all__ = [
     "without_power",
 ]
 
-EPS = tl.constexpr(1e-12)  # lower bound of a norm: the reference's, which a module below it cannot import
-REACH = tl.constexpr(70.0)  # exponentials, and sums of a million of them, do not overflow so far above their offset
+EPS = tl.constexpr(1e-12)  # lower bound of a norm; equals the reference's, which this layer must not import
+# A logit may be this far above the shared offset: exp(70) = 2.5e30, and fp32 holds a sum of a million of them
+REACH = tl.constexpr(70.0)
 
 
 @triton.jit
 def inverse_norm(squares, NORMALIZE: tl.constexpr):
-    """1 / max(norm, EPS) in fp32, or 1; NaN stays."""
+    """Return 1 / max(norm, EPS) in fp32, or 1 without NORMALIZE; NaN is kept."""
     if NORMALIZE:
         norm = tl.sqrt(squares)
         return (1.0 / tl.where(norm < EPS, EPS, norm)).to(tl.float32)
@@ -52,7 +55,7 @@ def inverse_norm(squares, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def _wide(x):
-    """fp64, by way of fp32: Triton's interpreter knows no other way from bfloat16."""
+    """Convert to fp64 through fp32, because Triton's interpreter cannot convert bfloat16 to fp64 directly."""
     return x.to(tl.float32).to(tl.float64)
 
 
@@ -60,9 +63,9 @@ def _wide(x):
 def pair_sums(
     x, y, k, partner, in_rows, has_partner, D, PAIRS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """<x, x> of rows k; with PAIRS also <y, y> and <x, y> of their partners, where they have one.
+    """Return <x, x> of rows k, and with PAIRS also <y, y> and <x, y> with their diagonal partners (0 if none).
 
-    fp64: squares of fp32 neither overflow nor flush.
+    The sums are fp64, in which no square of a fp32 number overflows or flushes to zero.
     """
     x_ptrs = x.ptr + k.to(tl.int64)[:, None] * x.row_stride
     y_ptrs = y.ptr + tl.where(has_partner, partner, 0).to(tl.int64)[:, None] * y.row_stride
@@ -80,12 +83,12 @@ def pair_sums(
 
 @triton.jit
 def unit_norm(squares, inv):
-    """Norm of a row times its inverse norm."""
+    """Return the norm of a row after normalisation: its norm times `inv`."""
     return (tl.sqrt(squares) * inv.to(tl.float64)).to(tl.float32)
 
 
 class NormSide(NamedTuple):
-    """One side of `norms_kernel`."""
+    """Features and outputs of one side (images or texts) of `norms_kernel`."""
 
     x: Matrix  # (size, D)
     inv: Tensor  # (size,) fp32, written
@@ -97,7 +100,7 @@ def _norms(
     side, other, scale_ptr, k0, size, other_size, D, offset,
     NORMALIZE: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Stores one side's inverse norms and positive logits from row k0 on; returns the largest norm of a unit row."""
+    """Store the inverse norms and positive logits of rows k0, k0 + 1, ...; return their largest norm after scaling."""
     k = k0 + tl.arange(0, BLOCK)
     partner, in_rows = k + offset, k < size
     has_partner = in_rows & (partner >= 0) & (partner < other_size)
@@ -112,14 +115,18 @@ def _norms(
 
 @triton.jit
 def largest_norm(x, inv_ptr, k, in_rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The largest norm of the unit rows k, as `norms_kernel` finds it."""
+    """Return the largest norm of rows k after scaling by their inverse norms, as `norms_kernel` computes it."""
     xx, _, _ = pair_sums(x, x, k, k, in_rows, in_rows, D, False, BLOCK, BLOCK_D)
     return tl.max(unit_norm(xx, tl.load(inv_ptr + k, mask=in_rows, other=0.0)), 0)
 
 
 @triton.jit
 def bound_of(scale, top_ptr, rows, cols, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Bound on the logits; where rows are no unit rows from the largest norms of (rows + cols) programs."""
+    """Return an upper bound of all |logits|.
+
+    With NORMALIZE it is |scale|. Otherwise it is |scale| times the largest norms of both sides, read from `top_ptr`,
+    where (rows + cols) programs stored theirs.
+    """
     top = 1.0
     if not NORMALIZE:
         k = tl.arange(0, BLOCK)
@@ -134,8 +141,10 @@ def bound_of(scale, top_ptr, rows, cols, NORMALIZE: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def set_constants(constants_ptr, scale, bound, store):
-    """Stores the constants of a bound, if `store`; returns the offset: 0 where that reaches all logits, because the
-    further an exponent is from 0, the more digits it loses."""
+    """Store SCALE, BOUND and OFFSET2 if `store`; return OFFSET2.
+
+    The offset is 0 if no logit is above REACH, because subtracting a larger offset costs digits of the exponent.
+    """
     offset2 = tl.where(bound <= REACH, 0.0, bound - REACH) * LOG2E
     if store:
         tl.store(constants_ptr + SCALE, scale)
@@ -162,13 +171,14 @@ def norms_kernel(
 ):
     """Inverse norms of all rows and, without labels, the logits of the positives.
 
-    Math      r_i = 1 / max(norm image_i, 1e-12), or 1; row_pos_i = s r_i c_j <image_i, text_j>, j = i + offset;
-              columns mirrored; top = largest r_i norm_i of the program's rows
-    Program   BLOCK rows of images, or of texts; the first writes the constants, where r_i norm_i is at most 1
-    Traffic   reads every row twice (its own, and as its partner's positive)
+    Math      r_i = 1 / max(|image_i|, 1e-12) with NORMALIZE, else 1
+              row_pos_i = s r_i c_j <image_i, text_j> with j = i + offset, the texts (c_j, col_pos_j) likewise
+              top = largest r_i |image_i| of a program's rows
+    Program   BLOCK rows of images or of texts, program 0 also writes the constants if NORMALIZE
+    Traffic   reads every row twice, as itself and as the partner of its pair
     Precision fp64
     Ragged    rows beyond the last and the D tail load as 0
-    Order     one program a row: bitwise repeatable
+    Order     one program computes a whole row: bitwise repeatable
     """
     block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
     if block < blocks:
@@ -187,28 +197,28 @@ def norms_kernel(
 
 @triton.jit(do_not_specialize=["rows", "cols"])
 def bound_kernel(top_ptr, constants_ptr, scale_ptr, rows, cols, BLOCK: tl.constexpr):
-    """Constants from the largest norms of (rows + cols) programs of `norms_kernel`. One program."""
+    """Store the constants from the largest norms that (rows + cols) programs of `norms_kernel` found. One program."""
     scale = tl.load(scale_ptr).to(tl.float32)
     set_constants(constants_ptr, scale, bound_of(scale, top_ptr, rows, cols, False, BLOCK), True)
 
 
 @triton.jit
 def high_bit(x):
-    """The power of two at or below a positive fp64; 1 where it is not finite or 0."""
+    """Return the largest power of two not above a positive fp64 number; 1 if the number is 0, infinite or NaN."""
     power = (x.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
     return tl.where((power > 0) & (power < INF), power, 1.0)
 
 
 @triton.jit
 def without_power(inv):
-    """A factor in [1, 2) and a power of two, fp32, whose product is `inv`."""
+    """Split `inv` into a factor in [1, 2) and a power of two, both fp32."""
     power = high_bit(inv.to(tl.float64))
     return (inv.to(tl.float64) / power).to(tl.float32), power.to(tl.float32)
 
 
 @triton.jit
 def _scale_rows(x, out, power, k, in_rows, D, BLOCK_D: tl.constexpr):
-    """Copies rows k, times their powers of two in fp64; columns beyond D become 0."""
+    """Copy rows k times their powers of two, multiplied in fp64; columns beyond D become 0."""
     x_ptrs = x.ptr + k.to(tl.int64)[:, None] * x.row_stride
     out_ptrs = out.ptr + k.to(tl.int64)[:, None] * out.row_stride
     for d0 in range(0, out.row_stride, BLOCK_D):
@@ -222,17 +232,21 @@ def _scale_rows(x, out, power, k, in_rows, D, BLOCK_D: tl.constexpr):
 def copy_rows_kernel(
     x,  # a `Matrix` (size, D)
     inv_ptr,  # (size,) fp32
-    out,  # (size, out.row_stride): the columns beyond D become 0
+    out,  # (size, out.row_stride), columns beyond D become 0
     factor_ptr,  # (size,) fp32
     size,
     D,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Rows times the power of two in their inverse norm, and what remains of it: factor = inv / 2^e in [1, 2).
+    """Copy of the rows with a norm in (1/2, 1], and the factors that are left to normalise them.
 
+    Math      out_k = 2^e x_k and factor_k = inv_k / 2^e in [1, 2)
     Program   BLOCK rows
-    Precision exact, but for elements 2^-24 below the row's norm, which may flush in fp16
+    Traffic   reads and writes every row once
+    Precision exact, except that elements 2^-24 below the norm of their row may flush in fp16
+    Ragged    rows beyond the last are not written, columns from D to the row stride become 0
+    Order     one program copies a whole row: bitwise repeatable
     """
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_rows = k < size
@@ -255,7 +269,7 @@ def copy_sides_kernel(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Rows of both sides times powers of two that are known, as `copy_rows_kernel`."""
+    """Copy the rows of both sides times given powers of two, in one launch; see `copy_rows_kernel`."""
     block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
     k = tl.arange(0, BLOCK)
     if block < blocks:
@@ -268,26 +282,26 @@ def copy_sides_kernel(
         _scale_rows(text, col_out, power, k, k < N, D, BLOCK_D)
 
 
-NORMS = {"BLOCK": 8, "BLOCK_D": 128}  # rows and columns of a program that reads features, at a time
+NORMS = {"BLOCK": 8, "BLOCK_D": 128}  # rows per program, and columns per step, of kernels that read features
 
 
 def needs_copy(x: Tensor, normalize: bool) -> bool:
-    """Tell whether the products cannot take rows (size, D) as they lie."""
+    """Return True if the matrix products cannot read the rows of `x` (size, D) in place; see the head of the module."""
     aligned = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
     aligned &= x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    aligned &= x.shape[1] % 8 == 0  # or both sides are copied: the products need as many columns of both
+    aligned &= x.shape[1] % 8 == 0  # both sides have the same D, so both are padded or neither
     return not aligned or (normalize and x.dtype != torch.bfloat16)
 
 
 class Features(NamedTuple):
-    """One side's rows as the products see them, factor still to be multiplied in."""
+    """Rows of one side as the products read them, and the factors that their products are multiplied by."""
 
-    x: Tensor  # (size, D), or more columns of zeros
+    x: Tensor  # (size, D), plus columns of zeros if copied
     factor: Tensor  # (size,) fp32
 
     @staticmethod
     def of(x: Tensor, inv: Tensor, normalize: bool) -> Features:
-        """From features (size, D) and their inverse norms (size,) fp32."""
+        """Prepare features (size, D) with inverse norms `inv` (size,) fp32; copy them if the products need it."""
         if not needs_copy(x, normalize):
             return Features(x, inv)
         size, D = x.shape
@@ -304,17 +318,17 @@ class Features(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """What `norms` computes."""
+    """Results of `norms`."""
 
     row_inv: Tensor  # (M,) fp32
     col_inv: Tensor  # (N,) fp32
-    row_pos: Tensor  # (M,) fp64: the positive's logit, 0 where there is none; nothing with labels
+    row_pos: Tensor  # (M,) fp64: logit of the positive, 0 if there is none; empty with labels
     col_pos: Tensor  # (N,) fp64
     constants: Tensor
 
 
 def norms(image: Tensor, text: Tensor, scale: Tensor, offset: int, normalize: bool, labels: bool) -> Norms:
-    """Compute norms and positives in one launch; in two where the bound on the logits has to be found."""
+    """Compute inverse norms and positive logits in one launch; a second bounds the logits unless `normalize`."""
     M, D = image.shape
     N = text.shape[0]
     image, text = (with_rows(x) for x in (image, text))

@@ -1,7 +1,12 @@
-"""From weights to gradients: blocks of stored weights, the library's products with the features, and the finish.
+"""Gradients from weights: blocks of stored weights, the library's products with the features, and the finish kernel.
 
-The vectors of one side, fp32 (planes, size), are what the tile kernels and the finish need of each row; labels lie
-among them as int32 bits.
+The weights r_i G_ij c_j of a block are needed twice: their rows sum to d_image, their columns to d_text. A fused kernel
+could keep one of the two sums on chip and would need float atomics, in no fixed order, for the other. The block is
+therefore stored once, and two library GEMMs read it. Positives on the diagonal are not in the block: the finish adds
+them in fp32, because they are the largest weights of a row and would lose the most if rounded to 16 bits.
+
+The vectors of one side, fp32 (planes, size), hold what the tile kernels and the finish need for each row. Labels are
+stored among them as the bits of int32 numbers.
 """
 
 from __future__ import annotations
@@ -38,19 +43,20 @@ __all__ = [
     "total_of",
 ]
 
-# Planes: what a dot product is multiplied with; of the own pair the weight; of the result the factor, and whether it
-# is projected (1, or 0 where the norm is a constant)
+# Planes of the vectors. FACTOR multiplies the dot products of a row. DIAGONAL is the weight of a row's diagonal pair.
+# OUT multiplies the row's finished gradient. PROJECT is 1 if the gradient is projected through the normalisation, and 0
+# if the norm is a constant (below EPS, or not normalised).
 FACTOR, DIAGONAL, OUT, PROJECT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
-ALIGNMENT = 128  # every tile divides it: a block of weights padded to it is written without masks
+ALIGNMENT = 128  # a multiple of every tile's sides, so that a block padded to it is written without masks
 TINY = tl.constexpr(2.0**-100)
-_LONGEST_SUM = 65536  # terms in one chain of additions: tensor cores truncate
-FINISH = {"BLOCK": 4, "BLOCK_D": 256}  # rows and columns of a program of a finish, at a time
+_LONGEST_SUM = 65536  # terms that one GEMM may add up: tensor cores truncate, so the error grows with the length
+FINISH = {"BLOCK": 4, "BLOCK_D": 256}  # rows per program, and columns per step, of a finish kernel
 
 
 @triton.jit
 def store_factors(vec_ptrs, plane, inv, factor, out, in_rows, NORMALIZE: tl.constexpr):
-    """Stores FACTOR, OUT and PROJECT of rows with these inverse norms."""
+    """Store the planes FACTOR, OUT and PROJECT of rows with inverse norms `inv`."""
     tl.store(vec_ptrs + FACTOR * plane, factor, mask=in_rows)
     tl.store(vec_ptrs + OUT * plane, out, mask=in_rows)
     project = tl.zeros_like(inv)
@@ -61,7 +67,10 @@ def store_factors(vec_ptrs, plane, inv, factor, out, in_rows, NORMALIZE: tl.cons
 
 @triton.jit
 def store_side(vec_ptrs, plane, inv, in_rows, NORMALIZE: tl.constexpr, COPY: tl.constexpr):
-    """Stores the same without scale and gain, which the finish knows. COPY: the products see the rows times OUT."""
+    """Store FACTOR, OUT and PROJECT with an OUT that lacks scale and gain, which the finish multiplies in.
+
+    With COPY the products read copies of the rows times a power of two, and OUT is that power.
+    """
     factor, power = inv, tl.full(inv.shape, 1.0, tl.float32)
     if COPY:
         factor, power = without_power(inv)
@@ -70,7 +79,7 @@ def store_side(vec_ptrs, plane, inv, in_rows, NORMALIZE: tl.constexpr, COPY: tl.
 
 @triton.jit
 def total_of(part_ptr, first, last, BLOCK: tl.constexpr):
-    """Sum of the parts from `first` to before `last`, fp64, in a fixed order."""
+    """Sum of parts first to last - 1 in fp64. The order is fixed, which makes the sum bitwise repeatable."""
     k = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for k0 in range(first, last, BLOCK):
@@ -80,7 +89,11 @@ def total_of(part_ptr, first, last, BLOCK: tl.constexpr):
 
 @triton.jit
 def in_two(factor):
-    """A fp64 factor in two, each of which fp32 holds without loss of digits: a mean's may be tiny, a scaler's too."""
+    """Split a fp64 factor into two fp32 factors whose product keeps its digits.
+
+    The mean over many pairs makes the factor tiny, possibly below the normal range of fp32. The second factor is then
+    2^-100.
+    """
     power = tl.where(tl.abs(factor) < TINY, TINY, 1.0).to(tl.float32)
     return (factor / power).to(tl.float32), power
 
@@ -90,9 +103,10 @@ def finish_rows(
     side, other, k0, l0, size, plane, other_plane, D, offset, diagonal_gain, factor, power,
     HAS_DIAGONAL: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Finishes rows l0 and on of the `size` that `side.raw` has, the side's from k0 on; returns their share of d_scale.
+    """Finish BLOCK rows of one side and store their gradients; return the diagonal pairs' part of d_scale.
 
-    Their own pairs' weights are multiplied by `diagonal_gain`, they themselves by `factor` and then by `power`.
+    `side.raw` has `size` rows and begins with row k0 of the side. The program begins with row l0 of `side.raw`.
+    The weights of diagonal pairs are multiplied by `diagonal_gain`, the gradients by `factor` and then by `power`.
     """
     rows = l0 + tl.arange(0, BLOCK)
     in_rows, k = rows < size, k0 + rows
@@ -122,7 +136,7 @@ def finish_rows(
         along += tl.sum(x * g, 1)
         squares += tl.sum(x * x, 1)
     if WRITE:
-        # <u, g> u from these very rows: the rounded inverse norm would leave more of g along u
+        # Project with <x, g> / <x, x> of the rows themselves: the rounded inverse norm would leave more of g along x
         project = tl.load(side.vec + PROJECT * plane + k, mask=in_rows, other=0.0)
         along = tl.where(project != 0, along / tl.where(project != 0, squares, 1.0), 0.0)
         factor *= tl.load(side.vec + OUT * plane + k, mask=in_rows, other=0.0)
@@ -140,9 +154,9 @@ def finish_rows(
 
 @triton.jit(do_not_specialize=["i0", "rows", "M", "N", "offset"])
 def finish_kernel(
-    row,  # a `FinishSide`; raw (rows, ...) is of the images from i0 on
-    col,
-    part_ptr,  # (programs of images,): their share of d_scale; written with HAS_DIAGONAL
+    row,  # a `FinishSide`, whose raw (rows, ...) starts at image i0
+    col,  # a `FinishSide` of all texts
+    part_ptr,  # (programs of images,) fp32: the diagonal pairs' part of d_scale; written with HAS_DIAGONAL
     i0,
     rows,
     M,
@@ -154,14 +168,15 @@ def finish_kernel(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adds the own pairs to the sums of the others, projects, scales and casts.
+    """Gradients of the features: the products plus the diagonal pairs, projected, scaled and cast.
 
-    Math      g_k = raw_k + own_k r_k c_j other_j, j = k + offset;  out = s (g - u <u, g>) r_k / (what raw has of it)
-    Program   BLOCK of `rows` images, or after them of all texts; twice over D
-    Traffic   reads raw, x, other twice, writes out
-    Precision fp32; the own pair's weight, the largest of a row, was never rounded to the features' dtype
+    Math      g_k = raw_k + DIAGONAL_k FACTOR_k FACTOR_j other_j with j = k + offset
+              out_k = OUT_k (g_k - x_k <x_k, g_k> / <x_k, x_k>), without the projection if PROJECT_k is 0
+    Program   BLOCK of `rows` images, and after them BLOCK of all texts, in two passes over D
+    Traffic   reads raw, x and other twice, writes out once
+    Precision fp32, with the weight of the diagonal pair never rounded to the dtype of the features
     Ragged    rows beyond the last and the D tail load as 0
-    Order     one program a row: bitwise repeatable
+    Order     one program computes a whole row: bitwise repeatable
     """
     block, blocks = tl.program_id(0), tl.cdiv(rows, BLOCK)
     if block < blocks:
@@ -178,9 +193,9 @@ def finish_kernel(
 
 
 class FinishSide(NamedTuple):
-    """One side of the finish."""
+    """Inputs and output of one side (images or texts) of a finish kernel."""
 
-    raw: Matrix  # (rows, D) fp32, or more columns: sum_j G_kj r_k c_j other_j
+    raw: Matrix  # (rows, D) fp32, plus padding columns: sum_j FACTOR_k G_kj FACTOR_j other_j
     x: Matrix  # (size, D)
     vec: Tensor  # (planes, size): FACTOR, DIAGONAL, OUT, PROJECT
     out: Tensor  # (size, D)
@@ -191,12 +206,13 @@ def _padded(size: int) -> int:
 
 
 def block_size(x: Tensor, M: int, N: int, D: int) -> tuple[int, int]:
-    """Rows and columns, whole tiles, of the blocks of weights for features like `x`: each fits into the workspace."""
+    """Return the rows and columns of a block of weights that fits into the workspace, in whole tiles."""
     weights = env.workspace_bytes("cuda") // x.element_size()
-    # The product with the texts fills whole waves of processors with its tiles of 128 x 256
+    # Rows per wave: with this many rows the library's product with the texts, in tiles of 128 x 256, occupies every
+    # multiprocessor once
     wave = max(processors(x.device) // ceil_div(D, 256), 1) * ALIGNMENT
-    # Columns are cut where not nearly a wave of rows would fit: idle processors cost more than one more addition to the
-    # sums of a block's images
+    # Columns are cut if nearly a wave of rows would not fit otherwise. Idle multiprocessors cost more than adding once
+    # more to the sums of a block's images.
     fit = min(weights // _padded(min(wave - wave // 8, M)), _LONGEST_SUM)
     most = max(fit // ALIGNMENT, 1) * ALIGNMENT
     block_n = _padded(ceil_div(N, ceil_div(N, most)))
@@ -206,7 +222,7 @@ def block_size(x: Tensor, M: int, N: int, D: int) -> tuple[int, int]:
 
 
 def finish_programs(sums: int, rows: int, columns: int) -> int:
-    """Count the programs of a finish: of the sums, of rows of images and of texts."""
+    """Number of programs of a finish: for the scalar sums, the rows of images and the rows of texts."""
     return sums + ceil_div(rows, FINISH["BLOCK"]) + ceil_div(columns, FINISH["BLOCK"])
 
 
@@ -220,8 +236,11 @@ def add_products(
     columns: tuple[int, int],
     whole: bool = False,
 ) -> None:
-    """Add a block of weights times the features to the sums of its images (rows, D) and of all texts, where there are
-    such; `whole`: the block is all of the problem, and nothing has to be sliced."""
+    """Add the products of a block of weights with both features to `raw_image` (rows of the block, D) and `raw_text`
+    (N, D), each unless None. The first block of a row or column of blocks overwrites instead.
+
+    whole: the block is the whole problem, so nothing is sliced. That saves host time.
+    """
     (i0, i1), (j0, j1) = rows, columns
     if raw_image is not None:
         addmm(raw_image if whole else raw_image[: i1 - i0], block, y if whole else y[j0:j1], keep=j0 > 0)
@@ -230,7 +249,7 @@ def add_products(
 
 
 class Gradients:
-    """A problem cut into blocks of weights, by `block_size`, whose tiles are of some `kinds`."""
+    """Gradients of a problem that is cut into blocks of weights; `kinds` are the tiles that may compute a block."""
 
     def __init__(
         self, image: Features, text: Features, D: int, block: tuple[int, int], kinds: tuple[Config, ...]
@@ -243,7 +262,8 @@ class Gradients:
         self.finish_parts = ceil_div(self.M, FINISH["BLOCK"])
 
     def tiles(self, rows: int, columns: int) -> int:
-        """Count a block's tiles, of the kind that has most; a multiple of 4, so that every block's start aligned."""
+        """Number of partial sums of a block: its tiles in the finest kind, rounded up to a multiple of 4."""
+        # 4 fp32 numbers are 16 bytes: every block's partial sums start aligned, for which the kernels are compiled
         return max(ceil_div(rows, kind.BLOCK_M) * ceil_div(columns, kind.BLOCK_N) + 3 & ~3 for kind in self.kinds)
 
     def compute(
@@ -256,17 +276,18 @@ class Gradients:
         d_image: Tensor | None,
         d_text: Tensor | None,
     ) -> None:
-        """Write d_image (M, D), d_text (N, D), from the weights r_i G_ij c_j that ``weigh(i0, i1, j0, j1, weights,
-        part)`` stores, with the shares of d_scale of every tile.
+        """Write d_image (M, D) and d_text (N, D), each unless None.
 
-        offset: of the own pairs, whose weights are in the vectors and not among the stored; None when there are none.
-        part (tile_parts + finish_parts,): shares of d_scale, the tiles' and after them the own pairs'.
+        ``weigh(i0, i1, j0, j1, weights, part)`` stores the weights r_i G_ij c_j of a block and every tile's partial sum
+        of d_scale. offset: row i has its diagonal pair, whose weight is in the vectors, in column i + offset; None if
+        no weight is kept apart. part (tile_parts + finish_parts,): partial sums of d_scale, first of the tiles, then of
+        the diagonal pairs.
         """
         x, y = self.image.x, self.text.x
         weights = x.new_empty(self.block_m, self.block_n)
         raw_text = None if d_text is None else x.new_empty(self.N, x.shape[1], dtype=torch.float32)
         raw_image = x.new_empty(0 if d_image is None else self.block_m, x.shape[1], dtype=torch.float32)
-        # What is not wanted is neither read nor written: any tensor stands in its place
+        # A gradient that is not needed is neither read nor written: any tensor can take its place
         row = FinishSide(matrix(raw_image), matrix(x), row_vec, raw_image if d_image is None else d_image)
         col = FinishSide(
             matrix(raw_image if raw_text is None else raw_text),
@@ -282,7 +303,7 @@ class Gradients:
                 block = weights[: i1 - i0, : j1 - j0]
                 add_products(block, x, y, None if d_image is None else raw_image, raw_text, (i0, i1), (j0, j1))
             rows = i1 - i0 if d_image is not None or offset is not None else 0
-            cols = self.N if d_text is not None and i1 == self.M else 0  # the last chunk completes the texts
+            cols = self.N if d_text is not None and i1 == self.M else 0  # complete after the last chunk
             if rows or cols:
                 shares = part[self.tile_parts + i0 // FINISH["BLOCK"] :]
                 arguments = row, col, shares, i0, rows, self.M, self.N, self.D, offset or 0

@@ -1,4 +1,4 @@
-"""How the kernels are launched: configurations, the choice of memory accesses, workspace and matrix products."""
+"""Launch code of the kernels: configurations, the choice of memory access, workspace sizes and matrix products."""
 
 from __future__ import annotations
 
@@ -32,37 +32,43 @@ __all__ = [
     "with_rows",
 ]
 
-_OLD_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)  # adds to the operands' dtype only
+# addmm of torch before 2.10 adds to the dtype of its operands only, not to fp32 sums of 16-bit products
+_OLD_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)
 
-_DEFAULT_PROCESSORS = 132  # where no GPU says: an H100's
+_DEFAULT_PROCESSORS = 132  # of an H100, for when there is no GPU to ask
 
 
 class Config(NamedTuple):
-    """A tile of (BLOCK_M, BLOCK_N) logits, BLOCK_K features at a time, by so many warps and pipeline stages."""
+    """Shape of a tile, (BLOCK_M, BLOCK_N) logits computed BLOCK_K features at a time, and the launch options for it."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    SPLIT: int = 1  # parts of a tile that the epilogue works on one after the other
-    # What follows from the features, for the kernel that is compiled
+    SPLIT: int = 1  # column parts of a tile, which the epilogue handles one after the other to save registers
+    # Set by `TileLaunch` from the features; the kernel is compiled for them
     DESCRIPTOR: bool = False
     EVEN_K: bool = False
     PRECISION: str = "ieee"
 
 
 class Matrix(NamedTuple):
-    """Rows without gaps between columns, as kernels are handed them: later launches take any tuple in its place."""
+    """A matrix with adjacent columns, as a kernel argument.
+
+    The first launch needs this class, because Triton compiles by field names. Later launches accept any tuple.
+    """
 
     ptr: Tensor
     row_stride: int
 
 
 class Tiles(Protocol):
-    """Tile kernels of another make: a launcher that is handed them starts them in place of its own, repairs apart.
+    """Interface of tile kernels from another backend, such as the CUDA backend's Hopper kernels.
 
-    x (M, D), y (N, D): features of the block, 16-bit; the vectors are its rows' and columns'; see the kernels here.
+    A launcher that receives `tiles` starts them in place of the Triton tile kernels. Repairs stay in Triton. x (M, D)
+    and y (N, D) are the 16-bit features of one block; the vectors belong to the block's rows and columns. The Triton
+    kernel of the same name defines what each method computes.
     """
 
     def config(self, kernel: str, M: int, N: int, labels: bool) -> Config: ...
@@ -84,7 +90,7 @@ class Tiles(Protocol):
 
 
 class FwdSide(NamedTuple):
-    """One side of a block: what `Tiles.contrastive_fwd` reads and writes."""
+    """Vectors of one side (images or texts) of a block, read and written by `contrastive_fwd`."""
 
     factor: Tensor  # (size,) fp32
     label: Tensor | None  # (size,) int32
@@ -92,17 +98,17 @@ class FwdSide(NamedTuple):
 
 
 class BwdSide(NamedTuple):
-    """One side of a block: what `Tiles.contrastive_bwd` reads; the last three with labels."""
+    """Vectors of one side of a block, read by `Tiles.contrastive_bwd`; the last three are present with labels only."""
 
-    factor: Tensor  # (size,) fp32, as all
+    factor: Tensor  # (size,) fp32, like the others except `label`
     neg: Tensor
     label: Tensor | None = None  # int32
     pos: Tensor | None = None
     own: Tensor | None = None
 
 
-# By kernel, chip, features' dtype and whether there are labels; none spills
-# registers (tests/backends/test_triton_compiled.py).
+# Keys: kernel, chip, dtype of the features, labels or not. No configuration spills registers
+# (tests/backends/test_triton_compiled.py checks it).
 CONFIGS = {
     ("contrastive_fwd", "hopper", "fp16", False): Config(128, 128, 64, 4, 3),
     ("contrastive_fwd", "hopper", "fp16", True): Config(128, 64, 64, 4, 3),
@@ -143,22 +149,22 @@ CONFIGS = {
 }
 
 
-_INTERPRETED = Config(128, 128, 64, 4, 1, SPLIT=2)  # large: a step of the interpreter costs the same for any tile
+_INTERPRETED = Config(128, 128, 64, 4, 1, SPLIT=2)  # large: the interpreter is slow per operation
 
 
 def interpreting() -> bool:
-    """Tell whether the kernels run as Python on the CPU: TRITON_INTERPRET=1."""
+    """Return True if the kernels run as Python on the CPU (TRITON_INTERPRET=1)."""
     return bool(triton.knobs.runtime.interpret)
 
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # kernels, and their last arguments
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # compiled kernels and their last arguments
 
 
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """Start a kernel; return it compiled and its last arguments, where they may be used again.
+    """Launch a kernel; return it compiled, with its last (constant) arguments, or None if it must not be reused.
 
-    Triton's own way from arguments to a compiled kernel costs more than the launch: once for each kind of arguments,
-    and its hooks before a run are called then only.
+    Triton's lookup of the compiled kernel costs more host time than the launch itself. The lookup therefore runs once
+    per kind of arguments (see `_kind`) and its result is kept. Triton's pre-run hooks also run only that once.
     """
     if always_anew():
         kernel[(grid,)](*args, **options)
@@ -174,15 +180,23 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> tuple[Any, tup
 
 
 def always_anew() -> bool:
-    """Tell whether no kernel is kept: by the interpreter; on AMD, where the kind includes how far memory reaches."""
+    """Return True if compiled kernels must not be reused.
+
+    The interpreter compiles nothing. On AMD, Triton also specialises by the size of the memory behind a pointer, which
+    `_kind` does not see.
+    """
     return interpreting() or bool(torch.version.hip)
 
 
 def _kind(x: Any) -> Any:
-    """Tell what a kernel is compiled for, of a run-time argument: its type, its alignment, whether it is 1."""
+    """Return the properties of a run-time argument that Triton specialises a kernel by.
+
+    They are its type, its alignment to 16 and whether it is 1. The alignment decides whether a compiled kernel may use
+    16-byte accesses: a kernel reused for a less aligned pointer would fault.
+    """
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, int):  # Triton compiles 1 as a constant, multiples of 16 as such, and the rest by width
+    if isinstance(x, int):  # Triton inlines 1, assumes divisibility for multiples of 16, and picks 32 or 64 bits
         return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, *x.block_shape
@@ -193,37 +207,41 @@ def _kind(x: Any) -> Any:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of an NVIDIA GPU; (0, 0) of everything else."""
+    """Compute capability of an NVIDIA GPU; (0, 0) for every other device."""
     if device.type != "cuda" or torch.version.hip:
         return 0, 0
     return torch.cuda.get_device_capability(device)
 
 
 def uses_descriptors(x: Tensor) -> bool:
-    """Tell whether tiles come by Hopper's tensor memory accelerator; elsewhere pointers spill less."""
+    """Return True if tiles are loaded through tensor descriptors.
+
+    Hopper's tensor memory accelerator (TMA) loads whole tiles without an address per thread. On other chips plain
+    pointers spill fewer registers.
+    """
     return capability(x.device)[0] == 9
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Count a GPU's multiprocessors."""
+    """Number of multiprocessors of a GPU, or of an H100 if `device` is not a GPU."""
     if device.type != "cuda":
         return _DEFAULT_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def with_rows(x: Tensor) -> Tensor:
-    """Features whose rows have no gaps between columns."""
+    """Return `x` if its columns are adjacent in memory, else a contiguous copy."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def matrix(x: Tensor) -> Matrix:
-    """Hand rows without gaps to a kernel."""
+    """Wrap features with adjacent columns for a kernel."""
     return Matrix(x, x.stride(0))
 
 
 def choose(kernel: str, x: Tensor, labels: bool) -> Config:
-    """The configuration of a tile kernel for features like `x`."""
+    """Return the configuration of a tile kernel for the device and dtype of `x`."""
     if x.device.type == "cpu" and capability(x.device) == (0, 0):
         return _INTERPRETED
     chip = "hopper" if capability(x.device)[0] == 9 else "other"
@@ -231,7 +249,11 @@ def choose(kernel: str, x: Tensor, labels: bool) -> Config:
 
 
 class TileLaunch:
-    """What all launches of a tile kernel have in common, for features like `x`, which it sees in `width` columns."""
+    """Configuration, options and grid of a tile kernel, shared by all its launches on features like `x`.
+
+    width: columns of the features as the kernel sees them, padding included. tile: configuration to use in place of
+    the one from CONFIGS.
+    """
 
     def __init__(
         self,
@@ -248,11 +270,12 @@ class TileLaunch:
         self.kernel, self.tile, self.descriptor = kernel, tile, uses_descriptors(x)
         precision = fp32_products() if x.dtype is torch.float32 else "ieee"
         self.options = {**flags, **_tile_options(tile, self.descriptor, width % tile.BLOCK_K == 0, precision)}
-        # A repair's programs are persistent: where there is nothing to repair, few of them return at once
+        # A repair is launched always and is rarely needed. Its programs are persistent, so that when there is nothing
+        # to repair only one program per multiprocessor starts and returns.
         self.max_programs = processors(x.device) if exact else None
 
     def shape(self, M: int, N: int) -> tuple[int, int]:
-        """Tile rows and tile columns."""
+        """Numbers of tile rows and tile columns of a block."""
         return ceil_div(M, self.tile.BLOCK_M), ceil_div(N, self.tile.BLOCK_N)
 
     def tiles(self, M: int, N: int) -> int:
@@ -264,12 +287,12 @@ class TileLaunch:
         return tiles if self.max_programs is None else min(tiles, self.max_programs)
 
     def operands(self, image: Tensor, text: Tensor) -> tuple[Any, Any]:
-        """The features as the kernel is handed them."""
+        """Return both features as kernel arguments: tensor descriptors or matrices."""
         tile = self.tile
         return self._matrix(image, tile.BLOCK_M, tile.BLOCK_K), self._matrix(text, tile.BLOCK_N, tile.BLOCK_K)
 
     def output(self, out: Tensor) -> Any:
-        """What the kernel writes its tiles to."""
+        """Return the output matrix as a kernel argument, in tiles of the epilogue's parts."""
         return self._matrix(out, self.tile.BLOCK_M, self.tile.BLOCK_N // self.tile.SPLIT)
 
     def _matrix(self, x: Tensor, *block: int) -> TensorDescriptor | Matrix:
@@ -282,31 +305,38 @@ def _tile_options(tile: Config, descriptor: bool, even_k: bool, precision: str) 
         "CONFIG": tile._replace(DESCRIPTOR=descriptor, EVEN_K=even_k, PRECISION=precision),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        "enable_fp_fusion": True,  # said, because Triton's default is about to change
+        "enable_fp_fusion": True,  # explicit, because Triton's default is about to change
     }
 
 
 def panels_of(tiles: Sequence[Config], M: int, N: int, planes: int) -> tuple[int, int, int]:
-    """Rows of a panel whose partial sums fit into the workspace, and the most tiles across a row and across a column
-    of it, of tiles of these kinds."""
+    """Return the rows of a panel whose partial sums fit into the workspace, and the largest numbers of tiles along a
+    row and along a column of it, over all configurations in `tiles`.
+
+    planes: partial sums that a tile stores per row and column. 8 bytes each: a repair stores them in fp64.
+    """
     row_bytes = 8 * planes * max(ceil_div(N, tile.BLOCK_N) + N / tile.BLOCK_M for tile in tiles)
-    step = max(tile.BLOCK_M for tile in tiles)  # whole tiles of every kind: BLOCK_M are powers of two
+    step = max(tile.BLOCK_M for tile in tiles)  # whole tiles of every configuration: all BLOCK_M are powers of two
     panel = min(max(int(env.workspace_bytes("cuda") / row_bytes) // step, 1) * step, M)
     return panel, max(ceil_div(N, tile.BLOCK_N) for tile in tiles), max(ceil_div(panel, tile.BLOCK_M) for tile in tiles)
 
 
 def fp32_products() -> str:
-    """Say how products of fp32 tiles are computed: as torch's own matrix products are asked to, else without loss."""
+    """Return Triton's `input_precision` for products of fp32 tiles.
+
+    "tf32" if torch's matrix products are set to TF32, else "tf32x3" (three TF32 products, close to fp32 precision).
+    "ieee" without an NVIDIA GPU.
+    """
     if not torch.cuda.is_available() or torch.version.hip:
         return "ieee"
     asked = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    if asked is None:  # an older torch; where there is the new setting, the old one raises once that was used
+    if asked is None:  # older torch. A newer one must not be asked this way: it raises once fp32_precision was set
         asked = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return "tf32" if asked == "tf32" else "tf32x3"
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
-    """Write a b to `out`, or add it if `keep`, in fp32, by the library."""
+    """Write the product a b to `out` (fp32), or add it if `keep`, through torch's BLAS library."""
     if a.dtype != torch.float32 and capability(out.device) != (0, 0):
         if keep and _OLD_TORCH:
             out.add_(torch.mm(a, b, out_dtype=torch.float32))
@@ -319,5 +349,5 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
 
 
 def chunks(size: int, length: int) -> list[tuple[int, int]]:
-    """Cut `size` rows or columns into parts of a `length`: their first and their last (exclusive)."""
+    """Cut range(size) into parts of at most `length`; return the start and the (exclusive) end of each."""
     return [(start, min(start + length, size)) for start in range(0, size, length)]

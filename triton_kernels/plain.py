@@ -1,8 +1,14 @@
-"""The plain case, N pairs whose only positives are each other's, in as few launches as its data flow has steps.
+"""Host code of the plain case: the mean contrastive loss of N pairs without labels, in as few launches as possible.
 
-Forward: norms, tiles, reduction with the loss, repair, its reduction. Backward: weights, repair, two products, finish.
-What lies between these in the general case (the loss in torch, its derivatives, the vectors) is part of the reduction,
-because with few rows users wait for the host and not for the GPU.
+Forward: norms, tiles, reduction with the loss, and the two launches of a repair. Backward: weights, their repair, two
+products and the finish. The general case computes the loss, its derivatives and the vectors between these steps, in
+torch and in further kernels. Here the reduction computes them, because with few rows a step takes as long as the host
+needs to start its kernels.
+
+The launches of a signature are the same every time, so a `Sequence` replays them from addresses. The code below
+therefore handles tensors on the first call and integers (`known`) on later calls: the names `s`, `w` and `wide` stand
+for the start of the saved vectors, of the workspace as fp32 and of the workspace as fp64, and `base + n` is n bytes
+further in either case.
 """
 
 from __future__ import annotations
@@ -35,25 +41,25 @@ from fastclip.system.rounding import ceil_div
 
 __all__ = ["plain_bwd", "plain_fwd", "plain_saved"]
 
-# Pairs of a program, and how many parts it adds up at a time
+# BLOCK: pairs per program. WIDE: vector elements that the last program changes per step.
 _REDUCTION = {"BLOCK": REDUCED, "WIDE": 4096, "num_warps": 8}
-_PARTS = 2048  # of d_scale, at a time
+_PARTS = 2048  # partial sums of d_scale added per step
 _VEC = 4 * HEADER  # bytes before the vectors
-_TICKET = not torch.version.hip  # whether the reduction may end with the loss; see `plain_reduce_kernel`
+_TICKET = not torch.version.hip  # True if the reduction's last program computes the loss; see `plain_reduce_kernel`
 
 
 def _plane(N: int) -> int:
-    """Words between the planes of the vectors; see `plane_of`."""
+    """Number of fp32 words between the planes of the vectors; see `plane_of`."""
     return ceil_div(N, ALIGNED.value) * ALIGNED.value
 
 
 def plain_saved(N: int) -> int:
-    """Words of fp32 that the forward hands to the backward: constants, and the vectors of both sides."""
+    """Number of fp32 words that the forward saves for the backward: the constants and the vectors of both sides."""
     return HEADER + 2 * PLANES * _plane(N)
 
 
 class _Plan:
-    """What follows from a problem's signature: sizes, places in the workspace, launches."""
+    """Sizes, layout of the workspace and launches of a problem, as far as its signature determines them."""
 
     def __init__(self, image: Tensor, text: Tensor, normalize: bool) -> None:
         self.N, self.D = N, D = image.shape[0], image.shape[1]
@@ -67,13 +73,14 @@ class _Plan:
         self.pair_programs, self.reduce_programs = ceil_div(N, NORMS["BLOCK"]), ceil_div(N, REDUCED)
         self._cut_forward(image)
         self._cut_backward(image)
-        # Of several panels or blocks each has arguments of its own, and work enough for the host not to count
+        # Only a problem of one panel and one block is replayed. With several, arguments differ from launch to launch,
+        # and the GPU is busy long enough to hide the host's work.
         self.whole = self.one_panel and len(self.rows) == len(self.columns) == 1
         self.fwd = Sequence(self.whole)
-        self.bwd: dict[Any, Sequence] = {}  # by the gradients that are asked for, and the upstream's alignment
+        self.bwd: dict[Any, Sequence] = {}  # by the gradients needed and d_loss's alignment
 
     def _cut_forward(self, x: Tensor) -> None:
-        """Panels of rows whose partial sums fit into the workspace; bytes at which its parts begin."""
+        """Cut the rows into panels whose partial sums fit into the workspace, and lay it out (in bytes)."""
         N = self.N
         flags = {"LABELS": False, "EXCLUDE_SELF": False, "MAXIMA": False}
         self.statistics = [
@@ -95,7 +102,7 @@ class _Plan:
         )
 
     def _cut_backward(self, x: Tensor) -> None:
-        """Blocks of weights that fit into the workspace; words at which its parts begin."""
+        """Cut the logits into blocks whose weights fit into the workspace, and lay it out (in fp32 words)."""
         N, size = self.N, x.element_size()
         block_m, self.block_n = block_size(x, N, N, self.D)
         self.rows, self.columns = chunks(N, block_m), chunks(N, self.block_n)
@@ -106,7 +113,7 @@ class _Plan:
         blocks = [(i1 - i0, j1 - j0) for i0, i1 in self.rows for j0, j1 in self.columns]
         self.parts = [sum(weighing.tiles(*block) for block in blocks) for weighing in self.weighing]
         self.block_m = min(block_m, N)  # rows of a product
-        self.raw_image = block_m * self.block_n * size // 4  # blocks are whole tiles
+        self.raw_image = block_m * self.block_n * size // 4  # after a block of weights, in whole tiles
         self.raw_text = self.raw_image + self.block_m * self.width
         self.part = ceil_div(self.raw_text + N * self.width, 16) * 16
         self.bwd_elements = (self.part + max(self.parts)) * 4 // size
@@ -115,7 +122,7 @@ class _Plan:
 def _start_copies(
     plan: _Plan, start: Any, known: bool, image: Tensor, text: Tensor, x: Tensor, y: Tensor, s: Any
 ) -> None:
-    """Start the copy of the features to rows x, y (N, width), times the powers of two in what is saved at `s`."""
+    """Start the copy of both features to x, y (N, width), times the powers of two that are saved at `s`."""
     pairs: Any = (image, plan.strides[0]), (text, plan.strides[1]), (x, plan.width), (y, plan.width)
     image_matrix, text_matrix, *copies = pairs if known else [Matrix(*pair) for pair in pairs]
     powers = s + plan.row_power, s + plan.col_power
@@ -127,7 +134,7 @@ def _start_panels(
     plan: _Plan, start: Any, statistics: TileLaunch, x: Tensor, y: Tensor, addresses: Any, s: Any, constants: Any,
     parts: tuple[Any, Any], wide: Any,
 ) -> None:  # fmt: skip
-    """Start the partial sums of all rows; of several panels also their reduction, in the workspace at `wide`."""
+    """Start the partial sums of all rows and, if there are several panels, their reduction into the workspace."""
     N, operands, lse = plan.N, addresses, plan.fwd_work.lse
     col: Any = s + plan.col_vec, None, parts[1]  # FACTOR is the first plane; no labels
     for i0, i1 in plan.panels:
@@ -148,10 +155,11 @@ def _start_panels(
 def plain_fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss () of image, text (N, D), w mean_i softplus(row_neg_i - row_pos_i) + (1 - w) mean_j of the columns', and
-    what the backward needs, fp32 (`plain_saved`,); 2 N^2 D operations in five launches, no host synchronisation.
+    """Return the loss () of image, text (N, D), and the fp32 vector (`plain_saved(N)`,) that the backward needs.
 
-    One launch more for features that are not normalised, and one for rows that the products cannot take as they lie.
+    The loss is w mean_i softplus(row_neg_i - row_pos_i) + (1 - w) mean_j softplus(col_neg_j - col_pos_j) with w =
+    `image_weight`. 2 N^2 D operations in five launches, without host synchronisation. Features that are not normalised
+    need one launch more, and rows that must be copied another one.
     """
     plan, image, text = plan_of(_Plan, image, text, scale, (normalize,), env.workspace_bytes("cuda"))
     N, D, pairs, at = plan.N, plan.D, plan.pair_programs, plan.fwd_work
@@ -181,7 +189,7 @@ def plain_fwd(
         addresses = x.data_ptr(), y.data_ptr()
         if not plan.descriptors:
             addresses = tuple(zip(addresses, plan.product_strides))
-    else:  # later any tuple will do
+    else:  # the first launch compiles by field names, later ones accept any tuple
         features = [Matrix(*pair) for pair in features]
 
     arguments: tuple[Any, ...] = *features, scale, constants, vec, cos, top, tickets + at.tickets, N, D
@@ -209,7 +217,10 @@ def _start_weights(
     plan: _Plan, start: Any, x: Tensor, y: Tensor, block: Tensor, addresses: Any, s: Any, constants: Any, w: Any,
     parts: list[int], rows: tuple[int, int], columns: tuple[int, int],
 ) -> None:  # fmt: skip
-    """Start the weights of a block; shares of d_scale go to `parts`, bytes from `w` on for either kind of tile."""
+    """Start the weights of a block, by the fast kernel and by the repair.
+
+    parts: where the two store their partial sums of d_scale, in bytes from `w` on; advanced from block to block.
+    """
     (i0, i1), (j0, j1) = rows, columns
     shape = i1 - i0, j1 - j0
     vec = s + (_VEC + 4 * i0), s + (plan.col_vec + 4 * j0), plan.plane, plan.plane
@@ -225,12 +236,12 @@ def _start_blocks(
     plan: _Plan, start: Any, known: bool, x: Tensor, y: Tensor, work: Tensor, s: Any, d_loss: Tensor,
     constants: Any, d_image: Tensor | None, d_text: Tensor | None, d_scale: Tensor | None,
 ) -> None:  # fmt: skip
-    """Start the blocks of weights, their products, and of every chunk of rows the finish; of the last with d_scale."""
+    """Start the weights and products of all blocks, and a finish per chunk of rows; the last one adds up d_scale."""
     N, width, (x_stride, y_stride) = plan.N, plan.width, plan.product_strides
     words = work.view(torch.float32)
     raw_image = words.as_strided((plan.block_m, width), (width, 1), plan.raw_image)
     raw_text = words.as_strided((N, width), (width, 1), plan.raw_text)
-    # What is not wanted is not written: any tensor stands in its place
+    # A gradient that is not needed is not written, so any tensor can take its place
     row: Any = (raw_image, width), (x, x_stride), s + _VEC, x if d_image is None else d_image
     col: Any = (raw_text, width), (y, y_stride), s + plan.col_vec, y if d_text is None else d_text
     addresses: Any = None
@@ -240,7 +251,7 @@ def _start_blocks(
         addresses = x.data_ptr(), y.data_ptr(), w
         if not plan.descriptors:
             addresses = tuple(zip(addresses, (x_stride, y_stride, plan.block_n)))
-    else:  # later any tuple will do
+    else:  # the first launch compiles by field names, later ones accept any tuple
         w = Base(words)
         row, col = (FinishSide(Matrix(*raw), Matrix(*rows), *others) for raw, rows, *others in (row, col))
     raw = None if d_image is None else raw_image, None if d_text is None else raw_text
@@ -271,10 +282,11 @@ def plain_bwd(
     d_loss: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of image, text (N, D), of their dtype, and of scale (), fp32; None where `needs` says so.
+    """Return the gradients of image, text (N, D), in their dtype, and of scale () in fp32, each None unless needed.
 
-    d_loss: () fp32, the upstream gradient. 6 N^2 D operations in three launches, of a problem that fits into the
-    workspace, and two products of the library; one launch more for rows that the products cannot take as they lie.
+    saved: the vector that `plain_fwd` returned. d_loss: () fp32, the upstream gradient. 6 N^2 D operations. If the
+    weights fit into the workspace at once, these are three launches and two products of the library, and one launch
+    more for rows that must be copied.
     """
     needs_image, needs_text, needs_scale = needs
     if not (needs_image or needs_text or needs_scale):

@@ -1,4 +1,7 @@
-"""The plain case backward: the finish, which multiplies the upstream gradient in; all before it is for upstream 1."""
+"""Finish kernel of the plain case's backward.
+
+The forward has computed the vectors for an upstream gradient of 1. The finish multiplies the true one in.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ __all__ = ["plain_finish_kernel"]
 
 @triton.jit
 def _scale_gradient(part_ptr, fast_parts, exact_parts, constants_ptr, out_ptr, factor, BLOCK: tl.constexpr):
-    """d_scale from the shares of the tiles that were computed and of the own pairs, times `factor`, fp64."""
+    """Store d_scale: the partial sums of the tiles plus the diagonal pairs' part, times `factor`, in fp64.
+
+    The fast kernel and the repair have different numbers of tiles, and only one of them has stored its sums.
+    """
     parts = fast_parts
     if tl.load(constants_ptr + REPAIR) != 0:
         parts = exact_parts
@@ -23,14 +29,14 @@ def _scale_gradient(part_ptr, fast_parts, exact_parts, constants_ptr, out_ptr, f
 
 @triton.jit(do_not_specialize=["upstream_ptr", "fast_parts", "exact_parts", "i0", "rows", "N"])
 def plain_finish_kernel(
-    row,  # a `FinishSide`; raw (rows, ...) is of the images from i0 on
-    col,
+    row,  # a `FinishSide`, whose raw (rows, ...) starts at image i0
+    col,  # a `FinishSide` of all texts
     constants_ptr,
-    upstream_ptr,  # () fp32: the loss's derivative
-    part_ptr,  # fp32: the tiles' shares of d_scale; read with SCALE, as all that follows
-    d_scale_ptr,  # () fp32
-    fast_parts,  # how many there are without a repair
-    exact_parts,  # and with one
+    upstream_ptr,  # () fp32: the derivative by the loss
+    part_ptr,  # (parts,) fp32: the tiles' partial sums of d_scale; read with D_SCALE
+    d_scale_ptr,  # () fp32; written with D_SCALE
+    fast_parts,  # number of partial sums without a repair
+    exact_parts,  # number of partial sums after a repair
     i0,
     rows,
     N,
@@ -40,17 +46,19 @@ def plain_finish_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Gradients from the sums of weights times features, as `finish_kernel`, times the upstream gradient; d_scale.
+    """Gradients of the features from the products, and of the scale, times the upstream gradient.
 
-    Math      out = upstream s (g - u <u, g>) r_k / gain, g_k = raw_k + own_k r_k c_k other_k;
-              d_scale = upstream (sum of tiles + sum of own pairs) / gain
-    Program   with D_SCALE the first adds up d_scale; BLOCK of `rows` images, or after them of all texts; twice over D
-    Traffic   reads raw, x, other twice, writes out
-    Precision fp32, d_scale fp64; upstream and gain meet before the one rounding to the features' dtype, so that a loss
-              scaler's factor reaches what would flush
+    Math      g_k = raw_k + DIAGONAL_k FACTOR_k FACTOR_k' other_k with the factor FACTOR_k' of the other side
+              out_k = upstream s OUT_k (g_k - x_k <x_k, g_k> / <x_k, x_k>) / gain, see `finish_kernel`
+              d_scale = upstream (sum over tiles + sum over diagonal pairs) / gain
+    Program   BLOCK of `rows` images, and after them BLOCK of all texts, in two passes over D
+              with D_SCALE one more program, the first, adds up d_scale
+    Traffic   reads raw, x and other twice, writes out once
+    Precision fp32, d_scale in fp64
+              upstream and gain are combined before the only rounding, so a loss scaler's factor prevents flushing
     Ragged    rows beyond the last and the D tail load as 0
-    Order     one program a row: bitwise repeatable. The tiles' shares are complete before this launch, and the own
-              pairs' are the forward's: d_scale needs no ticket
+    Order     one program computes a whole row: bitwise repeatable
+              d_scale needs no ticket, because earlier launches have stored all of its partial sums
     """
     upstream = tl.load(upstream_ptr).to(tl.float64) / tl.load(constants_ptr + GAIN).to(tl.float64)
     factor, power = in_two(upstream * tl.load(constants_ptr + SCALE).to(tl.float64))

@@ -1,8 +1,8 @@
-"""The plain case forward: before the statistics' tiles norms of pairs, after them the loss and the backward's vectors.
+"""Kernels of the plain case's forward: norms before the statistics' tiles, and the loss and vectors after them.
 
-Plain: N pairs, image k's only positive is text k. Both sides' row k is one program's, because the derivatives of a pair
-meet in the weight of its own logit. The vectors are those of `contrastive_bwd_vectors`, (planes, plane) of each side,
-the texts' after the images'.
+In the plain case there are N pairs, and text k is the only positive of image k. One program handles image k and text k
+together, because their derivatives add up to the weight of the pair's logit. The vectors are those of
+`contrastive_bwd_vectors`, computed for an upstream gradient of 1: (planes, plane) of the images, then of the texts.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ __all__ = [
     "plane_of",
 ]
 
-DIAGONAL_SHARE = tl.constexpr(CONSTANTS)  # one more constant: of d_scale, times the gain, what the own pairs have
-HEADER = 16  # words of the constants, so that the vectors after them are aligned
+DIAGONAL_SHARE = tl.constexpr(CONSTANTS)  # index of one more constant: the diagonal pairs' part of d_scale, times gain
+HEADER = 16  # words reserved for the constants, which keeps the vectors after them aligned
 PLANES = 7
-COL = tl.constexpr(PLANES)  # the texts' first plane
-ALIGNED = tl.constexpr(32)
+COL = tl.constexpr(PLANES)  # first plane of the texts
+ALIGNED = tl.constexpr(32)  # words: planes begin on cache lines of 128 bytes
 
 
 @triton.jit
 def plane_of(N):
-    """Words between planes: whole cache lines, so that every plane is aligned."""
+    """Number of words between two planes, rounded up so that every plane is aligned."""
     return (tl.cdiv(N, ALIGNED) * ALIGNED).to(tl.int64)
 
 
@@ -58,10 +58,10 @@ def plain_norms_kernel(
     text,  # (N, D)
     scale_ptr,
     constants_ptr,
-    vec_ptr,  # (2 PLANES, plane): FACTOR, OUT and PROJECT become known
+    vec_ptr,  # (2 PLANES, plane) fp32: FACTOR, OUT and PROJECT are written
     cos_ptr,  # (N,) fp64
     top_ptr,  # (2 programs,) fp32; not written with NORMALIZE
-    ticket_ptr,  # (2,) int32: become 0
+    ticket_ptr,  # (2,) int32, set to 0 for the two reductions
     N,
     D,
     NORMALIZE: tl.constexpr,
@@ -71,13 +71,14 @@ def plain_norms_kernel(
 ):
     """Factors of all rows, and the cosines of the pairs.
 
-    Math      r_k = 1 / max(norm image_k, 1e-12), or 1, c_k likewise; cos_k = r_k c_k <image_k, text_k>; with COPY
-              factors are r_k / 2^e, for rows that are copied times 2^e
-    Program   BLOCK pairs; the first writes the constants, where r_k norm_k is at most 1
+    Math      r_k = 1 / max(|image_k|, 1e-12) with NORMALIZE, else 1, and c_k likewise for text_k
+              cos_k = r_k c_k <image_k, text_k>
+              FACTOR_k = r_k, or r_k / 2^e with COPY, for rows that are copied times OUT_k = 2^e
+    Program   BLOCK pairs, program 0 also writes the constants if NORMALIZE
     Traffic   reads every row once
     Precision fp64
     Ragged    rows beyond the last and the D tail load as 0
-    Order     one program a pair: bitwise repeatable
+    Order     one program computes a whole pair: bitwise repeatable
     """
     block = tl.program_id(0)
     k = block * BLOCK + tl.arange(0, BLOCK)
@@ -103,12 +104,16 @@ def plain_norms_kernel(
 def _weigh_pairs(
     row_lse, col_lse, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, in_rows, N
 ):  # fmt: skip
-    """Pairs k: shares of the loss and of d_scale, and the vectors, as the largest derivative among them has it."""
+    """Store the vectors of pairs k and the program's partial sums of the loss and of d_scale.
+
+    The vectors carry the gain of the largest derivative among these pairs only: the largest of all is not known before
+    every program is done. `_finish_loss` brings them to one common gain.
+    """
     cos = tl.load(cos_ptr + k, mask=in_rows, other=0.0)
     pos = tl.load(constants_ptr + SCALE).to(tl.float64) * cos
     row_loss, row_d = softplus(row_lse - pos)
     col_loss, col_d = softplus(col_lse - pos)
-    weight += tl.zeros_like(cos)  # fp64; the interpreter is handed a number of Python's
+    weight += tl.zeros_like(cos)  # converts to fp64, also in the interpreter, where `weight` is a Python number
     row_weight, col_weight = weight / N, (1.0 - weight) / N
     row_d, col_d = row_weight * row_d, col_weight * col_d
     diagonal = -(row_d + col_d)
@@ -131,9 +136,9 @@ def _weigh_pairs(
 def _finish_loss(
     vec_ptr, share_ptr, blocks, constants_ptr, loss_ptr, N, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """The loss, d_scale's share of the own pairs, the gain of all vectors, from the (3, blocks) shares in index order.
+    """Store the loss, the diagonal pairs' part of d_scale and the common gain, from the (3, blocks) partial sums.
 
-    By one program, which sees what all `blocks` have stored.
+    One program runs this after all `blocks` have stored. It adds in index order, whichever program it is.
     """
     b = tl.arange(0, BLOCK)
     loss, diagonal = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
@@ -148,7 +153,7 @@ def _finish_loss(
     tl.store(loss_ptr, tl.sum(loss, 0).to(tl.float32))
     tl.store(constants_ptr + DIAGONAL_SHARE, (tl.sum(diagonal, 0) * gain).to(tl.float32))
     tl.store(constants_ptr + GAIN, gain.to(tl.float32))
-    # Each block's vectors have a gain of their own; a power of two, so that to change it changes no digit
+    # Bring all vectors to the smallest gain, in which no weight overflows. Gains are powers of two: no digit changes.
     if tl.max(largest, 0) != gain:
         plane = plane_of(N)
         for k0 in range(0, N, WIDE):
@@ -164,19 +169,19 @@ def _finish_loss(
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles_n", "N", "weight"])
 def plain_reduce_kernel(
-    row_part_ptr,  # (tiles_n, N) fp32, EXACT fp64; not read unless PARTS
+    row_part_ptr,  # (tiles_n, N) fp32, fp64 if EXACT; read with PARTS
     col_part_ptr,  # (tiles_m, N)
-    lse_ptr,  # (2, plane) fp64; read unless PARTS
+    lse_ptr,  # (2, plane) fp64; read without PARTS, when several panels were reduced before
     cos_ptr,  # (N,) fp64
     vec_ptr,  # (2 PLANES, plane)
     share_ptr,  # (3, programs) fp64
-    ticket_ptr,  # int32, 0; not read unless TICKET
+    ticket_ptr,  # () int32, 0 at the start; used with TICKET
     constants_ptr,
-    loss_ptr,  # () fp32; likewise
+    loss_ptr,  # () fp32; written with TICKET
     tiles_m,
     tiles_n,
     N,
-    weight,  # of the images' losses
+    weight,  # w, the weight of the images' mean loss
     PARTS: tl.constexpr,
     EXACT: tl.constexpr,
     TICKET: tl.constexpr,
@@ -184,15 +189,17 @@ def plain_reduce_kernel(
     WIDE: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Partial sums -> loss, and the vectors of the backward for upstream 1; asks for a repair where sums are not good.
+    """Loss, and vectors of the backward for an upstream gradient of 1, from the partial sums. Sets REPAIR if needed.
 
-    Math      t = lse - s cos_k; loss = w mean softplus(row_t) + (1 - w) mean softplus(col_t); d = w sigmoid(t) / N
-    Program   BLOCK pairs, rows and columns; EXACT: none unless the device asked for a repair
-    Traffic   reads every partial sum once (EXACT: twice); writes the vectors
-    Precision fp64; vectors rounded to fp32 once, times a power of two that keeps them from flushing
+    Math      row_t = row_lse_k - s cos_k and col_t = col_lse_k - s cos_k
+              loss = w mean_k softplus(row_t) + (1 - w) mean_k softplus(col_t)
+              d_row = w sigmoid(row_t) / N and d_col = (1 - w) sigmoid(col_t) / N
+    Program   BLOCK pairs, an EXACT launch returns at once unless a repair was asked for
+    Traffic   reads every partial sum once, twice if EXACT, and writes the vectors
+    Precision fp64, vectors rounded to fp32 once, times a power of two that keeps weights from flushing
     Ragged    rows beyond N are not read
-    Order     tiles from first to last; shares of the programs in index order, by the one that draws the last ticket or
-              without TICKET by `plain_loss_kernel`: bitwise repeatable
+    Order     tiles from first to last within a program
+              programs in index order, by the program that draws the last ticket or by `plain_loss_kernel`
     """
     wanted = True
     if EXACT:
@@ -216,10 +223,11 @@ def plain_reduce_kernel(
             col_lse = tl.load(lse_ptr + plane + k, mask=in_rows, other=0.0)
         _weigh_pairs(row_lse, col_lse, cos_ptr, vec_ptr, plane, share_ptr, constants_ptr, weight, k, in_rows, N)
         if TICKET:
-            # All threads' stores come before the ticket, which releases them to the program that draws the last one
-            # and so acquires all: integers, whose order changes nothing; 0 at first, because `plain_norms_kernel` wrote
-            # that in the same stream. Triton's barrier orders global memory on NVIDIA (bar.sync, atom.acq_rel); on AMD
-            # it does not wait for other waves' stores (seen in gfx942's code): there a launch of its own adds them up
+            # The barrier puts all threads' stores before the ticket. The ticket releases them, and the program that
+            # draws the last ticket acquires the stores of all others. `plain_norms_kernel` has set the ticket to 0
+            # earlier in the same stream, and it is an integer: which program draws the last one changes no result.
+            # On NVIDIA, Triton's barrier orders global memory (bar.sync, atom.acq_rel). On AMD it does not wait for the
+            # stores of other waves (seen in gfx942's code), so there `plain_loss_kernel` adds up in a separate launch.
             tl.debug_barrier()
             if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
                 _finish_loss(vec_ptr, share_ptr, tl.num_programs(0), constants_ptr, loss_ptr, N, BLOCK, WIDE)
@@ -236,5 +244,5 @@ def plain_loss_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The loss, and the gain of all vectors, from the shares that `plain_reduce_kernel` left. One program; fp64."""
+    """Loss and common gain from the partial sums of `plain_reduce_kernel`, in fp64. One program, used on AMD."""
     _finish_loss(vec_ptr, share_ptr, blocks, constants_ptr, loss_ptr, N, BLOCK, WIDE)

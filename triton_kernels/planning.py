@@ -1,4 +1,7 @@
-"""Plans: what follows from a problem's signature is found once, such as where the parts of a workspace begin."""
+"""Plans: everything that depends only on a problem's signature (shapes, strides, dtypes, options) is computed once.
+
+With few rows a step waits for the host, so even the arithmetic that places the parts of a workspace is kept.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from fastclip.system.rounding import ceil_div
 
 __all__ = ["cut", "plan_of", "remember"]
 
-_LINE = 64  # bytes: every part of a workspace begins on one
-_MOST = 128  # plans: whoever feeds ever new shapes must not fill the memory
+_LINE = 64  # bytes of a cache line: every part of a workspace begins on one
+_MOST = 128  # plans kept, so that a caller with ever new shapes does not fill the memory
 
-plans: dict[Any, Any] = {}  # of every kind
+plans: dict[Any, Any] = {}  # plans of every kind, by signature
 
 
 def remember(key: Any, plan: Any) -> Any:
-    """Keep a plan under its key, whose first element tells the kinds apart; return it."""
+    """Keep a plan under its key and return it. The first element of a key is the kind of plan."""
     if len(plans) >= _MOST:
         plans.clear()
     plans[key] = plan
@@ -31,7 +34,7 @@ def remember(key: Any, plan: Any) -> Any:
 
 
 def cut(**sizes: int) -> SimpleNamespace:
-    """Bytes at which parts of these sizes begin in a workspace, by name, and its `end`."""
+    """Lay out parts of these sizes (bytes) in a workspace; return the first byte of each by name, and the `end`."""
     starts, end = {}, 0
     for name, size in sizes.items():
         starts[name] = end
@@ -42,15 +45,17 @@ def cut(**sizes: int) -> SimpleNamespace:
 def plan_of(
     make: Callable[..., Any], image: Tensor, text: Tensor, scale: Tensor, about: Any, workspace: int | None = None
 ) -> tuple[Any, Tensor, Tensor]:
-    """The plan ``make(image, text, *about)`` of a problem, and its features as `with_rows` has them.
+    """Return the plan ``make(image, text, *about)`` of a problem, and its features with adjacent columns.
 
-    A forward says how large a `workspace` there is; a backward goes on with the plan of its forward.
+    workspace: bytes that the plan may use; a plan made for another size is replaced. A backward passes None and
+    thereby uses the plan of its forward, even if the setting has changed in between.
     """
     strides, text_strides = image.stride(), text.stride()
     if strides[1] != 1 or text_strides[1] != 1:
         image, text = with_rows(image), with_rows(text)
         strides, text_strides = image.stride(), text.stride()
-    # Kernels are compiled for the alignment of what they are handed; the rest of it torch aligns
+    # Kernels are compiled for the alignment of their pointers. Only these three come from the caller and may be
+    # misaligned; torch aligns everything that is allocated here.
     aligned = image.data_ptr() % 16, text.data_ptr() % 16, scale.data_ptr() % 16
     precision = launch.fp32_products() if image.dtype is torch.float32 else "ieee"
     key = make, image.shape, text.shape, strides, text_strides, image.dtype, image.device, aligned, about, precision

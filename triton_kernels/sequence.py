@@ -1,4 +1,9 @@
-"""A fixed sequence of launches: of kernels that it knows the host does no more for each than Triton's own launcher."""
+"""A fixed sequence of kernel launches, replayed without Triton's argument handling.
+
+With few rows a step takes as long as the host needs to start its kernels. Triton's Python launcher inspects every
+argument of every launch to find the compiled kernel. A `Sequence` records the compiled kernels the first time, and
+afterwards calls only the last, native part of the launcher with addresses.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +20,14 @@ __all__ = ["Base", "Sequence"]
 _runtime = triton.knobs.runtime
 _HookChain = getattr(triton.knobs, "HookChain", None)
 _TRITON = triton.__version__.rpartition(".")[0]
-# Releases of Triton whose CudaLauncher was read; others are started by its public call
+# Releases of Triton whose CudaLauncher has been checked against `_known`. With others kernels are started through the
+# launcher's public call, which does more work on the host.
 _READ_LAUNCHERS = ("3.7", "3.8")
-_ELEMENTS = {**{k: k for k in range(16)}, 8: 10, 9: 8, 10: 9}  # its TMA_DTYPE_DEVICE_TO_HOST
+_ELEMENTS = {**{k: k for k in range(16)}, 8: 10, 9: 8, 10: 9}  # Triton's TMA_DTYPE_DEVICE_TO_HOST
 
 
 class Base:
-    """A tensor to which bytes are added, as they are to an address."""
+    """A tensor that supports ``base + bytes`` like an address, so that first and later launches share their code."""
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.size = x, x.element_size()
@@ -31,14 +37,14 @@ class Base:
 
 
 class Sequence:
-    """Launches whose kernels and grids a problem's signature fixes.
+    """Launches whose kernels and grids depend only on a problem's signature.
 
-    The first time each is started by `launch`, from tensors and tensor descriptors. Where that leaves all that the next
-    time needs, they are started afterwards as Triton itself ends, from addresses, also in place of descriptors: nobody
-    asks any more what the arguments are.
+    The first time, `launch` starts each kernel from tensors and tensor descriptors. If all of them can be reused, later
+    calls start them from addresses, also in place of descriptors, and no argument is inspected again. The caller must
+    therefore keep shapes, dtypes and the alignment of addresses the same: they belong to the key of its plan.
 
         start, known = sequence.begin()
-        start(kernel, grid, arguments, options)  # grid: a number, or a function and its arguments for the first time
+        start(kernel, grid, arguments, options)  # grid: a number, or (function, its arguments), called the first time
         if not known:
             sequence.keep(start)
     """
@@ -51,7 +57,7 @@ class Sequence:
             self.device, self.stream = driver.get_current_device(), driver.get_current_stream
 
     def begin(self) -> tuple[Any, bool]:
-        # Whoever wants to hear of launches, such as a profiler, hears of them from Triton's own call
+        # A hook, such as a profiler's, is called by Triton's launcher only: with one installed nothing is replayed
         for hook in (_runtime.launch_enter_hook, _runtime.launch_exit_hook):
             if hook is not None and (hook.__class__ is not _HookChain or hook.calls):
                 return _First(), False
@@ -61,14 +67,14 @@ class Sequence:
         stream, maps = self.stream(self.device), {}
 
         def start(kernel: Any, grid: Any, args: Any, options: Any) -> None:
-            nonlocal at  # a number of the closure: an iterator or an object would cost every launch a call
+            nonlocal at  # a plain closure variable: an iterator or an object would add a call to every launch
             at += 1
             run, programs, between, together, constants, described = known[at]
             if described:
                 args = [*args]
-                for index, fill, about, tail in described:  # from the last to the first
+                for index, fill, about, tail in described:  # last one first: replacing it moves the arguments after it
                     key = args[index], about
-                    if key not in maps:  # a repair reads what the launch before it read
+                    if key not in maps:  # a repair reads the same matrices as the launch before it
                         maps[key] = fill(args[index], *about)
                     args[index : index + 1] = maps[key], *tail
             if together:
@@ -84,11 +90,11 @@ class Sequence:
 
 
 class _First:
-    """A sequence the first time."""
+    """Records the launches of a sequence while they are started for the first time."""
 
     def __init__(self) -> None:
-        self.started: list[Any] = []  # kernels and their last arguments
-        self.how: list[tuple[int, dict[int, Any]]] = []  # programs, and descriptors among the arguments
+        self.started: list[Any] = []  # compiled kernels and their last arguments
+        self.how: list[tuple[int, dict[int, Any]]] = []  # grid, and descriptors by their place among the arguments
 
     def __call__(self, kernel: Any, grid: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         programs = grid if isinstance(grid, int) else grid[0](*grid[1])
@@ -97,18 +103,20 @@ class _First:
 
 
 class _Known(NamedTuple):
-    """How a kernel is started again."""
+    """Everything that is needed to start a kernel again."""
 
     run: Any
     programs: int
-    between: tuple[Any, ...]  # what stands between the stream and the arguments
-    together: bool  # whether these are one tuple
-    constants: tuple[Any, ...]  # the last of them
-    described: tuple[Any, ...]  # of each descriptor: where, how it is made of an address, of what; what follows it
+    between: tuple[Any, ...]  # arguments of `run` between the stream and the kernel's arguments
+    together: bool  # True if `run` takes the kernel's arguments as one tuple
+    constants: tuple[Any, ...]  # last arguments of the kernel, the same every time
+    # For each descriptor: its place, the function that builds it from an address, the function's other arguments, and
+    # kernel arguments to insert after it
+    described: tuple[Any, ...]
 
 
 class _Address(NamedTuple):
-    """As much of a tensor as a descriptor asks for."""
+    """Stand-in for a tensor, with the two members that a tensor descriptor reads."""
 
     address: int
     dtype: torch.dtype
@@ -136,12 +144,12 @@ def _known(
             for index, x in descriptors.items()
         ]
         return _Known(run, programs, (function, metadata, None, None, None), False, constants, tuple(described))
-    # What CudaLauncher.__call__ comes to where a kernel asks for no memory: six Python calls less
+    # The same call that CudaLauncher.__call__ makes for a kernel without scratch memory, minus six Python calls
     driver = triton.runtime.driver.active
     flags = run.launch_cooperative_grid, run.launch_pdl
-    nothing = [None] * 5  # metadata for hooks, hooks, memory
+    nothing = [None] * 5  # metadata for hooks, the two hooks, two scratch buffers
     between = function, *flags, metadata, *nothing, run.arg_annotations, run.kernel_signature
-    # As its make_tensordesc_arg: a map, sizes and strides in place of a descriptor
+    # Like Triton's make_tensordesc_arg: a tensor map, the sizes and the strides take the place of a descriptor
     maps = []
     for (index, x), about in zip(descriptors.items(), abouts):
         shape, strides = tuple(x.shape), tuple(x.strides)

@@ -1,7 +1,11 @@
-"""The sigmoid loss with its gradients in as few launches as its data flow has steps; see the reference's `sigmoid_fwd`.
+"""Host code of the sigmoid loss, which computes the loss and its gradients in one forward pass.
 
-Norms with the own pairs, tiles, two products, finish with the sums; backward one product with the loss's gradient. One
-way for all problems: pairs, and the M images of a rank with N texts of all of them.
+The weight of a pair depends on no sum over other pairs, so the forward can store weights right away: norms with the
+diagonal pairs, tiles, two products, and a finish that adds up the scalars. The backward multiplies the gradients by the
+loss's own derivative. The same code serves N pairs of one process and M images of a rank with the N texts of all.
+
+As in `plain.py`, a `Sequence` replays the launches of a signature from addresses. `w` and `wide` are the start of the
+workspace as fp32 and as fp64, tensors on the first call and integers later. `base + n` is n bytes further.
 """
 
 from __future__ import annotations
@@ -40,13 +44,13 @@ from fastclip.system.rounding import ceil_div
 
 __all__ = ["sigmoid_bwd", "sigmoid_fwd"]
 
-_PLANES = 4  # of a side's vectors
-_PARTS = 2048  # of the sums, at a time
-_PRODUCT = {"BLOCK": 2048}  # numbers of a program of the backward
+_PLANES = 4  # planes of each side's vectors
+_PARTS = 2048  # partial sums added per step
+_PRODUCT = {"BLOCK": 2048}  # numbers per program of the backward
 
 
 class _Plan:
-    """What follows from a problem's signature: sizes, places in the workspace, launches."""
+    """Sizes, layout of the workspace and launches of a problem, as far as its signature determines them."""
 
     def __init__(
         self,
@@ -54,36 +58,40 @@ class _Plan:
         text: Tensor,
         normalize: bool,
         needs: tuple[bool, ...],
-        dtype: torch.dtype,  # of the loss, which the finish is compiled for: part of the signature, and nothing follows
+        dtype: torch.dtype,  # of the loss; unused here, but the finish is compiled for it, so it is in the signature
         tiles: Tiles | None = None,
     ) -> None:
         self.M, self.N, self.D = M, N, D = image.shape[0], text.shape[0], image.shape[1]
         self.weighs = any(needs)
         self.strides = image.stride(0), text.stride(0)
         self.copy = needs_copy(image, normalize) or needs_copy(text, normalize)
-        self.width = ceil_div(D, 8) * 8 if self.copy else D  # columns that the products see
+        self.width = ceil_div(D, 8) * 8 if self.copy else D  # columns that the products read
         self.product_strides = (self.width, self.width) if self.copy else self.strides
         self.row_programs, self.col_programs = (ceil_div(size, NORMS["BLOCK"]) for size in (M, N))
         half = image.dtype is torch.float16
         self.bound = half and not normalize
         self.norms = {"NORMALIZE": normalize, "COPY": self.copy, "HALF": half, "BOUND": self.bound, **NORMS}
-        # Blocks of weights that fit into the workspace; without weights everything is one
+        # Blocks whose weights fit into the workspace. Without gradients no weights are stored: one block is enough.
         block_m, self.block_n = block_size(image, M, N, D) if self.weighs else (M, N)
         self.rows, self.columns = chunks(M, block_m), chunks(N, self.block_n)
         self.block_m = min(block_m, M)  # rows of a product
         tile = tiles.config("sigmoid_fwd", self.block_m, min(self.block_n, N), False) if tiles else None
         self.tile = TileLaunch(sigmoid_fwd_kernel, image, self.width, {"GRADIENTS": self.weighs}, tile)
         if not self.weighs:
-            block_m = self.block_n = ALIGNMENT  # an argument, which nobody writes to
+            block_m = self.block_n = ALIGNMENT  # shape of a dummy argument that no kernel writes
         self.tile_parts = sum(self.tile.tiles(i1 - i0, j1 - j0) for i0, i1 in self.rows for j0, j1 in self.columns)
         self.parts = self.tile_parts + self.row_programs
         self.work = self._cut(image.element_size(), block_m, needs)
-        # Of several blocks each has arguments of its own, and work enough for the host not to count
+        # Only a problem of one block is replayed. With several, arguments differ from launch to launch, and the GPU is
+        # busy long enough to hide the host's work.
         self.whole = len(self.rows) == len(self.columns) == 1 and tiles is None
         self.sequence = Sequence(self.whole)
 
     def _cut(self, size: int, block_m: int, needs: tuple[bool, ...]) -> SimpleNamespace:
-        """Bytes at which the parts of the workspace begin; products see raw sums and copies, in numbers."""
+        """Lay out the workspace: raw sums in fp32 words, copies and `end` in elements of the features, else in bytes.
+
+        The units differ because matrix products take views of the workspace and kernels take addresses in it.
+        """
         M, N, width = self.M, self.N, self.width
         work = cut(
             weights=size * block_m * self.block_n,  # blocks are whole tiles
@@ -103,25 +111,25 @@ class _Plan:
 
 
 class _Step(NamedTuple):
-    """What the launches of one call share."""
+    """Values that all launches of one call share."""
 
     plan: _Plan
     start: Any
     known: bool
-    x: Tensor  # (M, width): the images as products see them
+    x: Tensor  # (M, width): the images as the products read them
     y: Tensor  # (N, width)
     bias: Tensor
     offset: int
     w: Any  # the workspace: its address, or a `Base` of fp32
-    wide: Any  # of fp64
+    wide: Any  # the workspace: its address, or a `Base` of fp64
 
 
 def _start_norms(step: _Step, image: Tensor, text: Tensor, scale: Tensor) -> None:
-    """Start vectors, constants and the own pairs' shares; x and y where they are copies."""
+    """Start the kernels that write vectors, constants, the diagonal pairs' sums and, if needed, the copies x and y."""
     plan, start, w, bias = step.plan, step.start, step.w, step.bias
     M, N, D, at = plan.M, plan.N, plan.D, plan.work
     matrices: Any = (image, plan.strides[0]), (text, plan.strides[1]), (step.x, plan.width), (step.y, plan.width)
-    if not step.known:  # later any tuple will do
+    if not step.known:  # the first launch compiles by field names, later ones accept any tuple
         matrices = [Matrix(*pair) for pair in matrices]
     programs, constants, top = plan.row_programs + plan.col_programs, w + at.constants, w + at.top
     arguments: tuple[Any, ...] = *matrices[:2], scale, bias, constants, w + at.row_vec, w + at.col_vec, top
@@ -139,7 +147,7 @@ def _start_pairs(
     step: _Step, addresses: Any, block: Tensor, rows: tuple[int, int], columns: tuple[int, int], done: int,
     tiles: Tiles | None,
 ) -> None:  # fmt: skip
-    """Start the weights of a block, and its tiles' sums behind those of the `done` tiles before."""
+    """Start the weights and the partial sums of a block. `done` tiles have stored their sums before."""
     plan, w, (i0, i1), (j0, j1) = step.plan, step.w, rows, columns
     at, tile, shape, offset = plan.work, plan.tile, (i1 - i0, j1 - j0), step.offset + i0 - j0
     vectors = w + (at.row_vec + 4 * i0), w + (at.col_vec + 4 * j0), w + at.constants  # FACTOR is the first plane
@@ -157,13 +165,13 @@ def _start_blocks(
     step: _Step, work: Tensor, d_image: Tensor | None, d_text: Tensor | None, loss: Tensor, grads: Tensor, divisor: int,
     tiles: Tiles | None,
 ) -> None:  # fmt: skip
-    """Start the blocks of pairs, their products, and of every chunk of rows the finish; of the last the sums."""
+    """Start the weights and products of all blocks, and a finish per chunk of rows; the last adds up the scalars."""
     plan, known, x, y, w = step.plan, step.known, step.x, step.y, step.w
     M, N, D, width, at, (x_stride, y_stride) = plan.M, plan.N, plan.D, plan.width, plan.work, plan.product_strides
     words = work.view(torch.float32)
     raw_image = None if d_image is None else words.as_strided((plan.block_m, width), (width, 1), at.raw_image)
     raw_text = None if d_text is None else words.as_strided((N, width), (width, 1), at.raw_text)
-    # What is not wanted is neither read nor written: any tensor stands in its place
+    # A gradient that is not needed is neither read nor written: any tensor can take its place
     row: Any = (words if raw_image is None else raw_image, width), (x, x_stride)
     col: Any = (words if raw_text is None else raw_text, width), (y, y_stride)
     addresses: Any = None
@@ -171,7 +179,7 @@ def _start_blocks(
         addresses = x.data_ptr(), y.data_ptr(), w
         if not plan.tile.descriptor:
             addresses = tuple(zip(addresses, (x_stride, y_stride, plan.block_n)))
-    else:  # later any tuple will do
+    else:  # the first launch compiles by field names, later ones accept any tuple
         row, col = [Matrix(*pair) for pair in row], [Matrix(*pair) for pair in col]
     row = *row, w + at.row_vec, x if d_image is None else d_image
     col = *col, w + at.col_vec, y if d_text is None else d_text
@@ -209,11 +217,13 @@ def sigmoid_fwd(
     dtype: torch.dtype,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """As the reference's `sigmoid_fwd`, the loss of `dtype`, the features' gradients of `saved_dtype`, scale, bias and
-    their gradients () fp32: 6 M N D operations with gradients, 2 without, no host synchronisation.
+    """Return the sigmoid loss and the gradients of image, text, scale and bias, each None unless `needs` asks for it.
 
-    Three launches and two products of the library; one launch more for float16 features that are not normalised, and
-    one for rows that the products cannot take as they lie. `tiles`: other kernels for the pairs.
+    Formula and arguments are those of the reference's `sigmoid_fwd`. The loss () has `dtype`, the gradients of image
+    (M, D) and text (N, D) have `saved_dtype`, and scale, bias and their gradients are () fp32. 6 M N D operations with
+    gradients, 2 M N D without, no host synchronisation. Three launches and two products of the library. Float16
+    features that are not normalised need one launch more, and rows that must be copied another one. tiles: kernels that
+    compute the pairs in place of `sigmoid_fwd_kernel`.
     """
     needs_image, needs_text, needs_scale, needs_bias = needs = tuple(needs)
     if tiles is None:
@@ -250,15 +260,18 @@ def sigmoid_fwd(
 
 
 def _multiplying(image_size: int, text_size: int, scalars: bool) -> int:
-    """Count the programs of the backward."""
+    """Number of programs of the backward: for the numbers of both gradients and, if needed, one for the scalars."""
     return ceil_div(image_size, _PRODUCT["BLOCK"]) + ceil_div(text_size, _PRODUCT["BLOCK"]) + scalars
 
 
 def sigmoid_bwd(
     inputs: Ordered[Tensor], kept: Ordered[Tensor | None], d_loss: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As the reference's `sigmoid_bwd`: gradients that `sigmoid_fwd` returned, contiguous, times d_loss (), in one
-    launch; one more for a d_loss that is not fp32."""
+    """Return the gradients that `sigmoid_fwd` returned, times the derivative by the loss, in the dtypes of the inputs.
+
+    inputs: image and text first. kept: the four gradients, contiguous, or None. d_loss: (), converted by one more
+    launch if it is not fp32. One launch.
+    """
     image, text = inputs[0], inputs[1]
     if d_loss.dtype is not torch.float32:
         d_loss = d_loss.float()
@@ -266,10 +279,10 @@ def sigmoid_bwd(
     new = image.new_empty
     out_image = None if d_image is None else new(image.shape)
     out_text = None if d_text is None else new(text.shape)
-    # Apart, because users change them in place
+    # Two tensors and not one of two elements, because users may change gradients in place
     out_scale = None if d_scale is None else new((), dtype=torch.float32)
     out_bias = None if d_bias is None else new((), dtype=torch.float32)
-    # What is not wanted is not read: any tensor stands in its place
+    # A gradient that is not needed is not read: any tensor can take its place
     first, second = d_loss if d_image is None else d_image, d_loss if d_text is None else d_text
     sizes = 0 if d_image is None else d_image.numel(), 0 if d_text is None else d_text.numel()
     missing = d_scale is None, d_bias is None

@@ -1,4 +1,7 @@
-"""The sigmoid loss backward: what the forward left, times the loss's gradient."""
+"""Backward of the sigmoid loss: the gradients that the forward has computed, times the derivative by the loss.
+
+A kernel and not four torch operations, because with few rows a step waits for the host to start each of them.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ def _multiply(kept_ptr, out_ptr, upstream, block, size, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["scale_ptr", "bias_ptr", "upstream_ptr", "scale_out_ptr", "bias_out_ptr"])
 def sigmoid_bwd_kernel(
-    image_ptr,  # (image_size,): the forward's d_image
-    text_ptr,  # (text_size,)
-    scale_ptr,  # (): its d_scale; read with SCALE
-    bias_ptr,  # (); with BIAS
-    upstream_ptr,  # () fp32: the loss's derivative
+    image_ptr,  # (image_size,): d_image of the forward
+    text_ptr,  # (text_size,): d_text of the forward
+    scale_ptr,  # (): d_scale of the forward; read with SCALE
+    bias_ptr,  # (): d_bias of the forward; read with BIAS
+    upstream_ptr,  # () fp32: the derivative by the loss
     image_out_ptr,
     text_out_ptr,
     scale_out_ptr,  # ()
@@ -32,14 +35,15 @@ def sigmoid_bwd_kernel(
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradients of the loss times its own derivative.
+    """Saved gradients times the upstream gradient.
 
     Math      out = upstream kept
-    Program   BLOCK numbers of d_image, or after them of d_text; with SCALE or BIAS the last has the scalars
+    Program   BLOCK numbers of d_image, and after them BLOCK numbers of d_text
+              with SCALE or BIAS one more program, the last, multiplies the scalars
     Traffic   reads and writes every number once
-    Precision fp32; one rounding to the features' dtype, so that a loss scaler's factor reaches what would flush
+    Precision fp32 with one rounding to the dtype of the features, so a loss scaler's factor prevents flushing
     Ragged    numbers beyond the last are not written
-    Order     one program a number: bitwise repeatable
+    Order     one program per number, no sums: bitwise repeatable
     """
     upstream = tl.load(upstream_ptr)
     block, image_blocks, text_blocks = tl.program_id(0), tl.cdiv(image_size, BLOCK), tl.cdiv(text_size, BLOCK)

@@ -1,4 +1,11 @@
-"""The sigmoid loss with its gradients in one pass over the logits: norms and own pairs, tiles, sums and finish."""
+"""Kernels of the sigmoid loss's forward: norms with the diagonal pairs, tiles, and a finish with the scalar sums.
+
+The weight of a pair is sigmoid(x) and depends on no sum over other pairs, so one pass over the logits computes the loss
+and the weights of all gradients. The diagonal pairs, the only positives, are computed apart in fp64 and added by the
+finish: they have the largest weights of a row, which would lose the most if they were rounded to 16 bits.
+
+M, N and D are the numbers of images, texts and features. i and j index images (rows) and texts (columns).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +31,10 @@ __all__ = ["sigmoid_bound_kernel", "sigmoid_finish_kernel", "sigmoid_fwd_kernel"
 
 @triton.jit
 def _log1p_of_small(t):
-    """log(1 + t) for t in [0, 1] as t P(t), relative error 2e-7: log would lose all digits of a solved pair."""
+    """Return log(1 + t) for t in [0, 1] as t P(t) with a polynomial P, relative error 2e-7.
+
+    For a solved pair t is far below the spacing of fp32 numbers at 1, and 1 + t would round to 1.
+    """
     p = tl.fma(tl.full(t.shape, 0.00523268431, tl.float32), t, -0.0295051988)
     p = tl.fma(p, t, 0.0782258883)
     p = tl.fma(p, t, -0.136632398)
@@ -37,8 +47,11 @@ def _log1p_of_small(t):
 
 @triton.jit
 def _store_constants(constants_ptr, scale, bound, bias, HALF: tl.constexpr):
-    """SCALE, and GAIN = 2^k with 2^14 > gain |G| everywhere for fp16 features, from the bound on the logits: also a
-    solved batch's weights are fp16 numbers; else 1."""
+    """Store SCALE and GAIN, the power of two that stored weights are multiplied by; 1 unless the features are fp16.
+
+    gain |G| < 2^14 follows from the bound on the logits. Without a gain the tiny weights of a solved batch would flush
+    to zero in fp16.
+    """
     tl.store(constants_ptr + SCALE, scale)
     gain = tl.full((), 1.0, tl.float64)
     if HALF:
@@ -51,8 +64,10 @@ def _store_vectors(
     x, y, scale, bias, vec_ptr, k0, size, other_size, D, offset,
     NORMALIZE: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One side's vectors from row k0; these rows' largest norm, and what their own pairs have of loss, d_scale and
-    d_bias."""
+    """Store the vectors of BLOCK rows of one side, from k0 on.
+
+    Returns the largest norm of these rows after scaling, and their diagonal pairs' sums of loss, d_scale and d_bias.
+    """
     k = k0 + tl.arange(0, BLOCK)
     partner, in_rows = k + offset, k < size
     has_partner = in_rows & (partner >= 0) & (partner < other_size)
@@ -65,6 +80,7 @@ def _store_vectors(
     loss, sigmoid = softplus(negated)
     g = tl.where(has_partner, -sigmoid, 0.0)
     tl.store(vec_ptr + DIAGONAL * plane + k, g.to(tl.float32), mask=in_rows)
+    # 0 negated is NaN for an infinite logit, which the softplus alone could turn into a loss of 0
     loss = tl.sum(tl.where(has_partner, loss + 0.0 * negated, 0.0), 0)
     return tl.max(unit_norm(xx, inv), 0), loss, tl.sum(tl.where(has_partner, g * cos, 0.0), 0), tl.sum(g, 0)
 
@@ -79,7 +95,7 @@ def sigmoid_norms_kernel(
     row_vec_ptr,  # (planes, M): FACTOR, DIAGONAL, OUT, PROJECT
     col_vec_ptr,  # (planes, N)
     top_ptr,  # (programs,) fp32; written with BOUND
-    part_ptr,  # (3, parts) fp64 from where the own pairs' begin, one a program of images: loss, d_scale, d_bias
+    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias; points behind the tiles' sums, one per program of images
     parts,
     M,
     N,
@@ -92,16 +108,18 @@ def sigmoid_norms_kernel(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Vectors of all rows, and the own pairs' shares of the loss, of d_scale and of d_bias.
+    """Vectors of all rows, and the diagonal pairs' partial sums of loss, d_scale and d_bias.
 
-    Math      r_i = 1 / max(norm image_i, 1e-12), or 1; c_j likewise; own pairs: x = -(s r_i c_j <image_i, text_j> + b),
-              j = i + offset: loss softplus(x), weight -sigmoid(x); with COPY factors are r_i / 2^e, OUT is 2^e
-    Program   BLOCK rows of images, or of texts; the first writes the constants, unless with BOUND
-              `sigmoid_bound_kernel` does
-    Traffic   reads every row twice (its own, and as its partner's)
-    Precision fp64; vectors rounded once
+    Math      r_i = 1 / max(|image_i|, 1e-12) with NORMALIZE, else 1, and c_j likewise for text_j
+              x = -(s r_i c_j <image_i, text_j> + b) for the diagonal pairs, j = i + offset
+              loss = softplus(x) and DIAGONAL_i = -sigmoid(x)
+              FACTOR_i = r_i, or r_i / 2^e with COPY, for rows that are copied times OUT_i = 2^e
+    Program   BLOCK rows of images or of texts
+              program 0 also writes the constants, except with BOUND, when `sigmoid_bound_kernel` does
+    Traffic   reads every row twice, as itself and as the partner of its pair
+    Precision fp64, vectors rounded once
     Ragged    rows beyond the last and the D tail load as 0
-    Order     one program a row, shares of every program: bitwise repeatable
+    Order     one program computes a whole row and stores its own partial sums: bitwise repeatable
     """
     block, blocks = tl.program_id(0), tl.cdiv(M, BLOCK)
     scale, bias = tl.load(scale_ptr).to(tl.float32), tl.load(bias_ptr).to(tl.float64)
@@ -126,8 +144,10 @@ def sigmoid_norms_kernel(
 
 @triton.jit(do_not_specialize=["scale_ptr", "bias_ptr", "rows", "cols"])
 def sigmoid_bound_kernel(top_ptr, constants_ptr, scale_ptr, bias_ptr, rows, cols, BLOCK: tl.constexpr):
-    """Constants of fp16 features that are not normalised, from the largest norms of (rows + cols) programs of
-    `sigmoid_norms_kernel`. One program."""
+    """Store the constants for fp16 features that are not normalised. One program.
+
+    The bound on the logits comes from the largest norms that (rows + cols) programs of `sigmoid_norms_kernel` found.
+    """
     scale = tl.load(scale_ptr).to(tl.float32)
     bound = bound_of(scale, top_ptr, rows, cols, False, BLOCK)
     _store_constants(constants_ptr, scale, bound, tl.load(bias_ptr).to(tl.float64), True)
@@ -138,8 +158,10 @@ def _pairs(
     dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Stores the weights of the tile's dot products from column j0 on; returns their rows' share of loss, d_scale and
-    d_bias."""
+    """Store the weights of a part of a tile that starts at column j0; return loss, d_scale and d_bias by rows.
+
+    Without GRADIENTS nothing is stored, and the last two returned values have no meaning.
+    """
     i, j = tl.arange(0, dot.shape[0]), tl.arange(0, dot.shape[1])
     i0, M, N = tile.i0, tile.M, tile.N
     row_factor = load_vector(row_vec_ptr, i0, i, M)
@@ -167,7 +189,7 @@ def _pairs_split(
     dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS: tl.constexpr,
     DESCRIPTOR: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The same in SPLIT parts one after the other."""
+    """Run `_pairs` on SPLIT column parts, one after the other, so that only one part's temporaries occupy registers."""
     if SPLIT == 1:
         return _pairs(
             dot, row_vec_ptr, col_vec_ptr, constants_ptr, bias_ptr, weights, tile, j0, GRADIENTS, DESCRIPTOR
@@ -189,12 +211,12 @@ def _pairs_split(
 def sigmoid_fwd_kernel(
     image,  # (M, D), a `Matrix` or a tensor descriptor
     text,  # (N, D)
-    row_vec_ptr,  # (M,) fp32: FACTOR
+    row_vec_ptr,  # (M,) fp32: the plane FACTOR
     col_vec_ptr,  # (N,) fp32
     constants_ptr,
     bias_ptr,
     weights,  # (M, N) padded to whole tiles, in the features' dtype; not written without GRADIENTS
-    part_ptr,  # (3, parts) fp64 from where this block begins: loss, d_scale, d_bias of every tile
+    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias of every tile; points to the first tile of this block
     parts,
     M,
     N,
@@ -203,15 +225,17 @@ def sigmoid_fwd_kernel(
     GRADIENTS: tl.constexpr,
     CONFIG: tl.constexpr,
 ):
-    """Losses of a block of pairs and the weights r_i G_ij c_j of their gradients; the logits are never stored.
+    """Losses of a block of pairs, and the weights r_i G_ij c_j of their gradients. The logits are never stored.
 
-    Math      x = z + b, t = exp(-abs(x)): loss max(x, 0) + log1p(t), G = sigmoid(x) = (x >= 0 ? 1 : t) / (1 + t);
-              own pairs 0: they are added from their fp64 logits, and in the finish
+    Math      x = s r_i c_j <image_i, text_j> + b and t = exp(-|x|), one exponential per logit
+              loss = max(x, 0) + log1p(t)
+              G = sigmoid(x) = (x >= 0 ? 1 : t) / (1 + t), stored times the gain
+              diagonal pairs count 0 here, because the norms kernel and the finish add them
     Program   one (BLOCK_M, BLOCK_N) tile, in groups of tile rows that reuse L2
-    Traffic   reads image and text once per tile column and row, writes the weights once
-    Precision products in the input dtype, the rest in fp32; weights rounded once to the features' dtype
-    Ragged    rows >= M and columns >= N are left out of the sums
-    Order     partial sums of every tile: bitwise repeatable
+    Traffic   reads image once per tile column and text once per tile row, writes the weights once
+    Precision products in the input dtype, all else in fp32, weights rounded once to the dtype of the features
+    Ragged    rows >= M and columns >= N are left out of the sums and get the weight 0
+    Order     every tile stores its own partial sums: bitwise repeatable
     """
     number = tl.program_id(0)
     tile = tile_at(number, M, N, offset, CONFIG)
@@ -231,11 +255,11 @@ def sigmoid_fwd_kernel(
     do_not_specialize=["loss_ptr", "grad_ptr", "tile_parts", "parts", "divisor", "i0", "rows", "M", "N", "offset"]
 )
 def sigmoid_finish_kernel(
-    row,  # a `FinishSide`; raw (rows, ...) is of the images from i0 on
-    col,
+    row,  # a `FinishSide`, whose raw (rows, ...) starts at image i0
+    col,  # a `FinishSide` of all texts
     constants_ptr,
-    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias; of the tiles, then of the own pairs. Read with SUMS
-    loss_ptr,  # () fp32 or fp64; likewise
+    part_ptr,  # (3, parts) fp64: loss, d_scale, d_bias; first of the tiles, then of the diagonal pairs. Read with SUMS
+    loss_ptr,  # () fp32 or fp64; written with SUMS
     grad_ptr,  # (2,): d_scale and d_bias; written with SCALARS
     tile_parts,
     parts,
@@ -252,15 +276,18 @@ def sigmoid_finish_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The loss, d_scale and d_bias from their shares, and gradients from the sums of weights times features.
+    """Gradients of the features from the products, and the loss, d_scale and d_bias from their partial sums.
 
-    Math      out = s (g - u <u, g>) r_k / (gain divisor), g_k = raw_k + gain own_k r_k c_j other_j, j = k + offset;
-              loss = sum of shares / divisor, d_bias likewise, d_scale with the tiles' shares / gain
-    Program   with SUMS the first adds up the shares; BLOCK of `rows` images, or after them of all texts; twice over D
-    Traffic   reads raw, x, other twice, writes out
-    Precision fp32, sums fp64; the own pair's weight, the largest of a row, was never rounded to the features' dtype
+    Math      g_k = raw_k + gain DIAGONAL_k FACTOR_k FACTOR_j other_j with j = k + offset
+              out_k = s OUT_k (g_k - x_k <x_k, g_k> / <x_k, x_k>) / (gain divisor), see `finish_kernel`
+              loss and d_bias = sum of their parts / divisor
+              d_scale = (sum over tiles / gain + sum over diagonal pairs) / divisor
+    Program   BLOCK of `rows` images, and after them BLOCK of all texts, in two passes over D
+              with SUMS one more program, the first, adds up the scalars
+    Traffic   reads raw, x and other twice, writes out once
+    Precision fp32, sums in fp64, with the weight of the diagonal pair never rounded to the dtype of the features
     Ragged    rows beyond the last and the D tail load as 0
-    Order     one program a row; shares in the order of tiles and programs: bitwise repeatable
+    Order     one program computes a whole row, sums run over tiles and programs in order: bitwise repeatable
     """
     gain = tl.load(constants_ptr + GAIN)
     count = divisor.to(tl.float64)
