@@ -1,9 +1,14 @@
-// Weights gain r_i G_ij c_j of a block of logits, for the products with the features; the logits are never stored.
+// Weights gain r_i G_ij c_j of a block, stored for the products with the features. The logits are never stored.
 //
-//   Math      E = 2^(z2 - offset2), one exponential a logit: negatives G = E (a_i + b_j); positives with labels
-//             G = E (a'_i + b'_j) + own_i + own_j, without 0: the finish adds them, unrounded
+//   Math      E = 2^(z2 - offset2), one exponential per logit
+//             G = E (a_i + b_j) at negatives, with a and b from `neg`
+//             G = E (a'_i + b'_j) + own_i + own_j at positives with labels, with a' and b' from `pos`
+//             G = 0 on the diagonal without labels, because the finish adds those positives in fp32
+//   Program   see tile.cuh
 //   Traffic   writes 2 M N bytes
-//   Precision fp32, weights rounded once to the features' dtype; the tile's share of d_scale from the unrounded ones
+//   Precision fp32, weights rounded once to the dtype of the features, d_scale summed before that rounding
+//   Ragged    vectors are 0 outside, and so are the weights
+//   Order     every tile stores its own partial sum of d_scale
 #include "launch.cuh"
 #include "store.cuh"
 
@@ -19,8 +24,8 @@ struct Weights {
   enum { kFactor, kNeg, kLabel, kPos, kOwn, kScaled };
   static constexpr int kRowVectors = kScaled + 1, kColVectors = kLabels ? kScaled : kLabel;
 
-  // 0 outside, where therefore weights and shares of d_scale are 0 without a mask; beside an infinite derivative NaN,
-  // as they are wherever an exponential flushes.
+  // Vectors are 0 outside the block, so weights and partial sums of d_scale are 0 there without a mask. Beside an
+  // infinite derivative they are NaN, as everywhere that an exponential flushes.
   template <class Vectors>
   static __device__ __forceinline__ void load(const Side& side, int k, bool some, Vectors& vectors, int slot) {
     vectors[kFactor][slot] = some ? side.factor[k] : 0.f;
@@ -44,7 +49,7 @@ struct Weights {
   template <bool kMask>
   static __device__ __forceinline__ void finish(const float (&acc)[kHalves][kBlockN / 2], const Epilogue<Weights>& t) {
     const float offset2 = __ldg(t.p.constants + FASTCLIP_OFFSET2);
-    // A half has its own: comparisons that both share would be kept, in registers that spill
+    // Each half has its own mask: the compiler would keep comparisons that both share in registers, which spill
     Mask masks[kHalves] = {t.mask(), t.mask()};
     masks[1].diagonal += 64, forget(masks[1].diagonal);
     float d_scale = 0.f;
@@ -53,7 +58,7 @@ struct Weights {
       float2 labels = {}, col_pos = {}, col_own = {};
       if constexpr (kLabels) {
         labels = t.cols(kLabel, c), col_pos = t.cols(kPos, c), col_own = t.cols(kOwn, c);
-        // Loaded once for both rows: the compiler would load them for each, where its label is the same
+        // Load once for both rows: the compiler would otherwise load again in the branch of each row
         forget(col_own.x), forget(col_own.y);
       }
 #pragma unroll

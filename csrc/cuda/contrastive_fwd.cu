@@ -1,8 +1,12 @@
-// Partial row and column sums of one exponential a logit; the logits are never stored.
+// Partial sums of exponentials along the rows and columns of every tile. The logits are never stored.
 //
-//   Math      z2_ij = log2(e) s r_i c_j <I_i, T_j>, E = 2^(z2 - offset2): row and column sums of E over the negatives,
-//             with labels also of E and of z2 over the positives
+//   Math      z2_ij = log2(e) s r_i c_j <I_i, T_j> and E = 2^(z2 - offset2), one exponential per logit
+//             row and column sums of E over the negatives, with labels also of E and of z2 over the positives
+//   Program   see tile.cuh
 //   Traffic   writes 4 planes (M tiles_n + N tiles_m) bytes
+//   Precision fp32
+//   Ragged    see tile.cuh
+//   Order     every tile stores its own partial sums, see tile.cuh
 #include "launch.cuh"
 #include "loss_kernels.h"
 
@@ -48,8 +52,9 @@ struct Statistics {
         factor[half][h] = t.row(kFactor, half, h);
         if constexpr (kLabels) label[half][h] = as_int(t.row(kLabel, half, h));
       }
-    // Columns: over this thread's rows, the eight lanes of the warp that share them, the four warps. The columns that
-    // meet in an exchange are taken together, so registers are freed as the tile is read.
+    // A column is summed over this thread's rows, then over the eight lanes of the warp that share the column, then
+    // over the four warps. The loops visit together the columns that meet in one exchange, so that their registers are
+    // free again early: with labels, summing column by column would spill.
     float sums[kPlanes][kBlockN / 32];
 #pragma unroll
     for (int k = 0; k < kBlockN / 32; ++k) {
@@ -78,7 +83,8 @@ struct Statistics {
                 float value[kPlanes];
                 value[0] = exp2_fast(fmaf(dot, factor[half][h], -offset2));
                 if constexpr (kLabels) {
-                  value[0] = value[0] < kSmallest ? kSmallest : value[0];  // what flushed is no empty set; NaN stays
+                  // A term that flushed to 0 would look like an empty set. NaN stays.
+                  value[0] = value[0] < kSmallest ? kSmallest : value[0];
                   const bool drop = kMask && (mask.own(half, h, c, e) || mask.outside(half, h, c, e));
                   const bool same = label[half][h] == col_label;
                   value[1] = same && !drop ? value[0] : 0.f;
@@ -108,7 +114,7 @@ struct Statistics {
     }
     const int first =
         kBlockN / 8 * (at.lane >> 4 & 1) + kBlockN / 16 * (at.lane >> 3 & 1) + kBlockN / 32 * (at.lane >> 2 & 1);
-    // Rows: four sums in each of four lanes -> one in each. Lane q of the four ends with half q / 2, h = q % 2.
+    // Rows: each of four lanes has four sums. Two exchanges leave one in each: lane q has half q / 2, h = q % 2.
     const int64_t i = tile.i0 + 64 * (at.lane >> 1 & 1) + 8 * (at.lane & 1) + at.row;
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {

@@ -8,14 +8,14 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// Found at run time: nothing links libcuda.
+// Looks the function up at run time, so that the module does not link libcuda and loads without a driver.
 EncodeTiled find_encode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
   const cudaError_t error =
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
   if (error != cudaSuccess) {
-    cudaGetLastError();  // ours to report, not the next caller's to find
+    cudaGetLastError();  // clear the error: it is reported here and must not surface in the next caller's check
     return nullptr;
   }
   return found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function) : nullptr;
@@ -25,8 +25,8 @@ bool good_rows(const void* data, int64_t row_stride, int64_t cols) {
   return data && reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride % 8 == 0 && row_stride >= cols;
 }
 
-// Row-major (rows, cols) of two-byte elements, moved in boxes of box_rows x 64; what is outside reads 0 and is not
-// written.
+// Tensor map of a row-major matrix (rows, cols) of two-byte elements, moved in boxes of box_rows x 64. Elements outside
+// the matrix read as 0 and are not written.
 int make_map(EncodeTiled encode, CUtensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t row_stride,
              int box_rows, int dtype) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
@@ -43,7 +43,7 @@ int make_map(EncodeTiled encode, CUtensorMap* map, const void* data, int64_t row
 }  // namespace
 
 int prepare(const fastclip_cuda_block* block, Params* p, Maps* maps, void* weights, int64_t weights_row_stride) {
-  constexpr int64_t kLargest = INT32_MAX - 256;  // 32-bit rows and columns, also of a tile that starts inside
+  constexpr int64_t kLargest = INT32_MAX - 256;  // row and column indices stay 32-bit, also in a tile past the edge
   if (!block || !block->constants) return FASTCLIP_INVALID_ARGUMENT;
   const fastclip_cuda_block& b = *block;
   if (b.M < 1 || b.N < 1 || b.D < 1 || b.M > kLargest || b.N > kLargest || b.D > kLargest)

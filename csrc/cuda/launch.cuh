@@ -1,4 +1,4 @@
-// From the C interface to a launch of the tile kernel.
+// Launching the tile kernel for a block of the C interface.
 #pragma once
 #include <atomic>
 
@@ -10,23 +10,23 @@ struct alignas(128) Maps {
   CUtensorMap image, text, weights;
 };
 
-// Checks the block, fills in what all kernels need, and makes the tensor maps; weights may be NULL.
+// Checks the block, fills in the common parameters and creates the tensor maps. weights may be NULL.
 int prepare(const fastclip_cuda_block* block, Params* p, Maps* maps, void* weights, int64_t weights_row_stride);
 
-// Starts a kernel with the maps and parameters on as many clusters as there are pairs of tiles, or multiprocessors.
-// ready: the devices, bit by bit, on which the kernel may have so much shared memory; set at its first start there.
+// Launches a kernel on one cluster per pair of tiles, at most as many as the multiprocessors hold. ready: a bit for
+// each device on which the kernel's shared memory has been configured, which its first launch there does.
 int start(const void* kernel, int smem_bytes, std::atomic<uint64_t>& ready, const fastclip_cuda_block& block,
           Maps& maps, Params& p);
 
 template <class Op>
 int launch_op(const fastclip_cuda_block& block, Maps& maps, Params& p) {
-  constexpr int kBytes = sizeof(Smem<Op>) + 1024;  // to align it
+  constexpr int kBytes = sizeof(Smem<Op>) + 1024;  // 1024 more, to align it
   static_assert(kBytes <= 227 * 1024, "shared memory of a multiprocessor");
   static std::atomic<uint64_t> ready{0};
   return start(reinterpret_cast<const void*>(&tile_kernel<Op>), kBytes, ready, block, maps, p);
 }
 
-// The kernel for the block's dtype and tile: kWide columns, or 64 for problems that have few tiles.
+// Launches the kernel for the block's dtype and tile: kWide columns, or 64 for problems with few tiles.
 template <template <bool, int, bool> class Op, int kWide, bool kOption>
 int launch(const fastclip_cuda_block* block, Params& p, void* weights = nullptr, int64_t weights_row_stride = 0) {
   constexpr int kSmall = FASTCLIP_CUDA_TILE_N_SMALL;

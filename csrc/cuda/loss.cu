@@ -1,11 +1,11 @@
-// The plain case: what fastclip.h calls fastclip_cuda_loss_*, kernel by kernel.
+// The plain case: the functions fastclip_cuda_loss_* of fastclip.h, which launch the kernels in order.
 #include "loss_kernels.h"
 #include "loss_problem.h"
 
 namespace fastclip {
 namespace {
 
-// Checks a problem and fills in what all its kernels read.
+// Checks a problem and fills in the parameters that all its kernels read.
 int view(const fastclip_cuda_loss* c, const void* saved, Loss* p) {
   if (const int error = read_problem(c, p)) return error;
   if (!saved || !(c->image_weight >= 0 && c->image_weight <= 1)) return FASTCLIP_INVALID_ARGUMENT;
@@ -36,7 +36,7 @@ int forward(const fastclip_cuda_loss& c, const LossForward& f, Loss* p) {
   return FASTCLIP_OK;
 }
 
-// The chunk's rows, and the backward's workspace behind the weights.
+// Fills in the rows of a chunk, and the backward's workspace, which follows the weights.
 int chunk_of(const fastclip_cuda_loss& c, const void* weights, int64_t chunk, Loss* p, LossBackward* b,
              fastclip_cuda_block* block) {
   *b = loss_backward(c.N, c.D, c.workspace, c.processors);

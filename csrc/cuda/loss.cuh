@@ -1,5 +1,6 @@
-// A loss of pairs, between its kernels and what launches them: the plain case (loss*.cu) and the sigmoid loss
-// (sigmoid*.cu). N images I, N texts T of D features, no labels; pair k is the positive of row k and of column k.
+// The parameters that the kernels of a loss of pairs share: the plain case (loss*.cu) and the sigmoid loss
+// (sigmoid*.cu). There are N images I and N texts T of D features and no labels. Pair k is the positive of row k and of
+// column k. "Own" in a name (own, own_scale) refers to these diagonal pairs.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -10,16 +11,16 @@
 namespace fastclip {
 
 struct LossSide {
-  const void* x;  // (N, D) as handed in, `x_stride` elements apart
-  void* rows;     // (N, width) as the products read them: x, or a copy
+  const void* x;  // (N, D) features of the caller, rows `x_stride` elements apart
+  void* rows;     // (N, width) rows as the products read them: x, or a copy
   int64_t x_stride, rows_stride;
   float *inv, *factor, *lse2;  // see loss_plan.h
   double* weight;
   double* sums;      // forward
   void* part;        // forward
-  const float* raw;  // of the finish: (N, width) sum_j gain G_kj r_k c_j other_j; of images only the chunk's rows
-  void* out;         // (N, D), NULL when not wanted
-  int64_t count;     // sigmoid, backward: elements of x, a gradient for upstream 1, and of out
+  const float* raw;  // finish: (N, width) sum_j gain G_kj r_k c_j other_j; for images only the rows of the chunk
+  void* out;         // (N, D) gradient, NULL if not needed
+  int64_t count;     // sigmoid backward: elements of x, which is the gradient for upstream 1, and of out
 };
 
 struct Loss {
@@ -29,9 +30,9 @@ struct Loss {
   double *own, *own_scale;
   // forward
   double *cosine, *record;
-  float* top;  // NULL unless the tiles find a constant from the largest norms
+  float* top;  // largest norms, from which the tiles compute a constant; else NULL
   float* loss;
-  unsigned* tickets;  // [0] reduction, [1] blocks of a repair, [2...] tiles of every block
+  unsigned* tickets;  // [0] reduction, [1] blocks of a repair, [2...] tiles of each block of a repair
   // backward
   const float* upstream;
   float *tile_part, *d_scale;
@@ -40,22 +41,22 @@ struct Loss {
   // sigmoid
   const float* bias;
   double divisor;
-  double* part;       // (3, parts): loss, gain d_scale, d_bias of every tile; then loss, d_scale, d_bias of own pairs
-  double* wide_loss;  // in place of `loss`
-  int64_t parts, tiles;         // `tiles`: of all chunks
-  int loss_alone;               // without gradients, whose shares the tiles leave out then
-  float* d_scalars;             // by scale and bias
-  const float* kept_scalar[2];  // backward: these for upstream 1
-  float* d_scalar[2];           // and times upstream, each NULL when not wanted
+  double* part;  // (3, parts): loss, gain d_scale, d_bias of every tile; then loss, d_scale, d_bias of the diagonal
+  double* wide_loss;            // fp64 output in place of `loss`
+  int64_t parts, tiles;         // `tiles`: number of tiles in all chunks
+  int loss_alone;               // no gradients: the tiles store partial sums of the loss only
+  float* d_scalars;             // gradients by scale and bias
+  const float* kept_scalar[2];  // backward: these gradients for upstream 1
+  float* d_scalar[2];           // backward: these gradients times upstream, each NULL if not needed
   // both
-  double side_weight[2];  // of a direction in the loss
-  int N, D, width;        // width: D to the next multiple of 8, 0 beyond D
+  double side_weight[2];  // weight of each direction in the loss, divided by N
+  int N, D, width;        // width: D rounded up to a multiple of 8; columns beyond D are 0
   int normalize, copies[2];
-  int scaled;    // copies are brought to a norm in (1/2, 1] by a power of two
-  int vectors;   // 16 bytes of x can be read at once
-  int i0, rows;  // the panel of logits, or chunk of weights
+  int scaled;    // copies are multiplied by a power of two that brings their norm into (1/2, 1]
+  int vectors;   // x is aligned for reads of 16 bytes
+  int i0, rows;  // the panel of logits, or the chunk of weights
   int tiles_m, tiles_n;
-  int first, last;  // of the panels or chunks
+  int first, last;  // 1 for the first and the last panel or chunk
   int j0;           // first column of a block of a chunk
 };
 

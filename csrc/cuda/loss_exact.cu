@@ -1,14 +1,14 @@
-// The repair: where one offset cannot serve all logits, log2-sum-exps from the true maxima of every tile, and all that
-// the reduction makes of them.
+// The repair: computes log-sum-exps from true maxima if the shared offset lost terms, and redoes the reduction.
 //
-//   Math      part = top + log2 sum 2^(z2 - top) over a tile's negatives, of every row and column; two exponentials a
-//             logit; z2 with what rounding took from it: these logits are thousands
-//   Program   the tile kernel, persistent; returns at once unless the device asked for a repair. Whoever finishes the
-//             last tile of a block of 128 indices reduces that block, whoever reduces the last block sums the records
-//   Traffic   writes 8 planes (N tiles) bytes, reads them twice
-//   Precision a tile's sums fp32 above a true maximum, everything between tiles fp64
-//   Ragged    what is outside counts as -inf
-//   Order     tiles from first to last, panels from first to last: bitwise repeatable whoever comes last
+//   Math      part = top + log2 sum 2^(z2 - top) over the negatives of every row and column of a tile
+//             two exponentials per logit, z2 with its rounding error, because these logits may be in the thousands
+//   Program   see tile.cuh, returns at once unless the device asked for a repair
+//             the warpgroup that finishes the last tile of a block of 128 indices reduces that block
+//             the warpgroup that reduces the last block sums the records
+//   Traffic   writes 8 planes (N tiles) bytes and reads them twice
+//   Precision sums of a tile in fp32 relative to its maxima, everything between tiles in fp64
+//   Ragged    elements outside count as -inf
+//   Order     tiles and panels from first to last, whichever warpgroup is the last: bitwise repeatable
 #include "launch.cuh"
 #include "loss_kernels.h"
 #include "loss_reduce.cuh"
@@ -18,19 +18,19 @@ namespace {
 
 __device__ __forceinline__ float safe(float top) { return top == -HUGE_VALF ? 0.f : top; }
 
-// `exchange` of tile.cuh for maxima.
+// `exchange` of tile.cuh, with the maximum in place of the sum.
 __device__ __forceinline__ float exchange_max(float low, float high, int bit, int lane) {
   const bool upper = lane & bit;
   return fmaxf(upper ? high : low, __shfl_xor_sync(0xffffffff, upper ? low : high, bit));
 }
 
-// log2-sum-exp2 of index k over its parts and what was before.
+// log2-sum-exp2 over the tiles' parts of one index and the result `before` of earlier panels.
 __device__ __forceinline__ double merge(const double* part, int64_t stride, int tiles, double before) {
   double top = before;
 #pragma unroll 4
   for (int t = 0; t < tiles; ++t) {
     const double value = __ldcg(part + t * stride);
-    top = value > top ? value : top;  // passes over NaN, the sum does not
+    top = value > top ? value : top;  // ignores NaN; the sum below does not
   }
   if (top != top || top == -kInf) top = 0;
   double sum = exp2(before - top);
@@ -47,7 +47,7 @@ struct Repair {
   static constexpr int kBlockN = kExactColumns, kStages = 5, kSums = 2, kSumsN = kBlockN;
   enum { kScaled, kRest, kRowVectors };
   enum { kFactor, kTop, kColVectors };
-  static constexpr int kShare = kIndices / kBlockN;  // columns' tiles of a block of indices
+  static constexpr int kShare = kIndices / kBlockN;  // tiles of columns in a block of indices
   static_assert(kBlockM == kIndices && kIndices % kBlockN == 0, "a tile belongs to one block by rows, one by columns");
 
   static __device__ __forceinline__ void load_row(const Params& p, int i, Scratch<Repair>& s, int k) {
@@ -59,7 +59,7 @@ struct Repair {
     s.col[kFactor][k] = j < p.N ? p.col.factor[j] : 0.f;
   }
 
-  // Block `b` of 128 indices, a thread each, of whose logits in this panel all parts are there.
+  // Reduce block `b` of 128 indices, one per thread. All its partial results of this panel have been stored.
   static __device__ __forceinline__ void reduce(const Loss& p, int b, int thread, int barrier, double* scratch) {
     const int64_t k = static_cast<int64_t>(b) * kIndices + thread;
     double lse2[2] = {-kInf, -kInf};
@@ -102,7 +102,7 @@ struct Repair {
       return exact_logit2(acc[half][4 * c + 2 * h + e] * factor, scaled[half][h], rest[half][h],
                           mask.own(half, h, c, e) || mask.outside(half, h, c, e), low);
     };
-    // Which column of its pairs a thread takes when: as in contrastive_fwd.cu, whose sums go through the same exchanges
+    // The order in which a thread visits its columns is that of contrastive_fwd.cu, with the same exchanges
     constexpr int kQuarter = kBlockN / 32;
     const auto column = [&](int k, int low, int middle, int upper) {
       return k + kQuarter * low + 2 * kQuarter * middle + 4 * kQuarter * upper;
@@ -153,7 +153,7 @@ struct Repair {
       t.scratch.col[kTop][j] = safe(fmaxf(fmaxf(warp[0][j], warp[1][j]), fmaxf(warp[2][j], warp[3][j])));
     }
     t.sync();
-    // The logits are computed again: registers do not hold them beside the accumulators
+    // Compute the logits again, because registers cannot hold them beside the accumulators
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) forget(scaled[half][0]), forget(scaled[half][1]);
     forget(mask.diagonal), forget(mask.rows), forget(mask.cols);
@@ -187,7 +187,7 @@ struct Repair {
       }
       t.scratch.sums[1][at.warp][place(k)] = exchange(quarters[0], quarters[1], 4, at.lane);
     }
-    // Lane q of the four that share rows ends with half q / 2, h = q % 2
+    // Of the four lanes that share rows, lane q ends with half q / 2, h = q % 2
     const int half = at.lane >> 1 & 1, h = at.lane & 1;
     const float top = half ? (h ? row_top[1][1] : row_top[1][0]) : (h ? row_top[0][1] : row_top[0][0]);
     const float sum = exchange(exchange(row_sum[0][0], row_sum[1][0], 2, at.lane),
@@ -197,7 +197,7 @@ struct Repair {
       __stcg(static_cast<double*>(loss.side[0].part) + tile.n * static_cast<int64_t>(p.M) + i,
              static_cast<double>(top) + log2f(sum));
     t.sync();
-    if (tile.m >= p.tiles_m) return;  // the cluster's second tile of an odd number of rows: of the whole warpgroup
+    if (tile.m >= p.tiles_m) return;  // second tile of a cluster when tile rows are odd: uniform in the warpgroup
     if (at.thread < kBlockN && j < p.N) {
       const auto& warp = t.scratch.sums[1];
       const int k = at.thread;
@@ -205,7 +205,7 @@ struct Repair {
           static_cast<double*>(loss.side[1].part) + tile.m * static_cast<int64_t>(p.N) + j,
           t.scratch.col[kTop][k] + static_cast<double>(log2f((warp[0][k] + warp[1][k]) + (warp[2][k] + warp[3][k]))));
     }
-    // A block of indices is complete when all tiles of its columns are, and of its rows if they are in this panel
+    // A block of indices is complete when all tiles of its columns, and of its rows if in this panel, have been stored
     const int first_block = loss.i0 / kIndices;
     double* scratch = reinterpret_cast<double*>(&t.scratch.sums[0][0][0]);
     auto* flag = reinterpret_cast<unsigned*>(scratch);

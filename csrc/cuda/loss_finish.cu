@@ -1,21 +1,23 @@
-// Adds the own pairs to the sums of the others, projects, scales and casts; with the last chunk d_scale.
+// Gradients of the features: the products plus the diagonal pairs, projected, scaled and cast. Last chunk: d_scale too.
 //
-//   Math      g_k = raw_k + gain own_k r_k c_k other_k; out = upstream s (g - u <u, g>) r_k / (what raw has of both)
-//             d_scale = upstream (sum of the tiles' shares / gain + sum_k own_k cosine_k)
-//   Program   a warp a row, of the chunk's images and, with the last chunk, of all texts; twice over D, the second time
-//             from the cache. With the last chunk every block also sums its piece of the tiles' shares
+//   Math      g_k = raw_k + gain own_k factor_k factor'_k other_k, factor' being that of the other side
+//             out_k = upstream s (g_k - x_k <x_k, g_k> / <x_k, x_k>) inv_k / (factor_k gain)
+//             d_scale = upstream (sum of the tiles' parts / gain + sum_k own_k cosine_k)
+//   Program   one warp per row of the chunk's images and, with the last chunk, of all texts
+//             two passes over D, the second from the cache
+//             with the last chunk every block also sums a piece of the tiles' parts of d_scale
 //   Traffic   reads raw, x and other, writes out
-//   Precision fp32; the own pair's weight, the largest of a row, was never rounded to the features' dtype, and upstream
-//             multiplies before the one cast
+//   Precision fp32, with the weight of the diagonal pair never rounded to the dtype of the features
+//             upstream is multiplied in before the only cast, so a loss scaler's factor prevents flushing
 //   Ragged    rows beyond the last are not read, columns between D and the width are 0
-//   Order     a warp a row, shares by blocks: bitwise repeatable
+//   Order     one warp per row, d_scale by blocks in order: bitwise repeatable
 #include "loss_finish.cuh"
 #include "loss_kernels.h"
 
 namespace fastclip {
 namespace {
 
-// This block's piece of the tiles' shares; the last block adds the pieces up.
+// Sum this block's piece of the tiles' parts of d_scale. The last block to finish adds up the pieces, in order.
 __device__ __forceinline__ void sum_scale(const Loss& p) {
   double* scratch = reinterpret_cast<double*>(dynamic_smem());
   const int thread = threadIdx.x;
@@ -46,7 +48,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(const __grid_consta
 
 int start_finish(const Loss& p, bool half, void* stream) {
   int64_t blocks = finish_blocks(p);
-  if (blocks == 0 && p.last && p.d_scale) blocks = row_blocks(p.rows);  // for the sum alone
+  if (blocks == 0 && p.last && p.d_scale) blocks = row_blocks(p.rows);  // blocks that only sum d_scale
   if (blocks == 0) return FASTCLIP_OK;
   constexpr int kBytes = kRowsOfBlock * sizeof(double);
   return start_loss(half ? finish_kernel<true> : finish_kernel<false>, blocks, kRowThreads, kBytes, p, stream);

@@ -1,4 +1,4 @@
-// The finish of both losses of pairs: from the sums of weights times features to gradients.
+// Finish of both losses of pairs: gradients from the sums of weights times features.
 #pragma once
 #include <type_traits>
 
@@ -8,7 +8,7 @@ namespace fastclip {
 
 constexpr float kEps = 1e-12f;  // lower bound of a norm
 
-// Row k of side s, times upstream; raw, of images, begins at row i0. kWide: in fp32.
+// Write the gradient of row k of side s, times upstream, in fp32 if kWide. The images' `raw` begins at row i0.
 template <bool kHalf, bool kWide>
 __device__ __forceinline__ void finish_row(const Loss& p, int s, int64_t k, int lane, double upstream) {
   const LossSide &side = p.side[s], &other = p.side[1 - s];
@@ -23,8 +23,8 @@ __device__ __forceinline__ void finish_row(const Loss& p, int s, int64_t k, int 
     for (int e = 0; e < 8; ++e) g[e] = fmaf(own, g[e], sums[e]);
   };
   float along = 0.f;
-  if (p.normalize && side.inv[k] * kEps < 1.f) {  // where the norm was clamped it is a constant
-    // <u, g> u from these very rows: the rounded inverse norm would leave more of g along u
+  if (p.normalize && side.inv[k] * kEps < 1.f) {  // a clamped norm is a constant: no projection
+    // Project with <u, g> / <u, u> of the rows themselves: the rounded inverse norm would leave more of g along u
     float squares = 0.f;
     for (int d = 8 * lane; d < p.width; d += 8 * 32) {
       float u[8], g[8];
@@ -52,7 +52,7 @@ __device__ __forceinline__ void finish_row(const Loss& p, int s, int64_t k, int 
   }
 }
 
-// Blocks for the rows of a chunk's images and, with the last chunk, of all texts: those whose gradients are wanted.
+// Number of blocks for a chunk's images and, with the last chunk, for all texts, as far as their gradients are needed.
 inline int64_t finish_blocks(const Loss& p) {
   return (p.side[0].out ? row_blocks(p.rows) : 0) + (p.last && p.side[1].out ? row_blocks(p.N) : 0);
 }
@@ -71,7 +71,7 @@ __device__ __forceinline__ void finish_rows(const Loss& p, double upstream) {
   }
 }
 
-// Sum over a block, in thread 0; scratch has a double a warp.
+// Sum over a block, valid in thread 0. scratch: one double per warp.
 __device__ __forceinline__ double sum_of_block(double sum, double* scratch) {
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;

@@ -1,5 +1,5 @@
-// The launches of the losses of pairs, one function a kernel; each returns a status. loss.cu and sigmoid.cu put them in
-// order.
+// One launch function for each kernel of the losses of pairs. Each returns a status. loss.cu and sigmoid.cu call them
+// in order.
 #pragma once
 #include "../fastclip.h"
 #include "loss.cuh"
@@ -8,7 +8,7 @@ namespace fastclip {
 
 using LossKernel = void (*)(Loss);
 
-// An ordinary kernel: no cluster, no tensor maps, one parameter.
+// Launches an ordinary kernel: no cluster, no tensor maps, one parameter.
 int start_loss(LossKernel kernel, int64_t blocks, int threads, int smem_bytes, const Loss& p, void* stream);
 
 int start_norms(const Loss& p, bool half, void* stream);
@@ -20,7 +20,7 @@ int start_weights(const fastclip_cuda_block& block, const Loss& p, void* weights
 int start_finish(const Loss& p, bool half, void* stream);
 
 int start_sigmoid_norms(const Loss& p, bool half, void* stream);
-int start_pairs(const fastclip_cuda_block& block, const Loss& p, void* weights, int64_t stride);  // weights: or NULL
+int start_pairs(const fastclip_cuda_block& block, const Loss& p, void* weights, int64_t stride);  // weights may be NULL
 int start_sigmoid_finish(const Loss& p, bool half, void* stream);
 int start_sigmoid_bwd(const Loss& p, bool half, void* stream);
 

@@ -1,14 +1,17 @@
-// What a loss of pairs needs of the features before the logits: inverse norms, the pairs' cosines, the constants.
+// Inverse norms of the features, cosines of the pairs, copies of the features if needed, and the constants.
 //
-//   Math      inv_k = 1 / max(norm x_k, 1e-12), or 1; cosine_k = inv^I_k inv^T_k <I_k, T_k>; where the products read
-//             copies, those: x_k 2^e with norm in (1/2, 1] for fp16, and factor_k = inv_k / 2^e, else factor_k = inv_k;
-//             sigmoid: x = -(s cosine_k + b), own_k = -sigmoid(x), and a block's sums of softplus(x), own cosine, own
-//   Program   a warp a pair; the first block writes the constants, but for the offset, or gain, where rows are no unit
-//             rows: the tiles find that in every block's largest norms; all of them set the tickets of the pass to 0
-//   Traffic   reads both matrices once, 16 bytes at a time where they lie so; copies: again, and writes them
-//   Precision fp64; a copy is exact but for elements 2^-24 below its row's norm, which may flush in fp16
+//   Math      inv_k = 1 / max(|x_k|, 1e-12), or 1 if not normalised, and cosine_k = inv^I_k inv^T_k <I_k, T_k>
+//             copies of normalised fp16 rows are x_k 2^e with a norm in (1/2, 1], and factor_k = inv_k / 2^e
+//             otherwise copies are x_k, and factor_k = inv_k
+//             sigmoid: x = -(s cosine_k + b), own_k = -sigmoid(x), and sums of softplus(x), own cosine and own
+//   Program   one warp per pair
+//             block 0 writes the constants, except the offset (or gain) of rows that are not normalised, which the
+//             tiles compute from the largest norm of every block
+//             all blocks set the tickets of the pass to 0
+//   Traffic   reads both matrices once, 16 bytes at a time if aligned; copies are read again and written
+//   Precision fp64; copies are exact, except that elements 2^-24 below the norm of their row may flush in fp16
 //   Ragged    columns of copies beyond D become 0
-//   Order     one warp a row, lanes summed in a tree, a block's rows from first to last: bitwise repeatable
+//   Order     lanes in a tree, rows of a block from first to last: bitwise repeatable
 #include "loss_kernels.h"
 #include "loss_reduce.cuh"
 
@@ -22,13 +25,13 @@ __device__ __forceinline__ float inverse_norm(double squares, int normalize) {
   return static_cast<float>(1.0 / (norm < kEps ? kEps : norm));
 }
 
-// The power of two at or below a positive number; 1 where it is 0 or not finite.
+// The largest power of two not above a positive number; 1 if the number is 0, infinite or NaN.
 __device__ __forceinline__ float high_bit(float x) {
   const int32_t power = as_int(x) & 0x7f800000;
   return power > 0 && power < 0x7f800000 ? as_float(power) : 1.f;
 }
 
-// The sigmoid's constants and ticket. One block.
+// Write the constants and the ticket of the sigmoid loss. Called by one block.
 template <bool kHalf>
 __device__ __forceinline__ void set_up_sigmoid(const Loss& p) {
   const int t = threadIdx.x;
@@ -37,13 +40,14 @@ __device__ __forceinline__ void set_up_sigmoid(const Loss& p) {
   if (t == 0) *p.tickets = 0;
 }
 
-// The sigmoid's loss of an own pair and its derivatives by scale and bias.
+// The sigmoid loss of a diagonal pair and its derivatives by scale and bias.
 __device__ __forceinline__ void own_pair(const Loss& p, double cosine, double (&own)[3]) {
   own[0] = softplus(-(static_cast<double>(*p.scale) * cosine + *p.bias), &own[2]);
   own[2] = -own[2], own[1] = own[2] * cosine;
 }
 
-// The constants, and zeros for whatever of `saved` no kernel writes: its bits are a function of the problem. One block.
+// Write the constants, and zeros to the parts of `saved` that no kernel writes, so that all its bits are determined by
+// the problem. Called by one block.
 __device__ __forceinline__ void set_up(const Loss& p) {
   const int t = threadIdx.x;
   const float scale = *p.scale, offset2 = p.normalize ? offset2_of(fabsf(scale)) : 0.f;
@@ -109,13 +113,13 @@ __global__ void __launch_bounds__(kRowThreads) norms_kernel(const __grid_constan
       p.cosine[k] = cosine;
     }
   }
-  if (kSigmoid || p.top) {  // uniform
+  if (kSigmoid || p.top) {  // the same for all threads, so __syncthreads is allowed inside
     if (lane == 0) {
       for (int s = 0; s < 2; ++s) smem.top[s][warp] = top[s];
       for (int v = 0; v < 3; ++v) smem.own[warp][v] = own[v];
     }
     __syncthreads();
-    if (p.top && threadIdx.x < 2) {  // the tiles find the bound on the logits, from these
+    if (p.top && threadIdx.x < 2) {  // the tiles compute the bound of the logits from these
       float largest = 0.f;
       for (float norm : smem.top[threadIdx.x]) largest = fmaxf(largest, norm);
       p.top[threadIdx.x * gridDim.x + blockIdx.x] = largest;
@@ -135,7 +139,7 @@ __global__ void __launch_bounds__(kRowThreads) norms_kernel(const __grid_constan
   for (int t = blockIdx.x * kRowThreads + threadIdx.x; t < tickets; t += gridDim.x * kRowThreads) p.tickets[t] = 0;
 }
 
-// The copies of the forward once more, for the backward: they are not kept in between.
+// Write the copies of the forward again for the backward. Keeping them in between would cost memory.
 template <bool kHalf>
 __global__ void __launch_bounds__(kRowThreads) copy_kernel(const __grid_constant__ Loss p) {
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock + threadIdx.x / 32;

@@ -9,16 +9,16 @@ namespace fastclip {
 namespace {
 
 constexpr int64_t kAlign = 128, kTileM = FASTCLIP_CUDA_TILE_M;
-constexpr int64_t kProductN = 256;      // columns of a tile of the library's products, of kTileM rows
-constexpr int64_t kLongestSum = 65536;  // terms of one chain of additions: tensor cores truncate
+constexpr int64_t kProductN = 256;      // columns of a tile of the library's products, which has kTileM rows
+constexpr int64_t kLongestSum = 65536;  // terms that one product may add up: tensor cores truncate
 
 int64_t ceil_div(int64_t size, int64_t length) { return (size + length - 1) / length; }
 int64_t round_up(int64_t size, int64_t length) { return ceil_div(size, length) * length; }
 
-// Length of parts of `size` that are as many as those of `most`, equally long up to whole units.
+// Length of equal parts of `size`, in whole units, when there are as many as parts of length `most`.
 int64_t even(int64_t size, int64_t most, int64_t unit) { return round_up(ceil_div(size, ceil_div(size, most)), unit); }
 
-// Places one array behind the other.
+// Places arrays one after the other.
 struct Layout {
   int64_t bytes = 0;
   int64_t take(int64_t count, int64_t size) {
@@ -28,22 +28,22 @@ struct Layout {
   }
 };
 
-// Wide tiles, unless they are so few that most processors would idle. By N alone: the same bits on every Hopper GPU.
+// Columns of a tile: wide, unless the tiles would be so few that half of the multiprocessors or more were idle. This
+// depends on N alone, so that every Hopper GPU returns the same bits.
 int tile_n(int64_t N) {
-  constexpr int64_t kFew = 33;  // a cluster in four of an H100's 132 processors
+  constexpr int64_t kFew = 33;  // clusters of two that occupy half of an H100's 132 multiprocessors
   const int64_t pairs = ceil_div(N, 2 * kTileM);
   return pairs * ceil_div(N, FASTCLIP_CUDA_TILE_N) <= kFew ? FASTCLIP_CUDA_TILE_N_SMALL : FASTCLIP_CUDA_TILE_N;
 }
 
-// Waves of processors that the tiles of all chunks of `rows` of N rows take, `across` of them over the columns.
+// Waves of multiprocessors for the tiles of N rows in chunks of `rows`, with `across` tiles along the columns.
 int64_t waves(int64_t N, int64_t rows, int64_t tile_rows, int64_t across, int64_t processors) {
   const auto of_chunk = [&](int64_t size) { return ceil_div(ceil_div(size, tile_rows) * across, processors); };
   return N / rows * of_chunk(rows) + of_chunk(N % rows);
 }
 
-// The fewest rows that take no more chunks than `most`, and no more waves: of clusters of the weights' kernel on a
-// block of columns, and of the library's tiles in the products with the texts. What is beyond them is memory that saves
-// no time.
+// The fewest rows per chunk that need no more chunks than `most` rows, and no more waves, neither of the weights'
+// kernel nor of the library's tiles in the products with the texts. More rows would use memory without saving time.
 int64_t fewest_rows(int64_t N, int64_t columns, int64_t D, int64_t most, int processors) {
   constexpr int64_t kPair = 2 * kTileM;  // rows of a cluster
   const int64_t across = ceil_div(columns, tile_n(N)), across_product = ceil_div(D, kProductN);
@@ -60,7 +60,7 @@ int64_t fewest_rows(int64_t N, int64_t columns, int64_t D, int64_t most, int pro
 LossSaved loss_saved(int64_t N) {
   Layout layout;
   LossSaved s = {};
-  N = round_up(N, kSavedRows);  // so that the sum is short: plain_saved of fastclip/_backends/cuda.py
+  N = round_up(N, kSavedRows);  // makes the size a simple function of N, which plain_saved of _backends/cuda.py repeats
   s.constants = layout.take(kConstants, 4);
   s.own_scale = layout.take(1, 8);
   s.own = layout.take(N, 8);
@@ -79,7 +79,8 @@ LossForward loss_forward(int64_t N, int64_t workspace) {
   f.tile_n = tile_n(N);
   f.blocks = ceil_div(N, kIndices);
   f.records = ceil_div(N, kRecordRows);
-  // A row's partial sums and its share of the columns': a repair's, which are double, of tiles that are never wider
+  // Bytes per row: its partial sums and its part of the columns'. A repair needs the most, with doubles and narrow
+  // tiles.
   const int64_t exact_n = ceil_div(N, kExactColumns), row_bytes = 8 * (exact_n + f.blocks);
   f.panel = std::min(N, std::max(workspace / row_bytes / kTileM, int64_t{1}) * kTileM);
   const int64_t rows = ceil_div(f.panel, kTileM);
@@ -98,10 +99,10 @@ LossForward loss_forward(int64_t N, int64_t workspace) {
 LossBackward loss_backward(int64_t N, int64_t D, int64_t workspace, int processors) {
   LossBackward b = {};
   b.tile_n = tile_n(N);
-  // The product with the texts fills whole waves of processors with its tiles
+  // With this many rows the tiles of the product with the texts occupy every multiprocessor once
   const int64_t wave = std::max(processors / ceil_div(D, kProductN), int64_t{1}) * kTileM;
-  // Columns are cut where not nearly a wave of rows would fit: idle processors cost more than one more addition to the
-  // sums of a chunk's images
+  // Columns are cut if nearly a wave of rows would not fit otherwise: idle multiprocessors cost more than adding once
+  // more to the sums of a chunk's images
   const int64_t nearly = round_up(std::min(wave - wave / 8, N), kTileM);
   const int64_t fit = std::min(workspace / 2 / nearly, kLongestSum);
   const int64_t unit = std::lcm(kAlign, int64_t{b.tile_n});

@@ -1,4 +1,4 @@
-// What the entry points of both losses of pairs (loss.cu, sigmoid.cu) make of the C interface's problem.
+// From the problem of the C interface to the kernels' parameters, for both losses of pairs (loss.cu, sigmoid.cu).
 #pragma once
 #include <cuda_runtime.h>
 
@@ -14,7 +14,7 @@ T* at(const void* base, int64_t bytes) {
   return reinterpret_cast<T*>(static_cast<char*>(const_cast<void*>(base)) + bytes);
 }
 
-// Kernels start on the current device: it is the features' while this lives.
+// Makes the features' device current while the object exists, because kernels launch on the current device.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -33,13 +33,13 @@ class OnDevice {
 // Checks a problem and fills in its features, sizes and scale.
 int read_problem(const fastclip_cuda_loss* c, Loss* p);
 
-// Rows i0 to i0 + rows of the logits; the tiles' width is the caller's.
+// Selects rows i0 to i0 + rows of the logits. The caller chooses the width of the tiles.
 fastclip_cuda_block block_of(const fastclip_cuda_loss& c, Loss* p, int64_t i0, int64_t rows, int tile_n);
 
-// Of a chunk's rows the columns of a block, from `column` on.
+// Selects the columns of a block of the chunk's rows, from `column` on.
 int cut_columns(const LossBackward& b, int64_t column, Loss* p, fastclip_cuda_block* block);
 
-// Tiles of the whole problem before a block's first row of them, and in that row.
+// Number of tiles of the whole problem that come before the block's first tile.
 inline int64_t tiles_before(const Loss& p, const fastclip_cuda_block& block) {
   return p.i0 / FASTCLIP_CUDA_TILE_M * static_cast<int64_t>(p.tiles_n) + p.j0 / block.tile_n;
 }

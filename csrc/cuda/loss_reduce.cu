@@ -1,10 +1,10 @@
-// Partial sums of a panel of rows -> log-sum-exps, and with the last panel the loss and what the backward is made of.
+// Log-sum-exps from the partial sums of a panel of rows, and with the last panel the loss and the backward's vectors.
 //
-//   Math      lse = log2 sum_tiles part + offset2; then loss_reduce.cuh
-//   Program   32 indices of both sides: row k and column k belong to one pair. Four warps a side share its tiles; the
-//             last block of the grid sums all records
+//   Math      lse2 = log2(sum of the tiles' parts) + offset2, then loss_reduce.cuh
+//   Program   32 indices of both sides, because row k and column k belong to one pair
+//             four warps per side share its tiles, the last block of the grid sums all records
 //   Traffic   reads every partial sum once
-//   Precision fp64. A sum of 2^(z2 - offset2) is good from e^-62 on: smaller ones may have lost terms that flushed
+//   Precision fp64, and sums of exp(z - offset) below e^-62 ask for a repair, because terms of them may have flushed
 //   Ragged    indices beyond N are not read
 //   Order     tiles by warps, panels from first to last: bitwise repeatable
 #include "loss_kernels.h"
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(32 * kWarps) reduce_kernel(const __grid_consta
       double total = (sums[0][lane] + sums[1][lane]) + (sums[2][lane] + sums[3][lane]);
       if (k < p.N && !p.first) total += p.side[side].sums[k];
       if (k < p.N && !p.last) p.side[side].sums[k] = total;
-      served = served && (p.N == 1 || total >= kSafeSum);  // one pair has no negatives; NaN does not pass
+      served = served && (p.N == 1 || total >= kSafeSum);  // a single pair has no negatives; NaN fails the test
       lse2[side] = log2(total) + p.constants[FASTCLIP_OFFSET2];
     }
     if (p.last) finish_index(p, k, lane, lse2, served, false);

@@ -1,9 +1,9 @@
-// From log-sum-exps to the loss and to what the backward is made of: shared by the reduction and by the repair.
+// Loss, and vectors of the backward, from log-sum-exps. The reduction and the repair share this code.
 //
-//   Math      t = lse - s cosine; loss += w softplus(t) / N; d = w sigmoid(t) / N; weight = d e^(offset - lse);
-//             own = -(d_row + d_col)
-//   Precision fp64: softplus of a difference keeps the digits of a small loss
-//   Order     32 indices a record by a tree of lanes, records by threads and a tree: bitwise repeatable
+//   Math      t = lse - s cosine, loss = sum of w softplus(t) / N over both directions
+//             d = w sigmoid(t) / N, weight = d e^(offset - lse), own = -(d_row + d_col)
+//   Precision fp64: softplus of the difference keeps the digits of a small loss
+//   Order     a record sums 32 indices in a tree of lanes, records are summed by threads and in a tree: repeatable
 #pragma once
 #include <cstring>
 
@@ -13,17 +13,19 @@ namespace fastclip {
 
 constexpr double kInf = HUGE_VAL;
 
-// softplus(t) and its derivative, without a division, whose subroutine would cost the tile kernel its registers.
+// softplus(t) and its derivative. The reciprocal is computed by two Newton steps, because a fp64 division is a
+// subroutine call, around which the tile kernel would spill its registers.
 __device__ __forceinline__ double softplus(double t, double* derivative) {
   const double e = exp(-fabs(t)), u = 1 + e;  // in [1, 2], or NaN
   double inverse = inverse_fast(static_cast<float>(u));
   inverse = fma(inverse, fma(-u, inverse, 1.0), inverse);
   inverse = fma(inverse, fma(-u, inverse, 1.0), inverse);
   *derivative = (t >= 0 ? 1 : e) * inverse;
-  return (t > 0 ? t : 0) + (log(u) + (e - (u - 1)) * inverse);  // log1p(e): what u lost of e is put back
+  return (t > 0 ? t : 0) + (log(u) + (e - (u - 1)) * inverse);  // log1p(e): log(u) plus what rounding u lost of e
 }
 
-// A number whose two words are fp32 numbers as well, no NaN: torch compares what is saved as such. Costs 2^-29 of it.
+// Clear the bit that could make the low word of a double a NaN if it is read as fp32. torch sees `saved` as fp32
+// numbers and compares them in its checks. The change is at most 2^-29 of the number.
 __device__ __forceinline__ double in_words(double x) {
   uint64_t bits;
   memcpy(&bits, &x, sizeof x);
@@ -32,8 +34,8 @@ __device__ __forceinline__ double in_words(double x) {
   return x;
 }
 
-// Index k of both sides, by a whole warp with consecutive k: lse2 are its log2-sum-exp2, `served` whether one offset
-// serves both sums.
+// Finish index k of both sides. Called by whole warps with consecutive k. lse2: log2-sum-exp2 of row and column k.
+// served: the shared offset has lost no terms of either.
 __device__ __forceinline__ void finish_index(const Loss& p, int64_t k, int lane, const double (&lse2)[2], bool served,
                                              bool exact) {
   double record[kRecordValues] = {0, 0, 0, 0};
@@ -47,10 +49,10 @@ __device__ __forceinline__ void finish_index(const Loss& p, int64_t k, int lane,
       const double loss = p.side_weight[s] * softplus(lse2[s] * kLn2 - pos, &d);
       d *= p.side_weight[s];
       const float rounded = lse2[s] == -kInf ? 0.f : static_cast<float>(lse2[s]);
-      // A repair subtracts the rounded log-sum-exp: what rounding took from it goes into the weight
+      // A repair subtracts the rounded log-sum-exp, so the rounding error is moved into the weight
       double shift = p.constants[FASTCLIP_OFFSET2] - lse2[s];
       if (exact) shift = fabsf(rounded) < HUGE_VALF ? rounded - lse2[s] : 0;
-      const bool wanted = lse2[s] != -kInf && d != 0;  // NaN is wanted; no negatives, no weight
+      const bool wanted = lse2[s] != -kInf && d != 0;  // true for NaN, false without negatives
       side.weight[k] = wanted ? in_words(d * exp2(shift)) : 0;
       side.lse2[k] = rounded;
       record[0] += loss;
@@ -64,13 +66,13 @@ __device__ __forceinline__ void finish_index(const Loss& p, int64_t k, int lane,
   record[0] = warp_sum(record[0]), record[1] = warp_sum(record[1]);
   record[2] = warp_max(record[2]), record[3] = warp_max(record[3]);
   double* out = p.record + kRecordValues * (k / kRecordRows);
-  // The last of all blocks reads them: past the first-level cache, which nobody else sees
+  // Another block reads the record, so it must bypass the first-level cache, which other multiprocessors do not see
   if (lane == 0 && k < p.N)
     for (int v = 0; v < kRecordValues; ++v) __stcg(out + v, record[v]);
 }
 
-// Whether this block is the last of `count` to come here: everything it wrote is visible to the last one. By all
-// threads that `sync` joins; `flag` is theirs in shared memory.
+// Returns true in the last of `count` groups of threads that arrives here. Everything that the other groups wrote
+// before is visible to it. Called by all threads that `sync` joins; `flag` is a word of theirs in shared memory.
 template <class Sync>
 __device__ __forceinline__ bool is_last(unsigned* ticket, unsigned count, int thread, unsigned* flag,
                                         const Sync& sync) {
@@ -84,7 +86,7 @@ __device__ __forceinline__ bool is_last(unsigned* ticket, unsigned count, int th
   return last;
 }
 
-// The sum of all records, by the last block: loss, gain, and whether a repair is needed.
+// Sum all records and store the loss, the gain and the request for a repair. Called by the last block.
 template <int kWarps, class Sync>
 __device__ __forceinline__ void conclude(const Loss& p, int thread, double (*scratch)[kRecordValues], bool exact,
                                          const Sync& sync) {
@@ -109,8 +111,8 @@ __device__ __forceinline__ void conclude(const Loss& p, int thread, double (*scr
   }
   *p.loss = static_cast<float>(total[0]);
   *p.own_scale = in_words(total[1]);
-  // |G| is at most twice the largest derivative, that at most twice its power of two; factors of fp16 rows are below 2:
-  // 2^15 > gain r_i |G_ij| c_j
+  // |G| is at most twice the largest derivative, which is below twice its power of two, and factors of fp16 rows are
+  // below 2. Hence gain r_i |G_ij| c_j < 2^15, which fp16 holds.
   const double largest = total[2] > 1e-34 ? (total[2] < 1e34 ? total[2] : 1e34) : 1e-34;
   p.constants[FASTCLIP_GAIN] = static_cast<float>(scalbn(1024.0, -ilogb(largest)));
   if (!exact) p.constants[FASTCLIP_REPAIR] = total[3] > 0 ? 1.f : 0.f;

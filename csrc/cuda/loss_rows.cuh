@@ -1,4 +1,4 @@
-// Rows of features by a warp each: reading, writing and copying them, sums over a warp.
+// Reading, writing and copying rows of features, one warp per row, and sums over a warp.
 #pragma once
 #include "loss.cuh"
 #include "tile.cuh"
@@ -28,7 +28,7 @@ __device__ __forceinline__ const uint16_t* row_of(const void* x, int64_t stride,
   return static_cast<const uint16_t*>(x) + k * stride;
 }
 
-// Eight neighbours, aligned to 16 bytes.
+// Read eight adjacent elements, aligned to 16 bytes.
 template <bool kHalf>
 __device__ __forceinline__ void read8(const uint16_t* x, float (&values)[8]) {
   const uint4 bits = *reinterpret_cast<const uint4*>(x);
@@ -54,7 +54,7 @@ __device__ __forceinline__ void write1(uint16_t* x, float value) {
   *x = static_cast<uint16_t>(pack<kHalf>(value, 0.f));
 }
 
-// The same in fp32, which gradients of fp16 features wait in.
+// The same for fp32 memory, in which the sigmoid's forward keeps the gradients of fp16 features.
 template <bool kHalf>
 __device__ __forceinline__ void write8(float* x, const float (&values)[8]) {
   float4* out = reinterpret_cast<float4*>(x);
@@ -78,7 +78,7 @@ __host__ __device__ __forceinline__ int64_t row_blocks(int64_t rows) {
   return (rows + kRowsOfBlock - 1) / kRowsOfBlock;
 }
 
-// Row k of a side where the products read copies: x times `power`, a power of two, and zeros up to the width.
+// Copy row k of a side for the products: x times `power`, a power of two, and zeros up to the width.
 template <bool kHalf>
 __device__ __forceinline__ void copy_row(const Loss& p, const LossSide& side, int64_t k, float power, int lane) {
   const uint16_t* x = row_of(side.x, side.x_stride, k);

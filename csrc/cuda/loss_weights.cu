@@ -1,13 +1,14 @@
-// Weights gain r_i G_ij c_j of a block of a chunk of rows, upstream 1, for the products with the features.
+// Weights gain r_i G_ij c_j of a block of the plain case, for an upstream gradient of 1.
 //
-//   Math      E = 2^(z2 - offset2): G = E (a_i + b_j); where the device asked for a repair
-//             G = d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j). 0 at the own pairs: the finish adds them, unrounded
-//   Program   the tile kernel; which formula is the same branch everywhere
-//   Traffic   writes 2 bytes a pair
-//   Precision weights' factors from fp64 times the gain, weights rounded once to the features' dtype; the tile's share
-//             of d_scale from the unrounded ones
-//   Ragged    masked, as are the own pairs
-//   Order     as the tile kernel's
+//   Math      G = E (a_i + b_j) with E = 2^(z2 - offset2)
+//             G = d_i 2^(z2 - lse2_i) + d_j 2^(z2 - lse2_j) if the device asked for a repair
+//             G = 0 on the diagonal, because the finish adds those positives in fp32
+//   Program   see tile.cuh, all tiles of a launch take the same of the two formulas
+//   Traffic   writes 2 bytes per pair
+//   Precision vectors rounded from fp64 with the gain, weights rounded once to the dtype of the features
+//             d_scale is summed before that rounding
+//   Ragged    masked, like the diagonal
+//   Order     see tile.cuh
 #include "launch.cuh"
 #include "loss_kernels.h"
 #include "store.cuh"
@@ -34,7 +35,7 @@ struct Weigh {
 
   static __device__ __forceinline__ void load_row(const Params& p, int i, Scratch<Weigh>& s, int k) {
     const LossSide& side = p.loss.side[0];
-    if (i == 0) *p.loss.tickets = 0;  // the finish's
+    if (i == 0) *p.loss.tickets = 0;  // for the finish
     load(p, side, static_cast<int64_t>(p.loss.i0) + i, i < p.M, s.row, k);
     const float factor = i < p.M ? side.factor[static_cast<int64_t>(p.loss.i0) + i] : 0.f;
     s.row[kScaled][k] = scaled2(factor, p.constants);
@@ -45,7 +46,7 @@ struct Weigh {
     load(p, p.loss.side[1], j, j < p.N, s.col, k);
   }
 
-  // d 2^x; nobody's weight is 0 and its log-sum-exp anything: the exponential must not overflow.
+  // d 2^x, and 0 for d = 0: an empty set has an arbitrary log-sum-exp, so 2^x may be infinite, and 0 inf is NaN.
   static __device__ __forceinline__ float share(float d, float x) { return d == 0.f ? 0.f : d * exp2_fast(x); }
 
   template <bool kMask, bool kExact>
@@ -60,7 +61,7 @@ struct Weigh {
         const float col_factor = e ? col_factors.y : col_factors.x;
         const float dot = acc[half][4 * c + 2 * h + e] * col_factor;
         float g;
-        if (kExact) load_later();  // else registers spill
+        if (kExact) load_later();  // without this, registers spill
         if constexpr (kExact) {
           const float2 lse2 = t.cols(kLse2, c);
           const bool drop = mask.outside(half, h, c, e) || mask.own(half, h, c, e);

@@ -1,11 +1,12 @@
-// The sigmoid loss of pairs: what fastclip.h calls fastclip_cuda_sigmoid_*, but for the tiles alone, kernel by kernel.
+// The sigmoid loss of pairs: the functions fastclip_cuda_sigmoid_* of fastclip.h, which launch the kernels in order.
+// fastclip_cuda_sigmoid_fwd, which launches the tiles only, is in sigmoid_fwd.cu.
 #include "loss_kernels.h"
 #include "loss_problem.h"
 
 namespace fastclip {
 namespace {
 
-// Checks a problem and fills in what all its kernels read, and a chunk's rows; `weights` lie behind what is kept.
+// Checks a problem and fills in the parameters that all its kernels read, and the rows of a chunk.
 int view(const fastclip_cuda_loss* c, const float* bias, const void* work, int64_t chunk, Loss* p, LossBackward* b,
          fastclip_cuda_block* block) {
   if (const int error = read_problem(c, p)) return error;

@@ -1,10 +1,10 @@
-// Gradients of the sigmoid loss, which its forward computed for upstream 1, times upstream.
+// Gradients of the sigmoid loss, which the forward has computed for an upstream gradient of 1, times the true one.
 //
-//   Math      out = upstream kept, of both sides' features and of both scalars
-//   Program   2048 elements of a side a block, 8 a thread; the first block also the scalars
-//   Traffic   reads kept, in fp32 for fp16 features, writes out
-//   Precision fp32, rounded once: a loss scaler's factor reaches what fp16 would flush
-//   Ragged    the last elements one by one, all of them where a side does not lie on 16 bytes
+//   Math      out = upstream kept, for the features of both sides and for both scalars
+//   Program   2048 elements of one side per block, 8 per thread, and block 0 also has the scalars
+//   Traffic   reads kept, in fp32 for fp16 features, and writes out
+//   Precision fp32, rounded once, so a loss scaler's factor prevents flushing in fp16
+//   Ragged    the last elements one by one, or all of them if a side is not aligned to 16 bytes
 //   Order     nothing is summed
 #include <type_traits>
 
@@ -14,7 +14,7 @@
 namespace fastclip {
 namespace {
 
-constexpr int kElements = 8 * kRowThreads;  // of a block
+constexpr int kElements = 8 * kRowThreads;  // per block
 
 __host__ __device__ __forceinline__ int64_t blocks_of(const LossSide& side) {
   return side.out ? (side.count + kElements - 1) / kElements : 0;

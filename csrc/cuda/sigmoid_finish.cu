@@ -1,26 +1,28 @@
-// The sigmoid loss's gradients from its weights' products with the features; with the last chunk its sums.
+// Gradients of the sigmoid loss from the products of its weights. Last chunk: loss, d_scale and d_bias too.
 //
-//   Math      as loss_finish.cu with upstream 1 / divisor; loss, d_scale, d_bias = sum of the tiles' and the own pairs'
-//             shares / divisor, d_scale's of the tiles / gain
-//   Program   a warp a row, of the chunk's images and, with the last chunk, of all texts. With the last chunk the first
-//             blocks also sum a piece of the shares each; as many whatever gradients are wanted
+//   Math      gradients as in loss_finish.cu with upstream = 1 / divisor
+//             loss and d_bias = (sum over tiles + sum over diagonal pairs) / divisor
+//             d_scale = (sum over tiles / gain + sum over diagonal pairs) / divisor
+//   Program   one warp per row of the chunk's images and, with the last chunk, of all texts
+//             with the last chunk the first blocks also sum one piece of the scalars' parts each
+//             the number of pieces does not depend on which gradients are needed, so neither do the sums
 //   Traffic   reads raw, x and other, writes out, in fp32 for fp16 features
-//   Precision gradients fp32, rounded once; sums fp64
+//   Precision gradients in fp32, rounded once, sums in fp64
 //   Ragged    rows beyond the last are not read, columns between D and the width are 0
-//   Order     a warp a row, shares by pieces: bitwise repeatable
+//   Order     one warp per row, sums by pieces in order: bitwise repeatable
 #include "loss_finish.cuh"
 #include "loss_kernels.h"
 
 namespace fastclip {
 namespace {
 
-static_assert(kPieces <= kRowThreads, "the last block reads a piece a thread");
+static_assert(kPieces <= kRowThreads, "the last block reads one piece per thread");
 
 __host__ __device__ __forceinline__ int64_t pieces_of(const Loss& p) {
   return row_blocks(p.N) < kPieces ? row_blocks(p.N) : kPieces;
 }
 
-// This block's piece of the shares; the last block adds the pieces up.
+// Sum this block's piece of the parts. The last block to finish adds up the pieces, in order.
 __device__ __forceinline__ void sum_shares(const Loss& p) {
   double* scratch = reinterpret_cast<double*>(dynamic_smem());
   const int thread = threadIdx.x;

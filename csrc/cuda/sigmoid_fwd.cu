@@ -1,12 +1,17 @@
-// Losses of a block of pairs and the weights gain r_i G_ij c_j of their gradients; the logits are never stored.
+// Losses of a block of pairs, and the weights gain r_i G_ij c_j of their gradients. The logits are never stored.
 //
-//   Math      e = 2^(log2(e) (z + b)): loss log(1 + e), G = e / (1 + e); own pairs 0: they are added from their fp64
-//             logits, and in the finish. Of 32 logits a thread takes one logarithm, log(1 + q) with 1 + q the product
-//             of their 1 + e, and of two one reciprocal. A warp whose product leaves fp32 begins again, as tiles with a
-//             mask begin, logit by logit: t = e^-abs(x): loss max(x, 0) + log1p(t), G = (x >= 0 ? 1 : t) / (1 + t)
+//   Math      e = 2^(log2(e) (z + b)), loss = log(1 + e) and G = e / (1 + e)
+//             diagonal pairs count 0 here: the norms kernel and the finish add them from fp64 logits
+//             32 logits share one logarithm: the sum of their losses is log(1 + q), 1 + q the product of their 1 + e
+//             two logits share one reciprocal
+//             a warp whose product overflows, and every tile with a mask, goes logit by logit with t = e^-|z + b|:
+//             loss = max(z + b, 0) + log1p(t) and G = (z + b >= 0 ? 1 : t) / (1 + t)
+//   Program   see tile.cuh
 //   Traffic   writes 2 M N bytes, nothing without gradients
-//   Precision fp32, weights rounded once to the features' dtype; q never meets a 1, beside which a solved pair's loss
-//             would lose its digits
+//   Precision fp32, weights rounded once to the dtype of the features
+//             q is updated without ever adding 1, because 1 + q would lose the digits of a solved pair's loss
+//   Ragged    masked
+//   Order     every tile stores its own partial sums
 #include "launch.cuh"
 #include "loss_kernels.h"
 #include "store.cuh"
@@ -14,7 +19,7 @@
 namespace fastclip {
 namespace {
 
-// log(1 + t) for t in [0, 1] as t P(t), relative error 2e-7: log would lose all digits of a solved pair.
+// log(1 + t) for t in [0, 1] as t P(t), relative error 2e-7. For a solved pair 1 + t would round to 1.
 __device__ __forceinline__ float log1p_of_small(float t) {
   float p = fmaf(0.00523268431f, t, -0.0295051988f);
   p = fmaf(p, t, 0.0782258883f);
@@ -26,7 +31,7 @@ __device__ __forceinline__ float log1p_of_small(float t) {
   return t * fmaf(p, t, 0.99999994f);
 }
 
-// log(1 + q) for q in [0, 2^100), relative error 3e-7: 1 + q = 2^k (1 + t).
+// log(1 + q) for q in [0, 2^100), relative error 3e-7, by 1 + q = 2^k (1 + t).
 __device__ __forceinline__ float log1p_of_product(float q) {
   const int exponent = as_int(1.f + q) & 0x7f800000;
   const float scale = as_float(0x7f000000 - exponent), k = static_cast<float>((exponent >> 23) - 127);
@@ -39,8 +44,8 @@ struct Sigmoid {
   static constexpr Exact kExact = Exact::never;
   static constexpr int kFinds = kHalf && kGradients ? FASTCLIP_GAIN : kFindsNothing;
   static constexpr int kBlockN = kBlockN_, kStages = 4, kSums = 3, kSumsN = 1;
-  enum { kFactor, kWeight, kRowVectors };      // of log2(e) z and of the gradient
-  static constexpr float kLargest = 0x1p100f;  // product, whose reciprocal is no denormal
+  enum { kFactor, kWeight, kRowVectors };      // factors of log2(e) z and of the gradient
+  static constexpr float kLargest = 0x1p100f;  // largest product: its reciprocal is not yet subnormal
   static constexpr int kColVectors = 1;
 
   static __device__ __forceinline__ float find(const Params& p, float bound) { return gain_of(bound, __ldg(p.bias)); }
@@ -55,12 +60,12 @@ struct Sigmoid {
     s.col[kFactor][k] = j < p.N ? p.col.factor[j] : 0.f;
   }
 
-  // Whether the tile is done, of this warp.
+  // Returns false if this warp must compute the tile again, with kMask.
   template <bool kMask>
   static __device__ __forceinline__ bool finish(const float (&acc)[kHalves][kBlockN / 2], const Epilogue<Sigmoid>& t) {
     const float bias2 = static_cast<float>(__ldg(t.p.bias) * kLog2e64);
     const Mask mask = t.mask();
-    float loss = 0.f, d_scale = 0.f, d_bias = 0.f, product[kHalves][2] = {};  // minus 1, of each row
+    float loss = 0.f, d_scale = 0.f, d_bias = 0.f, product[kHalves][2] = {};  // of each row, minus 1
     bool fits = true;
     const auto pair = [&](const RowValues<Sigmoid>& values, int half, int h, int c, float (&weights)[2]) {
       const auto row = [&](int vector) { return kMask ? t.row(vector, half, h) : values[vector]; };  // else spills

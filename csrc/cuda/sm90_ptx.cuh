@@ -1,5 +1,5 @@
-// The PTX instructions of sm_90a that the tile kernels use, one function each. csrc/tests/emulate_sm90.h has the same
-// functions for a CPU.
+// The PTX instructions of sm_90a that the tile kernels use, one function each. csrc/tests/emulate_sm90.h implements the
+// same functions on a CPU.
 #pragma once
 #include <cuda.h>
 
@@ -42,7 +42,8 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* bar, uint32_t bytes) {
                : "memory");
 }
 
-// Without the scope of the cluster, whose fences would stand in the main loop: only wgmma and the TMA touch a stage.
+// Arrives without cluster scope, which would put fences into the main loop. None is needed, because only wgmma and the
+// TMA access a stage.
 __device__ __forceinline__ void mbarrier_arrive_in(uint64_t* bar, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -101,7 +102,7 @@ __device__ __forceinline__ void tma_store_wait_read() {
 
 __device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// Shared memory that this thread wrote becomes visible to the accelerator.
+// Makes this thread's writes to shared memory visible to the TMA.
 __device__ __forceinline__ void tma_store_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- registers ----
@@ -168,7 +169,7 @@ __device__ __forceinline__ uint64_t operand(uint32_t addr) {
   return (uint64_t{1} << 62) | (uint64_t{1024 / 16} << 32) | (uint64_t{1} << 16) | ((addr & 0x3ffff) >> 4);
 }
 
-// Before the first product, and whenever other instructions have touched the accumulators.
+// Needed before the first product, and after other instructions have accessed the accumulators.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -178,14 +179,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler must not move uses of x across: a wait names no registers.
+// Keeps the compiler from moving uses of x across this point: a wgmma wait does not name the accumulators.
 __device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 
-// Nor what it computed of x: it computes that again, where registers would hold it.
+// Makes the compiler compute values that depend on x again after this point, in place of keeping them in registers.
 __device__ __forceinline__ void forget(float& x) { asm volatile("" : "+f"(x)); }
 __device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
 
-// The compiler must not load what comes after this before it: registers that would hold it.
+// Keeps the compiler from moving later loads before this point, where they would occupy registers.
 __device__ __forceinline__ void load_later() { asm volatile("" ::: "memory"); }
 
 #define REG8(i)                                                                                               \

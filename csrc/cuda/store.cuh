@@ -1,16 +1,17 @@
-// How the kernels that make weights store a tile of them.
+// Stores a tile of weights, for the kernels that compute weights.
 #pragma once
 #include "tile.cuh"
 
 namespace fastclip {
 
-// Stores the tile's weights, every warp its own 16 rows of a piece: weigh(row, half, h, c, weights) computes two
-// neighbours in a row, whose own values are `row`.
+// Stores the tile's weights. Every warp stores its own 16 rows of a piece, so that warps need no barrier for it.
+// weigh(row, half, h, c, weights) computes two adjacent weights of a row, whose values are `row`.
 template <class Op, class Weigh>
 __device__ __forceinline__ void store_weights(const Epilogue<Op>& t, const Weigh& weigh) {
   using S = Stores<Op>;
   constexpr int kBlocks = S::kPieces / kHalves;
-  // Where this lane writes its row of a matrix: row lane % 16 of the warp's 16; chunk xor row % 8 is the swizzle
+  // Address at which this lane writes its row of an 8 x 8 matrix: row lane % 16 of the warp's 16 rows. The swizzle of
+  // the TMA places 16-byte chunk c of a row at c xor (row % 8).
   int dst = smem_address(t.stores.piece[0]) + 128 * (16 * t.at.warp + (t.at.lane & 15)) +
             (((t.at.lane >> 4) ^ (t.at.lane & 7)) << 4);
 #pragma unroll
@@ -19,7 +20,7 @@ __device__ __forceinline__ void store_weights(const Epilogue<Op>& t, const Weigh
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       const int buffer = (kBlocks * half + block) % S::kBuffers;
-      forget(dst);  // addresses are computed anew for every piece: registers that keep them would spill
+      forget(dst);  // compute addresses again for every piece: registers that keep them would spill
 #pragma unroll
       for (int c = 0; c < 8; c += 2) {
         uint32_t packed[4];
@@ -44,7 +45,7 @@ __device__ __forceinline__ void store_weights(const Epilogue<Op>& t, const Weigh
   }
 }
 
-// The end of a tile of weights: its share of d_scale. After the barrier nobody reads the tile's vectors any more.
+// Ends a tile of weights: stores its partial sum of d_scale. After the barrier no thread reads the tile's vectors.
 template <class Op>
 __device__ __forceinline__ void end_tile(const Epilogue<Op>& t, float d_scale) {
   publish_sum(t, 0, d_scale);

@@ -1,13 +1,13 @@
-// A persistent kernel over tiles (kBlockM, kBlockN) of the logits: the products here, what becomes of them in an `Op`
-// (contrastive_*.cu, sigmoid_fwd.cu, loss_exact.cu, loss_weights.cu). M images, N texts, D features; i, j count rows
-// and columns.
+// A persistent kernel over tiles (kBlockM, kBlockN) of the logits. This file computes the dot products of a tile; an
+// `Op` (contrastive_*.cu, sigmoid_fwd.cu, loss_exact.cu, loss_weights.cu) is the epilogue that uses them. M images, N
+// texts, D features; i and j index rows (images) and columns (texts).
 //
-//   Program   one CTA a multiprocessor: a producer warp issues TMA loads, two consumer warpgroups take tiles in turn
-//             ("pingpong"): while one multiplies the other does its epilogue. Two CTAs of a cluster own vertically
-//             adjacent tiles; each loads one half of the text block for both (multicast)
-//   Traffic   image and text once per tile column and pair of tile rows, in bands of rows that stay in L2
-//   Precision products in the features' dtype, accumulation in fp32
-//   Ragged    rows >= M, columns >= N and the D tail load as 0; tiles at the edge and on the diagonal are masked
+//   Program   one CTA per multiprocessor with a producer warp, which issues TMA loads, and two consumer warpgroups
+//             the consumers take tiles in turn ("pingpong"): while one multiplies, the other runs its epilogue
+//             the two CTAs of a cluster own vertically adjacent tiles, and each loads half of the text block for both
+//   Traffic   reads images once per tile column and texts once per pair of tile rows, in bands of rows that stay in L2
+//   Precision products in the dtype of the features, accumulation in fp32
+//   Ragged    rows >= M, columns >= N and the D tail load as 0, tiles at the edge and on the diagonal are masked
 //   Order     every partial sum has its own slot, nothing is atomic: bitwise repeatable
 #pragma once
 #include <cuda_runtime.h>
@@ -27,15 +27,15 @@ namespace fastclip {
 
 using namespace sm90;
 
-constexpr int kBlockM = FASTCLIP_CUDA_TILE_M, kBlockK = 64, kHalves = kBlockM / 64;  // wgmma computes 64 rows
+constexpr int kBlockM = FASTCLIP_CUDA_TILE_M, kBlockK = 64, kHalves = kBlockM / 64;  // a wgmma has 64 rows
 constexpr int kCluster = 2;                                                          // CTAs that share a text block
-constexpr int kBand = 8;  // pairs of tile rows that are walked column by column: 2048 image rows stay in L2
+constexpr int kBand = 8;  // pairs of tile rows that are visited column by column, so that 2048 image rows stay in L2
 constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "registers of a multiprocessor");
 constexpr double kLog2e64 = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr float kLog2e = static_cast<float>(kLog2e64), kSmallest = 0x1p-126f;
-constexpr float kReach =
-    70.f;  // exponentials, and sums of a million of them, do not overflow so far above their offset
+// A logit may be this far above the offset: exp(70) = 2.5e30, and fp32 holds a sum of a million of them
+constexpr float kReach = 70.f;
 
 struct Side {
   const float *factor, *neg, *pos, *own;  // as in fastclip.h
@@ -50,9 +50,9 @@ struct Params {
   double* part;
   int64_t offset, part_row_stride;
   int M, N, k_blocks, tiles_m, tiles_n, pairs;  // pairs of vertically adjacent tiles
-  int parts_n;                                  // from one row of tiles to the next in their sums; 0: tiles_n
+  int parts_n;                                  // partial sums from one row of tiles to the next; 0: tiles_n
   int exclude_self;
-  Loss loss;  // of the plain case
+  Loss loss;  // for the kernels of the plain case
 };
 
 struct Tile {
@@ -64,15 +64,15 @@ struct Place {
   int thread, warp, lane, row, col;
 };
 
-// When the Op's finish_exact() stands in for finish(): where the device asked for a repair, or always, in a kernel that
-// returns at once elsewhere.
+// When the Op's finish_exact() is called in place of finish(): never, if the device asked for a repair, or always, in a
+// kernel that returns at once unless the device asked for a repair.
 enum class Exact { never, on_repair, alone };
 
-constexpr int kNone = 1 << 20;  // `diagonal` of a tile that excludes no own pair
+constexpr int kNone = 1 << 20;  // value of `diagonal` for a tile without excluded diagonal pairs
 constexpr int kFindsNothing = -1;
 
-// Which elements of a tile at the edge or on the diagonal do not count; all but three numbers are known to the
-// compiler.
+// Elements of a tile at the edge or on the diagonal that do not count. Only three numbers are known at run time; the
+// compiler folds everything else into the unrolled loops.
 struct Mask {
   int diagonal, rows, cols;
   __device__ __forceinline__ bool own(int half, int h, int c, int e) const {
@@ -83,20 +83,20 @@ struct Mask {
   }
 };
 
-// What a consumer warpgroup keeps of a tile: vectors of its rows and columns, and sums of its four warps.
+// Shared memory of a consumer warpgroup for one tile: vectors of its rows and columns, and sums of its four warps.
 template <class Op>
 struct Scratch {
   alignas(16) float row[Op::kRowVectors][kBlockM];
   alignas(16) float col[Op::kColVectors][Op::kBlockN];
   alignas(16) float sums[Op::kSums][4][Op::kSumsN];
-  float found;  // the constant Op::kFinds
+  float found;  // value of the constant Op::kFinds
 };
 
-// Stored weights on their way: a piece is 64 rows of 64 two-byte values.
+// Weights on their way to global memory. A piece has 64 rows of 64 two-byte values.
 template <class Op>
 struct Stores {
   static constexpr int kPieceBytes = 64 * 128, kPieces = kHalves * Op::kBlockN / 64;
-  static constexpr int kBuffers = kPieces % 3 == 0 ? 3 : 2;  // the pieces of a tile use each equally often
+  static constexpr int kBuffers = kPieces % 3 == 0 ? 3 : 2;  // every buffer takes equally many pieces
   static_assert(kPieces % kBuffers == 0, "a buffer must not be written again before kBuffers - 1 others");
   unsigned char piece[Op::kStores ? kBuffers : 1][Op::kStores ? kPieceBytes : 16];
 };
@@ -111,7 +111,7 @@ struct Smem {
   uint64_t full[Op::kStages], empty[Op::kStages];
 };
 
-// A row's values in registers.
+// The vectors' values of one row, in registers.
 template <class Op>
 struct RowValues {
   float value[Op::kRowVectors];
@@ -123,7 +123,7 @@ struct Epilogue {
   const Params& p;
   Tile tile;
   Place at;
-  int diagonal;  // the own column of the tile's first row, relative to the tile; kNone when no own pair is excluded
+  int diagonal;  // column in which the tile's first row meets the diagonal, counted from the tile's first; or kNone
   Scratch<Op>& scratch;
   Stores<Op>& stores;
   const CUtensorMap* weights_map;
@@ -150,33 +150,34 @@ struct Epilogue {
 
 __device__ __forceinline__ bool repairs(const Params& p) { return __ldg(p.constants + FASTCLIP_REPAIR) != 0; }
 
-// factor s log2(e), rounded once: an error of the scale shifts all logits alike.
+// factor s log2(e), formed in fp64 and rounded once, because an error in it would shift all logits of a row together.
 __device__ __forceinline__ float scaled2(float factor, const float* constants) {
   return static_cast<float>(static_cast<double>(factor) * __ldg(constants + FASTCLIP_SCALE) * kLog2e64);
 }
 
-// What rounding took from that.
+// The rounding error of scaled2().
 __device__ __forceinline__ float rest2(float factor, const float* constants) {
   const double exact = static_cast<double>(factor) * __ldg(constants + FASTCLIP_SCALE) * kLog2e64;
   const float rounded = static_cast<float>(exact);
   return fabsf(rounded) < HUGE_VALF ? static_cast<float>(exact - rounded) : 0.f;
 }
 
-// log2(e) z of a dot product, and what rounding took from it; -inf for a pair that does not count.
+// log2(e) z of a dot product, and in *low its rounding error; -inf for a pair that does not count.
 __device__ __forceinline__ float exact_logit2(float dot, float scaled, float rest, bool drop, float* low) {
-  const float exact = __fmul_rn(dot, scaled);  // never part of another operation, which would round otherwise
+  const float exact = __fmul_rn(dot, scaled);  // not fused with another operation, which would round differently
   const float z2 = drop ? -HUGE_VALF : exact, rounded = fmaf(dot, scaled, -exact) + dot * rest;
   *low = fabsf(z2) < HUGE_VALF ? rounded : 0.f;
   return z2;
 }
 
-// Two values summed over the lanes that differ in one bit, one shuffle: lanes with the bit clear get the sum of low.
+// Sum two values over the lanes that differ in one bit, with one shuffle. Lanes with the bit clear return the sum of
+// low, lanes with the bit set that of high.
 __device__ __forceinline__ float exchange(float low, float high, int bit, int lane) {
   const bool upper = lane & bit;
   return (upper ? high : low) + __shfl_xor_sync(0xffffffff, upper ? low : high, bit);
 }
 
-// Sum over the warpgroup, in thread 0: [k] of each warp is in scratch.sums[k][warp][0] after the next barrier.
+// Store the sum of every warp in scratch.sums[k][warp][0]. After the next barrier published_sum() adds the four.
 template <class Op>
 __device__ __forceinline__ void publish_sum(const Epilogue<Op>& t, int k, float sum) {
 #pragma unroll
@@ -199,20 +200,21 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int block_n, int pair, 
   return {m, n, m * kBlockM, n * block_n};
 }
 
-// An offset of 0 where that reaches all logits: the further an exponent is from 0, the more digits it loses.
+// The offset is 0 if no logit is above kReach, because subtracting a larger offset costs digits of the exponent.
 __device__ __forceinline__ float offset2_of(float bound) { return (bound <= kReach ? 0.f : bound - kReach) * kLog2e; }
 
-// Power of two with 2^13 > gain |G| for fp16 weights G <= e^(bound + bias) of the sigmoid loss, so that also those of a
-// solved batch are fp16 numbers. Below e^-40 nothing counts beside the own pairs, whose weight is near 1: fp32 has room
-// for that times the gain and any feature.
+// Power of two with gain |G| < 2^13 for fp16 weights G <= e^(bound + bias) of the sigmoid loss. Without it the weights
+// of a solved batch would flush to zero in fp16. Weights below e^-40 do not count beside the diagonal pairs, whose
+// weight is then near 1. The gain stops there, so that fp32 holds a diagonal weight times the gain and any feature.
 __device__ __forceinline__ float gain_of(float bound, float bias) {
   float top = bound + bias;
   top = top < 0.f ? (top > -40.f ? top : -40.f) : 0.f;  // NaN: 0
   return as_float((127 + 12 - static_cast<int>(floorf(top * kLog2e))) << 23);
 }
 
-// The constant Op::kFinds: that of the constants, or where the norms' blocks have left their largest norms what follows
-// from those. Every CTA finds it anew, the first one for the kernels to come as well.
+// Compute the constant Op::kFinds. If the blocks of the norms kernel have stored their largest norms, it follows from
+// those; otherwise it is already among the constants. Every CTA computes it again, which saves a launch, and the first
+// CTA stores it for the kernels that follow.
 template <class Op>
 __device__ __forceinline__ void find_constant(const Params& p, Smem<Op>& s) {
   float found = 0.f;
@@ -253,7 +255,7 @@ __device__ __forceinline__ void produce(const Params& p, Smem<Op>& s, const CUte
                                         const CUtensorMap& text_map, int cluster, int clusters, int count, int rank) {
   constexpr int kShare = Op::kBlockN / kCluster;  // rows of the text block that this CTA loads for both
   int stage = 0;
-  uint32_t parity = 1;  // a fresh barrier counts as released
+  uint32_t parity = 1;  // a fresh barrier counts as released: the first wait of every stage returns at once
   for (int k = 0; k < count; ++k) {
     const Tile tile = tile_at(p, Op::kBlockN, cluster + k * clusters, rank);
 #pragma unroll 1
@@ -273,19 +275,22 @@ __device__ __forceinline__ void consume(const Params& p, Smem<Op>& s, const CUte
                                         int clusters, int count, int rank, int mine) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const Place at = {thread, thread / 32, lane, 16 * (thread / 32) + lane / 4, 2 * (lane % 4)};
-  // Named barriers: 1 and 2 are the warpgroups' turns at the tensor cores, 3 and 4 are theirs alone; 0 is __syncthreads
+  // Named barriers: 0 is __syncthreads, 1 and 2 give the two warpgroups their turns at the tensor cores, and 3 and 4
+  // synchronise one warpgroup each
   const int turn = 1 + mine, other_turn = 2 - mine;
   if (mine == 1) named_arrive(other_turn, 256);  // the first turn belongs to consumer 0
 
   for (int k = mine; k < count; k += 2) {
     const Tile tile = tile_at(p, Op::kBlockN, cluster + k * clusters, rank);
     Scratch<Op>& scratch = s.scratch[mine];
-    // The tile's vectors: nobody of this warpgroup still reads the last tile's, and the turn's barrier publishes them
+    // Load the tile's vectors. This warpgroup has finished reading those of its last tile, and the barrier of its turn
+    // makes the new ones visible, so no further barrier is needed.
     Op::load_row(p, tile.i0 + thread, scratch, thread);
     for (int j = thread; j < Op::kBlockN; j += 128) Op::load_col(p, tile.j0 + j, scratch, j);
 
     float acc[kHalves][Op::kBlockN / 2];
-    // The CTA's k blocks are numbered through; the other consumer's are skipped
+    // The blocks of features of all tiles of the CTA are numbered consecutively, because the producer fills the stages
+    // in that order. This consumer skips the blocks of the other one's tiles.
     const uint32_t step = static_cast<uint32_t>(k) * p.k_blocks;
     int stage = step % Op::kStages, last = 0;
     uint32_t parity = step / Op::kStages & 1;
@@ -304,6 +309,7 @@ __device__ __forceinline__ void consume(const Params& p, Smem<Op>& s, const CUte
           wgmma<Op::kHalf>(acc[half], a + half * (64 * 128 / 16) + kk * 2, b + kk * 2, kk > 0 || block > 0);
       wgmma_commit();
       wgmma_wait<1>();
+      // One group of products is still in flight, so only the stage before this one is free again
       if (block > 0 && lane < kCluster) mbarrier_arrive_in(&s.empty[last], lane);
       last = stage;
       if (++stage == Op::kStages) stage = 0, parity ^= 1;
@@ -321,7 +327,7 @@ __device__ __forceinline__ void consume(const Params& p, Smem<Op>& s, const CUte
     const Epilogue<Op> epilogue = {p, tile, at, diagonal, scratch, s.stores[mine], &weights_map, 3 + mine};
     if constexpr (Op::kExact == Exact::alone) {
       Op::finish_exact(acc, epilogue);
-    } else if constexpr (Op::kRetries) {  // where a warp is not done the first way it takes the second
+    } else if constexpr (Op::kRetries) {  // a warp whose fast path fails computes the tile again by the masked path
       if (masked || !Op::template finish<false>(acc, epilogue)) Op::template finish<true>(acc, epilogue);
     } else {
       if (!masked)
@@ -342,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (Op::kSkipsRepairs && repairs(p)) return;
   if (Op::kExact == Exact::alone && !repairs(p)) return;
   unsigned char* raw = dynamic_smem();
-  // the same place in both CTAs of a cluster
+  // The alignment gives the same offset in both CTAs of a cluster, which multicast needs
   Smem<Op>& s = *reinterpret_cast<Smem<Op>*>(raw + (1024 - smem_address(raw) % 1024) % 1024);
   const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0), rank = cluster_rank();
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
@@ -350,8 +356,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (threadIdx.x == 0) {
     for (int k = 0; k < Op::kStages; ++k) {
-      mbarrier_init(&s.full[k], 1);              // the producer's expect, then the bytes of both multicasts
-      mbarrier_init(&s.empty[k], 4 * kCluster);  // the consuming warps here and in the other CTA
+      mbarrier_init(&s.full[k], 1);              // one arrival, the producer's expect, and the bytes of all loads
+      mbarrier_init(&s.empty[k], 4 * kCluster);  // the four consuming warps of both CTAs
     }
     mbarrier_init_fence();
   }
