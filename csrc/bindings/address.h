@@ -1,4 +1,4 @@
-// What the bindings share: Python hands over addresses as numbers.
+// Converts addresses, which Python passes as integers, to pointers.
 #pragma once
 #include <cstdint>
 

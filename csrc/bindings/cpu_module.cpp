@@ -1,5 +1,5 @@
-// Python binding of the CPU kernels: addresses in, messages out. Shapes and dtypes are the caller's business
-// (fastclip/_backends/cpu/); this file knows neither torch nor numpy.
+// Python binding of the CPU kernels. It takes addresses and turns error codes into exceptions. The caller
+// (fastclip/_backends/cpu/) checks shapes and dtypes; this file uses neither torch nor numpy.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -47,7 +47,8 @@ fastclip_bwd_side bwd_side(uintptr_t factor, uintptr_t factor_low, uintptr_t inv
           pointer<const float>(d_pos),   pointer<const float>(pos_lse),    pointer<const float>(d_pos_lse)};
 }
 
-// Of the calls below: numbers one after the other, where a training step on few rows waits for each.
+// The calls below take plain numbers in place of a Block object, because a training step on few rows waits for the
+// construction of each Python object.
 fastclip_block block_at(uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0,
                         int64_t offset = 0) {
   return {pointer<float>(dot), row_stride, M, N, i0, j0, offset, 0};
@@ -91,7 +92,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
-      "sigmoid_fwd",  // (loss, d_scale, d_bias) of the block
+      "sigmoid_fwd",  // returns (loss, d_scale, d_bias) of the block
       [](uintptr_t image_inv_norm, uintptr_t text_inv_norm, double scale, float bias, bool gradients, int64_t offset,
          uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0, int num_threads) {
         const fastclip_block block = block_at(dot, row_stride, M, N, i0, j0, offset);
@@ -103,7 +104,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
-      "norms",  // the number of large rows
+      "norms",  // returns the number of large rows
       [](uintptr_t x, int64_t row_stride, int64_t M, int64_t D, uintptr_t inv_norm, uintptr_t outer, int num_threads) {
         int64_t large = 0;
         check(fastclip_cpu_norms(pointer<const float>(x), row_stride, M, D, pointer<float>(inv_norm),
@@ -120,10 +121,10 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::call_guard<py::gil_scoped_release>());
 
-  m.attr("LOSS_HEADER") = 8 * FASTCLIP_LOSS_HEADER;  // bytes of `saved`
-  m.attr("LOSS_ROW") = 8 * FASTCLIP_LOSS_ROW;        // and for every pair
+  m.attr("LOSS_HEADER") = 8 * FASTCLIP_LOSS_HEADER;  // bytes of the header of `saved`
+  m.attr("LOSS_ROW") = 8 * FASTCLIP_LOSS_ROW;        // bytes for every pair
   m.def(
-      "loss_fwd",  // the loss with the last block
+      "loss_fwd",  // returns the loss after the last block, else 0
       [](uintptr_t saved, int64_t all, bool normalize, double scale, double image_weight, uintptr_t dot,
          int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0, int num_threads) {
         const fastclip_loss loss{all, normalize, scale, image_weight, pointer<double>(saved)};
@@ -134,7 +135,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
-      "loss_bwd",  // d_scale of the block
+      "loss_bwd",  // returns d_scale of the block
       [](uintptr_t saved, int64_t all, uintptr_t dot, int64_t row_stride, int64_t M, int64_t N, int64_t i0, int64_t j0,
          int num_threads) {
         const fastclip_loss loss = loss_of(saved, all);
@@ -144,7 +145,7 @@ PYBIND11_MODULE(_cpu, m) {
         return d_scale;
       },
       py::call_guard<py::gil_scoped_release>());
-  m.def("loss_factor", [](uintptr_t saved, int64_t all) {  // and whether some outer is not 1
+  m.def("loss_factor", [](uintptr_t saved, int64_t all) {  // returns the factor, and True if an outer is not 1
     const fastclip_loss loss = loss_of(saved, all);
     int large = 0;
     const double factor = fastclip_cpu_loss_factor(&loss, &large);

@@ -1,5 +1,5 @@
-// Python binding of the Hopper kernels: addresses in, messages out. Shapes and dtypes are the caller's business
-// (fastclip/_backends/cuda.py); this file knows neither torch nor CUDA.
+// Python binding of the Hopper kernels. It takes addresses and turns error codes into exceptions. The caller
+// (fastclip/_backends/cuda.py) checks shapes and dtypes; this file uses neither torch nor CUDA.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,14 +30,14 @@ void check(int status) {
                               ")");
 }
 
-// The problem of a loss of pairs: a tuple, not a struct with names, because a training step waits for the host. image,
-// text, their row strides; the same of the rows that the products read; N, D; half, normalize; scale, image_weight;
-// workspace, processors, device, stream.
+// The problem of a loss of pairs, as a tuple and not as a class with names, because a training step on few rows waits
+// for the host. Its elements: image, text and their row strides; the rows that the products read and their strides; N,
+// D; half, normalize; scale, image_weight; workspace, processors, device, stream.
 using Loss = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t,
                         int64_t, bool, bool, uintptr_t, double, int64_t, int, int, uintptr_t>;
 
 template <int kCount>
-using Addresses = std::array<uintptr_t, kCount>;  // 0: not wanted
+using Addresses = std::array<uintptr_t, kCount>;  // 0: not needed
 
 fastclip_cuda_loss loss_of(const Loss& x) {
   return {pointer<const void>(std::get<0>(x)),
@@ -153,7 +153,7 @@ PYBIND11_MODULE(_cuda, m) {
                                        pointer<void>(loss), wide, pointer<void>(d_image), pointer<void>(d_text),
                                        pointer<float>(d_scalars)));
   });
-  // kept: image, text, scale, bias; d: image, text, both scalars
+  // kept: gradients of image, text, scale and bias. d: outputs in the same order.
   m.def("sigmoid_bwd", [](uintptr_t upstream, const Addresses<4>& kept, const Addresses<4>& d, int64_t image_count,
                           int64_t text_count, bool half, int device, uintptr_t stream) {
     const fastclip_cuda_factors p = {pointer<const float>(upstream),
@@ -177,8 +177,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("COMPILER") = FASTCLIP_CUDA_COMPILER;
   m.attr("ARCHS") = FASTCLIP_CUDA_ARCHS;
 #ifdef FASTCLIP_EMULATE
-  m.attr("EMULATED") = true;                       // csrc/tests/emulate_sm90.h: for tests
-  m.def("launches", &fastclip_emulated_launches);  // since the last call
+  m.attr("EMULATED") = true;                       // by csrc/tests/emulate_sm90.h, for tests
+  m.def("launches", &fastclip_emulated_launches);  // number of launches since the last call
 #else
   m.attr("EMULATED") = false;
 #endif

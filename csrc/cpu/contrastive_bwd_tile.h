@@ -1,12 +1,14 @@
 // Backward tile kernel: turns one tile of dot products into the weights of the two gradient products, in place.
 //
-// Math      G_ij = d_neg_i 2^(z_ij - neg_i) + d_neg_j 2^(z_ij - neg_j)                           negatives
-//           G_ij = d_pos_i + d_pos_j + d_pos_lse_i 2^(z_ij - pos_lse_i) + (column likewise)      positives
-//           0 for pairs that are neither; dot_ij <- r_i G_ij c_j;  d_scale += sum_ij r_i G_ij c_j dot_ij
+// Math      G_ij = d_neg_i 2^(z_ij - neg_i) + d_neg_j 2^(z_ij - neg_j) at negatives
+//           G_ij = d_pos_i + d_pos_j + d_pos_lse_i 2^(z_ij - pos_lse_i) + d_pos_lse_j 2^(z_ij - pos_lse_j) at positives
+//           G_ij = 0 at pairs that are neither
+//           dot_ij <- r_i G_ij c_j and d_scale += sum_ij r_i G_ij c_j dot_ij
 // Program   one pass over the tile
 // Traffic   reads and writes 4 M N bytes once
-// Precision fp32; one exponential a logit where the log-sum-exps of the tile lie within 2^48, else two; d_scale is
-//           summed over a row in fp32 and over rows in fp64. z never exceeds its log-sum-exps, so nothing overflows
+// Precision fp32, with d_scale summed over a row in fp32 and over rows in fp64
+//           one exponential per logit if the log-sum-exps of the tile differ by at most 48 (in log2), else two
+//           z never exceeds its log-sum-exps, so nothing overflows
 // Ragged    lanes beyond the last column are neither read nor written
 // Order     rows from first to last, lanes by halving: bitwise repeatable
 #pragma once
@@ -17,11 +19,11 @@ namespace {
 
 using fastclip::BwdSide;
 
-// One offset serves a whole tile when all its log-sum-exps lie within this many powers of two: weights that are dropped
-// below 2^kExp2Floor are then less than 2^-52 of their row's and column's largest.
+// One offset serves a whole tile if all its log-sum-exps differ by at most this many powers of two. Weights below
+// 2^kExp2Floor, which are dropped, are then less than 2^-52 of the largest of their row and column.
 constexpr float kOffsetSpread = 48.0f;
 
-// A finite maximum and whether every element above -inf lies within kOffsetSpread of it (false with NaN or +inf).
+// The maximum, and whether every element above -inf is within kOffsetSpread of it (false with NaN or +inf).
 struct Spread {
   float top = kNegInf;
   bool close = true;
@@ -39,7 +41,7 @@ inline Spread spread(const float* a, int64_t size_a, const float* b, int64_t siz
   return s;
 }
 
-// What a weight d 2^(z - lse) is made of. An empty set has no z, and contributes 0.
+// The two numbers of a weight d 2^(z - lse). An empty set contributes 0.
 struct Term {
   float d;
   float lse;
@@ -61,7 +63,7 @@ struct OneExp {  // E (a_i + b_j)
 };
 
 struct TwoExp {
-  const float *d, *lse;  // of the columns
+  const float *d, *lse;  // vectors of the columns
   Simd::F d_row, lse_row;
   bool coarse;
   template <class Lanes>
@@ -72,7 +74,8 @@ struct TwoExp {
   }
 };
 
-// Row i. `positive(j, lanes, g)` puts the positives' weights in place of what the negatives' formula gave.
+// Weigh row i. `positive(j, lanes, g)` replaces the weights of positives in g, which has those of the negatives'
+// formula.
 template <class Keep, class Negative, class Positive>
 float bwd_row(const Tile& t, const BwdSide& image, const BwdSide& text, int64_t i, const Keep& keep_i,
               const Negative& negative, const Positive& positive) {

@@ -1,13 +1,14 @@
-// Forward tile kernel: row and column statistics of one tile of z; z is never stored.
+// Forward tile kernel: row and column statistics of one tile of z. z is never stored.
 //
-// Math      neg_i = log2 sum_{j negative} 2^z_ij, z_ij = dot_ij f_i f_j (units of log 2), likewise over i for columns;
-//           pos_i = sum_{j positive} z_ij; with labels also the log2-sum-exp2 over the positives
-// Program   one pass over a tile that fits the second-level cache; three where its guard fails; one more for the
-//           largest z of every row and column, where they are wanted
-// Traffic   reads 4 M N bytes from memory once; writes 8 bytes a row and a column of the tile
-// Precision fp32; one exponential a logit, relative to the maximum of the tile's first row, serves rows and columns;
-//           checked afterwards, and done again relative to every row's and column's own maximum where the tile's
-//           logits lie too far apart: right for any logits, no bound on them is assumed
+// Math      z_ij = dot_ij f_i f_j in units of log 2
+//           neg_i = log2 sum over the negatives j of 2^z_ij, and the same over i for columns
+//           pos_i = sum over the positives j of z_ij, with labels also their log2-sum-exp2
+// Program   one pass over a tile that fits into the second-level cache, three if the check below fails
+//           one more for the largest z of every row and column, if requested
+// Traffic   reads 4 M N bytes from memory once, writes 8 bytes per row and column of the tile
+// Precision fp32, one exponential per logit relative to the maximum of the tile's first row, for rows and columns alike
+//           sums are checked, and if logits are too far apart computed again with every row's and column's maximum
+//           so no bound on the logits is assumed
 // Ragged    lanes beyond the last column are masked out of every sum
 // Order     rows from first to last, lanes by halving: bitwise repeatable
 #pragma once
@@ -19,8 +20,8 @@ namespace {
 using fastclip::FwdSide;
 using fastclip::LogSum;
 
-// What a sum of exponentials relative to one offset must lie between: terms below kExp2Floor were dropped, which is
-// then less than 2^-52 of the sum each.
+// Range of an acceptable sum of exponentials relative to one offset. Terms below 2^kExp2Floor were dropped; each is
+// then less than 2^-52 of the sum.
 constexpr float kSmallestSum = 0x1p-48f;
 constexpr float kLargestSum = 0x1p120f;
 
@@ -36,8 +37,8 @@ float row_maximum(int64_t N, const Logits& logits, const Keep& keep_i, const Col
   return reduce_max(top);
 }
 
-// Sums relative to one offset for the whole tile. False when an offset so far from some row's or column's maximum may
-// have cost it digits (or a set is empty, or something is not finite): then the result is not to be used.
+// Sums relative to one offset for the whole tile. Returns false if the result must not be used: the offset is so far
+// from the maximum of a row or column that digits may be lost, a set is empty, or a number is not finite.
 template <class Keep>
 bool one_exponential(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row,
                      LogSum col) {
@@ -63,7 +64,7 @@ bool one_exponential(const Tile& t, const FwdSide& image, const FwdSide& text, c
   return good;
 }
 
-// Largest z of every row and column, -inf where none is kept.
+// Largest z of every row and column, -inf if no element is kept.
 template <class Keep>
 void maxima(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, float* row_top,
             float* col_top) {
@@ -75,11 +76,12 @@ void maxima(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep
   }
 }
 
-// Sums relative to the maximum of each row and of each column: right for any logits.
+// Sums relative to the maximum of each row and of each column, accurate for any logits.
 template <class Keep>
 void two_exponentials(const Tile& t, const FwdSide& image, const FwdSide& text, const Keep& keep, LogSum row,
                       LogSum col) {
-  // An empty set's offset must not give NaN. An infinite one must: a product that FMA does not round would miss it.
+  // The offset -inf of an empty set must not produce NaN. The offset +inf must: with FMA, which does not round the
+  // product first, the overflow of a logit would otherwise go unnoticed.
   const auto offset_of = [](float top) { return top == kNegInf ? 0.0f : top == -kNegInf ? top - top : top; };
   maxima(t, image, text, keep, row.max, col.max);
   for (int64_t i = 0; i < t.M; ++i) row.max[i] = offset_of(row.max[i]);
@@ -115,7 +117,7 @@ double exact_logit(const Tile& t, const FwdSide& image, const FwdSide& text, int
   return t.dot[i * t.row_stride + j] * factor * text.factor[j];
 }
 
-// Sum of z over the positives, in fp64; false where the tile has none.
+// Sum z over the positives in fp64. Returns false if the tile has no positive.
 template <class Same>
 bool positive_sums(const Tile& t, const FwdSide& image, const FwdSide& text, const Same& same) {
   bool found = false;

@@ -1,5 +1,5 @@
-// The CPU backend's entry points: a block of logits is cut into tiles, threads take tiles, partial results are
-// combined in tile order, so that no result depends on the number of threads.
+// Entry points of the CPU backend. A block of logits is cut into tiles, which threads compute. Partial results are
+// combined in the order of the tiles, so that no result depends on the number of threads.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -28,7 +28,7 @@ std::atomic<const TileKernels*>& selected_kernels() {
   return kernels;
 }
 
-struct Grid {  // of the tiles of a block
+struct Grid {  // tiles of a block
   int64_t M, N;
   explicit Grid(const fastclip_block& b) : M((b.M + kTileM - 1) / kTileM), N((b.N + kTileN - 1) / kTileN) {}
   int64_t size() const { return M * N; }
@@ -43,12 +43,12 @@ bool valid(const fastclip_block* b) {
   return b != nullptr && b->dot != nullptr && b->M > 0 && b->N > 0 && b->row_stride >= b->N && b->i0 >= 0 && b->j0 >= 0;
 }
 
-// One side's partial results of a block: `tiles` rows of `size` numbers each, a row per tile across.
+// Partial results of one side of a block: `tiles` rows of `size` numbers, one row for each tile across.
 struct Partials {
   int64_t size, tiles;
-  std::vector<float> log_sums;  // maxima and sums of the negatives, with labels of the positives too
+  std::vector<float> log_sums;  // maxima and sums over the negatives, with labels also over the positives
   std::vector<double> pos;
-  std::vector<float> tops;  // where they are wanted: of the negatives, with labels of the positives too
+  std::vector<float> tops;  // largest logits, if requested, of the negatives and with labels of the positives
   Partials(int64_t size, int64_t tiles, const fastclip_fwd_side& side)
       : size(size),
         tiles(tiles),
@@ -109,7 +109,7 @@ void fwd(const fastclip_block& b, const fastclip_fwd_side& image, const fastclip
   };
   parallel_for(grid.size(), num_threads, tile);
 
-  constexpr int64_t kReduce = 256;  // rows or columns a task
+  constexpr int64_t kReduce = 256;  // rows or columns per task
   const int64_t row_tasks = (b.M + kReduce - 1) / kReduce, col_tasks = (b.N + kReduce - 1) / kReduce;
   auto combine = [&](int64_t index) {
     const bool row = index < row_tasks;
@@ -161,7 +161,7 @@ double bwd(const fastclip_block& b, const fastclip_bwd_side& image, const fastcl
   return total;
 }
 
-constexpr int64_t kRows = 64;  // of a task
+constexpr int64_t kRows = 64;  // rows per task
 constexpr double kLargeNorm = 0x1p40;
 
 template <class Task>

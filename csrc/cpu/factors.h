@@ -5,7 +5,7 @@
 
 namespace fastclip {
 
-// What an image's dot products are multiplied with, and what rounding took from it: the scale rounded would shift
+// Factors of the images' dot products and their rounding errors. Without the errors, the rounded scale would shift
 // logits of 1,000 by 3e-5, all in the same direction.
 inline void scaled_factors(const float* inv_norm, double scale, int64_t size, float* factor, float* factor_low) {
   for (int64_t i = 0; i < size; ++i) {

@@ -8,7 +8,7 @@
 namespace fastclip {
 
 template <class Work>
-int guarded(const Work& work) {  // no exception leaves the C interface
+int guarded(const Work& work) {  // turns exceptions into a status, because none may cross the C interface
   try {
     work();
   } catch (const std::bad_alloc&) {

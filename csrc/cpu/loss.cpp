@@ -1,8 +1,10 @@
-// The mean loss without labels from the passes over its blocks: what is of size N, around what is of size N^2.
+// The mean loss without labels: the work of order N before, between and after the passes over the blocks of logits.
 //
-// Math      with t_i = neg_i - pos_i in natural units: loss = w mean_i softplus(t_i) + (1 - w) mean_j softplus(t_j);
+// Math      t_i = neg_i - pos_i in natural units
+//           loss = w mean_i softplus(t_i) + (1 - w) mean_j softplus(t_j)
 //           dL/d neg_i = w sigmoid(t_i) / N = -dL/d pos_i
-// Precision fp64 up to the weights' fp32 vectors: what rounding takes from a log-sum-exp goes into its derivative
+// Precision fp64 up to the fp32 vectors of the weights
+//           the rounding error of a log-sum-exp is moved into its derivative
 // Order     parts of kPart rows, summed from first to last: bitwise repeatable on any number of threads
 #include <algorithm>
 #include <cmath>
@@ -19,16 +21,16 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr int64_t kPart = 256;
 
-// Where the arrays of N numbers lie in `saved`.
+// Layout of the arrays of N numbers in `saved`.
 struct Side {
   float *inv_norm, *outer, *neg, *d_neg, *d_pos;
   double *neg_max, *neg_sum, *pos;  // running sums, overwritten with the log-sum-exp and its derivative at the end
 };
 struct Saved {
-  double *gain, *large, *scale;  // large: not 0 where some outer is not 1
-  float *factor, *factor_low;    // of the images
+  double *gain, *large, *scale;  // large: not 0 if an outer is not 1
+  float *factor, *factor_low;    // vectors of the images
   Side image, text;
-  static constexpr int64_t kFloats = 12, kDoubles = 6;  // for every pair
+  static constexpr int64_t kFloats = 12, kDoubles = 6;  // numbers per pair
   static_assert(kFloats / 2 + kDoubles == FASTCLIP_LOSS_ROW && kFloats % 2 == 0);
 
   explicit Saved(const fastclip_loss& loss) : gain(loss.saved), large(loss.saved + 1), scale(loss.saved + 2) {
@@ -49,7 +51,7 @@ void begin(const fastclip_loss& loss, const Saved& s) {
   std::fill_n(loss.saved, FASTCLIP_LOSS_HEADER, 0.0);
   *s.scale = loss.scale;
   for (const Side* side : {&s.image, &s.text}) {
-    if (!loss.normalize) std::fill_n(side->inv_norm, 2 * loss.N, 1.0f);  // and outer behind them
+    if (!loss.normalize) std::fill_n(side->inv_norm, 2 * loss.N, 1.0f);  // outer follows inv_norm
     for (int64_t k = 0; loss.normalize && k < loss.N; ++k) *s.large += side->outer[k] != 1.0f;
     for (double* sums : {side->neg_max, side->neg_sum, side->pos}) std::fill_n(sums, loss.N, 0.0);
   }
@@ -63,11 +65,11 @@ struct Part {
 Part losses(const Side& side, double weight, int64_t begin, int64_t end) {
   Part part;
   for (int64_t k = begin; k < end; ++k) {
-    const double neg = side.neg_max[k] + std::log2(side.neg_sum[k]);  // -inf where there are no negatives
+    const double neg = side.neg_max[k] + std::log2(side.neg_sum[k]);  // -inf without negatives
     const double t = (neg - side.pos[k]) * kLn2, e = std::exp(-std::fabs(t));
     const double d = weight * (t < 0.0 ? e : 1.0) / (1.0 + e);
     part.loss += (t < 0.0 ? 0.0 : t) + std::log1p(e);
-    part.largest = std::max(part.largest, d);  // of those that are not NaN
+    part.largest = std::max(part.largest, d);  // ignores NaN
     side.neg_max[k] = neg, side.neg_sum[k] = d;
   }
   return part;
@@ -77,11 +79,11 @@ void vectors(const Side& side, double gain, int64_t begin, int64_t end) {
   for (int64_t k = begin; k < end; ++k) {
     const double exact = side.neg_max[k], d = gain * side.neg_sum[k];
     side.neg[k] = static_cast<float>(exact);
-    // Beyond 2^40 a double has no digits left for what may be lost
+    // Beyond 2^40 a double has too few digits left to represent the rounding error
     const double lost = std::fabs(side.neg[k]) < 0x1p40f ? exact - side.neg[k] : 0.0;
     side.d_neg[k] = static_cast<float>(d * std::exp2(-lost));
     side.d_pos[k] = static_cast<float>(-d);
-    side.neg_max[k] = side.neg_sum[k] = side.pos[k] = 0.0;  // read as floats they could be NaN, which confuses a reader
+    side.neg_max[k] = side.neg_sum[k] = side.pos[k] = 0.0;  // the same bytes read as floats could be NaN
   }
 }
 

@@ -1,11 +1,11 @@
-// Row kernels: the norms of feature rows before the products, and what makes gradients of the products' rows.
+// Row kernels: norms of the features before the products, and gradients from the rows of the products.
 //
 // Math      inv_norm_i = 1 / max(|x_i|, 1e-12)
-//           raw_i <- factor outer_i (raw_i - inv_norm_i^2 <raw_i, x_i> x_i); without the projection where the norm was
-//           clamped, or the features are not normalised
-// Program   one row after the other, each from memory once
-// Precision squares and their sums in fp64: none overflows or vanishes. Dot products in fp32 over at most kPart terms,
-//           beyond in fp64
+//           raw_i <- factor outer_i (raw_i - inv_norm_i^2 <raw_i, x_i> x_i)
+//           no projection if the norm was clamped or the features are not normalised
+// Program   one row after the other, each read from memory once
+// Precision squares and their sums in fp64, which neither overflow nor vanish
+//           dot products in fp32 over at most kPart terms, and in fp64 over these parts
 // Order     lanes by halving, parts from first to last: bitwise repeatable
 #pragma once
 
@@ -36,7 +36,7 @@ inline double dot_of_rows(const float* a, const float* b, int64_t size) {
 }
 
 inline double norm(const float* x, int64_t size) {
-  constexpr int64_t kChains = 16;  // as many as the additions' latency hides
+  constexpr int64_t kChains = 16;  // independent sums, which hide the latency of an addition
   double sum[kChains] = {};
   int64_t k = 0;
   for (; k + kChains <= size; k += kChains)
@@ -56,7 +56,7 @@ void finish_rows(const fastclip::Rows& rows, const fastclip::Finish& f) {
     float* raw = f.raw + i * f.raw_stride;
     const float* x = rows.x + i * rows.x_stride;
     const Simd::F factor = Simd::set1(f.outer == nullptr ? f.factor : f.outer[i] * f.factor);
-    // A norm that was clamped is a constant
+    // A clamped norm is a constant: no projection
     if (f.inv_norm == nullptr || f.inv_norm[i] * static_cast<float>(fastclip::kSmallestNorm) >= 1.0f) {
       for_columns(rows.D,
                   [&](int64_t j, auto lanes) { store(lanes, raw + j, Simd::mul(load(lanes, raw + j), factor)); });

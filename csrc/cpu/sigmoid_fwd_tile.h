@@ -1,15 +1,14 @@
 // Sigmoid-loss tile kernel: adds up one tile of the loss and turns the tile into the weights of the two gradient
 // products, in place.
 //
-// Math      x_ij = z_ij for negatives, -z_ij for the positive, z_ij = dot_ij f_i f_j + bias (natural units)
-//           loss = sum_ij softplus(x_ij), softplus(x) = max(x, 0) + log1p(t), t = exp(-abs(x))
-//           G_ij = d loss / d z_ij = +-sigmoid(x_ij), sigmoid(x) = (x >= 0 ? 1 : t) / (1 + t)
-//           dot_ij <- r_i G_ij c_j;  d_scale = sum_ij r_i G_ij c_j dot_ij;  d_bias = sum_ij G_ij
-// Program   one pass over the tile; positives, at most one a row, on their own in fp64
-// Traffic   reads 4 M N bytes once; with gradients writes them once
-// Precision fp32; log1p(t) = t P(t), never log(1 + t): a loss keeps its digits down to 2^-100 a pair. Sums over a row
-// in
-//           fp32, over rows in fp64
+// Math      z_ij = dot_ij f_i f_j + bias in natural units, x_ij = z_ij for negatives and -z_ij for the positive
+//           loss = sum_ij softplus(x_ij) with softplus(x) = max(x, 0) + log1p(t) and t = exp(-|x|)
+//           G_ij = d loss / d z_ij = +-sigmoid(x_ij) with sigmoid(x) = (x >= 0 ? 1 : t) / (1 + t)
+//           dot_ij <- r_i G_ij c_j, d_scale = sum_ij r_i G_ij c_j dot_ij and d_bias = sum_ij G_ij
+// Program   one pass over the tile, positives (at most one per row) are computed apart in fp64
+// Traffic   reads 4 M N bytes once and, with gradients, writes them once
+// Precision fp32, sums over a row in fp32 and over rows in fp64
+//           log1p(t) = t P(t) and never log(1 + t), so a pair's loss keeps its digits down to 2^-100
 // Ragged    lanes beyond the last column are neither read nor written, and masked out of the sums
 // Order     rows from first to last, lanes by halving: bitwise repeatable
 #pragma once
@@ -27,7 +26,7 @@ struct Softplus {
   Simd::F value, derivative;
 };
 
-// exp(x) for x <= 0: x log2(e) in two parts, so that the digits of a large x are not lost before the exponential.
+// exp(x) for x <= 0. x log2(e) is formed in two parts, so that a large x does not lose digits before the exponential.
 inline Simd::F exp_of_negative(Simd::F x) {
   const Simd::F log2e = Simd::set1(1.44269502e+00f), log2e_low = Simd::set1(1.92596303e-08f);
   const Simd::F y = Simd::mul(x, log2e);
@@ -53,7 +52,7 @@ inline Softplus softplus(Simd::F x) {
           Simd::div(Simd::select(Simd::not_negative(x), one, t), Simd::add(one, t))};
 }
 
-// Row i as if it had negatives only, but for `kept`.
+// Compute row i as if it had negatives only. Elements outside `kept_i` are left out.
 template <bool kGradients>
 SigmoidSums sigmoid_row(const Tile& t, const SigmoidSide& image, const SigmoidSide& text, float bias, int64_t i,
                         const NotOwn& kept_i) {

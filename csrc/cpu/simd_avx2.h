@@ -1,4 +1,4 @@
-// Eight fp32 lanes of AVX2 with FMA; the same names as simd_avx512.h.
+// Eight fp32 lanes of AVX2 with FMA, with the same names as simd_avx512.h.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +9,7 @@ namespace {
 
 struct Simd {
   using F = __m256;
-  using Mask = __m256i;  // every bit of a lane, or none
+  using Mask = __m256i;  // all bits of a lane are set, or none
   static constexpr int64_t kLanes = 8;
 
   static __m256i lane_index() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
@@ -42,7 +42,7 @@ struct Simd {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
-  // A product as it is: else the compiler makes one operation of it and the sum that follows, rounded once.
+  // Rounds a product. Without this the compiler may fuse it with the sum that follows, which is rounded only once.
   static F rounded(F a) {
     __asm__("" : "+x"(a));
     return a;

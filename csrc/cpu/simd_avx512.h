@@ -1,4 +1,4 @@
-// Sixteen fp32 lanes of AVX-512F. The three simd_*.h headers offer the same names; simd_portable.h is the plain one.
+// Sixteen fp32 lanes of AVX-512F. The three simd_*.h headers have the same names; simd_portable.h is the one to read.
 #pragma once
 
 #include <immintrin.h>
@@ -36,16 +36,16 @@ struct Simd {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
-  // A product as it is: else the compiler makes one operation of it and the sum that follows, rounded once.
+  // Rounds a product. Without this the compiler may fuse it with the sum that follows, which is rounded only once.
   static F rounded(F a) {
     __asm__("" : "+v"(a));
     return a;
   }
 
-  static Mask not_negative(F x) { return _mm512_cmp_ps_mask(x, set1(0.0f), _CMP_GE_OQ); }  // no for NaN
+  static Mask not_negative(F x) { return _mm512_cmp_ps_mask(x, set1(0.0f), _CMP_GE_OQ); }  // false for NaN
 
   static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // p 2^n where x >= floor, else 0; n is whole, a NaN in x stays one.
+  // p 2^n if x >= floor, else 0. n is an integer. A NaN in x stays NaN.
   static F scale_or_zero(F p, F n, F x, float floor) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(floor), _CMP_NLT_UQ), p, n);
   }

@@ -1,4 +1,4 @@
-// Eight fp32 lanes as plain loops, for any processor; the same names as simd_avx512.h.
+// Eight fp32 lanes as plain loops, for any processor, with the same names as simd_avx512.h.
 #pragma once
 
 #include <cmath>
@@ -93,10 +93,10 @@ struct Simd {
   static F fms(F a, F b, F c) {
     return floats([&](int k) { return a.v[k] * b.v[k] - c.v[k]; });
   }
-  static F max(F a, F b) {  // b where either is NaN, as the x86 instruction
+  static F max(F a, F b) {  // returns b if either is NaN, like the x86 instruction
     return floats([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; });
   }
-  // A product as it is: else a compiler may make one operation of it and the sum that follows, rounded once.
+  // Rounds a product. Without this a compiler may fuse it with the sum that follows, which is rounded only once.
   static F rounded(F a) {
     return floats([&](int k) {
       const volatile float x = a.v[k];
@@ -108,7 +108,7 @@ struct Simd {
     return mask([&](int k) { return x.v[k] >= 0.0f; });
   }
 
-  static F round(F x) {  // adding and taking away 1.5 2^23 rounds to nearest for abs(x) < 2^22
+  static F round(F x) {  // adding and subtracting 1.5 2^23 rounds to nearest for |x| < 2^22
     return floats([&](int k) { return (x.v[k] + 12582912.0f) - 12582912.0f; });
   }
   static F scale_or_zero(F p, F n, F x, float floor) {

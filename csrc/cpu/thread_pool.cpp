@@ -18,7 +18,7 @@ namespace {
 
 class ThreadPool {
  public:
-  // Only one caller at a time; try_run says whether this one got the workers.
+  // Serves one caller at a time. Returns false if another caller has the workers.
   bool try_run(int64_t count, int num_threads, void (*task)(void*, int64_t), void* context) {
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
@@ -37,14 +37,14 @@ class ThreadPool {
     if (helpers > 0) wake_.notify_all();
     work();
     std::unique_lock<std::mutex> lock(mutex_);
-    running_ -= seats_;  // workers that have not woken yet are not waited for
+    running_ -= seats_;  // do not wait for workers that have not woken yet
     seats_ = 0;
     done_.wait(lock, [this] { return running_ == 0; });
     return true;
   }
 
  private:
-  int grow(int wanted) {  // with mutex_ held; fewer threads than asked for is no error
+  int grow(int wanted) {  // mutex_ is held. If the system refuses threads, fewer are used.
     try {
       while (size_ < wanted) {
         std::thread([this] { serve(); }).detach();
@@ -83,8 +83,8 @@ class ThreadPool {
   uint64_t round_ = 0;
 };
 
-// Never destroyed: its threads may outlive static destructors. After fork the child has none of them and locks in an
-// unknown state, so it starts a new pool and leaks the old one.
+// The pool is never destroyed, because its threads may outlive static destructors. After fork the child has none of the
+// threads, and the locks are in an unknown state, so it starts a new pool and leaks the old one.
 std::atomic<ThreadPool*> g_pool{nullptr};
 std::atomic<bool> g_forked{false};
 std::atomic<Threads> g_threads{Threads::kBorrowed};
@@ -103,8 +103,9 @@ void start() {
   (void)once;
 }
 
-// The entry point of the OpenMP runtime that torch has loaded, by its stable GNU name (LLVM's and Intel's runtimes
-// offer it too), or null. Nothing links an OpenMP runtime. After fork that runtime's threads are gone, and it hangs.
+// The entry point of the OpenMP runtime that torch has loaded, or null. It is looked up by its stable GNU name, which
+// LLVM's and Intel's runtimes have too; fastclip links no OpenMP runtime. After fork the runtime's threads are gone and
+// a call would hang, so null is returned.
 using GompParallel = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
 
 GompParallel borrowed_runtime() {

@@ -1,6 +1,7 @@
-// Threads for the tiles of a block: those of the OpenMP runtime that torch has already loaded, found at run time, else
-// a small pool of our own. Never a second OpenMP runtime. After a matrix product torch's threads spin for some
-// milliseconds; a pool of our own would share the cores with them, which costs a pass half its speed.
+// Threads for the tiles of a block. They are borrowed from the OpenMP runtime that torch has already loaded, which is
+// looked up at run time; if there is none, a small pool is used. A second OpenMP runtime is never loaded. The pool is
+// not the first choice, because torch's threads spin for some milliseconds after a matrix product: a pool would share
+// the cores with them, which halves the speed of a pass.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +10,14 @@ namespace fastclip {
 
 enum class Threads { kBorrowed, kPool };
 
-// What later calls use (kBorrowed falls back to the pool where no runtime is found, and after fork), and do use.
+// Choose the threads of later calls, and return those in use. kBorrowed falls back to the pool if no runtime is found,
+// and after fork.
 void use_threads(Threads threads);
 Threads threads_in_use();
 
-// Runs task(context, index) for every index in [0, count), on the caller and up to num_threads - 1 workers.
-// Which thread runs which index is not fixed: results must depend on the index only. Usable after fork and from
-// several threads at once, not from inside a task.
+// Run task(context, index) for every index in [0, count), on the caller and up to num_threads - 1 workers. Any thread
+// may run any index, so results must depend on the index only. May be called after fork and from several threads at
+// once, but not from inside a task.
 void parallel_for(int64_t count, int num_threads, void (*task)(void* context, int64_t index), void* context);
 
 template <class Task>

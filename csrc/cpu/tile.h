@@ -1,25 +1,25 @@
-// What a tile of logits and some rows of features are, and the functions that each instruction set provides for them.
+// A tile of logits, rows of features, and the functions that each instruction set provides for them.
 #pragma once
 
 #include <cstdint>
 
 namespace fastclip {
 
-constexpr int64_t kTileM = 64;   // rows of a tile: bounds the length of its fp32 column sums
-constexpr int64_t kTileN = 512;  // columns: their maxima, sums and factors stay in the first-level cache
+constexpr int64_t kTileM = 64;   // rows of a tile, few because columns are summed over them in fp32
+constexpr int64_t kTileN = 512;  // columns of a tile, whose maxima, sums and factors stay in the first-level cache
 
 constexpr double kSmallestNorm = 1e-12;  // a norm is at least this, as in torch.nn.functional.normalize
 
-// A tile of at most kTileM x kTileN logits. Pointers are at its first row and column.
+// A tile of at most kTileM x kTileN logits. Pointers point to its first row and column.
 struct Tile {
   float* dot;
   int64_t row_stride;
   int64_t M, N;
-  int64_t own;        // the column, in the tile, of row 0's own pair; it may lie outside
-  bool exclude_self;  // with labels: own pairs are neither positives nor negatives
+  int64_t own;        // column of the tile in which row 0 meets the diagonal, possibly outside the tile
+  bool exclude_self;  // with labels: pairs on the diagonal are neither positives nor negatives
 };
 
-struct LogSum {  // log2-sum-exp2 of a set of z = max + log2(sum); sum = 0 where the set is empty
+struct LogSum {  // log2-sum-exp2 of a set of z is max + log2(sum); sum = 0 if the set is empty
   float* max;
   float* sum;
 };
@@ -31,11 +31,11 @@ struct FwdSide {
   LogSum neg;
   LogSum pos;      // with labels
   double* pos_z;   // sum of z over the positives
-  float* neg_top;  // largest z over the negatives, -inf where there are none; or null
-  float* pos_top;  // with labels
+  float* neg_top;  // largest z over the negatives, -inf if there are none; null: not computed
+  float* pos_top;  // the same over the positives, with labels
 };
 
-struct BwdSide {  // as fastclip_bwd_side
+struct BwdSide {  // see fastclip_bwd_side
   const float* factor;
   const float* factor_low;
   const float* inv_norm;
@@ -48,9 +48,9 @@ struct BwdSide {  // as fastclip_bwd_side
 };
 
 struct SigmoidSide {
-  const float* factor;      // inverse norm; images: also scale
-  const float* factor_low;  // images: what rounding took from factor
-  const float* inv_norm;    // what multiplies the feature, 1 when not normalised
+  const float* factor;      // inverse norm, for images times scale
+  const float* factor_low;  // images: rounding error of factor
+  const float* inv_norm;    // factor of the features, 1 when not normalised
 };
 
 struct SigmoidSums {
@@ -63,11 +63,11 @@ struct Rows {  // (M, D) features
   int64_t M, D;
 };
 
-struct Finish {  // of products' rows
+struct Finish {  // from rows of products to gradients
   float* raw;
   int64_t raw_stride;
-  const float* inv_norm;  // or null: the features are not normalised
-  const float* outer;     // or null
+  const float* inv_norm;  // null if the features are not normalised
+  const float* outer;     // null means ones
   float factor;
 };
 

@@ -1,7 +1,7 @@
-// The vector pieces both tile kernels share. Included once by each instruction set's file, after its simd_*.h.
+// Vector code shared by the tile kernels. Each instruction set's file includes it once, after its simd_*.h.
 //
-// Everything is in an unnamed namespace and nothing comes from the standard library's templates: code compiled for
-// AVX-512 must not be merged by the linker with code that older processors run.
+// Everything is in an unnamed namespace, and no template of the standard library is used. Otherwise the linker could
+// merge code compiled for AVX-512 with code that older processors run.
 #pragma once
 
 #include "tile.h"
@@ -14,10 +14,11 @@ using fastclip::Tile;
 
 constexpr float kNegInf = -__builtin_huge_valf();
 
-// Exponentials below 2^kExp2Floor are 0: no subnormal numbers, which are slow.
+// Exponentials below 2^kExp2Floor become 0, because subnormal numbers are slow.
 constexpr float kExp2Floor = -100.0f;
 
-// 2^(n + f), n whole and abs(f) <= 1/2 about, relative error 8e-8; 0 where x, their rounded sum, is below kExp2Floor.
+// 2^(n + f) with an integer n and |f| up to about 1/2, relative error 8e-8. 0 if x, their rounded sum, is below
+// kExp2Floor.
 inline Simd::F exp2_of_parts(Simd::F n, Simd::F f, Simd::F x) {
   Simd::F p = Simd::set1(1.534581243e-04f);
   p = Simd::fma(p, f, Simd::set1(1.339993090e-03f));
@@ -59,7 +60,7 @@ inline float reduce_add(Simd::F x) {
   return lane[0];
 }
 
-// Every lane is inside the row: the tag that turns masked loads and stores into plain ones.
+// Tag for vectors inside the row: it turns masked loads and stores into plain ones.
 struct Full {};
 inline Simd::F load(Full, const float* p) { return Simd::load(p); }
 inline Simd::F load(Simd::Mask m, const float* p) { return Simd::load(m, p); }
@@ -68,7 +69,7 @@ inline void store(Simd::Mask m, float* p, Simd::F x) { Simd::store(m, p, x); }
 inline Simd::Mask mask_of(Full) { return Simd::all(); }
 inline Simd::Mask mask_of(Simd::Mask m) { return m; }
 
-// body(j, lanes) for every vector of a row of N columns.
+// Call body(j, lanes) for every vector of a row of N columns.
 template <class Body>
 inline void for_columns(int64_t N, Body body) {
   int64_t j = 0;
@@ -76,8 +77,9 @@ inline void for_columns(int64_t N, Body body) {
   if (j < N) body(j, Simd::first(N - j));
 }
 
-// From here on what rounds a logit may be as large as the range of exp2: then a logit must be rounded before it is
-// compared with the largest of them, or the largest itself could vanish or overflow.
+// At logits of this size, the rounding error of a logit may exceed the range of exp2. A logit must then be rounded
+// before the maximum (which is rounded) is subtracted, or the exponential of the maximum itself could become 0 or
+// infinite.
 constexpr float kCoarse = 0x1p27f;
 
 inline bool any_coarse(const float* x, int64_t size) {
@@ -103,7 +105,7 @@ struct Logits {
   Simd::F operator()(int64_t j, Lanes lanes) const {
     return Simd::mul(half(j, lanes), load(lanes, col_factor + j));
   }
-  // z - offset, rounded once where there is FMA: the digits of a small difference of large numbers.
+  // z - offset, rounded once if the processor has FMA, which keeps the digits of a small difference of large numbers.
   template <class Lanes>
   Simd::F minus(int64_t j, Lanes lanes, Simd::F offset) const {
     if (coarse) return Simd::sub(Simd::rounded((*this)(j, lanes)), offset);
@@ -118,7 +120,7 @@ struct Logits {
   }
 };
 
-// Which logits of row i a pass takes: keep.row(i)(j, lanes) is a mask.
+// Policies that select the logits of row i for a pass: keep.row(i)(j, lanes) is a mask.
 struct NotOwn {  // negatives without labels
   int64_t own;
   NotOwn row(int64_t i) const { return {own + i}; }
@@ -142,7 +144,7 @@ struct OtherLabel {  // negatives with labels
 };
 
 template <class Keep>
-struct Both {  // one policy and NotOwn
+struct Both {  // a policy, without the diagonal
   Keep keep;
   NotOwn not_own;
   Both row(int64_t i) const { return {keep.row(i), not_own.row(i)}; }

@@ -1,4 +1,4 @@
-// What the native tests share: CHECK, exact-size arrays, a random stream.
+// Tools of the native tests: CHECK, arrays of exact size, random numbers.
 #pragma once
 
 #include <cmath>
@@ -22,14 +22,14 @@ inline int g_failures = 0;
 
 constexpr double kInf = HUGE_VAL;
 
-// The same everywhere: std::uniform_real_distribution differs between libraries.
+// Random numbers that are the same everywhere: std::uniform_real_distribution differs between libraries.
 struct Random {
   std::mt19937 engine{1};
   double uniform(double low, double high) { return low + (high - low) * (engine() / 4294967296.0); }
 };
 
-// A matrix inside an allocation of exactly the size it needs: rows `stride` apart, the gaps between them marked. One
-// element read or written past either end is an error under AddressSanitizer, one written into a gap is found here.
+// A matrix in an allocation of exactly its size, with rows `stride` apart and marked gaps between them.
+// AddressSanitizer reports an access past either end, and this class detects a write into a gap.
 struct Matrix {
   static constexpr float kMark = -12345.0f;
   int64_t M, N, stride;

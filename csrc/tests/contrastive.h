@@ -1,4 +1,4 @@
-// A contrastive problem run through the C interface, and what it must give, in plain double formulas.
+// A contrastive problem that runs through the C interface, and its expected results from plain formulas in double.
 #pragma once
 
 #include <algorithm>
@@ -10,17 +10,17 @@ struct ContrastiveCase {
   int64_t M, N;
   bool labels = false, exclude_self = false, maxima = true;
   int64_t offset = 0;
-  double scale = 20.0;  // logits lie between -scale and scale, in units of log 2
+  double scale = 20.0;  // logits are between -scale and scale, in units of log 2
   int64_t block_m = 1 << 20, block_n = 1 << 20;
   int threads = 2;
-  bool rows_far_apart = false;  // the first row 512 below all others: 2^512 wraps around in an unclamped exponent
+  bool rows_far_apart = false;  // the first row is 512 below the others: 2^512 wraps around in an unclamped exponent
 };
 
 inline std::vector<float> floats(int64_t size, float value = 0.0f) {
   return std::vector<float>(static_cast<size_t>(size), value);
 }
 
-// One side's arrays, and the results of both passes.
+// Arrays of one side, and the results of both passes.
 struct ContrastiveSide {
   std::vector<float> factor, low, inv_norm, d_neg, d_pos, d_pos_lse, neg, pos_lse, neg_top, pos_top;
   std::vector<int32_t> label;
@@ -93,7 +93,7 @@ struct ContrastiveRun {
     }
   }
 
-  // body(block) for every block, cut out of `from` into a matrix of its own, and back into `to`.
+  // Call body(block) for every block, copied from `from` into a separate matrix and back into `to`.
   template <class Body>
   void for_blocks(const Matrix& from, Matrix* to, const Body& body) {
     for (int64_t i0 = 0; i0 < c.M; i0 += c.block_m)
@@ -136,7 +136,7 @@ struct ContrastiveRun {
     return c.labels ? image.label[i] == text.label[j] && !left_out(i, j) : i + c.offset == j;
   }
 
-  // A row's or column's statistics against the double formulas.
+  // Compare the statistics of a row or column with the formulas in double.
   void check_statistics(bool rows) const {
     const int64_t size = rows ? c.M : c.N, across = rows ? c.N : c.M;
     const ContrastiveSide& side = rows ? image : text;

@@ -1,4 +1,4 @@
-// The plain case on Hopper: what its entry points refuse, and where its arrays lie.
+// The plain case on Hopper: arguments that its entry points reject, and the layout of its arrays.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ struct PlainCase {
   alignas(128) uint16_t image_copy[kN * kD] = {}, text_copy[kN * kD] = {};
   float scale = 2, loss = 0, upstream = 1, d_scale = 0, raw_image[kN * kD] = {}, raw_text[kN * kD] = {};
   fastclip_cuda_loss_sizes sizes = {};
-  std::vector<double> saved, work, weights;  // aligned to 16 bytes, which is as much as the kernels rely on
+  std::vector<double> saved, work, weights;  // aligned to 16 bytes, which is all that the kernels rely on
   fastclip_cuda_loss c = {image, text, kD, kD, image, text, kD, kD, kN, kD, 0, 1, &scale, 0.5, 1024, 4, -1, nullptr};
 
   PlainCase() {
@@ -38,7 +38,7 @@ struct PlainCase {
 
 using PairFaults = std::vector<std::pair<const char*, std::function<void(fastclip_cuda_loss&)>>>;
 
-// What both losses of pairs refuse.
+// Arguments that both losses of pairs reject.
 inline PairFaults pair_faults() {
   return {
       {"no image", [](auto& c) { c.image = nullptr; }},
@@ -93,7 +93,7 @@ inline void plain_refusals() {
   CHECK(half.forward() == FASTCLIP_OK && half.weigh() == FASTCLIP_OK && half.finish() == FASTCLIP_OK, "fp16");
 }
 
-// Arrays (offset, bytes) that lie one behind the other, aligned, and end with `bytes`.
+// Check that arrays (offset, bytes) follow one another, are aligned, and end at `bytes`.
 inline void check_layout(std::vector<std::pair<int64_t, int64_t>> arrays, int64_t bytes, int64_t N) {
   std::sort(arrays.begin(), arrays.end());
   int64_t end = 0;
@@ -106,7 +106,7 @@ inline void check_layout(std::vector<std::pair<int64_t, int64_t>> arrays, int64_
         static_cast<long long>(bytes));
 }
 
-// Rows of a chunk, the most that fit or fewer where these take the same time; and columns of its blocks.
+// Rows of a chunk (the most that fit, or fewer if these take the same time) and columns of its blocks.
 inline void plain_blocks() {
   using namespace fastclip;
   constexpr int64_t kMiB = 1 << 20;

@@ -1,4 +1,4 @@
-// The sigmoid loss of pairs on Hopper: what its entry points refuse, and where its arrays lie.
+// The sigmoid loss of pairs on Hopper: arguments that its entry points reject, and the layout of its arrays.
 #pragma once
 
 #include <cmath>
@@ -33,7 +33,7 @@ inline void sigmoid_refusals() {
     CHECK(p.finish() == FASTCLIP_INVALID_ARGUMENT, "%s", what);
   }
   SigmoidCase p;
-  p.c.image_weight = kInf - kInf;  // nobody's
+  p.c.image_weight = kInf - kInf;  // NaN: this loss must not read it
   for (int64_t chunk : {-1, 1}) {
     CHECK(p.weigh(chunk) == FASTCLIP_INVALID_ARGUMENT, "a chunk that does not exist");
     CHECK(p.finish(chunk) == FASTCLIP_INVALID_ARGUMENT, "a chunk that does not exist");

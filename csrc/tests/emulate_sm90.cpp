@@ -1,4 +1,4 @@
-// Runs the Hopper kernels on a CPU behind the CUDA run-time functions that csrc/cuda calls; see emulate_sm90.h.
+// Runs the Hopper kernels on a CPU, through the CUDA run-time functions that csrc/cuda calls. See emulate_sm90.h.
 #include "emulate_sm90.h"
 
 #include <ucontext.h>
@@ -23,8 +23,8 @@ namespace {
 ucontext_t scheduler;
 std::mt19937 dice;
 std::function<void()> body;
-int launches;                                    // since somebody asked
-std::vector<std::function<void()>> late_writes;  // that no fence has made visible
+int launches;                                    // since the last fastclip_emulated_launches()
+std::vector<std::function<void()>> late_writes;  // not yet made visible by a fence
 
 void start() {
   body();
@@ -33,8 +33,8 @@ void start() {
   swapcontext(static_cast<ucontext_t*>(fiber->context), &scheduler);
 }
 
-// Blocks of these indices, a cluster or a few that happen to run side by side. Whatever can still move: threads in
-// random order, TMA loads at random times.
+// Run the blocks with these indices together: a cluster, or a few blocks that happen to run side by side. Threads run
+// in random order, TMA loads complete at random times.
 void run_blocks(const std::vector<unsigned>& indices, unsigned threads, size_t smem) {
   constexpr size_t kStack = 96 * 1024;
   static std::vector<unsigned char> stacks;
@@ -59,7 +59,7 @@ void run_blocks(const std::vector<unsigned>& indices, unsigned threads, size_t s
   }
   std::vector<size_t> order(fibers.size());
   for (size_t k = 0; k < order.size(); ++k) order[k] = k;
-  unsigned asleep = 0, warp = 0, rounds = 0;  // a CTA or a warp of it that falls behind, and for how long
+  unsigned asleep = 0, warp = 0, rounds = 0;  // a CTA, or a warp of it, that falls behind, and for how long
   for (size_t left = fibers.size(); left > 0;) {
     if (rounds == 0 && dice() % 64 == 0) {
       asleep = dice() % size, warp = dice() % (2 * threads / 32);  // from threads / 32 on: all of them
@@ -93,7 +93,7 @@ void run_blocks(const std::vector<unsigned>& indices, unsigned threads, size_t s
   cluster_blocks = nullptr;
 }
 
-// A whole grid, in random order: clusters of `size` blocks, or one to four blocks at a time where it has none.
+// Run a grid in random order: clusters of `size` blocks, or one to four blocks at a time without clusters.
 void run_grid(unsigned blocks, unsigned size, unsigned threads, size_t smem) {
   std::vector<unsigned> order(blocks / (size ? size : 1));
   for (size_t k = 0; k < order.size(); ++k) order[k] = static_cast<unsigned>(k);
@@ -175,7 +175,7 @@ const char* cudaGetErrorName(cudaError_t) { return "an error"; }
 
 cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 
-// Several schedules of one launch: FASTCLIP_EMULATE_SEED chooses which.
+// Runs several schedules of one launch, chosen by FASTCLIP_EMULATE_SEED.
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
   using namespace fastclip;
   const char* seed = std::getenv("FASTCLIP_EMULATE_SEED");

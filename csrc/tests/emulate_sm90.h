@@ -1,9 +1,11 @@
-// The functions of cuda/sm90_ptx.cuh and the few CUDA built-ins that the kernels use, on a CPU: every CUDA thread of a
-// cluster, or of a few blocks of an ordinary kernel, is a fiber, run in random order. Asynchronous work is done as late
-// as its waits allow (products at their wait; every other TMA store at its, the rest at once) or at a random time (TMA
-// loads), so a missing wait or an early release shows as a wrong result; missing fences are reported. What one block
-// writes for another (__stcg) arrives at the writer's next __threadfence, without one only after the kernel. Registers,
-// the order of ordinary memory accesses and speed are not modelled.
+// The functions of cuda/sm90_ptx.cuh, and the few CUDA built-ins that the kernels use, on a CPU. Every CUDA thread of a
+// cluster, or of a few blocks of an ordinary kernel, is a fiber. Fibers run in random order.
+// A missing wait or an early release shows as a wrong result, because asynchronous work completes as late as its waits
+// allow or at a random time. Products complete at their wait. Every other TMA store completes at its wait, the rest at
+// once. TMA loads complete at a random time. Missing fences are reported. Writes of one block for another (__stcg)
+// become visible at the writer's next __threadfence, or without one only after the kernel.
+//
+// Registers, the order of ordinary memory accesses and speed are not modelled.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -22,7 +24,7 @@ namespace sm90 {
 
 using std::min;
 
-[[noreturn]] void fail(const char* what);  // the kernel did what a GPU would not forgive
+[[noreturn]] void fail(const char* what);  // reports an operation that is an error on a GPU
 
 struct Warp {
   uint32_t values[2][32];
@@ -35,11 +37,11 @@ struct Named {
 struct Block {
   unsigned char* smem;
   uint32_t size;
-  unsigned index, rank, threads, running;  // threads that have not left
+  unsigned index, rank, threads, running;  // running: threads that have not returned
   std::vector<Warp> warps;
   Named named[16];
   bool unfenced_barriers = false;    // initialised, not yet visible to the cluster
-  std::vector<unsigned char> dirty;  // 4-byte words that only their writer sees, not the TMA
+  std::vector<unsigned char> dirty;  // 4-byte words that are not yet visible to the TMA
 };
 struct Gemm {
   float* d;
@@ -47,7 +49,7 @@ struct Gemm {
   uint64_t a, b;
   bool accumulate, half;
 };
-struct Map {  // lives in a CUtensorMap
+struct Map {  // stored inside a CUtensorMap
   unsigned char* data;
   int64_t rows, cols, row_bytes;
   int box_rows, box_cols;
@@ -61,7 +63,7 @@ struct Fiber {
   void* context;
   Block* block;
   unsigned thread;
-  std::function<bool()> ready;  // empty: it can run
+  std::function<bool()> ready;  // empty if the fiber can run
   bool done = false, fenced = false;
   long warp_steps = 0;
   std::vector<Gemm> open;
@@ -73,14 +75,14 @@ struct Fiber {
   std::vector<std::function<void()>> writes;           // to global memory, not yet visible to other blocks
 };
 
-extern Fiber* fiber;  // the one that runs
+extern Fiber* fiber;  // the running fiber
 extern std::vector<Block>* cluster_blocks;
 extern std::vector<std::function<void()>> loads;  // TMA loads in flight
 extern unsigned grid_size;
 extern Named cluster_barrier;
 
 void wait_until(std::function<bool()> ready);
-void maybe_yield();  // lets others run now and then
+void maybe_yield();  // lets other fibers run now and then
 bool coin();
 
 template <unsigned (*kGet)()>
@@ -140,7 +142,7 @@ inline unsigned char* at_address(Block& b, uint32_t address) {
   if (address < kBase || address >= kBase + b.size) fail("an address outside shared memory");
   return b.smem + (address - kBase);
 }
-inline Block& present(Block& b) {  // shared memory of a CTA that has left belongs to another one
+inline Block& present(Block& b) {  // after a CTA has returned, its shared memory may belong to another one
   if (b.running == 0) fail("a CTA that has left is written to");
   return b;
 }
@@ -268,7 +270,7 @@ inline void warp_join() {
   ++w.arrivals;
   wait_until([&w, goal] { return w.arrivals >= goal; });
 }
-inline uint32_t* warp_publish(uint32_t value) {  // every lane's value; stays valid until the lane's next call
+inline uint32_t* warp_publish(uint32_t value) {  // returns the values of all lanes, valid until the lane's next call
   uint32_t* values = block().warps[fiber->thread / 32].values[fiber->warp_steps & 1];
   values[fiber->thread % 32] = value;
   warp_join();
@@ -354,8 +356,8 @@ void unpack(uint32_t x, float& low, float& high) {
 inline uint64_t operand(uint32_t address) {
   return (uint64_t{1} << 62) | (uint64_t{1024 / 16} << 32) | (uint64_t{1} << 16) | ((address & 0x3ffff) >> 4);
 }
-// Row of a K-major operand as the PTX manual reads the descriptor; the swizzle acts on address bits, 16 bytes at a
-// time.
+// Row of a K-major operand, with the descriptor interpreted as in the PTX manual. The swizzle acts on address bits, 16
+// bytes at a time.
 inline void operand_row(uint64_t desc, int row, bool half, float (&values)[16]) {
   if (desc >> 62 != 1 || (desc >> 49 & 7) != 0) fail("a descriptor of another kind");
   const uint32_t start = (desc & 0x3fff) << 4, group = (desc >> 32 & 0x3fff) << 4;
@@ -387,7 +389,7 @@ void wgmma_wait() {
           }
         }
     }
-  warp_join();  // nobody of the warp goes on before all have what they multiply
+  warp_join();  // no lane continues before all have read their operands
 }
 template <bool kHalf, int kAcc>
 void wgmma(float (&d)[kAcc], uint64_t a, uint64_t b, int accumulate) {

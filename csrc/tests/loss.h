@@ -1,4 +1,4 @@
-// The mean loss of pairs through the C interface, products included, and what it must give, in plain double formulas.
+// The mean loss of pairs through the C interface, products included, and its expected results from formulas in double.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@ struct LossCase {
   double scale = 14.0, image_weight = 0.5;
   int64_t block_m = 1 << 20, block_n = 1 << 20;
   int threads = 2;
-  bool solved = false;     // every pair far above its row: a loss of 1e-20 and less
-  float large_row = 1.0f;  // what multiplies the second row of both sides
+  bool solved = false;     // every pair is far above its row: a loss of 1e-20 and less
+  float large_row = 1.0f;  // factor of the second row of both sides
 };
 
 struct LossRun {
@@ -45,7 +45,7 @@ struct LossRun {
     }
   }
 
-  float* norms(bool of_image) {  // and behind them the outer factors
+  float* norms(bool of_image) {  // followed by the outer factors
     return reinterpret_cast<float*>(saved.data() + FASTCLIP_LOSS_HEADER) + (of_image ? 0 : 2 * c.N);
   }
   float outer(bool of_image, int64_t i) { return c.normalize ? norms(of_image)[c.N + i] : 1.0f; }
@@ -60,7 +60,7 @@ struct LossRun {
       CHECK(status == FASTCLIP_OK && large == (c.large_row > 0x1p40f), "status %d, %lld large rows", status,
             static_cast<long long>(large));
     }
-    // What a caller multiplies: rows in fp32, the large ones as unit rows
+    // The rows that a caller multiplies: in fp32, large ones as unit rows
     Matrix rows[2] = {image, text};
     Matrix dot(c.N, c.N), weights(c.N, c.N);
     for (int64_t i = 0; i < c.N; ++i)
@@ -161,7 +161,7 @@ struct LossRun {
         }
         const bool projected = c.normalize && inverse[i] < 1e12;
         for (int64_t k = 0; k < D; ++k) {
-          // Relative to the row's norm, so that large and clamped rows count as others do
+          // Relative to the norm of the row, so that large and clamped rows count like others
           const double true_d = d[k] - (projected ? along * own[i * D + k] : 0.0);
           const double found = (of_image ? d_image : d_text).at(i, k) / inverse[i];
           error += (found - true_d) * (found - true_d), norm += d[k] * d[k];

@@ -1,5 +1,5 @@
-// Tests of the native CPU code through its C interface alone, to be run under sanitizers; CMakeLists.txt registers each
-// group. `test_cpu [group ...]` runs some groups, without arguments all.
+// Tests of the native CPU code through its C interface alone, to be run under sanitizers. `test_cpu [group ...]` runs
+// the named groups, or all without arguments. CMakeLists.txt registers each group.
 #include <cstring>
 #include <string>
 #include <thread>
@@ -18,7 +18,7 @@
 
 namespace {
 
-// Tiles are 64 x 512, vectors 8 or 16 columns: both edges of each.
+// Tiles are 64 x 512 and vectors have 8 or 16 columns: sizes on both sides of each edge.
 constexpr std::pair<int64_t, int64_t> kShapes[] = {{1, 1},    {1, 3},    {7, 5},    {63, 511}, {64, 512},
                                                    {65, 513}, {3, 1030}, {130, 31}, {129, 17}};
 
@@ -47,13 +47,13 @@ void contrastive() {
           ContrastiveCase c{M, N, labels};
           c.maxima = maxima;
           check_contrastive(c);
-          c.exclude_self = true;  // means nothing without labels
+          c.exclude_self = true;  // has no meaning without labels
           check_contrastive(c);
         }
   });
 }
 
-void logits_far_apart() {  // one exponential a logit does not do: the repair
+void logits_far_apart() {  // one exponential per logit is not accurate here, so the repair runs
   for_each_isa([] {
     for (double scale : {200.0, 900.0})
       for (bool labels : {false, true}) {
@@ -97,7 +97,7 @@ void bitwise_over_threads() {
 
 void nan_and_infinity_stay() {
   for_each_isa([] {
-    for (float value : {std::nanf(""), HUGE_VALF, 3e38f})  // the last one becomes infinite as a logit
+    for (float value : {std::nanf(""), HUGE_VALF, 3e38f})  // the last becomes infinite as a logit
       for (bool labels : {false, true}) {
         if (labels && !std::isnan(value)) continue;  // the sum of positives is a double, and finite
         ContrastiveCase c{66, 530, labels};
@@ -177,7 +177,7 @@ struct SigmoidRun {
 void sigmoid() {
   for_each_isa([] {
     for (const auto& [M, N] : kShapes) SigmoidRun(M, N, 10.0, -10.0, 0).check(10.0);
-    SigmoidRun(66, 530, 5.0, -45.0, 3).check(5.0);  // a loss of 1e-18 a pair, and positives of 45
+    SigmoidRun(66, 530, 5.0, -45.0, 3).check(5.0);  // a loss of 1e-18 per pair, and positives of 45
     SigmoidRun(66, 530, 5.0, 45.0, 10000).check(5.0);
     SigmoidRun(66, 530, 10.0, 0.0, -5).check(10.0);
   });

@@ -1,5 +1,5 @@
-// What the Hopper kernels' C interface accepts and refuses; nothing of this needs a GPU, the emulator runs what is
-// good. Their numbers are tested from Python (tests/backends/test_cuda.py).
+// Arguments that the C interface of the Hopper kernels accepts and rejects. No GPU is needed, because the emulator runs
+// accepted problems. Results are tested from Python (tests/backends/test_cuda.py).
 #include <cstring>
 #include <functional>
 #include <utility>
@@ -32,7 +32,7 @@ struct Problem {
   int sigmoid() { return fastclip_cuda_sigmoid_fwd(&block, row, col, constants, 1, weights, 16, part, 1); }
 };
 
-// A problem, spoiled in one way, is refused by every entry point.
+// A problem with one fault must be rejected by every entry point.
 void blocks() {
   constexpr int64_t kTooMany = int64_t{1} << 31;
   const std::pair<const char*, std::function<void(fastclip_cuda_block&)>> faults[] = {
