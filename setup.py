@@ -1,7 +1,8 @@
-"""Builds the native modules with CMake; everything else is in pyproject.toml.
+"""Build the native modules with CMake. Everything else about the package is in pyproject.toml.
 
-The package works without them, slower. FASTCLIP_BUILD_CPU and FASTCLIP_BUILD_CUDA: unset tries, and where it fails
-leaves the reason for `fastclip.backends()` to tell; 1 fails the installation; 0 does not try.
+The package also works without native modules, but slower. FASTCLIP_BUILD_CPU and FASTCLIP_BUILD_CUDA control each
+module. If the variable is unset, a failed build is recorded as the reason that `fastclip.backends()` returns. With 1 a
+failed build fails the installation. With 0 the module is not built.
 """
 
 from __future__ import annotations
@@ -36,20 +37,25 @@ def find_nvcc() -> str:
     words = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     version = re.search(r"release (\d+)\.(\d+)", words)
     if version is None or (int(version[1]), int(version[2])) < (12, 5):
-        raise BuildError(f"nvcc 12.5 or newer is needed, {nvcc} is {version[0] if version else 'of no known release'}")
+        raise BuildError(
+            f"nvcc 12.5 or newer is required, but {nvcc} is {version[0] if version else 'of unknown release'}"
+        )
     return nvcc
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake once an extension; a failure is a report, not an error, unless the build was asked for."""
+    """Run CMake once per extension. A failure goes into a report, and is an error only for a required module."""
 
     def files(self, folder: Path, ext: Extension) -> tuple[Path, Path]:
-        """The module, and the report why there is none: one of them exists."""
+        """Return the paths of the module and of the report of its failed build. Exactly one of them exists."""
         module = Path(self.get_ext_filename(ext.name)).name
         return folder / module, folder / f"{module.split('.')[0]}_build_report.txt"
 
     def deliver(self, ext: Extension, source: Path, target: Path) -> None:
-        """In place of what was there, by renaming: a process that has loaded the old module keeps it."""
+        """Copy the module or its report to `target`, and remove the other one.
+
+        Files are replaced by renaming, so that a process that has loaded the old module keeps it.
+        """
         target.mkdir(parents=True, exist_ok=True)
         for built, place in zip(self.files(source, ext), self.files(target, ext)):
             if built.exists():
@@ -61,7 +67,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         kind = ext.name.removeprefix("fastclip._").upper()
-        build = Path(self.build_temp).resolve() / kind.lower()  # of its own: a failure costs no other module
+        build = Path(self.build_temp).resolve() / kind.lower()  # one folder per module: a failure affects no other
         output = build / "output"
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
@@ -86,7 +92,7 @@ class CMakeBuild(build_ext):
             options["CMAKE_CUDA_COMPILER"] = find_nvcc()
         if shutil.which("cmake") is None:
             raise BuildError("cmake was not found")
-        import pybind11  # a build requirement: absent when setup.py is only asked for metadata
+        import pybind11  # a build requirement, which is absent when only metadata is requested
 
         options |= {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
@@ -95,7 +101,7 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        # fresh: pip's build environment, where ninja may be, is another every time
+        # --fresh, because pip's build environment, which may contain ninja, has another path every time
         self.call("cmake", "-S", ROOT, "-B", build, "--fresh", *generator, *(f"-D{k}={v}" for k, v in options.items()))
         self.call("cmake", "--build", build, "--config", options["CMAKE_BUILD_TYPE"])
 
@@ -110,7 +116,7 @@ class CMakeBuild(build_ext):
             raise BuildError(f"`{words[0]} {words[1]}` failed ({why})")
 
 
-# triton_kernels is installed inside the package: triton-lang ships a package of the bare name
+# triton_kernels is installed inside the package, because triton-lang ships a package named triton_kernels
 setup(
     packages=[*find_packages(include=["fastclip*"]), "fastclip.triton_kernels"],
     package_dir={"fastclip.triton_kernels": "triton_kernels"},
