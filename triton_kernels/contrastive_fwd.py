@@ -100,6 +100,7 @@ def _statistics_tile(
         z2, rest2 = exact_logits2(dot, col_factor[None, :], row_scale, row_rest)
         inside = inside & (i < M - i0)[:, None]
     else:
+        # The row's scale is multiplied in by the fma below, which rounds only once
         z2 = dot * col_factor[None, :]
         # An infinite offset turns the exponentials of rows beyond M into 0 without a mask
         offset2 = tl.where(i < M - i0, tl.load(constants_ptr + OFFSET2), INF)
@@ -138,6 +139,7 @@ def _statistics_tile(
         else:
             row_sum, col_sum = _sums(e, positive)
         _store(row, col, 1, row_sum, col_sum, tile, CONFIG)
+        # Plane 2, the sum of the positives' logits. EXACT adds the rounding errors of the logits as well.
         if EXACT:
             rest2 = tl.where(positive, rest2, 0.0)
             row_sum, col_sum = tl.sum(rest2, 1).to(tl.float64), tl.sum(rest2, 0).to(tl.float64)

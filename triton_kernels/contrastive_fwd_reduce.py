@@ -35,13 +35,14 @@ def reduce_plane(
     lost += (before != before).to(tl.int32)
     ptrs = part_ptr + k[None, :]
     if EXACT and not IS_SUM:
+        # The parts are log2 of sums (or largest logits): find the largest first, and look for NaN, which tl.max ignores
         for t0 in range(0, tiles, TILES):
             t = t0 + tl.arange(0, TILES)[:, None]
             part = tl.load(ptrs + t.to(tl.int64) * size, mask=in_rows[None, :] & (t < tiles), other=-INF)
             top = tl.maximum(top, tl.max(part, 0).to(tl.float64))
             lost |= tl.max((part != part).to(tl.int32), 0)
     if not IS_TOP:
-        safe = tl.where(top == -INF, 0.0, top)
+        safe = tl.where(top == -INF, 0.0, top)  # an empty set has top = -inf, and -inf - -inf is NaN
         for t0 in range(0, tiles, TILES):
             t = t0 + tl.arange(0, TILES)[:, None]
             mask = in_rows[None, :] & (t < tiles)
@@ -58,8 +59,8 @@ def reduce_plane(
         total = tl.where(lost != 0, float("nan"), top)
     if last != 0:
         if not EXACT and not IS_SUM:
-            # A sum of 0 is an empty set, or terms that all flushed, which alone needs a repair. With labels the tile
-            # kernel keeps every term above 0. Without labels only the element `alone` has an empty set.
+            # A sum of 0 comes from an empty set, which is right, or from terms that all flushed, which need a repair.
+            # With labels the tile kernel keeps every term above 0. Without labels only `alone` has an empty set.
             empty = (total == 0) if LABELS else (k == alone)
             if tl.max((in_rows & (empty == 0) & ((total >= _SAFE_SUM) == 0)).to(tl.int32), 0) != 0:
                 tl.store(constants_ptr + REPAIR, 1.0)  # programs may race here, but all write the same value

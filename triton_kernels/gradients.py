@@ -296,6 +296,7 @@ class Gradients:
             raw_image if d_text is None else d_text,
         )
         first = 0
+        # Blocks of columns are the inner loop: raw_image is then needed for the rows of one chunk only
         for i0, i1 in self.rows:
             for j0, j1 in self.columns:
                 weigh(i0, i1, j0, j1, weights, part[first:])

@@ -41,7 +41,7 @@ from fastclip.system.rounding import ceil_div
 
 __all__ = ["plain_bwd", "plain_fwd", "plain_saved"]
 
-# BLOCK: pairs per program. WIDE: vector elements that the last program changes per step.
+# BLOCK: pairs per program. WIDE: vector elements per step of the last program, which brings them to a common gain.
 _REDUCTION = {"BLOCK": REDUCED, "WIDE": 4096, "num_warps": 8}
 _PARTS = 2048  # partial sums of d_scale added per step
 _VEC = 4 * HEADER  # bytes before the vectors
