@@ -73,8 +73,8 @@ PROMISES = [
             Break(
                 "docs: a link to nowhere",
                 "docs/training.md",
-                old="[there](integrations.md)",
-                new="[there](integration.md)",
+                old="code](integrations.md)",
+                new="code](integration.md)",
             ),
             Break(
                 "docs: an anchor to nowhere",
