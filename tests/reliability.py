@@ -1,9 +1,10 @@
-"""Write docs/reliability.md from the tests' markers: faults, what fastclip then does, and the tests that check it.
+"""Generate docs/reliability.md from the markers of the tests: what goes wrong, what fastclip does, which test holds it.
 
-    python tests/reliability.py --write    write the document (by default it is printed)
+    python tests/reliability.py            print the document
+    python tests/reliability.py --write    write the document
 
-A row is a test's `@pytest.mark.fault(what, promise)`; the tests are read, not imported. The table of files that are
-opened is tests/opened.md.
+A row is the `@pytest.mark.fault(what, promise)` of a test; the tests are parsed, not imported. The table of files that
+the package opens is tests/opened.md.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "reliability.md"
-OPENED = TESTS / "opened.md"  # a test compares its modules with the package
-# A section's rows are the tests whose files' paths begin so; the last section takes all others.
+OPENED = TESTS / "opened.md"  # the table of files that the package opens; a test compares its modules with the package
+# Section of a row, by the beginning of its test's path; the last section takes all other rows.
 SECTIONS = {
     "data/": "Data",
-    "search/test_filter": "Filtering and embedding",
-    "search/": "Search",
     "training/": "Training",
-    "models/": "Models and checkpoints",
-    "": "Losses and statistics",
+    "system/": "Checkpoints, outputs and disks",
+    "package/": "Commands",
+    "models/": "Models",
+    "embedding/": "Evaluation",
+    "search/": "Search",
+    "curation/": "Filtering and embedding",
+    "": "Losses",
 }
 
 
@@ -34,7 +38,7 @@ class Fault(NamedTuple):
 
 
 def faults(file: Path) -> list[Fault]:
-    """Return the faults of a file in its order. Raises ValueError for a marker that is not two strings."""
+    """Return the faults of a file of tests, in its order; raise ValueError for a marker that is not two strings."""
     found = []
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if not isinstance(node, ast.FunctionDef):
@@ -54,15 +58,26 @@ def document() -> str:
     lines = [
         "# Reliability",
         "",
-        "What goes wrong, what fastclip then does, and the test that makes it go wrong. `python tests/reliability.py",
-        "--write` makes this file from the tests' markers, and a test compares them.",
+        "Every fault in these tables is caused by a test, which checks what fastclip then does. For example, a run",
+        "that is killed with kill -9, again and again, resumes with `--resume auto` to the losses of a run that never",
+        "stopped.",
+        "",
+        'A sample that is *counted by cause* appears under its cause, such as "truncated image", in the log and the',
+        "metrics; [training](training.md#data-faults) lists the causes. A checkpoint is *intact* if its files match",
+        "its manifest.",
+        "",
+        "`python tests/reliability.py --write` generates this page from the tests, and a test compares the two.",
     ]
     found = [fault for file in sorted(TESTS.rglob("test_*.py")) for fault in faults(file)]
     for prefix, section in SECTIONS.items():
         rows = [f for f in found if next(p for p in SECTIONS if f.test.startswith(p)) == prefix]
         lines += ["", f"## {section}", "", "| fault | what happens | test |", "|---|---|---|"]
         lines += [f"| {fault.what} | {fault.promise} | `{fault.test}` |" for fault in rows]
-    lines += ["", "## Files that are opened", "", "No file is run, whatever it holds: what reads it, and where.", ""]
+    lines += ["", "## Files that are opened", ""]
+    lines += [
+        "Data and checkpoints are never executed, whatever they contain. The table states what reads each file.",
+        "",
+    ]
     lines += OPENED.read_text(encoding="utf-8").splitlines()
     return "\n".join(lines) + "\n"
 

@@ -168,7 +168,9 @@ def test_changed_captions_and_pictures_are_embedded_again(
     assert embedded("an image") == 1 and embedded("an image") == 2
 
 
-@pytest.mark.fault("a picture too large, embedded again with a larger `--max-pixels`", "it is embedded")
+@pytest.mark.fault(
+    "An image was too large, and the command runs again with a larger `--max-pixels`", "The image is embedded"
+)
 def test_largest_picture_is_part_of_the_call(embedder: Embedder, tmp_path: Path) -> None:
     data = write_folder(tmp_path / "data", 3)
     Image.new("RGB", (500, 500)).save(data / "001.png")
@@ -216,7 +218,9 @@ def test_every_part_of_a_mixture_has_its_place(
     assert embed_source(embedder, open_source("./first/::2*a/data"), tmp_path / "out").kept == 1
 
 
-@pytest.mark.fault("a file of vectors was removed from what `fastclip embed` wrote", "the same call writes it again")
+@pytest.mark.fault(
+    "A file of vectors was removed from the output of `fastclip embed`", "The same command writes it again"
+)
 def test_vectors_that_were_removed_are_written_again(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
     part = Subset(digits, range(8))
     assert embed_source(embedder, part, tmp_path, batch_size=8).kept == 0

@@ -276,7 +276,10 @@ def test_first_of_near_duplicates_stays(embedder: Embedder, digits: Source, tmp_
     ]
 
 
-@pytest.mark.fault("`fastclip filter` or `embed` killed anywhere", "the same call goes on, to the same bytes")
+@pytest.mark.fault(
+    "`fastclip filter` or `embed` is killed at any point",
+    "Re-running the same command resumes; the output is byte-identical",
+)
 def test_killed_search_commands_go_on_to_the_same_bytes(tmp_path: Path) -> None:
     pack_source(Subset(open_source("digits", held_out=True), range(36)), tmp_path / "data", samples_per_shard=30)
     script = ROOT / "tests/support/interrupted_search.py"

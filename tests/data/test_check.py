@@ -208,7 +208,10 @@ def test_pictures_are_resized_when_asked(tmp_path: Path) -> None:
     assert usable(again)[1] == usable(open_source(str(data)))[1]
 
 
-@pytest.mark.fault("`fastclip data pack` interrupted anywhere", "the same call goes on, to the same bytes")
+@pytest.mark.fault(
+    "`fastclip data pack` is interrupted at any point",
+    "Re-running the same command resumes; the shards are byte-identical",
+)
 def test_interrupted_pack_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = pictures(tmp_path / "data")
     options = {"samples_per_shard": 2}
@@ -255,8 +258,9 @@ def test_pack_touches_no_other_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "an output that another version of fastclip began",
-    "`data pack` writes its shards anew where they are those of this call; other commands ask for another folder",
+    "The output was begun by another version of fastclip",
+    "`data pack` writes its shards again if they belong to the same call. Other commands refuse the folder "
+    "and ask for another one",
 )
 def test_pack_knows_shards_of_another_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source, output = pictures(tmp_path / "data"), tmp_path / "shards"
@@ -297,7 +301,9 @@ def captioned(folder: Path, kind: str, captions: list[str]) -> Source:
     return open_source(str(folder / "data") if kind == "folder" else f"2*{folder / 'data'}")
 
 
-@pytest.mark.fault("`data pack` again, after samples have changed", "their shards are written anew, and named")
+@pytest.mark.fault(
+    "`data pack` runs again after samples have changed", "The shards of these samples are named and written again"
+)
 @pytest.mark.parametrize("kind", ["folder", "table", "karpathy", "mixture"])
 def test_pack_again_holds_what_has_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     """A repeated pack writes the shards whose content changed: here a corrected caption and an
@@ -377,7 +383,10 @@ def test_command_packs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
 # --- damage
 
 
-@pytest.mark.fault("shards that are empty, garbage or missing under `data check`", "each is a line; the rest is read")
+@pytest.mark.fault(
+    "`data check` meets shards that are empty, garbage or missing",
+    "Each is reported in one line, and the others are read",
+)
 def test_check_reads_the_shards_beside_dead_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

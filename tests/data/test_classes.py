@@ -73,7 +73,7 @@ def test_folder_of_classes_is_data_wherever_data_are_named(tmp_path: Path, caplo
         open_source(str(tmp_path / "single"))
 
 
-@pytest.mark.fault("a folder of links to folders of classes", "the links are followed")
+@pytest.mark.fault("A folder contains links to folders of classes", "The links are followed")
 def test_linked_folders_of_classes_are_data_wherever_data_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

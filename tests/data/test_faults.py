@@ -53,8 +53,8 @@ def cut(data: bytes) -> bytes:
 
 
 @pytest.mark.fault(
-    "a truncated JPEG or PNG, HTML in place of a picture, an empty file",
-    "a sample that cannot be used: replaced, counted by cause",
+    "A truncated JPEG or PNG, HTML in place of an image, or an empty file",
+    "The sample is replaced and counted by cause",
 )
 @pytest.mark.parametrize(
     ("data", "cause"),
@@ -84,7 +84,9 @@ def test_picture_fault_has_its_cause(tmp_path: Path, kind: str, data: bytes, cau
     assert fault(source, 1).cause == cause
 
 
-@pytest.mark.fault("a PNG of 20,000 x 20,000 pixels", "refused from its header, before anything is decoded")
+@pytest.mark.fault(
+    "A PNG of 20,000 x 20,000 pixels", "It is refused after reading its header, before anything is decoded"
+)
 @pytest.mark.parametrize("side", [20_000, 10_000])
 def test_large_picture_is_refused_from_its_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, recwarn: pytest.WarningsRecorder
@@ -99,7 +101,7 @@ def test_large_picture_is_refused_from_its_header(
     assert not recwarn.list
 
 
-@pytest.mark.fault("a file that is missing, or cannot be read", "replaced, counted by cause")
+@pytest.mark.fault("A file is missing or cannot be read", "The sample is replaced and counted by cause")
 def test_files_that_cannot_be_read_have_their_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, 2)
     (tmp_path / "folder.png").mkdir()
@@ -132,13 +134,16 @@ def test_files_that_cannot_be_read_have_their_cause(tmp_path: Path, monkeypatch:
         assert caught.value.fault.cause == "unreadable file"
 
 
-@pytest.mark.fault("a picture with the wrong extension", "read as what it is")
+@pytest.mark.fault("An image has the wrong extension", "It is read as what it is")
 def test_kind_of_a_picture_is_not_its_name(tmp_path: Path) -> None:
     source = open_source(str(write_folder(tmp_path, 0, [(picture(40, "JPEG"), b"x"), (picture(90, "BMP"), b"x")])))
     assert [abs(float(plain(source[k].image).mean()) - shade) < 8 for k, shade in enumerate((40, 90))] == [True, True]
 
 
-@pytest.mark.fault("every mode of a picture", "becomes colours; more than 8 bits are scaled, transparency is dropped")
+@pytest.mark.fault(
+    "An image has another mode than RGB",
+    "Every mode is converted to RGB. More than 8 bits are scaled, transparency is dropped",
+)
 @pytest.mark.parametrize(
     ("mode", "kind", "pixel", "expected"),
     [
@@ -188,7 +193,7 @@ def test_first_frame_of_an_animation_counts(tmp_path: Path) -> None:
     assert [source[k].image.convert("RGB").getpixel((3, 3)) for k in range(2)] == [(255, 0, 0)] * 2
 
 
-@pytest.mark.fault("damaged EXIF data", "the picture is used as it is")
+@pytest.mark.fault("EXIF data are damaged", "The image is used as it is")
 def test_damaged_exif_is_passed_over_without_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -210,7 +215,7 @@ def test_damaged_exif_is_passed_over_without_a_word(
 # --- captions
 
 
-@pytest.mark.fault("a caption that is missing, empty or damaged", "replaced, counted by cause")
+@pytest.mark.fault("A caption is missing, empty or damaged", "The sample is replaced and counted by cause")
 @pytest.mark.parametrize(
     ("name", "data", "cause"),
     [
@@ -251,7 +256,7 @@ def pairs(*names: str) -> list[tuple[str, bytes]]:
     return [member for k, name in enumerate(names) for member in ((f"{name}.png", picture(k)), (f"{name}.txt", b"x"))]
 
 
-@pytest.mark.fault("a member of a shard twice", "the first counts, the second is counted as a fault")
+@pytest.mark.fault("A shard contains a member twice", "The first is used, the second is counted as a fault")
 def test_first_of_a_repeated_member_counts(tmp_path: Path) -> None:
     members = [*pairs("a", "b", "a"), ("b.txt", b"another"), ("a.png", picture(200))]
     source = open_source(str(write_tar(tmp_path / "x.tar", members)))
@@ -263,7 +268,7 @@ def test_first_of_a_repeated_member_counts(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.fault("a tar file cut in half", "used as far as it goes, and named in the log at each start")
+@pytest.mark.fault("A tar file is cut in half", "Its complete samples are used, and the log names it at each start")
 def test_shard_cut_in_half_is_used_as_far_as_it_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_tar(tmp_path / "x.tar", pairs(*map(str, range(10))))
     whole = path.read_bytes()
@@ -286,7 +291,7 @@ def test_shard_cut_in_half_is_used_as_far_as_it_goes(tmp_path: Path, caplog: pyt
     assert len(open_source(str(path))) == 2 and "x.tar: cut off or damaged after 2 samples" in caplog.text
 
 
-@pytest.mark.fault("a tar file that is empty or garbage", "the run does not start; the file is named")
+@pytest.mark.fault("A tar file is empty or garbage", "The run does not start, and the message names the file")
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -304,7 +309,7 @@ def test_shard_that_holds_nothing_stops_by_name(tmp_path: Path, data: bytes, mes
         open_source(str(tmp_path))
 
 
-@pytest.mark.fault("member names with `..` or from the root", "nothing of them is written to the disk")
+@pytest.mark.fault("Names of tar members contain `..` or are absolute", "Nothing is written to the disk")
 def test_names_that_lead_elsewhere_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inside = tmp_path / "a" / "b"
     inside.mkdir(parents=True)
@@ -319,7 +324,7 @@ def test_names_that_lead_elsewhere_write_nothing(tmp_path: Path, monkeypatch: py
     assert sorted(tmp_path.rglob("*")) == after and path.is_file() and not Path("/evil.png").exists()
 
 
-@pytest.mark.fault("a `pipe:` URL", "refused, never run")
+@pytest.mark.fault("Data are given as a `pipe:` URL", "It is refused and never run")
 def test_pipe_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_tar(tmp_path / "x.tar", pairs("a"))
@@ -349,7 +354,7 @@ def batches(source: Source, **options: int) -> list[Batch]:
     return steps
 
 
-@pytest.mark.fault("samples that cannot be used", "others in their places, batches keep their sizes")
+@pytest.mark.fault("Samples cannot be used", "Others take their places, and batches keep their sizes")
 def test_bad_samples_are_replaced_and_batches_keep_their_size(tmp_path: Path) -> None:
     source = open_source(str(write_folder(tmp_path, 20, BAD)))
     good = [source.key(k) for k in range(20)]
@@ -377,7 +382,7 @@ def test_replacements_are_the_same_however_read(tmp_path: Path, options: dict[st
         assert got[3:] == step[3:]
 
 
-@pytest.mark.fault("a source that gives nothing", "the run ends with causes and files, after 100 tries")
+@pytest.mark.fault("No sample of the data can be used", "The run ends after 100 attempts, with causes and files")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_source_that_gives_nothing_stops_with_causes_and_names(tmp_path: Path, workers: int) -> None:
     source = open_source(str(write_folder(tmp_path, 0, [(HTML, b"x"), (picture(), b" ")])))
@@ -404,7 +409,7 @@ def test_evaluation_counts_what_it_leaves_out(tmp_path: Path) -> None:
 # --- workers
 
 
-@pytest.mark.fault("a worker that is stuck", "named with what it reads after 60 s without a batch, and again")
+@pytest.mark.fault("A data worker hangs", "Every 60 s without a batch, the log names the worker and what it is reading")
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stuck_worker_is_named_with_what_it_reads(

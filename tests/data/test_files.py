@@ -52,7 +52,7 @@ def test_walk_leaves_out_what_is_hidden_and_names_links(tmp_path: Path, caplog: 
         list(walk(str(tmp_path / "none")))
 
 
-@pytest.mark.fault("a folder that cannot be listed", "named in the log, the others are read")
+@pytest.mark.fault("A folder cannot be listed", "The log names it, and the other folders are read")
 def test_walk_names_folders_that_cannot_be_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -69,7 +69,9 @@ def test_walk_names_folders_that_cannot_be_listed(
     assert caplog.messages == [f"skipped: {tmp_path}/a: Permission denied"]
 
 
-@pytest.mark.fault("a pipe or a device in the place of a picture or a caption", "counted, nothing waits for it")
+@pytest.mark.fault(
+    "A pipe or a device in place of an image or a caption file", "It is counted by cause, and nothing waits for it"
+)
 def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     put(tmp_path, "0.png", "0.txt", "1.txt", "2.png", "3.txt")
     os.mkfifo(tmp_path / "1.png")
@@ -116,7 +118,9 @@ def test_json_makes_up_for_an_empty_text(tmp_path: Path) -> None:
     assert told(tmp_path) == {"a.png": ("a cat",), "b.png": "empty caption", "c.png": "damaged caption"}
 
 
-@pytest.mark.fault("files in a folder of pictures that are neither pictures nor captions", "counted by kind in the log")
+@pytest.mark.fault(
+    "A folder of images contains files that are neither images nor captions", "The log counts them by kind"
+)
 def test_folder_says_what_it_passes_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "0.png", "0.txt", "a/9.txt", "a/b.svg", "c.svg", "README")
     assert told(tmp_path) == {"0.png": ("a caption",)}

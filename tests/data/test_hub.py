@@ -84,7 +84,9 @@ def test_hub_columns_are_told_and_named(tmp_path: Path, caplog: pytest.LogCaptur
         open_source(f"{spec}#image=size")
 
 
-@pytest.mark.fault("a Hugging Face data set that was saved with a format", "read, the format is not applied")
+@pytest.mark.fault(
+    "A Hugging Face dataset was saved with a format, such as numpy", "It is read, without applying the format"
+)
 @pytest.mark.parametrize("kind", ["numpy", "pandas", "arrow", "torch", "columns", "indices"])
 def test_hub_format_that_was_saved_is_not_applied(tmp_path: Path, kind: str) -> None:
     names = datasets.ClassLabel(names=["cat", "dog"])
@@ -187,7 +189,7 @@ def test_hub_splits_are_named(tmp_path: Path) -> None:
         open_source(f"hf:{tmp_path}/d:dev")
 
 
-@pytest.mark.fault("a Hugging Face data set without rows", "it is named")
+@pytest.mark.fault("A Hugging Face dataset has no rows", "An error names the dataset")
 def test_hub_data_without_rows_is_named(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"image": [picture(1)], "text": ["x"]}).cast_column("image", datasets.Image())
     none = rows.select([])
@@ -253,7 +255,9 @@ def test_hub_columns_that_are_missing_are_named(tmp_path: Path, rows: dict[str, 
         open_source(f"hf:{tmp_path}/d")
 
 
-@pytest.mark.fault("a row of a Hugging Face data set without a picture or caption", "replaced, counted by cause")
+@pytest.mark.fault(
+    "A row of a Hugging Face dataset has no image or caption", "The sample is replaced and counted by cause"
+)
 def test_hub_row_that_cannot_be_used_has_its_cause(tmp_path: Path) -> None:
     broken = {"bytes": b"<html>", "path": None}
     rows = {"image": [picture(1), broken, None, None, picture(2)], "text": ["x", "x", "x", None, " "]}

@@ -97,7 +97,9 @@ def test_picture_that_is_missing_or_has_no_caption_is_a_fault(tmp_path: Path) ->
     assert skipped.counts == {"empty caption": 1, "missing file": 1}
 
 
-@pytest.mark.fault("a picture's name in JSON that no disk can have", "an unreadable file, counted by cause")
+@pytest.mark.fault(
+    "A JSON file names an image with a file name that no disk can have", "The sample is counted as an unreadable file"
+)
 def test_name_that_no_disk_can_have_is_a_fault(tmp_path: Path) -> None:
     good, prints = write_crops(tmp_path)[0], list[str]()
     # The last name is a single byte, which a disk may have

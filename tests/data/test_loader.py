@@ -259,7 +259,7 @@ def broken_shards(tmp_path: Path) -> Path:
     return tmp_path / "00001.tar"
 
 
-@pytest.mark.fault("a damaged picture in a worker", "one line that names it, no tracebacks")
+@pytest.mark.fault("A worker meets a damaged image", "One line names it, without tracebacks")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_picture_is_named_in_one_line(broken_shards: Path, workers: int) -> None:
     needs("train")
@@ -283,7 +283,7 @@ def test_missing_shard_is_an_os_error(broken_shards: Path, workers: int) -> None
         next(batches)
 
 
-@pytest.mark.fault("a transform that fails", "the sample is named")
+@pytest.mark.fault("A transform fails", "An error names the sample")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_failing_transform_names_the_sample(workers: int) -> None:
     def fail(image: Image.Image) -> Tensor:
@@ -293,7 +293,9 @@ def test_failing_transform_names_the_sample(workers: int) -> None:
         next(evaluation_batches(Gradients(), fail, batch_size=2, workers=workers))
 
 
-@pytest.mark.fault("kill -9 of a worker", "an error that names it and what it read, no hang")
+@pytest.mark.fault(
+    "kill -9 of a data worker", "An error names the worker and what it was reading. The program does not hang"
+)
 def test_killed_worker_is_named_with_what_it_read() -> None:
     def die(image: Image.Image) -> Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -304,7 +306,7 @@ def test_killed_worker_is_named_with_what_it_read() -> None:
         next(evaluation_batches(Gradients(), die, batch_size=2, workers=1))
 
 
-@pytest.mark.fault("Ctrl-C while workers read", "the trainer alone decides what ends")
+@pytest.mark.fault("Ctrl-C while workers read", "Only the trainer receives it and decides when the run ends")
 def test_workers_are_outside_the_callers_process_group() -> None:
     def group(image: Image.Image) -> Tensor:
         return torch.full((3, 1, 1), float(os.getpgrp()))
@@ -321,7 +323,7 @@ class Wordy(Gradients):
 
 
 @forked_workers
-@pytest.mark.fault("kill -9 of a program whose workers read", "they end with it, and its output is closed")
+@pytest.mark.fault("kill -9 of a program whose workers read", "The workers end too and close its output")
 @pytest.mark.parametrize("stuck", [False, True], ids=["workers ahead of it", "workers that are stuck"])
 def test_workers_end_with_a_killed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: bool) -> None:
     """Workers end with a killed program, although forked siblings hold both ends of their pipes."""
@@ -374,7 +376,10 @@ def test_stuck_workers_are_not_waited_for(tmp_path: Path) -> None:
 
 
 @forked_workers
-@pytest.mark.fault("SIGTERM or Ctrl-C to the whole group while workers start", "the program gets it, no worker ends")
+@pytest.mark.fault(
+    "SIGTERM or Ctrl-C to the whole process group while workers start",
+    "The program receives it, and no worker ends because of it",
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_wait_while_workers_start(tmp_path: Path, number: signal.Signals) -> None:
     """Signals wait until all workers have started: an exception in the hooks of os.fork would be swallowed."""
@@ -412,7 +417,7 @@ print(len(next(iter(steps))))
 """
 
 
-@pytest.mark.fault("a program that ends in the middle of its batches", "it ends, and its workers with it")
+@pytest.mark.fault("A program ends in the middle of its batches", "It ends normally, together with its workers")
 def test_program_ends_that_left_its_batches_half_way(tmp_path: Path) -> None:
     for k in range(8):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{k}.png")

@@ -106,7 +106,7 @@ def test_reader_of_a_mixture_is_named_with_what_its_epoch_drew() -> None:
     assert watch.reading(0).startswith(f", reading {source.key(3, epoch=1)} for ")
 
 
-@pytest.mark.fault("samples of a mixture that cannot be used", "others of the same epoch in their places")
+@pytest.mark.fault("Samples of weighted data cannot be used", "Samples of the same epoch take their places")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_of_a_mixture_are_replaced_by_those_of_the_epoch(tmp_path: Path, workers: int) -> None:
     write_folder(tmp_path / "good", 40)

@@ -33,7 +33,7 @@ def palette_png() -> bytes:
 
 
 @pytest.mark.fault(
-    "a palette with a transparency for each colour", "dropped without a warning, the pixels are as they were"
+    "A palette has a transparency for each colour", "It is dropped without a warning, and the pixels are unchanged"
 )
 @pytest.mark.filterwarnings("error")
 def test_nothing_warns_of_a_picture(tmp_path: Path) -> None:
@@ -81,7 +81,9 @@ class _Slow(io.BytesIO):
         return super().read(*args)
 
 
-@pytest.mark.fault("pictures read by several threads at once", "each that is too large is refused, by all of them")
+@pytest.mark.fault(
+    "Several threads read images at the same time", "Every image that is too large is refused in every thread"
+)
 def test_threads_share_the_filters_of_warnings() -> None:
     filters, found = list(warnings.filters), dict[str, str]()
 

@@ -116,7 +116,9 @@ def test_remote_shard_of_the_same_size_that_has_changed_is_copied_anew(
     assert not list(cache.rglob("*.tmp")) and not list(cache.rglob("*.part"))
 
 
-@pytest.mark.fault("a server that does not answer", "the copy is used, with a warning; without one the URL is named")
+@pytest.mark.fault(
+    "A server does not answer", "The local copy is used, with a warning. Without a copy, an error names the URL"
+)
 def test_remote_copy_is_used_when_nobody_answers(
     memory: fsspec.AbstractFileSystem, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,7 +130,7 @@ def test_remote_copy_is_used_when_nobody_answers(
         open_source("memory://s/2.tar")
 
 
-@pytest.mark.fault("a remote shard that comes in part", "an error that names the URL; nothing of it is kept")
+@pytest.mark.fault("A remote shard arrives incomplete", "An error names the URL, and nothing of the shard is kept")
 def test_remote_copy_of_another_size_is_not_kept(
     memory: fsspec.AbstractFileSystem, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

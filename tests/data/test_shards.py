@@ -98,7 +98,7 @@ def test_index_is_made_anew_for_another_file(tmp_path: Path, scans: list[str]) -
     assert shades(path) == [5, 6] and len(scans) == count + 1
 
 
-@pytest.mark.fault("a damaged index of a shard", "made anew")
+@pytest.mark.fault("The index of a shard is damaged", "It is built again")
 @pytest.mark.parametrize(
     "damage",
     [
@@ -238,7 +238,9 @@ def overwritten(path: Path) -> None:
     assert path.stat().st_size == before.st_size
 
 
-@pytest.mark.fault("hidden files, macOS's `._` among them, and folders whose names end in `.tar`", "are no shards")
+@pytest.mark.fault(
+    "Hidden files, including macOS's `._` files, and folders whose names end in `.tar`", "They are not read as shards"
+)
 def test_hidden_files_and_folders_are_no_shards(tmp_path: Path) -> None:
     for k in range(2):
         write_shard(tmp_path / "s" / f"{k}.tar", 2, first=2 * k)
@@ -260,7 +262,8 @@ def test_hidden_files_and_folders_are_no_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "a pattern whose braces stand for more than a million shards", "refused by name, before it is listed"
+    "The braces of a pattern expand to more than a million shards",
+    "The pattern is refused by name before it is expanded",
 )
 @pytest.mark.parametrize(
     "pattern",
@@ -273,7 +276,7 @@ def test_braces_of_too_many_names_are_refused(pattern: str) -> None:
         open_source(f"{pattern}.tar")
 
 
-@pytest.mark.fault("a shard that changes under the run", "the run ends, the shard is named")
+@pytest.mark.fault("A shard changes during the run", "The run ends with an error that names the shard")
 @pytest.mark.parametrize(
     "change",
     [
@@ -296,7 +299,7 @@ def test_shard_that_changes_under_a_run_is_named(tmp_path: Path, change: Callabl
         source.captions(1)
 
 
-@pytest.mark.fault("a shard that has gone since the start", "the run ends, the shard is named")
+@pytest.mark.fault("A shard has disappeared since the start", "The run ends with an error that names the shard")
 def test_shard_that_has_gone_is_named(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "x.tar")
     source = open_source(str(path))

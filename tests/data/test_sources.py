@@ -159,7 +159,7 @@ def test_table_fields_are_quoted(tmp_path: Path) -> None:
     assert captions(source) == [('he said "hi", twice',), ("two\nlines",), ("été",)]
 
 
-@pytest.mark.fault("a damaged table", "its file and line are named")
+@pytest.mark.fault("A table is damaged", "An error names the file and the line")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -227,7 +227,7 @@ def test_folder_has_every_picture_with_its_captions(tmp_path: Path) -> None:
     assert [shade(source, k) for k in range(len(source))] == pytest.approx([1, 60, 80, 3, 4], abs=8)  # JPEG is lossy
 
 
-@pytest.mark.fault("a folder without any caption", "its pictures are counted, the first is named")
+@pytest.mark.fault("A folder has no captions at all", "An error counts its images and names the first one")
 def test_folder_without_captions_counts_and_names_the_first(tmp_path: Path) -> None:
     for k in range(5):
         (tmp_path / f"{k}.png").write_bytes(picture(k))
@@ -235,7 +235,7 @@ def test_folder_without_captions_counts_and_names_the_first(tmp_path: Path) -> N
         open_source(str(tmp_path))
 
 
-@pytest.mark.fault("an empty or damaged caption file", "its picture is named")
+@pytest.mark.fault("A caption file is empty or damaged", "The message names its image")
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -310,7 +310,7 @@ def test_shards_are_used_once(tmp_path: Path) -> None:
     assert len(open_source(str(tmp_path / "{00000,*}.tar"))) == 4
 
 
-@pytest.mark.fault("missing shards", "they are named")
+@pytest.mark.fault("Shards are missing", "An error names them")
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -329,7 +329,7 @@ def test_shards_that_are_missing_are_named(
         open_source(spec)
 
 
-@pytest.mark.fault("a shard without pictures or without captions", "the shard is named")
+@pytest.mark.fault("A shard has no images or no captions", "An error names the shard")
 def test_shards_fault_names_the_shard(tmp_path: Path) -> None:
     def refused(members: dict[str, bytes], message: str) -> None:
         path = write_tar(tmp_path / "bad.tar", members)
@@ -344,7 +344,7 @@ def test_shards_fault_names_the_shard(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.fault("a shard that is cut off before its first sample ends", "the shard is named")
+@pytest.mark.fault("A shard is cut off before its first sample ends", "An error names the shard")
 def test_shards_that_are_cut_off_or_garbage_are_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.txt": b"a", "a.bmp": b"x" * 100_000})
     whole = path.read_bytes()
@@ -376,7 +376,7 @@ def faulty_picture(kind: str, data: bytes, folder: Path) -> tuple[Source, str]:
     return open_source(str(folder / "t.csv")), "2.png"
 
 
-@pytest.mark.fault("a damaged picture, HTML in its place", "its file is named")
+@pytest.mark.fault("An image is damaged, or HTML in its place", "The message names its file")
 @pytest.mark.parametrize("kind", ["table", "folder", "shards"])
 @pytest.mark.parametrize(
     ("data", "reason"),
@@ -395,7 +395,7 @@ def test_damaged_picture_is_named(tmp_path: Path, kind: str, data: bytes, reason
         source[1]
 
 
-@pytest.mark.fault("EXIF orientation", "the picture is turned upright")
+@pytest.mark.fault("EXIF data give an orientation", "The image is turned upright")
 @pytest.mark.parametrize("kind", ["table", "folder", "shards"])
 def test_picture_is_turned_as_its_exif_says(tmp_path: Path, kind: str) -> None:
     exif = Image.Exif()
@@ -407,7 +407,7 @@ def test_picture_is_turned_as_its_exif_says(tmp_path: Path, kind: str) -> None:
     assert record.image.getexif().get(0x0112, 1) == 1
 
 
-@pytest.mark.fault("a picture that has gone since the start", "its file is named")
+@pytest.mark.fault("An image has disappeared since the start", "The message names its file")
 def test_picture_that_has_gone_is_named(tmp_path: Path) -> None:
     source, key = faulty_picture("folder", picture(0), tmp_path)
     (tmp_path / "2.png").unlink()

@@ -28,7 +28,10 @@ def cause(source: object, index: int) -> str:
 # --- locations of images
 
 
-@pytest.mark.fault("a path of a table that leads to another picture from here than from its folder", "counted, named")
+@pytest.mark.fault(
+    "A path in a table leads to different images from the table's folder and from the working directory",
+    "The sample is counted by cause and named",
+)
 def test_table_paths_are_relative_to_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,7 +150,7 @@ def test_field_of_json_is_named_as_a_column_is(tmp_path: Path) -> None:
 # --- damage
 
 
-@pytest.mark.fault("damaged rows in a table", "counted as bad samples by their lines, named in the log")
+@pytest.mark.fault("Rows of a table are damaged", "The log names their lines, and they are counted as unusable samples")
 def test_rows_that_are_damaged_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_folder(tmp_path, 1)
     rows = b'\n\nfilepath,title\n000.png,"two\nlines"\n000.png\n,x\n000.png,"a "b" c"\n000.png,\xe9\n'
@@ -177,7 +180,7 @@ def test_lines_above_the_header_are_read(tmp_path: Path, text: str, caption: str
     assert len(source) == 1 and source[0].captions == (caption,)
 
 
-@pytest.mark.fault("a quote in a table that swallows the rows after it", "an error that names the file and the line")
+@pytest.mark.fault("An unclosed quote in a table swallows the following rows", "An error names the file and the line")
 @pytest.mark.parametrize(
     ("header", "opens", "inside", "closes"),
     [
@@ -248,7 +251,7 @@ def test_header_of_several_lines_is_read(tmp_path: Path, caplog: pytest.LogCaptu
             open_source(str(table))
 
 
-@pytest.mark.fault("a table that is compressed, UTF-16 or a pipe", "named, before anything waits")
+@pytest.mark.fault("A table is compressed, UTF-16 or a pipe", "An error names it, and nothing waits for it")
 def test_table_of_another_kind_is_named(tmp_path: Path) -> None:
     text, table = "filepath,title\na.png,x\n", tmp_path / "t.csv"
     for data, message in (

@@ -84,7 +84,10 @@ HOSTILE = {
 }
 
 
-@pytest.mark.fault("a tar file whose headers declare sizes that cannot be", "read up to there, the shard is named")
+@pytest.mark.fault(
+    "The headers of a tar file declare impossible sizes",
+    "The file is read up to there, and the message names the shard",
+)
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_declared_sizes_are_not_believed(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "x.tar"
@@ -155,7 +158,7 @@ def test_links_in_a_shard_are_followed(tmp_path: Path, caplog: pytest.LogCapture
     ]
 
 
-@pytest.mark.fault("a link to nothing, a device or a sparse file in a shard", "counted by cause")
+@pytest.mark.fault("A dangling link, a device or a sparse file in a shard", "The sample is counted by cause")
 def test_members_without_data_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parts = [
         *(PAIR, header("b.png", 0, b"2", link="/etc/passwd"), member("b.txt", b"x")),

@@ -300,7 +300,7 @@ OWN = dict.fromkeys(("pairs", "image_weight", "views", "comm of its own", "works
 OWN["backend"] = "RuntimeError"
 
 
-@pytest.mark.fault("ranks whose arguments disagree or are wrong", "every rank raises, none hangs")
+@pytest.mark.fault("Arguments of the ranks disagree or are wrong", "Every rank raises an error, and none hangs")
 @pytest.mark.parametrize("case", REFUSED)
 def test_ranks_that_disagree_raise_everywhere(case: str, several: int) -> None:
     for rank, of_rank in enumerate(ranks(several)):
@@ -335,7 +335,9 @@ def test_groups(several: int) -> None:
         assert comm == "ValueError: comm must be 'gather' or 'ring', got 'tree'"
 
 
-@pytest.mark.fault("a rank that ends or stands still in the loss", "an error on the others within the group's timeout")
+@pytest.mark.fault(
+    "A rank ends or hangs while the loss is computed", "The other ranks raise an error within the timeout of the group"
+)
 @pytest.mark.parametrize("fault", ["ends", "stops"])
 def test_a_rank_that_dies_is_an_error_of_the_others(fault: str) -> None:
     """A rank that exits in the middle of the ring, or is stopped before a gather, becomes an error on the other ranks

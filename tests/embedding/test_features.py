@@ -214,7 +214,9 @@ def test_store_that_another_process_clears_is_no_error(embedder: Embedder, tmp_p
     assert not theirs.parts()
 
 
-@pytest.mark.fault("two evaluations of the same data at the same time", "neither takes a part of the other's wrongly")
+@pytest.mark.fault(
+    "Two evaluations of the same data run at the same time", "Neither uses a part of the other's features by mistake"
+)
 def test_two_writers_of_one_store_do_not_mix_their_parts(
     embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +235,7 @@ def test_two_writers_of_one_store_do_not_mix_their_parts(
     )
 
 
-@pytest.mark.fault("FASTCLIP_CACHE cannot be written to, or is full", "one warning, and the evaluation goes on")
+@pytest.mark.fault("`FASTCLIP_CACHE` is not writable, or full", "One warning, and the evaluation continues")
 def test_cache_that_cannot_be_written_is_no_error(
     embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

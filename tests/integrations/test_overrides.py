@@ -88,7 +88,7 @@ def values(loss: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", CHANGED)
-@pytest.mark.fault("a subclass of open_clip's losses, patched", "its own loss is computed, and told once")
+@pytest.mark.fault("A subclass of open_clip's losses is patched", "Its own loss is computed, with one warning")
 def test_changed_loss_of_open_clip_keeps_its_numbers(name: str, caplog: pytest.LogCaptureFixture) -> None:
     make, told = CHANGED[name]
     loss = make()

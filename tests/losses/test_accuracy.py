@@ -219,7 +219,7 @@ def test_fp16_weights_do_not_flush(kind: Kind, size: float, factor: float) -> No
     assert error < 2e-3
 
 
-@pytest.mark.fault("zero rows, huge and tiny norms", "loss and gradients stay finite and right")
+@pytest.mark.fault("Features have zero rows, or huge or tiny norms", "Loss and gradients stay finite and accurate")
 @each_kind(fp32(WAYS))
 def test_extreme_norms_finite_and_accurate(kind: Kind) -> None:
     image, text = pairs(66, 66, 16)
@@ -259,7 +259,7 @@ def test_norm_below_the_bound_is_a_constant(kind: Kind) -> None:
     assert (image.grad[3].double() - expected).norm() < kind.tolerance(1e-5, 1e-3) * expected.norm()
 
 
-@pytest.mark.fault("NaN or Inf in the features", "they reach loss and gradients, nothing hides them")
+@pytest.mark.fault("Features contain NaN or Inf", "They appear in the loss and the gradients and are not hidden")
 @pytest.mark.pairwise
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("normalize", [True, False])

@@ -48,7 +48,10 @@ def gradients(loss: Any, image: Tensor, text: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.fault("labels of -1, for rows without one", "an error that says so, or they are left out: `ignore_label`")
+@pytest.mark.fault(
+    "Some labels are -1, meaning that the row has none",
+    "An error states this, or with `ignore_label` these rows are left out",
+)
 def test_loss_is_that_without_the_rows(name: str, dtype: torch.dtype) -> None:
     """Loss and gradients equal the fp64 truth of the remaining features, and the gradients of the ignored
     rows are 0.

@@ -201,7 +201,7 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.fault("a native module that is missing", "a reason in `backends()`, no import error")
+@pytest.mark.fault("A native module is missing", "`backends()` gives the reason, and the import succeeds")
 def test_missing_native_module_is_a_reason() -> None:
     code = (
         "import sys; sys.modules['fastclip._cpu'] = None; import fastclip, torch; x = torch.eye(4); "
@@ -332,7 +332,7 @@ def test_sigmoid_misfit_raises_before_any_work(name: str, monkeypatch: pytest.Mo
         fastclip.sigmoid_loss(image, text, **{"logit_scale": 10.0, "logit_bias": -10.0, **options})
 
 
-@pytest.mark.fault("torch.set_default_dtype", "the same numbers")
+@pytest.mark.fault("`torch.set_default_dtype` is changed", "The results are the same")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_default_dtype_changes_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     def results() -> list[Tensor]:

@@ -60,7 +60,9 @@ def assert_same_gradients(loss: Callable[..., Tensor], way: Callable[..., Tensor
         assert torch.equal(x.grad, y.grad)
 
 
-@pytest.mark.fault("activation checkpointing, saved-tensor hooks", "the gradients without them, bit for bit")
+@pytest.mark.fault(
+    "Activation checkpointing or saved-tensor hooks are used", "The gradients are unchanged, bit for bit"
+)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_checkpoints_and_hooks_change_nothing(name: str, way: Callable[..., Tensor]) -> None:
@@ -100,7 +102,9 @@ def test_checkpoints_and_hooks_change_nothing_of_shards(way: Callable[..., Tenso
             assert_same_gradients(sharded, way)
 
 
-@pytest.mark.fault("features that change between forward and backward", "backward raises, as torch's own operations do")
+@pytest.mark.fault(
+    "Features change between forward and backward", "backward raises an error, as torch's own operations do"
+)
 @pytest.mark.parametrize("changed", [0, 1, 2], ids=["image", "text", "scale"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_change_between_forward_and_backward_raises(name: str, changed: int) -> None:

@@ -104,7 +104,9 @@ INTEGERS: dict[str, Callable[[int, Tensor, Tensor], Tensor]] = {
 OFTEN = [pytest.param(k, marks=[] if k in ("contrastive", "sigmoid") else [pytest.mark.full]) for k in CHANGING]
 
 
-@pytest.mark.fault("a Python number as scale, bias or weight that changes each step", "compiled twice at most")
+@pytest.mark.fault(
+    "Scale, bias or weight is a Python number that changes at each step", "The function is compiled at most twice"
+)
 @pytest.mark.parametrize("name", OFTEN)
 def test_changing_numbers_compile_twice_at_most(name: str) -> None:
     torch._dynamo.reset()

@@ -55,8 +55,8 @@ def other() -> DualEncoder:
 
 
 @pytest.mark.fault(
-    "`fastclip convert` onto a model on a full disk",
-    "the old files stay as they are, nothing is left beside them, and the error names the file",
+    "`fastclip convert` overwrites a model on a full disk",
+    "The old files are unchanged, nothing is left beside them, and the error names the file",
 )
 @pytest.mark.parametrize(
     ("target", "form"),

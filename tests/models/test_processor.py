@@ -199,8 +199,8 @@ def test_a_whole_processor_goes_first(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "an image processor of Hugging Face with a step that the transforms do not carry out",
-    "a ValueError names the file, the key and what is supported",
+    "A Hugging Face image processor has a step that fastclip's transforms do not implement",
+    "A ValueError names the file, the key and what is supported",
 )
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
@@ -357,8 +357,8 @@ def test_pictures_and_texts_of_what_is_converted(align: DualEncoder, tmp_path: P
 
 
 @pytest.mark.fault(
-    "`fastclip convert --to huggingface` into a folder with files that transformers would read before the new ones",
-    "a ValueError names the file; nothing is written",
+    "The target of `fastclip convert --to huggingface` contains files that transformers would read before the new ones",
+    "A ValueError names the file, and nothing is written",
 )
 @pytest.mark.parametrize(
     ("model", "stale"),

@@ -291,8 +291,8 @@ def put(value: Any, place: tuple[Any, ...], new: Any) -> Any:
 
 
 @pytest.mark.fault(
-    "JSON of another kind in any place of a model's configuration",
-    "a ValueError names the file, the place and what belongs there",
+    "A model's configuration contains JSON of the wrong type anywhere",
+    "A ValueError names the file, the position and the expected type",
 )
 @pytest.mark.parametrize("form", ["fastclip", "open_clip", "huggingface", "align"])
 def test_configurations_with_odd_values_are_read_or_refused(form: str, tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def bias_of_another_shape(model: DualEncoder) -> None:
 
 
 @pytest.mark.fault(
-    "a model that was changed is saved", "refused: it could not be read again; the folder stays as it was"
+    "A model was modified and no longer fits its configuration when it is saved",
+    "It is refused, because it could not be loaded again. The folder is unchanged",
 )
 @pytest.mark.parametrize(
     ("change", "told"),
@@ -90,7 +91,8 @@ def test_changed_models_are_refused(change: Callable[[DualEncoder], None], told:
 
 
 @pytest.mark.fault(
-    "a model's folder is gone, or the working directory another, when it is saved", "its vocabulary is kept"
+    "The folder of a model has disappeared, or the working directory has changed, when the model is saved",
+    "Its vocabulary is saved all the same",
 )
 def test_vocabulary_is_kept_from_when_the_model_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn("align-tiny").save_pretrained(tmp_path / "first")

@@ -48,8 +48,8 @@ def open_clips() -> nn.Module:
 
 
 @pytest.mark.fault(
-    "a checkpoint trained with a context length of 32 under a model's name that means 77, or with other pictures",
-    "the weights' sizes rule, for the tokenizer and the transform, too; the log says so once",
+    "A checkpoint's context length or image size differs from that of the given model name",
+    "The sizes of the weights apply, for the tokenizer and the transform as well. The log reports this once",
 )
 def test_features_are_open_clips_whatever_the_name_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     theirs = open_clips()

@@ -112,8 +112,8 @@ def rewritten(archive: Path, change: Callable[[str, bytes], bytes | None], compr
 
 
 @pytest.mark.fault(
-    "a TorchScript archive whose code writes a file when it is loaded",
-    "only tensors are read, by a reader that calls nothing: the archive is refused, and no file is written",
+    "The code of a TorchScript archive writes a file when it is loaded",
+    "The reader extracts tensors and calls no code of the archive. The archive is refused, and no file is written",
 )
 def test_no_code_of_an_archive_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written, path = tmp_path / "written", tmp_path / "archive.pt"
@@ -145,8 +145,8 @@ def edited(old: bytes, new: bytes) -> Callable[[str, bytes], bytes]:
 
 
 @pytest.mark.fault(
-    "a TorchScript archive that claims more than is in it: sizes, strides, storages, names",
-    "a ValueError names the file before memory is taken",
+    "A TorchScript archive declares sizes, strides, storages or names that do not match its content",
+    "A ValueError names the file before memory is allocated",
 )
 @pytest.mark.parametrize(
     ("change", "message"),

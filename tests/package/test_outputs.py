@@ -96,7 +96,7 @@ def test_output_of_another_command_is_refused_and_taken_by_force(
         assert not lock.exists()
 
 
-@pytest.mark.fault("an output that is a file or a folder which the command reads", "refused, before any work")
+@pytest.mark.fault("The output is a file or a folder that the command reads", "It is refused before any work")
 def test_output_is_not_what_the_command_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, folder = tmp_path / "dataset_coco.json", tmp_path / "pictures"
     table.write_text("{}")
@@ -118,7 +118,10 @@ def test_output_is_not_what_the_command_reads(tmp_path: Path, capsys: pytest.Cap
     check_apart(tmp_path, [str(table)])  # beside the data is allowed
 
 
-@pytest.mark.fault("an output in a folder whose folders are classes", "refused, before any work: it would be a class")
+@pytest.mark.fault(
+    "The output is inside a folder whose subfolders are classes",
+    "It is refused before any work, because it would become a class",
+)
 def test_output_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     needs("train")
     from PIL import Image
@@ -150,7 +153,7 @@ def test_output_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     check_folder(tmp_path / "new", [str(classes), "digits"])
 
 
-@pytest.mark.fault("a file to write is a picture of the data, or its captions", "refused, before any work")
+@pytest.mark.fault("A file to be written is an image or a caption file of the data", "It is refused before any work")
 def test_pictures_of_the_data_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     needs("train")
     from PIL import Image
@@ -208,7 +211,9 @@ def test_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
 
 
 @forks
-@pytest.mark.fault("the disk is full in the middle of a file", "the file is named, what was there before stays")
+@pytest.mark.fault(
+    "The disk becomes full in the middle of a file", "An error names the file, and its previous content is kept"
+)
 def test_full_disk_in_the_middle_of_a_file_names_it(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="Windows has no limits of resources")
     (tmp_path / "part").write_text("old")

@@ -29,7 +29,9 @@ def stream(encoding: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(), encoding=encoding)
 
 
-@pytest.mark.fault("a terminal whose encoding lacks a character", "all is printed, the character escaped")
+@pytest.mark.fault(
+    "The encoding of the terminal lacks a character", "The character is escaped, and everything else is printed"
+)
 @pytest.mark.parametrize(
     ("encoding", "printed"),
     [("latin-1", b"Gr\xfc\xdfe \\u2026 \xff\n"), ("ascii", b"Gr\\xfc\\xdfe \\u2026 \xff\n")],
@@ -50,7 +52,7 @@ def plain(text: str) -> bool:
     return all(line.isprintable() for line in text.splitlines())
 
 
-@pytest.mark.fault("a name with escape sequences or line ends in an error or the log", "they are escaped")
+@pytest.mark.fault("A name in an error or in the log contains escape sequences or line ends", "They are escaped")
 def test_errors_and_the_log_cannot_move_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,7 +92,7 @@ def test_names_are_printed_by_the_printing_module_alone() -> None:
 
 
 @forks
-@pytest.mark.fault("a command whose stdout is closed", "it works, and what it opens is not written to")
+@pytest.mark.fault("stdout of a command is closed", "The command works, and no output goes into a file that it opens")
 def test_closed_stream_is_nobody_elses(tmp_path: Path) -> None:
     def closed() -> None:
         for number, name in ((1, "stdout"), (2, "stderr")):

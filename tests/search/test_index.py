@@ -82,7 +82,7 @@ def test_unchanged_pictures_are_not_opened(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("how", ["replaced", "written"])
-@pytest.mark.fault("a picture replaced by one of the same size and time", "it is embedded anew")
+@pytest.mark.fault("An image is replaced by one of the same size and time", "It is embedded again")
 def test_change_of_the_same_size_and_time_is_seen(tmp_path: Path, how: str) -> None:
     """A change that keeps size and time is detected. `cp -p` can set back the time of writing, but not
     the time of the status change.
@@ -114,7 +114,7 @@ def test_file_that_is_new_is_looked_at_again(tmp_path: Path, monkeypatch: pytest
     check(searched, [photo])
 
 
-@pytest.mark.fault("a picture that is written while it is indexed", "it is named and read next time")
+@pytest.mark.fault("An image is written while it is being indexed", "It is named, and read by the next search")
 def test_file_that_changes_while_it_is_read_is_left_for_the_next_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,8 +134,8 @@ def test_file_that_changes_while_it_is_read_is_left_for_the_next_time(
 
 
 @pytest.mark.fault(
-    "a damaged, oversized or false picture in a searched folder",
-    "it is named once, with the reason, and left out until it changes",
+    "A searched folder contains a damaged or oversized image, or a file that is not an image",
+    "It is named once, with the reason, and skipped until it changes",
 )
 def test_what_cannot_be_read_is_listed_and_not_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "photos"
@@ -187,7 +187,7 @@ def test_what_another_reader_could_not_read_is_tried_again(tmp_path: Path, monke
     assert len(searched.update().skipped) == 1 and not searched.update().skipped
 
 
-@pytest.mark.fault("a picture that the disk does not give", "it is named and tried again next time")
+@pytest.mark.fault("The disk fails to read an image", "The image is named and tried again by the next search")
 def test_fault_of_the_disk_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(2)]
     searched, real = engine(tmp_path), scan.read_picture
@@ -206,7 +206,7 @@ def test_fault_of_the_disk_is_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.fault(
-    "a picture of which the model makes NaN", "it is named and left out: it would be found by every search"
+    "The model returns NaN for an image", "The image is named and left out; otherwise every search would find it"
 )
 def test_numbers_that_are_not_finite_are_never_found(tmp_path: Path) -> None:
     class Overflowing(Colours):
@@ -293,7 +293,7 @@ def test_folders_are_apart_and_share_what_is_known(tmp_path: Path) -> None:
     assert counts(engine(tmp_path, model))[0] == 3
 
 
-@pytest.mark.fault("a disk that is not there", "an error; its index is kept")
+@pytest.mark.fault("The searched disk is not connected", "An error is raised, and the index is kept")
 def test_folder_that_is_gone_empties_no_index(tmp_path: Path) -> None:
     photo = draw(tmp_path / "photos" / "a.png", 1)
     searched = engine(tmp_path)
@@ -351,7 +351,8 @@ def test_vectors_are_stored_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "a search index with a vector that is damaged or another model's", "the file is named; nothing is found"
+    "A search index contains a damaged vector, or one of another model",
+    "An error names the file, and the search returns no results",
 )
 @pytest.mark.parametrize("value", [b"", b"123", np.ones(DIM + 1, "<f4").tobytes(), "a text", 7.5])
 def test_vector_of_another_kind_names_the_index(tmp_path: Path, value: object) -> None:

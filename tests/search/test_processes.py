@@ -30,7 +30,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "no database", "SQLite format 3\0" + "x" * 5000])
-@pytest.mark.fault("a damaged search index", "it is named")
+@pytest.mark.fault("A search index is damaged", "An error names it")
 def test_file_that_is_no_index_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "cache" / "search" / "colours.sqlite3"
     file.parent.mkdir(parents=True)
@@ -41,7 +41,7 @@ def test_file_that_is_no_index_is_named(tmp_path: Path, text: str) -> None:
         engine(tmp_path)
 
 
-@pytest.mark.fault("a full disk while pictures are indexed", "the index is named; what it held it holds")
+@pytest.mark.fault("The disk is full during indexing", "An error names the index, which keeps what it contained")
 def test_disk_that_is_full_and_pages_that_are_damaged_are_named(tmp_path: Path) -> None:
     for k in range(300):
         draw(tmp_path / "photos" / f"{k}.png", k)
@@ -84,7 +84,9 @@ def stored(tmp_path: Path) -> dict[bytes, bytes]:
 
 
 @forks
-@pytest.mark.fault("kill -9 at any moment of indexing", "the index opens, holds what was embedded, and goes on")
+@pytest.mark.fault(
+    "kill -9 at any moment of indexing", "The index opens, contains what was embedded, and the next search continues it"
+)
 def test_kill_leaves_an_index_that_goes_on(tmp_path: Path) -> None:
     moments, size = random.Random(0), 40
     photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(size)]
@@ -125,7 +127,9 @@ def test_kill_leaves_an_index_that_goes_on(tmp_path: Path) -> None:
 
 
 @forks
-@pytest.mark.fault("several processes index a folder at once", "one index, as of one of them")
+@pytest.mark.fault(
+    "Several processes index a folder at the same time", "The index is the same as if one process had written it"
+)
 def test_processes_that_index_at_once_agree(tmp_path: Path) -> None:
     photos = [draw(tmp_path / "photos" / f"{k}.png", k) for k in range(60)]
     pids = [forked(lambda: void(engine(tmp_path).update(batch_size=2, workers=2))) for _ in range(4)]
@@ -166,7 +170,7 @@ def test_others_may_write_while_vectors_are_gone_through(tmp_path: Path, monkeyp
     written.close()
 
 
-@pytest.mark.fault("Ctrl-C while pictures are indexed", "what is embedded is kept")
+@pytest.mark.fault("Ctrl-C during indexing", "The images embedded so far are kept")
 def test_interrupted_indexing_keeps_what_is_embedded(tmp_path: Path) -> None:
     class Stopped(Colours):
         def embed_images(self, images: object) -> object:  # type: ignore[override]

@@ -217,7 +217,7 @@ def test_port_of_http_may_be_left_out(served: Served, monkeypatch: pytest.Monkey
     assert served.ask("/", Host="evil.example")[0] == 403
 
 
-@pytest.mark.fault("an upload that stalls", "its connection is closed; the server goes on")
+@pytest.mark.fault("An upload stalls", "Its connection is closed, and the server continues")
 def test_upload_that_stalls_is_dropped(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -62,7 +62,9 @@ def names(folder: Path) -> list[str]:
 
 
 @forks
-@pytest.mark.fault("kill -9 at any moment of saving", "the checkpoint announced last, or the next, is whole and loads")
+@pytest.mark.fault(
+    "kill -9 at any moment of saving", "The checkpoint announced last, or the next one, is intact and loads"
+)
 def test_kill_leaves_the_last_checkpoint_or_the_next(tmp_path: Path) -> None:
     moments = random.Random(0)
     announced, half_written = 0, 0
@@ -125,7 +127,9 @@ def die_at(operation: int, *, after: bool) -> None:
 
 
 @forks
-@pytest.mark.fault("death after any single file operation of saving", "a whole checkpoint is left, old or new")
+@pytest.mark.fault(
+    "The process dies after any single file operation of saving", "An intact checkpoint is left, the old or the new one"
+)
 @pytest.mark.parametrize("again", [False, True], ids=["new", "again"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_death_at_every_file_operation_leaves_a_whole_checkpoint(tmp_path: Path, again: bool, after: bool) -> None:
@@ -154,7 +158,8 @@ def test_death_at_every_file_operation_leaves_a_whole_checkpoint(tmp_path: Path,
 
 
 @pytest.mark.fault(
-    "a flipped byte, a missing or a cut file in a checkpoint", "the file is named, the one before is used"
+    "A checkpoint has a flipped byte, a missing file or a truncated file",
+    "The file is named, and the checkpoint before it is used",
 )
 @pytest.mark.parametrize("file", [*FILES, "manifest.json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
@@ -185,7 +190,7 @@ def test_damage_is_found_and_the_one_before_is_used(
         find_checkpoint("auto", tmp_path)
 
 
-@pytest.mark.fault("a checkpoint that holds a pickle", "it is refused, nothing of it runs")
+@pytest.mark.fault("A checkpoint contains a pickle", "It is refused, and nothing of it runs")
 def test_no_pickle_runs_when_a_checkpoint_is_read(tmp_path: Path) -> None:
     class Harm:
         def __reduce__(self) -> object:
@@ -202,7 +207,9 @@ def test_no_pickle_runs_when_a_checkpoint_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
 
 
-@pytest.mark.fault("old checkpoints fill the disk", "the `--keep` newest stay; none goes before the new one is there")
+@pytest.mark.fault(
+    "Old checkpoints fill the disk", "The `--keep` newest are kept, and none is removed before the new one is complete"
+)
 def test_old_checkpoints_go_after_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2, 3, 4):
         write_snapshot(tmp_path, snapshot(step))
@@ -231,7 +238,9 @@ def test_checkpoints_of_a_later_step_are_set_aside(tmp_path: Path, caplog: pytes
 
 
 @forks
-@pytest.mark.fault("a full disk (a file size limit)", "the bytes needed are told, the old checkpoint stands")
+@pytest.mark.fault(
+    "The disk is full (a file size limit)", "The message states the bytes needed, and the old checkpoint is kept"
+)
 def test_full_disk_says_how_many_bytes_were_needed(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="Windows has no limits of resources")
     write_snapshot(tmp_path, snapshot(1))
@@ -249,7 +258,7 @@ def test_full_disk_says_how_many_bytes_were_needed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000001"] and loaded(tmp_path / "step-00000001") == (1, 1)
 
 
-@pytest.mark.fault("too little space on the disk", "seen before anything is written, with both numbers of bytes")
+@pytest.mark.fault("The disk has too little space", "An error states both numbers of bytes before anything is written")
 def test_space_is_looked_at_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, free=700))
     monkeypatch.setattr(checkpoint, "save_file", lambda *args: pytest.fail("written"))
@@ -265,7 +274,7 @@ def test_space_is_looked_at_before_writing(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.fault(
-    "a disk that is too small for a checkpoint of the run", "said before the first step, with both sizes"
+    "The disk is too small for a checkpoint of the run", "An error states both sizes before the first step"
 )
 def test_room_for_a_checkpoint_is_looked_at_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(3, 2)  # 32 bytes
@@ -280,7 +289,9 @@ def test_room_for_a_checkpoint_is_looked_at_before_a_run(tmp_path: Path, monkeyp
         check_room(tmp_path / "checkpoints", model)
 
 
-@pytest.mark.fault("an error while config.yaml, metrics.jsonl or model/ is written", "what was there before stays")
+@pytest.mark.fault(
+    "An error occurs while config.yaml, metrics.jsonl or model/ is written", "The previous content is kept"
+)
 def test_text_and_folder_are_replaced_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "text", "old")
     with new_folder(tmp_path / "folder") as half:
@@ -328,7 +339,7 @@ def test_training_goes_on_beside_a_snapshot_and_does_not_change_it(tmp_path: Pat
             assert torch.equal(x, before[f"{file}/{name}"]), f"{file}: {name}"
 
 
-@pytest.mark.fault("saving fails in the background", "never silent: the run ends at its next step with the error")
+@pytest.mark.fault("Saving in the background fails", "The run ends at its next step with the error")
 @pytest.mark.parametrize("background", [False, True])
 def test_saver_writes_one_at_a_time_and_keeps_no_error_to_itself(background: bool) -> None:
     written: list[int] = []

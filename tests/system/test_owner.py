@@ -55,7 +55,8 @@ def leave(folder: Path, **fields: Any) -> Path:
 
 @forks
 @pytest.mark.fault(
-    "two commands with one --output at the same time", "the second is refused, and names process, host and begin"
+    "Two commands use the same `--output` at the same time",
+    "The second is refused, with process, host and start time of the first",
 )
 @pytest.mark.parametrize("file", [False, True], ids=["folder", "file"])
 def test_second_owner_is_refused_and_a_killed_one_is_passed_over(tmp_path: Path, file: bool) -> None:
@@ -150,7 +151,7 @@ def test_another_thread_is_refused_and_a_call_inside_shares(tmp_path: Path) -> N
         pass
 
 
-@pytest.mark.fault("the process of a lock file is of another host", "refused, until --force takes its output over")
+@pytest.mark.fault("A lock file names a process on another host", "The output is refused until `--force` takes it over")
 def test_owner_on_another_host_is_told_and_taken_from_by_force(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -168,7 +169,7 @@ def test_owner_on_another_host_is_told_and_taken_from_by_force(
 
 
 @pytest.mark.fault(
-    "a scheduler starts a killed run again, on another host", "an earlier start of its job is passed over"
+    "A scheduler restarts a killed run on another host", "The lock of an earlier start of the same job is ignored"
 )
 @pytest.mark.parametrize(
     "before, now, passes",
@@ -298,7 +299,7 @@ def not_writable(tmp_path: Path) -> tuple[Path, str]:
     return Path("/proc/self/out"), "/proc/self/out cannot be made: No such file"
 
 
-@pytest.mark.fault("--output is a file, lies below one, or cannot be written", "the path is named, before any work")
+@pytest.mark.fault("`--output` is a file, is inside one, or is not writable", "An error names the path before any work")
 @pytest.mark.parametrize("case", [as_file, below_a_file, dead_link, not_writable])
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path, case: Callable[[Path], tuple[Path, str]]) -> None:
     place, said = case(tmp_path)
@@ -307,7 +308,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path, case: Callable[[Pat
 
 
 @forks
-@pytest.mark.fault("--output is on a full disk", "the path is named, before any work")
+@pytest.mark.fault("`--output` is on a full disk", "An error names the path before any work")
 def test_full_disk_is_named_before_any_work(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="Windows has no limits of resources")
 

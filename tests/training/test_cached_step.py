@@ -146,7 +146,7 @@ def test_buffers_that_a_pass_reads_and_changes_are_replayed() -> None:
     assert_same(ours, gradients(model, step))
 
 
-@pytest.mark.fault("a micro-batch that changes between the passes of `cached_step`", "an error that says so")
+@pytest.mark.fault("A micro-batch differs between the two passes of `cached_step`", "An error states this")
 def test_micro_batches_that_change_are_refused() -> None:
     model, (images, texts) = Pair(), rows()
 

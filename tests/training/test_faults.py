@@ -52,7 +52,7 @@ def counts(folder: Path) -> list[int]:
     return [json.loads(line)["skipped"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.fault("some samples that cannot be used", "counted by cause in metrics.jsonl and the log")
+@pytest.mark.fault("Some samples cannot be used", "The metrics and the log count them by cause")
 def test_skipped_samples_are_counted_by_cause_and_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Skipped samples are counted by cause: 4 of 24 are bad, in two epochs of four steps."""
     data = write_folder(tmp_path / "data", 20, BAD)
@@ -83,7 +83,8 @@ def test_largest_picture_is_an_option(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "a validation that fails", "the run ends with the error; the checkpoint of its step is there, and it is made up for"
+    "A validation fails",
+    "The run ends with the error. The checkpoint of this step is kept, and a resume repeats the validation",
 )
 def test_failed_validation_loses_no_step(tmp_path: Path) -> None:
     data, unusable = write_folder(tmp_path / "data", 8), write_folder(tmp_path / "unusable", 0, [(HTML, b"x")] * 3)
@@ -157,7 +158,7 @@ def work(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.fault("too many over all ranks together", "all ranks end at the same step")
+@pytest.mark.fault("All ranks together have more unusable samples than `--max-bad`", "All ranks end at the same step")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
 def test_all_ranks_count_together_and_stop_together(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
@@ -171,7 +172,10 @@ def test_all_ranks_count_together_and_stop_together(tmp_path: Path) -> None:
     assert told == [[[5, message]]] * 2
 
 
-@pytest.mark.fault("more of them than `--max-bad`", "exit status 1 and one line with causes and files")
+@pytest.mark.fault(
+    "More samples than `--max-bad` cannot be used",
+    "The command ends with exit status 1 and one line with causes and files",
+)
 def test_command_stops_with_a_line_that_names_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     needs("train")
     data = write_folder(tmp_path / "data", 8, BAD)
@@ -186,7 +190,7 @@ def test_command_stops_with_a_line_that_names_files(tmp_path: Path, capfd: pytes
     assert "Traceback" not in told
 
 
-@pytest.mark.fault("a worker killed by the system in a run", "one line that says so, and no traceback")
+@pytest.mark.fault("The system kills a worker during a run", "One line reports it, without a traceback")
 def test_killed_worker_ends_the_run_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Folder.read
 

@@ -106,7 +106,9 @@ def start_ranks(folder: Path, work: Callable[[int], object]) -> list[int]:
     ]
 
 
-@pytest.mark.fault("kill -9 of a run, again and again", "`--resume auto`: the numbers of a run that never stopped")
+@pytest.mark.fault(
+    "kill -9 of a run, repeatedly", "With `--resume auto`, losses and metrics are those of a run that never stopped"
+)
 def test_run_killed_again_and_again_is_the_run_that_never_stopped(tmp_path: Path, whole: trainer.Run) -> None:
     moments = random.Random(0)
     folder, kills = tmp_path / "run", 0
@@ -130,7 +132,8 @@ def test_run_killed_again_and_again_is_the_run_that_never_stopped(tmp_path: Path
 
 
 @pytest.mark.fault(
-    "a flipped byte in the newest checkpoint of a run", "it goes on from the one before, to the same end"
+    "One byte of a run's newest checkpoint is flipped",
+    "The run resumes from the checkpoint before it, with the same result",
 )
 def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     tmp_path: Path, whole: trainer.Run, caplog: pytest.LogCaptureFixture
@@ -147,7 +150,7 @@ def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert kept == ["aside-step-00000006", f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}"]
 
 
-@pytest.mark.fault("death between the last checkpoint and model/", "`--resume auto` writes model/")
+@pytest.mark.fault("The run dies between its last checkpoint and model/", "`--resume auto` writes model/")
 def test_run_that_died_before_its_model_writes_it(tmp_path: Path, whole: trainer.Run) -> None:
     run = trainer.train(options(tmp_path))
     (run.folder / "model").rename(run.folder / ".model.0a1b2c3d.tmp")
@@ -183,7 +186,10 @@ def test_run_whose_checkpoint_fails_ends_with_its_error(
     assert steps_made(tmp_path) == 4
 
 
-@pytest.mark.fault("a full disk in a run", "exit status 1 and one line with the bytes; the checkpoint before stands")
+@pytest.mark.fault(
+    "The disk is full during a run",
+    "Exit status 1 and one line with the number of bytes. The previous checkpoint is kept",
+)
 def test_run_on_a_full_disk_says_so_in_a_line(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     trainer.train(options(tmp_path / "run", stop_after=2))
@@ -220,7 +226,9 @@ def command(tmp_path: Path, *words: str, launch: tuple[str, ...] = ()) -> Popen:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.fault("SIGTERM or Ctrl-C", "a checkpoint after the step, exit status 143 or 130, no process left")
+@pytest.mark.fault(
+    "SIGTERM or Ctrl-C", "A checkpoint after the current step, exit status 143 or 130, and no process is left"
+)
 @pytest.mark.parametrize(
     "number",
     [pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.full), pytest.param(signal.SIGINT, id="SIGINT")],
@@ -246,7 +254,7 @@ def test_signal_ends_a_command_with_a_checkpoint(tmp_path: Path, whole: trainer.
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.fault(
     "SIGTERM to a run in a script's background, where Ctrl-C is ignored",
-    "Ctrl-C stays ignored; SIGTERM writes a checkpoint, exit status 143, no process left",
+    "Ctrl-C stays ignored. SIGTERM writes a checkpoint and gives exit status 143, and no process is left",
 )
 def test_signal_ends_a_run_in_the_background(tmp_path: Path) -> None:
     """A signal ends a run in the background. The run is forked, which saves the time of imports."""
@@ -314,7 +322,7 @@ def test_interrupted_run_raises_and_restores_the_handlers(
     ) == STEPS - 4
 
 
-@pytest.mark.fault("a second SIGTERM or Ctrl-C", "the process ends at once, by the signal")
+@pytest.mark.fault("A second SIGTERM or Ctrl-C", "The signal ends the process immediately")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_second_signal_ends_the_process_at_once(tmp_path: Path, number: signal.Signals) -> None:
     def waits() -> None:
@@ -352,7 +360,9 @@ def test_shards_are_saved_in_the_background_as_they_were(tmp_path: Path) -> None
             assert one.read_bytes() == other.read_bytes(), f"{file} of step {step}"
 
 
-@pytest.mark.fault("SIGTERM to one rank of several", "all end after the same step, with one checkpoint and status 143")
+@pytest.mark.fault(
+    "SIGTERM to one of several ranks", "All ranks end after the same step, with one checkpoint and exit status 143"
+)
 def test_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path, whole: trainer.Run) -> None:
     folder = tmp_path / "run"
     pids = start_ranks(tmp_path, lambda rank: trainer.train(options(folder, save_every=1000)))
@@ -365,7 +375,7 @@ def test_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path, whole: 
     assert_near(folder, whole)
 
 
-@pytest.mark.fault("one rank cannot write its checkpoint", "every rank ends with the error, none hangs")
+@pytest.mark.fault("One rank cannot write its checkpoint", "Every rank ends with the error, and none hangs")
 def test_checkpoint_that_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
     def work(rank: int) -> None:
         def fails(*args: object, **options: object) -> None:
@@ -380,7 +390,7 @@ def test_checkpoint_that_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
     assert steps_made(tmp_path / "run") == 4
 
 
-@pytest.mark.fault("one rank finds no checkpoint that is whole", "every rank ends with the error, none hangs")
+@pytest.mark.fault("One rank finds no intact checkpoint", "Every rank ends with the error, and none hangs")
 def test_damaged_checkpoint_ends_all_ranks(tmp_path: Path) -> None:
     trainer.train(options(tmp_path / "run", stop_after=1))
     (tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json").write_text("{}")
@@ -392,7 +402,8 @@ def test_damaged_checkpoint_ends_all_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "a second run under torchrun with the --output of one that goes on", "every rank ends with the error"
+    "A second torchrun uses the `--output` of a run that is still active",
+    "Every rank of the second one ends with the error",
 )
 def test_output_of_another_run_ends_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
@@ -404,7 +415,9 @@ def test_output_of_another_run_ends_all_ranks(tmp_path: Path) -> None:
         assert "in use by process 12 on node-7" in (tmp_path / f"said {rank}").read_text()
 
 
-@pytest.mark.fault("kill -9 of one rank, or a rank that stands still", "the others end within `--timeout`, saying so")
+@pytest.mark.fault(
+    "kill -9 of one rank, or a rank that hangs", "The other ranks end within `--timeout`, with a message"
+)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 def test_lost_rank_ends_the_others(tmp_path: Path, number: signal.Signals) -> None:
     folder, seconds = tmp_path / "run", 4
@@ -442,7 +455,7 @@ def test_ranks_meet_where_no_dead_rank_has_been() -> None:
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 
 
-@pytest.mark.fault("kill -9 of a rank under torchrun", "its restart resumes by itself, to the same losses")
+@pytest.mark.fault("kill -9 of a rank under torchrun", "torchrun restarts the run, which resumes with the same losses")
 def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path, whole: trainer.Run) -> None:
     folder = tmp_path / "run"
     words = ["--resume", "auto", "--output", str(folder)]
@@ -456,7 +469,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path, whole: tr
     assert_near(folder, whole)
 
 
-@pytest.mark.fault("SIGTERM to torchrun", "its processes write a checkpoint and end")
+@pytest.mark.fault("SIGTERM to torchrun", "Its processes write a checkpoint and end")
 def test_torchrun_passes_a_signal_on(tmp_path: Path, whole: trainer.Run) -> None:
     folder = tmp_path / "run"
     process = command(tmp_path, "--save-every", "1000", "--output", str(folder), launch=TORCHRUN)

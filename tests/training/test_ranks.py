@@ -145,7 +145,10 @@ def test_two_ranks_train_as_one(folder: Path, name: str, tmp_path: Path) -> None
         assert validation["zero_shot_top1"] == pytest.approx(alone.validation["zero_shot_top1"], abs=0.02)
 
 
-@pytest.mark.fault("a resume with another number of processes, DDP for FSDP2", "the same losses to rounding")
+@pytest.mark.fault(
+    "A run resumes with another number of processes, or with DDP instead of FSDP2",
+    "The losses are the same up to rounding",
+)
 @pytest.mark.parametrize("name", ["fsdp as ddp", "ddp as fsdp"])
 def test_checkpoint_fits_every_number_of_ranks(folder: Path, name: str, tmp_path: Path) -> None:
     losses, _ = of_rank(folder, name, 0)
@@ -189,7 +192,7 @@ def _sees(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.fault("processes that see different data", "all of them raise and tell what each sees")
+@pytest.mark.fault("Processes see different data", "All of them raise an error that states what each one sees")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
 def test_ranks_that_see_different_data_are_told(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")

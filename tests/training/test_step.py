@@ -219,7 +219,7 @@ def test_scale_is_clamped() -> None:
     assert model.logit_scale.exp().item() == pytest.approx(100)
 
 
-@pytest.mark.fault("pixels that are not finite", "the run ends before the update and names step and samples")
+@pytest.mark.fault("Pixels are not finite", "The run ends before the update and names step and samples")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("size", [B, 5])
 def test_pixels_that_are_not_finite_stop_before_the_update(value: float, size: int) -> None:
@@ -237,7 +237,7 @@ def test_pixels_that_are_not_finite_stop_before_the_update(value: float, size: i
     assert math.isfinite(one.step([batch()], step=1).loss)  # the poisoned batch leaves no trace
 
 
-@pytest.mark.fault("weights or features that are not finite", "the run ends before the update and names them")
+@pytest.mark.fault("Weights or features are not finite", "The run ends before the update and names them")
 def test_weights_and_features_that_are_not_finite_are_named() -> None:
     model = tiny()
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_weights_and_features_that_are_not_finite_are_named() -> None:
         stepper(model).step(cut(whole, 4), step=4)
 
 
-@pytest.mark.fault("a gradient that is not finite", "the run ends before the update and names the weights")
+@pytest.mark.fault("A gradient is not finite", "The run ends before the update and names the weights")
 def test_gradient_that_is_not_finite_stops_before_the_update() -> None:
     model = tiny()
     before = weights(model)
@@ -262,7 +262,7 @@ def test_gradient_that_is_not_finite_stops_before_the_update() -> None:
     assert_same(model, before)
 
 
-@pytest.mark.fault("a loss that overflows", "the run ends before the update and tells the scale")
+@pytest.mark.fault("The loss overflows", "The run ends before the update and reports the logit scale")
 def test_loss_that_overflows_tells_the_scale() -> None:
     model = tiny()
     model.logit_scale.requires_grad_(False).fill_(200.0)

@@ -142,7 +142,8 @@ def test_models_have_their_authors_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "a stop in mid-epoch, other workers after it", "the numbers of a run that never stopped, bit for bit"
+    "A run is stopped in the middle of an epoch and resumed with another number of workers",
+    "Losses and metrics are those of a run that never stopped, bit for bit",
 )
 def test_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
     data = str(write_folder(tmp_path / "data", 72))  # three and a half batches, so that it stops in the second epoch
@@ -172,7 +173,7 @@ def test_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "resuming with other options", "they are named before it goes on; another model or optimiser is refused"
+    "A run is resumed with other options", "The changed options are named first. Another model or optimiser is refused"
 )
 def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(options(tmp_path / "a", stop_after=2))
@@ -197,7 +198,10 @@ def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog:
     assert len(train(options(tmp_path / "c", resume="auto", max_steps=1)).losses) == 1
 
 
-@pytest.mark.fault("a run goes on in a folder that holds another run", "nothing is mixed, nothing is lost: aside-...")
+@pytest.mark.fault(
+    "A run resumes in a folder that contains another run",
+    "Nothing is mixed or lost: the files of the other run are renamed to `aside-...`",
+)
 def test_run_that_goes_on_elsewhere_does_not_mix_with_what_is_there(tmp_path: Path) -> None:
     train(options(tmp_path / "a", stop_after=2))
     train(options(tmp_path / "b", seed=1, max_steps=3))
