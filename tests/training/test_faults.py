@@ -52,7 +52,7 @@ def counts(folder: Path) -> list[int]:
     return [json.loads(line)["skipped"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.fault("Some samples cannot be used", "The metrics and the log count them by cause")
+@pytest.mark.fault("Some samples cannot be used", "The log counts them by cause, and the metrics have their number")
 def test_skipped_samples_are_counted_by_cause_and_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Skipped samples are counted by cause: 4 of 24 are bad, in two epochs of four steps."""
     data = write_folder(tmp_path / "data", 20, BAD)
