@@ -62,9 +62,9 @@ def document() -> str:
         "that is killed with kill -9, again and again, resumes with `--resume auto` to the losses of a run that never",
         "stopped.",
         "",
-        'A sample that is *counted by cause* appears in the log under its cause, such as "truncated image"; the metrics',
-        "have the number of all such samples. [Training](training.md#data-faults) lists the causes. A checkpoint is",
-        "*intact* if its files match its manifest.",
+        'A sample that is *counted by cause* appears in the log under its cause, such as "truncated image"; the',
+        "metrics have the number of all such samples. [Training](training.md#data-faults) lists the causes. A",
+        "checkpoint is *intact* if its files match its manifest.",
         "",
         "`python tests/reliability.py --write` generates this page from the tests, and a test compares the two.",
     ]
