@@ -1,4 +1,4 @@
-"""Data sets as batches of images, captions and labels."""
+"""Datasets, read as batches of images, captions and labels."""
 
 from typing import TYPE_CHECKING
 

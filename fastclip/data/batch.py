@@ -1,4 +1,4 @@
-"""The batch that a training step takes."""
+"""The batch that a training step consumes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Batch"]
 
 
 class Batch(NamedTuple):
-    """B pictures, each with one of its captions; pictures and captions with equal labels belong together."""
+    """B images, each with one of its captions. Images and captions with equal labels are positives of each other."""
 
     images: Tensor  # (B, 3, H, W) float32
     ids: Tensor  # (B, L) int64, token ids
     labels: Tensor  # (B,) int64, not negative
     keys: tuple[str, ...]  # (B,) names of the samples in messages
-    skipped: tuple[Fault, ...] = ()  # samples that could not be used; others stand in their places
+    skipped: tuple[Fault, ...] = ()  # samples that could not be used and were replaced by others

@@ -1,4 +1,4 @@
-"""A data set read from end to end: how much of it there is, what is wrong with it, and how fast it is read."""
+"""Read a dataset from end to end and report its size, its unusable samples and the reading speed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _PIECE = 16  # samples that a worker reads at a time
 
 
 class Report(NamedTuple):
-    """The counts, faults, picture sizes and seconds of one pass over a source."""
+    """The counts, faults, image sizes and seconds of one pass over a source."""
 
     samples: int  # that were read
     usable: int
-    captions: int  # of the usable ones
+    captions: int  # of the usable samples
     faults: Tally
-    pixels: tuple[tuple[int, int], ...]  # width and height of the smallest, the median and the largest; () without any
+    pixels: tuple[tuple[int, int], ...]  # width and height of the smallest, median and largest image; () without any
     seconds: float
 
     @property
@@ -47,16 +47,16 @@ def check_source(
     """Read every sample once, in order.
 
     Args:
-        workers: processes that read; with 0 the caller does.
-        max_samples: at most so many, evenly spread over the source.
-        transform: applied to every picture, for the time that it takes.
+        workers: number of processes that read. With 0 the calling process reads.
+        max_samples: the largest number of samples to read, evenly spread over the source. None reads all.
+        transform: applied to every image, so that its time is measured too.
 
     Raises:
         ValueError: `max_samples` or `workers` is out of range.
         ChildProcessError: a worker was killed.
     """
     if workers < 0 or (max_samples is not None and max_samples < 1):
-        raise ValueError(f"workers must not be negative and max_samples at least 1, got {workers} and {max_samples}")
+        raise ValueError(f"workers must be at least 0 and max_samples at least 1, got {workers} and {max_samples}")
     count = len(source) if max_samples is None else min(len(source), max_samples)
     pieces = BatchSampler(spread(len(source), count), _PIECE, drop_last=False)
     watch = Watch(source, workers)
@@ -93,14 +93,14 @@ class _Check(Dataset[list[Any]]):
             record = self._watch.read(index)
         except BadSample as bad:
             return bad.fault
-        except (OSError, ValueError) as error:  # of a shard that has gone, for instance: the others are read
+        except (OSError, ValueError) as error:  # a shard has disappeared, for example: the others are still read
             return Fault("unreadable shard", self._watch.source.key(index), str(error))
         if self._transform is not None:
             try:
                 self._transform(record.image)
             except MemoryError:
                 raise
-            except Exception as error:  # whatever the transform meets
+            except Exception as error:  # a transform is the user's code and may raise anything
                 return Fault("failed transform", record.key, f"the transform failed: {type(error).__name__}: {error}")
         return _Sample(len(record.captions), *record.image.size)
 

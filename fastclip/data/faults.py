@@ -1,4 +1,4 @@
-"""Faults of samples that cannot be used, counted by cause."""
+"""Faults that make samples unusable, counted by cause."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ __all__ = ["BadSample", "Fault", "Tally", "escaped", "in_threads", "noting", "sh
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
-_THREADS = 16  # they wait for the disk, or for the network behind it
-_SHOWN = 3  # keys of a cause in a message
+_THREADS = 16  # more than the cores of most machines: the threads wait for the disk or the network
+_SHOWN = 3  # keys per cause in a message
 _ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\x1b": "\\E", "\\": "\\\\", "'": "\\'"}
 
 
 def shown(text: str) -> str:
-    """Return the text for a message: as it is, or quoted where a terminal obeys, or cannot show, a character of it.
+    """Return the text as a message shows it: unchanged if it is printable, else quoted.
 
-    The quotes are those of ``ls``, which a shell reads as the bytes of the name. Line ends and tabs are quoted, too.
+    Quoting keeps control characters away from the terminal, which would obey them. The quotes are those of ``ls``: a
+    shell reads them back as the bytes of the name. Line ends and tabs are quoted too.
     """
     if text.isprintable():
         return text
@@ -28,28 +29,28 @@ def shown(text: str) -> str:
 
 
 def escaped(character: str) -> str:
-    """Return the character as it stands within the quotes of `shown`."""
+    """Return the character as it appears within the quotes of `shown`."""
     known = _ESCAPES.get(character)
     if known is not None or character.isprintable():
         return known or character
-    # a byte of a name that is not UTF-8, or else, from JSON, half of a surrogate pair
+    # A name that is not UTF-8 holds its bytes as U+DC80 to U+DCFF; JSON may hold any other half of a surrogate pair.
     undecoded = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
     return "".join(f"\\{byte:03o}" for byte in character.encode("utf-8", undecoded))
 
 
 class Fault(NamedTuple):
-    """Why a sample cannot be used."""
+    """The reason why one sample cannot be used, and the cause under which it is counted."""
 
     cause: str  # "truncated image", "not an image", "empty caption" ...: a few words that many samples share
-    key: str  # what messages call the sample
-    reason: str  # what is wrong with this one
+    key: str  # the sample's name in messages
+    reason: str  # what is wrong with this sample
 
 
 class BadSample(ValueError):
-    """One sample cannot be used; those beside it can. Its text is ``KEY: REASON``."""
+    """Raised for one sample that cannot be used, while other samples can. The text is ``KEY: REASON``."""
 
     def __init__(self, cause: str, key: str, reason: str) -> None:
-        super().__init__(cause, key, reason)  # as they are: it is pickled on its way out of a worker
+        super().__init__(cause, key, reason)  # not one text: unpickling calls __init__ with these arguments
         self.fault = Fault(cause, key, reason)
 
     def __str__(self) -> str:
@@ -61,18 +62,21 @@ class Tally:
 
     def __init__(self, faults: Iterable[Fault] = ()) -> None:
         self.counts: dict[str, int] = {}
-        self.keys: dict[str, list[str]] = {}  # the first of every cause
+        self.keys: dict[str, list[str]] = {}  # the first keys of every cause
         self.add(faults)
 
     @classmethod
     def of(cls, counts: Any, keys: Any) -> Tally:
-        """Return the tally of `counts` and `keys` that a file holds; ValueError where they are something else."""
+        """Return the tally that was stored in a file as `counts` and `keys`.
+
+        Raises ValueError if they have another form.
+        """
         tally = cls()
         try:
             tally.counts = {str(cause): int(count) for cause, count in counts.items()}
             tally.keys = {cause: list(map(str, keys[cause])) for cause in tally.counts}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError("the counts of what cannot be used are no such counts") from error
+            raise ValueError("the counts of unusable samples are damaged") from error
         return tally
 
     @property
@@ -86,7 +90,7 @@ class Tally:
             keys.append(key)
 
     def add(self, faults: Iterable[Fault]) -> list[Fault]:
-        """Count them; returns the first of every cause that is new."""
+        """Count the faults and return the first fault of every cause that is new to the tally."""
         new = []
         for fault in faults:
             if fault.cause not in self.counts:
@@ -105,11 +109,11 @@ class Tally:
         return bool(self.counts)
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        """Causes with their counts, the most frequent first."""
+        """Iterate over the causes with their counts, the most frequent first."""
         return iter(sorted(self.counts.items(), key=lambda item: -item[1]))
 
     def __str__(self) -> str:
-        """``3 not an image (a.jpg, b.jpg, c.jpg ...), 1 no caption (d.jpg)``, the most frequent first."""
+        """Return ``3 not an image (a.jpg, b.jpg, c.jpg ...), 1 no caption (d.jpg)``, the most frequent first."""
         parts = []
         for cause, count in self:
             keys = [shown(key) for key in self.keys[cause]]
@@ -118,13 +122,16 @@ class Tally:
         return ", ".join(parts)
 
     def also_holds(self) -> str:
-        """Return ``; it holds 3 .xmp (a.xmp, b.xmp, c.xmp)`` for an error about what holds nothing else, or ""."""
+        """Return ``; it holds 3 .xmp (a.xmp, b.xmp, c.xmp)``, or "" for an empty tally.
+
+        The text ends an error message about a folder or a shard without usable samples.
+        """
         return f"; it holds {self}" if self else ""
 
 
 @contextmanager
 def noting(problems: list[str] | None) -> Iterator[None]:
-    """Append the message of an OSError or ValueError to `problems`, and go on; where that is None, raise it."""
+    """Suppress an OSError or ValueError and append its message to `problems`; raise it if `problems` is None."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -134,9 +141,11 @@ def noting(problems: list[str] | None) -> Iterator[None]:
 
 
 def in_threads(work: Callable[[_Key], _Value], keys: Sequence[_Key], problems: list[str] | None) -> dict[_Key, _Value]:
-    """Return work(key) of every key, in order, by several threads, each within `noting`; keys that fail are left out.
+    """Call work(key) for every key in several threads and return the results by key, in the order of `keys`.
 
-    Processes that start at once, as the ranks of a run do, each begin elsewhere and find what others have written.
+    The errors of a key are handled as by `noting`, and a key that fails is left out. The work is started in a random
+    order: the ranks of a run start at the same time, and each then begins with other files and finds the rest already
+    indexed or copied by the other ranks.
     """
     with ThreadPoolExecutor(min(_THREADS, len(keys)) or 1) as pool:
         futures = {key: pool.submit(work, key) for key in random.Random().sample(keys, len(keys))}

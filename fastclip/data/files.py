@@ -1,4 +1,4 @@
-"""Go through folders without what is hidden, and open files, but no pipes and devices."""
+"""Walk through folders without their hidden entries, and open files, but neither pipes nor devices."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\x
 
 
 def is_hidden(name: str | bytes) -> bool:
-    """Return True for the name of a file or folder that begins with a dot, as macOS's ``._`` files do."""
+    """Return True if the name of a file or folder begins with a dot, as macOS's ``._`` files do."""
     return os.fsencode(name).startswith(b".")
 
 
 def walk(
     folder: AnyStr, exclude: Collection[str] = (), links: list[AnyStr] | None = None
 ) -> Iterator[tuple[AnyStr, list[os.DirEntry[AnyStr]]]]:
-    """Every folder from `folder` down, and the entries in it that are no folders, sorted by name.
+    """Yield `folder` and every folder below it, each with its entries that are not folders, sorted by name.
 
-    What is hidden is left out. So are links to folders, which may lead round in circles: the log counts them and names
-    the first. The log also names folders that cannot be listed.
+    Hidden files and folders are left out. Links to folders are not followed, because they may form a cycle: the log
+    counts them and names the first. The log also names folders that cannot be listed.
 
     Args:
-        exclude: names of folders that are left out.
-        links: gets the links to folders, which the log does not count then; `log_links` does.
+        exclude: names of folders to leave out.
+        links: a list that receives the links to folders. The caller then logs them with `log_links`.
 
     Raises:
         OSError: `folder` itself cannot be listed.
@@ -79,21 +79,21 @@ def walk(
 
 
 def tar_files(folder: Path) -> list[Path]:
-    """Return the ``*.tar`` in a folder, sorted, without what is hidden, and folders.
+    """Return the paths ``*.tar`` in a folder, sorted, without hidden names and folders.
 
-    A link to nothing is one of them: it is a file that is missing.
+    A broken link is included, so that opening it reports the missing shard.
     """
     return sorted((path for path in folder.glob("*.tar") if not is_hidden(path.name) and not path.is_dir()), key=str)
 
 
 def subfolders(folder: str | Path) -> list[str]:
-    """Return the names of the folders in a folder, and of links to folders, sorted, without what is hidden."""
+    """Return the names of the folders in a folder and of the links to folders, sorted, without hidden names."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if not is_hidden(entry.name) and _is_folder(entry))
 
 
 def log_links(folder: AnyStr, links: Sequence[AnyStr]) -> None:
-    """Count the links in `folder` that `walk` has passed over, and name the first."""
+    """Log the number of links to folders that `walk` has not followed, with the first of them."""
     if links:
         first = os.fsdecode(links[0])
         logger.warning("%s: %d links to folders are not followed, first %s", os.fsdecode(folder), len(links), first)
@@ -102,14 +102,14 @@ def log_links(folder: AnyStr, links: Sequence[AnyStr]) -> None:
 def _is_folder(entry: os.DirEntry[AnyStr]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, for instance, of which the error says more when it is opened
+    except OSError:  # a link to itself, for example: opening it raises a clearer error
         return False
 
 
 def open_file(path: str | Path, *, buffering: int = -1) -> BinaryIO:
-    """Open a file for reading, at once: a pipe, which waits for a writer, is refused, and so is a device.
+    """Open a file for reading, without ever waiting for a pipe's writer.
 
-    Raises OSError.
+    Raises OSError if the file cannot be opened, or if it is a pipe or a device.
     """
     opened: BinaryIO = open(path, "rb", buffering, opener=_at_once)  # noqa: SIM115 - the caller closes it
     if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
@@ -119,18 +119,21 @@ def open_file(path: str | Path, *, buffering: int = -1) -> BinaryIO:
 
 
 def read_file(path: str | Path) -> bytes:
-    """Return what a file holds. Raises as `open_file`."""
+    """Return the content of a file. Raises OSError as `open_file` does."""
     with open_file(path) as opened:
         return opened.read()
 
 
 def existing(folder: Path, name: str) -> Path | None:
-    """The file of this name, or of one that differs in its Unicode form, its slashes or the case of its suffix only."""
+    """Return the path of the file `name` in `folder`, or None if there is none.
+
+    A file whose name differs only in its Unicode normal form, its slashes or the case of its suffix is accepted too.
+    """
     if name.startswith("file://"):
         name = unquote(urlsplit(name).path)
-    if os.path.exists(folder / name):  # which takes names that are too long for the system
+    if os.path.exists(folder / name):  # Path.exists would raise for a name that is too long for the system
         return folder / name
-    # cameras write .JPG, Windows \ and macOS an accent as a character of its own
+    # Cameras write .JPG, Windows writes \, and macOS stores an accent as a separate character.
     stem, suffix = os.path.splitext(name)
     others = [stem + suffix.lower(), stem + suffix.upper(), name.replace("\\", "/")]
     others += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") if not name.isascii()]
@@ -138,7 +141,7 @@ def existing(folder: Path, name: str) -> Path | None:
 
 
 def file_stamp(path: str | Path) -> str:
-    """Return what changes when another file is there, or one where none was: place, size and time."""
+    """Return a text that changes when the file changes, appears or disappears: its path, size and time."""
     try:
         state = os.stat(path)
     except (OSError, ValueError):
@@ -147,15 +150,18 @@ def file_stamp(path: str | Path) -> str:
 
 
 def file_state(state: os.stat_result) -> str:
-    """Return what changes when a file is written: size and time. Other rights, or a copy that keeps times, are none."""
+    """Return a text that changes when the file is written: its size and modification time.
+
+    A change of permissions, or a copy that keeps the times, leaves the text unchanged.
+    """
     return f"{state.st_size} bytes of {state.st_mtime_ns}"
 
 
 def compression(head: bytes) -> str:
-    """Return the name of the compression of a file that begins so, or ""."""
+    """Return the name of the compression of a file that begins with the bytes `head`, or "" if there is none."""
     return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), "")
 
 
 def _at_once(path: str, flags: int) -> int:
-    # else opening a pipe waits for a writer, perhaps for ever; Windows has no such flag
+    # Without the flag, opening a pipe waits for a writer, perhaps for ever. Windows has no such flag.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

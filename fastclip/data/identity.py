@@ -1,4 +1,4 @@
-"""What makes samples the same: the place of their pictures, and whether a source holds what it held before."""
+"""Identity of samples: where each image is stored, and whether a source still holds the same samples."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from fastclip.data.sources.table import Table
 
 __all__ = ["fingerprint", "one_a_picture", "picture_places", "picture_states"]
 
-_KEYS, _CAPTIONS = 4096, 256  # samples that are looked at, evenly spread; captions may be files of their own
+_KEYS, _CAPTIONS = 4096, 256  # samples to inspect, evenly spread; fewer captions, as each may be a file to open
 
 
 def picture_places(source: Source) -> Iterator[tuple[str, str]]:
-    """Yield the real path of the file that holds each sample's picture, "" without a file, and its name in the file.
+    """Yield for each sample the real path of the file that holds its image ("" without a file) and its name in there.
 
-    One picture has one place: spellings of its path, relative ones and links are the same.
+    An image has exactly one place: relative paths, other spellings of a path and links are resolved.
     """
     return ((file, inside) for file, inside, _ in _files(source))
 
 
 def picture_states(source: Source) -> Iterator[str]:
-    """Yield a text for each sample that changes when its picture does: the place, and size and time of the file.
+    """Yield for each sample a text that changes when its image changes: its place, and the size and time of its file.
 
-    For keys of what is kept from one call to the next (`fastclip.embedding.features.FeatureStore`). Costs a look at
-    each file's entry, and reads none.
+    The texts are part of the keys of caches (`fastclip.embedding.features.FeatureStore`). The cost is one `stat` per
+    file; no file is opened.
     """
     for file, inside, state in _files(source):
         yield "\n".join((file, inside, "none" if state is None else file_state(state)))
@@ -39,11 +39,11 @@ def picture_states(source: Source) -> Iterator[str]:
 
 def _files(source: Source) -> Iterator[tuple[str, str, os.stat_result | None]]:
     folders = dict[str, str]()
-    last: tuple[str, str, os.stat_result | None] = ("", "", None)  # of a shard there are many in a row
+    last: tuple[str, str, os.stat_result | None] = ("", "", None)  # consecutive samples often share a shard
     for index in range(len(source)):
         try:
             named, inside = picture_place(source, index)
-        except BadSample:  # there is no such file
+        except BadSample:  # the image's file does not exist
             named, inside = "", source.key(index)
         if named != last[0]:
             last = (named, *_real(named, folders))
@@ -51,7 +51,7 @@ def _files(source: Source) -> Iterator[tuple[str, str, os.stat_result | None]]:
 
 
 def _real(name: str, folders: dict[str, str]) -> tuple[str, os.stat_result | None]:
-    """Return the file's real path and state; links of its folder are followed once for all files in it."""
+    """Return the file's real path and state. The links in a folder's path are resolved once for all its files."""
     folder, base = os.path.split(name)
     try:
         state = os.lstat(name) if name else None
@@ -68,10 +68,11 @@ def _real(name: str, folders: dict[str, str]) -> tuple[str, os.stat_result | Non
 
 
 def fingerprint(source: Source) -> str:
-    """Return 16 hex digits of the number, the order, the keys and the captions of samples; no picture is read.
+    """Return 16 hex digits that identify the number, the order, the keys and the captions of the samples.
 
-    Keys count without the folder that all of a part share: a folder that is spelled otherwise, or was moved, has the
-    same samples.
+    At most 4,096 keys and 256 captions of each part, evenly spread, are taken into account, and no image is read. The
+    folder that all keys of a part share does not count, so that a dataset that was moved, or whose path is spelled
+    differently, keeps its fingerprint.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part, draws in source.parts if isinstance(source, Mixture) else [(source, len(source))]:
@@ -83,14 +84,15 @@ def fingerprint(source: Source) -> str:
 
 def _bytes(text: str) -> bytes:
     try:
-        return text.encode("utf-8", "surrogateescape")  # a file's name as the disk has it; runs have kept such digests
+        return text.encode("utf-8", "surrogateescape")  # a file name's bytes on disk; stored fingerprints rely on them
     except UnicodeEncodeError:  # JSON may hold any half of a surrogate pair
         return text.encode("utf-8", "surrogatepass")
 
 
 def _keys(source: Source) -> list[str]:
-    keys = [source.key(k).removeprefix(f"{source.spec}, ") for k in spread(len(source), _KEYS)]  # hf:'s, damaged rows'
-    begins = os.path.commonprefix(keys).rfind("/") + 1  # noqa: RUF071 - keys are no paths alone: URLs, "0.tar: name"
+    # The keys of hf: datasets and of damaged rows begin with the spec.
+    keys = [source.key(k).removeprefix(f"{source.spec}, ") for k in spread(len(source), _KEYS)]
+    begins = os.path.commonprefix(keys).rfind("/") + 1  # noqa: RUF071 - keys may be URLs or "0.tar: name", not paths
     return [key[begins:] for key in keys]
 
 
@@ -103,9 +105,10 @@ def _captions(source: Source) -> Iterator[str]:
 
 
 def one_a_picture(source: Source) -> Source:
-    """Return a table with one sample a picture (`picture_places`), which has each caption of its rows once.
+    """Return a table with one sample per image, which has every caption of the image's rows once.
 
-    Another kind of source is returned as it is.
+    Rows belong to one image if `picture_places` gives them the same place. Any other kind of source is returned
+    unchanged.
     """
     if not isinstance(source, Table):
         return source
@@ -122,13 +125,13 @@ class _Pictures(Subset):
 
     def read(self, index: int, *, min_side: int | None = None) -> Record:
         captions = self.captions(index)
-        # a row without a caption cannot be read
+        # A row without a caption cannot be read, although another row of the same image may have one.
         first = next(row for row in self._rows[index] if self._captions_of(row))
         return read_sample(self.source, first, min_side=min_side)._replace(captions=captions)
 
     def captions(self, index: int) -> tuple[str, ...]:
         texts = (text for row in self._rows[index] for text in self._captions_of(row))
-        return tuple(dict.fromkeys(texts)) or self.source.captions(self.indices[index])  # which raises
+        return tuple(dict.fromkeys(texts)) or self.source.captions(self.indices[index])  # raises BadSample
 
     def _captions_of(self, row: int) -> tuple[str, ...]:
         try:

@@ -1,4 +1,4 @@
-"""Pictures and captions written as tar shards in img2dataset's layout."""
+"""Write images and captions as tar shards in img2dataset's layout."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ __all__ = ["Packed", "pack_source"]
 logger = logging.getLogger(__name__)
 
 _PIECE = 16  # samples that a worker reads at a time
-_KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # whose files are copied as they are
+_KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # formats whose files are copied unchanged
 
 
 class Packed(NamedTuple):
-    """The counts of what `pack_source` has written."""
+    """The counts of shards and samples that `pack_source` has written."""
 
-    shards: int  # with samples in them
+    shards: int  # shards that hold samples
     samples: int
     faults: Tally
     kept: int  # shards that an earlier call had finished
@@ -54,20 +54,27 @@ def pack_source(
     quality: int = 95,
     workers: int = 0,
 ) -> Packed:
-    """Write ``00000.tar`` ... with a picture, a .json and a .txt of the caption for each sample of `source`.
+    """Write shards ``00000.tar`` ... with an image, a .json and a .txt of the caption for each sample of `source`.
 
-    JPEG, PNG and WebP files are copied byte by byte, other pictures become PNG. The .json holds "caption", a string, or
-    of several a list (there is no .txt then, which readers would take for the only one), "key", "width" and "height" of
-    the upright picture, "original", its path, "label" where it has one, and what else `sample_fields` tells: the shards
-    are read as the source is. Of a mixture they hold what its first epoch draws. Samples that cannot be used are left
-    out; ``00000_stats.json`` counts them by cause. A shard appears under its name when it is whole: the same call goes
-    on where one that was interrupted stopped, and the result is the same, byte by byte. Shards of samples that have
-    changed since, by the places, sizes and times of their files and by their captions, are written anew.
+    JPEG, PNG and WebP files are copied byte by byte; other images are written as PNG. The .json holds:
+
+    - "caption", a string, or a list if there are several. With several captions no .txt is written, because readers
+      would take it for the only caption.
+    - "key", the "width" and "height" of the upright image, "original", the sample's key in the source, and "label" if
+      it has one.
+    - the other fields that `sample_fields` returns. Reading the shards therefore gives the same samples as the source.
+
+    Shards of a mixture hold the samples of its first epoch. Samples that cannot be used are left out, and
+    ``00000_stats.json`` counts them by cause.
+
+    A shard appears under its name only when it is complete. Repeat the same call to resume an interrupted one; the
+    result is byte-identical. Shards are written again if the captions of their samples, or the paths, sizes or times
+    of their files, have changed.
 
     Args:
-        image_size: pictures whose shorter side is longer are resized to it, and are JPEG then.
-        quality: of those, 1 to 95.
-        workers: processes that read.
+        image_size: images whose shorter side is longer than this are resized to it and written as JPEG, in pixels.
+        quality: JPEG quality of the resized images, 1 to 95.
+        workers: number of processes that read.
 
     Raises:
         ValueError: an option is out of range, `output` holds shards of another source or with other options, or no
@@ -77,7 +84,7 @@ def pack_source(
     """
     if samples_per_shard < 1 or (image_size is not None and image_size < 1) or not 1 <= quality <= 95 or workers < 0:
         raise ValueError(
-            "samples_per_shard and image_size must be at least 1, quality from 1 to 95, workers not negative; got "
+            "samples_per_shard and image_size must be at least 1, quality from 1 to 95 and workers at least 0, got "
             f"{samples_per_shard}, {image_size}, {quality} and {workers}"
         )
     about = {"source": absolute_spec(source.spec), "samples": len(source), "samples_per_shard": samples_per_shard}
@@ -145,7 +152,7 @@ class _Encoded(Dataset[list[Any]]):
                     return _KEPT[original.format], data, image.size
         colours = image if image.mode in ("1", "L", "LA", "RGB", "RGBA") else image.convert("RGB")
         if image.mode == "LAB":
-            colours.info.pop("icc_profile", None)  # Pillow's own, which holds the time of day
+            colours.info.pop("icc_profile", None)  # Pillow's profile holds the time of day, which changes the bytes
         colours.save(file, "PNG")
         return ".png", file.getvalue(), image.size
 
@@ -153,9 +160,9 @@ class _Encoded(Dataset[list[Any]]):
 def _write(
     output: Path, shard: int, digits: int, results: Iterable[_Sample | Fault], about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write one shard and its stats, which are returned."""
+    """Write one shard and its stats file, and return the stats."""
     target, faults, written = output / f"{shard:05d}.tar", Tally(), 0
-    target.unlink(missing_ok=True)  # one of other samples, which the new stats would pass for these
+    target.unlink(missing_ok=True)  # an older shard must not be taken for the one that the new stats describe
     with suppress(_Nothing), new_file(target) as half:
         with half.open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
             for number, result in enumerate(results):
@@ -166,18 +173,19 @@ def _write(
                     written += 1
         stats = {**about, "shard": shard, "count": written + faults.total, "successes": written}
         stats |= {"bytes": half.stat().st_size, "failures": faults.counts, "failed": faults.keys}
-        write_json(output / f"{shard:05d}_stats.json", stats, indent=1)  # first: a shard without stats is not ours
+        # The stats come first: a shard without stats counts as written by another program.
+        write_json(output / f"{shard:05d}_stats.json", stats, indent=1)
         if not written:
             raise _Nothing
     return stats
 
 
 class _Nothing(Exception):
-    """A shard without samples, which would end a run, is not to be there."""
+    """Raised to discard a shard without samples: reading an empty shard is an error, which would end a training run."""
 
 
 def _content(source: Source, indices: Sequence[int]) -> str:
-    """Return a text that changes once one of these samples does."""
+    """Return a digest that changes when one of these samples changes."""
     digest = hashlib.blake2b(digest_size=16)
     for index in indices:
         digest.update(sample_stamp(source, index).encode("utf-8", "surrogatepass") + b"\0")
@@ -189,19 +197,19 @@ def _add(tar: tarfile.TarFile, key: str, sample: _Sample) -> None:
     about = {"caption": list(sample.captions) if rest else first, "key": key, **sample.about}
     try:
         text = json.dumps(about, allow_nan=False)
-    except ValueError:  # NaN and infinities are no JSON
+    except ValueError:  # JSON has no NaN and no infinities: they become null
         text = json.dumps(json.loads(json.dumps(about), parse_constant=lambda name: None))
     members = {sample.suffix: sample.data, ".json": text.encode()}
-    if not rest:  # a reader that finds a .txt reads nothing else
+    if not rest:  # readers that find a .txt ignore the captions in the .json
         members[".txt"] = first.encode()
     for suffix, data in members.items():
-        info = tarfile.TarInfo(key + suffix)  # without times and owners: the same bytes every time
+        info = tarfile.TarInfo(key + suffix)  # no times and owners, so that the same samples give the same bytes
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
 
 
 def _finished(output: Path, shard: int, about: dict[str, Any], content: str) -> dict[str, Any] | None:
-    """Return the stats of a shard that is whole and holds these samples; None if it has to be written."""
+    """Return the stats of a shard that is complete and holds these samples, or None if it has to be written."""
     name, tar = output / f"{shard:05d}_stats.json", output / f"{shard:05d}.tar"
     if not name.is_file():
         if tar.exists():
@@ -223,5 +231,5 @@ def _finished(output: Path, shard: int, about: dict[str, Any], content: str) -> 
         changes = ", ".join(f"{key} was {known[key]}, is {about[key]}" for key in changed)
         raise ValueError(f"{output} holds shards of another call: {changes}; take another folder")
     if not same:
-        logger.warning("%s: some of its samples have changed since, it is written anew", tar)
+        logger.warning("%s: samples have changed since it was written, it is written again", tar)
     return stats if whole and same else None

@@ -1,4 +1,4 @@
-"""Read pictures from files."""
+"""Read images from files, and limit their size."""
 
 from __future__ import annotations
 
@@ -30,39 +30,40 @@ __all__ = [
     "read_picture",
 ]
 
-USUAL_PIXELS = 1024**3 // 4 // 3  # of the largest picture that is read, as Pillow has it
-_SOFTWARE = 0x131  # the number of EXIF's field
+USUAL_PIXELS = 1024**3 // 4 // 3  # Pillow's default limit for the pixels of one image
+_SOFTWARE = 0x131  # number of the EXIF field "Software"
 _HEIF = find_spec("pillow_heif") is not None
-# Those of HEIF too where pillow-heif is not installed: such a picture is counted as one that cannot be read
+# HEIF's suffixes are listed even without pillow-heif: such an image is then counted as unreadable, not ignored.
 PICTURE_SUFFIXES = frozenset(
     (".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
 ) | frozenset((".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
-# What a file is read as, whatever its name says. Others that Pillow knows start a program (EPS) or are rare.
+# A file is read as one of these formats, whatever its suffix. Pillow's other formats start a program (EPS) or are rare.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA", "HEIF")
 
 
 def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None) -> Image.Image:
-    """Return the picture, all its pixels read and turned upright as its EXIF data say; of an animation the first.
+    """Read an image with all its pixels and turn it upright according to its EXIF data.
 
-    Its mode is the file's, which ``convert("RGB")`` turns into colours: transparency is dropped, as open_clip does, and
-    here already where each colour of a palette has its own. The modes of more than 8 bits, of which Pillow would cut
-    off what is above 255, become L here: 16 bits are scaled to 8, other whole numbers and floats by the smallest of 1
-    (floats), 255, 65,535 and 2^31 - 1 that holds the largest.
+    The image has the mode of its file; ``convert("RGB")`` is left to the caller. That conversion drops transparency, as
+    in open_clip; the transparency of a palette with an alpha value per colour is dropped here already. Modes of more
+    than 8 bits become L, because Pillow's conversion would clip values above 255. Their values are scaled to the range
+    of 0 to 255: from 65,535 in a 16-bit image; in other integer and float images from the smallest of 1 (floats only),
+    255, 65,535 and 2^31 that the largest value does not exceed. An animation gives its first frame.
 
-    A picture of more than Pillow's ``Image.MAX_IMAGE_PIXELS``, 89 million, is refused from its header; `limit_pixels`
-    sets another limit. A pipe or a device is no picture.
+    An image of more than Pillow's ``Image.MAX_IMAGE_PIXELS`` (89 million) is refused before it is decoded.
+    `limit_pixels` sets another limit. A pipe or a device is refused too.
 
     Args:
-        min_side: a JPEG at least twice, four or eight times as large may be decoded at a half, a quarter or an eighth
-            of its size, with a shorter side of no less than this. Its decoder then computes fewer pixels.
+        min_side: the least length in pixels that the shorter side must keep. A JPEG at least twice, four or eight
+            times as large may then be decoded at a half, a quarter or an eighth of its size, which saves decoding time.
 
     Raises:
-        BadSample: the file cannot be opened, or holds no picture, or one that is damaged or too large; with `key`.
+        BadSample: the file cannot be opened, is not an image, or is a damaged or too large image; names `key`.
     """
     if isinstance(file, Path):
         try:
             opened = open_file(file)
-        except (OSError, ValueError) as error:  # ValueError: a name that holds a zero
+        except (OSError, ValueError) as error:  # ValueError: a name that holds a NUL character
             cause = "missing file" if isinstance(error, FileNotFoundError) else "unreadable file"
             raise BadSample(cause, key, getattr(error, "strerror", None) or str(error)) from error
         with opened:
@@ -71,31 +72,31 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
         with quietly(), Image.open(file, formats=picture_formats()) as image:
             if min_side is not None and image.format == "JPEG":
                 image.draft(None, (min_side, min_side))
-            image.load()  # a file that ends too early is found here
-            with suppress(Exception):  # EXIF data may be damaged in as many ways as pictures
+            image.load()  # decodes the pixels, and raises for a truncated file
+            with suppress(Exception):  # damaged EXIF data raise many kinds of errors; the image is still usable
                 ImageOps.exif_transpose(image, in_place=True)
-            if isinstance(image.info.get("transparency"), bytes):  # of a palette
-                del image.info["transparency"]  # of which convert("RGB") warns, and which it drops
+            if isinstance(image.info.get("transparency"), bytes):  # one alpha value per palette colour
+                del image.info["transparency"]  # convert("RGB") would drop it with a warning
             return eight_bits(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        what = f"the image is too large; --max-pixels allows more: {error}"
+        what = f"the image is too large (raise --max-pixels to read it): {error}"
         raise BadSample("image too large", key, what) from error
-    except UnidentifiedImageError as error:  # its text shows the file object, of which a reader knows nothing
-        what = f"not a picture that can be read: {_unknown(file)}"
+    except UnidentifiedImageError as error:  # Pillow's text shows the repr of the file object, which names no file
+        what = f"not a readable image: {_unknown(file)}"
         raise BadSample("not an image", key, what) from error
-    except MemoryError:  # the machine's fault, not the picture's
+    except MemoryError:  # the machine's fault, not the image's
         raise
-    except Exception as error:  # Pillow's readers raise what their parsers happen to meet, struct.error for instance
+    except Exception as error:  # Pillow's decoders let the errors of their parsers through, such as struct.error
         cause = "truncated image" if "truncated" in str(error).lower() else "damaged image"
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not Pillow's
+        if isinstance(error, OSError) and error.errno is not None:  # from the operating system, not from Pillow
             cause = "unreadable file"
-        raise BadSample(cause, key, f"not a picture that can be read: {error}") from error
+        raise BadSample(cause, key, f"not a readable image: {error}") from error
 
 
 def limit_pixels(pixels: int) -> None:
-    """Refuse pictures of more pixels from now on, in this process and in those that it forks.
+    """Refuse images of more than `pixels` pixels from now on, in this process and in the processes that it forks.
 
-    Raises ValueError where `pixels` is not positive.
+    Raises ValueError if `pixels` is not positive.
     """
     if pixels < 1:
         raise ValueError(f"the largest number of pixels must be at least 1, got {pixels}")
@@ -103,18 +104,21 @@ def limit_pixels(pixels: int) -> None:
 
 
 def older_limit(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file says of a call, with the limit of pixels that was the only one when files did not tell it."""
+    """Return the options `about` that a file has stored, with Pillow's limit as "max_pixels" if they lack that key.
+
+    Files of early versions do not store the limit, which could not be changed then.
+    """
     return {"max_pixels": USUAL_PIXELS, **about}
 
 
 def limit_in_words() -> str:
-    """Return the limit of pixels in words, for keys of what was computed from pictures; "" for the usual limit."""
+    """Return the limit of pixels as a text for the keys of caches of results; "" for Pillow's default limit."""
     return "" if Image.MAX_IMAGE_PIXELS == USUAL_PIXELS else f"{Image.MAX_IMAGE_PIXELS} pixels"
 
 
 @contextmanager
 def pixels_limited(pixels: int | None) -> Iterator[None]:
-    """`limit_pixels` inside, unless it is None; afterwards the limit is as it was."""
+    """Limit images to `pixels` inside the context and restore the former limit afterwards; None changes nothing."""
     before = Image.MAX_IMAGE_PIXELS
     if pixels is not None:
         limit_pixels(pixels)
@@ -125,45 +129,48 @@ def pixels_limited(pixels: int | None) -> Iterator[None]:
 
 
 def drawn() -> Image.Exif:
-    """Return the EXIF data that mark a picture as drawn by a command: ``save(file, exif=drawn())``, for `is_drawn`."""
+    """Return EXIF data that mark an image as drawn by fastclip, so that `is_drawn` recognises the file.
+
+    Use as ``image.save(file, exif=drawn())``.
+    """
     exif = Image.Exif()
     exif[_SOFTWARE] = "fastclip"
     return exif
 
 
 def is_drawn(file: Path) -> bool:
-    """Return True if a command has drawn the picture, which may be drawn anew; False for all that cannot be read."""
+    """Return True if fastclip has drawn the image, so that it may be overwritten; False if it cannot be read."""
     try:
         with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as picture:
             return bool(picture.getexif().get(_SOFTWARE) == "fastclip")
-    except Exception:  # Pillow's of damaged pictures are of many kinds
+    except Exception:  # Pillow raises many kinds of errors for damaged images
         return False
 
 
 def _unknown(file: BinaryIO) -> str:
-    """Return what a message can say about a file of no known format."""
+    """Return the reason why the format of a file is not recognised, for a message."""
     file.seek(0)
     head = file.read(32)
     if not head:
-        return "it holds nothing"
+        return "the file is empty"
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc") and not _HEIF:
         return "HEIF needs pillow-heif, which is not installed"
-    return "its format is not known"
+    return "its format is not recognised"
 
 
 @cache
 def picture_formats() -> tuple[str, ...]:
-    """Return the formats that Pillow may take a file for; none of these starts a program."""
+    """Return the formats that Pillow may recognise a file as. None of these starts another program."""
     Image.init()
     if _HEIF:
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # a build of Pillow may lack some
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # a build of Pillow may lack some formats
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Return a picture of more than 8 bits a channel as L, as `read_picture` describes; any other as it is."""
+    """Return an image of more than 8 bits per channel as L, scaled as `read_picture` describes; any other unchanged."""
     if image.mode[0] not in "IF":
         return image
     pixels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)

@@ -1,4 +1,4 @@
-"""Silence for what Pillow warns of, in all threads that read pictures at once."""
+"""Silence Pillow's warnings while several threads read images at the same time."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from PIL import Image
 __all__ = ["quietly"]
 
 _lock = threading.Lock()
-_inside = 0  # threads
-_filters = warnings.catch_warnings()  # entered while there are any
+_inside = 0  # number of threads inside `quietly`
+_filters = warnings.catch_warnings()  # entered while at least one thread is inside
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Ignore warnings inside, which would be a line on stderr for each; that a picture is too large is an error.
+    """Ignore warnings inside the context, except Pillow's warning about a too large image, which becomes an error.
 
-    Filters of warnings belong to the process, and `warnings.catch_warnings` puts back what it found: of two threads the
-    one that leaves last would leave the other's behind. So the first that comes sets them, and the last puts them back.
+    The filters of warnings belong to the process, and `warnings.catch_warnings` restores the filters that it saw on
+    entry. If each of two threads used it, the one that leaves last could restore the filters that the other had set.
+    Therefore the first thread to enter sets the filters, and the last to leave restores them.
     """
     global _inside, _filters
-    if getattr(sys.flags, "context_aware_warnings", False):  # Python 3.14: a thread's own, where it is asked for
+    if getattr(sys.flags, "context_aware_warnings", False):  # from Python 3.14 on, filters may be local to a thread
         with warnings.catch_warnings():
             _set()
             yield
@@ -44,7 +45,7 @@ def quietly() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 _filters.__exit__(None, None, None)
-            _inside = max(0, _inside)  # below where this process was forked inside, which put the filters back
+            _inside = max(0, _inside)  # -1 in a process that was forked inside: `_forked` has reset the count to 0
 
 
 def _set() -> None:
@@ -53,7 +54,7 @@ def _set() -> None:
 
 
 def _forked() -> None:
-    """Put the filters back in a forked process, which has none of the other threads that may be inside."""
+    """Restore the filters in a forked process, in which the threads that were inside do not exist."""
     global _inside
     if _inside:
         _inside = 0
@@ -61,5 +62,5 @@ def _forked() -> None:
     _lock.release()
 
 
-if hasattr(os, "register_at_fork"):  # a thread that holds the lock would never give it back to the child
+if hasattr(os, "register_at_fork"):  # a lock that another thread held during the fork would stay locked in the child
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forked)

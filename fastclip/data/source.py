@@ -1,4 +1,4 @@
-"""The protocol of every kind of data: pictures and captions that are read by number."""
+"""The protocol of all kinds of data: images with captions, which are read by index."""
 
 from __future__ import annotations
 
@@ -26,91 +26,93 @@ __all__ = [
     "sample_stamp",
 ]
 
-_PLAIN = ("a photo of a {}",)  # where data with classes have no templates of their own
+_PLAIN = ("a photo of a {}",)  # for data with classes that bring no templates
 
 
 class Record(NamedTuple):
-    """A picture with the captions that belong to it."""
+    """An image with the captions that belong to it."""
 
     image: Image.Image  # of any mode
     captions: tuple[str, ...]  # at least one
-    key: str  # what messages call it: a path, or a shard and its member
-    label: int | None = None  # its class, a place in `Source.class_names`, where there are classes
+    key: str  # name of the sample in messages: a path, or a shard and the member's name
+    label: int | None = None  # its class, an index into `Source.class_names`; None without classes
 
 
 class Source(Protocol):
-    """Samples of a data set by number; cheap to copy into worker processes."""
+    """The samples of a dataset by index, in an object that is cheap to copy into worker processes."""
 
-    spec: str  # as the user wrote it
-    class_names: tuple[str, ...]  # () where samples have no class
-    templates: tuple[str, ...]  # the data's own captions of a class, ``{}`` in place of its name; () where it has none
+    spec: str  # the dataset's name on the command line, as the user wrote it
+    class_names: tuple[str, ...]  # () if samples have no class
+    templates: tuple[str, ...]  # the dataset's captions of a class, with ``{}`` in place of its name; () without any
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """Read from disk at each call.
+        """Read the sample, from disk at each call.
 
         Raises:
             BadSample: this sample cannot be used; others can.
-            OSError, ValueError: what they are read from cannot be used, with its name.
+            OSError, ValueError: the file that holds the samples, such as a shard, cannot be used; the message names it.
         """
         ...
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of `self[index]` without reading its picture. Raises as `self[index]` does."""
+        """Return the captions of `self[index]` without reading its image. Raises the same errors."""
         ...
 
     def key(self, index: int) -> str:
-        """Return the key of `self[index]` without reading anything."""
+        """Return the key of `self[index]` without reading a file."""
         ...
 
 
 def class_captions(name: str, templates: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the captions of the class `name` by `Source.templates`; "a photo of a NAME" without templates."""
+    """Return the captions of the class `name` from `Source.templates`, or "a photo of a NAME" without templates."""
     return tuple(template.format(name) for template in templates or _PLAIN)
 
 
 def read_sample(source: Source, index: int, *, min_side: int | None = None) -> Record:
-    """Return `source[index]`, its picture perhaps smaller if the source has a method ``read(index, min_side=)``.
+    """Return `source[index]`, with a smaller image if the source has a method ``read(index, min_side=)``.
 
     Args:
-        min_side: pixels that the picture's shorter side must keep, as far as it has so many; None is the whole picture.
+        min_side: the least length in pixels that the image's shorter side must keep, if it is that long. None reads
+            the image in full size.
     """
     read = getattr(source, "read", None)
     return source[index] if read is None else read(index, min_side=min_side)
 
 
 def picture_bytes(source: Source, index: int) -> bytes | None:
-    """Return the bytes of the picture's file; None if the source has no method ``picture_bytes(index)``.
+    """Return the bytes of the image's file, or None if the source has no method ``picture_bytes(index)``.
 
-    Raises as `source[index]` does where the file cannot be read.
+    Raises the same errors as `source[index]` if the file cannot be read.
     """
     read = getattr(source, "picture_bytes", None)
     return None if read is None else read(index)
 
 
 def picture_place(source: Source, index: int) -> tuple[str, str]:
-    """Return the path of the file that holds the picture of `source[index]`, and the picture's name in the file.
+    """Return the path of the file that holds the image of `source[index]`, and the image's name in that file.
 
-    The name is "" if the file is the picture. Without a file, and without a method ``picture_place(index)`` of the
-    source, the two are "" and the key.
+    The name is "" if the file is the image itself. If there is no file, or the source has no method
+    ``picture_place(index)``, the two are "" and the key.
 
-    Raises BadSample where the file cannot be found.
+    Raises BadSample if the file cannot be found.
     """
     read = getattr(source, "picture_place", None)
     return ("", source.key(index)) if read is None else read(index)
 
 
 def sample_fields(source: Source, index: int) -> dict[str, Any]:
-    """Return the other fields of `source[index]` for its JSON; {} if the source has no method ``fields(index)``."""
+    """Return further fields of `source[index]` to store in JSON; {} if the source has no method ``fields(index)``."""
     read = getattr(source, "fields", None)
     return {} if read is None else read(index)
 
 
 def sample_stamp(source: Source, index: int) -> str:
-    """Return a text that changes once `source[index]` does.
+    """Return a text that changes when `source[index]` changes.
 
-    It holds the place, the size and the time of the picture's file, the captions, and what else is known of the sample.
+    The text holds the path, the size and the time of the image's file, the captions, and the fields of
+    `sample_fields`. For a sample that cannot be used it is the fault.
     """
     try:
         file, name = picture_place(source, index)
@@ -121,10 +123,10 @@ def sample_stamp(source: Source, index: int) -> str:
 
 
 class Strings:
-    """Strings by number, in one buffer.
+    """A list of strings in one buffer, which forked worker processes share.
 
-    Worker processes that are forked share it. Of a list they would in time copy every page, because each string's
-    reference count is written when it is read.
+    Workers would in time copy every memory page of an ordinary list: reading a string writes its reference count, and
+    a page that is written after a fork is copied.
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
@@ -140,16 +142,17 @@ class Strings:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        """`index` counts from 0 only."""
+        """Return the string at `index`. Raises IndexError for negative indices too."""
         if not 0 <= index < len(self):
             raise IndexError(f"{index} of {len(self)}")
         return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
 
 
 class PictureFiles:
-    """Samples whose pictures are files, called by their paths: `names` in `folder`, to which a kind of data appends.
+    """Base class of sources whose images are files: `names` in `folder`, with their paths as keys.
 
-    A kind of data has its own `captions`, and its own `_file` where a picture may lie under another name.
+    A subclass appends to `_names` and overrides `captions`. It overrides `_file` too if an image may have another name
+    on the disk.
     """
 
     class_names: tuple[str, ...] = ()
@@ -165,8 +168,8 @@ class PictureFiles:
         return self.read(index)
 
     def read(self, index: int, *, min_side: int | None = None) -> Record:
-        """As `read_sample`."""
-        captions, key = self.captions(index), self.key(index)  # captions first: a sample without any costs no picture
+        """Return sample `index`; see `read_sample`."""
+        captions, key = self.captions(index), self.key(index)  # first: without captions the image need not be decoded
         return Record(read_picture(self._file(index), key, min_side=min_side), captions, key, self._label(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -176,11 +179,11 @@ class PictureFiles:
         return str(self._folder / self._names[index])
 
     def picture_bytes(self, index: int) -> bytes:
-        """As the function `picture_bytes`."""
+        """Return the bytes of the image's file."""
         return read_file(self._file(index))
 
     def picture_place(self, index: int) -> tuple[str, str]:
-        """As the function `picture_place`."""
+        """Return the path of the image's file and ""; see the function `picture_place`."""
         return str(self._file(index)), ""
 
     def _file(self, index: int) -> Path:

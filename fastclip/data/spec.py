@@ -1,4 +1,4 @@
-"""Open a data set by its name on a command line."""
+"""Open a dataset by its name on the command line."""
 
 from __future__ import annotations
 
@@ -30,41 +30,48 @@ __all__ = ["absolute_spec", "holds_shards", "open_labelled", "open_pictures", "o
 logger = logging.getLogger(__name__)
 _KINDS = """what it may be:
   digits               handwritten digits with captions, which come with scikit-learn
-  pairs.csv, .tsv      a table of pictures and captions, columns filepath and title
-  dataset_coco.json:test  a split of Karpathy's files of COCO and Flickr30K; train+restval, and :FOLDER of the pictures
-  folder               pictures, each with its captions in a .txt or .json file of the same name; or, without any
-                       captions, in a folder a class; or tar shards
+  pairs.csv, .tsv      a table with columns of images (filepath) and captions (title)
+  dataset_coco.json:test  a split of Karpathy's files for COCO and Flickr30K; train+restval joins two splits, and
+                       :FOLDER after the split names the folder of the images
+  folder               images, each with its captions in a .txt or .json file of the same name; or images without
+                       captions, in one folder per class; or tar shards
   shards/*.tar         tar shards of img2dataset or webdataset; a path, a glob or shards/{00000..00009}.tar
-  s3://x/{00..09}.tar  the same behind a URL that fsspec reads; they are copied to a cache folder first
-  hf:NAME, hf:NAME:SPLIT  a data set of Hugging Face's datasets library
-  SPEC#image=A,caption=B  columns A and B of a table or of hf:, or B of the .json files, hold pictures and captions
-  2*A::0.5*B           several of these; an epoch draws each sample of A twice, and half of those of B"""
+  s3://x/{00..09}.tar  tar shards behind URLs that fsspec can read; they are copied to a cache folder first
+  hf:NAME, hf:NAME:SPLIT  a dataset of Hugging Face's datasets library
+  SPEC#image=A,caption=B  images in column A and captions in column B of a table or of hf:; captions in field B of the
+                       .json files of a folder or of shards
+  2*A::0.5*B           several of these; each epoch draws every sample of A twice and half of the samples of B"""
 
-_DIGITS = 100  # of a weight; a float ends at 10^308, and int() at 4,300 digits
+_DIGITS = 100  # the most digits of a weight: a float ends at 10^308, and int() refuses more than 4,300 digits
 _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.+)", re.DOTALL)
 
 
 def open_source(
     spec: str, *, held_out: bool = False, class_names: Sequence[str] = (), problems: list[str] | None = None
 ) -> Source:
-    """The samples of `spec`: ``digits``, a .csv or .tsv file, a split of a .json file, a folder, .tar files or URLs of
-    them, ``hf:NAME``, or several of these, joined by ``::`` and each perhaps with a weight before it, ``2*A::0.5*B``,
-    and the columns of its pictures and captions after it, ``A#image=photo,caption=text``; `Table` and its kin say more.
+    """Open the samples that `spec` names.
 
-    A folder that is called digits is ``./digits``. A folder that holds tar files, and no pictures with captions, is its
-    shards; one whose pictures have no captions, and lie in a folder a class, is a `ClassFolder`, which is logged.
-    What is the name of a file, or a glob that finds some, has no weight: ``0*.tar``.
+    `spec` is ``digits``, a .csv or .tsv file (`Table`), a split of a .json file (`Karpathy`), a folder (`Folder`), tar
+    shards or URLs of tar shards (`fastclip.data.shards.source.Shards`), or ``hf:NAME``
+    (`fastclip.data.sources.hub.HubSource`). The columns of its images and captions may follow,
+    ``A#image=photo,caption=text``. Several specs are joined by ``::``, each with an optional weight, ``2*A::0.5*B``
+    (`Mixture`).
+
+    A folder named digits is written as ``./digits``. A folder that holds tar files, and no images with captions or in
+    subfolders, is read as shards. A folder whose images have no captions, and are all in one folder per class, is
+    opened as a `ClassFolder`, with a warning. A spec that is the name of a file or a glob that matches files, such as
+    ``0*.tar``, has no weight.
 
     Args:
-        held_out: of the digits, the fifth that is kept from training; the other kinds have no such part, and are whole.
-        class_names: of shards with classes that have no classnames.txt.
-        problems: gets a line for each shard, and each part of several, that cannot be used or is damaged; the source
-            is the rest. Without it the first of them is an error.
+        held_out: open the fifth of the digits that is held out from training. Other kinds of data ignore this option.
+        class_names: class names of shards that have classes but no classnames.txt.
+        problems: a list that receives a line for each shard, and each part of a mixture, that is damaged or cannot be
+            used. The source is the rest. Without a list the first problem is raised.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: `spec` is nothing of these, or is not in order; the message names the file.
-        ImportError: a library that this kind needs is not installed.
+        ValueError: `spec` is none of these kinds, or its data are invalid; the message names the file.
+        ImportError: a library that this kind of data needs is not installed.
     """
     sources, weights = [], []
     for weight, part in [_weighted(part) for part in _parts(spec)]:  # all weights are read before any data
@@ -75,7 +82,7 @@ def open_source(
         last = problems[-1]
         problems[:] = [problem.partition("; " + _KINDS)[0] for problem in problems]
         if not sources:
-            raise ValueError("; ".join([*problems[:-1], last]))  # what a spec may be is said once
+            raise ValueError("; ".join([*problems[:-1], last]))  # the list of kinds appears once, in the last problem
     return sources[0] if weights == [1] else Mixture(spec, sources, weights)
 
 
@@ -83,14 +90,14 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
     """Open samples with classes: a `ClassFolder`, or any source of `open_source` that has classes.
 
     Args:
-        classes: their names: a file of one a line, or one of `imagenet.SETS`; default: the data's own.
-            They go with the data's classes by name (`join_names`); numbers in ``.cls`` files, whose classes have no
-            names, are places in the list.
-        held_out: as `open_source`'s.
+        classes: a file with one class name per line, or one of `imagenet.SETS`; default: the names in the data. The
+            names are matched with the classes of the data (`join_names`). The classes of ``.cls`` files have no names:
+            their numbers are indices into the list.
+        held_out: open the held-out fifth of the digits, as `open_source` does.
 
     Raises:
-        OSError, ValueError, ImportError: as `open_source`, `ClassFolder` and `read_class_names` do; also where the
-            data have no classes, or another number of them.
+        OSError, ValueError, ImportError: as `open_source`, `ClassFolder` and `read_class_names` do. ValueError also if
+            the data have no classes, or not as many classes as `classes` has names.
     """
     names = classes if classes is None or classes in imagenet.SETS else read_class_names(classes)
     if _is_folder(spec) and not holds_shards(Path(spec)):
@@ -102,7 +109,7 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
         raise ValueError(f"{spec}: these data have no classes; {_LAYOUT}")
     if names is not None:
         known = source.class_names
-        if known == tuple(names):  # shards that have no names themselves take what is given
+        if known == tuple(names):  # shards without class names have taken the given names: their classes are numbers
             known = tuple(map(str, range(len(known))))
         given, places = join_names(names, known, what=str(classes), spec=spec, ordered=classes in imagenet.SETS)
         source.class_names = tuple(given[place] for place in places)
@@ -110,13 +117,13 @@ def open_labelled(spec: str, *, classes: str | None = None, held_out: bool = Tru
 
 
 _LAYOUT = (
-    "digits, hf: with a column `label`, FOLDER/CLASS/PICTURE and shards with KEY.cls have; "
-    "a KEY.txt or KEY.json with a caption beside it goes before KEY.cls, and must not be there"
+    "data with classes are digits, hf: with a column `label`, FOLDER/CLASS/IMAGE, and shards with KEY.cls; "
+    "remove every KEY.txt, and every KEY.json with a caption, from the shards: captions take precedence over KEY.cls"
 )
 
 
 def open_pictures(spec: str) -> Source:
-    """Open a folder whose pictures have no captions as `Uncaptioned`, anything else as `open_source` does."""
+    """Open a folder whose images have no captions as `Uncaptioned`, and anything else as `open_source` does."""
     if _is_folder(spec) and not holds_shards(Path(spec)):
         links: list[str] = []
         files = list(pictures(Path(spec), links=links))
@@ -127,28 +134,31 @@ def open_pictures(spec: str) -> Source:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Return True if a folder's data are its tar files: no picture there has captions, and none lies in a subfolder."""
+    """Return True if a folder holds tar files, and no image in it has captions or is in a subfolder."""
     return bool(tar_files(folder)) and not any(
         picture.captioned or os.path.dirname(picture.name) for picture in pictures(folder, links=[])
     )
 
 
 def absolute_spec(spec: str) -> str:
-    """Return `spec` so that it means the same in every working directory; spellings of one place, ``d``, ``d/`` and
-    ``./d``, are the same. Weights, columns, splits, names of hf: and URLs stay."""
+    """Return `spec` with absolute paths, so that it means the same in every working directory.
+
+    Different spellings of one path, such as ``d``, ``d/`` and ``./d``, give the same text. Weights, columns, splits,
+    names of hf: datasets and URLs are kept.
+    """
     return "::".join(map(_absolute, _parts(spec)))
 
 
 def spec_places(spec: str) -> list[Path]:
-    """The files and folders that `spec` names, there or not. What lies in them is not looked at.
+    """Return the files and folders that `spec` names, whether they exist or not. The folders are not opened.
 
-    Raises ValueError where a weight is 0, or absurdly long.
+    Raises ValueError if a weight is 0 or has more than 100 digits.
     """
     return [place for part in _parts(spec) for place in _places(named_columns(_weighted(part)[1])[0])]
 
 
 def _parts(spec: str) -> list[str]:
-    # a file's name may hold ::
+    # The name of a file may contain "::".
     return [spec] if os.path.exists(spec) else spec.split("::")
 
 
@@ -159,7 +169,7 @@ def _places(name: str) -> list[Path]:
         return [Path(name[3:].partition(":")[0])]
     places = [Path(name), *split_places(name)]
     if name.endswith(".tar") and not os.path.isfile(places[0]):
-        with suppress(ImportError, ValueError):  # nothing that can be read as shards, or finds any
+        with suppress(ImportError, ValueError):  # the pattern is not valid, or matches no file
             from fastclip.data.shards.source import shard_paths
 
             places += map(Path, shard_paths(name, []))
@@ -181,7 +191,7 @@ def _absolute(part: str) -> str:
 
 def _weighted(part: str) -> tuple[Fraction, str]:
     match = _WEIGHTED.fullmatch(part)
-    if match is None or glob.glob(part, recursive=True):  # 0*.tar is a pattern, and no weight of .tar
+    if match is None or glob.glob(part, recursive=True):  # 0*.tar is a glob, not the weight 0 of .tar
         return Fraction(1), part
     if len(match[1]) > _DIGITS:
         raise ValueError(f"{part}: the weight has more than {_DIGITS} digits")
@@ -200,7 +210,7 @@ def _open(whole: str, held_out: bool, class_names: Sequence[str], problems: list
     if "://" not in spec and path.suffix.lower() in (".csv", ".tsv") and not os.path.isdir(path):
         return Table(whole, spec, columns=columns)
     if columns.image:
-        raise ValueError(f"{whole}: only tables and hf: have a column of pictures to name")
+        raise ValueError(f"{whole}: #image= names a column of images, which only tables and hf: have")
     if "://" in spec:
         return _remote(whole, spec, class_names, columns.caption, problems)
     if spec.endswith(".tar") and not os.path.isdir(path):
@@ -210,7 +220,7 @@ def _open(whole: str, held_out: bool, class_names: Sequence[str], problems: list
             return _shards(whole, spec, class_names, columns.caption, problems)
         return _folder(whole, spec, columns.caption)
     if columns != UNNAMED:
-        raise ValueError(f"{whole}: there are no columns to name")
+        raise ValueError(f"{whole}: #caption= names a column or a field, which these data do not have")
     if spec == "digits":
         return _digits(held_out)
     if is_split_file(spec):
@@ -223,9 +233,10 @@ def _is_folder(spec: str) -> bool:
 
 
 def _folder(whole: str, spec: str, caption: str) -> Source:
-    """Pictures with captions; where none has any, and all lie in a folder a class, pictures of these classes.
+    """Return the images of a folder with their captions, or with classes if no image has a caption.
 
-    A folder of a class may be a link, which `Folder` passes over.
+    Classes require that all images are in one folder per class. A class folder may be a link, which `Folder` does not
+    follow.
     """
     try:
         return Folder(whole, spec, caption=caption)
@@ -240,7 +251,7 @@ def _folder(whole: str, spec: str, caption: str) -> Source:
             raise ValueError(f"{error}; as a folder of classes, {other}") from error
     shown = ", ".join(classes.class_names[:3])
     logger.warning(
-        "%s: no picture has a caption; their %d folders are taken as classes (%s, ...)",
+        "%s: no image has a caption, so the %d folders are read as classes (%s, ...)",
         *(spec, len(classes.class_names), shown),
     )
     return classes
@@ -248,7 +259,10 @@ def _folder(whole: str, spec: str, caption: str) -> Source:
 
 @contextmanager
 def _naming_library(needs: str) -> Iterator[None]:
-    """Import inside what only one kind of data needs; an ImportError says which library is not installed."""
+    """Turn a failed import inside the context into an ImportError that names the missing library.
+
+    The libraries of one kind of data are imported when such data are opened, because they are optional.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
@@ -287,9 +301,9 @@ def _hub(whole: str, spec: str, columns: Named) -> Source:
 def _reason(spec: str) -> str:
     path = Path(spec)
     if os.path.isfile(path):
-        return f"{spec} is a file of no kind that holds data"
+        return f"{spec} is not a file of a supported kind"
     if difflib.get_close_matches(spec, ["digits"]):
-        return f"{spec!r} is no data set: did you mean 'digits'?"
+        return f"{spec!r} is not a dataset: did you mean 'digits'?"
     if path.name != spec or spec.endswith("/"):
         return f"there is no folder {spec}"
-    return f"{spec!r} is no data set, and there is no folder of this name"
+    return f"{spec!r} is not a dataset, and there is no folder with this name"

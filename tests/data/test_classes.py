@@ -59,7 +59,7 @@ def test_folder_of_classes_is_data_wherever_data_are_named(tmp_path: Path, caplo
     source = open_source(root)
     assert source.class_names == ("red fox", "zebra") and len(source) == 4
     assert source.captions(3) == ("a photo of a zebra",) and source[3].label == 1
-    assert "no picture has a caption; their 2 folders are taken as classes (red fox, zebra, ...)" in caplog.text
+    assert "no image has a caption, so the 2 folders are read as classes (red fox, zebra, ...)" in caplog.text
     (tmp_path / "a" / "zebra" / "0.txt").write_text("one has a caption")
     assert open_source(root).class_names == ()
     for name in ("loose", "single"):
@@ -88,7 +88,7 @@ def test_linked_folders_of_classes_are_data_wherever_data_are_named(
         for source in (open_source(root), open_labelled(root)):
             assert (len(source), source.class_names) == (count, names)
     assert caplog.messages == [
-        f"{tmp_path}/{name}: no picture has a caption; their 2 folders are taken as classes ({names}, ...)"
+        f"{tmp_path}/{name}: no image has a caption, so the 2 folders are read as classes ({names}, ...)"
         for name, names in (("links", "cat, dog"), ("part", "dog, owl"))
     ]
     assert len(open_pictures(str(tmp_path / "links"))) == 10
@@ -330,7 +330,7 @@ def test_shards_whose_json_has_no_caption_have_their_classes(tmp_path: Path) -> 
     (tmp_path / "classnames.txt").write_text("ant\nred fox\n")
     source = open_labelled(write({}))
     assert source.class_names == ("ant", "red fox") and [source[k].label for k in range(2)] == [1, 1]
-    with pytest.raises(ValueError, match=r"shards with KEY\.cls have; a KEY\.txt or KEY\.json with a caption"):
+    with pytest.raises(ValueError, match=r"shards with KEY\.cls; remove every KEY\.txt, and every KEY\.json"):
         open_labelled(write({"caption": "x"}))
 
 

@@ -402,7 +402,7 @@ def test_evaluation_counts_what_it_leaves_out(tmp_path: Path) -> None:
                 assert len(images) == len(indices) == len(labels)
                 found += indices.tolist()
         assert sorted(found) == [-1] * (len(found) - 3) + [0, 1, 2] and skipped.counts == CAUSES
-    with pytest.raises(ValueError, match=r"003\.png: not a picture"):
+    with pytest.raises(ValueError, match=r"003\.png: not a readable image"):
         list(evaluation_batches(source, plain, batch_size=3))
 
 

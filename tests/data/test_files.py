@@ -140,7 +140,7 @@ def test_heif_without_its_library_is_counted(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "1.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     monkeypatch.setattr("fastclip.data.picture._HEIF", False)
     source = open_source(str(tmp_path))
-    with pytest.raises(BadSample, match=r"1\.HEIC: not a picture that can be read: HEIF needs pillow-heif"):
+    with pytest.raises(BadSample, match=r"1\.HEIC: not a readable image: HEIF needs pillow-heif"):
         source[1]
 
 

@@ -264,7 +264,7 @@ def test_hub_row_that_cannot_be_used_has_its_cause(tmp_path: Path) -> None:
     spec = saved(tmp_path / "d", rows)
     source = open_source(spec)
     for row, cause, message in (
-        (1, "not an image", "not a picture that can be read"),
+        (1, "not an image", "not a readable image"),
         (2, "no image", "there is no picture"),
         (3, "no caption", "it has no caption"),
         (4, "empty caption", "its caption is empty"),

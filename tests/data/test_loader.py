@@ -264,7 +264,7 @@ def broken_shards(tmp_path: Path) -> Path:
 def test_broken_picture_is_named_in_one_line(broken_shards: Path, workers: int) -> None:
     needs("train")
     source = open_source(str(broken_shards))
-    message = f"{broken_shards}: 0002: not a picture that can be read: its format is not known"
+    message = f"{broken_shards}: 0002: not a readable image: its format is not recognised"
     read = 0
     with pytest.raises(ValueError) as error:
         for _ in evaluation_batches(source, plain, batch_size=1, workers=workers):

@@ -181,8 +181,8 @@ def test_spec_joins_and_weighs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("a::none", "'none' is no data set"),
-        ("a::", "'' is no data set"),
+        ("a::none", "'none' is not a dataset"),
+        ("a::", "'' is not a dataset"),
         ("99999999999999999999*a", "a: the weight must be at most 1,000,000, got 1e+20"),
         ("a::1000000.5*a", "a: the weight must be at most 1,000,000, got 1e+06"),
         ("9" * 5000 + "*a", "*a: the weight has more than 100 digits"),

@@ -381,8 +381,8 @@ def faulty_picture(kind: str, data: bytes, folder: Path) -> tuple[Source, str]:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"<html>not found</html>", "its format is not known"),
-        (b"", "it holds nothing"),
+        (b"<html>not found</html>", "its format is not recognised"),
+        (b"", "the file is empty"),
         (picture(0)[:50], ""),
         (picture(0, ".jpg")[:-100], "(image file is truncated|Truncated File Read)"),
     ],
@@ -391,7 +391,7 @@ def faulty_picture(kind: str, data: bytes, folder: Path) -> tuple[Source, str]:
 def test_damaged_picture_is_named(tmp_path: Path, kind: str, data: bytes, reason: str) -> None:
     source, key = faulty_picture(kind, data, tmp_path)
     assert shade(source, 0) == 0
-    with pytest.raises(ValueError, match=f"^{re.escape(key)}: not a picture that can be read: .*{reason}"):
+    with pytest.raises(ValueError, match=f"^{re.escape(key)}: not a readable image: .*{reason}"):
         source[1]
 
 
@@ -430,11 +430,11 @@ def test_source_goes_to_another_process(tmp_path: Path, kind: str) -> None:
     ("spec", "message"),
     [
         ("digit", "did you mean 'digits'"),
-        ("flickr", "'flickr' is no data set, and there is no folder of this name"),
+        ("flickr", "'flickr' is not a dataset, and there is no folder with this name"),
         ("data/flickr", "there is no folder data/flickr"),
-        ("a.parquet", "'a.parquet' is no data set, and there is no folder of this name"),
-        ("notes.md", "notes.md is a file of no kind that holds data"),
-        ("", "'' is no data set"),
+        ("a.parquet", "'a.parquet' is not a dataset, and there is no folder with this name"),
+        ("notes.md", "notes.md is not a file of a supported kind"),
+        ("", "'' is not a dataset"),
     ],
 )
 def test_unknown_spec_lists_what_it_may_be(

@@ -122,7 +122,7 @@ def test_column_that_is_not_there_is_named(tmp_path: Path, named: str, message: 
         open_source(f"{tmp_path}/t.csv#{named}")
     with pytest.raises(ValueError, match=r"t\.csv#caption=caption,caption=filepath: caption= is given twice"):
         open_source(f"{tmp_path}/t.csv#caption=caption,caption=filepath")
-    with pytest.raises(ValueError, match="there are no columns to name"):
+    with pytest.raises(ValueError, match="#caption= names a column or a field, which these data do not have"):
         open_source("digits#caption=x")
     (tmp_path / "t.csv").write_text("filepath,title,Title\na.png,a,b\n")
     with pytest.raises(ValueError, match=r"t\.csv: 2 columns are called title"):
@@ -143,7 +143,7 @@ def test_field_of_json_is_named_as_a_column_is(tmp_path: Path) -> None:
         assert cause(source, 1) == "no caption"
     with pytest.raises(BadSample, match=r'c: its caption file has no "alt" \(it has nothing\)'):
         open_source(f"{shard}#caption=alt")[2]
-    with pytest.raises(ValueError, match="only tables and hf: have a column of pictures"):
+    with pytest.raises(ValueError, match="#image= names a column of images, which only tables and hf: have"):
         open_source(f"{shard}#image=png")
 
 

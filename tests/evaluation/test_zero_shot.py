@@ -333,7 +333,7 @@ def test_other_classes_are_not_taken_from_a_stopped_run(
     ("words", "message"),
     [
         (["--data", "FLAT"], "2 pictures and no class folders; pictures must lie in a folder a class"),
-        (["--data", "SHARDS"], "no data set"),
+        (["--data", "SHARDS"], "'SHARDS' is not a dataset"),
         (["--data", "digits", "--classes", "FILE"], "has 2 names, and digits 10 classes"),
         (["--data", "digits", "--templates", "FILE"], "line 1: 'a' must hold {} once"),
     ],

@@ -151,7 +151,7 @@ def test_what_cannot_be_read_is_listed_and_not_tried_again(tmp_path: Path, caplo
     assert (done.files, done.embedded) == (5, 1)
     assert {Path(path).name for path, _ in done.skipped} == {"page.jpg", "half.png", "empty.gif", "huge.png"}
     reasons = {Path(path).name: reason for path, reason in searched.faults()}
-    assert "too large" in reasons["huge.png"] and "not a picture" in reasons["page.jpg"]
+    assert "too large" in reasons["huge.png"] and "not a readable image" in reasons["page.jpg"]
     assert all(f"skipped: {folder / name}: " in caplog.text for name in reasons)
     assert searched.update().skipped == [] and len(searched.faults()) == 4
     shutil.copy(folder / "page.jpg", folder / "copy.jpg")  # a fault belongs to the content, not to the file
@@ -167,7 +167,7 @@ def test_what_another_reader_could_not_read_is_tried_again(tmp_path: Path, monke
 
     def older(file: object, key: str) -> Image.Image:
         if key != str(photos[0]):
-            raise BadSample("not an image", key, "its format is not known")
+            raise BadSample("not an image", key, "its format is not recognised")
         return real(file, key)  # type: ignore[arg-type]
 
     monkeypatch.setattr(scan, "read_picture", older)

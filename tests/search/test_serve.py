@@ -238,7 +238,7 @@ def test_only_the_loopback_address_is_bound(served: Served) -> None:
 
 def test_dropped_picture_that_cannot_be_used_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     status, _, data = served.ask("/search", "POST", b"<html>")
-    assert status == 400 and b"not a picture" in data
+    assert status == 400 and b"not a readable image" in data
     bomb = io.BytesIO()
     Image.new("L", (20_000, 10_000)).save(bomb, "PNG", compress_level=1)
     status, _, data = served.ask("/search", "POST", bomb.getvalue())

@@ -111,7 +111,7 @@ def test_folder_of_classes_is_validated_by_class(tmp_path: Path, caplog: pytest.
         record.image.save(folder / f"{k}.png")
     run = train(options(tmp_path / "run", val_data=str(tmp_path / "val"), max_steps=1))
     assert 0 <= run.validation["zero_shot_top1"] <= 1
-    assert "folders are taken as classes" in caplog.text
+    assert "folders are read as classes" in caplog.text
 
 
 def settings() -> list[Any]:
