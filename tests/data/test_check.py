@@ -405,7 +405,7 @@ def test_check_reads_the_shards_beside_dead_ones(
     assert "samples           4" in lines and "usable            4 (100.00%), with 4 captions" in lines
     assert [line.split(None, 1)[1] for line in lines if line.startswith("damaged")] == [
         *("no such shard: 6.tar", "no such shard: 7.tar", "1.tar: not a tar file, or one that is cut off: empty file"),
-        "2.tar: not a tar file, or one that is cut off: no header where one must be",
+        "2.tar: not a tar file, or one that is cut off: a header is missing or has a wrong checksum",
         "4.tar: cut off or damaged after 1 samples, which are used: unexpected end of data",
     ]
     assert "passed over       3 .npy (0.tar: a.npy, 3.tar: a.npy, 5.tar: a.npy)" in lines

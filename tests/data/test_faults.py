@@ -264,7 +264,9 @@ def test_first_of_a_repeated_member_counts(tmp_path: Path) -> None:
     assert [float(plain(source[k].image).mean()) < 16 for k in range(2)] == [True, True]
     for k, key in ((2, "a"), (3, "b")):
         assert fault(source, k) == Fault(
-            "duplicate member", f"{tmp_path}/x.tar: {key}", "the shard has this sample twice, of which the first counts"
+            "duplicate member",
+            f"{tmp_path}/x.tar: {key}",
+            "the shard contains this sample twice, and the first is used",
         )
 
 
@@ -296,7 +298,7 @@ def test_shard_cut_in_half_is_used_as_far_as_it_goes(tmp_path: Path, caplog: pyt
     ("data", "message"),
     [
         (b"", "not a tar file"),
-        (bytes(10240), "the shard holds no pictures"),
+        (bytes(10240), "the shard holds no images"),
         (os.urandom(5000), "not a tar file"),
         (HTML * 200, "not a tar file"),
     ],
@@ -386,7 +388,8 @@ def test_replacements_are_the_same_however_read(tmp_path: Path, options: dict[st
 @pytest.mark.parametrize("workers", [0, 1])
 def test_source_that_gives_nothing_stops_with_causes_and_names(tmp_path: Path, workers: int) -> None:
     source = open_source(str(write_folder(tmp_path, 0, [(HTML, b"x"), (picture(), b" ")])))
-    message = rf"^{re.escape(str(tmp_path))}: 100 tries found no .*; tried were 2: 1 not an image \(.*000\.png\), 1 em"
+    message = rf"^{re.escape(str(tmp_path))}: 100 tries found no usable sample among the 2 tried: "
+    message += r"1 not an image \(.*000\.png\), 1 em"
     with pytest.raises(ValueError, match=message):
         next(training_batches(source, plain, tokenize, batch_size=2, last_step=1, workers=workers))
 

@@ -441,12 +441,12 @@ def test_batches_hold_no_file_open() -> None:
     [
         ({"rank": 2, "ranks": 2}, "rank must be from 0 to ranks - 1, got rank 2 of 2"),
         ({"rank": -1}, "rank must be"),
-        ({"ranks": 6}, "batch_size must be at least the 6 ranks, got 5"),
+        ({"ranks": 6}, r"batch_size must be at least the number of ranks \(6\), got 5"),
         ({"micro_batch": 0}, "micro_batch must be positive, got 0"),
         ({"workers": -1}, "workers must not be negative, got -1"),
         ({"first_step": 4}, "first_step 4 and last_step 3"),
         ({"first_step": -1}, "first_step -1"),
-        ({"batch_size": 0}, "batch_size must be at least the 1 ranks, got 0"),
+        ({"batch_size": 0}, r"batch_size must be at least the number of ranks \(1\), got 0"),
     ],
 )
 def test_training_options_out_of_range_are_refused_at_once(options: dict[str, int], message: str) -> None:

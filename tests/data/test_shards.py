@@ -153,7 +153,7 @@ def test_damage_of_a_shard_is_told_each_time(
             f"{path}: cut off or damaged after 3 samples, which are used: unexpected end of data"
         ]
         assert [source.captions(k) for k in range(3)] == [(f"caption {k}",) for k in range(3)] and len(source) == 4
-        with pytest.raises(BadSample, match=f"^{re.escape(str(path))}: 0003: the shard ends before it does$"):
+        with pytest.raises(BadSample, match=f"^{re.escape(str(path))}: 0003: the shard ends before the sample does$"):
             source[3]
     write_shard(path, 2)
     with tarfile.open(path, "a") as tar:

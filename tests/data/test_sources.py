@@ -336,11 +336,11 @@ def test_shards_fault_names_the_shard(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
             open_source(str(path))
 
-    refused({}, "the shard holds no pictures")
-    refused({"a.txt": b"x"}, "the shard holds no pictures")
+    refused({}, "the shard holds no images")
+    refused({"a.txt": b"x"}, "the shard holds no images")
     refused(
         {"a.txt": b"x", "b.png": b"", "b.seg": b"1", "c.jpg": b""},
-        "none of 2 pictures has a caption, first b",
+        "none of 2 images has a caption, first b",
     )
 
 

@@ -137,7 +137,10 @@ def test_tars_put_together_are_read_to_the_end(
     assert [source.captions(k) for k in range(len(source))] == [("one",), ("two",)] and not caplog.messages
     path.write_bytes(PAIR + END + b"something else" * 99)
     assert len(open_source(str(path))) == 1
-    assert f"{path}: cut off or damaged after 1 samples, which are used: after its end stands no tar" in caplog.text
+    assert (
+        f"{path}: cut off or damaged after 1 samples, which are used: no tar header after the end of the archive"
+        in caplog.text
+    )
 
 
 def test_links_in_a_shard_are_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -154,7 +157,7 @@ def test_links_in_a_shard_are_followed(tmp_path: Path, caplog: pytest.LogCapture
     assert told == {"in/early": ("late",), "a": ("one",), "hard": ("one",), "chain": ("one",)}
     assert {source[k].image.tobytes() for k in range(4)} == {source[1].image.tobytes()}
     assert caplog.messages == [
-        f"{path}: passed over members that are no part of a sample: 1 .txt without a picture ({path}: in/late.txt)"
+        f"{path}: ignored members that belong to no sample: 1 .txt without a picture ({path}: in/late.txt)"
     ]
 
 
@@ -217,13 +220,13 @@ def test_members_of_no_sample_are_counted(tmp_path: Path, caplog: pytest.LogCapt
         ]
         assert source.passed.total + len(in_samples) == len(names)
         (line,) = caplog.messages
-        assert line.startswith(f"{path}: passed over members") and f"1 .v2.jpg ({path}: b.v2.jpg)" in line
+        assert line.startswith(f"{path}: ignored members") and f"1 .v2.jpg ({path}: b.v2.jpg)" in line
 
 
 def test_shard_without_a_picture_says_what_it_holds(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("0.image.jpg", b"x"), ("0.caption.txt", b"x"), ("1.image.jpg", b"x")])
     with pytest.raises(
-        ValueError, match=r"x\.tar: the shard holds no pictures; it holds 2 \.image\.jpg \(0\.image\.jpg,"
+        ValueError, match=r"x\.tar: the shard holds no images; it holds 2 \.image\.jpg \(0\.image\.jpg,"
     ):
         open_source(str(path))
 

@@ -158,11 +158,11 @@ def test_templates_are_open_clips_or_of_a_file(tmp_path: Path) -> None:
     file.write_text("\ufeffa {c}\n\n  the {} \n", encoding="utf-8")
     assert read_templates(str(file)) == ("a {}", "the {}")
     for text, message in (
-        ("a {}\na dog\n", "line 2: 'a dog' must hold {} once"),
+        ("a {}\na dog\n", "line 2: 'a dog' must contain {} once"),
         ("{} and {}\n", "line 1"),
         ("a {name}\n", "line 1"),
         ("a {} {0}\n", "line 1"),
-        (" \n", "holds no template"),
+        (" \n", "contains no template"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -334,8 +334,8 @@ def test_other_classes_are_not_taken_from_a_stopped_run(
     [
         (["--data", "FLAT"], "2 pictures and no class folders; pictures must lie in a folder a class"),
         (["--data", "SHARDS"], "'SHARDS' is not a dataset"),
-        (["--data", "digits", "--classes", "FILE"], "has 2 names, and digits 10 classes"),
-        (["--data", "digits", "--templates", "FILE"], "line 1: 'a' must hold {} once"),
+        (["--data", "digits", "--classes", "FILE"], "has 2 names, but digits has 10 classes"),
+        (["--data", "digits", "--templates", "FILE"], "line 1: 'a' must contain {} once"),
     ],
 )
 def test_command_says_what_can_be_mended(

@@ -96,7 +96,7 @@ def test_failed_validation_loses_no_step(tmp_path: Path) -> None:
     whole = run("whole")
     for every, last in ((4, 4), (2, 2)):
         name = f"run {every}"
-        with pytest.raises(ValueError, match="found no sample that can be used"):
+        with pytest.raises(ValueError, match="found no usable sample"):
             run(name, val_data=str(unusable), val_every=every, save_every=every)
         names = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
         assert names == [f"step-{last:08d}"]

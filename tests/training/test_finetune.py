@@ -359,4 +359,4 @@ def test_command_saves_the_average_and_goes_on(
     assert not (tmp_path / "other").exists()
     (tmp_path / "templates").write_text("a digit\n")
     assert main(line) == 1
-    assert "line 1: 'a digit' must hold {} once" in capsys.readouterr().err
+    assert "line 1: 'a digit' must contain {} once" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The classes of ImageNet and of its variants, from package data of timm and open_clip_torch."""
+"""The classes of ImageNet and its variants, from the package data of timm and open_clip_torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fastclip.system.installed import installed_file
 
 __all__ = ["SETS", "class_names", "folder_places", "wordnet_ids", "zero_shot_metadata"]
 
-# Among which of the 1,000 classes the pictures of a set are classified; of -A (Hendrycks et al. 2021a) and -R
-# (Hendrycks et al. 2021b) among their own 200, as their authors do.
+# timm's file with the numbers of the set's classes; None: all 1,000. Images of ImageNet-A (Hendrycks et al. 2021a) and
+# ImageNet-R (Hendrycks et al. 2021b) are classified among the 200 classes of the set, as their authors do.
 SETS: dict[str, str | None] = {
     "imagenet": None,
     "imagenet-a": "imagenet_a_indices.txt",
@@ -21,7 +21,7 @@ SETS: dict[str, str | None] = {
 
 @cache
 def zero_shot_metadata() -> ModuleType:
-    """open_clip's module of CLIP's class names and templates, without the rest of open_clip."""
+    """Return open_clip's module of CLIP's class names and templates, without importing the rest of open_clip."""
     path = installed_file(
         "open_clip", "zero_shot_metadata.py", what="CLIP's list of class names and templates", install="open_clip_torch"
     )
@@ -34,21 +34,21 @@ def zero_shot_metadata() -> ModuleType:
 
 @cache
 def wordnet_ids() -> tuple[str, ...]:
-    """ImageNet's 1,000 by class number, which is their order: n01440764, n01443537, ..."""
+    """Return ImageNet's 1,000 WordNet ids by class number. They are in alphabetical order: n01440764, n01443537, ..."""
     return tuple(_timm("imagenet_synsets.txt"))
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """CLIP's names of the classes of one of `SETS`, in the order of their numbers."""
+    """Return CLIP's names of the classes of one of `SETS`, in the order of the class numbers."""
     names = zero_shot_metadata().IMAGENET_CLASSNAMES
     return tuple(names[number] for number in _numbers(name))
 
 
 def folder_places(name: str) -> dict[str, int]:
-    """Return the place in `class_names` of every name that a class folder may have.
+    """Return the index into `class_names` for every name that a class folder may have.
 
-    The names are WordNet ids, for all 1,000 classes also their numbers, as ImageNet-V2 (Recht et al. 2019) has them:
-    folder ``10`` is class 10, which in alphabetical order would be the third.
+    Folder names are WordNet ids. Folders of all 1,000 classes may also have class numbers, as in ImageNet-V2 (Recht et
+    al. 2019): folder ``10`` is class 10, although it is third in alphabetical order.
     """
     ids = wordnet_ids()
     places = {ids[number]: place for place, number in enumerate(_numbers(name))}

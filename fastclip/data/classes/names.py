@@ -1,4 +1,4 @@
-"""Two lists of the same classes, joined by name."""
+"""Match a list of class names with the classes of a dataset."""
 
 from __future__ import annotations
 
@@ -19,26 +19,30 @@ _SHOWN = 5  # names in a message
 def join_names(
     given: Sequence[str], classes: Sequence[str], *, what: str, spec: str, ordered: bool = False
 ) -> tuple[tuple[str, ...], list[int]]:
-    """Return the names of `given`, and for each of the data's `classes` the place of its name among them.
+    """Match the names `given` with the `classes` of a dataset.
 
-    A class has the name that equals its own: exactly, else whatever the case, with blanks for underscores and hyphens;
-    a WordNet id that of CLIP's list. ``OWN<TAB>NAME`` pairs any two. Classes that have an order, which are numbers, 0
-    to C - 1 or 1 to C, and WordNet ids, have the names in this order where no name says otherwise.
+    A class is matched with the name that equals it, exactly or with differences of case, blanks, underscores and
+    hyphens ignored. A class that is a WordNet id is matched with its name in CLIP's list. A line ``CLASS<TAB>NAME``
+    matches any two. If classes remain without a name, classes that have an order take the names in this order, unless a
+    match contradicts it. Numbers 0 to C - 1 or 1 to C and WordNet ids have an order.
 
     Args:
-        what, spec: what messages call the two.
-        ordered: both are in the order of the same numbers, such as ImageNet's, where no name says otherwise.
+        what, spec: names of `given` and of the dataset in messages.
+        ordered: `given` and `classes` have the same order, such as ImageNet's, unless the names contradict it.
+
+    Returns:
+        The names, and for each class the index of its name among them.
 
     Raises:
-        ValueError: there are more or fewer names than classes; or names and classes cannot be paired, and the message
-            lists the classes without a name and the names without a class.
+        ValueError: there are more or fewer names than classes, or they cannot be matched. The message lists the
+            classes without a name and the names without a class.
     """
     if len(given) != len(classes):
-        raise ValueError(f"{what} has {len(given)} names, and {spec} {len(classes)} classes")
+        raise ValueError(f"{what} has {len(given)} names, but {spec} has {len(classes)} classes")
     keys, names = list(given), tuple(given)
     if any("\t" in name for name in given):
         if not all(name.count("\t") == 1 for name in given):
-            raise ValueError(f"{what}: every line, or none, must be a class of {spec}, a tab, and its name")
+            raise ValueError(f"{what}: either every line or no line must be a class of {spec}, a tab and its name")
         keys, names = ([name.split("\t")[k].strip() for name in given] for k in (0, 1))  # type: ignore[assignment]
     places = _by_name(keys, classes)
     if None in places:
@@ -46,15 +50,20 @@ def join_names(
         if order is None or any(named not in (None, place) for named, place in zip(places, order)):
             raise ValueError(_unpaired(keys, classes, places, what, spec))
         if not ordered and all(place is None for place in places) and classes[order.index(0)] != "0":
-            logger.warning("%s: %s is the class %r, and so on in their order", spec, names[0], classes[order.index(0)])
+            logger.warning(
+                "%s: the names are matched with the classes in order, beginning with %s for class %r",
+                spec,
+                names[0],
+                classes[order.index(0)],
+            )
         places = list(order)
     return tuple(names), [place for place in places if place is not None]
 
 
 def _by_name(keys: Sequence[str], classes: Sequence[str]) -> list[int | None]:
-    """Return the place of each class's key, None without one; of several equal names the first goes to the first."""
+    """Return the index of each class's key, or None without one. Of equal names the first goes to the first class."""
     places: list[int | None] = [None] * len(classes)
-    # exact names come first, for `_plain` makes some of them equal
+    # Exact matches come first, because `_plain` makes some different names equal.
     for aliases, plain in ((classes, str), (classes, _plain), (_clip_names(classes), _plain)):
         free = dict[str, list[int]]()
         for place, key in enumerate(keys):
@@ -67,7 +76,7 @@ def _by_name(keys: Sequence[str], classes: Sequence[str]) -> list[int | None]:
 
 
 def _by_order(classes: Sequence[str]) -> list[int] | None:
-    """Return the place of each class in the order of their numbers or WordNet ids; None if they are neither."""
+    """Return the place of each class in the order of the numbers or WordNet ids; None if the classes are neither."""
     if all(name.isascii() and name.isdecimal() for name in classes):
         numbers = [int(name) for name in classes]
         first = min(min(numbers), 1)
@@ -79,7 +88,7 @@ def _by_order(classes: Sequence[str]) -> list[int] | None:
 
 
 def _clip_names(classes: Sequence[str]) -> list[str]:
-    """Return CLIP's names of WordNet ids, "" for an unknown id; [] if the classes are no ids."""
+    """Return CLIP's names of WordNet ids, "" for an unknown id; [] if the classes are not WordNet ids."""
     if not all(map(WORDNET_ID.fullmatch, classes)):
         return []
     try:
@@ -97,11 +106,11 @@ def _unpaired(keys: Sequence[str], classes: Sequence[str], places: Sequence[int 
     nameless = [name for name, place in zip(classes, places) if place is None]
     unused = [key for place, key in enumerate(keys) if place not in places]
     return (
-        f"{what} does not name the classes of {spec}: without a name {shown_names(nameless)}; without a class "
-        f"{shown_names(unused)}; write lines of class, tab and name to pair them"
+        f"{what} does not name the classes of {spec}: classes without a name: {shown_names(nameless)}; names without a "
+        f"class: {shown_names(unused)}; write lines of class, tab and name to match them"
     )
 
 
 def shown_names(names: Sequence[str]) -> str:
-    """Return the first names for a message, with dots if there are more."""
+    """Return the first five names for a message, with dots if there are more."""
     return ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")

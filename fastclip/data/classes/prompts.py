@@ -1,4 +1,4 @@
-"""Captions of classes: templates and class names, of CLIP or of a file."""
+"""Templates and class names, from which captions of classes are made; published by CLIP or read from a file."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from fastclip.system.reading import read_lines
 
 __all__ = ["read_class_names", "read_templates"]
 
-# CLIP's: the 80 for ImageNet (Radford et al. 2021, section 3.1.4), and the 7 that are almost as good.
+# CLIP's 80 templates for ImageNet (Radford et al. 2021, section 3.1.4), and the 7 that are almost as good.
 _PUBLISHED = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
 
 
 def read_templates(name: str) -> tuple[str, ...]:
-    """Captions with ``{}`` in place of a class name: ``openai``, CLIP's 80 for ImageNet, ``simple``, its 7, or a file.
+    """Return templates: captions with ``{}`` in place of a class name.
 
-    A file holds one a line in UTF-8; CLIP_benchmark's ``{c}`` is ``{}``, and empty lines count for nothing.
+    `name` is ``openai`` for CLIP's 80 templates for ImageNet, ``simple`` for CLIP's 7, or a file in UTF-8 with one
+    template per line. In a file ``{c}`` may stand for ``{}``, as in CLIP_benchmark, and empty lines are ignored.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no template, or a line has not one place for the class name; it is named.
-        ImportError: open_clip_torch, which holds CLIP's, is not installed.
+        ValueError: the file holds no template, or a line does not contain ``{}`` exactly once; the message names the
+            line.
+        ImportError: open_clip_torch, which contains CLIP's templates, is not installed.
     """
     if name in _PUBLISHED:
         return tuple(str(template("{}")) for template in getattr(zero_shot_metadata(), _PUBLISHED[name]))
@@ -27,27 +29,27 @@ def read_templates(name: str) -> tuple[str, ...]:
     for number, line in enumerate(_lines(name, "templates; openai and simple are CLIP's"), 1):
         template = line.replace("{c}", "{}")
         if template and (template.count("{}") != 1 or set("{}") & set(template.replace("{}", ""))):
-            raise ValueError(f"{name}, line {number}: {line!r} must hold {{}} once, where the class name goes")
+            raise ValueError(f"{name}, line {number}: {line!r} must contain {{}} once, in place of the class name")
         templates += [template] if template else []
     if not templates:
-        raise ValueError(f"{name} holds no template")
+        raise ValueError(f"{name} contains no template")
     return tuple(templates)
 
 
 def read_class_names(name: str) -> tuple[str, ...]:
-    """One a line of a file in UTF-8, perhaps with empty lines at its end.
+    """Return class names from a file in UTF-8, one name per line. Empty lines at the end are ignored.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds none, or an empty line before the last, which is named.
+        ValueError: the file contains no name, or an empty line before the last name; the message names the line.
     """
     names = _lines(name, "class names")
-    while names and not names[-1]:  # line ends at the end of a file name no class
+    while names and not names[-1]:  # empty lines at the end of a file name no class
         names.pop()
     if "" in names:
-        raise ValueError(f"{name}, line {names.index('') + 1}: a class without a name")
+        raise ValueError(f"{name}, line {names.index('') + 1}: the class name is empty")
     if not names:
-        raise ValueError(f"{name} holds no class name")
+        raise ValueError(f"{name} contains no class name")
     return tuple(names)
 
 

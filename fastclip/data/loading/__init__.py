@@ -1,1 +1,1 @@
-"""Samples in their order, read ahead by worker processes, as batches."""
+"""The order of samples, and the worker processes that read them ahead as batches."""

@@ -1,4 +1,4 @@
-"""Samples of a source as batches, read ahead by worker processes; the same numbers however many there are."""
+"""Read the samples of a source ahead as batches. The batches do not depend on the number of worker processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["PairBatch", "evaluation_batches", "pair_batches", "training_batches"
 Transform = Callable[[Image.Image], Tensor]  # -> (3, H, W) float32
 Tokenize = Callable[[list[str]], Tensor]  # B texts -> (B, L) int64
 
-_TRIES = 100  # samples that are tried in a row where one cannot be used
+_TRIES = 100  # samples to try for one row of a batch before giving up
 
 
 def training_batches(
@@ -45,41 +45,43 @@ def training_batches(
     min_side: int | None = None,
     patience: float = 60.0,
 ) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of every step from `first_step` to `last_step` - 1.
+    """Yield this rank's micro-batches of every step from `first_step` to `last_step` - 1, one list per step.
 
-    The samples of a step are `Order`'s. Which caption a sample has, and what a random `transform` does with its
-    picture, are functions of the seed, the epoch and the sample alone: the ranks' batches together are bit by bit the
-    same for any number of ranks and workers and any `micro_batch`, and a run that goes on at `first_step` gets what it
-    would have got. The caller's random numbers (torch, numpy, random) are left as they were.
+    `Order` decides the samples of a step. The caption that a sample contributes, and the random choices of `transform`,
+    depend only on the seed, the epoch and the sample. Taken together, the batches of all ranks are therefore
+    bit-identical for any number of ranks and workers and any `micro_batch`, and a run that resumes at `first_step` gets
+    the batches that an uninterrupted run would have got. The caller's random states (torch, numpy, random) are
+    preserved.
 
-    In place of a sample that cannot be used there is another one, which is a function of the same three: batches keep
-    their sizes, and `Batch.skipped` says what is wrong with the sample that was drawn.
+    A sample that cannot be used is replaced by another one, chosen by the same seed, epoch and sample. Batches keep
+    their sizes, and `Batch.skipped` holds the fault of the sample that was drawn.
 
-    A label is the sample's class, or a hash of its first caption where there are no classes: equal captions, and
-    repeats of a sample, belong together.
+    The label of a sample is its class, or a hash of its first caption if there are no classes. Samples with equal
+    first captions, and repetitions of a sample, are therefore positives of each other.
 
     Args:
-        transform: PIL image of any mode -> (3, H, W) float32; may draw from the global generators of torch's CPU, of
-            numpy and of random.
-        tokenize: called once a micro-batch.
-        batch_size: samples of a step over all ranks, at least `ranks`. Rank r has the rows from r batch_size // ranks
+        transform: PIL image of any mode -> (3, H, W) float32. It may draw random numbers from the global generators of
+            torch (CPU), numpy and random.
+        tokenize: list of B texts -> (B, L) int64; called once per micro-batch.
+        batch_size: samples per step over all ranks, at least `ranks`. Rank r has the rows from r batch_size // ranks
             to (r + 1) batch_size // ranks - 1.
-        micro_batch: samples of a `Batch`, the last of a step may have fewer; default: all of the rank.
-        workers: processes that read ahead, up to about one step; they live as long as the iterator. With 0 the caller
-            reads.
-        pin_memory: put the tensors into memory from which a GPU copies fast.
-        min_side: what `transform` makes of a picture's shorter side, in pixels: a JPEG of at least twice that may be
-            decoded at a fraction of its size. None decodes whole pictures.
-        patience: seconds without a batch after which the log names the workers that read, and what.
+        micro_batch: samples per `Batch` (default: all samples of the rank). The last of a step may be smaller.
+        workers: number of processes that read ahead, up to about one step. They live as long as the iterator. With 0
+            the calling process reads.
+        pin_memory: put the tensors into pinned memory, from which a GPU copies faster.
+        min_side: the length in pixels to which `transform` scales an image's shorter side. A JPEG at least twice as
+            large may then be decoded at a fraction of its size. None decodes images in full size.
+        patience: seconds without a batch after which the log names the workers that are reading, and their samples.
 
     Raises:
-        ValueError: a number is out of range; or, while iterating, 100 tries find no sample that can be used.
-        OSError, ValueError: while iterating, what the samples are read from cannot be, such as a shard; it is named.
+        ValueError: a number is out of range; while iterating, none of 100 tried samples can be used.
+        OSError, ValueError: while iterating, the file that holds the samples, such as a shard, cannot be read; the
+            message names it.
         ChildProcessError: while iterating, a worker was killed.
     """
     _check(rank=rank, ranks=ranks, workers=workers)
     if not 0 <= first_step <= last_step:
-        raise ValueError(f"steps must run from 0 up, got first_step {first_step} and last_step {last_step}")
+        raise ValueError(f"steps must count up from 0, got first_step {first_step} and last_step {last_step}")
     rows = _micro_batch_rows(batch_size, micro_batch, rank, ranks)
     order = Order(len(source), batch_size, seed)
     pieces = (order.draws(step, *piece) for step in range(first_step, last_step) for piece in rows)
@@ -90,9 +92,9 @@ def training_batches(
 
 
 def _micro_batch_rows(batch_size: int, micro_batch: int | None, rank: int, ranks: int) -> list[tuple[int, int]]:
-    """Return each of this rank's micro-batches as its first row in a step's batch and the row after its last."""
+    """Return this rank's micro-batches, each as its first row in the batch of a step and the row after its last."""
     if batch_size < ranks:
-        raise ValueError(f"batch_size must be at least the {ranks} ranks, got {batch_size}")
+        raise ValueError(f"batch_size must be at least the number of ranks ({ranks}), got {batch_size}")
     start, stop = rank * batch_size // ranks, (rank + 1) * batch_size // ranks
     size = stop - start if micro_batch is None else micro_batch
     if size < 1:
@@ -110,19 +112,20 @@ def evaluation_batches(
     workers: int = 0,
     skipped: Tally | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every sample once over the ranks: images (B, 3, H, W), their indices (B,) int64 and labels (B,) int64.
+    """Yield every sample once over all ranks: images (B, 3, H, W), their indices (B,) int64 and labels (B,) int64.
 
-    Rank r takes the indices r, r + ranks, ... in this order. Every rank yields the same number of batches, of the same
-    sizes, so that collectives stay in step: where its samples are fewer, sample 0 is added with index -1. Labels are
-    -1 where there are no classes. Raises as `training_batches`, and BadSample for a sample that cannot be used.
+    Rank r reads the indices r, r + ranks, ... in this order. Every rank yields the same number of batches of the same
+    sizes, because collectives need all ranks: a rank with fewer samples adds sample 0 with index -1. Labels are -1
+    without classes. Raises the errors of `training_batches`, and BadSample for a sample that cannot be used.
 
     Args:
-        skipped: counts such samples; there is then another one in its place, with index -1 and label -1.
+        skipped: a tally that counts the samples that cannot be used, in place of the error. Each of them is replaced by
+            another sample with index -1 and label -1.
     """
     _check(rank=rank, ranks=ranks, workers=workers)
     _check_whole(source, batch_size)
     indices = list(range(rank, len(source), ranks))
-    indices += [-1] * (len(range(0, len(source), ranks)) - len(indices))  # rank 0 has as many as any
+    indices += [-1] * (len(range(0, len(source), ranks)) - len(indices))  # rank 0 has the most samples
     watch = Watch(source, workers)
     samples = _Evaluation(watch, transform, strict=skipped is None)
     loaded = load(samples, BatchSampler(indices, batch_size, drop_last=False), watch)
@@ -136,16 +139,16 @@ def evaluation_batches(
 
 
 class PairBatch(NamedTuple):
-    """Samples in a row, and of the B among them that can be used picture and captions."""
+    """Consecutive samples: the images and captions of the B usable ones, and the faults of the rest."""
 
-    images: Tensor | None  # (B, 3, H, W) float32; None where B is 0
+    images: Tensor | None  # (B, 3, H, W) float32; None if B is 0
     captions: list[tuple[str, ...]]  # B
-    used: list[bool]  # of all samples
-    faults: list[Fault]  # of the others
+    used: list[bool]  # for every sample, True if it is usable
+    faults: list[Fault]  # of the samples that are not usable
 
 
 def pair_batches(source: Source, transform: Transform, *, batch_size: int, workers: int = 0) -> Iterator[PairBatch]:
-    """Every sample once, in order, `batch_size` at a time. Raises as `training_batches`."""
+    """Yield every sample once, in order, `batch_size` at a time. Raises the errors of `training_batches`."""
     _check(rank=0, ranks=1, workers=workers)
     _check_whole(source, batch_size)
     watch = Watch(source, workers)
@@ -167,16 +170,21 @@ class _Training(Dataset[Batch]):
                 self._watch, self._transform, candidates, epoch=draw.epoch, min_side=self._min_side
             )
             images.append(image)
-            captions.append(record.captions[mix(seed, 1) % len(record.captions)])  # not one of the transform's numbers
+            # mix(seed, 1) is independent of the numbers that the transform draws from a generator seeded with `seed`.
+            captions.append(record.captions[mix(seed, 1) % len(record.captions)])
             labels.append(_text_label(record.captions[0]) if record.label is None else record.label)
             keys.append(record.key)
-            skipped += faults[:1]  # those that were tried in its place are counted in their own turn
+            skipped += faults[:1]  # the other faults belong to replacements, which are counted when they are drawn
         ids = self._tokenize(captions)
-        # a stack that a worker makes in the memory it shares, else it would be copied there
+        # In a worker default_collate stacks directly into shared memory; torch.stack would need another copy.
         return Batch(default_collate(images), ids, torch.tensor(labels), tuple(keys), tuple(skipped))
 
     def _candidates(self, draw: Draw) -> Iterator[tuple[int, int]]:
-        """Yield the sample that was drawn, then others at random, each with the seed of its caption and transform."""
+        """Yield the sample that was drawn, then random replacements, each with a seed for its caption and transform.
+
+        The seeds are functions of the run's seed, the epoch and the sample, so that resumed runs and other numbers of
+        ranks replace an unusable sample by the same one.
+        """
         yield draw.sample, mix(self._seed, draw.epoch, draw.sample)
         for attempt in range(1, _TRIES):
             seed = mix(self._seed, draw.epoch, draw.sample, attempt)
@@ -231,7 +239,7 @@ def _usable(
     epoch: int = 0,
     min_side: int | None = None,
 ) -> tuple[Record, Tensor, int, list[Fault]]:
-    """Return the first sample that can be used, its picture transformed, its seed, and the faults before it."""
+    """Return the first usable candidate, its transformed image, its seed, and the faults of earlier candidates."""
     faults: list[Fault] = []
     for sample, seed in candidates:
         try:
@@ -242,12 +250,12 @@ def _usable(
     if len(faults) == 1:
         raise BadSample(*faults[0])
     tried = list(dict.fromkeys(faults))  # a small source has fewer samples than there are tries
-    what = f"{len(faults)} tries found no sample that can be used; tried were"
-    raise ValueError(f"{watch.source.spec}: {what} {len(tried)}: {Tally(tried)}")
+    what = f"{len(faults)} tries found no usable sample among the"
+    raise ValueError(f"{watch.source.spec}: {what} {len(tried)} tried: {Tally(tried)}")
 
 
 def _transformed(transform: Transform, record: Record, seed: int) -> Tensor:
-    # torch.manual_seed would seed the GPUs too, from which the caller's dropout draws
+    # torch.manual_seed would seed the GPUs' generators too, which the caller's dropout uses.
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -261,14 +269,14 @@ def _transformed(transform: Transform, record: Record, seed: int) -> Tensor:
 
 
 def _text_label(text: str) -> int:
-    """Return 63 bits that differ if texts do, the same on every machine; Python's `hash` differs in each process."""
+    """Return a 63-bit hash of the text. Unlike Python's `hash` it is the same in every process and on every machine."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1  # labels are int64 and not negative
 
 
 def _unshared(batch: Batch) -> Batch:
     images, ids, labels = map(unshared, batch[:3])
-    # pinning may make lists of tuples
+    # DataLoader's pinning may have turned the tuples into lists.
     return Batch(images, ids, labels, tuple(batch.keys), tuple(Fault(*fault) for fault in batch.skipped))
 
 
@@ -281,4 +289,7 @@ def _check(*, rank: int, ranks: int, workers: int) -> None:
 
 def _check_whole(source: Source, batch_size: int) -> None:
     if batch_size < 1 or not len(source):
-        raise ValueError(f"batch_size must be positive and data not empty, got {batch_size} of {len(source)} samples")
+        raise ValueError(
+            f"batch_size must be positive and the data must not be empty, got batch_size {batch_size} and "
+            f"{len(source)} samples"
+        )

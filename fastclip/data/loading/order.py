@@ -1,4 +1,9 @@
-"""The order of samples, a function of the seed and the place in the run alone."""
+"""The order in which a training run draws samples.
+
+The order is a function of the seed and the step alone, and is computed instead of stored. A resumed run, and a run with
+another number of processes, workers or micro-batches, therefore draws the same samples in the same steps, and a
+checkpoint need not store a state of the data.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +20,22 @@ __all__ = ["Draw", "Order", "mix"]
 
 
 class Draw(NamedTuple):
-    """A sample in its turn."""
+    """One sample that a batch draws, with its epoch."""
 
     epoch: int
-    sample: int  # its index in the source
+    sample: int  # index in the source
 
 
 class Order:
-    """Which samples every step takes, from the first to the last, whoever reads them.
+    """The samples of every step of a run, independent of the process that reads them.
 
-    Each epoch is a `Permutation` of the samples, of which nothing is stored. With a batch up to the size of the data an
-    epoch is as many whole batches as fit, and the rest of its permutation is left out; a larger batch takes samples of
-    consecutive epochs.
+    Each epoch draws the samples in the order of a new `Permutation`. If the batch is not larger than the dataset, an
+    epoch consists of as many whole batches as fit, and the rest of its permutation is left out. A larger batch takes
+    the samples of consecutive epochs.
 
     Args:
         size: number of samples, positive.
-        batch_size: samples a step, over all processes, positive.
+        batch_size: samples per step over all processes, positive.
         seed: any integer.
     """
 
@@ -38,30 +43,32 @@ class Order:
         if size < 1 or batch_size < 1:
             raise ValueError(f"size and batch_size must be positive, got {size} samples and batches of {batch_size}")
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self._permutation = lru_cache(maxsize=2)(self._permute)  # a batch may reach over an epoch's end
+        self._permutation = lru_cache(maxsize=2)(self._permute)  # two: a large batch may reach into the next epoch
 
     @property
     def epoch_length(self) -> int:
-        """Samples that an epoch draws."""
+        """The number of samples that an epoch draws."""
+        # Whole batches only: a batch that spans two epochs may hold a sample twice.
         return self.size - self.size % self.batch_size if self.batch_size <= self.size else self.size
 
     def steps(self, epochs: float) -> int:
-        """Steps that draw `epochs` times the samples of an epoch, rounded up; at least 1."""
+        """Return the number of steps that draw `epochs` times the samples of an epoch, rounded up and at least 1."""
         if not (math.isfinite(epochs) and epochs >= 0):
             raise ValueError(f"epochs must be a number from 0 up, got {epochs}")
-        # 1.1 is meant as eleven tenths: the float is a little more
+        # The decimal text is exact: the float 1.1 is a little above eleven tenths and could round up to one step more.
         return max(1, math.ceil(Fraction(str(epochs)) * self.epoch_length / self.batch_size))
 
     def position(self, step: int) -> tuple[int, int]:
-        """The epoch of a step's first sample, and how many steps began in that epoch before."""
+        """Return the epoch of a step's first sample, and the number of earlier steps that began in that epoch."""
         epoch, row = divmod(step * self.batch_size, self.epoch_length)
         return epoch, row // self.batch_size
 
     def draws(self, step: int, start: int, stop: int) -> list[Draw]:
-        """Rows `start` to `stop` - 1 of a step's batch."""
+        """Return the draws in rows `start` to `stop` - 1 of the batch of a step."""
         if not 0 <= start <= stop <= self.batch_size:
             raise ValueError(f"rows {start} to {stop} are not in a batch of {self.batch_size}")
         drawn: list[Draw] = []
+        # Places count the draws of the whole run, so that any rows of any step are found without those before them.
         place, end = step * self.batch_size + start, step * self.batch_size + stop
         while place < end:
             epoch, row = divmod(place, self.epoch_length)

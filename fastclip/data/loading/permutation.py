@@ -1,4 +1,4 @@
-"""A shuffle of any size, computed number by number: nothing of that size is stored."""
+"""A pseudo-random permutation of any size, of which each element is computed on demand and none is stored."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from fastclip.system.rounding import ceil_div
 
 __all__ = ["Permutation", "mix"]
 
-_ROUNDS = 8  # at 4, a chi-square test over all permutations of five numbers tells it from a shuffle; at 6 no more
+# With 4 rounds, a chi-square test over all permutations of five numbers tells the result from a true shuffle. With 6
+# rounds the test no longer does.
+_ROUNDS = 8
 _Words = npt.NDArray[np.uint64]
 
 
 def mix(*parts: int) -> int:
-    """64 bits that any change of a part changes; the same on every machine."""
+    """Return a 64-bit hash of the integers `parts`, which is the same on every machine.
+
+    Seeds are mixed by a hash, not by arithmetic, so that for example (seed 0, epoch 1) and (seed 1, epoch 0) give
+    unrelated numbers.
+    """
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -25,10 +31,10 @@ def mix(*parts: int) -> int:
 class Permutation:
     """The numbers from 0 to `size` - 1 in an order that `key` decides.
 
-    A Feistel network over pairs (left, right) of numbers modulo a and b, where a b is at least `size` and little more:
-    a round adds a function of the right to the left, then one of the left to the right. A pair beyond `size` goes
-    through the network again until it is not (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Not a
-    cipher: the functions are made for speed.
+    A Feistel network permutes pairs (left, right) of numbers modulo a and b, where a b is at least `size` and only a
+    little more. Each round adds a function of the right number to the left, then a function of the left to the right. A
+    pair beyond `size` passes through the network again until it is within (cycle walking, Black and Rogaway 2002,
+    "Ciphers with arbitrary finite domains"). The functions are fast and not cryptographic.
 
     Args:
         size: positive, under 2**62.
@@ -39,12 +45,15 @@ class Permutation:
         if not 0 < size < 2**62:
             raise ValueError(f"size must be positive and under 2**62, got {size}")
         self.size = size
-        self._right = math.isqrt(size - 1) + 1  # 2 of 3: with a single column there are rotations only
+        self._right = math.isqrt(size - 1) + 1  # 2 for a size of 3: a single column would give rotations only
         self._left = ceil_div(size, self._right)
         self._keys = [(np.uint64(mix(key, k, 0)), np.uint64(mix(key, k, 1))) for k in range(_ROUNDS)]
 
     def __call__(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """(n,) places from 0 to `size` - 1 -> the numbers there, (n,) int64; the same however places are grouped."""
+        """Map (n,) places from 0 to `size` - 1 to the numbers at these places, (n,) int64.
+
+        The number at a place does not depend on the other places of the call.
+        """
         numbers = self._network(places.astype(np.uint64))
         while (beyond := np.flatnonzero(numbers >= np.uint64(self.size))).size:
             numbers[beyond] = self._network(numbers[beyond])
@@ -60,12 +69,12 @@ class Permutation:
 
 def _add(a: _Words, b: _Words, modulus: int) -> _Words:
     total = a + b
-    return np.minimum(total, total - np.uint64(modulus))  # below 0 is above all else
+    return np.minimum(total, total - np.uint64(modulus))  # total - modulus wraps around to a huge number if negative
 
 
 def _scatter(numbers: _Words, key: np.uint64, below: int) -> _Words:
-    """A number from 0 to `below` - 1 for each, by a multiplicative hash; both are under 2**32."""
-    x = numbers * np.uint64(0x9E3779B97F4A7C15) + key  # arrays wrap around
+    """Hash each number to a number from 0 to `below` - 1. `numbers` and `below` are under 2**32."""
+    x = numbers * np.uint64(0x9E3779B97F4A7C15) + key  # uint64 arrays wrap around without a warning
     x ^= x >> np.uint64(32)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x >>= np.uint64(32)

@@ -1,4 +1,4 @@
-"""Processes that read ahead: how they are started, and what is said when one fails, dies or is stuck."""
+"""Start worker processes that read ahead, and report the ones that fail, die or are stuck."""
 
 from __future__ import annotations
 
@@ -26,43 +26,50 @@ from fastclip.system.rounding import ceil_div
 
 __all__ = ["load", "naming_dead_workers", "unshared"]
 
-# Micro-batches that workers hold ready at most: each takes three of the files that a process may have open, often
-# 1,024.
+# The most micro-batches that workers hold ready. Each takes three open files of the calling process (one per tensor),
+# of which often only 1,024 are allowed.
 _READY = 128
 _OF_GROUPS = (signal.SIGINT, signal.SIGTERM)
-_PATIENCE = 1.0  # seconds in which workers may end by themselves
+_PATIENCE = 1.0  # seconds that workers have to end by themselves
 
 
 def load(
     samples: Dataset[Any], pieces: Iterable[Any], watch: Watch, *, ready: int = 1, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """Yield samples[piece] of every piece, in order; the workers that `watch` counts hold about `ready` of them ready.
+    """Yield samples[piece] for every piece, in order, computed by the number of workers that `watch` was made for.
+
+    Args:
+        samples: maps a piece, such as a list of indices, to a batch.
+        watch: the source and its workers; with 0 workers the calling process reads.
+        ready: about how many results the workers prepare ahead.
+        pin_memory: put the tensors into pinned memory.
 
     Raises:
-        OSError, ValueError: as `samples` does, with its message.
+        OSError, ValueError: raised by `samples`, with the same message.
         ChildProcessError: a worker was killed or ended by itself.
     """
     forks = watch.workers > 0 and sys.platform == "linux"
     loader: DataLoader[Any] = DataLoader(
         _Worker(samples, watch),
         sampler=pieces,
-        batch_size=None,  # a piece is a batch
+        batch_size=None,  # a piece already is a whole batch
         collate_fn=_same,
         num_workers=watch.workers,
         prefetch_factor=max(2, ceil_div(min(ready, _READY), watch.workers)) if watch.workers else None,
-        # forked workers share the source's memory, and the transform may be any function; Python 3.14 would not fork
+        # Forked workers share the source's memory, and the transform need not be picklable. From Python 3.14 on
+        # multiprocessing no longer forks by default.
         multiprocessing_context="fork" if forks else None,
         worker_init_fn=functools.partial(_begin, os.getpid() if forks else None),
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else it draws from the caller's
+        generator=torch.Generator(),  # else DataLoader draws a seed from the caller's generator
     )
     if watch.workers:
-        # Workers that make a folder of their own for the sockets through which tensors go leave it behind
+        # Create the folder of the sockets that pass tensors here: one that a worker creates would not be removed.
         multiprocessing.util.get_temp_dir()
     with ExitStack() as stack:
         with env.tokenizers_without_threads(), _signals_held():
             loaded = iter(loader)  # starts the workers
-            stack.enter_context(_ended(loaded))  # a signal that waits is raised at the end of this block
+            stack.enter_context(_ended(loaded))  # first: a held signal raises at the end of this block
         alarm = stack.enter_context(Alarm(watch))
         while True:
             try:
@@ -80,13 +87,16 @@ def load(
 
 
 def unshared(tensor: Tensor) -> Tensor:
-    """Return the tensor outside of memory that a worker shares, of which every tensor keeps a file open."""
+    """Return the tensor, copied if it is in memory shared with a worker, because such a tensor keeps a file open."""
     return tensor.clone() if tensor.is_shared() else tensor
 
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """Turn what torch raises, at any place of the caller, when a worker dies into a ChildProcessError."""
+    """Turn torch's RuntimeError about a dead worker into a ChildProcessError.
+
+    torch raises it from a signal handler, which means at any place in the code of the caller.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -97,18 +107,21 @@ def naming_dead_workers() -> Iterator[None]:
 
 @contextmanager
 def _ended(loaded: Any) -> Iterator[None]:
-    """Shut the workers down at the end; terminate those still alive after a second. torch would wait 5 s for each."""
+    """Shut the workers down at the end, and terminate those that are still alive after one second.
+
+    torch alone would wait for 5 s for each worker.
+    """
     try:
         yield
     finally:
-        # When the interpreter finalizes, multiprocessing has ended the workers already. A thread started then never
-        # runs, and before Python 3.12 Thread.start waits for it for ever.
+        # When the interpreter finalizes, multiprocessing has already ended the workers. A thread that is started then
+        # never runs, and before Python 3.12 Thread.start would wait for it for ever.
         if (workers := getattr(loaded, "_workers", ())) and not sys.is_finalizing():
             patience = threading.Timer(_PATIENCE, lambda: [worker.terminate() for worker in workers])
             patience.daemon = True
-            with suppress(RuntimeError):  # from Python 3.12 on: the interpreter is about to end, and starts no thread
+            with suppress(RuntimeError):  # from Python 3.12 on, an interpreter that is about to end starts no thread
                 patience.start()
-            with suppress(RuntimeError):  # torch's word for a worker that is ended
+            with suppress(RuntimeError):  # torch raises it for a worker that was terminated
                 loaded._shutdown_workers()
             patience.cancel()
 
@@ -117,14 +130,14 @@ _END = object()
 
 
 class _Failure(NamedTuple):
-    """An error on its way out of a worker: raised there, DataLoader would bury its message in tracebacks."""
+    """An error of a worker, returned as a value: DataLoader would bury the message of a raised error in tracebacks."""
 
     kind: type[Exception]
     message: str
 
 
 class _Worker(Dataset[Any]):
-    """Answers a list of draws or indices with their batch, or with what failed."""
+    """Dataset that maps a list of draws or indices to its batch, or to a `_Failure`."""
 
     def __init__(self, samples: Dataset[Any], watch: Watch) -> None:
         self._samples, self._watch = samples, watch
@@ -155,15 +168,16 @@ def _same(answer: Any) -> Any:
 
 
 def _begin(parent: int | None, worker: int) -> None:
-    """Begin a worker, which ends with its parent, and by no signal that is not its own.
+    """Initialise a worker, so that it ends with its parent and leaves the parent's process group.
 
-    Ctrl-C, and the SIGTERM of torchrun or a scheduler, go to a group of processes: the trainer decides what ends.
+    Ctrl-C and the SIGTERM of torchrun or a scheduler reach the whole process group, but the trainer alone decides when
+    its workers end.
     """
     end_with_parent(parent)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     if hasattr(signal, "sigtimedwait"):
-        while signal.sigtimedwait(_OF_GROUPS, 0):  # came before the worker had a group of its own
+        while signal.sigtimedwait(_OF_GROUPS, 0):  # drops signals from before the worker had its process group
             pass
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_GROUPS)
@@ -171,10 +185,10 @@ def _begin(parent: int | None, worker: int) -> None:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM wait; they wait in a process that is started inside, too, until `_begin`.
+    """Hold Ctrl-C and SIGTERM back inside the context; a process started inside inherits this until `_begin`.
 
-    An exception that a handler raises while os.fork runs its hooks is printed and lost, and with it what the hook did:
-    that of logging releases a lock.
+    If a signal handler raises while os.fork runs its hooks, the exception is printed and lost, and the hook is cut
+    short. The hook of `logging` releases a lock, which would then stay locked.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -186,12 +200,12 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# What torch says, from a signal handler at any place of the parent, or from `next`.
+# torch's message about a dead worker, raised from a signal handler at any place in the parent, or by `next`.
 _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: (?P<signal>[^.]+)|exited)")
 
 
 def _death(error: RuntimeError, watch: Watch | None = None, processes: Sequence[Any] = ()) -> ChildProcessError | None:
-    """Return the error to raise in place of torch's `error`; None if no worker died."""
+    """Return the error to raise in place of torch's `error`, or None if `error` is not about a dead worker."""
     match = _DEATH.search(str(error))
     if match is None:
         return None

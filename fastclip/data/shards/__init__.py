@@ -1,1 +1,1 @@
-"""Tar files of pictures and captions: found, copied, indexed and read."""
+"""Find, copy, index and read tar shards of images and captions."""

@@ -1,4 +1,4 @@
-"""Names of shards from patterns with braces."""
+"""Expand patterns with braces to the names of shards."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 def brace_names(pattern: str) -> list[str]:
     """Return the names that ``{00000..00009}`` and ``{a,b}`` in `pattern` stand for, in order.
 
-    Raises ValueError where there are more than a million, and where a brace is not closed; before memory is used, but
-    for lists whose elements have several ranges.
+    Raises ValueError if there are more than a million names, or if a brace is not closed. Large ranges are refused
+    before they use memory, except in lists whose elements contain several ranges.
     """
-    # a range is looked at first: braceexpand lists each one before it gives the first name
+    # The lengths of the ranges are checked first, because braceexpand lists a whole range before it yields a name.
     names = None if any(_length(*match.groups()) > _MOST for match in _RANGE.finditer(pattern)) else _names(pattern)
     if names is None or len(names) > _MOST:
         raise ValueError(f"{pattern}: the braces stand for more than {_MOST:,} names")
@@ -34,6 +34,6 @@ def _names(pattern: str) -> list[str]:
 
 
 def _length(start: str, end: str, step: str | None) -> int:
-    if max(map(len, (start, end, step or ""))) > 18:  # more digits than any name has; int() refuses thousands
+    if max(map(len, (start, end, step or ""))) > 18:  # more digits than a real name has; int() refuses thousands
         return _MOST + 1
     return abs(int(end) - int(start)) // max(1, int(step or 1)) + 1

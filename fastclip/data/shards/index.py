@@ -1,10 +1,10 @@
-"""The samples of a shard and their places in it, looked for once and kept in a small file.
+"""Index of a shard: its samples and the places of their members, computed once and stored in a small file.
 
     00000.tar.fastclip-index    beside the shard, or under another name in `fastclip.system.env.cache_folder()`
 
-The file is a `_HEAD`, the rows, the keys one after the other, and as JSON what is wrong with the shard and which
-members belong to no sample. It counts as long as the shard has the size and the modification time for which it was
-made, and holds the headers that are compared; one that is damaged, or of another version, is made anew.
+The file consists of a `_HEAD`, the rows, the concatenated keys, and a JSON object with the damage of the shard and the
+members that belong to no sample. The index is valid as long as the shard has the size and the modification time that
+it had, and the headers of a few members are unchanged. A damaged index, or one of another version, is built again.
 """
 
 from __future__ import annotations
@@ -37,32 +37,34 @@ __all__ = ["ROW", "ShardIndex", "Stamp", "index_of", "index_shards", "stamp_of"]
 
 logger = logging.getLogger(__name__)
 
-# A sample: of its picture, its .txt, .json and .cls the block (of 512 bytes) of the header, the bytes of the data and
-# the CRC-32 of the header, 0 where there is none, or it cannot be used; where its key ends among those of the shard;
-# its state. 53 bytes.
+# One sample, 53 bytes. For its image, .txt, .json and .cls: the block (of 512 bytes) of the header, the bytes of the
+# data and the CRC-32 of the header, or 0 if there is no such member or it cannot be used. Then the end of the sample's
+# key in the concatenated keys of the shard, and the sample's state.
 _KINDS = ("picture", "text", "json", "number")
 _MEMBERS = [(f"{kind}_{what}", "<u4") for kind in _KINDS for what in ("block", "size", "crc")]
 ROW = np.dtype([*_MEMBERS, ("key_end", "<u4"), ("state", "u1")])
 Rows = npt.NDArray[Any]
 
-_HEAD = struct.Struct("<8sqqqqqI")  # magic, the shard's size and time, bytes of rows, keys and notes, CRC-32 of them
+_HEAD = struct.Struct("<8sqqqqqI")  # magic, the shard's size and time, bytes of rows, keys and JSON, their CRC-32
 _MAGIC = b"fcindex5"
-_CHECKED = 2  # headers that an index is compared with when it is loaded
+_CHECKED = 2  # headers, or one more, that are compared with the shard when an index is loaded
 _LARGEST = 2**32 * BLOCK
 
 
 class Stamp(NamedTuple):
-    """The size and time of a file, which change when the file does."""
+    """The size and modification time of a file, which change when the file is written."""
 
     size: int
     mtime_ns: int
 
 
 class ShardIndex(NamedTuple):
+    """The samples of one shard in memory."""
+
     stamp: Stamp
     rows: Rows  # (n,) of `ROW`
-    keys: bytes  # in `os.fsencode`'s form
-    damage: str  # of a shard that is not whole, for the log; else ""
+    keys: bytes  # concatenated, encoded by `os.fsencode`
+    damage: str  # message about a shard that is cut off or damaged, or ""
     passed: Tally  # members that belong to no sample
 
 
@@ -73,16 +75,16 @@ def stamp_of(stat: os.stat_result) -> Stamp:
 def index_shards(
     paths: Sequence[str], names: Sequence[str], problems: list[str] | None = None
 ) -> list[ShardIndex | None]:
-    """Return the index of every shard, in order; several threads read. The log names the shards that are not whole.
+    """Return the index of every shard, in order, read by several threads. The log names the damaged shards.
 
     Args:
-        names: what messages call the shards.
-        problems: gets what the log would be told, and the messages about shards that cannot be used at all, which are
-            None then.
+        names: the names of the shards in messages.
+        problems: a list that receives the messages about damaged shards in place of the log, and those about shards
+            that cannot be used at all, whose index is None. Without a list the latter are raised.
 
     Raises:
         OSError: a shard cannot be opened.
-        ValueError: it is no tar file, or holds no pictures, or none that can be used; it is named.
+        ValueError: a shard is not a tar file, or holds no usable sample; the message names it.
     """
     mend_files(env.cache_folder() / "index")
     shards = range(len(paths))
@@ -96,7 +98,7 @@ def index_shards(
 
 
 def index_of(path: str, name: str) -> ShardIndex:
-    """Return the index of one shard, as `index_shards` does, without a line in the log."""
+    """Return the index of one shard, stored or new. Raises the errors of `index_shards`, and logs no damage."""
     files = Path(f"{path}.fastclip-index"), _cached(path)
     with open_file(path, buffering=0) as shard:
         before = stamp_of(os.fstat(shard.fileno()))
@@ -111,7 +113,7 @@ def index_of(path: str, name: str) -> ShardIndex:
             _store(file, index)
             break
         except OSError as error:
-            logger.info("%s: no index could be kept there: %s", file, error)
+            logger.info("%s: the index cannot be stored there: %s", file, error)
     return index
 
 
@@ -121,7 +123,7 @@ def _cached(path: str) -> Path:
 
 
 def _load(file: Path, stamp: Stamp, shard: BinaryIO) -> ShardIndex | None:
-    """Return the index that is kept in a file; None if it is damaged, or made for another stamp or other headers."""
+    """Return the index stored in a file; None if it is damaged, or if the shard's stamp or headers have changed."""
     try:
         data = file.read_bytes()
     except OSError:
@@ -143,7 +145,7 @@ def _load(file: Path, stamp: Stamp, shard: BinaryIO) -> ShardIndex | None:
 
 
 def _store(file: Path, index: ShardIndex) -> None:
-    """Keep the index in a file; a reader finds all of it or nothing."""
+    """Store the index in a file, atomically: a reader sees the whole file or none."""
     about = {"damage": index.damage, "passed": index.passed.counts, "first": index.passed.keys}
     parts = index.rows.tobytes(), index.keys, json.dumps(about).encode()
     content = b"".join(parts)
@@ -153,7 +155,7 @@ def _store(file: Path, index: ShardIndex) -> None:
 
 
 def _build(shard: BinaryIO, name: str) -> tuple[Rows, bytes, str, Tally]:
-    """Return the rows, keys, damage and passed-over members of a `ShardIndex`."""
+    """Return the rows, the keys, the damage and the unused members for a `ShardIndex`."""
     try:
         contents = tar_members(shard)
     except tarfile.TarError as error:
@@ -181,16 +183,16 @@ def _header_crc(shard: BinaryIO, place: int) -> int:
 
 
 def _damage(samples: Sequence[Sample], broken: str, passed: Tally, name: str) -> str:
-    """Return the damage of a shard, "" for a whole one; ValueError if none of its samples can be used."""
+    """Return a message about the damage of a shard, or "". Raises ValueError if none of its samples can be used."""
     usable = sum(sample.picture is not None for sample in samples)
     if broken and not usable:
         raise ValueError(f"{name}: not a tar file, or one that is cut off or damaged: {broken}")
     but = passed.also_holds()
     if not samples:
-        raise ValueError(f"{name}: the shard holds no pictures{but}")
+        raise ValueError(f"{name}: the shard holds no images{but}")
     if not usable and all(sample.state == UNTOLD for sample in samples):
         first = f"first {samples[0].key}: {WANTED}"
-        raise ValueError(f"{name}: none of {len(samples)} pictures has a caption, {first}{but}")
+        raise ValueError(f"{name}: none of {len(samples)} images has a caption, {first}{but}")
     if not usable:
         causes = Tally(Fault(FAULTS[sample.state][0], sample.key, "") for sample in samples)
         raise ValueError(f"{name}: none of {len(samples)} samples can be used: {causes}{but}")

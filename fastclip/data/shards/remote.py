@@ -1,4 +1,4 @@
-"""Shards behind URLs, which are copied once and then read as files."""
+"""Copy shards behind URLs to a cache folder once, to read them as files."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ __all__ = ["local_copies", "shard_urls"]
 
 logger = logging.getLogger(__name__)
 
-# What storages tell of a file that changes when it does, the first of them that there is
+# Metadata of storages that change when a file changes. The first of them that a storage provides is used.
 _MARKS = ("Content-MD5", "md5Hash", "ETag", "etag", "LastModified", "Last-Modified", "updated", "mtime")
 
 
 def shard_urls(pattern: str) -> list[str]:
-    """Return the URLs of a brace pattern (``s3://bucket/{00000..00009}.tar``), or one with ``*`` if it can be listed.
+    """Return the URLs that a pattern with braces (``s3://bucket/{00000..00009}.tar``) or ``*`` stands for.
 
-    As in a shell ``*`` finds no hidden names, and folders are left out.
+    ``*`` requires a storage that can list its files. As in a shell, it matches no hidden names. Folders are left out.
 
     Raises:
-        ValueError: no URL of a .tar, a pattern of https, or one that nothing fits, or too many.
+        ValueError: a URL is not that of a .tar, an https pattern contains ``*``, or a pattern matches no files or more
+            than a million names.
         ImportError: a library that fsspec needs for this kind of URL is not installed.
-        OSError: it cannot be listed.
+        OSError: the storage cannot be listed.
     """
     urls: list[str] = []
     for name in brace_names(pattern):
         if not urlsplit(name).path.endswith(".tar"):
-            raise ValueError(f"{name}: of URLs only tar shards are read, whose names end in .tar")
+            raise ValueError(f"{name}: only tar shards, whose names end in .tar, can be read from URLs")
         urls += _listed(name) if "*" in name else [name]
     return list(dict.fromkeys(urls))
 
@@ -50,7 +51,7 @@ def _listed(pattern: str) -> list[str]:
     system, path = _file_system(pattern)
     try:
         listed = system.glob(path, detail=True)
-    except Exception as error:  # every kind of storage has its own
+    except Exception as error:  # every kind of storage has its own errors
         raise OSError(f"{pattern}: cannot be listed: {_reason(error)}") from error
     names = [name for name, info in listed.items() if info.get("type") != "directory"]
     urls = sorted(system.unstrip_protocol(name) for name in names if _in_hidden(path) or not _in_hidden(name))
@@ -64,17 +65,18 @@ def _in_hidden(path: str) -> bool:
 
 
 def local_copies(urls: list[str], problems: list[str] | None = None) -> dict[str, str]:
-    """Return the path of the copy of every URL, in order, in `env.cache_folder()`; missing ones are copied.
+    """Copy missing URLs to `env.cache_folder()` and return the path of the copy by URL, in order.
 
-    A copy is made under another name and renamed when it has the size that the server tells. Processes that start at
-    once wait for each other. A copy whose size, or whose checksum, tag or time, is no longer the server's is made anew;
-    one of a server that does not answer is used as it is. Files of ``file://`` are not copied.
+    A copy is made under a temporary name and renamed once it has the size that the server declares. Processes that
+    start at the same time wait for each other. If the size, checksum, tag or time of the server's file has changed, the
+    file is copied again. If the server does not answer, an existing copy is used. Files of ``file://`` are not copied.
 
     Args:
-        problems: gets the messages about URLs that cannot be copied, which are left out then.
+        problems: a list that receives the messages about URLs that cannot be copied, which are left out. Without a list
+            the first is raised.
 
     Raises:
-        OSError: a URL cannot be read, or the disk is full; the message names it.
+        OSError: a URL cannot be read, or the disk is full; the message names the URL.
         ImportError: a library that fsspec needs for this kind of URL is not installed.
     """
     return in_threads(_local_copy, urls, problems)
@@ -87,7 +89,7 @@ def _local_copy(url: str) -> str:
     digest = hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     copy = env.cache_folder() / "shards" / digest / PurePosixPath(urlsplit(url).path).name
     copy.parent.mkdir(parents=True, exist_ok=True)
-    # the ranks of a run start at once, and one of them copies
+    # The ranks of a run start at the same time. The lock makes one of them copy while the others wait.
     with FileLock(copy.with_name(f"{copy.name}.lock")):
         have = copy.stat().st_size if copy.exists() else None
         try:
@@ -95,33 +97,36 @@ def _local_copy(url: str) -> str:
             size = info.get("size")
             if have is None or size not in (None, have) or _mark(info) != _copied(copy):
                 _copy(system, path, copy, info)
-        except Exception as error:  # every kind of storage has its own
+        except Exception as error:  # every kind of storage has its own errors
             if have is None or isinstance(error, _Short):
                 raise OSError(f"{url}: cannot be copied: {_reason(error)}") from error
-            logger.warning("%s cannot be reached, its copy %s is used: %s", url, copy, _reason(error))
+            logger.warning("%s cannot be reached, the existing copy %s is used: %s", url, copy, _reason(error))
     return str(copy)
 
 
 def _reason(error: BaseException) -> str:
-    """Return what is wrong; fsspec calls a server that cannot be reached, or refuses, a file that is not there."""
+    """Return the type and text of an error.
+
+    fsspec raises FileNotFoundError even if a server cannot be reached or refuses; the cause then has the reason.
+    """
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         return _reason(error.__cause__)
     return f"{type(error).__name__.lstrip('_')}: {error}"
 
 
 class _Short(Exception):
-    """The number of bytes that came is not the one that the server declared."""
+    """Raised if a copy has another number of bytes than the server declared."""
 
 
 def _copy(system: Any, path: str, copy: Path, info: Mapping[str, Any]) -> None:
     size = info.get("size")
-    logger.info("copies %s, %s bytes, to %s", path, "?" if size is None else f"{size:,}", copy)
+    logger.info("copying %s, %s bytes, to %s", path, "?" if size is None else f"{size:,}", copy)
     mend_files(copy.parent)
     with new_file(copy) as half:
         system.get_file(path, str(half))
         if size is not None and half.stat().st_size != size:
-            raise _Short(f"{half.stat().st_size} of {size} bytes came")
-        _marks(copy).unlink(missing_ok=True)  # that of the copy before, which is not this one's
+            raise _Short(f"{half.stat().st_size} of {size} bytes were received")
+        _marks(copy).unlink(missing_ok=True)  # the mark of the former copy must not be taken for that of the new copy
     write_text(_marks(copy), _mark(info))
 
 
@@ -134,7 +139,7 @@ def _marks(copy: Path) -> Path:
 
 
 def _copied(copy: Path) -> str:
-    """Return the mark of the file that was copied; "" if none is known."""
+    """Return the mark that the server's file had when it was copied, or "" if none is known."""
     return _marks(copy).read_text("utf-8") if _marks(copy).is_file() else ""
 
 
@@ -148,5 +153,5 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _protocols(system: Any) -> tuple[str, ...]:
-    # fsspec has one name or several
+    # In fsspec `protocol` is one name or several.
     return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)

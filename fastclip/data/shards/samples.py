@@ -1,4 +1,4 @@
-"""Group the members of a shard into samples, and name those that cannot be used."""
+"""Group the members of a shard into samples, and mark the samples that cannot be used."""
 
 from __future__ import annotations
 
@@ -13,47 +13,50 @@ from fastclip.data.shards.tar_index import Member, Members
 
 __all__ = ["CLASS", "FAULTS", "JSON", "KINDS", "LARGE", "TEXT", "UNTOLD", "WANTED", "Sample", "shard_samples"]
 
-# webdataset's: folders and all before the first dot of the name are the key. A name that begins with a dot has none.
+# webdataset's rule: the key is the path up to the first dot of the file name. A name that begins with a dot has no key.
 _MEMBER = re.compile(r"^((?:.*/|)[^./]+)(\.[^/]*)$", re.DOTALL)
 
-# The state of a sample: where it can be used the sum of what tells its caption, a text, JSON, or the number of a class;
-# else why it cannot.
+# The state of a sample. For a usable sample it is the sum of the sources of its caption: a text, JSON, the number of a
+# class. For other samples it is the reason why they cannot be used.
 TEXT, JSON, CLASS = 1, 2, 4
 UNTOLD, REPEATED, CUT, UNSEEN, LOST, LARGE = range(8, 14)
-KINDS = {".txt": TEXT, ".json": JSON, ".cls": CLASS}  # of captions, in the order in which they are asked
-WANTED = "a .txt, a .json or a .cls of the same name must lie in the shard"
-# Cause, and what is wrong
+KINDS = {".txt": TEXT, ".json": JSON, ".cls": CLASS}  # sources of captions, in order of precedence
+WANTED = "a .txt, a .json or a .cls of the same name must be in the shard"
+# For each state the cause, under which samples are counted, and the reason for messages
 FAULTS = {
     UNTOLD: ("no caption", f"it has no caption: {WANTED}"),
-    REPEATED: ("duplicate member", "the shard has this sample twice, of which the first counts"),
-    CUT: ("cut shard", "the shard ends before it does"),
+    REPEATED: ("duplicate member", "the shard contains this sample twice, and the first is used"),
+    CUT: ("cut shard", "the shard ends before the sample does"),
     UNSEEN: (
         "no image",
-        "it has no picture: a .jpg, .png ... of the same name must lie in the shard",
+        "it has no image: a .jpg, .png ... of the same name must be in the shard",
     ),
-    LOST: ("lost member", "its picture or its caption is a link to nothing, a device or a sparse file"),
-    LARGE: ("large member", "its picture or its caption has 2 GiB or more"),
+    LOST: ("lost member", "its image or its caption is a broken link, a device or a sparse file"),
+    LARGE: ("large member", "its image or its caption has 2 GiB or more"),
 }
-_LARGEST = 2**31 - 1
+_LARGEST = 2**31 - 1  # bytes of a member that is read into memory
 
 
 class Sample(NamedTuple):
+    """The members of one sample. A usable sample has an image and at least one of the other members."""
+
     key: str
     state: int
-    picture: Member | None = None  # it is there where the sample can be used, and so is one of the others
+    picture: Member | None = None
     text: Member | None = None
     json: Member | None = None
     number: Member | None = None  # of the class
 
 
 def shard_samples(contents: Members, end: int) -> tuple[list[Sample], Tally]:
-    """Return a sample for each key with a picture, or what stands for one; then one for each key with a member twice.
+    """Return a sample for each key with an image, or with signs of a missing image, and the unused members by kind.
+
+    A key with repeated members has a second sample at the end, which is marked as unusable, so that the repetition is
+    counted.
 
     Args:
-        end: bytes of the file.
-
-    Returns:
-        The samples, and the members that belong to none, by their kinds.
+        contents: the members of the shard.
+        end: size of the shard in bytes.
     """
     groups: dict[str, dict[str, Member]] = {}
     repeated: dict[str, Sample] = {}
@@ -67,7 +70,7 @@ def shard_samples(contents: Members, end: int) -> tuple[list[Sample], Tally]:
         group = groups.setdefault(key, {})
         if kind not in group:
             group[kind] = member
-            if kind in PICTURE_SUFFIXES:  # of a .jpg and the .png of its mask the one that comes first
+            if kind in PICTURE_SUFFIXES:  # of several images, such as a .jpg and a mask's .png, the first is used
                 group.setdefault("picture", member)
         elif kind in PICTURE_SUFFIXES or kind in KINDS:
             repeated[key] = Sample(key, REPEATED)
@@ -96,7 +99,7 @@ def shard_samples(contents: Members, end: int) -> tuple[list[Sample], Tally]:
 
 
 def _sample(key: str, group: dict[str, Member], lost: set[str], end: int) -> Sample | None:
-    """Return the sample of a key's members; None if they neither are nor promise a picture."""
+    """Return the sample of a key's members, or None if there is neither an image nor a sign of a missing one."""
     picture, captions = group.get("picture"), [group.get(kind) for kind in KINDS]
     if picture is None:
         if lost & PICTURE_SUFFIXES and (any(captions) or lost & {*KINDS}):

@@ -1,4 +1,4 @@
-"""Pictures and captions in tar files, in the layout of webdataset and img2dataset."""
+"""Read images and captions from tar shards in the layout of webdataset and img2dataset."""
 
 from __future__ import annotations
 
@@ -30,22 +30,27 @@ from fastclip.data.sources.captions import first_captions, json_captions, json_f
 __all__ = ["Shards", "shard_paths"]
 
 logger = logging.getLogger(__name__)
-_MEMBERS = {TEXT: "text", JSON: "json", CLASS: "number"}  # in a row of the index
-_LOOKED_AT = 3  # samples whose .json is looked into
+_MEMBERS = {TEXT: "text", JSON: "json", CLASS: "number"}  # names in a row of the index
+_LOOKED_AT = 3  # samples whose .json is inspected for a caption
 
 
 def shard_paths(pattern: str, problems: list[str] | None = None) -> list[str]:
-    """Return the files of a path, a glob, a brace pattern (``{00000..00009}``) or a mixture, each once.
+    """Return the files that a path, a glob or a pattern with braces (``{00000..00009}``) stands for, each once.
 
-    Braces keep their order, a glob is sorted; as in a shell it finds no hidden files, and folders are left out. Raises
-    ValueError when a file is missing or a glob finds nothing; where there are some, and `problems` is given, it gets
-    the names of the others.
+    A pattern may contain both braces and globs. Braces keep their order, and the matches of a glob are sorted. As in a
+    shell, a glob matches no hidden files. Folders are left out.
+
+    Args:
+        problems: a list that receives the names of missing files, if other files exist.
+
+    Raises:
+        ValueError: a file is missing, or a glob matches no file.
     """
     if os.path.isfile(pattern):
         return [pattern]
     names, files, missing = brace_names(pattern), list[str](), []
     for name in names:
-        # a link to nothing stays: it is a shard that is missing
+        # A broken link is kept, so that opening it reports the missing shard.
         paths = sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
         paths = paths or ([name] if os.path.isfile(name) else [])
         files += paths
@@ -59,33 +64,34 @@ def shard_paths(pattern: str, problems: list[str] | None = None) -> list[str]:
 
 
 class Shards:
-    """Samples of tar files: members ``KEY.jpg`` (or .png, .webp ...) with ``KEY.txt`` or ``KEY.json`` with "caption".
+    """Samples of tar shards, read at random without unpacking the shards.
 
-    A .txt holds one caption and goes before a .json, and that before a ``KEY.cls``, which holds the number of a class;
-    one that holds none gives way to the next. The log counts the other members by their kinds. Names of classes, and
-    templates of their captions, are read as CLIP_benchmark writes them from ``classnames.txt`` and
-    ``zeroshot_classification_templates.txt`` in the folder of the first shard or the one above it. Every shard is gone
-    through once in its life, for the places of its members
-    (`fastclip.data.shards.index`); then samples are read from it at random, and nothing is unpacked on the disk. The
-    places take about 60 bytes of memory a sample, which worker processes share.
+    A sample consists of an image ``KEY.jpg`` (or .png, .webp ...) and at least one of ``KEY.txt`` with one caption,
+    ``KEY.json`` with captions in "caption", and ``KEY.cls`` with the number of a class. The first of them that holds a
+    caption is used, in this order. The log counts the other members by kind. Class names and templates are read from
+    ``classnames.txt`` and ``zeroshot_classification_templates.txt``, as CLIP_benchmark writes them, in the folder of
+    the first shard or its parent.
 
-    Where a key has a member twice the first one counts, and a sample that cannot be used stands for the second. So does
-    one for a picture without a caption, or of which the end of the shard is missing: a shard that is cut off is used as
-    far as it goes, and named in the log.
+    Each shard is scanned once for the places of its members, which are then stored (`fastclip.data.shards.index`). They
+    take about 60 bytes of memory per sample, which worker processes share.
+
+    If a key has a member twice, the first is used, and an additional unusable sample is counted for the second. An
+    image without a caption, or with data beyond the end of its shard, is an unusable sample too. A shard that is cut
+    off is used as far as it can be read, and named in the log.
 
     Args:
-        spec: as the user wrote it.
-        paths: of the shards, in order.
-        names: what messages call them, in place of `paths`.
-        class_names: of the classes, where there is no classnames.txt.
-        caption: the field of the .json members that holds the captions; "" is "caption", after those of the .txt.
-        problems: as of `fastclip.data.shards.index.index_shards`.
+        spec: the shards' name on the command line, as the user wrote it.
+        paths: the files of the shards, in order.
+        names: the names of the shards in messages; default: `paths`.
+        class_names: class names to use if there is no classnames.txt.
+        caption: the field of the .json members that holds the captions, which disables .txt and .cls. "" reads
+            "caption" if there is no .txt.
+        problems: a list for messages, as in `fastclip.data.shards.index.index_shards`.
 
     Raises:
         OSError: a shard cannot be opened.
-        ValueError: it is no tar file, or holds no pictures, or none that can be used; it is named. There are
-            classes, no captions, and no names of the classes. Later too, where a sample is read from a shard that has
-            changed since.
+        ValueError: a shard is not a tar file or holds no usable sample (the message names it), or the shards have
+            classes, but neither captions nor class names. While reading, a shard has changed since it was opened.
     """
 
     def __init__(
@@ -114,7 +120,7 @@ class Shards:
             keys = {cause: [f"{name}: {key}" for key in keys] for cause, keys in index.passed.keys.items()}
             self.passed.merge(index.passed.counts, keys)
         if self.passed.total:
-            logger.warning("%s: passed over members that are no part of a sample: %s", spec, self.passed)
+            logger.warning("%s: ignored members that belong to no sample: %s", spec, self.passed)
         self.class_names: tuple[str, ...] = ()
         self.templates: tuple[str, ...] = ()
         if self._has_classes():
@@ -123,7 +129,7 @@ class Shards:
             states = self._rows["state"]
             classed = states == CLASS
             if classed.any() and not ((states < UNTOLD) & ~classed).any():
-                raise ValueError(f"{spec}: pictures with classes, no captions and no classnames.txt beside the shards")
+                raise ValueError(f"{spec}: images with classes, no captions and no classnames.txt beside the shards")
             states[classed] = UNTOLD
 
     def __len__(self) -> int:
@@ -133,7 +139,7 @@ class Shards:
         return self.read(index)
 
     def read(self, index: int, *, min_side: int | None = None) -> Record:
-        """As `fastclip.data.source.read_sample`."""
+        """Return sample `index`; see `fastclip.data.source.read_sample`."""
         picture, *first = self._members(index, ("picture", *self._kinds(index)[:1]))
         key = self.key(index)
         captions, label = self._captions(index, first)
@@ -143,20 +149,20 @@ class Shards:
         return self._captions(index, self._members(index, self._kinds(index)[:1]))[0]
 
     def picture_bytes(self, index: int) -> bytes:
-        """As `fastclip.data.source.picture_bytes`."""
+        """Return the bytes of the image's member."""
         return self._members(index, ("picture",))[0]
 
     def picture_place(self, index: int) -> tuple[str, str]:
-        """As `fastclip.data.source.picture_place`."""
+        """Return the shard's path and the image's key in it; see `fastclip.data.source.picture_place`."""
         return self._paths[self._shard(index)], self._name(index)
 
     def fields(self, index: int) -> dict[str, Any]:
-        """As `fastclip.data.source.sample_fields`, of the sample's .json."""
-        self._shard(index)  # which an index may be out of
+        """Return the fields of the sample's .json; see `fastclip.data.source.sample_fields`."""
+        self._shard(index)  # raises IndexError if `index` is out of range
         return json_fields(self._members(index, ("json",))[0]) if self._rows["json_size"][index] else {}
 
     def _has_classes(self) -> bool:
-        """Return True if a class alone gives some samples their captions: no .txt, and no .json or one without."""
+        """Return True if some samples have captions by their class alone: no .txt, and no .json with a caption."""
         states = self._rows["state"]
         if self._field:
             return False
@@ -166,8 +172,8 @@ class Shards:
         return any("caption" not in json_fields(self._members(k, ("json",))[0], without=()) for k in both)
 
     def _kinds(self, index: int) -> list[str]:
-        """Return the members that may hold a sample's captions, in the order in which they are asked."""
-        self._shard(index)  # which an index may be out of
+        """Return the members that may hold a sample's captions, in order of precedence."""
+        self._shard(index)  # raises IndexError if `index` is out of range
         state = int(self._rows["state"][index])
         kinds = [member for bit, member in _MEMBERS.items() if state & bit] if state < UNTOLD else []
         if self._field:
@@ -175,10 +181,10 @@ class Shards:
         return kinds if self.class_names or kinds == ["number"] else [kind for kind in kinds if kind != "number"]
 
     def _captions(self, index: int, data: list[bytes]) -> tuple[tuple[str, ...], int | None]:
-        """Return captions and label; `data` is the content of the first of `_kinds`."""
+        """Return captions and label. `data` holds the content of the first of `_kinds`."""
         key, kinds = self.key(index), self._kinds(index)
         if not kinds:
-            raise BadSample("no caption", key, f'it has no .json, whose "{self._field}" is asked for')
+            raise BadSample("no caption", key, f'it has no .json with the field "{self._field}"')
 
         def read(kind: str) -> tuple[tuple[str, ...], int | None]:
             content = data[0] if kind == kinds[0] else self._members(index, (kind,))[0]
@@ -194,7 +200,7 @@ class Shards:
     def _label(self, data: bytes, key: str) -> int:
         text = data.strip()
         if not (text.isdigit() and len(text) < 10 and int(text) < len(self.class_names)):
-            what = f"its .cls must hold a number from 0 to {len(self.class_names) - 1}, holds {text[:20]!r}"
+            what = f"its .cls must contain a number from 0 to {len(self.class_names) - 1}, got {text[:20]!r}"
             raise BadSample("damaged class", key, what)
         return int(text)
 
@@ -214,13 +220,13 @@ class Shards:
         return os.fsdecode(self._keys[start + first : start + int(ends[index])])
 
     def _members(self, index: int, kinds: Sequence[str]) -> list[bytes]:
-        """Return the data of these members of a sample; BadSample if the index has marked the sample as unusable."""
+        """Return the data of these members of a sample. Raises BadSample if the index marks the sample as unusable."""
         shard, row, contents = self._shard(index), self._rows[index], []
         if (fault := FAULTS.get(int(row["state"]))) is not None:
             cause, reason = fault
             raise BadSample(cause, self.key(index), reason)
         try:
-            # opened anew: a place in an open file would be shared with the processes that fork made
+            # Opened for each sample: forked workers would share the position in a file that the parent had opened.
             with open_file(self._paths[shard], buffering=0) as file:
                 same = stamp_of(os.fstat(file.fileno())) == self._stamps[shard]
                 for kind in kinds if same else ():
@@ -236,7 +242,10 @@ class Shards:
 
 
 def _classes(folder: Path, class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of classes, `class_names` where no file has them, and templates, of the shards in `folder`; () without."""
+    """Return the class names and templates of the shards in `folder`, () without any.
+
+    `class_names` are used if there is no classnames.txt.
+    """
     for place in (folder, folder.parent):
         names, templates = place / "classnames.txt", place / "zeroshot_classification_templates.txt"
         if names.is_file() or (class_names and templates.is_file()):

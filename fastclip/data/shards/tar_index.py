@@ -1,4 +1,4 @@
-"""Where the members of a tar file lie."""
+"""Locate the members of a tar file."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastclip.system.rounding import ceil_div
 
 __all__ = ["BLOCK", "Lost", "Member", "Members", "read_exactly", "tar_members"]
 
-BLOCK = 512  # bytes; a member is a header of one block and data that are filled up to whole blocks
+BLOCK = 512  # bytes; a member is a header of one block, followed by data that are padded to whole blocks
 
-_REGULAR, _CONTIGUOUS, _FOLDER, _NO_FILES = (b"0", b"\0"), b"7", b"5", (b"D", b"V")  # a list of names, a label
+_REGULAR, _CONTIGUOUS, _FOLDER, _NO_FILES = (b"0", b"\0"), b"7", b"5", (b"D", b"V")  # D: list of names, V: label
 _HARD, _SYMBOLIC, _DEVICES, _SPARSE = b"1", b"2", (b"3", b"4", b"6"), b"S"
 _LONG_NAME, _LONG_LINK, _EXTENDED, _GLOBAL = b"L", b"K", (b"x", b"X"), b"g"
-_LARGEST = 2**20  # bytes of a header's names and records; writers need some hundreds
+_LARGEST = 2**20  # bytes of long names and extended records; real archives need some hundreds
 _RECORD = re.compile(rb"([1-9]\d{0,7}) ([^=]+)=")
-_HOPS = 40  # links in a row
+_HOPS = 40  # consecutive links to follow
 _CHUNK = 2**20
 
 
@@ -28,8 +28,8 @@ class Member(NamedTuple):
     """A regular file in a tar file."""
 
     name: str
-    header: int  # offset in bytes of its header; the data follow in the next block
-    size: int  # of the data, in bytes; they may reach beyond the end of a file that is cut off
+    header: int  # offset of its header in bytes; the data follow in the next block
+    size: int  # of the data in bytes; the data may reach beyond the end of a file that is cut off
 
     @property
     def end(self) -> int:
@@ -38,40 +38,45 @@ class Member(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """An entry of a tar file that has a name and holds no data."""
+    """An entry of a tar file whose data cannot be read."""
 
     name: str
-    why: str  # "device or pipe", for instance
+    why: str  # "device or pipe", for example
 
 
 class Members(NamedTuple):
-    members: list[Member]  # a link to one of them has its own name, and that one's place
-    broken: str  # why there are no more, of a file that is cut off or damaged; "" of a whole one
+    """The members of a tar file, and the reason why there may be more."""
+
+    members: list[Member]  # a link has the name of the link and the place of its target
+    broken: str  # the damage at which reading stopped; "" for a file that was read to its end
     lost: tuple[Lost, ...] = ()
 
 
 class _Broken(Exception):
-    """A header that cannot be used, with the reason."""
+    """Raised for a header that cannot be used, with the reason."""
 
 
 def tar_members(file: BinaryIO) -> Members:
-    """Return every regular file of an uncompressed tar file, in order, from the headers alone.
+    """Return every regular file in an uncompressed tar file, in order. Only the headers are read.
 
-    Sizes that headers declare are checked before they are used, and each header leads further into the file. Links
-    within the file are followed. What follows an archive's end, such as another archive, is read too. A file that is
-    cut off or damaged is read as far as it goes.
+    The sizes that headers declare are checked before they are used, so that every step leads further into the file.
+    Links within the file are followed. Data after the end of the archive, such as another archive, are read too. A file
+    that is cut off or damaged is read up to the damage.
 
     Args:
-        file: unbuffered, open for reading; is read from its start.
+        file: opened for reading without a buffer. The file is read from its start.
 
     Raises:
-        tarfile.TarError: it does not even begin as a tar file.
+        tarfile.TarError: the file does not begin as a tar file.
     """
     return _Reader(file).read()
 
 
 def read_exactly(file: BinaryIO, size: int) -> bytes:
-    """`size` bytes, fewer only at the file's end: one read may return less than there is, on some file systems."""
+    """Return the next `size` bytes of the file, fewer only at its end.
+
+    A single unbuffered read may return fewer bytes than there are on some file systems.
+    """
     parts, left = [], size
     while left and (part := file.read(left)):
         parts.append(part)
@@ -82,10 +87,10 @@ def read_exactly(file: BinaryIO, size: int) -> bytes:
 class _Reader:
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._end = file, file.seek(0, io.SEEK_END)
-        self._members: list[Member | None] = []  # None: a link, in its turn
-        self._links: list[tuple[int, str, str]] = []  # its turn, its name and what it leads to
+        self._members: list[Member | None] = []  # None: the place of a link, which is resolved at the end
+        self._links: list[tuple[int, str, str]] = []  # the link's index in `_members`, its name and its target
         self._lost: list[Lost] = []
-        self._next: dict[str, bytes] = {}  # what a header before it says of the next member: path, linkpath, size
+        self._next: dict[str, bytes] = {}  # path, linkpath or size that an extended header sets for the next member
 
     def read(self) -> Members:
         place, broken, ended = 0, "", False
@@ -101,7 +106,7 @@ class _Reader:
                 if not place:
                     how = compression(header)
                     raise tarfile.ReadError(f"it is compressed by {how}" if how else str(error)) from error
-                broken = f"after its end stands no tar header, at byte {place:,}" if ended else str(error)
+                broken = f"no tar header after the end of the archive, at byte {place:,}" if ended else str(error)
             ended = ended and bool(broken)
         if not self._end:
             raise tarfile.ReadError("empty file")
@@ -111,22 +116,22 @@ class _Reader:
         return Members([member for member in self._members if member is not None], broken, tuple(self._lost))
 
     def _step(self, header: bytes, place: int) -> int:
-        """Take in the header at `place`; returns the bytes to the next one, at least a block."""
+        """Process the header at `place` and return the number of bytes to the next header, at least one block."""
         if len(header) < BLOCK:
             raise _Broken("unexpected end of data")
         if not _checks(header):
-            raise _Broken("no header where one must be")
+            raise _Broken("a header is missing or has a wrong checksum")
         kind, size = header[156:157], _number(header[124:136])
-        if kind in _REGULAR and not self._next:  # most are
+        if kind in _REGULAR and not self._next:  # the fast path of most members
             if size < 0:
                 raise _Broken(f"{_name(header)} declares a size of {size}")
-            if (name := _name(header)).endswith("/") and kind == b"\0":  # a folder of very old writers
+            if (name := _name(header)).endswith("/") and kind == b"\0":  # a folder, as very old programs write it
                 return BLOCK
             self._members.append(Member(name, place, size))
             return BLOCK + _filled(size)
         if kind in (_LONG_NAME, _LONG_LINK, _GLOBAL, *_EXTENDED):
             if not 0 <= size <= _LARGEST:
-                raise _Broken(f"a header of names and records declares a size of {size}")
+                raise _Broken(f"an extended header declares a size of {size}")
             data = read_exactly(self._file, size)
             if len(data) < size:
                 raise _Broken("unexpected end of data")
@@ -135,19 +140,19 @@ class _Reader:
         return self._other(kind, size, header, place)
 
     def _note(self, kind: bytes, data: bytes) -> None:
-        """Keep what a header without a member of its own says about the next one."""
+        """Store the long name or the records of an extended header for the next member."""
         if kind in (_LONG_NAME, _LONG_LINK):
             self._next["path" if kind == _LONG_NAME else "linkpath"] = data.partition(b"\0")[0]
             return
         records = _records(data)
         if kind == _GLOBAL:
             if records:
-                raise _Broken(f"a header for all members sets their {', '.join(records)}")
+                raise _Broken(f"a global header sets {', '.join(records)} for all members")
         else:
             self._next |= records
 
     def _other(self, kind: bytes, size: int, header: bytes, place: int) -> int:
-        """Take in a member that has headers before it, or is no regular file."""
+        """Process a member that has extended headers, or is not a regular file."""
         records, self._next = self._next, {}
         name = _text(records["path"]).rstrip("/") if "path" in records else _name(header)
         sparse = kind == _SPARSE or "sparse" in records
@@ -155,7 +160,7 @@ class _Reader:
             size = _decimal(records["size"], name)
         if kind == _FOLDER:
             return BLOCK
-        if kind in (_HARD, _SYMBOLIC):  # whose size does not count
+        if kind in (_HARD, _SYMBOLIC):  # no data follow, whatever size the header declares
             target = _text(records.get("linkpath", header[157:257].partition(b"\0")[0]))
             self._links.append((len(self._members), name, target if kind == _HARD else _beside(name, target)))
             self._members.append(None)
@@ -175,7 +180,7 @@ class _Reader:
         return (1 + more) * BLOCK + _filled(size)
 
     def _sparse_blocks(self, header: bytes, place: int) -> int:
-        """Blocks of places between a sparse file's header and its data."""
+        """Return the number of map blocks between a sparse file's header and its data."""
         count, goes_on = 0, header[482]
         while goes_on and place + (count + 1) * BLOCK < self._end:
             count += 1
@@ -184,7 +189,7 @@ class _Reader:
         return count
 
     def _beyond_zeros(self, place: int) -> int:
-        """The next block after `place` that is not zeros; the file's end where there is none."""
+        """Return the offset of the next block from `place` on that is not zeros, or the end of the file."""
         self._file.seek(place)
         while chunk := read_exactly(self._file, _CHUNK):
             if rest := chunk.lstrip(b"\0"):
@@ -199,7 +204,7 @@ class _Reader:
         known |= {posixpath.normpath(member.name): member for member in self._members if member is not None}
         for turn, name, target in self._links:
             end: Member | str | None = posixpath.normpath(target)
-            for _ in range(_HOPS):  # links may lead round in circles
+            for _ in range(_HOPS):  # bounded, because links may form a cycle
                 if not isinstance(end, str):
                     break
                 end = known.get(end)
@@ -210,28 +215,28 @@ class _Reader:
 
 
 def _filled(size: int) -> int:
-    """Return the bytes that data of this size take: writers fill the last block."""
+    """Return the number of bytes that data of this size take in the file, padded to whole blocks."""
     return ceil_div(size, BLOCK) * BLOCK
 
 
 def _checks(header: bytes) -> bool:
-    """Return True if the header holds the sum of its bytes; old writers added signed ones."""
+    """Return True if the header's checksum is right. Old programs summed signed bytes, which is accepted too."""
     try:
         checksum = _octal(header[148:156])
     except _Broken:
         return False
-    rest = header[:148] + b" " * 8 + header[156:]  # the sum is made as if its own field were blank
+    rest = header[:148] + b" " * 8 + header[156:]  # the format sums the header with a blank checksum field
     return sum(rest) == checksum or sum(rest) - 256 * sum(1 for byte in rest if byte > 127) == checksum
 
 
 def _records(data: bytes) -> dict[str, bytes]:
-    """Return those records "LENGTH NAME=VALUE\\n" of an extended header that change a member's place or name."""
+    """Return the records "LENGTH NAME=VALUE\\n" of an extended header that change a member's place or name."""
     records, place = {}, 0
     while place < len(data) and data[place]:
         match = _RECORD.match(data, place)
         stop = place + int(match[1]) if match else 0
         if match is None or not match.end() < stop <= len(data) or data[stop - 1] != ord("\n"):
-            raise _Broken("an extended header holds no records")
+            raise _Broken("an extended header holds no valid records")
         name, value = match[2].decode("utf-8", "replace"), data[match.end() : stop - 1]
         if name in ("path", "linkpath", "size"):
             records[name] = value
@@ -242,7 +247,10 @@ def _records(data: bytes) -> dict[str, bytes]:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or, as GNU and others write large sizes, base 256 after a byte of 128 (255: below 0)."""
+    """Return the number in a header's field.
+
+    The field holds octal digits, or, for large sizes in GNU's format, base 256 after a byte of 128 (255: negative).
+    """
     if field[0] in (0o200, 0o377):
         return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] == 0o377 else 0)
     return _octal(field)
@@ -278,5 +286,8 @@ def _text(name: bytes) -> str:
 
 
 def _beside(name: str, target: str) -> str:
-    """Return the target of a symbolic link; one from the root leads nowhere, as no name in the file begins with "/"."""
+    """Return the target of a symbolic link as a name in the file.
+
+    An absolute target leads nowhere, because no name in the file begins with "/".
+    """
     return posixpath.join(posixpath.dirname(name), target)
