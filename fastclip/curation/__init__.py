@@ -1,1 +1,1 @@
-"""Data sets made better with a model: pairs that agree, vectors of all samples, near duplicates."""
+"""Improve datasets with a model: keep the pairs that agree, embed all samples, drop near duplicates."""

@@ -1,4 +1,4 @@
-"""A data set as vectors in files, in the layout of clip-retrieval."""
+"""Embed a dataset and write the vectors to files in the layout of clip-retrieval."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class Embedded(NamedTuple):
-    """The counts of an embedded data set."""
+    """The counts of files and samples that `embed_source` has written."""
 
-    files: int  # of each of the three kinds
+    files: int  # number of files of each kind
     samples: int
     faults: Tally
     kept: int  # files that an earlier call had finished
@@ -57,29 +57,31 @@ def embed_source(
     progress: bool = False,
     texts: bool = True,
 ) -> Embedded:
-    """Unit vectors of pictures and captions, as ``clip-retrieval inference`` writes them (its ``writer.py``).
+    """Write unit vectors of images and captions, as ``clip-retrieval inference`` writes them (its ``writer.py``).
 
-    ``img_emb/img_emb_K.npy`` and ``text_emb/text_emb_K.npy``, (n, D) of `dtype`, and ``metadata/metadata_K.parquet``
-    with the columns "image_path", the key of the sample, and "caption", the first one, for the samples from K
-    `samples_per_file` on. Row i of the three belongs together. K has leading zeros as clip-retrieval's: its digits are
-    those of the number of files. Samples that cannot be used, or have no finite vectors, are in none of the three.
+    The samples from K `samples_per_file` on are written to ``img_emb/img_emb_K.npy`` and ``text_emb/text_emb_K.npy``,
+    both (n, D) of `dtype`, and ``metadata/metadata_K.parquet`` with the columns "image_path" (the sample's key) and
+    "caption" (its first caption). Row i of the three files is the same sample. As in clip-retrieval, K is padded with
+    zeros to the number of digits of the number of files. Samples that cannot be used, or whose vectors are not finite,
+    are left out of all three.
 
-    A file appears when it is whole, the .parquet last. The same call goes on where one that was interrupted stopped,
-    and the result is the same, byte by byte; files of which a picture or a caption has changed since are made anew, and
-    the log counts them. What is not yet in a file lies in ``.parts``. One process does all.
+    A file appears only when it is complete, the .parquet last. Vectors that are not yet in a file are stored in
+    ``.parts``. Repeat the same call to resume an interrupted one; the result is byte-identical. Files whose images or
+    captions have changed are written again, and the log counts them. A single process does all the work.
 
     Args:
-        dtype: "float16", clip-retrieval's, or "float32".
-        batch_size, workers, progress: as `fastclip.embedding.features.image_features`.
-        texts: False leaves out text_emb/ and the column "caption", as of `fastclip.data.sources.folder.Uncaptioned`.
+        dtype: "float16", as clip-retrieval uses, or "float32".
+        batch_size, workers, progress: as in `fastclip.embedding.features.image_features`.
+        texts: False leaves out text_emb/ and the column "caption", for images without captions
+            (`fastclip.data.sources.folder.Uncaptioned`).
 
     Raises:
-        ValueError: an option is out of range, `output` is that of another call, or no sample can be used.
-        OSError, ChildProcessError: as `embed_pairs`.
+        ValueError: an option is out of range, `output` belongs to another call, or no sample can be used.
+        OSError, ChildProcessError: as in `embed_pairs`.
     """
     if dtype not in _DTYPES or samples_per_file < 1:
         got = f"got {dtype} and {samples_per_file}"
-        raise ValueError(f"dtype must be float16 or float32, samples_per_file at least 1, {got}")
+        raise ValueError(f"dtype must be float16 or float32 and samples_per_file at least 1, {got}")
     kinds = ("img", "text") if texts else ("img",)
     asked = {"dtype": dtype, "samples_per_file": samples_per_file, "texts": texts}
     claim(output, call_options(embedder, source) | asked, result="*/*_emb_*.npy")
@@ -98,7 +100,7 @@ def embed_source(
         faults.merge(written.faults.counts, written.faults.keys)
     shutil.rmtree(output / _PARTS, ignore_errors=True)
     if changed := ways["changed"]:
-        message = "%s: %d files are made anew: pictures, captions or max_pixels have changed"
+        message = "%s: %d files were written again, because images, captions or max_pixels have changed"
         logger.warning(message, source.spec, changed)
     if not samples:
         raise ValueError(f"{source.spec}: none of {len(source)} samples can be used: {faults}")
@@ -106,11 +108,11 @@ def embed_source(
 
 
 class _Place(NamedTuple):
-    """The files of some samples in a row: vectors and table."""
+    """The files of consecutive samples: their vectors and their table."""
 
     output: Path
     name: str  # the number K of the files
-    kinds: tuple[str, ...]  # "img", and "text" where captions are embedded
+    kinds: tuple[str, ...]  # "img", and "text" if captions are embedded
     dtype: str
 
     @property
@@ -122,15 +124,15 @@ class _Place(NamedTuple):
 
 
 class _Written(NamedTuple):
-    """The metadata of a table of `fastclip embed`."""
+    """The metadata of a table that `embed_source` has written."""
 
-    contents: str  # of `contents_of`
+    contents: str  # the digest by `contents_of` of the samples
     successes: int
     faults: Tally
 
 
 def _embed_part(embedder: Embedder, part: Source, place: _Place, **reading: Any) -> tuple[_Written, str]:
-    """Return what is written of a part, and whether it was "kept", "changed" or is "new"."""
+    """Write the files of a part, unless they exist; return their metadata, and "kept", "changed" or "new"."""
     contents, before = contents_of(part), _written(place.table) if place.table.is_file() else None
     if before is not None and before.contents == contents and all(map(Path.is_file, map(place.vectors, place.kinds))):
         return before, "kept"
@@ -139,13 +141,13 @@ def _embed_part(embedder: Embedder, part: Source, place: _Place, **reading: Any)
 
 
 def _write_part(embedder: Embedder, part: Source, place: _Place, contents: str, **reading: Any) -> _Written:
-    """Write one file of each kind, the table last, in place of those of before; none where no sample can be used."""
+    """Write one file of each kind, the table last, and replace older files. Write none if no sample can be used."""
     store = FeatureStore(embedder, [contents], folder=place.output / _PARTS, owned=True)
     keep = partial(_kept_of, dtype=_DTYPES[place.dtype])
     embed_pairs(embedder, part, store, keep, first_caption=True, finite=True, **reading)
     rows = sum(int(part["used"].sum()) for part in store.walk("used"))
     written = _Written(contents, rows, faults_of(store))
-    place.table.unlink(missing_ok=True)  # first: vectors without one count for nothing
+    place.table.unlink(missing_ok=True)  # first, because vectors without a table do not count as finished
     if not rows:  # embedding_reader cannot read a file without rows
         for old in place.output.glob(f"*_emb/*_emb_{place.name}.npy"):
             old.unlink()
@@ -165,7 +167,7 @@ def _kept_of(pairs: Pairs, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _write_vectors(file: Path, store: FeatureStore, kind: str, shape: tuple[int, int], dtype: str) -> None:
-    """Write a .npy file, a part at a time."""
+    """Write a .npy file one part at a time, so that memory holds a single part."""
     head = {"shape": shape, "fortran_order": False, "descr": np.lib.format.dtype_to_descr(np.dtype(dtype))}
     with new_file(file) as half, half.open("wb") as out:
         np.lib.format.write_array_header_1_0(out, head)

@@ -1,4 +1,4 @@
-"""The pairs of a data set whose picture and caption agree, written as shards: LAION's rule."""
+"""Write the pairs of a dataset whose image and caption agree as shards, by LAION's rule."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from fastclip.system.reading import parse_json
 __all__ = ["filter_source"]
 
 logger = logging.getLogger(__name__)
-# What became of a sample, as similarities.parquet says it.
+# The states of samples, as stored in similarities.parquet
 _STATES = ("unusable", "similarity is not finite", "scored", "below threshold", "near duplicate", "kept")
 _UNUSABLE, _NOT_FINITE, _SCORED, _BELOW, _DUPLICATE, _KEPT = range(len(_STATES))
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _THRESHOLDS = (0.15, 0.2, 0.25, 0.28, 0.3, 0.35)  # LAION-400M's is 0.3, LAION-5B's 0.28 for English
-_ROWS = 100_000  # of the table at a time
+_ROWS = 100_000  # rows of the table to write at a time
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 States = npt.NDArray[np.int8]
@@ -66,30 +66,35 @@ def filter_source(
     workers: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Keep the captions whose cosine with their picture is `threshold` or more, and the samples that have one left
-    (LAION-400M, Schuhmann et al. 2021, keeps 0.3 and more, by CLIP's ViT-B/32).
+    """Keep the captions that are similar to their image, and the samples with at least one such caption.
 
-    `output` gets the shards of `pack_source`, without gaps; "similarity" in the .json is that of the best caption, and
-    "similarities" those of all where several are kept. similarities.parquet says of every sample of the source its key,
-    similarity and what became of it; histogram.png shows the similarities of all captions; summary.json holds what is
-    returned. The similarities themselves stay in `scores`, so that another threshold costs no more embedding. The same
-    call goes on where one that was interrupted stopped, and the result is the same, byte by byte. One process does all.
+    The similarity is the cosine of the vectors of an image and a caption. LAION-400M (Schuhmann et al. 2021) keeps
+    pairs with a similarity of 0.3 or more, computed by CLIP's ViT-B/32.
+
+    `output` receives the shards of `pack_source`, numbered without gaps. "similarity" in a .json is that of the best
+    caption, and "similarities" lists those of all kept captions if there are several. similarities.parquet has the key,
+    the similarity and the state of every sample of the source. histogram.png shows the similarities of all captions.
+    summary.json holds the returned values. The similarities are stored in `scores`, so that another threshold needs no
+    new embedding. Repeat the same call to resume an interrupted one; the result is byte-identical. A single process
+    does all the work.
 
     Args:
-        threshold: inclusive, compared in float32; None computes the similarities and writes no shards.
-        dedup: drop a sample whose picture has a cosine of this or more with one that was kept before, in the source's
-            order, as `near_duplicates` does: the kept vectors are in memory. The vectors of all pictures then stay in
-            `scores`, too, and similarities that were computed without `dedup` are computed anew.
-        scores: folder of what is computed, which calls with other thresholds may share; default: `output`/scores.
-        batch_size, workers, progress: as `fastclip.embedding.features.image_features`.
+        threshold: the least similarity to keep, inclusive and compared in float32. None computes the similarities and
+            writes no shards.
+        dedup: drop a sample if its image has a cosine of this or more with an image that was kept before it, in the
+            order of the source, by `near_duplicates`. The kept vectors are held in memory. The vectors of all images
+            are then stored in `scores` too, and similarities that were computed without `dedup` are computed again.
+        scores: folder for the similarities, which calls with other thresholds may share (default: `output`/scores).
+        batch_size, workers, progress: as in `fastclip.embedding.features.image_features`.
 
     Returns:
-        What summary.json holds: options, "counts" of samples, "causes" of those that cannot be used, "similarity".
+        The content of summary.json: the options, "counts" of samples by state, "causes" of unusable samples,
+        "similarity" statistics, and "samples_at_or_above" for several thresholds.
 
     Raises:
-        ValueError: an option is out of range, `output` is that of another call or of other similarities, or holds the
-            data, or nothing is kept.
-        OSError, ChildProcessError: as `pack_source`.
+        ValueError: an option is out of range, `output` belongs to another call or to other similarities or contains the
+            data, or no sample is kept.
+        OSError, ChildProcessError: as in `pack_source`.
     """
     _check(threshold, dedup, samples_per_shard)
     _check_outside(source, output)
@@ -118,13 +123,13 @@ def filter_source(
 class _Scores(NamedTuple):
     """The similarities of all n samples of a source."""
 
-    begins: Integers  # (n + 1,), where the similarities of a sample begin and end; none of one that cannot be used
+    begins: Integers  # (n + 1,), sample i has the similarities begins[i] to begins[i + 1] - 1; unusable samples none
     similarities: Floats  # (T,), of all captions
-    best: Floats  # (n,), NaN where there is none
+    best: Floats  # (n,), the largest similarity of each sample; NaN if it has none
 
 
 class _Kept(Subset):
-    """The samples of a source that are kept, each with its captions above the threshold."""
+    """The kept samples of a source, each with its captions at or above the threshold."""
 
     def __init__(self, source: Source, indices: Integers, scores: _Scores, threshold: float) -> None:
         super().__init__(source, indices.tolist())
@@ -140,7 +145,8 @@ class _Kept(Subset):
     def fields(self, index: int) -> dict[str, Any]:
         similarities = self._similarities(index)
         above = similarities[similarities >= self._least].tolist()
-        known = {k: v for k, v in super().fields(index).items() if k != "similarities"}  # of data filtered before
+        # "similarities" of data that were filtered before belong to other captions.
+        known = {k: v for k, v in super().fields(index).items() if k != "similarities"}
         return {**known, "similarity": max(above)} | ({"similarities": above} if len(above) > 1 else {})
 
     def _above(self, index: int, captions: tuple[str, ...]) -> tuple[str, ...]:
@@ -156,7 +162,7 @@ class _Kept(Subset):
 
 def _check(threshold: float | None, dedup: float | None, samples_per_shard: int) -> None:
     if threshold is not None and not -1 <= threshold <= 1:
-        raise ValueError(f"threshold must be from -1 to 1, got {threshold}")
+        raise ValueError(f"threshold must be between -1 and 1, got {threshold}")
     if dedup is not None and not 0 < dedup <= 1:
         raise ValueError(f"dedup must be above 0 and at most 1, got {dedup}")
     if samples_per_shard < 1:
@@ -164,11 +170,14 @@ def _check(threshold: float | None, dedup: float | None, samples_per_shard: int)
 
 
 def _check_outside(source: Source, output: Path) -> None:
-    """Raise ValueError where the output would be read as data the next time: it holds a picture, and shards."""
+    """Raise ValueError if `output` contains the data or is inside their folder.
+
+    The next call would otherwise read the written shards as data.
+    """
     inside = os.path.join(os.path.realpath(output), "")
     folders = [os.path.join(os.path.realpath(place), "") for place in spec_places(source.spec) if place.is_dir()]
     if inside.startswith(tuple(folders)) or any(file.startswith(inside) for file, _ in picture_places(source)):
-        raise ValueError(f"{output} holds the data, or lies in their folder: take a folder beside {source.spec}")
+        raise ValueError(f"{output} contains the data, or is inside their folder: take a folder outside {source.spec}")
 
 
 def _kept_of(pairs: Pairs, *, images: bool) -> dict[str, Tensor]:
@@ -186,7 +195,7 @@ def _scores(store: FeatureStore) -> _Scores:
         similarities.append(part["similarities"].numpy())
     number, flat = np.concatenate(counts), np.concatenate(similarities)
     begins = np.concatenate([[0], number.cumsum()])
-    best = np.full(len(number), np.nan, np.float32)  # of a sample with captions of which none is finite, too
+    best = np.full(len(number), np.nan, np.float32)  # stays NaN too if none of a sample's similarities is finite
     if len(flat):
         best[number > 0] = np.fmax.reduceat(flat, begins[:-1][number > 0])
     return _Scores(begins, flat, best)
@@ -197,7 +206,10 @@ def _digest(scores: _Scores) -> str:
 
 
 def _decide(scores: _Scores, threshold: float | None) -> tuple[States, Integers]:
-    """The state of every sample, duplicates apart, and -1 for each: the one that it is nearly a duplicate of."""
+    """Return the state of every sample before near duplicates are dropped, and an array of -1.
+
+    The array is to hold, for each near duplicate, the index of the kept sample that it resembles.
+    """
     states, near_to = np.full(len(scores.best), _SCORED, np.int8), np.full(len(scores.best), -1)
     states[np.isnan(scores.best)] = _NOT_FINITE
     states[np.diff(scores.begins) == 0] = _UNUSABLE
@@ -217,12 +229,15 @@ def _states(
     device: torch.device,
     progress: bool,
 ) -> States:
-    """The state of every sample: what an earlier call has written, else decided, and written, now."""
+    """Return the state of every sample, as an earlier call has written it, or else decide and write it now.
+
+    A call that resumes thus packs exactly the samples that the first call had chosen.
+    """
     file, options = output / "similarities.parquet", {**options, "scores": _digest(scores)}
     if (states := _decided(file, options)) is not None:
         return states
     if (old := next(output.glob("*_stats.json"), None)) is not None:
-        raise ValueError(f"{old} is of other similarities than those there are now: remove {output}")
+        raise ValueError(f"{old} belongs to other similarities than the current ones: remove {output}")
     states, near_to = _decide(scores, options["threshold"])
     if options["dedup"] is not None:
         _drop_duplicates(states, near_to, store, options["dedup"], device, progress)
@@ -235,7 +250,7 @@ def _pack(kept: _Kept, output: Path, samples_per_shard: int, workers: int) -> No
         raise ValueError(f"{kept.spec}: no sample has a similarity of {kept.threshold} or more")
     packed = pack_source(kept, output, samples_per_shard=samples_per_shard, workers=workers)
     if packed.faults.total:
-        logger.warning("%s: could be read at first and not again, left out: %s", kept.spec, packed.faults)
+        logger.warning("%s: samples that could be embedded but not packed are left out: %s", kept.spec, packed.faults)
 
 
 def _drop_duplicates(
@@ -284,7 +299,7 @@ def _write_table(
 
 
 def _decided(file: Path, options: dict[str, Any]) -> States | None:
-    """The states that an earlier call with these options has written."""
+    """Return the states that an earlier call with these options has written, or None."""
     if not file.is_file():
         return None
     numbers = {state: number for number, state in enumerate(_STATES)}
@@ -326,7 +341,7 @@ def _draw(file: Path, similarities: Floats, threshold: float | None) -> None:
     if threshold is not None:
         axes.axvline(threshold, color="black", linewidth=1, label=f"threshold {threshold:g}")
         axes.legend()
-    axes.set_xlabel("cosine of picture and caption")
-    axes.set_ylabel(f"captions, of {len(finite):,}")
+    axes.set_xlabel("cosine of image and caption")
+    axes.set_ylabel(f"captions ({len(finite):,} in total)")
     with new_file(file) as half:
         figure.savefig(half, format="png", metadata={"Software": None})

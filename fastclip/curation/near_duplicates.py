@@ -1,4 +1,4 @@
-"""Pictures that are nearly one that came before them."""
+"""Find images that are nearly the same as an image before them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from torch import Tensor
 
 __all__ = ["near_duplicates"]
 
-_ROWS = 2048  # compared at a time
-_SAME = 1 - 1e-6  # the product of a unit vector with itself is about 1 in float32, and may be less
-_CHUNK = 16_384  # kept vectors that they are compared with at a time
+_ROWS = 2048  # vectors to compare at a time
+_SAME = 1 - 1e-6  # in float32 the product of a unit vector with itself may be slightly below 1
+_CHUNK = 16_384  # kept vectors to compare them with at a time
 
 
 def near_duplicates(
     features: Iterable[Tensor], threshold: float, *, device: torch.device | str = "cpu"
 ) -> npt.NDArray[np.int64]:
-    """Go through unit vectors in order and drop each whose cosine with one that was kept is `threshold` or more; a
-    `threshold` of 1 is 0.999999, as float32 tells no more than that of equal vectors.
+    """Go through unit vectors in order, and drop each whose cosine with a kept vector is `threshold` or more.
 
-    Exact: every vector is compared with all that were kept before it, in float32, about K^2 D operations for K kept
-    ones of D numbers. 20,000 of 512 take 5 s on one core, and 50 times as many take 2,500 times as long. Memory, that
-    of `device`: the kept vectors, 4 K D bytes, and some 200 MiB.
+    The result is exact: every vector is compared in float32 with all vectors that were kept before it. For K kept
+    vectors of D numbers this takes about K^2 D operations: 5 s on one core for 20,000 vectors of 512 numbers, and 2,500
+    times as long for 50 times as many. The memory needed on `device` is 4 K D bytes for the kept vectors and about
+    200 MiB.
 
     Args:
-        features: (k, D) float32 each, one after the other.
-        device: where the products are computed.
+        features: blocks of vectors, each (k, D) float32, in order.
+        threshold: the least cosine of near duplicates. Values above 0.999999 count as 0.999999, because equal vectors
+            may not have a product of exactly 1 in float32.
+        device: device on which the products are computed.
 
     Returns:
-        (N,) of all vectors in order: -1 if it was kept, else the place among all of the first kept one that it is near
-        to.
+        (N,) int64, for each vector -1 if it was kept, else the index among all vectors of the first kept vector that
+        it is near to.
     """
     threshold = min(threshold, _SAME)
     results, kept, places, count = [np.empty(0, np.int64)], list[Tensor](), list[npt.NDArray[np.int64]](), 0
@@ -43,7 +45,7 @@ def near_duplicates(
             near = rows @ vectors.T >= threshold
             new = np.flatnonzero((near_to < 0) & near.any(1).cpu().numpy())
             near_to[new] = place[near[torch.from_numpy(new)].cpu().numpy().argmax(1)]
-        # Rows of this block may be near to each other: the first that is kept drops those after it, in order
+        # Rows of this block may be near to each other: each row that is kept drops the rows after it that are near.
         near_each_other = (rows @ rows.T >= threshold).cpu().numpy()
         for i in range(len(rows)):
             if near_to[i] < 0:
@@ -60,7 +62,7 @@ def near_duplicates(
 def _append(
     kept: list[Tensor], places: list[npt.NDArray[np.int64]], vectors: Tensor, where: npt.NDArray[np.int64]
 ) -> None:
-    """Append to the last chunk, if it has room, else a new one."""
+    """Append the vectors to the last chunk if it has room, or else as a new chunk."""
     if kept and len(kept[-1]) + len(vectors) <= _CHUNK:
         kept[-1], places[-1] = torch.cat([kept[-1], vectors]), np.concatenate([places[-1], where])
     else:

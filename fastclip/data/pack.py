@@ -56,7 +56,7 @@ def pack_source(
 ) -> Packed:
     """Write shards ``00000.tar`` ... with an image, a .json and a .txt of the caption for each sample of `source`.
 
-    JPEG, PNG and WebP files are copied byte by byte; other images are written as PNG. The .json holds:
+    JPEG, PNG and WebP files are copied byte by byte, and other images are written as PNG. The .json holds:
 
     - "caption", a string, or a list if there are several. With several captions no .txt is written, because readers
       would take it for the only caption.
@@ -115,7 +115,7 @@ def pack_source(
 
 class _Sample(NamedTuple):
     suffix: str
-    data: bytes  # of the picture's file
+    data: bytes  # content of the image file
     captions: tuple[str, ...]
     about: dict[str, Any]
 

@@ -44,11 +44,13 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "MPO", "A
 def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None) -> Image.Image:
     """Read an image with all its pixels and turn it upright according to its EXIF data.
 
-    The image has the mode of its file; ``convert("RGB")`` is left to the caller. That conversion drops transparency, as
-    in open_clip; the transparency of a palette with an alpha value per colour is dropped here already. Modes of more
-    than 8 bits become L, because Pillow's conversion would clip values above 255. Their values are scaled to the range
-    of 0 to 255: from 65,535 in a 16-bit image; in other integer and float images from the smallest of 1 (floats only),
-    255, 65,535 and 2^31 that the largest value does not exceed. An animation gives its first frame.
+    The image has the mode of its file, and ``convert("RGB")`` is left to the caller. That conversion drops
+    transparency, as in open_clip. The transparency of a palette with an alpha value per colour is dropped here already.
+    An animation gives its first frame.
+
+    Modes of more than 8 bits become L, because Pillow's conversion would clip values above 255. The range from 0 to a
+    maximum is scaled to 0 to 255. The maximum is 65,535 for 16-bit images. For other integer and float images it is the
+    smallest of 1 (floats only), 255, 65,535 and 2^31 that no value exceeds.
 
     An image of more than Pillow's ``Image.MAX_IMAGE_PIXELS`` (89 million) is refused before it is decoded.
     `limit_pixels` sets another limit. A pipe or a device is refused too.
@@ -58,7 +60,7 @@ def read_picture(file: Path | BinaryIO, key: str, *, min_side: int | None = None
             times as large may then be decoded at a half, a quarter or an eighth of its size, which saves decoding time.
 
     Raises:
-        BadSample: the file cannot be opened, is not an image, or is a damaged or too large image; names `key`.
+        BadSample: the file cannot be opened, is not an image, or is a damaged or too large image. The text names `key`.
     """
     if isinstance(file, Path):
         try:

@@ -51,8 +51,8 @@ class Source(Protocol):
         """Read the sample, from disk at each call.
 
         Raises:
-            BadSample: this sample cannot be used; others can.
-            OSError, ValueError: the file that holds the samples, such as a shard, cannot be used; the message names it.
+            BadSample: this sample cannot be used, but others can.
+            OSError, ValueError: the file that holds the samples, such as a shard, cannot be used. The message names it.
         """
         ...
 

@@ -231,8 +231,8 @@ PROMISES = [
             Break(
                 "hub: a bad row ends the run",
                 "fastclip/data/sources/hub.py",
-                old='raise BadSample("no image", key, "there is no picture")',
-                new='raise ValueError(f"{key}: there is no picture")',
+                old='raise BadSample("no image", key, "the row has no image")',
+                new='raise ValueError(f"{key}: the row has no image")',
             ),
             Break(
                 "hub: the first caption of a list",

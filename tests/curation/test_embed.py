@@ -137,7 +137,7 @@ def test_embed_touches_no_other_call(embedder: Embedder, digits: Source, tmp_pat
     with pytest.raises(ValueError, match=r"_emb_\d\.npy was not written by this command"):
         embed_source(embedder, digits, tmp_path / "a")
     for options in ({"dtype": "int8"}, {"samples_per_file": 0}):
-        with pytest.raises(ValueError, match=r"dtype must be float16 or float32, samples_per_file at least 1"):
+        with pytest.raises(ValueError, match=r"dtype must be float16 or float32 and samples_per_file at least 1"):
             embed_source(embedder, digits, tmp_path / "b", **options)
 
 
@@ -160,9 +160,9 @@ def test_changed_captions_and_pictures_are_embedded_again(
         return done.kept
 
     assert embedded("a picture") == 0 and embedded("a picture") == 2
-    assert embedded("an image") == 0 and "2 files are made anew: pictures, captions" in caplog.text
+    assert embedded("an image") == 0 and "2 files were written again, because images, captions" in caplog.text
     (data / "logo.png").write_bytes((data / "china.jpg").read_bytes())  # an image of the second file
-    assert embedded("an image") == 1 and "1 files are made anew" in caplog.text
+    assert embedded("an image") == 1 and "1 files were written again" in caplog.text
     (data / "logo.png").unlink()
     (data / "logo.png").symlink_to(data / "cards.png")
     assert embedded("an image") == 1 and embedded("an image") == 2

@@ -65,10 +65,12 @@ def test_folder_of_classes_is_data_wherever_data_are_named(tmp_path: Path, caplo
     for name in ("loose", "single"):
         folders(tmp_path / name, ("cat",))
     Image.new("RGB", (4, 4)).save(tmp_path / "loose" / "x.png")
-    with pytest.raises(ValueError, match=r"none of 2 pictures has a caption, first .*x\.png: x\.txt or .* beside it$"):
+    with pytest.raises(
+        ValueError, match=r"none of 2 images has a caption, first .*x\.png: x\.txt or .* in the same folder$"
+    ):
         open_source(str(tmp_path / "loose"))
     with pytest.raises(
-        ValueError, match=r"none of 1 pictures has a caption.*; as a folder of classes, .* one class, cat"
+        ValueError, match=r"none of 1 images has a caption.*; as a folder of classes, .* only one class, cat"
     ):
         open_source(str(tmp_path / "single"))
 
@@ -99,7 +101,7 @@ def test_links_that_are_passed_over_are_counted_once(tmp_path: Path, caplog: pyt
     (tmp_path / "a" / "more").symlink_to(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "a" / "x.png")
     message = f"{root}: 1 links to folders are not followed, first {root}/more"
-    with pytest.raises(ValueError, match="none of 2 pictures has a caption"):
+    with pytest.raises(ValueError, match="none of 2 images has a caption"):
         open_source(root)
     assert caplog.messages == [message]
     open_pictures(root)
@@ -176,7 +178,7 @@ def test_subsets_have_their_200_classes(name: str, tmp_path: Path, caplog: pytes
     assert f"195 of 200 classes of {name} have no folder" in caplog.text
     assert len(ClassFolder(root).class_names) == 5  # the folders alone do not determine the dataset
     folders(tmp_path, ("n01440764",))  # tench is in neither subset
-    with pytest.raises(ValueError, match=f"1 of 6 folders are no classes of {name}: n01440764"):
+    with pytest.raises(ValueError, match=f"1 of 6 folders are not classes of {name}: n01440764"):
         ClassFolder(root, classes=name)
 
 
@@ -238,10 +240,10 @@ def test_class_names_of_numbers_and_wordnet_ids_go_in_their_order(
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("",), "1 pictures and no class folders; pictures must lie in a folder a class: .*/CLASS/PICTURE"),
-        (("train/a", "val/a"), "holds train, val, which are no classes: name one of these folders"),
-        (("n01440764", "n99999999", "misc"), "2 of 3 folders are no classes of imagenet: misc, n99999999"),
-        (("only",), "there is one class, only"),
+        (("",), "1 images and no class folders; images must be in one folder per class: .*/CLASS/IMAGE"),
+        (("train/a", "val/a"), "holds train, val, which are splits, not classes: name one of these folders"),
+        (("n01440764", "n99999999", "misc"), "2 of 3 folders are not classes of imagenet: misc, n99999999"),
+        (("only",), "there is only one class, only"),
     ],
     ids=["flat", "splits", "unknown", "one"],
 )
@@ -256,7 +258,7 @@ def test_folder_that_is_not_in_order_is_refused(names: tuple[str, ...], message:
 def test_folders_without_pictures_are_named(tmp_path: Path) -> None:
     root = folders(tmp_path, ("a", "b"))
     (tmp_path / "notes").mkdir()
-    with pytest.raises(ValueError, match="folders without pictures: notes"):
+    with pytest.raises(ValueError, match="folders without images: notes"):
         open_labelled(root)
 
 

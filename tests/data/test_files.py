@@ -125,12 +125,12 @@ def test_folder_says_what_it_passes_over(tmp_path: Path, caplog: pytest.LogCaptu
     put(tmp_path, "0.png", "0.txt", "a/9.txt", "a/b.svg", "c.svg", "README")
     assert told(tmp_path) == {"0.png": ("a caption",)}
     (line,) = caplog.messages
-    assert line.startswith(f"{tmp_path}: passed over 2 .svg (c.svg, a/b.svg), ")
+    assert line.startswith(f"{tmp_path}: ignored files: 2 .svg (c.svg, a/b.svg), ")
     assert "1 .txt without a picture (a/9.txt)" in line and "1 without a suffix (README)" in line
     for name in ("0.png", "0.txt"):
         (tmp_path / name).unlink()
     with pytest.raises(
-        ValueError, match=rf"{re.escape(str(tmp_path))}: the folder holds no pictures .* it holds 2 \.svg"
+        ValueError, match=rf"{re.escape(str(tmp_path))}: the folder holds no images .* it holds 2 \.svg"
     ):
         open_source(str(tmp_path))
 

@@ -71,8 +71,8 @@ def test_hub_columns_are_told_and_named(tmp_path: Path, caplog: pytest.LogCaptur
     spec = saved(tmp_path / "d", rows, mask=datasets.Image())
     assert captions(open_source(spec)) == [("a",)]
     assert caplog.messages == [
-        f"{spec}: the column image is taken, not mask; {spec}#image=mask names another",
-        f"{spec}: the column caption is taken, not text; {spec}#caption=text names another",
+        f"{spec}: the column image is used, not mask; {spec}#image=mask names another",
+        f"{spec}: the column caption is used, not text; {spec}#caption=text names another",
     ]
     source = open_source(f"{spec}#caption=alt,image=mask")
     assert captions(source) == [("c",)] and shades(source) == [9]
@@ -80,7 +80,7 @@ def test_hub_columns_are_told_and_named(tmp_path: Path, caplog: pytest.LogCaptur
     with pytest.raises(ValueError, match="there is no column x among image, mask, caption, text, alt"):
         open_source(f"{spec}#caption=x")
     spec = saved(tmp_path / "e", {"image": [picture(3)], "text": ["x"], "size": [1]})
-    with pytest.raises(ValueError, match="the column size holds no pictures"):
+    with pytest.raises(ValueError, match="the column size holds no images"):
         open_source(f"{spec}#image=size")
 
 
@@ -114,7 +114,7 @@ def test_hub_pictures_by_path_lie_beside_the_data(tmp_path: Path, monkeypatch: p
         (folder / "a.png").write_bytes(picture(shade)["bytes"])
         source = open_source(f"hf:{tmp_path / 'd'}")
         assert source[0].image.getpixel((0, 0)) == shade and source.picture_bytes(0) == picture(shade)["bytes"]
-    with pytest.raises(BadSample, match="row 1: there is no picture"):
+    with pytest.raises(BadSample, match="row 1: the row has no image"):
         source[1]
     with pytest.raises(BadSample, match="row 2: No such file"):
         source[2]
@@ -141,7 +141,7 @@ def test_hub_places_are_told_without_reading_pictures(tmp_path: Path, monkeypatc
 
 def test_hub_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
     source = open_source(saved(tmp_path / "d", {"image": [picture(3)], "text": [[*range(1000)]]}))
-    with pytest.raises(BadSample, match=r"text must be a string or a list of strings, is \[0, 1, 2") as caught:
+    with pytest.raises(BadSample, match=r"text must be a string or a list of strings, got \[0, 1, 2") as caught:
         source.captions(0)
     assert len(caught.value.fault.reason) < 200
     rows = {"image": [picture(3), picture(4)], "label": [0, 1]}
@@ -200,7 +200,7 @@ def test_hub_data_without_rows_is_named(tmp_path: Path) -> None:
     with pa.ipc.new_stream(str(file), rows.data.schema) as stream:
         stream.write_table(rows.data.table.slice(0, 0))
     for spec in ("none", "d:test", "zero"):
-        with pytest.raises(ValueError, match=rf"^hf:.*/{spec}: the data set has no rows"):
+        with pytest.raises(ValueError, match=rf"^hf:.*/{spec}: the dataset has no rows"):
             open_source(f"hf:{tmp_path}/{spec}")
     assert captions(open_source(f"hf:{tmp_path}/d")) == [("x",)]
 
@@ -246,7 +246,7 @@ def test_hub_rows_are_read_by_workers(tmp_path: Path) -> None:
             {"image": [picture(0)], "words": ["x"]},
             "no column of captions (title, caption, text, captions) among image, w",
         ),
-        ({"text": ["x"], "words": ["x"]}, "no column of pictures among text, words"),
+        ({"text": ["x"], "words": ["x"]}, "no column of images among text, words"),
     ],
 )
 def test_hub_columns_that_are_missing_are_named(tmp_path: Path, rows: dict[str, list[Any]], message: str) -> None:
@@ -265,7 +265,7 @@ def test_hub_row_that_cannot_be_used_has_its_cause(tmp_path: Path) -> None:
     source = open_source(spec)
     for row, cause, message in (
         (1, "not an image", "not a readable image"),
-        (2, "no image", "there is no picture"),
+        (2, "no image", "the row has no image"),
         (3, "no caption", "it has no caption"),
         (4, "empty caption", "its caption is empty"),
     ):
@@ -273,7 +273,7 @@ def test_hub_row_that_cannot_be_used_has_its_cause(tmp_path: Path) -> None:
             source[row]
         assert caught.value.fault.cause == cause and source.key(row) == caught.value.fault.key
     source = open_source(saved(tmp_path / "e", {"image": [picture(1)], "text": [3]}))
-    with pytest.raises(BadSample, match="e, row 0: text must be a string or a list of strings, is 3") as caught:
+    with pytest.raises(BadSample, match="e, row 0: text must be a string or a list of strings, got 3") as caught:
         source.captions(0)
     assert caught.value.fault.cause == "damaged caption"
 

@@ -187,7 +187,7 @@ def test_spec_joins_and_weighs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         ("a::1000000.5*a", "a: the weight must be at most 1,000,000, got 1e+06"),
         ("9" * 5000 + "*a", "*a: the weight has more than 100 digits"),
         ("0*a", "0*a: the weight must be above 0"),
-        ("0.01*a::a", "a: 0.01 times its 6 samples are none"),
+        ("0.01*a::a", "a: the weight 0.01 is too small: it draws none of 6 samples"),
     ],
 )
 def test_spec_that_joins_wrongly_is_named(

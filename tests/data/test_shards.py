@@ -251,7 +251,7 @@ def test_hidden_files_and_folders_are_no_shards(tmp_path: Path) -> None:
     assert shades(tmp_path / "s" / f"{{0,1{',0' * 200}}}.tar") == [0, 1, 2, 3]  # longer than a file name may be
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "._0.tar").write_bytes(b"macOS")
-    with pytest.raises(ValueError, match="the folder holds no pictures"):
+    with pytest.raises(ValueError, match="the folder holds no images"):
         open_source(str(tmp_path / "f"))
     with pytest.raises(ValueError, match=r"no such shards: .*x\*\.tar: no file"):
         open_source(str(tmp_path / "s" / "x*.tar"))

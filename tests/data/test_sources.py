@@ -163,17 +163,17 @@ def test_table_fields_are_quoted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,label\na.png,1\n", r"t\.csv: the table needs a column of pictures .*filepath.* found name, label"),
-        ("filepath,label\na.png,1\n", r"t\.csv: .* captions \(title, caption, text\).* found filepath, label"),
-        ("", r"t\.csv: .* found none"),
+        ("name,label\na.png,1\n", r"t\.csv: the table needs a column of images .*filepath.* got name, label"),
+        ("filepath,label\na.png,1\n", r"t\.csv: .* captions \(title, caption, text\).* got filepath, label"),
+        ("", r"t\.csv: .* got none"),
         ("filepath,title\n", r"t\.csv: the table has a header and no rows"),
         ("filepath,title\na.png,\nb.png, \n", r"t\.csv: all 2 captions are empty"),
         ('filepath,title\n,"x\ny"\n,y\n', r"none of 2 rows can be used, first .*t\.csv, line 2: the path is empty"),
         (
             "filepath,title\n\nb.png\n",
-            r"none of 1 rows can be used, .*t\.csv, line 3: 1 fields, the header has 2",
+            r"none of 1 rows can be used, .*t\.csv, line 3: 1 fields, but the header has 2",
         ),
-        ("filepath,title\na.png,x, y\n", r"t\.csv, line 2: 3 fields, the header has 2"),
+        ("filepath,title\na.png,x, y\n", r"t\.csv, line 2: 3 fields, but the header has 2"),
         ('filepath,title\na.png,x\nb.png,"x\nc.png,y\nd.png,z\n', r"t\.csv, line 3: unexpected end of data"),
         (f"filepath,title\na.png,{'x' * 200_000}\n", r"t\.csv, line 2: field larger than field limit"),
     ],
@@ -231,7 +231,7 @@ def test_folder_has_every_picture_with_its_captions(tmp_path: Path) -> None:
 def test_folder_without_captions_counts_and_names_the_first(tmp_path: Path) -> None:
     for k in range(5):
         (tmp_path / f"{k}.png").write_bytes(picture(k))
-    with pytest.raises(ValueError, match=r"none of 5 pictures has a caption, first .*0\.png: 0\.txt or 0\.json must"):
+    with pytest.raises(ValueError, match=r"none of 5 images has a caption, first .*0\.png: 0\.txt or 0\.json must"):
         open_source(str(tmp_path))
 
 
@@ -245,7 +245,7 @@ def test_folder_without_captions_counts_and_names_the_first(tmp_path: Path) -> N
         ("a.json", b'{"caption": null}', "a.png: it has no caption"),
         ("a.json", b'["a cat"]', "a.png: its caption file must hold an object of names and values, holds list"),
         ("a.json", b'{"text": "x", "url": ""}', 'a.png: its caption file has no "caption" (it has text, url)'),
-        ("a.json", b'{"caption": 3}', 'a.png: "caption" in its JSON file must be a string or a list of strings, is 3'),
+        ("a.json", b'{"caption": 3}', 'a.png: "caption" in its JSON file must be a string or a list of strings, got 3'),
     ],
 )
 def test_folder_caption_fault_names_the_picture(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -257,7 +257,7 @@ def test_folder_caption_fault_names_the_picture(tmp_path: Path, name: str, data:
 
 
 def test_folder_of_neither_pictures_nor_shards_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: the folder holds no pictures"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: the folder holds no images"):
         open_source(str(tmp_path))
 
 
@@ -414,7 +414,7 @@ def test_picture_that_has_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match=f"{re.escape(key)}: No such file"):
         source[1]
     (tmp_path / "1.txt").unlink()
-    with pytest.raises(BadSample, match=r"1\.png: it has no caption: 1\.txt or 1\.json must lie beside it"):
+    with pytest.raises(BadSample, match=r"1\.png: it has no caption: 1\.txt or 1\.json must be in the same folder"):
         source.captions(0)
 
 

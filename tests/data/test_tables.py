@@ -50,12 +50,12 @@ def test_table_paths_are_relative_to_the_table(
     monkeypatch.chdir(here)
     source = open_source("../beside/t.csv")
     assert cause(source, 0) == "ambiguous file"
-    with pytest.raises(BadSample, match=r"^p/both\.png: two pictures, .*/beside/p/both.png and .*/here/p/b"):
+    with pytest.raises(BadSample, match=r"^p/both\.png: two different images, .*/beside/p/both.png and .*/here/p/b"):
         source[0]
     expected = [picture(3), picture(4), picture(4), picture(3), (here / "p/both.png").read_bytes()]
     assert [source.picture_bytes(k) for k in range(1, 6)] == expected
     (line,) = caplog.messages
-    assert line.startswith("../beside/t.csv: pictures such as p/here.png are not in its folder; those in the working")
+    assert line.startswith("../beside/t.csv: images such as p/here.png are not in the table's folder and are read from")
     monkeypatch.chdir(beside)
     assert source.picture_bytes(1) == picture(3)  # the source was opened in another folder
     caplog.clear()
@@ -86,7 +86,7 @@ def test_table_name_that_is_not_utf8_is_found(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"filepath,title\n\xe9.png,x\nhttps://a.b/c.png,y\n")
     source = open_source(str(tmp_path / "t.csv"))
     assert source[0].captions == ("x",)
-    with pytest.raises(BadSample, match=r"^https://a\.b/c\.png: a URL, which is not fetched"):
+    with pytest.raises(BadSample, match=r"^https://a\.b/c\.png: URLs in a table are not fetched"):
         source[1]
 
 
@@ -99,8 +99,8 @@ def test_table_says_which_of_several_columns_is_taken(tmp_path: Path, caplog: py
     caplog.set_level("INFO", "fastclip")
     assert open_source(table).captions(0) == ("b",)
     assert caplog.messages == [
-        f"{table}: the column title is taken, not caption; {table}#caption=caption names another",
-        f"{table}: columns filepath and title, passed over caption, note",
+        f"{table}: the column title is used, not caption; {table}#caption=caption names another",
+        f"{table}: columns filepath and title, ignored caption, note",
     ]
     caplog.clear()
     source = open_source(f"2*{table}#caption=Caption::{table}#caption=note,image=filepath")
@@ -202,7 +202,7 @@ def test_quote_that_swallows_rows_is_an_error(
 ) -> None:
     lines = [header, opens, *[inside] * 40 * bool(inside), closes]
     (table := tmp_path / "t.csv").write_text(end.join(lines), newline="")
-    message = rf"^{re.escape(str(table))}, line 2: .* a field .*goes on to line {len(lines)}.*: close the quote"
+    message = rf"^{re.escape(str(table))}, line 2: .* a field .*extends to line {len(lines)}.*: close the quote"
     with pytest.raises(ValueError, match=message):
         open_source(str(table))
 
@@ -239,12 +239,12 @@ def test_header_of_several_lines_is_read(tmp_path: Path, caplog: pytest.LogCaptu
     caplog.set_level("INFO", "fastclip")
     source = open_source(str(table))
     assert source.captions(0) == ("one",) and source.key(1) == f"{table}, line 5"
-    assert f"{table}: columns filepath and title, passed over $'a\\nb'" in caplog.messages
+    assert f"{table}: columns filepath and title, ignored $'a\\nb'" in caplog.messages
     for header, message in (
         ('filepath,title,"no"te', r"t\.csv, line 1: ',' expected after"),
         ('filepath,title,"note', r"t\.csv, line 1: unexpected end of data; a quote opens .* to line 2"),
         ("a" * 200_000, r"t\.csv: the header of the table cannot be read: field larger than field limit"),
-        ('filepath,"title', r"t\.csv: the table needs .*; found filepath, \$'title\\na\.png,x'; others"),
+        ('filepath,"title', r"t\.csv: the table needs .*; got filepath, \$'title\\na\.png,x'; name other"),
     ):
         table.write_text(f"{header}\na.png,x\n")
         with pytest.raises(ValueError, match=message):

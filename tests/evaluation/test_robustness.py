@@ -244,7 +244,7 @@ def test_command_says_what_can_be_mended(
     for words, message in (
         ([], "name the folder of a data set: --imagenet, --imagenet-v2"),
         (["--imagenet-a", sets["imagenet-a"], "--plot", tmp_path / "p.png"], "--plot needs --imagenet"),
-        (["--imagenet-a", sets["imagenet-r"]], "folders are no classes of imagenet-a"),
+        (["--imagenet-a", sets["imagenet-r"]], "folders are not classes of imagenet-a"),
         (["--imagenet", tmp_path / "none"], "none"),
     ):
         capsys.readouterr()

@@ -332,7 +332,7 @@ def test_other_classes_are_not_taken_from_a_stopped_run(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data", "FLAT"], "2 pictures and no class folders; pictures must lie in a folder a class"),
+        (["--data", "FLAT"], "2 images and no class folders; images must be in one folder per class"),
         (["--data", "SHARDS"], "'SHARDS' is not a dataset"),
         (["--data", "digits", "--classes", "FILE"], "has 2 names, but digits has 10 classes"),
         (["--data", "digits", "--templates", "FILE"], "line 1: 'a' must contain {} once"),

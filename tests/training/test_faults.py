@@ -66,7 +66,7 @@ def test_skipped_samples_are_counted_by_cause_and_shown(tmp_path: Path, caplog: 
         "skipped, no caption",
         "skipped, not an image",
     ]
-    assert f"{data}/021.png: it has no caption: 021.txt or 021.json must lie beside it" in caplog.text
+    assert f"{data}/021.png: it has no caption: 021.txt or 021.json must be in the same folder" in caplog.text
     assert "8 of 48 samples drawn (16.67%) cannot be used: 4 not an image (" in caplog.text
     assert train(options(data, tmp_path / "again", workers=2)).losses == run.losses
 

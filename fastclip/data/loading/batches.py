@@ -62,7 +62,7 @@ def training_batches(
     Args:
         transform: PIL image of any mode -> (3, H, W) float32. It may draw random numbers from the global generators of
             torch (CPU), numpy and random.
-        tokenize: list of B texts -> (B, L) int64; called once per micro-batch.
+        tokenize: list of B texts -> (B, L) int64, called once per micro-batch.
         batch_size: samples per step over all ranks, at least `ranks`. Rank r has the rows from r batch_size // ranks
             to (r + 1) batch_size // ranks - 1.
         micro_batch: samples per `Batch` (default: all samples of the rank). The last of a step may be smaller.
@@ -74,9 +74,9 @@ def training_batches(
         patience: seconds without a batch after which the log names the workers that are reading, and their samples.
 
     Raises:
-        ValueError: a number is out of range; while iterating, none of 100 tried samples can be used.
-        OSError, ValueError: while iterating, the file that holds the samples, such as a shard, cannot be read; the
-            message names it.
+        ValueError: a number is out of range, or, while iterating, none of 100 samples in a row can be used.
+        OSError, ValueError: while iterating, a file that holds samples, such as a shard, cannot be read. The message
+            names the file.
         ChildProcessError: while iterating, a worker was killed.
     """
     _check(rank=rank, ranks=ranks, workers=workers)

@@ -1,1 +1,1 @@
-"""Kinds of data: each class reads pictures and captions by number (`fastclip.data.source.Source`)."""
+"""Kinds of data, each a class that reads images and captions by index (`fastclip.data.source.Source`)."""

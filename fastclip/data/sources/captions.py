@@ -11,17 +11,17 @@ from fastclip.system.reading import parse_json
 __all__ = ["first_captions", "given_captions", "json_captions", "json_fields", "text_captions"]
 
 _T = TypeVar("_T")
-_UNTOLD = ("empty caption", "no caption")  # another file of the same sample may still hold a caption
+_UNTOLD = ("empty caption", "no caption")  # causes after which another file of the sample may still hold a caption
 _SHOWN = 8  # names in a message
 
 
 def text_captions(data: bytes, key: str, *, lines: bool) -> tuple[str, ...]:
-    """Return the captions of a text file in UTF-8, one a line or one in all, without white space at their ends.
+    """Return the captions of a text file in UTF-8, stripped of white space: one per line, or the whole text as one.
 
-    Raises BadSample with `key` when there is none.
+    Raises BadSample with `key` if there is none.
     """
     try:
-        text = data.decode("utf-8-sig")  # some editors put a byte order mark first
+        text = data.decode("utf-8-sig")  # drops the byte order mark that some editors write
     except UnicodeDecodeError as error:
         raise BadSample("damaged caption", key, f"its caption is not UTF-8: {error}") from error
     return given_captions(text.splitlines() if lines else [text], key)
@@ -30,7 +30,7 @@ def text_captions(data: bytes, key: str, *, lines: bool) -> tuple[str, ...]:
 def json_captions(data: bytes, key: str, field: str = "caption") -> tuple[str, ...]:
     """Return the captions in `field` of a JSON object: a string, as img2dataset writes it, or a list of strings.
 
-    Raises BadSample with `key` when there is none.
+    Raises BadSample with `key` if there is none.
     """
     try:
         fields = parse_json(data, "its caption file")
@@ -43,7 +43,7 @@ def json_captions(data: bytes, key: str, field: str = "caption") -> tuple[str, .
 
 
 def json_fields(data: bytes, *, without: tuple[str, ...] = ("caption",)) -> dict[str, Any]:
-    """Return the fields of a JSON object without these; none of data that are no JSON object."""
+    """Return the fields of a JSON object except those in `without`; {} if the data are not a JSON object."""
     try:
         fields = parse_json(data, "")
     except ValueError:
@@ -52,7 +52,7 @@ def json_fields(data: bytes, *, without: tuple[str, ...] = ("caption",)) -> dict
 
 
 def first_captions(readers: Iterable[Callable[[], _T]]) -> _T:
-    """Return what the first reader that has captions returns; BadSample, the first one's, where none has."""
+    """Return the result of the first reader that finds captions. If none does, raise the BadSample of the first."""
     first: BadSample | None = None
     for read in readers:
         try:
@@ -66,19 +66,19 @@ def first_captions(readers: Iterable[Callable[[], _T]]) -> _T:
 
 
 def given_captions(value: Any, key: str, what: str = "its caption") -> tuple[str, ...]:
-    """Return the captions among a string or a list of strings, without white space at their ends; None is no caption.
+    """Return the captions in a string or a list of strings, stripped of white space, without None and empty ones.
 
-    Raises BadSample with `key` for another kind of value, text that is not Unicode, or where nothing is left.
+    Raises BadSample with `key` if the value has another type, a text is not valid Unicode, or no caption remains.
     """
     texts = [text for text in (value if isinstance(value, (list, tuple)) else [value]) if text is not None]
     if not texts:
         raise BadSample("no caption", key, "it has no caption")
     if not all(isinstance(text, str) for text in texts):
-        raise BadSample("damaged caption", key, f"{what} must be a string or a list of strings, is {value!r:.100}")
+        raise BadSample("damaged caption", key, f"{what} must be a string or a list of strings, got {value!r:.100}")
     given = tuple(text for text in map(str.strip, texts) if text)
     if not given:
         raise BadSample("empty caption", key, "its caption is empty")
-    # no tokenizer can encode it
+    # No tokenizer can encode half of a surrogate pair.
     if any("\ud800" <= letter <= "\udfff" for text in given if not text.isascii() for letter in text):
         raise BadSample("damaged caption", key, f"{what} holds half a character (a lone surrogate)")
     return given

@@ -1,4 +1,4 @@
-"""Pictures in a folder a class."""
+"""Images in one folder per class."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ from fastclip.data.sources.folder import pictures
 __all__ = ["SPLITS", "ClassFolder"]
 
 logger = logging.getLogger(__name__)
-SPLITS = {"test", "train", "training", "val", "valid", "validation"}  # what folders of parts of a data set are called
+SPLITS = {"test", "train", "training", "val", "valid", "validation"}  # usual names for the folders of splits
 
 
 class ClassFolder(PictureFiles):
-    """Every picture of ``FOLDER/CLASS/``, at any depth, with the class of its folder; torchvision's `ImageFolder`.
+    """All images in folders ``FOLDER/CLASS/``, at any depth, with their classes, as in torchvision's `ImageFolder`.
 
-    Class names are the folders', sorted, with blanks for underscores. Folders that are called by WordNet ids are
-    classes of ImageNet, in the order of their numbers, with the names that CLIP has for them; so are 1,000 folders 0 to
-    999, as ImageNet-V2 has them. What is hidden is left out, and links to folders of classes are followed. The captions
-    of a picture are its class's. `folders` are the names of the class folders, sorted.
+    The class names are the sorted names of the folders, with blanks in place of underscores. Folders named by WordNet
+    ids are classes of ImageNet, in the order of their numbers and with CLIP's class names. The same holds for 1,000
+    folders named 0 to 999, as in ImageNet-V2. Hidden files and folders are left out, and links to class folders are
+    followed. The captions of an image are those of its class.
 
     Args:
-        classes: names, one a folder, which go together by name (`join_names`); or one of
-            `fastclip.data.classes.imagenet.SETS`, whose classes all count, whether they have a folder or not.
+        classes: one name per folder, matched with the folders by name (`join_names`); or one of
+            `fastclip.data.classes.imagenet.SETS`, all of whose classes exist then, even without a folder.
+
+    Attributes:
+        folders: the sorted names of the class folders.
 
     Raises:
         OSError: the folder cannot be read.
-        ValueError: there are no class folders, or less than two classes; folders without pictures; folders that are
-            not among `classes`, or unknown WordNet ids, by name; another number of names, or others.
-        ImportError: timm or open_clip_torch, which know ImageNet's classes, is not installed.
+        ValueError: there are no class folders, fewer than two classes, or folders without images. Folders are not among
+            `classes`, or are unknown WordNet ids. The names in `classes` do not match the folders.
+        ImportError: timm or open_clip_torch, which list ImageNet's classes, is not installed.
     """
 
     def __init__(self, spec: str, *, classes: str | Sequence[str] | None = None) -> None:
@@ -44,7 +47,7 @@ class ClassFolder(PictureFiles):
         self.folders = folders = _class_folders(self._folder)
         self.class_names, places = _classes(spec, folders, classes)
         if len(self.class_names) < 2:
-            raise ValueError(f"{spec}: there is one class, {folders[0]}: nothing to tell apart")
+            raise ValueError(f"{spec}: there is only one class, {folders[0]}, but at least two are required")
         self._labels, empty = array("i"), list[str]()
         for folder, place in zip(folders, places, strict=True):
             before = len(self._names)
@@ -53,7 +56,7 @@ class ClassFolder(PictureFiles):
             self._labels.extend([place] * (len(self._names) - before))
             empty += [folder] if len(self._names) == before else []
         if empty:
-            raise ValueError(f"{spec}: folders without pictures: {shown_names(empty)}")
+            raise ValueError(f"{spec}: folders without images: {shown_names(empty)}")
 
     def captions(self, index: int) -> tuple[str, ...]:
         return class_captions(self.class_names[self._labels[index]], self.templates)
@@ -65,12 +68,12 @@ class ClassFolder(PictureFiles):
 def _class_folders(folder: Path) -> list[str]:
     """Return the names of the class folders, sorted as text, or by value if all are numbers."""
     names = subfolders(folder)
-    wanted = f"pictures must lie in a folder a class: {folder}/CLASS/PICTURE"
+    wanted = f"images must be in one folder per class: {folder}/CLASS/IMAGE"
     if not names:
         flat = sum(1 for _ in pictures(folder))
-        raise ValueError(f"{folder}: {f'{flat} pictures and ' if flat else ''}no class folders; {wanted}")
-    if set(names) <= SPLITS:  # else a model would learn to tell train from val
-        raise ValueError(f"{folder} holds {', '.join(names)}, which are no classes: name one of these folders")
+        raise ValueError(f"{folder}: {f'{flat} images and ' if flat else ''}no class folders; {wanted}")
+    if set(names) <= SPLITS:  # as classes they would make a model learn to tell train from val
+        raise ValueError(f"{folder} holds {', '.join(names)}, which are splits, not classes: name one of these folders")
     return sorted(names, key=int) if all(map(_is_number, names)) else names
 
 
@@ -103,6 +106,6 @@ def _places(spec: str, folders: Sequence[str], name: str) -> list[int]:
     places = imagenet.folder_places(name)
     if unknown := [folder for folder in folders if folder not in places]:
         raise ValueError(
-            f"{spec}: {len(unknown)} of {len(folders)} folders are no classes of {name}: {shown_names(unknown)}"
+            f"{spec}: {len(unknown)} of {len(folders)} folders are not classes of {name}: {shown_names(unknown)}"
         )
     return [places[folder] for folder in folders]

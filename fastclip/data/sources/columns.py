@@ -1,4 +1,4 @@
-"""Choose the columns, or fields, that hold the pictures and captions of a data set."""
+"""Choose the columns or fields that hold the images and captions of a dataset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 __all__ = ["CAPTION_COLUMNS", "IMAGE_COLUMNS", "UNNAMED", "Named", "choose", "named_columns"]
 
 logger = logging.getLogger(__name__)
-# The first of them that there is; open_clip's defaults lead.
+# The first of these that exists is used. open_clip's defaults come first.
 IMAGE_COLUMNS = ("filepath", "image", "path", "file_name")
 CAPTION_COLUMNS = ("title", "caption", "text")
 
@@ -19,7 +19,7 @@ _NAMED = re.compile(r"(?P<rest>.+)#(?P<named>(?:image|caption)=[^,]+(?:,(?:image
 
 
 class Named(NamedTuple):
-    """The columns that a user has named; "" where none is."""
+    """The columns of images and captions that the user has named, or ""."""
 
     image: str = ""
     caption: str = ""
@@ -29,11 +29,11 @@ UNNAMED = Named()
 
 
 def named_columns(spec: str) -> tuple[str, Named]:
-    """Split ``SPEC#image=NAME,caption=NAME``, either of which may be left out, into SPEC and the names.
+    """Split ``SPEC#image=NAME,caption=NAME`` into SPEC and the names, either of which may be left out.
 
-    Raises ValueError where one is given twice.
+    Raises ValueError if one of them is given twice.
     """
-    match = None if os.path.exists(spec) else _NAMED.fullmatch(spec)  # a file's name may hold such a part
+    match = None if os.path.exists(spec) else _NAMED.fullmatch(spec)  # the name of a file may look like this
     if match is None:
         return spec, UNNAMED
     kinds, names = zip(*(pair.split("=", 1) for pair in match["named"].split(",")), strict=True)
@@ -43,20 +43,20 @@ def named_columns(spec: str) -> tuple[str, Named]:
 
 
 def choose(names: Sequence[str], kind: str, known: Sequence[str], wanted: str, spec: str) -> int | None:
-    """Return the place of a column among `names`: the one that is wanted, or the first of those known, in any case.
+    """Return the index among `names` of the column `wanted`, or of the first column in `known` if `wanted` is "".
 
-    The log says which it is where there are several.
+    Case is ignored. If several of the `known` columns exist, the log says which one is used.
 
     Args:
-        kind: "image" or "caption".
+        kind: "image" or "caption", for messages.
 
     Returns:
-        None where there is none of those known.
+        The index, or None if none of the `known` columns exists.
 
     Raises:
-        ValueError: the one that is wanted is not there, or there are two of its name.
+        ValueError: the column `wanted` does not exist, or two columns have the chosen name.
     """
-    lower = [name.strip().lower() for name in names]  # spreadsheets write Title, and blanks after a comma
+    lower = [name.strip().lower() for name in names]  # spreadsheets write "Title", and blanks after a comma
     asked = [wanted.strip().lower()] if wanted else list(known)
     there = [name for name in asked if name in lower]
     if not there:
@@ -68,5 +68,5 @@ def choose(names: Sequence[str], kind: str, known: Sequence[str], wanted: str, s
     if len(there) > 1:
         others = " and ".join(there[1:])
         how = f"{spec.partition('#')[0]}#{kind}={there[1]}"
-        logger.warning("%s: the column %s is taken, not %s; %s names another", spec, there[0], others, how)
+        logger.warning("%s: the column %s is used, not %s; %s names another", spec, there[0], others, how)
     return lower.index(there[0])

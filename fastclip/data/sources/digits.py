@@ -25,14 +25,14 @@ _SPLIT_SEED = 0
 
 
 class DigitsSource:
-    """The digits as RGB pictures of 32 x 32 pixels, white ink, each with the five templates' captions of its digit.
+    """The digits as RGB images of 32 x 32 pixels, white on black, each with five captions from `TEMPLATES`.
 
-    The 8 x 8 images of 17 grey levels are enlarged. Source: UCI "Optical Recognition of Handwritten Digits" (Alpaydin
-    and Kaynak 1998), its test set, as in ``sklearn.datasets.load_digits``.
+    The original 8 x 8 images with 17 grey levels are enlarged. Source: the test set of UCI "Optical Recognition of
+    Handwritten Digits" (Alpaydin and Kaynak 1998), as in ``sklearn.datasets.load_digits``.
 
     Args:
-        held_out: a held-out fifth (360) in place of the training images (1,437), with every digit's share alike in
-            both; always the same.
+        held_out: open the held-out fifth (360 images) in place of the training images (1,437). The split is fixed, and
+            every digit has the same share in both parts.
     """
 
     spec = "digits"

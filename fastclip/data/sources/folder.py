@@ -1,4 +1,4 @@
-"""Pictures in a folder, each with a file of its captions beside it."""
+"""Images in a folder, each with a file of its captions in the same folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _CAPTIONS = (".txt", ".json")
 
 
 class PictureFile(NamedTuple):
-    """A picture, and the files of its captions, which lie in the same folder."""
+    """An image file, and the files of its captions in the same folder."""
 
-    name: str  # relative to the folder that was asked for
-    text: str  # the name of its .txt, without folders; "" where there is none
-    json: str
+    name: str  # relative to the folder that is walked
+    text: str  # name of its .txt without folders; "" if there is none
+    json: str  # name of its .json without folders; "" if there is none
 
     @property
     def captioned(self) -> bool:
@@ -35,19 +35,19 @@ class PictureFile(NamedTuple):
 
 
 def is_picture(name: str) -> bool:
-    """Return True if the file's name ends as a picture's does, in any case."""
+    """Return True if the name has the suffix of an image file, in upper or lower case."""
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
 def pictures(folder: Path, passed: Tally | None = None, links: list[str] | None = None) -> Iterator[PictureFile]:
-    """Every picture under `folder` that is not hidden, sorted in each folder; as `fastclip.data.files.walk` goes.
+    """Yield every image under `folder` that is not hidden, in the order of `fastclip.data.files.walk`.
 
-    A caption file has the picture's name but for the suffix. Names that differ in Unicode's normal form only (an e with
-    an accent as one character or two, as macOS has it), and suffixes in capitals, are the same.
+    A caption file has the name of its image except for the suffix. Suffixes may be in upper case, and names may differ
+    in their Unicode normal form: macOS stores an accented letter as two characters.
 
     Args:
-        passed: counts the other files by their suffixes.
-        links: as `walk`'s.
+        passed: a tally that counts the other files by suffix.
+        links: a list that receives the links to folders, as in `walk`.
     """
     start = len(os.path.join(folder, ""))
     for _, entries in walk(str(folder), links=links):
@@ -77,9 +77,9 @@ def _kind(name: str) -> str:
 
 
 class NoCaptions(ValueError):
-    """Raised for a folder without pictures that have captions: a folder of classes, perhaps.
+    """Raised for a folder in which no image has a caption. The folder may hold one folder per class instead.
 
-    `outside` says whether pictures lie in the folder itself, and so outside of any class.
+    `outside` is True if images are in the folder itself and thus belong to no class. `links` are the links to folders.
     """
 
     def __init__(self, message: str, outside: bool, links: list[str]) -> None:
@@ -88,18 +88,19 @@ class NoCaptions(ValueError):
 
 
 class Uncaptioned(PictureFiles):
-    """Pictures of a folder of which none has a caption: to be embedded, and nothing else."""
+    """Images of a folder in which no image has a caption. They can be embedded, but not used as pairs."""
 
 
 class Folder(PictureFiles):
-    """Every picture under a folder: ``a/1.jpg`` with ``a/1.txt``, one caption a line, or ``a/1.json`` with "caption".
+    """All images under a folder, such as ``a/1.jpg`` with captions in ``a/1.txt`` or ``a/1.json``.
 
-    A .txt goes before a .json, unless it is empty, or `caption` names another field of the .json files; that is what
-    img2dataset writes as files. Both are read when the sample is. The log counts the files that are neither.
+    A .txt holds one caption per line. A .json, as img2dataset writes it, holds captions in "caption". The .txt takes
+    precedence unless it is empty. If `caption` names a field of the .json files, only the .json files are read. Caption
+    files are read together with their sample. The log counts all other files.
 
     Raises:
-        NoCaptions: there is no picture, or none with captions; the message counts them and names the first. The log
-            does not count the links to folders then.
+        NoCaptions: there are no images, or none has captions. The message has the number of images and names the first.
+            The links to folders are then not logged.
     """
 
     def __init__(self, spec: str, folder: str | None = None, *, caption: str = "") -> None:
@@ -107,7 +108,7 @@ class Folder(PictureFiles):
         self._field = caption
         self.passed = passed = Tally()
         captioned, outside, links = False, False, list[str]()
-        self._beside: dict[int, PictureFile] = {}  # of pictures whose caption files have other names than usual
+        self._beside: dict[int, PictureFile] = {}  # images whose caption files are not simply STEM.txt and STEM.json
         for picture in pictures(self._folder, passed, links):
             stem = os.path.splitext(os.path.basename(picture.name))[0]
             if (picture.text or f"{stem}.txt", picture.json or f"{stem}.json") != (f"{stem}.txt", f"{stem}.json"):
@@ -117,14 +118,14 @@ class Folder(PictureFiles):
             outside = outside or not os.path.dirname(picture.name)
         if not len(self):
             kinds = ", ".join(sorted(PICTURE_SUFFIXES))
-            raise NoCaptions(f"{spec}: the folder holds no pictures ({kinds}){passed.also_holds()}", outside, links)
+            raise NoCaptions(f"{spec}: the folder holds no images ({kinds}){passed.also_holds()}", outside, links)
         if not captioned:
             first = self._file(0)
-            message = f"none of {len(self)} pictures has a caption, first {first}: {_wanted(first)}"
+            message = f"none of {len(self)} images has a caption, first {first}: {_wanted(first)}"
             raise NoCaptions(f"{spec}: {message}{passed.also_holds()}", outside, links)
         log_links(str(self._folder), links)
         if passed.total:
-            logger.warning("%s: passed over %s", spec, passed)
+            logger.warning("%s: ignored files: %s", spec, passed)
 
     def captions(self, index: int) -> tuple[str, ...]:
         path, (text, about) = self._file(index), self._caption_files(index)
@@ -132,22 +133,24 @@ class Folder(PictureFiles):
         try:
             files = [file for file in ((about,) if self._field else (text, about)) if file.exists()]
             if not files:
-                wanted = f"{about.name} must lie beside it" if self._field else _wanted(path)
+                wanted = f"{about.name} must be in the same folder" if self._field else _wanted(path)
                 raise BadSample("no caption", key, f"it has no caption: {wanted}")
             field = self._field or "caption"
             return first_captions([partial(_read, file, key, field, lines=file is text) for file in files])
         except OSError as error:
-            raise BadSample("unreadable file", key, f"its caption file: {error.strerror or error}") from error
+            raise BadSample(
+                "unreadable file", key, f"its caption file cannot be read: {error.strerror or error}"
+            ) from error
 
     def fields(self, index: int) -> dict[str, Any]:
-        """As `fastclip.data.source.sample_fields`."""
+        """Return the fields of the image's .json; see `fastclip.data.source.sample_fields`."""
         try:
             return json_fields(read_file(self._caption_files(index)[1]))
         except OSError:
             return {}
 
     def _caption_files(self, index: int) -> tuple[Path, Path]:
-        """The .txt and the .json of a picture, whether they are there or not."""
+        """Return the paths of an image's .txt and .json, whether they exist or not."""
         path, picture = self._file(index), self._beside.get(index)
         text, about = path.with_suffix(".txt"), path.with_suffix(".json")
         if picture is None:
@@ -161,4 +164,4 @@ def _read(file: Path, key: str, field: str, *, lines: bool) -> tuple[str, ...]:
 
 
 def _wanted(path: Path) -> str:
-    return f"{path.with_suffix('.txt').name} or {path.with_suffix('.json').name} must lie beside it"
+    return f"{path.with_suffix('.txt').name} or {path.with_suffix('.json').name} must be in the same folder"

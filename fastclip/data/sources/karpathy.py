@@ -1,4 +1,4 @@
-"""Karpathy's splits of Flickr30K and COCO, on which retrieval is reported: pictures with several captions each."""
+"""Karpathy's splits of Flickr30K and COCO, on which retrieval is reported. Each image has several captions."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fastclip.system.reading import parse_json
 
 __all__ = ["Karpathy", "absolute_split", "is_split_file", "split_places"]
 
-# the shortest name that ends in .json is the file, for the folder after it may hold another .json
+# The shortest name that ends in .json is the file, because the folder after it may contain ".json" too.
 _SPEC = re.compile(r"(?P<file>.+?\.json)(?::(?P<splits>[^:]*)(?::(?P<folder>.+))?)?", re.DOTALL | re.IGNORECASE)
 
 
 def is_split_file(spec: str) -> bool:
-    """Return True if `spec` has the form of a `Karpathy`'s."""
+    """Return True if `spec` has the form that `Karpathy` opens."""
     return _SPEC.fullmatch(spec) is not None
 
 
 def absolute_split(spec: str) -> str:
-    """Return a `Karpathy`'s spec with the absolute paths of its file and of its folder."""
+    """Return a spec of `Karpathy` with the absolute paths of its file and its folder."""
     match = _SPEC.fullmatch(spec)
     assert match is not None, spec
     parts = (os.path.abspath(match["file"]), match["splits"], match["folder"] and os.path.abspath(match["folder"]))
@@ -35,28 +35,29 @@ def absolute_split(spec: str) -> str:
 
 
 def split_places(spec: str) -> list[Path]:
-    """Return the file of a `Karpathy`'s spec and the folder of pictures that it names; [] for another spec."""
+    """Return the file of a spec of `Karpathy` and the image folder that it names; [] for any other spec."""
     match = _SPEC.fullmatch(spec)
     return [Path(place) for place in match.group("file", "folder") if place] if match else []
 
 
 class Karpathy(PictureFiles):
-    """One picture a sample, with its captions: ``dataset_coco.json:test``, or several splits, ``:train+restval``.
+    """One or several splits of Karpathy's files, such as ``dataset_coco.json:test``, one sample per image.
 
-    The files ``dataset_coco.json``, ``dataset_flickr30k.json`` and ``dataset_flickr8k.json`` of Karpathy and Fei-Fei
-    2015: an object with "images", each with "filename", "split", "sentences" (a list of objects with "raw") and perhaps
-    "filepath", a folder such as val2014. COCO's usual training split is train+restval.
+    The files are ``dataset_coco.json``, ``dataset_flickr30k.json`` and ``dataset_flickr8k.json`` of Karpathy and
+    Fei-Fei 2015. Each is an object with a list "images" of objects with "filename", "split", "sentences" (a list of
+    objects with "raw") and optionally "filepath" (a folder such as val2014). Several splits are joined by "+". The
+    usual training split of COCO is ``dataset_coco.json:train+restval``.
 
-    The pictures lie beside the file, or in ``images/`` or ``DATASET-images/`` there, or in another folder, which is
-    then part of the spec, ``dataset_coco.json:test:/data/coco``; and there in the folder "filepath", or without it.
+    The images are in the file's folder, or in ``images/`` or ``DATASET-images/`` there. Another folder is part of the
+    spec, ``dataset_coco.json:test:/data/coco``. In any of them, images may be in the subfolder "filepath" or not.
 
     Attributes:
-        dataset: "coco" or "flickr30k", as the file says; "" where it does not.
-        splits: those that were asked for.
+        dataset: "coco" or "flickr30k", as stated in the file, or "".
+        splits: the names of the splits in the spec.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no such file, or has no such split, or none is named, or there are no pictures.
+        ValueError: the file has another form, the spec names no split or an unknown one, or no image is found.
     """
 
     def __init__(self, spec: str) -> None:
@@ -85,16 +86,16 @@ class Karpathy(PictureFiles):
         return given_captions([self._captions[place] for place in places], self.key(index))
 
     def _file(self, index: int) -> Path:
-        # a disk may have the name in another Unicode form than the JSON file
+        # The name on the disk may have another Unicode normal form than the name in the JSON file.
         return existing(self._folder, self._names[index]) or super()._file(index)
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """Return the object in the file, after a check that its images have the keys that are used."""
+    """Return the object in the file after checking that its images have the required keys."""
     content = parse_json(read_file(file), str(file))
     images = content.get("images")
     if not isinstance(images, list) or not images:
-        raise ValueError(f'{file} is none of Karpathy\'s split files: it has no list "images"')
+        raise ValueError(f'{file} is not one of Karpathy\'s split files: it has no list "images"')
     for number, image in enumerate(images):
         try:
             texts = (image["filename"], image["split"], image.get("filepath", ""))
@@ -104,7 +105,7 @@ def _load(file: Path) -> dict[str, Any]:
             good = False
         if not good:
             wanted = '"filename", "split" and "sentences", a list of objects with "raw"'
-            raise ValueError(f"{file} is none of Karpathy's split files: its image {number} must have {wanted}")
+            raise ValueError(f"{file} is not one of Karpathy's split files: its image {number} must have {wanted}")
     return dict(content)
 
 
@@ -115,15 +116,13 @@ def _name(image: dict[str, Any], deep: bool) -> str:
 def _root(
     spec: str, file: Path, folder: str | None, dataset: str, images: Sequence[dict[str, Any]]
 ) -> tuple[Path, bool]:
-    """Return the first folder that holds a picture, and whether its pictures lie in folders called "filepath"."""
+    """Return the first folder that holds an image, and True if its images are in the subfolders "filepath"."""
     beside = (file.parent, file.parent / "images", file.parent / f"{dataset}-images")
     folders = beside if folder is None else (Path(folder),)
     for root in folders:
-        for deep in (True, False):  # COCO's archives unpack into such folders, which many put into one
+        for deep in (True, False):  # COCO's archives unpack into such subfolders, whose images many users put together
             if any(existing(root, _name(image, deep)) for image in images):
                 return root, deep
     where, first = " or ".join(map(str, folders)), images[0]["filename"]
     name = f"{file}:{'+'.join(dict.fromkeys(image['split'] for image in images))}:FOLDER"
-    raise ValueError(
-        f"{spec}: none of {len(images):,} pictures is in {where}, first {first}; name their folder: {name}"
-    )
+    raise ValueError(f"{spec}: none of {len(images):,} images is in {where}, first {first}; name their folder: {name}")

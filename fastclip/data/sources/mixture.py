@@ -1,4 +1,4 @@
-"""Several sources as one, each drawn more or less often."""
+"""Several sources joined to one, with weights."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from fastclip.data.sources.subset import Borrowed
 
 __all__ = ["Mixture"]
 
-_MOST = 1_000_000  # of a weight; Python's len() ends at 2^63
+_MOST = 1_000_000  # the largest weight; Python's len() ends at 2^63
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Mixture(Borrowed):
-    """Sources joined; an epoch draws round(weight size) samples of each.
+    """Several sources as one, of which an epoch draws round(weight * size) samples each.
 
-    With a whole weight an epoch draws every sample of a source so many times. With a fraction it draws some, evenly
-    spread over the source, and the next epoch goes on where it ended: every sample has been drawn before one is drawn
-    once more. What is drawn is a function of the epoch and the index; `mixture[index]` is that of epoch 0.
+    With an integer weight, an epoch draws every sample of the source that many times. With a fraction, an epoch draws
+    samples that are evenly spread over the source, and the next epoch continues with others: no sample is drawn again
+    before every other sample has been drawn. The sample is a function of the epoch and the index, so that a resumed run
+    needs no state. `mixture[index]` is the sample of epoch 0.
 
-    Classes are the sources' where all have the same, else there are none.
+    The mixture has classes if all sources have the same classes.
 
     Args:
-        spec: as the user wrote it.
-        sources: not empty.
-        weights: the mean number of times that an epoch draws a sample of the source, one a source, positive.
+        spec: the mixture's name on the command line, as the user wrote it.
+        sources: at least one source.
+        weights: for each source, the mean number of times that an epoch draws a sample, positive.
 
     Raises:
-        ValueError: a weight is above a million; or a source is so small, or its weight, that nothing of it would be
-            drawn.
+        ValueError: a weight is above a million, or so small that no sample of its source would be drawn.
     """
 
     def __init__(self, spec: str, sources: Sequence[Source], weights: Sequence[Fraction]) -> None:
@@ -44,7 +44,9 @@ class Mixture(Borrowed):
             if weight > _MOST:
                 raise ValueError(f"{source.spec}: the weight must be at most {_MOST:,}, got {float(weight):g}")
             if draws < 1:
-                raise ValueError(f"{source.spec}: {float(weight):g} times its {len(source)} samples are none")
+                raise ValueError(
+                    f"{source.spec}: the weight {float(weight):g} is too small: it draws none of {len(source)} samples"
+                )
         self._ends = list(accumulate(self._draws))
         self._strides = [
             _stride(len(source)) if draws % len(source) else 1 for source, draws in zip(sources, self._draws)
@@ -54,22 +56,22 @@ class Mixture(Borrowed):
             if (passed := getattr(source, "passed", None)) is not None:
                 self.passed.merge(passed.counts, passed.keys)
         first = sources[0]
-        # a label is a place in its own source's list of classes, and means another class in another list
+        # A label is an index into the class names of its source: the same number is another class in another source.
         self._with_classes = all(source.class_names == first.class_names for source in sources)
         self.class_names = first.class_names if self._with_classes else ()
         self.templates = first.templates if self._with_classes else ()
 
     @property
     def parts(self) -> Sequence[tuple[Source, int]]:
-        """The sources, and how many samples an epoch draws of each."""
+        """The sources, each with the number of samples that an epoch draws of it."""
         return list(zip(self._sources, self._draws))
 
     def __len__(self) -> int:
-        """Samples that an epoch draws."""
+        """Return the number of samples that an epoch draws."""
         return self._ends[-1]
 
     def read(self, index: int, *, epoch: int = 0, min_side: int | None = None) -> Record:
-        """As `fastclip.data.source.read_sample`, in any epoch."""
+        """Return the sample at `index` of an epoch; see `fastclip.data.source.read_sample`."""
         record = read_sample(*self._locate(index, epoch), min_side=min_side)
         return record if self._with_classes else record._replace(label=None)
 
@@ -82,12 +84,16 @@ class Mixture(Borrowed):
             raise IndexError(f"{index} of {len(self)}")
         part = bisect_right(self._ends, index)
         source, draws = self._sources[part], self._draws[part]
-        turn = epoch * draws + index - (self._ends[part] - draws)  # among all draws from the source, of all epochs
+        # `turn` counts the draws from this source over all epochs, so that a fraction continues where it stopped.
+        turn = epoch * draws + index - (self._ends[part] - draws)
         return source, turn * self._strides[part] % len(source)
 
 
 def _stride(size: int) -> int:
-    """A step that comes to every one of `size` places in turn, and is far from those before: the golden section's."""
+    """Return a stride that visits every one of `size` places before it repeats one, and spreads the visits evenly.
+
+    The stride is the golden section of `size`, rounded, or the next number that has no common divisor with `size`.
+    """
     stride = max(1, round(_GOLDEN * size))
     while math.gcd(stride, size) > 1:
         stride += 1

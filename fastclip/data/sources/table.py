@@ -1,4 +1,4 @@
-"""Pictures and captions listed in a table, in open_clip's layout."""
+"""Read images and captions that are listed in a table, in open_clip's layout."""
 
 from __future__ import annotations
 
@@ -25,34 +25,36 @@ __all__ = ["Table"]
 
 logger = logging.getLogger(__name__)
 _SEPARATORS = ",\t;|"
-_LOOKED_FOR = 100  # rows whose pictures are looked for when the table is opened
-_HEADER = 20  # lines that a header may have
+_LOOKED_FOR = 100  # rows whose image files are looked for when the table is opened
+_HEADER = 20  # the most lines of a header
 _LINE_END = re.compile(r"\r\n?|\n")
-_QUOTES = "close the quote; where it belongs to a caption, write it twice and put the caption in quotes"
+_QUOTES = "close the quote; if it belongs to a caption, double it and put the whole caption in quotes"
 
 
 class Table(PictureFiles):
-    """One sample a row of a .csv or .tsv file in UTF-8, with a header.
+    """The rows of a .csv or .tsv file in UTF-8 with a header, one sample per row.
 
-    Pictures are in the column `filepath`, `image`, `path` or `file_name`, captions in `title`, `caption` or `text`, in
-    any case; other columns are ignored. ``TABLE#image=NAME,caption=NAME`` names them. The header tells the separator:
-    comma, tab, semicolon or bar; Excel's line ``sep=;`` may stand before it. Fields are quoted as Python's `csv` does.
-    A relative path is looked for from the table's folder, then from the working directory; where both have a file, and
-    the files differ, the sample cannot be used. Pictures are opened when they are read. A row that is damaged is a
-    sample that cannot be used.
+    Paths of images are in the column `filepath`, `image`, `path` or `file_name`, captions in `title`, `caption` or
+    `text`, in upper or lower case. ``TABLE#image=NAME,caption=NAME`` names other columns. The separator is detected in
+    the header: comma, tab, semicolon or bar. A line ``sep=;``, as Excel writes it, may precede the header. Fields are
+    quoted as in Python's `csv`.
 
-    A field in quotes may hold line ends. It is an error where a quote that was never closed seems to have opened it,
-    so that no rows are lost: the row cannot be parsed and goes over several lines; or most lines of the field look
-    like rows of the table, with as many columns as the header and, in the column of pictures, a name with a picture's
-    suffix, or with the suffix or the folder of the row's own picture.
+    A relative path is looked for in the table's folder and in the working directory. If both have the file and the
+    files differ, the sample cannot be used. Images are opened only when they are read. A damaged row is an unusable
+    sample.
+
+    A quoted field may contain line ends. A quote that was never closed is an error, because it would swallow the rows
+    after it. Such a quote is assumed in two cases. First, the row cannot be parsed and extends over several lines.
+    Second, most lines of a field look like rows of the table: they have as many columns as the header, and the column
+    of images contains a name with the suffix of an image, or with the same suffix or folder as the row's image.
 
     Args:
-        columns: those that the user names.
+        columns: the columns that the user has named.
 
     Raises:
         OSError: the table cannot be read.
-        ValueError: a column is missing, or no row can be used, or a quote is not closed, or it is another kind of
-            file; the message names the file and the line.
+        ValueError: a column is missing, no row can be used, a quote is not closed, or the file is not a table in UTF-8.
+            The message names the file and the line.
     """
 
     def __init__(self, spec: str, path: str | None = None, *, columns: Named = UNNAMED) -> None:
@@ -86,23 +88,27 @@ class Table(PictureFiles):
         return self._names[index] if fault is None else fault.key
 
     def picture_place(self, index: int) -> tuple[str, str]:
-        """As `fastclip.data.source.picture_place`."""
+        """Return the path of the image's file and ""; see `fastclip.data.source.picture_place`."""
         if not self._names[index]:  # a damaged row
             return "", self.key(index).removeprefix(f"{self.spec}, ")
         return super().picture_place(index)
 
     def _file(self, index: int) -> Path:
-        """The picture's; BadSample where there is none, or another one in the table's folder than here."""
+        """Return the path of the image.
+
+        Raises BadSample if there is no such file, or if the table's folder and the working directory have different
+        files.
+        """
         name = self._names[index]
         beside = existing(self._folder, name)
         here = beside if self._here == self._folder else existing(self._here, name)
         if beside is None and here is None:
-            where = f"no such file, neither from the folder of {self.spec} nor from here"
+            where = f"no such file in the folder of {self.spec} or in the working directory"
             if urlsplit(name).scheme in ("http", "https"):
-                where = "a URL, which is not fetched: img2dataset makes shards of such a table"
+                where = "URLs in a table are not fetched: download the images with img2dataset, which writes shards"
             raise BadSample("missing file", self.key(index), where)
         if beside is not None and here is not None and not _same(beside, here):
-            what = f"two pictures, {beside} and {here}: give the path from the root, or work in the table's folder"
+            what = f"two different images, {beside} and {here}: write an absolute path, or work in the table's folder"
             raise BadSample("ambiguous file", self.key(index), what)
         path = beside or here
         assert path is not None
@@ -112,7 +118,7 @@ class Table(PictureFiles):
         names = (self._names[k] for k in range(min(len(self), _LOOKED_FOR)) if k not in self._faults)
         first = next((name for name in names if not existing(self._folder, name) and existing(self._here, name)), "")
         if first:
-            message = "%s: pictures such as %s are not in its folder; those in the working directory, %s, are read"
+            message = "%s: images such as %s are not in the table's folder and are read from the working directory, %s"
             logger.warning(message, self.spec, first, self._here)
 
 
@@ -135,9 +141,9 @@ def _rows(path: str, spec: str, columns: Named) -> Iterator[_Row]:
         if how := compression(head):
             raise ValueError(f"{spec}: the table is compressed by {how}: unpack it first")
         if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
-            raise ValueError(f"{spec}: the table is not UTF-8, but UTF-16 or no text: save it as UTF-8")
+            raise ValueError(f"{spec}: the table is not UTF-8, but UTF-16 or binary: save it as UTF-8")
         opened.seek(0)
-        # bytes that are not UTF-8 may be part of a path; a caption with such is a fault of its row
+        # Bytes that are not UTF-8 are valid in a path. In a caption they are a fault of its row.
         yield from _parsed(io.TextIOWrapper(opened, "utf-8-sig", "surrogateescape", newline=""), spec, columns)
 
 
@@ -147,15 +153,15 @@ def _parsed(file: TextIO, spec: str, columns: Named) -> Iterator[_Row]:
         above += 1
         separators = first.strip("\r\n")[4:] or separators
         first = file.readline()
-    header = [first, *islice(iter(file.readline, ""), _HEADER - 1)]  # a name in quotes may hold line ends
+    header = [first, *islice(iter(file.readline, ""), _HEADER - 1)]  # a quoted name may contain line ends
     separator, image, caption = _columns(header, separators, spec, columns)
     file.seek(0)
     for _ in range(above):
         file.readline()
-    rows = csv.reader(file, delimiter=separator, strict=True)  # else an open quote swallows the rows after it
-    width = 0  # of the header, which is the first row
+    rows = csv.reader(file, delimiter=separator, strict=True)  # strict: an open quote is an error at the file's end
+    width = 0  # columns of the header, which is the first row
     while True:
-        line = above + rows.line_num + 1  # where the row begins
+        line = above + rows.line_num + 1  # the first line of the row
         where = f"{spec}, line {line}"
         try:
             row = next(rows, None)
@@ -163,9 +169,9 @@ def _parsed(file: TextIO, spec: str, columns: Named) -> Iterator[_Row]:
             end = above + rows.line_num
             if end > line:
                 raise ValueError(
-                    f"{where}: {error}; a quote opens a field there that goes on to line {end}: {_QUOTES}"
+                    f"{where}: {error}; a quote opens a field there that extends to line {end}: {_QUOTES}"
                 ) from error
-            if not width or "expected after" not in str(error):  # where the next row begins is not known
+            if not width or "expected after" not in str(error):  # after other errors the next row cannot be located
                 raise ValueError(f"{where}: {error}") from error
             yield _Row(fault=Fault("damaged row", where, str(error)))
             continue
@@ -175,13 +181,13 @@ def _parsed(file: TextIO, spec: str, columns: Named) -> Iterator[_Row]:
             width = len(row)
         elif row:  # not a blank line
             if (end := above + rows.line_num) > line and _swallowed(row, width, image, separator):
-                what = f"a quote opens a field that goes on to line {end}, and its lines look like rows of the table"
+                what = f"a quote opens a field that extends to line {end}, and its lines look like rows of the table"
                 raise ValueError(f"{where}: {what}: {_QUOTES}")
             yield _checked(row, width, image, caption, where)
 
 
 def _swallowed(row: list[str], width: int, image: int, separator: str) -> bool:
-    """Return True if most lines of a field look like rows of the table, which an open quote has swallowed."""
+    """Return True if most lines of a field look like rows of the table that an open quote has swallowed."""
     picture = row[image].strip() if image < len(row) else ""
     for place, field in enumerate(row):
         lines = _LINE_END.split(field)
@@ -189,23 +195,23 @@ def _swallowed(row: list[str], width: int, image: int, separator: str) -> bool:
         for number, line in enumerate(lines if len(lines) > 1 else ()):
             cells = line.split(separator)
             column, whole = image, width
-            if number == 0:  # what stands before the quote belongs to this line
+            if number == 0:  # the first line of the field lacks the columns before the quote
                 column, whole = image - place, width - place
-            elif number == len(lines) - 1:  # and what stands after it to this one
+            elif number == len(lines) - 1:  # the last line lacks the columns after the quote
                 whole = width - (len(row) - place - 1)
-            if line.strip() and 0 <= column < whole:  # else its picture is not part of the field
+            if line.strip() and 0 <= column < whole:  # otherwise the image's column is outside of the field
                 judged += 1
                 plain = len(cells) == whole and all(cell == cell.strip() for cell in cells)  # prose has blanks
                 if plain and _like(cells[column], picture):
                     alike += 1
                     beside += 1 if os.path.dirname(cells[column]) == os.path.dirname(picture) else 0
-        if alike > judged / 2 and (judged > 1 or beside):  # a single line could be prose by chance
+        if alike > judged / 2 and (judged > 1 or beside):  # a single line may be prose that looks like a row by chance
             return True
     return False
 
 
 def _like(name: str, picture: str) -> bool:
-    """Return True if `name` has a picture's suffix, or the suffix or the folder of `picture`."""
+    """Return True if `name` has the suffix of an image, or the suffix or the folder of the path `picture`."""
     folder, base = os.path.split(name)
     if is_picture(name) or (folder and base and folder == os.path.dirname(picture)):
         return True
@@ -215,7 +221,7 @@ def _like(name: str, picture: str) -> bool:
 
 def _checked(row: list[str], width: int, image: int, caption: int, where: str) -> _Row:
     if len(row) != width:
-        return _Row(fault=Fault("damaged row", where, f"{len(row)} fields, the header has {width}"))
+        return _Row(fault=Fault("damaged row", where, f"{len(row)} fields, but the header has {width}"))
     path, text = row[image].strip(), row[caption].strip()
     if not path:
         return _Row(fault=Fault("damaged row", where, "the path is empty"))
@@ -227,7 +233,7 @@ def _checked(row: list[str], width: int, image: int, caption: int, where: str) -
 
 
 def _columns(header: list[str], separators: str, spec: str, columns: Named) -> tuple[str, int, int]:
-    """The separator, and the places of the pictures' and the captions' columns."""
+    """Return the separator, and the indices of the columns of images and captions."""
     widest: list[str] = []
     for separator in separators:
         names = _names(header, separator, spec)
@@ -241,18 +247,18 @@ def _columns(header: list[str], separators: str, spec: str, columns: Named) -> t
         if image is not None and caption is not None:
             rest = [shown(name) for place, name in enumerate(names) if place not in (image, caption)]
             taken = f"{names[image]} and {names[caption]}"
-            logger.info("%s: columns %s, passed over %s", spec, taken, ", ".join(rest) or "none")
+            logger.info("%s: columns %s, ignored %s", spec, taken, ", ".join(rest) or "none")
             return separator, image, caption
-    columns_there = [shown(name[:80]) for name in widest]  # a name may hold rows where its quote is not closed
+    columns_there = [shown(name[:80]) for name in widest]  # cut: a name with an open quote may contain whole rows
     raise ValueError(
-        f"{spec}: the table needs a column of pictures ({', '.join(IMAGE_COLUMNS)}) and one of captions "
+        f"{spec}: the table needs a column of images ({', '.join(IMAGE_COLUMNS)}) and one of captions "
         f"({', '.join(CAPTION_COLUMNS)}), separated by comma, tab, semicolon or bar; "
-        f"found {', '.join(columns_there) or 'none'}; others are named as in {spec}#image=NAME,caption=NAME"
+        f"got {', '.join(columns_there) or 'none'}; name other columns as in {spec}#image=NAME,caption=NAME"
     )
 
 
 def _names(header: list[str], separator: str, spec: str) -> list[str]:
-    """Names of the columns: the first row of these lines."""
+    """Return the names of the columns, which are the first row of these lines."""
     try:
         return [name.strip() for name in next(csv.reader(header, delimiter=separator), [])]
     except csv.Error as error:
