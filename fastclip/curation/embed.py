@@ -160,7 +160,8 @@ def _write_part(embedder: Embedder, part: Source, place: _Place, contents: str, 
 
 
 def _kept_of(pairs: Pairs, dtype: torch.dtype) -> dict[str, Tensor]:
-    texts = [" ".join(captions).encode("utf-8", "backslashreplace") for captions in pairs.captions]  # one, or none
+    # Each sample has at most one caption here, so that joining is exact.
+    texts = [" ".join(captions).encode("utf-8", "backslashreplace") for captions in pairs.captions]
     data = torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy())
     lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
     return {"img": pairs.images.to(dtype), "text": pairs.texts.to(dtype), "captions": data, "lengths": lengths}

@@ -62,7 +62,10 @@ def near_duplicates(
 def _append(
     kept: list[Tensor], places: list[npt.NDArray[np.int64]], vectors: Tensor, where: npt.NDArray[np.int64]
 ) -> None:
-    """Append the vectors to the last chunk if it has room, or else as a new chunk."""
+    """Append the vectors to the last chunk if it has room, or else as a new chunk.
+
+    Chunks bound the memory of the product with the kept vectors.
+    """
     if kept and len(kept[-1]) + len(vectors) <= _CHUNK:
         kept[-1], places[-1] = torch.cat([kept[-1], vectors]), np.concatenate([places[-1], where])
     else:

@@ -25,7 +25,7 @@ _PIECE = 16  # samples that a worker reads at a time
 class Report(NamedTuple):
     """The counts, faults, image sizes and seconds of one pass over a source."""
 
-    samples: int  # that were read
+    samples: int  # samples that were read
     usable: int
     captions: int  # of the usable samples
     faults: Tally

@@ -98,7 +98,7 @@ def test_order_steps_cover_the_epochs(size: int, batch_size: int, epochs: float,
 
 @pytest.mark.parametrize("epochs", [-1, math.inf, math.nan])
 def test_order_refuses_epochs_that_are_no_number(epochs: float) -> None:
-    with pytest.raises(ValueError, match="epochs must be a number from 0 up"):
+    with pytest.raises(ValueError, match="epochs must be finite and at least 0"):
         Order(10, 2, seed=0).steps(epochs)
 
 

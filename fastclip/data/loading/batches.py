@@ -84,6 +84,7 @@ def training_batches(
         raise ValueError(f"steps must count up from 0, got first_step {first_step} and last_step {last_step}")
     rows = _micro_batch_rows(batch_size, micro_batch, rank, ranks)
     order = Order(len(source), batch_size, seed)
+    # The calling process draws the samples, and workers only read them: the order cannot depend on the workers.
     pieces = (order.draws(step, *piece) for step in range(first_step, last_step) for piece in rows)
     watch = Watch(source, workers, patience)
     samples = _Training(watch, transform, tokenize, seed, min_side)

@@ -54,7 +54,7 @@ class Order:
     def steps(self, epochs: float) -> int:
         """Return the number of steps that draw `epochs` times the samples of an epoch, rounded up and at least 1."""
         if not (math.isfinite(epochs) and epochs >= 0):
-            raise ValueError(f"epochs must be a number from 0 up, got {epochs}")
+            raise ValueError(f"epochs must be finite and at least 0, got {epochs}")
         # The decimal text is exact: the float 1.1 is a little above eleven tenths and could round up to one step more.
         return max(1, math.ceil(Fraction(str(epochs)) * self.epoch_length / self.batch_size))
 

@@ -47,7 +47,7 @@ Rows = npt.NDArray[Any]
 
 _HEAD = struct.Struct("<8sqqqqqI")  # magic, the shard's size and time, bytes of rows, keys and JSON, their CRC-32
 _MAGIC = b"fcindex5"
-_CHECKED = 2  # headers, or one more, that are compared with the shard when an index is loaded
+_CHECKED = 2  # about how many headers are compared with the shard when an index is loaded
 _LARGEST = 2**32 * BLOCK
 
 
