@@ -20,7 +20,7 @@ _KEYS, _CAPTIONS = 4096, 256  # samples to inspect, evenly spread; fewer caption
 
 
 def picture_places(source: Source) -> Iterator[tuple[str, str]]:
-    """Yield for each sample the real path of the file that holds its image ("" without a file) and its name in there.
+    """Yield for each sample the real path of the file that holds its image, or "", and the image's name in that file.
 
     An image has exactly one place: relative paths, other spellings of a path and links are resolved.
     """

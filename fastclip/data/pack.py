@@ -72,7 +72,8 @@ def pack_source(
     of their files, have changed.
 
     Args:
-        image_size: images whose shorter side is longer than this are resized to it and written as JPEG, in pixels.
+        samples_per_shard: samples of the source per shard, including those that cannot be used.
+        image_size: length in pixels. Images whose shorter side is longer are resized to it and written as JPEG.
         quality: JPEG quality of the resized images, 1 to 95.
         workers: number of processes that read.
 

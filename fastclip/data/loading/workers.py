@@ -36,11 +36,11 @@ _PATIENCE = 1.0  # seconds that workers have to end by themselves
 def load(
     samples: Dataset[Any], pieces: Iterable[Any], watch: Watch, *, ready: int = 1, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """Yield samples[piece] for every piece, in order, computed by the number of workers that `watch` was made for.
+    """Yield samples[piece] for every piece, in order, computed by worker processes.
 
     Args:
         samples: maps a piece, such as a list of indices, to a batch.
-        watch: the source and its workers; with 0 workers the calling process reads.
+        watch: the source, with the number of workers; with 0 workers the calling process reads.
         ready: about how many results the workers prepare ahead.
         pin_memory: put the tensors into pinned memory.
 

@@ -3,8 +3,8 @@
     00000.tar.fastclip-index    beside the shard, or under another name in `fastclip.system.env.cache_folder()`
 
 The file consists of a `_HEAD`, the rows, the concatenated keys, and a JSON object with the damage of the shard and the
-members that belong to no sample. The index is valid as long as the shard has the size and the modification time that
-it had, and the headers of a few members are unchanged. A damaged index, or one of another version, is built again.
+members that belong to no sample. The index is valid as long as the size and the modification time of the shard, and the
+headers of a few members, are unchanged. A damaged index, or one of another version, is built again.
 """
 
 from __future__ import annotations

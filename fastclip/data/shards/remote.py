@@ -65,7 +65,7 @@ def _in_hidden(path: str) -> bool:
 
 
 def local_copies(urls: list[str], problems: list[str] | None = None) -> dict[str, str]:
-    """Copy missing URLs to `env.cache_folder()` and return the path of the copy by URL, in order.
+    """Copy URLs to `env.cache_folder()`, unless copies exist, and return the path of the copy by URL, in order.
 
     A copy is made under a temporary name and renamed once it has the size that the server declares. Processes that
     start at the same time wait for each other. If the size, checksum, tag or time of the server's file has changed, the

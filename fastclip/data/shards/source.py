@@ -67,10 +67,10 @@ class Shards:
     """Samples of tar shards, read at random without unpacking the shards.
 
     A sample consists of an image ``KEY.jpg`` (or .png, .webp ...) and at least one of ``KEY.txt`` with one caption,
-    ``KEY.json`` with captions in "caption", and ``KEY.cls`` with the number of a class. The first of them that holds a
-    caption is used, in this order. The log counts the other members by kind. Class names and templates are read from
-    ``classnames.txt`` and ``zeroshot_classification_templates.txt``, as CLIP_benchmark writes them, in the folder of
-    the first shard or its parent.
+    ``KEY.json`` with captions in "caption", and ``KEY.cls`` with the number of a class. The captions are those of the
+    first of these members, in this order, that holds any. The log counts all other members by kind. Class names and
+    templates are read from ``classnames.txt`` and ``zeroshot_classification_templates.txt``, as CLIP_benchmark writes
+    them, in the folder of the first shard or its parent.
 
     Each shard is scanned once for the places of its members, which are then stored (`fastclip.data.shards.index`). They
     take about 60 bytes of memory per sample, which worker processes share.
