@@ -1,8 +1,8 @@
 """fastclip: the contrastive losses of CLIP-like training as a kernel package.
 
-The losses are imported with the package where torch already is, and else, like all other names, when they are first
-asked for: the command line need not wait for torch. A program that was exported with the ops and runs without a name of
-this package needs ``import torch`` before it, or ``import fastclip.ops``.
+If torch is already imported, ``import fastclip`` imports the losses too. Otherwise they are imported on first use, like
+all other names, so that the command line does not wait for torch. A program that runs an exported graph with fastclip's
+ops but uses no name of this package must ``import torch`` before ``import fastclip``, or ``import fastclip.ops``.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastclip._version import __version__
 from fastclip.system.lazy import lazy_names
 
-# Where torch is loaded its registered ops have to be there as well, and torch.compile meets no name it has to import.
+# With torch loaded, the ops must be registered at once, and torch.compile must not trace into a lazy import.
 if TYPE_CHECKING or "torch" in sys.modules:
     from fastclip._backends import backends, build_info
     from fastclip.losses.contrastive import contrastive_loss

@@ -1,4 +1,4 @@
-"""One loss over the shards of several processes: agreement of the ranks, collectives, and the two forms."""
+"""Losses over a batch that is sharded over several ranks: agreement of the ranks, collectives, gather and ring."""
 
 from fastclip.distributed.agreement import Shards, check_comm, check_group, meet, reported
 from fastclip.distributed.collectives import before_group, gather_rows, sum_over_ranks

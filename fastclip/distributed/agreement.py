@@ -1,6 +1,7 @@
-"""The ranks of a call agree before they compute: shards that do not fit together raise on every rank, and none hangs.
+"""Agreement of the ranks before they compute: shards that do not fit together raise on every rank, and no rank hangs.
 
-One all_gather of a few numbers a call, the only one whose result the host waits for; `equal_shards=True` does without.
+Every call makes one all-gather of a few numbers, the only collective whose result the host waits for. It is skipped
+with `equal_shards=True`.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from fastclip.distributed.collectives import all_gather, resolve
 
 __all__ = ["Shards", "check_comm", "check_group", "meet", "reported"]
 
-# A rank's row, numbers of 8 bytes: its fields (whether it refused its arguments, images, texts, D, dtype), scalars,
-# hashes of options, and the message of a rank that refused
+# Parts of the row of 8-byte numbers that a rank sends: fields (whether it refused its arguments, images, texts, D,
+# dtype), scalars, hashes of options, and the error message of a rank that refused
 _WIDTHS = (5, 2, 12, 40)
 _MESSAGE_BYTES = 8 * _WIDTHS[-1]
 
 
 class Shards(NamedTuple):
-    """How a batch lies on the ranks of a process group."""
+    """Distribution of a batch over the ranks of a process group."""
 
-    group: str  # its name
+    group: str  # name of the group
     rank: int
     ranks: int
-    images: list[int]  # of every rank
-    texts: list[int]
-    own_images: slice  # where this rank's are among all
+    images: list[int]  # number of images on every rank
+    texts: list[int]  # number of texts on every rank
+    own_images: slice  # this rank's images among those of all ranks
     own_texts: slice
 
 
@@ -49,9 +50,11 @@ def check_comm(comm: str) -> None:
 
 
 def check_group(group: Any) -> Any:
-    """The process group, or None. ValueError, TypeError or RuntimeError where it cannot be one.
+    """Return the process group, or None for None.
 
-    A one-dimensional `torch.distributed.device_mesh.DeviceMesh` stands for its group.
+    A one-dimensional `torch.distributed.device_mesh.DeviceMesh` is replaced by its group. Raise TypeError for any other
+    type, ValueError if this process is not a member, and RuntimeError if torch.distributed is not available or not
+    initialised.
     """
     if group is None:
         return None
@@ -73,7 +76,7 @@ def check_group(group: Any) -> Any:
 
 @contextmanager
 def reported(group: Any, equal_shards: bool, features: Any) -> Iterator[None]:
-    """Checks of this rank's arguments: their errors reach the other ranks, which wait for it in `meet`."""
+    """Run checks of this rank's arguments, and send their errors to the other ranks, which wait for it in `meet`."""
     try:
         yield
     except Exception as error:
@@ -95,13 +98,13 @@ def meet(
     options: Mapping[str, Any],
     equal_shards: bool,
 ) -> Shards:
-    """How the batch lies on the ranks. ValueError, on every rank, where they do not fit together.
+    """Return the distribution of the batch. Raise ValueError on every rank if shards or options do not fit together.
 
-    scalars: tensors (), which must be the same on every rank; options: whatever else must.
+    scalars: tensors () that must be equal on every rank. options: other values that must be equal.
     """
     if equal_shards:
         return _shards(group, [image.shape[0]] * group.size(), [text.shape[0]] * group.size())
-    # Which tensors have gradients decides which collectives the backward pass has
+    # The ranks must also agree on which tensors require gradients: that decides the collectives of the backward pass
     inputs = {"image_features": image, "text_features": text, **scalars}
     gradients = {name: torch.is_grad_enabled() and x.requires_grad for name, x in inputs.items()}
     values = [repr(value) for value in (*options.values(), gradients)]
@@ -111,7 +114,7 @@ def meet(
     return _shards(group, images, texts)
 
 
-# An op, so that no compiler looks into it
+# An op, so that torch.compile does not trace into it
 torch.library.define(
     "fastclip::agree",
     "(Tensor image, Tensor text, Tensor[] scalars, str[] scalar_names, str[] names, str[] values, str group) -> Tensor",
@@ -129,7 +132,7 @@ def _agree(
     values: list[str],
     group: str,
 ) -> Tensor:
-    """Images and texts of every rank (2, ranks), on the CPU. values: the options `names`, as text."""
+    """Return the numbers of images and texts of every rank, (2, ranks), on the CPU. values: the options as text."""
     row = torch.zeros(sum(_WIDTHS), dtype=torch.int64)
     fields, _, hashes, _ = _parts(row)
     fields.copy_(torch.tensor([0, image.shape[0], text.shape[0], image.shape[1], DTYPES.index(image.dtype)]))
@@ -137,7 +140,7 @@ def _agree(
     row = row.to(image.device)
     _, places, _, _ = _parts(row)
     for place, x in zip(places[: len(scalars)], scalars, strict=True):
-        place.copy_(x.double().reshape(()).view(torch.int64))  # where they lie: the host does not wait for them
+        place.copy_(x.double().reshape(()).view(torch.int64))  # on their device: the host does not wait
     pg = resolve(group)
     table, rank = _table(row, pg, image), dist.get_rank(pg)
     fields, bits, hashes, messages = _parts(table)
@@ -168,7 +171,7 @@ def _dtype_name(code: int) -> str:
 
 
 def _parts(rows: Tensor) -> tuple[Tensor, ...]:
-    """Views of the parts of a row (size,), or of the table (ranks, size) of all ranks'."""
+    """Return views of the parts of a row (size,), or of the table (ranks, size) of all ranks."""
     parts: tuple[Tensor, ...] = rows.split(_WIDTHS, dim=-1)
     return parts
 
@@ -178,10 +181,10 @@ def _hash(text: str) -> int:
 
 
 def _table(row: Tensor, pg: Any, features: Any) -> Tensor:
-    """Rows (size,) of all ranks -> (ranks, size), on the CPU.
+    """Gather the rows (size,) of all ranks into a table (ranks, size), on the CPU.
 
-    They travel on the kind of device that the group decides, not a rank's features, which may be the wrong ones; on
-    their very device where that is of this kind.
+    The group determines the type of device that sends the rows, because a rank's features may be on a wrong one. If the
+    features are on a device of this type, it is used.
     """
     c10d: Any = dist.distributed_c10d
     device = torch.device(c10d._get_object_coll_device(pg))
@@ -200,7 +203,10 @@ def _check_refusals(refused: Tensor, messages: Tensor) -> None:
 
 
 def _check_same(name: str, values: list[int], show: Callable[[int], str] | None, shown: str | None, rank: int) -> None:
-    """ValueError unless all ranks have the same value, which `show` makes readable; None: the value here is `shown`."""
+    """Raise ValueError unless all ranks have the same value.
+
+    `show` formats a value. If it is None, the values are hashes, and `shown` is the text of the value on this rank.
+    """
     if all(value == values[0] for value in values):
         return
     if show is None:

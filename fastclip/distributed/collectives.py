@@ -1,10 +1,11 @@
 """The collectives of the sharded losses as torch ops, differentiable any number of times.
 
-`sizes` are the rows of every rank. Each op's backward is the adjoint collective: what a rank computes is differentiated
-by the sum of all ranks' losses.
+`sizes` is the number of rows on every rank. The backward of each op is the adjoint collective, because gradients are
+those of the sum of all ranks' losses.
 
-Ranks whose collectives come in another order hang. A compiler may move what does not depend on each other, on one rank
-and not on the next: so whatever comes first is an input, `after`, of what comes next, forward and backward.
+Ranks hang if they issue collectives in different orders. A compiler may reorder operations that do not depend on each
+other, and may do so on one rank only. Therefore each collective takes the result of the one before it as an input,
+`after`, which fixes their order in the forward and in the backward pass.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ __all__ = ["all_gather", "before_group", "exchange_columns", "gather_rows", "res
 
 
 def before_group() -> None:
-    """To be called before `init_process_group`: import what would keep the group for ever, in default arguments.
+    """Import torch.distributed.nn, which must happen before `init_process_group`.
 
-    DistributedDataParallel, functional collectives and open_clip's losses import it, when the group is there. gloo's
-    threads end with their group; one that is left at the interpreter's end aborts the process, once in some tens of
-    runs.
+    Its functions have the default group as a default argument, evaluated at import. DistributedDataParallel, functional
+    collectives and open_clip's losses import it when the group exists, and the group is then never freed. The threads
+    of gloo live as long as their group. Threads that still run at the interpreter's exit abort the process, about once
+    in some tens of runs.
     """
     if dist.is_available():
-        import torch.distributed.nn  # noqa: F401  takes a thirtieth of a second
+        import torch.distributed.nn  # noqa: F401  the import takes about 30 ms
 
 
 def resolve(group: str) -> Any:
-    """The process group of a name."""
+    """Return the process group of this name."""
     c10d: Any = dist.distributed_c10d
     return c10d._resolve_process_group(group)
 
 
 def _named(*names: str) -> Callable[..., Any]:
-    """The first that torch has: newer ones have other names, and warn of the old."""
+    """Return the first of these functions that torch has: newer versions renamed some and warn about the old names."""
 
     def none(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"this torch.distributed has none of {', '.join(names)}")
@@ -57,7 +59,7 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 
 
 def _gather(x: Tensor, sizes: Sequence[int], group: str, after: Tensor | None = None) -> Tensor:
-    """(sizes[rank], ...) -> (sum(sizes), ...); what is sent is padded to the largest shard."""
+    """Gather (sizes[rank], ...) -> (sum(sizes), ...). Every rank sends as many rows as the largest shard has."""
     largest = max(sizes)
     out = x.new_empty(len(sizes) * largest, *x.shape[1:])
     all_gather(out, _padded(x, largest), group=resolve(group))
@@ -71,10 +73,10 @@ def _adds_on_the_way(pg: Any, x: Tensor) -> bool:
 
 
 def _reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
-    """(sum(sizes), ...) -> (sizes[rank], ...), summed over the ranks.
+    """Sum (sum(sizes), ...) over the ranks, and return the rows of this rank, (sizes[rank], ...).
 
-    NCCL adds on the way, in fp32: in 16 bits it would round at every rank, and of a thousand shares most would be lost.
-    gloo sends the shares, which their owner sums in rank order and fp32.
+    NCCL adds while it sends, in fp32: in 16 bits it would round at every rank, and lose most of a sum of a thousand
+    shares. With gloo every rank sends its shares to their owner, which sums them in rank order, in fp32.
     """
     pg = resolve(group)
     size, largest = sizes[dist.get_rank(pg)], max(sizes)
@@ -91,7 +93,7 @@ def _reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
 
 
 def _exchange(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
-    """(planes, sum(sizes)) -> (ranks, planes, sizes[rank]): every rank's values at the columns of this one."""
+    """Exchange (planes, sum(sizes)) -> (ranks, planes, sizes[rank]): every rank's values at this rank's columns."""
     pg = resolve(group)
     size, ranks = sizes[dist.get_rank(pg)], len(sizes)
     out = x.new_empty(ranks * size, len(x))
@@ -100,7 +102,7 @@ def _exchange(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
 
 
 def _give_back(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
-    """The adjoint of `_exchange`: (ranks, planes, sizes[rank]) -> (planes, sum(sizes))."""
+    """Apply the adjoint of `_exchange`: (ranks, planes, sizes[rank]) -> (planes, sum(sizes))."""
     ranks, planes, size = x.shape
     out = x.new_empty(sum(sizes), planes)
     sent = x.transpose(1, 2).reshape(ranks * size, planes).contiguous()
@@ -174,7 +176,7 @@ def _save_group(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _sum_backward(ctx: Any, d: Tensor, d_after: Tensor) -> tuple[Any, ...]:
-    """`after` came first, so its gradient goes on when this one is there."""
+    """Return the gradients of x and `after`. The latter passes through, so that its collective follows this one."""
     return *torch.ops.fastclip.sum_over_ranks(d, d_after, ctx.group), None
 
 
@@ -182,16 +184,21 @@ torch.library.register_autograd("fastclip::sum_over_ranks", _sum_backward, setup
 
 
 def gather_rows(x: Tensor, sizes: Sequence[int], group: str, after: Tensor | None = None) -> Tensor:
-    """Rows (sizes[rank], ...) of every rank, in order: (sum(sizes), ...). The gradient is summed over the ranks."""
+    """Gather the rows of all ranks in order, (sizes[rank], ...) -> (sum(sizes), ...). The gradient is the sum
+    over the ranks.
+    """
     return torch.ops.fastclip.gather_rows(x, sizes, group, after)
 
 
 def exchange_columns(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
-    """(planes, sum(sizes)) -> (ranks, planes, sizes[rank]): every rank's values at the columns of this one."""
+    """Return every rank's values at the columns of this rank: (planes, sum(sizes)) -> (ranks, planes, sizes[rank])."""
     return torch.ops.fastclip.exchange_columns(x, sizes, group)
 
 
 def sum_over_ranks(x: Tensor, after: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """The sum on every rank, whose gradient is the sum of all ranks' gradients; and `after`, to go on with."""
+    """Return the sum of x over the ranks, whose gradient is summed over the ranks too, and `after`.
+
+    The caller must continue with the returned `after`: that fixes the order of the collectives.
+    """
     out: tuple[Tensor, Tensor] = torch.ops.fastclip.sum_over_ranks(x, after, group)
     return out

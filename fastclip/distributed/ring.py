@@ -1,8 +1,12 @@
-"""The ring's schedule: texts go from rank to rank while the block before them computes; no rank ever holds all of them.
+"""The ring's schedule: texts pass from rank to rank while the previous block is computed, and no rank holds all texts.
 
-In step k rank r has the texts of rank r - k, and the next ones are on their way; the texts' gradients travel behind
-them, each rank adds its share, and end at their owner, in fp32 where features are of 16 bits: every step would round
-them. A rank holds a few blocks of texts and gradients, whatever W is.
+The block of a rank is its shard of the texts. In step k = 0, ..., W - 1, rank r computes with the block of rank r - k
+(modulo W): first its own, which needs no communication, then those that arrive from rank r - 1. While it computes, it
+sends the block on to rank r + 1 and receives the next one.
+
+The gradients of a block follow it: each rank adds its share and sends the sum to the next rank. After the last step the
+sum reaches the block's owner. Sums are in fp32 for 16-bit features too, because they would be rounded in every step. A
+rank holds a few blocks of texts and gradients, whatever W is.
 """
 
 from __future__ import annotations
@@ -20,31 +24,35 @@ __all__ = ["Ring", "Sums"]
 
 
 class Ring:
-    """The ranks of a group, each with its number of texts."""
+    """Positions and messages of this rank in the ring. `sizes` is the number of texts on every rank."""
 
     def __init__(self, sizes: Sequence[int], group: str) -> None:
         self.sizes, self.group = list(sizes), resolve(group)
         self.rank, self.ranks = dist.get_rank(self.group), len(sizes)
-        self.first = [sum(self.sizes[:k]) for k in range(self.ranks)]
+        self.first = [sum(self.sizes[:k]) for k in range(self.ranks)]  # first column of every rank's texts
 
     def open(self, text: Tensor) -> None:
-        """NCCL's first call in a group must be of all its ranks: those without texts exchange nothing."""
+        """Run a collective of all ranks if a shard is empty.
+
+        NCCL needs all ranks in the first call of a group, but no messages are sent for empty blocks.
+        """
         if min(self.sizes) == 0:
             dist.all_reduce(text.new_zeros(1, dtype=torch.float32), group=self.group)
 
     def owner(self, step: int) -> int:
-        """Whose texts are here in a step."""
+        """Return the rank whose texts this rank computes with in `step`."""
         return (self.rank - step) % self.ranks
 
     def columns(self, owner: int) -> slice:
+        """Return the columns of the texts of `owner` among the texts of all ranks."""
         return slice(self.first[owner], self.first[owner] + self.sizes[owner])
 
     def offset(self, owner: int) -> int:
-        """Of a problem of this rank's images and the texts of `owner`."""
+        """Return `Problem.offset` for this rank's images and the texts of `owner`."""
         return self.first[self.rank] - self.first[owner]
 
     def exchange(self, sent: Tensor, received: Tensor) -> list[Any]:
-        """Starts sending to the next rank and receiving from the one before; what to wait for."""
+        """Start sending to the next rank and receiving from the previous one. Return the works to wait for."""
         operations = []
         if len(sent):
             operations.append(dist.P2POp(dist.isend, sent, group=self.group, group_peer=(self.rank + 1) % self.ranks))
@@ -55,7 +63,7 @@ class Ring:
         return dist.batch_isend_irecv(operations) if operations else []
 
     def blocks(self, text: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Every rank's texts with their owner, this rank's first; the next block arrives while one is worked on."""
+        """Yield the owner and the texts of every block, this rank's first. The next block arrives in the meantime."""
         block = text.contiguous()
         for step in range(self.ranks):
             following, works = block, []
@@ -69,11 +77,11 @@ class Ring:
 
 
 class Sums:
-    """Sums that travel behind the blocks: every rank adds to them, and the block's owner has them at last."""
+    """Gradient sums that follow the blocks: every rank adds its share, and the sum ends at the owner of the block."""
 
     def __init__(self, ring: Ring) -> None:
         self.ring, self.step = ring, 0
-        self.sent: Tensor | None = None  # kept until it has left
+        self.sent: Tensor | None = None  # kept alive until the send is complete
         self.arriving: Tensor | None = None
         self.works: list[Any] = []
 
@@ -84,11 +92,11 @@ class Sums:
         return self.arriving
 
     def add(self, share: Tensor) -> None:
-        """This rank's share of the current step's block."""
+        """Add this rank's share for the block of the current step, and send the sum on."""
         before = self._arrived()
         total = share if before is None else before.add_(share)
         self.step += 1
-        # After the last step the next rank is the block's owner
+        # After the last step, the next rank is the owner of the block
         self.arriving = total.new_empty(self.ring.sizes[self.ring.owner(self.step)], *total.shape[1:])
         if self.ring.ranks == 1:
             self.arriving = total
@@ -96,7 +104,7 @@ class Sums:
             self.sent, self.works = total, self.ring.exchange(total, self.arriving)
 
     def of_own_texts(self) -> Tensor:
-        """The sum for this rank's texts, after the last step."""
+        """Return the sum for this rank's texts, after the last step."""
         total = self._arrived()
         assert total is not None and self.step == self.ring.ranks
         return total

@@ -1,4 +1,4 @@
-"""The losses over a ring (`ring.py`), as torch ops: block by block what `fastclip.ops` compute of all texts at once."""
+"""The losses over the ring (`ring.py`) as torch ops. They apply `fastclip.ops` to one block of texts at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastclip.ops.sigmoid import PAIRS, Pairs
 
 __all__ = ["ring_sigmoid_pairs", "ring_statistics"]
 
-_RING = "SymInt[] sizes, str group"  # texts of every rank, and the group's name
+_RING = "SymInt[] sizes, str group"  # number of texts on every rank, and the name of the group
 torch.library.define("fastclip::ring_fwd", f"({PROBLEM}, {_RING}) -> ({', '.join(['Tensor'] * 8)})", tags=TAGS)
 torch.library.define(
     "fastclip::ring_bwd",
@@ -28,14 +28,14 @@ torch.library.define(
 
 
 def _block_problem(ring: Ring, owner: int, block: Tensor, p: Problem) -> Problem:
-    """This rank's images and the texts of `owner`."""
+    """Return the problem of this rank's images and the texts of `owner`."""
     labels = None if p.labels is None else (p.labels[0], p.labels[1][ring.columns(owner)])
     return p._replace(text=block, labels=labels, offset=ring.offset(owner))
 
 
 @torch.library.impl("fastclip::ring_fwd", "default")
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    """As `fastclip::contrastive_fwd` of this rank's images and the texts of all ranks."""
+    """Compute `fastclip::contrastive_fwd` of this rank's images and the texts of all ranks."""
     *problem, sizes, group = args
     p, backend = problem_of(problem)
     ring = Ring(sizes, group)
@@ -44,7 +44,7 @@ def _fwd(*args: Any) -> tuple[Tensor, ...]:
     for owner, block in ring.blocks(p.text):
         of_block = _block_problem(ring, owner, block, p)
         stats[owner] = by_side(torch.ops.fastclip.contrastive_fwd(*arguments(of_block, backend)))
-        del block, of_block  # not kept while the next is worked on
+        del block, of_block  # freed before the next block is computed
     row_parts, col_parts = zip(*stats)
     neg, pos, pos_lse = (torch.stack(x) for x in zip(*((rows.neg, rows.pos, rows.pos_lse) for rows in row_parts)))
     rows = Side(merge_logsumexp(neg), pos.sum(0), merge_logsumexp(pos_lse), row_parts[ring.rank].inv_norm)
@@ -74,7 +74,8 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     for owner, block in ring.blocks(p.text):
         columns = ring.columns(owner)
         cols_here, d_cols_here = ([x[columns] if len(x) else x for x in side] for side in (cols.tensors(), d_cols))
-        # A backend may know the images' norms from the forward, whose last block had other texts: a copy it does not
+        # The CPU backend recognises its forward pass by the address of inv_norm, and would reuse the dot products of
+        # the last block, which had other texts. A copy has another address.
         rows_here = rows._replace(inv_norm=rows.inv_norm.clone()).tensors()
         stats_here, grads_here = in_turn(rows_here, cols_here), in_turn(d_rows, d_cols_here)
         of_block = arguments(_block_problem(ring, owner, block, p), backend)
@@ -115,8 +116,11 @@ torch.library.register_autograd("fastclip::ring_fwd", _fwd_backward, setup_conte
 
 
 def ring_statistics(p: Problem, backend: str | None, sizes: Sequence[int], group: str) -> Sides:
-    """`contrastive_statistics` of this rank's images and the texts of all ranks (`sizes` on each), whose labels are
-    `p.labels[1]`. The gradient of `p.text` is the sum over all ranks."""
+    """Return `contrastive_statistics` of this rank's images and the texts of all ranks.
+
+    sizes: number of texts on every rank. `p.labels[1]` are the labels of all texts. The gradient of `p.text` is summed
+    over all ranks.
+    """
     rows, cols = by_side(torch.ops.fastclip.ring_fwd(*arguments(p, backend), sizes, group))
     return rows._replace(inv_norm=rows.inv_norm.detach()), cols._replace(inv_norm=cols.inv_norm.detach())
 
@@ -126,7 +130,7 @@ torch.library.define("fastclip::ring_sigmoid_fwd", f"({PAIRS}, {_RING}) -> ({', 
 
 @torch.library.impl("fastclip::ring_sigmoid_fwd", "default")
 def _sigmoid_fwd(*args: Any) -> tuple[Tensor, ...]:
-    """As `fastclip::sigmoid_fwd` of this rank's images and the texts of all ranks; d_text (N, D) of its own texts."""
+    """Compute `fastclip::sigmoid_fwd` of this rank's images and all texts; d_text (N, D) is of this rank's texts."""
     *of_pairs, sizes, group = args
     pairs = Pairs(*of_pairs)
     image, needs = pairs.image, pairs.needs
@@ -163,7 +167,7 @@ torch.library.define(
 
 
 def _sigmoid_bwd(*args: Any) -> tuple[Tensor, ...]:
-    """`fastclip::sigmoid_bwd`, whose second derivatives would be those of this rank's block alone."""
+    """Call `fastclip::sigmoid_bwd`, but without its second derivatives, which would cover this rank's texts alone."""
     return torch.ops.fastclip.sigmoid_bwd(*args)
 
 
@@ -191,7 +195,7 @@ torch.library.register_autograd("fastclip::ring_sigmoid_fwd", _sigmoid_backward,
 def _no_second(ctx: Any, *grads: Tensor | None) -> Any:
     raise RuntimeError(
         "comm='ring' has no second derivatives (create_graph=True was used through the loss); "
-        "comm='gather' with backend='reference' has"
+        "pass comm='gather' and backend='reference'"
     )
 
 
@@ -211,7 +215,7 @@ def ring_sigmoid_pairs(
     sizes: Sequence[int],
     group: str,
 ) -> Tensor:
-    """`sigmoid_pairs` of this rank's images and the texts of all ranks, as `ring_statistics`."""
+    """Return `sigmoid_pairs` of this rank's images and the texts of all ranks (see `ring_statistics`)."""
     tensors = image, text, scale, bias
     needs = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
     pairs = Pairs(*tensors, divisor, 0, normalize, backend, needs)

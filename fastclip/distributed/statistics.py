@@ -1,7 +1,8 @@
-"""Statistics of a batch that lies on several ranks: own rows against all columns, then columns to their owners.
+"""Statistics of a batch that is sharded over several ranks.
 
-Rank r holds some images and some texts. It computes the rows of the logits of its images once; a column's sums come
-from all ranks, and are merged by the text's rank, in rank order.
+Each rank computes the logits of its images against the texts of all ranks once. That completes the statistics of its
+rows. The statistics of a column are partial on every rank: they are sent to the rank that has the text and merged there
+in rank order.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ __all__ = ["largest_over_ranks", "sharded_maxima", "sharded_statistics"]
 
 
 def sharded_statistics(p: Problem, shards: Shards, comm: str, backend: str | None) -> Sides:
-    """Differentiable statistics of this rank's images and texts in the whole batch.
+    """Return differentiable statistics of this rank's images and texts in the whole batch.
 
-    image (M, D), text (N, D): this rank's; labels: of its images, and of all texts. "gather": all texts are here at
-    once; "ring": those of one rank at a time. Either way the gradient is that of the sum of all ranks' losses.
+    `p.image` (M, D) and `p.text` (N, D) are this rank's, `p.labels` those of its images and of all texts. With comm
+    "gather" a rank holds all texts at once, with "ring" those of a few ranks at a time. In both cases gradients are
+    those of the sum of all ranks' losses.
     """
     if comm == "ring":
         stats = ring_statistics(p, backend, shards.texts, shards.group)
@@ -32,7 +34,7 @@ def sharded_statistics(p: Problem, shards: Shards, comm: str, backend: str | Non
 
 
 def sharded_maxima(p: Problem, shards: Shards, backend: str | None) -> Sides:
-    """The same statistics and the largest logits with them, without gradient."""
+    """Return the statistics of `sharded_statistics` and the largest logits, without gradient."""
     rows, cols = contrastive_maxima(_with_all_texts(p, shards), backend)
     assert cols.neg_top is not None and cols.pos_top is not None
     tops = exchange_columns(torch.stack([cols.neg_top, cols.pos_top]), shards.texts, shards.group)
@@ -47,16 +49,16 @@ def _with_all_texts(p: Problem, shards: Shards) -> Problem:
 
 
 def largest_over_ranks(x: Tensor, shards: Shards) -> Tensor:
-    """The largest (), over all ranks, of their rows (size,), which are not negative."""
+    """Return the largest element () of the vectors x (size,) of all ranks, which must not be negative."""
     largest = x.amax() if len(x) else x.new_zeros(())
     return gather_rows(largest.reshape(1), [1] * shards.ranks, shards.group).amax()
 
 
 def _own_columns(stats: Sides, shards: Shards, labels: bool) -> Sides:
-    """Columns of this rank's texts from every rank's partial statistics of them."""
+    """Replace the partial statistics of all columns by the complete ones of this rank's texts."""
     rows, cols = stats
     here = shards.own_texts
-    if not labels:  # one positive each, in its owner's rows
+    if not labels:  # the one positive of a column is in the rows of its owner, so `pos` is complete there
         (neg,) = exchange_columns(cols.neg[None], shards.texts, shards.group).unbind(1)
         return rows, Side(merge_logsumexp(neg), cols.pos[here], cols.pos_lse, cols.inv_norm[here])
     partial = torch.stack([cols.neg, cols.pos, cols.pos_lse])

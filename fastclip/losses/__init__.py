@@ -1,1 +1,1 @@
-"""The losses as users call them: arguments are checked, statistics become a loss, options and labels mean something."""
+"""The public losses: they check arguments, match labels, and compute the loss from the statistics of the ops."""

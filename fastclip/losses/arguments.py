@@ -1,4 +1,4 @@
-"""Arguments that do not fit become errors here, before any work: each names both tensors with shape and dtype."""
+"""Checks of the losses' arguments, made before any work. Errors name the tensors with shape, dtype and device."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def describe(name: str, x: Tensor) -> str:
 def check_features(
     image: Tensor, text: Tensor, *, paired: bool, backend: str | None, may_be_empty: bool = False
 ) -> None:
-    """Two matrices of one floating dtype, device and D; when `paired`, with as many rows; a shard `may_be_empty`."""
+    """Raise unless the features are two matrices of the same floating dtype, device and D.
+
+    paired: both must have the same number of rows. may_be_empty: a shard of a batch may have no rows.
+    """
     check_name(backend)
     for name, x in (("image_features", image), ("text_features", text)):
         if not isinstance(x, Tensor):
@@ -48,7 +51,7 @@ def check_features(
             layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
             raise TypeError(f"{name} must be a dense tensor, got a {layout} one: pass {name}.to_dense()")
 
-    def both() -> str:  # only for errors: under torch.compile the shapes may be symbols
+    def both() -> str:  # called for errors only: under torch.compile, shapes may be symbolic
         return f"{describe('image_features', image)} and {describe('text_features', text)}"
 
     if not (image.is_floating_point() and text.is_floating_point()):
@@ -70,10 +73,10 @@ def check_features(
 
 
 def plain_problem(image: Any, text: Any, logit_scale: Any, logit_bias: Any = None) -> tuple[Tensor, ...] | None:
-    """Two matrices (N, D) of pairs and scalars as the ops take them, if no check below has to look at them again.
+    """Return paired features (N, D) and scalars in the form that the ops take, or None if they need the full checks.
 
-    None for anything unusual, from wrong arguments to subclasses of tensors and torch.func's transforms. These few
-    looks cost a tenth of the checks, which a step on few rows waits for.
+    None is returned for anything unusual: invalid arguments, tensor subclasses, torch.func transforms. These few tests
+    cost a tenth of the full checks, whose time on the host limits a step with few rows.
     """
     if (
         type(image) not in TENSORS
@@ -109,30 +112,30 @@ def check_labels(
 ) -> None:
     if image_labels is None and text_labels is None:
         if exclude_self:
-            raise ValueError("exclude_self needs labels: without them the own pair is the only positive")
+            raise ValueError("exclude_self needs labels: without labels, pair (i, i) is the only positive of row i")
         return
     if image_labels is None or text_labels is None:
         missing = "image_labels" if image_labels is None else "text_labels"
-        raise ValueError(f"{missing} is missing: give image_labels and text_labels, or neither")
+        raise ValueError(f"{missing} is missing: pass both image_labels and text_labels, or neither")
     for side, x, labels in (("image", image, image_labels), ("text", text, text_labels)):
         if not isinstance(labels, Tensor):
             raise TypeError(
-                f"{side}_labels must be a torch.Tensor, got {type(labels).__name__}: torch.as_tensor makes one"
+                f"{side}_labels must be a torch.Tensor, got {type(labels).__name__}: convert it with torch.as_tensor"
             )
         if str(labels.dtype).removeprefix("torch.") not in _INTEGERS:
             raise TypeError(f"{side}_labels must be integers: {describe(side + '_labels', labels)}")
         if labels.dim() != 1 or labels.shape[0] != x.shape[0] or labels.device != x.device:
             raise ValueError(
-                f"{side}_labels must hold one label a row: {describe(side + '_labels', labels)} for "
+                f"{side}_labels must hold one label per row: {describe(side + '_labels', labels)} for "
                 f"{describe(side + '_features', x)}"
             )
 
 
 def check_share(name: str, value: Any) -> float:
-    """`value`, a number or a tensor of one element, as a float in [0, 1]."""
+    """Return `value`, a number or a tensor of one element, as a float in [0, 1]."""
     if isinstance(value, Tensor):
         if value.requires_grad:
-            raise TypeError(f"{name} gets no gradient: pass {name}.item()")
+            raise TypeError(f"{name} does not receive a gradient: pass {name}.item()")
         value = value.item() if value.numel() == 1 else value
     share = number(name, value)
     if not 0.0 <= share <= 1.0:
@@ -141,7 +144,7 @@ def check_share(name: str, value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """`value`, which is true or false (Python's, numpy's, 0 or 1), as a bool."""
+    """Return `value`, a boolean of Python, numpy or torch or an int, as a bool."""
     dtype = getattr(value, "dtype", None)
     if isinstance(value, int) or getattr(dtype, "kind", None) == "b" or dtype is torch.bool:
         return bool(value)
@@ -155,26 +158,30 @@ def check_reduction(reduction: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_shard(backend: str | None, image: Tensor, *others: Tensor) -> None:
-    """Raise on every rank what one rank would raise later: RuntimeError where a backend cannot serve features like
-    `image` or torch differentiates in a way that collectives do not know, ValueError for a workspace that is no number.
+    """Raise errors before the ranks communicate that one rank alone would raise later, while the others wait for it.
+
+    RuntimeError if the backend does not support features like `image`, or under torch.func transforms and forward-mode
+    derivatives, which the collectives do not support. ValueError if the environment's workspace size is not a number.
     """
     if transformed(image, *others):
-        raise RuntimeError("group= has no torch.func transforms and no forward-mode derivatives: pass group=None")
+        raise RuntimeError(
+            "group= does not support torch.func transforms and forward-mode derivatives: pass group=None"
+        )
     pick(backend, image)
     env.workspace_bytes()
 
 
 def can_be_read(x: Tensor) -> bool:
-    """Return True where a look at the values of `x` costs no wait, and nothing records or imitates the call."""
+    """Return True if reading the values of `x` waits for no device, and no trace or transform sees the call."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
     return not recorded(x) and not transformed(x)
 
 
 def number(name: str, value: Any, allowed: str = "a number") -> float:
-    """A real number of Python, numpy (also an array of one element) or torch's symbolic shapes, as a float.
+    """Return a real number of Python, numpy (including arrays of one element) or torch's symbolic shapes as a float.
 
-    TypeError for anything else, True and False among them, which says what is `allowed`.
+    TypeError for anything else, including True and False. Its message names what is `allowed`.
     """
     if isinstance(value, (float, torch.SymFloat)):
         return value  # type: ignore[return-value]
@@ -188,13 +195,16 @@ def number(name: str, value: Any, allowed: str = "a number") -> float:
 
 
 def scalar(name: str, value: Any, image: Tensor) -> Tensor:
-    """`value`, a number or a tensor of one element, as a tensor () beside `image`: fp32, for fp64 features fp64."""
+    """Return `value`, a number or a tensor of one element, as a tensor () on the device of `image`.
+
+    Its dtype is fp32, or fp64 for fp64 features.
+    """
     if type(value) is Tensor and value.dtype == torch.float32 and value.shape == () and value.device == image.device:
         return value if image.dtype != torch.float64 else value.double()
     dtype = torch.promote_types(image.dtype, torch.float32)
     if not isinstance(value, Tensor):
         value = number(name, value, "a number or a torch.Tensor of one element")
-        if torch.compiler.is_compiling():  # a product, for `full` would write the number into the graph
+        if torch.compiler.is_compiling():  # a product: `new_full` would make the number a constant of the graph
             return image.new_ones((), dtype=dtype) * value
         return image.new_full((), value, dtype=dtype)
     if type(value).__name__ == "DTensor":

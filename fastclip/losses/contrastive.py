@@ -1,4 +1,4 @@
-"""The contrastive loss: the few lines of torch that make a loss of the statistics."""
+"""The contrastive loss, computed in a few lines of torch from the row and column statistics of the ops."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = ["Batch", "contrastive_loss", "direction_losses", "prepare"]
 
 
 _NUMBERS = (float, int)
-_Pair = tuple[Tensor, Tensor]  # of images or rows, of texts or columns
+_Pair = tuple[Tensor, Tensor]  # (images or rows, texts or columns)
 
 
 def contrastive_loss(
@@ -64,66 +64,75 @@ def contrastive_loss(
     equal_shards: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Symmetric cross-entropy over the M x N similarities of images and texts, never stored.
+    """Compute the symmetric cross-entropy over the M x N similarities of images and texts, without storing them.
 
-    logits_ij = logit_scale <image_i, text_j>, of the normalised features unless ``normalize=False``. The loss is
-    ``image_weight`` times the mean over images of -log softmax at their texts, plus the rest times the mirrored mean
-    over texts (CLIP, Radford et al. 2021, figure 3; InfoNCE in both directions).
+    The logits are ``logits_ij = logit_scale * <image_i, text_j>``, of the normalised features unless
+    ``normalize=False``. The loss is ``image_weight`` times the mean over images of -log softmax at the image's text,
+    plus ``1 - image_weight`` times the mean over texts of -log softmax at the text's image. This is InfoNCE in both
+    directions (CLIP, Radford et al. 2021, figure 3).
 
     Args:
         image_features: (M, D), float32, bfloat16, float16 or float64.
-        text_features: (N, D), of the same dtype and device. Text i belongs to image i and M = N, unless labels say
-            otherwise.
-        logit_scale: what multiplies the cosines, 1 / temperature, already exponentiated: a number, or a tensor of
-            one element (its gradient is computed).
-        normalize: divide each row by its norm (at least 1e-12, so that zero rows stay finite), with gradient.
-        image_labels, text_labels: int64, (M,) and (N,). Every pair with equal labels is a positive, and the loss of
-            a row is the mean of -log softmax over its positives (UniCL, Yang et al. 2022, equation 3; Florence).
-            Rows and columns without a positive are left out: they remain negatives of the others.
-        exclude_self: with labels, pair (i, i) is neither a positive nor a negative: for features against themselves,
-            ``contrastive_loss(x, x, s, image_labels=y, text_labels=y, exclude_self=True)``, where y numbers the image
-            that each view was made of (SimCLR, Chen et al. 2020) or its class (SupCon, Khosla et al. 2020, L_out).
-        ignore_label: the label of rows that have none, often -1. They are neither positives nor negatives: loss and
-            gradients are those without these images and texts, whose own are 0. The host waits for their number.
-            None: every label is a class, and -1 is refused: under torch.compile with a RuntimeError; on a GPU, which
-            does not wait for the answer, by an assertion as cross_entropy's of its classes, which ends CUDA's context
-            (on devices other than CPU and CUDA it is a class).
-        image_weight: w in [0, 1], the weight of image -> text (ConVIRT, Zhang et al. 2020: 0.75). ALIGN's sum of both
-            directions is twice the default mean.
-        label_smoothing: eps in [0, 1]: targets (1 - eps) / n on a row's n positives plus eps / N on all (ALIGN: 0.1).
-        reduction: "mean"; "sum", w sum_i + (1 - w) sum_j; or "none", the pair (per image (M,), per text (N,)),
-            unweighted.
-        group: a `torch.distributed` process group (``torch.distributed.group.WORLD``) or one-dimensional device mesh.
-            The features and labels are this rank's shard of the batch; shards may be of different sizes, or empty, and
-            without labels image i of a rank belongs to its text i. An empty shard's features require gradients where
-            the others' do. See below for what is returned. Call ``init_process_group`` first: before it WORLD is None,
-            which is this process alone.
-        comm: "gather": every rank holds all texts, N x D, and sends one gather and one reduce-scatter of them. "ring":
-            texts pass from rank to rank while the block before computes: a rank holds a few shards of them.
-        equal_shards: promises that all shards are of one size and all options the same, which is else exchanged
-            before every call and waited for: for CUDA graphs and ``torch.compile(fullgraph=True)``.
-        backend: a name from `fastclip.backends()`; None takes the best that serves these features, and the reference
-            (dense torch, which stores the matrix) under torch.func's transforms and for forward-mode derivatives.
+        text_features: (N, D), same dtype and device as ``image_features``. Without labels, M = N and text i belongs to
+            image i.
+        logit_scale: factor of the cosines, 1 / temperature, already exponentiated. A number, or a tensor of one
+            element, which receives a gradient if it requires one.
+        normalize: divide each row by its norm (at least 1e-12, so that zero rows stay finite). The gradient passes
+            through the division.
+        image_labels, text_labels: integers, (M,) and (N,). Every pair with equal labels is a positive, and the loss of
+            a row is the mean of -log softmax over its positives (UniCL, Yang et al. 2022, equation 3, and Florence).
+            Rows and columns without a positive do not count in the mean, but remain negatives of the others.
+        exclude_self: with labels, pair (i, i) is neither a positive nor a negative. Use it for features against
+            themselves, ``contrastive_loss(x, x, s, image_labels=y, text_labels=y, exclude_self=True)``, where y is the
+            index of the image that a view was made from (SimCLR, Chen et al. 2020) or its class (SupCon, Khosla et al.
+            2020, L_out).
+        ignore_label: label, often -1, that marks rows without a class. They are neither positives nor negatives: loss
+            and gradients are those of the batch without them, and their own gradients are 0. The host waits for their
+            number. With None every label is a class, and a label of -1 is an error: a ValueError on a CPU, a
+            RuntimeError under torch.compile. On a GPU, where the host does not wait, it is a device-side assertion like
+            that of cross_entropy, after which the CUDA context is unusable. On other devices -1 is a class.
+        image_weight: weight w in [0, 1] of the image -> text direction (0.75 in ConVIRT, Zhang et al. 2020). ALIGN's
+            sum of both directions is twice the default.
+        label_smoothing: eps in [0, 1]. The targets of a row are (1 - eps) / n on its n positives plus eps / N on all
+            columns (ALIGN: 0.1).
+        reduction: "mean", "sum" (w sum_i + (1 - w) sum_j), or "none" (two vectors, the losses per image (M,) and per
+            text (N,), not weighted).
+        group: `torch.distributed` process group (``torch.distributed.group.WORLD``) or one-dimensional device mesh.
+            The features and labels are then this rank's shard of the batch. Shards may differ in size or be empty.
+            Without labels, image i of a rank belongs to its text i. The features of an empty shard must require
+            gradients if those of other ranks do. Call ``init_process_group`` first: before it, WORLD is None, and the
+            loss is that of this process alone.
+        comm: how the texts of other ranks are reached. "gather": every rank holds all texts, N x D, with one all-gather
+            in the forward and one reduce-scatter in the backward pass. "ring": texts pass from rank to rank while the
+            previous block is computed, and a rank holds a few shards at a time.
+        equal_shards: promise that all shards have the same size and all ranks pass the same options. Otherwise sizes
+            and options are exchanged before every call, and the host waits for them. CUDA graphs and
+            ``torch.compile(fullgraph=True)`` need it.
+        backend: a name from `fastclip.backends()`. None chooses the best one that supports these features. Under
+            torch.func transforms and forward-mode derivatives it chooses the reference (dense torch, which stores the
+            M x N matrix).
 
     Returns:
-        A scalar, or with "none" two vectors; float32, for float64 features float64.
+        A scalar, or two vectors with ``reduction="none"``. The dtype is float32, or float64 for float64 features.
 
-        With ``group`` rank r of W returns L_r = W (w sum of its images' losses / M + (1 - w) sum of its texts' / N), M
-        and N the whole batch's counts, and is differentiated by the sum of all L_r: the mean over ranks that DDP or
-        FSDP take of the gradients, of the encoders and of logit_scale, is exactly the gradient of the whole batch's
-        mean loss. That loss, to be logged, is the mean of L_r: ``torch.distributed.all_reduce(value, ReduceOp.AVG)`` of
-        a detached copy (with gloo SUM, divided by W). "sum" gives W times the rank's own sums, "none" the losses of its
-        own images and texts.
+        With ``group``, rank r of W returns L_r = W (w sum of its images' losses / M + (1 - w) sum of its texts'
+        losses / N), where M and N count the images and texts of the whole batch (with labels, those that have a
+        positive). Gradients are those of the sum of all L_r. The mean over ranks that DDP or FSDP takes of the
+        gradients is therefore exactly the gradient of the whole batch's mean loss, for the encoders and for
+        ``logit_scale``. To log the batch's loss, average L_r over the ranks:
+        ``torch.distributed.all_reduce(value, ReduceOp.AVG)`` of a detached copy (with gloo: SUM, divided by W). With
+        "sum" a rank returns W times the sums over its images and texts, with "none" the losses of its images and texts.
 
     Raises:
-        ValueError: shapes, devices, options or labels that do not fit, or no positive pair at all (that last one on
-            a CPU outside torch.compile; elsewhere the loss is 0).
-        TypeError: features that are not floating tensors of one dtype, labels that are not integers.
-        RuntimeError: an explicit backend that cannot serve; a group without torch.distributed, or under torch.func.
+        ValueError: shapes, devices, options or labels do not fit, or the batch has no positive pair (checked on a CPU
+            outside torch.compile; elsewhere the loss is 0).
+        TypeError: the features are not floating-point tensors of one dtype, or labels are not integers.
+        RuntimeError: the named backend does not support these features, ``group`` is given without torch.distributed,
+            or ``group`` is used under torch.func.
 
-    With ``group`` a rank whose arguments do not fit raises its own error and every other rank a ValueError that tells
-    it; where ranks disagree in D, dtype, scale or options, all raise. With ``equal_shards`` nobody tells the others,
-    who wait until the group's timeout.
+    With ``group``, a rank with invalid arguments raises its error, and all other ranks raise a ValueError that quotes
+    it. If ranks disagree in D, dtype, scale or options, all ranks raise. With ``equal_shards`` errors are not
+    exchanged: the other ranks wait until the group's timeout.
     """
     no_labels = image_labels is None and text_labels is None and ignore_label is None and exclude_self is False
     one_mean = reduction == "mean" and group is None and comm == "gather"
@@ -161,7 +170,10 @@ def contrastive_loss(
 def _plain_loss(
     image: Tensor, text: Tensor, scale: float | Tensor, image_weight: float, normalize: bool, backend: str | None
 ) -> Tensor | None:
-    """The mean loss of pairs in one op, whose host costs a tenth; None where `contrastive_loss` has to look closer."""
+    """Return the mean loss of pairs, computed by one op at a tenth of the host's time.
+
+    None is returned if the arguments need the full checks of `contrastive_loss`.
+    """
     if type(normalize) is not bool or type(image_weight) not in _NUMBERS or not 0.0 <= image_weight <= 1.0:
         return None
     problem = plain_problem(image, text, scale)
@@ -169,14 +181,14 @@ def _plain_loss(
 
 
 class Batch(NamedTuple):
-    """A checked problem, and what its loss is made with."""
+    """A checked problem, and what the loss needs besides its statistics."""
 
-    problem: Problem  # labels as small numbers; with shards, labels of this rank's images and of all texts
+    problem: Problem  # labels are small ids; with shards, those of this rank's images and of all texts
     label_smoothing: float
-    shards: Shards | None  # where there is more of the batch than these features
-    counts: _Pair | None  # positives of every row and of every column; None: one each
-    counted: tuple[int | Tensor, int | Tensor]  # rows and columns with a positive, on all ranks
-    kept: KeptRows | None  # the rows that these features are, where others have no label
+    shards: Shards | None  # None if the features are the whole batch
+    counts: _Pair | None  # number of positives of every row and of every column; None: one each
+    counted: tuple[int | Tensor, int | Tensor]  # number of rows and of columns with a positive, on all ranks
+    kept: KeptRows | None  # which rows of the caller's features these are; None: all
 
 
 def prepare(
@@ -195,9 +207,9 @@ def prepare(
     equal_shards: bool,
     backend: str | None,
 ) -> Batch:
-    """Checks; rows without a label; autocast; agreement of the ranks; labels as small numbers, and their positives.
+    """Check the arguments, drop ignored rows, apply autocast, let the ranks agree, and match the labels.
 
-    agreed: what else the ranks of `group` must have in common.
+    agreed: further options that must be equal on all ranks of `group`.
     """
     with reported(group, equal_shards, image_features):
         normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
@@ -235,14 +247,14 @@ def prepare(
 
 
 def batch_size(image: Tensor, text: Tensor, shards: Shards | None) -> tuple[int, int]:
-    """Images and texts of the whole batch."""
+    """Return the numbers of images and texts of the whole batch."""
     return (image.shape[0], text.shape[0]) if shards is None else (sum(shards.images), sum(shards.texts))
 
 
 def _match(
     image_labels: Tensor, text_labels: Tensor, exclude_self: bool, shards: Shards | None
 ) -> tuple[_Pair, _Pair, _Pair]:
-    """Labels as small numbers, counts of positives, and how many rows and columns have any, as `Batch` has them."""
+    """Return label ids, counts of positives, and the numbers of rows and columns that have any, as in `Batch`."""
     if shards is not None:
         image_labels = gather_rows(image_labels.long(), shards.images, shards.group)
         text_labels = gather_rows(text_labels.long(), shards.texts, shards.group, after=image_labels)
@@ -261,7 +273,7 @@ def _match(
 
 
 def _reduced(batch: Batch, stats: Sides, reduction: str, image_weight: float) -> Tensor | tuple[Tensor, Tensor]:
-    """The loss of `contrastive_loss`."""
+    """Return the loss of `contrastive_loss` from the statistics."""
     rows, cols = stats
     dtype = batch.problem.scale.dtype
     every_loss_counts_the_same = batch.counts is None and reduction == "mean" and image_weight == 0.5
@@ -276,12 +288,12 @@ def _reduced(batch: Batch, stats: Sides, reduction: str, image_weight: float) ->
     if reduction == "mean":
         rows_counted, cols_counted = batch.counted
         row_total, col_total = row_total / rows_counted, col_total / cols_counted
-    total = image_weight * row_total + (1.0 - image_weight) * col_total  # lerp would write the weight into a graph
+    total = image_weight * row_total + (1.0 - image_weight) * col_total  # lerp would fix the weight in a graph
     return (total if batch.shards is None else batch.shards.ranks * total).to(dtype)
 
 
 def direction_losses(batch: Batch, stats: Sides) -> tuple[Tensor, Tensor]:
-    """Loss of every image (M,) and of every text (N,)."""
+    """Return the loss of every image (M,) and of every text (N,)."""
     rows, cols = stats
     row_mean = col_mean = None
     if batch.label_smoothing:
@@ -295,20 +307,20 @@ def direction_losses(batch: Batch, stats: Sides) -> tuple[Tensor, Tensor]:
 
 
 def direction_loss(side: Side, count: Tensor | None, smoothing: float, mean_logit: Tensor | None) -> Tensor:
-    """Loss (M,) of each row, or mirrored (N,) of each column, from its statistics.
+    """Return the loss of each row (M,), or of each column (N,), from the statistics of that side.
 
-    count: the number of positives, None for one each; mean_logit: mean of the row's logits, for label smoothing.
+    count: number of positives, or None for one each. mean_logit: mean of the row's logits, for label smoothing.
 
-    With q the log-sum-exp over the positives, log-sum-exp over all minus the mean positive is
-    softplus(neg - q) + q - pos / count. Unlike softmax - 1, softplus keeps its digits when a pair is solved. One
-    positive is its own formula: there q is pos exactly, and the difference would lose half the digits.
+    Let q be the log-sum-exp over the positives. The log-sum-exp over all logits minus the mean positive logit equals
+    softplus(neg - q) + q - pos / count. Unlike softmax - 1, softplus keeps its digits when a pair is solved. With
+    a single positive q is pos, so the difference q - pos, which would lose half the digits, is not computed.
     """
     if count is None:
         loss = _softplus(side.neg - side.pos)
         return loss if mean_logit is None else loss + smoothing * (side.pos - mean_logit)
     has_positive = count > 0
     mean_pos = side.pos / count.clamp_min(1)
-    # Rows without a positive are given inputs of gradient 0 before softplus: its gradient at -inf - -inf is NaN.
+    # Rows without a positive get constant inputs before softplus, because its gradient at -inf - -inf is NaN.
     q = torch.where(has_positive, torch.where(count == 1, side.pos, side.pos_lse), 0.0)
     loss = _softplus(torch.where(has_positive, side.neg, -torch.inf) - q)
     loss = loss + torch.where(count > 1, torch.where(has_positive, side.pos_lse, 0.0) - mean_pos, 0.0)
@@ -318,19 +330,23 @@ def direction_loss(side: Side, count: Tensor | None, smoothing: float, mean_logi
 
 
 def _unit_factors(x: Tensor, normalize: bool) -> Tensor:
-    """The `inv_norms` (M,) of x (M, D), differentiable: through unit rows, whose squares no dtype overflows."""
+    """Return the `inv_norms` (M,) of x (M, D), differentiable.
+
+    The derivative passes through unit rows, whose squares overflow in no dtype.
+    """
     r = inv_norms(x.detach(), normalize)
     if not normalize:
         return r
     u = unit_rows(x, r)
     square = torch.linalg.vecdot(u, u)
-    return r * torch.where(square > 0.5, square, 1.0).rsqrt()  # a row below EPS has a constant factor
+    return r * torch.where(square > 0.5, square, 1.0).rsqrt()  # a row shorter than EPS has a constant factor
 
 
 def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of each row (M,) and of each column (N,) of the logits, through the mean features: O((M + N) D).
+    """Return the mean of each row (M,) and of each column (N,) of the logits, and `after`.
 
-    And `after`, to go on with: what the ranks have exchanged before their sums here.
+    The means are products with the mean features, O((M + N) D). `after` is the result of the collective before the one
+    here. The caller must continue with the returned copy, which keeps the collectives in one order on all ranks.
     """
     image, text, scale, _, _, exclude_self, normalize = batch.problem
     shards = batch.shards
@@ -344,12 +360,12 @@ def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             image_sum, text_sum = sums
         image_mean, text_mean = image_sum / M, text_sum / N
         row_mean, col_mean = r * (image @ text_mean), c * (text @ image_mean)
-        if exclude_self:  # the mean of the others
+        if exclude_self:  # the mean over all others
             diagonal = torch.linalg.vecdot(unit_rows(image, r), unit_rows(text, c))
             row_mean, col_mean = ((N * mean - diagonal) / max(N - 1, 1) for mean in (row_mean, col_mean))
         return scale * row_mean, scale * col_mean, after
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp x), which torch's default takes for x already from 20 on."""
+    """Return log(1 + exp x). torch's default threshold would return x itself above 20."""
     return F.softplus(x, threshold=64)

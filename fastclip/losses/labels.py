@@ -1,4 +1,4 @@
-"""Labels as the kernels want them: small numbers, how many positives each row has, and rows that have no label."""
+"""Labels in the form that the kernels take: small ids, counts of positives per row, and the rows that have a label."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ __all__ = ["KeptRows", "MatchedLabels", "keep_labelled", "match_labels"]
 
 
 class MatchedLabels(NamedTuple):
+    """Labels as small ids, and the number of positives of every image and text."""
+
     ids: tuple[Tensor, Tensor]  # (M,), (N,) int32; equal where the labels are equal
     image_count: Tensor  # (M,) int64: texts with the image's label
     text_count: Tensor  # (N,) int64: images with the text's label
 
 
 def match_labels(image_labels: Tensor, text_labels: Tensor) -> MatchedLabels:
-    """Integer labels (M,) and (N,) -> ids and counts, by sorting: no M x N comparison, no data-dependent shape.
+    """Return ids and counts of integer labels (M,) and (N,).
 
-    A label's id is its first place among the sorted text labels; image labels that no text has share the id -1.
+    Sorting avoids an M x N comparison, and no shape depends on the data. The id of a label is its first position among
+    the sorted text labels. All image labels that no text has share the id -1.
     """
     image_labels, text_labels = image_labels.long(), text_labels.long()
     sorted_images, sorted_texts = image_labels.sort().values, text_labels.sort().values
@@ -38,19 +41,19 @@ def match_labels(image_labels: Tensor, text_labels: Tensor) -> MatchedLabels:
 
 
 class KeptRows(NamedTuple):
-    """The rows that have a label, in order."""
+    """Indices of the images and texts that have a label, in ascending order, and the original sizes M and N."""
 
-    images: Tensor  # of M, int64
-    texts: Tensor  # of N
+    images: Tensor  # int64, indices below M
+    texts: Tensor  # int64, indices below N
     M: int
     N: int
 
     def of(self, rows: Any, columns: Any) -> tuple[Tensor, Tensor]:
-        """Those of (M, ...) and of (N, ...) that are kept."""
+        """Return the kept rows of two tensors (M, ...) and (N, ...)."""
         return rows.index_select(0, self.images), columns.index_select(0, self.texts)
 
     def spread(self, rows: Tensor, columns: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
-        """One value for every row (M,) and every column (N,): `fill` at those that were left out."""
+        """Scatter values of the kept rows and columns to full size, (M,) and (N,), with `fill` at the others."""
         sides = (rows, self.images, self.M), (columns, self.texts, self.N)
         row, column = (x.new_full((size,), fill).index_copy(0, places, x) for x, places, size in sides)
         return row, column
@@ -64,13 +67,13 @@ def keep_labelled(
     group: Any,
     equal_shards: bool,
 ) -> KeptRows | None:
-    """The rows whose label is not `ignore_label`; None: all. The host waits for their numbers.
+    """Return the rows whose label is not `ignore_label`, or None to keep all. The host waits for their number.
 
     Raises:
-        TypeError: `ignore_label` is no integer.
-        ValueError: -1 is a label and not ignored; no labels, or none that is not
-            ignored; rows that do not fit `exclude_self`; nothing may wait: under torch.compile, in a CUDA graph, or
-            with `equal_shards`.
+        TypeError: `ignore_label` is not an integer.
+        ValueError: a label is -1 and `ignore_label` is None. Labels are missing, or all of them are ignored. With
+            `exclude_self`, other rows are ignored among the images than among the texts. The host cannot wait: under
+            torch.compile or torch.func.vmap, in a CUDA graph, or with `equal_shards`.
     """
     labels = {"image": image_labels, "text": text_labels}
     if ignore_label is None:
@@ -88,26 +91,30 @@ def keep_labelled(
     if equal_shards or captured or torch.compiler.is_compiling() or batched(image_labels, text_labels):
         what = "equal_shards=True" if equal_shards else "torch.compile, CUDA graphs and torch.func.vmap"
         raise ValueError(
-            f"ignore_label leaves out a number of rows that {what} cannot know: leave them out before, "
-            f"features[labels != {ignored}] with labels[labels != {ignored}]"
+            f"ignore_label leaves out a data-dependent number of rows, which {what} cannot handle: filter the rows "
+            f"before the call, features[labels != {ignored}] with labels[labels != {ignored}]"
         )
     images, texts = ((y.long() != ignored).nonzero().squeeze(1) for y in (image_labels, text_labels))
     for side, rows in (("image", images), ("text", texts)):
         if group is None and not len(rows):
-            raise ValueError(f"no pair is left: every {side} label is ignore_label={ignored}")
+            raise ValueError(f"no pair remains: every {side} label is ignore_label={ignored}")
     if exclude_self and not torch.equal(images, texts):
-        raise ValueError("exclude_self needs ignore_label in the same rows of image_labels and text_labels")
+        raise ValueError("exclude_self needs ignore_label at the same rows of image_labels and text_labels")
     return KeptRows(images, texts, len(image_labels), len(text_labels))
 
 
 def _refuse_none(side: str, labels: Tensor) -> None:
-    """ValueError for -1 among the labels; where a look would wait, an assertion of the device (a RuntimeError)."""
+    """Raise ValueError if a label is -1.
+
+    If reading the labels would make the host wait, or the call is traced, this is a device-side assertion, which
+    raises a RuntimeError.
+    """
     message = (
-        f"{side}_labels has rows with -1: ignore_label=-1 leaves them out; where -1 is a class like any other, number "
-        "the classes from 0"
+        f"{side}_labels contains -1: pass ignore_label=-1 to leave these rows out, or, if -1 is a class, number the "
+        "classes from 0"
     )
     if can_be_read(labels):
         if bool((labels == -1).any()):
             raise ValueError(message)
-    elif labels.device.type in ("cpu", "cuda", "meta") and not batched(labels):  # others may not have the operation
+    elif labels.device.type in ("cpu", "cuda", "meta") and not batched(labels):  # other devices may lack the assertion
         torch._assert_async((labels != -1).all(), message)

@@ -1,4 +1,4 @@
-"""The losses as modules with open_clip's constructors and forwards: one import line changes."""
+"""The losses as modules with the constructors and forwards of open_clip, so that only an import line changes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ __all__ = ["ClipLoss", "SigLipLoss"]
 class ClipLoss(nn.Module):
     """Drop-in for ``open_clip.loss.ClipLoss`` (3.3): same constructor, forward and ``output_dict``.
 
-    Like open_clip's it takes features that are already normalised, and never normalises them. ``cache_labels`` has
-    nothing to do here: there is no label tensor to cache.
+    As in open_clip, features must already be normalised, and the module never normalises them. ``cache_labels`` has no
+    effect, because there is no label tensor to cache.
 
-    With ``world_size > 1`` it is the loss over all ranks of `torch.distributed`'s default group, whose rank and size
-    the arguments must be, always with exact gradients: `contrastive_loss` with ``group``, whatever ``local_loss`` and
-    ``gather_with_grad`` say. That is open_clip's ``local_loss=True, gather_with_grad=True`` in value and gradients: a
-    rank's value is its own images' and texts' mean loss, and the mean over ranks is the batch's.
+    With ``world_size > 1`` this is the loss over all ranks of `torch.distributed`'s default group, computed by
+    `contrastive_loss` with ``group``. ``rank`` and ``world_size`` must be those of the group. Gradients are exact for
+    every value of ``local_loss`` and ``gather_with_grad``. Value and gradients equal those of open_clip with
+    ``local_loss=True, gather_with_grad=True``: each rank returns the mean loss of its images and texts, and the mean
+    over ranks is the loss of the batch.
 
-    open_clip's default flags differ: there every rank returns the batch's loss, and features have gradients on their
-    own rank only, so that after DDP's mean the encoders' gradient is 1 / world_size of the batch's, while logit_scale's
-    is whole. A learning rate or a clipping threshold that was tuned for that, with an optimiser that sees a gradient's
-    size (SGD; not AdamW), has to be looked at again.
+    open_clip's default flags give other gradients. There every rank returns the loss of the batch, but features receive
+    gradients on their own rank only. After DDP's mean the gradient of the encoders is 1 / world_size of the batch's,
+    while that of logit_scale is complete. Check a learning rate or clipping threshold that was tuned with these flags
+    if the optimiser depends on the size of gradients (SGD does, AdamW does not).
 
-    The logits are never formed. A subclass that has open_clip's ``get_logits`` or ``get_ground_truth``, which would not
-    be called, is refused by this forward with a TypeError: inherit from open_clip's class, or override forward.
+    The logits are never formed. A subclass that defines open_clip's ``get_logits`` or ``get_ground_truth``, which would
+    never be called, is refused by forward with a TypeError: inherit from open_clip's class, or override forward.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ClipLoss(nn.Module):
     ) -> None:
         super().__init__()
         if use_horovod:
-            raise ValueError("use_horovod=True: Horovod is not supported, torch.distributed is (torchrun)")
+            raise ValueError("use_horovod=True: Horovod is not supported, use torch.distributed (torchrun)")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -60,10 +61,10 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """image_features, text_features (N, D), already normalised; logit_scale already exponentiated.
+        """Return the scalar loss, or ``{"contrastive_loss": loss}`` with ``output_dict``.
 
-        Returns the scalar loss, or ``{"contrastive_loss": loss}`` with ``output_dict``. A ``logit_bias`` shifts all
-        logits alike, which a softmax does not see: the loss is the same and its gradient is 0.
+        image_features and text_features (N, D) must be normalised, and logit_scale exponentiated. A ``logit_bias`` adds
+        the same number to all logits, which a softmax ignores: the loss is the same, and the gradient of the bias is 0.
         """
         _refuse_hooks(self, "ClipLoss", ("get_logits", "get_ground_truth"))
         return clip_loss(self, image_features, text_features, logit_scale, logit_bias, output_dict)
@@ -72,12 +73,16 @@ class ClipLoss(nn.Module):
 class SigLipLoss(nn.Module):
     """Drop-in for ``open_clip.loss.SigLipLoss`` (3.3): same constructor, forward and ``output_dict``.
 
-    Like open_clip's it takes features that are already normalised, and never normalises them. ``dist_impl`` ("bidir",
-    "shift", "reduce", "gather") and ``chunk_size`` choose between ways to the same loss: they are accepted, and the
-    fused path, which is all of them at once, is taken. With ``world_size > 1`` it is the loss over all ranks of
-    `torch.distributed`'s default group, as open_clip's: `sigmoid_loss` with ``group``; "bidir" and "shift", which pass
-    texts from rank to rank, take ``comm="ring"``. A subclass with open_clip's ``get_logits``, ``get_ground_truth`` or
-    ``_loss`` is refused with a TypeError, as `ClipLoss` refuses them.
+    As in open_clip, features must already be normalised, and the module never normalises them. In open_clip,
+    ``dist_impl`` ("bidir", "shift", "reduce" or "gather") and ``chunk_size`` choose between ways to compute the same
+    loss. Here both are accepted, and the fused loss is computed in every case.
+
+    With ``world_size > 1`` this is the loss over all ranks of `torch.distributed`'s default group, as in open_clip,
+    computed by `sigmoid_loss` with ``group``. "bidir" and "shift", which pass texts from rank to rank, use
+    ``comm="ring"``, the others ``comm="gather"``.
+
+    A subclass that defines open_clip's ``get_logits``, ``get_ground_truth`` or ``_loss`` is refused by forward with a
+    TypeError, for the reason given in `ClipLoss`.
     """
 
     def __init__(
@@ -107,10 +112,10 @@ class SigLipLoss(nn.Module):
         logit_bias: float | Tensor | None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """image_features, text_features (N, D), already normalised; logit_scale already exponentiated; logit_bias a
-        number, a tensor of one element, or None for 0.
+        """Return the scalar loss, or ``{"contrastive_loss": loss}`` with ``output_dict``.
 
-        Returns the scalar loss, or ``{"contrastive_loss": loss}`` with ``output_dict``.
+        image_features and text_features (N, D) must be normalised, and logit_scale exponentiated. logit_bias is a
+        number, a tensor of one element, or None for 0.
         """
         _refuse_hooks(self, "SigLipLoss", ("get_logits", "get_ground_truth", "_loss"))
         return siglip_loss(self, image_features, text_features, logit_scale, logit_bias, output_dict)
@@ -124,7 +129,7 @@ def clip_loss(
     logit_bias: float | Tensor | None = None,
     output_dict: bool = False,
 ) -> Tensor | dict[str, Tensor]:
-    """The forward of a ``ClipLoss``, this module's or open_clip's."""
+    """Compute the forward of a ``ClipLoss``: `module` is fastclip's or open_clip's."""
     group = _world(module.rank, module.world_size)
     loss = contrastive_loss(image_features, text_features, logit_scale, normalize=False, group=group)
     assert isinstance(loss, Tensor)
@@ -141,7 +146,7 @@ def siglip_loss(
     logit_bias: float | Tensor | None,
     output_dict: bool = False,
 ) -> Tensor | dict[str, Tensor]:
-    """The forward of a ``SigLipLoss``, this module's or open_clip's."""
+    """Compute the forward of a ``SigLipLoss``: `module` is fastclip's or open_clip's."""
     bias = 0.0 if logit_bias is None else logit_bias
     group = _world(module.rank, module.world_size)
     comm = "ring" if module.dist_impl in ("bidir", "shift") else "gather"
@@ -150,11 +155,11 @@ def siglip_loss(
 
 
 def _refuse_hooks(module: nn.Module, name: str, hooks: tuple[str, ...]) -> None:
-    """TypeError where a method is there that open_clip's forward calls."""
+    """Raise TypeError if `module` defines one of `hooks`, which open_clip's forward calls and fastclip's does not."""
     for hook in hooks:
         if hasattr(type(module), hook) or hook in vars(module):
             raise TypeError(
-                f"fastclip.{name} never forms the logits, so that {type(module).__name__}.{hook} would not be called: "
+                f"fastclip.{name} never forms the logits, so {type(module).__name__}.{hook} would not be called: "
                 f"inherit from open_clip.loss.{name}, or override forward"
             )
 
@@ -163,14 +168,14 @@ _DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
 def _world(rank: int, world_size: int) -> Any:
-    """The default process group, or None for one process."""
+    """Return the default process group, or None for one process."""
     if world_size == 1:
         return None
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(f"world_size={world_size} needs torch.distributed: call init_process_group before the loss")
     if (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
         raise ValueError(
-            f"rank={rank}, world_size={world_size} are not those of torch.distributed's default group: "
-            f"{dist.get_rank()}, {dist.get_world_size()}"
+            f"rank={rank}, world_size={world_size} do not match torch.distributed's default group: rank "
+            f"{dist.get_rank()}, world size {dist.get_world_size()}"
         )
     return dist.group.WORLD

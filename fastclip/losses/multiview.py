@@ -24,27 +24,27 @@ def multiview_loss(
     labels: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """The contrastive loss summed over pairs of views, not divided by their number.
+    """Compute the sum of `contrastive_loss` over pairs of views, not divided by the number of pairs.
 
-    All pairs i < j, or with ``core`` the core view against each of the others (CMC, Tian et al. 2020, section 3.2:
-    full graph and core view).
+    The pairs are all i < j or, with ``core``, the core view with each of the others (CMC, Tian et al. 2020, section
+    3.2: full graph and core view).
 
     Args:
-        views: two or more features (N, D), of one dtype and device; row i of each belongs to the same sample. Any
-            iterable is taken, and a tensor (V, N, D) as V views.
+        views: two or more feature matrices (N, D) of one dtype and device, as any iterable or as one tensor (V, N, D).
+            Row i of every view belongs to the same sample.
         logit_scale: as in `contrastive_loss`.
-        core: index of the core view, which then takes the part of the images.
-        labels: integers (N,), shared by all views: every pair with equal labels is a positive.
-        options: of `contrastive_loss`: ``normalize``, ``ignore_label``, ``image_weight``, ``label_smoothing``,
+        core: index of the core view, which is passed as the images of every pair.
+        labels: integers (N,), shared by all views. Every pair with equal labels is a positive.
+        options: options of `contrastive_loss`: ``normalize``, ``ignore_label``, ``image_weight``, ``label_smoothing``,
             ``reduction`` ("mean" or "sum"), ``group``, ``comm``, ``equal_shards``, ``backend``.
 
     Returns:
-        A scalar.
+        A scalar, float32, or float64 for float64 features.
 
     Raises:
-        ValueError: fewer than two views, views of different shape, a core view that does not exist, and what
-            `contrastive_loss` raises.
-        TypeError: views that are not tensors, and what `contrastive_loss` raises.
+        ValueError: there are fewer than two views, their shapes differ, or the core view does not exist. Also the
+            errors of `contrastive_loss`.
+        TypeError: a view is not a tensor. Also the errors of `contrastive_loss`.
     """
     group, equal_shards = check_group(options.get("group")), options.get("equal_shards", False)
     with reported(group, equal_shards, views if isinstance(views, Tensor) else None):
@@ -62,9 +62,9 @@ def multiview_loss(
 
 
 def _listed(views: Any) -> Any:
-    """Views of any iterable: a generator gives them once."""
+    """Return the views of any iterable as a list, because a generator yields them only once."""
     if not isinstance(views, Iterable):
-        return [views]  # refused where all of them are checked
+        return [views]  # `_check_views` refuses it
     return list(views)
 
 
@@ -87,10 +87,10 @@ def _check_views(views: Any) -> Sequence[Tensor]:
 
 
 def _pairs(count: int, core: int | None, options: dict[str, Any]) -> list[tuple[int, int]]:
-    """The pairs of so many views, when the options allow them."""
+    """Return the index pairs of `count` views. Raise if an option does not apply to several views."""
     for name in ("image_labels", "text_labels", "exclude_self"):
         if name in options:
-            raise TypeError(f"multiview_loss takes labels=, one for every row of every view, not {name}=")
+            raise TypeError(f"multiview_loss takes labels=, one label per row shared by all views, not {name}=")
     if options.get("reduction") == "none":
         raise ValueError("multiview_loss sums over views: reduction must be 'mean' or 'sum', got 'none'")
     if core is None:

@@ -27,35 +27,39 @@ def sigmoid_loss(
     equal_shards: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Pairwise sigmoid loss over the N x N similarities of images and texts, never stored.
+    """Compute the pairwise sigmoid loss over the N x N similarities of images and texts, without storing them.
 
-    -sum_ij logsigmoid(+-(logit_scale <image_i, text_j> + logit_bias)) / N, plus at the pairs i = j and minus at all
-    others (SigLIP, Zhai et al. 2023, section 3.2), of the normalised features unless ``normalize=False``.
+    The loss is ``-sum_ij logsigmoid(sign_ij * (logit_scale * <image_i, text_j> + logit_bias)) / N``, where sign_ij is 1
+    at the pairs i = j and -1 elsewhere (SigLIP, Zhai et al. 2023, section 3.2). Features are normalised unless
+    ``normalize=False``.
 
-    Where gradients are wanted they are computed with the loss, in the same pass: between forward and backward the
-    graph holds one gradient as large as the features, of float16 features in float32.
+    If gradients are needed, they are computed in the same pass as the loss. Between the forward and the backward pass
+    the graph holds one gradient of the size of the features (in float32 for float16 features).
 
     Args:
         image_features, text_features: (N, D), float32, bfloat16, float16 or float64, on one device. Text i belongs to
             image i.
-        logit_scale: what multiplies the cosines, already exponentiated (SigLIP starts at 10): a number, or a tensor of
-            one element (its gradient is computed).
-        logit_bias: what is added to every logit (SigLIP starts at -10): likewise.
-        normalize: divide each row by its norm (at least 1e-12, so that zero rows stay finite), with gradient.
-        reduction: "mean", the sum over all pairs divided by N as in SigLIP; or "sum".
-        group, comm, equal_shards: the loss over the shards of several processes, as in `contrastive_loss`: a rank
-            returns the sum over its images' pairs with all texts, divided by the mean number of images of a rank
-            ("sum": times the ranks).
-        backend: a name from `fastclip.backends()`; None takes the best that serves these features, and the reference
-            (dense torch, which stores the matrix) under torch.func's transforms and for forward-mode derivatives.
+        logit_scale: factor of the cosines, already exponentiated (SigLIP starts at 10). A number, or a tensor of one
+            element, which receives a gradient if it requires one.
+        logit_bias: number added to every logit (SigLIP starts at -10), of the same types as ``logit_scale``.
+        normalize: divide each row by its norm (at least 1e-12, so that zero rows stay finite). The gradient passes
+            through the division.
+        reduction: "mean", the sum over all pairs divided by N as in SigLIP, or "sum".
+        group, comm, equal_shards: compute the loss over the shards of several processes, as in `contrastive_loss`. With
+            "mean" a rank returns the sum over the pairs of its images with all texts, divided by the mean number of
+            images per rank. With "sum" it returns that sum times the number of ranks.
+        backend: a name from `fastclip.backends()`. None chooses the best one that supports these features. Under
+            torch.func transforms and forward-mode derivatives it chooses the reference (dense torch, which stores the
+            N x N matrix).
 
     Returns:
-        A scalar; float32, for float64 features float64.
+        A scalar, float32, or float64 for float64 features.
 
     Raises:
-        ValueError: shapes, devices or options that do not fit.
-        TypeError: features that are not floating tensors of one dtype.
-        RuntimeError: an explicit backend that cannot serve; a group without torch.distributed, or under torch.func.
+        ValueError: shapes, devices or options do not fit.
+        TypeError: the features are not floating-point tensors of one dtype.
+        RuntimeError: the named backend does not support these features, ``group`` is given without torch.distributed,
+            or ``group`` is used under torch.func.
     """
     options: dict[str, Any] = {"normalize": normalize, "backend": backend}
     if (

@@ -1,4 +1,4 @@
-"""What a training loop wants to look at: log-sum-exps, losses and in-batch accuracy."""
+"""Statistics for monitoring training: log-sum-exps, losses and in-batch accuracy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["ContrastiveStats", "contrastive_stats"]
 
 
 class ContrastiveStats(NamedTuple):
-    """What `contrastive_stats` returns; detached."""
+    """Result of `contrastive_stats`. All tensors are detached."""
 
     row_lse: Tensor  # (M,) log-sum-exp of the image's logits
-    col_lse: Tensor  # (N,) of the text's
-    row_loss: Tensor  # (M,) the image's loss; 0 without a positive
-    col_loss: Tensor  # (N,) the text's
+    col_lse: Tensor  # (N,) log-sum-exp of the text's logits
+    row_loss: Tensor  # (M,) loss of the image, 0 without a positive
+    col_loss: Tensor  # (N,) loss of the text, 0 without a positive
     row_hit: Tensor  # (M,) bool: the image's largest logit is a positive
-    col_hit: Tensor  # (N,) bool: the text's
+    col_hit: Tensor  # (N,) bool: the text's largest logit is a positive
 
 
 def contrastive_stats(
@@ -43,18 +43,22 @@ def contrastive_stats(
     equal_shards: bool = False,
     backend: str | None = None,
 ) -> ContrastiveStats:
-    """Log-sum-exps, losses and in-batch top-1 of both directions, in one pass over logits that are never stored.
+    """Compute log-sum-exps, losses and in-batch top-1 hits of both directions, in one pass, without storing the logits.
 
-    Arguments and errors are those of `contrastive_loss`; with ``group`` the results are those of this rank's images and
-    texts in the whole batch, for which all texts are gathered. A tie is a miss: an image whose largest negative comes
-    within 2^-20 |logit_scale| |image| max |text| of its largest positive (normalised: 2^-20 |logit_scale|) has no hit,
-    so that a batch with the same text twice, or a collapsed model, scores the same whichever way rounding goes. Rows
-    without a positive have loss 0 and no hit; rows that are not finite have no hit. Rows with ``ignore_label`` have
-    loss 0, no hit, and the log-sum-exp of nothing, -inf.
+    Arguments and errors are those of `contrastive_loss`. With ``group`` all texts are gathered, and the results are
+    those of this rank's images and texts in the whole batch.
+
+    A tie is a miss: an image has no hit if its largest negative comes within 2^-20 |logit_scale| |image| max |text| of
+    its largest positive (2^-20 |logit_scale| for normalised features). The accuracy of a batch that contains a text
+    twice, or of a collapsed model, therefore does not depend on rounding.
+
+    Rows without a positive have loss 0 and no hit. Rows that are not finite have no hit. Rows with ``ignore_label``
+    have loss 0, no hit and log-sum-exp -inf.
 
     Returns:
-        `ContrastiveStats`: row_lse (M,), col_lse (N,), row_loss (M,), col_loss (N,), float32 (for float64 features
-        float64); row_hit (M,), col_hit (N,), bool. ``row_hit.float().mean()`` is the in-batch image -> text accuracy.
+        `ContrastiveStats`: row_lse (M,), col_lse (N,), row_loss (M,) and col_loss (N,) in float32 (float64 for float64
+        features), row_hit (M,) and col_hit (N,) in bool. ``row_hit.float().mean()`` is the in-batch image -> text
+        accuracy.
     """
     group = check_group(group)
     with torch.no_grad():
@@ -91,20 +95,20 @@ def contrastive_stats(
 
 
 def _logsumexp(side: Side, labels: bool) -> Tensor:
-    """log-sum-exp over negatives and positives."""
+    """Return the log-sum-exp over negatives and positives."""
     assert side.pos_top is not None
-    pos = side.pos_lse if labels else side.pos  # of one positive
+    pos = side.pos_lse if labels else side.pos  # a single positive is its log-sum-exp
     return torch.logaddexp(side.neg, torch.where(side.pos_top == -torch.inf, -torch.inf, pos))
 
 
 def _hits(side: Side, tie: Tensor) -> Tensor:
-    """Where the largest logit is a positive's, by more than `tie`."""
+    """Return a mask of the rows whose largest positive exceeds the largest negative by more than `tie`."""
     assert side.pos_top is not None and side.neg_top is not None
     return side.pos_top - side.neg_top > tie
 
 
 def _ties(batch: Batch) -> tuple[Tensor, Tensor]:
-    """How far apart the largest logits of a row (M,) and of a column (N,) must be to be told apart."""
+    """Return the differences below which two logits of a row (M,) and of a column (N,) count as tied."""
     near = batch.problem.scale.abs() * TIE
     if batch.problem.normalize:
         return near, near

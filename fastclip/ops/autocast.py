@@ -1,4 +1,4 @@
-"""What torch.autocast asks of the losses: features in its dtype, scale and bias in fp32."""
+"""The losses under torch.autocast: features are cast to its dtype, scale and bias stay in fp32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Result = TypeVar("_Result")
 
 
 def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """The ops' insides keep the dtypes they chose: autocast would round an fp32 product of theirs."""
+    """Wrap the implementation of an op to run without autocast, which would round its fp32 products."""
 
     @functools.wraps(function)
     def wrapped(image: Tensor, *args: Any, **options: Any) -> _Result:
@@ -29,24 +29,24 @@ def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]
 
 
 def autocasts(device: torch.device) -> bool:
-    """Return True where torch.autocast is on; False for devices that it does not know, such as meta."""
+    """Return True if torch.autocast is enabled; False for devices that it does not support, such as meta."""
     known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
     return known and torch.is_autocast_enabled(device.type)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Within it, operations keep the dtypes of their inputs."""
+    """Return a context in which operations keep the dtypes of their inputs."""
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that torch.autocast, where it is on, wants `x` in; fp64 is left alone as torch's own ops do."""
+    """Return the dtype to which torch.autocast, if enabled, casts `x`. As in torch's ops, fp64 is not cast."""
     if x.dtype == torch.float64 or not autocasts(x.device):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
 
 
 def autocast_features(image: Tensor, text: Tensor, *scalars: Tensor) -> tuple[Tensor, ...]:
-    """Both features in autocast's dtype; scalars stay in fp32 (fp64 beside fp64 features)."""
+    """Return both features in autocast's dtype, and the scalars in fp32 (fp64 for fp64 features)."""
     image, text = image.to(autocast_dtype(image)), text.to(autocast_dtype(text))
     return image, text, *(x.to(torch.promote_types(image.dtype, torch.float32)) for x in scalars)

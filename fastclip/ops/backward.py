@@ -1,4 +1,4 @@
-"""What the ops share: tags, what a forward keeps for its backward, second derivatives by autograd on the reference."""
+"""Shared parts of the ops: tags, saved tensors, and second derivatives by autograd on the reference."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from fastclip._backends import pick
 
 __all__ = ["TAGS", "check_second_derivatives", "keep", "kept", "vector_jacobian"]
 
-# Exact strides: torch.compile hands an op the layouts that an eager call hands it
+# needs_exact_strides: torch.compile passes an op the same layouts as an eager call
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
 def keep(ctx: Any, inputs: Sequence[Any], tensors: Sequence[Tensor]) -> None:
-    """Keep an op's arguments, and tensors besides, until its backward."""
-    # Tensors by torch: it notices that one was changed, runs users' hooks, and frees them with the graph
+    """Save an op's arguments, and further tensors, for its backward pass."""
+    # torch saves the tensors: it detects in-place changes, runs users' hooks, and frees them with the graph
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *tensors)
     ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
 
 
 def kept(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
-    """What `keep` was given, once: what a checkpoint computes again it gives once."""
+    """Return the arguments and tensors that `keep` saved.
+
+    Call it once per backward pass: activation checkpointing lets recomputed tensors be read only once.
+    """
     saved = ctx.saved_tensors
     inputs = [option if x is None else x for x, option in zip(saved, ctx.options)]
     return inputs, saved[len(inputs) :]
 
 
 def check_second_derivatives(function: str, backend: str | None, image: Tensor) -> None:
-    """RuntimeError unless the backend that served `image` is the reference."""
+    """Raise RuntimeError unless the backend chosen for `image` is the reference."""
     name, _ = pick(backend, image)
     if name != "reference":
         raise RuntimeError(
@@ -43,7 +46,7 @@ def check_second_derivatives(function: str, backend: str | None, image: Tensor) 
 def vector_jacobian(
     outputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """sum_k grads_k d outputs_k / d input, itself differentiable, for every input; None where it wants none."""
+    """Return sum_k grads_k d outputs_k / d input for every input, differentiable; None for inputs without gradient."""
     used = [(o, d) for o, d in zip(outputs, grads) if o is not None and d is not None]
     wanted = [x for x in inputs if x.requires_grad]
     gradients = iter(

@@ -1,11 +1,11 @@
 """``fastclip::contrastive_fwd``, ``contrastive_bwd`` and ``contrastive_maxima`` as torch ops.
 
-The forward returns statistics of z_ij = scale r_i c_j <image_i, text_j>; the loss is made of them in torch
-(`losses/contrastive.py`), so torch's autograd supplies the derivatives by each statistic and the backward op turns them
-into gradients of the features and the scale. `_backends/reference.py` states both functions.
+The forward returns statistics of z_ij = scale r_i c_j <image_i, text_j>. The loss is computed from them in torch
+(`losses/contrastive.py`), so autograd supplies the derivatives by each statistic, and the backward op turns these into
+gradients of the features and the scale. `_backends/reference.py` defines both functions.
 
-An op takes and returns lists of tensors: `arguments` and `flat` make these of a `Problem` and of two `Side`s,
-`problem_of` and `by_side` make a `Problem` and `Side`s of them.
+An op takes and returns flat lists of tensors. `arguments` and `flat` convert a `Problem` and two `Side`s to such lists,
+`problem_of` and `by_side` convert them back.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ _Kind = TypeVar("_Kind", Side, SideGrads)
 
 
 def arguments(p: Problem, backend: str | None) -> tuple[Any, ...]:
-    """The arguments that every op here begins with, `PROBLEM`."""
+    """Return the first arguments of every op in this module, as `PROBLEM` declares them."""
     image, text, scale, labels, *options = p
     return image, text, scale, *(labels or (None, None)), *options, backend
 
 
 def problem_of(args: Sequence[Any]) -> tuple[Problem, str | None]:
-    """The inverse of `arguments`."""
+    """Return the problem and the backend of an op's first arguments: the inverse of `arguments`."""
     image, text, scale, image_labels, text_labels, *options, backend = args
     labels = None if image_labels is None or text_labels is None else (image_labels, text_labels)
     return Problem(image, text, scale, labels, *options), backend
 
 
 def flat(sides: Sides) -> tuple[Tensor, ...]:
-    """What an op returns for these statistics: of each the rows', then the columns'. Exported programs rely on it."""
+    """Return the outputs of an op: each statistic of the rows, then of the columns. Exported programs rely on this."""
     rows, cols = sides
     return tuple(in_turn(rows.tensors(), cols.tensors()))
 
@@ -72,12 +72,12 @@ def by_side(
     tensors: Sequence[Any],
     kind: type[_Kind] = Side,  # type: ignore[assignment]
 ) -> tuple[_Kind, _Kind]:
-    """The inverse of `flat`; with `kind` SideGrads of derivatives."""
+    """Return rows and columns of the outputs of an op: the inverse of `flat`. `kind` is SideGrads for derivatives."""
     return kind(*tensors[0::2]), kind(*tensors[1::2])
 
 
 def derivatives(stats: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """The derivatives by an op's statistics, of both sides' `SideGrads`, from what autograd has: None for zeros."""
+    """Return the derivatives by the statistics that `SideGrads` names, with zeros in place of autograd's None."""
     return [torch.zeros_like(x) if d is None else d for x, d in zip(stats[: 2 * len(SideGrads._fields)], grads)]
 
 
@@ -102,7 +102,7 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.impl("fastclip::contrastive_maxima", "default")
-@torch.no_grad()  # nothing else keeps autograd from its insides
+@torch.no_grad()  # this op has no autograd formula that would hide its inside from autograd
 @without_autocast
 def _maxima(*args: Any) -> tuple[Tensor, ...]:
     p, backend = problem_of(args)
@@ -134,7 +134,7 @@ def _bwd_fake(image: Tensor, text: Tensor, scale: Tensor, *args: Any) -> tuple[T
 
 
 def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # a statistic without a derivative comes as None, not as zeros of its size
+    ctx.set_materialize_grads(False)  # an unused statistic has gradient None instead of zeros of its size
     keep(ctx, inputs, output)
 
 
@@ -161,12 +161,12 @@ def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """Second derivatives, on the reference: both functions again in torch, so that autograd sees through them."""
+    """Compute second derivatives: both functions are run again on the reference, so that autograd can see into them."""
     args, upstream = kept(ctx)
     p, backend = problem_of(args)
     check_second_derivatives("contrastive_loss", backend, p.image)
     with torch.enable_grad(), no_autocast(p.image.device):
-        # Views, so that the derivatives below stop here: the upstream gradients depend on the features themselves
+        # Views end the graph of the derivatives below: the upstream gradients depend on the features themselves
         inputs = [x.view_as(x) for x in (p.image, p.text, p.scale, *upstream)]
         image, text, scale, *d_stats = inputs
         p = p._replace(image=image, text=text, scale=scale)
@@ -174,7 +174,7 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         out = reference.contrastive_bwd(p, stats, by_side(d_stats, SideGrads), [True, True, True])
         second = vector_jacobian(out, [d if need else None for d, need in zip(grads, ctx.needs)], inputs)
     d_image, d_text, d_scale, *d_grads = second
-    # `stats` get nothing: they were recomputed from the features above, so their part is in the features' gradient
+    # `stats` get no gradient: they were recomputed from the features, whose gradient includes their part
     return d_image, d_text, d_scale, *[None] * (len(args) - 3), [None] * ctx.stats, d_grads, None
 
 
@@ -182,9 +182,9 @@ torch.library.register_autograd("fastclip::contrastive_bwd", _bwd_backward, setu
 
 
 def contrastive_statistics(p: Problem, backend: str | None = None) -> Sides:
-    """Differentiable statistics of the logits of image (M, D) and text (N, D); see `reference.contrastive_fwd`.
+    """Return differentiable statistics of the logits of image (M, D) and text (N, D), as `reference.contrastive_fwd`.
 
-    The inverse norms among them carry no gradient.
+    The inverse norms carry no gradient.
     """
     if needs_dense(backend, p.image, p.text, p.scale):
         with no_autocast(p.image.device):
@@ -195,7 +195,7 @@ def contrastive_statistics(p: Problem, backend: str | None = None) -> Sides:
 
 
 def contrastive_maxima(p: Problem, backend: str | None = None) -> Sides:
-    """The same statistics and the largest logits with them, without gradient."""
+    """Return the statistics of `contrastive_statistics` and the largest logits, without gradient."""
     with torch.no_grad():
         if needs_dense(backend, p.image, p.text, p.scale):
             with no_autocast(p.image.device):
@@ -204,10 +204,12 @@ def contrastive_maxima(p: Problem, backend: str | None = None) -> Sides:
 
 
 def merge_logsumexp(partial: Tensor) -> Tensor:
-    """log-sum-exp (size,) of the log-sum-exps (parts, size) of disjoint parts; -inf, with gradient 0, where all are."""
+    """Return the log-sum-exp (size,) of log-sum-exps (parts, size) of disjoint parts. If all are -inf it is -inf, with
+    gradient 0.
+    """
     top = partial.detach().amax(0)
     empty = top == -torch.inf
     top = torch.where(empty, 0.0, top)
     total = (partial - top).exp().sum(0)
-    # The inner where keeps log away from 0, whose infinite gradient would become NaN in the outer one
+    # The inner where keeps log away from 0, where its infinite gradient would become NaN in the outer where
     return torch.where(empty, -torch.inf, torch.where(empty, 1.0, total).log() + top)

@@ -1,8 +1,8 @@
-"""``fastclip::plain_fwd`` and ``fastclip::plain_bwd``: the mean loss without labels, one op each way.
+"""``fastclip::plain_fwd`` and ``fastclip::plain_bwd``: the mean loss without labels, as one op per direction.
 
-On few rows a training step waits for the host and not for the products. Here the backend makes the loss, and what its
-gradients need, in a few calls; in eager mode an autograd.Function calls it without a dispatcher between. Every other
-form of the loss is made in torch of the statistics (`losses/contrastive.py`), and the two give the same values.
+With few rows the host, not the products, limits a training step. Here the backend computes the loss, and what its
+gradients need, in a few calls, and in eager mode an autograd.Function calls it without torch's dispatcher. All other
+forms of the loss are computed in torch from the statistics (`losses/contrastive.py`), with the same values.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ torch.library.define(
 
 
 def plain_loss(problem: tuple[Tensor, ...], image_weight: float, normalize: bool, backend: str | None) -> Tensor | None:
-    """Return the loss () fp32, differentiable, of a problem: image (N, D), text (N, D) and scale () fp32.
+    """Return the differentiable loss (), fp32, of a problem: image (N, D), text (N, D) and scale (), fp32.
 
-    None where another way serves better: the reference's loss has second derivatives, but in graphs, which have none.
+    None is returned if the general form of the loss is the better choice. That is so for the reference in eager mode,
+    whose loss has second derivatives there, and for unequal weights of the directions under torch.compile.
     """
     compiling = torch.compiler.is_compiling()
-    if compiling and image_weight != 0.5:  # the op would be compiled again for every weight
+    if compiling and image_weight != 0.5:  # every new weight would compile the graph again
         return None
     if not compiling:
         name, module = pick(backend, problem[0])
@@ -51,7 +52,7 @@ def plain_loss(problem: tuple[Tensor, ...], image_weight: float, normalize: bool
 
 
 class _Plain(torch.autograd.Function):
-    """The ops below without torch's dispatcher."""
+    """The autograd formula of the ops below, without torch's dispatcher."""
 
     @staticmethod
     def forward(
@@ -71,21 +72,21 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, scale, saved = ctx.saved_tensors  # once: what a checkpoint computes again it gives once
+        image, text, scale, saved = ctx.saved_tensors  # activation checkpointing lets them be read once
         image_weight, normalize, _ = ctx.options
         needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # whoever differentiates again has to find the op
+        if torch.is_grad_enabled():  # create_graph=True: the graph must contain the op
             out = _gradients((image, text, scale, *ctx.options), saved, d_loss, needs)
         elif not direct(d_loss):
             out = _dense_gradients((image, text, scale, *ctx.options), d_loss, needs)
         else:
-            saved = saved.contiguous()  # a hook of the user's may have had it
+            saved = saved.contiguous()  # a hook of the user may have changed its layout
             out = ctx.module.plain_bwd(image, text, scale, saved, image_weight, normalize, d_loss, needs)
         return *out, None, None, None, None
 
 
 def _dense_gradients(args: Any, d_loss: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of image, text and scale in torch, which sees what is done with d_loss."""
+    """Return the gradients of image, text and scale, computed in torch operations, which can trace d_loss."""
     image, text, scale, image_weight, normalize, _ = args
     with no_autocast(d_loss.device):
         _, saved = reference.plain_fwd(image, text, scale, image_weight, normalize)
@@ -93,8 +94,8 @@ def _dense_gradients(args: Any, d_loss: Tensor, needs: Sequence[bool]) -> tuple[
 
 
 def _gradients(args: Any, saved: Tensor, d_loss: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of image, text and scale by ``fastclip::plain_bwd``, of the arguments of its forward."""
-    if transformed(d_loss):  # batched, or with a tangent, which the op would not see
+    """Return the gradients of image, text and scale by ``fastclip::plain_bwd``. args: those of the forward."""
+    if transformed(d_loss):  # batched, or with a tangent that the op would drop
         return _dense_gradients(args, d_loss, needs)
     out = torch.ops.fastclip.plain_bwd(*args[:3], saved, *args[3:], d_loss, list(needs))
     return tuple(d if need else None for d, need in zip(out, needs))
@@ -106,7 +107,7 @@ def _fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     if text.shape != image.shape:
-        raise ValueError(f"fastclip::plain_fwd takes pairs, not {tuple(image.shape)} and {tuple(text.shape)}")
+        raise ValueError(f"fastclip::plain_fwd needs pairs, got {tuple(image.shape)} and {tuple(text.shape)}")
     out: tuple[Tensor, Tensor] = serving_pairs(backend, image).plain_fwd(image, text, scale, image_weight, normalize)
     return out
 
@@ -133,7 +134,7 @@ def _bwd(
 ) -> tuple[Tensor, ...]:
     module = serving_pairs(backend, image)
     if text.shape != image.shape or saved.numel() != module.plain_saved(image.shape[0]):
-        raise ValueError("fastclip::plain_bwd was called with what no fastclip::plain_fwd of these features returned")
+        raise ValueError("fastclip::plain_bwd needs what fastclip::plain_fwd saved for these features")
     out = module.plain_bwd(image, text, scale, saved.contiguous(), image_weight, normalize, d_loss, needs)
     return tuple(image.new_empty(0) if d is None else d for d in out)
 
@@ -146,7 +147,7 @@ def _bwd_fake(image: Tensor, text: Tensor, scale: Tensor, *args: Any) -> tuple[T
 
 def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, saved = output
-    ctx.set_materialize_grads(False)  # d_loss is None where only `saved`, which has no derivative, was used
+    ctx.set_materialize_grads(False)  # d_loss is None if only `saved` was used, which has no derivative
     ctx.mark_non_differentiable(saved)
     keep(ctx, inputs, [saved])
 
@@ -170,7 +171,7 @@ def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 def _bwd_backward(ctx: Any, *_: Tensor | None) -> Any:
     (image,) = ctx.saved_tensors
     check_second_derivatives("contrastive_loss", ctx.backend, image)
-    raise RuntimeError("a loss that was compiled has no second derivatives")
+    raise RuntimeError("a compiled loss has no second derivatives")
 
 
 torch.library.register_autograd("fastclip::plain_bwd", _bwd_backward, setup_context=_save_bwd)

@@ -1,7 +1,7 @@
 """``fastclip::sigmoid_fwd`` and ``fastclip::sigmoid_bwd`` as torch ops.
 
-The forward returns the loss and, where they are wanted, its gradients: three products of the features serve both. The
-backward multiplies them with the gradient of the loss. `_backends/reference.py` states the function.
+The forward returns the loss and, if needed, its gradients, because both take only three products of the features. The
+backward multiplies the gradients by the gradient of the loss. `_backends/reference.py` defines the function.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ torch.library.define(
 
 
 class Pairs(NamedTuple):
-    """The arguments that every op here begins with, `PAIRS`."""
+    """The first arguments of every op in this module, as `PAIRS` declares them."""
 
     image: Tensor
     text: Tensor
@@ -41,7 +41,7 @@ class Pairs(NamedTuple):
     offset: int
     normalize: bool
     backend: str | None
-    needs: Sequence[bool]  # which of the four tensors' gradients are wanted
+    needs: Sequence[bool]  # which of the four tensors need gradients
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.image, self.text, self.scale, self.bias
@@ -51,7 +51,7 @@ class Pairs(NamedTuple):
 
 
 def _apart(d: Tensor) -> Tensor:
-    """A gradient with memory of its own, as an op's outputs must have: a backend may allocate the scalars' together."""
+    """Return a gradient that shares no memory with others, as an op requires. A backend may store scalars together."""
     return d.contiguous() if d.dim() else d.clone()
 
 
@@ -96,21 +96,21 @@ def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
 def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *grads = output
     keep(ctx, inputs, grads)
-    ctx.mark_non_differentiable(*grads)  # whoever differentiates twice comes through sigmoid_bwd
+    ctx.mark_non_differentiable(*grads)  # second derivatives pass through sigmoid_bwd
 
 
 def _fwd_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     args, grads = kept(ctx)
     pairs, needs = Pairs(*args), list(ctx.needs_input_grad[:4])
     if any(need and not had for need, had in zip(needs, pairs.needs)):
-        raise RuntimeError("fastclip::sigmoid_fwd was called with needs= that leave out a gradient now asked for")
+        raise RuntimeError("fastclip::sigmoid_fwd did not compute a gradient that is needed now: set it in needs=")
     return *_gradients(pairs._replace(needs=needs), grads, d_loss), *[None] * (len(args) - 4)
 
 
 def _gradients(pairs: Pairs, grads: Sequence[Tensor | None], d_loss: Tensor) -> Sequence[Tensor | None]:
-    """The gradients of the four inputs by ``fastclip::sigmoid_bwd``, from those that the forward kept."""
+    """Return the gradients of the four inputs by ``fastclip::sigmoid_bwd``, from those that the forward saved."""
     grads = [d if need else None for d, need in zip(grads, pairs.needs)]
-    if transformed(d_loss):  # batched, or with a tangent: gradients are its multiples
+    if transformed(d_loss):  # batched, or with a tangent that the op would drop
         return reference.sigmoid_bwd(pairs.inputs(), grads, d_loss)
     tensors = [d_loss.new_empty(0) if d is None else d for d in grads]
     out = torch.ops.fastclip.sigmoid_bwd(*pairs, tensors, d_loss)
@@ -127,18 +127,18 @@ def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """Second derivatives, on the reference: the forward again in torch, so that autograd sees through it."""
+    """Compute second derivatives: the forward is run again on the reference, so that autograd can see into it."""
     args, (d_loss,) = kept(ctx)
     pairs = Pairs(*args)
     check_second_derivatives("sigmoid_loss", pairs.backend, pairs.image)
     with torch.enable_grad(), no_autocast(pairs.image.device):
-        # Views, so that the derivatives stop here
+        # Views end the graph of the derivatives below
         image, text, scale, bias, factor = (x.view_as(x) for x in (*pairs.inputs(), d_loss))
         p = pairs._replace(image=image, text=text, scale=scale).problem()
         _, *first = reference.sigmoid_fwd(p, bias, pairs.divisor, list(pairs.needs), factor.dtype)
         out = [None if d is None else factor.to(d.dtype) * d for d in first]
         *second, d_factor = vector_jacobian(out, grads, (image, text, scale, bias, factor))
-    # The kept gradients get nothing: they were recomputed from the features above
+    # The saved gradients get no gradient: they were recomputed from the features
     return *second, *[None] * (len(args) - 4), [None] * ctx.grads, d_factor
 
 
@@ -146,7 +146,7 @@ torch.library.register_autograd("fastclip::sigmoid_bwd", _bwd_backward, setup_co
 
 
 class _Sigmoid(torch.autograd.Function):
-    """The ops above without torch's dispatcher, by any backend but the reference: autocast changes nothing for them."""
+    """The ops above without torch's dispatcher, for all backends but the reference. Autocast does not affect these."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -158,16 +158,16 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # Once: what a checkpoint computes again it gives once
+        # Activation checkpointing lets saved tensors be read only once
         image, text, scale, bias, d_image, d_text, d_scale, d_bias = ctx.saved_tensors
         inputs = image, text, scale, bias
-        if torch.is_grad_enabled():  # whoever differentiates again has to find the op
+        if torch.is_grad_enabled():  # create_graph=True: the graph must contain the op
             pairs = Pairs(*inputs, *ctx.options)._replace(needs=list(ctx.needs_input_grad[:4]))
             out = _gradients(pairs, (d_image, d_text, d_scale, d_bias), d_loss)
-        elif not direct(d_loss):  # torch has to see what is done with it
+        elif not direct(d_loss):  # a kernel cannot read d_loss at its address
             out = reference.sigmoid_bwd(inputs, (d_image, d_text, d_scale, d_bias), d_loss)
         else:
-            # A hook of the user's may have had them; numbers have no strides
+            # A hook of the user may have changed their layout. Scalars have no strides.
             d_image, d_text = [None if d is None else d.contiguous() for d in (d_image, d_text)]
             out = ctx.module.sigmoid_bwd(inputs, (d_image, d_text, d_scale, d_bias), d_loss)
         return *out, None, None, None, None, None, None, None, None
@@ -185,10 +185,10 @@ def sigmoid_pairs(
     backend: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """sum_ij softplus(-+(z_ij + bias)) / divisor, (); minus at the positives, column i + offset of row i.
+    """Return sum_ij softplus(-sign_ij (z_ij + bias)) / divisor, (), differentiable.
 
-    Differentiable; of `dtype`, or `reference.wide_dtype`. The divisor is in the gradients before they are rounded to
-    16-bit features' dtype.
+    sign_ij is 1 at the positives, column i + offset of row i, and -1 elsewhere. The result has `dtype`, by default
+    `reference.wide_dtype`. Gradients are divided by the divisor before they are rounded to a 16-bit dtype.
     """
     tensors = image, text, scale, bias
     dtype = dtype or reference.wide_dtype(image.device)
@@ -202,7 +202,7 @@ def sigmoid_pairs(
     needs = [differentiable and x.requires_grad for x in tensors]
     options = divisor, offset, normalize, backend, needs
     module = None if torch.compiler.is_compiling() or recorded(*tensors) else serving(backend, p)
-    if module is None or module is reference:  # which has second derivatives
+    if module is None or module is reference:  # the op has the reference's second derivatives
         loss: Tensor = torch.ops.fastclip.sigmoid_fwd(*tensors, *options)[0]
         return loss.to(dtype)
     eager: Tensor = _Sigmoid.apply(*tensors, *options, dtype, module, p)

@@ -1,6 +1,7 @@
-"""What torch differentiates or batches by its own formulas only: torch.func's transforms and forward mode.
+"""Calls under torch.func transforms and forward mode, which need torch's own formula for every operation.
 
-An op hides its formula from them: its tangent would be 0. There the losses are the reference's dense torch.
+An op hides its formula from them, and its tangent would be 0. In these cases the reference, in dense torch, computes
+the losses.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def transformed(*values: Tensor | float) -> bool:
 
 
 def recorded(*tensors: Tensor) -> bool:
-    """Return True where calls are recorded or imitated by a trace, a dispatch mode or a subclass.
+    """Return True if calls are recorded or replaced by a trace, a dispatch mode or a tensor subclass.
 
-    Whoever asks has seen to torch.compile.
+    torch.compile is not covered: callers check it themselves.
     """
     if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
         return True
@@ -46,10 +47,10 @@ def recorded(*tensors: Tensor) -> bool:
 
 
 def direct(d_loss: Tensor) -> bool:
-    """Return True for an upstream gradient that a kernel may read at its address.
+    """Return True if a kernel may read the upstream gradient d_loss at its address.
 
-    False where torch has to see what is done with it: in transforms and forward mode, in the batches of torch.autograd
-    (is_grads_batched), in dispatch modes, for subclasses and for what is negated lazily.
+    False if torch must see the operations on it: under torch.func transforms and in forward mode, in batches of
+    torch.autograd (is_grads_batched), under dispatch modes, for subclasses and for lazily negated tensors.
     """
     return (
         type(d_loss) in TENSORS
@@ -62,14 +63,14 @@ def direct(d_loss: Tensor) -> bool:
 
 
 def batched(*tensors: Tensor) -> bool:
-    """Return True if torch.func.vmap runs over one of them."""
+    """Return True if torch.func.vmap maps over one of the tensors."""
     return any(torch._C._functorch.is_batchedtensor(x) for x in tensors)
 
 
 def needs_dense(backend: str | None, *tensors: Tensor) -> bool:
-    """Return True where dense torch has to serve, as `transformed` says; the log tells it once a process.
+    """Return True if dense torch must compute the loss, because the call is `transformed`.
 
-    Raises RuntimeError if another backend than the reference was asked for by name.
+    A warning is logged once per process. Raise RuntimeError if a backend other than the reference was named.
     """
     global _warned
     if not transformed(*tensors):
@@ -78,13 +79,13 @@ def needs_dense(backend: str | None, *tensors: Tensor) -> bool:
     check_name(name)
     if name not in (None, "reference"):
         raise RuntimeError(
-            f"backend={name!r} cannot serve this call: torch.func's transforms and forward-mode derivatives need "
-            f"dense torch; pass backend='reference' or leave the choice open"
+            f"backend={name!r} cannot serve this call: torch.func transforms and forward-mode derivatives need "
+            f"dense torch: pass backend='reference' or backend=None"
         )
     if name is None and not _warned and not torch.compiler.is_compiling():
         _warned = True
         logger.warning(
-            "dense torch computes the loss under torch.func's transforms and in forward mode, and stores the N x N "
-            "similarities (with backend='reference' this line is not shown)"
+            "dense torch computes the loss under torch.func transforms and in forward mode, and stores the N x N "
+            "similarities (pass backend='reference' to silence this warning)"
         )
     return True

@@ -127,7 +127,7 @@ def refusals() -> dict[str, tuple[type[Exception], str, dict[str, Any]]]:
     return {
         "not asked for": (
             ValueError,
-            "text_labels has rows with -1: ignore_label=-1 leaves them out; where -1 is a class like any other, number",
+            "text_labels contains -1: pass ignore_label=-1 to leave these rows out, or, if -1 is a class, number the",
             labels | {"text_labels": some},
         ),
         "no labels": (ValueError, "ignore_label needs image_labels and text_labels", {"ignore_label": -1}),
@@ -135,7 +135,7 @@ def refusals() -> dict[str, tuple[type[Exception], str, dict[str, Any]]]:
         "a flag": (TypeError, "must be an integer or None, got bool", labels | {"ignore_label": True}),
         "nothing left": (
             ValueError,
-            "no pair is left: every image label is ignore_label=7",
+            "no pair remains: every image label is ignore_label=7",
             labels | {"image_labels": y * 0 + 7, "ignore_label": 7},
         ),
         "no positive left": (
@@ -145,7 +145,7 @@ def refusals() -> dict[str, tuple[type[Exception], str, dict[str, Any]]]:
         ),
         "self pairs": (
             ValueError,
-            "exclude_self needs ignore_label in the same rows",
+            "exclude_self needs ignore_label at the same rows",
             labels | {"text_labels": some, "ignore_label": -1, "exclude_self": True},
         ),
     }
@@ -174,7 +174,7 @@ def test_other_numbers_below_0_are_classes() -> None:
 def test_compiled_call_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     image, text, y, t = batch()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # an actual compilation would take seconds
-    with pytest.raises(ValueError, match=r"torch.compile, CUDA graphs .* cannot know: .*features\[labels != -1\]"):
+    with pytest.raises(ValueError, match=r"torch.compile, CUDA graphs .* cannot handle: .*features\[labels != -1\]"):
         fastclip.contrastive_loss(image, text, image_labels=y, text_labels=t, ignore_label=-1)
 
 
@@ -191,7 +191,9 @@ def test_graphs_assert_that_every_row_has_a_label() -> None:
     graph = make_fx(loss)(image, text, *some)
     torch.testing.assert_close(graph(image, text, *some), loss(image, text, *some))
     for labels, side in (((y, some[1]), "image"), ((some[0], t), "text")):
-        with pytest.raises(RuntimeError, match=f"{side}_labels has rows with -1: ignore_label=-1 leaves them out"):
+        with pytest.raises(
+            RuntimeError, match=f"{side}_labels contains -1: pass ignore_label=-1 to leave these rows out"
+        ):
             graph(image, text, *labels)
 
 
@@ -201,7 +203,7 @@ def test_labels_of_vmap_are_refused() -> None:
     def loss(y: Tensor) -> Tensor:
         return fastclip.contrastive_loss(image, text, image_labels=y, text_labels=t, ignore_label=-1)
 
-    with pytest.raises(ValueError, match=r"torch.func.vmap cannot know"):
+    with pytest.raises(ValueError, match=r"torch.func.vmap cannot handle"):
         torch.func.vmap(loss)(y[None])
 
 
@@ -278,9 +280,11 @@ def test_ranks_have_the_loss_of_one_process(tmp_path: Path) -> None:
     one = fastclip.contrastive_stats(image, text, SCALE, image_labels=y, text_labels=t, ignore_label=-1)
     for ours, expected in zip(zip(*(found["stats"] for found in ranks)), one):
         torch.testing.assert_close(torch.cat(ours), expected)
-    assert "image_labels has rows with -1" in ranks[0]["one asks"]
-    assert ranks[1]["one asks"].startswith("rank 0 of the group refused its arguments: ValueError: image_labels has")
+    assert "image_labels contains -1" in ranks[0]["one asks"]
+    assert ranks[1]["one asks"].startswith(
+        "rank 0 of the group refused its arguments: ValueError: image_labels contains"
+    )
     for found in ranks:
         assert "disagree in ignore_label" in found["they differ"]
-        assert "features[labels != -1]" in found["graphs"] and "equal_shards=True cannot know" in found["graphs"]
+        assert "features[labels != -1]" in found["graphs"] and "equal_shards=True cannot handle" in found["graphs"]
         assert found["all"] == "features must not be empty: no rank has an image, or no rank has a text"

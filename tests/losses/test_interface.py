@@ -76,7 +76,7 @@ ERRORS = {
         TEXT,
         {"image_weight": torch.tensor(0.5, requires_grad=True)},
         TypeError,
-        r"image_weight gets no gradient: pass image_weight\.item\(\)",
+        r"image_weight does not receive a gradient: pass image_weight\.item\(\)",
     ),
     "weight of text": (IMAGE, TEXT, {"image_weight": "0.5"}, TypeError, "image_weight must be a number, got str"),
     "smoothing of text": (IMAGE, TEXT, {"label_smoothing": None}, TypeError, "label_smoothing must be a number"),
@@ -89,7 +89,7 @@ ERRORS = {
         TEXT,
         {"image_labels": [0, 1, 2, 3], "text_labels": torch.arange(4)},
         TypeError,
-        r"image_labels must be a torch\.Tensor, got list: torch\.as_tensor makes one",
+        r"image_labels must be a torch\.Tensor, got list: convert it with torch\.as_tensor",
     ),
     "bool labels": (
         IMAGE,
