@@ -3,15 +3,15 @@
 Each backend is a module with the same functions:
 
 ``missing()``
-    None when the backend can run on this machine, else the reason why not.
+    Return None if the backend can run on this machine, else the reason why not.
 ``refuses(image, named)``
-    None when the backend serves features of this device and dtype, else the reason why not; `named` when the caller
-    asked for this very backend.
+    Return None if the backend supports the device and dtype of these features, else the reason why not. `named` is True
+    if the caller chose the backend by name.
 ``contrastive_fwd(...)``, ``contrastive_bwd(...)``, ``sigmoid_fwd(...)``, ``sigmoid_bwd(...)``
-    the operations on a `Problem`; `reference.py` states them.
+    Compute the operations on a `Problem` that `reference.py` defines.
 ``plain_saved(N)``, ``plain_fwd(...)``, ``plain_bwd(...)``
-    the mean loss of pairs without labels, and its gradients; `reference.py` states them. They may find torch.autocast
-    on: products have an ``out=``, which it leaves alone.
+    Compute the mean loss of pairs without labels and its gradients, as `reference.py` defines them. torch.autocast may
+    be enabled when they run: pass ``out=`` to products, which autocast does not cast.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ __all__ = ["DTYPES", "FUSED_DTYPES", "backends", "build_info", "check_name", "pi
 
 logger = logging.getLogger(__name__)
 _BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
-# What backend=None may choose for a device, in order of preference: the first that serves the features. ROCm's are cuda
+# backend=None takes the first of these that supports the features. ROCm devices have the type cuda
 _OF_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def backends() -> dict[str, str]:
-    """Every backend of this version: ``"available"``, or the reason why it is not.
+    """Return every backend of this version with ``"available"``, or with the reason why it is not available.
 
-    ``available`` says that the backend runs on this machine; which devices and dtypes each one serves is in its
-    documentation, and an explicit ``backend=`` that cannot serve a tensor says why.
+    ``"available"`` means that the backend runs on this machine. The documentation lists the devices and dtypes that
+    each backend supports. An explicit ``backend=`` that does not support the features raises an error with the reason.
     """
     return {name: module.missing() or "available" for name, module in _BACKENDS.items()}
 
 
 def build_info() -> dict[str, str]:
-    """What this installation is made of, for reports of faults: versions, and how the native modules were built.
+    """Return the versions and builds of this installation, for bug reports.
 
-    Keys ``fastclip``, ``torch``, ``triton`` (versions, "" where there is none), ``cpu`` (the instruction set in use),
-    ``cuda`` (nvcc's version and the architecture); the last two say why where there is no module.
+    Keys: ``fastclip``, ``torch``, ``triton`` (versions, "" if not installed), ``cpu`` (the instruction set in use) and
+    ``cuda`` (nvcc's version and the architecture). The last two hold the reason if the native module is missing.
     """
     return {
         "fastclip": __version__,
@@ -68,10 +68,10 @@ def check_name(name: str | None) -> None:
 
 
 def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
-    """The named backend, or the best for features like `image`.
+    """Return the name and the module of the named backend, or of the best for features like `image`.
 
-    An explicit name (the argument, else FASTCLIP_BACKEND) that cannot serve raises RuntimeError and says why; an
-    automatic choice falls through to the next.
+    If a backend is named (by the argument, else by FASTCLIP_BACKEND) and does not support the features, raise
+    RuntimeError with the reason. An automatic choice continues with the next backend.
     """
     if name is None:
         name = env.backend()
@@ -90,9 +90,9 @@ def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
 
 
 def serving(name: str | None, p: Problem) -> ModuleType:
-    """What computes a problem: `pick`'s choice, but the reference where an empty shard leaves nothing to compute.
+    """Return the backend module that computes a problem: the choice of `pick`, or the reference for an empty shard.
 
-    The log says, once a process, why the reference serves a caller who did not ask for it.
+    If the reference is used without having been named, a warning with the reason is logged once per process and device.
     """
     if p.image.shape[0] == 0 or p.text.shape[0] == 0:
         return reference
@@ -100,16 +100,16 @@ def serving(name: str | None, p: Problem) -> ModuleType:
 
 
 def serving_pairs(name: str | None, image: Tensor) -> ModuleType:
-    """`serving` of features that are not empty."""
+    """Return the backend module for features that are not empty (see `serving`)."""
     module = pick(name, image)[1]
     if (
         module is reference and (name or env.backend()) is None and image.dtype in FUSED_DTYPES
-    ):  # float64 is the reference's, as documented
+    ):  # no warning for float64, which is documented to use the reference
         _warn_of_reference(image)
     return module
 
 
-_warned: set[str] = set()  # devices
+_warned: set[str] = set()  # types of devices
 
 
 def _warn_of_reference(image: Tensor) -> None:
@@ -118,13 +118,13 @@ def _warn_of_reference(image: Tensor) -> None:
         return
     _warned.add(device)
     name = {"cpu": "cpu", "cuda": "triton"}.get(device, "")
-    reason, todo = f"no other backend serves {device} tensors", ""
+    reason, todo = f"no other backend supports {device} tensors", ""
     if name:
         module = _BACKENDS[name]
         reason = str(module.missing() or module.refuses(image, named=False))
         todo = mending(name, reason)
     logger.warning(
         "dense torch computes the loss, stores the N x N similarities and takes several times as long: %s%s "
-        "(with backend='reference' this line is not shown)",
-        *(reason, todo and f"; what helps: {todo}"),
+        "(pass backend='reference' to silence this warning)",
+        *(reason, todo and f"; to fix it: {todo}"),
     )

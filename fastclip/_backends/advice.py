@@ -1,4 +1,4 @@
-"""Advice on a backend that is missing, for the warning of a slow loss and for `fastclip doctor`."""
+"""Advice on a missing backend, for the warning about a slow loss and for `fastclip doctor`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from fastclip._backends.native import bare_clone
 
 __all__ = ["mending"]
 
-_ANOTHER_BUILD = "install again from the clone with the compiler there: pip install --force-reinstall --no-deps ."
-_TOOLS = {"cpu": "a C++ compiler", "cuda": "nvcc on the PATH"}
+_ANOTHER_BUILD = "build again from the clone: pip install --force-reinstall --no-deps ."
+_TOOLS = {"cpu": "a C++ compiler", "cuda": "nvcc (on the PATH)"}
 
 
 def mending(name: str, reason: str) -> str:
-    """Return what mends the `reason` for which backend `name` is missing, or "" where nothing does."""
+    """Return how to fix the `reason` for which backend `name` is missing, or "" if nothing helps."""
     if (clone := bare_clone()) is not None and (str(clone) in reason or "fastclip.triton_kernels" in reason):
-        return f"start Python in another folder, where what is installed is found, or pip install --editable {clone}"
+        return f"start Python in another folder, to import the installed package, or pip install --editable {clone}"
     if "FASTCLIP_CPU_ISA" in reason:
         return "unset FASTCLIP_CPU_ISA"
     if name == "triton":
         return "pip install triton" if "not installed" in reason else ""
     if "driver serves" in reason:
-        return "a newer NVIDIA driver"
-    return f"{_TOOLS[name]}; {_ANOTHER_BUILD}" if "native module" in reason else ""
+        return "install a newer NVIDIA driver"
+    return f"install {_TOOLS[name]}, then {_ANOTHER_BUILD}" if "native module" in reason else ""

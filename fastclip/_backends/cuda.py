@@ -1,7 +1,8 @@
-"""The CUDA backend: Hopper's own tile kernels (csrc/cuda), all but O((M + N) D) of the work.
+"""The CUDA backend: tile kernels for Hopper (csrc/cuda), which do all work except O((M + N) D).
 
-The losses of pairs without labels, the mean contrastive and the sigmoid, are native as a whole. Elsewhere norms,
-reductions, repairs and the finish are the Triton backend's: its launchers start these tiles in place of its own.
+The mean contrastive loss and the sigmoid loss of pairs without labels are computed in native code from end to end. In
+all other cases norms, reductions, repairs and the finish are kernels of the Triton backend, whose launchers start these
+tile kernels instead of Triton's.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _module, _not_loaded = load("_cuda")
 
 
 def build() -> str:
-    """nvcc's version and the architecture, or why there is no module."""
+    """Return nvcc's version and the architecture, or the reason why the module is missing."""
     return _not_loaded or f"nvcc {_module.COMPILER}, {_module.ARCHS}"
 
 
@@ -62,14 +63,14 @@ def missing() -> str | None:
     if _not_loaded:
         return _not_loaded
     if reason := triton.import_error():
-        return f"its small kernels are Triton's, and {reason}"
+        return f"it needs Triton for its small kernels, and {reason}"
     if _module.EMULATED:
         return None
     if reason := _driver_reason():
         return reason
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    if torch.cuda.is_initialized():  # else a look at the GPUs would keep forked processes from using them
+    if torch.cuda.is_initialized():  # a query that initialises CUDA would keep forked processes from using the GPUs
         reasons = [_other_gpu(index) for index in range(torch.cuda.device_count())]
         return reasons[0] if all(reasons) else None
     return None
@@ -84,16 +85,16 @@ def _other_gpu(index: int) -> str | None:
 
 def refuses(image: Tensor, named: bool) -> str | None:
     if image.dtype not in _DTYPES:
-        return f"it serves bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
+        return f"it supports bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
     if image.device.type == "cpu" and named and _module is not None and _module.EMULATED:
         return None
     if image.device.type != "cuda":
-        return f"it serves GPU tensors, not {image.device.type}"
+        return f"it supports GPU tensors, not {image.device.type}"
     return _other_gpu(image.get_device())
 
 
 class _Tiles:
-    """`triton_kernels.launch.Tiles` by the native module."""
+    """`triton_kernels.launch.Tiles` implemented by the native module."""
 
     def __init__(self, device: torch.device) -> None:
         launch = _launch()
@@ -102,7 +103,7 @@ class _Tiles:
         self.stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
     def config(self, kernel: str, M: int, N: int, labels: bool) -> Any:
-        """Wide tiles, unless they leave processors idle that narrow ones would use."""
+        """Choose wide tiles, unless they leave processors idle that narrow tiles would use."""
         wide = _module.TILE_N_LABELS if labels and kernel == "contrastive_fwd" else _module.TILE_N
         few = ceil_div(M, 2 * _module.TILE_M) * ceil_div(N, wide) <= self.processors // 4
         return self.new_config(_module.TILE_M, _module.TILE_N_SMALL if few else wide, 64, 12, 1)
@@ -172,18 +173,18 @@ def _addresses(side: Any) -> dict[str, int]:
 
 
 def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
-    """As `reference.contrastive_fwd`."""
+    """Compute `reference.contrastive_fwd`."""
     return triton.contrastive_fwd(p, maxima, tiles=_Tiles(p.image.device))
 
 
 def contrastive_bwd(
     p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference.contrastive_bwd`."""
+    """Compute `reference.contrastive_bwd`."""
     return triton.contrastive_bwd(p, stats, grads, needs, tiles=_Tiles(p.image.device))
 
 
-# ---- losses of pairs: a training step waits for these lines, so there are few calls in them ----
+# ---- losses of pairs: with few rows a training step waits for this Python code, so it makes few calls ----
 
 
 @functools.cache
@@ -197,20 +198,25 @@ def _sizes(N: int, D: int, workspace: int, processors: int) -> tuple[int, ...]:
 
 
 def plain_saved(N: int) -> int:
-    """fp32 words of what `plain_fwd` hands to `plain_bwd`; of any kind of integer, as csrc/cuda/loss_plan.cpp's."""
+    """Return how many fp32 numbers `plain_fwd` saves for `plain_bwd`.
+
+    The formula is that of csrc/cuda/loss_plan.cpp, repeated here because N may be symbolic.
+    """
     return 64 + 12 * 32 * ((N + 31) // 32)
 
 
 @functools.lru_cache(maxsize=64)
 def _blocks(N: int, rows: int, columns: int) -> list[tuple[int, int, int, int]]:
-    """First and last row and column (exclusive) of every block of weights, chunk by chunk."""
+    """Return (i0, i1, j0, j1) of every block of weights: rows i0 to i1 and columns j0 to j1, both ends exclusive."""
     chunks = _launch().chunks
     return [(*across, *along) for across in chunks(N, rows) for along in chunks(N, columns)]
 
 
 def _side(x: Tensor, copied: bool, width: int) -> tuple[Tensor, Tensor, int, int, int, int]:
-    """Features next to each other, and the rows that the products read: the very same or room for copies; addresses
-    and row strides of both."""
+    """Return features with contiguous rows, the rows that the products read, and addresses and row strides of both.
+
+    The products read the features themselves, or, if these are misaligned or `copied`, a new buffer for copies.
+    """
     row, step = x.stride()
     if step != 1 and x.shape[1] > 1:
         x = x.contiguous()
@@ -225,7 +231,7 @@ def _side(x: Tensor, copied: bool, width: int) -> tuple[Tensor, Tensor, int, int
 def _plain(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Any, ...], tuple[int, ...]]:
-    """Both sides' features and rows (`_side`), the native calls' first argument, sizes."""
+    """Return the features and rows of both sides (`_side`), the first argument of the native calls, and the sizes."""
     N, D = image.shape
     half, device = image.dtype is torch.float16, image.get_device()
     copied, width = D % 8 != 0 or (half and normalize), (D + 7) // 8 * 8
@@ -241,10 +247,9 @@ def _plain(
 def plain_fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss () of features (N, D) whose rows are pairs, and what the backward needs (`plain_saved`): in one native
-    call of four launches.
+    """Compute `reference.plain_fwd`, the mean loss of pairs (N, D), in one native call of four kernel launches.
 
-    scale: () fp32 on the device. image_weight: w in w mean_i + (1 - w) mean_j.
+    scale: (), fp32, on the device. image_weight: w in w mean_i + (1 - w) mean_j.
     """
     image, *_copies, problem, sizes = _plain(image, text, scale, image_weight, normalize)
     saved = image.new_empty(sizes[0] // 4, dtype=torch.float32)
@@ -264,7 +269,7 @@ def plain_bwd(
     d_loss: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `plain_fwd` by image, text and scale, each if it is needed, times d_loss () fp32."""
+    """Compute `reference.plain_bwd`, the gradients of that loss for d_loss (), fp32."""
     d_image = image.new_empty(image.shape) if needs[0] else None
     d_text = text.new_empty(text.shape) if needs[1] else None
     d_scale = scale.new_empty(()) if needs[2] else None
@@ -298,10 +303,10 @@ def _add_products(
     rows: int,
     needs: Sequence[bool],
 ) -> None:
-    """Add a block of weights times the rows x of images and y of texts to the sums of gradients in `work`, in fp32.
+    """Add a block of weights times the rows x of images and y of texts to the gradient sums in `work`, in fp32.
 
-    Elements of `work`, of the features' dtype: from `weights_at` the weights, rows `stride` apart; from `sums_at` the
-    images' sums, of at most `rows` at a time, then all texts'.
+    `work` has the dtype of the features. The weights begin at element `weights_at`, with a row stride of `stride`
+    elements. The sums begin at element `sums_at`: first those of at most `rows` images, then those of all texts.
     """
     i0, i1, j0, j1 = block
     (N, width), size, wide = x.shape, i1 - i0, j1 - j0
@@ -321,7 +326,7 @@ def _add_products(
 def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
-    """Compute the loss and its gradients, as `reference.sigmoid_fwd` does; of pairs natively, in three launches."""
+    """Compute `reference.sigmoid_fwd`. For pairs it is native code with three kernel launches."""
     image, text, scale, _, offset, _, normalize = p
     fp32 = scale.dtype is bias.dtype is torch.float32
     if offset or image.shape != text.shape or not fp32:
@@ -333,7 +338,7 @@ def sigmoid_fwd(
     loss = image.new_empty((), dtype=dtype)
     image, text, x, y, problem, (_, _, rows, _, stride, _, head, columns) = _plain(image, text, scale, 0.5, normalize)
     (N, width), gradients = x.shape, True in needs
-    # One allocation for all that lies between the kernels; counted in elements of the features' dtype
+    # One allocation for all intermediate results; sizes are in elements of the features' dtype
     head //= 2
     raw = head + rows * stride
     work = image.new_empty(raw + 2 * (rows + N) * width if gradients else head)
@@ -341,7 +346,7 @@ def sigmoid_fwd(
     outputs = (
         loss.data_ptr(),
         dtype is torch.float64,
-        *[0 if x is None else x.data_ptr() for x in (d_image, d_text, scalars)],  # a generator: a call each
+        *[0 if x is None else x.data_ptr() for x in (d_image, d_text, scalars)],  # a generator costs a call per item
     )
     for block in _blocks(N, rows, columns):
         i0, _, j0, j1 = block
@@ -355,7 +360,7 @@ def sigmoid_fwd(
 
 
 def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """Multiply gradients, as `reference.sigmoid_bwd` does, in one launch."""
+    """Compute `reference.sigmoid_bwd` in one kernel launch."""
     image, text, scale, bias = inputs
     if not scale.dtype is bias.dtype is torch.float32:
         return triton.sigmoid_bwd(inputs, kept, d_loss)
@@ -364,7 +369,8 @@ def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss:
     kept_image, kept_text, kept_scale, kept_bias = kept
     d_image = None if kept_image is None else image.new_empty(image.shape)
     d_text = None if kept_text is None else text.new_empty(text.shape)
-    d_scale = None if kept_scale is None else scale.new_empty(())  # apart, because users change them in place
+    # Separate memory, because users may change gradients in place
+    d_scale = None if kept_scale is None else scale.new_empty(())
     d_bias = None if kept_bias is None else bias.new_empty(())
     device = image.device.index if image.is_cuda else -1
     _module.sigmoid_bwd(

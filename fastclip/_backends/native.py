@@ -1,4 +1,4 @@
-"""The native modules fastclip._cpu and fastclip._cuda, or the reason why one is not there."""
+"""Loading of the native modules fastclip._cpu and fastclip._cuda, with the reason if one cannot be loaded."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 __all__ = ["address", "bare_clone", "load"]
 
 _SUFFIXES = (*importlib.machinery.EXTENSION_SUFFIXES, "_build_report.txt")
-_IMPORT = {  # written out: tests/package/test_layering.py reads what is imported from the source
+_IMPORT = {  # written out, because tests/package/test_layering.py reads imports from the source
     "_cpu": lambda: importlib.import_module("fastclip._cpu"),
     "_cuda": lambda: importlib.import_module("fastclip._cuda"),
 }
 
 
 def load(name: str) -> tuple[Any, str | None]:
-    """The module and None, or None and the reason."""
+    """Return the module and None, or None and the reason."""
     try:
         return _IMPORT[name](), None
     except ImportError as error:
@@ -33,7 +33,10 @@ def load(name: str) -> tuple[Any, str | None]:
 
 
 def bare_clone() -> Path | None:
-    """The clone whose sources are imported in place of an installation, as they are by a Python started in its root."""
+    """Return the clone whose sources were imported instead of an installation, or None.
+
+    That happens if Python is started in the root of a clone.
+    """
     folder = Path(str(importlib.resources.files("fastclip")))
     built = any((folder / f"{name}{suffix}").exists() for name in _IMPORT for suffix in _SUFFIXES)
     return folder.parent if (folder.parent / "csrc").is_dir() and not built else None

@@ -1,4 +1,4 @@
-"""What every backend is handed, and the statistics that it hands back."""
+"""The input of every backend, and the statistics that it returns."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import Tensor
 
 __all__ = ["DTYPES", "FUSED_DTYPES", "Problem", "Side", "SideGrads", "Sides", "in_turn"]
 
-FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what a backend besides the reference may serve
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of backends other than the reference
 DTYPES = (*FUSED_DTYPES, torch.float64)
 
 
 class Problem(NamedTuple):
     """The logits z_ij = scale r_i c_j <image_i, text_j>, and which of them are positives.
 
-    r, c are inverse norms when `normalize`, else 1.
+    r and c are the inverse norms of the rows if `normalize`, else 1.
     """
 
     image: Tensor  # (M, D)
     text: Tensor  # (N, D)
     scale: Tensor  # ()
     labels: tuple[Tensor, Tensor] | None = None  # (M,), (N,) int32: pairs with equal labels are positives
-    offset: int = 0  # row i's own column is i + offset: without labels its positive
-    exclude_self: bool = False  # with labels: a row's own column is neither a positive nor a negative
+    offset: int = 0  # the text of image i is column i + offset: without labels its positive
+    exclude_self: bool = False  # with labels: pair (i, i + offset) is neither a positive nor a negative
     normalize: bool = True
 
 
 class Side(NamedTuple):
     """Statistics of the logits of every row (M,), or of every column (N,)."""
 
-    neg: Tensor  # log-sum-exp over the negatives, -inf where there are none
-    pos: Tensor  # sum over the positives, 0 where there are none
-    pos_lse: Tensor  # log-sum-exp over the positives, -inf where there are none; of size 0 without labels
-    inv_norm: Tensor  # the r or c of the features
-    neg_top: Tensor | None = None  # largest negative, -inf where there is none; None unless maxima are asked for
-    pos_top: Tensor | None = None  # largest positive, likewise
+    neg: Tensor  # log-sum-exp over the negatives, -inf if there are none
+    pos: Tensor  # sum over the positives, 0 if there are none
+    pos_lse: Tensor  # log-sum-exp over the positives, -inf if there are none; of size 0 without labels
+    inv_norm: Tensor  # r of the images, or c of the texts
+    neg_top: Tensor | None = None  # largest negative, -inf if there is none; None unless maxima were requested
+    pos_top: Tensor | None = None  # largest positive, -inf if there is none; None unless maxima were requested
 
     def tensors(self) -> list[Tensor]:
         """List the statistics that are not None, in the order of the fields, which is that of an op's outputs."""
@@ -45,7 +45,7 @@ class Side(NamedTuple):
 
 
 class SideGrads(NamedTuple):
-    """The loss's derivatives by one side's statistics; by inverse norms there are none."""
+    """Derivatives of the loss by the statistics of one side. Inverse norms have none."""
 
     neg: Tensor
     pos: Tensor
@@ -56,5 +56,5 @@ Sides = tuple[Side, Side]  # of the rows, of the columns
 
 
 def in_turn(rows: Sequence[Tensor], cols: Sequence[Tensor]) -> list[Tensor]:
-    """List of each statistic the rows', then the columns': the order of the ops' tensors, and of Triton's launchers."""
+    """Return each statistic of the rows, then of the columns: the order of the ops and of Triton's launchers."""
     return [x for pair in zip(rows, cols) for x in pair]

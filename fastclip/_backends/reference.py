@@ -1,6 +1,7 @@
-"""The losses in dense torch: what every other backend is compared with.
+"""The losses in dense torch: the definition that all other backends are compared with.
 
-Differentiable twice, any device, any floating dtype (16-bit features are computed in fp32), M x N memory.
+They are differentiable twice, run on any device in any floating dtype (16-bit features are computed in fp32), and need
+M x N memory.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ def refuses(image: Tensor, named: bool) -> str | None:
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on Apple's GPUs, which have no float64."""
+    """Return float64, or float32 on Apple's GPUs, which do not support float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def norms(x: Tensor) -> Tensor:
-    """Norm of every row (M, D) -> (M,), of `wide_dtype`: no square overflows or vanishes."""
+    """Return the norm of every row (M, D) -> (M,), in `wide_dtype`, so that no square overflows or vanishes."""
     return torch.linalg.vector_norm(x, dim=1, dtype=wide_dtype(x.device))
 
 
 def inv_norms(x: Tensor, normalize: bool) -> Tensor:
-    """1 / max(norm, EPS) of every row (M, D) -> (M,), or ones; fp32, for fp64 features fp64."""
+    """Return 1 / max(norm, EPS) of every row (M, D) -> (M,), or ones, in fp32 (fp64 for fp64 features)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not normalize:
         return torch.ones(x.shape[0], dtype=dtype, device=x.device)
@@ -60,18 +61,18 @@ def inv_norms(x: Tensor, normalize: bool) -> Tensor:
 
 
 def unit_rows(x: Tensor, r: Tensor) -> Tensor:
-    """Rows (M, D) times their `inv_norms` r (M,), in the dtype of r."""
+    """Return the rows (M, D) times their `inv_norms` r (M,), in the dtype of r."""
     return r[:, None] * x.to(r.dtype)
 
 
 def _diagonal(z: Tensor, offset: int) -> Tensor:
-    """Every row's own pair, bool (M, N)."""
+    """Return the mask of the pairs (i, i + offset), bool (M, N)."""
     i, j = (torch.arange(size, device=z.device) for size in z.shape)
     return i[:, None] + offset == j
 
 
 def _positive_and_negative(z: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
-    """Which pairs are positives, and which negatives: bool (M, N) each."""
+    """Return the masks of the positive and of the negative pairs, bool (M, N) each."""
     diagonal = _diagonal(z, p.offset)
     if p.labels is None:
         return diagonal, ~diagonal
@@ -80,40 +81,40 @@ def _positive_and_negative(z: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _largest(z: Tensor, dim: int) -> Tensor:
-    """-inf over an empty dimension."""
+    """Return the maximum over a dimension, -inf if it is empty."""
     return z.amax(dim) if z.shape[dim] else z.new_full((z.shape[1 - dim],), -torch.inf)
 
 
 def _logsumexp(z: Tensor, kept: Tensor, dim: int) -> Tensor:
-    """log-sum-exp of the kept z; -inf, with gradient 0, where none is."""
+    """Return the log-sum-exp of z where `kept`. If no element is kept it is -inf, with gradient 0."""
     z = z.masked_fill(~kept, -torch.inf)
     has_any = kept.any(dim)
     top = torch.where(has_any, _largest(z.detach(), dim), 0.0)
     total = (z - top.unsqueeze(dim)).exp().sum(dim)
-    # The inner where keeps log away from 0: its gradient there, infinite, would become NaN in the outer one
+    # The inner where keeps log away from 0, where its infinite gradient would become NaN in the outer where
     return torch.where(has_any, torch.where(has_any, total, 1.0).log() + top, -torch.inf)
 
 
 def _softmax_weights(z: Tensor, lse: Tensor, d: Tensor, dim: int) -> Tensor:
-    """d exp(z - lse), 0 for empty sets."""
+    """Return d exp(z - lse), 0 for empty sets."""
     has_any = lse > -torch.inf
     has_any |= lse.isnan()  # a row with NaN has a NaN gradient
     return torch.where(has_any, d, 0.0).unsqueeze(dim) * (z - torch.where(has_any, lse, 0.0).unsqueeze(dim)).exp()
 
 
 def _through_norm(d_unit: Tensor, unit: Tensor, inv_norm: Tensor, normalize: bool) -> Tensor:
-    """Gradient of the features from that of their unit rows."""
+    """Return the gradient of the features from that of their unit rows."""
     if not normalize:
         return d_unit
-    along = torch.where(inv_norm * EPS < 1, (unit * d_unit).sum(1), 0.0)  # a clamped norm is a constant
+    along = torch.where(inv_norm * EPS < 1, (unit * d_unit).sum(1), 0.0)  # a clamped norm is constant
     return inv_norm[:, None] * (d_unit - along[:, None] * unit)
 
 
 def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
-    """Return the statistics of the logits' rows (M,) and columns (N,), with `maxima` the largest logits too.
+    """Return the statistics of the logits' rows (M,) and columns (N,). With `maxima` they include the largest logits.
 
-    The statistics are of `wide_dtype`: their differences make the loss, and at 100 a float32 has lost 4e-6. Inverse
-    norms are `inv_norms`.
+    The statistics are in `wide_dtype`, because the loss is a difference of them and a float32 near 100 has an error of
+    4e-6. The inverse norms are `inv_norms`.
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
     z = p.scale.to(r.dtype) * unit_rows(p.image, r) @ unit_rows(p.text, c).T
@@ -136,9 +137,9 @@ def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
 def contrastive_bwd(
     p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of image (M, D), text (N, D) and scale (), each None where `needs` says so.
+    """Return the gradients of image (M, D), text (N, D) and scale (), with None for those that `needs` excludes.
 
-    `stats` are what `contrastive_fwd` returned, `grads` the loss's derivatives by them.
+    `stats` are the results of `contrastive_fwd`, and `grads` the derivatives of the loss by them.
     """
     dtype = stats[0].inv_norm.dtype
     rows, cols = (Side(*(x.to(dtype) for x in side.tensors())) for side in stats)
@@ -162,17 +163,18 @@ def contrastive_bwd(
 
 
 def plain_saved(N: int) -> int:
-    """fp32 numbers that `plain_fwd` of N pairs hands to `plain_bwd`."""
+    """Return how many fp32 numbers `plain_fwd` saves for `plain_bwd` with N pairs."""
     return 12 * N
 
 
 def plain_fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss () of pairs without labels, and what `plain_bwd` needs, (plain_saved(N),); both fp32.
+    """Return the mean loss () of pairs without labels and what `plain_bwd` needs, (plain_saved(N),), both in fp32.
 
-    image, text (N, D), row i's one positive is column i; scale () fp32; not for fp64 features. The loss is image_weight
-    times the mean over images of softplus(row_neg - row_pos), plus the rest times the mirrored mean over texts.
+    image and text (N, D) may not be fp64, and scale () is fp32. The only positive of row i is column i. The loss is
+    image_weight times the mean over images of softplus(row_neg - row_pos), plus 1 - image_weight times the mean over
+    texts of softplus(col_neg - col_pos).
     """
     sides = contrastive_fwd(Problem(image, text, scale, normalize=normalize))
     rows, cols = (F.softplus(side.neg - side.pos, threshold=64).mean() for side in sides)
@@ -191,7 +193,7 @@ def plain_bwd(
     d_loss: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of image, text and scale from that of the loss, d_loss (); each None where `needs` says so."""
+    """Return the gradients of image, text and scale for d_loss (), with None for those that `needs` excludes."""
     N, none = image.shape[0], saved.new_empty(0)
     stats, grads = [], []
     weights = image_weight, 1.0 - image_weight
@@ -206,9 +208,10 @@ def plain_bwd(
 def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
-    """sum_ij softplus(-+(z_ij + bias)) / divisor, () of `dtype`, and its gradients by image, text, scale, bias ().
+    """Return sum_ij softplus(-sign_ij (z_ij + bias)) / divisor, () in `dtype`, and its four gradients.
 
-    Each gradient is None where `needs` says so, and of `saved_dtype`.
+    sign_ij is 1 at the pairs (i, i + offset) and -1 elsewhere. The gradients are those of image, text, scale and bias
+    (), with None for those that `needs` excludes. Those of the features are in `saved_dtype`.
     """
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
     u, v = unit_rows(p.image, r), unit_rows(p.text, c)
@@ -230,18 +233,22 @@ def sigmoid_fwd(
 
 
 def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients that `sigmoid_fwd` returned, times that of the loss, d_loss (); of the dtypes of the four inputs."""
+    """Return the gradients from `sigmoid_fwd` times d_loss (), in the dtypes of the four inputs."""
     out: list[Tensor | None] = []
     for x, d in zip(inputs, kept):
         if d is None:
             out.append(None)
             continue
         dtype = d.dtype if d.dtype == torch.float64 else torch.float32
-        product = d * (d_loss if d_loss.dtype == dtype else d_loss.to(dtype))  # of a scalar: bfloat16 is rounded once
+        # d_loss stays in fp32. As a tensor () it does not promote d, so a bfloat16 product is rounded once.
+        product = d * (d_loss if d_loss.dtype == dtype else d_loss.to(dtype))
         out.append(product if product.dtype == x.dtype else product.to(x.dtype))
     return tuple(out)
 
 
 def saved_dtype(x: Tensor) -> torch.dtype:
-    """Of a gradient that waits for the loss's own: a float16 would flush to zero before a gradient scaler's factor."""
+    """Return the dtype of a gradient that is saved until d_loss is known.
+
+    It is fp32 for float16, which would flush to zero before a gradient scaler's factor is applied.
+    """
     return torch.float32 if x.dtype == torch.float16 else x.dtype

@@ -1,4 +1,4 @@
-"""The Triton backend: any recent GPU, and under TRITON_INTERPRET=1 the CPU; the kernels are in `triton_kernels/`."""
+"""The Triton backend for recent GPUs, and for the CPU under TRITON_INTERPRET=1. The kernels are in `triton_kernels`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 @functools.cache
 def import_error() -> str | None:
-    """Why Triton cannot be used at all."""
+    """Return the reason why Triton cannot be used on this machine, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     try:
@@ -42,7 +42,7 @@ def import_error() -> str | None:
         if _number(kernels.TRITON) < _number(kernels.OLDEST):
             return f"it needs Triton {kernels.OLDEST} or newer, this is {kernels.TRITON}"
         importlib.import_module("fastclip.triton_kernels.launch")
-    except Exception as error:  # whatever an installation that is not whole raises
+    except Exception as error:  # an incomplete installation may raise anything
         return f"Triton does not load ({type(error).__name__}: {error})"
     return None
 
@@ -54,7 +54,7 @@ def _interpreting() -> bool:
 @functools.cache
 def _old_gpu(index: int) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
-        return f"it needs compute capability 8.0 or newer, {torch.cuda.get_device_name(index)} has less"
+        return f"it needs compute capability 8.0 or newer, which {torch.cuda.get_device_name(index)} does not have"
     return None
 
 
@@ -70,24 +70,24 @@ def missing() -> str | None:
 
 def refuses(image: Tensor, named: bool) -> str | None:
     if image.dtype not in FUSED_DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
-    if image.device.type == "cpu" and not named:  # without a look at the GPU: a forked worker must not touch it
-        return "it serves GPU tensors, not cpu; its interpreter, which is for looking, serves who asks for it by name"
+        return f"it supports float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
+    if image.device.type == "cpu" and not named:  # before any query of the GPU, which would break forked workers
+        return "it supports GPU tensors, not cpu; its interpreter, which is for debugging, must be chosen by name"
     if reason := import_error():
         return reason
     if not _interpreting():
         if image.device.type != "cuda":
-            return f"it serves GPU tensors, not {image.device.type}"
+            return f"it supports GPU tensors, not {image.device.type}"
         return _old_gpu(image.get_device())
     if image.device.type != "cpu":
-        return f"TRITON_INTERPRET=1 is set: it serves CPU tensors, not {image.device.type}"
+        return f"TRITON_INTERPRET=1 is set: it supports CPU tensors, not {image.device.type}"
     if image.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 with TRITON_INTERPRET=1"
     return None
 
 
 def _on_device(function: Any) -> Any:
-    """Kernels start on the current device: make it the features'."""
+    """Make the device of the features the current one, because Triton launches kernels on the current device."""
 
     @functools.wraps(function)
     def wrapped(problem: Tensor | Sequence[Any], *args: Any, **options: Any) -> Any:
@@ -102,9 +102,11 @@ def _on_device(function: Any) -> Any:
 
 @_on_device
 def contrastive_fwd(p: Problem, maxima: bool = False, tiles: Any = None) -> Sides:
-    """As `reference.contrastive_fwd`; `tiles` (`triton_kernels.launch.Tiles`) in place of Triton's."""
+    """Compute `reference.contrastive_fwd`. `tiles` (`triton_kernels.launch.Tiles`) replaces Triton's tiles."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_fwd")
-    in_turn = launcher.contrastive_fwd(*p, maxima=maxima, tiles=tiles)  # the rows' and the columns'
+    in_turn = launcher.contrastive_fwd(
+        *p, maxima=maxima, tiles=tiles
+    )  # each statistic of the rows, then of the columns
     return Side(*in_turn[0::2]), Side(*in_turn[1::2])
 
 
@@ -112,7 +114,7 @@ def contrastive_fwd(p: Problem, maxima: bool = False, tiles: Any = None) -> Side
 def contrastive_bwd(
     p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads], needs: list[bool], tiles: Any = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference.contrastive_bwd`; `tiles` likewise."""
+    """Compute `reference.contrastive_bwd`. `tiles` replaces Triton's tile kernels."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_bwd")
     rows, cols = (side.tensors() for side in stats)
     return launcher.contrastive_bwd(*p, in_turn(rows, cols), in_turn(*grads), needs, tiles=tiles)
@@ -127,14 +129,14 @@ def _sigmoid() -> Any:
 def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype, tiles: Any = None
 ) -> tuple[Tensor | None, ...]:
-    """As `reference.sigmoid_fwd`; `tiles` likewise."""
+    """Compute `reference.sigmoid_fwd`. `tiles` replaces Triton's tile kernels."""
     options = p.offset, p.normalize, divisor, needs, saved_dtype(p.image), dtype, tiles
     return _sigmoid().sigmoid_fwd(p.image, p.text, p.scale, bias, *options)
 
 
 @_on_device
 def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """Multiply gradients, as `reference.sigmoid_bwd` does."""
+    """Compute `reference.sigmoid_bwd`."""
     return _sigmoid().sigmoid_bwd(inputs, kept, d_loss)
 
 
@@ -144,7 +146,7 @@ def _plain() -> Any:
 
 
 def plain_saved(N: int) -> int:
-    """Words of fp32 that `plain_fwd` hands to `plain_bwd`."""
+    """Return how many fp32 numbers `plain_fwd` saves for `plain_bwd` with N pairs."""
     return int(_plain().plain_saved(N))
 
 
@@ -152,7 +154,7 @@ def plain_saved(N: int) -> int:
 def plain_fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the mean loss of pairs, as `reference.plain_fwd` does."""
+    """Compute `reference.plain_fwd`, the mean loss of pairs."""
     return _plain().plain_fwd(image, text, scale, image_weight, normalize)
 
 
@@ -167,5 +169,5 @@ def plain_bwd(
     d_loss: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradients of that loss, as `reference.plain_bwd` does."""
+    """Compute `reference.plain_bwd`, the gradients of that loss."""
     return _plain().plain_bwd(image, text, scale, saved, image_weight, normalize, d_loss, needs)

@@ -82,7 +82,8 @@ def test_machine_without_hopper_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "import_error", lambda: "the package triton is not installed")
-    assert fastclip.backends()["cuda"] == "its small kernels are Triton's, and the package triton is not installed"
+    reason = "it needs Triton for its small kernels, and the package triton is not installed"
+    assert fastclip.backends()["cuda"] == reason
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ((9, 0), torch.bfloat16, None),
         ((9, 0), torch.float16, None),
-        ((9, 0), torch.float32, "it serves bfloat16 and float16, not float32"),
+        ((9, 0), torch.float32, "it supports bfloat16 and float16, not float32"),
         ((8, 0), torch.bfloat16, "it is for Hopper (compute capability 9.0), not a GPU"),
         ((10, 0), torch.bfloat16, "it is for Hopper (compute capability 9.0), not a GPU"),
     ],

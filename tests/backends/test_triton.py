@@ -170,5 +170,5 @@ def test_interpreter_serves_by_name_only() -> None:
     assert "by name" in str(backend.refuses(image, named=False))
     with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
         fastclip.contrastive_loss(image.bfloat16(), text.bfloat16(), 5.0, backend="triton")
-    with pytest.raises(RuntimeError, match="serves float32, bfloat16 and float16, not float64"):
+    with pytest.raises(RuntimeError, match="supports float32, bfloat16 and float16, not float64"):
         fastclip.contrastive_loss(image.double(), text.double(), 5.0, backend="triton")

@@ -107,8 +107,10 @@ def test_dense_service_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "the native module was not built: `cmake -S` failed (no C++ compiler was found)"
     monkeypatch.setattr(doctor, "backends", lambda: {"cuda": "no driver", "cpu": reason, "reference": "available"})
     found = findings(doctor._backends)
-    assert found["cpu"].state == "warning" and found["cpu"].advice.startswith("a C++ compiler; install again")
-    assert found["cuda"].state == found["cuda"].advice == ""  # nothing can be improved without a GPU
+    assert found["cpu"].state == "warning" and found["cpu"].advice.startswith(
+        "install a C++ compiler, then build again"
+    )
+    assert found["cuda"].state == found["cuda"].advice == ""  # without a GPU nothing can be done
 
 
 def test_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:

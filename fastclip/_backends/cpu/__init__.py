@@ -1,4 +1,4 @@
-"""The CPU backend: blocks of logits by torch.mm into one reused buffer, then one native pass a block (csrc/cpu)."""
+"""The CPU backend: torch.mm writes blocks of logits into one reused buffer, and native code (csrc/cpu) reads them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 def refuses(image: Tensor, named: bool) -> str | None:
     if image.device.type != "cpu":
-        return f"it serves CPU tensors, not {image.device.type}"
+        return f"it supports CPU tensors, not {image.device.type}"
     if image.dtype not in FUSED_DTYPES:
-        return f"it serves float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
+        return f"it supports float32, bfloat16 and float16, not {str(image.dtype).removeprefix('torch.')}"
     return None

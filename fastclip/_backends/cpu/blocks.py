@@ -1,7 +1,7 @@
-"""A problem cut into blocks of logits: torch.mm fills one reused buffer, a native pass works on it in place.
+"""Blocks of logits: torch.mm fills one reused buffer, and a native pass works on it in place.
 
-The block is bounded by FASTCLIP_WORKSPACE_MB; nothing M x N exists. Features in fp32 are used where they lie, 16-bit
-ones become fp32 block by block.
+FASTCLIP_WORKSPACE_MB bounds the size of a block, so that no M x N matrix is stored. Features in fp32 are read in place,
+16-bit features are converted to fp32 block by block.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = [
     "workspace",
 ]
 
-BLOCK_M = 4096  # rows of a block, where the workspace allows: short products are slow
-_NORM_ROWS = 256  # of 16-bit features at a time
-_LARGE_NORM = 2.0**40  # norms beyond it could overflow the fp32 product of two unnormalised rows
-_FEW_LOGITS = 2**16  # below, a second thread costs more than it brings
+BLOCK_M = 4096  # rows of a block if the workspace allows: products of few rows are slow
+_NORM_ROWS = 256  # rows of 16-bit features that are converted at a time for their norms
+_LARGE_NORM = 2.0**40  # above it, the fp32 product of two unnormalised rows could overflow
+_FEW_LOGITS = 2**16  # below it, a second thread costs more than it saves
 
 
 def _cuts(size: int, block: int) -> list[tuple[int, int]]:
@@ -43,21 +43,21 @@ def _cuts(size: int, block: int) -> list[tuple[int, int]]:
 
 
 def threads(M: int, N: int) -> int:
-    """Threads of the native passes over M x N logits."""
+    """Return the number of threads of a native pass over M x N logits."""
     return 1 if M * N < _FEW_LOGITS else torch.get_num_threads()
 
 
 Block = tuple[int, int, int, int]  # rows i0 to i1 and columns j0 to j1 of the logits
-# What a native pass takes of a block: the dot products' address and row stride, then M, N, i0, j0
+# A block as a native pass takes it: address and row stride of the dot products, then M, N, i0, j0
 Dots = tuple[int, int, int, int, int, int]
 
 
 class Features:
-    """One side's rows (M, D) as the products see them: fp32, inverse norms still to be multiplied in.
+    """The rows (M, D) of one side in fp32, as the products read them, not yet multiplied by their inverse norms.
 
-    inv_norm, outer: what `native.module.norms` says of the rows, fp32 (M,): the address of the one, 0 where the
-    features are not normalised; the other only where a row is large. An address, because a step on few rows waits for
-    the host, and a slice of a tensor costs it a microsecond.
+    inv_norm: address of the inverse norms that `native.module.norms` wrote, fp32 (M,), 0 for features that are not
+    normalised. It is an address because slicing a tensor takes a microsecond, and with few rows the host is the limit.
+    outer: the other result of `native.module.norms`, fp32 (M,), given only if a row is large.
     """
 
     def __init__(self, x: Tensor, inv_norm: int = 0, outer: Tensor | None = None) -> None:
@@ -76,7 +76,7 @@ class Features:
             self.in_block: tuple[int, int] | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """fp32 rows, to be used before the next call with others: 16-bit ones share one buffer."""
+        """Return rows in fp32. 16-bit features share one buffer: use the rows before the next call."""
         if self.fp32:
             return self.x if stop - start == self.M else self.x[start:stop]
         if self.block is None or self.block.shape[0] < stop - start:
@@ -88,7 +88,7 @@ class Features:
         return rows
 
     def norms(self, inv_norm: int, outer: int, workers: int) -> bool:
-        """Write `native.module.norms` of all rows to these addresses; True where some are large."""
+        """Write `native.module.norms` of all rows to these addresses. Return True if a row is large."""
         if self.fp32:
             x = self.x.data_ptr()
             return bool(native.module.norms(x, self.row_stride, self.M, self.D, inv_norm, outer, workers))
@@ -100,7 +100,10 @@ class Features:
         return large > 0
 
     def finish(self, raw: Tensor, rows: Tensor, start: int, factor: float, workers: int) -> None:
-        """raw <- factor (raw - u <u, raw>), u the unit rows of `rows` from `start`; raw (M, D) fp32 without gaps."""
+        """Replace raw by factor (raw - u <u, raw>), with u the unit rows of `rows`, which begin at row `start`.
+
+        raw is (M, D), fp32 and contiguous.
+        """
         matrices = raw.data_ptr(), self.D, rows.data_ptr(), self.row_stride
         inv_norm = self.inv_norm and self.inv_norm + 4 * start
         outer = 0 if self.outer is None else self.outer.data_ptr() + 4 * start
@@ -108,7 +111,7 @@ class Features:
 
 
 def normalized(x: Tensor, norms: Tensor, start: int, workers: int) -> Features:
-    """`Features` of rows (M, D) whose inv_norm and outer are written to `norms` from `start`, fp32, M numbers each."""
+    """Return `Features` of x (M, D). inv_norm and outer, M numbers each, are written to `norms` (fp32) from `start`."""
     features = Features(x)
     M = features.M
     at = norms.data_ptr() + 4 * start
@@ -127,7 +130,10 @@ def inv_norms(x: Tensor, normalize: bool) -> Tensor:
 
 
 def features_of(x: Tensor, inv_norm: Tensor, normalize: bool) -> tuple[Features, Tensor]:
-    """`Features` of rows with these `inv_norms`, and what multiplies their dot products, fp32 (M,): to be kept."""
+    """Return `Features` of rows with these `inv_norms`, and the factors of their dot products, fp32 (M,).
+
+    `Features` holds an address of the factors: the caller must keep them alive.
+    """
     inv_norm = inv_norm.float().contiguous()
     if not normalize:
         return Features(x), inv_norm
@@ -139,23 +145,25 @@ def features_of(x: Tensor, inv_norm: Tensor, normalize: bool) -> tuple[Features,
 
 
 class _Workspace(threading.local):
-    """This thread's buffer of logits, kept between calls: fresh pages cost more than a pass over them (8 ms for 32
-    MiB), and the block that a forward pass leaves in it needs no second product in the backward pass that follows.
+    """The buffer of logits of this thread, kept between calls.
+
+    Fresh memory pages cost more than a pass over them (8 ms for 32 MiB). The last block of a forward pass also stays in
+    the buffer, so that the backward pass need not compute its product again.
     """
 
     buffer: Tensor | None = None
-    size = 0  # of the buffer
-    # Whose block of dot products the buffer holds, and which one. A forward pass is known by a tensor that it made
-    # itself: while this reference lives, no other can be at its address.
+    size = 0  # size of the buffer, in floats
+    # The forward pass whose dot products the buffer holds, and their block. A tensor that the forward pass created
+    # identifies it: while this reference lives, no other tensor can have its address.
     owner: Tensor | None = None
     block: Block | None = None
 
     def reserve(self, size: int, allowed: int) -> Tensor:
-        """At least `size` floats, and no more than `allowed` from an earlier call."""
+        """Return a buffer of at least `size` floats. One from an earlier call is reused up to `allowed` floats."""
         if self.buffer is None or not size <= self.size <= allowed:
             self.forget()
-            self.buffer = None  # freed before the new one is made
-            with torch.inference_mode(False):  # it outlives a call, and what is made in that mode serves no other
+            self.buffer = None  # freed before the new one is allocated
+            with torch.inference_mode(False):  # inference tensors are unusable outside that mode
                 self.buffer, self.size = torch.empty(size, dtype=torch.float32, device="cpu"), size
         return self.buffer
 
@@ -173,9 +181,9 @@ workspace = _Workspace()
 
 
 class Plan:
-    """Cuts the problem into blocks of at most the workspace's size, the matrix product of each into one buffer.
+    """Blocks of a problem that fit into the workspace. The matrix product of each is written to one buffer.
 
-    owner: the forward pass whose backward pass this is.
+    owner: in a backward pass, the tensor that identifies its forward pass.
     """
 
     def __init__(self, image: Features, text: Features, owner: Tensor | None = None) -> None:
@@ -184,11 +192,11 @@ class Plan:
         M, N = image.M, text.M
         whole = 0, M, 0, N
         self.ready = owner is not None and workspace.buffer is not None and workspace.holds(owner, whole)
-        if self.ready and workspace.buffer is not None:  # the forward pass's only block
+        if self.ready and workspace.buffer is not None:  # the only block of the forward pass
             self.block_m, self.buffer, self.blocks = M, workspace.buffer, [whole]
             return
         allowed = floats = env.workspace_bytes() // 4
-        # 16-bit features need fp32 room out of the same workspace: d_text, the block's rows and their d_image
+        # For 16-bit features the workspace also holds fp32 copies: d_text, the rows of the block and their d_image
         copied = 0 if image.fp32 else image.D
         floats -= min(N * copied, floats // 2) if copied else 0
         self.block_m, block_n = M, N
@@ -203,7 +211,10 @@ class Plan:
             self.blocks = [(*rows, *columns) for rows in _cuts(M, self.block_m) for columns in _cuts(N, block_n)]
 
     def dots(self, block: Block) -> tuple[Tensor, Dots]:
-        """<I_i, T_j> of a block, computed unless the buffer still has it from the forward pass; to be overwritten."""
+        """Return the dot products <image_i, text_j> of a block, which the caller may overwrite.
+
+        They are computed unless the buffer still holds them from the forward pass.
+        """
         i0, i1, j0, j1 = block
         dot = self.buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
         if not (self.ready or (self.owner is not None and workspace.holds(self.owner, block))):
@@ -212,17 +223,17 @@ class Plan:
         return dot, (dot.data_ptr(), j1 - j0, i1 - i0, j1 - j0, i0, j0)
 
     def backward(self, factor: float, d_image: Tensor | None, d_text: Tensor | None) -> Iterator[Dots]:
-        """Gradients of the features, from the weights r_i G_ij c_j that the caller makes of a block's dot products.
+        """Compute the gradients of the features from weights r_i G_ij c_j, which the caller supplies for each block.
 
-        Yields the dot products of one block after the other, to be overwritten with the weights.
-        d_image (M, D), d_text (N, D), without gaps: overwritten with factor times the sums of weights and features,
-        projected where the features are normalised, when there is no further block; None where they are not wanted.
+        Yields the dot products of each block. The caller overwrites them with the weights before it continues. At the
+        end d_image (M, D) and d_text (N, D), contiguous, hold `factor` times the products of weights and features,
+        projected if the features are normalised. Pass None for a gradient that is not needed.
         """
         image, text = self.image, self.text
-        # fp32 gradients are accumulated where they are returned
+        # fp32 gradients are accumulated in the output
         raw_text = d_text if d_text is None or d_text.dtype == torch.float32 else _empty(text.M, text.D)
         raw_rows = None if d_image is None or d_image.dtype == torch.float32 else _empty(self.block_m, image.D)
-        # In the opposite order of the forward pass, whose last block may still be in the workspace
+        # In the reverse order of the forward pass, whose last block may still be in the workspace
         for block in reversed(self.blocks):
             i0, i1, j0, j1 = block
             images, texts = image.rows(i0, i1), text.rows(j0, j1)
@@ -252,9 +263,9 @@ def _empty(rows: int, columns: int) -> Tensor:
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
-    """out = a b, added to what was there if `keep`."""
+    """Write the product a b to `out`, or add it if `keep`."""
     if b.shape[1] == 1:
-        # MKL's matrix-vector product adds thousands of terms one after the other; its matrix product does not
+        # MKL's matrix-vector product adds thousands of terms one by one, and loses digits. Its matrix product does not.
         product = torch.mm(a, b.expand(-1, 2), out=out.new_empty(out.shape[0], 2))[:, :1]
         torch.add(out, product, out=out) if keep else out.copy_(product)
     elif keep:
@@ -269,9 +280,10 @@ def native_block(dots: Dots, offset: int, exclude_self: bool = False) -> Any:
 
 
 def factors(inv_norm: Tensor, text_inv_norm: Tensor, scale: float) -> tuple[dict[str, Tensor | None], ...]:
-    """z is a dot product times these: (M,) with the scale, and what rounding took from it; (N,).
+    """Return the factors by which dot products become logits, of the rows (M,) and of the columns (N,).
 
-    The scale rounded would shift logits of 1,000 by 3e-5, all in the same direction.
+    Those of the rows include the scale, and `factor_low` holds what rounding took from them. Without it, rounding of
+    the scale would shift logits of 1,000 by 3e-5, all in the same direction.
     """
     exact = inv_norm.double() * scale
     high = exact.float()

@@ -1,4 +1,4 @@
-"""The contrastive statistics and their gradients; see `reference.py` for what they are."""
+"""The contrastive statistics and their gradients, as `reference.py` defines them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _int32(labels: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor 
 
 
 class _State:
-    """Running statistics of one side: fp64, in units of log 2."""
+    """Running statistics of one side, in fp64 and in units of log 2."""
 
     def __init__(
         self, size: int, factors: dict[str, Tensor | None], label: Tensor | None, maxima: bool = False
@@ -50,15 +50,15 @@ class _State:
         self.native = native.module.FwdSide(**{name: address(x) for name, x in tensors.items()})
 
     def results(self, inv_norm: Tensor) -> Side:
-        """Everything but the maxima: fp64, natural units."""
+        """Return all statistics except the maxima, in fp64 and natural units."""
         neg = (self.neg_max + self.neg_sum.log2()) * _LN2
         pos_lse = (self.pos_max + self.pos_sum.log2()) * _LN2 if self.has_labels else neg.new_empty(0)
         return Side(neg, self.pos * _LN2, pos_lse, inv_norm)
 
     def maxima(self, offset: int, across: int) -> tuple[Tensor, Tensor]:
-        """Largest negative and largest positive: fp64, natural units, -inf where there are none.
+        """Return the largest negative and the largest positive, in fp64 and natural units, -inf if there are none.
 
-        Without labels k's positive is number k + offset of the `across` on the other side.
+        Without labels the positive of k is number k + offset of the `across` rows on the other side.
         """
         pos_top = self.pos_top
         if not self.has_labels:
@@ -68,7 +68,7 @@ class _State:
 
 
 def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
-    """As `reference.contrastive_fwd`."""
+    """Compute `reference.contrastive_fwd`."""
     r, c = inv_norms(p.image, p.normalize), inv_norms(p.text, p.normalize)
     image, image_inv_norm = features_of(p.image, r, p.normalize)
     text, text_inv_norm = features_of(p.text, c, p.normalize)
@@ -90,7 +90,7 @@ def contrastive_fwd(p: Problem, maxima: bool = False) -> Sides:
 
 
 class _Weights:
-    """What the backward pass needs of one side, fp32, log-sum-exps in units of log 2."""
+    """Inputs of the backward pass for one side, in fp32, with log-sum-exps in units of log 2."""
 
     def __init__(
         self,
@@ -112,9 +112,9 @@ class _Weights:
 
 
 def _exact_weight(lse: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 (lse, d) in units of log 2 with the same d exp(z - lse): what rounding takes from lse goes into d.
+    """Round lse to fp32, in units of log 2, and return it with a d that leaves d exp(z - lse) unchanged.
 
-    Beyond 2^40 nothing does: a float64 has no digits left there for what may be lost.
+    The rounding error of lse goes into d, except beyond 2^40, where a float64 has no digits left for the error.
     """
     exact = lse.double() * _LOG2E
     rounded = exact.float()
@@ -123,8 +123,10 @@ def _exact_weight(lse: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gain(grads: Iterable[Tensor]) -> float:
-    """A power of two that brings the largest upstream gradient near 1, so that a confident loss's weights, 1e-30 and
-    less, neither flush to zero nor slow the products down as subnormals."""
+    """Return a power of two that scales the largest upstream gradient to about 1.
+
+    Otherwise the weights of a loss near 0, 1e-30 and less, would flush to zero or slow the products down as subnormals.
+    """
     largest = max((float(d.abs().amax()) for d in grads if d.numel()), default=0.0)
     if not math.isfinite(largest) or largest == 0.0:
         return 1.0
@@ -134,7 +136,7 @@ def _gain(grads: Iterable[Tensor]) -> float:
 def contrastive_bwd(
     p: Problem, stats: Sides, grads: tuple[SideGrads, SideGrads], needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference.contrastive_bwd`."""
+    """Compute `reference.contrastive_bwd`."""
     (rows, cols), (d_rows, d_cols) = stats, grads
     image, image_inv_norm = features_of(p.image, rows.inv_norm, p.normalize)
     text, text_inv_norm = features_of(p.text, cols.inv_norm, p.normalize)

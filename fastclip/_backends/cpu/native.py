@@ -1,4 +1,4 @@
-"""The native module fastclip._cpu, or the reason why there is none."""
+"""The native module fastclip._cpu, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if module is not None:
     try:
         module.select_isa(env.cpu_isa())
     except ValueError:
-        _missing = f"FASTCLIP_CPU_ISA={env.cpu_isa()!r} is not one that this processor runs"
+        _missing = f"FASTCLIP_CPU_ISA={env.cpu_isa()!r} is not supported by this processor"
 
 
 def missing() -> str | None:
@@ -20,5 +20,5 @@ def missing() -> str | None:
 
 
 def build() -> str:
-    """The instruction set in use; of a loaded module."""
+    """Return the instruction set in use. The module must be loaded."""
     return str(module.isa())

@@ -1,4 +1,4 @@
-"""The mean loss without labels, made in the native code together with what its gradients need (csrc/cpu/loss.cpp)."""
+"""The mean loss without labels, computed in native code together with what its gradients need (csrc/cpu/loss.cpp)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from fastclip._backends.cpu.blocks import Features, Plan, normalized, threads, w
 __all__ = ["plain_bwd", "plain_fwd", "plain_saved"]
 
 
-_NORMS = native.module.LOSS_HEADER // 4 if native.module else 0  # where `saved` has each side's inv_norm and outer
+# Where inv_norm and outer of both sides begin in `saved`
+_NORMS = native.module.LOSS_HEADER // 4 if native.module else 0
 
 
 def plain_saved(N: int) -> int:
-    """Return the size of `saved`, as `reference.plain_saved` does."""
+    """Return how many fp32 numbers `plain_fwd` saves for `plain_bwd` with N pairs."""
     return (native.module.LOSS_HEADER + native.module.LOSS_ROW * N) // 4
 
 
 def plain_fwd(
     image: Tensor, text: Tensor, scale: Tensor, image_weight: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the mean loss of pairs, as `reference.plain_fwd` does."""
+    """Compute `reference.plain_fwd`, the mean loss of pairs."""
     N = image.shape[0]
     saved = image.new_empty(plain_saved(N), dtype=torch.float32)
     if normalize:
@@ -51,7 +52,7 @@ def plain_bwd(
     d_loss: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradients of that loss, as `reference.plain_bwd` does."""
+    """Compute `reference.plain_bwd`, the gradients of that loss."""
     N, place = image.shape[0], saved.data_ptr()
     factor, large = native.module.loss_factor(place, N)
     if normalize:

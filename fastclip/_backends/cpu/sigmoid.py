@@ -1,4 +1,4 @@
-"""The sigmoid loss with its gradients in one pass over the blocks; see `reference.py` for what it is."""
+"""The sigmoid loss and its gradients in one pass over the blocks, as `reference.py` defines them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["sigmoid_fwd"]
 def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
-    """As `reference.sigmoid_fwd`: three products with gradients of the features, one without."""
+    """Compute `reference.sigmoid_fwd`, with three products if features need gradients, else with one."""
     image, text, s = p.image, p.text, p.scale.item()
     if p.normalize:
         M = image.shape[0]
-        norms = image.new_empty(2 * (M + text.shape[0]), dtype=torch.float32)  # each side's inv_norm and outer
+        norms = image.new_empty(2 * (M + text.shape[0]), dtype=torch.float32)  # inv_norm and outer of both sides
         workers = threads(*image.shape)
         plan = Plan(normalized(image, norms, 0, workers), normalized(text, norms, 2 * M, workers))
     else:
