@@ -1,4 +1,4 @@
-"""fastclip: the contrastive losses of CLIP-like training as a kernel package.
+"""fastclip: fused kernels for the contrastive losses of CLIP-like training.
 
 If torch is already imported, ``import fastclip`` imports the losses too. Otherwise they are imported on first use, like
 all other names, so that the command line does not wait for torch. A program that runs an exported graph with fastclip's

@@ -207,7 +207,7 @@ def plain_saved(N: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _blocks(N: int, rows: int, columns: int) -> list[tuple[int, int, int, int]]:
-    """Return (i0, i1, j0, j1) of every block of weights: rows i0 to i1 and columns j0 to j1, both ends exclusive."""
+    """Return (i0, i1, j0, j1) of every block of weights: rows i0 to i1 and columns j0 to j1, without i1 and j1."""
     chunks = _launch().chunks
     return [(*across, *along) for across in chunks(N, rows) for along in chunks(N, columns)]
 

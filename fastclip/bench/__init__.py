@@ -1,4 +1,4 @@
-"""The losses timed on this machine: what `fastclip bench` prints."""
+"""Benchmark of the losses on this machine: `fastclip bench`."""
 
 from fastclip.bench.run import Measured, columns, measure, table
 

@@ -1,7 +1,7 @@
-"""Paired rounds, one row a provider, rows in a CSV.
+"""Timing in paired rounds, with one row per provider and rows in a CSV file.
 
-A round runs every provider once, one after the other, and each figure that compares two of them is the median of the
-rounds' ratios: the machine's speed may drift between rounds, hardly within one.
+A round runs every provider once, one after another. Each figure that compares two providers is the median of the ratios
+within rounds, because the speed of the machine may drift between rounds, but hardly within one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: `loss` softmax or sigmoid; `mode` forward, backward or both; the features' sizes and dtype."""
+    """The measured case: loss ("softmax" or "sigmoid"), mode ("forward", "backward" or "both"), sizes and dtype."""
 
     loss: str
     mode: str
@@ -33,9 +33,9 @@ class Case:
 
     @property
     def products(self) -> int:
-        """Matrix products of 2 N^2 D operations that cannot be avoided."""
+        """Number of matrix products of 2 N^2 D operations that the loss needs at least."""
         if self.loss == "sigmoid":
-            return {"both": 3}[self.mode]  # its gradients come out of the forward pass
+            return {"both": 3}[self.mode]  # its forward pass also computes the gradients
         return {"forward": 1, "backward": 3, "both": 4}[self.mode]
 
     @property
@@ -44,14 +44,17 @@ class Case:
 
     @property
     def dense_bytes(self) -> float:
-        """Logits and their gradients in both directions, and a quarter for what comes and goes beside them."""
+        """Memory of a dense loss in bytes: logits and gradients of both directions, plus a quarter for temporaries."""
         itemsize: int = getattr(torch, self.dtype).itemsize
         return 1.25 * 4 * self.N**2 * itemsize
 
 
 @dataclass(frozen=True)
 class Provider:
-    """`prepare()` is not timed and returns the step that is; what counts is `times` as long as the step takes."""
+    """A loss to be timed. `prepare()`, which is not timed, returns the timed step.
+
+    The recorded time is that of the step multiplied by `times`.
+    """
 
     name: str
     prepare: Callable[[], Step]
@@ -59,7 +62,7 @@ class Provider:
 
 
 def wall_clock(step: Step) -> float:
-    """Seconds."""
+    """Return the duration of a step in seconds."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
@@ -67,7 +70,7 @@ def wall_clock(step: Step) -> float:
 
 @dataclass
 class Timings:
-    """Seconds of every round, by provider."""
+    """Times of every round in seconds, by provider."""
 
     rounds: dict[str, list[float]] = field(default_factory=dict)
     clock: Callable[[Step], float] = wall_clock
@@ -77,7 +80,7 @@ class Timings:
         self.rounds.setdefault(provider.name, []).append(provider.times * seconds)
 
     def ratio(self, name: str, other: str, digits: int, unit: float = 1.0) -> float | str:
-        """How many times as fast as `other`, in units of 1 / `unit`; nothing where `other` was not run."""
+        """Return how many times as fast as `other` a provider is, times `unit`, or "" if `other` was not run."""
         if other not in self.rounds:
             return ""
         ratios = (b / a for a, b in zip(self.rounds[name], self.rounds[other], strict=True))
@@ -90,7 +93,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def rows(case: Case, timings: Timings, *, floor: str, peer: str, peak_mib: dict[str, float]) -> list[dict[str, Any]]:
-    """One row a provider; see `benchmarks/README.md` for the columns."""
+    """Return one row per provider, with the columns that `benchmarks/README.md` describes."""
     out = []
     for name, seconds in timings.rounds.items():
         median = statistics.median(seconds)
@@ -112,7 +115,7 @@ def rows(case: Case, timings: Timings, *, floor: str, peer: str, peak_mib: dict[
 
 
 def check_columns(path: Path, columns: list[str]) -> None:
-    """ValueError where the CSV is there and has others."""
+    """Raise ValueError if the CSV file exists and has other columns."""
     if path.exists():
         with path.open(newline="") as file:
             header = next(csv.reader(file), [])
@@ -121,7 +124,7 @@ def check_columns(path: Path, columns: list[str]) -> None:
 
 
 def append(path: Path, new: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Add rows to a CSV, whose columns never change; `about` where they were measured. ValueError for another file."""
+    """Append rows to a CSV file, with `about`, which describes the machine. Raise ValueError if its columns differ."""
     columns = [*new[0], *about]
     path.parent.mkdir(parents=True, exist_ok=True)
     check_columns(path, columns)

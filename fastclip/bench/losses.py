@@ -1,4 +1,4 @@
-"""The features that losses are timed on, a step, and the check of its value and gradients."""
+"""Features on which losses are timed, the timed step, and the check of value and gradients."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastclip.bench.harness import Case, Step
 
 __all__ = ["DENSE", "SCALARS", "CheckFailed", "Loss", "check_one", "features", "leaves_of", "step_of"]
 
-Loss = Callable[..., Tensor]  # image, text, scale and, of the sigmoid loss, bias
+Loss = Callable[..., Tensor]  # takes image, text, scale and, for the sigmoid loss, bias
 
-SCALARS = {"softmax": (20.0,), "sigmoid": (10.0, -10.0)}  # scale, and bias
+SCALARS = {"softmax": (20.0,), "sigmoid": (10.0, -10.0)}  # scale, bias
 
 
 class CheckFailed(AssertionError):
-    """A provider's value or gradients are not the loss's."""
+    """Raised if the value or the gradients of a provider differ from those of the loss."""
 
 
 def _dense_softmax(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ DENSE: dict[str, Loss] = {"softmax": _dense_softmax, "sigmoid": _dense_sigmoid} 
 
 
 def features(N: int, D: int, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Normalised features (N, D), each text as far from its image as in training; leaves that want a gradient."""
+    """Return normalised features (N, D) that require gradients, each text as far from its image as in training."""
     generator = torch.Generator(device).manual_seed(N + seed)
 
     def directions() -> Tensor:
@@ -49,13 +49,13 @@ def features(N: int, D: int, dtype: str, device: str = "cpu", seed: int = 0) -> 
 
 
 def leaves_of(case: Case, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ...]:
-    """Image and text features, scale and, of the sigmoid loss, bias."""
+    """Return image and text features, scale and, for the sigmoid loss, bias."""
     scalars = (torch.tensor(value, device=device, requires_grad=True) for value in SCALARS[case.loss])
     return *features(case.N, case.D, case.dtype, device, seed), *scalars
 
 
 def step_of(case: Case, loss: Loss, leaves: tuple[Tensor, ...]) -> Step:
-    """What is timed; a forward pass that it starts from is run here."""
+    """Return the step to be timed. For a backward step, the forward pass is run here and is not timed."""
     for x in leaves:
         x.grad = None
     if case.mode == "backward":
@@ -67,8 +67,7 @@ def step_of(case: Case, loss: Loss, leaves: tuple[Tensor, ...]) -> Step:
 
 
 def check_one(name: str, loss: Loss, leaves: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """CheckFailed unless the value and as many gradients as there are in `expected` agree with it, to what the leaves'
-    dtype allows."""
+    """Raise CheckFailed unless the value and the gradients in `expected` agree, within the precision of the dtype."""
     rtol = 1e-4 if leaves[0].dtype == torch.float32 else 2e-2
     value = loss(*leaves)
     gradients = torch.autograd.grad(value, leaves[: len(expected) - 1])

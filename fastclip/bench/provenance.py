@@ -1,4 +1,4 @@
-"""What a row of figures says of where it was measured."""
+"""Machine and versions that are recorded in every row of a benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["about_cpu", "about_gpu"]
 
 
 def about_cpu(commit: str = "") -> dict[str, Any]:
-    """Return what a row of figures from a CPU says of where it was measured; `commit` is that of the sources."""
+    """Return the machine and the versions for rows measured on a CPU. `commit` is the commit of the sources."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
@@ -33,7 +33,7 @@ def about_cpu(commit: str = "") -> dict[str, Any]:
 
 
 def about_gpu(commit: str = "") -> dict[str, Any]:
-    """Return what a row of figures from the current GPU says, as `about_cpu`."""
+    """Return the machine and the versions for rows measured on the current GPU. `commit` is that of the sources."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,

@@ -1,4 +1,4 @@
-"""fastclip's losses on every backend, open_clip's and the dense formula: checked against one truth, then timed."""
+"""Timing of fastclip's losses on every backend, of open_clip and of the dense formula, checked against one truth."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["Measured", "columns", "measure", "table"]
 PEER, FORMULA = "open_clip", "dense"
 SIZES = {"cpu": (1024, 2048, 4096), "cuda": (8192, 32768, 65536)}
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-_FLUSHED_BYTES = 1 << 28  # beyond every L2
+_FLUSHED_BYTES = 1 << 28  # larger than any L2 cache
 
 
 class Measured(NamedTuple):
-    """One batch size; `rows` as in benchmarks/README.md, with a `status` of those that did not run."""
+    """Results for one batch size: rows as in benchmarks/README.md, with a `status` for losses that did not run."""
 
     case: Case
     rows: list[dict[str, Any]]
@@ -45,17 +45,17 @@ def measure(
     device: str | None = None,
     rounds: int = 7,
 ) -> Iterator[Measured]:
-    """Times forward and backward together; a batch size at a time, as soon as it is known.
+    """Time forward and backward together, and yield the results of each batch size as soon as they are complete.
 
     Args:
         loss: "softmax" or "sigmoid".
-        sizes: pairs of a batch; None for the device's own.
-        dtype: "float32", "bfloat16" or "float16"; None for bfloat16 on a GPU, else float32.
-        device: "cpu" or "cuda"; None for a GPU where there is one.
+        sizes: batch sizes in pairs. None means the defaults of the device.
+        dtype: "float32", "bfloat16" or "float16". None means bfloat16 on a GPU, otherwise float32.
+        device: "cpu" or "cuda". None means a GPU if there is one.
 
     Raises:
-        ValueError: options that cannot be, or a GPU that is not there.
-        FloatingPointError: a loss of ours that is not the truth.
+        ValueError: an option is invalid, or the GPU is missing.
+        FloatingPointError: a loss of fastclip differs from the truth.
     """
     device = _device(device)
     sizes, dtype = sizes or SIZES[device], dtype or DTYPES[device]
@@ -63,14 +63,14 @@ def measure(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if loss == "softmax" and min(sizes) == 1:
-        raise ValueError("--sizes 1: a batch of one pair has loss 0: nothing to time")
+        raise ValueError("--sizes must be at least 2, got 1: the softmax loss of one pair is 0")
     for N in sizes:
         case = Case(loss, "both", N, dim, dtype)
         yield Measured(case, _rows(case, device, rounds), _about(device))
 
 
 def columns(device: str | None = None) -> list[str]:
-    """Of `measure`'s rows with what is known of the machine, in a CSV. ValueError as `measure`."""
+    """Return the columns of a CSV file of `measure`'s rows and machine. Raise ValueError if the GPU is missing."""
     return [*_blank(Case("softmax", "both", 1, 1, "float32")), *_about(_device(device))]
 
 
@@ -86,20 +86,20 @@ def _about(device: str) -> dict[str, Any]:
 
 
 def _blank(case: Case) -> dict[str, Any]:
-    """A row without figures."""
+    """Return a row without figures."""
     (row,) = rows(case, Timings({"": [1.0]}), floor="", peer=PEER, peak_mib={})
     return {**dict.fromkeys(row, ""), **asdict(case), "status": ""}
 
 
 def _losses(case: Case, device: str) -> dict[str, Loss]:
-    """By provider: ours on each backend that serves these features, and what they are compared with."""
+    """Return the losses by provider: the dense formula, open_clip, and fastclip on each backend for these features."""
     losses: dict[str, Loss] = {FORMULA: DENSE[case.loss]}
     if (peer := open_clip_loss({"softmax": "ClipLoss", "sigmoid": "SigLipLoss"}[case.loss])) is not None:
         losses[PEER] = peer()
     function: Any = {"softmax": contrastive_loss, "sigmoid": sigmoid_loss}[case.loss]
     features = torch.empty(1, case.D, dtype=getattr(torch, case.dtype), device=device)
     for name, state in backends().items():
-        # the reference is the dense formula, and Triton's interpreter on a CPU is to be looked at
+        # The reference is the dense formula, and Triton's interpreter, for debugging on a CPU, is slow
         if state != "available" or name == "reference" or (device == "cpu") != (name == "cpu"):
             continue
         try:
@@ -135,7 +135,7 @@ def _rows(case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
         else:
             providers.append(Provider(name, prepare))
     if not any(provider.name.startswith("fastclip") for provider in providers):
-        status["fastclip"] = f"no backend but the reference serves {case.dtype} on this device: see fastclip doctor"
+        status["fastclip"] = f"only the reference backend supports {case.dtype} on this device: see fastclip doctor"
     timings = Timings(clock=_gpu_clock() if device == "cuda" else wall_clock)
     for _ in range(rounds):
         for provider in providers:
@@ -148,13 +148,13 @@ def _available(device: str) -> float:
     if device == "cpu":
         return available_bytes()
     free, _ = torch.cuda.mem_get_info()
-    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch keeps some for the next tensor
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # includes memory that torch caches
 
 
 def _peak_mib(loss: Loss, leaves: tuple[Tensor, ...]) -> float:
-    """MiB at the worst moment of a step on the GPU beyond features and gradients."""
+    """Return the peak memory of a step on the GPU in MiB, beyond that of features and gradients."""
     for x in leaves:
-        x.grad = torch.ones_like(x)  # part of the base line
+        x.grad = torch.ones_like(x)  # counted in the baseline
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -166,8 +166,10 @@ def _peak_mib(loss: Loss, leaves: tuple[Tensor, ...]) -> float:
 
 
 def _gpu_clock() -> Any:
-    """Seconds of a step between events. The copy before it empties the L2 and lets the host run ahead, as the encoders
-    do in training."""
+    """Return a clock that times a step between CUDA events, in seconds.
+
+    The copy before the step flushes the L2 cache and lets the host run ahead, as the encoders do in training.
+    """
     source, target = (torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
 
     def clock(step: Step) -> float:
@@ -184,7 +186,7 @@ def _gpu_clock() -> Any:
 
 
 def table(measured: Measured, *, head: bool = True) -> str:
-    """Aligned lines, those of the comparison first; times as fast as open_clip, or as the dense formula without it."""
+    """Return aligned lines of text with the speed relative to open_clip, or to the dense formula without open_clip."""
     by_provider = {row["provider"]: row for row in measured.rows}
     base = next((name for name in (PEER, FORMULA) if by_provider.get(name, {}).get("median_ms")), None)
     lines = [("N", "loss on", "ms", "p20 to p80", f"x {base or PEER}", "peak MiB")] if head else []
@@ -197,7 +199,7 @@ def table(measured: Measured, *, head: bool = True) -> str:
             peak = f"{row['peak_mib']:,.0f}" if row["peak_mib"] != "" else ""
             cells = (f"{row['median_ms']:,.2f}", f"{row['p20_ms']:,.2f} to {row['p80_ms']:,.2f}", times, peak)
         lines.append((f"{measured.case.N:,}", name, *cells))
-    widths = (7, 17, 11, 21, 12) + ((9,) if "gpu" in measured.about else ())  # no peak is measured on a CPU
+    widths = (7, 17, 11, 21, 12) + ((9,) if "gpu" in measured.about else ())  # peak memory is not measured on a CPU
     return "\n".join(
         "  ".join(
             cell.ljust(width) if k == 1 else cell.rjust(width) for k, (cell, width) in enumerate(zip(line, widths))

@@ -59,7 +59,9 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 
 
 def _gather(x: Tensor, sizes: Sequence[int], group: str, after: Tensor | None = None) -> Tensor:
-    """Gather (sizes[rank], ...) -> (sum(sizes), ...). Every rank sends as many rows as the largest shard has."""
+    """Gather (sizes[rank], ...) -> (sum(sizes), ...). Every rank sends as many rows as the largest shard has,
+    because an all-gather into one tensor needs equal sizes.
+    """
     largest = max(sizes)
     out = x.new_empty(len(sizes) * largest, *x.shape[1:])
     all_gather(out, _padded(x, largest), group=resolve(group))

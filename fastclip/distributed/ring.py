@@ -5,8 +5,8 @@ The block of a rank is its shard of the texts. In step k = 0, ..., W - 1, rank r
 sends the block on to rank r + 1 and receives the next one.
 
 The gradients of a block follow it: each rank adds its share and sends the sum to the next rank. After the last step the
-sum reaches the block's owner. Sums are in fp32 for 16-bit features too, because they would be rounded in every step. A
-rank holds a few blocks of texts and gradients, whatever W is.
+sum reaches the block's owner. For 16-bit features the sums are in fp32, because a 16-bit sum would be rounded in every
+step. A rank holds a few blocks of texts and gradients, whatever W is.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Ring:
 
     def exchange(self, sent: Tensor, received: Tensor) -> list[Any]:
         """Start sending to the next rank and receiving from the previous one. Return the works to wait for."""
+        # In one batch: NCCL runs separate calls one after another, and ranks that all send first would wait forever
         operations = []
         if len(sent):
             operations.append(dist.P2POp(dist.isend, sent, group=self.group, group_peer=(self.rank + 1) % self.ranks))

@@ -40,6 +40,7 @@ def _fwd(*args: Any) -> tuple[Tensor, ...]:
     p, backend = problem_of(problem)
     ring = Ring(sizes, group)
     ring.open(p.text)
+    # By owner, not in order of arrival, which differs from rank to rank: rows are then merged in rank order
     stats: list[Any] = [None] * ring.ranks
     for owner, block in ring.blocks(p.text):
         of_block = _block_problem(ring, owner, block, p)
@@ -69,6 +70,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     ring = Ring(sizes, group)
     sums = Sums(ring)
     wide = torch.promote_types(p.text.dtype, torch.float32)
+    # Summed in fp32, because a 16-bit sum would be rounded once per block
     d_image = torch.zeros_like(p.image, dtype=wide) if needs[0] else None
     d_scale = torch.zeros_like(p.scale)
     for owner, block in ring.blocks(p.text):

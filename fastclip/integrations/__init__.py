@@ -1,4 +1,4 @@
-"""fastclip's losses inside other packages' training, without a change to the code that trains."""
+"""Patches by which other packages train with fastclip's losses, without a change to the training code."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The losses of open_clip, computed by fastclip's."""
+"""Patch of open_clip's losses."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ _KNOWN = (3, 3)
 
 
 def patch_open_clip() -> None:
-    """Let ``open_clip.loss.ClipLoss`` and ``SigLipLoss`` compute fastclip's losses, wherever they were imported to.
+    """Make ``open_clip.loss.ClipLoss`` and ``SigLipLoss`` compute fastclip's losses, wherever they were imported.
 
-    The forward of both classes is replaced, so that ``open_clip.create_loss``, ``open_clip_train`` and instances that
-    are there already need no change. Values and gradients stay open_clip's, up to rounding
-    (``logit_scale``'s after the mean over processes that DDP takes):
+    The forward of both classes is replaced, so ``open_clip.create_loss``, ``open_clip_train`` and existing instances
+    need no change. Values and gradients remain those of open_clip up to rounding (the gradient of ``logit_scale`` after
+    DDP's mean over processes):
 
-    - with ``world_size > 1`` a ``ClipLoss`` is replaced where ``local_loss`` and ``gather_with_grad`` are both set
-      (``--local-loss --gather-with-grad``). Other flags make other gradients, or another value on each rank, than
-      `fastclip.ClipLoss`: they are left to open_clip, as Horovod is, and a warning says so once.
-    - ``SigLipLoss`` is replaced whatever ``dist_impl`` is; they are ways to the same loss.
-    - ``CoCaLoss`` takes its contrastive part from ``ClipLoss``, hence from fastclip. ``DistillClipLoss`` needs the
-      logits themselves and stays as it is.
-    - A loss with another ``get_logits``, ``get_ground_truth`` or ``_loss`` (a subclass's, an attribute of the instance,
-      a later patch), or with another ``open_clip.loss.gather_features``, is left to open_clip: a warning says so once.
+    - With ``world_size > 1``, ``ClipLoss`` is computed by fastclip if ``local_loss`` and ``gather_with_grad`` are both
+      set (``--local-loss --gather-with-grad``). Other flags give other gradients, or another value on each rank, than
+      `fastclip.ClipLoss`. With these, or with Horovod, open_clip computes the loss, and a warning is logged once.
+    - ``SigLipLoss`` is computed by fastclip for every ``dist_impl``, because all of them compute the same loss.
+    - ``CoCaLoss`` takes its contrastive part from ``ClipLoss``, and thus from fastclip. ``DistillClipLoss`` needs the
+      logits and is not changed.
+    - If ``get_logits``, ``get_ground_truth`` or ``_loss`` is overridden (by a subclass, an attribute of the instance or
+      a later patch), or ``open_clip.loss.gather_features`` is replaced, open_clip computes the loss, and a warning is
+      logged once.
 
-    `fastclip.integrations.unpatch` undoes it. A second call changes nothing.
+    `fastclip.integrations.unpatch` undoes the patch. A second call changes nothing.
 
     Raises:
         ImportError: open_clip is not installed.
-        RuntimeError: a version of open_clip that is not known, or losses that are not its own; nothing is replaced.
+        RuntimeError: the version of open_clip is not known, or its losses were changed. Nothing is replaced.
     """
     import open_clip.loss as theirs
     from open_clip import __version__ as version
@@ -72,9 +73,8 @@ def _clip_forward(dense: Callable[..., Any], calls: Calls) -> Callable[..., Any]
         if self.world_size == 1 or (self.local_loss and self.gather_with_grad and not self.use_horovod):
             return clip_loss(self, *args, **kwargs)
         calls.warn_once(
-            f"open_clip's own ClipLoss is used: with world_size={self.world_size} only local_loss=True and "
-            "gather_with_grad=True (--local-loss --gather-with-grad), without Horovod, is the loss that fastclip "
-            "computes"
+            f"open_clip's own ClipLoss is used: with world_size={self.world_size} fastclip computes the loss only for "
+            "local_loss=True and gather_with_grad=True (--local-loss --gather-with-grad), without Horovod"
         )
         return dense(self, *args, **kwargs)
 
@@ -82,7 +82,7 @@ def _clip_forward(dense: Callable[..., Any], calls: Calls) -> Callable[..., Any]
 
 
 def _check(theirs: Any, clip: Callable[..., Any], sigmoid: Callable[..., Any]) -> None:
-    """Compare both formulas on a few numbers."""
+    """Raise RuntimeError unless open_clip's losses equal fastclip's on a few random numbers."""
     numbers = torch.Generator(device="cpu").manual_seed(0)
     image, text = torch.randn(2, 5, 4, dtype=torch.float64, device="cpu", generator=numbers)
     scale, bias = torch.tensor([[7.0], [-3.0]], dtype=torch.float64, device="cpu")

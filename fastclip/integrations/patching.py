@@ -1,7 +1,7 @@
-"""What the patches share: the ``forward`` of a class is replaced, after the class was seen to be the one that is known.
+"""Shared parts of the patches, which replace the ``forward`` of a class after checking that it computes a known loss.
 
-A class stays what it is, wherever it was imported to: instances and subclasses, made before or after, take the new
-forward, and ``isinstance`` and checkpoints see no change.
+The class object stays the same. Instances and subclasses, created before or after, take the new forward, and
+``isinstance`` and checkpoints are not affected.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ __all__ = ["Calls", "check_same_loss", "check_version", "original", "replace", "
 
 logger = logging.getLogger(__name__)
 
-_RELATIVE = 1e-9  # of losses and gradients, in float64
-_patches: dict[str, dict[type, tuple[Callable[..., Any], Callable[..., Any]]]] = {}  # of a package: before, and ours
+_RELATIVE = 1e-9  # tolerance of losses and gradients in float64, relative and absolute
+# package -> class -> (forward before, ours)
+_patches: dict[str, dict[type, tuple[Callable[..., Any], Callable[..., Any]]]] = {}
 
 
 def unpatch() -> None:
-    """Undo every patch of `fastclip.integrations`: each class has the very forward it had before. Without one, nothing.
+    """Undo all patches of `fastclip.integrations`: each class gets back the forward that it had before the patch.
 
-    A forward that something else has put there since goes with ours, and a warning says so.
+    If other code has replaced the patched forward since, that replacement is undone too, and a warning is logged.
+    Without a patch nothing happens.
     """
     for package in [*_patches]:
         _restore(package)
 
 
 def replace(package: str, forwards: Mapping[type, Callable[..., Any]]) -> None:
-    """Give each class its new forward, in place of those of an earlier patch of the package."""
+    """Set the new forward of each class, after undoing an earlier patch of the package."""
     _restore(package)
     _patches[package] = {owner: (vars(owner)["forward"], forward) for owner, forward in forwards.items()}
     for owner, forward in forwards.items():
@@ -42,17 +44,17 @@ def replace(package: str, forwards: Mapping[type, Callable[..., Any]]) -> None:
 
 
 def original(package: str, owner: Any) -> Callable[..., Any]:
-    """Return the forward of a class without the patch.
+    """Return the forward that a class had before the patch.
 
     Raises:
-        RuntimeError: something else has put another there since.
+        RuntimeError: other code has replaced the patched forward since.
     """
     forward = vars(owner)["forward"]
     before, ours = _patches.get(package, {}).get(owner, (forward, forward))
-    if forward is not ours:  # a second patch would silently drop what another package has put on top
+    if forward is not ours:  # a second patch would silently drop the replacement by other code
         raise RuntimeError(
-            f"{package}'s {owner.__name__}.forward was replaced by something else since it was patched: undo that, or "
-            "call fastclip.integrations.unpatch, which undoes both"
+            f"{package}'s {owner.__name__}.forward was replaced by other code since it was patched: undo that "
+            "replacement, or call fastclip.integrations.unpatch, which undoes both"
         )
     return before
 
@@ -60,12 +62,12 @@ def original(package: str, owner: Any) -> Callable[..., Any]:
 def _restore(package: str) -> None:
     for owner, (before, ours) in _patches.pop(package, {}).items():
         if vars(owner)["forward"] is not ours:
-            logger.warning("what has replaced the patched %s.forward of %s is undone, too", owner.__name__, package)
+            logger.warning("another replacement of the patched %s.forward of %s is undone too", owner.__name__, package)
         owner.forward = before  # type: ignore[attr-defined]
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Yield the names that a function looks up, also in the functions and comprehensions inside it."""
+    """Yield the names that a function looks up, including those in nested functions and comprehensions."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -73,25 +75,26 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 class Calls:
-    """What a forward calls and others may replace: methods of its class, functions of its module.
+    """Functions that a forward calls and other code may replace: methods of its class, functions of its module.
 
-    A forward that takes its place calls none of them, `honoured` ones apart.
+    The patched forward calls none of them except the methods in `honoured`. If one has been replaced, the original
+    forward must therefore compute the loss.
     """
 
     def __init__(self, owner: type, forward: Callable[..., Any], honoured: Sequence[str] = ()) -> None:
         self.owner, self._honoured = owner, honoured
         self._methods: dict[str, Any] = {}
-        self._functions: dict[str, tuple[dict[str, Any], Any]] = {}  # with the names of their module
+        self._functions: dict[str, tuple[dict[str, Any], Any]] = {}  # name -> (globals of its module, function)
         self._messages: set[str] = set()
         self._find(inspect.unwrap(forward))
 
     def _find(self, function: Any) -> None:
-        if not inspect.isfunction(function):  # a method that another package replaced by a callable object
+        if not inspect.isfunction(function):  # another package replaced the method by a callable object
             return
         for name in _names(function.__code__):
             of_class: Any = vars(self.owner).get(name)
             of_module: Any = function.__globals__.get(name)
-            # wrappers, such as transformers' decorators, call nothing of the loss: what they wrap does
+            # Wrappers, such as decorators of transformers, are followed to the function that they wrap
             if self._is_own(of_class) and name not in (*self._methods, *self._honoured):
                 self._methods[name] = of_class
                 self._find(inspect.unwrap(of_class))
@@ -100,11 +103,11 @@ class Calls:
                 self._find(inspect.unwrap(of_module))
 
     def _is_own(self, x: Any) -> bool:
-        # functions of other modules, such as torch's, are no steps that somebody replaces to change this loss
+        # Functions of other modules, such as torch, are not replaced to change this loss
         return inspect.isfunction(x) and x.__module__ == self.owner.__module__
 
     def replaced(self, model: Any) -> bool:
-        """Return True if a subclass, the instance or a patch has another one; the log says so once."""
+        """Return True if a subclass, the instance or a patch replaces one of them, with a warning logged once."""
         kind = type(model)
         names = [
             f"{kind.__name__}.{name}"
@@ -115,33 +118,35 @@ class Calls:
         if names:
             self.warn_once(
                 f"the loss of {kind.__name__} is left to {self.owner.__module__}: it replaces {', '.join(names)}, "
-                "which fastclip's loss does not call"
+                "which fastclip's loss would not call"
             )
         return bool(names)
 
     def warn_once(self, message: str) -> None:
-        """Log a message that every step would repeat."""
+        """Log a warning the first time, because every step would repeat it."""
         if message not in self._messages:
             self._messages.add(message)
             logger.warning("%s", message)
 
 
 def check_version(package: str, version: str, oldest: tuple[int, int], newest: tuple[int, int], instead: str) -> None:
-    """
+    """Check that the major and minor number of `version` are between `oldest` and `newest`, inclusive.
+
     Raises:
-        RuntimeError: major and minor number of `version` are not in the range, its ends included.
+        RuntimeError: they are not. The message recommends `instead`.
     """
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers and oldest <= (int(numbers[1]), int(numbers[2])) <= newest:
         return
     known = " to ".join(f"{major}.{minor}" for major, minor in dict.fromkeys((oldest, newest)))
-    raise RuntimeError(f"{package} {version} is not known to be patched safely, {known} is: install that, or {instead}")
+    raise RuntimeError(f"{package} {version} cannot be patched, {known} can: install such a version, or {instead}")
 
 
 def check_same_loss(what: str, theirs: Callable[[], Any], ours: Callable[[], Any], leaves: Sequence[Tensor]) -> None:
-    """
+    """Check that two functions give the same loss and the same gradients of `leaves`.
+
     Raises:
-        RuntimeError: losses or gradients differ: it is not the formula that is to be replaced.
+        RuntimeError: they differ, so that `what` is not the known formula and must not be replaced.
     """
     with torch.enable_grad():
         (loss, *grads), (our_loss, *our_grads) = (
@@ -151,6 +156,6 @@ def check_same_loss(what: str, theirs: Callable[[], Any], ours: Callable[[], Any
     pairs = [(loss, our_loss), *zip(grads, our_grads)]
     if not all(torch.allclose(a, b, rtol=_RELATIVE, atol=_RELATIVE) for a, b in pairs):
         raise RuntimeError(
-            f"{what} is not the function it is known as, perhaps because something else has patched it: its loss is "
-            f"{float(loss)} where {float(our_loss)} was expected, or its gradients differ; it was left as it is"
+            f"{what} does not compute the expected loss, perhaps because other code has patched it: its loss is "
+            f"{float(loss)} where {float(our_loss)} was expected, or its gradients differ; it was not patched"
         )

@@ -1,4 +1,4 @@
-"""The losses of Hugging Face's CLIP, SigLIP and ALIGN, computed by fastclip's."""
+"""Patch of the losses of CLIP, SigLIP and ALIGN in Hugging Face's transformers."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ _OLDEST, _NEWEST = (5, 0), (5, 24)
 
 
 def patch_transformers(*, group: Any = None) -> None:
-    """Let ``CLIPModel``, ``SiglipModel`` and ``AlignModel`` of transformers train with fastclip's losses.
+    """Make ``CLIPModel``, ``SiglipModel`` and ``AlignModel`` of transformers train with fastclip's losses.
 
-    The part of their forward that forms the logits is replaced where a model is in training mode and is called with
-    ``return_loss=True``, which the `Trainer` passes on from the data collator. There ``loss`` and its gradients are
-    those of transformers up to rounding (the loss float32 where a model is in 16 bits), no N x N matrix is made, and
-    ``logits_per_image`` and ``logits_per_text`` are None: the tuple of ``return_dict=False`` is without them. In
-    evaluation mode, or without ``return_loss``, everything is as before, the logits included.
+    The patch takes effect if a model is in training mode and is called with ``return_loss=True``, which the `Trainer`
+    passes on from the data collator. Then ``loss`` and its gradients are those of transformers up to rounding (the loss
+    is float32 for 16-bit models), and no N x N matrix is stored. ``logits_per_image`` and ``logits_per_text`` are None,
+    and the tuple of ``return_dict=False`` does not contain them. In evaluation mode, or without ``return_loss``, the
+    model behaves as before, and returns logits.
 
-    Under DDP transformers' loss is each process's own, over its own pairs, and so it is here by default.
+    Under DDP, the loss of transformers covers the pairs of one process. The patch keeps this by default.
 
-    A model whose loss is another than transformers' (a function of its module that was replaced, such as
-    ``modeling_clip.image_text_contrastive_loss``) keeps that loss, and a warning says so once.
+    If a function of a model's loss was replaced (such as ``modeling_clip.image_text_contrastive_loss``), the model
+    keeps that loss, and a warning is logged once.
 
-    Models of other classes (``Siglip2Model``, ``ChineseCLIPModel``, ``VisionTextDualEncoderModel``, ...) are left
-    alone. So is a model whose forward was wrapped as an attribute of its own before: call this before
-    `Trainer` or accelerate prepare it. `fastclip.integrations.unpatch` undoes it; a second call changes the group.
+    Models of other classes (``Siglip2Model``, ``ChineseCLIPModel``, ``VisionTextDualEncoderModel``, ...) are not
+    changed, nor are models whose forward has been wrapped as an instance attribute: patch before `Trainer` or
+    accelerate prepares the model. `fastclip.integrations.unpatch` undoes the patch. A second call changes the group.
 
     Args:
-        group: a process group, or "world" for that of all processes, found when the loss is computed (one process
-            without `torch.distributed`): the loss is the one over the pairs of all its processes, as
-            `fastclip.contrastive_loss` and `sigmoid_loss` return it with ``group``: a process's value is its share, and
-            the mean that DDP takes of the gradients is the whole batch's.
+        group: a process group, or "world" for the group of all processes, which is looked up when the loss is computed
+            (without `torch.distributed`: this process alone). The loss then covers the pairs of all processes of the
+            group, as in `fastclip.contrastive_loss` and `sigmoid_loss` with ``group``: each process returns its share,
+            and DDP's mean of the gradients is the gradient of the whole batch.
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: a group that is a string other than "world", or that this process is not a member of.
-        TypeError: another thing that is no group.
-        RuntimeError: a version of transformers that is not known, or a forward that is not its own; or a group, and
-            `torch.distributed` has none. Nothing is replaced.
+        ValueError: the group is a string other than "world", or this process is not a member of it.
+        TypeError: the group is not a process group.
+        RuntimeError: the version of transformers is not known, a forward was changed, or a group is given but
+            `torch.distributed` is not available or not initialised. Nothing is replaced.
     """
     from transformers import __version__ as version
 
@@ -70,12 +70,14 @@ def patch_transformers(*, group: Any = None) -> None:
 
 
 class _Kind(NamedTuple):
+    """A class of models that can be patched."""
+
     model: Any  # the class
-    output: Any  # class of what its forward returns
-    encode: Callable[..., tuple[Any, Any, Tensor, Tensor]]  # outputs and embeddings of images, of texts
-    loss: Callable[..., Tensor]  # (model, normalised images, texts, **options)
-    tiny: Any  # a configuration, without dropout
-    honoured: tuple[str, ...] = ()  # methods that `encode` calls as the forward does
+    output: Any  # class of the output of its forward
+    encode: Callable[..., tuple[Any, Any, Tensor, Tensor]]  # returns outputs of both towers, image and text embeddings
+    loss: Callable[..., Tensor]  # called with (model, normalised images, normalised texts, **options)
+    tiny: Any  # small configuration without dropout, for `_check`
+    honoured: tuple[str, ...] = ()  # methods that `encode` calls as the original forward does
 
 
 def _kinds() -> tuple[_Kind, ...]:
@@ -118,7 +120,7 @@ def _kinds() -> tuple[_Kind, ...]:
 
 
 def _forward(kind: _Kind, dense: Callable[..., Any], calls: Calls, **options: Any) -> Callable[..., Any]:
-    """Return the new forward: `dense` is the one before, with what it calls; options are the loss's."""
+    """Return the new forward. `dense` is the original forward, with its `calls`. The options are those of the loss."""
     from transformers.utils.generic import can_return_tuple
 
     @can_return_tuple
@@ -134,7 +136,7 @@ def _forward(kind: _Kind, dense: Callable[..., Any], calls: Calls, **options: An
             text_model_output=text_output,
         )
 
-    position = [*inspect.signature(dense).parameters].index("return_loss") - 1  # without self
+    position = [*inspect.signature(dense).parameters].index("return_loss") - 1  # not counting self
 
     @functools.wraps(dense)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,12 +149,12 @@ def _forward(kind: _Kind, dense: Callable[..., Any], calls: Calls, **options: An
 def _resolved(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("group") != "world":
         return options
-    # looked up at each call: the patch may come before `init_process_group`
+    # Looked up at each call, because the patch may precede `init_process_group`
     return options | {"group": dist.group.WORLD if dist.is_available() else None}
 
 
 def _encode_with(image_encoder: str, text_encoder: str) -> Callable[..., tuple[Any, Any, Tensor, Tensor]]:
-    """Ask the same attributes of a model as its own forward, in whose place a subclass may have others."""
+    """Return an encoder that calls the same attributes of a model as its forward, which a subclass may replace."""
 
     def encode(
         self: Any,
@@ -209,14 +211,14 @@ def _siglip_loss(self: Any, image: Tensor, text: Tensor, **options: Any) -> Any:
 
 
 def _align_loss(self: Any, image: Tensor, text: Tensor, **options: Any) -> Any:
-    """The mean of both directions, as in transformers; the paper has their sum."""
+    """Return the mean of both directions, as transformers does. ALIGN's paper has their sum."""
     scale = 1 / self.temperature
     return contrastive_loss(image, text, scale, normalize=False, label_smoothing=0.1, **options)
 
 
 def _check(kind: _Kind, dense: Callable[..., Any]) -> None:
-    """Compare both forwards of a model of a few random numbers, on a few more."""
-    # the user's next random numbers, and default device, stay what they are
+    """Raise RuntimeError unless both forwards of a tiny random model give the same loss and gradients."""
+    # The user's random state and default device must not change
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = kind.model(kind.tiny).double().train()
         batch = {

@@ -1,6 +1,6 @@
-"""Every form of the sharded losses on this machine against one float64 process: what `fastclip parity` prints.
+"""Comparison of all forms of the sharded losses on this machine with one float64 computation: `fastclip parity`.
 
-The truth stores the logits: N^2 numbers on every process, N = nproc x batch.
+The truth stores the logits, N^2 numbers on every process, with N = nproc x batch.
 """
 
 from fastclip.parity.compare import Row, table

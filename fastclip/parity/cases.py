@@ -16,12 +16,12 @@ SCALE, SIGMOID = 14.25, (10.0, -10.0)  # exact in every dtype
 
 
 class Case(NamedTuple):
-    """A whole batch in float64, and how it lies on the ranks."""
+    """A whole batch in float64, and its distribution over the ranks."""
 
     name: str
     image: Tensor  # (M, D)
     text: Tensor  # (N, D)
-    images: list[int]  # of every rank
+    images: list[int]  # number of images on every rank
     texts: list[int]
     options: dict[str, Any]
     labels: tuple[Tensor, Tensor] | None = None
@@ -33,13 +33,13 @@ class Case(NamedTuple):
 
 
 def cases(ranks: int, batch: int, dim: int, seed: int) -> list[Case]:
-    """The same on every rank."""
+    """Return the batches to compare, which are the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     same = [batch] * ranks
     uneven = [0 if ranks > 2 and r == 1 else batch - r * batch // (ranks + 1) for r in range(ranks)]
 
     def features(images: list[int], texts: list[int]) -> tuple[Tensor, Tensor, list[int], list[int]]:
-        """Every other text is its image and noise, so that there are peaked and flat rows."""
+        """Return features in which every other text is its image plus noise, so that rows are peaked and flat."""
         M, N = sum(images), sum(texts)
         image, text = (torch.randn(n, dim, dtype=torch.float64, generator=generator) for n in (M, N))
         text[: min(M, N) : 2] = image[: min(M, N) : 2] + 0.5 * text[: min(M, N) : 2]
@@ -47,7 +47,8 @@ def cases(ranks: int, batch: int, dim: int, seed: int) -> list[Case]:
 
     more = [n + n // 4 for n in same]
     M, N, classes = sum(same), sum(more), max(sum(same) // 3, 2)
-    # Each about three times on every side, on several ranks; a quarter of them on one side only
+    # Each class occurs about three times among the images and among the texts, on several ranks. A quarter of the
+    # classes occur on one side only.
     labels = torch.arange(M) % classes, torch.arange(N) % classes + classes // 4
     twins = torch.arange(M) % ceil_div(M, 2)
     image, text = features(same, same)[:2]

@@ -1,4 +1,4 @@
-"""Every form, backend and dtype on every case, against the truth and what is promised."""
+"""Comparison of every form, backend and dtype with the truth and the promised errors, on every case."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _Loss = Callable[..., Any]
 
 
 class Row(NamedTuple):
-    """One comparison: relative errors (Frobenius, of the whole batch) and what is promised, by `_COLUMNS`."""
+    """One comparison: relative errors (Frobenius norms over the whole batch) and promised errors, for `_COLUMNS`."""
 
     form: str
     backend: str
@@ -42,14 +42,16 @@ class Row(NamedTuple):
     case: str
     errors: dict[str, float]
     budgets: dict[str, float]
-    raised: str = ""  # in place of a loss
+    raised: str = ""  # the error, if the loss raised one
 
     @property
     def ok(self) -> bool:
-        return all(error <= self.budgets[name] for name, error in self.errors.items())  # NaN is not
+        return all(error <= self.budgets[name] for name, error in self.errors.items())  # False for NaN
 
 
 class Settings(NamedTuple):
+    """Options of a comparison, as in `fastclip.parity.run`."""
+
     batch: int
     dim: int
     seed: int
@@ -58,7 +60,7 @@ class Settings(NamedTuple):
 
 
 def compare(settings: Settings, device: torch.device) -> list[Row]:
-    """All comparisons of the default process group, on every rank."""
+    """Return the rows of all comparisons in the default process group, on every rank."""
     rows = []
     batches = cases(dist.get_world_size(), settings.batch, settings.dim, settings.seed)
     truths: dict[tuple[str, torch.dtype], Truth] = {}
@@ -75,9 +77,9 @@ def compare(settings: Settings, device: torch.device) -> list[Row]:
 
 
 def alone(device: torch.device, *, batch: int = 136, dim: int = 64, seed: int = 0) -> list[Row]:
-    """Both losses on one batch in this process, without a process group, on every backend and dtype of the device.
+    """Compare both losses in this process, without a process group, on every backend and dtype of the device.
 
-    batch: a little more than a tile of 128 rows.
+    batch: the default is a little more than a tile of 128 rows.
     """
     rows = []
     batches = [case for case in cases(1, batch, dim, seed) if case.name in _ALONE]
@@ -91,7 +93,7 @@ def alone(device: torch.device, *, batch: int = 136, dim: int = 64, seed: int = 
 
 
 def _truth(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
-    """Loss and gradients of the whole batch, its features rounded to dtype."""
+    """Return loss and gradients of the whole batch, with features rounded to dtype."""
     image, text = (x.to(device, dtype) for x in (case.image, case.text))
     scale, *bias = case.scalars
     options = {"labels": case.labels, **case.options} if not bias else {"bias": bias[0], **case.options}
@@ -99,13 +101,13 @@ def _truth(case: Case, dtype: torch.dtype, device: torch.device) -> Truth:
 
 
 def _upstream(case: Case, device: torch.device) -> Tensor:
-    """Derivative by the loss, which differs from row to row where the loss does."""
+    """Return the upstream gradient, which differs from row to row if the loss is a vector."""
     shape = (len(case.image) + len(case.text),) if case.options.get("reduction") == "none" else ()
     return torch.linspace(0.5, 1.5, math.prod(shape), dtype=torch.float64, device=device).view(shape)
 
 
 def _served(settings: Settings, device: torch.device) -> Iterator[tuple[str, torch.dtype]]:
-    """Backends that run here, with the dtypes each serves."""
+    """Yield the backends that run here, with each dtype that they support."""
     for name, state in backends().items():
         for dtype in _DTYPES if state == "available" and settings.backend in (None, name) else ():
             try:
@@ -116,7 +118,7 @@ def _served(settings: Settings, device: torch.device) -> Iterator[tuple[str, tor
 
 
 def _losses(case: Case, backend: str, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, str, _Loss]]:
-    """(form, backend, the loss of this rank's image, text, labels and scalars)."""
+    """Yield (form, backend, loss), where loss takes this rank's image, text, labels and scalars."""
     for form, (comm, equal_shards) in _FORMS.items():
         if case.equal or not equal_shards:
             options = {"group": dist.group.WORLD, "comm": comm, "equal_shards": equal_shards, "backend": backend}
@@ -124,9 +126,8 @@ def _losses(case: Case, backend: str, dtype: torch.dtype, device: torch.device) 
     if case.name != "normalize=False" or pick(None, torch.empty(1, 1, dtype=dtype, device=device))[0] != backend:
         return
     modules = [(_MODULES[0], backend, ClipLoss)]
-    if (
-        dtype.itemsize >= 4 and (peer := open_clip_loss("ClipLoss")) is not None
-    ):  # it rounds its logits to the features' dtype
+    # open_clip rounds its logits to the dtype of the features, so 16-bit dtypes are not compared
+    if dtype.itemsize >= 4 and (peer := open_clip_loss("ClipLoss")) is not None:
         modules.append((_MODULES[1], "-", peer))
     for form, whose, module in modules:
         yield form, whose, _of_module(module(True, True, rank=dist.get_rank(), world_size=dist.get_world_size()))
@@ -146,14 +147,14 @@ def _function(case: Case, sharded: dict[str, Any]) -> _Loss:
 def _of_module(module: Any) -> _Loss:
     def loss(image: Tensor, text: Tensor, labels: tuple[Tensor, ...], *scalars: Tensor) -> Any:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # names of collectives that torch has renamed
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns about old names of collectives
             return module(image, text, *scalars)
 
     return loss
 
 
 def open_clip_loss(name: str) -> Any:
-    """A class of open_clip.loss, or None; from its file alone: the package imports all of its models."""
+    """Return a class of open_clip.loss, or None. Only its file is loaded: the package would import all its models."""
     package = importlib.util.find_spec("open_clip")
     for folder in (package and package.submodule_search_locations) or ():
         spec = importlib.util.spec_from_file_location("open_clip_loss", Path(folder) / "loss.py")
@@ -167,17 +168,19 @@ def open_clip_loss(name: str) -> Any:
 def _errors(
     case: Case, dtype: torch.dtype, device: torch.device, true: Truth, loss: _Loss
 ) -> tuple[dict[str, float], str]:
-    """Relative errors of all ranks' loss and gradients together: NaN, and why, where a rank raised.
+    """Return the relative errors of loss and gradients over all ranks, and an error message.
 
-    Rank r of W returns L_r, whose mean over ranks is the loss, and is differentiated by the sum of all L_r: the mean of
-    the scalars' gradients is the truth, and a feature's gradient W times the truth. With reduction="none" it returns
-    the losses of its own rows, and nothing is multiplied by W.
+    If a rank raised, the errors are NaN and the message is that of its exception.
+
+    Rank r of W returns L_r, whose mean over ranks is the loss. Gradients are those of the sum of all L_r: the mean of
+    the scalars' gradients is the truth, and a feature's gradient is W times the truth. With reduction="none" a rank
+    returns the losses of its rows, and nothing is multiplied by W.
     """
     (rank, _), raised = _place(), ""
     shards = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in (case.images, case.texts)]
     try:
         shares = _shares(case, shards, dtype, device, true, loss)
-    except Exception as error:  # one on every rank is a row that fails; of one rank alone the others time out
+    except Exception as error:  # if all ranks raise, the row fails; if one does, the others time out
         shares = torch.full((1 + len(true.gradients),), torch.nan, dtype=torch.float64, device=device)
         raised = f"{type(error).__name__}: {error}".splitlines()[0]
     if dist.is_initialized():
@@ -190,9 +193,9 @@ def _errors(
 def _shares(
     case: Case, shards: list[slice], dtype: torch.dtype, device: torch.device, true: Truth, loss: _Loss
 ) -> Tensor:
-    """This rank's share of the loss, of the squared errors of image and text, and of the scalars' gradients.
+    """Return this rank's shares of the loss, of the squared errors of d_image and d_text, and of scalars' gradients.
 
-    With reduction="none" of the squared errors of the losses.
+    With reduction="none" the first is the share of the squared error of the losses.
     """
     image, text = (x[k].to(device, dtype).requires_grad_() for x, k in zip((case.image, case.text), shards))
     wide = torch.promote_types(dtype, torch.float32)
@@ -210,12 +213,12 @@ def _shares(
 
 
 def _place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+    """Return the rank of this process and the number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _rows_of_rank(x: Tensor, case: Case, shards: list[slice]) -> Tensor:
-    """Of values of all images, and of all texts behind them, this rank's."""
+    """Return this rank's part of x, which holds values of all images and then of all texts."""
     M = len(case.image)
     return torch.cat([x[:M][shards[0]], x[M:][shards[1]]])
 
@@ -223,7 +226,10 @@ def _rows_of_rank(x: Tensor, case: Case, shards: list[slice]) -> Tensor:
 def _budgets(
     case: Case, dtype: torch.dtype, device: torch.device, true: Truth, form: str, backend: str
 ) -> dict[str, float]:
-    """What is promised, relative: (of the value, of the sum of magnitudes it is made of)."""
+    """Return the promised relative errors for `_COLUMNS`.
+
+    A budget combines an error relative to the value with one relative to the sum of the magnitudes it is made of.
+    """
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     on_gpu, smoothed = device.type == "cuda", bool(case.options.get("label_smoothing"))
     scalar = (promised.SCALE_GRADIENT, promised.FP32_SUM)
@@ -235,7 +241,7 @@ def _budgets(
             promised.LOSS,
             *[(promised.TF32_GRADIENT if tf32 else promised.FP32_GRADIENT, promised.FP32_SUM)] * 2,
         )
-    else:  # one rounding, of label smoothing's part another, and one of every share in sums over ranks
+    else:  # one rounding, one more for label smoothing, and one more for shares that are summed over ranks
         loss, ranks, ring = promised.LOSS, _place()[1], form.startswith("ring")
         for_images = 1 + smoothed + (ring and ranks > 1)
         for_texts = 1 + smoothed + (ranks > 1)
@@ -246,13 +252,13 @@ def _budgets(
         loss += promised.FP32_SUM * case.scalars[0] / float(true.loss)
     budgets = [loss]
     for (of_value, of_sums), grad, sums in zip((image, text, scalar, scalar), true.gradients, true.sums):
-        flushed = tiny * eps * grad.numel() ** 0.5 if grad.dim() else 0.0  # what float16 cannot hold
+        flushed = tiny * eps * grad.numel() ** 0.5 if grad.dim() else 0.0  # below the range of float16
         budgets.append(of_value + (of_sums * float(sums.norm()) + flushed) / float(grad.norm()))
     return dict(zip(_COLUMNS, budgets))
 
 
 def table(rows: list[Row]) -> str:
-    """Aligned columns: every error beside what is promised."""
+    """Return aligned columns of text, with the promised error beside every error."""
     head = ["form", "backend", "dtype", "case", *(f"{name}/promised" for name in _COLUMNS), ""]
     lines = [head]
     for row in rows:

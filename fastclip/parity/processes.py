@@ -1,4 +1,4 @@
-"""The processes of a comparison: started here, or by torchrun."""
+"""The processes of a comparison, started by this module or by torchrun."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from fastclip.system.parent import end_with_parent
 
 __all__ = ["Report", "run"]
 
-_TIMEOUT = timedelta(seconds=120)  # of the rendezvous, and of every collective
+_TIMEOUT = timedelta(seconds=120)  # for the rendezvous and for every collective
 _c10d: Any = dist
 _mp: Any = torch.multiprocessing
 
 
 class Report(NamedTuple):
+    """Result of `run`: a line that describes the comparison, and its rows."""
+
     about: str
     rows: list[Row]
 
@@ -40,20 +42,22 @@ def run(
     backend: str | None = None,
     device: str | None = None,
 ) -> Report:
-    """Compares every form, backend and dtype that can run here; starts the processes, or is one of torchrun's.
+    """Compare every form, backend and dtype that can run here, in several processes.
+
+    The processes are started here, unless torchrun started this one (RANK and WORLD_SIZE in the environment).
 
     Args:
-        nproc: processes; None for 2, or as many as there are under torchrun (RANK and WORLD_SIZE in the environment).
-        batch: images of a process.
-        backend: one of `fastclip.backends()` in place of all.
-        device: "cpu" (gloo) or "cuda" (NCCL, one GPU a process); None for GPUs where there are enough.
+        nproc: number of processes. None means 2, or under torchrun the number that it started.
+        batch: number of images per process.
+        backend: a single backend of `fastclip.backends()`. None means all.
+        device: "cpu" (gloo) or "cuda" (NCCL, one GPU per process). None means GPUs if there are enough.
 
     Returns:
-        The report; under torchrun without rows on all ranks but 0.
+        The report. Under torchrun only rank 0 receives rows.
 
     Raises:
-        ValueError: options that do not fit this machine.
-        OSError: processes that were killed, or did not find each other.
+        ValueError: the options do not fit this machine.
+        OSError: a process was killed, or the processes did not find each other.
     """
     launched = env.launched()
     for name, value, least in (("nproc", 1 if nproc is None else nproc, 1), ("batch", batch, 4), ("dim", dim, 2)):
@@ -75,18 +79,21 @@ def run(
     about = f"{ranks} process{'es' * (ranks > 1)} on {device}, {batch} images each, D = {dim}, seed {seed}"
     rows = _member(*launched[:3], settings, None) if launched else _start(ranks, settings)
     if not rows:
-        raise ValueError(f"--backend {backend} serves no features on {device}")
+        raise ValueError(f"--backend {backend} does not support features on {device}")
     return Report(about, rows if launched is None or launched.rank == 0 else [])
 
 
 def _start(ranks: int, settings: Settings) -> list[Row]:
-    """Rows of `ranks` processes on this machine; they meet in a file: no port, no firewall."""
+    """Return the rows of `ranks` processes started on this machine.
+
+    Their rendezvous is a file, which needs no port and passes every firewall.
+    """
     how = {"join": False, "daemon": True, "start_method": "spawn"}
     with tempfile.TemporaryDirectory(prefix="fastclip-parity-") as folder:
         try:
             _join(_mp.start_processes(_spawned, (ranks, settings, folder, os.getpid()), nprocs=ranks, **how))
         except _mp.ProcessExitedException as error:
-            raise ChildProcessError(f"a process was ended from outside (out of memory?): {error}") from error
+            raise ChildProcessError(f"a process was killed (out of memory?): {error}") from error
         except _mp.ProcessRaisedException as error:
             last = str(error).strip().splitlines()[-1]
             if last.startswith(("torch.distributed.DistNetworkError", "torch.distributed.DistStoreError")):
@@ -96,7 +103,7 @@ def _start(ranks: int, settings: Settings) -> list[Row]:
 
 
 def _join(context: Any) -> None:
-    """Wait for the processes; an interrupted wait ends them, which else would write into a folder that is removed."""
+    """Wait for the processes. If the wait is interrupted, kill them: the folder that they write to will be removed."""
     try:
         while not context.join():
             pass
@@ -116,7 +123,10 @@ def _spawned(rank: int, ranks: int, settings: Settings, folder: str, parent: int
 
 
 def _member(rank: int, ranks: int, local_rank: int, settings: Settings, folder: str | None) -> list[Row]:
-    """What a rank does; all return the same rows. folder: where they meet; None: as the launcher says."""
+    """Run the comparison on this rank and return its rows, the same on all ranks.
+
+    folder: contains the rendezvous file. None means the rendezvous of the launcher.
+    """
     device = torch.device("cuda", local_rank) if settings.device == "cuda" else torch.device("cpu")
     where: dict[str, Any] = {"init_method": "env://"}
     if folder is not None:

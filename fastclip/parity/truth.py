@@ -1,7 +1,7 @@
 """The truth that tests, `fastclip parity` and benchmarks compare with.
 
-Nothing of the package's losses is used: the dense formulas in float64 (`truth`), and where the logits do not fit the
-same rows by rows, in float32 or float64 (`blockwise_truth`).
+It uses no code of the package's losses. `truth` evaluates the dense formulas in float64. `blockwise_truth` evaluates
+them block by block, in float32 or float64, for logits that do not fit into memory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fastclip.parity import promised
 
 __all__ = ["Truth", "blockwise_truth", "direction", "loss_of", "positives_of", "sigmoid_loss_of", "truth"]
 
-BLOCK_BYTES = 1 << 30  # of one block of logits
-_LINEAR = 40.0  # from here on softplus(x) is x in float64 too; torch takes 20, which costs it seven digits
+BLOCK_BYTES = 1 << 30  # size of one block of logits
+_LINEAR = 40.0  # above it softplus(x) is x even in float64; torch's default, 20, would lose seven digits
 _EPS = 1e-12  # the smallest norm, as in torch.nn.functional.normalize
 
 
@@ -32,7 +32,7 @@ class Truth(NamedTuple):
     d_image_sum: Tensor
     d_text_sum: Tensor
     d_scale_sum: Tensor
-    d_bias: Tensor | None = None  # (), of the sigmoid loss
+    d_bias: Tensor | None = None  # (), for the sigmoid loss
     d_bias_sum: Tensor | None = None
 
     @property
@@ -55,12 +55,12 @@ def truth(
     upstream: Tensor | None = None,
     **options: Any,
 ) -> Truth:
-    """Return loss and gradients of image (M, D) and text (N, D), which may be rounded to any dtype, in float64.
+    """Return loss and gradients of image (M, D) and text (N, D), which may have any dtype, in float64.
 
     Args:
-        bias: of the sigmoid loss; None for the contrastive loss.
-        upstream: derivative by the loss; default: 1.
-        options: of `loss_of`.
+        bias: bias of the sigmoid loss, or None for the contrastive loss.
+        upstream: upstream gradient of the loss (default: 1).
+        options: options of `loss_of`.
     """
     dtype = image.dtype
     image, text = (x.detach().double().requires_grad_() for x in (image, text))
@@ -71,7 +71,7 @@ def truth(
     loss = loss_of(z, direction, **options) if bias is None else sigmoid_loss_of(z)
     G, d_image, d_text, d_scale, d_bias = torch.autograd.grad(loss, (z, image, text, s, b), upstream, retain_graph=True)
     magnitude = G.abs()
-    if options.get("label_smoothing"):  # means over all rows, which are added and taken away
+    if options.get("label_smoothing"):  # the magnitudes of the means over all rows, which are added and subtracted
         means = torch.autograd.grad(loss_of(z, smoothing_magnitude, **options), z, upstream)[0]
         magnitude = magnitude + means * (promised.FP32_MEAN / promised.FP32_SUM if dtype == torch.float32 else 1.0)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def truth(
 
 
 def direction(z: Tensor, positive: Tensor, smoothing: float, left_out: Tensor) -> Tensor:
-    """Loss of every row of z with a positive: softplus keeps the digits of a small loss, in any dtype."""
+    """Return the loss of every row of z that has a positive. softplus keeps the digits of small losses in any dtype."""
     has_positive = positive.any(1)
     z, positive, left_out = z[has_positive], positive[has_positive], left_out[has_positive]
     count, others = positive.sum(1), (~left_out).sum(1)
@@ -96,7 +96,7 @@ def direction(z: Tensor, positive: Tensor, smoothing: float, left_out: Tensor) -
 
 
 def smoothing_magnitude(z: Tensor, positive: Tensor, smoothing: float, left_out: Tensor) -> Tensor:
-    """Sum of the two means whose difference label smoothing adds to the loss of a row, for its magnitude."""
+    """Return the sum of the two means whose difference label smoothing adds to the loss of a row."""
     has_positive = positive.any(1)
     z, positive, left_out = z[has_positive], positive[has_positive], left_out[has_positive]
     mean_pos = torch.where(positive, z, 0).sum(1) / positive.sum(1)
@@ -104,7 +104,7 @@ def smoothing_magnitude(z: Tensor, positive: Tensor, smoothing: float, left_out:
 
 
 def positives_of(z: Tensor, labels: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Mask (M, N) of the pairs of equal labels, or of the pairs that belong together."""
+    """Return the mask (M, N) of pairs with equal labels, or without labels of the pairs i = j."""
     if labels is None:
         return torch.eye(*z.shape, dtype=torch.bool, device=z.device)
     return (labels[0][:, None] == labels[1]).to(z.device)
@@ -119,7 +119,7 @@ def loss_of(
     exclude_self: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """The contrastive loss of logits z (M, N); `formula`: that of rows, such as `direction`."""
+    """Return the contrastive loss of logits z (M, N). `formula` computes the loss of rows, such as `direction`."""
     left_out = positives_of(z, None) & exclude_self
     positive = positives_of(z, labels) & ~left_out
     row = formula(z, positive, label_smoothing, left_out)
@@ -131,17 +131,17 @@ def loss_of(
 
 
 def sigmoid_loss_of(z: Tensor) -> Tensor:
-    """SigLIP's loss of logits z (N, N), the bias in them."""
+    """Return SigLIP's loss of logits z (N, N), which include the bias."""
     return -F.logsigmoid((2 * torch.eye(*z.shape, dtype=z.dtype, device=z.device) - 1) * z).sum() / len(z)
 
 
 @torch.no_grad()
 def blockwise_truth(loss: str, leaves: tuple[Tensor, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """The loss of pairs, and its gradients by image (N, D), text (N, D), scale and, of the sigmoid loss, bias.
+    """Return the loss of pairs and its gradients by image (N, D), text (N, D), scale and, for the sigmoid loss, bias.
 
     Args:
-        loss: "softmax" or "sigmoid", of features as they are: not normalised.
-        dtype: float32 or float64, of everything that is computed.
+        loss: "softmax" or "sigmoid". Features are not normalised.
+        dtype: float32 or float64, the dtype of the computation.
     """
     image, text, *scalars = (x.detach().to(dtype) for x in leaves)
     rows = max(1, BLOCK_BYTES // (image.element_size() * image.shape[0]))
@@ -188,6 +188,9 @@ def _sigmoid(image: Tensor, text: Tensor, rows: int, scale: Tensor, bias: Tensor
 
 
 def _scaled(value: Tensor, d_image: Tensor, d_text: Tensor, image: Tensor, scale: Tensor, n: int) -> tuple[Tensor, ...]:
-    """From sums of G times features; <image, d_image> is the scale's gradient times the scale."""
+    """Return the loss and the gradients, given the products of G with the features.
+
+    <image, d_image> is the gradient of the scale times the scale.
+    """
     d_scale = ((image * d_image).sum(dtype=torch.float64) / n).to(image.dtype)
     return value, d_image.mul_(scale / n), d_text.mul_(scale / n), d_scale

@@ -1,1 +1,1 @@
-"""Files, locks, processes, the machine, the environment and lazy imports: nothing of the field, all stands on it."""
+"""Files, locks, processes, the machine, the environment and lazy imports, on which the other packages are built."""

@@ -1,4 +1,4 @@
-"""A folder that one call fills, and that only a call with the same options may go on with."""
+"""Output folders that record the options of their call, so that only a call with the same options may resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastclip.system.reading import read_json
 
 __all__ = ["claim"]
 
-_SHOWN = 40  # characters of a list in an error; paths, which differ at their ends, are shown whole
+_SHOWN = 40  # characters of a list in an error message; paths are shown in full, because they differ at their ends
 
 
 def claim(
@@ -24,15 +24,15 @@ def claim(
     name: str = "options.json",
     older: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> None:
-    """Record `options` in the file `name` of `folder`, or check that they are those that it records; `folder` exists.
+    """Record `options` in the file `name` of an existing folder, or check that the file records the same options.
 
     Args:
-        result: a glob of what the call writes; "*" for a folder that must be empty.
-        older: from what the file records to the same as this version would record it.
+        result: glob of the files that the call writes, or "*" if the folder must be empty.
+        older: converts the options that an older version recorded to the form of this version.
 
     Raises:
-        ValueError: the folder holds results of other options, and the message names these; results of a version of
-            fastclip that had other options; or results without options.
+        ValueError: the folder holds results of other options, which the message names, of a version of fastclip with
+            other options, or without recorded options.
     """
     file = folder / name
     if file.is_file():
@@ -42,7 +42,7 @@ def claim(
         now = json.loads(json.dumps(options))  # a tuple is read back as a list
         if changed := [key for key in now if before[key] != now[key]]:
             message = ", ".join(f"{key} was {_short(before[key])}, is {_short(now[key])}" for key in changed)
-            raise ValueError(f"{folder} is that of another call: {message}; take another folder")
+            raise ValueError(f"{folder} belongs to another call: {message}; take another folder")
         return
     if foreign := next((path for path in folder.glob(result) if path.name != LOCK), None):
         raise ValueError(f"{foreign} was not written by this command: take another folder")

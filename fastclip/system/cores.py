@@ -1,4 +1,4 @@
-"""The cores that a process may use, and whether others are on them. Imports no torch, which reads some of this."""
+"""The cores that a process may use, and the load on them. This must not import torch: callers run before it loads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIBLINGS = Path("/sys/devices/system/cpu/smt/active")
 
 
 def usable_cores() -> float:
-    """Return the cores this process may keep busy: the machine's, less what affinity or a container leaves out."""
+    """Return the number of cores this process may use, within the limits of its affinity and its container."""
     cores: float = _allowed_cores()
     for text in group_limits("cpu.max", "", ""):
         quota, period = text.split()
@@ -23,20 +23,22 @@ def usable_cores() -> float:
 
 
 def contended(threads: int | None, processes: int = 1) -> bool:
-    """Return True if threads outnumber cores: those of `processes` like this one, and of others, by the load average.
+    """Return True if threads outnumber the cores.
+
+    The threads are those of `processes` processes like this one, plus those of other programs by the load average.
 
     Args:
-        threads: of a process; None: one for each core that its affinity allows, as torch's OpenMP has them.
+        threads: threads per process. None means one per core that the affinity allows, as torch's OpenMP does.
     """
     if threads is None:
-        siblings = any(line == "1" for line in read_lines(_SIBLINGS))  # two threads a core, of which torch takes one
+        # With two hardware threads per core, torch uses one of them
+        siblings = any(line == "1" for line in read_lines(_SIBLINGS))
         threads = max(1, _allowed_cores() // 2 if siblings else _allowed_cores())
     if threads == 1:
         return False
     try:
-        others = (
-            os.getloadavg()[0] * usable_cores() / (os.cpu_count() or 1)
-        )  # of the last minute, as many of them as of the cores
+        # The load of the last minute, scaled by the share of the machine's cores that this process may use
+        others = os.getloadavg()[0] * usable_cores() / (os.cpu_count() or 1)
     except (AttributeError, OSError):  # Windows
         others = 0.0
     return threads * processes + others >= usable_cores() + 0.75
@@ -48,7 +50,7 @@ def _allowed_cores() -> int:
 
 
 def group_limits(v2: str, controller: str, v1: str) -> Iterator[str]:
-    """Yield the first line of file `v2` (`v1` of a version 1 controller) in each control group around this process."""
+    """Yield the first line of the file `v2` in each control group of this process, or of `v1` for version 1 groups."""
     for line in read_lines(_OWN_GROUPS):
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", controller):
@@ -60,7 +62,7 @@ def group_limits(v2: str, controller: str, v1: str) -> Iterator[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a file of the system; none if there is no such file."""
+    """Return the lines of a system file, or an empty list if it does not exist."""
     try:
         return path.read_text().splitlines()
     except OSError:

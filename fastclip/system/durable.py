@@ -1,10 +1,10 @@
-"""Files and folders that are whole or not there, whenever the process dies or the machine stops.
+"""Files and folders that are complete or absent, even if the process dies or the machine stops while they are written.
 
-Everything is written beside its place, as ``.NAME.RANDOM.tmp``, flushed to the disk (fsync) and then renamed. A folder
-that is replaced waits meanwhile as ``.NAME.old``.
+Everything is written to a temporary name in the same folder, ``.NAME.RANDOM.tmp``, flushed to the disk (fsync) and then
+renamed. A folder that is being replaced has the name ``.NAME.old`` until the new one is in place.
 
-The names are random because a process's number is no identity: two containers on one disk have the same. So nobody can
-tell who writes a half; one that nobody has written to for an hour is taken to be a dead process's.
+The names are random because a process id is not unique: containers that share a disk may use the same id. The writer of
+a temporary file therefore cannot be determined. If it has not changed for an hour, its process is assumed to be dead.
 """
 
 from __future__ import annotations
@@ -48,32 +48,32 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 _CHUNK = 2**20  # bytes hashed at a time
-_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}  # which name no file
-_ABANDONED = 3600.0  # seconds
-_HALF = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)  # as `_beside` names it
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}  # errors that name no file
+_ABANDONED = 3600.0  # seconds without a change, after which a temporary file is abandoned
+_HALF = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)  # the names that `_beside` gives
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole: whatever happens, `path` holds what it held before, or all of `text`."""
+    """Write a text file atomically: at any moment `path` holds either its old content or all of `text`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """Write a value as JSON for people, whole as `write_text` does."""
+    """Write a value as indented JSON, atomically as `write_text` does."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write bytes, whole as `write_text` does."""
+    """Write bytes, atomically as `write_text` does."""
     with new_file(path) as half:
         half.write_bytes(data)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors in safetensors' form, whole as `write_text` does, with the same bytes for the same tensors.
+    """Write tensors as a safetensors file, atomically as `write_text` does. Equal tensors give equal bytes.
 
     Raises:
-        OSError: the disk is full, or there is no folder for the file; the path is named.
+        OSError: the disk is full, or the folder does not exist. The message names the path.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -81,34 +81,34 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     with new_file(path) as half:
         try:
             save_file(dict(tensors), half, metadata=metadata)
-        except SafetensorError as error:  # the library's words for an error of the system, without its number
+        except SafetensorError as error:  # the library reports a system error as text, without its number
             raise OSError(f"{path} was not written: {error}") from error
         if metadata is not None and len(metadata) > 1:
             _sort_metadata(half)
 
 
 def _sort_metadata(file: Path) -> None:
-    """Put the metadata of a safetensors file in order: the library writes names and values in any."""
+    """Sort the metadata of a safetensors file by name, because the library writes it in arbitrary order."""
     with file.open("r+b") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(data) <= length  # else it would reach into the tensors
+        assert len(data) <= length  # longer data would overwrite tensors
         opened.seek(8)
         opened.write(data.ljust(length))
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a name to write under, whose file takes the place of `path` if all goes well, and is removed otherwise.
+    """Yield a temporary path, whose file replaces `path` when the block ends, or is removed if it raises.
 
-    The file has the mode that the umask gives, whatever library writes it. Several processes may write `path` at the
-    same time: it holds what one of them wrote. A process that is killed leaves its half behind, for `mend_files`. A
-    link stays one, and what it leads to is replaced; a pipe or a device is written to as it is.
+    The file gets the mode that the umask gives, whichever library writes it. Several processes may write `path` at the
+    same time: it then holds the complete output of one of them. A killed process leaves its temporary file behind, for
+    `mend_files`. A link stays, and its target is replaced. Pipes and devices are written in place.
 
     Raises:
-        OSError: the system's error, with `path` in place of the name that is written under.
+        OSError: the system's error, with `path` in place of the temporary name.
     """
     if is_special(path):
         yield path
@@ -126,45 +126,45 @@ def new_file(path: Path) -> Iterator[Path]:
     except BaseException:
         half.unlink(missing_ok=True)
         raise
-    _flush(whole.parent)  # else the new name may be lost where the machine stops
+    _flush(whole.parent)  # otherwise the new name may be lost if the machine stops
 
 
 @contextmanager
 def naming(path: Path, half: Path | None = None) -> Iterator[None]:
-    """Name `path` in an error of its disk, which the system tells without a name, and in one that names `half`."""
+    """Name `path` in errors of its disk, which the system reports without a name, and in those that name `half`."""
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno in _OF_DISKS:
             error.filename = str(path)
-        elif half is not None and error.errno is None:  # of a library, which puts the name into its words
+        elif half is not None and error.errno is None:  # raised by a library, which puts the name into its message
             error.args = (str(error).replace(str(half), str(path)),)
         elif half is not None and str(half) in str(error.filename):
             error.filename = str(error.filename).replace(str(half), str(path))
             if error.filename2 is not None:
-                del error.filename2  # None would be told as a second name
+                del error.filename2  # None would be shown as a second name
         raise
 
 
 def is_special(path: Path) -> bool:
-    """Return True for what is there and can be written to only in place: a device, a pipe, ``/dev/stdout``."""
-    standard = str(path.parent) in ("/dev", "/dev/fd")  # such as /dev/stdout, which may lead to a file
+    """Return True if `path` exists and can be written only in place: a device, a pipe, ``/dev/stdout``."""
+    standard = str(path.parent) in ("/dev", "/dev/fd")  # /dev/stdout, for one, may be a link to a file
     return path.exists() and not path.is_dir() and (standard or not path.is_file())
 
 
 @contextmanager
 def new_files(folder: Path) -> Iterator[Path]:
-    """Yield a folder whose files take their places in `folder` if all goes well, and are removed otherwise.
+    """Yield a temporary folder, whose files move to `folder` when the block ends, or are removed if it raises.
 
-    Other files of `folder` stay, and a full disk changes nothing. The names change one after the other: a process that
-    is killed in between leaves some of the new files beside old ones.
+    Other files of `folder` stay, and a full disk changes nothing. Files are renamed one after another, so a process
+    that is killed in between leaves some new files beside old ones.
 
     Raises:
-        OSError: the system's error, with the name in `folder` in place of the one that is written under.
+        OSError: the system's error, with the name in `folder` in place of the temporary name.
     """
     made = not folder.exists()
     _make(folder)
-    for left, _ in _halves(folder, "files"):  # by a process that was killed
+    for left, _ in _halves(folder, "files"):  # left by a killed process
         if _is_abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
     half = _beside(folder / "files")
@@ -178,20 +178,20 @@ def new_files(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(half, ignore_errors=True)
         if made:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
     _flush(folder)
 
 
 def mend_files(folder: Path, *, owned: bool = False) -> None:
-    """Remove what processes left that died while they wrote files of `folder`.
+    """Remove temporary files in `folder` that were left by processes that died while they wrote.
 
     Args:
-        owned: no other process writes into the folder, but files that have an owner of their own (`owner.py`);
-            what else is younger than an hour stays.
+        owned: no other process writes into the folder, so all temporary files are removed, except those of files with
+            their own lock (`owner.py`). Without `owned`, and for these, files younger than an hour stay.
     """
     for half, name in _halves(folder):
-        with suppress(OSError):  # its writer was faster, or it may be read only
+        with suppress(OSError):  # the writer has just renamed it, or the folder is read-only
             ours = owned and not (folder / f".{name}.lock").exists()
             if half.is_file() and (ours or _is_abandoned(half)):
                 half.unlink()
@@ -199,9 +199,9 @@ def mend_files(folder: Path, *, owned: bool = False) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which takes the place of `path` if all goes well, and is removed otherwise.
+    """Yield a temporary folder, which replaces `path` when the block ends, or is removed if it raises.
 
-    Its files have the mode that the umask gives, whatever library writes them.
+    Its files get the mode that the umask gives, whichever library writes them.
     """
     half, old = _beside(path), path.with_name(f".{path.name}.old")
     _make(path.parent)
@@ -211,7 +211,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         _settle(half)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
-            os.rename(path, old)  # a folder that holds something cannot be replaced in one step
+            os.rename(path, old)  # a folder that is not empty cannot be replaced in one step
         os.rename(half, path)
         _flush(path.parent)
     except BaseException:
@@ -222,7 +222,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file or a folder to ``aside-NAME``, or ``aside-NAME-2`` where there is one, and return its new path."""
+    """Rename a file or a folder to ``aside-NAME``, or ``aside-NAME-2`` if that exists, and return the new path."""
     aside, number = path.with_name(f"aside-{path.name}"), 1
     while aside.exists() or aside.is_symlink():
         number += 1
@@ -232,14 +232,14 @@ def set_aside(path: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, of which at no moment half is there under its name."""
+    """Remove a folder so that its name never refers to a partly removed folder."""
     gone = _beside(path)
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def mend_folders(parent: Path, names: str) -> None:
-    """Tidy up after a process that died while it wrote or removed folders of `names`, such as ``step-*``."""
+    """Clean up after processes that died while they wrote or removed folders that match `names`, such as ``step-*``."""
     for path in parent.glob(f".{names}.old"):
         _bring_back(path)
         shutil.rmtree(path, ignore_errors=True)
@@ -248,20 +248,20 @@ def mend_folders(parent: Path, names: str) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write manifest.json, with the size and the SHA-256 of every file of `folder` as they are read back."""
+    """Write manifest.json with the size and the SHA-256 of every file of `folder`, as read back from the disk."""
     files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def check_manifest(folder: Path) -> None:
-    """Compare every file of a folder with its manifest; each is read once.
+    """Compare every file of a folder with its manifest. Each file is read once.
 
     Raises:
-        ValueError: a file is missing, has another size or another byte, with its name; or there is no manifest.
+        ValueError: a file, which the message names, is missing or differs in size or content, or there is no manifest.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        raise ValueError(f"{folder} is not a checkpoint, or not a whole one: it holds no {MANIFEST}")
+        raise ValueError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}")
     try:
         files = {name: (int(has["bytes"]), str(has["sha256"])) for name, has in read_json(manifest)["files"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -270,10 +270,10 @@ def check_manifest(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise ValueError(f"{file} is missing")
-        if (now := file.stat().st_size) != size:  # quick, and before all of it is read
-            raise ValueError(f"{file} is damaged: it has {now:,} bytes, and was written with {size:,}")
+        if (now := file.stat().st_size) != size:  # quick, so before the file is read
+            raise ValueError(f"{file} is damaged: it has {now:,} bytes, but was written with {size:,}")
         if _sha256(file) != digest:
-            raise ValueError(f"{file} is damaged: its SHA-256 is not the one it was written with")
+            raise ValueError(f"{file} is damaged: its SHA-256 differs from that in the manifest")
 
 
 def _beside(path: Path) -> Path:
@@ -281,7 +281,7 @@ def _beside(path: Path) -> Path:
 
 
 def _halves(folder: Path, names: str = "*") -> Iterator[tuple[Path, str]]:
-    """Yield what `_beside` has named in `folder`, and for which name; a user's .notes.v2.tmp is none of these."""
+    """Yield the temporary files in `folder` and the names they stand for, but not a user's .notes.v2.tmp."""
     for path in folder.glob(".*.tmp"):
         if (match := _HALF.fullmatch(path.name)) and fnmatchcase(match["name"], names):
             yield path, match["name"]
@@ -292,14 +292,14 @@ def _is_abandoned(half: Path) -> bool:
 
 
 def _bring_back(old: Path) -> None:
-    """Undo half of a replacement: the old folder gets its name again where no new one has it."""
+    """Undo an incomplete replacement: give the old folder its name back unless a new one has it."""
     path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
     if old.exists() and not path.exists():
         os.rename(old, path)
 
 
 def _settle(half: Path) -> None:
-    """Flush a folder and all in it to the disk, its files with the mode that the umask gives."""
+    """Give the files of a folder the mode of the umask, and flush them and the folder to the disk."""
     mode = half.stat().st_mode & 0o666
     for path in (*half.rglob("*"), half):
         if path.is_file():  # some libraries write files that only their owner can read
@@ -308,7 +308,7 @@ def _settle(half: Path) -> None:
 
 
 def _make(folder: Path) -> None:
-    """Make a folder and those around it, each of which the disk knows before there is something in it."""
+    """Create a folder and its parents, and flush the name of each to the disk before anything is created in it."""
     if not folder.is_dir():
         _make(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -316,13 +316,13 @@ def _make(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file's bytes, or the names in a folder, to the disk, where the system can."""
+    """Flush the bytes of a file, or the names in a folder, to the disk, if the system supports it."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:  # of folders some network file systems say that there is nothing to do
+    except OSError as error:  # some network file systems report that folders need no flush
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
             raise
     finally:

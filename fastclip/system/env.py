@@ -1,17 +1,18 @@
-"""Every environment variable the package reads.
+"""All environment variables that the package reads.
 
-FASTCLIP_BACKEND       backend to use where `backend=` is not given, e.g. ``cpu`` or ``reference``
-FASTCLIP_CACHE         folder of copied remote shards, and of indices that cannot lie beside theirs (~/.cache/fastclip)
-FASTCLIP_CPU_ISA       ``avx512``, ``avx2`` or ``portable`` in place of the best that the processor runs
-FASTCLIP_WORKSPACE_MB  bound on a backend's buffers of logits, in MiB (64 on a CPU, 1024 on a GPU)
+FASTCLIP_BACKEND       backend of the losses if `backend=` is not given, such as ``cpu`` or ``reference``
+FASTCLIP_CACHE         folder for copies of remote shards, and for indices that cannot be written beside their shards
+                       (default: ~/.cache/fastclip)
+FASTCLIP_CPU_ISA       ``avx512``, ``avx2`` or ``portable`` (default: the best that the processor supports)
+FASTCLIP_WORKSPACE_MB  bound on a backend's buffers of logits, in MiB (default: 64 on a CPU, 1024 on a GPU)
 
-OMP_WAIT_POLICY is PASSIVE for a command whose threads outnumber the free cores, unless KMP_BLOCKTIME or GOMP_SPINCOUNT
-is set. TOKENIZERS_PARALLELISM is off in the processes that read data.
-torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say that a command is one of several processes,
-MASTER_ADDR, MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE where they meet.
-TORCHELASTIC_RUN_ID, SLURM_JOB_ID and SLURM_RESTART_COUNT say that a command was started again, perhaps on another host.
-TERM, TERM_PROGRAM, KITTY_WINDOW_ID and KONSOLE_VERSION say which pictures a terminal shows.
-`fastclip doctor` shows those that are set of ours and of Triton's, OpenMP's and CUDA's.
+OMP_WAIT_POLICY is set to PASSIVE for a command whose threads outnumber the free cores, unless KMP_BLOCKTIME or
+GOMP_SPINCOUNT is set. TOKENIZERS_PARALLELISM is turned off in the processes that read data.
+RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, set by torchrun, describe a command that runs as several processes.
+MASTER_ADDR, MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE locate their rendezvous.
+TORCHELASTIC_RUN_ID, SLURM_JOB_ID and SLURM_RESTART_COUNT identify a job that was restarted, perhaps on another host.
+TERM, TERM_PROGRAM, KITTY_WINDOW_ID and KONSOLE_VERSION determine how a terminal can show images.
+`fastclip doctor` lists the variables that are set, of fastclip and of Triton, OpenMP and CUDA.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 
-WORKSPACE_MB = {"cpu": 64, "cuda": 1024}  # of a loss, by device type, unless FASTCLIP_WORKSPACE_MB says otherwise
+WORKSPACE_MB = {"cpu": 64, "cuda": 1024}  # per loss and device type, unless FASTCLIP_WORKSPACE_MB is set
 OWN = ("FASTCLIP_BACKEND", "FASTCLIP_CACHE", "FASTCLIP_CPU_ISA", "FASTCLIP_WORKSPACE_MB")
 OF_BUILDS = ("FASTCLIP_BUILD_CPU", "FASTCLIP_BUILD_CUDA", "FASTCLIP_CUDA_ARCHS")
 _SPINNING = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT")
@@ -50,30 +51,30 @@ _OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", *_S
 
 
 def in_effect() -> dict[str, str]:
-    """Return variables that are set and change what the package does: all FASTCLIP_*, and some of its libraries'."""
+    """Return the variables that are set and affect the package: all FASTCLIP_*, and some of its libraries."""
     names = [name for name in sorted(os.environ) if name.startswith("FASTCLIP_") or name in _OF_OTHERS]
     return {name: os.environ[name] for name in names if os.environ[name]}
 
 
 def backend() -> str | None:
-    """Return the name of the backend that the user asks for."""
-    # Asked at every call of a loss: a look is a third of the time of a get that finds nothing
+    """Return the name of the backend that FASTCLIP_BACKEND selects, or None."""
+    # Every call of a loss runs this. `in` takes a third of the time of a `get` that finds nothing.
     return (os.environ["FASTCLIP_BACKEND"] or None) if "FASTCLIP_BACKEND" in os.environ else None
 
 
 def cache_folder() -> Path:
-    """Return the folder of what is copied and indexed; it may not exist yet."""
+    """Return the folder for copies of remote shards and for indices. It may not exist yet."""
     return Path(os.environ.get("FASTCLIP_CACHE") or "~/.cache/fastclip").expanduser()
 
 
 def cpu_isa() -> str:
-    """Return the instruction set that the CPU's kernels are to use."""
+    """Return the instruction set that the CPU kernels must use, or "auto"."""
     return os.environ.get("FASTCLIP_CPU_ISA") or "auto"
 
 
 def workspace_bytes(device: str = "cpu") -> int:
-    """Return the bound on a loss's buffers of logits on a type of device."""
-    if "FASTCLIP_WORKSPACE_MB" not in os.environ:  # as in `backend`
+    """Return the bound on the buffers of logits of a loss, in bytes, for a type of device."""
+    if "FASTCLIP_WORKSPACE_MB" not in os.environ:  # `in` is fast, see `backend`
         return WORKSPACE_MB[device] * 2**20
     text = os.environ.get("FASTCLIP_WORKSPACE_MB") or str(WORKSPACE_MB[device])
     try:
@@ -86,7 +87,7 @@ def workspace_bytes(device: str = "cpu") -> int:
 
 
 class Launched(NamedTuple):
-    """A process among those that a launcher has started; local ones are those of this machine."""
+    """Position of this process among those that a launcher started. Local processes are those on this machine."""
 
     rank: int
     ranks: int
@@ -95,9 +96,9 @@ class Launched(NamedTuple):
 
 
 def launched() -> Launched | None:
-    """Return this process's place among those of its launcher; None unless RANK and WORLD_SIZE are set.
+    """Return the position of this process among those of its launcher, or None unless RANK and WORLD_SIZE are set.
 
-    Without LOCAL_RANK and LOCAL_WORLD_SIZE all processes are taken to be on one machine.
+    Without LOCAL_RANK and LOCAL_WORLD_SIZE, all processes are assumed to run on one machine.
     """
     if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
         return None
@@ -113,22 +114,22 @@ def _number(name: str, default: int | None = None) -> int:
 
 
 def agent_store() -> tuple[str, int] | None:
-    """Return host and port of the store that torchrun itself keeps; None if rank 0 keeps one."""
+    """Return host and port of the store that torchrun hosts, or None if rank 0 hosts the store."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal():
         raise ValueError(
-            f"MASTER_ADDR and MASTER_PORT must be torchrun's host and number (TORCHELASTIC_USE_AGENT_STORE is set), "
+            f"MASTER_ADDR and MASTER_PORT must be the host and port of torchrun (TORCHELASTIC_USE_AGENT_STORE is set), "
             f"got {host!r} and {port!r}"
         )
     return host, int(port)
 
 
 def job() -> str:
-    """Return NAME/START of the job that this process belongs to, empty if there is none.
+    """Return NAME/START of the job that this process belongs to, or "" without a job.
 
-    Slurm counts the starts of a job. torchrun's starts of one run follow each other, and have no number here.
+    START is Slurm's count of restarts. It is empty for torchrun, whose starts of one run never overlap.
     """
     if (run := os.environ.get("TORCHELASTIC_RUN_ID", "")) not in ("", "none"):  # torchrun's default
         return f"torchrun {run}/"
@@ -139,17 +140,17 @@ def job() -> str:
 
 @contextmanager
 def deterministic_cublas() -> Iterator[None]:
-    """Have cuBLAS, which the first product inside sets up, repeat products bit for bit; a user's value stays."""
+    """Make cuBLAS repeat products bit for bit, if its first product runs inside the block. A user's setting stays."""
     name = "CUBLAS_WORKSPACE_CONFIG"
     with _variable(name, os.environ.get(name, ":4096:8")):
         yield
 
 
 def let_threads_sleep() -> bool:
-    """Make OpenMP's threads sleep while they wait, if they outnumber the free cores. Return True if they do now.
+    """Make OpenMP's threads sleep while they wait, if they outnumber the free cores. Return True if this was set.
 
-    A thread that spins keeps the one it waits for from running. For a process that has not imported torch, which loads
-    OpenMP; a user's own setting stays.
+    A spinning thread may keep the thread it waits for from running. This has an effect only before torch is imported,
+    because torch loads OpenMP. A user's setting stays.
     """
     if "torch" in sys.modules or any(os.environ.get(name) for name in _SPINNING):
         return False
@@ -161,7 +162,7 @@ def let_threads_sleep() -> bool:
 
 
 def terminal_protocol() -> str:
-    """Return how the terminal shows pixels: "kitty", "iterm", or "" if it is not known that it does."""
+    """Return the terminal's image protocol, "kitty" or "iterm", or "" if it is not known to show images."""
     term, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
     if term.startswith(("screen", "tmux")):  # the terminal behind it is not known
         return ""
@@ -174,10 +175,10 @@ def terminal_protocol() -> str:
 
 @contextmanager
 def tokenizers_without_threads() -> Iterator[None]:
-    """Have processes that start inside use the `tokenizers` library without threads.
+    """Make processes that start inside the block use the `tokenizers` library without threads.
 
-    After a fork its threads are gone: it warns on stderr, once a process, or waits for them for ever where the user
-    has switched them on.
+    Its threads do not survive a fork. It then warns on stderr, once per process, or waits for them forever if the user
+    has enabled them.
     """
     with _variable("TOKENIZERS_PARALLELISM", "false"):
         yield

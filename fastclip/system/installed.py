@@ -1,4 +1,4 @@
-"""What is installed: versions and data files of other packages, found without importing them."""
+"""Versions and data files of other installed packages, found without importing them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def installed_file(package: str, name: str, *, what: str, install: str) -> Path:
     """Return the path of the file `name` of a package.
 
     Args:
-        what: the file's content, for the message.
-        install: what pip calls the package.
+        what: description of the file's content, for the message.
+        install: name of the package for pip.
 
     Raises:
-        ImportError: it is not installed, or has no such file.
+        ImportError: the package is not installed, or has no such file.
     """
-    spec = find_spec(package)  # runs nothing of it
+    spec = find_spec(package)  # runs no code of the package
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / name
         if path.is_file():
@@ -28,7 +28,7 @@ def installed_file(package: str, name: str, *, what: str, install: str) -> Path:
 
 
 def installed_version(distribution: str) -> str:
-    """Return the version of a distribution, by the name that pip has for it; empty if it is not installed."""
+    """Return the version of a distribution, by its name for pip, or "" if it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:

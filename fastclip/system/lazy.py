@@ -1,6 +1,6 @@
-"""Names of a package that are imported when they are first asked for (PEP 562), so that the command line answers fast.
+"""Names of a package that are imported on first use (PEP 562), so that the command line starts fast.
 
-A package that uses it imports the same names under ``TYPE_CHECKING``, for type checkers and for who reads it.
+A package with lazy names also imports them under ``TYPE_CHECKING``, for type checkers and for readers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ __all__ = ["lazy_names", "uncollected"]
 
 
 def lazy_names(namespace: dict[str, Any], modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a package, which finds a name in its module and keeps it in the package.
+    """Return the ``__getattr__`` of a package, which imports a name from its module and stores it in the package.
 
     Args:
         namespace: the package's ``globals()``.
-        modules: full name of the module that each name is defined in.
+        modules: full name of the module that defines each name.
     """
 
     def __getattr__(name: str) -> Any:
@@ -34,10 +34,10 @@ def lazy_names(namespace: dict[str, Any], modules: Mapping[str, str]) -> Callabl
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Import inside without Python's search for cyclic garbage.
+    """Disable Python's cyclic garbage collector inside the block, for imports.
 
-    It would go through all that torch and timm make, several times while they load, and free next to nothing: about a
-    sixth of the time that it takes to load them.
+    While torch and timm load, it would scan all their objects several times and free next to nothing. That takes about
+    a sixth of their loading time.
     """
     if not gc.isenabled():
         yield

@@ -1,4 +1,4 @@
-"""What this machine is, and what it lets a process have."""
+"""The hardware of this machine, and the limits on what a process may use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def processor() -> str:
-    """Return the name of the processor's model."""
+    """Return the model name of the processor."""
     for line in read_lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -34,10 +34,10 @@ def processor() -> str:
 
 
 def nvidia_smi(fields: str) -> list[str]:
-    """Return the cells that nvidia-smi answers with for torch's first GPU; none if there is no such program."""
+    """Return nvidia-smi's values of `fields` for torch's first GPU, or an empty list without that program."""
     uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None) if torch.cuda.is_available() else None
     which = [f"--id=GPU-{str(uuid).removeprefix('GPU-')}"] if uuid else []
-    # By its uuid: torch's first GPU need not be nvidia-smi's, CUDA_VISIBLE_DEVICES may leave some out
+    # By uuid, because torch's first GPU need not be nvidia-smi's first: CUDA_VISIBLE_DEVICES may hide some
     command = ["nvidia-smi", *which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -48,38 +48,38 @@ def nvidia_smi(fields: str) -> list[str]:
 
 
 def unseen_gpu() -> tuple[str, str] | None:
-    """Return what is there and what helps, if nvidia-smi lists a GPU that torch does not see."""
+    """Return a description and advice if nvidia-smi lists a GPU that torch does not see, else None."""
     if torch.cuda.is_available() or not (listed := nvidia_smi("name,driver_version")):
         return None
-    seen = f"torch sees none, nvidia-smi lists {listed[0]}, driver {listed[-1]}"
+    seen = f"torch sees no GPU, but nvidia-smi lists {listed[0]}, driver {listed[-1]}"
     if torch.version.cuda is None:
-        return seen, "install torch's build for CUDA: this one is for CPUs only"
-    return seen, f"a driver for CUDA {torch.version.cuda}, or torch for an older CUDA; look at CUDA_VISIBLE_DEVICES too"
+        return seen, "install torch's build for CUDA: the installed one is for CPUs only"
+    return seen, f"install a driver for CUDA {torch.version.cuda}, or an older torch; check CUDA_VISIBLE_DEVICES"
 
 
 def memory_bytes() -> float:
-    """Return the machine's memory; infinite if the system does not say."""
+    """Return the memory of the machine in bytes, infinite if unknown."""
     return _meminfo("MemTotal")
 
 
 def container_bytes() -> float:
-    """Return the memory that this process's control groups allow; infinite without a limit."""
+    """Return the memory that the control groups of this process allow, in bytes, infinite without a limit."""
     limits = (text for text in group_limits("memory.max", "memory", "memory.limit_in_bytes") if text.isdecimal())
     return min((int(text) for text in limits if int(text) < 2**60), default=math.inf)  # v1's "no limit" is 2^63 or so
 
 
 def available_bytes() -> float:
-    """Return the memory that can be had without swapping; infinite if the system does not say."""
+    """Return the memory that is available without swapping, in bytes, infinite if unknown."""
     return min(_meminfo("MemAvailable"), container_bytes())
 
 
 def shared_memory_bytes() -> int | None:
-    """Return the size of /dev/shm, through which data loaders send batches; None if there is none."""
+    """Return the size of /dev/shm, through which data loaders send batches, in bytes; None if it does not exist."""
     return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
 
 
 def open_files() -> int | None:
-    """Return how many files this process may hold open; None if that is not limited."""
+    """Return how many files this process may hold open, or None without a limit."""
     try:
         import resource
     except ImportError:  # Windows
@@ -91,5 +91,5 @@ def open_files() -> int | None:
 def _meminfo(name: str) -> float:
     for line in read_lines(Path("/proc/meminfo")):
         if line.startswith(f"{name}:"):
-            return float(line.split()[1]) * 1024  # "kB" there are KiB
+            return float(line.split()[1]) * 1024  # the "kB" of this file are KiB
     return math.inf

@@ -1,8 +1,10 @@
-"""One owner for each output: a second command that writes to the same place is refused, and told who has it.
+"""Exclusive ownership of outputs.
 
-A hidden file, ``.fastclip.lock`` in a folder or ``.NAME.lock`` beside a file, says who owns the output, and is locked
-while its process lives: the kernel releases a POSIX lock however the process dies, and a forked child inherits none.
-Locks of some network disks do not reach other hosts, so the host that the file names counts as well.
+A second command that writes to the same place is refused with a message that names the current owner.
+
+A hidden file, ``.fastclip.lock`` in a folder or ``.NAME.lock`` beside a file, records the owner of the output and is
+locked while its process lives. The kernel releases a POSIX lock however the process dies, and forked children do not
+inherit it. On some network disks locks do not reach other hosts, so the recorded host counts as well.
 """
 
 from __future__ import annotations
@@ -31,43 +33,43 @@ __all__ = ["LOCK", "check_writable", "output_path", "owned", "owned_file", "owni
 
 logger = logging.getLogger(__name__)
 LOCK = ".fastclip.lock"
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # of a file system
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # the file system has no locks
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
-_TRIES = 100  # times that the file is replaced while it is being locked
-_SETTLES = 0.1  # seconds, after which the last of several that wrote at once stands
-_BYTE = 2**30  # that is locked on Windows: whoever has not locked it can read those before it
+_TRIES = 100  # attempts to lock a file that others keep replacing
+_SETTLES = 0.1  # seconds, after which the last of several simultaneous writers is the owner
+_BYTE = 2**30  # the byte that is locked on Windows; other processes can still read those before it
 P = ParamSpec("P")
 T = TypeVar("T")
 _mutex = threading.Lock()
-_ours: dict[tuple[int, int, str], tuple[int, int]] = {}  # device and inode of a folder, name: process and thread
+_ours: dict[tuple[int, int, str], tuple[int, int]] = {}  # (device and inode of a folder, name) -> (process, thread)
 
 
 def output_path(path: str | Path) -> Path:
-    """Return the path of an output, with ``~`` as the home folder, which shells leave alone in ``--output=~/run``.
+    """Return the path of an output with ``~`` expanded, which shells do not expand in ``--output=~/run``.
 
     Raises:
-        ValueError: the path is empty, which would mean the working directory.
+        ValueError: the path is empty, which would mean the working directory, or its user is unknown.
     """
     if not str(path).strip():
         raise ValueError("the output must have a name, got an empty one")
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:  # ~NAME of nobody
+    except RuntimeError as error:  # ~NAME of an unknown user
         raise ValueError(f"{path}: {error}") from error
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Return the path of a folder that several commands may write into, after a trial.
+    """Return the path of a folder that several commands may write into, after a test write.
 
     Raises:
-        OSError, ValueError: as `owned`; the folder is named.
+        OSError, ValueError: the folder cannot be created or written. The message names it.
     """
     folder = output_path(folder)
     with _made(folder):
         try:
-            with tempfile.TemporaryFile(dir=folder) as trial:  # without a name: nothing stays of it
+            with tempfile.TemporaryFile(dir=folder) as trial:  # without a name, so it never remains
                 trial.write(b"\n" * 4096)
-                trial.flush()  # which writes all, or raises
+                trial.flush()  # raises unless everything is written
         except OSError as error:
             raise type(error)(f"{folder} cannot be written: {error.strerror}") from error
     return folder
@@ -75,17 +77,17 @@ def check_writable(folder: str | Path) -> Path:
 
 @contextmanager
 def owned(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Make `folder` and own it: no other call, in this process or another, owns it at the same time.
+    """Create `folder` and own it: no other call, in this process or another, can own it at the same time.
 
-    A call inside the block, of the same thread, shares the ownership. What dead processes left half written in the
-    folder is removed. A folder that is still empty at the end, and was made here, is removed.
+    Calls of the same thread inside the block share the ownership. Temporary files that dead processes left in the
+    folder are removed. A folder that was created here is removed if it is empty at the end.
 
     Args:
-        force: take the folder over from a process of another host, which may have ended without a word.
+        force: take the folder over from a process of another host, which may have ended without releasing it.
 
     Raises:
-        BlockingIOError: another process or thread owns the folder; the message says which, where and since when.
-        OSError, ValueError: nothing can be written into the folder, which is named.
+        BlockingIOError: another process or thread owns the folder. The message names it, its host and its start.
+        OSError, ValueError: the folder cannot be created or written. The message names it.
     """
     folder = output_path(folder)
     with _made(folder), _locked(folder, LOCK, str(folder), force) as is_new:
@@ -96,20 +98,23 @@ def owned(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def owned_file(file: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Own one file, as `owned` a folder; others may write into its folder. A pipe or a device has no owner."""
+    """Take ownership of one file, as `owned` does of a folder.
+
+    Other processes may write into its folder. Pipes and devices have no owner.
+    """
     file = output_path(file)
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder: name a file")
     if is_special(file):
         yield file
         return
-    file = Path(os.path.realpath(file))  # a link stays one
+    file = Path(os.path.realpath(file))  # the lock is that of a link's target
     with _made(file.parent), _locked(file.parent, f".{file.name}.lock", str(file), force):
         yield file
 
 
 def owning(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that fills the folder `output`: it owns the folder meanwhile, and gets it as a Path."""
+    """Decorate a function that fills the folder `output`: it owns the folder while it runs, and gets it as a Path."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -122,14 +127,14 @@ def owning(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class _Owner(NamedTuple):
-    """The owner of an output, as a lock file names it."""
+    """The owner of an output, as recorded in a lock file."""
 
     host: str
     pid: int
     since: str
     command: str
-    start: str  # of the process, where the system says: a process's number is used again
-    word: str  # drawn for this ownership
+    start: str  # start time of the process, "" if unknown: the system reuses process ids
+    word: str  # random, identifies this ownership
     job: str = ""  # `fastclip.system.env.job`
 
     def __str__(self) -> str:
@@ -139,7 +144,7 @@ class _Owner(NamedTuple):
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make the folder, and remove what was made where it is still empty at the end."""
+    """Create the folder and its parents. At the end, remove those that were created here and are empty."""
     made: list[Path] = []
     try:
         for path in (*reversed(folder.parents), folder):
@@ -148,32 +153,34 @@ def _made(folder: Path) -> Iterator[None]:
                     path.mkdir()
                     made.append(path)
                 except FileExistsError as error:
-                    if not path.is_dir():  # else another process was faster
-                        kind = "a link to nothing" if path.is_symlink() else "a file"
-                        raise NotADirectoryError(f"{folder} cannot be made: {path} is {kind}, not a folder") from error
+                    if not path.is_dir():  # otherwise another process was faster
+                        kind = "a broken link" if path.is_symlink() else "a file"
+                        raise NotADirectoryError(
+                            f"{folder} cannot be created: {path} is {kind}, not a folder"
+                        ) from error
                 except OSError as error:
-                    raise type(error)(f"{folder} cannot be made: {error.strerror}") from error
+                    raise type(error)(f"{folder} cannot be created: {error.strerror}") from error
         yield
     finally:
         for path in reversed(made):
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # the folder is not empty
                 path.rmdir()
 
 
 @contextmanager
 def _locked(folder: Path, name: str, output: str, force: bool) -> Iterator[bool]:
-    """Own the file `name` of a folder; False where this thread owns it already, in a call around this one.
+    """Hold the lock file `name` of a folder. Yield False if this thread already holds it, in a surrounding call.
 
-    A process loses its lock when it closes any descriptor of the file, so nothing here opens one that it holds.
+    A process loses its lock when it closes any descriptor of the file, so a file that it has locked is never reopened.
 
     Args:
-        output: what is owned, for messages.
+        output: name of the output, for messages.
     """
     entry, pid, thread = folder.stat(), os.getpid(), threading.get_ident()
-    key = (entry.st_dev, entry.st_ino, name)  # whatever links lead there
+    key = (entry.st_dev, entry.st_ino, name)  # independent of links in the path
     with _mutex:
         holder = _ours.get(key)
-        if holder is None or holder[0] != pid:  # nobody's, or the parent's of before a fork
+        if holder is None or holder[0] != pid:  # no holder, or an entry inherited from the parent by a fork
             holder = None
             _ours[key] = (pid, thread)
     if holder == (pid, thread):
@@ -189,7 +196,7 @@ def _locked(folder: Path, name: str, output: str, force: bool) -> Iterator[bool]
         try:
             yield True
         finally:
-            if os.getpid() == pid:  # a child that was forked inside has nothing to give back
+            if os.getpid() == pid:  # a child that was forked inside the block holds no lock
                 _give_back(lock, handle, owner)
     finally:
         with _mutex:
@@ -197,7 +204,7 @@ def _locked(folder: Path, name: str, output: str, force: bool) -> Iterator[bool]
 
 
 def _take(lock: Path, output: str, force: bool) -> tuple[int, _Owner]:
-    """Return the lock file, open and locked, and what it says now."""
+    """Return the lock file, open and locked, and the owner written to it."""
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     pid = os.getpid()
     owner = _Owner(socket.gethostname(), pid, since, _command(), _start(pid), secrets.token_hex(8), env.job())
@@ -213,40 +220,40 @@ def _take(lock: Path, output: str, force: bool) -> tuple[int, _Owner]:
         raise
     except OSError as error:
         raise type(error)(f"{output} cannot be written: {error.strerror}") from error
-    raise BlockingIOError(f"{output} is taken and given back again and again by other processes: take another place")
+    raise BlockingIOError(f"{output} is being locked and released by other processes repeatedly: take another place")
 
 
 def _try(lock: Path, handle: int, owner: _Owner, output: str, force: bool) -> bool:
-    """Lock an open file and write its owner; False where the file under the lock's name is another one now."""
+    """Lock an open file and write its owner. Return False if the name of the lock now leads to another file."""
     locked = _lock(handle)
     if not _is_at(lock, handle):
         return False
     before = _read(handle)
     elsewhere = before is not None and before.host != owner.host
     foreign = before is not None and elsewhere and not _is_earlier(before.job, owner.job)
-    # Where nothing can be locked the file alone says who lives
+    # Without locks, the content of the file alone tells if the owner lives
     if locked is False or (locked is None and before is not None and not elsewhere and _alive(before)):
         if not (elsewhere and force):
             raise BlockingIOError(f"{output} is in use by {before or 'another process'}: end it, or take another place")
         lock.unlink(missing_ok=True)
         return False
     if foreign and not force:
-        raise BlockingIOError(f"{output} is in use by {before}, another host: if that has ended, --force takes it over")
+        raise BlockingIOError(f"{output} is in use by {before}, another host: if it has ended, take over with --force")
     if before is not None:
-        logger.info("%s: passed over %s, which has ended, or is taken over from", output, before)
+        logger.info("%s: taken over from %s, which has ended or was overridden by --force", output, before)
     try:
         _write(handle, owner)
     except OSError:
         lock.unlink(missing_ok=True)
         raise
-    if locked is None:  # another process may have written at the same time: the last one stands
+    if locked is None:  # another process may have written at the same time: the last writer wins
         time.sleep(_SETTLES)
         return _is_at(lock, handle) and _read(handle) == owner
     return True
 
 
 def _is_earlier(job: str, now: str) -> bool:
-    """Return True if `job` is an earlier start of the job `now`: it has ended, on whatever host."""
+    """Return True if `job` is an earlier start of the job `now`, which must have ended, on any host."""
     name, _, start = now.rpartition("/")
     before, _, number = job.rpartition("/")
     return bool(name) and name == before and (not start or (number.isdecimal() and int(number) < int(start)))
@@ -255,26 +262,26 @@ def _is_earlier(job: str, now: str) -> bool:
 def _give_back(lock: Path, handle: int, owner: _Owner) -> None:
     """Remove the lock file and unlock it."""
     with suppress(OSError):  # the folder is gone, or its disk
-        is_ours = _is_at(lock, handle) and _read(handle) == owner  # not where another host has taken it over
-        if is_ours and os.name != "nt":  # while it is locked: nobody can own the file that is removed
+        is_ours = _is_at(lock, handle) and _read(handle) == owner  # not if another host has taken it over
+        if is_ours and os.name != "nt":  # while it is locked, so that no other process can lock the removed file
             lock.unlink()
         os.close(handle)
-        if is_ours and os.name == "nt":  # where no open file can be removed
+        if is_ours and os.name == "nt":  # Windows cannot remove an open file
             lock.unlink()
 
 
 def _lock(handle: int) -> bool | None:
-    """Lock an open file. Return False where another process holds the lock, None where the file system has no locks."""
+    """Lock an open file. Return False if another process holds the lock, None if the file system has no locks."""
     try:
         if sys.platform == "win32":
             import msvcrt
 
-            os.lseek(handle, _BYTE, os.SEEK_SET)  # it locks from where the file stands
+            os.lseek(handle, _BYTE, os.SEEK_SET)  # locking starts at the current position
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
-            # POSIX locks, and not those of flock: a forked child that outlives this process would keep these
+            # POSIX locks instead of flock, whose locks a forked child would keep if it outlives this process
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:
@@ -286,7 +293,7 @@ def _lock(handle: int) -> bool | None:
 
 
 def _is_at(lock: Path, handle: int) -> bool:
-    """Return True if the lock's name still leads to the open file, which another process may have removed."""
+    """Return True if the name of the lock still leads to the open file, which another process may have removed."""
     try:
         return os.path.samestat(os.stat(lock), os.fstat(handle))
     except FileNotFoundError:
@@ -294,10 +301,10 @@ def _is_at(lock: Path, handle: int) -> bool:
 
 
 def _read(handle: int) -> _Owner | None:
-    """Return what a lock file says; None where nothing of ours is in it."""
+    """Return the owner that a lock file records, or None if it records none."""
     os.lseek(handle, 0, os.SEEK_SET)
     try:
-        values: dict[str, Any] = {"job": "", **json.loads(os.read(handle, 10_000))}  # older files tell no job
+        values: dict[str, Any] = {"job": "", **json.loads(os.read(handle, 10_000))}  # older files record no job
         fields: dict[str, Any] = {name: str(values[name]) for name in _Owner._fields}
         return _Owner(**{**fields, "pid": int(values["pid"])})
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -310,19 +317,19 @@ def _write(handle: int, owner: _Owner) -> None:
     os.lseek(handle, 0, os.SEEK_SET)
     if os.write(handle, data) != len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with suppress(OSError):  # of another user's file: who may write into the folder may own it next
+    with suppress(OSError):  # another user's file; any user who may write into the folder may own it next
         os.chmod(handle, 0o666)
     os.fsync(handle)
 
 
 def _command() -> str:
-    """Return the name of the program, and of fastclip the command."""
+    """Return the name of the program, with the subcommand of fastclip."""
     words = [os.path.basename(sys.argv[0])] if sys.argv and sys.argv[0] else []
     return " ".join(words + [word for word in sys.argv[1:2] if not word.startswith("-")])
 
 
 def _start(pid: int) -> str:
-    """Return when a process of this host began, for comparison; empty if it is gone, or the system does not say."""
+    """Return the start time of a process of this host, for comparison, or "" if it is gone or the time is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"  # field 22
@@ -331,13 +338,13 @@ def _start(pid: int) -> str:
 
 
 def _alive(owner: _Owner) -> bool:
-    """Return True if a process of this host is alive, as far as its number and its begin tell."""
+    """Return True if a process of this host is alive, as judged by its id and, if known, by its start time."""
     if owner.start and _start(os.getpid()):
         return _start(owner.pid) == owner.start
     try:
-        os.kill(owner.pid, 0)  # no signal: it asks whether the process is there
+        os.kill(owner.pid, 0)  # signal 0 is not sent: it only checks that the process exists
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # a process of another user
         return True
     return True

@@ -1,4 +1,4 @@
-"""The end of a process whose parent has ended."""
+"""Termination of a process when its parent ends."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import time
 
 __all__ = ["end_with_parent"]
 
-_PAUSE = 1.0  # seconds between two looks
+_PAUSE = 1.0  # seconds between two checks
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """End this process within about a second of its parent's end, however that came: kill -9 leaves no time for more.
+    """End this process about a second after its parent ends, even if the parent was killed with kill -9.
 
-    A thread looks who the parent is. A worker may be stuck in a read, or in a pipe that nobody empties, and a
-    parent-death signal (Linux's prctl) would come when the thread that started the worker ends.
+    A thread checks the parent's pid. The main thread may be stuck in a read or in a full pipe. A parent-death signal
+    (Linux's prctl) is no alternative: it is sent when the thread that started this process ends.
 
     Args:
-        parent: pid of the process that forked this one, which may have ended already; None: the present parent.
+        parent: pid of the process that forked this one, which may have ended already. None means the current parent.
     """
-    if sys.platform == "win32":  # the number stays when the process behind it is gone
+    if sys.platform == "win32":  # the pid of the parent does not change when the parent ends
         return
     watched = os.getppid() if parent is None else parent
     threading.Thread(target=_watch, args=(watched,), daemon=True, name="parent").start()

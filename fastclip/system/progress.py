@@ -1,4 +1,4 @@
-"""How far a long computation or a training run is: a bar on a terminal, else lines in the log."""
+"""Progress of a long computation or a training run: a bar on a terminal, otherwise lines in the log."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tqdm import tqdm
 __all__ = ["Progress"]
 
 logger = logging.getLogger(__name__)
-_PAUSE = 5.0  # seconds between plain lines
+_PAUSE = 5.0  # seconds between log lines
 _BESIDE_BAR = ("loss", "samples_per_second")  # a bar has room for these
 
 
 class Progress:
-    """Count to `total` on stderr, and print nothing unless `shown`.
+    """Show a count up to `total` on stderr, if `shown`.
 
     Args:
-        what: what is counted, such as "images of digits".
-        done: the count to begin with.
+        what: description of the items, such as "images of digits".
+        done: initial count.
     """
 
     def __init__(self, what: str, total: int, *, done: int = 0, unit: str = "image", shown: bool = True) -> None:
@@ -39,13 +39,13 @@ class Progress:
             self._bar.close()
 
     def count(self, by: int = 1) -> None:
-        """Count without a line: `show` writes it."""
+        """Count without writing a line, which `show` does."""
         self._done += by
         if self._bar is not None:
             self._bar.update(by)
 
     def moved(self, by: int = 1) -> None:
-        """Count, with a line that gives the speed."""
+        """Count, and log a line with the speed if one is due."""
         self.count(by)
         seconds = time.monotonic() - self._begun
         if seconds >= _PAUSE and self._line_is_due():
@@ -53,7 +53,7 @@ class Progress:
             logger.info("%s: %d of %d, %.4g %ss/s", self._what, self._done, self._total, speed, self._unit)
 
     def show(self, values: dict[str, float]) -> None:
-        """Show numbers beside the bar, or in a line; the first line and that of the end come at once."""
+        """Show numbers beside the bar, or in a log line. The first and the last line are written at once."""
         if self._bar is not None:
             self._bar.set_postfix({name: f"{values[name]:.4g}" for name in _BESIDE_BAR if name in values})
         elif self._line_is_due() or (self._shown and self._done == self._total):

@@ -131,7 +131,7 @@ def test_embedding_reader_reads_the_folder(embedder: Embedder, digits: Source, t
 
 def test_embed_touches_no_other_call(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
     embed_source(embedder, digits, tmp_path / "a", samples_per_file=30)
-    with pytest.raises(ValueError, match=r"is that of another call: dtype was float16, is float32; take another"):
+    with pytest.raises(ValueError, match=r"belongs to another call: dtype was float16, is float32; take another"):
         embed_source(embedder, digits, tmp_path / "a", samples_per_file=30, dtype="float32")
     (tmp_path / "a" / "options.json").unlink()
     with pytest.raises(ValueError, match=r"_emb_\d\.npy was not written by this command"):

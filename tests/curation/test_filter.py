@@ -297,7 +297,7 @@ def test_killed_search_commands_go_on_to_the_same_bytes(tmp_path: Path) -> None:
 def test_filter_touches_no_other_call(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
     filter_source(embedder, digits, tmp_path / "a", threshold=0.1, batch_size=BATCH)
     before = files(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"is that of another call: threshold was 0\.1, is 0\.2; take another"):
+    with pytest.raises(ValueError, match=r"belongs to another call: threshold was 0\.1, is 0\.2; take another"):
         filter_source(embedder, digits, tmp_path / "a", threshold=0.2)
     assert files(tmp_path / "a") == before
     (tmp_path / "b").mkdir()
@@ -383,7 +383,7 @@ def test_scores_that_are_computed_anew_meet_no_result_of_before(
 def test_result_is_left_alone_by_a_call_without_a_threshold(embedder: Embedder, digits: Source, tmp_path: Path) -> None:
     filter_source(embedder, digits, tmp_path, threshold=0.1, batch_size=BATCH)
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"is that of another call: threshold was 0\.1, is None; take another"):
+    with pytest.raises(ValueError, match=r"belongs to another call: threshold was 0\.1, is None; take another"):
         filter_source(embedder, digits, tmp_path, batch_size=BATCH)
     assert files(tmp_path) == before
 

@@ -243,7 +243,7 @@ def test_folder_without_captions_counts_and_names_the_first(tmp_path: Path) -> N
         ("a.txt", b"\xff\xfe", "a.png: its caption is not UTF-8"),
         ("a.json", b"{", "a.png: its caption file is not JSON"),
         ("a.json", b'{"caption": null}', "a.png: it has no caption"),
-        ("a.json", b'["a cat"]', "a.png: its caption file must hold an object of names and values, holds list"),
+        ("a.json", b'["a cat"]', "a.png: its caption file must hold an object of names and values, got list"),
         ("a.json", b'{"text": "x", "url": ""}', 'a.png: its caption file has no "caption" (it has text, url)'),
         ("a.json", b'{"caption": 3}', 'a.png: "caption" in its JSON file must be a string or a list of strings, got 3'),
     ],

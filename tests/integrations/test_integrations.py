@@ -358,7 +358,7 @@ def test_open_clip_of_several_processes_has_its_own_numbers(ranks: list[dict[str
 def test_open_clip_that_is_left_alone_is_told_once(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         (warning,) = found["warnings"]
-        assert "world_size=2 only local_loss=True and gather_with_grad=True" in warning
+        assert "world_size=2 fastclip computes the loss only for local_loss=True and gather_with_grad=True" in warning
 
 
 def test_transformers_under_ddp(ranks: list[dict[str, Any]]) -> None:
@@ -396,7 +396,9 @@ def test_unpatch_gives_back_the_very_forwards() -> None:
 def test_unknown_version_is_refused(package: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[package], "__version__", version)  # transformers replaces its module in sys.modules
     known = "3.3" if package == "open_clip" else "5.0 to 5.24"
-    with pytest.raises(RuntimeError, match=f"{package} {version} is not known .*, {known} is: install that, or"):
+    with pytest.raises(
+        RuntimeError, match=f"{package} {version} cannot be patched, {known} can: install such a version, or"
+    ):
         (patch_open_clip if package == "open_clip" else patch_transformers)()
     assert all(vars(owner)["forward"] is forward for owner, forward in zip(PATCHED, ORIGINALS))
 
@@ -423,7 +425,7 @@ def test_class_that_computes_something_else_is_refused(
 
     with monkeypatch.context() as patches:
         patches.setattr(owner, "forward", changed)
-        with pytest.raises(RuntimeError, match=rf"{owner.__name__}.forward.* is not the function it is known as"):
+        with pytest.raises(RuntimeError, match=rf"{owner.__name__}.forward.* does not compute the expected loss"):
             (patch_open_clip if owner.__module__ == "open_clip.loss" else patch_transformers)()
         assert vars(owner)["forward"] is changed
     assert all(vars(owner)["forward"] is forward for owner, forward in zip(PATCHED, ORIGINALS))

@@ -221,13 +221,13 @@ def test_patch_on_top_of_a_patch_is_not_lost_in_silence(caplog: pytest.LogCaptur
         return 2 * ours(self, *args)
 
     open_clip.loss.ClipLoss.forward = forward  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match=r"ClipLoss\.forward was replaced by something else since it was patched"):
+    with pytest.raises(RuntimeError, match=r"ClipLoss\.forward was replaced by other code since it was patched"):
         patch_open_clip()
     assert open_clip.loss.ClipLoss.forward is forward and not caplog.records
     unpatch()
     assert open_clip.loss.ClipLoss.forward is before
     assert [record.getMessage() for record in caplog.records] == [
-        "what has replaced the patched ClipLoss.forward of open_clip is undone, too"
+        "another replacement of the patched ClipLoss.forward of open_clip is undone too"
     ]
     caplog.clear()
     patch_open_clip()

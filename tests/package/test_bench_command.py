@@ -136,7 +136,7 @@ def test_nothing_but_the_reference_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     [
         (["--sizes", "1k"], "--sizes 1k: numbers of pairs separated by commas"),
         (["--sizes", "0"], "--sizes must be at least 1, got 0"),
-        (["--sizes", "8,1"], "--sizes 1: a batch of one pair has loss 0: nothing to time"),
+        (["--sizes", "8,1"], "--sizes must be at least 2, got 1: the softmax loss of one pair is 0"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--device", "cuda"], "torch sees no GPU"),
     ],

@@ -202,7 +202,7 @@ def test_no_pickle_runs_when_a_checkpoint_is_read(tmp_path: Path) -> None:
     (path / "manifest.json").unlink()
     checkpoint.write_manifest(path)  # the digests are right
     assert latest_checkpoint(tmp_path) == path
-    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
         checkpoint.load_checkpoint(path, torch.nn.Linear(2, 2), torch.optim.AdamW([torch.zeros(2, requires_grad=True)]))
     assert not (tmp_path / "harm").exists()
 

@@ -287,16 +287,16 @@ def as_file(tmp_path: Path) -> tuple[Path, str]:
 
 
 def below_a_file(tmp_path: Path) -> tuple[Path, str]:
-    return as_file(tmp_path)[0] / "y" / "z", r"y/z cannot be made: \S*x is a file, not a folder"
+    return as_file(tmp_path)[0] / "y" / "z", r"y/z cannot be created: \S*x is a file, not a folder"
 
 
 def dead_link(tmp_path: Path) -> tuple[Path, str]:
     (tmp_path / "x").symlink_to(tmp_path / "gone")
-    return tmp_path / "x", "x is a link to nothing"
+    return tmp_path / "x", "x is a broken link"
 
 
 def not_writable(tmp_path: Path) -> tuple[Path, str]:
-    return Path("/proc/self/out"), "/proc/self/out cannot be made: No such file"
+    return Path("/proc/self/out"), "/proc/self/out cannot be created: No such file"
 
 
 @pytest.mark.fault("`--output` is a file, is inside one, or is not writable", "An error names the path before any work")

@@ -29,7 +29,7 @@ def test_json_of_another_kind_is_an_error_that_names_the_file(tmp_path: Path, da
 
 def test_json_may_hold_another_kind_where_it_is_asked_for() -> None:
     assert parse_json("[1]", "the answer", list) == [1]
-    with pytest.raises(ValueError, match="the answer must hold a list, holds int"):
+    with pytest.raises(ValueError, match="the answer must hold a list, got int"):
         parse_json("1", "the answer", list)
 
 
@@ -52,7 +52,7 @@ def test_tensors_of_another_kind_are_an_error_that_names_the_file(tmp_path: Path
     whole = file.read_bytes()
     for data in (b"", b"\x00" * 100, whole[:-1], b"\xff" * 8 + whole):
         file.write_bytes(data)
-        with pytest.raises(ValueError, match=r"head.safetensors is no whole safetensors file"):
+        with pytest.raises(ValueError, match=r"head.safetensors is not a complete safetensors file"):
             read_tensors(file)
 
 

@@ -196,7 +196,7 @@ def test_loss_that_is_not_finite_stops_before_the_update(digits: Subset, tmp_pat
 
 
 def test_folder_of_something_else_is_refused(whole: Finetuned, digits: Subset, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is that of another call: lr was 0.001, is 0.1; take another folder"):
+    with pytest.raises(ValueError, match=r"belongs to another call: lr was 0.001, is 0.1; take another folder"):
         run(whole.folder, digits, lr=0.1)
     with pytest.raises(ValueError, match="checkpoint was "):
         run(whole.folder, digits, "RN-tiny")
