@@ -102,9 +102,8 @@ def serving(name: str | None, p: Problem) -> ModuleType:
 def serving_pairs(name: str | None, image: Tensor) -> ModuleType:
     """Return the backend module for features that are not empty (see `serving`)."""
     module = pick(name, image)[1]
-    if (
-        module is reference and (name or env.backend()) is None and image.dtype in FUSED_DTYPES
-    ):  # no warning for float64, which is documented to use the reference
+    # No warning for float64, which is documented to use the reference
+    if module is reference and (name or env.backend()) is None and image.dtype in FUSED_DTYPES:
         _warn_of_reference(image)
     return module
 

@@ -104,9 +104,8 @@ def _on_device(function: Any) -> Any:
 def contrastive_fwd(p: Problem, maxima: bool = False, tiles: Any = None) -> Sides:
     """Compute `reference.contrastive_fwd`. `tiles` (`triton_kernels.launch.Tiles`) replaces Triton's tiles."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_fwd")
-    in_turn = launcher.contrastive_fwd(
-        *p, maxima=maxima, tiles=tiles
-    )  # each statistic of the rows, then of the columns
+    # Each statistic of the rows, then of the columns
+    in_turn = launcher.contrastive_fwd(*p, maxima=maxima, tiles=tiles)
     return Side(*in_turn[0::2]), Side(*in_turn[1::2])
 
 

@@ -76,7 +76,7 @@ def check_group(group: Any) -> Any:
 
 @contextmanager
 def reported(group: Any, equal_shards: bool, features: Any) -> Iterator[None]:
-    """Run checks of this rank's arguments, and send their errors to the other ranks, which wait for it in `meet`."""
+    """Run checks of this rank's arguments. Errors are also sent to the other ranks, which wait in `meet`."""
     try:
         yield
     except Exception as error:

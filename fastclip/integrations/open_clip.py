@@ -1,4 +1,4 @@
-"""Patch of open_clip's losses."""
+"""Patch that replaces open_clip's losses by fastclip's."""
 
 from __future__ import annotations
 

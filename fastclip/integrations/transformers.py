@@ -1,4 +1,4 @@
-"""Patch of the losses of CLIP, SigLIP and ALIGN in Hugging Face's transformers."""
+"""Patch that replaces the losses of CLIP, SigLIP and ALIGN in Hugging Face's transformers by fastclip's."""
 
 from __future__ import annotations
 

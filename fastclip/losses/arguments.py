@@ -110,6 +110,7 @@ def plain_problem(image: Any, text: Any, logit_scale: Any, logit_bias: Any = Non
 def check_labels(
     image: Tensor, text: Tensor, image_labels: Tensor | None, text_labels: Tensor | None, exclude_self: bool
 ) -> None:
+    """Raise unless the labels are absent, or integer vectors with one label per row of the features."""
     if image_labels is None and text_labels is None:
         if exclude_self:
             raise ValueError("exclude_self needs labels: without labels, pair (i, i) is the only positive of row i")

@@ -72,8 +72,8 @@ def keep_labelled(
     Raises:
         TypeError: `ignore_label` is not an integer.
         ValueError: a label is -1 and `ignore_label` is None. Labels are missing, or all of them are ignored. With
-            `exclude_self`, other rows are ignored among the images than among the texts. The host cannot wait: under
-            torch.compile or torch.func.vmap, in a CUDA graph, or with `equal_shards`.
+            `exclude_self`, the ignored rows of images and texts differ. The host cannot wait: under torch.compile or
+            torch.func.vmap, in a CUDA graph, or with `equal_shards`.
     """
     labels = {"image": image_labels, "text": text_labels}
     if ignore_label is None:
@@ -99,7 +99,7 @@ def keep_labelled(
         if group is None and not len(rows):
             raise ValueError(f"no pair remains: every {side} label is ignore_label={ignored}")
     if exclude_self and not torch.equal(images, texts):
-        raise ValueError("exclude_self needs ignore_label at the same rows of image_labels and text_labels")
+        raise ValueError("exclude_self needs ignore_label in the same rows of image_labels and text_labels")
     return KeptRows(images, texts, len(image_labels), len(text_labels))
 
 

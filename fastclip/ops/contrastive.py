@@ -182,7 +182,7 @@ torch.library.register_autograd("fastclip::contrastive_bwd", _bwd_backward, setu
 
 
 def contrastive_statistics(p: Problem, backend: str | None = None) -> Sides:
-    """Return differentiable statistics of the logits of image (M, D) and text (N, D), as `reference.contrastive_fwd`.
+    """Return differentiable statistics of the logits of image (M, D) and text (N, D): see `reference.contrastive_fwd`.
 
     The inverse norms carry no gradient.
     """

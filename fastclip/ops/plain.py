@@ -86,7 +86,7 @@ class _Plain(torch.autograd.Function):
 
 
 def _dense_gradients(args: Any, d_loss: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Return the gradients of image, text and scale, computed in torch operations, which can trace d_loss."""
+    """Return the gradients of image, text and scale, computed by torch operations, so that torch sees d_loss."""
     image, text, scale, image_weight, normalize, _ = args
     with no_autocast(d_loss.device):
         _, saved = reference.plain_fwd(image, text, scale, image_weight, normalize)

@@ -1,6 +1,6 @@
 """``fastclip::sigmoid_fwd`` and ``fastclip::sigmoid_bwd`` as torch ops.
 
-The forward returns the loss and, if needed, its gradients, because both take only three products of the features. The
+The forward returns the loss and, if needed, its gradients, which together take only three products of the features. The
 backward multiplies the gradients by the gradient of the loss. `_backends/reference.py` defines the function.
 """
 

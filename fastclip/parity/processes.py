@@ -86,7 +86,7 @@ def run(
 def _start(ranks: int, settings: Settings) -> list[Row]:
     """Return the rows of `ranks` processes started on this machine.
 
-    Their rendezvous is a file, which needs no port and passes every firewall.
+    Their rendezvous is a file, which needs no port that a firewall could block.
     """
     how = {"join": False, "daemon": True, "start_method": "spawn"}
     with tempfile.TemporaryDirectory(prefix="fastclip-parity-") as folder:

@@ -4,7 +4,7 @@ Everything is written to a temporary name in the same folder, ``.NAME.RANDOM.tmp
 renamed. A folder that is being replaced has the name ``.NAME.old`` until the new one is in place.
 
 The names are random because a process id is not unique: containers that share a disk may use the same id. The writer of
-a temporary file therefore cannot be determined. If it has not changed for an hour, its process is assumed to be dead.
+a temporary file therefore cannot be determined, and a file that has not changed for an hour counts as abandoned.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def refusals() -> dict[str, tuple[type[Exception], str, dict[str, Any]]]:
         ),
         "self pairs": (
             ValueError,
-            "exclude_self needs ignore_label at the same rows",
+            "exclude_self needs ignore_label in the same rows",
             labels | {"text_labels": some, "ignore_label": -1, "exclude_self": True},
         ),
     }
