@@ -188,7 +188,7 @@ def _locked(folder: Path, name: str, output: str, force: bool) -> Iterator[bool]
         return
     if holder is not None:
         raise BlockingIOError(
-            f"{output} is in use by another thread of this process: wait for it, or take another place"
+            f"{output} is in use by another thread of this process: wait for it, or use another place"
         )
     lock = folder / name
     try:
@@ -220,7 +220,7 @@ def _take(lock: Path, output: str, force: bool) -> tuple[int, _Owner]:
         raise
     except OSError as error:
         raise type(error)(f"{output} cannot be written: {error.strerror}") from error
-    raise BlockingIOError(f"{output} is being locked and released by other processes repeatedly: take another place")
+    raise BlockingIOError(f"{output} is being locked and released by other processes repeatedly: use another place")
 
 
 def _try(lock: Path, handle: int, owner: _Owner, output: str, force: bool) -> bool:
@@ -234,7 +234,7 @@ def _try(lock: Path, handle: int, owner: _Owner, output: str, force: bool) -> bo
     # Without locks, the content of the file alone tells if the owner lives
     if locked is False or (locked is None and before is not None and not elsewhere and _alive(before)):
         if not (elsewhere and force):
-            raise BlockingIOError(f"{output} is in use by {before or 'another process'}: end it, or take another place")
+            raise BlockingIOError(f"{output} is in use by {before or 'another process'}: end it, or use another place")
         lock.unlink(missing_ok=True)
         return False
     if foreign and not force:
