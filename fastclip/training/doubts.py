@@ -1,6 +1,7 @@
-"""Warnings about a run before it begins or goes on, a line each, for the log.
+"""Warnings about a run before it starts or resumes, one log line each.
 
-Settings with which it learns nothing, or not what was meant; and what has changed since the checkpoint it goes on from.
+They concern settings with which the run learns nothing or not what was intended, and changes since the checkpoint from
+which the run resumes.
 """
 
 from __future__ import annotations
@@ -27,82 +28,89 @@ _MAY_CHANGE = (
 
 
 def changes(before: dict[str, Any], options: TrainOptions, source: Source, fingerprint: str) -> Iterator[str]:
-    """Yield what differs from a checkpoint's state, of all that the numbers of a run depend on."""
+    """Yield a sentence for each difference between a checkpoint's state and this run that affects the run's results."""
     for name, value in asdict(options).items():
         now, then = list(value) if isinstance(value, tuple) else value, before["options"].get(name)
-        if name == "data":  # another spelling of the place is none
+        if name == "data":  # two spellings of the same place are no change
             now, then = absolute_spec(options.data), absolute_spec(then or "")
         if name not in _MAY_CHANGE and then != now:
             yield f"{flag(name)} was {then}, is {now}"
     if (samples := before["samples"]) != len(source):
-        yield f"the data had {samples} samples and have {len(source)}, which come in another order"
-    elif before.get("fingerprint", fingerprint) != fingerprint:  # older checkpoints have none
-        yield "the data have other names, another order or other captions: steps take other samples than they would"
+        yield f"the dataset had {samples} samples, has {len(source)}, and they come in another order"
+    elif before.get("fingerprint", fingerprint) != fingerprint:  # checkpoints of older versions lack it
+        yield "the dataset has other names, another order or other captions: steps draw other samples than before"
 
 
 def doubts(
     options: TrainOptions, *, samples: int, ranks: int, with_labels: bool, resumed: bool = False
 ) -> Iterator[str]:
-    """Yield a warning for each setting with which a run learns nothing, or not what was meant.
+    """Yield a warning for each setting with which a run learns nothing, or not what was intended.
 
     Args:
-        options: with the model's own values and the length of the schedule filled in.
-        with_labels: the loss takes repeats of a pair for positives.
-        resumed: a checkpoint holds the weights that the run begins with.
+        options: options in which the model's defaults and the length of the schedule are filled in.
+        samples: size of the dataset.
+        ranks: world size.
+        with_labels: the loss treats repeats of a pair as positives.
+        resumed: the run starts from the weights of a checkpoint.
     """
     steps, warmup, lr = options.max_steps, options.warmup, options.lr
     assert steps is not None and warmup is not None and lr is not None
     if options.batch_size == 1 and options.loss != "siglip":
-        yield "--batch-size 1: the loss of one pair is 0, and nothing is learned"
+        yield "--batch-size 1: the loss of one pair is always 0, so nothing is learned"
     if samples < options.batch_size and not with_labels:
         yield (
-            f"a batch of {options.batch_size} from {samples} samples repeats some, and the {options.loss} loss takes "
-            "repeats for negatives: --loss unicl takes them for positives"
+            f"a batch of {options.batch_size} from {samples} samples repeats some, and the {options.loss} loss treats "
+            "repeats as negatives: --loss unicl treats them as positives"
         )
     yield from doubts_of_schedule(warmup=warmup, steps=steps, lr=lr)
     assert options.weight_decay is not None
     if (away := lr * options.weight_decay) >= 0.1:
-        yield f"--lr {lr:g} times --weight-decay {options.weight_decay:g}: a step takes away {away:.0%} of the matrices"
+        yield f"--lr {lr:g} times --weight-decay {options.weight_decay:g}: each step shrinks the matrices by {away:.0%}"
     share, micro = options.largest_share(ranks), options.micro_batch
     if micro is not None and options.is_cached(ranks) and (rest := share % micro):
-        yield f"--micro-batch {micro} does not divide the {share} pairs of a process: the last has {rest}"
+        yield f"--micro-batch {micro} does not divide the {share} pairs of a process: the last micro-batch has {rest}"
     if options.label_smoothing == 1:
-        yield "--label-smoothing 1: every text is as right as another, and nothing is learned"
+        yield "--label-smoothing 1: every text is equally correct, so nothing is learned"
     if options.pretrained is None and not resumed:
         for tower in ("image", "text"):
             if getattr(options, f"lock_{tower}"):
-                yield f"--lock-{tower} without --pretrained: the {tower} tower stays as random as it begins"
+                yield f"--lock-{tower} without --pretrained: the {tower} tower keeps its random initial weights"
     if options.val_data == options.data != "digits":
-        yield f"--val-data is --data {options.data}: validation tells nothing of other data"
+        yield f"--val-data is the same as --data ({options.data}): validation measures nothing about unseen data"
 
 
 def doubts_of_schedule(*, warmup: int, steps: int, lr: float) -> Iterator[str]:
+    """Yield a warning if the warm-up is as long as the schedule."""
     if warmup >= steps:
         reached = f"{lr * steps / warmup:.3g}" if warmup else "0"
-        yield f"--warmup {warmup} of {steps} steps: the learning rate rises to {reached} at the end and never decays"
+        yield f"--warmup {warmup} of {steps} steps: the learning rate rises to {reached} until the end and never decays"
 
 
 def doubts_of_device(options: TrainOptions, device: torch.device) -> Iterator[str]:
-    """Yield a warning if GPUs stay idle although nobody asked for the CPU."""
+    """Yield a warning if GPUs stay idle although --device cpu was not given."""
     if options.device != "auto" or device.type != "cpu":
         return
     if gpus := torch.cuda.device_count():
         launched = env.launched()
         processes = launched.local_ranks if launched else 1
-        yield f"{gpus} GPUs are too few for {processes} processes of this machine: all train on the CPU"
+        yield f"{gpus} GPUs are too few for {processes} processes on this machine: all of them train on the CPU"
     elif "CUDA_VISIBLE_DEVICES" not in env.in_effect() and (there := machine.unseen_gpu()):
-        yield f"trains on the CPU: {'; '.join(there)}"
+        yield f"training on the CPU: {'; '.join(there)}"
 
 
 def doubts_of_labels(labels: Sequence[Tensor], loss: str | None, *, with_labels: bool) -> Iterator[str]:
-    """Yield a warning if the pairs of a step share their labels: a class, or a caption, with which the loss fails."""
+    """Yield a warning if many pairs of a step share a label (a class or a caption), so that the loss teaches little.
+
+    Args:
+        labels: labels of this process's micro-batches.
+    """
     whole = torch.cat(list(labels))
     _, counts = whole.unique(return_counts=True)
     if len(counts) == 1 and len(whole) > 1 and with_labels:
-        yield f"all {len(whole)} pairs of the first batch have one class or caption: their {loss} loss is 0"
+        yield f"all {len(whole)} pairs of the first batch have the same class or caption: their {loss} loss is 0"
     repeats = int(counts[counts > 1].sum())
     if 2 * repeats > len(whole) and not with_labels:
         yield (
             f"{repeats} of the {len(whole)} pairs of the first batch share their class or caption with another, "
-            f"and the {loss} loss takes those for negatives: --loss unicl takes them for positives"
+            f"and the {loss} loss treats those as negatives: --loss unicl treats them as positives"
         )

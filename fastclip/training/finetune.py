@@ -1,8 +1,8 @@
-"""Fine-tuning of an image tower with a linear head that begins as the zero-shot classifier.
+"""Fine-tuning of an image tower with a linear head that is initialised as the zero-shot classifier.
 
-OUTPUT/finetune.json        what the run depends on: another run refuses the folder
-       metrics.jsonl        a line a logged step; TensorBoard's events beside it
-       checkpoints/         from which the same call goes on
+OUTPUT/finetune.json        everything the run depends on; a different run refuses the folder
+       metrics.jsonl        one line per logged step, with TensorBoard's events in tensorboard/
+       checkpoints/         from which the same call resumes
        model/               image-text model with the tuned image tower, head.safetensors, classes.json
 """
 
@@ -49,7 +49,7 @@ _SHOWN = 5  # names in an error
 
 
 def zero_shot_head(embedder: Embedder, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return exp(logit_scale) times the class embeddings, (C, D) float32 (`fastclip.evaluation.zero_shot`)."""
+    """Return exp(logit_scale) times the class embeddings of `fastclip.evaluation.zero_shot`, (C, D) float32."""
     scale = embedder.model.logit_scale.detach().exp().cpu()
     return scale * class_embeddings(embedder, class_names, templates)
 
@@ -63,29 +63,31 @@ def finetune(
     output: str | Path,
     templates: Sequence[str] = (),
 ) -> Finetuned:
-    """Train image tower and head with cross entropy over the classes of `source`, in this process alone.
+    """Train the image tower and a linear head with cross entropy over the classes of `source`, in a single process.
 
-    A call with the same arguments goes on where one that was stopped or killed has written its last checkpoint, and on
-    a CPU ends with the same bits: batches, crops and dropout are functions of the seed, the step and the sample. AdamW
-    with torch's betas, warm-up and a cosine to 0.
+    The optimiser is AdamW with torch's default betas. The learning rate warms up and then follows a cosine to 0.
+
+    The same call resumes a run that was stopped or killed from its last checkpoint. On a CPU the result is identical
+    bit for bit, because batches, crops and dropout are functions of the seed, the step and the sample.
 
     Args:
-        embedder: its image tower is trained in place, and in eval mode afterwards; its precision "bf16" is autocast.
-        source: one with classes.
-        output: folder of the run, a new or empty one, or this run's.
-        templates: of the captions that make the head; default: the source's own, else CLIP's 80
+        embedder: model whose image tower is trained in place. The tower is in eval mode afterwards. With precision
+            "bf16" it is trained under autocast.
+        source: dataset with classes.
+        output: folder of the run: new, empty, or the folder of this same run.
+        templates: caption templates from which the head is computed (default: the dataset's, else CLIP's 80).
 
     Raises:
-        ValueError: `source` has no classes, or too many pictures cannot be used; `output` holds something else; several
+        ValueError: `source` has no classes, too many images cannot be used, `output` holds something else, or several
             processes were started.
-        FloatingPointError: loss or gradient is not finite; the update was not made.
-        OSError: `output` is another process's (`fastclip.system.owner`), or cannot be written.
-        Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written.
+        FloatingPointError: the loss or a gradient is not finite; the update was not made.
+        OSError: another process owns `output` (`fastclip.system.owner`), or it cannot be written.
+        Interrupted: the process received SIGTERM or Ctrl-C and has written a checkpoint.
     """
     if not source.class_names:
-        raise ValueError(f"{source.spec} has no classes")
+        raise ValueError(f"{source.spec} has no classes to fine-tune on")
     if (process := env.launched()) is not None and process.ranks > 1:
-        raise ValueError(f"fine-tuning runs in one process, and torchrun has started {process.ranks}")
+        raise ValueError(f"fine-tuning runs in a single process, but torchrun has started {process.ranks}")
     templates = tuple(templates) or templates_for(source)
     with settings_kept(), naming_dead_workers():
         return _Run(embedder, source, options or FinetuneOptions(), Path(output), templates).run()
@@ -107,13 +109,13 @@ class _Run:
         )
 
     def _claim(self, templates: Sequence[str]) -> None:
-        """Check that the folder is this run's, or new.
+        """Check that the folder is new, empty or holds this run.
 
         Raises:
-            ValueError: the folder holds something else, or a run of other data or options; the message names these.
+            ValueError: the folder holds something else, or a run with other data or options, which the message names.
         """
         asked: dict[str, Any] = {
-            "checkpoint": self.embedder.identity,  # its weights
+            "checkpoint": self.embedder.identity,  # a digest of its weights
             "data": absolute_spec(self.source.spec),
             "samples": len(self.source),
             "order and captions": fingerprint(self.source),
@@ -124,7 +126,10 @@ class _Run:
         }
 
         def older(before: dict[str, Any]) -> dict[str, Any]:
-            """Of older versions: no order, a relative path, and options that may change now."""
+            """Return the record `before` of an older version in today's form.
+
+            Such a record lacks the order, has a relative path, and lists options that may change by now.
+            """
             known = {"order and captions": asked["order and captions"], **older_limit(before)}
             if "data" in known:
                 known["data"] = absolute_spec(known["data"])
@@ -151,7 +156,7 @@ class _Run:
             model=self.classifier,
             optimizer=self.optimizer,
             update=self._update,
-            hint="again, it goes on",
+            hint="the same call resumes the run",
         )
         loop.resume("auto")
         for doubt in doubts_of_schedule(warmup=warmup, steps=steps, lr=options.lr):
@@ -159,22 +164,22 @@ class _Run:
         try:
             losses = loop.run()
         finally:
-            self.classifier.eval()  # as the embedder's towers are
-        vars(self.embedder).pop("identity", None)  # it is another model now
+            self.classifier.eval()  # the embedder's towers are in eval mode, too
+        vars(self.embedder).pop("identity", None)  # cached, but the weights have changed
         tuned, complete = self._state(), loop.last == steps
         return Finetuned(
             self.folder, self.embedder, loop.last, losses, self.classifier, self.zero_shot, tuned, complete
         )
 
     def _update(self, batches: Sequence[Batch], step: int, *, logged: bool, status: Callable[[], int]) -> Update:
-        """Make a step of AdamW; acc1 is the share of the pictures that are classified rightly."""
+        """Make one AdamW update. Its metric "acc1" is the share of the batch's images that are classified correctly."""
         device, classes = self.embedder.device, len(self.source.class_names)
         self.optimizer.zero_grad()
         losses, hits = [], 0
         for batch in batches:
-            if bool((batch.labels >= classes).any()):  # a hash of the caption where a picture has no class
+            if bool((batch.labels >= classes).any()):  # without a class, the label is a hash of the caption
                 unknown = [key for key, label in zip(batch.keys, batch.labels.tolist()) if label >= classes]
-                raise ValueError(f"{self.source.spec}: pictures without a class: {', '.join(unknown[:_SHOWN])}")
+                raise ValueError(f"{self.source.spec}: images without a class: {', '.join(unknown[:_SHOWN])}")
             labels = batch.labels.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.embedder.precision == "bf16"):
                 logits = self.classifier(batch.images.to(device, non_blocking=True))

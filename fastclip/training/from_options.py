@@ -1,4 +1,4 @@
-"""Make what the options of a run name: its loss, its model, and the backend of the loss."""
+"""Build the loss and the model that the options of a run describe, and pick the backend of the loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(options: TrainOptions, config: ModelConfig) -> TrainOptions:
-    """Return `options` with the recipe of the model's authors in place of None, except what depends on the data."""
+    """Return `options` with None replaced by the recipe of the model's authors, except options that depend on data."""
     recipe = config.train_cfg
     loss = options.loss or recipe.loss
     smoothing = recipe.label_smoothing if loss == recipe.loss else 0.1 if loss == "align" else 0.0
@@ -37,7 +37,11 @@ def resolve(options: TrainOptions, config: ModelConfig) -> TrainOptions:
 
 
 def served_by(options: TrainOptions, device: torch.device) -> str:
-    """Return the backend of the loss on features of `device`; ValueError if the one that is asked for cannot serve."""
+    """Return the name of the backend that computes the loss of features on `device`.
+
+    Raises:
+        ValueError: the backend named by --backend does not exist or cannot compute this loss.
+    """
     where = device if options.features_on == "device" else "cpu"
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     try:
@@ -49,7 +53,7 @@ def served_by(options: TrainOptions, device: torch.device) -> str:
 
 
 def build_loss(options: TrainOptions, world: World) -> NamedLoss:
-    """Make the loss over all processes from `resolve`'s options."""
+    """Build the loss over all processes from options that `resolve` has completed."""
     assert options.loss is not None and options.label_smoothing is not None
     return named_loss(
         options.loss,
@@ -63,8 +67,8 @@ def build_loss(options: TrainOptions, world: World) -> NamedLoss:
 
 
 def build_model(options: TrainOptions, loss: NamedLoss, device: torch.device) -> DualEncoder:
-    """Make the model on `device`, with the parameters that `loss` needs; new weights are a function of the seed."""
-    torch.manual_seed(options.seed)  # on every rank: all begin with the same weights
+    """Build the model on `device` with the scale and bias that `loss` needs. New weights depend only on the seed."""
+    torch.manual_seed(options.seed)  # on every rank, so that all start from the same weights
     model = create_model(
         options.model,
         options.pretrained,
@@ -76,7 +80,7 @@ def build_model(options: TrainOptions, loss: NamedLoss, device: torch.device) ->
     if loss.fixed_scale:
         assert loss.init_logit_scale is not None
         model.logit_scale.requires_grad_(False).fill_(loss.init_logit_scale)
-    if model.logit_bias is not None:  # DDP waits for gradients that no loss gives
+    if model.logit_bias is not None:  # DDP would wait for the gradient of a bias that the loss does not use
         model.logit_bias.requires_grad_(loss.init_logit_bias is not None)
     if options.lock_image:
         model.lock_image_tower()
@@ -85,5 +89,5 @@ def build_model(options: TrainOptions, loss: NamedLoss, device: torch.device) ->
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     if options.compile:
-        model.compile()  # in place: names of parameters stay those of checkpoints
+        model.compile()  # in place, so that parameter names stay those of the checkpoints
     return model.to(device)

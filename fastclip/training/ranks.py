@@ -1,4 +1,4 @@
-"""One process, or one of torchrun's: the device, the process group, and the model on all of them."""
+"""The processes of a run: device, process group, exchanges between ranks, and the model wrapped for DDP or FSDP."""
 
 from __future__ import annotations
 
@@ -36,40 +36,41 @@ __all__ = [
 
 T = TypeVar("T")
 _c10d: Any = dist
-_PAUSE = 0.02  # seconds between looks at the store
-_meshes: list[Any] = []  # of `wrap`
+_PAUSE = 0.02  # seconds between two reads of the store
+_meshes: list[Any] = []  # device meshes that `wrap` created, released by `joined`
+# Fragments of gloo's messages when a peer is gone. These errors have no class by which they could be recognised
 _LOST = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
 
 class World(NamedTuple):
-    """This process among all of a run."""
+    """This process's rank, device and process group in a run."""
 
     rank: int
-    ranks: int
+    ranks: int  # world size
     device: torch.device
-    group: Any  # process group, or None alone
+    group: Any  # process group, or None for a single process
 
 
 @contextmanager
 def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
-    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or be one alone.
+    """Join the process group of the processes that torchrun started (NCCL on GPUs, gloo on CPUs).
 
-    A group that exists already is used and left as it is.
+    A process that torchrun did not start runs alone. A process group that already exists is used and left as it is.
 
     Args:
-        device: "cpu"; "cuda"; "auto", a GPU for each process of this machine where there are enough.
-        timeout: of the rendezvous and of every collective; a process that is lost ends the others after it.
+        device: "cpu", "cuda" or "auto": one GPU per process if this machine has enough, else the CPU.
+        timeout: limit of the rendezvous and of every collective. If a process is lost, the others end after this time.
 
     Raises:
-        ValueError: "cuda" without a GPU for each process.
-        ConnectionError: another process is lost or has not answered; whatever was collective inside failed for it.
+        ValueError: `device` is "cuda" and there is no GPU for each process.
+        ConnectionError: a collective inside the context failed because another process is lost or did not answer.
     """
     launched = env.launched()
     local_rank, local_ranks = (launched.local_rank, launched.local_ranks) if launched else (0, 1)
     gpus = torch.cuda.device_count()
     if device == "cuda" and gpus < local_ranks:
-        raise ValueError(f"--device cuda needs a GPU for each of {local_ranks} processes, torch sees {gpus}")
-    if dist.is_initialized() and launched is None:  # the caller has chosen
+        raise ValueError(f"--device cuda needs a GPU for each of {local_ranks} processes, but torch sees {gpus}")
+    if dist.is_initialized() and launched is None:  # the caller's group decides
         nccl = device != "cpu" and dist.get_backend() == "nccl"
         where = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
     elif device == "cpu" or gpus < local_ranks:
@@ -99,20 +100,24 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
     finally:
         if begun and dist.is_initialized():
             dist.destroy_process_group()
-            while _meshes:  # DTensor's caches keep them, and they the group with its threads
+            while _meshes:  # DTensor's caches keep the meshes, which keep the group and its threads alive
                 getattr(_meshes.pop(), "_pg_registry", {}).clear()
-        _meshes.clear()  # those of a caller's group end with it
+        _meshes.clear()  # meshes of a caller's group end with that group
 
 
 def meeting(address: tuple[str, int], rank: int, ranks: int, timeout: timedelta) -> Any:
-    """Return a store that no other start of the run has used, within the one of torchrun's agent at `address`.
+    """Return a store with a prefix that no earlier start of the run has used, in the store of torchrun's agent.
 
-    torchrun keeps one store through its restarts, in which the addresses of dead processes stand (torch 2.14;
-    github.com/pytorch/pytorch/issues/135712), and its count of restarts differs between machines. So rank 0 draws a
-    name, and the others ask for it with words of their own, which no dead rank 0 has answered.
+    torchrun keeps one store across restarts, and it still holds the addresses of dead processes (torch 2.14;
+    github.com/pytorch/pytorch/issues/135712). The number of restarts cannot serve as a prefix, because it differs
+    between machines. Therefore rank 0 draws a random name, and every other rank asks for it under a random key of its
+    own, which no dead rank 0 can have answered.
+
+    Args:
+        address: host and port of the agent's store.
 
     Raises:
-        ConnectionError: the ranks are not complete within `timeout`.
+        ConnectionError: not all ranks have arrived within `timeout`.
     """
     store = _c10d.TCPStore(*address, is_master=False, timeout=timeout)
     name = _lead(store, ranks, timeout) if rank == 0 else _follow(store, rank)
@@ -123,11 +128,11 @@ def _lead(store: Any, ranks: int, timeout: timedelta) -> str:
     name, end = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     absent = list(range(1, ranks))
     while absent := [rank for rank in absent if not store.check([f"fastclip/{name}/here/{rank}"])]:
-        for rank in absent:  # the word may be a dead one's; then another follows
+        for rank in absent:  # a dead process may have left this key; its successor then sets another
             if store.check([f"fastclip/ask/{rank}"]):
                 store.set(f"fastclip/answer/{store.get(f'fastclip/ask/{rank}').decode()}", name)
         if time.monotonic() > end:
-            raise ConnectionError(f"no sign of rank {', '.join(map(str, absent))} of {ranks} within the timeout")
+            raise ConnectionError(f"rank {', '.join(map(str, absent))} of {ranks} did not join within the timeout")
         time.sleep(_PAUSE)
     return name
 
@@ -135,19 +140,22 @@ def _lead(store: Any, ranks: int, timeout: timedelta) -> str:
 def _follow(store: Any, rank: int) -> str:
     word = secrets.token_hex(8)
     store.set(f"fastclip/ask/{rank}", word)
-    name = str(store.get(f"fastclip/answer/{word}").decode())  # waits
+    name = str(store.get(f"fastclip/answer/{word}").decode())  # blocks until rank 0 has answered
     store.set(f"fastclip/{name}/here/{rank}", "")
     return name
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    """Return True if another process is lost: NCCL's and the rendezvous's errors have a class, gloo's only words."""
+    """Return True if `error` means that another process is lost.
+
+    Errors of NCCL and of the rendezvous are recognised by their class, errors of gloo only by their message.
+    """
     return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
 
 
 @contextmanager
 def one_for_all(world: World) -> Iterator[None]:
-    """Raise on every rank what fails inside on one, for which the others would wait otherwise."""
+    """Raise an error of one rank on every rank: the others would otherwise wait for that rank in a collective."""
     error: Exception | None = None
     try:
         yield
@@ -163,7 +171,7 @@ def one_for_all(world: World) -> Iterator[None]:
 
 
 def of_all_ranks(value: T, world: World) -> list[T]:
-    """Return each rank's `value`, in the order of the ranks; it is pickled on the way."""
+    """Return the `value` of each rank, in the order of the ranks. The values are pickled for the exchange."""
     if world.group is None:
         return [value]
     values: list[Any] = [None] * world.ranks
@@ -173,7 +181,7 @@ def of_all_ranks(value: T, world: World) -> list[T]:
 
 @contextmanager
 def owned_together(folder: str | Path, world: World, *, force: bool = False) -> Iterator[None]:
-    """Let rank 0 own `folder` inside (`system.owner.owned`); what keeps it from that is raised on every rank."""
+    """Let rank 0 own `folder` inside the context (`system.owner.owned`). A failure to do so is raised on every rank."""
     with ExitStack() as stack:
         with one_for_all(world):
             if world.rank == 0:
@@ -182,16 +190,17 @@ def owned_together(folder: str | Path, world: World, *, force: bool = False) -> 
 
 
 def _words(error: RuntimeError) -> str:
-    """Return what happened from gloo's message, without the place in its sources and its advice."""
+    """Return the cause in gloo's message, without its source location and its advice."""
     line = str(error).strip().splitlines()[0]
     return re.sub(r"^\[[^\]]*\.\w+:\d+\] ", "", line).partition(". This is typically")[0]
 
 
 def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
-    """Return what to call in place of `model`, with gradients averaged over the ranks.
+    """Return the module to call in place of `model`, so that gradients are averaged over the ranks.
 
-    ddp: DistributedDataParallel around it. fsdp: its blocks, and what is left of it, are sharded in place (FSDP2);
-    scale and bias of the logits, numbers, stay whole, and `reduce_unsharded` averages their gradients.
+    "ddp" wraps the model in DistributedDataParallel. "fsdp" shards the blocks and the remaining parameters in place
+    (FSDP2). FSDP2 cannot shard the scale and the bias of the logits, which are tensors (), so they stay whole, and
+    `reduce_unsharded` averages their gradients.
     """
     if world.group is None:
         return model
@@ -213,7 +222,10 @@ def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what FSDP2 keeps gathered after a pass without a backward: the next one gathers it anew."""
+    """Free the parameters that FSDP2 keeps gathered after a forward pass without a backward pass.
+
+    The next forward pass gathers them again, with the values they have then.
+    """
     from torch.distributed.fsdp import FSDPModule  # slow to load
 
     for module in model.modules():
@@ -222,14 +234,14 @@ def reshard(model: nn.Module) -> None:
 
 
 def reduce_unsharded(model: nn.Module, world: World) -> None:
-    """Average over the ranks the gradients that `wrap`'s FSDP leaves alone."""
+    """Average the gradients of the parameters that `wrap` leaves unsharded under FSDP over the ranks."""
     for p in model.parameters():
         if p.dim() == 0 and p.grad is not None:
             p.grad.copy_(mean_over_ranks(p.grad, world))
 
 
 def mean_over_ranks(value: Tensor, world: World) -> Tensor:
-    """Return the mean of `value` over the ranks, the same on each, summed in fp64."""
+    """Return the mean of `value` over the ranks, summed in fp64. All ranks get the same result."""
     if world.group is None:
         return value
     total = value.detach().double()
@@ -238,7 +250,7 @@ def mean_over_ranks(value: Tensor, world: World) -> Tensor:
 
 
 def fsdp_blocks(model: DualEncoder) -> Iterator[nn.Module]:
-    """Yield what FSDP gathers one after the other: members of the towers' outermost lists that are trained."""
+    """Yield the modules that FSDP gathers one at a time: trainable members of the towers' outermost module lists."""
 
     def walk(module: nn.Module) -> Iterator[nn.Module]:
         for child in module.children():

@@ -1,4 +1,4 @@
-"""Signals that end a run after a checkpoint."""
+"""Signals that end a run after a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from types import FrameType
 __all__ = ["ECHO", "STATUSES", "Interrupted", "Signals"]
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
-STATUSES = tuple(128 + number for number in _NUMBERS)  # 143, 130: a process's exit status, as shells give it
-ECHO = 1.0  # seconds in which a signal that comes again is the same one: a launcher passes on what its group got, too
+STATUSES = tuple(128 + number for number in _NUMBERS)  # 143, 130: the exit status that shells report
+# Seconds within which a repeated signal counts as the same one: torchrun passes on a signal that its whole process
+# group has received, so each process may get it twice
+ECHO = 1.0
 
 
 class Interrupted(SystemExit):
-    """Raised after a signal ended a run and its checkpoint is written; uncaught, it ends the process with `code`.
+    """Raised when a signal has ended a run and the checkpoint is written. Uncaught, it ends the process with `code`.
 
     Attributes:
-        code: 143 for SIGTERM, 130 for SIGINT (Ctrl-C).
+        code: exit status, 143 for SIGTERM and 130 for SIGINT (Ctrl-C).
         steps: updates made.
     """
 
@@ -31,18 +33,18 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """Notes which of SIGTERM and SIGINT this process has been sent."""
+    """Record of the first SIGTERM or SIGINT that this process receives."""
 
     def __init__(self) -> None:
-        self.status = 0  # of `STATUSES`; 0 for none
+        self.status = 0  # one of `STATUSES`, or 0 if no signal was received
         self._since = 0.0
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Note the first signal inside; a second one ends the process at once, as if nothing had caught it.
+        """Record the first signal inside the context. A second one ends the process at once, as if it were not caught.
 
-        A signal that is ignored, as Ctrl-C is in a shell's background job, stays ignored. Handlers are the main
-        thread's to set: in another thread nothing changes.
+        A signal that is already ignored, such as Ctrl-C in a shell's background job, stays ignored. Only the main
+        thread can set signal handlers, so nothing is recorded in other threads.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -53,7 +55,7 @@ class Signals:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by C
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by C code
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.status:

@@ -47,28 +47,31 @@ _VALIDATION_BATCH = 256
 
 
 class Run(NamedTuple):
-    """What a run leaves."""
+    """Result of a training run."""
 
     folder: Path
-    steps: int  # updates made, those before a resume included
-    losses: list[float]  # of every step of this call
-    validation: dict[str, float]  # the last one of this call; empty where it made none
-    seconds: float  # of all steps of this call, data included
-    backend: str  # that served the loss, a name of `fastclip.backends()`
+    steps: int  # updates made, including those before a resume
+    losses: list[float]  # loss of every step of this call
+    validation: dict[str, float]  # metrics of this call's last validation; empty if none ran
+    seconds: float  # duration of all steps of this call, data loading included
+    backend: str  # backend that computed the loss, a name of `fastclip.backends()`
 
 
 def train(options: TrainOptions) -> Run:
-    """Train as `options` say, alone or as one of torchrun's processes; the same options give the same losses.
+    """Train a model as `options` describe, in a single process or as one of torchrun's processes.
 
-    Torch's random numbers, and whether it is deterministic, are afterwards what they were before.
+    The same options give the same losses. The state of torch's random number generators and its deterministic mode are
+    restored when the function returns.
 
     Raises:
         ValueError: options, data, model and checkpoint do not fit together, or too many samples cannot be used.
         OSError: a file cannot be read or written, another run owns the output (`fastclip.system.owner`), or a process
-            that reads data was killed; of its kind ConnectionError, another process is lost.
-        FloatingPointError: loss or gradient is not finite; the update was not made.
-        Interrupted: SIGTERM or Ctrl-C came, and a checkpoint is written; a SystemExit, of status 143 or 130. A second
-            signal ends the process at once. In another thread than the main one signals are left alone.
+            that reads data was killed.
+        ConnectionError: another process of the run is lost. This is a subclass of OSError.
+        FloatingPointError: the loss or a gradient is not finite; the update was not made.
+        Interrupted: the process received SIGTERM or Ctrl-C and has written a checkpoint. The exception is a SystemExit
+            with status 143 or 130. A second signal ends the process at once. Signals are handled only if this function
+            is called in the main thread.
     """
     with (
         joined(options.device, timeout=timedelta(seconds=options.timeout)) as world,
@@ -81,13 +84,13 @@ def train(options: TrainOptions) -> Run:
 
 
 class _Trainer:
-    """Everything that a run holds, made in the order in which it is needed."""
+    """All parts of a run, built in the order in which they are needed."""
 
     def __init__(self, options: TrainOptions, world: World) -> None:
         config = load_config(options.model)
         options = resolve(options, config)
         self.world, self.folder = world, output_path(options.output)
-        self._check(options)  # before data and weights, which may take minutes
+        self._check(options)  # before data and weights are loaded, which may take minutes
 
         self.source = open_source(options.data)
         self.fingerprint = fingerprint(self.source)
@@ -112,7 +115,7 @@ class _Trainer:
         assert options.optimizer is not None and options.lr is not None and options.weight_decay is not None
         optimizer = build_optimizer(
             options.optimizer,
-            self.model,  # as FSDP has sharded it
+            self.model,  # already sharded by `wrap` under FSDP
             lr=options.lr,
             weight_decay=options.weight_decay,
             betas=options.betas,
@@ -151,7 +154,7 @@ class _Trainer:
             model=self.model,
             optimizer=self.stepper.optimizer,
             update=self._update,
-            hint="--resume auto goes on",
+            hint="--resume auto continues the run",
             ema=self.stepper.ema,
             about=about,
             validate=None if self.val_source is None else self._validate,
@@ -163,29 +166,31 @@ class _Trainer:
     def _check(self, options: TrainOptions) -> None:
         B, K, ranks = options.batch_size, options.micro_batch, self.world.ranks
         if ranks > B:
-            raise ValueError(f"--batch-size {B} leaves nothing for some of {ranks} processes")
+            raise ValueError(f"--batch-size {B} is too small for {ranks} processes: each needs at least one pair")
         if options.features_on == "cpu":
             if self.world.device.type == "cuda" and self.world.group is not None:
-                raise ValueError("--features-on cpu is for one process: NCCL takes no features from the host")
+                raise ValueError("--features-on cpu works with one process only: NCCL cannot exchange host memory")
             if not options.is_cached(ranks):
                 raise ValueError(
-                    "--features-on cpu needs a --micro-batch below the batch size: it is for gradient caching"
+                    "--features-on cpu requires gradient caching: set --micro-batch below the batch size of a process"
                 )
-        # Micro-batches of each process
+        # Distinct numbers of micro-batches per process
         counts = {ceil_div((r + 1) * B // ranks - r * B // ranks, K or B) for r in range(ranks)}
-        if options.parallel == "fsdp" and len(counts) > 1:  # each micro-batch gathers parameters, on all processes
+        # Every micro-batch gathers the parameters, and all ranks must take part in each of these collectives
+        if options.parallel == "fsdp" and len(counts) > 1:
             raise ValueError(
-                f"--parallel fsdp needs as many micro-batches on every process: --batch-size {B} over {ranks} of them "
-                f"in micro-batches of {K} makes {' or '.join(map(str, sorted(counts)))}"
+                f"--parallel fsdp needs the same number of micro-batches on every process: --batch-size {B} over "
+                f"{ranks} processes in micro-batches of {K} makes {' or '.join(map(str, sorted(counts)))}"
             )
         file = self.folder / "metrics.jsonl"
-        if options.resume is None and file.is_file() and file.stat().st_size:  # a run that made no step left none
+        if options.resume is None and file.is_file() and file.stat().st_size:  # empty if no step was made
             raise ValueError(
-                f"--output {self.folder} holds a run: --resume auto goes on with it, another folder begins a new one"
+                f"--output {self.folder} already holds a run: --resume auto continues it; "
+                "choose another folder for a new run"
             )
 
     def _check_same_data(self) -> None:
-        """Raise ValueError if ranks have opened different samples, as far as `fingerprint` tells."""
+        """Raise ValueError if the ranks have opened datasets of different size, first key or fingerprint."""
         views = of_all_ranks((len(self.source), self.source.key(0), self.fingerprint), self.world)
         if len(set(views)) > 1:
             listed = (f"rank {k} {n:,} samples from {key} (digest {x})" for k, (n, key, x) in enumerate(views))
@@ -193,7 +198,7 @@ class _Trainer:
 
     def run(self) -> Run:
         options, world = self.options, self.world
-        loop = self._make_loop()  # a local name: it refers to this object, and a circle would keep the model in memory
+        loop = self._make_loop()  # not an attribute: the loop refers to this object, and a cycle keeps the model alive
         loop.resume(options.resume, self._compare)
         self.first = loop.first
         with one_for_all(world):
@@ -209,14 +214,14 @@ class _Trainer:
         return Run(self.folder, loop.last, losses, self.validation, time.perf_counter() - start, self.backend)
 
     def _compare(self, path: Path, ended: bool) -> None:
-        """Warn of what has changed since the checkpoint `path`; ValueError if it leaves nothing to do."""
+        """Warn of changes since the checkpoint `path`, and raise ValueError if no steps are left."""
         state = read_state(path, "options", "samples")
         changed = changes(state, self.options, self.source, self.fingerprint)
         _warn(f"changed since {path}: {change}" for change in changed)
         ours = path.parent.resolve() == (self.folder / "checkpoints").resolve()
-        # a run may have died between its last checkpoint and model/
+        # A finished checkpoint of this run may be resumed: the run may have died before it wrote model/
         if (done := state["step"]) > self.steps or (done == self.steps and (ended or not ours)):
-            raise ValueError(f"{path} has made {done} steps, and the schedule has {self.steps}: nothing is left")
+            raise ValueError(f"{path} was written after step {done} of {self.steps}: nothing is left to train")
 
     def _update(self, batch: Sequence[Batch], step: int, *, logged: bool, status: Callable[[], int]) -> Update:
         if step == self.first:
@@ -224,7 +229,7 @@ class _Trainer:
             _warn(doubts_of_labels(labels, self.options.loss, with_labels=self.loss.with_labels))
         report = self.stepper.step(batch, step=step, accuracy=logged, status=status)
         values = {}
-        if logged:  # the scale is read when a GPU has made the update, for which other steps do not wait
+        if logged:  # reading the scale waits for the GPU; the other steps avoid that
             values = {
                 "logit_scale": float(self.model.logit_scale.detach().exp()),
                 "grad_norm": report.grad_norm,
@@ -235,7 +240,7 @@ class _Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Give the model its moving average's weights inside, if there is one."""
+        """Let the model have the weights of its moving average inside the context, if there is one."""
         ema = self.stepper.ema
         if ema is None:
             yield
@@ -251,7 +256,7 @@ class _Trainer:
     def _validate(self) -> dict[str, float]:
         assert self.val_source is not None
         dtype = torch.bfloat16 if self.options.precision == "bf16" else None
-        if self.world.group is not None:  # BatchNorm's statistics are every rank's own, and rank 0's are what is saved
+        if self.world.group is not None:  # each rank has its own BatchNorm statistics; rank 0's are saved
             for x in self.model.buffers():
                 dist.broadcast(x, src=0, group=self.world.group)
         with self._averaged(), torch.autocast(self.world.device.type, dtype, enabled=dtype is not None):
@@ -270,7 +275,7 @@ class _Trainer:
         with self._averaged():
             state = model_state(self.model)
             with one_for_all(self.world):
-                if self.world.rank == 0:  # `state` is whole; under FSDP `self.model` is not
+                if self.world.rank == 0:  # `state` is unsharded; `self.model` is not under FSDP
                     whole = empty_model(self.config, device="meta")
                     whole.load_state_dict(state, assign=True)
                     with new_folder(self.folder / "model") as half:

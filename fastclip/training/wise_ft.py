@@ -24,15 +24,18 @@ _EVALUATIONS = "evaluations.json"
 
 @torch.no_grad()
 def interpolate(zero_shot: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Return (1 - alpha) zero_shot + alpha tuned, name by name; 0 and 1 give either, bit for bit.
+    """Return (1 - alpha) zero_shot + alpha tuned for each tensor (Wortsman et al. 2022, section 3).
 
-    Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", section 3. All that is a number is averaged,
-    BatchNorm's running means and variances too, as their code does; integers (its counters) are `tuned`'s unless alpha
-    is 0.
+    An alpha of 0 returns `zero_shot` and an alpha of 1 returns `tuned`, bit for bit. As in the authors' code, all
+    floating-point tensors are averaged, including BatchNorm's running means and variances. Integers, such as
+    BatchNorm's counters, are taken from `tuned` unless alpha is 0.
 
     Args:
-        zero_shot, tuned: state dicts of one model.
-        alpha: 0 to 1.
+        zero_shot, tuned: state dicts of the same model.
+        alpha: weight of `tuned`, 0 to 1.
+
+    Raises:
+        ValueError: alpha is not between 0 and 1.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
@@ -42,24 +45,24 @@ def interpolate(zero_shot: Mapping[str, Tensor], tuned: Mapping[str, Tensor], al
 
 
 class Finetuned(NamedTuple):
-    """What `finetune` made; the classifier, and the embedder's image tower with it, has the tuned weights."""
+    """Result of `finetune`. The classifier and the embedder share the image tower, which has the tuned weights."""
 
     folder: Path
     embedder: Embedder
-    steps: int  # made, those of earlier calls included
-    losses: list[float]  # of this call's steps
+    steps: int  # updates made, including those of earlier calls
+    losses: list[float]  # loss of each step of this call
     classifier: ImageClassifier
     zero_shot: dict[str, Tensor]  # the classifier's state before the first step, on the host
-    tuned: dict[str, Tensor]  # and after the last
-    complete: bool  # the schedule is at its end
+    tuned: dict[str, Tensor]  # the classifier's state after the last step, on the host
+    complete: bool  # all steps of the schedule were made
 
     def mix(self, alpha: float) -> None:
-        """Give the classifier the weights that `interpolate` makes of the two."""
+        """Set the classifier's weights to `interpolate` of the zero-shot and the tuned weights."""
         self.classifier.load_state_dict(interpolate(self.zero_shot, self.tuned, alpha))
-        vars(self.embedder).pop("identity", None)  # it is another model now
+        vars(self.embedder).pop("identity", None)  # cached, but the weights have changed
 
     def save(self) -> Path:
-        """Write ``model/`` with the weights that the classifier has."""
+        """Write the classifier with its current weights to ``model/`` and return that folder."""
         with new_folder(self.folder / "model") as half:
             save_classifier(self.classifier, self.embedder.model, half)
         return self.folder / "model"
@@ -74,17 +77,20 @@ def ensemble_accuracies(
     workers: int = 0,
     progress: bool = False,
 ) -> dict[float, dict[str, float | None]]:
-    """Return `classifier_accuracies` for each alpha; the classifier keeps the weights of the last one.
+    """Return the result of `classifier_accuracies` for each alpha. The classifier keeps the weights of the last alpha.
 
-    They are kept in ``evaluations.json`` of the run's folder as they come: what a stopped call found is not computed
-    again, until `forget_accuracies`. Raises as `classifier_accuracies` does.
+    Each result is written to ``evaluations.json`` in the run's folder as soon as it is computed. A call after an
+    interrupted one reads these results until `forget_accuracies` removes them.
+
+    Raises:
+        ValueError: ``evaluations.json`` holds something else, or as raised by `classifier_accuracies`.
     """
     assert run.complete
     file, data = run.folder / _EVALUATIONS, {"data": source.spec, "pictures": len(source)}
     written = read_json(file) if file.is_file() else {}
-    accuracies = written.get("alphas", {}) if written | data == written else {}  # those of other data are replaced
+    accuracies = written.get("alphas", {}) if written | data == written else {}  # results of other data are replaced
     if not isinstance(accuracies, dict) or not all(isinstance(metrics, dict) for metrics in accuracies.values()):
-        raise ValueError(f"{file} is not what this command writes: remove it")
+        raise ValueError(f"{file} was not written by this command: remove it")
     for alpha in alphas:
         run.mix(alpha)
         if str(alpha) not in accuracies:  # JSON's keys are strings
@@ -96,5 +102,5 @@ def ensemble_accuracies(
 
 
 def forget_accuracies(folder: str | Path) -> None:
-    """Remove the accuracies once the result is written: the next call evaluates the data anew."""
+    """Remove the stored accuracies of a run's folder, so that the next call evaluates the data again."""
     (Path(folder) / _EVALUATIONS).unlink(missing_ok=True)

@@ -186,7 +186,7 @@ def test_damage_is_found_and_the_one_before_is_used(
     with pytest.raises(ValueError, match=file if named == damaged else "step-00000002"):
         find_checkpoint(str(damaged.parent), tmp_path)
     shutil.rmtree(checkpoints / "step-00000001")
-    with pytest.raises(ValueError, match=r"no checkpoint that is whole: .*step-00000002"):
+    with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged: .*step-00000002"):
         find_checkpoint("auto", tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_old_checkpoints_go_after_the_new_one_is_there(tmp_path: Path, monkeypat
         raise OSError("no")
 
     monkeypatch.setattr(checkpoint, "save_file", fails)
-    with pytest.raises(OSError, match=r"step-00000006 was not written: .*; step-00000005 stands"):
+    with pytest.raises(OSError, match=r"step-00000006 was not written: .*\. step-00000005 is intact"):
         write_snapshot(tmp_path, snapshot(6), keep=1)
     assert names(tmp_path) == [f"step-0000000{k}" for k in (3, 4, 5)]
 
@@ -252,7 +252,7 @@ def test_full_disk_says_how_many_bytes_were_needed(tmp_path: Path) -> None:
             write_snapshot(tmp_path, big, keep=1)
         message = str(caught.value)
         assert "needs 200," in message and "bytes free" in message.replace(" free", " bytes free")
-        assert "no file may have more than 100,000 (ulimit -f); step-00000001 stands" in message
+        assert "a file may have at most 100,000 (ulimit -f). step-00000001 is intact" in message
 
     assert ended(forked(fails)) == 0
     assert names(tmp_path) == ["step-00000001"] and loaded(tmp_path / "step-00000001") == (1, 1)
@@ -263,7 +263,7 @@ def test_space_is_looked_at_before_writing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, free=700))
     monkeypatch.setattr(checkpoint, "save_file", lambda *args: pytest.fail("written"))
     with pytest.raises(
-        OSError, match=r"No space left on device. It needs 1,\d+ bytes, and its disk has 700 free; there was"
+        OSError, match=r"No space left on device. It needs 1,\d+ bytes, and the disk has 700 free. There is no earlier"
     ):
         write_snapshot(tmp_path, snapshot(1))
     assert names(tmp_path) == []
@@ -282,7 +282,7 @@ def test_room_for_a_checkpoint_is_looked_at_before_a_run(tmp_path: Path, monkeyp
     free = 24 * 3 + 8
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, free=free))
     check_room(tmp_path / "checkpoints", model)
-    with pytest.raises(OSError, match=r"a checkpoint needs at least 112 bytes, and its disk has 80 free"):
+    with pytest.raises(OSError, match=r"a checkpoint needs at least 112 bytes, but the disk has 80 free"):
         check_room(tmp_path / "checkpoints", model, ema=True)
     (tmp_path / "checkpoints").touch()
     with pytest.raises(NotADirectoryError, match="checkpoints is a file"):

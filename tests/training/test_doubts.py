@@ -45,17 +45,23 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     [
         ({}, None),
         ({"batch_size": 1, "loss": "siglip"}, None),
-        ({"batch_size": 1, "loss": "clip"}, "--batch-size 1: the loss of one pair is 0, and nothing is learned"),
-        ({"warmup": 4}, "--warmup 4 of 2 steps: the learning rate rises to 0.00025 at the end and never decays"),
-        ({"warmup": 2}, "--warmup 2 of 2 steps: the learning rate rises to 0.0005 at the end and never decays"),
+        ({"batch_size": 1, "loss": "clip"}, "--batch-size 1: the loss of one pair is always 0, so nothing is learned"),
+        ({"warmup": 4}, "--warmup 4 of 2 steps: the learning rate rises to 0.00025 until the end and never decays"),
+        ({"warmup": 2}, "--warmup 2 of 2 steps: the learning rate rises to 0.0005 until the end and never decays"),
         ({"warmup": 1}, None),
-        ({"micro_batch": 7}, "--micro-batch 7 does not divide the 16 pairs of a process: the last has 2"),
+        ({"micro_batch": 7}, "--micro-batch 7 does not divide the 16 pairs of a process: the last micro-batch has 2"),
         ({"micro_batch": 32}, None),
-        ({"weight_decay": 400.0}, "--lr 0.0005 times --weight-decay 400: a step takes away 20% of the matrices"),
-        ({"label_smoothing": 1.0}, "--label-smoothing 1: every text is as right as another, and nothing is learned"),
-        ({"lock_text": True}, "--lock-text without --pretrained: the text tower stays as random as it begins"),
-        ({"val_data": "a.csv", "data": "a.csv"}, "--val-data is --data a.csv: validation tells nothing of other data"),
-        ({"batch_size": 101, "loss": "clip"}, "a batch of 101 from 100 samples repeats some, and the clip loss takes "),
+        ({"weight_decay": 400.0}, "--lr 0.0005 times --weight-decay 400: each step shrinks the matrices by 20%"),
+        ({"label_smoothing": 1.0}, "--label-smoothing 1: every text is equally correct, so nothing is learned"),
+        ({"lock_text": True}, "--lock-text without --pretrained: the text tower keeps its random initial weights"),
+        (
+            {"val_data": "a.csv", "data": "a.csv"},
+            "--val-data is the same as --data (a.csv): validation measures nothing about unseen data",
+        ),
+        (
+            {"batch_size": 101, "loss": "clip"},
+            "a batch of 101 from 100 samples repeats some, and the clip loss treats ",
+        ),
     ],
 )
 def test_setting_that_ruins_a_run_is_told(tmp_path: Path, changed: dict[str, Any], told: str | None) -> None:
@@ -80,7 +86,7 @@ def test_doubts_are_in_the_log_once(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_labels_of_one_class_leave_nothing_to_learn() -> None:
     parts = [torch.tensor([3, 3]), torch.tensor([3])]
     assert list(doubts.doubts_of_labels(parts, "unicl", with_labels=True)) == [
-        "all 3 pairs of the first batch have one class or caption: their unicl loss is 0"
+        "all 3 pairs of the first batch have the same class or caption: their unicl loss is 0"
     ]
     assert list(doubts.doubts_of_labels([torch.tensor([3, 3, 4, 5])], "clip", with_labels=False)) == []
 
@@ -93,13 +99,13 @@ def test_gpus_that_stay_idle_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert told() == []  # --device cpu was given
-    assert told(device="auto") == ["trains on the CPU: torch sees none, nvidia-smi lists H200; install another"]
+    assert told(device="auto") == ["training on the CPU: torch sees none, nvidia-smi lists H200; install another"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert told(device="auto") == []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for name, value in {"RANK": "0", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert told(device="auto") == ["4 GPUs are too few for 8 processes of this machine: all train on the CPU"]
+    assert told(device="auto") == ["4 GPUs are too few for 8 processes on this machine: all of them train on the CPU"]
 
 
 def test_folder_of_classes_is_validated_by_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -210,7 +210,7 @@ def test_data_that_changed_since_the_checkpoint_is_told(tmp_path: Path, caplog: 
     train(options(data, tmp_path / "run", stop_after=1))
     write_folder(data, 14)
     train(options(data, tmp_path / "run", resume="auto", stop_after=1))
-    assert "the data had 12 samples and have 14" in caplog.text
+    assert "the dataset had 12 samples, has 14" in caplog.text
 
 
 def test_as_many_data_in_another_order_are_told(
@@ -219,7 +219,7 @@ def test_as_many_data_in_another_order_are_told(
     data = write_folder(tmp_path / "data", 12)
     table = tmp_path / "pairs.csv"
     rows = [f"{data / f'{k:03}.png'},caption {k}" for k in range(12)]
-    told = "the data have other names, another order or other captions"
+    told = "the dataset has other names, another order or other captions"
 
     def go_on(rows: list[str]) -> str:
         table.write_text("\n".join(["filepath,title", *rows]))

@@ -234,7 +234,7 @@ def test_spelling_of_the_data_is_no_other_fine_tuning(whole: Finetuned, digits: 
 def test_several_processes_are_refused(digits: Subset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="in one process, and torchrun has started 2"):
+    with pytest.raises(ValueError, match="in a single process, but torchrun has started 2"):
         run(tmp_path / "run", digits)
     assert not (tmp_path / "run").exists()
 
@@ -245,7 +245,7 @@ class Unlabelled(Subset):
 
 
 def test_pictures_without_a_class_are_named(digits: Subset, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"pictures without a class: {digits.key(7)}"):
+    with pytest.raises(ValueError, match=f"images without a class: {digits.key(7)}"):
         run(tmp_path / "run", Unlabelled(digits, range(24)))
     plain = Subset(digits, range(24))
     plain.class_names = ()

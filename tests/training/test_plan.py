@@ -283,7 +283,7 @@ def test_model_of_other_operations_is_refused() -> None:
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
-        ({"world_size": 100}, "a batch of 64 leaves nothing for some of 100 processes"),
+        ({"world_size": 100}, "a batch of 64 is too small for 100 processes"),
         ({"precision": "fp16"}, "precision must be one of fp32, bf16, got 'fp16'"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, lamb"),
     ],
@@ -295,7 +295,7 @@ def test_options_that_no_run_can_have_are_refused(options: dict[str, Any], messa
 
 def test_model_without_configuration_is_refused() -> None:
     model = create_model("ViT-tiny", device="meta")
-    with pytest.raises(ValueError, match="without a configuration"):
+    with pytest.raises(ValueError, match="the model has no configuration"):
         plan(DualEncoder(model.visual, model.text), batch_size=8)
 
 
@@ -350,7 +350,7 @@ def test_command_takes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model ViT-tiny --batch-size 64 --memory 0", "--memory must be above 0 GiB"),
         ("--model ViT-tiny --batch-size 64 --memory inf", "--memory must be above 0 GiB"),
         ("--model ViT-tiny --batch-size 64 --memory 8 --lock-image --lock-text", "leave nothing to train"),
-        ("--model ViT-tiny --batch-size 4 --world-size 8 --memory 8", "leaves nothing for some of 8 processes"),
+        ("--model ViT-tiny --batch-size 4 --world-size 8 --memory 8", "a batch of 4 is too small for 8 processes"),
     ],
 )
 def test_command_says_what_is_wrong(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,7 +178,7 @@ def test_fsdp_with_unequal_numbers_of_micro_batches_is_refused(folder: Path) -> 
 def test_loss_that_reads_a_shard_by_itself_is_refused(folder: Path) -> None:
     for rank in range(W):
         told = of_rank(folder, "reads", rank)
-        assert told.startswith("loss reads the parameter bias, which FSDP has sharded, by itself")
+        assert told.startswith("loss directly reads the parameter bias, which FSDP has sharded")
 
 
 def _sees(rank: int, folder: Path) -> None:

@@ -181,7 +181,7 @@ def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog:
         train(options(tmp_path / "a"))
     train(options(tmp_path / "a", resume="auto", lr=1e-3, stop_after=1))
     assert "--lr was 0.0005, is 0.001" in caplog.text and "--batch-size" not in caplog.text
-    with pytest.raises(ValueError, match=r"is of another model: .*differ"):
+    with pytest.raises(ValueError, match=r"belongs to another model: .*differ"):
         train(options(tmp_path / "b", resume=str(tmp_path / "a"), model="RN-tiny"))
     assert "--model was ViT-tiny, is RN-tiny" in caplog.text  # reported before loading fails
     with pytest.raises(ValueError, match="optimiser"):
@@ -295,7 +295,7 @@ def test_options_that_fit_nothing_here_are_refused(tmp_path: Path) -> None:
         ({"model": "ViT-tinny"}, "did you mean 'ViT-tiny'"),
         ({"data": "nowhere.csv"}, r"nowhere\.csv"),
         ({"backend": "abacus"}, "'abacus' is unknown"),
-        ({"features_on": "cpu"}, "needs a --micro-batch"),
+        ({"features_on": "cpu"}, "requires gradient caching: set --micro-batch"),
         ({"loss": "siglip", "label_smoothing": 0.1}, "no label smoothing"),
         ({"pretrained": "nowhere.pt"}, r"nowhere\.pt"),
     ):

@@ -1,4 +1,4 @@
-"""Memory of a forward and a backward pass, found by running them on tensors that have sizes but no contents."""
+"""Memory of a forward and a backward pass, measured by running them on tensors that have sizes but no contents."""
 
 from __future__ import annotations
 
@@ -20,60 +20,63 @@ from fastclip.models.dual_encoder import DualEncoder
 
 __all__ = ["Footprint", "footprint"]
 
-_PAIRS = (16, 32)  # any two: every tensor's size is affine in the pairs
+_PAIRS = (16, 32)  # any two numbers: the size of each tensor is affine in the number of pairs
 
 
 class Moment(NamedTuple):
-    """Live bytes after an operation: fixed + pairs * pair, and gradients of parameters that have arrived by then."""
+    """Live bytes after an operation."""
 
-    fixed: int
-    pair: int
-    gradients: int
+    fixed: int  # bytes that do not depend on the number of pairs
+    pair: int  # bytes per pair
+    gradients: int  # bytes of the parameters' gradients that were computed by then
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of the towers' forward and backward pass over so many pairs.
+    """Bytes that the forward and backward pass of the towers take for any number of pairs.
 
-    Activations and all temporary tensors, the last features among them, autocast's copies of the weights, a weight's
-    gradient until it is added to the others. Not parameters, their gradients, inputs, the features' gradients.
+    They include activations, all temporary tensors, the features, autocast's copies of the weights, and the gradient
+    of a weight until it is added to ``.grad``. They exclude parameters, their ``.grad``, inputs and the gradients of
+    the features.
     """
 
     moments: tuple[Moment, ...] = field(repr=False)
-    between: Moment  # the passes
+    between: Moment  # after the forward pass, before the backward pass
     dim: int  # D of the features
     feature_size: int  # bytes of an element
 
     def peak(self, pairs: int, share: float = 0.0) -> int:
-        """Return the highest point, counting `share` of every parameter's gradient from when it is there."""
+        """Return the peak in bytes. Of a parameter's gradient, `share` counts from the moment it is computed."""
         return max(m.fixed + pairs * m.pair + int(share * m.gradients) for m in self.moments)
 
     def kept(self, pairs: int) -> int:
-        """Return the bytes that wait for the features' gradients after the forward pass."""
+        """Return the bytes kept after the forward pass until the gradients of the features are known."""
         return self.between.fixed + pairs * self.between.pair
 
 
 def footprint(
     model: DualEncoder, *, image_size: int, context_length: int, precision: str = "fp32", device: str = "cuda"
 ) -> Footprint:
-    """Measure one step of `model` in training mode, checkpointed or frozen as it is, without memory for its tensors.
+    """Measure the memory of one step of `model` in training mode, without allocating its tensors.
 
-    Two steps run, whose operations are the same and differ in sizes only. So bytes after each are known for every
-    number of pairs, and their maximum, which another operation may hold for other numbers, is exact.
+    Gradient checkpointing and frozen parameters are taken as they are set. The step runs for two numbers of pairs, with
+    the same operations on tensors of different sizes. The bytes after each operation are therefore known for every
+    number of pairs, and the peak is exact, although a different operation may reach it for other numbers.
 
     Args:
-        model: on any device, "meta" too; left as it was.
-        image_size: pixels, of a square.
-        context_length: tokens a text.
-        precision: "fp32", or "bf16": autocast.
-        device: "cpu", or "cuda": attention and dropout save what a GPU's kernels do. Either way the operations are the
-            CPU's: autograd runs no backward pass on a GPU that is not there. Scratch inside kernels is not seen.
+        model: model on any device, including "meta". It is left unchanged.
+        image_size: side of the square images, in pixels.
+        context_length: tokens per text.
+        precision: "fp32", or "bf16" for autocast.
+        device: "cpu" or "cuda". For "cuda", attention and dropout save the tensors that a GPU's kernels would save. In
+            both cases the operations run on the CPU, because autograd cannot run a backward pass on a GPU that does
+            not exist. Scratch memory inside kernels is not counted.
 
     Raises:
         ValueError: the operations depend on the number of pairs.
     """
-    # Tensors without contents bring a device that is not there, for which autograd's first backward pass in a process
-    # would start a thread; and where autograd has threads, a forked process cannot run a backward pass.
+    # Autograd's first backward pass in a process starts a thread for each device it meets, and after that a forked
+    # process cannot run a backward pass. A first pass on the CPU alone keeps fake devices from starting a thread.
     torch.zeros(1, requires_grad=True).sum().backward()
     small, large = (_run(model, pairs, image_size, context_length, precision, device) for pairs in _PAIRS)
     if len(small.history) != len(large.history):
@@ -91,8 +94,8 @@ def _moment(small: tuple[int, int], large: tuple[int, int]) -> Moment:
 
 
 def _highest(moments: list[Moment]) -> tuple[Moment, ...]:
-    """Return the moments that no other with the same gradients exceeds for every number of pairs."""
-    highest: dict[int, list[Moment]] = {}  # by their gradients
+    """Return the moments that can be the peak: no other with the same gradients is larger for all numbers of pairs."""
+    highest: dict[int, list[Moment]] = {}  # bytes of gradients -> moments
     for m in sorted(moments, key=lambda m: (m.pair, m.fixed), reverse=True):
         moments_alike = highest.setdefault(m.gradients, [])
         if not moments_alike or m.fixed > moments_alike[-1].fixed:
@@ -101,16 +104,18 @@ def _highest(moments: list[Moment]) -> tuple[Moment, ...]:
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that are still referred to, by Python or by autograd.
+    """Count of the bytes in storages that operations created and that Python or autograd still refers to.
 
-    known: storages of these tensors do not count; gradients: nor of these, but it is noted when they are added to.
+    Args:
+        known: tensors whose storages do not count.
+        gradients: tensors whose storages do not count either, but for which the first addition is recorded.
     """
 
     def __init__(self, known: list[Tensor], gradients: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
-        self.arrived = 0  # bytes of the gradients that have been added to
-        self.history: list[tuple[int, int]] = []  # both, after each operation
+        self.arrived = 0  # bytes of `gradients` that were added to so far
+        self.history: list[tuple[int, int]] = []  # (bytes, arrived) after each operation
         self._sizes: dict[int, int] = {}
         self._known = {id(storage): storage for x in [*known, *gradients] if (storage := x.untyped_storage())}
         self._awaited = {id(x.untyped_storage()) for x in gradients}
@@ -121,7 +126,8 @@ class _Live(TorchDispatchMode):
         for storage in storages:
             self._add(storage)
         self.history.append((self.bytes, self.arrived))
-        for storage in storages:  # what has been added is free by the next operation, and not counted twice
+        # After `history`, because the tensor that was added is still counted now and freed by the next operation
+        for storage in storages:
             if id(storage) in self._awaited:
                 self._awaited.remove(id(storage))
                 self.arrived += storage.nbytes()
@@ -139,11 +145,14 @@ class _Live(TorchDispatchMode):
 
 
 class _Step(nn.Module):
-    """Forward and backward in one call, in which `functional_call` can replace the parameters: checkpointed blocks run
-    again in the backward pass."""
+    """Forward and backward pass in a single call.
 
-    features: tuple[Tensor, Tensor]  # the trainer keeps them, too
-    between: tuple[int, int]  # the passes, as in `_Live.history`
+    `functional_call` replaces the parameters only for the duration of a call, but checkpointed blocks run again in the
+    backward pass and must find the replaced parameters there.
+    """
+
+    features: tuple[Tensor, Tensor]  # kept, as the trainer keeps them
+    between: tuple[int, int]  # entry of `_Live.history` between the passes
 
     def __init__(self, model: DualEncoder, precision: str) -> None:
         super().__init__()
@@ -158,7 +167,7 @@ class _Step(nn.Module):
         with_gradient = [x for x in features if x.requires_grad]
         if with_gradient:
             gradients = tuple(x.new_zeros(()).expand_as(x) for x in with_gradient)
-            # torch.autograd.backward would leave `_GPU` for what runs again in the backward pass
+            # torch.autograd.backward would leave the mode `_GPU`, which checkpointed blocks need when they run again
             torch.autograd.Variable._execution_engine.run_backward(
                 tuple(with_gradient), gradients, False, False, (), allow_unreachable=True, accumulate_grad=True
             )
@@ -177,7 +186,7 @@ def _run(model: DualEncoder, pairs: int, image_size: int, context_length: int, p
         buffers = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in step.named_buffers()}
         for name, p in step.named_parameters():
             if p.requires_grad:
-                weights[name].requires_grad_().grad = torch.empty(p.shape, dtype=p.dtype)  # what is added to
+                weights[name].requires_grad_().grad = torch.empty(p.shape, dtype=p.dtype)  # autograd adds to it
         images = torch.empty(pairs, 3, image_size, image_size)
         ids = torch.empty(pairs, context_length, dtype=torch.int64)
         gradients = [x.grad for x in weights.values() if x.grad is not None]
@@ -198,8 +207,10 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 class _GPU(TorchFunctionMode):
-    """What a GPU's kernels save for the backward pass, on the CPU: of attention nothing of the size of its matrix,
-    whatever mask, bias and dropout it has, where the CPU stores it for some; of dropout a mask of bytes.
+    """Replacement of attention and dropout on the CPU by operations that save what a GPU's kernels save.
+
+    A GPU's attention saves no tensor of the size of the attention matrix, with any mask, bias and dropout, while the
+    CPU's does for some of them. A GPU's dropout saves a mask of one byte per element.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -219,7 +230,7 @@ def _attention(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):  # this op is not one that autocast knows
+    if torch.is_autocast_enabled("cpu"):  # autocast does not know the op used below
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     if attn_mask is not None:
         shape = *query.shape[:-1], key.shape[-2]

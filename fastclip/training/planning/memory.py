@@ -1,8 +1,8 @@
-"""The memory of a training step before it runs: `fastclip plan`.
+"""Prediction of the memory of a training step, for `fastclip plan`.
 
-One process holds parameters, gradients and optimiser states, whole (DDP) or a shard of them (FSDP2); the features of
-all its pairs; and, one after the other, what the loss takes and the activations of a micro-batch (`cached_step`), or,
-where its pairs are one micro-batch, both at once.
+A process holds the parameters, gradients and optimiser states, whole (DDP) or sharded (FSDP2), and the features of all
+its pairs. With gradient caching (`cached_step`), the memory of the loss and the activations of a micro-batch are needed
+one after the other. Without it, both are needed at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastclip.training.ranks import fsdp_blocks
 __all__ = ["FRAGMENTATION", "PROCESS", "STATES", "Plan", "plan"]
 
 _FP32 = 4
-STATES = {"adamw": 2, "lamb": 2}  # fp32 values a trainable parameter
+STATES = {"adamw": 2, "lamb": 2}  # fp32 values per trainable parameter
 _CHOICES = {
     "precision": ("fp32", "bf16"),
     "optimizer": tuple(STATES),
@@ -30,38 +30,38 @@ _CHOICES = {
     "comm": ("gather", "ring"),
     "device": ("cuda", "cpu"),
 }
-_STATISTICS = 80  # bytes a text: log-sum-exps, factors, their gradients
-# Of no tensor. GPU: CUDA's context, workspaces of cuBLAS, cuDNN and NCCL; CPU: Python, torch and other libraries
+_STATISTICS = 80  # bytes per text: log-sum-exps, factors and their gradients
+# Bytes outside of tensors. GPU: CUDA's context, workspaces of cuBLAS, cuDNN and NCCL. CPU: Python, torch, libraries
 PROCESS = {"cuda": 2**30, "cpu": 2**29}
-FRAGMENTATION = 0.05  # of all tensors: gaps that an allocator cannot give away
+FRAGMENTATION = 0.05  # share of all tensors: gaps that the allocator cannot use
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of elements of a model."""
+    """Sizes of a model, in elements unless noted."""
 
     parameters: int
     trainable: int
     buffers: int  # bytes
-    block: int  # of the largest block that FSDP gathers by itself
-    rest: int  # of what is in no such block, gathered as long as a pass lasts
-    trainable_rest: int
+    block: int  # parameters of the largest block, which FSDP gathers separately
+    rest: int  # parameters outside of all blocks, which stay gathered throughout a pass
+    trainable_rest: int  # those of `rest` that are trained
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one process in a training step, the largest where processes differ; made by `plan`.
+    """Memory of one process in a training step, as predicted by `plan`. If processes differ, it is the largest.
 
-    ``dataclasses.replace(plan, micro_batch=64)`` answers for other sizes at once. `precision` and `device` are of the
-    footprint, too, and stay.
+    All sizes are in bytes. ``dataclasses.replace(plan, micro_batch=64)`` gives the plan for other sizes at once.
+    `precision` and `device` must not be replaced, because they also determine the footprint.
     """
 
     sizes: Sizes
     footprint: Footprint
     image_size: int  # pixels
     context_length: int  # tokens
-    batch_size: int  # pairs of all processes
-    micro_batch: int  # pairs whose activations are there at a time
+    batch_size: int  # pairs of all processes together
+    micro_batch: int  # pairs whose activations are in memory at a time
     world_size: int
     precision: str
     optimizer: str
@@ -73,15 +73,17 @@ class Plan:
 
     @property
     def pairs(self) -> int:
-        """Pairs of the process that has most of them."""
+        """Pairs per step of the process that has the most."""
         return ceil_div(self.batch_size, self.world_size)
 
     @property
     def cached(self) -> bool:
+        """True if a step uses gradient caching."""
         return self.micro_batch < self.pairs
 
     @property
     def sharded(self) -> bool:
+        """True if FSDP shards parameters, gradients and optimiser states."""
         return self.parallel == "fsdp" and self.world_size > 1
 
     def _share(self, elements: int) -> int:
@@ -94,26 +96,35 @@ class Plan:
 
     @property
     def gathered(self) -> int:
-        """Bytes that FSDP gathers: two blocks, in use and on the way, one's whole gradients, what is in no block."""
+        """Bytes that FSDP gathers: the block in use, the next block, and the parameters outside of all blocks.
+
+        Without gradient caching, the unsharded gradients of one block and of the parameters outside of all blocks are
+        added. They exist until they are exchanged.
+        """
         if not self.sharded:
             return 0
-        gradients = 0 if self.cached else self.sizes.block + self.sizes.trainable_rest  # until they are exchanged
+        gradients = 0 if self.cached else self.sizes.block + self.sizes.trainable_rest
         return (2 * self.sizes.block + self.sizes.rest + gradients) * _FP32
 
     @property
     def gradients(self) -> int:
-        """Bytes of gradients: FSDP keeps them whole until the last micro-batch, in which they are exchanged."""
+        """Bytes of gradients. With gradient caching, they are unsharded until the last micro-batch exchanges them."""
         return self.sizes.trainable * _FP32 if self.cached else self._share(self.sizes.trainable)
 
     @property
     def gradients_stay(self) -> bool:
-        """Whether gradients are there throughout: from one micro-batch to the next, or in DDP's buckets. Else they come
-        as activations go, and are set to None before the next step."""
+        """True if gradients are in memory throughout a step: between micro-batches, or in DDP's buckets.
+
+        Otherwise gradients appear while activations are freed, and are set to None before the next step.
+        """
         return self.cached or self._ddp
 
     @property
     def buckets(self) -> int:
-        """Bytes of DDP's buckets, from which gradients are apart until the last micro-batch, which is exchanged."""
+        """Bytes of DDP's buckets beside the gradients.
+
+        With gradient caching, gradients are stored outside of the buckets until the last micro-batch exchanges them.
+        """
         return self.gradients if self._ddp and self.cached else 0
 
     @property
@@ -122,11 +133,12 @@ class Plan:
 
     @property
     def optimizer_states(self) -> int:
+        """Bytes of the optimiser's states."""
         return STATES[self.optimizer] * self._share(self.sizes.trainable)
 
     @property
     def average(self) -> int:
-        """The moving average of the weights that are trained (EMA)."""
+        """Bytes of the moving average of the trainable weights (EMA)."""
         return self._share(self.sizes.trainable) if self.ema else 0
 
     def _inputs(self, pairs: int) -> int:
@@ -134,40 +146,40 @@ class Plan:
 
     @property
     def inputs(self) -> int:
-        """Images and token ids on the device: a GPU gets those of a micro-batch."""
+        """Bytes of images and token ids on the device. A GPU holds only those of a micro-batch."""
         return self._inputs(self.pairs if self.device == "cpu" else min(self.micro_batch, self.pairs))
 
     @property
     def host(self) -> int:
-        """Images and token ids of a whole step on the host: twice that while the next step's are loaded."""
+        """Bytes of images and token ids of a whole step on the host. Loading the next step takes as much again."""
         return self._inputs(self.pairs)
 
     @property
     def features(self) -> int:
-        """Bytes of the features' gradients, and in `cached_step` of the features of all micro-batches."""
+        """Bytes of the features' gradients, and with gradient caching also of the features of all micro-batches."""
         return (4 if self.cached else 2) * self.pairs * self.footprint.dim * self.footprint.feature_size
 
     @property
     def activations(self) -> int:
-        """Bytes of a micro-batch with all temporary tensors: the highest point of forward and backward pass."""
+        """Peak of the forward and backward pass of a micro-batch, in bytes, with all temporary tensors."""
         return self.footprint.peak(min(self.micro_batch, self.pairs))
 
     @property
     def loss(self) -> int:
-        """Bytes that `contrastive_loss` takes while it runs, on a CPU without the workspace, which is kept."""
+        """Bytes that `contrastive_loss` takes while it runs, except the workspace on a CPU, which stays allocated."""
         shard, texts = self.pairs * self.footprint.dim, self.batch_size * self.footprint.dim  # elements
         size = self.footprint.feature_size
-        if self.world_size == 1:  # a GPU's backends sum the texts' gradients in fp32
+        if self.world_size == 1:  # the backends on a GPU sum the gradients of the texts in fp32
             held = shard * _FP32 if self.device == "cuda" else 0
-        elif self.comm == "gather":  # texts, their gradients, and those in fp32 or as they travel
+        elif self.comm == "gather":  # texts, their gradients, and the gradients in fp32 or in transfer
             held = texts * (2 * size + _FP32)
-        else:  # blocks here and coming; sums here and coming, shares, raw sums, the images' sum
+        else:  # text blocks in use and in transfer; in fp32: sums in use and in transfer, shares, raw and image sums
             held = shard * (2 * size + 7 * _FP32)
         return held + _STATISTICS * self.batch_size + (self._workspace if self.device == "cuda" else 0)
 
     @property
     def workspace(self) -> int:
-        """Logits of the loss: kept between the steps on a CPU, part of `loss` on a GPU."""
+        """Bytes of the loss's logits on a CPU, where they are kept between steps. On a GPU they are part of `loss`."""
         return self._workspace if self.device == "cpu" else 0
 
     @property
@@ -179,15 +191,18 @@ class Plan:
 
     @property
     def held(self) -> int:
-        """Bytes that are there all the time."""
+        """Bytes that are in memory throughout the step."""
         parameters = self.parameters + self.gathered + self.optimizer_states + self.average
         gradients = self.gradients + self.buckets if self.gradients_stay else 0
         return parameters + gradients + self.inputs + self.features + self.workspace
 
     @property
     def tensors(self) -> int:
-        """Bytes that a step holds at its highest point: in the loss, before the second pass or on top of the only one;
-        in that pass; or in the optimiser, with all gradients."""
+        """Peak of all tensors of a step, in bytes.
+
+        The peak is in the loss, in the forward and backward pass, or in the optimiser with all gradients. During the
+        loss, the activations of all pairs are in memory, too, unless gradient caching is used.
+        """
         kept = 0 if self.cached else self.footprint.kept(self.pairs)
         share = 0.0 if self.gradients_stay else self.gradients / (self.sizes.trainable * _FP32)
         highest = self.footprint.peak(min(self.micro_batch, self.pairs), share)
@@ -195,28 +210,33 @@ class Plan:
 
     @property
     def reserve(self) -> int:
-        """Bytes for what is no tensor: 1 GiB of CUDA's (a CPU's process: 0.5 GiB) and 5 % of the tensors."""
+        """Bytes outside of tensors: 1 GiB for CUDA (0.5 GiB for a process on a CPU) and 5 % of the tensors."""
         return PROCESS[self.device] + int(FRAGMENTATION * self.tensors)
 
     @property
     def total(self) -> int:
+        """Predicted peak in bytes: tensors and reserve."""
         return self.tensors + self.reserve
 
     def fits(self, micro_batch: int, memory: int) -> bool:
+        """Return True if a step with this micro-batch fits into `memory` bytes."""
         return replace(self, micro_batch=micro_batch).total <= memory
 
     def largest_micro_batch(self, memory: int) -> int:
-        """Return the most pairs whose step fits into `memory` bytes, or 0."""
-        if self.fits(self.pairs, memory):  # no caching: FSDP's gradients are never whole
+        """Return the largest micro-batch with which a step fits into `memory` bytes, or 0 if none does."""
+        if self.fits(self.pairs, memory):  # tested first: without caching FSDP keeps no whole gradients
             return self.pairs
-        low, high = 0, self.pairs  # fits, does not
+        low, high = 0, self.pairs  # `low` fits, `high` does not
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.fits(middle, memory) else (low, middle)
         return low
 
     def even_micro_batch(self, memory: int) -> int:
-        """Return the largest that fits and cuts the pairs into equal parts, or a power of two if that is more; or 0."""
+        """Return a convenient micro-batch that fits into `memory` bytes, or 0 if none does.
+
+        It is the largest divisor of the pairs that fits, or the largest power of two if that is larger.
+        """
         largest = self.largest_micro_batch(memory)
         if largest == 0:
             return 0
@@ -239,22 +259,22 @@ def plan(
 ) -> Plan:
     """Predict the memory of a training step.
 
-    Nothing is computed or allocated: ``create_model(name, device="meta")`` will do.
+    Nothing is computed or allocated, so a model from ``create_model(name, device="meta")`` is enough.
 
     Args:
-        model: as it will be trained: gradient checkpointing and locked towers as they are set; made by `create_model`.
-        batch_size: pairs of all processes.
-        world_size: processes, each with a device.
-        micro_batch: pairs of a process whose activations are there at a time; default: all of them.
-        precision: "fp32", or "bf16": autocast.
-        optimizer: "adamw" or "lamb", both with two fp32 states.
-        parallel: "ddp", or "fsdp": FSDP2 of the towers' blocks.
-        comm: of the loss over several processes.
-        ema: a moving average of the weights.
-        device: "cuda" or "cpu"; none is used.
+        model: model from `create_model`, with gradient checkpointing and locked towers set as in training.
+        batch_size: pairs of all processes together.
+        world_size: number of processes, each with a device.
+        micro_batch: pairs of a process whose activations are in memory at a time (default: all of them).
+        precision: "fp32", or "bf16" for autocast.
+        optimizer: "adamw" or "lamb", both with two fp32 states per parameter.
+        parallel: "ddp", or "fsdp" for FSDP2 of the blocks of the towers.
+        comm: "gather" or "ring", the exchange of the loss over several processes.
+        ema: keep a moving average of the weights.
+        device: "cuda" or "cpu", the kind of device to plan for. It need not exist on this machine.
 
     Raises:
-        ValueError: an option that no run can have, or a model without a configuration.
+        ValueError: an option is invalid, both towers are locked, or the model has no configuration.
     """
     given = {"precision": precision, "optimizer": optimizer, "parallel": parallel, "comm": comm, "device": device}
     for name, value in given.items():
@@ -264,11 +284,11 @@ def plan(
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     if batch_size < world_size:
-        raise ValueError(f"a batch of {batch_size} leaves nothing for some of {world_size} processes")
+        raise ValueError(f"a batch of {batch_size} is too small for {world_size} processes: each needs a pair")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("both towers are locked: there is nothing to train")
     if model.config is None:
-        raise ValueError("this model was made without a configuration, which tells the sizes of its inputs")
+        raise ValueError("the model has no configuration with the sizes of its inputs: build it with create_model")
     image_size, length = model.config.vision_cfg.image_size, model.config.text_cfg.context_length
     pairs = ceil_div(batch_size, world_size)
     return Plan(

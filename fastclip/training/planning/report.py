@@ -1,4 +1,4 @@
-"""A plan in words: what `fastclip plan` prints."""
+"""Text of a plan, as `fastclip plan` prints it."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from fastclip.training.planning.memory import FRAGMENTATION, PROCESS, STATES, Pl
 __all__ = ["machine_memory", "readable", "remedies", "table"]
 
 _GIB, _MIB = 2**30, 2**20
-_MATTERS = 0.05  # share of the memory from which a remedy is worth naming
+_MATTERS = 0.05  # smallest saving, as a share of the memory, for which a remedy is suggested
 _SPELT = {"adamw": "AdamW", "lamb": "LAMB", "ddp": "DDP", "fsdp": "FSDP", "cuda": "a GPU", "cpu": "a CPU"}
 
 
 def machine_memory(device: str) -> int:
-    """Return the bytes of the first GPU, or of this machine.
+    """Return the memory of the first GPU ("cuda") or of this machine ("cpu"), in bytes.
 
     Raises:
-        ValueError: there is no GPU, or the machine does not say.
+        ValueError: there is no GPU, or the machine does not report its memory.
     """
     if device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
-                "torch sees no GPU here: say with --memory how many GiB the other one has, or --device cpu"
+                "torch sees no GPU here: give the memory of the GPU in GiB with --memory, or use --device cpu"
             )
         return int(torch.cuda.get_device_properties(0).total_memory)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError) as error:
-        raise ValueError("this machine does not say how much memory it has: --memory does") from error
+        raise ValueError("this machine does not report how much memory it has: give it in GiB with --memory") from error
 
 
 def readable(size: int) -> str:
-    """Write `size` bytes in GiB, or in MiB below one."""
+    """Format `size` bytes in GiB, or in MiB below 1 GiB."""
     return f"{size / _GIB:,.2f} GiB" if size >= _GIB else f"{size / _MIB:,.1f} MiB"
 
 
 def table(p: Plan) -> str:
-    """Return a line for each part of a plan, with its bytes and what it is."""
+    """Return the plan as a table: a heading, then one line per part with its size and a description."""
     rows = [*_rows(p), ("total", p.total, "")]
     labels, sizes = (max(len(text) for text in column) for column in zip(*((r[0], readable(r[1])) for r in rows)))
     lines = [f"{label:{labels}}  {readable(size):>{sizes}}  {note}".rstrip() for label, size, note in rows]
@@ -54,45 +54,48 @@ def table(p: Plan) -> str:
 def _rows(p: Plan) -> Iterator[tuple[str, int, str]]:
     trained = f"{p.sizes.trainable / 1e6:,.1f} M"
     pairs = min(p.micro_batch, p.pairs)
-    yield "parameters", p.parameters, f"{p.sizes.parameters / 1e6:,.1f} M{', a shard of them' if p.sharded else ''}"
+    yield "parameters", p.parameters, f"{p.sizes.parameters / 1e6:,.1f} M{', sharded' if p.sharded else ''}"
     if p.sharded:
         yield (
             "gathered",
             p.gathered,
-            f"two blocks and what is in none{'' if p.cached else ', and gradients of one block'}",
+            f"two blocks and the rest{'' if p.cached else ', and gradients of one block'}",
         )
-    when = ", whole until the last micro-batch" if p.sharded and p.cached else ""
-    when = when if p.gradients_stay else ", as activations go: the total has what is there at the highest point"
+    when = ", unsharded until the last micro-batch" if p.sharded and p.cached else ""
+    when = when if p.gradients_stay else ", which appear as activations are freed: the total counts those at the peak"
     yield "gradients", p.gradients, f"of {trained}{when}"
     if p.buckets:
-        yield "DDP's buckets", p.buckets, "into which gradients go in the last micro-batch"
-    yield "optimiser", p.optimizer_states, f"{_SPELT[p.optimizer]}: {STATES[p.optimizer]} fp32 numbers for each of them"
+        yield "DDP's buckets", p.buckets, "for exchanging gradients in the last micro-batch"
+    yield "optimiser", p.optimizer_states, f"{_SPELT[p.optimizer]}: {STATES[p.optimizer]} fp32 states per parameter"
     if p.ema:
         yield "moving average", p.average, "of the weights"
-    yield "inputs", p.inputs, f"images of {p.image_size} x {p.image_size}, fp32, and {p.context_length} ids a text"
+    yield "inputs", p.inputs, f"images of {p.image_size} x {p.image_size}, fp32, and {p.context_length} ids per text"
     kept = "and their gradients" if p.cached else "their gradients"
     yield "features", p.features, f"of {p.pairs:,} pairs, {kept}"
     if p.workspace:
         yield "workspace", p.workspace, "logits of the loss, kept between steps"
-    yield "activations", p.activations, f"of a micro-batch of {pairs:,}, with everything temporary"
+    yield "activations", p.activations, f"of a micro-batch of {pairs:,}, with all temporary tensors"
     if p.cached:
-        yield "loss", p.loss, "before the activations that count: the larger of the two is in the total"
+        yield "loss", p.loss, "not at the same time as the activations: the total counts the larger of the two"
     else:
         kept = readable(p.footprint.kept(p.pairs))
-        yield "loss", p.loss, f"on top of {kept} of activations: the larger of both and all activations is in the total"
+        yield "loss", p.loss, f"beside {kept} of activations: the total counts this sum, or all activations if larger"
     what = "CUDA and libraries" if p.device == "cuda" else "Python and libraries"
     note = f"{readable(PROCESS[p.device])} for {what}, {FRAGMENTATION:.0%} of the rest for the allocator"
     yield "reserve", p.reserve, note
 
 
 def remedies(p: Plan, *, grad_checkpointing: bool) -> list[str]:
-    """Return the options that make a step with one pair at a time notably smaller, with what it then takes."""
+    """Return the options that notably reduce the memory of a step with micro-batches of one pair.
+
+    The sharding options are listed with the memory that the step then takes.
+    """
     one = replace(p, micro_batch=1)
     options = []
     for option, other in {
         "--parallel fsdp": replace(one, parallel="fsdp"),
         "--comm ring": replace(one, comm="ring"),
-    }.items():  # of one process these change nothing
+    }.items():  # they change nothing for a single process
         if one.total - other.total > _MATTERS * one.total:
             options.append(f"{option} ({readable(other.total)})")
     if one.activations > _MATTERS * one.total:

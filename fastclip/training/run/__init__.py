@@ -1,1 +1,1 @@
-"""A run from its last checkpoint to its end: the loop, checkpoints, metrics, skipped samples."""
+"""The loop of a run, its checkpoints, its metrics and its count of skipped samples."""

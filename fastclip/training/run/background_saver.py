@@ -1,4 +1,4 @@
-"""The thread that writes checkpoints while training goes on."""
+"""The thread that writes checkpoints while training continues."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ __all__ = ["Saver"]
 
 
 class Saver:
-    """Writes one checkpoint at a time, in a thread or at once; what fails there is raised by `wait`.
+    """Writer of one checkpoint at a time, in a background thread or in the caller's thread.
 
         with Saver() as saver:
-            saver.wait()  # before the next snapshot, so that there are never two
+            saver.wait()  # before taking the next snapshot, so that there are never two in memory
             saver.start(write_snapshot, folder, snapshot)
 
-    The block ends when all is written, also where it ends with an error.
+    Errors of the writing are raised by `wait`, not by `start`, so that a run handles them in the same way in both
+    modes and on all ranks at the same step. The ``with`` block ends only when everything is written, even if it ends
+    with an error.
 
     Args:
-        background: False writes before `start` returns.
+        background: write in a thread; False writes before `start` returns.
     """
 
     def __init__(self, *, background: bool = True) -> None:
@@ -28,7 +30,7 @@ class Saver:
         self._writing: Future[Any] | None = None
 
     def start(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        """Call `write`, after the one before has ended."""
+        """Wait for the previous write to end, then call ``write(*arguments, **options)``."""
         self.wait()
         if self._pool is None:
             self._writing = Future()
@@ -41,11 +43,11 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether what was written last has failed; does not wait."""
+        """True if the last write has ended with an error. Does not wait for a write in progress."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self) -> None:
-        """Wait until nothing is being written, and raise what failed since the last call."""
+        """Wait until nothing is being written, and raise the error of a write that failed since the last call."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -59,7 +61,7 @@ class Saver:
         except Exception as failure:
             if error is None:
                 raise
-            raise failure from error  # both are in the traceback
+            raise failure from error  # the traceback shows both
         finally:
             if self._pool is not None:
                 self._pool.shutdown()

@@ -1,13 +1,14 @@
-"""Checkpoints of a run: whole state dicts in safetensors, whatever the number of processes, and JSON files.
+"""Checkpoints of a run: unsharded state dicts in safetensors files, and JSON files.
 
     checkpoints/step-00000400/model.safetensors       parameters and buffers, by name
                               optimizer.safetensors   PARAMETER|STATE, such as visual.head.weight|exp_avg
                               ema.safetensors         with --ema
-                              state.json              step, options, the optimiser's groups
-                              manifest.json           bytes and SHA-256 of the others, checked when a run goes on
+                              state.json              step, options, parameter groups of the optimiser
+                              manifest.json           size and SHA-256 of the other files, checked when a run resumes
 
-A folder is written under another name first and then renamed (`fastclip.system.durable`). No pickle is written or
-read, and no random state: dropout and augmentation are functions of the seed, the step and the sample.
+The state dicts do not depend on the number of processes. A folder is first written under a temporary name and then
+renamed (`fastclip.system.durable`). No pickle is written or read. No random state is stored, because dropout and
+augmentation are functions of the seed, the step and the sample.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-_NAMES = 256  # bytes, of a tensor in its file's header
+_NAMES = 256  # bytes per tensor for its entry in the header of a safetensors file
 _NAME = re.compile(r"step-(\d{8,})")
 _KINDS: dict[str, type] = {
     "step": int,
@@ -66,19 +67,19 @@ _KINDS: dict[str, type] = {
     "skipped": dict,
     "param_groups": list,
 }
-_WORDS = {int: "a number, 0 or above", dict: "an object", list: "a list of objects"}
+_WORDS = {int: "a number of at least 0", dict: "an object", list: "a list of objects"}
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint will hold, in memory of its own: training may go on while it is written."""
+    """Copy of the contents of a checkpoint, which training does not change while the checkpoint is written."""
 
     step: int  # updates made
-    tensors: dict[str, dict[str, Tensor]]  # by file
-    state: dict[str, Any]  # state.json
+    tensors: dict[str, dict[str, Tensor]]  # name of the file -> name of the tensor -> tensor
+    state: dict[str, Any]  # contents of state.json
 
     @property
     def size(self) -> int:
-        """Bytes on the disk, with a little for names."""
+        """Size of the checkpoint on disk, in bytes, including an allowance for the headers."""
         tensors = [x for values in self.tensors.values() for x in values.values()]
         return sum(x.numel() * x.element_size() + _NAMES for x in tensors) + len(json.dumps(self.state)) + _NAMES
 
@@ -92,13 +93,17 @@ def take_snapshot(
     ema: MovingAverage | None = None,
     writes: bool = True,
 ) -> Snapshot | None:
-    """Copy what a checkpoint holds; every rank calls this, one of them `writes`, and the others get None.
+    """Return a copy of everything that a checkpoint holds, or None on ranks that do not write.
+
+    Every rank must call this function, because the shards of FSDP are gathered.
 
     Args:
         step: updates made.
-        about: what else `read_state` is to return; numbers, strings, lists.
+        about: further values for state.json, which `read_state` returns.
+        ema: moving average to store.
+        writes: this rank writes the checkpoint. Exactly one rank does.
     """
-    import torch.distributed.checkpoint.state_dict as sharded  # loads FSDP, half a second's work
+    import torch.distributed.checkpoint.state_dict as sharded  # loads FSDP, which takes half a second
 
     tensors: dict[str, dict[str, Tensor]] = {"model": model_state(model), "optimizer": {}}
     groups = []
@@ -114,18 +119,22 @@ def take_snapshot(
     live = _storages(model, optimizer) if writes else set()
     tensors = {file: {name: _apart(x, live) for name, x in values.items()} for file, values in tensors.items()}
     if ema is not None:
-        ema.swap()
-        tensors["ema"] = {name: _apart(x, live) for name, x in model_state(model).items()}  # before they swap back
+        ema.swap()  # until the second swap, the model holds the averages
+        tensors["ema"] = {name: _apart(x, live) for name, x in model_state(model).items()}
         ema.swap()
         about = {**about, "ema_updates": ema.updates}
     return Snapshot(step, tensors, {"step": step, **about, "param_groups": groups}) if writes else None
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int | None = None) -> Path:
-    """Write ``folder/step-...`` and return it; then, not before, remove all but the `keep` newest.
+    """Write a snapshot to ``folder/step-...`` and return that path.
+
+    Args:
+        keep: number of the newest checkpoints to keep. Older ones are removed, but only after this one is complete.
 
     Raises:
-        OSError: it does not fit on the disk, with the bytes that it needs; what was there before is untouched.
+        OSError: the checkpoint could not be written, for example because it does not fit on the disk. The message has
+            its size in bytes. Earlier checkpoints are untouched.
     """
     path = folder / f"step-{snapshot.step:08d}"
     try:
@@ -135,7 +144,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int | None = None)
             for name, values in snapshot.tensors.items():
                 save_file(values, half / f"{name}.safetensors")
             write_json(half / "state.json", snapshot.state, indent=1)
-            write_manifest(half)  # last: it holds the digests of the others
+            write_manifest(half)  # last, because it holds the digests of the other files
     except (OSError, SafetensorError) as error:
         raise OSError(_what_failed(path, snapshot, error)) from error
     if keep is not None:
@@ -145,49 +154,53 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int | None = None)
 
 
 def check_room(folder: Path, model: nn.Module, *, ema: bool = False) -> None:
-    """Check before a run begins that `folder` may hold checkpoints, and that one of `model` fits on its disk.
+    """Check, before a run begins, that `folder` can hold a checkpoint of `model`.
 
     Raises:
-        OSError: it does not, with the bytes, or ``folder`` is a file.
+        OSError: the disk has too little space, with both sizes in bytes.
+        NotADirectoryError: `folder` is a file. This is a subclass of OSError.
     """
     if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file, where the checkpoints' folder must be")
+        raise NotADirectoryError(f"{folder} is a file, but must be a folder for checkpoints")
     need = 0
     for p in model.parameters():
-        copies = 1 + (1 if ema else 0) + (2 if p.requires_grad else 0)  # both optimisers keep two numbers for each
+        copies = 1 + (1 if ema else 0) + (2 if p.requires_grad else 0)  # both optimisers keep two states for each
         need += p.numel() * p.element_size() * copies
     if (free := _free_bytes(folder.parent)) < need:
-        sizes = f"a checkpoint needs at least {need:,} bytes, and its disk has {free:,} free"
+        sizes = f"a checkpoint needs at least {need:,} bytes, but the disk has {free:,} free"
         raise OSError(f"{folder.parent} is too small for this run: {sizes}")
 
 
 def _free_bytes(folder: Path) -> float:
     disk = shutil.disk_usage(folder)
-    return disk.free if disk.total > 0 else math.inf  # some network file systems say 0 of 0
+    return disk.free if disk.total > 0 else math.inf  # some network file systems report 0 of 0 bytes
 
 
 def _what_failed(path: Path, snapshot: Snapshot, error: Exception) -> str:
     message = f"the checkpoint {path} was not written: {getattr(error, 'strerror', None) or error}. "
     message += f"It needs {snapshot.size:,} bytes"
     with suppress(OSError):
-        message += f", and its disk has {shutil.disk_usage(path.parent).free:,} free"
+        message += f", and the disk has {shutil.disk_usage(path.parent).free:,} free"
     with suppress(ImportError):  # Windows
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         if limit != resource.RLIM_INFINITY:
-            message += f"; no file may have more than {limit:,} (ulimit -f)"
+            message += f"; a file may have at most {limit:,} (ulimit -f)"
     older = [other for other in _by_step(path.parent) if other != path]
-    return message + (f"; {older[-1].name} stands" if older else "; there was none before")
+    return message + (f". {older[-1].name} is intact" if older else ". There is no earlier checkpoint")
 
 
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, ema: MovingAverage | None = None
 ) -> int:
-    """Fill model, optimiser and average, on every rank; returns the updates made.
+    """Load a checkpoint into the model, the optimiser and the moving average, and return the number of updates made.
+
+    Every rank must call this function. Learning rates come from the checkpoint, but weight decay, betas and eps stay
+    those of `optimizer`, so that options changed on resume take effect.
 
     Raises:
-        ValueError: the checkpoint is of another model or optimiser, with the first names that differ.
+        ValueError: the checkpoint belongs to another model or optimiser. The message has the first names that differ.
     """
     import torch.distributed.checkpoint.state_dict as sharded
 
@@ -195,7 +208,7 @@ def load_checkpoint(
         raise ValueError(f"{path} holds no moving average: it was written without --ema")
     state = read_state(path, "param_groups", *(["ema_updates"] if ema is not None else []))
     if ema is not None:
-        _set_model_state(model, path / "ema.safetensors")  # by way of the model, which knows its shards
+        _set_model_state(model, path / "ema.safetensors")  # through the model, which knows how it is sharded
         ema.swap()
         ema.updates = state["ema_updates"]
     _set_model_state(model, path / "model.safetensors")
@@ -211,16 +224,20 @@ def load_checkpoint(
         )
     except (KeyError, RuntimeError, AssertionError, TypeError, AttributeError) as error:  # torch raises any of these
         raise ValueError(f"{path} was written with another optimiser, or other frozen parameters: {error}") from error
-    for group, options in zip(optimizer.param_groups, asked):  # of this run, should they have changed
+    for group, options in zip(optimizer.param_groups, asked):  # options of this run, which may have changed
         group.update(options)
     return int(state["step"])
 
 
 def read_state(path: Path, *needed: str) -> dict[str, Any]:
-    """Return the step of a checkpoint, and what else `take_snapshot` was given about the run.
+    """Return the contents of a checkpoint's state.json: the step and the values that `take_snapshot` was given.
+
+    Args:
+        needed: names that must be present.
 
     Raises:
-        ValueError: it holds no value of a name that is `needed`, or one of another kind than is written.
+        FileNotFoundError: `path` is not a checkpoint.
+        ValueError: state.json is damaged: a needed value is missing or has the wrong type.
     """
     file = path / "state.json"
     try:
@@ -231,15 +248,17 @@ def read_state(path: Path, *needed: str) -> dict[str, Any]:
         kind, value = _KINDS[name], state.get(name)
         whole = isinstance(value, kind) and not (isinstance(value, int) and value < 0)
         if not whole or (isinstance(value, list) and not all(isinstance(one, dict) for one in value)):
-            raise ValueError(f"{file} is damaged: its {name!r} must be {_WORDS[kind]}, and is {value!s:.40}")
+            raise ValueError(f"{file} is damaged: {name!r} must be {_WORDS[kind]}, got {value!s:.40}")
     return state
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the last checkpoint of a folder whose manifest holds; a warning names each that is passed over.
+    """Return the newest undamaged checkpoint of a folder, or None if there are no checkpoints.
+
+    Damaged checkpoints, whose files do not match the manifest, are skipped with a warning.
 
     Raises:
-        ValueError: there are some, and all are damaged.
+        ValueError: all checkpoints are damaged.
     """
     problems = []
     for path in reversed(_by_step(folder)):
@@ -249,19 +268,26 @@ def latest_checkpoint(folder: Path) -> Path | None:
             problems.append(str(error))
             continue
         for problem in problems:
-            logger.warning("%s: the checkpoint before it is used, %s", problem, path.name)
+            logger.warning("%s: using the older checkpoint %s", problem, path.name)
         return path
     if problems:
-        raise ValueError(f"{folder} holds no checkpoint that is whole: {'; '.join(problems)}")
+        raise ValueError(f"all checkpoints in {folder} are damaged: {'; '.join(problems)}")
     return None
 
 
 def find_checkpoint(resume: str, output: Path) -> Path | None:
-    """Return the checkpoint that ``--resume`` names, its files read and checked, or None for a new run.
+    """Return the checkpoint that ``--resume`` names, after checking all its files against the manifest.
+
+    Args:
+        resume: "auto" for the newest undamaged checkpoint of `output`, the path of a checkpoint, or the path of a run,
+            whose newest undamaged checkpoint is taken.
+
+    Returns:
+        The path, or None if `resume` is "auto" and there is no checkpoint yet.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is damaged, with the file; of a run the newest that is whole is taken, if there is one.
+        ValueError: the checkpoint, or each checkpoint of the run, is damaged. The message names the file.
     """
     if resume == "auto":
         return latest_checkpoint(output / "checkpoints")
@@ -273,35 +299,36 @@ def find_checkpoint(resume: str, output: Path) -> Path | None:
         return path
     checkpoint = latest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if checkpoint is None:
-        raise FileNotFoundError(f"--resume {resume} holds no checkpoint, nor does its folder checkpoints")
+        raise FileNotFoundError(f"--resume {resume} holds no checkpoint, neither directly nor in checkpoints/")
     return checkpoint
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Rename checkpoints of later steps to ``aside-step-...``, before a run goes on after `step`.
+    """Rename checkpoints of steps after `step` to ``aside-step-...``, before a run resumes at `step`.
 
-    They are damaged, or of steps that are about to be made anew.
+    Such checkpoints are damaged, or belong to steps that the run is about to repeat.
     """
     for path in _by_step(folder):
         if _step(path) > step:
             name = set_aside(path).name
-            logger.warning("%s is after step %d, at which this run begins: it is called %s now", path, step, name)
+            logger.warning("%s is after step %d, at which this run begins: renamed to %s", path, step, name)
 
 
 def set_aside_run(folder: Path) -> None:
-    """Rename what a run has left in `folder` to ``aside-...``, before one goes on there from a checkpoint of another.
+    """Rename the metrics and checkpoints of a run in `folder` to ``aside-...``.
 
-    Else its metrics and the new ones would be mixed, and `find_checkpoint` might take one of its checkpoints.
+    This is done before another run's checkpoint is resumed in the folder. Otherwise the metrics of the two runs would
+    be mixed, and `find_checkpoint` might return a checkpoint of the wrong run.
     """
     left = [path for name in ("metrics.jsonl", "tensorboard", "wandb-id") if (path := folder / name).exists()]
     for path in (*left, *_by_step(folder / "checkpoints")):
         logger.warning(
-            "%s is of another run than the one that goes on: it is called %s now", path, set_aside(path).name
+            "%s belongs to another run than the one that resumes here: renamed to %s", path, set_aside(path).name
         )
 
 
 def mend_checkpoints(folder: Path) -> None:
-    """Remove what a process left that died while it wrote one of the checkpoints in `folder`."""
+    """Remove the partial checkpoints in `folder` of processes that died while writing them."""
     mend_folders(folder, "step-*")
 
 
@@ -314,7 +341,7 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _storages(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[int]:
-    """Return the addresses of all storages that training changes in place."""
+    """Return the addresses of all storages that training modifies in place."""
     from torch.distributed.tensor import DTensor
 
     states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
@@ -324,7 +351,7 @@ def _storages(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 def _apart(x: Tensor, live: set[int]) -> Tensor:
-    """Return `x` in memory that training does not change."""
+    """Return `x`, cloned if training modifies its storage, else as it is."""
     x = x.detach().contiguous()
     return x.clone() if x.untyped_storage().data_ptr() in live else x
 
@@ -336,10 +363,13 @@ def _whole() -> Any:
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, whole, on the host; on a CPU the model's own. Every rank calls this."""
+    """Return all parameters and buffers by name, unsharded and on the host.
+
+    Every rank must call this function. On a CPU the tensors are the model's own, not copies.
+    """
     import torch.distributed.checkpoint.state_dict as sharded
 
-    state: Any = sharded.get_model_state_dict(model, options=_whole())  # annotated for nested ones as well
+    state: Any = sharded.get_model_state_dict(model, options=_whole())  # torch's annotation also allows nested dicts
     return state
 
 
@@ -351,6 +381,6 @@ def _set_model_state(model: nn.Module, file: Path) -> None:
     wrong = sorted(expected.keys() ^ tensors.keys()) or [n for n, x in tensors.items() if x.shape != expected[n]]
     if wrong:
         raise ValueError(
-            f"{file} is of another model: {', '.join(wrong[:5])} {'differs' if len(wrong) == 1 else 'differ'}"
+            f"{file} belongs to another model: {', '.join(wrong[:5])} {'differs' if len(wrong) == 1 else 'differ'}"
         )
     sharded.set_model_state_dict(model, tensors, options=sharded.StateDictOptions(full_state_dict=True))

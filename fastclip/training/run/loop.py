@@ -1,7 +1,7 @@
-"""The loop of a run, from its last checkpoint to its end or to a signal, whatever it trains.
+"""The loop of a run, from its last checkpoint to its end or to a signal. Training and fine-tuning share it.
 
-OUTPUT/metrics.jsonl        a line a logged step; TensorBoard's events beside it
-       checkpoints/         from which the run goes on
+OUTPUT/metrics.jsonl        one line per logged step, with TensorBoard's events in tensorboard/
+       checkpoints/         from which the run resumes
 """
 
 from __future__ import annotations
@@ -50,33 +50,33 @@ logger = logging.getLogger(__name__)
 
 
 class Update(NamedTuple):
-    """What one update reports; the same on every rank."""
+    """Report of one update. It is the same on every rank."""
 
     loss: float
-    values: dict[str, float]  # what is logged besides; may be empty where the step is not
-    status: int  # 0: go on; else exit status to end with: FAILED to write a checkpoint, 143 or 130 for a signal
+    values: dict[str, float]  # further metrics to log; may be empty if the step is not logged
+    status: int  # 0 to continue, else the exit status: FAILED (checkpoint not written), 143 or 130 (signal)
 
 
 @dataclass
 class Loop:
-    """The parts of a run and its steps: `resume`, then `run`."""
+    """The loop over the steps of a run. Call `resume`, then `run`."""
 
-    options: TrainOptions | FinetuneOptions  # with lr and warmup
-    folder: Path  # this run's own (`fastclip.system.owner`)
+    options: TrainOptions | FinetuneOptions  # with lr and warmup filled in
+    folder: Path  # owned by this run (`fastclip.system.owner`)
     world: World
     source: Source
-    config: ModelConfig  # tells how pictures become tensors
+    config: ModelConfig  # determines the transform of images
     tokenize: Tokenize
     order: Order
-    steps: int  # of the whole schedule
-    model: nn.Module  # what a checkpoint holds
+    steps: int  # length of the whole schedule
+    model: nn.Module  # module whose state a checkpoint holds
     optimizer: torch.optim.Optimizer
-    update: Callable[..., Update]  # (batch, step, logged=whether it is, status=() -> exit status), of the model
-    hint: str  # how a run that a signal has ended goes on
+    update: Callable[..., Update]  # (batch, step, logged=bool, status=() -> exit status): updates the model
+    hint: str  # tells the user how to resume after a signal
     ema: MovingAverage | None = None
-    about: dict[str, Any] = field(default_factory=dict)  # of the run, in each checkpoint
+    about: dict[str, Any] = field(default_factory=dict)  # about the run, stored in each checkpoint
     validate: Callable[[], dict[str, float]] | None = None
-    val_every: int | None = None  # steps; the last one is validated as well
+    val_every: int | None = None  # steps between validations; the last step is always validated
     async_save: bool = True
     wandb: str | None = None
 
@@ -84,39 +84,39 @@ class Loop:
         self.skipped = Skipped(self.order, self.options.max_bad, self.world)
         self.saver, self.signals = Saver(background=self.async_save), Signals()
         self.first = 0  # updates made before this call
-        self.validated = True  # no validation after update `first` is outstanding
+        self.validated = True  # False: the validation after update `first` is still to be made
 
     def resume(self, which: str | None, compare: Callable[[Path, bool], None] = lambda path, ended: None) -> None:
-        """Fill the parts from a checkpoint, where there is one, and prepare the folder.
+        """Load the checkpoint to resume from, if there is one, and prepare the folder.
 
         Args:
-            which: as ``--resume``; None is a new run.
-            compare: called with the checkpoint before it is loaded, and whether model/ is there.
+            which: value of ``--resume``; None starts a new run.
+            compare: function called before a checkpoint is loaded, with its path and whether model/ exists.
         """
         checkpoints, model, path, ended = self.folder / "checkpoints", self.folder / "model", None, False
         with one_for_all(self.world):
-            if self.world.rank == 0:  # alone: what two mend at once may be lost
+            if self.world.rank == 0:  # one process only: two that repair the same folder could lose files
                 mend_checkpoints(checkpoints)
                 mend_folders(self.folder, model.name)
                 path, ended = find_checkpoint(which, self.folder) if which else None, model.exists()
-        path, ended = of_all_ranks((path, ended), self.world)[0]  # of rank 0 alone: a network disk may show others less
+        path, ended = of_all_ranks((path, ended), self.world)[0]  # on a network disk, others may not see it yet
         if path is not None:
             compare(path, ended)
             self.first = load_checkpoint(path, self.model, self.optimizer, ema=self.ema)
             self.skipped.load(read_state(path, "skipped")["skipped"], path)
-            logger.info("goes on from %s, after %d of %d steps", path, self.first, self.steps)
+            logger.info("resuming from %s, after %d of %d steps", path, self.first, self.steps)
         validated = None
         with one_for_all(self.world):
             if self.world.rank == 0:
-                if self.first < self.steps:  # else no checkpoint is left to write
+                if self.first < self.steps:  # otherwise no checkpoint will be written
                     check_room(checkpoints, self.model, ema=self.ema is not None)
                 if path is not None and path.parent.resolve() != checkpoints.resolve():
                     set_aside_run(self.folder)
                 set_aside_after(checkpoints, self.first)
-                if path is not None and self.first < self.steps and model.exists():  # of an earlier end of this run
-                    logger.warning("the run goes on, and %s is called %s now", model, set_aside(model).name)
+                if path is not None and self.first < self.steps and model.exists():  # from an earlier, shorter schedule
+                    logger.warning("the run continues: %s is renamed to %s", model, set_aside(model).name)
                 validated = cut_metrics(self.folder / "metrics.jsonl", self.first)
-        self.validated = of_all_ranks(validated, self.world)[0] in (None, self.first)  # None: no step is logged yet
+        self.validated = of_all_ranks(validated, self.world)[0] in (None, self.first)  # None: no step was logged yet
 
     @property
     def last(self) -> int:
@@ -125,11 +125,11 @@ class Loop:
         return self.steps if stop_after is None else min(self.steps, self.first + stop_after)
 
     def run(self) -> list[float]:
-        """Make the updates that are left, or those of this call; returns their losses.
+        """Make the remaining updates of the schedule, or --stop-after of them, and return their losses.
 
         Raises:
-            Interrupted: a signal came, and a checkpoint is written.
-            OSError, ValueError, FloatingPointError: as `fastclip.train` raises them.
+            Interrupted: the process received a signal and has written a checkpoint.
+            OSError, ValueError, FloatingPointError: as in `fastclip.training.train`.
         """
         options, world, losses = self.options, self.world, []
         with one_for_all(world):
@@ -139,9 +139,10 @@ class Loop:
         shown = world.rank == 0 and (self.first < self.last or not self.validated)
         self._progress = Progress("training", self.steps, done=self.first, unit="step", shown=shown)
         try:
-            # On the way out a checkpoint that is being written ends first, unless a second signal comes
+            # `watched` is left last: until then a first signal lets `saver` finish the checkpoint that it is writing,
+            # and a second one ends the process
             with self.signals.watched(), self.saver, self._progress:
-                if not self.validated and self._validation_is_due(self.first):  # a run may have died in it
+                if not self.validated and self._validation_is_due(self.first):  # the run may have died during it
                     self._validate(self.first)
                 batches, meter = self._batches(), Meter(options.batch_size)
                 for step in range(self.first, self.last):
@@ -175,8 +176,8 @@ class Loop:
         )
 
     def _step(self, batch: Sequence[Batch], step: int, meter: Meter) -> float:
-        """Make an update, log it and save what is due; returns the loss."""
-        self.skipped.count(batch, step)  # first: it may end the run
+        """Make one update, log it, save and validate if due, and return the loss."""
+        self.skipped.count(batch, step)  # before the update, because it may end the run
         self.model.train()  # validation leaves it in eval mode
         assert self.options.lr is not None and self.options.warmup is not None
         lr = self.options.lr * warmup_cosine(step, warmup_steps=self.options.warmup, steps=self.steps)
@@ -193,20 +194,20 @@ class Loop:
             values |= {"epoch": self.order.position(step)[0], **meter.read()}
             self._write(done, values)
             self._progress.show(values)
-        with meter.paused():  # validation and checkpoints are no part of the throughput
+        with meter.paused():  # the throughput excludes validation and checkpoints
             self._after(done, update.status)
         return update.loss
 
     def _after(self, done: int, status: int) -> None:
-        """Save and validate update `done` where that is due, and end where a process wants to: `status` is not 0.
+        """Save and validate after update `done` if due, and end the run if `status` is not 0.
 
-        After the last update a signal changes nothing.
+        A signal after the last update is ignored, because the run ends anyway.
         """
         if status == FAILED:
-            self._wait_for_saver()  # which raises the failure, on every rank
+            self._wait_for_saver()  # raises the error of the failed write on every rank
         stops = status and done < self.steps
         if stops or done == self.last or _due(done, self.options.save_every):
-            self._save(done)  # at once: validation may fail, and who sent a signal may not wait for long
+            self._save(done)  # before validation, which may fail or outlast the grace period after a signal
         if self._validation_is_due(done):
             self._validate(done)
         if stops:
@@ -215,7 +216,7 @@ class Loop:
             raise Interrupted(status, done)
 
     def _status(self) -> int:
-        """Return the exit status with which this process wants to end, or 0."""
+        """Return the exit status with which this process needs to end, or 0 to continue."""
         return FAILED if self.saver.failed else self.signals.status
 
     def _write(self, done: int, values: dict[str, float]) -> None:
@@ -237,9 +238,9 @@ class Loop:
 
     def _save(self, done: int) -> None:
         with one_for_all(self.world):
-            self.saver.wait()  # before the next copy: there is one at a time
+            self.saver.wait()  # before the next snapshot, so that only one is in memory
             if self._metrics is not None:
-                self._metrics.flush()  # a checkpoint may not be newer than its metrics
+                self._metrics.flush()  # a checkpoint must not be newer than its metrics
         about = {**self.about, "skipped": self.skipped.state()}
         writes = self.world.rank == 0
         snapshot = take_snapshot(self.model, self.optimizer, step=done, about=about, ema=self.ema, writes=writes)

@@ -1,4 +1,4 @@
-"""Where the numbers of a run are kept: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Metrics of a run in metrics.jsonl, TensorBoard and Weights & Biases, and the throughput."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Writes the numbers of a step to every place that keeps them; the process of rank 0 has one.
+    """Writer of the metrics of a run. Only the process of rank 0 has one.
 
     Args:
-        folder: gets metrics.jsonl, one object a line, and TensorBoard's events in ``tensorboard/``.
-        options: of the run, for Weights & Biases.
-        wandb: the project there, None for none; the run is called as the folder, and goes on where this one does.
-        first: updates made before; what TensorBoard has of later ones is hidden.
+        folder: folder of the run, for metrics.jsonl (one JSON object per line) and TensorBoard's ``tensorboard/``.
+        options: options of the run, which are sent to Weights & Biases.
+        wandb: project of Weights & Biases, or None. The run there has the folder's name and is resumed with this run.
+        first: updates made before this call. TensorBoard hides its events of later steps.
     """
 
     def __init__(self, folder: Path, *, options: dict[str, Any], wandb: str | None = None, first: int = 0) -> None:
@@ -36,21 +36,21 @@ class Metrics:
         self._wandb = _wandb_run(wandb, folder, options) if wandb else None
         self._path = folder / "metrics.jsonl"
         self._file = self._path.open("a", encoding="utf-8")
-        # The events of steps that are made anew stay in the files of before, and are hidden
+        # Events of steps that this call repeats stay in the older files; purge_step hides them
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write `values` after `step` updates; TensorBoard groups a name by its part before the slash."""
+        """Write the metrics after `step` updates. TensorBoard groups names by the part before the slash."""
         with naming(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()  # a process that is killed loses no line
+            self._file.flush()  # so that a killed process loses no line
         for name, value in values.items():
             self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def flush(self) -> None:
-        """Return when all lines are on the disk."""
+        """Wait until all lines are on the disk."""
         with naming(self._path):
             os.fsync(self._file.fileno())
 
@@ -62,10 +62,12 @@ class Metrics:
 
 
 def cut_metrics(file: Path, step: int) -> int | None:
-    """Drop the lines after `step`, which a resumed run writes again; a line that a crash has cut goes, too.
+    """Remove the lines of metrics.jsonl after `step`, which a resumed run writes again, and an incomplete last line.
 
-    Other lines that cannot be read are dropped with a warning. Returns the step that was validated last, 0 for none, or
-    None where there are no lines.
+    Other lines that cannot be read are removed with a warning.
+
+    Returns:
+        The last step that was validated, 0 if none was, or None if no lines remain.
     """
     if not file.is_file():
         return None
@@ -74,11 +76,11 @@ def cut_metrics(file: Path, step: int) -> int | None:
         try:
             values = parse_json(line, str(file))
             if (made := int(values["step"])) <= step:
-                kept.append(line + b"\n")  # also of the last one, where a crash has taken just that
+                kept.append(line + b"\n")  # adds a line end that a crash may have cut off
                 if any(name.startswith("val/") for name in values):
                     validated = made
         except (ValueError, KeyError, TypeError, OverflowError):
-            if line.strip(b"\0 ") and number < len(lines):  # a crash may cut the last, or leave blocks of zeros
+            if line.strip(b"\0 ") and number < len(lines):  # a crash may cut the last line or leave blocks of zeros
                 unread += 1
     if unread:
         logger.warning("%s: %d lines cannot be read and are left out", file, unread)
@@ -87,7 +89,7 @@ def cut_metrics(file: Path, step: int) -> int | None:
 
 
 class Meter:
-    """Throughput between two readings."""
+    """Throughput of training between two calls of `read`."""
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
@@ -97,24 +99,25 @@ class Meter:
         self._waited, self._steps, self._since = 0.0, 0, time.perf_counter()
 
     def stepped(self) -> None:
+        """Count one step."""
         self._steps += 1
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
+        """Count the time inside the context as waiting for data."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside out of the throughput."""
+        """Exclude the time inside the context from the throughput."""
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
 
     def read(self) -> dict[str, float]:
-        """Return samples a second and the share of the time that was waited for data, since the last call."""
+        """Return samples per second and the share of time spent waiting for data, both since the last call."""
         seconds = time.perf_counter() - self._since
         rates = {"samples_per_second": self._steps * self._batch_size / seconds, "data_wait": self._waited / seconds}
         self._begin()
@@ -126,7 +129,7 @@ def _wandb_run(project: str, folder: Path, options: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise ImportError("--wandb needs wandb, which is not installed: pip install wandb", name="wandb") from error
-    file = folder / "wandb-id"  # with which a resumed run goes on in the same curves
+    file = folder / "wandb-id"  # lets a resumed run continue the same curves
     if not file.exists():
         write_text(file, secrets.token_hex(8))
     run = file.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Samples of a run that could not be used: counted over all processes, and when they are too many."""
+"""Count of the samples of a run that could not be used, over all processes, and the limit on it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 class Skipped:
-    """Counts bad samples, the same on every rank; a sample counts once an epoch.
+    """Count of the samples that could not be used, the same on every rank. A sample counts once per epoch.
 
     Args:
-        max_bad: the largest share of the samples drawn, 0 to 1.
+        order: order in which samples are drawn.
+        max_bad: largest allowed share of the samples drawn, 0 to 1.
+        world: this process and its group.
     """
 
     def __init__(self, order: Order, max_bad: float, world: World) -> None:
@@ -32,16 +34,16 @@ class Skipped:
         self.tally = Tally()
 
     def count(self, batches: Sequence[Batch], step: int) -> None:
-        """Add the bad samples of all ranks' parts of `step` (from 0); a cause that is new is logged.
+        """Add the bad samples of all ranks in `step`, counted from 0. The first sample of each cause is logged.
 
         Raises:
-            ValueError: there are more than `max_bad`: at the end of an epoch, or before it where they are too many
-                whatever follows, or by more than chance.
+            ValueError: more than `max_bad` of the samples are bad. This is raised before the end of an epoch if the
+                rest of the epoch cannot change it, or if chance cannot explain the share so far (`too_many`).
         """
         faults = [fault for batch in batches for fault in batch.skipped]
         if mean_over_ranks(torch.tensor(float(len(faults)), device=self._world.device), self._world) == 0:
             return
-        # Most steps end above: a number travels faster than objects
+        # Most steps have no bad samples and return above: exchanging a number is cheaper than pickled objects
         everyone = of_all_ranks(faults, self._world)
         for fault in self.tally.add(fault for of_rank in everyone for fault in of_rank):
             logger.warning("skipped, %s: %s: %s", fault.cause, fault.key, fault.reason)
@@ -50,7 +52,7 @@ class Skipped:
             raise ValueError(f"more than --max-bad {self._max_bad:g}: {self.summary(drawn)}")
 
     def summary(self, drawn: int) -> str:
-        """Say how many of the samples `drawn` so far cannot be used, and why."""
+        """Return a sentence with how many of the `drawn` samples cannot be used, and for which causes."""
         share = self.tally.total / drawn
         return f"{self.tally.total:,} of {drawn:,} samples drawn ({share:.2%}) cannot be used: {self.tally}"
 
@@ -62,7 +64,7 @@ class Skipped:
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        """Add what `state` returned, from the checkpoint `path`; ValueError if it holds something else."""
+        """Add counts that `state` returned and the checkpoint `path` holds. Raise ValueError if they are damaged."""
         try:
             tally = Tally.of(state.get("counts"), state.get("keys"))
         except ValueError as error:
@@ -71,10 +73,19 @@ class Skipped:
 
 
 def too_many(bad: int, drawn: int, epoch_length: int, max_bad: float, *, size: int | None = None) -> bool:
-    """Return True if a share above `max_bad` of the data is certain, or a smaller one would be most unlikely.
+    """Return True if it is certain or very likely that more than the share `max_bad` of the samples is bad.
 
-    An epoch draws `epoch_length` of `size` samples, each once: more bad ones than the data may have are too many.
+    It is certain if there are more bad samples than `max_bad` of the dataset's `size` in each epoch begun so far, since
+    an epoch draws each sample at most once. It is very likely if the count is more than about 4 standard deviations
+    above `max_bad` of the samples drawn.
+
+    Args:
+        bad: bad samples so far.
+        drawn: samples drawn so far.
+        epoch_length: samples that an epoch draws.
+        max_bad: largest allowed share, 0 to 1.
+        size: samples of the dataset (default: epoch_length).
     """
     at_the_end = max_bad * math.ceil(drawn / epoch_length) * (size or epoch_length)
     expected = max_bad * drawn
-    return bad > at_the_end or (max_bad < 1 and bad > expected + 4 * math.sqrt(expected) + 4)  # 4 standard deviations
+    return bad > at_the_end or (max_bad < 1 and bad > expected + 4 * math.sqrt(expected) + 4)  # of a Poisson count

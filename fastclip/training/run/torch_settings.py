@@ -1,4 +1,4 @@
-"""Settings and random numbers of the process, which a call of the trainer leaves as they were."""
+"""Settings and random state of torch, which a call of the trainer restores."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ __all__ = ["settings_kept"]
 
 @contextmanager
 def settings_kept(*, deterministic: bool = False) -> Iterator[None]:
-    """Let torch be seeded and `deterministic` inside; afterwards both are as the caller had them."""
+    """Restore torch's random state and deterministic mode on exit, so that code inside may seed torch.
+
+    Args:
+        deterministic: use deterministic algorithms inside the context.
+    """
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = memory.fill_uninitialized_memory
-    # Asking for a GPU's random numbers would start CUDA, which takes memory and cannot be forked
+    # Reading a GPU's random state would initialise CUDA, which takes memory and prevents forking
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(gpus), env.deterministic_cublas() if deterministic else nullcontext():
         try:

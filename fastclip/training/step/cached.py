@@ -1,4 +1,4 @@
-"""Gradient caching: a step over a batch whose activations do not fit, with the one-shot step's gradients."""
+"""Gradient caching: the gradients of a step over a batch whose activations do not fit into memory at once."""
 
 from __future__ import annotations
 
@@ -26,51 +26,55 @@ def cached_step(
     keep_on: torch.device | str | None = None,
     grad_scaler: Any = None,
 ) -> Tensor:
-    """Compute one loss's gradients over micro-batches with the activations of one (GradCache, Gao et al. 2021).
+    """Compute the gradients of a loss over all micro-batches with the activation memory of a single micro-batch.
 
-    All micro-batches are embedded without a graph; the loss of all features together is differentiated once, as far as
-    the features; then every micro-batch is embedded again, with the random numbers of the first time, and
-    back-propagated from its features' gradients. Gradients are added to ``.grad`` as by ``loss.backward()``; the caller
-    zeroes, clips and steps. They are those of one pass over the whole batch, temperature included; two forward passes
-    are their price.
+    This is GradCache (Gao et al. 2021). First, all micro-batches are embedded without a graph. Second, the loss of all
+    features together is differentiated once, with respect to the features. Third, each micro-batch is embedded again,
+    with the same random numbers, and back-propagated from the gradients of its features. The result equals the
+    gradients of a single pass over the whole batch, including that of the temperature, at the cost of a second forward
+    pass. Gradients are added to ``.grad``, as ``loss.backward()`` does. Zeroing gradients, clipping them and stepping
+    the optimiser are left to the caller.
 
         loss = cached_step(model, zip(images.split(64), ids.split(64)), lambda i, t, s: contrastive_loss(i, t, s))
 
     Args:
-        forward: called as ``forward(*micro_batch)``, a model or a function. Returns the features first, each (size, D)
-            of this micro-batch, two or more; then what the loss takes besides and is the same for every micro-batch,
-            tensors (): the scale, already exponentiated, a bias. `DualEncoder` and open_clip's models are such.
-        micro_batches: the arguments of each call; their sizes may differ.
-        loss: called once, as ``loss(*all features, *the rest)``, features (N, D) in the order of the micro-batches.
-            Returns a tensor (). With ``group=`` it is the loss over all ranks. Parameters of `modules` that it reads by
-            itself, such as ``model.logit_scale``, get their gradients too, averaged by DistributedDataParallel; those
-            of FSDP must come from `forward`. Nothing else that a pass leaves behind has a gradient here.
-        modules: what `forward` runs; needed where it is a function around DistributedDataParallel or FSDP, whose
-            gradients are exchanged in the last micro-batch only, around a model with buffers that a pass changes, or
-            around one that draws random numbers on a GPU where the arguments are not.
-            Default: `forward`, where it is a module.
-        keep_on: the device where features wait and the loss is computed; default: where they are.
-        grad_scaler: a ``torch.amp.GradScaler`` whose scale the gradients get.
+        forward: model or function, called as ``forward(*micro_batch)``. It returns two or more features of the
+            micro-batch, each (size, D), followed by the other inputs of the loss, which are tensors () and the same
+            for every micro-batch: the scale, already exponentiated, and a bias. `DualEncoder` and open_clip's models
+            have this form.
+        micro_batches: arguments of each call of `forward`. The sizes of micro-batches may differ.
+        loss: function that is called once, as ``loss(*all features, *the rest)``, with features (N, D) in the order of
+            the micro-batches. It returns a tensor (). With ``group=`` it is the loss over all ranks. Parameters of
+            `modules` that it reads directly, such as ``model.logit_scale``, get gradients too, which
+            DistributedDataParallel averages. If FSDP has sharded a parameter, `forward` must return its value instead.
+            No other tensor that remains from a pass gets a gradient.
+        modules: modules that `forward` runs (default: `forward` itself, if it is a module). They must be given if
+            `forward` is a function around DistributedDataParallel or FSDP, whose gradients are exchanged in the last
+            micro-batch only, around a model with buffers that a pass changes, or around a model that draws random
+            numbers on a GPU on which none of the arguments are.
+        keep_on: device on which features are stored and the loss is computed (default: the features' device).
+        grad_scaler: ``torch.amp.GradScaler`` by whose scale the gradients are multiplied.
 
     Returns:
-        The loss, detached, not scaled.
+        The loss (), detached and not scaled.
 
     Raises:
-        TypeError: a micro-batch is a tensor, a mapping or a text, no arguments.
-        ValueError: no micro-batches; `forward` or `loss` returns something else; `loss` reads by itself a parameter
-            that FSDP has sharded; a tensor of a micro-batch changed before it was embedded again.
+        TypeError: a micro-batch is a tensor, a mapping or a string instead of a sequence of arguments.
+        ValueError: there are no micro-batches, `forward` or `loss` returns something else than described above, `loss`
+            directly reads a parameter that FSDP has sharded, or a tensor of a micro-batch has changed.
 
-    Dropout and drop path are the same in both passes: the states of torch's generators, of the CPU and of the GPUs that
-    the arguments or the modules are on, are replayed, and go on after the loss; those of Python and numpy are not.
-    Buffers are replayed as well and changed once. BatchNorm normalises with the statistics of a micro-batch, as in
-    gradient accumulation: there, and only there, the gradients are not those of one pass over the whole batch. Under
-    `torch.autocast` both passes are.
+    Dropout and drop path draw the same masks in both passes: torch's generators of the CPU and of all GPUs on which
+    arguments or modules are located are replayed, and afterwards continue from their state after the loss. The
+    generators of Python and numpy are not replayed. Buffers are replayed, too, and change only once. BatchNorm
+    normalises with the statistics of a micro-batch, as in gradient accumulation, and is the only layer with which the
+    gradients differ from those of a single pass over the whole batch. `torch.autocast` around the call applies to both
+    passes.
     """
     return _Passes(forward, micro_batches, modules).step(loss, keep_on, grad_scaler)
 
 
 class _Passes:
-    """Both passes of a step over the micro-batches; the second has the random numbers and buffers of the first."""
+    """The two passes of a step over its micro-batches. The second replays random numbers and buffers of the first."""
 
     def __init__(self, forward: _Forward, micro_batches: Iterable[Any], modules: Any) -> None:
         self._forward = forward
@@ -83,7 +87,7 @@ class _Passes:
         tensors = [x for batch in self._batches for x in batch.tensors]
         tensors += [p for module in self._modules for p in module.parameters()]
         self._places = [torch.empty(0, device=device) for device in {x.device for x in tensors}]
-        self._states: list[tuple[Tensor, Any, Any]] = []  # of the generators, before each micro-batch
+        self._states: list[tuple[Tensor, Any, Any]] = []  # states of the generators before each micro-batch
         self._buffers = _Buffers(self._modules)
 
     def step(self, loss: Callable[..., Tensor], keep_on: torch.device | str | None, grad_scaler: Any) -> Tensor:
@@ -93,7 +97,7 @@ class _Passes:
         features = [torch.cat([of_batch[k].to(device) for of_batch in outputs]).requires_grad_() for k in range(count)]
         rest = [x.detach().to(device).requires_grad_(x.is_floating_point()) for x in outputs[0][count:]]
         sizes = [len(of_batch[0]) for of_batch in outputs]
-        del outputs  # their memory is the loss's
+        del outputs  # frees their memory for the loss
         value = loss(*features, *rest)
         if not isinstance(value, Tensor) or value.dim() != 0:
             raise ValueError(f"loss must return a tensor (), got {_described(value)}")
@@ -103,18 +107,19 @@ class _Passes:
         return value.detach()
 
     def _first(self) -> list[tuple[Tensor, ...]]:
-        """Embed each micro-batch without a graph."""
+        """Return the outputs of `forward` for each micro-batch, computed without a graph."""
         outputs = []
         with torch.no_grad(), _no_exchange(self._modules), self._buffers.noted():
             for batch in self._batches:
                 self._states.append(_generators(self._places))
                 outputs.append(_checked(self._forward(*batch.unchanged())))
-        # older torch's autocast keeps the weights it has cast here, which know no gradient
+        # Under no_grad, older versions of torch's autocast cache casts of the weights that have no graph; the second
+        # pass would reuse them and the weights would get no gradient
         torch.clear_autocast_cache()
         return outputs
 
     def _second(self, gradients: list[Any], rest: list[Tensor], direct: list[tuple[Tensor, Tensor]]) -> None:
-        """Back-propagate each micro-batch from its part of the features' `gradients`, the last one from `rest` too."""
+        """Back-propagate each micro-batch from its part of the features' `gradients`, and the last also from `rest`."""
         after = _generators(self._places)
         with self._buffers.replayed(), _restoring(after):
             for k, batch in enumerate(self._batches):
@@ -123,7 +128,7 @@ class _Passes:
                 with nullcontext() if last else _no_exchange(self._modules):
                     outputs = _checked(self._forward(*batch.unchanged()))
                     upstream = [None if d is None else d[k] for d in gradients]
-                    if last:  # the scale and the bias are the same for all, and count once
+                    if last:  # the scale and the bias are shared by all micro-batches, so their gradients count once
                         upstream += [x.grad for x in rest]
                     pairs = [(x, d) for x, d in zip(outputs, upstream) if x.requires_grad and d is not None]
                     if last:
@@ -133,18 +138,19 @@ class _Passes:
 
 
 def _backward(value: Tensor, inputs: list[Tensor], modules: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
-    """Differentiate the loss as far as its inputs; return the parameters that it reads by itself, with their gradients.
+    """Differentiate the loss with respect to its inputs, and return the parameters it reads directly with gradients.
 
-    Those belong to the last micro-batch's backward pass, the only one whose gradients DistributedDataParallel averages.
+    The gradients of these parameters enter the backward pass of the last micro-batch, which is the only one whose
+    gradients DistributedDataParallel averages.
     """
     parameters: dict[Tensor, None] = dict.fromkeys(p for one in modules for p in one.parameters() if p.requires_grad)
-    if not modules:  # whose they are is not known
+    if not modules:  # unknown modules: take all leaves of the loss's graph
         parameters = dict.fromkeys(x for x in _leaves(value) if all(x is not one for one in inputs))
     before = [(p, p.grad, [(hooks, dict(hooks)) for hooks in _hooks(p)]) for p in parameters]
     for p, _, all_hooks in before:
         p.grad = None
         for hooks, _ in all_hooks:
-            hooks.clear()  # they see this gradient in that pass
+            hooks.clear()  # hooks are called with this gradient in the last micro-batch's pass
     try:
         value.backward()
         direct = [(p, p.grad) for p in parameters if p.grad is not None]
@@ -163,9 +169,10 @@ def _hooks(p: Tensor) -> list[dict[int, Any]]:
 
 
 def _before_last_pass(modules: Sequence[nn.Module], direct: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Return what of `direct` enters the last pass; the gradients of others are put where that pass adds to them.
+    """Return the entries of `direct` that are passed to the last backward pass, and add the others to ``.grad``.
 
-    A DistributedDataParallel that looks for unused parameters has counted these as such, and averages their ``.grad``.
+    With ``find_unused_parameters``, DistributedDataParallel has marked parameters that `forward` does not use as ready
+    and averages their ``.grad``. A gradient that autograd delivers for them later would be an error.
     """
     looking = (
         one for module in modules for one in _exchanging(module) if getattr(one, "find_unused_parameters", False)
@@ -178,11 +185,11 @@ def _before_last_pass(modules: Sequence[nn.Module], direct: list[tuple[Tensor, T
 
 
 def _check_averaged(module: nn.Module, direct: list[Tensor]) -> None:
-    """Raise ValueError if what wraps the module averages only the gradients of what a forward uses."""
+    """Raise ValueError if the wrapper of `module` would not average the gradients of the parameters in `direct`."""
     if direct and any(getattr(one, "static_graph", False) for one in _exchanging(module)):
         raise ValueError(
-            "loss reads a parameter by itself, which DistributedDataParallel(static_graph=True) does not expect: let "
-            "forward return what loss needs of it, after the features"
+            "loss reads a parameter directly, which DistributedDataParallel(static_graph=True) does not support: let "
+            "forward return the value that loss needs, after the features"
         )
     sharded = {
         name: p
@@ -194,13 +201,13 @@ def _check_averaged(module: nn.Module, direct: list[Tensor]) -> None:
     for name, p in sharded.items():
         if any(p is one for one in direct):
             raise ValueError(
-                f"loss reads the parameter {name}, which FSDP has sharded, by itself: its gradient would not be "
-                "averaged over the ranks; let forward return what loss needs of it, after the features"
+                f"loss directly reads the parameter {name}, which FSDP has sharded, so its gradient would not be "
+                "averaged over the ranks: let forward return the value that loss needs, after the features"
             )
 
 
 def _leaves(value: Tensor) -> list[Tensor]:
-    """Return the tensors that require gradients and that `value` was computed from."""
+    """Return the leaf tensors that require gradients and from which `value` was computed."""
     leaves: list[Tensor] = []
     nodes, seen = [value.grad_fn], set()
     while nodes:
@@ -214,14 +221,14 @@ def _leaves(value: Tensor) -> list[Tensor]:
 
 
 def _checked(outputs: Any) -> tuple[Tensor, ...]:
-    """Return the features, and what comes after them; ValueError for anything else."""
+    """Return the outputs of `forward` as a tuple. Raise ValueError unless they are features and then tensors ()."""
     if isinstance(outputs, (tuple, list)) and all(isinstance(x, Tensor) for x in outputs):
         dims = [x.dim() for x in outputs]
         count = dims.count(2)
         if count >= 2 and dims == [2] * count + [0] * (len(dims) - count):
             return tuple(outputs)
     raise ValueError(
-        f"forward must return features (size, D), two or more, and then tensors (), got {_described(outputs)}"
+        f"forward must return two or more features (size, D), followed by tensors (), got {_described(outputs)}"
     )
 
 
@@ -233,7 +240,7 @@ def _described(x: Any) -> str:
 
 @contextmanager
 def _no_exchange(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep DistributedDataParallel and FSDP from exchanging gradients inside."""
+    """Keep DistributedDataParallel and FSDP from exchanging gradients inside the context."""
     with ExitStack() as stack:
         for module in modules:
             for one in _exchanging(module):
@@ -242,7 +249,7 @@ def _no_exchange(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _exchanging(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost modules that exchange gradients: `module`, or towers in it that are wrapped one by one."""
+    """Yield the outermost modules that exchange gradients: `module`, or modules inside that are wrapped one by one."""
     if hasattr(module, "no_sync") or hasattr(module, "set_requires_gradient_sync"):
         yield module
         return
@@ -265,13 +272,13 @@ def _left_alone(module: nn.Module) -> Iterator[None]:
 
 
 class _Arguments:
-    """Arguments of one micro-batch, which nobody may change between the passes."""
+    """Arguments of one micro-batch. They may not change between the passes, which `unchanged` checks."""
 
     def __init__(self, batch: Any) -> None:
         if isinstance(batch, (Tensor, Mapping, str)):
             raise TypeError(
                 "a micro-batch must be the arguments of forward, as in zip(images.split(64), ids.split(64)), got "
-                f"{type(batch).__name__}; where forward takes that as it is, [(batch,) for batch in micro_batches]"
+                f"{type(batch).__name__}. If forward takes one argument, pass [(batch,) for batch in micro_batches]"
             )
         self._values = tuple(batch)
         self.tensors = [x for x in tree_leaves(self._values) if isinstance(x, Tensor)]
@@ -280,8 +287,8 @@ class _Arguments:
     def unchanged(self) -> tuple[Any, ...]:
         if self._versions_now() != self._versions:
             raise ValueError(
-                "a tensor of a micro-batch has changed: cached_step reads each twice, and all are taken before the "
-                "first is embedded; let forward change a copy, and give each micro-batch tensors of its own"
+                "a tensor of a micro-batch has changed: cached_step collects all micro-batches first and reads each of "
+                "them twice. Let forward change a copy, and do not reuse tensors between micro-batches"
             )
         return self._values
 
@@ -290,7 +297,7 @@ class _Arguments:
 
 
 def _generators(places: Iterable[Tensor]) -> tuple[Tensor, Any, Any]:
-    """Return the states of torch's generators, of the CPU and of the GPUs that these tensors are on."""
+    """Return the states of torch's generators of the CPU and of the GPUs on which the tensors `places` are."""
     return (torch.get_rng_state(), *get_device_states(*places))
 
 
@@ -308,9 +315,9 @@ def _restoring(states: tuple[Tensor, Any, Any]) -> Iterator[None]:
 
 
 class _Buffers:
-    """Running statistics and the like, which a second pass reads as the first did, and leaves as the first did.
+    """Buffers such as running statistics, which the second pass must read, and leave, as the first pass did.
 
-    A module may write into a buffer or put another in its place.
+    Between the passes a module may have written into a buffer or replaced it by another tensor.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -321,10 +328,11 @@ class _Buffers:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note the buffers that the first pass begins with: DistributedDataParallel hands out those of rank 0."""
+        """Record the buffers with which the first pass begins, after DistributedDataParallel has sent rank 0's."""
         inner = [getattr(one, "module", None) for module in self._modules for one in _exchanging(module)]
         note = self._note
-        if "torch._dynamo" in sys.modules:  # loading it takes seconds; a graph of the wrapper would keep what this did
+        # A compiled graph of the wrapper must not contain this hook. torch.compiler loads dynamo, which takes seconds
+        if "torch._dynamo" in sys.modules:
             note = torch.compiler.disable(note)
         handles = [one.register_forward_pre_hook(note) for one in inner if isinstance(one, nn.Module)]
         self._awaited = {*inner}
@@ -360,5 +368,5 @@ class _Buffers:
                 there = owner._buffers.get(name)
                 if there is None or value is None or (there.shape, there.dtype) != (value.shape, value.dtype):
                     owner._buffers[name] = None if value is None else value.clone()
-                else:  # DistributedDataParallel, for one, has hold of it
+                else:  # in place: DistributedDataParallel, for example, refers to this tensor
                     there.copy_(value)

@@ -1,4 +1,4 @@
-"""The losses of `fastclip train` by name, each with its authors' options and temperature."""
+"""The losses of `fastclip train` by name, each with the options and the temperature of its authors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["NamedLoss", "named_loss"]
 
 
 class NamedLoss(NamedTuple):
-    """A loss over the batch of all processes, and what a model must be made with for it."""
+    """A loss over the batch of all processes, and the initial values that it needs in the model."""
 
     function: Callable[..., Tensor]  # (image features, text features, labels, scale[, bias]) -> ()
-    init_logit_scale: float | None  # a logarithm; None leaves it to the model
-    init_logit_bias: float | None
-    fixed_scale: bool
+    init_logit_scale: float | None  # logarithm of the scale; None keeps the model's default
+    init_logit_bias: float | None  # None: the loss has no bias
+    fixed_scale: bool  # the scale is not trained
     with_labels: bool  # repeats of a pair are positives, not negatives
 
 
@@ -34,14 +34,16 @@ def named_loss(
     equal_shards: bool = False,
     backend: str | None = None,
 ) -> NamedLoss:
-    """Return the loss that `name` means: clip, unicl, align, convirt or siglip.
+    """Return the loss with the given name.
 
     Args:
-        label_smoothing, image_weight, group, comm, equal_shards, backend: as `fastclip.contrastive_loss` takes them;
-            image_weight None is 0.5, for convirt 0.75. The sigmoid loss has neither of the first two.
+        name: "clip", "unicl", "align", "convirt" or "siglip".
+        label_smoothing, image_weight, group, comm, equal_shards, backend: arguments of `fastclip.contrastive_loss`. An
+            image_weight of None means 0.75 for convirt and 0.5 otherwise. The siglip loss has neither label_smoothing
+            nor image_weight.
 
     Raises:
-        ValueError: the name is unknown, or the sigmoid loss is given what it has not.
+        ValueError: the name is unknown, or the siglip loss is given one of the two options that it does not have.
     """
     shared: dict[str, Any] = {"group": group, "comm": comm, "equal_shards": equal_shards, "backend": backend}
 
@@ -64,7 +66,7 @@ def named_loss(
     if name == "convirt":  # Zhang et al. 2020: temperature 0.1, not learned
         return NamedLoss(contrastive, math.log(10), None, fixed_scale=True, with_labels=False)
     if name not in ("clip", "unicl", "align"):
-        raise ValueError(f"no loss is called {name!r}: clip, unicl, align, convirt, siglip")
+        raise ValueError(f"unknown loss {name!r}: choose clip, unicl, align, convirt or siglip")
     # Jia et al. 2021, section 5.1: the temperature starts at 1
     start = 0.0 if name == "align" else None
     return NamedLoss(contrastive, start, None, fixed_scale=False, with_labels=name == "unicl")

@@ -9,10 +9,14 @@ __all__ = ["MovingAverage"]
 
 
 class MovingAverage:
-    """Average of a model's weights: average = decay average + (1 - decay) weight after every update (EMA).
+    """Exponential moving average of a model's trainable weights (EMA).
 
-    The decay of update n is at most (1 + n) / (10 + n), so that a young average forgets its random start. Buffers are
-    not averaged.
+    After every update, average = decay * average + (1 - decay) * weight. The decay of update n is at most
+    (1 + n) / (10 + n), so that the average soon forgets the random initial weights. Buffers are not averaged.
+
+    Args:
+        model: model whose weights are averaged.
+        decay: at least 0 and below 1.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -23,6 +27,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the averages towards the current weights. Call it once after each update of the weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for average, p in zip(self.averages, self._parameters):
@@ -30,7 +35,11 @@ class MovingAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange weights and averages; a second call undoes it."""
+        """Exchange weights and averages in place; a second call restores them.
+
+        Validation and saving use the averages this way: the model is sharded under FSDP, and gathers and saves whatever
+        its parameters hold.
+        """
         for average, p in zip(self.averages, self._parameters):
             weight = p.detach().clone()
             p.copy_(average)

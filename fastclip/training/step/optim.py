@@ -1,4 +1,4 @@
-"""Optimisers, the learning rate's schedule, gradient norms."""
+"""Optimisers, the schedule of the learning rate, and gradient norms."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ __all__ = ["build_optimizer", "clip_gradients", "gradient_norm", "parameter_grou
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
-    """Return the learning rate's factor at `step` (from 0): linear up to 1, then half a cosine towards 0 at `steps`."""
+    """Return the factor of the learning rate at `step`, counted from 0.
+
+    The factor rises linearly to 1 during the warm-up and then follows half a cosine towards 0 at `steps`.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return groups for an optimiser: matrices and convolutions decay, vectors (biases, gains, the class token) and
-    numbers (scale and bias of the logits) do not (Radford et al. 2021, section 2.5).
+    """Return the parameter groups of an optimiser (Radford et al. 2021, section 2.5).
 
-    Numbers have a group of their own: FSDP does not shard them, and an optimiser takes a group's tensors together.
+    Matrices and convolutions have weight decay. Vectors (biases, gains, the class token) and numbers (scale and bias of
+    the logits) have none. Numbers form a separate group, because FSDP does not shard them and a fused optimiser
+    processes all tensors of a group together.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     numbers: list[nn.Parameter] = []
     for p in model.parameters():
         if p.requires_grad:
-            is_matrix = sum(size > 1 for size in p.shape) >= 2  # the class token, (1, 1, D), is none
+            is_matrix = sum(size > 1 for size in p.shape) >= 2  # the class token (1, 1, D) is a vector
             (matrices if is_matrix else vectors if p.dim() else numbers).append(p)
     groups = ((matrices, weight_decay), (vectors, 0.0), (numbers, 0.0))
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
@@ -45,36 +49,44 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.98),
     eps: float = 1e-6,
 ) -> torch.optim.Optimizer:
-    """Make adamw, fused, or lamb (You et al. 2020; ALIGN's), timm's without its clipping."""
+    """Build an optimiser.
+
+    Args:
+        name: "adamw", torch's fused AdamW, or "lamb" (You et al. 2020), timm's LAMB without its gradient clipping.
+        model: model whose trainable parameters are optimised, grouped by `parameter_groups`.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     groups = parameter_groups(model, weight_decay)
     if name == "lamb":
         from timm.optim.lamb import Lamb
 
-        return Lamb(groups, lr=lr, betas=betas, eps=eps, max_grad_norm=None)  # `clip_gradients` has clipped
+        return Lamb(groups, lr=lr, betas=betas, eps=eps, max_grad_norm=None)  # `clip_gradients` does the clipping
     if name != "adamw":
-        raise ValueError(f"no optimiser is called {name!r}: adamw, lamb")
+        raise ValueError(f"unknown optimiser {name!r}: choose adamw or lamb")
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm () of all gradients together; of sharded parameters (FSDP2) that of the whole, on every rank."""
+    """Return the norm () of all gradients together. Every rank gets the norm of the unsharded gradients under FSDP2."""
     from torch.distributed.tensor import DTensor  # slow to load
 
-    # torch's own needs one kind of tensor, and FSDP leaves numbers unsharded
+    # torch's function cannot mix plain and sharded tensors, and FSDP leaves numbers plain
     norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in _kinds(parameters)]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale all gradients, whose `norm` is known, down to `max_norm` where they are longer."""
+    """Scale all gradients down so that their total norm is at most `max_norm`. Their current `norm` is given."""
     for kind in _kinds(parameters):
         nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
 
 
 def _kinds(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Return those with gradients, plain and sharded ones apart: torch takes no mixture."""
+    """Return the parameters with gradients, split into plain and sharded ones, which torch cannot process together."""
     from torch.distributed.tensor import DTensor
 
     with_gradients = [p for p in parameters if p.grad is not None]

@@ -1,4 +1,4 @@
-"""One update of a model from the micro-batches of a process, and what stops a run before a bad one."""
+"""One update of a model from the micro-batches of a process, and the checks that stop a run before a bad update."""
 
 from __future__ import annotations
 
@@ -22,33 +22,36 @@ from fastclip.training.step.optim import clip_gradients, gradient_norm
 
 __all__ = ["FAILED", "StepReport", "Stepper", "seed_step"]
 
-FAILED = 1  # exit status of a process whose checkpoint was not written
+FAILED = 1  # exit status of a run whose checkpoint could not be written
 _STATUSES = (FAILED, *STATUSES)
 _SHOWN = 10  # names in an error
 
 
 class StepReport(NamedTuple):
-    """What an update over the batch of all processes reports; the same on every rank."""
+    """Report of one update over the batch of all processes. It is the same on every rank."""
 
     loss: float
     grad_norm: float  # before clipping
-    image_top1: float | None  # share of the images whose most similar text of the batch is theirs
-    text_top1: float | None
-    status: int = 0  # exit status with which a process wants to end, else 0
+    image_top1: float | None  # share of images whose most similar text in the batch is their own
+    text_top1: float | None  # share of texts whose most similar image in the batch is their own
+    status: int = 0  # exit status if some process needs to end, else 0
 
 
 class Stepper:
     """Updates of one model.
 
     Args:
-        model: the model itself.
-        wrapped: what `fastclip.training.ranks.wrap` made of it.
-        loss: over the group of `world`.
-        ema: moved after each update.
-        autocast: the dtype that the towers compute in; None is the weights' own.
-        keep_on: as `cached_step`'s.
-        cached: `cached_step` for a single micro-batch, too, because other ranks have more: their features then require
-            gradients alike.
+        model: model to train.
+        wrapped: result of `fastclip.training.ranks.wrap` for `model`.
+        loss: loss over the group of `world`.
+        optimizer: optimiser of the model's parameters.
+        world: this process and its group.
+        ema: moving average that is updated after each update of the weights.
+        max_grad_norm: norm to which longer gradients are scaled down (None: no clipping).
+        autocast: dtype in which the towers compute (None: the dtype of the weights).
+        keep_on: argument of `cached_step`.
+        cached: use `cached_step` for a single micro-batch, too. This is needed if other ranks have several, because
+            the features of all ranks must agree in whether they require gradients.
     """
 
     def __init__(
@@ -77,16 +80,21 @@ class Stepper:
         accuracy: bool = False,
         status: Callable[[], int] = lambda: 0,
     ) -> StepReport:
-        """Make one update from this rank's micro-batches; `step` (from 0) is for messages.
+        """Make one update from this rank's micro-batches.
 
-        `status` is called once, after the gradients are computed: the exit status with which this process wants to
-        end, 0 for none. All ranks report the same.
+        Args:
+            batches: micro-batches of this rank.
+            step: number of the step, counted from 0, for messages.
+            accuracy: compute the top-1 shares of the report.
+            status: function that is called once, after the gradients are computed. It returns the exit status with
+                which this process needs to end, or 0. All ranks agree on one status in the report.
 
         Raises:
-            FloatingPointError: loss or gradient is not finite, with step and samples; the weights are as before.
+            FloatingPointError: the loss or a gradient is not finite. The message names the step and the samples, and
+                the weights are unchanged.
         """
         labels = torch.cat([batch.labels for batch in batches])
-        features: list[Tensor] = []  # of image and text, and the scale: what the loss is computed from
+        features: list[Tensor] = []  # inputs of the loss: image features, text features and the scale
 
         def forward(images: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             device = self.world.device
@@ -106,14 +114,16 @@ class Stepper:
         else:
             pairs = [(batch.images, batch.ids) for batch in batches]
             value = cached_step(forward, pairs, loss, modules=[self.wrapped], keep_on=self.keep_on)
+        # All ranks must end at the same step, because a rank that continues would wait for the others in a collective.
+        # A signal may reach them at different times, so the status is exchanged together with the loss.
         wished = status()
         wishes = torch.tensor([wished == code for code in _STATUSES], dtype=torch.float64, device=value.device)
-        shared = mean_over_ranks(torch.cat([value.detach().double().view(1), wishes]), self.world)  # one exchange
+        shared = mean_over_ranks(torch.cat([value.detach().double().view(1), wishes]), self.world)
         whole = float(shared[0].to(value.dtype))
         agreed = next((code for code, share in zip(_STATUSES, shared[1:].tolist()) if share), 0)
         if not math.isfinite(whole):
             raise FloatingPointError(self._explained(f"the loss of step {step} is {whole}", batches, features))
-        if self.wrapped is self.model:  # FSDP, or alone; DDP has averaged them all
+        if self.wrapped is self.model:  # FSDP or a single process; DDP has averaged all gradients
             reduce_unsharded(self.model, self.world)
         norm = gradient_norm(self.model.parameters())
         if not norm.isfinite():
@@ -126,7 +136,7 @@ class Stepper:
             self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)  # Radford et al. 2021, section 2.5
         if self.ema is not None:
             self.ema.update()
-        # Of the features before the update: another pass would cost as much as the step
+        # Accuracy of the features before the update: embedding the batch again would cost another forward pass
         image_top1, text_top1 = self._accuracy(labels, *features) if accuracy else (None, None)
         return StepReport(whole, norm.item(), image_top1, text_top1, agreed)
 
@@ -141,7 +151,10 @@ class Stepper:
     def _explained(
         self, message: str, batches: Sequence[Batch], features: Sequence[Tensor], *, with_gradients: bool = False
     ) -> str:
-        """Return `message` with the samples or weights of all ranks that did it: the first cause in a step's order."""
+        """Return `message` with the samples or weights that caused it, over all ranks.
+
+        The first cause in the order of a step's computation is named.
+        """
         keys = [key for batch in batches for key in batch.keys]
 
         def named(tensors: Sequence[Tensor]) -> list[str]:
@@ -155,7 +168,7 @@ class Stepper:
             "image features": named(features[:1]),
             "text features": named(features[1:2]),
         }
-        if with_gradients:  # a loss that is not finite spoils them all
+        if with_gradients:  # if the loss is not finite, hardly any gradient is, and they name no cause
             causes["gradients"] = [n for n, p in parameters.items() if p.grad is not None and not _finite(p.grad)]
         message += "; training stopped before its update: "
         everyone = of_all_ranks(causes, self.world)
@@ -163,10 +176,10 @@ class Stepper:
             names = list(dict.fromkeys(name for of_rank in everyone for name in of_rank[cause]))
             if names:
                 more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-                return f"{message}{cause} that are not finite, of {', '.join(names[:_SHOWN])}{more}"
+                return f"{message}{cause} of {', '.join(names[:_SHOWN])}{more} are not finite"
         return (
-            f"{message}all features are finite, with a logit scale of {float(features[2]):.4g}; the batch began with "
-            f"{keys[0]} and ended with {keys[-1]}"
+            f"{message}all features are finite and the logit scale is {float(features[2]):.4g}. The batch begins with "
+            f"{keys[0]} and ends with {keys[-1]}"
         )
 
 
@@ -176,5 +189,5 @@ def _finite(x: Tensor) -> bool:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make the dropout of a step a function of these: a resumed run draws what an unbroken one would have drawn."""
+    """Seed torch for the dropout of a step, so that a resumed run draws the same masks as an uninterrupted one."""
     torch.manual_seed(mix(seed, step, rank, 0))
