@@ -1,4 +1,4 @@
-"""Search the pictures of a folder, or of a disk, by text and by picture."""
+"""Search the images of a folder or a disk by text and by image."""
 
 from typing import TYPE_CHECKING
 

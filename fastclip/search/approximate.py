@@ -1,6 +1,7 @@
-"""Nearest neighbours among more vectors than are gone through for every query: usearch's HNSW graph beside the index.
+"""Approximate nearest neighbours with usearch's HNSW graph (Malkov and Yashunin 2016, arXiv:1603.09320).
 
-Malkov and Yashunin 2016, arXiv:1603.09320. Contents are never changed nor removed, so the graph only grows.
+It serves indices that are too large for a scan of all vectors per query. The graph is stored beside the index.
+Contents of an index are never changed or removed, so the graph only grows.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from fastclip.system.reading import read_json
 __all__ = ["Approximate"]
 
 logger = logging.getLogger(__name__)
-_QUERIES, _NEIGHBOURS = 100, 10  # that recall is measured with
-_SAMPLED = 100  # contents by which an index is known
-_EXPANSION = 256  # candidates of a search: slower, and finds more
+_QUERIES, _NEIGHBOURS = 100, 10  # with which recall is measured
+_SAMPLED = 100  # contents whose digests identify an index
+_EXPANSION = 256  # candidates of a search: more candidates give a higher recall and a slower search
 
 
 class Approximate:
-    """The graph of all contents of an index, brought up to date when it is opened.
+    """HNSW graph of all contents of an index. It is brought up to date when it is opened.
 
-    `recall` is the share of the 10 nearest contents, by exact computation, that it finds for 100 vectors of the index;
-    measured whenever it has grown.
+    Attributes:
+        recall: share of the exact 10 nearest contents that the graph finds, for 100 vectors of the index. It is
+            measured again whenever the graph has grown.
 
     Raises:
         ImportError: usearch is not installed.
@@ -39,7 +41,7 @@ class Approximate:
             from usearch.index import Index as Graph
         except ModuleNotFoundError as error:
             raise ImportError(
-                "so many pictures are searched through usearch, which is not installed: pip install usearch",
+                "searching this many images needs usearch, which is not installed: pip install usearch",
                 name=error.name,
             ) from error
         self._index = index
@@ -53,30 +55,30 @@ class Approximate:
         return 0 if self._graph is None else len(self._graph)
 
     def nearest(self, query: Vector, count: int) -> list[int]:
-        """Ids of contents of about the highest <query, vector>, in no order to rely on."""
+        """Return the ids of about the `count` contents with the highest <query, vector>, in arbitrary order."""
         if self._graph is None:
             return []
         return [int(key) for key in self._graph.search(query.astype(np.float32), min(count, len(self))).keys]
 
     def _read(self, graph: Any) -> tuple[Any, float, int]:
-        """The graph of before, its recall and its last content; nothing where it is not there or not whole."""
+        """Return the stored graph, its recall and its last content, or (None, 1.0, 0) if it is missing or damaged."""
         try:
             about = read_json(self._about)
             whole = graph.restore(str(self._file)) if self._file.is_file() else None
             last = int(about["last"])
-            # an index that was removed has other contents of the same numbers now
+            # after an index was removed and built again, the same ids denote other contents
             if whole is not None and len(whole) == int(about["size"]) and about["index"] == self._contents(last):
                 whole.expansion_search = _EXPANSION
                 return whole, float(about["recall"]), last
-            logger.warning("%s is not what was written and is made anew", self._file)
+            logger.warning("%s does not belong to this index and is rebuilt", self._file)
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
-            logger.warning("%s cannot be read (%s) and is made anew", self._file, error)
+            logger.warning("%s cannot be read (%s) and is rebuilt", self._file, error)
         return None, 1.0, 0
 
     def _grow(self, graph: Any, last: int) -> int | None:
-        """The last content that was added, None where there was nothing to add."""
+        """Add the contents after `last` to the graph. Return the last one added, or None if there were none."""
         added = None
         for keys, vectors in self._index.vectors_after(last):
             if self._graph is None:
@@ -87,7 +89,7 @@ class Approximate:
         return added
 
     def _measured(self) -> float:
-        """Measure `recall` against a pass over all vectors."""
+        """Measure `recall` by comparison with an exact search of all vectors."""
         queries = self._sample()
         best = np.full((len(queries), _NEIGHBOURS), -np.inf, np.float32)
         ids = np.full(best.shape, -1, np.int64)
@@ -101,19 +103,19 @@ class Approximate:
         return sum(hits) / sum(map(len, true))
 
     def _sample(self) -> Vector:
-        """Vectors evenly spread over the index."""
+        """Return up to 100 vectors (Q, D) evenly spread over the index."""
         pause = max(1, len(self) // _QUERIES)
         rows = chain.from_iterable(vectors for _, vectors in self._index.vectors_after(0))
         return np.stack(list(islice(rows, 0, pause * _QUERIES, pause)))
 
     def _contents(self, last: int) -> str:
-        """A digest of a hundred contents up to the last one of the graph."""
+        """Return a digest of a hundred contents up to `last`, which identifies the index."""
         numbers = sorted({max(1, last * k // _SAMPLED) for k in range(1, _SAMPLED + 1)})
         return hashlib.blake2b(b" ".join(map(self._index.digest_of, numbers)), digest_size=16).hexdigest()
 
     def _write(self, last: int) -> None:
         with new_file(self._file) as half:
             self._graph.save(str(half))
-            self._about.unlink(missing_ok=True)  # the graph is made anew where the two do not belong together
+            self._about.unlink(missing_ok=True)  # so that a crash leaves no description of another graph
         about = {"size": len(self._graph), "last": last, "recall": round(self.recall, 4), "index": self._contents(last)}
         write_json(self._about, about, indent=None)

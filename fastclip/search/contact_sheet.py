@@ -1,4 +1,4 @@
-"""Draw the matches of a query as one picture, and a picture as what a terminal shows."""
+"""Contact sheets of the matches of a query, and images as text for a terminal."""
 
 from __future__ import annotations
 
@@ -18,28 +18,32 @@ from fastclip.search.engine import Match
 
 __all__ = ["contact_sheet", "most_tiles", "terminal_picture", "thumbnail"]
 
-_SIDE, _MARGIN, _LABEL = 224, 8, 32  # pixels: of a tile, around it, and below it
+_SIDE, _MARGIN, _LABEL = 224, 8, 32  # pixels: side of a tile, margin around it, room for text below it
 _WIDE, _HIGH = _SIDE + 2 * _MARGIN, _SIDE + 2 * _MARGIN + _LABEL
 _COLUMNS = 5
-_LONGEST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}  # pixels of a side that the formats have
-_CHUNK = 4096  # characters of an escape sequence of kitty
+_LONGEST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}  # longest side that the format allows, in pixels
+_CHUNK = 4096  # characters per escape sequence of kitty
 
 
 def thumbnail(path: Path, side: int) -> Image.Image:
-    """The picture in RGB, its longer side no more than `side` pixels. Raises BadSample as `read_picture`."""
+    """Return the image in RGB with a longer side of at most `side` pixels.
+
+    Raises:
+        BadSample: the image cannot be read (`read_picture`).
+    """
     picture = read_picture(path, str(path), min_side=side).convert("RGB")
     picture.thumbnail((side, side))
     return picture
 
 
 def most_tiles(suffix: str) -> int:
-    """Return how many pictures a contact sheet in a file with this suffix has room for."""
+    """Return how many images fit on a contact sheet in a file with this suffix, such as ".jpg"."""
     longest = _LONGEST.get(suffix.lower())
     return sys.maxsize if longest is None else longest // _HIGH * _COLUMNS
 
 
 def contact_sheet(matches: Sequence[Match]) -> Image.Image:
-    """Rows of pictures with their places, scores and names; grey where a picture cannot be read any more."""
+    """Draw rows of images with their ranks, scores and names. An image that can no longer be read is a grey tile."""
     columns = max(1, min(_COLUMNS, len(matches)))
     sheet = Image.new("RGB", (columns * _WIDE, math.ceil(len(matches) / columns) * _HIGH), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
@@ -50,7 +54,7 @@ def contact_sheet(matches: Sequence[Match]) -> Image.Image:
         except BadSample:
             tile = Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
         sheet.paste(tile, (left + (_SIDE - tile.width) // 2, upper + (_SIDE - tile.height) // 2))
-        name = "".join(x if x.isprintable() else "?" for x in Path(match.path).name)  # line ends cannot be measured
+        name = "".join(x if x.isprintable() else "?" for x in Path(match.path).name)  # PIL measures single lines only
         for line, text in enumerate((f"{place + 1}   {match.score:.4f}", name)):
             while len(text) > 1 and draw.textlength(text, font) > _SIDE:
                 text = text[:-2] + "…"
@@ -59,10 +63,12 @@ def contact_sheet(matches: Sequence[Match]) -> Image.Image:
 
 
 def terminal_picture(picture: Image.Image, *, protocol: str, columns: int) -> str:
-    """Return the characters that show a picture at no more than so many columns.
+    """Return text that shows an image in a terminal.
 
     Args:
-        protocol: "iterm" or "kitty", of terminals that show pixels; "" for two pixels a character, in 24-bit colours.
+        protocol: "iterm" or "kitty" for terminals that show pixels with these escape sequences; "" for coloured
+            characters of two pixels each, in 24-bit colours.
+        columns: largest width in characters.
     """
     if protocol:
         file = io.BytesIO()
@@ -74,7 +80,7 @@ def terminal_picture(picture: Image.Image, *, protocol: str, columns: int) -> st
         chunks = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
         first = f"a=T,f=100,c={columns}," if picture.width > 8 * columns else "a=T,f=100,"
         heads = [first, *[""] * (len(chunks) - 1)]
-        more = [1] * (len(chunks) - 1) + [0]  # whether another chunk follows
+        more = [1] * (len(chunks) - 1) + [0]  # 1 if another chunk follows
         parts = zip(heads, more, chunks)
         return "".join(f"\x1b_G{head}m={follows};{chunk}\x1b\\" for head, follows, chunk in parts) + "\n"
     columns = min(columns, picture.width)

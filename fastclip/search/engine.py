@@ -1,4 +1,4 @@
-"""A folder that is searched with a model."""
+"""Search of a folder with a model."""
 
 from __future__ import annotations
 
@@ -24,30 +24,33 @@ from fastclip.system import env
 __all__ = ["Match", "SearchEngine"]
 
 logger = logging.getLogger(__name__)
-_EXACT = 1_000_000  # contents up to which every vector is gone through
+_EXACT = 1_000_000  # largest number of files for which every vector is compared with a query
 
 
 class Match(NamedTuple):
-    """A file that a query finds."""
+    """A file found by a query."""
 
     path: str
     score: float
-    content: int = -1  # its number in the index, which stays
+    content: int = -1  # id of the file's content in the index, which never changes
 
 
 class SearchEngine:
-    """Finds pictures under a folder by text, by picture, or by a mixture of these.
+    """Search of the images under a folder by text, by image, or by a mixture of both.
 
-    A text that was searched for before, and a picture that is indexed, need no model. May be used by several threads.
+    The model is not loaded for texts that were searched for before and for images that are indexed. Several threads may
+    use one engine.
 
     Args:
-        exclude: names of folders that are left out, whatever is in the index.
-        indices: where the indices lie; default: FASTCLIP_CACHE.
-        exact_limit: pictures above which usearch finds the candidates, whose scores are then exact.
+        model: model that computes the vectors.
+        folder: folder to search.
+        exclude: names of folders that are left out, even if the index has their files.
+        indices: folder of the indices (default: FASTCLIP_CACHE).
+        exact_limit: number of files above which usearch selects the candidates. Their scores are exact in any case.
 
     Raises:
-        NotADirectoryError: `folder` is none.
-        ValueError: the index is of another version; and as `model`, where its identity is not known yet.
+        NotADirectoryError: `folder` is not a folder.
+        ValueError: the index was written by another version, or as raised by `model`.
     """
 
     def __init__(
@@ -65,16 +68,17 @@ class SearchEngine:
         self._bytes, self._exclude = os.fsencode(self.folder), tuple(exclude)
         self._model, self._exact_limit = model, exact_limit
         self._index = Index((indices or env.cache_folder()) / "search" / f"{model.identity}.sqlite3")
-        self._lock = threading.RLock()  # SQLite's connection, the model and what is loaded are one thread's at a time
+        self._lock = threading.RLock()  # one thread at a time uses SQLite, the model and the loaded index
         self._pictures: Pictures | None = None
         self._approximate: Approximate | None = None
         self._changes = -1
 
     def close(self) -> None:
+        """Close the index."""
         self._index.close()
 
     def update(self, *, batch_size: int = 64, workers: int = 1, progress: bool = False) -> Update:
-        """Bring the index up to date with the folder, as `update_index`."""
+        """Bring the index up to date with the folder; arguments and errors are those of `update_index`."""
         with self._lock:
             self._pictures = self._approximate = None
             return update_index(
@@ -88,63 +92,76 @@ class SearchEngine:
             )
 
     def faults(self) -> list[tuple[str, str]]:
-        """Return the files that cannot be used, and why."""
+        """Return the path and the reason of each file that cannot be used."""
         left_out = excluded(self._bytes, self._exclude)
         with self._lock:
             faults = self._index.faults(self._bytes)
         return [(os.fsdecode(path), fault) for path, fault in faults if not left_out(path)]
 
     def find(self, terms: Sequence[Term], count: int = 10) -> list[Match]:
-        """The `count` files of the highest scores; pictures of the query are not among them.
+        """Return the `count` files with the highest scores, without the images of the query itself.
 
         Raises:
-            ValueError: a picture of the query cannot be read; or as `combine`.
+            ValueError: an image of the query cannot be read, or as raised by `combine`.
         """
         paths = [term.path for term in terms if term.path is not None]
-        # a link and what it leads to are two files
+        # a link and its target are two different files, so both are left out
         asked = {os.path.join(os.path.realpath(path.parent), path.name) for path in paths}
         asked |= {os.path.realpath(path) for path in paths}
         matches = self.find_vector(self.query_vector(terms), count + len(asked))
         return [match for match in matches if match.path not in asked][:count]
 
     def query_vector(self, terms: Sequence[Term]) -> Vector:
-        """(D,), as `combine`."""
+        """Return the combined vector (D,) of a query; errors are those of `find`."""
         vectors = [self._text(term.text) if term.path is None else self._file(term.path) for term in terms]
         return combine(vectors, [term.weight for term in terms])
 
     def find_vector(self, query: Vector, count: int = 10) -> list[Match]:
-        """Return the `count` files of the highest scores. ValueError where a number of the query is not finite."""
+        """Return the `count` files with the highest scores <query, vector>.
+
+        Raises:
+            ValueError: the query is not finite or has another length than the vectors of the index, or the index is
+                damaged.
+        """
         if not np.isfinite(query).all():
-            raise ValueError("the query has no finite vector: is the model damaged?")
+            raise ValueError("the vector of the query is not finite: the model may be damaged")
         with self._lock:
             pictures = self._loaded()
             if pictures.vectors.size and pictures.vectors.shape[1] != len(query):
-                raise ValueError(f"{self._index.file} holds vectors of another length; remove it to begin anew")
+                raise ValueError(
+                    f"{self._index.file} holds vectors of another length: remove it, and the index is rebuilt"
+                )
             if self._approximate is None:
                 best = top(pictures, query, count)
             else:
                 best = self._nearest(self._approximate, pictures, query, count)
             if not all(math.isfinite(score) for _, score, _ in best):
-                raise ValueError(f"{self._index.file} holds a vector that is not finite; remove it to begin anew")
+                raise ValueError(
+                    f"{self._index.file} holds a vector that is not finite: remove it, and the index is rebuilt"
+                )
         return [Match(os.fsdecode(path), score, content) for path, score, content in best]
 
     def count(self) -> int:
-        """Return how many files can be found."""
+        """Return the number of files that a query can find."""
         with self._lock:
             return len(self._loaded().paths)
 
     def paths_of(self, content: int) -> list[str]:
-        """The files of this content that can be found."""
+        """Return the paths of all searchable files with this content id."""
         with self._lock:
             pictures = self._loaded()
         places = np.flatnonzero(pictures.contents[pictures.rows] == content)
         return [os.fsdecode(pictures.paths[place]) for place in places]
 
     def picture_vector(self, file: BinaryIO, key: str) -> Vector:
-        """Return the vector (D,) of a picture, from the index where its content is there.
+        """Return the vector (D,) of an image, which is taken from the index if its content is indexed.
+
+        Args:
+            file: image file, read from its current position.
+            key: name of the image in errors.
 
         Raises:
-            BadSample: it cannot be read; with `key`.
+            BadSample: the image cannot be read.
         """
         with self._lock:
             known = self._index.vector_of_digest(digest_of(file))
@@ -167,12 +184,12 @@ class SearchEngine:
                 return known
             embedder = self._model.embedder
             if _is_cut(embedder.tokenize, text):
-                logger.warning("the end of the text is not read, for which the model has no room: %.60s ...", text)
+                logger.warning("the text is too long for the model, which ignores its end: %.60s ...", text)
             vector: Vector = embedder.embed_texts([text])[0].numpy()
             try:
                 self._index.keep_text(text, vector)
-            except OSError as error:  # such as an index that may be read only
-                logger.warning("the text is not remembered: %s", error)
+            except OSError as error:  # such as an index without write permission
+                logger.warning("the vector of the text is not stored: %s", error)
             return vector
 
     def _file(self, path: Path) -> Vector:
@@ -184,7 +201,7 @@ class SearchEngine:
             return self.picture_vector(file, str(path))
 
     def _loaded(self) -> Pictures:
-        """Return what is searched, read again where another process has changed it, and set `_approximate`."""
+        """Return the files and vectors to search, and set `_approximate`. Both are read again if the index changed."""
         if self._pictures is not None and self._changes == self._index.changes():
             return self._pictures
         self._changes = self._index.changes()
@@ -193,14 +210,14 @@ class SearchEngine:
         if self._index.count(self._bytes) > self._exact_limit:
             self._approximate = Approximate(self._index)
             logger.warning(
-                "approximate search of %d pictures: it finds %.1f %% of the 10 nearest",
+                "approximate search of %d images: it finds %.1f %% of the 10 nearest",
                 len(self._approximate),
                 100 * self._approximate.recall,
             )
             files = [(path, content) for path, content in self._index.paths(self._bytes) if not left_out(path)]
             rows = np.fromiter((content for _, content in files), np.int64, len(files))
             contents, rows = np.unique(rows, return_inverse=True)
-            nothing = np.empty((len(contents), 0), np.float32)  # vectors are read for the candidates of a query alone
+            nothing = np.empty((len(contents), 0), np.float32)  # only the vectors of a query's candidates are read
             self._pictures = Pictures([path for path, _ in files], rows, contents, nothing)
         else:
             pictures = self._index.pictures(self._bytes)
@@ -211,13 +228,17 @@ class SearchEngine:
     def _nearest(
         self, graph: Approximate, pictures: Pictures, query: Vector, count: int
     ) -> list[tuple[bytes, float, int]]:
-        """Ask the graph, which holds other folders' contents too, for more until enough are of this folder."""
+        """Return the best files of this folder by the graph.
+
+        The graph also holds contents of other folders, so it is asked for more candidates until enough of them belong
+        to this folder.
+        """
         asked = count
         while True:
             ids = np.intersect1d(graph.nearest(query, asked), pictures.contents)
             if len(ids) >= count or asked >= len(graph):
                 break
-            asked *= 4  # the graph cannot leave other folders out by itself
+            asked *= 4  # the graph cannot be restricted to a folder
         vectors = np.empty((len(ids), len(query)), np.float32)
         for row, content in enumerate(ids):
             vectors[row] = self._index.vector_of(int(content))
@@ -229,9 +250,10 @@ class SearchEngine:
 
 
 def _is_cut(tokenize: Any, text: str) -> bool:
-    """Return True if neither the text's last character nor what would follow makes a difference.
+    """Return True if the text is longer than the model's context.
 
-    In a text without tokens neither does, although there is room.
+    Then neither the last character of the text nor further text changes its tokens. The same holds for a text that has
+    no tokens at all, which is therefore excluded.
     """
     cut, whole, more, nothing = tokenize([text[:-1], text, text + text, ""])
     return bool((cut == whole).all() and (whole == more).all() and (whole != nothing).any())

@@ -1,7 +1,8 @@
-"""An index of a disk's pictures in SQLite: which content each file has, and the unit vector of each content.
+"""An index of images in SQLite: the content of each file, and the unit vector of each content.
 
-A content is known by a hash of its bytes and stays when its last file is gone, 2 KB at 512 numbers: what was moved, or
-comes back with a disk, is not embedded again. Paths are bytes, as the system has them; folders end without a slash.
+A content is identified by a hash of its bytes. It stays in the index after its last file is gone (2 KB for 512
+dimensions), so that files that were moved, or are on a disk that was absent, are not embedded again. Paths are bytes,
+as the operating system has them. Folders are given without a trailing slash.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ Vector = npt.NDArray[np.float32]
 
 _APPLICATION = 0x66636C70  # "fclp"
 _VERSION = 1
-_PATIENCE = 60.0  # seconds that a process waits for another one's transaction
-# A row of 512 numbers fills half a page of SQLite's usual 4 KiB, and its other half would be lost.
+_PATIENCE = 60.0  # seconds that a process waits for the transaction of another
+# A vector of 512 numbers fills half of SQLite's default page of 4 KiB, and the other half would stay unused.
 _PAGE = 16384
-_AT_ONCE = 65536  # vectors that are read at a time, as long as no other process can write
-_MAPPED = 2**40  # bytes, more than any index has: vectors are read without a copy of each page
+_AT_ONCE = 65536  # vectors read at a time: other processes cannot write during a read
+_MAPPED = 2**40  # bytes, more than any index has: mapped pages are read without a copy
 _TABLES = """
 CREATE TABLE contents (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, vector BLOB, fault TEXT,
                        CHECK ((vector IS NULL) != (fault IS NULL)));
@@ -34,77 +35,81 @@ CREATE TABLE files (path BLOB PRIMARY KEY, stamp TEXT, content INTEGER NOT NULL 
 CREATE INDEX files_of_content ON files (content);
 CREATE TABLE texts (text BLOB PRIMARY KEY, vector BLOB NOT NULL);
 """
-_READER = "CREATE TABLE IF NOT EXISTS reader (name TEXT NOT NULL)"  # which indices of before may not have
-_INSIDE = "path >= ? AND path < ?"  # of a folder: see _range
+_READER = "CREATE TABLE IF NOT EXISTS reader (name TEXT NOT NULL)"  # indices of older versions may lack this table
+_INSIDE = "path >= ? AND path < ?"  # condition for the files under a folder, with the bounds of `_range`
 _USED = f"vector IS NOT NULL AND id IN (SELECT content FROM files WHERE {_INSIDE})"
 _SLASH = os.fsencode(os.sep)
 
 
 class Seen(NamedTuple):
-    """A file that was read; a content that is new has a vector or a fault."""
+    """A file that was read. If its content is new, it has a vector or a fault."""
 
     path: bytes
-    stamp: str | None  # of the file's state; None where it may yet change unseen
-    digest: bytes
-    vector: Vector | None = None
-    fault: str | None = None
+    stamp: str | None  # state of the file; None if a further change might not show in its state
+    digest: bytes  # hash of the content
+    vector: Vector | None = None  # (D,)
+    fault: str | None = None  # why the content cannot be used
 
 
 class Pictures(NamedTuple):
-    """N files of a folder, by path, that share M contents."""
+    """The N files of a folder, sorted by path, and their M distinct contents."""
 
     paths: list[bytes]
-    rows: npt.NDArray[np.int64]  # (N,) of `vectors`
-    contents: npt.NDArray[np.int64]  # (M,) their ids, rising
+    rows: npt.NDArray[np.int64]  # (N,) row of each file in `contents` and `vectors`
+    contents: npt.NDArray[np.int64]  # (M,) ids, ascending
     vectors: Vector  # (M, D) unit vectors
 
 
 class Index:
-    """One model's index; every method is a transaction of its own.
+    """Index of the vectors of one model. Each method is a separate transaction.
 
-    It may be used by several processes at once, and by several threads one after the other.
+    Several processes may use an index at once. Several threads may use one object, but only one at a time.
 
     Raises:
-        ValueError: the file is no such index, is damaged, or that of another version, or holds vectors of different
-            lengths or of none; it is named. Methods too.
-        OSError: it cannot be read or written, or another process has been writing for a minute; it is named. Likewise.
+        ValueError: the file is not a search index, is damaged, was written by another version, or holds vectors of
+            different or invalid lengths. The message names the file.
+        OSError: the file cannot be read or written, or another process has been writing for a minute. The message names
+            the file.
+
+    All methods raise the same errors.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._width: int | None = None  # bytes of a vector: all are of one model
+        self._width: int | None = None  # bytes per vector, the same for all vectors of a model
         file.parent.mkdir(parents=True, exist_ok=True)
-        with self._named():  # transactions are begun by hand, and threads take turns by the engine's lock
+        with self._named():  # explicit transactions; the engine's lock keeps threads apart
             self._connection = sqlite3.connect(file, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
         try:
-            self._run(f"PRAGMA page_size = {_PAGE}")  # counts only before the first table
+            self._run(f"PRAGMA page_size = {_PAGE}")  # has an effect only before the first table exists
             self._run(f"PRAGMA mmap_size = {_MAPPED}")
             if self._number("PRAGMA user_version") == 0:
                 self._make()
             if (self._number("PRAGMA application_id"), self._number("PRAGMA user_version")) != (_APPLICATION, _VERSION):
-                raise ValueError(f"{file} is the search index of another version; remove it to begin anew")
+                raise ValueError(f"{file} is a search index of another version: remove it, and the index is rebuilt")
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
+        """Close the connection to the database."""
         self._connection.close()
 
     def stamps(self, folder: bytes) -> dict[bytes, str | None]:
-        """Return the stamps of all files under a folder."""
+        """Return the path and stamp of each file under a folder."""
         return dict(self._rows(f"SELECT path, stamp FROM files WHERE {_INSIDE}", _range(folder)))
 
     def digests(self) -> dict[bytes, str | None]:
-        """Return the digests of all contents, and why they cannot be used, where it is so."""
+        """Return the digest of each content, with the reason if it cannot be used, else None."""
         return dict(self._rows("SELECT digest, fault FROM contents"))
 
     def add(self, seen: Sequence[Seen]) -> None:
-        """Add all of these or, where the process dies, none."""
+        """Add files with their contents: all of them or, if the process dies, none."""
         with self._writing():
             for file in seen:
                 if file.vector is not None or file.fault is not None:
                     vector = None if file.vector is None else file.vector.astype("<f4").tobytes()
-                    row = (file.digest, vector, file.fault)  # a process beside this one may have been first
+                    row = (file.digest, vector, file.fault)  # another process may have added it first
                     self._run("INSERT OR IGNORE INTO contents (digest, vector, fault) VALUES (?, ?, ?)", row)
                 self._run(
                     "INSERT OR REPLACE INTO files SELECT ?, ?, id FROM contents WHERE digest = ?",
@@ -112,12 +117,17 @@ class Index:
                 )
 
     def remove(self, paths: Iterable[bytes]) -> None:
+        """Remove files. Their contents stay."""
         with self._writing():
             for path in paths:
                 self._run("DELETE FROM files WHERE path = ?", (path,))
 
     def forget_faults(self, reader: str) -> None:
-        """Forget the faults that another reader of pictures has found: their files are as those never seen."""
+        """Remove faults that another image reader reported, together with their files, which are then read again.
+
+        Args:
+            reader: description of the current reader of images, such as its version.
+        """
         has_reader = self._number("SELECT COUNT(*) FROM sqlite_master WHERE name = 'reader'")
         if has_reader and list(self._rows("SELECT name FROM reader")) == [(reader,)]:
             return
@@ -129,22 +139,22 @@ class Index:
             self._run("INSERT INTO reader VALUES (?)", (reader,))
 
     def faults(self, folder: bytes) -> list[tuple[bytes, str]]:
-        """Files under a folder whose content cannot be used, by path, and why."""
+        """Return the path and reason of each file under a folder whose content cannot be used, sorted by path."""
         known = "SELECT path, fault FROM files JOIN contents ON id = content"
         return list(self._rows(f"{known} WHERE {_INSIDE} AND fault IS NOT NULL ORDER BY path", _range(folder)))
 
     def count(self, folder: bytes) -> int:
-        """Files under a folder."""
+        """Return the number of files under a folder."""
         return self._number(f"SELECT COUNT(*) FROM files WHERE {_INSIDE}", _range(folder))
 
     def paths(self, folder: bytes) -> list[tuple[bytes, int]]:
-        """Files under a folder that can be used, by path, and their contents' ids."""
+        """Return the path and content id of each usable file under a folder, sorted by path."""
         known = "SELECT path, content FROM files JOIN contents ON id = content"
         return list(self._rows(f"{known} WHERE {_INSIDE} AND fault IS NULL ORDER BY path", _range(folder)))
 
     def pictures(self, folder: bytes) -> Pictures:
-        """Return the files under a folder that can be used, with their vectors."""
-        with self._reading():  # two statements, one state
+        """Return all usable files under a folder with their vectors."""
+        with self._reading():  # two statements must see the same state
             files = list(self._rows(f"SELECT path, content FROM files WHERE {_INSIDE} ORDER BY path", _range(folder)))
             ids = np.fromiter((content for _, content in files), np.int64, len(files))
             contents, vectors = self._vectors(folder, len(np.unique(ids)))
@@ -153,7 +163,7 @@ class Index:
         return Pictures(paths, np.searchsorted(contents, ids[usable]), contents, vectors)
 
     def vectors_after(self, content: int) -> Iterator[tuple[npt.NDArray[np.int64], Vector]]:
-        """Yield ids (M,) above `content`, rising, and vectors (M, D), a block at a time.
+        """Yield blocks of ids (M,) and vectors (M, D) of all contents with an id above `content`, in ascending order.
 
         Other processes may write between two blocks.
         """
@@ -163,41 +173,49 @@ class Index:
             yield np.array([number for number, _ in rows]), np.stack([self._decoded(data) for _, data in rows])
 
     def vector_of(self, content: int) -> Vector | None:
+        """Return the vector (D,) of a content id, or None."""
         return self._vector("SELECT vector FROM contents WHERE id = ?", content)
 
     def digest_of(self, content: int) -> bytes:
-        """b"" where there is no such content."""
+        """Return the digest of a content id, or b"" if there is no such content."""
         row = next(self._rows("SELECT digest FROM contents WHERE id = ?", (content,)), (b"",))
         return bytes(row[0])
 
     def vector_of_digest(self, digest: bytes) -> Vector | None:
+        """Return the vector (D,) of the content with this digest, or None."""
         return self._vector("SELECT vector FROM contents WHERE digest = ?", digest)
 
     def vector_of_text(self, text: str) -> Vector | None:
+        """Return the vector (D,) that `keep_text` stored for a text, or None."""
         return self._vector("SELECT vector FROM texts WHERE text = ?", _bytes(text))
 
     def keep_text(self, text: str, vector: Vector) -> None:
+        """Store the vector (D,) of a text."""
         with self._writing():
             self._run("INSERT OR REPLACE INTO texts VALUES (?, ?)", (_bytes(text), vector.astype("<f4").tobytes()))
 
     def changes(self) -> int:
-        """Differs from what it was where another process has written since; changes of this one do not count."""
+        """Return a number that changes when another process has written to the index."""
         return self._number("PRAGMA data_version")
 
     def _make(self) -> None:
         with self._writing():
-            if self._number("PRAGMA user_version") == 0:  # else a process beside this one was first
-                if self._number("SELECT COUNT(*) FROM sqlite_master"):  # another program's, which counts no versions
-                    raise ValueError(f"{self.file} is no search index; remove it to begin anew")
+            if self._number("PRAGMA user_version") == 0:  # otherwise another process was first
+                if self._number("SELECT COUNT(*) FROM sqlite_master"):  # another program's, which sets no version
+                    raise ValueError(f"{self.file} is not a search index: remove it to build one")
                 for statement in _TABLES.split(";")[:-1]:
                     self._run(statement)
                 self._run(f"PRAGMA application_id = {_APPLICATION}")
                 self._run(f"PRAGMA user_version = {_VERSION}")
 
     def _vectors(self, folder: bytes, most: int) -> tuple[npt.NDArray[np.int64], Vector]:
-        """Ids (M,) and vectors (M, D) of a folder, in the order in which they lie on the disk; M is at most `most`.
+        """Return ids (M,) and vectors (M, D) of a folder in the order of the ids, which is the order on disk.
 
-        Bytes go from SQLite to their rows: a list of a million vectors would need the memory twice.
+        The vectors are copied from SQLite directly into the rows of the result: a list of a million vectors would need
+        the memory twice.
+
+        Args:
+            most: upper limit of M.
         """
         contents, vectors = np.empty(most, np.int64), np.empty((0, 0), np.float32)
         into, width, row = memoryview(b""), 0, 0
@@ -221,9 +239,11 @@ class Index:
         return np.frombuffer(data, "<f4")
 
     def _check(self, data: Any) -> None:
-        """Raise ValueError unless the data are a vector, as long as the first that was read."""
+        """Raise ValueError unless `data` is a vector of the same length as the first one that was read."""
         if not isinstance(data, bytes) or not data or len(data) % 4 or len(data) != (self._width or len(data)):
-            raise ValueError(f"{self.file} holds a vector of another length or kind; remove it to begin anew")
+            raise ValueError(
+                f"{self.file} holds a vector of another length or type: remove it, and the index is rebuilt"
+            )
         self._width = len(data)
 
     def _number(self, query: str, values: Sequence[object] = ()) -> int:
@@ -239,7 +259,7 @@ class Index:
 
     @contextmanager
     def _writing(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
-        self._run(begin)  # waits for its turn here, and not in the middle
+        self._run(begin)  # BEGIN IMMEDIATE waits for other writers here rather than in the middle
         try:
             yield
             self._run("COMMIT")
@@ -253,22 +273,22 @@ class Index:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors of SQLite as those that the class promises."""
+        """Convert errors of SQLite into the errors that the class documents."""
         try:
             yield
         except sqlite3.OperationalError as error:
             raise OSError(f"{self.file}: {error}") from error
         except sqlite3.DatabaseError as error:
             raise ValueError(
-                f"{self.file} cannot be used as a search index ({error}); remove it to begin anew"
+                f"{self.file} cannot be used as a search index ({error}): remove it, and the index is rebuilt"
             ) from error
 
 
 def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # what stands on a command line need not be UTF-8
+    return text.encode("utf-8", "surrogatepass")  # text from a command line need not be valid UTF-8
 
 
 def _range(folder: bytes) -> tuple[bytes, bytes]:
-    """Return the bounds of the paths under a folder: its name with "/", and its name with the next byte."""
+    """Return the bounds of the paths under a folder: its name followed by "/", and by the byte after "/"."""
     start = folder.rstrip(b"/\\") + _SLASH
     return start, start[:-1] + bytes([start[-1] + 1])

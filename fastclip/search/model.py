@@ -1,4 +1,4 @@
-"""The model of a search, which is loaded when something must be embedded, and not before."""
+"""The model of a search, which is loaded only when something must be embedded."""
 
 from __future__ import annotations
 
@@ -25,26 +25,31 @@ logger = logging.getLogger(__name__)
 
 
 class Model(Protocol):
-    """The model that vectors come from."""
+    """The model that computes the vectors of an index."""
 
     @property
     def identity(self) -> str:
-        """Vectors may be compared where it is the same; fit for a file's name."""
+        """String usable in a file name. Vectors of models with the same identity can be compared."""
         ...
 
     @property
-    def embedder(self) -> Embedder: ...
+    def embedder(self) -> Embedder:
+        """The loaded model."""
+        ...
 
 
 class CheckpointModel:
-    """A checkpoint; its identity, for which all weights must be read, is remembered for as long as its files stay.
+    """A checkpoint that is loaded on first use.
+
+    Computing the identity of a checkpoint requires reading all weights. It is therefore stored in a file, which stays
+    valid until the files of the checkpoint change.
 
     Args:
-        checkpoint: this and the options as `load_embedder`'s.
-        folder: what is remembered lies there; default: FASTCLIP_CACHE.
+        checkpoint: path of the checkpoint. This and the options are arguments of `load_embedder`.
+        folder: folder for the stored identity (default: FASTCLIP_CACHE).
 
     Raises:
-        FileNotFoundError: there is no such checkpoint. The rest, when it is loaded, as `load_embedder`.
+        FileNotFoundError: there is no such checkpoint. Other errors of `load_embedder` are raised on first use.
     """
 
     def __init__(
@@ -64,7 +69,8 @@ class CheckpointModel:
             raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
         self._options: dict[str, Any] = {"model": model, "device": device, "precision": precision}
         self._options |= {"vocabulary": vocabulary, "image_size": image_size, "context_length": context_length}
-        # A file that was written to, or another version that reads it otherwise, has another name, and is read again
+        # The name depends on the state of the files and on the version, so that a checkpoint that was changed, or that
+        # another version may read differently, is read again
         mark = [__version__, sorted((k, str(v)) for k, v in self._options.items()), _states(self._checkpoint)]
         if vocabulary is not None:
             mark.append(_states(Path(vocabulary)))
@@ -73,20 +79,26 @@ class CheckpointModel:
 
     @cached_property
     def embedder(self) -> Embedder:
+        """The loaded model.
+
+        Raises:
+            ValueError: the default precision has changed since the identity was stored, for example with the GPU.
+        """
         from fastclip.models.embedder import load_embedder
 
         logger.info("loading %s", self._checkpoint)
         loaded = load_embedder(self._checkpoint, **self._options)
         if (memory := self._memory) is not None and memory["precision"] != loaded.precision:
-            self._remembered.unlink(missing_ok=True)  # the default depends on the machine's GPU
+            self._remembered.unlink(missing_ok=True)  # the default precision depends on the machine's GPU
             raise ValueError(
-                f"{self._checkpoint} computes in {loaded.precision} now and did in {memory['precision']} before: "
-                f"run this again for an index in {loaded.precision}, or give the precision"
+                f"{self._checkpoint} now computes in {loaded.precision}, but its index was built in "
+                f"{memory['precision']}: run this again for an index in {loaded.precision}, or set the precision"
             )
         return loaded
 
     @cached_property
     def identity(self) -> str:
+        """Stored or computed identity of the checkpoint."""
         if self._memory is not None:
             return self._memory["identity"]
         loaded = self.embedder
@@ -104,7 +116,7 @@ class CheckpointModel:
 
 
 def _states(path: Path) -> list[Any]:
-    """Return name, size and times of a file, or of all files of a folder."""
+    """Return the real path, and name, size and times of the file or of all files in the folder."""
     files = sorted(_files(path)) if path.is_dir() else [path]
     states = [(str(file), file.stat()) for file in files if file.exists()]
     return [
@@ -114,7 +126,7 @@ def _states(path: Path) -> list[Any]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder, and of those that links lead to, each once: links may lead round in circles."""
+    """Yield all files below a folder, following links. Each folder is visited once, because links may form cycles."""
     met = set[str]()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders.sort()

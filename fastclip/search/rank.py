@@ -1,4 +1,4 @@
-"""The files of the highest scores: exact."""
+"""Exact search for the files with the highest scores."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ __all__ = ["top"]
 
 
 def top(pictures: Pictures, query: Vector, count: int) -> list[tuple[bytes, float, int]]:
-    """The `count` files of the highest scores <query, vector>, with these and the ids of their contents.
+    """Return the path, score and content id of the `count` files with the highest scores <query, vector>.
 
-    The highest is the first. What comes within 2^-20 |query| of it is equal to it and has its score, and so on with the
-    highest of the others; of equal ones the first by path leads.
+    Scores that differ by rounding only are ties: all files within 2^-20 |query| of the highest score get that score and
+    are sorted by path, then the same is done with the remaining files. This makes the order independent of rounding.
     """
     if not pictures.paths or count < 1:
         return []
     scores = (pictures.vectors @ query)[pictures.rows]
-    scores[np.isnan(scores)] = np.inf  # of a file that was damaged: seen, and not passed over
+    scores[np.isnan(scores)] = np.inf  # NaN of a damaged index comes first, so that it is noticed
     places, tie = np.arange(len(scores)), TIE * float(np.linalg.norm(query.astype(np.float64)))
-    if count < len(scores):  # a sort of all scores would take longer than their products
+    if count < len(scores):  # sorting all scores would take longer than computing them
         least = np.partition(scores, len(scores) - count)[len(scores) - count] - tie
-        places = np.flatnonzero(scores >= least)  # more than `count` where some are equal
-    # Of groups: each begins with the highest score that is left, and ends where rounding no longer decides
+        places = np.flatnonzero(scores >= least)  # can be more than `count` with ties
+    # Groups of ties: each begins with the highest remaining score and ends where the difference exceeds rounding
     order = places[np.argsort(-scores[places])]
     falling, begin, best = -scores[order], 0, list[tuple[int, float]]()
     while begin < min(count, len(order)):

@@ -1,4 +1,4 @@
-"""Bring an index up to date with a folder: what is new or changed is read on all cores and embedded in batches."""
+"""Update of an index: new and changed images of a folder are read by several threads and embedded in batches."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ if TYPE_CHECKING:
 __all__ = ["EXCLUDED", "Update", "digest_of", "excluded", "prepared", "update_index"]
 
 logger = logging.getLogger(__name__)
-EXCLUDED = ("@eaDir", "node_modules", ".git")  # as rclip leaves out
+EXCLUDED = ("@eaDir", "node_modules", ".git")  # as in rclip
 _CHUNK = 2**20  # bytes hashed at a time
-_SETTLED = 2 * 10**9  # ns after which a change of a file shows in its times, whatever the disk
-_ROWS = 4096  # of a transaction, where little is to be embedded
+_SETTLED = 2 * 10**9  # ns after which any change of a file shows in its times, on every file system
+_ROWS = 4096  # files per transaction if few of them must be embedded
 
 
 @dataclass
 class Update:
-    """The counts of a scan; files that were as they had been are in `files` only."""
+    """Counts of an update. Unchanged files count only in `files`."""
 
-    files: int = 0
+    files: int = 0  # images in the folder
     embedded: int = 0
-    known: int = 0  # new or renamed files, or changed ones, of a content that had been embedded
-    removed: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # path and reason, met now
+    known: int = 0  # new, renamed or changed files whose content was embedded before
+    removed: int = 0  # files that are gone
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # path and reason, of this update
     seconds: float = 0.0
 
 
 class _Read(NamedTuple):
     seen: Seen
-    image: Tensor | None  # of a content that is new and can be used
-    unread: str | None = None  # why nothing is known of the content: it is read again next time
+    image: Tensor | None  # prepared image if the content is new and usable
+    unread: str | None = None  # why the file could not be read; the next update tries again
 
 
 def update_index(
@@ -69,15 +69,18 @@ def update_index(
     workers: int = 1,
     progress: bool = False,
 ) -> Update:
-    """Make the index hold the pictures under `folder` as they are, but for hidden ones and folders that are left out.
+    """Bring the index up to date with the images under `folder`, except hidden files and excluded folders.
 
-    The scan can be stopped at any moment, a kill included: what was embedded is kept.
+    The update can be stopped or killed at any time: images that were embedded stay in the index.
 
     Args:
-        folder: absolute.
-        embedder: called when the first picture is to be embedded.
-        exclude: names of folders.
-        workers: threads that read and decode; Pillow's decoders and torch run beside each other.
+        index: index to update.
+        folder: absolute path.
+        embedder: function that returns the model. It is called when the first image must be embedded.
+        exclude: names of folders to leave out.
+        batch_size: images embedded at a time.
+        workers: threads that read and decode images. Pillow's decoders release the GIL and run in parallel with torch.
+        progress: show a progress bar.
 
     Raises:
         FileNotFoundError, PermissionError: `folder` cannot be listed.
@@ -86,7 +89,7 @@ def update_index(
     if batch_size < 1 or workers < 1:
         raise ValueError(f"batch_size and workers must be positive, got {batch_size} and {workers}")
     start = time.monotonic()
-    index.forget_faults(_reader())  # a newer Pillow, or a larger limit, may read what the one before could not
+    index.forget_faults(_reader())  # a newer Pillow or a larger limit may read images that failed before
     before = index.stamps(folder)
     update = Update()
     changed, gone = [], set(before)
@@ -107,9 +110,10 @@ def update_index(
 
 
 def excluded(folder: bytes, exclude: Collection[str]) -> Callable[[bytes], bool]:
-    """Return a test whether a file is left out of `folder`.
+    """Return a function of a file's path that returns True if the file is excluded from `folder`.
 
-    Such a file is hidden, or a folder between `folder` and the file is hidden or has one of these names.
+    A file is excluded if it or a folder between `folder` and the file is hidden, or such a folder has a name in
+    `exclude`.
     """
     slash = rb"[/\\]" if os.sep == "\\" else b"/"
     names = b"".join(b"|" + re.escape(os.fsencode(name)) + slash for name in exclude)
@@ -118,7 +122,7 @@ def excluded(folder: bytes, exclude: Collection[str]) -> Callable[[bytes], bool]
 
 
 def digest_of(file: BinaryIO) -> bytes:
-    """Return 20 bytes that differ where contents do."""
+    """Return a hash of the rest of a file, 20 bytes."""
     digest = hashlib.blake2b(digest_size=20)
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
@@ -126,7 +130,7 @@ def digest_of(file: BinaryIO) -> bytes:
 
 
 def _reader() -> str:
-    """Name what decides which pictures can be read."""
+    """Return a description of everything that determines which images can be read: Pillow, its limit, pillow-heif."""
     reader = f"Pillow {PIL.__version__}"
     if limit := limit_in_words():
         reader += f", {limit}"
@@ -136,7 +140,7 @@ def _reader() -> str:
 
 
 def _walk(folder: bytes, exclude: Collection[str]) -> Iterator[tuple[bytes, str | None]]:
-    """Pictures and their stamps, as `fastclip.data.files.walk` goes."""
+    """Yield the path and stamp of each image, in the order of `fastclip.data.files.walk`."""
     for _, files in walk(folder, exclude):
         for entry in files:
             try:
@@ -147,8 +151,10 @@ def _walk(folder: bytes, exclude: Collection[str]) -> Iterator[tuple[bytes, str 
 
 
 def _stamp(state: os.stat_result) -> str | None:
-    """Differs from what it was where the file has been written to, or another has been put in its place; None of a file
-    so new that a further change may not show."""
+    """Return a string that changes when a file is written to or replaced.
+
+    It is None for a file so new that a further change might not show in its times.
+    """
     now = time.time_ns()
     if min(abs(now - state.st_mtime_ns), abs(now - state.st_ctime_ns)) < _SETTLED:
         return None
@@ -178,21 +184,21 @@ def _add(
         return _read(path, known, transform)
 
     def transform() -> Transform:
-        with loading:  # the first of the threads that needs the model loads it
+        with loading:  # the first thread that needs the model loads it
             return embedder().transform
 
-    with Progress("pictures", len(paths), shown=progress) as bar:
+    with Progress("images", len(paths), shown=progress) as bar:
         for rows in _batches(_ahead(read, paths, workers, 2 * batch_size + workers), batch_size):
             read_rows = [row for row in rows if row.unread is None]
             files = _embedded(embedder, read_rows)
             update.embedded += sum(file.vector is not None for file in files)
             update.known += sum(row.image is None and file.fault is None for row, file in zip(read_rows, files))
             index.add(files)
-            # copies that threads are yet to read are not embedded again
+            # copies of these files that threads read later are not embedded again
             known.update((file.digest, file.fault) for file in files)
             unread = [(row.seen.path, row.unread) for row in rows if row.unread is not None]
             if unread:
-                index.remove(path for path, _ in unread)  # what was known of them no longer holds
+                index.remove(path for path, _ in unread)  # earlier entries of these files may be outdated
             for path, reason in (*unread, *((file.path, file.fault) for file in files if file.fault is not None)):
                 update.skipped.append((os.fsdecode(path), reason))
                 logger.warning("skipped: %s: %s", *update.skipped[-1])
@@ -200,7 +206,7 @@ def _add(
 
 
 def _batches(reads: Iterable[_Read], batch_size: int) -> Iterator[list[_Read]]:
-    """Files in a row, with `batch_size` pictures to embed among them, or `_ROWS` where there are fewer."""
+    """Yield consecutive files until `batch_size` of them have images to embed, but at most `_ROWS` files at a time."""
     rows: list[_Read] = []
     for row in reads:
         rows.append(row)
@@ -212,7 +218,7 @@ def _batches(reads: Iterable[_Read], batch_size: int) -> Iterator[list[_Read]]:
 
 
 def _read(path: bytes, known: Mapping[bytes, str | None], transform: Callable[[], Transform]) -> _Read:
-    """Read a file, in a thread."""
+    """Read a file and, if its content is new, prepare its image. This runs in a thread."""
     nothing = Seen(path, None, b"")
     try:
         with open(path, "rb") as file:
@@ -222,7 +228,7 @@ def _read(path: bytes, known: Mapping[bytes, str | None], transform: Callable[[]
         return _Read(nothing, None, error.strerror or str(error))
     if seen.digest in known:
         return _Read(seen._replace(fault=known[seen.digest]), None)
-    prepare = transform()  # what fails here is no fault of the file
+    prepare = transform()  # outside of `try`: an error of the model is not a fault of the file
     try:
         with open(path, "rb") as file:
             image, fault = prepared(file, os.fsdecode(path), prepare)
@@ -230,30 +236,34 @@ def _read(path: bytes, known: Mapping[bytes, str | None], transform: Callable[[]
     except OSError as error:
         return _Read(nothing, None, error.strerror or str(error))
     except MemoryError:
-        return _Read(nothing, None, "there is not enough memory for it")
-    if _times(state) != _times(after):  # the digest and the pixels may be of two pictures
+        return _Read(nothing, None, "there is not enough memory to decode it")
+    if _times(state) != _times(after):  # digest and pixels may belong to different contents
         return _Read(nothing, None, "it changed while it was read")
     return _Read(seen._replace(fault=fault), image)
 
 
 def prepared(file: BinaryIO, key: str, transform: Transform) -> tuple[Tensor | None, str | None]:
-    """Return the picture for a model, or why it cannot be used. OSError where the disk does not give it."""
+    """Return the transformed image (C, H, W) and None, or None and the reason why it cannot be used.
+
+    Raises:
+        OSError: the file cannot be read from the disk.
+    """
     try:
         picture = read_picture(file, key)
     except BadSample as bad:
-        if bad.fault.cause == "unreadable file" and isinstance(bad.__cause__, OSError):  # the disk's fault
+        if bad.fault.cause == "unreadable file" and isinstance(bad.__cause__, OSError):  # not the image's fault
             raise bad.__cause__ from bad
         return None, bad.fault.reason
     try:
         return transform(picture), None
     except MemoryError:
         raise
-    except Exception as error:  # of a strip 1 pixel high, say
+    except Exception as error:  # for example for a strip 1 pixel high
         return None, f"the transform failed: {type(error).__name__}: {error}"
 
 
 def _embedded(embedder: Callable[[], Embedder], rows: list[_Read]) -> list[Seen]:
-    """The rows, those with pictures having their vectors."""
+    """Return the files of `rows`, with vectors for those that have images."""
     images = [row.image for row in rows if row.image is not None]
     if not images:
         return [row.seen for row in rows]
@@ -266,13 +276,13 @@ def _embedded(embedder: Callable[[], Embedder], rows: list[_Read]) -> list[Seen]
             seen.append(row.seen)
         elif np.isfinite(vector := next(vectors)).all():
             seen.append(row.seen._replace(vector=vector))
-        else:  # it would be the best of every search
-            seen.append(row.seen._replace(fault="the model makes no finite numbers of it"))
+        else:  # it would come first in every search
+            seen.append(row.seen._replace(fault="the model returns values for it that are not finite"))
     return seen
 
 
 def _ahead(work: Callable[[bytes], _Read], paths: Iterable[bytes], workers: int, ahead: int) -> Iterator[_Read]:
-    """work(path) of every path, in order; `ahead` of them are begun before they are asked for."""
+    """Yield work(path) for every path, in order. Up to `ahead` calls are started in threads before they are needed."""
     rest = iter(paths)
     with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
         waiting: deque[Future[_Read]] = deque()

@@ -209,4 +209,4 @@ def test_text_that_is_cut_is_told_once(tmp_path: Path, caplog: pytest.LogCapture
     assert not caplog.messages
     for _ in range(2):
         engine.find([Term(1, "123456789")])
-    assert [message[:32] for message in caplog.messages] == ["the end of the text is not read,"]
+    assert [message[:34] for message in caplog.messages] == ["the text is too long for the model"]

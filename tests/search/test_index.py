@@ -360,7 +360,7 @@ def test_vector_of_another_kind_names_the_index(tmp_path: Path, value: object) -
     searched = engine(tmp_path)
     searched.update()
     searched.find(QUERY)
-    told = r"sqlite3 holds a vector of another length or kind; remove it to begin anew"
+    told = r"sqlite3 holds a vector of another length or type: remove it, and the index is rebuilt"
     for table in ("contents", "texts"):
         (file,) = (tmp_path / "cache" / "search").glob("*.sqlite3")
         with sqlite3.connect(file) as connection:
@@ -379,7 +379,9 @@ def test_vector_that_is_not_finite_names_the_index(tmp_path: Path) -> None:
     (file,) = (tmp_path / "cache" / "search").glob("*.sqlite3")
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE contents SET vector = ? WHERE id = 2", (np.full(DIM, np.nan, "<f4").tobytes(),))
-    with pytest.raises(ValueError, match=r"sqlite3 holds a vector that is not finite; remove it to begin anew"):
+    with pytest.raises(
+        ValueError, match=r"sqlite3 holds a vector that is not finite: remove it, and the index is rebuilt"
+    ):
         engine(tmp_path).find(QUERY, 1)
 
 
@@ -389,7 +391,7 @@ def test_file_of_another_program_is_left_alone(tmp_path: Path) -> None:
     with sqlite3.connect(file) as connection:
         connection.execute("CREATE TABLE history (name TEXT)")
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=r"colours\.sqlite3 is no search index; remove it to begin anew"):
+    with pytest.raises(ValueError, match=r"colours\.sqlite3 is not a search index: remove it to build one"):
         engine(tmp_path)
     assert file.read_bytes() == before
 
@@ -405,4 +407,4 @@ def test_index_that_may_be_read_only_is_searched(
 
     monkeypatch.setattr(Index, "keep_text", refused)
     check(engine(tmp_path), [photo])
-    assert "the text is not remembered: attempt to write a readonly" in caplog.text
+    assert "the vector of the text is not stored: attempt to write a readonly" in caplog.text

@@ -68,7 +68,7 @@ def test_index_of_another_version_is_left_alone(tmp_path: Path) -> None:
     with sqlite3.connect(file) as connection:
         connection.execute("PRAGMA user_version = 2")
     connection.close()
-    with pytest.raises(ValueError, match=r"colours\.sqlite3 is the search index of another version"):
+    with pytest.raises(ValueError, match=r"colours\.sqlite3 is a search index of another version"):
         engine(tmp_path)
 
 

@@ -200,7 +200,7 @@ def test_pages_of_the_web_are_refused(served: Served, headers: dict[str, str]) -
     named = {name: value.replace("{port}", str(served.port)) for name, value in headers.items()}
     for path, method in (("/", "GET"), ("/search?q=a", "GET"), ("/picture?id=1", "GET"), ("/search", "POST")):
         status, _, data = served.ask(path, method, b"x" if method == "POST" else None, **named)
-        assert status == 403 and b"is served to" in data
+        assert status == 403 and b"this server answers requests from" in data
     own = {
         "Host": f"localhost:{served.port}",
         "Origin": f"http://localhost:{served.port}",
@@ -231,7 +231,7 @@ def test_upload_that_stalls_is_dropped(
 def test_only_the_loopback_address_is_bound(served: Served) -> None:
     assert served.server.server_address[0] == "127.0.0.1"
     with pytest.raises(
-        OSError, match=f"port {served.port} of 127.0.0.1: Address .* in use; --port 0 takes any free one"
+        OSError, match=f"port {served.port} of 127.0.0.1: Address .* in use; use --port 0 for any free one"
     ):
         make_server(served.engine, port=served.port)
 
