@@ -1,4 +1,4 @@
-"""What is installed here, what runs and why not, and what to do about it: what `fastclip doctor` prints."""
+"""Diagnosis of the installation and the machine, with advice for each problem, as `fastclip doctor` prints it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ EXTRAS = {
     "models": "encoders, tokenizers, checkpoints",
     "train": "fastclip train, eval and data",
     "search": "fastclip search",
-    "hf": "data sets of the datasets library",
-    "remote": "data behind https://",
+    "hf": "datasets of the library datasets",
+    "remote": "data at https:// addresses",
 }
 _LIBRARIES = {
     "open_clip": "open_clip_torch",
@@ -41,38 +41,36 @@ _GIB, _LEAST_FILES = 2**30, 1024
 
 
 class Finding(NamedTuple):
-    """One line of the diagnosis, and what to do about it.
-
-    `state` is "" for what is as it should be, or may stay so; "warning"; or "fault": the losses do not run.
-    """
+    """One line of the diagnosis."""
 
     section: str
     name: str
     value: str
-    state: str = ""
-    advice: str = ""
+    state: str = ""  # "" if there is nothing to do, "warning", or "fault" if the losses do not run
+    advice: str = ""  # what to do about it
 
 
 def _finding(section: str, name: str, value: str, advice: str = "") -> Finding:
-    """Return a warning where there is advice."""
+    """Return a finding that is a warning if there is advice."""
     return Finding(section, name, value, "warning" if advice else "", advice)
 
 
 class Diagnosis(NamedTuple):
-    """What `diagnose` found."""
+    """Result of `diagnose`."""
 
     findings: list[Finding]
-    tests: list[Row]  # both losses on every backend and dtype against float64
+    tests: list[Row]  # errors of both losses on every backend and dtype, compared with float64
 
     @property
     def usable(self) -> bool:
+        """True if the losses run on this machine and are accurate."""
         return all(row.ok for row in self.tests) and all(finding.state != "fault" for finding in self.findings)
 
 
 def diagnose() -> Diagnosis:
-    """Look at this machine and installation, and run every backend on one small batch.
+    """Examine this machine and installation, and run every backend on a small batch.
 
-    A few seconds; more where Triton compiles its kernels for this GPU for the first time.
+    This takes a few seconds, or longer if Triton must first compile its kernels for this GPU.
     """
     parts = (_versions, _gpus, _backends, _served, _environment, _machine, _extras)
     findings = [finding for part in parts for finding in part()]
@@ -103,9 +101,9 @@ def _gpus() -> Iterator[Finding]:
         try:
             properties = torch.cuda.get_device_properties(index)
             free, total = torch.cuda.mem_get_info(index)
-        except RuntimeError as error:  # a process that has it for itself, or no memory left for one more
-            message = str(error).splitlines()[0]  # what follows speaks to who debugs CUDA
-            yield _finding("GPUs", f"cuda:{index}", message, "CUDA_VISIBLE_DEVICES chooses other GPUs")
+        except RuntimeError as error:  # another process uses it exclusively, or its memory is full
+            message = str(error).splitlines()[0]  # the following lines are about debugging CUDA
+            yield _finding("GPUs", f"cuda:{index}", message, "choose other GPUs with CUDA_VISIBLE_DEVICES")
             continue
         about = f"{properties.name}, compute capability {properties.major}.{properties.minor}{driver}"
         yield Finding("GPUs", f"cuda:{index}", f"{about}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
@@ -114,7 +112,7 @@ def _gpus() -> Iterator[Finding]:
 def _backends() -> Iterator[Finding]:
     capabilities = [torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())]
     nvidia = torch.version.cuda is not None and torch.cuda.is_available()
-    # Of a backend that could not run on this machine anyway nothing is advised
+    # No advice for a backend that cannot run on this machine anyway
     wanted = {"cpu": True, "triton": bool(capabilities), "cuda": nvidia and (9, 0) in capabilities}
     for name, state in backends().items():
         advice = mending(name, state) if state != "available" and wanted.get(name) else ""
@@ -128,15 +126,15 @@ def _served() -> Iterator[Finding]:
             name = f"{str(dtype).removeprefix('torch.')} on {device.type}"
             try:
                 chosen = pick(None, torch.empty(1, 1, dtype=dtype, device=device))[0]
-            except RuntimeError as error:  # FASTCLIP_BACKEND names one that refuses
+            except RuntimeError as error:  # FASTCLIP_BACKEND names a backend that refuses
                 yield _finding("served by", name, str(error), unset)
                 continue
-            except ValueError as error:  # it names none: what follows would say the same
+            except ValueError as error:  # FASTCLIP_BACKEND names no backend: the other lines would repeat this
                 yield Finding("served by", name, str(error), "fault", unset)
                 return
             if chosen == "reference" and env.backend() != "reference":
                 dense = "reference: the N x N similarities are stored"
-                yield _finding("served by", name, dense, "see the backends above: a fused one is missing")
+                yield _finding("served by", name, dense, "see the backends above: no fused backend is available")
             else:
                 yield Finding("served by", name, chosen)
 
@@ -146,9 +144,9 @@ def _environment() -> Iterator[Finding]:
         state = advice = ""
         if name.startswith("FASTCLIP_") and name not in env.OWN + env.OF_BUILDS:
             close = difflib.get_close_matches(name, env.OWN, 1)
-            state, advice = "warning", f"fastclip does not read it{'; is ' + close[0] + ' meant?' if close else ''}"
+            state, advice = "warning", f"fastclip does not read it{'; did you mean ' + close[0] + '?' if close else ''}"
         elif name == "TRITON_INTERPRET" and value != "0":
-            state, advice = "warning", "unset it: Triton's kernels run as Python on the CPU, to be looked at"
+            state, advice = "warning", "unset it: with it, Triton's kernels run as Python on the CPU, for debugging"
         elif name == "FASTCLIP_WORKSPACE_MB":
             try:
                 env.workspace_bytes()
@@ -163,7 +161,7 @@ def _machine() -> Iterator[Finding]:
     allowed = f", of which this container may use {limit / _GIB:.1f} GiB" if limit < memory else ""
     yield Finding("machine", "memory", f"{memory / _GIB:.1f} GiB{allowed}, {machine.available_bytes() / _GIB:.1f} free")
     if (shared := machine.shared_memory_bytes()) is not None:
-        advice = "docker run --shm-size=8g (or --ipc=host), or --workers 0: data loaders die where it is full"
+        advice = "docker run --shm-size=8g (or --ipc=host), or --workers 0: data loaders die if it is full"
         yield _finding("machine", "/dev/shm", f"{shared / _GIB:.2f} GiB", advice if shared < _GIB else "")
     if (files := machine.open_files()) is not None:
         advice = "ulimit -n 65536: workers of data loaders send batches through open files"
@@ -176,25 +174,25 @@ def _processor() -> Finding:
     whole = max(1, math.floor(cores))
     value = f"{machine.processor()}; {cores:g} of {os.cpu_count()} cores, torch's threads: {threads}"
     if threads > math.ceil(cores):
-        advice = f"OMP_NUM_THREADS={whole}: this process may use {cores:g} cores, more threads wait for each other"
+        advice = f"OMP_NUM_THREADS={whole}: this process may use {cores:g} cores; more threads wait for each other"
         return _finding("machine", "processor", value, advice)
-    note = ""  # no warning: somebody may want it so
+    note = ""  # a note, not a warning: it may be intended
     if threads < whole and "OMP_NUM_THREADS" in env.in_effect():
-        note = "unset OMP_NUM_THREADS, which keeps torch from the other cores"
+        note = "unset OMP_NUM_THREADS, which keeps torch from using the other cores"
     elif contended(threads):
-        note = "busy: commands set OMP_WAIT_POLICY=PASSIVE, so that threads sleep while they wait; your own value stays"
+        note = "busy: commands set OMP_WAIT_POLICY=PASSIVE, so that waiting threads sleep, unless you have set it"
     return Finding("machine", "processor", value, "", note)
 
 
 def _cache() -> Finding:
     folder = env.cache_folder()
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())  # it may not be made yet
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())  # it may not exist yet
     free = shutil.disk_usage(existing).free
     value, advice = f"{folder}, {free / _GIB:.1f} GiB free", ""
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        value, advice = f"{value}; not writable", "FASTCLIP_CACHE=a folder you may write to"
+        value, advice = f"{value}; not writable", "set FASTCLIP_CACHE to a folder that you can write to"
     elif free < _GIB:
-        advice = "FASTCLIP_CACHE=a folder on a disk with more room"
+        advice = "set FASTCLIP_CACHE to a folder on a disk with more space"
     return _finding("machine", "cache", value, advice)
 
 
@@ -202,22 +200,22 @@ def _extras() -> Iterator[Finding]:
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        bare = "not installed: these are its bare sources"
+        bare = "not installed: this is the source tree only"
         yield Finding("extras", DISTRIBUTION, bare, "", "pip install . in the clone")
         return
     for extra, what in EXTRAS.items():
         try:
             missing = sorted(_missing(lines, extra))
             value = f"lacks {', '.join(missing)}" if missing else "installed"
-        except ModuleNotFoundError:  # packaging, which every extra brings
+        except ModuleNotFoundError:  # no packaging, which every extra installs
             value = "not installed"
         advice = "" if value == "installed" else f"for {what}: pip install '.[{extra}]' in the clone"
         yield Finding("extras", extra, value, "", advice)
 
 
 def _missing(lines: list[str], extra: str) -> set[str]:
-    """Return the packages of an extra, and of those it names, that are missing or of a version it does not take."""
-    from packaging.requirements import Requirement  # which the losses do without
+    """Return the packages that an extra, or an extra it includes, requires and that are missing or too old or new."""
+    from packaging.requirements import Requirement  # the losses do not need it
 
     missing: set[str] = set()
     for requirement in map(Requirement, lines):

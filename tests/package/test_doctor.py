@@ -50,7 +50,7 @@ def test_doctor_needs_torch_alone(tmp_path: Path) -> None:
         x["section"] for x in report["findings"]
     }
     extras = {x["name"]: x["value"] for x in report["findings"] if x["section"] == "extras"}
-    assert {*extras.values()} <= {"not installed", "not installed: these are its bare sources"}
+    assert {*extras.values()} <= {"not installed", "not installed: this is the source tree only"}
     assert all(test["ok"] and test["errors"]["loss"] <= test["budgets"]["loss"] for test in report["tests"])
 
 
@@ -80,7 +80,7 @@ def test_variables_are_shown_and_misspelt_ones_found(monkeypatch: pytest.MonkeyP
     found = findings(doctor._environment)
     assert found["FASTCLIP_CACHE"] == ("environment", "FASTCLIP_CACHE", "/x", "", "")
     assert found["FASTCLIP_BACKEN"].state == "warning"
-    assert found["FASTCLIP_BACKEN"].advice == "fastclip does not read it; is FASTCLIP_BACKEND meant?"
+    assert found["FASTCLIP_BACKEN"].advice == "fastclip does not read it; did you mean FASTCLIP_BACKEND?"
     assert found["TRITON_INTERPRET"].state == "warning" and found["TRITON_INTERPRET"].advice.startswith("unset it")
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MB", "much")
     assert findings(doctor._environment)["FASTCLIP_WORKSPACE_MB"].state == "fault"
