@@ -3,8 +3,8 @@
     pip install '.[train]' accelerate
     python examples/huggingface_trainer.py [--steps 40] [--seed 0]
 
-Trains a small random-weight CLIPModel on scikit-learn's handwritten digits twice, as it is and after
-`patch_transformers()`, prints the losses side by side, and fails when they differ by more than 1e-4 relative.
+Trains a small CLIPModel with random weights on scikit-learn's handwritten digits twice, without and with
+`patch_transformers()`. Prints the losses side by side, and fails if they differ by more than 1e-4 relative.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from transformers.utils import logging
 from fastclip.data.spec import open_source
 from fastclip.integrations import patch_transformers, unpatch
 
-TOLERANCE = 1e-4  # the rounding of many steps
+TOLERANCE = 1e-4  # rounding errors grow over many steps
 BATCH_SIZE = 64
-CONTEXT_LENGTH = 12  # tokens; the longest caption has 8 and its two ends
+CONTEXT_LENGTH = 12  # tokens; the longest caption has 8, plus start and end token
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a CLIPModel without and with fastclip's loss.")
     parser.add_argument("--steps", type=int, default=40, help="training steps (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default %(default)s)")
     args = parser.parse_args()
 
     logging.set_verbosity_error()
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def train_losses(data: list[dict[str, Any]], steps: int, seed: int) -> list[float]:
-    """The loss of each step; weights and batches are functions of `seed`."""
+    """Train a model and return the loss of each step. Weights and batches depend only on `seed`."""
     set_seed(seed)
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
     ends = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD}
@@ -71,7 +71,7 @@ def train_losses(data: list[dict[str, Any]], steps: int, seed: int) -> list[floa
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,  # the comparison is of float32; leave it out where you train
+            use_cpu=True,  # to compare losses in float32 on a CPU; leave it out to train
             seed=seed,
         )
         trainer = Trainer(model=CLIPModel(config), args=arguments, train_dataset=data, data_collator=collate)
@@ -84,7 +84,7 @@ PAD, BEGIN, END = 0, 1, 63
 
 
 def digits() -> list[dict[str, Any]]:
-    """Pixels (3, 32, 32) and token ids of a caption of each training image; a word is a token."""
+    """Return the pixels (3, 32, 32) and the token ids of one caption of each training image. A token is a word."""
     source = open_source("digits")
     words: dict[str, int] = {}
     data = []
@@ -99,6 +99,7 @@ def digits() -> list[dict[str, Any]]:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack rows to a batch, with the attention mask and the request for a loss that CLIPModel takes."""
     batch: dict[str, Any] = {key: torch.stack([row[key] for row in rows]) for key in ("pixel_values", "input_ids")}
     return batch | {"attention_mask": (batch["input_ids"] != PAD).long(), "return_loss": True}
 

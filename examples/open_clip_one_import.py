@@ -1,9 +1,9 @@
-"""open_clip's training step with one import swapped: the same model, the same batches, the same losses.
+"""open_clip's training step with one import replaced: the same model, the same batches, the same losses.
 
     python examples/open_clip_one_import.py [--seed 0]
 
-Trains a small random-weight open_clip model for 20 steps twice, once with open_clip's ClipLoss and once with
-fastclip's, prints the losses side by side, and fails when they differ by more than 1e-5 relative.
+Trains a small open_clip model with random weights for 20 steps twice, once with open_clip's ClipLoss and once with
+fastclip's. Prints the losses side by side, and fails if they differ by more than 1e-5 relative.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from open_clip.loss import ClipLoss as OpenClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
-from fastclip import ClipLoss  # the swap: this line in place of `from open_clip.loss import ClipLoss`
+from fastclip import ClipLoss  # replaces `from open_clip.loss import ClipLoss`
 
 TOLERANCE = 1e-5
 STEPS = 20
 BATCH_SIZE = 64
-LEARNING_RATE = 5e-4  # open_clip's default; at 1e-2 the rounding of 20 steps would outgrow the tolerance
+LEARNING_RATE = 5e-4  # open_clip's default; with 1e-2, rounding errors exceed the tolerance after 20 steps
 CONTEXT_LENGTH, VOCAB_SIZE = 16, 512
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train an open_clip model with open_clip's and with fastclip's loss.")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default %(default)s)")
     args = parser.parse_args()
 
     theirs = train_losses(OpenClipLoss(), seed=args.seed)
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def train_losses(loss_function: nn.Module, *, seed: int) -> list[float]:
-    """The loss of each step on one random batch; weights and batch are functions of `seed`."""
+    """Train a model on one random batch and return the loss of each step. Weights and batch depend only on `seed`."""
     torch.manual_seed(seed)
     model = CLIP(
         embed_dim=64,

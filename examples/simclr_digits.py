@@ -1,10 +1,10 @@
-"""SimCLR (Chen et al. 2020) on handwritten digits: an image encoder learns without labels what separates them.
+"""SimCLR (Chen et al. 2020) on handwritten digits: an image encoder is trained without labels.
 
     python examples/simclr_digits.py [--steps 200] [--seed 0]
 
-Two random views of each image of a batch are each other's positives, all other views negatives. Before and after, ten
-labelled images a digit classify the held-out ones, by the nearest of their features; a loss with labels (SupCon, Khosla
-et al. 2020) would be one argument away.
+Two random views of an image are positives of each other, and all other views in the batch are negatives. Before and
+after training, held-out digits are classified by their nearest neighbour among ten labelled images per digit. The loss
+with labels (SupCon, Khosla et al. 2020) needs only other values of `image_labels` and `text_labels`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fastclip.data.spec import open_source
 
 BATCH_SIZE = 128
 TEMPERATURE = 0.2
-LABELLED = 10  # images a digit
+LABELLED = 10  # images per digit
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an encoder of digits without labels; print what it is worth.")
+    parser = argparse.ArgumentParser(description="Train an encoder of digits without labels and print its accuracy.")
     parser.add_argument("--steps", type=int, default=200, help="training steps (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, views and labels (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and views (default %(default)s)")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -41,7 +41,7 @@ def main() -> None:
         *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     )
-    head = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))  # is for training only (section 4.2)
+    head = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))  # used in training only (section 4.2)
 
     def accuracy() -> float:
         return nearest_accuracy(encoder, images[few], labels[few], tests, test_labels)
@@ -51,7 +51,7 @@ def main() -> None:
     for step in range(1, args.steps + 1):
         batch = images[torch.randint(len(images), (BATCH_SIZE,))]
         z = head(encoder(torch.cat([view(batch), view(batch)])))  # (2N, D)
-        y = torch.arange(BATCH_SIZE).repeat(2)  # which image each row was made of
+        y = torch.arange(BATCH_SIZE).repeat(2)  # index of the image of which each row is a view
         loss = fastclip.contrastive_loss(z, z, 1 / TEMPERATURE, image_labels=y, text_labels=y, exclude_self=True)
         optimizer.zero_grad()
         loss.backward()
@@ -60,15 +60,15 @@ def main() -> None:
             print(f"step {step:4d}   loss {loss.item():.4f}")
 
     after = accuracy()
-    print(f"top-1 on {len(tests)} held-out digits with {LABELLED} labels a digit:")
+    print(f"top-1 on {len(tests)} held-out digits with {LABELLED} labels per digit:")
     print(f"  random encoder   {100 * before:.1f} %")
     print(f"  after SimCLR     {100 * after:.1f} %")
     if after <= before:
-        sys.exit("it did not learn")
+        sys.exit("the accuracy did not improve")
 
 
 def digits(*, held_out: bool) -> tuple[Tensor, Tensor]:
-    """Images (B, 1, 16, 16) in 0 to 1, labels (B,)."""
+    """Return images (B, 1, 16, 16) with values from 0 to 1, and labels (B,)."""
     source = open_source("digits", held_out=held_out)
     records = [source[k] for k in range(len(source))]
     images = torch.from_numpy(np.stack([np.array(x.image.convert("L")) for x in records]))
@@ -76,7 +76,7 @@ def digits(*, held_out: bool) -> tuple[Tensor, Tensor]:
 
 
 def view(images: Tensor) -> Tensor:
-    """Each turned, scaled, slanted and moved a little, in its own way, and brighter or darker, with noise."""
+    """Return a random view of each image: rotated, scaled, sheared, shifted, brighter or darker, and with noise."""
     count = len(images)
     angle, slant = (torch.randn(2, count, 1) * math.radians(10)).unbind()
     scale = 1 + 0.15 * torch.randn(count, 1)
@@ -91,7 +91,7 @@ def view(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nearest_accuracy(encoder: nn.Module, images: Tensor, labels: Tensor, tests: Tensor, test_labels: Tensor) -> float:
-    """Share of the tests whose most similar labelled image has their label."""
+    """Return the share of test images whose most similar labelled image has the same label."""
     encoder.eval()
     known, asked = (F.normalize(encoder(x), dim=1) for x in (images, tests))
     encoder.train()

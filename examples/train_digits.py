@@ -1,9 +1,9 @@
-"""Train a small CLIP on handwritten digits with fastclip's trainer, classify held-out digits by captions, draw both.
+"""Train a small CLIP model on handwritten digits with fastclip's trainer and classify held-out digits by captions.
 
     python examples/train_digits.py [--steps 400] [--batch-size 64] [--seed 0] [--output runs/digits]
 
-Takes about half a minute on two CPU cores. Writes OUTPUT/digits.png, and the run, as `fastclip train` would, to
-OUTPUT/training, in place of an earlier one; fails when zero-shot top-1 is under 95 %.
+Takes about half a minute on two CPU cores. Writes a plot to OUTPUT/digits.png and the run, as `fastclip train` does, to
+OUTPUT/training, where it replaces an earlier run. Fails if the zero-shot top-1 accuracy is below 95 %.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws into files: no display is needed
+matplotlib.use("Agg")  # draws to files, without a display
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from fastclip.training import TrainOptions, train
 
 REQUIRED_TOP1 = 0.95
 CONTEXT_LENGTH = 16  # tokens; the longest caption has 10
-IMAGES_PER_CLASS = 2  # in the picture
+IMAGES_PER_CLASS = 2  # in the plot
 
 
 def main() -> None:
@@ -73,17 +73,19 @@ def main() -> None:
     draw(path, title, run.losses, least_loss(options), shown, similarities)
     print(f"wrote {path}")
     if top1 < REQUIRED_TOP1:
-        sys.exit(f"zero-shot top-1 is {100 * top1:.1f} %, under the promised {100 * REQUIRED_TOP1:.0f} %")
+        sys.exit(f"zero-shot top-1 is {100 * top1:.1f} %, below the required {100 * REQUIRED_TOP1:.0f} %")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small CLIP on handwritten digits and draw what it learned.")
     parser.add_argument("--model", default="ViT-tiny", help="a name of fastclip.list_models() (default %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default %(default)s, 18 epochs)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images and captions a step (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default %(default)s)")
-    parser.add_argument("--backend", choices=fastclip.backends(), help="of the loss (default: the best available)")
-    parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="folder (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="pairs per step (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default %(default)s)")
+    parser.add_argument(
+        "--backend", choices=fastclip.backends(), help="backend of the loss (default: the best available)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="output folder (default %(default)s)")
     args = parser.parse_args()
     if args.steps < 1:
         parser.error("--steps must be at least 1")
@@ -91,20 +93,23 @@ def parse_args() -> argparse.Namespace:
 
 
 def pick_records(source: Source) -> list[Record]:
-    """The first few images of every digit, in the order of the digits."""
+    """Return the first images of each digit, in the order of the digits."""
     records = [source[k] for k in range(len(source))]
     return [x for c in range(len(CLASS_NAMES)) for x in [x for x in records if x.label == c][:IMAGES_PER_CLASS]]
 
 
 def similarities_of(records: list[Record], folder: Path) -> Tensor:
-    """Cosines (B, 10) of the images and one caption a digit, by the model that the run has left."""
+    """Return the cosine similarities (B, 10) of the images and one caption per digit, by the model in `folder`."""
     embedder = load_embedder(folder)
     images = embedder.embed_images(torch.stack([embedder.transform(x.image) for x in records]))
     return images @ class_embeddings(embedder, CLASS_NAMES, TEMPLATES[:1]).T
 
 
 def least_loss(options: TrainOptions) -> float:
-    """What a perfect model would reach: an image's n texts share its probability, so that each has 1 / n of it."""
+    """Return the mean loss of a perfect model on the batches of the run.
+
+    The n texts with an image's label share its probability, so that each gets 1 / n and the loss is log n.
+    """
     source, steps = open_source(options.data), options.max_steps or 0
     every = torch.tensor([source[k].label for k in range(len(source))])
     order = Order(len(source), options.batch_size, options.seed)
@@ -113,7 +118,7 @@ def least_loss(options: TrainOptions) -> float:
 
 
 def draw(path: Path, title: str, losses: list[float], least: float, shown: list[Record], similarities: Tensor) -> None:
-    """Loss curve on the left; on the right the cosines (B, 10) of the shown images and one caption a digit."""
+    """Plot the loss on the left, and the similarities (B, 10) of images and one caption per digit on the right."""
     figure = plt.figure(figsize=(14, 5.2), layout="constrained")
     figure.suptitle(title, fontsize=14)
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3), squeeze=False)[0]
@@ -129,7 +134,7 @@ def draw_losses(axes: Axes, losses: list[float], least: float) -> None:
     smooth = torch.tensor(losses).unfold(0, window, 1).mean(dim=1)
     axes.plot(range(1, len(losses) + 1), losses, color="tab:blue", alpha=0.3, label="each step")
     axes.plot(range(window, len(losses) + 1), smooth, color="tab:blue", label=f"mean of the last {window} steps")
-    axes.axhline(least, color="black", linestyle="--", linewidth=1, label="the least possible on these batches")
+    axes.axhline(least, color="black", linestyle="--", linewidth=1, label="smallest possible on these batches")
     axes.set(title="Training loss", xlabel="step", ylabel="contrastive loss with labels (UniCL)")
     axes.grid(alpha=0.3)
     axes.legend()

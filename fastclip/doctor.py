@@ -46,7 +46,7 @@ class Finding(NamedTuple):
     section: str
     name: str
     value: str
-    state: str = ""  # "" if there is nothing to do, "warning", or "fault" if the losses do not run
+    state: str = ""  # "" if all is well (advice is then optional), "warning", or "fault": the losses do not run
     advice: str = ""  # what to do about it
 
 

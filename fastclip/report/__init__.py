@@ -1,1 +1,1 @@
-"""A run as a page of HTML: what it was, how it went, what its model gets right and wrong."""
+"""HTML report of a run: its options, its metrics, and what its model gets right and wrong."""

@@ -1,7 +1,7 @@
-"""Curves as the parts of an SVG, which the page colours as it is itself, light or dark.
+"""Curves as parts of an SVG, to which the page's style sheet gives light or dark colours.
 
-They are drawn here, as an SVG of matplotlib is no part of such a page: each has some 10 kB before its first point,
-fixed colours in `style` attributes, and references to addresses and to its own parts, which the page must not hold.
+An SVG written by matplotlib would not fit into the page: it has about 10 kB before the first point, fixed colours in
+`style` attributes, and references to external addresses and to its own parts, which the page must not contain.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fastclip.report.run import Series
 
 __all__ = ["BOTTOM", "HEIGHT", "LEFT", "RIGHT", "TOP", "WIDTH", "Chart", "Curve", "charts_of", "short"]
 
-WIDTH, HEIGHT = 400, 220  # of the SVG's own units, about a pixel each
-LEFT, RIGHT, TOP, BOTTOM = 52, 390, 10, 194  # of the field in it
-_MOST = 400  # points of a curve
-_DOTTED = 40  # with so many points or fewer each has a dot
+WIDTH, HEIGHT = 400, 220  # in units of the SVG, about a pixel each
+LEFT, RIGHT, TOP, BOTTOM = 52, 390, 10, 194  # edges of the plot area
+_MOST = 400  # largest number of points of a curve
+_DOTTED = 40  # up to this number, each point has a dot
 
-# Titles, and the metrics they show with their names there; of other metrics each has a chart of its own.
+# Title -> metrics in that chart and their names in the legend. Each other metric has a separate chart.
 _TITLES: dict[str, dict[str, str]] = {
     "Loss": {"loss": "loss"},
     "Zero-shot accuracy": {f"val/zero_shot_top{k}": f"top-{k}" for k in (1, 5)},
@@ -34,38 +34,46 @@ _TITLES: dict[str, dict[str, str]] = {
     "Logit scale": {"logit_scale": "logit_scale"},
     "Learning rate": {"lr": "lr"},
     "Gradient norm": {"grad_norm": "grad_norm"},
-    "Samples a second": {"samples_per_second": "samples_per_second"},
-    "Share of the time waiting for data": {"data_wait": "data_wait"},
+    "Samples per second": {"samples_per_second": "samples_per_second"},
+    "Share of time spent waiting for data": {"data_wait": "data_wait"},
     "Skipped samples": {"skipped": "skipped"},
 }
 _NO_CHART = ("epoch",)
 _LOGARITHMIC = ("grad_norm",)
-_SPREAD = 50  # largest / smallest from which on those are drawn so
+_SPREAD = 50  # largest / smallest value above which the metrics in _LOGARITHMIC get a logarithmic axis
 
 
 class Curve(NamedTuple):
+    """One curve of a chart, in coordinates of the SVG unless noted."""
+
     name: str
     line: str  # an SVG path
-    band: str  # from the smallest to the largest value of what a point stands for; empty where that is one
-    dots: list[tuple[float, float]]  # with few points, and for one that stands alone
-    points: list[tuple[float, float]]  # steps and values, for a reading
+    band: str  # SVG path around the ranges that the points summarise; empty if each is a single value
+    dots: list[tuple[float, float]]  # all points if they are few, else only isolated ones
+    points: list[tuple[float, float]]  # steps and values, shown when the user points at the chart
 
 
 class Chart(NamedTuple):
+    """A chart with its curves and axes."""
+
     title: str
     curves: list[Curve]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
-    last: float  # step at RIGHT; at LEFT it is 0
-    note: str  # what is drawn otherwise than as it was written; may be empty
+    last: float  # step at RIGHT; the step at LEFT is 0
+    note: str  # how the values are transformed for drawing; may be empty
 
     @property
     def readings(self) -> list[tuple[str, list[tuple[float, float]]]]:
+        """Name and points of each curve, for the page's script."""
         return [(curve.name, curve.points) for curve in self.curves]
 
 
 def charts_of(series: Mapping[str, Series]) -> list[Chart]:
-    """Make a chart of every metric with a number, in the order of `_TITLES`; of skipped samples if there are some."""
+    """Return the charts of all metrics that have a finite value, in the order of `_TITLES`.
+
+    Skipped samples are left out if there are none.
+    """
     known = {name for names in _TITLES.values() for name in names}
     titles = _TITLES | {name: {name: name} for name in series if name not in known and name not in _NO_CHART}
     last = max((1.0, *(float(metric.steps.max()) for metric in series.values())))
@@ -78,7 +86,7 @@ def charts_of(series: Mapping[str, Series]) -> list[Chart]:
 
 
 def short(value: float, digits: int = 4) -> str:
-    """0.9944, 12.5k, 1e-05"""
+    """Format a number in at most `digits` digits, such as 0.9944, 12.5k or 1e-05."""
     for least, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= least:
             return f"{value / size:.{digits}g}{letter}"
@@ -86,7 +94,7 @@ def short(value: float, digits: int = 4) -> str:
 
 
 class _Points(NamedTuple):
-    """Of a curve; means, smallest and largest where there were too many."""
+    """Points of a curve. If there were too many, each summarises several values."""
 
     steps: NDArray[np.float64]
     means: NDArray[np.float64]
@@ -128,7 +136,7 @@ def _chart(title: str, series: Mapping[str, Series], names: Mapping[str, str], l
 
 
 def _thinned(series: Series) -> _Points:
-    """At most `_MOST` points, of stretches of equal length."""
+    """Return the points of a metric. If it has more than `_MOST` values, each point summarises equally many of them."""
     steps, values = series
     values = np.where(np.isfinite(values), values, np.nan)
     if len(steps) <= _MOST:
@@ -143,19 +151,19 @@ def _thinned(series: Series) -> _Points:
 
 
 def _curve(name: str, points: _Points, place: _Points) -> Curve:
-    """`points` as they are, and in the SVG; no line is drawn across a value that is no number."""
+    """Return the curve of `points`, whose SVG coordinates are `place`. Lines are interrupted at values of NaN."""
     stretches = np.ma.clump_unmasked(np.ma.masked_invalid(points.means))  # type: ignore[no-untyped-call]
     line = "".join(_path(place.steps[there], place.means[there]) for there in stretches)
     band = ""
     if (points.high > points.low).any():
-        for there in stretches:  # along the largest values, and back along the smallest
+        for there in stretches:  # forward along the largest values and back along the smallest
             steps, low = place.steps[there], place.low[there]
             band += _path(np.concatenate([steps, steps[::-1]]), np.concatenate([place.high[there], low[::-1]])) + "Z"
     few = len(points.steps) <= _DOTTED
-    dotted = [there for there in stretches if few or there.stop == there.start + 1]  # a lone point has no line
+    dotted = [there for there in stretches if few or there.stop == there.start + 1]  # an isolated point has no line
     places = (zip(place.steps[there], place.means[there]) for there in dotted)
     dots = [(round(float(x), 1), round(float(y), 1)) for x, y in chain.from_iterable(places)]
-    # five digits, as the page holds every reading
+    # five digits, to keep the page small: it contains every value
     read = [(float(step), float(f"{value:.5g}")) for step, value in zip(points.steps, points.means) if value == value]
     return Curve(name, line, band, dots, read)
 
@@ -165,16 +173,16 @@ def _path(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round values, of which the first is no larger than `low` and the last no smaller than `high`."""
+    """Return round tick values that enclose the range from `low` to `high`."""
     if low == high:
         margin = abs(low) / 10 or 1.0
-        low, high = low - margin, high if high == 1 else high + margin  # shares end there
-    # ten digits, as matplotlib's 0.30000000000000004 is no label
+        low, high = low - margin, high if high == 1 else high + margin  # 1 is the end of the scale of a share
+    # ten digits, because matplotlib returns values such as 0.30000000000000004
     return [float(f"{value:.10g}") for value in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten between them, or the powers alone, or every few of them."""
+    """Return ticks of a logarithmic axis: 1, 2 and 5 times powers of ten, or with a wide range fewer powers alone."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits, every in (((1, 2, 5), 1), ((1,), 1), ((1,), 2), ((1,), 5)):
         ticks = [digit * 10.0**power for power in powers[::every] for digit in digits]

@@ -1,4 +1,4 @@
-"""What a model makes of a data set: its metrics, which classes it confuses, its best and its worst retrievals."""
+"""Results of a model on a dataset: metrics, confused classes, and the best and worst retrievals."""
 
 from __future__ import annotations
 
@@ -20,44 +20,46 @@ from fastclip.models.embedder import Embedder
 
 __all__ = ["Confusion", "Example", "Examined", "Hit", "examine"]
 
-_SHOWN = 6  # retrievals, best and worst each, in both directions
-_HITS = 5  # of each
-_PAIRS = 12  # of classes, the most confused
-_MOST_CLASSES = 1000  # of a matrix
+_SHOWN = 6  # retrievals shown per list: best and worst, in both directions
+_HITS = 5  # results shown per retrieval
+_PAIRS = 12  # most confused pairs of classes shown
+_MOST_CLASSES = 1000  # largest number of classes with a confusion matrix
 
 
 class Hit(NamedTuple):
-    """A picture or a text that was found."""
+    """An image or text that was retrieved."""
 
-    item: int
-    place: int  # from 1
-    score: float  # cosine
-    right: bool  # it belongs to the query
+    item: int  # index of the image or text
+    place: int  # rank, from 1
+    score: float  # cosine similarity to the query
+    right: bool  # whether it belongs to the query
 
 
 class Example(NamedTuple):
-    """A query and what was found for it."""
+    """A query and the items retrieved for it."""
 
-    query: int
-    place: int  # of the best that belongs to it, from 1; a tie counts against the model
-    hits: list[Hit]  # those in front, and the best that belongs to the query where it is not among them
+    query: int  # index of the image or text
+    place: int  # rank of the best item that belongs to the query, from 1; ties count against the model
+    hits: list[Hit]  # the first items, and the best one that belongs to the query if it is not among them
 
 
 class Confusion(NamedTuple):
-    counts: NDArray[np.int64] | None  # (C, C), class and what it is taken for; None for more than 1,000 classes
-    pairs: list[tuple[int, int, int, float]]  # most confused: class, taken for, samples, share of the class
+    """Zero-shot predictions by class."""
+
+    counts: NDArray[np.int64] | None  # (C, C) images by class and predicted class; None for more than 1,000 classes
+    pairs: list[tuple[int, int, int, float]]  # most confused: class, predicted class, images, share of the class
 
 
 class Examined(NamedTuple):
-    """A source as a model sees it; pictures count as in `kept`."""
+    """Result of `examine`. Image indices are positions in `kept`."""
 
-    metrics: dict[str, float]  # those of `fastclip.evaluation.validate`
-    kept: list[int]  # samples of the source that can be used
-    texts: list[str]  # the captions, each once, then what the classes add
-    captions: int  # how many of them
+    metrics: dict[str, float]  # metrics of `fastclip.evaluation.validate`
+    kept: list[int]  # indices of the usable samples of the source
+    texts: list[str]  # distinct captions, followed by the texts of the classes
+    captions: int  # number of distinct captions
     confusion: Confusion | None  # None without classes
-    of_texts: tuple[list[Example], list[Example]]  # best and worst, pictures found for texts
-    of_images: tuple[list[Example], list[Example]]  # likewise texts for pictures
+    of_texts: tuple[list[Example], list[Example]]  # best and worst retrievals of images by text
+    of_images: tuple[list[Example], list[Example]]  # best and worst retrievals of texts by image
 
 
 def examine(
@@ -69,10 +71,13 @@ def examine(
     stores: list[FeatureStore] | None = None,
     progress: bool = False,
 ) -> Examined:
-    """Embed a source and look at it; options and errors as `image_features`'.
+    """Embed a source and compute its metrics, confusion and retrievals.
+
+    Options and errors are those of `fastclip.embedding.features.image_features`.
 
     Args:
-        stores: gets what is kept to go on after a stop; clear them when the result is written.
+        stores: list to which the stores of the features are appended. They let an interrupted call resume. Clear them
+            when the result is written.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     store = resumable(stores, embedder, [*source.class_names, *picture_states(source)])
@@ -107,16 +112,19 @@ def _confusion(images: ImageFeatures, features: Tensor, texts: Texts) -> Confusi
 
 
 def _most_confused(predictions: Tensor, labels: Tensor) -> list[tuple[int, int, int, float]]:
-    """`Confusion.pairs`, whatever the number of classes."""
+    """Return `Confusion.pairs`. This needs no matrix, so it works for any number of classes."""
     sizes = labels.bincount()
     pairs = mistakes(labels, predictions)[:_PAIRS].tolist()
     return [(place, other, count, count / int(sizes[place])) for place, other, count in pairs]
 
 
 def _best_and_worst(queries: Tensor, items: Tensor, pairs: Tensor) -> tuple[list[Example], list[Example]]:
-    """By the place of what belongs to a query, then by its cosine; no query is in both."""
+    """Return the best and the worst queries, by the rank of the best item that belongs to them, then by its cosine.
+
+    No query is in both lists.
+    """
     ranks = best_ranks(queries, items, pairs)
-    # in parts, as the rows of all pairs at once are P x D
+    # in parts, because the features of all P pairs at once would take P x D numbers
     cosines = torch.cat([(queries[part[:, 0]] * items[part[:, 1]]).sum(1) for part in pairs.split(2**14)])
     best = torch.full((len(queries),), -torch.inf).scatter_reduce_(0, pairs[:, 0], cosines, "amax")
     order = [k for _, _, k in sorted(zip(ranks.tolist(), (-best).tolist(), range(len(queries)))) if ranks[k] >= 0]

@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds its pictures, style and script."""
+"""The report as a single HTML file that contains its images, style and script."""
 
 from __future__ import annotations
 
@@ -43,26 +43,28 @@ def write_report(
     progress: bool = False,
     **embedder_options: Any,
 ) -> Path:
-    """Write one HTML file that needs no other, and return its path: key figures, curves, confused classes, retrievals.
+    """Write a self-contained HTML report of a run and return its path.
 
-    What needs a model is left out, and the page says why: for a run that has not ended, unless a checkpoint is named,
-    and for one without validation data, or whose data cannot be read here.
+    The report has key figures, curves, confused classes, and the best and worst retrievals. Sections that need a model
+    are left out, with the reason, if the run has not ended and no checkpoint is given, or if it has no validation data
+    or its data cannot be read here.
 
     Args:
-        folder: of a run of ``fastclip train``.
-        output: default: report.html in it.
-        data: as ``--val-data``; default: the run's own.
-        checkpoint: as `load_embedder`'s; default: the run's model/.
-        results: JSON files of ``fastclip eval`` or CLIP_benchmark, shown beside each other.
-        max_samples: of the data, evenly spread.
-        batch_size: pictures, or texts, at a time.
-        workers: processes that read pictures; 0 reads in this one.
-        progress: show how far it is, on stderr.
-        embedder_options: model, device, precision, vocabulary, image_size, context_length, as `load_embedder`'s; the
-            default precision is the run's.
+        folder: folder of a run of ``fastclip train``.
+        output: path of the report (default: report.html in `folder`).
+        data: dataset to examine, in the form of ``--val-data`` (default: the run's validation data).
+        checkpoint: checkpoint for `load_embedder` (default: the run's model/).
+        results: JSON files of ``fastclip eval`` or CLIP_benchmark, which are shown side by side.
+        max_samples: largest number of samples to examine. They are evenly spread over the dataset.
+        batch_size: images, or texts, embedded at a time.
+        workers: processes that read images; 0 reads them in this process.
+        progress: show a progress bar on stderr.
+        embedder_options: options of `load_embedder`: model, device, precision, vocabulary, image_size, context_length.
+            The default precision is the run's.
 
     Raises:
-        OSError, ValueError: the folder holds no run, or data, checkpoint or results are not in order; by name.
+        OSError: the folder holds no run, or a file cannot be read or written.
+        ValueError: config.yaml, the data, the checkpoint or a result file is invalid, or max_samples is below 1.
     """
     if max_samples < 1:
         raise ValueError(f"max_samples must be at least 1, got {max_samples}")
@@ -82,16 +84,16 @@ def write_report(
         context |= {"seen": seen | {"size": len(whole), "embedder": embedder}, "reason": ""}
     path = run.folder / "report.html" if output is None else Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, render(context).encode("utf-8", "replace"))  # names of files may hold what UTF-8 cannot
+    write_bytes(path, render(context).encode("utf-8", "replace"))  # file names may not be valid UTF-8
     for store in stores:
         store.clear()
     return path
 
 
 def render(context: dict[str, Any]) -> str:
-    """The page of `about_run`'s and `of_examined`'s names. All that is put into it is escaped.
+    """Return the HTML of a page with the values that `about_run` and `of_examined` return. All values are escaped.
 
-    A Content-Security-Policy keeps it from loading anything, and from running any script but its own.
+    A Content-Security-Policy keeps the page from loading anything and from running any script except its own.
     """
     page = Environment(
         loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -105,17 +107,17 @@ def render(context: dict[str, Any]) -> str:
 
 
 def _source(run: RunRecord, data: str | None, checkpoint: str | Path | None) -> tuple[Source | None, str]:
-    """The data to look at, or why there are none."""
+    """Return the dataset to examine and "", or None and the reason why there is none."""
     if checkpoint is None and not run.ended:
-        return None, "The run has not ended, so there is no model to look at yet; --checkpoint names one."
+        return None, "The run has not ended, so it has no final model yet. Name a checkpoint with --checkpoint."
     if data is not None:
         return open_source(data, held_out=True), ""
     spec = run.options.get("val_data")
     if not isinstance(spec, str):
-        return None, "The run has no validation data; --data names some."
+        return None, "The run has no validation data. Name a dataset with --data."
     try:
         return open_source(spec, held_out=True), ""
-    except (OSError, ValueError, ImportError) as error:  # such as a run that was copied from another machine
+    except (OSError, ValueError, ImportError) as error:  # for example if the run was copied from another machine
         logger.warning("the validation data cannot be read: %s", error)
         reason = str(error).split("; what it may be:")[0]
-        return None, f"The validation data cannot be read: {reason}. --data names others."
+        return None, f"The validation data cannot be read: {reason}. Name another dataset with --data."

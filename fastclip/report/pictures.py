@@ -1,4 +1,4 @@
-"""Pictures as URLs that hold them."""
+"""Images as data URLs, which contain the image itself."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from PIL import Image
 __all__ = ["heat_map", "thumbnail"]
 
 _SIDE = 160  # pixels, twice what the page shows
-_COLOUR = (99, 92, 242)  # to be seen on white and on black
+_COLOUR = (99, 92, 242)  # visible on white and on black
 
 
 def thumbnail(image: Image.Image) -> str:
-    """A picture of any mode, at most 160 pixels wide and high."""
+    """Return the data URL of an image of any mode, scaled down to at most 160 pixels wide and high."""
     small = image.convert("RGB")
     small.thumbnail((_SIDE, _SIDE))
     return _url(small, "JPEG", quality=85)
 
 
 def heat_map(shares: NDArray[np.float64]) -> str:
-    """Shares (C, C) as a pixel of one colour each, the more opaque the more."""
-    opacity = np.sqrt(shares)  # rare confusions are to be seen, too
+    """Return the data URL of an image with one pixel per share of `shares` (C, C). Larger shares are more opaque."""
+    opacity = np.sqrt(shares)  # the root keeps rare confusions visible
     colour = Image.new("RGB", shares.shape[::-1], _COLOUR)
     colour.putalpha(Image.fromarray((255 * opacity).round().astype(np.uint8)))
     return _url(colour, "PNG", optimize=True)

@@ -1,4 +1,4 @@
-"""What lies in the folder of a run."""
+"""Reading of the folder of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["RunRecord", "Series", "read_run"]
 logger = logging.getLogger(__name__)
 
 
-_NUMBER = (int, float, type(None))  # null stands for what is no number
+_NUMBER = (int, float, type(None))  # null is read as NaN
 _TEXT = (str, type(None))
 _NEEDED: dict[str, Any] = {
     "data": str,
@@ -32,34 +32,34 @@ _NEEDED: dict[str, Any] = {
 
 
 class Series(NamedTuple):
-    """One metric."""
+    """Values of one metric."""
 
     steps: NDArray[np.float64]  # (P,), updates made
-    values: NDArray[np.float64]  # (P,), NaN where there is no number
+    values: NDArray[np.float64]  # (P,), NaN for null
 
 
 class RunRecord(NamedTuple):
-    """What a run has left so far."""
+    """Options and metrics of a run, as far as they are written."""
 
     folder: Path
     options: dict[str, Any]
-    changed: dict[str, Any]  # those options that are not `TrainOptions`' defaults
-    series: dict[str, Series]  # by metric, as metrics.jsonl calls it
+    changed: dict[str, Any]  # options that differ from the defaults of `TrainOptions`
+    series: dict[str, Series]  # metric, as named in metrics.jsonl -> values
     unread: int  # lines of metrics.jsonl that cannot be read
-    ended: bool  # the whole schedule is done, and model/ is there
-    written: datetime  # the last line of metrics.jsonl, in local time
-    versions: dict[str, str]  # of what it was trained with; empty without a checkpoint
+    ended: bool  # model/ exists, which is written at the end of the schedule
+    written: datetime  # time of the last change of metrics.jsonl, in local time
+    versions: dict[str, str]  # versions of fastclip and torch in training; empty if there is no checkpoint
 
     @property
     def steps(self) -> int:
-        """Updates made, as far as they are logged."""
+        """Number of updates made, as far as they are logged."""
         return int(max((series.steps[-1] for series in self.series.values()), default=0))
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Read options and metrics of a run of ``fastclip train``, also of one that goes on or was killed.
+    """Read the options and metrics of a run of ``fastclip train``, which may be in progress or have been killed.
 
-    A line of metrics that is cut off or no JSON is left out and counted.
+    Lines of metrics that are incomplete or not JSON are left out and counted.
 
     Raises:
         FileNotFoundError: the folder holds no run.
@@ -73,7 +73,9 @@ def read_run(folder: str | Path) -> RunRecord:
     options = read_yaml(config)
     for name, kind in _NEEDED.items():
         if not isinstance(options.get(name), kind):
-            raise ValueError(f"{config} must hold the options of a run, such as `model: ViT-B-32`; its {name} is none")
+            raise ValueError(
+                f"{config} must hold the options of a run, such as `model: ViT-B-32`: {name} is missing or invalid"
+            )
     defaults = {f.name: None if f.default is MISSING else f.default for f in fields(TrainOptions)}
     defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     series, unread = _read_metrics(metrics)
@@ -90,8 +92,8 @@ def read_run(folder: str | Path) -> RunRecord:
 
 
 def _read_metrics(file: Path) -> tuple[dict[str, Series], int]:
-    """The numbers by name, and how many lines hold none."""
-    columns: dict[str, tuple[array[float], array[float]]] = {}  # 16 bytes a number: a run may have millions
+    """Return the values by metric, and the number of lines that could not be read."""
+    columns: dict[str, tuple[array[float], array[float]]] = {}  # compact, 16 bytes per value: a run may have millions
     unread = 0
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -112,7 +114,7 @@ def _read_metrics(file: Path) -> tuple[dict[str, Series], int]:
 
 
 def _versions(folder: Path) -> dict[str, str]:
-    """Read the versions in the newest checkpoint that has some: one may be damaged, or be removed meanwhile."""
+    """Return the versions in the newest checkpoint that can be read: others may be damaged or just removed."""
     for file in sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True):
         try:
             state = read_json(file)

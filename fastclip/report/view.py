@@ -1,4 +1,4 @@
-"""What the page shows, as plain values that its template puts in their places."""
+"""Contents of the page as plain values for its template."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fastclip.system.reading import read_json
 
 __all__ = ["about_run", "of_examined", "read_results"]
 
-_NUMBERED = 30  # classes; the matrix of more has no numbers
-_MOST = 1e300  # of a metric: a longer integer is no number to draw
-_MOST_TEXT = 300  # characters of a text
+_NUMBERED = 30  # classes up to which the confusion matrix shows numbers; a larger one is an image
+_MOST = 1e300  # largest metric: larger integers would overflow a float
+_MOST_TEXT = 300  # characters of a text that are shown
 _BEST = ("zero_shot_top1", "image_retrieval_recall@1", "text_retrieval_recall@1")
 
 
@@ -34,7 +34,7 @@ class Figure(NamedTuple):
 
 
 def about_run(run: RunRecord) -> dict[str, Any]:
-    """Return what the sections that need no model show."""
+    """Return the contents of the sections that need no model."""
     return {
         "run": run,
         "name": run.folder.resolve().name,
@@ -58,8 +58,8 @@ def _figures(run: RunRecord) -> list[Figure]:
     figures.append(Figure("steps", f"{run.steps:,}", f"of {planned:,}" if isinstance(planned, int) and planned else ""))
     if (speed := _median(run.series.get("samples_per_second"))) is not None:
         wait = _median(run.series.get("data_wait"))
-        note = "" if wait is None else f"{wait:.0%} of the time waiting for data"
-        figures.append(Figure("samples a second", f"{speed:,.0f}", note))
+        note = "" if wait is None else f"{wait:.0%} of the time spent waiting for data"
+        figures.append(Figure("samples per second", f"{speed:,.0f}", note))
     if (skipped := run.series.get("skipped")) is not None and skipped.values[-1] > 0:
         figures.append(Figure("skipped samples", f"{skipped.values[-1]:,.0f}", "that could not be used"))
     return figures
@@ -70,7 +70,7 @@ def _median(series: Series | None) -> float | None:
 
 
 def _in_words(metric: str) -> str:
-    """zero_shot_top1 -> zero-shot top-1; image_retrieval_recall@1 -> text → image recall@1"""
+    """Return a metric's name for the page: zero_shot_top1 becomes zero-shot top-1."""
     words = {"zero_shot_top": "zero-shot top-", "image_retrieval_": "text → image ", "text_retrieval_": "image → text "}
     for part, plain in words.items():
         metric = metric.replace(part, plain)
@@ -78,10 +78,13 @@ def _in_words(metric: str) -> str:
 
 
 def of_examined(source: Source, examined: Examined, run: RunRecord, *, same: bool) -> dict[str, Any]:
-    """Return what the sections that need a model show.
+    """Return the contents of the sections that need a model.
 
     Args:
-        same: `source` and model are those of the run's last validation, whose numbers are then shown, too.
+        source: dataset that was examined.
+        examined: result of `examine`.
+        run: run that trained the model.
+        same: dataset and model are those of the run's last validation, whose metrics are then shown, too.
     """
     last = {name: run.series[f"val/{name}"] for name in examined.metrics if same and f"val/{name}" in run.series}
     step = max((series.steps[-1] for series in last.values()), default=0)
@@ -119,7 +122,7 @@ def of_examined(source: Source, examined: Examined, run: RunRecord, *, same: boo
 def _matrix(confusion: Confusion, names: Sequence[str]) -> dict[str, Any]:
     counts, rows, url = confusion.counts, list[Any](), None
     if counts is not None:
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of a class without pictures too
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # classes without images have shares of 0
         if len(names) <= _NUMBERED:
             rows = [(name, list(zip(*cells))) for name, *cells in zip(names, counts.tolist(), shares.tolist())]
         else:
@@ -129,22 +132,23 @@ def _matrix(confusion: Confusion, names: Sequence[str]) -> dict[str, Any]:
 
 
 def read_results(paths: Sequence[Path]) -> dict[str, Any]:
-    """Read results in CLIP_benchmark's form of JSON: a row for each metric that is a number.
+    """Read result files in CLIP_benchmark's JSON format into a table.
 
-    A column is a file, model and weights, fine-tuned ones with their alpha. Results of which a cell is taken are
-    numbered, and have a column of their own.
+    A row is a metric that is a number. A column is a combination of file, model and weights, with the alpha of
+    fine-tuned weights. A second result for the same cell goes to a separate, numbered column.
 
     Raises:
-        OSError, ValueError: a file cannot be read or holds no results, with its name.
+        OSError: a file cannot be read.
+        ValueError: a file holds no results. The message names it.
     """
     columns: dict[tuple[str, str, str], None] = {}
     rows: dict[tuple[str, str, str], dict[tuple[str, str, str], float]] = {}
     for path in paths:
         contents = read_json(path, object)
         results = contents if isinstance(contents, list) else [contents]
-        for result in results or [None]:  # an empty list holds no results either
+        for result in results or [None]:  # an empty list has no results, which is an error
             if not isinstance(result, Mapping) or not isinstance(result.get("metrics"), Mapping):
-                raise ValueError(f'{path} holds no results of an evaluation: objects with "metrics"')
+                raise ValueError(f'{path} holds no results of an evaluation, which are objects with "metrics"')
             values = {
                 (str(result.get("task", "")), str(result.get("dataset", "")), name): value
                 for name, value in result["metrics"].items()

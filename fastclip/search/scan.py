@@ -206,7 +206,7 @@ def _add(
 
 
 def _batches(reads: Iterable[_Read], batch_size: int) -> Iterator[list[_Read]]:
-    """Yield consecutive files until `batch_size` of them have images to embed, but at most `_ROWS` files at a time."""
+    """Yield lists of consecutive files, each with `batch_size` images to embed, or with at most `_ROWS` files."""
     rows: list[_Read] = []
     for row in reads:
         rows.append(row)

@@ -144,7 +144,7 @@ def test_page_has_every_section_and_is_well_formed(report: Path) -> None:
     page = read(report)
     assert tuple(tag["id"] for tag in page.all("section")) == SECTIONS
     titles = ("Loss", "Zero-shot accuracy", "Text → image retrieval", "Logit scale", "Gradient norm", "Learning rate")
-    assert {*titles, "Samples a second", "Image → text retrieval"} <= {*page.words["curves"]}
+    assert {*titles, "Samples per second", "Image → text retrieval"} <= {*page.words["curves"]}
     assert "--context-length" in page.words["options"]
     assert report.stat().st_size < 1.5e6
     assert {"ended", "digits"} <= {*page.words[""]}
@@ -250,7 +250,7 @@ def test_run_that_has_not_ended_has_its_curves(unfinished: Path) -> None:
     assert [tag["id"] for tag in page.all("section")] == ["figures", "curves", "validation", "options"]
     assert "not ended" in page.words[""] and "1 line of metrics.jsonl cannot be read and is left out." in page.words[""]
     assert (
-        "The run has not ended, so there is no model to look at yet; --checkpoint names one."
+        "The run has not ended, so it has no final model yet. Name a checkpoint with --checkpoint."
         in page.words["validation"]
     )
     lines = [tag["d"] for tag in page.all("path") if tag["class"] == "line"]
@@ -280,7 +280,9 @@ def test_data_that_are_not_there(run: Path, tmp_path: Path) -> None:
     with pytest.raises((ValueError, OSError), match="nowhere"):
         write_report(folder, data="/nowhere/else")
     config.write_text(config.read_text().replace("val_data: /nowhere/pairs.csv", "val_data: null"))
-    assert "The run has no validation data; --data names some." in read(write_report(folder)).words["validation"]
+    assert (
+        "The run has no validation data. Name a dataset with --data." in read(write_report(folder)).words["validation"]
+    )
 
 
 def test_large_data_are_sampled_evenly_and_the_page_says_so(
@@ -294,7 +296,7 @@ def test_large_data_are_sampled_evenly_and_the_page_says_so(
     )
     words = read(write_report(run, tmp_path / "x.html", max_samples=50, device="cpu")).words["validation"]
     assert seen == [i * 360 // 50 for i in range(50)]
-    assert any("50 pictures of 360" in text for text in words)
+    assert any("50 images of 360" in text for text in words)
     assert not any("in the run" in text for text in words), "those are of all"
 
 

@@ -1,4 +1,4 @@
-// Point at a chart: the values of the step beneath.
+// While the pointer is over a chart, its caption shows the values of the nearest step.
 for (const figure of document.querySelectorAll("figure[data-curves]")) {
   const svg = figure.querySelector("svg");
   const line = figure.querySelector(".pointer");
