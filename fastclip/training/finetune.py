@@ -128,7 +128,7 @@ class _Run:
         def older(before: dict[str, Any]) -> dict[str, Any]:
             """Return the record `before` of an older version in today's form.
 
-            Such a record lacks the order, has a relative path, and lists options that may change by now.
+            Such a record lacks the order, has a relative path, and lists options that may change today.
             """
             known = {"order and captions": asked["order and captions"], **older_limit(before)}
             if "data" in known:

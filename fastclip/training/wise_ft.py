@@ -24,11 +24,12 @@ _EVALUATIONS = "evaluations.json"
 
 @torch.no_grad()
 def interpolate(zero_shot: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Return (1 - alpha) zero_shot + alpha tuned for each tensor (Wortsman et al. 2022, section 3).
+    """Return (1 - alpha) zero_shot + alpha tuned for each tensor.
 
-    An alpha of 0 returns `zero_shot` and an alpha of 1 returns `tuned`, bit for bit. As in the authors' code, all
-    floating-point tensors are averaged, including BatchNorm's running means and variances. Integers, such as
-    BatchNorm's counters, are taken from `tuned` unless alpha is 0.
+    Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", section 3. An alpha of 0 returns `zero_shot` and an
+    alpha of 1 returns `tuned`, bit for bit. As in the authors' code, all floating-point tensors are averaged, including
+    BatchNorm's running means and variances. Integers, such as BatchNorm's counters, are taken from `tuned` unless alpha
+    is 0.
 
     Args:
         zero_shot, tuned: state dicts of the same model.

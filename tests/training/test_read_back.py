@@ -171,7 +171,7 @@ def test_metric_that_is_no_number_is_left_out(tmp_path: Path, loss: bytes) -> No
 def test_report_names_the_option_that_is_none(tmp_path: Path, name: str) -> None:
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "config.yaml").write_text(json.dumps({"data": "digits", "model": "ViT-tiny", name: [5]}))
-    with pytest.raises(ValueError, match=rf"config\.yaml must hold .* its {name}"):
+    with pytest.raises(ValueError, match=rf"config\.yaml must hold .* `model: ViT-B-32`: {name} is missing or invalid"):
         read_run(tmp_path)
 
 

@@ -59,7 +59,7 @@ def _rows(p: Plan) -> Iterator[tuple[str, int, str]]:
         yield (
             "gathered",
             p.gathered,
-            f"two blocks and the rest{'' if p.cached else ', and gradients of one block'}",
+            f"two blocks, parameters outside of blocks{'' if p.cached else ', gradients of one block'}",
         )
     when = ", unsharded until the last micro-batch" if p.sharded and p.cached else ""
     when = when if p.gradients_stay else ", which appear as activations are freed: the total counts those at the peak"
@@ -70,7 +70,7 @@ def _rows(p: Plan) -> Iterator[tuple[str, int, str]]:
     if p.ema:
         yield "moving average", p.average, "of the weights"
     yield "inputs", p.inputs, f"images of {p.image_size} x {p.image_size}, fp32, and {p.context_length} ids per text"
-    kept = "and their gradients" if p.cached else "their gradients"
+    kept = "and their gradients" if p.cached else "gradients only"
     yield "features", p.features, f"of {p.pairs:,} pairs, {kept}"
     if p.workspace:
         yield "workspace", p.workspace, "logits of the loss, kept between steps"

@@ -120,7 +120,7 @@ class _Passes:
 
     def _second(self, gradients: list[Any], rest: list[Tensor], direct: list[tuple[Tensor, Tensor]]) -> None:
         """Back-propagate each micro-batch from its part of the features' `gradients`, and the last also from `rest`."""
-        after = _generators(self._places)
+        after = _generators(self._places)  # the state after the loss, which may have drawn random numbers, too
         with self._buffers.replayed(), _restoring(after):
             for k, batch in enumerate(self._batches):
                 last = k == len(self._batches) - 1

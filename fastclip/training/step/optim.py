@@ -26,8 +26,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Return the parameter groups of an optimiser (Radford et al. 2021, section 2.5).
 
     Matrices and convolutions have weight decay. Vectors (biases, gains, the class token) and numbers (scale and bias of
-    the logits) have none. Numbers form a separate group, because FSDP does not shard them and a fused optimiser
-    processes all tensors of a group together.
+    the logits) have none. Numbers form a separate group, because FSDP does not shard them and an optimiser may
+    process all tensors of a group together.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []

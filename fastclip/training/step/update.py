@@ -115,7 +115,7 @@ class Stepper:
             pairs = [(batch.images, batch.ids) for batch in batches]
             value = cached_step(forward, pairs, loss, modules=[self.wrapped], keep_on=self.keep_on)
         # All ranks must end at the same step, because a rank that continues would wait for the others in a collective.
-        # A signal may reach them at different times, so the status is exchanged together with the loss.
+        # A signal may reach them at different times, so the share of ranks with each status is exchanged with the loss.
         wished = status()
         wishes = torch.tensor([wished == code for code in _STATUSES], dtype=torch.float64, device=value.device)
         shared = mean_over_ranks(torch.cat([value.detach().double().view(1), wishes]), self.world)
