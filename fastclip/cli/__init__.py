@@ -1,4 +1,4 @@
-"""The ``fastclip`` command, one module a subcommand. Each imports what it needs when it runs."""
+"""The ``fastclip`` command. Each subcommand is a module, which imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from fastclip.cli import (
     train,
 )
 from fastclip.cli.ending import Terminated, message_of, sigterm_raises
+from fastclip.cli.help import add_command, describe
 from fastclip.cli.printing import LogLines, complain, leave_stdout, prepare_streams
 from fastclip.system.env import let_threads_sleep
 
@@ -35,31 +36,31 @@ __all__ = ["main"]
 _COMMANDS = {
     "train": (train, "train an image-text model"),
     "finetune": (finetune, "fine-tune the image tower as a classifier"),
-    "plan": (plan, "predict the memory of a training step, and the largest micro-batch"),
-    "eval": (evaluate, "zero-shot, robustness, retrieval, probes: what a model is worth"),
-    "report": (report, "write a run as an HTML page: curves, confused classes, best and worst retrievals"),
-    "search": (search, "find pictures of a folder by text, by picture, or by a mixture of these"),
-    "serve": (serve, "search a folder on a web page of this machine"),
-    "data": (data, "check a data set, or pack one into tar shards"),
-    "filter": (filter, "keep the samples of a data set whose picture and caption agree, without near duplicates"),
-    "embed": (embed, "write a data set as vectors, in clip-retrieval's layout"),
-    "models": (models, "list the models by name"),
-    "convert": (convert, "write a checkpoint in open_clip's, Hugging Face's or our form"),
-    "doctor": (doctor, "what is installed, what runs here and why not, and what to do about it"),
-    "bench": (bench, "time the losses on this machine beside open_clip's and the dense formula"),
+    "plan": (plan, "predict the memory of a run and its largest micro-batch"),
+    "eval": (evaluate, "evaluate a model: zero-shot, robustness, retrieval, probes"),
+    "report": (report, "write a training run as an HTML page"),
+    "search": (search, "find images of a folder by text, by image, or by both"),
+    "serve": (serve, "search a folder on a local web page"),
+    "data": (data, "check a dataset, or pack it into tar shards"),
+    "filter": (filter, "keep the samples whose image and caption agree"),
+    "embed": (embed, "write a dataset as vectors, in clip-retrieval's layout"),
+    "models": (models, "list the names of the models"),
+    "convert": (convert, "convert a checkpoint to open_clip, Hugging Face or fastclip"),
+    "doctor": (doctor, "check this installation: what runs here, and what does not"),
+    "bench": (bench, "time the losses on this machine beside open_clip's"),
     "parity": (parity, "compare the losses of several processes with those of one"),
 }
-_OF_SEARCH = ("search", "serve", "filter", "embed")  # what these need is the extra search, else train
-_OWN_PARSER = ("train", "finetune")  # these read words that are unknown here, and --help, themselves
+_OF_SEARCH = ("search", "serve", "filter", "embed")  # these need the extra search, the others train
+_OWN_PARSER = ("train", "finetune")  # tyro reads the options of these
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line. Return the exit status: 1 for what the user can mend, said on stderr, and what fails."""
-    if argv is None:  # the process is this command's; a caller's streams and environment are its own
+    """Run a command line and return its exit status: 1 if a check fails, or after an error message on stderr."""
+    if argv is None:  # the process runs this command alone; a caller keeps its streams and environment
         prepare_streams()
     parser = _parser()
     args, words = parser.parse_known_args(argv)
-    args.words = words  # of a command with a parser of its own
+    args.words = words  # the words that tyro reads
     if words and args.command not in _OWN_PARSER:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     log = logging.StreamHandler()
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated:
         print(f"fastclip {args.command}: ended by SIGTERM", file=sys.stderr)
         return 143
-    except BrokenPipeError:  # whoever reads has enough, as in `fastclip models | head`
+    except BrokenPipeError:  # the reader has seen enough, as in `fastclip models | head`
         leave_stdout()
         return 0
     except Exception as error:
@@ -86,23 +87,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"fastclip {args.command}: {message}{_advice(args.command, error)}")
         return 1
     finally:
-        if argv is None:  # a last search for cyclic garbage in all that torch loaded takes a second
+        if argv is None:  # at exit, a search for cyclic garbage in everything torch loaded would take a second
             gc.freeze()
 
 
 def _advice(command: str, error: Exception) -> str:
-    """Return which extra brings a package that is not installed; empty for another error."""
+    """Return the advice to install the extra that brings a missing package; empty for any other error."""
     if not (isinstance(error, ModuleNotFoundError) or str(error).endswith("is not installed")):
         return ""
     extra = "search" if command in _OF_SEARCH else "train"
-    return f"; pip install '.[{extra}]' in the clone brings what this command needs"
+    return f"; run pip install '.[{extra}]' in the clone, which installs what this command needs"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastclip", description="Contrastive image-text models.")
+    parser = argparse.ArgumentParser(prog="fastclip")
+    describe(
+        parser,
+        "Train, evaluate and use contrastive image-text models. `fastclip COMMAND --help` explains a command.",
+        "fastclip doctor",
+        "fastclip train --data digits --model ViT-tiny --context-length 16 --output runs/digits",
+        "fastclip eval zeroshot --checkpoint runs/digits --data digits",
+        'fastclip search "a handwritten three" photos --checkpoint runs/digits',
+    )
     parser.add_argument("--version", action="version", version=f"fastclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in _COMMANDS.items():
-        foreign = name in _OWN_PARSER  # an abbreviation may be of the other parser's options
-        module.add(commands.add_parser(name, help=summary, add_help=not foreign, allow_abbrev=not foreign))
+        foreign = name in _OWN_PARSER  # an abbreviation here could be an option there
+        module.add(add_command(commands, name, summary, add_help=not foreign, allow_abbrev=not foreign))
     return parser

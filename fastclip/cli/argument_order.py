@@ -1,4 +1,4 @@
-"""Positional arguments and options in any order, and words that begin with a hyphen and are no options."""
+"""Positional arguments and options in any order, including words that begin with a hyphen but are not options."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["words_in_any_order"]
 
 
 def words_in_any_order(parser: argparse.ArgumentParser) -> None:
-    """Let options stand between positional arguments of `parser`, an optional one included: QUERY --top 3 FOLDER.
+    """Let options appear between the positional arguments of `parser`, as in ``QUERY --top 3 FOLDER``.
 
-    A word such as ``-night``, in which not every letter is an option, is positional too. argparse alone takes the
-    optional one for missing before the first option (Python 3.10 and 3.11, and ``parse_intermixed_args`` cannot be used
-    of a subcommand).
+    A word such as ``-night``, whose letters are not all options, is positional as well. By itself argparse decides
+    before the first option that an optional positional argument is missing (in Python 3.10 and 3.11), and
+    ``parse_intermixed_args`` does not work for a subcommand.
     """
     plain = parser.parse_known_args  # subcommands are parsed by this method
 
@@ -38,7 +38,9 @@ def _split(parser: argparse.ArgumentParser, args: list[str]) -> tuple[list[str],
             words.append(word)
             continue
         value = [args.pop(0)] if args and _wants_value(word, known) else []
-        if value and value[0].startswith("-") and word.startswith("--"):  # else argparse takes it for an option
+        if (
+            value and value[0].startswith("-") and word.startswith("--")
+        ):  # otherwise argparse would read it as an option
             word, value = f"{word}={value[0]}", []
         options += [word, *value]
     return options, words
@@ -53,7 +55,7 @@ def _is_option(word: str, known: dict[str, argparse.Action]) -> bool:
 
 
 def _wants_value(word: str, known: dict[str, argparse.Action]) -> bool:
-    """Return True if the next word is its value; an option that is shortened is the first that it may be."""
+    """Return True if the next word is the value of option `word`; an abbreviation means the first option it fits."""
     if not word.startswith("--"):
         return known[f"-{word[-1]}"].nargs != 0 if f"-{word[-1]}" in known else False
     action = known.get(word) or next((known[name] for name in known if name.startswith(word)), None)

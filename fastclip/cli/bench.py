@@ -1,27 +1,48 @@
-"""``fastclip bench``"""
+"""``fastclip bench``: time the losses on this machine."""
 
 from __future__ import annotations
 
 import argparse
 
+from fastclip.cli.embedding import DEVICE
+from fastclip.cli.help import describe
 from fastclip.cli.outputs import add_force, owned_files
 
 __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Time a step of the loss, forward and backward, on every backend that runs here, beside open_clip's loss where "
-        "it is installed and the dense formula. Values and gradients are checked first; rounds run everyone in turn; "
-        "times are medians. Peak memory is measured on a GPU."
+    describe(
+        parser,
+        "Time a step of the loss, forward and backward, on every backend that runs here, and compare it with the dense "
+        "formula and, if it is installed, with open_clip's loss. Values and gradients are checked first. Every round "
+        "runs all of them in turn, and the table shows medians. On a GPU peak memory is measured, too.",
+        "fastclip bench",
+        "fastclip bench --loss sigmoid --sizes 1024,4096",
+        "fastclip bench --device cuda --dtype bfloat16 --output rows.csv",
     )
-    parser.add_argument("--loss", choices=("softmax", "sigmoid"), default="softmax", help="(softmax)")
-    parser.add_argument("--sizes", metavar="N,N,...", help="pairs of a batch (1024,2048,4096; GPU: 8192,32768,65536)")
-    parser.add_argument("--D", type=int, default=512, dest="dim", metavar="D", help="width of the features (512)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(float32; GPU: bfloat16)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="(7)")
-    parser.add_argument("--output", metavar="FILE", help="add rows to a CSV, columns as benchmarks/README.md says")
+    parser.add_argument("--loss", choices=("softmax", "sigmoid"), default="softmax", help="loss to time")
+    parser.add_argument(
+        "--sizes",
+        metavar="N,N,...",
+        help="pairs per batch, several sizes separated by commas (default: 1024,2048,4096 on a CPU, 8192,32768,65536 "
+        "on a GPU)",
+    )
+    parser.add_argument("--D", type=int, default=512, dest="dim", metavar="D", help="width of the features")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="data type of the features (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help=f"{DEVICE} (default: a GPU if there is one, otherwise the CPU)"
+    )
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds, of which the median is taken")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="CSV file to add rows to, with the columns of benchmarks/README.md (default: no file)",
+    )
     add_force(parser)
     parser.set_defaults(run=_bench)
 
@@ -32,7 +53,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     with owned_files(args, "output"):
         if args.output is not None:
-            check_columns(args.output, columns(args.device))  # and not after the first size
+            check_columns(args.output, columns(args.device))  # before the first size is timed, which may take minutes
         options = {name: getattr(args, name) for name in ("loss", "dim", "dtype", "device", "rounds")}
         for k, measured in enumerate(measure(sizes=_sizes(args.sizes), **options)):
             if k == 0:
@@ -48,5 +69,5 @@ def _sizes(text: str | None) -> list[int] | None:
         return None
     words = text.split(",")
     if not all(word.strip().isdecimal() for word in words):
-        raise ValueError(f"--sizes {text}: numbers of pairs separated by commas, as in 1024,4096")
+        raise ValueError(f"--sizes must be numbers of pairs separated by commas, such as 1024,4096, got {text}")
     return [int(word) for word in words]

@@ -1,10 +1,11 @@
-"""``fastclip convert``"""
+"""``fastclip convert``: write a checkpoint in another form."""
 
 from __future__ import annotations
 
 import argparse
 
 from fastclip.cli.embedding import add_model_options, model_options
+from fastclip.cli.help import describe
 from fastclip.cli.outputs import add_force, owned_files, owned_output
 from fastclip.cli.printing import say
 
@@ -12,13 +13,24 @@ __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Read a checkpoint of any known form and write another. Weights are not changed, unless --image-size or "
-        "--context-length asks for it. What is at the target is replaced whole; the source is not overwritten."
+    describe(
+        parser,
+        "Read a checkpoint in any known form and write it in another. The weights stay as they are, unless "
+        "--image-size or --context-length interpolates the position embeddings. A target that exists is replaced as a "
+        "whole; the source is never overwritten.",
+        "fastclip convert ViT-B-32.pt b32 --to fastclip --model ViT-B-32",
+        "fastclip convert runs/b32 b32.safetensors --to open_clip",
+        "fastclip convert runs/b32 b32-hf --to huggingface --image-size 336",
     )
-    parser.add_argument("source", help="checkpoint: a file or a folder, also that of a run of fastclip train")
-    parser.add_argument("target", help="folder, or for open_clip a file ending in .pt or .safetensors")
-    parser.add_argument("--to", required=True, choices=("open_clip", "huggingface", "fastclip"), help="form to write")
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint to read: a file, a folder, or the folder of a run")
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        help="folder to write, or, for open_clip, a file that ends in .pt or .safetensors",
+    )
+    parser.add_argument(
+        "--to", required=True, choices=("open_clip", "huggingface", "fastclip"), help="form of the written checkpoint"
+    )
     add_force(parser)
     add_model_options(parser)
     parser.set_defaults(run=_convert)
@@ -34,4 +46,4 @@ def _convert(args: argparse.Namespace) -> None:
     with lock(args, "target"):
         model, source = load_model(args.source, **model_options(args))
         convert(model, args.target, form=args.to, source=source)
-    say(f"wrote {args.target}: {sum(p.numel() for p in model.parameters()):,} parameters in the form of {args.to}")
+    say(f"wrote {args.target}: {sum(p.numel() for p in model.parameters()):,} parameters, in the form of {args.to}")

@@ -1,43 +1,77 @@
-"""``fastclip data``: check a data set, or pack it."""
+"""``fastclip data``: check a dataset, or pack it into tar shards."""
 
 from __future__ import annotations
 
 import argparse
 
-from fastclip.cli.outputs import add_force, owned_output
-from fastclip.cli.pictures import add_max_pixels
+from fastclip.cli.help import add_command, add_training_option, describe
+from fastclip.cli.outputs import add_force, add_samples_per_shard, owned_output
+from fastclip.cli.pictures import DATA, MAX_SAMPLES, add_max_pixels, add_workers
 from fastclip.cli.printing import complain, say
 
 __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Check or pack the data that `fastclip train --data SPEC` would read."
+    describe(
+        parser,
+        "Check the data that `fastclip train --data SPEC` would read, or pack it into tar shards.",
+        "fastclip data check 'shards/{0000..0099}.tar' --model ViT-B-32",
+        "fastclip data pack pairs.csv --output shards --image-size 256",
+    )
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    check = commands.add_parser("check", help="read everything once: counts, faults by cause, samples a second")
-    check.add_argument(
-        "--max-samples", type=int, metavar="N", help="read at most N samples, evenly spread over the data"
+    _add_check(add_command(commands, "check", "read everything once, and report counts and faults"))
+    _add_pack(add_command(commands, "pack", "write tar shards in the layout of img2dataset"))
+
+
+def _add_check(check: argparse.ArgumentParser) -> None:
+    describe(
+        check,
+        "Read a dataset once, and report the number of samples, their faults by cause, the sizes of the images and the "
+        "samples read per second. The exit status is 1 if a shard is damaged or too many samples cannot be used.",
+        "fastclip data check pairs.csv",
+        "fastclip data check 'shards/{0000..0099}.tar' --model ViT-B-32 --max-samples 100000",
     )
-    check.add_argument("--model", help="prepare the pictures for this model, as training does")
+    check.add_argument("--max-samples", type=int, metavar="N", help=f"{MAX_SAMPLES} (default: all samples are read)")
+    add_training_option(check, "model", default_words="images are decoded, but not prepared for a model")
     check.add_argument(
-        "--max-bad", type=float, default=0.01, help="exit status 1 if a larger share of samples cannot be used (0.01)"
+        "--max-bad",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="largest share of samples that cannot be used, from 0 to 1, before the exit status is 1",
     )
+    _add_reading(check)
     check.set_defaults(run=_check_data)
-    pack = commands.add_parser(
-        "pack", help="write tar shards in img2dataset's layout; re-run the same command to resume"
+
+
+def _add_pack(pack: argparse.ArgumentParser) -> None:
+    describe(
+        pack,
+        "Write a dataset as tar shards in the layout of img2dataset. Re-run the same "
+        "command to resume; the output is byte-identical.",
+        "fastclip data pack pairs.csv --output shards",
+        "fastclip data pack photos --output shards --image-size 256 --workers 8",
     )
-    pack.add_argument("--output", required=True, metavar="DIR", help="output directory for the shards")
+    pack.add_argument("--output", required=True, metavar="DIR", help="output folder for the shards")
     add_force(pack)
+    add_samples_per_shard(pack)
     pack.add_argument(
-        "--samples-per-shard", type=int, default=10_000, metavar="N", help="samples in each shard (10000)"
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="longest that the shorter side of an image may be, in pixels; larger images are resized to it (default: "
+        "no image is resized)",
     )
-    pack.add_argument("--image-size", type=int, metavar="N", help="resize pictures whose shorter side is longer")
-    pack.add_argument("--quality", type=int, default=95, help="JPEG quality of resized pictures (95)")
+    pack.add_argument("--quality", type=int, default=95, metavar="N", help="JPEG quality of resized images")
+    _add_reading(pack)
     pack.set_defaults(run=_pack_data)
-    for action in (check, pack):
-        add_max_pixels(action)
-        action.add_argument("spec", metavar="SPEC", help="data, as for fastclip train --data")
-        action.add_argument("--workers", type=int, default=2, metavar="N", help="number of processes that read (2)")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    add_max_pixels(parser)
+    add_workers(parser)
+    parser.add_argument("spec", metavar="SPEC", help=DATA)
 
 
 def _check_data(args: argparse.Namespace) -> int:
@@ -66,7 +100,7 @@ def _check_data(args: argparse.Namespace) -> int:
     for cause, count in report.faults:
         lines.append((f"- {cause}", f"{count:,}, first {', '.join(map(shown, report.faults.keys[cause]))}"))
     if passed:
-        lines.append(("passed over", str(passed)))
+        lines.append(("ignored", str(passed)))
     lines.append(("pixels", ", ".join(f"{name} {width} x {height}" for name, (width, height) in sizes)))
     speed = f"{report.samples / report.seconds:,.0f} samples/s, {args.workers} workers, {report.seconds:.1f} s"
     lines += [("speed", speed), *(("damaged", problem) for problem in problems)]
@@ -76,7 +110,9 @@ def _check_data(args: argparse.Namespace) -> int:
         complain(f"fastclip data: {len(problems)} shards or parts are damaged or cannot be read")
         return 1
     if report.bad_share > args.max_bad:
-        complain(f"fastclip data: {report.bad_share:.2%} cannot be used, more than --max-bad {args.max_bad:g}")
+        complain(
+            f"fastclip data: {report.bad_share:.2%} of the samples cannot be used, more than --max-bad {args.max_bad:g}"
+        )
         return 1
     return 0
 
@@ -90,7 +126,7 @@ def _pack_data(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("samples_per_shard", "image_size", "quality", "workers")}
     with owned_output(args):
         packed = pack_source(open_source(args.spec), Path(args.output), **options)
-    kept = f", {packed.kept} of which were there" if packed.kept else ""
+    kept = f", {packed.kept} of which already existed" if packed.kept else ""
     say(f"wrote {args.output}: {packed.samples:,} samples in {packed.shards:,} shards{kept}")
     if packed.faults.total:
-        say(f"left out: {packed.faults}")
+        say(f"skipped: {packed.faults}")

@@ -1,10 +1,11 @@
-"""``fastclip doctor``"""
+"""``fastclip doctor``: check this installation."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
+from fastclip.cli.help import describe
 from fastclip.cli.outputs import add_force, owned_files
 from fastclip.cli.printing import say
 
@@ -15,12 +16,18 @@ __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Versions, GPUs, backends and why one does not run, what serves which features, environment, memory, extras; "
-        "then both losses on every backend against float64. Under what can be improved stands what to do. Exit status "
-        "1 when the losses do not run or a promise is broken. On a GPU the first call waits for Triton's compiler."
+    describe(
+        parser,
+        "Show versions, GPUs, the backends that run here or the reason why one does not, the backend that serves each "
+        "kind of features, the environment, memory and extras. Then compare both losses on every backend with float64. "
+        "Every problem comes with what to do about it. The exit status is 1 if the losses do not run or miss their "
+        "promised accuracy. On a GPU the first call waits for Triton's compiler.",
+        "fastclip doctor",
+        "fastclip doctor --json doctor.json",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the same there, for a report of a fault")
+    parser.add_argument(
+        "--json", metavar="FILE", help="JSON file for the same findings, to attach to a bug report (default: no file)"
+    )
     add_force(parser)
     parser.set_defaults(run=_doctor)
 
@@ -56,9 +63,9 @@ def _text(diagnosis: Diagnosis) -> str:
     faults, warned = (sum(finding.state == state for finding in diagnosis.findings) for state in ("fault", "warning"))
     lines += ["", "losses on a small batch, relative error / promised", table(diagnosis.tests), ""]
     if faults:
-        lines.append("what to do: mend first what is marked X\n")
+        lines.append("what to do: fix the lines marked X first\n")
     elif failed:
-        lines.append("what to do: report this as a fault of fastclip, with the file that --json writes\n")
+        lines.append("what to do: report this as a bug of fastclip, with the file that --json writes\n")
     state = "usable" if diagnosis.usable else "NOT usable"
     lines.append(f"{state}: {len(diagnosis.tests)} comparisons, {failed} failed; faults: {faults}, warnings: {warned}")
     return "\n".join(lines).lstrip("\n")

@@ -1,4 +1,4 @@
-"""Options of the commands that embed pictures or texts with a checkpoint."""
+"""Options of the commands that embed images or texts with a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fastclip.cli.pictures import add_max_pixels
+from fastclip.cli.help import add_training_option
+from fastclip.cli.pictures import add_max_pixels, add_workers
 
 if TYPE_CHECKING:
     from fastclip.models.embedder import Embedder
 
 __all__ = [
+    "DEVICE",
+    "add_batch_size",
     "add_embedder_options",
     "add_model_options",
     "add_reading_options",
@@ -21,30 +24,44 @@ __all__ = [
 ]
 
 
+DEVICE = "device to compute on"
+
+
 def add_embedder_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Which model, and how it computes; for `embedder_of`."""
+    """Add the options that select the model and its computation, for `embedder_of`.
+
+    Args:
+        required: ``--checkpoint`` is; otherwise the command reports on a run, which knows its model and precision.
+    """
+    checkpoint = "folder of a run, its model/, or a checkpoint of OpenAI, open_clip or Hugging Face"
     parser.add_argument(
         "--checkpoint",
         required=required,
         metavar="PATH",
-        help="folder of a run, its model/, or a checkpoint of OpenAI, open_clip or Hugging Face",
+        help=checkpoint if required else f"{checkpoint} (default: model/ of the run)",
     )
     add_model_options(parser)
-    parser.add_argument("--vocabulary", metavar="PATH", help="of BERT, where it does not lie beside the checkpoint")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, else fp32")
+    parser.add_argument(
+        "--vocabulary",
+        metavar="PATH",
+        help="vocabulary file of BERT, for models with a BERT text tower (default: looked for beside the checkpoint)",
+    )
+    parser.add_argument(
+        "--device", metavar="{cpu,cuda,cuda:N}", help=f"{DEVICE} (default: a GPU if there is one, otherwise the CPU)"
+    )
+    add_training_option(
+        parser,
+        "precision",
+        choices=("fp32", "bf16"),
+        default_words="bf16 on a GPU, fp32 otherwise" if required else "the precision of the run",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which model a checkpoint holds; `model_options` reads them."""
-    parser.add_argument("--model", help="name of the model, where the checkpoint does not hold its configuration")
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="N",
-        help="pixels, to which position embeddings are interpolated; default: the checkpoint's",
-    )
-    parser.add_argument("--context-length", type=int, metavar="N", help="tokens a text, likewise")
+    """Add the options that describe the model in a checkpoint; `model_options` reads them."""
+    add_training_option(parser, "model", default_words="the configuration that the checkpoint contains")
+    add_training_option(parser, "image_size", type=int, default_words="the checkpoint's")
+    add_training_option(parser, "context_length", type=int, default_words="the checkpoint's")
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -53,19 +70,26 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def embedder_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of `add_embedder_options`, but --checkpoint, as arguments of `load_embedder`."""
+    """Return the options of `add_embedder_options`, except --checkpoint, as arguments of `load_embedder`."""
     return model_options(args) | {name: getattr(args, name) for name in ("device", "precision", "vocabulary")}
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
-    """How pictures are read."""
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="pictures at a time (256)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read pictures (2)")
+    """Add the options that control how images are read."""
+    add_batch_size(parser, default=256)
+    add_workers(parser)
     add_max_pixels(parser)
 
 
+def add_batch_size(parser: argparse.ArgumentParser, *flags: str, default: int) -> None:
+    """Add ``--batch-size``, after `flags`."""
+    parser.add_argument(
+        *flags, "--batch-size", type=int, default=default, metavar="N", help="images embedded at a time"
+    )
+
+
 def embedder_of(args: argparse.Namespace) -> Embedder:
-    """Load the model. From here on the log says how far the command is."""
+    """Load the model, and show the progress of the command in the log from here on."""
     from fastclip.models.embedder import load_embedder
 
     logging.getLogger("fastclip").setLevel(logging.INFO)

@@ -1,36 +1,53 @@
-"""``fastclip filter``: keep the pairs whose picture and caption agree."""
+"""``fastclip filter``: keep the pairs whose image and caption agree."""
 
 from __future__ import annotations
 
 import argparse
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options, embedder_of
-from fastclip.cli.outputs import add_force, owned_output
+from fastclip.cli.help import describe
+from fastclip.cli.outputs import add_force, add_samples_per_shard, owned_output
+from fastclip.cli.pictures import DATA
 from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Write the samples whose caption has a cosine of THRESHOLD or more with the picture as tar shards in "
-        "img2dataset's layout, with a histogram and counts. The same call again goes on."
+    describe(
+        parser,
+        "Score every caption by its cosine similarity with its image, and write the samples that reach the threshold "
+        "as tar shards in the layout of img2dataset, with a histogram and counts. Re-run the same command to resume; "
+        "the output is byte-identical.",
+        "fastclip filter --data digits --checkpoint runs/digits --output scored",
+        "fastclip filter --data digits --checkpoint runs/digits --scores scored/scores --threshold 0.3 \\\n"
+        "    --dedup 0.95 --output kept",
     )
-    parser.add_argument("--data", required=True, metavar="SPEC", help="as of fastclip train --data")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the shards, counts and histogram")
+    parser.add_argument("--data", required=True, metavar="SPEC", help=DATA)
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="output folder for the shards, the counts and the histogram"
+    )
     add_force(parser)
     parser.add_argument(
-        "--threshold", type=float, metavar="COSINE", help="such as 0.3; without it nothing but the similarities"
+        "--threshold",
+        type=float,
+        metavar="COSINE",
+        help="smallest similarity of a caption that is kept, such as 0.3 (default: similarities are computed, but no "
+        "shards are written)",
     )
     parser.add_argument(
         "--dedup",
         type=float,
         metavar="COSINE",
-        help="drop a picture so near to one before it, such as 0.95; 1: the same",
+        help="similarity with an earlier image from which an image is dropped as a near duplicate, such as 0.95; 1 "
+        "drops only equal images (default: all are kept)",
     )
-    parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="(10000)")
+    add_samples_per_shard(parser)
     parser.add_argument(
-        "--scores", metavar="DIR", help="what is computed, to be used with other thresholds (OUTPUT/scores)"
+        "--scores",
+        metavar="DIR",
+        help="folder for the similarities, which calls with other thresholds can use again (default: scores in the "
+        "output folder)",
     )
     add_embedder_options(parser)
     add_reading_options(parser)

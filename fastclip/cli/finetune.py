@@ -1,4 +1,4 @@
-"""``fastclip finetune``: the whole image tower, from the zero-shot classifier, with weight-space ensembles."""
+"""``fastclip finetune``: fine-tune the image tower from the zero-shot classifier, with weight-space ensembles."""
 
 from __future__ import annotations
 
@@ -7,52 +7,53 @@ from typing import Any
 
 from fastclip.cli.embedding import add_embedder_options
 from fastclip.cli.evaluate.zeroshot import add_templates_option, percent
+from fastclip.cli.help import HELP, OptionsHelp, describe
 from fastclip.cli.outputs import add_force, owned_output
-from fastclip.cli.pictures import add_max_pixels
+from fastclip.cli.pictures import add_labelled_data, add_max_pixels, add_reference
 from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Fine-tune the image tower and a linear head that begins as the zero-shot classifier, in one process. The same "
-        "call again goes on where it was stopped. Defaults: Wortsman et al. 2022 (WiSE-FT)."
+    describe(
+        parser,
+        "Fine-tune the image tower and a linear head, which starts as the zero-shot classifier, in one process. The "
+        "defaults are those of Wortsman et al. 2022 (WiSE-FT). Re-run the same command to resume.",
+        "fastclip finetune --checkpoint runs/digits --data digits --val-data digits --output runs/tuned --epochs 5",
+        "fastclip finetune --checkpoint runs/b32 --data food101/train --val-data food101/test --wise-ft sweep \\\n"
+        "    --output runs/food --batch-size 256 --lr 1e-5",
     )
     add_embedder_options(parser)
+    add_labelled_data(parser)
     parser.add_argument(
-        "--data",
-        required=True,
+        "--val-data",
         metavar="SPEC",
-        help="pictures with classes: class folders, digits, ...",
+        help="images with the same classes to evaluate on at the end; `digits` is then its held-out fifth (default: no "
+        "evaluation)",
     )
-    parser.add_argument("--val-data", metavar="SPEC", help="to evaluate on at the end; digits is the held-out fifth")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run: model/, results.json, ...")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder of the run: checkpoints, model/ and results.json"
+    )
     add_max_pixels(parser)
     add_force(parser)
     parser.add_argument(
         "--wise-ft",
         type=_alpha,
         metavar="ALPHA",
-        help="save (1 - ALPHA) zero-shot + ALPHA fine-tuned weights; `sweep` evaluates 0, 0.1 ... 1 and saves 1",
+        help="share of the fine-tuned weights in the saved model, from 0 to 1; the rest are zero-shot weights. `sweep` "
+        "evaluates 0, 0.1, ..., 1 and saves 1 (default: 1)",
     )
-    add_templates_option(parser, default="the data's own, else openai")
-    parser.add_argument("--reference", metavar="NAME", help="published numbers to show: food101, cifar10, imagenet ...")
-    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this help message and exit")
+    add_templates_option(parser, default="those of the data, otherwise openai")
+    add_reference(parser, "--val-data")
+    parser.add_argument("-h", "--help", action=OptionsHelp, options_help=_options_help, help=HELP)
     parser.set_defaults(run=_finetune)
 
 
-class _Help(argparse.Action):
-    """Help on these options, and then on those of the training, which `parse_finetune` reads."""
+def _options_help() -> None:
+    from fastclip.training.options import parse_finetune
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from fastclip.training.options import parse_finetune
-
-        parser.print_help()
-        try:
-            parse_finetune(["--help"])
-        except ModuleNotFoundError as error:  # outside of `main`, which would say so
-            parser.exit(1, f"fastclip finetune: options of the training need {error.name}: pip install '.[train]'\n")
+    parse_finetune(["--help"])
 
 
 def _alpha(word: str) -> float | str:
@@ -67,7 +68,7 @@ def _alpha(word: str) -> float | str:
 def _finetune(args: argparse.Namespace) -> None:
     from fastclip.training.options import parse_finetune
 
-    options = parse_finetune(args.words)  # before the slow imports: who misspelt an option need not wait
+    options = parse_finetune(args.words)  # before the slow imports, so that a misspelt option is reported at once
     from fastclip.cli.embedding import embedder_of
     from fastclip.data.spec import open_labelled
     from fastclip.evaluation.published import top1, top1_dataset
@@ -77,7 +78,7 @@ def _finetune(args: argparse.Namespace) -> None:
 
     if not args.val_data and (args.reference or args.wise_ft == "sweep"):
         option = "--reference" if args.reference else "--wise-ft sweep"
-        raise ValueError(f"{option} needs --val-data, to evaluate on")
+        raise ValueError(f"{option} needs --val-data, the data to evaluate on")
     reference = args.reference or top1_dataset(args.val_data or "")
     published = top1(reference) if reference is not None else {}
     with owned_output(args):
@@ -88,11 +89,11 @@ def _finetune(args: argparse.Namespace) -> None:
             raise ValueError(f"--data {args.data} and --val-data {args.val_data} differ in classes")
         run = finetune(embedder_of(args), source, options, output=args.output, templates=templates)
         if not run.complete:
-            say(f"{run.folder}: {run.steps} steps; the same call goes on")
+            say(f"{run.folder}: {run.steps} steps so far; re-run the same command to resume")
             return
         saved = 1.0 if args.wise_ft in (None, "sweep") else args.wise_ft
         run.mix(saved)
-        say(f"{run.save()}: {run.steps} steps, of which {len(run.losses)} now; alpha {saved:g}")
+        say(f"{run.save()}: {run.steps} steps, {len(run.losses)} of them now; alpha {saved:g}")
         if val is not None:
             alphas = [k / 10 for k in range(11)] if args.wise_ft == "sweep" else sorted({0.0, saved, 1.0})
             size = options.micro_batch or options.batch_size
@@ -102,7 +103,7 @@ def _finetune(args: argparse.Namespace) -> None:
 
 def _report(
     args: argparse.Namespace,
-    accuracies: dict[float, dict[str, Any]],  # by alpha
+    accuracies: dict[float, dict[str, Any]],  # keys are alphas
     reference: str | None,
     published: dict[str, float],
     saved: float,

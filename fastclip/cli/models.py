@@ -1,14 +1,21 @@
-"""``fastclip models``"""
+"""``fastclip models``: the names of the models."""
 
 from __future__ import annotations
 
 import argparse
 
+from fastclip.cli.help import describe
+
 __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = "The models that --model takes, one name a line."
+    describe(
+        parser,
+        "Print the names that --model takes, one per line.",
+        "fastclip models",
+        "fastclip models | grep ViT",
+    )
     parser.set_defaults(run=_models)
 
 

@@ -1,4 +1,4 @@
-"""Options for the outputs of a command, and the checks of an output before any work."""
+"""Options for the outputs of a command, and checks of each output before any work begins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-__all__ = ["add_force", "check_apart", "check_folder", "owned_files", "owned_output"]
+from fastclip.cli.help import add_training_option
+
+__all__ = ["add_force", "add_samples_per_shard", "check_apart", "check_folder", "owned_files", "owned_output"]
 
 _DATA = ("spec", "data", "val_data", "test_data")
 _FILES = ("folder", "checkpoint", "classes", "queries", "templates", "vocabulary", "results")
@@ -16,19 +18,21 @@ _FILES = ("folder", "checkpoint", "classes", "queries", "templates", "vocabulary
 
 def add_force(parser: argparse.ArgumentParser) -> None:
     """Add ``--force``, for `owned_output` and `owned_files`."""
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="take the output over from a command on another host that has ended without giving it back",
-    )
+    add_training_option(parser, "force", action="store_true")
+
+
+def add_samples_per_shard(parser: argparse.ArgumentParser) -> None:
+    """Add ``--samples-per-shard``."""
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="samples per tar shard")
 
 
 @contextmanager
 def owned_output(args: argparse.Namespace, name: str = "output") -> Iterator[None]:
-    """Own the folder that the option `name` gives, which is there inside, and a Path (`fastclip.system.owner`).
+    """Create and lock the folder that the option `name` gives (`fastclip.system.owner`); inside, the option is a Path.
 
     Raises:
-        OSError, ValueError: it cannot be, is another command's, or as `check_folder` says; it is named.
+        OSError, ValueError: the folder cannot be created, another command owns it, or `check_folder` refuses it. The
+            message names the folder.
     """
     from fastclip.system.owner import owned
 
@@ -41,20 +45,21 @@ def owned_output(args: argparse.Namespace, name: str = "output") -> Iterator[Non
 
 @contextmanager
 def owned_files(args: argparse.Namespace, *names: str) -> Iterator[None]:
-    """Own the files that the options `names` give, which can be written inside, and are Paths.
+    """Lock the files that the options `names` give; inside, they can be written, and the options are Paths.
 
     Raises:
-        OSError, ValueError: one cannot be, is another command's, or is a file that this command reads; it is named.
+        OSError, ValueError: a file cannot be written, another command owns it, or this command reads it. The message
+            names the file.
     """
     from fastclip.system.owner import output_path, owned_file
 
-    options: dict[str, str] = {}  # by the file that they give
+    options: dict[str, str] = {}  # names of options by their files
     with ExitStack() as stack:
         for name in names:
             if (file := getattr(args, name)) is not None:
                 option = "--" + name.replace("_", "-")
                 if (other := options.setdefault(os.path.realpath(output_path(file)), option)) != option:
-                    raise ValueError(f"{other} and {option} are both {file}: name two files")
+                    raise ValueError(f"{other} and {option} are both {file}: choose two different files")
                 data: list[str | Path] = [*_given(args, _DATA), *map(Path, _given(args, ("folder",)))]
                 check_apart(file, [*data, *map(Path, _given(args, _FILES))], option=option)
                 _check_new(output_path(file), data, option)
@@ -64,18 +69,18 @@ def owned_files(args: argparse.Namespace, *names: str) -> Iterator[None]:
 
 
 def check_apart(output: str | Path, inputs: Iterable[str | Path], *, option: str = "--output") -> None:
-    """Raise ValueError if `output` is one of `inputs`: Paths, or data as of ``fastclip train --data``."""
+    """Raise ValueError if `output` is one of `inputs`, which are Paths or specs as ``fastclip train --data`` takes."""
     from fastclip.system.owner import output_path
 
     if not (path := output_path(output)).exists():
         return
     for place in _places(inputs):
         if os.path.exists(place) and os.path.samefile(path, place):
-            raise ValueError(f"{option} {output} is what the command reads: name another place")
+            raise ValueError(f"{option} {output} is an input of the command: choose another path")
 
 
 def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--output") -> None:
-    """Raise ValueError if the folder `output` is one of `data`, or would be a class of data with a folder a class."""
+    """Raise ValueError if the folder `output` is one of `data`, or would become a class of data in class folders."""
     from fastclip.data.spec import spec_places
     from fastclip.system.owner import output_path
 
@@ -85,24 +90,24 @@ def check_folder(output: str | Path, data: Iterable[str], *, option: str = "--ou
         if path.is_relative_to(within := Path(os.path.realpath(place))) and path != within:
             top = path.relative_to(within).parts[0]
             if not top.startswith(".") and (classes := _class_folders(place)) and top not in classes:
-                raise ValueError(f"{option} {output} would be a class of {place}: name another place")
+                raise ValueError(f"{option} {output} would be a class of the data in {place}: choose another path")
 
 
 def _class_folders(folder: Path) -> set[str]:
-    """Return the names of the folders in a folder of classes: each picture lies in one, and none has captions."""
+    """Return the names of the subfolders if `folder` has one per class, without captions; otherwise an empty set."""
     from fastclip.data.files import subfolders
     from fastclip.data.sources.folder import pictures
 
     if any(file.captioned or not os.path.dirname(file.name) for file in pictures(folder, links=[])):
         return set()
-    # links to folders, which are classes as well, are not walked into
+    # Links to folders are classes as well, although the walk does not follow them
     return {name for name in subfolders(folder) if any(True for _ in pictures(folder / name, links=[]))}
 
 
 def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:
-    """Raise ValueError if `file` is a picture in a folder of `data`, or lies beside one as its captions do.
+    """Raise ValueError if `file` is an image in a folder of `data`, or has the name of the caption file of one.
 
-    What a command has drawn there before is no picture of the data, and may be replaced.
+    An image that a command has drawn there before does not belong to the data, and may be replaced.
     """
     if not file.is_file() or not (data := list(data)):
         return
@@ -111,11 +116,14 @@ def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:
 
     places = [place for place in _places(data) if os.path.exists(place)]
     folders = {os.path.realpath(place if place.is_dir() else place.parent) for place in places}
-    for path in {Path(os.path.realpath(file.parent), file.name), Path(os.path.realpath(file))}:  # a link, and its end
+    for path in {
+        Path(os.path.realpath(file.parent), file.name),
+        Path(os.path.realpath(file)),
+    }:  # a link, and its target
         if any(path.is_relative_to(folder) for folder in folders):
             for other in path.parent.iterdir():
                 if other.stem == path.stem and is_picture(other.name) and not is_drawn(other):
-                    raise ValueError(f"{option} {file} is there, and part of the data: name another place")
+                    raise ValueError(f"{option} {file} exists and is part of the data: choose another path")
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
@@ -124,7 +132,7 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
 
 
 def _places(inputs: Iterable[str | Path]) -> Iterator[Path]:
-    """Yield the files and folders of inputs; of shards the folder, too."""
+    """Yield the files and folders of the inputs, and for a shard its folder as well."""
     from fastclip.data.spec import spec_places
 
     for given in inputs:

@@ -1,25 +1,36 @@
-"""``fastclip parity``"""
+"""``fastclip parity``: compare the losses of several processes with those of one."""
 
 from __future__ import annotations
 
 import argparse
 
+from fastclip.cli.embedding import DEVICE
+from fastclip.cli.help import add_training_option, describe
+
 __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
+    describe(
+        parser,
         "Compare loss and gradients of every form of the sharded losses, on every backend and dtype that runs here, "
-        "with one float64 process, and print errors beside what is promised. Starts its processes itself, or is one of "
-        "torchrun's: torchrun --nproc-per-node 4 --no-python fastclip parity. Exit status 1 when a promise is broken."
+        "with those of one float64 process, and print the errors beside the promised accuracy. The command starts its "
+        "own processes, unless torchrun has started it. The exit status is 1 if a promise is broken.",
+        "fastclip parity --nproc 4",
+        "fastclip parity --backend triton --device cuda --nproc 1",
+        "torchrun --nproc-per-node 4 --no-python fastclip parity",
     )
-    parser.add_argument("--nproc", type=int, help="processes (2); under torchrun as many as it started")
-    parser.add_argument("--batch", type=int, default=64, help="images of a process (64)")
-    parser.add_argument("--dim", type=int, default=64, help="width of the features (64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the features (0)")
-    parser.add_argument("--backend", help="one backend in place of all that run here")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="gloo or NCCL; GPUs where there is one for each process"
+        "--nproc", type=int, metavar="N", help="processes (default: 2; under torchrun as many as it has started)"
+    )
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per process")
+    parser.add_argument("--dim", type=int, default=64, metavar="D", help="width of the features")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the features")
+    add_training_option(parser, "backend", default_words="every backend that runs here")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help=f"{DEVICE} (default: cuda with NCCL if there is a GPU for each process, otherwise cpu with gloo)",
     )
     parser.set_defaults(run=_parity)
 
@@ -29,7 +40,7 @@ def _parity(args: argparse.Namespace) -> int:
 
     options = {name: getattr(args, name) for name in ("nproc", "batch", "dim", "seed", "backend", "device")}
     about, rows = parity.run(**options)
-    if not rows:  # rank 0 prints
+    if not rows:  # only rank 0 has rows to print
         return 0
     failed = sum(not row.ok for row in rows)
     print(f"{about}: relative error / promised\n\n{parity.table(rows)}\n\n{len(rows)} comparisons, {failed} failed")

@@ -1,16 +1,60 @@
-"""Options of the commands that read pictures."""
+"""Options of the commands that read images."""
 
 from __future__ import annotations
 
 import argparse
 
-__all__ = ["add_max_pixels"]
+from fastclip.cli.help import add_training_option
+
+__all__ = [
+    "DATA",
+    "MAX_SAMPLES",
+    "REFERENCE",
+    "add_labelled_data",
+    "add_max_pixels",
+    "add_reference",
+    "add_top",
+    "add_workers",
+]
+
+DATA = "dataset, in any form that `fastclip train --data` takes"
+REFERENCE = "dataset whose published results are shown as well"
+MAX_SAMPLES = "largest number of samples to read, evenly spread over the data"
 
 
 def add_max_pixels(parser: argparse.ArgumentParser) -> None:
-    """Add ``--max-pixels``, which takes effect when it is parsed, for all that the process reads afterwards."""
+    """Add ``--max-pixels``, which takes effect when it is parsed, for everything that the process reads afterwards."""
+    add_training_option(parser, "max_pixels", type=_limit, default_words="89478485")
+
+
+def add_top(parser: argparse.ArgumentParser, *flags: str, metavar: str) -> None:
+    """Add ``--top``, after `flags`."""
     parser.add_argument(
-        "--max-pixels", type=_limit, metavar="N", help="pixels of the largest picture that is read (89478485)"
+        *flags, "--top", type=int, default=10, metavar=metavar, help="number of images that are printed for a query"
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add ``--workers``, a number of processes."""
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images")
+
+
+def add_labelled_data(parser: argparse.ArgumentParser) -> None:
+    """Add ``--data`` for commands that need classes (`fastclip.data.spec.open_labelled`)."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SPEC",
+        help="images with classes: a folder with one subfolder per class, digits, or hf:NAME with a column `label`",
+    )
+
+
+def add_reference(parser: argparse.ArgumentParser, data: str) -> None:
+    """Add ``--reference``, a key of `fastclip.evaluation.published.TOP1`; without it the folder in `data` tells."""
+    parser.add_argument(
+        "--reference",
+        metavar="{food101,imagenet,...}",
+        help=f"{REFERENCE} (default: the dataset after which the folder of {data} is named, if it has such results)",
     )
 
 
@@ -21,5 +65,5 @@ def _limit(text: str) -> int:
         pixels = int(float(text))
         limit_pixels(pixels)
     except (OverflowError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"a number of pixels, such as 200e6, is wanted, not {text!r}") from error
+        raise argparse.ArgumentTypeError(f"must be a positive number of pixels, such as 200e6, got {text!r}") from error
     return pixels

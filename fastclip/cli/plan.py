@@ -1,38 +1,45 @@
-"""``fastclip plan``"""
+"""``fastclip plan``: predict the memory of a training run."""
 
 from __future__ import annotations
 
 import argparse
 
+from fastclip.cli.help import add_training_option, describe
 from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Predict the memory that each process of a training run needs, and of how many pairs it can hold the "
-        "activations at a time: the run's --micro-batch. Nothing is computed or allocated. Exit status 1 when it does "
-        "not fit."
+    describe(
+        parser,
+        "Predict the memory that each process of a training run needs, and the largest micro-batch that fits, for "
+        "--micro-batch of fastclip train. Nothing is computed or allocated. The exit status is 1 if the run does not "
+        "fit.",
+        "fastclip plan --model ViT-B-32 --batch-size 32768",
+        "fastclip plan --model ViT-L-14 --batch-size 65536 --world-size 8 --memory 80 --precision bf16",
     )
-    parser.add_argument("--model", required=True, help="a name of fastclip models, or a configuration ending in .json")
-    parser.add_argument("--batch-size", type=int, required=True, help="pairs of all processes")
-    parser.add_argument("--world-size", type=int, default=1, help="processes, each with a device (1)")
-    parser.add_argument("--memory", type=float, help="GiB a process has; default: this GPU's, or the machine's")
+    add_training_option(parser, "model", required=True)
+    add_training_option(parser, "batch_size", type=int, required=True)
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes, each with its own device")
     parser.add_argument(
-        "--micro-batch", type=int, help="pairs at a time; default: an even part of the largest that fits"
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="memory of each process in GiB (default: that of the first GPU, or of this machine with --device cpu)",
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (fp32)")
-    parser.add_argument("--grad-checkpointing", action="store_true", help="keep the blocks' inputs only")
-    parser.add_argument("--optimizer", choices=("adamw", "lamb"), default="adamw", help="(adamw)")
-    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="whole models, or shards (ddp)")
-    parser.add_argument("--comm", choices=("gather", "ring"), default="gather", help="of the loss (gather)")
-    parser.add_argument("--ema", action="store_true", help="with a moving average of the weights")
-    parser.add_argument("--lock-image", action="store_true", help="the image tower is frozen")
-    parser.add_argument("--lock-text", action="store_true", help="the text tower is frozen")
-    parser.add_argument("--image-size", type=int, help="pixels, in place of the model's")
-    parser.add_argument("--context-length", type=int, help="tokens, in place of the model's")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where the run will be (cuda)")
+    add_training_option(parser, "micro_batch", type=int, default_words="an even part of the largest that fits")
+    add_training_option(parser, "precision", choices=("fp32", "bf16"), default="fp32")
+    add_training_option(parser, "grad_checkpointing", action="store_true")
+    add_training_option(parser, "optimizer", choices=("adamw", "lamb"), default="adamw")
+    add_training_option(parser, "parallel", choices=("ddp", "fsdp"), default="ddp")
+    add_training_option(parser, "comm", choices=("gather", "ring"), default="gather")
+    parser.add_argument("--ema", action="store_true", help="count a moving average of the weights")
+    add_training_option(parser, "lock_image", action="store_true")
+    add_training_option(parser, "lock_text", action="store_true")
+    add_training_option(parser, "image_size", type=int, default_words="the model's")
+    add_training_option(parser, "context_length", type=int, default_words="the model's")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device of the planned run")
     parser.set_defaults(run=_plan)
 
 
@@ -46,7 +53,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.memory is not None and not 0 < args.memory < 2**30:
         raise ValueError(f"--memory must be above 0 GiB and below 2**30, got {args.memory}")
     if args.lock_image and args.lock_text:
-        raise ValueError("--lock-image and --lock-text together leave nothing to train")
+        raise ValueError("--lock-image and --lock-text together leave nothing to train: leave one of them out")
     memory = machine_memory(args.device) if args.memory is None else int(args.memory * 2**30)
     model = create_model(args.model, device="meta", image_size=args.image_size, context_length=args.context_length)
     model.set_grad_checkpointing(args.grad_checkpointing)
@@ -62,7 +69,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     say(f"{args.model}, {table(plan)}\n")
     if largest == plan.pairs:
-        print(f"all {largest:,} pairs of a process fit into {readable(memory)} at once: no gradient caching is needed")
+        print(f"all {largest:,} pairs of a process fit into {readable(memory)} at once; no gradient caching is needed")
     elif largest:
         print(
             f"largest micro-batch in {readable(memory)}: {largest:,} of a process's {plan.pairs:,} pairs; use {even:,}"
@@ -70,6 +77,6 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         helps = ", ".join(remedies(plan, grad_checkpointing=args.grad_checkpointing))
         one = readable(replace(plan, micro_batch=1).total)
-        print(f"not even one pair at a time fits into {readable(memory)}: it takes {one}; what helps: {helps}")
-    print(f"on the host: {readable(plan.host)} of images and texts a step and process, as much again for the next step")
+        print(f"not even one pair at a time fits into {readable(memory)}: it takes {one}. To save memory: {helps}")
+    print(f"on the host: {readable(plan.host)} of images and texts per step and process, and as much for the next step")
     return int(not largest or plan.total > memory)

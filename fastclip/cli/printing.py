@@ -1,7 +1,7 @@
-"""What is printed: names are quoted on a terminal, which would obey what is in them; streams may be closed.
+"""Printing to terminals, files and closed streams. Control characters in names are escaped where a terminal obeys them.
 
-On stdout names are as they are for other programs. Stderr and the log are quoted wherever they go: they may be read on
-a terminal later.
+On stdout, names are printed unchanged for other programs unless stdout is a terminal. Stderr and the log are always
+escaped, because they may be read on a terminal later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ESCAPES = "fastclip.escapes"
 
 
 class LogLines(logging.Formatter):
-    """Format each message as one line, whatever names are in it; a traceback keeps its lines."""
+    """Format each message as one line, whatever names it contains; a traceback keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = _harmless(record.message)
@@ -33,7 +33,7 @@ class LogLines(logging.Formatter):
 
 
 def say(*texts: Any) -> None:
-    """Print a line; on a terminal what is in it cannot do anything but be read, and elsewhere it is as it is."""
+    """Print a line on stdout; on a terminal its control characters are escaped."""
     line = " ".join(map(str, texts))
     if sys.stdout.isatty():
         line = _harmless_lines(line)
@@ -41,16 +41,16 @@ def say(*texts: Any) -> None:
 
 
 def complain(text: str) -> None:
-    """Print a line on stderr, which a terminal can only show, wherever stderr goes."""
+    """Print a line on stderr, with control characters escaped."""
     print(_harmless_lines(text), file=sys.stderr)
 
 
 def lone_names(rows: list[tuple[str, str]], *, print0: bool = False) -> None:
-    """Print rows of something and the name of a file: the bytes that the file has, whatever stdout's encoding.
+    """Print rows that end in the name of a file, in exactly the bytes of the name, whatever the encoding of stdout.
 
     Args:
-        rows: what stands before the name, with what separates the two, and the name.
-        print0: rows end in a zero byte, for ``xargs -0``, and nothing is quoted.
+        rows: pairs of a prefix, which includes the separator, and the name.
+        print0: end rows in a zero byte, for ``xargs -0``, and escape nothing.
     """
     if sys.stdout.isatty() and not print0:
         for before, name in rows:
@@ -59,7 +59,7 @@ def lone_names(rows: list[tuple[str, str]], *, print0: bool = False) -> None:
     end = "\0" if print0 else "\n"
     data = b"".join(os.fsencode(before + name + end) for before, name in rows)
     stream = getattr(sys.stdout, "buffer", None)
-    if stream is None:  # a caller's stream of text
+    if stream is None:  # a text stream of the caller
         _print(data.decode("utf-8", "replace"), end="")
     else:
         sys.stdout.flush()
@@ -76,19 +76,23 @@ def _harmless_lines(text: str) -> str:
 
 
 def _print(line: str, end: str = "\n") -> None:
-    """Print a text; what stdout cannot encode is replaced: half of the results and an error help nobody."""
+    """Print a text, with a replacement for each character that stdout cannot encode, so that no result is lost."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(line.encode(encoding, "replace").decode(encoding), end=end)
 
 
 def prepare_streams() -> None:
-    """Have every print of this process succeed as far as the words are concerned.
+    """Make every print of this process succeed, whatever the text and the streams are.
 
-    A stream that was closed (``>&-``) is /dev/null: else the next file that is opened gets its number, and with it what
-    a library writes. What an encoding lacks is escaped, as ``\\u2026``; bytes of names that are not UTF-8 stay as they
-    are.
+    A closed stream (``>&-``) is replaced by /dev/null. Otherwise the next file to be opened would get its number, and
+    would receive what a library writes to the stream. A character that the encoding lacks is escaped, as ``\\u2026``;
+    the bytes of names that are not UTF-8 stay as they are.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # 0, 1, 2: the lowest free number is taken
+    for name, mode in (
+        ("stdin", "r"),
+        ("stdout", "w"),
+        ("stderr", "w"),
+    ):  # in the order 0, 1, 2, because a file gets the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     codecs.register_error(_ESCAPES, _escape_unencodable)
@@ -98,7 +102,7 @@ def prepare_streams() -> None:
 
 
 def leave_stdout() -> None:
-    """Write no more to stdout, which nobody reads: the interpreter's end would complain of what is buffered."""
+    """Stop writing to stdout, which nobody reads, so that the interpreter can end without an error about its buffer."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

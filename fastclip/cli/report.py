@@ -1,28 +1,42 @@
-"""``fastclip report``"""
+"""``fastclip report``: write a training run as an HTML page."""
 
 from __future__ import annotations
 
 import argparse
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options, embedder_options
+from fastclip.cli.help import describe
 from fastclip.cli.outputs import add_force, owned_files
+from fastclip.cli.pictures import DATA, MAX_SAMPLES
 from fastclip.cli.printing import say
 
 __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Write a run as one HTML file: key figures, curves, which classes are confused, the best and the worst "
-        "retrievals with their pictures. It needs no other file and no network. Model, data and precision are the "
-        "run's where nothing else is said; --checkpoint may also be one of its checkpoints/step-..., while it goes on."
+    describe(
+        parser,
+        "Write a training run as one HTML file: key figures, curves, the most confused classes, and the best and worst "
+        "retrievals with their images. The file needs no other file and no network. While a run is in progress, "
+        "--checkpoint can name one of its checkpoints/step-... folders.",
+        "fastclip report runs/digits",
+        "fastclip report runs/b32 --data pairs.csv --results zeroshot.json retrieval.json --output b32.html",
+        "fastclip report runs/b32 --checkpoint runs/b32/checkpoints/step-00012000",
     )
     parser.add_argument("folder", metavar="RUN", help="folder of a run of fastclip train")
-    parser.add_argument("--data", metavar="SPEC", help="what the model is to see; default: the run's --val-data")
-    parser.add_argument("--output", metavar="FILE", help="default: report.html in the run's folder")
+    parser.add_argument("--data", metavar="SPEC", help=f"{DATA} (default: --val-data of the run)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="HTML file to write (default: report.html in the folder of the run)"
+    )
     add_force(parser)
-    parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help="JSON of fastclip eval, to be shown")
-    parser.add_argument("--max-samples", type=int, default=5000, metavar="N", help="of the data, evenly spread (5000)")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="JSON files of fastclip eval that the report shows (default: none)",
+    )
+    parser.add_argument("--max-samples", type=int, default=5000, metavar="N", help=MAX_SAMPLES)
     add_embedder_options(parser, required=False)
     add_reading_options(parser)
     parser.set_defaults(run=_report)
@@ -36,7 +50,7 @@ def _report(args: argparse.Namespace) -> int:
 
     logging.getLogger("fastclip").setLevel(logging.INFO)
     names = ("output", "data", "checkpoint", "results", "max_samples", "batch_size", "workers")
-    if args.output is None and Path(args.folder).is_dir():  # else the error names the folder
+    if args.output is None and Path(args.folder).is_dir():  # otherwise `write_report` names the missing folder
         args.output = Path(args.folder) / "report.html"
     with owned_files(args, "output"):
         options = {name: getattr(args, name) for name in names} | embedder_options(args)

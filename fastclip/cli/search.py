@@ -1,4 +1,4 @@
-"""``fastclip search``: pictures of a folder by text, by picture, or by a mixture of these."""
+"""``fastclip search``: find images of a folder by text, by image, or by a mixture of both."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from fastclip.cli.argument_order import words_in_any_order
-from fastclip.cli.embedding import add_embedder_options, embedder_options
+from fastclip.cli.embedding import add_batch_size, add_embedder_options, embedder_options
+from fastclip.cli.help import describe
 from fastclip.cli.outputs import add_force, check_apart, owned_files
-from fastclip.cli.pictures import add_max_pixels
+from fastclip.cli.pictures import add_max_pixels, add_top
 from fastclip.cli.printing import complain, lone_names
 from fastclip.data.faults import shown
 from fastclip.system.cores import usable_cores
@@ -26,24 +27,45 @@ __all__ = ["add", "add_index_options", "engine_of", "update"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Print the pictures of a folder that are most like QUERY, a line each: score, tab, path. The folder is indexed "
-        "first, and what is indexed is not read again."
+    describe(
+        parser,
+        "Print the images of a folder that are most similar to a query, one per line: the score, a tab and the path. "
+        "The folder is indexed first; images that are already in the index are not read again.",
+        'fastclip search "a red car" photos --checkpoint runs/b32',
+        "fastclip search ./garage.jpg photos --checkpoint runs/b32 --top 3 --sheet similar.png",
+        'fastclip search "2:dog + ./beach.jpg - night" photos --checkpoint runs/b32',
+        "fastclip search dog photos --checkpoint runs/b32 --print0 | xargs -0 ls",
     )
     parser.add_argument(
         "query",
         metavar="QUERY",
-        help='text, the path of a picture, or a mixture: 2:dog + ./beach.jpg - night; what stands in "..." is a text',
+        help='text, path of an image, or a mixture such as 2:dog + ./beach.jpg - night; words in "..." are always text',
     )
-    parser.add_argument("--add", action="append", default=[], metavar="QUERY", help="one more text or picture")
-    parser.add_argument("--subtract", action="append", default=[], metavar="QUERY", help="one that is subtracted")
-    parser.add_argument("-t", "--top", type=int, default=10, metavar="N", help="pictures that are printed (10)")
+    parser.add_argument(
+        "--add",
+        action="append",
+        default=[],
+        metavar="QUERY",
+        help="text or image that is added to the query; may be repeated (default: none)",
+    )
+    parser.add_argument(
+        "--subtract",
+        action="append",
+        default=[],
+        metavar="QUERY",
+        help="text or image that is subtracted from the query; may be repeated (default: none)",
+    )
+    add_top(parser, "-t", metavar="N")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("-f", "--filepath-only", action="store_true", help="print paths without scores")
-    form.add_argument("--json", action="store_true", help='print a list of {"path": ..., "score": ...}')
+    form.add_argument("--json", action="store_true", help='print a JSON list of {"path": ..., "score": ...}')
     form.add_argument("--print0", action="store_true", help="print paths that end in a zero byte, for xargs -0")
-    parser.add_argument("-p", "--preview", action="store_true", help="show the pictures in the terminal (stderr)")
-    parser.add_argument("--sheet", metavar="FILE", help="write the pictures side by side into FILE, a .png or .jpg")
+    parser.add_argument("-p", "--preview", action="store_true", help="show the images in the terminal, on stderr")
+    parser.add_argument(
+        "--sheet",
+        metavar="FILE",
+        help="image file, .png or .jpg, that shows the images side by side (default: no file)",
+    )
     add_force(parser)
     add_index_options(parser)
     words_in_any_order(parser)
@@ -51,25 +73,27 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def add_index_options(parser: argparse.ArgumentParser) -> None:
-    """Which folder, with which model, and how it is indexed; for `engine_of` and `update`."""
-    parser.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="(the current one)")
+    """Add the folder, the model and the options of indexing, for `engine_of` and `update`."""
+    parser.add_argument(
+        "folder", nargs="?", default=".", metavar="FOLDER", help="folder of images (default: the current folder)"
+    )
     add_embedder_options(parser)
     parser.add_argument(
         "--exclude-dir",
         action="append",
         metavar="NAME",
-        help="folders of this name are left out, in place of @eaDir, node_modules and .git",
+        help="name of folders that are ignored; may be repeated (default: @eaDir, node_modules and .git)",
     )
-    parser.add_argument("-n", "--no-indexing", action="store_true", help="search what is indexed already")
     parser.add_argument(
-        "-b", "--batch-size", type=int, default=64, metavar="N", help="pictures embedded at a time (64)"
+        "-n", "--no-indexing", action="store_true", help="search the existing index without updating it"
     )
+    add_batch_size(parser, "-b", default=64)
     add_max_pixels(parser)
-    parser.add_argument("--workers", type=int, metavar="N", help="threads that read pictures; default: one a core")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that read images (default: one per core)")
 
 
 def engine_of(args: argparse.Namespace) -> SearchEngine:
-    """Open the folder for a search. From here on the log says how far the command is."""
+    """Open the folder for a search, and show the progress of the command in the log from here on."""
     from fastclip.search.engine import SearchEngine
     from fastclip.search.model import CheckpointModel
     from fastclip.search.scan import EXCLUDED
@@ -80,17 +104,19 @@ def engine_of(args: argparse.Namespace) -> SearchEngine:
 
 
 def update(engine: SearchEngine, args: argparse.Namespace) -> None:
-    """Bring the index up to date, unless --no-indexing is given, and say what was done."""
+    """Bring the index up to date, unless --no-indexing is given, and report the changes."""
     if args.no_indexing:
         return
     workers = math.ceil(usable_cores()) if args.workers is None else args.workers
     done = engine.update(batch_size=args.batch_size, workers=workers, progress=True)
     if done.embedded or done.known or done.removed:
-        speed = f", {done.embedded / done.seconds:,.0f} a second" if done.embedded else ""
-        changes = f"{done.embedded:,} embedded{speed}; {done.known:,} moved, copied or touched; {done.removed:,} gone"
-        complain(f"fastclip: {engine.folder}: {done.files:,} pictures, {changes}")
+        speed = f", {done.embedded / done.seconds:,.0f} per second" if done.embedded else ""
+        changes = (
+            f"{done.embedded:,} embedded{speed}; {done.known:,} moved, copied or touched; {done.removed:,} removed"
+        )
+        complain(f"fastclip: {engine.folder}: {done.files:,} images, {changes}")
     if known := {path for path, _ in engine.faults()} - {path for path, _ in done.skipped}:
-        complain(f"fastclip: {len(known):,} pictures cannot be used, as before")
+        complain(f"fastclip: {len(known):,} images still cannot be used")
 
 
 def _search(args: argparse.Namespace) -> int:
@@ -99,7 +125,7 @@ def _search(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise ValueError(f"--top must be positive, got {args.top}")
     if args.preview and not sys.stderr.isatty():
-        raise ValueError("--preview needs a terminal; --sheet FILE writes a picture")
+        raise ValueError("--preview needs a terminal: use --sheet FILE to write the images into a file")
     if args.sheet and not args.sheet.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
         raise ValueError(f"--sheet must end in .png, .jpg or .webp, got {args.sheet}")
     terms = parse_query(args.query, add=args.add, subtract=args.subtract)
@@ -119,11 +145,11 @@ def _answer(args: argparse.Namespace, terms: Sequence[Term]) -> int:
         update(engine, args)
         matches = engine.find(terms, args.top)
     except KeyboardInterrupt:
-        complain("fastclip search: stopped; what is indexed is kept")
+        complain("fastclip search: interrupted; images that are already indexed are kept")
         return 130
     if not matches:
-        others = " but the query's" if engine.count() else ""
-        complain(f"fastclip search: no pictures of {engine.folder}{others} are indexed")
+        others = " except those of the query" if engine.count() else ""
+        complain(f"fastclip search: no images of {engine.folder}{others} are indexed")
     _print(matches, args)
     return 0
 
@@ -141,10 +167,10 @@ def _print(matches: Sequence[Match], args: argparse.Namespace) -> None:
     from fastclip.search.contact_sheet import contact_sheet, most_tiles, terminal_picture
 
     if args.sheet and len(matches) > (most := most_tiles(args.sheet.suffix)):
-        counts = f"the first {most:,} of {len(matches):,} pictures"
+        counts = f"the first {most:,} of {len(matches):,} images"
         complain(
-            f"fastclip search: {shown(str(args.sheet))} shows {counts}, more do not fit into this format; "
-            "a .png holds all"
+            f"fastclip search: {shown(str(args.sheet))} shows {counts}, which is as many as this format can hold; "
+            "a .png file shows all of them"
         )
         matches = matches[:most]
     sheet = contact_sheet(matches)

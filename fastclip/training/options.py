@@ -1,4 +1,4 @@
-"""Options of training and of fine-tuning: dataclasses, filled by YAML files and by the command line.
+"""Options of training and of fine-tuning: dataclasses that YAML files and the command line fill.
 
 Imports nothing heavy, so that ``--help`` answers at once.
 """
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from fastclip.system.durable import write_text
 from fastclip.system.reading import read_yaml
 from fastclip.system.rounding import ceil_div
+from fastclip.training.option_words import parse_dataclass
 
 __all__ = ["FinetuneOptions", "TrainOptions", "parse_finetune", "parse_options", "read_options", "write_options"]
 
@@ -23,183 +24,195 @@ Loss = Literal["clip", "unicl", "align", "convirt", "siglip"]
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train an image-text model."""
+    """Options of a training run, which are those of ``fastclip train``; its help shows the docstrings of the fields."""
 
     data: str
-    """Training pairs: `digits`, a .csv or .tsv of filepath and title, `dataset_coco.json:train+restval`, a folder of
-    pictures with captions or with a folder a class, tar shards such as `shards/{0000..0099}.tar` or a URL of them,
-    `hf:NAME`; or several of these, joined by `::`, with weights as in `2*A::0.5*B`."""
+    """Training data: `digits`, a .csv or .tsv file with columns filepath and title, `dataset_coco.json:train+restval`,
+    a folder of images with captions or with one subfolder per class, tar shards such as `shards/{0000..0099}.tar` or
+    their URL, `hf:NAME`, or several of these joined by `::`, with weights as in `2*A::0.5*B`."""
     model: str
-    """A name of `fastclip models`, or the path of a configuration ending in .json."""
+    """Name of a model, as `fastclip models` lists them, or path of a configuration file that ends in .json."""
     output: str
-    """Folder of the run: metrics.jsonl, TensorBoard events, config.yaml, checkpoints/ and at the end model/."""
+    """Folder of the run: metrics.jsonl, TensorBoard events, config.yaml, checkpoints/ and, at the end, model/."""
     val_data: str | None = None
-    """Pairs to validate on, as --data; `digits` holds a fifth of its images out."""
+    """Validation data, in any form that --data takes; `digits` is then its held-out fifth (default: no validation)."""
     pretrained: str | None = None
-    """Checkpoint to start from: what `fastclip.create_model(pretrained=)` reads."""
+    """Checkpoint to start from, in any form that `fastclip.create_model(pretrained=)` reads (default: random
+    weights)."""
     image_size: int | None = None
-    """Pixels, in place of the model's."""
+    """Side of the input images in pixels; position embeddings of a checkpoint are interpolated (default: the
+    model's)."""
     context_length: int | None = None
-    """Tokens a caption, in place of the model's."""
+    """Tokens per text; position embeddings of a checkpoint are interpolated (default: the model's)."""
 
     loss: Loss | None = None
-    """clip; unicl: pairs of one label are all positives; align: smoothed, both directions summed; convirt: weighted
-    directions, fixed temperature; siglip: the pairwise sigmoid loss. The model's own where it is not given."""
+    """Training loss. `clip` is the softmax loss in both directions, `unicl` treats all pairs of one label as positives,
+    `align` adds label smoothing and sums the directions, `convirt` weights the directions and fixes the temperature,
+    and `siglip` is the pairwise sigmoid loss (default: the model's, unicl for Florence, align for ALIGN, else clip)."""
     label_smoothing: float | None = None
-    """0 to 1; the model's own, for align 0.1."""
+    """Label smoothing, from 0 to 1 (default: the model's if --loss is the model's loss, otherwise 0.1 for align and 0
+    for the others)."""
     image_weight: float | None = None
-    """Weight of image -> text, 0 to 1; 0.5, for convirt 0.75."""
+    """Weight of the image-to-text direction, from 0 to 1 (default: 0.75 for convirt, otherwise 0.5)."""
     comm: Literal["gather", "ring"] = "gather"
-    """How the loss meets the texts of other processes: all at once, or passed around."""
+    """Exchange of features between processes for the loss: gather collects all of them at once, ring passes them
+    around."""
     backend: str | None = None
-    """Of the loss, a name of `fastclip.backends()`; the best available."""
+    """Backend of the loss, a name from `fastclip.backends()` (default: the best one available)."""
 
     batch_size: int = 256
-    """Pairs a step over all processes. More than there are data: drawn from consecutive epochs."""
+    """Pairs per step, over all processes. A batch larger than the dataset is drawn from consecutive epochs."""
     micro_batch: int | None = None
-    """Pairs of a process whose activations are kept at a time; fewer than its share of the batch: gradient caching, the
-    same gradients for a second forward pass. All at once where it is not given."""
+    """Pairs per process whose activations are kept at a time. A value below the process's share of the batch enables
+    gradient caching: the same gradients in less memory, for a second forward pass (default: the whole share)."""
     epochs: int = 32
-    """Passes over the data; --max-steps overrides it."""
+    """Passes over the data."""
     max_bad: float = 0.01
-    """The largest share of samples that cannot be used, 0 to 1: others take their places, above it the run stops."""
+    """Largest share of samples that cannot be used, from 0 to 1. Other samples replace them, and the run stops above
+    this share."""
     max_pixels: int | None = None
-    """Pixels of the largest picture that is read (89478485); larger ones cannot be used."""
+    """Largest image that is read, in pixels; larger ones count as unusable (default: 89478485)."""
     max_steps: int | None = None
-    """Length of the schedule."""
+    """Length of the schedule in steps, in place of --epochs (default: --epochs passes over the data)."""
     stop_after: int | None = None
-    """Steps of this call: ends early, with a checkpoint from which --resume goes on."""
+    """Steps after which this call ends early, with a checkpoint to resume from (default: the end of the schedule)."""
 
     optimizer: Literal["adamw", "lamb"] | None = None
-    """The model's own: ALIGN's is LAMB, all others' AdamW."""
+    """Optimiser (default: the model's, lamb for ALIGN and adamw for the others)."""
     lr: float | None = None
-    """Learning rate at the end of the warm-up; the model's own, for CLIP 5e-4."""
+    """Learning rate at the end of the warm-up (default: the model's, 5e-4 for CLIP)."""
     warmup: int | None = None
-    """Steps from 0 to --lr, a cosine to 0 follows; 2,000, or a tenth of the steps if that is less."""
+    """Steps in which the learning rate rises from 0 to --lr, before it falls to 0 along a cosine (default: 2000, or a
+    tenth of the steps if that is less)."""
     weight_decay: float | None = None
-    """Of matrices; biases, norms and the scale have none. The model's own, for CLIP 0.2."""
+    """Weight decay of matrices; biases, norms and the logit scale have none (default: the model's, 0.2 for CLIP)."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Of the moving averages of gradients and their squares."""
+    """Decay rates of the moving averages of the gradients and of their squares."""
     eps: float = 1e-6
-    """Added to the denominator of a step."""
+    """Constant added to the denominator of the optimiser's update."""
     max_grad_norm: float | None = 1.0
-    """A longer gradient is scaled down to this norm; None leaves it alone."""
+    """Norm to which longer gradients are scaled down (default: 1.0, and None disables clipping)."""
     ema: float | None = None
-    """Decay of a moving average of the weights, such as 0.9999, which is then what is validated and saved as model/."""
+    """Decay of a moving average of the weights, such as 0.9999, which is then validated and saved as model/ (default:
+    no average)."""
     lock_image: bool = False
     """Freeze the image tower (LiT)."""
     lock_text: bool = False
     """Freeze the text tower."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; weights, loss and optimiser stay fp32."""
+    """Precision of the towers; bf16 uses autocast, and leaves the weights and everything else in fp32."""
     grad_checkpointing: bool = False
-    """Keep the blocks' inputs only: less memory, a third more time."""
+    """Keep only the inputs of each block and recompute the rest: less memory, for about a third more time."""
     compile: bool = False
-    """torch.compile the model."""
+    """Compile the model with torch.compile."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun: every process holds the model, or a shard of it (FSDP2)."""
+    """Parallelism under torchrun: each process holds the whole model (ddp) or a shard of it (fsdp, FSDP2)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU for each process where there are enough."""
+    """Device to compute on (default: auto, a GPU for each process if there are enough, otherwise the CPU)."""
     features_on: Literal["device", "cpu"] = "device"
-    """Where features wait for the loss under gradient caching; cpu also computes it there."""
+    """Memory that holds the features until the loss under gradient caching; with cpu the loss is computed there too."""
     deterministic: bool = False
-    """Only deterministic kernels on a GPU; a CPU repeats a run bit for bit without it."""
+    """Use only deterministic kernels on a GPU; a CPU repeats a run bit for bit without this option."""
 
     seed: int = 0
-    """Of weights, order of data, augmentation and dropout."""
+    """Random seed of the weights, the order of the data, augmentation and dropout."""
     workers: int = 2
     """Processes that load data, for each training process."""
     log_every: int = 1
-    """Steps between lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl."""
     save_every: int | None = None
-    """Steps between checkpoints; one is always written at the end."""
+    """Steps between two checkpoints; the last step always has one (default: only the last step)."""
     keep: int | None = 3
-    """Checkpoints that stay, the newest; the others are removed when the next one is written. None keeps all."""
+    """Newest checkpoints that are kept; older ones are removed when another is written (default: 3, and None keeps
+    all)."""
     async_save: bool = True
-    """Write checkpoints while training goes on, from a copy in memory."""
+    """Write checkpoints in the background, from a copy in memory, while training continues."""
     val_every: int | None = None
-    """Steps between validations; with --val-data one is always made at the end."""
+    """Steps between two validations on --val-data; the last step always has one (default: only the last step)."""
     timeout: float = 600.0
-    """Seconds that a process waits for the others: when one is lost or stands still, the rest ends after them."""
+    """Seconds that a process waits for the others before the run ends because one is lost or hangs."""
     wandb: str | None = None
-    """Project of Weights & Biases to log to as well."""
+    """Project of Weights & Biases that also receives the metrics (default: no project)."""
     resume: str | None = None
-    """`auto`: go on from the newest checkpoint of --output, or begin; or the path of a checkpoint or a run."""
+    """Checkpoint or run to resume from; `auto` means the newest checkpoint of --output, or a new run if there is none
+    (default: a new run)."""
     force: bool = False
-    """Take --output over from a run on another host that has ended without giving it back."""
+    """Take over an output whose owner, a command on another host, ended without releasing it."""
 
     def largest_share(self, ranks: int) -> int:
-        """Return how many pairs of a step the process has that has most of them."""
+        """Return the number of pairs per step of the process that has the most."""
         return ceil_div(self.batch_size, ranks)
 
     def is_cached(self, ranks: int) -> bool:
-        """Return True if a step needs gradient caching: some process has more pairs than a micro-batch."""
+        """Return True if a step needs gradient caching, because a process has more pairs than a micro-batch holds."""
         return self.micro_batch is not None and self.micro_batch < self.largest_share(ranks)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value that no run can have."""
+        """Raise ValueError if no run can have these values."""
         for option in fields(self):
-            if getattr(self, option.name) == "":  # a shell's variable that is not set
-                raise ValueError(f"{flag(option.name)} is empty")
+            if getattr(self, option.name) == "":  # as from a shell variable that is not set
+                raise ValueError(f"{flag(option.name)} is empty: give a value or leave it out")
         if self.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
         _check_numbers(self)
         if self.timeout > _LONGEST:
             raise ValueError(f"--timeout must be at most {_LONGEST} seconds, got {self.timeout:g}")
-        if self.ema is not None and not 0 <= self.ema < 1:  # with 1 the average would stay what the run begins with
+        if self.ema is not None and not 0 <= self.ema < 1:  # at 1 the average would never leave the first weights
             raise ValueError(f"--ema must be at least 0 and below 1, got {self.ema}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"--betas must be at least 0 and below 1, got {self.betas}")
         if self.lock_image and self.lock_text:
-            raise ValueError("--lock-image and --lock-text together leave nothing to train")
+            raise ValueError("--lock-image and --lock-text together leave nothing to train: leave one of them out")
         if self.val_every is not None and self.val_data is None:
-            raise ValueError("--val-every needs --val-data")
+            raise ValueError("--val-every needs --val-data, the data to validate on")
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """Fine-tune an image tower; the defaults are those of Wortsman et al. 2022 on ImageNet."""
+    """Options of fine-tuning an image tower; the defaults are those of Wortsman et al. 2022 on ImageNet."""
 
     epochs: float = 10
     """Passes over the data."""
     batch_size: int = 512
-    """Pictures a step."""
+    """Images per step."""
     micro_batch: int | None = None
-    """Pictures whose activations are kept at a time; all of a step where it is not given."""
+    """Images whose activations are kept at a time (default: all images of the step)."""
     lr: float = 3e-5
     """Learning rate at the end of the warm-up."""
     weight_decay: float = 0.1
-    """Of matrices; biases and norms have none."""
+    """Weight decay of matrices; biases, norms and the logit scale have none."""
     warmup: int | None = None
-    """Steps from 0 to --lr, a cosine to 0 follows; 500, or a tenth of the steps if that is less."""
+    """Steps in which the learning rate rises from 0 to --lr, before it falls to 0 along a cosine (default: 500, or a
+    tenth of the steps if that is less)."""
     max_grad_norm: float = 1.0
-    """A longer gradient is scaled down to this norm."""
+    """Norm to which longer gradients are scaled down."""
     freeze_image: bool = False
-    """Train the head alone."""
+    """Train only the head."""
     grad_checkpointing: bool = False
-    """Keep the blocks' inputs only: less memory, a third more time."""
+    """Keep only the inputs of each block and recompute the rest: less memory, for about a third more time."""
     seed: int = 0
-    """Of order, crops and dropout."""
+    """Random seed of the order of the data, crops and dropout."""
     workers: int = 2
-    """Processes that read pictures."""
+    """Processes that read images."""
     log_every: int = 1
-    """Steps between lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl."""
     save_every: int | None = None
-    """Steps between checkpoints; those of an epoch where it is not given."""
+    """Steps between two checkpoints; the last step always has one (default: the steps of one epoch)."""
     keep: int = 2
-    """Checkpoints that stay."""
+    """Newest checkpoints that are kept; older ones are removed when another is written."""
     max_bad: float = 0.01
-    """The largest share of pictures that cannot be used, 0 to 1: others take their places, above it the run stops."""
+    """Largest share of samples that cannot be used, from 0 to 1. Other samples replace them, and the run stops above
+    this share."""
     stop_after: int | None = None
-    """Steps of this call: ends early, with a checkpoint from which the same call goes on."""
+    """Steps after which this call ends early, with a checkpoint to resume from (default: the end of the schedule)."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value that no run can have."""
+        """Raise ValueError if no run can have these values."""
         _check_numbers(self)
 
 
-_LONGEST = 86400 * 365  # seconds, a year: neither timedelta nor a process group takes a number of any size
+_LONGEST = 86400 * 365  # seconds in a year; neither timedelta nor a process group takes arbitrarily large numbers
 _AT_LEAST_ONE = (
     *("batch_size", "micro_batch", "max_steps", "stop_after"),
     *("log_every", "save_every", "keep", "val_every", "image_size", "context_length"),
@@ -209,13 +222,13 @@ _LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "finite and not negative": (("seed", "workers", "warmup", "weight_decay"), lambda value: 0 <= value < math.inf),
     "below 2**63": (("seed",), lambda value: value < 2**63),
     "finite and above 0": (("epochs", "lr", "eps", "timeout"), lambda value: 0 < value < math.inf),
-    "above 0": (("max_grad_norm",), lambda value: value > 0),  # infinity clips nothing
+    "above 0": (("max_grad_norm",), lambda value: value > 0),  # infinity is allowed: it clips nothing
     "between 0 and 1": (("label_smoothing", "image_weight", "max_bad"), lambda value: 0 <= value <= 1),
 }
 
 
 def _check_numbers(options: TrainOptions | FinetuneOptions) -> None:
-    """Raise ValueError for a number that is outside of its limits; None is a default."""
+    """Raise ValueError for a number outside its limits; None means the default and passes."""
     for limit, (names, holds) in _LIMITS.items():
         for name in names:
             if (value := getattr(options, name, None)) is not None and not holds(value):
@@ -228,12 +241,11 @@ def flag(name: str) -> str:
 
 
 def parse_options(argv: Sequence[str]) -> TrainOptions:
-    """Read the options of a command line; ``--config FILE``, once or more, gives values that later ones replace.
+    """Read the options of a command line; each ``--config FILE`` gives values that later files and options replace.
 
-    Ends the process, as argparse does, for ``--help`` and with status 2 for what is not an option.
+    Ends the process as argparse does: with status 0 after ``--help``, and with status 2 for an unknown option or a
+    wrong value.
     """
-    import tyro
-
     given, files = [], []
     words = iter(argv)
     for word in words:
@@ -245,33 +257,32 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
         else:
             given.append(word)
     values = [read_yaml(path) for path in files]
-    if any(word.partition("=")[0] == "--epochs" for word in given):  # a run's file has what came of its epochs
+    if any(word.partition("=")[0] == "--epochs" for word in given):  # the file of a run holds what its epochs became
         came = ("max_steps", "warmup", "max-steps")
         values = [{name: value for name, value in one.items() if name not in came} for one in values]
     from_files = [word for one, path in zip(values, files) for word in _as_words(one, path)]
-    return tyro.cli(
+    return parse_dataclass(
         TrainOptions,
         prog="fastclip train",
-        description="Train an image-text model, alone or as one of torchrun's processes. --config FILE.yaml reads "
-        "options from a file, such as the config.yaml of another run; those of the command line come first.",
+        description="Train an image-text model, in one process or as one of the processes that torchrun starts. "
+        "--config FILE reads options from a YAML file, such as the config.yaml of another run; options on the command "
+        "line take precedence.",
         args=[*from_files, *given],
     )
 
 
 def parse_finetune(argv: Sequence[str]) -> FinetuneOptions:
     """Read the options of a command line, and end the process as `parse_options` does."""
-    import tyro
-
-    return tyro.cli(FinetuneOptions, prog="fastclip finetune", description="Options of the training.", args=argv)
+    return parse_dataclass(FinetuneOptions, prog="fastclip finetune", description="Options of the training:", args=argv)
 
 
 def read_options(path: Path) -> TrainOptions:
-    """Read the options of a YAML file that `write_options` wrote."""
+    """Read the options from a YAML file that `write_options` wrote."""
     return parse_options(_as_words(read_yaml(path), path))
 
 
 def write_options(options: TrainOptions, path: Path) -> None:
-    """Write all options but those of one call: ``resume``, ``force`` and ``stop_after``."""
+    """Write all options except ``resume``, ``force`` and ``stop_after``, which belong to one call."""
     import yaml
 
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
@@ -280,7 +291,7 @@ def write_options(options: TrainOptions, path: Path) -> None:
 
 
 def _as_words(values: dict[str, Any], path: Path) -> list[str]:
-    """Return the words that a user would have typed; null is the default."""
+    """Return the words that a user would have typed for the values of a file; null means the default."""
     known = [f.name for f in fields(TrainOptions)]
     words: list[str] = []
     for written, value in values.items():
@@ -290,7 +301,7 @@ def _as_words(values: dict[str, Any], path: Path) -> list[str]:
             hint = f": did you mean {close[0]}?" if close else f"; options are {', '.join(known)}"
             raise ValueError(f"{path}: there is no option {written}{hint}")
         if flag(name) in words or flag(f"no_{name}") in words:
-            raise ValueError(f"{path}: {name} is given twice")
+            raise ValueError(f"{path}: {name} is given twice: keep one of the two lines")
         if isinstance(value, dict):
             raise ValueError(f"{path}: {written} must be a value or a list, got {value}")
         if isinstance(value, bool):

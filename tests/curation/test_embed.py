@@ -249,8 +249,8 @@ def test_command_embeds_and_goes_on(embedder: Embedder, tmp_path: Path, capsys: 
     words += ["--workers", "0", "--output", str(tmp_path / "out"), "--samples-per-file", "5"]
     assert cli.main(words) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"wrote {tmp_path}/out: 5 samples in 2 files\nleft out: 1 ") and "1 truncated image (" in out
-    assert cli.main(words) == 0 and "5 samples in 2 files, 2 of which were there" in capsys.readouterr().out
+    assert out.startswith(f"wrote {tmp_path}/out: 5 samples in 2 files\nskipped: 1 ") and "1 truncated image (" in out
+    assert cli.main(words) == 0 and "5 samples in 2 files, 2 of which already existed" in capsys.readouterr().out
     assert cli.main([*words, "--dtype", "float32"]) == 1
     assert "fastclip embed: " in capsys.readouterr().err
 
@@ -266,8 +266,8 @@ def test_pictures_without_captions_are_embedded_alone(
     for _ in range(2):
         assert cli.main([*words, "--output", str(tmp_path / "out")]) == 0
         said = capsys.readouterr()
-        assert "3 samples in 1 files" in said.out and "no picture has a caption, so pictures alone" in said.err
-    assert "1 of which were there" in said.out and "1 not an image" in said.out
+        assert "3 samples in 1 files" in said.out and "no image has a caption, so only images" in said.err
+    assert "1 of which already existed" in said.out and "1 not an image" in said.out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["img_emb", "metadata", "options.json"]
     images = np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy")
     table = pq.read_table(tmp_path / "out" / "metadata" / "metadata_0.parquet").to_pylist()

@@ -374,8 +374,8 @@ def test_command_packs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
     words = ["data", "pack", str(tmp_path / "data"), "--output", str(tmp_path / "s"), "--samples-per-shard", "5"]
     assert cli.main([*words, "--workers", "1"]) == 0
     told = capsys.readouterr().out
-    assert f"wrote {tmp_path}/s: 5 samples in 2 shards\nleft out: 2 not an image ({source.key(3)}, " in told
-    assert cli.main(words) == 0 and "5 samples in 2 shards, 2 of which were there" in capsys.readouterr().out
+    assert f"wrote {tmp_path}/s: 5 samples in 2 shards\nskipped: 2 not an image ({source.key(3)}, " in told
+    assert cli.main(words) == 0 and "5 samples in 2 shards, 2 of which already existed" in capsys.readouterr().out
     assert cli.main([*words, "--image-size", "4"]) == 1
     assert "image_size was None, is 4" in capsys.readouterr().err
 
@@ -408,7 +408,7 @@ def test_check_reads_the_shards_beside_dead_ones(
         "2.tar: not a tar file, or one that is cut off: a header is missing or has a wrong checksum",
         "4.tar: cut off or damaged after 1 samples, which are used: unexpected end of data",
     ]
-    assert "passed over       3 .npy (0.tar: a.npy, 3.tar: a.npy, 5.tar: a.npy)" in lines
+    assert "ignored           3 .npy (0.tar: a.npy, 3.tar: a.npy, 5.tar: a.npy)" in lines
     assert "fastclip data: 5 shards or parts are damaged or cannot be read" in said
     assert cli.main([*whole, "{0,3,5}.tar"]) == 0
     assert "damaged" not in capsys.readouterr().out
@@ -469,4 +469,4 @@ def test_largest_picture_is_an_option(
     for wrong in ("0", "x", "nan", "inf"):
         with pytest.raises(SystemExit):
             cli.main([*words, "--max-pixels", wrong])
-        assert "a number of pixels, such as 200e6, is wanted" in capsys.readouterr().err
+        assert "must be a positive number of pixels, such as 200e6, got" in capsys.readouterr().err

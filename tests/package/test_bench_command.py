@@ -134,7 +134,7 @@ def test_nothing_but_the_reference_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--sizes", "1k"], "--sizes 1k: numbers of pairs separated by commas"),
+        (["--sizes", "1k"], "--sizes must be numbers of pairs separated by commas, such as 1024,4096, got 1k"),
         (["--sizes", "0"], "--sizes must be at least 1, got 0"),
         (["--sizes", "8,1"], "--sizes must be at least 2, got 1: the softmax loss of one pair is 0"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),

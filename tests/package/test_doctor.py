@@ -60,7 +60,7 @@ def test_wrong_loss_is_seen(name: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(compare, name, lambda *args, **options: 1.0001 * right(*args, **options))
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "FAIL" in out and "what to do: report this as a fault of fastclip" in out and "NOT usable" in out
+    assert "FAIL" in out and "what to do: report this as a bug of fastclip" in out and "NOT usable" in out
 
 
 def test_every_backend_and_dtype_is_tested() -> None:
@@ -95,7 +95,7 @@ def test_unknown_backend_is_a_fault(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setenv("FASTCLIP_BACKEND", "warp")
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "what to do: unset FASTCLIP_BACKEND" in out and "what to do: mend first what is marked X" in out
+    assert "what to do: unset FASTCLIP_BACKEND" in out and "what to do: fix the lines marked X first" in out
     monkeypatch.setenv("FASTCLIP_BACKEND", "cuda")
     (found, *_) = doctor._served()
     assert found.state == "warning" and "cannot serve" in found.value

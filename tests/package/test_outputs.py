@@ -102,17 +102,17 @@ def test_output_is_not_what_the_command_reads(tmp_path: Path, capsys: pytest.Cap
     table.write_text("{}")
     folder.mkdir()
     given = ["eval", "retrieval", "--checkpoint", "gone", "--data", f"{table}:test", "--output", str(table)]
-    assert f"--output {table} is what the command reads" in refused(given, capsys)
+    assert f"--output {table} is an input of the command" in refused(given, capsys)
     given = ["data", "pack", f"2*{folder}::gone", "--output", f"{folder}/../pictures"]
-    assert "is what the command reads" in refused(given, capsys)
+    assert "is an input of the command" in refused(given, capsys)
     assert table.read_text() == "{}" and not list(folder.iterdir())
-    with pytest.raises(ValueError, match="is what the command reads"):
+    with pytest.raises(ValueError, match="is an input of the command"):
         check_apart(folder, [f"{folder}/{{00..99}}.tar"])
     for spec in (f"{folder}#caption=text", f"gone::2.5*hf:{folder}:train#image=a,caption=b", f"{table}:test:{folder}"):
-        with pytest.raises(ValueError, match="is what the command reads"):
+        with pytest.raises(ValueError, match="is an input of the command"):
             check_apart(folder, [spec])
     (folder / "0.tar").touch()
-    with pytest.raises(ValueError, match="is what the command reads"):
+    with pytest.raises(ValueError, match="is an input of the command"):
         check_apart(folder / "0.tar", [f"{tmp_path}/{{none,pict*}}/*.tar"])
     check_apart(folder, [str(table), "digits", "hf:x"])
     check_apart(tmp_path, [str(table)])  # beside the data is allowed
@@ -139,12 +139,12 @@ def test_output_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ["finetune", "--data", str(classes), "--checkpoint", "gone", "--output"],
     ):
         said = refused([*words, str(classes / "new" / "deep")], capsys)
-        assert f"--output {classes}/new/deep would be a class of {classes}" in said
+        assert f"--output {classes}/new/deep would be a class of the data in {classes}" in said
         assert sorted(path.name for path in classes.iterdir()) == ["cat", "dog"]
     (tmp_path / "links").mkdir()
     for name in ("cat", "dog"):
         (tmp_path / "links" / name).symlink_to(classes / name)
-    with pytest.raises(ValueError, match="links/new would be a class of"):
+    with pytest.raises(ValueError, match="links/new would be a class of the data in"):
         check_folder(tmp_path / "links" / "new", [str(tmp_path / "links")])
     check_folder(tmp_path / "new", ["{" + ",".join(["0"] * 200) + "}.tar"])  # too long for a file name
     for name in (".new", "cat/new"):  # hidden, and inside a class
@@ -171,11 +171,11 @@ def test_pictures_of_the_data_are_not_replaced(tmp_path: Path, capsys: pytest.Ca
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for place in (folder / "0.png", folder / "deep" / "1.jpg", tmp_path / "link.png"):
         for words in (search, [*compose, "--sheet"]):
-            assert f"--sheet {place} is there, and part of the data" in refused([*words, str(place)], capsys)
+            assert f"--sheet {place} exists and is part of the data" in refused([*words, str(place)], capsys)
     for place in (folder / "0.json", folder / "0.png"):
-        assert f"--output {place} is there, and part" in refused([*compose, "--output", str(place)], capsys)
+        assert f"--output {place} exists and is part" in refused([*compose, "--output", str(place)], capsys)
     words = ["search", f"dog + {folder}/0.png", str(folder / "deep"), *search[3:], str(folder / "0.png")]
-    assert "what the command reads" in refused(words, capsys)  # the query
+    assert "is an input of the command" in refused(words, capsys)  # the query
     for place in (folder / "sheet.png", folder / "new.png"):  # an existing and a missing file
         assert "part of the data" not in refused([*search, str(place)], capsys)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

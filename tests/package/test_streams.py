@@ -116,6 +116,7 @@ def zip_error() -> Exception:
     return caught.value
 
 
+DAMAGED = "a file is damaged, or is in another format than its name suggests"
 ARROW_ERROR = type("ArrowException", (Exception,), {"__module__": "pyarrow.lib"})("odd")
 
 
@@ -123,14 +124,17 @@ ARROW_ERROR = type("ArrowException", (Exception,), {"__module__": "pyarrow.lib"}
     ("error", "said"),
     [
         (ValueError("x.csv: no rows"), "x.csv: no rows"),
-        (zip_error(), "a file is damaged, or not what it is called (BadZipFile: File is not a zip file)"),
-        (pickle.UnpicklingError("odd"), "a file is damaged, or not what it is called (UnpicklingError: odd)"),
-        (ARROW_ERROR, "a file is damaged, or not what it is called (ArrowException: odd)"),
-        (sqlite3.OperationalError("disk is full"), "a file is damaged, or not .*OperationalError: disk is full"),
+        (zip_error(), f"{DAMAGED} (BadZipFile: File is not a zip file)"),
+        (pickle.UnpicklingError("odd"), f"{DAMAGED} (UnpicklingError: odd)"),
+        (ARROW_ERROR, f"{DAMAGED} (ArrowException: odd)"),
+        (sqlite3.OperationalError("disk is full"), f"{DAMAGED} .*OperationalError: disk is full"),
         (RecursionError("too deep"), None),
-        (MemoryError(), "out of memory: fewer pairs of --micro-batch at a time take less, as `fastclip plan` tells"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "out of the GPU's memory: fewer pairs"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "out of memory: fewer pairs"),
+        (MemoryError(), "out of memory: lower --micro-batch; `fastclip plan` predicts what fits"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "out of the GPU's memory: lower --micro-batch"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"),
+            "out of memory: lower --micro-batch",
+        ),
         (sqlite3.ProgrammingError("of ours"), None),
         (RuntimeError("mat1 and mat2"), None),
         (KeyError("of ours"), None),

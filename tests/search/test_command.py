@@ -144,7 +144,7 @@ def test_sheet_that_is_too_long_for_its_format_shows_the_first(
     monkeypatch.setattr(sheets, "_LONGEST", {".jpg": 2 * 272 + 271})
     monkeypatch.setattr(sheets, "_COLUMNS", 2)
     every = search("dog", photos)
-    for name, rows, told in (("s.jpg", 2, "s.jpg shows the first 4 of 5 pictures"), ("s.png", 3, "")):
+    for name, rows, told in (("s.jpg", 2, "s.jpg shows the first 4 of 5 images"), ("s.png", 3, "")):
         assert search("dog", photos, "--sheet", tmp_path / name) == every
         with Image.open(tmp_path / name) as written:
             assert written.size == (480, 272 * rows)
@@ -158,7 +158,7 @@ def test_folder_without_other_pictures_than_the_querys_is_told(
     folder = tmp_path.resolve() / "photos"
     picture = draw(folder / "a.png", 1)
     assert search(picture, folder) == (0, b"")
-    assert f"fastclip search: no pictures of {folder} but the query's are indexed" in capsys.readouterr().err
+    assert f"fastclip search: no images of {folder} except those of the query are indexed" in capsys.readouterr().err
     picture.unlink()
     assert search("dog", folder) == (0, b"")
-    assert f"fastclip search: no pictures of {folder} are indexed" in capsys.readouterr().err
+    assert f"fastclip search: no images of {folder} are indexed" in capsys.readouterr().err

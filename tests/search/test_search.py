@@ -427,7 +427,7 @@ def test_mistake_is_one_line_on_stderr(
 
 def test_nothing_found_prints_nothing(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, lines, told = run(capsys, "cat", tmp_path, "--checkpoint", checkpoint, "--device", "cpu")
-    assert status == 0 and not lines and "no pictures" in told
+    assert status == 0 and not lines and "no images" in told
     assert run(capsys, "cat", tmp_path, "--checkpoint", checkpoint, "--device", "cpu", "--json")[1] == ["[]"]
 
 
@@ -439,7 +439,7 @@ def test_interrupted_command_says_what_is_kept(
 
     monkeypatch.setattr(engines, "update_index", stop)
     status, lines, told = run(capsys, "cat", tmp_path, "--checkpoint", checkpoint, "--device", "cpu")
-    assert status == 130 and not lines and "what is indexed is kept" in told
+    assert status == 130 and not lines and "images that are already indexed are kept" in told
 
 
 def test_query_that_is_a_large_picture_is_refused_from_its_header(tmp_path: Path) -> None:

@@ -338,7 +338,8 @@ def test_command_saves_the_average_and_goes_on(
     line += ["--output", str(tmp_path / "run"), "--batch-size", "256", "--epochs", "1", "--workers", "0"]
     line += ["--device", "cpu", "--templates", str(tmp_path / "templates")]
     assert main([*line, "--stop-after", "2"]) == 0
-    assert "2 steps; the same call goes on" in capsys.readouterr().out and not (tmp_path / "run" / "model").exists()
+    assert "2 steps so far; re-run the same command to resume" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "model").exists()
     with caplog.at_level(logging.INFO):
         assert main([*line, "--wise-ft", "0.5", "--reference", "cifar10"]) == 0
     assert "after 2 of 5 steps" in caplog.text

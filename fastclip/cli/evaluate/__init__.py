@@ -1,4 +1,4 @@
-"""``fastclip eval``, a module a task."""
+"""``fastclip eval``: evaluate a model; each task is a module."""
 
 from __future__ import annotations
 
@@ -10,36 +10,42 @@ from typing import Any
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options
 from fastclip.cli.evaluate import compose, probe, retrieval, robustness, zeroshot
+from fastclip.cli.help import add_command, describe
 from fastclip.cli.outputs import add_force, owned_files
 
 __all__ = ["add"]
 
 _TASKS: dict[str, tuple[ModuleType, str]] = {
-    "zeroshot": (zeroshot, "classify by captions of the classes"),
-    "robustness": (robustness, "ImageNet and -V2, -R, -A, -Sketch with one zero-shot head"),
-    "retrieval": (retrieval, "captions by pictures and pictures by captions: recall at 1, 5 and 10"),
-    "compose": (compose, "pictures by a picture and words, added and subtracted"),
-    "probe": (probe, "logistic regression on image features"),
+    "zeroshot": (zeroshot, "classify images by captions of their classes"),
+    "robustness": (robustness, "classify ImageNet and its variants V2, R, A and Sketch"),
+    "retrieval": (retrieval, "retrieve captions by image and images by caption"),
+    "compose": (compose, "retrieve images by images and texts, added and subtracted"),
+    "probe": (probe, "fit a logistic regression on image features"),
 }
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = "What a model is worth: a table, and JSON with the keys of CLIP_benchmark."
+    describe(
+        parser,
+        "Evaluate a model. Each task prints a table, and --output writes JSON with the keys of CLIP_benchmark.",
+        "fastclip eval zeroshot --checkpoint runs/digits --data digits",
+        "fastclip eval retrieval --checkpoint runs/b32 --data dataset_flickr30k.json:test --output retrieval.json",
+    )
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, (module, summary) in _TASKS.items():
-        task = tasks.add_parser(name, help=summary)
+        task = add_command(tasks, name, summary)
         add_embedder_options(task)
         add_reading_options(task)
-        task.add_argument("--output", metavar="FILE", help="JSON of the results")
+        task.add_argument("--output", metavar="FILE", help="JSON file for the results (default: no file)")
         add_force(task)
         module.add(task)
         task.set_defaults(run=partial(_run, task.get_default("run")))
 
 
 def _run(evaluate: Callable[[argparse.Namespace], tuple[Any, Any]], args: argparse.Namespace) -> None:
-    """Evaluate, when all files that are to be written can be; write the results, and clear the stores after that.
+    """Lock all output files, evaluate, write the results, and then clear the stores.
 
-    `evaluate` returns both; a stop before leaves the stores for the next run of the command.
+    `evaluate` returns the results and the stores. If the command is stopped earlier, its next run uses the stores.
     """
     from fastclip.evaluation.results import write_results
 

@@ -1,4 +1,4 @@
-"""``fastclip eval compose``."""
+"""``fastclip eval compose``: retrieval by images and texts, added and subtracted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 from typing import Any
 
 from fastclip.cli.embedding import embedder_of
+from fastclip.cli.help import describe
+from fastclip.cli.pictures import DATA, add_top
 from fastclip.cli.printing import say
 from fastclip.data.faults import shown
 
@@ -13,21 +15,31 @@ __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Pictures by a picture and words, added and subtracted, as in ALIGN's paper."
-    parser.add_argument("--data", required=True, metavar="SPEC", help="pictures to search, as fastclip train --data")
+    describe(
+        parser,
+        "Retrieve images by queries that add and subtract images and texts, as in the paper of ALIGN.",
+        "fastclip eval compose --checkpoint runs/b32 --data photos.csv --queries queries.txt --sheet sheet.png",
+        "fastclip eval compose --checkpoint runs/digits --data digits --queries queries.txt --top 3",
+    )
+    parser.add_argument("--data", required=True, metavar="SPEC", help=DATA)
     parser.add_argument(
         "--queries",
         required=True,
         metavar="FILE",
-        help='one a line: bus.jpg + "at night" - 0.5:rain; with a picture that should be found: ... => target.jpg',
+        help='text file with one query per line, such as bus.jpg + "at night" - 0.5:rain; "=> target.jpg" at its end '
+        "names the image that should be found",
     )
-    parser.add_argument("--top", type=int, default=10, metavar="K", help="pictures of a query (10)")
-    parser.add_argument("--sheet", metavar="PNG", help="the pictures found, a row a query, of the first 50 queries")
+    add_top(parser, metavar="N")
+    parser.add_argument(
+        "--sheet",
+        metavar="FILE",
+        help="PNG file that shows the retrieved images, one row per query, for the first 50 queries (default: no file)",
+    )
     parser.set_defaults(run=_run)
 
 
 def _terms(query: Any) -> list[dict[str, Any]]:
-    """How a line was read."""
+    """Return the terms of a query as the results record them."""
     return [{"weight": term.weight, "text": term.text} for term in query.terms]
 
 

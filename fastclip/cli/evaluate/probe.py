@@ -1,4 +1,4 @@
-"""``fastclip eval probe``."""
+"""``fastclip eval probe``: a linear probe of the image features."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastclip.cli.embedding import embedder_of
 from fastclip.cli.evaluate.zeroshot import percent
+from fastclip.cli.help import describe
+from fastclip.cli.pictures import add_labelled_data, add_reference
 from fastclip.cli.printing import say
 
 if TYPE_CHECKING:
@@ -16,30 +18,42 @@ __all__ = ["add"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Logistic regression on image features (L-BFGS), its L2 penalty swept on a validation split, as CLIP's paper."
+    describe(
+        parser,
+        "Fit a logistic regression on image features with L-BFGS, and sweep its L2 penalty on validation data, as in "
+        "the paper of CLIP.",
+        "fastclip eval probe --checkpoint runs/digits --data digits --test-data digits",
+        "fastclip eval probe --checkpoint runs/b32 --data food101/train --test-data food101/test --output probe.json",
+    )
+    add_labelled_data(parser)
+    parser.add_argument(
+        "--val-data",
+        metavar="SPEC",
+        help="images with the same classes, on which the penalty is chosen (default: a fifth of --data)",
     )
     parser.add_argument(
-        "--data",
+        "--test-data",
         required=True,
         metavar="SPEC",
-        help="pictures with classes to fit: class folders, digits, ...",
+        help="images with the same classes, on which results are reported; `digits` is then its held-out fifth",
     )
-    parser.add_argument("--val-data", metavar="SPEC", help="to choose the penalty on; default: a fifth of --data")
-    parser.add_argument("--test-data", required=True, metavar="SPEC", help="to report on; digits is the held-out fifth")
     parser.add_argument(
         "--features",
         choices=("tower", "embedding"),
         default="tower",
-        help="tower: before the projection, as the paper; embedding: unit vectors, as CLIP_benchmark (tower)",
+        help="features to fit: the output of the tower before its projection, as in the paper, or the unit vectors of "
+        "the embedding, as in CLIP_benchmark",
     )
     parser.add_argument(
         "--metric",
         choices=("acc1", "mean_per_class_recall"),
-        help="to choose the penalty by, and to show beside --reference's; default: the reference's own, else acc1",
+        help="metric by which the penalty is chosen, and which is shown beside --reference (default: the metric of the "
+        "published numbers, otherwise acc1)",
     )
-    parser.add_argument("--reference", metavar="NAME", help="published numbers to show: food101, cifar10, imagenet ...")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the split (0)")
+    add_reference(parser, "--test-data")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the split, if there is no --val-data"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -61,7 +75,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], list[FeatureStore]]:
     names = ("acc1", "acc5", "mean_per_class_recall")
     values = (percent(probe.metrics[f"lp_{name}"]) for name in names)
     say(table([args.test_data, *names], [["linear probe", *values]]))
-    say(f"lambda {probe.metrics['weight_decay']:.3g}, of {len(probe.sweep)} tried")
+    say(f"lambda {probe.metrics['weight_decay']:.3g}, the best of {len(probe.sweep)} values")
     if reference is not None:
         rows = {"linear probe": 100 * probe.metrics[f"lp_{metric}"], **published}
         say("\n" + table([reference, metric], list(rows.items())))

@@ -1,4 +1,4 @@
-"""``fastclip eval retrieval``."""
+"""``fastclip eval retrieval``: recall between images and captions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 from typing import Any
 
 from fastclip.cli.embedding import embedder_of
+from fastclip.cli.help import describe
+from fastclip.cli.pictures import DATA, REFERENCE
 from fastclip.cli.printing import say
 
 __all__ = ["add"]
@@ -15,22 +17,31 @@ _HEAD = ("", "I->T R@1", "R@5", "R@10", "T->I R@1", "R@5", "R@10")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Recall at 1, 5 and 10 of pictures by captions (T->I) and of captions by pictures (I->T)."
-    parser.add_argument(
-        "--data", required=True, metavar="SPEC", help="dataset_coco.json:test, or as fastclip train --data"
+    describe(
+        parser,
+        "Measure the recall at 1, 5 and 10 of images retrieved by captions (T->I) and of captions by images (I->T).",
+        "fastclip eval retrieval --checkpoint runs/b32 --data dataset_flickr30k.json:test --output retrieval.json",
+        "fastclip eval retrieval --checkpoint runs/digits --data digits --unique-captions",
     )
-    parser.add_argument("--captions", type=int, metavar="N", help="the first N captions of every picture; default: all")
+    parser.add_argument("--data", required=True, metavar="SPEC", help=DATA)
+    parser.add_argument(
+        "--captions", type=int, metavar="N", help="number of captions of each image, the first ones (default: all)"
+    )
     parser.add_argument(
         "--unique-captions",
         action="store_true",
-        help="captions of the same words are one, which belongs to all its pictures; default: each to its own picture",
+        help="treat captions with the same words as one caption, which belongs to all of its images",
     )
     parser.add_argument(
         "--reference",
         choices=("flickr30k", "coco"),
-        help="published results to print beside; default: those of the test split of such a file",
+        help=f"{REFERENCE} (default: that of --data, if it is the test split of such a file)",
     )
-    parser.add_argument("--details", metavar="FILE", help="JSON lines: every query's rank and five most similar")
+    parser.add_argument(
+        "--details",
+        metavar="FILE",
+        help="JSON lines file with the rank and the five most similar results of every query (default: no file)",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -79,5 +90,5 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 
 def _reference(source: Any) -> str:
-    """The data set whose test split, and nothing else, the source is."""
+    """Return the name of the dataset if the source is exactly its test split, otherwise an empty string."""
     return source.dataset if getattr(source, "splits", ()) == ("test",) else ""

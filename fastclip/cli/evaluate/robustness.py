@@ -1,4 +1,4 @@
-"""``fastclip eval robustness``."""
+"""``fastclip eval robustness``: ImageNet and its variants with one zero-shot classifier."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastclip.cli.embedding import embedder_of
 from fastclip.cli.evaluate.zeroshot import add_templates_option, percent
+from fastclip.cli.help import describe
 from fastclip.cli.printing import say
 
 if TYPE_CHECKING:
@@ -14,24 +15,33 @@ if TYPE_CHECKING:
 
 __all__ = ["add"]
 
-_OPTIONS = {  # of the data sets, by their names in fastclip.evaluation.robustness.SETS
-    "imagenet1k": ("--imagenet", "the validation pictures, val/n01440764/ ..."),
-    "imagenetv2": ("--imagenet-v2", "matched frequency, folders 0 to 999"),
-    "imagenet-r": ("--imagenet-r", "renditions, 200 classes"),
-    "imagenet-a": ("--imagenet-a", "natural adversarial examples, 200 classes"),
-    "imagenet_sketch": ("--imagenet-sketch", "black and white sketches"),
+_OPTIONS = {  # keys are the names of the datasets in fastclip.evaluation.robustness.SETS
+    "imagenet1k": ("--imagenet", "ImageNet's validation images, as in val/n01440764/"),
+    "imagenetv2": ("--imagenet-v2", "ImageNet-V2, matched frequency, with subfolders 0 to 999"),
+    "imagenet-r": ("--imagenet-r", "ImageNet-R, renditions in 200 classes"),
+    "imagenet-a": ("--imagenet-a", "ImageNet-A, natural adversarial examples in 200 classes"),
+    "imagenet_sketch": ("--imagenet-sketch", "ImageNet-Sketch, black and white sketches"),
 }
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Zero-shot top-1 on ImageNet and its variants, each a folder of class folders called by WordNet id (of "
-        "ImageNet-V2 by class number), beside published results. -R and -A are classified among their own 200 classes."
+    describe(
+        parser,
+        "Measure zero-shot top-1 accuracy on ImageNet and its variants, and print it beside published results. Each "
+        "set is a folder with one subfolder per class, named by WordNet id, or by class number for ImageNet-V2. "
+        "ImageNet-R and ImageNet-A are classified among their own 200 classes.",
+        "fastclip eval robustness --checkpoint runs/b32 --imagenet imagenet/val --imagenet-r imagenet-r",
+        "fastclip eval robustness --checkpoint ViT-B-32.pt --model ViT-B-32 --imagenet imagenet/val \\\n"
+        "    --imagenet-v2 imagenetv2 --plot robustness.png --output robustness.json",
     )
-    for name, (option, pictures) in _OPTIONS.items():
-        parser.add_argument(option, dest=name, metavar="DIR", help=pictures)
+    for name, (option, images) in _OPTIONS.items():
+        parser.add_argument(option, dest=name, metavar="DIR", help=f"folder of {images} (default: not evaluated)")
     add_templates_option(parser, default="openai")
-    parser.add_argument("--plot", metavar="FILE", help="PNG: ImageNet against the mean of the others; needs --imagenet")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="PNG file that plots ImageNet against the mean of the other sets; needs --imagenet (default: no file)",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -41,9 +51,11 @@ def _run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[FeatureSt
 
     folders = {name: folder for name in _OPTIONS if (folder := getattr(args, name)) is not None}
     if not folders:
-        raise ValueError(f"name the folder of a data set: {', '.join(option for option, _ in _OPTIONS.values())}")
+        raise ValueError(
+            f"no dataset to evaluate: give {', '.join(option for option, _ in _OPTIONS.values())} or several"
+        )
     if args.plot and ("imagenet1k" not in folders or len(folders) < 2):
-        raise ValueError("--plot needs --imagenet and at least one other set")
+        raise ValueError("--plot needs --imagenet and at least one other dataset")
     stores: list[FeatureStore] = []
     results = robustness.robustness(
         embedder := embedder_of(args),

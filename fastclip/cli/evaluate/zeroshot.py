@@ -1,4 +1,4 @@
-"""``fastclip eval zeroshot``."""
+"""``fastclip eval zeroshot``: classification without training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from fastclip.cli.embedding import embedder_of
+from fastclip.cli.help import describe
+from fastclip.cli.pictures import add_labelled_data
 from fastclip.cli.printing import say
 
 if TYPE_CHECKING:
@@ -15,34 +17,42 @@ __all__ = ["add", "add_templates_option", "percent"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Classify pictures by captions of their classes, without training on them."
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="SPEC",
-        help="a folder of class folders, digits, or hf: with a column `label`",
+    describe(
+        parser,
+        "Classify images by captions of their classes, without training on them.",
+        "fastclip eval zeroshot --checkpoint runs/digits --data digits --output zeroshot.json",
+        "fastclip eval zeroshot --checkpoint ViT-B-32.pt --model ViT-B-32 --data imagenet/val --classes imagenet",
+        "fastclip eval zeroshot --checkpoint runs/b32 --data scans --templates templates.txt --details classes.json",
     )
+    add_labelled_data(parser)
     parser.add_argument(
         "--classes",
         metavar="FILE",
-        help="class names, one a line, which go with the folders or the data's classes by name (CLASS<TAB>NAME pairs "
-        "any two); or imagenet, imagenet-a or imagenet-r, whose classes all count (default: the folders' names; CLIP's "
-        "for WordNet ids)",
+        help="text file with one class name per line, matched by name with the classes of the data; a line "
+        "CLASS<TAB>NAME gives a class another name. imagenet, imagenet-a or imagenet-r selects all of its classes "
+        "(default: the names of the folders, or CLIP's names for WordNet ids)",
     )
-    add_templates_option(parser, default="the data's own, else openai")
-    parser.add_argument("--details", metavar="FILE", help="JSON of every class: acc1, and what it is taken for")
+    add_templates_option(parser, default="those of the data, otherwise openai")
+    parser.add_argument(
+        "--details",
+        metavar="FILE",
+        help="JSON file with the accuracy of every class and the classes it is confused with (default: no file)",
+    )
     parser.set_defaults(run=_run)
 
 
 def add_templates_option(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Add ``--templates``; `default` words the default."""
     parser.add_argument(
         "--templates",
         metavar="FILE",
-        help=f"captions with {{}} for the class name, one a line; openai, CLIP's 80, or simple, its 7 ({default})",
+        help="text file with one caption per line, in which {} stands for the class name; or openai, the 80 captions "
+        f"of CLIP, or simple, 7 of them (default: {default})",
     )
 
 
 def percent(value: float | None) -> float | None:
+    """Return a share as a percentage; None stays None."""
     return None if value is None else 100 * value
 
 

@@ -1,0 +1,108 @@
+"""Help of the commands: wrapped prose, the default of every option, and examples at the end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastclip.cli.printing import leave_stdout
+from fastclip.training.option_words import option_words
+from fastclip.training.options import TrainOptions, flag
+
+__all__ = ["HELP", "HelpFormatter", "OptionsHelp", "add_command", "add_training_option", "describe"]
+
+HELP = "show this help message and exit"  # as argparse and tyro put it
+_EXAMPLES = "examples:\n  "
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Layout of the help: a description is wrapped, examples keep their lines, and defaults are appended."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):  # argparse forgets that subcommands are indented once more
+            indented = 2 * self._indent_increment + max(map(len, action.choices))
+            self._action_max_length = max(self._action_max_length, indented)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """Return the help with ``(default: ...)`` or ``(required)`` at its end, unless it words the default itself."""
+        text = action.help or ""
+        if action.required and action.option_strings:
+            return f"{text} (required)"
+        if any(action.default is value for value in (None, False, True, argparse.SUPPRESS)) or "(default: " in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+def describe(parser: argparse.ArgumentParser, description: str, *examples: str) -> None:
+    """Give `parser` its description, and command lines to show at the end of its help; a long one has several lines."""
+    parser.formatter_class = HelpFormatter
+    parser.description = description
+    parser.epilog = _EXAMPLES + "\n".join(examples).replace("\n", "\n  ")
+
+
+def add_command(commands: Any, name: str, summary: str, **settings: Any) -> argparse.ArgumentParser:
+    """Add a subcommand to `commands`, which lists it with `summary`, one line."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, **settings)
+    return parser
+
+
+def add_training_option(
+    parser: argparse.ArgumentParser, name: str, *, default_words: str = "", **settings: Any
+) -> None:
+    """Add the option that ``fastclip train`` has for a field of `TrainOptions`, in the same words.
+
+    Args:
+        default_words: what happens without the option, if `settings` has no default.
+        settings: further arguments of `argparse.ArgumentParser.add_argument`.
+    """
+    text, _, metavar = option_words(TrainOptions)[name]
+    if settings.get("action") != "store_true":
+        settings = {"metavar": metavar} | settings
+    parser.add_argument(flag(name), help=text + (f" (default: {default_words})" if default_words else ""), **settings)
+
+
+class OptionsHelp(argparse.Action):
+    """Print the help of a command whose other options are read by tyro, with the examples last, and exit.
+
+    Args:
+        options_help: prints the help of those options, and exits.
+        alone: this parser has no options to show.
+    """
+
+    def __init__(
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        *,
+        options_help: Callable[[], object],
+        alone: bool = False,
+        help: str | None = None,
+    ) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+        self.options_help, self.alone = options_help, alone
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        examples, parser.epilog = parser.epilog, None
+        try:
+            if not self.alone:
+                parser.print_help()
+                print()
+            self.options_help()
+        except SystemExit as end:  # tyro's, after its help
+            if end.code:
+                raise
+            print(f"\n{examples}")
+            sys.stdout.flush()
+        except ModuleNotFoundError as error:  # raised while arguments are parsed, where `main` does not see it
+            parser.exit(1, f"{parser.prog}: options of the training need {error.name}: pip install '.[train]'\n")
+        except BrokenPipeError:  # the reader has seen enough, as in `fastclip train --help | head`
+            leave_stdout()
+        finally:
+            parser.epilog = examples
+        parser.exit()

@@ -1,0 +1,100 @@
+"""Help of the options of a dataclass, made from the docstrings below its fields; `tyro.cli` shows it, as argparse does.
+
+Imports nothing heavy, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, field, fields, make_dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+__all__ = ["OptionWords", "option_words", "parse_dataclass"]
+
+_DEFAULT = re.compile(r" (\(default: .*\))$")
+_METAVARS = {int: "N", float: "X", str: "NAME"}
+_NAMED = {
+    **dict.fromkeys(("data", "val_data"), "SPEC"),
+    **dict.fromkeys(("pretrained", "resume"), "PATH"),
+    "output": "DIR",
+    "max_bad": "SHARE",
+    "betas": "BETA1 BETA2",
+    "wandb": "PROJECT",
+    "timeout": "SECONDS",
+}
+T = TypeVar("T")
+
+
+class OptionWords(NamedTuple):
+    """Help of one option."""
+
+    text: str
+    """One line that begins in lower case and ends without a full stop."""
+    default: str
+    """``(default: ...)``; empty for a required option and for a flag that is off."""
+    metavar: str | None
+    """Name of the value, or its choices in braces; None for a flag."""
+
+
+@cache
+def option_words(options: type) -> dict[str, OptionWords]:
+    """Return the help of each field of the dataclass `options`, by the field's name.
+
+    A docstring that ends in ``(default: ...)`` words the default itself, as those of fields with the default None must.
+    """
+    docstrings, types = _docstrings(options), get_type_hints(options)
+    return {f.name: _words(f, docstrings[f.name], types[f.name]) for f in fields(options)}
+
+
+def parse_dataclass(options: type[T], *, prog: str, description: str, args: Sequence[str]) -> T:
+    """Read a command line with tyro: an instance of the dataclass `options`, whose help is that of `option_words`."""
+    import tyro
+
+    kind: Any = options
+    types, words = get_type_hints(kind), option_words(kind)
+    described: list[tuple[str, Any, Any]] = []
+    for f in fields(kind):
+        text, default, metavar = words[f.name]
+        settings = tyro.conf.arg(help=text, help_behavior_hint=default, metavar=metavar)
+        described.append((f.name, Annotated[types[f.name], settings], field(default=f.default)))
+    shown = make_dataclass(options.__name__, described, bases=(options,), frozen=True)
+    parsed: Any = tyro.cli(shown, prog=prog, description=description, args=args)
+    return options(**{name: getattr(parsed, name) for name in words})
+
+
+def _docstrings(options: type) -> dict[str, str]:
+    """Return the docstrings below the fields as one line each."""
+    (definition,) = ast.parse(inspect.getsource(options)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for assigned, below in pairwise(definition.body):
+        if isinstance(assigned, ast.AnnAssign) and isinstance(below, ast.Expr):
+            found[ast.unparse(assigned.target)] = " ".join(ast.literal_eval(below.value).split())
+    return found
+
+
+def _words(option: Field[Any], docstring: str, kind: Any) -> OptionWords:
+    text = docstring.removesuffix(".")
+    default = ""
+    if worded := _DEFAULT.search(text):
+        text, default = text[: worded.start()], worded[1]
+    elif option.default is True:
+        default = "(default: on)"
+    elif option.default is not MISSING and option.default is not False:
+        values = option.default if isinstance(option.default, tuple) else (option.default,)
+        default = f"(default: {' '.join(map(str, values))})"
+    if text[1:2].islower() or text[1:2] == " ":  # an abbreviation keeps its capitals
+        text = text[0].lower() + text[1:]
+    return OptionWords(text, default, _metavar(option.name, kind))
+
+
+def _metavar(name: str, kind: Any) -> str | None:
+    (kind, *_) = [part for part in get_args(kind) if part is not type(None)] if type(None) in get_args(kind) else [kind]
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(get_args(kind)) + "}"
+    return None if kind is bool else _NAMED.get(name) or _METAVARS[kind]
