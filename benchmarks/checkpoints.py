@@ -66,13 +66,17 @@ def measure(options: TrainOptions, save_every: int, rounds: int) -> list[dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="ViT-tiny")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=20, help="of a run")
-    parser.add_argument("--save-every", default="1,10", help="steps between checkpoints, several with commas")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default=".", help="on the disk that is to be measured")
-    parser.add_argument("--rows", type=Path, default=RESULTS)
+    parser.add_argument("--model", default="ViT-tiny", help="name of the model (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, help="pairs per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each run (default: %(default)s)")
+    parser.add_argument(
+        "--save-every",
+        default="1,10",
+        help="steps between two checkpoints, several values separated by commas (default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each run (default: %(default)s)")
+    parser.add_argument("--folder", default=".", help="folder on the disk to measure (default: %(default)s)")
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
     arguments = parser.parse_args()
     logging.getLogger("fastclip").setLevel(logging.ERROR)
     options = TrainOptions(

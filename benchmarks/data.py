@@ -190,14 +190,25 @@ def rows(case: Case, timings: Spent) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="512x384,1024x768", help="WIDTHxHEIGHT of the JPEGs, separated by commas")
-    parser.add_argument("--samples", type=int, default=2048, help="a multiple of the batch size")
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--providers", default=",".join(PROVIDERS))
-    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV")
+    parser.add_argument(
+        "--sizes",
+        default="512x384,1024x768",
+        help="sizes of the JPEGs as WIDTHxHEIGHT, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=2048,
+        help="number of samples, a multiple of the batch size (default: %(default)s)",
+    )
+    parser.add_argument("--shards", type=int, default=4, help="number of tar shards (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per batch (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each provider (default: %(default)s)")
+    parser.add_argument(
+        "--providers", default=",".join(PROVIDERS), help="providers, separated by commas (default: %(default)s)"
+    )
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for size in arguments.sizes.split(","):

@@ -34,11 +34,27 @@ def parts(sizes: list[tuple[int, int]] = SIZES["cuda"]) -> list[Part]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--minutes", type=float, help="start nothing and end everything after so many minutes")
-    parser.add_argument("--sizes", help="NxD, separated by commas")
-    parser.add_argument("--rows", type=Path, default=ROOT / "benchmarks" / "results" / "cuda.csv")
-    parser.add_argument("--markers", type=Path, default=ROOT / "runs" / "gpu_check")
+    parser.add_argument(
+        "--list", action="store_true", help="list the parts that are done and those that are left, and run nothing"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="minutes after which everything ends and no part starts (default: no limit)"
+    )
+    parser.add_argument(
+        "--sizes", help="sizes as NxD, separated by commas (default: all of benchmarks/losses/cases.py)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        default=ROOT / "benchmarks" / "results" / "cuda.csv",
+        help="CSV file to add rows to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--markers",
+        type=Path,
+        default=ROOT / "runs" / "gpu_check",
+        help="folder that records the parts that are done (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     try:
         chosen = parts(parse_sizes(arguments.sizes, "cuda"))

@@ -181,20 +181,37 @@ def words_of(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="say what each part tells and takes; run nothing")
-    parser.add_argument("--only", help="parts, separated by commas")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"end everything after so many ({SECONDS:.0f})")
-    parser.add_argument("--rows", type=Path, help="folder of the rows (benchmarks/results)")
-    parser.add_argument("--markers", type=Path, help="folder that says what is done (runs/gpu_ten)")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU; rows go to a temporary folder or to --rows")
+    parser.add_argument(
+        "--list", action="store_true", help="list what each part measures and how long it takes, and run nothing"
+    )
+    parser.add_argument(
+        "--only", help="names of the parts to run, separated by commas (default: all that are not done)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="seconds after which everything ends (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        help="folder for the rows (default: benchmarks/results, or a temporary folder with --dry-run)",
+    )
+    parser.add_argument(
+        "--markers",
+        type=Path,
+        help="folder that records the parts that are done (default: runs/gpu_ten, or done in --rows with --dry-run)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run on the CPU to test the program; its rows are not results"
+    )
     parser.add_argument(
         "--variant",
         dest="variants",
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="a folder with another build of the whole package, native modules and triton_kernels too, as "
-        "`pip install --target FOLDER --no-deps .` makes it of another commit; or NAME=VARIABLE:VALUE; repeatable",
+        help="folder with another build of the whole package, including native modules and triton_kernels, such as "
+        "`pip install --target FOLDER --no-deps .` creates from another commit; or NAME=VARIABLE:VALUE, to set a "
+        "variable of the environment; may be repeated (default: none)",
     )
     parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # by time.monotonic()

@@ -276,11 +276,23 @@ def _unknown(name: str, path: Path) -> Section:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=TITLES, help="print this loss's table (a CPU's: float32)")
-    parser.add_argument("--device", choices=DEVICES, default="cpu", help="whose rows (cpu)")
-    parser.add_argument("--figure", type=Path, help="draw this file alone")
-    parser.add_argument("--loss", choices=TITLES, default="softmax", help="of --figure (softmax)")
-    parser.add_argument("--rows", type=Path, help="CSV in place of the device's, for --table and --figure")
+    parser.add_argument(
+        "--table",
+        choices=TITLES,
+        help="loss whose table is printed, for a CPU in float32 (default: tables and figures are written)",
+    )
+    parser.add_argument(
+        "--device", choices=DEVICES, default="cpu", help="device whose rows are shown (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--figure", type=Path, help="file to draw, in place of all tables and figures (default: all are written)"
+    )
+    parser.add_argument(
+        "--loss", choices=TITLES, default="softmax", help="loss that --figure draws (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rows", type=Path, help="CSV file to read for --table and --figure (default: benchmarks/results/DEVICE.csv)"
+    )
     arguments = parser.parse_args()
     path = arguments.rows or RESULTS / f"{arguments.device}.csv"
     try:

@@ -120,13 +120,22 @@ def void(_: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=100_000, help="of query, read and start")
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--jpegs", type=int, default=256, help="of index")
-    parser.add_argument("--model", default="ViT-B-32")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read pictures")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=100_000,
+        help="number of images for query, read and start (default: %(default)s)",
+    )
+    parser.add_argument("--dim", type=int, default=512, help="width of the vectors (default: %(default)s)")
+    parser.add_argument("--jpegs", type=int, default=256, help="number of JPEGs for index (default: %(default)s)")
+    parser.add_argument("--model", default="ViT-B-32", help="name of the model for index (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="threads that read images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="timed rounds; index has a third of them (default: %(default)s)"
+    )
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:

@@ -301,13 +301,23 @@ def about(device: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="ViT-tiny")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--batches", default="256/256,1024/256,4096/256", help="SIZE/MICRO, separated by commas")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--providers", default="fastclip,open_clip")
-    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV")
+    parser.add_argument("--model", default="ViT-tiny", help="name of the model (default: %(default)s)")
+    parser.add_argument(
+        "--precision", default="fp32", choices=["fp32", "bf16"], help="precision of the towers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batches",
+        default="256/256,1024/256,4096/256",
+        help="batches as SIZE/MICRO, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="device to compute on (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each provider (default: %(default)s)")
+    parser.add_argument(
+        "--providers", default="fastclip,open_clip", help="providers, separated by commas (default: %(default)s)"
+    )
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable(logging.INFO)  # open_clip's trainer logs every step

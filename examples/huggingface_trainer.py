@@ -30,8 +30,10 @@ CONTEXT_LENGTH = 12  # tokens; the longest caption has 8, plus start and end tok
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a CLIPModel without and with fastclip's loss.")
-    parser.add_argument("--steps", type=int, default=40, help="training steps (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the weights and the batches (default: %(default)s)"
+    )
     args = parser.parse_args()
 
     logging.set_verbosity_error()

@@ -27,7 +27,9 @@ CONTEXT_LENGTH, VOCAB_SIZE = 16, 512
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train an open_clip model with open_clip's and with fastclip's loss.")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the weights and the batches (default: %(default)s)"
+    )
     args = parser.parse_args()
 
     theirs = train_losses(OpenClipLoss(), seed=args.seed)

@@ -27,9 +27,14 @@ LABELLED = 10  # images per digit
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an encoder of digits without labels and print its accuracy.")
-    parser.add_argument("--steps", type=int, default=200, help="training steps (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and views (default %(default)s)")
+    parser = argparse.ArgumentParser(description="Train an encoder of digits without labels, and print its accuracy.")
+    parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of the weights, the views and the labels (default: %(default)s)",
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

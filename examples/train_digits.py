@@ -78,14 +78,20 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small CLIP on handwritten digits and draw what it learned.")
-    parser.add_argument("--model", default="ViT-tiny", help="a name of fastclip.list_models() (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="training steps (default %(default)s, 18 epochs)")
-    parser.add_argument("--batch-size", type=int, default=64, help="pairs per step (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default %(default)s)")
     parser.add_argument(
-        "--backend", choices=fastclip.backends(), help="backend of the loss (default: the best available)"
+        "--model", default="ViT-tiny", help="name of a model from fastclip.list_models() (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="output folder (default %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="training steps (default: %(default)s, which is 18 epochs)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="pairs per step (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the weights and the batches (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--backend", choices=fastclip.backends(), help="backend of the loss (default: the best one available)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="output folder (default: %(default)s)")
     args = parser.parse_args()
     if args.steps < 1:
         parser.error("--steps must be at least 1")

@@ -148,8 +148,12 @@ def steps(size: tuple[int, int], backend: str | None, device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default=size_name(SIZE[False]), help="NxD")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU")
+    parser.add_argument(
+        "--size",
+        default=size_name(SIZE[False]),
+        help="size of the batch and width of the features, as NxD (default: %(default)s)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU to test the program")
     arguments = parser.parse_args()
     (size,) = parse_sizes(arguments.size, "cuda")
     steps(size, None if arguments.dry_run else OURS["cuda"]["fastclip_cuda"], "cpu" if arguments.dry_run else "cuda")

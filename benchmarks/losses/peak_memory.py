@@ -74,10 +74,10 @@ def measure_in_child(case: Case, provider: str) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--loss", choices=MODES, default="softmax")
-    parser.add_argument("--provider", required=True)
-    parser.add_argument("--N", type=int, required=True)
-    parser.add_argument("--D", type=int, required=True)
-    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--loss", choices=MODES, default="softmax", help="loss to measure (default: %(default)s)")
+    parser.add_argument("--provider", required=True, help="implementation of the loss (required)")
+    parser.add_argument("--N", type=int, required=True, help="pairs per batch (required)")
+    parser.add_argument("--D", type=int, required=True, help="width of the features (required)")
+    parser.add_argument("--dtype", required=True, help="data type of the features (required)")
     arguments = parser.parse_args()
     print(measure(**vars(arguments)))

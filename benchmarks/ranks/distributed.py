@@ -280,13 +280,24 @@ def rows(case: Case, results: dict[str, Result]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", default="1,2,4", help="numbers of processes")
-    parser.add_argument("--local", type=int, default=1024, help="pairs on each")
-    parser.add_argument("--D", type=int, default=512)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each; 0: nobody is timed")
-    parser.add_argument("--peak", action="store_true", help="peak memory too, in processes of its own for each")
-    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV")
+    parser.add_argument(
+        "--ranks", default="1,2,4", help="numbers of processes, separated by commas (default: %(default)s)"
+    )
+    parser.add_argument("--local", type=int, default=1024, help="pairs per process (default: %(default)s)")
+    parser.add_argument("--D", type=int, default=512, help="width of the features (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="data type of the features (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="timed steps of each provider; 0 times none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--peak", action="store_true", help="measure peak memory as well, in separate processes for each provider"
+    )
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV file to add rows to (default: %(default)s)")
     arguments = parser.parse_args()
     for W in map(int, arguments.ranks.split(",")):
         case = Case(W, arguments.local, arguments.D, arguments.dtype)

@@ -215,7 +215,7 @@ def draw(output: Path, N: int = 2**20, D: int = 768, W: int = 256) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=FIGURE)
+    parser.add_argument("--output", type=Path, default=FIGURE, help="file of the figure (default: %(default)s)")
     parser.add_argument("--tables", action="store_true", help="print the tables instead of drawing")
     arguments = parser.parse_args()
     if arguments.tables:
