@@ -38,9 +38,8 @@ def _split(parser: argparse.ArgumentParser, args: list[str]) -> tuple[list[str],
             words.append(word)
             continue
         value = [args.pop(0)] if args and _wants_value(word, known) else []
-        if (
-            value and value[0].startswith("-") and word.startswith("--")
-        ):  # otherwise argparse would read it as an option
+        # A value that begins with a hyphen is joined, or argparse would read it as an option
+        if value and value[0].startswith("-") and word.startswith("--"):
             word, value = f"{word}={value[0]}", []
         options += [word, *value]
     return options, words

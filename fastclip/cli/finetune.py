@@ -86,7 +86,7 @@ def _finetune(args: argparse.Namespace) -> None:
         templates = templates_for(source, args.templates)
         val = open_labelled(args.val_data) if args.val_data else None
         if val is not None and val.class_names != source.class_names:
-            raise ValueError(f"--data {args.data} and --val-data {args.val_data} differ in classes")
+            raise ValueError(f"--data {args.data} and --val-data {args.val_data} have different classes")
         run = finetune(embedder_of(args), source, options, output=args.output, templates=templates)
         if not run.complete:
             say(f"{run.folder}: {run.steps} steps so far; re-run the same command to resume")

@@ -116,10 +116,8 @@ def _check_new(file: Path, data: Iterable[str | Path], option: str) -> None:
 
     places = [place for place in _places(data) if os.path.exists(place)]
     folders = {os.path.realpath(place if place.is_dir() else place.parent) for place in places}
-    for path in {
-        Path(os.path.realpath(file.parent), file.name),
-        Path(os.path.realpath(file)),
-    }:  # a link, and its target
+    # A link is checked as well as its target
+    for path in {Path(os.path.realpath(file.parent), file.name), Path(os.path.realpath(file))}:
         if any(path.is_relative_to(folder) for folder in folders):
             for other in path.parent.iterdir():
                 if other.stem == path.stem and is_picture(other.name) and not is_drawn(other):

@@ -88,11 +88,8 @@ def prepare_streams() -> None:
     would receive what a library writes to the stream. A character that the encoding lacks is escaped, as ``\\u2026``;
     the bytes of names that are not UTF-8 stay as they are.
     """
-    for name, mode in (
-        ("stdin", "r"),
-        ("stdout", "w"),
-        ("stderr", "w"),
-    ):  # in the order 0, 1, 2, because a file gets the lowest free number
+    # In the order 0, 1, 2, because a file that is opened gets the lowest free number
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     codecs.register_error(_ESCAPES, _escape_unencodable)

@@ -242,7 +242,7 @@ def test_command_says_what_can_be_mended(
     embedder: Embedder, sets: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for words, message in (
-        ([], "no dataset to evaluate: give --imagenet, --imagenet-v2"),
+        ([], "no dataset to evaluate: give at least one of --imagenet, --imagenet-v2"),
         (["--imagenet-a", sets["imagenet-a"], "--plot", tmp_path / "p.png"], "--plot needs --imagenet"),
         (["--imagenet-a", sets["imagenet-r"]], "folders are not classes of imagenet-a"),
         (["--imagenet", tmp_path / "none"], "none"),

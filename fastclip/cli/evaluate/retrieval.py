@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     say(f"{images:,} images, {captions:,} captions, {retrieval.skipped:,} images cannot be used")
     if retrieval.repeated and not args.unique_captions:
         say(
-            f"{retrieval.repeated:,} captions are also those of other images, each of which counts as a wrong answer; "
+            f"{retrieval.repeated:,} captions also belong to other images, each of which counts as a wrong answer; "
             "--unique-captions counts them as right"
         )
     if args.details:

@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[FeatureSt
     folders = {name: folder for name in _OPTIONS if (folder := getattr(args, name)) is not None}
     if not folders:
         raise ValueError(
-            f"no dataset to evaluate: give {', '.join(option for option, _ in _OPTIONS.values())} or several"
+            f"no dataset to evaluate: give at least one of {', '.join(option for option, _ in _OPTIONS.values())}"
         )
     if args.plot and ("imagenet1k" not in folders or len(folders) < 2):
         raise ValueError("--plot needs --imagenet and at least one other dataset")
