@@ -27,10 +27,10 @@ def add_max_pixels(parser: argparse.ArgumentParser) -> None:
     add_training_option(parser, "max_pixels", type=_limit, default_words="89478485")
 
 
-def add_top(parser: argparse.ArgumentParser, *flags: str, metavar: str) -> None:
+def add_top(parser: argparse.ArgumentParser, *flags: str) -> None:
     """Add ``--top``, after `flags`."""
     parser.add_argument(
-        *flags, "--top", type=int, default=10, metavar=metavar, help="number of images that are printed for a query"
+        *flags, "--top", type=int, default=10, metavar="N", help="number of images that are printed for a query"
     )
 
 

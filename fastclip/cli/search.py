@@ -55,7 +55,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="QUERY",
         help="text or image that is subtracted from the query; may be repeated (default: none)",
     )
-    add_top(parser, "-t", metavar="N")
+    add_top(parser, "-t")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("-f", "--filepath-only", action="store_true", help="print paths without scores")
     form.add_argument("--json", action="store_true", help='print a JSON list of {"path": ..., "score": ...}')

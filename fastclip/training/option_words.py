@@ -1,4 +1,6 @@
-"""Help of the options of a dataclass, made from the docstrings below its fields; `tyro.cli` shows it, as argparse does.
+"""Help of the options of a dataclass, made from the docstrings below its fields.
+
+Both `tyro.cli` and the commands with the same options in argparse show it, so that each option is worded once.
 
 Imports nothing heavy, so that ``--help`` answers at once.
 """
@@ -52,7 +54,11 @@ def option_words(options: type) -> dict[str, OptionWords]:
 
 
 def parse_dataclass(options: type[T], *, prog: str, description: str, args: Sequence[str]) -> T:
-    """Read a command line with tyro: an instance of the dataclass `options`, whose help is that of `option_words`."""
+    """Read a command line with tyro and return an instance of the dataclass `options`; its help is `option_words`'.
+
+    tyro alone would keep the line breaks of the docstrings and show ``{None}|INT`` and ``(default: None)``. A subclass
+    whose annotations carry the help is parsed instead, because the module of the dataclass must not import tyro.
+    """
     import tyro
 
     kind: Any = options

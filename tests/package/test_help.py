@@ -46,8 +46,8 @@ NO_BEGINNING = {
     *("no", "not", "of", "on", "one", "only", "or", "same", "such", "that", "the", "their", "these", "this", "those"),
     *("to", "what", "where", "which", "who", "whose", "with"),
 }
-# Options that mean something else in these commands, where the words differ from those of all other commands
 LABELLED = ("finetune", "eval zeroshot", "eval probe")
+# Options whose words differ in these commands from those of all other commands, and why
 MEANS_SOMETHING_ELSE: dict[str, dict[str | tuple[str, ...], str]] = {
     "--batch-size": {
         ("train", "plan"): "pairs of a training step; the other commands embed images",
@@ -70,7 +70,7 @@ MEANS_SOMETHING_ELSE: dict[str, dict[str | tuple[str, ...], str]] = {
     "--val-data": {"finetune": "images with classes", "eval probe": "chooses the penalty"},
     "--workers": {"train": "several training processes", ("search", "serve"): "threads"},
 }
-# Each command writes something else, and draws something else at random
+# Every command writes something else, reads something else, or draws something else at random
 ALWAYS_OWN_WORDS = {"--output", "--seed", "SPEC"}
 
 
@@ -132,7 +132,7 @@ def test_all_commands_are_seen() -> None:
 
 
 def test_lines_are_plain() -> None:
-    """They begin with a noun or a verb, in lower case, and end without a full stop."""
+    """Each begins with a noun or a verb, in lower case, and ends without a full stop."""
     wrong = []
     for line in LINES:
         first = re.split(r"[\s.,:;]", line.text)[0]
@@ -233,7 +233,7 @@ def test_examples_that_do_not_parse_are_noticed(words: list[str]) -> None:
 
 @pytest.mark.parametrize("command", PARSERS, ids=lambda command: command or "fastclip")
 def test_help_is_printed(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With status 0, every option with its words, and the examples last, in lines that are wrapped for the terminal."""
+    """The status is 0, every option has its words, prose is wrapped for the terminal, and the examples come last."""
     monkeypatch.setenv("COLUMNS", "90")
     with pytest.raises(SystemExit) as end:
         cli.main([*command.split(), "--help"])

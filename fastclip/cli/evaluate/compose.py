@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help='text file with one query per line, such as bus.jpg + "at night" - 0.5:rain; "=> target.jpg" at its end '
         "names the image that should be found",
     )
-    add_top(parser, metavar="N")
+    add_top(parser)
     parser.add_argument(
         "--sheet",
         metavar="FILE",
