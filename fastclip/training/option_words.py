@@ -77,11 +77,11 @@ def _docstrings(options: type) -> dict[str, str]:
     """Return the docstrings below the fields as one line each."""
     (definition,) = ast.parse(inspect.getsource(options)).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
+    docstrings = {}
     for assigned, below in pairwise(definition.body):
         if isinstance(assigned, ast.AnnAssign) and isinstance(below, ast.Expr):
-            found[ast.unparse(assigned.target)] = " ".join(ast.literal_eval(below.value).split())
-    return found
+            docstrings[ast.unparse(assigned.target)] = " ".join(ast.literal_eval(below.value).split())
+    return docstrings
 
 
 def _words(option: Field[Any], docstring: str, kind: Any) -> OptionWords:

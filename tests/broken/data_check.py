@@ -69,7 +69,7 @@ PROMISES = [
                 "check: always well",
                 "fastclip/cli/data.py",
                 old="if report.bad_share > args.max_bad:",
-                new="if found.bad_share > 2:",
+                new="if report.bad_share > 2:",
             ),
             Break(
                 "check: a share of nan",
