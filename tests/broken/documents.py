@@ -85,8 +85,8 @@ PROMISES = [
             Break(
                 "docs: a page that is not in the map",
                 "docs/index.md",
-                old="[Using a model](search.md)",
-                new="[Using a model](training.md)",
+                old="[Search](search.md)",
+                new="[Search](training.md)",
             ),
             Break(
                 "docs: a page that is not on the site",
