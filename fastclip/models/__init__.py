@@ -1,4 +1,4 @@
-"""Image and text towers, tokenizers, transforms, and the checkpoints that they are loaded from."""
+"""Image and text towers, tokenizers, image transforms, and the reading and writing of checkpoints."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""An image tower with a linear head over named classes, as fine-tuning makes it."""
+"""Fine-tuned classifiers: an image tower with a linear head over named classes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["ImageClassifier", "load_classifier", "save_classifier"]
 
 
 class ImageClassifier(nn.Module):
-    """images (B, 3, H, W) -> logits (B, C), float32: W u + b of the image tower's unit vectors u.
+    """Classifier with the logits W u + b for the unit vector u of an image.
 
-    With the class embeddings times the logit scale as W and b = 0 it is the zero-shot classifier (Wortsman et al. 2022,
-    "Robust fine-tuning of zero-shot models", section 2). The head computes in float32 whatever autocast is on: bfloat16
-    has steps of 0.5 at logits of 100.
+    Images (B, 3, H, W) become logits (B, C), float32. If W holds the class embeddings times the logit scale and b is 0,
+    the module is the zero-shot classifier (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", section 2).
+    The head computes in float32 even under autocast, because bfloat16 has steps of 0.5 at logits of 100.
 
     Args:
-        visual: images (B, 3, H, W) -> features (B, D).
-        weight: (C, D), of the head; it is copied.
-        class_names: C of them.
-        freeze_image: the tower gets no gradients and stays in eval mode.
+        visual: Image tower, images (B, 3, H, W) -> features (B, D).
+        weight: Initial weight of the head, (C, D), which is copied. The bias begins at 0.
+        class_names: Names of the C classes.
+        freeze_image: Freeze the image tower: no gradients, and always in eval mode.
     """
 
     def __init__(
@@ -54,20 +54,21 @@ class ImageClassifier(nn.Module):
 
     @torch.no_grad()
     def largest_score(self) -> float:
-        """Bound the logits of any picture: the largest |w| and the largest |b| together."""
+        """Return an upper bound of the logits of any image: the largest norm of a weight row plus the largest |b|."""
         return float(self.head.weight.norm(dim=1).max() + self.head.bias.abs().max())
 
     def train(self, mode: bool = True) -> ImageClassifier:
         super().train(mode)
         if self.freeze_image:
-            self.visual.eval()  # whatever was asked for: statistics of BatchNorm would move without a gradient
+            self.visual.eval()  # in training mode, the statistics of BatchNorm would move even without gradients
         return self
 
 
 def save_classifier(classifier: ImageClassifier, model: DualEncoder, folder: Path) -> None:
-    """Write `model`, whose image tower is the classifier's, as `DualEncoder.save_pretrained` does, and the head beside.
+    """Write a classifier and the model that its image tower belongs to.
 
-    ``head.safetensors`` holds ``weight`` (C, D) and ``bias`` (C,); ``classes.json`` the C names.
+    The folder contains the files of `DualEncoder.save_pretrained`, ``head.safetensors`` with ``weight`` (C, D) and
+    ``bias`` (C,), and ``classes.json`` with the C names.
     """
     assert model.visual is classifier.visual
     with new_model(folder, CLASSIFIER_FILES) as half:
@@ -77,17 +78,17 @@ def save_classifier(classifier: ImageClassifier, model: DualEncoder, folder: Pat
 
 
 def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -> ImageClassifier:
-    """Return the classifier of a folder that `save_classifier` wrote, in eval mode.
+    """Load a classifier, in eval mode, from a folder that `save_classifier` wrote.
 
     Raises:
-        FileNotFoundError: the folder holds no classifier.
-        ValueError: its files do not fit together.
+        FileNotFoundError: The folder contains no classifier.
+        ValueError: The files of the folder do not fit together.
     """
     from fastclip.models.factory import create_model
 
     folder = Path(folder)
     if not (folder / HEAD).is_file():
-        raise FileNotFoundError(f"{folder} holds no classifier: there is no {HEAD}")
+        raise FileNotFoundError(f"{folder} contains no classifier: {HEAD} is missing")
     names = read_json(folder / CLASSES).get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{folder / CLASSES}: class_names must be a list of names, got {shown(names)}")
@@ -97,8 +98,8 @@ def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -
     for name, wanted in (("weight", (len(names), model.config.embed_dim)), ("bias", (len(names),))):
         if (shape := tuple(head[name].shape)) != wanted or not head[name].is_floating_point():
             raise ValueError(
-                f"{folder / HEAD}: the head's {name} is {shape}, {head[name].dtype}; "
-                f"its classes and the model's features make it {wanted} numbers"
+                f"{folder / HEAD}: the head's {name} is {shape}, {head[name].dtype}, but its classes and the model's "
+                f"features require {wanted} in floating point"
             )
     classifier = ImageClassifier(model.visual, head["weight"], names)
     classifier.head.load_state_dict(head)

@@ -1,4 +1,4 @@
-"""Writing a model in the form of open_clip or Hugging Face."""
+"""Convert a model to the file format of open_clip or Hugging Face."""
 
 from __future__ import annotations
 
@@ -25,30 +25,34 @@ FORMS = {"fastclip": OWN_FILES, "open_clip": OPEN_CLIP_FILES, "huggingface": HUG
 
 
 def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | Path | None = None) -> None:
-    """Write `model` to `target` in a form that others load. What is there is replaced whole, or stays as it is.
+    """Write a model in the format of another library.
+
+    Existing files of the same names are replaced, either all of them or none.
 
     Args:
-        target: for "open_clip" a file ending in ``.pt`` or ``.safetensors``, or a folder (``local-dir:`` of open_clip's
-            `create_model`); for "huggingface" (CLIPModel, AlignModel) and "fastclip" a folder.
+        model: The model to write.
+        target: Output path. For "open_clip", a file ending in ``.pt`` or ``.safetensors``, or a folder (which
+            open_clip's `create_model` loads as ``local-dir:...``). For "huggingface" (CLIPModel, AlignModel) and
+            "fastclip", a folder.
         form: "open_clip", "huggingface" or "fastclip".
-        source: what the model was read from, which is not overwritten.
+        source: Path that the model was read from, which is protected from being overwritten.
 
     Raises:
-        OSError: `target` cannot be written; nothing has changed.
-        ValueError: the form has no such model, or `target` is `source`, or a folder with another model; nothing is
-            written.
+        OSError: `target` cannot be written. Existing files are unchanged.
+        ValueError: The format has no such model, or `target` is `source` or a folder that contains another model.
+            Nothing is written.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     config, target = model.config, Path(target)
     if config is None:
-        raise ValueError("this model was made without a configuration, which convert needs")
+        raise ValueError("convert needs a configuration, but this model was created without config=")
     check_target(target, form, None if source is None else Path(source))
     image = config.vision_cfg
     if form == "huggingface" and isinstance(image, EfficientNetConfig) and image.depthwise_padding is None:
         raise ValueError(
-            f"{image.timm_model_name} pads as TensorFlow does, by the size of each input; Hugging Face's AlignModel "
-            "cannot. Models with depthwise_padding in vision_cfg convert"
+            f"{image.timm_model_name} uses TensorFlow's padding, which depends on the size of each input, and Hugging "
+            "Face's AlignModel cannot do that: only models with depthwise_padding in vision_cfg can be converted"
         )
     if form == "fastclip":
         model.save_pretrained(target)
@@ -65,11 +69,12 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
             write_json(half / config_name, _open_clip_config(config))
             write_weights(half / weights_name, tensors, config=half / config_name)
     else:
-        if isinstance(image, EfficientNetConfig):  # AlignModel has BERT's pooler, and uses it for nothing
+        if isinstance(image, EfficientNetConfig):  # AlignModel expects weights of BERT's pooler, but never uses them
             width = tensors["text_model.embeddings.LayerNorm.weight"].numel()
             tensors["text_model.pooler.dense.weight"] = torch.zeros(width, width)
             tensors["text_model.pooler.dense.bias"] = torch.zeros(width)
-        read_first: tuple[str, ...] = PROCESSOR_FILES[:1]  # transformers would take what another model left there
+        # Files of another model that transformers would read in preference to the files written here
+        read_first: tuple[str, ...] = PROCESSOR_FILES[:1]
         if isinstance(config.text_cfg, BertConfig):
             read_first += TOKENIZER_FILES if model.vocabulary else (*TOKENIZER_FILES, VOCABULARY)
         files = tuple(name for name in HUGGINGFACE_FILES if name not in read_first)
@@ -81,24 +86,28 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
 
 
 def is_file_target(target: Path) -> bool:
-    """Return True where `convert` writes one file, and not a folder of them."""
+    """Return True if `convert` writes a single file to `target`, and False if it writes a folder."""
     return target.suffix in (".pt", ".safetensors") and not target.is_dir()
 
 
 def check_target(target: Path, form: str, source: Path | None = None) -> None:
-    """Refuse, before any work, a `target` that is not what `form` is written as, or that is `source` or in it."""
+    """Check the output path of `convert` before any work is done.
+
+    Raises:
+        ValueError: `target` is a file but `form` needs a folder, or writing it would overwrite `source`.
+    """
     if is_file_target(target) and form != "open_clip":
-        raise ValueError(f"{form} is written as a folder, got {target}")
+        raise ValueError(f"the form {form} is written as a folder, got {target}")
     if not is_file_target(target) and target.is_file():
         raise ValueError(f"{target} is a file, not a folder; a file of open_clip ends in .pt or .safetensors")
     if source is None or not target.exists():
         return
     read = [source, *source.iterdir()] if source.is_dir() else [source]
-    # a file of the target may be a link into the source
+    # Files are compared as well as folders, because a file of the target may be a link into the source.
     for path in (target, *(target / name for name in FORMS[form])):
         if path.exists() and any(path.samefile(file) for file in read if file.exists()):
             raise ValueError(
-                f"{path} is what the model is read from: choose another place, a source is not overwritten"
+                f"{path} is the source that the model is read from, which is not overwritten: choose another target"
             )
 
 
@@ -109,7 +118,7 @@ def _write_file(tensors: dict[str, Tensor], file: Path) -> None:
     with new_file(file) as half:
         try:
             torch.save(tensors, half)
-        except RuntimeError as error:  # torch's words for an error of the system, without its number
+        except RuntimeError as error:  # torch reports an error of the operating system so, without its errno
             raise OSError(f"{file} was not written: {str(error).splitlines()[0]}") from error
 
 
@@ -124,5 +133,5 @@ def _open_clip_config(config: ModelConfig) -> dict[str, object]:
     options = config.preprocess_cfg
     preprocess = {name: getattr(options, name) for name in OPEN_CLIP_PREPROCESS}
     if options.resize_size is not None:
-        logger.warning("open_clip has no resize_size: it resizes pictures to %d pixels", config.vision_cfg.image_size)
+        logger.warning("open_clip has no resize_size: it will resize images to %d pixels", config.vision_cfg.image_size)
     return {"model_cfg": model, "preprocess_cfg": preprocess}

@@ -1,4 +1,4 @@
-"""The model: an image tower and a text tower that meet in one embedding space."""
+"""The model: an image tower and a text tower with a shared embedding space."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ from fastclip.system.lazy import uncollected
 
 __all__ = ["DualEncoder", "MAX_LOG_SCALE", "build_model", "create_model"]
 
-_COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module's parameters
+_COMPILED = "_orig_mod."  # prefix that torch.compile adds to the names of a module's parameters
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: the logits are scaled by 100 at most
+MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: the logit scale is at most 100
 
 
 class DualEncoder(nn.Module):
-    """Radford et al. 2021, figure 3; made by `fastclip.create_model`.
+    """Image-text model with one tower per modality (Radford et al. 2021, figure 3), created by `fastclip.create_model`.
 
-    State dict keys: ``visual.``, ``text.``, ``logit_scale`` and, for the sigmoid loss, ``logit_bias``. The scale is
-    stored as its logarithm.
+    The keys of the state dict begin with ``visual.`` and ``text.``, apart from ``logit_scale`` and, for the sigmoid
+    loss, ``logit_bias``. The logit scale is stored as its natural logarithm.
 
     Args:
-        visual: images (B, 3, H, W) -> features (B, D).
-        text: token ids (B, L) -> features (B, D) of the same D.
-        config: what both were made from; `save_pretrained` needs it.
-        init_logit_scale: a logarithm.
-        init_logit_bias: given, the model carries ``logit_bias`` (SigLIP: -10, with a scale of log 10).
+        visual: Image tower, images (B, 3, H, W) -> features (B, D).
+        text: Text tower, token ids (B, L) -> features (B, D) with the same D.
+        config: Configuration that both towers were built from (required by `save_pretrained`).
+        init_logit_scale: Initial value of ``logit_scale``, the natural logarithm of the scale.
+        init_logit_bias: Initial value of ``logit_bias`` (SigLIP: -10, with a log scale of log 10). The model has no
+            bias by default.
 
     Attributes:
-        vocabulary: what the vocab.txt beside `config` holds, which may be gone when the model is saved; or None.
+        vocabulary: Contents of the vocabulary file next to the configuration, or None if there is none. The bytes are
+            kept because the file may be gone by the time the model is saved.
     """
 
     logit_bias: nn.Parameter | None
@@ -65,21 +67,26 @@ class DualEncoder(nn.Module):
         self._locked: set[str] = set()
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """images (B, 3, H, W) float -> features (B, D), of unit length with ``normalize``."""
+        """Return the features of images, (B, 3, H, W) float -> (B, D), scaled to unit length with ``normalize``."""
         features = self.visual(images)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, ids: Tensor, normalize: bool = False) -> Tensor:
-        """Token ids (B, L) -> features (B, D), of unit length with ``normalize``."""
+        """Return the features of texts, token ids (B, L) -> (B, D), scaled to unit length with ``normalize``."""
         features = self.text(ids)
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, images: Tensor, ids: Tensor, normalize: bool = True) -> tuple[Tensor, ...]:
-        """Normalised image features (M, D), normalised text features (N, D), the exponentiated logit scale.
+        """Return image features (M, D), text features (N, D) and the exponentiated logit scale.
 
-        A model with ``logit_bias`` returns it fourth, as open_clip's: what comes out is what the loss takes. Without
-        ``normalize`` features are of the length and dtype that the towers give them, bfloat16 under autocast:
-        fastclip's losses normalise without rounding once more.
+        A model with ``logit_bias`` returns the bias as a fourth value, like open_clip's models. The outputs are the
+        arguments of the loss.
+
+        Args:
+            images: (M, 3, H, W) float.
+            ids: Token ids (N, L).
+            normalize: Scale the features to unit length. With False, features keep the length and dtype of the towers'
+                outputs (bfloat16 under autocast), and fastclip's losses normalise them without an additional rounding.
         """
         image_features = self.encode_image(images, normalize=normalize)
         text_features = self.encode_text(ids, normalize=normalize)
@@ -88,14 +95,15 @@ class DualEncoder(nn.Module):
         return image_features, text_features, self.logit_scale.exp()
 
     def lock_image_tower(self) -> None:
-        """Freeze the image tower (LiT, Zhai et al. 2022): no gradients, and eval mode whatever `train` asks for.
+        """Freeze the image tower (LiT, Zhai et al. 2022).
 
-        In eval mode no BatchNorm statistics move and nothing is dropped out.
+        The tower gets no gradients and stays in eval mode, even after ``train()``, so that BatchNorm statistics do not
+        move and no dropout is applied.
         """
         self._lock("visual")
 
     def lock_text_tower(self) -> None:
-        """Freeze the text tower, as `lock_image_tower` does the other."""
+        """Freeze the text tower, as `lock_image_tower` freezes the image tower."""
         self._lock("text")
 
     def _lock(self, name: str) -> None:
@@ -109,28 +117,32 @@ class DualEncoder(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep the blocks' inputs only and compute them again in the backward pass: less memory, a third more time."""
+        """Store only the inputs of the blocks and recompute the blocks in the backward pass.
+
+        Activation checkpointing saves memory and makes a training step about a third slower.
+        """
         for tower in (self.visual, self.text):
             tower.set_grad_checkpointing(enable)  # type: ignore[operator]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` (and a vocabulary of its own) into `folder`.
+        """Write the model's weights and configuration into a folder.
 
-        `create_model(pretrained=folder)` and `DualEncoder.from_pretrained(folder)` read them. They replace those there,
-        all or none; other files stay.
+        The files are ``model.safetensors``, ``config.json`` and, for a model with a vocabulary file, ``vocab.txt``.
+        They replace existing files of the same names, either all of them or none; other files in the folder are kept.
+        Load the model with `create_model(pretrained=folder)` or `DualEncoder.from_pretrained(folder)`.
 
         Raises:
-            OSError: the files cannot be written.
-            ValueError: `folder` holds another model, of which files would stay beside these; the model was changed, so
-                that its parameters are not those of its configuration; its vocabulary was not there when it was made.
+            OSError: The files cannot be written.
+            ValueError: The folder contains another model, whose files would remain next to the new ones; the model's
+                parameters no longer match its configuration; or its vocabulary file was missing when it was created.
         """
         with new_model(folder, OWN_FILES) as half:
             self.write_files(half)
 
     def write_files(self, folder: Path) -> None:
-        """Write what `save_pretrained` writes into a folder that nobody reads yet."""
+        """Write the files of `save_pretrained` one by one into a temporary folder that no reader opens yet."""
         if self.config is None:
-            raise ValueError("this model was made without a configuration, which save_pretrained has to write")
+            raise ValueError("save_pretrained needs a configuration, but this model was created without config=")
         state = {name.replace(_COMPILED, ""): tensor for name, tensor in self.state_dict().items()}
         self._check_readable(state)
         values = self.config.to_dict()
@@ -138,21 +150,21 @@ class DualEncoder(nn.Module):
             write_bytes(folder / VOCABULARY, self.vocabulary)
             values["text_cfg"]["vocabulary"] = VOCABULARY
         elif isinstance(text := self.config.text_cfg, BertConfig) and is_file_name(text.vocabulary):
-            raise ValueError(f"the vocabulary {text.vocabulary} of this model was not beside its configuration")
+            raise ValueError(
+                f"the vocabulary {text.vocabulary} was missing next to the configuration when this model was created"
+            )
         write_json(folder / CONFIG, {"model_type": "fastclip", **values})
         write_weights(folder / WEIGHTS, state, config=folder / CONFIG)
 
     def _check_readable(self, state: dict[str, Tensor]) -> None:
-        """Refuse what `create_model` could not read again."""
+        """Raise a ValueError for a state dict that `create_model` could not load with this model's configuration."""
         assert self.config is not None
         expected = build_model(self.config, device="meta").state_dict()  # names and shapes, without memory
-        if "logit_bias" in state:  # which a reader takes, whatever the configuration says
+        if "logit_bias" in state:  # accepted when the model is loaded, even if the configuration has none
             expected["logit_bias"] = expected["logit_scale"]
         misshapen = [name for name, x in state.items() if name in expected and x.shape != expected[name].shape]
         if misfit := describe_misfit(expected, state, misshapen):
-            raise ValueError(
-                f"the model was changed and does not fit its configuration, which is written too: {misfit}"
-            )
+            raise ValueError(f"the model was changed and no longer matches its configuration: {misfit}")
 
     @classmethod
     def from_pretrained(
@@ -165,15 +177,18 @@ class DualEncoder(nn.Module):
         local_files_only: bool = False,
         **options: Any,
     ) -> DualEncoder:
-        """Return the model of a folder that `save_pretrained` wrote, or of a repository on Hugging Face's hub.
+        """Load a model from a local folder or from a repository on the Hugging Face Hub.
 
         Args:
-            source: any folder that `create_model(pretrained=)` reads, or the repository's name, ``owner/name``.
-            revision, token, cache_dir, local_files_only: of the repository, as `huggingface_hub.snapshot_download`'s.
-            options: `create_model`'s.
+            source: Path that `create_model(pretrained=...)` accepts, such as a folder written by `save_pretrained`, or
+                the name of a repository, ``owner/name``.
+            revision, token, cache_dir, local_files_only: Options of the download, passed to
+                `huggingface_hub.snapshot_download`.
+            **options: Further options of `create_model`.
 
         Raises:
-            FileNotFoundError: there is no such folder, and no such repository or revision, or the hub does not answer.
+            FileNotFoundError: The path does not exist and there is no such repository or revision, or the Hub cannot be
+                reached.
         """
         path = Path(source)
         if not path.exists():
@@ -189,18 +204,27 @@ class DualEncoder(nn.Module):
                     token=token,
                     cache_dir=cache_dir,
                     local_files_only=local_files_only,
-                    allow_patterns=["*.json", "*.safetensors", VOCABULARY],  # pickles stay there
+                    allow_patterns=["*.json", "*.safetensors", VOCABULARY],  # never pickles
                 )
             except (FileNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
                 message = " ".join(str(error).split())
                 raise FileNotFoundError(
-                    f"{source} is no folder here, and Hugging Face's hub does not give it: {message}"
+                    f"{source} is not a local folder, and could not be downloaded from Hugging Face's hub: {message}"
                 ) from error
             path = Path(snapshot)
         return create_model(pretrained=path, **options)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload what `save_pretrained` writes to ``owner/name`` on Hugging Face's hub, and return its address."""
+        """Upload the model to the Hugging Face Hub.
+
+        Args:
+            repo_id: Name of the repository, ``owner/name``, which is created if it does not exist.
+            private: Create a private repository.
+            token: Access token (default: the one that `huggingface_hub` has stored).
+
+        Returns:
+            The address of the uploaded files on the Hub.
+        """
         from tempfile import TemporaryDirectory
 
         from huggingface_hub import HfApi
@@ -222,26 +246,34 @@ def create_model(
     init_logit_scale: float | None = None,
     init_logit_bias: float | None = None,
 ) -> DualEncoder:
-    """Return an image-text model, in training mode, in float32.
+    """Create an image-text model, optionally with the weights of a checkpoint.
+
+    The model is returned in training mode, with float32 parameters.
 
     Args:
-        name: one of `list_models`, or the path of a configuration ending in ``.json``. May be left out when
-            `pretrained` is a folder that holds its configuration.
-        pretrained: path of a checkpoint: a file of OpenAI (TorchScript archive or state dict) or open_clip (.pt,
-            .safetensors), or a folder of Hugging Face (CLIPModel, AlignModel), open_clip or `save_pretrained`. Without,
-            weights are drawn from torch's global generator as the authors of the model drew them.
-        device: "meta" makes no weights at all.
-        image_size: pixels, in place of the checkpoint's or else the configuration's. Position embeddings of another
-            size are interpolated, and that is logged. Left out, a checkpoint keeps the size that its weights have,
-            whatever the configuration says.
-        context_length: tokens a text, likewise.
-        init_logit_scale: a logarithm, in place of the configuration's (SigLIP: log 10).
-        init_logit_bias: given, the model carries ``logit_bias`` for the sigmoid loss (SigLIP: -10).
+        name: Model name from `list_models`, or path of a configuration ending in ``.json``. The name may be left out
+            if `pretrained` is a folder that contains a configuration. A folder is accepted in place of a name, too.
+        pretrained: Path of a checkpoint: a file of OpenAI (TorchScript archive or state dict) or of open_clip (``.pt``,
+            ``.safetensors``), or a folder of Hugging Face (CLIPModel, AlignModel), of open_clip or of
+            `DualEncoder.save_pretrained`. By default, weights are drawn from torch's global generator, with the
+            initialisation of the model's authors. Nothing is downloaded.
+        device: Device of the parameters. "meta" creates the model without allocating weights.
+        image_size: Side of the input images in pixels (default: the checkpoint's, else the configuration's). Position
+            embeddings of another size are interpolated, which is logged.
+        context_length: Tokens per text (default: the checkpoint's, else the configuration's). Position embeddings of
+            CLIP's text tower are interpolated as for `image_size`.
+        init_logit_scale: Initial natural logarithm of the logit scale (default: the configuration's; SigLIP: log 10).
+            A checkpoint's value replaces it.
+        init_logit_bias: Initial logit bias for the sigmoid loss (SigLIP: -10). By default the model has a bias only if
+            the configuration or the checkpoint has one. A checkpoint's value replaces it.
+
+    Returns:
+        The model, whose `DualEncoder.config` describes it.
 
     Raises:
-        ValueError: the name is unknown; the configuration or the checkpoint does not fit, with the names of missing,
-            unexpected and mis-shaped parameters; activations contradict each other.
-        FileNotFoundError: a path does not exist.
+        ValueError: The name is unknown, the configuration is invalid, its activation contradicts the checkpoint's, or
+            the checkpoint does not fit the model. The message names missing, unexpected and misshapen parameters.
+        FileNotFoundError: A path does not exist.
     """
     options = {
         "image_size": image_size,
@@ -253,7 +285,7 @@ def create_model(
     config = config.with_changes(**options)
     try:
         model = build_model(config, device=device)
-    except (ValueError, AssertionError, ArithmeticError, LookupError, TypeError) as error:  # timm asserts
+    except (ValueError, AssertionError, ArithmeticError, LookupError, TypeError) as error:  # timm checks with assert
         raise ValueError(f"{name or pretrained}: {error}") from error
     if checkpoint is not None:
         changed = [option for option, value in options.items() if value is not None]
@@ -262,8 +294,9 @@ def create_model(
 
 
 def build_model(config: ModelConfig, *, device: torch.device | str = "cpu") -> DualEncoder:
-    """Return a model of `config` with new weights."""
-    with uncollected():  # and outside of torch.device, which tensors of timm would obey
+    """Build the model of a configuration with newly initialised weights."""
+    # Imported outside of the torch.device context: otherwise tensors that timm creates on import would be on `device`.
+    with uncollected():
         from fastclip.models.towers.build import image_tower, text_tower
 
     with torch.device(device), _default_dtype(torch.float32):

@@ -1,4 +1,4 @@
-"""A model with all that its inputs need: pictures and texts in, unit vectors out."""
+"""A model together with its image transform and tokenizer: images and texts in, unit vectors out."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ __all__ = ["Embedder", "load_embedder", "load_model"]
 
 
 class Embedder:
-    """Embeds pictures and texts with one model, in eval mode and without gradients.
+    """Embed images and texts with one model, in eval mode and without gradients.
 
     Args:
-        model: is put into eval mode.
-        tokenize: B texts -> token ids (B, L).
-        transform: a picture of any mode -> (3, H, W) float32; default: the model's own for evaluation.
-        precision: "fp32", or "bf16", which is autocast.
-        name: what results call the model.
+        model: The model, which is put into eval mode.
+        tokenize: Tokenizer, B texts -> token ids (B, L).
+        transform: Image transform, a PIL image of any mode -> (3, H, W) float32 (default: the model's transform for
+            evaluation).
+        precision: "fp32", or "bf16" for autocast to bfloat16.
+        name: Name of the model in results.
+
+    Raises:
+        ValueError: The precision is unknown.
     """
 
     def __init__(
@@ -58,14 +62,29 @@ class Embedder:
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) float32, on any device -> unit vectors (B, D), float32 on the CPU."""
+        """Embed transformed images.
+
+        Args:
+            images: (B, 3, H, W) float32, on any device.
+
+        Returns:
+            Unit vectors (B, D), float32 on the CPU.
+        """
         with self._autocast():
             features = self.model.encode_image(images.to(self.device, non_blocking=True))
         return _unit(features)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """One text or B of them -> unit vectors (B, D), float32 on the CPU; `batch_size` texts at a time."""
+        """Embed one text or B texts.
+
+        Args:
+            texts: A string or a sequence of strings.
+            batch_size: Texts per forward pass.
+
+        Returns:
+            Unit vectors (B, D), float32 on the CPU.
+        """
         units, texts = [], texts_of(texts)
         for start in range(0, len(texts), batch_size):
             ids = self.tokenize(texts[start : start + batch_size]).to(self.device)
@@ -75,16 +94,19 @@ class Embedder:
 
     @cached_property
     def dim(self) -> int:
-        """D, the length of the vectors."""
+        """Length D of the vectors."""
         assert self.model.config is not None
         return self.model.config.embed_dim
 
     @cached_property
     def identity(self) -> str:
-        """32 hexadecimal digits that differ where weights, configuration (the transform's included), tokenizer or
-        precision do. Reads all weights. Vectors of different models must not be compared."""
+        """Digest of weights, configuration (including the transform's options), tokenizer and precision.
+
+        Vectors may be compared only if the identities of their embedders, 32 hexadecimal digits, are equal. Computing
+        the digest reads all weights once.
+        """
         assert self.model.config is not None
-        config = replace(self.model.config, folder=None)  # a copy in another folder is the same model
+        config = replace(self.model.config, folder=None)  # copies of a model in different folders are the same model
         digest = hashlib.blake2b(digest_size=16)
         tokenizer = getattr(self.tokenize, "identity", type(self.tokenize).__name__)
         digest.update(repr((config, tokenizer, self.precision)).encode())
@@ -109,19 +131,23 @@ def load_embedder(
     image_size: int | None = None,
     context_length: int | None = None,
 ) -> Embedder:
-    """Return the embedder of a checkpoint.
+    """Load a checkpoint with its image transform and tokenizer, ready to embed images and texts.
 
     Args:
-        checkpoint: as `create_model`'s ``pretrained``; also the folder of a run of ``fastclip train``, whose ``model/``
-            is meant, or one of its ``checkpoints/step-...``, with the moving average of the weights where it has one.
-        model: name of the model, where the checkpoint does not hold its configuration.
-        device: default: a GPU where there is one.
-        precision: "fp32" or "bf16"; default: bf16 on a GPU, else fp32.
-        vocabulary: as `get_tokenizer`'s.
-        image_size, context_length: as `create_model`'s: the checkpoint's own where they are left out.
+        checkpoint: Path of a checkpoint, as in `create_model`. The output folder of ``fastclip train`` stands for the
+            final model inside (``model/``). A training checkpoint (``checkpoints/step-...``) is loaded with the moving
+            average of the weights if it contains one.
+        model: Model name, needed if the checkpoint contains no configuration.
+        device: Device of the model (default: a GPU if there is one, otherwise the CPU).
+        precision: "fp32" or "bf16" (default: "bf16" on a GPU, otherwise "fp32").
+        vocabulary: Vocabulary of a BERT model, as in `get_tokenizer`.
+        image_size: Side of the input images in pixels (default: the checkpoint's).
+        context_length: Tokens per text (default: the checkpoint's).
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as `create_model` and `get_tokenizer` do.
+        FileNotFoundError: The checkpoint or the vocabulary does not exist.
+        ValueError: The checkpoint does not fit the model, or an option is invalid.
+        ImportError: open_clip_torch, which contains CLIP's vocabulary, is not installed.
     """
     made, path = load_model(
         checkpoint, model=model, image_size=image_size, context_length=context_length, device=_device(device)
@@ -141,21 +167,25 @@ def load_model(
     context_length: int | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[DualEncoder, Path]:
-    """Return the model of a checkpoint, and the path that it was read from; otherwise as `load_embedder`."""
+    """Load the model of a checkpoint, with the arguments and errors of `load_embedder`.
+
+    Returns:
+        The model, and the path that its weights were read from.
+    """
     path, sizes = Path(checkpoint), {"image_size": image_size, "context_length": context_length}
-    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():  # the folder of a run
+    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():  # the output folder of a training run
         if not (path / "model").is_dir():
             raise FileNotFoundError(
-                f"the run {path} has not ended and holds no model/; name one of its checkpoints: "
+                f"the run {path} has not ended and contains no model/: name one of its checkpoints, "
                 f"{path}/checkpoints/step-..."
             )
         path = path / "model"
     name = model
-    if (state := path / "state.json").is_file():  # a checkpoint of training, beside which no configuration lies
+    if (state := path / "state.json").is_file():  # a training checkpoint, which contains options but no config.json
         options = mapping(read_json(state).get("options", {}), f"{state}: options")
-        name = model or options.get("model")  # the caller's word goes first, as of the sizes
+        name = model or options.get("model")  # the caller's arguments take precedence over the run's options
         if not isinstance(name, str):
-            raise ValueError(f"{state} names no model, got {name!r}")
+            raise ValueError(f"{state}: the option model must be a model's name, got {name!r}")
         sizes = {size: options.get(size) if value is None else value for size, value in sizes.items()}
         path = path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path
     return create_model(name, path, device=device, **sizes), path
@@ -167,11 +197,11 @@ def _device(device: torch.device | str | None) -> torch.device:
     try:
         chosen = torch.device(device)
         if chosen.type not in ("cpu", "cuda"):
-            torch.zeros(1, device=chosen).item()  # "meta" holds no numbers, and others are not there
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch's, of one that it was not built for
+            torch.zeros(1, device=chosen).item()  # fails for "meta", which stores no numbers, and for missing devices
+    except (RuntimeError, AssertionError, ImportError) as error:  # raised for devices that torch was not built for
         raise ValueError(f"the device must be cpu, cuda, cuda:1 or the like, got {device!r}") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"the device {device} is not there: torch finds {torch.cuda.device_count()} GPUs")
+        raise ValueError(f"the device {device} does not exist: torch finds {torch.cuda.device_count()} GPUs")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Models, tokenizers and transforms by name, path or checkpoint."""
+"""Create models, tokenizers and image transforms from a name, a path or a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ for _package in (
     "timm",
     "torchvision",
     "transformers",
-):  # looked for, not loaded: that takes long, and waits for a model
+):  # checked without importing: the imports are slow and are deferred until a model is created
     if find_spec(_package) is None:
         raise ModuleNotFoundError(f"No module named {_package!r}", name=_package)
 
@@ -37,7 +37,20 @@ for _package in (
 def create_model_and_transforms(
     name: str | None = None, pretrained: str | Path | None = None, **options: object
 ) -> tuple[DualEncoder, Compose, Compose]:
-    """Return a model, its transform for training, its transform for evaluation; `options` are `create_model`'s."""
+    """Create a model together with its two image transforms.
+
+    Args:
+        name: Model name, as in `create_model`.
+        pretrained: Path of a checkpoint, as in `create_model`.
+        **options: Further options of `create_model`, such as ``device`` or ``image_size``.
+
+    Returns:
+        The model in training mode, the transform for training, and the transform for evaluation. Both transforms turn
+        a PIL image into a float32 tensor (3, S, S).
+
+    Raises:
+        ValueError, FileNotFoundError: Under the same conditions as `create_model`.
+    """
     model = create_model(name, pretrained, **options)  # type: ignore[arg-type]
     assert model.config is not None
     return model, image_transform(model.config, train=True), image_transform(model.config)
@@ -46,16 +59,20 @@ def create_model_and_transforms(
 def get_tokenizer(
     name: str, *, context_length: int | None = None, vocabulary: str | Path | None = None
 ) -> ClipTokenizer | BertTokenizer:
-    """Return the tokenizer of a model: texts -> ids (B, context_length).
+    """Return the tokenizer of a model, a callable that turns B texts into token ids (B, context_length).
 
     Args:
-        name: as `create_model`'s, or a folder with a configuration.
-        context_length: tokens a text, in place of the configuration's.
-        vocabulary: of BERT: a ``vocab.txt`` or ``tokenizer.json``, a folder, or a name in Hugging Face's cache.
+        name: Model name from `list_models`, path of a configuration ending in ``.json``, or folder that contains a
+            configuration.
+        context_length: Tokens per text (default: the configuration's).
+        vocabulary: Vocabulary of a BERT model: a ``vocab.txt`` or ``tokenizer.json`` file, a folder, or a name in
+            Hugging Face's cache (default: the one that the configuration names). CLIP's vocabulary is fixed.
 
     Raises:
-        ImportError: open_clip_torch, which holds CLIP's vocabulary, is not installed.
+        ImportError: open_clip_torch, which contains CLIP's vocabulary, is not installed.
         FileNotFoundError: BERT's vocabulary is neither a file nor in the cache.
+        ValueError: The name is unknown, the vocabulary does not fit the model, or `vocabulary` is given for CLIP's
+            tokenizer.
     """
     return tokenizer_of(named_config(name), name, context_length=context_length, vocabulary=vocabulary)
 
@@ -63,7 +80,10 @@ def get_tokenizer(
 def tokenizer_of(
     config: ModelConfig, name: str, *, context_length: int | None = None, vocabulary: str | Path | None = None
 ) -> ClipTokenizer | BertTokenizer:
-    """Return the tokenizer of a configuration that messages call `name`; otherwise as `get_tokenizer`."""
+    """Return the tokenizer of a configuration; `name` identifies the model in error messages.
+
+    The other arguments and the errors are those of `get_tokenizer`.
+    """
     text = config.text_cfg
     tokenizer: ClipTokenizer | BertTokenizer
     length = text.context_length if context_length is None else context_length
@@ -73,22 +93,30 @@ def tokenizer_of(
     elif vocabulary is None:
         tokenizer = ClipTokenizer(context_length=length)
     else:
-        raise ValueError(f"{name} has CLIP's tokenizer, whose vocabulary is fixed")
+        raise ValueError(f"{name} uses CLIP's tokenizer, whose vocabulary is fixed: leave out vocabulary")
     if tokenizer.vocab_size > text.vocab_size:
-        raise ValueError(f"the vocabulary has {tokenizer.vocab_size} tokens, {name} has {text.vocab_size}")
+        raise ValueError(f"the vocabulary has {tokenizer.vocab_size} tokens, but {name} has only {text.vocab_size}")
     return tokenizer
 
 
 def _vocabulary_of(config: ModelConfig, text: BertConfig, name: str) -> str | Path:
-    """Return the vocabulary beside a configuration, or the name of one in Hugging Face's cache."""
+    """Return the path of the vocabulary next to a configuration, or the name of one in Hugging Face's cache."""
     file = None if config.folder is None else config.folder / text.vocabulary
     if file is not None and file.is_file():
         return file
-    if is_file_name(text.vocabulary):  # which is not looked for in the working directory
+    if is_file_name(text.vocabulary):  # never searched for in the working directory
         raise FileNotFoundError(f"the vocabulary {file or text.vocabulary} of {name} does not exist")
     return text.vocabulary
 
 
 def load_image_transform(name: str, train: bool = False) -> Compose:
-    """Return the transform PIL image -> (3, S, S) float32 of a model's name, or of a folder with a configuration."""
+    """Return the image transform of a model, without creating the model.
+
+    Args:
+        name: Model name, path of a configuration, or folder that contains a configuration, as in `get_tokenizer`.
+        train: Return the transform for training, which crops at random, instead of the one for evaluation.
+
+    Returns:
+        A transform from a PIL image of any mode to a float32 tensor (3, S, S).
+    """
     return image_transform(named_config(name), train=train)

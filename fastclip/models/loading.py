@@ -1,4 +1,4 @@
-"""Filling a model from a checkpoint: what configuration it has, and which tensor goes where."""
+"""Load a checkpoint into a model: determine the configuration, and assign each tensor to a parameter."""
 
 from __future__ import annotations
 
@@ -30,32 +30,43 @@ from fastclip.models.config import (
 __all__ = ["describe_misfit", "load_weights", "named_config", "resolve"]
 
 logger = logging.getLogger(__name__)
-_SHOWN = 20  # names of each kind in an error
-_RESNET_STRIDE = 32  # pixels a place of the last stage
+_SHOWN = 20  # parameter names of each kind that an error lists
+_RESNET_STRIDE = 32  # pixels per position of the last stage
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def named_config(name: str) -> ModelConfig:
-    """Return the configuration of a model's name, of a JSON file, or of a folder with one."""
+    """Return the configuration of a model, given by its name, by a JSON file, or by a folder that contains one.
+
+    Raises:
+        ValueError: The name is unknown, or the file is no valid configuration.
+        FileNotFoundError: The file does not exist, or the folder contains no configuration.
+    """
     if _is_folder(name):
         config = read_config(Path(name))
         if config is None:
-            raise FileNotFoundError(f"the folder {name} holds neither config.json nor open_clip_config.json")
+            raise FileNotFoundError(f"the folder {name} contains neither config.json nor open_clip_config.json")
         return config
     return load_config(name)
 
 
 def _is_folder(name: str) -> bool:
-    """Return True for a folder; a model's name is that model, whatever lies in the working directory."""
+    """Return True if `name` is a folder; a known model's name never is, even if such a folder exists."""
     return name not in list_models() and name != "" and Path(name).is_dir()
 
 
 def resolve(name: str | None, pretrained: str | Path | None) -> tuple[ModelConfig, Checkpoint | None]:
-    """Return the configuration that name and checkpoint agree on, with the checkpoint's sizes, and the checkpoint.
+    """Reconcile a model's name with a checkpoint, and return the configuration and the checkpoint.
+
+    The sizes of the configuration are those of the checkpoint's weights.
+
+    Args:
+        name: Model name, path of a configuration, or None.
+        pretrained: Path of a checkpoint, or None.
 
     Raises:
-        ValueError: neither of both is given, or they contradict each other.
-        FileNotFoundError: a path does not exist.
+        ValueError: Both are None, or name and checkpoint contradict each other.
+        FileNotFoundError: A path does not exist.
     """
     if name is not None and pretrained is None and _is_folder(name):
         name, pretrained = None, name
@@ -70,34 +81,41 @@ def resolve(name: str | None, pretrained: str | Path | None) -> tuple[ModelConfi
     elif checkpoint.config is not None:
         config = checkpoint.config
     else:
-        raise ValueError(f"{pretrained} holds no configuration: name the model, as in create_model('ViT-B-32', ...)")
+        raise ValueError(f"{pretrained} contains no configuration: name the model, as in create_model('ViT-B-32', ...)")
     try:
         config = _with_sizes_of(config, checkpoint, name)
-    except ValueError as error:  # a form without such a model
+    except ValueError as error:  # the checkpoint's form has no model with these towers
         raise ValueError(f"{pretrained} does not fit {name or 'its configuration'}: {error}") from error
     if "logit_bias" in checkpoint.tensors and config.init_logit_bias is None:
-        config = replace(config, init_logit_bias=0.0)  # the weights replace it
+        config = replace(config, init_logit_bias=0.0)  # replaced by the checkpoint's value when weights are loaded
     return config, checkpoint
 
 
 def _agreed(config: ModelConfig, checkpoint: Checkpoint, name: str, pretrained: str) -> ModelConfig:
-    """Return a named configuration with what lies beside the weights, is not seen in them, and changes features."""
+    """Return a named configuration, completed from the configuration that is stored next to the weights.
+
+    Only options that change the features and leave no trace in the weights are taken from there: the activation, the
+    padding of an EfficientNet, and the preprocessing. The numbers of attention heads must be equal.
+    """
     theirs = checkpoint.config
     if checkpoint.quick_gelu is not None and checkpoint.quick_gelu != config.quick_gelu:
         if theirs is not None:
             kinds = {True: "QuickGELU", False: "GELU"}
             raise ValueError(
-                f"{pretrained} was trained with {kinds[theirs.quick_gelu]}, {name} means {kinds[config.quick_gelu]}: "
-                f"{'append' if theirs.quick_gelu else 'leave out'} -quickgelu"
+                f"{pretrained} was trained with {kinds[theirs.quick_gelu]}, but {name} uses "
+                f"{kinds[config.quick_gelu]}: {'append' if theirs.quick_gelu else 'leave out'} -quickgelu"
             )
-        logger.warning("%s is OpenAI's, which means QuickGELU: %s is made with it", pretrained, name)
+        logger.warning("%s is a checkpoint of OpenAI's: %s is created with QuickGELU", pretrained, name)
         config = replace(config, quick_gelu=True)
     if theirs is None:
         return config
-    for tower, option in (("vision_cfg", "head_width"), ("text_cfg", "heads")):  # weights of any split have one shape
+    # The number of heads does not change the shape of any weight, so a difference would go unnoticed.
+    for tower, option in (("vision_cfg", "head_width"), ("text_cfg", "heads")):
         said, true = (getattr(getattr(c, tower), option, None) for c in (config, theirs))
         if said != true and None not in (said, true):
-            raise ValueError(f"{pretrained} has {option} {true} in its {tower}, {name} says {said}: leave the name out")
+            raise ValueError(
+                f"{pretrained} has {option} {true} in its {tower}, but {name} has {said}: leave the name out"
+            )
     image, their_image = config.vision_cfg, theirs.vision_cfg
     if isinstance(image, EfficientNetConfig) and isinstance(their_image, EfficientNetConfig):
         config = replace(config, vision_cfg=replace(image, depthwise_padding=their_image.depthwise_padding))
@@ -107,13 +125,13 @@ def _agreed(config: ModelConfig, checkpoint: Checkpoint, name: str, pretrained: 
     }
     if changed:
         options = ", ".join(f"{key} {value}" for key, value in changed.items())
-        logger.warning("%s wants its pictures with %s, other than %s", pretrained, options, name)
+        logger.warning("%s needs images with %s, which replaces the values of %s", pretrained, options, name)
         config = replace(config, preprocess_cfg=replace(named, **changed))
     return config
 
 
 def _image_positions(config: ModelConfig) -> str:
-    """Return how the names end of the image tower's parameters that depend on the picture's size; "" for none."""
+    """Return the ending of the names of all image tower parameters that depend on the image size; "" if none do."""
     endings = {ViTConfig: "visual.pos_embed", ResNetConfig: "visual.head.pos_embed"}
     endings |= {CoSwinConfig: "relative_position_bias_table"}
     return endings.get(type(config.vision_cfg), "")
@@ -125,10 +143,11 @@ def _text_positions(config: ModelConfig) -> str:
 
 
 def _with_sizes_of(config: ModelConfig, checkpoint: Checkpoint, name: str | None) -> ModelConfig:
-    """Return the configuration with the sizes that a checkpoint's position embeddings have.
+    """Return the configuration with the image size and context length of a checkpoint's position embeddings.
 
-    What it says otherwise would be wrong: interpolated positions are those of no training. All other sizes must be the
-    configuration's (`load_weights`), and heads leave no trace in the weights.
+    Sizes that differ from the checkpoint's would silently interpolate positions, which gives positions that nobody
+    trained. All other sizes must match the configuration (checked by `load_weights`), except for the number of heads,
+    which leaves no trace in the weights.
     """
     sizes: dict[str, int] = {}
     image, text = config.vision_cfg, config.text_cfg
@@ -142,19 +161,19 @@ def _with_sizes_of(config: ModelConfig, checkpoint: Checkpoint, name: str | None
     if isinstance(image, ViTConfig | ResNetConfig):
         step = image.patch_size if isinstance(image, ViTConfig) else _RESNET_STRIDE
         rows = _rows(config, checkpoint, _image_positions(config))
-        side = 0 if rows is None else math.isqrt(rows - 1)  # one row is the class token's
+        side = 0 if rows is None else math.isqrt(rows - 1)  # one row belongs to the class token
         if side and side**2 + 1 == rows and side != image.image_size // step:
             sizes["image_size"] = side * step
     said = {"context_length": text.context_length, "image_size": image.image_size}
     if other := {size: value for size, value in sizes.items() if value != said[size]}:
         changes = " and ".join(f"{size} {value} in place of {said[size]}" for size, value in other.items())
-        logger.warning("%s has %s, which %s says", checkpoint.path, changes, name or "its configuration")
+        logger.warning("%s has %s; %s is adjusted to it", checkpoint.path, changes, name or "its configuration")
         config = config.with_changes(**other)
     return config
 
 
 def _rows(config: ModelConfig, checkpoint: Checkpoint, name: str) -> int | None:
-    """Return the places of a position embedding; None where the checkpoint has none, which `load_weights` reports."""
+    """Return the rows of a position embedding, or None if the checkpoint has none, which `load_weights` reports."""
     tensor = checkpoint.tensors.get(map_names([name], config, checkpoint.form)[0].theirs[0])
     return tensor.shape[-2] if tensor is not None and tensor.dim() >= 2 and tensor.shape[-2] > 1 else None
 
@@ -162,20 +181,25 @@ def _rows(config: ModelConfig, checkpoint: Checkpoint, name: str) -> int | None:
 def load_weights(
     model: nn.Module, config: ModelConfig, checkpoint: Checkpoint, name: str, *, changed: Collection[str]
 ) -> None:
-    """Fill a model of `config`, which messages call `name`, from a checkpoint that fits it whole.
+    """Load the weights of a checkpoint into a model; every parameter must be present and fit.
 
     Args:
-        changed: options that the caller chose and the checkpoint need not have: positions of another ``image_size`` or
-            ``context_length`` are interpolated, and ``init_logit_bias`` may be missing.
+        model: Model of `config`.
+        config: Configuration that the model was built from.
+        checkpoint: Checkpoint to read the weights from.
+        name: Name of the model in messages.
+        changed: Names of the options that the caller set, in which the checkpoint may differ: positions of another
+            ``image_size`` or ``context_length`` are interpolated, and ``init_logit_bias`` may be missing.
 
     Raises:
-        ValueError: parameters are missing, unexpected, of another shape, or hold what is no weight; they are named.
+        ValueError: Parameters are missing, unexpected or of another shape, have an unsuitable dtype, or contain NaN or
+            infinity. The message names them.
     """
     state = model.state_dict()
     mapped = map_names(state, config, checkpoint.form)
     endings = {"image_size": _image_positions(config), "context_length": _text_positions(config)}
     resized = tuple(ending for option, ending in endings.items() if option in changed and ending)
-    optional = {"logit_bias"} if "init_logit_bias" in changed else set()  # called so in every form that has it
+    optional = {"logit_bias"} if "init_logit_bias" in changed else set()  # the name is the same in every form
     expected = dict.fromkeys(theirs for m in mapped for theirs in m.theirs)
     tensors, misshapen = _fit(model, state, checkpoint, mapped, resized)
     if misfit := describe_misfit(expected, checkpoint.tensors, misshapen, optional):
@@ -186,7 +210,7 @@ def load_weights(
 def describe_misfit(
     expected: Collection[str], given: Collection[str], misshapen: list[str], optional: Collection[str] = ()
 ) -> str:
-    """Return the names of parameters that do not fit, in words; "" for none."""
+    """Describe in words which parameters are missing, unexpected or of another shape; "" if all of them fit."""
     missing = [name for name in expected if name not in given and name not in optional]
     unexpected = [name for name in given if name not in expected]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
@@ -205,7 +229,12 @@ def _fit(
     mapped: Iterable[Mapped],
     resized: tuple[str, ...],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return their tensors under our names, the `resized` ones interpolated, and a line for each of another shape."""
+    """Convert a checkpoint's tensors to this package's names and layouts.
+
+    Returns:
+        The tensors by parameter name, and one line of text for each tensor whose shape does not fit. Parameters whose
+        names end in one of `resized` are interpolated to the model's shape instead.
+    """
     theirs = checkpoint.tensors
     tensors, misshapen = {}, []
     for m in mapped:
@@ -214,7 +243,7 @@ def _fit(
             continue  # missing
         try:
             tensor: Tensor | None = m.layout.read(parts)
-        except (RuntimeError, IndexError):  # a shape that the layout cannot come from
+        except (RuntimeError, IndexError):  # the tensor's shape is impossible for this layout
             tensor = None
         if tensor is not None and tensor.shape != wanted:
             before = tuple(tensor.shape)
@@ -231,24 +260,27 @@ def _fit(
 
 
 def _check_numbers(m: Mapped, tensor: Tensor, wanted: torch.dtype, path: Path) -> None:
-    """Refuse what would be converted without a word: quantised, whole or complex numbers as weights, NaN, infinity."""
+    """Refuse tensors that `load_state_dict` would convert silently, and NaN or infinity.
+
+    Quantised, integer and complex tensors are no weights.
+    """
     names = ", ".join(m.theirs)
     if tensor.is_complex() or (wanted.is_floating_point and tensor.dtype not in _FLOATS):
-        raise ValueError(f"{path}: {names} is {tensor.dtype}, and weights are one of {', '.join(map(str, _FLOATS))}")
+        raise ValueError(f"{path}: {names} is {tensor.dtype}, but weights must be {', '.join(map(str, _FLOATS))}")
     if tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
-        raise ValueError(f"{path}: {names} holds NaN or infinity, as after a training that diverged")
+        raise ValueError(f"{path}: {names} contains NaN or infinity; the training may have diverged")
 
 
 def _resize(model: nn.Module, name: str, tensor: Tensor, wanted: torch.Size) -> Tensor | None:
-    """Return a position embedding for another resolution or length; None for anything else."""
+    """Interpolate a position embedding to another image size or context length; return None if that is impossible."""
     from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
     if tensor.dim() != len(wanted) or tensor.shape[-1] != wanted[-1]:
         return None
-    tensor = tensor.float()  # in 16 bits the sums of an interpolation would be rounded
-    if name in ("visual.pos_embed", "visual.head.pos_embed"):  # (1 or none, class token and places, width)
+    tensor = tensor.float()  # 16-bit sums would round the interpolated values
+    if name in ("visual.pos_embed", "visual.head.pos_embed"):  # ([1,] 1 + positions, width); row 0 is the class token
         places, side = tensor.shape[-2] - 1, round((wanted[-2] - 1) ** 0.5)
-        if round(places**0.5) ** 2 != places:  # no square: of another tower
+        if round(places**0.5) ** 2 != places:  # the positions form no square: the weights of another kind of tower
             return None
         flat = tensor.reshape(1, -1, wanted[-1])
         return resample_abs_pos_embed(flat, [side, side], num_prefix_tokens=1).reshape(wanted)

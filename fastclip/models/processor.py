@@ -1,4 +1,4 @@
-"""Image processors of Hugging Face: which file of a folder holds one, and what it does to a picture."""
+"""Read and write the image processors of Hugging Face models, and translate them to `PreprocessConfig`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastclip.system.reading import read_json
 
 __all__ = ["PROCESSOR_FILES", "ImageProcessor", "read_image_processor", "write_image_processor"]
 
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # the first there is, as transformers reads
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # the first that exists, as in transformers
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
 
-# What transformers takes for a key that is missing: of all kinds, and of each
+# Values that transformers uses for missing keys: first those of all classes, then those of each class
 _USUAL = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3}
 _SQUARE = {"height": 224, "width": 224}
 _HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": False}
@@ -41,34 +41,38 @@ _KINDS: dict[str, dict[str, Any]] = {
     "SiglipImageProcessor": _HALF | {"size": _SQUARE, "default_to_square": False},
     "ViTImageProcessor": _HALF | {"size": _SQUARE, "resample": 2},
 }
-# Steps that are carried out; pictures become RGB whatever do_convert_rgb says
+# Supported steps. Images are always converted to RGB, even if do_convert_rgb is false.
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
 class ImageProcessor(NamedTuple):
-    mean: tuple[float, ...]  # of channels from 0 to 1, as of `PreprocessConfig`
+    mean: tuple[float, ...]  # per channel, for values from 0 to 1, as in `PreprocessConfig`
     std: tuple[float, ...]
     interpolation: str
     resize_size: int  # pixels
     resize_mode: str
-    image_size: int  # pixels of the square that comes out
-    where: str  # the file, for messages
+    image_size: int  # side of the square output in pixels
+    where: str  # the file that the processor was read from, for error messages
 
     def preprocess(self, train_crop: str) -> PreprocessConfig:
-        """Return the processor as a configuration has it."""
+        """Convert the processor to the preprocessing options of a configuration."""
         side = self.resize_size if self.resize_size != self.image_size else None
         return PreprocessConfig(self.mean, self.std, self.interpolation, side, self.resize_mode, train_crop)
 
 
 def read_image_processor(folder: Path, usual: str) -> ImageProcessor | None:
-    """Read the image processor that transformers reads in a folder; None where there is none.
+    """Read the image processor of a folder, from the file that transformers would read.
 
     Args:
-        usual: the class of a processor that names none, such as "CLIPImageProcessor".
+        folder: Folder of a Hugging Face model.
+        usual: Class of a processor whose file names none, such as "CLIPImageProcessor".
+
+    Returns:
+        The processor, or None if the folder contains none.
 
     Raises:
-        ValueError: the processor does something to pictures that `PreprocessConfig` has no words for; the file and
-            the key are named.
+        ValueError: The processor applies a step that `PreprocessConfig` cannot express. The message names the file and
+            the key.
     """
     values, where = _read(folder)
     if values is None:
@@ -77,7 +81,7 @@ def read_image_processor(folder: Path, usual: str) -> ImageProcessor | None:
     kind = _kind(values, usual, where)
     for name, value in values.items():
         if value and ((name.startswith("do_") and name not in _STEPS) or name == "use_square_size"):
-            raise ValueError(f"{where}: {name} must be false, which alone is supported, got {shown(value)}")
+            raise ValueError(f"{where}: {name} must be false, as this step is not supported, got {shown(value)}")
     values = _USUAL | _KINDS[kind] | values
     mean, std = _normalisation(values, kind == "EfficientNetImageProcessor", where)
     if not _is_whole(values["resample"]) or values["resample"] not in _RESAMPLE:
@@ -87,11 +91,13 @@ def read_image_processor(folder: Path, usual: str) -> ImageProcessor | None:
 
 
 def write_image_processor(folder: Path, kind: str, options: PreprocessConfig, image_size: int) -> None:
-    """Write the ``preprocessor_config.json`` with which transformers prepares pictures as `options` say.
+    """Write the ``preprocessor_config.json`` that makes transformers prepare images in the same way as this package.
 
     Args:
-        kind: the class of the processor, such as "CLIPImageProcessor".
-        image_size: pixels of the square that comes out.
+        folder: Folder to write the file into.
+        kind: Class of the processor, such as "CLIPImageProcessor".
+        options: Preprocessing options of the model.
+        image_size: Side of the square output in pixels.
     """
     side = options.resize_size or image_size
     values = {
@@ -110,12 +116,15 @@ def write_image_processor(folder: Path, kind: str, options: PreprocessConfig, im
         "do_convert_rgb": True,
     }
     if kind == "EfficientNetImageProcessor":
-        values["include_top"] = False  # else transformers divides by image_std once more
+        values["include_top"] = False  # otherwise transformers divides by image_std a second time
     write_json(folder / PROCESSOR_FILES[1], values)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """Read the values of a processor, and where they stand; those inside of a whole processor's go first."""
+    """Return the values of an image processor and the name of their place in messages.
+
+    The image processor inside of ``processor_config.json`` takes precedence over ``preprocessor_config.json``.
+    """
     whole, alone = (folder / name for name in PROCESSOR_FILES)
     if whole.is_file() and (values := read_json(whole).get("image_processor")) is not None:
         where = f"{whole}: image_processor"
@@ -124,7 +133,7 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def _kind(values: Mapping[str, Any], usual: str, where: str) -> str:
-    """Return the class, without what transformers 4 and 5 put behind the names of the same processor."""
+    """Return the class of a processor without the suffixes that transformers 4 and 5 append to its name."""
     key = "image_processor_type" if "image_processor_type" in values else "feature_extractor_type"
     name = str(values.get(key, usual))
     kind = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
@@ -134,14 +143,14 @@ def _kind(values: Mapping[str, Any], usual: str, where: str) -> str:
 
 
 def _normalisation(values: Mapping[str, Any], efficientnet: bool, where: str) -> tuple[tuple[float, ...], ...]:
-    """Return mean and std of channels from 0 to 1, for all that is done to numbers: each step is linear."""
+    """Combine rescaling and normalisation, which are both linear, into one mean and std for channels from 0 to 1."""
     mean, std = (_channels(values, name, where) for name in ("image_mean", "image_std"))
-    scale, shift = 255.0, 0.0  # of channels from 0 to 1
+    scale, shift = 255.0, 0.0  # the processor's input is scale * channel for a channel from 0 to 1
     if _flag(values, "do_rescale", where):
         factor = values["rescale_factor"]
         if not _is_number(factor) or not 1e-9 < factor < 1e6:
             raise ValueError(f"{where}: rescale_factor must be a positive number, got {shown(factor)}")
-        scale = float(f"{255 * factor:.12g}")  # files hold 1/127.5 to 15 digits
+        scale = float(f"{255 * factor:.12g}")  # files contain 1/127.5 with 15 digits, so the product is rounded
         shift = float(efficientnet and _flag(values, "rescale_offset", where))
     last = std if efficientnet and _flag(values, "include_top", where) else (1.0, 1.0, 1.0)
     if not _flag(values, "do_normalize", where):
@@ -150,42 +159,42 @@ def _normalisation(values: Mapping[str, Any], efficientnet: bool, where: str) ->
 
 
 def _sizes(values: Mapping[str, Any], where: str) -> tuple[int, str, int]:
-    """Return the pixels pictures are resized to, the way, and the side of the square that comes out."""
+    """Return the size in pixels that images are resized to, the resize mode, and the side of the square output."""
     if not _flag(values, "do_resize", where):
-        raise ValueError(f"{where}: do_resize must be true: pictures of any size are resized")
+        raise ValueError(f"{where}: do_resize must be true, as images of any size are resized")
     size = _edges(values["size"], values.get("default_to_square", True), "size", where)
     mode = "shortest" if size.keys() == {"shortest_edge"} else "squash"
     side = next(iter(size.values()), 0)
     if mode == "squash" and size != {"height": side, "width": side}:
         raise ValueError(
-            f"{where}: size must be a number, shortest_edge alone, or height and width that are equal, "
+            f"{where}: size must be a number, only shortest_edge, or an equal height and width, "
             f"got {shown(values['size'])}"
         )
     if not _flag(values, "do_center_crop", where):
         if mode == "shortest":
             raise ValueError(
-                f"{where}: do_center_crop must be true where size has shortest_edge: all pictures become squares"
+                f"{where}: do_center_crop must be true if size has shortest_edge, as all images become squares"
             )
         return side, mode, side
     crop = _edges(values.get("crop_size"), True, "crop_size", where)
     if crop != dict.fromkeys(("height", "width"), crop.get("height")):
         raise ValueError(
-            f"{where}: crop_size must be a number, or height and width that are equal, got {shown(values['crop_size'])}"
+            f"{where}: crop_size must be a number, or an equal height and width, got {shown(values['crop_size'])}"
         )
     if crop["height"] > side:
-        raise ValueError(f"{where}: crop_size {crop['height']} must be at most size, {side}: no picture is padded")
+        raise ValueError(f"{where}: crop_size {crop['height']} must be at most size, {side}: images are not padded")
     return side, mode, crop["height"]
 
 
 def _edges(value: Any, square: Any, key: str, where: str) -> dict[str, int]:
-    """Return a size as an object of edges, from any form that transformers reads."""
+    """Return a size as a dictionary from edge to pixels, given in any of the forms that transformers accepts."""
     if _is_whole(value):
         value = {"height": value, "width": value} if square else {"shortest_edge": value}
     elif isinstance(value, list) and len(value) == 2:
         value = {"height": value[0], "width": value[1]}
     edges = {name: edge for name, edge in value.items() if edge is not None} if isinstance(value, dict) else {}
     if not edges or not all(_is_whole(edge) and 0 < edge <= 1_000_000 for edge in edges.values()):
-        raise ValueError(f"{where}: {key} must be whole numbers of pixels, got {shown(value)}")
+        raise ValueError(f"{where}: {key} must contain positive whole numbers of pixels, got {shown(value)}")
     return edges
 
 
@@ -203,7 +212,7 @@ def _is_flag(name: str) -> bool:
 
 
 def _flag(values: Mapping[str, Any], name: str, where: str) -> bool:
-    """Return a flag, of which null is false: transformers takes no step that is null, whatever its default is."""
+    """Return a flag; null counts as false, because transformers skips a step whose flag is null."""
     value = values[name] if values[name] is not None else False
     if not isinstance(value, bool):
         raise ValueError(f"{where}: {name} must be true or false, got {shown(value)}")

@@ -1,4 +1,4 @@
-"""Pictures to the image tower's input, with torchvision; CLIP's are open_clip's."""
+"""Transforms from images to the image tower's input, with torchvision; those of CLIP equal open_clip's."""
 
 from __future__ import annotations
 
@@ -15,17 +15,25 @@ if TYPE_CHECKING:
 
 __all__ = ["image_transform", "training_side"]
 
-_AREA = (0.9, 1.0)  # of open_clip's random part
+_AREA = (0.9, 1.0)  # share of the image's area that open_clip's random crop takes
 
 
 def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
-    """PIL image of any mode -> (3, S, S) float32, normalised. Of more than 8 bits a channel none are cut off.
+    """Return the transform of a model, from a PIL image of any mode to a normalised float32 tensor (3, S, S).
 
-    For evaluation the image is resized, CLIP's by its shorter side and ALIGN's to a square, and the centre cropped. For
-    training CLIP takes a random part of 90 to 100 % of the area (open_clip's), ALIGN a random crop of the resized
-    image, mirrored or not (Jia et al. 2021, section 5.1).
+    Images with more than 8 bits per channel are scaled to 8 bits, not clipped. For evaluation, the image is resized
+    (CLIP: its shorter side; ALIGN: to a square) and cropped at the centre. For training, CLIP takes a random part of
+    90 to 100 % of the area, like open_clip, and ALIGN a random crop of the resized image, mirrored with probability
+    1/2 (Jia et al. 2021, section 5.1).
+
+    Args:
+        config: Configuration of the model.
+        train: Return the transform for training.
+
+    Raises:
+        ValueError: The configuration's resize_size is less than its image_size.
     """
-    from torchvision.transforms import (  # loads torch._dynamo, a second's work
+    from torchvision.transforms import (  # imports torch._dynamo, which takes a second
         CenterCrop,
         Compose,
         InterpolationMode,
@@ -41,7 +49,7 @@ def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
     interpolation = InterpolationMode(options.interpolation)
     resize_size = options.resize_size or size
     if resize_size < size:
-        raise ValueError(f"resize_size {resize_size} is under image_size {size}")
+        raise ValueError(f"resize_size must be at least image_size {size}, got {resize_size}")
     resize = Resize(resize_size if options.resize_mode == "shortest" else (resize_size, resize_size), interpolation)
     if not train:
         crops = [resize, CenterCrop(size)]
@@ -53,18 +61,18 @@ def image_transform(config: ModelConfig, *, train: bool = False) -> Compose:
 
 
 def training_side(config: ModelConfig) -> int:
-    """Return the pixels of a picture's shorter side that training takes: with so many, no crop of it is enlarged."""
+    """Return the shorter side in pixels that training images need, so that no random crop has to be enlarged."""
     options, size = config.preprocess_cfg, config.vision_cfg.image_size
     if options.train_crop == "resized":
-        return math.ceil(size / _AREA[0])  # a part inside the picture keeps so much of either side
+        return math.ceil(size / _AREA[0])  # a crop of 90 % of the area keeps at least 90 % of either side
     return options.resize_size or size
 
 
 def _checked(image: Image.Image) -> Image.Image:
     if not isinstance(image, Image.Image):
-        raise TypeError(f"the transform takes a picture of PIL, got {type(image).__name__}")
+        raise TypeError(f"the transform takes a PIL image, got {type(image).__name__}")
     if not all(image.size):
-        raise ValueError(f"a picture of {image.width} x {image.height} pixels shows nothing")
+        raise ValueError(f"an image of {image.width} x {image.height} pixels is empty")
     return eight_bits(image)
 
 

@@ -115,7 +115,7 @@ def test_a_source_is_not_overwritten(
             target.symlink_to(source)
     before = states(tmp_path)
     assert main(["convert", str(source), str(target), "--to", form, "--model", "ViT-tiny"]) == 1
-    assert f"{target} is what the model is read from" in capsys.readouterr().err
+    assert f"{target} is the source that the model is read from" in capsys.readouterr().err
     assert states(tmp_path) == before
 
 
@@ -145,10 +145,10 @@ def test_a_run_is_accepted_where_a_model_is(
     again = fastclip.create_model("ViT-tiny", pretrained=tmp_path / "x.pt")
     assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
     assert main(["convert", str(run), str(run / "model"), "--to", "fastclip"]) == 1
-    assert "model is what the model is read from" in capsys.readouterr().err
+    assert "model is the source that the model is read from" in capsys.readouterr().err
     shutil.rmtree(run / "model")
     assert main(["convert", str(run), str(tmp_path / "y.pt"), "--to", "open_clip"]) == 1
-    assert "has not ended and holds no model/" in capsys.readouterr().err
+    assert "has not ended and contains no model/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("there", "form"), [("open_clip", "fastclip"), ("fastclip", "open_clip")])

@@ -299,7 +299,7 @@ def test_configuration_survives_writing(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(emb_dim=3), r"config.json: unknown emb_dim; known are .*embed_dim"),
+        (lambda c: c.update(emb_dim=3), r"config.json: unknown keys: emb_dim; known keys: .*embed_dim"),
         (lambda c: c.pop("embed_dim"), r"config.json: embed_dim must be given"),
         (lambda c: c["vision_cfg"].update(width="wide"), r"vision_cfg: width must be int, got 'wide'"),
         (lambda c: c["vision_cfg"].update(width=True), r"vision_cfg: width must be int, got True"),
@@ -338,7 +338,8 @@ def test_openais_spelling_is_told_once(caplog: pytest.LogCaptureFixture) -> None
     for _ in range(2):
         assert config_path("ViT-B/32").stem == "ViT-B-32"
     assert (
-        caplog.text.count("the model 'ViT-B/32' is read as ViT-B-32, whose activation is GELU; OpenAI's weights") == 1
+        caplog.text.count("model 'ViT-B/32' is interpreted as ViT-B-32, whose activation is GELU; OpenAI's weights")
+        == 1
     )
 
 
@@ -349,8 +350,8 @@ def test_openais_spelling_is_told_once(caplog: pytest.LogCaptureFixture) -> None
         ("ViT_B_32", "did you mean 'ViT-B-32'?"),
         ("VIT-B/32", "did you mean 'ViT-B-32'?"),
         ("ViT-L/14@336px", "did you mean 'ViT-L-14-336'"),
-        ("hf-hub:laion/CLIP-ViT-B-32", "a repository of Hugging Face is downloaded by `hf download`"),
-        ("openai/clip-vit-base-patch32", "a repository of Hugging Face is downloaded by `hf download`"),
+        ("hf-hub:laion/CLIP-ViT-B-32", "download a repository of Hugging Face with `hf download`"),
+        ("openai/clip-vit-base-patch32", "download a repository of Hugging Face with `hf download`"),
         ("../configs/ViT-B-32", "no model is called"),
         ("a\0b", "no model is called"),
         ("", "no model is called"),

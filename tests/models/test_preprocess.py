@@ -89,7 +89,7 @@ def test_bert_vocabulary_from_a_file_or_the_cache(tmp_path: Path, monkeypatch: p
     assert torch.equal(ids, fastclip.get_tokenizer("align-tiny")("a photo"))
     transformers.BertTokenizer(vocab=str(VOCABULARY)).save_pretrained(tmp_path / "bert")
     assert torch.equal(fastclip.get_tokenizer(name, vocabulary=tmp_path / "bert")("a photo"), ids)
-    with pytest.raises(ValueError, match="has CLIP's tokenizer, whose vocabulary is fixed"):
+    with pytest.raises(ValueError, match="uses CLIP's tokenizer, whose vocabulary is fixed"):
         fastclip.get_tokenizer("ViT-B-32", vocabulary=VOCABULARY)
     shifted = tmp_path / "vocab.txt"
     shifted.write_text("first\n" + VOCABULARY.read_text())
@@ -97,7 +97,7 @@ def test_bert_vocabulary_from_a_file_or_the_cache(tmp_path: Path, monkeypatch: p
         fastclip.get_tokenizer("align-tiny", vocabulary=shifted)
     longer = tmp_path / "longer.txt"
     longer.write_text(VOCABULARY.read_text() + "more\n")
-    with pytest.raises(ValueError, match=r"the vocabulary has 178 tokens, align-tiny has 177"):
+    with pytest.raises(ValueError, match=r"the vocabulary has 178 tokens, but align-tiny has only 177"):
         fastclip.get_tokenizer("align-tiny", vocabulary=longer)
 
 
@@ -181,7 +181,7 @@ def test_one_text_is_no_list_of_letters(embedder: Embedder) -> None:
 def test_tower_without_the_tokenizers_ids_is_refused() -> None:
     config = load_config("ViT-tiny")
     small = replace(config, text_cfg=replace(config.text_cfg, vocab_size=600))
-    with pytest.raises(ValueError, match="the vocabulary has 49408 tokens, x has 600"):
+    with pytest.raises(ValueError, match="the vocabulary has 49408 tokens, but x has only 600"):
         tokenizer_of(small, "x")
 
 
@@ -211,8 +211,8 @@ def test_pictures_of_any_mode_and_shape(name: str, train: bool) -> None:
     for size in ((1, 1), (1, 5000), (5000, 1)):
         assert transform(Image.new("RGB", size)).isfinite().all()
     for size in ((0, 0), (0, 5), (5, 0)):
-        with pytest.raises(ValueError, match=f"a picture of {size[0]} x {size[1]} pixels"):
+        with pytest.raises(ValueError, match=f"an image of {size[0]} x {size[1]} pixels is empty"):
             transform(Image.new("RGB", size))
     for other in (np.zeros((40, 40, 3), np.uint8), torch.zeros(3, 40, 40), "x.png"):
-        with pytest.raises(TypeError, match="takes a picture of PIL, got"):
+        with pytest.raises(TypeError, match="takes a PIL image, got"):
             transform(other)

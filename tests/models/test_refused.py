@@ -62,7 +62,7 @@ def test_checkpoint_that_does_not_fit_names_the_parameters(tmp_path: Path) -> No
         fastclip.create_model("ViT-tiny", pretrained=tmp_path / "partial.pt")
     with pytest.raises(ValueError, match=r"does not fit RN-tiny: \d+ missing: visual\.bn1\.weight.* and \d+ more"):
         fastclip.create_model("RN-tiny", pretrained=tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="holds no configuration: name the model"):
+    with pytest.raises(ValueError, match="contains no configuration: name the model"):
         fastclip.create_model(pretrained=tmp_path / "x.pt")
 
 
@@ -160,11 +160,11 @@ def weights() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x.to(torch.float8_e4m3fn), r"text_projection is torch\.float8_e4m3fn, and weights are one of"),
+        (lambda x: x.to(torch.float8_e4m3fn), r"text_projection is torch\.float8_e4m3fn, but weights must be"),
         (lambda x: x.to(torch.int8), r"text_projection is torch\.int8"),
         (lambda x: x.to(torch.complex64), r"text_projection is torch\.complex64"),
-        (lambda x: x.fill_(float("nan")), "text_projection holds NaN or infinity"),
-        (lambda x: x.index_fill_(0, torch.tensor([3]), float("inf")), "text_projection holds NaN or infinity"),
+        (lambda x: x.fill_(float("nan")), "text_projection contains NaN or infinity"),
+        (lambda x: x.index_fill_(0, torch.tensor([3]), float("inf")), "text_projection contains NaN or infinity"),
         (lambda x: x.to_sparse(), r"text_projection is no plain tensor, but torch\.sparse_coo"),
         (lambda x: x.to("meta"), r"text_projection is no plain tensor, but without numbers \(meta\)"),
         (
@@ -370,7 +370,11 @@ def test_classifiers_that_do_not_fit(name: str, content: Any, message: str, tmp_
 
 @pytest.mark.parametrize(
     ("state", "message"),
-    [({"options": 3}, "options must be an object"), ({"options": {"model": 3}}, "names no model"), ([], "an object")],
+    [
+        ({"options": 3}, "options must be an object"),
+        ({"options": {"model": 3}}, "the option model must be"),
+        ([], "an object"),
+    ],
 )
 def test_states_of_training_that_are_none(state: object, message: str, tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps(state))
@@ -383,7 +387,7 @@ def test_a_configuration_names_no_file_elsewhere(vocabulary: str, tmp_path: Path
     fastclip.create_model("align-tiny").save_pretrained(tmp_path / "x")
     path = tmp_path / "x" / "config.json"
     path.write_text(json.dumps(put(json.loads(path.read_text()), ("text_cfg", "vocabulary"), vocabulary)))
-    with pytest.raises(ValueError, match=r"config\.json: text_cfg: vocabulary must be a file beside"):
+    with pytest.raises(ValueError, match=r"config\.json: text_cfg: vocabulary must be a file next to"):
         fastclip.get_tokenizer(str(tmp_path / "x"))
 
 

@@ -85,7 +85,7 @@ def bias_of_another_shape(model: DualEncoder) -> None:
 def test_changed_models_are_refused(change: Callable[[DualEncoder], None], told: str, tmp_path: Path) -> None:
     model = drawn()
     change(model)
-    with pytest.raises(ValueError, match=f"the model was changed and does not fit its configuration.*{told}"):
+    with pytest.raises(ValueError, match=f"the model was changed and no longer matches its configuration.*{told}"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -111,7 +111,7 @@ def test_vocabulary_that_was_never_there_is_told(tmp_path: Path) -> None:
     drawn("align-tiny").save_pretrained(tmp_path / "first")
     (tmp_path / "first" / "vocab.txt").unlink()
     model = fastclip.create_model(pretrained=tmp_path / "first")
-    with pytest.raises(ValueError, match=r"the vocabulary vocab.txt of this model was not beside"):
+    with pytest.raises(ValueError, match=r"the vocabulary vocab.txt was missing next to the configuration when"):
         model.save_pretrained(tmp_path / "second")
 
 
@@ -124,7 +124,11 @@ def test_path_that_does_not_exist_is_no_repository(source: str) -> None:
 @pytest.mark.parametrize(
     ("error", "kind", "told"),
     [
-        (LocalEntryNotFoundError("no connection"), FileNotFoundError, "owner/name is no folder here, .*no connection"),
+        (
+            LocalEntryNotFoundError("no connection"),
+            FileNotFoundError,
+            "owner/name is not a local folder, and could not be downloaded .*no connection",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), OSError, "^.Errno 28. No space"),
     ],
 )

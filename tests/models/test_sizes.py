@@ -97,7 +97,7 @@ def test_a_configuration_beside_the_weights_is_contradicted_too(
     (tmp_path / "config.json").write_text(json.dumps(values))
     model = fastclip.create_model(pretrained=tmp_path)
     assert model.config is not None and model.config.text_cfg.context_length == LENGTH
-    assert "context_length 32 in place of 77, which its configuration says" in caplog.text
+    assert "context_length 32 in place of 77; its configuration is adjusted to it" in caplog.text
     assert "config.json was changed after model.safetensors was written" in caplog.text
 
 
@@ -217,8 +217,9 @@ def test_what_lies_beside_the_weights_rules_over_the_name(tmp_path: Path, caplog
     convert(build_model(replace(config, preprocess_cfg=preprocess)), tmp_path / "x", form="open_clip")
     model = fastclip.create_model("ViT-tiny", pretrained=tmp_path / "x")
     assert model.config is not None and model.config.preprocess_cfg == preprocess
-    assert "wants its pictures with mean (0.4, 0.4, 0.4), resize_mode squash, other than ViT-tiny" in caplog.text
+    said = "needs images with mean (0.4, 0.4, 0.4), resize_mode squash, which replaces the values of ViT-tiny"
+    assert said in caplog.text
 
     build_model(replace(config, text_cfg=replace(config.text_cfg, heads=4))).save_pretrained(tmp_path / "y")
-    with pytest.raises(ValueError, match="y has heads 4 in its text_cfg, ViT-tiny says 2: leave the name out"):
+    with pytest.raises(ValueError, match="y has heads 4 in its text_cfg, but ViT-tiny has 2: leave the name out"):
         fastclip.create_model("ViT-tiny", pretrained=tmp_path / "y")

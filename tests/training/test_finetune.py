@@ -303,7 +303,7 @@ def test_saved_model_and_classifier_are_read_again(whole: Finetuned, held_out: S
     assert all(
         torch.equal(x, whole.classifier.visual.state_dict()[name]) for name, x in model.visual.state_dict().items()
     )
-    with pytest.raises(FileNotFoundError, match="holds no classifier"):
+    with pytest.raises(FileNotFoundError, match="contains no classifier"):
         load_classifier(whole.folder)
 
 
