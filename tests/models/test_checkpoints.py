@@ -246,7 +246,7 @@ def test_hugging_face_activation_must_be_the_names(tmp_path: Path) -> None:
         fastclip.create_model("ViT-tiny", pretrained=tmp_path / "hf")
     values["text_config"]["hidden_act"] = "relu"
     (tmp_path / "hf" / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="hidden_act must be gelu or quick_gelu, the same in both towers"):
+    with pytest.raises(ValueError, match="hidden_act must be gelu or quick_gelu, equal in both towers"):
         fastclip.create_model(pretrained=tmp_path / "hf")
 
 

@@ -156,7 +156,7 @@ def test_two_models_do_not_share_a_folder(there: str, form: str, model: DualEnco
     convert(model, tmp_path, form=there)
     (tmp_path / "README.md").write_text("mine")
     before = states(tmp_path)
-    with pytest.raises(ValueError, match=r"holds (open_clip_config|config)\.json of another model"):
+    with pytest.raises(ValueError, match=r"contains (open_clip_config|config)\.json of another model"):
         convert(model, tmp_path, form=form)
     assert states(tmp_path) == before
     convert(model, tmp_path, form=there)  # the same form may be overwritten, and other files stay
@@ -214,7 +214,7 @@ def test_a_classifier_is_whole(model: DualEncoder, other: DualEncoder, tmp_path:
     with no_room(), pytest.raises(OSError, match=r"x/model\.safetensors"):
         save_classifier(classifier(other, ("cat", "dog", "cow")), other, tmp_path / "x")
     assert states(tmp_path) == before
-    with pytest.raises(ValueError, match=r"holds head\.safetensors of another model"):
+    with pytest.raises(ValueError, match=r"contains head\.safetensors of another model"):
         other.save_pretrained(tmp_path / "x")  # the head of the other features would remain
     assert load_classifier(tmp_path / "x").class_names == ("cat", "dog")
 

@@ -305,7 +305,7 @@ def test_configuration_survives_writing(name: str) -> None:
         (lambda c: c["vision_cfg"].update(width=True), r"vision_cfg: width must be int, got True"),
         (lambda c: c["vision_cfg"].update(tower="vgg"), r"tower must be one of .*'coswin'.* got 'vgg'"),
         (lambda c: c["vision_cfg"].pop("patch_size"), r"vision_cfg: patch_size must be given"),
-        (lambda c: c["vision_cfg"].update(image_size=33), r"image_size 33 is not a multiple of patch_size 8"),
+        (lambda c: c["vision_cfg"].update(image_size=33), r"image_size must be a multiple of patch_size 8, got 33"),
         (lambda c: c["vision_cfg"].update(head_width=48), r"multiple of head_width, got 128 and 48"),
         (lambda c: c["text_cfg"].update(heads=5), r"width=32 and heads=5"),
         (lambda c: c.update(text_cfg=3), r"text_cfg must be an object"),
@@ -366,7 +366,7 @@ def test_a_name_is_no_folder_of_the_working_directory(tmp_path: Path, monkeypatc
     (tmp_path / "ViT-tiny").mkdir()
     monkeypatch.chdir(tmp_path)
     assert fastclip.create_model("ViT-tiny") and fastclip.get_tokenizer("ViT-tiny")
-    with pytest.raises(FileNotFoundError, match="openai does not exist: it is a path, and nothing is downloaded"):
+    with pytest.raises(FileNotFoundError, match="openai does not exist: it must be a path, as nothing is downloaded"):
         fastclip.create_model("ViT-tiny", pretrained="openai")
 
 

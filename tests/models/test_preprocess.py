@@ -64,7 +64,7 @@ def test_wordpiece_is_transformers() -> None:
     assert long[0] == cls and long[-1] == sep and 0 not in long  # truncated text keeps its end token
     assert ours("")[0].tolist() == [cls, sep] + [0] * 62
     assert ours([]).shape == (0, 64)
-    with pytest.raises(ValueError, match="context_length must hold the start and the end token, got 1"):
+    with pytest.raises(ValueError, match="context_length must be at least 2 for the start and the end token, got 1"):
         fastclip.get_tokenizer("align-tiny", context_length=1)
 
 
@@ -93,7 +93,7 @@ def test_bert_vocabulary_from_a_file_or_the_cache(tmp_path: Path, monkeypatch: p
         fastclip.get_tokenizer("ViT-B-32", vocabulary=VOCABULARY)
     shifted = tmp_path / "vocab.txt"
     shifted.write_text("first\n" + VOCABULARY.read_text())
-    with pytest.raises(ValueError, match=r"\[PAD\] must be token 0, is 1"):
+    with pytest.raises(ValueError, match=r"\[PAD\] must be token 0, got 1"):
         fastclip.get_tokenizer("align-tiny", vocabulary=shifted)
     longer = tmp_path / "longer.txt"
     longer.write_text(VOCABULARY.read_text() + "more\n")

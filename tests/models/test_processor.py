@@ -216,7 +216,7 @@ def test_a_whole_processor_goes_first(kind: str, tmp_path: Path) -> None:
         ("size", [32.5], "size must contain positive whole numbers of pixels"),
         ("size", 16, r"crop_size 32 must be at most size, 16"),
         ("crop_size", {"height": 32, "width": 40}, "crop_size must be a number, or an equal height and width"),
-        ("crop_size", 24, "size and crop_size make pictures of 24 pixels, the image tower .* takes image_size 32"),
+        ("crop_size", 24, "size and crop_size give images of 24 pixels, but the image tower .* takes image_size 32"),
         ("do_resize", False, "do_resize must be true"),
         ("do_center_crop", None, "do_center_crop must be true if size has shortest_edge"),
         ("do_pad", True, "do_pad must be false, as this step is not supported"),
@@ -294,21 +294,21 @@ def change(**values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (change(normalizer__lowercase=False), "normalizer: lowercase must be True, as of BERT's tokenizer, got False"),
+        (change(normalizer__lowercase=False), "normalizer: lowercase must be True, as in BERT's tokenizer, got False"),
         (change(normalizer__strip_accents=False), "normalizer: strip_accents must be true or null"),
         (change(normalizer=None), "normalizer: type must be 'BertNormalizer'"),
         (change(normalizer=[1]), "normalizer must be an object"),
         (change(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer: type must be 'BertPreTokenizer'"),
-        (change(model__type="BPE"), "model: type must be 'WordPiece', as of BERT's tokenizer, got 'BPE'"),
+        (change(model__type="BPE"), "model: type must be 'WordPiece', as in BERT's tokenizer, got 'BPE'"),
         (change(model__continuing_subword_prefix="@@"), "model: continuing_subword_prefix must be '##'"),
         (change(model__vocab=None), "model: vocab must be an object"),
-        (change(model__vocab={"[PAD]": 0, "a": 2}), "model: vocab must number its 2 words from 0 without a gap"),
+        (change(model__vocab={"[PAD]": 0, "a": 2}), "model: vocab must number its 2 words from 0 without gaps"),
         (change(model__vocab={"[PAD]": 0, "[UNK]": 1}), r"model: vocab has no \[CLS\]"),
         (
             change(model__vocab={word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a\nb"])}),
-            r"model: vocab holds 'a\\nb', which is no word on a line of vocab\.txt",
+            r"model: vocab contains 'a\\nb', which cannot be a line of vocab\.txt",
         ),
-        (change(added_tokens=[{"id": 5, "content": "new"}]), r"added_tokens must be of \[PAD\], "),
+        (change(added_tokens=[{"id": 5, "content": "new"}]), r"added_tokens may only be \[PAD\], "),
     ],
 )
 def test_tokenizers_of_other_kinds_are_refused(
@@ -337,7 +337,7 @@ def test_options_of_another_tokenizer_are_refused(key: str, tmp_path: Path) -> N
         (folder / "tokenizer_config.json").write_text(json.dumps({key: value, "tokenizer_class": "BertTokenizer"}))
         assert fastclip.get_tokenizer(str(folder))
     (folder / "tokenizer_config.json").write_text(json.dumps({key: False}))
-    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {key} must be True, as of BERT's tokenizer"):
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {key} must be True, as in BERT's tokenizer"):
         fastclip.get_tokenizer(str(folder))
 
 
@@ -380,6 +380,8 @@ def test_files_that_would_be_read_first_are_refused(model: str, stale: str, alig
         assert align.config is not None
         converted = DualEncoder(align.visual, align.text, config=replace(align.config, folder=None))
     (tmp_path / stale).write_text("{}")
-    with pytest.raises(ValueError, match=f"holds {stale} of another model: choose a folder without, or remove it"):
+    with pytest.raises(
+        ValueError, match=f"contains {stale} of another model: choose another folder, or remove that file"
+    ):
         convert(converted, tmp_path, form="huggingface")
     assert [file.name for file in tmp_path.iterdir()] == [stale]

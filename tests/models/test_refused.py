@@ -92,7 +92,7 @@ def test_no_pickle_runs(where: str, tmp_path: Path) -> None:
     else:
         torch.save(state, path, _use_new_zipfile_serialization=where == "file")
     with pytest.raises(
-        ValueError, match=r"more than tensors|not a complete safetensors|damaged or no checkpoint|was not read"
+        ValueError, match=r"more than tensors|no whole safetensors|damaged or not a checkpoint|was not read"
     ):
         fastclip.create_model("ViT-tiny", pretrained=path)
     assert not canary.exists()
@@ -103,14 +103,14 @@ def test_no_pickle_runs(where: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "damaged or no checkpoint"),
+        (b"", "damaged or not a checkpoint"),
         (b"<html>404</html>", "was not read|damaged"),
         (
             {"weights": torch.zeros(3)},
-            "no image-text model of OpenAI, open_clip, Hugging Face or fastclip: it holds weights",
+            "no image-text model of OpenAI, open_clip, Hugging Face or fastclip: it contains weights",
         ),
-        ([1, 2], "holds no state dict but list"),
-        ({"epoch": 3}, "holds no weights: it holds epoch"),
+        ([1, 2], "must contain a state dict, got list"),
+        ({"epoch": 3}, "contains no weights, only epoch"),
     ],
 )
 def test_files_that_are_no_checkpoints(content: object, message: str, tmp_path: Path) -> None:
@@ -126,13 +126,13 @@ def test_files_that_are_no_checkpoints(content: object, message: str, tmp_path: 
 def test_paths_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt does not exist"):
         fastclip.create_model("ViT-tiny", pretrained=tmp_path / "nowhere.pt")
-    with pytest.raises(FileNotFoundError, match=r"holds no weights; looked for model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"contains no weights \(looked for model\.safetensors"):
         fastclip.create_model("ViT-tiny", pretrained=tmp_path)
     (tmp_path / "run" / "model").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"run is a run: its weights are in .*/run/model"):
+    with pytest.raises(FileNotFoundError, match=r"run is a training run, whose weights are in .*/run/model"):
         fastclip.create_model("ViT-tiny", pretrained=tmp_path / "run")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="model_type 'bert' is none of 'fastclip', 'clip' and 'align'"):
+    with pytest.raises(ValueError, match="model_type must be 'fastclip', 'clip' or 'align', got 'bert'"):
         fastclip.create_model(pretrained=tmp_path)
 
 
@@ -165,11 +165,17 @@ def weights() -> dict[str, Tensor]:
         (lambda x: x.to(torch.complex64), r"text_projection is torch\.complex64"),
         (lambda x: x.fill_(float("nan")), "text_projection contains NaN or infinity"),
         (lambda x: x.index_fill_(0, torch.tensor([3]), float("inf")), "text_projection contains NaN or infinity"),
-        (lambda x: x.to_sparse(), r"text_projection is no plain tensor, but torch\.sparse_coo"),
-        (lambda x: x.to("meta"), r"text_projection is no plain tensor, but without numbers \(meta\)"),
+        (
+            lambda x: x.to_sparse(),
+            r"text_projection must be a dense tensor on the CPU, got one that is torch\.sparse_coo",
+        ),
+        (
+            lambda x: x.to("meta"),
+            r"text_projection must be a dense tensor on the CPU, got one that is without numbers \(meta\)",
+        ),
         (
             lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
-            "text_projection is no plain tensor, but quantised",
+            "text_projection must be a dense tensor on the CPU, got one that is quantised",
         ),
         (lambda x: 3.0, "1 missing: text_projection"),
         (lambda x: x[0], r"text_projection \(64,\) for \(32, 64\)"),
@@ -201,12 +207,12 @@ def test_what_is_read_of_several_is_told(
 ) -> None:
     torch.save({"state_dict": weights, "ema_state_dict": weights, "optimizer": {"state": {}}}, tmp_path / "x.pth.tar")
     fastclip.create_model("ViT-tiny", pretrained=tmp_path / "x.pth.tar")
-    assert "x.pth.tar holds ema_state_dict beside state_dict, which is read" in caplog.text
+    assert "x.pth.tar also contains ema_state_dict; reading only state_dict" in caplog.text
     model = fastclip.create_model("ViT-tiny")
     model.save_pretrained(tmp_path / "folder")
     torch.save(weights, tmp_path / "folder" / "pytorch_model.bin")
     again = fastclip.create_model(pretrained=tmp_path / "folder")
-    assert "holds weights in model.safetensors and pytorch_model.bin: model.safetensors is read" in caplog.text
+    assert "contains weights in model.safetensors and pytorch_model.bin; reading model.safetensors" in caplog.text
     assert torch.equal(again.text.text_projection, model.text.text_projection)
 
 
@@ -226,11 +232,14 @@ def test_open_clips_weights_go_with_its_configuration(weights: dict[str, Tensor]
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (lambda w: {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}, "holds no weights: it holds state"),
+        (lambda w: {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}, "contains no weights, only state"),
         (lambda w: {("module." * (i % 2)) + k: x for i, (k, x) in enumerate(w.items())}, "does not fit ViT-tiny"),
-        (lambda w: {f"base.{k}": x for k, x in w.items()}, "no image-text model .* it holds base.logit_scale"),
+        (lambda w: {f"base.{k}": x for k, x in w.items()}, "no image-text model .* it contains base.logit_scale"),
         (lambda w: w | {"visual.transformer.resblocks.0.attn.lora_A": torch.ones(2)}, "1 unexpected: .*lora_A"),
-        (lambda w: w | {"text.token_embedding.weight": torch.ones(2)}, "holds two text towers: token_embedding.weight"),
+        (
+            lambda w: w | {"text.token_embedding.weight": torch.ones(2)},
+            "contains two text towers: token_embedding.weight",
+        ),
     ],
 )
 def test_state_dicts_that_would_leave_something_out(
@@ -246,11 +255,11 @@ def test_state_dicts_that_would_leave_something_out(
     [
         ([1], "must hold an object"),
         ({"weight_map": [1]}, "weight_map must be an object"),
-        ({"weight_map": {"a": 1}}, "weight_map must hold the file of each tensor"),
+        ({"weight_map": {"a": 1}}, "weight_map must contain a file name for each tensor"),
         ({}, "weight_map must be an object"),
         (
             {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}},
-            "b.safetensors holds logit_scale, which another",
+            "b.safetensors contains logit_scale, which another",
         ),
     ],
 )
@@ -271,7 +280,7 @@ def test_a_zip_file_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
     ):
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
-    with pytest.raises(ValueError, match=r"y\.pt .*its entries claim [\d,]+ bytes, the file has"):
+    with pytest.raises(ValueError, match=r"y\.pt .*its entries claim [\d,]+ bytes, but the file has"):
         fastclip.create_model("ViT-tiny", pretrained=tmp_path / "y.pt")
 
 

@@ -1,1 +1,1 @@
-"""Files of models: read, written, and translated between the forms of open_clip, Hugging Face and fastclip."""
+"""Read and write model files, and translate them between the formats of open_clip, Hugging Face and fastclip."""

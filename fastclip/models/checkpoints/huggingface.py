@@ -1,4 +1,4 @@
-"""Configurations of Hugging Face's CLIPModel and AlignModel, in both directions."""
+"""Translate configurations of Hugging Face's CLIPModel and AlignModel, in both directions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastclip.system.reading import read_json
 
 __all__ = ["config_from_huggingface", "write_huggingface_config"]
 
-# Width and depth of EfficientNet's family, relative to B0 (Tan and Le 2019; L2: Xie et al. 2020).
+# Width and depth of the EfficientNet models, relative to B0 (Tan and Le 2019; L2: Xie et al. 2020)
 _EFFICIENTNETS = {
     (1.0, 1.0): "b0",
     (1.0, 1.1): "b1",
@@ -33,7 +33,7 @@ _EFFICIENTNETS = {
     (2.2, 3.6): "b8",
     (4.3, 5.3): "l2",
 }
-# Names of sizes: ours, theirs
+# Names of options: ours -> Hugging Face's
 _TEXT = {
     "width": "hidden_size",
     "layers": "num_hidden_layers",
@@ -54,14 +54,19 @@ _ALIGN = PreprocessConfig(_HALF, _HALF, "bilinear", resize_size=346, resize_mode
 
 
 def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
-    """Return our configuration of the folder of a CLIPModel (`kind` "clip") or an AlignModel ("align").
+    """Read the configuration of a CLIPModel or an AlignModel from its folder.
+
+    Args:
+        folder: Folder of the Hugging Face model.
+        kind: The model type in its ``config.json``, "clip" or "align".
 
     Raises:
-        ValueError: another kind, or sizes and activations that our towers do not have.
+        ValueError: The model type is another one, or the towers of this package do not support its sizes or
+            activations.
     """
     where = folder / "config.json"
     if kind not in ("clip", "align"):
-        raise ValueError(f"{where}: model_type {kind!r} is none of 'fastclip', 'clip' and 'align'")
+        raise ValueError(f"{where}: model_type must be 'fastclip', 'clip' or 'align', got {kind!r}")
     import transformers
 
     config_class = transformers.CLIPConfig if kind == "clip" else transformers.AlignConfig
@@ -74,19 +79,23 @@ def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # transformers checks types by a class of errors of its own, and not all of them
+    except Exception as error:  # transformers reports some wrong types by a private class, others by any exception
         message = " ".join(str(error).split())
-        raise ValueError(f"{where} is no configuration of a model of type {kind}: {message}") from error
-    # transformers checks few types and no sizes: what came from its configuration is checked as a file of ours
+        raise ValueError(f"{where} is not a valid configuration of a {kind} model: {message}") from error
+    # transformers checks few types and no sizes, so the result is checked like a configuration file of this package
     return ModelConfig.from_dict(config.to_dict(), where=str(where), folder=folder)
 
 
 def _text_config(theirs: Any, folder: Path) -> Any:
-    """Return the text part of a configuration; in our text towers the MLPs are 4 times as wide as the stream."""
+    """Return the text part of a configuration.
+
+    Raises:
+        ValueError: The hidden width of the MLPs is not 4 times the width, which the text towers here assume.
+    """
     text = theirs.text_config
     if text.intermediate_size != 4 * text.hidden_size:
         raise ValueError(
-            f"{folder / 'config.json'}: the text tower must be 4 times as wide inside its MLPs, "
+            f"{folder / 'config.json'}: intermediate_size of the text tower must be 4 times its hidden_size, "
             f"got {text.intermediate_size}"
         )
     return text
@@ -105,14 +114,14 @@ def _from_clip(theirs: Any, folder: Path) -> ModelConfig:
     where = folder / "config.json"
     activations = {image.hidden_act, text.hidden_act}
     if len(activations) > 1 or not activations <= {"gelu", "quick_gelu"}:
-        raise ValueError(f"{where}: hidden_act must be gelu or quick_gelu, the same in both towers, got {activations}")
+        raise ValueError(f"{where}: hidden_act must be gelu or quick_gelu, equal in both towers, got {activations}")
     for part in (image, text):
         if part.layer_norm_eps != 1e-5:
             raise ValueError(f"{where}: layer_norm_eps must be 1e-5, got {part.layer_norm_eps}")
     processor = read_image_processor(folder, _CLIP_PROCESSOR)
     if processor is not None and processor.image_size != image.image_size:
         raise ValueError(
-            f"{processor.where}: size and crop_size make pictures of {processor.image_size} pixels, the image tower "
+            f"{processor.where}: size and crop_size give images of {processor.image_size} pixels, but the image tower "
             f"of config.json takes image_size {image.image_size}"
         )
     usual = PreprocessConfig()
@@ -137,20 +146,22 @@ def _from_align(theirs: Any, folder: Path) -> ModelConfig:
     where = folder / "config.json"
     name = _EFFICIENTNETS.get((image.width_coefficient, image.depth_coefficient))
     usual = transformers.AlignVisionConfig()
-    # width and depth name a member of the family only where the shapes that they scale are B0's
+    # Width and depth identify a model of the family only if the scaled shapes are those of B0.
     shapes = ("in_channels", "out_channels", "kernel_sizes", "strides", "num_block_repeats", "expand_ratios")
     if name is None or any(list(getattr(image, s)) != list(getattr(usual, s)) for s in shapes):
-        raise ValueError(f"{where}: the image tower is none of EfficientNet-B0 to B8 and L2")
-    # timm's towers come with these alone
+        raise ValueError(f"{where}: the image tower must be an EfficientNet from B0 to B8, or L2")
+    # timm's EfficientNet and this package's BERT have no other activations or pooling
     if image.hidden_act not in ("swish", "silu") or image.pooling_type != "mean" or text.hidden_act != "gelu":
-        raise ValueError(f"{where}: activations must be swish and gelu and the pooling mean")
+        raise ValueError(
+            f"{where}: hidden_act must be swish in the image tower and gelu in the text tower, and pooling_type mean"
+        )
     processor = read_image_processor(folder, _ALIGN_PROCESSOR)
     return ModelConfig(
         embed_dim=theirs.projection_dim,
         init_logit_scale=0.0,
         vision_cfg=EfficientNetConfig(
             timm_model_name=f"tf_efficientnet_{name}",
-            # their configuration's image_size is not that of the training
+            # image_size in Hugging Face's configuration is not the size of the training
             image_size=289 if processor is None else processor.image_size,
             depthwise_padding=tuple(image.depthwise_padding),
         ),
@@ -165,7 +176,7 @@ def _from_align(theirs: Any, folder: Path) -> ModelConfig:
 
 
 def write_huggingface_config(config: ModelConfig, folder: Path) -> None:
-    """Write ``config.json`` and ``preprocessor_config.json`` of a CLIPModel or an AlignModel."""
+    """Write ``config.json`` and ``preprocessor_config.json`` of a CLIPModel or an AlignModel into a folder."""
     image, text = config.vision_cfg, config.text_cfg
     if isinstance(image, ViTConfig) and isinstance(text, CLIPTextConfig):
         theirs, kind = _clip_config(config, image, text), _CLIP_PROCESSOR
@@ -187,7 +198,7 @@ def _clip_config(config: ModelConfig, image: ViTConfig, text: CLIPTextConfig) ->
             **both,
             **_theirs(text, _CLIP_TEXT),
             "intermediate_size": 4 * text.width,
-            # the last two of CLIP's vocabulary, whatever its size
+            # in CLIP's vocabulary, start and end are always the last two tokens
             "bos_token_id": text.vocab_size - 2,
             "eos_token_id": text.vocab_size - 1,
         },

@@ -1,6 +1,7 @@
-"""What open_clip and Hugging Face call our parameters, and how they store them.
+"""Map parameter names and tensor layouts to those of open_clip and Hugging Face.
 
-One table a form, read in both directions: a rule matches names of ours and tells theirs and the layout.
+Each format has one table, which is used in both directions. A rule matches names of this package, and gives the names
+and the layout in the other format.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ BATCHED = Layout(lambda theirs: theirs[0][None], lambda ours: [ours[0]])
 TOKEN = Layout(lambda theirs: theirs[0].reshape(1, 1, -1), lambda ours: [ours.reshape(-1)])
 JOINED = Layout(lambda theirs: torch.cat(list(theirs)), lambda ours: ours.chunk(3))  # query, key, value
 SCALAR = Layout(lambda theirs: theirs[0].reshape(()), lambda ours: [ours])
-# AlignModel divides its logits by a temperature; here they are multiplied by the exponential of logit_scale
+# AlignModel divides its logits by a temperature; the models here multiply them by the exponential of logit_scale
 TEMPERATURE = Layout(lambda theirs: -theirs[0].reshape(()).log(), lambda ours: [(-ours).exp()])
 
 
 class Rule(NamedTuple):
-    ours: str  # regular expression of a whole name
-    theirs: str | tuple[str, ...]  # names, with the groups of the expression
+    ours: str  # regular expression that matches a whole name
+    theirs: str | tuple[str, ...]  # templates of names, with references to the groups of the expression
     layout: Layout = SAME
-    expands: bool | None = None  # of an EfficientNet block: whether it widens its input first; None is either
+    expands: bool | None = None  # restricts the rule to EfficientNet blocks that do or do not widen their input
 
 
 _SCALARS = (Rule(r"(logit_scale|logit_bias)", r"\1", SCALAR),)
@@ -54,7 +55,7 @@ _OPEN_CLIP_VIT = (
     Rule(r"visual\.norm\.(\w+)", r"visual.ln_post.\1"),
     Rule(r"visual\.head\.weight", "visual.proj", TRANSPOSED),
 )
-# {stage} counts from 0 with us, from 1 with them: map_names replaces it.
+# The number of a stage in braces counts from 0 here and from 1 in open_clip: map_names adds 1.
 _OPEN_CLIP_RESNET = (
     Rule(r"visual\.stem\.conv(\d)\.conv\.weight", r"visual.conv\1.weight"),
     Rule(r"visual\.stem\.conv(\d)\.bn\.(\w+)", r"visual.bn\1.\2"),
@@ -99,10 +100,11 @@ _HF_CLIP = (
     Rule(r"text\.ln_final\.(\w+)", r"text_model.final_layer_norm.\1"),
     Rule(r"text\.text_projection", "text_projection.weight", TRANSPOSED),
 )
-# [stage.block] becomes the block's number in the whole tower: map_names replaces it.
+# map_names replaces [stage.block] by the block's number in the whole tower.
 _BLOCK = r"visual\.blocks\.(\d+\.\d+)"
 _HF_BLOCK = r"vision_model.encoder.blocks.[\1]"
-# Blocks that do not widen have no expansion: timm calls their last convolution conv_pw, others' conv_pwl.
+# Blocks that do not widen their input have no expansion convolution. In these blocks timm calls the last convolution
+# conv_pw; in the others conv_pw is the expansion and conv_pwl the last convolution.
 _HF_ALIGN = (
     Rule(r"visual\.conv_stem\.weight", "vision_model.embeddings.convolution.weight"),
     Rule(r"visual\.bn1\.(\w+)", r"vision_model.embeddings.batchnorm.\1"),
@@ -129,15 +131,23 @@ class Mapped(NamedTuple):
 
 
 def map_names(names: Iterable[str], config: ModelConfig, form: str) -> list[Mapped]:
-    """Return what `form` ("fastclip", "open_clip" or "huggingface") calls the `names` of a model's state dict.
+    """Map the names of a model's state dict to another format.
+
+    Args:
+        names: Names of the state dict.
+        config: Configuration of the model.
+        form: "fastclip", "open_clip" or "huggingface".
+
+    Returns:
+        For each name, the names of the tensors in the other format, and how to convert between the two.
 
     Raises:
-        ValueError: the form has no such model.
+        ValueError: The format has no such model.
     """
     names = list(names)
     rules = _rules(config, form)
     blocks = dict.fromkeys(match[1] for name in names if (match := re.match(_BLOCK, name)))
-    # timm numbers blocks within their stages, transformers through the whole tower
+    # timm numbers the blocks within each stage, transformers throughout the whole tower
     numbers = {block: str(number) for number, block in enumerate(blocks)}
     expanding = {block for block in numbers if f"visual.blocks.{block}.conv_pwl.weight" in names}
     mapped = []
@@ -176,7 +186,7 @@ def _rules(config: ModelConfig, form: str) -> tuple[Rule, ...]:
 
 
 def to_form(tensors: Mapping[str, Tensor], mapped: Iterable[Mapped]) -> dict[str, Tensor]:
-    """Return our tensors under their names, contiguous, as safetensors asks for."""
+    """Convert tensors to the names and layouts of `mapped`; the results are contiguous, as safetensors requires."""
     return {
         name: tensor.contiguous()
         for m in mapped

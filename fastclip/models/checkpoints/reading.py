@@ -1,4 +1,4 @@
-"""Reading checkpoints: files and folders of OpenAI, open_clip, Hugging Face and this package. Nothing in them runs."""
+"""Read checkpoints of OpenAI, open_clip, Hugging Face and this package, without running any code that they contain."""
 
 from __future__ import annotations
 
@@ -29,33 +29,37 @@ from fastclip.system.reading import read_json, read_tensors
 __all__ = ["Checkpoint", "read_checkpoint", "read_config"]
 
 logger = logging.getLogger(__name__)
-_INSIDE = ("state_dict", "model_state_dict", "model")  # where training checkpoints keep the weights
-_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-# Not parameters: facts that OpenAI stores beside them, indices and masks of old versions, BERT's pooler, which ALIGN
-# does not use.
+_INSIDE = ("state_dict", "model_state_dict", "model")  # keys under which training checkpoints store the weights
+_PREFIXES = ("module.", "_orig_mod.")  # added to names by DistributedDataParallel and torch.compile
+# Tensors that are not parameters: sizes that OpenAI stores with the weights, and indices and masks of old versions.
+# BERT's pooler is ignored as well, because ALIGN does not use it.
 _IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 _POOLER = "text_model.pooler."
-_MOST_TIMES = 4  # as many bytes may a zip file's entries claim as it has: torch compresses nothing
+# torch does not compress, so the entries of a genuine zip file claim about as many bytes as the file has. A file whose
+# entries claim more than this factor could exhaust the memory when it is unpacked.
+_MOST_TIMES = 4
 
 
 class Checkpoint(NamedTuple):
     path: Path
-    tensors: dict[str, Tensor]  # under the names of their form
+    tensors: dict[str, Tensor]  # under the names of `form`
     form: str  # "fastclip", "open_clip" or "huggingface"
-    config: ModelConfig | None  # where a configuration lies beside the weights
-    quick_gelu: bool | None  # where file or configuration tell the activation
+    config: ModelConfig | None  # None if there is no configuration next to the weights
+    quick_gelu: bool | None  # None if neither the file nor the configuration states the activation
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the weights at `path` into host memory.
+    """Read a checkpoint into host memory.
 
-    A file: safetensors, or what ``torch.save`` wrote (tensors, numbers and strings only), or a TorchScript archive, of
-    which the parameters alone are taken. A folder: ``config.json`` (ours, Hugging Face's CLIPModel or AlignModel) or
-    ``open_clip_config.json`` beside the weights, in one file or in shards.
+    Args:
+        path: A file or a folder. A file is in the safetensors format, or was written by ``torch.save`` (tensors,
+            numbers and strings only), or is a TorchScript archive, of which only the parameters are read. A folder
+            contains ``config.json`` (of this package, or of Hugging Face's CLIPModel or AlignModel) or
+            ``open_clip_config.json``, and the weights in one file or in shards.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`, or a folder holds no weights.
-        ValueError: a file is damaged, would run code, or holds no image-text model.
+        FileNotFoundError: `path` does not exist, or the folder contains no weights.
+        ValueError: A file is damaged, would run code, or is no image-text model.
     """
     path = Path(path)
     config: ModelConfig | None = None
@@ -70,13 +74,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     elif path.is_file():
         file = path
     else:
-        hint = "" if path.suffix or path.parent.name else ": it is a path, and nothing is downloaded"
+        hint = "" if path.suffix or path.parent.name else ": it must be a path, as nothing is downloaded"
         raise FileNotFoundError(f"the checkpoint {path} does not exist{hint}")
 
     archive = file.suffix not in (".safetensors", ".json") and is_torchscript(file)
     tensors = _read_sharded(file) if file.name.endswith(".index.json") else _read_file(file, archive)
     if archive or "input_resolution" in tensors:
-        quick_gelu = True  # archives, and a resolution beside the weights, are OpenAI's way
+        quick_gelu = True  # only OpenAI's checkpoints are TorchScript archives or store input_resolution
     tensors = {
         name: tensor
         for name, tensor in tensors.items()
@@ -87,15 +91,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _config_file(folder: Path) -> Path | None:
-    """Return the configuration that lies in a folder, open_clip's before others."""
+    """Return the path of the configuration file in a folder; open_clip's takes precedence over ``config.json``."""
     return next((folder / name for name in (OPEN_CLIP_CONFIG, CONFIG) if (folder / name).is_file()), None)
 
 
 def read_config(folder: Path) -> ModelConfig | None:
-    """Read the configuration that lies in a folder, open_clip's before others; None where there is none.
+    """Read the configuration in a folder, or return None if the folder contains none.
+
+    ``open_clip_config.json`` takes precedence over ``config.json``.
 
     Raises:
-        ValueError: it is damaged, or no model's of this package; the file is named.
+        ValueError: The file is damaged, or this package has no such model. The message names the file.
     """
     if (path := _config_file(folder)) is None:
         return None
@@ -115,31 +121,38 @@ def read_config(folder: Path) -> ModelConfig | None:
 
 
 def _weights(folder: Path) -> Path:
-    """Return the weights to read: open_clip's beside its configuration, else the first; the log names others."""
+    """Return the path of the weights in a folder.
+
+    If the folder contains several, those of open_clip are preferred next to open_clip's configuration, and otherwise
+    the first name of `WEIGHTS_READ`; a warning names all of them.
+
+    Raises:
+        FileNotFoundError: The folder contains no weights.
+    """
     is_open_clip = (folder / OPEN_CLIP_CONFIG).is_file()
     names = dict.fromkeys((*OPEN_CLIP_WEIGHTS, *WEIGHTS_READ)) if is_open_clip else WEIGHTS_READ
     there = [name for name in names if (folder / name).is_file()]
     if not there:
         if (folder / "model").is_dir():
-            raise FileNotFoundError(f"{folder} is a run: its weights are in {folder / 'model'}")
-        raise FileNotFoundError(f"the folder {folder} holds no weights; looked for {', '.join(WEIGHTS_READ)}")
+            raise FileNotFoundError(f"{folder} is a training run, whose weights are in {folder / 'model'}")
+        raise FileNotFoundError(f"the folder {folder} contains no weights (looked for {', '.join(WEIGHTS_READ)})")
     if len(there) > 1:
-        logger.warning("%s holds weights in %s: %s is read", folder, " and ".join(there), there[0])
+        logger.warning("%s contains weights in %s; reading %s", folder, " and ".join(there), there[0])
     return folder / there[0]
 
 
 def _read_sharded(index: Path) -> dict[str, Tensor]:
     shards = mapping(read_json(index).get("weight_map"), f"{index}: weight_map").values()
     if not all(isinstance(shard, str) for shard in shards):
-        raise ValueError(f"{index}: weight_map must hold the file of each tensor")
+        raise ValueError(f"{index}: weight_map must contain a file name for each tensor")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(shards)):
-        file = index.parent / Path(shard).name  # beside the index, whatever it says
+        file = index.parent / Path(shard).name  # always in the index's folder: the index must not point elsewhere
         if not file.is_file():
             raise FileNotFoundError(f"{index} names the shard {shard}, which does not exist")
         part = _read_file(file, archive=False)
         if twice := sorted(part.keys() & tensors.keys()):
-            raise ValueError(f"{file} holds {twice[0]}, which another shard of {index} holds too")
+            raise ValueError(f"{file} contains {twice[0]}, which another shard of {index} contains as well")
         tensors |= part
     return tensors
 
@@ -150,7 +163,7 @@ def _read_file(file: Path, archive: bool) -> dict[str, Tensor]:
     tensors = read_torchscript(file) if archive else _unwrap(_read_pickled(file), file)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise ValueError(f"{file}: {name} is no plain tensor, but {_kind(tensor)}")
+            raise ValueError(f"{file}: {name} must be a dense tensor on the CPU, got one that is {_kind(tensor)}")
     return tensors
 
 
@@ -161,49 +174,49 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _read_pickled(file: Path) -> Any:
-    """Read what ``torch.save`` wrote; torch's unpickler for weights takes tensors, numbers and strings only."""
+    """Read a file that ``torch.save`` wrote, with torch's unpickler for weights (tensors, numbers and strings only)."""
     with file.open("rb") as opened:
         head = opened.read(16)
     if head[:2] not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and head[257:262] != b"ustar":
         reason = f"it begins with {head!r}" if head else "it is empty"
-        raise ValueError(f"{file} is damaged or no checkpoint: {reason}")
+        raise ValueError(f"{file} is damaged or not a checkpoint: {reason}")
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 claimed, size = sum(info.file_size for info in archive.infolist()), file.stat().st_size
             if claimed > _MOST_TIMES * size:
-                raise ValueError(f"its entries claim {claimed:,} bytes, the file has {size:,}")
-        return torch.load(file, map_location="cpu", weights_only=True)  # a pickle of code is refused, not run
+                raise ValueError(f"its entries claim {claimed:,} bytes, but the file has only {size:,}")
+        return torch.load(file, map_location="cpu", weights_only=True)  # refuses a pickle that would run code
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
-        # torch's own advice, which follows "Please use", is to allow what the pickle asks for
+        # The rest of torch's message, after "Please use", advises to allow the function; it must not reach users.
         if refusal := re.search(r"^\s*WeightsUnpickler error: (.*?)(\. Please use|$)", str(error), re.MULTILINE):
-            reason = f"it holds more than tensors, and unpickling it could run any code ({refusal[1]})"
+            reason = f"it contains more than tensors, and unpickling it could run arbitrary code ({refusal[1]})"
         raise ValueError(f"{file} was not read: {reason}") from error
     except MemoryError:
         raise
-    except Exception as error:  # torch's readers raise what their parsers happen to meet
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's
+    except Exception as error:  # for a damaged file, torch's parsers raise exceptions of many types
+        if isinstance(error, OSError) and error.errno is not None:  # an error of the disk
             raise
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-        raise ValueError(f"{file} is damaged or no checkpoint: {reason}") from error
+        raise ValueError(f"{file} is damaged or not a checkpoint: {reason}") from error
 
 
 def _unwrap(values: Any, file: Path) -> dict[str, Tensor]:
-    """Return the state dict inside what was saved, without the prefixes of wrappers."""
+    """Return the state dict inside of an unpickled checkpoint, without the prefixes that wrappers add to names."""
     if isinstance(values, Mapping):
         inside = next((name for name in _INSIDE if isinstance(values.get(name), Mapping)), None)
         others = [str(name) for name, value in values.items() if name != inside and _holds_tensors(value)]
         if inside is not None:
             if others:  # a moving average of the weights, for instance
-                logger.warning("%s holds %s beside %s, which is read", file, " and ".join(others), inside)
+                logger.warning("%s also contains %s; reading only %s", file, " and ".join(others), inside)
             values = values[inside]
     if not isinstance(values, Mapping):
-        raise ValueError(f"{file} holds no state dict but {type(values).__name__}")
+        raise ValueError(f"{file} must contain a state dict, got {type(values).__name__}")
     tensors = {str(name): value for name, value in values.items() if isinstance(value, Tensor)}
     if not tensors:
         names = ", ".join(map(str, list(values)[:5])) or "nothing"
-        raise ValueError(f"{file} holds no weights: it holds {names}")
+        raise ValueError(f"{file} contains no weights, only {names}")
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
@@ -214,7 +227,14 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _form(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Tensor]]:
-    """Return the form whose names these are, and the tensors under its plain names."""
+    """Recognise the format by the names of the tensors.
+
+    Returns:
+        "fastclip", "open_clip" or "huggingface", and the tensors under the usual names of that format.
+
+    Raises:
+        ValueError: The names belong to no format, or to two text towers.
+    """
     if any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
         return "huggingface", tensors
     if any(name.startswith("visual.") for name in tensors):
@@ -223,12 +243,12 @@ def _form(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Tensor
             plain = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
             if len(plain) < len(tensors):
                 twice = next(name for name in tensors if f"text.{name}" in tensors)
-                raise ValueError(f"{file} holds two text towers: {twice} and text.{twice}")
+                raise ValueError(f"{file} contains two text towers: {twice} and text.{twice}")
             return "open_clip", plain
         return "fastclip", tensors
     if any(name.startswith(("transformer.", "token_embedding.")) for name in tensors):
         return "open_clip", tensors
     names = ", ".join(list(tensors)[:5]) or "nothing"
     raise ValueError(
-        f"{file} is no image-text model of OpenAI, open_clip, Hugging Face or fastclip: it holds {names} ..."
+        f"{file} is no image-text model of OpenAI, open_clip, Hugging Face or fastclip: it contains {names} ..."
     )

@@ -1,8 +1,9 @@
-"""The tensors of a TorchScript archive, read without torch's loader, which runs the archive's own code.
+"""Read the tensors of a TorchScript archive without torch's loader, which would run the code in the archive.
 
-An archive is a zip file. ``data.pkl`` tells modules, attributes and tensors, whose bytes lie in ``data/KEY``; ``code/``
-holds a program, which is not read. The pickle is walked here opcode by opcode: its names of classes and functions are
-names and nothing is called. Sizes are compared with what is in the file before memory is taken for them.
+An archive is a zip file. Its ``data.pkl`` describes the modules, attributes and tensors, and ``data/KEY`` contains the
+bytes of the tensors. The program in ``code/`` is not read. The pickle is interpreted here opcode by opcode. Names of
+classes and functions are treated as plain strings, and nothing is ever called. Sizes are checked against the contents
+of the file before any memory is allocated for them.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _VALUES = ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LO
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _PUT, _GET = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_MOST, _LONGEST_NAME = 100_000, 1000  # modules and tensors, letters
-# What zipfile, pickletools and the functions below raise where a file is not as torch writes it
+_MOST, _LONGEST_NAME = 100_000, 1000  # limits: number of modules and of tensors, characters of a name
+# Exceptions that zipfile, pickletools and the functions below raise for a file that torch did not write
 _DAMAGED = (
     ValueError,
     TypeError,
@@ -53,7 +54,7 @@ _DAMAGED = (
 
 
 class _Global(NamedTuple):
-    name: str  # "module name", of a class or function that is never looked up
+    name: str  # "module name" of a class or function, which is never imported
 
 
 class _Storage(NamedTuple):
@@ -64,7 +65,7 @@ class _Storage(NamedTuple):
 
 class _Strided(NamedTuple):
     storage: _Storage
-    offset: int  # elements, as the next two
+    offset: int  # in elements, like shape and strides
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -75,7 +76,7 @@ class _Module:
 
 
 def is_torchscript(file: Path) -> bool:
-    """Return True for a zip file that ``torch.jit.save`` wrote; ``torch.save`` writes no constants."""
+    """Return True if ``torch.jit.save`` wrote the file; it contains constants, unlike the files of ``torch.save``."""
     if not zipfile.is_zipfile(file):
         return False
     try:
@@ -86,11 +87,12 @@ def is_torchscript(file: Path) -> bool:
 
 
 def read_torchscript(file: Path) -> dict[str, Tensor]:
-    """Return an archive's tensors by dotted name: parameters, buffers and other attributes of its modules.
+    """Read the tensors of an archive: parameters, buffers and other tensor attributes of its modules, by dotted name.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the archive is damaged, or only its program could say what it holds; the message names the file.
+        OSError: The file cannot be read.
+        ValueError: The archive is damaged, or its contents can only be determined by running its program. The message
+            names the file.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -98,32 +100,39 @@ def read_torchscript(file: Path) -> dict[str, Tensor]:
             root = next(name for name in entries if name.endswith("/constants.pkl")).removesuffix("constants.pkl")
             order = archive.read(f"{root}byteorder").decode() if f"{root}byteorder" in entries else "little"
             if order != sys.byteorder:
-                raise ValueError(f"its numbers are {order}-endian")
+                raise ValueError(f"its numbers are {order}-endian, unlike this machine's")
             tensors = _named(_unpickle(archive.read(f"{root}data.pkl")))
             storages = dict.fromkeys(tensor.storage for tensor in tensors.values())
             numbers = {s: _numbers(s, archive.read(f"{root}data/{s.key}")) for s in storages}
         return {name: _tensor(name, tensor, numbers[tensor.storage]) for name, tensor in tensors.items()}
     except _DAMAGED as error:
-        raise ValueError(f"{file} is no TorchScript archive that can be read: {error}") from error
+        raise ValueError(f"{file} is not a readable TorchScript archive: {error}") from error
 
 
 def _entries(archive: zipfile.ZipFile, size: int) -> set[str]:
-    """Return the names of the entries, none twice; those to read lie uncompressed, and no longer than the file."""
+    """Return the names of all entries, after checking the ones that will be read.
+
+    Raises:
+        ValueError: A name occurs twice, or the entries to read are compressed or claim more bytes than the file has.
+    """
     infos = archive.infolist()
     names = {info.filename for info in infos}
     if len(names) < len(infos):
-        raise ValueError("it holds two entries of one name")
+        raise ValueError("it contains two entries with the same name")
     read = [info for info in infos if "/data/" in info.filename or info.filename.endswith(("/data.pkl", "/byteorder"))]
     for info in read:
         if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{info.filename} is compressed, as torch writes none")
+            raise ValueError(f"{info.filename} is compressed, which torch never does")
     if (total := sum(info.file_size for info in read)) > size:
-        raise ValueError(f"its entries claim {total:,} bytes, the file has {size:,}")
+        raise ValueError(f"its entries claim {total:,} bytes, but the file has only {size:,}")
     return names
 
 
 def _unpickle(data: bytes) -> _Module:
-    """Return the outermost module. Lists and what functions would return are left out: they hold no parameters."""
+    """Interpret a pickle and return the outermost module.
+
+    Lists and the results of functions are replaced by placeholders, since they contain no parameters.
+    """
     stack: list[Any] = []
     marks: list[list[Any]] = []
     memo: dict[int, Any] = {}
@@ -158,14 +167,14 @@ def _unpickle(data: bytes) -> _Module:
         elif name == "STOP":
             break
         elif name != "PROTO":
-            raise ValueError(f"its pickle has the opcode {name}, as torch writes none")
+            raise ValueError(f"its pickle has the opcode {name}, which torch never writes")
     if len(stack) != 1 or not isinstance(stack[0], _Module):
-        raise ValueError("it holds no module")
+        raise ValueError("it contains no module")
     return stack[0]
 
 
 def _combine(opcode: str, stack: list[Any]) -> None:
-    """Carry out an opcode that takes the last value, or the last three, and leaves its outcome in their place."""
+    """Execute an opcode that combines the topmost values of the stack into one."""
     last = stack.pop()
     if opcode == "BINPERSID":
         stack.append(_storage(last))
@@ -181,12 +190,12 @@ def _combine(opcode: str, stack: list[Any]) -> None:
         stack.append(_Module() if is_module else None)
     elif opcode == "BUILD" and isinstance(stack[-1], _Module):
         if not isinstance(last, dict):
-            raise ValueError("a module keeps its state in a form of its own, which only its code (__setstate__) reads")
+            raise ValueError("a module stores its state in a custom form, which only its code (__setstate__) can read")
         stack[-1].attributes = last
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
-    """Fill a dictionary; no parameter lies under a key that is no string."""
+    """Fill a dictionary; keys other than strings are skipped, since they belong to no parameter."""
     if isinstance(target, dict):
         target.update((key, value) for key, value in zip(items[::2], items[1::2]) if isinstance(key, str))
 
@@ -194,9 +203,9 @@ def _set_items(target: Any, items: list[Any]) -> None:
 def _storage(arguments: Any) -> _Storage:
     kind, storage_class, key, _, size = arguments  # the fourth is a device
     if kind != "storage" or not isinstance(storage_class, _Global) or not isinstance(key, str) or not _is_size(size):
-        raise ValueError("a tensor's storage is not told as torch tells it")
+        raise ValueError("a tensor's storage is not described as torch describes it")
     if storage_class.name not in _DTYPES:
-        raise ValueError(f"a tensor's storage is a {storage_class.name}, which is none of {', '.join(_DTYPES)}")
+        raise ValueError(f"a tensor's storage must be one of {', '.join(_DTYPES)}, got {storage_class.name}")
     return _Storage(_DTYPES[storage_class.name], key, size)
 
 
@@ -204,7 +213,7 @@ def _strided(arguments: Any) -> _Strided:
     storage, offset, shape, strides = arguments[:4]  # requires_grad and hooks follow
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or not all(map(_is_size, numbers)) or len(shape) != len(strides):
-        raise ValueError("a tensor is not told as torch tells it")
+        raise ValueError("a tensor is not described as torch describes it")
     return _Strided(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -213,14 +222,14 @@ def _is_size(value: Any) -> bool:
 
 
 def _named(root: _Module) -> dict[str, _Strided]:
-    """Return tensors by name. A module may be an attribute of several, and then has several names."""
+    """Return all tensors by dotted name; a module that is an attribute of several modules appears under each name."""
     tensors: dict[str, _Strided] = {}
     waiting, count = [("", root)], 0
     while waiting:
         prefix, module = waiting.pop()
         count += 1
         if count > _MOST or len(tensors) > _MOST or len(prefix) > _LONGEST_NAME:
-            raise ValueError("its modules lie in each other without an end")
+            raise ValueError("its modules contain each other endlessly")
         for name, value in module.attributes.items():
             if isinstance(value, _Module):
                 waiting.append((f"{prefix}{name}.", value))
@@ -230,18 +239,23 @@ def _named(root: _Module) -> dict[str, _Strided]:
 
 
 def _numbers(storage: _Storage, data: bytes) -> Tensor:
-    """Return the elements of a storage (size,)."""
+    """Return the elements of a storage as a tensor (size,)."""
     wanted = storage.size * storage.dtype.itemsize
     if len(data) != wanted:
-        raise ValueError(f"data/{storage.key} has {len(data):,} bytes for {storage.size:,} numbers of {storage.dtype}")
+        raise ValueError(f"data/{storage.key} has {len(data):,} bytes for {storage.size:,} elements of {storage.dtype}")
     return torch.frombuffer(bytearray(data), dtype=storage.dtype) if data else torch.empty(0, dtype=storage.dtype)
 
 
 def _tensor(name: str, strided: _Strided, numbers: Tensor) -> Tensor:
-    """Return a view of the storage: inside, and with no more elements than it has."""
+    """Return a tensor as a view of its storage.
+
+    Raises:
+        ValueError: The view exceeds the storage, or has more elements than the storage (by strides of 0), which could
+            exhaust the memory when it is copied.
+    """
     _, offset, shape, strides = strided
     count = math.prod(shape)
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
     if count > len(numbers) or (count and last >= len(numbers)):
-        raise ValueError(f"{name} of shape {shape} does not lie in its storage of {len(numbers):,} numbers")
+        raise ValueError(f"{name} of shape {shape} exceeds its storage of {len(numbers):,} elements")
     return numbers.as_strided(shape, strides, offset) if count else numbers.new_empty(shape)

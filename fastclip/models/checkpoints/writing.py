@@ -1,4 +1,4 @@
-"""Files of a model: written together, and read back as those that were written together."""
+"""Write the files of a model together, and check when reading that they were written together."""
 
 from __future__ import annotations
 
@@ -33,52 +33,60 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of a folder of this package or of Hugging Face
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # in folders of this package and of Hugging Face
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-WEIGHTS_READ = (  # the first there is
+WEIGHTS_READ = (  # the first file that exists is read
     WEIGHTS,
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     *OPEN_CLIP_WEIGHTS,
 )
-HEAD, CLASSES = "head.safetensors", "classes.json"  # of a classifier
+HEAD, CLASSES = "head.safetensors", "classes.json"  # files of a classifier
 OPEN_CLIP_FILES = (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS[0])
 OWN_FILES = (CONFIG, WEIGHTS, VOCABULARY)
 CLASSIFIER_FILES = (*OWN_FILES, HEAD, CLASSES)
 HUGGINGFACE_FILES = (CONFIG, WEIGHTS, PROCESSOR_FILES[1], VOCABULARY)
-# What tells a model, or is read before what another form writes
+# Files that reveal another model, or that would be read in preference to the files of another format
 _OF_MODELS = (OPEN_CLIP_CONFIG, CONFIG, *WEIGHTS_READ, HEAD)
-_DIGEST = "fastclip.config"  # among the metadata of weights: the BLAKE2b of the configuration beside them
+_DIGEST = "fastclip.config"  # metadata key of the weights: BLAKE2b digest of the configuration written with them
 
 
 @contextmanager
 def new_model(folder: str | Path, files: tuple[str, ...], *, read_first: tuple[str, ...] = ()) -> Iterator[Path]:
-    """A folder to write `files`, or some of them, into, which take their places in `folder` when all went well.
+    """Yield a temporary folder to write `files` into, and move them into `folder` if the block succeeds.
 
     Args:
-        read_first: files that are not written, and that would be read in place of some of `files`.
+        folder: Final folder of the model.
+        files: Names of the files that may be written.
+        read_first: Names of files that are not written, and that a reader would prefer to some of `files`.
 
     Raises:
-        OSError: they cannot be written; nothing has changed.
-        ValueError: `folder` holds files of another model, which would stay beside these.
+        OSError: The files cannot be written. `folder` is unchanged.
+        ValueError: `folder` contains files of another model, which would remain next to the new ones.
     """
     folder = Path(folder)
     if others := [name for name in (*_OF_MODELS, *read_first) if name not in files and (folder / name).exists()]:
-        raise ValueError(f"{folder} holds {others[0]} of another model: choose a folder without, or remove it")
+        raise ValueError(f"{folder} contains {others[0]} of another model: choose another folder, or remove that file")
     with new_files(folder) as half:
         yield half
 
 
 def write_weights(file: Path, tensors: Mapping[str, Tensor], *, config: Path | None = None) -> None:
-    """Write tensors of any device, with a mark of the configuration that they belong to."""
+    """Write tensors of any device to a safetensors file.
+
+    Args:
+        file: Output path.
+        tensors: Tensors by name.
+        config: Configuration file that belongs to the weights. Its digest is stored for `check_written_together`.
+    """
     metadata = {"format": "pt"} | ({} if config is None else {_DIGEST: _digest(config)})
     written: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        # safetensors refuses memory that is shared: a parameter of two names, or parts of one tensor
+        # safetensors refuses tensors that share memory, such as a parameter with two names or two parts of a tensor
         if tensor.untyped_storage().data_ptr() in places:
             tensor = tensor.clone()
         places.add(tensor.untyped_storage().data_ptr())
@@ -87,11 +95,11 @@ def write_weights(file: Path, tensors: Mapping[str, Tensor], *, config: Path | N
 
 
 def check_written_together(weights: Path, config: Path) -> None:
-    """Warn of a configuration that is not the one with which these weights were written."""
+    """Log a warning if the configuration is not the one that the weights were written with."""
     with open_tensors(weights) as opened:
         wanted = (opened.metadata() or {}).get(_DIGEST)
     if wanted is not None and wanted != _digest(config):
-        logger.warning("%s was changed after %s was written, or is another model's", config, weights.name)
+        logger.warning("%s was changed after %s was written, or belongs to another model", config, weights.name)
 
 
 def _digest(config: Path) -> str:

@@ -1,1 +1,1 @@
-"""Texts to numbers."""
+"""Tokenizers of CLIP and BERT."""

@@ -1,4 +1,4 @@
-"""BERT's tokenizer, through transformers, from a local vocabulary or Hugging Face's cache."""
+"""BERT's tokenizer from transformers, with a local vocabulary or one from Hugging Face's cache."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from fastclip.models.tokenizers.vocabulary import words_of
 
 __all__ = ["PAD_ID", "BertTokenizer"]
 
-PAD_ID = 0  # [PAD], the first token of every vocabulary here
+PAD_ID = 0  # id of [PAD], the first token of every supported vocabulary
 
 
 class BertTokenizer:
-    """Texts to WordPiece ids (Devlin et al. 2019): [CLS] words [SEP], then [PAD].
+    """BERT's WordPiece tokenizer (Devlin et al. 2019): [CLS], the words, [SEP], then [PAD].
 
     Args:
-        vocabulary: a ``vocab.txt`` or ``tokenizer.json``, a folder of a tokenizer, or a name in Hugging Face's cache
-            (``bert-base-uncased``). Nothing is downloaded.
-        context_length: tokens a text, at least 2; longer texts are cut, and end in [SEP] all the same.
+        vocabulary: A ``vocab.txt`` or ``tokenizer.json`` file, the folder of a tokenizer, or a name in Hugging Face's
+            cache (``bert-base-uncased``). Nothing is downloaded.
+        context_length: Tokens per text, at least 2. Longer texts are truncated, but still end in [SEP].
 
     Raises:
-        FileNotFoundError: neither a file nor in the cache.
-        ValueError: no vocabulary of BERT, or a tokenizer that treats texts in another way.
+        FileNotFoundError: The vocabulary is neither a file nor in the cache.
+        ValueError: The file is no vocabulary of BERT, its tokenizer processes texts differently, or `context_length`
+            is below 2.
     """
 
     def __init__(self, vocabulary: str | Path, *, context_length: int) -> None:
         if context_length < 2:
-            raise ValueError(f"context_length must hold the start and the end token, got {context_length}")
+            raise ValueError(f"context_length must be at least 2 for the start and the end token, got {context_length}")
         self.context_length = context_length
         self._tokenizer = _load(vocabulary)
         if self._tokenizer.pad_token_id != PAD_ID:
-            raise ValueError(f"{vocabulary}: [PAD] must be token {PAD_ID}, is {self._tokenizer.pad_token_id}")
+            raise ValueError(f"{vocabulary}: [PAD] must be token {PAD_ID}, got {self._tokenizer.pad_token_id}")
 
     @property
     def vocab_size(self) -> int:
@@ -44,13 +45,20 @@ class BertTokenizer:
 
     @property
     def identity(self) -> str:
-        """A digest of vocabulary and length, which differs where texts may have other ids."""
+        """Digest of the vocabulary and the context length; tokenizers with equal digests give equal ids."""
         words = sorted(self._tokenizer.get_vocab().items())
         return hashlib.blake2b(repr((self.context_length, words)).encode(), digest_size=16).hexdigest()
 
     def __call__(self, texts: str | Iterable[str]) -> Tensor:
-        """One text or B of them -> token ids (B, context_length), int64; TypeError for anything else."""
-        # half a surrogate pair has no UTF-8, which the tokenizer's Rust code asks for
+        """Tokenize one text or B texts.
+
+        Returns:
+            Token ids (B, context_length), int64.
+
+        Raises:
+            TypeError: An element is not a string.
+        """
+        # The tokenizer's Rust code needs UTF-8, which cannot represent a lone surrogate.
         texts = [text.encode("utf-8", "replace").decode() for text in texts_of(texts)]
         if not texts:
             return torch.empty(0, self.context_length, dtype=torch.int64)
@@ -71,12 +79,11 @@ def _load(vocabulary: str | Path):  # type: ignore[no-untyped-def]  # a transfor
         return transformers.AutoTokenizer.from_pretrained(
             str(vocabulary), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # what transformers' readers meet
+    except Exception as error:  # transformers' readers raise exceptions of many types
         if path.exists():
             message = " ".join(str(error).split())
             raise ValueError(f"{vocabulary} is no vocabulary or tokenizer of BERT: {message}") from error
         raise FileNotFoundError(
-            f"BERT's vocabulary {str(vocabulary)!r} is neither a file nor in Hugging Face's cache. Where there is a "
-            f"network, `hf download {vocabulary}` fetches it; get_tokenizer(name, vocabulary='path/to/vocab.txt') "
-            "reads a file"
+            f"BERT's vocabulary {str(vocabulary)!r} is neither a file nor in Hugging Face's cache. Download it with "
+            f"`hf download {vocabulary}`, or pass a file: get_tokenizer(name, vocabulary='path/to/vocab.txt')"
         ) from error

@@ -1,4 +1,4 @@
-"""ALIGN's text tower: transformers' BERT, read at [CLS]."""
+"""ALIGN's text tower: BERT from transformers, read out at [CLS]."""
 
 from __future__ import annotations
 
@@ -12,15 +12,25 @@ __all__ = ["BertText"]
 
 
 class BertText(nn.Module):
-    """Jia et al. 2021, section 4.2: the last layer at [CLS] through a linear layer to the image tower's width.
+    """BERT with a linear layer from the last hidden state at [CLS] to the image tower's width (Jia et al. 2021, 4.2).
 
-    ``text.bert`` has transformers' names. Weights are drawn as BERT's (Devlin et al. 2019): normal of 0.02.
+    Parameters below ``text.bert`` have the names of transformers. They are initialised as in BERT (Devlin et al. 2019),
+    from a normal distribution with a standard deviation of 0.02.
+
+    Args:
+        config: Options of the tower.
+        embed_dim: D, the length of the features.
+
+    Raises:
+        ValueError: context_length exceeds max_positions.
     """
 
     def __init__(self, config: BertConfig, embed_dim: int) -> None:
         super().__init__()
         if config.context_length > config.max_positions:
-            raise ValueError(f"context_length {config.context_length} is over max_positions {config.max_positions}")
+            raise ValueError(
+                f"context_length must be at most max_positions {config.max_positions}, got {config.context_length}"
+            )
         sizes = transformers.BertConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.width,
@@ -38,7 +48,7 @@ class BertText(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, L) integer, padded with [PAD] -> features (B, D), not normalised."""
+        """Return features (B, D), not normalised, of token ids (B, L) that are padded with [PAD]."""
         hidden = self.bert(ids, attention_mask=(ids != PAD_ID).long()).last_hidden_state
         return self.proj(hidden[:, 0])
 

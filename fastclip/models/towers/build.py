@@ -1,4 +1,4 @@
-"""The towers of a configuration. Loads timm, and transformers only for a model with BERT."""
+"""Build the towers of a configuration; imports timm, and transformers only for a model with BERT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["image_tower", "text_tower"]
 
 
 def image_tower(config: ModelConfig) -> nn.Module:
-    """images (B, 3, H, W) -> (B, embed_dim), with new weights."""
+    """Build the image tower of a configuration, images (B, 3, H, W) -> features (B, embed_dim), with new weights."""
     image = config.vision_cfg
     if isinstance(image, ResNetConfig):
         return resnet(image, config.embed_dim)
@@ -25,10 +25,10 @@ def image_tower(config: ModelConfig) -> nn.Module:
 
 
 def text_tower(config: ModelConfig) -> nn.Module:
-    """Token ids (B, L) -> (B, embed_dim), with new weights."""
+    """Build the text tower of a configuration, token ids (B, L) -> features (B, embed_dim), with new weights."""
     text = config.text_cfg
     if isinstance(text, BertConfig):
-        from fastclip.models.towers.bert import BertText  # loads transformers
+        from fastclip.models.towers.bert import BertText  # imports transformers
 
         return BertText(text, config.embed_dim)
     return TextTransformer(

@@ -1,4 +1,4 @@
-"""CoSwin, Florence's image tower: timm's Swin with CvT's convolutions where Swin embeds and merges patches."""
+"""CoSwin, Florence's image tower: timm's Swin Transformer with CvT's convolutions for patch embedding and merging."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ __all__ = ["ConvEmbed", "ConvMerging", "coswin"]
 
 
 def coswin(config: CoSwinConfig, embed_dim: int) -> nn.Module:
-    """Yuan et al. 2021, section 2.2: images (B, 3, H, W) -> (B, embed_dim), global average pooling and a projection."""
+    """Build a CoSwin tower with global average pooling and a projection (Yuan et al. 2021, section 2.2).
+
+    The tower turns images (B, 3, H, W) into features (B, embed_dim).
+
+    Raises:
+        ValueError: The width is not a multiple of head_width, or image_size is not a multiple of 4.
+    """
     if config.width % config.head_width:
         raise ValueError(f"width must be a multiple of head_width, got {config.width} and {config.head_width}")
     if config.image_size % ConvEmbed.stride:
@@ -38,7 +44,10 @@ def coswin(config: CoSwinConfig, embed_dim: int) -> nn.Module:
 
 
 class ConvEmbed(PatchEmbed):
-    """(B, 3, H, W) -> (B, H/4, W/4, C): 7 x 7 windows that overlap, then LayerNorm (Wu et al. 2021, CvT)."""
+    """Patch embedding with overlapping 7 x 7 windows and LayerNorm (Wu et al. 2021, CvT).
+
+    Images (B, 3, H, W) become (B, H/4, W/4, C).
+    """
 
     stride = 4
 
@@ -49,7 +58,10 @@ class ConvEmbed(PatchEmbed):
 
 
 class ConvMerging(nn.Module):
-    """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C): 3 x 3 windows that overlap, then LayerNorm (Wu et al. 2021)."""
+    """Patch merging with overlapping 3 x 3 windows and LayerNorm (Wu et al. 2021, CvT).
+
+    Features (B, H, W, C) become (B, ceil(H/2), ceil(W/2), 2C).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""CLIP's and ALIGN's image towers, from timm's parts, initialised as their authors did."""
+"""Image towers of CLIP and ALIGN, built from timm's modules and initialised as by their authors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ __all__ = ["efficientnet", "resnet", "vit"]
 
 
 def vit(config: ViTConfig, embed_dim: int, *, quick_gelu: bool) -> nn.Module:
-    """CLIP's ViT: images (B, 3, H, W) -> (B, embed_dim), the class token behind a projection without bias."""
+    """Build CLIP's ViT, images (B, 3, H, W) -> (B, embed_dim): the class token after a projection without bias.
+
+    Raises:
+        ValueError: The width is not a multiple of head_width, or image_size is not a multiple of patch_size.
+    """
     width = config.width
     if width % config.head_width:
         raise ValueError(f"width must be a multiple of head_width, got {width} and {config.head_width}")
     if config.image_size % config.patch_size:
-        raise ValueError(f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}")
+        raise ValueError(f"image_size must be a multiple of patch_size {config.patch_size}, got {config.image_size}")
     tower = VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
@@ -37,8 +41,8 @@ def vit(config: ViTConfig, embed_dim: int, *, quick_gelu: bool) -> nn.Module:
         weight_init="skip",
     )
     tower.head = nn.Linear(width, embed_dim, bias=False)
-    # The authors' code: what multiplies the residual stream from outside has the scale of width ** -0.5, attention
-    # starts as torch's, all else as torch's layers.
+    # As in the authors' code, the class token, the position embeddings and the projection have a standard deviation of
+    # width ** -0.5. Attention begins like torch's MultiheadAttention, all other layers with torch's defaults.
     for parameter in (tower.cls_token, tower.pos_embed, tower.head.weight):
         assert parameter is not None
         nn.init.normal_(parameter, std=width**-0.5)
@@ -50,7 +54,7 @@ def vit(config: ViTConfig, embed_dim: int, *, quick_gelu: bool) -> nn.Module:
 
 
 def resnet(config: ResNetConfig, embed_dim: int) -> nn.Module:
-    """CLIP's ResNet: images (B, 3, H, W) -> (B, embed_dim) through attention pooling."""
+    """Build CLIP's ResNet, images (B, 3, H, W) -> (B, embed_dim), with attention pooling."""
     width = config.width
     stages = tuple(
         ByoBlockCfg(type="bottle", d=depth, c=4 * width * 2**stage, s=1 if stage == 0 else 2, br=0.25)
@@ -69,7 +73,8 @@ def resnet(config: ResNetConfig, embed_dim: int) -> nn.Module:
     for module in tower.modules():
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()
-    pool = tower.head  # that a block starts as the identity is timm's way, too
+    # Like CLIP, timm initialises each block as the identity, so only the attention pooling is left.
+    pool = tower.head
     for linear in (pool.q, pool.k, pool.v, pool.proj):
         linear.reset_parameters()
         nn.init.normal_(linear.weight, std=pool.in_features**-0.5)
@@ -78,8 +83,12 @@ def resnet(config: ResNetConfig, embed_dim: int) -> nn.Module:
 
 
 def efficientnet(config: EfficientNetConfig, embed_dim: int) -> nn.Module:
-    """ALIGN's EfficientNet: images (B, 3, H, W) -> (B, embed_dim), the mean over places of its last features."""
-    if not timm.is_model(config.timm_model_name):  # others it would look for in a network
+    """Build ALIGN's EfficientNet, images (B, 3, H, W) -> (B, embed_dim): the mean of the last features over positions.
+
+    Raises:
+        ValueError: timm has no EfficientNet of this name, or its width is not `embed_dim`.
+    """
+    if not timm.is_model(config.timm_model_name):  # timm would look for an unknown name on the network
         raise ValueError(f"timm has no model called {config.timm_model_name!r}")
     tower = timm.create_model(config.timm_model_name, num_classes=0, drop_path_rate=config.drop_path)
     if not isinstance(tower, EfficientNet):
@@ -87,8 +96,8 @@ def efficientnet(config: EfficientNetConfig, embed_dim: int) -> nn.Module:
     width = tower.conv_head.in_channels
     if width != embed_dim:
         raise ValueError(
-            f"{config.timm_model_name} has {width} features before its head, which ALIGN takes as they are: "
-            f"embed_dim must be {width}, got {embed_dim}"
+            f"embed_dim must be {width}, the number of features of {config.timm_model_name} before its head, "
+            f"got {embed_dim}"
         )
     tower.conv_head, tower.bn2 = nn.Identity(), nn.Identity()
     tower.num_features = tower.head_hidden_size = width
@@ -101,7 +110,10 @@ def efficientnet(config: EfficientNetConfig, embed_dim: int) -> nn.Module:
 
 
 class _PaddedConv2d(nn.Conv2d):
-    """`conv` with k // 2 zeros right and below, and as many or one less on the other sides, whatever the input."""
+    """Convolution with fixed zero padding: k // 2 on the right and below, and as many or one less on the other sides.
+
+    Unlike TensorFlow's padding, the numbers do not depend on the size of the input.
+    """
 
     def __init__(self, conv: nn.Conv2d, *, both_sides: bool) -> None:
         size = conv.kernel_size[0]

@@ -1,6 +1,6 @@
-"""CLIP's text tower: a causal Transformer whose feature is read at the end-of-text token.
+"""CLIP's text tower: a causal Transformer whose output is read at the end-of-text token.
 
-Parameters are named as in open_clip's TextTransformer, so that its weights load as they are.
+Parameters are named as in open_clip's TextTransformer, so that its weights load without conversion.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ __all__ = ["TextTransformer"]
 
 
 class TextTransformer(nn.Module):
-    """Token and position embedding, pre-LayerNorm blocks with a causal mask, LayerNorm, linear projection.
+    """Causal Transformer with pre-LayerNorm blocks, a final LayerNorm and a linear projection.
 
-    Radford et al. 2021, section 2.4, with the initialisation of the authors' code. The end-of-text token is found as
-    the largest id of a text; whatever follows it (padding) reaches no feature, because attention looks back only.
+    The architecture is that of Radford et al. 2021, section 2.4, with the initialisation of the authors' code. The
+    end-of-text token is located as the largest id of a text. The padding after it does not influence the features,
+    because attention looks only backwards.
 
     Args:
-        width: of the residual stream, a multiple of ``heads``.
-        layers, heads: blocks, and attention heads a block (CLIP: width / 64).
-        output_dim: D of the features.
-        context_length: most tokens a text.
-        vocab_size: number of token ids.
-        quick_gelu: x sigmoid(1.702 x) in place of GELU, as in OpenAI's weights.
+        width: Width of the residual stream, a multiple of ``heads``.
+        layers: Number of blocks.
+        heads: Attention heads per block (CLIP: width / 64).
+        output_dim: D, the length of the features.
+        context_length: Maximum number of tokens per text.
+        vocab_size: Number of token ids.
+        quick_gelu: Use x sigmoid(1.702 x) in place of GELU, as OpenAI's weights need.
+
+    Raises:
+        ValueError: The width is not a multiple of the heads.
     """
 
     def __init__(
@@ -57,10 +62,10 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, L) integer, L at most the context length -> features (B, D), not normalised."""
+        """Return features (B, D), not normalised, of token ids (B, L), where L is at most the context length."""
         x = self.transformer(self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]])
         end = ids.argmax(dim=1)
-        # LayerNorm sees one token at a time, so it may follow the choice of the token.
+        # LayerNorm acts on each token separately, so it can be applied to the selected token alone.
         x = self.ln_final(x[torch.arange(len(ids), device=ids.device), end])
         return x @ self.text_projection
 
@@ -71,7 +76,7 @@ class TextTransformer(nn.Module):
 class _Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool) -> None:
         super().__init__()
-        added_std = (2 * layers * width) ** -0.5  # 2 * layers terms are added to the residual stream
+        added_std = (2 * layers * width) ** -0.5  # each of the 2 * layers residual branches adds to the stream
         self.resblocks = nn.ModuleList(_Block(width, heads, added_std, quick_gelu) for _ in range(layers))
         self.grad_checkpointing = False
 
