@@ -1,1 +1,1 @@
-"""Vectors: of whole data sets, computed so that a stop loses nothing, and of queries that add and subtract terms."""
+"""Embed whole datasets, so that an interruption loses nothing, and queries that add and subtract terms."""

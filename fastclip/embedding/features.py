@@ -1,4 +1,4 @@
-"""Unit vectors of a whole data set, written down as they are computed: whoever stops it goes on where it was."""
+"""Compute the unit vectors of a whole dataset, storing them on the way so that an interrupted call can be resumed."""
 
 from __future__ import annotations
 
@@ -27,35 +27,38 @@ from fastclip.system.reading import open_tensors
 __all__ = ["PART", "FeatureStore", "ImageFeatures", "image_features", "resumable", "text_features"]
 
 logger = logging.getLogger(__name__)
-PART = 4096  # samples of a part of a store, about
-_SECONDS = 60.0  # that a part takes at most: on a CPU a large model takes a second a picture
-Part = dict[str, Tensor]  # rows of some samples in a row, by what they are
+PART = 4096  # approximate number of samples per part of a store
+_SECONDS = 60.0  # maximum time per part: on a CPU, a large model may take a second per image
+Part = dict[str, Tensor]  # tensors by name, each with one row per sample of a contiguous range
 
 
 class ImageFeatures(NamedTuple):
-    """The vectors of the samples that can be used, in the order of the source."""
+    """Vectors of the K usable samples of a source, in the order of the source."""
 
     features: Tensor  # (K, D) float32, unit vectors
-    labels: Tensor  # (K,) int64, places in the source's `class_names`, -1 without
-    indices: Tensor  # (K,) int64, which samples of the source they are
+    labels: Tensor  # (K,) int64, indices into the source's `class_names`; -1 for samples without a class
+    indices: Tensor  # (K,) int64, indices of the samples in the source
 
 
 class FeatureStore:
-    """A folder of what is computed so far, for one model and one list of inputs; parts appear whole or not at all.
+    """Folder with the results computed so far for one model and one list of inputs.
 
-    A part is named after the number of samples before it: several processes, whose parts have other lengths, may fill
-    a store at the same time.
+    The results are stored in parts, and each part appears either completely or not at all. A part is named after the
+    number of samples before it, so that several processes with parts of different lengths may fill a store at the same
+    time.
 
-    It is a means to go on, no cache: `clear` it when the result is there. What `keys` name is taken to be as it was. Of
-    pictures `fastclip.data.identity.picture_states` are such keys: they hold absolute paths, and are others where a
-    picture was replaced. A relative path would be the same key in every working directory.
+    A store exists to resume an interrupted computation; it is not a cache. Call `clear` once the result is written.
+
+    The folder's name depends on the embedder and on `keys`, and inputs with equal keys are assumed to be unchanged. For
+    images, use `fastclip.data.identity.picture_states`, which contain absolute paths and change when a file is
+    replaced. A relative path would give the same key in every working directory.
 
     Args:
-        embedder: whose identity the folder is named after.
-        keys: all that else the result depends on, such as the pictures' states, in their order. The largest picture
-            that is read belongs to them by itself.
-        folder: where the store's folder is made; default: FASTCLIP_CACHE.
-        owned: no other process writes there, so what is half written is a dead one's.
+        embedder: Embedder that computes the vectors, represented by its identity.
+        keys: Everything else that the result depends on, such as the states of the images, in order. A changed limit of
+            the pixels per image is included automatically.
+        folder: Folder in which the store's folder is created (default: ``features`` in FASTCLIP_CACHE).
+        owned: Declare that no other process writes to the store, so that half-written files can be removed at once.
     """
 
     def __init__(
@@ -70,31 +73,34 @@ class FeatureStore:
             mend_files(self.folder, owned=True)
 
     def parts(self) -> list[Part]:
-        """Return the parts from the first one on, without a gap; a damaged one ends them."""
+        """Return all parts up to the first gap or damaged part, in order."""
         return list(self.walk())
 
     def walk(self, *names: str) -> Iterator[Part]:
-        """Yield `parts`, one at a time; of each the tensors of these names, or all."""
+        """Yield `parts` one at a time, each with only the tensors of the given names (default: all tensors)."""
         mend_files(self.folder)
         start = 0
         while (file := self._file(start)).is_file():
             try:
                 with open_tensors(file) as opened:
                     if (samples := int(opened.metadata()["samples"])) < 1:
-                        raise ValueError("it holds no samples")
+                        raise ValueError("it contains no samples")
                     part = {name: opened.get_tensor(name) for name in names or opened.keys()}
             except (ValueError, OSError, KeyError, TypeError) as error:
-                logger.warning("%s is damaged (%s) and computed again", file, error)
+                logger.warning("%s is damaged (%s) and will be computed again", file, error)
                 return
             yield part
             start += samples
 
     def add(self, start: int, part: Part) -> None:
-        """Write down the samples from `start` on: "used" or "features" of `part` has a row of each, else it is one.
+        """Store the part that begins with sample number `start`.
+
+        The number of samples is the number of rows of the tensor "used" or "features"; a part without these counts as
+        one sample.
 
         Raises:
-            OSError: `folder` was given, and its disk is full or cannot be written to; the file is named. Of the cache a
-                warning tells it, once.
+            OSError: The store has a folder of its own (`folder`), which is full or not writable. The message names the
+                file. For a store in FASTCLIP_CACHE, a warning is logged once instead.
         """
         if self._lost:
             return
@@ -102,17 +108,17 @@ class FeatureStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_tensors(self._file(start), part, {"samples": str(samples)})
-        except FileNotFoundError:  # another process has the whole result, and has cleared the store
-            logger.debug("%s is gone", self.folder)
+        except FileNotFoundError:  # another process has finished the result and has cleared the store
+            logger.debug("%s was removed by another process", self.folder)
         except OSError as error:
             if not self._is_cache:
                 raise
             self._lost = True
-            logger.warning("what is computed is not kept (%s), and a stopped command begins anew", error)
+            logger.warning("progress is not saved (%s): an interrupted command will start from the beginning", error)
 
     def clear(self) -> None:
-        """Remove the store."""
-        with suppress(OSError if self._is_cache else FileNotFoundError):  # another process did it
+        """Remove the store with all of its parts."""
+        with suppress(OSError if self._is_cache else FileNotFoundError):  # another process may have removed it
             remove_folder(self.folder)
 
     def _file(self, start: int) -> Path:
@@ -120,7 +126,11 @@ class FeatureStore:
 
 
 def resumable(stores: list[FeatureStore] | None, embedder: Embedder, keys: Iterable[str]) -> FeatureStore | None:
-    """A new store in FASTCLIP_CACHE, put into `stores` too, to be cleared when the result is there; None for None."""
+    """Create a store in FASTCLIP_CACHE and append it to `stores`, whose owner clears it once the result is written.
+
+    Returns:
+        The store, or None if `stores` is None, in which case nothing is stored.
+    """
     if stores is None:
         return None
     stores.append(FeatureStore(embedder, keys))
@@ -136,22 +146,30 @@ def image_features(
     store: FeatureStore | None = None,
     progress: bool = False,
 ) -> ImageFeatures:
-    """Every picture of a source as a unit vector; those that cannot be used are left out, and the log counts them.
+    """Embed all images of a source.
+
+    Images that cannot be used are left out, and their number is logged.
 
     Args:
-        batch_size: pictures at a time.
-        workers: processes that read pictures; 0 reads in this one.
-        store: what it holds is not computed again, and it gets every few thousand pictures that are.
-        progress: show how far it is, on stderr.
+        embedder: Model to embed the images with.
+        source: Dataset to read the images from.
+        batch_size: Images per forward pass.
+        workers: Worker processes that read images (0: read in this process).
+        store: Store with results of an earlier, interrupted call. Its results are reused, and every few thousand new
+            results are added to it.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        Unit vectors, class labels and indices of the usable images.
 
     Raises:
-        ValueError: an empty source or batch, or no picture can be used.
-        OSError, ValueError: what the samples are read from cannot be, or 100 tries find no sample that can be used.
+        ValueError: The source or the batch is empty, no image can be used, or 100 attempts find no usable sample.
+        OSError: A file of the source cannot be read.
     """
     parts = store.parts() if store is not None else []
     size, done = len(source), min(len(source), sum(len(part["used"]) for part in parts))
     if done:
-        logger.info("%s: %d of %d pictures are embedded already", source.spec, done, size)
+        logger.info("%s: %d of %d images are embedded already", source.spec, done, size)
     skipped = Tally()
     batches: Iterator[tuple[Tensor, Tensor, Tensor]] = iter(())
     if done < size or not size:
@@ -161,16 +179,16 @@ def image_features(
         {"features": embedder.embed_images(images), "labels": labels, "used": places >= 0}
         for images, places, labels in batches
     )
-    with Progress(f"pictures of {source.spec}", size, done=done, shown=progress) as bar:
+    with Progress(f"images of {source.spec}", size, done=done, shown=progress) as bar:
         _extend(parts, pieces, store, bar)
     every = _concatenated(parts)
     used = every["used"]
     if not bool(used.all()):
         bad = int((~used).sum())
-        met = f"; met now: {skipped}" if skipped.total else ""
-        logger.warning("%s: %d of %d pictures cannot be used and are left out%s", source.spec, bad, size, met)
+        met = f"; causes in this call: {skipped}" if skipped.total else ""
+        logger.warning("%s: %d of %d images cannot be used and are left out%s", source.spec, bad, size, met)
         if bad == size:
-            raise ValueError(f"{source.spec}: none of {size} pictures can be used")
+            raise ValueError(f"{source.spec}: none of {size} images can be used")
     return ImageFeatures(every["features"][used], every["labels"][used], used.nonzero().flatten())
 
 
@@ -182,7 +200,18 @@ def text_features(
     store: FeatureStore | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """N texts as unit vectors (N, D), in order; options as `image_features`'."""
+    """Embed N texts as unit vectors (N, D), in order.
+
+    Args:
+        embedder: Model to embed the texts with.
+        texts: The texts.
+        batch_size: Texts per forward pass.
+        store: Store with results of an earlier, interrupted call, as in `image_features`.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     parts = store.parts() if store is not None else []
@@ -198,7 +227,7 @@ def text_features(
 
 
 def _extend(parts: list[Part], pieces: Iterable[Part], store: FeatureStore | None, bar: Progress) -> None:
-    """Join pieces to parts of `PART` samples, or of what a minute suffices for, and add each to `parts` and `store`."""
+    """Join pieces into parts of `PART` samples or one minute of work, and add each part to `parts` and `store`."""
     start = sum(len(part["features"]) for part in parts)
     for part in _joined(pieces, bar):
         if store is not None:

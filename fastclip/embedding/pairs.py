@@ -1,4 +1,4 @@
-"""Pictures and captions of a data set as unit vectors, a part at a time: whoever stops it goes on where it was."""
+"""Embed the images and captions of a dataset part by part, so that an interrupted call can be resumed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = ["Pairs", "call_options", "contents_of", "embed_pairs", "faults_of", "
 
 
 class Pairs(NamedTuple):
-    """The vectors of samples in a row, of those that can be used."""
+    """Vectors and captions of the K usable samples in a contiguous range."""
 
     images: Tensor  # (K, D) float32, unit vectors
-    captions: list[tuple[str, ...]]  # K
-    texts: Tensor  # (T, D) float32, unit vectors of all captions, one after the other
+    captions: list[tuple[str, ...]]  # K tuples, each with the captions of one sample
+    texts: Tensor  # (T, D) float32, unit vectors of all captions in order
 
 
 def embed_pairs(
@@ -45,19 +45,25 @@ def embed_pairs(
     workers: int = 0,
     progress: bool = False,
 ) -> None:
-    """Fill `store` up: a part has what `keep` makes of its pairs, "used", (n,) bool of its samples, and "faults".
+    """Embed all samples of a source and store what `keep` derives from them.
 
-    A part is made of whole batches, so that going on gives the bits of a run without a stop.
+    Each part of the store contains the tensors of `keep`, "used" (n,) bool, which marks the usable ones of the part's n
+    samples, and "faults", the causes for the others. Parts consist of whole batches, so that a resumed call gives the
+    same bits as an uninterrupted one.
 
     Args:
-        first_caption: of several captions take the first, not all.
-        finite: leave samples out whose vectors are not finite; with `first_caption`, or without captions.
-        batch_size, workers, progress: as `fastclip.embedding.features.image_features`.
+        embedder: Model to embed images and captions with.
+        source: Dataset to read the samples from.
+        store: Store to fill; its existing parts are reused.
+        keep: Function from the pairs of a part to the tensors to store.
+        first_caption: Use only the first caption of each sample.
+        finite: Leave out samples whose vectors are not finite. Requires `first_caption`, or samples without captions.
+        batch_size, workers, progress: As in `fastclip.embedding.features.image_features`.
 
     Raises:
-        ValueError: an empty source or batch.
-        OSError, ValueError: what the samples are read from cannot be.
-        ChildProcessError: a worker was killed.
+        ValueError: The source or the batch is empty, or the source is damaged.
+        OSError: A file of the source cannot be read, or the store cannot be written.
+        ChildProcessError: A worker process was killed.
     """
     if not len(source):
         raise ValueError(f"{source.spec} is empty")
@@ -65,8 +71,8 @@ def embed_pairs(
     reading |= {"first_caption": first_caption, "finite": finite}
     done = -1
     while (stored := sum(len(part["used"]) for part in store.walk("used"))) < len(source):
-        if stored <= done:  # another process that fills the store up may replace a part, but takes none away
-            raise OSError(f"{store.folder} has lost what was written into it: run this again")
+        if stored <= done:  # another process that fills the same store may replace parts, but never removes any
+            raise OSError(f"{store.folder} has lost parts that were written: run the command again")
         done = stored
         _fill(embedder, source, store, keep, done, **reading)
 
@@ -84,12 +90,12 @@ def _fill(
     workers: int,
     progress: bool,
 ) -> None:
-    """Embed the samples from `start` on."""
+    """Embed the samples from number `start` on and add them to the store."""
     done, size = start, len(source)
     rest = Subset(source, range(done, size))
     batches = pair_batches(rest, embedder.transform, batch_size=batch_size, workers=workers)
     waiting, used, faults = list[Pairs](), list[bool](), Tally()
-    with Progress(f"pictures of {source.spec}", size, done=done, shown=progress) as bar:
+    with Progress(f"images of {source.spec}", size, done=done, shown=progress) as bar:
         for batch in batches:
             pairs = _embedded(embedder, batch, first_caption, batch_size)
             if finite:
@@ -99,7 +105,7 @@ def _fill(
             faults.add(batch.faults)
             bar.moved(len(batch.used))
             done += len(batch.used)
-            if len(used) >= PART or done == size:  # and not after a minute, which would be another part elsewhere
+            if len(used) >= PART or done == size:  # no time limit: the parts must not depend on the machine's speed
                 data = bytearray(json.dumps([faults.counts, faults.keys]).encode())
                 part = {"used": torch.tensor(used), "faults": torch.frombuffer(data, dtype=torch.uint8)}
                 store.add(start, part | keep(_joined(waiting)))
@@ -107,13 +113,16 @@ def _fill(
 
 
 def call_options(embedder: Embedder, source: Source) -> dict[str, Any]:
-    """Return the options that say whose vectors of what a folder holds, for `fastclip.system.claim.claim`."""
+    """Return the options that identify the dataset and the model of a folder, for `fastclip.system.claim.claim`."""
     return {"source": absolute_spec(source.spec), "samples": len(source), "identity": embedder.identity}
 
 
 def contents_of(source: Source) -> str:
-    """A digest of what vectors depend on beside the model: of every sample the captions, and which picture it is
-    (`picture_states`), however its path is spelled; and the largest picture that is read. Pictures are not read."""
+    """Return a digest of the inputs that vectors depend on, apart from the model.
+
+    The digest covers the captions of every sample, the state of its image file (`picture_states`, which does not depend
+    on how the path is written), and the limit of the pixels per image. Images are not read.
+    """
     digest = hashlib.blake2b(limit_in_words().encode(), digest_size=16)
     for index, state in enumerate(picture_states(source)):
         try:
@@ -125,7 +134,7 @@ def contents_of(source: Source) -> str:
 
 
 def faults_of(store: FeatureStore) -> Tally:
-    """Count what is wrong with the samples that cannot be used."""
+    """Return the causes of all unusable samples of a store, with their counts."""
     faults = Tally()
     for part in store.walk("faults"):
         try:
@@ -138,7 +147,7 @@ def faults_of(store: FeatureStore) -> Tally:
 
 
 def utf8(text: str) -> str:
-    """Escape lone surrogates, which names of files may hold and Parquet does not."""
+    """Escape lone surrogates, which may occur in file names but cannot be stored in Parquet."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -152,7 +161,7 @@ def _embedded(embedder: Embedder, batch: PairBatch, first_caption: bool, batch_s
 
 
 def _finite(pairs: Pairs, batch: PairBatch, keys: list[str]) -> tuple[Pairs, PairBatch]:
-    """Leave out the samples of which a vector is not finite, and count them as faults."""
+    """Remove the samples with a vector that is not finite, and count them as faults."""
     whole = pairs.images.isfinite().all(1)
     if len(pairs.texts):
         whole &= pairs.texts.isfinite().all(1)
@@ -162,7 +171,7 @@ def _finite(pairs: Pairs, batch: PairBatch, keys: list[str]) -> tuple[Pairs, Pai
     still[still.nonzero().flatten()] = whole
     used = still.tolist()
     bad = [key for key, was, now in zip(keys, batch.used, used) if was and not now]
-    faults = [Fault("vector is not finite", key, "the model makes no finite numbers of it") for key in bad]
+    faults = [Fault("vector is not finite", key, "the model gives NaN or infinity for it") for key in bad]
     captions = [texts for texts, kept in zip(pairs.captions, whole.tolist()) if kept]
     left = Pairs(pairs.images[whole], captions, pairs.texts[whole] if len(pairs.texts) else pairs.texts)
     return left, batch._replace(used=used, faults=[*batch.faults, *faults])

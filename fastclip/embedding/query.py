@@ -1,9 +1,9 @@
-"""What is searched for: texts and pictures with weights, added and subtracted.
+"""Queries: texts and images with weights, added and subtracted.
 
-``fastclip search`` and ``fastclip eval compose`` have one grammar. A query is a row of terms between ``+`` and ``-``,
-which are operators where white space is around them, outside of quotes. ``2:`` or ``0.5:`` directly before a term is
-its weight, unless a digit follows (``16:9 screenshot`` is a text) that begins no picture's name (``2:001.jpg``). A term
-in double quotes is a text as it stands.
+``fastclip search`` and ``fastclip eval compose`` share this grammar. A query consists of terms joined by ``+`` and
+``-``, which are operators if they are surrounded by white space and not quoted. ``2:`` or ``0.5:`` directly before a
+term is its weight. If a digit follows the colon, it is a weight only before the name of an image (``2:001.jpg``);
+``16:9 screenshot`` is a text. A term in double quotes is taken literally as a text.
 """
 
 from __future__ import annotations
@@ -25,39 +25,41 @@ from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
 
 __all__ = ["Term", "combine", "parse_query", "parse_terms", "parse_texts", "picture_path", "reading", "split_at"]
 
-_CANCELLED = 1e-5  # length of a sum in units of its weights, below which rounding alone decides its direction
+_CANCELLED = 1e-5  # relative to the sum of the weights: rounding determines the direction of a shorter sum
 _MIN_LENGTH, _MAX_LENGTH = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _QUOTED = re.compile(r'"([^"]*)"')
-# An operator is a word of its own ("semi-trailer" is a word), outside of quotes.
+# An operator is surrounded by white space ("semi-trailer" contains none) and not quoted.
 _WORD = re.compile(rf'(?<!\S)(?:(?P<operator>[+-]|=>)|(?:{_NUMBER}:)?"[^"]*")(?!\S)')
 _WEIGHTED = re.compile(rf"({_NUMBER}):(\S.*)", re.DOTALL)  # "10: a film" is a text
 _PATH = re.compile(r"(/|\./|\.\./|~/|file://|[a-z]:\\)", re.IGNORECASE)
-# What a file's name ends in that is meant to be a picture, whether it can be read or not
+# Suffixes of names that are meant to be images, even if the format cannot be read
 _SUFFIXES = PICTURE_SUFFIXES | {".jif", ".dib", ".ico", ".tga"}
-# What may not have been read as it was meant: "3 : 2", "dir/photo", "photo.png", an odd quote
+# Texts that may have been meant differently: "3 : 2", "dir/photo", "photo.png", a stray quote
 _DOUBTFUL = re.compile(rf"{_NUMBER}\s*:.*|[^\s/]*/\S*|\S*\w\.\w{{2,4}}|.*\"", re.DOTALL)
 
 
 class Term(NamedTuple):
-    """A text, or a picture's path, and its weight, which is negative where it is subtracted."""
+    """A text or the path of an image, with its weight, which is negative for a subtracted term."""
 
     weight: float
     text: str = ""
     path: Path | None = None
-    quoted: bool = False  # the text is no name of a picture
+    quoted: bool = False  # the text was quoted, so it never names an image
 
 
 def parse_query(query: str, *, add: Sequence[str] = (), subtract: Sequence[str] = ()) -> list[Term]:
-    """``"2:golden retriever + ./pool.jpg - fruit"`` as three terms, a picture being one that `picture_path` finds.
+    """Parse a query such as ``"2:golden retriever + ./pool.jpg - fruit"``, which has three terms.
 
     Args:
-        add: more terms, which are not looked at for operators.
-        subtract: likewise.
+        query: The query. A term is an image if `picture_path` finds its file.
+        add: Further terms to add; operators inside of them are not interpreted.
+        subtract: Further terms to subtract; operators inside of them are not interpreted.
 
     Raises:
-        ValueError: as `parse_terms` and `picture_path`, or a term is not UTF-8.
+        ValueError: A term is empty or badly quoted (`parse_texts`), names an image that does not exist
+            (`picture_path`), or is not UTF-8.
     """
     terms = parse_terms(query)
     terms += [_term(1, text, query) for text in add] + [_term(-1, text, query) for text in subtract]
@@ -65,27 +67,28 @@ def parse_query(query: str, *, add: Sequence[str] = (), subtract: Sequence[str] 
 
 
 def parse_terms(query: str) -> list[Term]:
-    """Return the terms as `parse_texts` does, but a query that is the path of a file as a whole as one."""
+    """Parse a query like `parse_texts`, except that a query which is as a whole the path of a file is a single term."""
     is_file = _file(_weighted(query.strip())[1]) is not None
     return [_term(1, query, query)] if is_file else parse_texts(query)
 
 
 def parse_texts(query: str) -> list[Term]:
-    """Return the terms of a query, all of them texts: of those who may not name files.
+    """Parse a query in which every term is a text, for callers that must not name files.
 
     Raises:
-        ValueError: a term is empty, or begins with a quote and does not end with its second one; the query is named.
+        ValueError: A term is empty, or begins with a quote that is not closed at its end. The message names the query.
     """
     (_, first), *others = split_at(query, "+", "-")
-    signed = [(1, first)] if first.strip() or not others else []  # else a sign stands before the first term
+    signed = [(1, first)] if first.strip() or not others else []  # empty if the query begins with an operator
     signed += [(-1 if operator == "-" else 1, text) for operator, text in others]
     return [_term(sign, text, query) for sign, text in signed]
 
 
 def split_at(query: str, *operators: str) -> list[tuple[str, str]]:
-    """Return what stands before, between and after words of `operators`, with the word before it, "" at first.
+    """Split a query at operators, such as ``+``, which are separate words outside of quotes.
 
-    What is quoted, with its weight, holds no operators.
+    Returns:
+        The pieces in order, each with the operator in front of it ("" for the first piece).
     """
     parts, operator, start = list[tuple[str, str]](), "", 0
     for match in _WORD.finditer(query):
@@ -96,24 +99,24 @@ def split_at(query: str, *operators: str) -> list[tuple[str, str]]:
 
 
 def picture_path(text: str) -> Path | None:
-    """Return the file that the text of a term names, None where it is plain text.
+    """Return the path of the image that a term names, or None if the term is a text.
 
-    A picture is named by its place (``/``, ``./``, ``../``, ``~/``, ``file://``, ``C:\\``), by the ending of a
-    picture's name, or else by a file of this name that holds a picture.
+    A term names an image if it begins like a path (``/``, ``./``, ``../``, ``~/``, ``file://``, ``C:\\``), if it ends
+    in the suffix of an image, or if an image file of this name exists.
 
     Raises:
-        ValueError: the text must be a picture, and there is no such file; or it is the address of a web page.
+        ValueError: The term can only be an image, but the file does not exist; or it is the address of a web page.
     """
     if re.match("https?://", text):
-        raise ValueError(f"{text}: a picture to search by must be a file; save it first")
+        raise ValueError(f"{text}: an image to search by must be a local file: download it first")
     path = _file(text)
     if path is None and _is_path(text):
-        raise ValueError(f'there is no picture {text} to search by; a text of this name stands in "quotes"')
+        raise ValueError(f'there is no image {text} to search by; if it is meant as a text, put it in "quotes"')
     return path if path is not None and (_is_path(text) or _holds_picture(path)) else None
 
 
 def reading(query: str, terms: Sequence[Term]) -> str:
-    """Say in a line how the terms were read, "" where the query can be read in one way only."""
+    """Describe in one line how the terms were understood, or return "" if the query is unambiguous."""
     if len(terms) == 1 and terms[0].weight == 1:
         text = query.strip()
         if terms[0].path is None and terms[0].text == text and not _DOUBTFUL.fullmatch(text):
@@ -122,24 +125,25 @@ def reading(query: str, terms: Sequence[Term]) -> str:
             return ""
     return " ".join(
         f"{'-' if term.weight < 0 else '+'} {abs(term.weight):g} * "
-        + (f"text {json.dumps(term.text, ensure_ascii=False)}" if term.path is None else f"picture {term.path}")
+        + (f"text {json.dumps(term.text, ensure_ascii=False)}" if term.path is None else f"image {term.path}")
         for term in terms
     )
 
 
 def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]) -> npt.NDArray[np.float32]:
-    """The weighted sum (D,) of unit vectors, which is not scaled to length 1, as rclip's: a score is the weighted sum
-    of the terms' cosines.
+    """Return the weighted sum (D,), float32, of unit vectors (D,).
+
+    The sum is not scaled to unit length, so that a score is the weighted sum of the terms' cosines, as in rclip.
 
     Raises:
-        ValueError: a weight is not finite, the terms cancel each other, or float32 cannot hold the sum.
+        ValueError: A weight is not finite, the terms cancel each other, or the sum is out of the range of float32.
     """
     weights = list(weights)
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite numbers, got {', '.join(f'{weight:g}' for weight in weights)}")
-    with np.errstate(invalid="ignore", over="ignore"):  # a weight may be as large as one likes
+    with np.errstate(invalid="ignore", over="ignore"):  # weights are not limited; an overflow is reported below
         total = np.sum([weight * vector.astype(np.float64) for vector, weight in zip(vectors, weights)], axis=0)
-    length = math.hypot(*total.tolist())  # whose squares neither overflow nor vanish
+    length = math.hypot(*total.tolist())  # hypot squares nothing that could overflow or vanish
     if length <= sum(_CANCELLED * abs(weight) for weight in weights):
         raise ValueError("the terms of the query cancel each other: nothing is left to search for")
     if not _MIN_LENGTH <= length <= _MAX_LENGTH:
@@ -150,8 +154,8 @@ def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]
 def _term(sign: int, text: str, query: str) -> Term:
     weight, text = _weighted(text.strip())
     quoted = _QUOTED.fullmatch(text)
-    if quoted is None and text.startswith('"'):  # read as a text, it would hide a missing quote or operator
-        raise ValueError(f"the query {query!r} has a quote that is not closed, or a word beside one, at {text!r}")
+    if quoted is None and text.startswith('"'):  # taken as a text, it would hide a missing quote or operator
+        raise ValueError(f"the query {query!r} has a quote that is not closed, or a word next to a quote, at {text!r}")
     text = text if quoted is None else quoted[1].strip()
     if not text:
         raise ValueError(f"the query {query!r} has an empty term")
@@ -166,26 +170,26 @@ def _weighted(text: str) -> tuple[float, str]:
 
 
 def _picture(term: Term) -> Term:
-    """The term, as a picture where its text is the path of one."""
+    """Return the term, as an image if its text names one."""
     if not term.quoted and (path := picture_path(term.text)) is not None:
         return Term(term.weight, path=path)
     try:
         term.text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the query {term.text!r} is neither UTF-8 nor the name of a file") from error
+        raise ValueError(f"the term {term.text!r} is neither UTF-8 nor the name of a file") from error
     return term
 
 
 def _is_path(text: str) -> bool:
-    """Return True if nothing but a picture's path can be meant."""
+    """Return True if the text can only be the path of an image."""
     return _PATH.match(text) is not None or os.path.splitext(text)[1].lower() in _SUFFIXES
 
 
 def _file(text: str) -> Path | None:
-    """The file of this name."""
+    """Return the path of the file with this name or ``file://`` address, or None if it does not exist."""
     names = [text]
     if text.lower().startswith("file://"):
-        names = [text[7:], unquote(text[7:])]  # what programs copy has %20 for a blank
+        names = [text[7:], unquote(text[7:])]  # addresses copied from other programs have %20 for a space
     return next((Path(name) for name in map(os.path.expanduser, names) if _exists(name)), None)
 
 
@@ -194,9 +198,9 @@ def _exists(name: str) -> bool:
 
 
 def _holds_picture(path: Path) -> bool:
-    """Return True for a picture, whatever its name, a damaged one too."""
+    """Return True if the file is an image by its contents, even a damaged one."""
     try:
         read_picture(path, str(path))
     except BadSample as bad:
-        return bad.fault.cause != "not an image"  # a damaged picture is named where it is read
+        return bad.fault.cause != "not an image"  # a damaged image is reported later, when it is embedded
     return True

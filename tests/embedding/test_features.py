@@ -139,8 +139,8 @@ def test_what_cannot_be_used_is_left_out_and_said(embedder: Embedder, caplog: py
     with caplog.at_level(logging.WARNING, "fastclip"):
         found = image_features(embedder, Partly({3, 17}), batch_size=8)
     assert found.indices.tolist() == [i for i in range(20) if i not in (3, 17)]
-    assert "2 of 20 pictures cannot be used and are left out" in caplog.text and "partly/3" in caplog.text
-    with pytest.raises(ValueError, match="found no usable sample"):
+    assert "2 of 20 images cannot be used and are left out" in caplog.text and "partly/3" in caplog.text
+    with pytest.raises(ValueError, match="found no sample that can be used"):
         image_features(embedder, Partly(set(range(20))), batch_size=8)
 
 
@@ -244,7 +244,7 @@ def test_cache_that_cannot_be_written_is_no_error(
     monkeypatch.setattr(features, "PART", 2)
     store = FeatureStore(embedder, ["a"])
     assert len(text_features(embedder, ["a", "b", "c", "d"], batch_size=2, store=store)) == 4
-    assert caplog.text.count("is not kept") == 1 and str(tmp_path / "file") in caplog.text
+    assert caplog.text.count("progress is not saved") == 1 and str(tmp_path / "file") in caplog.text
     store.clear()
     with pytest.raises(OSError, match="file"):  # the file to read must exist
         FeatureStore(embedder, ["a"], folder=tmp_path / "file").add(0, {"features": torch.ones(1, 1)})

@@ -142,10 +142,10 @@ def test_answers_are_those_of_brute_force(embedder: Embedder, source: Source, tm
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("china99.jpg + x", 'there is no picture china99.jpg to search by; a text of this name stands in "quotes"'),
-        ("x + china99.ico", "there is no picture china99.ico"),
-        ("./china99 + x", "there is no picture ./china99"),
-        ("https://example.org/china + x", "must be a file"),
+        ("china99.jpg + x", 'there is no image china99.jpg to search by; if it is meant as a text, put it in "quotes"'),
+        ("x + china99.ico", "there is no image china99.ico"),
+        ("./china99 + x", "there is no image ./china99"),
+        ("https://example.org/china + x", "must be a local file"),
         ('x => "china1.jpg"', '"china1.jpg" is no picture of the data'),
         ("x => china99.jpg", "china99.jpg is no picture of the data"),
         ("x => images/flower11.jpg", "images/flower11.jpg is no picture of the data"),

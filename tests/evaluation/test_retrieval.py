@@ -289,7 +289,7 @@ def test_stopped_evaluation_goes_on(
     with caplog.at_level(logging.INFO, logger="fastclip"):
         found = evaluated(checkpoint, f"{split}:test", split.parent / "r.json")
     assert found == whole and sum(calls[4:]) == 24 - 15
-    assert f"{split}:test: 15 of 24 pictures are embedded already" in caplog.text
+    assert f"{split}:test: 15 of 24 images are embedded already" in caplog.text
 
 
 def test_details_are_those_of_brute_force(embedder: Embedder, checkpoint: Path, split: Path) -> None:

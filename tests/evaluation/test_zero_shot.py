@@ -305,7 +305,7 @@ def test_command_goes_on_after_a_stop(
     assert not (tmp_path / "r.json").exists() and calls[0] == 6
     with caplog.at_level(logging.INFO, "fastclip"):
         assert command(checkpoint, *words, tmp_path / "r.json") == 0
-    assert "128 of 360 pictures are embedded already" in caplog.text
+    assert "128 of 360 images are embedded already" in caplog.text
     assert calls[0] == 6 + 8  # the remaining 232 images in batches of 32
     assert (tmp_path / "r.json").read_text() == (tmp_path / "whole.json").read_text()
 

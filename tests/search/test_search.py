@@ -405,7 +405,7 @@ def test_sheet_and_preview_of_the_command(
     ("words", "message"),
     [
         (("cat", "nowhere"), "there is no folder nowhere"),
-        (("./gone.jpg", "."), "there is no picture ./gone.jpg"),
+        (("./gone.jpg", "."), "there is no image ./gone.jpg"),
         (("cat", ".", "-t", "0"), "--top must be positive"),
         (("cat", ".", "-b", "0"), "batch_size and workers must be positive"),
         (("cat", ".", "--checkpoint", "nowhere"), "there is no checkpoint nowhere"),
