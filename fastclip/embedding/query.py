@@ -2,8 +2,8 @@
 
 ``fastclip search`` and ``fastclip eval compose`` share this grammar. A query consists of terms joined by ``+`` and
 ``-``, which are operators if they are surrounded by white space and not quoted. ``2:`` or ``0.5:`` directly before a
-term is its weight. If a digit follows the colon, it is a weight only before the name of an image (``2:001.jpg``);
-``16:9 screenshot`` is a text. A term in double quotes is taken literally as a text.
+term is its weight. If a digit follows the colon, it is a weight only before the name of an image (``2:001.jpg``), so
+that ``16:9 screenshot`` is a text. A term in double quotes is taken literally as a text.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def parse_query(query: str, *, add: Sequence[str] = (), subtract: Sequence[str] 
 
     Args:
         query: The query. A term is an image if `picture_path` finds its file.
-        add: Further terms to add; operators inside of them are not interpreted.
-        subtract: Further terms to subtract; operators inside of them are not interpreted.
+        add: Further terms to add, in which operators are not interpreted.
+        subtract: Further terms to subtract, in which operators are not interpreted.
 
     Raises:
         ValueError: A term is empty or badly quoted (`parse_texts`), names an image that does not exist

@@ -1,1 +1,1 @@
-"""What a trained model is worth."""
+"""Evaluate trained models: zero-shot classification, retrieval, linear probes, robustness and validation."""

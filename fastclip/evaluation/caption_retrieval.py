@@ -1,4 +1,4 @@
-"""Retrieval on a data set: its pictures, each once, with all of their captions."""
+"""Image-text retrieval on a dataset in which each image appears once, with all of its captions."""
 
 from __future__ import annotations
 
@@ -25,30 +25,33 @@ logger = logging.getLogger(__name__)
 
 
 class Captioned(NamedTuple):
-    """The pictures of a source."""
+    """Images of a source, each once, with their captions."""
 
-    source: Subset  # one sample a picture
-    captions: list[tuple[str, ...]]  # of each
-    skipped: int  # pictures of which no sample has a caption that can be used
+    source: Subset  # one sample per image
+    captions: list[tuple[str, ...]]  # captions of each image
+    skipped: int  # number of images without a usable caption
 
 
 class Retrieval(NamedTuple):
-    """The results of `evaluate_retrieval`; M pictures and N captions are those that could be used."""
+    """Results of `evaluate_retrieval` on the M usable images and N usable captions."""
 
-    metrics: dict[str, float]  # of CLIP_benchmark's names, 0 to 1
-    keys: list[str]  # of the pictures, M
-    texts: list[str]  # N
-    pairs: Tensor  # (P, 2) int64, picture and caption
-    of_images: Tensor  # (M,) int64, `best_ranks` among the captions
-    of_texts: Tensor  # (N,) int64, among the pictures
+    metrics: dict[str, float]  # from 0 to 1, by CLIP_benchmark's names
+    keys: list[str]  # M keys of the images
+    texts: list[str]  # N captions
+    pairs: Tensor  # (P, 2) int64, indices of an image and a caption that belong together
+    of_images: Tensor  # (M,) int64, `best_ranks` of the images among the captions
+    of_texts: Tensor  # (N,) int64, `best_ranks` of the captions among the images
     image_features: Tensor  # (M, D) float32, unit vectors
-    text_features: Tensor  # (N, D)
-    skipped: int  # pictures that cannot be used
-    repeated: int  # captions whose text is also that of another picture
-    stores: tuple[FeatureStore, ...]  # to `clear` when the result is written
+    text_features: Tensor  # (N, D) float32, unit vectors
+    skipped: int  # number of images that cannot be used
+    repeated: int  # number of captions whose text another image has as well
+    stores: tuple[FeatureStore, ...]  # stores to `clear` once the result is written
 
     def details(self, *, top: int = 5) -> Iterator[dict[str, Any]]:
-        """Yield rank and most similar items of every caption, then of every picture; rank 1 where the best is right."""
+        """Yield the rank and the `top` most similar items of every caption and then of every image.
+
+        The rank is 1 if the most similar item belongs to the query.
+        """
         images, texts = self.image_features, self.text_features
         ways = (
             ("caption", self.texts, self.keys, self.of_texts, texts, images, self.pairs.flip(1)),
@@ -65,14 +68,18 @@ class Retrieval(NamedTuple):
 
 
 def by_picture(source: Source, *, captions: int | None = None) -> Captioned:
-    """Every picture once, with the captions of all its samples, such as the rows of a table.
+    """Group the samples of a source by image, such as the rows of a table that share an image.
 
-    Spellings of one path, relative ones and links are the same picture (`picture_places`). A further sample of a
-    picture adds the captions that the picture has not; white space makes no difference. Samples whose captions cannot
-    be used are left out, and the log counts them.
+    Different spellings of a path, relative paths and links count as the same image (`picture_places`). Each further
+    sample of an image adds the captions that the image does not have yet; differences in white space are ignored.
+    Samples whose captions cannot be used are left out, and their number is logged.
 
     Args:
-        captions: at most so many of a picture, the first ones.
+        source: Dataset to group.
+        captions: Maximum number of captions per image, of which the first ones are taken (default: all).
+
+    Raises:
+        ValueError: No image has a usable caption.
     """
     firsts: dict[tuple[str, str], int] = {}
     captions_of: dict[tuple[str, str], list[str]] = {}
@@ -89,11 +96,11 @@ def by_picture(source: Source, *, captions: int | None = None) -> Captioned:
         known = captions_of.setdefault(place, [])
         known.extend([text for text in texts if text not in known] if known else texts)
     if len(keys) > len(places):
-        logger.info("%s: %d names of pictures are others' in another spelling", source.spec, len(keys) - len(places))
+        logger.info("%s: %d image names are other spellings of the same files", source.spec, len(keys) - len(places))
     if bad.total:
         logger.warning("%s: captions that cannot be used are left out: %s", source.spec, bad)
     if not firsts:
-        raise ValueError(f"{source.spec}: no picture has a caption that can be used")
+        raise ValueError(f"{source.spec}: no image has a usable caption")
     pictures = Subset(source, list(firsts.values()))
     return Captioned(pictures, [tuple(texts[:captions]) for texts in captions_of.values()], len(places) - len(firsts))
 
@@ -101,7 +108,20 @@ def by_picture(source: Source, *, captions: int | None = None) -> Captioned:
 def picture_features(
     embedder: Embedder, source: Source, *, folder: Path | None = None, **options: Any
 ) -> tuple[ImageFeatures, FeatureStore]:
-    """`image_features` of the source, `options` being that function's, with a store of its own in `folder`."""
+    """Embed the images of a source, keeping the progress in a store.
+
+    Args:
+        embedder: Model to embed the images with.
+        source: Dataset to read the images from.
+        folder: Folder for the store (default: FASTCLIP_CACHE).
+        **options: Further options of `image_features`.
+
+    Returns:
+        The features, and the store to `clear` once the result is written.
+
+    Raises:
+        ValueError: No image can be used, or no feature is finite.
+    """
     store = FeatureStore(embedder, ["pictures", *source.class_names, *picture_states(source)], folder=folder)
     images = image_features(embedder, source, store=store, **options)
     check_finite(images.features, source.spec)
@@ -119,19 +139,26 @@ def evaluate_retrieval(
     folder: Path | None = None,
     progress: bool = False,
 ) -> Retrieval:
-    """Recall at 1, 5 and 10 in both directions (`retrieval_recalls`), over the pictures that can be used.
+    """Evaluate image-text retrieval: recall at 1, 5 and 10 in both directions, over all usable images.
 
-    As in CLIP_benchmark every caption is a query of its own and belongs to its one picture. A caption of the same words
-    at another picture is then a wrong answer that ties, and counts against the model.
+    As in CLIP_benchmark, every caption is a separate query that belongs to one image. If another image has a caption
+    of the same words, that caption is a wrong answer that ties with the right one, and counts against the model.
 
     Args:
-        captions: at most so many of a picture, the first ones; default: all.
-        unique: captions of the same words are one, which belongs to all pictures that have it.
-        batch_size, workers, progress: as of `image_features`.
-        folder: as of `FeatureStore`; what is embedded when the computation stops is there when it starts again.
+        embedder: Model to evaluate.
+        source: Dataset with captions.
+        captions: Maximum number of captions per image, of which the first ones are taken (default: all).
+        unique: Merge captions of the same words into one that belongs to all of their images.
+        batch_size, workers, progress: As in `image_features`.
+        folder: Folder for the progress (default: FASTCLIP_CACHE). An interrupted evaluation continues from there when
+            it is started again.
+
+    Returns:
+        The metrics (`retrieval_recalls`), with the ranks and features that they are computed from.
 
     Raises:
-        ValueError: no picture can be used, or `captions` is below 1; and as `image_features` does.
+        ValueError: `captions` is below 1, or no image can be used.
+        OSError: A file of the source cannot be read.
     """
     if captions is not None and captions < 1:
         raise ValueError(f"captions must be at least 1, got {captions}")
@@ -152,7 +179,7 @@ def evaluate_retrieval(
     else:
         texts, features = [text for _, text in owners], features[numbers]
         pairs = torch.stack([torch.tensor([i for i, _ in owners]), torch.arange(len(owners))], 1)
-    device = embedder.device  # a GPU compares too
+    device = embedder.device  # compare on the GPU if the embedder is there
     ranks = retrieval_ranks(images.features.to(device), features.to(device), pairs, progress=progress)
     of_images, of_texts = (way.cpu() for way in ranks)
     return Retrieval(
@@ -171,6 +198,6 @@ def evaluate_retrieval(
 
 
 def _repeated(owners: Sequence[tuple[int, str]]) -> int:
-    """Captions whose text several pictures have."""
+    """Count the captions whose text several images have."""
     pictures = Counter(text for _, text in set(owners))
     return sum(pictures[text] > 1 for _, text in owners)

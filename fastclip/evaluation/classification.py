@@ -1,4 +1,4 @@
-"""Classification by class embeddings or by a classifier's scores: ranks, predictions and the metrics of both."""
+"""Ranks, predictions and metrics of classification by class embeddings or by the scores of a classifier."""
 
 from __future__ import annotations
 
@@ -31,43 +31,50 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-_CHUNK = 2**24  # similarities at a time, 64 MiB of float32
+_CHUNK = 2**24  # similarities per block, 64 MiB of float32
 
 
 def labelled(images: ImageFeatures, spec: str) -> ImageFeatures:
-    """Return the pictures of `spec` that have a class; the log counts the others.
+    """Return only the images that have a class, and log the number of the others.
+
+    Args:
+        images: Features of images.
+        spec: Name of the dataset in messages.
 
     Raises:
-        ValueError: none has a class.
+        ValueError: No image has a class.
     """
     has_class = images.labels >= 0
     if not bool(has_class.any()):
-        raise ValueError(f"{spec}: none of the pictures has a class")
+        raise ValueError(f"{spec}: none of the images has a class")
     if missing := int((~has_class).sum()):
-        logger.warning("%s: %d pictures without a class are left out", spec, missing)
+        logger.warning("%s: %d images without a class are left out", spec, missing)
     return ImageFeatures(*(part[has_class] for part in images))
 
 
 def mean_directions(features: Tensor) -> Tensor:
-    """(C, T, D) -> unit vectors (C, D): the means of unit vectors, made unit vectors again."""
+    """Return the means of unit vectors over their second dimension, normalised again: (C, T, D) -> (C, D)."""
     return F.normalize(features.mean(dim=1), dim=-1)
 
 
 def class_ranks(features: Tensor, classes: Tensor, labels: Tensor, class_names: Sequence[str]) -> Tensor:
-    """How many classes come before a picture's own, (K,) int64: 0 is a hit at 1.
+    """Return the rank of each image's true class, (K,) int64: the number of classes that come before it.
 
-    A class within 2^-20 of its own in the cosine comes before it: a tie counts against the model (`best_ranks`).
-    Classes of the same name, such as the two "missile" and the two "sunglasses" in CLIP's list for ImageNet, differ in
-    nothing that a model could tell; of them the first comes first, which is what an argmax gives.
+    Rank 0 is a hit at 1. A class whose cosine is within 2^-20 of the true class comes before it, so that ties count
+    against the model (`best_ranks`). Classes of the same name, such as the two "missile" and the two "sunglasses" in
+    CLIP's list for ImageNet, cannot be distinguished by any model. Among them, the order is that of their indices,
+    which is also the result of an argmax.
 
     Args:
-        features: (K, D) of the pictures.
-        classes: (C, D), the class embeddings.
-        labels: (K,) int64, below C.
+        features: Features of the images, (K, D).
+        classes: Class embeddings, (C, D).
+        labels: True classes, (K,) int64, each below C.
+        class_names: Names of the C classes.
     """
     namesakes = _namesakes(class_names, labels.device)[labels]
     picture, column = (namesakes >= 0).nonzero(as_tuple=True)
-    # all namesakes belong to the picture, as rounding would decide which of their equal cosines is larger
+    # All classes of the same name are treated as belonging to the image: rounding would otherwise decide which of
+    # their equal cosines is larger.
     ranks = best_ranks(features, classes, torch.stack([picture, namesakes[picture, column]], dim=1))
     return ranks + _earlier(namesakes, labels)
 
@@ -75,10 +82,14 @@ def class_ranks(features: Tensor, classes: Tensor, labels: Tensor, class_names: 
 def predicted_classes(
     features: Tensor, classes: Tensor, labels: Tensor, ranks: Tensor, class_names: Sequence[str]
 ) -> Tensor:
-    """What a picture is taken for, (K,) int64: its own class where its rank (`class_ranks`) is 0, else another.
+    """Return the predicted class of each image, (K,) int64, consistent with its rank.
 
-    Of several classes that are equally near, within 2^-20 in the cosine, the first is meant. Arguments as
-    `class_ranks`'s; no K x C matrix is stored.
+    The prediction is the true class if its rank (`class_ranks`) is 0, and another class otherwise. Among classes whose
+    cosines are equal to within 2^-20, the first is predicted. No K x C matrix is stored.
+
+    Args:
+        features, classes, labels, class_names: As in `class_ranks`.
+        ranks: The result of `class_ranks`, (K,) int64.
     """
     namesakes = _namesakes(class_names, labels.device)[labels]
     rows, strangers = max(1, _CHUNK // max(1, len(classes))), []
@@ -88,13 +99,13 @@ def predicted_classes(
         picture, column = (places >= 0).nonzero(as_tuple=True)
         similarities[picture, places[picture, column]] = -torch.inf
         strangers.append(first_best(similarities))
-    # where only namesakes come before its class, the first of them is what an argmax takes
+    # If only classes of the same name come before the true class, an argmax takes the first of them.
     others = torch.where(ranks == _earlier(namesakes, labels), namesakes[:, 0], torch.cat(strangers))
     return torch.where(ranks == 0, labels, others)
 
 
 def _namesakes(class_names: Sequence[str], device: torch.device) -> Tensor:
-    """Places of every class's namesakes, itself too, in order and filled up with -1, (C, most) int64."""
+    """Return the indices of all classes with the same name as each class, in order, padded with -1: (C, most) int64."""
     places: dict[str, list[int]] = {}
     for place, name in enumerate(class_names):
         places.setdefault(name, []).append(place)
@@ -104,31 +115,35 @@ def _namesakes(class_names: Sequence[str], device: torch.device) -> Tensor:
 
 
 def _earlier(namesakes: Tensor, labels: Tensor) -> Tensor:
-    """How many of a picture's classes of one name stand before its own, (K,) int64."""
+    """Count the classes with the same name and a lower index than the true class of each image, (K,) int64."""
     return ((namesakes >= 0) & (namesakes < labels[:, None])).sum(1)
 
 
 def score_ranks(scores: Tensor, labels: Tensor, *, size: float = 0.0) -> Tensor:
-    """How many other classes score at least as high as a picture's own, (N,) int64; scores (N, C), labels (N,) int64.
+    """Return the number of other classes that score at least as high as each image's true class, (N,) int64.
 
-    So a tie, and what is not a number, counts against the model. A score that is 2^-20 of `size` below ties too: of
-    float32 products, such as those of two classes with one name, rounding decides which is larger.
+    Ties and NaN count against the model. Scores are tied if they differ by at most 2^-20 of `size`, because rounding
+    decides which of two equal float32 products is larger, such as those of two classes with the same name.
 
     Args:
-        size: what no score exceeds (`ImageClassifier.largest_score`).
+        scores: (N, C) float.
+        labels: True classes, (N,) int64.
+        size: Upper bound of the scores (`ImageClassifier.largest_score`).
     """
     least = least_alike(scores.gather(1, labels[:, None]), size)
-    return (~(scores < least)).sum(1) - 1  # not `scores >= least`, which would let what is no number pass
+    return (~(scores < least)).sum(1) - 1  # `scores >= least` would be False for NaN, in favour of the model
 
 
 def classification_metrics(ranks: Tensor, labels: Tensor, classes: int) -> dict[str, float | None]:
-    """CLIP_benchmark's ``acc1``, ``acc5``, None with less than five classes, and ``mean_per_class_recall``.
+    """Return CLIP_benchmark's metrics ``acc1``, ``acc5`` and ``mean_per_class_recall``, each from 0 to 1.
 
-    From 0 to 1. The last is scikit-learn's `balanced_accuracy_score`: the mean of acc1 over the classes with pictures.
+    ``acc5`` is None with fewer than five classes. ``mean_per_class_recall`` is the mean of acc1 over all classes that
+    have images, which equals scikit-learn's `balanced_accuracy_score`.
 
     Args:
-        ranks: (K,) int64, `class_ranks` or `score_ranks`.
-        labels: (K,) int64, below `classes`.
+        ranks: Ranks of the true classes, (K,) int64, from `class_ranks` or `score_ranks`.
+        labels: True classes, (K,) int64, each below `classes`.
+        classes: Number of classes.
     """
     pictures = labels.bincount(minlength=classes)
     hits = labels[ranks == 0].bincount(minlength=classes)
@@ -150,23 +165,28 @@ def classifier_accuracies(
     workers: int = 0,
     progress: bool = False,
 ) -> dict[str, float | None]:
-    """`classification_metrics` of a classifier on the pictures of a source that can be used and have a class.
+    """Evaluate a classifier on all images of a source that can be used and have a class.
 
     Args:
-        classifier: is put into eval mode.
-        embedder: whose transform, precision and device are taken.
+        classifier: The classifier, which is put into eval mode.
+        embedder: Source of the image transform, the precision and the device.
+        source: Dataset with the classifier's classes.
+        batch_size, workers, progress: As in `image_features`.
+
+    Returns:
+        The `classification_metrics`.
 
     Raises:
-        ValueError: an empty source, no picture can be used, or its classes are not the classifier's.
-        OSError, ValueError: what the samples are read from cannot be.
+        ValueError: The source is empty or damaged, no image can be used, or its classes differ from the classifier's.
+        OSError: A file of the source cannot be read.
     """
     if tuple(source.class_names) != classifier.class_names:
-        raise ValueError(f"{source.spec} has other classes than the classifier: {len(source.class_names)} of them")
+        raise ValueError(f"{source.spec} has other classes than the classifier ({len(source.class_names)} classes)")
     classifier.eval()
     skipped, device, size = Tally(), embedder.device, classifier.largest_score()
     ranks, labels = [], []
     batches = evaluation_batches(source, embedder.transform, batch_size=batch_size, workers=workers, skipped=skipped)
-    with Progress(f"pictures of {source.spec}", len(source), shown=progress) as bar:
+    with Progress(f"images of {source.spec}", len(source), shown=progress) as bar:
         for images, _, classes in batches:
             bar.moved(len(classes))
             has_class = classes >= 0
@@ -176,22 +196,22 @@ def classifier_accuracies(
             labels.append(classes[has_class])
     used = sum(map(len, labels))
     if used < len(source):
-        logger.warning("%s: %d of %d pictures are left out: %s", source.spec, len(source) - used, len(source), skipped)
+        logger.warning("%s: %d of %d images are left out: %s", source.spec, len(source) - used, len(source), skipped)
     if not used:
-        raise ValueError(f"{source.spec}: none of {len(source)} pictures can be used")
+        raise ValueError(f"{source.spec}: none of {len(source)} images can be used")
     return classification_metrics(torch.cat(ranks), torch.cat(labels), len(source.class_names))
 
 
 def confusion(labels: Tensor, predictions: Tensor, classes: int) -> Tensor:
-    """(C, C) int64: how many pictures of class i, the row, are taken for class j."""
+    """Return the confusion matrix (C, C) int64: element (i, j) counts the images of class i predicted as class j."""
     return (labels * classes + predictions).bincount(minlength=classes**2).view(classes, classes)
 
 
 def mistakes(labels: Tensor, predictions: Tensor) -> Tensor:
-    """(P, 3) int64: a class, another that it is taken for, and how many pictures are; the most frequent first.
+    """Return the wrong predictions, most frequent first, as rows (true class, predicted class, images): (P, 3) int64.
 
     No C x C matrix is stored.
     """
     pairs, counts = torch.stack([labels, predictions], dim=1)[labels != predictions].unique(dim=0, return_counts=True)
-    order = counts.argsort(descending=True, stable=True)  # of as many, the first class leads on every processor
+    order = counts.argsort(descending=True, stable=True)  # a stable sort gives the same order on every processor
     return torch.cat([pairs, counts[:, None]], dim=1)[order]

@@ -1,6 +1,6 @@
-"""Retrieval by a picture and words, added and subtracted: ``bus.jpg + "at night" - rain``.
+"""Retrieval by combinations of images and texts, added and subtracted: ``bus.jpg + "at night" - rain``.
 
-Jia et al. 2021 (ALIGN), section 6: the query is the sum of the unit vectors of its pictures and texts.
+As in Jia et al. 2021 (ALIGN), section 6, the query is the sum of the unit vectors of its images and texts.
 """
 
 from __future__ import annotations
@@ -27,42 +27,44 @@ __all__ = ["Answer", "Composed", "Query", "compose", "parse_query", "read_querie
 
 
 class Query(NamedTuple):
-    """A line of a file of queries."""
+    """A query, as read from one line of a file."""
 
     line: str
     terms: tuple[Term, ...]
-    target: str | None = None  # key of the picture that should be found
+    target: str | None = None  # key of the image that the query should retrieve
 
 
 class Answer(NamedTuple):
-    """The pictures most similar to a query, the best first, and where the target is."""
+    """Images most similar to a query, the best first, and the rank of its target."""
 
     query: Query
-    pictures: list[tuple[int, float]]  # place in `Composed.source`, cosine
-    rank: int | None  # how many pictures are at least as similar as the target; None without one
+    pictures: list[tuple[int, float]]  # index in `Composed.source`, cosine
+    rank: int | None  # number of other images that are at least as similar as the target; None without a target
 
 
 class Composed(NamedTuple):
-    """The answers of `compose`."""
+    """Results of `compose`."""
 
     answers: list[Answer]
-    source: Subset  # the pictures that can be used, each once
-    metrics: dict[str, float]  # ``composed_retrieval_recall@K``, of the queries that have a target
-    skipped: int  # pictures that cannot be used
-    stores: tuple[FeatureStore, ...]  # to `clear` when the result is written
+    source: Subset  # usable images, each once
+    metrics: dict[str, float]  # ``composed_retrieval_recall@K`` over the queries with a target
+    skipped: int  # number of images that cannot be used
+    stores: tuple[FeatureStore, ...]  # stores to `clear` once the result is written
 
 
 def parse_query(line: str) -> Query:
-    """``2:dog + beach.jpg - "at night" => target.jpg``: a query of `fastclip.embedding.query`, and perhaps its target.
+    """Parse a line such as ``2:dog + beach.jpg - "at night" => target.jpg``.
+
+    The part before ``=>`` is a query in the grammar of `fastclip.embedding.query`. The target after it is optional.
 
     Raises:
-        ValueError: as `parse_terms`, or there is not one target after ``=>``.
+        ValueError: The query is invalid (`parse_terms`), or ``=>`` is not followed by exactly one target.
     """
     line = line.strip()
     (_, asked), *targets = split_at(line, "=>")
     target = targets[0][1].strip() if targets else None
     if target == "" or len(targets) > 1:
-        raise ValueError(f"{line}: one picture must stand after =>")
+        raise ValueError(f"{line}: => must be followed by exactly one image")
     try:
         return Query(line, tuple(parse_terms(asked)), target)
     except ValueError as error:
@@ -70,11 +72,11 @@ def parse_query(line: str) -> Query:
 
 
 def read_queries(path: str | Path) -> list[Query]:
-    """One a line (`parse_query`); blank lines and those that begin with # are left out.
+    """Read a file with one query per line (`parse_query`), ignoring blank lines and lines that begin with #.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: a line is no query, with its number; or there is none.
+        OSError: The file cannot be read.
+        ValueError: A line is not a valid query, or the file contains no query. The message names the line.
     """
     queries = []
     for number, line in enumerate(read_lines(path), 1):
@@ -84,7 +86,7 @@ def read_queries(path: str | Path) -> list[Query]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not queries:
-        raise ValueError(f"{path}: there is no query")
+        raise ValueError(f"{path}: the file contains no query")
     return queries
 
 
@@ -99,19 +101,24 @@ def compose(
     folder: Path | None = None,
     progress: bool = False,
 ) -> Composed:
-    """The pictures of a source that are most similar to each query, without those that the query names.
+    """Retrieve the images of a source that are most similar to each query.
 
-    A term is a picture of the source where it is the key of one, or the end of just one key from a ``/`` on; else what
-    it is in `fastclip.embedding.query.picture_path`, the picture of a file or a text.
+    Images that a query names are excluded from its answer. A term refers to an image of the source if it is the key of
+    one, or the last path components of exactly one key. Otherwise it is an image file or a text, as decided by
+    `fastclip.embedding.query.picture_path`.
 
     Args:
-        top: pictures of an answer.
-        batch_size, workers, progress: as of `image_features`.
-        folder: as of `FeatureStore`.
+        embedder: Model to embed images and texts with.
+        source: Dataset to search.
+        queries: The queries.
+        top: Number of images per answer.
+        batch_size, workers, progress: As in `image_features`.
+        folder: Folder for the progress (default: FASTCLIP_CACHE).
 
     Raises:
-        ValueError: `top` is below 1, a term has the name of a picture and none is found, or a target; a query's
-            terms have no sum, as of `unit_sum`; and as `image_features` does.
+        ValueError: `top` is below 1, a named image or target does not exist or cannot be used, the terms of a query
+            have no sum (`unit_sum`), or no image can be used.
+        OSError: A file of the source cannot be read.
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
@@ -129,7 +136,7 @@ def compose(
     used = {place: k for k, place in enumerate(images.indices.tolist())}
     for place in {place for place in (*terms.values(), *targets) if isinstance(place, int)}:
         if place not in used:
-            raise ValueError(f"{pictures.key(place)}, which a query names, cannot be used")
+            raise ValueError(f"the image {pictures.key(place)}, which a query names, cannot be used")
         vectors[place] = images.features[used[place]]
     answers = []
     for query, target in zip(queries, targets):
@@ -147,18 +154,18 @@ def compose(
 
 
 def unit_sum(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The unit vector (D,) of the weighted sum of unit vectors (D,); errors as of `combine`."""
+    """Return the weighted sum of unit vectors (D,), normalised, with the errors of `combine`."""
     total = torch.from_numpy(combine([vector.numpy() for vector in vectors], weights)).double()
-    return (total / total.norm()).float()  # in float32 squares of large weights overflow
+    return (total / total.norm()).float()  # the norm is computed in float64, as squares of large weights overflow
 
 
 def _answer(query: Query, vector: Tensor, features: Tensor, named: list[int], target: int | None, top: int) -> Answer:
-    """Search among all pictures but the `named` ones, which the query names."""
+    """Search among all images except those that the query names (`named`)."""
     others = torch.ones(len(features), dtype=torch.bool)
     others[named] = False
     places = others.nonzero().flatten()
     if not len(places):
-        raise ValueError(f"{query.line}: the query names all pictures")
+        raise ValueError(f"{query.line}: the query names all images, so none is left to search")
     scores, best = (x[0].tolist() for x in top_items(vector[None], features[places], top))
     rank = None
     if target is not None:
@@ -168,7 +175,7 @@ def _answer(query: Query, vector: Tensor, features: Tensor, named: list[int], ta
 
 
 class _Meanings:
-    """The meaning of names in queries: the number of a picture of the data, a file, or a text."""
+    """Resolve names in queries to the number of an image in the dataset, to a file, or to a text."""
 
     def __init__(self, keys: Iterable[str], queries: Sequence[Query]) -> None:
         names = {term.text for query in queries for term in query.terms if not term.quoted}
@@ -198,9 +205,9 @@ class _Meanings:
             return None
         place = self._place(query.target)
         if place is None:
-            raise ValueError(f"{query.line}: {query.target} is no picture of the data")
+            raise ValueError(f"{query.line}: the target {query.target} is not an image of the dataset")
         if any(self.of_term(term) == place for term in query.terms):
-            raise ValueError(f"{query.line}: the query names the picture that it should find")
+            raise ValueError(f"{query.line}: the query must not name its target")
         return place
 
     def _place(self, name: str) -> int | None:
@@ -209,10 +216,10 @@ class _Meanings:
                 return self._exact[spelled]
         ends = self._ends.get(name, [])
         if len(ends) > 1:
-            raise ValueError(f"{name} is the name of {len(ends)} pictures: write more of its path")
+            raise ValueError(f"{name} is the name of {len(ends)} images: give more of the path")
         return ends[0] if ends else None
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """Return the names of the same picture; a text is no path, and may be too long for one."""
+    """Return the spellings under which an image may be named; texts, too, are passed, and may be no valid path."""
     return (name, os.path.abspath(name), os.path.realpath(name)) if "\0" not in name else (name,)

@@ -1,4 +1,4 @@
-"""The answers to composed queries as one picture."""
+"""Contact sheets: the answers to composed queries in a single image."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ _SIDE, _GAP, _LINE = 128, 6, 22  # pixels
 
 
 def write_sheet(path: str | Path, composed: Composed, *, queries: int = 50) -> None:
-    """A PNG with a row a query, its line above the pictures that were found, of the first `queries` of them.
+    """Write a PNG with one row per query: the query's line above the images that were retrieved.
 
-    The target is framed.
+    The target is marked by a frame.
+
+    Args:
+        path: Output path.
+        composed: Results of `fastclip.evaluation.composed_retrieval.compose`.
+        queries: Maximum number of queries, of which the first ones are shown.
     """
     answers = composed.answers[:queries]
     columns = max(len(answer.pictures) for answer in answers)

@@ -128,13 +128,13 @@ class DualEncoder(nn.Module):
         """Write the model's weights and configuration into a folder.
 
         The files are ``model.safetensors``, ``config.json`` and, for a model with a vocabulary file, ``vocab.txt``.
-        They replace existing files of the same names, either all of them or none; other files in the folder are kept.
+        They replace existing files of the same names, either all of them or none. Other files in the folder are kept.
         Load the model with `create_model(pretrained=folder)` or `DualEncoder.from_pretrained(folder)`.
 
         Raises:
             OSError: The files cannot be written.
-            ValueError: The folder contains another model, whose files would remain next to the new ones; the model's
-                parameters no longer match its configuration; or its vocabulary file was missing when it was created.
+            ValueError: The folder contains another model, whose files would remain next to the new ones. The model's
+                parameters no longer match its configuration. Its vocabulary file was missing when it was created.
         """
         with new_model(folder, OWN_FILES) as half:
             self.write_files(half)

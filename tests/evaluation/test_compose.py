@@ -77,7 +77,7 @@ def test_file_of_queries(tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("\ufeff# told\n\n  a dog\n- cat\n", encoding="utf-8")
     assert [query.line for query in read_queries(tmp_path / "q.txt")] == ["a dog", "- cat"]
     (tmp_path / "q.txt").write_text("# nothing\n")
-    with pytest.raises(ValueError, match="there is no query"):
+    with pytest.raises(ValueError, match="the file contains no query"):
         read_queries(tmp_path / "q.txt")
     (tmp_path / "q.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="not UTF-8"):
@@ -146,10 +146,10 @@ def test_answers_are_those_of_brute_force(embedder: Embedder, source: Source, tm
         ("x + china99.ico", "there is no image china99.ico"),
         ("./china99 + x", "there is no image ./china99"),
         ("https://example.org/china + x", "must be a local file"),
-        ('x => "china1.jpg"', '"china1.jpg" is no picture of the data'),
-        ("x => china99.jpg", "china99.jpg is no picture of the data"),
-        ("x => images/flower11.jpg", "images/flower11.jpg is no picture of the data"),
-        ("china1.jpg + x => images/china1.jpg", "the query names the picture that it should find"),
+        ('x => "china1.jpg"', 'the target "china1.jpg" is not an image of the dataset'),
+        ("x => china99.jpg", "china99.jpg is not an image of the dataset"),
+        ("x => images/flower11.jpg", "images/flower11.jpg is not an image of the dataset"),
+        ("china1.jpg + x => images/china1.jpg", "the query must not name its target"),
         (f'{"9" * 50}:"dog" => china1.jpg', "the query has no finite vector: is a weight too large"),
         (f'0.{"0" * 50}1:"dog" => china1.jpg', "the query has no finite vector: is a weight too large or too small"),
         (f'{"9" * 400}:"dog"', "weights must be finite numbers, got inf"),
@@ -177,7 +177,7 @@ def test_names_of_several_pictures_and_of_unreadable_ones(embedder: Embedder, tm
         assert found.skipped == 1
         return [str(Path(found.source.key(place)).relative_to(tmp_path)) for place, _ in found.answers[0].pictures]
 
-    with pytest.raises(ValueError, match=r"1\.png is the name of 2 pictures: write more of its path"):
+    with pytest.raises(ValueError, match=r"1\.png is the name of 2 images: give more of the path"):
         asked("1.png + x")
     with pytest.raises(ValueError, match=r"2\.png, which a query names, cannot be used"):
         asked("b/2.png + x")

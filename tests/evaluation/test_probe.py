@@ -169,7 +169,7 @@ def test_labels_that_do_not_fit_are_told(embedder: Embedder, caplog: pytest.LogC
     assert "digits: of 1 classes digits has no picture: eight" in caplog.text
     unnamed = Unlabelled(few, range(6))
     for options in ({"test": unnamed}, {"test": few, "val": unnamed}):
-        with pytest.raises(ValueError, match="digits: none of the pictures has a class"):
+        with pytest.raises(ValueError, match="digits: none of the images has a class"):
             linear_probe(embedder, of_classes(source, {3, 5}, 20), **options)
 
 

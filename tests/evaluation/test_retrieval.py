@@ -152,7 +152,7 @@ def test_spellings_of_a_path_are_one_image(
     found = by_picture(open_source("t.csv"))
     assert (len(found.source), found.captions, found.skipped) == (2, [("a", "b", "a b", "c"), ("a",)], 0)
     assert [found.source.key(k) for k in range(2)] == [f"images/{first}", f"images/{second}"]
-    assert "5 names of pictures are others' in another spelling" in caplog.text
+    assert "5 image names are other spellings of the same files" in caplog.text
 
 
 def test_pictures_that_cannot_be_used_take_their_captions_with_them(
@@ -396,5 +396,5 @@ def test_no_captions_at_all_is_said() -> None:
 
             raise BadSample("no caption", self.key(index), "it has none")
 
-    with pytest.raises(ValueError, match="shared: no picture has a caption that can be used"):
+    with pytest.raises(ValueError, match="shared: no image has a usable caption"):
         by_picture(Silent())
