@@ -66,7 +66,7 @@ class FeatureStore:
     ) -> None:
         digest = hashlib.blake2b(embedder.identity.encode(), digest_size=16)
         for key in (*filter(None, [limit_in_words()]), *keys):
-            digest.update(key.encode("utf-8", "surrogatepass") + b"\0")
+            digest.update(key.encode("utf-8", "surrogatepass") + b"\0")  # file names may contain lone surrogates
         self._is_cache, self._lost = folder is None, False
         self.folder = (folder or env.cache_folder() / "features") / digest.hexdigest()
         if owned:
@@ -99,7 +99,7 @@ class FeatureStore:
         one sample.
 
         Raises:
-            OSError: The store has a folder of its own (`folder`), which is full or not writable. The message names the
+            OSError: The store was created with `folder`, and its disk is full or not writable. The message names the
                 file. For a store in FASTCLIP_CACHE, a warning is logged once instead.
         """
         if self._lost:

@@ -143,7 +143,7 @@ def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]
         raise ValueError(f"weights must be finite numbers, got {', '.join(f'{weight:g}' for weight in weights)}")
     with np.errstate(invalid="ignore", over="ignore"):  # weights are not limited; an overflow is reported below
         total = np.sum([weight * vector.astype(np.float64) for vector, weight in zip(vectors, weights)], axis=0)
-    length = math.hypot(*total.tolist())  # hypot squares nothing that could overflow or vanish
+    length = math.hypot(*total.tolist())  # the squares of a plain norm could overflow or vanish
     if length <= sum(_CANCELLED * abs(weight) for weight in weights):
         raise ValueError("the terms of the query cancel each other: nothing is left to search for")
     if not _MIN_LENGTH <= length <= _MAX_LENGTH:

@@ -221,5 +221,5 @@ class _Meanings:
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """Return the spellings under which an image may be named; texts, too, are passed, and may be no valid path."""
+    """Return a name with its absolute and its real path; a text with a null character has no paths."""
     return (name, os.path.abspath(name), os.path.realpath(name)) if "\0" not in name else (name,)

@@ -1,4 +1,4 @@
-"""Linear probes: what a logistic regression makes of a model's image features."""
+"""Linear probes: logistic regression on a model's image features."""
 
 from __future__ import annotations
 
@@ -29,30 +29,31 @@ from fastclip.system.progress import Progress
 __all__ = ["Probe", "TowerEmbedder", "linear_probe", "sweep"]
 
 logger = logging.getLogger(__name__)
-_PER_DECADE, _DECADES = 8, 6  # values of the penalty: 10 ** -6 to 10 ** 6
-_ITERATIONS = 1000  # as the paper's
-_FITS = 16  # at most: 7 of the coarse grid, 2 at each of 4 halvings, and the last
+_PER_DECADE, _DECADES = 8, 6  # the penalty ranges from 10 ** -6 to 10 ** 6
+_ITERATIONS = 1000  # as in the paper
+_FITS = 16  # maximum: 7 on the coarse grid, 2 at each of 4 halvings, and the final fit
 
 
 class Probe(NamedTuple):
     """Result of `linear_probe`."""
 
     metrics: dict[str, Any]  # by CLIP_benchmark's names (``metrics/linear_probe.py``)
-    sweep: list[tuple[float, float]]  # lambda and its score on the validation split, in the order in which they came
-    unconverged: int  # fits of the sweep that ended after 1,000 iterations
-    converged: bool  # the last fit, which is what is reported
+    sweep: list[tuple[float, float]]  # each lambda with its score on the validation split, in the order of the fits
+    unconverged: int  # number of fits of the sweep that did not converge within 1,000 iterations
+    converged: bool  # True if the final fit, whose metrics are reported, converged
 
 
 class TowerEmbedder(Embedder):
-    """Embed pictures as the features that the image tower projects into the embedding space, not normalised.
+    """Embed images as the features before the projection into the embedding space, not normalised.
 
-    ViT's class token and CoSwin's mean before their projection ("I_f", Radford et al. 2021, figure 3). ResNet's
-    attention pooling and ALIGN's EfficientNet have no projection: theirs are what `encode_image` returns.
+    For ViT these are the class token and for CoSwin the mean over positions ("I_f" in Radford et al. 2021, figure 3).
+    ResNet's attention pooling and ALIGN's EfficientNet have no separate projection, so their features are the outputs
+    of `encode_image`.
     """
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) float32 -> (B, width) float32 on the CPU."""
+        """Return the features of images, (B, 3, H, W) float32 -> (B, width) float32 on the CPU."""
         tower: Any = self.model.visual
         images = images.to(self.device, non_blocking=True)
         with self._autocast():
@@ -75,26 +76,33 @@ def linear_probe(
     stores: list[FeatureStore] | None = None,
     progress: bool = False,
 ) -> Probe:
-    """Logistic regression on image features, as Radford et al. 2021, appendix A.3, do it.
+    """Fit a logistic regression on image features and evaluate it (Radford et al. 2021, appendix A.3).
 
-    scikit-learn's L-BFGS with at most 1,000 iterations minimises the summed cross entropy + lambda / 2 |W|^2, so
-    C = 1 / lambda; the bias is not penalised. `sweep` finds lambda on the validation split; the reported classifier is
-    fitted on train and validation together. Features enter as float64, in which L-BFGS converges for small lambdas.
+    scikit-learn's L-BFGS, with at most 1,000 iterations, minimises the summed cross entropy + lambda / 2 |W|^2, that is
+    C = 1 / lambda. The bias is not penalised. `sweep` selects lambda on the validation split, and the reported
+    classifier is then fitted on the training and validation splits together. Features are converted to float64, in
+    which L-BFGS converges even for small lambdas.
 
     Args:
-        val: default: a fifth of `train`, every class's share alike, drawn by `seed`.
-        features: "tower", as the paper's; or "embedding", the unit vectors, as CLIP_benchmark's.
-        metric: that lambda is chosen by.
-        batch_size, workers, progress: as `fastclip.embedding.features.image_features`'s.
-        stores: gets what is kept to go on after a stop, pictures and fits; clear them when the result is written.
+        embedder: Model to evaluate.
+        train: Training split.
+        test: Test split, with the same classes.
+        val: Validation split (default: a fifth of `train`, stratified by class and drawn with `seed`).
+        features: "tower" for the features before the projection, as in the paper, or "embedding" for the unit vectors,
+            as in CLIP_benchmark.
+        metric: Metric that lambda is selected by.
+        seed: Seed of the default validation split, from 0 to 2^32 - 1.
+        batch_size, workers, progress: As in `fastclip.embedding.features.image_features`.
+        stores: List that receives the stores of embedded images and finished fits, with which an interrupted probe can
+            be resumed. Clear them once the result is written. With None, nothing is stored.
 
     Raises:
-        ValueError: sources without classes or with different ones, pictures of less than two, a class too small to
-            split, features that are not finite, a seed out of range.
-        OSError, ValueError: what the samples are read from cannot be.
+        ValueError: A source has no classes, the sources differ in classes, the training images have fewer than two
+            classes, a class is too small to be split, features are not finite, or the seed is out of range.
+        OSError: A file of a source cannot be read.
     """
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
+        raise ValueError(f"seed must be between 0 and {2**32 - 1}, got {seed}")
     sources = [source for source in (train, test, val) if source is not None]
     _check_sources(sources)
     if features == "tower":
@@ -117,19 +125,25 @@ def linear_probe(
         classifier, converged = _fit(np.concatenate([x, x_val]), np.concatenate([y, y_val]), penalty)
         bar.moved()
     if not converged:
-        logger.warning("the probe itself (lambda %g) ended after 1,000 iterations", penalty)
+        logger.warning("the final fit (lambda %g) did not converge within 1,000 iterations", penalty)
     metrics = {f"lp_{name}": value for name, value in _metrics(classifier, x_test, y_test, classes).items()}
     metrics |= {"weight_decay": penalty, "epochs": None, "seed": seed, "fewshot_k": -1}  # L-BFGS has no epochs
     return Probe(metrics | {"normalized": features == "embedding"}, scores, unconverged, converged)
 
 
 def sweep(score: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
-    """The lambda of the highest `score`, and all that were tried, each with its score.
+    """Search for the lambda with the highest score (Radford et al. 2021, appendix A.3).
 
-    Radford et al. 2021, appendix A.3: from 1e-6, 1e-4 ... 1e6, then the interval around the peak is halved until its
-    values are eighths of a decade. Of equal scores the middle one's lambda counts: on a plateau neither end is better.
+    The search begins with 1e-6, 1e-4 ... 1e6 and then halves the interval around the peak until its values are eighths
+    of a decade. Among equal scores the middle lambda is taken, because neither end of a plateau is better.
+
+    Args:
+        score: Function from lambda to the score.
+
+    Returns:
+        The best lambda, and every lambda that was tried, with its score, in the order of the calls.
     """
-    scores: dict[int, float] = {}  # of lambda = 10 ** (k / 8) by k, which is exact where lambda is not
+    scores: dict[int, float] = {}  # score of lambda = 10 ** (k / 8), by the integer k, which has no rounding errors
     last = _PER_DECADE * _DECADES  # k is from -last to last
 
     def peak(candidates: Sequence[int]) -> int:
@@ -149,13 +163,21 @@ def sweep(score: Callable[[float], float]) -> tuple[float, list[tuple[float, flo
 def _resumed_sweep(
     fit: Callable[[float], tuple[float, bool]], store: FeatureStore | None, bar: Progress
 ) -> tuple[float, list[tuple[float, float]], int]:
-    """`sweep` by a `fit` that also tells whether it converged, and how many did not.
+    """Run `sweep` with a store of finished fits, which are not repeated.
 
-    What `store` holds is not fitted again. It has no lambdas: the sweep tries the same ones in the same order.
+    The store needs no lambdas, because the sweep always tries the same ones in the same order.
+
+    Args:
+        fit: Function from lambda to the score and True if the fit converged.
+        store: Store of finished fits, or None.
+        bar: Progress bar, which moves once per fit.
+
+    Returns:
+        The best lambda, all lambdas with their scores, and the number of fits that did not converge.
     """
     done = store.parts() if store is not None else []
     if done:
-        logger.info("%d fits are there already", len(done))
+        logger.info("%d fits of an earlier call are reused", len(done))
     fits: list[dict[str, Tensor]] = []
 
     def score(penalty: float) -> float:
@@ -173,15 +195,15 @@ def _resumed_sweep(
     penalty, scores = sweep(score)
     unconverged = sum(not part["converged"] for part in fits)
     if unconverged:
-        logger.warning("%d of %d fits of the sweep ended after 1,000 iterations", unconverged, len(fits))
+        logger.warning("%d of %d fits of the sweep did not converge within 1,000 iterations", unconverged, len(fits))
     return penalty, scores, unconverged
 
 
 def _fit(x: Any, y: Any, penalty: float) -> tuple[LogisticRegression, bool]:
-    """The classifier, and whether L-BFGS converged."""
+    """Fit a classifier, and return it with True if L-BFGS converged."""
     classifier = LogisticRegression(C=1 / penalty, max_iter=_ITERATIONS)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")  # else a warning that an earlier fit gave is not given again
+        warnings.simplefilter("always")  # by default, Python shows a repeated warning only once
         classifier.fit(x, y)
     others = [warning for warning in caught if not issubclass(warning.category, ConvergenceWarning)]
     for warning in others:
@@ -190,9 +212,9 @@ def _fit(x: Any, y: Any, penalty: float) -> tuple[LogisticRegression, bool]:
 
 
 def _metrics(classifier: LogisticRegression, x: Any, y: Any, classes: int) -> dict[str, Any]:
-    """`classification_metrics`; a class that the classifier has not met scores below all others."""
+    """Return the `classification_metrics`; classes without training images score below all others."""
     decision = torch.from_numpy(classifier.decision_function(x))
-    if decision.dim() == 1:  # of two classes scikit-learn gives one column, the second's
+    if decision.dim() == 1:  # for two classes, scikit-learn returns only the scores of the second
         decision = torch.stack([-decision, decision], dim=1)
     scores = torch.full((len(decision), classes), -math.inf, dtype=decision.dtype)
     scores[:, torch.from_numpy(classifier.classes_)] = decision
@@ -201,27 +223,34 @@ def _metrics(classifier: LogisticRegression, x: Any, y: Any, classes: int) -> di
 
 
 def _split(source: Source, x: Any, y: Any, seed: int) -> tuple[Any, Any, Any, Any]:
-    """Four fifths and one fifth of x and of y."""
+    """Split x and y into four fifths for training and one fifth for validation, stratified by class."""
     try:
         x, x_val, y, y_val = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
         return x, x_val, y, y_val
     except ValueError as error:
-        raise ValueError(f"{source.spec}: no validation split can be made, give one: {error}") from error
+        raise ValueError(f"{source.spec} cannot be split for validation, pass a validation split: {error}") from error
 
 
 def _inputs(
     embedder: Embedder, stores: list[FeatureStore] | None, source: Source, keys: Sequence[str], **options: Any
 ) -> tuple[Any, Any]:
-    """What a classifier is fitted to, of the pictures that have a class: (K, D) float64 and (K,) int64."""
+    """Return features (K, D) float64 and labels (K,) int64 of all usable images that have a class."""
     images = image_features(embedder, source, store=resumable(stores, embedder, keys), **options)
     features, labels, _ = labelled(images, source.spec)
-    if not bool(features.isfinite().all()):  # which scikit-learn refuses without naming the data
+    if not bool(features.isfinite().all()):  # scikit-learn would refuse them without naming the dataset
         raise ValueError(f"{source.spec}: the model's features are not finite")
     return features.double().numpy(), labels.numpy()
 
 
 def _check_sources(sources: Sequence[Source]) -> None:
-    """Train, test and perhaps validation must have the same classes; of pictures that test shares the log warns."""
+    """Check that all splits have the same classes, and log a warning for images that the test split shares.
+
+    Args:
+        sources: Training split, test split and, optionally, validation split.
+
+    Raises:
+        ValueError: A split has no classes, or the classes differ.
+    """
     train, test = sources[:2]
     for source in sources:
         if not source.class_names:
@@ -233,13 +262,13 @@ def _check_sources(sources: Sequence[Source]) -> None:
     tested = set(picture_places(test))
     for source in (train, *sources[2:]):
         if shared := len(tested.intersection(picture_places(source))):
-            logger.warning("%d pictures of %s are in %s, too", shared, test.spec, source.spec)
+            logger.warning("%d images of %s are also in %s", shared, test.spec, source.spec)
 
 
 def _check_labels(train: Source, y: Any, test: Source, y_test: Any) -> None:
     known = np.unique(y)
     if len(known) < 2:
-        raise ValueError(f"{train.spec}: what can be used of it has {len(known)} classes: nothing to tell apart")
+        raise ValueError(f"{train.spec}: the usable images must have at least two classes, got {len(known)}")
     if len(unknown := np.setdiff1d(y_test, known)):
         names = shown_names([train.class_names[k] for k in unknown])
-        logger.warning("%s: of %d classes %s has no picture: %s", test.spec, len(unknown), train.spec, names)
+        logger.warning("%s has %d classes without images in %s: %s", test.spec, len(unknown), train.spec, names)

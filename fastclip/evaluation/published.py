@@ -1,4 +1,4 @@
-"""Results that papers report, to put beside a model's own; in per cent.
+"""Published results of CLIP, ALIGN and Florence in per cent, for comparison with a model's results.
 
 CLIP is the ViT-L/14 at 336 pixels of Radford et al. 2021 ("Learning Transferable Visual Models From Natural Language
 Supervision"), ALIGN the EfficientNet-L2 with BERT-large of Jia et al. 2021 ("Scaling Up Visual and Vision-Language
@@ -14,7 +14,7 @@ from fastclip.data.sources.classes import SPLITS
 
 __all__ = ["MEAN_PER_CLASS", "RETRIEVAL", "TOP1", "ZERO_SHOT", "top1", "top1_dataset"]
 
-# Zero-shot top-1, by CLIP_benchmark's names: table 4 of Jia et al. 2021, for Florence table 1 of Yuan et al. 2021.
+# Zero-shot top-1 by CLIP_benchmark's names, from table 4 of Jia et al. 2021 (Florence: table 1 of Yuan et al. 2021)
 ZERO_SHOT: dict[str, dict[str, float]] = {
     "CLIP": {"imagenet1k": 76.2, "imagenet-r": 88.9, "imagenet-a": 77.2, "imagenetv2": 70.1},
     "ALIGN": {"imagenet1k": 76.4, "imagenet-r": 92.2, "imagenet-a": 75.8, "imagenetv2": 70.1},
@@ -27,7 +27,7 @@ def _recalls(of_images: tuple[float, float], of_texts: tuple[float, float]) -> d
     return texts | {f"image_retrieval_recall@{k}": value for k, value in zip((1, 5), of_texts)}
 
 
-# Zero-shot, in per cent, on Karpathy's test splits: 1,000 pictures of Flickr30K, 5,000 of COCO.
+# Zero-shot recall in per cent on Karpathy's test splits: 1,000 images of Flickr30K, 5,000 images of COCO
 RETRIEVAL = {
     "flickr30k": {
         "CLIP": _recalls((88.0, 98.7), (68.7, 90.6)),
@@ -46,8 +46,8 @@ _DATASETS = (
     *("voc2007", "dtd", "pets", "caltech101", "flowers", "imagenet"),
 )
 
-# Classification, by system and data set. "CLIP" and "Florence" are zero-shot; what the tables call fine-tuned is for
-# CLIP its linear probe (table 10 of its paper).
+# Classification accuracy by model and dataset. "CLIP" and "Florence" are zero-shot. For CLIP, the row that the tables
+# call fine-tuned is its linear probe (table 10 of its paper).
 TOP1: dict[str, dict[str, float]] = {
     name: {dataset: value for dataset, value in zip(_DATASETS, values) if value is not None}
     for name, values in {
@@ -59,19 +59,27 @@ TOP1: dict[str, dict[str, float]] = {
     }.items()
 }
 
-# Of these CLIP's paper reports the mean over classes (table 9), and VOC2007's mean average precision; else top-1.
+# Datasets for which CLIP's paper reports the mean over classes (table 9). For VOC2007 it reports the mean average
+# precision, and for all others top-1.
 MEAN_PER_CLASS = frozenset({"aircraft", "pets", "caltech101", "flowers"})
 
 
 def top1(dataset: str) -> dict[str, float]:
-    """Return `TOP1` on a data set by system; ValueError for a data set that it does not have."""
+    """Return the published accuracies (`TOP1`) on a dataset, in per cent by model.
+
+    Raises:
+        ValueError: There are no published results for the dataset.
+    """
     if dataset not in _DATASETS:
-        raise ValueError(f"there are no published numbers of {dataset!r}, but of {', '.join(_DATASETS)}")
+        raise ValueError(f"there are no published numbers of {dataset!r}: choose one of {', '.join(_DATASETS)}")
     return {name: values[dataset] for name, values in TOP1.items() if dataset in values}
 
 
 def top1_dataset(path: str) -> str | None:
-    """Return the data set of `TOP1` that a folder, or the folder of a split such as test/, is called after, or None."""
+    """Return the dataset of `TOP1` that a folder is named after, or None.
+
+    For the folder of a split, such as ``pets/test``, the name of its parent counts.
+    """
     folder = Path(path)
     name = (folder.parent if folder.name.lower() in SPLITS else folder).name.lower()
     return name if name in _DATASETS else None

@@ -1,4 +1,4 @@
-"""Results as JSON in the form of CLIP_benchmark, and as tables."""
+"""Write results as JSON in the format of CLIP_benchmark, and format them as tables."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ __all__ = ["result", "table", "write_lines", "write_results"]
 def result(
     *, dataset: str, task: str, model: str, pretrained: str, metrics: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """One result as CLIP_benchmark (LAION, ``clip_benchmark/cli.py``) writes it.
+    """Return a result as a dictionary in the format of CLIP_benchmark (LAION, ``clip_benchmark/cli.py``).
 
     Args:
+        dataset: Name of the dataset.
         task: ``zeroshot_classification``, ``zeroshot_retrieval``, ``linear_probe`` ...
-        metrics: by CLIP_benchmark's names.
-        more: what it has no key for.
+        model: Name of the model.
+        pretrained: Name of the weights.
+        metrics: Metrics by CLIP_benchmark's names.
+        **more: Further values, for which CLIP_benchmark has no key.
     """
     return {
         "dataset": dataset,
@@ -34,14 +37,17 @@ def result(
 
 
 def write_results(path: str | Path, results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-    """One result as an object, several as a list; numbers that are not finite become null, which JSON has."""
+    """Write one result as a JSON object, or several as a list.
+
+    Numbers that are not finite become null, because JSON cannot represent them.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
 
 
 def write_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """JSON lines, one at a time, and the file whole or not at all; numbers as in `write_results`."""
+    """Write rows as JSON lines, with numbers as in `write_results`; the file appears only once it is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as half, half.open("w", encoding="utf-8") as file:
@@ -59,7 +65,10 @@ def _finite(value: Any) -> Any:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns side by side, the first to the left, the others to the right; floats with one digit, None as a dash."""
+    """Format a table as text, with the first column aligned left and the others aligned right.
+
+    Floats are shown with one decimal, None as a dash.
+    """
     cells = [[_cell(value) for value in row] for row in (head, *rows)]
     widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
     lines = [

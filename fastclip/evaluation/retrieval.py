@@ -1,4 +1,4 @@
-"""Retrieval: how often what belongs to a query is among the K items most similar to it."""
+"""Retrieval metrics: how often an item that belongs to a query is among the K items most similar to the query."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-_CPU_SIDE = 1024  # of a tile of similarities: 4 MiB of float32, which a core's cache holds
-_GPU_SIDE = 4096  # 64 MiB: a smaller product leaves most of a GPU idle
+_CPU_SIDE = 1024  # side of a tile of similarities: 4 MiB of float32, which fit in the cache of a core
+_GPU_SIDE = 4096  # 64 MiB: smaller products leave most of a GPU idle
 
 
 def retrieval_recalls(
@@ -40,26 +40,31 @@ def retrieval_recalls(
     ks: Sequence[int] = (1, 5, 10),
     chunk: int | None = None,
 ) -> dict[str, float]:
-    """Recall at K in both directions, as papers on CLIP report it; no M x N matrix is stored.
+    """Compute recall at K in both directions, as reported by papers on CLIP, without storing an M x N matrix.
 
-    A text is a hit at K when one of its images is among the K images most similar to it, an image when one of its
-    texts is. The keys are those of CLIP_benchmark (LAION, ``metrics/zeroshot_retrieval.py``), for each K of ``ks``:
-    ``image_retrieval_recall@K``, the share of the texts that are hits, and ``text_retrieval_recall@K``, of the images.
+    A text is a hit at K if one of its images is among the K images most similar to it, and an image is a hit if one of
+    its texts is among the K texts most similar to it.
 
-    Two things differ from CLIP_benchmark. It takes the first K of ``topk``, which orders items that are alike at will,
-    so that a model whose features are all the same can score anything; here whatever does not belong to the query and
-    comes within 2^-20 of the best that does is counted before it, and such a model scores chance at best. And there a
-    text has one image; here any number, and those with no partner at all are left out of the mean.
+    There are two differences from CLIP_benchmark. First, ties count against the model: an item that does not belong to
+    the query precedes the best item that does if its cosine is within 2^-20. CLIP_benchmark takes the first K of
+    ``topk``, whose order of equal items is arbitrary, so that a model with constant features can score anything; here
+    such a model scores no better than chance. Second, a text may have any number of images, not only one. Images and
+    texts without a partner are left out of the mean.
 
     Args:
-        image_features: (M, D), of any length; float32, or float64, in which they are then compared.
+        image_features: (M, D), float32 or float64, not necessarily normalised. Cosines are computed in float64 only if
+            the features are float64.
         text_features: (N, D).
-        pairs: (P, 2) int64, the (image, text) that belong together.
-        ks: each at least 1; may be larger than M and N.
-        chunk: sides of the tiles in which similarities are computed; default: 1,024 on a CPU, 4,096 on a GPU.
+        pairs: (P, 2) int64, indices (image, text) that belong together.
+        ks: Values of K, each at least 1. They may exceed M and N.
+        chunk: Side of the tiles in which similarities are computed (default: 1,024 on a CPU, 4,096 on a GPU).
+
+    Returns:
+        For each K, ``image_retrieval_recall@K``, the share of the texts that are hits, and ``text_retrieval_recall@K``,
+        the share of the images. The keys are those of CLIP_benchmark (LAION, ``metrics/zeroshot_retrieval.py``).
 
     Raises:
-        ValueError: shapes, a K or a chunk below 1, no pair, or a pair of what is not there.
+        ValueError: Shapes do not fit, a K or the chunk is below 1, there are no pairs, or an index is out of range.
     """
     if any(k < 1 for k in ks):
         raise ValueError(f"ks must be at least 1, got {tuple(ks)}")
@@ -69,27 +74,33 @@ def retrieval_recalls(
 
 
 def recalls(of_images: Tensor, of_texts: Tensor, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Return `retrieval_recalls` of the ranks that `retrieval_ranks` returns."""
+    """Compute the metrics of `retrieval_recalls` from the ranks that `retrieval_ranks` returns."""
     images = {f"image_retrieval_recall@{k}": recall(of_texts, k) for k in ks}
     return images | {f"text_retrieval_recall@{k}": recall(of_images, k) for k in ks}
 
 
 def recall(ranks: Tensor, k: int) -> float:
-    """Share of the queries that have a rank (`best_ranks`) for which it is below `k`."""
+    """Return the share of queries with a rank below `k`, among all queries that have a rank (`best_ranks`)."""
     ranked = ranks >= 0
     return int((ranked & (ranks < k)).sum()) / int(ranked.sum())
 
 
 def best_ranks(queries: Tensor, items: Tensor, pairs: Tensor, *, chunk: int | None = None) -> Tensor:
-    """How many items that do not belong to a query are at least as similar to it as the best that does, (Q,) int64.
+    """Return the rank of the best item that belongs to each query, (Q,) int64.
 
-    -1 for a query to which nothing belongs. Similarity is the cosine in float32 (float64 for such features), whatever
-    autocast is on. What is not finite counts against the model: a query ranks last, an item before what belongs.
+    The rank is the number of items that do not belong to the query and are at least as similar to it, and -1 if no item
+    belongs to the query. Similarity is the cosine in float32 (float64 for float64 features), even under autocast.
+    Features that are not finite count against the model: such a query is ranked last, and such an item comes before the
+    items that belong to a query.
 
     Args:
-        queries, items: (Q, D) and (N, D).
-        pairs: (P, 2) int64, the (query, item) that belong together.
-        chunk: as of `retrieval_recalls`.
+        queries: (Q, D) float.
+        items: (N, D) float.
+        pairs: (P, 2) int64, indices (query, item) that belong together.
+        chunk: As in `retrieval_recalls`.
+
+    Raises:
+        ValueError: Shapes do not fit, the chunk is below 1, or an index is out of range.
     """
     return _ranks(queries, items, pairs, chunk, both=False)[0]
 
@@ -97,9 +108,14 @@ def best_ranks(queries: Tensor, items: Tensor, pairs: Tensor, *, chunk: int | No
 def retrieval_ranks(
     image_features: Tensor, text_features: Tensor, pairs: Tensor, *, chunk: int | None = None, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`best_ranks` of the images among the texts (M,), and of the texts among the images (N,), in one pass.
+    """Compute the ranks of both directions in one pass.
 
-    Arguments as of `retrieval_recalls`; `progress` shows how far it is, on stderr.
+    Args:
+        image_features, text_features, pairs, chunk: As in `retrieval_recalls`.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        `best_ranks` of the images among the texts (M,), and of the texts among the images (N,).
     """
     of_images, of_texts = _ranks(image_features, text_features, pairs, chunk, both=True, progress=progress)
     return of_images, of_texts
@@ -107,15 +123,22 @@ def retrieval_ranks(
 
 @torch.no_grad()
 def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """The K items most similar to each query: cosines (Q, K) and indices (Q, K) int64, the best first.
+    """Return the K items most similar to each query, without storing a Q x N matrix.
 
-    What comes within 2^-20 of the best is equal to it, and so on with the best of the others: items that are equal
-    share their largest cosine, and the lower index leads. What is not finite comes last. No Q x N matrix is stored.
+    Items whose cosines are within 2^-20 of the best one count as equal to it, and so on with the best of the remaining
+    items. Equal items share their largest cosine and are ordered by index. Items that are not finite come last.
 
     Args:
-        queries, items: (Q, D) and (N, D), as of `best_ranks`; compared in float32.
-        k: at least 1; K is the smaller of it and N.
-        chunk: as of `retrieval_recalls`.
+        queries: (Q, D) float, compared in float32.
+        items: (N, D) float.
+        k: Number of items, at least 1. K is the smaller one of `k` and N.
+        chunk: As in `retrieval_recalls`.
+
+    Returns:
+        Cosines (Q, K) float32 and indices (Q, K) int64, the best first.
+
+    Raises:
+        ValueError: Shapes do not fit, or `k` or the chunk is below 1.
     """
     _check(queries, items, torch.empty(0, 2, dtype=torch.int64), chunk)
     if k < 1:
@@ -125,11 +148,12 @@ def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = Non
     with torch.autocast(queries.device.type, enabled=False):
         queries, items = unit_rows(queries).float(), unit_rows(items).float()
         for i in range(0, len(queries), side):
-            keys = _best_keys(queries[i : i + side], items, k + 1, side)  # one more shows a tie at the end
+            keys = _best_keys(queries[i : i + side], items, k + 1, side)  # one more item reveals a tie at the end
             cosines = _cosines(keys)
             groups = _groups(cosines)
-            cut = groups[:, k - 1 : k] == groups[:, k:]  # more are equal to the last than there is room for
-            # the whole chunk again, as the product of fewer rows has other bits; large sets have a tie in most chunks
+            cut = groups[:, k - 1 : k] == groups[:, k:]  # items beyond the K-th are equal to it
+            # The whole chunk is computed again, not only its rows with ties, because a product of fewer rows may round
+            # differently. In large sets most chunks have a tie anyway.
             if bool((groups != cosines).any()) or bool(cut.any()):
                 keys = _best_keys(queries[i : i + side], items, k, side, groups.flip(1))
             best[i : i + side] = keys[:, :k]
@@ -137,7 +161,10 @@ def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = Non
 
 
 def _best_keys(queries: Tensor, items: Tensor, k: int, side: int, groups: Tensor | None = None) -> Tensor:
-    """(B, K) `_keys` of the K most similar items, the best first; cosines of `groups`, ascending, count as theirs."""
+    """Return the `_keys` (B, K) of the K most similar items, the best first.
+
+    With `groups`, each cosine counts as the largest one of its group (`_groups`, sorted ascending).
+    """
     best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for j in range(0, len(items), side):
         block = items[j : j + side]
@@ -148,7 +175,7 @@ def _best_keys(queries: Tensor, items: Tensor, k: int, side: int, groups: Tensor
 
 
 def _groups(cosines: Tensor) -> Tensor:
-    """(B, K) cosines, the largest first -> the largest cosine of each one's group of equals."""
+    """Return the largest cosine of the group of equal items that each item belongs to; (B, K) in descending order."""
     groups = cosines.clone()
     for j in range(1, cosines.shape[1]):
         before = groups[:, j - 1]
@@ -157,20 +184,29 @@ def _groups(cosines: Tensor) -> Tensor:
 
 
 def _cosines(keys: Tensor) -> Tensor:
-    """Decode the cosines of `_keys`."""
+    """Decode the cosines from `_keys`."""
     bits = (keys >> 32).int()
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
 
 
 def _keys(similarities: Tensor, first: int, groups: Tensor | None) -> Tensor:
-    """(B, N) float32 of the items from `first` on -> int64 of the same order, lower indices before higher ones."""
+    """Encode similarities and indices as integers that sort by similarity and then by ascending index.
+
+    Args:
+        similarities: (B, N) float32, of the items from index `first` on.
+        first: Index of the first item.
+        groups: As in `_best_keys`.
+
+    Returns:
+        (B, N) int64: the similarity in the upper 32 bits, the inverted index in the lower ones.
+    """
     similarities = similarities.nan_to_num(-torch.inf) + 0.0  # -0.0 becomes 0.0
     if groups is not None:
         above = torch.searchsorted(groups, similarities).clamp(max=groups.shape[1] - 1)
         group = groups.gather(1, above)
         similarities = group.where(similarities >= least_alike(group), similarities)
     bits = similarities.view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # as floats are, read as integers
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in the same order as the floats
     indices = torch.arange(first, first + similarities.shape[1], device=similarities.device)
     return (ordered << 32) | (0xFFFFFFFF - indices)
 
@@ -179,14 +215,14 @@ def _keys(similarities: Tensor, first: int, groups: Tensor | None) -> Tensor:
 def _ranks(
     queries: Tensor, items: Tensor, pairs: Tensor, chunk: int | None, *, both: bool, progress: bool = False
 ) -> list[Tensor]:
-    """`best_ranks` of the queries, and of the items as well where `both` are asked for."""
+    """Return `best_ranks` of the queries and, with `both`, also those of the items."""
     _check(queries, items, pairs, chunk)
     with torch.autocast(queries.device.type, enabled=False):
         queries, items = unit_rows(queries), unit_rows(items)
         tiles = _Tiles(queries, items, pairs.to(queries.device), _side(queries, chunk))
         cosines = queries.new_empty(len(pairs))
         for tile in tiles.with_pairs():
-            cosines[tile.pairs] = tile.similarities()[tile.paired]  # of the very product that they are compared in
+            cosines[tile.pairs] = tile.similarities()[tile.paired]  # the same product as below, so the bits agree
         rankings = [_Ranking(tiles.pairs[0], cosines, len(queries), len(items))]
         if both:
             rankings.append(_Ranking(tiles.pairs[1], cosines, len(items), len(queries)))
@@ -202,11 +238,13 @@ def _ranks(
 
 
 class _Ranking:
-    """Counts, tile by tile, the others that are at least as similar to each of `size` rows as its best partner.
+    """Count, tile by tile, the items that are at least as similar to each row as the best item that belongs to it.
 
     Args:
-        rows: (P,) int64, of each pair.
-        cosines: (P,), of each pair.
+        rows: Row of each pair, (P,) int64.
+        cosines: Cosine of each pair, (P,).
+        size: Number of rows.
+        others: Number of items that the rows are compared with.
     """
 
     def __init__(self, rows: Tensor, cosines: Tensor, size: int, others: int) -> None:
@@ -215,51 +253,52 @@ class _Ranking:
         self._others = others
 
     def count(self, rows: slice, similarities: Tensor) -> None:
-        """Similarities of these rows and some of the others; NaN is near."""
+        """Add a tile of similarities between the given rows and some of the items; NaN counts as most similar."""
         further = similarities < least_alike(self._best[rows]).unsqueeze(1)
         self._nearer[rows] += similarities.shape[1] - further.view(torch.uint8).sum(1, dtype=torch.int32)
 
     def ranks(self) -> Tensor:
-        """As `best_ranks`: -1 where nothing belongs to a row, and the last where what does is not finite."""
+        """Return the ranks as `best_ranks` does: -1 without a partner, the last rank if the partners are not finite."""
         last = torch.where(self._best.isnan(), self._others, -1)
         return self._nearer.where(self._best > -torch.inf, last)
 
 
 def least_alike(best: Tensor, size: float | Tensor = 1.0) -> Tensor:
-    """Return the least that rounding may make of `best`: 2^-20 below it, in units of `size`, which is 1 for cosines.
+    """Return the smallest value that counts as equal to `best`, 2^-20 of `size` below it; `size` is 1 for cosines.
 
-    The product of the same two rows differs with where they are in their matrices, and from processor to processor.
+    The tolerance covers rounding: the product of the same two rows depends on their positions in the matrices and on
+    the processor.
     """
     return best - TIE * size
 
 
 def first_best(similarities: Tensor) -> Tensor:
-    """(B, N) cosines -> the first place of those that are equal to the largest (B,) int64; NaN is the largest."""
+    """Return the first index per row whose cosine equals the largest one, (B, N) -> (B,) int64; NaN is the largest."""
     similarities = similarities.nan_to_num(torch.inf, torch.inf, -torch.inf)
     alike = similarities >= least_alike(similarities.amax(dim=1, keepdim=True))
     return alike.view(torch.uint8).argmax(dim=1)
 
 
 class _Tile(NamedTuple):
-    queries: Tensor  # of the tile
-    items: Tensor
+    queries: Tensor  # rows of the tile
+    items: Tensor  # columns of the tile
     rows: slice
     columns: slice
-    pairs: slice  # of the sorted pairs, those in the tile
-    paired: tuple[Tensor, Tensor]  # where they are in it
+    pairs: slice  # range of the sorted pairs that lies in the tile
+    paired: tuple[Tensor, Tensor]  # row and column of each of these pairs within the tile
 
     def similarities(self) -> Tensor:
         return self.queries @ self.items.T
 
 
 class _Tiles:
-    """Tiles of the similarities of queries and items; `pairs` are sorted by tile, (2, P)."""
+    """Tiles of the matrix of similarities; the attribute `pairs`, (2, P), is sorted by tile."""
 
     def __init__(self, queries: Tensor, items: Tensor, pairs: Tensor, side: int) -> None:
         self._queries, self._items, self._side = queries, items, side
         self._across = ceil_div(len(items), side)
         tile = pairs[:, 0] // side * self._across + pairs[:, 1] // side
-        tile, order = tile.sort()  # so that each tile's pairs are a slice
+        tile, order = tile.sort()  # makes the pairs of each tile a slice
         self.pairs = pairs[order].T.contiguous()
         count = ceil_div(len(queries), side) * self._across
         self._ends = torch.searchsorted(tile, torch.arange(count + 1, device=tile.device)).tolist()
@@ -283,10 +322,10 @@ def _side(x: Tensor, chunk: int | None) -> int:
 
 
 def check_finite(features: Tensor, what: str) -> None:
-    """Count in the log those of a model's features (B, D) on `what` that are not finite.
+    """Log the number of a model's features (B, D) on `what` that are not finite.
 
     Raises:
-        ValueError: none is finite; what would be counted is the number of items, and not the model.
+        ValueError: None of them is finite, so that metrics would say nothing about the model.
     """
     finite = int(features.isfinite().all(1).sum())
     if not finite and len(features):
@@ -296,7 +335,7 @@ def check_finite(features: Tensor, what: str) -> None:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """(B, D) -> the same of length 1, in float32 at least."""
+    """Scale the rows of x, (B, D), to unit length, in at least float32."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
@@ -309,4 +348,4 @@ def _check(queries: Tensor, items: Tensor, pairs: Tensor, chunk: int | None) -> 
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     sizes = torch.tensor([len(queries), len(items)], device=pairs.device)
     if bool(((pairs < 0) | (pairs >= sizes)).any()):
-        raise ValueError(f"pairs must be below {len(queries)} and {len(items)}, the numbers of what is paired")
+        raise ValueError(f"pairs must be at least 0 and below {len(queries)} and {len(items)}, the numbers of features")

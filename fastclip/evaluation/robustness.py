@@ -1,4 +1,4 @@
-"""Robustness: one zero-shot head on ImageNet and on pictures of its classes that were taken, or drawn, otherwise."""
+"""Robustness: one zero-shot classifier on ImageNet and on datasets of its classes with a distribution shift."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 
 __all__ = ["SETS", "DataSet", "accuracies", "compared_sets", "mean_drop", "plot", "points_of", "robustness"]
 
-_LEAST = 0.001  # accuracy at which the plot ends, as a logit axis has no 0
+_LEAST = 0.001  # lowest accuracy in the plot, as a logit axis has no 0
 
 
 class DataSet(NamedTuple):
+    """ImageNet or one of its variants."""
+
     title: str
-    classes: str  # those its pictures are classified among, one of `fastclip.data.classes.imagenet.SETS`
+    classes: str  # candidate classes, one of `fastclip.data.classes.imagenet.SETS`
     source: str
 
 
-# By CLIP_benchmark's names; ImageNet first, then the shifted sets.
+# Datasets by CLIP_benchmark's names: ImageNet first, then those with a distribution shift.
 SETS = {
-    "imagenet1k": DataSet("ImageNet", "imagenet", "Russakovsky et al. 2015, the validation pictures"),
+    "imagenet1k": DataSet("ImageNet", "imagenet", "Russakovsky et al. 2015, the validation images"),
     "imagenetv2": DataSet("ImageNet-V2", "imagenet", "Recht et al. 2019, matched frequency"),
     "imagenet-r": DataSet("ImageNet-R", "imagenet-r", "Hendrycks et al. 2021, renditions"),
     "imagenet-a": DataSet("ImageNet-A", "imagenet-a", "Hendrycks et al. 2021, natural adversarial examples"),
@@ -51,19 +53,27 @@ def robustness(
     progress: bool = False,
     stores: list[FeatureStore] | None = None,
 ) -> list[dict[str, Any]]:
-    """Zero-shot results on ImageNet and its variants, in the order of `SETS`; a class is embedded once for all of them.
+    """Evaluate zero-shot classification on ImageNet and its variants.
+
+    Each class is embedded once for all datasets.
 
     Args:
-        folders: of class folders, by names of `SETS`; -R and -A are classified among their own 200 classes.
-        templates: default: CLIP's 80.
-        pretrained, batch_size, workers, progress, stores: as `zero_shot`'s.
+        embedder: Model to evaluate.
+        folders: Folders with one subfolder per class, by names of `SETS`. ImageNet-R and ImageNet-A are classified
+            among their 200 classes.
+        templates: Captions with ``{}`` in place of a class name (default: CLIP's 80 templates).
+        pretrained, batch_size, workers, progress, stores: As in `zero_shot`.
+
+    Returns:
+        One result per dataset (`fastclip.evaluation.results.result`), in the order of `SETS`.
 
     Raises:
-        ValueError: no folder, or one with classes that its set has not, or with exactly those of -R or -A in the place
-            of another set; it is named, before anything is computed.
+        ValueError: No folder is given, a folder contains a class that does not belong to its dataset, or a folder
+            contains exactly the classes of ImageNet-R or -A but is given as another dataset. The message names the
+            folder, before anything is computed.
     """
     if not folders:
-        raise ValueError("no data set: name the folder of at least one")
+        raise ValueError("no dataset is given: name the folder of at least one")
     sources = {name: ClassFolder(folders[name], classes=kind.classes) for name, kind in SETS.items() if name in folders}
     for name, source in sources.items():
         _check_set(name, source)
@@ -89,56 +99,64 @@ def robustness(
 
 
 def _check_set(name: str, source: ClassFolder) -> None:
-    """Refuse a folder of exactly -R's or -A's 200 classes in place of another set; other parts of ImageNet may be."""
+    """Raise a ValueError if a folder has exactly the 200 classes of ImageNet-R or -A but is given as another dataset.
+
+    Other subsets of ImageNet's classes are accepted.
+    """
     for other in ("imagenet-r", "imagenet-a"):
         if name != other and {*source.folders} == imagenet.folder_places(other).keys():
             raise ValueError(
-                f"{source.spec}: its classes are those of {SETS[other].title}, and it is named as {SETS[name].title}"
+                f"{source.spec}: the classes are those of {SETS[other].title}, but the folder is given as "
+                f"{SETS[name].title}"
             )
 
 
 def accuracies(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Top-1 in per cent by the name of the data set."""
+    """Return the top-1 accuracy of each result, in per cent by name of the dataset."""
     return {result["dataset"]: 100 * result["metrics"]["acc1"] for result in results}
 
 
 def _mean(top1: Mapping[str, float], sets: Sequence[str]) -> float | None:
-    """Mean over `sets`; None where there are none, or one is missing."""
+    """Return the mean accuracy over `sets`, or None if `sets` is empty or one of them is missing."""
     return sum(top1[name] for name in sets) / len(sets) if sets and all(name in top1 for name in sets) else None
 
 
 def mean_drop(top1: Mapping[str, float], sets: Sequence[str]) -> float | None:
-    """Top-1 on ImageNet less its mean over `sets`, in points; None where one is missing."""
+    """Return the drop from top-1 on ImageNet to the mean over `sets`, in percentage points; None if one is missing."""
     mean = _mean(top1, sets)
     return None if mean is None or "imagenet1k" not in top1 else top1["imagenet1k"] - mean
 
 
 def compared_sets(top1: Mapping[str, float]) -> list[str]:
-    """The shifted sets over which a mean is comparable: those evaluated on for which there are published results, or
-    else, all that were evaluated on."""
+    """Return the evaluated datasets with a distribution shift for which there are published results.
+
+    If none of them has published results, return all evaluated datasets with a distribution shift.
+    """
     shifted = [name for name in SETS if name in top1 and name != "imagenet1k"]
     return [name for name in shifted if any(name in known for known in ZERO_SHOT.values())] or shifted
 
 
 def plot(path: str | Path, top1: Mapping[str, float], *, name: str) -> None:
-    """A PNG of the model's and the published top-1: on ImageNet, and its mean over the shifted sets.
+    """Plot top-1 on ImageNet against the mean over the datasets with a distribution shift, as a PNG.
 
-    The axes are logit ones, on which the accuracies of ImageNet's models lie on a line (Taori et al. 2020); a model
-    that loses nothing lies on y = x. What lies below 0.1 % or above 99.9 % is drawn there.
+    The plot shows the model and the published results. On its logit axes, the accuracies of models trained on ImageNet
+    lie on a line (Taori et al. 2020), and a perfectly robust model lies on y = x. Values below 0.1 % or above 99.9 %
+    are drawn at these limits.
 
     Args:
-        top1: top-1 in per cent by names of `SETS`.
-        name: of the model.
+        path: Output path.
+        top1: Top-1 in per cent, by names of `SETS`.
+        name: Name of the model.
 
     Raises:
-        ValueError: none on ImageNet, or on no other set.
+        ValueError: The accuracy on ImageNet is missing, or that on all other datasets.
         ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
     sets = compared_sets(top1)
     if mean_drop(top1, sets) is None:
-        raise ValueError("the plot needs ImageNet and at least one other set")
+        raise ValueError("the plot needs ImageNet and at least one other dataset")
     figure = Figure(figsize=(6.4, 6.0), layout="constrained")
     axes = figure.subplots()
     points = points_of(top1, sets, name=name)
@@ -159,7 +177,10 @@ def plot(path: str | Path, top1: Mapping[str, float], *, name: str) -> None:
 
 
 def points_of(top1: Mapping[str, float], sets: Sequence[str], *, name: str) -> dict[str, tuple[float, float]]:
-    """Points by model, as shares: x on ImageNet, y the mean over `sets`; also of those published that have all sets."""
+    """Return the points of the plot by model: (accuracy on ImageNet, mean over `sets`), each from 0 to 1.
+
+    Published models are included if they have results on ImageNet and on all of `sets`.
+    """
     points = {}
     published = {f"{system} (published)": by_set for system, by_set in ZERO_SHOT.items()}
     for label, by_set in {**published, name: top1}.items():

@@ -1,4 +1,4 @@
-"""Validation of a training run: zero-shot accuracy and retrieval on samples that are held out."""
+"""Validation during training: zero-shot accuracy and retrieval on held-out samples."""
 
 from __future__ import annotations
 
@@ -38,33 +38,38 @@ def validate(
     group: Any = None,
     max_samples: int | None = None,
 ) -> dict[str, float]:
-    """Metrics of a model on a source; every value is between 0 and 1, and the same on every rank.
+    """Compute the metrics of a model on a source.
 
-    ``zero_shot_top1``, and with ten classes or more ``zero_shot_top5``, where the source has classes: the share of the
-    pictures whose class is among the first K, each class being the mean of its captions (`class_embeddings`); a tie
-    counts against the model. ``image_retrieval_recall@K`` and ``text_retrieval_recall@K`` for K = 1, 5, 10
-    (`retrieval_recalls`): captions of the same text are one text, which belongs to every picture that has it. A sample
-    that cannot be used is left out, and the log says how many are. Rows of a table that have one picture are one sample
-    with several captions.
+    If the source has classes, ``zero_shot_top1`` is the share of images whose class is ranked first, and with at least
+    ten classes, ``zero_shot_top5`` the share whose class is among the first five. A class is represented by the mean of
+    its captions (`class_embeddings`), and ties count against the model. ``image_retrieval_recall@K`` and
+    ``text_retrieval_recall@K`` are given for K = 1, 5, 10 (`retrieval_recalls`). Equal captions are merged into one
+    text, which belongs to every image that has it.
 
-    The model computes in eval mode and without gradients; afterwards every module is in the mode it was in, and torch's
-    random numbers go on as if nothing had been. Autocast is the caller's: call it inside.
+    Samples that cannot be used are left out, and their number is logged. Rows of a table that share an image are one
+    sample with several captions.
+
+    The model runs in eval mode and without gradients. Afterwards, the mode of every module and torch's random state are
+    restored. To use autocast, call the function inside of it.
 
     Args:
-        model: has ``encode_image``, images (B, 3, H, W) -> features (B, D), ``encode_text``, token ids (B, L) ->
-            features (B, D), and ``logit_scale``, on whose device it computes; a `DualEncoder`, or what wraps one.
-        source: one of at least one sample.
-        transform: a picture -> (3, H, W) float32, without chance.
-        tokenize: B texts -> token ids (B, L).
-        batch_size: pictures, or captions, of a rank at a time.
-        workers: processes that read pictures; 0 reads in this one.
-        group: process group; every rank calls with the same source and encodes its share, in as many batches as the
-            others. None: this process does it all.
-        max_samples: at most so many, evenly spread over the source.
+        model: A `DualEncoder`, or a wrapper with ``encode_image``, images (B, 3, H, W) -> features (B, D),
+            ``encode_text``, token ids (B, L) -> features (B, D), and ``logit_scale``, whose device is used.
+        source: Dataset with at least one sample.
+        transform: Deterministic image transform, a PIL image -> (3, H, W) float32.
+        tokenize: Tokenizer, B texts -> token ids (B, L).
+        batch_size: Images or captions per forward pass on each rank.
+        workers: Worker processes that read images (0: read in this process).
+        group: Process group. Every rank must call the function with the same source; each encodes its share, in the
+            same number of batches. With None, this process encodes all samples.
+        max_samples: Maximum number of samples, spread evenly over the source (default: all).
+
+    Returns:
+        Metrics by name, each from 0 to 1, with the same values on every rank.
 
     Raises:
-        ValueError: an empty source, options that are not positive.
-        OSError, ValueError: what the samples are read from cannot be, or 100 tries find no sample that can be used.
+        ValueError: The source is empty or damaged, an option is not positive, or 100 attempts find no usable sample.
+        OSError: A file of the source cannot be read.
     """
     for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
         if value is not None and value < 1:
@@ -89,17 +94,24 @@ def validate(
 
 
 class Texts(NamedTuple):
-    """The texts of a source, each once: the captions in the order of their first picture, then what classes add."""
+    """Texts of a source, each once: captions in the order of their first image, then further captions of classes."""
 
     texts: list[str]
-    captions: int  # how many of them
-    pairs: Tensor  # (P, 2) int64, picture and caption
-    classes: Tensor  # (C, T) int64, where the captions of every class are
+    captions: int  # the first so many texts are captions of images
+    pairs: Tensor  # (P, 2) int64, indices of an image and a caption that belong together
+    classes: Tensor  # (C, T) int64, indices of the captions of each class
     class_names: tuple[str, ...]
 
 
 def metrics_of(image_features: Tensor, labels: Tensor, text_features: Tensor, texts: Texts) -> dict[str, float]:
-    """Return the metrics of unit vectors (M, D), classes (M,), -1 without, and the unit vectors (N, D) of `texts`."""
+    """Compute the metrics of `validate` from features.
+
+    Args:
+        image_features: Unit vectors of the images, (M, D).
+        labels: Classes of the images, (M,) int64, -1 for images without one.
+        text_features: Unit vectors of `texts`, (N, D).
+        texts: The result of `texts_of`.
+    """
     metrics = {}
     has_class = labels >= 0
     if texts.classes.numel() and bool(has_class.any()):
@@ -110,7 +122,7 @@ def metrics_of(image_features: Tensor, labels: Tensor, text_features: Tensor, te
 
 
 def texts_of(source: Source, kept: list[int]) -> Texts:
-    """Collect the texts of the samples `kept`, whose pictures are counted from 0."""
+    """Collect the texts of the samples with the indices `kept`; image i of the result is sample ``kept[i]``."""
     numbers: dict[str, int] = {}
     pairs = [(i, numbers.setdefault(text, len(numbers))) for i, k in enumerate(kept) for text in source.captions(k)]
     size = len(numbers)
@@ -121,10 +133,11 @@ def texts_of(source: Source, kept: list[int]) -> Texts:
 
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
-    """Eval mode inside; afterwards every module's mode and torch's random numbers are what they were."""
+    """Switch to eval mode, and restore the mode of every module and torch's random state afterwards."""
     device = model.logit_scale.device
     modes = {module: module.training for module in model.modules()}
-    # a loader draws its seed from torch's numbers, and the next step's must not depend on validation
+    # A loader draws its seed from torch's generator, but the random numbers of the next training step must not depend
+    # on whether the model was validated before.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.eval()
         try:
@@ -135,15 +148,24 @@ def _undisturbed(model: Any) -> Iterator[None]:
 
 
 def _place(group: Any) -> tuple[int, int]:
-    """Rank of this process, and how many there are."""
+    """Return the rank of this process and the world size."""
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
 def _image_features(
     model: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], size: int, group: Any
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Unit vectors (K, D), labels (K,), -1 without, and indices of the `size` samples in order, without those that
-    cannot be used; batches of this rank's."""
+    """Encode this rank's batches, and gather the results of all ranks in the order of the samples.
+
+    Args:
+        model: As in `validate`.
+        batches: This rank's batches of images, indices (-1 if unusable) and labels.
+        size: Number of samples of the source.
+        group: Process group or None.
+
+    Returns:
+        Unit vectors (K, D), labels (K,), -1 for images without a class, and indices of the K usable samples.
+    """
     device = model.logit_scale.device
     features, labels, indices = [], [], []
     for images, places, classes in batches:
@@ -161,18 +183,21 @@ def _image_features(
 def _text_features(
     model: Any, tokenize: Callable[[list[str]], Tensor], texts: Sequence[str], batch_size: int, group: Any
 ) -> Tensor:
-    """Unit vectors (N, D)."""
+    """Encode this rank's share of the texts, and return the unit vectors (N, D) of all N texts in order."""
     device = model.logit_scale.device
     rank, ranks = _place(group)
     share = ceil_div(len(texts), ranks)
-    mine = [texts[i % len(texts)] for i in range(rank, share * ranks, ranks)]  # as many on every rank
+    mine = [texts[i % len(texts)] for i in range(rank, share * ranks, ranks)]  # the same number on every rank
     chunks = [mine[start : start + batch_size] for start in range(0, share, batch_size)]
     features = [unit_rows(model.encode_text(tokenize(chunk).to(device))) for chunk in chunks]
     return _in_order(torch.cat(features), len(texts), group)
 
 
 def _in_order(rows: Tensor, size: int, group: Any) -> Tensor:
-    """Rows of every rank, which has r, r + ranks, ... and some padding at the end -> the `size` rows in order."""
+    """Gather the rows of all ranks and return the first `size` in order.
+
+    Rank r has the rows r, r + ranks, r + 2 ranks ..., with padding at the end, so that every rank has the same number.
+    """
     if group is None:
         return rows
     every = gather_rows(rows, [len(rows)] * group.size(), group.group_name)
@@ -180,7 +205,7 @@ def _in_order(rows: Tensor, size: int, group: Any) -> Tensor:
 
 
 def _of_first_rank(metrics: dict[str, float], device: torch.device, group: Any) -> dict[str, float]:
-    """Return the first rank's values: those of another kind of processor may differ in a last digit."""
+    """Return the first rank's values on every rank, because other processors may differ in the last digit."""
     if group is None:
         return metrics
     values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a picture gets the class whose captions it is closest to."""
+"""Zero-shot classification: an image is assigned to the class whose captions are most similar to it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from fastclip.models.embedder import Embedder
 __all__ = ["ZeroShot", "class_accuracies", "class_embeddings", "templates_for", "zero_shot"]
 
 logger = logging.getLogger(__name__)
-_CONFUSED = 3  # classes that `class_accuracies` lists beside each
+_CONFUSED = 3  # maximum number of wrong predictions that `class_accuracies` lists per class
 
 
 class ZeroShot(NamedTuple):
-    """Predictions for the pictures of a source, of the K that can be used and have a class."""
+    """Predictions for the K images of a source that can be used and have a class."""
 
-    result: dict[str, Any]  # as `fastclip.evaluation.results.result`
-    labels: Tensor  # (K,) int64, places in the source's `class_names`
-    predictions: Tensor  # (K,) int64
-    indices: Tensor  # (K,) int64, which samples of the source they are
+    result: dict[str, Any]  # see `fastclip.evaluation.results.result`
+    labels: Tensor  # (K,) int64, true classes as indices into the source's `class_names`
+    predictions: Tensor  # (K,) int64, predicted classes
+    indices: Tensor  # (K,) int64, indices of the samples in the source
 
 
 def zero_shot(
@@ -54,31 +54,36 @@ def zero_shot(
     progress: bool = False,
     stores: list[FeatureStore] | None = None,
 ) -> ZeroShot:
-    """Classify the pictures of a source by captions of its classes (Radford et al. 2021, section 3.1).
+    """Classify the images of a source by captions of its classes (Radford et al. 2021, section 3.1).
 
     Args:
-        templates: captions with ``{}`` in place of a class name.
-        classes: (C, D), the `class_embeddings`; default: they are computed.
-        dataset, pretrained: what the result calls the source and the weights.
-        batch_size, workers, progress: as `fastclip.embedding.features.image_features`'s.
-        stores: gets what is kept to go on after a stop; clear them when the result is written.
+        embedder: Model to evaluate.
+        source: Dataset with classes.
+        templates: Captions with ``{}`` in place of a class name.
+        classes: Class embeddings (C, D) (default: computed by `class_embeddings`).
+        dataset: Name of the dataset in the result (default: the source's).
+        pretrained: Name of the weights in the result.
+        batch_size, workers, progress: As in `fastclip.embedding.features.image_features`.
+        stores: List that receives the stores with which an interrupted call can be resumed. Clear them once the result
+            is written. With None, nothing is stored.
 
     Raises:
-        ValueError: no classes, or no picture has one; as `image_features` does.
+        ValueError: The source has no classes, no image has a class, or no image can be used.
+        OSError: A file of the source cannot be read.
     """
     names = source.class_names
     if not names:
-        raise ValueError(f"{source.spec}: these data have no classes")
+        raise ValueError(f"{source.spec}: the dataset has no classes")
     if classes is None:
         classes = class_embeddings(embedder, names, templates, stores=stores, progress=progress)
-    # the names too, as the labels are kept with the features
+    # The class names are part of the keys, because labels are stored with the features.
     store = resumable(stores, embedder, [*names, *picture_states(source)])
     images = image_features(embedder, source, batch_size=batch_size, workers=workers, store=store, progress=progress)
     features, labels, indices = labelled(images, source.spec)
     check_finite(features, source.spec)
     check_finite(classes, f"the classes of {source.spec}")
     if twins := [name for name, number in Counter(names).items() if number > 1]:
-        logger.info("%s: classes of one name, which no model can tell apart: %s", source.spec, shown_names(twins))
+        logger.info("%s: several classes share a name and cannot be distinguished: %s", source.spec, shown_names(twins))
     ranks = class_ranks(features, classes, labels, names)
     report = result(
         dataset=source.spec if dataset is None else dataset,
@@ -95,7 +100,7 @@ def zero_shot(
 
 
 def templates_for(source: Source, name: str | None = None) -> tuple[str, ...]:
-    """`read_templates` of `name`; default: the source's own, or CLIP's 80 where it has none."""
+    """Return the templates called `name` (default: the source's templates, or CLIP's 80 if the source has none)."""
     if name is None and source.templates:
         return source.templates
     return read_templates(name or "openai")
@@ -109,25 +114,36 @@ def class_embeddings(
     stores: list[FeatureStore] | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """One unit vector a class, (C, D): the mean of the unit vectors of its captions, made one again.
+    """Return one unit vector per class, (C, D): the normalised mean of the unit vectors of its captions.
 
-    Radford et al. 2021, section 3.1.4. Classes of the same name have the same bits.
+    The method is that of Radford et al. 2021, section 3.1.4. Classes of the same name have bitwise equal vectors.
 
     Args:
-        templates: captions with ``{}`` in place of the class name.
-        stores, progress: as `zero_shot`'s.
+        embedder: Model to embed the captions with.
+        class_names: Names of the C classes.
+        templates: Captions with ``{}`` in place of the class name.
+        stores, progress: As in `zero_shot`.
     """
     names = {name: place for place, name in enumerate(dict.fromkeys(class_names))}
     captions = [template.format(name) for name in names for template in templates]
     store = resumable(stores, embedder, captions)
     features = text_features(embedder, captions, store=store, progress=progress)
-    # by name, not by class: namesakes must not differ by the rounding of another batch
+    # Computed per name, not per class: classes of the same name in different batches could round differently.
     means = mean_directions(features.unflatten(0, (len(names), len(templates))))
     return means[[names[name] for name in class_names]]
 
 
 def class_accuracies(answers: ZeroShot, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """List every class: its name, pictures, ``acc1``, None without pictures, and what they are most often taken for."""
+    """List the accuracy of every class.
+
+    Args:
+        answers: The result of `zero_shot`.
+        class_names: Names of the source's classes.
+
+    Returns:
+        One dictionary per class with its ``name``, the number of ``images``, ``acc1`` (None without images), and
+        ``taken_for``, the wrong classes that its images are most often assigned to.
+    """
     pictures = answers.labels.bincount(minlength=len(class_names)).tolist()
     hits = answers.labels[answers.labels == answers.predictions].bincount(minlength=len(class_names)).tolist()
     taken_for: list[list[dict[str, Any]]] = [[] for _ in class_names]

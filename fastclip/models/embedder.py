@@ -134,8 +134,8 @@ def load_embedder(
     """Load a checkpoint with its image transform and tokenizer, ready to embed images and texts.
 
     Args:
-        checkpoint: Path of a checkpoint, as in `create_model`. The output folder of ``fastclip train`` stands for the
-            final model inside (``model/``). A training checkpoint (``checkpoints/step-...``) is loaded with the moving
+        checkpoint: Path of a checkpoint, as in `create_model`. From the output folder of ``fastclip train``, the final
+            model in ``model/`` is loaded. A training checkpoint (``checkpoints/step-...``) is loaded with the moving
             average of the weights if it contains one.
         model: Model name, needed if the checkpoint contains no configuration.
         device: Device of the model (default: a GPU if there is one, otherwise the CPU).

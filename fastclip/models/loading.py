@@ -266,7 +266,9 @@ def _check_numbers(m: Mapped, tensor: Tensor, wanted: torch.dtype, path: Path) -
     """
     names = ", ".join(m.theirs)
     if tensor.is_complex() or (wanted.is_floating_point and tensor.dtype not in _FLOATS):
-        raise ValueError(f"{path}: {names} is {tensor.dtype}, but weights must be {', '.join(map(str, _FLOATS))}")
+        raise ValueError(
+            f"{path}: {names} is {tensor.dtype}, but weights must be one of {', '.join(map(str, _FLOATS))}"
+        )
     if tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
         raise ValueError(f"{path}: {names} contains NaN or infinity; the training may have diverged")
 

@@ -46,6 +46,8 @@ _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_conve
 
 
 class ImageProcessor(NamedTuple):
+    """An image processor of Hugging Face, in terms of this package's preprocessing options."""
+
     mean: tuple[float, ...]  # per channel, for values from 0 to 1, as in `PreprocessConfig`
     std: tuple[float, ...]
     interpolation: str

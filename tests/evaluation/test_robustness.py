@@ -152,7 +152,9 @@ def test_folder_of_another_set_is_refused(embedder: Embedder, other: str, tmp_pa
         (tmp_path / imagenet.wordnet_ids()[label]).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / imagenet.wordnet_ids()[label] / "0.png")
     for name in ("imagenet1k", "imagenetv2", "imagenet_sketch"):
-        with pytest.raises(ValueError, match=f"classes are those of {robustness.SETS[other].title}, and it is named"):
+        with pytest.raises(
+            ValueError, match=f"classes are those of {robustness.SETS[other].title}, but the folder is given as"
+        ):
             robustness.robustness(embedder, {other: str(tmp_path), name: str(tmp_path)}, templates=TEMPLATES)
     (found,) = robustness.robustness(embedder, {other: str(tmp_path)}, templates=TEMPLATES)
     shutil.rmtree(tmp_path / imagenet.wordnet_ids()[AMONG[other][0]])  # ImageNet may have missing classes

@@ -218,7 +218,7 @@ def test_model_without_finite_numbers_is_refused(
     source = open_labelled(str(class_folder(tmp_path, ("a b", "a_b", "c"))))
     caplog.set_level(logging.INFO)
     zero_shot(embedder, source, templates=["{}"])
-    assert "classes of one name, which no model can tell apart: a b" in caplog.text
+    assert "several classes share a name and cannot be distinguished: a b" in caplog.text
     images, texts = embedder.embed_images, embedder.embed_texts
     with monkeypatch.context() as patch:
         patch.setattr(embedder, "embed_images", lambda inputs: images(inputs) * torch.nan)

@@ -160,7 +160,7 @@ def weights() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x.to(torch.float8_e4m3fn), r"text_projection is torch\.float8_e4m3fn, but weights must be"),
+        (lambda x: x.to(torch.float8_e4m3fn), r"text_projection is torch\.float8_e4m3fn, but weights must be one of"),
         (lambda x: x.to(torch.int8), r"text_projection is torch\.int8"),
         (lambda x: x.to(torch.complex64), r"text_projection is torch\.complex64"),
         (lambda x: x.fill_(float("nan")), "text_projection contains NaN or infinity"),

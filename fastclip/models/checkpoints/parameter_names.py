@@ -19,6 +19,8 @@ __all__ = ["Mapped", "map_names", "to_form"]
 
 
 class Layout(NamedTuple):
+    """Conversion of a parameter between two formats, in both directions."""
+
     read: Callable[[Sequence[Tensor]], Tensor]  # theirs -> ours
     write: Callable[[Tensor], Sequence[Tensor]]  # ours -> theirs
 
@@ -34,6 +36,8 @@ TEMPERATURE = Layout(lambda theirs: -theirs[0].reshape(()).log(), lambda ours: [
 
 
 class Rule(NamedTuple):
+    """Row of a table of names: a pattern for names of this package, and their counterparts in another format."""
+
     ours: str  # regular expression that matches a whole name
     theirs: str | tuple[str, ...]  # templates of names, with references to the groups of the expression
     layout: Layout = SAME
@@ -125,6 +129,8 @@ _HF_ALIGN = (
 
 
 class Mapped(NamedTuple):
+    """A parameter's name here, the names of its tensors in another format, and the conversion between them."""
+
     ours: str
     theirs: tuple[str, ...]
     layout: Layout

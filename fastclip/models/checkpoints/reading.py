@@ -41,6 +41,8 @@ _MOST_TIMES = 4
 
 
 class Checkpoint(NamedTuple):
+    """Weights in host memory, with everything that their file or folder states about the model."""
+
     path: Path
     tensors: dict[str, Tensor]  # under the names of `form`
     form: str  # "fastclip", "open_clip" or "huggingface"
@@ -239,7 +241,7 @@ def _form(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Tensor
         return "huggingface", tensors
     if any(name.startswith("visual.") for name in tensors):
         if any(name.startswith(("visual.conv1.", "visual.transformer.", "visual.attnpool.")) for name in tensors):
-            # open_clip's CustomTextCLIP keeps the text tower under text.
+            # open_clip's CustomTextCLIP puts "text." in front of the names of the text tower
             plain = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
             if len(plain) < len(tensors):
                 twice = next(name for name in tensors if f"text.{name}" in tensors)

@@ -73,8 +73,7 @@ def resnet(config: ResNetConfig, embed_dim: int) -> nn.Module:
     for module in tower.modules():
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()
-    # Like CLIP, timm initialises each block as the identity, so only the attention pooling is left.
-    pool = tower.head
+    pool = tower.head  # blocks need no further initialisation: like CLIP's, timm's begin as the identity
     for linear in (pool.q, pool.k, pool.v, pool.proj):
         linear.reset_parameters()
         nn.init.normal_(linear.weight, std=pool.in_features**-0.5)
