@@ -92,7 +92,7 @@ def test_no_pickle_runs(where: str, tmp_path: Path) -> None:
     else:
         torch.save(state, path, _use_new_zipfile_serialization=where == "file")
     with pytest.raises(
-        ValueError, match=r"more than tensors|no whole safetensors|damaged or not a checkpoint|was not read"
+        ValueError, match=r"more than tensors|not a complete safetensors|damaged or not a checkpoint|was not read"
     ):
         fastclip.create_model("ViT-tiny", pretrained=path)
     assert not canary.exists()
