@@ -1,8 +1,7 @@
 """Build the native modules with CMake. Everything else about the package is in pyproject.toml.
 
-The package also works without native modules, but slower. FASTCLIP_BUILD_CPU and FASTCLIP_BUILD_CUDA control each
-module. If the variable is unset, a failed build is recorded as the reason that `fastclip.backends()` returns. With 1 a
-failed build fails the installation. With 0 the module is not built.
+The package works without native modules, but slower. FASTCLIP_BUILD_CPU and FASTCLIP_BUILD_CUDA choose: 1 requires the
+module, 0 skips it. If unset, a failed build is recorded as the reason that `fastclip.backends()` returns.
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ def find_nvcc() -> str:
     words = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     version = re.search(r"release (\d+)\.(\d+)", words)
     if version is None or (int(version[1]), int(version[2])) < (12, 5):
-        raise BuildError(
-            f"nvcc 12.5 or newer is required, but {nvcc} is {version[0] if version else 'of unknown release'}"
-        )
+        raise BuildError(f"nvcc 12.5 or newer is required, {nvcc} is {version[0] if version else 'of unknown release'}")
     return nvcc
 
 
@@ -52,10 +49,7 @@ class CMakeBuild(build_ext):
         return folder / module, folder / f"{module.split('.')[0]}_build_report.txt"
 
     def deliver(self, ext: Extension, source: Path, target: Path) -> None:
-        """Copy the module or its report to `target`, and remove the other one.
-
-        Files are replaced by renaming, so that a process that has loaded the old module keeps it.
-        """
+        """Replace the module or report in `target` by renaming: a process that has loaded the old module keeps it."""
         target.mkdir(parents=True, exist_ok=True)
         for built, place in zip(self.files(source, ext), self.files(target, ext)):
             if built.exists():

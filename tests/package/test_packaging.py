@@ -225,7 +225,7 @@ def test_old_nvcc_is_told(variable: str, tmp_path: Path) -> None:
     done = _setup(copy_sources(SOURCES, tmp_path / "source"), "build_ext", "--build-lib", library, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     report = (library / "fastclip" / "_cuda_build_report.txt").read_text()
-    assert report == f"nvcc 12.5 or newer is required, but {nvcc} is release 12.4\n"
+    assert report == f"nvcc 12.5 or newer is required, {nvcc} is release 12.4\n"
 
 
 @needs_nvcc
