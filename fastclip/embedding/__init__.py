@@ -1,1 +1,1 @@
-"""Embed whole datasets, so that an interruption loses nothing, and queries that add and subtract terms."""
+"""Embed whole datasets, resuming after interruptions, and queries that add and subtract texts and images."""

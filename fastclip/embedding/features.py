@@ -50,13 +50,13 @@ class FeatureStore:
     A store exists to resume an interrupted computation; it is not a cache. Call `clear` once the result is written.
 
     The folder's name depends on the embedder and on `keys`, and inputs with equal keys are assumed to be unchanged. For
-    images, use `fastclip.data.identity.picture_states`, which contain absolute paths and change when a file is
+    images, use `fastclip.data.identity.picture_states`, whose results contain absolute paths and change when a file is
     replaced. A relative path would give the same key in every working directory.
 
     Args:
         embedder: Embedder that computes the vectors, represented by its identity.
-        keys: Everything else that the result depends on, such as the states of the images, in order. A changed limit of
-            the pixels per image is included automatically.
+        keys: Everything else that the result depends on, such as the states of the images, in order. The maximum
+            number of pixels per image (Pillow's `MAX_IMAGE_PIXELS`) is added if it differs from Pillow's default.
         folder: Folder in which the store's folder is created (default: ``features`` in FASTCLIP_CACHE).
         owned: Declare that no other process writes to the store, so that half-written files can be removed at once.
     """
@@ -108,13 +108,17 @@ class FeatureStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_tensors(self._file(start), part, {"samples": str(samples)})
-        except FileNotFoundError:  # another process has finished the result and has cleared the store
-            logger.debug("%s was removed by another process", self.folder)
+        except FileNotFoundError:  # another process has written the result and cleared the store
+            logger.debug("%s was removed by another process: a part is not stored, the call continues", self.folder)
         except OSError as error:
             if not self._is_cache:
                 raise
             self._lost = True
-            logger.warning("progress is not saved (%s): an interrupted command will start from the beginning", error)
+            logger.warning(
+                "progress is not saved (%s): if this command is interrupted, the unsaved work must be repeated. Set "
+                "FASTCLIP_CACHE to a writable folder with enough space",
+                error,
+            )
 
     def clear(self) -> None:
         """Remove the store with all of its parts."""
@@ -163,7 +167,8 @@ def image_features(
         Unit vectors, class labels and indices of the usable images.
 
     Raises:
-        ValueError: The source or the batch is empty, no image can be used, or 100 attempts find no usable sample.
+        ValueError: The source is empty, `batch_size` is below 1, no image can be used, or an unusable image and 99
+            random others, which are tried as its replacement in the batch, are all unusable.
         OSError: A file of the source cannot be read.
     """
     parts = store.parts() if store is not None else []

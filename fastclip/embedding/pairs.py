@@ -47,9 +47,9 @@ def embed_pairs(
 ) -> None:
     """Embed all samples of a source and store what `keep` derives from them.
 
-    Each part of the store contains the tensors of `keep`, "used" (n,) bool, which marks the usable ones of the part's n
-    samples, and "faults", the causes for the others. Parts consist of whole batches, so that a resumed call gives the
-    same bits as an uninterrupted one.
+    For n samples, a part of the store contains the tensors that `keep` returns and two more: "used", (n,) bool, is True
+    for usable samples, and "faults" states why the other samples are unusable. Parts consist of whole batches, so that
+    a resumed call gives the same bits as an uninterrupted one.
 
     Args:
         embedder: Model to embed images and captions with.
@@ -57,11 +57,12 @@ def embed_pairs(
         store: Store to fill; its existing parts are reused.
         keep: Function from the pairs of a part to the tensors to store.
         first_caption: Use only the first caption of each sample.
-        finite: Leave out samples whose vectors are not finite. Requires `first_caption`, or samples without captions.
+        finite: Leave out samples whose vectors are not finite. Samples must have at most one text vector each, so this
+            requires `first_caption`, unless the source has no captions at all.
         batch_size, workers, progress: As in `fastclip.embedding.features.image_features`.
 
     Raises:
-        ValueError: The source or the batch is empty, or the source is damaged.
+        ValueError: The source is empty, `batch_size` is below 1, or the source is damaged.
         OSError: A file of the source cannot be read, or the store cannot be written.
         ChildProcessError: A worker process was killed.
     """
@@ -113,15 +114,15 @@ def _fill(
 
 
 def call_options(embedder: Embedder, source: Source) -> dict[str, Any]:
-    """Return the options that identify the dataset and the model of a folder, for `fastclip.system.claim.claim`."""
+    """Return the options by which an output folder records its dataset and model (`fastclip.system.claim.claim`)."""
     return {"source": absolute_spec(source.spec), "samples": len(source), "identity": embedder.identity}
 
 
 def contents_of(source: Source) -> str:
     """Return a digest of the inputs that vectors depend on, apart from the model.
 
-    The digest covers the captions of every sample, the state of its image file (`picture_states`, which does not depend
-    on how the path is written), and the limit of the pixels per image. Images are not read.
+    The digest covers the captions of every sample, the state of its image file (`picture_states`, which gives the same
+    absolute path for all spellings of a path), and the maximum number of pixels per image. Images are not read.
     """
     digest = hashlib.blake2b(limit_in_words().encode(), digest_size=16)
     for index, state in enumerate(picture_states(source)):
@@ -141,7 +142,10 @@ def faults_of(store: FeatureStore) -> Tally:
             counts, keys = parse_json(part["faults"].numpy().tobytes(), "a part's list of faults", list)
             tally = Tally.of(counts, keys)
         except ValueError as error:
-            raise ValueError(f"{store.folder} is not what this command writes, remove it: {error}") from error
+            raise ValueError(
+                f"{store.folder} contains a part that this command did not write ({error}): remove the folder, and run "
+                "the command again to compute its contents"
+            ) from error
         faults.merge(tally.counts, tally.keys)
     return faults
 
@@ -171,7 +175,7 @@ def _finite(pairs: Pairs, batch: PairBatch, keys: list[str]) -> tuple[Pairs, Pai
     still[still.nonzero().flatten()] = whole
     used = still.tolist()
     bad = [key for key, was, now in zip(keys, batch.used, used) if was and not now]
-    faults = [Fault("vector is not finite", key, "the model gives NaN or infinity for it") for key in bad]
+    faults = [Fault("vector is not finite", key, "the model returns NaN or infinity for this sample") for key in bad]
     captions = [texts for texts, kept in zip(pairs.captions, whole.tolist()) if kept]
     left = Pairs(pairs.images[whole], captions, pairs.texts[whole] if len(pairs.texts) else pairs.texts)
     return left, batch._replace(used=used, faults=[*batch.faults, *faults])

@@ -2,8 +2,9 @@
 
 ``fastclip search`` and ``fastclip eval compose`` share this grammar. A query consists of terms joined by ``+`` and
 ``-``, which are operators if they are surrounded by white space and not quoted. ``2:`` or ``0.5:`` directly before a
-term is its weight. If a digit follows the colon, it is a weight only before the name of an image (``2:001.jpg``), so
-that ``16:9 screenshot`` is a text. A term in double quotes is taken literally as a text.
+term is its weight. If the term begins with a digit, the number before the colon is a weight only if the term is the
+name of an image (``2:001.jpg``), so that ``16:9 screenshot`` is a text. A term in double quotes is taken literally as a
+text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from fastclip.data.picture import PICTURE_SUFFIXES, read_picture
 
 __all__ = ["Term", "combine", "parse_query", "parse_terms", "parse_texts", "picture_path", "reading", "split_at"]
 
-_CANCELLED = 1e-5  # relative to the sum of the weights: rounding determines the direction of a shorter sum
+# Minimum length of a sum of vectors, relative to the sum of the weights' absolute values. Rounding errors determine the
+# direction of a shorter sum.
+_CANCELLED = 1e-5
 _MIN_LENGTH, _MAX_LENGTH = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
@@ -67,7 +70,7 @@ def parse_query(query: str, *, add: Sequence[str] = (), subtract: Sequence[str] 
 
 
 def parse_terms(query: str) -> list[Term]:
-    """Parse a query like `parse_texts`, except that a query which is as a whole the path of a file is a single term."""
+    """Parse a query like `parse_texts`, but as a single term if the whole query is the path of a file."""
     is_file = _file(_weighted(query.strip())[1]) is not None
     return [_term(1, query, query)] if is_file else parse_texts(query)
 
@@ -133,7 +136,8 @@ def reading(query: str, terms: Sequence[Term]) -> str:
 def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]) -> npt.NDArray[np.float32]:
     """Return the weighted sum (D,), float32, of unit vectors (D,).
 
-    The sum is not scaled to unit length, so that a score is the weighted sum of the terms' cosines, as in rclip.
+    The sum is not scaled to unit length, so that a score is the weighted sum of the terms' cosines. The
+    command-line tool rclip scores images in the same way.
 
     Raises:
         ValueError: A weight is not finite, the terms cancel each other, or the sum is out of the range of float32.
@@ -143,18 +147,20 @@ def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]
         raise ValueError(f"weights must be finite numbers, got {', '.join(f'{weight:g}' for weight in weights)}")
     with np.errstate(invalid="ignore", over="ignore"):  # weights are not limited; an overflow is reported below
         total = np.sum([weight * vector.astype(np.float64) for vector, weight in zip(vectors, weights)], axis=0)
-    length = math.hypot(*total.tolist())  # the squares of a plain norm could overflow or vanish
+    length = math.hypot(*total.tolist())  # squaring the elements could overflow or underflow
     if length <= sum(_CANCELLED * abs(weight) for weight in weights):
         raise ValueError("the terms of the query cancel each other: nothing is left to search for")
     if not _MIN_LENGTH <= length <= _MAX_LENGTH:
-        raise ValueError("the query has no finite vector: is a weight too large or too small, or the model damaged?")
+        raise ValueError(
+            "the query's vector is too short, too long or not finite: use weights closer to 1, or check the model"
+        )
     return total.astype(np.float32)
 
 
 def _term(sign: int, text: str, query: str) -> Term:
     weight, text = _weighted(text.strip())
     quoted = _QUOTED.fullmatch(text)
-    if quoted is None and text.startswith('"'):  # taken as a text, it would hide a missing quote or operator
+    if quoted is None and text.startswith('"'):  # a text would hide a missing quote or operator
         raise ValueError(f"the query {query!r} has a quote that is not closed, or a word next to a quote, at {text!r}")
     text = text if quoted is None else quoted[1].strip()
     if not text:

@@ -35,7 +35,7 @@ class Captioned(NamedTuple):
 class Retrieval(NamedTuple):
     """Results of `evaluate_retrieval` on the M usable images and N usable captions."""
 
-    metrics: dict[str, float]  # from 0 to 1, by CLIP_benchmark's names
+    metrics: dict[str, float]  # values from 0 to 1, under CLIP_benchmark's names
     keys: list[str]  # M keys of the images
     texts: list[str]  # N captions
     pairs: Tensor  # (P, 2) int64, indices of an image and a caption that belong together
@@ -50,7 +50,7 @@ class Retrieval(NamedTuple):
     def details(self, *, top: int = 5) -> Iterator[dict[str, Any]]:
         """Yield the rank and the `top` most similar items of every caption and then of every image.
 
-        The rank is 1 if the most similar item belongs to the query.
+        Unlike `best_ranks`, ranks are counted from 1: the rank is 1 if the most similar item belongs to the query.
         """
         images, texts = self.image_features, self.text_features
         ways = (
@@ -68,7 +68,7 @@ class Retrieval(NamedTuple):
 
 
 def by_picture(source: Source, *, captions: int | None = None) -> Captioned:
-    """Group the samples of a source by image, such as the rows of a table that share an image.
+    """Group the samples of a source that share an image, such as rows of a table.
 
     Different spellings of a path, relative paths and links count as the same image (`picture_places`). Each further
     sample of an image adds the captions that the image does not have yet; differences in white space are ignored.
@@ -141,14 +141,14 @@ def evaluate_retrieval(
 ) -> Retrieval:
     """Evaluate image-text retrieval: recall at 1, 5 and 10 in both directions, over all usable images.
 
-    As in CLIP_benchmark, every caption is a separate query that belongs to one image. If another image has a caption
-    of the same words, that caption is a wrong answer that ties with the right one, and counts against the model.
+    As in CLIP_benchmark, every caption is a separate query that belongs to one image. If another image has
+    the same caption, that caption is a wrong answer that ties with the right one, and counts against the model.
 
     Args:
         embedder: Model to evaluate.
         source: Dataset with captions.
         captions: Maximum number of captions per image, of which the first ones are taken (default: all).
-        unique: Merge captions of the same words into one that belongs to all of their images.
+        unique: Merge identical captions into one that belongs to all of their images.
         batch_size, workers, progress: As in `image_features`.
         folder: Folder for the progress (default: FASTCLIP_CACHE). An interrupted evaluation continues from there when
             it is started again.

@@ -60,10 +60,10 @@ def mean_directions(features: Tensor) -> Tensor:
 def class_ranks(features: Tensor, classes: Tensor, labels: Tensor, class_names: Sequence[str]) -> Tensor:
     """Return the rank of each image's true class, (K,) int64: the number of classes that come before it.
 
-    Rank 0 is a hit at 1. A class whose cosine is within 2^-20 of the true class comes before it, so that ties count
-    against the model (`best_ranks`). Classes of the same name, such as the two "missile" and the two "sunglasses" in
-    CLIP's list for ImageNet, cannot be distinguished by any model. Among them, the order is that of their indices,
-    which is also the result of an argmax.
+    An image of rank 0 counts as correct in top-1. A class comes before the true class unless its cosine is smaller by
+    more than 2^-20, so that ties count against the model (`best_ranks`). Classes of the same name, such as the two
+    "missile" and the two "sunglasses" in CLIP's list for ImageNet, cannot be distinguished by any model. They are
+    ordered by index, so that the first one is predicted, as with argmax.
 
     Args:
         features: Features of the images, (K, D).
@@ -73,8 +73,8 @@ def class_ranks(features: Tensor, classes: Tensor, labels: Tensor, class_names: 
     """
     namesakes = _namesakes(class_names, labels.device)[labels]
     picture, column = (namesakes >= 0).nonzero(as_tuple=True)
-    # All classes of the same name are treated as belonging to the image: rounding would otherwise decide which of
-    # their equal cosines is larger.
+    # All classes of the same name are treated as belonging to the image: in exact arithmetic their cosines are equal,
+    # and rounding would otherwise decide which of them is larger.
     ranks = best_ranks(features, classes, torch.stack([picture, namesakes[picture, column]], dim=1))
     return ranks + _earlier(namesakes, labels)
 
@@ -122,8 +122,9 @@ def _earlier(namesakes: Tensor, labels: Tensor) -> Tensor:
 def score_ranks(scores: Tensor, labels: Tensor, *, size: float = 0.0) -> Tensor:
     """Return the number of other classes that score at least as high as each image's true class, (N,) int64.
 
-    Ties and NaN count against the model. Scores are tied if they differ by at most 2^-20 of `size`, because rounding
-    decides which of two equal float32 products is larger, such as those of two classes with the same name.
+    Ties and NaN count against the model. Scores are tied if they differ by at most 2^-20 of `size`, because products
+    that are equal in exact arithmetic, such as those of two classes with the same name, may differ by rounding in
+    float32.
 
     Args:
         scores: (N, C) float.

@@ -103,9 +103,9 @@ def compose(
 ) -> Composed:
     """Retrieve the images of a source that are most similar to each query.
 
-    Images that a query names are excluded from its answer. A term refers to an image of the source if it is the key of
-    one, or the last path components of exactly one key. Otherwise it is an image file or a text, as decided by
-    `fastclip.embedding.query.picture_path`.
+    Images that a query names are excluded from its answer. A term refers to an image of the source if it equals the
+    image's key, or the last path components of exactly one key. Any other term is an image file or a text, as decided
+    by `fastclip.embedding.query.picture_path`.
 
     Args:
         embedder: Model to embed images and texts with.
@@ -117,7 +117,7 @@ def compose(
 
     Raises:
         ValueError: `top` is below 1, a named image or target does not exist or cannot be used, the terms of a query
-            have no sum (`unit_sum`), or no image can be used.
+            cancel each other or their sum is out of range (`unit_sum`), or no image can be used.
         OSError: A file of the source cannot be read.
     """
     if top < 1:

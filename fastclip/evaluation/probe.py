@@ -29,7 +29,7 @@ from fastclip.system.progress import Progress
 __all__ = ["Probe", "TowerEmbedder", "linear_probe", "sweep"]
 
 logger = logging.getLogger(__name__)
-_PER_DECADE, _DECADES = 8, 6  # the penalty ranges from 10 ** -6 to 10 ** 6
+_PER_DECADE, _DECADES = 8, 6  # lambda ranges from 1e-6 to 1e6, in steps of an eighth of a decade
 _ITERATIONS = 1000  # as in the paper
 _FITS = 16  # maximum: 7 on the coarse grid, 2 at each of 4 halvings, and the final fit
 
@@ -37,16 +37,17 @@ _FITS = 16  # maximum: 7 on the coarse grid, 2 at each of 4 halvings, and the fi
 class Probe(NamedTuple):
     """Result of `linear_probe`."""
 
-    metrics: dict[str, Any]  # by CLIP_benchmark's names (``metrics/linear_probe.py``)
+    metrics: dict[str, Any]  # under CLIP_benchmark's names (``metrics/linear_probe.py``); ``weight_decay`` is lambda
     sweep: list[tuple[float, float]]  # each lambda with its score on the validation split, in the order of the fits
     unconverged: int  # number of fits of the sweep that did not converge within 1,000 iterations
     converged: bool  # True if the final fit, whose metrics are reported, converged
 
 
 class TowerEmbedder(Embedder):
-    """Embed images as the features before the projection into the embedding space, not normalised.
+    """Embedder that returns the unnormalised image features before the projection into the embedding space.
 
-    For ViT these are the class token and for CoSwin the mean over positions ("I_f" in Radford et al. 2021, figure 3).
+    For ViT these features are the class token and for CoSwin the mean over positions ("I_f" in Radford et al. 2021,
+    figure 3).
     ResNet's attention pooling and ALIGN's EfficientNet have no separate projection, so their features are the outputs
     of `encode_image`.
     """
@@ -134,8 +135,8 @@ def linear_probe(
 def sweep(score: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
     """Search for the lambda with the highest score (Radford et al. 2021, appendix A.3).
 
-    The search begins with 1e-6, 1e-4 ... 1e6 and then halves the interval around the peak until its values are eighths
-    of a decade. Among equal scores the middle lambda is taken, because neither end of a plateau is better.
+    The search begins with 1e-6, 1e-4 ... 1e6 and then repeatedly halves the spacing around the best lambda, down
+    to an eighth of a decade. Among equal scores the middle lambda is taken, because neither end of a plateau is better.
 
     Args:
         score: Function from lambda to the score.
@@ -168,7 +169,7 @@ def _resumed_sweep(
     The store needs no lambdas, because the sweep always tries the same ones in the same order.
 
     Args:
-        fit: Function from lambda to the score and True if the fit converged.
+        fit: Function from lambda to the score and whether the fit converged.
         store: Store of finished fits, or None.
         bar: Progress bar, which moves once per fit.
 
@@ -200,7 +201,7 @@ def _resumed_sweep(
 
 
 def _fit(x: Any, y: Any, penalty: float) -> tuple[LogisticRegression, bool]:
-    """Fit a classifier, and return it with True if L-BFGS converged."""
+    """Fit a classifier, and return the classifier and whether L-BFGS converged."""
     classifier = LogisticRegression(C=1 / penalty, max_iter=_ITERATIONS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")  # by default, Python shows a repeated warning only once
@@ -243,7 +244,7 @@ def _inputs(
 
 
 def _check_sources(sources: Sequence[Source]) -> None:
-    """Check that all splits have the same classes, and log a warning for images that the test split shares.
+    """Check that all splits have the same classes, and warn if images of the test split are also in another split.
 
     Args:
         sources: Training split, test split and, optionally, validation split.
@@ -271,4 +272,4 @@ def _check_labels(train: Source, y: Any, test: Source, y_test: Any) -> None:
         raise ValueError(f"{train.spec}: the usable images must have at least two classes, got {len(known)}")
     if len(unknown := np.setdiff1d(y_test, known)):
         names = shown_names([train.class_names[k] for k in unknown])
-        logger.warning("%s has %d classes without images in %s: %s", test.spec, len(unknown), train.spec, names)
+        logger.warning("%d classes of %s have no images in %s: %s", len(unknown), test.spec, train.spec, names)

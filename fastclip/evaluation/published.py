@@ -1,9 +1,10 @@
 """Published results of CLIP, ALIGN and Florence in per cent, for comparison with a model's results.
 
-CLIP is the ViT-L/14 at 336 pixels of Radford et al. 2021 ("Learning Transferable Visual Models From Natural Language
-Supervision"), ALIGN the EfficientNet-L2 with BERT-large of Jia et al. 2021 ("Scaling Up Visual and Vision-Language
-Representation Learning With Noisy Text Supervision"), Florence the CoSwin-H of Yuan et al. 2021 ("Florence: A New
-Foundation Model for Computer Vision").
+- CLIP: ViT-L/14 with images of 336 pixels. Radford et al. 2021, "Learning Transferable Visual Models From Natural
+  Language Supervision".
+- ALIGN: EfficientNet-L2 with BERT-large. Jia et al. 2021, "Scaling Up Visual and Vision-Language Representation
+  Learning With Noisy Text Supervision".
+- Florence: CoSwin-H. Yuan et al. 2021, "Florence: A New Foundation Model for Computer Vision".
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from fastclip.data.sources.classes import SPLITS
 
 __all__ = ["MEAN_PER_CLASS", "RETRIEVAL", "TOP1", "ZERO_SHOT", "top1", "top1_dataset"]
 
-# Zero-shot top-1 by CLIP_benchmark's names, from table 4 of Jia et al. 2021 (Florence: table 1 of Yuan et al. 2021)
+# Zero-shot top-1, under CLIP_benchmark's names of the datasets. Source: table 4 of Jia et al. 2021; for Florence,
+# table 1 of Yuan et al. 2021.
 ZERO_SHOT: dict[str, dict[str, float]] = {
     "CLIP": {"imagenet1k": 76.2, "imagenet-r": 88.9, "imagenet-a": 77.2, "imagenetv2": 70.1},
     "ALIGN": {"imagenet1k": 76.4, "imagenet-r": 92.2, "imagenet-a": 75.8, "imagenetv2": 70.1},
@@ -46,8 +48,8 @@ _DATASETS = (
     *("voc2007", "dtd", "pets", "caltech101", "flowers", "imagenet"),
 )
 
-# Classification accuracy by model and dataset. "CLIP" and "Florence" are zero-shot. For CLIP, the row that the tables
-# call fine-tuned is its linear probe (table 10 of its paper).
+# Classification accuracy of each model on each dataset. "CLIP" and "Florence" are zero-shot. The row "CLIP
+# fine-tuned" is a linear probe (table 10 of CLIP's paper).
 TOP1: dict[str, dict[str, float]] = {
     name: {dataset: value for dataset, value in zip(_DATASETS, values) if value is not None}
     for name, values in {
@@ -71,7 +73,7 @@ def top1(dataset: str) -> dict[str, float]:
         ValueError: There are no published results for the dataset.
     """
     if dataset not in _DATASETS:
-        raise ValueError(f"there are no published numbers of {dataset!r}: choose one of {', '.join(_DATASETS)}")
+        raise ValueError(f"there are no published results for {dataset!r}: choose one of {', '.join(_DATASETS)}")
     return {name: values[dataset] for name, values in TOP1.items() if dataset in values}
 
 

@@ -23,7 +23,7 @@ def result(
         task: ``zeroshot_classification``, ``zeroshot_retrieval``, ``linear_probe`` ...
         model: Name of the model.
         pretrained: Name of the weights.
-        metrics: Metrics by CLIP_benchmark's names.
+        metrics: Metrics under CLIP_benchmark's names.
         **more: Further values, for which CLIP_benchmark has no key.
     """
     return {

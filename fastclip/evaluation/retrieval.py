@@ -46,10 +46,10 @@ def retrieval_recalls(
     its texts is among the K texts most similar to it.
 
     There are two differences from CLIP_benchmark. First, ties count against the model: an item that does not belong to
-    the query precedes the best item that does if its cosine is within 2^-20. CLIP_benchmark takes the first K of
-    ``topk``, whose order of equal items is arbitrary, so that a model with constant features can score anything; here
-    such a model scores no better than chance. Second, a text may have any number of images, not only one. Images and
-    texts without a partner are left out of the mean.
+    the query comes first if its cosine is at most 2^-20 below that of the best item that belongs to the query.
+    CLIP_benchmark takes the first K of ``topk``, whose order of equal items is arbitrary, so that a model with constant
+    features can get any score; here such a model scores no better than chance. Second, a text may have any number of
+    images, not only one. Images and texts without a partner are left out of the mean.
 
     Args:
         image_features: (M, D), float32 or float64, not necessarily normalised. Cosines are computed in float64 only if
@@ -90,8 +90,8 @@ def best_ranks(queries: Tensor, items: Tensor, pairs: Tensor, *, chunk: int | No
 
     The rank is the number of items that do not belong to the query and are at least as similar to it, and -1 if no item
     belongs to the query. Similarity is the cosine in float32 (float64 for float64 features), even under autocast.
-    Features that are not finite count against the model: such a query is ranked last, and such an item comes before the
-    items that belong to a query.
+    Features that are not finite count against the model: a query that is not finite gets the last rank, and an item
+    that is not finite comes before the items that belong to a query.
 
     Args:
         queries: (Q, D) float.
@@ -125,8 +125,9 @@ def retrieval_ranks(
 def top_items(queries: Tensor, items: Tensor, k: int, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the K items most similar to each query, without storing a Q x N matrix.
 
-    Items whose cosines are within 2^-20 of the best one count as equal to it, and so on with the best of the remaining
-    items. Equal items share their largest cosine and are ordered by index. Items that are not finite come last.
+    The most similar item and all items whose cosines are at most 2^-20 smaller form a group of equal items. The best of
+    the remaining items begins the next group. The items of a group are ordered by index, and all of them are returned
+    with the largest cosine of the group. Items that are not finite come last.
 
     Args:
         queries: (Q, D) float, compared in float32.
@@ -322,10 +323,10 @@ def _side(x: Tensor, chunk: int | None) -> int:
 
 
 def check_finite(features: Tensor, what: str) -> None:
-    """Log the number of a model's features (B, D) on `what` that are not finite.
+    """Log how many rows of features (B, D) are not finite; `what` names the dataset in the message.
 
     Raises:
-        ValueError: None of them is finite, so that metrics would say nothing about the model.
+        ValueError: No row is finite, so that metrics would say nothing about the model.
     """
     finite = int(features.isfinite().all(1).sum())
     if not finite and len(features):
@@ -348,4 +349,6 @@ def _check(queries: Tensor, items: Tensor, pairs: Tensor, chunk: int | None) -> 
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     sizes = torch.tensor([len(queries), len(items)], device=pairs.device)
     if bool(((pairs < 0) | (pairs >= sizes)).any()):
-        raise ValueError(f"pairs must be at least 0 and below {len(queries)} and {len(items)}, the numbers of features")
+        raise ValueError(
+            f"indices in pairs must be at least 0, below {len(queries)} in column 0 and below {len(items)} in column 1"
+        )

@@ -1,4 +1,4 @@
-"""Robustness: one zero-shot classifier on ImageNet and on datasets of its classes with a distribution shift."""
+"""Robustness: evaluate one zero-shot classifier on ImageNet and on shifted datasets with ImageNet's classes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DataSet(NamedTuple):
     source: str
 
 
-# Datasets by CLIP_benchmark's names: ImageNet first, then those with a distribution shift.
+# Datasets under CLIP_benchmark's names: ImageNet first, then those with a distribution shift.
 SETS = {
     "imagenet1k": DataSet("ImageNet", "imagenet", "Russakovsky et al. 2015, the validation images"),
     "imagenetv2": DataSet("ImageNet-V2", "imagenet", "Recht et al. 2019, matched frequency"),
@@ -59,8 +59,8 @@ def robustness(
 
     Args:
         embedder: Model to evaluate.
-        folders: Folders with one subfolder per class, by names of `SETS`. ImageNet-R and ImageNet-A are classified
-            among their 200 classes.
+        folders: Mapping from names in `SETS` to folders with one subfolder per class. For ImageNet-R and ImageNet-A,
+            only their 200 classes are candidates.
         templates: Captions with ``{}`` in place of a class name (default: CLIP's 80 templates).
         pretrained, batch_size, workers, progress, stores: As in `zero_shot`.
 
@@ -112,7 +112,7 @@ def _check_set(name: str, source: ClassFolder) -> None:
 
 
 def accuracies(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the top-1 accuracy of each result, in per cent by name of the dataset."""
+    """Return a dictionary from the name of each dataset to its top-1 accuracy in per cent."""
     return {result["dataset"]: 100 * result["metrics"]["acc1"] for result in results}
 
 
@@ -145,7 +145,7 @@ def plot(path: str | Path, top1: Mapping[str, float], *, name: str) -> None:
 
     Args:
         path: Output path.
-        top1: Top-1 in per cent, by names of `SETS`.
+        top1: Mapping from names in `SETS` to top-1 accuracies in per cent.
         name: Name of the model.
 
     Raises:
@@ -205,5 +205,5 @@ def _axes(axes: Axes, values: Sequence[float]) -> None:
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
-    axes.plot([lower, upper], [lower, upper], "--", color="grey", label="nothing lost: y = x")
+    axes.plot([lower, upper], [lower, upper], "--", color="grey", label="no drop: y = x")
     axes.grid(alpha=0.3)

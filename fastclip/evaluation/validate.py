@@ -40,8 +40,10 @@ def validate(
 ) -> dict[str, float]:
     """Compute the metrics of a model on a source.
 
-    If the source has classes, ``zero_shot_top1`` is the share of images whose class is ranked first, and with at least
-    ten classes, ``zero_shot_top5`` the share whose class is among the first five. A class is represented by the mean of
+    If the source has classes, ``zero_shot_top1`` is the share of images whose class is ranked first. If it has at least
+    ten classes, ``zero_shot_top5`` is the share whose class is among the first five. With fewer classes, more than half
+    of the images would be correct by chance, so ``zero_shot_top5`` is left out. (`classification_metrics` follows
+    CLIP_benchmark, which reports top-5 from five classes on.) A class is represented by the mean of
     its captions (`class_embeddings`), and ties count against the model. ``image_retrieval_recall@K`` and
     ``text_retrieval_recall@K`` are given for K = 1, 5, 10 (`retrieval_recalls`). Equal captions are merged into one
     text, which belongs to every image that has it.
@@ -53,8 +55,8 @@ def validate(
     restored. To use autocast, call the function inside of it.
 
     Args:
-        model: A `DualEncoder`, or a wrapper with ``encode_image``, images (B, 3, H, W) -> features (B, D),
-            ``encode_text``, token ids (B, L) -> features (B, D), and ``logit_scale``, whose device is used.
+        model: A `DualEncoder`, or a wrapper with ``encode_image`` (images (B, 3, H, W) -> features (B, D)),
+            ``encode_text`` (token ids (B, L) -> features (B, D)) and ``logit_scale`` (inputs are moved to its device).
         source: Dataset with at least one sample.
         transform: Deterministic image transform, a PIL image -> (3, H, W) float32.
         tokenize: Tokenizer, B texts -> token ids (B, L).
@@ -68,7 +70,8 @@ def validate(
         Metrics by name, each from 0 to 1, with the same values on every rank.
 
     Raises:
-        ValueError: The source is empty or damaged, an option is not positive, or 100 attempts find no usable sample.
+        ValueError: The source is empty or damaged, an option is not positive, or an unusable sample and 99 random
+            others, which are tried as its replacement in the batch, are all unusable.
         OSError: A file of the source cannot be read.
     """
     for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
@@ -86,7 +89,7 @@ def validate(
         )
         image_features, labels, kept = _image_features(model, batches, len(source), group)
         if len(kept) < len(source):
-            message = "%s: %d of %d samples cannot be used and are left out; this process met %s"
+            message = "%s: %d of %d samples cannot be used and are left out; causes seen by this process: %s"
             logger.warning(message, source.spec, len(source) - len(kept), len(source), skipped)
         texts = texts_of(source, kept)
         text_features = _text_features(model, tokenize, texts.texts, batch_size, group)
@@ -94,10 +97,13 @@ def validate(
 
 
 class Texts(NamedTuple):
-    """Texts of a source, each once: captions in the order of their first image, then further captions of classes."""
+    """Distinct texts of a source: the captions of images, then the captions of classes that no image has.
+
+    Captions are in the order of the first image that has them, captions of classes in the order of the classes.
+    """
 
     texts: list[str]
-    captions: int  # the first so many texts are captions of images
+    captions: int  # number of texts, counted from the first, that are captions of images
     pairs: Tensor  # (P, 2) int64, indices of an image and a caption that belong together
     classes: Tensor  # (C, T) int64, indices of the captions of each class
     class_names: tuple[str, ...]
@@ -108,7 +114,7 @@ def metrics_of(image_features: Tensor, labels: Tensor, text_features: Tensor, te
 
     Args:
         image_features: Unit vectors of the images, (M, D).
-        labels: Classes of the images, (M,) int64, -1 for images without one.
+        labels: Classes of the images, (M,) int64, -1 for images without a class.
         text_features: Unit vectors of `texts`, (N, D).
         texts: The result of `texts_of`.
     """

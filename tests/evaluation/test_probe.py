@@ -166,7 +166,7 @@ def test_labels_that_do_not_fit_are_told(embedder: Embedder, caplog: pytest.LogC
     with pytest.raises(ValueError, match="digits: the usable images must have at least two classes, got 1"):
         linear_probe(embedder, of_classes(source, {3}, 8), few)
     linear_probe(embedder, of_classes(source, {3, 5}, 20), few, features="embedding")
-    assert "digits has 1 classes without images in digits: eight" in caplog.text
+    assert "1 classes of digits have no images in digits: eight" in caplog.text
     unnamed = Unlabelled(few, range(6))
     for options in ({"test": unnamed}, {"test": few, "val": unnamed}):
         with pytest.raises(ValueError, match="digits: none of the images has a class"):
@@ -284,7 +284,7 @@ def test_command_writes_clip_benchmarks_keys(
     assert f"{100 * found['metrics']['lp_acc1']:.1f}" in table and "ALIGN fine-tuned" in table and "96.2" in table
     assert not list((tmp_path / "cache" / "features").iterdir())
     assert main([*line, "--reference", "pest"]) == 1
-    assert "no published numbers of 'pest'" in capsys.readouterr().err
+    assert "no published results for 'pest'" in capsys.readouterr().err
 
 
 def test_result_is_called_by_its_folder(

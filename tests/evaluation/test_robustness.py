@@ -180,9 +180,9 @@ def test_plot_draws_any_accuracy(found: dict[str, float], tmp_path: Path, monkey
     (axes,) = drawn[0].axes
     assert axes.get_xscale() == axes.get_yscale() == "logit" and axes.get_xlim() == axes.get_ylim()
     lines = {line.get_label().split(":")[0]: line.get_xydata() for line in axes.get_lines()}
-    assert (lines["nothing lost"][:, 0] == lines["nothing lost"][:, 1]).all()
+    assert (lines["no drop"][:, 0] == lines["no drop"][:, 1]).all()
     expected = robustness.points_of(found, robustness.compared_sets(found), name="ours")
-    drawn_at = {name: tuple(line[0]) for name, line in lines.items() if name != "nothing lost"}
+    drawn_at = {name: tuple(line[0]) for name, line in lines.items() if name != "no drop"}
     for name, place in drawn_at.items():
         assert place == pytest.approx([min(max(value, 0.001), 0.999) for value in expected[name]])
     assert drawn_at.keys() == expected.keys()

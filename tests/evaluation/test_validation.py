@@ -151,8 +151,8 @@ def test_autocast_does_not_reach_the_similarities() -> None:
         ({"ks": (1, 0)}, r"ks must be at least 1, got \(1, 0\)"),
         ({"chunk": 0}, "chunk must be at least 1, got 0"),
         ({"pairs": torch.empty(0, 2, dtype=torch.int64)}, "no text belongs to an image"),
-        ({"pairs": torch.tensor([[0, 3]])}, "pairs must be at least 0 and below 2 and 3, the numbers"),
-        ({"pairs": torch.tensor([[-1, 0]])}, "pairs must be at least 0 and below"),
+        ({"pairs": torch.tensor([[0, 3]])}, "indices in pairs must be at least 0, below 2 in column 0 and below 3 in"),
+        ({"pairs": torch.tensor([[-1, 0]])}, "indices in pairs must be at least 0, below"),
         ({"pairs": torch.tensor([0, 1])}, r"pairs must be \(P, 2\) int64, got \(2,\) int64"),
         ({"text_features": torch.ones(3, 5)}, r"features must be \(M, D\) and \(N, D\), got"),
     ],
@@ -429,7 +429,8 @@ def test_samples_that_cannot_be_used_are_left_out_and_counted(caplog: pytest.Log
     part = Part()
     assert validate(Pair(), Faulty(), transform, tokenize) == validate(Pair(), part, transform, tokenize)
     left = 37 - len(part)
-    told = f"pictures: {left} of 37 samples cannot be used and are left out; this process met 8 not an image (0, 5"
+    told = f"pictures: {left} of 37 samples cannot be used and are left out; causes seen by this process: "
+    told += "8 not an image (0, 5"
     assert [record.getMessage()[: len(told)] for record in caplog.records] == [told]
 
 
