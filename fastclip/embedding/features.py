@@ -109,7 +109,7 @@ class FeatureStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_tensors(self._file(start), part, {"samples": str(samples)})
         except FileNotFoundError:  # another process has written the result and cleared the store
-            logger.debug("%s was removed by another process: a part is not stored, the call continues", self.folder)
+            logger.debug("%s was removed by another process: the call continues without it", self.folder)
         except OSError as error:
             if not self._is_cache:
                 raise

@@ -144,7 +144,7 @@ def faults_of(store: FeatureStore) -> Tally:
         except ValueError as error:
             raise ValueError(
                 f"{store.folder} contains a part that this command did not write ({error}): remove the folder, and run "
-                "the command again to compute its contents"
+                "the command again to compute the results anew"
             ) from error
         faults.merge(tally.counts, tally.keys)
     return faults

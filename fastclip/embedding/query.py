@@ -136,8 +136,8 @@ def reading(query: str, terms: Sequence[Term]) -> str:
 def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]) -> npt.NDArray[np.float32]:
     """Return the weighted sum (D,), float32, of unit vectors (D,).
 
-    The sum is not scaled to unit length, so that a score is the weighted sum of the terms' cosines. The
-    command-line tool rclip scores images in the same way.
+    The sum is not scaled to unit length, so that a score is the weighted sum of the terms' cosines. The command-line
+    tool rclip scores images in the same way.
 
     Raises:
         ValueError: A weight is not finite, the terms cancel each other, or the sum is out of the range of float32.
@@ -160,7 +160,8 @@ def combine(vectors: Iterable[npt.NDArray[np.float32]], weights: Iterable[float]
 def _term(sign: int, text: str, query: str) -> Term:
     weight, text = _weighted(text.strip())
     quoted = _QUOTED.fullmatch(text)
-    if quoted is None and text.startswith('"'):  # a text would hide a missing quote or operator
+    if quoted is None and text.startswith('"'):
+        # Accepting the term as a text would hide a missing quote or operator.
         raise ValueError(f"the query {query!r} has a quote that is not closed, or a word next to a quote, at {text!r}")
     text = text if quoted is None else quoted[1].strip()
     if not text:

@@ -141,8 +141,8 @@ def evaluate_retrieval(
 ) -> Retrieval:
     """Evaluate image-text retrieval: recall at 1, 5 and 10 in both directions, over all usable images.
 
-    As in CLIP_benchmark, every caption is a separate query that belongs to one image. If another image has
-    the same caption, that caption is a wrong answer that ties with the right one, and counts against the model.
+    As in CLIP_benchmark, every caption is a separate query that belongs to one image. If another image has the same
+    caption, that caption is a wrong answer that ties with the right one, and counts against the model.
 
     Args:
         embedder: Model to evaluate.

@@ -47,9 +47,8 @@ class TowerEmbedder(Embedder):
     """Embedder that returns the unnormalised image features before the projection into the embedding space.
 
     For ViT these features are the class token and for CoSwin the mean over positions ("I_f" in Radford et al. 2021,
-    figure 3).
-    ResNet's attention pooling and ALIGN's EfficientNet have no separate projection, so their features are the outputs
-    of `encode_image`.
+    figure 3). ResNet's attention pooling and ALIGN's EfficientNet have no separate projection, so their features are
+    the outputs of `encode_image`.
     """
 
     @torch.no_grad()
@@ -135,8 +134,8 @@ def linear_probe(
 def sweep(score: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
     """Search for the lambda with the highest score (Radford et al. 2021, appendix A.3).
 
-    The search begins with 1e-6, 1e-4 ... 1e6 and then repeatedly halves the spacing around the best lambda, down
-    to an eighth of a decade. Among equal scores the middle lambda is taken, because neither end of a plateau is better.
+    The search begins with 1e-6, 1e-4 ... 1e6 and then repeatedly halves the spacing around the best lambda, down to an
+    eighth of a decade. Among equal scores the middle lambda is taken, because neither end of a plateau is better.
 
     Args:
         score: Function from lambda to the score.

@@ -323,7 +323,7 @@ def _side(x: Tensor, chunk: int | None) -> int:
 
 
 def check_finite(features: Tensor, what: str) -> None:
-    """Log how many rows of features (B, D) are not finite; `what` names the dataset in the message.
+    """Log how many rows of features (B, D) are not finite; `what` names the data in the message.
 
     Raises:
         ValueError: No row is finite, so that metrics would say nothing about the model.

@@ -42,11 +42,11 @@ def validate(
 
     If the source has classes, ``zero_shot_top1`` is the share of images whose class is ranked first. If it has at least
     ten classes, ``zero_shot_top5`` is the share whose class is among the first five. With fewer classes, more than half
-    of the images would be correct by chance, so ``zero_shot_top5`` is left out. (`classification_metrics` follows
-    CLIP_benchmark, which reports top-5 from five classes on.) A class is represented by the mean of
-    its captions (`class_embeddings`), and ties count against the model. ``image_retrieval_recall@K`` and
-    ``text_retrieval_recall@K`` are given for K = 1, 5, 10 (`retrieval_recalls`). Equal captions are merged into one
-    text, which belongs to every image that has it.
+    of the images would be correct by chance, so ``zero_shot_top5`` is left out (`classification_metrics` follows
+    CLIP_benchmark, which reports top-5 from five classes on). A class is represented by the mean of its captions
+    (`class_embeddings`), and ties count against the model. ``image_retrieval_recall@K`` and ``text_retrieval_recall@K``
+    are given for K = 1, 5, 10 (`retrieval_recalls`). Equal captions are merged into one text, which belongs to every
+    image that has it.
 
     Samples that cannot be used are left out, and their number is logged. Rows of a table that share an image are one
     sample with several captions.

@@ -45,7 +45,7 @@ _CHOICES = {
     "resize_mode": ("shortest", "squash"),
     "train_crop": ("resized", "flipped"),
 }
-OPEN_CLIP_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")  # fields of PreprocessConfig that it knows
+OPEN_CLIP_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")  # fields of PreprocessConfig that open_clip has
 _CHANGES = {"image_size": int, "context_length": int, "init_logit_scale": float, "init_logit_bias": float}
 _T = TypeVar("_T")
 
@@ -116,7 +116,7 @@ class CLIPTextConfig:
 
 @dataclass(frozen=True)
 class BertConfig:
-    """BERT, fed by a WordPiece tokenizer and read out at [CLS] (Jia et al. 2021)."""
+    """BERT, fed by a WordPiece tokenizer; the output at [CLS] represents the text (Jia et al. 2021)."""
 
     width: int
     heads: int
@@ -184,7 +184,7 @@ class ModelConfig:
         side, length = changes.pop("image_size", None), changes.pop("context_length", None)
         if side is not None:
             changes["vision_cfg"] = replace(self.vision_cfg, image_size=side)
-            if (resized := self.preprocess_cfg.resize_size) is not None:  # keeps the share of the image that is cropped
+            if (resized := self.preprocess_cfg.resize_size) is not None:  # keeps resize_size / image_size
                 resized = round(resized * side / self.vision_cfg.image_size)
                 changes["preprocess_cfg"] = replace(self.preprocess_cfg, resize_size=resized)
         if length is not None:
@@ -260,7 +260,10 @@ def config_path(name: str | Path) -> Path:
         return path
     known, plain = _names(), name.replace("/", "-")
     if plain not in known:  # compared with the list: a case-insensitive file system would find vit-b-32.json as well
-        raise ValueError(f"no model is called {name!r}: {_advice(name, known)} A configuration's path ends in .json")
+        raise ValueError(
+            f"no model is called {name!r}: {_advice(name, known)} To use your own configuration, pass a path that ends "
+            "in .json"
+        )
     if plain != name:
         _warn_of_spelling(name, plain, f"{plain}-quickgelu" in known)
     return FOLDER / f"{plain}.json"
@@ -276,7 +279,7 @@ def _advice(name: str, known: Sequence[str]) -> str:
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or (
         name.count("/") == 1 and not name.lower().startswith(("vit", "rn"))
     ):
-        return "download a repository of Hugging Face with `hf download`, and name its folder as the checkpoint."
+        return "download it from the Hugging Face Hub with `hf download`, and pass that folder as the checkpoint."
     plain = {re.sub(r"[^a-z0-9]", "", other.lower()): other for other in known}
     same = plain.get(re.sub(r"[^a-z0-9]", "", name.lower()))
     close = [same] if same else difflib.get_close_matches(name, known, n=3, cutoff=0.4)
@@ -287,7 +290,7 @@ def load_config(name: str | Path) -> ModelConfig:
     """Read the configuration of a model, given by its name or by the path of a JSON file.
 
     Raises:
-        ValueError: The name is unknown, or the file is no valid configuration (`ModelConfig.from_dict`).
+        ValueError: The name is unknown, or the file is not a valid configuration (`ModelConfig.from_dict`).
         FileNotFoundError: The path does not exist.
     """
     path = config_path(name)

@@ -39,8 +39,8 @@ def convert(model: DualEncoder, target: str | Path, *, form: str, source: str | 
 
     Raises:
         OSError: `target` cannot be written. Existing files are unchanged.
-        ValueError: The format has no such model, or `target` is `source` or a folder that contains another model.
-            Nothing is written.
+        ValueError: The format cannot represent the model, or `target` is `source` or a folder that contains another
+            model. Nothing is written.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
@@ -97,9 +97,12 @@ def check_target(target: Path, form: str, source: Path | None = None) -> None:
         ValueError: `target` is a file but `form` needs a folder, or writing it would overwrite `source`.
     """
     if is_file_target(target) and form != "open_clip":
-        raise ValueError(f"the form {form} is written as a folder, got {target}")
+        raise ValueError(f"the format {form} is written as a folder, but {target} is a file name: choose a folder")
     if not is_file_target(target) and target.is_file():
-        raise ValueError(f"{target} is a file, not a folder; a file of open_clip ends in .pt or .safetensors")
+        raise ValueError(
+            f"{target} is a file, not a folder: choose a folder, or for open_clip a file name that ends in .pt or "
+            ".safetensors"
+        )
     if source is None or not target.exists():
         return
     read = [source, *source.iterdir()] if source.is_dir() else [source]
@@ -118,7 +121,7 @@ def _write_file(tensors: dict[str, Tensor], file: Path) -> None:
     with new_file(file) as half:
         try:
             torch.save(tensors, half)
-        except RuntimeError as error:  # torch reports an error of the operating system so, without its errno
+        except RuntimeError as error:  # torch's only type for operating system errors, without an errno
             raise OSError(f"{file} was not written: {str(error).splitlines()[0]}") from error
 
 

@@ -133,8 +133,9 @@ class DualEncoder(nn.Module):
 
         Raises:
             OSError: The files cannot be written.
-            ValueError: The folder contains another model, whose files would remain next to the new ones. The model's
-                parameters no longer match its configuration. Its vocabulary file was missing when it was created.
+            ValueError: The folder contains another model, whose files would remain next to the new ones; or the model's
+                parameters no longer match its configuration, or the vocabulary file was missing when the model was
+                created.
         """
         with new_model(folder, OWN_FILES) as half:
             self.write_files(half)
@@ -151,7 +152,8 @@ class DualEncoder(nn.Module):
             values["text_cfg"]["vocabulary"] = VOCABULARY
         elif isinstance(text := self.config.text_cfg, BertConfig) and is_file_name(text.vocabulary):
             raise ValueError(
-                f"the vocabulary {text.vocabulary} was missing next to the configuration when this model was created"
+                f"the vocabulary {text.vocabulary} was missing next to the configuration when this model was created: "
+                "put the file there and create the model again"
             )
         write_json(folder / CONFIG, {"model_type": "fastclip", **values})
         write_weights(folder / WEIGHTS, state, config=folder / CONFIG)
@@ -187,8 +189,8 @@ class DualEncoder(nn.Module):
             **options: Further options of `create_model`.
 
         Raises:
-            FileNotFoundError: The path does not exist and there is no such repository or revision, or the Hub cannot be
-                reached.
+            FileNotFoundError: `source` is neither an existing path nor a repository on the Hub, the revision does not
+                exist, or the Hub cannot be reached.
         """
         path = Path(source)
         if not path.exists():
@@ -209,7 +211,7 @@ class DualEncoder(nn.Module):
             except (FileNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
                 message = " ".join(str(error).split())
                 raise FileNotFoundError(
-                    f"{source} is not a local folder, and could not be downloaded from Hugging Face's hub: {message}"
+                    f"{source} is not a local folder, and could not be downloaded from the Hugging Face Hub: {message}"
                 ) from error
             path = Path(snapshot)
         return create_model(pretrained=path, **options)
@@ -253,10 +255,10 @@ def create_model(
     Args:
         name: Model name from `list_models`, or path of a configuration ending in ``.json``. The name may be left out
             if `pretrained` is a folder that contains a configuration. A folder is accepted in place of a name, too.
-        pretrained: Path of a checkpoint: a file of OpenAI (TorchScript archive or state dict) or of open_clip (``.pt``,
-            ``.safetensors``), or a folder of Hugging Face (CLIPModel, AlignModel), of open_clip or of
-            `DualEncoder.save_pretrained`. By default, weights are drawn from torch's global generator, with the
-            initialisation of the model's authors. Nothing is downloaded.
+        pretrained: Path of a checkpoint: a file in the format of OpenAI (TorchScript archive or state dict) or of
+            open_clip (``.pt``, ``.safetensors``), or a folder in the format of Hugging Face (CLIPModel, AlignModel),
+            of open_clip or of `DualEncoder.save_pretrained`. By default, weights are drawn from torch's global
+            generator, with the initialisation of the model's authors. Nothing is downloaded.
         device: Device of the parameters. "meta" creates the model without allocating weights.
         image_size: Side of the input images in pixels (default: the checkpoint's, else the configuration's). Position
             embeddings of another size are interpolated, which is logged.

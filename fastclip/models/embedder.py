@@ -185,7 +185,7 @@ def load_model(
         options = mapping(read_json(state).get("options", {}), f"{state}: options")
         name = model or options.get("model")  # the caller's arguments take precedence over the run's options
         if not isinstance(name, str):
-            raise ValueError(f"{state}: the option model must be a model's name, got {name!r}")
+            raise ValueError(f"{state}: the option 'model' must be a model name, got {name!r}")
         sizes = {size: options.get(size) if value is None else value for size, value in sizes.items()}
         path = path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path
     return create_model(name, path, device=device, **sizes), path

@@ -39,7 +39,7 @@ def named_config(name: str) -> ModelConfig:
     """Return the configuration of a model, given by its name, by a JSON file, or by a folder that contains one.
 
     Raises:
-        ValueError: The name is unknown, or the file is no valid configuration.
+        ValueError: The name is unknown, or the file is not a valid configuration.
         FileNotFoundError: The file does not exist, or the folder contains no configuration.
     """
     if _is_folder(name):
@@ -84,7 +84,7 @@ def resolve(name: str | None, pretrained: str | Path | None) -> tuple[ModelConfi
         raise ValueError(f"{pretrained} contains no configuration: name the model, as in create_model('ViT-B-32', ...)")
     try:
         config = _with_sizes_of(config, checkpoint, name)
-    except ValueError as error:  # the checkpoint's form has no model with these towers
+    except ValueError as error:  # the checkpoint's format does not support these towers
         raise ValueError(f"{pretrained} does not fit {name or 'its configuration'}: {error}") from error
     if "logit_bias" in checkpoint.tensors and config.init_logit_bias is None:
         config = replace(config, init_logit_bias=0.0)  # replaced by the checkpoint's value when weights are loaded
@@ -103,9 +103,10 @@ def _agreed(config: ModelConfig, checkpoint: Checkpoint, name: str, pretrained: 
             kinds = {True: "QuickGELU", False: "GELU"}
             raise ValueError(
                 f"{pretrained} was trained with {kinds[theirs.quick_gelu]}, but {name} uses "
-                f"{kinds[config.quick_gelu]}: {'append' if theirs.quick_gelu else 'leave out'} -quickgelu"
+                f"{kinds[config.quick_gelu]}: "
+                f"{'append -quickgelu to' if theirs.quick_gelu else 'remove -quickgelu from'} the model name"
             )
-        logger.warning("%s is a checkpoint of OpenAI's: %s is created with QuickGELU", pretrained, name)
+        logger.warning("%s is an OpenAI checkpoint, so %s is created with QuickGELU", pretrained, name)
         config = replace(config, quick_gelu=True)
     if theirs is None:
         return config
@@ -125,7 +126,7 @@ def _agreed(config: ModelConfig, checkpoint: Checkpoint, name: str, pretrained: 
     }
     if changed:
         options = ", ".join(f"{key} {value}" for key, value in changed.items())
-        logger.warning("%s needs images with %s, which replaces the values of %s", pretrained, options, name)
+        logger.warning("%s requires the preprocessing options %s, which replace those of %s", pretrained, options, name)
         config = replace(config, preprocess_cfg=replace(named, **changed))
     return config
 
@@ -145,7 +146,7 @@ def _text_positions(config: ModelConfig) -> str:
 def _with_sizes_of(config: ModelConfig, checkpoint: Checkpoint, name: str | None) -> ModelConfig:
     """Return the configuration with the image size and context length of a checkpoint's position embeddings.
 
-    Sizes that differ from the checkpoint's would silently interpolate positions, which gives positions that nobody
+    With other sizes, position embeddings would be interpolated silently, and interpolated embeddings have not been
     trained. All other sizes must match the configuration (checked by `load_weights`), except for the number of heads,
     which leaves no trace in the weights.
     """
@@ -167,7 +168,8 @@ def _with_sizes_of(config: ModelConfig, checkpoint: Checkpoint, name: str | None
     said = {"context_length": text.context_length, "image_size": image.image_size}
     if other := {size: value for size, value in sizes.items() if value != said[size]}:
         changes = " and ".join(f"{size} {value} in place of {said[size]}" for size, value in other.items())
-        logger.warning("%s has %s; %s is adjusted to it", checkpoint.path, changes, name or "its configuration")
+        message = "%s has weights for %s; %s is changed accordingly"
+        logger.warning(message, checkpoint.path, changes, name or "its configuration")
         config = config.with_changes(**other)
     return config
 
@@ -199,7 +201,7 @@ def load_weights(
     mapped = map_names(state, config, checkpoint.form)
     endings = {"image_size": _image_positions(config), "context_length": _text_positions(config)}
     resized = tuple(ending for option, ending in endings.items() if option in changed and ending)
-    optional = {"logit_bias"} if "init_logit_bias" in changed else set()  # the name is the same in every form
+    optional = {"logit_bias"} if "init_logit_bias" in changed else set()  # the name is the same in every format
     expected = dict.fromkeys(theirs for m in mapped for theirs in m.theirs)
     tensors, misshapen = _fit(model, state, checkpoint, mapped, resized)
     if misfit := describe_misfit(expected, checkpoint.tensors, misshapen, optional):
@@ -262,7 +264,7 @@ def _fit(
 def _check_numbers(m: Mapped, tensor: Tensor, wanted: torch.dtype, path: Path) -> None:
     """Refuse tensors that `load_state_dict` would convert silently, and NaN or infinity.
 
-    Quantised, integer and complex tensors are no weights.
+    Quantised, integer and complex tensors cannot be weights.
     """
     names = ", ".join(m.theirs)
     if tensor.is_complex() or (wanted.is_floating_point and tensor.dtype not in _FLOATS):
@@ -282,7 +284,7 @@ def _resize(model: nn.Module, name: str, tensor: Tensor, wanted: torch.Size) -> 
     tensor = tensor.float()  # 16-bit sums would round the interpolated values
     if name in ("visual.pos_embed", "visual.head.pos_embed"):  # ([1,] 1 + positions, width); row 0 is the class token
         places, side = tensor.shape[-2] - 1, round((wanted[-2] - 1) ** 0.5)
-        if round(places**0.5) ** 2 != places:  # the positions form no square: the weights of another kind of tower
+        if round(places**0.5) ** 2 != places:  # not a square of positions: the weights belong to another kind of tower
             return None
         flat = tensor.reshape(1, -1, wanted[-1])
         return resample_abs_pos_embed(flat, [side, side], num_prefix_tokens=1).reshape(wanted)

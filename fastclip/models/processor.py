@@ -67,7 +67,7 @@ def read_image_processor(folder: Path, usual: str) -> ImageProcessor | None:
 
     Args:
         folder: Folder of a Hugging Face model.
-        usual: Class of a processor whose file names none, such as "CLIPImageProcessor".
+        usual: Class to assume if the file does not name one, such as "CLIPImageProcessor".
 
     Returns:
         The processor, or None if the folder contains none.
@@ -87,7 +87,8 @@ def read_image_processor(folder: Path, usual: str) -> ImageProcessor | None:
     values = _USUAL | _KINDS[kind] | values
     mean, std = _normalisation(values, kind == "EfficientNetImageProcessor", where)
     if not _is_whole(values["resample"]) or values["resample"] not in _RESAMPLE:
-        raise ValueError(f"{where}: resample must be one of {_RESAMPLE}, got {shown(values['resample'])}")
+        known = ", ".join(f"{number} ({name})" for number, name in _RESAMPLE.items())
+        raise ValueError(f"{where}: resample must be one of {known}, got {shown(values['resample'])}")
     side, mode, crop = _sizes(values, where)
     return ImageProcessor(mean, std, _RESAMPLE[values["resample"]], side, mode, crop, where)
 
@@ -123,7 +124,7 @@ def write_image_processor(folder: Path, kind: str, options: PreprocessConfig, im
 
 
 def _read(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """Return the values of an image processor and the name of their place in messages.
+    """Return the values of an image processor, and a text that says in messages where they were found.
 
     The image processor inside of ``processor_config.json`` takes precedence over ``preprocessor_config.json``.
     """
@@ -169,7 +170,7 @@ def _sizes(values: Mapping[str, Any], where: str) -> tuple[int, str, int]:
     side = next(iter(size.values()), 0)
     if mode == "squash" and size != {"height": side, "width": side}:
         raise ValueError(
-            f"{where}: size must be a number, only shortest_edge, or an equal height and width, "
+            f'{where}: size must be a number, {{"shortest_edge": N}} or {{"height": N, "width": N}}, '
             f"got {shown(values['size'])}"
         )
     if not _flag(values, "do_center_crop", where):
@@ -181,7 +182,7 @@ def _sizes(values: Mapping[str, Any], where: str) -> tuple[int, str, int]:
     crop = _edges(values.get("crop_size"), True, "crop_size", where)
     if crop != dict.fromkeys(("height", "width"), crop.get("height")):
         raise ValueError(
-            f"{where}: crop_size must be a number, or an equal height and width, got {shown(values['crop_size'])}"
+            f'{where}: crop_size must be a number or {{"height": N, "width": N}}, got {shown(values["crop_size"])}'
         )
     if crop["height"] > side:
         raise ValueError(f"{where}: crop_size {crop['height']} must be at most size, {side}: images are not padded")

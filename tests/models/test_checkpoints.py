@@ -185,7 +185,7 @@ def test_openai_means_quick_gelu(archive: bool, tmp_path: Path, caplog: pytest.L
         torch.save(state, path)
     with caplog.at_level(logging.WARNING):
         ours = fastclip.create_model("ViT-tiny", pretrained=path)
-    assert "a checkpoint of OpenAI's: ViT-tiny is created with QuickGELU" in caplog.text
+    assert "is an OpenAI checkpoint, so ViT-tiny is created with QuickGELU" in caplog.text
     assert ours.config is not None and ours.config.quick_gelu
     assert ours.visual.blocks[0].mlp.act.__class__.__name__ == "QuickGELU"
     assert all(p.dtype == torch.float32 for p in ours.parameters())
@@ -242,7 +242,7 @@ def test_hugging_face_activation_must_be_the_names(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "hf" / "config.json").read_text())
     values["text_config"]["hidden_act"] = values["vision_config"]["hidden_act"] = "quick_gelu"
     (tmp_path / "hf" / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"trained with QuickGELU, but ViT-tiny uses GELU: append -quickgelu"):
+    with pytest.raises(ValueError, match=r"trained with QuickGELU, but ViT-tiny uses GELU: append -quickgelu to the"):
         fastclip.create_model("ViT-tiny", pretrained=tmp_path / "hf")
     values["text_config"]["hidden_act"] = "relu"
     (tmp_path / "hf" / "config.json").write_text(json.dumps(values))
@@ -375,9 +375,9 @@ def test_other_resolutions_interpolate_as_open_clip(tmp_path: Path, caplog: pyte
 @pytest.mark.parametrize(
     ("name", "form", "message"),
     [
-        ("RN-tiny", "huggingface", "huggingface has no model with a resnet image tower and a clip text tower"),
-        ("florence-tiny", "open_clip", "open_clip has no model with a coswin image tower"),
-        ("align-tiny", "open_clip", "open_clip has no model with a efficientnet image tower and a bert"),
+        ("RN-tiny", "huggingface", "huggingface does not support the image tower resnet with the text tower clip"),
+        ("florence-tiny", "open_clip", "open_clip does not support the image tower coswin"),
+        ("align-tiny", "open_clip", "open_clip does not support the image tower efficientnet with the text tower bert"),
         ("align-tiny", "huggingface", "uses TensorFlow's padding"),
     ],
 )

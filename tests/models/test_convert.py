@@ -166,12 +166,12 @@ def test_two_models_do_not_share_a_folder(there: str, form: str, model: DualEnco
 @pytest.mark.parametrize(
     ("target", "form", "message"),
     [
-        ("x.pt", "huggingface", "huggingface is written as a folder, got"),
-        ("x.safetensors", "fastclip", "fastclip is written as a folder, got"),
+        ("x.pt", "huggingface", "huggingface is written as a folder, but"),
+        ("x.safetensors", "fastclip", "fastclip is written as a folder, but"),
         (
             "file",
             "open_clip",
-            "is a file, not a folder; a file of open_clip ends in .pt or .safetensors",
+            "is a file, not a folder: choose a folder, or for open_clip a file name that ends in .pt or .safetensors",
         ),
         ("file", "fastclip", "is a file"),
     ],

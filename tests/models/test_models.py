@@ -350,8 +350,8 @@ def test_openais_spelling_is_told_once(caplog: pytest.LogCaptureFixture) -> None
         ("ViT_B_32", "did you mean 'ViT-B-32'?"),
         ("VIT-B/32", "did you mean 'ViT-B-32'?"),
         ("ViT-L/14@336px", "did you mean 'ViT-L-14-336'"),
-        ("hf-hub:laion/CLIP-ViT-B-32", "download a repository of Hugging Face with `hf download`"),
-        ("openai/clip-vit-base-patch32", "download a repository of Hugging Face with `hf download`"),
+        ("hf-hub:laion/CLIP-ViT-B-32", "download it from the Hugging Face Hub with `hf download`"),
+        ("openai/clip-vit-base-patch32", "download it from the Hugging Face Hub with `hf download`"),
         ("../configs/ViT-B-32", "no model is called"),
         ("a\0b", "no model is called"),
         ("", "no model is called"),
@@ -366,7 +366,7 @@ def test_a_name_is_no_folder_of_the_working_directory(tmp_path: Path, monkeypatc
     (tmp_path / "ViT-tiny").mkdir()
     monkeypatch.chdir(tmp_path)
     assert fastclip.create_model("ViT-tiny") and fastclip.get_tokenizer("ViT-tiny")
-    with pytest.raises(FileNotFoundError, match="openai does not exist: it must be a path, as nothing is downloaded"):
+    with pytest.raises(FileNotFoundError, match="openai does not exist: pass the path of a file or folder"):
         fastclip.create_model("ViT-tiny", pretrained="openai")
 
 

@@ -111,7 +111,7 @@ def test_vocabulary_that_was_never_there_is_told(tmp_path: Path) -> None:
     drawn("align-tiny").save_pretrained(tmp_path / "first")
     (tmp_path / "first" / "vocab.txt").unlink()
     model = fastclip.create_model(pretrained=tmp_path / "first")
-    with pytest.raises(ValueError, match=r"the vocabulary vocab.txt was missing next to the configuration when"):
+    with pytest.raises(ValueError, match=r"vocab.txt was missing next to the configuration when .* put the file there"):
         model.save_pretrained(tmp_path / "second")
 
 

@@ -56,7 +56,10 @@ def test_features_are_open_clips_whatever_the_name_says(tmp_path: Path, caplog: 
     torch.save({"epoch": 1, "state_dict": theirs.state_dict()}, tmp_path / "theirs.pt")
     with caplog.at_level(logging.WARNING):
         ours = load_embedder(tmp_path / "theirs.pt", model="ViT-tiny")
-    assert caplog.text.count("theirs.pt has context_length 32 in place of 77 and image_size 48 in place of 32") == 1
+    assert (
+        caplog.text.count("theirs.pt has weights for context_length 32 in place of 77 and image_size 48 in place of 32")
+        == 1
+    )
     assert "interpolated" not in caplog.text
     assert ours.model.config is not None and ours.model.config.vision_cfg.image_size == SIDE
     texts = ["a photo of a cat", "words " * 60]
@@ -97,7 +100,7 @@ def test_a_configuration_beside_the_weights_is_contradicted_too(
     (tmp_path / "config.json").write_text(json.dumps(values))
     model = fastclip.create_model(pretrained=tmp_path)
     assert model.config is not None and model.config.text_cfg.context_length == LENGTH
-    assert "context_length 32 in place of 77; its configuration is adjusted to it" in caplog.text
+    assert "weights for context_length 32 in place of 77; its configuration is changed accordingly" in caplog.text
     assert "config.json was changed after model.safetensors was written" in caplog.text
 
 
@@ -217,7 +220,7 @@ def test_what_lies_beside_the_weights_rules_over_the_name(tmp_path: Path, caplog
     convert(build_model(replace(config, preprocess_cfg=preprocess)), tmp_path / "x", form="open_clip")
     model = fastclip.create_model("ViT-tiny", pretrained=tmp_path / "x")
     assert model.config is not None and model.config.preprocess_cfg == preprocess
-    said = "needs images with mean (0.4, 0.4, 0.4), resize_mode squash, which replaces the values of ViT-tiny"
+    said = "the preprocessing options mean (0.4, 0.4, 0.4), resize_mode squash, which replace those of ViT-tiny"
     assert said in caplog.text
 
     build_model(replace(config, text_cfg=replace(config.text_cfg, heads=4))).save_pretrained(tmp_path / "y")

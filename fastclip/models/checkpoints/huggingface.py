@@ -58,11 +58,11 @@ def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
 
     Args:
         folder: Folder of the Hugging Face model.
-        kind: The model type in its ``config.json``, "clip" or "align".
+        kind: The model type in its ``config.json``: "clip" or "align", or None if the file states none.
 
     Raises:
-        ValueError: The model type is another one, or the towers of this package do not support its sizes or
-            activations.
+        ValueError: The model type is neither "clip" nor "align", or the towers of this package do not support the
+            model's sizes or activations.
     """
     where = folder / "config.json"
     if kind not in ("clip", "align"):
@@ -79,7 +79,7 @@ def config_from_huggingface(folder: Path, kind: str | None) -> ModelConfig:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # transformers reports some wrong types by a private class, others by any exception
+    except Exception as error:  # transformers may raise any exception, also of a private class
         message = " ".join(str(error).split())
         raise ValueError(f"{where} is not a valid configuration of a {kind} model: {message}") from error
     # transformers checks few types and no sizes, so the result is checked like a configuration file of this package
@@ -146,7 +146,7 @@ def _from_align(theirs: Any, folder: Path) -> ModelConfig:
     where = folder / "config.json"
     name = _EFFICIENTNETS.get((image.width_coefficient, image.depth_coefficient))
     usual = transformers.AlignVisionConfig()
-    # Width and depth identify a model of the family only if the scaled shapes are those of B0.
+    # Width and depth identify a model of the family only if the shapes before scaling are those of B0.
     shapes = ("in_channels", "out_channels", "kernel_sizes", "strides", "num_block_repeats", "expand_ratios")
     if name is None or any(list(getattr(image, s)) != list(getattr(usual, s)) for s in shapes):
         raise ValueError(f"{where}: the image tower must be an EfficientNet from B0 to B8, or L2")
@@ -161,7 +161,7 @@ def _from_align(theirs: Any, folder: Path) -> ModelConfig:
         init_logit_scale=0.0,
         vision_cfg=EfficientNetConfig(
             timm_model_name=f"tf_efficientnet_{name}",
-            # image_size in Hugging Face's configuration is not the size of the training
+            # image_size in Hugging Face's configuration is not the image size used in training
             image_size=289 if processor is None else processor.image_size,
             depthwise_padding=tuple(image.depthwise_padding),
         ),

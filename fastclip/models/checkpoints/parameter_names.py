@@ -148,7 +148,7 @@ def map_names(names: Iterable[str], config: ModelConfig, form: str) -> list[Mapp
         For each name, the names of the tensors in the other format, and how to convert between the two.
 
     Raises:
-        ValueError: The format has no such model.
+        ValueError: The format is unknown, or cannot represent this architecture.
     """
     names = list(names)
     rules = _rules(config, form)
@@ -170,7 +170,9 @@ def map_names(names: Iterable[str], config: ModelConfig, form: str) -> list[Mapp
                 mapped.append(Mapped(name, tuple(theirs), rule.layout))
                 break
         else:
-            raise ValueError(f"{form} has no name for {name}")
+            raise ValueError(
+                f"the format {form} cannot represent the parameter {name}: use another format, or a model without it"
+            )
     return mapped
 
 
@@ -184,11 +186,13 @@ def _rules(config: ModelConfig, form: str) -> tuple[Rule, ...]:
         return (Rule("logit_scale", "logit_scale", SCALAR), *_HF_CLIP)
     if form == "huggingface" and isinstance(image, EfficientNetConfig) and isinstance(text, BertConfig):
         if not image.timm_model_name.startswith("tf_efficientnet_"):
-            raise ValueError(f"Hugging Face's AlignModel has no {image.timm_model_name}")
+            raise ValueError(f"Hugging Face's AlignModel does not support the image tower {image.timm_model_name}")
         return _HF_ALIGN
     if form not in ("open_clip", "huggingface"):
-        raise ValueError(f"the form must be 'fastclip', 'open_clip' or 'huggingface', got {form!r}")
-    raise ValueError(f"{form} has no model with a {image.tower} image tower and a {text.tower} text tower")
+        raise ValueError(f"the format must be 'fastclip', 'open_clip' or 'huggingface', got {form!r}")
+    raise ValueError(
+        f"the format {form} does not support the image tower {image.tower} with the text tower {text.tower}"
+    )
 
 
 def to_form(tensors: Mapping[str, Tensor], mapped: Iterable[Mapped]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ _PREFIXES = ("module.", "_orig_mod.")  # added to names by DistributedDataParall
 _IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 _POOLER = "text_model.pooler."
 # torch does not compress, so the entries of a genuine zip file claim about as many bytes as the file has. A file whose
-# entries claim more than this factor could exhaust the memory when it is unpacked.
+# entries claim more than this factor times the file's size could exhaust the memory when it is unpacked.
 _MOST_TIMES = 4
 
 
@@ -61,7 +61,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: `path` does not exist, or the folder contains no weights.
-        ValueError: A file is damaged, would run code, or is no image-text model.
+        ValueError: A file is damaged, would run code, or does not contain an image-text model.
     """
     path = Path(path)
     config: ModelConfig | None = None
@@ -76,7 +76,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     elif path.is_file():
         file = path
     else:
-        hint = "" if path.suffix or path.parent.name else ": it must be a path, as nothing is downloaded"
+        advice = ": pass the path of a file or folder. To get one from the Hugging Face Hub, use `hf download`"
+        hint = "" if path.suffix or path.parent.name else advice
         raise FileNotFoundError(f"the checkpoint {path} does not exist{hint}")
 
     archive = file.suffix not in (".safetensors", ".json") and is_torchscript(file)
@@ -103,7 +104,7 @@ def read_config(folder: Path) -> ModelConfig | None:
     ``open_clip_config.json`` takes precedence over ``config.json``.
 
     Raises:
-        ValueError: The file is damaged, or this package has no such model. The message names the file.
+        ValueError: The file is damaged, or this package does not support the model. The message names the file.
     """
     if (path := _config_file(folder)) is None:
         return None
@@ -125,8 +126,8 @@ def read_config(folder: Path) -> ModelConfig | None:
 def _weights(folder: Path) -> Path:
     """Return the path of the weights in a folder.
 
-    If the folder contains several, those of open_clip are preferred next to open_clip's configuration, and otherwise
-    the first name of `WEIGHTS_READ`; a warning names all of them.
+    If the folder contains several files of weights, open_clip's are preferred if the folder contains open_clip's
+    configuration, and the first name of `WEIGHTS_READ` otherwise; a warning names all of them.
 
     Raises:
         FileNotFoundError: The folder contains no weights.
@@ -191,14 +192,17 @@ def _read_pickled(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)  # refuses a pickle that would run code
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
-        # The rest of torch's message, after "Please use", advises to allow the function; it must not reach users.
+        # The rest of torch's message, after "Please use", advises allowing the function; users must not see that.
         if refusal := re.search(r"^\s*WeightsUnpickler error: (.*?)(\. Please use|$)", str(error), re.MULTILINE):
-            reason = f"it contains more than tensors, and unpickling it could run arbitrary code ({refusal[1]})"
+            reason = (
+                f"it contains more than tensors, and unpickling it could run arbitrary code ({refusal[1]}). If you "
+                "trust the file, save only its state dict, for example as safetensors, and load that file"
+            )
         raise ValueError(f"{file} was not read: {reason}") from error
     except MemoryError:
         raise
     except Exception as error:  # for a damaged file, torch's parsers raise exceptions of many types
-        if isinstance(error, OSError) and error.errno is not None:  # an error of the disk
+        if isinstance(error, OSError) and error.errno is not None:  # a disk error
             raise
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise ValueError(f"{file} is damaged or not a checkpoint: {reason}") from error
@@ -252,5 +256,6 @@ def _form(tensors: dict[str, Tensor], file: Path) -> tuple[str, dict[str, Tensor
         return "open_clip", tensors
     names = ", ".join(list(tensors)[:5]) or "nothing"
     raise ValueError(
-        f"{file} is no image-text model of OpenAI, open_clip, Hugging Face or fastclip: it contains {names} ..."
+        f"{file} does not contain an image-text model in the format of OpenAI, open_clip, Hugging Face or fastclip: "
+        f"it contains {names} ..."
     )

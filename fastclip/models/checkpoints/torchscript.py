@@ -250,8 +250,8 @@ def _tensor(name: str, strided: _Strided, numbers: Tensor) -> Tensor:
     """Return a tensor as a view of its storage.
 
     Raises:
-        ValueError: The view exceeds the storage, or has more elements than the storage (by strides of 0), which could
-            exhaust the memory when it is copied.
+        ValueError: The view exceeds the storage, or has more elements than the storage, as is possible with strides of
+            0. Copying such a view could exhaust the memory.
     """
     _, offset, shape, strides = strided
     count = math.prod(shape)

@@ -48,7 +48,8 @@ OPEN_CLIP_FILES = (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS[0])
 OWN_FILES = (CONFIG, WEIGHTS, VOCABULARY)
 CLASSIFIER_FILES = (*OWN_FILES, HEAD, CLASSES)
 HUGGINGFACE_FILES = (CONFIG, WEIGHTS, PROCESSOR_FILES[1], VOCABULARY)
-# Files that reveal another model, or that would be read in preference to the files of another format
+# Files whose presence means that a folder contains another model, or that would be read in preference to the files of
+# another format
 _OF_MODELS = (OPEN_CLIP_CONFIG, CONFIG, *WEIGHTS_READ, HEAD)
 _DIGEST = "fastclip.config"  # metadata key of the weights: BLAKE2b digest of the configuration written with them
 
@@ -60,7 +61,8 @@ def new_model(folder: str | Path, files: tuple[str, ...], *, read_first: tuple[s
     Args:
         folder: Final folder of the model.
         files: Names of the files that may be written.
-        read_first: Names of files that are not written, and that a reader would prefer to some of `files`.
+        read_first: Names of other files that a reader would load instead of one of `files`. `folder` must not contain
+            them.
 
     Raises:
         OSError: The files cannot be written. `folder` is unchanged.

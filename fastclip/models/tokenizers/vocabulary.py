@@ -14,8 +14,8 @@ __all__ = ["TOKENIZER_FILES", "VOCABULARY", "is_file_name", "vocabulary_beside",
 VOCABULARY = "vocab.txt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # transformers prefers these to vocab.txt
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# The behaviour of fastclip's tokenizer, in terms of tokenizer.json and tokenizer_config.json. A strip_accents of null
-# strips accents as well.
+# The behaviour of fastclip's tokenizer, in terms of tokenizer.json and tokenizer_config.json. If strip_accents is null,
+# accents are stripped as well.
 _MODEL = {"continuing_subword_prefix": "##", "unk_token": "[UNK]", "max_input_chars_per_word": 100}
 _NORMALISER = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True}
 _OPTIONS = {"do_lower_case": True, "tokenize_chinese_chars": True, "strip_accents": True}
@@ -24,7 +24,7 @@ _OPTIONS = {"do_lower_case": True, "tokenize_chinese_chars": True, "strip_accent
 def vocabulary_in(folder: Path) -> str:
     """Return the file name of the vocabulary that transformers would read in the folder of an AlignModel.
 
-    For a folder without a vocabulary, the result is the name of BERT's original one, ``bert-base-uncased``.
+    For a folder without a vocabulary, the result is the name of BERT's original vocabulary, ``bert-base-uncased``.
 
     Raises:
         ValueError: The folder's tokenizer processes texts differently from fastclip's. The message names the file.
@@ -44,7 +44,7 @@ def words_of(file: Path) -> list[str]:
     """Return the words of a ``tokenizer.json`` in the order of their ids.
 
     Raises:
-        ValueError: The file is no WordPiece tokenizer that normalises texts as BERT does, or its ids have gaps. The
+        ValueError: The file is not a WordPiece tokenizer that normalises texts as BERT does, or its ids have gaps. The
             message names the file.
     """
     values = read_json(file)

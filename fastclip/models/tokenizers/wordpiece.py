@@ -27,8 +27,8 @@ class BertTokenizer:
 
     Raises:
         FileNotFoundError: The vocabulary is neither a file nor in the cache.
-        ValueError: The file is no vocabulary of BERT, its tokenizer processes texts differently, or `context_length`
-            is below 2.
+        ValueError: The file is not a vocabulary of BERT, its tokenizer processes texts differently from BERT's, or
+            `context_length` is below 2.
     """
 
     def __init__(self, vocabulary: str | Path, *, context_length: int) -> None:
@@ -82,7 +82,7 @@ def _load(vocabulary: str | Path):  # type: ignore[no-untyped-def]  # a transfor
     except Exception as error:  # transformers' readers raise exceptions of many types
         if path.exists():
             message = " ".join(str(error).split())
-            raise ValueError(f"{vocabulary} is no vocabulary or tokenizer of BERT: {message}") from error
+            raise ValueError(f"{vocabulary} is not a vocabulary or tokenizer of BERT: {message}") from error
         raise FileNotFoundError(
             f"BERT's vocabulary {str(vocabulary)!r} is neither a file nor in Hugging Face's cache. Download it with "
             f"`hf download {vocabulary}`, or pass a file: get_tokenizer(name, vocabulary='path/to/vocab.txt')"

@@ -1,4 +1,4 @@
-"""ALIGN's text tower: BERT from transformers, read out at [CLS]."""
+"""ALIGN's text tower: BERT from transformers, whose output at [CLS] represents the text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ __all__ = ["BertText"]
 
 
 class BertText(nn.Module):
-    """BERT with a linear layer from the last hidden state at [CLS] to the image tower's width (Jia et al. 2021, 4.2).
+    """BERT with a linear layer from the last hidden state at [CLS] to the image tower's width.
 
-    Parameters below ``text.bert`` have the names of transformers. They are initialised as in BERT (Devlin et al. 2019),
-    from a normal distribution with a standard deviation of 0.02.
+    The architecture is described in Jia et al. 2021, section 4.2. Parameters below ``text.bert`` have the same names as
+    in the library transformers. They are initialised as in BERT (Devlin et al. 2019), from a normal distribution with a
+    standard deviation of 0.02.
 
     Args:
         config: Options of the tower.

@@ -42,7 +42,8 @@ def vit(config: ViTConfig, embed_dim: int, *, quick_gelu: bool) -> nn.Module:
     )
     tower.head = nn.Linear(width, embed_dim, bias=False)
     # As in the authors' code, the class token, the position embeddings and the projection have a standard deviation of
-    # width ** -0.5. Attention begins like torch's MultiheadAttention, all other layers with torch's defaults.
+    # width ** -0.5. Attention is initialised as in torch's MultiheadAttention, and all other layers have torch's
+    # defaults.
     for parameter in (tower.cls_token, tower.pos_embed, tower.head.weight):
         assert parameter is not None
         nn.init.normal_(parameter, std=width**-0.5)
@@ -73,7 +74,8 @@ def resnet(config: ResNetConfig, embed_dim: int) -> nn.Module:
     for module in tower.modules():
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()
-    pool = tower.head  # blocks need no further initialisation: like CLIP's, timm's begin as the identity
+    # Blocks need no further initialisation: timm initialises residual blocks as the identity, as CLIP does.
+    pool = tower.head
     for linear in (pool.q, pool.k, pool.v, pool.proj):
         linear.reset_parameters()
         nn.init.normal_(linear.weight, std=pool.in_features**-0.5)
@@ -87,7 +89,7 @@ def efficientnet(config: EfficientNetConfig, embed_dim: int) -> nn.Module:
     Raises:
         ValueError: timm has no EfficientNet of this name, or its width is not `embed_dim`.
     """
-    if not timm.is_model(config.timm_model_name):  # timm would look for an unknown name on the network
+    if not timm.is_model(config.timm_model_name):  # timm would try to download a model called "hf-hub:..."
         raise ValueError(f"timm has no model called {config.timm_model_name!r}")
     tower = timm.create_model(config.timm_model_name, num_classes=0, drop_path_rate=config.drop_path)
     if not isinstance(tower, EfficientNet):
@@ -109,9 +111,10 @@ def efficientnet(config: EfficientNetConfig, embed_dim: int) -> nn.Module:
 
 
 class _PaddedConv2d(nn.Conv2d):
-    """Convolution with fixed zero padding: k // 2 on the right and below, and as many or one less on the other sides.
+    """Convolution of kernel size k with fixed zero padding.
 
-    Unlike TensorFlow's padding, the numbers do not depend on the size of the input.
+    The padding is k // 2 pixels on the right and at the bottom. On the left and at the top it is k // 2 pixels with
+    `both_sides`, and one pixel less without. Unlike TensorFlow's padding, it does not depend on the size of the input.
     """
 
     def __init__(self, conv: nn.Conv2d, *, both_sides: bool) -> None:
