@@ -46,7 +46,7 @@ _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_conve
 
 
 class ImageProcessor(NamedTuple):
-    """An image processor of Hugging Face, in terms of this package's preprocessing options."""
+    """A Hugging Face image processor, in terms of this package's preprocessing options."""
 
     mean: tuple[float, ...]  # per channel, for values from 0 to 1, as in `PreprocessConfig`
     std: tuple[float, ...]

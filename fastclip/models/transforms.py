@@ -1,4 +1,4 @@
-"""Transforms from images to the image tower's input, with torchvision; those of CLIP equal open_clip's."""
+"""Transforms from images to the image tower's input, with torchvision. For CLIP models, they equal open_clip's."""
 
 from __future__ import annotations
 

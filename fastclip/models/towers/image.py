@@ -1,4 +1,4 @@
-"""Image towers of CLIP and ALIGN, built from timm's modules and initialised as by their authors."""
+"""Image towers of CLIP and ALIGN, built from timm's modules and initialised as in the authors' code."""
 
 from __future__ import annotations
 
