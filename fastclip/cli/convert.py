@@ -46,4 +46,4 @@ def _convert(args: argparse.Namespace) -> None:
     with lock(args, "target"):
         model, source = load_model(args.source, **model_options(args))
         convert(model, args.target, form=args.to, source=source)
-    say(f"wrote {args.target}: {sum(p.numel() for p in model.parameters()):,} parameters, in the form of {args.to}")
+    say(f"wrote {args.target}: {sum(p.numel() for p in model.parameters()):,} parameters, in the format of {args.to}")
