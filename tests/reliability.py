@@ -58,7 +58,7 @@ def document() -> str:
     lines = [
         "# Reliability",
         "",
-        "Every fault in these tables is caused by a test, which checks what fastclip then does. For example, this run",
+        "For every fault in these tables, a test provokes it and checks what fastclip does. For example, this run",
         "may be killed with kill -9 again and again. If the command is started once more, it resumes, and the run ends",
         "with the losses of a run that never stopped.",
         "",

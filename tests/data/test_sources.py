@@ -376,7 +376,7 @@ def faulty_picture(kind: str, data: bytes, folder: Path) -> tuple[Source, str]:
     return open_source(str(folder / "t.csv")), "2.png"
 
 
-@pytest.mark.fault("An image is damaged, or HTML in its place", "The message names its file")
+@pytest.mark.fault("An image is damaged, or its file contains HTML", "The message names its file")
 @pytest.mark.parametrize("kind", ["table", "folder", "shards"])
 @pytest.mark.parametrize(
     ("data", "reason"),

@@ -92,7 +92,9 @@ def test_names_are_printed_by_the_printing_module_alone() -> None:
 
 
 @forks
-@pytest.mark.fault("stdout of a command is closed", "The command works, and no output goes into a file that it opens")
+@pytest.mark.fault(
+    "stdout of a command is closed", "The command works, and its output does not end up in the next file that it opens"
+)
 def test_closed_stream_is_nobody_elses(tmp_path: Path) -> None:
     def closed() -> None:
         for number, name in ((1, "stdout"), (2, "stderr")):

@@ -169,7 +169,7 @@ def test_owner_on_another_host_is_told_and_taken_from_by_force(
 
 
 @pytest.mark.fault(
-    "A scheduler restarts a killed run on another host", "The lock of an earlier start of the same job is ignored"
+    "torchrun or Slurm restarts a killed run on another host", "The lock of an earlier start of the same job is ignored"
 )
 @pytest.mark.parametrize(
     "before, now, passes",

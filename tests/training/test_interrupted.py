@@ -227,7 +227,8 @@ def command(tmp_path: Path, *words: str, launch: tuple[str, ...] = ()) -> Popen:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.fault(
-    "SIGTERM or Ctrl-C", "A checkpoint after the current step, exit status 143 or 130, and no process is left"
+    "SIGTERM or Ctrl-C",
+    "A checkpoint is written after the current step, the exit status is 143 or 130, and no process is left",
 )
 @pytest.mark.parametrize(
     "number",
