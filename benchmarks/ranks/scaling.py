@@ -93,7 +93,7 @@ def ratio_table(D: int) -> str:
 
     sizes = (1024, 2048, 4096, 8192, 16384, 65536)
     lines = [[f"{n:,}", *(cell(W, n) for W in ranks)] for n in sizes]
-    return _table(["pairs a rank", *(f"W = {W:,}" for W in ranks)], lines)
+    return _table(["pairs per rank", *(f"W = {W:,}" for W in ranks)], lines)
 
 
 def limit_table() -> str:
@@ -104,7 +104,7 @@ def limit_table() -> str:
         return f"{(budget * 2**30 - WORKSPACE) / gathered(1, D) / 2**20:.2f}M"
 
     lines = [[f"{budget} GiB", *(cell(budget, D) for D in widths)] for budget in budgets]
-    return _table(["budget a rank", *(f"D = {D:,}" for D in widths)], lines)
+    return _table(["budget per rank", *(f"D = {D:,}" for D in widths)], lines)
 
 
 def share(model: str, form: str, W: int, N: int) -> float:
@@ -140,7 +140,7 @@ def gloo_table(path: Path = ROWS, W: int = 4) -> str:
         keys = {"peak_mib": 0, "median_ms": 0, "speedup_over_open_clip_local": 2}
         measured = [f"{float(row[key]):,.{digits}f}" if row[key] else "-" for key, digits in keys.items()]
         lines.append([f"`{name}`", row["gradient"], *sent, units, *measured])
-    head = ["", "gradient", "MiB forward", "backward", "bf16: forward", "backward"]
+    head = ["", "gradient", "MiB sent, fp32: forward", "fp32: backward", "bf16: forward", "bf16: backward"]
     return _table([*head, "products, 8 N^2 D / W", "peak MiB", "ms", "times as fast"], lines)
 
 
