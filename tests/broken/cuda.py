@@ -7,7 +7,7 @@ from broken import COST, MACHINE, NUMBERS, Break, Promise
 PROMISES = [
     Promise(
         NUMBERS,
-        "Masks of the CUDA kernels keep excluded pairs and cells past the last row or column out of the sums",
+        "CUDA kernels leave excluded pairs, and cells beyond the last row or column, out of every sum",
         tests=[
             "backends/test_cuda.py::test_statistics",
             "backends/test_cuda.py::test_weights",
@@ -94,7 +94,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "One logarithm of many sigmoid logits on the CUDA backend keeps a solved pair's digits and large logits alike",
+        "The CUDA sigmoid loss keeps its digits both when it is near 0 and when its logits are huge",
         tests=[
             "backends/test_cuda.py::test_sigmoid",
             "backends/test_cuda.py::test_sigmoid_of_products_beyond_fp32",
@@ -123,10 +123,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        (
-            "Loss and gradients on the CUDA backend meet the same tolerances in bfloat16 and float16, with "
-            "labels and shards"
-        ),
+        "The CUDA backend meets the same tolerances in bfloat16 and float16, with labels and with shards",
         tests=[
             "losses/test_accuracy.py::test_loss_and_gradients_accurate",
             "losses/test_accuracy.py::test_labels_accurate",
@@ -157,10 +154,8 @@ PROMISES = [
     ),
     Promise(
         COST,
-        (
-            "Machine code of the CUDA kernels uses wgmma and TMA, one exponential per logit, spills no register and "
-            "costs no more than it did"
-        ),
+        "CUDA machine code uses wgmma and TMA, one exponential per logit, no spilled register and no more "
+        "work than recorded",
         tests=[
             "backends/test_cuda_compiled.py::test_every_kernel_is_compiled_without_spills",
             "backends/test_cuda_compiled.py::test_products_are_not_serialised",
@@ -211,7 +206,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "The C interface returns an error code for arguments that it cannot serve",
+        "The C interface returns an error code for arguments that it does not support",
         tests=[
             "backends/test_cuda.py::test_c_interface_refuses_bad_arguments",
             "backends/test_cuda.py::test_refusals_become_messages",
@@ -233,7 +228,8 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "A driver that is missing or too old, another GPU or dtype gives a reason in `fastclip.backends()`, no crash",
+        "With a missing or old driver, another GPU or another dtype, the CUDA backend gives the reason and "
+        "does not crash",
         tests=[
             "backends/test_cuda_available.py::test_backend_says_why_not",
             "backends/test_cuda_available.py::test_machine_without_hopper_is_a_reason",
@@ -263,7 +259,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "The fastest backend that can serve is chosen: cuda before triton before cpu",
+        "The fastest backend that supports the inputs is chosen: cuda before triton before cpu",
         tests=[
             "backends/test_cuda_available.py::test_preferred_to_triton",
         ],

@@ -7,7 +7,7 @@ from broken import NUMBERS, Break, Promise
 PROMISES = [
     Promise(
         NUMBERS,
-        "Every tile of the CUDA kernels equals float64 in any order in which the hardware may run its warps",
+        "Every tile of the CUDA kernels agrees with float64, in whatever order the hardware runs its warps",
         tests=[
             "backends/test_cuda.py::test_statistics",
             "backends/test_cuda.py::test_weights",

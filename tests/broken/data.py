@@ -7,7 +7,7 @@ from broken import DATA, STOPS, TRAINING, Break, Promise
 PROMISES = [
     Promise(
         TRAINING,
-        "The order of the samples depends on the seed and the step alone, and is the same on every machine",
+        "The order of the samples depends only on the seed and the step, and is the same on every machine",
         tests=[
             "data/test_order.py::test_order_is_a_function_of_seed_and_epoch",
             "data/test_order.py::test_order_is_the_one_of_all_runs_so_far",
@@ -29,7 +29,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "An epoch has every sample once, cut to whole batches",
+        "An epoch has every sample at most once; only the samples of an incomplete last batch are left out",
         tests=[
             "data/test_order.py::test_order_of_an_epoch_is_a_permutation_cut_to_whole_batches",
             "data/test_order.py::test_order_of_a_batch_larger_than_the_data_takes_epochs_in_turn",
@@ -51,7 +51,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "Batches have the same bits for any number of workers, processes and micro-batches",
+        "Batches are bit-identical for any number of workers, processes and micro-batches",
         tests=[
             "data/test_loader.py::test_batches_are_the_same_bits_however_read",
             "data/test_loader.py::test_captions_and_crops_change_with_the_epoch",
@@ -80,7 +80,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "Reading batches leaves the caller's random numbers alone",
+        "Reading batches does not change the state of the caller's random generators",
         tests=[
             "data/test_loader.py::test_callers_random_numbers_are_left_alone",
         ],
@@ -95,7 +95,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "Batches of a resumed run go on where the run stopped, also in the middle of an epoch",
+        "A resumed run continues with the next batch, even in the middle of an epoch",
         tests=[
             "data/test_loader.py::test_batches_go_on_in_the_middle_of_an_epoch",
         ],
@@ -125,7 +125,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A sample, row or shard that cannot be read is named in one line",
+        "An error about an unreadable sample, row or shard names it in one line",
         tests=[
             "data/test_loader.py::test_broken_picture_is_named_in_one_line",
             "data/test_sources.py::test_damaged_picture_is_named",
@@ -169,7 +169,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Worker processes neither warn nor hang, hold no file open, and outlive Ctrl-C until a checkpoint is saved",
+        "Data workers neither warn nor hang, keep no file open, and survive Ctrl-C until a checkpoint is saved",
         tests=[
             "data/test_loader.py::test_tokenizers_neither_warn_nor_hang_in_workers",
             "data/test_loader.py::test_program_ends_that_left_its_batches_half_way",

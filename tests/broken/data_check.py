@@ -7,7 +7,7 @@ from broken import DATA, STOPS, Break, Promise
 PROMISES = [
     Promise(
         STOPS,
-        "A worker that hangs is named with the sample that it reads",
+        "If a data worker hangs, it is named with the sample that it is reading",
         tests=[
             "data/test_faults.py::test_stuck_worker_is_named_with_what_it_reads",
             "data/test_mixture.py::test_reader_of_a_mixture_is_named_with_what_its_epoch_drew",
@@ -42,7 +42,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A worker that the system kills ends the run with an error of one line",
+        "If the system kills a data worker, the run ends with a one-line error",
         tests=[
             "data/test_faults.py::test_death_of_a_worker_is_an_error_of_one_line",
             "data/test_loader.py::test_killed_worker_is_named_with_what_it_read",
@@ -59,7 +59,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "`fastclip data check` counts every sample once, and fails above --max-bad",
+        "`fastclip data check` counts every sample once, and fails if the share of bad samples is above --max-bad",
         tests=[
             "data/test_check.py::test_check_counts_everything_once",
             "data/test_check.py::test_command_check_prints_a_table_and_fails_above_the_share",
@@ -81,7 +81,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Shards that `fastclip data pack` writes hold what their source held",
+        "Shards written by `fastclip data pack` have the same content as their source",
         tests=[
             "data/test_check.py::test_packed_source_is_read_again_as_it_was",
             "data/test_check.py::test_shards_have_img2datasets_layout",
@@ -110,7 +110,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "`fastclip data pack` resumes after an interruption to the same bytes",
+        "After an interruption `fastclip data pack` resumes, and its output is byte-identical",
         tests=[
             "data/test_check.py::test_interrupted_pack_goes_on_to_the_same_bytes",
             "data/test_check.py::test_pack_touches_no_other_shards",

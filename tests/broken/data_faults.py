@@ -36,7 +36,7 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "A picture that is too large is refused before it is decoded, and no picture starts another program",
+        "An image that is too large is refused before it is decoded, and no image starts another program",
         tests=[
             "data/test_faults.py::test_large_picture_is_refused_from_its_header",
             "data/test_pictures.py::test_threads_share_the_filters_of_warnings",
@@ -66,7 +66,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Pictures of every colour mode are read; 16 bits are scaled, and an animation gives its first frame",
+        "Images of every colour mode are read; 16-bit values are scaled, and an animation gives its first frame",
         tests=[
             "data/test_faults.py::test_every_mode_becomes_colours",
             "data/test_faults.py::test_first_frame_of_an_animation_counts",
@@ -82,7 +82,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Reading, transforming and packing a picture warns of nothing, and no warning makes a picture unusable",
+        "Reading, transforming and packing images prints no warning of a library, and such a warning rejects no image",
         tests=[
             "data/test_pictures.py::test_nothing_warns_of_a_picture",
             "data/test_faults.py::test_damaged_exif_is_passed_over_without_a_word",
@@ -104,7 +104,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Damaged EXIF and a wrong file suffix do not make a picture unusable",
+        "An image with damaged EXIF data or a wrong file suffix can be used",
         tests=[
             "data/test_faults.py::test_damaged_exif_is_passed_over_without_a_word",
             "data/test_faults.py::test_kind_of_a_picture_is_not_its_name",
@@ -120,7 +120,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A quote in a table that is not closed is an error, where it takes in rows with names of pictures",
+        "An unclosed quote in a table is an error if it swallows rows that name images",
         tests=[
             "data/test_tables.py::test_quote_that_swallows_rows_is_an_error",
             "data/test_tables.py::test_captions_of_several_lines_are_read",
@@ -148,7 +148,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A shard that was cut off is used as far as it goes, and named at every start",
+        "A truncated shard is used up to its damage, and is named at every start",
         tests=[
             "data/test_faults.py::test_shard_cut_in_half_is_used_as_far_as_it_goes",
             "data/test_shards.py::test_damage_of_a_shard_is_told_each_time",
@@ -177,7 +177,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "The first of several members of a shard with one name counts",
+        "If several members of a shard have the same name, the first one is used",
         tests=[
             "data/test_faults.py::test_first_of_a_repeated_member_counts",
         ],
@@ -192,7 +192,7 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "Names inside a shard write no file elsewhere, and a `pipe:` in a SPEC is never run",
+        "Names inside a shard cannot write files elsewhere, and a `pipe:` in a SPEC is never run",
         tests=[
             "data/test_faults.py::test_names_that_lead_elsewhere_write_nothing",
             "data/test_faults.py::test_pipe_is_never_run",
@@ -209,7 +209,8 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A sample that cannot be used is replaced: batches keep their size and are the same bits however they are read",
+        "A sample that cannot be used is replaced, so batches keep their size and are bit-identical however "
+        "they are read",
         tests=[
             "data/test_faults.py::test_bad_samples_are_replaced_and_batches_keep_their_size",
             "data/test_faults.py::test_replacements_are_the_same_however_read",
@@ -244,7 +245,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A run counts the samples that it skipped by cause, and goes on counting after a resume",
+        "A run counts the samples that it skipped by cause, and continues the counts after a resume",
         tests=[
             "training/test_faults.py::test_skipped_samples_are_counted_by_cause_and_shown",
             "training/test_faults.py::test_resumed_run_goes_on_counting",
@@ -260,7 +261,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Training stops on all processes when more than --max-bad of the samples cannot be used",
+        "Training stops on all processes if more than --max-bad of the samples cannot be used",
         tests=[
             "training/test_faults.py::test_run_stops_when_too_many_samples_are_bad",
             "training/test_faults.py::test_share_is_exact_at_the_end_of_an_epoch_and_beyond_chance_before",

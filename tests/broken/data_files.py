@@ -7,7 +7,7 @@ from broken import DATA, SAFETY, Break, Promise
 PROMISES = [
     Promise(
         DATA,
-        "A caption file is found whatever Unicode form its name has; an empty .txt gives way to the .json beside it",
+        "A caption file is found in any Unicode form of its name; if a .txt is empty, the .json with its name is used",
         tests=[
             "data/test_files.py::test_caption_file_is_found_by_its_name",
             "data/test_files.py::test_caption_file_of_the_very_name_goes_first",
@@ -36,7 +36,8 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Hidden files and folders are left out; links to folders, other files and pipes are counted, and nothing waits",
+        "Hidden files and folders are left out; links to folders, other files and pipes are counted, and "
+        "none blocks reading",
         tests=[
             "data/test_files.py::test_walk_leaves_out_what_is_hidden_and_names_links",
             "data/test_files.py::test_pipes_and_devices_are_refused",
@@ -71,7 +72,8 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "No size that a tar file declares is believed: reading goes forward, takes no more memory, and names the shard",
+        "Sizes that a tar file declares are checked: a false size costs no memory, loops nowhere, and the "
+        "shard is named",
         tests=[
             "data/test_tars.py::test_declared_sizes_are_not_believed",
             "data/test_tars.py::test_any_bytes_come_to_an_end",
@@ -99,7 +101,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Every member of a shard is part of a sample or counted; links, and tars put together, are read",
+        "Every member of a shard belongs to a sample or is counted; links and concatenated tar files are read",
         tests=[
             "data/test_tars.py::test_members_of_no_sample_are_counted",
             "data/test_tars.py::test_members_without_data_are_counted",
@@ -141,7 +143,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "In shards a class tells the caption where neither a text nor JSON holds one",
+        "In shards, a sample without a caption in its text file or its JSON takes the caption of its class",
         tests=[
             "data/test_classes.py::test_shards_whose_json_has_no_caption_have_their_classes",
             "data/test_tars.py::test_text_that_is_empty_gives_way",
@@ -157,7 +159,8 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A table's pictures are those of its folder; a path that leads to another one from here is no sample",
+        "Image paths start at the table's folder; one that means another image in the working directory is a "
+        "bad sample",
         tests=[
             "data/test_tables.py::test_table_paths_are_relative_to_the_table",
             "data/test_tables.py::test_table_name_in_another_form_is_found",
@@ -185,7 +188,8 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "The columns that are taken are said where there are others, and are named alike for every kind of data",
+        "If several columns would do, the log names the chosen one; the same option names columns for every "
+        "kind of data",
         tests=[
             "data/test_tables.py::test_table_says_which_of_several_columns_is_taken",
             "data/test_tables.py::test_column_that_is_not_there_is_named",
@@ -215,7 +219,8 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A damaged row of a table is one bad sample, named by its line; a table of another kind is refused at once",
+        "A damaged row of a table is one bad sample, named by its line; an unsupported kind of table is "
+        "refused at once",
         tests=[
             "data/test_tables.py::test_rows_that_are_damaged_are_counted",
             "data/test_tables.py::test_lines_above_the_header_are_read",
@@ -238,7 +243,8 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "`fastclip data pack` keeps no shard whose samples have changed, and none of another place",
+        "`fastclip data pack` rewrites shards whose samples have changed, and refuses an output packed from "
+        "another folder",
         tests=[
             "data/test_check.py::test_pack_again_holds_what_has_changed",
             "data/test_check.py::test_pack_from_another_folder_is_refused",
@@ -272,7 +278,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "`fastclip data check` reads every shard and part, and has a line for each that cannot be",
+        "`fastclip data check` reads every shard and file, and reports each unreadable one in one line",
         tests=[
             "data/test_check.py::test_check_reads_the_shards_beside_dead_ones",
             "data/test_check.py::test_check_reads_the_parts_beside_dead_ones",

@@ -7,7 +7,7 @@ from broken import DATA, STOPS, TRAINING, Break, Promise
 PROMISES = [
     Promise(
         TRAINING,
-        "The shuffle of an epoch makes every order equally likely, and takes no memory for billions of samples",
+        "The shuffle of an epoch makes every order equally likely, and its memory does not grow with the dataset",
         tests=[
             "data/test_permutation.py::test_permutation_has_every_number_once",
             "data/test_permutation.py::test_permutation_has_every_order_equally_often",
@@ -38,7 +38,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A shard is indexed once, and again only when the shard or its index has changed",
+        "A shard is indexed once, and again only if the shard or its index has changed",
         tests=[
             "data/test_shards.py::test_index_is_made_once",
             "data/test_shards.py::test_index_is_made_anew_for_another_file",
@@ -81,7 +81,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Several processes may index a shard at once; an index is never seen half written",
+        "Several processes can index a shard at the same time, and none ever sees an incomplete index",
         tests=[
             "data/test_shards.py::test_index_made_by_several_processes_at_once_is_whole",
             "data/test_shards.py::test_index_has_its_name_when_it_is_whole",
@@ -97,7 +97,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A shard that is replaced during a run is noticed and named",
+        "A shard that is replaced during a run is detected and named",
         tests=[
             "data/test_shards.py::test_shard_that_changes_under_a_run_is_named",
         ],
@@ -118,7 +118,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A run that resumes with another number of processes loses and repeats no sample",
+        "A run that resumes with another number of processes neither loses nor repeats a sample",
         tests=[
             "data/test_mixture.py::test_run_that_goes_on_with_other_ranks_loses_and_repeats_nothing",
             "data/test_mixture.py::test_order_of_fewer_shards_than_workers_does_not_depend_on_them",

@@ -7,7 +7,8 @@ from broken import COST, DATA, Break, Promise
 PROMISES = [
     Promise(
         DATA,
-        "A mixture draws round(weight x size) samples of each source an epoch, and repeats none before all were drawn",
+        "Per epoch, a mixture draws round(weight x size) samples of each source, and repeats none before all "
+        "were drawn",
         tests=[
             "data/test_mixture.py::test_mixture_of_whole_weights_draws_every_sample_so_often",
             "data/test_mixture.py::test_mixture_of_fractions_goes_through_all_before_it_repeats",
@@ -57,7 +58,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A remote shard is copied once, by one process, and again only when it has changed",
+        "A remote shard is copied once, by one process, and again only if it has changed",
         tests=[
             "data/test_remote.py::test_remote_shards_are_copied_once",
             "data/test_remote.py::test_remote_copy_of_another_size_is_not_kept",
@@ -108,7 +109,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "What is hidden, and a folder called `x.tar`, is no shard of a folder or a glob, here and behind a URL",
+        "Hidden files, and folders named `x.tar`, are not read as shards, neither from a folder or glob nor from a URL",
         tests=[
             "data/test_shards.py::test_hidden_files_and_folders_are_no_shards",
             "data/test_remote.py::test_remote_pattern_finds_no_hidden_names_and_folders",
@@ -136,7 +137,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Braces that stand for more than a million shards are refused before they are listed",
+        "Braces that expand to more than a million shards are refused before they are expanded",
         tests=[
             "data/test_shards.py::test_braces_of_too_many_names_are_refused",
         ],
@@ -157,7 +158,8 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Training decodes a large JPEG no larger than it needs, and enlarges no crop; evaluation decodes all of it",
+        "Training decodes a large JPEG at a reduced size and never enlarges a crop; evaluation decodes JPEGs "
+        "at full size",
         tests=[
             "data/test_scaled.py::test_jpeg_keeps_the_side_that_is_needed",
             "data/test_scaled.py::test_training_scales_and_evaluation_does_not",
@@ -193,7 +195,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "`hf:NAME` reads what the datasets library does: pictures, captions, classes, splits",
+        "`hf:NAME` gives the images, captions, classes and splits of the datasets library",
         tests=[
             "data/test_hub.py::test_hub_columns_are_found",
             "data/test_hub.py::test_hub_format_that_was_saved_is_not_applied",
@@ -244,7 +246,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A picture and its mask in a shard are one sample",
+        "An image and its mask in a shard are one sample",
         tests=[
             "data/test_shards.py::test_picture_and_its_mask_are_one_sample",
         ],
@@ -259,7 +261,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A read that returns fewer bytes than asked for is continued",
+        "If a read returns fewer bytes than requested, it is continued",
         tests=[
             "data/test_shards.py::test_reads_of_a_few_bytes_are_put_together",
         ],
@@ -274,7 +276,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Pictures are turned as their EXIF says",
+        "Images are rotated as their EXIF orientation states",
         tests=[
             "data/test_sources.py::test_picture_is_turned_as_its_exif_says",
         ],

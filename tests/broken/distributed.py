@@ -7,7 +7,8 @@ from broken import COST, KEEP, PROCESSES, TORCH, Break, Promise
 PROMISES = [
     Promise(
         PROCESSES,
-        "The mean of the processes' losses and all gradients equal one process's, with unequal and empty shards too",
+        "The mean of all processes' losses and all gradients equal those of one process, even with unequal "
+        "or empty shards",
         tests=[
             "distributed/test_distributed.py::test_exact_in_fp64",
             "distributed/test_distributed.py::test_loss_and_gradients_accurate",
@@ -73,7 +74,7 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "Training with DDP updates the encoders and logit_scale as one process does",
+        "Training with DDP makes the same updates of the encoders and of logit_scale as a single process",
         tests=[
             "distributed/test_distributed.py::test_training_with_ddp_is_the_single_process",
         ],
@@ -88,7 +89,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "The ring form over several processes holds a few shards of texts and gradients at a time",
+        "The ring form stores only a few shards of texts and of their gradients at a time on each process",
         tests=[
             "distributed/test_distributed.py::test_ring_holds_few_texts",
         ],
@@ -103,7 +104,7 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "A process that falls behind changes no bit of the results",
+        "A process that is slower than the others does not change a bit of the results",
         tests=[
             "distributed/test_distributed.py::test_bits_do_not_depend",
         ],
@@ -124,7 +125,7 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "Compiled processes call their collectives in the order of uncompiled ones",
+        "Processes run their collectives in the same order with and without torch.compile",
         tests=[
             "distributed/test_distributed.py::test_compiled_order",
         ],
@@ -145,7 +146,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Each of W processes multiplies its share, 8 M N D / W operations",
+        "Each of W processes computes its share of the matrix products, which is 8 M N D / W operations",
         tests=[
             "distributed/test_distributed.py::test_a_rank_multiplies_its_share",
         ],
@@ -160,7 +161,7 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "Processes whose arguments disagree, or that lose one of them, all raise an error within seconds",
+        "If arguments disagree between processes, or a process dies, all the others raise an error and none hangs",
         tests=[
             "distributed/test_distributed.py::test_ranks_that_disagree_raise_everywhere",
             "distributed/test_distributed.py::test_a_rank_that_dies_is_an_error_of_the_others",
@@ -188,7 +189,7 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "`fastclip parity` compares every form, backend and dtype that runs here, and finds a loss that is wrong",
+        "`fastclip parity` compares every form, backend and dtype that runs on the machine, and detects a wrong loss",
         tests=[
             "distributed/test_parity.py::test_parity_finds_a_broken_loss_under_torchrun",
             "distributed/test_parity.py::test_parity_compares_everything_that_runs_here",
@@ -210,7 +211,7 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "The threads of a process group end with it: no process of `fastclip train` or `parity` is aborted at its end",
+        "No process of `fastclip train` or `fastclip parity` crashes at exit because of a thread of its process group",
         tests=[
             "training/test_interrupted.py::test_threads_end_with_the_group",
             "distributed/test_parity.py::test_parity_finds_a_broken_loss_under_torchrun",
@@ -238,7 +239,8 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "`ClipLoss` and `SigLipLoss` are open_clip's with local_loss and gather_with_grad, for every dist_impl",
+        "On several processes `ClipLoss` and `SigLipLoss` equal open_clip's for local_loss, gather_with_grad "
+        "and dist_impl",
         tests=[
             "distributed/test_distributed.py::test_modules_are_open_clips",
             "distributed/test_distributed.py::test_modules_refuse_another_world",
@@ -254,7 +256,8 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "Second derivatives over processes are right in the gather form on the reference, and an error in the ring",
+        "On several processes the gather form of the reference has second derivatives, and the ring form "
+        "raises an error",
         tests=[
             "distributed/test_distributed.py::test_second_derivatives_on_the_reference",
         ],

@@ -7,7 +7,7 @@ from broken import DOCUMENTS, MACHINE, Break, Promise
 PROMISES = [
     Promise(
         MACHINE,
-        "`fastclip doctor` exits with 1 if a loss is wrong, or cannot run, with any backend and dtype of the machine",
+        "`fastclip doctor` exits with 1 if a loss is wrong or fails on an available backend, with any of its dtypes",
         tests=[
             "package/test_doctor.py::test_wrong_loss_is_seen",
             "package/test_doctor.py::test_every_backend_and_dtype_is_tested",
@@ -37,7 +37,8 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "`fastclip doctor` finds misspelt variables, small containers, missing extras and backends that were not built",
+        "`fastclip doctor` reports misspelt variables, too little memory in a container, missing extras and "
+        "unbuilt backends",
         tests=[
             "package/test_doctor.py::test_variables_are_shown_and_misspelt_ones_found",
             "package/test_doctor.py::test_every_variable_that_is_read_is_known",
@@ -102,7 +103,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "A loss that falls to dense torch for lack of a module says so once a process: why, and what to do",
+        "A loss that falls back to dense PyTorch because a module is missing reports it once, with reason and remedy",
         tests=[
             "backends/test_missing.py::test_dense_loss_for_lack_of_a_module_is_told_once",
             "backends/test_missing.py::test_dense_loss_that_was_asked_for_is_not_told",
@@ -132,7 +133,7 @@ PROMISES = [
     ),
     Promise(
         DOCUMENTS,
-        "`fastclip bench` times none of our losses if it is wrong, and says what did not run and why",
+        "`fastclip bench` does not time a fastclip loss that is wrong, and reports what did not run and why",
         tests=[
             "package/test_bench_command.py::test_wrong_loss_is_not_timed",
             "package/test_bench_command.py::test_dense_losses_that_do_not_fit_say_so",
@@ -163,10 +164,8 @@ PROMISES = [
     ),
     Promise(
         DOCUMENTS,
-        (
-            "Ten minutes of a GPU are not lost: a killed run keeps its rows, a wrong value ends it, no part takes the "
-            "time of another"
-        ),
+        "A GPU benchmark keeps measured rows if it is killed, stops at a wrong value, and bounds the time of "
+        "every part",
         tests=[
             "benchmarks/test_gpu_ten.py::test_a_killed_run_keeps_its_rows",
             "benchmarks/test_gpu_ten.py::test_a_wrong_value_ends_the_run",
@@ -217,7 +216,7 @@ PROMISES = [
     ),
     Promise(
         DOCUMENTS,
-        "benchmarks/REPORT.md is made from the stored rows alone, and every row names its run",
+        "benchmarks/REPORT.md is generated only from the stored rows, and every row names its run",
         tests=[
             "benchmarks/test_report.py::test_report_is_that_of_the_rows",
             "benchmarks/test_report.py::test_last_row_of_a_case_counts",

@@ -7,7 +7,7 @@ from broken import DOCUMENTS, MACHINE, Break, Promise
 PROMISES = [
     Promise(
         DOCUMENTS,
-        "Every Python block of the pages runs, and prints what the page says",
+        "Every Python block in the documentation runs and prints what its page shows",
         tests=[
             "package/test_docs.py::test_python_of_a_page_runs",
             "package/test_docs.py::test_what_a_block_prints_is_what_the_page_says",
@@ -29,7 +29,7 @@ PROMISES = [
     ),
     Promise(
         DOCUMENTS,
-        "Every command in the pages parses",
+        "Every command in the documentation can be parsed",
         tests=[
             "package/test_docs.py::test_commands_of_a_page_parse",
             "package/test_docs.py::test_commands_are_found",
@@ -63,7 +63,7 @@ PROMISES = [
     ),
     Promise(
         DOCUMENTS,
-        "Every link and anchor leads somewhere, and every page is on the site",
+        "Every link and anchor leads to a target, and every page is on the website",
         tests=[
             "package/test_docs.py::test_links_of_a_page_lead_somewhere",
             "package/test_docs.py::test_every_page_is_in_the_map",
@@ -104,7 +104,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "The wheel works in an empty environment, with all of its files, types, licence and command",
+        "The wheel works in an empty environment, and has all files, types, the licence and the command",
         tests=[
             "package/test_packaging.py::test_installed_wheel_serves_a_user",
             "package/test_packaging.py::test_installed_wheel_has_every_file_of_the_package",
@@ -138,7 +138,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "The losses need torch alone; an extra brings every package that its part imports, and no tool of ours",
+        "The losses need only torch; an extra installs what its part of fastclip imports, and no development tools",
         tests=[
             "package/test_doctor.py::test_doctor_needs_torch_alone",
             "package/test_layering.py::test_what_a_module_imports_is_declared",
@@ -168,7 +168,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "`import fastclip` takes less than 0.2 s where torch is imported already",
+        "`import fastclip` takes less than 0.2 s if torch is already imported",
         tests=[
             "system/test_lazy.py::test_losses_import_in_a_fifth_of_a_second_beside_torch",
         ],

@@ -7,7 +7,7 @@ from broken import STOPS, Break, Promise
 PROMISES = [
     Promise(
         STOPS,
-        "SIGTERM ends every command with status 143, and leaves no process and no temporary file behind",
+        "SIGTERM ends every command with status 143, and no process or temporary file is left",
         tests=[
             "package/test_ending.py::test_embed_ends_while_it_reads",
             "package/test_ending.py::test_parity_ends_with_its_processes",
@@ -66,7 +66,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "What is started to read data, or to compare losses, ends within seconds of its program, even after kill -9",
+        "Data workers and the processes of `fastclip parity` end within seconds of their parent, even after kill -9",
         tests=[
             "data/test_loader.py::test_workers_end_with_a_killed_program",
             "package/test_ending.py::test_ranks_of_parity_end_with_a_killed_program",
@@ -88,7 +88,8 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A run started in the background, where Ctrl-C is ignored, heeds SIGTERM; an ignored signal stays ignored",
+        "A background run that ignores Ctrl-C still reacts to SIGTERM; a signal that was set to be ignored "
+        "stays ignored",
         tests=[
             "training/test_interrupted.py::test_signal_ends_a_run_in_the_background",
             "training/test_interrupted.py::test_signal_that_is_ignored_stays_ignored",
@@ -104,7 +105,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A command says what is wrong in a line, even where stdout is closed or lacks characters",
+        "A command reports a user's error in one line, even if stdout is closed or cannot encode a character",
         tests=[
             "package/test_streams.py::test_error_of_the_users_is_a_line_and_ours_a_traceback",
             "package/test_streams.py::test_what_an_encoding_lacks_is_escaped",

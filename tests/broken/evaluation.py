@@ -7,7 +7,7 @@ from broken import COST, EVALUATION, STOPS, TRAINING, Break, Promise
 PROMISES = [
     Promise(
         EVALUATION,
-        "Recall@k of validation takes any caption of an image for a hit, and counts a tie against the model",
+        "Validation's recall@k counts any caption of an image as a hit, and a tie as a miss",
         tests=[
             "evaluation/test_validation.py::test_recalls_are_those_of_the_definition",
             "evaluation/test_validation.py::test_collapsed_model_has_no_hit",
@@ -44,7 +44,8 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "What rounding alone tells apart, on any processor, is a tie: ranks, predicted classes, best matches, search",
+        "Similarities that differ only by rounding are ties, on any processor, in ranks, predictions, best "
+        "matches and search",
         tests=[
             "evaluation/test_zero_shot.py::test_classes_of_one_name_are_an_argmaxs",
             "evaluation/test_retrieval.py::test_the_first_of_a_thousand_pictures_that_are_one",
@@ -86,7 +87,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Validation never stores all similarities at once",
+        "Validation never stores all similarities at the same time",
         tests=[
             "evaluation/test_validation.py::test_similarities_are_never_all_stored",
         ],
@@ -101,7 +102,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Validation leaves out samples that cannot be used, and says how many",
+        "Validation leaves out samples that cannot be used, and reports their number",
         tests=[
             "evaluation/test_validation.py::test_samples_that_cannot_be_used_are_left_out_and_counted",
         ],
@@ -116,7 +117,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Validation has the same metrics on any number of processes",
+        "Validation gives the same metrics on any number of processes",
         tests=[
             "evaluation/test_validation.py::test_ranks_have_the_single_process_metrics",
         ],
@@ -131,7 +132,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "Validation leaves the model and the random numbers as they were",
+        "Validation does not change the model or the random generators",
         tests=[
             "evaluation/test_validation.py::test_validation_leaves_no_trace",
             "evaluation/test_validation.py::test_validation_is_that_of_the_definition",
@@ -153,7 +154,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "A checkpoint of training is evaluated as the run would save it, with its own sizes and averaged weights",
+        "A training checkpoint is evaluated as the model that the run would save, with its sizes and averaged weights",
         tests=[
             "embedding/test_features.py::test_checkpoint_of_a_run_is_what_the_run_would_save",
         ],
@@ -174,10 +175,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        (
-            "Stored features serve only the weights, configuration, vocabulary, precision and files that they "
-            "were made from"
-        ),
+        "Stored features are reused only for the same weights, configuration, vocabulary, precision and files",
         tests=[
             "embedding/test_features.py::test_store_is_of_one_model_and_one_list",
             "embedding/test_features.py::test_other_vocabulary_is_another_model",
@@ -212,7 +210,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "An interrupted evaluation resumes to the same bits, and loses a minute of work at most",
+        "An interrupted evaluation resumes to a bit-identical result, and loses at most one minute of work",
         tests=[
             "embedding/test_features.py::test_interrupted_embedding_goes_on_to_the_same_bits",
             "embedding/test_features.py::test_interrupted_texts_go_on_to_the_same_bits",

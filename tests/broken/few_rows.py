@@ -10,7 +10,7 @@ _PLAIN = "fastclip/_backends/cpu/plain.py"
 PROMISES = [
     Promise(
         COST,
-        "On few rows a step of the mean loss of pairs costs a CPU 150 calls and 5 allocations besides three products",
+        "On a CPU, a step on a small batch without labels makes at most 150 calls, 5 allocations and 3 matrix products",
         tests=[
             "backends/test_cpu.py::test_calls_and_allocations_of_a_step_on_few_rows",
             "backends/test_cpu.py::test_three_products_of_few_rows",
@@ -45,7 +45,8 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "The loss of pairs in one op is that of its statistics, to the last digits of a solved batch",
+        "The loss without labels, which is a single op, equals the loss computed from its statistics, even "
+        "when it is tiny",
         tests=[
             "losses/test_accuracy.py::test_loss_and_gradients_accurate",
             "losses/test_accuracy.py::test_confident_loss_keeps_digits",
@@ -109,7 +110,7 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "Under torch.compile and in eager mode the loss of pairs and its gradients are the same bits on a CPU",
+        "On a CPU, the loss without labels and its gradients are bit-identical with and without torch.compile",
         tests=[
             "losses/test_contrastive_torch.py::test_op_of_pairs_is_the_loss",
             "losses/test_contrastive_torch.py::test_ops_of_pairs_pass_opcheck",
@@ -155,7 +156,7 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "Inference mode, default devices, dispatch modes and hooks change nothing of the loss of pairs",
+        "Inference mode, default devices, dispatch modes and hooks do not change the loss without labels",
         tests=[
             "losses/test_pairs.py::test_training_after_validation_in_inference_mode",
             "losses/test_pairs.py::test_default_device_is_none_of_the_features_business",

@@ -7,7 +7,8 @@ from broken import SEARCH, STOPS, Break, Promise
 PROMISES = [
     Promise(
         SEARCH,
-        "`fastclip filter` keeps captions at or above the threshold, and drops and counts what is not finite",
+        "`fastclip filter` keeps captions at or above the threshold; similarities that are not finite are "
+        "dropped and counted",
         tests=[
             "curation/test_filter.py::test_filter_keeps_what_the_definition_does",
             "curation/test_filter.py::test_threshold_is_inclusive",
@@ -48,7 +49,7 @@ PROMISES = [
     ),
     Promise(
         SEARCH,
-        "Near duplicates are those of comparing every picture with all that were kept; the first one stays",
+        "Near duplicates are found by comparing every image with all kept images; the first one is kept",
         tests=[
             "curation/test_filter.py::test_near_duplicates_are_those_of_comparing_all",
             "curation/test_filter.py::test_first_of_near_duplicates_stays",
@@ -83,7 +84,7 @@ PROMISES = [
     ),
     Promise(
         SEARCH,
-        "Filtered pictures keep their bytes and metadata, and the folder is read as a data set",
+        "Filtered images keep their bytes and metadata, and the output folder can be read as a dataset",
         tests=[
             "curation/test_filter.py::test_real_pictures_keep_their_bytes_and_what_is_known_of_them",
             "curation/test_filter.py::test_filter_keeps_what_the_definition_does",
@@ -111,7 +112,7 @@ PROMISES = [
     ),
     Promise(
         SEARCH,
-        "Another threshold costs no more embedding; a folder with other data or options is left alone",
+        "Another threshold needs no new embedding; an output of other data or options is left unchanged",
         tests=[
             "curation/test_filter.py::test_similarities_are_computed_once_for_all_thresholds",
             "curation/test_filter.py::test_scores_are_those_of_the_captions_and_the_place",
@@ -198,7 +199,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "`fastclip filter` and `fastclip embed`, killed anywhere, resume to the same bytes",
+        "If `fastclip filter` or `fastclip embed` is killed, it resumes, and its output is byte-identical",
         tests=[
             "curation/test_filter.py::test_killed_search_commands_go_on_to_the_same_bytes",
             "curation/test_embed.py::test_rows_are_the_vectors_of_every_sample",
@@ -226,7 +227,7 @@ PROMISES = [
     ),
     Promise(
         SEARCH,
-        "`fastclip embed` writes clip-retrieval's layout: row i of its three files is one sample",
+        "`fastclip embed` writes the layout of clip-retrieval: row i of its three files belongs to the same sample",
         tests=[
             "curation/test_embed.py::test_rows_are_the_vectors_of_every_sample",
             "curation/test_embed.py::test_file_numbers_have_clip_retrievals_zeros",

@@ -7,7 +7,7 @@ from broken import KEEP, Break, Promise
 PROMISES = [
     Promise(
         KEEP,
-        "`patch_open_clip` changes no number of open_clip; a loss that it must leave as it is gives one warning",
+        "`patch_open_clip` changes no number of open_clip, and warns once about a loss that it cannot replace",
         tests=[
             "integrations/test_integrations.py::test_open_clip_losses_are_the_same",
             "integrations/test_integrations.py::test_open_clip_of_several_processes_has_its_own_numbers",
@@ -79,7 +79,8 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "Patched transformers under DDP have each process's own loss as before, or with `group` that of all pairs",
+        "Patched transformers models under DDP compute the loss of each process's pairs, or with `group` "
+        "that of all pairs",
         tests=[
             "integrations/test_integrations.py::test_transformers_under_ddp",
         ],
@@ -94,7 +95,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "Versions and classes that compute something else are not patched; `unpatch` restores the original methods",
+        "Versions and classes with another computation are not patched, and `unpatch` restores the original methods",
         tests=[
             "integrations/test_integrations.py::test_unknown_version_is_refused",
             "integrations/test_integrations.py::test_class_that_computes_something_else_is_refused",
@@ -143,7 +144,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "A changed loss of open_clip or transformers stays what it is: its own is computed, and a warning says so once",
+        "If a loss of open_clip or transformers was overridden, the override is computed, with one warning",
         tests=[
             "integrations/test_overrides.py::test_changed_loss_of_open_clip_keeps_its_numbers",
             "integrations/test_overrides.py::test_what_is_replaced_after_the_patch_is_called",

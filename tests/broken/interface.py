@@ -7,7 +7,7 @@ from broken import COST, KEEP, NUMBERS, TORCH, Break, Promise
 PROMISES = [
     Promise(
         TORCH,
-        "Ops pass torch.library.opcheck: schema, fake tensors, autograd",
+        "All ops pass the checks of torch.library.opcheck for the schema, fake tensors and autograd",
         tests=[
             "losses/test_contrastive_torch.py::test_ops_pass_opcheck",
             "losses/test_sigmoid.py::test_sigmoid_op_passes_opcheck",
@@ -24,7 +24,7 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "`torch.compile(fullgraph=True)` compiles the losses, also when the batch size changes",
+        "`torch.compile(fullgraph=True)` compiles the losses, also if the batch size changes",
         tests=[
             "losses/test_contrastive_torch.py::test_compiles_whole",
             "losses/test_contrastive_torch.py::test_compiles_with_changing_batch",
@@ -40,7 +40,7 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "Autocast rounds the features, and leaves logit_scale and logit_bias in float32",
+        "Autocast rounds the features and leaves logit_scale and logit_bias in float32",
         tests=[
             "losses/test_contrastive_torch.py::test_autocast_rounds_features_and_not_the_scale",
             "losses/test_sigmoid.py::test_sigmoid_autocast_rounds_features_and_not_the_scalars",
@@ -62,7 +62,7 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "Second derivatives are right on the reference, and an error on the other backends",
+        "The reference backend computes second derivatives, and the other backends raise an error",
         tests=[
             "losses/test_contrastive_torch.py::test_second_derivatives_of_cpu_raise",
             "losses/test_contrastive_torch.py::test_reference_gradcheck_twice",
@@ -85,7 +85,7 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "Every subset of gradients, any upstream gradient and a second backward pass are right",
+        "Gradients are right for every subset of the inputs, any upstream gradient and a second backward pass",
         tests=[
             "losses/test_contrastive_torch.py::test_every_subset_of_gradients",
             "losses/test_contrastive_invariants.py::test_graph_can_be_used_twice",
@@ -107,7 +107,7 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "The losses work after a fork, from several threads and beside torch's OpenMP runtime",
+        "The losses work after a fork, from several threads and beside PyTorch's OpenMP runtime",
         tests=[
             "losses/test_contrastive_invariants.py::test_native_passes_work_after_fork",
             "losses/test_contrastive_invariants.py::test_threads_of_python_do_not_disturb_each_other",
@@ -137,7 +137,7 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "Tensors that do not fit each other raise an error that names both, before any work",
+        "If two tensors do not fit each other, an error names both before anything is computed",
         tests=[
             "losses/test_interface.py::test_misfit_raises_before_any_work",
             "losses/test_interface.py::test_sigmoid_misfit_raises_before_any_work",
@@ -159,7 +159,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "`ClipLoss` has open_clip's signature, values and gradients",
+        "`ClipLoss` has the signature, the values and the gradients of open_clip's class",
         tests=[
             "losses/test_interface.py::test_clip_loss_has_open_clip_signature",
             "losses/test_interface.py::test_clip_loss_equals_open_clip",
@@ -175,7 +175,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "`SigLipLoss` has open_clip's values and gradients, and takes its dist_impl and chunk_size",
+        "`SigLipLoss` has the values and gradients of open_clip's class, and accepts its dist_impl and chunk_size",
         tests=[
             "losses/test_sigmoid.py::test_siglip_loss_equals_open_clip",
             "losses/test_interface.py::test_siglip_loss_takes_every_way_to_the_same_loss",
@@ -203,7 +203,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "The sigmoid loss meets the same tolerances, and keeps its digits when it is small",
+        "The sigmoid loss meets the same tolerances, and keeps its digits when it is near 0",
         tests=[
             "losses/test_sigmoid_accuracy.py::test_sigmoid_confident_loss_keeps_digits",
             "losses/test_sigmoid_accuracy.py::test_sigmoid_accurate",
@@ -231,7 +231,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "The sigmoid loss with its gradients costs three matrix products, 6 M N D operations",
+        "The sigmoid loss and its gradients take three matrix products, which are 6 M N D operations",
         tests=[
             "losses/test_sigmoid.py::test_sigmoid_work_is_three_products",
         ],
@@ -246,7 +246,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Float16 gradients of a mean over many pairs neither vanish nor overflow",
+        "Float16 gradients of the sigmoid loss neither underflow nor overflow if the loss is a mean over many pairs",
         tests=[
             "losses/test_sigmoid_accuracy.py::test_sigmoid_float16_gradient_of_a_mean_over_many_keeps_digits",
         ],
@@ -261,7 +261,8 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "`multiview_loss` sums the losses of all pairs of views, or of a core view with each other one",
+        "`multiview_loss` is the sum of the losses of all pairs of views, or of the pairs of a core view "
+        "with each other view",
         tests=[
             "losses/test_multiview.py::test_multiview_equals_sum_of_pairs",
             "losses/test_multiview.py::test_multiview_misfit_raises",
@@ -283,7 +284,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "`contrastive_stats` has log-sum-exps, losses and top-1 accuracy from one product; a tie is a miss",
+        "`contrastive_stats` computes log-sum-exps, losses and top-1 accuracy with one matrix product; a tie is a miss",
         tests=[
             "losses/test_stats.py::test_stats_accurate",
             "losses/test_stats.py::test_a_tie_is_a_miss",

@@ -7,7 +7,7 @@ from broken import DOCUMENTS, SAFETY, STOPS, Break, Promise
 PROMISES = [
     Promise(
         STOPS,
-        "A kill at any moment of saving leaves the last checkpoint or the next one, whole",
+        "If a process is killed while it saves, either the last checkpoint or the next one is complete",
         tests=[
             "system/test_durable.py::test_death_at_every_file_operation_leaves_a_whole_checkpoint",
             "system/test_durable.py::test_kill_leaves_the_last_checkpoint_or_the_next",
@@ -41,7 +41,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A damaged checkpoint is found and named, and the one before it is used",
+        "A damaged checkpoint is detected and named, and the previous one is used",
         tests=[
             "system/test_durable.py::test_damage_is_found_and_the_one_before_is_used",
         ],
@@ -68,7 +68,7 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "Resuming from a checkpoint runs no pickle",
+        "Resuming from a checkpoint never unpickles anything",
         tests=[
             "system/test_durable.py::test_no_pickle_runs_when_a_checkpoint_is_read",
         ],
@@ -83,7 +83,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "Old checkpoints are removed when the new one is there, not before",
+        "Old checkpoints are removed only after the new one is complete",
         tests=[
             "system/test_durable.py::test_old_checkpoints_go_after_the_new_one_is_there",
         ],
@@ -98,7 +98,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "Checkpoints of a later step than the one that a run begins at are set aside",
+        "If a run starts from an earlier checkpoint, the checkpoints of later steps are set aside",
         tests=[
             "system/test_durable.py::test_checkpoints_of_a_later_step_are_set_aside",
         ],
@@ -113,7 +113,8 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A validation that fails costs no step: the checkpoint is written before, and resuming validates it",
+        "A failed validation loses no step: the checkpoint is written before it, and a resumed run repeats "
+        "the validation",
         tests=["training/test_faults.py::test_failed_validation_loses_no_step"],
         breaks=[
             Break(
@@ -133,7 +134,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A full disk ends the run with the number of bytes that it needed, and keeps the old checkpoint",
+        "A full disk ends the run with an error that states the bytes needed, and the old checkpoint is kept",
         tests=[
             "system/test_durable.py::test_full_disk_says_how_many_bytes_were_needed",
             "system/test_durable.py::test_space_is_looked_at_before_writing",
@@ -156,7 +157,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "Saving in the background changes no number of the run",
+        "Saving in the background does not change any number of the run",
         tests=[
             "training/test_interrupted.py::test_saving_in_the_background_changes_no_number",
             "system/test_durable.py::test_training_goes_on_beside_a_snapshot_and_does_not_change_it",
@@ -180,7 +181,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A checkpoint that cannot be written ends the run at its next step, on every process",
+        "If a checkpoint cannot be written, the run ends at its next step on every process",
         tests=[
             "training/test_interrupted.py::test_run_whose_checkpoint_fails_ends_with_its_error",
             "training/test_interrupted.py::test_checkpoint_that_fails_on_one_rank_ends_all",
@@ -196,7 +197,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "SIGTERM and Ctrl-C save a checkpoint after the same step on all processes, and exit with 143 or 130",
+        "After SIGTERM or Ctrl-C all processes save a checkpoint of the same step, and exit with status 143 or 130",
         tests=[
             "training/test_interrupted.py::test_signal_ends_a_command_with_a_checkpoint",
             "training/test_interrupted.py::test_interrupted_run_raises_and_restores_the_handlers",
@@ -233,7 +234,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A second signal ends the process at once",
+        "A second signal ends the process immediately",
         tests=[
             "training/test_interrupted.py::test_second_signal_ends_the_process_at_once",
         ],
@@ -248,7 +249,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A run that is killed again and again ends with the weights of one that never stopped",
+        "A run that is killed repeatedly ends with the same weights as a run that was never stopped",
         tests=[
             "training/test_interrupted.py::test_run_killed_again_and_again_is_the_run_that_never_stopped",
             "training/test_interrupted.py::test_run_that_died_before_its_model_writes_it",
@@ -271,7 +272,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A process that is lost or hangs ends the others within --timeout, with an error that says so",
+        "If a process dies or hangs, the others end within --timeout with an error that states the reason",
         tests=[
             "training/test_interrupted.py::test_lost_rank_ends_the_others",
             "training/test_interrupted.py::test_damaged_checkpoint_ends_all_ranks",
@@ -293,7 +294,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A restart by torchrun resumes by itself",
+        "A run that torchrun restarts resumes from its last checkpoint automatically",
         tests=[
             "training/test_interrupted.py::test_torchrun_restarts_a_run_whose_rank_was_killed",
             "training/test_interrupted.py::test_ranks_meet_where_no_dead_rank_has_been",
@@ -309,7 +310,7 @@ PROMISES = [
     ),
     Promise(
         DOCUMENTS,
-        "docs/reliability.md lists the faults that the tests cause, and no others",
+        "docs/reliability.md lists exactly the faults that the tests cause",
         tests=[
             "package/test_reliability.py::test_document_is_what_the_markers_say",
         ],

@@ -7,7 +7,7 @@ from broken import MACHINE, Break, Promise
 PROMISES = [
     Promise(
         MACHINE,
-        "The losses need torch only, and no module imports one of a layer above it",
+        "The losses import only torch, and no module imports a module of a higher layer",
         tests=[
             "package/test_layering.py::test_module_keeps_to_its_layer",
         ],
@@ -22,7 +22,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "Commands load timm, torchvision and transformers only where a model is made, transformers only for BERT",
+        "Commands import timm, torchvision and transformers only to build a model, and transformers only for BERT",
         tests=[
             "system/test_lazy.py::test_nothing_heavy_is_loaded_before_its_use",
         ],
@@ -43,7 +43,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "`import fastclip` and `fastclip --help` load torch only where it is needed",
+        "`import fastclip` and `fastclip --help` import torch only when it is needed",
         tests=[
             "system/test_lazy.py::test_import_loads_the_standard_library_only",
             "system/test_lazy.py::test_help_answers_in_half_a_second",
@@ -80,7 +80,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "Native code below the bindings includes no header of torch or Python",
+        "Native code outside the bindings includes no header of PyTorch or Python",
         tests=[
             "package/test_layering.py::test_native_code_is_free_of_frameworks",
         ],
@@ -95,7 +95,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "A native module that is missing gives a reason in `fastclip.backends()`, not an import error",
+        "If a native module is missing, `fastclip.backends()` gives the reason, and no import fails",
         tests=[
             "losses/test_interface.py::test_missing_native_module_is_a_reason",
         ],
@@ -110,7 +110,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "Installation without a compiler succeeds, and says what was missing",
+        "Installation without a compiler succeeds, and reports what was missing",
         tests=[
             "package/test_packaging.py::test_package_works_without_compiler",
         ],
@@ -125,7 +125,8 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "Installation without nvcc, or with one that is too old, keeps the CPU backend and says why",
+        "Installation without nvcc, or with one that is too old, builds the CPU backend and reports why CUDA "
+        "is missing",
         tests=[
             "package/test_packaging.py::test_package_works_without_nvcc",
             "package/test_packaging.py::test_old_nvcc_is_told",
@@ -148,7 +149,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "The CUDA module loads without a driver and beside any CUDA runtime",
+        "The CUDA module can be loaded without a driver and beside any CUDA runtime",
         tests=[
             "package/test_packaging.py::test_cuda_module_loads_without_driver",
         ],
@@ -163,7 +164,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "Rebuilding in place leaves the module that a process has loaded",
+        "Rebuilding a native module in place does not disturb a process that has loaded it",
         tests=[
             "package/test_packaging.py::test_rebuilding_in_place_leaves_the_loaded_module",
         ],

@@ -7,7 +7,8 @@ from broken import KEEP, Break, Promise
 PROMISES = [
     Promise(
         KEEP,
-        "Pictures, and ALIGN's texts, of a folder of Hugging Face are treated as transformers treats them, or refused",
+        "Images, and ALIGN's texts, are processed as a Hugging Face model folder configures it, or the "
+        "folder is refused",
         tests=[
             "models/test_processor.py::test_pictures_are_transformers",
             "models/test_processor.py::test_a_whole_processor_goes_first",
@@ -90,7 +91,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "What `save_pretrained` writes can be read again: its vocabulary is kept, and a changed model is refused",
+        "A model that `save_pretrained` wrote can be loaded again with its vocabulary; a modified model is refused",
         tests=[
             "models/test_saved.py::test_wrapped_and_tied_parameters_are_saved",
             "models/test_saved.py::test_changed_models_are_refused",

@@ -7,7 +7,7 @@ from broken import COST, KEEP, SAFETY, TRAINING, Break, Promise
 PROMISES = [
     Promise(
         KEEP,
-        "Features equal open_clip's and Hugging Face's with the same weights, which are converted both ways",
+        "Features equal those of open_clip and Hugging Face, and weights can be converted in both directions",
         tests=[
             "models/test_checkpoints.py::test_open_clip_both_ways",
             "models/test_checkpoints.py::test_hugging_face_clip_both_ways",
@@ -64,7 +64,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "Initial weights are drawn as in the published code",
+        "Initial weights are drawn from the distributions of the published code",
         tests=[
             "models/test_models.py::test_clip_weights_start_as_published",
         ],
@@ -79,7 +79,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "CoSwin is Swin with convolutions for its embedding and its mergings",
+        "CoSwin is Swin with convolutional patch embedding and patch merging",
         tests=[
             "models/test_models.py::test_coswin_is_swin_with_convolutions_around_its_blocks",
             "models/test_models.py::test_coswin_windows_overlap",
@@ -101,7 +101,7 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "Loading a model runs no pickle",
+        "Loading a model never unpickles anything",
         tests=[
             "models/test_refused.py::test_no_pickle_runs",
         ],
@@ -116,7 +116,7 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "A TorchScript archive is read for its tensors; none of its code runs, and none of its sizes is believed",
+        "Only tensors are read from a TorchScript archive: its code never runs, and the sizes it declares are checked",
         tests=[
             "models/test_torchscript.py::test_no_code_of_an_archive_runs",
             "models/test_torchscript.py::test_claims_are_checked",
@@ -145,7 +145,7 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "Nothing that is read is run: no pickle, no TorchScript, no remote code, no picture that starts a program",
+        "No data or model file is executed: no pickle, TorchScript, remote code or image that starts a program",
         tests=[
             "package/test_opened.py::test_nothing_that_is_read_is_run",
         ],
@@ -160,7 +160,8 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "A checkpoint keeps the context length and picture size of its weights, told once, whatever its name says",
+        "The weights decide the context length and image size; if the model's name says otherwise, the log "
+        "reports it once",
         tests=[
             "models/test_sizes.py::test_features_are_open_clips_whatever_the_name_says",
             "models/test_sizes.py::test_sizes_are_found_in_every_form",
@@ -189,7 +190,8 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "`fastclip convert` and `save_pretrained` replace a model whole or not at all, and never what they read",
+        "`fastclip convert` and `save_pretrained` replace a model completely or not at all, and never "
+        "overwrite their input",
         tests=[
             "models/test_convert.py::test_a_full_disk_leaves_the_old",
             "models/test_convert.py::test_a_source_is_not_overwritten",
@@ -218,7 +220,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "Weights that mean something else than numbers of their name (whole numbers, 8-bit floats, NaN) are refused",
+        "Weights that are integers, 8-bit floats or NaN are refused with the name of the tensor",
         tests=[
             "models/test_refused.py::test_weights_of_another_kind_name_the_tensor",
         ],
@@ -239,7 +241,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "Pictures of 16 bits and of floats keep their greys in `load_image_transform`'s transforms, too",
+        "16-bit and floating-point images keep their grey levels in the transforms of `load_image_transform`",
         tests=[
             "models/test_preprocess.py::test_more_than_eight_bits_are_scaled_and_not_cut_off",
         ],
@@ -254,7 +256,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "A checkpoint that does not fit is refused with its missing, unexpected and mis-shaped parameters",
+        "A checkpoint that does not fit is refused with a list of its missing, unexpected and mis-shaped parameters",
         tests=[
             "models/test_refused.py::test_checkpoint_that_does_not_fit_names_the_parameters",
         ],
@@ -291,7 +293,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "Position embeddings are interpolated as open_clip's, with a warning",
+        "Position embeddings are interpolated as in open_clip, with a warning",
         tests=[
             "models/test_checkpoints.py::test_other_resolutions_interpolate_as_open_clip",
         ],
@@ -312,7 +314,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "Tokenizers take any text, and keep the end token of a text that they cut",
+        "Tokenizers accept any text, and keep the end token of a text that they truncate",
         tests=[
             "models/test_preprocess.py::test_no_text_fails",
             "models/test_preprocess.py::test_wordpiece_is_transformers",
@@ -328,7 +330,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "Image transforms are open_clip's",
+        "Image transforms equal those of open_clip",
         tests=[
             "models/test_preprocess.py::test_clip_transforms_are_open_clips",
         ],
@@ -343,7 +345,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "A locked tower stays as it is, the statistics of BatchNorm included",
+        "A locked tower does not change, including the statistics of BatchNorm",
         tests=[
             "models/test_models.py::test_locked_tower_stays_as_it_is",
         ],
@@ -358,7 +360,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Gradient checkpointing stores less and changes no gradient",
+        "Gradient checkpointing reduces memory and changes no gradient",
         tests=[
             "models/test_models.py::test_checkpointed_gradients_are_the_same",
         ],
@@ -373,7 +375,7 @@ PROMISES = [
     ),
     Promise(
         KEEP,
-        "ALIGN's pictures become squares of 346 pixels, as in the paper; CLIP's keep their aspect ratio",
+        "ALIGN's images are resized to squares of 346 pixels, as in the paper; CLIP's keep their aspect ratio",
         tests=[
             "models/test_preprocess.py::test_align_transforms",
         ],

@@ -7,7 +7,7 @@ from broken import TORCH, Break, Promise
 PROMISES = [
     Promise(
         TORCH,
-        "`torch.func` (grad, vmap, jvp, jacrev, hessian) and forward mode give the dense formula's numbers",
+        "`torch.func` (grad, vmap, jvp, jacrev, hessian) and forward mode give the numbers of the dense formula",
         tests=[
             "losses/test_transforms.py::test_transforms_have_the_numbers_of_the_dense_formula",
             "losses/test_transforms.py::test_named_backend_does_not_pretend",
@@ -35,7 +35,7 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "Activation checkpointing and saved-tensor hooks change no gradient; a changed input raises",
+        "Activation checkpointing and saved-tensor hooks change no gradient; an input changed in place raises an error",
         tests=[
             "losses/test_saved_tensors.py::test_checkpoints_and_hooks_change_nothing",
             "losses/test_saved_tensors.py::test_checkpoints_and_hooks_change_nothing_of_shards",
@@ -64,7 +64,7 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "Fake tensors, meta tensors, `make_fx` and `torch.export` take every loss",
+        "Every loss works with fake tensors, meta tensors, `make_fx` and `torch.export`",
         tests=[
             "losses/test_tracing.py::test_fake_tensors_have_shapes",
             "losses/test_tracing.py::test_meta_tensors_have_shapes",
@@ -88,7 +88,7 @@ PROMISES = [
     ),
     Promise(
         TORCH,
-        "A compiled loss takes Python numbers that change each step (scale, bias, weights): two graphs at most",
+        "A compiled loss builds at most two graphs if its Python numbers (scale, bias, weights) change at each step",
         tests=[
             "losses/test_tracing.py::test_changing_numbers_compile_twice_at_most",
         ],

@@ -7,10 +7,8 @@ from broken import NUMBERS, Break, Promise
 PROMISES = [
     Promise(
         NUMBERS,
-        (
-            "The loss is within 1e-5 of float64, gradients within 3e-5 (16 bits: one rounding); "
-            "errors are below twice dense torch's"
-        ),
+        "The loss is within 1e-5 of float64, gradients within 3e-5 (1e-4 on tensor cores), errors within "
+        "twice dense PyTorch's",
         tests=[
             "losses/test_accuracy.py::test_loss_and_gradients_accurate",
         ],
@@ -89,7 +87,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Labels with several positives a row, rows without one, label smoothing and image_weight are right",
+        "Labels with several positives per row, rows without a positive, label smoothing and image_weight are right",
         tests=[
             "losses/test_accuracy.py::test_labels_accurate",
             "losses/test_accuracy.py::test_label_smoothing_accurate",
@@ -117,7 +115,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Pairs of a sample with itself can be left out, as in SimCLR and SupCon",
+        "The pairs of each sample with itself can be excluded, as in SimCLR and SupCon",
         tests=[
             "losses/test_self_pairs.py::test_simclr_through_labels",
             "losses/test_self_pairs.py::test_excluded_pairs_do_not_count",
@@ -139,7 +137,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Logits of any spread give the right loss and gradients",
+        "The loss and its gradients are right however far the logits are spread",
         tests=[
             "losses/test_accuracy.py::test_unnormalised_features_accurate",
             "backends/test_cpu.py::test_every_instruction_set_accurate",
@@ -167,7 +165,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Any scale, zero rows, huge and tiny norms give results that are finite and right",
+        "Results are finite and right for any scale, for rows of zeros, and for huge and tiny norms",
         tests=[
             "losses/test_accuracy.py::test_extreme_norms_finite_and_accurate",
             "losses/test_accuracy.py::test_zero_rows_finite",
@@ -216,7 +214,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Label smoothing and ties take features of any norm, as the loss does",
+        "Label smoothing and the detection of ties are right for features of any norm",
         tests=[
             "losses/test_accuracy.py::test_label_smoothing_of_extreme_norms_accurate",
             "losses/test_stats.py::test_ties_of_extreme_norms",
@@ -244,7 +242,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "NaN and Inf in the features appear in the loss and the gradients",
+        "NaN and Inf in the features appear in the loss and its gradients",
         tests=[
             "losses/test_accuracy.py::test_nan_and_inf_propagate",
             "backends/test_native.py::test_native_code",
@@ -260,7 +258,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Batches of more than 2^31 pairs and features of more than 2^31 elements are right",
+        "Batches of more than 2^31 pairs and features of more than 2^31 elements give the right results",
         tests=[
             "losses/test_large_batch.py::test_loss_of_more_than_two_to_the_31_pairs",
             "backends/test_native.py::test_native_code",
@@ -303,7 +301,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "A hundred training steps agree with the dense loss to 1e-5, and with stored runs",
+        "A hundred training steps agree to 1e-5 with the dense loss, and with stored runs",
         tests=[
             "training/test_hundred_steps.py::test_float32_training_agrees_with_the_dense_loss",
         ],
@@ -333,7 +331,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "A label of -1 is refused; with `ignore_label` its rows count nowhere: the loss is that without them",
+        "A label of -1 is an error; with `ignore_label` the loss is the same as if the ignored rows were removed",
         tests=[
             "losses/test_ignored_labels.py::test_loss_is_that_without_the_rows",
             "losses/test_ignored_labels.py::test_reductions",

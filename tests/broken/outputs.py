@@ -7,7 +7,8 @@ from broken import STOPS, Break, Promise
 PROMISES = [
     Promise(
         STOPS,
-        "An output has one owner: a second command is refused, with the first one's process, host and time",
+        "Only one command can write to an output; a second one is refused and told the first one's process, "
+        "host and time",
         tests=[
             "system/test_owner.py::test_second_owner_is_refused_and_a_killed_one_is_passed_over",
             "system/test_owner.py::test_owner_on_another_host_is_told_and_taken_from_by_force",
@@ -71,7 +72,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "An output that cannot be written, or is what the command reads, is named before any work",
+        "An output that cannot be written, or that is also the input, is reported before any work begins",
         tests=[
             "package/test_outputs.py::test_output_that_cannot_be_is_named_before_any_work",
             "package/test_outputs.py::test_output_of_another_command_is_refused_and_taken_by_force",
@@ -121,7 +122,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A run that goes on in the folder of another mixes nothing, and loses nothing of it",
+        "A run that resumes in the folder of another run keeps the files of both runs apart and loses none",
         tests=[
             "training/test_trainer.py::test_run_that_goes_on_elsewhere_does_not_mix_with_what_is_there",
             "package/test_outputs.py::test_nothing_that_was_set_aside_is_lost",
@@ -143,7 +144,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "Two evaluations of the same data at the same time take nothing of each other wrongly",
+        "Two evaluations of the same data at the same time do not mix their features",
         tests=["embedding/test_features.py::test_two_writers_of_one_store_do_not_mix_their_parts"],
         breaks=[
             Break(
@@ -156,7 +157,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A file that a command reads again and that holds something else is named in one line",
+        "If a file of an earlier command has unexpected content, a one-line error names it",
         tests=[
             "training/test_read_back.py::test_what_is_not_what_was_written_is_an_error_that_names_the_file",
             "training/test_read_back.py::test_lines_of_metrics_that_are_none_are_left_out",

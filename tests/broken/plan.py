@@ -7,7 +7,7 @@ from broken import COST, Break, Promise
 PROMISES = [
     Promise(
         COST,
-        "`fastclip plan` predicts the memory of measured steps within 15 %, and allocates nothing",
+        "`fastclip plan` predicts the memory of steps measured on a CPU within 15 %, and allocates none of it",
         tests=[
             "training/test_plan.py::test_plan_is_what_a_step_takes",
             "training/test_plan.py::test_footprint_of_one_layer_is_counted_by_hand",
@@ -37,7 +37,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "`fastclip plan` finds the largest micro-batch that fits",
+        "`fastclip plan` finds the largest micro-batch that fits in memory",
         tests=[
             "training/test_plan.py::test_largest_micro_batch_is_the_largest",
             "training/test_plan.py::test_states_are_of_the_models_parameters",

@@ -7,7 +7,7 @@ from broken import EVALUATION, STOPS, TRAINING, Break, Promise
 PROMISES = [
     Promise(
         EVALUATION,
-        "A linear probe is scikit-learn's, with the penalty swept as in CLIP's paper",
+        "A linear probe equals scikit-learn's, with the penalty swept as in CLIP's paper",
         tests=[
             "evaluation/test_probe.py::test_probe_equals_scikit_learn_by_hand",
             "evaluation/test_probe.py::test_sweep_is_the_papers",
@@ -43,7 +43,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "A probe says which fits did not converge; a class without training samples and a tie are misses",
+        "A probe reports fits that did not converge; a tie and a class without training samples count as misses",
         tests=[
             "evaluation/test_probe.py::test_fits_that_do_not_converge_are_told",
             "evaluation/test_probe.py::test_class_that_was_not_trained_on_is_missed",
@@ -72,7 +72,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "An interrupted probe resumes, and leaves no files behind",
+        "An interrupted probe resumes, and leaves no temporary files",
         tests=[
             "evaluation/test_probe.py::test_interrupted_probe_goes_on",
             "evaluation/test_probe.py::test_command_writes_clip_benchmarks_keys",
@@ -94,7 +94,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Published numbers are shown only for the data set that a folder is named after",
+        "A probe shows published numbers only if the folder has the name of their dataset",
         tests=[
             "evaluation/test_probe.py::test_published_numbers_are_by_name",
             "evaluation/test_probe.py::test_result_is_called_by_its_folder",
@@ -123,7 +123,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "Fine-tuning starts as the zero-shot classifier, and makes the updates of a plain training loop",
+        "Fine-tuning starts from the zero-shot classifier, and makes the same updates as a plain training loop",
         tests=[
             "training/test_finetune.py::test_it_begins_as_the_zero_shot_classifier",
             "training/test_finetune.py::test_steps_are_those_of_a_plain_loop",
@@ -159,7 +159,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "Fine-tuning that is killed resumes to the same bits, and SIGTERM leaves a checkpoint",
+        "Fine-tuning that was killed resumes to bit-identical weights, and SIGTERM saves a checkpoint",
         tests=[
             "training/test_finetune.py::test_killed_run_goes_on_to_the_same_bits",
             "training/test_finetune.py::test_signal_ends_it_with_a_checkpoint",
@@ -209,7 +209,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "Averaged weights are the zero-shot model's at alpha 0 and the fine-tuned one's at 1, bit for bit",
+        "Averaged weights equal the zero-shot model's at alpha 0 and the fine-tuned model's at alpha 1, bit for bit",
         tests=[
             "training/test_finetune.py::test_ensemble_is_between_the_models_and_either_at_its_ends",
             "training/test_finetune.py::test_saved_model_and_classifier_are_read_again",
@@ -238,7 +238,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "A frozen tower stays as it is in fine-tuning",
+        "A frozen tower does not change in fine-tuning",
         tests=[
             "training/test_finetune.py::test_frozen_tower_stays_as_it_is",
         ],

@@ -7,7 +7,7 @@ from broken import EVALUATION, SAFETY, STOPS, Break, Promise
 PROMISES = [
     Promise(
         EVALUATION,
-        "The report has the numbers of the run's last validation, and a confusion matrix that agrees with them",
+        "The report shows the numbers of the run's last validation, and a confusion matrix that agrees with them",
         tests=[
             "report/test_report.py::test_numbers_are_those_of_the_last_validation",
             "report/test_report.py::test_most_confused_are_those_of_loops",
@@ -29,7 +29,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Best and worst retrievals in the report are those of the ranks",
+        "The best and worst retrievals in the report are those with the best and worst ranks",
         tests=[
             "report/test_report.py::test_best_and_worst_are_those_of_loops",
         ],
@@ -56,7 +56,7 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "The report is one file that loads nothing, and shows text of the data as text",
+        "The report is one file that loads nothing else, and shows text from the data as plain text",
         tests=[
             "report/test_report.py::test_text_of_data_is_no_markup",
             "report/test_report.py::test_page_needs_nothing_else",
@@ -86,7 +86,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A run that was killed has a report of what it wrote, with gaps where there is no number",
+        "The report of a killed run shows everything the run has written, with gaps for missing numbers",
         tests=[
             "report/test_report.py::test_run_that_has_not_ended_has_its_curves",
             "report/test_report.py::test_data_that_are_not_there",
@@ -115,7 +115,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "An interrupted report resumes, and leaves no files behind",
+        "An interrupted report resumes, and leaves no temporary files",
         tests=[
             "report/test_report.py::test_report_goes_on_where_it_was_stopped",
             "report/test_report.py::test_what_is_embedded_is_kept_until_the_page_is_written",
@@ -137,7 +137,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Every result that stands beside others in the report has a column, with its alpha where they differ in it",
+        "Each result given to the report has its own column, with its alpha if the results differ only in alpha",
         tests=[
             "report/test_report.py::test_results_that_differ_in_alpha_or_nothing_have_a_column_each",
         ],
@@ -158,7 +158,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Long curves show the range of all values; large data sets are sampled evenly, which the page says",
+        "Long curves show the range of all values; a large dataset is sampled evenly, which the page states",
         tests=[
             "report/test_charts.py::test_long_curves_keep_their_extremes",
             "report/test_charts.py::test_points_lie_where_the_ticks_say",

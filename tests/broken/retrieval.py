@@ -7,7 +7,8 @@ from broken import COST, DATA, EVALUATION, STOPS, Break, Promise
 PROMISES = [
     Promise(
         EVALUATION,
-        "`fastclip eval retrieval` has CLIP_benchmark's numbers where nothing ties, and none above them where it does",
+        "Without ties, `fastclip eval retrieval` gives CLIP_benchmark's numbers; with ties, its numbers are "
+        "never higher",
         tests=[
             "evaluation/test_retrieval.py::test_metrics_are_those_of_clip_benchmark",
             "evaluation/test_retrieval.py::test_with_ties_no_recall_is_above_what_clip_benchmark_can_give",
@@ -36,7 +37,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "A picture of several rows is one image with several captions",
+        "An image in several rows is one image with several captions",
         tests=[
             "evaluation/test_retrieval.py::test_rows_of_one_picture_are_one_image",
             "evaluation/test_retrieval.py::test_spellings_of_a_path_are_one_image",
@@ -64,7 +65,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "A picture that cannot be used is counted, and its captions are left out",
+        "An image that cannot be used is counted, and its captions are left out",
         tests=[
             "evaluation/test_retrieval.py::test_pictures_that_cannot_be_used_take_their_captions_with_them",
             "evaluation/test_retrieval.py::test_model_without_finite_numbers_is_refused",
@@ -92,7 +93,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Equal captions belong each to its own picture, or with --unique-captions to all of them",
+        "Each of several equal captions belongs to its own image, or with --unique-captions to all of their images",
         tests=[
             "evaluation/test_retrieval.py::test_captions_of_the_same_words",
         ],
@@ -113,7 +114,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Results are valid JSON whatever the numbers, and are written whole or not at all",
+        "Results are valid JSON whatever the numbers, and are written completely or not at all",
         tests=[
             "embedding/test_features.py::test_results_are_json_whatever_the_numbers",
         ],
@@ -134,7 +135,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "An interrupted `fastclip eval retrieval` resumes to the same result, and leaves no files behind",
+        "An interrupted `fastclip eval retrieval` resumes to the same result, and leaves no temporary files",
         tests=[
             "evaluation/test_retrieval.py::test_stopped_evaluation_goes_on",
             "evaluation/test_retrieval.py::test_metrics_are_those_of_clip_benchmark",
@@ -156,7 +157,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Published retrieval results are shown beside the test split only",
+        "Published retrieval results are shown only for the test split",
         tests=[
             "evaluation/test_retrieval.py::test_published_results_stand_beside_the_test_split",
         ],
@@ -171,7 +172,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "`--details` has the rank and the nearest items of every query, equal ones in their order",
+        "`--details` lists the rank and the nearest items of every query; items with equal scores keep their order",
         tests=[
             "evaluation/test_retrieval.py::test_details_are_those_of_brute_force",
             "evaluation/test_retrieval.py::test_top_items_are_those_of_a_stable_sort",
@@ -199,7 +200,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Memory of retrieval does not grow with images times texts",
+        "Memory of retrieval does not grow with the product of images and texts",
         tests=[
             "evaluation/test_retrieval.py::test_memory_does_not_grow_with_the_product",
         ],
@@ -214,7 +215,8 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "A split of Karpathy's files has its own pictures and captions; without a split's name nothing is read",
+        "A split of Karpathy's files has only its own images and captions; without the name of a split, "
+        "nothing is read",
         tests=[
             "data/test_karpathy.py::test_split_has_its_pictures_and_captions",
             "data/test_karpathy.py::test_several_splits_and_training",
@@ -243,7 +245,8 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "`fastclip eval compose` ranks pictures by the sum of unit vectors, without those that the query names",
+        "`fastclip eval compose` ranks images by the sum of unit vectors, and leaves out the images that the "
+        "query names",
         tests=[
             "evaluation/test_compose.py::test_answers_are_those_of_brute_force",
             "evaluation/test_compose.py::test_line_is_read",

@@ -7,7 +7,8 @@ from broken import COST, SAFETY, SEARCH, Break, Promise
 PROMISES = [
     Promise(
         SEARCH,
-        "Search has the results of a brute-force computation, the highest first, equal ones by path",
+        "Search returns the results of a brute-force computation, the highest score first, equal scores "
+        "ordered by path",
         tests=[
             "search/test_search.py::test_results_are_those_of_brute_force",
             "search/test_search.py::test_equal_scores_are_ordered_by_path",
@@ -30,7 +31,7 @@ PROMISES = [
     ),
     Promise(
         SEARCH,
-        "Search among more than a million pictures is approximate, and says its recall",
+        "Search among more than a million images is approximate, and reports its recall",
         tests=[
             "search/test_search.py::test_many_pictures_are_searched_through_a_graph_whose_recall_is_told",
             "search/test_search.py::test_graph_is_kept_grows_and_is_made_anew_where_it_is_damaged",
@@ -64,7 +65,7 @@ PROMISES = [
     ),
     Promise(
         SEARCH,
-        "The score of a query is the weighted sum of its terms' cosines, as in rclip",
+        "The score of a query is the weighted sum of the cosines of its terms, as in rclip",
         tests=[
             "embedding/test_query.py::test_score_is_the_weighted_sum_of_cosines",
             "embedding/test_query.py::test_query_has_its_terms",
@@ -100,7 +101,7 @@ PROMISES = [
     ),
     Promise(
         SEARCH,
-        "A query that means nothing is refused, one that can be read in two ways is told as it was read",
+        "A query without a meaning is refused; if a query can be read in two ways, the reading used is printed",
         tests=[
             "embedding/test_query.py::test_terms_that_cancel_are_refused",
             "embedding/test_query.py::test_weight_that_is_not_finite_is_refused",
@@ -145,7 +146,7 @@ PROMISES = [
     ),
     Promise(
         SEARCH,
-        "Names of files do nothing to a terminal, and reach programs byte by byte",
+        "File names cannot send control characters to a terminal, and are passed unchanged to other programs",
         tests=[
             "search/test_command.py::test_names_are_quoted_on_a_terminal",
             "search/test_command.py::test_names_are_given_to_programs_as_they_are",
@@ -161,7 +162,7 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "The search page is served to this machine only, and not to other web pages",
+        "The search page can be opened only on this machine, and other web pages cannot use it",
         tests=[
             "search/test_serve.py::test_only_the_loopback_address_is_bound",
             "search/test_serve.py::test_pages_of_the_web_are_refused",
@@ -196,7 +197,7 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "The search page serves the pictures of its folder and no other file",
+        "The search page serves the images of its folder and no other file",
         tests=[
             "search/test_serve.py::test_nothing_outside_the_folder_is_served",
             "search/test_serve.py::test_picture_that_a_link_outside_equals_is_served",
@@ -226,7 +227,7 @@ PROMISES = [
     ),
     Promise(
         SAFETY,
-        "An upload to the search page that stalls, is too large or is no picture is refused",
+        "An upload to the search page that stalls, is too large or is not an image is refused",
         tests=[
             "search/test_serve.py::test_dropped_picture_that_cannot_be_used_is_refused",
             "search/test_serve.py::test_upload_that_stalls_is_dropped",
@@ -248,7 +249,7 @@ PROMISES = [
     ),
     Promise(
         SEARCH,
-        "The search page finds by text, by click and by drop what the command finds",
+        "The search page finds the same images as the command, by text, by click and by dropped image",
         tests=[
             "search/test_serve.py::test_page_searches_by_text_by_click_and_by_drop",
         ],
@@ -263,7 +264,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "A query that was made before loads neither torch nor the weights",
+        "A query that was made before needs neither torch nor the weights",
         tests=[
             "search/test_search.py::test_what_is_known_needs_no_model_and_no_torch",
         ],

@@ -7,7 +7,7 @@ from broken import SEARCH, STOPS, Break, Promise
 PROMISES = [
     Promise(
         SEARCH,
-        "The index follows its folder: what changed is embedded again, what was renamed or touched is not",
+        "The index follows its folder: changed images are embedded again, renamed or touched ones are not",
         tests=[
             "search/test_index.py::test_index_follows_the_folder",
             "search/test_index.py::test_renamed_pictures_need_no_model",
@@ -73,7 +73,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "Indexing can be killed at any moment and keeps what is embedded; processes may index at once",
+        "If indexing is killed, the embedded images are kept; several processes can index at the same time",
         tests=[
             "search/test_processes.py::test_kill_leaves_an_index_that_goes_on",
             "search/test_processes.py::test_processes_that_index_at_once_agree",
@@ -110,7 +110,7 @@ PROMISES = [
     ),
     Promise(
         SEARCH,
-        "The index keeps models and folders apart; folders that are excluded are neither read nor found",
+        "The index separates models and folders; excluded folders are neither read nor searched",
         tests=[
             "search/test_index.py::test_index_of_another_model_is_kept_apart",
             "search/test_index.py::test_folders_are_apart_and_share_what_is_known",

@@ -7,7 +7,7 @@ from broken import MACHINE, PROCESSES, STOPS, TRAINING, Break, Promise
 PROMISES = [
     Promise(
         STOPS,
-        "A resumed run has the losses and metrics of one that never stopped, bit for bit",
+        "A resumed run has the same losses and metrics, bit for bit, as a run that was never stopped",
         tests=[
             "training/test_trainer.py::test_resumed_run_is_the_run_that_never_stopped",
             "training/test_trainer.py::test_resumed_run_has_the_optimisers_options_it_is_given",
@@ -48,7 +48,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "Settings with which a run learns nothing, or not what was meant, are told in a line each before it begins",
+        "Before training, one log line each warns about settings that prevent learning or are probably not intended",
         tests=[
             "training/test_doubts.py::test_setting_that_ruins_a_run_is_told",
             "training/test_doubts.py::test_doubts_are_in_the_log_once",
@@ -72,7 +72,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "train() and finetune() leave torch's settings and random numbers, and the environment, as they found them",
+        "train() and finetune() restore PyTorch's settings, the random generators and the environment when they return",
         tests=[
             "training/test_doubts.py::test_training_leaves_the_process_as_it_was",
             "training/test_doubts.py::test_fine_tuning_leaves_the_process_and_an_embedder_in_eval_mode",
@@ -100,7 +100,7 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "Processes that see different data raise an error",
+        "An error is raised if processes read different data",
         tests=[
             "training/test_ranks.py::test_ranks_that_see_different_data_are_told",
         ],
@@ -115,7 +115,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "A resumed run says that its data changed since the checkpoint",
+        "A resumed run reports that its data has changed since the checkpoint",
         tests=[
             "training/test_faults.py::test_data_that_changed_since_the_checkpoint_is_told",
             "training/test_faults.py::test_as_many_data_in_another_order_are_told",
@@ -144,7 +144,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "Runs with the same options are equal bit for bit, whatever their number of workers",
+        "Runs with the same options are bit-identical for any number of workers",
         tests=[
             "training/test_trainer.py::test_run_repeats_bit_by_bit",
         ],
@@ -159,7 +159,8 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "A loss or gradient that is not finite ends the run before the update, with step and samples",
+        "A loss or gradient that is not finite ends the run before the update, with an error that names step "
+        "and samples",
         tests=[
             "training/test_step.py::test_pixels_that_are_not_finite_stop_before_the_update",
             "training/test_step.py::test_gradient_that_is_not_finite_stops_before_the_update",
@@ -188,7 +189,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "The model that is saved is the one that was validated, the moving average where there is one",
+        "The saved model is the one that was validated: with a moving average, it is the average",
         tests=[
             "training/test_trainer.py::test_saved_model_is_the_one_that_was_validated",
             "training/test_trainer.py::test_average_is_what_is_saved",
@@ -204,7 +205,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "Weight decay is applied to matrices and to nothing else",
+        "Weight decay is applied only to matrices",
         tests=[
             "training/test_step.py::test_matrices_decay_and_nothing_else",
             "training/test_step.py::test_update_decays_matrices_only",
@@ -220,7 +221,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "Options of the command line win over those of files, and later files over earlier ones",
+        "Options on the command line override those in files, and later files override earlier ones",
         tests=[
             "training/test_options.py::test_options_of_files_yield_to_later_files_and_to_the_command_line",
         ],
@@ -235,7 +236,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "`fastclip train --help` needs no torch",
+        "`fastclip train --help` works without importing torch",
         tests=[
             "training/test_options.py::test_help_names_every_option_and_loads_no_torch",
         ],

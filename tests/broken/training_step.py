@@ -7,7 +7,7 @@ from broken import COST, NUMBERS, PROCESSES, TRAINING, Break, Promise
 PROMISES = [
     Promise(
         NUMBERS,
-        "Gradient caching has the gradients of a single pass, with dropout, autocast and BatchNorm too",
+        "Gradient caching has the gradients of a single pass, also with dropout, autocast and BatchNorm",
         tests=[
             "training/test_cached_step.py::test_gradients_are_the_one_shot_steps",
             "training/test_cached_step.py::test_dropout_is_replayed",
@@ -66,7 +66,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Gradient caching stores the graph of one micro-batch at a time",
+        "Gradient caching stores the graph of only one micro-batch at a time",
         tests=[
             "training/test_cached_step.py::test_one_graph_at_a_time",
         ],
@@ -81,7 +81,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Gradient caching under DDP exchanges gradients once a step",
+        "Gradient caching under DDP exchanges gradients once per step",
         tests=[
             "training/test_cached_step.py::test_ddp_exchanges_once",
             "training/test_cached_step.py::test_towers_in_a_module_exchange_once",
@@ -103,7 +103,7 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "A parameter that the loss of a cached step reads by itself has the gradient of one process, on every rank",
+        "A parameter used directly in the loss function of `cached_step` has a single process's gradient on every rank",
         tests=[
             "training/test_cached_step.py::test_ddp_averages_what_the_loss_reads_by_itself",
             "training/test_cached_step.py::test_parameters_that_the_loss_reads_by_itself",
@@ -125,7 +125,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Training losses follow the papers' formulas, and agree with dense torch to 1e-5 from step to step",
+        "Training losses follow the formulas of the papers, and agree with dense PyTorch to 1e-5 at each step",
         tests=[
             "training/test_step.py::test_losses_are_those_of_the_papers",
             "training/test_trainer.py::test_steps_agree_with_the_dense_loss",
@@ -154,7 +154,7 @@ PROMISES = [
     ),
     Promise(
         TRAINING,
-        "Micro-batches and gradient checkpointing change no loss",
+        "Micro-batches and gradient checkpointing do not change the loss",
         tests=[
             "training/test_step.py::test_micro_batches_make_the_same_update",
             "training/test_trainer.py::test_run_with_less_memory_has_the_same_losses",
@@ -170,7 +170,8 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "Two processes train as one to 1e-5, with DDP and FSDP2; their checkpoints fit any number of processes",
+        "Training on two processes equals training on one to 1e-5, with DDP and FSDP2; checkpoints fit any "
+        "number of processes",
         tests=[
             "training/test_ranks.py::test_two_ranks_train_as_one",
             "training/test_ranks.py::test_checkpoint_fits_every_number_of_ranks",

@@ -7,7 +7,7 @@ from broken import COST, MACHINE, NUMBERS, Break, Promise
 PROMISES = [
     Promise(
         NUMBERS,
-        "Kernels for GPUs meet the same tolerances for every shape, dtype, label, shard and memory layout",
+        "GPU kernels meet the same tolerances for every shape, dtype, label, shard and memory layout",
         tests=[
             "losses/test_accuracy.py::test_loss_and_gradients_accurate",
             "backends/test_triton.py::test_both_accesses_accurate",
@@ -71,7 +71,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Kernels for GPUs are right when logits are spread too far for one exponential",
+        "GPU kernels are right even if the logits of a row are spread beyond the range of float32 exponentials",
         tests=[
             "losses/test_accuracy.py::test_unnormalised_features_accurate",
             "backends/test_triton.py::test_repair_forced",
@@ -101,7 +101,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Ordinary batches never cost the kernels for GPUs a second computation of exponentials",
+        "GPU kernels compute every exponential once, except in batches with extremely spread logits",
         tests=[
             "backends/test_kernels.py::test_repair_not_needed_for_ordinary_batches",
         ],
@@ -116,7 +116,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Kernels for GPUs keep to a bounded workspace",
+        "GPU kernels keep their workspace memory within its limit",
         tests=[
             "backends/test_kernels.py::test_panels_and_blocks",
             "backends/test_kernels.py::test_workspace_bounded",
@@ -152,7 +152,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Float16 on a GPU neither vanishes nor overflows, whatever the norms of the features",
+        "Float16 gradients on a GPU neither underflow nor overflow, whatever the norms of the features",
         tests=[
             "losses/test_accuracy.py::test_fp16_weights_do_not_flush",
             "losses/test_accuracy.py::test_zero_rows_finite",
@@ -189,7 +189,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Features of more than 2^31 elements are right on a GPU",
+        "Features of more than 2^31 elements give the right results on a GPU",
         tests=[
             "backends/test_kernels.py::test_rows_beyond_2_to_the_31",
         ],
@@ -204,7 +204,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Kernels for GPUs take 8 M N D operations and a fixed number of launches",
+        "GPU kernels take 8 M N D operations and a fixed number of launches",
         tests=[
             "backends/test_kernels.py::test_work_and_launches",
             "backends/test_plain.py::test_work_and_launches",
@@ -226,7 +226,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "The sigmoid loss on a GPU keeps its digits when it is small, and takes 6 M N D operations",
+        "The sigmoid loss on a GPU keeps its digits when it is near 0, and takes 6 M N D operations",
         tests=[
             "losses/test_sigmoid_accuracy.py::test_sigmoid_accurate",
             "losses/test_sigmoid_accuracy.py::test_sigmoid_of_a_solved_batch_keeps_digits",
@@ -296,7 +296,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "Triton kernels spill no register, and use Hopper's tensor cores and one exponential per logit",
+        "Compiled Triton kernels spill no register, use Hopper's tensor cores and compute one exponential per logit",
         tests=[
             "backends/test_triton_compiled.py::test_no_kernel_spills",
             "backends/test_triton_compiled.py::test_tensor_cores",
@@ -314,7 +314,7 @@ PROMISES = [
     ),
     Promise(
         MACHINE,
-        "Triton's interpreter serves a CPU when asked for by name, and refuses bfloat16",
+        "Triton's interpreter runs on a CPU only if the backend is requested by name, and refuses bfloat16",
         tests=[
             "backends/test_triton.py::test_interpreter_serves_by_name_only",
         ],

@@ -7,7 +7,7 @@ from broken import COST, NUMBERS, Break, Promise
 PROMISES = [
     Promise(
         COST,
-        "Memory is that of the features, their gradients and one bounded workspace; nothing M x N is stored",
+        "Memory is bounded by the features, their gradients and one workspace of fixed size; no M x N matrix is stored",
         tests=[
             "losses/test_contrastive_torch.py::test_memory_is_of_the_features",
             "losses/test_contrastive_invariants.py::test_workspace_stays_within_its_bound",
@@ -29,7 +29,7 @@ PROMISES = [
     ),
     Promise(
         COST,
-        "A step takes four matrix products at most, 8 M N D operations",
+        "A forward and a backward pass take at most four matrix products, which are 8 M N D operations",
         tests=[
             "losses/test_contrastive_invariants.py::test_work_is_four_products_at_most",
         ],
@@ -50,7 +50,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "The backward pass never uses a block that another forward pass left",
+        "The backward pass reuses only the logits of its own forward pass, never those of another one",
         tests=[
             "losses/test_contrastive_invariants.py::test_kept_block_is_the_forward_pass_own",
         ],
@@ -65,7 +65,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Results are the same bits each time, on any number of threads",
+        "Results are bit-identical from call to call, with any number of threads",
         tests=[
             "losses/test_contrastive_invariants.py::test_native_passes_bitwise_equal_over_thread_counts",
             "backends/test_native.py::test_native_code",
@@ -81,7 +81,7 @@ PROMISES = [
     ),
     Promise(
         NUMBERS,
-        "Native code has no data race, and reads and writes nothing outside its arrays",
+        "Native code has no data races, and reads and writes nothing outside its arrays",
         tests=[
             "backends/test_native.py::test_native_code",
         ],

@@ -7,7 +7,7 @@ from broken import DATA, EVALUATION, STOPS, Break, Promise
 PROMISES = [
     Promise(
         EVALUATION,
-        "Zero-shot acc1, acc5 and mean_per_class_recall equal CLIP_benchmark's and scikit-learn's",
+        "Zero-shot acc1, acc5 and mean_per_class_recall equal those of CLIP_benchmark and scikit-learn",
         tests=[
             "evaluation/test_zero_shot.py::test_metrics_are_clip_benchmarks",
             "evaluation/test_zero_shot.py::test_metrics_are_scikit_learns",
@@ -41,7 +41,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "`--details` has the accuracy of every class, and the class that it is taken for most",
+        "`--details` lists the accuracy of every class, and the class with which it is confused most often",
         tests=[
             "evaluation/test_zero_shot.py::test_details_tell_what_a_class_is_taken_for",
             "evaluation/test_zero_shot.py::test_details_of_many_classes_need_no_matrix_of_them",
@@ -63,7 +63,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Zero-shot classes of one name are told apart as by an argmax",
+        "Of several zero-shot classes with the same name, the first one is predicted, as argmax does",
         tests=[
             "evaluation/test_zero_shot.py::test_classes_of_one_name_are_an_argmaxs",
         ],
@@ -78,7 +78,7 @@ PROMISES = [
     ),
     Promise(
         STOPS,
-        "An interrupted `fastclip eval zeroshot` resumes to the same result, and leaves no files behind",
+        "An interrupted `fastclip eval zeroshot` resumes to the same result, and leaves no temporary files",
         tests=[
             "evaluation/test_zero_shot.py::test_command_goes_on_after_a_stop",
             "evaluation/test_zero_shot.py::test_command_writes_clip_benchmarks_json",
@@ -101,7 +101,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Prompt templates are CLIP's or a file's, each with one place for the class name",
+        "Prompt templates are CLIP's or those of a file, and each has one placeholder for the class name",
         tests=[
             "evaluation/test_zero_shot.py::test_templates_are_open_clips_or_of_a_file",
         ],
@@ -116,7 +116,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Prompt templates of the data set are used where it has some, and CLIP's 80 otherwise",
+        "The prompt templates of the dataset are used if it has any, and otherwise CLIP's 80 templates",
         tests=[
             "evaluation/test_zero_shot.py::test_templates_are_the_sources_where_it_has_some",
         ],
@@ -131,7 +131,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Class folders are read as in torchvision; ImageNet's classes get CLIP's names in order",
+        "Class folders are read as in torchvision, and ImageNet's classes get CLIP's names",
         tests=[
             "data/test_classes.py::test_folder_is_torchvisions",
             "data/test_classes.py::test_numbers_are_classes_by_number",
@@ -161,7 +161,8 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "ImageNet-R and ImageNet-A are classified among their own 200 classes; another set's folder is refused",
+        "ImageNet-R and ImageNet-A are classified among their own 200 classes; the folder of another dataset "
+        "is refused",
         tests=[
             "evaluation/test_robustness.py::test_every_set_is_classified_among_its_own_classes",
             "data/test_classes.py::test_subsets_have_their_200_classes",
@@ -190,7 +191,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "A model and the published ones are compared over the same data sets",
+        "The means of a model and of published models are taken over the same datasets",
         tests=[
             "evaluation/test_robustness.py::test_means_are_over_the_same_sets_for_all",
         ],
@@ -205,7 +206,7 @@ PROMISES = [
     ),
     Promise(
         EVALUATION,
-        "Class names of a file go with the classes by name, in whatever order; those that do not fit are told",
+        "Class names in a file are matched by name, in any order, and names without a match are reported",
         tests=[
             "data/test_classes.py::test_class_names_of_a_file_go_by_name",
             "data/test_classes.py::test_class_names_of_classes_that_have_names",
@@ -234,7 +235,7 @@ PROMISES = [
     ),
     Promise(
         DATA,
-        "Shards of CLIP_benchmark bring their classes and templates, unless others are named",
+        "Shards of CLIP_benchmark provide their classes and templates, unless others are given",
         tests=[
             "data/test_classes.py::test_shards_are_clip_benchmarks",
         ],
