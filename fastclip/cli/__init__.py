@@ -27,7 +27,7 @@ from fastclip.cli import (
     train,
 )
 from fastclip.cli.ending import Terminated, message_of, sigterm_raises
-from fastclip.cli.help import add_command, describe
+from fastclip.cli.help import describe
 from fastclip.cli.printing import LogLines, complain, leave_stdout, prepare_streams
 from fastclip.system.env import let_threads_sleep
 
@@ -113,5 +113,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in _COMMANDS.items():
         foreign = name in _OWN_PARSER  # an abbreviation here could be an option there
-        module.add(add_command(commands, name, summary, add_help=not foreign, allow_abbrev=not foreign))
+        module.add(commands.add_parser(name, help=summary, add_help=not foreign, allow_abbrev=not foreign))
     return parser

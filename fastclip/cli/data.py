@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastclip.cli.help import add_command, add_training_option, describe
+from fastclip.cli.help import add_training_option, describe
 from fastclip.cli.outputs import add_force, add_samples_per_shard, owned_output
 from fastclip.cli.pictures import DATA, MAX_SAMPLES, add_max_pixels, add_workers
 from fastclip.cli.printing import complain, say
@@ -20,8 +20,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "fastclip data pack pairs.csv --output shards --image-size 256",
     )
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    _add_check(add_command(commands, "check", "read everything once, and report counts and faults"))
-    _add_pack(add_command(commands, "pack", "write tar shards in the layout of img2dataset"))
+    _add_check(commands.add_parser("check", help="read everything once, and report counts and faults"))
+    _add_pack(commands.add_parser("pack", help="write tar shards in the layout of img2dataset"))
 
 
 def _add_check(check: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from fastclip.cli.printing import leave_stdout
 from fastclip.training.option_words import option_words
 from fastclip.training.options import TrainOptions, flag
 
-__all__ = ["HELP", "HelpFormatter", "OptionsHelp", "add_command", "add_training_option", "describe"]
+__all__ = ["HELP", "HelpFormatter", "OptionsHelp", "add_training_option", "describe"]
 
 HELP = "show this help message and exit"  # as argparse and tyro put it
 _EXAMPLES = "examples:\n  "
@@ -44,12 +44,6 @@ def describe(parser: argparse.ArgumentParser, description: str, *examples: str) 
     parser.formatter_class = HelpFormatter
     parser.description = description
     parser.epilog = _EXAMPLES + "\n".join(examples).replace("\n", "\n  ")
-
-
-def add_command(commands: Any, name: str, summary: str, **settings: Any) -> argparse.ArgumentParser:
-    """Add a subcommand to `commands`, which lists it with `summary`, one line."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, **settings)
-    return parser
 
 
 def add_training_option(

@@ -84,9 +84,7 @@ def test_picture_fault_has_its_cause(tmp_path: Path, kind: str, data: bytes, cau
     assert fault(source, 1).cause == cause
 
 
-@pytest.mark.fault(
-    "A PNG of 20,000 x 20,000 pixels", "It is refused after reading its header, before anything is decoded"
-)
+@pytest.mark.fault("A PNG of 20,000 x 20,000 pixels", "It is refused after reading its header, without decoding it")
 @pytest.mark.parametrize("side", [20_000, 10_000])
 def test_large_picture_is_refused_from_its_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, recwarn: pytest.WarningsRecorder
@@ -140,10 +138,7 @@ def test_kind_of_a_picture_is_not_its_name(tmp_path: Path) -> None:
     assert [abs(float(plain(source[k].image).mean()) - shade) < 8 for k, shade in enumerate((40, 90))] == [True, True]
 
 
-@pytest.mark.fault(
-    "An image has another mode than RGB",
-    "Every mode is converted to RGB. More than 8 bits are scaled, transparency is dropped",
-)
+@pytest.mark.fault("An image is not RGB", "It is converted. More than 8 bits are scaled, transparency is dropped")
 @pytest.mark.parametrize(
     ("mode", "kind", "pixel", "expected"),
     [
@@ -178,9 +173,7 @@ def test_every_mode_becomes_colours(
 
 
 def test_colours_of_hsv_are_those_of_pillow() -> None:
-    """Images in HSV are converted as by Pillow. No file format has this mode, but a user's
-    source may return such images.
-    """
+    """Images in HSV, which no file format has but a source may return, are converted as by Pillow."""
     assert Image.new("HSV", (4, 4), (85, 255, 255)).convert("RGB").getpixel((0, 0)) == pytest.approx((0, 255, 0), abs=2)
 
 

@@ -293,9 +293,7 @@ def test_failing_transform_names_the_sample(workers: int) -> None:
         next(evaluation_batches(Gradients(), fail, batch_size=2, workers=workers))
 
 
-@pytest.mark.fault(
-    "kill -9 of a data worker", "An error names the worker and what it was reading. The program does not hang"
-)
+@pytest.mark.fault("kill -9 of a data worker", "An error names the worker and what it was reading; nothing hangs")
 def test_killed_worker_is_named_with_what_it_read() -> None:
     def die(image: Image.Image) -> Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -376,10 +374,7 @@ def test_stuck_workers_are_not_waited_for(tmp_path: Path) -> None:
 
 
 @forked_workers
-@pytest.mark.fault(
-    "SIGTERM or Ctrl-C to the whole process group while workers start",
-    "The program receives it, and no worker ends because of it",
-)
+@pytest.mark.fault("Ctrl-C or SIGTERM while workers start", "The program receives it, and no worker ends because of it")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_wait_while_workers_start(tmp_path: Path, number: signal.Signals) -> None:
     """Signals wait until all workers have started: an exception in the hooks of os.fork would be swallowed."""

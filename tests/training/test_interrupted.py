@@ -106,9 +106,7 @@ def start_ranks(folder: Path, work: Callable[[int], object]) -> list[int]:
     ]
 
 
-@pytest.mark.fault(
-    "kill -9 of a run, repeatedly", "With `--resume auto`, losses and metrics are those of a run that never stopped"
-)
+@pytest.mark.fault("kill -9 of a run, repeatedly", "`--resume auto` ends with the metrics of a run that never stopped")
 def test_run_killed_again_and_again_is_the_run_that_never_stopped(tmp_path: Path, whole: trainer.Run) -> None:
     moments = random.Random(0)
     folder, kills = tmp_path / "run", 0
@@ -186,10 +184,7 @@ def test_run_whose_checkpoint_fails_ends_with_its_error(
     assert steps_made(tmp_path) == 4
 
 
-@pytest.mark.fault(
-    "The disk is full during a run",
-    "Exit status 1 and one line with the number of bytes. The previous checkpoint is kept",
-)
+@pytest.mark.fault("The disk is full during a run", "Exit status 1, a line with the bytes; older checkpoints are kept")
 def test_run_on_a_full_disk_says_so_in_a_line(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     trainer.train(options(tmp_path / "run", stop_after=2))
@@ -361,9 +356,7 @@ def test_shards_are_saved_in_the_background_as_they_were(tmp_path: Path) -> None
             assert one.read_bytes() == other.read_bytes(), f"{file} of step {step}"
 
 
-@pytest.mark.fault(
-    "SIGTERM to one of several ranks", "All ranks end after the same step, with one checkpoint and exit status 143"
-)
+@pytest.mark.fault("SIGTERM to one of several ranks", "All end after the same step, with one checkpoint and status 143")
 def test_signal_to_one_rank_ends_all_after_the_same_step(tmp_path: Path, whole: trainer.Run) -> None:
     folder = tmp_path / "run"
     pids = start_ranks(tmp_path, lambda rank: trainer.train(options(folder, save_every=1000)))
@@ -416,9 +409,7 @@ def test_output_of_another_run_ends_all_ranks(tmp_path: Path) -> None:
         assert "in use by process 12 on node-7" in (tmp_path / f"said {rank}").read_text()
 
 
-@pytest.mark.fault(
-    "kill -9 of one rank, or a rank that hangs", "The other ranks end within `--timeout`, with a message"
-)
+@pytest.mark.fault("kill -9 of one rank, or a rank hangs", "The other ranks end within `--timeout`, with a message")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 def test_lost_rank_ends_the_others(tmp_path: Path, number: signal.Signals) -> None:
     folder, seconds = tmp_path / "run", 4

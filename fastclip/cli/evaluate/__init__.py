@@ -10,7 +10,7 @@ from typing import Any
 
 from fastclip.cli.embedding import add_embedder_options, add_reading_options
 from fastclip.cli.evaluate import compose, probe, retrieval, robustness, zeroshot
-from fastclip.cli.help import add_command, describe
+from fastclip.cli.help import describe
 from fastclip.cli.outputs import add_force, owned_files
 
 __all__ = ["add"]
@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, (module, summary) in _TASKS.items():
-        task = add_command(tasks, name, summary)
+        task = tasks.add_parser(name, help=summary)
         add_embedder_options(task)
         add_reading_options(task)
         task.add_argument("--output", metavar="FILE", help="JSON file for the results (default: no file)")
