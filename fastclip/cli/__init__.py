@@ -38,25 +38,30 @@ _COMMANDS = {
     "finetune": (finetune, "fine-tune the image tower as a classifier"),
     "plan": (plan, "predict the memory of a run and its largest micro-batch"),
     "eval": (evaluate, "evaluate a model: zero-shot, robustness, retrieval, probes"),
-    "report": (report, "write a training run as an HTML page"),
+    "report": (report, "write an HTML report of a training run"),
     "search": (search, "find images of a folder by text, by image, or by both"),
     "serve": (serve, "search a folder on a local web page"),
     "data": (data, "check a dataset, or pack it into tar shards"),
     "filter": (filter, "keep the samples whose image and caption agree"),
-    "embed": (embed, "write a dataset as vectors, in clip-retrieval's layout"),
+    "embed": (embed, "compute the embeddings of a dataset, in clip-retrieval's layout"),
     "models": (models, "list the names of the models"),
     "convert": (convert, "convert a checkpoint to open_clip, Hugging Face or fastclip"),
     "doctor": (doctor, "check this installation: what runs here, and what does not"),
     "bench": (bench, "time the losses on this machine beside open_clip's"),
-    "parity": (parity, "compare the losses of several processes with those of one"),
+    "parity": (parity, "compare the losses of several processes with those of one process"),
 }
-_OF_SEARCH = ("search", "serve", "filter", "embed")  # these need the extra search, the others train
+_OF_SEARCH = (
+    "search",
+    "serve",
+    "filter",
+    "embed",
+)  # these commands need the extra `search`, all others the extra `train`
 _OWN_PARSER = ("train", "finetune")  # tyro reads the options of these
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status: 1 if a check fails, or after an error message on stderr."""
-    if argv is None:  # the process runs this command alone; a caller keeps its streams and environment
+    if argv is None:  # called as a program; for a caller in Python, streams and environment stay unchanged
         prepare_streams()
     parser = _parser()
     args, words = parser.parse_known_args(argv)
@@ -96,7 +101,7 @@ def _advice(command: str, error: Exception) -> str:
     if not (isinstance(error, ModuleNotFoundError) or str(error).endswith("is not installed")):
         return ""
     extra = "search" if command in _OF_SEARCH else "train"
-    return f"; run pip install '.[{extra}]' in the clone, which installs what this command needs"
+    return f"; to install what this command needs, run pip install '.[{extra}]' in the folder of fastclip's source code"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in _COMMANDS.items():
-        foreign = name in _OWN_PARSER  # an abbreviation here could be an option there
-        module.add(commands.add_parser(name, help=summary, add_help=not foreign, allow_abbrev=not foreign))
+        # argparse must not expand an abbreviation that could be an option of tyro's parser
+        foreign = name in _OWN_PARSER
+        module.add(add_command(commands, name, summary, add_help=not foreign, allow_abbrev=not foreign))
     return parser

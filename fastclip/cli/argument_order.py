@@ -13,9 +13,9 @@ __all__ = ["words_in_any_order"]
 def words_in_any_order(parser: argparse.ArgumentParser) -> None:
     """Let options appear between the positional arguments of `parser`, as in ``QUERY --top 3 FOLDER``.
 
-    A word such as ``-night``, whose letters are not all options, is positional as well. By itself argparse decides
-    before the first option that an optional positional argument is missing (in Python 3.10 and 3.11), and
-    ``parse_intermixed_args`` does not work for a subcommand.
+    A word such as ``-night``, whose letters are not all options, is positional as well. Without this
+    function, argparse of Python 3.10 and 3.11 would conclude at the first option that an optional positional argument
+    is missing. ``parse_intermixed_args`` does not work for a subcommand.
     """
     plain = parser.parse_known_args  # subcommands are parsed by this method
 
@@ -38,7 +38,7 @@ def _split(parser: argparse.ArgumentParser, args: list[str]) -> tuple[list[str],
             words.append(word)
             continue
         value = [args.pop(0)] if args and _wants_value(word, known) else []
-        # A value that begins with a hyphen is joined, or argparse would read it as an option
+        # A value that begins with a hyphen is joined to its option by "=", or argparse would read it as an option
         if value and value[0].startswith("-") and word.startswith("--"):
             word, value = f"{word}={value[0]}", []
         options += [word, *value]

@@ -14,21 +14,27 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Time a step of the loss, forward and backward, on every backend that runs here, and compare it with the dense "
-        "formula and, if it is installed, with open_clip's loss. Values and gradients are checked first. Every round "
-        "runs all of them in turn, and the table shows medians. On a GPU peak memory is measured, too.",
+        "Time a step of the loss, forward and backward, on every backend that runs here. The same step is timed with "
+        "the unfused formula, which stores the whole matrix of similarities, and with open_clip's loss if it is "
+        "installed. Values and gradients are checked first. Every round runs each of these once, and the table shows "
+        "the medians of the rounds. On a GPU, peak memory is measured as well.",
         "fastclip bench",
         "fastclip bench --loss sigmoid --sizes 1024,4096",
         "fastclip bench --device cuda --dtype bfloat16 --output rows.csv",
     )
-    parser.add_argument("--loss", choices=("softmax", "sigmoid"), default="softmax", help="loss to time")
+    parser.add_argument(
+        "--loss",
+        choices=("softmax", "sigmoid"),
+        default="softmax",
+        help="loss to time; fastclip train calls them clip (softmax) and siglip (sigmoid)",
+    )
     parser.add_argument(
         "--sizes",
         metavar="N,N,...",
         help="pairs per batch, several sizes separated by commas (default: 1024,2048,4096 on a CPU, 8192,32768,65536 "
         "on a GPU)",
     )
-    parser.add_argument("--D", type=int, default=512, dest="dim", metavar="D", help="width of the features")
+    parser.add_argument("--D", type=int, default=512, dest="dim", metavar="N", help="width of the features")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -41,7 +47,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="CSV file to add rows to, with the columns of benchmarks/README.md (default: no file)",
+        help="CSV file to which rows are added, with columns for the case, times, memory and this machine (default: no "
+        "file)",
     )
     add_force(parser)
     parser.set_defaults(run=_bench)

@@ -39,7 +39,7 @@ def _add_check(check: argparse.ArgumentParser) -> None:
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="largest share of samples that cannot be used, from 0 to 1, before the exit status is 1",
+        help="largest share of unusable samples that is tolerated, from 0 to 1; above it the exit status is 1",
     )
     _add_reading(check)
     check.set_defaults(run=_check_data)
@@ -49,7 +49,7 @@ def _add_pack(pack: argparse.ArgumentParser) -> None:
     describe(
         pack,
         "Write a dataset as tar shards in the layout of img2dataset. Re-run the same "
-        "command to resume; the output is byte-identical.",
+        "command to resume; the output is byte-identical to that of an uninterrupted run.",
         "fastclip data pack pairs.csv --output shards",
         "fastclip data pack photos --output shards --image-size 256 --workers 8",
     )
@@ -60,8 +60,8 @@ def _add_pack(pack: argparse.ArgumentParser) -> None:
         "--image-size",
         type=int,
         metavar="N",
-        help="longest that the shorter side of an image may be, in pixels; larger images are resized to it (default: "
-        "no image is resized)",
+        help="length in pixels to which the shorter side of an image is reduced if it is longer (default: no image is "
+        "resized)",
     )
     pack.add_argument("--quality", type=int, default=95, metavar="N", help="JPEG quality of resized images")
     _add_reading(pack)
@@ -107,7 +107,7 @@ def _check_data(args: argparse.Namespace) -> int:
     width = max(18, 2 + max(len(name) for name, _ in lines))
     say("\n".join(f"{name:<{width}}{text}" for name, text in lines))
     if problems:
-        complain(f"fastclip data: {len(problems)} shards or parts are damaged or cannot be read")
+        complain(f"fastclip data: {len(problems)} shards, or datasets of a mixture, are damaged or cannot be read")
         return 1
     if report.bad_share > args.max_bad:
         complain(

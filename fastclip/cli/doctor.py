@@ -18,10 +18,11 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Show versions, GPUs, the backends that run here or the reason why one does not, the backend that serves each "
-        "kind of features, the environment, memory and extras. Then compare both losses on every backend with float64. "
-        "Every problem comes with what to do about it. The exit status is 1 if the losses do not run or miss their "
-        "promised accuracy. On a GPU the first call waits for Triton's compiler.",
+        "Show versions, GPUs, memory, environment variables and installed extras. Show for every backend whether it "
+        "runs here, and if not, why; and which backend is used for each device and dtype. Then compare the softmax and "
+        "the sigmoid loss of every backend with a float64 reference. Every problem comes with what to do about it. The "
+        "exit status is 1 if the losses do not run or their errors exceed the documented limits. On a GPU, the first "
+        "run takes longer, because Triton compiles its kernels.",
         "fastclip doctor",
         "fastclip doctor --json doctor.json",
     )
@@ -61,7 +62,7 @@ def _text(diagnosis: Diagnosis) -> str:
             lines.append(f"{'':<20}what to do: {finding.advice}")
     failed = sum(not row.ok for row in diagnosis.tests)
     faults, warned = (sum(finding.state == state for finding in diagnosis.findings) for state in ("fault", "warning"))
-    lines += ["", "losses on a small batch, relative error / promised", table(diagnosis.tests), ""]
+    lines += ["", "losses on a small batch, relative errors, each with its promised limit", table(diagnosis.tests), ""]
     if faults:
         lines.append("what to do: fix the lines marked X first\n")
     elif failed:

@@ -1,4 +1,4 @@
-"""``fastclip embed``: write a dataset as vectors."""
+"""``fastclip embed``: compute the embeddings of a dataset."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Write the vectors of images and captions, and a table of both, in the layout of clip-retrieval: img_emb/, "
-        "text_emb/ and metadata/. If no image of a folder has a caption, only images are embedded. Re-run the same "
-        "command to resume; the output is byte-identical.",
+        "Compute the embeddings of images and captions, and write them with a table of the samples in the layout of "
+        "clip-retrieval: img_emb/, text_emb/ and metadata/. If no image of a folder has a caption, only images are "
+        "embedded. Re-run the same command to resume; the output is byte-identical to that of an uninterrupted run.",
         "fastclip embed digits --checkpoint runs/digits --output vectors",
         "fastclip embed 'shards/{0000..0099}.tar' --checkpoint runs/b32 --output vectors --workers 8",
     )
@@ -26,10 +26,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="output folder for images, texts and metadata")
     add_force(parser)
     parser.add_argument(
-        "--dtype", choices=("float16", "float32"), default="float16", help="data type of the written vectors"
+        "--dtype", choices=("float16", "float32"), default="float16", help="data type of the written embeddings"
     )
     parser.add_argument(
-        "--samples-per-file", type=int, default=1_000_000, metavar="N", help="samples per file of vectors"
+        "--samples-per-file", type=int, default=1_000_000, metavar="N", help="samples per file of embeddings"
     )
     add_embedder_options(parser)
     add_reading_options(parser)

@@ -31,7 +31,8 @@ def add_embedder_options(parser: argparse.ArgumentParser, *, required: bool = Tr
     """Add the options that select the model and its computation, for `embedder_of`.
 
     Args:
-        required: ``--checkpoint`` is; otherwise the command reports on a run, which knows its model and precision.
+        required: whether ``--checkpoint`` is required. If it is not, the checkpoint, the model and the precision
+            default to those of the run on which the command reports.
     """
     checkpoint = "folder of a run, its model/, or a checkpoint of OpenAI, open_clip or Hugging Face"
     parser.add_argument(

@@ -20,7 +20,7 @@ from fastclip.training.signals import ECHO
 __all__ = ["Terminated", "message_of", "sigterm_raises"]
 
 _STATUS = 128 + signal.SIGTERM  # 143, the status that shells report
-_PATIENCE = 8.0  # seconds for the clean-up; `docker stop` sends SIGKILL after 10, other schedulers after 30
+_PATIENCE = 8.0  # seconds for the clean-up; `docker stop` sends SIGKILL after 10 s, Kubernetes and Slurm after 30 s
 _OF_USERS = (ValueError, OSError, ImportError, FloatingPointError)
 # Errors of libraries for damaged files. They are compared by name, so that no library has to be imported.
 _OF_FILES = {
@@ -105,7 +105,8 @@ def message_of(error: Exception, command: str) -> str | None:
     if isinstance(error, _OF_USERS):
         return str(error)
     if "http.client.HTTPException" in kinds:
-        return f"the answer of a server ended early, so try again ({type(error).__name__}: {first})"
+        return f"a server closed the connection too early: try again ({type(error).__name__}: {first})"
     if not _OF_FILES.isdisjoint(kinds) and _OF_PROGRAMS.isdisjoint(kinds):
-        return f"a file is damaged, or is in another format than its name suggests ({type(error).__name__}: {first})"
+        kind = "a file is damaged, or is in a different format from what its name suggests"
+        return f"{kind} ({type(error).__name__}: {first})"
     return None

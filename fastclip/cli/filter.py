@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         parser,
         "Score every caption by its cosine similarity with its image, and write the samples that reach the threshold "
         "as tar shards in the layout of img2dataset, with a histogram and counts. Re-run the same command to resume; "
-        "the output is byte-identical.",
+        "the output is byte-identical to that of an uninterrupted run.",
         "fastclip filter --data digits --checkpoint runs/digits --output scored",
         "fastclip filter --data digits --checkpoint runs/digits --scores scored/scores --threshold 0.3 \\\n"
         "    --dedup 0.95 --output kept",
@@ -39,15 +39,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--dedup",
         type=float,
         metavar="COSINE",
-        help="similarity with an earlier image from which an image is dropped as a near duplicate, such as 0.95; 1 "
-        "drops only equal images (default: all are kept)",
+        help="smallest similarity, such as 0.95, at which an image is dropped as a near duplicate of an earlier image; "
+        "1 drops only equal images (default: all are kept)",
     )
     add_samples_per_shard(parser)
     parser.add_argument(
         "--scores",
         metavar="DIR",
-        help="folder for the similarities, which calls with other thresholds can use again (default: scores in the "
-        "output folder)",
+        help="folder for the similarities, which later commands with other thresholds can reuse (default: scores in "
+        "the output folder)",
     )
     add_embedder_options(parser)
     add_reading_options(parser)

@@ -11,6 +11,7 @@ from fastclip.cli.help import HELP, OptionsHelp, describe
 from fastclip.cli.outputs import add_force, owned_output
 from fastclip.cli.pictures import add_labelled_data, add_max_pixels, add_reference
 from fastclip.cli.printing import say
+from fastclip.data.faults import shown
 
 __all__ = ["add"]
 
@@ -24,13 +25,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         "fastclip finetune --checkpoint runs/b32 --data food101/train --val-data food101/test --wise-ft sweep \\\n"
         "    --output runs/food --batch-size 256 --lr 1e-5",
     )
+    # tyro reads the options of training, so that argparse does not know them
+    parser.usage = "%(prog)s --checkpoint PATH --data SPEC --output DIR [OPTIONS] [TRAINING OPTIONS]"
     add_embedder_options(parser)
     add_labelled_data(parser)
     parser.add_argument(
         "--val-data",
         metavar="SPEC",
-        help="images with the same classes to evaluate on at the end; `digits` is then its held-out fifth (default: no "
-        "evaluation)",
+        help="images with the same classes to evaluate on at the end; `digits` means the fifth of the digits that "
+        "--data digits leaves out (default: no evaluation)",
     )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder of the run: checkpoints, model/ and results.json"
@@ -41,10 +44,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--wise-ft",
         type=_alpha,
         metavar="ALPHA",
-        help="share of the fine-tuned weights in the saved model, from 0 to 1; the rest are zero-shot weights. `sweep` "
-        "evaluates 0, 0.1, ..., 1 and saves 1 (default: 1)",
+        help="factor alpha, from 0 to 1, of the saved model: alpha times the fine-tuned weights plus 1 - alpha times "
+        "the zero-shot weights. `sweep` evaluates alpha = 0, 0.1, ..., 1 and saves the model of alpha = 1 (default: 1)",
     )
-    add_templates_option(parser, default="those of the data, otherwise openai")
+    add_templates_option(parser, default="the templates that the dataset brings, otherwise openai")
     add_reference(parser, "--val-data")
     parser.add_argument("-h", "--help", action=OptionsHelp, options_help=_options_help, help=HELP)
     parser.set_defaults(run=_finetune)
@@ -86,14 +89,18 @@ def _finetune(args: argparse.Namespace) -> None:
         templates = templates_for(source, args.templates)
         val = open_labelled(args.val_data) if args.val_data else None
         if val is not None and val.class_names != source.class_names:
-            raise ValueError(f"--data {args.data} and --val-data {args.val_data} have different classes")
+            odd = sorted({*source.class_names} ^ {*val.class_names})
+            raise ValueError(
+                f"--data {args.data} and --val-data {args.val_data} must have the same classes in the same order"
+                + (f": only one of them has {shown(odd[0])}" if odd else "")
+            )
         run = finetune(embedder_of(args), source, options, output=args.output, templates=templates)
         if not run.complete:
             say(f"{run.folder}: {run.steps} steps so far; re-run the same command to resume")
             return
         saved = 1.0 if args.wise_ft in (None, "sweep") else args.wise_ft
         run.mix(saved)
-        say(f"{run.save()}: {run.steps} steps, {len(run.losses)} of them now; alpha {saved:g}")
+        say(f"{run.save()}: {run.steps} steps in all, {len(run.losses)} of them in this run; alpha {saved:g}")
         if val is not None:
             alphas = [k / 10 for k in range(11)] if args.wise_ft == "sweep" else sorted({0.0, saved, 1.0})
             size = options.micro_batch or options.batch_size

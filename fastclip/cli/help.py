@@ -14,6 +14,7 @@ from fastclip.training.options import TrainOptions, flag
 __all__ = ["HELP", "HelpFormatter", "OptionsHelp", "add_training_option", "describe"]
 
 HELP = "show this help message and exit"  # as argparse and tyro put it
+_INSTALL = "pip install '.[train]' in the folder of fastclip's source code"
 _EXAMPLES = "examples:\n  "
 
 
@@ -30,7 +31,7 @@ class HelpFormatter(argparse.HelpFormatter):
         return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        """Return the help with ``(default: ...)`` or ``(required)`` at its end, unless it words the default itself."""
+        """Return the help, with ``(default: ...)`` or ``(required)`` added if it does not yet state the default."""
         text = action.help or ""
         if action.required and action.option_strings:
             return f"{text} (required)"
@@ -46,13 +47,19 @@ def describe(parser: argparse.ArgumentParser, description: str, *examples: str) 
     parser.epilog = _EXAMPLES + "\n".join(examples).replace("\n", "\n  ")
 
 
+def add_command(commands: Any, name: str, summary: str, **settings: Any) -> argparse.ArgumentParser:
+    """Add a subcommand to `commands`, whose help lists it with the one-line `summary`."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, **settings)
+    return parser
+
+
 def add_training_option(
     parser: argparse.ArgumentParser, name: str, *, default_words: str = "", **settings: Any
 ) -> None:
     """Add the option that ``fastclip train`` has for a field of `TrainOptions`, in the same words.
 
     Args:
-        default_words: what happens without the option, if `settings` has no default.
+        default_words: description of what happens without the option, if `settings` has no default.
         settings: further arguments of `argparse.ArgumentParser.add_argument`.
     """
     text, _, metavar = option_words(TrainOptions)[name]
@@ -66,7 +73,7 @@ class OptionsHelp(argparse.Action):
 
     Args:
         options_help: prints the help of those options, and exits.
-        alone: this parser has no options to show.
+        alone: show only the help of those options, because this parser has none of its own.
     """
 
     def __init__(
@@ -88,13 +95,13 @@ class OptionsHelp(argparse.Action):
                 parser.print_help()
                 print()
             self.options_help()
-        except SystemExit as end:  # tyro's, after its help
+        except SystemExit as end:  # tyro exits after it has printed its help
             if end.code:
                 raise
             print(f"\n{examples}")
             sys.stdout.flush()
         except ModuleNotFoundError as error:  # raised while arguments are parsed, where `main` does not see it
-            parser.exit(1, f"{parser.prog}: options of the training need {error.name}: pip install '.[train]'\n")
+            parser.exit(1, f"{parser.prog}: to see the training options, which need {error.name}, run {_INSTALL}\n")
         except BrokenPipeError:  # the reader has seen enough, as in `fastclip train --help | head`
             leave_stdout()
         finally:

@@ -28,7 +28,9 @@ def add_samples_per_shard(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def owned_output(args: argparse.Namespace, name: str = "output") -> Iterator[None]:
-    """Create and lock the folder that the option `name` gives (`fastclip.system.owner`); inside, the option is a Path.
+    """Create and lock the folder that the option `name` gives (`fastclip.system.owner`).
+
+    Inside the ``with`` block, the option is a Path.
 
     Raises:
         OSError, ValueError: the folder cannot be created, another command owns it, or `check_folder` refuses it. The
@@ -45,7 +47,9 @@ def owned_output(args: argparse.Namespace, name: str = "output") -> Iterator[Non
 
 @contextmanager
 def owned_files(args: argparse.Namespace, *names: str) -> Iterator[None]:
-    """Lock the files that the options `names` give; inside, they can be written, and the options are Paths.
+    """Lock the files that the options `names` give.
+
+    Inside the ``with`` block, the files can be written, and the options are Paths.
 
     Raises:
         OSError, ValueError: a file cannot be written, another command owns it, or this command reads it. The message

@@ -13,9 +13,10 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Compare loss and gradients of every form of the sharded losses, on every backend and dtype that runs here, "
-        "with those of one float64 process, and print the errors beside the promised accuracy. The command starts its "
-        "own processes, unless torchrun has started it. The exit status is 1 if a promise is broken.",
+        "Compute losses and gradients over several processes, with --comm gather and ring and with the losses for "
+        "open_clip, on every backend and in every dtype that runs here. Compare them with those of a single process in "
+        "float64, and print each error beside its documented limit. The command starts its own processes, unless "
+        "torchrun has started it. The exit status is 1 if an error exceeds its limit.",
         "fastclip parity --nproc 4",
         "fastclip parity --backend triton --device cuda --nproc 1",
         "torchrun --nproc-per-node 4 --no-python fastclip parity",
@@ -24,8 +25,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--nproc", type=int, metavar="N", help="processes (default: 2; under torchrun as many as it has started)"
     )
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per process")
-    parser.add_argument("--dim", type=int, default=64, metavar="D", help="width of the features")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the features")
+    parser.add_argument("--dim", type=int, default=64, metavar="N", help="width of the features")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for the features")
     add_training_option(parser, "backend", default_words="every backend that runs here")
     parser.add_argument(
         "--device",
@@ -43,5 +44,8 @@ def _parity(args: argparse.Namespace) -> int:
     if not rows:  # only rank 0 has rows to print
         return 0
     failed = sum(not row.ok for row in rows)
-    print(f"{about}: relative error / promised\n\n{parity.table(rows)}\n\n{len(rows)} comparisons, {failed} failed")
+    print(
+        f"{about}: relative errors, each with its promised limit\n\n{parity.table(rows)}\n"
+        f"\n{len(rows)} comparisons, {failed} failed"
+    )
     return int(failed > 0)

@@ -19,6 +19,11 @@ __all__ = [
 
 DATA = "dataset, in any form that `fastclip train --data` takes"
 REFERENCE = "dataset whose published results are shown as well"
+# Datasets of `fastclip.evaluation.published.TOP1`, which a test compares; its import would load more than help needs
+_TOP1 = (
+    *("food101", "cifar10", "cifar100", "sun397", "cars", "aircraft"),
+    *("voc2007", "dtd", "pets", "caltech101", "flowers", "imagenet"),
+)
 MAX_SAMPLES = "largest number of samples to read, evenly spread over the data"
 
 
@@ -45,16 +50,21 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="SPEC",
-        help="images with classes: a folder with one subfolder per class, digits, or hf:NAME with a column `label`",
+        help="images with classes: a folder with one subfolder per class, `digits` (the built-in example dataset: "
+        "scikit-learn's handwritten digits), or `hf:NAME` (a dataset of the Hugging Face Hub) with a column `label`",
     )
 
 
 def add_reference(parser: argparse.ArgumentParser, data: str) -> None:
-    """Add ``--reference``, a key of `fastclip.evaluation.published.TOP1`; without it the folder in `data` tells."""
+    """Add ``--reference``, a dataset of `fastclip.evaluation.published.TOP1`.
+
+    Without the option, the name of the folder in the option `data` selects the dataset.
+    """
     parser.add_argument(
         "--reference",
-        metavar="{food101,imagenet,...}",
-        help=f"{REFERENCE} (default: the dataset after which the folder of {data} is named, if it has such results)",
+        metavar="NAME",
+        help=f"{REFERENCE}: {', '.join(_TOP1[:-1])} or {_TOP1[-1]} (default: the dataset of this list that has the "
+        f"name of the {data} folder, if there is one)",
     )
 
 

@@ -13,11 +13,12 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Predict the memory that each process of a training run needs, and the largest micro-batch that fits, for "
-        "--micro-batch of fastclip train. Nothing is computed or allocated. The exit status is 1 if the run does not "
-        "fit.",
+        "Predict the memory that each process of a training run needs, and the largest value of --micro-batch of "
+        "fastclip train with which it fits. The model is not loaded, and no GPU is used. --optimizer defaults to adamw "
+        "for every model, while fastclip train uses lamb for ALIGN models; both need the same memory. The exit status "
+        "is 1 if the run does not fit.",
         "fastclip plan --model ViT-B-32 --batch-size 32768",
-        "fastclip plan --model ViT-L-14 --batch-size 65536 --world-size 8 --memory 80 --precision bf16",
+        "fastclip plan --model ViT-L-14 --batch-size 65536 --world-size 8 --memory 79 --precision bf16",
     )
     add_training_option(parser, "model", required=True)
     add_training_option(parser, "batch_size", type=int, required=True)
@@ -26,15 +27,25 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=float,
         metavar="GIB",
-        help="memory of each process in GiB (default: that of the first GPU, or of this machine with --device cpu)",
+        help="memory of each process in GiB; a GPU of 80 GB has about 79 GiB (default: the memory of the first GPU, or "
+        "of this machine with --device cpu)",
     )
-    add_training_option(parser, "micro_batch", type=int, default_words="an even part of the largest that fits")
+    add_training_option(
+        parser,
+        "micro_batch",
+        type=int,
+        default_words="a value that fits: the largest divisor of the share, or a power of two if that is larger",
+    )
     add_training_option(parser, "precision", choices=("fp32", "bf16"), default="fp32")
     add_training_option(parser, "grad_checkpointing", action="store_true")
     add_training_option(parser, "optimizer", choices=("adamw", "lamb"), default="adamw")
     add_training_option(parser, "parallel", choices=("ddp", "fsdp"), default="ddp")
     add_training_option(parser, "comm", choices=("gather", "ring"), default="gather")
-    parser.add_argument("--ema", action="store_true", help="count a moving average of the weights")
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="include the memory of a moving average of the weights (--ema of fastclip train)",
+    )
     add_training_option(parser, "lock_image", action="store_true")
     add_training_option(parser, "lock_text", action="store_true")
     add_training_option(parser, "image_size", type=int, default_words="the model's")

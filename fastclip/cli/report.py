@@ -1,4 +1,4 @@
-"""``fastclip report``: write a training run as an HTML page."""
+"""``fastclip report``: write an HTML report of a training run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Write a training run as one HTML file: key figures, curves, the most confused classes, and the best and worst "
-        "retrievals with their images. The file needs no other file and no network. While a run is in progress, "
+        "Write an HTML report of a training run: key figures, curves, the most confused classes, and the best and "
+        "worst retrievals with their images. The file needs no other files and no network. While a run is in progress, "
         "--checkpoint can name one of its checkpoints/step-... folders.",
         "fastclip report runs/digits",
         "fastclip report runs/b32 --data pairs.csv --results zeroshot.json retrieval.json --output b32.html",

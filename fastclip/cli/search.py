@@ -39,7 +39,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "query",
         metavar="QUERY",
-        help='text, path of an image, or a mixture such as 2:dog + ./beach.jpg - night; words in "..." are always text',
+        help="text, path of an image, or a mixture such as 2:dog + ./beach.jpg - night, in which a number and a colon "
+        'give the weight of a term; words in "..." are always text',
     )
     parser.add_argument(
         "--add",
@@ -64,7 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sheet",
         metavar="FILE",
-        help="image file, .png or .jpg, that shows the images side by side (default: no file)",
+        help="image file, .png, .jpg or .webp, that shows the images side by side (default: no file)",
     )
     add_force(parser)
     add_index_options(parser)
@@ -116,7 +117,10 @@ def update(engine: SearchEngine, args: argparse.Namespace) -> None:
         )
         complain(f"fastclip: {engine.folder}: {done.files:,} images, {changes}")
     if known := {path for path, _ in engine.faults()} - {path for path, _ in done.skipped}:
-        complain(f"fastclip: {len(known):,} images still cannot be used")
+        complain(
+            f"fastclip: {len(known):,} images that were skipped before still cannot be used; change or replace them "
+            "to have them read again"
+        )
 
 
 def _search(args: argparse.Namespace) -> int:
@@ -148,8 +152,9 @@ def _answer(args: argparse.Namespace, terms: Sequence[Term]) -> int:
         complain("fastclip search: interrupted; images that are already indexed are kept")
         return 130
     if not matches:
+        hint = ", or leave out --no-indexing" if args.no_indexing else ""
         others = " except those of the query" if engine.count() else ""
-        complain(f"fastclip search: no images of {engine.folder}{others} are indexed")
+        complain(f"fastclip search: no images of {engine.folder}{others} are indexed: check the folder{hint}")
     _print(matches, args)
     return 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from functools import cache
 from itertools import pairwise
@@ -38,7 +38,7 @@ class OptionWords(NamedTuple):
     text: str
     """One line that begins in lower case and ends without a full stop."""
     default: str
-    """``(default: ...)``; empty for a required option and for a flag that is off."""
+    """``(default: ...)``; empty for a required option."""
     metavar: str | None
     """Name of the value, or its choices in braces; None for a flag."""
 
@@ -47,14 +47,19 @@ class OptionWords(NamedTuple):
 def option_words(options: type) -> dict[str, OptionWords]:
     """Return the help of each field of the dataclass `options`, by the field's name.
 
-    A docstring that ends in ``(default: ...)`` words the default itself, as those of fields with the default None must.
+    A docstring may end in ``(default: ...)``, which is then shown in place of the field's default. The docstring of a
+    field whose default is None must end that way.
     """
     docstrings, types = _docstrings(options), get_type_hints(options)
     return {f.name: _words(f, docstrings[f.name], types[f.name]) for f in fields(options)}
 
 
-def parse_dataclass(options: type[T], *, prog: str, description: str, args: Sequence[str]) -> T:
-    """Read a command line with tyro and return an instance of the dataclass `options`; its help is `option_words`'.
+def parse_dataclass(
+    options: type[T], *, prog: str, description: str, args: Sequence[str], also: Mapping[str, OptionWords] | None = None
+) -> T:
+    """Read a command line with tyro and return an instance of the dataclass `options`.
+
+    The help texts come from `option_words`, and from `also` for options that the caller has already read from `args`.
 
     tyro alone would keep the line breaks of the docstrings and show ``{None}|INT`` and ``(default: None)``. A subclass
     whose annotations carry the help is parsed instead, because the module of the dataclass must not import tyro.
@@ -68,6 +73,9 @@ def parse_dataclass(options: type[T], *, prog: str, description: str, args: Sequ
         text, default, metavar = words[f.name]
         settings = tyro.conf.arg(help=text, help_behavior_hint=default, metavar=metavar)
         described.append((f.name, Annotated[types[f.name], settings], field(default=f.default)))
+    for name, (text, default, metavar) in (also or {}).items():
+        settings = tyro.conf.arg(help=text, help_behavior_hint=default, metavar=metavar)
+        described.append((name, Annotated[str | None, settings], field(default=None)))
     shown = make_dataclass(options.__name__, described, bases=(options,), frozen=True)
     parsed: Any = tyro.cli(shown, prog=prog, description=description, args=args)
     return options(**{name: getattr(parsed, name) for name in words})
@@ -91,7 +99,9 @@ def _words(option: Field[Any], docstring: str, kind: Any) -> OptionWords:
         text, default = text[: worded.start()], worded[1]
     elif option.default is True:
         default = "(default: on)"
-    elif option.default is not MISSING and option.default is not False:
+    elif option.default is False:
+        default = "(default: off)"
+    elif option.default is not MISSING:
         values = option.default if isinstance(option.default, tuple) else (option.default,)
         default = f"(default: {' '.join(map(str, values))})"
     if text[1:2].islower() or text[1:2] == " ":  # an abbreviation keeps its capitals

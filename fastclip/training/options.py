@@ -15,7 +15,7 @@ from typing import Any, Literal
 from fastclip.system.durable import write_text
 from fastclip.system.reading import read_yaml
 from fastclip.system.rounding import ceil_div
-from fastclip.training.option_words import parse_dataclass
+from fastclip.training.option_words import OptionWords, parse_dataclass
 
 __all__ = ["FinetuneOptions", "TrainOptions", "parse_finetune", "parse_options", "read_options", "write_options"]
 
@@ -24,77 +24,87 @@ Loss = Literal["clip", "unicl", "align", "convirt", "siglip"]
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of a training run, which are those of ``fastclip train``; its help shows the docstrings of the fields."""
+    """Options of ``fastclip train``, whose help shows the docstrings of the fields."""
 
     data: str
-    """Training data: `digits`, a .csv or .tsv file with columns filepath and title, `dataset_coco.json:train+restval`,
-    a folder of images with captions or with one subfolder per class, tar shards such as `shards/{0000..0099}.tar` or
-    their URL, `hf:NAME`, or several of these joined by `::`, with weights as in `2*A::0.5*B`."""
+    """Training data: `digits` (the built-in example dataset: scikit-learn's handwritten digits), a .csv or .tsv file
+    with columns filepath and title, splits of Karpathy's file for COCO or Flickr30K such as
+    `dataset_coco.json:train+restval`, a folder of images with captions or with one subfolder per class, tar shards such
+    as `shards/{0000..0099}.tar` or their URL, `hf:NAME` or `hf:NAME:SPLIT` (a dataset of the Hugging Face Hub), or
+    several of these joined by `::`, with weights as in `2*A::0.5*B`."""
     model: str
     """Name of a model, as `fastclip models` lists them, or path of a configuration file that ends in .json."""
     output: str
     """Folder of the run: metrics.jsonl, TensorBoard events, config.yaml, checkpoints/ and, at the end, model/."""
     val_data: str | None = None
-    """Validation data, in any form that --data takes; `digits` is then its held-out fifth (default: no validation)."""
+    """Validation data, in any form that --data takes; `digits` means the fifth of the digits that --data digits leaves
+    out (default: no validation)."""
     pretrained: str | None = None
-    """Checkpoint to start from, in any form that `fastclip.create_model(pretrained=)` reads (default: random
-    weights)."""
+    """Checkpoint to start from: folder of a run, its model/, or a checkpoint of OpenAI, open_clip or Hugging Face
+    (default: random weights)."""
     image_size: int | None = None
-    """Side of the input images in pixels; position embeddings of a checkpoint are interpolated (default: the
-    model's)."""
+    """Side of the input images in pixels; position embeddings that are loaded from a checkpoint of another size are
+    interpolated (default: the model's)."""
     context_length: int | None = None
-    """Tokens per text; position embeddings of a checkpoint are interpolated (default: the model's)."""
+    """Tokens per text; position embeddings that are loaded from a checkpoint of another length are interpolated
+    (default: the model's)."""
 
     loss: Loss | None = None
     """Training loss. `clip` is the softmax loss in both directions, `unicl` treats all pairs of one label as positives,
     `align` adds label smoothing and sums the directions, `convirt` weights the directions and fixes the temperature,
-    and `siglip` is the pairwise sigmoid loss (default: the model's, unicl for Florence, align for ALIGN, else clip)."""
+    and `siglip` is the pairwise sigmoid loss (default: unicl for Florence models, align for ALIGN models, clip for all
+    other listed models)."""
     label_smoothing: float | None = None
-    """Label smoothing, from 0 to 1 (default: the model's if --loss is the model's loss, otherwise 0.1 for align and 0
-    for the others)."""
+    """Label smoothing of the loss, from 0 to 1; siglip has none (default: 0.1 for align and 0 for the other losses,
+    unless the model's configuration file gives another value for its own loss)."""
     image_weight: float | None = None
-    """Weight of the image-to-text direction, from 0 to 1 (default: 0.75 for convirt, otherwise 0.5)."""
+    """Weight of the image-to-text direction, from 0 to 1; siglip has none (default: 0.75 for convirt, 0.5 for the other
+    losses)."""
     comm: Literal["gather", "ring"] = "gather"
-    """Exchange of features between processes for the loss: gather collects all of them at once, ring passes them
-    around."""
+    """Exchange of features between processes for the loss: with gather, every process holds the text features of the
+    whole batch; with ring, it holds a few processes' share at a time, which needs less memory."""
     backend: str | None = None
-    """Backend of the loss, a name from `fastclip.backends()` (default: the best one available)."""
+    """Backend of the loss, a name that `fastclip doctor` lists (default: the best one available)."""
 
     batch_size: int = 256
-    """Pairs per step, over all processes. A batch larger than the dataset is drawn from consecutive epochs."""
+    """Pairs per step, summed over all processes. If the dataset has fewer, a batch spans consecutive epochs."""
     micro_batch: int | None = None
-    """Pairs per process whose activations are kept at a time. A value below the process's share of the batch enables
-    gradient caching: the same gradients in less memory, for a second forward pass (default: the whole share)."""
+    """Pairs per process whose activations are in memory at once. A value below the process's share of the batch enables
+    gradient caching, which computes the same gradients in less memory, at the cost of a second forward pass (default:
+    the whole share)."""
     epochs: int = 32
     """Passes over the data."""
     max_bad: float = 0.01
-    """Largest share of samples that cannot be used, from 0 to 1. Other samples replace them, and the run stops above
-    this share."""
+    """Largest share of unusable samples that is tolerated, from 0 to 1. Other samples replace them; above this share
+    the run stops."""
     max_pixels: int | None = None
-    """Largest image that is read, in pixels; larger ones count as unusable (default: 89478485)."""
+    """Largest width times height of an image, in pixels; larger images count as unusable (default: 89478485)."""
     max_steps: int | None = None
     """Length of the schedule in steps, in place of --epochs (default: --epochs passes over the data)."""
     stop_after: int | None = None
-    """Steps after which this call ends early, with a checkpoint to resume from (default: the end of the schedule)."""
+    """Number of steps after which this command ends early, counted from where it starts or resumes; it leaves a
+    checkpoint to resume from (default: the end of the schedule)."""
 
     optimizer: Literal["adamw", "lamb"] | None = None
-    """Optimiser (default: the model's, lamb for ALIGN and adamw for the others)."""
+    """Optimiser (default: lamb for ALIGN models, adamw for all other listed models)."""
     lr: float | None = None
-    """Learning rate at the end of the warm-up (default: the model's, 5e-4 for CLIP)."""
+    """Learning rate at the end of the warm-up (default: 1e-3 for ALIGN models, 5e-4 for all other listed models)."""
     warmup: int | None = None
     """Steps in which the learning rate rises from 0 to --lr, before it falls to 0 along a cosine (default: 2000, or a
     tenth of the steps if that is less)."""
     weight_decay: float | None = None
-    """Weight decay of matrices; biases, norms and the logit scale have none (default: the model's, 0.2 for CLIP)."""
+    """Weight decay of matrices; biases, norms and the logit scale have none (default: 1e-5 for ALIGN models, 0.2 for
+    all other listed models)."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay rates of the moving averages of the gradients and of their squares."""
     eps: float = 1e-6
     """Constant added to the denominator of the optimiser's update."""
     max_grad_norm: float | None = 1.0
-    """Norm to which longer gradients are scaled down (default: 1.0, and None disables clipping)."""
+    """Largest norm of the gradients; larger gradients are scaled down to it (default: 1.0; the value None disables
+    clipping)."""
     ema: float | None = None
-    """Decay of a moving average of the weights, such as 0.9999, which is then validated and saved as model/ (default:
-    no average)."""
+    """Decay of a moving average of the weights, such as 0.9999. If it is given, the average is validated and saved as
+    model/ in place of the weights (default: no average)."""
     lock_image: bool = False
     """Freeze the image tower (LiT)."""
     lock_text: bool = False
@@ -103,20 +113,22 @@ class TrainOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the towers; bf16 uses autocast, and leaves the weights and everything else in fp32."""
     grad_checkpointing: bool = False
-    """Keep only the inputs of each block and recompute the rest: less memory, for about a third more time."""
+    """Keep only the inputs of each transformer block and recompute the rest, which saves memory at the cost of about a
+    third more time."""
     compile: bool = False
     """Compile the model with torch.compile."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Parallelism under torchrun: each process holds the whole model (ddp) or a shard of it (fsdp, FSDP2)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on (default: auto, a GPU for each process if there are enough, otherwise the CPU)."""
+    """Device to compute on (default: auto, which is a GPU for each process if there are enough, otherwise the CPU)."""
     features_on: Literal["device", "cpu"] = "device"
-    """Memory that holds the features until the loss under gradient caching; with cpu the loss is computed there too."""
+    """Memory in which gradient caching keeps the features. With cpu, the loss is computed on the CPU as well;
+    this requires gradient caching and, on a GPU, a single process."""
     deterministic: bool = False
     """Use only deterministic kernels on a GPU; a CPU repeats a run bit for bit without this option."""
 
     seed: int = 0
-    """Random seed of the weights, the order of the data, augmentation and dropout."""
+    """Random seed for the weights, the order of the data, augmentation and dropout."""
     workers: int = 2
     """Processes that load data, for each training process."""
     log_every: int = 1
@@ -124,21 +136,22 @@ class TrainOptions:
     save_every: int | None = None
     """Steps between two checkpoints; the last step always has one (default: only the last step)."""
     keep: int | None = 3
-    """Newest checkpoints that are kept; older ones are removed when another is written (default: 3, and None keeps
-    all)."""
+    """Number of newest checkpoints that are kept; older ones are removed when another is written (default: 3; the value
+    None keeps all)."""
     async_save: bool = True
     """Write checkpoints in the background, from a copy in memory, while training continues."""
     val_every: int | None = None
     """Steps between two validations on --val-data; the last step always has one (default: only the last step)."""
     timeout: float = 600.0
-    """Seconds that a process waits for the others before the run ends because one is lost or hangs."""
+    """Seconds that a process waits for the others. If they take longer, one of them is lost or hangs, and the run
+    ends."""
     wandb: str | None = None
-    """Project of Weights & Biases that also receives the metrics (default: no project)."""
+    """Weights & Biases project to which the metrics are also sent (default: no project)."""
     resume: str | None = None
     """Checkpoint or run to resume from; `auto` means the newest checkpoint of --output, or a new run if there is none
     (default: a new run)."""
     force: bool = False
-    """Take over an output whose owner, a command on another host, ended without releasing it."""
+    """Use an output that is still locked by a command on another host; only safe if that command has ended."""
 
     def largest_share(self, ranks: int) -> int:
         """Return the number of pairs per step of the process that has the most."""
@@ -177,7 +190,7 @@ class FinetuneOptions:
     batch_size: int = 512
     """Images per step."""
     micro_batch: int | None = None
-    """Images whose activations are kept at a time (default: all images of the step)."""
+    """Images whose activations are in memory at once (default: all images of the step)."""
     lr: float = 3e-5
     """Learning rate at the end of the warm-up."""
     weight_decay: float = 0.1
@@ -186,13 +199,14 @@ class FinetuneOptions:
     """Steps in which the learning rate rises from 0 to --lr, before it falls to 0 along a cosine (default: 500, or a
     tenth of the steps if that is less)."""
     max_grad_norm: float = 1.0
-    """Norm to which longer gradients are scaled down."""
+    """Largest norm of the gradients; larger gradients are scaled down to it."""
     freeze_image: bool = False
-    """Train only the head."""
+    """Freeze the image tower and train only the head."""
     grad_checkpointing: bool = False
-    """Keep only the inputs of each block and recompute the rest: less memory, for about a third more time."""
+    """Keep only the inputs of each transformer block and recompute the rest, which saves memory at the cost of about a
+    third more time."""
     seed: int = 0
-    """Random seed of the order of the data, crops and dropout."""
+    """Random seed for the order of the data, crops and dropout."""
     workers: int = 2
     """Processes that read images."""
     log_every: int = 1
@@ -200,12 +214,13 @@ class FinetuneOptions:
     save_every: int | None = None
     """Steps between two checkpoints; the last step always has one (default: the steps of one epoch)."""
     keep: int = 2
-    """Newest checkpoints that are kept; older ones are removed when another is written."""
+    """Number of newest checkpoints that are kept; older ones are removed when another is written."""
     max_bad: float = 0.01
-    """Largest share of samples that cannot be used, from 0 to 1. Other samples replace them, and the run stops above
-    this share."""
+    """Largest share of unusable samples that is tolerated, from 0 to 1. Other samples replace them; above this share
+    the run stops."""
     stop_after: int | None = None
-    """Steps after which this call ends early, with a checkpoint to resume from (default: the end of the schedule)."""
+    """Number of steps after which this command ends early, counted from where it starts or resumes; it leaves a
+    checkpoint to resume from (default: the end of the schedule)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if no run can have these values."""
@@ -240,6 +255,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+_CONFIG = OptionWords(
+    "YAML file with options, such as the config.yaml of another run; options on the command line take precedence, and "
+    "the option may be repeated",
+    "(default: no file)",
+    "FILE",
+)
+
+
 def parse_options(argv: Sequence[str]) -> TrainOptions:
     """Read the options of a command line; each ``--config FILE`` gives values that later files and options replace.
 
@@ -257,7 +280,8 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
         else:
             given.append(word)
     values = [read_yaml(path) for path in files]
-    if any(word.partition("=")[0] == "--epochs" for word in given):  # the file of a run holds what its epochs became
+    # config.yaml of a run contains max_steps, which was computed from --epochs and would take precedence over it
+    if any(word.partition("=")[0] == "--epochs" for word in given):
         came = ("max_steps", "warmup", "max-steps")
         values = [{name: value for name, value in one.items() if name not in came} for one in values]
     from_files = [word for one, path in zip(values, files) for word in _as_words(one, path)]
@@ -265,15 +289,15 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
         TrainOptions,
         prog="fastclip train",
         description="Train an image-text model, in one process or as one of the processes that torchrun starts. "
-        "--config FILE reads options from a YAML file, such as the config.yaml of another run; options on the command "
-        "line take precedence.",
+        "The models for which defaults are given are those that `fastclip models` lists.",
         args=[*from_files, *given],
+        also={"config": _CONFIG},
     )
 
 
 def parse_finetune(argv: Sequence[str]) -> FinetuneOptions:
     """Read the options of a command line, and end the process as `parse_options` does."""
-    return parse_dataclass(FinetuneOptions, prog="fastclip finetune", description="Options of the training:", args=argv)
+    return parse_dataclass(FinetuneOptions, prog="fastclip finetune", description="Training options:", args=argv)
 
 
 def read_options(path: Path) -> TrainOptions:

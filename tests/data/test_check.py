@@ -409,7 +409,7 @@ def test_check_reads_the_shards_beside_dead_ones(
         "4.tar: cut off or damaged after 1 samples, which are used: unexpected end of data",
     ]
     assert "ignored           3 .npy (0.tar: a.npy, 3.tar: a.npy, 5.tar: a.npy)" in lines
-    assert "fastclip data: 5 shards or parts are damaged or cannot be read" in said
+    assert "fastclip data: 5 shards, or datasets of a mixture, are damaged or cannot be read" in said
     assert cli.main([*whole, "{0,3,5}.tar"]) == 0
     assert "damaged" not in capsys.readouterr().out
 

@@ -66,6 +66,7 @@ MEANS_SOMETHING_ELSE: dict[str, dict[str | tuple[str, ...], str]] = {
     "--loss": {"bench": "a loss function, not a recipe of training"},
     "--max-bad": {"data check": "no sample replaces another, and there is no run to stop"},
     "--micro-batch": {"finetune": "no gradient caching: the loss of an image needs no other image"},
+    "--reference": {("finetune", "eval probe"): "lists twelve datasets; eval retrieval has two choices"},
     "--sheet": {"eval compose": "a row for each of many queries"},
     "--val-data": {"finetune": "images with classes", "eval probe": "chooses the penalty"},
     "--workers": {"train": "several training processes", ("search", "serve"): "threads"},
@@ -176,6 +177,13 @@ def test_pixels_are_those_of_the_reader() -> None:
     from fastclip.data.picture import USUAL_PIXELS
 
     assert {line.default for line in LINES if line.name == "--max-pixels"} == {f"(default: {USUAL_PIXELS})"}
+
+
+def test_reference_lists_all_datasets_with_published_results() -> None:
+    from fastclip.cli.pictures import _TOP1
+    from fastclip.evaluation.published import _DATASETS
+
+    assert _TOP1 == _DATASETS
 
 
 def test_same_option_has_the_same_words() -> None:

@@ -118,7 +118,7 @@ def zip_error() -> Exception:
     return caught.value
 
 
-DAMAGED = "a file is damaged, or is in another format than its name suggests"
+DAMAGED = "a file is damaged, or is in a different format from what its name suggests"
 ARROW_ERROR = type("ArrowException", (Exception,), {"__module__": "pyarrow.lib"})("odd")
 
 

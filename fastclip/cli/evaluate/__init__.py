@@ -19,7 +19,7 @@ _TASKS: dict[str, tuple[ModuleType, str]] = {
     "zeroshot": (zeroshot, "classify images by captions of their classes"),
     "robustness": (robustness, "classify ImageNet and its variants V2, R, A and Sketch"),
     "retrieval": (retrieval, "retrieve captions by image and images by caption"),
-    "compose": (compose, "retrieve images by images and texts, added and subtracted"),
+    "compose": (compose, "retrieve images by sums and differences of images and texts"),
     "probe": (probe, "fit a logistic regression on image features"),
 }
 
@@ -43,9 +43,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(evaluate: Callable[[argparse.Namespace], tuple[Any, Any]], args: argparse.Namespace) -> None:
-    """Lock all output files, evaluate, write the results, and then clear the stores.
+    """Lock all output files, evaluate, write the results, and then delete the features stored on disk.
 
-    `evaluate` returns the results and the stores. If the command is stopped earlier, its next run uses the stores.
+    `evaluate` returns the results and the stores of these features. If the command is stopped before its end, they
+    remain, and the next run of the command reuses them.
     """
     from fastclip.evaluation.results import write_results
 

@@ -1,4 +1,4 @@
-"""``fastclip eval compose``: retrieval by images and texts, added and subtracted."""
+"""``fastclip eval compose``: retrieval of images by sums and differences of images and texts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--queries",
         required=True,
         metavar="FILE",
-        help='text file with one query per line, such as bus.jpg + "at night" - 0.5:rain; "=> target.jpg" at its end '
-        "names the image that should be found",
+        help='text file with one query per line, such as bus.jpg + "at night" - 0.5:rain, in which a number and a '
+        'colon give the weight of a term; "=> target.jpg" at the end of a line names the image that should be found',
     )
     add_top(parser)
     parser.add_argument(

@@ -35,7 +35,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--test-data",
         required=True,
         metavar="SPEC",
-        help="images with the same classes, on which results are reported; `digits` is then its held-out fifth",
+        help="images with the same classes, on which results are reported; `digits` means the fifth of the digits that "
+        "--data digits leaves out",
     )
     parser.add_argument(
         "--features",
@@ -52,7 +53,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     add_reference(parser, "--test-data")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed of the split, if there is no --val-data"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random seed for the split of --data, if there is no --val-data",
     )
     parser.set_defaults(run=_run)
 

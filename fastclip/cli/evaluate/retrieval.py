@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", required=True, metavar="SPEC", help=DATA)
     parser.add_argument(
-        "--captions", type=int, metavar="N", help="number of captions of each image, the first ones (default: all)"
+        "--captions", type=int, metavar="N", help="use only the first N captions of each image (default: all)"
     )
     parser.add_argument(
         "--unique-captions",
@@ -35,7 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         choices=("flickr30k", "coco"),
-        help=f"{REFERENCE} (default: that of --data, if it is the test split of such a file)",
+        help=f"{REFERENCE} (default: the dataset of --data, if --data is the test split of Flickr30k or COCO)",
     )
     parser.add_argument(
         "--details",
@@ -69,8 +69,8 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     say(f"{images:,} images, {captions:,} captions, {retrieval.skipped:,} images cannot be used")
     if retrieval.repeated and not args.unique_captions:
         say(
-            f"{retrieval.repeated:,} captions also belong to other images, each of which counts as a wrong answer; "
-            "--unique-captions counts them as right"
+            f"{retrieval.repeated:,} captions also belong to other images, and these images count as wrong answers; "
+            "with --unique-captions they count as right answers"
         )
     if args.details:
         write_lines(args.details, retrieval.details())

@@ -91,4 +91,5 @@ def _print(results: list[dict[str, Any]]) -> None:
         rows.append(["mean drop", None, None, drop, None, *published])
     say(table(["", "classes", "images", "acc1", "acc5", *ZERO_SHOT], rows))
     if drop is not None:
-        say(f"mean drop: points of top-1 from ImageNet to the mean of {', '.join(SETS[name].title for name in sets)}")
+        titles = ", ".join(SETS[name].title for name in sets)
+        say(f"mean drop, in percentage points: top-1 on ImageNet minus the mean top-1 on {titles}")

@@ -19,7 +19,7 @@ __all__ = ["add", "add_templates_option", "percent"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Classify images by captions of their classes, without training on them.",
+        "Classify images by captions of the classes, without training.",
         "fastclip eval zeroshot --checkpoint runs/digits --data digits --output zeroshot.json",
         "fastclip eval zeroshot --checkpoint ViT-B-32.pt --model ViT-B-32 --data imagenet/val --classes imagenet",
         "fastclip eval zeroshot --checkpoint runs/b32 --data scans --templates templates.txt --details classes.json",
@@ -28,11 +28,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
         metavar="FILE",
-        help="text file with one class name per line, matched by name with the classes of the data; a line "
-        "CLASS<TAB>NAME gives a class another name. imagenet, imagenet-a or imagenet-r selects all of its classes "
-        "(default: the names of the folders, or CLIP's names for WordNet ids)",
+        help="text file with the names of all classes, one per line. A name is matched with the class of the data that "
+        "has this name; if every line is CLASS<TAB>NAME, the lines give the classes new names. In place of a file, "
+        "imagenet, imagenet-a or imagenet-r stands for the built-in names of the classes of that dataset (default: the "
+        "names of the folders, or CLIP's names for folders that are named by WordNet ids)",
     )
-    add_templates_option(parser, default="those of the data, otherwise openai")
+    add_templates_option(parser, default="the templates that the dataset brings, otherwise openai")
     parser.add_argument(
         "--details",
         metavar="FILE",
@@ -42,12 +43,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def add_templates_option(parser: argparse.ArgumentParser, *, default: str) -> None:
-    """Add ``--templates``; `default` words the default."""
+    """Add ``--templates``; `default` is the description of the default."""
     parser.add_argument(
         "--templates",
         metavar="FILE",
-        help="text file with one caption per line, in which {} stands for the class name; or openai, the 80 captions "
-        f"of CLIP, or simple, 7 of them (default: {default})",
+        help="text file with one caption per line, in which {} stands for the class name. In place of a file, openai "
+        f"stands for the 80 captions of CLIP, and simple for 7 of these (default: {default})",
     )
 
 
