@@ -4,7 +4,8 @@
     python examples/huggingface_trainer.py [--steps 40] [--seed 0]
 
 Trains a small CLIPModel with random weights on scikit-learn's handwritten digits twice, without and with
-`patch_transformers()`. Prints the losses side by side, and fails if they differ by more than 1e-4 relative.
+`patch_transformers()`. Prints the losses side by side, and fails if their relative difference
+exceeds 1e-4.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def digits() -> list[dict[str, Any]]:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack rows to a batch, with the attention mask and the request for a loss that CLIPModel takes."""
+    """Stack rows into a batch, with the attention mask and with return_loss=True, so that CLIPModel returns a loss."""
     batch: dict[str, Any] = {key: torch.stack([row[key] for row in rows]) for key in ("pixel_values", "input_ids")}
     return batch | {"attention_mask": (batch["input_ids"] != PAD).long(), "return_loss": True}
 

@@ -3,7 +3,8 @@
     python examples/open_clip_one_import.py [--seed 0]
 
 Trains a small open_clip model with random weights for 20 steps twice, once with open_clip's ClipLoss and once with
-fastclip's. Prints the losses side by side, and fails if they differ by more than 1e-5 relative.
+fastclip's. Prints the losses side by side, and fails if their relative difference
+exceeds 1e-5.
 """
 
 from __future__ import annotations

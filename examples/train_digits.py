@@ -2,8 +2,9 @@
 
     python examples/train_digits.py [--steps 400] [--batch-size 64] [--seed 0] [--output runs/digits]
 
-Takes about half a minute on two CPU cores. Writes a plot to OUTPUT/digits.png and the run, as `fastclip train` does, to
-OUTPUT/training, where it replaces an earlier run. Fails if the zero-shot top-1 accuracy is below 95 %.
+Takes about half a minute on two CPU cores. Writes a plot to OUTPUT/digits.png. Writes the run to OUTPUT/training, as
+`fastclip train` does; an earlier run in this folder is deleted first. Fails if the zero-shot top-1 accuracy is below
+95 %.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main() -> None:
     held_out = open_source("digits", held_out=True)
 
     states = ", ".join(f"{name}: {state}" for name, state in fastclip.backends().items())
-    print(f"loss served by backend {run.backend!r} ({states})")
+    print(f"loss computed by backend {run.backend!r} ({states})")
     print(f"trained {args.steps} steps of {args.batch_size} in {run.seconds:.1f} s, loss {run.losses[-1]:.3f}")
     print(f"zero-shot top-1 on {len(held_out)} held-out digits: {100 * top1:.1f} %")
 

@@ -27,7 +27,7 @@ EXTRAS = {
     "models": "encoders, tokenizers, checkpoints",
     "train": "fastclip train, eval and data",
     "search": "fastclip search",
-    "hf": "datasets of the library datasets",
+    "hf": "data from the Hugging Face library `datasets`",
     "remote": "data at https:// addresses",
 }
 _LIBRARIES = {
@@ -133,7 +133,7 @@ def _served() -> Iterator[Finding]:
                 yield Finding("served by", name, str(error), "fault", unset)
                 return
             if chosen == "reference" and env.backend() != "reference":
-                dense = "reference: the N x N similarities are stored"
+                dense = "reference, slow and large: it stores all N x N similarities"
                 yield _finding("served by", name, dense, "see the backends above: no fused backend is available")
             else:
                 yield Finding("served by", name, chosen)
@@ -161,10 +161,11 @@ def _machine() -> Iterator[Finding]:
     allowed = f", of which this container may use {limit / _GIB:.1f} GiB" if limit < memory else ""
     yield Finding("machine", "memory", f"{memory / _GIB:.1f} GiB{allowed}, {machine.available_bytes() / _GIB:.1f} free")
     if (shared := machine.shared_memory_bytes()) is not None:
-        advice = "docker run --shm-size=8g (or --ipc=host), or --workers 0: data loaders die if it is full"
+        advice = "the processes that load data die if it is full: start the container with docker run --shm-size=8g"
+        advice += " (or --ipc=host), mount a larger /dev/shm, or set --workers 0"
         yield _finding("machine", "/dev/shm", f"{shared / _GIB:.2f} GiB", advice if shared < _GIB else "")
     if (files := machine.open_files()) is not None:
-        advice = "ulimit -n 65536: workers of data loaders send batches through open files"
+        advice = "run ulimit -n 65536: the processes that load data send batches through open files"
         yield _finding("machine", "open files", f"{files:,}", advice if files < _LEAST_FILES else "")
     yield _cache()
 
@@ -174,7 +175,7 @@ def _processor() -> Finding:
     whole = max(1, math.floor(cores))
     value = f"{machine.processor()}; {cores:g} of {os.cpu_count()} cores, torch's threads: {threads}"
     if threads > math.ceil(cores):
-        advice = f"OMP_NUM_THREADS={whole}: this process may use {cores:g} cores; more threads wait for each other"
+        advice = f"set OMP_NUM_THREADS={whole}: this process may use {cores:g} cores, and more threads only wait"
         return _finding("machine", "processor", value, advice)
     note = ""  # a note, not a warning: it may be intended
     if threads < whole and "OMP_NUM_THREADS" in env.in_effect():
@@ -201,7 +202,7 @@ def _extras() -> Iterator[Finding]:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         bare = "not installed: this is the source tree only"
-        yield Finding("extras", DISTRIBUTION, bare, "", "pip install . in the clone")
+        yield Finding("extras", DISTRIBUTION, bare, "", "run pip install . in the folder of fastclip's source code")
         return
     for extra, what in EXTRAS.items():
         try:
@@ -209,12 +210,16 @@ def _extras() -> Iterator[Finding]:
             value = f"lacks {', '.join(missing)}" if missing else "installed"
         except ModuleNotFoundError:  # no packaging, which every extra installs
             value = "not installed"
-        advice = "" if value == "installed" else f"for {what}: pip install '.[{extra}]' in the clone"
+        advice = (
+            ""
+            if value == "installed"
+            else f"for {what}: run pip install '.[{extra}]' in the folder of fastclip's source code"
+        )
         yield Finding("extras", extra, value, "", advice)
 
 
 def _missing(lines: list[str], extra: str) -> set[str]:
-    """Return the packages that an extra, or an extra it includes, requires and that are missing or too old or new."""
+    """Return the packages required by an extra, or by one it includes, that are missing or have a wrong version."""
     from packaging.requirements import Requirement  # the losses do not need it
 
     missing: set[str] = set()

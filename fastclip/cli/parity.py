@@ -13,7 +13,7 @@ __all__ = ["add"]
 def add(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Compute losses and gradients over several processes, with --comm gather and ring and with the losses for "
+        "Compute losses and gradients over several processes, exchanged by gather and by ring and with the losses for "
         "open_clip, on every backend and in every dtype that runs here. Compare them with those of a single process in "
         "float64, and print each error beside its documented limit. The command starts its own processes, unless "
         "torchrun has started it. The exit status is 1 if an error exceeds its limit.",

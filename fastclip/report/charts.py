@@ -72,7 +72,7 @@ class Chart(NamedTuple):
 def charts_of(series: Mapping[str, Series]) -> list[Chart]:
     """Return the charts of all metrics that have a finite value, in the order of `_TITLES`.
 
-    Skipped samples are left out if there are none.
+    The chart of skipped samples is left out if no sample was skipped.
     """
     known = {name for names in _TITLES.values() for name in names}
     titles = _TITLES | {name: {name: name} for name in series if name not in known and name not in _NO_CHART}
@@ -176,13 +176,16 @@ def _ticks(low: float, high: float) -> list[float]:
     """Return round tick values that enclose the range from `low` to `high`."""
     if low == high:
         margin = abs(low) / 10 or 1.0
-        low, high = low - margin, high if high == 1 else high + margin  # 1 is the end of the scale of a share
+        low, high = low - margin, high if high == 1 else high + margin  # a share cannot exceed 1
     # ten digits, because matplotlib returns values such as 0.30000000000000004
     return [float(f"{value:.10g}") for value in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return ticks of a logarithmic axis: 1, 2 and 5 times powers of ten, or with a wide range fewer powers alone."""
+    """Return ticks of a logarithmic axis: 1, 2 and 5 times powers of ten, or only some of the powers.
+
+    Powers of ten are left out if the range is so wide that there would be too many ticks.
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits, every in (((1, 2, 5), 1), ((1,), 1), ((1,), 2), ((1,), 5)):
         ticks = [digit * 10.0**power for power in powers[::every] for digit in digits]

@@ -46,8 +46,8 @@ def write_report(
     """Write a self-contained HTML report of a run and return its path.
 
     The report has key figures, curves, confused classes, and the best and worst retrievals. Sections that need a model
-    are left out, with the reason, if the run has not ended and no checkpoint is given, or if it has no validation data
-    or its data cannot be read here.
+    are replaced by the reason why they are missing if the run has not ended and no checkpoint is given, if it has no
+    validation data, or if its data cannot be read here.
 
     Args:
         folder: folder of a run of ``fastclip train``.

@@ -134,12 +134,12 @@ def _matrix(confusion: Confusion, names: Sequence[str]) -> dict[str, Any]:
 def read_results(paths: Sequence[Path]) -> dict[str, Any]:
     """Read result files in CLIP_benchmark's JSON format into a table.
 
-    A row is a metric that is a number. A column is a combination of file, model and weights, with the alpha of
+    Each numeric metric has a row. A column is a combination of file, model and weights, with the alpha of
     fine-tuned weights. A second result for the same cell goes to a separate, numbered column.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file holds no results. The message names it.
+        ValueError: a file is not a result file of ``fastclip eval``. The message names it.
     """
     columns: dict[tuple[str, str, str], None] = {}
     rows: dict[tuple[str, str, str], dict[tuple[str, str, str], float]] = {}
@@ -148,7 +148,7 @@ def read_results(paths: Sequence[Path]) -> dict[str, Any]:
         results = contents if isinstance(contents, list) else [contents]
         for result in results or [None]:  # an empty list has no results, which is an error
             if not isinstance(result, Mapping) or not isinstance(result.get("metrics"), Mapping):
-                raise ValueError(f'{path} holds no results of an evaluation, which are objects with "metrics"')
+                raise ValueError(f'{path} is not a result file of fastclip eval: a result has no "metrics"')
             values = {
                 (str(result.get("task", "")), str(result.get("dataset", "")), name): value
                 for name, value in result["metrics"].items()

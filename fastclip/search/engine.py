@@ -50,7 +50,7 @@ class SearchEngine:
 
     Raises:
         NotADirectoryError: `folder` is not a folder.
-        ValueError: the index was written by another version, or as raised by `model`.
+        ValueError: the index was written by another version, or `model` raises it.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class SearchEngine:
         """Return the `count` files with the highest scores, without the images of the query itself.
 
         Raises:
-            ValueError: an image of the query cannot be read, or as raised by `combine`.
+            ValueError: an image of the query cannot be read, or `combine` raises it.
         """
         paths = [term.path for term in terms if term.path is not None]
         # a link and its target are two different files, so both are left out
@@ -253,7 +253,7 @@ def _is_cut(tokenize: Any, text: str) -> bool:
     """Return True if the text is longer than the model's context.
 
     Then neither the last character of the text nor further text changes its tokens. The same holds for a text that has
-    no tokens at all, which is therefore excluded.
+    no tokens at all, for which the function returns False.
     """
     cut, whole, more, nothing = tokenize([text[:-1], text, text + text, ""])
     return bool((cut == whole).all() and (whole == more).all() and (whole != nothing).any())

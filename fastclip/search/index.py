@@ -1,7 +1,8 @@
-"""An index of images in SQLite: the content of each file, and the unit vector of each content.
+"""An index of images in SQLite: which image each file contains, and the unit vector of each distinct image.
 
-A content is identified by a hash of its bytes. It stays in the index after its last file is gone (2 KB for 512
-dimensions), so that files that were moved, or are on a disk that was absent, are not embedded again. Paths are bytes,
+An image is identified by a hash of the file's bytes, so that copies of a file count as one image, a "content" in the
+code. An image stays in the index after the last file that contains it is gone (2 KB for 512 dimensions). Files that
+were moved, or that are on a disk that was absent for a while, are therefore not embedded again. Paths are bytes,
 as the operating system has them. Folders are given without a trailing slash.
 """
 
@@ -45,7 +46,7 @@ class Seen(NamedTuple):
     """A file that was read. If its content is new, it has a vector or a fault."""
 
     path: bytes
-    stamp: str | None  # state of the file; None if a further change might not show in its state
+    stamp: str | None  # size and times of the file; None if they might stay the same at a further change
     digest: bytes  # hash of the content
     vector: Vector | None = None  # (D,)
     fault: str | None = None  # why the content cannot be used
@@ -201,7 +202,9 @@ class Index:
     def _make(self) -> None:
         with self._writing():
             if self._number("PRAGMA user_version") == 0:  # otherwise another process was first
-                if self._number("SELECT COUNT(*) FROM sqlite_master"):  # another program's, which sets no version
+                if self._number(
+                    "SELECT COUNT(*) FROM sqlite_master"
+                ):  # a database of another program, without a version
                     raise ValueError(f"{self.file} is not a search index: remove it to build one")
                 for statement in _TABLES.split(";")[:-1]:
                     self._run(statement)
@@ -212,7 +215,7 @@ class Index:
         """Return ids (M,) and vectors (M, D) of a folder in the order of the ids, which is the order on disk.
 
         The vectors are copied from SQLite directly into the rows of the result: a list of a million vectors would need
-        the memory twice.
+        twice the memory.
 
         Args:
             most: upper limit of M.

@@ -92,7 +92,7 @@ class CheckpointModel:
             self._remembered.unlink(missing_ok=True)  # the default precision depends on the machine's GPU
             raise ValueError(
                 f"{self._checkpoint} now computes in {loaded.precision}, but its index was built in "
-                f"{memory['precision']}: run this again for an index in {loaded.precision}, or set the precision"
+                f"{memory['precision']}: run this again for an index in {loaded.precision}, or set --precision"
             )
         return loaded
 

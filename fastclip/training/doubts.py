@@ -1,7 +1,7 @@
 """Warnings about a run before it starts or resumes, one log line each.
 
-They concern settings with which the run learns nothing or not what was intended, and changes since the checkpoint from
-which the run resumes.
+They concern settings with which the run learns nothing, settings with which it learns something that was not intended,
+and changes since the checkpoint from which the run resumes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def changes(before: dict[str, Any], options: TrainOptions, source: Source, finge
         if name == "data":  # two spellings of the same place are no change
             now, then = absolute_spec(options.data), absolute_spec(then or "")
         if name not in _MAY_CHANGE and then != now:
-            yield f"{flag(name)} was {then}, is {now}"
+            yield f"{flag(name)} was {then} and is now {now}"
     if (samples := before["samples"]) != len(source):
-        yield f"the dataset had {samples} samples, has {len(source)}, and they come in another order"
+        yield f"the dataset had {samples} samples and now has {len(source)}, in another order"
     elif before.get("fingerprint", fingerprint) != fingerprint:  # checkpoints of older versions lack it
         yield "the dataset has other names, another order or other captions: steps draw other samples than before"
 
@@ -44,7 +44,7 @@ def changes(before: dict[str, Any], options: TrainOptions, source: Source, finge
 def doubts(
     options: TrainOptions, *, samples: int, ranks: int, with_labels: bool, resumed: bool = False
 ) -> Iterator[str]:
-    """Yield a warning for each setting with which a run learns nothing, or not what was intended.
+    """Yield a warning for each setting with which a run learns nothing or something that was not intended.
 
     Args:
         options: options in which the model's defaults and the length of the schedule are filled in.
@@ -83,7 +83,8 @@ def doubts_of_schedule(*, warmup: int, steps: int, lr: float) -> Iterator[str]:
     """Yield a warning if the warm-up is as long as the schedule."""
     if warmup >= steps:
         reached = f"{lr * steps / warmup:.3g}" if warmup else "0"
-        yield f"--warmup {warmup} of {steps} steps: the learning rate rises to {reached} until the end and never decays"
+        rise = f"--warmup {warmup} of {steps} steps"
+        yield f"{rise}: the learning rate rises until the last step ({reached}) and never decays"
 
 
 def doubts_of_device(options: TrainOptions, device: torch.device) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Fine-tuning of an image tower with a linear head that is initialised as the zero-shot classifier.
 
-OUTPUT/finetune.json        everything the run depends on; a different run refuses the folder
+OUTPUT/finetune.json        everything the run depends on; a run with other settings ends with an error here
        metrics.jsonl        one line per logged step, with TensorBoard's events in tensorboard/
-       checkpoints/         from which the same call resumes
+       checkpoints/         from which the same command resumes
        model/               image-text model with the tuned image tower, head.safetensors, classes.json
 """
 
@@ -128,7 +128,8 @@ class _Run:
         def older(before: dict[str, Any]) -> dict[str, Any]:
             """Return the record `before` of an older version in today's form.
 
-            Such a record lacks the order, has a relative path, and lists options that may change today.
+            Such a record lacks the order, has a relative path, and lists options that may now differ from one
+            command to the next.
             """
             known = {"order and captions": asked["order and captions"], **older_limit(before)}
             if "data" in known:
@@ -156,7 +157,7 @@ class _Run:
             model=self.classifier,
             optimizer=self.optimizer,
             update=self._update,
-            hint="the same call resumes the run",
+            hint="run the same command again to resume",
         )
         loop.resume("auto")
         for doubt in doubts_of_schedule(warmup=warmup, steps=steps, lr=options.lr):

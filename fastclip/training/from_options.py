@@ -48,7 +48,7 @@ def served_by(options: TrainOptions, device: torch.device) -> str:
         name, _ = pick(options.backend, torch.empty(2, 2, device=where, dtype=dtype))
     except RuntimeError as error:
         raise ValueError(f"--backend: {error}") from error
-    logger.info("the %s loss is served by backend %r", options.loss, name)
+    logger.info("the %s loss is computed by backend %r", options.loss, name)
     return name
 
 

@@ -100,8 +100,8 @@ class TrainOptions:
     eps: float = 1e-6
     """Constant added to the denominator of the optimiser's update."""
     max_grad_norm: float | None = 1.0
-    """Largest norm of the gradients; larger gradients are scaled down to it (default: 1.0; the value None disables
-    clipping)."""
+    """Largest norm of the gradients; larger gradients are scaled down to it (default: 1.0, and the value None
+    disables clipping)."""
     ema: float | None = None
     """Decay of a moving average of the weights, such as 0.9999. If it is given, the average is validated and saved as
     model/ in place of the weights (default: no average)."""
@@ -136,8 +136,8 @@ class TrainOptions:
     save_every: int | None = None
     """Steps between two checkpoints; the last step always has one (default: only the last step)."""
     keep: int | None = 3
-    """Number of newest checkpoints that are kept; older ones are removed when another is written (default: 3; the value
-    None keeps all)."""
+    """Number of newest checkpoints that are kept; older ones are removed when another is written (default: 3, and the
+    value None keeps all)."""
     async_save: bool = True
     """Write checkpoints in the background, from a copy in memory, while training continues."""
     val_every: int | None = None

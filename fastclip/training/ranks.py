@@ -69,7 +69,10 @@ def joined(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) 
     local_rank, local_ranks = (launched.local_rank, launched.local_ranks) if launched else (0, 1)
     gpus = torch.cuda.device_count()
     if device == "cuda" and gpus < local_ranks:
-        raise ValueError(f"--device cuda needs a GPU for each of {local_ranks} processes, but torch sees {gpus}")
+        raise ValueError(
+            f"--device cuda needs a GPU for each of {local_ranks} processes, but torch sees {gpus}: start fewer "
+            "processes, or use --device cpu"
+        )
     if dist.is_initialized() and launched is None:  # the caller's group decides
         nccl = device != "cpu" and dist.get_backend() == "nccl"
         where = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
@@ -199,7 +202,7 @@ def wrap(model: DualEncoder, world: World, parallel: str) -> nn.Module:
     """Return the module to call in place of `model`, so that gradients are averaged over the ranks.
 
     "ddp" wraps the model in DistributedDataParallel. "fsdp" shards the blocks and the remaining parameters in place
-    (FSDP2). FSDP2 cannot shard the scale and the bias of the logits, which are tensors (), so they stay whole, and
+    (FSDP2). FSDP2 cannot shard the scale and the bias of the logits, which are scalar tensors, so they stay whole, and
     `reduce_unsharded` averages their gradients.
     """
     if world.group is None:

@@ -70,7 +70,8 @@ def train(options: TrainOptions) -> Run:
         ConnectionError: another process of the run is lost. This is a subclass of OSError.
         FloatingPointError: the loss or a gradient is not finite; the update was not made.
         Interrupted: the process received SIGTERM or Ctrl-C and has written a checkpoint. The exception is a SystemExit
-            with status 143 or 130. A second signal ends the process at once. Signals are handled only if this function
+            with status 143 or 130. A second signal ends the process at once if it comes
+            more than a second after the first. Signals are handled only if this function
             is called in the main thread.
     """
     with (
@@ -180,7 +181,8 @@ class _Trainer:
         if options.parallel == "fsdp" and len(counts) > 1:
             raise ValueError(
                 f"--parallel fsdp needs the same number of micro-batches on every process: --batch-size {B} over "
-                f"{ranks} processes in micro-batches of {K} makes {' or '.join(map(str, sorted(counts)))}"
+                f"{ranks} processes in micro-batches of {K} makes {' or '.join(map(str, sorted(counts)))} "
+                f"micro-batches: choose a --batch-size that is a multiple of {ranks}"
             )
         file = self.folder / "metrics.jsonl"
         if options.resume is None and file.is_file() and file.stat().st_size:  # empty if no step was made
@@ -193,8 +195,14 @@ class _Trainer:
         """Raise ValueError if the ranks have opened datasets of different size, first key or fingerprint."""
         views = of_all_ranks((len(self.source), self.source.key(0), self.fingerprint), self.world)
         if len(set(views)) > 1:
-            listed = (f"rank {k} {n:,} samples from {key} (digest {x})" for k, (n, key, x) in enumerate(views))
-            raise ValueError(f"--data {self.source.spec}: the processes see different data: {', '.join(listed)}")
+            listed = (
+                f"rank {k} has {n:,} samples, of which the first is {key} (digest {x})"
+                for k, (n, key, x) in enumerate(views)
+            )
+            raise ValueError(
+                f"--data {self.source.spec}: the processes see different data: {', '.join(listed)}. "
+                "Make sure that all machines have the same files"
+            )
 
     def run(self) -> Run:
         options, world = self.options, self.world
@@ -240,7 +248,7 @@ class _Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Let the model have the weights of its moving average inside the context, if there is one."""
+        """Give the model the weights of its moving average inside the context, if there is one."""
         ema = self.stepper.ema
         if ema is None:
             yield

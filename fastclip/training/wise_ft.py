@@ -84,7 +84,7 @@ def ensemble_accuracies(
     interrupted one reads these results until `forget_accuracies` removes them.
 
     Raises:
-        ValueError: ``evaluations.json`` holds something else, or as raised by `classifier_accuracies`.
+        ValueError: ``evaluations.json`` holds something else, or `classifier_accuracies` raises it.
     """
     assert run.complete
     file, data = run.folder / _EVALUATIONS, {"data": source.spec, "pictures": len(source)}

@@ -30,7 +30,7 @@ def test_demo_reaches_95_percent_and_draws(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     top1 = re.search(r"zero-shot top-1 on 360 held-out digits: ([\d.]+) %", result.stdout)
     assert top1 and float(top1[1]) >= 95
-    assert "loss served by backend" in result.stdout and "step 140 of 140" in result.stderr
+    assert "loss computed by backend" in result.stdout and "step 140 of 140" in result.stderr
     picture = (tmp_path / "digits.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 

@@ -148,7 +148,7 @@ def test_small_containers_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "--shm-size" in found["/dev/shm"].advice and found["/dev/shm"].value == "0.06 GiB"
     assert "ulimit -n" in found["open files"].advice
     assert "this container may use 3.5 GiB" in found["memory"].value
-    assert found["processor"].advice.startswith("OMP_NUM_THREADS=1: this process may use 1.5 cores")
+    assert found["processor"].advice.startswith("set OMP_NUM_THREADS=1: this process may use 1.5 cores")
     assert [f.state for f in found.values()] == ["warning", "", "warning", "warning", ""]
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
     assert doctor._cache().state == "warning"
@@ -231,7 +231,7 @@ def test_lacking_extras_are_named_with_the_line_that_brings_them(monkeypatch: py
     found = findings(doctor._extras)
     assert found["models"].value == "lacks timm>=1.0.20 (not 1.0.9)"
     assert found["train"].value == "lacks timm>=1.0.20 (not 1.0.9), tqdm"
-    assert "pip install '.[train]' in the clone" in found["train"].advice
+    assert "run pip install '.[train]' in the folder of fastclip's source code" in found["train"].advice
     assert found["hf"].value == "installed"
     versions |= {"timm": "1.1", "transformers": "6.0", "tqdm": "4"}
     assert findings(doctor._extras)["train"].value == "lacks transformers<6,>=5 (not 6.0)"

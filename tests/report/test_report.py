@@ -354,7 +354,7 @@ def test_results_stand_beside_each_other(tmp_path: Path) -> None:
         read_results(files)
     for text in ("[1]", "[]", "{}", "null", '{"metrics": [1]}'):
         files[0].write_text(text)
-        with pytest.raises(ValueError, match=r"a\.json holds no results"):
+        with pytest.raises(ValueError, match=r"a\.json is not a result file of fastclip eval"):
             read_results(files)
     files[0].write_text(100_000 * "[")
     with pytest.raises(ValueError, match=r"a\.json is not JSON: maximum recursion"):

@@ -263,7 +263,8 @@ def test_space_is_looked_at_before_writing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, free=700))
     monkeypatch.setattr(checkpoint, "save_file", lambda *args: pytest.fail("written"))
     with pytest.raises(
-        OSError, match=r"No space left on device. It needs 1,\d+ bytes, and the disk has 700 free. There is no earlier"
+        OSError,
+        match=r"No space left on device. It needs 1,\d+ bytes, and the disk has 700 bytes free. There is no earlier",
     ):
         write_snapshot(tmp_path, snapshot(1))
     assert names(tmp_path) == []
@@ -282,7 +283,7 @@ def test_room_for_a_checkpoint_is_looked_at_before_a_run(tmp_path: Path, monkeyp
     free = 24 * 3 + 8
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, free=free))
     check_room(tmp_path / "checkpoints", model)
-    with pytest.raises(OSError, match=r"a checkpoint needs at least 112 bytes, but the disk has 80 free"):
+    with pytest.raises(OSError, match=r"a checkpoint needs at least 112 bytes, but 80 bytes are free"):
         check_room(tmp_path / "checkpoints", model, ema=True)
     (tmp_path / "checkpoints").touch()
     with pytest.raises(NotADirectoryError, match="checkpoints is a file"):

@@ -309,7 +309,7 @@ def whole(model: Pair) -> Tensor:
             r"forward must return two or more features .* got a tensor \(2, 3\)",
         ),
         (lambda x: (x, x.sum(1)), [(torch.ones(2, 3),)], clip, r"got \(a tensor \(2, 3\), a tensor \(2,\)\)"),
-        (Pair(), [rows()], lambda *x: x[0], r"loss must return a tensor \(\), got a tensor \(22, 6\)"),
+        (Pair(), [rows()], lambda *x: x[0], r"loss must return a scalar tensor, got a tensor \(22, 6\)"),
     ],
 )
 def test_misfit_raises(forward: Any, batches: Any, loss: Any, message: str) -> None:

@@ -210,7 +210,7 @@ def test_data_that_changed_since_the_checkpoint_is_told(tmp_path: Path, caplog: 
     train(options(data, tmp_path / "run", stop_after=1))
     write_folder(data, 14)
     train(options(data, tmp_path / "run", resume="auto", stop_after=1))
-    assert "the dataset had 12 samples, has 14" in caplog.text
+    assert "the dataset had 12 samples and now has 14, in another order" in caplog.text
 
 
 def test_as_many_data_in_another_order_are_told(

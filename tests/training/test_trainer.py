@@ -180,10 +180,10 @@ def test_resume_names_what_changed_and_what_does_not_fit(tmp_path: Path, caplog:
     with pytest.raises(ValueError, match="holds a run: --resume auto"):
         train(options(tmp_path / "a"))
     train(options(tmp_path / "a", resume="auto", lr=1e-3, stop_after=1))
-    assert "--lr was 0.0005, is 0.001" in caplog.text and "--batch-size" not in caplog.text
+    assert "--lr was 0.0005 and is now 0.001" in caplog.text and "--batch-size" not in caplog.text
     with pytest.raises(ValueError, match=r"belongs to another model: .*differ"):
         train(options(tmp_path / "b", resume=str(tmp_path / "a"), model="RN-tiny"))
-    assert "--model was ViT-tiny, is RN-tiny" in caplog.text  # reported before loading fails
+    assert "--model was ViT-tiny and is now RN-tiny" in caplog.text  # reported before loading fails
     with pytest.raises(ValueError, match="optimiser"):
         train(options(tmp_path / "b", resume=str(tmp_path / "a"), optimizer="lamb"))
     with pytest.raises(ValueError, match="without --ema"):

@@ -1,1 +1,1 @@
-"""Memory of a training step before it runs."""
+"""Prediction of the memory of a training step."""

@@ -46,7 +46,12 @@ class Footprint:
     feature_size: int  # bytes of an element
 
     def peak(self, pairs: int, share: float = 0.0) -> int:
-        """Return the peak in bytes. Of a parameter's gradient, `share` counts from the moment it is computed."""
+        """Return the peak in bytes.
+
+        Args:
+            pairs: number of pairs.
+            share: fraction of the bytes of each gradient of a parameter that is added from when it is computed.
+        """
         return max(m.fixed + pairs * m.pair + int(share * m.gradients) for m in self.moments)
 
     def kept(self, pairs: int) -> int:
@@ -59,9 +64,10 @@ def footprint(
 ) -> Footprint:
     """Measure the memory of one step of `model` in training mode, without allocating its tensors.
 
-    Gradient checkpointing and frozen parameters are taken as they are set. The step runs for two numbers of pairs, with
-    the same operations on tensors of different sizes. The bytes after each operation are therefore known for every
-    number of pairs, and the peak is exact, although a different operation may reach it for other numbers.
+    The model is measured with its current gradient checkpointing and frozen parameters. The step runs for two
+    numbers of pairs, with the same operations on tensors of different sizes. The bytes after each operation are
+    therefore known for every number of pairs, and the peak is exact, although a different operation may reach it for
+    other numbers.
 
     Args:
         model: model on any device, including "meta". It is left unchanged.
@@ -94,7 +100,10 @@ def _moment(small: tuple[int, int], large: tuple[int, int]) -> Moment:
 
 
 def _highest(moments: list[Moment]) -> tuple[Moment, ...]:
-    """Return the moments that can be the peak: no other with the same gradients is larger for all numbers of pairs."""
+    """Return the moments that can be the peak for some number of pairs.
+
+    A moment is left out if another one, with equal bytes of gradients, is at least as large for every number of pairs.
+    """
     highest: dict[int, list[Moment]] = {}  # bytes of gradients -> moments
     for m in sorted(moments, key=lambda m: (m.pair, m.fixed), reverse=True):
         moments_alike = highest.setdefault(m.gradients, [])

@@ -50,9 +50,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory of one process in a training step, as predicted by `plan`. If processes differ, it is the largest.
+    """Memory of one process in a training step, as predicted by `plan`.
 
-    All sizes are in bytes. ``dataclasses.replace(plan, micro_batch=64)`` gives the plan for other sizes at once.
+    If processes differ, it is the memory of the process that needs most. All sizes are in bytes.
+    ``dataclasses.replace(plan, micro_batch=64)`` gives the plan for other sizes at once.
     `precision` and `device` must not be replaced, because they also determine the footprint.
     """
 
@@ -173,7 +174,9 @@ class Plan:
             held = shard * _FP32 if self.device == "cuda" else 0
         elif self.comm == "gather":  # texts, their gradients, and the gradients in fp32 or in transfer
             held = texts * (2 * size + _FP32)
-        else:  # text blocks in use and in transfer; in fp32: sums in use and in transfer, shares, raw and image sums
+        else:
+            # Two blocks of texts, one in use and one in transfer, in the dtype of the features. Seven blocks in fp32,
+            # among them the sums of the texts' gradients in use and in transfer, and those of the images' gradients
             held = shard * (2 * size + 7 * _FP32)
         return held + _STATISTICS * self.batch_size + (self._workspace if self.device == "cuda" else 0)
 
@@ -259,7 +262,8 @@ def plan(
 ) -> Plan:
     """Predict the memory of a training step.
 
-    Nothing is computed or allocated, so a model from ``create_model(name, device="meta")`` is enough.
+    The step is measured on tensors that have sizes but no memory, so a model from ``create_model(name, device="meta")``
+    is enough.
 
     Args:
         model: model from `create_model`, with gradient checkpointing and locked towers set as in training.

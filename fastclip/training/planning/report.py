@@ -59,10 +59,14 @@ def _rows(p: Plan) -> Iterator[tuple[str, int, str]]:
         yield (
             "gathered",
             p.gathered,
-            f"two blocks, parameters outside of blocks{'' if p.cached else ', gradients of one block'}",
+            f"two transformer blocks, parameters outside of blocks{'' if p.cached else ', gradients of one block'}",
         )
     when = ", unsharded until the last micro-batch" if p.sharded and p.cached else ""
-    when = when if p.gradients_stay else ", which appear as activations are freed: the total counts those at the peak"
+    when = (
+        when
+        if p.gradients_stay
+        else ", which appear as activations are freed: the total includes the gradients that exist at the peak"
+    )
     yield "gradients", p.gradients, f"of {trained}{when}"
     if p.buckets:
         yield "DDP's buckets", p.buckets, "for exchanging gradients in the last micro-batch"
@@ -76,10 +80,14 @@ def _rows(p: Plan) -> Iterator[tuple[str, int, str]]:
         yield "workspace", p.workspace, "logits of the loss, kept between steps"
     yield "activations", p.activations, f"of a micro-batch of {pairs:,}, with all temporary tensors"
     if p.cached:
-        yield "loss", p.loss, "not at the same time as the activations: the total counts the larger of the two"
+        yield "loss", p.loss, "not at the same time as the activations: the total includes the larger of the two"
     else:
         kept = readable(p.footprint.kept(p.pairs))
-        yield "loss", p.loss, f"beside {kept} of activations: the total counts this sum, or all activations if larger"
+        yield (
+            "loss",
+            p.loss,
+            f"beside {kept} of activations: the total includes their sum, or the activations above if larger",
+        )
     what = "CUDA and libraries" if p.device == "cuda" else "Python and libraries"
     note = f"{readable(PROCESS[p.device])} for {what}, {FRAGMENTATION:.0%} of the rest for the allocator"
     yield "reserve", p.reserve, note

@@ -167,8 +167,8 @@ def check_room(folder: Path, model: nn.Module, *, ema: bool = False) -> None:
         copies = 1 + (1 if ema else 0) + (2 if p.requires_grad else 0)  # both optimisers keep two states for each
         need += p.numel() * p.element_size() * copies
     if (free := _free_bytes(folder.parent)) < need:
-        sizes = f"a checkpoint needs at least {need:,} bytes, but the disk has {free:,} free"
-        raise OSError(f"{folder.parent} is too small for this run: {sizes}")
+        sizes = f"a checkpoint needs at least {need:,} bytes, but {free:,} bytes are free"
+        raise OSError(f"the disk of {folder.parent} has too little space: {sizes}. Choose another --output")
 
 
 def _free_bytes(folder: Path) -> float:
@@ -180,7 +180,7 @@ def _what_failed(path: Path, snapshot: Snapshot, error: Exception) -> str:
     message = f"the checkpoint {path} was not written: {getattr(error, 'strerror', None) or error}. "
     message += f"It needs {snapshot.size:,} bytes"
     with suppress(OSError):
-        message += f", and the disk has {shutil.disk_usage(path.parent).free:,} free"
+        message += f", and the disk has {shutil.disk_usage(path.parent).free:,} bytes free"
     with suppress(ImportError):  # Windows
         import resource
 
@@ -205,7 +205,9 @@ def load_checkpoint(
     import torch.distributed.checkpoint.state_dict as sharded
 
     if ema is not None and not (path / "ema.safetensors").is_file():
-        raise ValueError(f"{path} holds no moving average: it was written without --ema")
+        raise ValueError(
+            f"{path} has no moving average, because it was written without --ema: leave out --ema, or start a new run"
+        )
     state = read_state(path, "param_groups", *(["ema_updates"] if ema is not None else []))
     if ema is not None:
         _set_model_state(model, path / "ema.safetensors")  # through the model, which knows how it is sharded
@@ -311,7 +313,9 @@ def set_aside_after(folder: Path, step: int) -> None:
     for path in _by_step(folder):
         if _step(path) > step:
             name = set_aside(path).name
-            logger.warning("%s is after step %d, at which this run begins: renamed to %s", path, step, name)
+            logger.warning(
+                "%s belongs to a step after step %d, at which this run begins: renamed to %s", path, step, name
+            )
 
 
 def set_aside_run(folder: Path) -> None:
@@ -328,7 +332,7 @@ def set_aside_run(folder: Path) -> None:
 
 
 def mend_checkpoints(folder: Path) -> None:
-    """Remove the partial checkpoints in `folder` of processes that died while writing them."""
+    """Remove the partial checkpoints that processes left in `folder` when they died."""
     mend_folders(folder, "step-*")
 
 

@@ -142,7 +142,8 @@ class Loop:
             # `watched` is left last: until then a first signal lets `saver` finish the checkpoint that it is writing,
             # and a second one ends the process
             with self.signals.watched(), self.saver, self._progress:
-                if not self.validated and self._validation_is_due(self.first):  # the run may have died during it
+                # An earlier process may have died during the validation of this step
+                if not self.validated and self._validation_is_due(self.first):
                     self._validate(self.first)
                 batches, meter = self._batches(), Meter(options.batch_size)
                 for step in range(self.first, self.last):

@@ -83,7 +83,7 @@ def cut_metrics(file: Path, step: int) -> int | None:
             if line.strip(b"\0 ") and number < len(lines):  # a crash may cut the last line or leave blocks of zeros
                 unread += 1
     if unread:
-        logger.warning("%s: %d lines cannot be read and are left out", file, unread)
+        logger.warning("%s: %d lines cannot be read and are removed", file, unread)
     write_bytes(file, b"".join(kept))
     return validated if kept else None
 

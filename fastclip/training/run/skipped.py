@@ -43,7 +43,7 @@ class Skipped:
         faults = [fault for batch in batches for fault in batch.skipped]
         if mean_over_ranks(torch.tensor(float(len(faults)), device=self._world.device), self._world) == 0:
             return
-        # Most steps have no bad samples and return above: exchanging a number is cheaper than pickled objects
+        # Most steps have no bad samples and return above: exchanging a number is cheaper than exchanging objects
         everyone = of_all_ranks(faults, self._world)
         for fault in self.tally.add(fault for of_rank in everyone for fault in of_rank):
             logger.warning("skipped, %s: %s: %s", fault.cause, fault.key, fault.reason)

@@ -39,19 +39,19 @@ def cached_step(
 
     Args:
         forward: model or function, called as ``forward(*micro_batch)``. It returns two or more features of the
-            micro-batch, each (size, D), followed by the other inputs of the loss, which are tensors () and the same
-            for every micro-batch: the scale, already exponentiated, and a bias. `DualEncoder` and open_clip's models
-            have this form.
+            micro-batch, each (size, D), followed by the other inputs of the loss, which are scalar tensors and the
+            same for every micro-batch: the scale, already exponentiated, and a bias. `DualEncoder` and open_clip's
+            models have this form.
         micro_batches: arguments of each call of `forward`. The sizes of micro-batches may differ.
         loss: function that is called once, as ``loss(*all features, *the rest)``, with features (N, D) in the order of
-            the micro-batches. It returns a tensor (). With ``group=`` it is the loss over all ranks. Parameters of
+            the micro-batches. It returns a scalar tensor. With ``group=`` it is the loss over all ranks. Parameters of
             `modules` that it reads directly, such as ``model.logit_scale``, get gradients too, which
             DistributedDataParallel averages. If FSDP has sharded a parameter, `forward` must return its value instead.
-            No other tensor that remains from a pass gets a gradient.
-        modules: modules that `forward` runs (default: `forward` itself, if it is a module). They must be given if
-            `forward` is a function around DistributedDataParallel or FSDP, whose gradients are exchanged in the last
-            micro-batch only, around a model with buffers that a pass changes, or around a model that draws random
-            numbers on a GPU on which none of the arguments are.
+            Other tensors that `forward` stores and `loss` reads, such as an attribute of the model, get no gradient.
+        modules: modules that `forward` runs (default: `forward` itself, if it is a module). If `forward` is a function
+            that calls a module, the module must be given in three cases. First, it is wrapped in
+            DistributedDataParallel or FSDP, whose gradients are exchanged in the last micro-batch only. Second, a
+            forward pass changes its buffers. Third, it draws random numbers on a GPU that holds none of the arguments.
         keep_on: device on which features are stored and the loss is computed (default: the features' device).
         grad_scaler: ``torch.amp.GradScaler`` by whose scale the gradients are multiplied.
 
@@ -60,11 +60,11 @@ def cached_step(
 
     Raises:
         TypeError: a micro-batch is a tensor, a mapping or a string instead of a sequence of arguments.
-        ValueError: there are no micro-batches, `forward` or `loss` returns something else than described above, `loss`
-            directly reads a parameter that FSDP has sharded, or a tensor of a micro-batch has changed.
+        ValueError: there are no micro-batches, `forward` or `loss` returns something other than what is described
+            above, `loss` directly reads a parameter that FSDP has sharded, or a tensor of a micro-batch has changed.
 
     Dropout and drop path draw the same masks in both passes: torch's generators of the CPU and of all GPUs on which
-    arguments or modules are located are replayed, and afterwards continue from their state after the loss. The
+    arguments or modules are located are replayed. Then they are set to the state that they had after the loss. The
     generators of Python and numpy are not replayed. Buffers are replayed, too, and change only once. BatchNorm
     normalises with the statistics of a micro-batch, as in gradient accumulation, and is the only layer with which the
     gradients differ from those of a single pass over the whole batch. `torch.autocast` around the call applies to both
@@ -100,7 +100,7 @@ class _Passes:
         del outputs  # frees their memory for the loss
         value = loss(*features, *rest)
         if not isinstance(value, Tensor) or value.dim() != 0:
-            raise ValueError(f"loss must return a tensor (), got {_described(value)}")
+            raise ValueError(f"loss must return a scalar tensor, got {_described(value)}")
         scaled = value if grad_scaler is None else grad_scaler.scale(value)
         direct = _backward(scaled, [*features, *rest], self._modules)
         self._second([None if x.grad is None else x.grad.split(sizes) for x in features], rest, direct)
@@ -171,8 +171,8 @@ def _hooks(p: Tensor) -> list[dict[int, Any]]:
 def _before_last_pass(modules: Sequence[nn.Module], direct: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Return the entries of `direct` that are passed to the last backward pass, and add the others to ``.grad``.
 
-    With ``find_unused_parameters``, DistributedDataParallel has marked parameters that `forward` does not use as ready
-    and averages their ``.grad``. A gradient that autograd delivers for them later would be an error.
+    With ``find_unused_parameters``, DistributedDataParallel has already marked as ready the parameters that `forward`
+    does not use, and averages their ``.grad``. A gradient that autograd delivers for them later would be an error.
     """
     looking = (
         one for module in modules for one in _exchanging(module) if getattr(one, "find_unused_parameters", False)
@@ -315,8 +315,9 @@ def _restoring(states: tuple[Tensor, Any, Any]) -> Iterator[None]:
 
 
 class _Buffers:
-    """Buffers such as running statistics, which the second pass must read, and leave, as the first pass did.
+    """Buffers such as running statistics.
 
+    The second pass must find the buffers as the first pass found them, and leave them as the first pass left them.
     Between the passes a module may have written into a buffer or replaced it by another tensor.
     """
 
@@ -328,7 +329,7 @@ class _Buffers:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Record the buffers with which the first pass begins, after DistributedDataParallel has sent rank 0's."""
+        """Record the buffers with which the first pass begins, after DistributedDataParallel has sent rank 0's ones."""
         inner = [getattr(one, "module", None) for module in self._modules for one in _exchanging(module)]
         note = self._note
         # A compiled graph of the wrapper must not contain this hook. torch.compiler loads dynamo, which takes seconds

@@ -1,4 +1,4 @@
-"""The losses of `fastclip train` by name, each with the options and the temperature of its authors."""
+"""The losses of `fastclip train` by name, each with the options and the temperature of the paper that introduced it."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ class MovingAverage:
     def swap(self) -> None:
         """Exchange weights and averages in place; a second call restores them.
 
-        Validation and saving use the averages this way: the model is sharded under FSDP, and gathers and saves whatever
-        its parameters hold.
+        Validation and saving need the averages in the model itself, because under FSDP only the model can gather its
+        sharded parameters.
         """
         for average, p in zip(self.averages, self._parameters):
             weight = p.detach().clone()

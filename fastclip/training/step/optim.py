@@ -73,7 +73,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the norm () of all gradients together. Every rank gets the norm of the unsharded gradients under FSDP2."""
     from torch.distributed.tensor import DTensor  # slow to load
 
-    # torch's function cannot mix plain and sharded tensors, and FSDP leaves numbers plain
+    # torch's function cannot mix plain and sharded tensors, and FSDP does not shard scalar parameters
     norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in _kinds(parameters)]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())

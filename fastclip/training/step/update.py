@@ -47,11 +47,11 @@ class Stepper:
         optimizer: optimiser of the model's parameters.
         world: this process and its group.
         ema: moving average that is updated after each update of the weights.
-        max_grad_norm: norm to which longer gradients are scaled down (None: no clipping).
+        max_grad_norm: largest norm of the gradients; larger gradients are scaled down to it (None: no clipping).
         autocast: dtype in which the towers compute (None: the dtype of the weights).
         keep_on: argument of `cached_step`.
         cached: use `cached_step` for a single micro-batch, too. This is needed if other ranks have several, because
-            the features of all ranks must agree in whether they require gradients.
+            the features of all ranks must agree on whether they require gradients.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Stepper:
     ) -> str:
         """Return `message` with the samples or weights that caused it, over all ranks.
 
-        The first cause in the order of a step's computation is named.
+        If there are several causes, the one that a step computes first is named.
         """
         keys = [key for batch in batches for key in batch.keys]
 
@@ -168,7 +168,7 @@ class Stepper:
             "image features": named(features[:1]),
             "text features": named(features[1:2]),
         }
-        if with_gradients:  # if the loss is not finite, hardly any gradient is, and they name no cause
+        if with_gradients:  # if the loss is not finite, neither are most gradients, which then do not show the cause
             causes["gradients"] = [n for n, p in parameters.items() if p.grad is not None and not _finite(p.grad)]
         message += "; training stopped before its update: "
         everyone = of_all_ranks(causes, self.world)
