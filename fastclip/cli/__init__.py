@@ -50,12 +50,8 @@ _COMMANDS = {
     "bench": (bench, "time the losses on this machine beside open_clip's"),
     "parity": (parity, "compare the losses of several processes with those of one process"),
 }
-_OF_SEARCH = (
-    "search",
-    "serve",
-    "filter",
-    "embed",
-)  # these commands need the extra `search`, all others the extra `train`
+# These commands need the extra `search`, all others the extra `train`
+_OF_SEARCH = ("search", "serve", "filter", "embed")
 _OWN_PARSER = ("train", "finetune")  # tyro reads the options of these
 
 
@@ -119,5 +115,5 @@ def _parser() -> argparse.ArgumentParser:
     for name, (module, summary) in _COMMANDS.items():
         # argparse must not expand an abbreviation that could be an option of tyro's parser
         foreign = name in _OWN_PARSER
-        module.add(add_command(commands, name, summary, add_help=not foreign, allow_abbrev=not foreign))
+        module.add(commands.add_parser(name, help=summary, add_help=not foreign, allow_abbrev=not foreign))
     return parser

@@ -47,12 +47,6 @@ def describe(parser: argparse.ArgumentParser, description: str, *examples: str) 
     parser.epilog = _EXAMPLES + "\n".join(examples).replace("\n", "\n  ")
 
 
-def add_command(commands: Any, name: str, summary: str, **settings: Any) -> argparse.ArgumentParser:
-    """Add a subcommand to `commands`, whose help lists it with the one-line `summary`."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, **settings)
-    return parser
-
-
 def add_training_option(
     parser: argparse.ArgumentParser, name: str, *, default_words: str = "", **settings: Any
 ) -> None:
