@@ -30,6 +30,7 @@ from benchmarks.losses.peak_memory import peak_of, return_what_is_freed
 from benchmarks.losses.peers import Unavailable
 from benchmarks.ranks.counting import Counts, counted
 from fastclip.bench.losses import SCALARS, CheckFailed, Loss, features
+from fastclip.distributed import before_group
 from fastclip.parity.truth import blockwise_truth
 from fastclip.system.installed import installed_version
 
@@ -183,6 +184,7 @@ def _work(rank: int, case: Case, names: list[str], rounds: int, peak: bool, fold
     warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
     if peak:
         return_what_is_freed()
+    before_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=case.W)
     losses, status = _losses(names)
     rows = slice(rank * case.local_N, (rank + 1) * case.local_N)

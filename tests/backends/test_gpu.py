@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fastclip
 from fastclip._backends import pick
+from fastclip.distributed import before_group
 from fastclip.parity.promised import LOSS, TENSOR_CORES
 from support.accuracy import check, poisoned
 from support.kinds import GPU_KINDS, Kind, each_kind, uneven
@@ -271,6 +272,7 @@ def nccl(tmp_path: Path) -> Iterator[Any]:
     """NCCL group of one rank, which exercises as much of NCCL's collectives as a single GPU can."""
     if not dist.is_nccl_available():
         pytest.skip("this torch has no NCCL")
+    before_group()
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()

@@ -34,6 +34,7 @@ from fastclip.evaluation.retrieval import retrieval_recalls
 from fastclip.evaluation.validate import validate
 from fastclip.models.embedder import Embedder
 from support.faulty import picture, write_folder
+from support.processes import join_group
 
 KS = (1, 2, 5, 10, 100)
 
@@ -409,7 +410,7 @@ SOURCES = (Pictures(), Pictures(2), Pictures(1, 0), Pictures(classes=4), Faulty(
 
 def work(rank: int, W: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W)
+    join_group(rank, W, folder)
     calls = 0
 
     def encoded(*_: Any) -> None:

@@ -17,7 +17,7 @@ import fastclip
 from fastclip.parity.promised import LOSS
 from fastclip.parity.truth import truth
 from support.accuracy import check_gradient, pairs
-from support.processes import ended, forked, forks
+from support.processes import ended, forked, forks, join_group
 
 SCALE = 7.0
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -212,7 +212,7 @@ def work(rank: int, folder: Path) -> None:
     calls.
     """
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    join_group(rank, 2, folder)
     found: dict[str, Any] = {}
     for case in ("some", "none"):
         image, text, y, t = sharded(case, rank)

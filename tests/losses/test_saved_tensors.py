@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastclip
+from fastclip.distributed import before_group
 from support.accuracy import leaves, pairs
 
 LABELS = {"image_labels": torch.arange(20) % 7, "text_labels": torch.arange(20) * 3 % 7}
@@ -85,7 +85,7 @@ def test_second_derivatives_in_a_checkpoint(name: str, way: Callable[..., Tensor
 @pytest.fixture
 def group() -> Iterator[Any]:
     """Process group of this process alone."""
-    importlib.import_module("torch.distributed.nn")  # before the group: its default arguments would keep it
+    before_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()

@@ -171,3 +171,19 @@ def test_native_code_is_free_of_frameworks() -> None:
         allowed = {"pybind11"} if path.parent.name == "bindings" else set()
         found = set(INCLUDE.findall(path.read_text()))
         assert found <= allowed, f"{path.relative_to(ROOT)} includes {found}"
+
+
+def test_groups_end_with_their_threads() -> None:
+    """Whatever creates a process group first calls `before_group`, so that no thread of gloo is left at the exit."""
+    made = 0
+    for folder in ("fastclip", "benchmarks", "tests", "examples"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for function in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(function, ast.FunctionDef):
+                    continue
+                calls = [x for x in ast.walk(function) if isinstance(x, ast.Call)]
+                first = {ast.unparse(x.func): x.lineno for x in sorted(calls, key=lambda x: -x.lineno)}
+                if line := first.get("dist.init_process_group"):
+                    made += 1
+                    assert first.get("before_group", line) < line, f"{path.relative_to(ROOT)}:{line}"
+    assert made >= 5

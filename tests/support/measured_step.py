@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.losses.peak_memory import peak_of, return_what_is_freed
 from fastclip import contrastive_loss, create_model
+from fastclip.distributed import before_group
 from fastclip.system.env import launched
 from fastclip.training import cached_step
 
@@ -43,6 +44,7 @@ def _group() -> Iterator[None]:
     if launched() is None:
         yield
         return
+    before_group()
     dist.init_process_group("gloo")
     yield
     dist.destroy_process_group()

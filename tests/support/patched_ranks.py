@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPConfig, CLIPModel
 
 from fastclip.integrations import patch_open_clip, patch_transformers, unpatch
+from support.processes import join_group
 
 N = 6  # pairs per rank
 FLAGS = [(local, gather) for local in (False, True) for gather in (False, True)]
@@ -90,7 +91,7 @@ def work(rank: int, folder: str) -> None:
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("fastclip").addHandler(handler)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    join_group(rank, 2, folder)
     found = {"open_clip": of_open_clip(rank), "transformers": of_transformers(rank), "warnings": warnings}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import glob
 import os
 import signal
@@ -95,6 +96,20 @@ def wait_for(is_so: Callable[[], bool], seconds: float = 120) -> None:
 def in_session(session: int) -> list[str]:
     """List the living processes of a session, none on systems without /proc."""
     return [str(process) for process in _processes() if process.session == session]
+
+
+def join_group(rank: int, ranks: int, folder: str | Path, seconds: float = 1800) -> None:
+    """Join a gloo group of `ranks` processes, which meet in `folder` and wait at most `seconds` for each other.
+
+    Its threads end with `destroy_process_group`, so that none of them aborts the process at its exit.
+    """
+    import torch.distributed as dist
+
+    from fastclip.distributed import before_group
+
+    before_group()
+    where, limit = f"file://{folder}/meet", datetime.timedelta(seconds=seconds)
+    dist.init_process_group("gloo", where, rank=rank, world_size=ranks, timeout=limit)
 
 
 def gloo_threads() -> int:

@@ -9,7 +9,6 @@ The processes are forked, so that torch is imported once, and meet at a file of 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import importlib
 import itertools
 import multiprocessing
@@ -34,6 +33,7 @@ from torch import Tensor
 import fastclip
 from fastclip.distributed import collectives, ring
 from support.accuracy import counted_products, pairs
+from support.processes import join_group
 
 SCALE = 7.0
 SHARDS = {"equal": [6, 6, 6, 6], "unequal": [7, 0, 3, 5], "empty last": [0, 5, 4, 0], "large": [150, 150, 150, 150]}
@@ -453,8 +453,7 @@ FAULT_SECONDS = 2.0  # the group's timeout if a rank ends or stops
 def work(rank: int, W: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    seconds = datetime.timedelta(seconds=300)  # a rank waits while another compiles
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W, timeout=seconds)
+    join_group(rank, W, folder, seconds=300)  # a rank waits while another compiles
     cases = Rank(rank, W)
     found = {name: getattr(cases, name)() for name in CASES if W in WORLDS.get(name, [W])}
     torch.save(found, folder / f"{rank}.pt")
@@ -465,8 +464,7 @@ def work(rank: int, W: int, folder: Path) -> None:
 def work_with_fault(rank: int, W: int, folder: Path, fault: str) -> None:
     """Run a loss in which rank 1 ends in the ring's second step, or stops before it joins a gather."""
     torch.set_num_threads(1)
-    seconds = datetime.timedelta(seconds=FAULT_SECONDS)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W, timeout=seconds)
+    join_group(rank, W, folder, FAULT_SECONDS)
     batch = Batch("equal", "plain", "float32", W, rank)
     sharded(batch, dist.group.WORLD, comm="ring")
     dist.barrier()

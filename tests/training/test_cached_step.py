@@ -22,6 +22,7 @@ import fastclip
 from fastclip.training import cached_step
 from support import needs
 from support.cached import Pair, Towers, assert_same, clip, cut, gradients, kept_whole, rows, sigmoid, unicl
+from support.processes import join_group
 
 
 @pytest.mark.parametrize("loss", [clip, unicl, sigmoid])
@@ -403,7 +404,7 @@ BY_ITSELF = {
 
 def work(rank: int, W: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W)
+    join_group(rank, W, folder)
     model = Pair()
     wrapped = nn.parallel.DistributedDataParallel(model)
     exchanged = 0
@@ -479,10 +480,9 @@ def test_ddp_replays_the_buffers_that_it_gave(name: str, ranks: list[Any]) -> No
 def test_towers_in_a_module_exchange_once(ranks: list[Any]) -> None:
     model = Pair()
     fastclip.sigmoid_loss(*model(*rows())).backward()
-    towers = [*model.image.parameters(), *model.text.parameters()]
     for *_, found in ranks:
         grads, exchanged = found["towers"]
-        assert exchanged == sum(p.numel() for p in towers)
+        assert exchanged == sum(p.numel() for p in (*model.image.parameters(), *model.text.parameters()))
         scalars = {p.shape for p in (model.log_scale, model.bias)}
         for ours, p in zip(grads, model.parameters()):
             if p.shape not in scalars:  # the caller averages the scalars

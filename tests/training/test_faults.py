@@ -18,6 +18,7 @@ from PIL import Image
 
 from support import needs
 from support.faulty import HTML, picture, write_folder
+from support.processes import join_group
 
 needs("train")
 
@@ -144,7 +145,7 @@ def test_share_is_exact_at_the_end_of_an_epoch_and_beyond_chance_before() -> Non
 
 
 def work(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    join_group(rank, 2, folder)
     skipped, said = Skipped(Order(100, 10, 0), 0.04, World(rank, 2, CPU, dist.group.WORLD)), []
     nothing = torch.zeros(0)
     for step in range(9):

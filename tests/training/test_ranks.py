@@ -20,6 +20,7 @@ import fastclip
 from fastclip.parity.promised import LOSS
 from support import needs
 from support.once import once
+from support.processes import join_group
 
 needs("train")
 
@@ -59,7 +60,7 @@ def options(folder: Path, **changed: Any) -> TrainOptions:
 
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W)
+    join_group(rank, W, folder)
     for name, changed in CASES.items():
         run = train(options(folder / name, **changed))
         (folder / f"{name} {rank}.json").write_text(json.dumps([run.losses, run.validation]))
@@ -182,7 +183,7 @@ def test_loss_that_reads_a_shard_by_itself_is_refused(folder: Path) -> None:
 
 
 def _sees(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=W)
+    join_group(rank, W, folder)
     table = folder / f"{rank}.csv"
     table.write_text("filepath,title\n" + "a.png,x\n" * (30 + rank))
     try:
