@@ -211,10 +211,11 @@ PROMISES = [
     ),
     Promise(
         PROCESSES,
-        "No process of `fastclip train` or `fastclip parity` crashes at exit because of a thread of its process group",
+        "No process of `fastclip train`, `fastclip parity` or a benchmark crashes at exit because of a thread of its process group",
         tests=[
             "training/test_interrupted.py::test_threads_end_with_the_group",
             "distributed/test_parity.py::test_parity_finds_a_broken_loss_under_torchrun",
+            "package/test_layering.py::test_groups_end_with_their_threads",
         ],
         breaks=[
             Break(
@@ -232,6 +233,12 @@ PROMISES = [
             Break(
                 "threads: parity loads it too late",
                 "fastclip/parity/processes.py",
+                old="    before_group()",
+                new="",
+            ),
+            Break(
+                "threads: a benchmark loads it too late",
+                "benchmarks/ranks/distributed.py",
                 old="    before_group()",
                 new="",
             ),
