@@ -68,7 +68,7 @@ def check_name(name: str | None) -> None:
 
 
 def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
-    """Return the name and the module of the named backend, or of the best for features like `image`.
+    """Return the name and the module of the named backend, or of the best backend for features like `image`.
 
     If a backend is named (by the argument, else by FASTCLIP_BACKEND) and does not support the features, raise
     RuntimeError with the reason. An automatic choice continues with the next backend.
@@ -80,7 +80,10 @@ def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
         module = _BACKENDS[name]
         reason = module.missing() or module.refuses(image, named=True)
         if reason:
-            raise RuntimeError(f"backend={name!r} cannot serve this call: {reason}")
+            raise RuntimeError(
+                f"backend={name!r} cannot serve this call: {reason}. To let fastclip choose a backend, pass "
+                f"backend=None and unset FASTCLIP_BACKEND"
+            )
         return name, module
     for name in _OF_DEVICES.get(image.device.type, ()):
         module = _BACKENDS[name]
@@ -90,7 +93,9 @@ def pick(name: str | None, image: Tensor) -> tuple[str, ModuleType]:
 
 
 def serving(name: str | None, p: Problem) -> ModuleType:
-    """Return the backend module that computes a problem: the choice of `pick`, or the reference for an empty shard.
+    """Return the backend module that computes the loss of `p`.
+
+    This is the choice of `pick`, or the reference if `p` has no images or no texts, as on a rank with an empty shard.
 
     If the reference is used without having been named, a warning with the reason is logged once per process and device.
     """
@@ -123,7 +128,8 @@ def _warn_of_reference(image: Tensor) -> None:
         reason = str(module.missing() or module.refuses(image, named=False))
         todo = mending(name, reason)
     logger.warning(
-        "dense torch computes the loss, stores the N x N similarities and takes several times as long: %s%s "
+        "the reference backend computes the loss: it stores the N x N similarities and takes several times as long. No "
+        "faster backend can be used, because %s%s "
         "(pass backend='reference' to silence this warning)",
         *(reason, todo and f"; to fix it: {todo}"),
     )

@@ -1,8 +1,9 @@
-"""The CUDA backend: tile kernels for Hopper (csrc/cuda), which do all work except O((M + N) D).
+"""The CUDA backend: tile kernels for Hopper (csrc/cuda), which do all work except steps of cost O((M + N) D).
 
 The mean contrastive loss and the sigmoid loss of pairs without labels are computed in native code from end to end. In
-all other cases norms, reductions, repairs and the finish are kernels of the Triton backend, whose launchers start these
-tile kernels instead of Triton's.
+all other cases the launchers of the Triton backend start these tile kernels instead of Triton's, and the remaining
+kernels are Triton's. They compute norms and reductions, turn weighted sums of features into gradients (the finish), and
+compute a problem again if the range of its logits was too large for the fast kernels (a repair).
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def _driver_reason() -> str | None:
     if driver == 0:
         return "there is no NVIDIA driver"
     if driver // 1000 < built // 1000:
-        return f"the NVIDIA driver serves CUDA {_version(driver)}, the native module was built with {_version(built)}"
+        return (
+            f"the NVIDIA driver supports CUDA {_version(driver)}, but the native module was built with CUDA "
+            f"{_version(built)}"
+        )
     return None
 
 
@@ -103,7 +107,7 @@ class _Tiles:
         self.stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
     def config(self, kernel: str, M: int, N: int, labels: bool) -> Any:
-        """Choose wide tiles, unless they leave processors idle that narrow tiles would use."""
+        """Choose wide tiles, unless these leave multiprocessors (SMs) idle and narrow tiles would use more of them."""
         wide = _module.TILE_N_LABELS if labels and kernel == "contrastive_fwd" else _module.TILE_N
         few = ceil_div(M, 2 * _module.TILE_M) * ceil_div(N, wide) <= self.processors // 4
         return self.new_config(_module.TILE_M, _module.TILE_N_SMALL if few else wide, 64, 12, 1)
@@ -207,7 +211,10 @@ def plain_saved(N: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _blocks(N: int, rows: int, columns: int) -> list[tuple[int, int, int, int]]:
-    """Return (i0, i1, j0, j1) of every block of weights: rows i0 to i1 and columns j0 to j1, without i1 and j1."""
+    """Return (i0, i1, j0, j1) of every block of weights, the derivatives of the loss with respect to the logits.
+
+    A block has the rows i0 to i1 - 1 and the columns j0 to j1 - 1.
+    """
     chunks = _launch().chunks
     return [(*across, *along) for across in chunks(N, rows) for along in chunks(N, columns)]
 
@@ -303,10 +310,11 @@ def _add_products(
     rows: int,
     needs: Sequence[bool],
 ) -> None:
-    """Add a block of weights times the rows x of images and y of texts to the gradient sums in `work`, in fp32.
+    """Add the products of a block of weights with y (text rows) and x (image rows) to the gradient sums in `work`.
 
-    `work` has the dtype of the features. The weights begin at element `weights_at`, with a row stride of `stride`
-    elements. The sums begin at element `sums_at`: first those of at most `rows` images, then those of all texts.
+    `work` is allocated in the dtype of the features, and positions are counted in its 16-bit elements. The weights
+    begin at element `weights_at`, with a row stride of `stride` elements. The sums begin at element `sums_at` and are
+    fp32 numbers of two elements each: first the sums of at most `rows` images, then the sums of all texts.
     """
     i0, i1, j0, j1 = block
     (N, width), size, wide = x.shape, i1 - i0, j1 - j0
@@ -326,7 +334,7 @@ def _add_products(
 def sigmoid_fwd(
     p: Problem, bias: Tensor, divisor: int, needs: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
-    """Compute `reference.sigmoid_fwd`. For pairs it is native code with three kernel launches."""
+    """Compute `reference.sigmoid_fwd`. The loss of pairs is computed by native code in three kernel launches."""
     image, text, scale, _, offset, _, normalize = p
     fp32 = scale.dtype is bias.dtype is torch.float32
     if offset or image.shape != text.shape or not fp32:
@@ -346,7 +354,8 @@ def sigmoid_fwd(
     outputs = (
         loss.data_ptr(),
         dtype is torch.float64,
-        *[0 if x is None else x.data_ptr() for x in (d_image, d_text, scalars)],  # a generator costs a call per item
+        # A list, because a generator costs one more call per item
+        *[0 if x is None else x.data_ptr() for x in (d_image, d_text, scalars)],
     )
     for block in _blocks(N, rows, columns):
         i0, _, j0, j1 = block

@@ -45,7 +45,7 @@ class Side(NamedTuple):
 
 
 class SideGrads(NamedTuple):
-    """Derivatives of the loss by the statistics of one side. Inverse norms have none."""
+    """Derivatives of the loss with respect to the statistics of one side. Inverse norms have no derivative."""
 
     neg: Tensor
     pos: Tensor

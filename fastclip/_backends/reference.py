@@ -1,4 +1,4 @@
-"""The losses in dense torch: the definition that all other backends are compared with.
+"""The losses in plain torch operations: the definition that all other backends are compared with.
 
 They are differentiable twice, run on any device in any floating dtype (16-bit features are computed in fp32), and need
 M x N memory.
@@ -91,7 +91,7 @@ def _logsumexp(z: Tensor, kept: Tensor, dim: int) -> Tensor:
     has_any = kept.any(dim)
     top = torch.where(has_any, _largest(z.detach(), dim), 0.0)
     total = (z - top.unsqueeze(dim)).exp().sum(dim)
-    # The inner where keeps log away from 0, where its infinite gradient would become NaN in the outer where
+    # The inner `where` keeps log away from 0: its infinite gradient there would become NaN in the outer `where`
     return torch.where(has_any, torch.where(has_any, total, 1.0).log() + top, -torch.inf)
 
 
@@ -139,7 +139,7 @@ def contrastive_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of image (M, D), text (N, D) and scale (), with None for those that `needs` excludes.
 
-    `stats` are the results of `contrastive_fwd`, and `grads` the derivatives of the loss by them.
+    `stats` are the results of `contrastive_fwd`, and `grads` the derivatives of the loss with respect to them.
     """
     dtype = stats[0].inv_norm.dtype
     rows, cols = (Side(*(x.to(dtype) for x in side.tensors())) for side in stats)
@@ -240,7 +240,8 @@ def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss:
             out.append(None)
             continue
         dtype = d.dtype if d.dtype == torch.float64 else torch.float32
-        # d_loss stays in fp32. As a tensor () it does not promote d, so a bfloat16 product is rounded once.
+        # d_loss stays in fp32. A zero-dimensional tensor does not promote the dtype of the saved gradient d, so a
+        # bfloat16 product is rounded only once.
         product = d * (d_loss if d_loss.dtype == dtype else d_loss.to(dtype))
         out.append(product if product.dtype == x.dtype else product.to(x.dtype))
     return tuple(out)
@@ -249,6 +250,7 @@ def sigmoid_bwd(inputs: Sequence[Tensor], kept: Sequence[Tensor | None], d_loss:
 def saved_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of a gradient that is saved until d_loss is known.
 
-    It is fp32 for float16, which would flush to zero before a gradient scaler's factor is applied.
+    It is fp32 for float16 features: in float16, small gradients would be flushed to zero before they are multiplied by
+    d_loss, which includes a gradient scaler's factor.
     """
     return torch.float32 if x.dtype == torch.float16 else x.dtype

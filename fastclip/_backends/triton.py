@@ -40,7 +40,7 @@ def import_error() -> str | None:
     try:
         kernels = importlib.import_module("fastclip.triton_kernels")
         if _number(kernels.TRITON) < _number(kernels.OLDEST):
-            return f"it needs Triton {kernels.OLDEST} or newer, this is {kernels.TRITON}"
+            return f"it needs Triton {kernels.OLDEST} or newer, but {kernels.TRITON} is installed"
         importlib.import_module("fastclip.triton_kernels.launch")
     except Exception as error:  # an incomplete installation may raise anything
         return f"Triton does not load ({type(error).__name__}: {error})"
@@ -102,7 +102,7 @@ def _on_device(function: Any) -> Any:
 
 @_on_device
 def contrastive_fwd(p: Problem, maxima: bool = False, tiles: Any = None) -> Sides:
-    """Compute `reference.contrastive_fwd`. `tiles` (`triton_kernels.launch.Tiles`) replaces Triton's tiles."""
+    """Compute `reference.contrastive_fwd`. `tiles` (`triton_kernels.launch.Tiles`) replaces Triton's tile kernels."""
     launcher = importlib.import_module("fastclip.triton_kernels.contrastive_fwd")
     # Each statistic of the rows, then of the columns
     in_turn = launcher.contrastive_fwd(*p, maxima=maxima, tiles=tiles)

@@ -20,8 +20,9 @@ from fastclip.distributed.collectives import all_gather, resolve
 
 __all__ = ["Shards", "check_comm", "check_group", "meet", "reported"]
 
-# Parts of the row of 8-byte numbers that a rank sends: fields (whether it refused its arguments, images, texts, D,
-# dtype), scalars, hashes of options, and the error message of a rank that refused
+# Parts of the row of 8-byte numbers that a rank sends: five fields (1 if the rank refused its arguments, else 0; the
+# number of images; the number of texts; D; a code of the dtype), the scalars, hashes of the options, and the error
+# message of a rank that refused its arguments
 _WIDTHS = (5, 2, 12, 40)
 _MESSAGE_BYTES = 8 * _WIDTHS[-1]
 
@@ -50,7 +51,7 @@ def check_comm(comm: str) -> None:
 
 
 def check_group(group: Any) -> Any:
-    """Return the process group, or None for None.
+    """Return `group` as a process group. None stays None.
 
     A one-dimensional `torch.distributed.device_mesh.DeviceMesh` is replaced by its group. Raise TypeError for any other
     type, ValueError if this process is not a member, and RuntimeError if torch.distributed is not available or not
@@ -66,8 +67,8 @@ def check_group(group: Any) -> Any:
         raise ValueError("this process is not a member of group=")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"group must be a torch.distributed.ProcessGroup (torch.distributed.group.WORLD is all ranks), "
-            f"got {type(group).__name__}"
+            f"group must be a torch.distributed.ProcessGroup (torch.distributed.group.WORLD contains all ranks) or a "
+            f"one-dimensional DeviceMesh, got {type(group).__name__}"
         )
     if not dist.is_initialized():
         raise RuntimeError("group= needs torch.distributed: call init_process_group first (torchrun sets it up)")
@@ -140,7 +141,7 @@ def _agree(
     row = row.to(image.device)
     _, places, _, _ = _parts(row)
     for place, x in zip(places[: len(scalars)], scalars, strict=True):
-        place.copy_(x.double().reshape(()).view(torch.int64))  # on their device: the host does not wait
+        place.copy_(x.double().reshape(()).view(torch.int64))  # on the scalars' device, so the host does not wait
     pg = resolve(group)
     table, rank = _table(row, pg, image), dist.get_rank(pg)
     fields, bits, hashes, messages = _parts(table)
@@ -183,8 +184,8 @@ def _hash(text: str) -> int:
 def _table(row: Tensor, pg: Any, features: Any) -> Tensor:
     """Gather the rows (size,) of all ranks into a table (ranks, size), on the CPU.
 
-    The group determines the type of device that sends the rows, because a rank's features may be on a wrong one. If the
-    features are on a device of this type, it is used.
+    The rows are sent from a device of the type that the group requires, because the features of a rank may be on a
+    device that the group cannot use. If the type of the features' device is right, the rows are sent from that device.
     """
     c10d: Any = dist.distributed_c10d
     device = torch.device(c10d._get_object_coll_device(pg))
@@ -205,7 +206,7 @@ def _check_refusals(refused: Tensor, messages: Tensor) -> None:
 def _check_same(name: str, values: list[int], show: Callable[[int], str] | None, shown: str | None, rank: int) -> None:
     """Raise ValueError unless all ranks have the same value.
 
-    `show` formats a value. If it is None, the values are hashes, and `shown` is the text of the value on this rank.
+    `show` formats a value. If `show` is None, the values are hashes, and `shown` is the value of this rank as text.
     """
     if all(value == values[0] for value in values):
         return
@@ -214,4 +215,4 @@ def _check_same(name: str, values: list[int], show: Callable[[int], str] | None,
         message = f"{shown} on this rank ({rank}), another value on rank {', '.join(map(str, others))}"
     else:
         message = ", ".join(f"{show(value)} on rank {k}" for k, value in enumerate(values))
-    raise ValueError(f"the ranks of the group disagree in {name}: {message}")
+    raise ValueError(f"the ranks of the group disagree on {name}: {message}")

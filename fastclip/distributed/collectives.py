@@ -24,12 +24,13 @@ __all__ = ["all_gather", "before_group", "exchange_columns", "gather_rows", "res
 
 
 def before_group() -> None:
-    """Import torch.distributed.nn, which must happen before `init_process_group`.
+    """Import torch.distributed.nn, which must happen before `init_process_group` is called.
 
-    Its functions have the default group as a default argument, evaluated at import. DistributedDataParallel, functional
-    collectives and open_clip's losses import it when the group exists, and the group is then never freed. The threads
-    of gloo live as long as their group. Threads that still run at the interpreter's exit abort the process, about once
-    in some tens of runs.
+    The functions of torch.distributed.nn have the default group as a default argument, which is evaluated at import. If
+    the first import follows the creation of the group, this argument keeps the group alive for ever. Later code causes
+    such an import: DistributedDataParallel, functional collectives and open_clip's losses. gloo's threads live as long
+    as their group, and threads that still run when the interpreter exits abort the process in about one of every few
+    dozen runs.
     """
     if dist.is_available():
         import torch.distributed.nn  # noqa: F401  the import takes about 30 ms
@@ -77,8 +78,9 @@ def _adds_on_the_way(pg: Any, x: Tensor) -> bool:
 def _reduce(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     """Sum (sum(sizes), ...) over the ranks, and return the rows of this rank, (sizes[rank], ...).
 
-    NCCL adds while it sends, in fp32: in 16 bits it would round at every rank, and lose most of a sum of a thousand
-    shares. With gloo every rank sends its shares to their owner, which sums them in rank order, in fp32.
+    NCCL adds the shares while it sends them. It adds in fp32, because a 16-bit sum would be rounded at every rank: over
+    a thousand ranks, the sum would grow so large that rounding removes most of the later shares. With gloo every rank
+    sends its shares to their owner, which sums them in rank order, in fp32.
     """
     pg = resolve(group)
     size, largest = sizes[dist.get_rank(pg)], max(sizes)
@@ -178,7 +180,11 @@ def _save_group(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _sum_backward(ctx: Any, d: Tensor, d_after: Tensor) -> tuple[Any, ...]:
-    """Return the gradients of x and `after`. The latter passes through, so that its collective follows this one."""
+    """Return the gradients of x and `after`.
+
+    The gradient of `after` is passed on unchanged. It is an output of this op, so that the backward of the collective
+    that computed `after` runs after this op.
+    """
     return *torch.ops.fastclip.sum_over_ranks(d, d_after, ctx.group), None
 
 

@@ -52,7 +52,7 @@ class Ring:
         return self.first[self.rank] - self.first[owner]
 
     def exchange(self, sent: Tensor, received: Tensor) -> list[Any]:
-        """Start sending to the next rank and receiving from the previous one. Return the works to wait for."""
+        """Start sending to the next rank and receiving from the previous one. Return the `Work` handles to wait for."""
         # In one batch: NCCL runs separate calls one after another, and ranks that all send first would wait forever
         operations = []
         if len(sent):
@@ -93,7 +93,7 @@ class Sums:
         return self.arriving
 
     def add(self, share: Tensor) -> None:
-        """Add this rank's share for the block of the current step, and send the sum on."""
+        """Add this rank's share for the block of the current step, and send the sum to the next rank."""
         before = self._arrived()
         total = share if before is None else before.add_(share)
         self.step += 1

@@ -132,7 +132,7 @@ torch.library.define("fastclip::ring_sigmoid_fwd", f"({PAIRS}, {_RING}) -> ({', 
 
 @torch.library.impl("fastclip::ring_sigmoid_fwd", "default")
 def _sigmoid_fwd(*args: Any) -> tuple[Tensor, ...]:
-    """Compute `fastclip::sigmoid_fwd` of this rank's images and all texts; d_text (N, D) is of this rank's texts."""
+    """Compute `fastclip::sigmoid_fwd` of this rank's images and all texts. d_text (N, D) is for this rank's texts."""
     *of_pairs, sizes, group = args
     pairs = Pairs(*of_pairs)
     image, needs = pairs.image, pairs.needs
@@ -196,7 +196,7 @@ torch.library.register_autograd("fastclip::ring_sigmoid_fwd", _sigmoid_backward,
 
 def _no_second(ctx: Any, *grads: Tensor | None) -> Any:
     raise RuntimeError(
-        "comm='ring' has no second derivatives (create_graph=True was used through the loss); "
+        "comm='ring' has no second derivatives (the loss was differentiated with create_graph=True); "
         "pass comm='gather' and backend='reference'"
     )
 

@@ -22,9 +22,9 @@ __all__ = ["largest_over_ranks", "sharded_maxima", "sharded_statistics"]
 def sharded_statistics(p: Problem, shards: Shards, comm: str, backend: str | None) -> Sides:
     """Return differentiable statistics of this rank's images and texts in the whole batch.
 
-    `p.image` (M, D) and `p.text` (N, D) are this rank's, `p.labels` those of its images and of all texts. With comm
-    "gather" a rank holds all texts at once, with "ring" those of a few ranks at a time. In both cases gradients are
-    those of the sum of all ranks' losses.
+    `p.image` (M, D) and `p.text` (N, D) are the features of this rank, and `p.labels` the labels of its images and of
+    all texts. If `comm` is "gather", a rank holds all texts at once. If it is "ring", a rank holds the texts of a few
+    ranks at a time. In both cases gradients are those of the sum of all ranks' losses.
     """
     if comm == "ring":
         stats = ring_statistics(p, backend, shards.texts, shards.group)
@@ -34,7 +34,7 @@ def sharded_statistics(p: Problem, shards: Shards, comm: str, backend: str | Non
 
 
 def sharded_maxima(p: Problem, shards: Shards, backend: str | None) -> Sides:
-    """Return the statistics of `sharded_statistics` and the largest logits, without gradient."""
+    """Return the statistics of `sharded_statistics` and the largest logits. No result has a gradient."""
     rows, cols = contrastive_maxima(_with_all_texts(p, shards), backend)
     assert cols.neg_top is not None and cols.pos_top is not None
     tops = exchange_columns(torch.stack([cols.neg_top, cols.pos_top]), shards.texts, shards.group)
@@ -49,7 +49,7 @@ def _with_all_texts(p: Problem, shards: Shards) -> Problem:
 
 
 def largest_over_ranks(x: Tensor, shards: Shards) -> Tensor:
-    """Return the largest element () of the vectors x (size,) of all ranks, which must not be negative."""
+    """Return the largest element () of the vectors x (size,) of all ranks. No element may be negative."""
     largest = x.amax() if len(x) else x.new_zeros(())
     return gather_rows(largest.reshape(1), [1] * shards.ranks, shards.group).amax()
 
@@ -58,7 +58,7 @@ def _own_columns(stats: Sides, shards: Shards, labels: bool) -> Sides:
     """Replace the partial statistics of all columns by the complete ones of this rank's texts."""
     rows, cols = stats
     here = shards.own_texts
-    if not labels:  # the one positive of a column is in the rows of its owner, so `pos` is complete there
+    if not labels:  # the only positive of a column is a row of the rank that has the text, so `pos` is complete there
         (neg,) = exchange_columns(cols.neg[None], shards.texts, shards.group).unbind(1)
         return rows, Side(merge_logsumexp(neg), cols.pos[here], cols.pos_lse, cols.inv_norm[here])
     partial = torch.stack([cols.neg, cols.pos, cols.pos_lse])

@@ -46,7 +46,10 @@ def check_features(
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if type(x).__name__ == "DTensor":
-            raise TypeError(f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local(), and its group=")
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local(), and the process group of its "
+                f"mesh as group="
+            )
         if x.layout != torch.strided or x.is_nested:
             layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
             raise TypeError(f"{name} must be a dense tensor, got a {layout} one: pass {name}.to_dense()")
@@ -133,7 +136,7 @@ def check_labels(
 
 
 def check_share(name: str, value: Any) -> float:
-    """Return `value`, a number or a tensor of one element, as a float in [0, 1]."""
+    """Return `value`, a weight or fraction in [0, 1] as a number or a tensor of one element, as a float."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise TypeError(f"{name} does not receive a gradient: pass {name}.item()")
@@ -159,10 +162,11 @@ def check_reduction(reduction: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_shard(backend: str | None, image: Tensor, *others: Tensor) -> None:
-    """Raise errors before the ranks communicate that one rank alone would raise later, while the others wait for it.
+    """Before the ranks communicate, raise the errors that one rank alone would raise later while the others wait for it.
 
-    RuntimeError if the backend does not support features like `image`, or under torch.func transforms and forward-mode
-    derivatives, which the collectives do not support. ValueError if the environment's workspace size is not a number.
+    Raise RuntimeError if the backend does not support features like `image`, or under torch.func transforms and
+    forward-mode derivatives, which the collectives do not support. Raise ValueError if the workspace size in the
+    environment is not a number.
     """
     if transformed(image, *others):
         raise RuntimeError(
@@ -173,7 +177,7 @@ def check_shard(backend: str | None, image: Tensor, *others: Tensor) -> None:
 
 
 def can_be_read(x: Tensor) -> bool:
-    """Return True if reading the values of `x` waits for no device, and no trace or transform sees the call."""
+    """Return True if `x` can be read without waiting for a device, and the call is neither traced nor transformed."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
     return not recorded(x) and not transformed(x)
@@ -205,7 +209,8 @@ def scalar(name: str, value: Any, image: Tensor) -> Tensor:
     dtype = torch.promote_types(image.dtype, torch.float32)
     if not isinstance(value, Tensor):
         value = number(name, value, "a number or a torch.Tensor of one element")
-        if torch.compiler.is_compiling():  # a product: `new_full` would make the number a constant of the graph
+        if torch.compiler.is_compiling():
+            # Multiply, because `new_full` would make the number a constant of the graph
             return image.new_ones((), dtype=dtype) * value
         return image.new_full((), value, dtype=dtype)
     if type(value).__name__ == "DTensor":

@@ -81,35 +81,36 @@ def contrastive_loss(
             through the division.
         image_labels, text_labels: integers, (M,) and (N,). Every pair with equal labels is a positive, and the loss of
             a row is the mean of -log softmax over its positives (UniCL, Yang et al. 2022, equation 3, and Florence).
-            Rows and columns without a positive do not count in the mean, but remain negatives of the others.
-        exclude_self: with labels, pair (i, i) is neither a positive nor a negative. Use it for features against
-            themselves, ``contrastive_loss(x, x, s, image_labels=y, text_labels=y, exclude_self=True)``, where y is the
-            index of the image that a view was made from (SimCLR, Chen et al. 2020) or its class (SupCon, Khosla et al.
-            2020, L_out).
-        ignore_label: label, often -1, that marks rows without a class. They are neither positives nor negatives: loss
-            and gradients are those of the batch without them, and their own gradients are 0. The host waits for their
-            number. With None every label is a class, and a label of -1 is an error: a ValueError on a CPU, a
-            RuntimeError under torch.compile. On a GPU, where the host does not wait, it is a device-side assertion like
-            that of cross_entropy, after which the CUDA context is unusable. On other devices -1 is a class.
+            Rows and columns without a positive are left out of the mean, but remain negatives of the others.
+        exclude_self: with labels, pair (i, i) is neither a positive nor a negative. Use it when features are compared
+            with themselves, ``contrastive_loss(x, x, s, image_labels=y, text_labels=y, exclude_self=True)``, where y is
+            the index of the image that a view was made from (SimCLR, Chen et al. 2020), or the class of that image
+            (SupCon, Khosla et al. 2020, L_out).
+        ignore_label: label, often -1, that marks rows without a class. These rows are neither positives nor negatives:
+            loss and gradients are those of the batch without them, and the gradients of these rows are 0. The host
+            waits for the device, because it needs the number of remaining rows. With None every label is a class, and a
+            label of -1 is an error: a ValueError on a CPU, a RuntimeError under torch.compile. On a GPU the host does
+            not wait to check the labels, so the error is a device-side assertion like that of cross_entropy, after
+            which the CUDA context is unusable. On other devices -1 is a class.
         image_weight: weight w in [0, 1] of the image -> text direction (0.75 in ConVIRT, Zhang et al. 2020). ALIGN's
             sum of both directions is twice the default.
-        label_smoothing: eps in [0, 1]. The targets of a row are (1 - eps) / n on its n positives plus eps / N on all
-            columns (ALIGN: 0.1).
+        label_smoothing: eps in [0, 1] (ALIGN: 0.1). The targets of an image are (1 - eps) / n on its n positives plus
+            eps / N on all N texts. The targets of a text are the same with eps / M on all M images.
         reduction: "mean", "sum" (w sum_i + (1 - w) sum_j), or "none" (two vectors, the losses per image (M,) and per
             text (N,), not weighted).
         group: `torch.distributed` process group (``torch.distributed.group.WORLD``) or one-dimensional device mesh.
             The features and labels are then this rank's shard of the batch. Shards may differ in size or be empty.
             Without labels, image i of a rank belongs to its text i. The features of an empty shard must require
-            gradients if those of other ranks do. Call ``init_process_group`` first: before it, WORLD is None, and the
+            gradients if the features of other ranks do. Call ``init_process_group`` first: before it, WORLD is None, and the
             loss is that of this process alone.
-        comm: how the texts of other ranks are reached. "gather": every rank holds all texts, N x D, with one all-gather
+        comm: how a rank obtains the texts of the others. "gather": every rank holds all texts, N x D, with one all-gather
             in the forward and one reduce-scatter in the backward pass. "ring": texts pass from rank to rank while the
             previous block is computed, and a rank holds a few shards at a time.
         equal_shards: promise that all shards have the same size and all ranks pass the same options. Otherwise sizes
             and options are exchanged before every call, and the host waits for them. CUDA graphs and
-            ``torch.compile(fullgraph=True)`` need it.
+            ``torch.compile(fullgraph=True)`` need ``equal_shards=True``.
         backend: a name from `fastclip.backends()`. None chooses the best one that supports these features. Under
-            torch.func transforms and forward-mode derivatives it chooses the reference (dense torch, which stores the
+            torch.func transforms and forward-mode derivatives it chooses the reference (plain PyTorch, which stores the
             M x N matrix).
 
     Returns:
@@ -119,9 +120,10 @@ def contrastive_loss(
         losses / N), where M and N count the images and texts of the whole batch (with labels, those that have a
         positive). Gradients are those of the sum of all L_r. The mean over ranks that DDP or FSDP takes of the
         gradients is therefore exactly the gradient of the whole batch's mean loss, for the encoders and for
-        ``logit_scale``. To log the batch's loss, average L_r over the ranks:
-        ``torch.distributed.all_reduce(value, ReduceOp.AVG)`` of a detached copy (with gloo: SUM, divided by W). With
-        "sum" a rank returns W times the sums over its images and texts, with "none" the losses of its images and texts.
+        ``logit_scale``. To log the batch's loss, average L_r over the ranks: call
+        ``torch.distributed.all_reduce(value, ReduceOp.AVG)`` on a detached copy. gloo has no AVG: use SUM and divide by
+        W. With "sum" a rank returns W times the weighted sums over its images and texts, with "none" the losses of its
+        images and texts.
 
     Raises:
         ValueError: shapes, devices, options or labels do not fit, or the batch has no positive pair (checked on a CPU
@@ -130,8 +132,8 @@ def contrastive_loss(
         RuntimeError: the named backend does not support these features, ``group`` is given without torch.distributed,
             or ``group`` is used under torch.func.
 
-    With ``group``, a rank with invalid arguments raises its error, and all other ranks raise a ValueError that quotes
-    it. If ranks disagree in D, dtype, scale or options, all ranks raise. With ``equal_shards`` errors are not
+    If ``group`` is given, a rank with invalid arguments raises its error, and all other ranks raise a ValueError that quotes
+    it. If ranks disagree on D, dtype, scale or options, all ranks raise. With ``equal_shards`` errors are not
     exchanged: the other ranks wait until the group's timeout.
     """
     no_labels = image_labels is None and text_labels is None and ignore_label is None and exclude_self is False
@@ -170,7 +172,7 @@ def contrastive_loss(
 def _plain_loss(
     image: Tensor, text: Tensor, scale: float | Tensor, image_weight: float, normalize: bool, backend: str | None
 ) -> Tensor | None:
-    """Return the mean loss of pairs, computed by one op at a tenth of the host's time.
+    """Return the mean loss of pairs, computed by one op, which takes a tenth of the host time of the general path.
 
     None is returned if the arguments need the full checks of `contrastive_loss`.
     """
@@ -312,8 +314,10 @@ def direction_loss(side: Side, count: Tensor | None, smoothing: float, mean_logi
     count: number of positives, or None for one each. mean_logit: mean of the row's logits, for label smoothing.
 
     Let q be the log-sum-exp over the positives. The log-sum-exp over all logits minus the mean positive logit equals
-    softplus(neg - q) + q - pos / count. Unlike softmax - 1, softplus keeps its digits when a pair is solved. With
-    a single positive q is pos, so the difference q - pos, which would lose half the digits, is not computed.
+    softplus(neg - q) + q - pos / count. When the loss is close to 0, softplus and its derivative keep their relative
+    accuracy, whereas the difference of log-sum-exp and logit, with derivative softmax - 1, would be rounding error. With
+    a single positive, q equals pos, so q - pos / count is exactly 0. This difference is left out, because its rounding
+    error would exceed a small loss.
     """
     if count is None:
         loss = _softplus(side.neg - side.pos)
@@ -332,7 +336,7 @@ def direction_loss(side: Side, count: Tensor | None, smoothing: float, mean_logi
 def _unit_factors(x: Tensor, normalize: bool) -> Tensor:
     """Return the `inv_norms` (M,) of x (M, D), differentiable.
 
-    The derivative passes through unit rows, whose squares overflow in no dtype.
+    The derivative is computed from unit rows, because the squares of their elements do not overflow in any dtype.
     """
     r = inv_norms(x.detach(), normalize)
     if not normalize:
@@ -345,8 +349,9 @@ def _unit_factors(x: Tensor, normalize: bool) -> Tensor:
 def mean_logits(batch: Batch, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean of each row (M,) and of each column (N,) of the logits, and `after`.
 
-    The means are products with the mean features, O((M + N) D). `after` is the result of the collective before the one
-    here. The caller must continue with the returned copy, which keeps the collectives in one order on all ranks.
+    The means are products with the mean features, O((M + N) D). The argument `after` is the result of the previous
+    collective. The caller must use the returned `after` from then on: this keeps the collectives in the same order on
+    all ranks.
     """
     image, text, scale, _, _, exclude_self, normalize = batch.problem
     shards = batch.shards

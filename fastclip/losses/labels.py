@@ -67,13 +67,15 @@ def keep_labelled(
     group: Any,
     equal_shards: bool,
 ) -> KeptRows | None:
-    """Return the rows whose label is not `ignore_label`, or None to keep all. The host waits for their number.
+    """Return the rows whose label is not `ignore_label`, or None to keep all rows.
+
+    The host waits for the device, because it needs the number of remaining rows.
 
     Raises:
         TypeError: `ignore_label` is not an integer.
-        ValueError: a label is -1 and `ignore_label` is None. Labels are missing, or all of them are ignored. With
-            `exclude_self`, the ignored rows of images and texts differ. The host cannot wait: under torch.compile or
-            torch.func.vmap, in a CUDA graph, or with `equal_shards`.
+        ValueError: a label is -1 and `ignore_label` is None, labels are missing, all labels of a side are ignored, the
+            ignored rows of images and texts differ although `exclude_self` is set, or the host cannot wait (under
+            torch.compile or torch.func.vmap, in a CUDA graph, or if `equal_shards` is set).
     """
     labels = {"image": image_labels, "text": text_labels}
     if ignore_label is None:
@@ -110,8 +112,8 @@ def _refuse_none(side: str, labels: Tensor) -> None:
     raises a RuntimeError.
     """
     message = (
-        f"{side}_labels contains -1: pass ignore_label=-1 to leave these rows out, or, if -1 is a class, number the "
-        "classes from 0"
+        f"{side}_labels contains -1: to leave these rows out, pass ignore_label=-1. If -1 is a class, number the "
+        "classes from 0."
     )
     if can_be_read(labels):
         if bool((labels == -1).any()):

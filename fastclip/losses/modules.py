@@ -25,10 +25,11 @@ class ClipLoss(nn.Module):
     ``local_loss=True, gather_with_grad=True``: each rank returns the mean loss of its images and texts, and the mean
     over ranks is the loss of the batch.
 
-    open_clip's default flags give other gradients. There every rank returns the loss of the batch, but features receive
-    gradients on their own rank only. After DDP's mean the gradient of the encoders is 1 / world_size of the batch's,
-    while that of logit_scale is complete. Check a learning rate or clipping threshold that was tuned with these flags
-    if the optimiser depends on the size of gradients (SGD does, AdamW does not).
+    open_clip's default flags (both False) give other gradients. With them, every rank returns the loss of the batch,
+    but features receive gradients only from the loss of the rank that computed them. After DDP's mean the gradient of
+    the encoders is 1 / world_size of the batch's gradient, while the gradient of logit_scale is complete. Retune a
+    learning rate that was tuned with these flags if the optimiser depends on the size of gradients (SGD does, AdamW
+    does not), and a threshold of gradient clipping in any case.
 
     The logits are never formed. A subclass that defines open_clip's ``get_logits`` or ``get_ground_truth``, which would
     never be called, is refused by forward with a TypeError: inherit from open_clip's class, or override forward.

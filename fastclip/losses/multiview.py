@@ -26,8 +26,8 @@ def multiview_loss(
 ) -> Tensor:
     """Compute the sum of `contrastive_loss` over pairs of views, not divided by the number of pairs.
 
-    The pairs are all i < j or, with ``core``, the core view with each of the others (CMC, Tian et al. 2020, section
-    3.2: full graph and core view).
+    By default these are all pairs (i, j) with i < j, the full graph of CMC (Tian et al. 2020, section 3.2). If ``core``
+    is given, they are the pairs of the core view with each other view, CMC's core-view paradigm.
 
     Args:
         views: two or more feature matrices (N, D) of one dtype and device, as any iterable or as one tensor (V, N, D).
@@ -70,7 +70,7 @@ def _listed(views: Any) -> Any:
 
 def _check_views(views: Any) -> Sequence[Tensor]:
     if isinstance(views, Mapping):
-        raise TypeError(f"views must be features, got {type(views).__name__}: pass its values()")
+        raise TypeError(f"views must be an iterable of feature tensors, got {type(views).__name__}: pass its values()")
     if isinstance(views, Tensor):
         if views.dim() != 3:
             raise ValueError(f"one tensor of views must be (V, N, D): {describe('views', views)}")

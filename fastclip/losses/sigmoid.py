@@ -34,7 +34,8 @@ def sigmoid_loss(
     ``normalize=False``.
 
     If gradients are needed, they are computed in the same pass as the loss. Between the forward and the backward pass
-    the graph holds one gradient of the size of the features (in float32 for float16 features).
+    the graph holds the gradients of both feature matrices, which are as large as the features (in float32 for float16
+    features).
 
     Args:
         image_features, text_features: (N, D), float32, bfloat16, float16 or float64, on one device. Text i belongs to
@@ -49,7 +50,7 @@ def sigmoid_loss(
             "mean" a rank returns the sum over the pairs of its images with all texts, divided by the mean number of
             images per rank. With "sum" it returns that sum times the number of ranks.
         backend: a name from `fastclip.backends()`. None chooses the best one that supports these features. Under
-            torch.func transforms and forward-mode derivatives it chooses the reference (dense torch, which stores the
+            torch.func transforms and forward-mode derivatives it chooses the reference (plain PyTorch, which stores the
             N x N matrix).
 
     Returns:

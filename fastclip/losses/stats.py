@@ -48,9 +48,11 @@ def contrastive_stats(
     Arguments and errors are those of `contrastive_loss`. With ``group`` all texts are gathered, and the results are
     those of this rank's images and texts in the whole batch.
 
-    A tie is a miss: an image has no hit if its largest negative comes within 2^-20 |logit_scale| |image| max |text| of
-    its largest positive (2^-20 |logit_scale| for normalised features). The accuracy of a batch that contains a text
-    twice, or of a collapsed model, therefore does not depend on rounding.
+    A tie is a miss: an image has no hit unless its largest positive exceeds its largest negative by more than
+    2^-20 |logit_scale| ||image|| max ||text||, where ||x|| is the norm of a row and the maximum is over all texts. For a
+    text, the margin is 2^-20 |logit_scale| ||text|| max ||image||. For normalised features both margins are
+    2^-20 |logit_scale|. The accuracy of a batch that contains a text twice, or of a collapsed model, therefore does not
+    depend on rounding.
 
     Rows without a positive have loss 0 and no hit. Rows that are not finite have no hit. Rows with ``ignore_label``
     have loss 0, no hit and log-sum-exp -inf.
@@ -97,7 +99,7 @@ def contrastive_stats(
 def _logsumexp(side: Side, labels: bool) -> Tensor:
     """Return the log-sum-exp over negatives and positives."""
     assert side.pos_top is not None
-    pos = side.pos_lse if labels else side.pos  # a single positive is its log-sum-exp
+    pos = side.pos_lse if labels else side.pos  # the log-sum-exp of a single positive is its logit
     return torch.logaddexp(side.neg, torch.where(side.pos_top == -torch.inf, -torch.inf, pos))
 
 
@@ -108,7 +110,7 @@ def _hits(side: Side, tie: Tensor) -> Tensor:
 
 
 def _ties(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the differences below which two logits of a row (M,) and of a column (N,) count as tied."""
+    """Return the differences below which two logits of a row (M,) and of a column (N,) are tied."""
     near = batch.problem.scale.abs() * TIE
     if batch.problem.normalize:
         return near, near

@@ -38,7 +38,7 @@ def check_second_derivatives(function: str, backend: str | None, image: Tensor) 
     name, _ = pick(backend, image)
     if name != "reference":
         raise RuntimeError(
-            f"backend={name!r} has no second derivatives (create_graph=True was used through the loss); "
+            f"backend={name!r} has no second derivatives (the loss was differentiated with create_graph=True); "
             f"pass backend='reference' to {function}"
         )
 

@@ -40,7 +40,7 @@ class Built:
     ("driver", "reason"),
     [
         (0, "there is no NVIDIA driver"),
-        (12040, "the NVIDIA driver serves CUDA 12.4, the native module was built with 13.0"),
+        (12040, "the NVIDIA driver supports CUDA 12.4, but the native module was built with CUDA 13.0"),
         (13020, None),
         (14000, None),
     ],

@@ -15,7 +15,7 @@ from fastclip._backends import cpu, native, triton
 from fastclip._backends.advice import mending
 
 REASON = "the native module was not built: `cmake -S` failed (no C++ compiler was found)"
-TODO = "install a C++ compiler, then build again from the clone: pip install"
+TODO = "install a C++ compiler, then rebuild fastclip from its clone: pip install"
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_dense_loss_for_lack_of_a_module_is_told_once(caplog: pytest.LogCaptureF
         fastclip.contrastive_loss(*features())
         fastclip.sigmoid_loss(*features(torch.bfloat16), 10.0, -10.0)
     (told,) = warnings(caplog)
-    assert told.startswith("dense torch computes the loss, stores the N x N similarities")
+    assert told.startswith("the reference backend computes the loss: it stores the N x N similarities")
     assert REASON in told and TODO in told and "\n" not in told
 
 

@@ -148,7 +148,7 @@ def test_old_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "TRITON", "3.5.1")
     backend.import_error.cache_clear()
     try:
-        assert fastclip.backends()["triton"] == "it needs Triton 3.6 or newer, this is 3.5.1"
+        assert fastclip.backends()["triton"] == "it needs Triton 3.6 or newer, but 3.5.1 is installed"
         with pytest.raises(RuntimeError, match=r"cannot serve this call: it needs Triton 3\.6 or newer"):
             fastclip.contrastive_loss(torch.eye(4), torch.eye(4), backend="triton")
     finally:

@@ -278,14 +278,14 @@ def test_ring_holds_few_texts(several: int) -> None:
 
 
 REFUSED = {
-    "D": "disagree in features' D: ",
-    "dtype": "disagree in features' dtype: ",
-    "logit_scale": "disagree in logit_scale: ",
-    "label_smoothing": "disagree in label_smoothing: ",
-    "comm": "disagree in comm: ",
-    "labels": "disagree in labels: ",
-    "requires_grad": "disagree in requires_grad: ",
-    "function": "disagree in function: ",
+    "D": "disagree on features' D: ",
+    "dtype": "disagree on features' dtype: ",
+    "logit_scale": "disagree on logit_scale: ",
+    "label_smoothing": "disagree on label_smoothing: ",
+    "comm": "disagree on comm: ",
+    "labels": "disagree on labels: ",
+    "requires_grad": "disagree on requires_grad: ",
+    "function": "disagree on function: ",
     "pairs": "there must be as many texts as images: image_features (4, 8) float32 on cpu and text_features (3, 8)",
     "image_weight": "image_weight must be in [0, 1], got 2.0",
     "backend": "backend='cuda' cannot serve this call",

@@ -127,7 +127,7 @@ def refusals() -> dict[str, tuple[type[Exception], str, dict[str, Any]]]:
     return {
         "not asked for": (
             ValueError,
-            "text_labels contains -1: pass ignore_label=-1 to leave these rows out, or, if -1 is a class, number the",
+            "text_labels contains -1: to leave these rows out, pass ignore_label=-1. If -1 is a class, number the",
             labels | {"text_labels": some},
         ),
         "no labels": (ValueError, "ignore_label needs image_labels and text_labels", {"ignore_label": -1}),
@@ -192,7 +192,7 @@ def test_graphs_assert_that_every_row_has_a_label() -> None:
     torch.testing.assert_close(graph(image, text, *some), loss(image, text, *some))
     for labels, side in (((y, some[1]), "image"), ((some[0], t), "text")):
         with pytest.raises(
-            RuntimeError, match=f"{side}_labels contains -1: pass ignore_label=-1 to leave these rows out"
+            RuntimeError, match=f"{side}_labels contains -1: to leave these rows out, pass ignore_label=-1"
         ):
             graph(image, text, *labels)
 
@@ -285,6 +285,6 @@ def test_ranks_have_the_loss_of_one_process(tmp_path: Path) -> None:
         "rank 0 of the group refused its arguments: ValueError: image_labels contains"
     )
     for found in ranks:
-        assert "disagree in ignore_label" in found["they differ"]
+        assert "disagree on ignore_label" in found["they differ"]
         assert "features[labels != -1]" in found["graphs"] and "equal_shards=True cannot handle" in found["graphs"]
         assert found["all"] == "features must not be empty: no rank has an image, or no rank has a text"

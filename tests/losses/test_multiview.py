@@ -81,7 +81,12 @@ ERRORS = {
     "shapes": ([X, X, X[:3]], {}, ValueError, r"views\[0\] \(4, 8\) float32 on cpu and views\[2\] \(3, 8\)"),
     "dtypes": ([X, X.double()], {}, ValueError, r"views\[1\] \(4, 8\) float64"),
     "numpy": ([X, X.numpy()], {}, TypeError, r"views\[1\] must be a torch\.Tensor, got ndarray"),
-    "a dict": ({"a": X, "b": X}, {}, TypeError, r"views must be features, got dict: pass its values\(\)"),
+    "a dict": (
+        {"a": X, "b": X},
+        {},
+        TypeError,
+        r"views must be an iterable of feature tensors, got dict: pass its values\(\)",
+    ),
     "no views": (None, {}, TypeError, r"views\[0\] must be a torch\.Tensor, got NoneType"),
     "a matrix": (X, {}, ValueError, r"one tensor of views must be \(V, N, D\): views \(4, 8\)"),
     "core": ([X, X], {"core": 2}, ValueError, "core must be the index of one of 2 views, got 2"),

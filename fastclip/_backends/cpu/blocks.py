@@ -43,12 +43,12 @@ def _cuts(size: int, block: int) -> list[tuple[int, int]]:
 
 
 def threads(M: int, N: int) -> int:
-    """Return the number of threads of a native pass over M x N logits."""
+    """Return the number of threads for a pass of the native code over M x N logits."""
     return 1 if M * N < _FEW_LOGITS else torch.get_num_threads()
 
 
 Block = tuple[int, int, int, int]  # rows i0 to i1 and columns j0 to j1 of the logits
-# A block as a native pass takes it: address and row stride of the dot products, then M, N, i0, j0
+# A block in the form that the native code takes: address and row stride of the dot products, then M, N, i0, j0
 Dots = tuple[int, int, int, int, int, int]
 
 
@@ -57,7 +57,9 @@ class Features:
 
     inv_norm: address of the inverse norms that `native.module.norms` wrote, fp32 (M,), 0 for features that are not
     normalised. It is an address because slicing a tensor takes a microsecond, and with few rows the host is the limit.
-    outer: the other result of `native.module.norms`, fp32 (M,), given only if a row is large.
+    outer: the other result of `native.module.norms`, fp32 (M,), or None if no row is large. A row is large if its norm
+    exceeds `_LARGE_NORM`. `outer` holds the inverse norms of the large rows, whose inv_norm is 1, and 1 for all other
+    rows. Rows are multiplied by `outer` before the products, which would otherwise overflow.
     """
 
     def __init__(self, x: Tensor, inv_norm: int = 0, outer: Tensor | None = None) -> None:
@@ -88,7 +90,10 @@ class Features:
         return rows
 
     def norms(self, inv_norm: int, outer: int, workers: int) -> bool:
-        """Write `native.module.norms` of all rows to these addresses. Return True if a row is large."""
+        """Write the inv_norm and outer of all rows to these addresses. Return True if a row is large.
+
+        If `outer` is 0, only inverse norms are written, and no row is treated as large.
+        """
         if self.fp32:
             x = self.x.data_ptr()
             return bool(native.module.norms(x, self.row_stride, self.M, self.D, inv_norm, outer, workers))
@@ -159,7 +164,10 @@ class _Workspace(threading.local):
     block: Block | None = None
 
     def reserve(self, size: int, allowed: int) -> Tensor:
-        """Return a buffer of at least `size` floats. One from an earlier call is reused up to `allowed` floats."""
+        """Return a buffer of at least `size` floats.
+
+        The buffer of an earlier call is reused if it has at least `size` and at most `allowed` floats.
+        """
         if self.buffer is None or not size <= self.size <= allowed:
             self.forget()
             self.buffer = None  # freed before the new one is allocated
@@ -225,9 +233,10 @@ class Plan:
     def backward(self, factor: float, d_image: Tensor | None, d_text: Tensor | None) -> Iterator[Dots]:
         """Compute the gradients of the features from weights r_i G_ij c_j, which the caller supplies for each block.
 
-        Yields the dot products of each block. The caller overwrites them with the weights before it continues. At the
-        end d_image (M, D) and d_text (N, D), contiguous, hold `factor` times the products of weights and features,
-        projected if the features are normalised. Pass None for a gradient that is not needed.
+        G_ij is the derivative of the loss with respect to the logit z_ij, and r and c are the inverse norms. The
+        iterator yields the dot products of each block, and the caller overwrites them with the weights before it
+        continues. At the end d_image (M, D) and d_text (N, D), contiguous, hold `factor` times the products of weights
+        and features, projected if the features are normalised. Pass None for a gradient that is not needed.
         """
         image, text = self.image, self.text
         # fp32 gradients are accumulated in the output
@@ -280,10 +289,10 @@ def native_block(dots: Dots, offset: int, exclude_self: bool = False) -> Any:
 
 
 def factors(inv_norm: Tensor, text_inv_norm: Tensor, scale: float) -> tuple[dict[str, Tensor | None], ...]:
-    """Return the factors by which dot products become logits, of the rows (M,) and of the columns (N,).
+    """Return the row factors (M,) and the column factors (N,) that turn dot products into logits.
 
-    Those of the rows include the scale, and `factor_low` holds what rounding took from them. Without it, rounding of
-    the scale would shift logits of 1,000 by 3e-5, all in the same direction.
+    The row factors include the scale. Entry "factor_low" of the result holds their rounding error, in fp32. Without
+    this entry, rounding of the scale would shift logits of 1,000 by 3e-5, all in the same direction.
     """
     exact = inv_norm.double() * scale
     high = exact.float()

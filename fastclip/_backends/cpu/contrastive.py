@@ -112,9 +112,10 @@ class _Weights:
 
 
 def _exact_weight(lse: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Round lse to fp32, in units of log 2, and return it with a d that leaves d exp(z - lse) unchanged.
+    """Return lse rounded to fp32, in units of log 2, and d adjusted so that the weight d exp(z - lse) is unchanged.
 
-    The rounding error of lse goes into d, except beyond 2^40, where a float64 has no digits left for the error.
+    d is the upstream gradient of lse. It is multiplied by the factor that compensates the rounding error of lse, except
+    if |lse| is above 2^40, where a float64 has no digits left for the error.
     """
     exact = lse.double() * _LOG2E
     rounded = exact.float()
@@ -125,7 +126,8 @@ def _exact_weight(lse: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 def _gain(grads: Iterable[Tensor]) -> float:
     """Return a power of two that scales the largest upstream gradient to about 1.
 
-    Otherwise the weights of a loss near 0, 1e-30 and less, would flush to zero or slow the products down as subnormals.
+    Without this factor, the weights of a loss of 1e-30 or less would be flushed to zero, or become subnormal numbers,
+    which slow the products down.
     """
     largest = max((float(d.abs().amax()) for d in grads if d.numel()), default=0.0)
     if not math.isfinite(largest) or largest == 0.0:
