@@ -162,7 +162,7 @@ def check_reduction(reduction: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_shard(backend: str | None, image: Tensor, *others: Tensor) -> None:
-    """Before the ranks communicate, raise the errors that one rank alone would raise later while the others wait for it.
+    """Raise those errors before the ranks communicate that would otherwise stop one rank while the others wait for it.
 
     Raise RuntimeError if the backend does not support features like `image`, or under torch.func transforms and
     forward-mode derivatives, which the collectives do not support. Raise ValueError if the workspace size in the

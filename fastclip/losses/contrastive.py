@@ -95,22 +95,23 @@ def contrastive_loss(
         image_weight: weight w in [0, 1] of the image -> text direction (0.75 in ConVIRT, Zhang et al. 2020). ALIGN's
             sum of both directions is twice the default.
         label_smoothing: eps in [0, 1] (ALIGN: 0.1). The targets of an image are (1 - eps) / n on its n positives plus
-            eps / N on all N texts. The targets of a text are the same with eps / M on all M images.
+            eps / N on all N texts. The targets of a text are the same with eps / M on all M images. ``exclude_self``
+            leaves pair (i, i) out, so that N - 1 texts or M - 1 images remain.
         reduction: "mean", "sum" (w sum_i + (1 - w) sum_j), or "none" (two vectors, the losses per image (M,) and per
             text (N,), not weighted).
         group: `torch.distributed` process group (``torch.distributed.group.WORLD``) or one-dimensional device mesh.
             The features and labels are then this rank's shard of the batch. Shards may differ in size or be empty.
             Without labels, image i of a rank belongs to its text i. The features of an empty shard must require
-            gradients if the features of other ranks do. Call ``init_process_group`` first: before it, WORLD is None, and the
-            loss is that of this process alone.
-        comm: how a rank obtains the texts of the others. "gather": every rank holds all texts, N x D, with one all-gather
-            in the forward and one reduce-scatter in the backward pass. "ring": texts pass from rank to rank while the
-            previous block is computed, and a rank holds a few shards at a time.
+            gradients if the features of other ranks do. Call ``init_process_group`` first: before this call, WORLD is
+            None, and the loss is that of this process alone.
+        comm: how a rank obtains the texts of the other ranks. "gather": every rank holds all texts, N x D, with one
+            all-gather in the forward and one reduce-scatter in the backward pass. "ring": texts pass from rank to rank
+            while the previous block is computed, and a rank holds a few shards at a time.
         equal_shards: promise that all shards have the same size and all ranks pass the same options. Otherwise sizes
             and options are exchanged before every call, and the host waits for them. CUDA graphs and
             ``torch.compile(fullgraph=True)`` need ``equal_shards=True``.
         backend: a name from `fastclip.backends()`. None chooses the best one that supports these features. Under
-            torch.func transforms and forward-mode derivatives it chooses the reference (plain PyTorch, which stores the
+            torch.func transforms and forward-mode derivatives it chooses the reference (plain torch, which stores the
             M x N matrix).
 
     Returns:
@@ -122,7 +123,7 @@ def contrastive_loss(
         gradients is therefore exactly the gradient of the whole batch's mean loss, for the encoders and for
         ``logit_scale``. To log the batch's loss, average L_r over the ranks: call
         ``torch.distributed.all_reduce(value, ReduceOp.AVG)`` on a detached copy. gloo has no AVG: use SUM and divide by
-        W. With "sum" a rank returns W times the weighted sums over its images and texts, with "none" the losses of its
+        W. With "sum" a rank returns W times the weighted sum over its images and texts, with "none" the losses of its
         images and texts.
 
     Raises:
@@ -132,9 +133,9 @@ def contrastive_loss(
         RuntimeError: the named backend does not support these features, ``group`` is given without torch.distributed,
             or ``group`` is used under torch.func.
 
-    If ``group`` is given, a rank with invalid arguments raises its error, and all other ranks raise a ValueError that quotes
-    it. If ranks disagree on D, dtype, scale or options, all ranks raise. With ``equal_shards`` errors are not
-    exchanged: the other ranks wait until the group's timeout.
+    If ``group`` is given, a rank with invalid arguments raises its error, and all other ranks raise a ValueError that
+    quotes the error. If ranks disagree on D, dtype, scale or options, all ranks raise. With ``equal_shards`` errors are
+    not exchanged: the other ranks wait until the group's timeout.
     """
     no_labels = image_labels is None and text_labels is None and ignore_label is None and exclude_self is False
     one_mean = reduction == "mean" and group is None and comm == "gather"
@@ -315,9 +316,9 @@ def direction_loss(side: Side, count: Tensor | None, smoothing: float, mean_logi
 
     Let q be the log-sum-exp over the positives. The log-sum-exp over all logits minus the mean positive logit equals
     softplus(neg - q) + q - pos / count. When the loss is close to 0, softplus and its derivative keep their relative
-    accuracy, whereas the difference of log-sum-exp and logit, with derivative softmax - 1, would be rounding error. With
-    a single positive, q equals pos, so q - pos / count is exactly 0. This difference is left out, because its rounding
-    error would exceed a small loss.
+    accuracy, whereas the difference of log-sum-exp and logit, whose derivative is softmax - 1, would be rounding error.
+    With a single positive, q equals pos, so q - pos / count is exactly 0. This difference is left out, because its
+    rounding error would exceed a small loss.
     """
     if count is None:
         loss = _softplus(side.neg - side.pos)

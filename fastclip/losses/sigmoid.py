@@ -50,7 +50,7 @@ def sigmoid_loss(
             "mean" a rank returns the sum over the pairs of its images with all texts, divided by the mean number of
             images per rank. With "sum" it returns that sum times the number of ranks.
         backend: a name from `fastclip.backends()`. None chooses the best one that supports these features. Under
-            torch.func transforms and forward-mode derivatives it chooses the reference (plain PyTorch, which stores the
+            torch.func transforms and forward-mode derivatives it chooses the reference (plain torch, which stores the
             N x N matrix).
 
     Returns:

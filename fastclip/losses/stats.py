@@ -48,9 +48,9 @@ def contrastive_stats(
     Arguments and errors are those of `contrastive_loss`. With ``group`` all texts are gathered, and the results are
     those of this rank's images and texts in the whole batch.
 
-    A tie is a miss: an image has no hit unless its largest positive exceeds its largest negative by more than
-    2^-20 |logit_scale| ||image|| max ||text||, where ||x|| is the norm of a row and the maximum is over all texts. For a
-    text, the margin is 2^-20 |logit_scale| ||text|| max ||image||. For normalised features both margins are
+    A tie is a miss: an image has a hit only if its largest positive exceeds its largest negative by more than
+    2^-20 |logit_scale| ||image|| max ||text||, where ||x|| is the norm of a row and the maximum is over all texts. The
+    margin of a text is 2^-20 |logit_scale| ||text|| max ||image||. For normalised features both margins are
     2^-20 |logit_scale|. The accuracy of a batch that contains a text twice, or of a collapsed model, therefore does not
     depend on rounding.
 

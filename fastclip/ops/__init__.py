@@ -1,4 +1,4 @@
-"""The torch ops of the losses: schema, fake, autograd, autocast."""
+"""The torch ops of the losses, with their schemas, fake implementations, autograd formulas and autocast rules."""
 
 from fastclip.ops.autocast import autocast_dtype, autocast_features, autocasts, no_autocast
 from fastclip.ops.contrastive import contrastive_maxima, contrastive_statistics, merge_logsumexp

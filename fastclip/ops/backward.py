@@ -12,7 +12,7 @@ from fastclip._backends import pick
 
 __all__ = ["TAGS", "check_second_derivatives", "keep", "kept", "vector_jacobian"]
 
-# needs_exact_strides: torch.compile passes an op the same layouts as an eager call
+# needs_exact_strides: compiled code passes tensors to the op in the same layout as eager code
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
@@ -46,7 +46,10 @@ def check_second_derivatives(function: str, backend: str | None, image: Tensor) 
 def vector_jacobian(
     outputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Return sum_k grads_k d outputs_k / d input for every input, differentiable; None for inputs without gradient."""
+    """Return sum_k grads_k d outputs_k / d input for every input, differentiable.
+
+    The result is None for an input that does not require a gradient.
+    """
     used = [(o, d) for o, d in zip(outputs, grads) if o is not None and d is not None]
     wanted = [x for x in inputs if x.requires_grad]
     gradients = iter(

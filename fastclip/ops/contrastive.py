@@ -1,8 +1,8 @@
 """``fastclip::contrastive_fwd``, ``contrastive_bwd`` and ``contrastive_maxima`` as torch ops.
 
 The forward returns statistics of z_ij = scale r_i c_j <image_i, text_j>. The loss is computed from them in torch
-(`losses/contrastive.py`), so autograd supplies the derivatives by each statistic, and the backward op turns these into
-gradients of the features and the scale. `_backends/reference.py` defines both functions.
+(`losses/contrastive.py`), so autograd supplies its derivatives with respect to the statistics, and the backward op
+turns these derivatives into gradients of the features and the scale. `_backends/reference.py` defines both functions.
 
 An op takes and returns flat lists of tensors. `arguments` and `flat` convert a `Problem` and two `Side`s to such lists,
 `problem_of` and `by_side` convert them back.
@@ -77,7 +77,7 @@ def by_side(
 
 
 def derivatives(stats: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return the derivatives by the statistics that `SideGrads` names, with zeros in place of autograd's None."""
+    """Return the derivatives with respect to the statistics in `SideGrads`, with zeros in place of autograd's None."""
     return [torch.zeros_like(x) if d is None else d for x, d in zip(stats[: 2 * len(SideGrads._fields)], grads)]
 
 
@@ -102,7 +102,7 @@ def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.impl("fastclip::contrastive_maxima", "default")
-@torch.no_grad()  # this op has no autograd formula that would hide its inside from autograd
+@torch.no_grad()  # the op has no autograd formula, so autograd would record the operations that compute it
 @without_autocast
 def _maxima(*args: Any) -> tuple[Tensor, ...]:
     p, backend = problem_of(args)
@@ -166,7 +166,8 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     p, backend = problem_of(args)
     check_second_derivatives("contrastive_loss", backend, p.image)
     with torch.enable_grad(), no_autocast(p.image.device):
-        # Views end the graph of the derivatives below: the upstream gradients depend on the features themselves
+        # Views are differentiated in place of the arguments: the upstream gradients were computed from the features,
+        # and the derivatives below must not include that path
         inputs = [x.view_as(x) for x in (p.image, p.text, p.scale, *upstream)]
         image, text, scale, *d_stats = inputs
         p = p._replace(image=image, text=text, scale=scale)
@@ -174,7 +175,8 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         out = reference.contrastive_bwd(p, stats, by_side(d_stats, SideGrads), [True, True, True])
         second = vector_jacobian(out, [d if need else None for d, need in zip(grads, ctx.needs)], inputs)
     d_image, d_text, d_scale, *d_grads = second
-    # `stats` get no gradient: they were recomputed from the features, whose gradient includes their part
+    # `stats` get no gradient: they were recomputed from the features, so the gradient of the features includes the
+    # contribution of the statistics
     return d_image, d_text, d_scale, *[None] * (len(args) - 3), [None] * ctx.stats, d_grads, None
 
 
@@ -195,7 +197,7 @@ def contrastive_statistics(p: Problem, backend: str | None = None) -> Sides:
 
 
 def contrastive_maxima(p: Problem, backend: str | None = None) -> Sides:
-    """Return the statistics of `contrastive_statistics` and the largest logits, without gradient."""
+    """Return the statistics of `contrastive_statistics` and the largest logits. No result has a gradient."""
     with torch.no_grad():
         if needs_dense(backend, p.image, p.text, p.scale):
             with no_autocast(p.image.device):
@@ -204,12 +206,13 @@ def contrastive_maxima(p: Problem, backend: str | None = None) -> Sides:
 
 
 def merge_logsumexp(partial: Tensor) -> Tensor:
-    """Return the log-sum-exp (size,) of log-sum-exps (parts, size) of disjoint parts. If all are -inf it is -inf, with
-    gradient 0.
+    """Return the log-sum-exp (size,) of log-sum-exps (parts, size) of disjoint parts.
+
+    If all parts are -inf, the result is -inf, with gradient 0.
     """
     top = partial.detach().amax(0)
     empty = top == -torch.inf
     top = torch.where(empty, 0.0, top)
     total = (partial - top).exp().sum(0)
-    # The inner where keeps log away from 0, where its infinite gradient would become NaN in the outer where
+    # The inner `where` keeps log away from 0: its infinite gradient there would become NaN in the outer `where`
     return torch.where(empty, -torch.inf, torch.where(empty, 1.0, total).log() + top)

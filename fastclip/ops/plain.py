@@ -34,8 +34,9 @@ torch.library.define(
 def plain_loss(problem: tuple[Tensor, ...], image_weight: float, normalize: bool, backend: str | None) -> Tensor | None:
     """Return the differentiable loss (), fp32, of a problem: image (N, D), text (N, D) and scale (), fp32.
 
-    None is returned if the general form of the loss is the better choice. That is so for the reference in eager mode,
-    whose loss has second derivatives there, and for unequal weights of the directions under torch.compile.
+    None is returned if the general form of the loss is the better choice. This is the case for the reference in eager
+    mode, because the general form has second derivatives, and under torch.compile if the directions have unequal
+    weights.
     """
     compiling = torch.compiler.is_compiling()
     if compiling and image_weight != 0.5:  # every new weight would compile the graph again
@@ -134,7 +135,10 @@ def _bwd(
 ) -> tuple[Tensor, ...]:
     module = serving_pairs(backend, image)
     if text.shape != image.shape or saved.numel() != module.plain_saved(image.shape[0]):
-        raise ValueError("fastclip::plain_bwd needs what fastclip::plain_fwd saved for these features")
+        raise ValueError(
+            f"fastclip::plain_bwd needs `saved` from fastclip::plain_fwd for the same features: got {saved.numel()} "
+            f"numbers for image {tuple(image.shape)} and text {tuple(text.shape)}"
+        )
     out = module.plain_bwd(image, text, scale, saved.contiguous(), image_weight, normalize, d_loss, needs)
     return tuple(image.new_empty(0) if d is None else d for d in out)
 
@@ -171,7 +175,7 @@ def _save_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 def _bwd_backward(ctx: Any, *_: Tensor | None) -> Any:
     (image,) = ctx.saved_tensors
     check_second_derivatives("contrastive_loss", ctx.backend, image)
-    raise RuntimeError("a compiled loss has no second derivatives")
+    raise RuntimeError("a compiled loss has no second derivatives: call contrastive_loss outside torch.compile")
 
 
 torch.library.register_autograd("fastclip::plain_bwd", _bwd_backward, setup_context=_save_bwd)

@@ -103,12 +103,15 @@ def _fwd_backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...
     args, grads = kept(ctx)
     pairs, needs = Pairs(*args), list(ctx.needs_input_grad[:4])
     if any(need and not had for need, had in zip(needs, pairs.needs)):
-        raise RuntimeError("fastclip::sigmoid_fwd did not compute a gradient that is needed now: set it in needs=")
+        raise RuntimeError(
+            "fastclip::sigmoid_fwd did not compute a gradient that is needed now: set the entry of this gradient in "
+            "needs= to True"
+        )
     return *_gradients(pairs._replace(needs=needs), grads, d_loss), *[None] * (len(args) - 4)
 
 
 def _gradients(pairs: Pairs, grads: Sequence[Tensor | None], d_loss: Tensor) -> Sequence[Tensor | None]:
-    """Return the gradients of the four inputs by ``fastclip::sigmoid_bwd``, from those that the forward saved."""
+    """Compute the gradients of the four inputs by ``fastclip::sigmoid_bwd``, from the gradients saved by the forward."""
     grads = [d if need else None for d, need in zip(grads, pairs.needs)]
     if transformed(d_loss):  # batched, or with a tangent that the op would drop
         return reference.sigmoid_bwd(pairs.inputs(), grads, d_loss)
@@ -132,13 +135,13 @@ def _bwd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     pairs = Pairs(*args)
     check_second_derivatives("sigmoid_loss", pairs.backend, pairs.image)
     with torch.enable_grad(), no_autocast(pairs.image.device):
-        # Views end the graph of the derivatives below
+        # Views are differentiated in place of the arguments, because d_loss may depend on the features itself
         image, text, scale, bias, factor = (x.view_as(x) for x in (*pairs.inputs(), d_loss))
         p = pairs._replace(image=image, text=text, scale=scale).problem()
         _, *first = reference.sigmoid_fwd(p, bias, pairs.divisor, list(pairs.needs), factor.dtype)
         out = [None if d is None else factor.to(d.dtype) * d for d in first]
         *second, d_factor = vector_jacobian(out, grads, (image, text, scale, bias, factor))
-    # The saved gradients get no gradient: they were recomputed from the features
+    # The saved gradients receive no gradient, because they were recomputed from the features
     return *second, *[None] * (len(args) - 4), [None] * ctx.grads, d_factor
 
 
@@ -146,7 +149,10 @@ torch.library.register_autograd("fastclip::sigmoid_bwd", _bwd_backward, setup_co
 
 
 class _Sigmoid(torch.autograd.Function):
-    """The ops above without torch's dispatcher, for all backends but the reference. Autocast does not affect these."""
+    """The ops above without torch's dispatcher, for all backends except the reference.
+
+    These backends do not need `without_autocast`, because autocast does not affect their operations.
+    """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:

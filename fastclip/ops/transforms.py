@@ -1,7 +1,7 @@
-"""Calls under torch.func transforms and forward mode, which need torch's own formula for every operation.
+"""Calls under torch.func transforms and forward mode, which need torch's formula for every operation.
 
-An op hides its formula from them, and its tangent would be 0. In these cases the reference, in dense torch, computes
-the losses.
+A custom op hides its formula from torch, and its tangent would be 0. In these cases the losses are computed by the
+reference backend, which consists of plain torch operations.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def batched(*tensors: Tensor) -> bool:
 
 
 def needs_dense(backend: str | None, *tensors: Tensor) -> bool:
-    """Return True if dense torch must compute the loss, because the call is `transformed`.
+    """Return True if the reference must compute the loss, because the call is `transformed`.
 
     A warning is logged once per process. Raise RuntimeError if a backend other than the reference was named.
     """
@@ -79,13 +79,13 @@ def needs_dense(backend: str | None, *tensors: Tensor) -> bool:
     check_name(name)
     if name not in (None, "reference"):
         raise RuntimeError(
-            f"backend={name!r} cannot serve this call: torch.func transforms and forward-mode derivatives need "
-            f"dense torch: pass backend='reference' or backend=None"
+            f"backend={name!r} cannot serve this call: torch.func transforms and forward-mode derivatives need the "
+            f"reference backend. Pass backend='reference', or pass backend=None and unset FASTCLIP_BACKEND"
         )
     if name is None and not _warned and not torch.compiler.is_compiling():
         _warned = True
         logger.warning(
-            "dense torch computes the loss under torch.func transforms and in forward mode, and stores the N x N "
-            "similarities (pass backend='reference' to silence this warning)"
+            "under torch.func transforms and in forward mode the reference backend computes the loss, and stores the "
+            "N x N similarities (pass backend='reference' to silence this warning)"
         )
     return True
